@@ -1,0 +1,43 @@
+# Every target does its own set-up: it needs Python 3.10+ with pip and venv, and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEV_INSTALLED := $(VENV)/.installed-dev
+
+.PHONY: demo test test-all lint format bench clean
+
+demo: $(INSTALLED)        ## fetch SmolLM2-135M and decode real prompts in three modes
+	$(BIN)/layerskip demo
+
+test: $(DEV_INSTALLED)        ## the test suite
+	$(BIN)/python -m pytest
+
+test-all: $(DEV_INSTALLED)    ## the test suite with the long exactness runs
+	$(BIN)/python -m pytest -m ""
+
+lint: $(DEV_INSTALLED)        ## lint, format check, types, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(DEV_INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(DEV_INSTALLED)       ## speed of the engine against transformers and the memory ceiling
+	$(BIN)/python benchmarks/engine.py
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "layerskip needs Python 3.10 or newer; set PYTHON=/path/to/python3")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(DEV_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)
