@@ -1,0 +1,20 @@
+"""Decoding: plain, by early exit, and self-speculative."""
+
+from layerskip.decoding.generate import PromptError, Step, generate
+from layerskip.decoding.generation import Generation
+from layerskip.decoding.language_model import Answer, LayerSkipModel, Piece
+from layerskip.decoding.policy import MODES, Plan
+from layerskip.decoding.sampling import Sampling
+
+__all__ = [
+    "MODES",
+    "Answer",
+    "Generation",
+    "LayerSkipModel",
+    "Piece",
+    "Plan",
+    "PromptError",
+    "Sampling",
+    "Step",
+    "generate",
+]

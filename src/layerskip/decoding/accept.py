@@ -1,0 +1,57 @@
+"""Which drafted tokens stand, and the token that follows them. Pure functions, no model.
+
+Both return (accepted, following): accepted [B] counts the leading drafted tokens that stand, following
+[B] is the model's own token after them. With p the model's distribution and q the draft's, the tokens
+that come out are distributed exactly as p, whatever q is (Leviathan et al., 2023, theorem 3.5).
+"""
+
+import torch
+from torch import Tensor
+
+
+def accept_greedy(drafted: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Accept while the draft agrees with the model's most likely token.
+
+    Args:
+        drafted: [B, d] int64.
+        logits: [B, d + 1, V], the model's, at the positions of the drafted tokens and one after.
+    """
+    best = logits.argmax(dim=-1)
+    accepted = _leading(drafted == best[:, :-1])
+    return accepted, _at(best, accepted)
+
+
+def accept_sampled(
+    drafted: Tensor, q: Tensor | None, p: Tensor, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Accept token x with probability min(1, p(x) / q(x)); after a rejection draw from max(p - q, 0).
+
+    Args:
+        drafted: [B, d] int64, each drawn from its row of q.
+        q: [B, d, V] float32, the distributions that the draft really used; None where d = 0.
+        p: [B, d + 1, V] float32, the model's, under the same temperature, top-k, top-p and min-p.
+        generator: source of randomness, on the device of p.
+    """
+    b, d = drafted.shape
+    if q is None:
+        q = p[:, :0]
+    p_drafted = p[:, :-1].gather(2, drafted[..., None])[..., 0]
+    q_drafted = q.gather(2, drafted[..., None])[..., 0]
+    draw = torch.rand(b, d, dtype=p.dtype, device=p.device, generator=generator)
+    accepted = _leading(draw * q_drafted < p_drafted)
+    # After a full acceptance there is no draft to correct: q is 0 there and the residual is p itself.
+    q = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)
+    residual = (_at(p, accepted) - _at(q, accepted)).clamp(min=0.0)
+    # Where p and q are equal to the last bit, rounding alone can reject; p is the right answer then.
+    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, _at(p, accepted))
+    return accepted, torch.multinomial(residual, 1, generator=generator)[:, 0]
+
+
+def _leading(stands: Tensor) -> Tensor:
+    """How many entries of each row are true before the first false one, [B, d] to [B]."""
+    return stands.long().cumprod(dim=1).sum(dim=1)
+
+
+def _at(rows: Tensor, index: Tensor) -> Tensor:
+    """rows[b, index[b]] for every b."""
+    return rows[torch.arange(rows.shape[0], device=rows.device), index]

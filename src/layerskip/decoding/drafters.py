@@ -1,0 +1,76 @@
+"""Where drafts come from."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from layerskip.decoding.sampling import Sampling, TokenHistory, pick
+from layerskip.model import Decoder, KVCache
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """Proposed tokens, and what verification needs to know of how they came about.
+
+    Attributes:
+        tokens: [B, d] int64.
+        probabilities: [B, d, V] float32, the distributions that they were drawn from; None if
+            greedy or d = 0.
+        exit_states: [B, d + 1, D], the hidden states that left layer E at the position before each
+            drafted token and at the last drafted token: what layers [E, L) start from.
+        source: the drafter's name.
+    """
+
+    tokens: Tensor
+    probabilities: Tensor | None
+    exit_states: Tensor
+    source: str
+
+
+class EarlyExitDrafter:
+    """Drafts with the first E layers and the shared exit (section 4.3 of the paper)."""
+
+    source = "early-exit"
+
+    def __init__(self, decoder: Decoder, exit_layer: int, sampling: Sampling) -> None:
+        self.decoder, self.exit_layer, self.sampling = decoder, exit_layer, sampling
+
+    def draft(
+        self,
+        last: Tensor,
+        n: int,
+        cache: KVCache,
+        history: TokenHistory | None,
+        generator: torch.Generator | None,
+    ) -> Draft:
+        """Draft n tokens after `last`, and run the first E layers over the last of them too.
+
+        Args:
+            last: [B, 1], the newest settled token, which no layer has seen yet.
+            n: how many tokens to draft, 0 or more.
+            cache: its lengths are moved on by n + 1.
+            history: for the repetition penalty, or None.
+            generator: source of randomness for sampling.
+        """
+        states: list[Tensor] = []
+        chosen_from: list[Tensor] = []
+        tokens = last
+        for i in range(n + 1):
+            hidden = self.decoder.embed(tokens[:, -1:])
+            states.append(self.decoder.run(hidden, 0, self.exit_layer, cache))
+            cache.lengths += 1
+            if i == n:
+                break
+            seen = None if history is None else history.before(tokens[:, 1:])[:, -1:]
+            logits = self.sampling.penalize(self.decoder.logits(states[-1]), seen)
+            token, q = pick(logits, self.sampling, generator)
+            tokens = torch.cat([tokens, token], dim=1)
+            if q is not None:
+                chosen_from.append(q)
+        return Draft(
+            tokens=tokens[:, 1:],
+            probabilities=torch.cat(chosen_from, dim=1) if chosen_from else None,
+            exit_states=torch.cat(states, dim=1),
+            source=self.source,
+        )

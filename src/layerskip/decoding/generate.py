@@ -1,0 +1,188 @@
+"""The step loop: plain, early exit, and self-speculative decoding of one prompt."""
+
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from layerskip.decoding.accept import accept_greedy, accept_sampled
+from layerskip.decoding.drafters import EarlyExitDrafter
+from layerskip.decoding.policy import Plan
+from layerskip.decoding.sampling import Sampling, TokenHistory, pick
+from layerskip.model import Decoder
+
+PREFILL_CHUNK = 512  # positions a pass: bounds the memory of scores and masks for long prompts
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be continued: empty, too long, or with ids outside the vocabulary."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one pass of the loop settled.
+
+    Attributes:
+        tokens: the new tokens, at least one; the first `accepted` of them were drafted.
+        drafted: how many tokens were drafted in this round.
+        accepted: how many leading drafted tokens the model agreed with.
+        source: where the draft came from, or "model" where nothing was drafted.
+    """
+
+    tokens: tuple[int, ...]
+    drafted: int = 0
+    accepted: int = 0
+    source: str = "model"
+
+
+@torch.inference_mode()
+def generate(
+    decoder: Decoder,
+    prompt: Sequence[int],
+    *,
+    plan: Plan,
+    sampling: Sampling,
+    max_new_tokens: int,
+    end_tokens: Collection[int] = (),
+    seed: int | None = None,
+) -> Iterator[Step]:
+    """Continue a prompt, step by step, until an end token, `max_new_tokens` or the context's end.
+
+    The first step comes from the prompt's own pass. An end token is the last token yielded.
+
+    Raises:
+        PromptError: the prompt is empty, longer than the context, or has an id that is no token.
+        ValueError: max_new_tokens is below 1.
+    """
+    check_prompt(decoder, prompt)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, it has to be 1 or above")
+    # The last new token is never run through the model, so it needs no place in the context.
+    limit = min(max_new_tokens, decoder.architecture.max_context - len(prompt) + 1)
+    session = _Session(decoder, prompt, plan, sampling, capacity=len(prompt) + limit, seed=seed)
+    produced = 0
+    for step in session.steps(limit):
+        kept = step.tokens[: limit - produced]
+        ended = next((i for i, token in enumerate(kept) if token in end_tokens), None)
+        if ended is not None:
+            kept = kept[: ended + 1]
+        produced += len(kept)
+        yield dataclasses.replace(step, tokens=kept)
+        if ended is not None or produced == limit:
+            return
+
+
+def check_prompt(decoder: Decoder, prompt: Sequence[int]) -> None:
+    """Refuse what cannot be continued.
+
+    Raises:
+        PromptError: see there.
+    """
+    a = decoder.architecture
+    if not prompt:
+        raise PromptError("the prompt is empty; it needs at least one token")
+    if len(prompt) > a.max_context:
+        raise PromptError(
+            f"the prompt has {len(prompt)} tokens, this model's context holds {a.max_context};"
+            " shorten the prompt"
+        )
+    if min(prompt) < 0 or max(prompt) >= a.vocab_size:
+        raise PromptError(
+            f"the prompt has a token id outside the vocabulary (0 to {a.vocab_size - 1})"
+        )
+
+
+class _Session:
+    """The state of one generation: one cache, one history, one source of randomness."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompt: Sequence[int],
+        plan: Plan,
+        sampling: Sampling,
+        *,
+        capacity: int,
+        seed: int | None,
+    ) -> None:
+        self.decoder, self.plan, self.sampling = decoder, plan, sampling
+        self.prompt = torch.tensor([list(prompt)], device=decoder.device)
+        self.cache = decoder.new_cache(capacity)
+        self.history = (
+            TokenHistory(self.prompt, decoder.architecture.vocab_size)
+            if sampling.repetition_penalty != 1.0
+            else None
+        )
+        self.generator = torch.Generator(decoder.device)
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
+
+    def steps(self, limit: int) -> Iterator[Step]:
+        """Yield steps without end; `limit` only keeps drafts from reaching beyond it."""
+        if self.plan.mode == "self-speculative":
+            assert self.plan.exit_layer is not None
+            assert self.plan.draft_tokens is not None
+            return self._self_speculative(self.plan.exit_layer, self.plan.draft_tokens, limit)
+        return self._one_by_one(self.plan.exit_layer or len(self.decoder.layers))
+
+    def _one_by_one(self, n_layers: int) -> Iterator[Step]:
+        """Plain decoding, and early exit, which is the same with fewer layers."""
+        token = self._prefill(n_layers)
+        while True:
+            yield Step((int(token),))
+            hidden = self.decoder.run(self.decoder.embed(token), 0, n_layers, self.cache)
+            self.cache.lengths += 1
+            token = self._settle(self.decoder.logits(hidden))
+
+    def _self_speculative(self, exit_layer: int, draft_tokens: int, limit: int) -> Iterator[Step]:
+        """Draft with layers [0, E), verify with [E, L), keep the agreeing prefix (section 4.3)."""
+        decoder, cache = self.decoder, self.cache
+        drafter = EarlyExitDrafter(decoder, exit_layer, self.sampling)
+        last = self._prefill(len(decoder.layers))
+        yield Step((int(last),))
+        produced = 1
+        while True:
+            settled = cache.lengths.clone()
+            n = min(draft_tokens, limit - produced - 1)
+            draft = drafter.draft(last, n, cache, self.history, self.generator)
+            cache.lengths.copy_(settled)
+            hidden = decoder.run(draft.exit_states, exit_layer, len(decoder.layers), cache)
+            accepted, last = self._accept(draft.tokens, draft.probabilities, decoder.logits(hidden))
+            *tokens, count = torch.cat([draft.tokens[0], last[0], accepted]).tolist()
+            tokens = (*tokens[:count], tokens[-1])  # one synchronisation with the device a round
+            cache.lengths += count + 1
+            if self.history is not None:
+                self.history.extend(torch.tensor([tokens], device=decoder.device))
+            produced += len(tokens)
+            yield Step(tokens, drafted=n, accepted=count, source=draft.source)
+
+    def _accept(self, drafted: Tensor, q: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """How many drafted tokens stand [B], and the model's own token after them [B, 1]."""
+        seen = None if self.history is None else self.history.before(drafted)
+        logits = self.sampling.penalize(logits, seen)
+        if self.sampling.greedy:
+            accepted, following = accept_greedy(drafted, logits)
+        else:
+            p = self.sampling.probabilities(logits)
+            accepted, following = accept_sampled(drafted, q, p, self.generator)
+        return accepted, following[:, None]
+
+    def _prefill(self, n_layers: int) -> Tensor:
+        """Run the prompt through the first n layers and choose the token after it, [1, 1]."""
+        hidden = self.prompt
+        for chunk in self.prompt.split(PREFILL_CHUNK, dim=1):
+            hidden = self.decoder.run(self.decoder.embed(chunk), 0, n_layers, self.cache)
+            self.cache.lengths += chunk.shape[1]
+        return self._settle(self.decoder.logits(hidden[:, -1:]))
+
+    def _settle(self, logits: Tensor) -> Tensor:
+        """The model's own choice after everything settled so far, [1, 1]."""
+        if self.history is not None:
+            logits = self.sampling.penalize(logits, self.history.before(self.prompt[:, :0]))
+        token, _ = pick(logits, self.sampling, self.generator)
+        if self.history is not None:
+            self.history.extend(token)
+        return token

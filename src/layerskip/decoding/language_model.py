@@ -1,0 +1,314 @@
+"""`LayerSkipModel`: a checkpoint that answers."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+
+from layerskip.decoding.clock import device_clock
+from layerskip.decoding.generate import Step, check_prompt, generate
+from layerskip.decoding.generation import FinishReason, Generation
+from layerskip.decoding.policy import Plan, choose
+from layerskip.decoding.sampling import Sampling
+from layerskip.decoding.stream import TextStream
+from layerskip.model import Checkpoint, Decoder, load, resolve
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[int] | Sequence[Message]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What one token adds while an answer streams.
+
+    `text` may be empty (see `TextStream`); `token_id` is None for the rest that is released at the
+    end; `drafted` says that the token was drafted and accepted, else it is the model's own.
+    """
+
+    text: str
+    token_id: int | None = None
+    drafted: bool = False
+
+
+class Answer:
+    """An answer in the making: iterate over its pieces, then ask for its `generation`."""
+
+    def __init__(
+        self,
+        model: "LayerSkipModel",
+        prompt: Sequence[int],
+        plan: Plan,
+        sampling: Sampling,
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str],
+        ignore_eos: bool,
+        seed: int | None,
+    ) -> None:
+        self._plan, self._prompt = plan, prompt
+        self._clock = device_clock(model.decoder.device)
+        self._end_tokens = () if ignore_eos else model.end_tokens
+        self._text = None if model.tokenizer is None else TextStream(model.tokenizer, stop)
+        if stop and self._text is None:
+            raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
+        self._started = self._clock()
+        self._times: list[float] = []
+        self._tokens: list[int] = []
+        self._steps: list[Step] = []
+        self._loop = generate(
+            model.decoder,
+            prompt,
+            plan=plan,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            end_tokens=self._end_tokens,
+            seed=seed,
+        )
+
+    def __iter__(self) -> Iterator[Piece]:
+        for step in self._loop:
+            self._times.append(self._clock())
+            self._steps.append(step)
+            for i, token in enumerate(step.tokens):
+                self._tokens.append(token)
+                text = self._text.push(token) if self._text else ""
+                yield Piece(text=text, token_id=token, drafted=i < step.accepted)
+                if self._text and self._text.stopped:
+                    self._loop.close()
+                    return
+        if self._text and (rest := self._text.finish()):
+            yield Piece(text=rest)
+
+    @property
+    def generation(self) -> Generation:
+        """The answer as far as it has come."""
+        stopped = bool(self._text and self._text.stopped) or (
+            bool(self._tokens) and self._tokens[-1] in self._end_tokens
+        )
+        reason: FinishReason = "stop" if stopped else "length"
+        first, last = (self._times[0], self._times[-1]) if self._times else (self._started,) * 2
+        return Generation(
+            text=self._text.text if self._text else "",
+            token_ids=list(self._tokens),
+            finish_reason=reason,
+            prompt_tokens=len(self._prompt),
+            mode=self._plan.mode,
+            exit_layer=self._plan.exit_layer,
+            draft_tokens=self._plan.draft_tokens,
+            ttft_s=first - self._started,
+            decode_s=last - first,
+            steps=tuple(self._steps),
+        )
+
+
+class LayerSkipModel:
+    """A decoder with its tokenizer and settings.
+
+    Attributes:
+        decoder: the weights and the passes over them.
+        tokenizer: transformers' tokenizer, or None where the checkpoint has none.
+        settings: what travels with the checkpoint (end tokens, exit layer, draft tokens).
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.decoder: Decoder = checkpoint.decoder
+        self.tokenizer: Any = checkpoint.tokenizer
+        self.settings = checkpoint.settings
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        dtype: str | torch.dtype | None = None,
+        weights: str = "16bit",
+        device: str | torch.device = "cpu",
+    ) -> "LayerSkipModel":
+        """Load a model.
+
+        Args:
+            name_or_path: a checkpoint folder, a GGUF file, a built-in alias, or a hub id.
+            dtype: "float32", "bfloat16" or "float16"; None takes bfloat16 where the device computes
+                it natively, else float32.
+            weights: "16bit", the weights in `dtype` as they are.
+            device: "cpu", "cuda", "cuda:1", ...
+
+        Raises:
+            ValueError: the model cannot be found, read, or is not supported; or a bad argument.
+        """
+        if weights != "16bit":
+            raise ValueError(f"weights is {weights!r}; there is: 16bit")
+        place = _device(device)
+        path = resolve(str(name_or_path))
+        return cls(load(path, dtype=_dtype(dtype, place), device=place))
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        if self.settings.end_tokens or self.tokenizer is None:
+            return frozenset(self.settings.end_tokens)
+        own = self.tokenizer.eos_token_id
+        return frozenset(() if own is None else (own,))
+
+    @overload
+    def generate(self, prompt: Prompt, **options: Any) -> Generation: ...
+
+    @overload
+    def generate(self, prompt: Sequence[Prompt], **options: Any) -> list[Generation]: ...
+
+    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
+        """Answer a prompt, or a list of prompts one after the other.
+
+        Args:
+            prompt: a text (tokenized as it stands), a list of token ids, a list of chat messages
+                (dicts with role and content; the chat template is applied), or a list of those.
+            options: see `answer`.
+
+        Returns:
+            A `Generation`, or a list of them for a list of prompts.
+
+        Raises:
+            ValueError: the prompt or an option cannot be used; the message says why.
+        """
+        if _is_batch(prompt):
+            return [self.generate(one, **options) for one in prompt]
+        answer = self.answer(prompt, **options)  # type: ignore[arg-type]
+        for _ in answer:
+            pass
+        return answer.generation
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+        """Yield the answer's text piece by piece; options as for `answer`."""
+        if self.tokenizer is None:
+            raise ValueError("streaming text needs a tokenizer, and this checkpoint has none")
+        for piece in self.answer(prompt, **options):
+            if piece.text:
+                yield piece.text
+
+    def answer(
+        self,
+        prompt: Prompt,
+        *,
+        mode: str = "auto",
+        exit_layer: int | None = None,
+        draft_tokens: int | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Answer:
+        """Begin an answer that is computed while it is iterated over.
+
+        Args:
+            prompt: one prompt, as for `generate`.
+            mode: "auto", "plain", "early-exit" or "self-speculative" (see `policy.choose`).
+            exit_layer: E, how many layers have run when the model exits, 1 ... L.
+            draft_tokens: d, how many tokens are drafted in a round, 0 or more.
+            max_new_tokens: 1 or more.
+            temperature: 0 is greedy. This and the next four: see `Sampling`.
+            top_k: see `Sampling`.
+            top_p: see `Sampling`.
+            min_p: see `Sampling`.
+            repetition_penalty: see `Sampling`.
+            seed: makes sampling repeatable.
+            stop: texts that end the answer; they are not part of it.
+            ignore_eos: go on after an end token.
+
+        Raises:
+            ValueError: the prompt or an option cannot be used; the message says why.
+        """
+        ids = self.tokenize(prompt)
+        check_prompt(self.decoder, ids)
+        plan = choose(
+            mode,
+            exit_layer,
+            draft_tokens,
+            settings=self.settings,
+            n_layers=len(self.decoder.layers),
+        )
+        sampling = Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}, it has to be 1 or above")
+        return Answer(
+            self,
+            ids,
+            plan,
+            sampling,
+            max_new_tokens=max_new_tokens,
+            stop=[stop] if isinstance(stop, str) else stop,
+            ignore_eos=ignore_eos,
+            seed=seed,
+        )
+
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            ValueError: it is no prompt, or it needs a tokenizer or chat template that is not there.
+        """
+        if not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt):
+            return [int(part) for part in prompt]  # type: ignore[call-overload]
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer; give the prompt as token ids")
+        if isinstance(prompt, str):
+            ids: list[int] = self.tokenizer.encode(prompt)
+            return ids
+        if not all(
+            isinstance(part, Mapping) and {"role", "content"} <= set(part) for part in prompt
+        ):
+            raise ValueError("a prompt is a text, token ids, or messages with role and content")
+        if not self.tokenizer.chat_template:
+            raise ValueError("this checkpoint has no chat template; give the prompt as a text")
+        text = self.tokenizer.apply_chat_template(
+            [dict(part) for part in prompt],  # type: ignore[arg-type]
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        templated: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return templated
+
+
+def _is_batch(prompt: Any) -> bool:
+    """A list of prompts: of texts, of lists of ids, or of lists of messages."""
+    return (
+        not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], str | list | tuple)
+    )
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"the device {device!r} is unknown; use cpu or cuda") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("the device cuda is not available here; use cpu")
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"the device {device!r} is not supported; use cpu or cuda")
+    return place
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype is None:
+        native = device.type == "cuda" or torch.backends.cpu.get_cpu_capability().startswith(
+            "AVX512"
+        )
+        dtype = "bfloat16" if native else "float32"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; there are: {', '.join(DTYPES)}")
+    return DTYPES[dtype]

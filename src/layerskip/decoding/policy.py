@@ -1,0 +1,64 @@
+"""Which way to decode: mode, exit layer and draft length, from what was asked and what is known."""
+
+import dataclasses
+from typing import Literal, get_args
+
+from layerskip.model.checkpoint import Settings
+
+Mode = Literal["plain", "early-exit", "self-speculative"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+DEFAULT_DRAFT_TOKENS = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A decision that holds for one answer.
+
+    `exit_layer` is None in plain mode; `draft_tokens` is None unless the mode is self-speculative.
+    """
+
+    mode: Mode
+    exit_layer: int | None = None
+    draft_tokens: int | None = None
+
+
+def choose(
+    mode: str,
+    exit_layer: int | None,
+    draft_tokens: int | None,
+    *,
+    settings: Settings,
+    n_layers: int,
+) -> Plan:
+    """Settle on a plan.
+
+    `auto` is self-speculative where the checkpoint or the caller names an exit layer, else plain. What
+    the caller leaves open comes from the checkpoint, else a quarter of the layers and 5 tokens.
+
+    Raises:
+        ValueError: an unknown mode, a value out of range, or values that contradict each other.
+    """
+    if mode not in ("auto", *MODES):
+        raise ValueError(f"the mode {mode!r} is unknown; there are: auto, {', '.join(MODES)}")
+    if exit_layer is not None and not 1 <= exit_layer <= n_layers:
+        raise ValueError(f"exit layer {exit_layer} is out of range: this model has 1 to {n_layers}")
+    if draft_tokens is not None and draft_tokens < 0:
+        raise ValueError(f"draft tokens is {draft_tokens}, it has to be 0 or above")
+    if mode == "plain" and (exit_layer is not None or draft_tokens is not None):
+        raise ValueError("plain decoding has no exit layer and no draft tokens; leave them out")
+    if mode == "early-exit" and draft_tokens is not None:
+        raise ValueError("early exit has no draft tokens; leave them out")
+    known = exit_layer if exit_layer is not None else settings.exit_layer
+    if mode == "plain" or (mode == "auto" and known is None and draft_tokens is None):
+        return Plan(mode="plain")
+    if known is not None and known > n_layers:
+        raise ValueError(
+            f"the checkpoint's assistant_early_exit is {known}, but it has {n_layers} layers;"
+            " name an exit layer"
+        )
+    exit_at = known if known is not None else max(1, n_layers // 4)
+    if mode == "early-exit":
+        return Plan(mode="early-exit", exit_layer=exit_at)
+    if draft_tokens is None:
+        draft_tokens = settings.draft_tokens or DEFAULT_DRAFT_TOKENS
+    return Plan(mode="self-speculative", exit_layer=exit_at, draft_tokens=draft_tokens)

@@ -1,0 +1,128 @@
+"""Logits to probabilities: the one definition that plain decoding, drafting and verification share.
+
+The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen; the default is greedy.
+
+    Attributes:
+        temperature: 0 takes the most likely token; above 0 divides the logits.
+        top_k: keep the k most likely tokens (ties with the k-th stay).
+        top_p: keep the smallest set of most likely tokens whose probability reaches p.
+        min_p: keep tokens of at least min_p times the highest probability.
+        repetition_penalty: above 1 makes tokens of the prompt and the answer so far less likely.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}, it has to be 0 or above")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}, it has to be 1 or above")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p is {self.top_p}, it has to be above 0 and at most 1")
+        if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
+            raise ValueError(f"min_p is {self.min_p}, it has to be from 0 to 1")
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty}, it has to be above 0"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0.0
+
+    def penalize(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        """Apply the repetition penalty.
+
+        Args:
+            logits: [..., V].
+            seen: [..., V] bool, the tokens before each position; None where there is no penalty.
+        """
+        if seen is None:
+            return logits
+        logits = logits.float()
+        penalty = self.repetition_penalty
+        return torch.where(
+            seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits
+        )
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The distribution that a token is drawn from, [..., V] to [..., V] in float32.
+
+        Only for temperatures above 0. Never all zero: the most likely token is always kept.
+        """
+        scores = logits.float() / self.temperature
+        if self.top_k is not None and self.top_k < scores.shape[-1]:
+            kth = scores.topk(self.top_k, dim=-1).values[..., -1:]
+            scores = scores.masked_fill(scores < kth, float("-inf"))
+        if self.top_p is not None and self.top_p < 1.0:
+            ordered, order = scores.sort(dim=-1, descending=True)
+            p = ordered.softmax(dim=-1)
+            beyond = p.cumsum(dim=-1) - p >= self.top_p  # the mass before the token is enough
+            scores = scores.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
+        probabilities = scores.softmax(dim=-1)
+        if self.min_p:
+            least = self.min_p * probabilities.amax(dim=-1, keepdim=True)
+            probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+            probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+        return probabilities
+
+
+def pick(
+    logits: Tensor, sampling: Sampling, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor | None]:
+    """Choose one token from logits [B, 1, V].
+
+    Returns:
+        The token [B, 1], and the distribution [B, 1, V] that it was drawn from (None if greedy).
+    """
+    if sampling.greedy:
+        return logits.argmax(dim=-1), None
+    probabilities = sampling.probabilities(logits)
+    return torch.multinomial(probabilities[:, 0], 1, generator=generator), probabilities
+
+
+class TokenHistory:
+    """Which tokens stand before a position; what the repetition penalty looks at."""
+
+    def __init__(self, prompt: Tensor, vocab_size: int) -> None:
+        """Start with a prompt [1, n]."""
+        self._seen = torch.zeros(1, vocab_size, dtype=torch.bool, device=prompt.device)
+        self.extend(prompt)
+
+    def extend(self, tokens: Tensor) -> None:
+        """Add settled tokens [1, n]."""
+        self._seen.scatter_(1, tokens, True)
+
+    def before(self, tokens: Tensor) -> Tensor:
+        """What is seen before each of the unsettled tokens, and after the last.
+
+        Args:
+            tokens: [1, n], not yet settled.
+
+        Returns:
+            [1, n + 1, V] bool; row i has seen the settled tokens and tokens[:, :i].
+        """
+        n = tokens.shape[1]
+        seen = self._seen[:, None].repeat(1, n + 1, 1)
+        for i in range(n):
+            seen[:, i + 1 :].scatter_(2, tokens[:, i, None, None].expand(1, n - i, 1), True)
+        return seen

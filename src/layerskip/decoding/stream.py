@@ -1,0 +1,74 @@
+"""Tokens to text as they arrive, and the end at a stop string."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+class TextStream:
+    """Turns tokens into text piece by piece; the pieces joined are the whole text.
+
+    A piece is held back while its last character is incomplete (a token may end inside a character)
+    and while it may be the beginning of a stop string.
+
+    Attributes:
+        text: all that was released so far.
+        stopped: whether a stop string has been met; the text ends before it.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        if any(not isinstance(text, str) or not text for text in stop):
+            raise ValueError("a stop string has to be a text that is not empty")
+        self.text = ""
+        self.stopped = False
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokens: list[int] = []
+        self._context = 0  # decoding starts here: a few tokens of context settle spaces
+        self._decoded = 0  # tokens before this one are in the text already
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """Add a token and return the text that it releases, often but not always a piece of its own."""
+        self._tokens.append(token)
+        before = self._decode(self._tokens[self._context : self._decoded])
+        now = self._decode(self._tokens[self._context :])
+        if len(now) <= len(before) or now.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._context, self._decoded = self._decoded, len(self._tokens)
+        return self._release(now[len(before) :])
+
+    def finish(self) -> str:
+        """Release what is still held back."""
+        if self.stopped:
+            return ""
+        before = self._decode(self._tokens[self._context : self._decoded])
+        rest = self._decode(self._tokens[self._context :])[len(before) :]
+        self._decoded = len(self._tokens)
+        piece = self._release(rest)
+        if not self.stopped:
+            piece += self._held
+            self.text += self._held
+            self._held = ""
+        return piece
+
+    def _decode(self, tokens: Iterable[int]) -> str:
+        text: str = self._tokenizer.decode(
+            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _release(self, piece: str) -> str:
+        pending = self._held + piece
+        found = [at for stop in self._stop if (at := pending.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            released, self._held = pending[: min(found)], ""
+        else:
+            keep = max((_overlap(pending, stop) for stop in self._stop), default=0)
+            released, self._held = pending[: len(pending) - keep], pending[len(pending) - keep :]
+        self.text += released
+        return released
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many of the last characters of the text are a beginning of the stop string."""
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)

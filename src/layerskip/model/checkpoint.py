@@ -1,0 +1,116 @@
+"""A checkpoint as one thing: decoder, tokenizer, end tokens, and the settings that travel with it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerskip.model import families, tokenizer, weights
+from layerskip.model.decoder import Decoder
+from layerskip.model.weights import CheckpointError, GgufFile, SafetensorsFiles, Tensors
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `generation_config.json` says about decoding, in transformers' own fields.
+
+    `exit_layer` is `assistant_early_exit`, `draft_tokens` is `num_assistant_tokens`.
+    """
+
+    end_tokens: tuple[int, ...] = ()
+    exit_layer: int | None = None
+    draft_tokens: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What `load` returns; `tokenizer` is None where the checkpoint has no tokenizer files."""
+
+    path: Path
+    decoder: Decoder
+    tokenizer: Any
+    settings: Settings
+
+
+def load(path: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Checkpoint:
+    """Load a checkpoint folder (safetensors, or one GGUF file in it) or a GGUF file.
+
+    Raises:
+        CheckpointError: files are missing, damaged, or do not fit together.
+        UnsupportedModelError: the architecture, or a part of it, is not supported; it is named.
+    """
+    gguf_path = _gguf_in(path)
+    tensors: Tensors
+    if gguf_path is not None:
+        tensors = GgufFile(gguf_path)
+        architecture = tensors.architecture()
+        end_token = tensors.field("tokenizer.ggml.eos_token_id")
+        config = {} if end_token is None else {"eos_token_id": int(end_token)}
+    else:
+        config = _config(path)
+        architecture = families.from_config(config)
+        tensors = SafetensorsFiles(path)
+    return Checkpoint(
+        path=path,
+        decoder=weights.build(architecture, tensors, dtype=dtype, device=device),
+        tokenizer=tokenizer.load(path),
+        settings=_settings(path, config),
+    )
+
+
+def _gguf_in(path: Path) -> Path | None:
+    """The GGUF file to read, or None where the folder holds safetensors."""
+    if path.is_file():
+        return path
+    if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").is_file():
+        return None
+    files = sorted(path.glob("*.gguf"))
+    if not files:
+        others = sorted(p.name for p in [*path.glob("*.bin"), *path.glob("*.pt")])
+        hint = (
+            f" ({others[0]} is a pickle and is not read; save it as safetensors)" if others else ""
+        )
+        raise CheckpointError(f"{path} holds neither safetensors nor a GGUF file{hint}")
+    if len(files) > 1:
+        raise CheckpointError(f"{path} holds several GGUF files; name one of them as the model")
+    return files[0]
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """`config.json` with the defaults of its model type filled in by transformers."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; it says what kind of model this is")
+    families.family_of(str(weights.read_json(path).get("model_type")))
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # transformers validates with error types of its own
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+    filled: dict[str, Any] = config.to_dict()
+    return filled
+
+
+def _settings(path: Path, config: dict[str, Any]) -> Settings:
+    """`generation_config.json` where there is one; the end token falls back on the config's."""
+    file = path / "generation_config.json"
+    fields = weights.read_json(file) if path.is_dir() and file.is_file() else {}
+    ends = fields.get("eos_token_id", config.get("eos_token_id"))
+    if ends is None:
+        ends = []
+    return Settings(
+        end_tokens=tuple(ends) if isinstance(ends, list) else (int(ends),),
+        exit_layer=_positive_int(fields, "assistant_early_exit", file),
+        draft_tokens=_positive_int(fields, "num_assistant_tokens", file),
+    )
+
+
+def _positive_int(fields: dict[str, Any], key: str, file: Path) -> int | None:
+    value = fields.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{key} in {file} is {value!r}, a whole number above 0 is needed")
+    return value

