@@ -1,0 +1,146 @@
+"""Where a transformers causal LM keeps its layers, final norm and head."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_LAYERS = ("layers", "h", "blocks")
+_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a causal LM that the recipe needs.
+
+    Attributes:
+        model: the causal LM.
+        layers: its decoder layers, first to last.
+        norm: the final norm.
+        head: the LM head.
+    """
+
+    model: PreTrainedModel
+    layers: nn.ModuleList
+    norm: nn.Module
+    head: nn.Module
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
+    def is_balanced_mixture(self) -> bool:
+        """Whether the model is a mixture of experts whose loss balances their load."""
+        return bool(getattr(self.model.config, "output_router_logits", False))
+
+    def routers(self, layer: nn.Module) -> list[tuple[nn.Module, int]]:
+        """Modules of a layer that choose experts, and where in their output the logits are."""
+        decoder: Any = self.model.get_decoder()  # type: ignore[no-untyped-call]
+        recorder = decoder._can_record_outputs.get("router_logits")
+        if recorder is None:
+            return []
+        kind = getattr(recorder, "target_class", recorder)
+        index = getattr(recorder, "index", 0)
+        return [(module, index) for module in layer.modules() if isinstance(module, kind)]
+
+    @property
+    def has_logits_to_keep(self) -> bool:
+        """Whether the model can be asked for the logits of the last positions only."""
+        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+    def shared_exit(self, hidden: Tensor) -> Tensor:
+        """g: hidden states [N, D] that leave any layer -> logits [N, V] as the model has."""
+        logits: Tensor = self.head(self.norm(hidden))
+        config = self.model.config.get_text_config()
+        if divisor := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / divisor
+        if factor := getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * factor
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def exit_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters of the shared exit."""
+        parts = (self.norm, self.head)
+        return [p for part in parts for p in part.parameters() if p.requires_grad]
+
+    def probe_inputs(self) -> dict[str, Tensor]:
+        """Three rows of tokens, padded left, not at all and right; {} where weights are elsewhere.
+
+        Weights are elsewhere on the meta device, and while DeepSpeed ZeRO-3 holds them in parts.
+        """
+        weights = list(self.model.parameters())
+        if any(p.is_meta or hasattr(p, "ds_id") for p in weights):
+            return {}
+        device = weights[0].device
+        ids = torch.arange(15, device=device).reshape(3, 5) % self.vocabulary
+        mask = torch.ones_like(ids)
+        mask[0, 0] = mask[2, 4] = 0
+        return {"input_ids": ids, "attention_mask": mask}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode for a while; every module gets its own mode back."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.train(False)
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def refuse(self, why: str) -> NoReturn:
+        """Raise ValueError: the recipe does not work for this model."""
+        raise ValueError(f"the recipe does not fit {type(self.model).__name__}: {why}")
+
+
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, or the one inside a PEFT model.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    unwrap: Any = getattr(model, "get_base_model", None)
+    inner = model if unwrap is None else unwrap()
+    if not isinstance(inner, PreTrainedModel):
+        raise ValueError(
+            f"the recipe needs a causal LM of transformers, not {type(model).__name__}; "
+            "attach it before the model is wrapped"
+        )
+    return inner
+
+
+def find_anatomy(model: PreTrainedModel) -> Anatomy:
+    """Find layers, final norm and head.
+
+    Raises:
+        ValueError: where one of them is not where decoders have it.
+    """
+    lookup: Any = model  # transformers leaves these two untyped
+    decoder, head = lookup.get_decoder(), lookup.get_output_embeddings()
+    name = type(model).__name__
+    if head is None or decoder is model:
+        raise ValueError(f"the recipe needs a causal LM; {name} has no LM head")
+    layers = next((m for n, m in _children(decoder, _LAYERS) if isinstance(m, nn.ModuleList)), None)
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if layers is None or len(layers) != count:
+        raise ValueError(f"the recipe does not fit {name}: its list of {count} layers is not found")
+    norm = next((m for _, m in _children(decoder, _FINAL_NORMS)), None)
+    if norm is None:
+        raise ValueError(f"the recipe does not fit {name}: its final norm is not found")
+    return Anatomy(model, layers, norm, head)
+
+
+def _children(module: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+    children = dict(module.named_children())
+    return ((name, children[name]) for name in names if name in children)

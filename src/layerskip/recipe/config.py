@@ -1,0 +1,176 @@
+"""The recipe's settings: one frozen dataclass, the paper's regimes as presets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, get_args, get_type_hints
+
+Regime = Literal["pretrain", "continual", "domain", "task"]
+Variant = Literal["LD+EE", "LD", "EE"]
+
+# LayerSkip (arXiv 2404.16710), the settings of its experiments. Several models share a
+# regime there; taken are: 1.5B (24 layers) from scratch, Llama2-7B, Llama1-7B on code, 1.5B on
+# TOPv2.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "pretrain": {
+        "p_max": 0.1,
+        "e_scale": 0.2,
+        "curriculum": "rotational",
+        "rotation": 23,
+        "dropout_over_steps": "exponential",
+    },
+    "continual": {"p_max": 0.1, "e_scale": 0.2, "curriculum": "rotational", "rotation": 8},
+    "domain": {"p_max": 0.1, "e_scale": 1.0, "curriculum": "rotational", "rotation": 16},
+    "task": {"p_max": 0.2, "e_scale": 1.0, "curriculum": "gradual"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """Layer dropout and early exit loss as in LayerSkip (arXiv 2404.16710, section 4.1).
+
+    An exit E is the number of layers run, 1 to L; E = L is the whole model and always has a loss.
+    The defaults are the paper's for continual pretraining. Values that are wrong by themselves
+    raise ValueError here; values that do not fit a model raise it in `check_layers`.
+
+    Attributes:
+        variant: `LD+EE` uses both parts, `LD` layer dropout only, `EE` early exit loss only.
+        p_max: rate at which the last layer is skipped, in [0, 1).
+        dropout_over_layers: D(l), how the rate grows from the first layer to the last.
+        dropout_over_steps: S(t), `none` = 1 throughout; `exponential` = from 0 to 1 over training.
+        dropout_every: only every n-th layer can be skipped.
+        curriculum: which exits have a loss at a step. `rotational`: every `rotation`-th, shifted by
+            one each step; `gradual`: from the last down, one more every T/(2L) steps; `all`;
+            `none`: the last layer (and `fixed_exits`) only.
+        rotation: R of the rotational curriculum.
+        exits: the exits the curriculum chooses from; None = every layer.
+        exit_every: the exits the curriculum chooses from are every n-th layer.
+        fixed_exits: exits with a loss at every step, beside the last layer.
+        exit_weighting: e(l), the weight before normalisation: the `paper`'s, `linear` or `equal`.
+        e_scale: the paper's e_scale, the weight of early exits against the last layer, >= 0; not
+            used where the weights are equal.
+        distillation_weight: weight of the KL divergence from the last layer's distribution (its
+            gradient stopped) that is added to each earlier exit's loss; 0 = off.
+        chunk_tokens: tokens whose logits exist at one time; None chooses from the vocabulary.
+        seed: of the rows that are skipped; the same on every device.
+    """
+
+    variant: Variant = field(
+        default="LD+EE", metadata={"help": "both parts, layer dropout only, or exit loss only"}
+    )
+    p_max: float = field(default=0.1, metadata={"help": "rate at which the last layer is skipped"})
+    dropout_over_layers: Literal["exponential", "linear", "uniform"] = field(
+        default="exponential", metadata={"help": "how the skip rate grows over the layers"}
+    )
+    dropout_over_steps: Literal["none", "exponential"] = field(
+        default="none", metadata={"help": "how the skip rate grows over training"}
+    )
+    dropout_every: int = field(default=1, metadata={"help": "only every n-th layer is skipped"})
+    curriculum: Literal["rotational", "gradual", "all", "none"] = field(
+        default="rotational", metadata={"help": "which exits have a loss at a step"}
+    )
+    rotation: int = field(default=8, metadata={"help": "R: every R-th exit has a loss at a step"})
+    exits: tuple[int, ...] | None = field(
+        default=None, metadata={"help": "exits the curriculum chooses from (default: every layer)"}
+    )
+    exit_every: int = field(
+        default=1, metadata={"help": "the curriculum chooses from every n-th layer"}
+    )
+    fixed_exits: tuple[int, ...] = field(
+        default=(), metadata={"help": "exits with a loss at every step, beside the last layer"}
+    )
+    exit_weighting: Literal["paper", "linear", "equal"] = field(
+        default="paper", metadata={"help": "how the exits' losses are weighted over the layers"}
+    )
+    e_scale: float = field(
+        default=0.2, metadata={"help": "weight of early exits against the last layer"}
+    )
+    distillation_weight: float = field(
+        default=0.0, metadata={"help": "weight of KL to the last layer in each earlier exit's loss"}
+    )
+    chunk_tokens: int | None = field(
+        default=None, metadata={"help": "tokens whose logits exist at one time"}
+    )
+    seed: int = field(default=0, metadata={"help": "seed of the rows that layer dropout skips"})
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for item in fields(self):
+            choices = get_args(hints[item.name])
+            value = getattr(self, item.name)
+            named = bool(choices) and all(isinstance(choice, str) for choice in choices)
+            if named and value not in choices:
+                raise ValueError(
+                    f"{item.name} is {value!r}; it can be {', '.join(map(repr, choices))}"
+                )
+        if not 0 <= self.p_max < 1:
+            raise ValueError(f"p_max is {self.p_max}; a rate below 1 is needed, 0 turns it off")
+        for name in ("e_scale", "distillation_weight"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} is {value}; it must be finite and not negative")
+        for name in ("dropout_every", "rotation", "exit_every", "chunk_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        self._check_exits()
+
+    def _check_exits(self) -> None:
+        for name in ("exits", "fixed_exits"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            object.__setattr__(self, name, tuple(value))
+            if len(set(value)) != len(value):
+                raise ValueError(f"{name} names an exit twice: {list(value)}")
+            if any(exit_layer < 1 for exit_layer in value):
+                raise ValueError(f"{name} is {list(value)}; an exit is a number of layers, from 1")
+        if self.exits is not None and self.exit_every != 1:
+            raise ValueError("exits and exit_every both say where exits are; give one of them")
+        if self.exits == ():
+            raise ValueError("exits is empty; leave it out for every layer, or curriculum='none'")
+
+    @classmethod
+    def preset(cls, regime: str, **changes: Any) -> RecipeConfig:
+        """The paper's settings for a regime, with fields changed by name.
+
+        Args:
+            regime: `pretrain` (from scratch), `continual` (pretraining), `domain` or `task`
+                (finetuning).
+            changes: fields of this class that replace the preset's.
+
+        Raises:
+            ValueError: for an unknown regime or a value that is out of range.
+        """
+        if regime not in _PRESETS:
+            raise ValueError(f"regime is {regime!r}; it can be {', '.join(map(repr, _PRESETS))}")
+        return replace(cls(**_PRESETS[regime]), **changes)
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise ValueError where the recipe does not fit a model of `num_layers` layers."""
+        for name in ("exits", "fixed_exits"):
+            outside = [e for e in getattr(self, name) or () if e > num_layers]
+            if outside:
+                raise ValueError(
+                    f"{name} names {outside}, but the model has {num_layers} layers: "
+                    f"an exit is 1 to {num_layers}"
+                )
+        candidates = len(self.candidates(num_layers))
+        if candidates == 0:
+            raise ValueError(
+                f"exit_every is {self.exit_every}, but the model has {num_layers} layers"
+            )
+        if self.variant == "LD" or self.curriculum != "rotational":
+            return
+        if self.rotation > candidates:
+            raise ValueError(
+                f"rotation is {self.rotation}, but there are {candidates} exits to rotate over: "
+                f"some steps would have none; use at most {candidates}"
+            )
+
+    def candidates(self, num_layers: int) -> tuple[int, ...]:
+        """The exits the curriculum chooses from, ascending."""
+        if self.exits is not None:
+            return tuple(sorted(self.exits))
+        return tuple(range(self.exit_every, num_layers + 1, self.exit_every))

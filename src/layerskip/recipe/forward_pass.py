@@ -1,0 +1,77 @@
+"""One forward pass of a model with the recipe: which rows skip what, and what is noted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerskip.recipe.expert_balance import balancing_loss
+from layerskip.recipe.layer_dropout import run_on_kept_rows, skip_layer
+
+
+@dataclass
+class ForwardPass:
+    """The rows that skip each layer, and the states and routing noted while the pass runs.
+
+    Attributes:
+        skipped: bool [layers, B], True = skipped; None = no layer dropout.
+        wanted: exits whose hidden states are noted.
+        states: hidden states [B, T, D] that left exit E.
+        router_logits: (layer, [tokens, experts]) of a mixture of experts.
+        is_running: False once the pass is over; the draw stays for replays in backward, which note
+            nothing.
+    """
+
+    skipped: Tensor | None
+    wanted: frozenset[int] = frozenset()
+    states: dict[int, Tensor] = field(default_factory=dict)
+    router_logits: list[tuple[int, Tensor]] = field(default_factory=list)
+    is_running: bool = True
+
+    def run_layer(
+        self, number: int, layer: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run layer `number`, from 0, on the rows that do not skip it, and note its output."""
+        if args:
+            hidden, args = args[0], args[1:]
+        else:
+            hidden = kwargs.pop("hidden_states")
+        skipped = None if self.skipped is None else self.skipped[number]
+        output: Any
+        if skipped is None or not skipped.any():
+            output = plain(hidden, *args, **kwargs)
+        elif skipped.all():
+            output = skip_layer(hidden, [p for p in layer.parameters() if p.requires_grad])
+        else:
+            output = run_on_kept_rows(plain, skipped, hidden, args, kwargs)
+        if self.is_running and number + 1 in self.wanted:
+            self.states[number + 1] = output[0] if isinstance(output, tuple) else output
+        return output
+
+    def note_routing(self, number: int, logits: Tensor) -> None:
+        """Keep the logits [tokens, experts] with which layer `number` chose experts."""
+        if self.is_running:
+            self.router_logits.append((number, logits))
+
+    def balancing_loss(self, mask: Tensor | None, rows: int, top_k: int) -> Tensor:
+        """Load balancing loss of the experts over the tokens each layer routed, without padding.
+
+        Args:
+            mask: int [B, T], 0 = padding; another kind of mask is taken as no padding.
+            rows: B.
+            top_k: experts a token is sent to.
+        """
+        routed: Sequence[Tensor] = [logits for _, logits in self.router_logits]
+        if mask is not None and mask.ndim == 2:
+            kept = torch.ones(1, rows, dtype=torch.bool)
+            if self.skipped is not None:
+                kept = ~self.skipped
+            routed = [
+                logits[mask[kept[number % len(kept)].to(mask.device)].flatten() > 0]
+                for number, logits in self.router_logits
+            ]
+        return balancing_loss(routed, top_k)

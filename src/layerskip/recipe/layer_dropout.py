@@ -1,0 +1,142 @@
+"""Layer dropout: rows of a batch skip a decoder layer, and the work is really saved.
+
+LayerSkip (arXiv 2404.16710), section 4.1: `x_{l+1} = x_l + M(p) * f_l(x_l)`. The layer runs on the
+kept rows only; a skipped row passes unchanged, and nothing is rescaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What a decoder layer gets per row has at least (row, token) dimensions; what is one-dimensional is
+# about tokens (cache positions, cumulative lengths). Rotary tables are [rows, tokens, head size];
+# with two dimensions they are the same for all rows, even where B == T.
+_ROW_DIMENSIONS = {"position_embeddings": 3}
+_REFUSED = {
+    "cache": "a KV cache",
+    "past_key_values": "a KV cache",
+    "past_key_value": "a KV cache",
+    "layer_past": "a KV cache",
+    "cu_seq_lens_q": "cumulative sequence lengths with more than one row",
+}
+
+
+def draw_skipped_rows(
+    rates: Sequence[float], rows: int, *, seed: int, step: int, micro_batch: int
+) -> Tensor:
+    """Which rows skip which layers: a Bernoulli draw that depends on the arguments alone.
+
+    Every device draws the same on its own host, so none waits for another. A device with fewer rows
+    (the end of an epoch) gets the first rows of the same draw.
+
+    Args:
+        rates: p_{l,t} of every layer.
+        rows: rows of this batch.
+        seed: the recipe's seed.
+        step: optimizer step.
+        micro_batch: number of the batch within an accumulated one.
+
+    Returns:
+        bool [layers, rows] on the CPU, True = skipped.
+    """
+    generator = torch.Generator()
+    # Odd multipliers keep neighbouring (seed, step, micro_batch) apart; 2**63 is the seed's limit.
+    mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro_batch * 0x94D049BB133111EB
+    generator.manual_seed(mixed % 2**63)
+    uniform = torch.rand(rows, len(rates), generator=generator, dtype=torch.float64)
+    return (uniform < torch.tensor(rates, dtype=torch.float64)).T.contiguous()
+
+
+def run_on_kept_rows(
+    layer: Callable[..., Any],
+    skipped: Tensor,
+    hidden: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run a decoder layer on the rows that do not skip it; at least one must be kept.
+
+    Args:
+        layer: called with (hidden, *args, **kwargs), returns hidden states or a tuple whose first
+            is them.
+        skipped: bool [B] on the CPU.
+        hidden: [B, T, D].
+        args: further positional arguments of the layer.
+        kwargs: keyword arguments; tensors with one entry a row are sliced like hidden.
+
+    Returns:
+        What the layer returns, with hidden states [B, T, D] for all rows.
+
+    Raises:
+        ValueError: for an argument that cannot be sliced by row.
+    """
+    _refuse_unsliceable(args, kwargs)
+    kept = torch.nonzero(~skipped).flatten().to(hidden.device)
+    batch = hidden.shape[0]
+    output = layer(
+        hidden.index_select(0, kept),
+        *(_kept_rows(value, kept, batch, 2) for value in args),
+        **{
+            name: _kept_rows(value, kept, batch, _ROW_DIMENSIONS.get(name, 2))
+            for name, value in kwargs.items()
+        },
+    )
+    kept_output = output[0] if isinstance(output, tuple) else output
+    merged = hidden.to(kept_output.dtype).index_copy(0, kept, kept_output)
+    return (merged, *output[1:]) if isinstance(output, tuple) else merged
+
+
+def _kept_rows(value: Any, kept: Tensor, batch: int, dimensions: int) -> Any:
+    """The kept rows of every tensor in a nested argument; what has no rows stays as it is."""
+    if isinstance(value, Tensor):
+        has_rows = value.ndim >= dimensions and value.shape[0] == batch
+        return value.index_select(0, kept) if has_rows else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_kept_rows(item, kept, batch, dimensions) for item in value)
+    if isinstance(value, dict):
+        return {key: _kept_rows(item, kept, batch, dimensions) for key, item in value.items()}
+    return value
+
+
+def _refuse_unsliceable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for name, what in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"layer dropout cannot take rows out of {what} ({name})")
+    for value in (*args, *kwargs.values()):
+        # A flex attention mask is a function of the row's number, which changes when rows go.
+        if type(value).__name__ == "BlockMask":
+            raise ValueError(
+                "layer dropout does not work with flex attention masks; load the model with "
+                "attn_implementation='sdpa', 'eager' or a flash attention"
+            )
+
+
+class _PassThrough(torch.autograd.Function):
+    """Identity that keeps a wholly skipped layer's parameters in the graph, with no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = len(parameters)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (grad, *([None] * ctx.parameters))
+
+
+def skip_layer(hidden: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """What a layer does that all rows skip: nothing, but its parameters stay in the graph.
+
+    DistributedDataParallel waits for every parameter; one that no row reached would stop it.
+
+    Args:
+        hidden: [B, T, D], returned unchanged.
+        parameters: the layer's trainable parameters.
+    """
+    apply: Any = _PassThrough.apply  # torch leaves it untyped
+    result: Tensor = apply(hidden, *parameters)
+    return result
