@@ -1,7 +1,7 @@
 """The step loop: plain, early exit, and self-speculative decoding of one prompt."""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def generate(
     max_new_tokens: int,
     end_tokens: Collection[int] = (),
     seed: int | None = None,
-) -> Iterator[Step]:
+) -> Generator[Step]:
     """Continue a prompt, step by step, until an end token, `max_new_tokens` or the context's end.
 
     The first step comes from the prompt's own pass. An end token is the last token yielded.
@@ -151,8 +151,9 @@ class _Session:
             cache.lengths.copy_(settled)
             hidden = decoder.run(draft.exit_states, exit_layer, len(decoder.layers), cache)
             accepted, last = self._accept(draft.tokens, draft.probabilities, decoder.logits(hidden))
-            *tokens, count = torch.cat([draft.tokens[0], last[0], accepted]).tolist()
-            tokens = (*tokens[:count], tokens[-1])  # one synchronisation with the device a round
+            # One synchronisation with the device a round.
+            *drafted, own, count = torch.cat([draft.tokens[0], last[0], accepted]).tolist()
+            tokens = (*drafted[:count], own)
             cache.lengths += count + 1
             if self.history is not None:
                 self.history.extend(torch.tensor([tokens], device=decoder.device))

@@ -157,9 +157,11 @@ class LayerSkipModel:
     def generate(self, prompt: Prompt, **options: Any) -> Generation: ...
 
     @overload
-    def generate(self, prompt: Sequence[Prompt], **options: Any) -> list[Generation]: ...
+    def generate(
+        self, prompt: Sequence[str] | Sequence[Sequence[int]], **options: Any
+    ) -> list[Generation]: ...
 
-    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
+    def generate(self, prompt: Any, **options: Any) -> Any:
         """Answer a prompt, or a list of prompts one after the other.
 
         Args:
@@ -175,7 +177,7 @@ class LayerSkipModel:
         """
         if _is_batch(prompt):
             return [self.generate(one, **options) for one in prompt]
-        answer = self.answer(prompt, **options)  # type: ignore[arg-type]
+        answer = self.answer(prompt, **options)
         for _ in answer:
             pass
         return answer.generation
@@ -260,13 +262,14 @@ class LayerSkipModel:
         Raises:
             ValueError: it is no prompt, or it needs a tokenizer or chat template that is not there.
         """
-        if not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt):
-            return [int(part) for part in prompt]  # type: ignore[call-overload]
+        ids = [part for part in prompt if isinstance(part, int)]
+        if len(ids) == len(prompt):
+            return ids
         if self.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer; give the prompt as token ids")
         if isinstance(prompt, str):
-            ids: list[int] = self.tokenizer.encode(prompt)
-            return ids
+            encoded: list[int] = self.tokenizer.encode(prompt)
+            return encoded
         if not all(
             isinstance(part, Mapping) and {"role", "content"} <= set(part) for part in prompt
         ):
@@ -274,7 +277,7 @@ class LayerSkipModel:
         if not self.tokenizer.chat_template:
             raise ValueError("this checkpoint has no chat template; give the prompt as a text")
         text = self.tokenizer.apply_chat_template(
-            [dict(part) for part in prompt],  # type: ignore[arg-type]
+            [dict(part) for part in prompt if isinstance(part, Mapping)],
             tokenize=False,
             add_generation_prompt=True,
         )

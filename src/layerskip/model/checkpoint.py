@@ -43,9 +43,9 @@ def load(path: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") 
     gguf_path = _gguf_in(path)
     tensors: Tensors
     if gguf_path is not None:
-        tensors = GgufFile(gguf_path)
-        architecture = tensors.architecture()
-        end_token = tensors.field("tokenizer.ggml.eos_token_id")
+        tensors = file = GgufFile(gguf_path)
+        architecture = file.architecture()
+        end_token = file.field("tokenizer.ggml.eos_token_id")
         config = {} if end_token is None else {"eos_token_id": int(end_token)}
     else:
         config = _config(path)

