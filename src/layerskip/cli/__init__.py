@@ -1,0 +1,87 @@
+"""The command line: one file a command; each parses, calls the library, and prints."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+import layerskip
+
+_COMMANDS = {
+    "demo": "the three ways of decoding side by side on a real model",
+    "pull": "fetch a built-in model into the cache",
+    "generate": "answer a prompt",
+    "chat": "talk with a model",
+}
+
+
+class _Commands(click.Group):
+    """Imports a command's module only when it is called, so that --help answers at once."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"layerskip.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(layerskip.__version__, prog_name="layerskip")
+def layerskip_command() -> None:
+    """Make one language model faster by itself.
+
+    Early layers draft, the remaining layers verify: the same answers, sooner.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program and exit: 0 on success, 2 for a usage error, 1 for a failure."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the program and return its exit status; a failure is one line on stderr."""
+    state = {"debug": False}
+    try:
+        status = layerskip_command.main(
+            list(arguments), prog_name="layerskip", standalone_mode=False, obj=state
+        )
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "layerskip"
+        _say(f"{error.format_message()} (see {command} --help)")
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        _say("interrupted")
+        return 130
+    except BrokenPipeError:  # the reader of our output has left; that is no failure of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if state["debug"]:
+            raise
+        _say(_one_line(error))
+        return 1
+    return status if isinstance(status, int) else 0
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError | OSError | click.ClickException) and text:
+        return text
+    if isinstance(error, MemoryError):
+        return "out of memory; try --dtype bfloat16 or a smaller model"
+    return f"{type(error).__name__}: {text} (--debug shows the traceback)"
+
+
+def _say(line: str) -> None:
+    print(f"layerskip: {line}", file=sys.stderr)

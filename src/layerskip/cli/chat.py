@@ -1,0 +1,99 @@
+"""`layerskip chat`: a conversation with a model."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from layerskip.cli import options, show
+from layerskip.decoding import LayerSkipModel, PromptError
+
+_HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"
+
+
+@click.command("chat")
+@click.option("--system", help="A system message at the head of the conversation.")
+@options.model_options
+@options.decoding_options
+@options.view_options
+@options.result_options
+@options.debug_option
+def command(
+    system: str | None,
+    stats: bool,
+    show_draft: bool,
+    as_json: bool,
+    output: Path | None,
+    **flags: Any,
+) -> None:
+    """Talk with a model; the conversation so far is part of every prompt.
+
+    /reset forgets the conversation, /quit or Ctrl-D ends it. Ctrl-C stops an answer, and ends the
+    program where no answer is being written.
+
+    \b
+    Examples:
+      layerskip chat
+      layerskip chat --system "Answer in one sentence." --temperature 0.7 --seed 1 --stats
+    """
+    options.check_output(output)
+    model = options.load_model(flags)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print(_HELP, file=sys.stderr)
+    if show_draft and not as_json:
+        show.show_legend()
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    messages = list(opening)
+    results = []
+    while (text := _next_line(interactive)) is not None:
+        if not text.strip():
+            continue
+        if text.strip() == "/quit":
+            break
+        if text.strip() == "/reset":
+            messages = list(opening)
+            continue
+        messages.append({"role": "user", "content": text})
+        try:
+            result = _answer(model, messages, flags, stats, show_draft, quiet=as_json)
+        except PromptError as error:
+            print(f"layerskip: {error} (/reset forgets the conversation)", file=sys.stderr)
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": result["text"]})
+        results.append(result)
+    options.deliver(results, as_json=as_json, output=output)
+
+
+def _answer(
+    model: LayerSkipModel,
+    messages: list[dict[str, str]],
+    flags: dict[str, Any],
+    stats: bool,
+    show_draft: bool,
+    quiet: bool,
+) -> dict[str, Any]:
+    answer = model.answer(messages, **options.decoding_arguments(flags))
+    try:
+        if quiet:
+            for _ in answer:
+                pass
+        else:
+            show.show_pieces(answer, show_draft=show_draft)
+    except KeyboardInterrupt:  # the part that was written stays in the conversation
+        print("\n(stopped)", file=sys.stderr)
+    generation = answer.generation
+    if stats:
+        show.show_stats(generation)
+    return generation.to_dict()
+
+
+def _next_line(interactive: bool) -> str | None:
+    try:
+        return input("> " if interactive else "")
+    except EOFError:
+        if interactive:
+            print()
+        return None

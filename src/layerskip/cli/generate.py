@@ -1,0 +1,117 @@
+"""`layerskip generate`: answer one prompt or a file of prompts."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import track
+
+from layerskip.cli import options, show
+from layerskip.decoding import Generation
+
+
+@click.command("generate")
+@click.option("--prompt", help="The prompt; without it, standard input is one prompt.")
+@click.option(
+    "--prompts",
+    "prompts_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help='A file of prompts: .jsonl with a field "prompt" or "messages", else one prompt a line.',
+)
+@click.option("--chat", is_flag=True, help="Wrap each prompt in the model's chat template.")
+@options.model_options
+@options.decoding_options
+@options.view_options
+@options.result_options
+@options.debug_option
+def command(
+    prompt: str | None,
+    prompts_file: Path | None,
+    chat: bool,
+    stats: bool,
+    show_draft: bool,
+    as_json: bool,
+    output: Path | None,
+    **flags: Any,
+) -> None:
+    """Continue a prompt; the answer is streamed to stdout.
+
+    \b
+    Examples:
+      layerskip generate --prompt "Once upon a time" --max-new-tokens 64
+      layerskip generate --chat --prompt "Name three rivers in Europe." --stats
+      layerskip generate --mode self-speculative --exit-layer 25 --draft-tokens 2 \\
+          --prompt "def fib(n):" --show-draft
+      echo "Once upon a time" | layerskip generate --json
+      layerskip generate --prompts prompts.jsonl --output answers.json
+    """
+    if prompt is not None and prompts_file is not None:
+        raise click.UsageError("--prompt and --prompts exclude each other")
+    options.check_output(output)
+    prompts = _prompts(prompt, prompts_file, chat)
+    model = options.load_model(flags)
+    arguments = options.decoding_arguments(flags)
+    quiet = as_json or output is not None
+    if show_draft and not quiet:
+        show.show_legend()
+    generations: list[Generation] = []
+    for i, one in enumerate(_with_progress(prompts) if quiet else prompts):
+        answer = model.answer(one, **arguments)
+        if quiet:
+            for _ in answer:
+                pass
+        else:
+            if i:
+                print()
+            show.show_pieces(answer, show_draft=show_draft)
+        generations.append(answer.generation)
+        if stats:
+            show.show_stats(generations[-1])
+    results = [generation.to_dict() for generation in generations]
+    if quiet:
+        several = prompts_file is not None
+        options.deliver(results if several else results[0], as_json=as_json, output=output)
+
+
+def _prompts(prompt: str | None, file: Path | None, chat: bool) -> list[Any]:
+    if file is not None:
+        prompts = list(_read_prompts(file))
+        if not prompts:
+            raise ValueError(f"{file} holds no prompt")
+    else:
+        if prompt is None and sys.stdin.isatty():
+            raise click.UsageError("give a prompt with --prompt or --prompts, or on standard input")
+        prompts = [sys.stdin.read().removesuffix("\n") if prompt is None else prompt]
+    if not chat:
+        return prompts
+    return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+
+
+def _read_prompts(file: Path) -> Iterator[Any]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if file.suffix != ".jsonl":
+            yield line
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: no JSON ({error})") from error
+        found = isinstance(row, dict) and (row.get("prompt") or row.get("messages"))
+        if not found:
+            raise ValueError(f'{file}, line {number}: a field "prompt" or "messages" is needed')
+        yield found
+
+
+def _with_progress(prompts: list[Any]) -> Iterable[Any]:
+    console = Console(stderr=True)
+    return track(prompts, "answering", console=console, disable=not console.is_terminal)

@@ -1,0 +1,202 @@
+"""Flags that several commands share, and what they stand for."""
+
+import contextlib
+import functools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from layerskip.decoding import MODES, LayerSkipModel
+from layerskip.model.source import BUILTIN_MODELS, DEFAULT_MODEL, is_pulled, pull
+
+Command = Callable[..., Any]
+
+
+def _stack(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
+
+
+def _note_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and ctx.obj is not None:
+        ctx.obj["debug"] = True
+
+
+debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_note_debug,
+    help="Show the traceback of a failure.",
+)
+result_options = _stack(
+    click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document."),
+    click.option(
+        "--output",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Write the result as one JSON document to a file.",
+    ),
+)
+model_options = _stack(
+    click.option(
+        "--model",
+        default=DEFAULT_MODEL,
+        show_default=True,
+        help=f"A checkpoint folder, a GGUF file, a hub id, or one of: {', '.join(BUILTIN_MODELS)}.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Default: bfloat16 where the machine computes it natively, else float32.",
+    ),
+    click.option(
+        "--weights",
+        type=click.Choice(["16bit"]),
+        default="16bit",
+        show_default=True,
+        help="How weights are kept.",
+    ),
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."),
+    click.option("--threads", type=click.IntRange(min=1), help="CPU threads to use."),
+)
+decoding_options = _stack(
+    click.option(
+        "--mode",
+        type=click.Choice(["auto", *MODES]),
+        default="auto",
+        show_default=True,
+        help="auto: self-speculative where the checkpoint or --exit-layer says so, else plain.",
+    ),
+    click.option(
+        "--exit-layer",
+        type=click.IntRange(min=1),
+        metavar="E",
+        help="How many layers have run when the model exits, 1 to all.",
+    ),
+    click.option(
+        "--draft-tokens",
+        type=click.IntRange(min=0),
+        metavar="d",
+        help="How many tokens are drafted in a round.",
+    ),
+    click.option(
+        "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N"
+    ),
+    click.option(
+        "--temperature",
+        type=click.FloatRange(min=0.0),
+        default=0.0,
+        show_default=True,
+        help="0 is greedy.",
+    ),
+    click.option("--top-k", type=click.IntRange(min=1), help="Keep the k most likely tokens."),
+    click.option(
+        "--top-p",
+        type=click.FloatRange(min=0.0, min_open=True, max=1.0),
+        help="Keep the most likely tokens up to this probability.",
+    ),
+    click.option(
+        "--min-p",
+        type=click.FloatRange(min=0.0, max=1.0),
+        help="Keep tokens of at least this share of the highest probability.",
+    ),
+    click.option(
+        "--repetition-penalty",
+        type=click.FloatRange(min=0.0, min_open=True),
+        default=1.0,
+        show_default=True,
+    ),
+    click.option("--seed", type=int, help="Makes sampling repeatable."),
+    click.option(
+        "--stop", multiple=True, metavar="TEXT", help="End the answer here; may be repeated."
+    ),
+    click.option("--ignore-eos", is_flag=True, help="Go on after an end token."),
+)
+view_options = _stack(
+    click.option("--stats", is_flag=True, help="Print speed and acceptance to stderr."),
+    click.option(
+        "--show-draft",
+        is_flag=True,
+        help="Colour the answer by where each token came from (brackets where there is no colour).",
+    ),
+)
+DECODING_FIELDS = [
+    "mode",
+    "exit_layer",
+    "draft_tokens",
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "ignore_eos",
+]
+
+
+def load_model(flags: dict[str, Any]) -> LayerSkipModel:
+    """The model that the flags of `model_options` describe, with a word on stderr while it loads."""
+    if flags["threads"] is not None:
+        import torch
+
+        torch.set_num_threads(flags["threads"])
+    name = flags["model"]
+    if name in BUILTIN_MODELS and not is_pulled(name) and not Path(name).exists():
+        fetch(name)
+    with waiting(f"loading {name}"):
+        return LayerSkipModel.from_pretrained(
+            name, dtype=flags["dtype"], weights=flags["weights"], device=flags["device"]
+        )
+
+
+def fetch(name: str) -> Path:
+    """Pull a built-in model and say so on stderr."""
+    console = Console(stderr=True, highlight=False)
+    return pull(name, lambda line: console.print(f"{name}: {line} ..."))
+
+
+def decoding_arguments(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of `decoding_options` as arguments of `LayerSkipModel.answer`."""
+    return {name: flags[name] for name in DECODING_FIELDS}
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A spinner on stderr, where that is a terminal."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(what):
+            yield
+    else:
+        yield
+
+
+def deliver(result: Any, *, as_json: bool, output: Path | None) -> None:
+    """Print the result as JSON, write it to a file, or both; the file appears whole or not at all."""
+    text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+    if output is not None:
+        handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(temporary, output)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    if as_json:
+        sys.stdout.write(text)
+
+
+def check_output(output: Path | None) -> None:
+    """Refuse an output file that cannot be written before any long work starts."""
+    if output is not None and not output.absolute().parent.is_dir():
+        raise click.UsageError(f"the folder of --output {output} does not exist")

