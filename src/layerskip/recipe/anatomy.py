@@ -23,14 +23,27 @@ class Anatomy:
     Attributes:
         model: the causal LM.
         layers: its decoder layers, first to last.
-        norm: the final norm.
-        head: the LM head.
+        norm_name: name of the final norm in its decoder.
     """
 
     model: PreTrainedModel
     layers: nn.ModuleList
-    norm: nn.Module
-    head: nn.Module
+    norm_name: str
+
+    # Norm and head are looked up at each use: PEFT may have put its own modules there since.
+    @property
+    def norm(self) -> nn.Module:
+        """The final norm."""
+        model: Any = self.model  # transformers leaves its lookups untyped
+        norm: nn.Module = getattr(model.get_decoder(), self.norm_name)
+        return norm
+
+    @property
+    def head(self) -> nn.Module:
+        """The LM head."""
+        model: Any = self.model  # transformers leaves its lookups untyped
+        head: nn.Module = model.get_output_embeddings()
+        return head
 
     @property
     def vocabulary(self) -> int:
@@ -44,7 +57,8 @@ class Anatomy:
 
     def routers(self, layer: nn.Module) -> list[tuple[nn.Module, int]]:
         """Modules of a layer that choose experts, and where in their output the logits are."""
-        decoder: Any = self.model.get_decoder()  # type: ignore[no-untyped-call]
+        model: Any = self.model
+        decoder = model.get_decoder()
         recorder = decoder._can_record_outputs.get("router_logits")
         if recorder is None:
             return []
@@ -126,7 +140,7 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     Raises:
         ValueError: where one of them is not where decoders have it.
     """
-    lookup: Any = model  # transformers leaves these two untyped
+    lookup: Any = model
     decoder, head = lookup.get_decoder(), lookup.get_output_embeddings()
     name = type(model).__name__
     if head is None or decoder is model:
@@ -135,10 +149,10 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     if layers is None or len(layers) != count:
         raise ValueError(f"the recipe does not fit {name}: its list of {count} layers is not found")
-    norm = next((m for _, m in _children(decoder, _FINAL_NORMS)), None)
-    if norm is None:
+    norm_name = next((n for n, _ in _children(decoder, _FINAL_NORMS)), None)
+    if norm_name is None:
         raise ValueError(f"the recipe does not fit {name}: its final norm is not found")
-    return Anatomy(model, layers, norm, head)
+    return Anatomy(model, layers, norm_name)
 
 
 def _children(module: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:

@@ -1,0 +1,358 @@
+"""The recipe on real (tiny, random) models of every family, float32."""
+
+import copy
+
+import pytest
+import torch
+from conftest import FAMILIES, LAYERS, batch_of, build
+from torch.nn import functional
+
+from layerskip.recipe import RecipeConfig, attach, detach
+from layerskip.recipe.forward_pass import ForwardPass
+
+ALL = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.0)
+DROPPING = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.6)
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def attached(model, recipe=ALL, step=0):
+    handle = attach(model, recipe)
+    handle.set_step(step, 100)
+    return handle
+
+
+def step_of(model, **batch):
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def same(actual, expected, rtol=1e-4, atol=1e-5):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=rtol, atol=atol)
+
+
+def row_by_row(model, handle, recipe, batch):
+    """The recipe's loss by the definition: each row alone, without the layers it skips."""
+    handle.set_step(0, 100)
+    skipped = handle._draw((batch["input_ids"],), {})
+    logits = {e: [] for e in range(1, LAYERS + 1)}
+    for row in range(len(batch["input_ids"])):
+        inputs = {k: v[row : row + 1] for k, v in batch.items() if k != "labels"}
+        only_row = None if skipped is None else skipped[:, row : row + 1]
+        with handle._running(ForwardPass(only_row, frozenset(logits))) as this:
+            handle._plain_forward(**inputs, use_cache=False, **handle._without_balancing())
+            for exit_layer in logits:
+                logits[exit_layer].append(handle._anatomy.shared_exit(this.states[exit_layer]))
+    labels = batch["labels"][:, 1:].flatten()
+    losses = [
+        functional.cross_entropy(torch.cat(rows)[:, :-1].flatten(0, 1), labels)
+        for rows in logits.values()
+    ]
+    return sum(losses) / LAYERS
+
+
+@families
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_a_batch_trains_as_its_rows_alone(family, padding):
+    model = build(family, output_router_logits=False)
+    handle = attached(model, DROPPING)
+    batch = batch_of(padding=padding)
+    loss, gradients = step_of(model, **batch)
+    assert handle._pass.skipped.any()
+    model.zero_grad()
+    expected = row_by_row(model, handle, DROPPING, batch)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
+    same(gradients, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+
+
+@families
+def test_the_last_exit_alone_is_plain_training(family):
+    model = build(family)
+    batch = batch_of()
+    loss, gradients = step_of(model, **batch)
+    attached(model, RecipeConfig(curriculum="none", p_max=0.0))
+    attached_loss, attached_gradients = step_of(model, **batch)
+    torch.testing.assert_close(attached_loss, loss)
+    same(attached_gradients, gradients)
+    with_items = model(**batch, num_items_in_batch=torch.tensor(10)).loss
+    detach(model)
+    torch.testing.assert_close(with_items, model(**batch, num_items_in_batch=torch.tensor(10)).loss)
+
+
+@families
+def test_gradient_checkpointing_replays_the_same_rows(family):
+    model = build(family)
+    attached(model, DROPPING)
+    batch = batch_of()
+    loss, gradients = step_of(model, **batch)
+    for reentrant in (False, True):
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        attached_handle = model._layerskip_recipe
+        attached_handle.set_step(0, 100)
+        checkpointed_loss, checkpointed = step_of(model, **batch)
+        torch.testing.assert_close(checkpointed_loss, loss)
+        if family not in ("mixtral", "qwen3_moe") or not reentrant:
+            # The reentrant kind has no gradient for the routers' balance, in transformers too.
+            same(checkpointed, gradients)
+
+
+@families
+def test_attach_and_detach_leave_no_trace(family):
+    model = build(family).eval()
+    names = list(model.state_dict())
+    batch = batch_of()
+    before = model(**batch)
+    forwards = [m.__dict__.get("forward") for m in model.modules()]
+    attached(model, DROPPING)
+    assert list(model.state_dict()) == names
+    inside = model(**batch)
+    assert torch.equal(inside.logits, before.logits)
+    assert torch.equal(inside.loss, before.loss)
+    detach(model)
+    assert [m.__dict__.get("forward") for m in model.modules()] == forwards
+    assert not model.training
+
+
+def test_checkpoints_are_the_plain_ones(llama, tmp_path):
+    attached(llama, DROPPING)
+    llama.save_pretrained(tmp_path)
+    again = type(llama).from_pretrained(tmp_path)
+    assert list(again.state_dict()) == list(llama.state_dict())
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, llama.state_dict()[name])
+
+
+@pytest.mark.parametrize("exit_layer", range(1, LAYERS + 1))
+def test_an_exit_trains_exactly_the_layers_below_it(llama, exit_layer, monkeypatch):
+    handle = attached(llama)
+    weights = {e: float(e == exit_layer) for e in range(1, LAYERS + 1)}
+    monkeypatch.setattr(type(handle), "exit_weights", property(lambda _: weights))
+    step_of(llama, **batch_of())
+    for number, layer in enumerate(llama.model.layers):
+        reached = [bool(p.grad.any()) if p.grad is not None else False for p in layer.parameters()]
+        assert set(reached) == {number < exit_layer}
+    assert llama.lm_head.weight.grad.any()
+    assert llama.model.norm.weight.grad.any()
+
+
+def test_work_of_a_skipped_row_is_saved(llama):
+    seen = []
+    handle = attached(llama, DROPPING)
+    for layer in llama.model.layers:
+        layer.mlp.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    llama(**batch_of(rows=8))
+    kept = (~handle._pass.skipped).sum(1).tolist()
+    assert seen == [n for n in kept if n]
+    assert sum(seen) < 8 * LAYERS
+
+
+def test_no_layer_is_skipped_in_evaluation_or_without_gradients(llama):
+    handle = attached(llama, DROPPING)
+    with torch.no_grad():
+        expected = llama(**batch_of()).loss
+    assert torch.equal(llama.eval()(**batch_of()).loss, expected)
+    assert handle._micro_batch == 0
+
+
+def test_accumulated_batches_are_one_batch(llama):
+    attached(llama, ALL)
+    batch = batch_of(rows=8)
+    items = (batch["labels"][:, 1:] != -100).sum()
+    _, expected = step_of(llama, **batch, num_items_in_batch=items)
+    llama.zero_grad()
+    for start in range(0, 8, 2):
+        part = {name: value[start : start + 2] for name, value in batch.items()}
+        llama(**part, num_items_in_batch=items).loss.backward()
+    same({n: p.grad for n, p in llama.named_parameters()}, expected)
+
+
+def test_evaluation_between_accumulated_batches_changes_nothing(llama):
+    handle = attached(llama, DROPPING)
+    batch = batch_of()
+    expected = [llama(**batch).loss.item() for _ in range(2)]
+    assert expected[0] != expected[1]
+    handle.set_step(0, 100)
+    first = llama(**batch).loss.item()
+    llama.eval()(**batch)
+    handle.evaluate((2,), batch)
+    second = llama.train()(**batch).loss.item()
+    assert [first, second] == expected
+    handle.set_step(0, 100)
+    assert llama(**batch).loss.item() == first
+
+
+def test_evaluate_gives_each_exit(llama):
+    handle = attached(llama.eval(), DROPPING)
+    batch = batch_of()
+    losses = handle.evaluate((1, 3), batch)
+    assert losses.exits == (1, 3, LAYERS)
+    mean = losses.loss_sums[-1] / losses.tokens
+    torch.testing.assert_close(mean, llama(**batch).loss.detach())
+    with pytest.raises(ValueError, match="no labels"):
+        handle.evaluate((1,), {"input_ids": batch["input_ids"]})
+
+
+def test_packed_sequences(llama):
+    """Two documents in a row, told apart by their positions, train as two rows."""
+    attached(llama, ALL)
+    rows = batch_of(rows=4, tokens=8)
+    rows["labels"][:, 3:] = rows["input_ids"][:, 3:]
+    del rows["attention_mask"]
+    _, expected = step_of(llama, **rows)
+    packed = {name: value.reshape(2, 16) for name, value in rows.items()}
+    packed["position_ids"] = torch.arange(8).repeat(2, 2)
+    loss, gradients = step_of(llama, **packed)
+    same(gradients, expected)
+    detach(llama)
+    # With rows skipped: the same as each pack alone.
+    handle = attached(llama, DROPPING)
+    loss, _ = step_of(llama, **packed)
+    assert handle._pass.skipped.any()
+    torch.testing.assert_close(loss, row_by_row(llama, handle, DROPPING, packed).detach())
+
+
+def test_one_row_that_is_skipped(llama):
+    handle = attached(llama, RecipeConfig(p_max=0.999, curriculum="none"))
+    step_of(llama, **batch_of(rows=1))
+    assert handle._pass.skipped[-1].all()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers renamed
+@pytest.mark.parametrize("order", ["attach first", "PEFT first"])
+def test_lora(llama, order):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj", "lm_head"])
+    if order == "attach first":
+        attached(llama, DROPPING)
+        model = peft.get_peft_model(llama, config)
+    else:
+        model = peft.get_peft_model(llama, config)
+        attached(model, DROPPING)
+    _, gradients = step_of(model, **batch_of())
+    assert len(gradients) == 2 * (2 * LAYERS + 1)
+    assert any(g.any() for n, g in gradients.items() if "lm_head" in n)
+    detach(model)
+
+
+def test_autocast_in_bfloat16(llama):
+    attached(llama, DROPPING)
+    batch = batch_of()
+    loss, gradients = step_of(llama, **batch)
+    llama._layerskip_recipe.set_step(0, 100)
+    with torch.autocast("cpu", torch.bfloat16):
+        low_loss, low_gradients = step_of(llama, **batch)
+    assert low_loss.dtype == torch.float32
+    torch.testing.assert_close(low_loss, loss, rtol=0.02, atol=0.02)
+    for name, gradient in gradients.items():
+        distance = (low_gradients[name] - gradient).norm() / gradient.norm()
+        assert distance < 0.1, name
+
+
+def test_bfloat16_weights(llama):
+    attached(llama.bfloat16(), DROPPING)
+    _, gradients = step_of(llama, **batch_of())
+    assert all(g.dtype == torch.bfloat16 for g in gradients.values())
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile itself
+def test_compiled(llama):
+    attached(llama, DROPPING)
+    plain = [step_of(llama, **batch_of(seed=seed)) for seed in range(3)]
+    llama._layerskip_recipe.set_step(0, 100)
+    compiled = torch.compile(llama, backend="aot_eager")
+    for seed, (loss, gradients) in enumerate(plain):
+        llama.zero_grad()
+        compiled_loss = compiled(**batch_of(seed=seed)).loss
+        compiled_loss.backward()
+        torch.testing.assert_close(compiled_loss.detach(), loss)
+        same({n: p.grad for n, p in llama.named_parameters() if p.grad is not None}, gradients)
+
+
+def test_tuple_output(llama):
+    attached(llama, ALL)
+    outputs = llama(**batch_of(), return_dict=False)
+    assert isinstance(outputs, tuple)
+    assert outputs[0].ndim == 0
+
+
+def test_the_step_must_be_known(llama):
+    attach(llama, ALL)
+    with pytest.raises(ValueError, match="call attach"):
+        llama(**batch_of())
+
+
+def test_a_curriculum_over_training_needs_its_length(llama):
+    handle = attach(llama, RecipeConfig(curriculum="gradual"))
+    with pytest.raises(ValueError, match="number of training steps"):
+        handle.set_step(0)
+    with pytest.raises(ValueError, match="steps count from 0"):
+        handle.set_step(-1)
+
+
+def test_attaching_twice_and_detaching_without(llama):
+    attach(llama, ALL)
+    with pytest.raises(ValueError, match="already has a recipe"):
+        attach(llama, ALL)
+    detach(llama)
+    with pytest.raises(ValueError, match="no recipe attached"):
+        detach(llama)
+
+
+def test_a_model_whose_exit_is_something_else_is_refused(llama):
+    llama.lm_head.register_forward_hook(lambda _, __, logits: logits)
+    attach(llama, ALL)
+    detach(llama)
+    plain = type(llama).forward
+
+    class Odd(type(llama)):
+        def forward(self, *args, **kwargs):
+            outputs = plain(self, *args, **kwargs)
+            outputs.logits = outputs.logits + 1
+            return outputs
+
+    llama.__class__ = Odd
+    with pytest.raises(ValueError, match=r"does not fit Odd: its logits"):
+        attach(llama, ALL)
+    assert "forward" not in llama.__dict__
+    assert not hasattr(llama, "_layerskip_recipe")
+
+
+def test_other_models_are_refused():
+    from transformers import BertConfig, BertModel, LlamaModel
+
+    with pytest.raises(ValueError, match="not Linear"):
+        attach(torch.nn.Linear(2, 2), ALL)
+    with pytest.raises(ValueError, match="LlamaModel has no LM head"):
+        attach(LlamaModel(build("llama").config), ALL)
+    config = BertConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=9
+    )
+    with pytest.raises(ValueError, match="BertModel"):
+        attach(BertModel(config), ALL)
+
+
+def test_layers_that_are_not_found(llama):
+    llama.model.layers = llama.model.layers[:2]
+    with pytest.raises(ValueError, match="its list of 4 layers is not found"):
+        attach(llama, ALL)
+
+
+def test_rows_that_are_not_independent_are_refused(llama):
+    mlp = llama.model.layers[1].mlp
+    mlp.register_forward_hook(lambda _, __, out: out + out.mean(0, keepdim=True))
+    with pytest.raises(ValueError, match="rows of a batch independently"):
+        attach(llama, ALL)
+
+
+def test_a_copy_made_before_attaching_is_untouched(llama):
+    other = copy.deepcopy(llama)
+    attach(llama, ALL)
+    other(**batch_of())

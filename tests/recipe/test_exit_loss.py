@@ -1,0 +1,131 @@
+"""The chunked loss against the same sum written out with whole logits, float32."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from layerskip.recipe.exit_loss import exit_losses
+from layerskip.recipe.expert_balance import balancing_loss
+
+ROWS, TOKENS, HIDDEN, VOCABULARY = 3, 7, 8, 23
+WEIGHTS = {2: 0.2, 3: 0.3, 5: 0.5}
+
+
+def setting(cap=None):
+    torch.manual_seed(0)
+    norm = torch.nn.LayerNorm(HIDDEN)
+    head = torch.nn.Linear(HIDDEN, VOCABULARY)
+    states = {e: torch.randn(ROWS, TOKENS, HIDDEN, requires_grad=True) for e in WEIGHTS}
+    labels = torch.randint(0, VOCABULARY, (ROWS, TOKENS))
+    labels[0, :4] = labels[1, 6] = -100
+    parameters = [*norm.parameters(), *head.parameters()]
+
+    def shared_exit(hidden):
+        logits = head(norm(hidden))
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return states, labels, shared_exit, parameters
+
+
+def reference(states, labels, shared_exit, items, distillation_weight):
+    teacher = shared_exit(states[5]).log_softmax(-1).detach()
+    kept = labels != -100
+    loss = 0
+    for exit_layer, weight in WEIGHTS.items():
+        logits = shared_exit(states[exit_layer])
+        exit_loss = functional.cross_entropy(logits[kept], labels[kept], reduction="sum")
+        if exit_layer != 5:
+            divergence = functional.kl_div(
+                logits.log_softmax(-1)[kept], teacher[kept], reduction="sum", log_target=True
+            )
+            exit_loss = exit_loss + distillation_weight * divergence
+        loss = loss + weight * exit_loss / items
+    return loss
+
+
+@pytest.mark.parametrize("distillation_weight", [0.0, 0.7])
+@pytest.mark.parametrize("chunk", [None, 1, 4])
+@pytest.mark.parametrize("cap", [None, 0.5])
+def test_loss_and_gradients(distillation_weight, chunk, cap):
+    states, labels, shared_exit, parameters = setting(cap)
+    leaves = [*states.values(), *parameters]
+    expected = reference(states, labels, shared_exit, 11.0, distillation_weight)
+    expected_gradients = torch.autograd.grad(2 * expected, leaves)
+    losses = exit_losses(
+        states,
+        labels,
+        WEIGHTS,
+        shared_exit,
+        parameters,
+        num_items=11.0,
+        distillation_weight=distillation_weight,
+        chunk_tokens=chunk,
+        vocabulary=VOCABULARY,
+    )
+    gradients = torch.autograd.grad(2 * losses.loss, leaves)
+    torch.testing.assert_close(losses.loss, expected)
+    for actual, wanted in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+
+
+def run(states, labels, shared_exit, parameters, **options):
+    return exit_losses(
+        states, labels, WEIGHTS, shared_exit, parameters, vocabulary=VOCABULARY, **options
+    )
+
+
+def test_each_exits_own_figures():
+    states, labels, shared_exit, parameters = setting()
+    losses = run(states, labels, shared_exit, parameters)
+    kept = labels != -100
+    assert losses.exits == (2, 3, 5)
+    assert losses.tokens == kept.sum() == 16
+    for index, exit_layer in enumerate(losses.exits):
+        logits = shared_exit(states[exit_layer])[kept]
+        expected = functional.cross_entropy(logits, labels[kept], reduction="sum")
+        torch.testing.assert_close(losses.loss_sums[index], expected.detach())
+        assert losses.correct[index] == (logits.argmax(-1) == labels[kept]).sum()
+    mean = (torch.tensor(list(WEIGHTS.values())) * losses.loss_sums / 16).sum()
+    torch.testing.assert_close(losses.loss.detach(), mean)
+
+
+def test_a_batch_without_labels_has_no_loss_and_no_gradient():
+    states, labels, shared_exit, parameters = setting()
+    losses = run(states, torch.full_like(labels, -100), shared_exit, parameters)
+    losses.loss.backward()
+    assert losses.loss == 0
+    assert all(not p.grad.any() for p in (*parameters, *states.values()))
+
+
+def test_without_gradients_none_are_worked_out():
+    states, labels, shared_exit, parameters = setting()
+    with torch.no_grad():
+        losses = run(states, labels, shared_exit, parameters)
+    assert not losses.loss.requires_grad
+
+
+def test_a_second_backward_says_why_not():
+    losses = run(*setting())
+    losses.loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass only"):
+        losses.loss.backward()
+
+
+def test_logits_exist_for_one_chunk_of_one_exit_at_a_time():
+    states, labels, shared_exit, parameters = setting()
+    sizes = []
+
+    def watched(hidden):
+        sizes.append(len(hidden))
+        return shared_exit(hidden)
+
+    run(states, labels, watched, parameters, chunk_tokens=5)
+    assert sizes == [5] * 9 + [1] * 3  # 16 labelled positions, 3 exits
+
+
+def test_balancing_loss_is_transformers():
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    torch.manual_seed(0)
+    logits = tuple(torch.randn(10, 4) for _ in range(3))
+    torch.testing.assert_close(balancing_loss(logits, 2), load_balancing_loss_func(logits, 4, 2))
