@@ -42,15 +42,14 @@ class KVCache:
             device=device,
         )
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
-        self._layers = list(self.slots.unbind(0))
 
     @property
     def capacity(self) -> int:
         """S: how many positions a row can hold."""
         return self.slots.shape[-2]
 
-    def span(self, n: int) -> "Span":
-        """The next n positions of every row.
+    def span(self, n: int, first_layer: int, last_layer: int) -> "Span":
+        """The next n positions of every row, in layers [first_layer, last_layer).
 
         Raises:
             ValueError: a row has no room for them.
@@ -59,42 +58,62 @@ class KVCache:
         if end > self.capacity:
             raise ValueError(f"the KV cache holds {self.capacity} positions, {end} are needed")
         positions = self.lengths[:, None] + torch.arange(n)
+        slots = self.slots[first_layer:last_layer]
+        even = end - start == n
         return Span(
-            positions=positions.to(self.slots.device), start=start, end=end, even=end - start == n
+            positions=positions.to(slots.device),
+            end=end,
+            even=even,
+            first_layer=first_layer,
+            writable=(slots[..., start:end, :] if even else slots).unbind(0),
+            keys=slots[:, 0, ..., :end, :].unbind(0),
+            values=slots[:, 1, ..., :end, :].unbind(0),
         )
 
-    def write(self, layer: int, span: "Span", keys_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of a span and return all that may be read.
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Positions that one call of `Decoder.run` computes, and the slots that it may touch.
+
+    All views of all layers are made at once: on a CPU, making them one by one costs as much as the
+    attention itself.
+
+    Attributes:
+        positions: [B, T] int64.
+        end: one more than the last position.
+        even: whether all rows start at the same position.
+        first_layer: the layer that the first entry of the next three belongs to.
+        writable: a layer's slots [2, B, KV heads, T, head_dim] at the positions (all S if not even).
+        keys: [B, KV heads, end, head_dim] a layer.
+        values: like keys.
+    """
+
+    positions: Tensor
+    end: int
+    even: bool
+    first_layer: int
+    writable: tuple[Tensor, ...]
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    def write(self, layer: int, keys_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's keys and values and return all that may be read.
 
         Args:
             layer: counted from 0.
-            span: from `span(T)`.
             keys_values: [B, T, 2, KV heads, head_dim], in any floating dtype.
 
         Returns:
             keys and values up to the span's end, each [B, KV heads, end, head_dim].
         """
-        slots = self._layers[layer]
-        if span.even:
-            slots[:, :, :, span.start : span.end].copy_(keys_values.permute(2, 0, 3, 1, 4))
+        index = layer - self.first_layer
+        slots = self.writable[index]
+        if self.even:
+            slots.copy_(keys_values.permute(2, 0, 3, 1, 4))
         else:
             rows = torch.arange(slots.shape[1], device=slots.device)[:, None]
-            slots[:, rows, :, span.positions] = keys_values.to(slots.dtype)
-        keys, values = slots[:, :, :, : span.end].unbind(0)
-        return keys, values
-
-
-@dataclasses.dataclass(frozen=True)
-class Span:
-    """Positions that one call of `Decoder.run` computes.
-
-    `even` says that all rows start at the same position; then `start` is that position.
-    """
-
-    positions: Tensor  # [B, T] int64
-    start: int
-    end: int
-    even: bool
+            slots[:, rows, :, self.positions] = keys_values.to(slots.dtype)
+        return self.keys[index], self.values[index]
 
     def mask(self, window: int | None, dtype: torch.dtype, groups: int) -> Tensor | None:
         """What each query may see, as numbers to add to its scores; None where it sees everything.

@@ -102,7 +102,7 @@ class Decoder:
             return hidden
         a = self.architecture
         b, t, d = hidden.shape
-        span = cache.span(t)
+        span = cache.span(t, start, stop)
         turn = rotary.turns(
             span.positions, self.frequencies, a.n_heads + a.n_kv_heads, a.n_kv_heads
         )
@@ -113,7 +113,7 @@ class Decoder:
         }
         x = hidden.reshape(b * t, d)
         for index in range(start, stop):
-            x = self._layer(x, index, cache, span, turn, masks[windows[index]])
+            x = self._layer(x, index, span, turn, masks[windows[index]])
         return x.view(b, t, d)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -125,25 +125,18 @@ class Decoder:
         return F.rms_norm(x, weight.shape, weight, self.architecture.norm_eps)
 
     def _layer(
-        self, x: Tensor, index: int, cache: KVCache, span: Span, turn: Tensor, mask: Tensor | None
+        self, x: Tensor, index: int, span: Span, turn: Tensor, mask: Tensor | None
     ) -> Tensor:
         """One layer over hidden states [N, D]."""
         w = self.layers[index]
         qkv = w.qkv(self._norm(x, w.attention_norm))
-        attended = self._attention(qkv, w, index, cache, span, turn, mask)
+        attended = self._attention(qkv, index, span, turn, mask)
         x = w.attention_out(attended, x)
         gate, up = w.gate_up(self._norm(x, w.mlp_norm)).chunk(2, dim=-1)
         return w.down(F.silu(gate) * up, x)
 
     def _attention(
-        self,
-        qkv: Tensor,
-        w: Layer,
-        index: int,
-        cache: KVCache,
-        span: Span,
-        turn: Tensor,
-        mask: Tensor | None,
+        self, qkv: Tensor, index: int, span: Span, turn: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Grouped-query attention: [N, (H + 2 KV) * head_dim] to [N, H * head_dim].
 
@@ -153,12 +146,13 @@ class Decoder:
         a = self.architecture
         b, t, heads, half = turn.shape
         kv, groups, head_dim = a.n_kv_heads, a.n_heads // a.n_kv_heads, a.head_dim
-        if w.qk_norm is not None:
-            qkv = self._norm_queries_and_keys(qkv, w.qk_norm)
+        qk_norm = self.layers[index].qk_norm
+        if qk_norm is not None:
+            qkv = self._norm_queries_and_keys(qkv, qk_norm)
         pairs = torch.view_as_complex(qkv.float().view(b, t, heads, half, 2))
         turned = torch.view_as_real(pairs * turn).view(b, t, groups + 2, kv, head_dim)
-        keys, values = cache.write(index, span, turned[:, :, groups:])
-        queries = turned[:, :, :groups].reshape(b, t, kv, groups, head_dim).to(self.dtype)
+        keys, values = span.write(index, turned[:, :, groups:])
+        queries = turned[:, :, :groups].to(self.dtype).view(b, t, kv, groups, head_dim)
         queries = queries.permute(0, 2, 3, 1, 4).reshape(b, kv, groups * t, head_dim)
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         out = out.view(b, kv, groups, t, head_dim).permute(0, 3, 1, 2, 4)

@@ -1,0 +1,221 @@
+"""Plain decoding of this engine against transformers' generate and against the memory ceiling.
+
+SmolLM2-135M, batch 1, 128 tokens after a 128-token prompt, the same weights and the same process:
+
+    python benchmarks/engine.py --output benchmarks/results/engine.json
+
+Rounds are interleaved, so that a machine that drifts hurts all rows alike; figures are medians. The
+ceiling is the bytes of weights that one step reads over the read bandwidth measured in the same run.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from layerskip import LayerSkipModel
+from layerskip.model import Decoder, pull
+
+ROOT = Path(__file__).parent.parent
+PROMPT_TOKENS = NEW_TOKENS = 128
+VERIFY_ROWS = (1, 2, 4, 6, 8, 12, 16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    folder = pull("smollm2-135m")
+    model = LayerSkipModel.from_pretrained(folder, dtype=options.dtype)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file="model.gguf",
+        dtype=getattr(torch, options.dtype),
+        quantization_config=transformers.GgufConfig(
+            dequantize=True
+        ),  # 16-bit weights on both sides
+    ).eval()
+    prompt = model.tokenizer.encode((ROOT / "LICENSE").read_text())[:PROMPT_TOKENS]
+    speeds = speed_of_both(model, reference, prompt, options.rounds)
+    bandwidth = read_bandwidth()
+    weight_bytes = model.decoder.weight_bytes
+    ceiling = bandwidth / weight_bytes
+    plain, theirs = speeds["layerskip plain"], speeds["transformers generate"]
+    result = {
+        "environment": environment(options),
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": NEW_TOKENS,
+        "tokens_per_s": speeds,
+        "read_bandwidth_gb_per_s": bandwidth / 1e9,
+        "weight_bytes": weight_bytes,
+        "ceiling_tokens_per_s": ceiling,
+        "speedup_over_transformers": plain / theirs,
+        "share_of_ceiling": plain / ceiling,
+        "verify_ms": verify_cost(model.decoder, options.rounds),
+        "step_parts_ms": step_parts(model.decoder, options.rounds),
+        "identical_to_transformers": same_answer(model, reference, prompt),
+    }
+    verify = result["verify_ms"]
+    result["verify_8_over_1"] = verify["8"] / verify["1"]
+    print(json.dumps(result, indent=2))
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def speed_of_both(
+    model: LayerSkipModel, reference: Any, prompt: list[int], rounds: int
+) -> dict[str, float]:
+    """Median decode speed (tokens/s, the prompt's pass left out) of both, in turns."""
+
+    def ours() -> float:
+        answer = model.generate(prompt, mode="plain", max_new_tokens=NEW_TOKENS, ignore_eos=True)
+        return answer.tokens_per_s
+
+    def theirs() -> float:
+        times = [timed(lambda n=n: reference_answer(reference, prompt, n)) for n in (1, NEW_TOKENS)]
+        return (NEW_TOKENS - 1) / (times[1] - times[0])
+
+    systems = {"layerskip plain": ours, "transformers generate": theirs}
+    for run in systems.values():
+        run()
+    runs = [{name: run() for name, run in systems.items()} for _ in range(rounds)]
+    return {name: statistics.median(r[name] for r in runs) for name in systems}
+
+
+def reference_answer(reference: Any, prompt: list[int], n: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        out = reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=n,
+            min_new_tokens=n,
+            pad_token_id=0,
+        )
+    return out[0, len(prompt) :].tolist()
+
+
+def same_answer(model: LayerSkipModel, reference: Any, prompt: list[int]) -> bool:
+    answer = model.generate(prompt, mode="plain", max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    return answer.token_ids == reference_answer(reference, prompt, NEW_TOKENS)
+
+
+@torch.inference_mode()
+def verify_cost(decoder: Decoder, rounds: int) -> dict[str, float]:
+    """Milliseconds of all layers and the head over n rows, after 192 positions, in turns."""
+    cache = decoder.new_cache(256)
+
+    def verify(n: int) -> None:
+        cache.lengths.fill_(192)
+        tokens = torch.zeros(1, n, dtype=torch.int64)
+        decoder.logits(decoder.run(decoder.embed(tokens), 0, len(decoder.layers), cache))
+
+    return in_turns({str(n): lambda n=n: verify(n) for n in VERIFY_ROWS}, 8 * rounds)
+
+
+@torch.inference_mode()
+def step_parts(decoder: Decoder, rounds: int) -> dict[str, float]:
+    """Where a single-token step spends its time, in milliseconds; parts timed alone, in turns."""
+    cache = decoder.new_cache(256)
+    a = decoder.architecture
+    narrow, wide = (torch.randn(1, n).to(decoder.dtype) for n in (a.hidden_size, a.ffn_size))
+    token = torch.zeros(1, 1, dtype=torch.int64)
+
+    def step() -> None:
+        cache.lengths.fill_(192)
+        decoder.logits(decoder.run(decoder.embed(token), 0, a.n_layers, cache))
+
+    def products() -> None:
+        for w in decoder.layers:
+            for product in (w.qkv, w.attention_out, w.gate_up):
+                product(narrow)
+            w.down(wide)
+
+    def norms() -> None:
+        for w in decoder.layers:
+            decoder._norm(narrow, w.attention_norm)
+            decoder._norm(narrow, w.mlp_norm)
+
+    def attention() -> None:
+        q = torch.randn(1, a.n_kv_heads, a.n_heads // a.n_kv_heads, a.head_dim).to(decoder.dtype)
+        for i in range(a.n_layers):
+            keys, values = cache.slots[i, :, :, :, :192]
+            torch.nn.functional.scaled_dot_product_attention(q, keys, values)
+
+    parts = {
+        "whole step": step,
+        "matrix products of the layers": products,
+        "head": lambda: decoder.head(narrow),
+        "norms": norms,
+        "attention": attention,
+    }
+    times = in_turns(parts, 8 * rounds)
+    times["all else"] = times["whole step"] - sum(t for n, t in times.items() if n != "whole step")
+    return times
+
+
+def in_turns(parts: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each part; one of each, then the next round."""
+    for part in parts.values():
+        part()
+    runs = [{name: timed(part) * 1e3 for name, part in parts.items()} for _ in range(rounds)]
+    return {name: statistics.median(r[name] for r in runs) for name in parts}
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that a sum over 1 GiB reads; the best of ten passes."""
+    data = torch.ones(2**28, dtype=torch.float32)
+    return data.nbytes / min(timed(data.sum) for _ in range(10))
+
+
+def timed(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def environment(options: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on."""
+    cpu = "unknown"
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", "benchmarks/engine.py", *sys.argv[1:]]),
+        "commit": commit.stdout.strip(),
+        "cpu": cpu,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "dtype": options.dtype,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+if __name__ == "__main__":
+    main()
