@@ -1,0 +1,92 @@
+"""Every family against transformers on tiny random weights, float32."""
+
+import pytest
+import torch
+from tiny_models import CASES, LAYERS, checkpoint, reference, reference_logits, token_ids
+
+TOLERANCE = {"rtol": 0.0, "atol": 1e-4}  # float32
+TOKENS = 75  # more than twice the original context of the llama3 rotary scaling
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def decoder(case, tmp_path_factory):
+    return checkpoint(case, tmp_path_factory.mktemp(case)).decoder
+
+
+def run_in_chunks(decoder, tokens, sizes):
+    """Logits [B, T, V] of cached passes over so many tokens each."""
+    cache = decoder.new_cache(tokens.shape[1], batch_size=tokens.shape[0])
+    logits = []
+    for chunk in tokens.split(sizes, dim=1):
+        hidden = decoder.run(decoder.embed(chunk), 0, LAYERS, cache)
+        cache.lengths += chunk.shape[1]
+        logits.append(decoder.logits(hidden))
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param([TOKENS], id="full"),
+        pytest.param([1] * TOKENS, id="single-token steps"),
+        pytest.param([40, 1, 9, 2, 5, 1, 1, 8, 8], id="multi-token steps"),
+    ],
+)
+def test_logits_equal_those_of_transformers(case, decoder, sizes):
+    tokens = token_ids(case, 2, TOKENS)
+    expected = reference_logits(reference(case), tokens)
+    assert expected.std() > 0.5  # numbers large enough for the tolerance to mean something
+    torch.testing.assert_close(run_in_chunks(decoder, tokens, sizes), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("exit_layer", range(LAYERS + 1))
+@pytest.mark.parametrize("n", [1, 6])
+def test_split_run_equals_whole_run_bit_for_bit(case, decoder, exit_layer, n):
+    tokens = token_ids(case, 1, 20 + n)
+    outcomes = []
+    for stops in ([LAYERS], [exit_layer, LAYERS]):
+        cache = decoder.new_cache(20 + n)
+        decoder.run(decoder.embed(tokens[:, :20]), 0, LAYERS, cache)
+        cache.lengths += 20
+        hidden, start = decoder.embed(tokens[:, 20:]), 0
+        for stop in stops:
+            hidden, start = decoder.run(hidden, start, stop, cache), stop
+        outcomes.append((hidden, cache.slots))
+    for whole, split in zip(*outcomes, strict=True):
+        assert torch.equal(whole, split)
+
+
+def test_ragged_rows_equal_their_own_runs_alone(case, decoder):
+    lengths, steps = (3, 17, 11), (1, 5, 1)
+    tokens = token_ids(case, len(lengths), max(lengths) + sum(steps))
+    cache = decoder.new_cache(tokens.shape[1], batch_size=len(lengths))
+    # Prompts padded on the right: setting the lengths forgets the padding.
+    decoder.run(decoder.embed(tokens[:, : max(lengths)]), 0, LAYERS, cache)
+    cache.lengths.copy_(torch.tensor(lengths))
+    logits = [[] for _ in lengths]
+    for n in steps:
+        at = cache.lengths[:, None] + torch.arange(n)
+        hidden = decoder.run(decoder.embed(tokens.gather(1, at)), 0, LAYERS, cache)
+        cache.lengths += n
+        for row, own in enumerate(decoder.logits(hidden)):
+            logits[row].append(own)
+    for row, length in enumerate(lengths):
+        alone = tokens[row : row + 1, : length + sum(steps)]
+        expected = reference_logits(reference(case), alone)[0, length:]
+        torch.testing.assert_close(torch.cat(logits[row]), expected, **TOLERANCE)
+
+
+def test_rows_forget_what_lies_beyond_their_length(case, decoder):
+    tokens = token_ids(case, 1, 20)
+    cache = decoder.new_cache(20)
+    decoder.run(decoder.embed(token_ids(case, 1, 20, seed=1)), 0, LAYERS, cache)
+    cache.lengths += 20
+    cache.lengths.zero_()
+    hidden = decoder.run(decoder.embed(tokens), 0, LAYERS, cache)
+    fresh = decoder.run(decoder.embed(tokens), 0, LAYERS, decoder.new_cache(20))
+    assert torch.equal(hidden, fresh)

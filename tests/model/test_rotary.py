@@ -1,0 +1,92 @@
+"""Rotary frequencies and turns against transformers' own functions, float32."""
+
+import pytest
+import torch
+from tiny_models import CASES, reference
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from layerskip.model import families, rotary
+from layerskip.model.families import Rope
+
+LLAMA31 = Rope(
+    theta=500_000.0,
+    kind="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_positions=8192,
+)
+
+
+class Config:
+    """What transformers' rotary functions read of a config."""
+
+    head_dim, hidden_size, num_attention_heads, max_position_embeddings = 128, 4096, 32, 131_072
+
+    def __init__(self, rope):
+        self.rope_parameters = {
+            "rope_type": rope.kind,
+            "rope_theta": rope.theta,
+            "factor": rope.factor,
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_max_positions,
+        }
+
+    def standardize_rope_params(self):
+        """Already in the standard form."""
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+@pytest.mark.parametrize("high", [2.0, 4.0])
+def test_llama3_frequencies_equal_those_of_transformers(factor, high):
+    rope = Rope(
+        theta=500_000.0,
+        kind="llama3",
+        factor=factor,
+        low_freq_factor=1.0,
+        high_freq_factor=high,
+        original_max_positions=8192,
+    )
+    expected, scale = ROPE_INIT_FUNCTIONS["llama3"](Config(rope), "cpu")
+    assert scale == 1.0
+    found = rotary.frequencies(rope, 128)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0.0)
+    plain = rotary.frequencies(Rope(theta=500_000.0), 128)
+    kinds = {torch.isclose(f, p, rtol=1e-6).item() for f, p in zip(found, plain, strict=True)}
+    assert kinds == {True, False}  # some were kept, some were scaled
+
+
+def test_frequency_factors_say_the_same_as_llama3_scaling():
+    scaled = rotary.frequencies(LLAMA31, 128)
+    plain = rotary.frequencies(Rope(theta=500_000.0), 128)
+    factors = Rope(theta=500_000.0, frequency_factors=tuple((plain / scaled).tolist()))
+    torch.testing.assert_close(rotary.frequencies(factors, 128), scaled, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_turns_equal_transformers_far_beyond_the_original_context(case):
+    model = reference(case)
+    architecture = families.from_config(model.config.to_dict())
+    positions = torch.tensor([[0, 1, 31, 32, 33, 511, 5_000, 131_071]])
+    cos, sin = model.model.rotary_emb(torch.zeros(1), positions)
+    freqs = rotary.frequencies(architecture.rope, architecture.head_dim)
+    turns = rotary.turns(positions, freqs, n_turned=3, n_still=2)
+    half = architecture.head_dim // 2
+    # At position 131,071 one float32 rounding of the angle is 0.008.
+    tolerance = {"rtol": 0.0, "atol": 2e-2}
+    for head in range(3):
+        torch.testing.assert_close(turns[:, :, head].real, cos[..., :half], **tolerance)
+        torch.testing.assert_close(turns[:, :, head].imag, sin[..., :half], **tolerance)
+    assert torch.equal(turns[:, :, 3:], torch.ones_like(turns[:, :, 3:]))
+    assert torch.allclose(turns.abs(), torch.ones(()), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3 * 8, 5), (3 * 8,), (8,)])
+def test_interleave_brings_halves_together(shape):
+    rows = torch.arange(torch.Size(shape).numel()).view(shape)
+    mixed = rotary.interleave(rows, 8)
+    for head in range(shape[0] // 8):
+        for i in range(4):
+            assert torch.equal(mixed[head * 8 + 2 * i], rows[head * 8 + i])
+            assert torch.equal(mixed[head * 8 + 2 * i + 1], rows[head * 8 + i + 4])

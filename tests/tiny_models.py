@@ -1,0 +1,106 @@
+"""Tiny random transformers models of every supported family, as references and as checkpoints."""
+
+import functools
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from layerskip.model import load
+
+LAYERS = 4
+_COMMON = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# Every case is one model type and what it changes; together they cross all that families differ in.
+CASES = {
+    "llama2": ("llama", {"num_key_value_heads": 4}),
+    "llama3": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}),
+    "llama3.1": ("llama", {"rope_parameters": _LLAMA3_ROPE}),
+    "llama3.2": ("llama", {"rope_parameters": _LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "llama-linear": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
+    ),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-mqa": ("llama", {"num_key_value_heads": 1, "vocab_size": 101}),
+    "llama-narrow-heads": ("llama", {"head_dim": 10}),
+    "smollm2": (
+        "llama",
+        {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 48}
+        | {"tie_word_embeddings": True},
+    ),
+    "mistral": ("mistral", {"sliding_window": 5, "vocab_size": 89}),
+    "mistral-unlimited": ("mistral", {"sliding_window": None, "head_dim": 24}),
+    "qwen2": ("qwen2", {"vocab_size": 97}),
+    "qwen2-sliding": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    ),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "qwen3": ("qwen3", {"head_dim": 24}),
+    "qwen3-mha": ("qwen3", {"head_dim": 16, "num_key_value_heads": 4}),
+    "qwen3-sliding": (
+        "qwen3",
+        {"head_dim": 16, "attention_bias": True, "use_sliding_window": True}
+        | {"sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    ),
+}
+
+
+def build(case, **changes):
+    """The transformers model of a case, in float32 and evaluation mode.
+
+    Its norms and biases are random too, so that one that is left out or misplaced shows.
+    """
+    model_type, own = CASES[case]
+    config = AutoConfig.for_model(model_type, **{**_COMMON, **own, **changes})
+    torch.manual_seed(sum(map(ord, case)))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0.0, 0.3)
+        elif parameter.ndim == 1:
+            parameter.data.uniform_(0.5, 1.5)
+        else:
+            parameter.data.normal_(0.0, 0.15)
+    return model.eval()
+
+
+@functools.cache
+def reference(case):
+    """`build(case)`, made once; do not change it."""
+    return build(case)
+
+
+def checkpoint(case, folder, *, dtype=torch.float32):
+    """Our reading of a case, by way of files as transformers saves them."""
+    reference(case).save_pretrained(folder)
+    return load(folder, dtype=dtype)
+
+
+def token_ids(case, *shape, seed=0):
+    """Random tokens of a case's vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(reference(case).config.vocab_size, shape, generator=generator)
+
+
+@torch.no_grad()
+def reference_logits(model, tokens):
+    """Logits [B, T, V] of one full forward pass, without any cache."""
+    return model(tokens, use_cache=False).logits
