@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tiny_models import CASES, LAYERS, checkpoint, reference, reference_logits, token_ids
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}  # float32

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import CASES, reference
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from layerskip.model import families, rotary
 from layerskip.model.families import Rope
+from tiny_models import CASES, reference
 
 LLAMA31 = Rope(
     theta=500_000.0,

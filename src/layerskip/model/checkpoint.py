@@ -1,6 +1,8 @@
 """A checkpoint as one thing: decoder, tokenizer, end tokens, and the settings that travel with it."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +46,23 @@ def load(path: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") 
     tensors: Tensors
     if gguf_path is not None:
         tensors = file = GgufFile(gguf_path)
-        architecture = file.architecture()
+        with _unusable_named(gguf_path):
+            architecture = file.architecture()
         end_token = file.field("tokenizer.ggml.eos_token_id")
         config = {} if end_token is None else {"eos_token_id": int(end_token)}
     else:
         config = _config(path)
-        architecture = families.from_config(config)
+        with _unusable_named(path / "config.json"):
+            architecture = families.from_config(config)
         tensors = SafetensorsFiles(path)
+        if not config.get("tie_word_embeddings") and "lm_head.weight" not in tensors.names():
+            raise CheckpointError(
+                f"{path} has no tensor lm_head.weight, and its config ties no head to the embedding"
+            )
     return Checkpoint(
         path=path,
         decoder=weights.build(architecture, tensors, dtype=dtype, device=device),
-        tokenizer=tokenizer.load(path),
+        tokenizer=tokenizer.load(path, gguf_path),
         settings=_settings(path, config),
     )
 
@@ -85,12 +93,22 @@ def _config(folder: Path) -> dict[str, Any]:
     families.family_of(str(weights.read_json(path).get("model_type")))
     from transformers import AutoConfig
 
-    try:
+    with _unusable_named(path):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # transformers validates with error types of its own
-        raise CheckpointError(f"{path} cannot be used: {error}") from error
     filled: dict[str, Any] = config.to_dict()
     return filled
+
+
+@contextlib.contextmanager
+def _unusable_named(path: Path) -> Iterator[None]:
+    """Turn a complaint about values into one line that names the file they are from."""
+    try:
+        yield
+    except (CheckpointError, families.UnsupportedModelError):
+        raise
+    except Exception as error:  # transformers validates with error types of its own
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} cannot be used: {reason}") from error
 
 
 def _settings(path: Path, config: dict[str, Any]) -> Settings:
@@ -98,10 +116,13 @@ def _settings(path: Path, config: dict[str, Any]) -> Settings:
     file = path / "generation_config.json"
     fields = weights.read_json(file) if path.is_dir() and file.is_file() else {}
     ends = fields.get("eos_token_id", config.get("eos_token_id"))
-    if ends is None:
-        ends = []
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if any(type(token) is not int or token < 0 for token in ends):
+        raise CheckpointError(
+            f"eos_token_id is {ends} in {file} (or config.json), token ids are needed"
+        )
     return Settings(
-        end_tokens=tuple(ends) if isinstance(ends, list) else (int(ends),),
+        end_tokens=tuple(ends),
         exit_layer=_positive_int(fields, "assistant_early_exit", file),
         draft_tokens=_positive_int(fields, "num_assistant_tokens", file),
     )
@@ -111,6 +132,6 @@ def _positive_int(fields: dict[str, Any], key: str, file: Path) -> int | None:
     value = fields.get(key)
     if value is None:
         return None
-    if not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:  # a bool is an int too
         raise CheckpointError(f"{key} in {file} is {value!r}, a whole number above 0 is needed")
     return value

@@ -52,6 +52,15 @@ class Architecture:
     rope: Rope
     sliding_windows: tuple[int | None, ...]
 
+    def __post_init__(self) -> None:
+        for field in ("n_layers", "hidden_size", "n_heads", "n_kv_heads", "head_dim", "ffn_size"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}, it has to be 1 or above")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"{self.n_kv_heads} KV heads do not divide {self.n_heads} heads")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}, rotary pairs need an even number")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
@@ -110,6 +119,10 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
     activation = config.get("hidden_act", "silu")
     if activation not in _ACTIVATIONS:
         raise UnsupportedModelError(f"the activation {activation!r} is not supported (only silu)")
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = dict(quantization).get("quant_method")
+        raise UnsupportedModelError(f"weights quantized by {method!r} are not supported")
     n_layers, n_heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
     return Architecture(
         family=family,

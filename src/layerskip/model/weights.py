@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,7 +48,10 @@ class SafetensorsFiles:
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            files = set(read_json(index).get("weight_map", {}).values())
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f"{index} names no files; fetch the checkpoint again")
+            files = {str(file) for file in weight_map.values()}
         else:
             files = {"model.safetensors"}
         self._files = {}
@@ -78,15 +82,7 @@ class GgufFile:
         self.path = path
         with _damage_named(path):
             self._reader = gguf.GGUFReader(path)
-        self._tensors = {}
-        prefix = "blk."
-        for tensor in self._reader.tensors:
-            name = tensor.name
-            if name.startswith(prefix):
-                number, rest = name.removeprefix(prefix).split(".", 1)
-                stem, kind = rest.rsplit(".", 1)
-                name = f"model.layers.{number}.{_GGUF_LAYER_NAMES.get(stem, stem)}.{kind}"
-            self._tensors[_GGUF_NAMES.get(name, name)] = tensor
+        self._tensors = {_gguf_known_as(tensor.name): tensor for tensor in self._reader.tensors}
         family = families.family_of(str(self.field("general.architecture")))
         self.rotary_layout: str = FAMILIES[family].gguf_rotary
 
@@ -97,9 +93,15 @@ class GgufFile:
     def read(self, name: str) -> Tensor:
         """One tensor as float32."""
         tensor = self._tensors[name]
-        with _damage_named(self.path):
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            values = np.ascontiguousarray(values, dtype=np.float32)
+        try:
+            with _damage_named(self.path):
+                values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            kind = tensor.tensor_type.name
+            raise UnsupportedModelError(
+                f"{name} is stored as {kind}, which cannot be read"
+            ) from error
+        values = np.ascontiguousarray(values, dtype=np.float32)
         return torch.from_numpy(
             values.reshape(tuple(int(n) for n in reversed(tensor.shape))).copy()
         )
@@ -108,6 +110,12 @@ class GgufFile:
         """A metadata value, or the default."""
         field = self._reader.get_field(key)
         return default if field is None else field.contents()
+
+    def _required(self, key: str) -> Any:
+        value = self.field(key)
+        if value is None:
+            raise CheckpointError(f"{self.path} has no field {key}; fetch or convert it again")
+        return value
 
     def architecture(self) -> Architecture:
         """The architecture that the metadata describes."""
@@ -119,9 +127,12 @@ class GgufFile:
                 f"rotary scaling {scaling!r} in a GGUF file is not supported"
             )
         factors = self._tensors.get(_ROPE_FACTORS)
-        n_layers = int(self.field(f"{name}.block_count"))
-        n_heads = int(self.field(f"{name}.attention.head_count"))
-        hidden_size = int(self.field(f"{name}.embedding_length"))
+        embedding = self._tensors.get("model.embed_tokens.weight")
+        if embedding is None:
+            raise _missing("model.embed_tokens.weight")
+        n_layers = int(self._required(f"{name}.block_count"))
+        n_heads = int(self._required(f"{name}.attention.head_count"))
+        hidden_size = int(self._required(f"{name}.embedding_length"))
         window = self.field(f"{name}.attention.sliding_window")
         return Architecture(
             family=family,
@@ -130,10 +141,10 @@ class GgufFile:
             n_heads=n_heads,
             n_kv_heads=int(self.field(f"{name}.attention.head_count_kv", n_heads)),
             head_dim=int(self.field(f"{name}.attention.key_length", hidden_size // n_heads)),
-            ffn_size=int(self.field(f"{name}.feed_forward_length")),
-            vocab_size=int(self._tensors["model.embed_tokens.weight"].shape[-1]),
-            norm_eps=float(self.field(f"{name}.attention.layer_norm_rms_epsilon")),
-            max_context=int(self.field(f"{name}.context_length")),
+            ffn_size=int(self._required(f"{name}.feed_forward_length")),
+            vocab_size=int(embedding.shape[-1]),
+            norm_eps=float(self._required(f"{name}.attention.layer_norm_rms_epsilon")),
+            max_context=int(self._required(f"{name}.context_length")),
             rope=Rope(
                 theta=float(self.field(f"{name}.rope.freq_base", 10_000.0)),
                 kind="default" if scaling == "none" else "linear",
@@ -163,6 +174,15 @@ _GGUF_LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+
+
+def _gguf_known_as(name: str) -> str:
+    """What transformers calls a tensor of a GGUF file; its own name where there is no other."""
+    part = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(\w+)", name)
+    if part is None:
+        return _GGUF_NAMES.get(name, name)
+    number, stem, kind = part.groups()
+    return f"model.layers.{number}.{_GGUF_LAYER_NAMES.get(stem, stem)}.{kind}"
 
 
 def build(
@@ -197,12 +217,18 @@ class _Taker:
         self._tensors, self._dtype, self._device = tensors, dtype, device
         self._names = tensors.names()
         self._unused = {n for n in self._names if not n.endswith("rotary_emb.inv_freq")}
+        self._in_some_layer = {_without_number(n) for n in self._names}
 
     def optional(
         self, name: str, shape: tuple[int, ...], rotary_dim: int | None = None
     ) -> Tensor | None:
-        """The tensor, or None; `rotary_dim` asks for the interleaved layout of heads of that size."""
+        """The tensor, or None where no layer has it.
+
+        `rotary_dim` asks for the interleaved layout of heads of that size.
+        """
         if name not in self._names:
+            if _without_number(name) in self._in_some_layer:
+                raise _missing(name)
             return None
         self._unused.discard(name)
         tensor = self._tensors.read(name)
@@ -218,7 +244,7 @@ class _Taker:
     def __call__(self, name: str, shape: tuple[int, ...], rotary_dim: int | None = None) -> Tensor:
         tensor = self.optional(name, shape, rotary_dim)
         if tensor is None:
-            raise CheckpointError(f"the checkpoint has no tensor {name}; fetch or save it again")
+            raise _missing(name)
         return tensor
 
     def linear(self, n_in: int, *parts: tuple[str, int, int | None]) -> Linear:
@@ -239,15 +265,21 @@ class _Taker:
             )
 
 
+def _without_number(name: str) -> str:
+    return re.sub(r"^model\.layers\.\d+", "model.layers", name)
+
+
+def _missing(name: str) -> CheckpointError:
+    return CheckpointError(f"the checkpoint has no tensor {name}; fetch or save it again")
+
+
 def _layer(a: Architecture, take: _Taker, prefix: str) -> Layer:
     d, hd, ffn = a.hidden_size, a.head_dim, a.ffn_size
     q_rows, kv_rows = a.n_heads * hd, a.n_kv_heads * hd
     attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-    q_norm, k_norm = (
-        take.optional(f"{attention}{part}_norm.weight", (hd,), rotary_dim=hd) for part in "qk"
-    )
-    qk_norm = None
-    if q_norm is not None and k_norm is not None:
+    q_norm, qk_norm = take.optional(f"{attention}q_norm.weight", (hd,), rotary_dim=hd), None
+    if q_norm is not None:
+        k_norm = take(f"{attention}k_norm.weight", (hd,), rotary_dim=hd)
         qk_norm = torch.cat([q_norm.expand(a.n_heads, hd), k_norm.expand(a.n_kv_heads, hd)])
     return Layer(
         attention_norm=take(f"{prefix}input_layernorm.weight", (d,)),

@@ -1,0 +1,276 @@
+"""What cannot be loaded is refused with one line that names it."""
+
+import json
+
+import gguf_files
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from layerskip.model import CheckpointError, UnsupportedModelError, load
+from tiny_models import build, reference
+
+
+def refuse(path, error, *words):
+    """Loading fails with this kind of error, in one line that has all these words."""
+    with pytest.raises(error) as caught:
+        load(path, dtype=torch.float32)
+    message = str(caught.value)
+    assert "\n" not in message, message
+    assert all(word in message for word in words), message
+
+
+@pytest.fixture
+def folder(tmp_path):
+    reference("qwen3").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def change_json(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def change_tensors(folder, change):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+# --- files
+
+
+def test_missing_shard(tmp_path):
+    reference("llama2").save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[3]
+    shard.unlink()
+    refuse(tmp_path, CheckpointError, shard.name, "missing")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -100], ids=lambda n: f"[:{n}]")
+def test_truncated_safetensors(folder, keep):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    refuse(folder, CheckpointError, "model.safetensors", "damaged or incomplete")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"weight_map": []}', "{}"])
+def test_broken_index(tmp_path, content):
+    reference("llama2").save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    refuse(tmp_path, CheckpointError, "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"null", b"\xff\xfe\x00"])
+def test_config_that_is_missing_or_broken(folder, content):
+    path = folder / "config.json"
+    path.unlink() if content is None else path.write_bytes(content)
+    refuse(folder, CheckpointError, "config.json")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_size": "wide"},
+        {"num_hidden_layers": None},
+        {"num_attention_heads": 0},
+        {"rms_norm_eps": "small"},
+        {"num_key_value_heads": 3},
+    ],
+    ids=str,
+)
+def test_config_with_nonsense(folder, fields):
+    change_json(folder / "config.json", **fields)
+    refuse(folder, CheckpointError, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["pytorch_model.bin"], ["pytorch_model.bin", "pickle", "safetensors"]),
+        ([], ["neither safetensors nor a GGUF file"]),
+        (["a.gguf", "b.gguf"], ["several GGUF files"]),
+    ],
+)
+def test_folder_without_usable_weights(tmp_path, names, words):
+    reference("llama2").config.save_pretrained(tmp_path)
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    refuse(tmp_path, CheckpointError, *words)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        '{"assistant_early_exit": 0}',
+        '{"assistant_early_exit": 2.5}',
+        '{"assistant_early_exit": true}',
+        '{"num_assistant_tokens": "many"}',
+        '{"eos_token_id": "end"}',
+        '{"eos_token_id": [1, "end"]}',
+        '{"eos_token_id": {}}',
+        '{"eos_token_id": -1}',
+    ],
+)
+def test_generation_config_with_nonsense(folder, content):
+    (folder / "generation_config.json").write_text(content)
+    refuse(folder, CheckpointError, "generation_config.json")
+
+
+def test_tokenizer_that_cannot_be_read(folder):
+    (folder / "tokenizer.json").write_text("{")
+    refuse(folder, CheckpointError, "tokenizer", str(folder))
+
+
+# --- tensors
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",  # this config says that the head is a matrix of its own
+        "model.layers.2.mlp.up_proj.weight",
+        "model.layers.1.self_attn.q_norm.weight",
+        "model.layers.0.input_layernorm.weight",
+    ],
+)
+def test_missing_tensor(folder, name):
+    change_tensors(folder, lambda tensors: tensors.pop(name))
+    refuse(folder, CheckpointError, name)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model.layers.1.self_attn.k_proj.bias"],
+        [f"model.layers.1.self_attn.{part}_proj.bias" for part in "qkv"],
+    ],
+    ids=["one of three", "of one layer"],
+)
+def test_missing_biases(tmp_path, names):
+    reference("qwen2").save_pretrained(tmp_path)
+    change_tensors(tmp_path, lambda tensors: [tensors.pop(name) for name in names])
+    refuse(tmp_path, CheckpointError, "bias")
+
+
+def test_norms_of_one_layer_missing(folder):
+    names = [f"model.layers.1.self_attn.{part}_norm.weight" for part in "qk"]
+    change_tensors(folder, lambda tensors: [tensors.pop(name) for name in names])
+    refuse(folder, CheckpointError, names[0])
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
+def test_wrong_shape(folder, name):
+    change_tensors(folder, lambda tensors: tensors.update({name: tensors[name].T.contiguous()}))
+    refuse(folder, CheckpointError, name, "shape")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.sinks",
+        "model.layers.4.input_layernorm.weight",  # a layer more than the config says
+        "model.layers.0.mlp.experts.0.up_proj.weight",
+    ],
+)
+def test_tensor_without_a_use(folder, name):
+    change_tensors(folder, lambda tensors: tensors.update({name: torch.ones(4)}))
+    refuse(folder, UnsupportedModelError, name)
+
+
+# --- what the decoder does not have
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "gpt2", "gemma3_text", "made-up", None])
+def test_unsupported_architecture(folder, model_type):
+    change_json(folder / "config.json", model_type=model_type)
+    refuse(folder, UnsupportedModelError, repr(str(model_type)), "llama, mistral, qwen2, qwen3")
+
+
+def test_unsupported_activation(folder):
+    change_json(folder / "config.json", hidden_act="gelu")
+    refuse(folder, UnsupportedModelError, "'gelu'", "silu")
+
+
+@pytest.mark.parametrize("kind", ["yarn", "dynamic"])
+def test_unsupported_rotary_scaling(folder, kind):
+    rope = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 2.0}
+    change_json(folder / "config.json", rope_parameters=rope)
+    refuse(folder, UnsupportedModelError, repr(kind), "llama3")
+
+
+def test_unsupported_quantization(folder):
+    change_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    refuse(folder, UnsupportedModelError, "'gptq'")
+
+
+# --- GGUF
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "model.gguf"
+
+
+@pytest.mark.parametrize("keep", [0, 3, 40, 2000, -100], ids=lambda n: f"[:{n}]")
+def test_truncated_gguf(file, keep):
+    gguf_files.write(file, reference("llama2"))
+    file.write_bytes(file.read_bytes()[:keep])
+    refuse(file, CheckpointError, "model.gguf", "damaged or incomplete")
+
+
+def test_file_that_is_no_gguf(file):
+    file.write_text("Once upon a time there was a file of another kind. " * 9)
+    refuse(file, CheckpointError, "model.gguf", "damaged or incomplete")
+
+
+def test_unsupported_architecture_of_gguf(file):
+    gguf_files.write(file, reference("llama2"), architecture="mamba")
+    refuse(file, UnsupportedModelError, "'mamba'")
+
+
+@pytest.mark.parametrize("name", ["block_count", "attention.head_count", "context_length"])
+def test_missing_field_of_gguf(file, name):
+    gguf_files.write(file, reference("llama2"), leave_out=[f"llama.{name}"])
+    refuse(file, CheckpointError, "model.gguf", f"llama.{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "known_as"),
+    [
+        ("token_embd.weight", "model.embed_tokens.weight"),
+        ("blk.1.attn_k.weight", "model.layers.1.self_attn.k_proj.weight"),
+    ],
+)
+def test_missing_tensor_of_gguf(file, name, known_as):
+    gguf_files.write(file, reference("llama2"), leave_out=[name])
+    refuse(file, CheckpointError, known_as)
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_sinks.weight", "blk.0.odd", "odd", "blk.odd"])
+def test_tensor_of_gguf_without_a_use(file, name):
+    extra = {name: np.ones(4, dtype=np.float32)}
+    gguf_files.write(file, reference("llama2"), extra_tensors=extra)
+    refuse(file, UnsupportedModelError, "odd" if "odd" in name else "attn_sinks")
+
+
+def test_unsupported_scaling_of_gguf(file):
+    fields = {"llama.rope.scaling.type": "yarn"}
+    gguf_files.write(file, reference("llama2"), extra_fields=fields)
+    refuse(file, UnsupportedModelError, "'yarn'")
+
+
+def test_tensor_kind_that_cannot_be_read(file):
+    norm = {"output_norm.weight": np.ones(64, dtype=np.int32)}
+    gguf_files.write(file, reference("llama2"), leave_out=[*norm], extra_tensors=norm)
+    refuse(file, UnsupportedModelError, "model.norm.weight", "I32")
+
+
+def test_tokenizer_of_gguf_that_cannot_be_read(file):
+    fields = {"tokenizer.ggml.model": "made-up"}
+    gguf_files.write(file, build("llama2"), extra_fields=fields)
+    refuse(file, CheckpointError, "tokenizer", "model.gguf")

@@ -1,0 +1,113 @@
+"""GGUF files of every kind against transformers on the weights that they stand for, float32."""
+
+import dataclasses
+
+import gguf_files
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+
+from layerskip.model import load, rotary
+from layerskip.model.families import FAMILIES
+from layerskip.model.linear import DenseLinear
+from tiny_models import LAYERS, build, reference, reference_logits, token_ids
+
+TOLERANCE = {"rtol": 0.0, "atol": 1e-4}  # float32
+CASES = {  # case, and the architecture that names it in the file
+    "llama2": "llama",
+    "smollm2": "llama",
+    "llama-linear": "llama",
+    "llama-biases": "llama",
+    "mistral-unlimited": "llama",
+    "qwen2": "qwen2",
+    "qwen2-tied": "qwen2",
+    "qwen3": "qwen3",
+}
+
+
+def fitting(case):
+    """A case with rows that are whole blocks of 32, which the quantized kinds need."""
+    return build(case, hidden_size=96 if case == "smollm2" else 64, head_dim=32)
+
+
+def logits_of(decoder, tokens):
+    cache = decoder.new_cache(tokens.shape[1], batch_size=tokens.shape[0])
+    return decoder.logits(decoder.run(decoder.embed(tokens), 0, LAYERS, cache))
+
+
+@pytest.fixture(params=gguf_files.KINDS, ids=lambda kind: kind.name)
+def kind(request):
+    return request.param
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_the_dequantized_weights(case, kind, tmp_path):
+    model, path = fitting(case), tmp_path / "model.gguf"
+    model.load_state_dict(gguf_files.write(path, model, kind=kind, architecture=CASES[case]))
+    decoder = load(path, dtype=torch.float32).decoder
+    tokens = token_ids(case, 2, 40)
+    torch.testing.assert_close(
+        logits_of(decoder, tokens), reference_logits(model, tokens), **TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("case", ["llama2", "qwen3"])
+def test_loaded_weights_are_the_dequantized_ones(case, kind, tmp_path):
+    model, path = fitting(case), tmp_path / "model.gguf"
+    state = gguf_files.write(path, model, kind=kind, architecture=CASES[case])
+    decoder = load(path, dtype=torch.float32).decoder
+    assert torch.equal(decoder.embedding, state["model.embed_tokens.weight"])
+    assert torch.equal(decoder.head.weight, state["lm_head.weight"])
+    assert torch.equal(decoder.final_norm, state["model.norm.weight"])
+    for i, layer in enumerate(decoder.layers):
+        part = {
+            name.removeprefix(f"model.layers.{i}.").removesuffix(".weight"): tensor
+            for name, tensor in state.items()
+            if name.startswith(f"model.layers.{i}.")
+        }
+        q, k, v = (part[f"self_attn.{name}_proj"] for name in "qkv")
+        qkv = torch.cat([rotary.interleave(q, 32), rotary.interleave(k, 32), v])
+        gate_up = torch.cat([part["mlp.gate_proj"], part["mlp.up_proj"]])
+        for product, expected in [
+            (layer.qkv, qkv),
+            (layer.attention_out, part["self_attn.o_proj"]),
+            (layer.gate_up, gate_up),
+            (layer.down, part["mlp.down_proj"]),
+        ]:
+            assert isinstance(product, DenseLinear)
+            assert torch.equal(product.weight, expected)
+        assert torch.equal(layer.attention_norm, part["input_layernorm"])
+        assert torch.equal(layer.mlp_norm, part["post_attention_layernorm"])
+
+
+def test_frequency_factors_are_the_llama3_scaling(tmp_path):
+    model, path = reference("llama3.1"), tmp_path / "model.gguf"
+    theta, head_dim = model.config.rope_parameters["rope_theta"], model.config.head_dim
+    plain = theta ** -(torch.arange(0, head_dim, 2) / head_dim)
+    factors = plain / model.model.rotary_emb.inv_freq
+    assert [factors.min(), factors.max()] == pytest.approx([1.0, 8.0])  # kept, and scaled
+    gguf_files.write(path, model, extra_tensors={"rope_freqs.weight": factors.numpy()})
+    tokens = token_ids("llama3.1", 2, 75)
+    found = logits_of(load(path, dtype=torch.float32).decoder, tokens)
+    torch.testing.assert_close(found, reference_logits(model, tokens), **TOLERANCE)
+
+
+def test_wrong_row_order_would_show(tmp_path, monkeypatch):
+    model, path = reference("llama2"), tmp_path / "model.gguf"
+    gguf_files.write(path, model)
+    family = dataclasses.replace(FAMILIES["llama"], gguf_rotary="halves")
+    monkeypatch.setitem(FAMILIES, "llama", family)
+    tokens = token_ids("llama2", 1, 40)
+    found = logits_of(load(path, dtype=torch.float32).decoder, tokens)
+    assert (found - reference_logits(model, tokens)).abs().max() > 0.5
+
+
+def test_folder_with_one_file_is_that_file(tmp_path):
+    model = fitting("llama2")
+    gguf_files.write(tmp_path / "any-name.gguf", model, kind=GGMLQuantizationType.Q4_1)
+    tokens = token_ids("llama2", 1, 9)
+    folder, file = (
+        logits_of(load(path, dtype=torch.float32).decoder, tokens)
+        for path in (tmp_path, tmp_path / "any-name.gguf")
+    )
+    assert torch.equal(folder, file)
