@@ -12,7 +12,7 @@ taken out.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +53,7 @@ class AttachedRecipe:
         self._step: int | None = None
         self._total_steps: int | None = None
         self._micro_batch = 0
+        self._to_evaluate: tuple[int, ...] = ()
         self._attached = True
         self._hooks: list[RemovableHandle] = []
         self._replaced: list[tuple[nn.Module, Any, Any]] = []
@@ -85,21 +86,28 @@ class AttachedRecipe:
         """Normalised weight of every exit that has a loss at the present step."""
         return exit_weights(self.recipe, self.num_layers, self._known_step(), self._total_steps)
 
-    def evaluate(self, exits: tuple[int, ...], batch: Mapping[str, Any]) -> ExitLosses:
+    def evaluate(
+        self, exits: Iterable[int], batch: Mapping[str, Any], model: nn.Module | None = None
+    ) -> ExitLosses:
         """Each exit's loss and accuracy on a batch with labels: no layer dropout, no gradient.
 
         Args:
             exits: exits to look at; the last layer is always added.
             batch: keyword arguments of the model's forward, `labels` or `shift_labels` among them.
+            model: the model as it is wrapped now (FSDP needs its wrapper's call); None = as given.
         """
-        exits = tuple(sorted({*exits, self.num_layers}))
-        inputs = {k: v for k, v in batch.items() if k != "num_items_in_batch"}
-        labels = shifted_labels(inputs.pop("labels", None), inputs.pop("shift_labels", None))
-        if labels is None:
+        if batch.get("labels") is None and batch.get("shift_labels") is None:
             raise ValueError("the batch has no labels")
-        with torch.no_grad(), self._running(ForwardPass(None, frozenset(exits))) as this:
-            self._plain_forward(**self._without_logits(inputs))
-            return self._losses(this, labels, dict.fromkeys(exits, 1 / len(exits)), None, 0.0)
+        inputs = {k: v for k, v in batch.items() if k != "num_items_in_batch"}
+        self._to_evaluate = tuple(sorted({*exits, self.num_layers}))
+        before, self.last = self.last, None
+        try:
+            with torch.no_grad():
+                (model or self._model)(**inputs)
+            assert self.last is not None
+            return self.last
+        finally:
+            self._to_evaluate, self.last = (), before
 
     def _known_step(self) -> int:
         if self._step is None:
@@ -113,18 +121,23 @@ class AttachedRecipe:
     @_graph_break
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward: its own, but in training with layer dropout and the exits' loss."""
+        labels = shifted_labels(kwargs.get("labels"), kwargs.get("shift_labels"))
+        if exits := self._to_evaluate:
+            assert labels is not None
+            weights = dict.fromkeys(exits, 1 / len(exits))
+            with self._running(ForwardPass(None, frozenset(exits))) as this:
+                return self._forward_with_losses(this, args, kwargs, labels, weights)
         if not (self._model.training and torch.is_grad_enabled()):
             with self._running(None):
                 return self._plain_forward(*args, **kwargs)
-        labels = shifted_labels(kwargs.get("labels"), kwargs.get("shift_labels"))
         weights = {} if labels is None else self.exit_weights
         with self._running(ForwardPass(self._draw(args, kwargs), frozenset(weights))) as this:
             if labels is None:
                 kwargs.setdefault("use_cache", False)
                 return self._plain_forward(*args, **{**kwargs, **self._without_balancing()})
-            return self._training_forward(this, args, kwargs, labels, weights)
+            return self._forward_with_losses(this, args, kwargs, labels, weights)
 
-    def _training_forward(
+    def _forward_with_losses(
         self,
         this: ForwardPass,
         args: tuple[Any, ...],
