@@ -1,0 +1,71 @@
+"""`layerskip chat`: history, commands, and Ctrl-C."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from layerskip.cli import show
+
+
+@pytest.fixture
+def talk(run, monkeypatch):
+    def call(lines, *arguments):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        return run("chat", "--max-new-tokens", 4, *arguments)
+
+    return call
+
+
+def prompt_lengths(out):
+    return [result["prompt_tokens"] for result in json.loads(out)]
+
+
+def test_the_conversation_is_part_of_the_next_prompt(talk):
+    status, out, _ = talk(["ab", "cd"], "--json")
+    first, second = json.loads(out)
+    history = f"user: ab\nassistant: {first['text']}\nuser: cd\nassistant: "
+    assert status == 0
+    assert first["prompt_tokens"] == len("user: ab\nassistant: ")
+    assert second["prompt_tokens"] == len(history.encode())
+
+
+def test_reset_and_quit_and_system(talk):
+    lines = ["ab", "/reset", "ab", "", "/quit", "never read"]
+    _, out, _ = talk(lines, "--system", "x", "--json")
+    assert prompt_lengths(out) == [len("system: x\nuser: ab\nassistant: ")] * 2
+
+
+def test_answers_stream_and_go_to_a_file(talk, tmp_path):
+    output = tmp_path / "answers.json"
+    status, out, err = talk(["ab"], "--output", output, "--stats")
+    assert status == 0
+    assert out == json.loads(output.read_text())[0]["text"] + "\n"
+    assert "plain · " in err
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(talk, monkeypatch):
+    real = show.show_pieces
+    calls = []
+
+    def interrupted_once(pieces, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            next(iter(pieces))
+            raise KeyboardInterrupt
+        real(pieces, **options)
+
+    monkeypatch.setattr(show, "show_pieces", interrupted_once)
+    status, out, err = talk(["ab", "cd"])
+    assert status == 0
+    assert len(calls) == 2
+    assert "(stopped)" in err
+    assert out
+
+
+def test_a_conversation_that_is_too_long_can_be_reset(talk):
+    status, out, err = talk(["a" * 600, "/reset", "ab"], "--json")
+    assert status == 0
+    assert "this model's context holds 512" in err
+    assert len(json.loads(out)) == 1

@@ -1,0 +1,191 @@
+"""`layerskip generate`: results, streams, files of prompts, and bad input."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from layerskip import LayerSkipModel, cli
+
+SPECULATIVE = ("--mode", "self-speculative", "--exit-layer", 3, "--draft-tokens", 2)
+FIELDS = """
+    text token_ids finish_reason prompt_tokens new_tokens mode exit_layer draft_tokens rounds
+    drafted accepted acceptance_rate mean_accepted_length accepted_by_position ttft_s decode_s
+    tokens_per_s
+""".split()  # noqa: SIM905
+
+
+def test_json_is_one_document_with_the_fields_of_the_contract(run):
+    status, out, err = run(
+        "generate", "--prompt", "abc", "--max-new-tokens", 9, "--json", *SPECULATIVE
+    )
+    result = json.loads(out)
+    assert (status, err) == (0, "")
+    assert list(result) == FIELDS
+    assert (result["mode"], result["exit_layer"], result["draft_tokens"]) == (
+        "self-speculative",
+        3,
+        2,
+    )
+    assert result["new_tokens"] == len(result["token_ids"])
+    assert result["new_tokens"] == 1 + result["rounds"] + result["accepted"]
+
+
+def test_plain_has_no_exit_and_no_acceptance(run):
+    result = json.loads(run("generate", "--prompt", "abc", "--max-new-tokens", 4, "--json")[1])
+    assert result["mode"] == "plain"
+    absent = ("exit_layer", "draft_tokens", "acceptance_rate", "mean_accepted_length")
+    assert [result[name] for name in absent] == [None] * 4
+    assert (result["rounds"], result["drafted"], result["accepted"]) == (0, 0, 0)
+
+
+def test_what_is_streamed_is_the_text_of_the_library(run, folder):
+    flags = ("--max-new-tokens", 12, "--temperature", 0.8, "--seed", 3, "--ignore-eos")
+    status, out, _ = run("generate", "--prompt", "abc", *flags)
+    model = LayerSkipModel.from_pretrained(folder, dtype="float32")
+    answer = model.generate("abc", max_new_tokens=12, temperature=0.8, seed=3, ignore_eos=True)
+    assert status == 0
+    assert out == answer.text + "\n"
+
+
+def test_a_file_of_prompts_gives_a_list(run, tmp_path):
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.json"
+    rows = [{"prompt": "abc"}, {"messages": [{"role": "user", "content": "abc"}]}]
+    prompts.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    status, out, _ = run(
+        "generate", "--prompts", prompts, "--output", output, "--max-new-tokens", 3
+    )
+    results = json.loads(output.read_text())
+    assert (status, out) == (0, "")
+    assert [r["prompt_tokens"] for r in results] == [3, len("user: abc\nassistant: ")]
+    assert set(tmp_path.iterdir()) == {prompts, output}
+
+
+def test_a_text_file_has_one_prompt_a_line(run, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("ab\n\nabcd\n")
+    results = json.loads(run("generate", "--prompts", prompts, "--json", "--max-new-tokens", 2)[1])
+    assert [r["prompt_tokens"] for r in results] == [2, 4]
+
+
+def test_standard_input_is_one_prompt(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab\ncd\n"))
+    result = json.loads(run("generate", "--json", "--max-new-tokens", 2)[1])
+    assert result["prompt_tokens"] == len("ab\ncd")
+
+
+def test_chat_applies_the_template(run):
+    result = json.loads(
+        run("generate", "--chat", "--prompt", "abc", "--json", "--max-new-tokens", 1)[1]
+    )
+    assert result["prompt_tokens"] == len("user: abc\nassistant: ")
+
+
+def test_stop_is_not_part_of_the_text(run):
+    arguments = ("generate", "--prompt", "abc", "--json", "--max-new-tokens", 20, "--ignore-eos")
+    text = json.loads(run(*arguments)[1])["text"]
+    stop = text[4:6]
+    result = json.loads(run(*arguments, "--stop", stop)[1])
+    assert result["text"] == text[: text.index(stop)]
+    assert result["finish_reason"] == "stop"
+
+
+def test_show_draft_brackets_what_was_drafted(run):
+    arguments = ("generate", "--prompt", "abc", "--max-new-tokens", 16, "--ignore-eos")
+    full_depth = ("--mode", "self-speculative", "--exit-layer", 4, "--draft-tokens", 3)
+    status, out, err = run(*arguments, *full_depth, "--show-draft", "--stats")
+    plain = run(*arguments)[1]
+    assert status == 0
+    assert out.count("[") > plain.count("[")
+    assert _unmarked(out) == _unmarked(plain)
+    assert "acceptance 100%" in err
+
+
+def _unmarked(text):
+    """Without brackets, and without the control characters that a terminal must not be sent."""
+    return [c for c in text if c.isprintable() and c not in "[]"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (
+            ["--prompt", "abc", "--exit-layer", "9"],
+            1,
+            "out of range: this model has 1 to 4",
+        ),
+        (["--prompt", "abc", "--exit-layer", "0"], 2, "--exit-layer"),
+        (["--prompt", "abc", "--mode", "fast"], 2, "'fast' is not one of"),
+        (["--prompt", "abc", "--mode", "plain", "--draft-tokens", "2"], 1, "plain decoding has no"),
+        (["--prompt", "abc", "--bogus"], 2, "No such option"),
+        (["--prompt", "abc", "--temperature", "-1"], 2, "--temperature"),
+        (["--prompt", ""], 1, "the prompt is empty"),
+        (["--prompt", "abc" * 200], 1, "this model's context holds 512"),
+        (["--prompt", "abc", "--device", "abacus"], 1, "the device 'abacus' is unknown"),
+        (["--prompt", "abc", "--output", "no/such/folder/x.json"], 2, "does not exist"),
+        (["--prompt", "abc", "--prompts", __file__], 2, "exclude each other"),
+        (["--prompts", "no-such-file"], 2, "does not exist"),
+    ],
+)
+def test_bad_input_is_one_clear_line(run, arguments, status, words):
+    got, out, err = run("generate", *arguments)
+    assert (got, out) == (status, "")
+    assert words in err
+    assert err.startswith("layerskip: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "words"), [("{", "line 2: no JSON"), ('{"text": "x"}', 'line 2: a field "prompt"')]
+)
+def test_a_bad_row_is_named_by_its_line(run, tmp_path, row, words):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "abc"}\n' + row + "\n")
+    status, _, err = run("generate", "--prompts", prompts, "--json")
+    assert status == 1
+    assert words in err
+
+
+@pytest.mark.parametrize("model", ["no-such-model", "/no/such/folder", "no/such/file.gguf"])
+def test_a_model_that_is_nowhere(capsys, model):
+    assert cli.run(["generate", "--prompt", "abc", "--model", model]) == 1
+    err = capsys.readouterr().err
+    assert model in err
+    assert err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(run):
+    with pytest.raises(ValueError, match="out of range"):
+        run("generate", "--debug", "--prompt", "abc", "--exit-layer", "9")
+
+
+def test_a_failed_write_leaves_the_old_file(run, tmp_path, monkeypatch):
+    output = tmp_path / "answers.json"
+    output.write_text("old")
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full_disk)
+    status, _, err = run("generate", "--prompt", "abc", "--max-new-tokens", 2, "--output", output)
+    assert (status, output.read_text()) == (1, "old")
+    assert "No space left on device" in err
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_ctrl_c_ends_cleanly(folder):
+    program = "from layerskip.cli import main; main()"
+    arguments = ["generate", "--model", folder, "--prompt", "abc", "--ignore-eos"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, arguments), "--max-new-tokens", "500"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.read(1)  # the answer has begun
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    if process.returncode != 0:  # else the answer was complete before the signal came
+        assert (process.returncode, err.strip()) == (130, b"layerskip: interrupted")

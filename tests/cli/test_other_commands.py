@@ -1,0 +1,74 @@
+"""Help, version, `pull` and `demo`."""
+
+import json
+
+import pytest
+
+from layerskip import __version__, cli
+from layerskip.cli import demo
+from layerskip.model import source
+
+COMMANDS = ["demo", "pull", "generate", "chat"]
+
+
+def run(capsys, *arguments):
+    status = cli.run(arguments)
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples(capsys, command):
+    status, out, _ = run(capsys, command, "--help")
+    assert status == 0
+    assert "Examples:" in out
+    assert f"layerskip {command}" in out
+    assert "--json" in out
+    assert "--output" in out
+
+
+def test_the_program_lists_its_commands(capsys):
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    assert all(command in out for command in COMMANDS)
+    assert run(capsys) == (2, out, "")
+
+
+def test_version_and_unknown_command(capsys):
+    assert run(capsys, "--version")[1].strip().endswith(__version__)
+    status, _, err = run(capsys, "fly")
+    assert status == 2
+    assert "No such command 'fly'" in err
+
+
+def test_pull_of_what_is_there_prints_the_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv(source.CACHE_VARIABLE, str(tmp_path))
+    (tmp_path / "smollm2-135m").mkdir()
+    (tmp_path / "smollm2-135m" / "model.gguf").touch()
+    assert run(capsys, "pull", "smollm2-135m") == (0, f"{tmp_path / 'smollm2-135m'}\n", "")
+    result = json.loads(run(capsys, "pull", "smollm2-135m", "--json")[1])
+    assert result == {
+        "name": "smollm2-135m",
+        "folder": str(tmp_path / "smollm2-135m"),
+        "fetched": False,
+    }
+
+
+def test_pull_of_something_else_is_refused(capsys):
+    status, _, err = run(capsys, "pull", "gpt-5")
+    assert status == 2
+    assert "'gpt-5' is not 'smollm2-135m'" in err
+
+
+@pytest.mark.real
+def test_demo_shows_three_ways_and_says_what_they_are_worth(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[:1])
+    status, out, err = run(capsys, "demo", "--max-new-tokens", "6", "--dtype", "float32")
+    assert (status, err) == (0, "")
+    assert "not trained with layer dropout" in " ".join(out.split())
+    assert "self-speculative" in out
+    rows = json.loads(
+        run(capsys, "demo", "--max-new-tokens", "6", "--dtype", "float32", "--json")[1]
+    )["rows"]
+    assert [row["mode"] for row in rows] == ["plain", "early-exit", "self-speculative"]
+    assert [row["identical_to_plain"] for row in rows if row["mode"] != "early-exit"] == [1.0, 1.0]
