@@ -14,7 +14,6 @@ from tiny_decoders import (
     tiny_decoder,
 )
 
-from layerskip import LayerSkipModel
 from layerskip.decoding import Sampling
 from layerskip.decoding.generate import PREFILL_CHUNK
 
@@ -57,11 +56,6 @@ def test_context_end_is_exact(case):
     assert len(plain) == 24 - 10 + 1
     for exit_layer, d in itertools.product(EXITS, (0, 1, 5, 8, 50)):
         assert ids(decoder, prompt, speculative(exit_layer, d), 100) == plain
-
-
-@pytest.fixture(scope="module")
-def smollm2(smollm2_folder):
-    return LayerSkipModel.from_pretrained(smollm2_folder, dtype="float32")
 
 
 def human_eval_prompts(n):

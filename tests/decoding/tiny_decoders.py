@@ -5,9 +5,9 @@ import functools
 import tempfile
 from pathlib import Path
 
-import tiny_models
 import torch
 
+import tiny_models
 from layerskip.decoding import Plan, Sampling, generate
 from layerskip.model import load
 from layerskip.model.linear import linear

@@ -69,7 +69,10 @@ class Sampling:
 
         Only for temperatures above 0. Never all zero: the most likely token is always kept.
         """
-        scores = logits.float() / self.temperature
+        scores = logits.float()
+        # Counted from the best score, so that no temperature, however low, overflows at the top.
+        scores = scores - scores.amax(dim=-1, keepdim=True)
+        scores = scores / max(self.temperature, torch.finfo(torch.float32).tiny)
         if self.top_k is not None and self.top_k < scores.shape[-1]:
             kth = scores.topk(self.top_k, dim=-1).values[..., -1:]
             scores = scores.masked_fill(scores < kth, float("-inf"))
@@ -77,6 +80,7 @@ class Sampling:
             ordered, order = scores.sort(dim=-1, descending=True)
             p = ordered.softmax(dim=-1)
             beyond = p.cumsum(dim=-1) - p >= self.top_p  # the mass before the token is enough
+            beyond[..., 0] = False  # also where top_p is too small for float32
             scores = scores.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
         probabilities = scores.softmax(dim=-1)
         if self.min_p:

@@ -1,0 +1,136 @@
+"""The one definition of the next token's distribution."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as theirs
+
+from layerskip.decoding import Sampling
+from layerskip.decoding.sampling import TokenHistory, pick
+
+VOCABULARY = 50
+TEMPERATURES, TOP_KS = (0.3, 1.0, 1.7), (None, 1, 7, 50, 200)
+TOP_PS, MIN_PS = (None, 0.2, 0.9, 1.0), (None, 0.05, 0.5, 1.0)
+
+
+def random_logits(rows, seed=0, scale=3.0):
+    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def their_probabilities(logits, temperature, top_k, top_p, min_p):
+    processors = LogitsProcessorList([theirs.TemperatureLogitsWarper(temperature)])
+    if top_k is not None:
+        processors.append(theirs.TopKLogitsWarper(top_k))
+    if top_p is not None:
+        processors.append(theirs.TopPLogitsWarper(top_p))
+    if min_p is not None:
+        processors.append(theirs.MinPLogitsWarper(min_p))
+    return processors(None, logits).softmax(dim=-1)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_probabilities_equal_transformers(temperature):
+    logits = random_logits(64)
+    for top_k, top_p, min_p in itertools.product(TOP_KS, TOP_PS, MIN_PS):
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        ours = sampling.probabilities(logits[:, None])[:, 0]
+        expected = their_probabilities(logits, temperature, top_k, top_p, min_p)
+        assert torch.equal(ours > 0, expected > 0), (top_k, top_p, min_p)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6)  # float32
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.3, 2.0])
+def test_repetition_penalty_equals_transformers(penalty):
+    logits, tokens = random_logits(1), torch.tensor([[3, 9, 3, 40]])
+    ours = Sampling(repetition_penalty=penalty).penalize(
+        logits[:, None], TokenHistory(tokens, VOCABULARY).before(tokens[:, :0])
+    )
+    expected = theirs.RepetitionPenaltyLogitsProcessor(penalty)(tokens, logits.clone())
+    assert torch.equal(ours[:, 0], expected)
+
+
+@given(
+    settled=st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    unsettled=st.lists(st.integers(0, 9), max_size=6),
+)
+def test_history_before_each_position(settled, unsettled):
+    """Row i has seen what is settled and the i unsettled tokens before it, nothing later."""
+    history = TokenHistory(torch.tensor([settled[:1]]), 10)
+    if settled[1:]:
+        history.extend(torch.tensor([settled[1:]]))
+    seen = history.before(torch.tensor([unsettled], dtype=torch.int64))
+    assert seen.shape == (1, len(unsettled) + 1, 10)
+    for i, row in enumerate(seen[0]):
+        assert set(row.nonzero()[:, 0].tolist()) == {*settled, *unsettled[:i]}
+    looked_ahead = history.before(torch.zeros(1, 0, dtype=torch.int64))
+    assert torch.equal(looked_ahead[0, 0], seen[0, 0])  # which settles nothing
+
+
+@given(
+    temperature=st.floats(0.0, 1e6, exclude_min=True),
+    top_k=st.none() | st.integers(1, 60),
+    top_p=st.none() | st.floats(0.0, 1.0, exclude_min=True),
+    min_p=st.none() | st.floats(0.0, 1.0),
+    scale=st.sampled_from([0.0, 1e-3, 1.0, 100.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_probabilities_are_a_distribution(temperature, top_k, top_p, min_p, scale, dtype):
+    """Whatever the settings: float32, no nan, sums to one, and the most likely stays the most likely."""
+    logits = random_logits(4, scale=scale).to(dtype)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    p = sampling.probabilities(logits)
+    assert p.dtype == torch.float32
+    assert p.isfinite().all()
+    torch.testing.assert_close(p.sum(-1), torch.ones(4), rtol=0, atol=1e-5)
+    logits = logits.double()
+    below_best = logits.amax(-1) - logits.gather(1, p.argmax(-1, keepdim=True))[:, 0]
+    assert (below_best <= 1e-6 * temperature).all()  # float32 sees no difference smaller than that
+
+
+def test_lowest_temperature_is_greedy():
+    logits = random_logits(8)
+    best = torch.nn.functional.one_hot(logits.argmax(-1), VOCABULARY).float()
+    assert torch.equal(Sampling(temperature=5e-324).probabilities(logits), best)
+
+
+def test_half_precision_logits_are_widened_before_the_softmax():
+    """In float16 a flat distribution over a large vocabulary would be all wrong."""
+    logits = torch.zeros(1, 1, 49_152, dtype=torch.bfloat16)
+    p = Sampling(temperature=1.0, top_p=0.5).probabilities(logits)
+    assert (p > 0).sum() == 49_152 // 2
+    torch.testing.assert_close(p.sum(), torch.tensor(1.0), rtol=0, atol=1e-5)
+
+
+def test_pick():
+    logits = random_logits(3)[:, None]
+    token, q = pick(logits, Sampling(), None)
+    assert q is None
+    assert torch.equal(token, logits.argmax(-1))
+    token, q = pick(logits, Sampling(temperature=1.0, top_k=1), torch.Generator().manual_seed(0))
+    assert torch.equal(token, logits.argmax(-1))
+    assert q.shape == (3, 1, VOCABULARY)
+    draws = [
+        pick(logits, Sampling(temperature=2.0), torch.Generator().manual_seed(seed))[0].tolist()
+        for seed in (1, 1, 2, 3, 4)
+    ]
+    assert draws[0] == draws[1]
+    assert len({str(draw) for draw in draws}) > 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("temperature", value) for value in (-0.1, float("nan"), float("inf"))),
+        *(("top_k", value) for value in (0, -1)),
+        *(("top_p", value) for value in (0.0, -0.5, 1.1, float("nan"))),
+        *(("min_p", value) for value in (-0.1, 1.1, float("nan"))),
+        *(("repetition_penalty", value) for value in (0.0, -1.0, float("inf"), float("nan"))),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(option, value):
+    with pytest.raises(ValueError, match=f"{option} is {value}"):
+        Sampling(**{option: value})
