@@ -100,12 +100,13 @@ class AttachedRecipe:
             raise ValueError("the batch has no labels")
         inputs = {k: v for k, v in batch.items() if k != "num_items_in_batch"}
         self._to_evaluate = tuple(sorted({*exits, self.num_layers}))
-        before, self.last = self.last, None
+        before = self.last
         try:
             with torch.no_grad():
                 (model or self._model)(**inputs)
-            assert self.last is not None
-            return self.last
+            losses = self.last
+            assert losses is not None
+            return losses
         finally:
             self._to_evaluate, self.last = (), before
 

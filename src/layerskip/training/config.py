@@ -1,0 +1,199 @@
+"""Settings of a training run: a frozen dataclass whose fields are the flags and YAML keys."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from layerskip.recipe import RecipeConfig
+
+# The paper's; continual pretraining of Llama2-7B. From scratch without layer dropout it used half.
+_LEARNING_RATES = {"pretrain": 8e-4, "continual": 3e-5, "domain": 1e-4, "task": 1e-4}
+
+
+def _setting(help_text: str, default: Any = MISSING) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What `train` does. Wrong values raise ValueError when it is made.
+
+    Every field's meaning is its metadata's `help`; `settings()` lists these fields and the recipe's
+    together, as the command line and YAML have them.
+    """
+
+    model: str = _setting(
+        "folder or hub id of the model, or of a configuration with --from-scratch"
+    )
+    data: str = _setting("hub id, or file: jsonl, json, csv, tsv, txt, parquet; .gz and .xz too")
+    output: str = _setting("folder of the result, its checkpoints and logs")
+    regime: Literal["pretrain", "continual", "domain", "task"] = _setting(
+        "preset of the recipe", "continual"
+    )
+    recipe: RecipeConfig | None = None
+    tokenizer: str | None = _setting(
+        "folder or hub id of the tokenizer (default: the model's)", None
+    )
+    from_scratch: bool = _setting("start from random weights of the model's configuration", False)
+    eval_data: str | None = _setting("rows to evaluate on, as --data", None)
+    eval_rows: int = _setting("rows taken from --data for evaluation where there is no other", 0)
+    split: str = _setting("split of a hub data set", "train")
+    prompt: str = _setting("prompt made of a row's fields, as in '{utterance}\\n'", "{prompt}")
+    completion: str = _setting("completion made of a row's fields", "{completion}")
+    text_field: str = _setting("field of running text, where rows have no completion", "text")
+    completion_only: bool = _setting("loss on completions only, not on prompts", True)
+    max_length: int = _setting("tokens of a row at most; what is longer is cut", 1024)
+    packing: bool = _setting("several documents a row, without attention across them", False)
+    batch_size: int = _setting("rows of a batch on one device", 8)
+    accumulation: int = _setting("batches of one optimizer step", 1)
+    epochs: float = _setting("passes over the data", 1.0)
+    max_steps: int | None = _setting("optimizer steps, instead of --epochs", None)
+    max_minutes: float | None = _setting("stop after so long, with a checkpoint", None)
+    learning_rate: float | None = _setting("peak learning rate (default: the regime's)", None)
+    scheduler: str = _setting("learning rate schedule, as in transformers", "cosine")
+    warmup_steps: int = _setting("steps in which the learning rate rises", 0)
+    weight_decay: float = _setting("weight decay of AdamW", 0.0)
+    max_grad_norm: float = _setting("gradients are clipped to this length; 0 = not", 1.0)
+    lora_rank: int | None = _setting(
+        "train a LoRA adapter of this rank instead of all weights", None
+    )
+    lora_alpha: int | None = _setting("LoRA scale (default: twice the rank)", None)
+    precision: Literal["float32", "bfloat16", "float16"] = _setting(
+        "precision of the arithmetic; weights are kept in float32", "float32"
+    )
+    gradient_checkpointing: bool = _setting("less memory, more time", False)
+    compile: bool = _setting("compile the layers", False)
+    eval_exits: tuple[int, ...] | None = _setting("exits looked at in evaluation", None)
+    eval_steps: int | None = _setting("evaluate every so many steps (default: at the end)", None)
+    log_steps: int = _setting("log every so many steps", 10)
+    save_steps: int = _setting("write a checkpoint every so many steps", 500)
+    keep_checkpoints: int = _setting("checkpoints that are kept", 2)
+    exit_layer: int | None = _setting("exit written into the result for decoding", None)
+    draft_tokens: int = _setting("draft tokens written into the result for decoding", 4)
+    resume: bool = _setting("go on from the last checkpoint in --output", False)
+    seed: int = _setting("seed of everything random", 0)
+    device: Literal["auto", "cpu"] = _setting("cpu = leave a GPU alone", "auto")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation", "log_steps", "save_steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("max_steps", "max_minutes", "eval_steps", "lora_rank", "lora_alpha"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        for name in ("epochs", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value}; it must be a number above 0")
+        if self.max_length < 2:
+            raise ValueError(f"max_length is {self.max_length}; a row needs at least 2 tokens")
+        if self.eval_data is not None and self.eval_rows:
+            raise ValueError("eval_data and eval_rows contradict each other; give one of them")
+        if self.from_scratch and self.lora_rank is not None:
+            raise ValueError("from_scratch and lora_rank contradict each other")
+        if self.lora_alpha is not None and self.lora_rank is None:
+            raise ValueError("lora_alpha needs lora_rank")
+
+    @property
+    def effective_recipe(self) -> RecipeConfig:
+        """The recipe given, or the regime's."""
+        return self.recipe or RecipeConfig.preset(self.regime)
+
+    @property
+    def effective_learning_rate(self) -> float:
+        """The learning rate given, or the regime's."""
+        return self.learning_rate or _LEARNING_RATES[self.regime]
+
+    @classmethod
+    def settings(cls) -> dict[str, Field[Any]]:
+        """Name -> dataclass field of everything that can be set: this class's and the recipe's."""
+        own = {item.name: item for item in fields(cls) if item.name != "recipe"}
+        return own | {item.name: item for item in fields(RecipeConfig) if item.name not in own}
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Make a configuration of flat names, such as YAML keys or flags; None = not given.
+
+        Texts are turned into what a field holds ('1e-4', '4,8'). Names of the recipe change the
+        regime's preset.
+
+        Raises:
+            ValueError: for an unknown or missing name or a value that is not what the field holds.
+        """
+        known = cls.settings()
+        values = {name.replace("-", "_"): v for name, v in values.items() if v is not None}
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                raise ValueError(
+                    f"there is no setting {name!r}"
+                    + (f"; did you mean {near[0]!r}?" if near else "")
+                )
+        hints = get_type_hints(RecipeConfig) | get_type_hints(cls)
+        converted = {name: _convert(name, v, hints[name]) for name, v in values.items()}
+        own = {item.name for item in fields(cls)}
+        mine = {name: v for name, v in converted.items() if name in own}
+        missing = [n for n in ("model", "data", "output") if n not in mine]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} must be given")
+        changes = {name: v for name, v in converted.items() if name not in own}
+        if "seed" in mine:
+            changes["seed"] = mine["seed"]
+        return cls(recipe=RecipeConfig.preset(mine.get("regime", cls.regime), **changes), **mine)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **changes: Any) -> TrainConfig:
+        """Read a YAML file of settings; `changes` (flags) go before what it says.
+
+        Raises:
+            ValueError: where the file is no mapping of settings.
+        """
+        import yaml  # type: ignore[import-untyped, unused-ignore]
+
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must have lines of the form 'name: value'")
+        given = {name: v for name, v in changes.items() if v is not None}
+        return cls.from_mapping({**values, **given})
+
+    def as_flat_dict(self) -> dict[str, Any]:
+        """The flat names that `from_mapping` takes, with every value that is in force."""
+        return asdict(self.effective_recipe) | {
+            name: value for name, value in asdict(self).items() if name != "recipe"
+        }
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    """A value of YAML or a flag as what a field holds."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kind = next(k for k in kinds if k is not type(None))
+    try:
+        if get_origin(kind) is tuple:
+            items = value.replace(",", " ").split() if isinstance(value, str) else value
+            items = [items] if isinstance(items, int) else items
+            return tuple(int(item) for item in items)
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "false": False}[str(value).lower()]
+        if kind is int and float(value) != int(value):
+            raise ValueError
+        if kind in (int, float, str):
+            return kind(value)
+    except (ValueError, TypeError, KeyError):
+        wanted = "a list of numbers" if get_origin(kind) is tuple else f"a value of {kind.__name__}"
+        raise ValueError(f"{name} is {value!r}, not {wanted}") from None
+    choices = get_args(kind)
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it can be {', '.join(map(repr, choices))}")
+    return value

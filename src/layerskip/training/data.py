@@ -1,0 +1,278 @@
+"""Rows of text -> tokens and labels; batches of them, padded or packed."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import lzma
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+import torch
+from torch import Tensor
+
+from layerskip.recipe.exit_loss import IGNORED_LABEL
+
+Row = tuple[str, Mapping[str, Any]]  # where it stands, and its fields
+_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
+
+
+def read_rows(source: str, split: str = "train") -> Iterator[Row]:
+    """The rows of a local file or a hub data set, each with where it stands ('train.tsv:17').
+
+    Args:
+        source: a file, compressed (.gz, .xz) or not, or a hub id.
+        split: of a hub data set.
+
+    Raises:
+        ValueError: for a file of unknown kind, a data set that is not found, or a bad row, which
+            is named by its line.
+    """
+    path = Path(source)
+    if not path.exists():
+        if path.suffix in (*_SUFFIXES, ".gz", ".xz"):
+            raise ValueError(f"the data file {source} does not exist")
+        yield from _hub_rows(source, split)
+        return
+    plain = path.with_suffix("") if path.suffix in (".gz", ".xz") else path
+    if plain.suffix == ".parquet":
+        datasets = _datasets()
+        rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        yield from ((f"{path.name}:{i}", row) for i, row in enumerate(rows, 1))
+        return
+    readers: dict[str, Callable[[TextIO, str], Iterator[Row]]] = {
+        ".jsonl": _json_lines,
+        ".json": _json,
+        ".csv": _table,
+        ".tsv": _table,
+        ".txt": _paragraphs,
+    }
+    if plain.suffix not in readers:
+        raise ValueError(f"{source} is of no known kind; known are {', '.join(_SUFFIXES)}")
+    with _open(path) as file:
+        yield from readers[plain.suffix](file, plain.name)
+
+
+def _open(path: Path) -> TextIO:
+    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
+    opener = openers.get(path.suffix, open)
+    return cast(TextIO, opener(path, "rt", encoding="utf-8", newline=""))
+
+
+def _hub_rows(source: str, split: str) -> Iterator[Row]:
+    try:
+        rows = _datasets().load_dataset(source, split=split)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{source} is no file, and no data set of the hub: {reason}") from error
+    yield from ((f"{source}:{i}", row) for i, row in enumerate(rows, 1))
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("this needs `datasets`: pip install 'layerskip[train]'") from None
+    return datasets
+
+
+def _json_lines(file: TextIO, name: str) -> Iterator[Row]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}:{number} is not JSON: {error.msg}") from None
+        yield f"{name}:{number}", _fields_of(row, f"{name}:{number}")
+
+
+def _json(file: TextIO, name: str) -> Iterator[Row]:
+    try:
+        rows = json.load(file)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}:{error.lineno} is not JSON: {error.msg}") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{name} must hold a list of rows")
+    for number, row in enumerate(rows, 1):
+        yield f"{name}, row {number}", _fields_of(row, f"{name}, row {number}")
+
+
+def _fields_of(row: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is not an object with fields")
+    return row
+
+
+def _table(file: TextIO, name: str) -> Iterator[Row]:
+    # Tab-separated files quote nothing: a quotation mark in them is text.
+    is_tabs = name.endswith(".tsv")
+    reader = csv.DictReader(
+        file,
+        delimiter="\t" if is_tabs else ",",
+        quoting=csv.QUOTE_NONE if is_tabs else csv.QUOTE_MINIMAL,
+    )
+    for row in reader:
+        where = f"{name}:{reader.line_num}"
+        if None in row or None in row.values():
+            columns = len(reader.fieldnames or ())
+            raise ValueError(f"{where} does not have the {columns} columns of the first line")
+        yield where, row
+
+
+def _paragraphs(file: TextIO, name: str) -> Iterator[Row]:
+    """Documents of a text file are separated by empty lines."""
+    start, lines = 1, list[str]()
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            start = start if lines else number
+            lines.append(line)
+        elif lines:
+            yield f"{name}:{start}", {"text": "".join(lines)}
+            lines = []
+    if lines:
+        yield f"{name}:{start}", {"text": "".join(lines)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How a row becomes tokens and labels.
+
+    A row with `messages` goes through the chat template; one with the fields of `completion` is
+    prompt and completion; any other must have the field of running text.
+
+    Attributes:
+        tokenizer: of transformers.
+        prompt: template of the prompt.
+        completion: template of the completion.
+        text_field: name of the field of running text.
+        completion_only: prompts have no labels.
+        max_length: tokens kept.
+    """
+
+    tokenizer: Any
+    prompt: str = "{prompt}"
+    completion: str = "{completion}"
+    text_field: str = "text"
+    completion_only: bool = True
+    max_length: int = 1024
+
+    def __call__(self, where: str, row: Mapping[str, Any]) -> dict[str, list[int]]:
+        """Tokens and labels of a row.
+
+        Raises:
+            ValueError: where the row has not the fields needed, named by where it stands.
+        """
+        prompt, ids = self._ids(where, row)
+        labels = list(ids)
+        if self.completion_only:
+            labels[:prompt] = [IGNORED_LABEL] * prompt
+        return {"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]}
+
+    def _ids(self, where: str, row: Mapping[str, Any]) -> tuple[int, list[int]]:
+        end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
+        if "messages" in row:
+            return self._chat(where, row["messages"])
+        try:
+            completion = self.completion.format_map(row)
+        except (KeyError, ValueError, IndexError):
+            if not isinstance(row.get(self.text_field), str):
+                raise ValueError(
+                    f"{where} has the fields {sorted(row)}; needed are those of {self.completion!r} "
+                    f"and {self.prompt!r}, 'messages', or {self.text_field!r}"
+                ) from None
+            return 0, self.tokenizer(row[self.text_field])["input_ids"] + end
+        try:
+            prompt = self.prompt.format_map(row)
+        except (KeyError, ValueError, IndexError):
+            raise ValueError(
+                f"{where} has the fields {sorted(row)}, not those of {self.prompt!r}"
+            ) from None
+        before = self.tokenizer(prompt)["input_ids"]
+        after = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
+        return len(before), before + after + end
+
+    def _chat(self, where: str, messages: Any) -> tuple[int, list[int]]:
+        try:
+            template = self.tokenizer.apply_chat_template
+            whole = template(messages, tokenize=False)
+            asked = template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template raises whatever its author chose
+            raise ValueError(
+                f"{where}: the chat template does not take its messages: {error}"
+            ) from error
+        if not whole.startswith(asked):
+            raise ValueError(f"{where}: the last message is not an answer to those before it")
+        before = self.tokenizer(asked, add_special_tokens=False)["input_ids"]
+        after = self.tokenizer(whole[len(asked) :], add_special_tokens=False)["input_ids"]
+        return len(before), before + after
+
+
+def encode_rows(rows: Iterable[Row], encoding: Encoding, source: str) -> list[dict[str, list[int]]]:
+    """Encode all rows; those whose labels were all cut off are left out.
+
+    Raises:
+        ValueError: for a bad row, no rows at all, or none with a label.
+    """
+    encoded = [encoding(where, row) for where, row in rows]
+    if not encoded:
+        raise ValueError(f"{source} has no rows")
+    # The first token is predicted from nothing, so its label does not count.
+    labelled = [row for row in encoded if any(x != IGNORED_LABEL for x in row["labels"][1:])]
+    if not labelled:
+        raise ValueError(
+            f"no row of {source} has a label within max_length = {encoding.max_length} tokens: "
+            "prompts may be longer than that, or completions empty"
+        )
+    return labelled
+
+
+def pack_rows(rows: Sequence[Mapping[str, list[int]]], length: int) -> list[dict[str, list[int]]]:
+    """Put whole documents one after the other into rows of at most `length` tokens.
+
+    `position_ids` start again with each document, from which transformers keeps attention within
+    it; the first token of a document has no label, or the one before it would have to predict it.
+    """
+    packed: list[dict[str, list[int]]] = []
+    for row in rows:
+        tokens = len(row["input_ids"])
+        if not packed or len(packed[-1]["input_ids"]) + tokens > length:
+            packed.append({"input_ids": [], "labels": [], "position_ids": []})
+        packed[-1]["input_ids"] += row["input_ids"]
+        packed[-1]["labels"] += [IGNORED_LABEL, *row["labels"][1:]]
+        packed[-1]["position_ids"] += range(tokens)
+    return packed
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows -> tensors [B, T], padded on the right.
+
+    Attributes:
+        pad_token_id: token that fills.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+        """Packed rows get no mask: padding is a document of its own to them."""
+        width = max(len(row["input_ids"]) for row in rows)
+        gaps = [width - len(row["input_ids"]) for row in rows]
+        batch = {
+            "input_ids": [
+                [*r["input_ids"], *[self.pad_token_id] * g] for r, g in zip(rows, gaps, strict=True)
+            ],
+            "labels": [
+                [*r["labels"], *[IGNORED_LABEL] * g] for r, g in zip(rows, gaps, strict=True)
+            ],
+        }
+        if "position_ids" in rows[0]:
+            batch["position_ids"] = [
+                [*r["position_ids"], *range(g)] for r, g in zip(rows, gaps, strict=True)
+            ]
+        else:
+            batch["attention_mask"] = [[1] * (width - g) + [0] * g for g in gaps]
+        return {name: torch.tensor(values) for name, values in batch.items()}

@@ -1,0 +1,63 @@
+"""Pictures of a training run, drawn from its log."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+_EXIT = re.compile(r"(eval_)?(loss|accuracy)_exit_(\d+)")
+
+
+def exit_series(
+    logs: Sequence[dict[str, float]], name: str
+) -> dict[int, tuple[list[float], list[float]]]:
+    """Steps and values of a figure for every exit, such as `loss` or `eval_accuracy`."""
+    series: dict[int, tuple[list[float], list[float]]] = {}
+    for log in logs:
+        for key, value in log.items():
+            match = _EXIT.fullmatch(key)
+            if match and f"{match[1] or ''}{match[2]}" == name:
+                steps, values = series.setdefault(int(match[3]), ([], []))
+                steps.append(log["step"])
+                values.append(value)
+    return dict(sorted(series.items()))
+
+
+def plot_run(logs: Sequence[dict[str, float]], directory: Path) -> list[Path]:
+    """Draw loss over steps for every exit, and the last evaluation's accuracy over the layers.
+
+    Args:
+        logs: the lines of the run's log.
+        directory: where the pictures go.
+
+    Returns:
+        The files written; none where the log has nothing to draw or matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return []
+    written = []
+    losses, accuracies = exit_series(logs, "loss"), exit_series(logs, "eval_accuracy")
+    if losses:
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot()
+        for place, (exit_layer, (steps, values)) in enumerate(losses.items()):
+            shade = place / max(len(losses) - 1, 1)
+            axes.plot(steps, values, color=(1 - shade, 0.2, shade), label=f"exit {exit_layer}")
+        axes.set(xlabel="step", ylabel="loss (nats a token)", title="Training loss of each exit")
+        axes.legend(fontsize="small", ncols=2)
+        written.append(directory / "loss_per_exit.png")
+        FigureCanvasAgg(figure).print_png(written[-1])  # type: ignore[no-untyped-call, unused-ignore]
+    if accuracies:
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot()
+        last = [values[-1] for _, values in accuracies.values()]
+        axes.plot(list(accuracies), last, marker="o")
+        axes.set(xlabel="exit layer (layers run)", ylabel="token accuracy", ylim=(0, 1))
+        axes.set_title("Token accuracy of each exit, last evaluation")
+        written.append(directory / "accuracy_over_layers.png")
+        FigureCanvasAgg(figure).print_png(written[-1])  # type: ignore[no-untyped-call, unused-ignore]
+    return written

@@ -1,0 +1,257 @@
+"""`train(config)`: a checkpoint and rows of text in, a checkpoint that exits early out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    TrainingArguments,
+    set_seed,
+)
+
+from layerskip.recipe import detach
+from layerskip.training.callbacks import JsonLinesLog, StopAfter, read_log
+from layerskip.training.config import TrainConfig
+from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows, read_rows
+from layerskip.training.plots import plot_run
+from layerskip.training.trainer import INCOMPLETE, LayerSkipTrainer, last_checkpoint
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        output: folder of the checkpoint.
+        steps: optimizer steps done.
+        metrics: figures of the last evaluation, and those of training.
+        exit_layer: exit written into the checkpoint.
+    """
+
+    output: Path
+    steps: int
+    metrics: dict[str, float]
+    exit_layer: int
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train a model with the recipe and write an ordinary transformers checkpoint.
+
+    The folder `config.output` gets the model (a LoRA adapter merged, and beside it in `adapter/`),
+    tokenizer, `train.json` (all settings), `train_log.jsonl`, pictures and `checkpoint-*` to resume
+    from. Under `torchrun` or `accelerate launch` all processes call this.
+
+    Raises:
+        ValueError: for settings that do not fit each other, the data or the model: before training.
+        NonFiniteLossError, CheckpointError: what stopped training; checkpoints are kept.
+    """
+    output = Path(config.output)
+    resume_from = _resume_from(config, output)
+    set_seed(config.seed)
+    tokenizer = _load_tokenizer(config)
+    train_rows, eval_rows = _load_data(config, tokenizer)
+    model = _load_model(config)
+    num_layers = model.config.get_text_config().num_hidden_layers
+    exit_layer = _exit_for_decoding(config, num_layers)
+    config.effective_recipe.check_layers(num_layers)
+    if config.lora_rank is not None:
+        model = _with_adapter(model, config)
+    output.mkdir(parents=True, exist_ok=True)
+    trainer = _trainer(config, model, tokenizer, train_rows, eval_rows)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
+        settings = json.dumps(config.as_flat_dict(), indent=2)
+        (output / "train.json").write_text(settings + "\n", encoding="utf-8")
+    metrics = dict(trainer.train(resume_from_checkpoint=resume_from).metrics)
+    if eval_rows:
+        metrics |= trainer.evaluate()
+    assert trainer.model is not None
+    detach(trainer.model)
+    _save(trainer, config, exit_layer, output)
+    if trainer.is_world_process_zero():
+        plot_run(read_log(output / "train_log.jsonl"), output)
+    return TrainResult(output, trainer.state.global_step, metrics, exit_layer)
+
+
+def _resume_from(config: TrainConfig, output: Path) -> str | None:
+    checkpoint = last_checkpoint(output) if output.exists() else None
+    if config.resume:
+        return checkpoint
+    if checkpoint is not None:
+        raise ValueError(
+            f"{output} has checkpoints of an earlier run ({Path(checkpoint).name}): go on with "
+            "--resume, or choose another --output"
+        )
+    return None
+
+
+def _load_tokenizer(config: TrainConfig) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no tokenizer in {config.tokenizer or config.model}: {reason}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load_data(config: TrainConfig, tokenizer: Any) -> tuple[Any, Any]:
+    """Encoded rows to train on, and to evaluate on or None."""
+    encoding = Encoding(
+        tokenizer=tokenizer,
+        prompt=config.prompt,
+        completion=config.completion,
+        text_field=config.text_field,
+        completion_only=config.completion_only,
+        max_length=config.max_length,
+    )
+    rows = encode_rows(read_rows(config.data, config.split), encoding, config.data)
+    held_out: list[dict[str, list[int]]] = []
+    if config.eval_data is not None:
+        held_out = encode_rows(
+            read_rows(config.eval_data, config.split), encoding, config.eval_data
+        )
+    elif config.eval_rows:
+        if config.eval_rows >= len(rows):
+            raise ValueError(f"eval_rows is {config.eval_rows}, but there are {len(rows)} rows")
+        random.Random(config.seed).shuffle(rows)
+        rows, held_out = rows[config.eval_rows :], rows[: config.eval_rows]
+    if config.packing:
+        rows = pack_rows(rows, config.max_length)
+        held_out = pack_rows(held_out, config.max_length)
+    return _dataset(rows), _dataset(held_out) if held_out else None
+
+
+def _dataset(rows: list[dict[str, list[int]]]) -> Any:
+    import datasets
+
+    return datasets.Dataset.from_list(rows)
+
+
+def _load_model(config: TrainConfig) -> PreTrainedModel:
+    try:
+        if config.from_scratch:
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model))
+        else:
+            model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the model {config.model} could not be loaded: {reason}") from error
+    trained: PreTrainedModel = model.float()
+    return trained
+
+
+def _exit_for_decoding(config: TrainConfig, num_layers: int) -> int:
+    """The exit a decoder should use: the one given, the first that always has a loss, or L/4."""
+    recipe = config.effective_recipe
+    chosen = config.exit_layer or min(recipe.fixed_exits, default=max(1, round(num_layers / 4)))
+    if not 1 <= chosen < max(num_layers, 2):
+        raise ValueError(f"exit_layer is {chosen}; it must be 1 to {num_layers - 1}")
+    return chosen
+
+
+def _with_adapter(model: PreTrainedModel, config: TrainConfig) -> Any:
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("lora_rank needs `peft`: pip install 'layerskip[train]'")
+    import peft
+
+    assert config.lora_rank is not None
+    return peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def _trainer(
+    config: TrainConfig, model: Any, tokenizer: Any, train_rows: Any, eval_rows: Any
+) -> LayerSkipTrainer:
+    callbacks: list[Any] = [JsonLinesLog(Path(config.output) / "train_log.jsonl")]
+    if config.max_minutes is not None:
+        callbacks.append(StopAfter(config.max_minutes))
+    has_tensorboard = importlib.util.find_spec("tensorboard") is not None
+    arguments = TrainingArguments(
+        output_dir=config.output,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.effective_learning_rate,
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.precision == "bfloat16",
+        fp16=config.precision == "float16",
+        gradient_checkpointing=config.gradient_checkpointing,
+        torch_compile=config.compile,
+        eval_strategy="steps" if config.eval_steps and eval_rows is not None else "no",
+        eval_steps=config.eval_steps,
+        logging_steps=config.log_steps,
+        logging_nan_inf_filter=False,
+        save_steps=config.save_steps,
+        save_total_limit=config.keep_checkpoints,
+        report_to=["tensorboard"] if has_tensorboard else [],
+        prediction_loss_only=True,
+        train_sampling_strategy="random" if config.packing else "group_by_length",
+        remove_unused_columns=False,
+        seed=config.seed,
+        use_cpu=config.device == "cpu",
+        dataloader_pin_memory=config.device != "cpu" and torch.cuda.is_available(),
+    )
+    return LayerSkipTrainer(
+        model=model,
+        args=arguments,
+        data_collator=Collator(tokenizer.pad_token_id),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        recipe=config.effective_recipe,
+        eval_exits=config.eval_exits,
+    )
+
+
+def _save(trainer: LayerSkipTrainer, config: TrainConfig, exit_layer: int, output: Path) -> None:
+    """Write the result beside its place and move it there, so that no half of it is ever found."""
+    unfinished = output / INCOMPLETE
+    if config.lora_rank is not None:
+        trainer.save_model(str(unfinished / "adapter"))
+        model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        if trainer.is_world_process_zero():
+            model.save_pretrained(unfinished)
+    else:
+        trainer.save_model(str(unfinished))
+        model = trainer.accelerator.unwrap_model(trainer.model)
+    if not trainer.is_world_process_zero():
+        return
+    if model.generation_config is not None:
+        # Plain transformers reads both; they are not among the checked fields of every version.
+        model.generation_config.assistant_early_exit = exit_layer
+        model.generation_config.num_assistant_tokens = config.draft_tokens
+        model.generation_config.save_pretrained(unfinished)
+    tokenizer: Any = trainer.processing_class
+    tokenizer.save_pretrained(unfinished)
+    for path in sorted(unfinished.iterdir()):
+        target = output / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    unfinished.rmdir()

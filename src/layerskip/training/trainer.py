@@ -1,0 +1,267 @@
+"""A transformers Trainer with the recipe, and a mixin that gives it to other trainers."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from layerskip.recipe import RecipeConfig, attach
+from layerskip.recipe.attach import AttachedRecipe
+from layerskip.training.errors import CheckpointError, NonFiniteLossError
+from layerskip.training.exit_totals import ExitTotals
+from layerskip.training.memory import peak_memory_bytes
+from layerskip.training.sampling import LengthGroupedSampler
+
+INCOMPLETE = ".incomplete"
+
+
+class _Steps(Protocol):
+    global_step: int
+    max_steps: int
+
+
+class RecipeCallback(TrainerCallback):
+    """Tells an attached recipe the training step; for a plain Trainer whose model has one.
+
+    Args:
+        attached: what `attach` returned.
+    """
+
+    def __init__(self, attached: AttachedRecipe) -> None:
+        self._attached = attached
+
+    def on_step_begin(self, args: Any, state: _Steps, control: Any, **_: Any) -> None:
+        """Before the first batch of an optimizer step."""
+        self._attached.set_step(state.global_step, state.max_steps)
+
+
+class LayerSkipMixin:
+    """Gives a transformers Trainer, or a class derived from it such as TRL's SFTTrainer, the recipe.
+
+    `class Mine(LayerSkipMixin, SFTTrainer): ...`. The model trains with layer dropout and the
+    weighted loss of its exits, normalised by the items of the accumulated batch as Trainer does.
+    Each exit's loss and accuracy are logged, in evaluation too. Checkpoints appear whole or not at
+    all. A loss that is not finite stops training.
+
+    Args:
+        recipe: the settings.
+        eval_exits: exits looked at in evaluation, beside the last layer; None = about eight, evenly
+            spread, and the recipe's fixed ones.
+        args, kwargs: the trainer's own.
+
+    Raises:
+        ValueError: where the recipe does not fit the model, or several GPUs are used from one
+            process.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        recipe: RecipeConfig,
+        eval_exits: Iterable[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        trainer = self._trainer
+        if trainer.args.n_gpu > 1:
+            raise ValueError(
+                f"{trainer.args.n_gpu} GPUs in one process are not supported: start with "
+                "`torchrun` or `accelerate launch`, or choose one with CUDA_VISIBLE_DEVICES"
+            )
+        self.attached = attach(trainer.model, recipe)
+        layers = self.attached.num_layers
+        if eval_exits is None:
+            spread = range(max(1, layers // 8), layers, max(1, layers // 8))
+            eval_exits = {*spread, *recipe.fixed_exits}
+        self.eval_exits = tuple(sorted(eval_exits))
+        if outside := [e for e in self.eval_exits if not 1 <= e <= layers]:
+            raise ValueError(f"eval_exits names {outside}; an exit is 1 to {layers}")
+        # The loss is divided by the items given to it, whatever the class below does with its own.
+        trainer.model_accepts_loss_kwargs = True
+        trainer.add_callback(RecipeCallback(self.attached))
+        self._train_totals = ExitTotals(layers, trainer.args.device)
+        self._eval_totals = ExitTotals(layers, trainer.args.device)
+        self._output_dir: str | None = None
+        self._tokens, self._tokens_since = 0, time.monotonic()
+
+    @property
+    def _trainer(self) -> Any:
+        """This object as the Trainer it is mixed into, whose attributes are untyped."""
+        return self
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """In training the recipe's loss; in evaluation whatever the class below computes."""
+        trainer = self._trainer
+        if not trainer.model.training:
+            return super().compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        losses = self.attached.last
+        assert losses is not None
+        self._train_totals.add(losses)
+        self._tokens += inputs["input_ids"].numel()
+        loss = outputs["loss"]
+        # DDP averages gradients over processes, while the items are those of all of them.
+        if trainer.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * trainer.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward; raises NonFiniteLossError before a step is taken with it."""
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if not math.isfinite(loss.item()):
+            raise NonFiniteLossError(
+                f"the loss is {loss.item()} at step {self._trainer.state.global_step + 1}; training "
+                f"stopped before it was used, {self._last_checkpoint()}. A lower learning rate, "
+                "warm-up steps or bfloat16 instead of float16 may help"
+            )
+        return loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """Loss and accuracy of every exit in `eval_exits`; the loss returned is the last layer's."""
+        trainer = self._trainer
+        plain: Callable[..., tuple[Any, Any, Any]]
+        plain = super().prediction_step  # type: ignore[misc]
+        if inputs.get("labels") is None:
+            return plain(model, inputs, prediction_loss_only, ignore_keys)
+        prepared = trainer._prepare_inputs(inputs)
+        with trainer.compute_loss_context_manager():
+            losses = self.attached.evaluate(self.eval_exits, prepared, model)
+        self._eval_totals.add(losses)
+        if not prediction_loss_only:
+            return plain(model, inputs, False, ignore_keys)
+        return losses.loss_sums[-1] / max(losses.tokens, 1), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The class's own, with loss and accuracy of every exit among the metrics."""
+        output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        exits = self._eval_totals.take(self._sum_over_processes)
+        for exit_layer, (loss, accuracy) in exits.items():
+            output.metrics[f"{prefix}_loss_exit_{exit_layer}"] = loss
+            output.metrics[f"{prefix}_accuracy_exit_{exit_layer}"] = accuracy
+        if last := exits.get(self.attached.num_layers):
+            output.metrics[f"{prefix}_loss"], output.metrics[f"{prefix}_accuracy"] = last
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the exits' figures, dropout rate, speed and memory to a training log."""
+        if "loss" in logs:
+            for exit_layer, (loss, accuracy) in self._train_totals.take(
+                self._sum_over_processes
+            ).items():
+                logs[f"loss_exit_{exit_layer}"] = loss
+                logs[f"accuracy_exit_{exit_layer}"] = accuracy
+            tokens = self._sum_over_processes(
+                torch.tensor(self._tokens, device=self._trainer.args.device)
+            )
+            now = time.monotonic()
+            logs["tokens_per_s"] = tokens.item() / max(now - self._tokens_since, 1e-9)
+            self._tokens, self._tokens_since = 0, now
+            logs["skip_rate_mean"] = sum(self.attached.skip_rates) / self.attached.num_layers
+            logs["skip_rate_last"] = self.attached.skip_rates[-1]
+            logs["peak_memory_bytes"] = peak_memory_bytes(self._trainer.args.device)
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _sum_over_processes(self, values: Tensor) -> Tensor:
+        summed: Tensor = self._trainer.accelerator.reduce(values.clone(), reduction="sum")
+        return summed
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Batches grouped by length are the same after a resume, in any epoch."""
+        trainer = self._trainer
+        dataset = trainer.train_dataset if train_dataset is None else train_dataset
+        if getattr(trainer.args, "train_sampling_strategy", None) != "group_by_length":
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        batch = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+        seed = trainer.args.data_seed if trainer.args.data_seed is not None else trainer.args.seed
+        lengths = [len(ids) for ids in dataset["input_ids"]]
+        return LengthGroupedSampler(lengths, batch * trainer.args.world_size, seed)
+
+    def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:
+        directory: str = super()._get_output_dir(*args, **kwargs)  # type: ignore[misc]
+        return self._output_dir or directory
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint beside the others and move it there when it is whole."""
+        trainer = self._trainer
+        run = Path(trainer.args.output_dir)
+        name = f"checkpoint-{trainer.state.global_step}"
+        unfinished = run / INCOMPLETE
+        self._output_dir = str(unfinished)
+        try:
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+            trainer.accelerator.wait_for_everyone()
+            if trainer.args.should_save:
+                _move_when_whole(unfinished / name, run / name)
+        except (OSError, RuntimeError, ValueError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise CheckpointError(
+                f"the checkpoint of step {trainer.state.global_step} could not be written to {run} "
+                f"({error}); {self._last_checkpoint()}"
+            ) from error
+        finally:
+            self._output_dir = None
+        if trainer.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=trainer.args.save_total_limit,
+                best_model_checkpoint=trainer.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        trainer.accelerator.wait_for_everyone()
+
+    def _last_checkpoint(self) -> str:
+        last = last_checkpoint(self._trainer.args.output_dir)
+        return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+
+
+class LayerSkipTrainer(LayerSkipMixin, Trainer):  # type: ignore[misc]
+    """A transformers Trainer that trains with the recipe; see `LayerSkipMixin`."""
+
+
+def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
+    """The checkpoint of a run with the highest step; None where there is none.
+
+    Only whole checkpoints have that name: an unfinished one lies in a folder of its own.
+    """
+    found = [
+        (int(number), path)
+        for path in Path(directory).glob("checkpoint-*")
+        if (number := path.name.removeprefix("checkpoint-")).isdigit() and path.is_dir()
+    ]
+    return str(max(found)[1]) if found else None
+
+
+def _move_when_whole(unfinished: Path, final: Path) -> None:
+    """Flush a folder's files to the disk, then give it its name in one step."""
+    for path in unfinished.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    if final.exists():  # the same step again, after a resume from an earlier one
+        shutil.rmtree(final)
+    unfinished.rename(final)

@@ -1,0 +1,194 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from layerskip.training import TrainConfig, train
+from layerskip.training.callbacks import read_log
+from layerskip.training.errors import CheckpointError, NonFiniteLossError
+from layerskip.training.trainer import last_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture
+def settings(model_folder, data_file, tmp_path):
+    return {
+        "model": model_folder,
+        "data": data_file,
+        "output": str(tmp_path / "out"),
+        "regime": "task",
+        "p_max": 0.3,
+        "batch_size": 4,
+        "max_steps": 6,
+        "learning_rate": 1e-3,
+        "log_steps": 2,
+        "save_steps": 2,
+        "device": "cpu",
+    }
+
+
+def run(settings, **changes):
+    return train(TrainConfig.from_mapping({**settings, **changes}))
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_same_weights(one, other):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_the_result_is_an_ordinary_checkpoint(settings):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    result = run(settings, eval_rows=10, fixed_exits=[2], accumulation=2)
+    assert (result.steps, result.exit_layer) == (6, 2)
+    model = AutoModelForCausalLM.from_pretrained(result.output)
+    tokenizer = AutoTokenizer.from_pretrained(result.output)
+    generation = json.loads((result.output / "generation_config.json").read_text())
+    assert generation["assistant_early_exit"] == 2
+    assert generation["num_assistant_tokens"] == 4
+    inputs = tokenizer("3 plus 4 is", return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 1
+    logs = read_log(result.output / "train_log.jsonl")
+    training = next(log for log in logs if "loss" in log)
+    assert {"loss_exit_2", "accuracy_exit_4", "tokens_per_s", "skip_rate_last", "step"} <= {*training}
+    assert result.metrics["eval_loss"] == result.metrics["eval_loss_exit_4"]
+    assert 0 <= result.metrics["eval_accuracy_exit_1"] <= 1
+    assert (result.output / "loss_per_exit.png").exists()
+    assert (result.output / "accuracy_over_layers.png").exists()
+    assert not (result.output / ".incomplete").exists()
+    settings_used = json.loads((result.output / "train.json").read_text())
+    assert TrainConfig.from_mapping(settings_used).effective_recipe.fixed_exits == (2,)
+
+
+def test_training_learns(settings):
+    result = run(settings, max_steps=60, log_steps=10, save_steps=100, curriculum="all", p_max=0.1)
+    losses = [log for log in read_log(result.output / "train_log.jsonl") if "loss" in log]
+    for exit_layer in (2, 4):
+        name = f"loss_exit_{exit_layer}"
+        assert losses[-1][name] < 0.85 * losses[0][name]
+
+
+@pytest.mark.parametrize("changes", [{}, {"accumulation": 2}, {"packing": True, "max_length": 24}])
+def test_resume_is_bit_for_bit(settings, tmp_path, changes):
+    whole = run(settings, **changes, max_steps=40, save_steps=15, keep_checkpoints=9)
+    half = tmp_path / "half"
+    run(settings, **changes, max_steps=40, save_steps=15, output=str(half), max_minutes=1e-9)
+    first = last_checkpoint(half)
+    assert first.endswith("checkpoint-1")
+    resumed = run(settings, **changes, max_steps=40, save_steps=15, output=str(half), resume=True)
+    assert resumed.steps == 40
+    assert_same_weights(whole.output, half)
+    steps = [log["step"] for log in read_log(half / "train_log.jsonl") if "loss" in log]
+    assert steps == sorted(set(steps))
+
+
+_SCRIPT = """
+import json, sys
+from layerskip.training import TrainConfig, train
+train(TrainConfig.from_mapping(json.loads(sys.argv[1])))
+"""
+
+
+def test_killed_runs_resume_bit_for_bit(settings, tmp_path):
+    changed = {"max_steps": 60, "save_steps": 1, "keep_checkpoints": 2}
+    whole = run(settings, **changed)
+    out = tmp_path / "killed"
+    arguments = json.dumps({**settings, **changed, "output": str(out)})
+    process = subprocess.Popen([sys.executable, "-c", _SCRIPT, arguments])
+    try:
+        while last_checkpoint(out) is None and process.poll() is None:
+            time.sleep(0.01)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert 0 < int(last_checkpoint(out).rsplit("-", 1)[1]) < 60
+    run(settings, **changed, output=str(out), resume=True)
+    assert_same_weights(whole.output, out)
+
+
+def test_a_full_disk_loses_nothing(settings, monkeypatch):
+    out = Path(settings["output"])
+    plain = torch.save
+
+    def full(values, path, *args, **kwargs):
+        if "checkpoint-4" in str(path):
+            raise OSError(28, "No space left on device")
+        return plain(values, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"step 4 .*No space left.*checkpoint-2"):
+        run(settings)
+    assert last_checkpoint(out).endswith("checkpoint-2")
+    assert not (out / ".incomplete").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_training(settings):
+    with pytest.raises(NonFiniteLossError, match=r"at step \d+; .*last good checkpoint is .*-2"):
+        run(settings, learning_rate=1e30, max_grad_norm=0, warmup_steps=2, max_steps=50)
+    saved = weights(last_checkpoint(settings["output"]))
+    assert all(w.isfinite().all() for w in saved.values())
+
+
+def test_lora_is_merged_and_kept_beside(settings, model_folder):
+    from transformers import AutoModelForCausalLM
+
+    result = run(settings, lora_rank=4)
+    assert (result.output / "adapter" / "adapter_model.safetensors").exists()
+    trained, before = weights(result.output), weights(model_folder)
+    assert trained.keys() == before.keys()
+    assert any(not torch.equal(trained[name], before[name]) for name in before)
+    AutoModelForCausalLM.from_pretrained(result.output)
+
+
+def test_from_scratch_and_gradient_checkpointing(settings, model_folder):
+    run(settings, from_scratch=True, regime="pretrain", rotation=3, gradient_checkpointing=True)
+
+
+def test_seeds_repeat_a_run(settings, tmp_path):
+    first = run(settings)
+    second = run(settings, output=str(tmp_path / "second"))
+    other = run(settings, output=str(tmp_path / "other"), seed=1)
+    assert_same_weights(first.output, second.output)
+    with pytest.raises(AssertionError):
+        assert_same_weights(first.output, other.output)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "none.jsonl"}, "none.jsonl does not exist"),
+        ({"model": "/nowhere/at/all"}, "no tokenizer in /nowhere/at/all"),
+        ({"fixed_exits": [9]}, "fixed_exits names"),
+        ({"curriculum": "rotational", "rotation": 9}, "rotation is 9"),
+        ({"exit_layer": 4}, "exit_layer is 4; it must be 1 to 3"),
+        ({"eval_rows": 100}, "eval_rows is 100, but there are 100 rows"),
+        ({"eval_exits": [9]}, r"eval_exits names \[9\]"),
+        ({"max_length": 2}, "no row of .* has a label within max_length = 2"),
+        ({"completion": "{answer}"}, r"sums.jsonl:1 has the fields \['completion', 'prompt'\]"),
+    ],
+)
+def test_bad_input_is_one_line_before_training(settings, changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        run(settings, **changes)
+    assert "\n" not in str(error.value)
+    assert last_checkpoint(settings["output"]) is None
+
+
+def test_an_earlier_run_is_not_overwritten(settings):
+    run(settings)
+    with pytest.raises(ValueError, match="checkpoints of an earlier run"):
+        run(settings)
