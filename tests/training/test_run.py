@@ -64,7 +64,9 @@ def test_the_result_is_an_ordinary_checkpoint(settings):
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 1
     logs = read_log(result.output / "train_log.jsonl")
     training = next(log for log in logs if "loss" in log)
-    assert {"loss_exit_2", "accuracy_exit_4", "tokens_per_s", "skip_rate_last", "step"} <= {*training}
+    assert {"loss_exit_2", "accuracy_exit_4", "tokens_per_s", "skip_rate_last", "step"} <= {
+        *training
+    }
     assert result.metrics["eval_loss"] == result.metrics["eval_loss_exit_4"]
     assert 0 <= result.metrics["eval_accuracy_exit_1"] <= 1
     assert (result.output / "loss_per_exit.png").exists()

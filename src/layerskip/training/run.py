@@ -60,11 +60,9 @@ def train(config: TrainConfig) -> TrainResult:
     resume_from = _resume_from(config, output)
     set_seed(config.seed)
     tokenizer = _load_tokenizer(config)
+    exit_layer = _check_layers(config)
     train_rows, eval_rows = _load_data(config, tokenizer)
     model = _load_model(config)
-    num_layers = model.config.get_text_config().num_hidden_layers
-    exit_layer = _exit_for_decoding(config, num_layers)
-    config.effective_recipe.check_layers(num_layers)
     if config.lora_rank is not None:
         model = _with_adapter(model, config)
     output.mkdir(parents=True, exist_ok=True)
@@ -100,8 +98,8 @@ def _load_tokenizer(config: TrainConfig) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"no tokenizer in {config.tokenizer or config.model}: {reason}") from error
+        source = config.tokenizer or config.model
+        raise ValueError(_one_line(f"no tokenizer in {source}", error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -147,19 +145,36 @@ def _load_model(config: TrainConfig) -> PreTrainedModel:
         else:
             model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"the model {config.model} could not be loaded: {reason}") from error
+        what = f"the model {config.model} could not be loaded"
+        raise ValueError(_one_line(what, error)) from error
     trained: PreTrainedModel = model.float()
     return trained
 
 
-def _exit_for_decoding(config: TrainConfig, num_layers: int) -> int:
-    """The exit a decoder should use: the one given, the first that always has a loss, or L/4."""
+def _check_layers(config: TrainConfig) -> int:
+    """Compare exits with the model's layers before anything takes long; the exit for decoding.
+
+    That is the one given, the first that always has a loss, or L/4.
+    """
+    try:
+        model_config = AutoConfig.from_pretrained(config.model).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ValueError(_one_line(f"no model in {config.model}", error)) from error
+    num_layers = getattr(model_config, "num_hidden_layers", None)
+    if num_layers is None:
+        raise ValueError(f"the model {config.model} does not say how many layers it has")
     recipe = config.effective_recipe
+    recipe.check_layers(num_layers)
+    if outside := [e for e in config.eval_exits or () if not 1 <= e <= num_layers]:
+        raise ValueError(f"eval_exits names {outside}; an exit is 1 to {num_layers}")
     chosen = config.exit_layer or min(recipe.fixed_exits, default=max(1, round(num_layers / 4)))
     if not 1 <= chosen < max(num_layers, 2):
         raise ValueError(f"exit_layer is {chosen}; it must be 1 to {num_layers - 1}")
-    return chosen
+    return int(chosen)
+
+
+def _one_line(what: str, error: Exception) -> str:
+    return f"{what}: {str(error).splitlines()[0]}"
 
 
 def _with_adapter(model: PreTrainedModel, config: TrainConfig) -> Any:

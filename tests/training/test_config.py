@@ -1,0 +1,75 @@
+import pytest
+
+from layerskip.training import TrainConfig
+
+NEEDED = {"model": "m", "data": "d", "output": "o"}
+
+
+def make(**values):
+    return TrainConfig.from_mapping({**NEEDED, **values})
+
+
+def test_flat_names_reach_the_recipe():
+    config = make(regime="task", p_max="0.1", fixed_exits="4, 8", seed=3)
+    assert config.recipe.p_max == 0.1
+    assert config.recipe.fixed_exits == (4, 8)
+    assert config.recipe.curriculum == "gradual"
+    assert config.recipe.seed == config.seed == 3
+    assert config.effective_learning_rate == 1e-4
+
+
+def test_yaml(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "model: m\ndata: d\noutput: o\nlearning-rate: 1e-4\nexits: [2, 4]\ncompile: true\n"
+    )
+    config = TrainConfig.from_yaml(path, output="other", data=None)
+    assert (config.learning_rate, config.output, config.data) == (1e-4, "other", "d")
+    assert config.compile
+    assert config.recipe.exits == (2, 4)
+    path.write_text("- a\n")
+    with pytest.raises(ValueError, match="name: value"):
+        TrainConfig.from_yaml(path)
+    path.write_text("a: [")
+    with pytest.raises(ValueError, match="is not YAML"):
+        TrainConfig.from_yaml(path)
+
+
+def test_every_setting_has_a_help_text():
+    for name, item in TrainConfig.settings().items():
+        assert item.metadata["help"], name
+
+
+def test_flat_dict_makes_the_same_configuration():
+    config = make(regime="domain", fixed_exits=[3], lora_rank=2)
+    assert TrainConfig.from_mapping(config.as_flat_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": "nan"}, "learning_rate is nan"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast', not a value of float"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"max_steps": 1.5}, "max_steps is 1.5, not a value of int"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"exits": "a"}, "exits is 'a', not a list of numbers"),
+        ({"compile": "perhaps"}, "compile is 'perhaps', not a value of bool"),
+        ({"precision": "int1"}, "precision is 'int1'; it can be 'float32'"),
+        ({"regime": "x"}, "regime is 'x'"),
+        ({"learning_rte": 1}, "no setting 'learning_rte'; did you mean 'learning_rate'"),
+        ({"eval_data": "x", "eval_rows": 3}, "contradict"),
+        ({"from_scratch": True, "lora_rank": 3}, "contradict"),
+        ({"lora_alpha": 3}, "needs lora_rank"),
+        ({"max_length": 1}, "max_length is 1"),
+        ({"p_max": 2}, "p_max is 2"),
+    ],
+)
+def test_bad_values(values, message):
+    with pytest.raises(ValueError, match=message):
+        make(**values)
+
+
+def test_what_must_be_given():
+    with pytest.raises(ValueError, match="data, output must be given"):
+        TrainConfig.from_mapping({"model": "m"})

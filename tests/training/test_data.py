@@ -1,0 +1,138 @@
+import gzip
+import json
+import lzma
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows, read_rows
+from layerskip.training.sampling import LengthGroupedSampler
+
+ROWS = [{"prompt": "1 plus 2 is", "completion": "3"}, {"prompt": "2 plus 2 is", "completion": "4"}]
+
+
+@pytest.fixture
+def tokenizer(model_folder):
+    return AutoTokenizer.from_pretrained(model_folder)
+
+
+def write(path, text):
+    openers = {".gz": gzip.open, ".xz": lzma.open}
+    with openers.get(path.suffix, open)(path, "wt") as file:
+        file.write(text)
+    return str(path)
+
+
+JSON_LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+COMMAS = "prompt,completion\n1 plus 2 is,3\n2 plus 2 is,4\n"
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".xz"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", JSON_LINES),
+        ("a.json", json.dumps(ROWS)),
+        ("a.csv", COMMAS),
+        ("a.tsv", COMMAS.replace(",", "\t")),
+    ],
+)
+def test_files_of_every_kind(tmp_path, name, text, compression):
+    rows = list(read_rows(write(tmp_path / (name + compression), text)))
+    assert [dict(row) for _, row in rows] == ROWS
+
+
+def test_text_files_and_parquet(tmp_path):
+    from datasets import Dataset
+
+    rows = list(read_rows(write(tmp_path / "a.txt", "one\ntwo\n\n\nthree\n")))
+    assert rows == [("a.txt:1", {"text": "one\ntwo\n"}), ("a.txt:5", {"text": "three\n"})]
+    Dataset.from_list(ROWS).to_parquet(str(tmp_path / "a.parquet"))
+    assert [dict(row) for _, row in read_rows(str(tmp_path / "a.parquet"))] == ROWS
+
+
+def test_quotation_marks_in_tab_separated_text_are_text(tmp_path):
+    path = write(tmp_path / "a.tsv", 'prompt\tcompletion\nsay "hi\t"hi\n')
+    assert dict(next(read_rows(path))[1]) == {"prompt": 'say "hi', "completion": '"hi'}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"text": "x"}\n{"text"\n', "a.jsonl:2 is not JSON"),
+        ("a.jsonl", "[1]\n", "a.jsonl:1 is not an object"),
+        ("a.json", '{"a": 1}', "must hold a list"),
+        ("a.tsv", "a\tb\n1\t2\n1\n", "a.tsv:3 does not have the 2 columns"),
+        ("a.csv", "a,b\n1,2,3\n", "a.csv:2 does not have the 2 columns"),
+        ("a.doc", "x", "of no known kind"),
+    ],
+)
+def test_bad_rows_are_named_by_their_line(tmp_path, name, text, message):
+    with pytest.raises(ValueError, match=message):
+        list(read_rows(write(tmp_path / name, text)))
+
+
+def test_completions_only_have_labels(tokenizer):
+    row = Encoding(tokenizer=tokenizer)("x", ROWS[0])
+    assert tokenizer.decode(row["input_ids"]) == "1 plus 2 is 3 </s>"
+    assert row["labels"][:4] == [-100] * 4
+    assert row["labels"][4:] == row["input_ids"][4:]
+    whole = Encoding(tokenizer=tokenizer, completion_only=False)("x", ROWS[0])
+    assert whole["labels"] == whole["input_ids"]
+
+
+def test_templates_and_running_text(tokenizer):
+    encode = Encoding(tokenizer=tokenizer, prompt="{a} plus {b} is", completion="{c}")
+    assert encode("x", {"a": 1, "b": 2, "c": 3}) == Encoding(tokenizer=tokenizer)("x", ROWS[0])
+    text = Encoding(tokenizer=tokenizer)("x", {"text": "1 plus 2"})
+    assert text["labels"] == text["input_ids"] == [*tokenizer("1 plus 2")["input_ids"], 2]
+
+
+def test_the_answer_of_a_conversation_has_labels(tokenizer):
+    messages = [{"role": "user", "content": "1 plus 2"}, {"role": "model", "content": "3"}]
+    row = Encoding(tokenizer=tokenizer)("x", {"messages": messages})
+    assert tokenizer.decode([x for x in row["labels"] if x != -100]) == "3 </s>"
+    with pytest.raises(ValueError, match="x: the chat template"):
+        Encoding(tokenizer=tokenizer)("x", {"messages": [1, 2]})
+
+
+def test_what_is_missing_is_said(tokenizer):
+    encode = Encoding(tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"row 7 has the fields \['b'\]; needed are"):
+        encode("row 7", {"b": 1})
+    with pytest.raises(ValueError, match=r"row 7 has the fields \['completion'\], not those of"):
+        encode("row 7", {"completion": "3"})
+    with pytest.raises(ValueError, match="x has no rows"):
+        encode_rows([], encode, "x")
+    with pytest.raises(ValueError, match="no row of x has a label"):
+        encode_rows([("1", ROWS[0])], Encoding(tokenizer=tokenizer, max_length=4), "x")
+
+
+def test_packing_and_padding():
+    rows = [{"input_ids": [5] * n, "labels": [5] * n} for n in (3, 2, 4)]
+    packed = pack_rows(rows, 6)
+    assert [len(row["input_ids"]) for row in packed] == [5, 4]
+    assert packed[0]["labels"] == [-100, 5, 5, -100, 5]
+    assert packed[0]["position_ids"] == [0, 1, 2, 0, 1]
+    batch = Collator(0)(packed)
+    assert "attention_mask" not in batch
+    assert batch["position_ids"][1].tolist() == [0, 1, 2, 3, 0]
+    assert batch["labels"][1, 4] == -100
+    padded = Collator(0)(rows)
+    assert padded["attention_mask"].sum(1).tolist() == [3, 2, 4]
+    assert padded["input_ids"].shape == (3, 4)
+
+
+def test_length_groups_are_the_same_each_time_and_differ_by_epoch():
+    lengths = torch.randint(1, 100, (403,)).tolist()
+    sampler = LengthGroupedSampler(lengths, 8, seed=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(403))
+    assert first == list(sampler)
+    spread = [max(b) - min(b) for b in (
+        [lengths[row] for row in first[i : i + 8]] for i in range(0, 400, 8)
+    )]  # fmt: skip
+    assert sum(spread) / len(spread) < 10
+    sampler.set_epoch(1)
+    assert list(sampler) != first

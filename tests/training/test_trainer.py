@@ -1,0 +1,168 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from layerskip.recipe import RecipeConfig, attach
+from layerskip.training import LayerSkipMixin, LayerSkipTrainer, RecipeCallback
+from layerskip.training.data import Collator
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+RECIPE = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.0)
+
+
+def rows(count=64):
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for number in range(count):
+        ids = torch.randint(4, 40, (6 + number % 5,), generator=generator).tolist()
+        made.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]]})
+    return made
+
+
+def arguments(folder, **changes):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "remove_unused_columns": False,
+        "train_sampling_strategy": "sequential",
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+        "prediction_loss_only": True,
+    }
+    return TrainingArguments(output_dir=str(folder), **{**defaults, **changes})
+
+
+def trainer_of(kind, model_folder, folder, recipe=RECIPE, **changes):
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    return kind(
+        model=model,
+        args=arguments(folder, **changes),
+        data_collator=Collator(0),
+        train_dataset=rows(),
+        eval_dataset=rows(10),
+        **({} if kind is Trainer else {"recipe": recipe}),
+    )
+
+
+def test_accumulation_gives_the_same_steps(model_folder, tmp_path):
+    norms = []
+    for batch, accumulation in ((32, 1), (8, 4)):
+        trainer = trainer_of(
+            LayerSkipTrainer,
+            model_folder,
+            tmp_path,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+        )
+        trainer.train()
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        norms.append([(log["loss"], log["grad_norm"], log["loss_exit_2"]) for log in logs])
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-5, atol=1e-5)
+
+
+def test_the_curriculum_counts_optimizer_steps(model_folder, tmp_path):
+    recipe = RecipeConfig(rotation=3, exit_weighting="equal", p_max=0.3)
+    seen = []
+    trainer = trainer_of(
+        LayerSkipTrainer,
+        model_folder,
+        tmp_path,
+        recipe,
+        gradient_accumulation_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    plain = trainer.compute_loss
+
+    def watched(*args, **kwargs):
+        loss = plain(*args, **kwargs)
+        if trainer.model.training:
+            seen.append((tuple(trainer.attached.last.exits), trainer.attached._micro_batch))
+        return loss
+
+    trainer.compute_loss = watched
+    trainer.train()
+    exits = [(1, 4), (2, 4), (3, 4), (1, 4)]
+    assert seen == [(e, micro) for e in exits for micro in (1, 2)]
+
+
+def test_evaluation_reports_every_exit_of_all_tokens(model_folder, tmp_path):
+    trainer = trainer_of(LayerSkipTrainer, model_folder, tmp_path, per_device_eval_batch_size=3)
+    metrics = trainer.evaluate()
+    assert {f"eval_loss_exit_{e}" for e in (1, 2, 3, 4)} <= {*metrics}
+    plain = trainer_of(Trainer, model_folder, tmp_path, per_device_eval_batch_size=10).evaluate()
+    assert metrics["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-5)
+    assert metrics["eval_loss_exit_1"] != metrics["eval_loss_exit_4"]
+
+
+def test_a_plain_trainer_with_the_callback_does_the_same(model_folder, tmp_path):
+    ours = trainer_of(LayerSkipTrainer, model_folder, tmp_path)
+    ours.train()
+    plain = trainer_of(Trainer, model_folder, tmp_path)
+    plain.add_callback(RecipeCallback(attach(plain.model, RECIPE)))
+    plain.train()
+    for mine, theirs in zip(ours.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_group_by_length_is_ours(model_folder, tmp_path):
+    from datasets import Dataset
+
+    trainer = trainer_of(
+        LayerSkipTrainer, model_folder, tmp_path, train_sampling_strategy="group_by_length"
+    )
+    trainer.train_dataset = Dataset.from_list(rows())
+    trainer.train()
+
+
+def test_exits_of_the_evaluation_are_checked(model_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    with pytest.raises(ValueError, match=r"eval_exits names \[5\]"):
+        LayerSkipTrainer(model=model, args=arguments(tmp_path), recipe=RECIPE, eval_exits=[5])
+
+
+@pytest.mark.filterwarnings("ignore")  # of TRL and its dependencies
+def test_the_mixin_gives_trl_the_recipe(model_folder, tmp_path):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    class Mine(LayerSkipMixin, trl.SFTTrainer):
+        pass
+
+    data = Dataset.from_list(
+        [{"prompt": f"{a} plus 1 is", "completion": f" {a + 1}"} for a in range(16)]
+    )
+    trainer = Mine(
+        model=AutoModelForCausalLM.from_pretrained(model_folder),
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            max_steps=2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            prediction_loss_only=True,
+        ),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(model_folder),
+        recipe=RecipeConfig(curriculum="all", p_max=0.3),
+    )
+    trainer.train()
+    logged = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logged) == 2
+    assert "loss_exit_2" in logged[0]
+    weights = trainer.attached.exit_weights
+    mean = sum(w * logged[0][f"loss_exit_{e}"] for e, w in weights.items())
+    assert logged[0]["loss"] == pytest.approx(mean, rel=1e-3)
+    assert "eval_loss_exit_2" in trainer.evaluate()
