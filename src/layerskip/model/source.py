@@ -47,7 +47,7 @@ DEFAULT_MODEL = "smollm2-135m"
 def cache_folder() -> Path:
     """Where fetched models are kept: `LAYERSKIP_CACHE`, else the platform's cache folder."""
     set_by_user = os.environ.get(CACHE_VARIABLE)
-    return Path(set_by_user) if set_by_user else Path(platformdirs.user_cache_dir("layerskip"))
+    return Path(set_by_user or platformdirs.user_cache_dir("layerskip")).expanduser()
 
 
 def resolve(name: str) -> Path:
@@ -62,11 +62,11 @@ def resolve(name: str) -> Path:
     if name in BUILTIN_MODELS and not Path(name).exists():
         return pull(name)
     path = Path(name).expanduser()
-    if path.is_dir() or path.suffix == ".gguf":
+    if name and (path.is_dir() or path.suffix == ".gguf"):
         if not path.exists():
             raise SourceError(f"there is no file {path}")
         return path
-    if path.exists():
+    if name and path.exists():
         raise SourceError(f"{path} is neither a checkpoint folder nor a .gguf file")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _from_hub(name)

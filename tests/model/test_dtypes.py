@@ -1,0 +1,81 @@
+"""bfloat16 and float16 on the CPU: packed products, and whole models near float32."""
+
+import pytest
+import torch
+
+from layerskip.model import load
+from layerskip.model.linear import DenseLinear, PackedLinear, linear
+from tiny_models import LAYERS, reference, token_ids
+
+DTYPES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # and half a unit in the last place
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request):
+    return request.param
+
+
+def random(*shape, dtype, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.fixture
+def packed_makes(dtype):
+    if not isinstance(linear(torch.zeros(8, 8, dtype=dtype)), PackedLinear):
+        pytest.skip(f"oneDNN computes no {dtype} on this machine")
+    return PackedLinear
+
+
+@pytest.mark.parametrize("n", range(1, 18))
+@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
+def test_packed_product_is_the_rounded_exact_one(dtype, packed_makes, n, with_bias, with_residual):
+    n_in, n_out = 96, 56
+    weight = random(n_out, n_in, dtype=dtype, seed=1) / 8
+    bias = random(n_out, dtype=dtype, seed=2) if with_bias else None
+    residual = random(n, n_out, dtype=dtype, seed=3) if with_residual else None
+    x = random(n, n_in, dtype=dtype, seed=4)
+    exact = x.double() @ weight.double().T
+    for part in (bias, residual):
+        exact = exact if part is None else exact + part.double()
+    untouched = None if residual is None else residual.clone()
+
+    found = packed_makes(weight, bias)(x, residual)
+    assert found.dtype == dtype
+    # One rounding of the result; 1e-5 for the float32 sums before it.
+    assert ((found.double() - exact).abs() <= DTYPES[dtype] * exact.abs() + 1e-5).all()
+    assert residual is None or torch.equal(residual, untouched)  # it is not written into
+
+    # The dense product rounds once more before it adds the residual.
+    dense = DenseLinear(weight, bias)(x, residual).double()
+    largest = exact.abs() + (0.0 if residual is None else residual.double().abs())
+    assert ((found.double() - dense).abs() <= 4 * DTYPES[dtype] * largest + 1e-5).all()
+
+
+def test_packed_weights_are_as_many_bytes(packed_makes, dtype):
+    weight = torch.zeros(48, 64, dtype=dtype)
+    assert packed_makes(weight, None).weight_bytes == weight.nbytes == 48 * 64 * 2
+
+
+def test_other_dtypes_are_dense():
+    assert isinstance(linear(torch.zeros(8, 8)), DenseLinear)
+
+
+@pytest.mark.parametrize("case", ["llama3.1", "smollm2", "mistral", "qwen2", "qwen3"])
+def test_logits_are_near_float32(case, dtype, tmp_path):
+    reference(case).save_pretrained(tmp_path)
+    tokens = token_ids(case, 2, 40)
+    logits = {}
+    for precision in (torch.float32, dtype):
+        decoder = load(tmp_path, dtype=precision).decoder
+        cache = decoder.new_cache(40, batch_size=2)
+        parts = []
+        for chunk in tokens.split([30, 1, 9], dim=1):
+            hidden = decoder.run(decoder.embed(chunk), 0, LAYERS, cache)
+            cache.lengths += chunk.shape[1]
+            parts.append(decoder.logits(hidden))
+        logits[precision] = torch.cat(parts, dim=1)
+        assert {hidden.dtype, cache.slots.dtype, logits[precision].dtype} == {precision}
+    error = logits[dtype].float() - logits[torch.float32]
+    # Root mean square, of logits with a spread of about 1: ten roundings' worth over four layers.
+    assert error.std() < 10 * DTYPES[dtype] * logits[torch.float32].std()

@@ -1,0 +1,105 @@
+"""The real SmolLM2-135M: our loader against transformers' own loading of the same GGUF file."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from layerskip.model import load
+from layerskip.model.families import FAMILIES
+
+pytestmark = pytest.mark.real
+
+TEXT = """\
+The old harbour lies on the eastern side of the town, where the river widens before it meets the sea.
+For three hundred years it was the busiest place for miles around: ships brought timber, salt and
+wool, and left again with grain, leather and beer. Every morning the fish market opened before sunrise,
+and by eight o'clock the best of the catch had been sold to the inns along the quay. When the railway
+came in 1868, most of the trade moved inland. The warehouses stood empty, the cranes rusted, and young
+people left to look for work in the factories of the capital. Only a few families stayed, and they
+repaired boats, mended nets and told stories about the storms that their grandparents had survived.
+
+Today the harbour is full of life once more. Two of the warehouses have been turned into a museum, in
+which visitors can see how a sailing ship was built, from the first drawing to the last coat of paint.
+Children like the room with the knots best, because they may try all of them by themselves. Next door
+there is a school for boat builders. Its students learn to work with oak and larch, but also with glass
+fibre and computers, since most customers want a boat that looks old and behaves like a new one. In
+the evening, when the sun goes down behind the church, people sit on the steps that lead to the water,
+eat bread with smoked herring, and watch the last ferry return from the islands.
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(smollm2_folder):
+    return load(smollm2_folder, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint):
+    return checkpoint.tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer):
+    ids = torch.tensor([tokenizer.encode(TEXT)])
+    assert 250 < ids.shape[1] < 400
+    return ids
+
+
+def nll(logits, tokens):
+    """Mean negative log-likelihood in nats a token."""
+    return cross_entropy(logits[0, :-1].float(), tokens[0, 1:]).item()
+
+
+@torch.inference_mode()
+def our_nll(decoder, tokens):
+    n, layers = tokens.shape[1], len(decoder.layers)
+    hidden = decoder.run(decoder.embed(tokens), 0, layers, decoder.new_cache(n))
+    return nll(decoder.logits(hidden), tokens)
+
+
+@pytest.fixture(scope="module")
+def transformers_nll(smollm2_folder, tokens):
+    model = AutoModelForCausalLM.from_pretrained(
+        smollm2_folder, gguf_file="model.gguf", dtype=torch.float32
+    )
+    with torch.inference_mode():
+        return nll(model(tokens, use_cache=False).logits, tokens)
+
+
+def test_nll_equals_that_of_transformers(smollm2_folder, tokens, transformers_nll):
+    assert 1.5 < transformers_nll < 3.5  # it understands the text
+    decoder = load(smollm2_folder, dtype=torch.float32).decoder
+    ours = our_nll(decoder, tokens)
+    assert ours == pytest.approx(transformers_nll, abs=1e-3)  # float32
+
+
+def test_nll_in_bfloat16_is_near(checkpoint, tokens, transformers_nll):
+    ours = our_nll(checkpoint.decoder, tokens)
+    assert ours == pytest.approx(transformers_nll, abs=0.02)  # bfloat16
+
+
+def test_wrong_row_order_of_queries_and_keys_would_show(
+    smollm2_folder, tokens, transformers_nll, monkeypatch
+):
+    family = dataclasses.replace(FAMILIES["llama"], gguf_rotary="halves")
+    monkeypatch.setitem(FAMILIES, "llama", family)
+    decoder = load(smollm2_folder, dtype=torch.bfloat16).decoder
+    assert our_nll(decoder, tokens) > transformers_nll + 1.0
+
+
+def test_tokenizer_keeps_the_spaces_before_a_number_together(tokenizer):
+    assert tokenizer.tokenize("in  1868") == ["in", "ĠĠ", "1", "8", "6", "8"]
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+def test_chat_template_and_end_token(checkpoint, tokenizer):
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert checkpoint.settings.end_tokens == (end,)
+    chat = [{"role": "user", "content": "Hi"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert ids.count(end) == text.count("<|im_end|>")

@@ -1,0 +1,66 @@
+"""Tokenizers out of folders and GGUF files."""
+
+import gguf_files
+import pytest
+import torch
+
+from layerskip.model import load, tokenizer
+from tiny_models import build, reference
+
+MODEL = {"vocab_size": 270}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "model.gguf"
+    gguf_files.write(path, build("llama2", **MODEL), tokenizer="smollm")
+    return path
+
+
+def test_digits_are_split_before_all_else(file):
+    """So that both spaces before a number stay together, as SmolLM2 was trained."""
+    own = load(file, dtype=torch.float32).tokenizer
+    assert own.tokenize("a  57") == ["a", "ĠĠ", "5", "7"]
+    assert own.tokenize("a  a") == ["a", "Ġ", "Ġa"]
+
+
+def test_other_pre_tokenizers_are_left_alone(tmp_path):
+    path = tmp_path / "model.gguf"
+    gguf_files.write(path, build("llama2", **MODEL), tokenizer="gpt-2")
+    own = load(path, dtype=torch.float32).tokenizer
+    assert own.tokenize("a  57") == ["a", "Ġ", "Ġ", "5", "7"]
+
+
+def test_chat_template_and_end_token_are_the_files_own(file):
+    checkpoint = load(file, dtype=torch.float32)
+    end = checkpoint.tokenizer.convert_tokens_to_ids("<|end|>")
+    assert checkpoint.settings.end_tokens == (end,)
+    chat = [{"role": "user", "content": "aa"}]
+    assert checkpoint.tokenizer.apply_chat_template(chat, tokenize=False) == "aa<|end|>"
+
+
+@pytest.mark.parametrize("text", ["plain words", "  spaces ", "日本語 é\n\ttabs", "1 234  5"])
+def test_text_survives_a_round_trip(file, text):
+    own = load(file, dtype=torch.float32).tokenizer
+    assert own.decode(own.encode(text)) == text
+
+
+def test_folder_with_a_gguf_file_alone_uses_the_one_inside(file):
+    inside = load(file.parent, dtype=torch.float32).tokenizer
+    assert inside.tokenize("a  57") == ["a", "ĠĠ", "5", "7"]
+
+
+def test_files_of_the_folder_come_before_the_gguf_file(file):
+    inside = tokenizer.load(file.parent, file)
+    inside.add_tokens(["<only-in-the-folder>"])
+    inside.save_pretrained(file.parent)
+    found = load(file.parent, dtype=torch.float32).tokenizer
+    assert "<only-in-the-folder>" in found.get_vocab()
+
+
+def test_checkpoints_without_a_tokenizer(tmp_path):
+    (tmp_path / "folder").mkdir()
+    reference("llama2").save_pretrained(tmp_path / "folder")
+    gguf_files.write(tmp_path / "model.gguf", reference("llama2"))
+    for path in (tmp_path / "folder", tmp_path / "model.gguf"):
+        assert load(path, dtype=torch.float32).tokenizer is None
