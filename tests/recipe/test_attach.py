@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES, LAYERS, batch_of, build
 from torch.nn import functional
 
+from causal_lms import FAMILIES, LAYERS, batch_of, build
 from layerskip.recipe import RecipeConfig, attach, detach
 from layerskip.recipe.forward_pass import ForwardPass
 

@@ -1,39 +1,14 @@
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer
 
 from layerskip.recipe import RecipeConfig, attach
 from layerskip.training import LayerSkipMixin, LayerSkipTrainer, RecipeCallback
 from layerskip.training.data import Collator
+from trainer_setup import arguments, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 RECIPE = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.0)
-
-
-def rows(count=64):
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for number in range(count):
-        ids = torch.randint(4, 40, (6 + number % 5,), generator=generator).tolist()
-        made.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]]})
-    return made
-
-
-def arguments(folder, **changes):
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "remove_unused_columns": False,
-        "train_sampling_strategy": "sequential",
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
-        "prediction_loss_only": True,
-    }
-    return TrainingArguments(output_dir=str(folder), **{**defaults, **changes})
 
 
 def trainer_of(kind, model_folder, folder, recipe=RECIPE, **changes):
