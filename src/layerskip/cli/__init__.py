@@ -14,6 +14,7 @@ _COMMANDS = {
     "pull": "fetch a built-in model into the cache",
     "generate": "answer a prompt",
     "chat": "talk with a model",
+    "train": "teach a checkpoint's early layers to answer",
 }
 
 
@@ -79,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    if isinstance(error, ValueError | OSError | click.ClickException) and text:
+    if isinstance(error, ValueError | OSError | ImportError | click.ClickException) and text:
         return text
     if isinstance(error, MemoryError):
         return "out of memory; try --dtype bfloat16 or a smaller model"

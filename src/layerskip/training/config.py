@@ -29,7 +29,7 @@ class TrainConfig:
     """
 
     model: str = _setting(
-        "folder or hub id of the model, or of a configuration with --from-scratch"
+        "folder, hub id or built-in name of the model, or of a configuration with --from-scratch"
     )
     data: str = _setting("hub id, or file: jsonl, json, csv, tsv, txt, parquet; .gz and .xz too")
     output: str = _setting("folder of the result, its checkpoints and logs")

@@ -25,6 +25,7 @@ from layerskip.training.callbacks import JsonLinesLog, StopAfter, read_log
 from layerskip.training.config import TrainConfig
 from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows, read_rows
 from layerskip.training.plots import plot_run
+from layerskip.training.source import pretrained, pretrained_weights
 from layerskip.training.trainer import INCOMPLETE, LayerSkipTrainer, last_checkpoint
 
 
@@ -96,7 +97,8 @@ def _resume_from(config: TrainConfig, output: Path) -> str | None:
 
 def _load_tokenizer(config: TrainConfig) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
+        folder, _ = pretrained(config.tokenizer or config.model)  # has its tokenizer unpacked
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         source = config.tokenizer or config.model
         raise ValueError(_one_line(f"no tokenizer in {source}", error)) from error
@@ -141,9 +143,13 @@ def _dataset(rows: list[dict[str, list[int]]]) -> Any:
 def _load_model(config: TrainConfig) -> PreTrainedModel:
     try:
         if config.from_scratch:
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model))
+            folder, arguments = pretrained(config.model)
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(folder, **arguments)
+            )
         else:
-            model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+            folder, arguments = pretrained_weights(config.model)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **arguments)
     except (OSError, ValueError) as error:
         what = f"the model {config.model} could not be loaded"
         raise ValueError(_one_line(what, error)) from error
@@ -157,7 +163,8 @@ def _check_layers(config: TrainConfig) -> int:
     That is the one given, the first that always has a loss, or L/4.
     """
     try:
-        model_config = AutoConfig.from_pretrained(config.model).get_text_config()
+        folder, arguments = pretrained(config.model)
+        model_config = AutoConfig.from_pretrained(folder, **arguments).get_text_config()
     except (OSError, ValueError) as error:
         raise ValueError(_one_line(f"no model in {config.model}", error)) from error
     num_layers = getattr(model_config, "num_hidden_layers", None)
@@ -200,6 +207,11 @@ def _trainer(
     callbacks: list[Any] = [JsonLinesLog(Path(config.output) / "train_log.jsonl")]
     if config.max_minutes is not None:
         callbacks.append(StopAfter(config.max_minutes))
+    use_gpu = config.device != "cpu" and torch.cuda.is_available()
+    # Named only where it is wanted: the field has another name in newer versions of transformers.
+    checkpointing: dict[str, Any] = (
+        {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
+    )
     has_tensorboard = importlib.util.find_spec("tensorboard") is not None
     arguments = TrainingArguments(
         output_dir=config.output,
@@ -215,7 +227,6 @@ def _trainer(
         max_grad_norm=config.max_grad_norm,
         bf16=config.precision == "bfloat16",
         fp16=config.precision == "float16",
-        gradient_checkpointing=config.gradient_checkpointing,
         torch_compile=config.compile,
         eval_strategy="steps" if config.eval_steps and eval_rows is not None else "no",
         eval_steps=config.eval_steps,
@@ -228,8 +239,9 @@ def _trainer(
         train_sampling_strategy="random" if config.packing else "group_by_length",
         remove_unused_columns=False,
         seed=config.seed,
-        use_cpu=config.device == "cpu",
-        dataloader_pin_memory=config.device != "cpu" and torch.cuda.is_available(),
+        use_cpu=not use_gpu,
+        dataloader_pin_memory=use_gpu,
+        **checkpointing,
     )
     return LayerSkipTrainer(
         model=model,

@@ -1,0 +1,86 @@
+"""`layerskip train`: the recipe on a checkpoint; its flags are the settings of `TrainConfig`."""
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import click
+
+from layerskip.cli import options
+from layerskip.recipe import RecipeConfig
+
+try:
+    from layerskip.training import TrainConfig, train
+except ImportError as error:
+    raise ImportError(
+        f"training needs {error.name}; run: pip install 'layerskip[train]'"
+    ) from error
+
+
+def _flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """One flag for every setting, with its help and its default as the dataclasses have them."""
+    hints = get_type_hints(RecipeConfig) | get_type_hints(TrainConfig)
+    for name, field in reversed(TrainConfig.settings().items()):
+        kind = _plain_type(hints[name])
+        flag = "--" + name.replace("_", "-")
+        attributes: dict[str, Any] = {"default": None, "help": _help(field)}
+        if kind is bool:
+            flag += f"/--no-{flag.removeprefix('--')}"
+        elif get_origin(kind) is Literal:
+            attributes["type"] = click.Choice(get_args(kind))
+        elif kind in (int, float):
+            attributes["type"] = kind
+        elif get_origin(kind) is tuple:
+            attributes["metavar"] = "E,E,..."
+        command = click.option(flag, name, **attributes)(command)
+    return command
+
+
+def _plain_type(hint: Any) -> Any:
+    """The type without `| None`."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(kind for kind in get_args(hint) if kind is not type(None))
+    return hint
+
+
+def _help(field: Any) -> str:
+    text = str(field.metadata.get("help", ""))
+    is_plain = isinstance(field.default, str | int | float) and not isinstance(field.default, bool)
+    return f"{text}  [default: {field.default}]" if is_plain and "default" not in text else text
+
+
+@click.command("train")
+@click.argument(
+    "config", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+@_flags
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+@options.debug_option
+def command(config: Path | None, as_json: bool, **flags: Any) -> None:
+    """Train a checkpoint so that its early layers can answer.
+
+    CONFIG is a YAML file whose keys are the names of the flags (with _ or -); flags go before it. The
+    result in --output is an ordinary transformers checkpoint. The recipe's flags change the preset of
+    --regime.
+
+    \b
+    Examples:
+      layerskip train examples/topv2.yaml --max-minutes 60
+      layerskip train --model smollm2-135m --data rows.jsonl --output runs/mine --regime task \\
+          --fixed-exits 8 --exit-weighting equal --max-steps 500
+      layerskip train examples/topv2.yaml --resume
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = TrainConfig.from_yaml(config, **given) if config else TrainConfig.from_mapping(given)
+    result = train(settings)
+    if as_json:
+        document = {
+            "output": str(result.output),
+            "steps": result.steps,
+            "exit_layer": result.exit_layer,
+            "metrics": result.metrics,
+        }
+        options.deliver(document, as_json=True, output=None)
+    else:
+        click.echo(f"{result.output}: {result.steps} steps, exit layer {result.exit_layer}")
