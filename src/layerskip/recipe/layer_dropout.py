@@ -116,22 +116,23 @@ def _refuse_unsliceable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 class _PassThrough(torch.autograd.Function):
-    """Identity that keeps a wholly skipped layer's parameters in the graph, with no gradient."""
+    """Identity that gives a wholly skipped layer's parameters a gradient of zero."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.parameters = len(parameters)
+        ctx.parameters = parameters
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (grad, *([None] * ctx.parameters))
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return (grad, *(torch.zeros_like(p) for p in ctx.parameters))
 
 
 def skip_layer(hidden: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """What a layer does that all rows skip: nothing, but its parameters stay in the graph.
+    """What a layer does that all rows skip: nothing, and its parameters get a gradient of zero.
 
-    DistributedDataParallel waits for every parameter; one that no row reached would stop it.
+    That is what the equation says, and what an optimizer with momentum then does is the same on one
+    device and on several: DistributedDataParallel waits for a gradient of every parameter.
 
     Args:
         hidden: [B, T, D], returned unchanged.
