@@ -35,6 +35,10 @@ class Step:
     accepted: int = 0
     source: str = "model"
 
+    def first(self, n: int) -> "Step":
+        """The step cut to its first n tokens, where the answer ends inside it."""
+        return dataclasses.replace(self, tokens=self.tokens[:n], accepted=min(self.accepted, n))
+
 
 @torch.inference_mode()
 def generate(
@@ -63,13 +67,11 @@ def generate(
     session = _Session(decoder, prompt, plan, sampling, capacity=len(prompt) + limit, seed=seed)
     produced = 0
     for step in session.steps(limit):
-        kept = step.tokens[: limit - produced]
-        ended = next((i for i, token in enumerate(kept) if token in end_tokens), None)
-        if ended is not None:
-            kept = kept[: ended + 1]
-        produced += len(kept)
-        yield dataclasses.replace(step, tokens=kept)
-        if ended is not None or produced == limit:
+        ends = (i for i, token in enumerate(step.tokens, 1) if token in end_tokens)
+        kept = step.first(min(next(ends, limit), limit - produced))
+        produced += len(kept.tokens)
+        yield kept
+        if kept.tokens[-1] in end_tokens or produced == limit:
             return
 
 

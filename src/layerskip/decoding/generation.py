@@ -49,7 +49,7 @@ class Generation:
     @property
     def rounds(self) -> int:
         """Draft-and-verify rounds; the prompt's own pass is none."""
-        return len(self.steps) - 1 if self.mode == "self-speculative" else 0
+        return len(self.steps[1:]) if self.mode == "self-speculative" else 0
 
     @property
     def drafted(self) -> int:
@@ -68,8 +68,8 @@ class Generation:
 
     @property
     def mean_accepted_length(self) -> float | None:
-        """Tokens a round: accepted ones and the model's own."""
-        return (self.accepted + self.rounds) / self.rounds if self.rounds else None
+        """Tokens a round: accepted ones and the model's own (none where an accepted one is the last)."""
+        return (self.new_tokens - 1) / self.rounds if self.rounds else None
 
     @property
     def accepted_by_position(self) -> list[float]:

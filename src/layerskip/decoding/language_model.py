@@ -75,8 +75,11 @@ class Answer:
             for i, token in enumerate(step.tokens):
                 self._tokens.append(token)
                 text = self._text.push(token) if self._text else ""
+                stopped = self._text is not None and self._text.stopped
+                if stopped:
+                    self._steps[-1] = step.first(i + 1)
                 yield Piece(text=text, token_id=token, drafted=i < step.accepted)
-                if self._text and self._text.stopped:
+                if stopped:
                     self._loop.close()
                     return
         if self._text and (rest := self._text.finish()):
@@ -262,6 +265,8 @@ class LayerSkipModel:
         Raises:
             ValueError: it is no prompt, or it needs a tokenizer or chat template that is not there.
         """
+        if not isinstance(prompt, Sequence):
+            raise ValueError("a prompt is a text, token ids, or messages with role and content")
         ids = [part for part in prompt if isinstance(part, int)]
         if len(ids) == len(prompt):
             return ids
@@ -287,8 +292,8 @@ class LayerSkipModel:
 
 def _is_batch(prompt: Any) -> bool:
     """A list of prompts: of texts, of lists of ids, or of lists of messages."""
-    return (
-        not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], str | list | tuple)
+    return isinstance(prompt, list | tuple) and isinstance(
+        next(iter(prompt), None), str | list | tuple
     )
 
 

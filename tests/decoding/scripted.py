@@ -1,0 +1,112 @@
+"""A decoder whose answer is written down, and a byte-level tokenizer."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.nn import functional
+from transformers import PreTrainedTokenizerFast
+
+from layerskip import LayerSkipModel
+from layerskip.model import Architecture, Checkpoint, KVCache, Settings
+from layerskip.model.families import Rope
+
+LAYERS = 4
+
+
+class ScriptedDecoder:
+    """Stands in for `Decoder`: the whole model gives `answer`, fewer layers err at `misses`.
+
+    Args:
+        answer: tokens after the prompt, over and over.
+        misses: indices into what is answered where an early exit says something else.
+        prompt_tokens: how long the prompt is going to be.
+    """
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, answer, *, misses=(), prompt_tokens=1, vocab_size=300, max_context=64):
+        self.answer, self.misses, self.prompt_tokens = list(answer), set(misses), prompt_tokens
+        self.layers = [None] * LAYERS
+        self.architecture = Architecture(
+            family="llama",
+            n_layers=LAYERS,
+            hidden_size=2,
+            n_heads=1,
+            n_kv_heads=1,
+            head_dim=2,
+            ffn_size=1,
+            vocab_size=vocab_size,
+            norm_eps=1e-5,
+            max_context=max_context,
+            rope=Rope(),
+            sliding_windows=(None,) * LAYERS,
+        )
+
+    def new_cache(self, capacity, batch_size=1):
+        return KVCache(
+            self.architecture, batch_size=batch_size, capacity=capacity, dtype=self.dtype
+        )
+
+    def embed(self, tokens):
+        return torch.zeros(*tokens.shape, 2)
+
+    def run(self, hidden, start, stop, cache):
+        """Hidden states say where they are and how many layers have run."""
+        positions = cache.lengths[:, None] + torch.arange(hidden.shape[1])
+        assert positions.max() < cache.capacity
+        return torch.stack([positions, torch.full_like(positions, stop)], dim=-1).float()
+
+    def logits(self, hidden):
+        rows = [[self._next(int(at), int(depth)) for at, depth in row] for row in hidden]
+        return functional.one_hot(torch.tensor(rows), self.architecture.vocab_size) * 9.0
+
+    def _next(self, position, n_layers):
+        index = position - self.prompt_tokens + 1
+        token = self.answer[index % len(self.answer)]
+        wrong = n_layers < LAYERS and index in self.misses
+        return (token + 1) % self.architecture.vocab_size if wrong else token
+
+
+END, OTHER_END = 256, 257
+WORDS = ("hello", "Ġworld", "ab", "bc")
+
+
+def byte_tokenizer():
+    """Tokens 0-255 are single bytes in code order of their symbols; then two ends, then `WORDS`."""
+    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary |= {"<end>": END, "<other end>": OTHER_END}
+    vocabulary |= {word: 258 + i for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<end>",
+        additional_special_tokens=["<other end>"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+TOKENIZER = byte_tokenizer()
+
+
+def encode(text):
+    """Single bytes, whatever the text."""
+    return TOKENIZER.encode(text)
+
+
+def words(*names):
+    return [TOKENIZER.convert_tokens_to_ids(name) for name in names]
+
+
+def scripted_model(answer, *, tokenizer=TOKENIZER, end_tokens=(END,), settings=None, **script):
+    """A `LayerSkipModel` around a `ScriptedDecoder`."""
+    return LayerSkipModel(
+        Checkpoint(
+            path=Path(),
+            decoder=ScriptedDecoder(answer, **script),
+            tokenizer=tokenizer,
+            settings=settings or Settings(end_tokens=tuple(end_tokens)),
+        )
+    )

@@ -1,0 +1,173 @@
+"""One cache for draft and verification (KVQ): what is computed in a round, and what is not."""
+
+import collections
+import dataclasses
+
+import pytest
+import torch
+from tiny_decoders import LAYERS, PLAIN, random_prompt, speculative, tiny_decoder
+
+from layerskip.decoding import Plan, Sampling, generate
+from layerskip.decoding.generate import PREFILL_CHUNK
+from layerskip.model import Decoder, KVCache
+
+
+@dataclasses.dataclass
+class Work:
+    """What a decoder was asked for since the last `take`."""
+
+    layers: list = dataclasses.field(default_factory=list)  # (layer, positions)
+    heads: list = dataclasses.field(default_factory=list)  # positions a call
+    caches: set = dataclasses.field(default_factory=set)  # addresses of all that was written to
+    allocated: int = 0
+
+    def take(self):
+        layers, heads = self.layers, self.heads
+        self.layers, self.heads = [], []
+        return layers, heads
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """Records every layer, head and cache that is used; `_layer` is where a layer is computed."""
+    work = Work()
+    layer, logits, allocate = Decoder._layer, Decoder.logits, KVCache.__init__
+
+    def recorded_layer(self, x, index, span, *rest):
+        work.layers.append((index, tuple(span.positions[0].tolist())))
+        work.caches |= {views[0].untyped_storage().data_ptr() for views in (span.keys, span.values)}
+        return layer(self, x, index, span, *rest)
+
+    def recorded_logits(self, hidden):
+        work.heads.append(hidden.shape[1])
+        return logits(self, hidden)
+
+    def recorded_allocation(self, *args, **options):
+        work.allocated += 1
+        allocate(self, *args, **options)
+
+    monkeypatch.setattr(Decoder, "_layer", recorded_layer)
+    monkeypatch.setattr(Decoder, "logits", recorded_logits)
+    monkeypatch.setattr(KVCache, "__init__", recorded_allocation)
+    return work
+
+
+def loop(prompt, plan, n=24, sampling=None, case="mistral", **changes):
+    decoder = tiny_decoder(case, **changes)
+    prompt = random_prompt(decoder, prompt)
+    return generate(decoder, prompt, plan=plan, sampling=sampling or Sampling(), max_new_tokens=n)
+
+
+@pytest.mark.parametrize("exit_layer", [1, 2, 3, LAYERS])
+@pytest.mark.parametrize("d", [0, 1, 5])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_p=0.9)])
+def test_layers_run_once_per_round(work, exit_layer, d, sampling):
+    settled = 7
+    made = loop(settled, speculative(exit_layer, d), sampling=sampling)
+    next(made)
+    work.take()
+    for step in made:
+        positions = tuple(range(settled, settled + step.drafted + 1))
+        layers, heads = work.take()
+        drafting = [(layer, (at,)) for at in positions for layer in range(exit_layer)]
+        verifying = [(layer, positions) for layer in range(exit_layer, LAYERS)]
+        assert layers == drafting + verifying
+        assert heads == [1] * step.drafted + [step.drafted + 1]
+        # In other words: no layer sees a position twice, and nothing that is settled is run again.
+        seen = collections.Counter((layer, at) for layer, ats in layers for at in ats)
+        assert set(seen.values()) == {1}
+        settled += step.accepted + 1
+
+
+@pytest.mark.parametrize(
+    ("plan", "n_layers"),
+    [
+        (PLAIN, LAYERS),
+        (Plan(mode="early-exit", exit_layer=2), 2),
+        (Plan(mode="early-exit", exit_layer=LAYERS), LAYERS),
+    ],
+)
+def test_plain_and_early_exit_run_one_position_a_step(work, plan, n_layers):
+    """An early exit at E runs E layers, in the prompt's pass too."""
+    made = loop(7, plan, n=6)
+    for i, _ in enumerate(made):
+        layers, heads = work.take()
+        positions = tuple(range(7)) if i == 0 else (6 + i,)
+        assert layers == [(layer, positions) for layer in range(n_layers)]
+        assert heads == [1]
+
+
+def test_prompt_runs_in_chunks_with_one_row_of_logits(work):
+    n = PREFILL_CHUNK + 9
+    next(loop(n, speculative(2, 5), max_position_embeddings=2 * PREFILL_CHUNK))
+    layers, heads = work.take()
+    chunks = [tuple(range(PREFILL_CHUNK)), tuple(range(PREFILL_CHUNK, n))]
+    assert layers == [(layer, chunk) for chunk in chunks for layer in range(LAYERS)]
+    assert heads == [1]
+
+
+@pytest.mark.parametrize("plan", [PLAIN, speculative(2, 5), speculative(1, 0)])
+def test_one_cache_is_allocated_and_never_copied(work, plan):
+    list(loop(7, plan))
+    assert work.allocated == 1
+    assert len(work.caches) == 1
+
+
+def test_one_set_of_weights(work):
+    """The draft's layers are the model's own objects: nothing is made for drafting."""
+    decoder = tiny_decoder("mistral")
+    before = [id(layer) for layer in decoder.layers]
+    list(loop(7, speculative(2, 5)))
+    assert [id(layer) for layer in decoder.layers] == before
+
+
+READS = (
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "nonzero",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_p=0.9)])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_one_synchronisation_a_round(sampling, penalty, monkeypatch):
+    """Python looks at the numbers of a device tensor once a round, however many tokens are drafted.
+
+    `KVCache.lengths` is on the host by design, so that what `span` reads there costs nothing.
+    """
+    sampling = dataclasses.replace(sampling, repetition_penalty=penalty)
+    made = loop(7, speculative(2, 5), sampling=sampling)
+    next(made)
+    reads, on_host = [], []
+    span = KVCache.span
+
+    def host_span(self, *args):
+        assert self.lengths.device.type == "cpu"
+        on_host.append(True)
+        try:
+            return span(self, *args)
+        finally:
+            on_host.pop()
+
+    def recorded(name):
+        original = getattr(torch.Tensor, name)
+
+        def read(self, *args, **options):
+            if not on_host:
+                reads.append(name)
+            return original(self, *args, **options)
+
+        return read
+
+    monkeypatch.setattr(KVCache, "span", host_span)
+    for name in READS:
+        monkeypatch.setattr(torch.Tensor, name, recorded(name))
+    for _ in made:
+        assert reads == ["tolist"]
+        reads.clear()

@@ -1,0 +1,287 @@
+"""`LayerSkipModel`: the kinds of prompt, options, seeds, threads, and what an answer leaves behind."""
+
+import concurrent.futures
+import copy
+
+import pytest
+import torch
+from scripted import END, OTHER_END, TOKENIZER, encode, scripted_model
+from tiny_decoders import PLAIN, ids, random_prompt, speculative, tiny_decoder
+
+import tiny_models
+from layerskip import LayerSkipModel
+from layerskip.decoding import Sampling, generate
+from layerskip.model import Settings
+
+SPECULATIVE = {"exit_layer": 2, "draft_tokens": 4}
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A checkpoint without tokenizer, by the public way; it has no end token, so it fills its room."""
+    tiny_models.reference("llama3.2").save_pretrained(tmp_path)
+    model = LayerSkipModel.from_pretrained(tmp_path, dtype="float32")
+    model.settings = Settings()
+    return model
+
+
+# --- prompts ------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    "{{ 'assistant:' if add_generation_prompt }}"
+)
+
+
+def chatting_model(answer):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = TEMPLATE
+    return scripted_model(answer, tokenizer=tokenizer)
+
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens"),
+    [
+        ("hey", encode("hey")),
+        ([5, 6], [5, 6]),
+        ((5, 6), [5, 6]),
+        (MESSAGES, encode("user:hi;assistant:")),
+    ],
+)
+def test_kinds_of_prompt(prompt, tokens):
+    model = chatting_model(encode("ab"))
+    assert model.tokenize(prompt) == tokens
+    one = model.generate(prompt, max_new_tokens=3)
+    assert one.prompt_tokens == len(tokens)
+    several = model.generate([prompt, prompt], max_new_tokens=3)
+    assert [each.token_ids for each in several] == [one.token_ids] * 2
+
+
+def test_answers_to_a_list_are_those_to_each(model):
+    prompts = [random_prompt(model.decoder, n, seed=n) for n in (3, 9, 1)]
+    options = {"temperature": 1.0, "seed": 5, "max_new_tokens": 12, **SPECULATIVE}
+    alone = [model.generate(prompt, **options).token_ids for prompt in prompts]
+    assert [each.token_ids for each in model.generate(prompts, **options)] == alone
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (None, "a prompt is"),
+        (7, "a prompt is"),
+        ({"role": "user", "content": "hi"}, "a prompt is"),
+        ([1.5], "a prompt is"),
+        ([{"role": "user"}], "a prompt is"),
+        (torch.tensor([1, 2]), "a prompt is"),
+        (MESSAGES, "no chat template"),
+    ],
+)
+def test_what_is_no_prompt(prompt, message):
+    with pytest.raises(ValueError, match=message):
+        scripted_model(encode("ab")).generate(prompt)
+
+
+@pytest.mark.parametrize("prompt", ["text", MESSAGES])
+def test_texts_need_a_tokenizer(model, prompt):
+    with pytest.raises(ValueError, match="no tokenizer"):
+        model.generate(prompt)
+
+
+def test_without_a_tokenizer_there_are_ids_and_no_text(model):
+    made = model.generate([5], max_new_tokens=4)
+    assert (made.new_tokens, made.text) == (4, "")
+    with pytest.raises(ValueError, match="stop strings need a tokenizer"):
+        model.generate([5], stop=["x"])
+    with pytest.raises(ValueError, match="streaming text needs a tokenizer"):
+        next(iter(model.stream([5])))
+
+
+# --- options ------------------------------------------------------------------------------------
+
+
+def test_settings_of_the_checkpoint_are_the_default():
+    settings = Settings(end_tokens=(END,), exit_layer=3, draft_tokens=2)
+    model = scripted_model(encode("abcdef"), settings=settings)
+    made = model.generate([0], max_new_tokens=6)
+    assert (made.mode, made.exit_layer, made.draft_tokens) == ("self-speculative", 3, 2)
+    made = scripted_model(encode("abcdef")).generate([0], max_new_tokens=6)
+    assert (made.mode, made.exit_layer, made.draft_tokens) == ("plain", None, None)
+
+
+def test_end_tokens_come_from_the_settings_else_from_the_tokenizer():
+    assert scripted_model([0], end_tokens=(OTHER_END,)).end_tokens == {OTHER_END}
+    assert scripted_model([0], end_tokens=()).end_tokens == {END}
+    assert scripted_model([0], end_tokens=(), tokenizer=None).end_tokens == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"mode": "fast"}, "mode"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"exit_layer": 9}, "exit layer"),
+        ({"stop": [""]}, "stop string"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(option, message, monkeypatch):
+    model = scripted_model(encode("ab"))
+    monkeypatch.setattr(model.decoder, "run", None)
+    with pytest.raises(ValueError, match=message):
+        model.answer([0], **option)
+
+
+def test_pieces_say_where_each_token_came_from():
+    model = scripted_model(encode("abcdefgh"), misses={3})
+    pieces = list(model.answer([0], max_new_tokens=8, **SPECULATIVE))
+    assert "".join(piece.text for piece in pieces) == "abcdefgh"
+    drafted = "".join(piece.text for piece in pieces if piece.drafted)
+    assert drafted == "bcefg"  # a: the prompt's own; d: corrected; h: the model's own
+    assert [piece.token_id for piece in pieces] == encode("abcdefgh")
+
+
+# --- seeds --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [{"mode": "plain"}, {"mode": "early-exit"}, SPECULATIVE])
+def test_a_seed_makes_sampling_repeatable(model, mode):
+    options = {"temperature": 1.0, "max_new_tokens": 16, **mode}
+    state = torch.get_rng_state()
+    first, again, other = (
+        model.generate([5, 6], seed=seed, **options).token_ids for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    unseeded = [model.generate([5, 6], **options).token_ids for _ in range(3)]
+    assert unseeded[0] != unseeded[1] or unseeded[1] != unseeded[2]
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's own randomness is left alone
+
+
+# --- nothing in the model changes ---------------------------------------------------------------
+
+
+def test_threads_share_one_model(model):
+    prompts = [random_prompt(model.decoder, n, seed=n) for n in range(3, 9)]
+    jobs = [
+        {"prompt": prompt, "seed": i, "temperature": temperature, "max_new_tokens": 40, **mode}
+        for i, prompt in enumerate(prompts)
+        for temperature in (0.0, 1.0)
+        for mode in ({"mode": "plain"}, {"mode": "early-exit", "exit_layer": 1}, SPECULATIVE)
+    ]
+    alone = [model.generate(**job).token_ids for job in jobs]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        together = [made.token_ids for made in pool.map(lambda job: model.generate(**job), jobs)]
+    assert together == alone
+
+
+def test_two_answers_in_turns(model):
+    """Loops that are advanced alternately, in one thread, do not see each other."""
+    options = {"max_new_tokens": 12, **SPECULATIVE}
+    alone = [model.generate([t], **options).token_ids for t in (5, 6)]
+    answers = [model.answer([t], **options) for t in (5, 6)]
+    pieces = [iter(answer) for answer in answers]
+    for _ in range(12):
+        for turn in pieces:
+            next(turn)
+    assert [answer.generation.token_ids for answer in answers] == alone
+
+
+def weights_of(decoder):
+    tensors = [decoder.embedding, decoder.final_norm, decoder.frequencies]
+    for layer in decoder.layers:
+        tensors += [layer.attention_norm, layer.mlp_norm]
+        tensors += [w.weight for w in (layer.qkv, layer.attention_out, layer.gate_up, layer.down)]
+    return [tensor.clone() for tensor in tensors]
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2, 5, 9])
+def test_an_exception_leaves_the_model_usable(model, fails_at, monkeypatch):
+    options = {"max_new_tokens": 12, **SPECULATIVE}
+    before = model.generate([5], **options).token_ids
+    weights, state = weights_of(model.decoder), dict(vars(model.decoder))
+    run, calls = model.decoder.run, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) > fails_at:
+            raise RuntimeError("out of memory")
+        return run(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.decoder, "run", failing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model.generate([5], **options)
+    assert vars(model.decoder) == state
+    assert all(map(torch.equal, weights_of(model.decoder), weights))
+    assert model.generate([5], **options).token_ids == before
+    assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("n_pieces", [0, 1, 3])
+def test_an_abandoned_answer_leaves_the_model_usable(model, n_pieces):
+    options = {"max_new_tokens": 12, **SPECULATIVE}
+    before = model.generate([5], **options).token_ids
+    answer = model.answer([5], **options)
+    pieces = iter(answer)
+    for _ in range(n_pieces):
+        next(pieces)
+    pieces.close()
+    made = answer.generation
+    assert made.token_ids == before[:n_pieces]
+    assert made.rounds >= 0
+    assert model.generate([5], **options).token_ids == before
+
+
+@pytest.mark.parametrize("plan", [PLAIN, speculative(2, 4)])
+def test_inference_mode_is_the_loop_s_own(plan):
+    """Between two steps the caller may train something."""
+    decoder = tiny_decoder("llama2")
+    weight = torch.ones(3, requires_grad=True)
+    options = {"plan": plan, "sampling": Sampling(), "max_new_tokens": 6}
+    for _ in generate(decoder, [5], **options):
+        assert not torch.is_inference_mode_enabled()
+        assert torch.is_grad_enabled()
+        (weight * weight).sum().backward()
+    assert weight.grad is not None
+    with torch.no_grad():
+        for _ in generate(decoder, [5], **options):
+            assert not torch.is_grad_enabled()
+
+
+def test_gradients_are_not_recorded_in_the_loop(monkeypatch):
+    decoder = tiny_decoder("llama2")
+    run, modes = decoder.run, []
+
+    def watched(*args):
+        modes.append(torch.is_inference_mode_enabled())
+        return run(*args)
+
+    monkeypatch.setattr(decoder, "run", watched)
+    ids(decoder, [5], speculative(2, 4))
+    assert set(modes) == {True}
+
+
+# --- loading ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"dtype": "float8"}, "dtype is 'float8'; there are: float32, bfloat16, float16"),
+        ({"dtype": torch.float64}, "dtype is 'float64'"),
+        ({"device": "abacus"}, "device 'abacus' is unknown"),
+        ({"device": "meta"}, "device 'meta' is not supported"),
+        ({"weights": "3bit"}, "weights is '3bit'; there is: 16bit"),
+    ],
+)
+def test_options_of_loading_are_checked(tmp_path, option, message):
+    tiny_models.reference("llama2").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        LayerSkipModel.from_pretrained(tmp_path, **option)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_missing_gpu_is_said(tmp_path):
+    with pytest.raises(ValueError, match="cuda is not available here; use cpu"):
+        LayerSkipModel.from_pretrained(tmp_path, device="cuda")

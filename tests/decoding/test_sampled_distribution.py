@@ -1,0 +1,118 @@
+"""Sampled continuations come from the model's distribution, in plain and self-speculative decoding.
+
+A chi-square test over 20,000 continuations each, made by the step loop itself with fixed seeds, of all
+their tokens jointly, against the probabilities of every continuation.
+"""
+
+import importlib
+import itertools
+
+import pytest
+import torch
+from scipy import stats
+from tiny_decoders import PLAIN, ids, speculative, steps, tiny_decoder
+
+from layerskip.decoding import Sampling
+from layerskip.decoding.accept import accept_sampled
+
+VOCABULARY = 5
+PROMPT = [3, 1, 4]
+N_TOKENS = 4  # the prompt's own token and one round of two drafted tokens and one more
+SAMPLES = 20_000
+SAMPLING = Sampling(temperature=0.5, top_p=0.95)
+SPECULATIVE = speculative(1, 2)
+# A sound sampler falls below it once in a thousand seeds; the seeds are fixed.
+LEAST_P_VALUE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return tiny_decoder(
+        "qwen2",
+        upper=2.0,
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(decoder):
+    """Probability of every continuation, [V] * N_TOKENS, by a full pass over each of them."""
+    endings = list(itertools.product(range(VOCABULARY), repeat=N_TOKENS))
+    sequences = torch.tensor([[*PROMPT, *ending] for ending in endings])
+    cache = decoder.new_cache(sequences.shape[1], len(endings))
+    logits = decoder.logits(decoder.run(decoder.embed(sequences), 0, len(decoder.layers), cache))
+    total = torch.ones(len(endings), dtype=torch.float64)
+    for at in range(len(PROMPT), sequences.shape[1]):
+        p = SAMPLING.probabilities(logits[:, at - 1])
+        total *= p.gather(1, sequences[:, at, None])[:, 0]
+    assert total.sum().item() == pytest.approx(1.0, abs=1e-5)
+    return total.view([VOCABULARY] * N_TOKENS)
+
+
+def count_continuations(decoder, plan, n):
+    """How often each continuation came up, [V] * N_TOKENS."""
+    counts = torch.zeros([VOCABULARY] * N_TOKENS, dtype=torch.int64)
+    for seed in range(n):
+        counts[tuple(ids(decoder, PROMPT, plan, N_TOKENS, SAMPLING, seed=seed))] += 1
+    return counts
+
+
+def p_value(counts, expected):
+    """Chi-square over the continuations; those expected fewer than 5 times are one cell together."""
+    counts, expected = counts.flatten().double(), expected.flatten() * counts.sum()
+    if counts[expected == 0].sum() > 0:  # top-p rules these out
+        return 0.0
+    common = expected >= 5
+    seen = torch.cat([counts[common], counts[~common].sum(0, keepdim=True)])
+    due = torch.cat([expected[common], expected[~common].sum(0, keepdim=True)])
+    due *= seen.sum() / due.sum()  # float32 sums to one within 1e-5, the test wants 1e-8
+    return float(stats.chisquare(seen.numpy(), due.numpy()).pvalue)
+
+
+@pytest.mark.parametrize("plan", [PLAIN, SPECULATIVE], ids=lambda plan: plan.mode)
+def test_continuations_are_distributed_as_the_model_says(decoder, expected, plan):
+    counts = count_continuations(decoder, plan, SAMPLES)
+    assert p_value(counts, expected) > LEAST_P_VALUE
+
+
+def test_drafts_are_accepted_and_rejected_at_every_position(decoder):
+    rounds = [
+        step
+        for seed in range(200)
+        for step in steps(decoder, PROMPT, SPECULATIVE, N_TOKENS, SAMPLING, seed=seed)[1:]
+    ]
+    assert {(step.drafted, step.accepted) for step in rounds} >= {(2, 0), (2, 1), (2, 2)}
+
+
+def from_p_after_a_rejection(drafted, q, p, generator):
+    """Wrong: draws from p, not from what p has above q."""
+    accepted, _ = accept_sampled(drafted, q, p, generator)
+    return accepted, torch.multinomial(p[0, accepted], 1, generator=generator)[:, 0]
+
+
+def always(drafted, q, p, generator):
+    """Wrong: the draft stands whatever the model says."""
+    accepted = torch.tensor([drafted.shape[1]])
+    return accepted, torch.multinomial(p[0, -1:], 1, generator=generator)[:, 0]
+
+
+def with_another_temperature(drafted, q, p, generator):
+    """Wrong: compares with a q that the draft was not drawn from."""
+    if q is not None:
+        q = (q.log() * 0.5).softmax(-1)
+    return accept_sampled(drafted, q, p, generator)
+
+
+@pytest.mark.parametrize("wrong", [from_p_after_a_rejection, always, with_another_temperature])
+def test_a_wrong_acceptance_rule_is_found_out(decoder, expected, wrong, monkeypatch):
+    """The power of the test, with a tenth of its samples."""
+    step_loop = importlib.import_module("layerskip.decoding.generate")
+    monkeypatch.setattr(step_loop, "accept_sampled", wrong)
+    counts = count_continuations(decoder, SPECULATIVE, SAMPLES // 10)
+    assert p_value(counts, expected) < LEAST_P_VALUE / 1000

@@ -1,0 +1,125 @@
+"""Tokens to text: characters split over tokens, and stop strings wherever they fall."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scripted import END, TOKENIZER, WORDS, encode, words
+
+from layerskip.decoding.stream import TextStream
+
+
+def streamed(tokens, stop=()):
+    """The pieces of a stream, and the stream."""
+    stream = TextStream(TOKENIZER, stop)
+    pieces = []
+    for token in tokens:
+        pieces.append(stream.push(token))
+        if stream.stopped:
+            break
+    pieces.append(stream.finish())
+    assert "".join(pieces) == stream.text
+    return pieces, stream
+
+
+def expected_text(tokens, stop):
+    """By definition: after each token look at all the text so far, cut at the earliest stop string."""
+    text = ""
+    for n in range(1, len(tokens) + 1):
+        text = TOKENIZER.decode(tokens[:n], skip_special_tokens=True)
+        # What may still become a character is no text yet.
+        whole = text if n == len(tokens) else text.rstrip("\N{REPLACEMENT CHARACTER}")
+        found = [at for one in stop if (at := whole.find(one)) >= 0]
+        if found:
+            return whole[: min(found)]
+    return text
+
+
+def test_characters_split_over_tokens_come_whole():
+    text = "aé漢🙂b"
+    tokens = encode(text)
+    assert len(tokens) == 1 + 2 + 3 + 4 + 1
+    pieces, _ = streamed(tokens)
+    assert [piece for piece in pieces if piece] == list(text)
+
+
+def test_an_incomplete_character_at_the_end_is_released_as_it_is():
+    pieces, stream = streamed(encode("a漢")[:-1])
+    assert pieces[:-1] == ["a", "", ""]
+    assert stream.text == "a\N{REPLACEMENT CHARACTER}"
+
+
+def test_bytes_that_are_no_text_do_not_block_what_follows():
+    broken = encode("é")[:1]
+    _, stream = streamed([*broken, *encode("abSTOPc")], ["STOP"])
+    assert stream.text == "\N{REPLACEMENT CHARACTER}ab"
+
+
+def test_special_tokens_have_no_text():
+    pieces, _ = streamed([*encode("ab"), END, END, *encode("c"), END])
+    assert "".join(pieces) == "abc"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "text"),
+    [
+        (encode("one. two"), ["."], "one"),  # one token
+        (encode("oneENDtwo"), ["END"], "one"),  # several tokens
+        (words("hello", "Ġworld"), ["lo wo"], "hel"),  # begins and ends inside tokens
+        (words("hello", "Ġworld"), ["hello"], ""),  # at the start
+        (words("hello", "Ġworld"), ["world"], "hello "),  # at the end
+        (words("hello", "Ġworld"), ["ell"], "h"),  # inside one token
+        (encode("abcdef"), ["ef", "cd"], "ab"),  # the earliest, not the first in the list
+        (words("ab", "bc"), ["bb", "ab"], ""),
+        (words("hello"), ["o", "e", "l"], "h"),  # several in one token
+        (encode("aaab"), ["aab"], "a"),  # begins again inside a false start
+        (encode("ababac"), ["abac"], "ab"),
+        (encode("x漢y"), ["漢"], "x"),  # a character of several tokens
+        (encode("a\nb\n\nc"), ["\n\n"], "a\nb"),
+        (encode("EN"), ["END"], "EN"),  # begun but never finished
+        (encode("ab"), ["AB"], "ab"),
+    ],
+)
+def test_text_ends_before_the_stop_string(tokens, stop, text):
+    pieces, stream = streamed(tokens, stop)
+    assert "".join(pieces) == stream.text == text
+    assert stream.stopped == (text != TOKENIZER.decode(tokens))
+
+
+def test_what_may_begin_a_stop_string_waits():
+    stream = TextStream(TOKENIZER, ["END"])
+    assert [stream.push(token) for token in encode("xENxEN")] == ["x", "", "", "ENx", "", ""]
+    assert stream.finish() == "EN"
+    stream = TextStream(TOKENIZER, ["END"])
+    assert [stream.push(token) for token in encode("xEND")] == ["x", "", "", ""]
+    assert (stream.stopped, stream.finish()) == (True, "")
+
+
+# Few characters, so that stop strings are met, begun in vain, and overlap; some of several bytes.
+texts = st.text(alphabet="abé漢", max_size=14)
+tokens_of_texts = texts.map(encode) | st.lists(
+    st.sampled_from([*encode("abé漢"), *words(*WORDS), END]), max_size=12
+)
+stop_strings = st.lists(st.text(alphabet="abcé漢", min_size=1, max_size=4), max_size=3)
+
+
+@given(tokens=tokens_of_texts, stop=stop_strings)
+def test_pieces_are_the_text_up_to_the_first_stop_string(tokens, stop):
+    pieces, stream = streamed(tokens, stop)
+    assert stream.text == expected_text(tokens, stop)
+    # Nothing that was released had to be taken back, so no part of a stop string was ever shown.
+    released = ""
+    for piece in pieces:
+        released += piece
+        assert stream.text.startswith(released)
+
+
+@given(text=texts, stop=stop_strings)
+def test_no_stop_string_is_in_the_text(text, stop):
+    _, stream = streamed(encode(text), stop)
+    assert not any(one in stream.text for one in stop)
+
+
+@pytest.mark.parametrize("stop", [[""], ["a", ""], [3], [b"a"]])
+def test_stop_strings_are_checked(stop):
+    with pytest.raises(ValueError, match="stop string"):
+        TextStream(TOKENIZER, stop)
