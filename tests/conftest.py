@@ -1,6 +1,7 @@
 """What several rooms' tests share."""
 
 import pytest
+import torch
 from hypothesis import settings
 
 from layerskip import LayerSkipModel
@@ -20,3 +21,13 @@ def smollm2_folder():
 def smollm2(smollm2_folder):
     """SmolLM2-135M in float32, where results are exact."""
     return LayerSkipModel.from_pretrained(smollm2_folder, dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def one_thread_for_tiny_models(request):
+    """Tiny products gain nothing from a second thread and lose much where the cores are busy."""
+    threads = torch.get_num_threads()
+    if request.node.get_closest_marker("real") is None:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
