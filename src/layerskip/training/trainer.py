@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from layerskip.recipe import RecipeConfig, attach
-from layerskip.recipe.attach import AttachedRecipe
+from layerskip.recipe.attached import AttachedRecipe
 from layerskip.training.errors import CheckpointError, NonFiniteLossError
 from layerskip.training.exit_totals import ExitTotals
 from layerskip.training.memory import peak_memory_bytes
