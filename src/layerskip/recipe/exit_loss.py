@@ -2,13 +2,15 @@
 
 LayerSkip (arXiv 2404.16710), section 4.1: `J = sum_l e~(t,l) CE(g(x_{l+1}), Y)`. Logits are what
 costs: [exits, B, T, V] of them do not fit. So only labelled positions are looked at, a chunk of
-them at a time, one exit after the other, and the gradient of a chunk is taken at once, in the
-forward pass, so that its logits can go. (Checkpointing the chunk would save the same memory and run
-the head twice.)
+them at a time, and the gradient of a chunk is taken at once, in the forward pass, so that its
+logits can go. (Checkpointing the chunk would save the same memory and run the head twice.) A chunk
+holds all exits of its tokens: the more exits, the fewer tokens, so memory does not grow with them,
+and the head's gradient, as large as the head, is written as seldom as may be.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,17 +83,19 @@ def exit_losses(
     positions = torch.nonzero(flat_labels != IGNORED_LABEL).flatten()
     targets = flat_labels[positions]
     divisor = num_items if num_items is not None else max(len(targets), 1)
+    rows = chunk_tokens or max(1, CHUNK_ELEMENTS // vocabulary)
     work = _Work(
-        weights={e: weights[e] for e in exits},
+        weights=[weights[e] for e in exits],
         shared_exit=shared_exit,
         targets=targets,
         distillation_weight=distillation_weight,
-        chunk=chunk_tokens or max(1, CHUNK_ELEMENTS // vocabulary),
+        chunk=max(1, rows // len(exits)),
         needs_gradient=torch.is_grad_enabled(),
     )
     labelled = [states[e].flatten(0, 1).index_select(0, positions) for e in exits]
     apply: Any = _ExitLoss.apply  # torch leaves it untyped
-    weighted_sum, loss_sums, correct, divergence_sums = apply(work, *labelled, *parameters)
+    weighted_sum, *figures = apply(work, torch.stack(labelled), *parameters)
+    loss_sums, correct, divergence_sums = figures
     return ExitLosses(
         loss=weighted_sum / divisor,
         exits=exits,
@@ -106,7 +110,7 @@ def exit_losses(
 class _Work:
     """What `_ExitLoss` needs beside tensors with gradients."""
 
-    weights: dict[int, float]
+    weights: list[float]
     shared_exit: Callable[[Tensor], Tensor]
     targets: Tensor
     distillation_weight: float
@@ -118,36 +122,34 @@ class _ExitLoss(torch.autograd.Function):
     """Sum over exits of weight x loss, with the gradients taken in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, work: _Work, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        exits = len(work.weights)
-        states, parameters = tensors[:exits], tensors[exits:]
-        device = states[0].device
-        loss_sums = torch.zeros(exits, device=device)
-        divergence_sums = torch.zeros(exits, device=device)
-        correct = torch.zeros(exits, dtype=torch.long, device=device)
-        gradients = [torch.zeros_like(t) if t.requires_grad else None for t in tensors]
-        if not work.needs_gradient:
-            gradients = [None] * len(tensors)
-        weights = list(work.weights.values())
-        for start in range(0, len(work.targets), work.chunk):
-            rows = slice(start, start + work.chunk)
-            teacher: Tensor | None = None
-            # The last layer comes first: the others may be distilled from it.
-            for index in reversed(range(exits)):
-                step = _chunk_step(work, states[index][rows], parameters, rows, teacher)
-                loss_sums[index] += step.loss_sum
-                divergence_sums[index] += step.divergence_sum
-                correct[index] += step.correct
-                if index == exits - 1 and work.distillation_weight > 0:
-                    teacher = step.log_probabilities
-                if step.gradients:
-                    sums = (gradients[index], *gradients[exits:])
-                    _add_gradients(sums, step.gradients, rows, weights[index])
+    def forward(
+        ctx: Any, work: _Work, states: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        weights = torch.tensor(work.weights, device=states.device)
+        loss_sums, divergence_sums = torch.zeros_like(weights), torch.zeros_like(weights)
+        correct = torch.zeros_like(weights, dtype=torch.long)
+        needed = work.needs_gradient
+        gradients = [
+            torch.zeros_like(t) if needed and t.requires_grad else None
+            for t in (states, *parameters)
+        ]
+        tokens = len(work.targets)
+        # Chunks of equal size: a small last one would cost as much as the others for the head.
+        chunks = math.ceil(tokens / work.chunk)
+        for number in range(chunks):
+            rows = slice(number * tokens // chunks, (number + 1) * tokens // chunks)
+            step = _chunk_step(work, states[:, rows], parameters, work.targets[rows], weights)
+            loss_sums += step.loss_sums
+            divergence_sums += step.divergence_sums
+            correct += step.correct
+            sums = (None if gradients[0] is None else gradients[0][:, rows], *gradients[1:])
+            for total, gradient in zip(sums, step.gradients, strict=needed):
+                if total is not None and gradient is not None:
+                    total.add_(gradient)
         ctx.gradients = gradients
-        scale = torch.tensor(weights, device=device)
-        distilled = work.distillation_weight * divergence_sums
         ctx.mark_non_differentiable(loss_sums, correct, divergence_sums)
-        return (scale * (loss_sums + distilled)).sum(), loss_sums, correct, divergence_sums
+        distilled = work.distillation_weight * divergence_sums
+        return (weights * (loss_sums + distilled)).sum(), loss_sums, correct, divergence_sums
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -159,50 +161,45 @@ class _ExitLoss(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _ChunkStep:
-    loss_sum: Tensor
-    divergence_sum: Tensor | float
+    """What the exits made of a chunk: sums [E], gradients of the weighted loss."""
+
+    loss_sums: Tensor
+    divergence_sums: Tensor
     correct: Tensor
-    log_probabilities: Tensor | None
     gradients: tuple[Tensor | None, ...]
 
 
 def _chunk_step(
-    work: _Work, state: Tensor, parameters: Sequence[Tensor], rows: slice, teacher: Tensor | None
+    work: _Work, states: Tensor, parameters: Sequence[Tensor], targets: Tensor, weights: Tensor
 ) -> _ChunkStep:
-    """Loss and gradients of one exit on one chunk of tokens, state [C, D].
+    """Losses and gradients of all exits on one chunk of tokens, states [E, C, D].
 
     The gradient of cross entropy with respect to the logits is p - onehot; distillation with weight
-    b adds b (p - q), with q the teacher's probabilities; it is formed in place.
+    b adds b (p - q), with q the last exit's probabilities; it is formed in place.
     """
-    targets = work.targets[rows, None]
+    exits, tokens, _ = states.shape
     with torch.set_grad_enabled(work.needs_gradient):
-        state = state.detach().requires_grad_(work.needs_gradient)
-        logits = work.shared_exit(state)
+        states = states.detach().requires_grad_(work.needs_gradient)
+        logits = work.shared_exit(states.flatten(0, 1)).unflatten(0, (exits, tokens))
     log_p = functional.log_softmax(logits.detach(), -1, dtype=torch.float32)
-    loss_sum = -log_p.gather(1, targets).sum()
-    correct = (logits.detach().argmax(-1, keepdim=True) == targets).sum()
-    divergence: Tensor | float = 0.0
-    is_teacher = teacher is None and work.distillation_weight > 0
-    q = None
-    if teacher is not None:
-        q = teacher.exp()
-        divergence = torch.vdot(q.flatten(), (teacher - log_p).flatten())
+    wanted = targets[:, None].expand(exits, tokens, 1)
+    loss_sums = -log_p.gather(-1, wanted).sum((1, 2))
+    correct = (logits.detach().argmax(-1) == targets).sum(1)
+    divergence_sums = torch.zeros_like(loss_sums)
+    q: Tensor | None = None
+    if work.distillation_weight > 0:
+        q = log_p[-1].exp()
+        for index in range(exits - 1):
+            apart = log_p[-1] - log_p[index]
+            divergence_sums[index] = torch.vdot(q.flatten(), apart.flatten())
     gradients: tuple[Tensor | None, ...] = ()
     if work.needs_gradient:
-        slope = log_p.exp() if is_teacher else log_p.exp_()
+        slope = log_p.exp_()
         if q is not None:
-            slope.mul_(1 + work.distillation_weight).sub_(q, alpha=work.distillation_weight)
-        slope.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=slope.dtype))
+            slope[:-1].mul_(1 + work.distillation_weight).sub_(q, alpha=work.distillation_weight)
+        slope.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
+        weighted = torch.mul(slope, weights[:, None, None], out=torch.empty_like(logits))
         gradients = torch.autograd.grad(
-            logits, (state, *parameters), slope.to(logits.dtype), allow_unused=True
+            logits, (states, *parameters), weighted, allow_unused=True
         )
-    return _ChunkStep(loss_sum, divergence, correct, log_p if is_teacher else None, gradients)
-
-
-def _add_gradients(
-    sums: Sequence[Tensor | None], new: Sequence[Tensor | None], rows: slice, weight: float
-) -> None:
-    """Add a chunk's gradients: the state's into its rows, the parameters' whole."""
-    for index, (total, gradient) in enumerate(zip(sums, new, strict=True)):
-        if total is not None and gradient is not None:
-            (total[rows] if index == 0 else total).add_(gradient, alpha=weight)
+    return _ChunkStep(loss_sums, divergence_sums, correct, gradients)

@@ -31,7 +31,7 @@ class TrainConfig:
     model: str = _setting(
         "folder, hub id or built-in name of the model, or of a configuration with --from-scratch"
     )
-    data: str = _setting("hub id, or file: jsonl, json, csv, tsv, txt, parquet; .gz and .xz too")
+    data: str = _setting("hub id, or file(s): jsonl, json, csv, tsv, txt, parquet; .gz and .xz; may be a pattern")
     output: str = _setting("folder of the result, its checkpoints and logs")
     regime: Literal["pretrain", "continual", "domain", "task"] = _setting(
         "preset of the recipe", "continual"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import json
 import lzma
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,22 +23,30 @@ _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 
 
 def read_rows(source: str, split: str = "train") -> Iterator[Row]:
-    """The rows of a local file or a hub data set, each with where it stands ('train.tsv:17').
+    """The rows of local files or a hub data set, each with where it stands ('train.tsv:17').
 
     Args:
-        source: a file, compressed (.gz, .xz) or not, or a hub id.
+        source: a file, compressed (.gz, .xz) or not, a pattern of several (`data/*_train.tsv.xz`,
+            taken in alphabetical order), or a hub id. `$NAME` is replaced from the environment.
         split: of a hub data set.
 
     Raises:
         ValueError: for a file of unknown kind, a data set that is not found, or a bad row, which
             is named by its line.
     """
-    path = Path(source)
-    if not path.exists():
-        if path.suffix in (*_SUFFIXES, ".gz", ".xz"):
+    source = os.path.expanduser(os.path.expandvars(source))
+    if source.startswith("$"):
+        raise ValueError(f"{source}: set this environment variable to the folder of the data")
+    found = [source] if Path(source).exists() else sorted(glob.glob(source))
+    if not found:
+        if Path(source).suffix in (*_SUFFIXES, ".gz", ".xz"):
             raise ValueError(f"the data file {source} does not exist")
         yield from _hub_rows(source, split)
-        return
+    for file in found:
+        yield from _file_rows(Path(file))
+
+
+def _file_rows(path: Path) -> Iterator[Row]:
     plain = path.with_suffix("") if path.suffix in (".gz", ".xz") else path
     if plain.suffix == ".parquet":
         datasets = _datasets()
@@ -51,7 +61,7 @@ def read_rows(source: str, split: str = "train") -> Iterator[Row]:
         ".txt": _paragraphs,
     }
     if plain.suffix not in readers:
-        raise ValueError(f"{source} is of no known kind; known are {', '.join(_SUFFIXES)}")
+        raise ValueError(f"{path} is of no known kind; known are {', '.join(_SUFFIXES)}")
     with _open(path) as file:
         yield from readers[plain.suffix](file, plain.name)
 

@@ -24,6 +24,7 @@ from layerskip.recipe import detach
 from layerskip.training.callbacks import JsonLinesLog, StopAfter, read_log
 from layerskip.training.config import TrainConfig
 from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows, read_rows
+from layerskip.training.memory import keep_freed_memory
 from layerskip.training.plots import plot_run
 from layerskip.training.source import pretrained, pretrained_weights
 from layerskip.training.trainer import INCOMPLETE, LayerSkipTrainer, last_checkpoint
@@ -60,6 +61,7 @@ def train(config: TrainConfig) -> TrainResult:
     output = Path(config.output)
     resume_from = _resume_from(config, output)
     set_seed(config.seed)
+    keep_freed_memory()
     tokenizer = _load_tokenizer(config)
     exit_layer = _check_layers(config)
     train_rows, eval_rows = _load_data(config, tokenizer)
