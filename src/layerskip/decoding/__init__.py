@@ -1,5 +1,6 @@
 """Decoding: plain, by early exit, and self-speculative."""
 
+from layerskip.decoding.exit_states import exit_states
 from layerskip.decoding.generate import PromptError, Step, generate
 from layerskip.decoding.generation import Generation
 from layerskip.decoding.language_model import Answer, LayerSkipModel, Piece
@@ -16,5 +17,6 @@ __all__ = [
     "PromptError",
     "Sampling",
     "Step",
+    "exit_states",
     "generate",
 ]
