@@ -1,0 +1,1 @@
+"""Benchmarks: tasks and their quality, timing, peers, reports."""
