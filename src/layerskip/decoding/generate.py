@@ -25,7 +25,7 @@ class Step:
 
     Attributes:
         tokens: the new tokens, at least one; the first `accepted` of them were drafted.
-        drafted: how many tokens were drafted in this round.
+        drafted: how many tokens were drafted in this round, as far as the answer goes.
         accepted: how many leading drafted tokens the model agreed with.
         source: where the draft came from, or "model" where nothing was drafted.
     """
@@ -36,8 +36,14 @@ class Step:
     source: str = "model"
 
     def first(self, n: int) -> "Step":
-        """The step cut to its first n tokens, where the answer ends inside it."""
-        return dataclasses.replace(self, tokens=self.tokens[:n], accepted=min(self.accepted, n))
+        """The step cut to its first n tokens, where the answer ends inside it.
+
+        Drafts beyond the end count neither as right nor as wrong: there is no answer to be right about.
+        """
+        if n >= len(self.tokens):
+            return self
+        drafted, accepted = min(self.drafted, n), min(self.accepted, n)
+        return dataclasses.replace(self, tokens=self.tokens[:n], drafted=drafted, accepted=accepted)
 
 
 def generate(
