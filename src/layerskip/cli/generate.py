@@ -1,8 +1,7 @@
 """`layerskip generate`: answer one prompt or a file of prompts."""
 
-import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from layerskip.cli import options, show
+from layerskip.cli.prompts import read_prompts
 from layerskip.decoding import Generation
 
 
@@ -72,9 +72,7 @@ def command(
 
 def _prompts(prompt: str | None, file: Path | None, chat: bool) -> list[Any]:
     if file is not None:
-        prompts = list(_read_prompts(file))
-        if not prompts:
-            raise ValueError(f"{file} holds no prompt")
+        prompts = read_prompts(file)
     else:
         if prompt is None and sys.stdin.isatty():
             raise click.UsageError("give a prompt with --prompt or --prompts, or on standard input")
@@ -82,27 +80,6 @@ def _prompts(prompt: str | None, file: Path | None, chat: bool) -> list[Any]:
     if not chat:
         return prompts
     return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-
-
-def _read_prompts(file: Path) -> Iterator[Any]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if file.suffix != ".jsonl":
-            yield line
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: no JSON ({error})") from error
-        found = isinstance(row, dict) and (row.get("prompt") or row.get("messages"))
-        if not found:
-            raise ValueError(f'{file}, line {number}: a field "prompt" or "messages" is needed')
-        yield found
 
 
 def _with_progress(prompts: list[Any]) -> Iterable[Any]:

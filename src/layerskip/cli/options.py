@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ model_options = _stack(
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads to use."),
 )
-decoding_options = _stack(
+mode_options = _stack(
     click.option(
         "--mode",
         type=click.Choice(["auto", *MODES]),
@@ -86,6 +85,9 @@ decoding_options = _stack(
         metavar="d",
         help="How many tokens are drafted in a round.",
     ),
+)
+decoding_options = _stack(
+    mode_options,
     click.option(
         "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N"
     ),
@@ -187,16 +189,20 @@ def deliver(result: Any, *, as_json: bool, output: Path | None) -> None:
     """Print the result as JSON, write it to a file, or both; the file appears whole or not at all."""
     text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
     if output is not None:
-        handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, output)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_file(output, text.encode())
     if as_json:
         sys.stdout.write(text)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write beside the file and rename, so that it appears whole or not at all."""
+    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def check_output(output: Path | None) -> None:

@@ -1,0 +1,42 @@
+"""Files of prompts."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def read_prompts(file: Path) -> list[Any]:
+    """The prompts of a file, each a text or a list of messages, at least one.
+
+    Args:
+        file: .jsonl with a field "prompt" or "messages" in each line, else one prompt a line.
+
+    Raises:
+        ValueError: the file cannot be read, a line is no prompt, or there is none.
+    """
+    prompts = list(_prompts(file))
+    if not prompts:
+        raise ValueError(f"{file} holds no prompt")
+    return prompts
+
+
+def _prompts(file: Path) -> Iterator[Any]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if file.suffix != ".jsonl":
+            yield line
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: no JSON ({error})") from error
+        found = isinstance(row, dict) and (row.get("prompt") or row.get("messages"))
+        if not found:
+            raise ValueError(f'{file}, line {number}: a field "prompt" or "messages" is needed')
+        yield found
