@@ -55,14 +55,15 @@ def test_an_end_that_is_the_models_own_leaves_the_round_whole():
     """Tokens 1-4 are drafted, 2 is wrong: the model's own token there is the end, the draft missed."""
     model = scripted_model([*encode("ab"), END, *encode("cdefgh")], misses={2})
     made = model.generate([0], exit_layer=2, draft_tokens=4)
-    assert made.steps[-1] == Step(tuple(made.token_ids[1:]), 4, 1, "early-exit")
+    wrong = (END + 1, *encode("cd"))
+    assert made.steps[-1] == Step(tuple(made.token_ids[1:]), 4, 1, "early-exit", wrong)
     assert made.acceptance_rate == 1 / 4
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_a_step_cut_short(n):
     """Three tokens, two of six drafted ones among them; the cut at the third token is none."""
-    step = Step((7, 8, 9), drafted=6, accepted=2)
+    step = Step((7, 8, 9), drafted=6, accepted=2, rejected=(1, 2, 3, 4))
     cut = step.first(n)
     assert cut == (step if n >= 3 else Step((7, 8)[:n], drafted=n, accepted=n))
 

@@ -28,12 +28,14 @@ class Step:
         drafted: how many tokens were drafted in this round, as far as the answer goes.
         accepted: how many leading drafted tokens the model agreed with.
         source: where the draft came from, or "model" where nothing was drafted.
+        rejected: the other drafted tokens: the one that the model corrected, and those after it.
     """
 
     tokens: tuple[int, ...]
     drafted: int = 0
     accepted: int = 0
     source: str = "model"
+    rejected: tuple[int, ...] = ()
 
     def first(self, n: int) -> "Step":
         """The step cut to its first n tokens, where the answer ends inside it.
@@ -43,7 +45,7 @@ class Step:
         if n >= len(self.tokens):
             return self
         drafted, accepted = min(self.drafted, n), min(self.accepted, n)
-        return dataclasses.replace(self, tokens=self.tokens[:n], drafted=drafted, accepted=accepted)
+        return Step(self.tokens[:n], drafted=drafted, accepted=accepted, source=self.source)
 
 
 def generate(
@@ -165,7 +167,7 @@ class _Session:
             if self.history is not None:
                 self.history.extend(torch.tensor([tokens], device=decoder.device))
             produced += len(tokens)
-            yield Step(tokens, drafted=n, accepted=count, source=draft.source)
+            yield Step(tokens, n, count, draft.source, rejected=tuple(drafted[count:]))
 
     def _accept(self, drafted: Tensor, q: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor]:
         """How many drafted tokens stand [B], and the model's own token after them [B, 1]."""
