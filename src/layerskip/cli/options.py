@@ -12,7 +12,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from layerskip.decoding import MODES, LayerSkipModel
+from layerskip.decoding import DRAFT_SOURCES, MODES, LayerSkipModel
 from layerskip.model.source import BUILTIN_MODELS, DEFAULT_MODEL, is_pulled, pull
 
 Command = Callable[..., Any]
@@ -85,6 +85,11 @@ mode_options = _stack(
         metavar="d",
         help="How many tokens are drafted in a round.",
     ),
+    click.option(
+        "--draft-from",
+        type=click.Choice(DRAFT_SOURCES),
+        help="early-exit (default), n-gram: what followed the last tokens before, or both.",
+    ),
 )
 decoding_options = _stack(
     mode_options,
@@ -136,6 +141,7 @@ DECODING_FIELDS = [
     "mode",
     "exit_layer",
     "draft_tokens",
+    "draft_from",
     "max_new_tokens",
     "temperature",
     "top_k",

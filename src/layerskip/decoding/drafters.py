@@ -1,6 +1,8 @@
 """Where drafts come from."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,13 +30,11 @@ class Draft:
     source: str
 
 
-class EarlyExitDrafter:
-    """Drafts with the first E layers and the shared exit (section 4.3 of the paper)."""
+class Drafter(Protocol):
+    """Proposes tokens and runs the first E layers over them."""
 
-    source = "early-exit"
-
-    def __init__(self, decoder: Decoder, exit_layer: int, sampling: Sampling) -> None:
-        self.decoder, self.exit_layer, self.sampling = decoder, exit_layer, sampling
+    def settle(self, tokens: Sequence[int]) -> None:
+        """Learn what the answer has become; called with every token once, before the next draft."""
 
     def draft(
         self,
@@ -44,15 +44,52 @@ class EarlyExitDrafter:
         history: TokenHistory | None,
         generator: torch.Generator | None,
     ) -> Draft:
-        """Draft n tokens after `last`, and run the first E layers over the last of them too.
+        """Draft up to n tokens after `last`, and run the first E layers over the last of them too.
 
         Args:
             last: [B, 1], the newest settled token, which no layer has seen yet.
-            n: how many tokens to draft, 0 or more.
-            cache: its lengths are moved on by n + 1.
+            n: how many tokens to draft at most, 0 or more.
+            cache: its lengths are moved on by d + 1.
             history: for the repetition penalty, or None.
             generator: source of randomness for sampling.
         """
+        ...
+
+
+class EarlyExitDrafter:
+    """Drafts with the first E layers and an exit (section 4.3 of the paper).
+
+    Args:
+        decoder: the model.
+        exit_layer: E.
+        sampling: of the answer.
+        head: the exit: hidden states [B, T, D] to logits [B, T, V]; None = the decoder's own.
+    """
+
+    source = "early-exit"
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        exit_layer: int,
+        sampling: Sampling,
+        head: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.decoder, self.exit_layer, self.sampling = decoder, exit_layer, sampling
+        self.head = head or decoder.logits
+
+    def settle(self, tokens: Sequence[int]) -> None:
+        """Nothing to learn: the cache has it all."""
+
+    def draft(
+        self,
+        last: Tensor,
+        n: int,
+        cache: KVCache,
+        history: TokenHistory | None,
+        generator: torch.Generator | None,
+    ) -> Draft:
+        """See `Drafter`."""
         states: list[Tensor] = []
         chosen_from: list[Tensor] = []
         tokens = last
@@ -63,7 +100,7 @@ class EarlyExitDrafter:
             if i == n:
                 break
             seen = None if history is None else history.before(tokens[:, 1:])[:, -1:]
-            logits = self.sampling.penalize(self.decoder.logits(states[-1]), seen)
+            logits = self.sampling.penalize(self.head(states[-1]), seen)
             token, q = pick(logits, self.sampling, generator)
             tokens = torch.cat([tokens, token], dim=1)
             if q is not None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from layerskip.decoding.accept import accept_greedy, accept_sampled
-from layerskip.decoding.drafters import EarlyExitDrafter
+from layerskip.decoding.drafters import Drafter, EarlyExitDrafter
+from layerskip.decoding.ngram import NgramDrafter
 from layerskip.decoding.policy import Plan
 from layerskip.decoding.sampling import Sampling, TokenHistory, pick
 from layerskip.model import Decoder
@@ -132,9 +133,8 @@ class _Session:
     def steps(self, limit: int) -> Iterator[Step]:
         """Yield steps without end; `limit` only keeps drafts from reaching beyond it."""
         if self.plan.mode == "self-speculative":
-            assert self.plan.exit_layer is not None
             assert self.plan.draft_tokens is not None
-            return self._self_speculative(self.plan.exit_layer, self.plan.draft_tokens, limit)
+            return self._self_speculative(self.plan.exit_layer or 0, self.plan.draft_tokens, limit)
         return self._one_by_one(self.plan.exit_layer or len(self.decoder.layers))
 
     def _one_by_one(self, n_layers: int) -> Iterator[Step]:
@@ -149,9 +149,10 @@ class _Session:
     def _self_speculative(self, exit_layer: int, draft_tokens: int, limit: int) -> Iterator[Step]:
         """Draft with layers [0, E), verify with [E, L), keep the agreeing prefix (section 4.3)."""
         decoder, cache = self.decoder, self.cache
-        drafter = EarlyExitDrafter(decoder, exit_layer, self.sampling)
+        drafter = self._drafter(exit_layer)
         last = self._prefill(len(decoder.layers))
         yield Step((int(last),))
+        drafter.settle([int(last)])
         produced = 1
         while True:
             settled = cache.lengths.clone()
@@ -166,8 +167,17 @@ class _Session:
             cache.lengths += count + 1
             if self.history is not None:
                 self.history.extend(torch.tensor([tokens], device=decoder.device))
+            drafter.settle(tokens)
             produced += len(tokens)
-            yield Step(tokens, n, count, draft.source, rejected=tuple(drafted[count:]))
+            yield Step(tokens, len(drafted), count, draft.source, rejected=tuple(drafted[count:]))
+
+    def _drafter(self, exit_layer: int) -> Drafter:
+        early_exit = EarlyExitDrafter(self.decoder, exit_layer, self.sampling)
+        if self.plan.draft_from == "early-exit":
+            return early_exit
+        otherwise = early_exit if self.plan.draft_from == "both" else None
+        prompt = self.prompt[0].tolist()
+        return NgramDrafter(self.decoder, exit_layer, self.sampling, prompt, otherwise)
 
     def _accept(self, drafted: Tensor, q: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor]:
         """How many drafted tokens stand [B], and the model's own token after them [B, 1]."""

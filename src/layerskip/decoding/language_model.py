@@ -201,6 +201,7 @@ class LayerSkipModel:
         mode: str = "auto",
         exit_layer: int | None = None,
         draft_tokens: int | None = None,
+        draft_from: str | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -218,6 +219,8 @@ class LayerSkipModel:
             mode: "auto", "plain", "early-exit" or "self-speculative" (see `policy.choose`).
             exit_layer: E, how many layers have run when the model exits, 1 ... L.
             draft_tokens: d, how many tokens are drafted in a round, 0 or more.
+            draft_from: "early-exit" (the default), "n-gram" (what followed the last tokens where they
+                stood before in prompt or answer), or "both": n-grams where they match.
             max_new_tokens: 1 or more.
             temperature: 0 is greedy. This and the next four: see `Sampling`.
             top_k: see `Sampling`.
@@ -236,6 +239,7 @@ class LayerSkipModel:
             mode,
             exit_layer,
             draft_tokens,
+            draft_from,
             settings=self.settings,
             n_layers=len(self.decoder.layers),
         )

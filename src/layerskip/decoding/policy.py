@@ -7,6 +7,8 @@ from layerskip.model.checkpoint import Settings
 
 Mode = Literal["plain", "early-exit", "self-speculative"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+DraftFrom = Literal["early-exit", "n-gram", "both"]
+DRAFT_SOURCES: tuple[DraftFrom, ...] = get_args(DraftFrom)
 DEFAULT_DRAFT_TOKENS = 5
 
 
@@ -14,26 +16,30 @@ DEFAULT_DRAFT_TOKENS = 5
 class Plan:
     """A decision that holds for one answer.
 
-    `exit_layer` is None in plain mode; `draft_tokens` is None unless the mode is self-speculative.
+    `exit_layer` is None in plain mode, and where all drafts are n-grams; `draft_tokens` is None unless
+    the mode is self-speculative.
     """
 
     mode: Mode
     exit_layer: int | None = None
     draft_tokens: int | None = None
+    draft_from: DraftFrom = "early-exit"
 
 
 def choose(
     mode: str,
     exit_layer: int | None,
     draft_tokens: int | None,
+    draft_from: str | None = None,
     *,
     settings: Settings,
     n_layers: int,
 ) -> Plan:
     """Settle on a plan.
 
-    `auto` is self-speculative where the checkpoint or the caller names an exit layer, else plain. What
-    the caller leaves open comes from the checkpoint, else a quarter of the layers and 5 tokens.
+    `auto` is self-speculative where the checkpoint or the caller names an exit layer, draft tokens or
+    where drafts come from, else plain. What the caller leaves open comes from the checkpoint, else it is
+    a quarter of the layers, 5 tokens, and drafts from the early exit.
 
     Raises:
         ValueError: an unknown mode, a value out of range, or values that contradict each other.
@@ -44,12 +50,18 @@ def choose(
         raise ValueError(f"exit layer {exit_layer} is out of range: this model has 1 to {n_layers}")
     if draft_tokens is not None and draft_tokens < 0:
         raise ValueError(f"draft tokens is {draft_tokens}, it has to be 0 or above")
-    if mode == "plain" and (exit_layer is not None or draft_tokens is not None):
+    if draft_from not in (None, *DRAFT_SOURCES):
+        known_sources = ", ".join(DRAFT_SOURCES)
+        raise ValueError(f"drafts from {draft_from!r} are unknown; there are: {known_sources}")
+    drafting = draft_tokens is not None or draft_from is not None
+    if mode == "plain" and (exit_layer is not None or drafting):
         raise ValueError("plain decoding has no exit layer and no draft tokens; leave them out")
-    if mode == "early-exit" and draft_tokens is not None:
+    if mode == "early-exit" and drafting:
         raise ValueError("early exit has no draft tokens; leave them out")
+    if draft_from == "n-gram" and exit_layer is not None:
+        raise ValueError("drafts from n-grams have no exit layer; leave it out, or draft from both")
     known = exit_layer if exit_layer is not None else settings.exit_layer
-    if mode == "plain" or (mode == "auto" and known is None and draft_tokens is None):
+    if mode == "plain" or (mode == "auto" and known is None and not drafting):
         return Plan(mode="plain")
     if known is not None and known > n_layers:
         raise ValueError(
@@ -61,4 +73,9 @@ def choose(
         return Plan(mode="early-exit", exit_layer=exit_at)
     if draft_tokens is None:
         draft_tokens = settings.draft_tokens or DEFAULT_DRAFT_TOKENS
-    return Plan(mode="self-speculative", exit_layer=exit_at, draft_tokens=draft_tokens)
+    return Plan(
+        mode="self-speculative",
+        exit_layer=None if draft_from == "n-gram" else exit_at,
+        draft_tokens=draft_tokens,
+        draft_from=draft_from or "early-exit",
+    )
