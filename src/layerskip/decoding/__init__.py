@@ -1,13 +1,14 @@
 """Decoding: plain, by early exit, and self-speculative."""
 
-from layerskip.decoding.exit_states import exit_states
+from layerskip.decoding.exit_states import exit_states, walk_exits
 from layerskip.decoding.generate import PromptError, Step, generate
 from layerskip.decoding.generation import Generation
 from layerskip.decoding.language_model import Answer, LayerSkipModel, Piece
-from layerskip.decoding.policy import MODES, Plan
+from layerskip.decoding.policy import DRAFT_SOURCES, MODES, Plan
 from layerskip.decoding.sampling import Sampling
 
 __all__ = [
+    "DRAFT_SOURCES",
     "MODES",
     "Answer",
     "Generation",
@@ -19,4 +20,5 @@ __all__ = [
     "Step",
     "exit_states",
     "generate",
+    "walk_exits",
 ]

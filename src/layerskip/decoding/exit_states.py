@@ -1,6 +1,6 @@
 """What every exit has to go on: one pass over known tokens, read between the layers."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,13 +26,35 @@ def exit_states(
     Returns:
         Exit -> [1, T, D], before the final norm, in ascending order of exits.
     """
-    cache = decoder.new_cache(len(token_ids))
+    parts: dict[int, list[Tensor]] = {e: [] for e in sorted(set(exits))}
+    tokens = torch.tensor([list(token_ids)], device=decoder.device)
+    for _, e, hidden in walk_exits(decoder, tokens, exits):
+        parts[e].append(hidden)
+    return {e: torch.cat(states, dim=1) for e, states in parts.items()}
+
+
+@torch.inference_mode()
+def walk_exits(
+    decoder: Decoder, tokens: Tensor, exits: Collection[int]
+) -> Iterator[tuple[int, int, Tensor]]:
+    """`exit_states` piece by piece, for who cannot keep them all.
+
+    Args:
+        decoder: the model.
+        tokens: [B, T]. Rows may be padded on the right: no position sees those after it.
+        exits: layers run, each 0 (the embedding) to L.
+
+    Yields:
+        The first position, the exit, and the hidden states [B, t, D] of t positions there; for each
+        piece of the positions all exits in ascending order.
+    """
+    b, t = tokens.shape
+    cache = decoder.new_cache(t, b)
     wanted = sorted(set(exits))
-    parts: dict[int, list[Tensor]] = {e: [] for e in wanted}
-    for chunk in torch.tensor([list(token_ids)], device=decoder.device).split(PREFILL_CHUNK, dim=1):
+    for first in range(0, t, PREFILL_CHUNK):
+        chunk = tokens[:, first : first + PREFILL_CHUNK]
         hidden, start = decoder.embed(chunk), 0
         for e in wanted:
             hidden, start = decoder.run(hidden, start, e, cache), e
-            parts[e].append(hidden)
+            yield first, e, hidden
         cache.lengths += chunk.shape[1]
-    return {e: torch.cat(states, dim=1) for e, states in parts.items()}

@@ -1,0 +1,96 @@
+"""What the recipe made of SmolLM2 on TOPv2, against the same finetuning without it.
+
+    LAYERSKIP_DATA=/path/to/data layerskip train examples/topv2.yaml
+    LAYERSKIP_DATA=/path/to/data layerskip train examples/topv2.yaml --output runs/topv2-control \\
+        --curriculum none --fixed-exits "" --p-max 0 --distillation-weight 0
+    LAYERSKIP_DATA=/path/to/data python benchmarks/topv2.py runs/topv2 runs/topv2-control
+
+Rows of the test split, greedy. Exact match: early exit decodes each row anew with E layers. Agreement:
+the share of positions on the model's own greedy output where exit E's top token is the last layer's;
+acceptance is what that output's rounds of d = 4 come to, replayed.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from layerskip import LayerSkipModel
+from layerskip.bench.environment import environment
+from layerskip.bench.tasks import Task, load_task
+from layerskip.tuning.acceptance import agreement_rate, read_agreement, replay
+
+EXITS = (4, 6, 8, 10, 12, 15, 20)
+DRAFT_TOKENS = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", help="checkpoint trained with the recipe")
+    parser.add_argument("control", nargs="?", help="checkpoint trained without it")
+    parser.add_argument("--rows", type=int, default=500)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    task = load_task("topv2", samples=options.rows, seed=0)
+    began = time.monotonic()
+    result: dict[str, Any] = {"rows": len(task.samples), "draft_tokens": DRAFT_TOKENS}
+    model = LayerSkipModel.from_pretrained(options.recipe, dtype=options.dtype)
+    result["environment"] = environment(model)
+    result["recipe"] = trained_with_recipe(model, task)
+    if options.control:
+        control = LayerSkipModel.from_pretrained(options.control, dtype=options.dtype)
+        result["control"] = {"exact_match": exact_match(control, task, mode="plain")}
+    result["minutes"] = (time.monotonic() - began) / 60
+    print(json.dumps(result, indent=2))
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def trained_with_recipe(model: LayerSkipModel, task: Task) -> dict[str, Any]:
+    layers = len(model.decoder.layers)
+    texts, continuations = [], []
+    for sample in track(task.samples, "plain, and agreement along it"):
+        prompt = model.tokenize(sample.prompt)
+        answer = model.generate(
+            prompt, mode="plain", max_new_tokens=task.max_new_tokens, stop=task.stop
+        )
+        texts.append(answer.text)
+        if answer.new_tokens > 1:
+            exits = (*EXITS, layers)
+            limit = task.max_new_tokens
+            continuations.append(read_agreement(model.decoder, prompt, answer, exits, limit))
+    rows = []
+    for exit_layer in EXITS:
+        rounds = [r for c in continuations for r in replay(c, exit_layer, DRAFT_TOKENS)]
+        drafted, accepted = sum(r.drafted for r in rounds), sum(r.accepted for r in rounds)
+        rows.append(
+            {
+                "exit_layer": exit_layer,
+                "exact_match": exact_match(model, task, mode="early-exit", exit_layer=exit_layer),
+                "agreement": agreement_rate(continuations, exit_layer),
+                "acceptance_rate": accepted / drafted,
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return {"exact_match": task.quality(texts)["exact_match"], "exits": rows}
+
+
+def exact_match(model: LayerSkipModel, task: Task, **options: Any) -> float:
+    answers = [
+        model.generate(
+            sample.prompt, max_new_tokens=task.max_new_tokens, stop=task.stop, **options
+        )
+        for sample in track(task.samples, " ".join(map(str, options.values())))
+    ]
+    return task.quality([answer.text for answer in answers])["exact_match"]
+
+
+if __name__ == "__main__":
+    main()
