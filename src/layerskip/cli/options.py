@@ -90,6 +90,11 @@ mode_options = _stack(
         type=click.Choice(DRAFT_SOURCES),
         help="early-exit (default), n-gram: what followed the last tokens before, or both.",
     ),
+    click.option(
+        "--adaptive",
+        is_flag=True,
+        help="End a draft where another token is not worth its cost; --draft-tokens at most.",
+    ),
 )
 decoding_options = _stack(
     mode_options,
@@ -142,6 +147,7 @@ DECODING_FIELDS = [
     "exit_layer",
     "draft_tokens",
     "draft_from",
+    "adaptive",
     "max_new_tokens",
     "temperature",
     "top_k",

@@ -1,12 +1,13 @@
 """Where drafts come from."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from layerskip.decoding.draft_length import DraftLength
 from layerskip.decoding.sampling import Sampling, TokenHistory, pick
 from layerskip.model import Decoder, KVCache
 
@@ -33,8 +34,11 @@ class Draft:
 class Drafter(Protocol):
     """Proposes tokens and runs the first E layers over them."""
 
-    def settle(self, tokens: Sequence[int]) -> None:
-        """Learn what the answer has become; called with every token once, before the next draft."""
+    def settle(self, tokens: Sequence[int], accepted: int) -> None:
+        """Learn what the answer has become, and how many of the last drafts it has.
+
+        Called with every token once, before the next draft.
+        """
 
     def draft(
         self,
@@ -63,7 +67,7 @@ class EarlyExitDrafter:
         decoder: the model.
         exit_layer: E.
         sampling: of the answer.
-        head: the exit: hidden states [B, T, D] to logits [B, T, V]; None = the decoder's own.
+        length: decides how far to draft; None = as far as is asked for. For one row only.
     """
 
     source = "early-exit"
@@ -73,13 +77,15 @@ class EarlyExitDrafter:
         decoder: Decoder,
         exit_layer: int,
         sampling: Sampling,
-        head: Callable[[Tensor], Tensor] | None = None,
+        length: DraftLength | None = None,
     ) -> None:
         self.decoder, self.exit_layer, self.sampling = decoder, exit_layer, sampling
-        self.head = head or decoder.logits
+        self.length = length
 
-    def settle(self, tokens: Sequence[int]) -> None:
-        """Nothing to learn: the cache has it all."""
+    def settle(self, tokens: Sequence[int], accepted: int) -> None:
+        """The cache has the tokens; how many were right teaches how far to draft."""
+        if self.length is not None:
+            self.length.learn(accepted)
 
     def draft(
         self,
@@ -93,6 +99,8 @@ class EarlyExitDrafter:
         states: list[Tensor] = []
         chosen_from: list[Tensor] = []
         tokens = last
+        if self.length is not None and not self.length.begins():
+            n = 0
         for i in range(n + 1):
             hidden = self.decoder.embed(tokens[:, -1:])
             states.append(self.decoder.run(hidden, 0, self.exit_layer, cache))
@@ -100,8 +108,10 @@ class EarlyExitDrafter:
             if i == n:
                 break
             seen = None if history is None else history.before(tokens[:, 1:])[:, -1:]
-            logits = self.sampling.penalize(self.head(states[-1]), seen)
+            logits = self.sampling.penalize(self.decoder.logits(states[-1]), seen)
             token, q = pick(logits, self.sampling, generator)
+            if self.length is not None and not self.length.keeps(_probability(token, q, logits)):
+                break
             tokens = torch.cat([tokens, token], dim=1)
             if q is not None:
                 chosen_from.append(q)
@@ -111,3 +121,10 @@ class EarlyExitDrafter:
             exit_states=torch.cat(states, dim=1),
             source=self.source,
         )
+
+
+def _probability(token: Tensor, q: Tensor | None, logits: Tensor) -> float:
+    """What the draft gives to the token that it chose, [1, 1] of [1, 1, V]."""
+    if q is None:
+        q = logits.float().softmax(dim=-1)
+    return float(q[0, 0, token[0, 0]])

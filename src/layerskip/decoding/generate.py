@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from layerskip.decoding.accept import accept_greedy, accept_sampled
+from layerskip.decoding.draft_length import DraftCosts, DraftLength
 from layerskip.decoding.drafters import Drafter, EarlyExitDrafter
 from layerskip.decoding.ngram import NgramDrafter
 from layerskip.decoding.policy import Plan
@@ -152,7 +153,7 @@ class _Session:
         drafter = self._drafter(exit_layer)
         last = self._prefill(len(decoder.layers))
         yield Step((int(last),))
-        drafter.settle([int(last)])
+        drafter.settle([int(last)], 0)
         produced = 1
         while True:
             settled = cache.lengths.clone()
@@ -167,12 +168,15 @@ class _Session:
             cache.lengths += count + 1
             if self.history is not None:
                 self.history.extend(torch.tensor([tokens], device=decoder.device))
-            drafter.settle(tokens)
+            drafter.settle(tokens, count)
             produced += len(tokens)
             yield Step(tokens, len(drafted), count, draft.source, rejected=tuple(drafted[count:]))
 
     def _drafter(self, exit_layer: int) -> Drafter:
-        early_exit = EarlyExitDrafter(self.decoder, exit_layer, self.sampling)
+        length = None
+        if self.plan.adaptive:
+            length = DraftLength(DraftCosts.from_weights(self.decoder, exit_layer))
+        early_exit = EarlyExitDrafter(self.decoder, exit_layer, self.sampling, length)
         if self.plan.draft_from == "early-exit":
             return early_exit
         otherwise = early_exit if self.plan.draft_from == "both" else None

@@ -202,6 +202,7 @@ class LayerSkipModel:
         exit_layer: int | None = None,
         draft_tokens: int | None = None,
         draft_from: str | None = None,
+        adaptive: bool = False,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -221,6 +222,7 @@ class LayerSkipModel:
             draft_tokens: d, how many tokens are drafted in a round, 0 or more.
             draft_from: "early-exit" (the default), "n-gram" (what followed the last tokens where they
                 stood before in prompt or answer), or "both": n-grams where they match.
+            adaptive: end a draft where another token is not worth its cost, or at `draft_tokens`.
             max_new_tokens: 1 or more.
             temperature: 0 is greedy. This and the next four: see `Sampling`.
             top_k: see `Sampling`.
@@ -240,6 +242,7 @@ class LayerSkipModel:
             exit_layer,
             draft_tokens,
             draft_from,
+            adaptive,
             settings=self.settings,
             n_layers=len(self.decoder.layers),
         )

@@ -80,10 +80,13 @@ class NgramDrafter:
         self.decoder, self.exit_layer, self.sampling = decoder, exit_layer, sampling
         self.otherwise = otherwise
         self.index = NgramIndex(prompt)
+        self._asked_other = False
 
-    def settle(self, tokens: Sequence[int]) -> None:
+    def settle(self, tokens: Sequence[int], accepted: int) -> None:
         """The answer is searched too."""
         self.index.extend(tokens)
+        if self.otherwise is not None and self._asked_other:
+            self.otherwise.settle(tokens, accepted)
 
     def draft(
         self,
@@ -95,6 +98,7 @@ class NgramDrafter:
     ) -> Draft:
         """See `Drafter`; all positions run at once, since the tokens are known."""
         proposal = self.index.propose(n)
+        self._asked_other = not proposal
         if not proposal and self.otherwise is not None:
             return self.otherwise.draft(last, n, cache, history, generator)
         drafted = last.new_tensor([proposal])

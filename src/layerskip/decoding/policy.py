@@ -10,6 +10,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 DraftFrom = Literal["early-exit", "n-gram", "both"]
 DRAFT_SOURCES: tuple[DraftFrom, ...] = get_args(DraftFrom)
 DEFAULT_DRAFT_TOKENS = 5
+MOST_DRAFT_TOKENS = 12  # where the draft decides itself how far to go
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,13 +18,15 @@ class Plan:
     """A decision that holds for one answer.
 
     `exit_layer` is None in plain mode, and where all drafts are n-grams; `draft_tokens` is None unless
-    the mode is self-speculative.
+    the mode is self-speculative. `adaptive`: drafts end where another token is not worth its cost,
+    `draft_tokens` at most.
     """
 
     mode: Mode
     exit_layer: int | None = None
     draft_tokens: int | None = None
     draft_from: DraftFrom = "early-exit"
+    adaptive: bool = False
 
 
 def choose(
@@ -31,6 +34,7 @@ def choose(
     exit_layer: int | None,
     draft_tokens: int | None,
     draft_from: str | None = None,
+    adaptive: bool = False,
     *,
     settings: Settings,
     n_layers: int,
@@ -53,7 +57,7 @@ def choose(
     if draft_from not in (None, *DRAFT_SOURCES):
         known_sources = ", ".join(DRAFT_SOURCES)
         raise ValueError(f"drafts from {draft_from!r} are unknown; there are: {known_sources}")
-    drafting = draft_tokens is not None or draft_from is not None
+    drafting = draft_tokens is not None or draft_from is not None or adaptive
     if mode == "plain" and (exit_layer is not None or drafting):
         raise ValueError("plain decoding has no exit layer and no draft tokens; leave them out")
     if mode == "early-exit" and drafting:
@@ -73,9 +77,12 @@ def choose(
         return Plan(mode="early-exit", exit_layer=exit_at)
     if draft_tokens is None:
         draft_tokens = settings.draft_tokens or DEFAULT_DRAFT_TOKENS
+        if adaptive:
+            draft_tokens = max(draft_tokens, MOST_DRAFT_TOKENS)
     return Plan(
         mode="self-speculative",
         exit_layer=None if draft_from == "n-gram" else exit_at,
         draft_tokens=draft_tokens,
         draft_from=draft_from or "early-exit",
+        adaptive=adaptive,
     )
