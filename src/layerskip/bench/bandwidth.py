@@ -1,0 +1,54 @@
+"""The ceiling of decoding at batch 1: every pass has to read the weights of its layers from memory."""
+
+import statistics
+from collections.abc import Iterable
+
+import torch
+
+from layerskip.decoding import Step
+from layerskip.decoding.clock import device_clock
+from layerskip.model import Decoder
+
+
+def read_bandwidth(device: torch.device, *, n_bytes: int = 2**30, passes: int = 5) -> float:
+    """Bytes per second at which this machine reads memory: a sum over much more than its caches hold.
+
+    The median of several passes, with the threads that PyTorch uses at this moment. The memory is given
+    back afterwards.
+    """
+    memory = torch.ones(n_bytes // 4, dtype=torch.float32, device=device)
+    now = device_clock(device)
+    memory.sum()
+    times = []
+    for _ in range(passes):
+        start = now()
+        memory.sum()
+        times.append(now() - start)
+    return memory.nbytes / statistics.median(times)
+
+
+def weight_bytes_read(
+    decoder: Decoder, steps: Iterable[Step], *, exit_layer: int | None, drafting: bool
+) -> int:
+    """Bytes of weights that these steps had to read, keys and values left out.
+
+    A round whose n tokens were drafted by an early exit runs the first E layers n + 1 times (the last
+    drafted token has to pass them too), the head n times for the draft, and the other layers and the
+    head once to verify. Where n-grams were the draft, every layer and the head are read once.
+
+    Args:
+        decoder: the model.
+        steps: passes of decoding, without the prompt's own.
+        exit_layer: layers run for one token; None means all.
+        drafting: whether the steps are rounds of self-speculative decoding.
+    """
+    head = decoder.head.weight_bytes
+    layer = (decoder.weight_bytes - head) // len(decoder.layers)  # all layers have the same shapes
+    exit_at = len(decoder.layers) if exit_layer is None else exit_layer
+    total = 0
+    for step in steps:
+        n = 0 if step.source == "n-gram" else step.drafted
+        total += (n + 1) * (exit_at * layer + head)
+        if drafting:
+            total += (len(decoder.layers) - exit_at) * layer
+    return total

@@ -1,0 +1,192 @@
+"""A benchmark: a model, a task, all systems and settings, one document of results."""
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from layerskip.bench.bandwidth import read_bandwidth
+from layerskip.bench.environment import environment
+from layerskip.bench.measure import Entry, System, measure, n_runs
+from layerskip.bench.own import BENCH_MODES, OwnSystem, settings_of
+from layerskip.bench.peers import PEERS, start_peers
+from layerskip.bench.rows import row
+from layerskip.bench.tasks import Task
+from layerskip.decoding import LayerSkipModel
+
+GGUF_OF_DTYPE = {"torch.bfloat16": "bf16", "torch.float16": "f16", "torch.float32": "f32"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What is measured.
+
+    Attributes:
+        modes: of `BENCH_MODES`; plain is measured in any case.
+        exit_layers: E of early exit and of drafts; none = what `settings_of` finds.
+        draft_tokens: d; none = what `settings_of` finds.
+        draft_from: sources of drafts.
+        adaptive: whether drafts that decide their own length are measured too.
+        max_new_tokens: None takes the task's.
+        repeats: how often all prompts are gone through.
+        ignore_eos: every answer goes on to max_new_tokens, past end tokens and stop strings; such
+            answers are not scored.
+        peers: of `PEERS`.
+        gguf_weights: how weights are kept in the GGUF file for llama.cpp; None takes `dtype`'s own.
+
+    Raises:
+        ValueError: a mode or peer that does not exist, or a number below 1.
+    """
+
+    modes: Sequence[str] = BENCH_MODES
+    exit_layers: Sequence[int] = ()
+    draft_tokens: Sequence[int] = ()
+    draft_from: Sequence[str] = ("early-exit",)
+    adaptive: bool = False
+    max_new_tokens: int | None = None
+    repeats: int = 1
+    ignore_eos: bool = False
+    peers: Sequence[str] = ()
+    gguf_weights: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, given, known in (
+            ("mode", self.modes, BENCH_MODES),
+            ("peer", self.peers, tuple(PEERS)),
+        ):
+            if unknown := sorted(set(given) - set(known)):
+                raise ValueError(
+                    f"there is no {name} {unknown[0]!r}; there are: {', '.join(known)}"
+                )
+        if self.repeats < 1:
+            raise ValueError(f"repeats is {self.repeats}, it has to be 1 or above")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}, it has to be 1 or above")
+
+
+def bench(
+    model: LayerSkipModel,
+    task: Task,
+    config: BenchConfig,
+    *,
+    source: str,
+    on_begin: Callable[[str, int], None] = lambda what, total: None,
+    on_step: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Measure all rows; docs/bench.md says what every figure means.
+
+    Args:
+        model: the checkpoint, loaded.
+        task: prompts and how to score answers.
+        config: what is measured.
+        source: the checkpoint's name, for the peers to load it too.
+        on_begin: called with the name of a long part and how many steps it has.
+        on_step: called after each step.
+
+    Raises:
+        ValueError: a setting that the model does not have, or no prompt that fits into its context.
+    """
+    settings = settings_of(
+        model,
+        modes=config.modes,
+        exit_layers=config.exit_layers,
+        draft_tokens=config.draft_tokens,
+        draft_from=config.draft_from,
+        adaptive=config.adaptive,
+    )
+    new_tokens = config.max_new_tokens or task.max_new_tokens
+    stop = () if config.ignore_eos else task.stop
+    own = OwnSystem(model, settings, stop=stop, ignore_eos=config.ignore_eos)
+    n_samples = len(task.samples)
+    task, prompts = _that_fit(model, task, new_tokens)
+    gguf_weights = config.gguf_weights or GGUF_OF_DTYPE[str(model.decoder.dtype)]
+    bandwidths: list[float] = []
+    device = model.decoder.device
+    with start_peers(
+        model,
+        config.peers,
+        source=source,
+        drafts=[
+            (s.exit_layer, s.draft_tokens)
+            for s in settings
+            if s.mode == "self-speculative" and s.draft_from == "early-exit" and not s.adaptive
+            if s.exit_layer and s.draft_tokens
+        ],
+        context=max(map(len, prompts)) + new_tokens,
+        stop=stop,
+        ignore_eos=config.ignore_eos,
+        gguf_weights=gguf_weights,
+    ) as peers:
+        systems: list[System] = [own, *peers]
+        on_begin("answering", n_runs(systems, len(prompts), config.repeats))
+        entries = measure(
+            systems,
+            prompts,
+            max_new_tokens=new_tokens,
+            repeats=config.repeats,
+            on_run=on_step,
+            between=lambda: bandwidths.append(read_bandwidth(device)),
+        )
+    bandwidth = statistics.median(bandwidths)
+    weight_bytes = model.decoder.weight_bytes
+    on_begin("scoring", len(entries))
+    return {
+        "environment": environment(
+            dtype=model.decoder.dtype,
+            device=device,
+            packages=["transformers", *(PEERS[name].distribution for name in config.peers)],
+        ),
+        "model": source,
+        "n_layers": len(model.decoder.layers),
+        "task": task.name,
+        "samples": len(prompts),
+        "skipped_too_long": n_samples - len(prompts),
+        "prompt_tokens_mean": statistics.mean(map(len, prompts)),
+        "max_new_tokens": new_tokens,
+        "ignore_eos": config.ignore_eos,
+        "repeats": config.repeats,
+        "peak_memory_scope": own.memory.scope,
+        "weight_bytes": weight_bytes,
+        "read_bandwidth_bytes_per_s": bandwidth,
+        "ceiling_tokens_per_s": bandwidth / weight_bytes,
+        "gguf_weights": gguf_weights if "llama.cpp" in config.peers else None,
+        "rows": list(
+            _rows(entries, task, bandwidth, scored=not config.ignore_eos, on_step=on_step)
+        ),
+    }
+
+
+def _that_fit(model: LayerSkipModel, task: Task, new_tokens: int) -> tuple[Task, list[list[int]]]:
+    """The samples whose prompt and answer fit into the context, and their token ids."""
+    room = model.decoder.architecture.max_context - new_tokens
+    pairs = [(sample, model.tokenize(sample.prompt)) for sample in task.samples]
+    fitting = [(sample, ids) for sample, ids in pairs if 0 < len(ids) <= room]
+    if not fitting:
+        raise ValueError(
+            f"no prompt of {task.name} leaves room for {new_tokens} new tokens in this model's context"
+            f" of {model.decoder.architecture.max_context}; try a lower --n-shot or --max-new-tokens"
+        )
+    task = dataclasses.replace(task, samples=tuple(sample for sample, _ in fitting))
+    return task, [ids for _, ids in fitting]
+
+
+def _rows(
+    entries: Sequence[Entry],
+    task: Task,
+    bandwidth: float,
+    *,
+    scored: bool,
+    on_step: Callable[[], None],
+) -> Iterator[dict[str, Any]]:
+    plain = {e.system.name: e.runs for e in entries if e.setting.mode == "plain" and not e.error}
+    for entry in entries:
+        others = entry.system.name != OwnSystem.name
+        yield row(
+            entry,
+            plain=plain.get(entry.system.name),
+            layerskip_plain=plain[OwnSystem.name] if others else None,
+            read_bandwidth=bandwidth,
+            quality=task.quality if scored else None,
+            categories=[sample.category for sample in task.samples],
+        )
+        on_step()

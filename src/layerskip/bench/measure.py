@@ -1,0 +1,161 @@
+"""Systems and settings side by side: the same prompts, taken in turns."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from layerskip.decoding import Step
+
+WARM_UP_TOKENS = 16
+
+
+class SystemFailedError(Exception):
+    """A system cannot give an answer; its row says why, and the other rows go on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A way to decode; one row of the result.
+
+    `mode` is one of `decoding.MODES`, "auto", or "prompt-lookup" (of peers). `exit_layer` and
+    `draft_tokens` are those that are really used, and None where there are none; `draft_from` and
+    `adaptive` are those of `decoding.Plan`.
+    """
+
+    mode: str
+    exit_layer: int | None = None
+    draft_tokens: int | None = None
+    draft_from: str = "early-exit"
+    adaptive: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One timed answer.
+
+    Attributes:
+        steps: tokens as they came; the first step includes the prompt's pass, each other one is a pass
+            or a round. `Step.drafted` stays 0 where a system does not tell.
+        text: the answer, without special tokens and stop string.
+        ttft_s: seconds to the end of the first step.
+        decode_s: seconds from there to the last token.
+        weight_bytes_read: bytes of weights that the steps after the first had to read; None = unknown.
+        peak_memory_bytes: see `PeakMemory`; None = unknown.
+    """
+
+    steps: tuple[Step, ...]
+    text: str
+    ttft_s: float
+    decode_s: float
+    weight_bytes_read: int | None = None
+    peak_memory_bytes: int | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All new tokens, up to and with the end token."""
+        return [token for step in self.steps for token in step.tokens]
+
+    @property
+    def decoded_tokens(self) -> int:
+        """Tokens after the first step: those that `decode_s` was spent on."""
+        return sum(len(step.tokens) for step in self.steps[1:])
+
+
+class System(Protocol):
+    """Something that answers prompts, in one or several settings."""
+
+    name: str
+    settings: Sequence[Setting]
+
+    def answer(self, setting: Setting, prompt: Sequence[int], max_new_tokens: int) -> Run:
+        """Continue a prompt greedily.
+
+        Raises:
+            SystemFailedError: this system cannot, and the others should go on.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Entry:
+    """One system in one setting and what was measured of it.
+
+    Attributes:
+        runs: by prompt, then by repetition.
+        error: why there are no complete runs; None where all is well.
+    """
+
+    system: System
+    setting: Setting
+    runs: list[list[Run]]
+    error: str | None = None
+
+
+def measure(
+    systems: Sequence[System],
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    repeats: int = 1,
+    on_run: Callable[[], None] = lambda: None,
+    between: Callable[[], None] = lambda: None,
+) -> list[Entry]:
+    """Answer every prompt with every system in every setting.
+
+    After a warm-up of each, all entries take turns on one prompt before the next prompt begins, and the
+    one that begins changes from prompt to prompt and from repetition to repetition. So a machine that
+    drifts, or one entry that suffers from its predecessor, hurts all alike.
+
+    Args:
+        systems: who takes part.
+        prompts: token ids.
+        max_new_tokens: 1 or more.
+        repeats: how often all prompts are gone through.
+        on_run: called after every answer, `n_runs` times in all if nothing fails.
+        between: called before each repetition and after the last, outside of what is timed.
+
+    Returns:
+        One entry for each system and setting, in order.
+    """
+    entries = [Entry(system, setting, []) for system in systems for setting in system.settings]
+    failures: dict[int, str] = {}
+    measured: list[list[list[Run]]] = [[[] for _ in prompts] for _ in entries]
+
+    def attempt(index: int, prompt: Sequence[int], n: int) -> Run | None:
+        try:
+            return entries[index].system.answer(entries[index].setting, prompt, n)
+        except SystemFailedError as error:
+            failures[index] = str(error)
+            return None
+        finally:
+            on_run()
+
+    for index in range(len(entries)):
+        attempt(index, prompts[0], min(WARM_UP_TOKENS, max_new_tokens))
+    turn = 0
+    for _ in range(repeats):
+        between()
+        for at, prompt in enumerate(prompts):
+            for index in _rotated(range(len(entries)), turn):
+                if index not in failures and (run := attempt(index, prompt, max_new_tokens)):
+                    measured[index][at].append(run)
+            turn += 1
+    between()
+    return [
+        dataclasses.replace(
+            entry,
+            runs=[] if index in failures else measured[index],
+            error=failures.get(index),
+        )
+        for index, entry in enumerate(entries)
+    ]
+
+
+def n_runs(systems: Sequence[System], n_prompts: int, repeats: int) -> int:
+    """How many answers `measure` computes, warm-up included."""
+    return sum(len(system.settings) for system in systems) * (1 + n_prompts * repeats)
+
+
+def _rotated(order: Sequence[int], by: int) -> list[int]:
+    cut = by % len(order)
+    return [*order[cut:], *order[:cut]]

@@ -1,0 +1,62 @@
+"""How much memory one answer needs at its peak."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Scope = Literal["row", "process", "unknown"]
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+class PeakMemory:
+    """The highest memory since `reset`.
+
+    On a GPU it is what PyTorch had allocated there. On a CPU it is what the process had resident, the
+    weights and all other systems' leftovers in the process included.
+
+    Attributes:
+        scope: "row" where the mark can be set back (CUDA, Linux); "process" where it only ever rises,
+            so that it says nothing about one row; "unknown" where the system does not tell.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.scope: Scope = "row"
+        if device.type != "cuda" and not self._set_back():
+            self.scope = "unknown" if _highest_of_process() is None else "process"
+
+    def reset(self) -> None:
+        """Forget the peak so far, where that is possible."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        elif self.scope == "row":
+            self._set_back()
+
+    def read(self) -> int | None:
+        """Bytes; None where the system does not tell."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self._device))
+        if self.scope == "row":
+            line = next(x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM"))
+            return int(line.split()[1]) * 1024
+        return _highest_of_process()
+
+    @staticmethod
+    def _set_back() -> bool:
+        with contextlib.suppress(OSError):
+            if "VmHWM" in _STATUS.read_text():
+                _CLEAR.write_text("5")  # proc(5): sets the high-water mark to what is resident now
+                return True
+        return False
+
+
+def _highest_of_process() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,113 @@
+"""This package as one of the systems that are measured."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from layerskip.bench.bandwidth import weight_bytes_read
+from layerskip.bench.measure import Run, Setting
+from layerskip.bench.memory import PeakMemory
+from layerskip.decoding import LayerSkipModel
+from layerskip.decoding.policy import choose
+
+BENCH_MODES = ("plain", "early-exit", "self-speculative", "auto")
+
+
+class OwnSystem:
+    """`LayerSkipModel` in all settings that were asked for."""
+
+    name = "layerskip"
+
+    def __init__(
+        self,
+        model: LayerSkipModel,
+        settings: Sequence[Setting],
+        *,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> None:
+        self.settings = settings
+        self.memory = PeakMemory(model.decoder.device)
+        self._model, self._stop, self._ignore_eos = model, tuple(stop), ignore_eos
+
+    def answer(self, setting: Setting, prompt: Sequence[int], max_new_tokens: int) -> Run:
+        """See `System`."""
+        self.memory.reset()
+        made = self._model.generate(
+            prompt,
+            **_options(setting),
+            max_new_tokens=max_new_tokens,
+            stop=self._stop,
+            ignore_eos=self._ignore_eos,
+        )
+        return Run(
+            steps=made.steps,
+            text=made.text,
+            ttft_s=made.ttft_s,
+            decode_s=made.decode_s,
+            peak_memory_bytes=self.memory.read(),
+            weight_bytes_read=weight_bytes_read(
+                self._model.decoder,
+                made.steps[1:],
+                exit_layer=made.exit_layer,
+                drafting=made.mode == "self-speculative",
+            ),
+        )
+
+
+def _options(setting: Setting) -> dict[str, Any]:
+    """What `LayerSkipModel.answer` is told; for "auto" nothing, so that it decides as for any user."""
+    options: dict[str, Any] = {"mode": setting.mode}
+    if setting.mode != "auto":
+        options |= {"exit_layer": setting.exit_layer, "draft_tokens": setting.draft_tokens}
+    if setting.mode == "self-speculative":
+        options |= {"draft_from": setting.draft_from, "adaptive": setting.adaptive}
+    return options
+
+
+def settings_of(
+    model: LayerSkipModel,
+    *,
+    modes: Sequence[str] = BENCH_MODES,
+    exit_layers: Sequence[int] = (),
+    draft_tokens: Sequence[int] = (),
+    draft_from: Sequence[str] = ("early-exit",),
+    adaptive: bool = False,
+) -> list[Setting]:
+    """The rows to measure: plain, early exit at each E, self-speculative at each (E, d), auto.
+
+    Where no exit layers or draft lengths are given, they are those that the checkpoint names, else the
+    defaults of `policy.choose`. Plain decoding is always among them: the others are compared with it.
+
+    Args:
+        model: whose rows they are.
+        modes: of `BENCH_MODES`.
+        exit_layers: E, each 1 ... L.
+        draft_tokens: d, each 0 or more.
+        draft_from: of `policy.DRAFT_SOURCES`; n-grams have no exit layer.
+        adaptive: add rows whose drafts decide themselves how far to go.
+
+    Raises:
+        ValueError: an exit layer or draft length that this model does not have.
+    """
+
+    def setting(mode: str, *options: Any) -> Setting:
+        known: dict[str, Any] = {"settings": model.settings, "n_layers": len(model.decoder.layers)}
+        plan = choose(mode, *(options or (None, None)), **known)
+        return Setting(**{**dataclasses.asdict(plan), "mode": mode})
+
+    default = setting("self-speculative")
+    exits: Sequence[int | None] = exit_layers or [default.exit_layer]
+    lengths: Sequence[int | None] = draft_tokens or [default.draft_tokens]
+    found = [setting("plain")]
+    if "early-exit" in modes:
+        found += [setting("early-exit", e, None) for e in exits]
+    if "self-speculative" in modes:
+        for source in draft_from:
+            for e in [None] if source == "n-gram" else exits:
+                found += [setting("self-speculative", e, d, source) for d in lengths]
+                if adaptive and source != "n-gram":
+                    found.append(setting("self-speculative", e, None, source, True))
+    if "auto" in modes:
+        found.append(setting("auto"))
+    return found

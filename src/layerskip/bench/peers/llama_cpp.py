@@ -1,0 +1,99 @@
+"""llama.cpp, through llama-cpp-python: plain, and with prompt lookup."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerskip.bench.measure import Run, Setting
+from layerskip.bench.memory import PeakMemory
+from layerskip.bench.peers.job import PROMPT_LOOKUP_TOKENS, Job
+from layerskip.bench.peers.recorder import Recorder
+from layerskip.decoding.clock import device_clock
+from layerskip.model import tokenizer
+
+
+def settings(drafts: Sequence[tuple[int, int]]) -> list[Setting]:
+    """The rows of this peer, which knows no early exit."""
+    return [
+        Setting(mode="plain"),
+        Setting(
+            mode="prompt-lookup", draft_tokens=PROMPT_LOOKUP_TOKENS, draft_from="prompt-lookup"
+        ),
+    ]
+
+
+class Peer:
+    """llama.cpp on a GGUF file of the same weights; keys and values are kept in float16."""
+
+    def __init__(self, job: Job) -> None:
+        assert job.gguf is not None
+        self._job = job
+        self._memory = PeakMemory(torch.device("cpu"))
+        self._tokenizer = None if job.tokenizer is None else tokenizer.load(Path(job.tokenizer))
+        self._bytes_of_a_pass = _bytes_of_a_pass(job.gguf)
+        self._drafts = _CountedDrafts()
+        self._plain = self._load(None)
+        # With a draft, llama-cpp-python keeps logits for every position; plain decoding does not.
+        self._drafting = self._load(self._drafts)
+
+    def _load(self, draft_model: Any) -> Any:
+        from llama_cpp import Llama
+
+        return Llama(
+            self._job.gguf,
+            n_ctx=self._job.context + PROMPT_LOOKUP_TOKENS,
+            n_threads=self._job.threads,
+            n_threads_batch=self._job.threads,
+            n_gpu_layers=0 if self._job.device == "cpu" else -1,
+            draft_model=draft_model,
+            verbose=False,
+        )
+
+    def answer(self, setting: Setting, prompt: Sequence[int], max_new_tokens: int) -> Run:
+        """See `System`."""
+        drafting = setting.mode == "prompt-lookup"
+        llama = self._drafting if drafting else self._plain
+        llama.reset()  # forget the last prompt, whose beginning would be reused
+        self._memory.reset()
+        recorder = Recorder(
+            device_clock(torch.device("cpu")),  # a token is on the host when it is yielded
+            self._tokenizer,
+            stop=self._job.stop,
+            end_tokens=self._job.end_tokens,
+            max_new_tokens=max_new_tokens,
+        )
+        drafts_before = self._drafts.calls
+        for token in llama.generate(list(prompt), temp=0.0, repeat_penalty=1.0):
+            new_step = not drafting or self._drafts.calls > drafts_before
+            drafts_before = self._drafts.calls
+            if recorder.add([token], new_step=new_step):
+                break
+        return recorder.run(
+            peak_memory_bytes=self._memory.read(),
+            bytes_of_a_pass=None if drafting else self._bytes_of_a_pass,
+        )
+
+
+class _CountedDrafts:
+    """Prompt lookup that counts its rounds: one call each."""
+
+    def __init__(self) -> None:
+        from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+        self.calls = 0
+        self._lookup = LlamaPromptLookupDecoding(num_pred_tokens=PROMPT_LOOKUP_TOKENS)
+
+    def __call__(self, input_ids: Any, /, **options: Any) -> Any:
+        self.calls += 1
+        return self._lookup(input_ids, **options)
+
+
+def _bytes_of_a_pass(gguf: str) -> int:
+    """Bytes of weights for one token: all but the embedding, unless it is the head as well."""
+    from gguf import GGUFReader
+
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(gguf).tensors}
+    embedding = sizes["token_embd.weight"] if "output.weight" in sizes else 0
+    return sum(sizes.values()) - embedding

@@ -1,0 +1,109 @@
+"""A peer's process, from the outside: asked for one answer at a time, so that it takes its turn."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from layerskip.bench.measure import Run, Setting, SystemFailedError
+from layerskip.bench.peers.job import Job
+from layerskip.decoding import Step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Kind:
+    module: str  # beside this file: settings(drafts) and Peer(job)
+    package: str  # what has to be importable
+    distribution: str
+
+
+PEERS = {
+    "transformers": _Kind(
+        module="transformers", package="transformers", distribution="transformers"
+    ),
+    "llama.cpp": _Kind(module="llama_cpp", package="llama_cpp", distribution="llama-cpp-python"),
+}
+
+
+class PeerProcess:
+    """A system that runs elsewhere. Enter it to start it; a peer that cannot start fails when asked.
+
+    One line of JSON goes in for each answer and one comes out; see `__main__.py`.
+    """
+
+    def __init__(self, name: str, job: Job, failure: str | None = None) -> None:
+        """Describe a peer; with a reason why it cannot take part, no process will be started."""
+        self.name, self.settings = name, job.settings
+        self._job, self._failure = job, failure
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> "PeerProcess":
+        if self._failure is not None:
+            return self
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __package__, PEERS[self.name].module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            encoding="utf-8",
+        )
+        try:
+            self._ask(dataclasses.asdict(self._job))
+        except SystemFailedError as error:
+            self._failure = str(error)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._log.close()
+
+    def answer(self, setting: Setting, prompt: Sequence[int], max_new_tokens: int) -> Run:
+        """See `System`."""
+        if self._failure is not None:
+            raise SystemFailedError(self._failure)
+        reply = self._ask(
+            {
+                "setting": list(self.settings).index(setting),
+                "prompt": list(prompt),
+                "max_new_tokens": max_new_tokens,
+            }
+        )
+        steps = tuple(Step(tuple(step["tokens"])) for step in reply.pop("steps"))
+        return Run(steps=steps, **reply)
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self._failure = f"its process ended with status {process.wait()}{self._last_words()}"
+            raise SystemFailedError(self._failure)
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise SystemFailedError(reply["error"])
+        return reply
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log if line.strip()]
+        return f": {lines[-1]}" if lines else ""

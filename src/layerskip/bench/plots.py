@@ -1,0 +1,117 @@
+"""Pictures of a benchmark, drawn from its document."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+OWN, OTHER = "#2f6f9f", "#9f9f9f"
+
+
+def draw(document: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw what the document has: speedup by mode, acceptance by position, quality over exit layer.
+
+    Returns:
+        The PNG files written into the folder.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    rows = [row for row in document["rows"] if "error" not in row]
+    written = []
+    for name, figure in (
+        ("speedup.png", _speedup(rows)),
+        ("acceptance.png", _acceptance(rows)),
+        ("quality.png", _quality(rows, document["n_layers"])),
+    ):
+        if figure is not None:
+            written.append(folder / name)
+            FigureCanvasAgg(figure).print_png(written[-1])  # type: ignore[no-untyped-call, unused-ignore]
+    return written
+
+
+def name_of(row: dict[str, Any], *, system: bool = False) -> str:
+    """A row's setting in words, such as "self-speculative E=8 d=4"."""
+    parts = [row["system"]] if system else []
+    parts.append(row["mode"])
+    for letter, field in (("E", "exit_layer"), ("d", "draft_tokens")):
+        if row[field] is not None:
+            parts.append(f"{letter}={row[field]}")
+    if row["draft_from"] not in (None, "early-exit", row["mode"]):
+        parts.append(row["draft_from"])
+    if row["adaptive"]:
+        parts.append("adaptive")
+    return " ".join(parts)
+
+
+def _new(height: float = 5.0) -> "tuple[Figure, Axes]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _speedup(rows: Sequence[dict[str, Any]]) -> "Figure | None":
+    """Each row over plain decoding of its own system, with the 95% interval."""
+    shown = [row for row in rows if row.get("speedup") is not None]
+    if not shown:
+        return None
+    figure, axes = _new(1.2 + 0.4 * len(shown))
+    several = len({row["system"] for row in shown}) > 1
+    for place, row in enumerate(reversed(shown)):
+        axes.barh(place, row["speedup"], color=OWN if row["system"] == "layerskip" else OTHER)
+        low, high = row["speedup_interval"] or [row["speedup"]] * 2
+        axes.plot([low, high], [place, place], color="black", linewidth=1.5)
+        axes.annotate(
+            f"{row['speedup']:.2f}x",
+            (max(high, row["speedup"]), place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+        )
+    axes.set_yticks(range(len(shown)), [name_of(row, system=several) for row in reversed(shown)])
+    axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
+    axes.margins(x=0.12)
+    axes.set(xlabel="speed over plain decoding of the same system", title="Speedup by mode")
+    return figure
+
+
+def _acceptance(rows: Sequence[dict[str, Any]]) -> "Figure | None":
+    """Share of drafts accepted at each position of a round."""
+    shown = [row for row in rows if row["accepted_by_position"]]
+    if not shown:
+        return None
+    figure, axes = _new()
+    for row in shown:
+        shares = row["accepted_by_position"]
+        axes.plot(range(1, len(shares) + 1), shares, marker="o", label=name_of(row))
+    longest = max(len(row["accepted_by_position"]) for row in shown)
+    axes.set(xlabel="draft position", ylabel="share accepted", ylim=(0, 1.02))
+    axes.set_xticks(range(1, longest + 1))
+    axes.set_title("Acceptance by position in the draft")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _quality(rows: Sequence[dict[str, Any]], n_layers: int) -> "Figure | None":
+    """Each metric of early exit over the exit layer; plain decoding is the exit at the last layer."""
+    own = [row for row in rows if row["system"] == "layerskip" and row["quality"]]
+    by_exit = {row["exit_layer"]: row["quality"] for row in own if row["mode"] == "early-exit"}
+    plain = [row["quality"] for row in own if row["mode"] == "plain"]
+    if not by_exit or not plain:
+        return None
+    by_exit[n_layers] = plain[0]
+    figure, axes = _new()
+    exits = sorted(by_exit)
+    for metric in by_exit[n_layers]:
+        values = [by_exit[e].get(metric, float("nan")) for e in exits]
+        axes.plot(exits, values, marker="o", label=metric)
+    axes.set(xlabel="exit layer (layers run)", ylabel="quality", ylim=(0, 1.02))
+    axes.set_title("Quality of early exit")
+    axes.legend(fontsize="small")
+    return figure

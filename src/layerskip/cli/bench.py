@@ -1,0 +1,200 @@
+"""`layerskip bench`: modes, and peers, side by side on a task."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import click
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from layerskip.bench.benchmark import BenchConfig, bench
+from layerskip.bench.own import BENCH_MODES
+from layerskip.bench.peers import PEERS
+from layerskip.bench.report import categories, conditions, table, write_report
+from layerskip.bench.tasks import load_task
+from layerskip.cli import options
+from layerskip.decoding.policy import DRAFT_SOURCES
+
+
+def _list_of(kind: Any) -> Any:
+    """A callback that reads values of a kind with commas between them."""
+
+    def parse(ctx: click.Context, param: click.Parameter, text: str) -> tuple[Any, ...]:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        return tuple(dict.fromkeys(kind.convert(part, param, ctx) for part in parts))
+
+    return parse
+
+
+@click.command("bench")
+@options.model_options
+@click.option(
+    "--task",
+    "task_name",
+    required=True,
+    metavar="T",
+    help="A task's name (see docs/bench.md), or a .jsonl or text file of prompts.",
+)
+@click.option("--data", metavar="FOLDER", help="Where data sets are; also LAYERSKIP_DATA.")
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=20, show_default=True, help="How many prompts."
+)
+@click.option("--n-shot", type=click.IntRange(min=0), help="Examples before each prompt.")
+@click.option("--seed", default=0, show_default=True, help="Which prompts are drawn.")
+@click.option(
+    "--modes",
+    callback=_list_of(click.Choice(BENCH_MODES)),
+    default=",".join(BENCH_MODES),
+    show_default=True,
+    metavar="MODE,...",
+    help="Plain is measured in any case.",
+)
+@click.option(
+    "--exit-layers",
+    callback=_list_of(click.IntRange(min=1)),
+    default="",
+    metavar="E,...",
+    help="Exit layers for early exit and for drafts. Default: the checkpoint's, else a quarter.",
+)
+@click.option(
+    "--draft-tokens",
+    callback=_list_of(click.IntRange(min=0)),
+    default="",
+    metavar="d,...",
+    help="Draft lengths. Default: the checkpoint's, else 5.",
+)
+@click.option(
+    "--draft-from",
+    callback=_list_of(click.Choice(DRAFT_SOURCES)),
+    default="early-exit",
+    show_default=True,
+    metavar="SOURCE,...",
+    help=f"Where drafts come from: {', '.join(DRAFT_SOURCES)}.",
+)
+@click.option(
+    "--adaptive",
+    is_flag=True,
+    help="Add a row for each exit layer whose drafts end where another token is not worth its cost.",
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="Default: the task's."
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="How often all prompts are gone through.",
+)
+@click.option(
+    "--ignore-eos",
+    is_flag=True,
+    help="All answers go on to --max-new-tokens; they are not scored then.",
+)
+@click.option(
+    "--peers",
+    callback=_list_of(click.Choice(list(PEERS))),
+    default="",
+    metavar="PEER,...",
+    help=f"Other systems on the same weights: {', '.join(PEERS)}.",
+)
+@click.option(
+    "--gguf-weights",
+    type=click.Choice(["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"]),
+    help="Precision of the file that llama.cpp gets. Default: that of --dtype.",
+)
+@click.option(
+    "--report",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Write report.md and its pictures there.",
+)
+@options.result_options
+@options.debug_option
+def command(
+    task_name: str,
+    data: str | None,
+    samples: int,
+    n_shot: int | None,
+    seed: int,
+    report: Path | None,
+    as_json: bool,
+    output: Path | None,
+    **flags: Any,
+) -> None:
+    """Measure speed, acceptance, quality and identity of all modes on one task.
+
+    All rows answer the same prompts, greedily and one at a time, and take turns on each prompt. Figures
+    are defined in docs/bench.md.
+
+    \b
+    Examples:
+      layerskip bench --task topv2 --model runs/topv2 --exit-layers 4,8 --draft-tokens 2,4
+      layerskip bench --task prompts.jsonl --samples 5 --max-new-tokens 64 --json
+      layerskip bench --task spec_bench --samples 60 --repeats 3 --report results/spec_bench \\
+          --output results/spec_bench.json
+      layerskip bench --task humaneval --peers transformers,llama.cpp --gguf-weights q8_0
+    """
+    options.check_output(output)
+    if report is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--report needs matplotlib; run: pip install 'layerskip[bench]'")
+    config = BenchConfig(**{f.name: flags[f.name] for f in dataclasses.fields(BenchConfig)})
+    model = options.load_model(flags)
+    has_template = model.tokenizer is not None and bool(model.tokenizer.chat_template)
+    task = load_task(
+        task_name, samples=samples, n_shot=n_shot, seed=seed, data=data, chat=has_template
+    )
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as progress:
+        parts: list[Any] = []
+
+        def begin(what: str, total: int) -> None:
+            parts.append(progress.add_task(what, total=total))
+
+        document = bench(
+            model,
+            task,
+            config,
+            source=flags["model"],
+            on_begin=begin,
+            on_step=lambda: progress.advance(parts[-1]),
+        )
+    document |= {"n_shot": n_shot, "seed": seed}
+    if report is not None:
+        write_report(document, report)
+    if not as_json:
+        _show(document)
+    options.deliver(document, as_json=as_json, output=output)
+
+
+def _show(document: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    console.print(_table(table(document, brief=True), f"{document['model']} on {document['task']}"))
+    if len(by_category := categories(document)) > 1:
+        console.print(_table(by_category, "speedup (acceptance) by category"))
+    for row in document["rows"]:
+        if "error" in row:
+            console.print(f"{row['system']} {row['mode']}: {row['error']}", markup=False)
+    console.print("; ".join(conditions(document)), style="dim", markup=False)
+
+
+def _table(lines: list[list[str]], title: str) -> Table:
+    heading, *rest = lines
+    shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for i, name in enumerate(heading):
+        shown.add_column(name, justify="right" if i else "left")
+    for line in rest:
+        shown.add_row(*line)
+    return shown
