@@ -8,6 +8,34 @@ that come out are distributed exactly as p, whatever q is (Leviathan et al., 202
 import torch
 from torch import Tensor
 
+from layerskip.decoding.sampling import Sampling
+
+
+def accept(
+    drafted: Tensor,
+    q: Tensor | None,
+    logits: Tensor,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """Greedy or sampled acceptance, as the answer is sampled.
+
+    Args:
+        drafted: [B, d] int64.
+        q: [B, d, V] float32, what they were drawn from; None if greedy or d = 0.
+        logits: [B, d + 1, V], the model's, after the repetition penalty.
+        sampling: of draft and model alike.
+        generator: source of randomness, on the device of the logits.
+
+    Returns:
+        How many drafted tokens stand [B], and the model's own token after them [B, 1].
+    """
+    if sampling.greedy:
+        accepted, following = accept_greedy(drafted, logits)
+    else:
+        accepted, following = accept_sampled(drafted, q, sampling.probabilities(logits), generator)
+    return accepted, following[:, None]
+
 
 def accept_greedy(drafted: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Accept while the draft agrees with the model's most likely token.

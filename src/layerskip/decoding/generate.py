@@ -6,7 +6,7 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from layerskip.decoding.accept import accept_greedy, accept_sampled
+from layerskip.decoding.accept import accept
 from layerskip.decoding.draft_length import DraftCosts, DraftLength
 from layerskip.decoding.drafters import Drafter, EarlyExitDrafter
 from layerskip.decoding.ngram import NgramDrafter
@@ -68,28 +68,70 @@ def generate(
         PromptError: the prompt is empty, longer than the context, or has an id that is no token.
         ValueError: max_new_tokens is below 1.
     """
-    _check_prompt(decoder, prompt)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, it has to be 1 or above")
-    # The last new token is never run through the model, so it needs no place in the context.
-    limit = min(max_new_tokens, decoder.architecture.max_context - len(prompt) + 1)
-    session = _Session(decoder, prompt, plan, sampling, capacity=len(prompt) + limit, seed=seed)
-    return _until_the_end(session, limit, end_tokens)
+    check_prompt(decoder, prompt)
+    ending = Ending.of(decoder, prompt, max_new_tokens, end_tokens)
+    return _until_the_end(decoder, prompt, plan, sampling, ending, seed)
+
+
+@dataclasses.dataclass
+class Ending:
+    """Where one answer ends, and how far it is.
+
+    Attributes:
+        limit: new tokens at most.
+        end_tokens: tokens that end it.
+        room: new tokens that it may still have.
+        reached: whether it has ended.
+    """
+
+    limit: int
+    end_tokens: Collection[int]
+    room: int
+    reached: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        decoder: Decoder,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        end_tokens: Collection[int],
+    ) -> "Ending":
+        """The ending of a prompt's answer; raises ValueError where max_new_tokens is below 1."""
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}, it has to be 1 or above")
+        # The last new token is never run through the model, so it needs no place in the context.
+        limit = min(max_new_tokens, decoder.architecture.max_context - len(prompt) + 1)
+        return cls(limit=limit, end_tokens=end_tokens, room=limit)
+
+    def cut(self, step: Step) -> Step:
+        """As much of the next step as belongs to the answer."""
+        ends = (i for i, token in enumerate(step.tokens, 1) if token in self.end_tokens)
+        kept = step.first(min(next(ends, self.limit), self.room))
+        self.room -= len(kept.tokens)
+        self.reached = self.reached or kept.tokens[-1] in self.end_tokens or self.room == 0
+        return kept
 
 
 @torch.inference_mode()
-def _until_the_end(session: "_Session", limit: int, end_tokens: Collection[int]) -> Generator[Step]:
-    produced = 0
-    for step in session.steps(limit):
-        ends = (i for i, token in enumerate(step.tokens, 1) if token in end_tokens)
-        kept = step.first(min(next(ends, limit), limit - produced))
-        produced += len(kept.tokens)
-        yield kept
-        if kept.tokens[-1] in end_tokens or produced == limit:
+def _until_the_end(
+    decoder: Decoder,
+    prompt: Sequence[int],
+    plan: Plan,
+    sampling: Sampling,
+    ending: Ending,
+    seed: int | None,
+) -> Generator[Step]:
+    capacity = len(prompt) + ending.limit
+    session = _Session(decoder, prompt, plan, sampling, capacity=capacity, seed=seed)
+    for step in session.steps(ending.limit):
+        yield ending.cut(step)
+        if ending.reached:
             return
 
 
-def _check_prompt(decoder: Decoder, prompt: Sequence[int]) -> None:
+def check_prompt(decoder: Decoder, prompt: Sequence[int]) -> None:
+    """Raise PromptError where a prompt cannot be continued."""
     a = decoder.architecture
     if not prompt:
         raise PromptError("the prompt is empty; it needs at least one token")
@@ -187,12 +229,7 @@ class _Session:
         """How many drafted tokens stand [B], and the model's own token after them [B, 1]."""
         seen = None if self.history is None else self.history.before(drafted)
         logits = self.sampling.penalize(logits, seen)
-        if self.sampling.greedy:
-            accepted, following = accept_greedy(drafted, logits)
-        else:
-            p = self.sampling.probabilities(logits)
-            accepted, following = accept_sampled(drafted, q, p, self.generator)
-        return accepted, following[:, None]
+        return accept(drafted, q, logits, self.sampling, self.generator)
 
     def _prefill(self, n_layers: int) -> Tensor:
         """Run the prompt through the first n layers and choose the token after it, [1, 1]."""

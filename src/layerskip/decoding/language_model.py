@@ -7,6 +7,7 @@ from typing import Any, overload
 
 import torch
 
+from layerskip.decoding.batch import Batch, can_batch
 from layerskip.decoding.clock import device_clock
 from layerskip.decoding.generate import Step, generate
 from layerskip.decoding.generation import FinishReason, Generation
@@ -36,6 +37,9 @@ class Piece:
 class Answer:
     """An answer in the making: iterate over its pieces, then ask for its `generation`."""
 
+    # What `generate` and `Batch` are given beside the prompt: plan, sampling, limits, seed.
+    loop_options: dict[str, Any]
+
     def __init__(
         self,
         model: "LayerSkipModel",
@@ -48,7 +52,7 @@ class Answer:
         ignore_eos: bool,
         seed: int | None,
     ) -> None:
-        self._plan, self._prompt = plan, prompt
+        self.plan, self.prompt = plan, prompt
         self._clock = device_clock(model.decoder.device)
         self._end_tokens = () if ignore_eos else model.end_tokens
         self._text = None if model.tokenizer is None else TextStream(model.tokenizer, stop)
@@ -58,32 +62,46 @@ class Answer:
         self._times: list[float] = []
         self._tokens: list[int] = []
         self._steps: list[Step] = []
-        self._loop = generate(
-            model.decoder,
-            prompt,
-            plan=plan,
-            sampling=sampling,
-            max_new_tokens=max_new_tokens,
-            end_tokens=self._end_tokens,
-            seed=seed,
-        )
+        self.loop_options = {
+            "plan": plan,
+            "sampling": sampling,
+            "max_new_tokens": max_new_tokens,
+            "end_tokens": self._end_tokens,
+            "seed": seed,
+        }
+        self._loop = generate(model.decoder, prompt, **self.loop_options)
 
     def __iter__(self) -> Iterator[Piece]:
         for step in self._loop:
-            self._times.append(self._clock())
-            self._steps.append(step)
-            for i, token in enumerate(step.tokens):
-                self._tokens.append(token)
-                text = self._text.push(token) if self._text else ""
-                stopped = self._text is not None and self._text.stopped
-                if stopped:
-                    self._steps[-1] = step.first(i + 1)
-                yield Piece(text=text, token_id=token, drafted=i < step.accepted)
-                if stopped:
-                    self._loop.close()
-                    return
-        if self._text and (rest := self._text.finish()):
+            yield from self.take(step)
+            if self.stopped:
+                self._loop.close()
+                return
+        if rest := self.finish():
             yield Piece(text=rest)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self._text is not None and self._text.stopped
+
+    def take(self, step: Step) -> list[Piece]:
+        """Add a step, as far as a stop string; for who runs the loop, as a batch does."""
+        self._times.append(self._clock())
+        self._steps.append(step)
+        pieces: list[Piece] = []
+        for i, token in enumerate(step.tokens):
+            self._tokens.append(token)
+            text = self._text.push(token) if self._text else ""
+            pieces.append(Piece(text=text, token_id=token, drafted=i < step.accepted))
+            if self.stopped:
+                self._steps[-1] = step.first(i + 1)
+                break
+        return pieces
+
+    def finish(self) -> str:
+        """The text that was held back in case a stop string began there."""
+        return self._text.finish() if self._text and not self.stopped else ""
 
     def complete(self) -> Generation:
         """Compute what is left of the answer and return it."""
@@ -94,19 +112,17 @@ class Answer:
     @property
     def generation(self) -> Generation:
         """The answer as far as it has come."""
-        stopped = bool(self._text and self._text.stopped) or (
-            bool(self._tokens) and self._tokens[-1] in self._end_tokens
-        )
-        reason: FinishReason = "stop" if stopped else "length"
+        ended = bool(self._tokens) and self._tokens[-1] in self._end_tokens
+        reason: FinishReason = "stop" if self.stopped or ended else "length"
         first, last = (self._times[0], self._times[-1]) if self._times else (self._started,) * 2
         return Generation(
             text=self._text.text if self._text else "",
             token_ids=list(self._tokens),
             finish_reason=reason,
-            prompt_tokens=len(self._prompt),
-            mode=self._plan.mode,
-            exit_layer=self._plan.exit_layer,
-            draft_tokens=self._plan.draft_tokens,
+            prompt_tokens=len(self.prompt),
+            mode=self.plan.mode,
+            exit_layer=self.plan.exit_layer,
+            draft_tokens=self.plan.draft_tokens,
             ttft_s=first - self._started,
             decode_s=last - first,
             steps=tuple(self._steps),
@@ -171,7 +187,11 @@ class LayerSkipModel:
     ) -> list[Generation]: ...
 
     def generate(self, prompt: Any, **options: Any) -> Any:
-        """Answer a prompt, or a list of prompts one after the other.
+        """Answer a prompt, or a list of prompts together.
+
+        A list is decoded as one batch, whose rows end one by one; in float32 each greedy answer is that
+        of its prompt alone. What looks at one text (repetition penalty, n-gram and adaptive drafts) is
+        answered one after the other.
 
         Args:
             prompt: a text (tokenized as it stands), a list of token ids, a list of chat messages
@@ -184,9 +204,20 @@ class LayerSkipModel:
         Raises:
             ValueError: the prompt or an option cannot be used; the message says why.
         """
-        if _is_batch(prompt):
-            return [self.generate(one, **options) for one in prompt]
-        return self.answer(prompt, **options).complete()
+        if not _is_batch(prompt):
+            return self.answer(prompt, **options).complete()
+        answers = [self.answer(one, **options) for one in prompt]
+        if not can_batch(answers[0].loop_options["plan"], answers[0].loop_options["sampling"]):
+            return [answer.complete() for answer in answers]
+        prompts = [answer.prompt for answer in answers]
+        batch = Batch(self.decoder, prompts, **answers[0].loop_options)
+        for row, step in batch.steps():
+            answers[row].take(step)
+            if answers[row].stopped:
+                batch.leave(row)
+        for answer in answers:
+            answer.finish()
+        return [answer.generation for answer in answers]
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """Yield the answer's text piece by piece; options as for `answer`."""

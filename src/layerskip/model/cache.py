@@ -8,7 +8,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from layerskip.model.families import Architecture
+from layerskip.model.architecture import Architecture
 
 
 class KVCache:
@@ -47,6 +47,11 @@ class KVCache:
     def capacity(self) -> int:
         """S: how many positions a row can hold."""
         return self.slots.shape[-2]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Forget all rows but these, [n] int64; they are renumbered in this order."""
+        self.slots = self.slots[:, :, rows.to(self.slots.device)]
+        self.lengths = self.lengths[rows.to(self.lengths.device)]
 
     def span(self, n: int, first_layer: int, last_layer: int) -> "Span":
         """The next n positions of every row, in layers [first_layer, last_layer).

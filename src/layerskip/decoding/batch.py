@@ -1,0 +1,161 @@
+"""The step loop for many prompts at once: every row has its own length, and leaves when it ends."""
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from layerskip.decoding.accept import accept
+from layerskip.decoding.drafters import EarlyExitDrafter
+from layerskip.decoding.generate import PREFILL_CHUNK, Ending, Step, check_prompt
+from layerskip.decoding.policy import Plan
+from layerskip.decoding.sampling import Sampling, pick
+from layerskip.model import Decoder
+
+
+class Batch:
+    """Prompts that are continued together, in one cache with a row each.
+
+    Drafts come from the early exit, of one length for all rows; each row keeps what the model agreed
+    with there.
+
+    Args:
+        decoder: the model.
+        prompts: token ids, of any lengths.
+        plan: the same for all.
+        sampling: the same for all, without a repetition penalty.
+        max_new_tokens: 1 or more.
+        end_tokens: what ends a row.
+        seed: of the whole batch.
+
+    Raises:
+        PromptError: a prompt that cannot be continued.
+        ValueError: a plan or sampling that is for one prompt only.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: Sequence[Sequence[int]],
+        *,
+        plan: Plan,
+        sampling: Sampling,
+        max_new_tokens: int,
+        end_tokens: Collection[int] = (),
+        seed: int | None = None,
+    ) -> None:
+        if not can_batch(plan, sampling):
+            raise ValueError("a batch has no repetition penalty, n-grams or adaptive drafts")
+        for prompt in prompts:
+            check_prompt(decoder, prompt)
+        self._decoder, self._prompts, self._plan, self._sampling = decoder, prompts, plan, sampling
+        self._endings = [
+            Ending.of(decoder, prompt, max_new_tokens, end_tokens) for prompt in prompts
+        ]
+        self._rows = list(range(len(prompts)))  # prompts that are still being continued
+        capacity = max(len(p) + e.limit for p, e in zip(prompts, self._endings, strict=True))
+        self._cache = decoder.new_cache(capacity, len(prompts))
+        self._generator = torch.Generator(decoder.device)
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
+
+    def leave(self, prompt: int) -> None:
+        """End a prompt's answer, as at a stop string."""
+        self._endings[prompt].reached = True
+
+    @torch.inference_mode()
+    def steps(self) -> Iterator[tuple[int, Step]]:
+        """Yield which prompt, and its next step, until all have ended."""
+        whole = len(self._decoder.layers)
+        layers = self._plan.exit_layer if self._plan.mode == "early-exit" else whole
+        last = self._prefill(layers or whole)
+        steps = [Step((token,)) for token in last[:, 0].tolist()]
+        while True:
+            for prompt, step in zip(self._rows, steps, strict=True):
+                if not self._endings[prompt].reached:
+                    yield prompt, self._endings[prompt].cut(step)
+            last = self._drop_ended(last)
+            if not self._rows:
+                return
+            if self._plan.mode == "self-speculative":
+                steps, last = self._round(last)
+            else:
+                hidden = self._decoder.run(
+                    self._decoder.embed(last), 0, layers or whole, self._cache
+                )
+                self._cache.lengths += 1
+                last, _ = pick(self._decoder.logits(hidden), self._sampling, self._generator)
+                steps = [Step((token,)) for token in last[:, 0].tolist()]
+
+    def _round(self, last: Tensor) -> tuple[list[Step], Tensor]:
+        """Draft, verify, and keep what each row agrees with (section 4.3), as for one prompt."""
+        decoder, cache = self._decoder, self._cache
+        exit_layer = self._plan.exit_layer
+        assert exit_layer is not None
+        assert self._plan.draft_tokens is not None
+        drafter = EarlyExitDrafter(decoder, exit_layer, self._sampling)
+        room = min(self._endings[prompt].room for prompt in self._rows)
+        settled = cache.lengths.clone()
+        n = min(self._plan.draft_tokens, room - 1)
+        draft = drafter.draft(last, n, cache, None, self._generator)
+        cache.lengths.copy_(settled)
+        hidden = decoder.run(draft.exit_states, exit_layer, len(decoder.layers), cache)
+        accepted, following = accept(
+            draft.tokens,
+            draft.probabilities,
+            decoder.logits(hidden),
+            self._sampling,
+            self._generator,
+        )
+        # One synchronisation with the device a round.
+        table = torch.cat([draft.tokens, following, accepted[:, None]], dim=1).tolist()
+        counts = [row[-1] for row in table]
+        cache.lengths += torch.tensor(counts) + 1
+        steps = [
+            Step((*row[:count], row[-2]), n, count, draft.source, rejected=tuple(row[count:n]))
+            for row, count in zip(table, counts, strict=True)
+        ]
+        return steps, following
+
+    def _prefill(self, n_layers: int) -> Tensor:
+        """Run the padded prompts through the first n layers and choose what follows each, [B, 1].
+
+        Padding is on the right, where no token of the prompt sees it, and is written over later.
+        """
+        decoder = self._decoder
+        lengths = torch.tensor([len(prompt) for prompt in self._prompts])
+        width = int(lengths.max())
+        padded = torch.tensor(
+            [[*prompt, *[0] * (width - len(prompt))] for prompt in self._prompts],
+            device=decoder.device,
+        )
+        ends: dict[int, Tensor] = {}
+        for start in range(0, width, PREFILL_CHUNK):
+            chunk = padded[:, start : start + PREFILL_CHUNK]
+            hidden = decoder.run(decoder.embed(chunk), 0, n_layers, self._cache)
+            self._cache.lengths += chunk.shape[1]
+            for row, end in enumerate((lengths - 1 - start).tolist()):
+                if 0 <= end < chunk.shape[1]:
+                    ends[row] = hidden[row, end : end + 1]
+        self._cache.lengths.copy_(lengths)
+        hidden = torch.stack([ends[row] for row in range(len(ends))])
+        token, _ = pick(decoder.logits(hidden), self._sampling, self._generator)
+        return token
+
+    def _drop_ended(self, last: Tensor) -> Tensor:
+        """Take the rows of ended prompts out of the cache and out of `last`."""
+        going = [i for i, prompt in enumerate(self._rows) if not self._endings[prompt].reached]
+        if len(going) == len(self._rows):
+            return last
+        self._rows = [self._rows[i] for i in going]
+        index = torch.tensor(going, dtype=torch.long)
+        self._cache.keep_rows(index)
+        return last[index.to(last.device)]
+
+
+def can_batch(plan: Plan, sampling: Sampling) -> bool:
+    """Whether prompts can be continued together: what looks at one text alone cannot."""
+    plain_drafts = plan.draft_from == "early-exit" and not plan.adaptive
+    return plain_drafts and sampling.repetition_penalty == 1.0

@@ -1,0 +1,150 @@
+"""Many prompts at once give what each gives alone, in float32."""
+
+import pytest
+import torch
+from scripted import LAYERS as SCRIPTED_LAYERS
+from scripted import encode, scripted_model
+from tiny_decoders import (
+    FAMILIES,
+    GREEDY,
+    LAYERS,
+    PLAIN,
+    ids,
+    random_prompt,
+    speculative,
+    tiny_decoder,
+)
+
+from layerskip.decoding import Plan, PromptError, Sampling
+from layerskip.decoding import generate as generate_steps
+from layerskip.decoding.batch import Batch
+from layerskip.decoding.generate import PREFILL_CHUNK
+
+EARLY = Plan(mode="early-exit", exit_layer=2)
+
+
+def batch(decoder, prompts, plan, n=24, **options):
+    options = {"sampling": GREEDY, "max_new_tokens": n, **options}
+    return Batch(decoder, prompts, plan=plan, **options)
+
+
+def answers(made, count):
+    found = [[] for _ in range(count)]
+    for prompt, step in made.steps():
+        found[prompt] += step.tokens
+    return found
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("plan", [PLAIN, EARLY, speculative(1, 4), speculative(LAYERS, 3)], ids=str)
+def test_greedy_rows_are_those_of_each_prompt_alone(case, plan):
+    decoder = tiny_decoder(case)
+    prompts = [random_prompt(decoder, n, seed=n) for n in (1, 9, 4, 17)]
+    together = answers(batch(decoder, prompts, plan), len(prompts))
+    assert together == [ids(decoder, prompt, plan) for prompt in prompts]
+
+
+@pytest.mark.parametrize("plan", [PLAIN, speculative(2, 5)], ids=str)
+def test_rows_end_at_their_own_end_tokens_and_the_others_go_on(plan):
+    decoder = tiny_decoder("llama3.1")
+    prompts = [random_prompt(decoder, n, seed=n) for n in (3, 8, 5)]
+    alone = [ids(decoder, prompt, plan, n=30) for prompt in prompts]
+    ends = {alone[0][2], alone[2][11]}
+    expected = [ids(decoder, prompt, plan, n=30, end_tokens=ends) for prompt in prompts]
+    assert len({len(answer) for answer in expected}) > 1
+    made = batch(decoder, prompts, plan, n=30, end_tokens=ends)
+    assert answers(made, len(prompts)) == expected
+
+
+def test_steps_are_those_of_each_prompt_alone():
+    decoder, plan = tiny_decoder("llama3.1"), speculative(1, 3)
+    prompts = [random_prompt(decoder, n, seed=n) for n in (2, 6)]
+    made = [[], []]
+    for prompt, step in batch(decoder, prompts, plan, n=60).steps():
+        made[prompt].append(step)
+    for steps, prompt in zip(made, prompts, strict=True):
+        alone = list(generate_steps(decoder, prompt, plan=plan, sampling=GREEDY, max_new_tokens=60))
+        # Near the end the shortest row's room cuts the drafts of all.
+        assert steps[:10] == alone[:10]
+        assert any(step.accepted for step in steps)
+
+
+def test_a_row_that_leaves_says_no_more():
+    decoder = tiny_decoder("llama3.1")
+    prompts = [random_prompt(decoder, n, seed=n) for n in (2, 6)]
+    made = batch(decoder, prompts, speculative(1, 3))
+    found = [[], []]
+    for prompt, step in made.steps():
+        found[prompt] += step.tokens
+        if prompt == 0:
+            made.leave(0)
+    assert len(found[0]) == 1
+    assert found[1] == ids(decoder, prompts[1], PLAIN)
+
+
+def test_long_prompts_are_run_in_pieces():
+    decoder = tiny_decoder("llama3.1", max_position_embeddings=PREFILL_CHUNK + 64)
+    prompts = [random_prompt(decoder, n, seed=n) for n in (PREFILL_CHUNK + 5, 3, PREFILL_CHUNK)]
+    together = answers(batch(decoder, prompts, PLAIN, n=4), len(prompts))
+    assert together == [ids(decoder, prompt, PLAIN, n=4) for prompt in prompts]
+
+
+def test_the_context_ends_rows_of_different_length():
+    decoder = tiny_decoder("llama3.1")
+    context = decoder.architecture.max_context
+    prompts = [random_prompt(decoder, context - 2), random_prompt(decoder, 5)]
+    first, second = answers(batch(decoder, prompts, speculative(1, 4), n=20), 2)
+    assert (len(first), len(second)) == (3, 20)
+
+
+def test_sampling_follows_the_seed_and_differs_between_rows():
+    decoder = tiny_decoder("llama3.1")
+    prompts = [random_prompt(decoder, 6)] * 3
+    sampling = Sampling(temperature=1.0)
+
+    def sample(seed):
+        made = batch(decoder, prompts, speculative(1, 3), sampling=sampling, seed=seed)
+        return answers(made, 3)
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+    assert len({tuple(row) for row in sample(1)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("plan", "sampling"),
+    [
+        (PLAIN, Sampling(repetition_penalty=1.2)),
+        (Plan(mode="self-speculative", draft_tokens=3, draft_from="n-gram"), GREEDY),
+    ],
+)
+def test_what_looks_at_one_text_is_refused(plan, sampling):
+    with pytest.raises(ValueError, match="a batch has no"):
+        batch(tiny_decoder("llama3.1"), [[1], [2]], plan, sampling=sampling)
+
+
+def test_a_bad_prompt_is_refused():
+    with pytest.raises(PromptError, match="empty"):
+        batch(tiny_decoder("llama3.1"), [[1], []], PLAIN)
+
+
+def test_cache_rows():
+    cache = tiny_decoder("llama3.1").new_cache(4, 3)
+    cache.slots += torch.arange(3.0)[:, None, None, None]
+    cache.lengths += torch.tensor([5, 6, 7])
+    cache.keep_rows(torch.tensor([2, 0]))
+    assert cache.lengths.tolist() == [7, 5]
+    assert cache.slots[0, 0, :, 0, 0, 0].tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("options", [{}, {"exit_layer": SCRIPTED_LAYERS - 1, "draft_tokens": 3}])
+def test_a_list_of_prompts_ends_at_stop_strings_as_each_alone(options):
+    answer = encode("one two STOP three four five six")
+    model = scripted_model(answer, prompt_tokens=1)
+    prompts = [[0], [0]]
+    options = {**options, "stop": ["STOP"], "max_new_tokens": 20}
+    together = model.generate(prompts, **options)
+    alone = model.generate(prompts[0], **options)
+    assert [g.text for g in together] == [alone.text] * 2
+    assert [g.token_ids for g in together] == [alone.token_ids] * 2
+    assert {g.finish_reason for g in together} == {"stop"}
