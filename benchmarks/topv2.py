@@ -22,10 +22,12 @@ from rich.progress import track
 from layerskip import LayerSkipModel
 from layerskip.bench.environment import environment
 from layerskip.bench.tasks import Task, load_task
+from layerskip.decoding import Generation
 from layerskip.tuning.acceptance import agreement_rate, read_agreement, replay
 
 EXITS = (4, 6, 8, 10, 12, 15, 20)
 DRAFT_TOKENS = 4
+BATCH = 16
 
 
 def main() -> None:
@@ -42,11 +44,11 @@ def main() -> None:
     began = time.monotonic()
     result: dict[str, Any] = {"rows": len(task.samples), "draft_tokens": DRAFT_TOKENS}
     model = LayerSkipModel.from_pretrained(options.recipe, dtype=options.dtype)
-    result["environment"] = environment(model)
+    result["environment"] = environment(dtype=model.decoder.dtype)
     result["recipe"] = trained_with_recipe(model, task)
     if options.control:
         control = LayerSkipModel.from_pretrained(options.control, dtype=options.dtype)
-        result["control"] = {"exact_match": exact_match(control, task, mode="plain")}
+        result["control"] = {"exact_match": exact_match(task, answer(control, task, mode="plain"))}
     result["minutes"] = (time.monotonic() - began) / 60
     print(json.dumps(result, indent=2))
     if options.output:
@@ -54,42 +56,45 @@ def main() -> None:
 
 
 def trained_with_recipe(model: LayerSkipModel, task: Task) -> dict[str, Any]:
-    layers = len(model.decoder.layers)
-    texts, continuations = [], []
-    for sample in track(task.samples, "plain, and agreement along it"):
-        prompt = model.tokenize(sample.prompt)
-        answer = model.generate(
-            prompt, mode="plain", max_new_tokens=task.max_new_tokens, stop=task.stop
-        )
-        texts.append(answer.text)
-        if answer.new_tokens > 1:
-            exits = (*EXITS, layers)
-            limit = task.max_new_tokens
-            continuations.append(read_agreement(model.decoder, prompt, answer, exits, limit))
+    limit = task.max_new_tokens
+    answers = answer(model, task, mode="plain")
+    continuations = [
+        read_agreement(model.decoder, model.tokenize(sample.prompt), made, EXITS, limit)
+        for sample, made in track(list(zip(task.samples, answers, strict=True)), "agreement")
+        if made.new_tokens > 1
+    ]
     rows = []
     for exit_layer in EXITS:
         rounds = [r for c in continuations for r in replay(c, exit_layer, DRAFT_TOKENS)]
-        drafted, accepted = sum(r.drafted for r in rounds), sum(r.accepted for r in rounds)
+        early = answer(model, task, mode="early-exit", exit_layer=exit_layer)
         rows.append(
             {
                 "exit_layer": exit_layer,
-                "exact_match": exact_match(model, task, mode="early-exit", exit_layer=exit_layer),
+                "exact_match": exact_match(task, early),
                 "agreement": agreement_rate(continuations, exit_layer),
-                "acceptance_rate": accepted / drafted,
+                "acceptance_rate": sum(r.accepted for r in rounds) / sum(r.drafted for r in rounds),
+                "mean_accepted_length": sum(len(r.tokens) for r in rounds) / len(rounds),
             }
         )
         print(json.dumps(rows[-1]), flush=True)
-    return {"exact_match": task.quality(texts)["exact_match"], "exits": rows}
+    return {"exact_match": exact_match(task, answers), "exits": rows}
 
 
-def exact_match(model: LayerSkipModel, task: Task, **options: Any) -> float:
-    answers = [
-        model.generate(
-            sample.prompt, max_new_tokens=task.max_new_tokens, stop=task.stop, **options
+def answer(model: LayerSkipModel, task: Task, **options: Any) -> list[Generation]:
+    prompts = [sample.prompt for sample in task.samples]
+    answers: list[Generation] = []
+    for start in track(range(0, len(prompts), BATCH), " ".join(map(str, options.values()))):
+        answers += model.generate(
+            prompts[start : start + BATCH],
+            max_new_tokens=task.max_new_tokens,
+            stop=task.stop,
+            **options,
         )
-        for sample in track(task.samples, " ".join(map(str, options.values())))
-    ]
-    return task.quality([answer.text for answer in answers])["exact_match"]
+    return answers
+
+
+def exact_match(task: Task, answers: list[Generation]) -> float:
+    return task.quality([made.text for made in answers])["exact_match"]
 
 
 if __name__ == "__main__":
