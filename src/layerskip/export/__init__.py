@@ -1,0 +1,18 @@
+"""A checkpoint for other programs, whole or its first layers as a draft model."""
+
+from layerskip.export.destination import ExportError
+from layerskip.export.gguf import GGUF_WEIGHTS, to_gguf
+from layerskip.export.hf import HF_WEIGHTS, to_hf
+from layerskip.export.source import Source, open_source
+from layerskip.export.written import Written
+
+__all__ = [
+    "GGUF_WEIGHTS",
+    "HF_WEIGHTS",
+    "ExportError",
+    "Source",
+    "Written",
+    "open_source",
+    "to_gguf",
+    "to_hf",
+]

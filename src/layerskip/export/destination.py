@@ -1,0 +1,91 @@
+"""Where an export goes: written beside its place and renamed, so that it appears whole or not at all."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+class ExportError(ValueError):
+    """The export cannot be written where it should go; the message says why and what to do."""
+
+
+@contextlib.contextmanager
+def new_file(path: Path, *, n_bytes: int, overwrite: bool) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when the block ends well.
+
+    Args:
+        path: the file to make.
+        n_bytes: what it will about take, asked of the disk first.
+        overwrite: replace a file that is there.
+
+    Raises:
+        ExportError: a file is there already, or writing fails.
+    """
+    if path.is_dir():
+        raise ExportError(f"{path} is a folder, a file name ending in .gguf is needed")
+    if path.exists() and not overwrite:
+        raise ExportError(f"{path} exists; choose another name or say --overwrite")
+    temporary = _beside(path)
+    with _failures_named(path, n_bytes):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, n_bytes: int, overwrite: bool) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `path` when the block ends well; as `new_file`.
+
+    A folder that is replaced has to be a checkpoint without folders in it: nothing else is deleted.
+    """
+    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if taken and not overwrite:
+        raise ExportError(f"{path} exists; choose another name or say --overwrite")
+    if taken and not _is_only_a_checkpoint(path):
+        raise ExportError(
+            f"{path} is not just a checkpoint and is not replaced; choose another name"
+        )
+    temporary = _beside(path)
+    with _failures_named(path, n_bytes):
+        try:
+            temporary.mkdir()
+            yield temporary
+            if taken:
+                old = path.rename(temporary.with_suffix(".old"))
+                temporary.rename(path)
+                shutil.rmtree(old)
+            else:
+                temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.absolute().with_name(f".{path.absolute().name}-{os.getpid()}")
+
+
+def _is_only_a_checkpoint(path: Path) -> bool:
+    return (path / "config.json").is_file() and all(inside.is_file() for inside in path.iterdir())
+
+
+@contextlib.contextmanager
+def _failures_named(path: Path, n_bytes: int) -> Iterator[None]:
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ExportError(f"the folder {folder} does not exist; make it first")
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise ExportError(
+            f"{path} needs {n_bytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free;"
+            " free some space or choose another place"
+        )
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{path} could not be written: {error}") from error

@@ -1,0 +1,157 @@
+"""A GGUF file: llama.cpp's names, row order, metadata and block formats, through the `gguf` package."""
+
+import contextlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Kind
+from gguf import LlamaFileType
+
+from layerskip.export import gguf_metadata, gguf_tokenizer, row_order
+from layerskip.export.destination import new_file
+from layerskip.export.source import Source
+from layerskip.export.written import Progress, Written
+from layerskip.model import UnsupportedModelError, families
+from layerskip.model.weights import GgufFile
+
+_FILE_TYPES = {
+    Kind.F32: LlamaFileType.ALL_F32,
+    Kind.F16: LlamaFileType.MOSTLY_F16,
+    Kind.BF16: LlamaFileType.MOSTLY_BF16,
+    Kind.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+    Kind.Q4_0: LlamaFileType.MOSTLY_Q4_0,
+    Kind.Q4_1: LlamaFileType.MOSTLY_Q4_1,
+}
+GGUF_WEIGHTS = {kind.name.lower(): kind for kind in _FILE_TYPES}
+_ROPE_FACTORS = "rope_freqs.weight"
+_METADATA_BYTES = 50_000_000  # room for a large vocabulary
+
+
+def to_gguf(
+    source: Source,
+    path: Path,
+    *,
+    weights: str | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Written:
+    """Write a GGUF file for llama.cpp, one tensor in memory at a time.
+
+    Vectors stay F32. In the 4-bit kinds the head (the embedding where it is tied) is Q8_0, as in
+    llama.cpp's own files, and a matrix whose rows are not whole blocks is F16. A tensor that is stored
+    in the wanted kind already is carried over byte by byte.
+
+    Args:
+        source: from `open_source`.
+        path: the file to make; its name ends in .gguf.
+        weights: a key of `GGUF_WEIGHTS`; None keeps each tensor as it is stored.
+        overwrite: replace a file that is there.
+        progress: called after each tensor.
+
+    Raises:
+        ExportError: the file cannot be written.
+        ValueError: the source is damaged, or GGUF has no words for a part of it.
+    """
+    if weights is not None and weights not in GGUF_WEIGHTS:
+        raise ValueError(f"weights is {weights!r}; of a GGUF file: {', '.join(GGUF_WEIGHTS)}")
+    if path.suffix != ".gguf":
+        raise ValueError(f"{path} does not end in .gguf; give the file such a name")
+    tensors, names = source.files.tensors, source.names
+    architecture = _architecture(source)
+    known_as = _names_in_file(names, architecture, source.architecture.n_layers)
+    kinds = {name: _kind(source, name, GGUF_WEIGHTS.get(weights or "")) for name in names}
+    factors = gguf_metadata.rope_factors(source)
+
+    writer = gguf.GGUFWriter(None, architecture)
+    gguf_metadata.add(writer, source, _file_type(kinds))
+    gguf_tokenizer.add(writer, source)
+    if factors is not None:
+        writer.add_tensor_info(
+            _ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes, raw_dtype=Kind.F32
+        )
+    n_bytes = 0 if factors is None else factors.nbytes
+    for name in names:
+        shape, kind = tensors.shape(name), kinds[name]
+        size = _n_bytes(shape, kind)
+        writer.add_tensor_info(known_as[name], shape, np.dtype(np.float32), size, raw_dtype=kind)
+        n_bytes += size
+    with (
+        new_file(path, n_bytes=n_bytes + _METADATA_BYTES, overwrite=overwrite) as temporary,
+        contextlib.closing(writer),
+    ):
+        writer.write_header_to_file(temporary)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors)
+        for done, name in enumerate(names, start=1):
+            writer.write_tensor_data(_data(source, name, kinds[name]))
+            progress(done, len(names))
+    return Written(
+        path=path,
+        format="gguf",
+        exit_layer=source.exit_layer,
+        layers=source.architecture.n_layers,
+        tied_head=source.files.tied,
+        bytes=path.stat().st_size,
+        tensors=len(names) + (factors is not None),
+        stored_as=dict(Counter(kind.name for kind in kinds.values())),
+        carried_over=sum(tensors.stored_as(name) == kinds[name].name for name in names),
+    )
+
+
+def _architecture(source: Source) -> str:
+    family = source.architecture.family
+    return "llama" if family == "mistral" else family  # llama.cpp has no name for Mistral
+
+
+def _names_in_file(names: list[str], architecture: str, n_layers: int) -> dict[str, str]:
+    """What llama.cpp calls the tensors, from the `gguf` package's own table."""
+    number = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table = gguf.get_tensor_name_map(number, n_layers)
+    known_as = {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
+    if strange := [name for name, known in known_as.items() if known is None]:
+        raise UnsupportedModelError(
+            f"GGUF has no name for the tensor {strange[0]} in a {architecture} model"
+        )
+    return known_as
+
+
+def _kind(source: Source, name: str, wanted: Kind | None) -> Kind:
+    tensors = source.files.tensors
+    shape = tensors.shape(name)
+    if len(shape) == 1:
+        return Kind.F32
+    if wanted is None:
+        stored = tensors.stored_as(name)
+        return Kind[stored] if stored in Kind.__members__ else Kind.F32
+    head = "model.embed_tokens.weight" if source.files.tied else "lm_head.weight"
+    if name == head and wanted in (Kind.Q4_0, Kind.Q4_1):
+        wanted = Kind.Q8_0
+    block_size, _ = gguf.GGML_QUANT_SIZES[wanted]
+    return wanted if shape[-1] % block_size == 0 else Kind.F16
+
+
+def _file_type(kinds: dict[str, Kind]) -> LlamaFileType:
+    """What most matrices are."""
+    matrices = Counter(kind for kind in kinds.values() if kind != Kind.F32)
+    most = matrices.most_common(1)
+    return _FILE_TYPES.get(most[0][0], LlamaFileType.GUESSED) if most else LlamaFileType.ALL_F32
+
+
+def _n_bytes(shape: tuple[int, ...], kind: Kind) -> int:
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    return int(np.prod(shape)) // block_size * block_bytes
+
+
+def _data(source: Source, name: str, kind: Kind) -> "np.ndarray[Any, Any]":
+    tensors = source.files.tensors
+    if isinstance(tensors, GgufFile) and tensors.stored_as(name) == kind.name:
+        return tensors.blocks(name)
+    order = families.FAMILIES[families.family_of(_architecture(source))].gguf_rotary
+    tensor = row_order.read(source, name, order).float()
+    data: np.ndarray[Any, Any] = gguf.quants.quantize(tensor.contiguous().numpy(), kind)
+    return data

@@ -1,0 +1,181 @@
+"""A transformers tokenizer in llama.cpp's words: tokens, types, merges or scores, special tokens.
+
+The `gguf` package has readers of tokenizer files too, but they leave every score at one placeholder,
+every token of a byte-level vocabulary at one type, and the pre-tokenizer open. What is read here is the
+tokenizer itself, whatever files it came from.
+"""
+
+import json
+import re
+from typing import Any
+
+import gguf
+from gguf import TokenType
+
+from layerskip.export.source import Source
+from layerskip.model import UnsupportedModelError
+from layerskip.model.weights import GgufFile
+
+# The regular expression that splits a text, as it stands in tokenizer.json -> llama.cpp's name.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = {
+    ("split", _WORDS % r"\p{N}{1,3}"): "llama-bpe",
+    ("split", _WORDS % r"\p{N}"): "qwen2",
+    ("split", _TEKKEN): "tekken",
+    ("digits", "bytes"): "smollm",
+    ("bytes",): "gpt-2",
+}
+_MORE_ENDS = ("eot", "eom")  # llama.cpp has three places for tokens that end an answer
+
+
+def add(writer: gguf.GGUFWriter, source: Source) -> None:
+    """Add the tokenizer's metadata; a GGUF source's own has been carried over with its other fields.
+
+    Raises:
+        UnsupportedModelError: llama.cpp has no such tokenizer, or no name for how it splits a text.
+    """
+    if isinstance(source.files.tensors, GgufFile):
+        return
+    tokenizer = source.files.tokenizer()
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")
+        _add_ends(writer, list(source.files.settings.end_tokens), first=None)
+        return
+    if not tokenizer.is_fast:
+        raise UnsupportedModelError(
+            "GGUF needs a tokenizer with a tokenizer.json; save it with transformers first"
+        )
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = described["model"]
+    if model["type"] != "BPE":
+        raise UnsupportedModelError(
+            f"a {model['type']} tokenizer cannot be written to GGUF (byte-level and"
+            " SentencePiece BPE can)"
+        )
+    if model.get("byte_fallback"):
+        _add_sentencepiece(writer, described)
+    else:
+        _add_byte_level(writer, described)
+    _add_tokens(writer, source, tokenizer, described)
+    _add_special_tokens(writer, source, tokenizer)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _add_byte_level(writer: gguf.GGUFWriter, described: dict[str, Any]) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_split_name(described.get("pre_tokenizer")))
+    writer.add_token_merges(
+        # A space inside a part would look like the one between the parts.
+        [" ".join(part.replace(" ", "Ġ") for part in merge) for merge in _merges(described)]
+    )
+
+
+def _split_name(pre_tokenizer: dict[str, Any] | None) -> str:
+    parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    shape: tuple[str, ...] = ()
+    for part in parts:
+        match part:
+            case {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"}:
+                shape += ("split", regex)
+            case {"type": "Digits", "individual_digits": True}:
+                shape += ("digits",)
+            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+                shape += ("bytes",)
+            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
+                pass  # what is before it has split the text
+            case _:
+                shape += (str(part),)
+    if shape not in _SPLITS:
+        raise UnsupportedModelError(
+            "the way this tokenizer splits a text has no known name in llama.cpp; known are those"
+            f" named {', '.join(_SPLITS.values())}"
+        )
+    return _SPLITS[shape]
+
+
+def _add_sentencepiece(writer: gguf.GGUFWriter, described: dict[str, Any]) -> None:
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_add_space_prefix(_prefixes_a_space(described))
+    # llama.cpp merges the pair whose whole has the highest score: the earlier a merge, the higher.
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(_merges(described)):
+        ranks.setdefault(left + right, rank)
+    vocab: dict[str, int] = described["model"]["vocab"]
+    by_id = sorted(vocab.items(), key=lambda item: item[1])
+    last = -float(len(ranks))
+    scores = [-float(ranks[token]) if token in ranks else last for token, _ in by_id]
+    writer.add_token_scores(scores)
+
+
+def _prefixes_a_space(described: dict[str, Any]) -> bool:
+    normalizer, pre_tokenizer = described.get("normalizer"), described.get("pre_tokenizer")
+    steps = (normalizer or {}).get("normalizers", [normalizer])
+    if any(step and step["type"] == "Prepend" for step in steps):
+        return True
+    return bool(pre_tokenizer) and pre_tokenizer.get("prepend_scheme", "never") != "never"
+
+
+def _merges(described: dict[str, Any]) -> list[list[str]]:
+    merges = described["model"]["merges"]
+    return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+
+
+def _add_tokens(
+    writer: gguf.GGUFWriter, source: Source, tokenizer: Any, described: dict[str, Any]
+) -> None:
+    n_tokens = source.architecture.vocab_size
+    tokens = {i: token for token, i in tokenizer.get_vocab().items()}
+    if tokens and max(tokens) >= n_tokens:
+        raise UnsupportedModelError(
+            f"the tokenizer has {max(tokens) + 1} tokens, the embedding {n_tokens}; GGUF needs a row"
+            " for every token"
+        )
+    added = {token["id"]: token for token in described["added_tokens"]}
+    types = []
+    for i in range(n_tokens):
+        if i in added:
+            types.append(TokenType.CONTROL if added[i]["special"] else TokenType.USER_DEFINED)
+        elif i not in tokens:
+            types.append(TokenType.UNUSED)
+        elif described["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", tokens[i]):
+            types.append(TokenType.BYTE)
+        else:
+            types.append(TokenType.NORMAL)
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and described["model"].get("byte_fallback"):
+        types[unknown] = TokenType.UNKNOWN
+    writer.add_token_list([tokens.get(i, f"[PAD{i}]") for i in range(n_tokens)])
+    writer.add_token_types(types)
+
+
+def _add_special_tokens(writer: gguf.GGUFWriter, source: Source, tokenizer: Any) -> None:
+    for name, token in [
+        ("bos", tokenizer.bos_token_id),
+        ("unk", tokenizer.unk_token_id),
+        ("pad", tokenizer.pad_token_id),
+    ]:
+        if token is not None:
+            getattr(writer, f"add_{name}_token_id")(token)
+    ends = list(source.files.settings.end_tokens)
+    _add_ends(writer, ends, first=tokenizer.eos_token_id)
+    empty = tokenizer.encode("")
+    writer.add_add_bos_token(bool(empty) and empty[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(len(empty) > 1 and empty[-1] == tokenizer.eos_token_id)
+
+
+def _add_ends(writer: gguf.GGUFWriter, ends: list[int], first: int | None) -> None:
+    """The tokenizer's own end token leads where the settings know it, or know none."""
+    if first is not None and (first in ends or not ends):
+        ends = [first, *(end for end in ends if end != first)]
+    for name, token in zip(("eos", *_MORE_ENDS), ends, strict=False):
+        getattr(writer, f"add_{name}_token_id")(token)

@@ -1,0 +1,100 @@
+"""Exports appear whole or not at all, and nothing of the user's is lost."""
+
+import errno
+import shutil
+
+import pytest
+
+from layerskip.export import ExportError, destination, open_source, to_gguf, to_hf
+
+
+@pytest.fixture(params=["hf", "gguf"])
+def export(request, saved, tmp_path):
+    """Export a tiny model under tmp_path: (the function, the place)."""
+    write, name = {"hf": (to_hf, "out"), "gguf": (to_gguf, "out.gguf")}[request.param]
+    place = tmp_path / name
+    return lambda **options: write(open_source(saved("llama2")), place, **options), place
+
+
+def test_what_is_there_is_kept_unless_told(export, tmp_path):
+    write, place = export
+    write()
+    before = place.stat().st_mtime_ns
+    with pytest.raises(ExportError, match="exists; choose another name or say --overwrite"):
+        write()
+    assert place.stat().st_mtime_ns == before
+    assert write(overwrite=True).path == place
+    assert [path.name for path in tmp_path.iterdir()] == [place.name]
+
+
+def test_an_interruption_leaves_nothing(export, tmp_path):
+    write, _ = export
+
+    def interrupt(done, total):
+        if done == total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_keeps_what_was_there(export, tmp_path):
+    write, place = export
+    write()
+    files = place.rglob("*") if place.is_dir() else [place]
+    before = {file: file.read_bytes() for file in files}
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(progress=interrupt, overwrite=True)
+    assert {file: file.read_bytes() for file in before} == before
+    assert [path.name for path in tmp_path.iterdir()] == [place.name]
+
+
+def test_a_full_disk_is_said_in_one_line(export, tmp_path):
+    write, place = export
+
+    def fill(done, total):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ExportError, match=f"{place.name} could not be written: .*No space left"):
+        write(progress=fill)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_room_is_said_before_anything_is_written(export, monkeypatch, tmp_path):
+    write, _ = export
+    little = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(destination.shutil, "disk_usage", lambda folder: little)
+    with pytest.raises(ExportError, match=r"needs 0\.\d\d GB and .* has 0\.00 GB free"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_is_named(saved, tmp_path):
+    with pytest.raises(ExportError, match="nowhere does not exist; make it first"):
+        to_gguf(open_source(saved("llama2")), tmp_path / "nowhere" / "m.gguf")
+
+
+@pytest.mark.parametrize("inside", ["notes.txt", "checkpoint-100/x", "config.json/x"])
+def test_a_folder_with_other_things_in_it_is_never_replaced(inside, saved, tmp_path):
+    (tmp_path / "out" / inside).parent.mkdir(parents=True)
+    (tmp_path / "out" / inside).touch()
+    with pytest.raises(ExportError, match="not just a checkpoint and is not replaced"):
+        to_hf(open_source(saved("llama2")), tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / inside).exists()
+
+
+def test_an_empty_folder_is_filled(saved, tmp_path):
+    (tmp_path / "out").mkdir()
+    to_hf(open_source(saved("llama2")), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(saved, tmp_path):
+    (tmp_path / "out.gguf").mkdir()
+    with pytest.raises(ExportError, match="is a folder"):
+        to_gguf(open_source(saved("llama2")), tmp_path / "out.gguf", overwrite=True)
