@@ -154,14 +154,14 @@ def step_parts(decoder: Decoder, rounds: int) -> dict[str, float]:
 
     def products() -> None:
         for w in decoder.layers:
-            for product in (w.qkv, w.attention_out, w.gate_up):
+            for product in (w.qkv, w.attention_out, w.mlp.gate_up):
                 product(narrow)
-            w.down(wide)
+            w.mlp.down(wide)
 
     def norms() -> None:
         for w in decoder.layers:
-            decoder._norm(narrow, w.attention_norm)
-            decoder._norm(narrow, w.mlp_norm)
+            w.attention_norm(narrow)
+            w.mlp_norm(narrow)
 
     def attention() -> None:
         q = torch.randn(1, a.n_kv_heads, a.n_heads // a.n_kv_heads, a.head_dim).to(decoder.dtype)

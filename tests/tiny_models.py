@@ -18,6 +18,7 @@ _COMMON = {
     "max_position_embeddings": 512,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -26,6 +27,10 @@ _LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
+}
+_GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 8.0},
 }
 # Every case is one model type and what it changes; together they cross all that families differ in.
 CASES = {
@@ -60,7 +65,26 @@ CASES = {
         {"head_dim": 16, "attention_bias": True, "use_sliding_window": True}
         | {"sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"] * 2},
     ),
+    "gemma2": (
+        "gemma2",
+        {"head_dim": 24, "query_pre_attn_scalar": 16, "sliding_window": 6}
+        | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma2-uncapped": (
+        "gemma2",
+        {"head_dim": 16, "query_pre_attn_scalar": 64, "tie_word_embeddings": False}
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 24, "query_pre_attn_scalar": 16, "sliding_window": 5}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2}
+        | {"rope_parameters": _GEMMA3_ROPE},
+    ),
 }
+
+# The first case of every family.
+ONE_OF_EACH = list({kind: case for case, (kind, _) in reversed(CASES.items())}.values())[::-1]
 
 
 def build(case, **changes):

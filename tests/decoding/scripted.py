@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from layerskip import LayerSkipModel
 from layerskip.model import Architecture, Checkpoint, KVCache, Settings
-from layerskip.model.families import Rope
+from layerskip.model.architecture import Rope
 
 LAYERS = 4
 
@@ -39,8 +39,8 @@ class ScriptedDecoder:
             vocab_size=vocab_size,
             norm_eps=1e-5,
             max_context=max_context,
-            rope=Rope(),
             sliding_windows=(None,) * LAYERS,
+            ropes=(Rope(),) * LAYERS,
         )
 
     def new_cache(self, capacity, batch_size=1):

@@ -16,6 +16,7 @@ from tiny_decoders import (
 
 from layerskip.decoding import Sampling
 from layerskip.decoding.generate import PREFILL_CHUNK
+from tiny_models import ONE_OF_EACH
 
 EXITS = (1, LAYERS // 2, LAYERS - 1, LAYERS)
 DRAFT_TOKENS = (0, 1, 2, 5, 8)
@@ -45,6 +46,20 @@ def test_self_speculative_equals_plain(case, penalty, seeds):
     # The drafts were neither always right nor always wrong.
     assert any(0 < accepted < drafted for drafted, accepted in outcomes)
     assert {(1, 0), (1, 1), (2, 1), (5, 0), (5, 5), (8, 0)} <= outcomes
+
+
+@pytest.mark.parametrize("case", [case for case in ONE_OF_EACH if case not in FAMILIES])
+def test_every_other_family_self_speculative_equals_plain(case):
+    outcomes = set()
+    for upper in (0.3, 1.0):
+        decoder = tiny_decoder(case, upper)
+        prompt = random_prompt(decoder, 17)
+        plain = ids(decoder, prompt, PLAIN)
+        for exit_layer in (1, LAYERS - 1):
+            made = steps(decoder, prompt, speculative(exit_layer, 4))
+            assert [token for step in made for token in step.tokens] == plain, exit_layer
+            outcomes |= {(step.drafted, step.accepted) for step in made}
+    assert {(4, 0), (4, 4)} <= outcomes  # the drafts were neither always right nor always wrong
 
 
 @pytest.mark.parametrize("case", FAMILIES)

@@ -188,10 +188,11 @@ def test_two_answers_in_turns(model):
 
 
 def weights_of(decoder):
-    tensors = [decoder.embedding, decoder.final_norm, decoder.frequencies]
+    tensors = [decoder.embedding, decoder.final_norm.weight]
     for layer in decoder.layers:
-        tensors += [layer.attention_norm, layer.mlp_norm]
-        tensors += [w.weight for w in (layer.qkv, layer.attention_out, layer.gate_up, layer.down)]
+        parts = layer.attention_norm, layer.qkv, layer.attention_out
+        parts += layer.mlp_norm, layer.mlp.gate_up, layer.mlp.down
+        tensors += [part.weight for part in parts]
     return [tensor.clone() for tensor in tensors]
 
 

@@ -10,7 +10,6 @@ import torch
 import tiny_models
 from layerskip.decoding import Plan, Sampling, generate
 from layerskip.model import load
-from layerskip.model.linear import linear
 
 LAYERS = tiny_models.LAYERS
 FAMILIES = ("llama2", "llama3.1", "smollm2", "mistral", "qwen2", "qwen2-sliding", "qwen3")
@@ -35,14 +34,25 @@ def tiny_decoder(case, upper=0.3, **changes):
     return decoder
 
 
+class _Scaled:
+    """A product or a norm whose result is multiplied by a factor."""
+
+    def __init__(self, part, factor):
+        self.part, self.factor, self.weight_bytes = part, factor, 0
+
+    def __call__(self, x, residual=None):
+        y = self.part(x) * self.factor
+        return y if residual is None else y + residual
+
+
 def _scaled(layer, factor):
-    assert layer.attention_out.bias is None
-    assert layer.down.bias is None
-    return dataclasses.replace(
-        layer,
-        attention_out=linear(layer.attention_out.weight * factor),
-        down=linear(layer.down.weight * factor),
-    )
+    """A copy of a layer that adds `factor` times as much."""
+    last = {
+        "attention_out": "attention_post_norm" if layer.attention_post_norm else "attention_out",
+        "mlp": "mlp_post_norm" if layer.mlp_post_norm else "mlp",
+    }
+    parts = {name: _Scaled(getattr(layer, name), factor) for name in last.values()}
+    return dataclasses.replace(layer, **parts)
 
 
 def random_prompt(decoder, length, seed=0):

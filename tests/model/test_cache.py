@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerskip.model import Architecture, KVCache
-from layerskip.model.families import Rope
+from layerskip.model.architecture import Rope
 
 CAPACITY, LAYERS, HEADS, HEAD_DIM = 12, 2, 3, 4
 ARCHITECTURE = Architecture(
@@ -20,8 +20,8 @@ ARCHITECTURE = Architecture(
     vocab_size=5,
     norm_eps=1e-5,
     max_context=64,
-    rope=Rope(),
     sliding_windows=(None,) * LAYERS,
+    ropes=(Rope(),) * LAYERS,
 )
 
 

@@ -58,7 +58,7 @@ def test_loaded_weights_are_the_dequantized_ones(case, kind, tmp_path):
     decoder = load(path, dtype=torch.float32).decoder
     assert torch.equal(decoder.embedding, state["model.embed_tokens.weight"])
     assert torch.equal(decoder.head.weight, state["lm_head.weight"])
-    assert torch.equal(decoder.final_norm, state["model.norm.weight"])
+    assert torch.equal(decoder.final_norm.weight, state["model.norm.weight"])
     for i, layer in enumerate(decoder.layers):
         part = {
             name.removeprefix(f"model.layers.{i}.").removesuffix(".weight"): tensor
@@ -66,18 +66,18 @@ def test_loaded_weights_are_the_dequantized_ones(case, kind, tmp_path):
             if name.startswith(f"model.layers.{i}.")
         }
         q, k, v = (part[f"self_attn.{name}_proj"] for name in "qkv")
-        qkv = torch.cat([rotary.interleave(q, 32), rotary.interleave(k, 32), v])
+        qkv = torch.cat([rotary.interleave(q, 32, 32), rotary.interleave(k, 32, 32), v])
         gate_up = torch.cat([part["mlp.gate_proj"], part["mlp.up_proj"]])
         for product, expected in [
             (layer.qkv, qkv),
             (layer.attention_out, part["self_attn.o_proj"]),
-            (layer.gate_up, gate_up),
-            (layer.down, part["mlp.down_proj"]),
+            (layer.mlp.gate_up, gate_up),
+            (layer.mlp.down, part["mlp.down_proj"]),
         ]:
             assert isinstance(product, DenseLinear)
             assert torch.equal(product.weight, expected)
-        assert torch.equal(layer.attention_norm, part["input_layernorm"])
-        assert torch.equal(layer.mlp_norm, part["post_attention_layernorm"])
+        assert torch.equal(layer.attention_norm.weight, part["input_layernorm"])
+        assert torch.equal(layer.mlp_norm.weight, part["post_attention_layernorm"])
 
 
 def test_frequency_factors_are_the_llama3_scaling(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from layerskip.model import families, rotary
-from layerskip.model.families import Rope
+from layerskip.model.architecture import Rope
 from tiny_models import CASES, reference
 
 LLAMA31 = Rope(
@@ -67,26 +67,38 @@ def test_frequency_factors_say_the_same_as_llama3_scaling():
 @pytest.mark.parametrize("case", CASES)
 def test_turns_equal_transformers_far_beyond_the_original_context(case):
     model = reference(case)
-    architecture = families.from_config(model.config.to_dict())
+    a = families.from_config(model.config.to_dict())
+    own = rotary.Rotary(a, torch.device("cpu"))
     positions = torch.tensor([[0, 1, 31, 32, 33, 511, 5_000, 131_071]])
-    cos, sin = model.model.rotary_emb(torch.zeros(1), positions)
-    freqs = rotary.frequencies(architecture.rope, architecture.head_dim)
-    turns = rotary.turns(positions, freqs, n_turned=3, n_still=2)
-    half = architecture.head_dim // 2
     # At position 131,071 one float32 rounding of the angle is 0.008.
     tolerance = {"rtol": 0.0, "atol": 2e-2}
-    for head in range(3):
-        torch.testing.assert_close(turns[:, :, head].real, cos[..., :half], **tolerance)
-        torch.testing.assert_close(turns[:, :, head].imag, sin[..., :half], **tolerance)
-    assert torch.equal(turns[:, :, 3:], torch.ones_like(turns[:, :, 3:]))
-    assert torch.allclose(turns.abs(), torch.ones(()), atol=1e-6)
+    for layer, rope in enumerate(a.ropes):
+        turns = own.turns(own.kinds[layer], positions, capacity=131_072)
+        turned, still = turns.split([a.n_heads + a.n_kv_heads, a.n_kv_heads], dim=2)
+        pairs = 0
+        if rope is not None:
+            pairs = rope.turned(a.head_dim) // 2
+            by_kind = "full_attention" in model.config.rope_parameters
+            kind = (model.config.layer_types[layer],) if by_kind else ()
+            cos, sin = model.base_model.rotary_emb(torch.zeros(1), positions, *kind)
+            expected = torch.complex(cos, sin)[:, :, None, :pairs].expand(
+                -1, -1, turned.shape[2], -1
+            )
+            torch.testing.assert_close(turned[..., :pairs], expected, **tolerance)
+        for rest in (turned[..., pairs:], still):
+            assert torch.equal(rest, torch.ones_like(rest))
 
 
 @pytest.mark.parametrize("shape", [(3 * 8, 5), (3 * 8,), (8,)])
 def test_interleave_brings_halves_together(shape):
     rows = torch.arange(torch.Size(shape).numel()).view(shape)
-    mixed = rotary.interleave(rows, 8)
+    mixed = rotary.interleave(rows, 8, 8)
     for head in range(shape[0] // 8):
         for i in range(4):
             assert torch.equal(mixed[head * 8 + 2 * i], rows[head * 8 + i])
             assert torch.equal(mixed[head * 8 + 2 * i + 1], rows[head * 8 + i + 4])
+
+
+def test_interleave_leaves_what_does_not_turn():
+    mixed = rotary.interleave(torch.arange(2 * 8), 8, 4)
+    assert mixed.tolist() == [0, 2, 1, 3, 4, 5, 6, 7, 8, 10, 9, 11, 12, 13, 14, 15]

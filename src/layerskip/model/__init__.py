@@ -1,9 +1,10 @@
 """The lean decoder used for inference, and the files it is made from."""
 
+from layerskip.model.architecture import Architecture
 from layerskip.model.cache import KVCache
-from layerskip.model.checkpoint import Checkpoint, Settings, load
+from layerskip.model.checkpoint import Checkpoint, Files, Settings, load, open_files
 from layerskip.model.decoder import Decoder
-from layerskip.model.families import FAMILIES, Architecture, UnsupportedModelError
+from layerskip.model.families import FAMILIES, UnsupportedModelError
 from layerskip.model.source import SourceError, pull, resolve
 from layerskip.model.weights import CheckpointError
 
@@ -13,11 +14,13 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Decoder",
+    "Files",
     "KVCache",
     "Settings",
     "SourceError",
     "UnsupportedModelError",
     "load",
+    "open_files",
     "pull",
     "resolve",
 ]

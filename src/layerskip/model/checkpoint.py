@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from layerskip.model import families, tokenizer, weights
+from layerskip.model import assembly, families, tokenizer, weights
+from layerskip.model.architecture import Architecture
 from layerskip.model.decoder import Decoder
 from layerskip.model.weights import CheckpointError, GgufFile, SafetensorsFiles, Tensors
 
@@ -35,6 +36,28 @@ class Checkpoint:
     settings: Settings
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Files:
+    """What `open_files` returns: everything but the weights, which `tensors` reads one at a time.
+
+    `config` is transformers' config with its defaults filled in; of a GGUF file, the end tokens alone.
+    `tied` says that the head is the embedding.
+    """
+
+    path: Path
+    architecture: Architecture
+    tensors: Tensors
+    config: dict[str, Any]
+    tied: bool
+    settings: Settings
+
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, or None (see `tokenizer.load`)."""
+        return tokenizer.load(
+            self.path, self.tensors if isinstance(self.tensors, GgufFile) else None
+        )
+
+
 def load(path: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Checkpoint:
     """Load a checkpoint folder (safetensors, or one GGUF file in it) or a GGUF file.
 
@@ -42,28 +65,42 @@ def load(path: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") 
         CheckpointError: files are missing, damaged, or do not fit together.
         UnsupportedModelError: the architecture, or a part of it, is not supported; it is named.
     """
+    files = open_files(path)
+    return Checkpoint(
+        path=path,
+        decoder=assembly.build(files.architecture, files.tensors, dtype=dtype, device=device),
+        tokenizer=files.tokenizer(),
+        settings=files.settings,
+    )
+
+
+def open_files(path: Path) -> Files:
+    """Open what `load` loads, without reading weights; raises what `load` raises."""
     gguf_path = _gguf_in(path)
     tensors: Tensors
-    file = None if gguf_path is None else GgufFile(gguf_path)
-    if file is not None:
-        tensors = file
+    if gguf_path is not None:
+        tensors = file = GgufFile(gguf_path)
         with _unusable_named(file.path):
             architecture = file.architecture()
-        end_token = file.field("tokenizer.ggml.eos_token_id")
-        config = {} if end_token is None else {"eos_token_id": int(end_token)}
+        config: dict[str, Any] = {"eos_token_id": file.end_tokens()}
+        tied = "lm_head.weight" not in tensors.names()
     else:
         config = _config(path)
         with _unusable_named(path / "config.json"):
             architecture = families.from_config(config)
         tensors = SafetensorsFiles(path)
-        if not config.get("tie_word_embeddings") and "lm_head.weight" not in tensors.names():
+        tied = bool(config.get("tie_word_embeddings"))
+        head = f"{families.FAMILIES[architecture.family].names.head}.weight"
+        if not tied and head not in tensors.names():
             raise CheckpointError(
-                f"{path} has no tensor lm_head.weight, and its config ties no head to the embedding"
+                f"{path} has no tensor {head}, and its config ties no head to the embedding"
             )
-    return Checkpoint(
+    return Files(
         path=path,
-        decoder=weights.build(architecture, tensors, dtype=dtype, device=device),
-        tokenizer=tokenizer.load(path, file),
+        architecture=architecture,
+        tensors=tensors,
+        config=config,
+        tied=tied,
         settings=_settings(path, config),
     )
 

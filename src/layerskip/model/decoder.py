@@ -5,31 +5,36 @@ KV key-value heads, G = H / KV, S cache capacity, L layers.
 """
 
 import dataclasses
+import math
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from layerskip.model import rotary
+from layerskip.model.architecture import Architecture
 from layerskip.model.cache import KVCache, Span
-from layerskip.model.families import Architecture
 from layerskip.model.linear import Linear
+from layerskip.model.norm import Norm
+from layerskip.model.rotary import Rotary
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """The weights of one decoder layer: attention and gated MLP, each after an RMS norm.
+    """The weights of one decoder layer: attention and MLP. What a family does not have is None.
 
-    `qk_norm` is [H + KV, head_dim], the norms of queries and keys, or None.
+    `qk_norm` is over queries and keys in the fused QKV row. `mlp` is a gated MLP, a plain one or a
+    mixture of experts, all of which are called like a `Linear`. Post norms are applied to what
+    attention and MLP give, before it is added.
     """
 
-    attention_norm: Tensor
+    attention_norm: Norm | None
     qkv: Linear
-    qk_norm: Tensor | None
+    qk_norm: Norm | None
     attention_out: Linear
-    mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    attention_post_norm: Norm | None
+    mlp_norm: Norm | None
+    mlp: Linear
+    mlp_post_norm: Norm | None
 
 
 class Decoder:
@@ -41,7 +46,7 @@ class Decoder:
         *,
         embedding: Tensor,
         layers: list[Layer],
-        final_norm: Tensor,
+        final_norm: Norm,
         head: Linear,
     ) -> None:
         self.architecture = architecture
@@ -49,9 +54,11 @@ class Decoder:
         self.layers = layers
         self.final_norm = final_norm
         self.head = head
-        self.frequencies = rotary.frequencies(architecture.rope, architecture.head_dim).to(
-            embedding.device
-        )
+        self.rotary = Rotary(architecture, embedding.device)
+        # In the embedding's dtype, as the families that have it were trained. It is not multiplied
+        # into the embedding: most of them use the same matrix as their head.
+        scale = architecture.embedding_scale
+        self.embedding_scale = None if scale is None else embedding.new_tensor(scale)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,7 +73,7 @@ class Decoder:
     @property
     def weight_bytes(self) -> int:
         """Bytes that one step of all layers and the head has to read (the embedding is a look-up)."""
-        products = [p for w in self.layers for p in (w.qkv, w.attention_out, w.gate_up, w.down)]
+        products = [p for w in self.layers for p in (w.qkv, w.attention_out, w.mlp)]
         return sum(p.weight_bytes for p in [*products, self.head])
 
     def new_cache(self, capacity: int, batch_size: int = 1) -> KVCache:
@@ -81,7 +88,8 @@ class Decoder:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [B, T] to hidden states [B, T, D]."""
-        return F.embedding(tokens, self.embedding)
+        hidden = F.embedding(tokens, self.embedding)
+        return hidden if self.embedding_scale is None else hidden * self.embedding_scale
 
     def run(self, hidden: Tensor, start: int, stop: int, cache: KVCache) -> Tensor:
         """Run layers [start, stop) over the T positions that follow `cache.lengths` in each row.
@@ -103,37 +111,38 @@ class Decoder:
         a = self.architecture
         b, t, d = hidden.shape
         span = cache.span(t, start, stop)
-        turn = rotary.turns(
-            span.positions, self.frequencies, a.n_heads + a.n_kv_heads, a.n_kv_heads
-        )
-        windows = a.sliding_windows
+        kinds, windows = self.rotary.kinds, a.sliding_windows
+        turns = {
+            kind: self.rotary.turns(kind, span.positions, cache.capacity)
+            for kind in set(kinds[start:stop])
+        }
         masks = {
             window: span.mask(window, self.dtype, a.n_heads // a.n_kv_heads)
             for window in set(windows[start:stop])
         }
         x = hidden.reshape(b * t, d)
         for index in range(start, stop):
-            x = self._layer(x, index, span, turn, masks[windows[index]])
+            x = self._layer(x, index, span, turns[kinds[index]], masks[windows[index]])
         return x.view(b, t, d)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The shared exit: final norm and head, [B, T, D] to [B, T, V], in the decoder's dtype."""
         b, t, d = hidden.shape
-        return self.head(self._norm(hidden.reshape(b * t, d), self.final_norm)).view(b, t, -1)
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.architecture.norm_eps)
+        logits = self.head(self.final_norm(hidden.reshape(b * t, d))).view(b, t, -1)
+        cap = self.architecture.logit_cap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _layer(
         self, x: Tensor, index: int, span: Span, turn: Tensor, mask: Tensor | None
     ) -> Tensor:
         """One layer over hidden states [N, D]."""
         w = self.layers[index]
-        qkv = w.qkv(self._norm(x, w.attention_norm))
-        attended = self._attention(qkv, index, span, turn, mask)
-        x = w.attention_out(attended, x)
-        gate, up = w.gate_up(self._norm(x, w.mlp_norm)).chunk(2, dim=-1)
-        return w.down(F.silu(gate) * up, x)
+        normed = x if w.attention_norm is None else w.attention_norm(x)
+        attended = self._attention(w.qkv(normed), index, span, turn, mask)
+        between = _add(x, w.attention_out, attended, w.attention_post_norm)
+        read = x if self.architecture.parallel_residual else between
+        normed = read if w.mlp_norm is None else w.mlp_norm(read)
+        return _add(between, w.mlp, normed, w.mlp_post_norm)
 
     def _attention(
         self, qkv: Tensor, index: int, span: Span, turn: Tensor, mask: Tensor | None
@@ -148,20 +157,33 @@ class Decoder:
         kv, groups, head_dim = a.n_kv_heads, a.n_heads // a.n_kv_heads, a.head_dim
         qk_norm = self.layers[index].qk_norm
         if qk_norm is not None:
-            qkv = self._norm_queries_and_keys(qkv, qk_norm)
+            qkv = qk_norm(qkv)
         pairs = torch.view_as_complex(qkv.float().view(b, t, heads, half, 2))
         turned = torch.view_as_real(pairs * turn).view(b, t, groups + 2, kv, head_dim)
         keys, values = span.write(index, turned[:, :, groups:])
         queries = turned[:, :, :groups].to(self.dtype).view(b, t, kv, groups, head_dim)
         queries = queries.permute(0, 2, 3, 1, 4).reshape(b, kv, groups * t, head_dim)
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        if a.attention_cap is None:
+            out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        else:
+            out = _capped_attention(queries, keys, values, mask, a.attention_cap)
         out = out.view(b, kv, groups, t, head_dim).permute(0, 3, 1, 2, 4)
         return out.reshape(b * t, a.n_heads * head_dim)
 
-    def _norm_queries_and_keys(self, qkv: Tensor, weight: Tensor) -> Tensor:
-        heads = qkv.view(qkv.shape[0], -1, self.architecture.head_dim)
-        n = weight.shape[0]
-        normed = (
-            F.rms_norm(heads[:, :n], weight.shape[1:], None, self.architecture.norm_eps) * weight
-        )
-        return torch.cat([normed, heads[:, n:]], dim=1).view(qkv.shape)
+
+def _add(residual: Tensor, product: Linear, x: Tensor, post_norm: Norm | None) -> Tensor:
+    """residual + product(x), in one call where no norm comes between."""
+    if post_norm is None:
+        return product(x, residual)
+    return residual + post_norm(product(x))
+
+
+def _capped_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, cap: float
+) -> Tensor:
+    """`F.scaled_dot_product_attention`, which has no place for it, with cap * tanh(scores / cap)."""
+    scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
+    scores = torch.tanh(scores / cap) * cap
+    if mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values

@@ -1,14 +1,16 @@
 """What differs between model families, as a table; everything else is one decoder.
 
-A family is one row of `FAMILIES`. Biases, Q/K norms and tied heads are not in the table: a checkpoint
-says by the tensors it holds whether it has them, and `weights.py` refuses a tensor it has no use for.
+A family is one row of `FAMILIES`. Numbers come from the config and are read the same way for all
+(`from_config`). Biases and tied heads are not in the table: a checkpoint says by the tensors it holds
+whether it has them, and `assembly.py` refuses a tensor it has no use for.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-RopeKind = Literal["default", "linear", "llama3"]
+from layerskip.model.architecture import Activation, Architecture, Mixture, Rope
 
 
 class UnsupportedModelError(ValueError):
@@ -16,83 +18,102 @@ class UnsupportedModelError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rope:
-    """Rotary position embedding: base, and how the frequencies are scaled for long contexts.
+class Names:
+    """What a family's files call each part, without `.weight` and `.bias`; None: it has no such part.
 
-    `frequency_factors` (one number for each of `head_dim / 2` frequencies) divide the frequencies;
-    GGUF files carry the scaling of Llama 3.1 and later in this form.
+    The defaults are Llama's. Several names are projections of one input that become one product; a
+    single name in their place is a tensor that holds them all, one after the other.
     """
 
-    theta: float = 10_000.0
-    kind: RopeKind = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-    frequency_factors: tuple[float, ...] | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """The numbers that a decoder is built from, whatever file they came from.
-
-    `sliding_windows[l]` is how many positions layer l sees (its own included), None for all of them.
-    """
-
-    family: str
-    n_layers: int
-    hidden_size: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    ffn_size: int
-    vocab_size: int
-    norm_eps: float
-    max_context: int
-    rope: Rope
-    sliding_windows: tuple[int | None, ...]
-
-    def __post_init__(self) -> None:
-        for field in ("n_layers", "hidden_size", "n_heads", "n_kv_heads", "head_dim", "ffn_size"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}, it has to be 1 or above")
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"{self.n_kv_heads} KV heads do not divide {self.n_heads} heads")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}, rotary pairs need an even number")
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    layer: str = "model.layers.{}."
+    attention_norm: str | None = "input_layernorm"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    query_norm: str = "self_attn.q_norm"
+    key_norm: str = "self_attn.k_norm"
+    attention_out: str = "self_attn.o_proj"
+    attention_post_norm: str | None = None
+    mlp_norm: str | None = "post_attention_layernorm"
+    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+    mlp_post_norm: str | None = None
+    router: str = "mlp.gate"
+    expert: str = "mlp.experts.{}."
+    expert_gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    expert_down: str = "down_proj"
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    """Ends of names of buffers that older versions of transformers saved, and no longer read."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """One row: the model types of transformers and the architecture names of GGUF that it covers.
 
-    `window` says where a sliding window applies: in every layer that the config does not name
-    (`"all"`), only in the layers that `layer_types` names (`"named"`), or nowhere (None).
-    `gguf_rotary` is the row order of Q and K in GGUF files: `"interleaved"` where the converter
-    permuted them for rotary pairs (2i, 2i+1), `"halves"` where it left them as transformers has them.
+    Attributes:
+        window: where a sliding window applies: in every layer that the config does not name
+            (`"all"`), only in the layers that `layer_types` names (`"named"`), or nowhere (None).
+        gguf_rotary: the row order of Q and K in GGUF files: `"interleaved"` where the converter
+            permuted them for rotary pairs (2i, 2i+1), `"halves"` where it left them as transformers
+            has them.
+        names: what the files call each part.
+        norm_offset: added to the weights of norms; 1 where files hold w of a norm with (1 + w).
+        qk_norm: Q/K norms, where there are any, are over each head or over the whole projection.
+        qkv_by_head: the fused QKV tensor holds Q, K and V of one head after those of another.
+        is_gated: the MLP multiplies its activation with a second projection.
+        scales_embedding: embeddings are multiplied by sqrt(D).
+        normalizes_experts: always, or where the config's `norm_topk_prob` says so.
     """
 
     model_types: tuple[str, ...]
-    gguf_names: tuple[str, ...]
-    window: Literal["all", "named"] | None
-    gguf_rotary: Literal["interleaved", "halves"]
+    gguf_names: tuple[str, ...] = ()
+    gguf_rotary: Literal["interleaved", "halves"] = "halves"
+    window: Literal["all", "named"] | None = None
+    names: Names = Names()
+    norm_offset: float = 0.0
+    qk_norm: Literal["head", "projection"] = "head"
+    qkv_by_head: bool = False
+    is_gated: bool = True
+    scales_embedding: bool = False
+    normalizes_experts: bool = False
 
 
+_GEMMA = Names(
+    attention_post_norm="post_attention_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+)
 FAMILIES = {
-    "llama": Family(
-        model_types=("llama",), gguf_names=("llama",), window=None, gguf_rotary="interleaved"
+    "llama": Family(model_types=("llama",), gguf_names=("llama",), gguf_rotary="interleaved"),
+    "mistral": Family(model_types=("mistral",), window="all"),
+    "qwen2": Family(model_types=("qwen2",), gguf_names=("qwen2",), window="named"),
+    "qwen3": Family(model_types=("qwen3",), gguf_names=("qwen3",), window="named"),
+    "gemma2": Family(
+        model_types=("gemma2",),
+        window="named",
+        names=_GEMMA,
+        norm_offset=1.0,
+        scales_embedding=True,
     ),
-    "mistral": Family(
-        model_types=("mistral",), gguf_names=(), window="all", gguf_rotary="interleaved"
-    ),
-    "qwen2": Family(
-        model_types=("qwen2",), gguf_names=("qwen2",), window="named", gguf_rotary="halves"
-    ),
-    "qwen3": Family(
-        model_types=("qwen3",), gguf_names=("qwen3",), window="named", gguf_rotary="halves"
+    "gemma3": Family(
+        model_types=("gemma3_text",),
+        window="named",
+        names=_GEMMA,
+        norm_offset=1.0,
+        scales_embedding=True,
     ),
 }
-_ACTIVATIONS = ("silu", "swish")
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+_REFUSED = {
+    "gemma3": "it reads images too; its text part alone (gemma3_text) is supported",
+}
 
 
 def family_of(model_type: str) -> str:
@@ -104,8 +125,10 @@ def family_of(model_type: str) -> str:
     for name, family in FAMILIES.items():
         if model_type in family.model_types or model_type in family.gguf_names:
             return name
+    why = f" ({_REFUSED[model_type]})" if model_type in _REFUSED else ""
     raise UnsupportedModelError(
-        f"the architecture {model_type!r} is not supported; supported are: {', '.join(FAMILIES)}"
+        f"the architecture {model_type!r} is not supported{why};"
+        f" supported are: {', '.join(FAMILIES)}"
     )
 
 
@@ -115,28 +138,47 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
     Raises:
         UnsupportedModelError: the architecture, its activation or its rotary scaling is unknown.
     """
-    family = family_of(str(config.get("model_type")))
-    activation = config.get("hidden_act", "silu")
+    name = family_of(str(config.get("model_type")))
+    family = FAMILIES[name]
+    activation = config.get("hidden_activation") or config.get("hidden_act", "silu")
     if activation not in _ACTIVATIONS:
-        raise UnsupportedModelError(f"the activation {activation!r} is not supported (only silu)")
+        raise UnsupportedModelError(
+            f"the activation {activation!r} is not supported (only {', '.join(_ACTIVATIONS)})"
+        )
     quantization = config.get("quantization_config")
     if quantization:
         method = dict(quantization).get("quant_method")
         raise UnsupportedModelError(f"weights quantized by {method!r} are not supported")
+    if config.get("use_bidirectional_attention"):
+        raise UnsupportedModelError("attention to later positions is not supported")
     n_layers, n_heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
+    hidden_size = int(config["hidden_size"])
     return Architecture(
-        family=family,
+        family=name,
         n_layers=n_layers,
-        hidden_size=int(config["hidden_size"]),
+        hidden_size=hidden_size,
         n_heads=n_heads,
         n_kv_heads=int(config.get("num_key_value_heads") or n_heads),
-        head_dim=int(config.get("head_dim") or config["hidden_size"] // n_heads),
+        head_dim=int(config.get("head_dim") or hidden_size // n_heads),
         ffn_size=int(config["intermediate_size"]),
         vocab_size=int(config["vocab_size"]),
-        norm_eps=float(config["rms_norm_eps"]),
+        norm_eps=float(config["layer_norm_eps" if "layer_norm_eps" in config else "rms_norm_eps"]),
         max_context=int(config["max_position_embeddings"]),
-        rope=_rope(config),
-        sliding_windows=_windows(config, FAMILIES[family].window, n_layers),
+        sliding_windows=_windows(config, family.window, n_layers),
+        ropes=_ropes(config, n_layers),
+        activation=_ACTIVATIONS[activation],
+        attention_scale=_attention_scale(config),
+        attention_cap=_number(config, "attn_logit_softcapping"),
+        logit_cap=_number(config, "final_logit_softcapping"),
+        embedding_scale=(
+            math.sqrt(hidden_size)
+            if family.scales_embedding
+            else _number(config, "embedding_multiplier")
+        ),
+        residual_scale=float(config.get("residual_multiplier", 1.0)),
+        logit_scale=1.0 / float(config.get("logits_scaling", 1.0)),
+        parallel_residual=bool(config.get("use_parallel_residual")),
+        mixture=_mixture(config, family, n_layers),
     )
 
 
@@ -151,24 +193,79 @@ def _windows(
     return tuple(int(window) if kind == "sliding_attention" else None for kind in types)
 
 
-def _rope(config: Mapping[str, Any]) -> Rope:
+def _number(config: Mapping[str, Any], key: str) -> float | None:
+    value = config.get(key)
+    return None if value is None else float(value)
+
+
+def _attention_scale(config: Mapping[str, Any]) -> float | None:
+    if (scalar := config.get("query_pre_attn_scalar")) is not None:  # Gemma
+        return float(scalar) ** -0.5
+    return _number(config, "attention_multiplier")  # Granite
+
+
+def _mixture(config: Mapping[str, Any], family: Family, n_layers: int) -> Mixture | None:
+    n_experts = config.get("num_local_experts")
+    if not n_experts:
+        return None
+    every, plain = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
+    return Mixture(
+        n_experts=int(n_experts),
+        top_k=int(config["num_experts_per_tok"]),
+        ffn_size=int(config.get("moe_intermediate_size") or config["intermediate_size"]),
+        normalized=family.normalizes_experts or bool(config.get("norm_topk_prob")),
+        layers=frozenset(i for i in range(n_layers) if (i + 1) % every == 0 and i not in plain),
+    )
+
+
+def _ropes(config: Mapping[str, Any], n_layers: int) -> tuple[Rope | None, ...]:
+    """One for all layers, one for each kind of layer (Gemma 3), or none in some (SmolLM3)."""
     fields = dict(config.get("rope_parameters") or {})
+    by_kind = {kind: _rope(own, config) for kind, own in fields.items() if isinstance(own, Mapping)}
+    if by_kind:
+        return tuple(by_kind[kind] for kind in config["layer_types"])
+    turns = config.get("no_rope_layers") or (True,) * n_layers  # 0 where a layer has none
+    rope = _rope(fields, config)
+    return tuple(rope if turn else None for turn in turns[:n_layers])
+
+
+def _rope(fields: Mapping[str, Any], config: Mapping[str, Any]) -> Rope:
     kind = fields.get("rope_type", "default")
+    plain = Rope(
+        theta=float(fields.get("rope_theta", 10_000.0)),
+        fraction=float(fields.get("partial_rotary_factor", 1.0)),
+    )
     if kind == "default":
-        return Rope(theta=float(fields.get("rope_theta", 10_000.0)))
+        return plain
     if kind == "linear":
-        return Rope(
-            theta=float(fields["rope_theta"]), kind="linear", factor=float(fields["factor"])
-        )
+        return dataclasses.replace(plain, kind="linear", factor=float(fields["factor"]))
     if kind == "llama3":
-        return Rope(
-            theta=float(fields["rope_theta"]),
+        return dataclasses.replace(
+            plain,
             kind="llama3",
             factor=float(fields["factor"]),
             low_freq_factor=float(fields["low_freq_factor"]),
             high_freq_factor=float(fields["high_freq_factor"]),
             original_max_positions=int(fields["original_max_position_embeddings"]),
         )
+    if kind == "longrope":
+        return _longrope(plain, fields, config["max_position_embeddings"])
     raise UnsupportedModelError(
-        f"rotary scaling {kind!r} is not supported (default, linear and llama3 are)"
+        f"rotary scaling {kind!r} is not supported (default, linear, llama3 and longrope are)"
+    )
+
+
+def _longrope(plain: Rope, fields: Mapping[str, Any], max_positions: int) -> Rope:
+    """LongRoPE (arXiv 2402.13753); the magnitude is its section 3.3 where the config names none."""
+    original = int(fields["original_max_position_embeddings"])
+    stretch = float(fields.get("factor") or max_positions / original)
+    magnitude = fields.get("attention_factor")
+    if magnitude is None:
+        magnitude = math.sqrt(1 + max(math.log(stretch), 0.0) / math.log(original))
+    return dataclasses.replace(
+        plain,
+        original_max_positions=original,
+        frequency_factors=tuple(map(float, fields["short_factor"])),
+        long_factors=tuple(map(float, fields["long_factor"])),
+        magnitude=float(magnitude),
     )

@@ -2,7 +2,8 @@
 
 Queries and keys are kept in the interleaved layout: dimensions (2i, 2i+1) of a head are the real and
 imaginary part of one complex number, which position t turns by the angle t * frequency_i. Values are
-turned by zero, so that one product serves the whole fused QKV row.
+turned by zero, and so are the dimensions and layers without rotary embedding: one product serves the
+whole fused QKV row of every family.
 """
 
 import math
@@ -10,18 +11,67 @@ import math
 import torch
 from torch import Tensor
 
-from layerskip.model.families import Rope
+from layerskip.model.architecture import Architecture, Rope
 
 
-def frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """Angle per position for each of the `head_dim / 2` complex pairs, float32.
+class Rotary:
+    """The turns of all layers; layers with the same rotary embedding are of one kind.
+
+    Attributes:
+        kinds: the kind of every layer.
+    """
+
+    def __init__(self, architecture: Architecture, device: torch.device) -> None:
+        a = architecture
+        self._ropes = list(dict.fromkeys(a.ropes))
+        self.kinds = tuple(self._ropes.index(rope) for rope in a.ropes)
+        self._heads = a.n_heads + a.n_kv_heads, a.n_kv_heads
+        self._short = [frequencies(rope, a.head_dim).to(device) for rope in self._ropes]
+        self._long = [
+            frequencies(rope, a.head_dim, is_long=True).to(device) for rope in self._ropes
+        ]
+        self._magnitudes = [magnitudes(rope, a.head_dim).to(device) for rope in self._ropes]
+
+    def turns(self, kind: int, positions: Tensor, capacity: int) -> Tensor:
+        """See the function `turns`.
+
+        `capacity` is how far the cache's positions may reach: a whole generation uses LongRoPE's
+        factors for short contexts or those for long ones, since keys are kept turned.
+        """
+        rope = self._ropes[kind]
+        is_long = rope is not None and capacity > rope.original_max_positions
+        freqs = (self._long if is_long else self._short)[kind]
+        return turns(positions, freqs, *self._heads, self._magnitudes[kind])
+
+
+def frequencies(rope: Rope | None, head_dim: int, *, is_long: bool = False) -> Tensor:
+    """Angle per position for each of the `head_dim / 2` complex pairs, float32; 0 where none turns.
 
     The `llama3` scaling keeps short wavelengths, divides long ones by `factor`, and blends between.
+    `is_long` takes LongRoPE's factors for contexts above the original one.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    freqs: Tensor = 1.0 / (rope.theta**exponents)
-    if rope.frequency_factors is not None:
-        freqs = freqs / torch.tensor(rope.frequency_factors)
+    if rope is None:
+        return torch.zeros(head_dim // 2)
+    dim = rope.turned(head_dim)
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+    freqs = _scaled(rope, 1.0 / (rope.theta**exponents), is_long)
+    return torch.nn.functional.pad(freqs, (0, (head_dim - dim) // 2))
+
+
+def magnitudes(rope: Rope | None, head_dim: int) -> Tensor:
+    """What each of the `head_dim / 2` complex pairs of queries and keys is multiplied by."""
+    result = torch.ones(head_dim // 2)
+    if rope is not None:
+        result[: rope.turned(head_dim) // 2] = rope.magnitude
+    return result
+
+
+def _scaled(rope: Rope, freqs: Tensor, is_long: bool) -> Tensor:
+    factors = rope.frequency_factors
+    if is_long and rope.long_factors is not None:
+        factors = rope.long_factors
+    if factors is not None:
+        freqs = freqs / torch.tensor(factors)
     if rope.kind == "linear":
         return freqs / rope.factor
     if rope.kind == "llama3":
@@ -32,20 +82,23 @@ def frequencies(rope: Rope, head_dim: int) -> Tensor:
     return freqs
 
 
-def turns(positions: Tensor, freqs: Tensor, n_turned: int, n_still: int) -> Tensor:
-    """Unit complex numbers that turn the heads of a fused QKV row.
+def turns(
+    positions: Tensor, freqs: Tensor, n_turned: int, n_still: int, magnitudes: Tensor
+) -> Tensor:
+    """Complex numbers that turn the heads of a fused QKV row.
 
     Args:
         positions: [B, T], the position of every row.
         freqs: [head_dim / 2], from `frequencies`.
         n_turned: heads that turn with the position (queries and keys).
         n_still: heads that do not (values).
+        magnitudes: [head_dim / 2], from `magnitudes`; 1 but for LongRoPE.
 
     Returns:
         [B, T, n_turned + n_still, head_dim / 2], complex64.
     """
     angles = positions[..., None, None].float() * freqs
-    turned = torch.polar(torch.ones_like(angles), angles)
+    turned = torch.polar(magnitudes.expand_as(angles), angles)
     b, t = positions.shape
     still = torch.ones((), dtype=turned.dtype, device=turned.device).expand(
         b, t, n_still, freqs.numel()
@@ -53,10 +106,13 @@ def turns(positions: Tensor, freqs: Tensor, n_turned: int, n_still: int) -> Tens
     return torch.cat([turned.expand(b, t, n_turned, -1), still], dim=2)
 
 
-def interleave(rows: Tensor, head_dim: int) -> Tensor:
-    """Reorder Q or K rows from two halves (i, i + head_dim/2) to neighbours (2i, 2i+1).
+def interleave(rows: Tensor, head_dim: int, turned: int) -> Tensor:
+    """Reorder Q or K rows from two halves (i, i + turned/2) to neighbours (2i, 2i+1).
 
-    Works on weights [heads * head_dim, D], biases [heads * head_dim] and norms [head_dim].
+    Works on weights [heads * head_dim, D], biases [heads * head_dim] and norms [head_dim]. What lies
+    beyond the first `turned` dimensions of a head stays where it is.
     """
-    halves = rows.view(-1, 2, head_dim // 2, *rows.shape[1:])
-    return halves.transpose(1, 2).reshape(rows.shape)
+    heads = rows.reshape(-1, head_dim, *rows.shape[1:])
+    halves = heads[:, :turned].unflatten(1, (2, turned // 2))
+    neighbours = halves.transpose(1, 2).flatten(1, 2)
+    return torch.cat([neighbours, heads[:, turned:]], dim=1).reshape(rows.shape)

@@ -36,7 +36,7 @@ def _from_gguf(file: GgufFile) -> Any:
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    if file.field("tokenizer.ggml.model") is None:
+    if file.field("tokenizer.ggml.model", "none") == "none":
         return None
     tokenizer = AutoTokenizer.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
     if file.field("tokenizer.ggml.pre") == "smollm":

@@ -1,4 +1,4 @@
-"""Checkpoint files to a decoder: safetensors as transformers saves them, and GGUF."""
+"""Checkpoint files as named tensors: safetensors as transformers saves them, and GGUF."""
 
 import contextlib
 import json
@@ -13,10 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from layerskip.model import families, rotary
-from layerskip.model.decoder import Decoder, Layer
-from layerskip.model.families import FAMILIES, Architecture, Rope, UnsupportedModelError
-from layerskip.model.linear import Linear, linear
+from layerskip.model import families
+from layerskip.model.architecture import Architecture, Rope
+from layerskip.model.families import FAMILIES, UnsupportedModelError
 
 
 class CheckpointError(ValueError):
@@ -33,6 +32,14 @@ class Tensors(Protocol):
 
     def names(self) -> set[str]:
         """All names that the checkpoint holds."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        ...
+
+    def stored_as(self, name: str) -> str:
+        """How a tensor is stored: F32, F16, BF16, or a quantized kind such as Q4_1."""
         ...
 
     def read(self, name: str) -> Tensor:
@@ -67,6 +74,14 @@ class SafetensorsFiles:
         """All names in all files."""
         return set(self._files)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """From the file's header."""
+        return tuple(self._files[name][0].get_slice(name).get_shape())
+
+    def stored_as(self, name: str) -> str:
+        """From the file's header."""
+        return str(self._files[name][0].get_slice(name).get_dtype())
+
     def read(self, name: str) -> Tensor:
         """One tensor as it is stored."""
         handle, path = self._files[name]
@@ -90,6 +105,19 @@ class GgufFile:
         """All names, in transformers' words."""
         return set(self._tensors) - {_ROPE_FACTORS}
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """From the file's header, in transformers' order."""
+        return tuple(int(n) for n in reversed(self._tensors[name].shape))
+
+    def stored_as(self, name: str) -> str:
+        """The name of the GGML type."""
+        return str(self._tensors[name].tensor_type.name)
+
+    def blocks(self, name: str) -> "np.ndarray[Any, Any]":
+        """One tensor as it is stored, quantized blocks as bytes; mapped from the file, not copied."""
+        blocks: np.ndarray[Any, Any] = self._tensors[name].data
+        return blocks
+
     def read(self, name: str) -> Tensor:
         """One tensor as float32."""
         tensor = self._tensors[name]
@@ -102,14 +130,23 @@ class GgufFile:
                 f"{name} is stored as {kind}, which cannot be read"
             ) from error
         values = np.ascontiguousarray(values, dtype=np.float32)
-        return torch.from_numpy(
-            values.reshape(tuple(int(n) for n in reversed(tensor.shape))).copy()
-        )
+        return torch.from_numpy(values.reshape(self.shape(name)).copy())
 
     def field(self, key: str, default: Any = None) -> Any:
         """A metadata value, or the default."""
         field = self._reader.get_field(key)
         return default if field is None else field.contents()
+
+    def fields(self) -> Iterator[tuple[str, Any, list[gguf.GGUFValueType]]]:
+        """All metadata: key, value, and its type (of an array: ARRAY and the type of its elements)."""
+        for key, field in self._reader.fields.items():
+            if not key.startswith("GGUF."):  # the reader's own: version and counts
+                yield key, field.contents(), list(field.types)
+
+    def end_tokens(self) -> list[int]:
+        """End of text, of turn, and of message, as far as the file names them."""
+        ids = [self.field(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
+        return list(dict.fromkeys(int(i) for i in ids if i is not None))
 
     def _required(self, key: str) -> Any:
         value = self.field(key)
@@ -129,11 +166,17 @@ class GgufFile:
         factors = self._tensors.get(_ROPE_FACTORS)
         embedding = self._tensors.get("model.embed_tokens.weight")
         if embedding is None:
-            raise _missing("model.embed_tokens.weight")
+            raise missing("model.embed_tokens.weight")
         n_layers = int(self._required(f"{name}.block_count"))
         n_heads = int(self._required(f"{name}.attention.head_count"))
         hidden_size = int(self._required(f"{name}.embedding_length"))
         window = self.field(f"{name}.attention.sliding_window")
+        rope = Rope(
+            theta=float(self.field(f"{name}.rope.freq_base", 10_000.0)),
+            kind="default" if scaling == "none" else "linear",
+            factor=float(self.field(f"{name}.rope.scaling.factor", 1.0)),
+            frequency_factors=None if factors is None else tuple(factors.data.tolist()),
+        )
         return Architecture(
             family=family,
             n_layers=n_layers,
@@ -145,13 +188,8 @@ class GgufFile:
             vocab_size=int(embedding.shape[-1]),
             norm_eps=float(self._required(f"{name}.attention.layer_norm_rms_epsilon")),
             max_context=int(self._required(f"{name}.context_length")),
-            rope=Rope(
-                theta=float(self.field(f"{name}.rope.freq_base", 10_000.0)),
-                kind="default" if scaling == "none" else "linear",
-                factor=float(self.field(f"{name}.rope.scaling.factor", 1.0)),
-                frequency_factors=None if factors is None else tuple(factors.data.tolist()),
-            ),
             sliding_windows=(int(window) if window else None,) * n_layers,
+            ropes=(rope,) * n_layers,
         )
 
 
@@ -185,116 +223,9 @@ def _gguf_known_as(name: str) -> str:
     return f"model.layers.{number}.{_GGUF_LAYER_NAMES.get(stem, stem)}.{kind}"
 
 
-def build(
-    architecture: Architecture, tensors: Tensors, *, dtype: torch.dtype, device: torch.device | str
-) -> Decoder:
-    """Read, cast, fuse and pack every weight, one layer at a time.
-
-    Raises:
-        CheckpointError: a tensor is missing or has another shape than the architecture says.
-        UnsupportedModelError: the checkpoint holds tensors that the decoder has no use for.
-    """
-    a = architecture
-    take = _Taker(tensors, dtype, torch.device(device))
-    embedding = take("model.embed_tokens.weight", (a.vocab_size, a.hidden_size))
-    layers = [_layer(a, take, f"model.layers.{i}.") for i in range(a.n_layers)]
-    final_norm = take("model.norm.weight", (a.hidden_size,))
-    head = take.optional("lm_head.weight", embedding.shape)
-    take.finish()
-    return Decoder(
-        a,
-        embedding=embedding,
-        layers=layers,
-        final_norm=final_norm,
-        head=linear(embedding if head is None else head),
-    )
-
-
-class _Taker:
-    """Reads tensors, checks their shapes, and remembers which were used."""
-
-    def __init__(self, tensors: Tensors, dtype: torch.dtype, device: torch.device) -> None:
-        self._tensors, self._dtype, self._device = tensors, dtype, device
-        self._names = tensors.names()
-        self._unused = {n for n in self._names if not n.endswith("rotary_emb.inv_freq")}
-        self._in_some_layer = {_without_number(n) for n in self._names}
-
-    def optional(
-        self, name: str, shape: tuple[int, ...], rotary_dim: int | None = None
-    ) -> Tensor | None:
-        """The tensor, or None where no layer has it.
-
-        `rotary_dim` asks for the interleaved layout of heads of that size.
-        """
-        if name not in self._names:
-            if _without_number(name) in self._in_some_layer:
-                raise _missing(name)
-            return None
-        self._unused.discard(name)
-        tensor = self._tensors.read(name)
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{name} has the shape {tuple(tensor.shape)}, the config says {shape}"
-            )
-        tensor = tensor.to(device=self._device, dtype=self._dtype)
-        if rotary_dim is not None and self._tensors.rotary_layout == "halves":
-            return rotary.interleave(tensor, rotary_dim)
-        return tensor
-
-    def __call__(self, name: str, shape: tuple[int, ...], rotary_dim: int | None = None) -> Tensor:
-        tensor = self.optional(name, shape, rotary_dim)
-        if tensor is None:
-            raise _missing(name)
-        return tensor
-
-    def linear(self, n_in: int, *parts: tuple[str, int, int | None]) -> Linear:
-        """Several projections of one input, fused: parts are (name, rows, rotary_dim)."""
-        weights = [self(f"{name}.weight", (rows, n_in), dim) for name, rows, dim in parts]
-        biases = [self.optional(f"{name}.bias", (rows,), dim) for name, rows, dim in parts]
-        present = [bias for bias in biases if bias is not None]
-        if len(present) not in (0, len(parts)):
-            raise CheckpointError(f"only some of {[name for name, *_ in parts]} have a bias")
-        return linear(torch.cat(weights), torch.cat(present) if present else None)
-
-    def finish(self) -> None:
-        if self._unused:
-            some = ", ".join(sorted(self._unused)[:3])
-            raise UnsupportedModelError(
-                f"the checkpoint holds {len(self._unused)} tensors that its family does not use"
-                f" ({some}); it needs a family of its own"
-            )
-
-
-def _without_number(name: str) -> str:
-    return re.sub(r"^model\.layers\.\d+", "model.layers", name)
-
-
-def _missing(name: str) -> CheckpointError:
+def missing(name: str) -> CheckpointError:
+    """The error for a tensor that a checkpoint should have."""
     return CheckpointError(f"the checkpoint has no tensor {name}; fetch or save it again")
-
-
-def _layer(a: Architecture, take: _Taker, prefix: str) -> Layer:
-    d, hd, ffn = a.hidden_size, a.head_dim, a.ffn_size
-    q_rows, kv_rows = a.n_heads * hd, a.n_kv_heads * hd
-    attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-    q_norm, qk_norm = take.optional(f"{attention}q_norm.weight", (hd,), rotary_dim=hd), None
-    if q_norm is not None:
-        k_norm = take(f"{attention}k_norm.weight", (hd,), rotary_dim=hd)
-        qk_norm = torch.cat([q_norm.expand(a.n_heads, hd), k_norm.expand(a.n_kv_heads, hd)])
-    return Layer(
-        attention_norm=take(f"{prefix}input_layernorm.weight", (d,)),
-        qkv=take.linear(
-            d,
-            (f"{attention}q_proj", q_rows, hd),
-            (f"{attention}k_proj", kv_rows, hd),
-            (f"{attention}v_proj", kv_rows, None),
-        ),
-        qk_norm=qk_norm,
-        attention_out=take.linear(q_rows, (f"{attention}o_proj", d, None)),
-        mlp_norm=take(f"{prefix}post_attention_layernorm.weight", (d,)),
-        gate_up=take.linear(d, (f"{mlp}gate_proj", ffn, None), (f"{mlp}up_proj", ffn, None)),
-        down=take.linear(ffn, (f"{mlp}down_proj", d, None)),
-    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
