@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any, TypeVar
+
+from layerskip.bench import quality
+from layerskip.bench.catalogue import FORMS, Form
 
 Metrics = Callable[["Sequence[Sample]", Sequence[str]], dict[str, float]]
+T = TypeVar("T")
+
+TASKS: Mapping[str, str] = {name: form.description for name, form in FORMS.items()}
+_OWN_MAX_NEW_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +35,7 @@ class Sample:
     prompt: str | tuple[Mapping[str, str], ...]
     references: tuple[str, ...] = ()
     category: str | None = None
-    fields: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +47,7 @@ class Task:
         samples: the prompts, the same for every mode and system that is compared.
         max_new_tokens: tokens an answer may have.
         stop: texts that end an answer.
+        n_shot: worked examples before each prompt.
         metrics: samples and answers -> a value a metric, from 0 to 1; None where nothing says
             which answer is right.
     """
@@ -46,11 +56,33 @@ class Task:
     samples: tuple[Sample, ...]
     max_new_tokens: int
     stop: tuple[str, ...] = ()
+    n_shot: int = 0
     metrics: Metrics | None = None
 
     def quality(self, texts: Sequence[str]) -> dict[str, float]:
-        """How good the answers are, one text a sample; {} where there are no references."""
-        raise NotImplementedError
+        """How good the answers are.
+
+        Args:
+            texts: one answer a sample. What follows a stop text is cut off, so that systems which
+                do not know stop texts are judged alike.
+
+        Returns:
+            A value from 0 to 1 for each metric; {} where there is none. Samples of an own file
+            that have no reference do not count.
+
+        Raises:
+            ValueError: there are more or fewer texts than samples.
+        """
+        if len(texts) != len(self.samples):
+            raise ValueError(f"{len(texts)} answers to {len(self.samples)} prompts")
+        if self.metrics is None:
+            return {}
+        return self.metrics(self.samples, [_before_stop(text, self.stop) for text in texts])
+
+
+def _before_stop(text: str, stop: Sequence[str]) -> str:
+    ends = [end for one in stop if (end := text.find(one)) >= 0]
+    return text[: min(ends, default=len(text))]
 
 
 def load_task(
@@ -62,5 +94,158 @@ def load_task(
     data: str | None = None,
     chat: bool = True,
 ) -> Task:
-    """The task of a name, or of a file of prompts."""
-    raise NotImplementedError
+    """The task of a name, or of a file of prompts.
+
+    Which prompts and shots are drawn depends on the seed alone. They keep the order of the data;
+    a larger draw contains the smaller one of the same seed.
+
+    Args:
+        name: one of `TASKS`, or a file: .jsonl (fields `prompt` or `messages`; optional are
+            `reference`, `references`, `completion`, `category` and `id`) or .txt (a prompt a
+            paragraph).
+        samples: how many prompts, evenly over the categories; None takes all.
+        n_shot: worked examples before each prompt, the same ones before all; None takes the
+            task's own number.
+        seed: of the draw.
+        data: folder of the data sets; None takes that of $LAYERSKIP_DATA, else the hub.
+        chat: whether the model has a chat template; without one, questions to an assistant are
+            asked as plain text.
+
+    Raises:
+        ValueError: there is no such task or file, its data are not to be had, it takes no shots, or
+            a number is out of range; the message says what to do.
+    """
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples is {samples}; at least 1 is needed")
+    if n_shot is not None and n_shot < 0:
+        raise ValueError(f"n_shot is {n_shot}; it cannot be negative")
+    if name in FORMS:
+        return _named(name, FORMS[name], samples, n_shot, seed, data, chat)
+    if not Path(name).is_file():
+        raise ValueError(f"{name!r} is no file and no task; the tasks are {', '.join(TASKS)}")
+    if n_shot:
+        raise ValueError(f"{name} is a file of prompts as they stand; shots are for named tasks")
+    return _own(name, samples, seed)
+
+
+def _named(
+    name: str,
+    form: Form,
+    samples: int | None,
+    n_shot: int | None,
+    seed: int,
+    data: str | None,
+    chat: bool,
+) -> Task:
+    shots = form.shots if n_shot is None else n_shot
+    if shots and form.answer is None:
+        raise ValueError(f"{name} takes no shots: leave n_shot out, or 0")
+    if form.metrics is quality.rouge:
+        quality.rouge_scorer()  # what is missing is said before an hour of measuring, not after it
+    rows = [row for row in form.data.rows("test", data) if form.prompt(row) is not None]
+    others = form.data.rows(form.shot_split, data) if shots else []
+    if shots > len(others):
+        raise ValueError(f"n_shot is {shots}; {name} has {len(others)} examples to show")
+    shown = draw(others, shots, seed)
+    before = "".join(f"{form.prompt(row)}{form.answer(row)}" for row in shown if form.answer)
+
+    def sample(position: int, row: Mapping[str, Any]) -> Sample:
+        text = f"{before}{form.prompt(row)}"
+        return Sample(
+            id=_id(row, f"{name}:{position}"),
+            prompt=_question(text) if form.chat and chat else text,
+            references=form.references(row),
+            category=form.category(row),
+            fields=dict(row),
+        )
+
+    numbered = list(enumerate(rows, 1))
+    drawn = draw(numbered, samples, seed, group=lambda pair: form.category(pair[1]))
+    return Task(
+        name=name,
+        samples=tuple(sample(position, row) for position, row in drawn),
+        max_new_tokens=form.max_new_tokens,
+        stop=form.stop,
+        n_shot=shots,
+        metrics=form.metrics,
+    )
+
+
+def _question(text: str) -> tuple[Mapping[str, str], ...]:
+    return ({"role": "user", "content": text},)
+
+
+def _id(row: Mapping[str, Any], otherwise: str) -> str:
+    names = ("task_id", "question_id", "prompt_id", "id")
+    return next((str(row[name]) for name in names if name in row), otherwise)
+
+
+def _own(name: str, samples: int | None, seed: int) -> Task:
+    from layerskip.training.data import read_rows
+
+    found = [_own_sample(where, row) for where, row in read_rows(name)]
+    if not found:
+        raise ValueError(f"{name} holds no prompts")
+    drawn = tuple(draw(found, samples, seed, group=lambda sample: sample.category))
+    has_references = any(sample.references for sample in drawn)
+    if has_references:
+        quality.rouge_scorer()
+    return Task(
+        name=name,
+        samples=drawn,
+        max_new_tokens=_OWN_MAX_NEW_TOKENS,
+        metrics=_own_metrics if has_references else None,
+    )
+
+
+def _own_sample(where: str, row: Mapping[str, Any]) -> Sample:
+    prompt, given = _own_prompt(row)
+    if not prompt:
+        raise ValueError(f"{where} has no `prompt` (a text) and no `messages` (role and content)")
+    given = row.get("references", row.get("reference", row.get("completion", given)))
+    references = (given,) if isinstance(given, str) else tuple(given)
+    if not all(isinstance(reference, str) for reference in references):
+        raise ValueError(f"{where} has references that are no texts")
+    return Sample(
+        id=str(row.get("id", where)),
+        prompt=prompt,
+        references=references,
+        category=None if row.get("category") is None else str(row["category"]),
+        fields=dict(row),
+    )
+
+
+def _own_prompt(row: Mapping[str, Any]) -> tuple[str | tuple[Mapping[str, str], ...], Any]:
+    """Prompt and references; a conversation that ends with an answer is asked without it."""
+    messages = row.get("messages")
+    if isinstance(messages, list) and all(isinstance(one, Mapping) for one in messages):
+        if messages and messages[-1].get("role") == "assistant":
+            return tuple(messages[:-1]), messages[-1].get("content", "")
+        return tuple(messages), ()
+    prompt = row.get("prompt", str(row.get("text", "")).rstrip("\n"))
+    return (prompt if isinstance(prompt, str) else ""), ()
+
+
+def _own_metrics(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
+    pairs = [pair for pair in zip(samples, texts, strict=True) if pair[0].references]
+    return quality.match_and_rouge([sample for sample, _ in pairs], [text for _, text in pairs])
+
+
+def draw(
+    items: Sequence[T],
+    count: int | None,
+    seed: int,
+    group: Callable[[T], Hashable] = lambda item: None,
+) -> list[T]:
+    """Draw items evenly over groups, in the order they had; all for None."""
+    if count is None or count >= len(items):
+        return list(items)
+    order = list(range(len(items)))
+    random.Random(seed).shuffle(order)
+    groups: dict[Hashable, list[int]] = {}
+    for position in order:
+        groups.setdefault(group(items[position]), []).append(position)
+    # One of each group in turn
+    turns = chain.from_iterable(zip_longest(*groups.values()))
+    evenly = [position for position in turns if position is not None]
+    return [items[position] for position in sorted(evenly[:count])]

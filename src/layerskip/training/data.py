@@ -22,13 +22,14 @@ Row = tuple[str, Mapping[str, Any]]  # where it stands, and its fields
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 
 
-def read_rows(source: str, split: str = "train") -> Iterator[Row]:
+def read_rows(source: str, split: str = "train", config: str | None = None) -> Iterator[Row]:
     """The rows of local files or a hub data set, each with where it stands ('train.tsv:17').
 
     Args:
         source: a file, compressed (.gz, .xz) or not, a pattern of several (`data/*_train.tsv.xz`,
             taken in alphabetical order), or a hub id. `$NAME` is replaced from the environment.
         split: of a hub data set.
+        config: the part of a hub data set that has several.
 
     Raises:
         ValueError: for a file of unknown kind, a data set that is not found, or a bad row, which
@@ -41,7 +42,7 @@ def read_rows(source: str, split: str = "train") -> Iterator[Row]:
     if not found:
         if Path(source).suffix in (*_SUFFIXES, ".gz", ".xz"):
             raise ValueError(f"the data file {source} does not exist")
-        yield from _hub_rows(source, split)
+        yield from _hub_rows(source, split, config)
     for file in found:
         yield from _file_rows(Path(file))
 
@@ -72,9 +73,9 @@ def _open(path: Path) -> TextIO:
     return cast(TextIO, opener(path, "rt", encoding="utf-8", newline=""))
 
 
-def _hub_rows(source: str, split: str) -> Iterator[Row]:
+def _hub_rows(source: str, split: str, config: str | None) -> Iterator[Row]:
     try:
-        rows = _datasets().load_dataset(source, split=split)
+        rows = _datasets().load_dataset(source, config, split=split)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{source} is no file, and no data set of the hub: {reason}") from error

@@ -1,0 +1,103 @@
+"""How good answers are: exact match, the final number, ROUGE, pass@1. All from 0 to 1."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from layerskip.bench.sandbox import runs_to_end
+
+if TYPE_CHECKING:
+    from layerskip.bench.tasks import Sample
+
+_ROUGE = ("rouge1", "rouge2", "rougeL")
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+
+
+def exact_match(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
+    """Share of answers that are a reference, character by character but for space at the ends."""
+    hits = [
+        text.strip() in {reference.strip() for reference in sample.references}
+        for sample, text in zip(samples, texts, strict=True)
+    ]
+    return {"exact_match": fmean(hits)}
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number after the last `####`, the form of GSM8K; without that mark, the last number."""
+    _, mark, marked = text.rpartition("####")
+    numbers = _NUMBER.findall(marked)
+    if not numbers:
+        return None
+    return Decimal(numbers[0 if mark else -1].replace(",", ""))
+
+
+def number_match(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
+    """Share of answers whose final number equals a reference's."""
+    hits = [
+        (number := final_number(text)) is not None
+        and number in {final_number(reference) for reference in sample.references}
+        for sample, text in zip(samples, texts, strict=True)
+    ]
+    return {"exact_match": fmean(hits)}
+
+
+def rouge(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
+    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L by `rouge-score`, without stemming.
+
+    Of several references the one with the best F1 counts, each measure by itself.
+    """
+    scorer = rouge_scorer()
+    scores = [
+        scorer.score_multi(list(sample.references), text)
+        for sample, text in zip(samples, texts, strict=True)
+    ]
+    return {name: fmean(score[name].fmeasure for score in scores) for name in _ROUGE}
+
+
+def rouge_scorer() -> Any:
+    """The scorer of `rouge-score`.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise ValueError("ROUGE needs `rouge-score`: pip install 'layerskip[bench]'") from None
+    return RougeScorer(_ROUGE)
+
+
+def match_and_rouge(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
+    """Exact match and ROUGE, for references of an unknown kind."""
+    return exact_match(samples, texts) | rouge(samples, texts)
+
+
+def pass_at_1(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
+    """Share of problems whose tests pass, one greedy answer each (Chen et al. 2021, n = k = 1).
+
+    The samples' fields are those of HumanEval or MBPP; the tests run in `sandbox.runs_to_end`.
+    """
+    programs = [program(sample, text) for sample, text in zip(samples, texts, strict=True)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return {"pass@1": fmean(pool.map(_passes, programs))}
+
+
+@functools.lru_cache(maxsize=8192)
+def _passes(program: str) -> bool:
+    """Modes that answer alike are judged once, and alike."""
+    return runs_to_end(program)
+
+
+def program(sample: Sample, text: str) -> str:
+    """An answer with the tests of its problem after it."""
+    row = sample.fields
+    if "entry_point" in row:  # HumanEval: the answer goes on with the prompt
+        return f"{sample.prompt}{text}\n{row['test']}\ncheck({row['entry_point']})\n"
+    return "\n".join([text, row["test_setup_code"], *row["test_list"], ""])

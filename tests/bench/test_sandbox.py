@@ -1,0 +1,207 @@
+"""Generated programs: what must pass, and what must neither pass nor do harm."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from layerskip.bench import confined
+from layerskip.bench.sandbox import Limits, runs_to_end
+
+QUICK = Limits(cpu_s=1, wall_s=30)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "assert 1 + 1 == 2",
+        "import collections, hashlib, heapq, itertools, math, random, re, typing, unittest",
+        "with open('x', 'w') as file: file.write('x')\nassert open('x').read() == 'x'",
+        "import os; os.mkdir('a'); os.rmdir('a')",
+        "import os; assert not set(os.environ) - {'LC_CTYPE'}",
+        "print('x' * 5_000_000)",
+        # what looks its own module up
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass A:\n    x: int\nassert A(1).x == 1",
+        "if __name__ == '__main__':\n    input()",
+    ],
+)
+def test_a_program_that_runs_to_its_end(program):
+    assert runs_to_end(program, QUICK)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "assert 1 + 1 == 3",
+        "def f(:",
+        "input()",
+        "import sys; sys.exit(0)",
+        "raise SystemExit",
+        "import os; os._exit(0)",
+        "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
+        "import atexit, os; atexit.register(os._exit, 0); sys",
+        "import numpy",
+        "def f(): f()\nf()",
+    ],
+)
+def test_whatever_ends_early_fails(program):
+    assert not runs_to_end(program, QUICK)
+
+
+@pytest.mark.parametrize("descriptor", [3, 4, 5])
+def test_a_report_needs_its_word(descriptor):
+    program = f"import os\nos.write({descriptor}, b'passed')\nos._exit(0)"
+    assert not runs_to_end(program, QUICK)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "while True: pass",
+        "import time; time.sleep(600)",
+        "x = bytearray(3 << 30)",
+        "with open('x', 'wb') as file: file.write(bytes(40 << 20))",
+        "import os\nwhile True: os.fork()",
+        "import subprocess; subprocess.run(['true'])",
+        "import socket; socket.socket()",
+        "import urllib.request; urllib.request.urlopen('http://127.0.0.1')",
+    ],
+)
+def test_what_uses_more_than_its_share_fails(program):
+    assert not runs_to_end(program, Limits(cpu_s=1, wall_s=3))
+
+
+def test_nothing_outside_the_folder_changes(tmp_path):
+    kept = tmp_path / "kept"
+    kept.write_text("as it was")
+    program = f"""
+import os, pathlib, shutil
+attempts = [
+    lambda: open({str(kept)!r}, "w"),
+    lambda: os.open({str(kept)!r}, os.O_WRONLY | os.O_TRUNC),
+    lambda: os.remove({str(kept)!r}),
+    lambda: os.rename({str(kept)!r}, "mine"),
+    lambda: os.chmod({str(kept)!r}, 0),
+    lambda: os.truncate({str(kept)!r}, 0),
+    lambda: shutil.rmtree({str(tmp_path)!r}),
+    lambda: pathlib.Path({str(tmp_path / "new")!r}).touch(),
+    lambda: os.symlink({str(kept)!r}, "link") or open("link", "w"),
+]
+done = []
+for number, attempt in enumerate(attempts):
+    try:
+        attempt()
+        done.append(number)
+    except OSError:
+        pass
+assert not done, done
+"""
+    assert runs_to_end(program, QUICK)
+    assert kept.read_text() == "as it was"
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_temporary_folders_and_processes_are_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert not runs_to_end("open('x', 'w')\nwhile True: pass", Limits(cpu_s=1, wall_s=3))
+    assert not list(tmp_path.iterdir())
+    assert not processes_in(tmp_path)
+
+
+def processes_in(folder):
+    """Processes whose working folder is below this one."""
+    links = [link for link in Path("/proc").glob("[0-9]*/cwd") if os.access(link, os.R_OK)]
+    return [link for link in links if os.path.realpath(link).startswith(str(folder))]
+
+
+# --- each layer by itself
+
+
+def run_layer(tmp_path, code):
+    """Run code after `import confined` in a process of its own; what it prints as JSON."""
+    script = f"import sys; sys.path.insert(0, {str(Path(confined.__file__).parent)!r})\n"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", f"{script}import json, os, confined\n{code}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def test_the_hook_alone_refuses(tmp_path):
+    code = """
+import pathlib, sqlite3, ctypes, socket, subprocess
+outside = pathlib.Path(os.getcwd()).parent / "outside"
+attempts = {
+    "write": lambda: outside.write_text("x"),
+    "append": lambda: open(outside, "a"),
+    "make a folder": lambda: outside.mkdir(),
+    "database": lambda: sqlite3.connect(outside),
+    "socket": lambda: socket.socket(),
+    "fork": lambda: os.fork(),
+    "command": lambda: os.system("true"),
+    "process": lambda: subprocess.run(["true"]),
+    "spawn": lambda: os.posix_spawn("/bin/true", ["true"], {}),
+    "replace": lambda: os.execv("/bin/true", ["true"]),
+    "kill": lambda: os.kill(os.getppid(), 0),
+    "library": lambda: ctypes.CDLL(None),
+}
+sys.addaudithook(confined._guard(os.path.realpath(".")))
+done = []
+for name, attempt in attempts.items():
+    try:
+        attempt()
+        done.append(name)
+    except PermissionError:
+        pass
+open("inside", "w").close()
+print(json.dumps(done))
+"""
+    assert run_layer(tmp_path, code) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["inside"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
+def test_namespaces_alone_cut_off_network_and_files(tmp_path):
+    outside = tmp_path / "outside"
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        code = f"""
+import socket
+confined._enter_namespaces(os.getcwd(), 1 << 20)
+def works(attempt):
+    try:
+        attempt()
+        return True
+    except OSError:
+        return False
+print(json.dumps({{
+    "alone": os.getpid() == 1,
+    "connects": works(lambda: socket.create_connection(("127.0.0.1", {server.getsockname()[1]}))),
+    "writes outside": works(lambda: open({str(outside)!r}, "w")),
+    "writes inside": works(lambda: open("small", "w").close()),
+    "writes much": works(lambda: open("large", "wb", 0).write(bytes(1 << 20)) == 1 << 20 or 1 / 0),
+    "kills": works(lambda: os.kill({os.getpid()}, 0)),
+}}), flush=True)
+"""
+        found = run_layer(folder, code)
+    if not found["alone"]:
+        pytest.skip("this user may not have namespaces here")
+    assert found == {
+        "alone": True,
+        "connects": False,
+        "writes outside": False,
+        "writes inside": True,
+        "writes much": True,
+        "kills": False,
+    }
+    assert not outside.exists()
+    assert not list(folder.iterdir())
