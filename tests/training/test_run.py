@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from layerskip.training import TrainConfig, train
+from layerskip.training import LayerSkipTrainer, TrainConfig, train
 from layerskip.training.callbacks import read_log
 from layerskip.training.errors import CheckpointError, NonFiniteLossError
 from layerskip.training.trainer import last_checkpoint
@@ -84,18 +85,76 @@ def test_training_learns(settings):
         assert losses[-1][name] < 0.85 * losses[0][name]
 
 
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Runs that end with an exception in their n-th forward pass."""
+
+    def interrupt(settings, forward_passes, **changes):
+        plain, count = LayerSkipTrainer.training_step, itertools.count(1)
+
+        def until(self, *args, **kwargs):
+            if next(count) == forward_passes:
+                raise KeyboardInterrupt
+            return plain(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LayerSkipTrainer, "training_step", until)
+            with pytest.raises(KeyboardInterrupt):
+                run(settings, **changes)
+
+    return interrupt
+
+
 @pytest.mark.parametrize("changes", [{}, {"accumulation": 2}, {"packing": True, "max_length": 24}])
-def test_resume_is_bit_for_bit(settings, tmp_path, changes):
-    whole = run(settings, **changes, max_steps=40, save_steps=15, keep_checkpoints=9)
+def test_resume_is_bit_for_bit(settings, tmp_path, interrupted, changes):
+    changes = {**changes, "max_steps": 40, "save_steps": 15, "keep_checkpoints": 9}
+    whole = run(settings, **changes)
     half = tmp_path / "half"
-    run(settings, **changes, max_steps=40, save_steps=15, output=str(half), max_minutes=1e-9)
-    first = last_checkpoint(half)
-    assert first.endswith("checkpoint-1")
-    resumed = run(settings, **changes, max_steps=40, save_steps=15, output=str(half), resume=True)
+    interrupted(settings, 40, **changes, output=str(half))
+    assert last_checkpoint(half).endswith("checkpoint-15" if "accumulation" in changes else "-30")
+    resumed = run(settings, **changes, output=str(half), resume=True)
     assert resumed.steps == 40
     assert_same_weights(whole.output, half)
     steps = [log["step"] for log in read_log(half / "train_log.jsonl") if "loss" in log]
     assert steps == sorted(set(steps))
+
+
+def test_the_curriculum_goes_on_after_a_resume(settings, tmp_path, interrupted):
+    changes = {"curriculum": "rotational", "rotation": 3, "log_steps": 1, "max_steps": 7}
+    whole = run(settings, **changes)
+    half = tmp_path / "half"
+    interrupted(settings, 4, **changes, output=str(half))
+    run(settings, **changes, output=str(half), resume=True)
+    exits = [
+        [name for name in log if name.startswith("loss_exit")]
+        for folder in (whole.output, half)
+        for log in read_log(folder / "train_log.jsonl")
+        if "loss" in log
+    ]
+    assert exits[:7] == exits[7:]
+    assert len({*map(tuple, exits)}) == 3
+
+
+def test_skip_rates_of_all_layers_are_in_the_log(settings):
+    result = run(settings, max_steps=2, log_steps=1, p_max=0.3)
+    log = next(log for log in read_log(result.output / "train_log.jsonl") if "loss" in log)
+    assert log["skip_rates"] == pytest.approx([0.0, 0.077976, 0.17622, 0.3], abs=1e-6)
+    assert log["skip_rate_last"] == 0.3
+
+
+def test_progress_is_told_and_nothing_is_printed(settings, capfd):
+    from datasets import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    before = (logging.is_progress_bar_enabled(), are_progress_bars_disabled())
+    told = []
+    train(TrainConfig.from_mapping({**settings, "eval_rows": 8}), told.append)
+    assert [report.step for report in told if not report.logs] == [*range(7)]
+    assert {report.total_steps for report in told} == {6}
+    assert [report.step for report in told if "loss" in report.logs] == [2, 4, 6]
+    assert "eval_loss" in told[-1].logs
+    assert capfd.readouterr() == ("", "")
+    assert (logging.is_progress_bar_enabled(), are_progress_bars_disabled()) == before
 
 
 _SCRIPT = """

@@ -1,5 +1,6 @@
 """`layerskip train`: the recipe on a checkpoint; its flags are the settings of `TrainConfig`."""
 
+import os
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from layerskip.cli import options
 from layerskip.recipe import RecipeConfig
 
 try:
+    from layerskip.cli.train_progress import TrainProgress
     from layerskip.training import TrainConfig, train
 except ImportError as error:
     raise ImportError(
@@ -73,7 +75,11 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
     """
     given = {name: value for name, value in flags.items() if value is not None}
     settings = TrainConfig.from_yaml(config, **given) if config else TrainConfig.from_mapping(given)
-    result = train(settings)
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, accelerate launch
+    with TrainProgress(is_shown=is_first) as progress:
+        result = train(settings, progress)
+    if not is_first:
+        return
     if as_json:
         document = {
             "output": str(result.output),

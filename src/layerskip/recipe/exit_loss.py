@@ -199,7 +199,5 @@ def _chunk_step(
             slope[:-1].mul_(1 + work.distillation_weight).sub_(q, alpha=work.distillation_weight)
         slope.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
         weighted = torch.mul(slope, weights[:, None, None], out=torch.empty_like(logits))
-        gradients = torch.autograd.grad(
-            logits, (states, *parameters), weighted, allow_unused=True
-        )
+        gradients = torch.autograd.grad(logits, (states, *parameters), weighted, allow_unused=True)
     return _ChunkStep(loss_sums, divergence_sums, correct, gradients)

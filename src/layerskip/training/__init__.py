@@ -5,11 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layerskip.training.config import TrainConfig
+    from layerskip.training.progress import Progress
     from layerskip.training.run import train
     from layerskip.training.trainer import LayerSkipMixin, LayerSkipTrainer, RecipeCallback
 
-__all__ = ["LayerSkipMixin", "LayerSkipTrainer", "RecipeCallback", "TrainConfig", "train"]
-_FILES = {"TrainConfig": "config", "train": "run"}
+__all__ = [
+    "LayerSkipMixin",
+    "LayerSkipTrainer",
+    "Progress",
+    "RecipeCallback",
+    "TrainConfig",
+    "train",
+]
+_FILES = {"TrainConfig": "config", "Progress": "progress", "train": "run"}
 
 
 def __getattr__(name: str) -> Any:

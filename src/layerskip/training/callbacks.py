@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from layerskip.recipe.attached import AttachedRecipe
 
 
 class JsonLinesLog(TrainerCallback):
@@ -15,10 +21,12 @@ class JsonLinesLog(TrainerCallback):
 
     Args:
         path: the file; after a resume, lines of steps that are done again are dropped from it.
+        attached: the recipe whose skip rates, one a layer, are added to the lines about training.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, attached: AttachedRecipe) -> None:
         self._path = path
+        self._attached = attached
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the file, or go on with it."""
@@ -30,33 +38,77 @@ class JsonLinesLog(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Write a line."""
-        if state.is_world_process_zero:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if not state.is_world_process_zero:
+            return
+        line = {"step": state.global_step, **logs}
+        if "loss" in logs:
+            line["skip_rates"] = [round(rate, 6) for rate in self._attached.skip_rates]
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
-class StopAfter(TrainerCallback):
-    """Stops training after some minutes, with a checkpoint; a resume has as long again.
+class TimeBudget(TrainerCallback, ExportableState):
+    """Fits a run into some minutes: the learning rate schedule ends with them, and so does training.
+
+    The schedule follows the larger of the share of steps that is done and the share of time that is
+    gone; the warm-up counts steps alone. Time spent is kept in checkpoints, so a resume has what is
+    left. All processes go by the first one's clock, since they must agree on both.
 
     Args:
-        minutes: from the start of training.
+        minutes: of training, over all resumes.
     """
 
     def __init__(self, minutes: float) -> None:
         self._seconds = 60 * minutes
+        self._earlier_s = 0.0
         self._start = time.monotonic()
+        self._share = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock."""
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        spent_s = self._earlier_s + time.monotonic() - self._start
+        return {"args": {}, "attributes": {"spent_s": spent_s}}
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any
+    ) -> None:
+        """Start the clock where the checkpoint stopped it, and bend the schedule."""
         self._start = time.monotonic()
+        if state.global_step:
+            saved = state.stateful_callbacks.get(type(self).__name__, {"attributes": {}})
+            self._earlier_s = saved["attributes"].get("spent_s", 0.0)
+        if isinstance(lr_scheduler, LambdaLR):
+            warmup = args.get_warmup_steps(state.max_steps)
+            lr_scheduler.lr_lambdas = [
+                self._bent(factor, warmup, state.max_steps) for factor in lr_scheduler.lr_lambdas
+            ]
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Look at the clock, before the schedule is asked for the next step's rate."""
+        share = self.state()["attributes"]["spent_s"] / self._seconds
+        if torch.distributed.is_initialized():
+            shared = torch.tensor(share, dtype=torch.float64, device=args.device)
+            torch.distributed.broadcast(shared, 0)
+            share = shared.item()
+        self._share = min(share, 1.0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Look at the clock."""
-        if time.monotonic() - self._start >= self._seconds:
+        """Stop when the time is over."""
+        if self._share >= 1:
             control.should_training_stop = control.should_save = True
 
+    def _bent(
+        self, factor: Callable[[int], float], warmup: int, total: int
+    ) -> Callable[[int], float]:
+        def at(step: int) -> float:
+            if step < warmup:
+                return factor(step)
+            return factor(max(step, warmup + int(self._share * (total - warmup))))
 
-def read_log(path: Path) -> list[dict[str, float]]:
+        return at
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; [] where there is none. A line cut off by a crash is left out."""
     logs = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:

@@ -31,7 +31,9 @@ class TrainConfig:
     model: str = _setting(
         "folder, hub id or built-in name of the model, or of a configuration with --from-scratch"
     )
-    data: str = _setting("hub id, or file(s): jsonl, json, csv, tsv, txt, parquet; .gz and .xz; may be a pattern")
+    data: str = _setting(
+        "hub id, or file(s): jsonl, json, csv, tsv, txt, parquet; .gz and .xz; may be a pattern"
+    )
     output: str = _setting("folder of the result, its checkpoints and logs")
     regime: Literal["pretrain", "continual", "domain", "task"] = _setting(
         "preset of the recipe", "continual"
@@ -54,7 +56,9 @@ class TrainConfig:
     accumulation: int = _setting("batches of one optimizer step", 1)
     epochs: float = _setting("passes over the data", 1.0)
     max_steps: int | None = _setting("optimizer steps, instead of --epochs", None)
-    max_minutes: float | None = _setting("stop after so long, with a checkpoint", None)
+    max_minutes: float | None = _setting(
+        "end after so long; the learning rate schedule fits into it", None
+    )
     learning_rate: float | None = _setting("peak learning rate (default: the regime's)", None)
     scheduler: str = _setting("learning rate schedule, as in transformers", "cosine")
     warmup_steps: int = _setting("steps in which the learning rate rises", 0)

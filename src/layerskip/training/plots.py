@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 _EXIT = re.compile(r"(eval_)?(loss|accuracy)_exit_(\d+)")
 
 
 def exit_series(
-    logs: Sequence[dict[str, float]], name: str
+    logs: Sequence[dict[str, Any]], name: str
 ) -> dict[int, tuple[list[float], list[float]]]:
     """Steps and values of a figure for every exit, such as `loss` or `eval_accuracy`."""
     series: dict[int, tuple[list[float], list[float]]] = {}
@@ -24,7 +25,7 @@ def exit_series(
     return dict(sorted(series.items()))
 
 
-def plot_run(logs: Sequence[dict[str, float]], directory: Path) -> list[Path]:
+def plot_run(logs: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
     """Draw loss over steps for every exit, and the last evaluation's accuracy over the layers.
 
     Args:

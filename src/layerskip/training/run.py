@@ -6,6 +6,7 @@ import importlib.util
 import json
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_callback import PrinterCallback
 
 from layerskip.recipe import detach
-from layerskip.training.callbacks import JsonLinesLog, StopAfter, read_log
+from layerskip.training.callbacks import JsonLinesLog, TimeBudget, read_log
 from layerskip.training.config import TrainConfig
 from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows, read_rows
 from layerskip.training.memory import keep_freed_memory
 from layerskip.training.plots import plot_run
+from layerskip.training.progress import Progress, Watch, hidden_bars
 from layerskip.training.source import pretrained, pretrained_weights
 from layerskip.training.trainer import INCOMPLETE, LayerSkipTrainer, last_checkpoint
 
@@ -47,17 +50,26 @@ class TrainResult:
     exit_layer: int
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, watch: Callable[[Progress], None] | None = None) -> TrainResult:
     """Train a model with the recipe and write an ordinary transformers checkpoint.
 
     The folder `config.output` gets the model (a LoRA adapter merged, and beside it in `adapter/`),
     tokenizer, `train.json` (all settings), `train_log.jsonl`, pictures and `checkpoint-*` to resume
-    from. Under `torchrun` or `accelerate launch` all processes call this.
+    from. Under `torchrun` or `accelerate launch` all processes call this. Nothing is printed.
+
+    Args:
+        config: the settings.
+        watch: is told how far the run is, in the first process.
 
     Raises:
         ValueError: for settings that do not fit each other, the data or the model: before training.
         NonFiniteLossError, CheckpointError: what stopped training; checkpoints are kept.
     """
+    with hidden_bars():
+        return _train(config, watch)
+
+
+def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> TrainResult:
     output = Path(config.output)
     resume_from = _resume_from(config, output)
     set_seed(config.seed)
@@ -70,6 +82,9 @@ def train(config: TrainConfig) -> TrainResult:
         model = _with_adapter(model, config)
     output.mkdir(parents=True, exist_ok=True)
     trainer = _trainer(config, model, tokenizer, train_rows, eval_rows)
+    trainer.add_callback(JsonLinesLog(output / "train_log.jsonl", trainer.attached))
+    if watch is not None:
+        trainer.add_callback(Watch(watch))
     if trainer.is_world_process_zero():
         shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
         settings = json.dumps(config.as_flat_dict(), indent=2)
@@ -206,9 +221,6 @@ def _with_adapter(model: PreTrainedModel, config: TrainConfig) -> Any:
 def _trainer(
     config: TrainConfig, model: Any, tokenizer: Any, train_rows: Any, eval_rows: Any
 ) -> LayerSkipTrainer:
-    callbacks: list[Any] = [JsonLinesLog(Path(config.output) / "train_log.jsonl")]
-    if config.max_minutes is not None:
-        callbacks.append(StopAfter(config.max_minutes))
     use_gpu = config.device != "cpu" and torch.cuda.is_available()
     # Named only where it is wanted: the field has another name in newer versions of transformers.
     checkpointing: dict[str, Any] = (
@@ -243,19 +255,23 @@ def _trainer(
         seed=config.seed,
         use_cpu=not use_gpu,
         dataloader_pin_memory=use_gpu,
+        disable_tqdm=True,
         **checkpointing,
     )
-    return LayerSkipTrainer(
+    trainer = LayerSkipTrainer(
         model=model,
         args=arguments,
         data_collator=Collator(tokenizer.pad_token_id),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        callbacks=callbacks,
         recipe=config.effective_recipe,
         eval_exits=config.eval_exits,
     )
+    trainer.remove_callback(PrinterCallback)  # prints to stdout where there is no progress bar
+    if config.max_minutes is not None:
+        trainer.add_callback(TimeBudget(config.max_minutes))
+    return trainer
 
 
 def _save(trainer: LayerSkipTrainer, config: TrainConfig, exit_layer: int, output: Path) -> None:

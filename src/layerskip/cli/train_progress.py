@@ -1,0 +1,50 @@
+"""How a training run is shown on stderr: a bar on a terminal, a line for every log elsewhere."""
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from layerskip.training import Progress as Report
+
+
+class TrainProgress:
+    """A context in which the object, called with a run's progress, shows it.
+
+    Args:
+        is_shown: False in all processes but one.
+    """
+
+    def __init__(self, *, is_shown: bool) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not (is_shown and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task("loading model and data", total=None)
+
+    def __enter__(self) -> "TrainProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, report: Report) -> None:
+        """Move the bar, and print a line where there are figures; each exit's are in the log file."""
+        self._bar.update(
+            self._task, description="training", completed=report.step, total=report.total_steps
+        )
+        shown = [f"{k} {v:.4g}" for k, v in report.logs.items() if "_exit_" not in k]
+        if shown:
+            self._console.print(f"step {report.step}/{report.total_steps}: {', '.join(shown)}")

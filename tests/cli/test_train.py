@@ -1,0 +1,94 @@
+"""`layerskip train` in this process, on the tiny checkpoint."""
+
+import json
+
+import pytest
+
+from layerskip.training import TrainConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture
+def train(run, folder, tmp_path):
+    """Train a few steps: (exit status, stdout, stderr)."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(f'{{"prompt": "{n}+1=", "completion": "{n + 1}"}}\n' for n in range(9)))
+
+    def call(*arguments):
+        return run(
+            *("train", "--model", folder, "--data", data, "--output", tmp_path / "out"),
+            *("--rotation", 2, "--max-steps", 4, "--batch-size", 2, "--log-steps", 2),
+            *("--device", "cpu", *arguments),
+            model=False,
+        )
+
+    return call
+
+
+def test_json_is_all_there_is_on_stdout(train, tmp_path):
+    status, out, err = train("--json", "--eval-rows", 3)
+    assert status == 0, err
+    result = json.loads(out)
+    assert (result["output"], result["steps"]) == (str(tmp_path / "out"), 4)
+    assert "eval_loss_exit_1" in result["metrics"]
+    lines = err.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "step 2/4",
+        "step 4/4",
+        "step 4/4",
+        "step 4/4",
+    ]
+    assert "loss" in lines[0]
+    assert "learning_rate" in lines[0]
+
+
+def test_the_result_in_one_line(train, tmp_path):
+    status, out, _ = train()
+    assert (status, out) == (0, f"{tmp_path / 'out'}: 4 steps, exit layer 1\n")
+
+
+def test_only_the_first_process_prints(train, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    status, out, _ = train("--json")
+    assert (status, out) == (0, "")
+
+
+def test_flags_go_before_yaml(train, tmp_path):
+    config = tmp_path / "a.yaml"
+    config.write_text("max_steps: 3\nfixed-exits: [2]\np_max: 0.3\n")
+    status, out, _ = train(config, "--p-max", 0.2)
+    assert status == 0
+    assert "4 steps, exit layer 2" in out
+    used = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert (used["p_max"], used["fixed_exits"]) == (0.2, [2])
+
+
+def test_every_setting_has_a_flag_of_its_name(run):
+    _, out, _ = run("train", "--help", model=False)
+    for name in TrainConfig.settings():
+        assert f"--{name.replace('_', '-')}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("--learning-rate", "nan"), 1, "learning_rate is nan"),
+        (("--learning-rate", "fast"), 2, "'fast' is not a valid float"),
+        (("--rotation", 5), 1, "rotation is 5, but there are 4 exits"),
+        (("--fixed-exits", 9), 1, "fixed_exits names [9], but the model has 4 layers"),
+        (("--exits", 2, "--exit-every", 2), 1, "exits and exit_every"),
+        (("--eval-rows", 2, "--eval-data", "x"), 1, "contradict each other"),
+        (("--completion", "{answer}"), 1, "rows.jsonl:1 has the fields ['completion', 'prompt']"),
+        (("--max-length", 2), 1, "no row of"),
+        (("--data", "none.jsonl"), 1, "none.jsonl does not exist"),
+        (("--regime", "best"), 2, "'best' is not one of"),
+        (("--speed", 2), 2, "No such option"),
+    ],
+)
+def test_bad_input_is_one_line(train, tmp_path, arguments, status, message):
+    done = train(*arguments)
+    assert done[:2] == (status, "")
+    assert done[2].count("\n") == 1
+    assert message in done[2]
+    assert not (tmp_path / "out" / "checkpoint-4").exists()
