@@ -14,7 +14,12 @@ _COMMANDS = {
     "pull": "fetch a built-in model into the cache",
     "generate": "answer a prompt",
     "chat": "talk with a model",
+    "tune": "find the fastest exit layer and draft length for your prompts here",
     "train": "teach a checkpoint's early layers to answer",
+    "bench": "all modes, and other systems, side by side on a task",
+    "eval": "what every exit is worth: lm-evaluation-harness, perplexity",
+    "lens": "what every layer would have said",
+    "export": "write a checkpoint for other programs",
 }
 
 

@@ -217,7 +217,7 @@ def write_file(path: Path, content: bytes) -> None:
         raise
 
 
-def check_output(output: Path | None) -> None:
+def check_output(output: Path | None, flag: str = "--output") -> None:
     """Refuse an output file that cannot be written before any long work starts."""
     if output is not None and not output.absolute().parent.is_dir():
-        raise click.UsageError(f"the folder of --output {output} does not exist")
+        raise click.UsageError(f"the folder of {flag} {output} does not exist")

@@ -1,0 +1,189 @@
+"""`layerskip lens`: what every layer would have said, as a table, a picture, and a page."""
+
+import functools
+import operator
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import track
+
+from layerskip.cli import lens_table, options
+from layerskip.cli.prompts import read_prompts
+from layerskip.decoding import Generation, LayerSkipModel
+from layerskip.lens import Agreement, Report, report_on
+from layerskip.lens.page import agreement_page, report_page
+
+PROMPT_TAIL = 16  # positions of the prompt that are looked at where none were asked for
+PICTURE_POSITIONS = 16
+
+_file_type = click.Path(dir_okay=False, path_type=Path)
+
+
+def _layers(_: click.Context, __: click.Parameter, value: str | None) -> list[int] | None:
+    """Such as 4,8,12-20."""
+    if value is None:
+        return None
+    found: set[int] = set()
+    for part in value.split(","):
+        first, last = _span(part)
+        if first > last:
+            raise click.BadParameter(f"{value!r} is no list of layers such as 4,8,12-20")
+        found |= set(range(first, last + 1))
+    return sorted(found)
+
+
+def _positions(_: click.Context, __: click.Parameter, value: str | None) -> range | None:
+    """`all`, or the first and the last, such as 10-30."""
+    if value is None:
+        return None
+    first, last = (1, sys.maxsize - 1) if value == "all" else _span(value)
+    if not 1 <= first <= last:
+        raise click.BadParameter(f"{value!r} is neither 'all' nor positions such as 10-30")
+    return range(first, last + 1)
+
+
+def _span(text: str) -> tuple[int, int]:
+    """Of 4 and 12-20 the first and the last; of other things an empty one."""
+    match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", text)
+    return (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+
+
+@click.command("lens")
+@click.option("--prompt", help="The prompt; without it, standard input is one prompt.")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help='A file of prompts, for agreement layer by layer: .jsonl with a field "prompt" or'
+    ' "messages", else one prompt a line.',
+)
+@click.option("--samples", type=click.IntRange(min=1), help="Only the first prompts of --data.")
+@click.option("--chat", is_flag=True, help="Wrap each prompt in the model's chat template.")
+@click.option("--continuation", help="Look at this text after the prompt, not at an answer.")
+@click.option("--layers", callback=_layers, metavar="4,8,12-20", help="Exit layers. Default: all.")
+@click.option(
+    "--positions",
+    callback=_positions,
+    metavar="A-B|all",
+    help="Positions of the text, the prompt's first token being 0. Default: the answer, and on the"
+    " terminal and in the picture as much of it as fits.",
+)
+@click.option("--png", type=_file_type, help="Draw the picture to a file.")
+@click.option("--html", type=_file_type, help="Write the page, which needs no network, to a file.")
+@options.mode_options
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True, metavar="N"
+)
+@options.model_options
+@options.result_options
+@options.debug_option
+def command(
+    prompt: str | None,
+    data: Path | None,
+    samples: int | None,
+    chat: bool,
+    continuation: str | None,
+    layers: list[int] | None,
+    positions: range | None,
+    png: Path | None,
+    html: Path | None,
+    max_new_tokens: int,
+    as_json: bool,
+    output: Path | None,
+    **flags: Any,
+) -> None:
+    """Show what every layer would have said at each position of an answer.
+
+    A layer's word is what early exit there would say: the final norm and the head, applied after that
+    layer. A position is settled at the layer from which on nothing changes any more. With --data: how
+    often each layer agrees with the last one, over the answers to all prompts. With --mode
+    self-speculative also the rounds: drafted, accepted, corrected. Answers are greedy.
+
+    \b
+    Examples:
+      layerskip lens --prompt "The capital of France is" --max-new-tokens 12
+      layerskip lens --prompt "def fib(n):" --layers 10,20-30 --positions 4-20 --png lens.png
+      layerskip lens --chat --prompt "Name three rivers." --mode self-speculative \\
+          --exit-layer 25 --draft-tokens 3 --html lens.html
+      layerskip lens --data prompts.jsonl --samples 20 --png agreement.png --output lens.json
+    """
+    if data is not None and not (prompt is None and continuation is None and positions is None):
+        raise click.UsageError("--data excludes --prompt, --continuation, and --positions")
+    if samples is not None and data is None:
+        raise click.UsageError("--samples needs --data")
+    for flag, file in (("--output", output), ("--png", png), ("--html", html)):
+        options.check_output(file, flag)
+    if png is not None:
+        from layerskip.lens import (
+            picture,  # refuses before any long work where it has no matplotlib
+        )
+    prompts = [_prompt(prompt)] if data is None else read_prompts(data)[:samples]
+    if chat:
+        prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    model = options.load_model(flags)
+    decoding = {name: flags[name] for name in ("mode", "exit_layer", "draft_tokens")}
+    decoding["max_new_tokens"] = max_new_tokens
+    name = Path(flags["model"]).name
+    console = Console(highlight=False, quiet=as_json)
+    if data is None:
+        with options.waiting("looking"):
+            report = _look(model, name, prompts[0], continuation, layers, positions, decoding)
+        lens_table.show_report(console, report, all_positions=positions is not None)
+        document = report.to_dict()
+        if html is not None:
+            options.write_file(html, report_page(report).encode())
+        if png is not None:
+            options.write_file(png, picture.draw_report(report if positions else _head(report)))
+    else:
+        agreement = _agreement(model, prompts, layers, decoding)
+        lens_table.show_agreement(console, agreement)
+        document = {"model": name, "agreement": agreement.to_dict()}
+        if html is not None:
+            options.write_file(html, agreement_page(agreement, name).encode())
+        if png is not None:
+            options.write_file(png, picture.draw_agreement(agreement, name))
+    options.deliver(document, as_json=as_json, output=output)
+
+
+def _prompt(given: str | None) -> str:
+    if given is None and sys.stdin.isatty():
+        raise click.UsageError("give a prompt with --prompt or --data, or on standard input")
+    return sys.stdin.read().removesuffix("\n") if given is None else given
+
+
+def _look(
+    model: LayerSkipModel,
+    name: str,
+    prompt: Any,
+    continuation: str | None,
+    layers: list[int] | None,
+    positions: range | None,
+    decoding: dict[str, Any],
+) -> Report:
+    ids = model.tokenize(prompt)
+    answer: Generation | list[int]
+    if continuation is None:
+        answer = model.answer(ids, **decoding).complete()
+    else:
+        answer = model.tokenizer.encode(continuation, add_special_tokens=False)
+    start = len(ids) - PROMPT_TAIL if positions is None else min(positions.start, len(ids))
+    report = report_on(model, name, ids, answer, exits=layers, start=max(start, 1))
+    return report if positions is None else report.part(positions)
+
+
+def _head(report: Report) -> Report:
+    """As much of the answer as makes a picture of a common size."""
+    start = report.lens.prompt_tokens
+    return report.part(range(start, start + PICTURE_POSITIONS))
+
+
+def _agreement(
+    model: LayerSkipModel, prompts: list[Any], layers: list[int] | None, decoding: dict[str, Any]
+) -> Agreement:
+    console = Console(stderr=True)
+    bar = track(prompts, "looking", console=console, disable=not console.is_terminal)
+    found = (_look(model, "", prompt, None, layers, None, decoding).agreement for prompt in bar)
+    return functools.reduce(operator.add, found)

@@ -1,0 +1,123 @@
+"""A report as one HTML page that needs nothing else: no network, no fonts, no other file."""
+
+import base64
+import functools
+import hashlib
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from layerskip.lens.agreement import Agreement
+from layerskip.lens.report import Report
+from layerskip.lens.rounds import Round
+
+
+def report_page(report: Report) -> str:
+    """The page of one text: the rounds, and what every layer would have said.
+
+    All positions of `report.lens` are shown; whoever wants fewer takes a part of it.
+    """
+    return _render("report.html", report=report, lens=_Grid(report), data=_data(report))
+
+
+def agreement_page(agreement: Agreement, model: str) -> str:
+    """The page of a file of prompts: agreement layer by layer."""
+    return _render("agreement.html", agreement=agreement, model=model)
+
+
+class _Grid:
+    """The cells of the table, the last layer first."""
+
+    def __init__(self, report: Report) -> None:
+        lens = report.lens
+        agrees, settled = lens.agrees.tolist(), lens.settled
+        origins = _origins(report.rounds)
+        self.columns = [
+            {
+                "position": position,
+                "symbol": report.symbols[lens.token_ids[position]],
+                "settled": settled[column],
+                "in_prompt": position < lens.prompt_tokens,
+                "starts_answer": position == lens.prompt_tokens and column > 0,
+                "origin": origins.get(position),
+            }
+            for column, position in enumerate(lens.positions)
+        ]
+        rates = dict(zip(report.agreement.exits, report.agreement.rates, strict=True))
+        self.rows = [
+            {
+                "exit": e,
+                "agreement": rates[e],
+                "cells": [
+                    {
+                        "symbol": report.symbols[int(lens.top_ids[row, column, 0])],
+                        "percent": round(100 * float(lens.top_probabilities[row, column, 0])),
+                        "agrees": agrees[row][column],
+                        "settles": settled[column] == e,
+                        # The line between what is settled and what is not runs here upright too.
+                        "left": column > 0 and (settled[column - 1] <= e) != (settled[column] <= e),
+                    }
+                    for column in range(len(lens.positions))
+                ],
+            }
+            for row, e in reversed(list(enumerate(lens.exits)))
+        ]
+
+
+def _origins(rounds: tuple[Round, ...]) -> dict[int, str]:
+    """Position to where its token came from, for the tokens of rounds."""
+    origins: dict[int, str] = {}
+    for one in rounds:
+        after = one.position + len(one.accepted)
+        origins |= dict.fromkeys(range(one.position, after), "accepted")
+        if one.own is not None:
+            origins[after] = "corrected" if one.corrected else "own"
+    return origins
+
+
+def _data(report: Report) -> dict[str, Any]:
+    """What the page's script shows of a cell: symbols once, then (symbol, probability) by number."""
+    lens, numbers = report.lens, dict[str, int]()
+
+    def number(token: int) -> int:
+        return numbers.setdefault(report.symbols[token], len(numbers))
+
+    cells = [
+        [
+            {
+                "top": [[number(t), round(p, 4)] for t, p in lens.best(row, column)],
+                "answer": round(float(lens.answer_probabilities[row, column]), 4),
+            }
+            for column in range(len(lens.positions))
+        ]
+        for row in reversed(range(len(lens.exits)))
+    ]
+    return {"cells": cells, "symbols": list(numbers)}
+
+
+def _render(template: str, **variables: Any) -> str:
+    script, style = (_template_text(name) for name in ("lens.js", "lens.css"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # The digest lets the browser run this one script and nothing that a token might smuggle in.
+    return (
+        _templates()
+        .get_template(template)
+        .render(script=Markup(script), style=Markup(style), script_digest=digest, **variables)
+    )
+
+
+def _template_text(name: str) -> str:
+    return (files("layerskip.lens") / "templates" / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _templates() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FunctionLoader(_template_text),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
