@@ -1,0 +1,171 @@
+"""Perplexity of every exit on a text, from one pass over windows of it.
+
+How it is counted. The text is tokenized in one piece; the tokenizer's begin-of-text token (its
+end-of-text token where it has none) stands before it, so that every token of the text is predicted,
+once. A window holds `window` tokens of context; the next one ends `stride` tokens later, and only the
+tokens that the one before did not reach are scored in it, so each of them has at least
+window - stride + 1 tokens before it. With the sum N of negative log-likelihoods in nats:
+
+- token perplexity exp(N / tokens) depends on the tokenizer; compare exits of one model with it.
+- word perplexity exp(N / words), words as white space separates them, and bits per byte of UTF-8,
+  N / (ln 2 * bytes), compare models too.
+- the standard error takes windows for independent samples (delta method; none for a single window).
+"""
+
+import gzip
+import lzma
+import math
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from layerskip.bench.data_sets import DATA_VARIABLE
+from layerskip.bench.evaluation import Metric
+from layerskip.bench.likelihood import Passage, Score, score_passages
+from layerskip.decoding import LayerSkipModel
+from layerskip.training.data import read_rows
+
+WIKITEXT, HUB_CONFIG = "wikitext2", "wikitext-2-v1"
+
+
+def perplexity(
+    model: LayerSkipModel,
+    text: str,
+    exits: Collection[int],
+    *,
+    window: int = 1024,
+    stride: int = 512,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[int, dict[str, Metric]]:
+    """Perplexity, bits per byte and token accuracy of every exit; see the module for how they count.
+
+    Args:
+        model: needs a tokenizer.
+        text: what to predict.
+        exits: layers run, each 1 to L.
+        window: tokens of context at most; the model's own limit holds too.
+        stride: tokens from one window to the next, 1 to window.
+        batch_size: windows a pass.
+        progress: called with the windows done and their number.
+
+    Raises:
+        ValueError: no tokenizer, no token to predict, or a stride that is out of range.
+    """
+    if model.tokenizer is None:
+        raise ValueError("perplexity of a text needs a tokenizer, and this checkpoint has none")
+    window = min(window, model.decoder.architecture.max_context)
+    if not 1 <= stride <= window:
+        raise ValueError(
+            f"stride is {stride}, it has to be from 1 to the window of {window} tokens"
+        )
+    tokenizer = model.tokenizer
+    prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    passages = list(windows([*([] if prefix is None else [prefix]), *ids], window, stride))
+    if not passages:
+        raise ValueError("the text has no token to predict")
+    scores = score_passages(
+        model.decoder, passages, exits, batch_size=batch_size, progress=progress
+    )
+    sizes = [passage.scored for passage in passages]
+    words, n_bytes = len(text.split()), len(text.encode())
+    return {e: _metrics([s[e] for s in scores], sizes, words, n_bytes) for e in sorted(exits)}
+
+
+def windows(tokens: Sequence[int], window: int, stride: int) -> Iterator[Passage]:
+    """Passages that predict every token but the first exactly once.
+
+    Args:
+        tokens: the whole text.
+        window: tokens that one pass reads.
+        stride: tokens predicted by every passage after the first, which predicts `window`.
+    """
+    last = len(tokens) - 1
+    scored = end = min(window, last)
+    while scored > 0:
+        yield Passage(tuple(tokens[max(0, end - window) : end + 1]), scored)
+        scored = min(stride, last - end)
+        end += scored
+
+
+def _metrics(
+    scores: Sequence[Score], sizes: Sequence[int], words: int, n_bytes: int
+) -> dict[str, Metric]:
+    nats, tokens = -sum(s.log_likelihood for s in scores), sum(sizes)
+    spread = _stderr_of_sum([-s.log_likelihood for s in scores], sizes)
+
+    def growth(units: int) -> Metric:
+        try:
+            value = math.exp(nats / units)
+        except OverflowError:
+            value = math.inf
+        return Metric(value, None if spread is None else value * spread / units, False)
+
+    bits = math.log(2) * n_bytes
+    hits = [s.hits for s in scores]
+    misses = _stderr_of_sum(hits, sizes)
+    return {
+        "token_perplexity": growth(tokens),
+        "word_perplexity": growth(max(words, 1)),
+        "bits_per_byte": Metric(nats / bits, None if spread is None else spread / bits, False),
+        "token_accuracy": Metric(
+            sum(hits) / tokens, None if misses is None else misses / tokens, True
+        ),
+    }
+
+
+def _stderr_of_sum(values: Sequence[float], sizes: Sequence[int]) -> float | None:
+    """Standard error of a sum over windows of unequal size: their residuals from the common rate."""
+    n = len(values)
+    if n < 2:
+        return None
+    rate = sum(values) / sum(sizes)
+    residuals = (v - rate * size for v, size in zip(values, sizes, strict=True))
+    return math.sqrt(n / (n - 1) * sum(r * r for r in residuals))
+
+
+def read_text(source: str, max_words: int | None = None) -> str:
+    """A text file (.gz and .xz too), or the test part of WikiText-2 under the name `wikitext2`.
+
+    WikiText-2 is looked for in `$LAYERSKIP_DATA/wikitext2`, then on the hub.
+
+    Args:
+        source: file or name.
+        max_words: only the text up to the end of this word.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    text = _wikitext() if source == WIKITEXT and not Path(source).exists() else _read(Path(source))
+    if max_words is not None:
+        words = re.finditer(r"\S+", text)
+        ends = [match.end() for _, match in zip(range(max_words), words, strict=False)]
+        text = text[: ends[-1]] if ends else ""
+    return text
+
+
+def _read(path: Path) -> str:
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+    try:
+        with openers.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+            text: str = file.read()
+    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
+        raise ValueError(f"{path} cannot be read as text: {error}") from error
+    return text
+
+
+def _wikitext() -> str:
+    folder = Path(os.environ.get(DATA_VARIABLE, "")) / WIKITEXT
+    if DATA_VARIABLE in os.environ and (files := sorted(folder.glob("test.txt*"))):
+        return _read(files[0])
+    try:
+        rows = [row["text"] for _, row in read_rows("Salesforce/wikitext", "test", HUB_CONFIG)]
+    except ValueError as error:
+        raise ValueError(
+            f"WikiText-2 is not here: set {DATA_VARIABLE} to a folder with {WIKITEXT}/test.txt, or"
+            f" be online with `datasets`, pip install 'layerskip[bench]' ({error})"
+        ) from error
+    return "".join(rows)

@@ -1,0 +1,260 @@
+"""`layerskip eval`: lm-evaluation-harness and perplexity at every exit."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from layerskip.bench import evaluation
+from layerskip.bench.environment import environment
+from layerskip.bench.exit_plot import plot_exits
+from layerskip.bench.likelihood import Progress as Report
+from layerskip.bench.perplexity import perplexity, read_text
+from layerskip.cli import options
+from layerskip.decoding import MODES, LayerSkipModel
+
+ARROWS = {True: "↑", False: "↓", None: ""}
+
+
+def _exit_layers(_: click.Context, __: click.Parameter, text: str | None) -> list[int] | str | None:
+    if text is None or text == "all":
+        return text
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise click.BadParameter("give numbers separated by commas, or 'all'") from None
+
+
+@click.command("eval")
+@click.option(
+    "--tasks", metavar="A,B", help='Tasks of lm-evaluation-harness; "mmlu_*" is a pattern.'
+)
+@click.option(
+    "--perplexity",
+    "texts",
+    multiple=True,
+    metavar="FILE",
+    help="A text file, or wikitext2; may be repeated.",
+)
+@click.option(
+    "--exit-layers",
+    metavar="E,E",
+    callback=_exit_layers,
+    help="Layers run before the exit, or all. Default of early-exit: the quarters of the layers.",
+)
+@click.option(
+    "--mode",
+    "modes",
+    type=click.Choice(["auto", *MODES]),
+    multiple=True,
+    default=("early-exit",),
+    show_default=True,
+    help="How answers are decoded; may be repeated.",
+)
+@click.option("--draft-tokens", type=click.IntRange(min=0), metavar="d", help="Tokens a draft.")
+@click.option(
+    "--include-path",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A folder of further task files (YAML); they can name local data.",
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Documents a task.")
+@click.option(
+    "--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples before a question."
+)
+@click.option("--apply-chat-template", is_flag=True, help="Wrap prompts in the chat template.")
+@click.option("--seed", type=int, default=1234, show_default=True, help="Of examples and sampling.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Rows a pass where likelihoods are computed.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Tokens of context in tasks. Default: what the model has.",
+)
+@click.option(
+    "--window",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    help="Tokens of context in perplexity.",
+)
+@click.option(
+    "--stride",
+    type=click.IntRange(min=1),
+    help="Tokens from one window of perplexity to the next. Default: half a window.",
+)
+@click.option(
+    "--max-words", type=click.IntRange(min=1), metavar="N", help="Words of each text that count."
+)
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.png",
+    help="Draw every metric over the exits.",
+)
+@options.model_options
+@options.result_options
+@options.debug_option
+def command(
+    tasks: str | None,
+    texts: tuple[str, ...],
+    exit_layers: list[int] | str | None,
+    modes: tuple[str, ...],
+    draft_tokens: int | None,
+    window: int,
+    stride: int | None,
+    max_words: int | None,
+    plot: Path | None,
+    as_json: bool,
+    output: Path | None,
+    **flags: Any,
+) -> None:
+    """Judge a model at its exits: tasks of lm-evaluation-harness, and perplexity of texts.
+
+    Log-likelihoods of all exits come from one pass. In plain and self-speculative mode they are
+    those of the whole model, since it has the last word; only generated answers take another way.
+
+    \b
+    Examples:
+      layerskip eval --tasks arc_easy,hellaswag --limit 200 --exit-layers 8,15,30
+      layerskip eval --tasks gsm8k --mode plain --mode self-speculative --exit-layers 8
+      layerskip eval --tasks my_task --include-path my_tasks --output results.json
+      layerskip eval --perplexity wikitext2 --exit-layers all --plot exits.png
+    """
+    names = [name for name in (tasks or "").split(",") if name]
+    if not names and not texts:
+        raise click.UsageError("give --tasks or --perplexity")
+    options.check_output(output)
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise click.UsageError(f"the folder of --plot {plot} does not exist")
+    contents = {text: read_text(text, max_words) for text in texts}
+    model = options.load_model(flags)
+    n_layers = len(model.decoder.layers)
+    exits = list(range(1, n_layers + 1)) if isinstance(exit_layers, str) else exit_layers
+    rows = [evaluation.Row(plan) for plan in evaluation.plans(model, modes, exits, draft_tokens)]
+    facts: dict[str, Any] = {}
+    with _progress() as report:
+        for name, content in contents.items():
+            _add_perplexity(
+                model, rows, Path(name).name, content, window, stride, flags["batch_size"], report
+            )
+        if names:
+            facts = _add_tasks(model, rows, names, flags, report)
+    result = {
+        "environment": environment(
+            dtype=model.decoder.dtype,
+            weights=flags["weights"],
+            device=model.decoder.device,
+            packages=("transformers", "lm-eval") if names else ("transformers",),
+        ),
+        "model": flags["model"],
+        "layers": n_layers,
+        "seed": flags["seed"],
+        "tasks": facts,
+        "rows": [row.to_dict() for row in rows],
+    }
+    if plot is not None:
+        options.write_file(plot, plot_exits(rows, n_layers))
+    if not as_json:
+        _print_table(rows, flags["model"])
+    options.deliver(result, as_json=as_json, output=output)
+
+
+def _add_perplexity(
+    model: LayerSkipModel,
+    rows: list[evaluation.Row],
+    name: str,
+    text: str,
+    window: int,
+    stride: int | None,
+    batch_size: int,
+    report: Report,
+) -> None:
+    exits = {id(row): evaluation.scoring_exit(row.plan, len(model.decoder.layers)) for row in rows}
+    found = perplexity(
+        model,
+        text,
+        set(exits.values()),
+        window=window,
+        stride=stride or max(1, window // 2),
+        batch_size=batch_size,
+        progress=lambda done, total: report(f"perplexity of {name}", done, total),
+    )
+    for row in rows:
+        row.results[name] = found[exits[id(row)]]
+
+
+def _add_tasks(
+    model: LayerSkipModel,
+    rows: list[evaluation.Row],
+    names: list[str],
+    flags: dict[str, Any],
+    report: Report,
+) -> dict[str, Any]:
+    report("loading lm-evaluation-harness and its tasks", 0, 1)
+    # It prints and logs all along; what goes wrong is raised.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        from layerskip.bench.harness_tasks import evaluate_tasks
+
+        report("loading lm-evaluation-harness and its tasks", 1, 1)
+        settings = "include_path limit num_fewshot apply_chat_template seed batch_size max_length"
+        chosen = {name: flags[name] for name in settings.split()}
+        return evaluate_tasks(model, rows, names, **chosen, progress=report)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Report]:
+    """A bar on stderr for every stretch of work, where that is a terminal."""
+    console = Console(file=sys.stderr)  # this very file, whatever stands for stderr meanwhile
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        disable=not console.is_terminal,
+    )
+    known: dict[str, Any] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        if what not in known:
+            known[what] = bars.add_task(what)
+        bars.update(known[what], completed=done, total=total)
+
+    with bars:
+        yield report
+
+
+def _print_table(rows: list[evaluation.Row], model: str) -> None:
+    table = Table(title=model)
+    for heading in ("task", "metric", "mode", "E", "value", "± stderr"):
+        table.add_column(heading, justify="right" if heading in ("E", "value") else "left")
+    panels = dict.fromkeys((t, m) for row in rows for t in row.results for m in row.results[t])
+    for task, name in panels:
+        for i, row in enumerate(row for row in rows if name in row.results.get(task, {})):
+            metric = row.results[task][name]
+            table.add_row(
+                task if i == 0 else "",
+                f"{name} {ARROWS[metric.higher_is_better]}" if i == 0 else "",
+                row.plan.mode,
+                str(row.plan.exit_layer or ""),
+                f"{metric.value:.4g}",
+                "" if metric.stderr is None else f"± {metric.stderr:.2g}",
+            )
+        table.add_section()
+    Console(highlight=False).print(table)

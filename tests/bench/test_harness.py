@@ -1,0 +1,194 @@
+"""Our model in lm-evaluation-harness against the harness's own on the same checkpoint, in float32."""
+
+import pytest
+
+import tiny_checkpoint
+import tiny_tasks
+from layerskip import LayerSkipModel
+from layerskip.bench.evaluation import Row, plans
+from layerskip.bench.harness import (
+    HarnessModel,
+    SharedScores,
+    generation_options,
+)
+from layerskip.bench.harness_tasks import evaluate_tasks, read_metrics
+from layerskip.decoding import Plan
+
+pytestmark = pytest.mark.filterwarnings("ignore:::lm_eval", "ignore:::datasets", "ignore:::dill")
+PAIRS = [
+    ("Is water wet?", " yes"),
+    ("Is water wet?", " no"),
+    ("A question with a space at its end ", "answer"),
+    ("", "Nothing before this."),
+    ("one", "x"),
+    ("word " * 150, "too long for the context"),
+]
+TEXTS = ["A short text.", "A text that needs several windows. " * 40, ""]
+
+
+def instances(kind, arguments):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, a, i) for i, a in enumerate(arguments)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_checkpoint.save(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return LayerSkipModel.from_pretrained(folder, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    return tiny_tasks.write(tmp_path_factory.mktemp("tasks"))
+
+
+def ours(model, plan, exits=(1, 2, 4)):
+    scores = SharedScores(model, exits, batch_size=4)
+    return HarnessModel(
+        model,
+        Row(plan),
+        scores,
+        max_length=model.decoder.architecture.max_context,
+        seed=0,
+        progress=lambda *_: None,
+    )
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", ["plain", "self-speculative"])
+def test_likelihoods_of_the_whole_model_are_those_of_the_harness(model, theirs, mode):
+    plan = Plan(mode=mode) if mode == "plain" else Plan(mode=mode, exit_layer=1, draft_tokens=2)
+    lm = ours(model, plan)
+    requests = instances("loglikelihood", PAIRS)
+    expected = theirs.loglikelihood(requests, disable_tqdm=True)
+    for found, known in zip(lm.loglikelihood(requests), expected, strict=True):
+        assert found[0] == pytest.approx(known[0], abs=1e-4, rel=1e-5)
+        assert found[1] == known[1]
+    rolling = instances("loglikelihood_rolling", [(text,) for text in TEXTS])
+    expected = theirs.loglikelihood_rolling(rolling, disable_tqdm=True)
+    assert lm.loglikelihood_rolling(rolling) == pytest.approx(expected, abs=1e-4, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("until", [["e"], ["zz", "the"], []])
+def test_greedy_answers_are_those_of_the_harness(model, theirs, until):
+    wishes = {"until": until, "max_gen_toks": 24, "do_sample": False}
+    requests = instances("generate_until", [(q, wishes) for q, _ in PAIRS if q])
+    expected = theirs.generate_until(requests, disable_tqdm=True)
+    for plan in (Plan(mode="plain"), Plan(mode="self-speculative", exit_layer=2, draft_tokens=3)):
+        lm = ours(model, plan)
+        assert lm.generate_until(requests) == expected
+        assert (lm.row.drafted > 0) == (plan.mode == "self-speculative")
+
+
+def test_an_exit_says_what_it_likes_itself(model):
+    """Greedy answers of early exit are greedy to the likelihoods at that exit, and no other."""
+    wishes = {"until": [], "max_gen_toks": 8}
+    question = "Is water wet?"
+    for e in (1, 2, 4):
+        early = Plan(mode="early-exit", exit_layer=e)
+        (answer,) = ours(model, early).generate_until(
+            instances("generate_until", [(question, wishes)])
+        )
+        tokens = model.generate(question, mode="early-exit", exit_layer=e, max_new_tokens=8)
+        assert answer == tokens.text
+        request = [((question, answer), model.tokenize(question), tokens.token_ids)]
+        for other in (1, 2, 4):
+            lm = ours(model, Plan(mode="early-exit", exit_layer=other))
+            ((_, greedy),) = lm._loglikelihood_tokens(request)
+            assert greedy == (other == e)
+
+
+def test_all_rows_of_local_tasks(model, tasks):
+    rows = [
+        Row(plan) for plan in plans(model, ["plain", "early-exit", "self-speculative"], [1, 4], 2)
+    ]
+    names = ["tiny_*"]
+    facts = evaluate_tasks(model, rows, names, include_path=tasks, limit=3)
+    assert facts["tiny_choice"] == {"documents": 3, "num_fewshot": 0}
+    assert [(row.plan.mode, row.plan.exit_layer) for row in rows] == [
+        ("plain", None),
+        ("early-exit", 1),
+        ("early-exit", 4),
+        ("self-speculative", 1),
+        ("self-speculative", 4),
+    ]
+    plain, first, last, drafted, _ = rows
+    assert set(plain.results) == {"tiny_choice", "tiny_rating", "tiny_writing"}
+    assert plain.results == last.results == drafted.results
+    assert first.results["tiny_rating"] != plain.results["tiny_rating"]
+    assert 0.0 <= plain.results["tiny_choice"]["acc"].value <= 1.0
+    assert plain.results["tiny_choice"]["acc"].stderr is not None
+    assert drafted.to_dict()["acceptance_rate"] is not None
+    assert plain.to_dict()["acceptance_rate"] is None
+
+
+def test_choice_is_the_likelier_text(model, tasks):
+    """Accuracy counted by hand from likelihoods of whole texts."""
+    from layerskip.bench.likelihood import Passage, score_passages
+
+    right = {1: 0, 4: 0}
+    for row in tiny_tasks.ROWS:
+        context = model.tokenize(f"Question: {row['question']} Answer:")
+        answers = [model.tokenize(f" {choice}") for choice in row["choices"]]
+        scores = score_passages(
+            model.decoder, [Passage((*context, *a), len(a)) for a in answers], list(right)
+        )
+        for e in right:
+            nats = [score[e].log_likelihood for score in scores]
+            right[e] += nats.index(max(nats)) == row["answer"]
+    rows = [Row(Plan(mode="early-exit", exit_layer=e)) for e in right]
+    evaluate_tasks(model, rows, ["tiny_choice"], include_path=tasks)
+    accuracies = [row.results["tiny_choice"]["acc"].value for row in rows]
+    assert accuracies == [n / len(tiny_tasks.ROWS) for n in right.values()]
+
+
+def test_options_of_generation():
+    assert generation_options({"until": "\n", "max_new_tokens": 9, "do_sample": False}) == {
+        "max_new_tokens": 9,
+        "stop": ["\n"],
+        "temperature": 0.0,
+        "repetition_penalty": 1.0,
+        "top_k": None,
+        "top_p": None,
+        "min_p": None,
+    }
+    sampled = generation_options(
+        {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "until": [""]}
+    )
+    assert (sampled["temperature"], sampled["top_p"], sampled["stop"]) == (0.5, 0.9, [])
+    assert generation_options({"do_sample": True})["temperature"] == 1.0
+    with pytest.raises(ValueError, match="num_beams=4"):
+        generation_options({"num_beams": 4})
+
+
+def test_figures_of_the_harness_are_read_by_name():
+    figures = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": "N/A", "em,strict": 0.25}
+    figures["em_stderr,strict"] = 0.1
+    metrics = read_metrics(figures, {"acc": True})
+    assert (metrics["acc"].value, metrics["acc"].stderr) == (0.5, None)
+    assert metrics["acc"].higher_is_better is True
+    assert (metrics["em,strict"].value, metrics["em,strict"].stderr) == (0.25, 0.1)
+    assert set(metrics) == {"acc", "em,strict"}
+
+
+def test_prompts_leave_room_for_answers(model):
+    lm = ours(model, Plan(mode="plain"))
+    with pytest.raises(ValueError, match="600 new tokens, which leaves no room"):
+        lm.generate_until(instances("generate_until", [("x", {"max_gen_toks": 600})]))
+    long = "word " * 200
+    (answer,) = lm.generate_until(instances("generate_until", [(long, {"max_gen_toks": 12})]))
+    kept = model.tokenize(long)[-(512 - 12) :]
+    assert answer == model.generate(kept, mode="plain", max_new_tokens=12).text

@@ -1,0 +1,87 @@
+"""`layerskip eval` on a tiny checkpoint and local task files."""
+
+import json
+
+import pytest
+
+import tiny_tasks
+
+pytestmark = pytest.mark.filterwarnings("ignore:::lm_eval", "ignore:::datasets", "ignore:::dill")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    return tiny_tasks.write(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("Some words that are to be predicted, one after the other.")
+    return file
+
+
+def test_one_document_with_tasks_and_perplexity_at_every_exit(run, tasks, text, tmp_path):
+    arguments = ["--tasks", "tiny_choice,tiny_writing", "--include-path", tasks, "--json"]
+    arguments += ["--perplexity", text, "--exit-layers", "1,4", "--plot", tmp_path / "exits.png"]
+    arguments += ["--mode", "early-exit", "--mode", "plain", "--limit", "2", "--num-fewshot", "1"]
+    status, out, err = run("eval", *arguments, "--apply-chat-template")
+    assert (status, err) == (0, "")
+    result = json.loads(out)
+    assert set(result) == {"environment", "model", "layers", "seed", "tasks", "rows"}
+    assert result["environment"]["dtype"] == "float32"
+    assert result["tasks"]["tiny_choice"] == {"documents": 2, "num_fewshot": 1}
+    early, last, plain = result["rows"]
+    assert [row["exit_layer"] for row in result["rows"]] == [1, 4, None]
+    assert set(plain["results"]) == {"text.txt", "tiny_choice", "tiny_writing"}
+    assert set(plain["results"]["tiny_choice"]["acc"]) == {"value", "stderr", "higher_is_better"}
+    assert last["results"] == plain["results"]
+    assert early["results"]["text.txt"] != plain["results"]["text.txt"]
+    assert (tmp_path / "exits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_over_all_exits(run, text, tmp_path):
+    output = tmp_path / "result.json"
+    arguments = ["--perplexity", text, "--exit-layers", "all", "--window", "8", "--output", output]
+    status, out, err = run("eval", *arguments)
+    assert (status, err) == (0, "")
+    assert [line.split("│")[4].strip() for line in out.splitlines() if "│" in line][:4] == [*"1234"]
+    assert "token_perplexity ↓" in out
+    assert len(json.loads(output.read_text())["rows"]) == 4
+
+
+def test_early_exit_has_quarters_of_the_layers_by_default(run, text):
+    _, out, _ = run("eval", "--perplexity", text, "--max-words", "3", "--json")
+    rows = json.loads(out)["rows"]
+    assert [(row["mode"], row["exit_layer"]) for row in rows] == [
+        ("early-exit", e) for e in (1, 2, 3, 4)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        ([], 2, "give --tasks or --perplexity"),
+        (["--tasks", "x", "--exit-layers", "1,b"], 2, "numbers separated by commas"),
+        (["--perplexity", "no.txt"], 1, "no.txt cannot be read"),
+        (["--perplexity", "TEXT", "--exit-layers", "9"], 1, "exit layer 9 is out of range"),
+        (["--perplexity", "TEXT", "--plot", "/nowhere/x.png"], 2, "folder of --plot"),
+        (["--perplexity", "TEXT", "--window", "4", "--stride", "5"], 1, "stride is 5"),
+        (["--tasks", "broken", "--include-path", "TASKS"], 1, "give task files with local data"),
+    ],
+)
+def test_bad_input_is_one_line(run, text, tasks, arguments, status, words):
+    file = (tasks / "choice.yaml").read_text().replace("tiny_choice", "broken")
+    (tasks / "broken.yaml").write_text(file.replace("rows.json", "no_rows.json"))
+    given = {"TEXT": text, "TASKS": tasks}
+    found, out, err = run("eval", *(given.get(a, a) for a in arguments))
+    assert (found, out) == (status, "")
+    assert words in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.long
+def test_unknown_task_is_named_after_the_harness_was_asked(run, tasks):
+    status, _, err = run("eval", "--tasks", "tiny_choice,no_task", "--include-path", tasks)
+    assert status == 1
+    assert "unknown tasks: no_task;" in err
