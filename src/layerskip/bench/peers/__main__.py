@@ -26,7 +26,7 @@ def main(module: str, requests: TextIO, replies: TextIO) -> None:
             if peer is None:
                 job = Job.from_dict(request)
                 settings = list(job.settings)
-                peer = importlib.import_module(f"{__package__}.{module}").Peer(job)
+                peer = importlib.import_module(module).Peer(job)
                 reply: dict[str, Any] = {}
             else:
                 setting = settings[request["setting"]]

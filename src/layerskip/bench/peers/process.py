@@ -15,17 +15,25 @@ from layerskip.decoding import Step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Kind:
-    module: str  # beside this file: settings(drafts) and Peer(job)
-    package: str  # what has to be importable
+class PeerKind:
+    """Where a peer is: the module with its `settings(drafts)` and `Peer(job)`, and what it needs."""
+
+    module: str
+    package: str
     distribution: str
 
 
 PEERS = {
-    "transformers": _Kind(
-        module="transformers", package="transformers", distribution="transformers"
+    "transformers": PeerKind(
+        module="layerskip.bench.peers.transformers",
+        package="transformers",
+        distribution="transformers",
     ),
-    "llama.cpp": _Kind(module="llama_cpp", package="llama_cpp", distribution="llama-cpp-python"),
+    "llama.cpp": PeerKind(
+        module="layerskip.bench.peers.llama_cpp",
+        package="llama_cpp",
+        distribution="llama-cpp-python",
+    ),
 }
 
 

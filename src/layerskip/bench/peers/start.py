@@ -71,7 +71,7 @@ def start_peers(
 
 
 def _settings(name: str, drafts: Sequence[tuple[int, int]]) -> list[Setting]:
-    module = importlib.import_module(f"{__package__}.{PEERS[name].module}")
+    module = importlib.import_module(PEERS[name].module)
     settings: list[Setting] = module.settings(drafts)
     return settings
 

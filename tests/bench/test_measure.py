@@ -1,0 +1,100 @@
+"""Who answers when."""
+
+import pytest
+
+from layerskip.bench.measure import (
+    WARM_UP_TOKENS,
+    Run,
+    Setting,
+    SystemFailedError,
+    measure,
+    n_runs,
+)
+from layerskip.decoding import Step
+
+A, B, C = (Setting(mode=name) for name in "abc")
+
+
+class Diary:
+    """A system that writes down what it is asked, into a list that several share."""
+
+    def __init__(self, settings, asked, name="system", fails=lambda setting, prompt, n: False):
+        self.name, self.settings, self.asked, self.fails = name, settings, asked, fails
+
+    def answer(self, setting, prompt, max_new_tokens):
+        self.asked.append((setting.mode, prompt, max_new_tokens))
+        if self.fails(setting, prompt, max_new_tokens):
+            raise SystemFailedError("no more paper")
+        return Run(steps=(Step((len(self.asked),)),), text="", ttft_s=1.0, decode_s=0.0)
+
+
+def test_all_take_turns_and_another_one_begins_each_time():
+    asked = []
+    prompts = [[1], [2]]
+    entries = measure([Diary([A, B, C], asked)], prompts, max_new_tokens=40, repeats=2)
+    warm_up, rest = asked[:3], asked[3:]
+    assert warm_up == [(name, [1], WARM_UP_TOKENS) for name in "abc"]
+    assert rest == [
+        *((name, [1], 40) for name in "abc"),
+        *((name, [2], 40) for name in "bca"),
+        *((name, [1], 40) for name in "cab"),
+        *((name, [2], 40) for name in "abc"),
+    ]
+    # What was answered lies by prompt and repetition, whatever the order was; a's answers are:
+    numbers = [[run.token_ids[0] for run in of_prompt] for of_prompt in entries[0].runs]
+    assert numbers == [[4, 11], [9, 13]]
+    assert len(asked) == n_runs([entries[0].system], 2, 2)
+
+
+def test_systems_take_turns_with_each_other():
+    asked = []
+    measure(
+        [Diary([A, B], asked), Diary([C], asked, name="other")],
+        [[1], [2], [3]],
+        max_new_tokens=5,
+    )
+    order = "".join(name for name, _, _ in asked)
+    assert order == "abc" + "abc" + "bca" + "cab"
+    assert {n for _, _, n in asked} == {5}  # no warm-up is longer than an answer
+
+
+def test_callbacks():
+    done, between = [], []
+    measure(
+        [Diary([A, B], [])],
+        [[1], [2]],
+        max_new_tokens=1,
+        repeats=3,
+        on_run=lambda: done.append(1),
+        between=lambda: between.append(len(done)),
+    )
+    assert len(done) == 2 + 2 * 2 * 3
+    assert between == [2, 6, 10, 14]  # before each repetition and after the last
+
+
+@pytest.mark.parametrize("when", ["warm-up", "later"])
+def test_who_fails_is_left_out_and_the_others_go_on(when):
+    def fails(setting, prompt, n):
+        return setting is B and (prompt == [2] if when == "later" else n == WARM_UP_TOKENS)
+
+    asked = []
+    prompts = [[1], [2], [3]]
+    entries = measure([Diary([A, B, C], asked, fails=fails)], prompts, max_new_tokens=40)
+    assert [entry.error for entry in entries] == [None, "no more paper", None]
+    assert [len(entry.runs) for entry in entries] == [3, 0, 3]
+    assert [mode for mode, _, _ in asked].count("b") == (1 if when == "warm-up" else 3)
+
+
+def test_any_other_error_is_ours_and_ends_it():
+    class Broken(Diary):
+        def answer(self, setting, prompt, max_new_tokens):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        measure([Broken([A], [])], [[1]], max_new_tokens=1)
+
+
+def test_tokens_after_the_first_step_are_decoded():
+    """A first step may hold several tokens, where a peer drafts before it tells anything."""
+    run = Run(steps=(Step((1, 2)), Step((3,)), Step((4, 5, 6))), text="", ttft_s=1, decode_s=2)
+    assert (run.token_ids, run.decoded_tokens) == ([1, 2, 3, 4, 5, 6], 4)

@@ -1,0 +1,122 @@
+"""The rows of this package, and what is asked of the model for each."""
+
+import types
+
+import pytest
+from scripted import LAYERS, encode, scripted_model
+
+from layerskip.bench.bandwidth import read_bandwidth, weight_bytes_read
+from layerskip.bench.own import OwnSystem, settings_of
+from layerskip.decoding import Step
+from layerskip.model import Settings
+
+
+def model(answer="abcdef", end_tokens=(), **settings):
+    made = scripted_model(
+        encode(answer), settings=Settings(end_tokens=tuple(end_tokens), **settings)
+    )
+    made.decoder.weight_bytes, made.decoder.head = 44, types.SimpleNamespace(weight_bytes=4)
+    return made
+
+
+def rows(settings):
+    return [(s.mode, s.exit_layer, s.draft_tokens) for s in settings]
+
+
+def test_every_pair_is_a_row():
+    assert rows(settings_of(model(), exit_layers=(1, 3), draft_tokens=(2, 4))) == [
+        ("plain", None, None),
+        ("early-exit", 1, None),
+        ("early-exit", 3, None),
+        ("self-speculative", 1, 2),
+        ("self-speculative", 1, 4),
+        ("self-speculative", 3, 2),
+        ("self-speculative", 3, 4),
+        ("auto", None, None),
+    ]
+
+
+def test_what_is_not_named_is_the_checkpoints_or_the_default():
+    assert rows(settings_of(model(exit_layer=3, draft_tokens=6))) == [
+        ("plain", None, None),
+        ("early-exit", 3, None),
+        ("self-speculative", 3, 6),
+        ("auto", 3, 6),
+    ]
+    assert rows(settings_of(model(), modes=("self-speculative",))) == [
+        ("plain", None, None),
+        ("self-speculative", LAYERS // 4, 5),
+    ]
+
+
+def test_other_drafts():
+    found = settings_of(
+        model(),
+        modes=("self-speculative",),
+        exit_layers=(1, 2),
+        draft_tokens=(3,),
+        draft_from=("n-gram", "both"),
+        adaptive=True,
+    )
+    assert [(s.exit_layer, s.draft_tokens, s.draft_from, s.adaptive) for s in found[1:]] == [
+        (None, 3, "n-gram", False),
+        (1, 3, "both", False),
+        (1, 12, "both", True),
+        (2, 3, "both", False),
+        (2, 12, "both", True),
+    ]
+
+
+def test_an_exit_that_is_not_there_is_refused():
+    with pytest.raises(
+        ValueError, match=f"exit layer 9 is out of range: this model has 1 to {LAYERS}"
+    ):
+        settings_of(model(), exit_layers=(2, 9))
+
+
+def test_answers_are_those_of_the_model():
+    made = model(exit_layer=2, draft_tokens=3)
+    settings = settings_of(made, draft_from=("early-exit", "both"), adaptive=False)
+    system = OwnSystem(made, settings, stop=["d"])
+    for setting in settings:
+        run = system.answer(setting, [0], 9)
+        assert (run.text, run.token_ids) == ("abc", encode("abcd"))
+        drafted = sum(step.drafted for step in run.steps)
+        assert (drafted > 0) == (setting.mode in ("self-speculative", "auto"))
+        assert run.peak_memory_bytes is None or run.peak_memory_bytes > 0
+
+
+def test_ignoring_the_end():
+    made = model(end_tokens=encode("c"))
+    setting = settings_of(made)[0]
+    assert OwnSystem(made, [setting]).answer(setting, [0], 8).token_ids == encode("abc")
+    run = OwnSystem(made, [setting], ignore_eos=True).answer(setting, [0], 8)
+    assert run.token_ids == encode("abcdefab")
+
+
+@pytest.mark.parametrize(
+    ("exit_layer", "drafting", "steps", "read"),
+    [
+        # Four layers of 10 bytes each and a head of 4.
+        (None, False, [Step((1,))] * 3, 3 * 44),
+        (3, False, [Step((1,))], 34),
+        # Three drafted: layer 1 four times, the head three times; then layers 2-4 and the head.
+        (1, True, [Step((1, 2), 3, 1, "early-exit")], 4 * 10 + 3 * 4 + 30 + 4),
+        # Nothing drafted: a plain pass in two parts.
+        (1, True, [Step((1,), 0, 0, "early-exit")], 44),
+        # Drafts from the text cost nothing: a pass.
+        (1, True, [Step((1, 2), 5, 1, "n-gram")], 44),
+        (None, True, [Step((1, 2), 5, 1, "n-gram"), Step((1,))], 2 * 44),
+    ],
+)
+def test_bytes_of_weights_that_are_read(exit_layer, drafting, steps, read):
+    found = weight_bytes_read(model().decoder, steps, exit_layer=exit_layer, drafting=drafting)
+    assert found == read
+
+
+def test_read_bandwidth_counts_bytes_over_the_time_of_a_pass(monkeypatch):
+    times = iter([0.0, 2.0, 10.0, 11.0, 20.0, 24.0])
+    monkeypatch.setattr(
+        "layerskip.bench.bandwidth.device_clock", lambda device: lambda: next(times)
+    )
+    assert read_bandwidth(model().decoder.device, n_bytes=4096, passes=3) == 4096 / 2.0

@@ -1,0 +1,208 @@
+"""Other systems: counted by our rules, in processes whose failures are rows."""
+
+import dataclasses
+import importlib.util
+import itertools
+from pathlib import Path
+
+import pytest
+from scripted import END, TOKENIZER, encode
+
+import tiny_models
+from layerskip import LayerSkipModel
+from layerskip.bench.measure import Setting, SystemFailedError, measure
+from layerskip.bench.peers import PEERS, PeerProcess, llama_cpp, start_peers, transformers
+from layerskip.bench.peers.job import PROMPT_LOOKUP_TOKENS, Job
+from layerskip.bench.peers.process import PeerKind
+from layerskip.bench.peers.recorder import Recorder
+from stand_in_peer import CRASH, FAIL
+
+PLAIN, LOOKUP = Setting(mode="plain"), Setting(mode="prompt-lookup", draft_tokens=3)
+JOB = Job(model="", dtype="float32", threads=1, context=64, settings=[PLAIN, LOOKUP])
+
+
+# --- counting
+
+
+def recorder(**rules):
+    seconds = itertools.count()
+    return Recorder(lambda: next(seconds), TOKENIZER, **{"max_new_tokens": 9, **rules})
+
+
+def finished(made):
+    return made.run(peak_memory_bytes=None, bytes_of_a_pass=10)
+
+
+def test_each_step_is_timed_when_it_comes():
+    made = recorder()
+    assert not made.add(encode("a"))
+    assert not made.add(encode("bcd"))
+    assert not made.add(encode("e"))
+    run = finished(made)
+    assert (run.ttft_s, run.decode_s, run.decoded_tokens) == (1, 2, 4)
+    assert [len(step.tokens) for step in run.steps] == [1, 3, 1]
+    assert run.text == "abcde"
+    assert run.weight_bytes_read == 20  # two passes after the first
+
+
+def test_tokens_of_one_step_may_come_one_by_one():
+    made = recorder()
+    for letter, new_step in (("a", True), ("b", True), ("c", False), ("d", True)):
+        made.add(encode(letter), new_step=new_step)
+    run = finished(made)
+    assert [len(step.tokens) for step in run.steps] == [1, 2, 1]
+    assert (run.ttft_s, run.decode_s) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("rules", "tokens", "text"),
+    [
+        ({"end_tokens": [END]}, [*encode("abc"), END], "abc"),
+        ({"stop": ["bc"]}, encode("abc"), "a"),
+        ({"max_new_tokens": 2}, encode("ab"), "ab"),
+        ({}, [*encode("abc"), END, *encode("d")], "abcd"),
+    ],
+)
+def test_answers_end_by_our_rules(rules, tokens, text):
+    """The same for a draft that goes on beyond the end, and for what comes afterwards."""
+    made = recorder(**rules)
+    made.add(encode("a"))
+    ended = made.add([*encode("bc"), END, *encode("d")])
+    assert ended == made.ended == bool(rules)
+    assert made.add(encode("zz")) == ended
+    run = finished(made)
+    assert run.token_ids == (tokens if rules else [*tokens, *encode("zz")])
+    assert run.text == (text if rules else text + "zz")
+
+
+# --- processes
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A peer in a process, at hand under the name "stand-in"."""
+    kind = PeerKind(module="stand_in_peer", package="json", distribution="stand-in")
+    monkeypatch.setitem(PEERS, "stand-in", kind)
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "src")]
+    monkeypatch.setenv("PYTHONPATH", ":".join(paths))
+
+    def start(**changes):
+        return PeerProcess("stand-in", dataclasses.replace(JOB, **changes))
+
+    return start
+
+
+def test_one_answer_a_request(stand_in):
+    with stand_in() as peer:
+        run = peer.answer(LOOKUP, [5, 6], 4)
+        assert (run.token_ids, run.text) == ([5, 4, 2], "prompt-lookup")
+        assert (run.ttft_s, run.decode_s, run.peak_memory_bytes) == (0.5, 0.25, 1)
+        with pytest.raises(SystemFailedError, match="KeyError: 'no such thing'"):
+            peer.answer(PLAIN, [FAIL], 4)
+        assert peer.answer(PLAIN, [1], 4).text == "plain"  # it goes on
+        with pytest.raises(SystemFailedError, match="ended with status 3: fatal: out of luck"):
+            peer.answer(PLAIN, [CRASH], 4)
+        with pytest.raises(SystemFailedError, match="ended with status 3: fatal: out of luck"):
+            peer.answer(PLAIN, [1], 4)
+
+
+@pytest.mark.parametrize(
+    ("context", "reason"),
+    [
+        (FAIL, "RuntimeError: cannot load this"),
+        (CRASH, "its process ended with status 9: chatter from below"),
+    ],
+)
+def test_a_peer_that_cannot_start_is_rows_with_the_reason(stand_in, context, reason):
+    with stand_in(context=context) as peer:
+        entries = measure([peer], [[1]], max_new_tokens=2)
+    assert [entry.error for entry in entries] == [reason, reason]
+
+
+# --- libraries
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny_models.reference("smollm2").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return LayerSkipModel.from_pretrained(folder, dtype="float32")
+
+
+def job(folder, **changes):
+    settings = transformers.settings([(2, 2), (3, 4)])
+    return dataclasses.replace(JOB, model=str(folder), settings=settings, **changes)
+
+
+def test_rows_of_peers():
+    rows = [(s.mode, s.exit_layer, s.draft_tokens) for s in transformers.settings([(2, 4), (3, 4)])]
+    lookup = ("prompt-lookup", None, PROMPT_LOOKUP_TOKENS)
+    plain = ("plain", None, None)
+    drafting = [("self-speculative", 2, 4), ("self-speculative", 3, 4)]
+    assert rows == [plain, *drafting, lookup]
+    rows = [(s.mode, s.exit_layer, s.draft_tokens) for s in llama_cpp.settings([(2, 4), (3, 4)])]
+    assert rows == [plain, lookup]
+
+
+def test_transformers_gives_our_tokens_in_every_row(folder, model):
+    prompt = tiny_models.token_ids("smollm2", 9).tolist()
+    ours = model.generate(prompt, mode="plain", max_new_tokens=12, ignore_eos=True).token_ids
+    peer = transformers.Peer(job(folder))
+    for setting in job(folder).settings:
+        run = peer.answer(setting, prompt, 12)
+        assert run.token_ids == ours, setting
+        rounds = [len(step.tokens) for step in run.steps[1:]]
+        assert max(rounds) <= (setting.draft_tokens or 0) + 1
+        if setting.mode == "plain":
+            assert len(rounds) == 11
+            assert run.weight_bytes_read == 11 * model.decoder.weight_bytes + norm_bytes(model)
+    # An end inside the answer ends it for all.
+    peer = transformers.Peer(job(folder, end_tokens=[ours[4]]))
+    for setting in job(folder).settings:
+        assert peer.answer(setting, prompt, 12).token_ids == ours[: ours.index(ours[4]) + 1]
+
+
+def norm_bytes(model):
+    """Our count leaves the norms out: of 2 L + 1 vectors, a float32 each, in 11 passes."""
+    a = model.decoder.architecture
+    return 11 * 4 * a.hidden_size * (2 * a.n_layers + 1)
+
+
+def peers_of(model, folder, names):
+    return start_peers(
+        model,
+        names,
+        source=str(folder),
+        drafts=[(2, 2)],
+        context=32,
+        stop=(),
+        ignore_eos=True,
+        gguf_weights="f32",
+    )
+
+
+def test_a_peer_that_is_not_installed_says_how_to_install_it(folder, model, monkeypatch):
+    missing = dataclasses.replace(PEERS["llama.cpp"], package="no_such_package")
+    monkeypatch.setitem(PEERS, "llama.cpp", missing)
+    with peers_of(model, folder, ["llama.cpp"]) as peers:
+        entries = measure(peers, [[5]], max_new_tokens=2)
+    reason = "llama-cpp-python is not installed; run: pip install 'layerskip[peers]'"
+    assert [entry.error for entry in entries] == [reason, reason]
+
+
+@pytest.mark.real
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="no llama-cpp-python")
+def test_llama_cpp_gives_our_tokens(smollm2, smollm2_folder):
+    """In float32, on the file that is exported of the same weights; the first tokens at least."""
+    prompt = smollm2.tokenize("Once upon a time")
+    ours = smollm2.generate(prompt, mode="plain", max_new_tokens=12, ignore_eos=True).token_ids
+    with peers_of(smollm2, smollm2_folder, ["llama.cpp"]) as (peer,):
+        for setting in peer.settings:
+            run = peer.answer(setting, prompt, 12)
+            assert run.token_ids == ours, setting
+            assert len(run.steps[0].tokens) == 1

@@ -1,0 +1,126 @@
+"""`layerskip bench` on a tiny checkpoint and prompts of our own."""
+
+import json
+
+import pytest
+
+FLAGS = ("--max-new-tokens", 10, "--draft-tokens", "2,3", "--exit-layers", "2,3")
+CONTRACT = """
+    system mode exit_layer draft_tokens tokens_per_s ms_per_token speedup acceptance_rate
+    mean_accepted_length identical_to_plain quality peak_memory_bytes
+""".split()  # noqa: SIM905
+
+
+@pytest.fixture(autouse=True)
+def known_bandwidth(monkeypatch):
+    """Reading gigabytes is not what is tested here."""
+    monkeypatch.setattr("layerskip.bench.benchmark.read_bandwidth", lambda device: 1e9)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    rows = [
+        {"prompt": "abc", "reference": "x", "category": "letters"},
+        {"prompt": "What is two and two?", "reference": "4", "category": "numbers"},
+        {"prompt": "z" * 600, "reference": "", "category": "letters"},  # longer than the context
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_one_document_with_the_rows_of_the_contract(run, prompts):
+    status, out, _ = run("bench", "--task", prompts, "--json", "--seed", 3, *FLAGS)
+    assert status == 0
+    document = json.loads(out)
+    assert (document["samples"], document["skipped_too_long"], document["seed"]) == (2, 1, 3)
+    assert document["environment"]["dtype"] == "float32"
+    rows = document["rows"]
+    assert [(r["mode"], r["exit_layer"], r["draft_tokens"]) for r in rows] == [
+        ("plain", None, None),
+        ("early-exit", 2, None),
+        ("early-exit", 3, None),
+        ("self-speculative", 2, 2),
+        ("self-speculative", 2, 3),
+        ("self-speculative", 3, 2),
+        ("self-speculative", 3, 3),
+        ("auto", None, None),
+    ]
+    for row in rows:
+        assert not [name for name in CONTRACT if name not in row]
+        assert row["system"] == "layerskip"
+        assert set(row["categories"]) == {"letters", "numbers"}
+        if row["mode"] != "early-exit":
+            assert row["identical_to_plain"] == 1.0  # float32: to the token
+    assert rows[0]["speedup"] == 1.0
+    assert document["ceiling_tokens_per_s"] == pytest.approx(1e9 / document["weight_bytes"])
+    drafting = rows[3]
+    assert drafting["mean_accepted_length"] * drafting["rounds"] == drafting["new_tokens"] - 2
+
+
+def test_table_report_and_file(run, prompts, tmp_path):
+    pytest.importorskip("matplotlib")
+    output, report = tmp_path / "r.json", tmp_path / "report"
+    flags = ("--output", output, "--report", report, "--repeats", 2, "--ignore-eos")
+    status, out, err = run(
+        "bench", "--task", prompts, "--samples", 2, "--modes", "plain", *flags, *FLAGS
+    )
+    assert (status, err) == (0, "")
+    assert "plain" in out
+    assert "read bandwidth" in out.replace("\n", " ")
+    document = json.loads(output.read_text())
+    assert [row["mode"] for row in document["rows"]] == ["plain"]
+    # Both answers of 10 tokens, whatever they are, and no judgement of their text.
+    row = document["rows"][0]
+    assert row["new_tokens"] == 10 * document["samples"]
+    assert row["quality"] == {}
+    assert "# Benchmark of" in (report / "report.md").read_text()
+
+
+def test_peers_stand_beside_our_rows(run, prompts):
+    """transformers really runs; llama.cpp is absent or cannot read a tiny model: a row either way."""
+    flags = ("--peers", "transformers,llama.cpp", "--samples", 1, "--modes", "self-speculative")
+    small = ("--max-new-tokens", 6, "--draft-tokens", 2, "--exit-layers", 3)
+    status, out, _ = run("bench", "--task", prompts, "--json", *flags, *small)
+    assert status == 0
+    rows = json.loads(out)["rows"]
+    named = [(row["system"], row["mode"]) for row in rows]
+    assert named == [
+        ("layerskip", "plain"),
+        ("layerskip", "self-speculative"),
+        ("transformers", "plain"),
+        ("transformers", "self-speculative"),
+        ("transformers", "prompt-lookup"),
+        ("llama.cpp", "plain"),
+        ("llama.cpp", "prompt-lookup"),
+    ]
+    for row in rows[2:5]:
+        assert "error" not in row
+        assert row["identical_to_layerskip_plain"] == 1.0
+    assert rows[2]["speedup"] == 1.0
+    for row in rows[5:]:
+        assert "error" in row or row["new_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--modes", "fast"], 2, "'fast' is not one of"),
+        (["--peers", "vllm"], 2, "'vllm' is not one of"),
+        (["--exit-layers", "2,x"], 2, "--exit-layers"),
+        (["--exit-layers", "9"], 1, "exit layer 9 is out of range: this model has 1 to 4"),
+        (["--max-new-tokens", "4000"], 1, "no prompt of"),
+        (["--output", "no/such/folder/x.json"], 2, "does not exist"),
+    ],
+)
+def test_bad_input_is_one_clear_line(run, prompts, arguments, status, words):
+    got, out, err = run("bench", "--task", prompts, *arguments)
+    assert (got, out) == (status, "")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_task_is_needed(run):
+    status, _, err = run("bench")
+    assert status == 2
+    assert "--task" in err
