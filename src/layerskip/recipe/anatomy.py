@@ -74,14 +74,23 @@ class Anatomy:
     def shared_exit(self, hidden: Tensor) -> Tensor:
         """g: hidden states [N, D] that leave any layer -> logits [N, V] as the model has."""
         logits: Tensor = self.head(self.norm(hidden))
-        config = self.model.config.get_text_config()
-        if divisor := getattr(config, "logits_scaling", None):  # Granite
-            logits = logits / divisor
-        if factor := getattr(config, "logit_scale", None):  # Cohere
-            logits = logits * factor
-        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        if self.logits_factor != 1:
+            logits = logits * self.logits_factor
+        if cap := self.logits_cap:
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+    @property
+    def logits_factor(self) -> float:
+        """What the head's output is multiplied by."""
+        config = self.model.config.get_text_config()
+        divisor = getattr(config, "logits_scaling", None) or 1  # Granite
+        return (getattr(config, "logit_scale", None) or 1) / divisor  # Cohere
+
+    @property
+    def logits_cap(self) -> float | None:
+        """The size that logits cannot pass (Gemma 2)."""
+        return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
     def exit_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of the shared exit."""

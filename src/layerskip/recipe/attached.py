@@ -21,6 +21,7 @@ from layerskip.recipe.anatomy import Anatomy
 from layerskip.recipe.config import RecipeConfig
 from layerskip.recipe.exit_loss import IGNORED_LABEL, ExitLosses, exit_losses
 from layerskip.recipe.forward_pass import ForwardPass
+from layerskip.recipe.fused_loss import fused_loss
 from layerskip.recipe.layer_dropout import draw_skipped_rows
 from layerskip.recipe.schedule import exit_weights, skip_rates
 
@@ -168,6 +169,9 @@ class AttachedRecipe:
         num_items: Tensor | float | None,
         distillation_weight: float,
     ) -> ExitLosses:
+        fused = None
+        if self.recipe.fused_loss and not distillation_weight:
+            fused = fused_loss(self._anatomy, labels.device)
         return _disable(exit_losses)(  # type: ignore[no-any-return]
             this.states,
             labels,
@@ -178,6 +182,7 @@ class AttachedRecipe:
             distillation_weight=distillation_weight,
             chunk_tokens=self.recipe.chunk_tokens,
             vocabulary=self._anatomy.vocabulary,
+            fused=fused,
         )
 
     def _draw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

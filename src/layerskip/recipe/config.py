@@ -53,6 +53,8 @@ class RecipeConfig:
         distillation_weight: weight of the KL divergence from the last layer's distribution (its
             gradient stopped) that is added to each earlier exit's loss; 0 = off.
         chunk_tokens: tokens whose logits exist at one time; None chooses from the vocabulary.
+        fused_loss: use Liger's fused linear cross entropy where liger-kernel is installed, the
+            model is on a GPU, its head is a plain linear layer and nothing is distilled.
         seed: of the rows that are skipped; the same on every device.
     """
 
@@ -91,6 +93,9 @@ class RecipeConfig:
     )
     chunk_tokens: int | None = field(
         default=None, metadata={"help": "tokens whose logits exist at one time"}
+    )
+    fused_loss: bool = field(
+        default=True, metadata={"help": "use Liger's kernels where they are installed and fit"}
     )
     seed: int = field(default=0, metadata={"help": "seed of the rows that layer dropout skips"})
 

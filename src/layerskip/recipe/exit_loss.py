@@ -11,13 +11,15 @@ and the head's gradient, as large as the head, is written as seldom as may be.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from layerskip.recipe.fused_loss import FusedLoss
 
 IGNORED_LABEL = -100
 # Logits that exist at one time, in elements: 128 MB in float32.
@@ -57,6 +59,7 @@ def exit_losses(
     distillation_weight: float = 0.0,
     chunk_tokens: int | None = None,
     vocabulary: int,
+    fused: FusedLoss | None = None,
 ) -> ExitLosses:
     """The weighted loss of several exits, and each exit's own.
 
@@ -74,6 +77,8 @@ def exit_losses(
         distillation_weight: weight of KL(last || exit) beside the labels for the earlier exits.
         chunk_tokens: tokens a chunk; None chooses from the vocabulary.
         vocabulary: V.
+        fused: takes the place of `shared_exit` and the chunks, one exit after the other; it cannot
+            distil.
 
     Returns:
         Losses; a batch without any label has loss 0 and gradient 0.
@@ -91,6 +96,7 @@ def exit_losses(
         distillation_weight=distillation_weight,
         chunk=max(1, rows // len(exits)),
         needs_gradient=torch.is_grad_enabled(),
+        fused=fused,
     )
     labelled = [states[e].flatten(0, 1).index_select(0, positions) for e in exits]
     apply: Any = _ExitLoss.apply  # torch leaves it untyped
@@ -116,6 +122,19 @@ class _Work:
     distillation_weight: float
     chunk: int
     needs_gradient: bool
+    fused: FusedLoss | None
+
+    def pieces(self) -> Iterator[tuple[slice, slice]]:
+        """Exits and tokens that are worked out together."""
+        tokens = len(self.targets)
+        if self.fused is not None and tokens:
+            for number in range(len(self.weights)):
+                yield slice(number, number + 1), slice(None)
+            return
+        # Chunks of equal size: a small last one would cost as much as the others for the head.
+        chunks = math.ceil(tokens / self.chunk)
+        for number in range(chunks):
+            yield slice(None), slice(number * tokens // chunks, (number + 1) * tokens // chunks)
 
 
 class _ExitLoss(torch.autograd.Function):
@@ -133,16 +152,15 @@ class _ExitLoss(torch.autograd.Function):
             torch.zeros_like(t) if needed and t.requires_grad else None
             for t in (states, *parameters)
         ]
-        tokens = len(work.targets)
-        # Chunks of equal size: a small last one would cost as much as the others for the head.
-        chunks = math.ceil(tokens / work.chunk)
-        for number in range(chunks):
-            rows = slice(number * tokens // chunks, (number + 1) * tokens // chunks)
-            step = _chunk_step(work, states[:, rows], parameters, work.targets[rows], weights)
-            loss_sums += step.loss_sums
-            divergence_sums += step.divergence_sums
-            correct += step.correct
-            sums = (None if gradients[0] is None else gradients[0][:, rows], *gradients[1:])
+        step_of = _chunk_step if work.fused is None else _fused_step
+        for exits, rows in work.pieces():
+            step = step_of(
+                work, states[exits, rows], parameters, work.targets[rows], weights[exits]
+            )
+            loss_sums[exits] += step.loss_sums
+            divergence_sums[exits] += step.divergence_sums
+            correct[exits] += step.correct
+            sums = (None if gradients[0] is None else gradients[0][exits, rows], *gradients[1:])
             for total, gradient in zip(sums, step.gradients, strict=needed):
                 if total is not None and gradient is not None:
                     total.add_(gradient)
@@ -201,3 +219,19 @@ def _chunk_step(
         weighted = torch.mul(slope, weights[:, None, None], out=torch.empty_like(logits))
         gradients = torch.autograd.grad(logits, (states, *parameters), weighted, allow_unused=True)
     return _ChunkStep(loss_sums, divergence_sums, correct, gradients)
+
+
+def _fused_step(
+    work: _Work, states: Tensor, parameters: Sequence[Tensor], targets: Tensor, weights: Tensor
+) -> _ChunkStep:
+    """Loss and gradients of one exit on all tokens, states [1, N, D]."""
+    assert work.fused is not None
+    with torch.set_grad_enabled(work.needs_gradient):
+        states = states.detach().requires_grad_(work.needs_gradient)
+        loss_sum, choices = work.fused(states[0], targets)
+        gradients: tuple[Tensor | None, ...] = ()
+        if work.needs_gradient:
+            weighted = weights[0] * loss_sum
+            gradients = torch.autograd.grad(weighted, (states, *parameters), allow_unused=True)
+    correct = (choices == targets).sum()
+    return _ChunkStep(loss_sum.detach()[None], torch.zeros_like(weights), correct[None], gradients)

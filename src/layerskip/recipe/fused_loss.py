@@ -1,0 +1,50 @@
+"""Liger's fused linear cross entropy, which the exit loss uses where it is installed and fits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from layerskip.recipe.anatomy import Anatomy
+
+FusedLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+DEVICES = ("cuda",)  # where its kernels run
+
+
+def fused_loss(anatomy: Anatomy, device: torch.device) -> FusedLoss | None:
+    """An exit's cross entropy by kernels that never hold its logits; None where there are none.
+
+    They need the package liger-kernel, from 0.8 on, a GPU, and a head that is a plain linear layer
+    whose weights are all on this device and whose logits are not scaled afterwards.
+
+    Returns:
+        Called with hidden states [N, D] that leave a layer and labels [N], none ignored: the sum in
+        nats, a scalar with gradient, and the first choice of every token, int [N].
+    """
+    head = anatomy.head
+    is_plain = type(head) is nn.Linear and not hasattr(head.weight, "ds_id")  # DeepSpeed ZeRO-3
+    if device.type not in DEVICES or not is_plain or anatomy.logits_factor != 1:
+        return None
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
+    except ImportError:
+        return None
+    if "return_predicted_tokens" not in inspect.signature(fused).parameters:
+        return None
+
+    def loss(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        result = fused(
+            anatomy.norm(hidden),
+            head.weight,
+            labels,
+            bias=head.bias,
+            reduction="sum",
+            softcap=anatomy.logits_cap,
+            return_predicted_tokens=True,
+        )
+        return result.loss, result.predicted_tokens
+
+    return loss
