@@ -1,0 +1,283 @@
+"""`layerskip tune`: measure, predict, confirm, choose, and write it into the checkpoint."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from layerskip.cli import options
+from layerskip.decoding import LayerSkipModel
+from layerskip.tuning.prompts import PROMPTS
+from layerskip.tuning.run import MAX_DRAFT_TOKENS, Tuning, tune
+from layerskip.tuning.settings import check_writable, write_settings
+
+MAX_NEW_TOKENS = 64  # of a task that allows more: enough to see a speed, and soon done
+_COLUMNS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # draft lengths that a terminal has room for
+
+
+class _Layers(click.ParamType[list[int]]):
+    """Numbers and ranges, such as 4,8,10-12."""
+
+    name = "layers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[int]:
+        if isinstance(value, list):
+            return value
+        found: list[int] = []
+        try:
+            for part in value.split(","):
+                first, _, last = part.partition("-")
+                found += range(int(first), int(last or first) + 1)
+        except ValueError:
+            found = []
+        if not found:
+            self.fail(f"{value!r} is no list of exit layers; an example: 4,8,10-12", param, ctx)
+        return found
+
+
+@click.command("tune")
+@options.model_options
+@click.option(
+    "--data",
+    metavar="TASK|FILE",
+    help="Prompts like those you will have: a task of layerskip bench, a .jsonl, or a .txt with a"
+    " prompt a paragraph. Default: a few general questions.",
+)
+@click.option("--samples", type=click.IntRange(min=2), default=20, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Which samples are drawn.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help=f"Of each answer. Default: the task's own, at most {MAX_NEW_TOKENS}.",
+)
+@click.option(
+    "--max-draft-tokens",
+    type=click.IntRange(1, 64),
+    default=MAX_DRAFT_TOKENS,
+    show_default=True,
+    metavar="d",
+    help="Consider drafts of up to so many tokens.",
+)
+@click.option(
+    "--exit-layers", type=_Layers(), help="Consider these alone, such as 4,8,10-12. Default: all."
+)
+@click.option(
+    "--grid",
+    is_flag=True,
+    help="Run every pair for real, not the best three alone. This takes long: keep --samples few.",
+)
+@click.option("--dry-run", is_flag=True, help="Tell, and write nothing into the checkpoint.")
+@click.option(
+    "--report",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="A folder for pictures: the map of predictions, and more.",
+)
+@options.result_options
+@options.debug_option
+def command(
+    data: str | None,
+    samples: int,
+    seed: int,
+    max_new_tokens: int | None,
+    max_draft_tokens: int,
+    exit_layers: list[int] | None,
+    grid: bool,
+    dry_run: bool,
+    report: Path | None,
+    as_json: bool,
+    output: Path | None,
+    **flags: Any,
+) -> None:
+    """Find the fastest exit layer and draft length for your prompts on this machine.
+
+    What a draft, a verification and a plain step cost is measured here; which drafts would be accepted
+    is read from the model's own answers. From both follows the speed of every pair. The best three are
+    run for real against plain decoding, and the fastest is written into the checkpoint's
+    generation_config.json, where mode auto (and transformers) finds it. Where plain decoding is best,
+    that is what is written.
+
+    \b
+    Examples:
+      layerskip tune --model my-checkpoint --data my-prompts.jsonl
+      layerskip tune --model my-checkpoint --data topv2 --report pictures
+      layerskip tune --model smollm2-135m --dry-run --output tuning.json
+      layerskip tune --model my-checkpoint --data topv2 --grid --exit-layers 2,4,8 --samples 5
+    """
+    options.check_output(output)
+    if report is not None:
+        from layerskip.tuning.plots import check_installed
+
+        check_installed()
+    folder = Path(flags["model"]).expanduser()
+    writes = folder.is_dir() and not dry_run
+    if writes:
+        check_writable(folder)
+    model = options.load_model(flags)
+    prompts, stop, longest = _prompts(model, data, samples, seed)
+    with _bar() as progress:
+        tuning = tune(
+            model,
+            prompts,
+            max_new_tokens=max_new_tokens or min(longest, MAX_NEW_TOKENS),
+            max_draft_tokens=max_draft_tokens,
+            exits=exit_layers,
+            stop=stop,
+            weights=flags["weights"],
+            grid=grid,
+            progress=progress,
+        )
+    file = None
+    if writes:
+        ends = sorted(model.end_tokens)
+        file = write_settings(folder, tuning.choice, end_tokens=ends, record=tuning.record())
+    pictures = []
+    if report is not None:
+        from layerskip.tuning.plots import plot_tuning
+
+        pictures = plot_tuning(tuning, report)
+    if not as_json:
+        _show(tuning, file, pictures, dry_run=dry_run, is_folder=folder.is_dir())
+    result = {
+        "model": flags["model"],
+        "data": data,
+        **tuning.to_dict(),
+        "written_to": None if file is None else str(file),
+        "pictures": [str(picture) for picture in pictures],
+    }
+    options.deliver(result, as_json=as_json, output=output)
+
+
+def _prompts(
+    model: LayerSkipModel, data: str | None, samples: int, seed: int
+) -> tuple[list[Any], tuple[str, ...], int]:
+    """Prompts, what stops their answers, and how long these may be."""
+    chat = bool(model.tokenizer is not None and model.tokenizer.chat_template)
+    if data is None:
+        texts = PROMPTS[:samples]
+        prompts = [[{"role": "user", "content": text}] for text in texts] if chat else list(texts)
+        return prompts, (), MAX_NEW_TOKENS
+    from layerskip.bench.tasks import load_task
+
+    task = load_task(data, samples=samples, seed=seed, chat=chat)
+    return [sample.prompt for sample in task.samples], task.stop, task.max_new_tokens
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr that begins anew with everything that is done."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield progress
+
+
+def _show(
+    tuning: Tuning, file: Path | None, pictures: list[Path], *, dry_run: bool, is_folder: bool
+) -> None:
+    console = Console(highlight=False)
+    console.print(_map(tuning))
+    console.print(_confirmed(tuning))
+    choice = tuning.choice
+    console.print(f"[bold]{choice.reason[0].upper()}{choice.reason[1:]}.[/bold]")
+    if file is not None:
+        console.print(f"Written to {file}; mode auto uses it from now on.", soft_wrap=True)
+    elif dry_run:
+        console.print(f"Nothing was written (--dry-run). As flags: {choice.flags}")
+    else:
+        assert not is_folder
+        console.print(
+            "Nothing was written: settings are kept in a checkpoint folder, and this model is none."
+            f" Give them as flags: {choice.flags}",
+            soft_wrap=True,
+        )
+    for picture in pictures:
+        console.print(f"Drawn: {picture}", soft_wrap=True)
+
+
+def _map(tuning: Tuning) -> Table:
+    """Predicted speedups: an exit a row, a draft length a column, with what the exit is worth."""
+    speedups = {(p.exit_layer, p.draft_tokens): p.speedup for p in tuning.predictions}
+    lengths = [d for d in _COLUMNS if (tuning.costs.exits[0], d) in speedups]
+    best = tuning.predictions[0]
+    if best.draft_tokens not in lengths:
+        lengths = sorted([*lengths, best.draft_tokens])
+    table = Table(title="predicted speedup over plain decoding", caption=_costs(tuning))
+    table.add_column("E", justify="right")
+    table.add_column("agrees", justify="right")
+    for d in lengths:
+        table.add_column(f"d={d}", justify="right")
+    for row in tuning.exits:
+        cells = [_cell(speedups[row["exit_layer"], d], best.speedup) for d in lengths]
+        table.add_row(str(row["exit_layer"]), f"{row['agreement']:.0%}", *cells)
+    return table
+
+
+def _cell(speedup: float, best: float) -> Text:
+    style = "bold green" if speedup == best else "green" if speedup > 1.0 else "dim"
+    return Text(f"{speedup:.2f}", style=style)
+
+
+def _costs(tuning: Tuning) -> str:
+    costs = tuning.costs
+    middle = len(costs.contexts) // 2
+    x = costs.exits.index(tuning.predictions[0].exit_layer)
+    verify = costs.verify_s[middle, x]
+    n = len(verify)
+    return (
+        f"at {costs.contexts[middle]} tokens of context: a plain token"
+        f" {1e3 * costs.plain_s[middle]:.1f} ms, the head {1e3 * costs.head_s[middle]:.1f};"
+        f" E={costs.exits[x]}: a draft token {1e3 * costs.draft_step_s[middle, x]:.1f} ms,"
+        f" verifying 1 position {1e3 * verify[0]:.1f}, {n} positions {1e3 * verify[-1]:.1f}"
+    )
+
+
+def _confirmed(tuning: Tuning) -> Table:
+    table = Table(title=f"real runs, {tuning.prompts} prompts in turns, greedy")
+    headings = (
+        "mode",
+        "tokens/s",
+        "speedup",
+        "95% interval",
+        "predicted",
+        "acceptance",
+        "identical",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "mode" else "right")
+    for row in tuning.confirmed:
+        plain = row["mode"] == "plain"
+        low, high = row["speedup_interval"]
+        rate = row["acceptance_rate"]
+        table.add_row(
+            "plain" if plain else f"E={row['exit_layer']}, d={row['draft_tokens']}",
+            f"{row['tokens_per_s']:.1f}",
+            f"{row['speedup']:.2f}x",
+            "" if plain else f"{low:.2f} to {high:.2f}",
+            f"{row['predicted_tokens_per_s']:.1f} ({row['predicted_speedup']:.2f}x)",
+            "" if rate is None else f"{rate:.0%}",
+            f"{row['identical_to_plain']:.0%}",
+        )
+    return table

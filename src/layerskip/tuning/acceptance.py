@@ -1,0 +1,106 @@
+"""What every exit would have drafted, from the model's own greedy answers.
+
+While a draft is right, the draft stage sees exactly the model's own tokens. So where an exit agrees
+with the model along a greedy answer is all there is to know about which drafts are accepted, for every
+draft length, and one pass over the answer shows it for every exit.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from layerskip.decoding import Generation, Step, exit_states
+from layerskip.decoding.drafters import EarlyExitDrafter
+from layerskip.model import Decoder
+
+_UNKNOWN = -1  # what the model would say after the answer's end; always cut off
+_ROWS = 64  # positions whose logits are computed at once: bounds their memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """A greedy answer and what each exit would have said along it.
+
+    Attributes:
+        prompt_tokens: how long the prompt is.
+        token_ids: the answer, N tokens, at least 2.
+        limit: how long it might have become; drafts never reach beyond it.
+        agreement: exit -> N - 1 truth values: entry i says whether this exit names token i + 1 of the
+            answer after the prompt and its tokens 0 ... i. (Token 0 comes from the prompt's pass.)
+    """
+
+    prompt_tokens: int
+    token_ids: list[int]
+    limit: int
+    agreement: dict[int, list[bool]]
+
+    def draft_length(self, produced: int, draft_tokens: int) -> int:
+        """How many tokens are really drafted in a round that begins after so many new tokens."""
+        return min(draft_tokens, self.limit - produced - 1)
+
+
+@torch.inference_mode()
+def read_agreement(
+    decoder: Decoder, prompt: Sequence[int], answer: Generation, exits: Sequence[int], limit: int
+) -> Continuation:
+    """Compare every exit with a greedy answer of the whole model, in one pass over it.
+
+    Args:
+        decoder: the model that gave the answer.
+        prompt: its token ids.
+        answer: plain and greedy, of at least 2 tokens.
+        exits: layers run, each 1 to L.
+        limit: the `max_new_tokens` of the answer.
+    """
+    tokens = answer.token_ids
+    states = exit_states(decoder, [*prompt, *tokens[:-1]], exits)
+    expected = torch.tensor(tokens[1:], device=decoder.device)
+    agreement = {}
+    for exit_layer, hidden in states.items():
+        rows = hidden[:, len(prompt) :].split(_ROWS, dim=1)
+        said = torch.cat([decoder.logits(part).argmax(dim=-1)[0] for part in rows])
+        agreement[exit_layer] = (said == expected).tolist()
+    return Continuation(
+        prompt_tokens=len(prompt),
+        token_ids=tokens,
+        limit=min(limit, decoder.architecture.max_context - len(prompt) + 1),
+        agreement=agreement,
+    )
+
+
+def agreement_rate(continuations: Sequence[Continuation], exit_layer: int) -> float:
+    """Share of all positions at which an exit names the model's next token."""
+    marks = [mark for c in continuations for mark in c.agreement[exit_layer]]
+    return sum(marks) / len(marks)
+
+
+def replay(continuation: Continuation, exit_layer: int, draft_tokens: int) -> list[Step]:
+    """The rounds in which self-speculative decoding would have given this answer after its first token.
+
+    Exact for greedy decoding up to rounding: where a pass over several positions gives the same top
+    tokens as passes over one, these are the steps of a real run.
+    """
+    agrees = _agreeing_from(continuation.agreement[exit_layer])
+    n = len(continuation.token_ids)
+    answer = (*continuation.token_ids, _UNKNOWN)
+    rounds = []
+    produced = 1
+    while produced < n:
+        drafted = continuation.draft_length(produced, draft_tokens)
+        accepted = min(agrees[produced - 1], drafted)
+        tokens = answer[produced : produced + accepted + 1]
+        step = Step(tokens, drafted=drafted, accepted=accepted, source=EarlyExitDrafter.source)
+        rounds.append(step.first(n - produced))
+        produced += len(rounds[-1].tokens)
+    return rounds
+
+
+def _agreeing_from(marks: Sequence[bool]) -> list[int]:
+    """For each entry, how many true ones follow one another from there on."""
+    counts = [0] * len(marks)
+    following = 0
+    for i in range(len(marks) - 1, -1, -1):
+        following = following + 1 if marks[i] else 0
+        counts[i] = following
+    return counts

@@ -1,0 +1,68 @@
+"""The decision: the fastest confirmed setting, or plain decoding where no gain is certain."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What to decode with on this machine and these prompts.
+
+    Attributes:
+        exit_layer: None where plain decoding is chosen, like draft_tokens.
+        tokens_per_s: measured.
+        speedup: measured, over plain decoding of the same prompts in turns; 1 for plain itself.
+        speedup_interval: 95% over the prompts.
+        reason: one sentence for people.
+    """
+
+    mode: Literal["plain", "self-speculative"]
+    exit_layer: int | None
+    draft_tokens: int | None
+    tokens_per_s: float
+    speedup: float
+    speedup_interval: list[float]
+    reason: str
+
+    @property
+    def flags(self) -> str:
+        """The same as flags of the command line."""
+        if self.mode == "plain":
+            return "--mode plain"
+        return f"--exit-layer {self.exit_layer} --draft-tokens {self.draft_tokens}"
+
+
+def choose(rows: Sequence[Mapping[str, Any]]) -> Choice:
+    """Choose from measured rows.
+
+    A setting is worth having if even the low end of its speedup's interval is above 1; what may be
+    slower than plain decoding is not.
+
+    Args:
+        rows: as of `bench.rows.row`, plain decoding first, then at least one other.
+    """
+    plain, *others = rows
+    fastest = max(others, key=lambda row: float(row["speedup"]))
+    low, high = fastest["speedup_interval"]
+    pair = f"E={fastest['exit_layer']}, d={fastest['draft_tokens']}"
+    gain = f"{fastest['speedup']:.2f}x of plain decoding (95% interval {low:.2f} to {high:.2f})"
+    if low <= 1.0:
+        return Choice(
+            mode="plain",
+            exit_layer=None,
+            draft_tokens=None,
+            tokens_per_s=plain["tokens_per_s"],
+            speedup=1.0,
+            speedup_interval=[1.0, 1.0],
+            reason=f"plain decoding is best here: the best of the pairs tried, {pair}, runs at {gain}",
+        )
+    return Choice(
+        mode="self-speculative",
+        exit_layer=fastest["exit_layer"],
+        draft_tokens=fastest["draft_tokens"],
+        tokens_per_s=fastest["tokens_per_s"],
+        speedup=fastest["speedup"],
+        speedup_interval=[low, high],
+        reason=f"self-speculative decoding with {pair} is best here: {gain}",
+    )

@@ -1,0 +1,218 @@
+"""The whole of tuning: answers, costs, predictions, real runs, and the choice."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from layerskip.bench.environment import environment
+from layerskip.bench.measure import Setting, measure, n_runs
+from layerskip.bench.own import OwnSystem
+from layerskip.bench.rows import row
+from layerskip.decoding import LayerSkipModel
+from layerskip.decoding.generation import accepted_by_position
+from layerskip.tuning.acceptance import Continuation, agreement_rate, read_agreement, replay
+from layerskip.tuning.choose import Choice, choose
+from layerskip.tuning.costs import Costs, measure_costs
+from layerskip.tuning.predict import Prediction, predict, predict_plain
+
+CANDIDATES = 3  # predictions that are confirmed by real runs
+MAX_DRAFT_TOKENS = 16
+
+# What is being done, how much of it is done, and how much there is.
+Progress = Callable[[str, int, int], None]
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What was measured, predicted, confirmed and chosen.
+
+    Attributes:
+        prompts: how many had an answer of at least two tokens; the others say nothing of decoding.
+        exits: for each exit its agreement with the model's next token over all positions, and the
+            acceptance by draft position.
+        predicted_plain_tokens_per_s: from the costs alone, like the predictions.
+        predictions: every exit and draft length, the fastest predicted first.
+        grid: real runs of all of them, each with its prediction; None unless asked for.
+        confirmed: real runs in turns, plain decoding first, each with its prediction.
+    """
+
+    environment: dict[str, Any]
+    prompts: int
+    max_new_tokens: int
+    costs: Costs
+    exits: list[Row]
+    predicted_plain_tokens_per_s: float
+    predictions: list[Prediction]
+    grid: list[Row] | None
+    confirmed: list[Row]
+    choice: Choice
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields for JSON."""
+        return {
+            "environment": self.environment,
+            "prompts": self.prompts,
+            "max_new_tokens": self.max_new_tokens,
+            "chosen": {**dataclasses.asdict(self.choice), "flags": self.choice.flags},
+            "confirmed": self.confirmed,
+            "predicted_plain_tokens_per_s": self.predicted_plain_tokens_per_s,
+            "predictions": [dataclasses.asdict(p) for p in self.predictions],
+            "grid": self.grid,
+            "exits": self.exits,
+            "costs": self.costs.to_dict(),
+        }
+
+    def record(self) -> dict[str, Any]:
+        """What stays with the checkpoint: the gain, and where it was measured."""
+        chosen = dataclasses.asdict(self.choice)
+        names = ("mode", "tokens_per_s", "speedup", "speedup_interval")
+        return {
+            **{name: chosen[name] for name in names},
+            "prompts": self.prompts,
+            "max_new_tokens": self.max_new_tokens,
+            "environment": self.environment,
+        }
+
+
+def tune(
+    model: LayerSkipModel,
+    prompts: Sequence[Any],
+    *,
+    max_new_tokens: int = 64,
+    max_draft_tokens: int = MAX_DRAFT_TOKENS,
+    exits: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+    weights: str = "16bit",
+    grid: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Tuning:
+    """Find the fastest exit layer and draft length for these prompts on this machine.
+
+    Args:
+        model: as it will be used: its dtype, weights and device are what is tuned for.
+        prompts: as for `LayerSkipModel.generate`; at least two.
+        max_new_tokens: of each answer, 2 or more.
+        max_draft_tokens: draft lengths 1 to this are considered.
+        exits: layers run, each 1 ... L - 1; None considers all.
+        stop: texts that end an answer.
+        weights: how the model keeps its weights, for the record.
+        grid: also run every pair for real, and confirm the best of those instead.
+        progress: called while it works.
+
+    Raises:
+        ValueError: an argument that cannot be used, or too few prompts with an answer.
+    """
+    layers = _exits(model, exits)
+    tokenized = [model.tokenize(prompt) for prompt in prompts]
+    continuations: list[Continuation] = []
+    texts: list[list[int]] = []
+    useful: list[list[int]] = []
+    for i, prompt in enumerate(tokenized, 1):
+        answer = model.generate(prompt, mode="plain", max_new_tokens=max_new_tokens, stop=stop)
+        if answer.new_tokens >= 2:
+            useful.append(prompt)
+            texts.append([*prompt, *answer.token_ids])
+            continuations.append(
+                read_agreement(model.decoder, prompt, answer, layers, max_new_tokens)
+            )
+        progress("reading what every exit says", i, len(tokenized))
+    if len(useful) < 2:
+        raise ValueError(
+            f"{len(useful)} of {len(prompts)} prompts have an answer of two tokens or more; tuning"
+            " needs two such prompts at least"
+        )
+    costs = measure_costs(
+        model.decoder,
+        max(texts, key=len),
+        contexts=_contexts(continuations),
+        exits=layers,
+        max_draft_tokens=max_draft_tokens,
+        progress=lambda done, total: progress("timing the parts of a round", done, total),
+    )
+    predictions = predict(costs, continuations, max_draft_tokens)
+    plain = predict_plain(costs, continuations)
+
+    def run_for_real(some: Sequence[Prediction], what: str) -> list[Row]:
+        system = OwnSystem(model, [Setting(mode="plain"), *map(_setting, some)], stop=stop)
+        total, done = n_runs([system], len(useful), 1), 0
+
+        def on_run() -> None:
+            nonlocal done
+            done += 1
+            progress(what, done, total)
+
+        entries = measure([system], useful, max_new_tokens=max_new_tokens, on_run=on_run)
+        predicted = [plain, *(p.tokens_per_s for p in some)]
+        return [
+            _with_prediction(row(entry, plain=entries[0].runs), tokens_per_s, plain)
+            for entry, tokens_per_s in zip(entries, predicted, strict=True)
+        ]
+
+    best, grid_rows = predictions[:CANDIDATES], None
+    if grid:
+        grid_rows = run_for_real(predictions, "running every pair")
+        pairs = zip(predictions, grid_rows[1:], strict=True)
+        measured = sorted(pairs, key=lambda pair: float(pair[1]["speedup"]), reverse=True)
+        best = [prediction for prediction, _ in measured[:CANDIDATES]]
+    confirmed = run_for_real(best, "confirming the best by real runs")
+    return Tuning(
+        environment=environment(
+            dtype=model.decoder.dtype, weights=weights, device=model.decoder.device
+        ),
+        prompts=len(useful),
+        max_new_tokens=max_new_tokens,
+        costs=costs,
+        exits=[_exit_row(continuations, e, max_draft_tokens) for e in layers],
+        predicted_plain_tokens_per_s=plain,
+        predictions=predictions,
+        grid=grid_rows,
+        confirmed=confirmed,
+        choice=choose(confirmed),
+    )
+
+
+def _exits(model: LayerSkipModel, asked: Sequence[int] | None) -> list[int]:
+    n_layers = len(model.decoder.layers)
+    layers = sorted(set(range(1, n_layers) if asked is None else asked))
+    if not layers:
+        raise ValueError("this model has a single layer; there is no exit before the last one")
+    if layers[0] < 1 or layers[-1] >= n_layers:
+        raise ValueError(f"exit layers for drafting are 1 to {n_layers - 1} in this model")
+    return layers
+
+
+def _contexts(continuations: Sequence[Continuation]) -> list[int]:
+    """The shortest and the longest context that a round of these answers has, and their middle."""
+    shortest = min(c.prompt_tokens for c in continuations)
+    longest = max(c.prompt_tokens + len(c.token_ids) for c in continuations)
+    return [shortest, (shortest + longest) // 2, longest]
+
+
+def _setting(prediction: Prediction) -> Setting:
+    return Setting(
+        mode="self-speculative",
+        exit_layer=prediction.exit_layer,
+        draft_tokens=prediction.draft_tokens,
+    )
+
+
+def _with_prediction(measured: Row, tokens_per_s: float, plain_tokens_per_s: float) -> Row:
+    """A measured row with what was predicted and by how much that was wrong (0.1: 10% too high)."""
+    speedup = tokens_per_s / plain_tokens_per_s
+    return {
+        **measured,
+        "predicted_tokens_per_s": tokens_per_s,
+        "predicted_speedup": speedup,
+        "error_of_tokens_per_s": tokens_per_s / measured["tokens_per_s"] - 1,
+        "error_of_speedup": speedup / measured["speedup"] - 1,
+    }
+
+
+def _exit_row(continuations: Sequence[Continuation], exit_layer: int, draft_tokens: int) -> Row:
+    rounds = [step for c in continuations for step in replay(c, exit_layer, draft_tokens)]
+    return {
+        "exit_layer": exit_layer,
+        "agreement": agreement_rate(continuations, exit_layer),
+        "accepted_by_position": accepted_by_position(rounds),
+    }

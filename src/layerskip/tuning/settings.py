@@ -1,0 +1,83 @@
+"""The chosen settings in the checkpoint's `generation_config.json`, where everybody looks for them."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from layerskip.model.weights import read_json
+from layerskip.tuning.choose import Choice
+
+FILE = "generation_config.json"
+
+
+def write_settings(
+    folder: Path, choice: Choice, *, end_tokens: Sequence[int], record: Mapping[str, Any]
+) -> Path:
+    """Write `assistant_early_exit` and `num_assistant_tokens`, and how they were found.
+
+    Where plain decoding was chosen both fields are removed, which is what makes mode auto plain. All
+    other fields stay. The file appears whole or not at all.
+
+    Args:
+        folder: a checkpoint.
+        choice: what to write.
+        end_tokens: of the model, for a folder that has no such file yet: transformers would take the
+            new file's word that there are none.
+        record: kept under `layerskip`, key `tuning`.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: the file there is no JSON object, or the folder cannot be written to.
+    """
+    file = folder / FILE
+    fields = read_json(file) if file.is_file() else _special_tokens(folder, end_tokens)
+    for key, value in (
+        ("assistant_early_exit", choice.exit_layer),
+        ("num_assistant_tokens", choice.draft_tokens),
+    ):
+        fields.pop(key, None)
+        if value is not None:
+            fields[key] = value
+    # By this mark transformers says that the file only repeats config.json, and skips what is new in it.
+    fields.pop("_from_model_config", None)
+    own = fields.get("layerskip")
+    fields["layerskip"] = {**(own if isinstance(own, dict) else {}), "tuning": dict(record)}
+    _replace(file, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+    return file
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that could not be written to, before any long work starts.
+
+    Raises:
+        ValueError: it cannot be written to, or what is there already is no JSON object.
+    """
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} cannot be written to; --dry-run tunes without writing")
+    if (folder / FILE).is_file():
+        read_json(folder / FILE)
+
+
+def _special_tokens(folder: Path, end_tokens: Sequence[int]) -> dict[str, Any]:
+    """What transformers takes from `config.json` while there is no file of settings."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    names = ("bos_token_id", "pad_token_id")
+    fields = {name: config[name] for name in names if config.get(name) is not None}
+    if end_tokens:
+        fields["eos_token_id"] = end_tokens[0] if len(end_tokens) == 1 else list(end_tokens)
+    return fields
+
+
+def _replace(file: Path, text: str) -> None:
+    temporary = file.with_name(f".{file.name}-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,133 @@
+"""`layerskip tune`: what it writes, prints and refuses."""
+
+import json
+import shutil
+
+import pytest
+
+from layerskip import LayerSkipModel, cli
+from layerskip.cli import tune as tune_command
+from layerskip.tuning import run as run_module
+
+FEW = ("--samples", 3, "--max-new-tokens", 8, "--max-draft-tokens", 2, "--exit-layers", "1-2")
+
+
+@pytest.fixture
+def own(folder, tmp_path):
+    """A copy of the tiny checkpoint that may be written into."""
+    return shutil.copytree(folder, tmp_path / "model")
+
+
+@pytest.fixture
+def tune(own, capsys):
+    def call(*arguments, model=own):
+        flags = ["--model", str(model), "--dtype", "float32", *map(str, [*FEW, *arguments])]
+        status = cli.run(["tune", *flags])
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    return call
+
+
+def always(speedup):
+    """A `choose` that finds what it is told to find: tiny models' times are noise."""
+
+    def choose(rows):
+        for row in rows[1:]:
+            row["speedup"] = speedup
+            row["speedup_interval"] = [speedup - 0.1, speedup + 0.1]
+        return real_choose(rows)
+
+    real_choose = run_module.choose
+    return choose
+
+
+def settings_of(folder):
+    return json.loads((folder / "generation_config.json").read_text())
+
+
+def test_the_choice_is_written_and_used(tune, own, monkeypatch):
+    monkeypatch.setattr(run_module, "choose", always(1.5))
+    status, out, err = tune()
+    assert (status, err) == (0, "")
+    fields = settings_of(own)
+    e, d = fields["assistant_early_exit"], fields["num_assistant_tokens"]
+    assert e in (1, 2)
+    assert d in (1, 2)
+    record = fields["layerskip"]["tuning"]
+    assert (record["speedup"], record["speedup_interval"]) == (1.5, [1.4, 1.6])
+    assert (record["prompts"], record["environment"]["dtype"]) == (3, "float32")
+    text = " ".join(out.split())
+    assert f"E={e}, d={d} is best here: 1.50x" in text
+    assert "predicted speedup over plain decoding" in text
+    answer = LayerSkipModel.from_pretrained(own, dtype="float32").generate("abc", max_new_tokens=4)
+    assert (answer.mode, answer.exit_layer, answer.draft_tokens) == ("self-speculative", e, d)
+
+
+def test_where_plain_is_best_it_says_so_and_auto_is_plain(tune, own, monkeypatch):
+    monkeypatch.setattr(run_module, "choose", always(0.8))
+    fields = settings_of(own)
+    fields["assistant_early_exit"] = 1  # of an earlier tuning
+    (own / "generation_config.json").write_text(json.dumps(fields))
+    status, out, _ = tune()
+    assert status == 0
+    assert "Plain decoding is best here" in " ".join(out.split())
+    assert "assistant_early_exit" not in settings_of(own)
+    model = LayerSkipModel.from_pretrained(own, dtype="float32")
+    assert model.generate("abc", max_new_tokens=4).mode == "plain"
+
+
+def test_a_dry_run_writes_nothing(tune, own, monkeypatch):
+    monkeypatch.setattr(run_module, "choose", always(1.5))
+    before = {path: path.read_bytes() for path in own.iterdir()}
+    status, out, _ = tune("--dry-run")
+    assert status == 0
+    assert "Nothing was written (--dry-run). As flags: --exit-layer" in " ".join(out.split())
+    assert {path: path.read_bytes() for path in own.iterdir()} == before
+
+
+def test_json_is_one_document(tune, own, tmp_path):
+    output, data = tmp_path / "tuning.json", tmp_path / "prompts.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": text}) for text in ("abc", "xy", "q: 1")))
+    report = tmp_path / "report"
+    status, out, err = tune("--json", "--output", output, "--data", data, "--report", report)
+    assert (status, err) == (0, "")
+    result = json.loads(out)
+    assert result == json.loads(output.read_text())
+    assert result["prompts"] == 3
+    assert result["written_to"] == str(own / "generation_config.json")
+    assert {p["exit_layer"] for p in result["predictions"]} == {1, 2}
+    assert [row["mode"] for row in result["confirmed"]] == ["plain"] + ["self-speculative"] * 3
+    assert sorted(result["pictures"]) == sorted(map(str, report.iterdir()))
+
+
+def test_a_gguf_file_gets_its_settings_as_flags(tune, own, tmp_path, monkeypatch):
+    """No GGUF file is needed to see it: what is loaded is the folder, what is named is a file."""
+    monkeypatch.setattr(run_module, "choose", always(1.5))
+    real = tune_command.options.load_model
+    monkeypatch.setattr(
+        tune_command.options, "load_model", lambda flags: real({**flags, "model": str(own)})
+    )
+    before = settings_of(own)
+    status, out, _ = tune(model=tmp_path / "model.gguf")
+    assert status == 0
+    assert "Give them as flags: --exit-layer" in " ".join(out.split())
+    assert settings_of(own) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "words"),
+    [
+        (("--exit-layers", "4"), 1, "exit layers for drafting are 1 to 3 in this model"),
+        (("--exit-layers", "2-x"), 2, "an example: 4,8,10-12"),
+        (("--exit-layers", "3-1"), 2, "an example: 4,8,10-12"),
+        (("--data", "no-such-task"), 1, "no file and no task"),
+        (("--samples", "1"), 2, "--samples"),
+        (("--output", "/no/such/folder/x.json"), 2, "does not exist"),
+    ],
+)
+def test_bad_input_is_one_line(tune, flags, status, words):
+    code, out, err = tune(*flags)
+    assert (code, out) == (status, "")
+    assert err.count("\n") == 1
+    assert words in err

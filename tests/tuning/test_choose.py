@@ -1,0 +1,40 @@
+"""The choice, from written rows."""
+
+import pytest
+
+from layerskip.tuning.choose import choose
+
+
+def row(speedup, interval, e=None, d=None):
+    mode = "plain" if e is None else "self-speculative"
+    return {
+        "mode": mode,
+        "exit_layer": e,
+        "draft_tokens": d,
+        "tokens_per_s": 50.0 * speedup,
+        "speedup": speedup,
+        "speedup_interval": list(interval),
+    }
+
+
+PLAIN = row(1.0, (1.0, 1.0))
+
+
+def test_the_fastest_is_chosen():
+    choice = choose([PLAIN, row(1.3, (1.2, 1.4), 4, 2), row(1.5, (1.3, 1.7), 8, 6)])
+    assert (choice.mode, choice.exit_layer, choice.draft_tokens) == ("self-speculative", 8, 6)
+    assert (choice.speedup, choice.speedup_interval) == (1.5, [1.3, 1.7])
+    assert choice.tokens_per_s == 75.0
+    assert choice.flags == "--exit-layer 8 --draft-tokens 6"
+    assert "1.50x" in choice.reason
+
+
+@pytest.mark.parametrize("interval", [(0.7, 0.9), (0.98, 1.1), (1.0, 1.2)])
+def test_plain_is_best_where_no_gain_is_certain(interval):
+    speedup = sum(interval) / 2
+    choice = choose([PLAIN, row(speedup, interval, 4, 2), row(0.5, (0.4, 0.6), 8, 6)])
+    assert (choice.mode, choice.exit_layer, choice.draft_tokens) == ("plain", None, None)
+    assert (choice.speedup, choice.tokens_per_s) == (1.0, 50.0)
+    assert choice.flags == "--mode plain"
+    assert choice.reason.startswith("plain decoding is best here")
+    assert "E=4, d=2" in choice.reason

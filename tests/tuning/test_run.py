@@ -1,0 +1,136 @@
+"""The whole of tuning on tiny models, and on a machine whose times are written down."""
+
+import json
+
+import pytest
+import scripted
+import tiny_decoders
+
+from layerskip import LayerSkipModel
+from layerskip.model import Checkpoint, Settings
+from layerskip.tuning.plots import plot_tuning
+from layerskip.tuning.run import tune
+from timed import TimedDecoder
+
+
+def timed_model(monkeypatch, *, misses=(), **times):
+    """Four layers of a second each and a head of half a second, unless told otherwise."""
+    decoder = TimedDecoder(range(40, 100), misses=misses, prompt_tokens=6, max_context=400, **times)
+    decoder.keep_time(monkeypatch)
+    return model_of(decoder)
+
+
+def model_of(decoder, **settings):
+    checkpoint = Checkpoint(
+        path=None, decoder=decoder, tokenizer=None, settings=Settings(**settings)
+    )
+    return LayerSkipModel(checkpoint)
+
+
+PROMPTS = [[1] * 6, [2] * 6, [3] * 6]
+
+
+def test_a_draft_that_is_always_right_is_chosen_as_predicted(monkeypatch):
+    """Plain: 4.5 s a token. E=1, d: (d+1) layers and d heads, then 3 layers and a head, d+1 tokens."""
+    tuning = tune(timed_model(monkeypatch), PROMPTS, max_new_tokens=31, max_draft_tokens=4)
+    choice = tuning.choice
+    assert (choice.mode, choice.exit_layer, choice.draft_tokens) == ("self-speculative", 1, 4)
+    assert tuning.predicted_plain_tokens_per_s == pytest.approx(1 / 4.5)
+    seconds = 5 + 4 * 0.5 + 3 + 0.5
+    assert tuning.predictions[0].tokens_per_s == pytest.approx(5 / seconds)
+    assert choice.tokens_per_s == pytest.approx(5 / seconds)
+    assert choice.speedup == pytest.approx(4.5 * 5 / seconds)
+    plain, *others = tuning.confirmed
+    assert plain["mode"] == "plain"
+    assert len(others) == 3
+    for row in others:
+        assert row["error_of_tokens_per_s"] == pytest.approx(0.0, abs=1e-9)
+        assert row["error_of_speedup"] == pytest.approx(0.0, abs=1e-9)
+        assert row["acceptance_rate"] == 1.0
+    assert [row["agreement"] for row in tuning.exits] == [1.0] * 3
+
+
+def test_plain_is_chosen_where_drafts_are_wrong(monkeypatch):
+    model = timed_model(monkeypatch, misses=range(100))
+    tuning = tune(model, PROMPTS, max_new_tokens=20, max_draft_tokens=3)
+    assert tuning.choice.mode == "plain"
+    assert "plain decoding is best here" in tuning.choice.reason
+    assert all(p.speedup < 1 for p in tuning.predictions)
+    assert [row["agreement"] for row in tuning.exits] == [0.0] * 3
+    assert tuning.record()["mode"] == "plain"
+
+
+def test_plain_is_chosen_where_right_drafts_cost_too_much(monkeypatch):
+    """Plain: 104 s a token. E=3, d=1: 6 + 100 to draft, 3 + 100 to verify, for two tokens."""
+    model = timed_model(monkeypatch, head=100.0, row=2.0)
+    tuning = tune(model, PROMPTS, max_new_tokens=21, max_draft_tokens=3, exits=[3])
+    assert tuning.predictions[0].tokens_per_s == pytest.approx(2 / 209)
+    assert tuning.choice.mode == "plain"
+    assert tuning.confirmed[1]["acceptance_rate"] == 1.0
+
+
+def test_the_grid_runs_every_pair_as_predicted(monkeypatch):
+    model = timed_model(monkeypatch, misses=range(3, 100, 3))
+    tuning = tune(model, PROMPTS, max_new_tokens=24, max_draft_tokens=3, exits=[3, 1], grid=True)
+    pairs = {(row["exit_layer"], row["draft_tokens"]) for row in tuning.grid[1:]}
+    assert pairs == {(e, d) for e in (1, 3) for d in (1, 2, 3)}
+    for row in tuning.grid:
+        assert row["error_of_tokens_per_s"] == pytest.approx(0.0, abs=1e-9)
+    fastest = max(tuning.grid[1:], key=lambda row: row["speedup"])
+    assert tuning.confirmed[1]["speedup"] == fastest["speedup"]
+    assert (tuning.choice.exit_layer, tuning.choice.draft_tokens) == (1, 2)
+
+
+def test_a_tuning_of_a_real_decoder_is_one_valid_document_with_pictures(tmp_path):
+    decoder = tiny_decoders.tiny_decoder("llama3.1")
+    model = model_of(decoder)
+    prompts = [tiny_decoders.random_prompt(decoder, 5 + i, i) for i in range(3)]
+    said = []
+    tuning = tune(
+        model,
+        prompts,
+        max_new_tokens=12,
+        max_draft_tokens=2,
+        grid=True,
+        progress=lambda what, done, total: said.append((what, done, total)),
+    )
+    result = json.loads(json.dumps(tuning.to_dict()))
+    assert result["prompts"] == 3
+    assert len(result["predictions"]) == 3 * 2
+    assert len(result["exits"][0]["accepted_by_position"]) == 2
+    for row in result["confirmed"][1:]:
+        # In float32 the replay is the real run.
+        predicted = next(
+            p
+            for p in result["predictions"]
+            if (p["exit_layer"], p["draft_tokens"]) == (row["exit_layer"], row["draft_tokens"])
+        )
+        assert row["acceptance_rate"] == predicted["acceptance_rate"]
+        assert row["mean_accepted_length"] == predicted["mean_accepted_length"]
+        assert row["identical_to_plain"] == 1.0
+    phases = list(dict.fromkeys(what for what, _, _ in said))
+    assert len(phases) == 4
+    for phase in phases:
+        done = [(d, total) for what, d, total in said if what == phase]
+        assert done == sorted(done)
+        assert done[-1][0] == done[-1][1]
+    pictures = plot_tuning(tuning, tmp_path / "report")
+    assert {path.name for path in pictures} == {
+        "map.png",
+        "agreement.png",
+        "predicted_and_measured.png",
+    }
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_answers_too_short_to_decode_are_refused():
+    decoder = scripted.ScriptedDecoder([7], max_context=400)
+    model = model_of(decoder, end_tokens=(7,))
+    with pytest.raises(ValueError, match="0 of 2 prompts have an answer"):
+        tune(model, [[1], [2]])
+
+
+@pytest.mark.parametrize("exits", [[0], [4], [2, 9]])
+def test_exits_that_cannot_draft_are_refused(exits):
+    with pytest.raises(ValueError, match="1 to 3"):
+        tune(scripted.scripted_model(range(9)), [[1], [2]], exits=exits)

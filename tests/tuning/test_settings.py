@@ -1,0 +1,118 @@
+"""Settings written into a checkpoint and read back, by this package and by transformers."""
+
+import json
+import stat
+
+import pytest
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import tiny_models
+from layerskip import LayerSkipModel
+from layerskip.tuning.choose import Choice
+from layerskip.tuning.settings import check_writable, write_settings
+
+CHOICE = Choice(
+    mode="self-speculative",
+    exit_layer=2,
+    draft_tokens=3,
+    tokens_per_s=80.0,
+    speedup=1.6,
+    speedup_interval=[1.5, 1.7],
+    reason="so it is",
+)
+PLAIN = Choice(
+    mode="plain",
+    exit_layer=None,
+    draft_tokens=None,
+    tokens_per_s=50.0,
+    speedup=1.0,
+    speedup_interval=[1.0, 1.0],
+    reason="plain",
+)
+RECORD = {"speedup": 1.6, "prompts": 20}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_models.reference("llama2").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def fields_of(folder):
+    return json.loads((folder / "generation_config.json").read_text())
+
+
+def write(folder, choice=CHOICE, record=RECORD):
+    return write_settings(folder, choice, end_tokens=[2], record=record)
+
+
+def test_this_package_and_transformers_read_them_back(folder):
+    before = fields_of(folder)
+    assert write(folder) == folder / "generation_config.json"
+    model = LayerSkipModel.from_pretrained(folder, dtype="float32")
+    answer = model.generate([5, 6, 7], max_new_tokens=4)
+    assert (answer.mode, answer.exit_layer, answer.draft_tokens) == ("self-speculative", 2, 3)
+    theirs = GenerationConfig.from_pretrained(folder)
+    assert (theirs.assistant_early_exit, theirs.num_assistant_tokens) == (2, 3)
+    assert theirs.layerskip == {"tuning": RECORD}
+    assert before.pop("_from_model_config")  # a mark that makes transformers pass over other keys
+    assert fields_of(folder).items() >= before.items()
+    assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == 2
+
+
+def test_plain_removes_the_fields_that_would_say_otherwise(folder):
+    write(folder)
+    write(folder, PLAIN, {"mode": "plain"})
+    fields = fields_of(folder)
+    assert not {"assistant_early_exit", "num_assistant_tokens"} & set(fields)
+    assert fields["layerskip"] == {"tuning": {"mode": "plain"}}
+    model = LayerSkipModel.from_pretrained(folder, dtype="float32")
+    assert model.generate([5, 6, 7], max_new_tokens=4).mode == "plain"
+
+
+def test_what_else_stands_there_stays(folder):
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [2, 3], "layerskip": {"other": 1}, "top_k": 7}))
+    write(folder)
+    fields = fields_of(folder)
+    assert (fields["eos_token_id"], fields["top_k"]) == ([2, 3], 7)
+    assert fields["layerskip"] == {"other": 1, "tuning": RECORD}
+
+
+def test_a_new_file_knows_the_special_tokens(folder):
+    """Without a file transformers takes them from config.json, with one only from there."""
+    (folder / "generation_config.json").unlink()
+    write(folder)
+    theirs = GenerationConfig.from_pretrained(folder)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
+    assert LayerSkipModel.from_pretrained(folder, dtype="float32").end_tokens == {2}
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(folder, monkeypatch):
+    old = (folder / "generation_config.json").read_text()
+    names = sorted(path.name for path in folder.iterdir())
+
+    def fail(source, target):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(ValueError, match=r"generation_config\.json cannot be written: the disk"):
+        write(folder)
+    assert (folder / "generation_config.json").read_text() == old
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
+def test_what_cannot_be_written_is_refused_before(folder, monkeypatch):
+    check_writable(folder)
+    (folder / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="no JSON object"):
+        check_writable(folder)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="--dry-run"):
+        check_writable(folder)
+
+
+def test_others_may_read_the_file(folder):
+    other = folder / "other.json"
+    other.write_text("{}")
+    assert stat.S_IMODE(write(folder).stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
