@@ -9,9 +9,7 @@ ceiling is the bytes of weights that one step reads over the read bandwidth meas
 """
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +22,8 @@ import torch
 import transformers
 
 from layerskip import LayerSkipModel
+from layerskip.bench import environment as machine
+from layerskip.bench.bandwidth import read_bandwidth
 from layerskip.model import Decoder, pull
 
 ROOT = Path(__file__).parent.parent
@@ -83,10 +83,6 @@ def speed_of_both(
 
     All three are taken in turns, since the bandwidth of a shared machine drifts as well.
     """
-    memory = torch.ones(2**28, dtype=torch.float32)
-
-    def bandwidth() -> float:
-        return memory.nbytes / statistics.median(timed(memory.sum) for _ in range(5))
 
     def ours() -> float:
         answer = model.generate(prompt, mode="plain", max_new_tokens=NEW_TOKENS, ignore_eos=True)
@@ -99,7 +95,7 @@ def speed_of_both(
     figures = {
         "layerskip plain": ours,
         "transformers generate": theirs,
-        "bandwidth": bandwidth,
+        "bandwidth": lambda: read_bandwidth(model.decoder.device),
     }
     for run in figures.values():
         run()
@@ -196,11 +192,7 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def environment(script: str, dtype: str) -> dict[str, Any]:
-    """What the figures depend on."""
-    cpu = "unknown"
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    """What the figures depend on, the commit and the command included."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=ROOT,
@@ -209,16 +201,9 @@ def environment(script: str, dtype: str) -> dict[str, Any]:
         check=False,
     )
     return {
-        "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", script, *sys.argv[1:]]),
         "commit": commit.stdout.strip(),
-        "cpu": cpu,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "dtype": dtype,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **machine.environment(dtype=getattr(torch, dtype)),
     }
 
 

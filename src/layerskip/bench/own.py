@@ -7,8 +7,9 @@ from typing import Any
 from layerskip.bench.bandwidth import weight_bytes_read
 from layerskip.bench.measure import Run, Setting
 from layerskip.bench.memory import PeakMemory
-from layerskip.decoding import LayerSkipModel
+from layerskip.decoding import Generation, LayerSkipModel
 from layerskip.decoding.policy import choose
+from layerskip.model import Decoder
 
 BENCH_MODES = ("plain", "early-exit", "self-speculative", "auto")
 
@@ -40,19 +41,24 @@ class OwnSystem:
             stop=self._stop,
             ignore_eos=self._ignore_eos,
         )
-        return Run(
-            steps=made.steps,
-            text=made.text,
-            ttft_s=made.ttft_s,
-            decode_s=made.decode_s,
-            peak_memory_bytes=self.memory.read(),
-            weight_bytes_read=weight_bytes_read(
-                self._model.decoder,
-                made.steps[1:],
-                exit_layer=made.exit_layer,
-                drafting=made.mode == "self-speculative",
-            ),
-        )
+        return run_of(made, self._model.decoder, peak_memory_bytes=self.memory.read())
+
+
+def run_of(made: Generation, decoder: Decoder, *, peak_memory_bytes: int | None = None) -> Run:
+    """What an answer of this package was like, in the terms of a comparison."""
+    return Run(
+        steps=made.steps,
+        text=made.text,
+        ttft_s=made.ttft_s,
+        decode_s=made.decode_s,
+        peak_memory_bytes=peak_memory_bytes,
+        weight_bytes_read=weight_bytes_read(
+            decoder,
+            made.steps[1:],
+            exit_layer=made.exit_layer,
+            drafting=made.mode == "self-speculative",
+        ),
+    )
 
 
 def _options(setting: Setting) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerskip.bench.rows import name_of
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -33,20 +35,6 @@ def draw(document: dict[str, Any], folder: Path) -> list[Path]:
             written.append(folder / name)
             FigureCanvasAgg(figure).print_png(written[-1])  # type: ignore[no-untyped-call, unused-ignore]
     return written
-
-
-def name_of(row: dict[str, Any], *, system: bool = False) -> str:
-    """A row's setting in words, such as "self-speculative E=8 d=4"."""
-    parts = [row["system"]] if system else []
-    parts.append(row["mode"])
-    for letter, field in (("E", "exit_layer"), ("d", "draft_tokens")):
-        if row[field] is not None:
-            parts.append(f"{letter}={row[field]}")
-    if row["draft_from"] not in (None, "early-exit", row["mode"]):
-        parts.append(row["draft_from"])
-    if row["adaptive"]:
-        parts.append("adaptive")
-    return " ".join(parts)
 
 
 def _new(height: float = 5.0) -> "tuple[Figure, Axes]":

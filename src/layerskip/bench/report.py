@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from layerskip.bench.plots import draw, name_of
+from layerskip.bench.plots import draw
+from layerskip.bench.rows import name_of
 
 _TITLES = {
     "speedup.png": "Speed over plain decoding of the same system; lines are 95% intervals",

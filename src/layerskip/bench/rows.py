@@ -67,6 +67,20 @@ def row(
     return {**head, **figures}
 
 
+def name_of(row: dict[str, Any], *, system: bool = False) -> str:
+    """A row's setting in words, such as "self-speculative E=8 d=4"."""
+    parts = [row["system"]] if system else []
+    parts.append(row["mode"])
+    for letter, field in (("E", "exit_layer"), ("d", "draft_tokens")):
+        if row[field] is not None:
+            parts.append(f"{letter}={row[field]}")
+    if row["draft_from"] not in (None, "early-exit", row["mode"]):
+        parts.append(row["draft_from"])
+    if row["adaptive"]:
+        parts.append("adaptive")
+    return " ".join(parts)
+
+
 def speed(runs: Runs) -> dict[str, Any]:
     """Speed of decoding over all prompts that have more than a first step, and time to first token."""
     tokens, seconds = _decoding(runs)

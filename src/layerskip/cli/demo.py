@@ -1,5 +1,6 @@
 """`layerskip demo`: the main job, end to end, on the built-in model."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from layerskip.bench.measure import Entry, Setting
+from layerskip.bench.own import OwnSystem, run_of
+from layerskip.bench.rows import name_of, row
 from layerskip.cli import options, show
 from layerskip.decoding import Generation, LayerSkipModel
 from layerskip.model.source import DEFAULT_MODEL
@@ -19,15 +23,11 @@ PROMPTS = (
     " kept for three weeks, and longer if nobody else has asked for them.",
 )
 EXIT_LAYER, DRAFT_TOKENS = 25, 2
-MODES: dict[str, dict[str, Any]] = {
-    "plain": {"mode": "plain"},
-    f"early exit, E={EXIT_LAYER}": {"mode": "early-exit", "exit_layer": EXIT_LAYER},
-    f"self-speculative, E={EXIT_LAYER}, d={DRAFT_TOKENS}": {
-        "mode": "self-speculative",
-        "exit_layer": EXIT_LAYER,
-        "draft_tokens": DRAFT_TOKENS,
-    },
-}
+SETTINGS = (
+    Setting(mode="plain"),
+    Setting(mode="early-exit", exit_layer=EXIT_LAYER),
+    Setting(mode="self-speculative", exit_layer=EXIT_LAYER, draft_tokens=DRAFT_TOKENS),
+)
 HONEST_WORD = (
     "This checkpoint was not trained with layer dropout and early exit loss, so its early layers"
     " rarely agree with the last one: an early exit alone writes poor text, and drafts are seldom"
@@ -63,16 +63,18 @@ def command(
     flags = {"model": DEFAULT_MODEL, "dtype": dtype, "weights": "16bit", "device": "cpu"}
     model = options.load_model({**flags, "threads": threads})
     console = Console(highlight=False, quiet=as_json)
-    for mode in MODES.values():  # warm-up: the first passes allocate and choose kernels
-        model.generate(_chat(PROMPTS[0]), max_new_tokens=8, **mode)
-    answers: dict[str, list[Generation]] = {name: [] for name in MODES}
+    system = OwnSystem(model, SETTINGS)
+    for setting in SETTINGS:  # warm-up: the first passes allocate and choose kernels
+        system.answer(setting, model.tokenize(_chat(PROMPTS[0])), 8)
+    entries = [Entry(system, setting, []) for setting in SETTINGS]
     for prompt in PROMPTS:
         console.rule("prompt", align="left")
         console.print(prompt, style="bold", markup=False)
-        for name, mode in MODES.items():
-            console.print(f"\n[dim]{name}[/dim]")
-            answers[name].append(_show(model, prompt, max_new_tokens, mode, quiet=as_json))
-    rows = [_row(name, generations, answers["plain"]) for name, generations in answers.items()]
+        for entry in entries:
+            console.print(f"\n[dim]{name_of(dataclasses.asdict(entry.setting))}[/dim]")
+            made = _show(model, prompt, max_new_tokens, entry.setting, quiet=as_json)
+            entry.runs.append([run_of(made, model.decoder)])
+    rows = [{**row(entry, plain=entries[0].runs), "prompts": len(PROMPTS)} for entry in entries]
     console.rule()
     console.print(_table(rows, model))
     console.print(HONEST_WORD)
@@ -84,31 +86,18 @@ def _chat(prompt: str) -> list[dict[str, str]]:
 
 
 def _show(
-    model: LayerSkipModel, prompt: str, max_new_tokens: int, mode: dict[str, Any], quiet: bool
+    model: LayerSkipModel, prompt: str, max_new_tokens: int, setting: Setting, quiet: bool
 ) -> Generation:
-    answer = model.answer(_chat(prompt), max_new_tokens=max_new_tokens, **mode)
+    answer = model.answer(
+        _chat(prompt),
+        mode=setting.mode,
+        exit_layer=setting.exit_layer,
+        draft_tokens=setting.draft_tokens,
+        max_new_tokens=max_new_tokens,
+    )
     if not quiet:
         show.show_pieces(answer, show_draft=False)
     return answer.complete()
-
-
-def _row(name: str, generations: list[Generation], plain: list[Generation]) -> dict[str, Any]:
-    def speed(some: list[Generation]) -> float:
-        return sum(g.new_tokens - 1 for g in some) / sum(g.decode_s for g in some)
-
-    drafted = sum(g.drafted for g in generations)
-    same = sum(g.token_ids == p.token_ids for g, p in zip(generations, plain, strict=True))
-    return {
-        "name": name,
-        "mode": generations[0].mode,
-        "exit_layer": generations[0].exit_layer,
-        "draft_tokens": generations[0].draft_tokens,
-        "tokens_per_s": speed(generations),
-        "speedup": speed(generations) / speed(plain),
-        "acceptance_rate": sum(g.accepted for g in generations) / drafted if drafted else None,
-        "identical_to_plain": same / len(plain),
-        "prompts": len(plain),
-    }
 
 
 def _table(rows: list[dict[str, Any]], model: LayerSkipModel) -> Table:
@@ -116,13 +105,13 @@ def _table(rows: list[dict[str, Any]], model: LayerSkipModel) -> Table:
     table = Table(title=f"{DEFAULT_MODEL}, {dtype}, {rows[0]['prompts']} prompts, greedy")
     for heading in ("mode", "tokens/s", "speedup", "acceptance", "identical to plain"):
         table.add_column(heading, justify="left" if heading == "mode" else "right")
-    for row in rows:
-        rate = row["acceptance_rate"]
+    for figures in rows:
+        rate = figures["acceptance_rate"]
         table.add_row(
-            row["name"],
-            f"{row['tokens_per_s']:.1f}",
-            f"{row['speedup']:.2f}x",
+            name_of(figures),
+            f"{figures['tokens_per_s']:.1f}",
+            f"{figures['speedup']:.2f}x",
             "" if rate is None else f"{rate:.0%}",
-            f"{row['identical_to_plain'] * row['prompts']:.0f} of {row['prompts']}",
+            f"{figures['identical_to_plain'] * figures['prompts']:.0f} of {figures['prompts']}",
         )
     return table
