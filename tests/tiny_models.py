@@ -32,6 +32,12 @@ _GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     "full_attention": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 8.0},
 }
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0],
+    "long_factor": [1.0, 1.5, 3.0, 6.0, 12.0, 24.0],
+}
 # Every case is one model type and what it changes; together they cross all that families differ in.
 CASES = {
     "llama2": ("llama", {"num_key_value_heads": 4}),
@@ -80,6 +86,42 @@ CASES = {
         {"head_dim": 24, "query_pre_attn_scalar": 16, "sliding_window": 5}
         | {"layer_types": ["sliding_attention", "full_attention"] * 2}
         | {"rope_parameters": _GEMMA3_ROPE},
+    ),
+    "phi3": ("phi3", {"sliding_window": 7}),
+    "phi4-mini": (
+        "phi3",
+        {"tie_word_embeddings": True, "original_max_position_embeddings": 64}
+        | {"rope_parameters": _LONGROPE, "partial_rotary_factor": 0.75},
+    ),
+    "olmo2": ("olmo2", {}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}),
+    "smollm3-sliding": ("smollm3", {"use_sliding_window": True, "sliding_window": 6}),
+    "granite": (
+        "granite",
+        {"embedding_multiplier": 3.0, "logits_scaling": 0.7, "residual_multiplier": 0.4}
+        | {"attention_multiplier": 0.5, "attention_bias": True, "mlp_bias": True},
+    ),
+    "granite-tied": (
+        "granite",
+        {"embedding_multiplier": 2.0, "logits_scaling": 2.0, "tie_word_embeddings": True},
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 5, "intermediate_size": 40, "sliding_window": 6}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 24}
+        | {"decoder_sparse_step": 2, "norm_topk_prob": True},
+    ),
+    "qwen3-moe-unnormalized": (
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        | {"mlp_only_layers": [0, 3], "use_sliding_window": True, "sliding_window": 8},
+    ),
+    "gpt-neox": ("gpt_neox", {"hidden_act": "gelu", "num_key_value_heads": 4}),
+    "gpt-neox-serial": (
+        "gpt_neox",
+        {"use_parallel_residual": False, "num_key_value_heads": 4, "vocab_size": 97}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+        | {"partial_rotary_factor": 1.0},
     ),
 }
 

@@ -61,7 +61,11 @@ def test_other_dtypes_are_dense():
     assert isinstance(linear(torch.zeros(8, 8)), DenseLinear)
 
 
-@pytest.mark.parametrize("case", [*ONE_OF_EACH, "smollm2"])
+# A rounding may send a row to another expert, and then all of its logits change.
+CASES = [c for c in (*ONE_OF_EACH, "smollm2") if not hasattr(reference(c).config, "num_experts")]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_logits_are_near_float32(case, dtype, tmp_path):
     reference(case).save_pretrained(tmp_path)
     tokens = token_ids(case, 2, 40)

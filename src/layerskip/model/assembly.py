@@ -17,8 +17,8 @@ from layerskip.model.architecture import Architecture
 from layerskip.model.decoder import Decoder, Layer
 from layerskip.model.families import FAMILIES, UnsupportedModelError
 from layerskip.model.linear import Linear, linear
-from layerskip.model.mlp import GatedMLP
-from layerskip.model.norm import HeadNorm, Norm, RMSNorm
+from layerskip.model.mlp import Experts, GatedMLP, PlainMLP
+from layerskip.model.norm import HeadNorm, LayerNorm, Norm, ProjectionNorm, RMSNorm
 from layerskip.model.weights import CheckpointError, Tensors, missing
 
 
@@ -44,7 +44,7 @@ def build(
         embedding=embedding,
         layers=layers,
         final_norm=final_norm,
-        head=linear(embedding if head is None else head),
+        head=None if head is None else linear(head),
     )
 
 
@@ -143,7 +143,8 @@ def _scaled(factor: float) -> Change | None:
 
 def _norm(a: Architecture, take: _Taker, name: str, scale: float = 1.0) -> Norm:
     weight = take(f"{name}.weight", (a.hidden_size,), _norm_weight(a, scale))
-    return RMSNorm(weight, a.norm_eps)
+    bias = take.optional(f"{name}.bias", (a.hidden_size,), _scaled(scale))
+    return RMSNorm(weight, a.norm_eps) if bias is None else LayerNorm(weight, bias, a.norm_eps)
 
 
 def _norm_weight(a: Architecture, scale: float = 1.0) -> Change | None:
@@ -194,6 +195,9 @@ class _LayerBuilder:
         scaled = _scaled(query_scale)
 
         def arranged(rows: Tensor) -> Tensor:
+            if self.family.qkv_by_head:
+                by_head = rows.view(self.a.n_heads, 3, self.a.head_dim, *rows.shape[1:])
+                rows = by_head.transpose(0, 1).reshape(rows.shape)
             queries, keys, values = rows.split([self.n_queries, self.n_keys, self.n_keys])
             queries = queries if scaled is None else scaled(queries)
             return torch.cat([self._turnable(queries), self._turnable(keys), values])
@@ -210,21 +214,39 @@ class _LayerBuilder:
 
     def _qk_norm(self) -> Norm | None:
         a, hd = self.a, self.a.head_dim
+        is_by_head = self.family.qk_norm == "head"
         query_name = f"{self.prefix}{self.names.query_norm}.weight"
-        key_name = f"{self.prefix}{self.names.key_norm}.weight"
-        as_is, scaled = _norm_weight(a), _norm_weight(a, self.query_scale)
-        queries = self.take.optional(query_name, (hd,), scaled)
+        queries = self.take.optional(
+            query_name,
+            (hd if is_by_head else self.n_queries,),
+            _norm_weight(a, self.query_scale),
+        )
         if queries is None:
             return None
-        keys = self._turnable(self.take(key_name, (hd,), as_is))
-        queries = self._turnable(queries)
+        key_name = f"{self.prefix}{self.names.key_norm}.weight"
+        keys = self.take(key_name, (hd if is_by_head else self.n_keys,), _norm_weight(a))
+        queries, keys = self._turnable(queries), self._turnable(keys)
+        if not is_by_head:
+            return ProjectionNorm(queries, keys, a.norm_eps)
         weight = torch.cat([queries.expand(a.n_heads, hd), keys.expand(a.n_kv_heads, hd)])
         return HeadNorm(weight, a.norm_eps)
 
     def _mlp(self) -> Linear:
-        a, names = self.a, self.names
-        return GatedMLP(
-            self._linear(names.gate_up, [a.ffn_size] * 2, a.hidden_size),
-            self._linear([names.down], [a.hidden_size], a.ffn_size, _scaled(a.residual_scale)),
-            a.activation,
-        )
+        a, names, mixture = self.a, self.names, self.a.mixture
+        if mixture is None or self.index not in mixture.layers:
+            return self._one_mlp(names.gate_up, names.down, a.ffn_size)
+        experts = []
+        for number in range(mixture.n_experts):
+            prefix = names.expert.format(number)
+            gate_up = [prefix + name for name in names.expert_gate_up]
+            experts.append(self._one_mlp(gate_up, prefix + names.expert_down, mixture.ffn_size))
+        router = self._linear([names.router], [mixture.n_experts], a.hidden_size)
+        return Experts(router, experts, mixture.top_k, mixture.normalized)
+
+    def _one_mlp(self, inputs: Sequence[str], output: str, width: int) -> Linear:
+        """A gated or plain MLP of a width; `inputs` and `output` are names of its projections."""
+        d, activation = self.a.hidden_size, self.a.activation
+        down = self._linear([output], [d], width, _scaled(self.a.residual_scale))
+        if self.family.is_gated:
+            return GatedMLP(self._linear(inputs, [width] * 2, d), down, activation)
+        return PlainMLP(self._linear(inputs, [width], d), down, activation)

@@ -4,6 +4,7 @@ Letters: B batch, T positions in this call, N = B * T, D hidden size, V vocabula
 KV key-value heads, G = H / KV, S cache capacity, L layers.
 """
 
+import copy
 import dataclasses
 import math
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from layerskip.model.architecture import Architecture
 from layerskip.model.cache import KVCache, Span
-from layerskip.model.linear import Linear
+from layerskip.model.linear import Linear, Matrix, linear
 from layerskip.model.norm import Norm
 from layerskip.model.rotary import Rotary
 
@@ -47,13 +48,15 @@ class Decoder:
         embedding: Tensor,
         layers: list[Layer],
         final_norm: Norm,
-        head: Linear,
+        head: Matrix | None,
     ) -> None:
+        """Put the parts together; without a head, the embedding is it."""
         self.architecture = architecture
         self.embedding = embedding
         self.layers = layers
         self.final_norm = final_norm
-        self.head = head
+        self.tied = head is None
+        self.head: Matrix = linear(embedding) if head is None else head
         self.rotary = Rotary(architecture, embedding.device)
         # In the embedding's dtype, as the families that have it were trained. It is not multiplied
         # into the embedding: most of them use the same matrix as their head.
@@ -131,6 +134,15 @@ class Decoder:
         logits = self.head(self.final_norm(hidden.reshape(b * t, d))).view(b, t, -1)
         cap = self.architecture.logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def with_short_head(self, token_ids: Tensor) -> "Decoder":
+        """The same decoder, whose logits are those of some tokens alone, [n] int64.
+
+        Only the head's rows for them are new.
+        """
+        short = copy.copy(self)
+        short.head = linear(self.embedding[token_ids]) if self.tied else self.head.rows(token_ids)
+        return short
 
     def _layer(
         self, x: Tensor, index: int, span: Span, turn: Tensor, mask: Tensor | None

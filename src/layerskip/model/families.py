@@ -103,6 +103,51 @@ FAMILIES = {
         norm_offset=1.0,
         scales_embedding=True,
     ),
+    "phi3": Family(  # Phi-3, Phi-3.5, Phi-4, Phi-4-mini
+        model_types=("phi3",),
+        window="all",
+        names=Names(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",)),
+    ),
+    "olmo2": Family(
+        model_types=("olmo2",),
+        qk_norm="projection",
+        names=Names(
+            attention_norm=None,
+            attention_post_norm="post_attention_layernorm",
+            mlp_norm=None,
+            mlp_post_norm="post_feedforward_layernorm",
+        ),
+    ),
+    "smollm3": Family(model_types=("smollm3",), window="named"),
+    "granite": Family(model_types=("granite",)),
+    "mixtral": Family(
+        model_types=("mixtral",),
+        window="all",
+        normalizes_experts=True,
+        names=Names(
+            router="block_sparse_moe.gate",
+            expert="block_sparse_moe.experts.{}.",
+            expert_gate_up=("w1", "w3"),
+            expert_down="w2",
+        ),
+    ),
+    "qwen3_moe": Family(model_types=("qwen3_moe",), window="all"),
+    "gpt_neox": Family(  # Pythia
+        model_types=("gpt_neox",),
+        qkv_by_head=True,
+        is_gated=False,
+        names=Names(
+            embedding="gpt_neox.embed_in",
+            final_norm="gpt_neox.final_layer_norm",
+            head="embed_out",
+            layer="gpt_neox.layers.{}.",
+            qkv=("attention.query_key_value",),
+            attention_out="attention.dense",
+            gate_up=("mlp.dense_h_to_4h",),
+            down="mlp.dense_4h_to_h",
+            ignored=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
+        ),
+    ),
 }
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -112,6 +157,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 _REFUSED = {
+    "gpt2": "it learns positions where this decoder turns queries and keys, and it transposes weights",
     "gemma3": "it reads images too; its text part alone (gemma3_text) is supported",
 }
 
@@ -200,12 +246,12 @@ def _number(config: Mapping[str, Any], key: str) -> float | None:
 
 def _attention_scale(config: Mapping[str, Any]) -> float | None:
     if (scalar := config.get("query_pre_attn_scalar")) is not None:  # Gemma
-        return float(scalar) ** -0.5
+        return 1.0 / math.sqrt(float(scalar))
     return _number(config, "attention_multiplier")  # Granite
 
 
 def _mixture(config: Mapping[str, Any], family: Family, n_layers: int) -> Mixture | None:
-    n_experts = config.get("num_local_experts")
+    n_experts = config.get("num_local_experts") or config.get("num_experts")
     if not n_experts:
         return None
     every, plain = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()

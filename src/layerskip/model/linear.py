@@ -20,6 +20,14 @@ class Linear(Protocol):
         ...
 
 
+class Matrix(Linear, Protocol):
+    """A `Linear` that is one weight matrix."""
+
+    def rows(self, index: Tensor) -> "Matrix":
+        """The product cut down to some of its outputs, [n] int64."""
+        ...
+
+
 class DenseLinear:
     """The weight as the checkpoint has it: every dtype, every device."""
 
@@ -31,6 +39,10 @@ class DenseLinear:
         """See `Linear`."""
         y = F.linear(x, self.weight, self.bias)
         return y if residual is None else y + residual
+
+    def rows(self, index: Tensor) -> Matrix:
+        """See `Matrix`."""
+        return linear(self.weight[index], None if self.bias is None else self.bias[index])
 
 
 class PackedLinear:
@@ -55,8 +67,13 @@ class PackedLinear:
             y = self._product_and_sum(x, residual, self.weight, self.bias, "add")
         return y
 
+    def rows(self, index: Tensor) -> Matrix:
+        """See `Matrix`; the whole weight is unpacked for it."""
+        weight = self.weight.to_dense()[index]
+        return linear(weight, None if self.bias is None else self.bias[index])
 
-def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+
+def linear(weight: Tensor, bias: Tensor | None = None) -> Matrix:
     """The fastest product that this weight's dtype and device allow.
 
     Args:

@@ -1,8 +1,9 @@
 """What a layer does after attention. Each kind is called like a `Linear`: input, and a residual."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
@@ -32,3 +33,52 @@ class GatedMLP:
         """[N, D] (and a residual [N, D]) to [N, D]."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(self.activation(gate) * up, residual)
+
+
+class PlainMLP:
+    """down(activation(up(x)))."""
+
+    def __init__(self, up: Linear, down: Linear, activation: Activation) -> None:
+        self.up, self.down = up, down
+        self.activation = ACTIVATIONS[activation]
+
+    @property
+    def weight_bytes(self) -> int:
+        """See `Linear`."""
+        return self.up.weight_bytes + self.down.weight_bytes
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N, D] (and a residual [N, D]) to [N, D]."""
+        return self.down(self.activation(self.up(x)), residual)
+
+
+class Experts:
+    """A mixture of experts: each row is answered by the `top_k` MLPs that the router prefers.
+
+    An expert computes the rows that were sent to it and no others. Which ones they are has to be known
+    on the host, so an accelerator waits once a layer.
+    """
+
+    def __init__(
+        self, router: Linear, experts: Sequence[Linear], top_k: int, normalized: bool
+    ) -> None:
+        self.router, self.experts = router, experts
+        self.top_k, self.normalized = top_k, normalized
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that one row has to read: the router and `top_k` experts."""
+        return self.router.weight_bytes + self.top_k * self.experts[0].weight_bytes
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N, D] (and a residual [N, D]) to [N, D]."""
+        probabilities = self.router(x).softmax(-1, dtype=torch.float32)
+        shares, chosen = probabilities.topk(self.top_k, dim=-1)
+        if self.normalized:
+            shares = shares / shares.sum(-1, keepdim=True)
+        shares = shares.to(x.dtype)
+        out = torch.zeros_like(x) if residual is None else residual.clone()
+        for expert in chosen.unique().tolist():
+            rows, rank = torch.where(chosen == expert)
+            out.index_add_(0, rows, self.experts[expert](x[rows]) * shares[rows, rank, None])
+        return out
