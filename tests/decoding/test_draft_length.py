@@ -22,7 +22,7 @@ def drafted(length, confidences):
 
 def test_costs_are_shares_of_the_bytes_read():
     decoder = tiny_decoder("llama3.1")
-    costs = DraftCosts.from_weights(decoder, 1)
+    costs = DraftCosts.of(decoder, 1, decoder.head)
     head = decoder.head.weight_bytes / decoder.weight_bytes
     assert costs.head == head
     assert costs.layers == pytest.approx((1 - head) / LAYERS)

@@ -4,7 +4,6 @@ A chi-square test over 20,000 continuations each, made by the step loop itself w
 their tokens jointly, against the probabilities of every continuation.
 """
 
-import importlib
 import itertools
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from scipy import stats
 from tiny_decoders import PLAIN, ids, speculative, steps, tiny_decoder
 
-from layerskip.decoding import Sampling
+from layerskip.decoding import Sampling, accept
 from layerskip.decoding.accept import accept_sampled
 
 VOCABULARY = 5
@@ -112,7 +111,6 @@ def with_another_temperature(drafted, q, p, generator):
 @pytest.mark.parametrize("wrong", [from_p_after_a_rejection, always, with_another_temperature])
 def test_a_wrong_acceptance_rule_is_found_out(decoder, expected, wrong, monkeypatch):
     """The power of the test, with a tenth of its samples."""
-    step_loop = importlib.import_module("layerskip.decoding.generate")
-    monkeypatch.setattr(step_loop, "accept_sampled", wrong)
+    monkeypatch.setattr(accept, "accept_sampled", wrong)
     counts = count_continuations(decoder, SPECULATIVE, SAMPLES // 10)
     assert p_value(counts, expected) < LEAST_P_VALUE / 1000

@@ -99,6 +99,12 @@ mode_options = _stack(
 decoding_options = _stack(
     mode_options,
     click.option(
+        "--draft-vocabulary",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="The early exit drafts only the N first tokens of the vocabulary, and the prompt's.",
+    ),
+    click.option(
         "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N"
     ),
     click.option(
@@ -148,6 +154,7 @@ DECODING_FIELDS = [
     "draft_tokens",
     "draft_from",
     "adaptive",
+    "draft_vocabulary",
     "max_new_tokens",
     "temperature",
     "top_k",

@@ -45,7 +45,9 @@ class Batch:
         seed: int | None = None,
     ) -> None:
         if not can_batch(plan, sampling):
-            raise ValueError("a batch has no repetition penalty, n-grams or adaptive drafts")
+            raise ValueError(
+                "a batch has no repetition penalty, n-grams, adaptive drafts or draft vocabulary"
+            )
         for prompt in prompts:
             check_prompt(decoder, prompt)
         self._decoder, self._prompts, self._plan, self._sampling = decoder, prompts, plan, sampling
@@ -158,4 +160,5 @@ class Batch:
 def can_batch(plan: Plan, sampling: Sampling) -> bool:
     """Whether prompts can be continued together: what looks at one text alone cannot."""
     plain_drafts = plan.draft_from == "early-exit" and not plan.adaptive
-    return plain_drafts and sampling.repetition_penalty == 1.0
+    whole_head = plan.draft_vocabulary is None
+    return plain_drafts and whole_head and sampling.repetition_penalty == 1.0

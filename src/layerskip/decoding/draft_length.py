@@ -10,6 +10,7 @@ prompt is always decoded in the same way.
 import dataclasses
 
 from layerskip.model import Decoder
+from layerskip.model.linear import Linear
 
 # What one more row adds to a verification, in plain steps: weights are read once for all rows.
 _ROW_COST = 0.03
@@ -35,10 +36,11 @@ class DraftCosts:
     row: float = _ROW_COST
 
     @classmethod
-    def from_weights(cls, decoder: Decoder, exit_layer: int) -> "DraftCosts":
-        """Where reading weights takes the time, costs are bytes."""
-        head = decoder.head.weight_bytes / decoder.weight_bytes
-        return cls(layers=(1 - head) * exit_layer / len(decoder.layers), head=head)
+    def of(cls, decoder: Decoder, exit_layer: int, head: Linear) -> "DraftCosts":
+        """Costs of drafting with the first E layers and a head, as shares of the bytes read."""
+        whole = decoder.weight_bytes
+        layers = (whole - decoder.head.weight_bytes) / whole
+        return cls(layers=layers * exit_layer / len(decoder.layers), head=head.weight_bytes / whole)
 
     def round(self, drafted: int, scored: int) -> float:
         """Cost of a round whose draft scored some tokens and kept `drafted` of them."""

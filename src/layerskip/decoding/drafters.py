@@ -1,7 +1,7 @@
 """Where drafts come from."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -67,6 +67,7 @@ class EarlyExitDrafter:
         decoder: the model.
         exit_layer: E.
         sampling: of the answer.
+        head: the exit: hidden states [B, T, D] to logits [B, T, V]; None = the decoder's own.
         length: decides how far to draft; None = as far as is asked for. For one row only.
     """
 
@@ -77,10 +78,11 @@ class EarlyExitDrafter:
         decoder: Decoder,
         exit_layer: int,
         sampling: Sampling,
+        head: Callable[[Tensor], Tensor] | None = None,
         length: DraftLength | None = None,
     ) -> None:
         self.decoder, self.exit_layer, self.sampling = decoder, exit_layer, sampling
-        self.length = length
+        self.head, self.length = head or decoder.logits, length
 
     def settle(self, tokens: Sequence[int], accepted: int) -> None:
         """The cache has the tokens; how many were right teaches how far to draft."""
@@ -108,7 +110,7 @@ class EarlyExitDrafter:
             if i == n:
                 break
             seen = None if history is None else history.before(tokens[:, 1:])[:, -1:]
-            logits = self.sampling.penalize(self.decoder.logits(states[-1]), seen)
+            logits = self.sampling.penalize(self.head(states[-1]), seen)
             token, q = pick(logits, self.sampling, generator)
             if self.length is not None and not self.length.keeps(_probability(token, q, logits)):
                 break

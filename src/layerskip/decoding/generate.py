@@ -12,6 +12,7 @@ from layerskip.decoding.drafters import Drafter, EarlyExitDrafter
 from layerskip.decoding.ngram import NgramDrafter
 from layerskip.decoding.policy import Plan
 from layerskip.decoding.sampling import Sampling, TokenHistory, pick
+from layerskip.decoding.short_head import ShortHead
 from layerskip.model import Decoder
 
 PREFILL_CHUNK = 512  # positions a pass: bounds the memory of scores and masks for long prompts
@@ -194,8 +195,9 @@ class _Session:
         decoder, cache = self.decoder, self.cache
         drafter = self._drafter(exit_layer)
         last = self._prefill(len(decoder.layers))
-        yield Step((int(last),))
-        drafter.settle([int(last)], 0)
+        first = int(last)
+        drafter.settle([first], 0)
+        yield Step((first,))
         produced = 1
         while True:
             settled = cache.lengths.clone()
@@ -215,14 +217,18 @@ class _Session:
             yield Step(tokens, len(drafted), count, draft.source, rejected=tuple(drafted[count:]))
 
     def _drafter(self, exit_layer: int) -> Drafter:
+        prompt = self.prompt[0].tolist()
+        drafting, head = self.decoder, None
+        if self.plan.draft_vocabulary is not None:
+            head = ShortHead(self.decoder, (*self.plan.draft_vocabulary, *prompt))
+            drafting = head.decoder
         length = None
         if self.plan.adaptive:
-            length = DraftLength(DraftCosts.from_weights(self.decoder, exit_layer))
-        early_exit = EarlyExitDrafter(self.decoder, exit_layer, self.sampling, length)
+            length = DraftLength(DraftCosts.of(self.decoder, exit_layer, drafting.head))
+        early_exit = EarlyExitDrafter(self.decoder, exit_layer, self.sampling, head, length)
         if self.plan.draft_from == "early-exit":
             return early_exit
         otherwise = early_exit if self.plan.draft_from == "both" else None
-        prompt = self.prompt[0].tolist()
         return NgramDrafter(self.decoder, exit_layer, self.sampling, prompt, otherwise)
 
     def _accept(self, drafted: Tensor, q: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor]:

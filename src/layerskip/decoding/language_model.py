@@ -234,6 +234,7 @@ class LayerSkipModel:
         draft_tokens: int | None = None,
         draft_from: str | None = None,
         adaptive: bool = False,
+        draft_vocabulary: int | Sequence[int] | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -254,6 +255,9 @@ class LayerSkipModel:
             draft_from: "early-exit" (the default), "n-gram" (what followed the last tokens where they
                 stood before in prompt or answer), or "both": n-grams where they match.
             adaptive: end a draft where another token is not worth its cost, or at `draft_tokens`.
+            draft_vocabulary: the tokens that the early exit may draft, or how many: then the first of
+                the vocabulary, which byte-pair encodings sort by frequency. Those of the prompt and end
+                tokens always are among them. Fewer tokens make a cheaper draft, never another answer.
             max_new_tokens: 1 or more.
             temperature: 0 is greedy. This and the next four: see `Sampling`.
             top_k: see `Sampling`.
@@ -274,6 +278,7 @@ class LayerSkipModel:
             draft_tokens,
             draft_from,
             adaptive,
+            self._draft_vocabulary(draft_vocabulary),
             settings=self.settings,
             n_layers=len(self.decoder.layers),
         )
@@ -294,6 +299,15 @@ class LayerSkipModel:
             ignore_eos=ignore_eos,
             seed=seed,
         )
+
+    def _draft_vocabulary(self, wanted: int | Sequence[int] | None) -> tuple[int, ...] | None:
+        if wanted is None:
+            return None
+        size = self.decoder.architecture.vocab_size
+        ids = range(min(wanted, size)) if isinstance(wanted, int) else wanted
+        if not ids or min(ids) < 0 or max(ids) >= size:
+            raise ValueError(f"the draft vocabulary has to be 1 or more tokens, of 0 to {size - 1}")
+        return tuple(sorted({*ids, *self.end_tokens}))
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.

@@ -19,7 +19,8 @@ class Plan:
 
     `exit_layer` is None in plain mode, and where all drafts are n-grams; `draft_tokens` is None unless
     the mode is self-speculative. `adaptive`: drafts end where another token is not worth its cost,
-    `draft_tokens` at most.
+    `draft_tokens` at most. `draft_vocabulary`: the tokens that the early exit may draft, beside those of
+    the prompt; None = all.
     """
 
     mode: Mode
@@ -27,6 +28,7 @@ class Plan:
     draft_tokens: int | None = None
     draft_from: DraftFrom = "early-exit"
     adaptive: bool = False
+    draft_vocabulary: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
 
 
 def choose(
@@ -35,6 +37,7 @@ def choose(
     draft_tokens: int | None,
     draft_from: str | None = None,
     adaptive: bool = False,
+    draft_vocabulary: tuple[int, ...] | None = None,
     *,
     settings: Settings,
     n_layers: int,
@@ -57,13 +60,18 @@ def choose(
     if draft_from not in (None, *DRAFT_SOURCES):
         known_sources = ", ".join(DRAFT_SOURCES)
         raise ValueError(f"drafts from {draft_from!r} are unknown; there are: {known_sources}")
-    drafting = draft_tokens is not None or draft_from is not None or adaptive
+    drafting = adaptive or any(
+        given is not None for given in (draft_tokens, draft_from, draft_vocabulary)
+    )
     if mode == "plain" and (exit_layer is not None or drafting):
         raise ValueError("plain decoding has no exit layer and no draft tokens; leave them out")
     if mode == "early-exit" and drafting:
         raise ValueError("early exit has no draft tokens; leave them out")
-    if draft_from == "n-gram" and exit_layer is not None:
-        raise ValueError("drafts from n-grams have no exit layer; leave it out, or draft from both")
+    if draft_from == "n-gram" and not (exit_layer is None and draft_vocabulary is None):
+        raise ValueError(
+            "drafts from n-grams have no exit layer or draft vocabulary; leave them out, or draft"
+            " from both"
+        )
     known = exit_layer if exit_layer is not None else settings.exit_layer
     if mode == "plain" or (mode == "auto" and known is None and not drafting):
         return Plan(mode="plain")
@@ -85,4 +93,5 @@ def choose(
         draft_tokens=draft_tokens,
         draft_from=draft_from or "early-exit",
         adaptive=adaptive,
+        draft_vocabulary=draft_vocabulary,
     )

@@ -1,0 +1,79 @@
+"""Drafts scored over few tokens: the same answers, from a smaller head."""
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+from tiny_decoders import LAYERS, PLAIN, ids, random_prompt, speculative, steps, tiny_decoder
+
+from layerskip.decoding import Sampling
+from layerskip.decoding.short_head import ShortHead
+
+SAMPLES = 1500
+
+
+def short(plan, vocabulary):
+    return dataclasses.replace(plan, draft_vocabulary=vocabulary)
+
+
+@pytest.mark.parametrize("case", ["llama2", "smollm2", "gemma2"])  # own head, tied, soft cap
+def test_logits_of_the_kept_tokens_are_the_whole_heads(case):
+    decoder = tiny_decoder(case)
+    hidden = decoder.embed(torch.tensor([random_prompt(decoder, 5)]))
+    kept = [7, 3, 3, 50]
+    logits = ShortHead(decoder, kept)(hidden)
+    whole = decoder.logits(hidden)
+    torch.testing.assert_close(logits[..., [3, 7, 50]], whole[..., [3, 7, 50]])
+    assert logits.isfinite().sum(-1).eq(3).all()
+    assert logits.shape == whole.shape
+
+
+def test_the_weight_in_onednn_layout_gives_the_same_rows():
+    decoder = tiny_decoder("llama2")
+    packed = torch.randn(64, 32, dtype=torch.bfloat16)
+    from layerskip.model.linear import linear
+
+    x, index = torch.randn(2, 32, dtype=torch.bfloat16), torch.tensor([5, 60, 0])
+    whole, rows = linear(packed), linear(packed).rows(index)
+    torch.testing.assert_close(rows(x), whole(x)[:, index])
+    assert rows.weight_bytes == 3 * 32 * 2
+    assert decoder.head.rows(index).weight_bytes < decoder.head.weight_bytes
+
+
+@pytest.mark.parametrize("case", ["llama2", "smollm2"])
+@pytest.mark.parametrize("size", [1, 20])
+@pytest.mark.parametrize("plan", [speculative(1, 4), speculative(LAYERS, 2)], ids=str)
+def test_greedy_is_plain(case, size, plan):
+    decoder = tiny_decoder(case)
+    for seed in range(3):
+        prompt = random_prompt(decoder, 9, seed)
+        assert ids(decoder, prompt, short(plan, tuple(range(size)))) == ids(decoder, prompt, PLAIN)
+
+
+def test_only_kept_tokens_and_the_prompts_are_drafted():
+    decoder = tiny_decoder("llama3.1")
+    prompt = random_prompt(decoder, 6)
+    made = steps(decoder, prompt, short(speculative(1, 4), (1, 2)), n=40)
+    drafted = {t for step in made for t in (*step.tokens[: step.accepted], *step.rejected)}
+    assert drafted
+    assert drafted <= {1, 2, *prompt}
+
+
+def test_sampled_tokens_have_the_models_distribution():
+    decoder = tiny_decoder("llama3.1")
+    prompt = random_prompt(decoder, 4)
+    sampling = Sampling(temperature=0.5)
+    plain, drafted = (
+        Counter(
+            tuple(ids(decoder, prompt, plan, n=2, sampling=sampling, seed=seed))
+            for seed in range(SAMPLES)
+        )
+        for plan in (PLAIN, short(speculative(1, 2), tuple(range(40))))
+    )
+    likely = [answer for answer, count in plain.items() if count >= 30]
+    assert len(likely) > 3
+    for answer in likely:
+        share = plain[answer] / SAMPLES
+        error = (2 * share * (1 - share) / SAMPLES) ** 0.5
+        assert abs(plain[answer] - drafted[answer]) / SAMPLES < 5 * error
