@@ -91,10 +91,10 @@ def test_blocks_are_carried_over_and_not_quantized_twice(weights, tmp_path):
 
 
 def test_another_kind_is_made_from_the_numbers_that_blocks_stand_for(ours, tmp_path):
-    fitting("smollm2", tmp_path)
+    fitting("qwen2-tied", tmp_path)
     first = to_gguf(open_source(tmp_path), tmp_path / "first.gguf", weights="q4_0")
     to_gguf(open_source(first.path), tmp_path / "again.gguf", weights="f32")
-    tokens = token_ids("smollm2", 30)
+    tokens = token_ids("qwen2-tied", 30)
     assert torch.equal(ours(tmp_path / "again.gguf", tokens), ours(first.path, tokens))
 
 
@@ -107,9 +107,7 @@ def test_a_draft_is_our_early_exit(case, exit_layer, saved, ours, tmp_path):
     found, expected = ours(written.path, tokens), ours(saved(case), tokens, exit_layer)
     torch.testing.assert_close(found, expected, **TOLERANCE)
     again = to_gguf(open_source(written.path, 1), tmp_path / "first.gguf")
-    torch.testing.assert_close(
-        ours(again.path, tokens), ours(saved(case), tokens, 1), **TOLERANCE
-    )
+    torch.testing.assert_close(ours(again.path, tokens), ours(saved(case), tokens, 1), **TOLERANCE)
 
 
 def test_metadata_says_what_the_config_says(saved, tmp_path):
@@ -164,7 +162,9 @@ def test_a_family_that_is_not_exported_is_named(saved, monkeypatch):
 
 @pytest.mark.parametrize("exit_layer", [0, LAYERS + 1])
 def test_an_exit_that_is_not_there_is_refused(exit_layer, saved):
-    with pytest.raises(ValueError, match=f"exit layer is {exit_layer}, this model has exits 1 to 4"):
+    with pytest.raises(
+        ValueError, match=f"exit layer is {exit_layer}, this model has exits 1 to 4"
+    ):
         open_source(saved("llama2"), exit_layer)
 
 

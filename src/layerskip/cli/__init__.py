@@ -67,7 +67,8 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "layerskip"
-        _say(f"{error.format_message().rstrip('.')} (see {command} --help)")
+        message = " ".join(error.format_message().split()).rstrip(".")
+        _say(f"{message} (see {command} --help)")
         return 2
     except (click.Abort, KeyboardInterrupt):
         _say("interrupted")

@@ -112,11 +112,14 @@ def _names_in_file(names: list[str], architecture: str, n_layers: int) -> dict[s
     """What llama.cpp calls the tensors, from the `gguf` package's own table."""
     number = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(number, n_layers)
-    known_as = {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
-    if strange := [name for name, known in known_as.items() if known is None]:
-        raise UnsupportedModelError(
-            f"GGUF has no name for the tensor {strange[0]} in a {architecture} model"
-        )
+    known_as = {}
+    for name in names:
+        known = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        if known is None:
+            raise UnsupportedModelError(
+                f"GGUF has no name for the tensor {name} in a {architecture} model"
+            )
+        known_as[name] = known
     return known_as
 
 

@@ -71,6 +71,8 @@ def add(writer: gguf.GGUFWriter, source: Source) -> None:
 
 
 def _add_byte_level(writer: gguf.GGUFWriter, described: dict[str, Any]) -> None:
+    if not _merges(described):
+        raise UnsupportedModelError("this tokenizer merges no bytes, which llama.cpp cannot read")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_split_name(described.get("pre_tokenizer")))
     writer.add_token_merges(
@@ -122,7 +124,7 @@ def _prefixes_a_space(described: dict[str, Any]) -> bool:
     steps = (normalizer or {}).get("normalizers", [normalizer])
     if any(step and step["type"] == "Prepend" for step in steps):
         return True
-    return bool(pre_tokenizer) and pre_tokenizer.get("prepend_scheme", "never") != "never"
+    return str((pre_tokenizer or {}).get("prepend_scheme", "never")) != "never"
 
 
 def _merges(described: dict[str, Any]) -> list[list[str]]:

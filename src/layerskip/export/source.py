@@ -53,7 +53,8 @@ class Source:
             CheckpointError: layers do not hold the same tensors.
         """
         layers: dict[int, list[str]] = {}
-        first, last = [], []
+        first: list[str] = []
+        last: list[str] = []
         for name in sorted(self.files.tensors.names()):
             if name.endswith("rotary_emb.inv_freq"):  # old checkpoints keep what the config says
                 continue

@@ -1,0 +1,148 @@
+"""SmolLM2 in llama.cpp and transformers, from what was exported: the commands of docs/export.md."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from layerskip import LayerSkipModel
+from layerskip.export import open_source, to_gguf, to_hf
+
+pytestmark = pytest.mark.real
+
+PROMPTS = [
+    "Once upon a time, in a small village by the sea,",
+    "def fibonacci(n):\n",
+    "The three largest rivers of Europe are",
+    "In 1868  the railway reached 25 towns, and",
+    "Ingredients: 200g flour, 3 eggs,",
+    "Q: What is the capital of France?\nA:",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "import numpy as np\n\ndef mean(values):",
+    "Die Hauptstadt von Deutschland ist",
+    "1, 2, 4, 8, 16,",
+]
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def answers(smollm2):
+    """Our greedy answers in float32: token ids of the prompt and of the answer."""
+    return [
+        (
+            smollm2.tokenize(prompt),
+            smollm2.generate(
+                prompt, mode="plain", max_new_tokens=NEW_TOKENS, ignore_eos=True
+            ).token_ids,
+        )
+        for prompt in PROMPTS
+    ]
+
+
+@pytest.fixture
+def llama(smollm2_folder, tmp_path):
+    """Export at some weights and open the file in llama.cpp."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    opened = []
+
+    def open_(weights, exit_layer=None, **options):
+        path = tmp_path / f"{weights}-{exit_layer}.gguf"
+        to_gguf(open_source(smollm2_folder, exit_layer), path, weights=weights)
+        model = llama_cpp.Llama(str(path), n_ctx=256, n_threads=2, verbose=False, **options)
+        opened.append(model)
+        return model
+
+    yield open_
+    for model in opened:
+        model.close()
+    gc.collect()
+
+
+def greedy(model, ids):
+    model.reset()
+    made = []
+    for token in model.generate(ids, temp=0.0, repeat_penalty=1.0):
+        made.append(token)
+        if len(made) == NEW_TOKENS:
+            return made
+    return made
+
+
+@pytest.mark.parametrize("weights", ["f32", "f16"])
+def test_llama_cpp_gives_the_same_greedy_text(weights, llama, answers):
+    model = llama(weights)
+    for prompt, (ids, answer) in zip(PROMPTS, answers, strict=True):
+        assert model.tokenize(prompt.encode(), add_bos=False, special=True) == ids
+        assert greedy(model, ids) == answer
+
+
+def test_llama_cpp_drafts_with_an_exported_draft(llama, answers):
+    from llama_cpp.llama_speculative import LlamaDraftModel
+
+    class Draft(LlamaDraftModel):
+        """The exported draft, asked for a few greedy tokens at a time."""
+
+        def __init__(self, model):
+            self.model, self.calls = model, 0
+
+        def __call__(self, input_ids, /, **options):
+            self.calls += 1
+            made = []
+            for token in self.model.generate(input_ids.tolist(), temp=0.0, repeat_penalty=1.0):
+                made.append(token)
+                if len(made) == 3:
+                    break
+            return np.array(made, dtype=np.intc)
+
+    draft = Draft(llama("f16", exit_layer=25))
+    model = llama("f32", draft_model=draft, logits_all=True)
+    for ids, answer in answers[:3]:
+        assert greedy(model, ids) == answer
+    assert draft.calls
+
+
+@pytest.mark.parametrize("weights", [None, "bf16", "q8_0", "q4_0", "q4_1"])
+def test_every_kind_loads_in_llama_cpp_and_speaks(weights, llama):
+    model = llama(weights)
+    text = model("The capital of France is", max_tokens=6, temperature=0.0)["choices"][0]["text"]
+    assert "Paris" in text
+
+
+def test_its_own_gguf_file_comes_out_as_it_went_in(smollm2_folder, tmp_path):
+    written = to_gguf(open_source(smollm2_folder), tmp_path / "m.gguf", weights="q4_1")
+    assert written.carried_over == written.tensors == 272
+    assert written.stored_as == {"Q4_1": 210, "F32": 61, "Q8_0": 1}
+
+
+def test_transformers_gives_the_same_greedy_text_with_and_without_the_draft(
+    smollm2_folder, answers, tmp_path
+):
+    to_hf(open_source(smollm2_folder), tmp_path / "model")
+    to_hf(open_source(smollm2_folder, 20), tmp_path / "draft", weights="bf16")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    draft = AutoModelForCausalLM.from_pretrained(tmp_path / "draft")
+    for assistant, some in [(None, slice(None)), (draft, slice(2))]:
+        for prompt, (ids, answer) in zip(PROMPTS[some], answers[some], strict=True):
+            inputs = tokenizer(prompt, return_tensors="pt")
+            assert inputs["input_ids"][0].tolist() == ids
+            out = model.generate(
+                **inputs,
+                assistant_model=assistant,
+                do_sample=False,
+                max_new_tokens=NEW_TOKENS,
+                eos_token_id=None,
+            )
+            assert out[0, len(ids) :].tolist() == answer
+
+
+def test_our_own_loader_answers_the_same_from_either(smollm2_folder, answers, tmp_path):
+    to_hf(open_source(smollm2_folder), tmp_path / "hf")
+    to_gguf(open_source(tmp_path / "hf"), tmp_path / "m.gguf", weights="f32")
+    model = LayerSkipModel.from_pretrained(tmp_path / "m.gguf", dtype="float32")
+    for prompt, (ids, answer) in zip(PROMPTS[:4], answers, strict=False):
+        assert model.tokenize(prompt) == ids
+        found = model.generate(ids, mode="plain", max_new_tokens=NEW_TOKENS, ignore_eos=True)
+        assert found.token_ids == answer
