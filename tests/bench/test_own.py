@@ -56,14 +56,18 @@ def test_other_drafts():
         exit_layers=(1, 2),
         draft_tokens=(3,),
         draft_from=("n-gram", "both"),
+        draft_vocabulary=(50,),
         adaptive=True,
     )
-    assert [(s.exit_layer, s.draft_tokens, s.draft_from, s.adaptive) for s in found[1:]] == [
-        (None, 3, "n-gram", False),
-        (1, 3, "both", False),
-        (1, 12, "both", True),
-        (2, 3, "both", False),
-        (2, 12, "both", True),
+    fields = ("exit_layer", "draft_tokens", "draft_from", "adaptive", "draft_vocabulary")
+    assert [tuple(getattr(s, name) for name in fields) for s in found[1:]] == [
+        (None, 3, "n-gram", False, None),
+        (1, 3, "both", False, None),
+        (1, 3, "both", False, 50),
+        (1, 12, "both", True, None),
+        (2, 3, "both", False, None),
+        (2, 3, "both", False, 50),
+        (2, 12, "both", True, None),
     ]
 
 
@@ -112,6 +116,13 @@ def test_ignoring_the_end():
 def test_bytes_of_weights_that_are_read(exit_layer, drafting, steps, read):
     found = weight_bytes_read(model().decoder, steps, exit_layer=exit_layer, drafting=drafting)
     assert found == read
+
+
+def test_a_draft_vocabulary_reads_a_part_of_the_head():
+    decoder = model().decoder  # with 300 tokens; a head of 4 bytes
+    step = Step((1, 2), 3, 1, "early-exit")
+    options = {"exit_layer": 1, "drafting": True, "draft_vocabulary": 100}
+    assert weight_bytes_read(decoder, [step], **options) == 4 * 10 + 3 * 4 / 3 + 30 + 4
 
 
 def test_read_bandwidth_counts_bytes_over_the_time_of_a_pass(monkeypatch):

@@ -17,6 +17,7 @@ def a_row(mode, **figures):
         "draft_tokens": None,
         "draft_from": None,
         "adaptive": False,
+        "draft_vocabulary": None,
         "tokens_per_s": 50.0,
         "ms_per_token_median": 20.0,
         "ttft_s": 0.0504,
@@ -83,6 +84,7 @@ def with_peer():
     document["gguf_weights"] = "bf16"
     peer = {"system": "llama.cpp", "mode": "prompt-lookup", "error": "no such luck"}
     nothing = {"exit_layer": None, "draft_tokens": None, "draft_from": None, "adaptive": False}
+    nothing["draft_vocabulary"] = None
     document["rows"] += [
         a_row("plain", system="llama.cpp", vs_layerskip_plain=0.9),
         {**peer, **nothing},
@@ -120,6 +122,7 @@ def test_systems_are_named_where_there_are_several():
     [
         ({"draft_from": "both"}, "self-speculative E=8 d=2 both"),
         ({"adaptive": True, "draft_tokens": 12}, "self-speculative E=8 d=12 adaptive"),
+        ({"draft_vocabulary": 4000}, "self-speculative E=8 d=2 V=4000"),
         ({"draft_from": "n-gram", "exit_layer": None}, "self-speculative d=2 n-gram"),
     ],
 )

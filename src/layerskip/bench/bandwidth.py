@@ -28,7 +28,12 @@ def read_bandwidth(device: torch.device, *, n_bytes: int = 2**30, passes: int = 
 
 
 def weight_bytes_read(
-    decoder: Decoder, steps: Iterable[Step], *, exit_layer: int | None, drafting: bool
+    decoder: Decoder,
+    steps: Iterable[Step],
+    *,
+    exit_layer: int | None,
+    drafting: bool,
+    draft_vocabulary: int | None = None,
 ) -> int:
     """Bytes of weights that these steps had to read, keys and values left out.
 
@@ -41,14 +46,17 @@ def weight_bytes_read(
         steps: passes of decoding, without the prompt's own.
         exit_layer: layers run for one token; None means all.
         drafting: whether the steps are rounds of self-speculative decoding.
+        draft_vocabulary: tokens that the early exit may draft; None means all.
     """
     head = decoder.head.weight_bytes
     layer = (decoder.weight_bytes - head) // len(decoder.layers)  # all layers have the same shapes
     exit_at = len(decoder.layers) if exit_layer is None else exit_layer
+    size = decoder.architecture.vocab_size
+    share = min(draft_vocabulary or size, size) / size
     total = 0
     for step in steps:
         n = 0 if step.source == "n-gram" else step.drafted
-        total += (n + 1) * (exit_at * layer + head)
+        total += (n + 1) * exit_at * layer + round(n * head * share) + head
         if drafting:
             total += (len(decoder.layers) - exit_at) * layer
     return total

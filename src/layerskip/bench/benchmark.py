@@ -7,7 +7,7 @@ from typing import Any
 
 from layerskip.bench.bandwidth import read_bandwidth
 from layerskip.bench.environment import environment
-from layerskip.bench.measure import Entry, System, measure, n_runs
+from layerskip.bench.measure import Entry, Setting, System, measure, n_runs
 from layerskip.bench.own import BENCH_MODES, OwnSystem, settings_of
 from layerskip.bench.peers import PEERS, start_peers
 from layerskip.bench.rows import row
@@ -26,6 +26,7 @@ class BenchConfig:
         exit_layers: E of early exit and of drafts; none = what `settings_of` finds.
         draft_tokens: d; none = what `settings_of` finds.
         draft_from: sources of drafts.
+        draft_vocabulary: how many tokens an early exit may draft, in rows beside those with all.
         adaptive: whether drafts that decide their own length are measured too.
         max_new_tokens: None takes the task's.
         repeats: how often all prompts are gone through.
@@ -42,6 +43,7 @@ class BenchConfig:
     exit_layers: Sequence[int] = ()
     draft_tokens: Sequence[int] = ()
     draft_from: Sequence[str] = ("early-exit",)
+    draft_vocabulary: Sequence[int] = ()
     adaptive: bool = False
     max_new_tokens: int | None = None
     repeats: int = 1
@@ -92,6 +94,7 @@ def bench(
         exit_layers=config.exit_layers,
         draft_tokens=config.draft_tokens,
         draft_from=config.draft_from,
+        draft_vocabulary=config.draft_vocabulary,
         adaptive=config.adaptive,
     )
     new_tokens = config.max_new_tokens or task.max_new_tokens
@@ -109,8 +112,11 @@ def bench(
         drafts=[
             (s.exit_layer, s.draft_tokens)
             for s in settings
-            if s.mode == "self-speculative" and s.draft_from == "early-exit" and not s.adaptive
-            if s.exit_layer and s.draft_tokens
+            if s
+            == Setting(
+                mode="self-speculative", exit_layer=s.exit_layer, draft_tokens=s.draft_tokens
+            )
+            if s.exit_layer and s.draft_tokens  # what transformers knows too
         ],
         context=max(map(len, prompts)) + new_tokens,
         stop=stop,

@@ -19,7 +19,8 @@ class Setting:
 
     `mode` is one of `decoding.MODES`, "auto", or "prompt-lookup" (of peers). `exit_layer` and
     `draft_tokens` are those that are really used, and None where there are none; `draft_from` and
-    `adaptive` are those of `decoding.Plan`.
+    `adaptive` are those of `decoding.Plan`; `draft_vocabulary` says how many tokens the early exit may
+    draft, None means all.
     """
 
     mode: str
@@ -27,6 +28,7 @@ class Setting:
     draft_tokens: int | None = None
     draft_from: str = "early-exit"
     adaptive: bool = False
+    draft_vocabulary: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """This package as one of the systems that are measured."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,10 +40,21 @@ class OwnSystem:
             stop=self._stop,
             ignore_eos=self._ignore_eos,
         )
-        return run_of(made, self._model.decoder, peak_memory_bytes=self.memory.read())
+        return run_of(
+            made,
+            self._model.decoder,
+            draft_vocabulary=setting.draft_vocabulary,
+            peak_memory_bytes=self.memory.read(),
+        )
 
 
-def run_of(made: Generation, decoder: Decoder, *, peak_memory_bytes: int | None = None) -> Run:
+def run_of(
+    made: Generation,
+    decoder: Decoder,
+    *,
+    draft_vocabulary: int | None = None,
+    peak_memory_bytes: int | None = None,
+) -> Run:
     """What an answer of this package was like, in the terms of a comparison."""
     return Run(
         steps=made.steps,
@@ -57,6 +67,7 @@ def run_of(made: Generation, decoder: Decoder, *, peak_memory_bytes: int | None 
             made.steps[1:],
             exit_layer=made.exit_layer,
             drafting=made.mode == "self-speculative",
+            draft_vocabulary=draft_vocabulary,
         ),
     )
 
@@ -68,6 +79,7 @@ def _options(setting: Setting) -> dict[str, Any]:
         options |= {"exit_layer": setting.exit_layer, "draft_tokens": setting.draft_tokens}
     if setting.mode == "self-speculative":
         options |= {"draft_from": setting.draft_from, "adaptive": setting.adaptive}
+        options |= {"draft_vocabulary": setting.draft_vocabulary}
     return options
 
 
@@ -78,6 +90,7 @@ def settings_of(
     exit_layers: Sequence[int] = (),
     draft_tokens: Sequence[int] = (),
     draft_from: Sequence[str] = ("early-exit",),
+    draft_vocabulary: Sequence[int] = (),
     adaptive: bool = False,
 ) -> list[Setting]:
     """The rows to measure: plain, early exit at each E, self-speculative at each (E, d), auto.
@@ -91,29 +104,49 @@ def settings_of(
         exit_layers: E, each 1 ... L.
         draft_tokens: d, each 0 or more.
         draft_from: of `policy.DRAFT_SOURCES`; n-grams have no exit layer.
+        draft_vocabulary: add rows whose early exit may draft so many tokens alone.
         adaptive: add rows whose drafts decide themselves how far to go.
 
     Raises:
         ValueError: an exit layer or draft length that this model does not have.
     """
 
-    def setting(mode: str, *options: Any) -> Setting:
+    def setting(
+        mode: str,
+        e: int | None = None,
+        d: int | None = None,
+        source: str | None = None,
+        *,
+        adaptive: bool = False,
+        vocabulary: int | None = None,
+    ) -> Setting:
         known: dict[str, Any] = {"settings": model.settings, "n_layers": len(model.decoder.layers)}
-        plan = choose(mode, *(options or (None, None)), **known)
-        return Setting(**{**dataclasses.asdict(plan), "mode": mode})
+        plan = choose(mode, e, d, source, adaptive, **known)
+        return Setting(
+            mode=mode,
+            exit_layer=plan.exit_layer,
+            draft_tokens=plan.draft_tokens,
+            draft_from=plan.draft_from,
+            adaptive=plan.adaptive,
+            draft_vocabulary=vocabulary,
+        )
 
     default = setting("self-speculative")
     exits: Sequence[int | None] = exit_layers or [default.exit_layer]
     lengths: Sequence[int | None] = draft_tokens or [default.draft_tokens]
     found = [setting("plain")]
     if "early-exit" in modes:
-        found += [setting("early-exit", e, None) for e in exits]
+        found += [setting("early-exit", e) for e in exits]
     if "self-speculative" in modes:
+        mode = "self-speculative"
+        if "n-gram" in draft_from:
+            found += [setting(mode, None, d, "n-gram") for d in lengths]
         for source in draft_from:
-            for e in [None] if source == "n-gram" else exits:
-                found += [setting("self-speculative", e, d, source) for d in lengths]
-                if adaptive and source != "n-gram":
-                    found.append(setting("self-speculative", e, None, source, True))
+            for e in exits if source != "n-gram" else ():
+                for vocabulary in (None, *draft_vocabulary):
+                    found += [setting(mode, e, d, source, vocabulary=vocabulary) for d in lengths]
+                if adaptive:
+                    found.append(setting(mode, e, None, source, adaptive=True))
     if "auto" in modes:
         found.append(setting("auto"))
     return found

@@ -41,6 +41,7 @@ def row(
         "draft_tokens": entry.setting.draft_tokens,
         "draft_from": entry.setting.draft_from if drafting else None,
         "adaptive": entry.setting.adaptive,
+        "draft_vocabulary": entry.setting.draft_vocabulary,
     }
     if entry.error is not None:
         return {**head, "error": entry.error}
@@ -71,7 +72,8 @@ def name_of(row: dict[str, Any], *, system: bool = False) -> str:
     """A row's setting in words, such as "self-speculative E=8 d=4"."""
     parts = [row["system"]] if system else []
     parts.append(row["mode"])
-    for letter, field in (("E", "exit_layer"), ("d", "draft_tokens")):
+    letters = {"E": "exit_layer", "d": "draft_tokens", "V": "draft_vocabulary"}
+    for letter, field in letters.items():
         if row[field] is not None:
             parts.append(f"{letter}={row[field]}")
     if row["draft_from"] not in (None, "early-exit", row["mode"]):

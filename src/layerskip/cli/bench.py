@@ -76,6 +76,13 @@ def _list_of(kind: Any) -> Any:
     help=f"Where drafts come from: {', '.join(DRAFT_SOURCES)}.",
 )
 @click.option(
+    "--draft-vocabulary",
+    callback=_list_of(click.IntRange(min=1)),
+    default="",
+    metavar="N,...",
+    help="Add rows whose early exit may draft N tokens alone, through a shorter head.",
+)
+@click.option(
     "--adaptive",
     is_flag=True,
     help="Add a row for each exit layer whose drafts end where another token is not worth its cost.",
