@@ -162,6 +162,17 @@ def test_no_layer_is_skipped_in_evaluation_or_without_gradients(llama):
     assert handle._micro_batch == 0
 
 
+@pytest.mark.parametrize("variant", ["LD+EE", "LD", "EE"])
+def test_each_part_of_the_recipe_can_be_turned_off_alone(llama, variant):
+    handle = attached(llama, RecipeConfig(curriculum="all", p_max=0.6, variant=variant))
+    rows = []
+    for layer in llama.model.layers:
+        layer.mlp.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    llama(**batch_of(rows=8))
+    assert (sum(rows) < 8 * LAYERS) == ("LD" in variant)
+    assert handle.last.exits == ((2, 3, 4) if "EE" in variant else (4,))
+
+
 def test_accumulated_batches_are_one_batch(llama):
     attached(llama, ALL)
     batch = batch_of(rows=8)

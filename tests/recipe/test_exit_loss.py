@@ -1,5 +1,8 @@
 """The chunked loss against the same sum written out with whole logits, float32."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn import functional
@@ -121,6 +124,32 @@ def test_logits_exist_for_one_chunk_at_a_time_and_chunks_are_even():
 
     run(states, labels, watched, parameters, chunk_tokens=15)
     assert sizes == [12] * 4  # 16 labelled positions of 3 exits; 5 of each would fit
+
+
+_PEAK = """
+import resource, sys, torch
+from layerskip.recipe.exit_loss import exit_losses
+
+tokens, hidden, vocabulary = 512, 32, 16384
+head = torch.nn.Linear(hidden, vocabulary, bias=False)
+labels = torch.randint(0, vocabulary, (1, tokens))
+for exits in (1, 24):
+    states = {e: torch.randn(1, tokens, hidden, requires_grad=True) for e in range(exits)}
+    losses = exit_losses(
+        states, labels, dict.fromkeys(states, 1 / exits), head, [head.weight],
+        chunk_tokens=128, vocabulary=vocabulary,
+    )
+    losses.loss.backward()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB there")
+def test_peak_memory_does_not_grow_with_the_exits():
+    """All logits of 24 exits are 800 MB; those of a chunk, which one exit has too, are 8."""
+    done = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=True)
+    one, many = map(int, done.stdout.split())
+    assert many - one < 40 * 1024
 
 
 def test_balancing_loss_is_transformers():

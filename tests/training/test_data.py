@@ -52,6 +52,26 @@ def test_text_files_and_parquet(tmp_path):
     assert [dict(row) for _, row in read_rows(str(tmp_path / "a.parquet"))] == ROWS
 
 
+def test_patterns_name_several_files_and_environment_variables_folders(tmp_path, monkeypatch):
+    for name in ("weather_train", "alarm_train", "alarm_eval"):
+        write(tmp_path / f"{name}.tsv.xz", f"utterance\tparse\n{name}\tx\n")
+    monkeypatch.setenv("TINY_DATA", str(tmp_path))
+    rows = list(read_rows("$TINY_DATA/*_train.tsv.xz"))
+    assert rows == [
+        (f"{name}.tsv:2", {"utterance": name, "parse": "x"})
+        for name in ("alarm_train", "weather_train")
+    ]
+    assert len(list(read_rows("${TINY_DATA}/alarm_eval.tsv.xz"))) == 1
+    with pytest.raises(ValueError, match=r"none_\*\.tsv does not exist"):
+        list(read_rows("$TINY_DATA/none_*.tsv"))
+
+
+def test_a_variable_that_is_not_set_is_named(monkeypatch):
+    monkeypatch.delenv("TINY_DATA", raising=False)
+    with pytest.raises(ValueError, match=r"\$TINY_DATA/a.tsv: set this environment variable"):
+        next(read_rows("$TINY_DATA/a.tsv"))
+
+
 def test_quotation_marks_in_tab_separated_text_are_text(tmp_path):
     path = write(tmp_path / "a.tsv", 'prompt\tcompletion\nsay "hi\t"hi\n')
     assert dict(next(read_rows(path))[1]) == {"prompt": 'say "hi', "completion": '"hi'}

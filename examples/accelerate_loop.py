@@ -1,0 +1,89 @@
+"""The recipe in a training loop of one's own with Accelerate, on one device or several.
+
+    accelerate launch --num-processes 2 examples/accelerate_loop.py \
+        --model HuggingFaceTB/SmolLM2-135M --data rows.jsonl --output runs/loop
+
+The rows of the JSON lines file have the field text. What matters on several devices is marked:
+the loss is divided by the tokens of all of them, and all of them skip the same rows.
+"""
+
+import argparse
+
+import torch
+from accelerate import Accelerator
+from datasets import load_dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    get_cosine_schedule_with_warmup,
+)
+
+from layerskip.recipe import RecipeConfig, attach, detach
+
+
+def main() -> None:
+    """Train and save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--exit-layer", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch-size", type=int, default=8)
+    options = parser.parse_args()
+
+    accelerator = Accelerator()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(options.model)
+    recipe = RecipeConfig.preset("continual", fixed_exits=(options.exit_layer,))
+    attached = attach(model, recipe)  # before the model is wrapped
+
+    rows = load_dataset("json", data_files=options.data, split="train")
+    rows = rows.map(
+        lambda row: tokenizer(row["text"], truncation=True, max_length=512),
+        remove_columns=rows.column_names,
+    )
+    loader = torch.utils.data.DataLoader(
+        rows,
+        options.batch_size,
+        shuffle=True,
+        collate_fn=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 0, options.steps)
+
+    model.train()
+    step = 0
+    while step < options.steps:
+        for batch in loader:
+            attached.set_step(step, options.steps)  # the same rows are skipped on every device
+            labelled = (batch["labels"][:, 1:] != -100).sum()
+            everywhere = accelerator.reduce(labelled, reduction="sum")
+            loss = model(**batch, num_items_in_batch=everywhere).loss
+            # Gradients are averaged over the devices, while this loss is this device's share.
+            accelerator.backward(loss * accelerator.num_processes)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            step += 1
+            if step % 10 == 0 or step == options.steps:
+                total = accelerator.reduce(loss.detach(), reduction="sum").item()
+                accelerator.print(f"step {step}: loss {total:.3f}")
+            if step == options.steps:
+                break
+
+    trained = accelerator.unwrap_model(model)
+    detach(trained)
+    if accelerator.is_main_process:
+        trained.generation_config.assistant_early_exit = options.exit_layer
+        trained.save_pretrained(options.output)
+        tokenizer.save_pretrained(options.output)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""What the pages about training say is what the code has."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from layerskip.cli import layerskip_command
+from layerskip.training import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(text):
+    """The `layerskip ...` commands in a page's code blocks, as lists of words."""
+    for block in re.findall(r"^```[a-z]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            found = re.search(r"(?:^|[ /])layerskip (.*)", line)
+            if found:
+                yield shlex.split(found[1], comments=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_in_the_pages_exist(page):
+    context = click.Context(layerskip_command)
+    for name, *words in commands(page.read_text()):
+        command = layerskip_command.get_command(context, name)
+        assert command is not None, name
+        flags = {"--help", "-h"}
+        for parameter in command.params:
+            flags |= {*parameter.opts, *parameter.secondary_opts}
+        given = {word.split("=")[0] for word in words if word.startswith("-")}
+        assert given <= flags, f"layerskip {name}: {given - flags}"
+
+
+def test_every_setting_is_explained():
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "recipe.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(TrainConfig.settings())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_files_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target

@@ -1,0 +1,56 @@
+"""Memory that training frees stays with the process, and the highest is reported."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from layerskip.training import memory
+
+_RESIDENT = """
+import sys, torch
+from layerskip.training.memory import keep_freed_memory
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4 // 1024
+
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+before = resident()
+block = torch.ones(64 * 2**18)
+assert resident() - before > 60
+del block
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_blocks_stay_with_the_process(kept):
+    done = subprocess.run(
+        [sys.executable, "-c", _RESIDENT, "keep" if kept else "leave"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert (int(done.stdout) > 50) == kept
+
+
+def test_other_systems_and_libraries_are_left_alone(monkeypatch):
+    def no_library(_):
+        raise OSError
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", no_library)
+    memory.keep_freed_memory()
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())  # has no mallopt
+    memory.keep_freed_memory()
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: pytest.fail("was called"))
+    memory.keep_freed_memory()
+
+
+def test_the_highest_memory_counts():
+    before = memory.peak_memory_bytes(torch.device("cpu"))
+    block = torch.ones(before // 4 + 2**20)
+    assert memory.peak_memory_bytes(torch.device("cpu")) > before
+    del block
