@@ -30,6 +30,7 @@ _LONG_DRAFT = (
 )
 _ANCHORS = 4  # exits at which every length of verification is measured
 _PLAIN_STEPS = 8  # a sweep: the denominator of every speedup deserves more samples
+_WHOLE_ROUNDS = 2  # a sweep, of each exit and draft length that whole rounds are measured at
 _GREEDY = Sampling()
 
 Progress = Callable[[int, int], None]
@@ -97,7 +98,7 @@ def measure_costs(
         ValueError: the model's context is too short for the measurement.
     """
     # What the real step loops settle at most, the warm-up included, and a last draft in full.
-    reach = (sweeps + 1) * max(_PLAIN_STEPS, _LONG_DRAFT + 1) + max_draft_tokens + 2
+    reach = (sweeps + 1) * _WHOLE_ROUNDS * (_LONG_DRAFT + 1) + max_draft_tokens + 2
     room = decoder.architecture.max_context - reach
     if room < 1:
         raise ValueError(
@@ -152,7 +153,8 @@ class _Workbench:
         self.settled = self.cache.lengths.clone()
         plans = {_Work("plain"): Plan(mode="plain")} | {
             _Work("round", e, d): Plan(mode="self-speculative", exit_layer=e, draft_tokens=d)
-            for e in self.anchors
+            for e in self.anchors[1:3]
+            or self.anchors  # two are enough: each has a cache of its own
             for d in self.draft_lengths
         }
         self.loops = {
@@ -173,7 +175,8 @@ class _Workbench:
         """Time everything once, in a new order."""
         pairs = [_Work("pair", e, d, d + 1) for e in self.exits for d in self.draft_lengths]
         pairs += [_Work("pair", e, 1, n) for e in self.anchors for n in range(1, self.longest + 1)]
-        works = [*pairs, *self.loops, *[_Work("head"), _Work("plain")] * (_PLAIN_STEPS - 1)]
+        rounds = [work for work in self.loops if work.kind == "round"] * _WHOLE_ROUNDS
+        works = [*pairs, *rounds, *[_Work("head"), _Work("plain")] * _PLAIN_STEPS]
         order.shuffle(works)
         for work in works:
             if work.kind == "pair":
