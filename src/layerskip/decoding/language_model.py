@@ -15,6 +15,7 @@ from layerskip.decoding.policy import Plan, choose
 from layerskip.decoding.sampling import Sampling
 from layerskip.decoding.stream import TextStream
 from layerskip.model import Checkpoint, Decoder, load, resolve
+from layerskip.model.published import with_defaults
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -167,8 +168,10 @@ class LayerSkipModel:
         if weights != "16bit":
             raise ValueError(f"weights is {weights!r}; there is: 16bit")
         place = _device(device)
-        path = resolve(str(name_or_path))
-        return cls(load(path, dtype=_dtype(dtype, place), device=place))
+        name = str(name_or_path)
+        checkpoint = load(resolve(name), dtype=_dtype(dtype, place), device=place)
+        settings = with_defaults(name, checkpoint.settings)
+        return cls(dataclasses.replace(checkpoint, settings=settings))
 
     @property
     def end_tokens(self) -> frozenset[int]:
