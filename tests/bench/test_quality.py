@@ -57,6 +57,12 @@ def test_rouge_of_hand_counted_words():
     assert quality.rouge(samples(("x", "a b"), "c"), ["a b", "d"])["rouge2"] == 0.5
 
 
+def test_first_line_is_the_summary():
+    pytest.importorskip("rouge_score")
+    perfect = {"rouge1": 1, "rouge2": 1, "rougeL": 1}
+    assert quality.first_line_rouge(samples("a b"), ["\n a b\nand more"]) == perfect
+
+
 def problem(**row):
     return Sample(id="x", prompt=row.get("prompt", ""), fields=row)
 

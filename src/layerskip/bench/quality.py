@@ -61,6 +61,11 @@ def rouge(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
     return {name: fmean(score[name].fmeasure for score in scores) for name in _ROUGE}
 
 
+def first_line_rouge(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
+    """ROUGE of the first line that is not empty: the sentence that was asked for."""
+    return rouge(samples, [text.strip().partition("\n")[0] for text in texts])
+
+
 def rouge_scorer() -> Any:
     """The scorer of `rouge-score`.
 

@@ -140,7 +140,7 @@ def _named(
     shots = form.shots if n_shot is None else n_shot
     if shots and form.answer is None:
         raise ValueError(f"{name} takes no shots: leave n_shot out, or 0")
-    if form.metrics is quality.rouge:
+    if form.metrics in (quality.rouge, quality.first_line_rouge):
         quality.rouge_scorer()  # what is missing is said before an hour of measuring, not after it
     rows = [row for row in form.data.rows("test", data) if form.prompt(row) is not None]
     others = form.data.rows(form.shot_split, data) if shots else []
