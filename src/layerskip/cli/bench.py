@@ -178,12 +178,12 @@ def command(
             on_begin=begin,
             on_step=lambda: progress.advance(parts[-1]),
         )
-    document |= {"n_shot": n_shot, "seed": seed}
+    document |= {"n_shot": task.n_shot, "seed": seed}
+    options.deliver(document, as_json=as_json, output=output)
     if report is not None:
         write_report(document, report)
     if not as_json:
         _show(document)
-    options.deliver(document, as_json=as_json, output=output)
 
 
 def _show(document: dict[str, Any]) -> None:
