@@ -1,6 +1,7 @@
 """`layerskip eval` on a tiny checkpoint and local task files."""
 
 import json
+import sys
 
 import pytest
 
@@ -67,16 +68,32 @@ def test_early_exit_has_quarters_of_the_layers_by_default(run, text):
         (["--perplexity", "TEXT", "--exit-layers", "9"], 1, "exit layer 9 is out of range"),
         (["--perplexity", "TEXT", "--plot", "/nowhere/x.png"], 2, "folder of --plot"),
         (["--perplexity", "TEXT", "--window", "4", "--stride", "5"], 1, "stride is 5"),
+        (["--tasks", "unsafe", "--include-path", "TASKS"], 1, "would run generated code"),
         (["--tasks", "broken", "--include-path", "TASKS"], 1, "give task files with local data"),
     ],
 )
 def test_bad_input_is_one_line(run, text, tasks, arguments, status, words):
-    file = (tasks / "choice.yaml").read_text().replace("tiny_choice", "broken")
-    (tasks / "broken.yaml").write_text(file.replace("rows.json", "no_rows.json"))
+    choice = (tasks / "choice.yaml").read_text()
+    broken = choice.replace("tiny_choice", "broken").replace("rows.json", "no_rows.json")
+    (tasks / "broken.yaml").write_text(broken)
+    (tasks / "unsafe.yaml").write_text(
+        choice.replace("tiny_choice", "unsafe") + "unsafe_code: true\n"
+    )
     given = {"TEXT": text, "TASKS": tasks}
     found, out, err = run("eval", *(given.get(a, a) for a in arguments))
     assert (found, out) == (status, "")
     assert words in err
+    assert len(err.splitlines()) == 1
+
+
+def test_missing_extra_is_named(run, monkeypatch):
+    for name in ("lm_eval", "lm_eval.api.model"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("layerskip.bench.harness", "layerskip.bench.harness_tasks"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    status, out, err = run("eval", "--tasks", "x")
+    assert (status, out) == (1, "")
+    assert "pip install 'layerskip[eval]'" in err
     assert len(err.splitlines()) == 1
 
 

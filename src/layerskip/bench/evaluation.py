@@ -9,6 +9,7 @@ from layerskip.decoding import LayerSkipModel, Plan
 from layerskip.decoding.policy import choose
 
 EXITS = 4  # evaluated where none are named: a quarter of the layers, a half, ... all
+DRAFTING = ("auto", "self-speculative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +39,18 @@ class Row:
     drafted: int = 0
     accepted: int = 0
 
+    @property
+    def drafts(self) -> bool:
+        """Whether answers are drafted and verified."""
+        return self.plan.mode == "self-speculative"
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            **dataclasses.asdict(self.plan),
+            "mode": self.plan.mode,
+            "exit_layer": self.plan.exit_layer,
+            "draft_tokens": self.plan.draft_tokens,
+            "draft_from": self.plan.draft_from if self.drafts else None,
             "acceptance_rate": self.accepted / self.drafted if self.drafted else None,
             "results": {
                 task: {name: metric.to_dict() for name, metric in metrics.items()}
@@ -55,6 +64,7 @@ def plans(
     modes: Sequence[str],
     exit_layers: Sequence[int] | None = None,
     draft_tokens: int | None = None,
+    draft_from: str | None = None,
 ) -> list[Plan]:
     """Every mode at every exit; plain decoding has none and is one plan.
 
@@ -64,6 +74,7 @@ def plans(
         exit_layers: for early exit and self-speculation. None: for early exit a quarter of the
             layers, a half, three quarters and all; else the checkpoint's own exit.
         draft_tokens: for self-speculation.
+        draft_from: for self-speculation, one of `DRAFT_SOURCES`.
 
     Raises:
         ValueError: as `policy.choose` does.
@@ -74,8 +85,8 @@ def plans(
     for mode in modes:
         exits: Sequence[int | None] = exit_layers or (quarters if mode == "early-exit" else [None])
         for e in exits if mode != "plain" else [None]:
-            drafts = draft_tokens if mode in ("auto", "self-speculative") else None
-            plan = choose(mode, e, drafts, settings=model.settings, n_layers=n_layers)
+            drafts = (draft_tokens, draft_from) if mode in DRAFTING else (None, None)
+            plan = choose(mode, e, *drafts, settings=model.settings, n_layers=n_layers)
             if plan not in found:
                 found.append(plan)
     return found

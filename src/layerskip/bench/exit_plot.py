@@ -7,7 +7,7 @@ from typing import Any
 
 from layerskip.bench.evaluation import Metric, Row
 
-COLUMNS = 3
+COLUMNS = 2
 
 
 def plot_exits(rows: Sequence[Row], n_layers: int) -> bytes:

@@ -32,13 +32,13 @@ class SharedScores:
         """Scores of one exit, in the order of the passages."""
         keys = [_key(passage) for passage in passages]
         unknown = {k: p for k, p in zip(keys, passages, strict=True) if k not in self._known}
-        exits = ", ".join(map(str, sorted(self._exits)))
+        what = f"likelihoods at {len(self._exits)} exits"
         found = score_passages(
             self._model.decoder,
             list(unknown.values()),
             self._exits,
             batch_size=self._batch_size,
-            progress=lambda done, total: progress(f"likelihoods at exit {exits}", done, total),
+            progress=lambda done, total: progress(what, done, total),
         )
         self._known.update(zip(unknown, found, strict=True))
         return [self._known[key][exit_layer] for key in keys]
@@ -165,6 +165,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
                 mode=self.row.plan.mode,
                 exit_layer=self.row.plan.exit_layer,
                 draft_tokens=self.row.plan.draft_tokens,
+                draft_from=self.row.plan.draft_from if self.row.drafts else None,
                 seed=self._seed + i,
             )
             generation = answer.complete()

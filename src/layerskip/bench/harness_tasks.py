@@ -105,6 +105,12 @@ def _load(manager: Any, names: list[str], num_fewshot: int | None, seed: int) ->
             f"the data of a task cannot be had: {error}; without a network, give task files with"
             " local data by --include-path"
         ) from error
+    unsafe = [name for name, task in loaded["tasks"].items() if task.get_config("unsafe_code")]
+    if unsafe:
+        raise ValueError(
+            f"{', '.join(unsafe)} would run generated code; for HumanEval and MBPP there is"
+            " `layerskip bench`, which runs it confined"
+        )
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
         if own is None or (num_fewshot is not None and own != 0):

@@ -19,6 +19,7 @@ from layerskip.bench.likelihood import Progress as Report
 from layerskip.bench.perplexity import perplexity, read_text
 from layerskip.cli import options
 from layerskip.decoding import MODES, LayerSkipModel
+from layerskip.decoding.policy import DRAFT_SOURCES
 
 ARROWS = {True: "↑", False: "↓", None: ""}
 
@@ -59,6 +60,7 @@ def _exit_layers(_: click.Context, __: click.Parameter, text: str | None) -> lis
     help="How answers are decoded; may be repeated.",
 )
 @click.option("--draft-tokens", type=click.IntRange(min=0), metavar="d", help="Tokens a draft.")
+@click.option("--draft-from", type=click.Choice(DRAFT_SOURCES), help="Where drafts come from.")
 @click.option(
     "--include-path",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -113,6 +115,7 @@ def command(
     exit_layers: list[int] | str | None,
     modes: tuple[str, ...],
     draft_tokens: int | None,
+    draft_from: str | None,
     window: int,
     stride: int | None,
     max_words: int | None,
@@ -143,7 +146,8 @@ def command(
     model = options.load_model(flags)
     n_layers = len(model.decoder.layers)
     exits = list(range(1, n_layers + 1)) if isinstance(exit_layers, str) else exit_layers
-    rows = [evaluation.Row(plan) for plan in evaluation.plans(model, modes, exits, draft_tokens)]
+    plans = evaluation.plans(model, modes, exits, draft_tokens, draft_from)
+    rows = [evaluation.Row(plan) for plan in plans]
     facts: dict[str, Any] = {}
     with _progress() as report:
         for name, content in contents.items():

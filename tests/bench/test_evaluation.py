@@ -1,0 +1,56 @@
+"""Which rows an evaluation has, and how their figures are written."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from layerskip.bench.evaluation import Metric, Row, plans, scoring_exit
+from layerskip.decoding import Plan
+from layerskip.model.checkpoint import Settings
+
+
+def model(n_layers=30, **settings):
+    decoder = SimpleNamespace(layers=[None] * n_layers)
+    return SimpleNamespace(decoder=decoder, settings=Settings(**settings))
+
+
+@pytest.mark.parametrize(
+    ("modes", "exits", "drafts", "settings", "expected"),
+    [
+        (["plain"], [3, 8], (), {}, [("plain", None, None)]),
+        (["early-exit"], [3, 8], (4,), {}, [("early-exit", 3, None), ("early-exit", 8, None)]),
+        (["early-exit"], None, (), {}, [("early-exit", e, None) for e in (8, 15, 23, 30)]),
+        (["self-speculative"], None, (4,), {"exit_layer": 6}, [("self-speculative", 6, 4)]),
+        (["self-speculative"], None, (4, "n-gram"), {}, [("self-speculative", None, 4)]),
+        (["auto", "plain"], None, (), {}, [("plain", None, None)]),
+        (["auto"], [9], (4,), {}, [("self-speculative", 9, 4)]),
+    ],
+)
+def test_every_mode_at_every_exit_once(modes, exits, drafts, settings, expected):
+    found = plans(model(**settings), modes, exits, *drafts)
+    assert [(p.mode, p.exit_layer, p.draft_tokens) for p in found] == expected
+
+
+def test_the_exit_with_the_last_word():
+    assert scoring_exit(Plan(mode="early-exit", exit_layer=3), 30) == 3
+    assert scoring_exit(Plan(mode="self-speculative", exit_layer=3, draft_tokens=2), 30) == 30
+    assert scoring_exit(Plan(mode="plain"), 30) == 30
+
+
+def test_rows_for_json():
+    row = Row(Plan(mode="self-speculative", exit_layer=3, draft_tokens=2), drafted=8, accepted=6)
+    row.results["a"] = {"acc": Metric(0.5, float("nan"), True), "ppl": Metric(float("inf"))}
+    assert Row(Plan(mode="plain")).to_dict()["draft_from"] is None
+    assert row.to_dict() == {
+        "mode": "self-speculative",
+        "exit_layer": 3,
+        "draft_tokens": 2,
+        "draft_from": "early-exit",
+        "acceptance_rate": 0.75,
+        "results": {
+            "a": {
+                "acc": {"value": 0.5, "stderr": None, "higher_is_better": True},
+                "ppl": {"value": None, "stderr": None, "higher_is_better": None},
+            }
+        },
+    }
