@@ -263,7 +263,7 @@ def test_folder_comes_before_an_alias_of_the_same_name(pip, tmp_path, monkeypatc
 def test_hub_id_is_fetched_without_pickles(tmp_path, monkeypatch):
     asked = []
 
-    def snapshot_download(name, *, allow_patterns):
+    def snapshot_download(name, *, allow_patterns, ignore_patterns):
         asked.append((name, allow_patterns))
         return str(tmp_path)
 

@@ -17,6 +17,7 @@ import platformdirs
 
 CACHE_VARIABLE = "LAYERSKIP_CACHE"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
+_NOT_HUB_FILES = ["*/*", "consolidated*"]  # other formats, and the same weights once more
 
 
 class SourceError(ValueError):
@@ -191,7 +192,16 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SourceError(f"{name} cannot be fetched from the hub: {reason}") from error
+        raise SourceError(f"{name} cannot be fetched from the hub: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The hub's own words, in one line; the first of several is the status and the request's number."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[1:] or lines) or type(error).__name__

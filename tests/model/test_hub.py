@@ -1,0 +1,77 @@
+"""Loading by hub id from a server that speaks the hub's protocol, in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+
+import layerskip
+from tiny_models import reference
+
+BROKEN_AT = 10_600_000  # bytes; what arrived before is kept in pieces of 10 MiB
+FETCH = """
+import sys
+from layerskip.model.source import SourceError, resolve
+for name in sys.argv[1:]:
+    try:
+        print(resolve(name))
+    except SourceError as error:
+        print("refused:", error)
+"""
+
+
+def fetch(hub, folder, *names, **environment):
+    """What `resolve` makes of some names, line by line."""
+    done = subprocess.run(
+        [sys.executable, "-c", FETCH, *names],
+        env={
+            **os.environ,
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(folder / "hub"),
+            "PYTHONPATH": str(Path(layerskip.__file__).parents[1]),
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A checkpoint among files that are not needed or not wanted."""
+    folder = tmp_path_factory.mktemp("repository")
+    reference("llama2").save_pretrained(folder)
+    with (folder / "model.safetensors").open("ab") as file:
+        file.truncate(11_000_000)  # large enough to break; only fetched here, and never read
+    (folder / "original").mkdir()
+    for name in ("pytorch_model.bin", "modeling_tiny.py", "consolidated.safetensors"):
+        (folder / name).write_text("never fetch me")
+    (folder / "original" / "params.json").write_text("{}")
+    return folder
+
+
+def test_repository_is_fetched_over_a_connection_that_breaks(repository, tmp_path):
+    repositories = {"owner/tiny": repository, "owner/gated": repository}
+    breaks = {"model.safetensors": BROKEN_AT}
+    with HubServer(repositories, gated=["owner/gated"], breaks=breaks) as hub:
+        fetched, gated, missing = fetch(hub, tmp_path, "owner/tiny", "owner/gated", "owner/none")
+        for name in ("config.json", "generation_config.json", "model.safetensors"):
+            assert (Path(fetched) / name).read_bytes() == (repository / name).read_bytes()
+        # Nothing else, no pickle and no code.
+        assert hub.fetched() == ["config.json", "generation_config.json", "model.safetensors"]
+        assert f"bytes={10 * 2**20}-" in [wanted for *_, wanted in hub.requests]  # it resumed
+        assert gated.startswith("refused: owner/gated cannot be fetched from the hub: ")
+        assert "Access to model owner/gated is restricted." in gated
+        assert missing.startswith("refused: owner/none cannot be fetched from the hub: ")
+        assert "Not Found" in missing
+
+        before = len(hub.requests)
+        again, other = fetch(hub, tmp_path, "owner/tiny", "owner/other", HF_HUB_OFFLINE="1")
+        assert again == fetched
+        assert "offline" in other.lower()
+        assert len(hub.requests) == before
