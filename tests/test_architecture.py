@@ -92,7 +92,9 @@ def test_wrong_direction_would_show(file, line, tmp_path):
     assert "BROKEN" in done.stdout
 
 
-@pytest.mark.parametrize("path", files_outside("recipe", "training", "model", "bench"), ids=name_of)
+@pytest.mark.parametrize(
+    "path", files_outside("recipe", "training", "model", "bench", "export"), ids=name_of
+)
 def test_transformers_stays_in_its_rooms(path):
     assert not [name for name in imported(path) if name.split(".")[0] == "transformers"]
 

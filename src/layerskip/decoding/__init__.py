@@ -1,9 +1,10 @@
 """Decoding: plain, by early exit, and self-speculative."""
 
+from layerskip.decoding.answer import Answer, Piece
 from layerskip.decoding.exit_states import exit_states, walk_exits
 from layerskip.decoding.generate import PromptError, Step, generate
 from layerskip.decoding.generation import Generation
-from layerskip.decoding.language_model import Answer, LayerSkipModel, Piece
+from layerskip.decoding.language_model import LayerSkipModel
 from layerskip.decoding.policy import DRAFT_SOURCES, MODES, Plan
 from layerskip.decoding.sampling import Sampling
 

@@ -7,127 +7,17 @@ from typing import Any, overload
 
 import torch
 
+from layerskip.decoding.answer import Answer
 from layerskip.decoding.batch import Batch, can_batch
-from layerskip.decoding.clock import device_clock
-from layerskip.decoding.generate import Step, generate
-from layerskip.decoding.generation import FinishReason, Generation
-from layerskip.decoding.policy import Plan, choose
+from layerskip.decoding.generation import Generation
+from layerskip.decoding.policy import choose
 from layerskip.decoding.sampling import Sampling
-from layerskip.decoding.stream import TextStream
 from layerskip.model import Checkpoint, Decoder, load, resolve
 from layerskip.model.published import with_defaults
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Piece:
-    """What one token adds while an answer streams.
-
-    `text` may be empty (see `TextStream`); `token_id` is None for the rest that is released at the
-    end; `drafted` says that the token was drafted and accepted, else it is the model's own.
-    """
-
-    text: str
-    token_id: int | None = None
-    drafted: bool = False
-
-
-class Answer:
-    """An answer in the making: iterate over its pieces, then ask for its `generation`."""
-
-    # What `generate` and `Batch` are given beside the prompt: plan, sampling, limits, seed.
-    loop_options: dict[str, Any]
-
-    def __init__(
-        self,
-        model: "LayerSkipModel",
-        prompt: Sequence[int],
-        plan: Plan,
-        sampling: Sampling,
-        *,
-        max_new_tokens: int,
-        stop: Sequence[str],
-        ignore_eos: bool,
-        seed: int | None,
-    ) -> None:
-        self.plan, self.prompt = plan, prompt
-        self._clock = device_clock(model.decoder.device)
-        self._end_tokens = () if ignore_eos else model.end_tokens
-        self._text = None if model.tokenizer is None else TextStream(model.tokenizer, stop)
-        if stop and self._text is None:
-            raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
-        self._started = self._clock()
-        self._times: list[float] = []
-        self._tokens: list[int] = []
-        self._steps: list[Step] = []
-        self.loop_options = {
-            "plan": plan,
-            "sampling": sampling,
-            "max_new_tokens": max_new_tokens,
-            "end_tokens": self._end_tokens,
-            "seed": seed,
-        }
-        self._loop = generate(model.decoder, prompt, **self.loop_options)
-
-    def __iter__(self) -> Iterator[Piece]:
-        for step in self._loop:
-            yield from self.take(step)
-            if self.stopped:
-                self._loop.close()
-                return
-        if rest := self.finish():
-            yield Piece(text=rest)
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string has ended the text."""
-        return self._text is not None and self._text.stopped
-
-    def take(self, step: Step) -> list[Piece]:
-        """Add a step, as far as a stop string; for who runs the loop, as a batch does."""
-        self._times.append(self._clock())
-        self._steps.append(step)
-        pieces: list[Piece] = []
-        for i, token in enumerate(step.tokens):
-            self._tokens.append(token)
-            text = self._text.push(token) if self._text else ""
-            pieces.append(Piece(text=text, token_id=token, drafted=i < step.accepted))
-            if self.stopped:
-                self._steps[-1] = step.first(i + 1)
-                break
-        return pieces
-
-    def finish(self) -> str:
-        """The text that was held back in case a stop string began there."""
-        return self._text.finish() if self._text and not self.stopped else ""
-
-    def complete(self) -> Generation:
-        """Compute what is left of the answer and return it."""
-        for _ in self:
-            pass
-        return self.generation
-
-    @property
-    def generation(self) -> Generation:
-        """The answer as far as it has come."""
-        ended = bool(self._tokens) and self._tokens[-1] in self._end_tokens
-        reason: FinishReason = "stop" if self.stopped or ended else "length"
-        first, last = (self._times[0], self._times[-1]) if self._times else (self._started,) * 2
-        return Generation(
-            text=self._text.text if self._text else "",
-            token_ids=list(self._tokens),
-            finish_reason=reason,
-            prompt_tokens=len(self.prompt),
-            mode=self.plan.mode,
-            exit_layer=self.plan.exit_layer,
-            draft_tokens=self.plan.draft_tokens,
-            ttft_s=first - self._started,
-            decode_s=last - first,
-            steps=tuple(self._steps),
-        )
 
 
 class LayerSkipModel:
