@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -224,11 +225,16 @@ def _map(tuning: Tuning) -> Table:
     best = tuning.predictions[0]
     if best.draft_tokens not in lengths:
         lengths = sorted([*lengths, best.draft_tokens])
-    table = Table(title="predicted speedup over plain decoding", caption=_costs(tuning))
+    table = Table(
+        title="predicted speedup over plain decoding: E down, d across",
+        caption=_costs(tuning),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("E", justify="right")
     table.add_column("agrees", justify="right")
     for d in lengths:
-        table.add_column(f"d={d}", justify="right")
+        table.add_column(str(d), justify="right")
     for row in tuning.exits:
         cells = [_cell(speedups[row["exit_layer"], d], best.speedup) for d in lengths]
         table.add_row(str(row["exit_layer"]), f"{row['agreement']:.0%}", *cells)
@@ -255,16 +261,10 @@ def _costs(tuning: Tuning) -> str:
 
 
 def _confirmed(tuning: Tuning) -> Table:
-    table = Table(title=f"real runs, {tuning.prompts} prompts in turns, greedy")
-    headings = (
-        "mode",
-        "tokens/s",
-        "speedup",
-        "95% interval",
-        "predicted",
-        "acceptance",
-        "identical",
+    table = Table(
+        title=f"real runs of {tuning.prompts} prompts in turns, greedy", box=box.SIMPLE_HEAD
     )
+    headings = ("mode", "tokens/s", "speedup", "95% interval", "predicted", "accepted", "same")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "mode" else "right")
     for row in tuning.confirmed:
@@ -276,7 +276,7 @@ def _confirmed(tuning: Tuning) -> Table:
             f"{row['tokens_per_s']:.1f}",
             f"{row['speedup']:.2f}x",
             "" if plain else f"{low:.2f} to {high:.2f}",
-            f"{row['predicted_tokens_per_s']:.1f} ({row['predicted_speedup']:.2f}x)",
+            "" if plain else f"{row['predicted_speedup']:.2f}x",
             "" if rate is None else f"{rate:.0%}",
             f"{row['identical_to_plain']:.0%}",
         )
