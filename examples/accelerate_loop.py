@@ -37,7 +37,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(options.model)
-    recipe = RecipeConfig.preset("continual", fixed_exits=(options.exit_layer,))
+    rotation = min(8, model.config.num_hidden_layers)
+    recipe = RecipeConfig.preset("continual", rotation=rotation, fixed_exits=(options.exit_layer,))
     attached = attach(model, recipe)  # before the model is wrapped
 
     rows = load_dataset("json", data_files=options.data, split="train")

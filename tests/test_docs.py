@@ -15,10 +15,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands(text):
-    """The `layerskip ...` commands in a page's code blocks, as lists of words."""
-    for block in re.findall(r"^```[a-z]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+    """The `layerskip ...` commands in a page's blocks of shell, as lists of words."""
+    for language, block in re.findall(r"^```([a-z]*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        if language not in ("", "sh", "bash"):
+            continue
         for line in block.replace("\\\n", " ").splitlines():
-            found = re.search(r"(?:^|[ /])layerskip (.*)", line)
+            found = re.search(r"^(?:\S+=\S+ |\S+/)*layerskip (.*)", line)
             if found:
                 yield shlex.split(found[1], comments=True)
 

@@ -102,7 +102,7 @@ def test_table_shows_the_figures_of_the_document():
     assert column(lines, "tokens/s") == ["50.0", "50.0", "81.2"]
     assert column(lines, "speedup (95%)") == ["1.00x", "3.00x (1.00-1.00)", "1.62x (1.50-1.75)"]
     assert column(lines, "accepted") == ["", "", "70%"]
-    assert column(lines, "tokens/round") == ["", "", "2.40"]
+    assert column(lines, "tokens a round") == ["", "", "2.40"]
     assert column(lines, "exact_match") == ["0.800", "0.250", "0.800"]
     assert column(lines, "peak memory") == ["700 MiB"] * 3
     assert column(lines, "first token") == ["50 ms"] * 3
@@ -111,10 +111,18 @@ def test_table_shows_the_figures_of_the_document():
 
 
 def test_systems_are_named_where_there_are_several():
-    lines = table(with_peer(), brief=True)
+    lines = table(with_peer())
     assert column(lines, "mode")[-1] == "llama.cpp plain"
     assert column(lines, "vs layerskip")[-1] == "0.90x"
-    assert "peak memory" not in lines[0]
+
+
+def test_a_terminal_shows_less_and_one_system_at_a_time():
+    lines = table(with_peer(), brief_of="llama.cpp")
+    assert column(lines, "mode") == ["plain"]
+    assert column(lines, "vs layerskip") == ["0.90x"]
+    lines = table(with_peer(), brief_of="layerskip")
+    assert len(lines) == 4
+    assert not {"peak memory", "vs layerskip"} & set(lines[0])
 
 
 @pytest.mark.parametrize(

@@ -64,14 +64,16 @@ def markdown(document: dict[str, Any], pictures: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def table(document: dict[str, Any], *, brief: bool = False) -> list[list[str]]:
+def table(document: dict[str, Any], *, brief_of: str | None = None) -> list[list[str]]:
     """The figures as text: a heading and a line for each row, without columns that would be empty.
 
     Args:
         document: what `bench` returned.
-        brief: only what fits on a terminal.
+        brief_of: one system's rows, and only what fits on a terminal; None means all.
     """
-    rows = [row for row in document["rows"] if "error" not in row]
+    rows = [
+        row for row in document["rows"] if "error" not in row and brief_of in (None, row["system"])
+    ]
     metrics = list(dict.fromkeys(name for row in rows for name in row["quality"]))
     several = len({row["system"] for row in rows}) > 1
     columns: dict[str, list[str]] = {
@@ -87,7 +89,7 @@ def table(document: dict[str, Any], *, brief: bool = False) -> list[list[str]]:
         ],
         "vs layerskip": [_number(row.get("vs_layerskip_plain"), ".2f", unit="x") for row in rows],
         "accepted": [_number(row["acceptance_rate"], ".0%") for row in rows],
-        "tokens/round": [_number(row["mean_accepted_length"], ".2f") for row in rows],
+        "tokens a round": [_number(row["mean_accepted_length"], ".2f") for row in rows],
         "identical": [_number(row["identical_to_plain"], ".0%") for row in rows],
         **{name: [_number(row["quality"].get(name), ".3f") for row in rows] for name in metrics},
         "peak memory": [
@@ -95,7 +97,7 @@ def table(document: dict[str, Any], *, brief: bool = False) -> list[list[str]]:
         ],
         "bandwidth": [_number(row["share_of_bandwidth"], ".0%") for row in rows],
     }
-    left_out = _ONLY_IN_REPORTS if brief else frozenset()
+    left_out = frozenset() if brief_of is None else _ONLY_IN_REPORTS
     used = {n: cells for n, cells in columns.items() if n not in left_out and any(cells)}
     return [list(used), *(list(line) for line in zip(*used.values(), strict=True))]
 
@@ -135,7 +137,7 @@ def conditions(document: dict[str, Any]) -> list[str]:
         )
     if document["ignore_eos"]:
         phrases.insert(1, "answers go on past their end, and are not scored")
-    if document["gguf_weights"]:
+    if any(row["system"] == "llama.cpp" and "error" not in row for row in document["rows"]):
         phrases.append(f"llama.cpp on {document['gguf_weights']} weights")
     return phrases
 

@@ -188,7 +188,10 @@ def command(
 
 def _show(document: dict[str, Any]) -> None:
     console = Console(highlight=False)
-    console.print(_table(table(document, brief=True), f"{document['model']} on {document['task']}"))
+    systems = dict.fromkeys(row["system"] for row in document["rows"] if "error" not in row)
+    for system in systems:
+        lines = table(document, brief_of=system)
+        console.print(_table(lines, f"{system}: {document['model']} on {document['task']}"))
     if len(by_category := categories(document)) > 1:
         console.print(_table(by_category, "speedup (acceptance) by category"))
     for row in document["rows"]:
@@ -199,7 +202,13 @@ def _show(document: dict[str, Any]) -> None:
 
 def _table(lines: list[list[str]], title: str) -> Table:
     heading, *rest = lines
-    shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    shown = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for i, name in enumerate(heading):
         shown.add_column(name, justify="right" if i else "left")
     for line in rest:
