@@ -103,7 +103,7 @@ def test_table_shows_the_figures_of_the_document():
     assert column(lines, "speedup (95%)") == ["1.00x", "3.00x (1.00-1.00)", "1.62x (1.50-1.75)"]
     assert column(lines, "accepted") == ["", "", "70%"]
     assert column(lines, "tokens a round") == ["", "", "2.40"]
-    assert column(lines, "exact_match") == ["0.800", "0.250", "0.800"]
+    assert column(lines, "exact match") == ["0.800", "0.250", "0.800"]
     assert column(lines, "peak memory") == ["700 MiB"] * 3
     assert column(lines, "first token") == ["50 ms"] * 3
     assert "vs layerskip" not in lines[0]  # nothing to say

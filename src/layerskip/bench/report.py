@@ -16,7 +16,9 @@ _TITLES = {
     "quality.png": "Quality of early exit over the exit layer",
 }
 
-_ONLY_IN_REPORTS = frozenset(["ms/token", "mean of prompts", "peak memory", "bandwidth"])
+_ONLY_IN_REPORTS = frozenset(
+    ["ms/token", "first token", "mean of prompts", "peak memory", "bandwidth"]
+)
 
 
 def write_report(document: dict[str, Any], folder: Path) -> Path:
@@ -90,8 +92,11 @@ def table(document: dict[str, Any], *, brief_of: str | None = None) -> list[list
         "vs layerskip": [_number(row.get("vs_layerskip_plain"), ".2f", unit="x") for row in rows],
         "accepted": [_number(row["acceptance_rate"], ".0%") for row in rows],
         "tokens a round": [_number(row["mean_accepted_length"], ".2f") for row in rows],
-        "identical": [_number(row["identical_to_plain"], ".0%") for row in rows],
-        **{name: [_number(row["quality"].get(name), ".3f") for row in rows] for name in metrics},
+        "same as plain": [_number(row["identical_to_plain"], ".0%") for row in rows],
+        **{
+            name.replace("_", " "): [_number(row["quality"].get(name), ".3f") for row in rows]
+            for name in metrics
+        },
         "peak memory": [
             _number(row["peak_memory_bytes"], ".0f", scale=2**-20, unit=" MiB") for row in rows
         ],

@@ -19,6 +19,8 @@ from layerskip.bench.tasks import load_task
 from layerskip.cli import options
 from layerskip.decoding.policy import DRAFT_SOURCES
 
+WIDE = 110  # columns of a terminal that has room for every figure on one line
+
 
 def _list_of(kind: Any) -> Any:
     """A callback that reads values of a kind with commas between them."""
@@ -188,19 +190,23 @@ def command(
 
 def _show(document: dict[str, Any]) -> None:
     console = Console(highlight=False)
+    narrow = console.width < WIDE
     systems = dict.fromkeys(row["system"] for row in document["rows"] if "error" not in row)
     for system in systems:
         lines = table(document, brief_of=system)
-        console.print(_table(lines, f"{system}: {document['model']} on {document['task']}"))
+        console.print(
+            _table(lines, f"{system}: {document['model']} on {document['task']}", narrow=narrow)
+        )
     if len(by_category := categories(document)) > 1:
-        console.print(_table(by_category, "speedup (acceptance) by category"))
+        console.print(_table(by_category, "speedup (acceptance) by category", narrow=narrow))
     for row in document["rows"]:
         if "error" in row:
             console.print(f"{row['system']} {row['mode']}: {row['error']}", markup=False)
     console.print("; ".join(conditions(document)), style="dim", markup=False)
 
 
-def _table(lines: list[list[str]], title: str) -> Table:
+def _table(lines: list[list[str]], title: str, *, narrow: bool) -> Table:
+    """A table without its heading's words cut; `narrow` breaks lines wherever there is a space."""
     heading, *rest = lines
     shown = Table(
         title=title,
@@ -210,7 +216,14 @@ def _table(lines: list[list[str]], title: str) -> Table:
         collapse_padding=True,
     )
     for i, name in enumerate(heading):
-        shown.add_column(name, justify="right" if i else "left")
+        words = [word for cell in (name, *(line[i] for line in rest)) for word in cell.split()]
+        longest = max(map(len, words))
+        shown.add_column(
+            name,
+            justify="right" if i else "left",
+            min_width=longest,
+            max_width=longest if narrow and i else None,
+        )
     for line in rest:
         shown.add_row(*line)
     return shown

@@ -29,7 +29,7 @@ class Peer:
 
     def __init__(self, job: Job) -> None:
         assert job.gguf is not None
-        self._job = job
+        self._job, self._gguf = job, job.gguf
         self._memory = PeakMemory(torch.device("cpu"))
         self._tokenizer = None if job.tokenizer is None else tokenizer.load(Path(job.tokenizer))
         self._bytes_of_a_pass = _bytes_of_a_pass(job.gguf)
@@ -42,7 +42,7 @@ class Peer:
         from llama_cpp import Llama
 
         return Llama(
-            self._job.gguf,
+            self._gguf,
             n_ctx=self._job.context + PROMPT_LOOKUP_TOKENS,
             n_threads=self._job.threads,
             n_threads_batch=self._job.threads,
