@@ -8,7 +8,7 @@ from layerskip import __version__, cli
 from layerskip.cli import demo
 from layerskip.model import source
 
-COMMANDS = ["demo", "pull", "generate", "chat", "tune", "bench", "eval", "train"]
+COMMANDS = ["demo", "pull", "generate", "chat", "tune", "bench", "eval", "export", "train"]
 
 
 def run(capsys, *arguments):

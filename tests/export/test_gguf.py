@@ -5,16 +5,14 @@ import gguf_files
 import numpy as np
 import pytest
 import torch
+from exported_cases import MIXED, WRITTEN
 
 import tiny_models
 from layerskip.export import GGUF_WEIGHTS, open_source, source, to_gguf
 from layerskip.model import UnsupportedModelError, load, open_files
-from tiny_models import CASES, LAYERS, token_ids
+from tiny_models import LAYERS, token_ids
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}  # float32
-MIXED = ("qwen2-sliding", "qwen3-sliding")  # windows that differ between layers
-EXPORTED = [case for case, (kind, _) in CASES.items() if kind in source.FAMILIES]
-WRITTEN = [case for case in EXPORTED if case not in MIXED]
 # transformers' reader knows neither windows, scaled rotary embedding nor biases of Llama, and no
 # head size but its default, which is 128 in Qwen3.
 READ_BY_TRANSFORMERS = ["llama2", "llama3", "smollm2", "mistral-unlimited", "qwen2"]

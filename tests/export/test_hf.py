@@ -5,18 +5,17 @@ import json
 import gguf_files
 import pytest
 import torch
+from exported_cases import EXPORTED, WRITTEN
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tiny_models
-from layerskip.export import hf, open_source, source, to_gguf, to_hf
+from layerskip.export import hf, open_source, to_gguf, to_hf
 from layerskip.model import CheckpointError, UnsupportedModelError
-from tiny_models import CASES, token_ids
+from tiny_models import token_ids
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}  # float32
-EXPORTED = [case for case, (kind, _) in CASES.items() if kind in source.FAMILIES]
-MIXED = ("qwen2-sliding", "qwen3-sliding")
 
 
 def names_in(folder):
@@ -34,7 +33,7 @@ def test_a_copy_is_the_same_model(case, saved, theirs, tmp_path):
     assert ("lm_head.weight" in names_in(tmp_path / "out")) is not tied
 
 
-@pytest.mark.parametrize("case", [case for case in EXPORTED if case not in MIXED])
+@pytest.mark.parametrize("case", WRITTEN)
 def test_a_gguf_file_becomes_the_model_that_it_was_made_from(case, saved, theirs, tmp_path):
     to_gguf(open_source(saved(case)), tmp_path / "m.gguf", weights="f32")
     to_hf(open_source(tmp_path / "m.gguf"), tmp_path / "out")

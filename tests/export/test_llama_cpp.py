@@ -1,0 +1,59 @@
+"""Tiny models and tokenizers of every kind in llama.cpp itself, where llama-cpp-python is installed."""
+
+import numpy as np
+import pytest
+import torch
+from exported_cases import WRITTEN
+from tiny_tokenizers import SPLITS, TEXTS, byte_level, checkpoint, sentencepiece
+
+import tiny_models
+from layerskip.export import open_source, to_gguf
+
+llama_cpp = pytest.importorskip("llama_cpp")
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Export a checkpoint folder in float32 and open it in llama.cpp."""
+    models = []
+
+    def open_(folder, exit_layer=None, **options):
+        to_gguf(open_source(folder, exit_layer), tmp_path / "m.gguf", weights="f32")
+        f32 = llama_cpp.GGML_TYPE_F32
+        cache = {"type_k": f32, "type_v": f32, "flash_attn": False}
+        models.append(
+            llama_cpp.Llama(
+                str(tmp_path / "m.gguf"), n_threads=1, verbose=False, **cache, **options
+            )
+        )
+        return models[-1]
+
+    yield open_
+    for model in models:
+        model.close()
+
+
+@pytest.mark.parametrize("exit_layer", [None, 2])
+@pytest.mark.parametrize("case", WRITTEN)
+def test_logits_are_ours(case, exit_layer, opened, ours, tmp_path):
+    wrapped = checkpoint(tmp_path, byte_level(SPLITS["gpt-2"]))
+    rows = len(wrapped) + 8  # transformers adds a token of its own to tokenizers of Qwen2
+    tiny_models.build(case, vocab_size=rows).save_pretrained(tmp_path)
+    n = 5 if case == "mistral" else 40  # its window, which llama.cpp does not have
+    tokens = torch.randint(len(wrapped), (n,), generator=torch.Generator().manual_seed(1))
+    model = opened(tmp_path, exit_layer, n_ctx=64, logits_all=True)
+    model.eval(tokens.tolist())
+    found = torch.tensor(np.array(model.scores[:n]))
+    torch.testing.assert_close(found, ours(tmp_path, tokens, exit_layer), rtol=0.0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [*SPLITS, "sentencepiece", "sentencepiece without a prefix"])
+def test_tokens_are_those_of_transformers(name, opened, tmp_path):
+    if name in SPLITS:
+        wrapped = checkpoint(tmp_path, byte_level(SPLITS[name]))
+    else:
+        prefix = name == "sentencepiece"
+        wrapped = checkpoint(tmp_path, sentencepiece(prefix=prefix), unk_token="<unk>")
+    model = opened(tmp_path, vocab_only=True)
+    for text in TEXTS:
+        assert model.tokenize(text.encode(), special=True) == wrapped.encode(text)
