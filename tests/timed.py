@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import scripted
 
-from layerskip.decoding import language_model
+from layerskip.decoding import answer
 from layerskip.tuning import costs
 
 
@@ -37,5 +37,5 @@ class TimedDecoder(scripted.ScriptedDecoder):
 
     def keep_time(self, monkeypatch):
         """Make this the clock of everything that is timed."""
-        for module in (costs, language_model):
+        for module in (costs, answer):
             monkeypatch.setattr(module, "device_clock", lambda device: lambda: self.now)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted import END, encode, scripted_model
 
-from layerskip.decoding import Generation, Step, language_model
+from layerskip.decoding import Generation, Step, answer
 from layerskip.decoding.generation import accepted_by_position
 
 ANSWER = encode("abcdefghijkl")
@@ -87,7 +87,7 @@ def test_drafts_of_no_tokens_are_rounds_all_the_same():
 def ticking(monkeypatch):
     """Every look at the clock is one second after the one before."""
     seconds = itertools.count()
-    monkeypatch.setattr(language_model, "device_clock", lambda device: lambda: next(seconds))
+    monkeypatch.setattr(answer, "device_clock", lambda device: lambda: next(seconds))
 
 
 @pytest.mark.usefixtures("ticking")
