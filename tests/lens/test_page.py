@@ -104,6 +104,16 @@ def test_rounds_are_told(page):
     assert text.count("added: ") == 1
 
 
+@pytest.mark.parametrize(
+    ("positions", "answer"),
+    [(range(1, 2), ""), (range(1, 4), "#10#11…"), (range(3, 9), "#11#12#13#14#15#16")],
+)
+def test_the_answer_as_far_as_it_was_asked_for(positions, answer):
+    report = scripted_report(range(10, 17), prompt=(1, 2)).part(positions)
+    found = re.search(r'<p class="ribbon">(.*?)</p>', report_page(report), re.DOTALL)
+    assert re.sub(r"<[^>]+>", "", found[1] if found else "") == answer
+
+
 def test_page_of_agreement():
     agreement = Agreement.of(hand_made_lens([[7, 7, 7, 7], [1, 7, 7, 7], [7, 1, 7, 7]]))
     reader = Reader(agreement_page(agreement, "<b>model</b>"))

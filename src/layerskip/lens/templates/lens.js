@@ -6,7 +6,7 @@ const table = document.querySelector("table.lens");
 const card = document.getElementById("card");
 const spoken = document.getElementById("spoken");
 const body = table.tBodies[0];
-const percent = (p) => (p >= 0.1 || p === 0 ? (100 * p).toFixed(0) : (100 * p).toFixed(1)) + "%";
+const percent = (p) => (p < 0.001 ? "<0.1" : (100 * p).toFixed(p < 0.1 ? 1 : 0)) + "%";
 
 function element(name, text = "") {
   const made = document.createElement(name);
