@@ -193,18 +193,22 @@ def timed(work: Callable[[], Any]) -> float:
 
 def environment(script: str, dtype: str) -> dict[str, Any]:
     """What the figures depend on, the commit and the command included."""
-    commit = subprocess.run(
+    return {
+        "command": " ".join(["python", script, *sys.argv[1:]]),
+        "commit": commit(),
+        **machine.environment(dtype=getattr(torch, dtype)),
+    }
+
+
+def commit() -> str:
+    done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    return {
-        "command": " ".join(["python", script, *sys.argv[1:]]),
-        "commit": commit.stdout.strip(),
-        **machine.environment(dtype=getattr(torch, dtype)),
-    }
+    return done.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from engine import environment
 from rich.progress import track
 
 from layerskip import LayerSkipModel
-from layerskip.bench.environment import environment
 from layerskip.bench.tasks import Task, load_task
 from layerskip.decoding import Generation
 from layerskip.tuning.acceptance import agreement_rate, read_agreement, replay
@@ -44,7 +44,7 @@ def main() -> None:
     began = time.monotonic()
     result: dict[str, Any] = {"rows": len(task.samples), "draft_tokens": DRAFT_TOKENS}
     model = LayerSkipModel.from_pretrained(options.recipe, dtype=options.dtype)
-    result["environment"] = environment(dtype=model.decoder.dtype)
+    result["environment"] = environment("benchmarks/topv2.py", options.dtype)
     result["recipe"] = trained_with_recipe(model, task)
     if options.control:
         control = LayerSkipModel.from_pretrained(options.control, dtype=options.dtype)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from engine import commit
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -256,17 +257,6 @@ def make_trainer(options: argparse.Namespace, folder: str) -> tuple[Any, StepClo
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, clock, rows
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

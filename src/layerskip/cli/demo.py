@@ -14,14 +14,9 @@ from layerskip.bench.rows import name_of, row
 from layerskip.cli import options, show
 from layerskip.decoding import Generation, LayerSkipModel
 from layerskip.model.source import DEFAULT_MODEL
+from layerskip.tuning.prompts import PROMPTS as TUNING_PROMPTS
 
-PROMPTS = (
-    "Name three rivers in Europe and say where each of them ends.",
-    "Write a Python function that counts the vowels in a text.",
-    "Explain in two sentences why the sky is blue.",
-    "Summarize in one sentence: The library opens at nine. On Sundays it is closed. Books may be"
-    " kept for three weeks, and longer if nobody else has asked for them.",
-)
+PROMPTS = TUNING_PROMPTS[:4]
 EXIT_LAYER, DRAFT_TOKENS = 25, 2
 SETTINGS = (
     Setting(mode="plain"),

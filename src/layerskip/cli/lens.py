@@ -2,7 +2,6 @@
 
 import functools
 import operator
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,33 +22,14 @@ PICTURE_POSITIONS = 16
 _file_type = click.Path(dir_okay=False, path_type=Path)
 
 
-def _layers(_: click.Context, __: click.Parameter, value: str | None) -> list[int] | None:
-    """Such as 4,8,12-20."""
-    if value is None:
-        return None
-    found: set[int] = set()
-    for part in value.split(","):
-        first, last = _span(part)
-        if first > last:
-            raise click.BadParameter(f"{value!r} is no list of layers such as 4,8,12-20")
-        found |= set(range(first, last + 1))
-    return sorted(found)
-
-
 def _positions(_: click.Context, __: click.Parameter, value: str | None) -> range | None:
     """`all`, or the first and the last, such as 10-30."""
     if value is None:
         return None
-    first, last = (1, sys.maxsize - 1) if value == "all" else _span(value)
+    first, last = (1, sys.maxsize - 1) if value == "all" else options.span(value)
     if not 1 <= first <= last:
         raise click.BadParameter(f"{value!r} is neither 'all' nor positions such as 10-30")
     return range(first, last + 1)
-
-
-def _span(text: str) -> tuple[int, int]:
-    """Of 4 and 12-20 the first and the last; of other things an empty one."""
-    match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", text)
-    return (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
 
 
 @click.command("lens")
@@ -63,7 +43,9 @@ def _span(text: str) -> tuple[int, int]:
 @click.option("--samples", type=click.IntRange(min=1), help="Only the first prompts of --data.")
 @click.option("--chat", is_flag=True, help="Wrap each prompt in the model's chat template.")
 @click.option("--continuation", help="Look at this text after the prompt, not at an answer.")
-@click.option("--layers", callback=_layers, metavar="4,8,12-20", help="Exit layers. Default: all.")
+@click.option(
+    "--layers", callback=options.layers, metavar="4,8,12-20", help="Exit layers. Default: all."
+)
 @click.option(
     "--positions",
     callback=_positions,

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,25 @@ def _stack(*options: Callable[[Command], Command]) -> Callable[[Command], Comman
 def _note_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value and ctx.obj is not None:
         ctx.obj["debug"] = True
+
+
+def layers(_: click.Context, __: click.Parameter, value: str | None) -> list[int] | None:
+    """A callback that reads layers such as 4,8,12-20; ascending, each once."""
+    if value is None:
+        return None
+    found: set[int] = set()
+    for part in value.split(","):
+        first, last = span(part)
+        if first > last:
+            raise click.BadParameter(f"{value!r} is no list of layers; an example: 4,8,10-12")
+        found |= set(range(first, last + 1))
+    return sorted(found)
+
+
+def span(text: str) -> tuple[int, int]:
+    """Of 4 and 12-20 the first and the last; of other things an empty one."""
+    match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", text)
+    return (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
 
 
 debug_option = click.option(

@@ -22,28 +22,6 @@ MAX_NEW_TOKENS = 64  # of a task that allows more: enough to see a speed, and so
 _COLUMNS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # draft lengths that a terminal has room for
 
 
-class _Layers(click.ParamType[list[int]]):
-    """Numbers and ranges, such as 4,8,10-12."""
-
-    name = "layers"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> list[int]:
-        if isinstance(value, list):
-            return value
-        found: list[int] = []
-        try:
-            for part in value.split(","):
-                first, _, last = part.partition("-")
-                found += range(int(first), int(last or first) + 1)
-        except ValueError:
-            found = []
-        if not found:
-            self.fail(f"{value!r} is no list of exit layers; an example: 4,8,10-12", param, ctx)
-        return found
-
-
 @click.command("tune")
 @options.model_options
 @click.option(
@@ -69,7 +47,10 @@ class _Layers(click.ParamType[list[int]]):
     help="Consider drafts of up to so many tokens.",
 )
 @click.option(
-    "--exit-layers", type=_Layers(), help="Consider these alone, such as 4,8,10-12. Default: all."
+    "--exit-layers",
+    callback=options.layers,
+    metavar="4,8,10-12",
+    help="Consider these alone, such as 4,8,10-12. Default: all.",
 )
 @click.option(
     "--grid",

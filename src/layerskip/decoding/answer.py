@@ -31,9 +31,6 @@ class Piece:
 class Answer:
     """An answer in the making: iterate over its pieces, then ask for its `generation`."""
 
-    # What `generate` and `Batch` are given beside the prompt: plan, sampling, limits, seed.
-    loop_options: dict[str, Any]
-
     def __init__(
         self,
         model: "LayerSkipModel",
@@ -46,7 +43,7 @@ class Answer:
         ignore_eos: bool,
         seed: int | None,
     ) -> None:
-        self.plan, self.prompt = plan, prompt
+        self.plan, self.sampling, self.prompt = plan, sampling, prompt
         self._clock = device_clock(model.decoder.device)
         self._end_tokens = () if ignore_eos else model.end_tokens
         self._text = None if model.tokenizer is None else TextStream(model.tokenizer, stop)
@@ -56,7 +53,8 @@ class Answer:
         self._times: list[float] = []
         self._tokens: list[int] = []
         self._steps: list[Step] = []
-        self.loop_options = {
+        # What `generate` and `Batch` are given beside the prompt.
+        self.loop_options: dict[str, Any] = {
             "plan": plan,
             "sampling": sampling,
             "max_new_tokens": max_new_tokens,

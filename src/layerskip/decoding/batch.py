@@ -9,7 +9,7 @@ from layerskip.decoding.accept import accept
 from layerskip.decoding.drafters import EarlyExitDrafter
 from layerskip.decoding.generate import PREFILL_CHUNK, Ending, Step, check_prompt
 from layerskip.decoding.policy import Plan
-from layerskip.decoding.sampling import Sampling, pick
+from layerskip.decoding.sampling import Sampling, pick, seeded_generator
 from layerskip.model import Decoder
 
 
@@ -57,11 +57,7 @@ class Batch:
         self._rows = list(range(len(prompts)))  # prompts that are still being continued
         capacity = max(len(p) + e.limit for p, e in zip(prompts, self._endings, strict=True))
         self._cache = decoder.new_cache(capacity, len(prompts))
-        self._generator = torch.Generator(decoder.device)
-        if seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(seed)
+        self._generator = seeded_generator(decoder.device, seed)
 
     def leave(self, prompt: int) -> None:
         """End a prompt's answer, as at a stop string."""

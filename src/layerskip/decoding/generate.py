@@ -11,7 +11,7 @@ from layerskip.decoding.draft_length import DraftCosts, DraftLength
 from layerskip.decoding.drafters import Drafter, EarlyExitDrafter
 from layerskip.decoding.ngram import NgramDrafter
 from layerskip.decoding.policy import Plan
-from layerskip.decoding.sampling import Sampling, TokenHistory, pick
+from layerskip.decoding.sampling import Sampling, TokenHistory, pick, seeded_generator
 from layerskip.decoding.short_head import ShortHead
 from layerskip.model import Decoder
 
@@ -168,11 +168,7 @@ class _Session:
             if sampling.repetition_penalty != 1.0
             else None
         )
-        self.generator = torch.Generator(decoder.device)
-        if seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(seed)
+        self.generator = seeded_generator(decoder.device, seed)
 
     def steps(self, limit: int) -> Iterator[Step]:
         """Yield steps without end; `limit` only keeps drafts from reaching beyond it."""

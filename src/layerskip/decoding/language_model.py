@@ -100,7 +100,7 @@ class LayerSkipModel:
         if not _is_batch(prompt):
             return self.answer(prompt, **options).complete()
         answers = [self.answer(one, **options) for one in prompt]
-        if not can_batch(answers[0].loop_options["plan"], answers[0].loop_options["sampling"]):
+        if not can_batch(answers[0].plan, answers[0].sampling):
             return [answer.complete() for answer in answers]
         prompts = [answer.prompt for answer in answers]
         batch = Batch(self.decoder, prompts, **answers[0].loop_options)
@@ -149,7 +149,8 @@ class LayerSkipModel:
                 stood before in prompt or answer), or "both": n-grams where they match.
             adaptive: end a draft where another token is not worth its cost, or at `draft_tokens`.
             draft_vocabulary: the tokens that the early exit may draft, or how many: then the first of
-                the vocabulary, which byte-pair encodings sort by frequency. Those of the prompt and end
+                the vocabulary, which byte-pair encodings sort by frequency in the text they were made
+                of; where answers are made of rarer tokens, give a list. Those of the prompt and end
                 tokens always are among them. Fewer tokens make a cheaper draft, never another answer.
             max_new_tokens: 1 or more.
             temperature: 0 is greedy. This and the next four: see `Sampling`.

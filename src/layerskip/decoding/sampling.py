@@ -104,6 +104,16 @@ def pick(
     return torch.multinomial(probabilities[:, 0], 1, generator=generator), probabilities
 
 
+def seeded_generator(device: torch.device, seed: int | None) -> torch.Generator:
+    """A source of randomness; without a seed another one each time."""
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
 class TokenHistory:
     """Which tokens stand before a position; what the repetition penalty looks at."""
 
