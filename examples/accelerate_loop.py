@@ -83,6 +83,9 @@ def main() -> None:
         trained.generation_config.assistant_early_exit = options.exit_layer
         trained.save_pretrained(options.output)
         tokenizer.save_pretrained(options.output)
+    # In this order: all are done, then what communicates goes, then the group that it does so over.
+    accelerator.wait_for_everyone()
+    model, optimizer, loader = accelerator.free_memory(model, optimizer, loader)
     accelerator.end_training()
 
 
