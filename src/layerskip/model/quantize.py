@@ -1,0 +1,98 @@
+"""Weights in 8 and 4 bits: one grid for loading, training and export.
+
+Every `GROUP` neighbours of a row share a scale and an offset, both kept in float16:
+value = code * scale + offset. A block of GGML's Q8_0, Q4_0 or Q4_1 is such a group, so those are taken
+over without being rounded a second time; and what is quantized here can be written as one of them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+GROUP = 32
+BITS = (8, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A weight matrix on the grid.
+
+    Attributes:
+        bits: 8 or 4.
+        codes: [out, in] uint8, 0 to 2^bits - 1.
+        scales: [out, in / GROUP] float16.
+        offsets: [out, in / GROUP] float16; None = -2^(bits-1) * scale (the grid is centred on zero, and
+            that product may be too large for float16).
+    """
+
+    bits: int
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in]."""
+        return self.codes.shape
+
+    def float_offsets(self) -> Tensor:
+        """The offsets in float32, [out, in / GROUP]."""
+        if self.offsets is None:
+            return self.scales.float() * -(2 ** (self.bits - 1))
+        return self.offsets.float()
+
+    def dequantize(self) -> Tensor:
+        """The numbers that the codes stand for, [out, in] float32."""
+        codes = self.codes.unflatten(1, (-1, GROUP)).float()
+        values = codes * self.scales.float()[..., None] + self.float_offsets()[..., None]
+        return values.flatten(1)
+
+    def by_rows(self, change: Callable[[Tensor], Tensor]) -> "Quantized":
+        """The same with its rows selected or reordered."""
+        offsets = None if self.offsets is None else change(self.offsets)
+        return Quantized(self.bits, change(self.codes), change(self.scales), offsets)
+
+
+def quantize(weight: Tensor, bits: int) -> Quantized:
+    """Round each group to the nearest points of its grid.
+
+    8 bits are centred on zero and reach to the largest magnitude; 4 bits reach from the smallest to the
+    largest value.
+
+    Args:
+        weight: [out, in], in a multiple of `GROUP`.
+        bits: 8 or 4.
+
+    Raises:
+        ValueError: rows that cannot be cut into groups, or other bits.
+    """
+    if bits not in BITS:
+        raise ValueError(f"weights of {bits} bits are not supported; there are 8 and 4")
+    if weight.shape[1] % GROUP:
+        raise ValueError(
+            f"rows of {weight.shape[1]} weights cannot be cut into groups of {GROUP}; keep 16 bits"
+        )
+    groups = weight.float().unflatten(1, (-1, GROUP))
+    top = 2**bits - 1
+    if bits == 8:
+        scales = _half(groups.abs().amax(-1) / (top // 2))
+        lowest, offsets = -(2 ** (bits - 1)) * scales.float(), None
+    else:
+        offsets = _half(groups.amin(-1))
+        scales = _half((groups.amax(-1) - offsets.float()) / top)
+        lowest = offsets.float()
+    steps = (groups - lowest[..., None]) / _no_zero(scales.float())[..., None]
+    codes = steps.round().clamp(0, top).to(torch.uint8)
+    return Quantized(bits, codes.flatten(1), scales, offsets)
+
+
+def _half(values: Tensor) -> Tensor:
+    limit = torch.finfo(torch.float16).max
+    return values.clamp(-limit, limit).to(torch.float16)
+
+
+def _no_zero(scales: Tensor) -> Tensor:
+    """A group of equal values has the scale 0: any divisor gives the code of its offset."""
+    return torch.where(scales == 0, torch.ones_like(scales), scales)
