@@ -35,7 +35,8 @@ class Quantized:
     @property
     def shape(self) -> torch.Size:
         """[out, in]."""
-        return self.codes.shape
+        shape: torch.Size = self.codes.shape
+        return shape
 
     def float_offsets(self) -> Tensor:
         """The offsets in float32, [out, in / GROUP]."""
