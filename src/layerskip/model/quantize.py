@@ -41,7 +41,8 @@ class Quantized:
     def float_offsets(self) -> Tensor:
         """The offsets in float32, [out, in / GROUP]."""
         if self.offsets is None:
-            return self.scales.float() * -(2 ** (self.bits - 1))
+            centred: Tensor = self.scales.float() * -(2 ** (self.bits - 1))
+            return centred
         return self.offsets.float()
 
     def dequantize(self) -> Tensor:
