@@ -23,7 +23,7 @@ class ScriptedDecoder:
         prompt_tokens: how long the prompt is going to be.
     """
 
-    device, dtype = torch.device("cpu"), torch.float32
+    device, dtype, weights = torch.device("cpu"), torch.float32, "16bit"
 
     def __init__(self, answer, *, misses=(), prompt_tokens=1, vocab_size=300, max_context=64):
         self.answer, self.misses, self.prompt_tokens = list(answer), set(misses), prompt_tokens

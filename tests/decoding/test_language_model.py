@@ -188,7 +188,7 @@ def test_two_answers_in_turns(model):
 
 
 def weights_of(decoder):
-    tensors = [decoder.embedding, decoder.final_norm.weight]
+    tensors = [decoder.embedding.weight, decoder.final_norm.weight]
     for layer in decoder.layers:
         parts = layer.attention_norm, layer.qkv, layer.attention_out
         parts += layer.mlp_norm, layer.mlp.gate_up, layer.mlp.down
@@ -273,7 +273,7 @@ def test_gradients_are_not_recorded_in_the_loop(monkeypatch):
         ({"dtype": torch.float64}, "dtype is 'float64'"),
         ({"device": "abacus"}, "device 'abacus' is unknown"),
         ({"device": "meta"}, "device 'meta' is not supported"),
-        ({"weights": "3bit"}, "weights is '3bit'; there is: 16bit"),
+        ({"weights": "3bit"}, "weights is '3bit'; there are: 16bit, int8, int4"),
     ],
 )
 def test_options_of_loading_are_checked(tmp_path, option, message):

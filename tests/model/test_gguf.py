@@ -56,7 +56,7 @@ def test_loaded_weights_are_the_dequantized_ones(case, kind, tmp_path):
     model, path = fitting(case), tmp_path / "model.gguf"
     state = gguf_files.write(path, model, kind=kind, architecture=CASES[case])
     decoder = load(path, dtype=torch.float32).decoder
-    assert torch.equal(decoder.embedding, state["model.embed_tokens.weight"])
+    assert torch.equal(decoder.embedding.weight, state["model.embed_tokens.weight"])
     assert torch.equal(decoder.head.weight, state["lm_head.weight"])
     assert torch.equal(decoder.final_norm.weight, state["model.norm.weight"])
     for i, layer in enumerate(decoder.layers):

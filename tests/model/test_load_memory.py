@@ -36,7 +36,7 @@ watcher.start()
 decoder = load(Path(sys.argv[1]), dtype=getattr(torch, sys.argv[2])).decoder
 done.set()
 watcher.join()
-loaded = decoder.weight_bytes + decoder.embedding.nbytes
+loaded = decoder.weight_bytes + decoder.embedding.weight.nbytes
 print(json.dumps({"ratio": (peak[0] - before) / loaded, "loaded": loaded}))
 """
 

@@ -139,6 +139,7 @@ def bench(
     return {
         "environment": environment(
             dtype=model.decoder.dtype,
+            weights=model.decoder.weights,
             device=device,
             packages=["transformers", *(PEERS[name].distribution for name in config.peers)],
         ),

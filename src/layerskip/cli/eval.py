@@ -159,7 +159,7 @@ def command(
     result = {
         "environment": environment(
             dtype=model.decoder.dtype,
-            weights=flags["weights"],
+            weights=model.decoder.weights,
             device=model.decoder.device,
             packages=("transformers", "lm-eval") if names else ("transformers",),
         ),

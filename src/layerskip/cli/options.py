@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 
 from layerskip.decoding import DRAFT_SOURCES, MODES, LayerSkipModel
+from layerskip.model.quantize import WEIGHTS
 from layerskip.model.source import BUILTIN_MODELS, DEFAULT_MODEL, is_pulled, pull
 
 Command = Callable[..., Any]
@@ -77,10 +78,10 @@ model_options = _stack(
     ),
     click.option(
         "--weights",
-        type=click.Choice(["16bit"]),
+        type=click.Choice(list(WEIGHTS)),
         default="16bit",
         show_default=True,
-        help="How weights are kept.",
+        help="How weights are kept; int8 and int4 quantize them while they are loaded.",
     ),
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads to use."),

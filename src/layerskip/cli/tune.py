@@ -113,7 +113,6 @@ def command(
             max_draft_tokens=max_draft_tokens,
             exits=exit_layers,
             stop=stop,
-            weights=flags["weights"],
             grid=grid,
             progress=progress,
         )

@@ -14,6 +14,7 @@ from layerskip.decoding.policy import choose
 from layerskip.decoding.sampling import Sampling
 from layerskip.model import Checkpoint, Decoder, load, resolve
 from layerskip.model.published import with_defaults
+from layerskip.model.quantize import bits_of
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -49,17 +50,17 @@ class LayerSkipModel:
             name_or_path: a checkpoint folder, a GGUF file, a built-in alias, or a hub id.
             dtype: "float32", "bfloat16" or "float16"; None takes bfloat16 on a GPU and on a CPU with
                 AVX-512, else float32.
-            weights: "16bit", the weights in `dtype` as they are.
+            weights: "16bit", the weights in `dtype` as they are; "int8" or "int4", quantized while
+                they are loaded (docs/weights.md).
             device: "cpu", "cuda", "cuda:1", ...
 
         Raises:
             ValueError: the model cannot be found, read, or is not supported; or a bad argument.
         """
-        if weights != "16bit":
-            raise ValueError(f"weights is {weights!r}; there is: 16bit")
+        bits_of(weights)  # before a download
         place = _device(device)
         name = str(name_or_path)
-        checkpoint = load(resolve(name), dtype=_dtype(dtype, place), device=place)
+        checkpoint = load(resolve(name), dtype=_dtype(dtype, place), device=place, weights=weights)
         settings = with_defaults(name, checkpoint.settings)
         return cls(dataclasses.replace(checkpoint, settings=settings))
 

@@ -6,8 +6,8 @@ families which have none of them pay nothing.
 """
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,125 +15,54 @@ from torch import Tensor
 from layerskip.model import rotary
 from layerskip.model.architecture import Architecture
 from layerskip.model.decoder import Decoder, Layer
-from layerskip.model.families import FAMILIES, UnsupportedModelError
-from layerskip.model.linear import Linear, linear
+from layerskip.model.families import FAMILIES
+from layerskip.model.linear import Linear
 from layerskip.model.mlp import Experts, GatedMLP, PlainMLP
 from layerskip.model.norm import HeadNorm, LayerNorm, Norm, ProjectionNorm, RMSNorm
-from layerskip.model.weights import CheckpointError, Tensors, missing
+from layerskip.model.taker import Change, Taker
+from layerskip.model.weights import Tensors
 
 
 def build(
-    architecture: Architecture, tensors: Tensors, *, dtype: torch.dtype, device: torch.device | str
+    architecture: Architecture,
+    tensors: Tensors,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    weights: str = "16bit",
 ) -> Decoder:
-    """Read, cast, fuse and pack every weight, one layer at a time.
+    """Read, cast or quantize, fuse and pack every weight, one layer at a time.
+
+    With int8 or int4 weights, the layers' matrices have these bits, embedding and head have 8; norms,
+    biases and the routers of mixtures stay in `dtype`. What a GGUF file holds in these very bits is
+    taken over; where rows are scaled, it is rounded once more.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape than the architecture says.
-        UnsupportedModelError: the checkpoint holds tensors that the decoder has no use for.
+        UnsupportedModelError: the checkpoint holds tensors that the decoder has no use for, or rows
+            that cannot be quantized.
+        ValueError: `weights` is none of `quantize.WEIGHTS`.
     """
     a = architecture
     names = FAMILIES[a.family].names
-    take = _Taker(tensors, names.ignored, dtype, torch.device(device))
-    embedding = take(f"{names.embedding}.weight", (a.vocab_size, a.hidden_size))
+    place = torch.device(device)
+    take = Taker(tensors, names.ignored, dtype, place, weights)
+    vocabulary = a.vocab_size, a.hidden_size
+    embedding = take.embedding(f"{names.embedding}.weight", vocabulary)
     layers = [_LayerBuilder(a, take, i).build() for i in range(a.n_layers)]
     final_norm = _norm(a, take, names.final_norm, scale=a.logit_scale)
-    head = take.optional(f"{names.head}.weight", embedding.shape)
+    head = take.head(f"{names.head}.weight", vocabulary)
     take.finish()
     return Decoder(
         a,
         embedding=embedding,
         layers=layers,
         final_norm=final_norm,
-        head=None if head is None else linear(head),
+        head=head,
+        dtype=dtype,
+        device=place,
+        weights=weights,
     )
-
-
-Change = Callable[[Tensor], Tensor]
-"""What is done to a tensor's rows before it is cast; weights and biases alike."""
-
-
-class _Taker:
-    """Reads tensors, checks their shapes, and remembers which were used."""
-
-    def __init__(
-        self,
-        tensors: Tensors,
-        ignored: tuple[str, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._tensors, self._dtype, self._device = tensors, dtype, device
-        self._names = tensors.names()
-        self._unused = {n for n in self._names if not n.endswith(ignored)}
-        self._in_some_layer = {_without_number(n) for n in self._names}
-        self.rotary_layout = tensors.rotary_layout
-
-    def optional(
-        self, name: str, shape: tuple[int, ...], change: Change | None = None
-    ) -> Tensor | None:
-        """The tensor, or None where no layer has it."""
-        tensor = self._raw(name, shape)
-        return None if tensor is None else self._cast(tensor, change)
-
-    def __call__(self, name: str, shape: tuple[int, ...], change: Change | None = None) -> Tensor:
-        tensor = self.optional(name, shape, change)
-        if tensor is None:
-            raise missing(name)
-        return tensor
-
-    def linear(
-        self,
-        names: Sequence[str],
-        rows: Sequence[int],
-        n_in: int,
-        change: Change | None = None,
-    ) -> Linear:
-        """Projections of one input as one product: a name for each, or one that holds them all."""
-        sizes = rows if len(names) == len(rows) else [sum(rows)]
-        parts = list(zip(names, sizes, strict=True))
-        weights = [self._raw(f"{name}.weight", (size, n_in)) for name, size in parts]
-        for name, weight in zip(names, weights, strict=True):
-            if weight is None:
-                raise missing(f"{name}.weight")
-        biases = [self._raw(f"{name}.bias", (size,)) for name, size in parts]
-        present = [bias for bias in biases if bias is not None]
-        if len(present) not in (0, len(names)):
-            raise CheckpointError(f"only some of {list(names)} have a bias")
-        weight = self._cast(_stack([w for w in weights if w is not None]), change)
-        return linear(weight, self._cast(_stack(present), change) if present else None)
-
-    def finish(self) -> None:
-        if self._unused:
-            some = ", ".join(sorted(self._unused)[:3])
-            raise UnsupportedModelError(
-                f"the checkpoint holds {len(self._unused)} tensors that its family does not use"
-                f" ({some}); it needs a family of its own"
-            )
-
-    def _raw(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        if name not in self._names:
-            if _without_number(name) in self._in_some_layer:
-                raise missing(name)
-            return None
-        self._unused.discard(name)
-        tensor = self._tensors.read(name)
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{name} has the shape {tuple(tensor.shape)}, the config says {tuple(shape)}"
-            )
-        return tensor
-
-    def _cast(self, tensor: Tensor, change: Change | None) -> Tensor:
-        changed = tensor if change is None else change(tensor)
-        return changed.to(device=self._device, dtype=self._dtype)
-
-
-def _stack(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _without_number(name: str) -> str:
-    return re.sub(r"(?<=\.layers\.)\d+", "", name)
 
 
 def _scaled(factor: float) -> Change | None:
@@ -141,7 +70,7 @@ def _scaled(factor: float) -> Change | None:
     return None if factor == 1.0 else lambda tensor: tensor.float() * factor
 
 
-def _norm(a: Architecture, take: _Taker, name: str, scale: float = 1.0) -> Norm:
+def _norm(a: Architecture, take: Taker, name: str, scale: float = 1.0) -> Norm:
     weight = take(f"{name}.weight", (a.hidden_size,), _norm_weight(a, scale))
     bias = take.optional(f"{name}.bias", (a.hidden_size,), _scaled(scale))
     return RMSNorm(weight, a.norm_eps) if bias is None else LayerNorm(weight, bias, a.norm_eps)
@@ -157,7 +86,7 @@ def _norm_weight(a: Architecture, scale: float = 1.0) -> Change | None:
 class _LayerBuilder:
     """Takes the parts of one layer."""
 
-    def __init__(self, a: Architecture, take: _Taker, index: int) -> None:
+    def __init__(self, a: Architecture, take: Taker, index: int) -> None:
         self.a, self.take, self.index = a, take, index
         self.family = FAMILIES[a.family]
         self.names = self.family.names
@@ -168,15 +97,12 @@ class _LayerBuilder:
             self.query_scale = a.attention_scale * math.sqrt(a.head_dim)
 
     def build(self) -> Layer:
-        a, names = self.a, self.names
-        qk_norm, added = self._qk_norm(), _scaled(a.residual_scale)
+        names, qk_norm = self.names, self._qk_norm()
         return Layer(
             attention_norm=self._norm(names.attention_norm),
             qkv=self._qkv(1.0 if qk_norm else self.query_scale),
             qk_norm=qk_norm,
-            attention_out=self._linear(
-                [names.attention_out], [a.hidden_size], self.n_queries, added
-            ),
+            attention_out=self._added(names.attention_out, self.n_queries),
             attention_post_norm=self._norm(names.attention_post_norm),
             mlp_norm=self._norm(names.mlp_norm),
             mlp=self._mlp(),
@@ -186,24 +112,28 @@ class _LayerBuilder:
     def _norm(self, name: str | None) -> Norm | None:
         return None if name is None else _norm(self.a, self.take, self.prefix + name)
 
-    def _linear(
-        self, names: Sequence[str], rows: Sequence[int], n_in: int, change: Change | None = None
-    ) -> Linear:
-        return self.take.linear([self.prefix + name for name in names], rows, n_in, change)
+    def _linear(self, names: Sequence[str], rows: Sequence[int], n_in: int, **how: Any) -> Linear:
+        """See `Taker.linear`; names without the layer's part."""
+        return self.take.linear([self.prefix + name for name in names], rows, n_in, **how)
+
+    def _added(self, name: str, n_in: int) -> Linear:
+        """A product that is added to the hidden states."""
+        a = self.a
+        return self._linear([name], [a.hidden_size], n_in, scales=[a.residual_scale])
 
     def _qkv(self, query_scale: float) -> Linear:
-        scaled = _scaled(query_scale)
-
         def arranged(rows: Tensor) -> Tensor:
             if self.family.qkv_by_head:
                 by_head = rows.view(self.a.n_heads, 3, self.a.head_dim, *rows.shape[1:])
                 rows = by_head.transpose(0, 1).reshape(rows.shape)
             queries, keys, values = rows.split([self.n_queries, self.n_keys, self.n_keys])
-            queries = queries if scaled is None else scaled(queries)
             return torch.cat([self._turnable(queries), self._turnable(keys), values])
 
         rows = self.n_queries, self.n_keys, self.n_keys
-        return self._linear(self.names.qkv, rows, self.a.hidden_size, arranged)
+        scales = query_scale, 1.0, 1.0
+        return self._linear(
+            self.names.qkv, rows, self.a.hidden_size, arranged=arranged, scales=scales
+        )
 
     def _turnable(self, rows: Tensor) -> Tensor:
         """Rows of Q, K or their norms with rotary pairs side by side."""
@@ -240,13 +170,15 @@ class _LayerBuilder:
             prefix = names.expert.format(number)
             gate_up = [prefix + name for name in names.expert_gate_up]
             experts.append(self._one_mlp(gate_up, prefix + names.expert_down, mixture.ffn_size))
-        router = self._linear([names.router], [mixture.n_experts], a.hidden_size)
+        router = self._linear(
+            [names.router], [mixture.n_experts], a.hidden_size, is_quantized=False
+        )
         return Experts(router, experts, mixture.top_k, mixture.normalized)
 
     def _one_mlp(self, inputs: Sequence[str], output: str, width: int) -> Linear:
         """A gated or plain MLP of a width; `inputs` and `output` are names of its projections."""
         d, activation = self.a.hidden_size, self.a.activation
-        down = self._linear([output], [d], width, _scaled(self.a.residual_scale))
+        down = self._added(output, width)
         if self.family.is_gated:
             return GatedMLP(self._linear(inputs, [width] * 2, d), down, activation)
         return PlainMLP(self._linear(inputs, [width], d), down, activation)

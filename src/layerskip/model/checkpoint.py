@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from layerskip.model import assembly, families, tokenizer, weights
+from layerskip.model import assembly, families, tokenizer
 from layerskip.model.architecture import Architecture
 from layerskip.model.decoder import Decoder
-from layerskip.model.weights import CheckpointError, GgufFile, SafetensorsFiles, Tensors
+from layerskip.model.weights import CheckpointError, GgufFile, SafetensorsFiles, Tensors, read_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,17 +58,28 @@ class Files:
         )
 
 
-def load(path: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Checkpoint:
+def load(
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    weights: str = "16bit",
+) -> Checkpoint:
     """Load a checkpoint folder (safetensors, or one GGUF file in it) or a GGUF file.
+
+    `weights` says how the decoder keeps them, a key of `quantize.WEIGHTS`.
 
     Raises:
         CheckpointError: files are missing, damaged, or do not fit together.
         UnsupportedModelError: the architecture, or a part of it, is not supported; it is named.
+        ValueError: `weights` is unknown.
     """
     files = open_files(path)
     return Checkpoint(
         path=path,
-        decoder=assembly.build(files.architecture, files.tensors, dtype=dtype, device=device),
+        decoder=assembly.build(
+            files.architecture, files.tensors, dtype=dtype, device=device, weights=weights
+        ),
         tokenizer=files.tokenizer(),
         settings=files.settings,
     )
@@ -128,7 +139,7 @@ def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; it says what kind of model this is")
-    families.family_of(str(weights.read_json(path).get("model_type")))
+    families.family_of(str(read_json(path).get("model_type")))
     from transformers import AutoConfig
 
     with _unusable_named(path):
@@ -152,7 +163,7 @@ def _unusable_named(path: Path) -> Iterator[None]:
 def _settings(path: Path, config: dict[str, Any]) -> Settings:
     """`generation_config.json` where there is one; the end token falls back on the config's."""
     file = path / "generation_config.json"
-    fields = weights.read_json(file) if path.is_dir() and file.is_file() else {}
+    fields = read_json(file) if path.is_dir() and file.is_file() else {}
     ends = fields.get("eos_token_id", config.get("eos_token_id"))
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     if any(type(token) is not int or token < 0 for token in ends):

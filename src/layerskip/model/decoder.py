@@ -14,7 +14,8 @@ from torch import Tensor
 
 from layerskip.model.architecture import Architecture
 from layerskip.model.cache import KVCache, Span
-from layerskip.model.linear import Linear, Matrix, linear
+from layerskip.model.embedding import Embedding
+from layerskip.model.linear import Linear, Matrix
 from layerskip.model.norm import Norm
 from layerskip.model.rotary import Rotary
 
@@ -39,39 +40,41 @@ class Layer:
 
 
 class Decoder:
-    """A decoder-only transformer that can run any contiguous part of its layers."""
+    """A decoder-only transformer that can run any contiguous part of its layers.
+
+    Attributes:
+        dtype: of hidden states and of the cache.
+        device: where the weights are.
+        weights: how they are kept, a key of `quantize.WEIGHTS`.
+    """
 
     def __init__(
         self,
         architecture: Architecture,
         *,
-        embedding: Tensor,
+        embedding: Embedding,
         layers: list[Layer],
         final_norm: Norm,
         head: Matrix | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        weights: str,
     ) -> None:
         """Put the parts together; without a head, the embedding is it."""
         self.architecture = architecture
+        self.dtype, self.device, self.weights = dtype, device, weights
         self.embedding = embedding
         self.layers = layers
         self.final_norm = final_norm
         self.tied = head is None
-        self.head: Matrix = linear(embedding) if head is None else head
-        self.rotary = Rotary(architecture, embedding.device)
-        # In the embedding's dtype, as the families that have it were trained. It is not multiplied
+        self.head: Matrix = embedding.head() if head is None else head
+        self.rotary = Rotary(architecture, device)
+        # In the hidden states' dtype, as the families that have it were trained. It is not multiplied
         # into the embedding: most of them use the same matrix as their head.
         scale = architecture.embedding_scale
-        self.embedding_scale = None if scale is None else embedding.new_tensor(scale)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of hidden states and of the cache."""
-        return self.embedding.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.embedding.device
+        self.embedding_scale = (
+            None if scale is None else torch.tensor(scale, dtype=dtype, device=device)
+        )
 
     @property
     def weight_bytes(self) -> int:
@@ -91,7 +94,7 @@ class Decoder:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [B, T] to hidden states [B, T, D]."""
-        hidden = F.embedding(tokens, self.embedding)
+        hidden = self.embedding(tokens)
         return hidden if self.embedding_scale is None else hidden * self.embedding_scale
 
     def run(self, hidden: Tensor, start: int, stop: int, cache: KVCache) -> Tensor:
@@ -141,7 +144,7 @@ class Decoder:
         Only the head's rows for them are new.
         """
         short = copy.copy(self)
-        short.head = linear(self.embedding[token_ids]) if self.tied else self.head.rows(token_ids)
+        short.head = self.embedding.head(token_ids) if self.tied else self.head.rows(token_ids)
         return short
 
     def _layer(

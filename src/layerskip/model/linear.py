@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (the name everybody knows)
 from torch import Tensor
 
+from layerskip.model.packed import Packed
+from layerskip.model.quantize import GROUP
+
 
 class Linear(Protocol):
     """`x @ weight.T + bias`, and `+ residual` in the same call where one is given."""
@@ -71,6 +74,82 @@ class PackedLinear:
         """See `Matrix`; the whole weight is unpacked for it."""
         weight = self.weight.to_dense()[index]
         return linear(weight, None if self.bias is None else self.bias[index])
+
+
+class QuantizedLinear:
+    """A weight in 8 or 4 bits: every dtype, every device.
+
+    Few rows of bfloat16 on a CPU take PyTorch's product with 4-bit weights. All others multiply with
+    the numbers that the codes stand for, which are made anew in every call, a block of rows at a time.
+
+    Attributes:
+        weight: the packed weight.
+        bias: [out] in the dtype of the products, or None.
+    """
+
+    def __init__(self, weight: Packed, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.weight, self.bias, self._dtype = weight, bias, dtype
+        fits = dtype == torch.bfloat16 and weight.codes.device.type == "cpu"
+        self._few = _NibbleProduct(weight) if fits else None
+        self.weight_bytes = weight.nbytes if self._few is None else self._few.nbytes
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """See `Linear`."""
+        if self._few is not None and x.shape[0] <= _FEW_ROWS:
+            y = self._few(x)
+        else:
+            values = (block.dequantize().to(x.dtype) for block in self.weight.blocks())
+            y = torch.cat([F.linear(x, block) for block in values], dim=-1)
+        y = y if self.bias is None else y + self.bias
+        return y if residual is None else y + residual
+
+    def rows(self, index: Tensor) -> Matrix:
+        """See `Matrix`."""
+        bias = None if self.bias is None else self.bias[index]
+        return QuantizedLinear(self.weight.rows(index), bias, self._dtype)
+
+
+_FEW_ROWS = (
+    48  # from here on making the numbers once costs less than a product in 4 bits for each row
+)
+
+
+class _NibbleProduct:
+    """PyTorch's product with 4-bit weights, of bfloat16 on a CPU, in a layout of its own.
+
+    Its numbers are (code - 8) * scale + zero, with scale and zero in bfloat16. An 8-bit code is
+    16 * high + low, so a matrix of them is one in 4 bits and of twice the width, for twice the input:
+    beside the low halves stand the high ones with 16 times the scale.
+    """
+
+    _LINES = 16  # the layout has outputs in multiples of it
+
+    def __init__(self, weight: Packed) -> None:
+        self._n_out, self._is_double = weight.shape[0], weight.bits == 8
+        parts = [self._lay_out(block) for block in weight.blocks()]
+        self._codes = torch.cat([codes for codes, _ in parts])
+        self._scales = torch.cat([scales for _, scales in parts], dim=1)
+        self.nbytes = self._codes.nbytes + self._scales.nbytes
+
+    def _lay_out(self, weight: Packed) -> tuple[Tensor, Tensor]:
+        """Codes in the product's layout, and scales and zeros [groups, out, 2]."""
+        unpacked = weight.unpack()
+        codes, scales, zeros = unpacked.codes, unpacked.scales.float(), unpacked.float_offsets()
+        if self._is_double:
+            codes = torch.cat([codes & 15, codes >> 4], dim=1)
+            scales = torch.cat([scales, 16 * scales], dim=1)
+            zeros = torch.cat([torch.zeros_like(zeros), zeros], dim=1)
+        both = torch.stack([scales, zeros + 8 * scales], dim=-1).to(torch.bfloat16)
+        missing = -codes.shape[0] % self._LINES
+        codes = F.pad(codes, (0, 0, 0, missing)).int()
+        both = F.pad(both, (0, 0, 0, 0, 0, missing)).transpose(0, 1).contiguous()
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), both
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, in] to [N, out]."""
+        x = torch.cat([x, x], dim=1) if self._is_double else x
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._codes, GROUP, self._scales)
+        return y[:, : self._n_out].contiguous()
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> Matrix:

@@ -6,13 +6,15 @@ over without being rounded a second time; and what is quantized here can be writ
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 GROUP = 32
 BITS = (8, 4)
+WEIGHTS: dict[str, int | None] = {"16bit": None, "int8": 8, "int4": 4}
+"""How a decoder's weights can be kept, and the bits of those in its layers; None: in its dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +50,43 @@ class Quantized:
     def dequantize(self) -> Tensor:
         """The numbers that the codes stand for, [out, in] float32."""
         codes = self.codes.unflatten(1, (-1, GROUP)).float()
-        values = codes * self.scales.float()[..., None] + self.float_offsets()[..., None]
-        return values.flatten(1)
+        groups = codes * self.scales.float()[..., None] + self.float_offsets()[..., None]
+        values: Tensor = groups.flatten(1)
+        return values
 
     def by_rows(self, change: Callable[[Tensor], Tensor]) -> "Quantized":
         """The same with its rows selected or reordered."""
         offsets = None if self.offsets is None else change(self.offsets)
         return Quantized(self.bits, change(self.codes), change(self.scales), offsets)
+
+
+def bits_of(weights: str) -> int | None:
+    """The bits that a key of `WEIGHTS` stands for.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights is {weights!r}; there are: {', '.join(WEIGHTS)}")
+    return WEIGHTS[weights]
+
+
+def stack(parts: Sequence[Quantized]) -> Quantized:
+    """The rows of several, one after the other; all have the same bits and as many columns.
+
+    Where only some are centred on zero, theirs are written out as offsets. What is too large for
+    float16 then cannot be stacked exactly, and all of it is quantized anew.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    bits = parts[0].bits
+    offsets = None
+    if any(part.offsets is not None for part in parts):
+        offsets = torch.cat([part.float_offsets() for part in parts]).to(torch.float16)
+        if not offsets.isfinite().all():
+            return quantize(torch.cat([part.dequantize() for part in parts]), bits)
+    codes = torch.cat([part.codes for part in parts])
+    return Quantized(bits, codes, torch.cat([part.scales for part in parts]), offsets)
 
 
 def quantize(weight: Tensor, bits: int) -> Quantized:

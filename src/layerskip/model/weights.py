@@ -16,6 +16,8 @@ from torch import Tensor
 from layerskip.model import families
 from layerskip.model.architecture import Architecture, Rope
 from layerskip.model.families import FAMILIES, UnsupportedModelError
+from layerskip.model.packed import nibbles
+from layerskip.model.quantize import Quantized
 
 
 class CheckpointError(ValueError):
@@ -44,6 +46,10 @@ class Tensors(Protocol):
 
     def read(self, name: str) -> Tensor:
         """One tensor in a floating dtype, on the CPU."""
+        ...
+
+    def quantized(self, name: str) -> Quantized | None:
+        """One matrix as it is stored, where that is on our grid."""
         ...
 
 
@@ -89,6 +95,10 @@ class SafetensorsFiles:
             tensor: Tensor = handle.get_tensor(name)
         return tensor
 
+    def quantized(self, name: str) -> Quantized | None:
+        """None: all tensors here are floating."""
+        return None
+
 
 class GgufFile:
     """A GGUF file; quantized tensors are read as the float32 numbers that they stand for."""
@@ -131,6 +141,25 @@ class GgufFile:
             ) from error
         values = np.ascontiguousarray(values, dtype=np.float32)
         return torch.from_numpy(values.reshape(self.shape(name)).copy())
+
+    def quantized(self, name: str) -> Quantized | None:
+        """A Q8_0, Q4_0 or Q4_1 matrix as it is stored; None for other kinds.
+
+        A block is `GROUP` codes after their scale and, in Q4_1, their offset.
+        """
+        kind = self.stored_as(name)
+        if kind not in ("Q8_0", "Q4_0", "Q4_1"):
+            return None
+        blocks = torch.from_numpy(self.blocks(name).copy())  # [out, bytes]
+        n_halves = 2 if kind == "Q4_1" else 1
+        size = gguf.GGML_QUANT_SIZES[self._tensors[name].tensor_type][1]
+        halves, codes = blocks.unflatten(1, (-1, size)).split(
+            [2 * n_halves, size - 2 * n_halves], -1
+        )
+        scales, *offsets = halves.contiguous().view(torch.float16).unbind(-1)
+        if kind == "Q8_0":  # signed bytes
+            return Quantized(8, codes.flatten(1) ^ 128, scales, None)
+        return Quantized(4, nibbles(codes.flatten(1)), scales, offsets[0] if offsets else None)
 
     def field(self, key: str, default: Any = None) -> Any:
         """A metadata value, or the default."""

@@ -83,7 +83,6 @@ def tune(
     max_draft_tokens: int = MAX_DRAFT_TOKENS,
     exits: Sequence[int] | None = None,
     stop: Sequence[str] = (),
-    weights: str = "16bit",
     grid: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Tuning:
@@ -96,7 +95,6 @@ def tune(
         max_draft_tokens: draft lengths 1 to this are considered.
         exits: layers run, each 1 ... L - 1; None considers all.
         stop: texts that end an answer.
-        weights: how the model keeps its weights, for the record.
         grid: also run every pair for real, and confirm the best of those instead.
         progress: called while it works.
 
@@ -158,7 +156,9 @@ def tune(
     confirmed = run_for_real(best, "confirming the best by real runs")
     return Tuning(
         environment=environment(
-            dtype=model.decoder.dtype, weights=weights, device=model.decoder.device
+            dtype=model.decoder.dtype,
+            weights=model.decoder.weights,
+            device=model.decoder.device,
         ),
         prompts=len(useful),
         max_new_tokens=max_new_tokens,

@@ -1,0 +1,116 @@
+"""Products with quantized weights, and the packed form that they are kept in."""
+
+import pytest
+import torch
+
+from layerskip.model.embedding import QuantizedEmbedding
+from layerskip.model.linear import QuantizedLinear
+from layerskip.model.packed import pack
+from layerskip.model.quantize import GROUP, Quantized, quantize
+
+BITS = pytest.mark.parametrize("bits", [8, 4])
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def grid(bits, centred, n_out=80, n_in=96):
+    """A weight on the grid, centred on zero or with offsets."""
+    made = quantize(random(n_out, n_in) + 0.3, bits)
+    if centred:
+        return Quantized(bits, made.codes, made.scales, None)
+    offsets = (made.float_offsets() * 1.1).half()
+    return Quantized(bits, made.codes, made.scales, offsets)
+
+
+@BITS
+@pytest.mark.parametrize("centred", [True, False])
+def test_packed_is_the_same_weight(bits, centred):
+    weight = grid(bits, centred)
+    packed = pack(weight)
+    assert packed.shape == weight.shape
+    assert packed.codes.is_contiguous()
+    assert packed.codes.shape == (80, 96 * bits // 8)
+    assert packed.nbytes == 80 * (96 * bits // 8 + (2 if centred else 4) * 96 // GROUP)
+    assert torch.equal(packed.unpack().codes, weight.codes)
+    assert torch.equal(packed.dequantize(), weight.dequantize())
+    index = torch.tensor([7, 0, 7])
+    assert torch.equal(packed.rows(index).dequantize(), weight.dequantize()[index])
+    blocks = [block.dequantize() for block in packed.blocks()]
+    assert torch.equal(torch.cat(blocks), weight.dequantize())
+
+
+def test_four_bits_lie_as_in_ggml():
+    codes = torch.arange(2 * GROUP, dtype=torch.uint8)[None] % 16
+    codes[0, 16:32] = 15 - codes[0, 16:32]
+    scales = torch.ones(1, 2).half()
+    packed = pack(Quantized(4, codes, scales, None)).codes[0]
+    assert packed[:16].tolist() == [j | (15 - j) << 4 for j in range(16)]
+    assert packed[16:].tolist() == [j | j << 4 for j in range(16)]
+
+
+def test_blocks_of_a_large_weight_are_all_of_it():
+    weight = quantize(random(1200, 1024), 8)
+    blocks = list(pack(weight).blocks())
+    assert len(blocks) > 2
+    assert torch.equal(torch.cat([b.codes for b in blocks]), weight.codes)
+
+
+@BITS
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("n_out", [80, 7, 101])
+@pytest.mark.parametrize("n", [1, 4, 5, 48, 49])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_product_is_near_the_exact_one(bits, centred, n_out, n, dtype):
+    weight = grid(bits, centred, n_out)
+    x, residual = random(n, 96, seed=1).to(dtype), random(n, n_out, seed=2).to(dtype)
+    bias = random(n_out, seed=3).to(dtype)
+    product = QuantizedLinear(pack(weight), bias, dtype)
+    exact = x.double() @ weight.dequantize().double().T + bias.double()
+    for found, expected in (
+        (product(x), exact),
+        (product(x, residual), exact + residual.double()),
+    ):
+        assert found.dtype == dtype
+        assert found.is_contiguous()
+        # Weights, scales and results are rounded to the dtype.
+        error = (found.double() - expected).std() / exact.std()
+        assert error < {4: 1e-6, 2: 6e-3}[dtype.itemsize]
+    some = torch.tensor([3, 0])
+    torch.testing.assert_close(product.rows(some)(x), product(x)[:, some])
+
+
+@BITS
+def test_large_weights_are_multiplied_in_blocks(bits):
+    weight = quantize(random(1030, 1024), bits)
+    x = random(3, 1024, seed=1)
+    found = QuantizedLinear(pack(weight), None, torch.float32)(x)
+    torch.testing.assert_close(found, x @ weight.dequantize().T, rtol=1e-4, atol=1e-4)
+
+
+@BITS
+def test_float32_rows_do_not_depend_on_how_many_there_are(bits):
+    product = QuantizedLinear(pack(grid(bits, centred=False)), None, torch.float32)
+    x = random(8, 96)
+    alone = torch.cat([product(row[None]) for row in x])
+    torch.testing.assert_close(product(x), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_bytes_that_a_call_reads():
+    weight = pack(quantize(random(64, 96), 4))
+    assert QuantizedLinear(weight, None, torch.float32).weight_bytes == weight.nbytes
+    # The bfloat16 product has a scale and a zero a group: as many bytes.
+    assert QuantizedLinear(weight, None, torch.bfloat16).weight_bytes == weight.nbytes
+
+
+@BITS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_embedding_looks_up_the_rows_asked_for(bits, dtype):
+    weight = quantize(random(50, 64), bits)
+    embedding = QuantizedEmbedding(pack(weight), dtype)
+    tokens = torch.tensor([[3, 49, 3], [0, 1, 2]])
+    assert torch.equal(embedding(tokens), weight.dequantize().to(dtype)[tokens])
+    x = random(2, 64).to(dtype)
+    index = torch.tensor([9, 4])
+    torch.testing.assert_close(embedding.head(index)(x), embedding.head()(x)[:, index])
