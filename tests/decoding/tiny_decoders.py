@@ -17,17 +17,18 @@ GREEDY = Sampling()
 
 
 @functools.cache
-def tiny_decoder(case, upper=0.3, **changes):
+def tiny_decoder(case, upper=0.3, weights="16bit", **changes):
     """A case of `tiny_models.CASES` in float32.
 
     Args:
         case: its name.
         upper: what layers 1 ... L-1 add is scaled by this, so that every exit is near the last one.
+        weights: how they are kept.
         changes: to the transformers config.
     """
     with tempfile.TemporaryDirectory() as folder:
         tiny_models.build(case, **changes).save_pretrained(folder)
-        decoder = load(Path(folder), dtype=torch.float32).decoder
+        decoder = load(Path(folder), dtype=torch.float32, weights=weights).decoder
     decoder.layers = [
         layer if i == 0 else _scaled(layer, upper) for i, layer in enumerate(decoder.layers)
     ]

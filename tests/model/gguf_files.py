@@ -29,6 +29,7 @@ def write(
     model,
     *,
     kind=GGMLQuantizationType.F32,
+    kinds=None,
     architecture="llama",
     leave_out=(),
     extra_tensors=None,
@@ -41,6 +42,7 @@ def write(
         path: the file.
         model: a transformers model.
         kind: how matrices are stored; vectors are always F32.
+        kinds: how single tensors are stored, by their names in the file.
         architecture: the name in the file.
         leave_out: tensors and fields to leave out, by their names in the file.
         extra_tensors: further ones, by name.
@@ -82,9 +84,10 @@ def write(
             continue
         n_heads = heads.get(name.split(".")[-2]) if architecture == "llama" else None
         values = tensor.numpy() if n_heads is None else permute(tensor.numpy(), n_heads)
-        own_kind = kind if values.ndim > 1 else GGMLQuantizationType.F32
-        data = gguf.quants.quantize(np.ascontiguousarray(values), own_kind)
         own_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        own_kind = kind if values.ndim > 1 else GGMLQuantizationType.F32
+        own_kind = (kinds or {}).get(own_name, own_kind)
+        data = gguf.quants.quantize(np.ascontiguousarray(values), own_kind)
         if own_name not in leave_out:
             writer.add_tensor(own_name, data, raw_dtype=own_kind)
         values = gguf.quants.dequantize(data, own_kind)

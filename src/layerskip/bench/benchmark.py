@@ -14,6 +14,7 @@ from layerskip.bench.rows import row
 from layerskip.bench.tasks import Task
 from layerskip.decoding import LayerSkipModel
 
+GGUF_OF_WEIGHTS = {"int8": "q8_0", "int4": "q4_1"}
 GGUF_OF_DTYPE = {"torch.bfloat16": "bf16", "torch.float16": "f16", "torch.float32": "f32"}
 
 
@@ -33,7 +34,8 @@ class BenchConfig:
         ignore_eos: every answer goes on to max_new_tokens, past end tokens and stop strings; such
             answers are not scored.
         peers: of `PEERS`.
-        gguf_weights: how weights are kept in the GGUF file for llama.cpp; None takes `dtype`'s own.
+        gguf_weights: how weights are kept in the GGUF file for llama.cpp; None takes what is nearest to
+            the model's own.
 
     Raises:
         ValueError: a mode or peer that does not exist, or a number below 1.
@@ -102,7 +104,7 @@ def bench(
     own = OwnSystem(model, settings, stop=stop, ignore_eos=config.ignore_eos)
     n_samples = len(task.samples)
     task, prompts = _that_fit(model, task, new_tokens)
-    gguf_weights = config.gguf_weights or GGUF_OF_DTYPE[str(model.decoder.dtype)]
+    gguf_weights = config.gguf_weights or _gguf_weights(model)
     bandwidths: list[float] = []
     device = model.decoder.device
     with start_peers(
@@ -161,6 +163,12 @@ def bench(
             _rows(entries, task, bandwidth, scored=not config.ignore_eos, on_step=on_step)
         ),
     }
+
+
+def _gguf_weights(model: LayerSkipModel) -> str:
+    """What is nearest to how our own decoder keeps its weights."""
+    decoder = model.decoder
+    return GGUF_OF_WEIGHTS.get(decoder.weights) or GGUF_OF_DTYPE[str(decoder.dtype)]
 
 
 def _that_fit(model: LayerSkipModel, task: Task, new_tokens: int) -> tuple[Task, list[list[int]]]:

@@ -16,7 +16,7 @@ from layerskip.model.weights import CheckpointError, Tensors, missing
 Change = Callable[[Tensor], Tensor]
 """What is done to a tensor's rows before it is cast."""
 EMBEDDING_BITS = 8
-_ROUNDED_WEIGHTS = 2**22  # at a time: rounding needs several float32 copies
+_ROUNDED_WEIGHTS = 2**19  # at a time: rounding needs several float32 copies
 
 
 class Taker:

@@ -1,0 +1,203 @@
+"""Every family with weights in 8 and 4 bits, and what is taken over from GGUF files."""
+
+import contextlib
+import itertools
+
+import gguf_files
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from tiny_decoders import PLAIN, ids, random_prompt, speculative, tiny_decoder
+
+import tiny_models
+from layerskip.decoding.short_head import ShortHead
+from layerskip.model import UnsupportedModelError, load, rotary
+from layerskip.model.embedding import DenseEmbedding, QuantizedEmbedding
+from layerskip.model.linear import DenseLinear, QuantizedLinear
+from layerskip.model.quantize import quantize
+from layerskip.model.weights import GgufFile
+from tiny_models import LAYERS, ONE_OF_EACH, token_ids
+
+BITS = {"int8": 8, "int4": 4}
+# Widths that are no groups of 32 in `tiny_models.CASES`.
+CHANGES = {
+    "smollm2": {"hidden_size": 96},
+    "mixtral": {"intermediate_size": 64},
+    "qwen3-moe": {"moe_intermediate_size": 32},
+}
+CASES = [*ONE_OF_EACH, "smollm2", "llama-biases", "gemma2-uncapped", "phi4-mini", "qwen2-tied"]
+
+
+@pytest.fixture(params=BITS)
+def weights(request):
+    return request.param
+
+
+def products(decoder):
+    """All products of a decoder by a name, those inside of MLPs one by one."""
+    for i, layer in enumerate(decoder.layers):
+        yield f"{i}.qkv", layer.qkv
+        yield f"{i}.attention_out", layer.attention_out
+        yield from parts_of(f"{i}.mlp", layer.mlp)
+    yield "head", decoder.head
+
+
+def parts_of(name, mlp):
+    if hasattr(mlp, "router"):
+        yield f"{name}.router", mlp.router
+        for number, expert in enumerate(mlp.experts):
+            yield from parts_of(f"{name}.{number}", expert)
+    else:
+        yield f"{name}.in", mlp.gate_up if hasattr(mlp, "gate_up") else mlp.up
+        yield f"{name}.down", mlp.down
+
+
+@contextlib.contextmanager
+def dense(decoder):
+    """The same decoder, computing with the dequantized weights."""
+    quantized = [p for _, p in products(decoder) if isinstance(p, QuantizedLinear)]
+    kept = QuantizedLinear.__call__
+    values = {id(p): DenseLinear(p.weight.dequantize(), p.bias) for p in quantized}
+    embedding = decoder.embedding
+    decoder.embedding = DenseEmbedding(embedding.weight.dequantize())
+    QuantizedLinear.__call__ = lambda self, *x: values[id(self)](*x)
+    try:
+        yield
+    finally:
+        QuantizedLinear.__call__, decoder.embedding = kept, embedding
+
+
+def logits_of(decoder, tokens):
+    cache = decoder.new_cache(tokens.shape[1], batch_size=tokens.shape[0])
+    return decoder.logits(decoder.run(decoder.embed(tokens), 0, LAYERS, cache))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_are_the_rounded_ones_and_logits_those_of_them(case, weights, tmp_path):
+    tiny_models.build(case, **CHANGES.get(case, {})).save_pretrained(tmp_path)
+    float32 = load(tmp_path, dtype=torch.float32).decoder
+    decoder = load(tmp_path, dtype=torch.float32, weights=weights).decoder
+    assert (decoder.weights, decoder.dtype) == (weights, torch.float32)
+
+    assert isinstance(decoder.embedding, QuantizedEmbedding)
+    expected = quantize(float32.embedding.weight, 8).dequantize()
+    assert torch.equal(decoder.embedding.weight.dequantize(), expected)
+    for (name, made), (_, whole) in zip(products(decoder), products(float32), strict=True):
+        if name.endswith("router"):
+            assert torch.equal(made.weight, whole.weight)
+            continue
+        bits = 8 if name == "head" else BITS[weights]
+        assert made.weight.bits == bits
+        assert torch.equal(made.weight.dequantize(), quantize(whole.weight, bits).dequantize())
+        assert made.bias is whole.bias is None or torch.equal(made.bias, whole.bias)
+
+    tokens = token_ids(case, 2, 40)
+    with dense(decoder):
+        expected = logits_of(decoder, tokens)
+    torch.testing.assert_close(logits_of(decoder, tokens), expected, rtol=0.0, atol=1e-4)
+    assert (expected - logits_of(float32, tokens)).std() > 1e-3 * expected.std()  # another model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_self_speculative_equals_plain(case, weights):
+    decoder = tiny_decoder(case, weights=weights, **CHANGES.get(case, {}))
+    prompt = random_prompt(decoder, 9)
+    plain = ids(decoder, prompt, PLAIN)
+    for exit_layer, d in itertools.product((1, LAYERS - 1), (1, 4)):
+        assert ids(decoder, prompt, speculative(exit_layer, d)) == plain, (exit_layer, d)
+
+
+@pytest.mark.parametrize("case", ["llama2", "smollm2"])  # own head, tied
+def test_short_head_is_some_rows_of_the_head(case, weights):
+    decoder = tiny_decoder(case, weights=weights, **CHANGES.get(case, {}))
+    hidden = decoder.embed(torch.tensor([random_prompt(decoder, 5)]))
+    logits, whole = ShortHead(decoder, [7, 3, 50])(hidden), decoder.logits(hidden)
+    torch.testing.assert_close(logits[..., [3, 7, 50]], whole[..., [3, 7, 50]])
+    assert logits.isfinite().sum(-1).eq(3).all()
+
+
+def test_bytes_of_a_step(weights):
+    quantized = tiny_decoder("llama2", weights=weights).weight_bytes
+    whole = tiny_decoder("llama2", weights="16bit").weight_bytes
+    head, layers = 96 * 64, whole // 4 - 96 * 64  # float32
+    eight = 1 + 2 / 32  # a code, and its part of a scale
+    a_weight = {"int8": eight, "int4": 0.5 + 4 / 32}[weights]
+    assert quantized == head * eight + layers * a_weight
+
+
+def test_rows_that_are_no_groups_are_refused(weights, tmp_path):
+    tiny_models.reference("llama-narrow-heads").save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"o_proj.weight .* 40 .* 32 .* 16bit"):
+        load(tmp_path, dtype=torch.float32, weights=weights)
+
+
+def test_bfloat16_is_near_float32(weights, tmp_path):
+    tiny_models.reference("llama3.1").save_pretrained(tmp_path)
+    tokens = token_ids("llama3.1", 1, 20)
+    exact, near = (
+        logits_of(load(tmp_path, dtype=dtype, weights=weights).decoder, tokens).float()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert (near - exact).std() < 20 * 2**-8 * exact.std()
+
+
+# --- GGUF
+
+
+def fitting(case="llama2"):
+    return tiny_models.build(case, head_dim=32)
+
+
+@pytest.mark.parametrize("kind", gguf_files.KINDS, ids=lambda kind: kind.name)
+def test_blocks_are_read_as_they_are(kind, tmp_path):
+    gguf_files.write(tmp_path / "model.gguf", fitting(), kind=kind)
+    file = GgufFile(tmp_path / "model.gguf")
+    for name in file.names():
+        made, values = file.quantized(name), file.read(name)
+        if kind.name not in ("Q8_0", "Q4_0", "Q4_1") or values.ndim == 1:
+            assert made is None
+            continue
+        assert made.bits == (8 if kind.name == "Q8_0" else 4)
+        assert (made.offsets is None) == (kind.name != "Q4_1")
+        assert torch.equal(made.dequantize(), values)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+def test_stored_codes_are_taken_over(kind, tmp_path):
+    model, path = fitting(), tmp_path / "model.gguf"
+    state = gguf_files.write(path, model, kind=GGMLQuantizationType[kind])
+    weights = "int8" if kind == "Q8_0" else "int4"
+    decoder = load(path, dtype=torch.float32, weights=weights).decoder
+    vocabulary = state["model.embed_tokens.weight"], state["lm_head.weight"]
+    if kind != "Q8_0":  # these are in 8 bits in any case
+        vocabulary = [quantize(v, 8).dequantize() for v in vocabulary]
+    assert torch.equal(decoder.embedding.weight.dequantize(), vocabulary[0])
+    assert torch.equal(decoder.head.weight.dequantize(), vocabulary[1])
+    for i, layer in enumerate(decoder.layers):
+        part = {
+            name.removeprefix(f"model.layers.{i}.").removesuffix(".weight"): tensor
+            for name, tensor in state.items()
+        }
+        q, k, v = (part[f"self_attn.{name}_proj"] for name in "qkv")
+        qkv = torch.cat([rotary.interleave(q, 32, 32), rotary.interleave(k, 32, 32), v])
+        gate_up = torch.cat([part["mlp.gate_proj"], part["mlp.up_proj"]])
+        for product, expected in [
+            (layer.qkv, qkv),
+            (layer.attention_out, part["self_attn.o_proj"]),
+            (layer.mlp.gate_up, gate_up),
+            (layer.mlp.down, part["mlp.down_proj"]),
+        ]:
+            assert torch.equal(product.weight.dequantize(), expected)
+
+
+def test_projections_stored_in_different_kinds_become_one(tmp_path):
+    """Q with offsets, K centred, V in floats: the first two as they are, the third rounded."""
+    model, path = fitting("qwen3"), tmp_path / "model.gguf"
+    own = dict(zip("qkv", ("Q4_1", "Q4_0", "F16"), strict=True))
+    kinds = {f"blk.0.attn_{x}.weight": GGMLQuantizationType[kind] for x, kind in own.items()}
+    state = gguf_files.write(path, model, architecture="qwen3", kinds=kinds)
+    decoder = load(path, dtype=torch.float32, weights="int4").decoder
+    q, k, v = (state[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "qkv")
+    v = quantize(v, 4).dequantize()
+    expected = torch.cat([rotary.interleave(q, 32, 32), rotary.interleave(k, 32, 32), v])
+    assert torch.equal(decoder.layers[0].qkv.weight.dequantize(), expected)
