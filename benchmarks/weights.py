@@ -1,0 +1,64 @@
+"""What weights in 8 and 4 bits cost: mean negative log-likelihood on WikiText-2.
+
+The same tokens for each, in windows of 1,024; `relative_change` is that of the nats a token, against
+16-bit weights of the same dtype in the same run:
+
+    LAYERSKIP_DATA=data python benchmarks/weights.py --output benchmarks/results/weights.json
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine import environment
+
+from layerskip import LayerSkipModel
+from layerskip.bench.perplexity import perplexity, read_text
+from layerskip.model.quantize import WEIGHTS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--words", type=int, default=4000)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    text = read_text("wikitext2", options.words)
+    rows: list[dict[str, Any]] = []
+    for weights in WEIGHTS:
+        model = LayerSkipModel.from_pretrained(options.model, dtype=options.dtype, weights=weights)
+        n_layers = len(model.decoder.layers)
+        found = perplexity(model, text, [n_layers], window=1024, stride=1024, batch_size=1)
+        nats = math.log(found[n_layers]["token_perplexity"].value)
+        first = rows[0]["nats_per_token"] if rows else nats
+        rows.append(
+            {
+                "weights": weights,
+                "nats_per_token": nats,
+                "relative_change": nats / first - 1,
+                "weight_bytes": model.decoder.weight_bytes,
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    tokens = len(model.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    result = {
+        "environment": environment("benchmarks/weights.py", options.dtype),
+        "model": options.model,
+        "task": "wikitext2",
+        "tokens": tokens,
+        "rows": rows,
+    }
+    print(json.dumps(result, indent=2))
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
