@@ -58,6 +58,16 @@ def test_one_document_with_the_rows_of_the_contract(run, prompts):
     assert drafting["mean_accepted_length"] * drafting["rounds"] == drafting["new_tokens"] - 2
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantized_weights(run, prompts, weights):
+    flags = ("--modes", "plain,self-speculative", "--weights", weights, *FLAGS)
+    status, out, _ = run("bench", "--task", prompts, "--json", *flags)
+    assert status == 0
+    document = json.loads(out)
+    assert document["environment"]["weights"] == weights
+    assert [row["identical_to_plain"] for row in document["rows"]] == [1.0] * len(document["rows"])
+
+
 def test_table_report_and_file(run, prompts, tmp_path):
     pytest.importorskip("matplotlib")
     output, report = tmp_path / "r.json", tmp_path / "report"

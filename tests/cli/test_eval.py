@@ -51,6 +51,17 @@ def test_table_over_all_exits(run, text, tmp_path):
     assert len(json.loads(output.read_text())["rows"]) == 4
 
 
+def test_quantized_weights_are_on_record(run, text):
+    arguments = ["--perplexity", text, "--exit-layers", "4", "--window", "8", "--json"]
+    results = []
+    for weights in ("16bit", "int4"):
+        status, out, _ = run("eval", *arguments, "--weights", weights)
+        assert status == 0
+        results.append(json.loads(out))
+        assert results[-1]["environment"]["weights"] == weights
+    assert results[0]["rows"] != results[1]["rows"]
+
+
 def test_early_exit_has_quarters_of_the_layers_by_default(run, text):
     _, out, _ = run("eval", "--perplexity", text, "--max-words", "3", "--json")
     rows = json.loads(out)["rows"]

@@ -120,6 +120,11 @@ def _unmarked(text):
         (["--prompt", "abc", "--exit-layer", "0"], 2, "--exit-layer"),
         (["--prompt", "abc", "--mode", "fast"], 2, "'fast' is not one of"),
         (["--prompt", "abc", "--mode", "plain", "--draft-tokens", "2"], 1, "plain decoding has no"),
+        (
+            ["--prompt", "abc", "--weights", "3bit"],
+            2,
+            "'3bit' is not one of '16bit', 'int8', 'int4'",
+        ),
         (["--prompt", "abc", "--bogus"], 2, "No such option"),
         (["--prompt", "abc", "--temperature", "-1"], 2, "--temperature"),
         (["--prompt", ""], 1, "the prompt is empty"),

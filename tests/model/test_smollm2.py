@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from layerskip.model import load
 from layerskip.model.families import FAMILIES
+from layerskip.model.quantize import quantize
+from layerskip.model.weights import GgufFile
 
 pytestmark = pytest.mark.real
 
@@ -103,3 +105,42 @@ def test_chat_template_and_end_token(checkpoint, tokenizer):
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert ids.count(end) == text.count("<|im_end|>")
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantized_weights_are_those_of_the_file(smollm2_folder, weights):
+    file = GgufFile(smollm2_folder / "model.gguf")
+    decoder = load(smollm2_folder, dtype=torch.float32, weights=weights).decoder
+
+    def read(name):
+        values = file.read(f"{name}.weight")
+        return values if weights == "int4" else quantize(values, 8).dequantize()
+
+    embedding = file.read("model.embed_tokens.weight")  # stored in 8 bits
+    assert torch.equal(decoder.embedding.weight.dequantize(), embedding)
+    assert torch.equal(decoder.head.weight.dequantize(), embedding)
+    for i, layer in enumerate(decoder.layers):
+        prefix = f"model.layers.{i}."
+        for product, names in (
+            (layer.qkv, [f"self_attn.{x}_proj" for x in "qkv"]),
+            (layer.attention_out, ["self_attn.o_proj"]),
+            (layer.mlp.gate_up, ["mlp.gate_proj", "mlp.up_proj"]),
+            (layer.mlp.down, ["mlp.down_proj"]),
+        ):
+            expected = torch.cat([read(prefix + name) for name in names])
+            assert torch.equal(product.weight.dequantize(), expected)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_nll_with_quantized_weights_is_near(smollm2_folder, tokens, transformers_nll, weights):
+    decoder = load(smollm2_folder, dtype=torch.bfloat16, weights=weights).decoder
+    assert our_nll(decoder, tokens) == pytest.approx(transformers_nll, rel=0.01)
+    few = tokens[:, :40]
+    cache = decoder.new_cache(40)
+    steps = []
+    for chunk in few.split(8, dim=1):  # the product for few rows
+        steps.append(decoder.logits(decoder.run(decoder.embed(chunk), 0, 30, cache)))
+        cache.lengths += 8
+    float32 = load(smollm2_folder, dtype=torch.float32, weights=weights).decoder
+    exact = float32.logits(float32.run(float32.embed(few), 0, 30, float32.new_cache(40)))
+    assert nll(torch.cat(steps, dim=1), few) == pytest.approx(nll(exact, few), rel=0.02)

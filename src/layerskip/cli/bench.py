@@ -114,7 +114,7 @@ def _list_of(kind: Any) -> Any:
 @click.option(
     "--gguf-weights",
     type=click.Choice(["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"]),
-    help="Precision of the file that llama.cpp gets. Default: that of --dtype.",
+    help="Precision of the file that llama.cpp gets. Default: that of --weights and --dtype.",
 )
 @click.option(
     "--report",
