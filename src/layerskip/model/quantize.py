@@ -102,24 +102,52 @@ def quantize(weight: Tensor, bits: int) -> Quantized:
     Raises:
         ValueError: rows that cannot be cut into groups, or other bits.
     """
+    groups = _groups(weight, bits)
+    scales, offsets, lowest = _grid(groups, bits)
+    codes = _codes(groups, scales, lowest, bits).to(torch.uint8)
+    return Quantized(bits, codes.flatten(1), scales, offsets)
+
+
+def on_grid(weight: Tensor, bits: int) -> Tensor:
+    """The numbers of `quantize(weight, bits).dequantize()`, in float32, at a fraction of its time."""
+    groups = _groups(weight, bits)
+    scales, _, lowest = _grid(groups, bits)
+    values = _codes(groups, scales, lowest, bits).mul_(scales.float()[..., None])
+    return values.add_(lowest[..., None]).flatten(1)
+
+
+def check_groups(shape: Sequence[int]) -> None:
+    """Raise ValueError for a matrix whose rows cannot be cut into groups."""
+    if shape[1] % GROUP:
+        raise ValueError(
+            f"rows of {shape[1]} weights cannot be cut into groups of {GROUP}; keep 16 bits"
+        )
+
+
+def _groups(weight: Tensor, bits: int) -> Tensor:
+    """[out, in] to [out, in / GROUP, GROUP] in float32."""
     if bits not in BITS:
         raise ValueError(f"weights of {bits} bits are not supported; there are 8 and 4")
-    if weight.shape[1] % GROUP:
-        raise ValueError(
-            f"rows of {weight.shape[1]} weights cannot be cut into groups of {GROUP}; keep 16 bits"
-        )
-    groups = weight.float().unflatten(1, (-1, GROUP))
-    top = 2**bits - 1
+    check_groups(weight.shape)
+    groups: Tensor = weight.float().unflatten(1, (-1, GROUP))
+    return groups
+
+
+def _grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Scale and offset of each group as they are stored, and the offset in float32."""
+    least, most = torch.aminmax(groups, dim=-1)
     if bits == 8:
-        scales = _half(groups.abs().amax(-1) / (top // 2))
-        lowest, offsets = -(2 ** (bits - 1)) * scales.float(), None
-    else:
-        offsets = _half(groups.amin(-1))
-        scales = _half((groups.amax(-1) - offsets.float()) / top)
-        lowest = offsets.float()
-    steps = (groups - lowest[..., None]) / _no_zero(scales.float())[..., None]
-    codes = steps.round().clamp(0, top).to(torch.uint8)
-    return Quantized(bits, codes.flatten(1), scales, offsets)
+        scales = _half(torch.maximum(most, -least) / (2 ** (bits - 1) - 1))
+        return scales, None, -(2 ** (bits - 1)) * scales.float()
+    offsets = _half(least)
+    scales = _half((most - offsets.float()) / (2**bits - 1))
+    return scales, offsets, offsets.float()
+
+
+def _codes(groups: Tensor, scales: Tensor, lowest: Tensor, bits: int) -> Tensor:
+    """The nearest codes, still in float32."""
+    steps = groups - lowest[..., None]
+    return steps.div_(_no_zero(scales.float())[..., None]).round_().clamp_(0, 2**bits - 1)
 
 
 def _half(values: Tensor) -> Tensor:

@@ -18,14 +18,16 @@ def fused_loss(anatomy: Anatomy, device: torch.device) -> FusedLoss | None:
     """An exit's cross entropy by kernels that never hold its logits; None where there are none.
 
     They need the package liger-kernel, from 0.8 on, a GPU, and a head that is a plain linear layer
-    whose weights are all on this device and whose logits are not scaled afterwards.
+    whose weights are all on this device, whose forward nobody replaced (training on a quantized grid
+    does), and whose logits are not scaled afterwards.
 
     Returns:
         Called with hidden states [N, D] that leave a layer and labels [N], none ignored: the sum in
         nats, a scalar with gradient, and the first choice of every token, int [N].
     """
     head = anatomy.head
-    is_plain = type(head) is nn.Linear and not hasattr(head.weight, "ds_id")  # DeepSpeed ZeRO-3
+    is_plain = type(head) is nn.Linear and "forward" not in vars(head)
+    is_plain = is_plain and not hasattr(head.weight, "ds_id")  # DeepSpeed ZeRO-3
     if device.type not in DEVICES or not is_plain or anatomy.logits_factor != 1:
         return None
     try:

@@ -68,6 +68,11 @@ class TrainConfig:
         "train a LoRA adapter of this rank instead of all weights", None
     )
     lora_alpha: int | None = _setting("LoRA scale (default: twice the rank)", None)
+    quantize_aware: Literal["int8", "int4"] | None = _setting(
+        "train for inference with weights in so many bits: they are rounded to that grid as they"
+        " are used",
+        None,
+    )
     precision: Literal["float32", "bfloat16", "float16"] = _setting(
         "precision of the arithmetic; weights are kept in float32", "float32"
     )
@@ -104,6 +109,13 @@ class TrainConfig:
             raise ValueError("from_scratch and lora_rank contradict each other")
         if self.lora_alpha is not None and self.lora_rank is None:
             raise ValueError("lora_alpha needs lora_rank")
+        if self.quantize_aware is not None and self.lora_rank is not None:
+            raise ValueError(
+                "quantize_aware and lora_rank contradict each other: merging an adapter takes the "
+                "weights off the grid"
+            )
+        if self.quantize_aware is not None and self.compile:
+            raise ValueError("quantize_aware and compile contradict each other")
 
     @property
     def effective_recipe(self) -> RecipeConfig:

@@ -22,12 +22,14 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
+from layerskip.model.rounding import TRAINED, Rounding, recorded
 from layerskip.recipe import detach
 from layerskip.training.callbacks import JsonLinesLog, TimeBudget, read_log
 from layerskip.training.config import TrainConfig
 from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows, read_rows
 from layerskip.training.memory import keep_freed_memory
 from layerskip.training.plots import plot_run
+from layerskip.training.quantize_aware import quantize_aware
 from layerskip.training.progress import Progress, Watch, hidden_bars
 from layerskip.training.source import pretrained, pretrained_weights
 from layerskip.training.trainer import INCOMPLETE, LayerSkipTrainer, last_checkpoint
@@ -80,6 +82,7 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
     model = _load_model(config)
     if config.lora_rank is not None:
         model = _with_adapter(model, config)
+    on_grid = quantize_aware(model, config.quantize_aware) if config.quantize_aware else None
     output.mkdir(parents=True, exist_ok=True)
     trainer = _trainer(config, model, tokenizer, train_rows, eval_rows)
     trainer.add_callback(JsonLinesLog(output / "train_log.jsonl", trainer.attached))
@@ -94,6 +97,8 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
         metrics |= trainer.evaluate()
     assert trainer.model is not None
     detach(trainer.model)
+    if on_grid is not None:
+        on_grid.remove()
     _save(trainer, config, exit_layer, output)
     if trainer.is_world_process_zero():
         plot_run(read_log(output / "train_log.jsonl"), output)
@@ -291,6 +296,7 @@ def _save(trainer: LayerSkipTrainer, config: TrainConfig, exit_layer: int, outpu
         # Plain transformers reads both; they are not among the checked fields of every version.
         model.generation_config.assistant_early_exit = exit_layer
         model.generation_config.num_assistant_tokens = config.draft_tokens
+        _record_rounding(model.generation_config, config)
         model.generation_config.save_pretrained(unfinished)
     tokenizer: Any = trainer.processing_class
     tokenizer.save_pretrained(unfinished)
@@ -300,3 +306,13 @@ def _save(trainer: LayerSkipTrainer, config: TrainConfig, exit_layer: int, outpu
             shutil.rmtree(target)
         path.replace(target)
     unfinished.rmdir()
+
+
+def _record_rounding(generation_config: Any, config: TrainConfig) -> None:
+    """What was known of the model that training began with holds no longer."""
+    known = {config.quantize_aware: Rounding(TRAINED)} if config.quantize_aware else {}
+    own = recorded(getattr(generation_config, "layerskip", None), known)
+    if own:
+        generation_config.layerskip = own
+    elif hasattr(generation_config, "layerskip"):
+        del generation_config.layerskip

@@ -1,0 +1,77 @@
+"""What is known of a checkpoint's quality in 8 and 4 bits, and what to say where that is little.
+
+It stands in `generation_config.json`, key `layerskip`, field `weights`: {"int4": {"method": ...,
+"nll_change": ...}}. Measuring takes the model in 16 bits too, so it is done where the checkpoint is
+written, and loading only reads what was found.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from layerskip.model.weights import read_json
+
+TRAINED = "quantization-aware training"
+CALIBRATED = "calibration"
+FIELD = "weights"
+MOST_CHANGE = 0.05  # of the negative log-likelihood; above it a load says so
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """How a checkpoint came to its rounded weights, and what they cost.
+
+    Attributes:
+        method: `TRAINED` or `CALIBRATED`.
+        nll_change: of the calibration text's held-out part against 16 bits, 0.02 = 2% more; None
+            where it was not measured.
+    """
+
+    method: str
+    nll_change: float | None = None
+
+
+def recorded(own: Any, known: Mapping[str, Rounding]) -> dict[str, Any]:
+    """The `layerskip` object of `generation_config.json` with what is known now, and nothing older.
+
+    Args:
+        own: the object so far, if there is one.
+        known: "int8" or "int4" to what is known of it.
+    """
+    rest = {k: v for k, v in own.items() if k != FIELD} if isinstance(own, dict) else {}
+    if known:
+        rest[FIELD] = {name: dataclasses.asdict(rounding) for name, rounding in known.items()}
+    return rest
+
+
+def doubt(path: Path, weights: str) -> str | None:
+    """What a user should know before loading a checkpoint of 16-bit weights with "int8" or "int4".
+
+    Eight bits of a checkpoint that nobody measured are not doubted: rounding to them is harmless.
+
+    Args:
+        path: the checkpoint's folder.
+        weights: "int8" or "int4".
+
+    Returns:
+        One line, or None where all is well.
+    """
+    file = path / "generation_config.json"
+    own = read_json(file).get("layerskip") if file.is_file() else None
+    known = own.get(FIELD) if isinstance(own, dict) else None
+    found = known.get(weights) if isinstance(known, dict) else None
+    if not isinstance(found, dict):
+        if weights == "int8":
+            return None
+        return (
+            "what 4 bits cost this checkpoint is not measured, and may be much; `layerskip export"
+            " --to hf --weights int4 --calibrate TEXT` measures it and makes it less"
+        )
+    change = found.get("nll_change")
+    if isinstance(change, float) and change > MOST_CHANGE:
+        return (
+            f"{weights} costs this checkpoint {change:.0%} negative log-likelihood against 16 bits,"
+            " measured on its calibration text; int8 or training with --quantize-aware cost less"
+        )
+    return None

@@ -1,0 +1,161 @@
+"""Quantization-aware training: weights are rounded to the grid of inference wherever they are used.
+
+The float32 weights behind it are what the optimizer changes and checkpoints hold, under their usual
+names; rounding passes gradients straight through (arXiv 1308.3432). Loading the result with the same
+weights rounds to exactly the numbers that were trained.
+
+torchao's fake quantization has other grids (zero points are whole numbers of steps, where ours are
+float16 offsets), and `torch.nn.utils.parametrize` renames the weights in checkpoints. So the forward
+of the modules is replaced on the instance, as `recipe.attach` does it with layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from layerskip.model.quantize import check_groups, on_grid
+from layerskip.recipe.anatomy import Anatomy, find_anatomy, transformers_model
+
+BITS = {"int8": 8, "int4": 4}
+HEAD_BITS = 8  # of head and embedding, whatever the layers have
+
+
+def quantize_aware(model: nn.Module, weights: str) -> QuantizeAware:
+    """From now on a causal LM of transformers computes with weights that are rounded to a grid.
+
+    Linear layers of the decoder's layers get 8 or 4 bits, embedding and head 8. Training and
+    evaluation alike; before or after `attach`, before the model is wrapped.
+
+    Args:
+        model: the causal LM.
+        weights: "int8" or "int4".
+
+    Returns:
+        The handle that ends it.
+
+    Raises:
+        ValueError: other weights, an adapter on the model, matrices of its layers that are not those
+            of linear layers (mixtures of experts), or that cannot be cut into groups.
+    """
+    if weights not in BITS:
+        raise ValueError(f"weights is {weights!r}; to train for there are: {', '.join(BITS)}")
+    plain_model = transformers_model(model)
+    if getattr(plain_model, "peft_config", None):
+        raise ValueError("an adapter cannot be trained on a grid: merging it takes weights off it")
+    anatomy = find_anatomy(plain_model)
+    linears = list(_linears(anatomy))
+    embedding, head = plain_model.get_input_embeddings(), anatomy.head
+    if not isinstance(head, nn.Linear) or not isinstance(embedding, nn.Embedding):
+        raise ValueError(f"{type(plain_model).__name__} has no plain embedding and head to quantize")
+    for module in (*linears, embedding, head):
+        check_groups(module.weight.shape)
+    return QuantizeAware(plain_model, linears, embedding, head, BITS[weights])
+
+
+class QuantizeAware:
+    """Rounding on a model; `quantize_aware` makes it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        linears: list[nn.Linear],
+        embedding: nn.Embedding,
+        head: nn.Linear,
+        bits: int,
+    ) -> None:
+        self._modules = [*linears, embedding, head]
+        for linear in linears:
+            _replace(linear, functools.partial(_linear_forward, linear, bits))
+        _replace(embedding, functools.partial(_embedding_forward, embedding))
+        _replace(head, functools.partial(self._head_forward, head))
+        # The exit loss calls the head once for every chunk of tokens: it is rounded once a pass.
+        self._in_pass = False
+        self._head_values: Tensor | None = None
+        self._hooks = [
+            model.register_forward_pre_hook(self._begin_pass),
+            model.register_forward_hook(self._end_pass, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Compute with the weights as they are again."""
+        for module in self._modules:
+            del module.forward
+        for hook in self._hooks:
+            hook.remove()
+
+    def _head_forward(self, head: nn.Linear, hidden: Tensor) -> Tensor:
+        values = self._head_values
+        if values is None:
+            values = _rounded(head.weight, HEAD_BITS)
+        if self._in_pass:
+            self._head_values = values
+        return functional.linear(hidden, _straight_through(head.weight, values), head.bias)
+
+    def _begin_pass(self, *_: Any) -> None:
+        self._in_pass, self._head_values = True, None
+
+    def _end_pass(self, *_: Any) -> None:
+        self._in_pass, self._head_values = False, None
+
+
+def _linears(anatomy: Anatomy) -> Iterator[nn.Linear]:
+    for number, layer in enumerate(anatomy.layers):
+        for module in layer.modules():
+            matrices = [p for p in module.parameters(recurse=False) if p.ndim > 1]
+            if isinstance(module, nn.Linear):
+                yield module
+            elif matrices:
+                raise ValueError(
+                    f"a {type(module).__name__} in layer {number} is no linear layer; "
+                    "quantize_aware trains models whose layers have no other matrices"
+                )
+
+
+def _replace(module: nn.Module, forward: Callable[..., Tensor]) -> None:
+    module.forward = functools.wraps(module.forward)(forward)
+
+
+def _linear_forward(linear: nn.Linear, bits: int, x: Tensor) -> Tensor:
+    weight = _straight_through(linear.weight, _rounded(linear.weight, bits))
+    return functional.linear(x, weight, linear.bias)
+
+
+def _embedding_forward(embedding: nn.Embedding, tokens: Tensor) -> Tensor:
+    """Only the rows that are looked up are rounded: no group reaches from one row into another."""
+    rows = functional.embedding(tokens, embedding.weight, embedding.padding_idx)
+    values = on_grid(rows.detach().flatten(0, -2), HEAD_BITS).view_as(rows).to(rows.dtype)
+    hidden = _straight_through(rows, values)
+    scale = getattr(embedding, "embed_scale", None)  # Gemma 3
+    return hidden if scale is None else hidden * scale.to(hidden.dtype)
+
+
+def _rounded(weight: Tensor, bits: int) -> Tensor:
+    """On the grid, in the dtype of the product that follows: autocast keeps no cast of it."""
+    kind = weight.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
+    return on_grid(weight.detach(), bits).to(dtype)
+
+
+def _straight_through(weight: Tensor, values: Tensor) -> Tensor:
+    result: Tensor = _StraightThrough.apply(weight, values)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Gives `values`, and their gradient to `weight`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad.to(ctx.dtype), None

@@ -1,0 +1,221 @@
+"""Training on the grid of quantized weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from causal_lms import batch_of, build
+from layerskip.model.quantize import quantize
+from layerskip.recipe import RecipeConfig, attach, detach
+from layerskip.training import TrainConfig, train
+from layerskip.training.quantize_aware import quantize_aware
+
+RECIPE = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.3)
+WIDTHS = {"intermediate_size": 64}  # a multiple of the grid's groups
+
+
+def model_of(family="llama", **changes):
+    return build(family, **{**WIDTHS, **changes})
+
+
+def round_in_place(model, bits):
+    """The weights that inference loads, put into a plain model."""
+    ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                own = 8 if any(parameter is end for end in ends) else bits
+                parameter.copy_(quantize(parameter, own).dequantize())
+
+
+def evaluated(model):
+    handle = attach(model, RECIPE)
+    losses = handle.evaluate((1, 2), batch_of())
+    detach(model)
+    return losses.loss_sums / losses.tokens
+
+
+def fit(model, weights=None, steps=30, learning_rate=1e-3):
+    on_grid = quantize_aware(model, weights) if weights else None
+    handle = attach(model, RECIPE)
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate)
+    for step in range(steps):
+        handle.set_step(step, steps)
+        model(**batch_of(seed=step % 3)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    detach(model)
+    if on_grid is not None:
+        on_grid.remove()
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("gemma3_text", {}),
+        ("phi3", {}),
+        ("gpt_neox", {}),
+    ],
+)
+def test_the_loss_is_that_of_the_rounded_model(family, changes, weights):
+    model = model_of(family, **changes)
+    plain = evaluated(model)
+    on_grid = quantize_aware(model, weights)
+    found = evaluated(model)
+    on_grid.remove()
+    assert torch.equal(evaluated(model), plain)
+    round_in_place(model, int(weights[3:]))
+    torch.testing.assert_close(found, evaluated(model), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found, plain, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_are_those_at_the_rounded_weights(tied):
+    model, rounded = (model_of(tie_word_embeddings=tied) for _ in range(2))
+    round_in_place(rounded, 4)
+    quantize_aware(model, "int4")
+    for one in (model, rounded):
+        attach(one, RECIPE).set_step(0, 10)
+        one(**batch_of()).loss.backward()
+    for (name, own), other in zip(model.named_parameters(), rounded.parameters(), strict=True):
+        assert own.grad.abs().sum() > 0, name
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_autocast_and_gradient_checkpointing_give_the_same_gradients():
+    found = []
+    for checkpointing in (False, True):
+        model = model_of()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        quantize_aware(model, "int4")
+        attach(model, RECIPE).set_step(3, 10)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**batch_of()).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters()})
+        assert {grad.dtype for grad in found[-1].values()} == {torch.float32}
+    torch.testing.assert_close(*found)
+
+
+def test_the_head_is_rounded_once_a_pass_and_anew_in_the_next(monkeypatch):
+    from layerskip.training import quantize_aware as module
+
+    seen, plain = [], module.on_grid
+    monkeypatch.setattr(module, "on_grid", lambda w, bits: seen.append(w.shape) or plain(w, bits))
+    model = model_of()
+    quantize_aware(model, "int4")
+    handle = attach(model, RecipeConfig(curriculum="all", chunk_tokens=4, p_max=0.0))
+    head, optimizer = model.lm_head.weight, torch.optim.SGD(model.parameters(), 0.1)
+    losses = []
+    for step in range(2):
+        seen.clear()
+        handle.set_step(step, 2)
+        loss = model(**batch_of()).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        assert seen.count(head.shape) == 1
+    assert losses[0] != losses[1]
+
+
+def test_trained_on_the_grid_it_is_better_there():
+    plain, on_grid = model_of(), model_of()
+    fit(plain, steps=60)
+    fit(on_grid, "int4", steps=60)
+    for model in (plain, on_grid):
+        round_in_place(model, 4)
+    # The whole model and both early exits.
+    assert (evaluated(on_grid) < 0.95 * evaluated(plain)).all()
+
+
+def test_names_stay():
+    model = model_of()
+    names = {*model.state_dict()}
+    on_grid = quantize_aware(model, "int4")
+    assert {*model.state_dict()} == names
+    on_grid.remove()
+    assert not [m for m in model.modules() if "forward" in vars(m)]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama", {"intermediate_size": 48}, "rows of 48 weights"),
+        ("mixtral", {}, r"MixtralTopKRouter in layer 0 is no linear layer"),
+        ("gpt2", {}, "Conv1D in layer 0 is no linear layer"),
+    ],
+)
+def test_models_without_a_grid_are_refused(family, changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        quantize_aware(model_of(family, **changes), "int4")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_adapters_are_refused():
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model_of(), peft.LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="adapter cannot be trained on a grid"):
+        quantize_aware(adapted, "int4")
+    needed = {"model": "m", "data": "d", "output": "o", "quantize_aware": "int4"}
+    with pytest.raises(ValueError, match="quantize_aware and lora_rank contradict"):
+        TrainConfig.from_mapping({**needed, "lora_rank": 4})
+    with pytest.raises(ValueError, match="quantize_aware and compile contradict"):
+        TrainConfig.from_mapping({**needed, "compile": True})
+
+
+@pytest.fixture
+def settings(wide_model_folder, data_file, tmp_path):
+    return {
+        "model": wide_model_folder,
+        "data": data_file,
+        "output": str(tmp_path / "out"),
+        "regime": "task",
+        "quantize_aware": "int4",
+        "accumulation": 2,
+        "batch_size": 4,
+        "max_steps": 6,
+        "learning_rate": 1e-3,
+        "save_steps": 3,
+        "eval_rows": 10,
+        "device": "cpu",
+    }
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_run_resumes_bit_for_bit_and_says_what_it_was_trained_for(settings, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    whole = train(TrainConfig.from_mapping(settings))
+    first = tmp_path / "out" / "checkpoint-3"
+    again = tmp_path / "again"
+    again.mkdir()
+    first.rename(again / "checkpoint-3")
+    changes = {"output": str(again), "resume": True}
+    train(TrainConfig.from_mapping({**settings, **changes}))
+    one, other = (load_file(f / "model.safetensors") for f in (whole.output, again))
+    assert one.keys() == load_file(Path(settings["model"]) / "model.safetensors").keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+    fields = json.loads((whole.output / "generation_config.json").read_text())
+    found = fields["layerskip"]["weights"]
+    assert found == {"int4": {"method": "quantization-aware training", "nll_change": None}}
+    # The latent weights are written; rounded, they give the loss that evaluation saw.
+    model = AutoModelForCausalLM.from_pretrained(whole.output)
+    on_grid = quantize_aware(model, "int4")
+    assert any((quantize(w, 4).dequantize() != w).any() for n, w in one.items() if "proj" in n)
+    on_grid.remove()
+
+    # Trained on without the grid, the record goes.
+    changes = {"model": str(whole.output), "output": str(tmp_path / "more")}
+    more = train(
+        TrainConfig.from_mapping({**settings, **changes, "quantize_aware": None, "max_steps": 1})
+    )
+    assert "layerskip" not in json.loads((more.output / "generation_config.json").read_text())
