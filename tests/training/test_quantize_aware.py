@@ -126,13 +126,18 @@ def test_the_head_is_rounded_once_a_pass_and_anew_in_the_next(monkeypatch):
 
 
 def test_trained_on_the_grid_it_is_better_there():
-    plain, on_grid = model_of(), model_of()
-    fit(plain, steps=60)
-    fit(on_grid, "int4", steps=60)
-    for model in (plain, on_grid):
+    """Trained without the grid first: what is learnt is then finer than its steps."""
+    start = model_of()
+    fit(start, steps=80, learning_rate=5e-3)
+    losses = []
+    for weights in (None, "int4"):
+        model = model_of()
+        model.load_state_dict(start.state_dict())
+        fit(model, weights, steps=30, learning_rate=3e-3)
         round_in_place(model, 4)
-    # The whole model and both early exits.
-    assert (evaluated(on_grid) < 0.95 * evaluated(plain)).all()
+        losses.append(evaluated(model))
+    plain, on_grid = losses
+    assert (on_grid < 0.95 * plain).all()  # the whole model and both early exits
 
 
 def test_names_stay():

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from layerskip.decoding import DRAFT_SOURCES, MODES, LayerSkipModel
 from layerskip.model.quantize import WEIGHTS
+from layerskip.model.rounding import RoundingWarning
 from layerskip.model.source import BUILTIN_MODELS, DEFAULT_MODEL, is_pulled, pull
 
 Command = Callable[..., Any]
@@ -197,10 +199,26 @@ def load_model(flags: dict[str, Any]) -> LayerSkipModel:
     name = flags["model"]
     if name in BUILTIN_MODELS and not is_pulled(name) and not Path(name).exists():
         fetch(name)
-    with waiting(f"loading {name}"):
+    with waiting(f"loading {name}"), _doubts_in_one_line():
         return LayerSkipModel.from_pretrained(
             name, dtype=flags["dtype"], weights=flags["weights"], device=flags["device"]
         )
+
+
+@contextlib.contextmanager
+def _doubts_in_one_line() -> Iterator[None]:
+    """Warnings about quantized weights without the place in the code that they come from."""
+    with warnings.catch_warnings():
+        plain = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+            if category is RoundingWarning:
+                click.echo(f"layerskip: {message}", err=True)
+            else:
+                plain(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def fetch(name: str) -> Path:

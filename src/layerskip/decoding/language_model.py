@@ -15,6 +15,7 @@ from layerskip.decoding.sampling import Sampling
 from layerskip.model import Checkpoint, Decoder, load, resolve
 from layerskip.model.published import with_defaults
 from layerskip.model.quantize import bits_of
+from layerskip.model.rounding import warn_of_rounding
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -60,7 +61,9 @@ class LayerSkipModel:
         bits_of(weights)  # before a download
         place = _device(device)
         name = str(name_or_path)
-        checkpoint = load(resolve(name), dtype=_dtype(dtype, place), device=place, weights=weights)
+        path = resolve(name)
+        warn_of_rounding(path, weights)
+        checkpoint = load(path, dtype=_dtype(dtype, place), device=place, weights=weights)
         settings = with_defaults(name, checkpoint.settings)
         return cls(dataclasses.replace(checkpoint, settings=settings))
 

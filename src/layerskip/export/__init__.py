@@ -1,5 +1,6 @@
 """A checkpoint for other programs, whole or its first layers as a draft model."""
 
+from layerskip.export.calibrate import Calibrated, calibrate
 from layerskip.export.destination import ExportError
 from layerskip.export.gguf import GGUF_WEIGHTS, to_gguf
 from layerskip.export.hf import HF_WEIGHTS, to_hf
@@ -9,9 +10,11 @@ from layerskip.export.written import Written
 __all__ = [
     "GGUF_WEIGHTS",
     "HF_WEIGHTS",
+    "Calibrated",
     "ExportError",
     "Source",
     "Written",
+    "calibrate",
     "open_source",
     "to_gguf",
     "to_hf",

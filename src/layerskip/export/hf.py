@@ -12,10 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from layerskip.export import hf_config, row_order
+from layerskip.export.calibrate import Calibrated
 from layerskip.export.destination import new_folder
 from layerskip.export.source import Source
 from layerskip.export.written import Progress, Written
 from layerskip.model import CheckpointError
+from layerskip.model.rounding import recorded
 
 HF_WEIGHTS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SHARD_BYTES = 2_000_000_000  # what is in memory at a time
@@ -33,6 +35,7 @@ def to_hf(
     path: Path,
     *,
     weights: str | None = None,
+    calibrated: Calibrated | None = None,
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Written:
@@ -43,6 +46,7 @@ def to_hf(
         path: the folder to make.
         weights: "f32", "f16" or "bf16"; None keeps each tensor as it is stored, and writes quantized
             ones as the float32 numbers that they stand for.
+        calibrated: from `calibrate`: takes the place of the source's matrices, in float32.
         overwrite: replace a checkpoint that is there.
         progress: called after each tensor.
 
@@ -59,6 +63,8 @@ def to_hf(
         else _STORED_AS.get(tensors.stored_as(name), torch.float32)
         for name in names
     }
+    changed = {} if calibrated is None else calibrated.tensors
+    dtypes.update(dict.fromkeys(changed, torch.float32))
     n_bytes = {
         name: torch.Size(tensors.shape(name)).numel() * dtypes[name].itemsize for name in names
     }
@@ -68,7 +74,7 @@ def to_hf(
         (folder / "config.json").write_text(_json(config), encoding="utf-8")
         _check(folder, {name: tensors.shape(name) for name in names}, tied=source.files.tied)
         (folder / "generation_config.json").write_text(
-            _json(hf_config.generation_config(source)), encoding="utf-8"
+            _json(_generation_config(source, weights, calibrated)), encoding="utf-8"
         )
         _write_tokenizer(source, folder)
         shards = list(_shards(n_bytes))
@@ -81,8 +87,12 @@ def to_hf(
             )
             state: dict[str, Tensor] = {}
             for name in shard:
-                state[name] = row_order.read(source, name, "halves").to(dtypes[name]).contiguous()
-                carried_over += tensors.stored_as(name) == _NAMES[dtypes[name]]
+                if name in changed:
+                    state[name] = changed[name]
+                else:
+                    tensor = row_order.read(source, name, "halves")
+                    state[name] = tensor.to(dtypes[name]).contiguous()
+                    carried_over += tensors.stored_as(name) == _NAMES[dtypes[name]]
                 written += 1
                 progress(written, len(names))
             save_file(state, folder / file, metadata={"format": "pt"})
@@ -101,7 +111,19 @@ def to_hf(
         tensors=len(names),
         stored_as=dict(Counter(_NAMES[dtype] for dtype in dtypes.values())),
         carried_over=carried_over,
+        nll_change=None if calibrated is None else calibrated.rounding.nll_change,
     )
+
+
+def _generation_config(
+    source: Source, weights: str | None, calibrated: Calibrated | None
+) -> dict[str, Any]:
+    """The source's; what it says of quantized weights does not hold for other numbers."""
+    fields = hf_config.generation_config(source)
+    if calibrated is not None or weights in ("f16", "bf16"):
+        known = {} if calibrated is None else {"int4": calibrated.rounding}
+        fields["layerskip"] = recorded(fields.get("layerskip"), known)
+    return {key: value for key, value in fields.items() if key != "layerskip" or value}
 
 
 def _shards(n_bytes: dict[str, int]) -> Iterator[list[str]]:

@@ -12,7 +12,8 @@ class Written:
     """A finished export.
 
     `stored_as` counts tensors by how they are stored (F32, BF16, Q4_1, ...); `carried_over` counts
-    those whose bytes are the source's own, neither cast nor quantized again.
+    those whose bytes are the source's own, neither cast nor quantized again. `nll_change` is what the
+    4 bits of a calibrated checkpoint cost, 0.02 = 2% more negative log-likelihood.
     """
 
     path: Path
@@ -24,3 +25,4 @@ class Written:
     tensors: int
     stored_as: dict[str, int]
     carried_over: int
+    nll_change: float | None = None

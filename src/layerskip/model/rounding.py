@@ -6,6 +6,7 @@ written, and loading only reads what was found.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ TRAINED = "quantization-aware training"
 CALIBRATED = "calibration"
 FIELD = "weights"
 MOST_CHANGE = 0.05  # of the negative log-likelihood; above it a load says so
+
+
+class RoundingWarning(UserWarning):
+    """Loading in 8 or 4 bits costs quality, or may."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +50,23 @@ def recorded(own: Any, known: Mapping[str, Rounding]) -> dict[str, Any]:
     return rest
 
 
-def doubt(path: Path, weights: str) -> str | None:
-    """What a user should know before loading a checkpoint of 16-bit weights with "int8" or "int4".
+def warn_of_rounding(path: Path, weights: str) -> None:
+    """Warn (`RoundingWarning`) of what is known, or not known, of a checkpoint in these bits.
 
-    Eight bits of a checkpoint that nobody measured are not doubted: rounding to them is harmless.
+    Eight bits that nobody measured are not doubted, since rounding to them is harmless; GGUF files are
+    not, since what they hold in these bits is taken over.
 
     Args:
-        path: the checkpoint's folder.
-        weights: "int8" or "int4".
-
-    Returns:
-        One line, or None where all is well.
+        path: a checkpoint.
+        weights: a key of `quantize.WEIGHTS`.
     """
-    file = path / "generation_config.json"
+    if weights != "16bit" and any(path.glob("*.safetensors")):
+        line = _doubt(path / "generation_config.json", weights)
+        if line is not None:
+            warnings.warn(line, RoundingWarning, stacklevel=3)
+
+
+def _doubt(file: Path, weights: str) -> str | None:
     own = read_json(file).get("layerskip") if file.is_file() else None
     known = own.get(FIELD) if isinstance(own, dict) else None
     found = known.get(weights) if isinstance(known, dict) else None
@@ -65,13 +74,13 @@ def doubt(path: Path, weights: str) -> str | None:
         if weights == "int8":
             return None
         return (
-            "what 4 bits cost this checkpoint is not measured, and may be much; `layerskip export"
-            " --to hf --weights int4 --calibrate TEXT` measures it and makes it less"
+            "what 4 bits cost this checkpoint is not known, and may be much; `layerskip export --to hf"
+            " --weights int4 --calibrate TEXT` measures it and makes it less"
         )
     change = found.get("nll_change")
     if isinstance(change, float) and change > MOST_CHANGE:
         return (
-            f"{weights} costs this checkpoint {change:.0%} negative log-likelihood against 16 bits,"
-            " measured on its calibration text; int8 or training with --quantize-aware cost less"
+            f"{weights} costs this checkpoint {change:.0%} negative log-likelihood on its calibration"
+            " text; --weights int8, or training with --quantize-aware, cost less"
         )
     return None

@@ -4,8 +4,9 @@ The float32 weights behind it are what the optimizer changes and checkpoints hol
 names; rounding passes gradients straight through (arXiv 1308.3432). Loading the result with the same
 weights rounds to exactly the numbers that were trained.
 
-torchao's fake quantization has other grids (zero points are whole numbers of steps, where ours are
-float16 offsets), and `torch.nn.utils.parametrize` renames the weights in checkpoints. So the forward
+torchao's fake quantization cannot lay out this grid (it rounds the middle of a group's range where
+ours has its least value in float16), and `torch.nn.utils.parametrize` renames the weights in
+checkpoints. So the forward
 of the modules is replaced on the instance, as `recipe.attach` does it with layers.
 """
 

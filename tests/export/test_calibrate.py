@@ -1,0 +1,182 @@
+"""Weights rounded to 4 bits with errors that make up for each other."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny_checkpoint
+from layerskip import cli
+from layerskip.decoding import LayerSkipModel
+from layerskip.export import calibrate, open_source, to_gguf, to_hf
+from layerskip.export.compensate import compensated
+from layerskip.model import load
+from layerskip.model.quantize import quantize
+from layerskip.model.rounding import RoundingWarning
+
+TEXT = "The grid has sixteen points, and every weight has to stand on one of them. " * 60
+
+
+def inputs(n_in, seed=0):
+    """Correlated inputs, as those of a layer are."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(n_in // 4, n_in, generator=generator)
+    rows = torch.randn(512, n_in // 4, generator=generator) @ mix
+    return rows + 0.3 * torch.randn(rows.shape, generator=generator)
+
+
+@pytest.fixture
+def weight():
+    return torch.randn(48, 128, generator=torch.manual_seed(1)) * 0.05
+
+
+def test_outputs_change_less_than_by_nearest_rounding(weight):
+    x = inputs(128)
+    made = compensated(weight, x.T @ x)
+
+    def error(rounded):
+        unseen = x[::2] + x[1::2]
+        return (unseen @ (rounded - weight).T).norm()
+
+    assert error(made) < 0.6 * error(quantize(weight, 4).dequantize())
+
+
+def test_rounding_again_gives_back_the_same_numbers(weight):
+    weight[0, :32] = 0.25  # equal values
+    weight[1] = 0.0
+    x = inputs(128)
+    x[:, 5] = 0  # an input that is always zero
+    made = compensated(weight, x.T @ x)
+    assert made.isfinite().all()
+    torch.testing.assert_close(quantize(made, 4).dequantize(), made, rtol=0, atol=1e-8)
+    again = quantize(quantize(made, 4).dequantize(), 4)
+    assert torch.equal(again.codes, quantize(made, 4).codes)
+
+
+def test_without_correlation_it_is_nearest_rounding(weight):
+    made = compensated(weight, torch.eye(128))
+    torch.testing.assert_close(made, quantize(weight, 4).dequantize(), rtol=0, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_checkpoint.save(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def calibrated(folder):
+    source = open_source(folder)
+    return source, calibrate(source, source.files.tokenizer().encode(TEXT))
+
+
+def test_every_matrix_of_a_layer_is_on_the_grid_and_nothing_else_changes(calibrated, tmp_path):
+    source, made = calibrated
+    written = to_hf(source, tmp_path / "out", calibrated=made)
+    assert written.nll_change == made.rounding.nll_change
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in found.items():
+        before = source.files.tensors.read(name)
+        if ".layers." in name and tensor.ndim == 2:
+            assert not torch.equal(tensor, before)
+            nearest = quantize(tensor, 4).dequantize()
+            torch.testing.assert_close(nearest, tensor, rtol=0, atol=1e-7)
+        else:
+            assert torch.equal(tensor, before)
+
+
+def test_loaded_in_4_bits_it_is_the_checkpoint_that_was_written(calibrated, theirs, tmp_path):
+    source, made = calibrated
+    to_hf(source, tmp_path / "out", calibrated=made)
+    tokens = torch.arange(3, 40)
+    decoder = load(tmp_path / "out", dtype=torch.float32, weights="int4").decoder
+    cache = decoder.new_cache(64)
+    hidden = decoder.run(decoder.embed(tokens[None]), 0, len(decoder.layers), cache)
+    # Embedding and head are rounded to 8 bits at load; put there, the rest has to be the same.
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            model.get_parameter(name).copy_(quantize(state[name], 8).dequantize())
+        expected = model(tokens[None], use_cache=False).logits
+    torch.testing.assert_close(decoder.logits(hidden), expected, rtol=0, atol=1e-4)
+
+
+def test_llama_cpp_s_kind_of_4_bits_keeps_it(calibrated, tmp_path):
+    source, made = calibrated
+    to_hf(source, tmp_path / "out", calibrated=made)
+    name = "model.layers.1.mlp.down_proj.weight"
+    file = tmp_path / "out.gguf"
+    (tmp_path / "out" / "tokenizer.json").unlink()  # llama.cpp has no name for this tokenizer
+    to_gguf(open_source(tmp_path / "out"), file, weights="q4_1")
+    found = open_source(file).files.tensors.read(name)
+    torch.testing.assert_close(found, made.tensors[name], rtol=0, atol=1e-6)
+
+
+def test_what_it_costs_is_measured_on_other_windows(calibrated):
+    _, made = calibrated
+    assert made.rounding.method == "calibration"
+    assert made.rounding.nll_change != 0.0
+    assert abs(made.rounding.nll_change) < 0.5
+
+
+def test_the_command(folder, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    arguments = ["export", "--model", str(folder), "--to", "hf", "--weights", "int4"]
+    out = tmp_path / "out"
+    assert cli.run([*arguments, "--calibrate", str(text), str(out)]) == 0
+    assert "with --weights int4: " in capsys.readouterr().out
+    fields = json.loads((out / "generation_config.json").read_text())
+    assert fields["layerskip"]["weights"]["int4"]["method"] == "calibration"
+    # Cast to 16 bits, its weights are off the grid: what was measured is not said of them.
+    cast = ["export", "--model", str(out), "--to", "hf", "--weights", "bf16", str(tmp_path / "b")]
+    assert cli.run(cast) == 0
+    assert "layerskip" not in json.loads((tmp_path / "b" / "generation_config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "hf", "--weights", "int4"], "go together"),
+        (["--to", "hf", "--calibrate", "text.txt"], "go together"),
+        (["--to", "gguf", "--weights", "int4", "--calibrate", "t"], "goes with --to hf"),
+    ],
+)
+def test_usage_errors(folder, arguments, message, capsys):
+    assert cli.run(["export", "--model", str(folder), *arguments, "out"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_short_text_is_refused(folder):
+    with pytest.raises(ValueError, match="has 100 tokens; 2560 are needed"):
+        calibrate(open_source(folder), list(range(100)))
+
+
+def doubts(path, weights):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        LayerSkipModel.from_pretrained(path, dtype="float32", weights=weights)
+    return [str(w.message) for w in seen if w.category is RoundingWarning]
+
+
+def test_loading_says_what_is_not_known_or_is_much(folder, tmp_path):
+    tiny_checkpoint.save(tmp_path)
+    assert doubts(tmp_path, "16bit") == doubts(tmp_path, "int8") == []
+    (unknown,) = doubts(tmp_path, "int4")
+    assert "--calibrate TEXT" in unknown
+    file = tmp_path / "generation_config.json"
+    fields = json.loads(file.read_text())
+
+    def known(change):
+        known = {"method": "calibration", "nll_change": change}
+        file.write_text(json.dumps({**fields, "layerskip": {"weights": {"int4": known}}}))
+        return doubts(tmp_path, "int4")
+
+    assert known(0.03) == known(None) == []
+    (much,) = known(0.071)
+    assert much.startswith("int4 costs this checkpoint 7%")
+    assert "\n" not in much + unknown
