@@ -127,9 +127,9 @@ def _rounding(layers: nn.ModuleList, progress: Progress) -> Iterator[None]:
 
 
 @contextmanager
-def _hessians(linears: Sequence[nn.Linear]) -> Iterator[dict[nn.Linear, Tensor]]:
+def _hessians(linears: Sequence[nn.Linear]) -> Iterator[dict[nn.Module, Tensor]]:
     """Sum of x xT over the inputs that each of these modules gets while this lasts."""
-    found: dict[nn.Linear, Tensor] = {}
+    found: dict[nn.Module, Tensor] = {}
 
     def note(linear: nn.Module, inputs: tuple[Tensor, ...], _: Any) -> None:
         x = inputs[0].flatten(0, -2)

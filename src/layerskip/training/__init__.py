@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layerskip.training.config import TrainConfig
+    from layerskip.training.fake_quantization import quantize_aware
     from layerskip.training.progress import Progress
     from layerskip.training.run import train
     from layerskip.training.trainer import LayerSkipMixin, LayerSkipTrainer, RecipeCallback
@@ -15,9 +16,15 @@ __all__ = [
     "Progress",
     "RecipeCallback",
     "TrainConfig",
+    "quantize_aware",
     "train",
 ]
-_FILES = {"TrainConfig": "config", "Progress": "progress", "train": "run"}
+_FILES = {
+    "TrainConfig": "config",
+    "Progress": "progress",
+    "quantize_aware": "fake_quantization",
+    "train": "run",
+}
 
 
 def __getattr__(name: str) -> Any:

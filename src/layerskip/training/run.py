@@ -27,9 +27,9 @@ from layerskip.recipe import detach
 from layerskip.training.callbacks import JsonLinesLog, TimeBudget, read_log
 from layerskip.training.config import TrainConfig
 from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows, read_rows
+from layerskip.training.fake_quantization import quantize_aware
 from layerskip.training.memory import keep_freed_memory
 from layerskip.training.plots import plot_run
-from layerskip.training.quantize_aware import quantize_aware
 from layerskip.training.progress import Progress, Watch, hidden_bars
 from layerskip.training.source import pretrained, pretrained_weights
 from layerskip.training.trainer import INCOMPLETE, LayerSkipTrainer, last_checkpoint
@@ -310,7 +310,9 @@ def _save(trainer: LayerSkipTrainer, config: TrainConfig, exit_layer: int, outpu
 
 def _record_rounding(generation_config: Any, config: TrainConfig) -> None:
     """What was known of the model that training began with holds no longer."""
-    known = {config.quantize_aware: Rounding(TRAINED)} if config.quantize_aware else {}
+    known: dict[str, Rounding] = {}
+    if config.quantize_aware is not None:
+        known[config.quantize_aware] = Rounding(TRAINED)
     own = recorded(getattr(generation_config, "layerskip", None), known)
     if own:
         generation_config.layerskip = own

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from layerskip.model.quantize import check_groups, on_grid
+from layerskip.model.quantize import bits_of, check_groups, on_grid
 from layerskip.recipe.anatomy import Anatomy, find_anatomy, transformers_model
 
-BITS = {"int8": 8, "int4": 4}
 HEAD_BITS = 8  # of head and embedding, whatever the layers have
 
 
@@ -44,8 +43,9 @@ def quantize_aware(model: nn.Module, weights: str) -> QuantizeAware:
         ValueError: other weights, an adapter on the model, matrices of its layers that are not those
             of linear layers (mixtures of experts), or that cannot be cut into groups.
     """
-    if weights not in BITS:
-        raise ValueError(f"weights is {weights!r}; to train for there are: {', '.join(BITS)}")
+    bits = bits_of(weights)
+    if bits is None:
+        raise ValueError("weights of 16 bits have no grid; to train for there are int8 and int4")
     plain_model = transformers_model(model)
     if getattr(plain_model, "peft_config", None):
         raise ValueError("an adapter cannot be trained on a grid: merging it takes weights off it")
@@ -53,10 +53,12 @@ def quantize_aware(model: nn.Module, weights: str) -> QuantizeAware:
     linears = list(_linears(anatomy))
     embedding, head = plain_model.get_input_embeddings(), anatomy.head
     if not isinstance(head, nn.Linear) or not isinstance(embedding, nn.Embedding):
-        raise ValueError(f"{type(plain_model).__name__} has no plain embedding and head to quantize")
-    for module in (*linears, embedding, head):
-        check_groups(module.weight.shape)
-    return QuantizeAware(plain_model, linears, embedding, head, BITS[weights])
+        raise ValueError(
+            f"{type(plain_model).__name__} has no plain embedding and head to quantize"
+        )
+    for weight in (*(linear.weight for linear in linears), embedding.weight, head.weight):
+        check_groups(weight.shape)
+    return QuantizeAware(plain_model, linears, embedding, head, bits)
 
 
 class QuantizeAware:
@@ -145,7 +147,7 @@ def _rounded(weight: Tensor, bits: int) -> Tensor:
 
 
 def _straight_through(weight: Tensor, values: Tensor) -> Tensor:
-    result: Tensor = _StraightThrough.apply(weight, values)  # type: ignore[no-untyped-call]
+    result: Tensor = _StraightThrough.apply(weight, values)
     return result
 
 
@@ -158,5 +160,5 @@ class _StraightThrough(torch.autograd.Function):
         return values.view_as(values)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.to(ctx.dtype), None

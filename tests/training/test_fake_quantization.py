@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 from causal_lms import batch_of, build
 from layerskip.model.quantize import quantize
 from layerskip.recipe import RecipeConfig, attach, detach
-from layerskip.training import TrainConfig, train
-from layerskip.training.quantize_aware import quantize_aware
+from layerskip.training import TrainConfig, quantize_aware, train
 
 RECIPE = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.3)
 WIDTHS = {"intermediate_size": 64}  # a multiple of the grid's groups
@@ -105,7 +104,7 @@ def test_autocast_and_gradient_checkpointing_give_the_same_gradients():
 
 
 def test_the_head_is_rounded_once_a_pass_and_anew_in_the_next(monkeypatch):
-    from layerskip.training import quantize_aware as module
+    from layerskip.training import fake_quantization as module
 
     seen, plain = [], module.on_grid
     monkeypatch.setattr(module, "on_grid", lambda w, bits: seen.append(w.shape) or plain(w, bits))
