@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from layerskip.model.quantize import GROUP, Quantized, quantize
+from layerskip.model.quantize import GROUP, Quantized, on_grid, quantize
 
 
 @pytest.mark.parametrize(("bits", "steps"), [(8, 254), (4, 15)])
@@ -56,3 +56,10 @@ def test_rows_that_are_no_groups_are_refused() -> None:
         quantize(torch.zeros(2, 40), 8)
     with pytest.raises(ValueError, match="8 and 4"):
         quantize(torch.zeros(2, 64), 3)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_short_way_gives_the_same_numbers(bits: int) -> None:
+    weight = torch.randn(16, 3 * GROUP, generator=torch.manual_seed(0))
+    weight[0], weight[1] = 0.0, 0.3
+    assert torch.equal(on_grid(weight, bits), quantize(weight, bits).dequantize())
