@@ -6,7 +6,7 @@ import pytest
 
 from layerskip.bench.evaluation import Metric, Row, plans, scoring_exit
 from layerskip.decoding import Plan
-from layerskip.model.checkpoint import Settings
+from layerskip.model import Settings
 
 
 def model(n_layers=30, **settings):

@@ -4,9 +4,10 @@ import pytest
 from tiny_decoders import LAYERS, PLAIN, ids, random_prompt, steps, tiny_decoder
 
 from layerskip.decoding import Plan, Sampling
-from layerskip.decoding.draft_length import DraftCosts, DraftLength
+from layerskip.decoding.draft_costs import DraftCosts
+from layerskip.decoding.draft_length import DraftLength, NgramLength, Pace
 
-CHEAP = DraftCosts(layers=0.1, head=0.1, row=0.0)
+CHEAP = DraftCosts(layers=0.1, head=0.1, passes=(1.0,))
 
 
 def drafted(length, confidences):
@@ -18,18 +19,6 @@ def drafted(length, confidences):
             break
         kept += 1
     return kept
-
-
-def test_costs_are_shares_of_the_bytes_read():
-    decoder = tiny_decoder("llama3.1")
-    costs = DraftCosts.of(decoder, 1, decoder.head)
-    head = decoder.head.weight_bytes / decoder.weight_bytes
-    assert costs.head == head
-    assert costs.layers == pytest.approx((1 - head) / LAYERS)
-
-
-def test_a_round_costs_a_step_and_what_was_drafted():
-    assert DraftCosts(layers=0.2, head=0.1, row=0.05).round(3, 4) == pytest.approx(1 + 0.75 + 0.4)
 
 
 def test_it_goes_on_while_the_chance_is_worth_the_cost():
