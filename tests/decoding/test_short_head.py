@@ -49,7 +49,7 @@ def test_the_list_s_head_is_made_once_and_prompts_add_their_own_rows(monkeypatch
 
     monkeypatch.setattr(type(decoder), "with_short_head", counted)
     plan = short(speculative(1, 2), (1, 2, 5))
-    for seed in range(3):
+    for _ in range(3):
         ids(decoder, [1, 2, 5], plan)
         ids(decoder, [7, 8, 5, 2], plan)
     assert made == [3, 2, 2, 2]

@@ -119,9 +119,7 @@ def ablation_of(model: LayerSkipModel) -> list[Setting]:
             n_layers=len(model.decoder.layers),
         )
         found.setdefault(plan, _setting_of("auto", plan, label=label, switches=switches))
-    whole = choose(
-        "auto", None, None, settings=model.settings, n_layers=len(model.decoder.layers)
-    )
+    whole = choose("auto", None, None, settings=model.settings, n_layers=len(model.decoder.layers))
     found.pop(whole, None)
     return list(found.values())
 
@@ -188,7 +186,9 @@ def settings_of(
         known: dict[str, Any] = {"settings": model.settings, "n_layers": len(model.decoder.layers)}
         plan = choose(mode, e, d, source, adaptive or None, **known)
         found = _setting_of(mode, plan)
-        return found if vocabulary is None else dataclasses.replace(found, draft_vocabulary=vocabulary)
+        return (
+            found if vocabulary is None else dataclasses.replace(found, draft_vocabulary=vocabulary)
+        )
 
     default = setting("self-speculative")
     exits: Sequence[int | None] = exit_layers or [default.exit_layer]

@@ -46,9 +46,7 @@ class Batch:
         seed: int | None = None,
     ) -> None:
         if not can_batch(plan, sampling):
-            raise ValueError(
-                "a batch has no repetition penalty, n-grams or adaptive drafts"
-            )
+            raise ValueError("a batch has no repetition penalty, n-grams or adaptive drafts")
         for prompt in prompts:
             check_prompt(decoder, prompt)
         self._decoder, self._prompts, self._plan, self._sampling = decoder, prompts, plan, sampling

@@ -8,7 +8,7 @@ import dataclasses
 from layerskip.model import Decoder, StepCosts
 
 # What one more position adds to a pass, by the bits that a weight is kept in, where nothing was
-# measured. Weights are read once for all positions; the fewer their bytes, the more the arithmetic shows.
+# measured. Weights are read once for all positions; the fewer their bytes, the more arithmetic shows.
 _ROW_COSTS = {32: 0.06, 16: 0.05, 8: 0.15, 4: 0.3}
 _ROW_COST_ON_A_GPU = 0.01
 _BATCH_ACCEPTANCE = 0.8  # of a token, at the first exits that are worth it

@@ -133,7 +133,8 @@ def for_batch(plan: Plan, decoder: Decoder, settings: Settings, rows: int) -> Pl
         return Plan(mode="plain")
     share = len(plan.draft_vocabulary or ()) / decoder.architecture.vocab_size or 1.0
     costs = DraftCosts.of(decoder, plan.exit_layer, share, settings.costs)
-    most = settings.draft_tokens or DEFAULT_DRAFT_TOKENS
+    assert plan.draft_tokens is not None
+    most = min(plan.draft_tokens, settings.draft_tokens or DEFAULT_DRAFT_TOKENS)
     if not (draft_tokens := costs.batch_draft_tokens(rows, most)):
         return Plan(mode="plain")
     return dataclasses.replace(

@@ -76,4 +76,3 @@ class ShortHead:
         whole = probabilities.new_zeros(*probabilities.shape[:-1], self._vocab_size)
         whole[..., self.token_ids] = probabilities
         return whole
-

@@ -1,4 +1,4 @@
-"""Which tokens a trained model's early exit should draft: those that its training answers are made of."""
+"""Which tokens a trained model's early exit should draft: those that its answers are made of."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
