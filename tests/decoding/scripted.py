@@ -31,7 +31,7 @@ class ScriptedDecoder:
 
     def __init__(self, answer, *, misses=(), prompt_tokens=1, vocab_size=300, max_context=64):
         self.answer, self.misses, self.prompt_tokens = list(answer), set(misses), prompt_tokens
-        self.layers = [SimpleNamespace(qkv=SimpleNamespace(weight_bytes=24))] * LAYERS  # 16 bits
+        self.layers = [None] * LAYERS
         self.architecture = Architecture(
             family="llama",
             n_layers=LAYERS,

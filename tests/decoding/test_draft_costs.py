@@ -1,6 +1,7 @@
 """What a round costs, by numbers that can be followed by hand."""
 
 import pytest
+import torch
 from scripted import ScriptedDecoder
 from tiny_decoders import LAYERS, tiny_decoder
 
@@ -18,10 +19,18 @@ def test_costs_are_shares_of_the_bytes_read():
     assert DraftCosts.of(decoder, 0).layers == 0.0
 
 
-@pytest.mark.parametrize(("weight_bytes", "row"), [(48, 0.06), (24, 0.05), (13, 0.15), (7, 0.3)])
-def test_positions_are_dearer_the_fewer_bytes_a_weight_has(weight_bytes, row):
-    decoder = ScriptedDecoder([1])  # 12 weights
-    decoder.layers[0].qkv.weight_bytes = weight_bytes
+@pytest.mark.parametrize(
+    ("weights", "dtype", "row"),
+    [
+        ("16bit", torch.float32, 0.06),
+        ("16bit", torch.bfloat16, 0.05),
+        ("int8", torch.bfloat16, 0.15),
+        ("int4", torch.bfloat16, 0.3),
+    ],
+)
+def test_positions_are_dearer_the_fewer_bits_a_weight_has(weights, dtype, row):
+    decoder = ScriptedDecoder([1])
+    decoder.weights, decoder.dtype = weights, dtype
     assert DraftCosts.of(decoder, 1).passes == (1.0, 1.0 + row)
 
 

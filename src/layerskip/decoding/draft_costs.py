@@ -6,6 +6,7 @@ Nothing is timed while an answer is made, so the same prompt is always decoded i
 import dataclasses
 
 from layerskip.model import Decoder, StepCosts
+from layerskip.model.quantize import bits_of
 
 # What one more position adds to a pass, by the bits that a weight is kept in, where nothing was
 # measured. Weights are read once for all positions; the fewer their bytes, the more arithmetic shows.
@@ -98,7 +99,4 @@ class DraftCosts:
 def _row_cost(decoder: Decoder) -> float:
     if decoder.device.type != "cpu":
         return _ROW_COST_ON_A_GPU
-    a = decoder.architecture
-    weights = a.hidden_size * (a.n_heads + 2 * a.n_kv_heads) * a.head_dim
-    bits = 8 * decoder.layers[0].qkv.weight_bytes / weights
-    return _ROW_COSTS[min(_ROW_COSTS, key=lambda known: abs(known - bits))]
+    return _ROW_COSTS[bits_of(decoder.weights) or 8 * decoder.dtype.itemsize]

@@ -63,7 +63,7 @@ class LayerSkipModel:
         checkpoint = load(resolve(name), dtype=_dtype(dtype, place), device=place, weights=weights)
         settings = with_defaults(name, checkpoint.settings).measured_for(
             dtype=str(checkpoint.decoder.dtype).removeprefix("torch."),
-            weights=weights,
+            weights=checkpoint.decoder.weights,
             device=place.type,
         )
         return cls(dataclasses.replace(checkpoint, settings=settings))

@@ -12,9 +12,7 @@ _LEAST = 1e-3  # of a plain step: differences of medians can come out at nothing
 _SHARE_OF_VOCABULARY = 4  # a quarter: its first tokens, for a checkpoint that has no list yet
 
 
-def step_costs(
-    costs: Costs, exit_layer: int, model: LayerSkipModel, weights: str = "16bit"
-) -> StepCosts:
+def step_costs(costs: Costs, exit_layer: int, model: LayerSkipModel) -> StepCosts:
     """The costs at the middle context, in plain steps, drafting at one exit through the whole head.
 
     A pass over n positions is taken to grow with n as the verification from that exit does.
@@ -23,7 +21,7 @@ def step_costs(
     plain, verify = float(costs.plain_s[middle]), costs.verify_s[middle, x]
     return StepCosts(
         dtype=str(model.decoder.dtype).removeprefix("torch."),
-        weights=weights,
+        weights=model.decoder.weights,
         device=model.decoder.device.type,
         exit_layer=exit_layer,
         draft_step=max(float(costs.draft_step_s[middle, x]) / plain, _LEAST),

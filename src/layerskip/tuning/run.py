@@ -179,7 +179,7 @@ def tune(
         grid=grid_rows,
         confirmed=confirmed,
         choice=choice,
-        step_costs=step_costs(costs, exit_layer, model, weights),
+        step_costs=step_costs(costs, exit_layer, model),
         draft_vocabulary=draft_vocabulary(texts, model),
     )
 
