@@ -1,7 +1,5 @@
 """A machine whose times are written down: the scripted decoder moves its own clock."""
 
-from types import SimpleNamespace
-
 import scripted
 
 from layerskip.decoding import answer
@@ -17,9 +15,6 @@ class TimedDecoder(scripted.ScriptedDecoder):
         context: of a layer, for every settled token.
         head: of the head, however many positions.
     """
-
-    head = SimpleNamespace(weight_bytes=1)
-    weight_bytes = 5
 
     def __init__(self, answer, *, layer=1.0, row=0.0, context=0.0, head=0.5, **script):
         super().__init__(answer, **script)

@@ -6,7 +6,7 @@ import pytest
 
 from layerskip.bench.evaluation import Metric, Row, plans, scoring_exit
 from layerskip.decoding import Plan
-from layerskip.model.checkpoint import Settings
+from layerskip.model import Settings
 
 
 def model(n_layers=30, **settings):
@@ -22,7 +22,13 @@ def model(n_layers=30, **settings):
         (["early-exit"], None, (), {}, [("early-exit", e, None) for e in (8, 15, 23, 30)]),
         (["self-speculative"], None, (4,), {"exit_layer": 6}, [("self-speculative", 6, 4)]),
         (["self-speculative"], None, (4, "n-gram"), {}, [("self-speculative", None, 4)]),
-        (["auto", "plain"], None, (), {}, [("plain", None, None)]),
+        (
+            ["auto", "plain"],
+            None,
+            (),
+            {},
+            [("self-speculative", None, 12), ("plain", None, None)],
+        ),
         (["auto"], [9], (4,), {}, [("self-speculative", 9, 4)]),
     ],
 )

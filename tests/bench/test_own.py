@@ -32,7 +32,7 @@ def test_every_pair_is_a_row():
         ("self-speculative", 1, 4),
         ("self-speculative", 3, 2),
         ("self-speculative", 3, 4),
-        ("auto", None, None),
+        ("auto", None, 12),
     ]
 
 
@@ -41,7 +41,7 @@ def test_what_is_not_named_is_the_checkpoints_or_the_default():
         ("plain", None, None),
         ("early-exit", 3, None),
         ("self-speculative", 3, 6),
-        ("auto", 3, 6),
+        ("auto", 3, 12),
     ]
     assert rows(settings_of(model(), modes=("self-speculative",))) == [
         ("plain", None, None),
@@ -69,6 +69,30 @@ def test_other_drafts():
         (2, 3, "both", False, 50),
         (2, 12, "both", True, None),
     ]
+
+
+def test_an_ablation_takes_parts_away_and_leaves_parts_alone():
+    made = model(exit_layer=2, draft_vocabulary=(7, 5))
+    found = settings_of(made, modes=(), ablation=True)[1:]
+    fields = ("label", "exit_layer", "draft_tokens", "draft_from", "adaptive", "draft_vocabulary")
+    assert [tuple(getattr(s, name) for name in fields) for s in found] == [
+        ("without n-grams", 2, 12, "early-exit", True, 2),
+        ("without early exit", None, 12, "n-gram", True, None),
+        ("without short head", 2, 12, "both", True, None),
+        ("without adaptive", 2, 5, "both", False, 2),
+        ("early exit alone", 2, 5, "early-exit", False, None),
+        ("n-grams alone", None, 5, "n-gram", False, None),
+        ("early exit and short head", 2, 5, "early-exit", False, 2),
+        ("early exit and adaptive", 2, 12, "early-exit", True, None),
+    ]
+    system = OwnSystem(made, found)
+    for setting in found:
+        assert system.answer(setting, [0], 9).text == "abcdefabc"
+
+
+def test_an_ablation_has_no_rows_of_what_is_not_there():
+    found = settings_of(model(), modes=(), ablation=True)[1:]
+    assert [s.label for s in found] == ["without adaptive"]
 
 
 def test_an_exit_that_is_not_there_is_refused():

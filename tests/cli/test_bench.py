@@ -44,7 +44,7 @@ def test_one_document_with_the_rows_of_the_contract(run, prompts):
         ("self-speculative", 2, 3),
         ("self-speculative", 3, 2),
         ("self-speculative", 3, 3),
-        ("auto", None, None),
+        ("auto", None, 12),
     ]
     for row in rows:
         assert not [name for name in CONTRACT if name not in row]

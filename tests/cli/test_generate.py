@@ -35,11 +35,37 @@ def test_json_is_one_document_with_the_fields_of_the_contract(run):
 
 
 def test_plain_has_no_exit_and_no_acceptance(run):
-    result = json.loads(run("generate", "--prompt", "abc", "--max-new-tokens", 4, "--json")[1])
+    flags = ("--mode", "plain", "--max-new-tokens", 4, "--json")
+    result = json.loads(run("generate", "--prompt", "abc", *flags)[1])
     assert result["mode"] == "plain"
     absent = ("exit_layer", "draft_tokens", "acceptance_rate", "mean_accepted_length")
     assert [result[name] for name in absent] == [None] * 4
     assert (result["rounds"], result["drafted"], result["accepted"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        (),
+        ("--draft-from", "early-exit", "--exit-layer", 1),
+        ("--draft-from", "n-gram", "--no-adaptive"),
+        ("--exit-layer", 1, "--draft-vocabulary", "none"),
+        ("--exit-layer", 1, "--draft-vocabulary", 20, "--no-adaptive"),
+    ],
+)
+def test_each_part_of_auto_can_be_switched_alone_and_the_answer_stays(run, switches):
+    flags = ("generate", "--prompt", "abc abc", "--max-new-tokens", 12, "--json")
+    plain = json.loads(run(*flags, "--mode", "plain")[1])
+    status, out, err = run(*flags, *switches)
+    assert (status, err) == (0, "")
+    assert json.loads(out)["mode"] == "self-speculative"
+    assert json.loads(out)["token_ids"] == plain["token_ids"]
+
+
+def test_a_draft_vocabulary_is_a_number_or_none(run):
+    status, _, err = run("generate", "--prompt", "abc", "--draft-vocabulary", "some")
+    assert status == 2
+    assert "'some' is not a valid integer" in err
 
 
 def test_what_is_streamed_is_the_text_of_the_library(run, folder):

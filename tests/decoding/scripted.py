@@ -1,6 +1,8 @@
 """A decoder whose answer is written down, and a byte-level tokenizer."""
 
+import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -24,6 +26,8 @@ class ScriptedDecoder:
     """
 
     device, dtype, weights = torch.device("cpu"), torch.float32, "16bit"
+    head = SimpleNamespace(weight_bytes=1)
+    weight_bytes = 5
 
     def __init__(self, answer, *, misses=(), prompt_tokens=1, vocab_size=300, max_context=64):
         self.answer, self.misses, self.prompt_tokens = list(answer), set(misses), prompt_tokens
@@ -60,6 +64,11 @@ class ScriptedDecoder:
     def logits(self, hidden):
         rows = [[self._next(int(at), int(depth)) for at, depth in row] for row in hidden]
         return functional.one_hot(torch.tensor(rows), self.architecture.vocab_size) * 9.0
+
+    def with_short_head(self, token_ids):
+        short, whole = copy.copy(self), self.logits
+        short.logits = lambda hidden: whole(hidden)[..., token_ids]
+        return short
 
     def _next(self, position, n_layers):
         index = position - self.prompt_tokens + 1

@@ -4,9 +4,10 @@ import pytest
 from tiny_decoders import LAYERS, PLAIN, ids, random_prompt, steps, tiny_decoder
 
 from layerskip.decoding import Plan, Sampling
-from layerskip.decoding.draft_length import DraftCosts, DraftLength
+from layerskip.decoding.draft_costs import DraftCosts
+from layerskip.decoding.draft_length import DraftLength, NgramLength, Pace
 
-CHEAP = DraftCosts(layers=0.1, head=0.1, row=0.0)
+CHEAP = DraftCosts(layers=0.1, head=0.1, passes=(1.0,))
 
 
 def drafted(length, confidences):
@@ -18,18 +19,6 @@ def drafted(length, confidences):
             break
         kept += 1
     return kept
-
-
-def test_costs_are_shares_of_the_bytes_read():
-    decoder = tiny_decoder("llama3.1")
-    costs = DraftCosts.of(decoder, 1, decoder.head)
-    head = decoder.head.weight_bytes / decoder.weight_bytes
-    assert costs.head == head
-    assert costs.layers == pytest.approx((1 - head) / LAYERS)
-
-
-def test_a_round_costs_a_step_and_what_was_drafted():
-    assert DraftCosts(layers=0.2, head=0.1, row=0.05).round(3, 4) == pytest.approx(1 + 0.75 + 0.4)
 
 
 def test_it_goes_on_while_the_chance_is_worth_the_cost():
@@ -68,6 +57,91 @@ def test_where_drafting_pays_it_drafts_further():
         kept = drafted(length, [0.95] * 12)
         length.learn(kept)
     assert kept >= 10
+
+
+def test_nothing_but_one_token_is_risked_before_the_first_is_right():
+    length = DraftLength(CHEAP)
+    assert length.begins()
+    assert not length.ends
+    assert length.keeps(0.95)
+    assert length.ends
+    length.learn(1)
+    assert length.begins()
+    assert length.keeps(0.95)
+    assert not length.ends
+
+
+# Each position beyond the first adds 0.1 to a pass.
+ROWS = DraftCosts(layers=0.1, head=0.1, passes=(1.0, 1.1))
+
+
+def test_a_long_match_is_drafted_further_than_a_short_one():
+    """After two tokens 0.3, then 0.4, 0.5: products 0.3, 0.12, 0.06, and the third is under 0.1."""
+    assert NgramLength(ROWS, Pace()).choose(2, 9) == 2
+    # After five: 0.6, 0.42, 0.34, 0.27, 0.21, 0.17, 0.14, 0.11, 0.09.
+    assert NgramLength(ROWS, Pace()).choose(5, 12) == 8
+    assert NgramLength(ROWS, Pace()).choose(5, 3) == 3
+
+
+def test_what_brings_more_goes_first():
+    """Two tokens after a match of two bring 1 + 0.3 + 0.12 - 1.2 = 0.22."""
+    assert NgramLength(ROWS, Pace()).choose(2, 9, rival=0.21) == 2
+    assert NgramLength(ROWS, Pace()).choose(2, 9, rival=0.23) == 0
+
+
+def test_dear_positions_are_not_spent_on_n_grams():
+    dear = DraftCosts(layers=0.0, head=0.0, passes=(1.0, 2.0))
+    assert NgramLength(dear, Pace()).choose(5, 12) == 0
+    # Four positions at the price of two: worth it together, though the first alone is not.
+    blocks = DraftCosts(layers=0.0, head=0.0, passes=(1.0, 2.0, 2.0, 2.0, 3.0))
+    assert NgramLength(blocks, Pace()).choose(5, 12) == 3
+
+
+def test_n_grams_learn_by_the_length_of_the_match():
+    length = NgramLength(ROWS, Pace())
+    for _ in range(3):
+        while not length.choose(2, 1):  # rests between its tries
+            pass
+        length.learn(0)
+    # 0.6 of 2 at first, now of 5: 0.12 is still worth 0.1; of 6 it is not.
+    while not length.choose(2, 1):
+        pass
+    length.learn(0)
+    assert not any(length.choose(2, 1) for _ in range(200))
+    assert any(length.choose(4, 1) for _ in range(200))
+
+
+@pytest.mark.parametrize("confidence", [0.35, 0.65, 0.95])
+@pytest.mark.parametrize(
+    "costs",
+    [
+        DraftCosts(layers=0.13, head=0.02, passes=(1.0, 1.05)),  # exit 4 of 30, short head
+        DraftCosts(layers=0.27, head=0.21, passes=(1.0, 1.05)),  # exit 8 of 30, whole head
+        DraftCosts(layers=0.4, head=0.21, passes=(1.0, 1.3)),  # exit 15 of 30, 4 bits
+        DraftCosts(layers=0.13, head=0.02, passes=(1.0, 2.0, 1.5, 1.4)),  # float32
+    ],
+)
+def test_a_drafter_that_is_always_wrong_costs_at_most_three_in_a_hundred(costs, confidence):
+    """Early exit and n-grams together, a match of five at every third token, 200 tokens."""
+    pace = Pace()
+    early, ngrams = DraftLength(costs, pace), NgramLength(costs, pace)
+    time = 0.0
+    for i in range(200):
+        drafted = ngrams.choose(5, 8, early.gain) if i % 3 == 0 else 0
+        if drafted:
+            ngrams.learn(0)
+            time += costs.over(drafted + 1)
+            continue
+        scored = kept = 0
+        if early.begins():
+            while kept < 12 and not early.ends:
+                scored += 1
+                if not early.keeps(confidence):
+                    break
+                kept += 1
+        early.learn(0)
+        time += costs.round(kept, scored) if scored else 1.0
+    assert time <= 1.03 * 200
 
 
 def adaptive(exit_layer, draft_from="early-exit"):

@@ -106,9 +106,12 @@ def test_settings_of_the_checkpoint_are_the_default():
     settings = Settings(end_tokens=(END,), exit_layer=3, draft_tokens=2)
     model = scripted_model(encode("abcdef"), settings=settings)
     made = model.generate([0], max_new_tokens=6)
+    assert (made.mode, made.exit_layer, made.draft_tokens) == ("self-speculative", 3, 12)
+    made = model.generate([0], max_new_tokens=6, mode="self-speculative")
     assert (made.mode, made.exit_layer, made.draft_tokens) == ("self-speculative", 3, 2)
     made = scripted_model(encode("abcdef")).generate([0], max_new_tokens=6)
-    assert (made.mode, made.exit_layer, made.draft_tokens) == ("plain", None, None)
+    assert (made.mode, made.exit_layer, made.draft_tokens) == ("self-speculative", None, 12)
+    assert {step.source for step in made.steps} <= {"model", "n-gram"}
 
 
 def test_end_tokens_come_from_the_settings_else_from_the_tokenizer():

@@ -1,20 +1,41 @@
 """Which mode, exit layer and draft length, from what was asked and what the checkpoint says."""
 
+import dataclasses
+
 import pytest
+from scripted import ScriptedDecoder
 
 from layerskip.decoding import MODES, Plan
-from layerskip.decoding.policy import DEFAULT_DRAFT_TOKENS, choose
-from layerskip.model import Settings
+from layerskip.decoding.policy import (
+    DEFAULT_DRAFT_TOKENS,
+    MOST_DRAFT_TOKENS,
+    choose,
+    for_batch,
+)
+from layerskip.model import Settings, StepCosts
 
 L = 12
 SILENT = Settings()
 TUNED = Settings(exit_layer=5, draft_tokens=7)
 EXIT_ONLY = Settings(exit_layer=5)
+SHORT = Settings(exit_layer=5, draft_vocabulary=(9, 3, 4))
 PLAIN = Plan(mode="plain")
+MOST = MOST_DRAFT_TOKENS
 
 
 def speculative(exit_layer, draft_tokens):
     return Plan(mode="self-speculative", exit_layer=exit_layer, draft_tokens=draft_tokens)
+
+
+def auto(exit_layer, draft_tokens, draft_vocabulary=None):
+    return Plan(
+        mode="self-speculative",
+        exit_layer=exit_layer,
+        draft_tokens=draft_tokens,
+        draft_from="n-gram" if exit_layer is None else "both",
+        adaptive=True,
+        draft_vocabulary=draft_vocabulary,
+    )
 
 
 def early(exit_layer):
@@ -24,16 +45,27 @@ def early(exit_layer):
 @pytest.mark.parametrize(
     ("asked", "settings", "plan"),
     [
-        # auto: self-speculative where the checkpoint or the caller names an exit or a draft length
-        (("auto", None, None), SILENT, PLAIN),
-        (("auto", None, None), Settings(draft_tokens=7), PLAIN),
-        (("auto", None, None), TUNED, speculative(5, 7)),
-        (("auto", None, None), EXIT_ONLY, speculative(5, DEFAULT_DRAFT_TOKENS)),
-        (("auto", 3, None), SILENT, speculative(3, DEFAULT_DRAFT_TOKENS)),
-        (("auto", 3, None), TUNED, speculative(3, 7)),
-        (("auto", None, 2), SILENT, speculative(L // 4, 2)),
-        (("auto", None, 0), TUNED, speculative(5, 0)),
-        (("auto", 3, 2), TUNED, speculative(3, 2)),
+        # auto: n-grams, and the early exit where the checkpoint or the caller names one
+        (("auto", None, None), SILENT, auto(None, MOST)),
+        (("auto", None, None), Settings(draft_tokens=17), auto(None, 17)),
+        (("auto", None, None), TUNED, auto(5, MOST)),
+        (("auto", None, None), EXIT_ONLY, auto(5, MOST)),
+        (("auto", None, None), SHORT, auto(5, MOST, (9, 3, 4))),
+        (("auto", 3, None), SILENT, auto(3, MOST)),
+        (("auto", None, 2), SILENT, auto(None, 2)),
+        (("auto", None, 0), TUNED, auto(5, 0)),
+        (("auto", 3, 2), TUNED, auto(3, 2)),
+        # each part of it alone
+        (
+            ("auto", None, None, "early-exit"),
+            TUNED,
+            dataclasses.replace(auto(5, MOST), draft_from="early-exit"),
+        ),
+        (("auto", None, None, "n-gram"), SHORT, auto(None, MOST)),
+        (("auto", None, None, None, False), TUNED, dataclasses.replace(auto(5, 7), adaptive=False)),
+        (("auto", None, None, None, None, ()), SHORT, auto(5, MOST)),
+        (("auto", None, None, None, None, (1, 2)), SILENT, auto(L // 4, MOST, (1, 2))),
+        (("self-speculative", None, None), SHORT, speculative(5, DEFAULT_DRAFT_TOKENS)),
         # plain, whatever the checkpoint says
         (("plain", None, None), SILENT, PLAIN),
         (("plain", None, None), TUNED, PLAIN),
@@ -70,9 +102,56 @@ def test_the_exit_by_default_is_never_before_the_first_layer():
         (("plain", 3, None), SILENT, "plain decoding has no exit layer"),
         (("plain", None, 0), SILENT, "plain decoding has no exit layer and no draft tokens"),
         (("early-exit", 3, 2), SILENT, "early exit has no draft tokens"),
+        (("auto", 3, None, "n-gram"), SILENT, "drafts from n-grams have no exit layer"),
+        (("auto", None, None, "n-gram", None, (1,)), SILENT, "or draft vocabulary"),
+        (("early-exit", None, None, None, True), SILENT, "early exit has no draft tokens"),
         (("auto", None, None), Settings(exit_layer=L + 1), "assistant_early_exit is 13.*12 layers"),
     ],
 )
 def test_contradictions_are_refused(asked, settings, message):
     with pytest.raises(ValueError, match=message):
         choose(*asked, settings=settings, n_layers=L)
+
+
+def measured(*passes):
+    return StepCosts(
+        dtype="float32",
+        weights="16bit",
+        device="cpu",
+        exit_layer=5,
+        draft_step=0.3,
+        draft_tokens_scored=300,
+        head=0.1,
+        passes=passes,
+        overhead=0.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("passes", "rows", "plan"),
+    [
+        ((1.0, 1.0), 8, speculative(5, 3)),  # positions are free
+        ((1.0, 2.0), 8, PLAIN),  # each costs as much as a step
+        ((1.0, 1.0, 1.0, 1.0, 2.0), 2, speculative(5, 1)),  # free up to four
+        ((1.0, 1.0, 1.0, 1.0, 2.0), 4, PLAIN),
+    ],
+)
+def test_a_batch_drafts_where_its_verification_is_cheap(passes, rows, plan):
+    settings = dataclasses.replace(TUNED, costs=measured(*passes))
+    alone = choose("auto", None, None, settings=settings, n_layers=L)
+    assert for_batch(alone, ScriptedDecoder([1]), settings, rows) == plan
+
+
+def test_a_batch_without_an_exit_is_plain():
+    alone = choose("auto", None, None, settings=SILENT, n_layers=L)
+    assert for_batch(alone, ScriptedDecoder([1]), SILENT, 2) == PLAIN
+
+
+def test_options_choose_the_same_plan_again():
+    for settings in (SILENT, TUNED, SHORT):
+        plan = choose("auto", None, None, settings=settings, n_layers=L)
+        options = [plan.options[name] for name in ARGUMENTS]
+        assert choose(*options, settings=SILENT, n_layers=L) == plan
+
+
+ARGUMENTS = ("mode", "exit_layer", "draft_tokens", "draft_from", "adaptive", "draft_vocabulary")

@@ -22,11 +22,37 @@ def test_logits_of_the_kept_tokens_are_the_whole_heads(case):
     decoder = tiny_decoder(case)
     hidden = decoder.embed(torch.tensor([random_prompt(decoder, 5)]))
     kept = [7, 3, 3, 50]
-    logits = ShortHead(decoder, kept)(hidden)
+    head = ShortHead(decoder, kept)
     whole = decoder.logits(hidden)
-    torch.testing.assert_close(logits[..., [3, 7, 50]], whole[..., [3, 7, 50]])
-    assert logits.isfinite().sum(-1).eq(3).all()
-    assert logits.shape == whole.shape
+    torch.testing.assert_close(head.logits(hidden), whole[..., [3, 7, 50]])
+    more = head.also(decoder, [9, 7, 2])
+    assert more.token_ids.tolist() == [3, 7, 50, 2, 9]
+    torch.testing.assert_close(more.logits(hidden), whole[..., more.token_ids])
+    assert more.share == 5 / decoder.architecture.vocab_size
+
+
+def test_probabilities_are_spread_over_all_tokens():
+    head = ShortHead(tiny_decoder("llama2"), [4, 1]).also(tiny_decoder("llama2"), [0])
+    spread = head.spread(torch.tensor([[0.5, 0.2, 0.3]]))
+    assert spread.shape == (1, tiny_decoder("llama2").architecture.vocab_size)
+    assert spread[0, [0, 1, 4]].tolist() == pytest.approx([0.3, 0.5, 0.2])
+    assert float(spread.sum()) == pytest.approx(1.0)
+
+
+def test_the_list_s_head_is_made_once_and_prompts_add_their_own_rows(monkeypatch):
+    decoder = tiny_decoder("llama2")
+    made, cut = [], type(decoder).with_short_head
+
+    def counted(self, token_ids):
+        made.append(len(token_ids))
+        return cut(self, token_ids)
+
+    monkeypatch.setattr(type(decoder), "with_short_head", counted)
+    plan = short(speculative(1, 2), (1, 2, 5))
+    for _ in range(3):
+        ids(decoder, [1, 2, 5], plan)
+        ids(decoder, [7, 8, 5, 2], plan)
+    assert made == [3, 2, 2, 2]
 
 
 def test_the_weight_in_onednn_layout_gives_the_same_rows():

@@ -29,6 +29,7 @@ class BenchConfig:
         draft_from: sources of drafts.
         draft_vocabulary: how many tokens an early exit may draft, in rows beside those with all.
         adaptive: whether drafts that decide their own length are measured too.
+        ablation: whether auto is measured without each of its parts, and each part alone.
         max_new_tokens: None takes the task's.
         repeats: how often all prompts are gone through.
         ignore_eos: every answer goes on to max_new_tokens, past end tokens and stop strings; such
@@ -47,6 +48,7 @@ class BenchConfig:
     draft_from: Sequence[str] = ("early-exit",)
     draft_vocabulary: Sequence[int] = ()
     adaptive: bool = False
+    ablation: bool = False
     max_new_tokens: int | None = None
     repeats: int = 1
     ignore_eos: bool = False
@@ -98,6 +100,7 @@ def bench(
         draft_from=config.draft_from,
         draft_vocabulary=config.draft_vocabulary,
         adaptive=config.adaptive,
+        ablation=config.ablation,
     )
     new_tokens = config.max_new_tokens or task.max_new_tokens
     stop = () if config.ignore_eos else task.stop

@@ -162,10 +162,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
             answer = self._model.answer(
                 self.tok_encode(context)[-room:],
                 **options,
-                mode=self.row.plan.mode,
-                exit_layer=self.row.plan.exit_layer,
-                draft_tokens=self.row.plan.draft_tokens,
-                draft_from=self.row.plan.draft_from if self.row.drafts else None,
+                **self.row.plan.options,
                 seed=self._seed + i,
             )
             generation = answer.complete()

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from layerskip.decoding import Step
 
@@ -20,7 +20,8 @@ class Setting:
     `mode` is one of `decoding.MODES`, "auto", or "prompt-lookup" (of peers). `exit_layer` and
     `draft_tokens` are those that are really used, and None where there are none; `draft_from` and
     `adaptive` are those of `decoding.Plan`; `draft_vocabulary` says how many tokens the early exit may
-    draft, None means all.
+    draft, None means all. `label` says in words what is special about a row; `switches` are the
+    arguments of `LayerSkipModel.answer` that make it so in mode auto.
     """
 
     mode: str
@@ -29,6 +30,8 @@ class Setting:
     draft_from: str = "early-exit"
     adaptive: bool = False
     draft_vocabulary: int | None = None
+    label: str | None = None
+    switches: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

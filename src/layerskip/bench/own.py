@@ -1,13 +1,14 @@
 """This package as one of the systems that are measured."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from layerskip.bench.bandwidth import weight_bytes_read
 from layerskip.bench.measure import Run, Setting
 from layerskip.bench.memory import PeakMemory
 from layerskip.decoding import Generation, LayerSkipModel
-from layerskip.decoding.policy import choose
+from layerskip.decoding.policy import Plan, choose
 from layerskip.model import Decoder
 
 BENCH_MODES = ("plain", "early-exit", "self-speculative", "auto")
@@ -73,14 +74,74 @@ def run_of(
 
 
 def _options(setting: Setting) -> dict[str, Any]:
-    """What `LayerSkipModel.answer` is told; for "auto" nothing, so that it decides as for any user."""
+    """What `LayerSkipModel.answer` is told; for "auto" only what an ablation changes."""
     options: dict[str, Any] = {"mode": setting.mode}
-    if setting.mode != "auto":
-        options |= {"exit_layer": setting.exit_layer, "draft_tokens": setting.draft_tokens}
+    if setting.mode == "auto":
+        return options | dict(setting.switches)
+    options |= {"exit_layer": setting.exit_layer, "draft_tokens": setting.draft_tokens}
     if setting.mode == "self-speculative":
         options |= {"draft_from": setting.draft_from, "adaptive": setting.adaptive}
         options |= {"draft_vocabulary": setting.draft_vocabulary}
     return options
+
+
+# What `auto` is told for each row of an ablation: all of it, without a part, a part alone.
+_ABLATION: dict[str, dict[str, Any]] = {
+    "without n-grams": {"draft_from": "early-exit"},
+    "without early exit": {"draft_from": "n-gram"},
+    "without short head": {"draft_vocabulary": 0},
+    "without adaptive": {"adaptive": False},
+    "early exit alone": {"draft_from": "early-exit", "draft_vocabulary": 0, "adaptive": False},
+    "n-grams alone": {"draft_from": "n-gram", "adaptive": False},
+    "early exit and short head": {"draft_from": "early-exit", "adaptive": False},
+    "early exit and adaptive": {"draft_from": "early-exit", "draft_vocabulary": 0},
+}
+
+
+def ablation_of(model: LayerSkipModel) -> list[Setting]:
+    """`auto` without each of its parts, and each part alone, as far as the checkpoint has them.
+
+    Rows that would decode in the same way are one.
+    """
+    found: dict[Plan, Setting] = {}
+    for label, switches in _ABLATION.items():
+        arguments = {**switches, "draft_vocabulary": () if "draft_vocabulary" in switches else None}
+        source = arguments.pop("draft_from", None)
+        if source == "early-exit" and model.settings.exit_layer is None:
+            continue
+        plan = choose(
+            "auto",
+            None,
+            None,
+            source,
+            **arguments,
+            settings=model.settings,
+            n_layers=len(model.decoder.layers),
+        )
+        found.setdefault(plan, _setting_of("auto", plan, label=label, switches=switches))
+    whole = choose("auto", None, None, settings=model.settings, n_layers=len(model.decoder.layers))
+    found.pop(whole, None)
+    return list(found.values())
+
+
+def _setting_of(
+    mode: str,
+    plan: Plan,
+    *,
+    label: str | None = None,
+    switches: Mapping[str, Any] | None = None,
+) -> Setting:
+    vocabulary = plan.draft_vocabulary
+    return Setting(
+        mode=mode,
+        exit_layer=plan.exit_layer,
+        draft_tokens=plan.draft_tokens,
+        draft_from=plan.draft_from,
+        adaptive=plan.adaptive,
+        draft_vocabulary=None if vocabulary is None else len(vocabulary),
+        label=label,
+        switches=tuple((switches or {}).items()),
+    )
 
 
 def settings_of(
@@ -92,6 +153,7 @@ def settings_of(
     draft_from: Sequence[str] = ("early-exit",),
     draft_vocabulary: Sequence[int] = (),
     adaptive: bool = False,
+    ablation: bool = False,
 ) -> list[Setting]:
     """The rows to measure: plain, early exit at each E, self-speculative at each (E, d), auto.
 
@@ -106,6 +168,7 @@ def settings_of(
         draft_from: of `policy.DRAFT_SOURCES`; n-grams have no exit layer.
         draft_vocabulary: add rows whose early exit may draft so many tokens alone.
         adaptive: add rows whose drafts decide themselves how far to go.
+        ablation: add rows of auto without each of its parts, and of each part alone.
 
     Raises:
         ValueError: an exit layer or draft length that this model does not have.
@@ -121,14 +184,10 @@ def settings_of(
         vocabulary: int | None = None,
     ) -> Setting:
         known: dict[str, Any] = {"settings": model.settings, "n_layers": len(model.decoder.layers)}
-        plan = choose(mode, e, d, source, adaptive, **known)
-        return Setting(
-            mode=mode,
-            exit_layer=plan.exit_layer,
-            draft_tokens=plan.draft_tokens,
-            draft_from=plan.draft_from,
-            adaptive=plan.adaptive,
-            draft_vocabulary=vocabulary,
+        plan = choose(mode, e, d, source, adaptive or None, **known)
+        found = _setting_of(mode, plan)
+        return (
+            found if vocabulary is None else dataclasses.replace(found, draft_vocabulary=vocabulary)
         )
 
     default = setting("self-speculative")
@@ -149,4 +208,4 @@ def settings_of(
                     found.append(setting(mode, e, None, source, adaptive=True))
     if "auto" in modes:
         found.append(setting("auto"))
-    return found
+    return [*found, *ablation_of(model)] if ablation else found

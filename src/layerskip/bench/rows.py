@@ -42,6 +42,7 @@ def row(
         "draft_from": entry.setting.draft_from if drafting else None,
         "adaptive": entry.setting.adaptive,
         "draft_vocabulary": entry.setting.draft_vocabulary,
+        "label": entry.setting.label,
     }
     if entry.error is not None:
         return {**head, "error": entry.error}
@@ -72,6 +73,8 @@ def name_of(row: dict[str, Any], *, system: bool = False) -> str:
     """A row's setting in words, such as "self-speculative E=8 d=4"."""
     parts = [row["system"]] if system else []
     parts.append(row["mode"])
+    if row.get("label"):
+        return " ".join([*parts, row["label"]])
     letters = {"E": "exit_layer", "d": "draft_tokens", "V": "draft_vocabulary"}
     for letter, field in letters.items():
         if row[field] is not None:

@@ -90,6 +90,11 @@ def _list_of(kind: Any) -> Any:
     help="Add a row for each exit layer whose drafts end where another token is not worth its cost.",
 )
 @click.option(
+    "--ablation",
+    is_flag=True,
+    help="Add rows of auto without each of its parts, and of each part alone.",
+)
+@click.option(
     "--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="Default: the task's."
 )
 @click.option(

@@ -50,6 +50,13 @@ def span(text: str) -> tuple[int, int]:
     return (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
 
 
+def _vocabulary_size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    """A number of tokens; 0 for "none", which draws no line."""
+    if text is None or text == "none":
+        return None if text is None else 0
+    return int(click.IntRange(min=1).convert(text, param, ctx))
+
+
 debug_option = click.option(
     "--debug",
     is_flag=True,
@@ -94,7 +101,8 @@ mode_options = _stack(
         type=click.Choice(["auto", *MODES]),
         default="auto",
         show_default=True,
-        help="auto: self-speculative where the checkpoint or --exit-layer says so, else plain.",
+        help="auto: drafts from n-grams, and by early exit where the checkpoint or --exit-layer says"
+        " so, as far as they pay.",
     ),
     click.option(
         "--exit-layer",
@@ -106,26 +114,28 @@ mode_options = _stack(
         "--draft-tokens",
         type=click.IntRange(min=0),
         metavar="d",
-        help="How many tokens are drafted in a round.",
+        help="How many tokens are drafted in a round; with --adaptive at most.",
     ),
     click.option(
         "--draft-from",
         type=click.Choice(DRAFT_SOURCES),
-        help="early-exit (default), n-gram: what followed the last tokens before, or both.",
+        help="early-exit, n-gram: what followed the last tokens before, or both. Default: in auto what"
+        " the checkpoint is good for, else early-exit.",
     ),
     click.option(
-        "--adaptive",
-        is_flag=True,
-        help="End a draft where another token is not worth its cost; --draft-tokens at most.",
+        "--adaptive/--no-adaptive",
+        default=None,
+        help="End a draft where another token is not worth its cost. Default: in auto.",
     ),
 )
 decoding_options = _stack(
     mode_options,
     click.option(
         "--draft-vocabulary",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="The early exit drafts only the N first tokens of the vocabulary, and the prompt's.",
+        callback=_vocabulary_size,
+        metavar="N|none",
+        help="The early exit drafts only the first N tokens of the checkpoint's list (else of the"
+        " vocabulary), and the prompt's; none: all. Default: in auto the whole list.",
     ),
     click.option(
         "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N"

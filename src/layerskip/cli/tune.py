@@ -85,7 +85,7 @@ def command(
     is read from the model's own answers. From both follows the speed of every pair. The best three are
     run for real against plain decoding, and the fastest is written into the checkpoint's
     generation_config.json, where mode auto (and transformers) finds it. Where plain decoding is best,
-    that is what is written.
+    that is what is written. Mode auto gets the costs and the tokens that answers are made of, too.
 
     \b
     Examples:
@@ -118,8 +118,14 @@ def command(
         )
     file = None
     if writes:
-        ends = sorted(model.end_tokens)
-        file = write_settings(folder, tuning.choice, end_tokens=ends, record=tuning.record())
+        file = write_settings(
+            folder,
+            tuning.choice,
+            end_tokens=sorted(model.end_tokens),
+            record=tuning.record(),
+            costs=tuning.step_costs,
+            draft_vocabulary=tuning.draft_vocabulary,
+        )
     pictures = []
     if report is not None:
         from layerskip.tuning.plots import plot_tuning

@@ -10,6 +10,7 @@ from layerskip.decoding.drafters import EarlyExitDrafter
 from layerskip.decoding.generate import PREFILL_CHUNK, Ending, Step, check_prompt
 from layerskip.decoding.policy import Plan
 from layerskip.decoding.sampling import Sampling, pick, seeded_generator
+from layerskip.decoding.short_head import ShortHead
 from layerskip.model import Decoder
 
 
@@ -17,7 +18,7 @@ class Batch:
     """Prompts that are continued together, in one cache with a row each.
 
     Drafts come from the early exit, of one length for all rows; each row keeps what the model agreed
-    with there.
+    with there. A draft vocabulary has the tokens of all prompts.
 
     Args:
         decoder: the model.
@@ -45,9 +46,7 @@ class Batch:
         seed: int | None = None,
     ) -> None:
         if not can_batch(plan, sampling):
-            raise ValueError(
-                "a batch has no repetition penalty, n-grams, adaptive drafts or draft vocabulary"
-            )
+            raise ValueError("a batch has no repetition penalty, n-grams or adaptive drafts")
         for prompt in prompts:
             check_prompt(decoder, prompt)
         self._decoder, self._prompts, self._plan, self._sampling = decoder, prompts, plan, sampling
@@ -58,6 +57,15 @@ class Batch:
         capacity = max(len(p) + e.limit for p, e in zip(prompts, self._endings, strict=True))
         self._cache = decoder.new_cache(capacity, len(prompts))
         self._generator = seeded_generator(decoder.device, seed)
+        self._drafter = self._make_drafter() if plan.mode == "self-speculative" else None
+
+    def _make_drafter(self) -> EarlyExitDrafter:
+        plan, decoder, head = self._plan, self._decoder, None
+        assert plan.exit_layer is not None
+        if plan.draft_vocabulary is not None:
+            prompts = {token for prompt in self._prompts for token in prompt}
+            head = ShortHead.of(decoder, plan.draft_vocabulary).also(decoder, prompts)
+        return EarlyExitDrafter(decoder, plan.exit_layer, self._sampling, head)
 
     def leave(self, prompt: int) -> None:
         """End a prompt's answer, as at a stop string."""
@@ -77,8 +85,8 @@ class Batch:
             last = self._drop_ended(last)
             if not self._rows:
                 return
-            if self._plan.mode == "self-speculative":
-                steps, last = self._round(last)
+            if self._drafter is not None:
+                steps, last = self._round(self._drafter, last)
             else:
                 hidden = self._decoder.run(
                     self._decoder.embed(last), 0, layers or whole, self._cache
@@ -87,19 +95,16 @@ class Batch:
                 last, _ = pick(self._decoder.logits(hidden), self._sampling, self._generator)
                 steps = [Step((token,)) for token in last[:, 0].tolist()]
 
-    def _round(self, last: Tensor) -> tuple[list[Step], Tensor]:
+    def _round(self, drafter: EarlyExitDrafter, last: Tensor) -> tuple[list[Step], Tensor]:
         """Draft, verify, and keep what each row agrees with (section 4.3), as for one prompt."""
         decoder, cache = self._decoder, self._cache
-        exit_layer = self._plan.exit_layer
-        assert exit_layer is not None
         assert self._plan.draft_tokens is not None
-        drafter = EarlyExitDrafter(decoder, exit_layer, self._sampling)
         room = min(self._endings[prompt].room for prompt in self._rows)
         settled = cache.lengths.clone()
         n = min(self._plan.draft_tokens, room - 1)
         draft = drafter.draft(last, n, cache, None, self._generator)
         cache.lengths.copy_(settled)
-        hidden = decoder.run(draft.exit_states, exit_layer, len(decoder.layers), cache)
+        hidden = decoder.run(draft.states, draft.start, len(decoder.layers), cache)
         accepted, following = accept(
             draft.tokens,
             draft.probabilities,
@@ -155,6 +160,5 @@ class Batch:
 
 def can_batch(plan: Plan, sampling: Sampling) -> bool:
     """Whether prompts can be continued together: what looks at one text alone cannot."""
-    plain_drafts = plan.draft_from == "early-exit" and not plan.adaptive
-    whole_head = plan.draft_vocabulary is None
-    return plain_drafts and whole_head and sampling.repetition_penalty == 1.0
+    of_one_length = plan.draft_from == "early-exit" and not plan.adaptive
+    return of_one_length and sampling.repetition_penalty == 1.0

@@ -3,64 +3,90 @@
 A round that drafted n tokens costs `draft(n) + verify(n + 1)` and yields the accepted ones and one more.
 Rounds follow one another, so the best rule is that of renewal-reward: with R the tokens that a unit of
 time brings on average, draft one more while its probability of being accepted is at least R times what
-it costs. R and the probabilities are learned as the answer goes on; nothing is timed here, so the same
-prompt is always decoded in the same way.
+it costs. R and the probabilities are learned as the answer goes on, from tokens and known costs alone.
 """
 
-import dataclasses
+from layerskip.decoding.draft_costs import DraftCosts
 
-from layerskip.model import Decoder
-from layerskip.model.linear import Linear
-
-# What one more row adds to a verification, in plain steps: weights are read once for all rows.
-_ROW_COST = 0.03
 _BINS = 10
 # Rounds that the first guesses weigh as much as.
 _PRIOR = 4.0
-_MEMORY = 0.95  # of R, a round
+# How often what followed a match of 0, 1, 2, ... tokens follows again, before anything is learned.
+_NGRAM_BELIEFS = (0.0, 0.1, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+_NGRAM_PRIOR = 2.0
+_MEMORY = 0.95  # of tokens and times, a round
 _FIRST_REST, _LONGEST_REST = 4, 64
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DraftCosts:
-    """Costs in units of a plain step.
+class Pace:
+    """Tokens and time of rounds, the newer ones weighing more; it begins as plain decoding."""
 
-    Attributes:
-        layers: the first E layers over one token.
-        head: the draft's exit over one token.
-        row: one more position in a verification.
-    """
+    def __init__(self) -> None:
+        self._tokens = self._time = self._rounds = _PRIOR
 
-    layers: float
-    head: float
-    row: float = _ROW_COST
+    @property
+    def rate(self) -> float:
+        """Tokens a unit of time. Plain decoding is always there: at least one."""
+        return max(1.0, self._tokens / self._time)
 
-    @classmethod
-    def of(cls, decoder: Decoder, exit_layer: int, head: Linear) -> "DraftCosts":
-        """Costs of drafting with the first E layers and a head, as shares of the bytes read."""
-        whole = decoder.weight_bytes
-        layers = (whole - decoder.head.weight_bytes) / whole
-        return cls(layers=layers * exit_layer / len(decoder.layers), head=head.weight_bytes / whole)
+    @property
+    def pays(self) -> bool:
+        """Whether these rounds are no slower than plain decoding."""
+        return self._tokens >= self._time
 
-    def round(self, drafted: int, scored: int) -> float:
-        """Cost of a round whose draft scored some tokens and kept `drafted` of them."""
-        return 1 + drafted * (self.layers + self.row) + scored * self.head
+    def gain(self, rate: float) -> float:
+        """What a round brings beyond what its time would bring at this rate, in tokens."""
+        return (self._tokens - rate * self._time) / self._rounds
+
+    def learn(self, tokens: int, time: float) -> None:
+        """Take note of a round."""
+        self._tokens = _MEMORY * self._tokens + tokens
+        self._time = _MEMORY * self._time + time
+        self._rounds = _MEMORY * self._rounds + 1
+
+
+class Rests:
+    """Rounds in which a source of drafts is not asked, longer each time that asking did not pay."""
+
+    def __init__(self) -> None:
+        self._rest, self._left = _FIRST_REST, 0
+
+    def begins(self) -> bool:
+        """Whether it is asked this time."""
+        if self._left:
+            self._left -= 1
+            return False
+        return True
+
+    @property
+    def resting(self) -> bool:
+        """Whether it will not be asked."""
+        return self._left > 0
+
+    def learn(self, paid: bool) -> None:
+        """Take note of whether asking has paid lately."""
+        if paid:
+            self._rest = _FIRST_REST
+        else:
+            self._left = self._rest
+            self._rest = min(2 * self._rest, _LONGEST_REST)
 
 
 class DraftLength:
-    """Decides token by token, and learns from every round.
+    """Decides token by token how far an early exit drafts, and learns from every round.
 
     Args:
         costs: in units of a plain step.
+        pace: of all rounds of this answer; who owns it tells it of those without an early exit.
     """
 
-    def __init__(self, costs: DraftCosts) -> None:
-        self._costs = costs
+    def __init__(self, costs: DraftCosts, pace: Pace | None = None) -> None:
+        self._costs, self._pace = costs, pace or Pace()
         # Accepted and judged drafts by the draft's confidence; at first the confidence is believed.
         self._accepted = [_PRIOR * (i + 0.5) / _BINS for i in range(_BINS)]
         self._judged = [_PRIOR] * _BINS
-        self._tokens = self._time = _PRIOR  # as plain decoding: one token a step
-        self._rest, self._resting = _FIRST_REST, 0
+        self._proven = False  # whether a draft was ever accepted; until then one token is risked
+        self._own, self._rests = Pace(), Rests()
         self._begin()
 
     def _begin(self) -> None:
@@ -71,39 +97,104 @@ class DraftLength:
     def begins(self) -> bool:
         """Whether this round drafts at all: not for a while after drafting has not paid."""
         self._begin()
-        if self._resting:
-            self._resting -= 1
-            return False
-        return True
+        return self._rests.begins()
+
+    @property
+    def gain(self) -> float:
+        """What a round brings beyond its time's worth, by experience; none while it rests."""
+        return float("-inf") if self._rests.resting else self._own.gain(self._pace.rate)
 
     def keeps(self, confidence: float) -> bool:
         """Whether a token that the draft gives this probability is worth its cost."""
         self._scored += 1
         bin_ = _bin(confidence)
         survival = self._survival * self._accepted[bin_] / self._judged[bin_]
-        cost = self._costs.layers + self._costs.row + self._costs.head
-        # Plain decoding is always there, with one token a unit of time.
-        if survival < max(1.0, self._tokens / self._time) * cost:
+        if survival < self._pace.rate * self._costs.token(len(self._confidences)):
             return False
         self._survival = survival
         self._confidences.append(confidence)
         return True
 
+    @property
+    def ends(self) -> bool:
+        """Whether the draft ends here, before another token is scored."""
+        return bool(self._confidences) and not self._proven
+
     def learn(self, accepted: int) -> None:
         """Take note of a round whose first `accepted` drafts were accepted."""
         if not self._scored:
+            self._pace.learn(1, 1.0)
             return
         judged = self._confidences[: accepted + 1]  # what comes after a miss was never judged
         for i, confidence in enumerate(judged):
             self._judged[_bin(confidence)] += 1
             self._accepted[_bin(confidence)] += i < accepted
-        self._tokens = _MEMORY * self._tokens + accepted + 1
-        self._time = _MEMORY * self._time + self._costs.round(len(self._confidences), self._scored)
-        if self._tokens < self._time:
-            self._resting = self._rest
-            self._rest = min(2 * self._rest, _LONGEST_REST)
-        else:
-            self._rest = _FIRST_REST
+        self._proven = self._proven or accepted > 0
+        time = self._costs.round(len(self._confidences), self._scored)
+        self._pace.learn(accepted + 1, time)
+        self._own.learn(accepted + 1, time)
+        self._rests.learn(self._own.pays)
+
+
+class NgramLength:
+    """Decides how many of an n-gram's tokens are drafted, from how long the match is.
+
+    Every further token stands after a match that is one longer, if all before it were right.
+
+    Args:
+        costs: in units of a plain step; drafting is free, only verification costs.
+        pace: of all rounds of this answer, shared with the early exit's `DraftLength`.
+    """
+
+    def __init__(self, costs: DraftCosts, pace: Pace) -> None:
+        self._costs, self._pace = costs, pace
+        self._accepted = [_NGRAM_PRIOR * belief for belief in _NGRAM_BELIEFS]
+        self._judged = [_NGRAM_PRIOR] * len(_NGRAM_BELIEFS)
+        self._own, self._rests = Pace(), Rests()
+        self._match = self._drafted = 0
+
+    def choose(self, match: int, limit: int, rival: float = 0.0) -> int:
+        """How many tokens to draft; 0 = leave this round to others.
+
+        Args:
+            match: tokens that stood so before.
+            limit: tokens proposed.
+            rival: what another way of this round brings beyond its time's worth, in tokens.
+        """
+        self._match, self._drafted = match, 0
+        rate, survival, tokens = self._pace.rate, 1.0, 1.0
+        best = max(rival, 1.0 - rate)
+        for n in range(1, limit + 1):
+            survival *= self._chance(match + n - 1)
+            tokens += survival
+            gain = tokens - rate * self._costs.over(n + 1)
+            if gain > best:
+                best, self._drafted = gain, n
+        if self._drafted and not self._rests.begins():
+            self._drafted = 0
+        return self._drafted
+
+    def learn(self, accepted: int) -> None:
+        """Take note of a round that was drafted here, or of a plain step where nothing was."""
+        if not self._drafted:
+            self._pace.learn(1, 1.0)
+            return
+        for i in range(min(self._drafted, accepted + 1)):
+            at = _length_bin(self._match + i)
+            self._judged[at] += 1
+            self._accepted[at] += i < accepted
+        time = self._costs.over(self._drafted + 1)
+        self._pace.learn(accepted + 1, time)
+        self._own.learn(accepted + 1, time)
+        self._rests.learn(self._own.pays)
+
+    def _chance(self, match: int) -> float:
+        at = _length_bin(match)
+        return self._accepted[at] / self._judged[at]
+
+
+def _length_bin(match: int) -> int:
+    return min(match, len(_NGRAM_BELIEFS) - 1)
 
 
 def _bin(confidence: float) -> int:

@@ -1,7 +1,7 @@
 """Where drafts come from."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from layerskip.decoding.draft_length import DraftLength
 from layerskip.decoding.sampling import Sampling, TokenHistory, pick
+from layerskip.decoding.short_head import ShortHead
 from layerskip.model import Decoder, KVCache
 
 
@@ -20,19 +21,31 @@ class Draft:
         tokens: [B, d] int64.
         probabilities: [B, d, V] float32, the distributions that they were drawn from; None if
             greedy or d = 0.
-        exit_states: [B, d + 1, D], the hidden states that left layer E at the position before each
-            drafted token and at the last drafted token: what layers [E, L) start from.
-        source: the drafter's name.
+        states: [B, d + 1, D], the hidden states that enter layer `start` at the position before each
+            drafted token and at the last drafted token: what verification starts from.
+        start: how many layers have seen these positions: E where the early exit drafted, else 0.
+        source: the drafter's name, or "model" where nothing was drafted.
     """
 
     tokens: Tensor
     probabilities: Tensor | None
-    exit_states: Tensor
+    states: Tensor
+    start: int
     source: str
 
 
+def no_draft(decoder: Decoder, last: Tensor) -> Draft:
+    """Nothing is drafted: a plain step.
+
+    Args:
+        decoder: the model.
+        last: [B, 1], the newest settled token.
+    """
+    return Draft(last[:, :0], None, decoder.embed(last), start=0, source="model")
+
+
 class Drafter(Protocol):
-    """Proposes tokens and runs the first E layers over them."""
+    """Proposes tokens."""
 
     def settle(self, tokens: Sequence[int], accepted: int) -> None:
         """Learn what the answer has become, and how many of the last drafts it has.
@@ -48,12 +61,12 @@ class Drafter(Protocol):
         history: TokenHistory | None,
         generator: torch.Generator | None,
     ) -> Draft:
-        """Draft up to n tokens after `last`, and run the first E layers over the last of them too.
+        """Draft up to n tokens after `last`.
 
         Args:
             last: [B, 1], the newest settled token, which no layer has seen yet.
             n: how many tokens to draft at most, 0 or more.
-            cache: its lengths are moved on by d + 1.
+            cache: its lengths may be moved on; the caller sets them back.
             history: for the repetition penalty, or None.
             generator: source of randomness for sampling.
         """
@@ -67,7 +80,7 @@ class EarlyExitDrafter:
         decoder: the model.
         exit_layer: E.
         sampling: of the answer.
-        head: the exit: hidden states [B, T, D] to logits [B, T, V]; None = the decoder's own.
+        head: the exit, if it is not the decoder's own.
         length: decides how far to draft; None = as far as is asked for. For one row only.
     """
 
@@ -78,11 +91,11 @@ class EarlyExitDrafter:
         decoder: Decoder,
         exit_layer: int,
         sampling: Sampling,
-        head: Callable[[Tensor], Tensor] | None = None,
+        head: ShortHead | None = None,
         length: DraftLength | None = None,
     ) -> None:
         self.decoder, self.exit_layer, self.sampling = decoder, exit_layer, sampling
-        self.head, self.length = head or decoder.logits, length
+        self.head, self.length = head, length
 
     def settle(self, tokens: Sequence[int], accepted: int) -> None:
         """The cache has the tokens; how many were right teaches how far to draft."""
@@ -97,36 +110,52 @@ class EarlyExitDrafter:
         history: TokenHistory | None,
         generator: torch.Generator | None,
     ) -> Draft:
-        """See `Drafter`."""
+        """See `Drafter`; the first E layers see the last drafted token too."""
+        if self.length is not None and not self.length.begins():
+            return no_draft(self.decoder, last)
         states: list[Tensor] = []
         chosen_from: list[Tensor] = []
         tokens = last
-        if self.length is not None and not self.length.begins():
-            n = 0
         for i in range(n + 1):
             hidden = self.decoder.embed(tokens[:, -1:])
             states.append(self.decoder.run(hidden, 0, self.exit_layer, cache))
             cache.lengths += 1
-            if i == n:
+            if i == n or (self.length is not None and self.length.ends):
                 break
             seen = None if history is None else history.before(tokens[:, 1:])[:, -1:]
-            logits = self.sampling.penalize(self.head(states[-1]), seen)
-            token, q = pick(logits, self.sampling, generator)
-            if self.length is not None and not self.length.keeps(_probability(token, q, logits)):
+            logits = self._logits(states[-1], seen)
+            chosen, q = pick(logits, self.sampling, generator)
+            if self.length is not None and not self.length.keeps(_probability(chosen, q, logits)):
                 break
+            token = chosen if self.head is None else self.head.token_ids[chosen]
             tokens = torch.cat([tokens, token], dim=1)
             if q is not None:
                 chosen_from.append(q)
         return Draft(
             tokens=tokens[:, 1:],
-            probabilities=torch.cat(chosen_from, dim=1) if chosen_from else None,
-            exit_states=torch.cat(states, dim=1),
+            probabilities=self._whole(chosen_from),
+            states=torch.cat(states, dim=1),
+            start=self.exit_layer,
             source=self.source,
         )
 
+    def _logits(self, hidden: Tensor, seen: Tensor | None) -> Tensor:
+        """What the exit says, [B, 1, V], or [B, 1, n] where it has n tokens alone."""
+        if self.head is None:
+            return self.sampling.penalize(self.decoder.logits(hidden), seen)
+        seen = None if seen is None else seen[..., self.head.token_ids]
+        return self.sampling.penalize(self.head.logits(hidden), seen)
 
-def _probability(token: Tensor, q: Tensor | None, logits: Tensor) -> float:
-    """What the draft gives to the token that it chose, [1, 1] of [1, 1, V]."""
+    def _whole(self, chosen_from: list[Tensor]) -> Tensor | None:
+        """The distributions over all tokens, made once a round."""
+        if not chosen_from:
+            return None
+        q = torch.cat(chosen_from, dim=1)
+        return q if self.head is None else self.head.spread(q)
+
+
+def _probability(chosen: Tensor, q: Tensor | None, logits: Tensor) -> float:
+    """What the draft gives to its choice, [1, 1] of [1, 1, n]."""
     if q is None:
         q = logits.float().softmax(dim=-1)
-    return float(q[0, 0, token[0, 0]])
+    return float(q[0, 0, chosen[0, 0]])

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from layerskip.decoding.accept import accept
-from layerskip.decoding.draft_length import DraftCosts, DraftLength
+from layerskip.decoding.draft_costs import DraftCosts
+from layerskip.decoding.draft_length import DraftLength, NgramLength, Pace
 from layerskip.decoding.drafters import Drafter, EarlyExitDrafter
 from layerskip.decoding.ngram import NgramDrafter
 from layerskip.decoding.policy import Plan
@@ -174,7 +175,7 @@ class _Session:
         """Yield steps without end; `limit` only keeps drafts from reaching beyond it."""
         if self.plan.mode == "self-speculative":
             assert self.plan.draft_tokens is not None
-            return self._self_speculative(self.plan.exit_layer or 0, self.plan.draft_tokens, limit)
+            return self._self_speculative(self.plan.draft_tokens, limit)
         return self._one_by_one(self.plan.exit_layer or len(self.decoder.layers))
 
     def _one_by_one(self, n_layers: int) -> Iterator[Step]:
@@ -186,10 +187,10 @@ class _Session:
             self.cache.lengths += 1
             token = self._settle(self.decoder.logits(hidden))
 
-    def _self_speculative(self, exit_layer: int, draft_tokens: int, limit: int) -> Iterator[Step]:
+    def _self_speculative(self, draft_tokens: int, limit: int) -> Iterator[Step]:
         """Draft with layers [0, E), verify with [E, L), keep the agreeing prefix (section 4.3)."""
         decoder, cache = self.decoder, self.cache
-        drafter = self._drafter(exit_layer)
+        drafter = self._drafter()
         last = self._prefill(len(decoder.layers))
         first = int(last)
         drafter.settle([first], 0)
@@ -200,7 +201,7 @@ class _Session:
             n = min(draft_tokens, limit - produced - 1)
             draft = drafter.draft(last, n, cache, self.history, self.generator)
             cache.lengths.copy_(settled)
-            hidden = decoder.run(draft.exit_states, exit_layer, len(decoder.layers), cache)
+            hidden = decoder.run(draft.states, draft.start, len(decoder.layers), cache)
             accepted, last = self._accept(draft.tokens, draft.probabilities, decoder.logits(hidden))
             # One synchronisation with the device a round.
             *drafted, own, count = torch.cat([draft.tokens[0], last[0], accepted]).tolist()
@@ -212,20 +213,27 @@ class _Session:
             produced += len(tokens)
             yield Step(tokens, len(drafted), count, draft.source, rejected=tuple(drafted[count:]))
 
-    def _drafter(self, exit_layer: int) -> Drafter:
+    def _drafter(self) -> Drafter:
+        plan, decoder, pace = self.plan, self.decoder, Pace()
         prompt = self.prompt[0].tolist()
-        drafting, head = self.decoder, None
-        if self.plan.draft_vocabulary is not None:
-            head = ShortHead(self.decoder, (*self.plan.draft_vocabulary, *prompt))
-            drafting = head.decoder
-        length = None
-        if self.plan.adaptive:
-            length = DraftLength(DraftCosts.of(self.decoder, exit_layer, drafting.head))
-        early_exit = EarlyExitDrafter(self.decoder, exit_layer, self.sampling, head, length)
-        if self.plan.draft_from == "early-exit":
+        early_exit: EarlyExitDrafter | None = None
+        head = None
+        if plan.draft_from != "n-gram":
+            assert plan.exit_layer is not None
+            if plan.draft_vocabulary is not None:
+                head = ShortHead.of(decoder, plan.draft_vocabulary).also(decoder, prompt)
+            early_exit = EarlyExitDrafter(decoder, plan.exit_layer, self.sampling, head)
+        ngram_length = None
+        if plan.adaptive:
+            share = 1.0 if head is None else head.share
+            costs = DraftCosts.of(decoder, plan.exit_layer or 0, share, plan.costs)
+            ngram_length = NgramLength(costs, pace)
+            if early_exit is not None:
+                early_exit.length = DraftLength(costs, pace)
+        if plan.draft_from == "early-exit":
+            assert early_exit is not None
             return early_exit
-        otherwise = early_exit if self.plan.draft_from == "both" else None
-        return NgramDrafter(self.decoder, exit_layer, self.sampling, prompt, otherwise)
+        return NgramDrafter(decoder, self.sampling, prompt, early_exit, ngram_length)
 
     def _accept(self, drafted: Tensor, q: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor]:
         """How many drafted tokens stand [B], and the model's own token after them [B, 1]."""

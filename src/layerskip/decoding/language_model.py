@@ -10,7 +10,7 @@ import torch
 from layerskip.decoding.answer import Answer
 from layerskip.decoding.batch import Batch, can_batch
 from layerskip.decoding.generation import Generation
-from layerskip.decoding.policy import choose
+from layerskip.decoding.policy import choose, for_batch
 from layerskip.decoding.sampling import Sampling
 from layerskip.model import Checkpoint, Decoder, load, resolve
 from layerskip.model.published import with_defaults
@@ -64,7 +64,11 @@ class LayerSkipModel:
         path = resolve(name)
         warn_of_rounding(path, weights)
         checkpoint = load(path, dtype=_dtype(dtype, place), device=place, weights=weights)
-        settings = with_defaults(name, checkpoint.settings)
+        settings = with_defaults(name, checkpoint.settings).measured_for(
+            dtype=str(checkpoint.decoder.dtype).removeprefix("torch."),
+            weights=checkpoint.decoder.weights,
+            device=place.type,
+        )
         return cls(dataclasses.replace(checkpoint, settings=settings))
 
     @property
@@ -88,7 +92,7 @@ class LayerSkipModel:
 
         A list is decoded as one batch, whose rows end one by one; in float32 each greedy answer is that
         of its prompt alone. What looks at one text (repetition penalty, n-gram and adaptive drafts) is
-        answered one after the other.
+        answered one after the other; where mode auto may choose, it is plain or drafts of one length.
 
         Args:
             prompt: a text (tokenized as it stands), a list of token ids, a list of chat messages
@@ -103,7 +107,7 @@ class LayerSkipModel:
         """
         if not _is_batch(prompt):
             return self.answer(prompt, **options).complete()
-        answers = [self.answer(one, **options) for one in prompt]
+        answers = [self.answer(one, **options, together=len(prompt)) for one in prompt]
         if not can_batch(answers[0].plan, answers[0].sampling):
             return [answer.complete() for answer in answers]
         prompts = [answer.prompt for answer in answers]
@@ -130,7 +134,7 @@ class LayerSkipModel:
         exit_layer: int | None = None,
         draft_tokens: int | None = None,
         draft_from: str | None = None,
-        adaptive: bool = False,
+        adaptive: bool | None = None,
         draft_vocabulary: int | Sequence[int] | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
@@ -141,6 +145,7 @@ class LayerSkipModel:
         seed: int | None = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        together: int = 1,
     ) -> Answer:
         """Begin an answer that is computed while it is iterated over.
 
@@ -148,14 +153,18 @@ class LayerSkipModel:
             prompt: one prompt, as for `generate`.
             mode: "auto", "plain", "early-exit" or "self-speculative" (see `policy.choose`).
             exit_layer: E, how many layers have run when the model exits, 1 ... L.
-            draft_tokens: d, how many tokens are drafted in a round, 0 or more.
-            draft_from: "early-exit" (the default), "n-gram" (what followed the last tokens where they
-                stood before in prompt or answer), or "both": n-grams where they match.
-            adaptive: end a draft where another token is not worth its cost, or at `draft_tokens`.
+            draft_tokens: d, how many tokens are drafted in a round, 0 or more; the most where drafts are
+                adaptive.
+            draft_from: "early-exit", "n-gram" (what followed the last tokens where they stood before in
+                prompt or answer), or "both". None: in auto what the checkpoint is good for, else the
+                early exit.
+            adaptive: end a draft where another token is not worth its cost, and draft nothing for a
+                while where drafting does not pay. None: in auto alone.
             draft_vocabulary: the tokens that the early exit may draft, or how many: then the first of
-                the vocabulary, which byte-pair encodings sort by frequency in the text they were made
-                of; where answers are made of rarer tokens, give a list. Those of the prompt and end
-                tokens always are among them. Fewer tokens make a cheaper draft, never another answer.
+                the checkpoint's list, or where it has none, of the vocabulary, which byte-pair encodings
+                sort by frequency in the text they were made of. 0: all. None: in auto the checkpoint's
+                list, else all. Those of the prompt and end tokens always are among them. Fewer tokens
+                make a cheaper draft, never another answer.
             max_new_tokens: 1 or more.
             temperature: 0 is greedy. This and the next four: see `Sampling`.
             top_k: see `Sampling`.
@@ -165,6 +174,7 @@ class LayerSkipModel:
             seed: makes sampling repeatable.
             stop: texts that end the answer; they are not part of it.
             ignore_eos: go on after an end token.
+            together: how many prompts are going to be answered in one batch with this one.
 
         Raises:
             ValueError: the prompt or an option cannot be used; the message says why.
@@ -180,6 +190,9 @@ class LayerSkipModel:
             settings=self.settings,
             n_layers=len(self.decoder.layers),
         )
+        left_open = mode == "auto" and draft_from is None and not adaptive
+        if together > 1 and left_open and repetition_penalty == 1.0:
+            plan = for_batch(plan, self.decoder, self.settings, together)
         sampling = Sampling(
             temperature=temperature,
             top_k=top_k,
@@ -199,10 +212,12 @@ class LayerSkipModel:
         )
 
     def _draft_vocabulary(self, wanted: int | Sequence[int] | None) -> tuple[int, ...] | None:
-        if wanted is None:
-            return None
+        """Token ids; () = all, None = left open."""
+        if wanted is None or wanted == 0:
+            return None if wanted is None else ()
         size = self.decoder.architecture.vocab_size
-        ids = range(min(wanted, size)) if isinstance(wanted, int) else wanted
+        known = self.settings.draft_vocabulary or range(size)
+        ids = known[:wanted] if isinstance(wanted, int) else wanted
         if not ids or min(ids) < 0 or max(ids) >= size:
             raise ValueError(f"the draft vocabulary has to be 1 or more tokens, of 0 to {size - 1}")
         return tuple(sorted({*ids, *self.end_tokens}))

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from layerskip.decoding.drafters import Draft, Drafter
+from layerskip.decoding.draft_length import DraftLength, NgramLength
+from layerskip.decoding.drafters import Draft, EarlyExitDrafter, no_draft
 from layerskip.decoding.sampling import Sampling, TokenHistory
 from layerskip.model import Decoder, KVCache
 
@@ -38,33 +39,36 @@ class NgramIndex:
                     after[tuple(self.tokens[end - n :])] = end
             self.tokens.append(token)
 
-    def propose(self, limit: int) -> list[int]:
-        """What followed the longest earlier match of the last tokens; [] where there is none.
+    def propose(self, limit: int) -> tuple[int, list[int]]:
+        """What followed the longest earlier match of the last tokens.
 
         Args:
             limit: tokens at most. What followed may reach the text's end before that; then the text
                 repeats with a period, and so does the proposal.
+
+        Returns:
+            How many tokens match and what followed them; 0 and nothing where there is no match.
         """
         tail = self.tokens[-MAX_MATCH:]
         for n in range(len(tail), MIN_MATCH - 1, -1):
             start = self._after[n].get(tuple(tail[-n:]))
             if start is not None:
                 text = self.tokens[start : start + limit]
-                return [text[i % len(text)] for i in range(limit)]
-        return []
+                return n, [text[i % len(text)] for i in range(limit)]
+        return 0, []
 
 
 class NgramDrafter:
-    """Drafts from the text where its last tokens stood before; elsewhere asks another drafter.
+    """Drafts from the text where its last tokens stood before; elsewhere asks the early exit.
 
     Its tokens are certain, so their distribution q is 1 there, and sampling stays lossless.
 
     Args:
         decoder: the model.
-        exit_layer: E of verification, which starts from states that left it; 0 where there is none.
         sampling: of the answer.
         prompt: its tokens.
-        otherwise: drafts where nothing matches; None = nothing is drafted then.
+        otherwise: drafts where nothing matches, or where it promises more; None = nothing is drafted.
+        length: decides how many of the tokens are drafted; None = as many as are asked for.
     """
 
     source = "n-gram"
@@ -72,21 +76,23 @@ class NgramDrafter:
     def __init__(
         self,
         decoder: Decoder,
-        exit_layer: int,
         sampling: Sampling,
         prompt: Sequence[int],
-        otherwise: Drafter | None = None,
+        otherwise: EarlyExitDrafter | None = None,
+        length: NgramLength | None = None,
     ) -> None:
-        self.decoder, self.exit_layer, self.sampling = decoder, exit_layer, sampling
-        self.otherwise = otherwise
+        self.decoder, self.sampling = decoder, sampling
+        self.otherwise, self.length = otherwise, length
         self.index = NgramIndex(prompt)
-        self._asked_other = False
+        self._drafted = False
 
     def settle(self, tokens: Sequence[int], accepted: int) -> None:
         """The answer is searched too."""
         self.index.extend(tokens)
-        if self.otherwise is not None and self._asked_other:
+        if not self._drafted and self.otherwise is not None:
             self.otherwise.settle(tokens, accepted)
+        elif self.length is not None:
+            self.length.learn(accepted)
 
     def draft(
         self,
@@ -96,21 +102,28 @@ class NgramDrafter:
         history: TokenHistory | None,
         generator: torch.Generator | None,
     ) -> Draft:
-        """See `Drafter`; all positions run at once, since the tokens are known."""
-        proposal = self.index.propose(n)
-        self._asked_other = not proposal
-        if not proposal and self.otherwise is not None:
+        """See `Drafter`; no layer runs here, since verification can run them all at once."""
+        proposal = self._proposal(n)
+        self._drafted = bool(proposal)
+        if not proposal:
+            if self.otherwise is None:
+                return no_draft(self.decoder, last)
             return self.otherwise.draft(last, n, cache, history, generator)
         drafted = last.new_tensor([proposal])
-        hidden = self.decoder.embed(torch.cat([last, drafted], dim=1))
-        exit_states = self.decoder.run(hidden, 0, self.exit_layer, cache)
-        cache.lengths += 1 + len(proposal)
         certain = None
-        if proposal and not self.sampling.greedy:
+        if not self.sampling.greedy:
             certain = one_hot(drafted, self.decoder.architecture.vocab_size).float()
         return Draft(
             tokens=drafted,
             probabilities=certain,
-            exit_states=exit_states,
-            source=self.source if proposal else "model",
+            states=self.decoder.embed(torch.cat([last, drafted], dim=1)),
+            start=0,
+            source=self.source,
         )
+
+    def _proposal(self, n: int) -> list[int]:
+        match, tokens = self.index.propose(n)
+        if self.length is None:
+            return tokens
+        rival: DraftLength | None = self.otherwise.length if self.otherwise else None
+        return tokens[: self.length.choose(match, len(tokens), rival.gain if rival else 0.0)]

@@ -1,9 +1,10 @@
 """Which way to decode: mode, exit layer and draft length, from what was asked and what is known."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
-from layerskip.model.checkpoint import Settings
+from layerskip.decoding.draft_costs import DraftCosts
+from layerskip.model import Decoder, Settings, StepCosts
 
 Mode = Literal["plain", "early-exit", "self-speculative"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -19,8 +20,9 @@ class Plan:
 
     `exit_layer` is None in plain mode, and where all drafts are n-grams; `draft_tokens` is None unless
     the mode is self-speculative. `adaptive`: drafts end where another token is not worth its cost,
-    `draft_tokens` at most. `draft_vocabulary`: the tokens that the early exit may draft, beside those of
-    the prompt; None = all.
+    `draft_tokens` at most, and none are made for a while where they do not pay. `draft_vocabulary`: the
+    tokens that the early exit may draft, beside those of the prompt; None = all. `costs`: what was
+    measured; None = costs are estimated from bytes.
     """
 
     mode: Mode
@@ -29,6 +31,20 @@ class Plan:
     draft_from: DraftFrom = "early-exit"
     adaptive: bool = False
     draft_vocabulary: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
+    costs: StepCosts | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `LayerSkipModel.answer` has to be told to decode so."""
+        options: dict[str, Any] = {"mode": self.mode, "exit_layer": self.exit_layer}
+        if self.mode == "self-speculative":
+            options |= {
+                "draft_tokens": self.draft_tokens,
+                "draft_from": self.draft_from,
+                "adaptive": self.adaptive,
+                "draft_vocabulary": self.draft_vocabulary,
+            }
+        return options
 
 
 def choose(
@@ -36,7 +52,7 @@ def choose(
     exit_layer: int | None,
     draft_tokens: int | None,
     draft_from: str | None = None,
-    adaptive: bool = False,
+    adaptive: bool | None = None,
     draft_vocabulary: tuple[int, ...] | None = None,
     *,
     settings: Settings,
@@ -44,13 +60,97 @@ def choose(
 ) -> Plan:
     """Settle on a plan.
 
-    `auto` is self-speculative where the checkpoint or the caller names an exit layer, draft tokens or
-    where drafts come from, else plain. What the caller leaves open comes from the checkpoint, else it is
-    a quarter of the layers, 5 tokens, and drafts from the early exit.
+    `auto` combines all that is there: drafts from n-grams, and from the early exit where the checkpoint
+    or the caller names one, through the checkpoint's draft vocabulary, each draft as long as it is worth
+    its cost. The caller may switch each part off or set it. In the other modes nothing is on that was
+    not asked for; what is left open there comes from the checkpoint, else it is a quarter of the layers
+    and 5 tokens.
+
+    Args:
+        mode: "auto" or one of `MODES`.
+        exit_layer: E, or None.
+        draft_tokens: d, the most where drafts are adaptive.
+        draft_from: of `DRAFT_SOURCES`.
+        adaptive: whether drafts decide their own length; None = in auto.
+        draft_vocabulary: ids; () = all tokens; None = in auto the checkpoint's, else all.
+        settings: of the checkpoint.
+        n_layers: L.
 
     Raises:
         ValueError: an unknown mode, a value out of range, or values that contradict each other.
     """
+    drafting = bool(adaptive or draft_vocabulary) or not (draft_tokens is None is draft_from)
+    _check(mode, exit_layer, draft_tokens, draft_from, drafting, n_layers)
+    if mode == "plain":
+        return Plan(mode="plain")
+    known = exit_layer if exit_layer is not None else settings.exit_layer
+    auto = mode == "auto"
+    if draft_from is None:
+        alone = auto and known is None and not draft_vocabulary
+        draft_from = "n-gram" if alone else "both" if auto else "early-exit"
+    if draft_from == "n-gram":
+        if exit_layer is not None or draft_vocabulary:
+            raise ValueError(
+                "drafts from n-grams have no exit layer or draft vocabulary; leave them out, or draft"
+                " from both"
+            )
+    elif known is not None and known > n_layers:
+        raise ValueError(
+            f"the checkpoint's assistant_early_exit is {known}, but it has {n_layers} layers;"
+            " name an exit layer"
+        )
+    exit_at = known if known is not None else max(1, n_layers // 4)
+    if mode == "early-exit":
+        return Plan(mode="early-exit", exit_layer=exit_at)
+    adaptive = auto if adaptive is None else adaptive
+    if draft_tokens is None:
+        draft_tokens = settings.draft_tokens or DEFAULT_DRAFT_TOKENS
+        if adaptive:
+            draft_tokens = max(draft_tokens, MOST_DRAFT_TOKENS)
+    if auto and draft_vocabulary is None and draft_from != "n-gram":
+        draft_vocabulary = settings.draft_vocabulary
+    return Plan(
+        mode="self-speculative",
+        exit_layer=None if draft_from == "n-gram" else exit_at,
+        draft_tokens=draft_tokens,
+        draft_from=cast(DraftFrom, draft_from),
+        adaptive=adaptive,
+        draft_vocabulary=draft_vocabulary or None,
+        costs=settings.costs if adaptive else None,
+    )
+
+
+def for_batch(plan: Plan, decoder: Decoder, settings: Settings, rows: int) -> Plan:
+    """What `auto` does for several prompts at once: drafts of one length, or plain where that is best.
+
+    Args:
+        plan: what it does for one.
+        decoder: whose costs count.
+        settings: of the checkpoint.
+        rows: how many prompts.
+    """
+    if plan.exit_layer is None:
+        return Plan(mode="plain")
+    share = len(plan.draft_vocabulary or ()) / decoder.architecture.vocab_size or 1.0
+    costs = DraftCosts.of(decoder, plan.exit_layer, share, settings.costs)
+    assert plan.draft_tokens is not None
+    most = min(plan.draft_tokens, settings.draft_tokens or DEFAULT_DRAFT_TOKENS)
+    if not (draft_tokens := costs.batch_draft_tokens(rows, most)):
+        return Plan(mode="plain")
+    return dataclasses.replace(
+        plan, draft_tokens=draft_tokens, draft_from="early-exit", adaptive=False, costs=None
+    )
+
+
+def _check(
+    mode: str,
+    exit_layer: int | None,
+    draft_tokens: int | None,
+    draft_from: str | None,
+    drafting: bool,
+    n_layers: int,
+) -> None:
+    """Refuse what no checkpoint can make sense of."""
     if mode not in ("auto", *MODES):
         raise ValueError(f"the mode {mode!r} is unknown; there are: auto, {', '.join(MODES)}")
     if exit_layer is not None and not 1 <= exit_layer <= n_layers:
@@ -60,38 +160,7 @@ def choose(
     if draft_from not in (None, *DRAFT_SOURCES):
         known_sources = ", ".join(DRAFT_SOURCES)
         raise ValueError(f"drafts from {draft_from!r} are unknown; there are: {known_sources}")
-    drafting = adaptive or any(
-        given is not None for given in (draft_tokens, draft_from, draft_vocabulary)
-    )
     if mode == "plain" and (exit_layer is not None or drafting):
         raise ValueError("plain decoding has no exit layer and no draft tokens; leave them out")
     if mode == "early-exit" and drafting:
         raise ValueError("early exit has no draft tokens; leave them out")
-    if draft_from == "n-gram" and not (exit_layer is None and draft_vocabulary is None):
-        raise ValueError(
-            "drafts from n-grams have no exit layer or draft vocabulary; leave them out, or draft"
-            " from both"
-        )
-    known = exit_layer if exit_layer is not None else settings.exit_layer
-    if mode == "plain" or (mode == "auto" and known is None and not drafting):
-        return Plan(mode="plain")
-    if known is not None and known > n_layers:
-        raise ValueError(
-            f"the checkpoint's assistant_early_exit is {known}, but it has {n_layers} layers;"
-            " name an exit layer"
-        )
-    exit_at = known if known is not None else max(1, n_layers // 4)
-    if mode == "early-exit":
-        return Plan(mode="early-exit", exit_layer=exit_at)
-    if draft_tokens is None:
-        draft_tokens = settings.draft_tokens or DEFAULT_DRAFT_TOKENS
-        if adaptive:
-            draft_tokens = max(draft_tokens, MOST_DRAFT_TOKENS)
-    return Plan(
-        mode="self-speculative",
-        exit_layer=None if draft_from == "n-gram" else exit_at,
-        draft_tokens=draft_tokens,
-        draft_from=draft_from or "early-exit",
-        adaptive=adaptive,
-        draft_vocabulary=draft_vocabulary,
-    )

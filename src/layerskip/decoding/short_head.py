@@ -5,12 +5,19 @@ rare tokens (FR-Spec, arXiv 2502.14856). Tokens outside have probability 0 in th
 which is the one that acceptance looks at.
 """
 
+import copy
+import weakref
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from layerskip.model import Decoder
+
+# The last list of each decoder and its head: answers of one model share it.
+_MADE: "weakref.WeakKeyDictionary[Decoder, tuple[tuple[int, ...], ShortHead]]" = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class ShortHead:
@@ -21,16 +28,51 @@ class ShortHead:
         token_ids: the tokens kept, in any order; repeated ones count once.
 
     Attributes:
-        decoder: the same decoder with the short head.
+        token_ids: [n] int64, which token each logit is of.
     """
 
     def __init__(self, decoder: Decoder, token_ids: Iterable[int]) -> None:
-        self._kept = torch.tensor(sorted(set(token_ids)), device=decoder.device)
-        self.decoder = decoder.with_short_head(self._kept)
+        self._known = frozenset(token_ids)
+        self.token_ids = torch.tensor(sorted(self._known), device=decoder.device)
+        self._vocab_size = decoder.architecture.vocab_size
+        self._parts = [decoder.with_short_head(self.token_ids)]
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Hidden states [B, T, D] to logits [B, T, V]: minus infinity for tokens outside."""
-        kept = self.decoder.logits(hidden)
-        full = kept.new_full((*kept.shape[:-1], self.decoder.architecture.vocab_size), -torch.inf)
-        full[..., self._kept] = kept
-        return full
+    @classmethod
+    def of(cls, decoder: Decoder, token_ids: tuple[int, ...]) -> "ShortHead":
+        """The head for a list of tokens, made once as long as the list stays the same."""
+        made = _MADE.get(decoder)
+        if made is None or made[0] != token_ids:
+            made = _MADE[decoder] = (token_ids, cls(decoder, token_ids))
+        return made[1]
+
+    def also(self, decoder: Decoder, token_ids: Iterable[int]) -> "ShortHead":
+        """The same with more tokens, whose rows alone are new: a second, small product.
+
+        Args:
+            decoder: the whole one, which this head was made from.
+            token_ids: those that are in it already add nothing.
+        """
+        new = set(token_ids) - self._known
+        if not new:
+            return self
+        more, both = ShortHead(decoder, new), copy.copy(self)
+        both._known = self._known | new
+        both.token_ids = torch.cat([self.token_ids, more.token_ids])
+        both._parts = [*self._parts, *more._parts]
+        return both
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [B, T, D] to logits of the tokens kept [B, T, n]."""
+        found = [part.logits(hidden) for part in self._parts]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+
+    @property
+    def share(self) -> float:
+        """Of the whole head's tokens."""
+        return len(self.token_ids) / self._vocab_size
+
+    def spread(self, probabilities: Tensor) -> Tensor:
+        """Probabilities of the tokens kept [..., n] as those of all tokens [..., V]."""
+        whole = probabilities.new_zeros(*probabilities.shape[:-1], self._vocab_size)
+        whole[..., self.token_ids] = probabilities
+        return whole

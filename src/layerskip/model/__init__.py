@@ -2,9 +2,10 @@
 
 from layerskip.model.architecture import Architecture
 from layerskip.model.cache import KVCache
-from layerskip.model.checkpoint import Checkpoint, Files, Settings, load, open_files
+from layerskip.model.checkpoint import Checkpoint, Files, load, open_files
 from layerskip.model.decoder import Decoder
 from layerskip.model.families import FAMILIES, UnsupportedModelError
+from layerskip.model.settings import Settings, StepCosts
 from layerskip.model.source import SourceError, pull, resolve
 from layerskip.model.weights import CheckpointError
 
@@ -18,6 +19,7 @@ __all__ = [
     "KVCache",
     "Settings",
     "SourceError",
+    "StepCosts",
     "UnsupportedModelError",
     "load",
     "open_files",

@@ -11,19 +11,8 @@ import torch
 from layerskip.model import assembly, families, tokenizer
 from layerskip.model.architecture import Architecture
 from layerskip.model.decoder import Decoder
+from layerskip.model.settings import Settings, read_settings
 from layerskip.model.weights import CheckpointError, GgufFile, SafetensorsFiles, Tensors, read_json
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What `generation_config.json` says about decoding, in transformers' own fields.
-
-    `exit_layer` is `assistant_early_exit`, `draft_tokens` is `num_assistant_tokens`.
-    """
-
-    end_tokens: tuple[int, ...] = ()
-    exit_layer: int | None = None
-    draft_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +101,7 @@ def open_files(path: Path) -> Files:
         tensors=tensors,
         config=config,
         tied=tied,
-        settings=_settings(path, config),
+        settings=read_settings(path, config, architecture.vocab_size),
     )
 
 
@@ -158,29 +147,3 @@ def _unusable_named(path: Path) -> Iterator[None]:
     except Exception as error:  # transformers validates with error types of its own
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} cannot be used: {reason}") from error
-
-
-def _settings(path: Path, config: dict[str, Any]) -> Settings:
-    """`generation_config.json` where there is one; the end token falls back on the config's."""
-    file = path / "generation_config.json"
-    fields = read_json(file) if path.is_dir() and file.is_file() else {}
-    ends = fields.get("eos_token_id", config.get("eos_token_id"))
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    if any(type(token) is not int or token < 0 for token in ends):
-        raise CheckpointError(
-            f"eos_token_id is {ends} in {file} (or config.json), token ids are needed"
-        )
-    return Settings(
-        end_tokens=tuple(ends),
-        exit_layer=_positive_int(fields, "assistant_early_exit", file),
-        draft_tokens=_positive_int(fields, "num_assistant_tokens", file),
-    )
-
-
-def _positive_int(fields: dict[str, Any], key: str, file: Path) -> int | None:
-    value = fields.get(key)
-    if value is None:
-        return None
-    if type(value) is not int or value < 1:  # a bool is an int too
-        raise CheckpointError(f"{key} in {file} is {value!r}, a whole number above 0 is needed")
-    return value

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from layerskip.model.settings import FILE, KEY
 from layerskip.model.weights import read_json
 
 TRAINED = "quantization-aware training"
@@ -61,13 +62,13 @@ def warn_of_rounding(path: Path, weights: str) -> None:
         weights: a key of `quantize.WEIGHTS`.
     """
     if weights != "16bit" and any(path.glob("*.safetensors")):
-        line = _doubt(path / "generation_config.json", weights)
+        line = _doubt(path / FILE, weights)
         if line is not None:
             warnings.warn(line, RoundingWarning, stacklevel=3)
 
 
 def _doubt(file: Path, weights: str) -> str | None:
-    own = read_json(file).get("layerskip") if file.is_file() else None
+    own = read_json(file).get(KEY) if file.is_file() else None
     known = own.get(FIELD) if isinstance(own, dict) else None
     found = known.get(weights) if isinstance(known, dict) else None
     if not isinstance(found, dict):

@@ -22,11 +22,13 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
+from layerskip.model import settings
 from layerskip.model.rounding import TRAINED, Rounding, recorded
 from layerskip.recipe import detach
 from layerskip.training.callbacks import JsonLinesLog, TimeBudget, read_log
 from layerskip.training.config import TrainConfig
 from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows, read_rows
+from layerskip.training.draft_tokens import draft_tokens
 from layerskip.training.fake_quantization import quantize_aware
 from layerskip.training.memory import keep_freed_memory
 from layerskip.training.plots import plot_run
@@ -90,8 +92,8 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
         trainer.add_callback(Watch(watch))
     if trainer.is_world_process_zero():
         shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
-        settings = json.dumps(config.as_flat_dict(), indent=2)
-        (output / "train.json").write_text(settings + "\n", encoding="utf-8")
+        given = json.dumps(config.as_flat_dict(), indent=2)
+        (output / "train.json").write_text(given + "\n", encoding="utf-8")
     metrics = dict(trainer.train(resume_from_checkpoint=resume_from).metrics)
     if eval_rows:
         metrics |= trainer.evaluate()
@@ -279,6 +281,17 @@ def _trainer(
     return trainer
 
 
+def _add_draft_tokens(model: Any, trainer: LayerSkipTrainer) -> None:
+    tokenizer: Any = trainer.processing_class
+    found = draft_tokens(trainer.train_dataset, model, tokenizer.eos_token_id)
+    own = dict(getattr(model.generation_config, settings.KEY, None) or {})
+    own.pop("costs", None)  # measured, if at all, with what the model was before
+    own.pop("draft_vocabulary", None)
+    if found is not None:
+        own["draft_vocabulary"] = settings.text_of_ids(found)
+    setattr(model.generation_config, settings.KEY, own)
+
+
 def _save(trainer: LayerSkipTrainer, config: TrainConfig, exit_layer: int, output: Path) -> None:
     """Write the result beside its place and move it there, so that no half of it is ever found."""
     unfinished = output / INCOMPLETE
@@ -297,6 +310,7 @@ def _save(trainer: LayerSkipTrainer, config: TrainConfig, exit_layer: int, outpu
         model.generation_config.assistant_early_exit = exit_layer
         model.generation_config.num_assistant_tokens = config.draft_tokens
         _record_rounding(model.generation_config, config)
+        _add_draft_tokens(model, trainer)
         model.generation_config.save_pretrained(unfinished)
     tokenizer: Any = trainer.processing_class
     tokenizer.save_pretrained(unfinished)
@@ -313,8 +327,5 @@ def _record_rounding(generation_config: Any, config: TrainConfig) -> None:
     known: dict[str, Rounding] = {}
     if config.quantize_aware is not None:
         known[config.quantize_aware] = Rounding(TRAINED)
-    own = recorded(getattr(generation_config, "layerskip", None), known)
-    if own:
-        generation_config.layerskip = own
-    elif hasattr(generation_config, "layerskip"):
-        del generation_config.layerskip
+    own = recorded(getattr(generation_config, settings.KEY, None), known)
+    setattr(generation_config, settings.KEY, own)

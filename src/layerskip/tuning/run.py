@@ -10,9 +10,11 @@ from layerskip.bench.own import OwnSystem
 from layerskip.bench.rows import row
 from layerskip.decoding import LayerSkipModel
 from layerskip.decoding.generation import accepted_by_position
+from layerskip.model import StepCosts
 from layerskip.tuning.acceptance import Continuation, agreement_rate, read_agreement, replay
 from layerskip.tuning.choose import Choice, choose
 from layerskip.tuning.costs import Costs, measure_costs
+from layerskip.tuning.for_auto import draft_vocabulary, step_costs
 from layerskip.tuning.predict import Prediction, predict, predict_plain
 
 CANDIDATES = 3  # predictions that are confirmed by real runs
@@ -35,6 +37,8 @@ class Tuning:
         predictions: every exit and draft length, the fastest predicted first.
         grid: real runs of all of them, each with its prediction; None unless asked for.
         confirmed: real runs in turns, plain decoding first, each with its prediction.
+        step_costs: for mode auto: costs in plain steps.
+        draft_vocabulary: for mode auto: tokens worth drafting, the most frequent first.
     """
 
     environment: dict[str, Any]
@@ -47,6 +51,8 @@ class Tuning:
     grid: list[Row] | None
     confirmed: list[Row]
     choice: Choice
+    step_costs: StepCosts
+    draft_vocabulary: tuple[int, ...] | None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields for JSON."""
@@ -61,6 +67,8 @@ class Tuning:
             "grid": self.grid,
             "exits": self.exits,
             "costs": self.costs.to_dict(),
+            "step_costs": self.step_costs.to_dict(),
+            "draft_vocabulary": len(self.draft_vocabulary or ()),
         }
 
     def record(self) -> dict[str, Any]:
@@ -154,6 +162,8 @@ def tune(
         measured = sorted(pairs, key=lambda pair: float(pair[1]["speedup"]), reverse=True)
         best = [prediction for prediction, _ in measured[:CANDIDATES]]
     confirmed = run_for_real(best, "confirming the best by real runs")
+    choice = choose(confirmed)
+    exit_layer = choice.exit_layer or best[0].exit_layer
     return Tuning(
         environment=environment(
             dtype=model.decoder.dtype,
@@ -168,7 +178,9 @@ def tune(
         predictions=predictions,
         grid=grid_rows,
         confirmed=confirmed,
-        choice=choose(confirmed),
+        choice=choice,
+        step_costs=step_costs(costs, exit_layer, model),
+        draft_vocabulary=draft_vocabulary(texts, model),
     )
 
 

@@ -6,19 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from layerskip.model import StepCosts
+from layerskip.model.settings import FILE, KEY, text_of_ids
 from layerskip.model.weights import read_json
 from layerskip.tuning.choose import Choice
 
-FILE = "generation_config.json"
-
 
 def write_settings(
-    folder: Path, choice: Choice, *, end_tokens: Sequence[int], record: Mapping[str, Any]
+    folder: Path,
+    choice: Choice,
+    *,
+    end_tokens: Sequence[int],
+    record: Mapping[str, Any],
+    costs: StepCosts | None = None,
+    draft_vocabulary: Sequence[int] | None = None,
 ) -> Path:
     """Write `assistant_early_exit` and `num_assistant_tokens`, and how they were found.
 
-    Where plain decoding was chosen both fields are removed, which is what makes mode auto plain. All
-    other fields stay. The file appears whole or not at all.
+    Where plain decoding was chosen both fields are removed, so that mode auto drafts from n-grams alone.
+    All other fields stay. The file appears whole or not at all.
 
     Args:
         folder: a checkpoint.
@@ -26,6 +32,8 @@ def write_settings(
         end_tokens: of the model, for a folder that has no such file yet: transformers would take the
             new file's word that there are none.
         record: kept under `layerskip`, key `tuning`.
+        costs: kept there too; None leaves what is there.
+        draft_vocabulary: the same, token ids.
 
     Returns:
         The file written.
@@ -44,8 +52,13 @@ def write_settings(
             fields[key] = value
     # By this mark transformers says that the file only repeats config.json, and skips what is new in it.
     fields.pop("_from_model_config", None)
-    own = fields.get("layerskip")
-    fields["layerskip"] = {**(own if isinstance(own, dict) else {}), "tuning": dict(record)}
+    own = fields.get(KEY)
+    own = {**(own if isinstance(own, dict) else {}), "tuning": dict(record)}
+    if costs is not None:
+        own["costs"] = costs.to_dict()
+    if draft_vocabulary:
+        own["draft_vocabulary"] = text_of_ids(draft_vocabulary)
+    fields[KEY] = own
     _replace(file, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
     return file
 

@@ -1,0 +1,102 @@
+"""What drafting and verifying cost, in plain steps of one token: measured by tune, else from bytes read.
+
+Nothing is timed while an answer is made, so the same prompt is always decoded in the same way.
+"""
+
+import dataclasses
+
+from layerskip.model import Decoder, StepCosts
+from layerskip.model.quantize import bits_of
+
+# What one more position adds to a pass, by the bits that a weight is kept in, where nothing was
+# measured. Weights are read once for all positions; the fewer their bytes, the more arithmetic shows.
+_ROW_COSTS = {32: 0.06, 16: 0.05, 8: 0.15, 4: 0.3}
+_ROW_COST_ON_A_GPU = 0.01
+_BATCH_ACCEPTANCE = 0.8  # of a token, at the first exits that are worth it
+_LEAST_GAIN = 1.03  # of a batch: below that drafting is not worth a try
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftCosts:
+    """Costs in units of a plain step.
+
+    Attributes:
+        layers: the first E layers over one token; 0 where there is no exit.
+        head: the draft's exit over one token.
+        passes: all layers and the head over 1, 2, ... positions; beyond its end every further
+            position adds what the last one added.
+        overhead: of a round that drafts by early exit, beside its parts.
+    """
+
+    layers: float
+    head: float
+    passes: tuple[float, ...]
+    overhead: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        decoder: Decoder,
+        exit_layer: int,
+        head_share: float = 1.0,
+        measured: StepCosts | None = None,
+    ) -> "DraftCosts":
+        """Costs of drafting with the first E layers (0 = none) and a share of the head's tokens.
+
+        Without a measurement they are shares of the bytes read.
+        """
+        whole = decoder.weight_bytes
+        if measured is None:
+            layers = (whole - decoder.head.weight_bytes) / whole
+            return cls(
+                layers=layers * exit_layer / len(decoder.layers),
+                head=head_share * decoder.head.weight_bytes / whole,
+                passes=(1.0, 1.0 + _row_cost(decoder)),
+            )
+        scored = measured.draft_tokens_scored / decoder.architecture.vocab_size
+        layers = max(measured.draft_step - measured.head * scored, 0.0)
+        return cls(
+            layers=layers * exit_layer / measured.exit_layer,
+            head=measured.head * head_share,
+            passes=measured.passes,
+            overhead=measured.overhead,
+        )
+
+    def over(self, positions: int) -> float:
+        """A pass of all layers and the head over 1 or more positions."""
+        known = len(self.passes)
+        if positions <= known:
+            return self.passes[positions - 1]
+        last = self.passes[-1] - self.passes[-2] if known > 1 else 0.0
+        return self.passes[-1] + (positions - known) * max(last, 0.0)
+
+    def token(self, drafted: int) -> float:
+        """What the early exit's next token costs after so many in this round, verified and all."""
+        row = self.over(drafted + 2) - self.over(drafted + 1)
+        return self.layers + self.head + (1 - self.layers) * max(row, 0.0)
+
+    def round(self, drafted: int, scored: int) -> float:
+        """A round whose early exit scored some tokens and kept `drafted` of them."""
+        drafting = self.layers * (drafted + 1) + self.head * scored
+        return drafting + (1 - self.layers) * self.over(drafted + 1) + self.overhead
+
+    def batch_draft_tokens(self, rows: int, most: int) -> int:
+        """The draft length for so many prompts at once, at most `most`; 0 where plain is best.
+
+        A pass over n tokens of each of B prompts is one over n * B positions.
+        """
+        step = self.over(rows)
+        best, longest = _LEAST_GAIN / step, 0
+        for d in range(1, most + 1):
+            tokens = (1 - _BATCH_ACCEPTANCE ** (d + 1)) / (1 - _BATCH_ACCEPTANCE)
+            drafting = (self.layers * (d + 1) + self.head * d) * step
+            time = drafting + (1 - self.layers) * self.over(rows * (d + 1)) + self.overhead
+            if tokens / time > best:
+                best, longest = tokens / time, d
+        return longest
+
+
+def _row_cost(decoder: Decoder) -> float:
+    if decoder.device.type != "cpu":
+        return _ROW_COST_ON_A_GPU
+    return _ROW_COSTS[bits_of(decoder.weights) or 8 * decoder.dtype.itemsize]

@@ -1,0 +1,145 @@
+"""The settings that travel with a checkpoint, in `generation_config.json`.
+
+What transformers has a field for is in that field. The rest is under the key `layerskip`:
+`draft_vocabulary`, token ids in one text, the most useful first; `costs`, see `StepCosts`.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from layerskip.model.weights import CheckpointError, read_json
+
+FILE = "generation_config.json"
+KEY = "layerskip"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepCosts:
+    """What decoding costs on some machine, measured in plain steps of one token.
+
+    Attributes:
+        dtype: of the weights that were timed, such as "bfloat16".
+        weights: how they were kept, such as "16bit".
+        device: "cpu" or "cuda".
+        exit_layer: E of the drafts that were timed.
+        draft_step: the first E layers and the draft's head over one token.
+        draft_tokens_scored: how many tokens that head has.
+        head: final norm, whole head and choice, for one token.
+        passes: all layers and the head over 1, 2, ... positions; the first is 1.
+        overhead: of a round, beside its parts.
+    """
+
+    dtype: str
+    weights: str
+    device: str
+    exit_layer: int
+    draft_step: float
+    draft_tokens_scored: int
+    head: float
+    passes: tuple[float, ...]
+    overhead: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields for JSON, in four digits."""
+        fields = dataclasses.asdict(self)
+        shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in fields.items()}
+        return shown | {"passes": " ".join(f"{cost:.4f}" for cost in self.passes)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "StepCosts":
+        """What `to_dict` gave; raises KeyError, TypeError or ValueError for anything else."""
+        passes = tuple(float(cost) for cost in fields["passes"].split())
+        numbers = (*passes, fields["draft_step"], fields["head"], fields["exit_layer"])
+        if not passes or min(numbers) <= 0:
+            raise ValueError("costs are above 0")
+        return cls(**{**fields, "passes": passes})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `generation_config.json` says about decoding.
+
+    `exit_layer` is `assistant_early_exit`, `draft_tokens` is `num_assistant_tokens`.
+    `draft_vocabulary` are the tokens that an early exit drafts, the most useful first; None = all.
+    `costs` were measured on some machine, with some kind of weights; None = never.
+    """
+
+    end_tokens: tuple[int, ...] = ()
+    exit_layer: int | None = None
+    draft_tokens: int | None = None
+    draft_vocabulary: tuple[int, ...] | None = None
+    costs: StepCosts | None = None
+
+    def measured_for(self, *, dtype: str, weights: str, device: str) -> "Settings":
+        """The same without costs that were measured for something else."""
+        here = (dtype, weights, device)
+        if self.costs and (self.costs.dtype, self.costs.weights, self.costs.device) == here:
+            return self
+        return dataclasses.replace(self, costs=None)
+
+
+def read_settings(path: Path, config: dict[str, Any], vocab_size: int) -> Settings:
+    """`generation_config.json` where there is one; the end token falls back on the config's.
+
+    Raises:
+        CheckpointError: a field has a value that it cannot have.
+    """
+    file = path / FILE
+    fields = read_json(file) if path.is_dir() and file.is_file() else {}
+    ends = fields.get("eos_token_id", config.get("eos_token_id"))
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if any(type(token) is not int or token < 0 for token in ends):
+        raise CheckpointError(
+            f"eos_token_id is {ends} in {file} (or config.json), token ids are needed"
+        )
+    own = fields.get(KEY)
+    own = own if isinstance(own, dict) else {}
+    return Settings(
+        end_tokens=tuple(ends),
+        exit_layer=_positive_int(fields, "assistant_early_exit", file),
+        draft_tokens=_positive_int(fields, "num_assistant_tokens", file),
+        draft_vocabulary=_token_ids(own.get("draft_vocabulary"), vocab_size, file),
+        costs=_costs(own.get("costs"), file),
+    )
+
+
+def text_of_ids(token_ids: Iterable[int]) -> str:
+    """Token ids as the one text in which they are kept: a list would fill thousands of lines."""
+    return " ".join(map(str, token_ids))
+
+
+def _positive_int(fields: dict[str, Any], key: str, file: Path) -> int | None:
+    value = fields.get(key)
+    if value is None:
+        return None
+    if type(value) is not int or value < 1:  # a bool is an int too
+        raise CheckpointError(f"{key} in {file} is {value!r}, a whole number above 0 is needed")
+    return value
+
+
+def _token_ids(text: Any, vocab_size: int, file: Path) -> tuple[int, ...] | None:
+    if not text:
+        return None
+    try:
+        ids = tuple(int(word) for word in text.split())
+    except (AttributeError, ValueError):
+        ids = (-1,)
+    if min(ids, default=-1) < 0 or max(ids) >= vocab_size:
+        raise CheckpointError(
+            f"draft_vocabulary in {file} has to be token ids of 0 to {vocab_size - 1} with spaces"
+            " between them"
+        )
+    return ids
+
+
+def _costs(fields: Any, file: Path) -> StepCosts | None:
+    if fields is None:
+        return None
+    try:
+        return StepCosts.from_dict(fields)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the costs in {file} cannot be read ({error}); tune again"
+        ) from error

@@ -1,0 +1,53 @@
+"""What mode auto is told of a tuning: costs in plain steps, and the tokens worth drafting."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from layerskip.decoding import LayerSkipModel
+from layerskip.model import StepCosts
+from layerskip.model.draft_vocabulary import merged, worth_drafting
+from layerskip.tuning.costs import Costs
+
+_LEAST = 1e-3  # of a plain step: differences of medians can come out at nothing
+_SHARE_OF_VOCABULARY = 4  # a quarter: its first tokens, for a checkpoint that has no list yet
+
+
+def step_costs(costs: Costs, exit_layer: int, model: LayerSkipModel) -> StepCosts:
+    """The costs at the middle context, in plain steps, drafting at one exit through the whole head.
+
+    A pass over n positions is taken to grow with n as the verification from that exit does.
+    """
+    middle, x = len(costs.contexts) // 2, costs.exits.index(exit_layer)
+    plain, verify = float(costs.plain_s[middle]), costs.verify_s[middle, x]
+    return StepCosts(
+        dtype=str(model.decoder.dtype).removeprefix("torch."),
+        weights=model.decoder.weights,
+        device=model.decoder.device.type,
+        exit_layer=exit_layer,
+        draft_step=max(float(costs.draft_step_s[middle, x]) / plain, _LEAST),
+        draft_tokens_scored=model.decoder.architecture.vocab_size,
+        head=max(float(costs.head_s[middle]) / plain, _LEAST),
+        passes=tuple(float(seconds / verify[0]) for seconds in verify),
+        overhead=max(float(costs.round_overhead_s[middle]) / plain, 0.0),
+    )
+
+
+def draft_vocabulary(
+    texts: Iterable[Sequence[int]], model: LayerSkipModel
+) -> tuple[int, ...] | None:
+    """The tokens of some prompts and answers, then those that the checkpoint has already.
+
+    A checkpoint without a list gets the first quarter of its vocabulary behind them, since so few texts
+    do not have all that answers are made of.
+    """
+    a = model.decoder.architecture
+    counts = Counter(token for text in texts for token in text)
+    row = model.decoder.head.weight_bytes / a.vocab_size
+    seen = worth_drafting(
+        counts,
+        row_share=row / model.decoder.weight_bytes,
+        vocab_size=a.vocab_size,
+        always=sorted(model.end_tokens),
+    )
+    known = model.settings.draft_vocabulary or range(a.vocab_size // _SHARE_OF_VOCABULARY)
+    return None if seen is None else merged(seen, known)

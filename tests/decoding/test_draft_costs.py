@@ -1,0 +1,78 @@
+"""What a round costs, by numbers that can be followed by hand."""
+
+import pytest
+import torch
+from scripted import ScriptedDecoder
+from tiny_decoders import LAYERS, tiny_decoder
+
+from layerskip.decoding.draft_costs import DraftCosts
+from layerskip.model import StepCosts
+
+
+def test_costs_are_shares_of_the_bytes_read():
+    decoder = tiny_decoder("llama3.1")
+    head = decoder.head.weight_bytes / decoder.weight_bytes
+    costs = DraftCosts.of(decoder, 1, 0.5)
+    assert costs.head == pytest.approx(head / 2)
+    assert costs.layers == pytest.approx((1 - head) / LAYERS)
+    assert costs.passes == (1.0, 1.06)  # float32 on a CPU
+    assert DraftCosts.of(decoder, 0).layers == 0.0
+
+
+@pytest.mark.parametrize(
+    ("weights", "dtype", "row"),
+    [
+        ("16bit", torch.float32, 0.06),
+        ("16bit", torch.bfloat16, 0.05),
+        ("int8", torch.bfloat16, 0.15),
+        ("int4", torch.bfloat16, 0.3),
+    ],
+)
+def test_positions_are_dearer_the_fewer_bits_a_weight_has(weights, dtype, row):
+    decoder = ScriptedDecoder([1])
+    decoder.weights, decoder.dtype = weights, dtype
+    assert DraftCosts.of(decoder, 1).passes == (1.0, 1.0 + row)
+
+
+def test_measured_costs_come_first_and_fit_other_exits_and_heads():
+    measured = StepCosts(
+        dtype="float32",
+        weights="16bit",
+        device="cpu",
+        exit_layer=2,
+        draft_step=0.5,
+        draft_tokens_scored=75,
+        head=0.4,
+        passes=(1.0, 1.2, 1.3),
+        overhead=0.05,
+    )
+    # Of 0.5 a quarter of the head, 0.1, is the draft's own head: two layers take 0.4.
+    costs = DraftCosts.of(ScriptedDecoder([1], vocab_size=300), 1, 0.5, measured)
+    assert costs.layers == pytest.approx(0.2)
+    assert costs.head == pytest.approx(0.2)
+    assert (costs.passes, costs.overhead) == ((1.0, 1.2, 1.3), 0.05)
+
+
+def test_passes_go_on_as_they_ended():
+    costs = DraftCosts(layers=0.0, head=0.0, passes=(1.0, 1.5, 1.75))
+    assert [costs.over(n) for n in (1, 2, 3, 4, 6)] == [1.0, 1.5, 1.75, 2.0, 2.5]
+    assert DraftCosts(layers=0.0, head=0.0, passes=(1.0,)).over(9) == 1.0
+    falling = DraftCosts(layers=0.0, head=0.0, passes=(1.0, 2.0, 1.5))
+    assert falling.over(9) == 1.5
+
+
+def test_a_round_is_its_draft_and_its_verification():
+    """Three drafted, four scored: four runs of the first layers, four heads, the rest over four."""
+    costs = DraftCosts(layers=0.2, head=0.1, passes=(1.0, 1.05), overhead=0.03)
+    assert costs.round(3, 4) == pytest.approx(4 * 0.2 + 4 * 0.1 + 0.8 * 1.15 + 0.03)
+    assert costs.round(0, 0) == pytest.approx(1.03)
+    assert costs.token(3) == pytest.approx(0.2 + 0.1 + 0.8 * 0.05)
+
+
+def test_the_draft_length_of_a_batch():
+    free = DraftCosts(layers=0.1, head=0.0, passes=(1.0,))
+    # One draft: 1.8 tokens in 1.1 steps; two: 2.44 in 1.2; each further one while it brings more.
+    assert free.batch_draft_tokens(4, 1) == 1
+    assert free.batch_draft_tokens(4, 2) == 2
+    assert free.batch_draft_tokens(4, 20) == 6
+    assert DraftCosts(layers=0.1, head=0.0, passes=(1.0, 2.0)).batch_draft_tokens(4, 5) == 0

@@ -1,0 +1,75 @@
+"""Which tokens are worth a row of the draft's head, and how the list travels."""
+
+import json
+
+import pytest
+import torch
+
+from layerskip.model import CheckpointError, StepCosts, load
+from layerskip.model.draft_vocabulary import merged, worth_drafting
+from layerskip.model.settings import text_of_ids
+from tiny_models import reference
+
+COSTS = StepCosts(
+    dtype="float32",
+    weights="16bit",
+    device="cpu",
+    exit_layer=2,
+    draft_step=0.25,
+    draft_tokens_scored=99,
+    head=0.125,
+    passes=(1.0, 1.25),
+    overhead=0.0,
+)
+
+
+def test_a_token_has_to_come_up_as_often_as_its_row_costs():
+    counts = {5: 60, 8: 30, 2: 9, 7: 1}
+    assert worth_drafting(counts, row_share=0.02, vocab_size=100) == (5, 8, 2)
+    assert worth_drafting(counts, row_share=0.0, vocab_size=100) == (5, 8, 2, 7)
+    assert worth_drafting(counts, row_share=0.0, vocab_size=100, at_most=1) == (5,)
+    assert worth_drafting(counts, row_share=0.5, vocab_size=100, always=[2]) == (2, 5)
+
+
+def test_a_list_that_saves_little_is_none():
+    assert worth_drafting({1: 1, 2: 1, 3: 1}, row_share=0.0, vocab_size=4) == (1, 2, 3)
+    assert worth_drafting({1: 1, 2: 1, 3: 1}, row_share=0.0, vocab_size=3) is None
+    assert worth_drafting({}, row_share=0.0, vocab_size=100) is None
+
+
+def test_lists_are_merged_in_order():
+    assert merged([3, 1], [1, 2, 4], at_most=3) == (3, 1, 2)
+    assert merged([3, 1], None) == (3, 1)
+
+
+def loaded(folder, own):
+    reference("llama2").save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"layerskip": own}))
+    return load(folder, dtype=torch.float32).settings
+
+
+def test_list_and_costs_travel(tmp_path):
+    own = {"draft_vocabulary": text_of_ids([9, 3, 4]), "costs": COSTS.to_dict()}
+    settings = loaded(tmp_path, own)
+    assert settings.draft_vocabulary == (9, 3, 4)
+    assert settings.costs == COSTS
+    here = {"dtype": "float32", "weights": "16bit", "device": "cpu"}
+    assert settings.measured_for(**here) == settings
+    for other in ({"dtype": "bfloat16"}, {"weights": "int8"}, {"device": "cuda"}):
+        assert settings.measured_for(**here | other).costs is None
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"draft_vocabulary": "1 2 x"}, "draft_vocabulary in .* has to be token ids"),
+        ({"draft_vocabulary": "1 999999"}, "draft_vocabulary in .* has to be token ids"),
+        ({"draft_vocabulary": [1]}, "draft_vocabulary in .* has to be token ids"),
+        ({"costs": {"passes": "1.0"}}, "the costs in .* cannot be read .*; tune again"),
+        ({"costs": COSTS.to_dict() | {"head": 0}}, "costs are above 0"),
+        ({"costs": 7}, "tune again"),
+    ],
+)
+def test_what_cannot_be_read_is_named(own, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        loaded(tmp_path, own)
