@@ -1,7 +1,7 @@
 """`LayerSkipModel`: a checkpoint that answers."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -12,7 +12,7 @@ from layerskip.decoding.batch import Batch, can_batch
 from layerskip.decoding.generation import Generation
 from layerskip.decoding.policy import choose
 from layerskip.decoding.sampling import Sampling
-from layerskip.model import Checkpoint, Decoder, load, resolve
+from layerskip.model import Checkpoint, Decoder, load, native, resolve
 from layerskip.model.published import with_defaults
 from layerskip.model.quantize import bits_of
 
@@ -43,6 +43,8 @@ class LayerSkipModel:
         dtype: str | torch.dtype | None = None,
         weights: str = "16bit",
         device: str | torch.device = "cpu",
+        compile: bool | None = None,
+        announce: Callable[[str], None] = lambda text: None,
     ) -> "LayerSkipModel":
         """Load a model.
 
@@ -53,6 +55,9 @@ class LayerSkipModel:
             weights: "16bit", the weights in `dtype` as they are; "int8" or "int4", quantized while
                 they are loaded (docs/weights.md).
             device: "cpu", "cuda", "cuda:1", ...
+            compile: run in kernels compiled for this CPU, which takes some seconds once and needs a C++
+                compiler; None: where that can be done, in float32 and bfloat16. The rest is PyTorch.
+            announce: told, in a few words, before something that takes long.
 
         Raises:
             ValueError: the model cannot be found, read, or is not supported; or a bad argument.
@@ -60,7 +65,14 @@ class LayerSkipModel:
         bits_of(weights)  # before a download
         place = _device(device)
         name = str(name_or_path)
-        checkpoint = load(resolve(name), dtype=_dtype(dtype, place), device=place, weights=weights)
+        path = resolve(name)
+        checkpoint = load(
+            path,
+            dtype=_dtype(dtype, place),
+            device=place,
+            weights=weights,
+            compiled=_prepared(compile, place, announce),
+        )
         settings = with_defaults(name, checkpoint.settings)
         return cls(dataclasses.replace(checkpoint, settings=settings))
 
@@ -252,6 +264,19 @@ def _device(device: str | torch.device) -> torch.device:
     if place.type not in ("cpu", "cuda"):
         raise ValueError(f"the device {device!r} is not supported; use cpu or cuda")
     return place
+
+
+def _prepared(wanted: bool | None, device: torch.device, announce: Callable[[str], None]) -> bool:
+    """Whether the compiled kernels are to be used, and are there."""
+    if wanted is False or device.type != "cpu":
+        return False
+    try:
+        native.prepare(announce)
+    except native.NoCompilerError as error:
+        if wanted:
+            raise ValueError(f"{error}; install one, or load without compile") from error
+        return False
+    return True
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

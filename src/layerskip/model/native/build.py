@@ -15,7 +15,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_FLAGS = ("-O2", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-O2", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
 
 class NoCompilerError(RuntimeError):

@@ -87,6 +87,17 @@ inline float maximum(Vec v) {
   for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
   return most;
 }
+// a * b + c, rounded once: said outright, since a compiler that fuses here and not there would give
+// different bits to the same sum.
+inline Vec fused(Vec a, Vec b, Vec c) {
+#ifdef __AVX512F__
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+  Vec sums;
+  for (int i = 0; i < LANES; i++) sums[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return sums;
+#endif
+}
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec magnitude(Vec v) { return (Vec)((Words)v & 0x7fffffffu); }
@@ -99,12 +110,12 @@ inline Vec exponential(Vec x) {
   const Ints n = (Ints)shifted - (Ints)spread(12582912.0f);
   const Vec f = t - (shifted - 12582912.0f);
   Vec p = spread(1.535336188e-4f);
-  p = p * f + 1.339887440e-3f;
-  p = p * f + 9.618437357e-3f;
-  p = p * f + 5.550332548e-2f;
-  p = p * f + 2.402264791e-1f;
-  p = p * f + 6.931472028e-1f;
-  p = p * f + 1.0f;
+  p = fused(p, f, spread(1.339887440e-3f));
+  p = fused(p, f, spread(9.618437357e-3f));
+  p = fused(p, f, spread(5.550332548e-2f));
+  p = fused(p, f, spread(2.402264791e-1f));
+  p = fused(p, f, spread(6.931472028e-1f));
+  p = fused(p, f, spread(1.0f));
   return (Vec)((Ints)p + (n << 23));
 }
 
@@ -135,8 +146,8 @@ inline Vec dot2(Vec sums, Words weights, uint32_t inputs) {
   float low, high;
   const uint32_t low_bits = inputs << 16, high_bits = inputs & 0xffff0000u;
   memcpy(&low, &low_bits, 4), memcpy(&high, &high_bits, 4);
-  sums += (Vec)(weights << 16) * low;
-  return sums + (Vec)(weights & 0xffff0000u) * high;
+  sums = fused((Vec)(weights << 16), spread(low), sums);
+  return fused((Vec)(weights & 0xffff0000u), spread(high), sums);
 #endif
 }
 
@@ -215,7 +226,10 @@ constexpr int TILES = 16;  // sums that are kept in registers
 constexpr int TILES = 6;
 #endif
 constexpr int ROWS = 8;  // rows that share one reading of the weights from a near cache
-constexpr int panels_of(int rows) { return rows >= TILES ? 1 : TILES / rows > 8 ? 8 : TILES / rows; }
+constexpr int panels_of(int kind, int rows) {
+  const int tiles = kind == INT8 || kind == INT4 ? TILES / 2 : TILES;  // these keep two sums each
+  return rows >= tiles ? 1 : tiles / rows > 8 ? 8 : tiles / rows;
+}
 
 // P panels from `panel` on times R rows of inputs.
 template <int KIND, int P, int R>
@@ -232,7 +246,10 @@ inline void tile(const Matrix &w, int64_t panel, const char *inputs, int64_t str
       for (int p = 0; p < P; p++) {
         const Vec weights = load<Vec>(base + (p * n + k) * LANES);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++) sums[p][r] += weights * ((const float *)(inputs + r * stride))[k];
+        for (int r = 0; r < R; r++) {
+          const float input = ((const float *)(inputs + r * stride))[k];
+          sums[p][r] = fused(weights, spread(input), sums[p][r]);
+        }
       }
   } else if constexpr (KIND == BFLOAT16) {
     const uint32_t *base = (const uint32_t *)w.data + panel * (n / 2) * LANES;
@@ -251,33 +268,34 @@ inline void tile(const Matrix &w, int64_t panel, const char *inputs, int64_t str
     const uint16_t *scales = (const uint16_t *)w.scales + panel * groups * LANES;
     const uint16_t *offsets = w.offsets ? (const uint16_t *)w.offsets + panel * groups * LANES : nullptr;
     for (int64_t g = 0; g < groups; g++) {
+      Ints dots[P][R] = {};
 #pragma GCC unroll 16
-      for (int p = 0; p < P; p++) {
-        Ints dots[R];
+      for (int k = 0; k < PACKED; k++)
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++) dots[r] = Ints{};
-#pragma GCC unroll 16
-        for (int k = 0; k < PACKED; k++) {
+        for (int p = 0; p < P; p++) {
           const Words weights = load<Words>(base + ((p * groups + g) * PACKED + k) * LANES);
 #pragma GCC unroll 16
           for (int r = 0; r < R; r++) {
             const uint32_t *codes = (const uint32_t *)(inputs + r * stride) + g * (GROUP / 4);
             if constexpr (KIND == INT8) {
-              dots[r] = dot4(dots[r], weights, codes[k]);
+              dots[p][r] = dot4(dots[p][r], weights, codes[k]);
             } else {
-              dots[r] = dot4(dots[r], weights & 0x0f0f0f0fu, codes[2 * k]);
-              dots[r] = dot4(dots[r], (weights >> 4) & 0x0f0f0f0fu, codes[2 * k + 1]);
+              dots[p][r] = dot4(dots[p][r], weights & 0x0f0f0f0fu, codes[2 * k]);
+              dots[p][r] = dot4(dots[p][r], (weights >> 4) & 0x0f0f0f0fu, codes[2 * k + 1]);
             }
           }
         }
+#pragma GCC unroll 16
+      for (int p = 0; p < P; p++) {
         const Vec scale = from_float16(scales + (p * groups + g) * LANES);
         const Vec offset = offsets ? from_float16(offsets + (p * groups + g) * LANES)
                                    : scale * (KIND == INT8 ? -128.0f : -8.0f);
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
           const float *steps = (const float *)(inputs + r * stride + n) + 2 * g;
-          sums[p][r] += __builtin_convertvector(dots[r], Vec) * (scale * steps[0]);
-          sums[p][r] += offset * steps[1];
+          const Vec dot = __builtin_convertvector(dots[p][r], Vec);
+          sums[p][r] = fused(dot, scale * steps[0], sums[p][r]);
+          sums[p][r] = fused(offset, spread(steps[1]), sums[p][r]);
         }
       }
     }
@@ -292,7 +310,7 @@ inline void panels(const Matrix &w, int64_t first, int64_t last, const char *inp
     // As many panels as registers allow, in tiles of nearly the same width: a narrow one waits for
     // its own sums.
     while (first < last) {
-      const int64_t tiles = (last - first + panels_of(R) - 1) / panels_of(R);
+      const int64_t tiles = (last - first + panels_of(KIND, R) - 1) / panels_of(KIND, R);
       if ((last - first) / tiles < P) break;
       Vec sums[P][R];
       tile<KIND, P, R>(w, first, inputs, stride, sums);
@@ -309,7 +327,7 @@ inline void rows(const Matrix &w, int64_t first, int64_t last, const char *input
                  int64_t row, int64_t n_rows, const Sink &sink) {
   if constexpr (R > 0) {
     if (n_rows == R)
-      panels<KIND, R, panels_of(R)>(w, first, last, inputs, stride, row, sink);
+      panels<KIND, R, panels_of(KIND, R)>(w, first, last, inputs, stride, row, sink);
     else
       rows<KIND, R - 1>(w, first, last, inputs, stride, row, n_rows, sink);
   }
@@ -320,7 +338,7 @@ inline void rows(const Matrix &w, int64_t first, int64_t last, const char *input
 template <int KIND>
 __attribute__((noinline)) void product(const Matrix &w, int64_t first, int64_t last, const char *inputs, int64_t stride,
              int64_t n_rows, const Sink &sink) {
-  const int64_t block = n_rows > ROWS ? panels_of(ROWS) * 2 : last - first;
+  const int64_t block = n_rows > ROWS ? panels_of(KIND, ROWS) * 2 : last - first;
   for (int64_t p = first; p < last; p += block) {
     const int64_t end = p + block < last ? p + block : last;
     for (int64_t row = 0; row < n_rows; row += ROWS) {
@@ -576,7 +594,7 @@ struct Pass {
       for (int j = 0; j < N; j++) {
         const char *at = values + (s * m.head_dim + k + j * LANES) * element();
         const Vec v = m.cache_kind == FLOAT32 ? load<Vec>(at) : from_bfloat16(load<Halves>(at));
-        sums[j] += v * scores[s];
+        sums[j] = fused(v, spread(scores[s]), sums[j]);
       }
     for (int j = 0; j < N; j++) store<Vec>(out + j * LANES, sums[j] * inverse);
   }
