@@ -11,11 +11,28 @@ TOKENS = 75  # more than twice the original context of the llama3 rotary scaling
 
 
 # Those whose layers the compiled kernels know, at these widths.
-COMPILED = (
-    "llama2 llama3 llama3.1 llama3.2 llama-linear llama-biases llama-mqa mistral qwen2 qwen2-sliding"
-    " qwen2-tied qwen3-mha qwen3-sliding gemma2-uncapped phi3 smollm3 smollm3-sliding granite"
-    " granite-tied phi4-mini"
-).split()
+COMPILED = [
+    "llama2",
+    "llama3",
+    "llama3.1",
+    "llama3.2",
+    "llama-linear",
+    "llama-biases",
+    "llama-mqa",
+    "mistral",
+    "qwen2",
+    "qwen2-sliding",
+    "qwen2-tied",
+    "qwen3-mha",
+    "qwen3-sliding",
+    "gemma2-uncapped",
+    "phi3",
+    "smollm3",
+    "smollm3-sliding",
+    "granite",
+    "granite-tied",
+    "phi4-mini",
+]
 
 
 @pytest.fixture(

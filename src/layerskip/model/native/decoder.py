@@ -79,6 +79,8 @@ class NativeDecoder(Decoder):
     float32. The keys of its cache are laid out in panels, which nobody else can read.
     """
 
+    kernels = "compiled"
+
     def __init__(self, architecture: Architecture, *, layers: list[Layer], **parts: Any) -> None:
         """See `Decoder`."""
         super().__init__(architecture, layers=layers, **parts)
@@ -149,7 +151,8 @@ class _Held:
         )
         self._weights = [None if norm is None else _weight(norm) for norm in norms]
         assert isinstance(layer.mlp, GatedMLP)
-        self._matrices = [layer.qkv, layer.attention_out, layer.mlp.gate_up, layer.mlp.down]
+        products = (layer.qkv, layer.attention_out, layer.mlp.gate_up, layer.mlp.down)
+        self._matrices = [product for product in products if isinstance(product, PanelMatrix)]
 
     def struct(self, window: int, rope: int) -> _LayerStruct:
         pointers = [None if w is None else w.data_ptr() for w in self._weights]

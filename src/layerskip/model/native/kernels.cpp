@@ -31,12 +31,12 @@
 namespace {
 
 constexpr int LANES = 16, GROUP = 32;
-typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
-typedef int8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
-typedef _Float16 HalfFloats __attribute__((vector_size(32), aligned(2), may_alias));
+typedef float Vec __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
+typedef _Float16 HalfFloats __attribute__((vector_size(32)));
 
 enum Kind : int32_t { FLOAT32, BFLOAT16, INT8, INT4 };
 enum Activation : int32_t { SILU, GELU_TANH };
@@ -70,11 +70,13 @@ struct Model {
 
 template <class V, class T>
 inline V load(const T *p) {
-  return *reinterpret_cast<const V *>(p);
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
 }
 template <class V, class T>
 inline void store(T *p, V v) {
-  *reinterpret_cast<V *>(p) = v;
+  memcpy(p, &v, sizeof v);
 }
 inline Vec spread(float x) { return Vec{} + x; }
 inline float sum(Vec v) {

@@ -142,10 +142,11 @@ class PanelEmbedding:
 
 def _words(weight: Quantized) -> Tensor:
     """The codes as [out, n, 4] bytes: four inputs, or eight in halves of bytes."""
-    if weight.bits == 8:
-        return weight.codes.unflatten(1, (-1, 4))
-    halves = weight.codes.unflatten(1, (-1, 2, 4))
-    return halves[:, :, 0] | (halves[:, :, 1] << 4)
+    words: Tensor = weight.codes.unflatten(1, (-1, 4))
+    if weight.bits == 4:
+        low, high = words.unflatten(1, (-1, 2)).unbind(2)
+        words = low | high << 4
+    return words
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
