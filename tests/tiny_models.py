@@ -154,10 +154,10 @@ def reference(case):
     return build(case)
 
 
-def checkpoint(case, folder, *, dtype=torch.float32):
+def checkpoint(case, folder, *, dtype=torch.float32, **how):
     """Our reading of a case, by way of files as transformers saves them."""
     reference(case).save_pretrained(folder)
-    return load(folder, dtype=dtype)
+    return load(folder, dtype=dtype, **how)
 
 
 def token_ids(case, *shape, seed=0):

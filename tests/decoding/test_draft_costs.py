@@ -39,6 +39,7 @@ def test_measured_costs_come_first_and_fit_other_exits_and_heads():
         dtype="float32",
         weights="16bit",
         device="cpu",
+        kernels="pytorch",
         exit_layer=2,
         draft_step=0.5,
         draft_tokens_scored=75,

@@ -118,6 +118,7 @@ def measured(*passes):
         dtype="float32",
         weights="16bit",
         device="cpu",
+        kernels="pytorch",
         exit_layer=5,
         draft_step=0.3,
         draft_tokens_scored=300,

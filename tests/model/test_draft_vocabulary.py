@@ -14,6 +14,7 @@ COSTS = StepCosts(
     dtype="float32",
     weights="16bit",
     device="cpu",
+    kernels="pytorch",
     exit_layer=2,
     draft_step=0.25,
     draft_tokens_scored=99,
@@ -53,9 +54,9 @@ def test_list_and_costs_travel(tmp_path):
     settings = loaded(tmp_path, own)
     assert settings.draft_vocabulary == (9, 3, 4)
     assert settings.costs == COSTS
-    here = {"dtype": "float32", "weights": "16bit", "device": "cpu"}
+    here = {"dtype": "float32", "weights": "16bit", "device": "cpu", "kernels": "pytorch"}
     assert settings.measured_for(**here) == settings
-    for other in ({"dtype": "bfloat16"}, {"weights": "int8"}, {"device": "cuda"}):
+    for other in ({"dtype": "bfloat16"}, {"weights": "int8"}, {"kernels": "compiled"}):
         assert settings.measured_for(**here | other).costs is None
 
 

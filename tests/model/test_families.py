@@ -3,20 +3,63 @@
 import pytest
 import torch
 
+from layerskip.model.native import NativeDecoder
 from tiny_models import CASES, LAYERS, checkpoint, reference, reference_logits, token_ids
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}  # float32
 TOKENS = 75  # more than twice the original context of the llama3 rotary scaling
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request):
+# Those whose layers the compiled kernels know, at these widths.
+COMPILED = [
+    "llama2",
+    "llama3",
+    "llama3.1",
+    "llama3.2",
+    "llama-linear",
+    "llama-biases",
+    "llama-mqa",
+    "mistral",
+    "qwen2",
+    "qwen2-sliding",
+    "qwen2-tied",
+    "qwen3-mha",
+    "qwen3-sliding",
+    "gemma2-uncapped",
+    "phi3",
+    "smollm3",
+    "smollm3-sliding",
+    "granite",
+    "granite-tied",
+    "phi4-mini",
+]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*((case, False) for case in CASES), *((case, True) for case in COMPILED)],
+    ids=lambda param: param[0] + "-compiled" * param[1],
+)
+def variant(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def decoder(case, tmp_path_factory):
-    return checkpoint(case, tmp_path_factory.mktemp(case)).decoder
+def case(variant):
+    return variant[0]
+
+
+@pytest.fixture(scope="module")
+def decoder(variant, tmp_path_factory):
+    case, compiled = variant
+    made = checkpoint(case, tmp_path_factory.mktemp(case), compiled=compiled).decoder
+    assert isinstance(made, NativeDecoder) == compiled
+    return made
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in COMPILED])
+def test_what_the_kernels_do_not_know_is_left_to_pytorch(case, tmp_path):
+    assert not isinstance(checkpoint(case, tmp_path, compiled=True).decoder, NativeDecoder)
 
 
 def run_in_chunks(decoder, tokens, sizes):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from layerskip.bench.bandwidth import read_bandwidth
-from layerskip.bench.environment import environment
+from layerskip.bench.environment import environment_of
 from layerskip.bench.measure import Entry, Setting, System, measure, n_runs
 from layerskip.bench.own import BENCH_MODES, OwnSystem, settings_of
 from layerskip.bench.peers import PEERS, start_peers
@@ -142,10 +142,8 @@ def bench(
     weight_bytes = model.decoder.weight_bytes
     on_begin("scoring", len(entries))
     return {
-        "environment": environment(
-            dtype=model.decoder.dtype,
-            weights=model.decoder.weights,
-            device=device,
+        "environment": environment_of(
+            model.decoder,
             packages=["transformers", *(PEERS[name].distribution for name in config.peers)],
         ),
         "model": source,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import layerskip
+from layerskip.model import Decoder
 
 
 def environment(
@@ -18,6 +19,7 @@ def environment(
     dtype: torch.dtype,
     weights: str = "16bit",
     device: torch.device | str = "cpu",
+    kernels: str = "pytorch",
     packages: Iterable[str] = ("transformers",),
 ) -> dict[str, Any]:
     """Describe this machine and process, for the head of a result.
@@ -26,6 +28,7 @@ def environment(
         dtype: of hidden states and the cache.
         weights: how weights are kept.
         device: where the model is.
+        kernels: what runs the layers, see `Decoder.kernels`.
         packages: installed distributions whose versions matter beside PyTorch's.
     """
     place = torch.device(device)
@@ -40,12 +43,24 @@ def environment(
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "weights": weights,
+        "kernels": kernels,
         "python": platform.python_version(),
         "layerskip": layerskip.__version__,
         "torch": torch.__version__,
         **({"cuda": torch.version.cuda} if place.type == "cuda" else {}),
         **{package: _version(package) for package in packages},
     }
+
+
+def environment_of(decoder: Decoder, packages: Iterable[str] = ("transformers",)) -> dict[str, Any]:
+    """`environment` of what runs on a decoder."""
+    return environment(
+        dtype=decoder.dtype,
+        weights=decoder.weights,
+        device=decoder.device,
+        kernels=decoder.kernels,
+        packages=packages,
+    )
 
 
 def _cpu() -> str:

@@ -56,7 +56,7 @@ def command(
     """
     options.check_output(output)
     flags = {"model": DEFAULT_MODEL, "dtype": dtype, "weights": "16bit", "device": "cpu"}
-    model = options.load_model({**flags, "threads": threads})
+    model = options.load_model({**flags, "threads": threads, "compile": None})
     console = Console(highlight=False, quiet=as_json)
     system = OwnSystem(model, SETTINGS)
     for setting in SETTINGS:  # warm-up: the first passes allocate and choose kernels

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from layerskip.bench import evaluation
-from layerskip.bench.environment import environment
+from layerskip.bench.environment import environment_of
 from layerskip.bench.exit_plot import plot_exits
 from layerskip.bench.likelihood import Progress as Report
 from layerskip.bench.perplexity import perplexity, read_text
@@ -157,10 +157,8 @@ def command(
         if names:
             facts = _add_tasks(model, rows, names, flags, report)
     result = {
-        "environment": environment(
-            dtype=model.decoder.dtype,
-            weights=model.decoder.weights,
-            device=model.decoder.device,
+        "environment": environment_of(
+            model.decoder,
             packages=("transformers", "lm-eval") if names else ("transformers",),
         ),
         "model": flags["model"],

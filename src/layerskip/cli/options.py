@@ -94,6 +94,11 @@ model_options = _stack(
     ),
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads to use."),
+    click.option(
+        "--compile/--no-compile",
+        default=None,
+        help="Run in kernels compiled for this CPU, once; default: where there is a C++ compiler.",
+    ),
 )
 mode_options = _stack(
     click.option(
@@ -209,10 +214,9 @@ def load_model(flags: dict[str, Any]) -> LayerSkipModel:
     name = flags["model"]
     if name in BUILTIN_MODELS and not is_pulled(name) and not Path(name).exists():
         fetch(name)
+    how = {field: flags[field] for field in ("dtype", "weights", "device", "compile")}
     with waiting(f"loading {name}"), _doubts_in_one_line():
-        return LayerSkipModel.from_pretrained(
-            name, dtype=flags["dtype"], weights=flags["weights"], device=flags["device"]
-        )
+        return LayerSkipModel.from_pretrained(name, **how, announce=say)
 
 
 @contextlib.contextmanager
@@ -233,8 +237,12 @@ def _doubts_in_one_line() -> Iterator[None]:
 
 def fetch(name: str) -> Path:
     """Pull a built-in model and say so on stderr."""
-    console = Console(stderr=True, highlight=False)
-    return pull(name, lambda line: console.print(f"{name}: {line} ..."))
+    return pull(name, lambda line: say(f"{name}: {line}"))
+
+
+def say(what: str) -> None:
+    """A line on stderr about something that takes long."""
+    Console(stderr=True, highlight=False).print(f"{what} ...")
 
 
 def decoding_arguments(flags: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`LayerSkipModel`: a checkpoint that answers."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -12,7 +12,7 @@ from layerskip.decoding.batch import Batch, can_batch
 from layerskip.decoding.generation import Generation
 from layerskip.decoding.policy import choose, for_batch
 from layerskip.decoding.sampling import Sampling
-from layerskip.model import Checkpoint, Decoder, load, resolve
+from layerskip.model import Checkpoint, Decoder, load, native, resolve
 from layerskip.model.published import with_defaults
 from layerskip.model.quantize import bits_of
 from layerskip.model.rounding import warn_of_rounding
@@ -44,6 +44,8 @@ class LayerSkipModel:
         dtype: str | torch.dtype | None = None,
         weights: str = "16bit",
         device: str | torch.device = "cpu",
+        compile: bool | None = None,
+        announce: Callable[[str], None] = lambda text: None,
     ) -> "LayerSkipModel":
         """Load a model.
 
@@ -54,6 +56,9 @@ class LayerSkipModel:
             weights: "16bit", the weights in `dtype` as they are; "int8" or "int4", quantized while
                 they are loaded (docs/weights.md).
             device: "cpu", "cuda", "cuda:1", ...
+            compile: run in kernels compiled for this CPU, which takes some seconds once and needs a C++
+                compiler; None: where that can be done, in float32 and bfloat16. The rest is PyTorch.
+            announce: told, in a few words, before something that takes long.
 
         Raises:
             ValueError: the model cannot be found, read, or is not supported; or a bad argument.
@@ -63,11 +68,19 @@ class LayerSkipModel:
         name = str(name_or_path)
         path = resolve(name)
         warn_of_rounding(path, weights)
-        checkpoint = load(path, dtype=_dtype(dtype, place), device=place, weights=weights)
+        checkpoint = load(
+            path,
+            dtype=_dtype(dtype, place),
+            device=place,
+            weights=weights,
+            compiled=_prepared(compile, place, announce),
+        )
+        decoder = checkpoint.decoder
         settings = with_defaults(name, checkpoint.settings).measured_for(
-            dtype=str(checkpoint.decoder.dtype).removeprefix("torch."),
-            weights=checkpoint.decoder.weights,
+            dtype=str(decoder.dtype).removeprefix("torch."),
+            weights=decoder.weights,
             device=place.type,
+            kernels=decoder.kernels,
         )
         return cls(dataclasses.replace(checkpoint, settings=settings))
 
@@ -270,6 +283,19 @@ def _device(device: str | torch.device) -> torch.device:
     if place.type not in ("cpu", "cuda"):
         raise ValueError(f"the device {device!r} is not supported; use cpu or cuda")
     return place
+
+
+def _prepared(wanted: bool | None, device: torch.device, announce: Callable[[str], None]) -> bool:
+    """Whether the compiled kernels are to be used, and are there."""
+    if wanted is False or device.type != "cpu":
+        return False
+    try:
+        native.prepare(announce)
+    except native.NoCompilerError as error:
+        if wanted:
+            raise ValueError(f"{error}; install one, or load without compile") from error
+        return False
+    return True
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip.model import rotary
+from layerskip.model import native, rotary
 from layerskip.model.architecture import Architecture
 from layerskip.model.decoder import Decoder, Layer
 from layerskip.model.families import FAMILIES
@@ -30,12 +30,14 @@ def build(
     dtype: torch.dtype,
     device: torch.device | str,
     weights: str = "16bit",
+    compiled: bool = False,
 ) -> Decoder:
     """Read, cast or quantize, fuse and pack every weight, one layer at a time.
 
     With int8 or int4 weights, the layers' matrices have these bits, embedding and head have 8; norms,
     biases and the routers of mixtures stay in `dtype`. What a GGUF file holds in these very bits is
-    taken over; where rows are scaled, it is rounded once more.
+    taken over; where rows are scaled, it is rounded once more. `compiled` asks for the kernels of
+    `native`, where they know the architecture.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape than the architecture says.
@@ -46,14 +48,19 @@ def build(
     a = architecture
     names = FAMILIES[a.family].names
     place = torch.device(device)
-    take = Taker(tensors, names.ignored, dtype, place, weights)
+    kind: type[Decoder] = Decoder
+    if compiled and native.supports(a, dtype, place):
+        kind = native.NativeDecoder
+    take = Taker(
+        tensors, names.ignored, dtype, place, weights, in_panels=kind is native.NativeDecoder
+    )
     vocabulary = a.vocab_size, a.hidden_size
     embedding = take.embedding(f"{names.embedding}.weight", vocabulary)
     layers = [_LayerBuilder(a, take, i).build() for i in range(a.n_layers)]
     final_norm = _norm(a, take, names.final_norm, scale=a.logit_scale)
     head = take.head(f"{names.head}.weight", vocabulary)
     take.finish()
-    return Decoder(
+    return kind(
         a,
         embedding=embedding,
         layers=layers,

@@ -53,15 +53,20 @@ class KVCache:
         self.slots = self.slots[:, :, rows.to(self.slots.device)]
         self.lengths = self.lengths[rows.to(self.lengths.device)]
 
+    def check_room(self, n: int) -> int:
+        """Where the longest row would end with n more positions; ValueError where that is too far."""
+        end = int(self.lengths.max()) + n
+        if end > self.capacity:
+            raise ValueError(f"the KV cache holds {self.capacity} positions, {end} are needed")
+        return end
+
     def span(self, n: int, first_layer: int, last_layer: int) -> "Span":
         """The next n positions of every row, in layers [first_layer, last_layer).
 
         Raises:
             ValueError: a row has no room for them.
         """
-        start, end = int(self.lengths.min()), int(self.lengths.max()) + n
-        if end > self.capacity:
-            raise ValueError(f"the KV cache holds {self.capacity} positions, {end} are needed")
+        start, end = int(self.lengths.min()), self.check_room(n)
         positions = self.lengths[:, None] + torch.arange(n)
         slots = self.slots[first_layer:last_layer]
         even = end - start == n

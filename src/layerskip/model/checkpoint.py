@@ -53,10 +53,12 @@ def load(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     weights: str = "16bit",
+    compiled: bool = False,
 ) -> Checkpoint:
     """Load a checkpoint folder (safetensors, or one GGUF file in it) or a GGUF file.
 
-    `weights` says how the decoder keeps them, a key of `quantize.WEIGHTS`.
+    `weights` says how the decoder keeps them, a key of `quantize.WEIGHTS`; `compiled`, whether it may
+    run in the kernels of `native`, which have to be prepared.
 
     Raises:
         CheckpointError: files are missing, damaged, or do not fit together.
@@ -67,7 +69,12 @@ def load(
     return Checkpoint(
         path=path,
         decoder=assembly.build(
-            files.architecture, files.tensors, dtype=dtype, device=device, weights=weights
+            files.architecture,
+            files.tensors,
+            dtype=dtype,
+            device=device,
+            weights=weights,
+            compiled=compiled,
         ),
         tokenizer=files.tokenizer(),
         settings=files.settings,

@@ -46,7 +46,10 @@ class Decoder:
         dtype: of hidden states and of the cache.
         device: where the weights are.
         weights: how they are kept, a key of `quantize.WEIGHTS`.
+        kernels: what runs the layers: "pytorch", or "compiled" (see `native`).
     """
+
+    kernels = "pytorch"
 
     def __init__(
         self,

@@ -31,6 +31,12 @@ class Rotary:
             frequencies(rope, a.head_dim, is_long=True).to(device) for rope in self._ropes
         ]
         self._magnitudes = [magnitudes(rope, a.head_dim).to(device) for rope in self._ropes]
+        self._tables: dict[tuple[int, bool], Tensor] = {}
+
+    @property
+    def n_kinds(self) -> int:
+        """How many kinds of rotary embedding the layers have."""
+        return len(self._ropes)
 
     def turns(self, kind: int, positions: Tensor, capacity: int) -> Tensor:
         """See the function `turns`.
@@ -38,10 +44,30 @@ class Rotary:
         `capacity` is how far the cache's positions may reach: a whole generation uses LongRoPE's
         factors for short contexts or those for long ones, since keys are kept turned.
         """
-        rope = self._ropes[kind]
-        is_long = rope is not None and capacity > rope.original_max_positions
-        freqs = (self._long if is_long else self._short)[kind]
+        freqs = self._frequencies(kind, self._is_long(kind, capacity))
         return turns(positions, freqs, *self._heads, self._magnitudes[kind])
+
+    def table(self, kind: int, capacity: int) -> Tensor:
+        """The turns of queries and keys at every position of a cache, made once and kept.
+
+        Returns:
+            [at least `capacity`, head_dim / 2], complex64.
+        """
+        key = kind, self._is_long(kind, capacity)
+        table = self._tables.get(key)
+        if table is None or len(table) < capacity:
+            positions = torch.arange(1 << (capacity - 1).bit_length())[None]
+            freqs = self._frequencies(*key)
+            table = turns(positions, freqs, 1, 0, self._magnitudes[kind])[0, :, 0].contiguous()
+            self._tables[key] = table
+        return table
+
+    def _is_long(self, kind: int, capacity: int) -> bool:
+        rope = self._ropes[kind]
+        return rope is not None and capacity > rope.original_max_positions
+
+    def _frequencies(self, kind: int, is_long: bool) -> Tensor:
+        return (self._long if is_long else self._short)[kind]
 
 
 def frequencies(rope: Rope | None, head_dim: int, *, is_long: bool = False) -> Tensor:

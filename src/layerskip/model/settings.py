@@ -23,6 +23,7 @@ class StepCosts:
         dtype: of the weights that were timed, such as "bfloat16".
         weights: how they were kept, such as "16bit".
         device: "cpu" or "cuda".
+        kernels: what ran the layers, see `Decoder.kernels`.
         exit_layer: E of the drafts that were timed.
         draft_step: the first E layers and the draft's head over one token.
         draft_tokens_scored: how many tokens that head has.
@@ -34,6 +35,7 @@ class StepCosts:
     dtype: str
     weights: str
     device: str
+    kernels: str
     exit_layer: int
     draft_step: float
     draft_tokens_scored: int
@@ -72,10 +74,10 @@ class Settings:
     draft_vocabulary: tuple[int, ...] | None = None
     costs: StepCosts | None = None
 
-    def measured_for(self, *, dtype: str, weights: str, device: str) -> "Settings":
-        """The same without costs that were measured for something else."""
-        here = (dtype, weights, device)
-        if self.costs and (self.costs.dtype, self.costs.weights, self.costs.device) == here:
+    def measured_for(self, **here: str) -> "Settings":
+        """The same without costs that were measured for another dtype, weights, device or kernels."""
+        costs = self.costs
+        if costs and all(getattr(costs, name) == value for name, value in here.items()):
             return self
         return dataclasses.replace(self, costs=None)
 

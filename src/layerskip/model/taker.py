@@ -9,7 +9,8 @@ from torch import Tensor
 from layerskip.model.embedding import DenseEmbedding, Embedding, QuantizedEmbedding
 from layerskip.model.families import UnsupportedModelError
 from layerskip.model.linear import Linear, Matrix, QuantizedLinear, linear
-from layerskip.model.packed import Packed, pack
+from layerskip.model.native import PanelEmbedding, PanelMatrix
+from layerskip.model.packed import pack
 from layerskip.model.quantize import GROUP, Quantized, bits_of, quantize, stack
 from layerskip.model.weights import CheckpointError, Tensors, missing
 
@@ -28,6 +29,7 @@ class Taker:
         dtype: of what is not quantized.
         device: of everything.
         weights: how matrices are kept, a key of `quantize.WEIGHTS`.
+        in_panels: they are laid out for the kernels of `native`.
     """
 
     def __init__(
@@ -37,7 +39,10 @@ class Taker:
         dtype: torch.dtype,
         device: torch.device,
         weights: str,
+        *,
+        in_panels: bool = False,
     ) -> None:
+        self._in_panels = in_panels
         self._tensors, self._dtype, self._device = tensors, dtype, device
         self._bits = bits_of(weights)
         self._names = tensors.names()
@@ -61,17 +66,18 @@ class Taker:
 
     def embedding(self, name: str, shape: tuple[int, int]) -> Embedding:
         """The token embedding, [V, D]."""
-        if self._bits is None:
-            return DenseEmbedding(self(name, shape))
-        return QuantizedEmbedding(self._vocabulary(name, shape), self._dtype)
+        weight = self._vocabulary(name, shape)
+        if self._in_panels:
+            return PanelEmbedding(PanelMatrix(weight))
+        if isinstance(weight, Quantized):
+            return QuantizedEmbedding(pack(weight, self._device), self._dtype)
+        return DenseEmbedding(weight)
 
     def head(self, name: str, shape: tuple[int, int]) -> Matrix | None:
         """The LM head, or None where the checkpoint has none."""
         if name not in self._names:
             return None
-        if self._bits is None:
-            return linear(self(name, shape))
-        return QuantizedLinear(self._vocabulary(name, shape), None, self._dtype)
+        return self._product(self._vocabulary(name, shape), None)
 
     def linear(
         self,
@@ -103,14 +109,13 @@ class Taker:
         biases = self._biases(names, sizes)
         bias = self._cast(finished(biases)) if biases else None
         if self._bits is None or not is_quantized:
-            return linear(self._cast(finished([self._needed(*part) for part in parts])), bias)
+            weight = self._cast(finished([self._needed(*part) for part in parts]))
+            return self._product(weight, bias)
         if any(scale != 1.0 for scale in scales):  # off the grid that a file may have
             values = finished([self._needed(*part) for part in parts])
-            weight = self._rounded(parts[0][0], values, self._bits)
-        else:
-            weight = stack([self._quantized(*part, self._bits) for part in parts])
-            weight = weight if arranged is None else weight.by_rows(arranged)
-        return QuantizedLinear(pack(weight, self._device), bias, self._dtype)
+            return self._product(self._rounded(parts[0][0], values, self._bits), bias)
+        codes = stack([self._quantized(*part, self._bits) for part in parts])
+        return self._product(codes if arranged is None else codes.by_rows(arranged), bias)
 
     def finish(self) -> None:
         """Refuse tensors that were not used."""
@@ -131,8 +136,18 @@ class Taker:
             raise CheckpointError(f"only some of {list(names)} have a bias")
         return present
 
-    def _vocabulary(self, name: str, shape: tuple[int, int]) -> Packed:
-        return pack(self._quantized(name, shape, EMBEDDING_BITS), self._device)
+    def _product(self, weight: Tensor | Quantized, bias: Tensor | None) -> Matrix:
+        """A finished matrix, laid out for the machine."""
+        if self._in_panels:
+            return PanelMatrix(weight, bias)
+        if isinstance(weight, Quantized):
+            return QuantizedLinear(pack(weight, self._device), bias, self._dtype)
+        return linear(weight, bias)
+
+    def _vocabulary(self, name: str, shape: tuple[int, int]) -> Tensor | Quantized:
+        if self._bits is None:
+            return self(name, shape)
+        return self._quantized(name, shape, EMBEDDING_BITS)
 
     def _quantized(self, name: str, shape: tuple[int, int], bits: int) -> Quantized:
         """A matrix as it is stored, where that is in these bits; else rounded to them."""

@@ -23,6 +23,7 @@ def step_costs(costs: Costs, exit_layer: int, model: LayerSkipModel) -> StepCost
         dtype=str(model.decoder.dtype).removeprefix("torch."),
         weights=model.decoder.weights,
         device=model.decoder.device.type,
+        kernels=model.decoder.kernels,
         exit_layer=exit_layer,
         draft_step=max(float(costs.draft_step_s[middle, x]) / plain, _LEAST),
         draft_tokens_scored=model.decoder.architecture.vocab_size,

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from layerskip.bench.environment import environment
+from layerskip.bench.environment import environment_of
 from layerskip.bench.measure import Setting, measure, n_runs
 from layerskip.bench.own import OwnSystem
 from layerskip.bench.rows import row
@@ -165,11 +165,7 @@ def tune(
     choice = choose(confirmed)
     exit_layer = choice.exit_layer or best[0].exit_layer
     return Tuning(
-        environment=environment(
-            dtype=model.decoder.dtype,
-            weights=model.decoder.weights,
-            device=model.decoder.device,
-        ),
+        environment=environment_of(model.decoder),
         prompts=len(useful),
         max_new_tokens=max_new_tokens,
         costs=costs,

@@ -1,0 +1,14 @@
+"""The layers compiled for the CPU at hand: the fast path of `model` (see `kernels.cpp`)."""
+
+from layerskip.model.native.build import NoCompilerError, prepare
+from layerskip.model.native.decoder import NativeDecoder, supports
+from layerskip.model.native.panels import PanelEmbedding, PanelMatrix
+
+__all__ = [
+    "NativeDecoder",
+    "NoCompilerError",
+    "PanelEmbedding",
+    "PanelMatrix",
+    "prepare",
+    "supports",
+]

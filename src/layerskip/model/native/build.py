@@ -1,0 +1,103 @@
+"""`kernels.cpp` to a library: compiled once for each machine, with the compiler that is there."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_FLAGS = ("-O2", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+
+
+class NoCompilerError(RuntimeError):
+    """The kernels cannot be compiled here; the message says why."""
+
+
+def prepare(announce: Callable[[str], None] = lambda text: None) -> None:
+    """Compile the kernels where this machine has not done so before, which takes some seconds.
+
+    Args:
+        announce: told what is going on before a compilation begins.
+
+    Raises:
+        NoCompilerError: there is no C++ compiler with OpenMP, or it refuses.
+    """
+    target = _target()
+    if not target.is_file():
+        announce("compiling kernels for this machine (once)")
+        _compile(target)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels; raises what `prepare` raises."""
+    prepare()
+    return _load(_target())
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    pointer, whole = ctypes.c_void_p, ctypes.c_int64
+    loaded.layerskip_run.argtypes = [
+        *(pointer, pointer, pointer, pointer),  # model, hidden, out, lengths
+        *(whole, whole, whole, whole),  # batch, positions, start, stop
+        *(pointer, whole, pointer, ctypes.c_int),  # slots, capacity, turns, threads
+    ]
+    loaded.layerskip_product.argtypes = [
+        *(pointer, pointer, ctypes.c_float, pointer),  # matrix, norm, eps, x
+        *(whole, pointer, ctypes.c_int),  # rows, out, threads
+    ]
+    loaded.layerskip_rows.argtypes = [pointer, pointer, whole, pointer]
+    loaded.layerskip_large_pages.argtypes = [pointer, whole]
+    for name in ("run", "product", "rows", "large_pages"):
+        getattr(loaded, f"layerskip_{name}").restype = None
+    return loaded
+
+
+@functools.cache
+def _compiler() -> str:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise NoCompilerError("there is no C++ compiler (g++ or clang++)")
+    return compiler
+
+
+@functools.cache
+def _target() -> Path:
+    """Named after everything that the library depends on."""
+    what = "\0".join((_compiler(), *_FLAGS, sys.platform, platform.machine(), _cpu()))
+    name = hashlib.sha256(_SOURCE.read_bytes() + what.encode()).hexdigest()[:16]
+    return user_cache_path("layerskip") / "kernels" / f"{name}.so"
+
+
+def _compile(target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            command = [_compiler(), *_FLAGS, str(_SOURCE), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ["no message"])[0]
+                raise NoCompilerError(f"{_compiler()} refuses: {reason}")
+            made.replace(target)
+    except OSError as error:
+        raise NoCompilerError(f"the kernels cannot be written: {error}") from error
+
+
+def _cpu() -> str:
+    """What `-march=native` depends on: a cache folder may be shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

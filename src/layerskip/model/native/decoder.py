@@ -1,0 +1,164 @@
+"""`Decoder` with its layers run by the compiled kernels: hidden states in float32, on the CPU."""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerskip.model.architecture import Architecture
+from layerskip.model.cache import KVCache
+from layerskip.model.decoder import Decoder, Layer
+from layerskip.model.families import FAMILIES
+from layerskip.model.mlp import GatedMLP
+from layerskip.model.native.build import library
+from layerskip.model.native.panels import KINDS, LANES, MatrixStruct, PanelMatrix, fits
+from layerskip.model.norm import HeadNorm, RMSNorm
+
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+_WIDEST_HEAD = 1024
+
+
+class _LayerStruct(ctypes.Structure):
+    """`Layer` of `kernels.cpp`."""
+
+    _fields_ = (
+        ("attention_norm", ctypes.c_void_p),
+        ("attention_post_norm", ctypes.c_void_p),
+        ("mlp_norm", ctypes.c_void_p),
+        ("mlp_post_norm", ctypes.c_void_p),
+        ("qk_norm", ctypes.c_void_p),
+        ("window", ctypes.c_int32),
+        ("rope", ctypes.c_int32),
+        ("qkv", MatrixStruct),
+        ("attention_out", MatrixStruct),
+        ("gate_up", MatrixStruct),
+        ("down", MatrixStruct),
+    )
+
+
+class _ModelStruct(ctypes.Structure):
+    """`Model` of `kernels.cpp`."""
+
+    _fields_ = (
+        ("hidden", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("ffn", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("cache_kind", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("layers", ctypes.c_void_p),
+    )
+
+
+def supports(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels know everything that this architecture has."""
+    a, family = architecture, FAMILIES[architecture.family]
+    widths = (a.hidden_size, a.ffn_size, a.n_heads * a.head_dim)
+    return (
+        device.type == "cpu"
+        and dtype in KINDS
+        and family.is_gated
+        and family.qk_norm != "projection"
+        and a.activation in _ACTIVATIONS
+        and a.mixture is None
+        and a.attention_cap is None
+        and not a.parallel_residual
+        and all(fits(width) for width in widths)
+        and a.head_dim % LANES == 0
+        and a.head_dim <= _WIDEST_HEAD
+    )
+
+
+class NativeDecoder(Decoder):
+    """The same decoder, whose results do not depend on how many positions a pass has.
+
+    Its parts are `PanelMatrix` and RMS norms, as `supports` makes sure; hidden states and logits are
+    float32. The keys of its cache are laid out in panels, which nobody else can read.
+    """
+
+    kernels = "compiled"
+
+    def __init__(self, architecture: Architecture, *, layers: list[Layer], **parts: Any) -> None:
+        """See `Decoder`."""
+        super().__init__(architecture, layers=layers, **parts)
+        a = architecture
+        self._library = library()
+        self._held = [_Held(layer) for layer in layers]
+        described = zip(self._held, a.sliding_windows, self.rotary.kinds, strict=True)
+        self._structs = (_LayerStruct * len(layers))(
+            *(held.struct(window or 0, kind) for held, window, kind in described)
+        )
+        self._model = _ModelStruct(
+            *(a.hidden_size, a.n_heads, a.n_kv_heads, a.head_dim, a.ffn_size, a.norm_eps),
+            *(KINDS[self.dtype], _ACTIVATIONS[a.activation], ctypes.addressof(self._structs)),
+        )
+        self._final_norm_weight = _weight(self.final_norm)
+
+    def new_cache(self, capacity: int, batch_size: int = 1) -> KVCache:
+        """See `Decoder`; the capacity is rounded up to whole panels."""
+        return super().new_cache(-(-capacity // LANES) * LANES, batch_size)
+
+    def run(self, hidden: Tensor, start: int, stop: int, cache: KVCache) -> Tensor:
+        """See `Decoder`."""
+        if start == stop:
+            return hidden
+        b, t, _ = hidden.shape
+        cache.check_room(t)
+        hidden = hidden.float().contiguous()
+        out = torch.empty_like(hidden)
+        self._library.layerskip_run(
+            ctypes.byref(self._model),
+            hidden.data_ptr(),
+            out.data_ptr(),
+            cache.lengths.data_ptr(),
+            *(b, t, start, stop),
+            cache.slots.data_ptr(),
+            cache.capacity,
+            self._turn_tables(cache.capacity),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Decoder`; float32."""
+        b, t, d = hidden.shape
+        assert isinstance(self.head, PanelMatrix)
+        eps = self.architecture.norm_eps
+        product = self.head.normed_product(hidden.reshape(b * t, d), self._final_norm_weight, eps)
+        cap = self.architecture.logit_cap
+        logits = product.view(b, t, -1)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _turn_tables(self, capacity: int) -> ctypes.Array[ctypes.c_void_p]:
+        """For each kind of rotary embedding the turns of every position of the cache."""
+        tables = [self.rotary.table(kind, capacity) for kind in range(self.rotary.n_kinds)]
+        return (ctypes.c_void_p * len(tables))(*(table.data_ptr() for table in tables))
+
+
+class _Held:
+    """One layer's vectors in float32, kept for the kernels."""
+
+    def __init__(self, layer: Layer) -> None:
+        norms = (
+            layer.attention_norm,
+            layer.attention_post_norm,
+            layer.mlp_norm,
+            layer.mlp_post_norm,
+            layer.qk_norm,
+        )
+        self._weights = [None if norm is None else _weight(norm) for norm in norms]
+        assert isinstance(layer.mlp, GatedMLP)
+        products = (layer.qkv, layer.attention_out, layer.mlp.gate_up, layer.mlp.down)
+        self._matrices = [product for product in products if isinstance(product, PanelMatrix)]
+
+    def struct(self, window: int, rope: int) -> _LayerStruct:
+        pointers = [None if w is None else w.data_ptr() for w in self._weights]
+        return _LayerStruct(*pointers, window, rope, *(m.struct for m in self._matrices))
+
+
+def _weight(norm: object) -> Tensor:
+    assert isinstance(norm, RMSNorm | HeadNorm)
+    return norm.weight.float().contiguous()

@@ -1,0 +1,712 @@
+// The decoder's layers on a CPU: all of a pass in one call, for few rows at the speed of memory.
+//
+// Every output of every row is summed over the inputs in the same order, whatever the number of rows
+// in the call. So verifying eight positions gives the very bits that eight single steps give, in every
+// type of weights, and self-speculative decoding equals plain decoding exactly.
+//
+// A matrix is kept in panels of 16 outputs. Inside a panel the inputs follow one another, each with the
+// 16 outputs' weights side by side, so that one vector holds 16 sums and an input is broadcast to them:
+//   float32  [panel][in][16]
+//   bfloat16 [panel][in / 2][16][2]
+//   8 bits   [panel][in / 4][16][4], scales and offsets [panel][in / 32][16] in float16
+//   4 bits   [panel][in / 8][16][4]: inputs 0-3 in the low halves of the bytes, 4-7 in the high ones
+// Inputs of quantized products are rounded to 8 bits in groups of 32, as GGML does.
+// Keys are kept in panels of 16 positions in the same way, values row by row.
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+#include <omp.h>
+#include <sched.h>
+
+namespace {
+
+constexpr int LANES = 16, GROUP = 32;
+typedef float Vec __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
+typedef _Float16 HalfFloats __attribute__((vector_size(32)));
+
+enum Kind : int32_t { FLOAT32, BFLOAT16, INT8, INT4 };
+enum Activation : int32_t { SILU, GELU_TANH };
+
+struct Matrix {
+  int32_t kind;
+  int64_t out, in;
+  const void *data;
+  const void *scales;   // quantized: float16
+  const void *offsets;  // float16, or null: the grid is centred on zero
+  const float *bias;    // or null
+};
+
+struct Layer {
+  const float *attention_norm, *attention_post_norm, *mlp_norm, *mlp_post_norm;  // each may be null
+  const float *qk_norm;                                                          // may be null
+  int32_t window;  // positions that a query sees, itself included; 0 = all
+  int32_t rope;    // which table of turns
+  Matrix qkv, attention_out, gate_up, down;
+};
+
+struct Model {
+  int64_t hidden, heads, kv_heads, head_dim, ffn;
+  float eps;
+  int32_t cache_kind;  // FLOAT32 or BFLOAT16
+  int32_t activation;
+  const Layer *layers;
+};
+
+// ---- vectors ----------------------------------------------------------------------------------
+
+template <class V, class T>
+inline V load(const T *p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class T>
+inline void store(T *p, V v) {
+  memcpy(p, &v, sizeof v);
+}
+inline Vec spread(float x) { return Vec{} + x; }
+inline float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < LANES; i++) total += v[i];
+  return total;
+}
+inline float maximum(Vec v) {
+  float most = v[0];
+  for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
+  return most;
+}
+// a * b + c, rounded once: said outright, since a compiler that fuses here and not there would give
+// different bits to the same sum.
+inline Vec fused(Vec a, Vec b, Vec c) {
+#ifdef __AVX512F__
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+  Vec sums;
+  for (int i = 0; i < LANES; i++) sums[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return sums;
+#endif
+}
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec magnitude(Vec v) { return (Vec)((Words)v & 0x7fffffffu); }
+
+// e^x to about 2 units in the last place; 2^n from the exponent bits, 2^f on [-1/2, 1/2] a polynomial.
+inline Vec exponential(Vec x) {
+  x = smaller(larger(x, spread(-87.0f)), spread(88.0f));
+  const Vec t = x * 1.44269504f;
+  const Vec shifted = t + 12582912.0f;  // rounds to a whole number, which the low bits then hold
+  const Ints n = (Ints)shifted - (Ints)spread(12582912.0f);
+  const Vec f = t - (shifted - 12582912.0f);
+  Vec p = spread(1.535336188e-4f);
+  p = fused(p, f, spread(1.339887440e-3f));
+  p = fused(p, f, spread(9.618437357e-3f));
+  p = fused(p, f, spread(5.550332548e-2f));
+  p = fused(p, f, spread(2.402264791e-1f));
+  p = fused(p, f, spread(6.931472028e-1f));
+  p = fused(p, f, spread(1.0f));
+  return (Vec)((Ints)p + (n << 23));
+}
+
+inline Vec activate(int32_t activation, Vec x) {
+  if (activation == SILU) return x / (exponential(-x) + 1.0f);
+  const Vec u = (x + x * x * x * 0.044715f) * 1.5957691216f;  // 2 sqrt(2 / pi)
+  return x - x / (exponential(u) + 1.0f);                     // x (1 + tanh(u / 2)) / 2
+}
+
+inline Halves to_bfloat16(Vec v) {  // to nearest, ties to even
+  const Words bits = (Words)v;
+  return __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, Halves);
+}
+inline Vec from_bfloat16(Halves v) { return (Vec)(__builtin_convertvector(v, Words) << 16); }
+inline Vec from_float16(const void *p) {
+#ifdef __AVX512F__
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#else
+  return __builtin_convertvector(load<HalfFloats>((const _Float16 *)p), Vec);
+#endif
+}
+
+// sums += pairs of weights * a pair of inputs
+inline Vec dot2(Vec sums, Words weights, uint32_t inputs) {
+#ifdef __AVX512BF16__
+  return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(inputs));
+#else
+  float low, high;
+  const uint32_t low_bits = inputs << 16, high_bits = inputs & 0xffff0000u;
+  memcpy(&low, &low_bits, 4), memcpy(&high, &high_bits, 4);
+  sums = fused((Vec)(weights << 16), spread(low), sums);
+  return fused((Vec)(weights & 0xffff0000u), spread(high), sums);
+#endif
+}
+
+// sums += four weights of 0 ... 255 * four inputs of -128 ... 127
+inline Ints dot4(Ints sums, Words weights, uint32_t inputs) {
+#ifdef __AVX512VNNI__
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(inputs));
+#else
+  for (int j = 0; j < 4; j++)
+    sums += (Ints)((weights >> (8 * j)) & 0xffu) * (int32_t)(int8_t)(inputs >> (8 * j));
+  return sums;
+#endif
+}
+
+// ---- inputs of products -------------------------------------------------------------------------
+
+// One row of inputs as a kind of matrix wants them. Quantized: codes, then a pair (step, step * sum
+// of the group's codes) for every group.
+inline int64_t input_stride(int32_t kind, int64_t n) {
+  const int64_t bytes = kind == FLOAT32 ? 4 * n : kind == BFLOAT16 ? 2 * n : n + n / GROUP * 8;
+  return (bytes + 63) / 64 * 64;
+}
+
+// Writes inputs [first, last) of a row, which `at(k)` gives 16 at a time.
+template <class Source>
+inline void encode(int32_t kind, int64_t n, int64_t first, int64_t last, char *row, Source at) {
+  if (kind == FLOAT32) {
+    for (int64_t k = first; k < last; k += LANES) store<Vec>(row + 4 * k, at(k));
+  } else if (kind == BFLOAT16) {
+    for (int64_t k = first; k < last; k += LANES) store<Halves>(row + 2 * k, to_bfloat16(at(k)));
+  } else {
+    float *steps = (float *)(row + n);
+    for (int64_t k = first; k < last; k += GROUP) {
+      const Vec a = at(k), b = at(k + LANES);
+      const float step = maximum(larger(magnitude(a), magnitude(b))) / 127.0f;
+      const float inverse = step > 0 ? 1.0f / step : 0.0f;
+      const Vec magic = spread(12582912.0f);
+      const Ints ca = (Ints)(a * inverse + magic) - (Ints)magic, cb = (Ints)(b * inverse + magic) - (Ints)magic;
+      store<Bytes>(row + k, __builtin_convertvector(ca, Bytes));
+      store<Bytes>(row + k + LANES, __builtin_convertvector(cb, Bytes));
+      int32_t total = 0;
+      for (int i = 0; i < LANES; i++) total += ca[i] + cb[i];
+      steps[k / GROUP * 2] = step;
+      steps[k / GROUP * 2 + 1] = step * total;
+    }
+  }
+}
+
+// ---- products -----------------------------------------------------------------------------------
+
+// Where the sums of a product go: out = sums * scale + bias, or added to what is there.
+struct Sink {
+  float *out;
+  int64_t stride;  // floats from row to row
+  int64_t end;     // outputs of a row
+  bool adds;
+  float scale;
+  const float *bias;  // or null
+
+  void operator()(int64_t row, int64_t output, Vec sums) const {
+    float *to = out + row * stride + output;
+    sums *= scale;
+    if (output + LANES <= end) {
+      if (bias) sums += load<Vec>(bias + output);
+      store<Vec>(to, adds ? load<Vec>(to) + sums : sums);
+      return;
+    }
+    for (int64_t i = 0; output + i < end; i++)
+      to[i] = sums[i] + (bias ? bias[output + i] : 0.0f) + (adds ? to[i] : 0.0f);
+  }
+};
+
+#ifdef __AVX512F__
+constexpr int TILES = 16;  // sums that are kept in registers
+#else
+constexpr int TILES = 6;
+#endif
+constexpr int ROWS = 8;  // rows that share one reading of the weights from a near cache
+constexpr int panels_of(int kind, int rows) {
+  const int tiles = kind == INT8 || kind == INT4 ? TILES / 2 : TILES;  // these keep two sums each
+  return rows >= tiles ? 1 : tiles / rows > 8 ? 8 : tiles / rows;
+}
+
+// P panels from `panel` on times R rows of inputs.
+template <int KIND, int P, int R>
+inline void tile(const Matrix &w, int64_t panel, const char *inputs, int64_t stride, Vec (&sums)[P][R]) {
+  const int64_t n = w.in;
+#pragma GCC unroll 16
+  for (int p = 0; p < P; p++)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) sums[p][r] = Vec{};
+  if constexpr (KIND == FLOAT32) {
+    const float *base = (const float *)w.data + panel * n * LANES;
+    for (int64_t k = 0; k < n; k++)
+#pragma GCC unroll 16
+      for (int p = 0; p < P; p++) {
+        const Vec weights = load<Vec>(base + (p * n + k) * LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+          const float input = ((const float *)(inputs + r * stride))[k];
+          sums[p][r] = fused(weights, spread(input), sums[p][r]);
+        }
+      }
+  } else if constexpr (KIND == BFLOAT16) {
+    const uint32_t *base = (const uint32_t *)w.data + panel * (n / 2) * LANES;
+    for (int64_t k = 0; k < n / 2; k++)
+#pragma GCC unroll 16
+      for (int p = 0; p < P; p++) {
+        const Words weights = load<Words>(base + (p * (n / 2) + k) * LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+          sums[p][r] = dot2(sums[p][r], weights, ((const uint32_t *)(inputs + r * stride))[k]);
+      }
+  } else {
+    constexpr int PACKED = KIND == INT8 ? 8 : 4;  // words of a group in a lane
+    const int64_t groups = n / GROUP;
+    const uint32_t *base = (const uint32_t *)w.data + panel * groups * PACKED * LANES;
+    const uint16_t *scales = (const uint16_t *)w.scales + panel * groups * LANES;
+    const uint16_t *offsets = w.offsets ? (const uint16_t *)w.offsets + panel * groups * LANES : nullptr;
+    for (int64_t g = 0; g < groups; g++) {
+      Ints dots[P][R] = {};
+#pragma GCC unroll 16
+      for (int k = 0; k < PACKED; k++)
+#pragma GCC unroll 16
+        for (int p = 0; p < P; p++) {
+          const Words weights = load<Words>(base + ((p * groups + g) * PACKED + k) * LANES);
+#pragma GCC unroll 16
+          for (int r = 0; r < R; r++) {
+            const uint32_t *codes = (const uint32_t *)(inputs + r * stride) + g * (GROUP / 4);
+            if constexpr (KIND == INT8) {
+              dots[p][r] = dot4(dots[p][r], weights, codes[k]);
+            } else {
+              dots[p][r] = dot4(dots[p][r], weights & 0x0f0f0f0fu, codes[2 * k]);
+              dots[p][r] = dot4(dots[p][r], (weights >> 4) & 0x0f0f0f0fu, codes[2 * k + 1]);
+            }
+          }
+        }
+#pragma GCC unroll 16
+      for (int p = 0; p < P; p++) {
+        const Vec scale = from_float16(scales + (p * groups + g) * LANES);
+        const Vec offset = offsets ? from_float16(offsets + (p * groups + g) * LANES)
+                                   : scale * (KIND == INT8 ? -128.0f : -8.0f);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+          const float *steps = (const float *)(inputs + r * stride + n) + 2 * g;
+          const Vec dot = __builtin_convertvector(dots[p][r], Vec);
+          sums[p][r] = fused(dot, scale * steps[0], sums[p][r]);
+          sums[p][r] = fused(offset, spread(steps[1]), sums[p][r]);
+        }
+      }
+    }
+  }
+}
+
+// All tiles of panels [first, last) and R rows.
+template <int KIND, int R, int P>
+inline void panels(const Matrix &w, int64_t first, int64_t last, const char *inputs, int64_t stride,
+                   int64_t row, const Sink &sink) {
+  if constexpr (P > 0) {
+    // As many panels as registers allow, in tiles of nearly the same width: a narrow one waits for
+    // its own sums.
+    while (first < last) {
+      const int64_t tiles = (last - first + panels_of(KIND, R) - 1) / panels_of(KIND, R);
+      if ((last - first) / tiles < P) break;
+      Vec sums[P][R];
+      tile<KIND, P, R>(w, first, inputs, stride, sums);
+      for (int p = 0; p < P; p++)
+        for (int r = 0; r < R; r++) sink(row + r, (first + p) * LANES, sums[p][r]);
+      first += P;
+    }
+    panels<KIND, R, P - 1>(w, first, last, inputs, stride, row, sink);
+  }
+}
+
+template <int KIND, int R>
+inline void rows(const Matrix &w, int64_t first, int64_t last, const char *inputs, int64_t stride,
+                 int64_t row, int64_t n_rows, const Sink &sink) {
+  if constexpr (R > 0) {
+    if (n_rows == R)
+      panels<KIND, R, panels_of(KIND, R)>(w, first, last, inputs, stride, row, sink);
+    else
+      rows<KIND, R - 1>(w, first, last, inputs, stride, row, n_rows, sink);
+  }
+}
+
+// Panels [first, last) of the product with all rows. A block of panels stays in the near cache while
+// the rows pass.
+template <int KIND>
+__attribute__((noinline)) void product(const Matrix &w, int64_t first, int64_t last, const char *inputs, int64_t stride,
+             int64_t n_rows, const Sink &sink) {
+  const int64_t block = n_rows > ROWS ? panels_of(KIND, ROWS) * 2 : last - first;
+  for (int64_t p = first; p < last; p += block) {
+    const int64_t end = p + block < last ? p + block : last;
+    for (int64_t row = 0; row < n_rows; row += ROWS) {
+      const int64_t left = n_rows - row < ROWS ? n_rows - row : ROWS;
+      rows<KIND, ROWS>(w, p, end, inputs + row * stride, stride, row, left, sink);
+    }
+  }
+}
+
+inline void multiply(const Matrix &w, int64_t first, int64_t last, const char *inputs, int64_t n_rows,
+              const Sink &sink) {
+  const int64_t stride = input_stride(w.kind, w.in);
+  switch (w.kind) {
+    case FLOAT32: return product<FLOAT32>(w, first, last, inputs, stride, n_rows, sink);
+    case BFLOAT16: return product<BFLOAT16>(w, first, last, inputs, stride, n_rows, sink);
+    case INT8: return product<INT8>(w, first, last, inputs, stride, n_rows, sink);
+    default: return product<INT4>(w, first, last, inputs, stride, n_rows, sink);
+  }
+}
+
+// ---- threads ------------------------------------------------------------------------------------
+
+// Steps of a layer are shorter than a sleep and a wake-up, so threads wait for one another awake; but
+// not for long, in case somebody else needs the core.
+class Team {
+ public:
+  void wait(int size) {
+    if (size == 1) return;
+    const uint32_t round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
+      if (spins > 20000) sched_yield();
+#ifdef __x86_64__
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+
+ private:
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> round_{0};
+};
+
+struct Share {
+  int64_t first, last;
+};
+inline Share share(int64_t n, int thread, int threads) {
+  return {n * thread / threads, n * (thread + 1) / threads};
+}
+
+struct Free {
+  void operator()(void *p) const { free(p); }
+};
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n) : memory_(aligned_alloc(64, (n * sizeof(T) + 127) / 64 * 64)) {}
+  T *get() const { return (T *)memory_.get(); }
+
+ private:
+  std::unique_ptr<void, Free> memory_;
+};
+
+// ---- a pass through layers ----------------------------------------------------------------------
+
+inline float norm_factor(const float *x, int64_t n, float eps) {
+  Vec squares{};
+  for (int64_t k = 0; k < n; k += LANES) {
+    const Vec v = load<Vec>(x + k);
+    squares += v * v;
+  }
+  return 1.0f / std::sqrt(sum(squares) / n + eps);
+}
+
+struct Pass {
+  const Model &m;
+  float *x;  // [rows, hidden]
+  const int64_t *lengths;
+  int64_t batch, positions, rows;  // rows = batch * positions
+  char *slots;                     // [L, 2, B, KV heads, capacity, head_dim]
+  int64_t capacity;
+  const float *const *turns;  // a table [position][head_dim / 2][2] for each kind of rotary embedding
+  Team &team;
+  int thread, threads;
+  float *qkv, *attended, *gate_up, *projected, *scores;
+  char *inputs;  // [rows, stride]
+
+  int64_t position(int64_t row) const { return lengths[row / positions] + row % positions; }
+  int64_t element() const { return m.cache_kind == FLOAT32 ? 4 : 2; }
+  char *slot(int64_t layer, int which, int64_t b, int64_t head) const {
+    return slots + (((layer * 2 + which) * batch + b) * m.kv_heads + head) * capacity * m.head_dim * element();
+  }
+
+  // The inputs of a product, prepared by all threads together. `source(row)` gives what `encode` reads.
+  template <class Source>
+  void prepare(const Matrix &w, Source source) const {
+    const int64_t groups = (w.in + GROUP - 1) / GROUP, stride = input_stride(w.kind, w.in);
+    const Share mine = share(rows * groups, thread, threads);
+    for (int64_t i = mine.first; i < mine.last;) {
+      const int64_t row = i / groups, first = i % groups;
+      const int64_t last = mine.last - row * groups < groups ? mine.last - row * groups : groups;
+      const int64_t end = last * GROUP < w.in ? last * GROUP : w.in;
+      encode(w.kind, w.in, first * GROUP, end, inputs + row * stride, source(row));
+      i = row * groups + last;
+    }
+    team.wait(threads);
+  }
+
+  void prepare_normed(const Matrix &w, const float *norm) const {
+    const int64_t n = m.hidden;
+    prepare(w, [&](int64_t row) {
+      const float *from = x + row * n;
+      const float factor = norm ? norm_factor(from, n, m.eps) : 1.0f;
+      return [=](int64_t k) {
+        const Vec v = load<Vec>(from + k) * factor;
+        return norm ? v * load<Vec>(norm + k) : v;
+      };
+    });
+  }
+
+  void multiply_into(const Matrix &w, float *out) const {
+    const Share mine = share((w.out + LANES - 1) / LANES, thread, threads);
+    multiply(w, mine.first, mine.last, inputs, rows, {out, w.out, w.out, false, 1.0f, w.bias});
+    team.wait(threads);
+  }
+
+  // x += product, with a norm between where there is one
+  void add_product(const Matrix &w, const float *post_norm) const {
+    const int64_t n = m.hidden;
+    if (post_norm) {
+      multiply_into(w, projected);
+      const Share mine = share(rows, thread, threads);
+      for (int64_t row = mine.first; row < mine.last; row++) {
+        const float factor = norm_factor(projected + row * n, n, m.eps);
+        for (int64_t k = 0; k < n; k += LANES) {
+          const Vec normed = load<Vec>(projected + row * n + k) * factor * load<Vec>(post_norm + k);
+          store<Vec>(x + row * n + k, load<Vec>(x + row * n + k) + normed);
+        }
+      }
+    } else {
+      const Share mine = share(n / LANES, thread, threads);
+      multiply(w, mine.first, mine.last, inputs, rows, {x, n, n, true, 1.0f, w.bias});
+    }
+    team.wait(threads);
+  }
+
+  // Queries and keys are normed and turned, keys and values go into the cache.
+  void place(const Layer &layer, int64_t index) const {
+    const int64_t hd = m.head_dim, all = m.heads + 2 * m.kv_heads;
+    const Share mine = share(rows * all, thread, threads);
+    for (int64_t i = mine.first; i < mine.last; i++) {
+      const int64_t row = i / all, head = i % all, at = position(row);
+      float *v = qkv + row * all * hd + head * hd;
+      if (head < m.heads + m.kv_heads) turn(v, layer, head, at);
+      if (head < m.heads) continue;
+      const int64_t kv = (head - m.heads) % m.kv_heads;
+      if (head < m.heads + m.kv_heads)
+        put_key(slot(index, 0, row / positions, kv), v, at);
+      else
+        put_value(slot(index, 1, row / positions, kv), v, at);
+    }
+    team.wait(threads);
+  }
+
+  void turn(float *v, const Layer &layer, int64_t head, int64_t at) const {
+    const int64_t hd = m.head_dim;
+    if (layer.qk_norm) {
+      const float *weight = layer.qk_norm + head * hd;
+      const float factor = norm_factor(v, hd, m.eps);
+      for (int64_t k = 0; k < hd; k++) v[k] = v[k] * factor * weight[k];
+    }
+    const float *by = turns[layer.rope] + at * hd;
+    for (int64_t k = 0; k < hd; k += 2) {
+      const float real = v[k] * by[k] - v[k + 1] * by[k + 1];
+      v[k + 1] = v[k] * by[k + 1] + v[k + 1] * by[k];
+      v[k] = real;
+    }
+  }
+
+  void put_key(char *keys, const float *v, int64_t at) const {
+    const int64_t hd = m.head_dim, lane = at % LANES;
+    keys += at / LANES * LANES * hd * element();
+    if (m.cache_kind == FLOAT32) {
+      for (int64_t k = 0; k < hd; k++) ((float *)keys)[k * LANES + lane] = v[k];
+      return;
+    }
+    for (int64_t k = 0; k < hd; k += LANES) {
+      const Halves rounded = to_bfloat16(load<Vec>(v + k));
+      for (int j = 0; j < LANES; j++)
+        ((uint16_t *)keys)[((k + j) / 2 * LANES + lane) * 2 + j % 2] = rounded[j];
+    }
+  }
+
+  void put_value(char *values, const float *v, int64_t at) const {
+    const int64_t hd = m.head_dim;
+    values += at * hd * element();
+    for (int64_t k = 0; k < hd; k += LANES) {
+      if (m.cache_kind == FLOAT32)
+        store<Vec>(values + k * 4, load<Vec>(v + k));
+      else
+        store<Halves>(values + k * 2, to_bfloat16(load<Vec>(v + k)));
+    }
+  }
+
+  void attend(const Layer &layer, int64_t index) const {
+    const int64_t hd = m.head_dim, all = m.heads + 2 * m.kv_heads, groups = m.heads / m.kv_heads;
+    const Share mine = share(rows * m.heads, thread, threads);
+    for (int64_t i = mine.first; i < mine.last; i++) {
+      const int64_t row = i / m.heads, head = i % m.heads, b = row / positions, kv = head / groups;
+      const int64_t end = position(row) + 1;
+      const int64_t begin = layer.window && end > layer.window ? end - layer.window : 0;
+      attend_one(qkv + row * all * hd + head * hd, slot(index, 0, b, kv), slot(index, 1, b, kv), begin,
+                 end, attended + (row * m.heads + head) * hd);
+    }
+    team.wait(threads);
+  }
+
+  // softmax(q K / sqrt(head_dim)) V over positions [begin, end)
+  void attend_one(const float *q, const char *keys, const char *values, int64_t begin, int64_t end,
+                  float *out) const {
+    const int64_t hd = m.head_dim, first = begin / LANES, last = (end + LANES - 1) / LANES;
+    const Matrix w{m.cache_kind, last * LANES, hd, keys, nullptr, nullptr, nullptr};
+    alignas(64) char query[4 * 1024];
+    encode(m.cache_kind, hd, 0, hd, query, [&](int64_t k) { return load<Vec>(q + k); });
+    const float scale = 1.0f / std::sqrt((float)hd);
+    multiply(w, first, last, query, 1, {scores, 0, last * LANES, false, scale, nullptr});
+    for (int64_t s = first * LANES; s < begin; s++) scores[s] = -INFINITY;
+    for (int64_t s = end; s < last * LANES; s++) scores[s] = -INFINITY;
+    Vec most = spread(-INFINITY), total{};
+    for (int64_t p = first; p < last; p++) most = larger(most, load<Vec>(scores + p * LANES));
+    const float top = maximum(most);
+    for (int64_t p = first; p < last; p++) {
+      const Vec s = load<Vec>(scores + p * LANES);
+      const Vec weight = s > -INFINITY ? exponential(s - top) : Vec{};
+      store<Vec>(scores + p * LANES, weight);
+      total += weight;
+    }
+    const float inverse = 1.0f / sum(total);
+    int64_t k = 0;
+    for (; k + 4 * LANES <= hd; k += 4 * LANES) weigh<4>(values, begin, end, k, inverse, out + k);
+    for (; k < hd; k += LANES) weigh<1>(values, begin, end, k, inverse, out + k);
+  }
+
+  // N times 16 outputs: the weighted sum of values
+  template <int N>
+  void weigh(const char *values, int64_t begin, int64_t end, int64_t k, float inverse, float *out) const {
+    Vec sums[N] = {};
+    for (int64_t s = begin; s < end; s++)
+      for (int j = 0; j < N; j++) {
+        const char *at = values + (s * m.head_dim + k + j * LANES) * element();
+        const Vec v = m.cache_kind == FLOAT32 ? load<Vec>(at) : from_bfloat16(load<Halves>(at));
+        sums[j] = fused(v, spread(scores[s]), sums[j]);
+      }
+    for (int j = 0; j < N; j++) store<Vec>(out + j * LANES, sums[j] * inverse);
+  }
+
+  void run(const Layer &layer, int64_t index) const {
+    prepare_normed(layer.qkv, layer.attention_norm);
+    multiply_into(layer.qkv, qkv);
+    place(layer, index);
+    attend(layer, index);
+    prepare(layer.attention_out, [&](int64_t row) {
+      const float *from = attended + row * layer.attention_out.in;
+      return [=](int64_t k) { return load<Vec>(from + k); };
+    });
+    add_product(layer.attention_out, layer.attention_post_norm);
+    prepare_normed(layer.gate_up, layer.mlp_norm);
+    multiply_into(layer.gate_up, gate_up);
+    const int64_t ffn = m.ffn;
+    const int32_t activation = m.activation;
+    prepare(layer.down, [&](int64_t row) {
+      const float *from = gate_up + row * 2 * ffn;
+      return [=](int64_t k) { return activate(activation, load<Vec>(from + k)) * load<Vec>(from + ffn + k); };
+    });
+    add_product(layer.down, layer.mlp_post_norm);
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Layers [start, stop) over `positions` rows of each of `batch` sequences, behind `lengths` settled ones.
+void layerskip_run(const Model *m, const float *hidden, float *x, const int64_t *lengths, int64_t batch,
+                   int64_t positions, int64_t start, int64_t stop, void *slots, int64_t capacity,
+                   const float *const *turns, int threads) {
+  const int64_t rows = batch * positions, hd = m->head_dim;
+  const int64_t width = (m->heads + 2 * m->kv_heads) * hd;
+  int64_t widest = m->hidden > m->ffn ? m->hidden : m->ffn;
+  if (m->heads * hd > widest) widest = m->heads * hd;
+  const Buffer<float> qkv(rows * width), attended(rows * m->heads * hd), gate_up(rows * 2 * m->ffn);
+  const Buffer<float> projected(rows * m->hidden);
+  const Buffer<char> inputs(rows * input_stride(FLOAT32, widest));
+  const int64_t reach = (capacity + LANES) / LANES * LANES;
+  const Buffer<float> scores(reach * threads);
+  memcpy(x, hidden, rows * m->hidden * sizeof(float));
+  Team team;
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num();
+    const Pass pass{*m, x, lengths, batch, positions, rows, (char *)slots, capacity, turns, team, thread,
+                    omp_get_num_threads(), qkv.get(), attended.get(), gate_up.get(), projected.get(),
+                    scores.get() + reach * thread, inputs.get()};
+    for (int64_t layer = start; layer < stop; layer++) pass.run(m->layers[layer], layer);
+  }
+}
+
+// out [rows, w.out] = norm(x) times the matrix; a null norm is none.
+void layerskip_product(const Matrix *w, const float *norm, float eps, const float *x, int64_t rows,
+                       float *out, int threads) {
+  const int64_t stride = input_stride(w->kind, w->in);
+  const Buffer<char> inputs(rows * stride);
+  for (int64_t row = 0; row < rows; row++) {
+    const float *from = x + row * w->in;
+    const float factor = norm ? norm_factor(from, w->in, eps) : 1.0f;
+    encode(w->kind, w->in, 0, w->in, inputs.get() + row * stride, [=](int64_t k) {
+      const Vec v = load<Vec>(from + k) * factor;
+      return norm ? v * load<Vec>(norm + k) : v;
+    });
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+    const Share mine = share((w->out + LANES - 1) / LANES, thread, team);
+    multiply(*w, mine.first, mine.last, inputs.get(), rows, {out, w->out, w->out, false, 1.0f, w->bias});
+  }
+}
+
+// out [n, w.in]: what some rows of the matrix stand for, as an embedding looks them up.
+void layerskip_rows(const Matrix *w, const int64_t *index, int64_t n, float *out) {
+  const int64_t in = w->in, groups = in / GROUP;
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t panel = index[i] / LANES, lane = index[i] % LANES;
+    float *to = out + i * in;
+    for (int64_t k = 0; k < in; k++) {
+      if (w->kind == FLOAT32) {
+        to[k] = ((const float *)w->data)[(panel * in + k) * LANES + lane];
+      } else if (w->kind == BFLOAT16) {
+        const uint32_t bits = ((const uint16_t *)w->data)[((panel * in / 2 + k / 2) * LANES + lane) * 2 + k % 2];
+        const uint32_t widened = bits << 16;
+        memcpy(to + k, &widened, 4);
+      } else {
+        const int64_t each = w->kind == INT8 ? 4 : 8;
+        const uint8_t byte =
+            ((const uint8_t *)w->data)[((panel * in / each + k / each) * LANES + lane) * 4 + k % 4];
+        const int code = w->kind == INT8 ? byte : k % 8 < 4 ? byte & 15 : byte >> 4;
+        const int64_t group = (panel * groups + k / GROUP) * LANES + lane;
+        const float scale = ((const _Float16 *)w->scales)[group];
+        const float offset = w->offsets ? (float)((const _Float16 *)w->offsets)[group]
+                                        : scale * (w->kind == INT8 ? -128.0f : -8.0f);
+        to[k] = code * scale + offset;
+      }
+    }
+  }
+}
+
+// Memory that is read in long runs is found faster in large pages.
+void layerskip_large_pages(void *memory, int64_t bytes) {
+#ifdef __linux__
+  const uintptr_t page = 1 << 21, begin = ((uintptr_t)memory + page - 1) / page * page;
+  const uintptr_t end = ((uintptr_t)memory + bytes) / page * page;
+  if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
+}

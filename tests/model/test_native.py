@@ -1,0 +1,216 @@
+"""The compiled kernels: right numbers, and the same bits for any number of rows."""
+
+import itertools
+import subprocess
+
+import pytest
+import torch
+from tiny_decoders import PLAIN, ids, random_prompt, speculative, steps
+
+import tiny_models
+from layerskip import LayerSkipModel
+from layerskip.decoding.short_head import ShortHead
+from layerskip.model import load
+from layerskip.model.native import NativeDecoder, NoCompilerError, PanelMatrix, build, prepare
+from layerskip.model.quantize import Quantized, quantize
+from tiny_models import LAYERS
+
+KINDS = ("float32", "bfloat16", "int8", "int4")
+# A relative error for each: of sums alone, and of inputs rounded to 8 bits of mantissa, or to 8 bits.
+TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-2, "int8": 2e-2, "int4": 2e-2}
+MANY = 33
+
+
+def matrix_of(kind, n_out, n_in, *, biased=False):
+    """A random matrix as the kernels have it, and in float32; and its bias."""
+    generator = torch.manual_seed(n_out + n_in)
+    values = torch.randn(n_out, n_in, generator=generator)
+    bias = torch.randn(n_out, generator=generator) if biased else None
+    if kind.startswith("int"):
+        weight = quantize(values, int(kind[3:]))
+        return PanelMatrix(weight, bias), weight.dequantize(), bias
+    weight = values.to(getattr(torch, kind))
+    return PanelMatrix(weight, bias), weight.float(), bias
+
+
+def as_stored(kind, n_out=48, n_in=64):
+    """Groups whose grid is not centred in 8 bits, and is in 4 bits, as in GGUF files."""
+    weight = quantize(torch.randn(n_out, n_in, generator=torch.manual_seed(1)), 8)
+    bits = int(kind[3:])
+    offsets = None if bits == 4 else weight.float_offsets().half()
+    return Quantized(bits, weight.codes & (2**bits - 1), weight.scales, offsets)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(16, 32), (48, 64), (101, 96), (400, 576)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_product(kind, shape, biased):
+    matrix, weight, bias = matrix_of(kind, *shape, biased=biased)
+    x = torch.randn(MANY, shape[1], generator=torch.manual_seed(0))
+    expected = torch.nn.functional.linear(x, weight, bias)
+    error = (matrix(x) - expected).norm() / expected.norm()
+    assert error < TOLERANCE[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_have_the_same_bits_alone_and_together(kind, threads):
+    before = torch.get_num_threads()
+    matrix, _, _ = matrix_of(kind, 400, 576, biased=True)
+    x = torch.randn(MANY, 576, generator=torch.manual_seed(0))
+    alone = torch.cat([matrix(row) for row in x.split(1)])
+    try:
+        torch.set_num_threads(threads)
+        for n in range(1, MANY + 1):
+            assert torch.equal(matrix(x[:n]), alone[:n]), n
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_grids_of_gguf_files(kind):
+    weight = as_stored(kind)
+    x = torch.randn(5, 64, generator=torch.manual_seed(0))
+    matrix = PanelMatrix(weight)
+    expected = x @ weight.dequantize().T
+    assert (matrix(x) - expected).norm() / expected.norm() < TOLERANCE[kind]
+    assert torch.equal(matrix.look_up(torch.arange(48)), weight.dequantize())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_looked_up_and_cut_out(kind):
+    matrix, weight, _ = matrix_of(kind, 101, 96)
+    index = torch.tensor([[100, 0, 17], [17, 16, 15]])
+    assert torch.equal(matrix.look_up(index), weight[index])
+    x = torch.randn(3, 96, generator=torch.manual_seed(0))
+    short = matrix.rows(index[0])
+    assert torch.equal(short(x), matrix(x)[:, index[0]])
+    assert short.weight_bytes < matrix.weight_bytes
+
+
+def saved(case, folder, **changes):
+    """A tiny checkpoint whose early exits agree with its last layer now and then."""
+    model = tiny_models.build(case, **changes)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")) and ".layers.0." not in name:
+            parameter.data *= 0.3
+    model.save_pretrained(folder)
+    return folder
+
+
+def compiled(folder, kind):
+    how = {"dtype": getattr(torch, kind)} if kind in ("float32", "bfloat16") else {"weights": kind}
+    decoder = load(folder, **{"dtype": torch.bfloat16, **how}, compiled=True).decoder
+    assert isinstance(decoder, NativeDecoder)
+    return decoder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", ["llama3.2", "mistral", "qwen3-sliding"])
+def test_passes_have_the_same_bits_in_any_pieces(case, kind, tmp_path):
+    decoder = compiled(saved(case, tmp_path), kind)
+    tokens = tiny_models.token_ids(case, 2, 70)
+    outcomes = []
+    for sizes in ([70], [1] * 70, [40, 1, 9, 2, 5, 1, 12]):
+        cache, parts = decoder.new_cache(70, 2), []
+        for chunk in tokens.split(sizes, dim=1):
+            parts.append(decoder.run(decoder.embed(chunk), 0, LAYERS, cache))
+            cache.lengths += chunk.shape[1]
+        outcomes.append(decoder.logits(torch.cat(parts, dim=1)))
+    assert torch.equal(outcomes[0], outcomes[1])
+    assert torch.equal(outcomes[0], outcomes[2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", ["llama3.2", "mistral", "qwen3-sliding"])
+def test_self_speculative_equals_plain_in_every_type(case, kind, tmp_path):
+    decoder = compiled(saved(case, tmp_path), kind)
+    outcomes = set()
+    for length in (1, 30):
+        prompt = random_prompt(decoder, length)
+        plain = ids(decoder, prompt, PLAIN, 40)
+        for exit_layer, d in itertools.product((1, 2, LAYERS - 1), (1, 4, 9)):
+            made = steps(decoder, prompt, speculative(exit_layer, d), 40)
+            assert [token for step in made for token in step.tokens] == plain, (exit_layer, d)
+            outcomes |= {(step.drafted, step.accepted) for step in made}
+    assert any(0 < accepted < drafted for drafted, accepted in outcomes)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+def test_decoder_is_near_that_of_pytorch(kind, tmp_path):
+    saved("llama3.2", tmp_path)
+    native = compiled(tmp_path, kind)
+    how = {} if kind == "bfloat16" else {"weights": kind}
+    other = load(tmp_path, dtype=torch.float32, **how).decoder
+    tokens = tiny_models.token_ids("llama3.2", 1, 60)
+    logits = [d.logits(d.run(d.embed(tokens), 0, LAYERS, d.new_cache(60))) for d in (native, other)]
+    assert (logits[0] - logits[1]).norm() / logits[1].norm() < 0.05
+
+
+def test_short_head(tmp_path):
+    decoder = compiled(saved("llama3.2", tmp_path), "int4")
+    hidden = torch.randn(1, 3, 64, generator=torch.manual_seed(0))
+    kept = [0, 5, 90, 17]
+    short = ShortHead(decoder, kept)
+    whole = decoder.logits(hidden)
+    assert torch.equal(short(hidden)[..., kept], whole[..., kept])
+
+
+def test_full_cache_is_refused(tmp_path):
+    decoder = compiled(saved("llama2", tmp_path), "float32")
+    cache = decoder.new_cache(16)
+    with pytest.raises(ValueError, match="holds 16 positions, 17 are needed"):
+        decoder.run(decoder.embed(torch.zeros(1, 17, dtype=torch.long)), 0, LAYERS, cache)
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """As on a machine that has compiled nothing yet; tells which commands were run."""
+    target = tmp_path / "kernels" / "made.so"
+    monkeypatch.setattr(build, "_target", lambda: target)
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        if "refused" in command[0]:
+            return subprocess.CompletedProcess(command, 1, "", "kernels.cpp:1: no such flag\nmore")
+        (tmp_path / "kernels").joinpath(command[-1]).write_bytes(b"library")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(build.subprocess, "run", run)
+    return commands
+
+
+def test_compiled_once_and_announced_once(empty_cache):
+    said = []
+    prepare(said.append)
+    prepare(said.append)
+    assert said == ["compiling kernels for this machine (once)"]
+    assert len(empty_cache) == 1
+
+
+def test_a_compiler_that_refuses_leaves_nothing(empty_cache, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "_compiler", lambda: "/refused/g++")
+    with pytest.raises(NoCompilerError, match=r"refuses: kernels\.cpp:1: no such flag"):
+        prepare()
+    assert list((tmp_path / "kernels").iterdir()) == []
+
+
+def test_without_a_compiler_pytorch_runs_or_one_line_says_so(monkeypatch, tmp_path):
+    def missing():
+        raise NoCompilerError("there is no C++ compiler (g++ or clang++)")
+
+    monkeypatch.setattr(build, "_target", missing)
+    folder = saved("llama2", tmp_path)
+    with pytest.raises(ValueError, match=r"no C\+\+ compiler .*; install one, or load without"):
+        LayerSkipModel.from_pretrained(folder, compile=True)
+    assert not isinstance(LayerSkipModel.from_pretrained(folder).decoder, NativeDecoder)
+
+
+def test_compile_can_be_switched_off(tmp_path):
+    folder = saved("llama2", tmp_path)
+    kinds = [
+        isinstance(LayerSkipModel.from_pretrained(folder, compile=wanted).decoder, NativeDecoder)
+        for wanted in (None, True, False)
+    ]
+    assert kinds == [True, True, False]
