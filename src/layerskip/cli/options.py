@@ -50,7 +50,7 @@ def span(text: str) -> tuple[int, int]:
     return (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
 
 
-def _vocabulary_size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+def _vocabulary_size(ctx: click.Context, param: click.Parameter, text: Any) -> int | None:
     """A number of tokens; 0 for "none", which draws no line."""
     if text is None or text == "none":
         return None if text is None else 0

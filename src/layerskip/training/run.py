@@ -283,7 +283,8 @@ def _trainer(
 
 def _add_draft_tokens(model: Any, trainer: LayerSkipTrainer) -> None:
     tokenizer: Any = trainer.processing_class
-    found = draft_tokens(trainer.train_dataset, model, tokenizer.eos_token_id)
+    rows: Any = trainer.train_dataset
+    found = draft_tokens(rows, model, tokenizer.eos_token_id)
     own = dict(getattr(model.generation_config, settings.KEY, None) or {})
     own.pop("costs", None)  # measured, if at all, with what the model was before
     own.pop("draft_vocabulary", None)
