@@ -150,10 +150,9 @@ def test_decoder_is_near_that_of_pytorch(kind, tmp_path):
 def test_short_head(tmp_path):
     decoder = compiled(saved("llama3.2", tmp_path), "int4")
     hidden = torch.randn(1, 3, 64, generator=torch.manual_seed(0))
-    kept = [0, 5, 90, 17]
-    short = ShortHead(decoder, kept)
-    whole = decoder.logits(hidden)
-    assert torch.equal(short(hidden)[..., kept], whole[..., kept])
+    short = ShortHead.of(decoder, (0, 5, 90, 17)).also(decoder, [3, 5])
+    assert sorted(short.token_ids.tolist()) == [0, 3, 5, 17, 90]
+    assert torch.equal(short.logits(hidden), decoder.logits(hidden)[..., short.token_ids])
 
 
 def test_full_cache_is_refused(tmp_path):
