@@ -14,12 +14,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from layerskip import LayerSkipModel
 from layerskip.bench import environment as machine
@@ -28,7 +29,7 @@ from layerskip.model import Decoder, pull
 
 ROOT = Path(__file__).parent.parent
 PROMPT_TOKENS = NEW_TOKENS = 128
-VERIFY_ROWS = (1, 2, 4, 6, 8, 12, 16)
+VERIFY_POSITIONS = (1, 2, 4, 6, 8, 12, 16)
 
 
 def main() -> None:
@@ -36,11 +37,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--no-compile", action="store_true", help="PyTorch runs the layers")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     folder = pull("smollm2-135m")
-    model = LayerSkipModel.from_pretrained(folder, dtype=options.dtype)
+    compiled = False if options.no_compile else None
+    model = LayerSkipModel.from_pretrained(folder, dtype=options.dtype, compile=compiled)
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file="model.gguf",
@@ -55,7 +58,7 @@ def main() -> None:
     ceiling = bandwidth / weight_bytes
     plain, theirs = speeds["layerskip plain"], speeds["transformers generate"]
     result = {
-        "environment": environment("benchmarks/engine.py", options.dtype),
+        "environment": environment("benchmarks/engine.py", options.dtype, model.decoder.kernels),
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": NEW_TOKENS,
         "tokens_per_s": speeds,
@@ -124,8 +127,10 @@ def same_answer(model: LayerSkipModel, reference: Any, prompt: list[int]) -> boo
 
 
 @torch.inference_mode()
-def verify_cost(decoder: Decoder, rounds: int) -> dict[str, float]:
-    """Milliseconds of all layers and the head over n rows, after 192 positions, in turns."""
+def verify_cost(
+    decoder: Decoder, rounds: int, positions: Iterable[int] = VERIFY_POSITIONS
+) -> dict[str, float]:
+    """Milliseconds of all layers and the head over n positions, after 192 others, in turns."""
     cache = decoder.new_cache(256)
 
     def verify(n: int) -> None:
@@ -133,48 +138,40 @@ def verify_cost(decoder: Decoder, rounds: int) -> dict[str, float]:
         tokens = torch.zeros(1, n, dtype=torch.int64)
         decoder.logits(decoder.run(decoder.embed(tokens), 0, len(decoder.layers), cache))
 
-    return in_turns({str(n): lambda n=n: verify(n) for n in VERIFY_ROWS}, 8 * rounds)
+    return in_turns({str(n): lambda n=n: verify(n) for n in positions}, 8 * rounds)
 
 
 @torch.inference_mode()
 def step_parts(decoder: Decoder, rounds: int) -> dict[str, float]:
     """Where a single-token step spends its time, in milliseconds; parts timed alone, in turns."""
     cache = decoder.new_cache(256)
-    a = decoder.architecture
-    narrow, wide = (torch.randn(1, n).to(decoder.dtype) for n in (a.hidden_size, a.ffn_size))
     token = torch.zeros(1, 1, dtype=torch.int64)
+    hidden = decoder.embed(token)
 
-    def step() -> None:
+    def layers(entering: Tensor) -> Tensor:
         cache.lengths.fill_(192)
-        decoder.logits(decoder.run(decoder.embed(token), 0, a.n_layers, cache))
+        return decoder.run(entering, 0, len(decoder.layers), cache)
 
-    def products() -> None:
-        for w in decoder.layers:
-            for product in (w.qkv, w.attention_out, w.mlp.gate_up):
-                product(narrow)
-            w.mlp.down(wide)
-
-    def norms() -> None:
-        for w in decoder.layers:
-            w.attention_norm(narrow)
-            w.mlp_norm(narrow)
-
-    def attention() -> None:
-        q = torch.randn(1, a.n_kv_heads, a.n_heads // a.n_kv_heads, a.head_dim).to(decoder.dtype)
-        for i in range(a.n_layers):
-            keys, values = cache.slots[i, :, :, :, :192]
-            torch.nn.functional.scaled_dot_product_attention(q, keys, values)
-
-    parts = {
-        "whole step": step,
-        "matrix products of the layers": products,
-        "head": lambda: decoder.head(narrow),
-        "norms": norms,
-        "attention": attention,
+    parts: dict[str, Callable[[], Any]] = {
+        "whole step": lambda: decoder.logits(layers(decoder.embed(token))).argmax(),
+        "layers": lambda: layers(hidden),
+        "norm and head": lambda: decoder.logits(hidden),
     }
+    if decoder.kernels == "pytorch":
+        parts["products in the layers"] = lambda: layer_products(decoder)
     times = in_turns(parts, 8 * rounds)
-    times["all else"] = times["whole step"] - sum(t for n, t in times.items() if n != "whole step")
+    times["all else"] = times["whole step"] - times["layers"] - times["norm and head"]
     return times
+
+
+def layer_products(decoder: Decoder) -> None:
+    """The matrix products of all layers for one row, and nothing between them."""
+    a = decoder.architecture
+    narrow, wide = (torch.ones(1, n, dtype=decoder.dtype) for n in (a.hidden_size, a.ffn_size))
+    for w in decoder.layers:
+        for product in (w.qkv, w.attention_out, w.mlp.gate_up):
+            product(narrow)
+        w.mlp.down(wide)
 
 
 def in_turns(parts: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -191,12 +188,13 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def environment(script: str, dtype: str) -> dict[str, Any]:
-    """What the figures depend on, the commit and the command included."""
+def environment(script: str, dtype: str, kernels: str | None = None) -> dict[str, Any]:
+    """What the figures depend on, the commit and the command included; `kernels` as of the decoder."""
     return {
         "command": " ".join(["python", script, *sys.argv[1:]]),
         "commit": commit(),
         **machine.environment(dtype=getattr(torch, dtype)),
+        "kernels": kernels,
     }
 
 

@@ -44,7 +44,8 @@ def main() -> None:
     began = time.monotonic()
     result: dict[str, Any] = {"rows": len(task.samples), "draft_tokens": DRAFT_TOKENS}
     model = LayerSkipModel.from_pretrained(options.recipe, dtype=options.dtype)
-    result["environment"] = environment("benchmarks/topv2.py", options.dtype)
+    kernels = model.decoder.kernels
+    result["environment"] = environment("benchmarks/topv2.py", options.dtype, kernels)
     result["recipe"] = trained_with_recipe(model, task)
     if options.control:
         control = LayerSkipModel.from_pretrained(options.control, dtype=options.dtype)

@@ -48,7 +48,7 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     tokens = len(model.tokenizer.encode(text, add_special_tokens=False, verbose=False))
     result = {
-        "environment": environment("benchmarks/weights.py", options.dtype),
+        "environment": environment("benchmarks/weights.py", options.dtype, model.decoder.kernels),
         "model": options.model,
         "task": "wikitext2",
         "tokens": tokens,

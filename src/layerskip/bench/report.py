@@ -57,8 +57,8 @@ def markdown(document: dict[str, Any], pictures: Sequence[str]) -> str:
     parts = [
         f"# Benchmark of {document['model']} on {document['task']}",
         _conditions(document),
-        _table(table(document)),
-        *(_table(lines) for lines in [categories(document)] if len(lines) > 1),
+        markdown_table(table(document)),
+        *(markdown_table(lines) for lines in [categories(document)] if len(lines) > 1),
         *(f"![{_TITLES[picture]}]({picture})" for picture in pictures),
         *_failures(document),
         "Every figure is defined in the documentation of `layerskip bench` (docs/bench.md).",
@@ -158,7 +158,8 @@ def _conditions(document: dict[str, Any]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _table(lines: Sequence[Sequence[str]]) -> str:
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """A heading and its lines in Markdown; all columns but the first are numbers."""
     heading, *rest = lines
     marks = ["---", *["---:"] * (len(heading) - 1)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [heading, marks, *rest])

@@ -1,0 +1,164 @@
+"""How speed changes with the context, with the positions of a pass, and with the prompts of a batch.
+
+    LAYERSKIP_DATA=data python benchmarks/curves.py --model runs/topv2 --task topv2 \\
+        --output benchmarks/results/curves.json
+
+Context: plain decoding with 16-bit weights, 32 tokens up to each length, and the prompt's own pass
+before. Verification: all layers and the head over n positions after 192, for each kind of weights and
+number of threads. Batch: prompts of the task answered together, whole calls with the prompts' pass. The
+points of a curve are measured in turns, and are medians of some rounds. With --output a picture is
+drawn beside the file.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine import ROOT, environment, verify_cost
+
+from layerskip import LayerSkipModel
+from layerskip.bench.tasks import Task, load_task
+
+CONTEXTS = (128, 512, 1024, 2048, 4096, 8192)
+DECODED = 32  # tokens after a prompt; both together are the context
+POSITIONS = range(1, 17)
+BATCHES = (1, 2, 4, 8, 16)
+MOST_NEW_TOKENS = 64  # of an answer in a batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--task", default="topv2", help="prompts of the batches")
+    parser.add_argument("--weights", default="16bit,int8,int4")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = LayerSkipModel.from_pretrained(options.model)
+    result: dict[str, Any] = {
+        "environment": environment("benchmarks/curves.py", "bfloat16", model.decoder.kernels),
+        "model": options.model,
+        "context": context_curve(model, options.rounds),
+        "batch": batch_curve(model, options.task, options.rounds),
+    }
+    result["verify_ms"] = {
+        weights: {
+            f"{threads} thread{'s' * (threads > 1)}": milliseconds
+            for threads, milliseconds in verify_curves(options, weights)
+        }
+        for weights in options.weights.split(",")
+    }
+    print(json.dumps(result, indent=2))
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+        draw({"": result}, options.output.with_suffix(".png"))
+
+
+def context_curve(model: LayerSkipModel, rounds: int) -> list[dict[str, float]]:
+    """Tokens a second at each length that the model has, and those of the prompt's pass."""
+    text = model.tokenizer.encode((ROOT / "LICENSE").read_text(), verbose=False)
+    text = list(itertools.islice(itertools.cycle(text), max(CONTEXTS)))
+    lengths = [n for n in CONTEXTS if n <= model.decoder.architecture.max_context]
+
+    def speeds(context: int) -> tuple[float, float]:
+        prompt = text[: context - DECODED]
+        made = model.generate(prompt, mode="plain", max_new_tokens=DECODED, ignore_eos=True)
+        return made.tokens_per_s, len(prompt) / made.ttft_s
+
+    speeds(lengths[0])
+    runs = [[speeds(context) for context in lengths] for _ in range(rounds)]
+    return [
+        {"context": context, "tokens_per_s": tokens, "prompt_tokens_per_s": prompt_tokens}
+        for context, (tokens, prompt_tokens) in zip(lengths, _medians(runs), strict=True)
+    ]
+
+
+def batch_curve(model: LayerSkipModel, name: str, rounds: int) -> list[dict[str, Any]]:
+    """Tokens of all answers a second, plain and, where the checkpoint has an exit, self-speculative."""
+    has_template = model.tokenizer is not None and bool(model.tokenizer.chat_template)
+    task = load_task(name, samples=max(BATCHES), chat=has_template)
+    trained = ["self-speculative"] if model.settings.exit_layer is not None else []
+    points = [(size, mode) for size in BATCHES for mode in ("plain", *trained)]
+    for point in points[: 1 + len(trained)]:
+        _throughput(model, task, *point)
+    runs = [[(_throughput(model, task, *point),) for point in points] for _ in range(rounds)]
+    return [
+        {"batch": size, "mode": mode, "tokens_per_s": speed}
+        for (size, mode), (speed,) in zip(points, _medians(runs), strict=True)
+    ]
+
+
+def _throughput(model: LayerSkipModel, task: Task, size: int, mode: str) -> float:
+    """Over all prompts of the task, `size` at a time."""
+    limit = min(task.max_new_tokens, MOST_NEW_TOKENS)
+    prompts = [sample.prompt for sample in task.samples]
+    tokens, begin = 0, time.perf_counter()
+    for first in range(0, len(prompts), size):
+        some = prompts[first : first + size]
+        answers = model.generate(some, mode=mode, max_new_tokens=limit, stop=task.stop)
+        tokens += sum(made.new_tokens for made in answers)
+    return tokens / (time.perf_counter() - begin)
+
+
+def _medians(runs: Sequence[Sequence[tuple[float, ...]]]) -> list[tuple[float, ...]]:
+    """Of each point's figures, over the rounds."""
+    return [
+        tuple(statistics.median(figure) for figure in zip(*of_point, strict=True))
+        for of_point in zip(*runs, strict=True)
+    ]
+
+
+def verify_curves(
+    options: argparse.Namespace, weights: str
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Milliseconds over n positions, for 1 thread and for all that were asked for."""
+    decoder = LayerSkipModel.from_pretrained(options.model, weights=weights).decoder
+    for threads in sorted({1, options.threads}):
+        torch.set_num_threads(threads)
+        yield threads, verify_cost(decoder, options.rounds, POSITIONS)
+    torch.set_num_threads(options.threads)
+
+
+def draw(results: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+    """The three curves of each result side by side; a key of `results` names it in the picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.2 * len(results)), layout="constrained")
+    grid = figure.subplots(len(results), 3, squeeze=False)
+    for (name, result), (context, verify, batch) in zip(results.items(), grid, strict=True):
+        points = result["context"]
+        context.plot([p["context"] for p in points], [p["tokens_per_s"] for p in points], "o-")
+        context.set_xscale("log", base=2)
+        context.set(xlabel="context, tokens", ylabel="tokens/s", title=f"{name} plain, 16 bits")
+        for number, (weights, by_threads) in enumerate(result["verify_ms"].items()):
+            for threads, cost in by_threads.items():
+                style = "--" if threads == "1 thread" else "-"
+                label = f"{weights}, {threads}"
+                ns = [int(n) for n in cost]
+                verify.plot(ns, list(cost.values()), style, color=f"C{number}", label=label)
+        verify.set(xlabel="positions of a pass", ylabel="ms", title="Verification")
+        for mode in dict.fromkeys(p["mode"] for p in result["batch"]):
+            own = [p for p in result["batch"] if p["mode"] == mode]
+            batch.plot(
+                [p["batch"] for p in own], [p["tokens_per_s"] for p in own], "o-", label=mode
+            )
+        batch.set_xscale("log", base=2)
+        batch.set(xlabel="prompts at once", ylabel="tokens/s of all", title="Batches")
+        verify.legend()
+        batch.legend()
+        for axes in (context, verify, batch):
+            axes.set_ylim(bottom=0)
+    FigureCanvasAgg(figure).print_png(file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What only a fresh process shows: how long it takes to a first answer, and how much memory it needs.
+
+    python benchmarks/fresh.py start-up --model smollm2-135m
+    LAYERSKIP_DATA=data python benchmarks/fresh.py memory --model runs/topv2 --task topv2
+
+Start-up is from the start of a process that answers one prompt with 16 tokens to its end: with the
+compiled kernels in the cache, and with none, so that they are compiled first. Memory is the peak that is
+resident while prompts of a task are answered, the weights included, each way in a process of its own.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine import environment
+
+from layerskip import LayerSkipModel
+from layerskip.bench.memory import PeakMemory
+from layerskip.bench.tasks import load_task
+from layerskip.model import resolve
+
+RUNS = 3
+PROMPTS = 8
+NEW_TOKENS = 128
+LAYERSKIP = "from layerskip.cli import main; main()"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["start-up", "memory", "peak"], help="peak: for itself")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--task", default="topv2")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--mode", default="plain")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    if options.what == "start-up":
+        result = start_up(str(resolve(options.model)), options.threads)
+    elif options.what == "memory":
+        result = {f"{mode} bytes": peaks(options, mode) for mode in ("plain", "auto")}
+        result["over_plain"] = result["auto bytes"] / result["plain bytes"]
+    else:
+        print(peak(options))
+        return
+    result["environment"] = environment("benchmarks/fresh.py", "bfloat16")
+    print(json.dumps(result, indent=2))
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def start_up(model: str, threads: int) -> dict[str, Any]:
+    """Seconds of whole processes; the first run is left out, since it reads the files from the disk."""
+    command = [sys.executable, "-c", LAYERSKIP, "generate", "--model", model, "--prompt", "Hello"]
+    command += ["--max-new-tokens", "16", "--threads", str(threads)]
+
+    def once(cache: str | None = None) -> float:
+        moved = {"XDG_CACHE_HOME": cache} if cache else {}
+        begin = time.perf_counter()
+        subprocess.run(command, env=os.environ | moved, capture_output=True, check=True)
+        return time.perf_counter() - begin
+
+    once()
+    cached = [once() for _ in range(RUNS)]
+    with tempfile.TemporaryDirectory(prefix="layerskip-cache-") as empty:
+        compiling = once(empty)
+    return {
+        "seconds": statistics.median(cached),
+        "seconds_of_runs": cached,
+        "seconds_with_compilation": compiling,
+    }
+
+
+def peaks(options: argparse.Namespace, mode: str) -> float:
+    """Median of several processes."""
+    command = [sys.executable, __file__, "peak", "--mode", mode, "--threads", str(options.threads)]
+    command += ["--model", options.model, "--task", options.task]
+    found = [subprocess.check_output(command, text=True).splitlines()[-1] for _ in range(RUNS)]
+    return statistics.median(int(line) for line in found)
+
+
+def peak(options: argparse.Namespace) -> int:
+    """Bytes resident at most while prompts are answered, from after loading on."""
+    torch.set_num_threads(options.threads)
+    model = LayerSkipModel.from_pretrained(options.model)
+    has_template = model.tokenizer is not None and bool(model.tokenizer.chat_template)
+    task = load_task(options.task, samples=PROMPTS, chat=has_template)
+    memory = PeakMemory(model.decoder.device)
+    memory.reset()
+    for sample in task.samples:
+        model.generate(sample.prompt, mode=options.mode, max_new_tokens=NEW_TOKENS, stop=task.stop)
+    found = memory.read()
+    if memory.scope != "row" or found is None:
+        raise SystemExit("this system does not tell the peak since a process has loaded its model")
+    return found
+
+
+if __name__ == "__main__":
+    main()

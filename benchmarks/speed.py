@@ -1,0 +1,190 @@
+"""Everything about speed in one command: own modes and peers on the same weights, goals, curves.
+
+    LAYERSKIP_DATA=data python benchmarks/speed.py --model runs/topv2 --task topv2 \\
+        --model smollm2-135m --task cnn_dm,spec_bench --curves --output benchmarks/results/speed.json
+
+Every part is a command of its own in a fresh process; the result is written after each, and the same
+command goes on where it was interrupted. A part that fails is named, tried again the next time, and
+does not keep the others from being measured. Beside the result there are a report (.md) and, of the
+curves, a picture (.png). Goals are defined in speed_goals.py.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from curves import draw
+from engine import ROOT, environment
+from fresh import LAYERSKIP
+from speed_goals import goal_table, report
+
+from layerskip.bench.catalogue import FORMS
+from layerskip.bench.peers import PEERS
+from layerskip.model import open_files, resolve
+from layerskip.model.published import with_defaults
+from layerskip.model.quantize import WEIGHTS
+
+MOST_NEW_TOKENS = 128  # a task may ask for less
+Part = tuple[str, list[str]]
+"""A name, and the command that writes it to the file named at its end."""
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(options.threads)
+    result = _begun(options.output, environment("benchmarks/speed.py", "bfloat16"))
+    parts = list(_parts(options))
+    for number, (name, command) in enumerate(parts, 1):
+        before = result["parts"].get(name, {})
+        if before.get("command") == _shown(command) and "error" not in before:
+            continue
+        print(f"[{number}/{len(parts)}] {name}", end=" ", flush=True)
+        result["parts"][name] = part = _run(command)
+        print(part.get("error", f"{part['seconds']:.0f} s"), flush=True)
+        _write(options.output, result)
+    _write(options.output, result)
+    for goal in result["goals"]:
+        print(json.dumps(goal))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", action="append", required=True, help="repeat for several")
+    parser.add_argument("--task", action="append", required=True, help="T,...: one of each model")
+    parser.add_argument("--samples", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--max-new-tokens", type=int, default=MOST_NEW_TOKENS)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--weights", type=_listed, default=list(WEIGHTS))
+    parser.add_argument("--peers", type=_listed, default=list(PEERS), help='"" for none')
+    parser.add_argument("--exit-layers", default="4,6,8", help="of fixed pairs, where E is trained")
+    parser.add_argument("--draft-tokens", default="3,5", help="of fixed pairs")
+    parser.add_argument("--ablation", default="16bit", help="the weights with rows without a part")
+    parser.add_argument("--curves", action="store_true")
+    parser.add_argument("--again", action="store_true", help="measure all parts anew")
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    if len(options.model) != len(options.task):
+        parser.error("--task is needed once for each --model")
+    for kind, given, known in (
+        ("weights", options.weights, WEIGHTS),
+        ("peer", options.peers, PEERS),
+        ("task", [t for tasks in options.task for t in _listed(tasks)], FORMS),
+    ):
+        if unknown := sorted(set(given) - set(known)):
+            parser.error(f"there is no {kind} {unknown[0]!r}; there are: {', '.join(known)}")
+    if options.again:
+        options.output.unlink(missing_ok=True)
+    return options
+
+
+def _listed(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def _begun(output: Path, here: dict[str, Any]) -> dict[str, Any]:
+    """The result so far, where it was measured with the same software on the same machine."""
+    new: dict[str, Any] = {"environment": here, "parts": {}}
+    if not output.is_file():
+        return new
+    old: dict[str, Any] = json.loads(output.read_text())
+    for key in sorted(here.keys() - {"command", "date"}):
+        if old["environment"].get(key) != here[key]:
+            sys.exit(f"{output} was measured with another {key}; --again measures all anew")
+    return new | {"parts": old["parts"]}
+
+
+def _parts(options: argparse.Namespace) -> Iterator[Part]:
+    """The quick ones first."""
+    cases = list(zip(options.model, options.task, strict=True))
+    threads = ["--threads", str(options.threads)]
+    for what in ("start-up", "memory"):
+        for model, tasks in cases:
+            command = ["benchmarks/fresh.py", what, "--model", model, *threads]
+            yield f"{what} {model}", [*command, "--task", _listed(tasks)[0]]
+    for weights in options.weights:
+        for model, tasks in cases:
+            for task in _listed(tasks):
+                yield f"{model} {task} {weights}", _bench(options, model, task, weights)
+    if options.curves:
+        for model, tasks in cases:
+            command = ["benchmarks/curves.py", "--model", model, "--task", _listed(tasks)[0]]
+            yield f"curves {model}", [*command, *threads, "--weights", ",".join(options.weights)]
+
+
+def _bench(options: argparse.Namespace, model: str, task: str, weights: str) -> list[str]:
+    """Fixed pairs (E, d) only where the checkpoint is meant to draft by early exit."""
+    is_trained = with_defaults(model, open_files(resolve(model)).settings).exit_layer is not None
+    peers = [peer for peer in options.peers if peer != "transformers" or weights == "16bit"]
+    flags = {
+        "model": model,
+        "task": task,
+        "weights": weights,
+        "samples": options.samples,
+        "repeats": options.repeats,
+        "max-new-tokens": min(options.max_new_tokens, FORMS[task].max_new_tokens),
+        "threads": options.threads,
+        "modes": "self-speculative,auto" if is_trained else "auto",
+        "exit-layers": options.exit_layers,
+        "draft-tokens": options.draft_tokens,
+        "peers": ",".join(peers),
+    }
+    command = ["-c", LAYERSKIP, "bench"]
+    for name, value in flags.items():
+        command += [f"--{name}", str(value)]
+    return [*command, "--ablation"] if weights == options.ablation else command
+
+
+def _run(command: list[str]) -> dict[str, Any]:
+    """The document that a command writes, or an `error`."""
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="layerskip-speed-") as folder:
+        file = Path(folder) / "part.json"
+        done = subprocess.run(
+            [sys.executable, *command, "--output", str(file)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT / "src")},  # this tree, whatever is installed
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        head = {"command": _shown(command), "seconds": time.monotonic() - begin}
+        if done.returncode or not file.is_file():
+            lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+            return {**head, "error": lines[-1]}
+        return {**head, **json.loads(file.read_text())}
+
+
+def _shown(command: list[str]) -> str:
+    """As one would type it."""
+    is_script = command[0] != "-c"
+    return shlex.join(["python", *command] if is_script else ["layerskip", *command[2:]])
+
+
+def _write(output: Path, result: dict[str, Any]) -> None:
+    """The result whole, then what is made of it."""
+    result["goals"] = goal_table(result["parts"])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = output.with_suffix(".part")
+    beside.write_text(json.dumps(result, indent=2) + "\n")
+    beside.replace(output)
+    curves = {n: p for n, p in result["parts"].items() if n.startswith("curves ")}
+    drawn = {name: part for name, part in curves.items() if "error" not in part}
+    picture = output.with_suffix(".png")
+    if drawn:
+        draw(drawn, picture)
+    output.with_suffix(".md").write_text(report(result, picture.name if drawn else None))
+
+
+if __name__ == "__main__":
+    main()

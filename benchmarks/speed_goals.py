@@ -1,0 +1,151 @@
+"""Goals for speed, and how far the documents of `speed.py` reach them. Pure functions."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from layerskip.bench.report import conditions, markdown_table, table
+
+Part = Mapping[str, Any]
+
+SHARE_OF_CEILING = 0.8
+OVER_LLAMA_CPP = 1.0  # plain over plain, same precision
+AUTO_OVER_PLAIN = {"16bit": 2.2, "int8": 2.2}  # on a trained checkpoint, by weights
+AUTO_OVER_LLAMA_CPP = 2.0  # over its plain decoding, and over its prompt lookup
+AUTO_OVER_EARLY_EXIT = 4.0  # over transformers' best
+AUTO_ON_SUMMARIES = 1.2  # untrained
+AUTO_AT_LEAST = 0.97  # of plain, whatever the task
+MEMORY_OVER_PLAIN = 1.02
+START_UP_S = 4.0
+SUMMARIES = ("cnn_dm", "xsum")
+
+
+def goal_table(parts: Mapping[str, Part]) -> list[dict[str, Any]]:
+    """A line for each goal and case: what is `wanted`, what is `reached`, and whether that is `met`.
+
+    `wanted` is None for a figure that is only reported; `at_most` says that less is better. What was not
+    measured has no line.
+
+    Args:
+        parts: of `speed.py`, by name; those with an `error` are passed over.
+    """
+    well = {name: part for name, part in parts.items() if "error" not in part}
+    benches = {name: part for name, part in well.items() if "rows" in part}
+    lines = [
+        _line(goal, name, wanted, reached)
+        for name, part in benches.items()
+        for goal, wanted, reached in _of_bench(part)
+        if reached is not None
+    ]
+    autos = {name: _row(part, "layerskip", "auto") for name, part in benches.items()}
+    speedups = {name: row["speedup"] for name, row in autos.items() if row and row["speedup"]}
+    if speedups:
+        worst = min(speedups, key=lambda name: speedups[name])
+        lines.append(_line("auto / plain, worst case", worst, AUTO_AT_LEAST, speedups[worst]))
+    for name, part in well.items():
+        if "over_plain" in part:
+            goal = "peak memory, auto / plain"
+            lines.append(_line(goal, name, MEMORY_OVER_PLAIN, part["over_plain"], at_most=True))
+        if "seconds_with_compilation" in part:
+            compiling = part["seconds_with_compilation"]
+            lines.append(_line("start-up, s", name, START_UP_S, part["seconds"], at_most=True))
+            lines.append(_line("start-up with compilation, s", name, None, compiling, at_most=True))
+    return lines
+
+
+def report(result: Mapping[str, Any], picture: str | None) -> str:
+    """The result in Markdown.
+
+    Args:
+        result: what `speed.py` writes.
+        picture: the file with the curves, beside the report.
+    """
+    e = result["environment"]
+    heading = ["goal", "case", "wanted", "reached", "met"]
+    lines = [[*_cells(goal)] for goal in result["goals"]]
+    texts = [
+        "# Speed",
+        f"`{e['command']}`, commit {e['commit']}, {e['date']}; {e['cpu']}, {e['threads']} threads,"
+        f" PyTorch {e['torch']}",
+        "## Goals",
+        markdown_table([heading, *lines]),
+        "The share of the ceiling counts weights alone: with long prompts, keys and values come on top.",
+        *([f"![Curves]({picture})"] if picture else []),
+    ]
+    for name, part in result["parts"].items():
+        if "error" in part:
+            texts += [f"## {name}", f"`{part['command']}` failed: {part['error']}"]
+        elif "rows" in part:
+            said = "\n".join(f"- {phrase}" for phrase in conditions(part))
+            texts += [f"## {name}", f"`{part['command']}`", said, markdown_table(table(part))]
+            texts += [
+                f"{row['system']} {row['mode']}: {row['error']}"
+                for row in part["rows"]
+                if "error" in row
+            ]
+    return "\n\n".join(texts) + "\n"
+
+
+def _of_bench(part: Part) -> Iterator[tuple[str, float | None, float | None]]:
+    """Goal, wanted, reached."""
+    plain, auto = (_row(part, "layerskip", mode) for mode in ("plain", "auto"))
+    llama = _row(part, "llama.cpp", "plain")
+    lookup = _row(part, "llama.cpp", "prompt-lookup")
+    early_exit = _row(part, "transformers", "self-speculative")
+    weights = part["environment"]["weights"]
+    if weights == "16bit" and plain:
+        yield "plain, share of the ceiling", SHARE_OF_CEILING, plain["share_of_bandwidth"]
+    yield "plain / llama.cpp plain", OVER_LLAMA_CPP, _ratio(plain, llama)
+    if not auto:
+        return
+    if auto["exit_layer"] is not None:  # the checkpoint is trained to draft
+        yield "auto / plain", AUTO_OVER_PLAIN.get(weights), auto["speedup"]
+        yield "auto / llama.cpp plain", AUTO_OVER_LLAMA_CPP, _ratio(auto, llama)
+        yield "auto / llama.cpp prompt lookup", AUTO_OVER_LLAMA_CPP, _ratio(auto, lookup)
+        goal = "auto / transformers' best assistant_early_exit"
+        yield goal, AUTO_OVER_EARLY_EXIT, _ratio(auto, early_exit)
+        return
+    goal = "untrained, auto / plain on summaries"
+    if part["task"] in SUMMARIES:
+        yield goal, AUTO_ON_SUMMARIES, auto["speedup"]
+    elif category := auto.get("categories", {}).get("summarization"):
+        yield goal, AUTO_ON_SUMMARIES, category.get("speedup")
+
+
+def _row(part: Part, system: str, mode: str) -> dict[str, Any] | None:
+    """The fastest row of a system in a mode, rows of an ablation left out."""
+    found = [
+        row
+        for row in part["rows"]
+        if (row["system"], row["mode"], row["label"]) == (system, mode, None)
+        and row.get("tokens_per_s")
+    ]
+    return max(found, key=lambda row: row["tokens_per_s"], default=None)
+
+
+def _ratio(row: dict[str, Any] | None, other: dict[str, Any] | None) -> float | None:
+    """Tokens a second over another's: both answered the same prompts in turns."""
+    return row["tokens_per_s"] / other["tokens_per_s"] if row and other else None
+
+
+def _line(
+    goal: str, case: str, wanted: float | None, reached: float, *, at_most: bool = False
+) -> dict[str, Any]:
+    met = None
+    if wanted is not None:
+        met = reached <= wanted if at_most else reached >= wanted
+    return {
+        "goal": goal,
+        "case": case,
+        "wanted": wanted,
+        "reached": reached,
+        "at_most": at_most,
+        "met": met,
+    }
+
+
+def _cells(goal: Mapping[str, Any]) -> Iterator[str]:
+    yield from (goal["goal"], goal["case"])
+    sign = "at most" if goal["at_most"] else "at least"
+    yield "" if goal["wanted"] is None else f"{sign} {goal['wanted']:.2f}"
+    yield f"{goal['reached']:.2f}"
+    yield {None: "", True: "yes", False: "no"}[goal["met"]]
