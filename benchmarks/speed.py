@@ -178,8 +178,7 @@ def _write(output: Path, result: dict[str, Any]) -> None:
     beside = output.with_suffix(".part")
     beside.write_text(json.dumps(result, indent=2) + "\n")
     beside.replace(output)
-    curves = {n: p for n, p in result["parts"].items() if n.startswith("curves ")}
-    drawn = {name: part for name, part in curves.items() if "error" not in part}
+    drawn = {p["model"]: p for p in result["parts"].values() if "verify_ms" in p}
     picture = output.with_suffix(".png")
     if drawn:
         draw(drawn, picture)
