@@ -48,6 +48,8 @@ class Peer:
             n_threads_batch=self._job.threads,
             n_gpu_layers=0 if self._job.device == "cpu" else -1,
             draft_model=draft_model,
+            # Implied by a draft; but only if it is said, there is room for more than 512 positions.
+            logits_all=draft_model is not None,
             verbose=False,
         )
 
