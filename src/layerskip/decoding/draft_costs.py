@@ -10,7 +10,10 @@ from layerskip.model.quantize import bits_of
 
 # What one more position adds to a pass, by the bits that a weight is kept in, where nothing was
 # measured. Weights are read once for all positions; the fewer their bytes, the more arithmetic shows.
-_ROW_COSTS = {32: 0.06, 16: 0.05, 8: 0.15, 4: 0.3}
+_ROW_COSTS = {
+    "compiled": {32: 0.06, 16: 0.06, 8: 0.07, 4: 0.13},
+    "pytorch": {32: 0.06, 16: 0.05, 8: 0.15, 4: 0.3},
+}
 _ROW_COST_ON_A_GPU = 0.01
 _BATCH_ACCEPTANCE = 0.8  # of a token, at the first exits that are worth it
 _LEAST_GAIN = 1.03  # of a batch: below that drafting is not worth a try
@@ -99,4 +102,5 @@ class DraftCosts:
 def _row_cost(decoder: Decoder) -> float:
     if decoder.device.type != "cpu":
         return _ROW_COST_ON_A_GPU
-    return _ROW_COSTS[bits_of(decoder.weights) or 8 * decoder.dtype.itemsize]
+    bits = bits_of(decoder.weights) or 8 * decoder.dtype.itemsize
+    return _ROW_COSTS[decoder.kernels][bits]
