@@ -25,7 +25,9 @@ def model(tmp_path_factory):
 
 
 def test_without_knowledge_perplexity_is_the_vocabulary(model, monkeypatch):
-    monkeypatch.setattr(model.decoder, "head", lambda x: torch.zeros(len(x), VOCABULARY))
+    monkeypatch.setattr(
+        model.decoder, "logits", lambda hidden: torch.zeros(*hidden.shape[:2], VOCABULARY)
+    )
     metrics = perplexity(model, TEXT, [1, 4], window=16, stride=8)[4]
     assert metrics["token_perplexity"].value == pytest.approx(VOCABULARY)
     assert metrics["token_perplexity"].stderr == pytest.approx(0.0, abs=1e-3)

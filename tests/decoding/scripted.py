@@ -26,6 +26,7 @@ class ScriptedDecoder:
     """
 
     device, dtype, weights = torch.device("cpu"), torch.float32, "16bit"
+    kernels = "pytorch"
     head = SimpleNamespace(weight_bytes=1)
     weight_bytes = 5
 

@@ -34,6 +34,13 @@ def test_positions_are_dearer_the_fewer_bits_a_weight_has(weights, dtype, row):
     assert DraftCosts.of(decoder, 1).passes == (1.0, 1.0 + row)
 
 
+@pytest.mark.parametrize(("weights", "row"), [("16bit", 0.06), ("int8", 0.07), ("int4", 0.13)])
+def test_positions_are_cheaper_in_compiled_kernels(weights, row):
+    decoder = ScriptedDecoder([1])
+    decoder.weights, decoder.kernels = weights, "compiled"
+    assert DraftCosts.of(decoder, 1).passes == (1.0, 1.0 + row)
+
+
 def test_measured_costs_come_first_and_fit_other_exits_and_heads():
     measured = StepCosts(
         dtype="float32",
