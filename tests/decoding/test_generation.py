@@ -23,7 +23,9 @@ def test_a_known_pattern_of_misses():
     round 4  drafts 10, no room for more: 1 accepted, own 11
     """
     model = scripted_model(ANSWER, misses={3, 4})
-    made = model.generate([0], exit_layer=2, draft_tokens=4, max_new_tokens=12)
+    made = model.generate(
+        [0], mode="self-speculative", exit_layer=2, draft_tokens=4, max_new_tokens=12
+    )
     assert made.token_ids == ANSWER
     counts = [(len(step.tokens), step.drafted, step.accepted, step.source) for step in made.steps]
     assert counts == [
@@ -42,19 +44,19 @@ def test_a_known_pattern_of_misses():
 def test_an_end_inside_an_accepted_draft_counts_what_was_kept():
     """Tokens 1-4 are drafted and right, but 2 is the end: two of two count, no own token follows."""
     model = scripted_model([*encode("ab"), END, *encode("cdefgh")])
-    made = model.generate([0], exit_layer=2, draft_tokens=4)
+    made = model.generate([0], mode="self-speculative", exit_layer=2, draft_tokens=4)
     assert made.steps[-1] == Step(tuple(made.token_ids[1:]), 2, 2, "early-exit")
     assert (made.rounds, made.accepted, made.mean_accepted_length) == (1, 2, 2.0)
     assert (made.acceptance_rate, made.accepted_by_position) == (1.0, [1.0, 1.0])
     model = scripted_model(encode("abSTOPcd"))
-    made = model.generate([0], exit_layer=2, draft_tokens=7, stop="STOP")
+    made = model.generate([0], mode="self-speculative", exit_layer=2, draft_tokens=7, stop="STOP")
     assert made.steps[-1] == Step(tuple(encode("bSTOP")), 5, 5, "early-exit")
 
 
 def test_an_end_that_is_the_models_own_leaves_the_round_whole():
     """Tokens 1-4 are drafted, 2 is wrong: the model's own token there is the end, the draft missed."""
     model = scripted_model([*encode("ab"), END, *encode("cdefgh")], misses={2})
-    made = model.generate([0], exit_layer=2, draft_tokens=4)
+    made = model.generate([0], mode="self-speculative", exit_layer=2, draft_tokens=4)
     wrong = (END + 1, *encode("cd"))
     assert made.steps[-1] == Step(tuple(made.token_ids[1:]), 4, 1, "early-exit", wrong)
     assert made.acceptance_rate == 1 / 4
@@ -95,7 +97,9 @@ def test_times():
     """The clock is read at the start and once a step; speed counts the tokens after the first."""
     made = scripted_model(ANSWER).generate([0], mode="plain", max_new_tokens=6)
     assert (made.ttft_s, made.decode_s, made.tokens_per_s) == (1, 5, 5 / 5)
-    made = scripted_model(ANSWER).generate([0], exit_layer=2, draft_tokens=4, max_new_tokens=12)
+    made = scripted_model(ANSWER).generate(
+        [0], mode="self-speculative", exit_layer=2, draft_tokens=4, max_new_tokens=12
+    )
     assert [len(step.tokens) for step in made.steps] == [1, 5, 5, 1]
     assert (made.ttft_s, made.decode_s, made.tokens_per_s) == (1, 3, 11 / 3)
     made = scripted_model(ANSWER).generate([0], max_new_tokens=1)

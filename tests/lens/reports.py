@@ -42,7 +42,11 @@ def scripted_report(answer, *, misses=(), draft_tokens=3, prompt=(1, 2), tokeniz
         answer, misses=misses, prompt_tokens=len(prompt), tokenizer=tokenizer, end_tokens=()
     )
     made = model.generate(
-        list(prompt), exit_layer=2, draft_tokens=draft_tokens, max_new_tokens=len(answer)
+        list(prompt),
+        mode="self-speculative",
+        exit_layer=2,
+        draft_tokens=draft_tokens,
+        max_new_tokens=len(answer),
     )
     return report_on(model, "scripted", list(prompt), made)
 

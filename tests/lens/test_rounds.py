@@ -20,7 +20,9 @@ def test_rounds_of_a_known_pattern():
 
 
 def test_an_end_inside_a_draft_leaves_no_own_token():
-    made = scripted_model([10, 11, END, 12, 13]).generate([0], exit_layer=2, draft_tokens=4)
+    made = scripted_model([10, 11, END, 12, 13]).generate(
+        [0], mode="self-speculative", exit_layer=2, draft_tokens=4
+    )
     assert list(rounds(made.steps, 1)) == [
         Round(position=2, accepted=(11, END), rejected=(), own=None)
     ]

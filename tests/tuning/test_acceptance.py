@@ -57,7 +57,13 @@ def test_the_replay_ends_where_the_answer_ends(draft_tokens):
         if model.generate(prompt, max_new_tokens=2).new_tokens < 2:
             continue
         continuation = read(model, prompt, 40)
-        real = model.generate(prompt, exit_layer=2, draft_tokens=draft_tokens, max_new_tokens=40)
+        real = model.generate(
+            prompt,
+            mode="self-speculative",
+            exit_layer=2,
+            draft_tokens=draft_tokens,
+            max_new_tokens=40,
+        )
         assert real.finish_reason == "stop"
         assert replay(continuation, 2, draft_tokens) == rounds(real.steps)
         ended += 1

@@ -376,7 +376,7 @@ class Team {
       return;
     }
     for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
-      if (spins > 20000) sched_yield();
+      if (spins > 2000) sched_yield();
 #ifdef __x86_64__
       __builtin_ia32_pause();
 #endif
