@@ -41,7 +41,7 @@ def test_every_row_advances_by_its_own_accepted_tokens(case):
         settled = cache.lengths.clone()
         draft = drafter.draft(last, d, cache, None, None)
         cache.lengths.copy_(settled)
-        hidden = decoder.run(draft.exit_states, exit_layer, LAYERS, cache)
+        hidden = decoder.run(draft.states, draft.start, LAYERS, cache)
         accepted, following = accept_greedy(draft.tokens, decoder.logits(hidden))
         cache.lengths += accepted + 1
         last = following[:, None]
