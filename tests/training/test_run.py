@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,18 @@ def test_resume_is_bit_for_bit(settings, tmp_path, interrupted, changes):
     assert_same_weights(whole.output, half)
     steps = [log["step"] for log in read_log(half / "train_log.jsonl") if "loss" in log]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 6}, {"epochs": 1.0}])
+def test_a_run_that_was_killed_while_its_result_was_written(settings, tmp_path, length):
+    changes = {"scheduler": "constant", "save_steps": 2, "max_steps": None, **length}
+    whole = run(settings, **changes)
+    before = tmp_path / "before"
+    shutil.copytree(whole.output, before)
+    (whole.output / "model.safetensors").unlink()
+    resumed = run(settings, **changes, resume=True)
+    assert resumed.steps == whole.steps
+    assert_same_weights(before, whole.output)
 
 
 def test_the_curriculum_goes_on_after_a_resume(settings, tmp_path, interrupted):

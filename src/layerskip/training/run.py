@@ -20,19 +20,18 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
-from layerskip.model import settings
-from layerskip.model.rounding import TRAINED, Rounding, recorded
 from layerskip.recipe import detach
 from layerskip.training.callbacks import JsonLinesLog, TimeBudget, read_log
 from layerskip.training.config import TrainConfig
 from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows, read_rows
-from layerskip.training.draft_tokens import draft_tokens
 from layerskip.training.fake_quantization import quantize_aware
 from layerskip.training.memory import keep_freed_memory
 from layerskip.training.plots import plot_run
 from layerskip.training.progress import Progress, Watch, hidden_bars
+from layerskip.training.result import save_result
 from layerskip.training.source import pretrained, pretrained_weights
 from layerskip.training.trainer import INCOMPLETE, LayerSkipTrainer, last_checkpoint
 
@@ -94,17 +93,30 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
         shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
         given = json.dumps(config.as_flat_dict(), indent=2)
         (output / "train.json").write_text(given + "\n", encoding="utf-8")
-    metrics = dict(trainer.train(resume_from_checkpoint=resume_from).metrics)
+    metrics = _run(trainer, config, resume_from)
     if eval_rows:
         metrics |= trainer.evaluate()
     assert trainer.model is not None
     detach(trainer.model)
     if on_grid is not None:
         on_grid.remove()
-    _save(trainer, config, exit_layer, output)
+    save_result(trainer, config, exit_layer, output)
     if trainer.is_world_process_zero():
         plot_run(read_log(output / "train_log.jsonl"), output)
     return TrainResult(output, trainer.state.global_step, metrics, exit_layer)
+
+
+def _run(trainer: LayerSkipTrainer, config: TrainConfig, resume_from: str | None) -> dict[str, Any]:
+    """Train, unless the checkpoint is that of the last step: Trainer would take one more."""
+    if resume_from is not None and config.max_minutes is None:
+        state = TrainerState.load_from_json(str(Path(resume_from) / TRAINER_STATE_NAME))
+        wanted = config.max_steps or state.max_steps
+        more_epochs = config.max_steps is None and config.epochs > state.num_train_epochs
+        if state.global_step >= wanted and not more_epochs:
+            trainer._load_from_checkpoint(resume_from)
+            trainer.state.global_step = state.global_step
+            return {}
+    return dict(trainer.train(resume_from_checkpoint=resume_from).metrics)
 
 
 def _resume_from(config: TrainConfig, output: Path) -> str | None:
@@ -279,54 +291,3 @@ def _trainer(
     if config.max_minutes is not None:
         trainer.add_callback(TimeBudget(config.max_minutes))
     return trainer
-
-
-def _add_draft_tokens(model: Any, trainer: LayerSkipTrainer) -> None:
-    tokenizer: Any = trainer.processing_class
-    rows: Any = trainer.train_dataset
-    found = draft_tokens(rows, model, tokenizer.eos_token_id)
-    own = dict(getattr(model.generation_config, settings.KEY, None) or {})
-    own.pop("costs", None)  # measured, if at all, with what the model was before
-    own.pop("draft_vocabulary", None)
-    if found is not None:
-        own["draft_vocabulary"] = settings.text_of_ids(found)
-    setattr(model.generation_config, settings.KEY, own)
-
-
-def _save(trainer: LayerSkipTrainer, config: TrainConfig, exit_layer: int, output: Path) -> None:
-    """Write the result beside its place and move it there, so that no half of it is ever found."""
-    unfinished = output / INCOMPLETE
-    if config.lora_rank is not None:
-        trainer.save_model(str(unfinished / "adapter"))
-        model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        if trainer.is_world_process_zero():
-            model.save_pretrained(unfinished)
-    else:
-        trainer.save_model(str(unfinished))
-        model = trainer.accelerator.unwrap_model(trainer.model)
-    if not trainer.is_world_process_zero():
-        return
-    if model.generation_config is not None:
-        # Plain transformers reads both; they are not among the checked fields of every version.
-        model.generation_config.assistant_early_exit = exit_layer
-        model.generation_config.num_assistant_tokens = config.draft_tokens
-        _record_rounding(model.generation_config, config)
-        _add_draft_tokens(model, trainer)
-        model.generation_config.save_pretrained(unfinished)
-    tokenizer: Any = trainer.processing_class
-    tokenizer.save_pretrained(unfinished)
-    for path in sorted(unfinished.iterdir()):
-        target = output / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        path.replace(target)
-    unfinished.rmdir()
-
-
-def _record_rounding(generation_config: Any, config: TrainConfig) -> None:
-    """What was known of the model that training began with holds no longer."""
-    known: dict[str, Rounding] = {}
-    if config.quantize_aware is not None:
-        known[config.quantize_aware] = Rounding(TRAINED)
-    own = recorded(getattr(generation_config, settings.KEY, None), known)
-    setattr(generation_config, settings.KEY, own)

@@ -1,0 +1,66 @@
+"""What a finished run leaves: an ordinary transformers checkpoint, written beside and renamed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from layerskip.model import settings
+from layerskip.model.rounding import TRAINED, Rounding, recorded
+from layerskip.training.config import TrainConfig
+from layerskip.training.draft_tokens import draft_tokens
+from layerskip.training.trainer import INCOMPLETE, LayerSkipTrainer
+
+
+def save_result(
+    trainer: LayerSkipTrainer, config: TrainConfig, exit_layer: int, output: Path
+) -> None:
+    """Write the result beside its place and move it there, so that no half of it is ever found."""
+    unfinished = output / INCOMPLETE
+    if config.lora_rank is not None:
+        trainer.save_model(str(unfinished / "adapter"))
+        model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        if trainer.is_world_process_zero():
+            model.save_pretrained(unfinished)
+    else:
+        trainer.save_model(str(unfinished))
+        model = trainer.accelerator.unwrap_model(trainer.model)
+    if not trainer.is_world_process_zero():
+        return
+    if model.generation_config is not None:
+        # Plain transformers reads both; they are not among the checked fields of every version.
+        model.generation_config.assistant_early_exit = exit_layer
+        model.generation_config.num_assistant_tokens = config.draft_tokens
+        _record_rounding(model.generation_config, config)
+        _add_draft_tokens(model, trainer)
+        model.generation_config.save_pretrained(unfinished)
+    tokenizer: Any = trainer.processing_class
+    tokenizer.save_pretrained(unfinished)
+    for path in sorted(unfinished.iterdir()):
+        target = output / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    unfinished.rmdir()
+
+
+def _record_rounding(generation_config: Any, config: TrainConfig) -> None:
+    """What was known of the model that training began with holds no longer."""
+    known: dict[str, Rounding] = {}
+    if config.quantize_aware is not None:
+        known[config.quantize_aware] = Rounding(TRAINED)
+    own = recorded(getattr(generation_config, settings.KEY, None), known)
+    setattr(generation_config, settings.KEY, own)
+
+
+def _add_draft_tokens(model: Any, trainer: LayerSkipTrainer) -> None:
+    tokenizer: Any = trainer.processing_class
+    rows: Any = trainer.train_dataset
+    found = draft_tokens(rows, model, tokenizer.eos_token_id)
+    own = dict(getattr(model.generation_config, settings.KEY, None) or {})
+    own.pop("costs", None)  # measured, if at all, with what the model was before
+    own.pop("draft_vocabulary", None)
+    if found is not None:
+        own["draft_vocabulary"] = settings.text_of_ids(found)
+    setattr(model.generation_config, settings.KEY, own)
