@@ -111,6 +111,54 @@ def test_n_grams_learn_by_the_length_of_the_match():
     assert any(length.choose(4, 1) for _ in range(200))
 
 
+def proven():
+    """A draft after one that was right: one token with a chance of 0.95 and more is kept."""
+    length = DraftLength(ROWS)
+    drafted(length, [0.95])
+    length.learn(1)
+    assert length.begins()
+    assert length.keeps(0.95)
+    return length
+
+
+def test_likely_tokens_follow_a_draft_while_each_is_worth_its_row():
+    """A row costs 0.1 of a step, whose time is worth 0.1 tokens and a little more."""
+    assert proven().follow([0.9, 0.9, 0.3, 0.3, 0.3]) == 3  # products 0.9, 0.81, 0.24, 0.07
+    assert proven().follow([0.05, 0.9]) == 0
+
+
+def test_drafting_on_goes_first_where_it_promises_more():
+    """A token brings 1.14 in its time's worth: drafting on 0.96 x 0.51 - 0.33, a row 0.11."""
+    assert proven().follow([0.25]) == 0  # 0.96 x 0.25 - 0.11
+    assert proven().follow([0.35]) == 1
+
+
+def test_what_followed_is_paid_for_and_learned():
+    followed, rates = [], []
+    length = DraftLength(ROWS, pace := Pace())
+    ngrams = NgramLength(ROWS, pace)
+    for _ in range(8):
+        drafted(length, [0.95])
+        followed.append(ngrams.follow(5, 3, length))
+        length.learn(1)  # the draft was right, what followed was not
+        ngrams.learn_followed(0)
+        rates.append(pace.rate)
+    assert followed[:2] == [0, 3]
+    assert followed[-1] == 0
+    alone = DraftLength(ROWS, without := Pace())
+    for _ in range(8):
+        drafted(alone, [0.95])
+        alone.learn(1)
+    assert rates[-1] < without.rate
+
+
+def test_nothing_follows_before_a_draft_was_ever_right():
+    length = DraftLength(ROWS)
+    assert length.begins()
+    assert length.keeps(0.95)
+    assert length.follow([0.99, 0.99]) == 0
+
+
 @pytest.mark.parametrize("confidence", [0.35, 0.65, 0.95])
 @pytest.mark.parametrize(
     "costs",

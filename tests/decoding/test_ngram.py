@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_decoders import LAYERS, PLAIN, ids, random_prompt, steps, tiny_decoder
 
-from layerskip.decoding import Plan, Sampling
+from layerskip.decoding import Plan, Sampling, Step
+from layerskip.decoding.draft_length import DraftLength, NgramLength
 from layerskip.decoding.ngram import MAX_MATCH, MIN_MATCH, NgramIndex
+from layerskip.model import StepCosts
 
 SAMPLES = 1500
 
@@ -35,6 +37,22 @@ def reference(tokens, limit):
 @given(st.lists(st.integers(0, 2), max_size=30), st.integers(0, 12))
 def test_it_proposes_what_followed_the_longest_latest_match(tokens, limit):
     assert NgramIndex(tokens).propose(limit) == reference(tokens, limit)
+
+
+@given(
+    st.lists(st.integers(0, 2), max_size=20),
+    st.lists(st.integers(0, 2), max_size=6),
+    st.integers(0, 12),
+)
+def test_drafted_tokens_are_matched_and_continued_but_not_searched(tokens, drafted, limit):
+    text = [*tokens, *drafted]
+    expected = 0, []
+    for n in range(MIN_MATCH, min(MAX_MATCH, len(text)) + 1):
+        for start in range(len(tokens) - n):  # the longest match counts, of these the latest
+            if text[start : start + n] == text[-n:]:
+                after = text[start + n :]
+                expected = n, [after[i % len(after)] for i in range(limit)]
+    assert NgramIndex(tokens).propose(limit, drafted) == expected
 
 
 @given(st.lists(st.integers(0, 2), max_size=20), st.integers(0, 20))
@@ -68,10 +86,71 @@ def test_a_repeating_answer_is_drafted_and_sources_are_named():
     assert accepted > 0
 
 
+def following(exit_layer):
+    """Everything but a pass is all but free, so that even a tiny model's vague drafts are kept."""
+    free = StepCosts(
+        dtype="float32",
+        weights="16bit",
+        device="cpu",
+        kernels="pytorch",
+        exit_layer=exit_layer,
+        draft_step=1e-3,
+        draft_tokens_scored=1,
+        head=1e-3,
+        passes=(1.0, 1.0),
+        overhead=0.0,
+    )
+    return Plan(
+        mode="self-speculative",
+        exit_layer=exit_layer,
+        draft_tokens=9,
+        draft_from="both",
+        adaptive=True,
+        costs=free,
+    )
+
+
+@pytest.mark.parametrize(("exit_layer", "upper"), [(1, 0.02), (LAYERS - 1, 0.02), (1, 0.3)])
+def test_ngrams_follow_a_draft_and_the_answer_stays(exit_layer, upper):
+    decoder = tiny_decoder("llama3.1", upper=upper)
+    followed = 0
+    for seed in range(3):
+        prompt = random_prompt(decoder, 8, seed) * 3
+        made = steps(decoder, prompt, following(exit_layer), n=60)
+        assert [t for step in made for t in step.tokens] == ids(decoder, prompt, PLAIN, n=60)
+        for step in made:
+            assert 0 <= step.followed <= step.drafted
+            assert not (step.followed and step.source == "n-gram")
+        followed += sum(step.followed for step in made)
+    assert followed > 0
+
+
+def test_a_cut_step_has_what_is_left_of_the_tokens_that_followed():
+    step = Step((1, 2, 3, 4, 5), drafted=5, accepted=4, source="early-exit", followed=3)
+    assert [step.first(n).followed for n in (1, 2, 3, 4, 5)] == [0, 0, 1, 2, 3]
+
+
 def test_without_a_match_nothing_is_drafted():
     decoder = tiny_decoder("llama3.1")
     _first, second, *_ = steps(decoder, [1, 2, 3], ngram(4), n=3)
     assert (second.drafted, second.source) == (0, "model")
+
+
+def answers(decoder, prompt, plan, sampling, n):
+    """How often each answer of n tokens is sampled."""
+    return Counter(
+        tuple(ids(decoder, prompt, plan, n=n, sampling=sampling, seed=seed))
+        for seed in range(SAMPLES)
+    )
+
+
+def assert_same_distribution(one, other):
+    likely = [answer for answer, count in one.items() if count >= 30]
+    assert len(likely) > 3
+    for answer in likely:
+        share = one[answer] / SAMPLES
+        error = (2 * share * (1 - share) / SAMPLES) ** 0.5
+        assert abs(one[answer] - other[answer]) / SAMPLES < 5 * error
 
 
 def test_sampled_tokens_have_the_models_distribution():
@@ -79,16 +158,20 @@ def test_sampled_tokens_have_the_models_distribution():
     decoder = tiny_decoder("llama3.1")
     prompt = random_prompt(decoder, 3) * 3
     sampling = Sampling(temperature=0.7, top_k=4)
-    plain, drafted = (
-        Counter(
-            tuple(ids(decoder, prompt, plan, n=3, sampling=sampling, seed=seed))
-            for seed in range(SAMPLES)
-        )
-        for plan in (PLAIN, ngram(2))
-    )
-    likely = [answer for answer, count in plain.items() if count >= 30]
-    assert len(likely) > 3
-    for answer in likely:
-        share = plain[answer] / SAMPLES
-        error = (2 * share * (1 - share) / SAMPLES) ** 0.5
-        assert abs(plain[answer] - drafted[answer]) / SAMPLES < 5 * error
+    plain = answers(decoder, prompt, PLAIN, sampling, 3)
+    assert_same_distribution(plain, answers(decoder, prompt, ngram(2), sampling, 3))
+
+
+def test_so_have_those_that_follow_a_draft(monkeypatch):
+    """Whatever follows is accepted with the model's probability, and so is the draft before it."""
+    decoder = tiny_decoder("llama3.1")
+    prompt = random_prompt(decoder, 3) * 3
+    sampling = Sampling(temperature=0.7, top_k=2)
+    monkeypatch.setattr(NgramLength, "choose", lambda *_, **__: 0)
+    monkeypatch.setattr(DraftLength, "follow", lambda self, chances: len(chances))
+    likely = ids(decoder, prompt, PLAIN, n=3)[2]
+    monkeypatch.setattr(NgramIndex, "propose", lambda self, n, drafted=(): (5, [likely] * n))
+    made = steps(decoder, prompt, following(1), n=4, sampling=sampling, seed=0)
+    assert any(step.followed for step in made)
+    plain = answers(decoder, prompt, PLAIN, sampling, 4)
+    assert_same_distribution(plain, answers(decoder, prompt, following(1), sampling, 4))

@@ -73,10 +73,13 @@ class DraftCosts:
         last = self.passes[-1] - self.passes[-2] if known > 1 else 0.0
         return self.passes[-1] + (positions - known) * max(last, 0.0)
 
+    def rows(self, positions: int, more: int) -> float:
+        """What more positions add to a pass over so many."""
+        return max(self.over(positions + more) - self.over(positions), 0.0)
+
     def token(self, drafted: int) -> float:
         """What the early exit's next token costs after so many in this round, verified and all."""
-        row = self.over(drafted + 2) - self.over(drafted + 1)
-        return self.layers + self.head + (1 - self.layers) * max(row, 0.0)
+        return self.layers + self.head + (1 - self.layers) * self.rows(drafted + 1, 1)
 
     def round(self, drafted: int, scored: int) -> float:
         """A round whose early exit scored some tokens and kept `drafted` of them."""

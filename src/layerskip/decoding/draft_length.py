@@ -6,6 +6,8 @@ time brings on average, draft one more while its probability of being accepted i
 it costs. R and the probabilities are learned as the answer goes on, from tokens and known costs alone.
 """
 
+from collections.abc import Sequence
+
 from layerskip.decoding.draft_costs import DraftCosts
 
 _BINS = 10
@@ -91,8 +93,13 @@ class DraftLength:
 
     def _begin(self) -> None:
         self._confidences: list[float] = []
-        self._scored = 0
+        self._scored = self._followed = 0
         self._survival = 1.0
+
+    @property
+    def drafted(self) -> int:
+        """Tokens kept in this round."""
+        return len(self._confidences)
 
     def begins(self) -> bool:
         """Whether this round drafts at all: not for a while after drafting has not paid."""
@@ -109,7 +116,7 @@ class DraftLength:
         self._scored += 1
         bin_ = _bin(confidence)
         survival = self._survival * self._accepted[bin_] / self._judged[bin_]
-        if survival < self._pace.rate * self._costs.token(len(self._confidences)):
+        if survival < self._pace.rate * self._costs.token(self.drafted):
             return False
         self._survival = survival
         self._confidences.append(confidence)
@@ -120,8 +127,38 @@ class DraftLength:
         """Whether the draft ends here, before another token is scored."""
         return bool(self._confidences) and not self._proven
 
+    def follow(self, chances: Sequence[float]) -> int:
+        """How many further tokens stand behind this draft, in place of drafting on; 0 = draft on.
+
+        They cost no pass of the first layers: the last drafted token has to go through them anyway.
+
+        Args:
+            chances: of each to be accepted if all before it are.
+        """
+        if not self._proven:
+            return 0
+        rate, drafted, survival, tokens = self._pace.rate, self.drafted, self._survival, 0.0
+        best, self._followed = self._drafting_on(len(chances)), 0
+        for n, chance in enumerate(chances, 1):
+            survival *= chance
+            tokens += survival
+            gain = tokens - rate * self._costs.rows(drafted + 1, n)
+            if gain > best:
+                best, self._followed = gain, n
+        return self._followed
+
+    def _drafting_on(self, limit: int) -> float:
+        """What more tokens of this draft bring beyond their time's worth, accepted as others were."""
+        share, rate = sum(self._accepted) / sum(self._judged), self._pace.rate
+        survival, gain, best = self._survival, 0.0, 0.0
+        for n in range(limit):
+            survival *= share
+            gain += survival - rate * self._costs.token(self.drafted + n)
+            best = max(best, gain)
+        return best
+
     def learn(self, accepted: int) -> None:
-        """Take note of a round whose first `accepted` drafts were accepted."""
+        """Take note of a round whose first `accepted` tokens were accepted."""
         if not self._scored:
             self._pace.learn(1, 1.0)
             return
@@ -130,7 +167,8 @@ class DraftLength:
             self._judged[_bin(confidence)] += 1
             self._accepted[_bin(confidence)] += i < accepted
         self._proven = self._proven or accepted > 0
-        time = self._costs.round(len(self._confidences), self._scored)
+        time = self._costs.round(self.drafted, self._scored)
+        time += self._costs.rows(self.drafted + 1, self._followed)
         self._pace.learn(accepted + 1, time)
         self._own.learn(accepted + 1, time)
         self._rests.learn(self._own.pays)
@@ -152,6 +190,7 @@ class NgramLength:
         self._judged = [_NGRAM_PRIOR] * len(_NGRAM_BELIEFS)
         self._own, self._rests = Pace(), Rests()
         self._match = self._drafted = 0
+        self._followed_match = self._followed = 0
 
     def choose(self, match: int, limit: int, rival: float = 0.0) -> int:
         """How many tokens to draft; 0 = leave this round to others.
@@ -161,7 +200,7 @@ class NgramLength:
             limit: tokens proposed.
             rival: what another way of this round brings beyond its time's worth, in tokens.
         """
-        self._match, self._drafted = match, 0
+        self._match, self._drafted, self._followed = match, 0, 0
         rate, survival, tokens = self._pace.rate, 1.0, 1.0
         best = max(rival, 1.0 - rate)
         for n in range(1, limit + 1):
@@ -179,14 +218,28 @@ class NgramLength:
         if not self._drafted:
             self._pace.learn(1, 1.0)
             return
-        for i in range(min(self._drafted, accepted + 1)):
-            at = _length_bin(self._match + i)
-            self._judged[at] += 1
-            self._accepted[at] += i < accepted
+        self._judge(self._match, self._drafted, accepted)
         time = self._costs.over(self._drafted + 1)
         self._pace.learn(accepted + 1, time)
         self._own.learn(accepted + 1, time)
         self._rests.learn(self._own.pays)
+
+    def follow(self, match: int, limit: int, draft: DraftLength) -> int:
+        """How many tokens stand behind an early exit's draft, whose last ones match; 0 = none."""
+        self._followed_match = match
+        self._followed = draft.follow([self._chance(match + i) for i in range(limit)])
+        return self._followed
+
+    def learn_followed(self, accepted: int) -> None:
+        """Take note of how many of them were accepted; below 0 the draft before them was not."""
+        if accepted >= 0:
+            self._judge(self._followed_match, self._followed, accepted)
+
+    def _judge(self, match: int, drafted: int, accepted: int) -> None:
+        for i in range(min(drafted, accepted + 1)):
+            at = _length_bin(match + i)
+            self._judged[at] += 1
+            self._accepted[at] += i < accepted
 
     def _chance(self, match: int) -> float:
         at = _length_bin(match)

@@ -1,11 +1,12 @@
 """Where drafts come from."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from layerskip.decoding.draft_length import DraftLength
 from layerskip.decoding.sampling import Sampling, TokenHistory, pick
@@ -25,6 +26,7 @@ class Draft:
             drafted token and at the last drafted token: what verification starts from.
         start: how many layers have seen these positions: E where the early exit drafted, else 0.
         source: the drafter's name, or "model" where nothing was drafted.
+        followed: the last so many tokens were not drafted by `source`, but follow it as n-grams.
     """
 
     tokens: Tensor
@@ -32,6 +34,7 @@ class Draft:
     states: Tensor
     start: int
     source: str
+    followed: int = 0
 
 
 def no_draft(decoder: Decoder, last: Tensor) -> Draft:
@@ -82,6 +85,11 @@ class EarlyExitDrafter:
         sampling: of the answer.
         head: the exit, if it is not the decoder's own.
         length: decides how far to draft; None = as far as is asked for. For one row only.
+
+    Attributes:
+        follow: given the drafted tokens and how many more there may be, what shall stand behind them.
+            It ends the draft, and goes through the first E layers together with the last drafted token.
+            None = nothing ever does.
     """
 
     source = "early-exit"
@@ -96,6 +104,7 @@ class EarlyExitDrafter:
     ) -> None:
         self.decoder, self.exit_layer, self.sampling = decoder, exit_layer, sampling
         self.head, self.length = head, length
+        self.follow: Callable[[list[int], int], list[int]] | None = None
 
     def settle(self, tokens: Sequence[int], accepted: int) -> None:
         """The cache has the tokens; how many were right teaches how far to draft."""
@@ -117,9 +126,12 @@ class EarlyExitDrafter:
         chosen_from: list[Tensor] = []
         tokens = last
         for i in range(n + 1):
-            hidden = self.decoder.embed(tokens[:, -1:])
+            behind = self._behind(tokens[:, 1:], n - i)
+            hidden = self.decoder.embed(torch.cat([tokens[:, -1:], behind], dim=1))
             states.append(self.decoder.run(hidden, 0, self.exit_layer, cache))
-            cache.lengths += 1
+            cache.lengths += hidden.shape[1]
+            if behind.numel():
+                break
             if i == n or (self.length is not None and self.length.ends):
                 break
             seen = None if history is None else history.before(tokens[:, 1:])[:, -1:]
@@ -132,12 +144,19 @@ class EarlyExitDrafter:
             if q is not None:
                 chosen_from.append(q)
         return Draft(
-            tokens=tokens[:, 1:],
-            probabilities=self._whole(chosen_from),
+            tokens=torch.cat([tokens[:, 1:], behind], dim=1),
+            probabilities=self._whole(chosen_from, behind),
             states=torch.cat(states, dim=1),
             start=self.exit_layer,
             source=self.source,
+            followed=behind.shape[1],
         )
+
+    def _behind(self, drafted: Tensor, room: int) -> Tensor:
+        """What follows the draft without being drafted, [B, k]; mostly nothing."""
+        if self.follow is None or not room or not drafted.numel():
+            return drafted[:, :0]
+        return drafted.new_tensor([self.follow(drafted[0].tolist(), room)], dtype=torch.long)
 
     def _logits(self, hidden: Tensor, seen: Tensor | None) -> Tensor:
         """What the exit says, [B, 1, V], or [B, 1, n] where it has n tokens alone."""
@@ -146,12 +165,18 @@ class EarlyExitDrafter:
         seen = None if seen is None else seen[..., self.head.token_ids]
         return self.sampling.penalize(self.head.logits(hidden), seen)
 
-    def _whole(self, chosen_from: list[Tensor]) -> Tensor | None:
+    def _whole(self, chosen_from: list[Tensor], behind: Tensor) -> Tensor | None:
         """The distributions over all tokens, made once a round."""
         if not chosen_from:
             return None
         q = torch.cat(chosen_from, dim=1)
-        return q if self.head is None else self.head.spread(q)
+        whole = q if self.head is None else self.head.spread(q)
+        return torch.cat([whole, certain(behind, whole.shape[-1])], dim=1)
+
+
+def certain(tokens: Tensor, vocab_size: int) -> Tensor:
+    """The distributions [B, d, V] that tokens [B, d] are drawn from where nothing else could be."""
+    return one_hot(tokens, vocab_size).float()
 
 
 def _probability(chosen: Tensor, q: Tensor | None, logits: Tensor) -> float:

@@ -33,6 +33,7 @@ class Step:
         accepted: how many leading drafted tokens the model agreed with.
         source: where the draft came from, or "model" where nothing was drafted.
         rejected: the other drafted tokens: the one that the model corrected, and those after it.
+        followed: the last so many drafted tokens were n-grams behind an early exit's draft.
     """
 
     tokens: tuple[int, ...]
@@ -40,6 +41,7 @@ class Step:
     accepted: int = 0
     source: str = "model"
     rejected: tuple[int, ...] = ()
+    followed: int = 0
 
     def first(self, n: int) -> "Step":
         """The step cut to its first n tokens, where the answer ends inside it.
@@ -49,7 +51,8 @@ class Step:
         if n >= len(self.tokens):
             return self
         drafted, accepted = min(self.drafted, n), min(self.accepted, n)
-        return Step(self.tokens[:n], drafted=drafted, accepted=accepted, source=self.source)
+        followed = max(self.followed - (self.drafted - drafted), 0)
+        return Step(self.tokens[:n], drafted, accepted, self.source, followed=followed)
 
 
 def generate(
@@ -211,7 +214,8 @@ class _Session:
                 self.history.extend(torch.tensor([tokens], device=decoder.device))
             drafter.settle(tokens, count)
             produced += len(tokens)
-            yield Step(tokens, len(drafted), count, draft.source, rejected=tuple(drafted[count:]))
+            rejected = tuple(drafted[count:])
+            yield Step(tokens, len(drafted), count, draft.source, rejected, draft.followed)
 
     def _drafter(self) -> Drafter:
         plan, decoder, pace = self.plan, self.decoder, Pace()

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from layerskip.decoding.draft_length import DraftLength, NgramLength
-from layerskip.decoding.drafters import Draft, EarlyExitDrafter, no_draft
+from layerskip.decoding.drafters import Draft, EarlyExitDrafter, certain, no_draft
 from layerskip.decoding.sampling import Sampling, TokenHistory
 from layerskip.model import Decoder, KVCache
 
@@ -39,21 +38,22 @@ class NgramIndex:
                     after[tuple(self.tokens[end - n :])] = end
             self.tokens.append(token)
 
-    def propose(self, limit: int) -> tuple[int, list[int]]:
+    def propose(self, limit: int, drafted: Sequence[int] = ()) -> tuple[int, list[int]]:
         """What followed the longest earlier match of the last tokens.
 
         Args:
             limit: tokens at most. What followed may reach the text's end before that; then the text
                 repeats with a period, and so does the proposal.
+            drafted: tokens behind the text, not settled yet.
 
         Returns:
             How many tokens match and what followed them; 0 and nothing where there is no match.
         """
-        tail = self.tokens[-MAX_MATCH:]
+        tail = [*self.tokens[-MAX_MATCH:], *drafted][-MAX_MATCH:]
         for n in range(len(tail), MIN_MATCH - 1, -1):
             start = self._after[n].get(tuple(tail[-n:]))
             if start is not None:
-                text = self.tokens[start : start + limit]
+                text = [*self.tokens[start : start + limit], *drafted]
                 return n, [text[i % len(text)] for i in range(limit)]
         return 0, []
 
@@ -85,12 +85,17 @@ class NgramDrafter:
         self.otherwise, self.length = otherwise, length
         self.index = NgramIndex(prompt)
         self._drafted = False
+        if otherwise is not None and length is not None:
+            otherwise.follow = self._follow
 
     def settle(self, tokens: Sequence[int], accepted: int) -> None:
         """The answer is searched too."""
         self.index.extend(tokens)
         if not self._drafted and self.otherwise is not None:
             self.otherwise.settle(tokens, accepted)
+            draft = self.otherwise.length
+            if self.length is not None and draft is not None:
+                self.length.learn_followed(accepted - draft.drafted)
         elif self.length is not None:
             self.length.learn(accepted)
 
@@ -110,12 +115,12 @@ class NgramDrafter:
                 return no_draft(self.decoder, last)
             return self.otherwise.draft(last, n, cache, history, generator)
         drafted = last.new_tensor([proposal])
-        certain = None
+        q = None
         if not self.sampling.greedy:
-            certain = one_hot(drafted, self.decoder.architecture.vocab_size).float()
+            q = certain(drafted, self.decoder.architecture.vocab_size)
         return Draft(
             tokens=drafted,
-            probabilities=certain,
+            probabilities=q,
             states=self.decoder.embed(torch.cat([last, drafted], dim=1)),
             start=0,
             source=self.source,
@@ -127,3 +132,13 @@ class NgramDrafter:
             return tokens
         rival: DraftLength | None = self.otherwise.length if self.otherwise else None
         return tokens[: self.length.choose(match, len(tokens), rival.gain if rival else 0.0)]
+
+    def _follow(self, drafted: list[int], room: int) -> list[int]:
+        """What stands behind an early exit's draft, where that promises more than drafting on."""
+        assert self.length is not None
+        assert self.otherwise is not None
+        draft = self.otherwise.length
+        if draft is None:
+            return []
+        match, tokens = self.index.propose(room, drafted)
+        return tokens[: self.length.follow(match, len(tokens), draft)]
