@@ -1,8 +1,12 @@
 """Tokenizers out of folders and GGUF files."""
 
+import subprocess
+import sys
+
 import gguf_files
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from layerskip.model import load, tokenizer
 from layerskip.model.weights import GgufFile
@@ -65,3 +69,26 @@ def test_checkpoints_without_a_tokenizer(tmp_path):
     gguf_files.write(tmp_path / "model.gguf", reference("llama2"))
     for path in (tmp_path / "folder", tmp_path / "model.gguf"):
         assert load(path, dtype=torch.float32).tokenizer is None
+
+
+_WHAT_IS_IMPORTED = """
+import sys
+from pathlib import Path
+from layerskip.model import tokenizer
+tokenizer.load(Path(sys.argv[1]))
+print("transformers.configuration_utils" in sys.modules)
+"""
+
+
+def test_a_generic_tokenizer_is_the_same_without_the_code_of_models(file, tmp_path):
+    """That code takes longer to import than the model to load."""
+    inside = tokenizer.load(file.parent, GgufFile(file))
+    inside.save_pretrained(str(tmp_path / "saved"))
+    saved = tokenizer.load(tmp_path / "saved")
+    chosen = AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
+    assert type(saved) is type(chosen)
+    text = "a  57 <|end|> é\n\n  b"
+    assert saved.encode(text) == chosen.encode(text) == inside.encode(text)
+    assert saved.chat_template == chosen.chat_template
+    command = [sys.executable, "-c", _WHAT_IS_IMPORTED, str(tmp_path / "saved")]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == "False"

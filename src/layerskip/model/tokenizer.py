@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from layerskip.model.weights import CheckpointError, GgufFile
+from layerskip.model.weights import CheckpointError, GgufFile, read_json
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# Classes without code of their own: nothing in the model's config changes what they do.
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def load(path: Path, gguf_file: GgufFile | None = None) -> Any:
@@ -19,12 +21,24 @@ def load(path: Path, gguf_file: GgufFile | None = None) -> Any:
     """
     try:
         if any((path / name).is_file() for name in _TOKENIZER_FILES):
-            from transformers import AutoTokenizer
-
-            return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+            return _class_for(path).from_pretrained(str(path), trust_remote_code=False)
         return None if gguf_file is None else _from_gguf(gguf_file)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the tokenizer of {path} cannot be read: {error}") from error
+
+
+def _class_for(path: Path) -> Any:
+    """AutoTokenizer, but where it would only choose a generic class: it imports all of modelling."""
+    named = path / "tokenizer_config.json"
+    if (path / "tokenizer.json").is_file() and named.is_file():
+        fields = read_json(named)
+        if fields.get("tokenizer_class") in _GENERIC and "auto_map" not in fields:
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _from_gguf(file: GgufFile) -> Any:
