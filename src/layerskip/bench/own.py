@@ -1,13 +1,13 @@
 """This package as one of the systems that are measured."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from layerskip.bench.bandwidth import weight_bytes_read
 from layerskip.bench.measure import Run, Setting
 from layerskip.bench.memory import PeakMemory
-from layerskip.decoding import Generation, LayerSkipModel
+from layerskip.decoding import Answer, Generation, LayerSkipModel
 from layerskip.decoding.policy import Plan, choose
 from layerskip.model import Decoder
 
@@ -15,7 +15,15 @@ BENCH_MODES = ("plain", "early-exit", "self-speculative", "auto")
 
 
 class OwnSystem:
-    """`LayerSkipModel` in all settings that were asked for."""
+    """`LayerSkipModel` in all settings that were asked for.
+
+    Args:
+        model: who answers.
+        settings: how.
+        stop: texts that end an answer.
+        ignore_eos: go on after an end token.
+        watch: is handed each answer before it is computed, and may iterate over it to show it.
+    """
 
     name = "layerskip"
 
@@ -26,23 +34,26 @@ class OwnSystem:
         *,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        watch: Callable[[Setting, Answer], None] = lambda setting, answer: None,
     ) -> None:
         self.settings = settings
         self.memory = PeakMemory(model.decoder.device)
         self._model, self._stop, self._ignore_eos = model, tuple(stop), ignore_eos
+        self._watch = watch
 
     def answer(self, setting: Setting, prompt: Sequence[int], max_new_tokens: int) -> Run:
         """See `System`."""
         self.memory.reset()
-        made = self._model.generate(
+        answer = self._model.answer(
             prompt,
             **_options(setting),
             max_new_tokens=max_new_tokens,
             stop=self._stop,
             ignore_eos=self._ignore_eos,
         )
+        self._watch(setting, answer)
         return run_of(
-            made,
+            answer.complete(),
             self._model.decoder,
             draft_vocabulary=setting.draft_vocabulary,
             peak_memory_bytes=self.memory.read(),

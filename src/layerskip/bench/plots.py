@@ -37,6 +37,31 @@ def draw(document: dict[str, Any], folder: Path) -> list[Path]:
     return written
 
 
+def draw_by_group(groups: Sequence[dict[str, Any]], file: Path) -> None:
+    """Draw tokens/s of plain decoding and of another mode, side by side for every group of prompts.
+
+    Args:
+        groups: each with `task`, its name, and two `rows`, plain decoding's first.
+        file: PNG to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure, axes = _new()
+    for i, color in enumerate((OTHER, OWN)):
+        speeds = [group["rows"][i]["tokens_per_s"] or 0.0 for group in groups]
+        places = [at + 0.4 * i for at in range(len(groups))]
+        bars = axes.bar(places, speeds, 0.38, color=color, label=groups[0]["rows"][i]["mode"])
+        axes.bar_label(bars, fmt="{:.0f}", padding=2)
+    axes.set_xticks([at + 0.2 for at in range(len(groups))], [group["task"] for group in groups])
+    axes.margins(y=0.12)
+    axes.set(ylabel="tokens/s", title="Speed on the same prompts")
+    axes.legend(fontsize="small")
+    FigureCanvasAgg(figure).print_png(file)  # type: ignore[no-untyped-call, unused-ignore]
+
+
 def _new(height: float = 5.0) -> "tuple[Figure, Axes]":
     from matplotlib.figure import Figure
 

@@ -1,112 +1,157 @@
-"""`layerskip demo`: the main job, end to end, on the built-in model."""
+"""`layerskip demo`: the main job, end to end, on the built-in model or one's own."""
 
-import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 
-from layerskip.bench.measure import Entry, Setting
-from layerskip.bench.own import OwnSystem, run_of
-from layerskip.bench.rows import name_of, row
-from layerskip.cli import options, show
-from layerskip.decoding import Generation, LayerSkipModel
-from layerskip.model.source import DEFAULT_MODEL
-from layerskip.tuning.prompts import PROMPTS as TUNING_PROMPTS
+from layerskip.bench.plots import draw_by_group
+from layerskip.cli import options
+from layerskip.cli.demo_figures import Group, chart, group_of, table, together
+from layerskip.cli.demo_tasks import TASKS
+from layerskip.cli.demo_view import compare
+from layerskip.decoding import LayerSkipModel
 
-PROMPTS = TUNING_PROMPTS[:4]
-EXIT_LAYER, DRAFT_TOKENS = 25, 2
-SETTINGS = (
-    Setting(mode="plain"),
-    Setting(mode="early-exit", exit_layer=EXIT_LAYER),
-    Setting(mode="self-speculative", exit_layer=EXIT_LAYER, draft_tokens=DRAFT_TOKENS),
-)
 HONEST_WORD = (
     "This checkpoint was not trained with layer dropout and early exit loss, so its early layers"
-    " rarely agree with the last one: an early exit alone writes poor text, and drafts are seldom"
-    " accepted, which makes self-speculative decoding no faster here. What can be seen is that its"
-    " answers are those of plain decoding (in 16 bits up to rounding, in float32 to the token). To"
-    " teach early layers to answer, train with the recipe: layerskip train --help."
+    " rarely agree with the last one and their drafts would seldom be accepted. Here auto therefore"
+    " drafts from n-grams alone: what followed the same tokens earlier in prompt or answer, as far as"
+    " that pays. Where a text repeats nothing there is no gain. To teach early layers to answer, train"
+    " with the recipe."
 )
+TRY_IT = """
+On your own model:
+  layerskip train --model MODEL --data ROWS.jsonl --output runs/mine --regime task
+  layerskip tune --model runs/mine --data PROMPTS.jsonl
+  layerskip demo --model runs/mine
+In ten minutes from here: layerskip demo --train"""
+MINUTES = 10.0
+FOLDER = Path("runs/demo-train")
 
 
 @click.command("demo")
-@click.option("--max-new-tokens", type=click.IntRange(min=2), default=64, show_default=True)
+@options.model_options
 @click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="As for generate."
+    "--max-new-tokens",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Of each answer at most. Default: each task's own.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads to use.")
+@click.option(
+    "--picture",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.png",
+    help="Draw the speeds into a PNG file, and not as bars here; needs matplotlib.",
+)
+@click.option(
+    "--train",
+    "trains",
+    is_flag=True,
+    help="Teach smollm2-135m (or --model) early exits first, on functions of this Python's library.",
+)
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help=f"With --train: how long.  [default: {MINUTES:g}]",
+)
+@click.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help=f"With --train: where the checkpoint goes.  [default: {FOLDER}]",
+)
 @options.result_options
 @options.debug_option
+@click.pass_context
 def command(
-    max_new_tokens: int,
-    dtype: str | None,
-    threads: int | None,
+    context: click.Context,
+    max_new_tokens: int | None,
+    picture: Path | None,
+    trains: bool,
+    minutes: float | None,
+    folder: Path | None,
     as_json: bool,
     output: Path | None,
+    **flags: Any,
 ) -> None:
-    """Fetch SmolLM2-135M and decode real prompts in three ways, side by side.
+    """Decode three kinds of prompts, plain and in mode auto, side by side.
+
+    Commands are parsed, descriptions summarized, Python functions completed. Both modes take turns on
+    every prompt with the same weights; a table and a picture say what came of it. A checkpoint with
+    trained exits gets prompts in the form of its training, any other is asked in a chat where it can.
 
     \b
     Examples:
       layerskip demo
+      layerskip demo --model runs/mine --picture demo.png
       layerskip demo --max-new-tokens 128 --output demo.json
+      layerskip demo --train --minutes 10
     """
     options.check_output(output)
-    flags = {"model": DEFAULT_MODEL, "dtype": dtype, "weights": "16bit", "device": "cpu"}
-    model = options.load_model({**flags, "threads": threads, "compile": None})
+    options.check_output(picture, "--picture")
+    if picture is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--picture needs matplotlib; run: pip install 'layerskip[bench]'")
+    if not trains and (minutes is not None or folder is not None):
+        raise click.UsageError("--minutes and --folder belong to --train")
     console = Console(highlight=False, quiet=as_json)
-    system = OwnSystem(model, SETTINGS)
-    for setting in SETTINGS:  # warm-up: the first passes allocate and choose kernels
-        system.answer(setting, model.tokenize(_chat(PROMPTS[0])), 8)
-    entries = [Entry(system, setting, []) for setting in SETTINGS]
-    for prompt in PROMPTS:
-        console.rule("prompt", align="left")
-        console.print(prompt, style="bold", markup=False)
-        for entry in entries:
-            console.print(f"\n[dim]{name_of(dataclasses.asdict(entry.setting))}[/dim]")
-            made = _show(model, prompt, max_new_tokens, entry.setting, quiet=as_json)
-            entry.runs.append([run_of(made, model.decoder)])
-    rows = [{**row(entry, plain=entries[0].runs), "prompts": len(PROMPTS)} for entry in entries]
-    console.rule()
-    console.print(_table(rows, model))
-    console.print(HONEST_WORD)
-    options.deliver({"model": DEFAULT_MODEL, "rows": rows}, as_json=as_json, output=output)
+    if trains:
+        from layerskip.cli import demo_train
 
-
-def _chat(prompt: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}]
-
-
-def _show(
-    model: LayerSkipModel, prompt: str, max_new_tokens: int, setting: Setting, quiet: bool
-) -> Generation:
-    answer = model.answer(
-        _chat(prompt),
-        mode=setting.mode,
-        exit_layer=setting.exit_layer,
-        draft_tokens=setting.draft_tokens,
-        max_new_tokens=max_new_tokens,
-    )
-    if not quiet:
-        show.show_pieces(answer, show_draft=False)
-    return answer.complete()
-
-
-def _table(rows: list[dict[str, Any]], model: LayerSkipModel) -> Table:
-    dtype = str(model.decoder.dtype).removeprefix("torch.")
-    table = Table(title=f"{DEFAULT_MODEL}, {dtype}, {rows[0]['prompts']} prompts, greedy")
-    for heading in ("mode", "tokens/s", "speedup", "acceptance", "identical to plain"):
-        table.add_column(heading, justify="left" if heading == "mode" else "right")
-    for figures in rows:
-        rate = figures["acceptance_rate"]
-        table.add_row(
-            name_of(figures),
-            f"{figures['tokens_per_s']:.1f}",
-            f"{figures['speedup']:.2f}x",
-            "" if rate is None else f"{rate:.0%}",
-            f"{figures['identical_to_plain'] * figures['prompts']:.0f} of {figures['prompts']}",
+        if context.get_parameter_source("model") is click.core.ParameterSource.DEFAULT:
+            flags["model"] = demo_train.MODEL
+        document = demo_train.run(
+            flags,
+            minutes=minutes or MINUTES,
+            folder=folder or FOLDER,
+            max_new_tokens=max_new_tokens,
+            console=console,
         )
-    return table
+    else:
+        document = _decode(flags, max_new_tokens, console)
+    if picture is None:
+        console.print(chart(document["tasks"]))
+    else:
+        draw_by_group(document["tasks"], picture)
+        console.print(f"Drawn: {picture}", soft_wrap=True)
+    console.print(TRY_IT, markup=False, soft_wrap=True)
+    options.deliver(document, as_json=as_json, output=output)
+
+
+def _decode(flags: dict[str, Any], max_new_tokens: int | None, console: Console) -> dict[str, Any]:
+    """The three tasks; the document of `--json`."""
+    model = options.load_model(flags)
+    entries = [
+        compare(
+            model,
+            task.name,
+            task.texts,
+            [task.prompt(text, model) for text in task.texts],
+            max_new_tokens=max_new_tokens or task.max_new_tokens,
+            console=console,
+        )
+        for task in TASKS
+    ]
+    groups = [group_of(task.name, of_task) for task, of_task in zip(TASKS, entries, strict=True)]
+    total = group_of("total", together(entries))
+    console.rule()
+    console.print(table(groups, title_of(flags, model), total))
+    console.print(_word(model, total), soft_wrap=True)
+    return {"model": flags["model"], "tasks": groups, "total": total["rows"]}
+
+
+def title_of(flags: dict[str, Any], model: LayerSkipModel) -> str:
+    """What was measured, in a line."""
+    dtype = str(model.decoder.dtype).removeprefix("torch.")
+    return f"{flags['model']}, {dtype}, {flags['weights']}, greedy, one prompt at a time"
+
+
+def _word(model: LayerSkipModel, total: Group) -> str:
+    """What auto did with this checkpoint."""
+    if model.settings.exit_layer is None:
+        return HONEST_WORD
+    return (
+        f"Auto drafted by early exit after {model.settings.exit_layer} of"
+        f" {len(model.decoder.layers)} layers, and from n-grams where they match, each as far as it"
+        " paid; the remaining layers verified every draft."
+    )

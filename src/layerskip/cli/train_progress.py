@@ -1,5 +1,6 @@
 """How a training run is shown on stderr: a bar on a terminal, a line for every log elsewhere."""
 
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -13,9 +14,17 @@ class TrainProgress:
 
     Args:
         is_shown: False in all processes but one.
+        figures: says of a figure's name whether a line shows it; by default those of single exits are
+            left to the log file.
     """
 
-    def __init__(self, *, is_shown: bool) -> None:
+    def __init__(
+        self,
+        *,
+        is_shown: bool,
+        figures: Callable[[str], bool] = lambda name: "_exit_" not in name,
+    ) -> None:
+        self._figures = figures
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -41,10 +50,10 @@ class TrainProgress:
         self._bar.stop()
 
     def __call__(self, report: Report) -> None:
-        """Move the bar, and print a line where there are figures; each exit's are in the log file."""
+        """Move the bar, and print a line where there are figures to show."""
         self._bar.update(
             self._task, description="training", completed=report.step, total=report.total_steps
         )
-        shown = [f"{k} {v:.4g}" for k, v in report.logs.items() if "_exit_" not in k]
+        shown = [f"{k} {v:.4g}" for k, v in report.logs.items() if self._figures(k)]
         if shown:
             self._console.print(f"step {report.step}/{report.total_steps}: {', '.join(shown)}")

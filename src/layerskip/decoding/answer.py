@@ -1,5 +1,6 @@
 """An answer while it is made: steps in, pieces of text and the finished `Generation` out."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,7 @@ class Answer:
         if stop and self._text is None:
             raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
         self._started = self._clock()
+        self._paused_s = 0.0
         self._times: list[float] = []
         self._tokens: list[int] = []
         self._steps: list[Step] = []
@@ -79,7 +81,7 @@ class Answer:
 
     def take(self, step: Step) -> list[Piece]:
         """Add a step, as far as a stop string; for who runs the loop, as a batch does."""
-        self._times.append(self._clock())
+        self._times.append(self._clock() - self._paused_s)
         self._steps.append(step)
         pieces: list[Piece] = []
         for i, token in enumerate(step.tokens):
@@ -90,6 +92,15 @@ class Answer:
                 self._steps[-1] = step.first(i + 1)
                 break
         return pieces
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that passes in this context is the reader's own, such as for drawing; it is not counted."""
+        since = self._clock()
+        try:
+            yield
+        finally:
+            self._paused_s += self._clock() - since
 
     def finish(self) -> str:
         """The text that was held back in case a stop string began there."""

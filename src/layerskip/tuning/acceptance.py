@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from layerskip.bench.measure import Run
 from layerskip.decoding import Generation, Step, exit_states
 from layerskip.decoding.drafters import EarlyExitDrafter
 from layerskip.model import Decoder
@@ -42,7 +43,11 @@ class Continuation:
 
 @torch.inference_mode()
 def read_agreement(
-    decoder: Decoder, prompt: Sequence[int], answer: Generation, exits: Sequence[int], limit: int
+    decoder: Decoder,
+    prompt: Sequence[int],
+    answer: Generation | Run,
+    exits: Sequence[int],
+    limit: int,
 ) -> Continuation:
     """Compare every exit with a greedy answer of the whole model, in one pass over it.
 
