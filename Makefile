@@ -7,7 +7,7 @@ DEV_INSTALLED := $(VENV)/.installed-dev
 
 .PHONY: demo test test-all lint format bench clean
 
-demo: $(INSTALLED)        ## fetch SmolLM2-135M and decode real prompts in three modes
+demo: $(INSTALLED)        ## fetch SmolLM2-135M and answer three kinds of prompts, plain and auto side by side
 	$(BIN)/layerskip demo
 
 test: $(DEV_INSTALLED)        ## the test suite

@@ -49,6 +49,21 @@ def test_what_is_not_named_is_the_checkpoints_or_the_default():
     ]
 
 
+def test_who_watches_sees_each_answer_and_changes_none():
+    seen = []
+
+    def watch(setting, answer):
+        seen.append((setting.mode, [piece.token_id for piece in answer]))
+
+    settings = settings_of(model(), modes=("plain", "auto"))
+    shown = OwnSystem(model(), settings, watch=watch)
+    hidden = OwnSystem(model(), settings)
+    for setting in settings:
+        run = shown.answer(setting, [0], 7)
+        assert run.token_ids == hidden.answer(setting, [0], 7).token_ids
+        assert seen.pop() == (setting.mode, run.token_ids)
+
+
 def test_other_drafts():
     found = settings_of(
         model(),

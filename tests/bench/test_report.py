@@ -4,6 +4,7 @@ import copy
 
 import pytest
 
+from layerskip.bench.plots import draw_by_group
 from layerskip.bench.report import categories, conditions, table, write_report
 
 pytest.importorskip("matplotlib")
@@ -179,3 +180,12 @@ def test_a_picture_without_anything_to_show_is_not_drawn(tmp_path):
     written = write_report(document, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"report.md", "speedup.png"}
     assert "quality.png" not in written.read_text()
+
+
+def test_picture_of_groups(tmp_path):
+    groups = [
+        {"task": name, "rows": [a_row("plain"), a_row("auto", tokens_per_s=speed)]}
+        for name, speed in (("parse", 80.0), ("code", None))  # None: no answer had a second token
+    ]
+    draw_by_group(groups, tmp_path / "groups.png")
+    assert (tmp_path / "groups.png").read_bytes().startswith(b"\x89PNG")

@@ -1,11 +1,10 @@
-"""Help, version, `pull` and `demo`."""
+"""Help, version and `pull`."""
 
 import json
 
 import pytest
 
 from layerskip import __version__, cli
-from layerskip.cli import demo
 from layerskip.model import source
 
 COMMANDS = ["demo", "pull", "generate", "chat", "tune", "bench", "eval", "export", "train"]
@@ -58,17 +57,3 @@ def test_pull_of_something_else_is_refused(capsys):
     status, _, err = run(capsys, "pull", "gpt-5")
     assert status == 2
     assert "'gpt-5' is not 'smollm2-135m'" in err
-
-
-@pytest.mark.real
-def test_demo_shows_three_ways_and_says_what_they_are_worth(capsys, monkeypatch):
-    monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[:1])
-    status, out, err = run(capsys, "demo", "--max-new-tokens", "6", "--dtype", "float32")
-    assert (status, err) == (0, "")
-    assert "not trained with layer dropout" in " ".join(out.split())
-    assert "self-speculative" in out
-    rows = json.loads(
-        run(capsys, "demo", "--max-new-tokens", "6", "--dtype", "float32", "--json")[1]
-    )["rows"]
-    assert [row["mode"] for row in rows] == ["plain", "early-exit", "self-speculative"]
-    assert [row["identical_to_plain"] for row in rows if row["mode"] != "early-exit"] == [1.0, 1.0]

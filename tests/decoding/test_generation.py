@@ -106,6 +106,17 @@ def test_times():
     assert (made.ttft_s, made.decode_s, made.tokens_per_s) == (1, 0, None)
 
 
+def test_time_in_a_pause_is_not_counted(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(answer, "device_clock", lambda device: lambda: now)
+    shown = scripted_model(ANSWER).answer([0], mode="plain", max_new_tokens=6)
+    for _ in shown:
+        with shown.paused():
+            now += 100
+        now += 1
+    assert (shown.generation.ttft_s, shown.generation.decode_s) == (0, 5)
+
+
 def test_to_dict_has_the_documented_fields_in_order():
     made = scripted_model(ANSWER, prompt_tokens=2).generate(
         encode("xy"), exit_layer=2, draft_tokens=3, max_new_tokens=5

@@ -10,7 +10,7 @@ import click
 import layerskip
 
 _COMMANDS = {
-    "demo": "the three ways of decoding side by side on a real model",
+    "demo": "plain decoding and mode auto side by side on a real model",
     "pull": "fetch a built-in model into the cache",
     "generate": "answer a prompt",
     "chat": "talk with a model",

@@ -7,9 +7,8 @@ from typing import Any
 import click
 from rich.console import Console
 
-from layerskip.bench.plots import draw_by_group
 from layerskip.cli import options
-from layerskip.cli.demo_figures import Group, chart, group_of, table, together
+from layerskip.cli.demo_figures import group_of, show_picture, table, title_of, together
 from layerskip.cli.demo_tasks import TASKS
 from layerskip.cli.demo_view import compare
 from layerskip.decoding import LayerSkipModel
@@ -19,14 +18,13 @@ HONEST_WORD = (
     " rarely agree with the last one and their drafts would seldom be accepted. Here auto therefore"
     " drafts from n-grams alone: what followed the same tokens earlier in prompt or answer, as far as"
     " that pays. Where a text repeats nothing there is no gain. To teach early layers to answer, train"
-    " with the recipe."
+    " with the recipe; layerskip demo --train shows the beginning of that."
 )
 TRY_IT = """
 On your own model:
   layerskip train --model MODEL --data ROWS.jsonl --output runs/mine --regime task
   layerskip tune --model runs/mine --data PROMPTS.jsonl
-  layerskip demo --model runs/mine
-In ten minutes from here: layerskip demo --train"""
+  layerskip demo --model runs/mine"""
 MINUTES = 10.0
 FOLDER = Path("runs/demo-train")
 
@@ -105,20 +103,18 @@ def command(
             minutes=minutes or MINUTES,
             folder=folder or FOLDER,
             max_new_tokens=max_new_tokens,
+            picture=picture,
             console=console,
         )
     else:
-        document = _decode(flags, max_new_tokens, console)
-    if picture is None:
-        console.print(chart(document["tasks"]))
-    else:
-        draw_by_group(document["tasks"], picture)
-        console.print(f"Drawn: {picture}", soft_wrap=True)
+        document = _decode(flags, max_new_tokens, picture, console)
     console.print(TRY_IT, markup=False, soft_wrap=True)
     options.deliver(document, as_json=as_json, output=output)
 
 
-def _decode(flags: dict[str, Any], max_new_tokens: int | None, console: Console) -> dict[str, Any]:
+def _decode(
+    flags: dict[str, Any], max_new_tokens: int | None, picture: Path | None, console: Console
+) -> dict[str, Any]:
     """The three tasks; the document of `--json`."""
     model = options.load_model(flags)
     entries = [
@@ -136,17 +132,12 @@ def _decode(flags: dict[str, Any], max_new_tokens: int | None, console: Console)
     total = group_of("total", together(entries))
     console.rule()
     console.print(table(groups, title_of(flags, model), total))
-    console.print(_word(model, total), soft_wrap=True)
+    show_picture(groups, picture, console)
+    console.print(_word(model), soft_wrap=True)
     return {"model": flags["model"], "tasks": groups, "total": total["rows"]}
 
 
-def title_of(flags: dict[str, Any], model: LayerSkipModel) -> str:
-    """What was measured, in a line."""
-    dtype = str(model.decoder.dtype).removeprefix("torch.")
-    return f"{flags['model']}, {dtype}, {flags['weights']}, greedy, one prompt at a time"
-
-
-def _word(model: LayerSkipModel, total: Group) -> str:
+def _word(model: LayerSkipModel) -> str:
     """What auto did with this checkpoint."""
     if model.settings.exit_layer is None:
         return HONEST_WORD

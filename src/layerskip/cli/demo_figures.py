@@ -1,14 +1,17 @@
 """What the demo measured: groups of rows, as one table and one picture."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.bar import Bar
+from rich.console import Console
 from rich.table import Table
 
 from layerskip.bench.measure import Entry
-from layerskip.bench.plots import OTHER, OWN
+from layerskip.bench.plots import OTHER, OWN, draw_by_group
 from layerskip.bench.rows import row
+from layerskip.decoding import LayerSkipModel
 
 Group = dict[str, Any]  # task, samples, and rows: plain decoding's first
 
@@ -25,6 +28,12 @@ def together(groups: Sequence[Sequence[Entry]]) -> list[Entry]:
         Entry(of_mode[0].system, of_mode[0].setting, [run for e in of_mode for run in e.runs])
         for of_mode in zip(*groups, strict=True)
     ]
+
+
+def title_of(flags: dict[str, Any], model: LayerSkipModel) -> str:
+    """What was measured, in a line."""
+    dtype = str(model.decoder.dtype).removeprefix("torch.")
+    return f"{flags['model']}, {dtype}, {flags['weights']}, greedy, one prompt at a time"
 
 
 def table(groups: Sequence[Group], title: str, total: Group | None = None) -> Table:
@@ -48,8 +57,17 @@ def table(groups: Sequence[Group], title: str, total: Group | None = None) -> Ta
     return shown
 
 
-def chart(groups: Sequence[Group]) -> Table:
-    """Tokens/s of both modes as bars."""
+def show_picture(groups: Sequence[Group], file: Path | None, console: Console) -> None:
+    """Draw the speeds: into a PNG file, or as bars on the console where none is named."""
+    if file is None:
+        console.print(_bars(groups))
+    else:
+        draw_by_group(groups, file)
+        console.print(f"Drawn: {file}", soft_wrap=True)
+
+
+def _bars(groups: Sequence[Group]) -> Table:
+    """Tokens/s of both modes."""
     fastest = max(r["tokens_per_s"] or 0.0 for group in groups for r in group["rows"])
     bars = Table.grid(padding=(0, 1))
     for group in groups:
@@ -65,5 +83,5 @@ def chart(groups: Sequence[Group]) -> Table:
 
 
 def _figure(value: float | None, form: str) -> str:
-    """A figure, or a stroke where there is none: no answer had a second token, or nothing was drafted."""
+    """A figure, or a stroke where there is none: no second token, or nothing drafted."""
     return "-" if value is None else form.format(value)

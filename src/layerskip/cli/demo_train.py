@@ -13,8 +13,7 @@ from rich.table import Table
 
 from layerskip.bench.measure import Entry
 from layerskip.cli import demo_functions, options
-from layerskip.cli.demo import title_of
-from layerskip.cli.demo_figures import group_of, table
+from layerskip.cli.demo_figures import Group, group_of, show_picture, table, title_of
 from layerskip.cli.demo_functions import Function
 from layerskip.cli.demo_view import compare
 from layerskip.decoding import LayerSkipModel
@@ -24,6 +23,7 @@ from layerskip.tuning.acceptance import agreement_rate, read_agreement
 MODEL = "smollm2-135m"
 HELD_OUT = 8
 MAX_NEW_TOKENS = 64
+LOG_STEPS = 5
 HONEST_WORD = (
     "What a few minutes on a CPU can do: early layers that named hardly any of the model's next tokens"
     " begin to name some, most easily the frequent ones of this kind of text. What they cannot: bring"
@@ -39,12 +39,12 @@ class _Look:
     """What a checkpoint does on the held-out prompts.
 
     Attributes:
-        entries: what was measured of both modes.
+        group: what was measured of both modes.
         agreement: exit -> share of positions where it names the model's next token; None without any.
         title: of a table.
     """
 
-    entries: list[Entry]
+    group: Group
     agreement: dict[int, float | None]
     title: str
 
@@ -55,6 +55,7 @@ def run(
     minutes: float,
     folder: Path,
     max_new_tokens: int | None,
+    picture: Path | None,
     console: Console,
 ) -> dict[str, Any]:
     """Look at a checkpoint, train it, and look again.
@@ -64,6 +65,7 @@ def run(
         minutes: of training.
         folder: of the result: an ordinary checkpoint, and the rows as jsonl.
         max_new_tokens: of each answer; None takes `MAX_NEW_TOKENS`.
+        picture: PNG file of the speeds; None draws bars on the console.
         console: where all is shown but the progress of training.
 
     Returns:
@@ -77,8 +79,6 @@ def run(
     rows, held_out = demo_functions.split(
         demo_functions.functions(demo_functions.standard_library()), HELD_OUT
     )
-    _write(rows, folder / "rows.jsonl")
-    _write(held_out, folder / "held-out.jsonl")
     console.print(
         f"{len(rows)} functions of this Python's library to train on; {len(held_out)} others, from"
         " files of their own, to look at before and after.",
@@ -86,16 +86,18 @@ def run(
     )
     length = max_new_tokens or MAX_NEW_TOKENS
     before = _look("before training", flags, held_out, length, console)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(rows, folder / "rows.jsonl")
+    _write(held_out, folder / "held-out.jsonl")
     steps = _train(flags, sorted(before.agreement), minutes, folder)
-    after = _look(
-        "after training", {**flags, "model": str(folder)}, held_out, length, console
-    )
-    groups = [group_of("before", before.entries), group_of("after", after.entries)]
+    after = _look("after training", {**flags, "model": str(folder)}, held_out, length, console)
+    groups = [before.group, after.group]
     console.rule()
     console.print(_exits_table(before, after))
     console.print(table(groups, after.title))
+    show_picture(groups, picture, console)
     console.print(HONEST_WORD, soft_wrap=True)
-    console.print(f"The checkpoint is in {folder}: layerskip demo --model {folder}", soft_wrap=True)
+    console.print(f"The checkpoint is in {folder}.", soft_wrap=True)
     return {
         "model": flags["model"],
         "folder": str(folder),
@@ -122,7 +124,6 @@ def _check(folder: Path) -> None:
 
 
 def _write(rows: Sequence[Function], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps({"prompt": row.prompt, "completion": row.completion}) for row in rows)
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -137,7 +138,7 @@ def _look(
     entries = compare(model, name, prompts, prompts, max_new_tokens=length, console=console)
     with options.waiting("reading what every exit says"):
         agreement = _agreement(model, prompts, entries[0], exits, length)
-    return _Look(entries, agreement, title_of(flags, model))
+    return _Look(group_of(name, entries), agreement, title_of(flags, model))
 
 
 def exits_of(n_layers: int) -> list[int]:
@@ -163,7 +164,7 @@ def _agreement(
 
 
 def _train(flags: dict[str, Any], exits: list[int], minutes: float, folder: Path) -> int:
-    """Train, with progress on stderr; returns the steps done. The second exit has a loss at every step."""
+    """Train, and show progress on stderr; the second exit has a loss at every step. Returns the steps."""
     from layerskip.cli.train_progress import TrainProgress
     from layerskip.training import TrainConfig, train
 
@@ -190,6 +191,7 @@ def _train(flags: dict[str, Any], exits: list[int], minutes: float, folder: Path
         learning_rate=3e-4,
         warmup_steps=10,
         max_length=256,
+        log_steps=LOG_STEPS,
         save_steps=1_000_000,  # the result alone is wanted
         device="cpu" if flags["device"] == "cpu" else "auto",
     )

@@ -1,4 +1,4 @@
-"""Plain decoding and `auto` side by side: live in two columns, or as lines where there is no terminal."""
+"""Plain decoding and `auto` side by side: live in two columns, as lines where no terminal is."""
 
 import dataclasses
 import time

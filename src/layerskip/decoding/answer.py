@@ -95,7 +95,7 @@ class Answer:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that passes in this context is the reader's own, such as for drawing; it is not counted."""
+        """A context whose time is the reader's own, such as for drawing: it is not counted."""
         since = self._clock()
         try:
             yield
