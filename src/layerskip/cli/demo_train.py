@@ -164,7 +164,7 @@ def _agreement(
 
 
 def _train(flags: dict[str, Any], exits: list[int], minutes: float, folder: Path) -> int:
-    """Train, and show progress on stderr; the second exit has a loss at every step. Returns the steps."""
+    """Train, the second exit at every step and the others in turn; returns the steps done."""
     from layerskip.cli.train_progress import TrainProgress
     from layerskip.training import TrainConfig, train
 

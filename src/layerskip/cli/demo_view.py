@@ -114,7 +114,8 @@ class SideBySide:
             self._begin()
         column = self._columns[MODES.index(setting.mode)]
         for piece in answer:
-            column.text.append(piece.text, DRAFTED_STYLE if piece.drafted else None)
+            text = piece.text if column.text else piece.text.lstrip("\n")
+            column.text.append(text, DRAFTED_STYLE if piece.drafted else None)
             if self._live is not None and time.monotonic() - self._drawn_at > REFRESH_S:
                 with answer.paused():
                     column.tokens_per_s = answer.generation.tokens_per_s
@@ -130,8 +131,9 @@ class SideBySide:
         self._asked += 1
         self._columns = [_Column(mode) for mode in MODES]
         self._console.rule(f"{self._name}, {self._asked} of {len(self._texts)}", align="left")
-        self._console.print(Text(text, "bold"), soft_wrap=True)
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
+        is_live = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._console.print(Text(text, "bold"), soft_wrap=not is_live)
+        if is_live:
             self._live = Live(console=self._console, auto_refresh=False)
             self._live.start()
 
