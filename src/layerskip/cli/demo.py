@@ -61,9 +61,7 @@ FOLDER = Path("runs/demo-train")
 )
 @options.result_options
 @options.debug_option
-@click.pass_context
 def command(
-    context: click.Context,
     max_new_tokens: int | None,
     picture: Path | None,
     trains: bool,
@@ -96,7 +94,8 @@ def command(
     if trains:
         from layerskip.cli import demo_train
 
-        if context.get_parameter_source("model") is click.core.ParameterSource.DEFAULT:
+        source = click.get_current_context().get_parameter_source("model")
+        if source is click.core.ParameterSource.DEFAULT:
             flags["model"] = demo_train.MODEL
         document = demo_train.run(
             flags,
