@@ -1,4 +1,4 @@
-"""`layerskip export`: a checkpoint for other programs."""
+"""`layerskip export`: a checkpoint for other programs, or its difference to another."""
 
 import dataclasses
 import functools
@@ -9,7 +9,13 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
-from layerskip.cli.options import check_output, debug_option, deliver, fetch, result_options
+from layerskip.cli.options import (
+    check_output,
+    debug_option,
+    deliver,
+    fetch_if_builtin,
+    result_options,
+)
 from layerskip.export import (
     GGUF_WEIGHTS,
     HF_WEIGHTS,
@@ -18,12 +24,14 @@ from layerskip.export import (
     Written,
     calibrate,
     open_source,
+    to_difference,
     to_gguf,
     to_hf,
 )
-from layerskip.model.source import BUILTIN_MODELS, DEFAULT_MODEL, is_pulled
+from layerskip.model.source import BUILTIN_MODELS, DEFAULT_MODEL
 
-_FORMATS = ("hf", "hf-draft", "gguf")
+_FORMATS = ("hf", "hf-draft", "gguf", "difference")
+_SUFFIXES = {"gguf": ".gguf", "difference": ".safetensors"}
 _INT4 = "int4"
 
 
@@ -56,6 +64,11 @@ _INT4 = "int4"
     help="Export the first E layers, final norm and head: a draft model. Default of hf-draft: the"
     " exit layer that the checkpoint names.",
 )
+@click.option(
+    "--base",
+    metavar="MODEL",
+    help="Of a difference: what training began with, named as in --model.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint or file that is there.")
 @result_options
 @debug_option
@@ -66,13 +79,15 @@ def command(
     weights: str | None,
     calibration: str | None,
     exit_layer: int | None,
+    base: str | None,
     overwrite: bool,
     as_json: bool,
     output: Path | None,
 ) -> None:
     """Write a checkpoint that other programs load: the whole model, or its first layers as a draft.
 
-    PATH is the folder (hf, hf-draft) or the .gguf file to make.
+    PATH is the folder (hf, hf-draft) or the .gguf file to make. A difference is for layerskip itself:
+    what training changed in its base, in 2 bits a weight, as a .safetensors file.
 
     \b
     Examples:
@@ -81,39 +96,27 @@ def command(
       layerskip export --model my-checkpoint --to gguf --weights q8_0 my-model.gguf
       layerskip export --model my-checkpoint --to gguf --exit-layer 8 my-draft.gguf
       layerskip export --model my-checkpoint --to hf --weights int4 --calibrate text.txt my-int4
+      layerskip export --model my-checkpoint --to difference --base smollm2-135m my.safetensors
     """
     check_output(output)
-    if to_format == "hf" and exit_layer is not None:
-        raise click.UsageError(
-            "--to hf is the whole model; --exit-layer goes with hf-draft or gguf"
-        )
-    if (weights == _INT4) != (calibration is not None):
-        raise click.UsageError("--weights int4 and --calibrate TEXT go together")
-    if weights == _INT4 and to_format != "hf":
-        raise click.UsageError("--weights int4 goes with --to hf; of gguf there is q4_1")
-    if to_format != "gguf" and weights not in (None, _INT4, *HF_WEIGHTS):
-        raise click.UsageError(f"--weights of {to_format} is one of: {', '.join(HF_WEIGHTS)}")
-    if to_format == "gguf" and path.suffix != ".gguf":
-        raise click.UsageError(f"PATH {path} has to end in .gguf")
-    if model in BUILTIN_MODELS and not is_pulled(model) and not Path(model).exists():
-        fetch(model)
+    _check_usage(path, to_format, weights, calibration, exit_layer, base)
+    for name in filter(None, (model, base)):
+        fetch_if_builtin(name)
     source = open_source(model, exit_layer)
     if to_format == "hf-draft" and exit_layer is None:
         chosen = source.files.settings.exit_layer
         if chosen is None:
             raise click.UsageError("this checkpoint names no exit layer; give --exit-layer")
         source = open_source(model, chosen)
-    write: Callable[..., Written] = to_gguf if to_format == "gguf" else to_hf
+    write = _writer(to_format, weights, base)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         if calibration is not None:
-            write = functools.partial(to_hf, calibrated=_calibrated(source, calibration, bar))
-            weights = None
+            write = functools.partial(write, calibrated=_calibrated(source, calibration, bar))
         task = bar.add_task(f"writing {path}")
         written = write(
             source,
             path,
-            weights=weights,
             overwrite=overwrite,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
@@ -121,6 +124,42 @@ def command(
     deliver(result, as_json=as_json, output=output)
     if not as_json:
         _show(written)
+
+
+def _check_usage(
+    path: Path,
+    to_format: str,
+    weights: str | None,
+    calibration: str | None,
+    exit_layer: int | None,
+    base: str | None,
+) -> None:
+    """Refuse flags that do not go together."""
+    if to_format in ("hf", "difference") and exit_layer is not None:
+        raise click.UsageError(
+            f"--to {to_format} is the whole model; --exit-layer goes with hf-draft or gguf"
+        )
+    if (to_format == "difference") != (base is not None):
+        raise click.UsageError("--to difference and --base MODEL go together")
+    if (weights == _INT4) != (calibration is not None):
+        raise click.UsageError("--weights int4 and --calibrate TEXT go together")
+    if weights == _INT4 and to_format != "hf":
+        raise click.UsageError("--weights int4 goes with --to hf; of gguf there is q4_1")
+    if to_format == "difference" and weights is not None:
+        raise click.UsageError("a difference has 2 bits a weight; --weights goes with hf and gguf")
+    if to_format != "gguf" and weights not in (None, _INT4, *HF_WEIGHTS):
+        raise click.UsageError(f"--weights of {to_format} is one of: {', '.join(HF_WEIGHTS)}")
+    suffix = _SUFFIXES.get(to_format)
+    if suffix is not None and path.suffix != suffix:
+        raise click.UsageError(f"PATH {path} has to end in {suffix}")
+
+
+def _writer(to_format: str, weights: str | None, base: str | None) -> Callable[..., Written]:
+    if base is not None:
+        return functools.partial(to_difference, base=base)
+    return functools.partial(
+        to_gguf if to_format == "gguf" else to_hf, weights=None if weights == _INT4 else weights
+    )
 
 
 def _calibrated(source: Source, text: str, bar: Progress) -> Calibrated:
@@ -150,3 +189,6 @@ def _show(written: Written) -> None:
             f"with --weights int4: {w.nll_change:+.1%} negative log-likelihood on held-out parts of"
             " the text, against 16 bits"
         )
+    if w.relative_errors is not None:
+        errors = ", ".join(f"{kind} {error:.3f}" for kind, error in w.relative_errors.items())
+        click.echo(f"relative error of the difference: {errors}")

@@ -212,8 +212,7 @@ def load_model(flags: dict[str, Any]) -> LayerSkipModel:
 
         torch.set_num_threads(flags["threads"])
     name = flags["model"]
-    if name in BUILTIN_MODELS and not is_pulled(name) and not Path(name).exists():
-        fetch(name)
+    fetch_if_builtin(name)
     how = {field: flags[field] for field in ("dtype", "weights", "device", "compile")}
     with waiting(f"loading {name}"), _doubts_in_one_line():
         return LayerSkipModel.from_pretrained(name, **how, announce=say)
@@ -238,6 +237,12 @@ def _doubts_in_one_line() -> Iterator[None]:
 def fetch(name: str) -> Path:
     """Pull a built-in model and say so on stderr."""
     return pull(name, lambda line: say(f"{name}: {line}"))
+
+
+def fetch_if_builtin(name: str) -> None:
+    """Fetch the model first, where the name is a built-in one that is not in the cache yet."""
+    if name in BUILTIN_MODELS and not is_pulled(name) and not Path(name).exists():
+        fetch(name)
 
 
 def say(what: str) -> None:

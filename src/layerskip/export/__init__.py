@@ -1,7 +1,8 @@
-"""A checkpoint for other programs, whole or its first layers as a draft model."""
+"""A checkpoint for other programs, or its first layers as a draft model, or its difference to a base."""
 
 from layerskip.export.calibrate import Calibrated, calibrate
 from layerskip.export.destination import ExportError
+from layerskip.export.difference import to_difference
 from layerskip.export.gguf import GGUF_WEIGHTS, to_gguf
 from layerskip.export.hf import HF_WEIGHTS, to_hf
 from layerskip.export.source import Source, open_source
@@ -16,6 +17,7 @@ __all__ = [
     "Written",
     "calibrate",
     "open_source",
+    "to_difference",
     "to_gguf",
     "to_hf",
 ]

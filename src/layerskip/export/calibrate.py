@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from layerskip.export import hf_config, row_order
+from layerskip.export import hf_config
 from layerskip.export.compensate import compensated
 from layerskip.export.source import Source
 from layerskip.export.written import Progress
+from layerskip.model import row_order
 from layerskip.model.quantize import check_groups, on_grid
 from layerskip.model.rounding import CALIBRATED, Rounding
 from layerskip.model.weights import missing
@@ -100,7 +101,7 @@ def _model(source: Source) -> Any:
         for name, parameter in model.named_parameters():
             if name not in names:
                 raise missing(name)
-            parameter.copy_(row_order.read(source, name, "halves"))
+            parameter.copy_(row_order.read(source.files, name, "halves"))
     return model.eval()
 
 

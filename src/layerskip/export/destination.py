@@ -26,7 +26,7 @@ def new_file(path: Path, *, n_bytes: int, overwrite: bool) -> Iterator[Path]:
         ExportError: a file is there already, or writing fails.
     """
     if path.is_dir():
-        raise ExportError(f"{path} is a folder, a file name ending in .gguf is needed")
+        raise ExportError(f"{path} is a folder, the name of a file is needed")
     if path.exists() and not overwrite:
         raise ExportError(f"{path} exists; choose another name or say --overwrite")
     temporary = _beside(path)

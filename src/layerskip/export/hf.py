@@ -1,33 +1,26 @@
 """A plain transformers checkpoint: safetensors, config, tokenizer and generation settings."""
 
-import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from layerskip.export import hf_config, row_order
+from layerskip.export import hf_config
 from layerskip.export.calibrate import Calibrated
 from layerskip.export.destination import new_folder
 from layerskip.export.source import Source
 from layerskip.export.written import Progress, Written
-from layerskip.model import CheckpointError
-from layerskip.model.rounding import recorded
+from layerskip.model import CheckpointError, row_order
+from layerskip.model.rounding import Rounding
+from layerskip.model.weights import write_json
 
 HF_WEIGHTS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SHARD_BYTES = 2_000_000_000  # what is in memory at a time
 _STORED_AS = {"F16": torch.float16, "BF16": torch.bfloat16}  # every other kind is read as float32
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"),
-    *("chat_template.jinja", "chat_template.json"),
-)
 
 
 def to_hf(
@@ -71,12 +64,11 @@ def to_hf(
     config = hf_config.config(source, Counter(dtypes.values()).most_common(1)[0][0])
     written, carried_over = 0, 0
     with new_folder(path, n_bytes=sum(n_bytes.values()), overwrite=overwrite) as folder:
-        (folder / "config.json").write_text(_json(config), encoding="utf-8")
+        write_json(folder / "config.json", config)
         _check(folder, {name: tensors.shape(name) for name in names}, tied=source.files.tied)
-        (folder / "generation_config.json").write_text(
-            _json(_generation_config(source, weights, calibrated)), encoding="utf-8"
-        )
-        _write_tokenizer(source, folder)
+        settings = hf_config.generation_config(source, _roundings(weights, calibrated))
+        write_json(folder / "generation_config.json", settings)
+        source.files.write_tokenizer(folder)
         shards = list(_shards(n_bytes))
         weight_map = {}
         for number, shard in enumerate(shards, start=1):
@@ -90,7 +82,7 @@ def to_hf(
                 if name in changed:
                     state[name] = changed[name]
                 else:
-                    tensor = row_order.read(source, name, "halves")
+                    tensor = row_order.read(source.files, name, "halves")
                     state[name] = tensor.to(dtypes[name]).contiguous()
                     carried_over += tensors.stored_as(name) == _NAMES[dtypes[name]]
                 written += 1
@@ -100,7 +92,7 @@ def to_hf(
             weight_map.update(dict.fromkeys(shard, file))
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(n_bytes.values())}, "weight_map": weight_map}
-            (folder / "model.safetensors.index.json").write_text(_json(index), encoding="utf-8")
+            write_json(folder / "model.safetensors.index.json", index)
     return Written(
         path=path,
         format="hf" if source.exit_layer is None else "hf-draft",
@@ -115,15 +107,11 @@ def to_hf(
     )
 
 
-def _generation_config(
-    source: Source, weights: str | None, calibrated: Calibrated | None
-) -> dict[str, Any]:
-    """The source's; what it says of quantized weights does not hold for other numbers."""
-    fields = hf_config.generation_config(source)
-    if calibrated is not None or weights in ("f16", "bf16"):
-        known = {} if calibrated is None else {"int4": calibrated.rounding}
-        fields["layerskip"] = recorded(fields.get("layerskip"), known)
-    return {key: value for key, value in fields.items() if key != "layerskip" or value}
+def _roundings(weights: str | None, calibrated: Calibrated | None) -> dict[str, Rounding] | None:
+    """What is known of the new numbers' 8 and 4 bits; None where the numbers are the source's."""
+    if calibrated is not None:
+        return {"int4": calibrated.rounding}
+    return {} if weights in ("f16", "bf16") else None
 
 
 def _shards(n_bytes: dict[str, int]) -> Iterator[list[str]]:
@@ -159,24 +147,3 @@ def _check(folder: Path, shapes: dict[str, tuple[int, ...]], *, tied: bool) -> N
                 f"the tensor {name} is {shapes.get(name, 'missing')}, transformers expects"
                 f" {expected.get(name, 'none')} in a {config.model_type} model"
             )
-
-
-def _write_tokenizer(source: Source, folder: Path) -> None:
-    """Copy the source's tokenizer files, or save the tokenizer of its GGUF file."""
-    origin = source.files.path
-    found = [name for name in _TOKENIZER_FILES if (origin / name).is_file()]
-    for name in found:
-        shutil.copyfile(origin / name, folder / name)
-    if not found and (tokenizer := source.files.tokenizer()) is not None:
-        tokenizer.save_pretrained(str(folder))
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        fields = json.loads(settings.read_text(encoding="utf-8"))
-        if fields.get("tokenizer_class") == "TokenizersBackend":
-            # transformers 5 writes its own new name; both 4 and 5 know the older one.
-            fields["tokenizer_class"] = "PreTrainedTokenizerFast"
-            settings.write_text(_json(fields), encoding="utf-8")
-
-
-def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

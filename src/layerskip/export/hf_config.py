@@ -1,6 +1,7 @@
 """`config.json` and `generation_config.json` of an exported checkpoint."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from layerskip.export.source import Source
 from layerskip.model import UnsupportedModelError, rotary
 from layerskip.model.architecture import Rope
+from layerskip.model.rounding import Rounding, recorded
 from layerskip.model.weights import GgufFile, read_json
 
 _OF_THE_WHOLE_MODEL = ("assistant_early_exit", "layerskip")  # means nothing to a draft model
@@ -37,8 +39,14 @@ def config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
     return fields
 
 
-def generation_config(source: Source) -> dict[str, Any]:
-    """The source's own settings; a draft model has no exits and no settings of the whole model."""
+def generation_config(
+    source: Source, roundings: Mapping[str, Rounding] | None = None
+) -> dict[str, Any]:
+    """The source's own settings; a draft model has no exits and no settings of the whole model.
+
+    What they say of quantized weights holds for the source's own numbers. An export that changes those
+    gives in `roundings` what is known of the new ones.
+    """
     path = source.files.path / "generation_config.json"
     if path.is_file():
         fields = read_json(path)
@@ -50,7 +58,9 @@ def generation_config(source: Source) -> dict[str, Any]:
     if source.exit_layer is not None:
         for key in _OF_THE_WHOLE_MODEL:
             fields.pop(key, None)
-    return fields
+    if roundings is not None:
+        fields["layerskip"] = recorded(fields.get("layerskip"), roundings)
+    return {key: value for key, value in fields.items() if key != "layerskip" or value}
 
 
 def _special_tokens(file: GgufFile) -> dict[str, int]:

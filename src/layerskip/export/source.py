@@ -55,14 +55,12 @@ class Source:
         layers: dict[int, list[str]] = {}
         first: list[str] = []
         last: list[str] = []
-        for name in sorted(self.files.tensors.names()):
-            if name.endswith("rotary_emb.inv_freq"):  # old checkpoints keep what the config says
-                continue
+        for name in sorted(self.files.names()):
             if match := _LAYER.fullmatch(name):
                 layers.setdefault(int(match[1]), []).append(match[2])
             elif name == "model.embed_tokens.weight":
                 first.append(name)
-            elif name != "lm_head.weight" or not self.files.tied:
+            else:
                 last.insert(0, name)
         n_layers = self.architecture.n_layers
         for number in range(n_layers):

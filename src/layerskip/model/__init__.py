@@ -5,6 +5,7 @@ from layerskip.model.cache import KVCache
 from layerskip.model.checkpoint import Checkpoint, Files, load, open_files
 from layerskip.model.decoder import Decoder
 from layerskip.model.families import FAMILIES, UnsupportedModelError
+from layerskip.model.merge import merge
 from layerskip.model.settings import Settings, StepCosts
 from layerskip.model.source import SourceError, pull, resolve
 from layerskip.model.weights import CheckpointError
@@ -22,6 +23,7 @@ __all__ = [
     "StepCosts",
     "UnsupportedModelError",
     "load",
+    "merge",
     "open_files",
     "pull",
     "resolve",

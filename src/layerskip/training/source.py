@@ -1,4 +1,4 @@
-"""Where the model of a run comes from: a folder, a hub id, or a built-in alias (a GGUF file)."""
+"""Where the model of a run comes from: a folder, a hub id, or a built-in alias."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 
-from layerskip.model.source import BUILTIN_MODELS, pull
+from layerskip.model.source import BUILTIN_MODELS, BuiltinModel, pull
 
 
 def pretrained(name: str) -> tuple[str, dict[str, Any]]:
@@ -17,7 +17,8 @@ def pretrained(name: str) -> tuple[str, dict[str, Any]]:
     """
     if name not in BUILTIN_MODELS:
         return name, {}
-    return str(pull(name)), {"gguf_file": "model.gguf"}
+    is_gguf = isinstance(BUILTIN_MODELS[name], BuiltinModel)
+    return str(pull(name)), {"gguf_file": "model.gguf"} if is_gguf else {}
 
 
 def pretrained_weights(name: str) -> tuple[str, dict[str, Any]]:

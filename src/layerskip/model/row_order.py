@@ -4,13 +4,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from layerskip.export.source import Source
 from layerskip.model import rotary
+from layerskip.model.checkpoint import Files
 
 
-def read(source: Source, name: str, order: Literal["halves", "interleaved"]) -> Tensor:
-    """A tensor of the source, its rows in the order that is asked for where it is one of Q or K."""
-    tensors, head_dim = source.files.tensors, source.architecture.head_dim
+def read(files: Files, name: str, order: Literal["halves", "interleaved"]) -> Tensor:
+    """A tensor of a checkpoint, its rows in the order that is asked for where it is one of Q or K."""
+    tensors, head_dim = files.tensors, files.architecture.head_dim
     tensor = tensors.read(name)
     if tensors.rotary_layout == order or name.rsplit(".", 2)[-2] not in ("q_proj", "k_proj"):
         return tensor
