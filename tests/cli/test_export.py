@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import tiny_models
-from layerskip import cli
+from layerskip import cli, merge
 from layerskip.decoding import LayerSkipModel
 
 
@@ -70,9 +70,42 @@ def test_it_says_what_it_wrote(export, tmp_path):
     assert json.loads((tmp_path / "result.json").read_text())["format"] == "gguf"
 
 
+def test_a_difference_to_itself(export, source, tmp_path):
+    arguments = ["--to", "difference", "--base", source, tmp_path / "x.safetensors"]
+    status, out, err = export(*arguments)
+    assert (status, err) == (0, "")
+    assert "30 2-bit, 9 F32" in out
+    assert "relative error of the difference: embed_tokens 0.000, " in out
+    status, out, _ = export(*arguments, "--overwrite", "--json")
+    result = json.loads(out)
+    assert result["bytes"] == (tmp_path / "x.safetensors").stat().st_size
+    assert result["format"] == "difference"
+    assert result["relative_errors"]["q_proj"] == 0.0
+    merge(tmp_path / "x.safetensors", tmp_path / "out", base=source)
+    whole = LayerSkipModel.from_pretrained(source, dtype="bfloat16")
+    made = LayerSkipModel.from_pretrained(tmp_path / "out", dtype="bfloat16")
+    expected = whole.generate("Hello", max_new_tokens=12)
+    assert made.generate("Hello", max_new_tokens=12).text == expected.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--to", "difference", "x.safetensors"], "--to difference and --base MODEL go together"),
+        (["--to", "hf", "--base", "b", "out"], "--to difference and --base MODEL go together"),
+        (["--to", "difference", "--base", "b", "out"], "has to end in .safetensors"),
+        (
+            ["--to", "difference", "--base", "b", "--exit-layer", "2", "x.safetensors"],
+            "--to difference is the whole model",
+        ),
+        (
+            ["--to", "difference", "--base", "b", "--weights", "f16", "x.safetensors"],
+            "a difference has 2 bits a weight",
+        ),
+        (
+            ["--to", "difference", "--base", "b", "--calibrate", "t.txt", "x.safetensors"],
+            "--weights int4 and --calibrate TEXT go together",
+        ),
         (["--to", "hf", "--exit-layer", "2", "out"], "--exit-layer goes with hf-draft or gguf"),
         (["--to", "hf-draft", "out"], "names no exit layer; give --exit-layer"),
         (["--to", "hf", "--weights", "q8_0", "out"], "--weights of hf is one of: f32, f16, bf16"),

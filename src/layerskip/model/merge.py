@@ -18,7 +18,9 @@ from layerskip.model.weights import CheckpointError, damage_named, write_json
 _DTYPES = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
 
 
-def merge(difference_file: Path, folder: Path, *, base: str | Path | None = None) -> None:
+def merge(
+    difference_file: str | Path, folder: str | Path, *, base: str | Path | None = None
+) -> None:
     """Write the checkpoint that a difference stands for, as an ordinary transformers folder.
 
     The weights are the sums in bfloat16, the tokenizer is the base's. The folder is written beside its
@@ -35,6 +37,7 @@ def merge(difference_file: Path, folder: Path, *, base: str | Path | None = None
             made from, or the folder is there already or cannot be written.
         SourceError: the base cannot be found or fetched.
     """
+    difference_file, folder = Path(difference_file), Path(folder)
     if folder.exists():
         raise CheckpointError(f"{folder} exists; choose another name")
     with damage_named(difference_file):

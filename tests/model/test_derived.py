@@ -1,0 +1,175 @@
+"""Built-in models that are a built-in base and a difference: pulled, found, interrupted, refused."""
+
+import hashlib
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import differences
+from layerskip import LayerSkipModel, SourceError, cli, pull
+from layerskip.export import open_source, to_difference
+from layerskip.model import resolve, source, tokenizer
+from layerskip.model.weights import GgufFile
+from layerskip.training.source import pretrained, pretrained_weights
+
+BASE, NAME = "tiny", "tiny-trained"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A base folder as `pull` leaves it, and a difference to it."""
+    folder = tmp_path_factory.mktemp("made")
+    base = folder / BASE
+    base.mkdir()
+    differences.gguf_base(base / "model.gguf", folder / "plain")
+    tokenizer.load(base, GgufFile(base / "model.gguf")).save_pretrained(str(base))
+    (base / "generation_config.json").write_text("{}")
+    differences.trained(folder / "plain", folder / "trained")
+    file = folder / "x.safetensors"
+    to_difference(open_source(folder / "trained"), file, base=str(base))
+    return base, file
+
+
+@pytest.fixture
+def cache(made, tmp_path, monkeypatch):
+    """A cache with the base in it, and a derived model that is known."""
+    base, file = made
+    monkeypatch.setenv(source.CACHE_VARIABLE, str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / BASE).symlink_to(base)
+    wheel = dict.fromkeys(("wheel_sha256", "member", "member_sha256"), "")
+    monkeypatch.setitem(
+        source.BUILTIN_MODELS, BASE, source.BuiltinModel(requirement="tiny==1", **wheel)
+    )
+    register(monkeypatch, file)
+    return tmp_path / "cache"
+
+
+def register(monkeypatch, file, sha256=None):
+    sha256 = sha256 or hashlib.sha256(file.read_bytes()).hexdigest()
+    model = source.DerivedModel(base=BASE, difference=str(file), sha256=sha256)
+    monkeypatch.setitem(source.BUILTIN_MODELS, NAME, model)
+
+
+def left_in(cache):
+    return sorted(path.name.split("-")[0] for path in cache.iterdir())
+
+
+def test_pulled_model_is_a_checkpoint(cache):
+    lines = []
+    assert not source.is_pulled(NAME)
+    folder = pull(NAME, report=lines.append)
+    assert source.is_pulled(NAME)
+    assert folder.parent == cache
+    assert left_in(cache) == [BASE, BASE]  # tiny, and tiny-trained-...
+    assert lines
+    model = LayerSkipModel.from_pretrained(NAME, dtype="float32")
+    assert (model.settings.exit_layer, model.settings.draft_tokens) == (2, 3)
+    plain = model.generate("a  7", mode="plain", max_new_tokens=8)
+    assert model.generate("a  7", mode="auto", max_new_tokens=8).token_ids == plain.token_ids
+
+
+def test_second_pull_does_no_work(cache, monkeypatch):
+    first = pull(NAME)
+    monkeypatch.delattr(source, "_derive")
+    lines = []
+    assert pull(NAME, report=lines.append) == first == resolve(NAME)
+    assert not lines
+
+
+def test_another_difference_of_the_name_is_another_checkpoint(cache, made, monkeypatch, tmp_path):
+    """A newer package may bring a better one; what an older one has made must not pass for it."""
+    first = pull(NAME)
+    other = to_difference(
+        open_source(cache / BASE), tmp_path / "y.safetensors", base=str(cache / BASE)
+    )
+    register(monkeypatch, other.path)
+    assert not source.is_pulled(NAME)
+    assert pull(NAME) != first
+
+
+def test_the_base_is_fetched_first(cache, monkeypatch):
+    (cache / BASE).unlink()
+    calls = []
+
+    def run(command, **options):
+        calls.append(command)
+        return SimpleNamespace(returncode=1, stderr="ERROR: no network", stdout="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(SourceError, match="could not fetch tiny==1: ERROR: no network"):
+        pull(NAME)
+    assert calls[0][-1] == "tiny==1"
+    assert left_in(cache) == []
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [
+        pytest.param((source, "_check"), id="check"),
+        pytest.param((sys.modules["layerskip.model.merge"], "save_file"), id="weights"),
+        pytest.param((tokenizer, "write"), id="tokenizer"),
+        pytest.param((source, "_move_into_place"), id="moving into place"),
+    ],
+)
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError("disk full")], ids=["Ctrl-C", "disk"])
+def test_interruption_leaves_nothing_behind(cache, monkeypatch, owner, fault):
+    def interrupted(*args, **options):
+        raise fault
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*owner, interrupted)
+        with pytest.raises(KeyboardInterrupt if fault is KeyboardInterrupt else SourceError):
+            pull(NAME)
+    assert left_in(cache) == [BASE]
+    assert pull(NAME).is_dir()
+
+
+def test_wrong_hash_is_refused(cache, made, monkeypatch):
+    register(monkeypatch, made[1], sha256="0" * 64)
+    with pytest.raises(
+        SourceError, match=r"x\.safetensors has the sha256 .*install layerskip again"
+    ):
+        pull(NAME)
+    assert left_in(cache) == [BASE]
+
+
+def test_missing_file_is_named(cache, monkeypatch, tmp_path):
+    register(monkeypatch, tmp_path / "none.safetensors", sha256="0" * 64)
+    with pytest.raises(SourceError, match=r"none\.safetensors is missing; install layerskip again"):
+        pull(NAME)
+
+
+def test_a_base_that_was_changed_is_refused(cache, made):
+    (cache / BASE).unlink()
+    (cache / BASE).mkdir()
+    (cache / BASE / "model.gguf").write_bytes((made[0] / "model.gguf").read_bytes() + bytes(32))
+    with pytest.raises(
+        SourceError, match=f"{NAME} cannot be made: .*is a difference to weights with"
+    ):
+        pull(NAME)
+    assert left_in(cache) == [BASE]
+
+
+def test_a_run_may_begin_with_it(cache):
+    folder, arguments = pretrained(NAME)
+    assert folder == str(pull(NAME))
+    assert arguments == {}
+    assert pretrained_weights(NAME) == (folder, {})
+    assert pretrained(BASE) == (str(pull(BASE)), {"gguf_file": "model.gguf"})
+
+
+def test_commands_take_its_name(cache, capsys, tmp_path):
+    arguments = ["--model", NAME, "--prompt", "a  7", "--max-new-tokens", "4", "--dtype", "float32"]
+    assert cli.run(["generate", *arguments]) == 0
+    assert f"{NAME}: adding what training changed to {BASE} ..." in capsys.readouterr().err
+    assert cli.run(["export", "--model", NAME, "--to", "hf", str(tmp_path / "out")]) == 0
+    assert torch.equal(
+        *(
+            differences.weights(folder)["model.norm.weight"]
+            for folder in (tmp_path / "out", pull(NAME))
+        )
+    )
