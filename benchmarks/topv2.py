@@ -13,6 +13,7 @@ acceptance is what that output's rounds of d = 4 come to, replayed.
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,22 @@ def main() -> None:
         options.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def trained_with_recipe(model: LayerSkipModel, task: Task) -> dict[str, Any]:
+def trained_with_recipe(
+    model: LayerSkipModel,
+    task: Task,
+    exits: Sequence[int] = EXITS,
+    draft_tokens: int = DRAFT_TOKENS,
+) -> dict[str, Any]:
     limit = task.max_new_tokens
     answers = answer(model, task, mode="plain")
     continuations = [
-        read_agreement(model.decoder, model.tokenize(sample.prompt), made, EXITS, limit)
+        read_agreement(model.decoder, model.tokenize(sample.prompt), made, exits, limit)
         for sample, made in track(list(zip(task.samples, answers, strict=True)), "agreement")
         if made.new_tokens > 1
     ]
     rows = []
-    for exit_layer in EXITS:
-        rounds = [r for c in continuations for r in replay(c, exit_layer, DRAFT_TOKENS)]
+    for exit_layer in exits:
+        rounds = [r for c in continuations for r in replay(c, exit_layer, draft_tokens)]
         early = answer(model, task, mode="early-exit", exit_layer=exit_layer)
         rows.append(
             {

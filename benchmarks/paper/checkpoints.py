@@ -1,0 +1,153 @@
+"""What is trained here: rows in a file, a model of random weights, runs that go on where they stopped."""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine import ROOT
+from safetensors import safe_open
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from layerskip.training import Progress, TrainConfig, train
+from layerskip.training.callbacks import read_log
+from layerskip.training.data import Encoding
+from layerskip.training.progress import hidden_bars
+
+BEGIN, END = "<s>", "</s>"
+LINE_EVERY_S = 30.0
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> Path:
+    """One JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def tokens_of(rows: Iterable[Mapping[str, str]], tokenizer: Any, max_length: int) -> int:
+    """How many tokens one pass over the rows is, those cut off left out."""
+    encoding = Encoding(tokenizer=tokenizer, max_length=max_length)
+    return sum(len(encoding("row", row)["input_ids"]) for row in rows)
+
+
+def new_model(
+    folder: Path, texts: Sequence[str], vocab_size: int, shape: Mapping[str, Any], *, weights: bool
+) -> Any:
+    """A configuration, a byte-level BPE tokenizer made of the texts, and if wanted random weights.
+
+    Returns:
+        The tokenizer.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BEGIN, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", special_tokens=[(BEGIN, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=BEGIN, eos_token=END, pad_token=END
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=bpe.get_vocab_size(),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **shape,
+    )
+    config.save_pretrained(folder)
+    if weights:
+        with hidden_bars():
+            LlamaForCausalLM(config).save_pretrained(folder)
+    return tokenizer
+
+
+def parameters_of(folder: Path) -> int:
+    """Weights of a checkpoint, shared ones counted once."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+    return total
+
+
+def shown(folder: Path) -> str:
+    """A folder's name for a result: below the repository where it lies there."""
+    inside = folder.resolve().is_relative_to(ROOT)
+    return str(folder.resolve().relative_to(ROOT) if inside else folder)
+
+
+def trained(config: TrainConfig, tokens_of_epoch: int, *, again: bool = False) -> dict[str, Any]:
+    """Train, or go on, or leave a finished result as it is; say how long it learned.
+
+    Args:
+        config: with `resume` on.
+        tokens_of_epoch: of one pass over its rows.
+        again: begin anew.
+
+    Raises:
+        SystemExit: the folder holds a run with other settings.
+    """
+    output = Path(config.output)
+    if again:
+        shutil.rmtree(output, ignore_errors=True)
+    record = output / "train.json"
+    wanted = json.loads(json.dumps(config.as_flat_dict()))
+    if record.is_file() and json.loads(record.read_text()) != wanted:
+        raise SystemExit(f"{output} was trained with other settings; --again trains anew")
+    if not (output / "model.safetensors").is_file():
+        train(config, watch=_lines(output.name))
+        for checkpoint in output.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)  # three times the model's size, and never needed again
+    last = read_log(output / "train_log.jsonl")[-1]
+    return {
+        "checkpoint": shown(output),
+        "steps": last["step"],
+        "tokens": round(last["epoch"] * tokens_of_epoch),
+        "learning_rate": config.effective_learning_rate,
+        "recipe": {
+            name: wanted[name]
+            for name in (
+                *("variant", "p_max", "dropout_over_layers", "dropout_over_steps", "curriculum"),
+                *("rotation", "exits", "fixed_exits", "exit_weighting", "e_scale"),
+                "distillation_weight",
+            )
+        },
+        "regime": config.regime,
+    }
+
+
+def _lines(name: str) -> Any:
+    """Something for `train` to tell its progress to: a line now and then."""
+    begin = time.monotonic()
+    told = begin
+
+    def watch(progress: Progress) -> None:
+        nonlocal told
+        if "loss" in progress.logs and time.monotonic() - told > LINE_EVERY_S:
+            told = time.monotonic()
+            done = f"step {progress.step} of {progress.total_steps}"
+            print(f"{name}: {done}, loss {progress.logs['loss']:.3f}", flush=True)
+
+    return watch

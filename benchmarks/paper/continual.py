@@ -1,0 +1,120 @@
+"""Continual pretraining: the exits of a pretrained checkpoint before and after, and its last layer.
+
+    LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.continual
+    LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.continual --variants control,paper
+
+The checkpoint learns on from text and code in equal parts: the validation part of WikiText-2 and
+Python's standard library. Measured is the perplexity of exits on the test part of WikiText-2, which is
+never learnt from, and on held-out files of code. `recipe` puts the weight on few exits, for a budget of
+minutes; `paper` has the paper's settings; `control` learns the same rows without the recipe.
+"""
+
+import argparse
+import os
+import random
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from paper.checkpoints import TINY, new_model, tokens_of, write_rows
+from paper.corpus import STANDARD_LIBRARY, Corpus, first_words, pieces
+from paper.finetuning import BEFORE, CONTROL, add_options, each_variant, tokenizer_of
+from paper.measures import exits_of
+from paper.record import Record, numbers, options_of
+
+from layerskip import LayerSkipModel
+from layerskip.bench.perplexity import read_text
+
+FEW_EXITS: dict[str, Any] = {
+    "fixed_exits": [8],
+    "exits": [4, 12, 15, 20, 25],
+    "rotation": 5,
+    "exit_weighting": "linear",
+    "distillation_weight": 1.0,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    BEFORE: {},
+    "recipe": FEW_EXITS,
+    "control": CONTROL,
+    "paper": {"learning_rate": 3e-5},
+}
+SMOKE_EXITS = {"fixed_exits": [1], "exits": [2, 3], "rotation": 2}
+SMOKE = {
+    "steps": 2,
+    "batch_size": 2,
+    "length": 64,
+    "test_words": 100,
+    "exits": [2, 4],
+    "most_bytes": 200_000,
+    "precision": "float32",
+    "dtype": "float32",
+}
+
+
+def main() -> None:
+    options = _options()
+    record = Record("continual", options, VARIANTS)
+    corpus = Corpus.of([STANDARD_LIBRARY], options.most_bytes)
+    tokenizer = _prepared(options, corpus)
+    data, tokens = _rows(options, corpus, tokenizer)
+    tests = {
+        "text": read_text(options.test, options.test_words or None),
+        "code": first_words(corpus.held_out, options.test_words or 20_000),
+    }
+
+    def measure(model: LayerSkipModel, source: str) -> dict[str, Any]:
+        exits = sorted({*options.exits, len(model.decoder.layers)})
+        found = {name: exits_of(model, text, options.length, exits) for name, text in tests.items()}
+        return {"corpus": corpus.describe(), **found}
+
+    variants = VARIANTS | ({"recipe": SMOKE_EXITS} if options.smoke else {})
+    each_variant(record, variants, "continual", data, tokens, measure)
+
+
+def _options() -> argparse.Namespace:
+    parser = options_of(
+        "continual",
+        "Continual pretraining. About 30 to 40 minutes on one core for before and recipe, and 30 "
+        "more for each further variant (an estimate).",
+        "of training, for each variant: it ends then, with its learning rate",
+        VARIANTS,
+    )
+    add_options(parser, steps=75, learning_rate=2e-4)
+    parser.add_argument("--text", default="$LAYERSKIP_DATA/wikitext2/valid.txt.xz")
+    parser.add_argument("--test", default="wikitext2", help="a text file, or the test of WikiText-2")
+    parser.add_argument("--test-words", type=int, default=20_000, help="of each test; 0 = all")
+    parser.add_argument("--exits", type=numbers, default=[4, 8, 12, 15, 20, 25])
+    parser.set_defaults(variants=[BEFORE, "recipe"], most_bytes=None)
+    options = parser.parse_args()
+    if options.smoke:
+        base = options.work / "base"
+        text = options.work / "text.txt"
+        vars(options).update(SMOKE, model=str(base), text=str(text), test=str(text))
+    return options
+
+
+def _prepared(options: argparse.Namespace, corpus: Corpus) -> Any:
+    """The model's tokenizer; for a smoke run a tiny model and a text are made first."""
+    if options.smoke:
+        options.work.mkdir(parents=True, exist_ok=True)
+        Path(options.text).write_text(first_words(corpus.held_out, 2_000))
+        return new_model(Path(options.model), corpus.train, 300, TINY, weights=True)
+    return tokenizer_of(options.model)
+
+
+def _rows(options: argparse.Namespace, corpus: Corpus, tokenizer: Any) -> tuple[Path, int]:
+    """Text and code in equal parts, as many rows as are learnt; the file and its tokens."""
+    half = options.steps * options.batch_size // 2
+    text = [read_text(os.path.expandvars(options.text))]
+    rows = [
+        row
+        for texts in (text, corpus.train)
+        for row in islice(pieces(texts, tokenizer, options.length), half)
+    ]
+    random.Random(0).shuffle(rows)
+    data = write_rows(options.work / "rows.jsonl", rows)
+    return data, tokens_of(rows, tokenizer, options.length)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What the experiments that begin with a pretrained checkpoint have in common."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from paper.checkpoints import trained
+from paper.record import Record
+from transformers import AutoTokenizer
+
+from layerskip import LayerSkipModel
+from layerskip.training import TrainConfig
+from layerskip.training.source import pretrained
+
+BEFORE = "before"
+CONTROL: dict[str, Any] = {"variant": "EE", "curriculum": "none"}  # the last layer's loss alone
+
+
+def add_options(parser: argparse.ArgumentParser, *, steps: int, learning_rate: float) -> None:
+    """Model and length of training."""
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row")
+    parser.add_argument(
+        "--learning-rate", type=float, default=learning_rate, help="of recipe and control"
+    )
+    parser.add_argument("--precision", default="bfloat16", choices=["bfloat16", "float32"])
+
+
+def tokenizer_of(model: str) -> Any:
+    """The tokenizer of a folder, hub id or built-in name."""
+    return AutoTokenizer.from_pretrained(pretrained(model)[0])
+
+
+def each_variant(
+    record: Record,
+    variants: dict[str, dict[str, Any]],
+    regime: str,
+    data: Path,
+    tokens: int,
+    measure: Callable[[LayerSkipModel, str], dict[str, Any]],
+) -> None:
+    """Train and measure what the record lacks of the variants asked for.
+
+    Args:
+        record: with the options of `add_options`.
+        variants: what each changes of the paper's recipe for the regime; `BEFORE` is not trained.
+        regime: of `RecipeConfig.preset`.
+        data: rows to learn from.
+        tokens: of one pass over them.
+        measure: model and its name to figures.
+    """
+    options = record.options
+    for variant in options.variants:
+        if not record.lacks(variant):
+            continue
+        source, row = options.model, {"model": options.model}
+        if variant != BEFORE:
+            config = _config(options, regime, variants[variant], data, options.work / variant)
+            row |= {"trained": trained(config, tokens, again=options.again)}
+            source = config.output
+        model = LayerSkipModel.from_pretrained(source, dtype=options.dtype)
+        row |= {"layers": len(model.decoder.layers), **measure(model, source)}
+        record.add(variant, row, model.decoder.kernels)
+
+
+def _config(
+    options: argparse.Namespace, regime: str, changes: dict[str, Any], data: Path, output: Path
+) -> TrainConfig:
+    return TrainConfig.from_mapping(
+        {
+            "model": options.model,
+            "regime": regime,
+            "data": str(data),
+            "packing": True,
+            "max_length": options.length,
+            "batch_size": options.batch_size,
+            "max_steps": options.steps,
+            "max_minutes": options.minutes,
+            "learning_rate": options.learning_rate,
+            "warmup_steps": options.steps // 10,
+            "precision": options.precision,
+            "log_steps": 5,
+            "save_steps": 50,
+            "keep_checkpoints": 1,
+            "output": str(output),
+            "resume": True,
+            **changes,
+        }
+    )

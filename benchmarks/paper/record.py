@@ -1,0 +1,99 @@
+"""The file of an experiment: one row a variant, written as soon as it is measured."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine import ROOT, environment
+
+RESULTS = ROOT / "benchmarks" / "results" / "paper"
+_HOW = {"output", "work", "again", "smoke", "threads", "variants", "minutes"}
+
+
+def options_of(
+    experiment: str, description: str, minutes_help: str, variants: Iterable[str] = ()
+) -> argparse.ArgumentParser:
+    """A parser with what all experiments share."""
+    parser = argparse.ArgumentParser(prog=f"python -m paper.{experiment}", description=description)
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{experiment}.json")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "paper" / experiment)
+    parser.add_argument("--minutes", type=float, help=minutes_help)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--again", action="store_true", help="measure all variants anew")
+    parser.add_argument("--smoke", action="store_true", help="a tiny setting that ends in seconds")
+    if names := list(variants):
+        parser.add_argument("--variants", type=listed, default=names, help=", ".join(names))
+    return parser
+
+
+def listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in listed(text)]
+
+
+class Record:
+    """The rows so far.
+
+    Args:
+        experiment: the module's name.
+        options: all settings; those that decide what is measured have to be the same in a file.
+        known: names that `--variants` may give.
+    """
+
+    def __init__(
+        self, experiment: str, options: argparse.Namespace, known: Iterable[str] = ()
+    ) -> None:
+        if unknown := sorted(set(vars(options).get("variants", ())) - set(known)):
+            raise SystemExit(f"there is no variant {unknown[0]!r}; there are: {', '.join(known)}")
+        torch.set_num_threads(options.threads)
+        self.experiment, self.options = experiment, options
+        decisive = {k: v for k, v in vars(options).items() if k not in _HOW}
+        settings = json.loads(json.dumps(decisive, default=str))
+        self.document: dict[str, Any] = {"experiment": experiment, "smoke": options.smoke}
+        self.document |= {"settings": settings, "rows": []}
+        if options.output.is_file() and not options.again:
+            old = json.loads(options.output.read_text())
+            for key in ("experiment", "smoke", "settings"):
+                if old[key] != self.document[key]:
+                    sys.exit(
+                        f"{options.output} was measured with other {key}; --again measures all anew"
+                    )
+            self.document = old
+
+    def lacks(self, variant: str) -> bool:
+        """Whether a variant is still to be measured."""
+        return variant not in {row["variant"] for row in self.document["rows"]}
+
+    def add(self, variant: str, row: dict[str, Any], kernels: str | None = None) -> None:
+        """Add what was measured of a variant, and write the file whole."""
+        here = environment(f"-m paper.{self.experiment}", self.options.dtype, kernels)
+        self.document["rows"].append({"variant": variant, **row, "environment": here})
+        output: Path = self.options.output
+        output.parent.mkdir(parents=True, exist_ok=True)
+        beside = output.with_suffix(".part")
+        beside.write_text(json.dumps(self.document, indent=2) + "\n")
+        beside.replace(output)
+        print(f"{self.experiment}: {variant} is measured, {output}", flush=True)
+
+
+class Deadline:
+    """Minutes from now on; None = no end."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def is_over(self) -> bool:
+        """Whether they have passed; says so."""
+        over = self._end is not None and time.monotonic() >= self._end
+        if over:
+            print("the minutes are over; the same command goes on", flush=True)
+        return over

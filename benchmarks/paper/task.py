@@ -1,0 +1,167 @@
+"""Finetuning on a task: SmolLM2 on TOPv2, exact match and speedup at every exit, against a control.
+
+    LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.task
+    LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.task --variants paper
+    LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.task \\
+        --checkpoint recipe=runs/topv2 --checkpoint control=runs/topv2-control
+
+Training is that of examples/topv2.yaml (`recipe`), the same without the recipe (`control`), or with the
+paper's settings (`paper`, of examples/task.yaml); a checkpoint that is there already can be
+named instead. Exact match, agreement and acceptance are those of benchmarks/topv2.py.
+"""
+
+import argparse
+import json
+import lzma
+import os
+from pathlib import Path
+from typing import Any
+
+from paper.checkpoints import TINY, new_model, shown, tokens_of, trained
+from paper.finetuning import CONTROL, tokenizer_of
+from paper.record import ROOT, Record, numbers, options_of
+from topv2 import answer, exact_match, trained_with_recipe
+
+from layerskip import LayerSkipModel
+from layerskip.bench.benchmark import BenchConfig, bench
+from layerskip.bench.data_sets import DATA_VARIABLE
+from layerskip.bench.tasks import draw, load_task
+from layerskip.training import TrainConfig
+from layerskip.training.data import read_rows
+
+ALIKE = "topv2.yaml"
+# The example that a variant's settings come from, and what it changes of them.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "recipe": (ALIKE, {}),
+    "control": (ALIKE, {**CONTROL, "fixed_exits": [], "distillation_weight": 0.0}),
+    "paper": ("task.yaml", {"max_length": 192}),
+}
+EXAMPLES = ROOT / "examples"
+SMOKE = {
+    **{"steps": 2, "rows": 2, "samples": 2, "exits": [1, 3], "timed_exits": [1]},
+    **{"draft_tokens": 2, "dtype": "float32", "checkpoint": []},
+}
+SMOKE_TRAINING = {
+    **{"fixed_exits": [1], "exits": [2, 3], "rotation": 2, "batch_size": 2},
+    **{"precision": "float32", "eval_rows": 0, "max_length": 96},
+}
+
+
+def main() -> None:
+    options = _options()
+    given = dict(pair.split("=", 1) for pair in options.checkpoint)
+    record = Record("task", options, VARIANTS)
+    if options.smoke:
+        _made_up(options.work, Path(options.model))
+    for variant in options.variants:
+        if record.lacks(variant):
+            source, row = given.get(variant, ""), {"model": options.model}
+            if source:
+                row |= {"trained": _told(Path(source))}
+            else:
+                config = _config(variant, options)
+                row |= {"trained": trained(config, _tokens(config), again=options.again)}
+                source = config.output
+            model = LayerSkipModel.from_pretrained(source, dtype=options.dtype)
+            row |= {"layers": len(model.decoder.layers)}
+            row |= _measured(model, source, variant, options)
+            record.add(variant, row, model.decoder.kernels)
+
+
+def _options() -> argparse.Namespace:
+    parser = options_of(
+        "task",
+        "Finetuning on TOPv2.",
+        "of training, for each variant: it ends then, with its learning rate",
+        VARIANTS,
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--steps", type=int, default=300, help="of 32 rows")
+    parser.add_argument("--checkpoint", action="append", default=[], metavar="VARIANT=FOLDER")
+    parser.add_argument("--rows", type=int, default=500, help="of the test, for exact match")
+    parser.add_argument("--samples", type=int, default=40, help="of the test, for speed")
+    parser.add_argument("--exits", type=numbers, default=[4, 6, 8, 12, 15, 20, 22])
+    parser.add_argument("--timed-exits", type=numbers, default=[4, 8, 15, 22])
+    parser.add_argument("--draft-tokens", type=int, default=8)
+    parser.set_defaults(variants=["recipe", "control"])
+    options = parser.parse_args()
+    if options.smoke:
+        vars(options).update(SMOKE, model=str(options.work / "base"))
+    return options
+
+
+def _measured(
+    model: LayerSkipModel, source: str, variant: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    task = load_task("topv2", samples=options.rows)
+    if variant == "control":
+        return {"exact_match": exact_match(task, answer(model, task, mode="plain"))}
+    found = trained_with_recipe(model, task, options.exits, options.draft_tokens)
+    config = BenchConfig(
+        modes=("self-speculative",),
+        exit_layers=options.timed_exits,
+        draft_tokens=[options.draft_tokens],
+    )
+    timed = bench(model, load_task("topv2", samples=options.samples), config, source=source)
+    kept = (
+        *("exit_layer", "draft_tokens", "speedup", "speedup_interval", "tokens_per_s"),
+        *("acceptance_rate", "mean_accepted_length", "identical_to_plain"),
+    )
+    rows = [{name: row[name] for name in kept} for row in timed["rows"][1:]]
+    plain = {"tokens_per_s": timed["rows"][0]["tokens_per_s"]}
+    return {"draft_tokens": options.draft_tokens, **found, "plain": plain, "timed": rows}
+
+
+def _config(variant: str, options: argparse.Namespace) -> TrainConfig:
+    file, changes = VARIANTS[variant]
+    topv2 = TrainConfig.from_yaml(EXAMPLES / ALIKE)
+    return TrainConfig.from_yaml(
+        EXAMPLES / file,
+        **{name: getattr(topv2, name) for name in ("data", "prompt", "completion")},
+        model=options.model,
+        max_steps=options.steps,
+        max_minutes=options.minutes,
+        warmup_steps=options.steps // 10,
+        output=str(options.work / variant),
+        keep_checkpoints=1,
+        resume=True,
+        **{**(SMOKE_TRAINING if options.smoke else {}), **changes},
+    )
+
+
+def _tokens(config: TrainConfig) -> int:
+    """Of one pass over the rows that are learnt, estimated from some of them."""
+    rows = [
+        {"prompt": config.prompt.format_map(row), "completion": config.completion.format_map(row)}
+        for _, row in read_rows(config.data)
+    ]
+    sample = draw(rows, 5_000, 0)
+    some = tokens_of(sample, tokenizer_of(config.model), config.max_length)
+    return round(some * (len(rows) - config.eval_rows) / len(sample))
+
+
+def _told(folder: Path) -> dict[str, Any]:
+    """What a checkpoint that was trained elsewhere says of itself."""
+    settings = json.loads((folder / "train.json").read_text())
+    last = json.loads((folder / "train_log.jsonl").read_text().splitlines()[-1])
+    return {"checkpoint": shown(folder), "steps": last["step"], "regime": settings["regime"]}
+
+
+def _made_up(work: Path, model: Path) -> None:
+    """A tiny model, and a folder of data like TOPv2 with a few rows."""
+    rows = [
+        f"timer\tset a timer for {i} minutes\t[IN:CREATE_TIMER [SL:DATE_TIME for {i} minutes ] ]"
+        for i in range(2, 12)
+    ]
+    text = "\n".join(["domain\tutterance\tsemantic_parse", *rows, ""])
+    folder = work / "data" / "topv2"
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        with lzma.open(folder / f"timer_{split}.tsv.xz", "wt", encoding="utf-8") as file:
+            file.write(text)
+    os.environ[DATA_VARIABLE] = str(work / "data")
+    new_model(model, [text], 300, TINY, weights=True)
+
+
+if __name__ == "__main__":
+    main()
