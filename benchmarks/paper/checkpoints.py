@@ -1,10 +1,11 @@
-"""What is trained here: rows in a file, a model of random weights, runs that go on where they stopped."""
+"""What is trained here: rows in a file, new models, and runs that go on where they stopped."""
 
 import json
 import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from layerskip.recipe import RecipeConfig
 from layerskip.training import Progress, TrainConfig, train
 from layerskip.training.callbacks import read_log
 from layerskip.training.data import Encoding
 from layerskip.training.progress import hidden_bars
 
 BEGIN, END = "<s>", "</s>"
+TOKENS = "tokens.json"  # how many a run has learnt
 LINE_EVERY_S = 30.0
 TINY = {
     "hidden_size": 32,
@@ -88,7 +91,8 @@ def parameters_of(folder: Path) -> int:
     total = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+            names = list(tensors.keys())
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
     return total
 
 
@@ -120,21 +124,30 @@ def trained(config: TrainConfig, tokens_of_epoch: int, *, again: bool = False) -
         train(config, watch=_lines(output.name))
         for checkpoint in output.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)  # three times the model's size, and never needed again
-    last = read_log(output / "train_log.jsonl")[-1]
+        last = read_log(output / "train_log.jsonl")[-1]
+        tokens = round(last["epoch"] * tokens_of_epoch)
+        (output / TOKENS).write_text(json.dumps({"tokens": tokens}) + "\n")
+    return told(output)
+
+
+def told(folder: Path) -> dict[str, Any]:
+    """What the files of a training run say it has learnt; {} where there are none.
+
+    The number of tokens is known of runs of these experiments alone.
+    """
+    record, tokens = folder / "train.json", folder / TOKENS
+    if not record.is_file():
+        return {}
+    settings = json.loads(record.read_text())
+    steps = read_log(folder / "train_log.jsonl")[-1]["step"]
     return {
-        "checkpoint": shown(output),
-        "steps": last["step"],
-        "tokens": round(last["epoch"] * tokens_of_epoch),
-        "learning_rate": config.effective_learning_rate,
-        "recipe": {
-            name: wanted[name]
-            for name in (
-                *("variant", "p_max", "dropout_over_layers", "dropout_over_steps", "curriculum"),
-                *("rotation", "exits", "fixed_exits", "exit_weighting", "e_scale"),
-                "distillation_weight",
-            )
-        },
-        "regime": config.regime,
+        "checkpoint": shown(folder),
+        "steps": steps,
+        "rows": steps * settings["batch_size"] * settings["accumulation"],
+        **(json.loads(tokens.read_text()) if tokens.is_file() else {}),
+        "regime": settings["regime"],
+        "learning_rate": settings["learning_rate"],
+        "recipe": {field.name: settings[field.name] for field in fields(RecipeConfig)},
     }
 
 

@@ -16,14 +16,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from layerskip import LayerSkipModel
+from layerskip.bench.perplexity import read_text
 from paper.checkpoints import TINY, new_model, tokens_of, write_rows
 from paper.corpus import STANDARD_LIBRARY, Corpus, first_words, pieces
 from paper.finetuning import BEFORE, CONTROL, add_options, each_variant, tokenizer_of
 from paper.measures import exits_of
 from paper.record import Record, numbers, options_of
-
-from layerskip import LayerSkipModel
-from layerskip.bench.perplexity import read_text
 
 FEW_EXITS: dict[str, Any] = {
     "fixed_exits": [8],
@@ -59,7 +58,7 @@ def main() -> None:
     data, tokens = _rows(options, corpus, tokenizer)
     tests = {
         "text": read_text(options.test, options.test_words or None),
-        "code": first_words(corpus.held_out, options.test_words or 20_000),
+        "code": first_words(corpus.held_out, (options.test_words or 20_000) // 4),
     }
 
     def measure(model: LayerSkipModel, source: str) -> dict[str, Any]:
@@ -79,10 +78,17 @@ def _options() -> argparse.Namespace:
         "of training, for each variant: it ends then, with its learning rate",
         VARIANTS,
     )
-    add_options(parser, steps=75, learning_rate=2e-4)
+    add_options(parser, steps=60, learning_rate=2e-4)
     parser.add_argument("--text", default="$LAYERSKIP_DATA/wikitext2/valid.txt.xz")
-    parser.add_argument("--test", default="wikitext2", help="a text file, or the test of WikiText-2")
-    parser.add_argument("--test-words", type=int, default=20_000, help="of each test; 0 = all")
+    parser.add_argument(
+        "--test", default="wikitext2", help="a text file, or the test of WikiText-2"
+    )
+    parser.add_argument(
+        "--test-words",
+        type=int,
+        default=20_000,
+        help="0 = all; of code a quarter",
+    )
     parser.add_argument("--exits", type=numbers, default=[4, 8, 12, 15, 20, 25])
     parser.set_defaults(variants=[BEFORE, "recipe"], most_bytes=None)
     options = parser.parse_args()

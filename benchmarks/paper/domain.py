@@ -18,14 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from layerskip import LayerSkipModel
+from layerskip.bench.tasks import load_task
 from paper.checkpoints import TINY, new_model, tokens_of, write_rows
 from paper.corpus import STANDARD_LIBRARY, Corpus, functions, pieces
 from paper.finetuning import BEFORE, CONTROL, add_options, each_variant, tokenizer_of
 from paper.measures import drafting
 from paper.record import Record, listed, numbers, options_of
-
-from layerskip import LayerSkipModel
-from layerskip.bench.tasks import load_task
 
 PACKAGES = ("torch", "sympy", "networkx")
 FEW_EXITS: dict[str, Any] = {
@@ -95,12 +94,12 @@ def _options() -> argparse.Namespace:
         VARIANTS,
     )
     found = [name for name in PACKAGES if importlib.util.find_spec(name)]
-    add_options(parser, steps=60, learning_rate=4e-4)
+    add_options(parser, steps=50, learning_rate=4e-4)
     parser.add_argument("--source", type=listed, default=[STANDARD_LIBRARY, *found])
     parser.add_argument("--task", default="humaneval", help="as for `layerskip bench`")
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--exits", type=numbers, default=[4, 6, 8, 12, 15, 20, 25])
-    parser.add_argument("--timed-exits", type=numbers, default=[4, 6, 8, 15])
+    parser.add_argument("--timed-exits", type=numbers, default=[6, 8, 15])
     parser.add_argument("--draft-tokens", type=numbers, default=[2, 4, 6, 12])
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.set_defaults(variants=[BEFORE, "recipe"], most_bytes=20_000_000)

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from paper.checkpoints import trained
-from paper.record import Record
 from transformers import AutoTokenizer
 
 from layerskip import LayerSkipModel
 from layerskip.training import TrainConfig
 from layerskip.training.source import pretrained
+from paper.checkpoints import trained
+from paper.record import Record
 
 BEFORE = "before"
 CONTROL: dict[str, Any] = {"variant": "EE", "curriculum": "none"}  # the last layer's loss alone

@@ -1,6 +1,7 @@
 """One cache for draft and verification (KVQ): what reusing the first E layers saves.
 
-    LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.kvq --model runs/topv2 --task topv2
+    LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.kvq \\
+        --model runs/topv2 --task topv2
 
 The same rounds on the same checkpoint and prompts, in turns, with verification done in two ways:
 
@@ -21,9 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paper.checkpoints import TINY, new_model, shown, write_rows
-from paper.corpus import STANDARD_LIBRARY, Corpus, functions
-from paper.record import Record, numbers, options_of
 from torch import Tensor
 
 from layerskip import LayerSkipModel
@@ -34,6 +32,9 @@ from layerskip.decoding.clock import device_clock
 from layerskip.decoding.drafters import Draft, EarlyExitDrafter, no_draft
 from layerskip.decoding.sampling import pick
 from layerskip.model import Decoder, KVCache
+from paper.checkpoints import TINY, new_model, shown, told, write_rows
+from paper.corpus import STANDARD_LIBRARY, Corpus, functions
+from paper.record import Record, numbers, options_of
 
 GREEDY = Sampling()
 SMOKE = {"samples": 2, "exits": [1, 3], "draft_tokens": [3], "max_new_tokens": 8, "repeats": 1}
@@ -50,15 +51,23 @@ def main() -> None:
     model = LayerSkipModel.from_pretrained(options.model, dtype=options.dtype)
     task = load_task(options.task, samples=options.samples)
     room = model.decoder.architecture.max_context - options.max_new_tokens - 1
-    prompts = [ids for sample in task.samples if 0 < len(ids := model.tokenize(sample.prompt)) < room]
+    prompts = [
+        ids for sample in task.samples if 0 < len(ids := model.tokenize(sample.prompt)) < room
+    ]
     for exit_layer in options.exits:
         for draft_tokens in options.draft_tokens:
             variant = f"E = {exit_layer}, d = {draft_tokens}"
             if record.lacks(variant):
                 row = compared(
-                    model, prompts, exit_layer, draft_tokens, options.max_new_tokens, options.repeats
+                    model,
+                    prompts,
+                    exit_layer,
+                    draft_tokens,
+                    options.max_new_tokens,
+                    options.repeats,
                 )
-                row |= {"model": shown(Path(options.model)), "task": task.name}
+                folder = Path(options.model)
+                row |= {"model": shown(folder), "trained": told(folder), "task": options.task}
                 record.add(variant, row, model.decoder.kernels)
 
 
@@ -81,9 +90,7 @@ def _options() -> argparse.Namespace:
 class RecomputingDrafter(EarlyExitDrafter):
     """Drafts the same tokens, and leaves nothing for verification to start from."""
 
-    def draft(
-        self, last: Tensor, n: int, cache: KVCache, history: Any, generator: Any
-    ) -> Draft:
+    def draft(self, last: Tensor, n: int, cache: KVCache, history: Any, generator: Any) -> Draft:
         """See `EarlyExitDrafter`, whose own extra pass over the last token gives the last draft here."""
         if n == 0:
             return no_draft(self.decoder, last)

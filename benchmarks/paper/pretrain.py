@@ -13,6 +13,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from layerskip import LayerSkipModel
+from layerskip.training import TrainConfig
 from paper.checkpoints import (
     TINY,
     new_model,
@@ -24,9 +26,6 @@ from paper.checkpoints import (
 from paper.corpus import STANDARD_LIBRARY, Corpus, first_words, pieces
 from paper.measures import exits_of
 from paper.record import Deadline, Record, listed, options_of
-
-from layerskip import LayerSkipModel
-from layerskip.training import TrainConfig
 
 SHAPE = {
     "hidden_size": 256,
@@ -42,10 +41,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "LD": {"variant": "LD"},
     "EE": {"variant": "EE"},
     "LD+EE": {},
-    "LD+EE, uniform over layers": {"dropout_over_layers": "uniform"},
-    "LD+EE, constant over steps": {"dropout_over_steps": "none"},
-    "LD+EE, gradual": {"curriculum": "gradual"},
-    "LD+EE, all exits": {"curriculum": "all"},
+    "LD+EE uniform over layers": {"dropout_over_layers": "uniform"},
+    "LD+EE constant over steps": {"dropout_over_steps": "none"},
+    "LD+EE gradual": {"curriculum": "gradual"},
+    "LD+EE all exits": {"curriculum": "all"},
 }
 SMOKE = {
     "steps": 2,
@@ -91,7 +90,7 @@ def _options() -> argparse.Namespace:
     assert __doc__ is not None
     parser = options_of(
         "pretrain",
-        "Pretraining from scratch. About 60 to 80 minutes on one core for the eight variants "
+        "Pretraining from scratch. About 70 minutes on one core for the eight variants "
         "(an estimate).",
         "begin no further variant after so long; the same command goes on",
         VARIANTS,
@@ -102,7 +101,7 @@ def _options() -> argparse.Namespace:
         default=[STANDARD_LIBRARY],
         help="stdlib, installed packages by import name, text files",
     )
-    parser.add_argument("--steps", type=int, default=350)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
     parser.add_argument("--vocabulary", type=int, default=4096)
@@ -119,7 +118,7 @@ def _options() -> argparse.Namespace:
 def _config(
     variant: str, base: Path, data: Path, layers: int, options: argparse.Namespace
 ) -> TrainConfig:
-    name = variant.replace(", ", "-").replace(" ", "-").replace("+", "-")
+    name = variant.replace(" ", "-").replace("+", "-")
     return TrainConfig.from_mapping(
         {
             "model": str(base),

@@ -12,7 +12,8 @@ import torch
 from engine import ROOT, environment
 
 RESULTS = ROOT / "benchmarks" / "results" / "paper"
-_HOW = {"output", "work", "again", "smoke", "threads", "variants", "minutes"}
+# What does not decide what a row is, or is said in the row itself.
+_HOW = {"output", "work", "again", "smoke", "threads", "variants", "minutes", "checkpoint"}
 
 
 def options_of(
@@ -25,7 +26,7 @@ def options_of(
     parser.add_argument("--minutes", type=float, help=minutes_help)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--again", action="store_true", help="measure all variants anew")
+    parser.add_argument("--again", action="store_true", help="measure them anew")
     parser.add_argument("--smoke", action="store_true", help="a tiny setting that ends in seconds")
     if names := list(variants):
         parser.add_argument("--variants", type=listed, default=names, help=", ".join(names))
@@ -60,23 +61,28 @@ class Record:
         settings = json.loads(json.dumps(decisive, default=str))
         self.document: dict[str, Any] = {"experiment": experiment, "smoke": options.smoke}
         self.document |= {"settings": settings, "rows": []}
-        if options.output.is_file() and not options.again:
+        self._fresh: set[str] = set()
+        if options.output.is_file():
             old = json.loads(options.output.read_text())
-            for key in ("experiment", "smoke", "settings"):
-                if old[key] != self.document[key]:
-                    sys.exit(
-                        f"{options.output} was measured with other {key}; --again measures all anew"
-                    )
-            self.document = old
+            other = [k for k in ("experiment", "smoke", "settings") if old[k] != self.document[k]]
+            if other and not options.again:
+                sys.exit(
+                    f"{options.output} was measured with other {other[0]}; --again begins it anew"
+                )
+            self.document = self.document if other else old
 
     def lacks(self, variant: str) -> bool:
         """Whether a variant is still to be measured."""
+        if self.options.again and variant not in self._fresh:
+            return True
         return variant not in {row["variant"] for row in self.document["rows"]}
 
     def add(self, variant: str, row: dict[str, Any], kernels: str | None = None) -> None:
-        """Add what was measured of a variant, and write the file whole."""
+        """Add what was measured of a variant, or replace it, and write the file whole."""
         here = environment(f"-m paper.{self.experiment}", self.options.dtype, kernels)
-        self.document["rows"].append({"variant": variant, **row, "environment": here})
+        others = [old for old in self.document["rows"] if old["variant"] != variant]
+        self.document["rows"] = [*others, {"variant": variant, **row, "environment": here}]
+        self._fresh.add(variant)
         output: Path = self.options.output
         output.parent.mkdir(parents=True, exist_ok=True)
         beside = output.with_suffix(".part")

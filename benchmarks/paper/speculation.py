@@ -13,17 +13,14 @@ task `held-out` are functions of the standard library's held-out files, to be co
 """
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
-
-from paper.checkpoints import TINY, new_model, shown, write_rows
-from paper.corpus import STANDARD_LIBRARY, Corpus, functions
-from paper.measures import drafting
-from paper.record import Record, numbers, options_of
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import load_task
+from paper.checkpoints import TINY, new_model, shown, told, write_rows
+from paper.corpus import STANDARD_LIBRARY, Corpus, functions
+from paper.measures import drafting
+from paper.record import Record, numbers, options_of
 
 OWN_TASK = "held-out"
 SMOKE = {"samples": 2, "exits": [1, 3], "draft_tokens": [1, 2], "max_new_tokens": 8}
@@ -55,7 +52,7 @@ def main() -> None:
         max_new_tokens=options.max_new_tokens,
         repeats=options.repeats,
     )
-    row |= {"model": shown(folder), "task": task_name, "regime": regime_of(folder)}
+    row |= {"model": shown(folder), "task": task_name, "trained": told(folder)}
     row |= {"layers": len(model.decoder.layers)}
     record.add(variant, row, model.decoder.kernels)
 
@@ -81,13 +78,6 @@ def _options() -> argparse.Namespace:
 def _prompts(corpus: Corpus) -> list[dict[str, str]]:
     """Functions to be continued; without their bodies, which are no answers to compare with."""
     return [{"prompt": row["prompt"]} for row in functions(corpus.held_out)]
-
-
-def regime_of(folder: Path) -> str | None:
-    """What a checkpoint says it was trained for."""
-    file = folder / "train.json"
-    settings: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    return settings.get("regime")
 
 
 if __name__ == "__main__":

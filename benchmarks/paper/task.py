@@ -11,15 +11,11 @@ named instead. Exact match, agreement and acceptance are those of benchmarks/top
 """
 
 import argparse
-import json
 import lzma
 import os
 from pathlib import Path
 from typing import Any
 
-from paper.checkpoints import TINY, new_model, shown, tokens_of, trained
-from paper.finetuning import CONTROL, tokenizer_of
-from paper.record import ROOT, Record, numbers, options_of
 from topv2 import answer, exact_match, trained_with_recipe
 
 from layerskip import LayerSkipModel
@@ -28,6 +24,9 @@ from layerskip.bench.data_sets import DATA_VARIABLE
 from layerskip.bench.tasks import draw, load_task
 from layerskip.training import TrainConfig
 from layerskip.training.data import read_rows
+from paper.checkpoints import TINY, new_model, tokens_of, told, trained
+from paper.finetuning import CONTROL, tokenizer_of
+from paper.record import ROOT, Record, numbers, options_of
 
 ALIKE = "topv2.yaml"
 # The example that a variant's settings come from, and what it changes of them.
@@ -38,12 +37,23 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 EXAMPLES = ROOT / "examples"
 SMOKE = {
-    **{"steps": 2, "rows": 2, "samples": 2, "exits": [1, 3], "timed_exits": [1]},
-    **{"draft_tokens": 2, "dtype": "float32", "checkpoint": []},
+    "steps": 2,
+    "rows": 2,
+    "samples": 2,
+    "exits": [1, 3],
+    "timed_exits": [1],
+    "draft_tokens": 2,
+    "dtype": "float32",
+    "checkpoint": [],
 }
 SMOKE_TRAINING = {
-    **{"fixed_exits": [1], "exits": [2, 3], "rotation": 2, "batch_size": 2},
-    **{"precision": "float32", "eval_rows": 0, "max_length": 96},
+    "fixed_exits": [1],
+    "exits": [2, 3],
+    "rotation": 2,
+    "batch_size": 2,
+    "precision": "float32",
+    "eval_rows": 0,
+    "max_length": 96,
 }
 
 
@@ -57,7 +67,7 @@ def main() -> None:
         if record.lacks(variant):
             source, row = given.get(variant, ""), {"model": options.model}
             if source:
-                row |= {"trained": _told(Path(source))}
+                row |= {"trained": told(Path(source))}
             else:
                 config = _config(variant, options)
                 row |= {"trained": trained(config, _tokens(config), again=options.again)}
@@ -138,13 +148,6 @@ def _tokens(config: TrainConfig) -> int:
     sample = draw(rows, 5_000, 0)
     some = tokens_of(sample, tokenizer_of(config.model), config.max_length)
     return round(some * (len(rows) - config.eval_rows) / len(sample))
-
-
-def _told(folder: Path) -> dict[str, Any]:
-    """What a checkpoint that was trained elsewhere says of itself."""
-    settings = json.loads((folder / "train.json").read_text())
-    last = json.loads((folder / "train_log.jsonl").read_text().splitlines()[-1])
-    return {"checkpoint": shown(folder), "steps": last["step"], "regime": settings["regime"]}
 
 
 def _made_up(work: Path, model: Path) -> None:

@@ -1,0 +1,193 @@
+"""What the paper says, and when it counts as seen again here.
+
+A claim whose rows are not there is not measured; everything else is seen again or not, by a rule that
+was written down before.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from paper import rules
+from paper.rules import Finding, Row
+
+SEEN, NOT_SEEN, NOT_MEASURED = "seen again", "not seen at this scale", "not measured yet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One statement of the paper.
+
+    Attributes:
+        experiment: whose file it is judged by.
+        paper: the statement, with the paper's figures.
+        rule: when it counts as seen again.
+        judge: the rows of `needs`, in order, to a finding; None where they lack what it needs.
+        needs: variants; () = the judge is given all rows, at least one.
+    """
+
+    experiment: str
+    paper: str
+    rule: str
+    judge: Callable[..., Finding | None]
+    needs: Sequence[str] = ()
+
+    def finding(self, rows: Sequence[Row]) -> Finding | None:
+        """What its rule says of an experiment's rows; None = not measured."""
+        by_variant = {row["variant"]: row for row in rows}
+        if not rows or any(name not in by_variant for name in self.needs):
+            return None
+        return self.judge(*(by_variant[name] for name in self.needs) if self.needs else rows)
+
+
+def verdict(finding: Finding | None) -> str:
+    """In the words of the page."""
+    if finding is None:
+        return NOT_MEASURED
+    return SEEN if finding.holds else NOT_SEEN
+
+
+CLAIMS = (
+    Claim(
+        experiment="pretrain",
+        needs=("LD+EE", "baseline"),
+        paper="From scratch, the recipe makes early exits more accurate than plain training does",
+        rule="perplexity of LD+EE is below the baseline's at every exit from L/4 to 3L/4",
+        judge=rules.compared(rules.lower_in_the_middle, "exits"),
+    ),
+    Claim(
+        experiment="pretrain",
+        needs=("LD+EE", "baseline"),
+        paper="From scratch, the last layer suffers little from the recipe",
+        rule="perplexity of LD+EE at the last layer is at most 2% above the baseline's",
+        judge=rules.compared(rules.last_at_most, "exits", 1.02),
+    ),
+    Claim(
+        experiment="pretrain",
+        needs=("LD+EE", "LD", "EE"),
+        paper="The recipe needs both of its parts: LD+EE against LD and EE alone",
+        rule="perplexity of LD+EE at the middle exit is below that of either part alone",
+        judge=rules.both_parts,
+    ),
+    Claim(
+        experiment="pretrain",
+        needs=("LD+EE", "LD+EE uniform over layers"),
+        paper="Later layers are dropped more than early ones: D(l) grows exponentially",
+        rule="the last layer's perplexity is at least 1% below that with a uniform rate",
+        judge=rules.compared(rules.last_at_most, "exits", 0.99),
+    ),
+    Claim(
+        experiment="pretrain",
+        needs=("LD+EE", "LD+EE constant over steps"),
+        paper="From scratch, dropout grows over training: S(t) is exponential",
+        rule="the last layer's perplexity is at least 1% below that with a constant rate",
+        judge=rules.compared(rules.last_at_most, "exits", 0.99),
+    ),
+    Claim(
+        experiment="pretrain",
+        needs=("LD+EE", "LD+EE gradual"),
+        paper="For pretraining the curriculum is rotational, not gradual",
+        rule="the last layer's perplexity is at least 1% below that with the gradual curriculum",
+        judge=rules.compared(rules.last_at_most, "exits", 0.99),
+    ),
+    Claim(
+        experiment="pretrain",
+        needs=("LD+EE", "LD+EE all exits"),
+        paper="A curriculum serves the last layer better than a loss at all exits in all steps",
+        rule="the last layer's perplexity is at least 1% below that with all exits",
+        judge=rules.compared(rules.last_at_most, "exits", 0.99),
+    ),
+    Claim(
+        experiment="continual",
+        needs=("recipe", "before"),
+        paper="Continual pretraining makes a checkpoint's early exits more accurate",
+        rule="WikiText perplexity after is below that before at every exit from L/4 to 3L/4",
+        judge=rules.compared(rules.lower_in_the_middle, "text"),
+    ),
+    Claim(
+        experiment="continual",
+        needs=("recipe", "before"),
+        paper="The last layer of a continually pretrained checkpoint loses little",
+        rule="WikiText perplexity of the last layer after is at most 5% above that before",
+        judge=rules.compared(rules.last_at_most, "text", 1.05),
+    ),
+    Claim(
+        experiment="domain",
+        needs=("recipe",),
+        paper="Finetuned on code, self-speculative decoding of HumanEval is 1.82x faster",
+        rule="1.82x or more at some pair (E, d)",
+        judge=lambda row: rules.best(row["timed"], 1.82),
+    ),
+    Claim(
+        experiment="domain",
+        needs=("recipe",),
+        paper="45% of the drafts are accepted there (E = 6 of 32, d = 12)",
+        rule="45% or more at d = 12 and the exit nearest to 6/32 of the layers",
+        judge=rules.code_acceptance,
+    ),
+    Claim(
+        experiment="domain",
+        needs=("before", "recipe"),
+        paper="It is the recipe that makes a checkpoint its own drafter",
+        rule="above 1.1x after the finetuning, and nowhere before",
+        judge=rules.only_after,
+    ),
+    Claim(
+        experiment="task",
+        needs=("recipe",),
+        paper="On TOPv2 self-speculative decoding is up to 2.0x faster",
+        rule="2.0x or more at some exit",
+        judge=lambda row: rules.best(row["timed"], 2.0),
+    ),
+    Claim(
+        experiment="task",
+        needs=("recipe",),
+        paper="The earlier the exit the faster: 1.24x, 1.64x, 2.0x at E = 18, 12, 6 of 24",
+        rule="speedup falls from the exit nearest to L/4 over L/2 to 3L/4",
+        judge=rules.earlier_is_faster,
+    ),
+    Claim(
+        experiment="task",
+        needs=("recipe",),
+        paper="76.0% of the drafts are accepted at E = 6 of 24, d = 8",
+        rule="76% or more at the exit nearest to L/4",
+        judge=rules.task_acceptance,
+    ),
+    Claim(
+        experiment="task",
+        needs=("recipe", "control"),
+        paper="The recipe costs the last layer 3.0 points of exact match: 82.9 against 85.9",
+        rule="the last layer is at most 3.0 points below the control's",
+        judge=rules.cost_of_the_recipe,
+    ),
+    Claim(
+        experiment="task",
+        needs=("recipe",),
+        paper="Early exit at E = 18 of 24 is as good as the last layer: 83.3 and 82.9",
+        rule="exact match at the exit nearest to 3L/4 is at most one point below the last layer's",
+        judge=rules.early_exact_match,
+    ),
+    Claim(
+        experiment="kvq",
+        paper="Reusing the cache saves 5 to 11% of the time a token",
+        rule="5% or more at every measured pair (E, d), with plain decoding's tokens both ways",
+        judge=rules.saved,
+    ),
+    Claim(
+        experiment="speculation",
+        paper="Pretrained from scratch, self-speculative decoding is 2.16x faster (CNN/DM)",
+        rule="2.16x or more at some pair (E, d) of a checkpoint trained from scratch, on its own task",
+        judge=rules.from_scratch,
+    ),
+    Claim(
+        experiment="speculation",
+        paper="Drafts are long: the paper's have 4 to 12 tokens",
+        rule="the fastest d is from 4 to 12 for every checkpoint measured",
+        judge=rules.long_drafts,
+    ),
+    Claim(
+        experiment="speculation",
+        paper="Self-speculative decoding gives the whole model's answers",
+        rule="greedy answers are plain decoding's, token for token, in all settings",
+        judge=rules.lossless,
+    ),
+)

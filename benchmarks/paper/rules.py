@@ -1,0 +1,142 @@
+"""The rules by which the paper's claims are judged: rows of results to a finding. Pure functions."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a rule found: whether it holds, and the figures it looked at."""
+
+    holds: bool
+    figures: str
+
+
+def perplexities(exits: Sequence[Row]) -> dict[int, float]:
+    """Exit -> perplexity a token; one too large for a number is infinite."""
+    values = {row["exit_layer"]: row["token_perplexity"] for row in exits}
+    return {e: math.inf if value is None else value for e, value in values.items()}
+
+
+def _nearest(values: Mapping[int, Any], layer: float) -> int:
+    return min(values, key=lambda e: (abs(e - layer), e))
+
+
+def lower_in_the_middle(some: Sequence[Row], others: Sequence[Row]) -> Finding:
+    """Whether all exits from L/4 to 3L/4 have a lower perplexity."""
+    ours, theirs = perplexities(some), perplexities(others)
+    layers = max(ours)
+    middle = [e for e in ours if layers / 4 <= e <= 3 * layers / 4]
+    at = _nearest(ours, layers / 2)
+    figures = f"perplexity at E = {at} of {layers}: {ours[at]:.1f} against {theirs[at]:.1f}"
+    return Finding(all(ours[e] < theirs[e] for e in middle), figures)
+
+
+def last_at_most(some: Sequence[Row], others: Sequence[Row], factor: float) -> Finding:
+    ours, theirs = perplexities(some), perplexities(others)
+    last = max(ours)
+    ratio = ours[last] / theirs[last]
+    figures = f"last layer: {ours[last]:.2f} against {theirs[last]:.2f} ({ratio - 1:+.1%})"
+    return Finding(ratio <= factor, figures)
+
+
+def both_parts(both: Row, dropout: Row, loss: Row) -> Finding:
+    values = [perplexities(row["exits"]) for row in (both, dropout, loss)]
+    at = _nearest(values[0], max(values[0]) / 2)
+    ours, *alone = (exits[at] for exits in values)
+    figures = f"perplexity at E = {at}: LD+EE {ours:.1f}, LD {alone[0]:.1f}, EE {alone[1]:.1f}"
+    return Finding(ours < min(alone), figures)
+
+
+def best(rows: Sequence[Row], at_least: float) -> Finding:
+    """Whether self-speculative decoding gets so fast at some (E, d)."""
+    row = max(rows, key=_speedup)
+    figures = f"{_speedup(row):.2f}x at E = {row['exit_layer']}, d = {row['draft_tokens']}"
+    return Finding(_speedup(row) >= at_least, figures)
+
+
+def _speedup(row: Row) -> float:
+    return float(row["speedup"] or 0.0)  # none where all answers end with their first token
+
+
+def code_acceptance(row: Row) -> Finding | None:
+    exits = {one["exit_layer"]: one for one in row["exits"]}
+    at = _nearest(exits, row["layers"] * 6 / 32)
+    rates = {d["draft_tokens"]: d["acceptance_rate"] for d in exits[at]["by_draft_tokens"]}
+    if rates.get(12) is None:
+        return None
+    return Finding(rates[12] >= 0.45, f"{rates[12]:.1%} at E = {at}, d = 12")
+
+
+def only_after(before: Row, after: Row) -> Finding:
+    untrained, trained = (best(row["timed"], 1.1) for row in (before, after))
+    figures = f"before {untrained.figures}; after {trained.figures}"
+    return Finding(trained.holds and not untrained.holds, figures)
+
+
+def _quarters(row: Row, kind: str, field: str) -> list[tuple[int, float]]:
+    """A figure at the exits nearest to L/4, L/2 and 3L/4."""
+    values = {one["exit_layer"]: one[field] or 0.0 for one in row[kind]}
+    chosen = [_nearest(values, row["layers"] * quarter / 4) for quarter in (1, 2, 3)]
+    return [(e, values[e]) for e in chosen]
+
+
+def earlier_is_faster(row: Row) -> Finding | None:
+    found = _quarters(row, "timed", "speedup")
+    if len({e for e, _ in found}) < 3:
+        return None
+    speeds = [speed for _, speed in found]
+    figures = ", ".join(f"E = {e}: {speed:.2f}x" for e, speed in found)
+    return Finding(speeds == sorted(speeds, reverse=True), figures)
+
+
+def task_acceptance(row: Row) -> Finding:
+    (at, rate), *_ = _quarters(row, "exits", "acceptance_rate")
+    return Finding(rate >= 0.76, f"{rate:.1%} at E = {at}, d = {row['draft_tokens']}")
+
+
+def cost_of_the_recipe(recipe: Row, control: Row) -> Finding:
+    ours, theirs = recipe["exact_match"], control["exact_match"]
+    return Finding(theirs - ours <= 0.03, f"{ours:.1%} against {theirs:.1%} of the control")
+
+
+def early_exact_match(row: Row) -> Finding:
+    *_, (at, early) = _quarters(row, "exits", "exact_match")
+    last = row["exact_match"]
+    return Finding(early >= last - 0.01, f"E = {at}: {early:.1%}, last layer: {last:.1%}")
+
+
+def saved(*rows: Row) -> Finding:
+    shares = [row["saved"] for row in rows]
+    same = all(share == 1 for row in rows for share in row["identical_to_plain"].values())
+    figures = f"{min(shares):.1%} to {max(shares):.1%} over {len(rows)} pairs (E, d)"
+    return Finding(same and min(shares) >= 0.05, figures + ("" if same else "; other tokens"))
+
+
+def from_scratch(*rows: Row) -> Finding | None:
+    timed = [
+        one for row in rows if row["trained"].get("regime") == "pretrain" for one in row["timed"]
+    ]
+    return best(timed, 2.16) if timed else None
+
+
+def long_drafts(*rows: Row) -> Finding:
+    fastest = [max(row["timed"], key=_speedup)["draft_tokens"] for row in rows]
+    figures = "fastest: " + ", ".join(f"d = {d}" for d in fastest)
+    return Finding(all(4 <= d <= 12 for d in fastest), figures)
+
+
+def lossless(*rows: Row) -> Finding:
+    shares = [one["identical_to_plain"] for row in rows for one in row["timed"]]
+    return Finding(
+        min(shares) == 1, f"{min(shares):.1%} or more of the answers, {len(shares)} settings"
+    )
+
+
+def compared(rule: Callable[..., Finding], key: str, *more: Any) -> Callable[..., Finding]:
+    """A judge of two rows by the exits under a key."""
+    return lambda one, other: rule(one[key], other[key], *more)

@@ -1,0 +1,183 @@
+"""The paper's claims are judged by their rules, and the page says what the files say."""
+
+import copy
+import json
+import math
+
+import pytest
+from paper.claims import CLAIMS, NOT_MEASURED, NOT_SEEN, SEEN, verdict
+from paper.page import PAGE, TITLES, page, read
+from paper.record import RESULTS
+
+HERE = {"command": "python -m paper.x", "commit": "abc", "date": "2026-11-25", "cpu": "a CPU"}
+HERE |= {"threads": 2, "dtype": "bfloat16"}
+LEARNT = {"steps": 5, "rows": 40, "tokens": 12_345, "regime": "pretrain"}
+
+
+def row(variant, **figures):
+    return {
+        "variant": variant,
+        "model": "m",
+        "layers": 12,
+        "trained": LEARNT,
+        "environment": HERE,
+        **figures,
+    }
+
+
+def exits(early, last):
+    values = {3: early, 6: early, 9: early, 12: last}
+    return [{"exit_layer": e, "token_perplexity": value} for e, value in values.items()]
+
+
+def drafts(speed, *, acceptance=0.8, identical=1.0, best=6):
+    lengths = [{"draft_tokens": d, "acceptance_rate": acceptance} for d in (1, best, 12)]
+    timed = [
+        {
+            "exit_layer": e,
+            "draft_tokens": d,
+            "speedup": speed / (1 + e / 10) - abs(d - best) / 100,
+            "identical_to_plain": identical,
+        }
+        for e in (3, 6, 9)
+        for d in (1, best, 12)
+    ]
+    by_exit = [
+        {"exit_layer": e, "agreement": 0.9, "by_draft_tokens": lengths} for e in (2, 3, 6, 9)
+    ]
+    return {
+        "task": "humaneval",
+        "samples": 3,
+        "max_new_tokens": 8,
+        "exits": by_exit,
+        "timed": timed,
+    }
+
+
+def topv2(acceptance, early, speeds):
+    found = [
+        {
+            "exit_layer": e,
+            "exact_match": early,
+            "agreement": 0.9,
+            "acceptance_rate": acceptance,
+            "mean_accepted_length": 4.0,
+        }
+        for e in (3, 6, 9)
+    ]
+    timed = [
+        {"exit_layer": e, "draft_tokens": 8, "speedup": speed}
+        for e, speed in zip((3, 6, 9), speeds, strict=True)
+    ]
+    return {"draft_tokens": 8, "exits": found, "timed": timed}
+
+
+def kvq(saved, identical=1.0):
+    return {
+        "saved": saved,
+        "task": "topv2",
+        "ms_per_token": {"with": 1.0, "without": 2.0},
+        "identical_to_plain": {"with": 1.0, "without": identical},
+    }
+
+
+def as_in_the_paper():
+    others = ("LD", "EE", "LD+EE uniform over layers", "LD+EE constant over steps")
+    return {
+        "pretrain": [
+            row("baseline", exits=exits(None, 20.0)),
+            row("LD+EE", exits=exits(30.0, 20.3)),
+            *(row(name, exits=exits(50.0, 21.0)) for name in others),
+            row("LD+EE gradual", exits=exits(30.0, 21.0)),
+            row("LD+EE all exits", exits=exits(30.0, 21.0)),
+        ],
+        "continual": [
+            row("before", text=exits(900.0, 20.0), code=exits(900.0, 20.0)),
+            row("recipe", text=exits(30.0, 20.9), code=exits(30.0, 20.9)),
+        ],
+        "domain": [row("before", **drafts(1.0)), row("recipe", **drafts(2.6))],
+        "task": [
+            row("recipe", exact_match=0.83, **topv2(0.77, 0.83, (2.0, 1.6, 1.2))),
+            row("control", exact_match=0.85),
+        ],
+        "kvq": [row("E = 3, d = 8", **kvq(0.06)), row("E = 6, d = 8", **kvq(0.11))],
+        "speculation": [row("a on b", **drafts(2.9))],
+    }
+
+
+def otherwise():
+    return {
+        "pretrain": [
+            row("baseline", exits=exits(30.0, 20.0)),
+            row("LD+EE", exits=exits(60.0, 20.5)),
+            row("LD", exits=exits(50.0, 20.0)),
+            row("EE", exits=exits(70.0, 20.0)),
+            *(
+                row(name, exits=exits(30.0, 20.6))
+                for name in ("LD+EE uniform over layers", "LD+EE constant over steps")
+            ),
+            *(row(f"LD+EE {name}", exits=exits(30.0, 20.0)) for name in ("gradual", "all exits")),
+        ],
+        "continual": [
+            row("before", text=exits(30.0, 20.0), code=exits(30.0, 20.0)),
+            row("recipe", text=exits(30.0, 21.1), code=exits(30.0, 20.0)),
+        ],
+        "domain": [
+            row("before", **drafts(1.5)),
+            row("recipe", **drafts(1.5, acceptance=0.44)),
+        ],
+        "task": [
+            row("recipe", exact_match=0.83, **topv2(0.75, 0.81, (1.2, 1.6, 1.9))),
+            row("control", exact_match=0.87),
+        ],
+        "kvq": [row("E = 3, d = 8", **kvq(0.06)), row("E = 6, d = 8", **kvq(-0.01))],
+        "speculation": [row("a on b", **drafts(2.0, identical=0.9, best=2))],
+    }
+
+
+@pytest.mark.parametrize(
+    ("experiments", "wanted"),
+    [(as_in_the_paper(), SEEN), (otherwise(), NOT_SEEN), ({}, NOT_MEASURED)],
+    ids=["as in the paper", "otherwise", "no files"],
+)
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.paper)
+def test_every_rule_can_hold_and_fail(claim, experiments, wanted):
+    finding = claim.finding(experiments.get(claim.experiment, ()))
+    assert verdict(finding) == wanted, finding
+
+
+def test_a_claim_needs_all_its_variants():
+    rows = [row for row in as_in_the_paper()["pretrain"] if row["variant"] != "baseline"]
+    needing = [claim for claim in CLAIMS if "baseline" in claim.needs]
+    assert needing
+    assert {verdict(claim.finding(rows)) for claim in needing} == {NOT_MEASURED}
+
+
+def test_reuse_of_the_cache_counts_only_with_the_same_tokens():
+    rows = [row("E = 3, d = 8", **kvq(0.08, identical=0.9))]
+    (claim,) = [claim for claim in CLAIMS if claim.experiment == "kvq"]
+    assert verdict(claim.finding(rows)) == NOT_SEEN
+
+
+def test_the_page_has_the_figures_and_where_they_come_from():
+    text = page(as_in_the_paper())
+    assert "Not measured yet." not in text
+    assert "last layer: 20.30 against 20.00 (+1.5%)" in text
+    assert "| baseline | above all numbers |" in text
+    assert "| baseline | m | 5 steps, 40 rows, 12,345 tokens | `python -m paper.x` | abc |" in text
+    spoiled = copy.deepcopy(as_in_the_paper())
+    spoiled["kvq"][0]["saved"] = math.pi / 100
+    assert "3.1%" in page(spoiled)
+
+
+def test_files_of_smoke_runs_are_no_results(tmp_path):
+    for smoke in (True, False):
+        for name, rows in as_in_the_paper().items():
+            text = json.dumps({"smoke": smoke, "rows": rows})
+            (tmp_path / f"{name}.json").write_text(text)
+        assert list(read(tmp_path)) == ([] if smoke else list(TITLES))
+
+
+def test_the_page_is_what_the_files_give():
+    again = "PYTHONPATH=benchmarks python -m paper.page"
+    assert PAGE.read_text(encoding="utf-8") == page(read(RESULTS)), f"write it again: {again}"
