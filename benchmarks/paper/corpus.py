@@ -138,7 +138,7 @@ def functions(texts: Iterable[str]) -> Iterator[dict[str, str]]:
 
 def first_words(texts: Iterable[str], words: int) -> str:
     """The beginnings of many texts as one: each gives as much as the others, until it is enough."""
-    share = 400  # between single blanks: indentation counts
+    share = 1000  # between single blanks: indentation counts
     parts = (" ".join(text.split(" ")[:share]) for text in texts)
     kept: list[str] = []
     while words > 0 and (part := next(parts, None)) is not None:

@@ -40,7 +40,6 @@ TITLES = {
 
 
 def main() -> None:
-    assert __doc__ is not None
     parser = argparse.ArgumentParser(
         prog="python -m paper.page", description="Write docs/paper.md."
     )

@@ -87,7 +87,6 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    assert __doc__ is not None
     parser = options_of(
         "pretrain",
         "Pretraining from scratch. About 70 minutes on one core for the eight variants "

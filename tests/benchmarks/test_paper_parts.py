@@ -77,9 +77,9 @@ def test_unknown_sources_are_named():
 
 
 def test_the_first_words_are_of_several_texts():
-    text = first_words(["a " * 1000, "b " * 1000, "c " * 1000], 500)
+    text = first_words(["a " * 2000, "b " * 2000, "c " * 2000], 1500)
     assert {"a", "b"} == set(text.split())
-    assert len(text.split()) >= 500
+    assert len(text.split()) == 2000
 
 
 @pytest.fixture(scope="module")
