@@ -62,7 +62,9 @@ def test_variants_of_pretraining_differ_in_the_recipe_alone(run):
     assert all([e["exit_layer"] for e in row["exits"]] == [1, 2, 3, 4] for row in rows.values())
     figures = {name: row["exits"][-1]["token_perplexity"] for name, row in rows.items()}
     assert figures["EE"] != figures["baseline"]
-    assert figures["LD+EE"] != figures["LD+EE gradual"]  # two steps and rows: nothing is dropped yet
+    assert (
+        figures["LD+EE"] != figures["LD+EE gradual"]
+    )  # two steps and rows: nothing is dropped yet
     recipe = rows["LD+EE gradual"]["trained"]["recipe"]
     assert (recipe["curriculum"], recipe["variant"], recipe["p_max"]) == ("gradual", "LD+EE", 0.1)
 
