@@ -63,28 +63,41 @@ def trained_with_recipe(
     exits: Sequence[int] = EXITS,
     draft_tokens: int = DRAFT_TOKENS,
 ) -> dict[str, Any]:
-    limit = task.max_new_tokens
     answers = answer(model, task, mode="plain")
+    rows = []
+    for figures in drafts_by_exit(model, task, answers, exits, draft_tokens):
+        early = answer(model, task, mode="early-exit", exit_layer=figures["exit_layer"])
+        rows.append({**figures, "exact_match": exact_match(task, early)})
+        print(json.dumps(rows[-1]), flush=True)
+    return {"exact_match": exact_match(task, answers), "exits": rows}
+
+
+def drafts_by_exit(
+    model: LayerSkipModel,
+    task: Task,
+    answers: Sequence[Generation],
+    exits: Sequence[int],
+    draft_tokens: int = DRAFT_TOKENS,
+) -> list[dict[str, Any]]:
+    """What each exit would have drafted of the model's own greedy answers; [] where they are empty."""
+    limit = task.max_new_tokens
     continuations = [
         read_agreement(model.decoder, model.tokenize(sample.prompt), made, exits, limit)
         for sample, made in track(list(zip(task.samples, answers, strict=True)), "agreement")
         if made.new_tokens > 1
     ]
     rows = []
-    for exit_layer in exits:
+    for exit_layer in exits if continuations else ():
         rounds = [r for c in continuations for r in replay(c, exit_layer, draft_tokens)]
-        early = answer(model, task, mode="early-exit", exit_layer=exit_layer)
         rows.append(
             {
                 "exit_layer": exit_layer,
-                "exact_match": exact_match(task, early),
                 "agreement": agreement_rate(continuations, exit_layer),
                 "acceptance_rate": sum(r.accepted for r in rounds) / sum(r.drafted for r in rounds),
                 "mean_accepted_length": sum(len(r.tokens) for r in rounds) / len(rounds),
             }
         )
-        print(json.dumps(rows[-1]), flush=True)
-    return {"exact_match": exact_match(task, answers), "exits": rows}
+    return rows
 
 
 def answer(model: LayerSkipModel, task: Task, **options: Any) -> list[Generation]:

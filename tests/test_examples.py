@@ -65,7 +65,7 @@ def test_scripts(model_folder, tmp_path, script, launcher, steps):
     assert (answer.mode, answer.exit_layer) == ("self-speculative", 2)
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: path.name)
 def test_settings_fit_smollm2(path):
     config = TrainConfig.from_yaml(path, data="rows.jsonl", output="out")
     assert config.model == "smollm2-135m"

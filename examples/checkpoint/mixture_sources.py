@@ -1,0 +1,236 @@
+"""Where rows of the mixture come from: each data set's licence, and how its rows become ours.
+
+Rows to train on have `prompt` and `completion`, or `messages`; rows held back have `prompt` and
+`reference`. Prompts and completions are tokenized apart and put together, so a prompt ends where the
+tokenizer would cut anyway: completions begin with a space or a line break, or follow a line break.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from layerskip.bench.catalogue import FORMS
+from layerskip.bench.data_sets import DataSet
+
+Rows = list[dict[str, Any]]
+# Prompt and completion together: 300 tokens at 3.2 characters, which even code rarely falls below.
+MOST_CHARACTERS = 960
+OPENING = 200  # characters; texts that begin alike are taken for the same
+HELD_OUT_ONE_IN = 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set and how it is read.
+
+    Attributes:
+        data: what it is, for people.
+        licence: of the data.
+        read: folder of data sets (None: $LAYERSKIP_DATA) -> rows to train on, rows held back.
+    """
+
+    data: str
+    licence: str
+    read: Callable[[str | None], tuple[Rows, Rows]]
+
+
+def opening(row: dict[str, Any]) -> str:
+    """How a row begins; of rows that begin alike, none is trained on while another is held back."""
+    text = row["prompt"] if "prompt" in row else row["messages"][0]["content"]
+    return str(text[:OPENING])
+
+
+def is_held_out(key: str) -> bool:
+    """Whether rows of this key are held back: one key in twenty, the same ones everywhere."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
+
+
+def fits(row: dict[str, Any]) -> bool:
+    """Whether a row with prompt and completion is short enough."""
+    return len(row["prompt"]) + len(row["completion"]) <= MOST_CHARACTERS
+
+
+def as_question(row: dict[str, Any]) -> dict[str, Any]:
+    """A row to train on as one that is held back."""
+    rest = {name: value for name, value in row.items() if name != "completion"}
+    return {**rest, "reference": row["completion"].strip()}
+
+
+def summary_prompt(text: str) -> str:
+    """The prompt of all summaries; the summary follows after a space."""
+    return f"{text.strip()}\n\nSummary:"
+
+
+def _topv2(data: str | None) -> tuple[Rows, Rows]:
+    form = FORMS["topv2"]
+
+    def rows(split: str, answer: str) -> Rows:
+        return [
+            {"prompt": form.prompt(row), answer: row["semantic_parse"], "category": row["domain"]}
+            for row in form.data.rows(split, data)
+        ]
+
+    return rows("train", "completion"), rows("test", "reference")
+
+
+_DEBIAN = DataSet(
+    folder="debian_descriptions",
+    files={"train": "descriptions.jsonl*"},
+    origin="https://deb.debian.org/debian/dists/trixie/main/i18n/Translation-en",
+)
+
+
+def _debian(data: str | None) -> tuple[Rows, Rows]:
+    """One package of those whose descriptions begin alike (a program, its data, its documentation)."""
+    kept: dict[str, dict[str, Any]] = {}
+    for source in _DEBIAN.rows("train", data):
+        prompt = summary_prompt(unwrapped(source["description"]))
+        row = {"prompt": prompt, "completion": f" {source['summary'].strip()}"}
+        if fits(row):
+            kept.setdefault(opening(row), row)
+    train = [row for key, row in kept.items() if not is_held_out(key)]
+    return train, [as_question(row) for key, row in kept.items() if is_held_out(key)]
+
+
+def unwrapped(text: str) -> str:
+    """Join the lines of each paragraph; lists, which are set off by a mark or a space, keep theirs."""
+    return re.sub(r"(?<=\S)[ \t]*\n(?![\s*•+-]|\d+[.)])", " ", text)
+
+
+_SCITLDR = DataSet(
+    folder="scitldr",
+    files={"train": "train.jsonl*", "test": "test.jsonl*"},
+    hub="allenai/scitldr",
+    config="Abstract",
+    origin="https://github.com/allenai/scitldr",
+)
+
+
+def _scitldr(data: str | None) -> tuple[Rows, Rows]:
+    """Abstracts, up to the sentence that still fits, and the first summary of each."""
+
+    def rows(split: str) -> Rows:
+        found = []
+        for source in _SCITLDR.rows(split, data):
+            summary = _tidy(source["target"][0])
+            sentences = [_tidy(sentence) for sentence in source["source"]]
+            abstract = _that_fit(sentences, MOST_CHARACTERS - len(summary) - len(summary_prompt(" ")))
+            if abstract:
+                found.append({"prompt": summary_prompt(abstract), "completion": f" {summary}"})
+        return found
+
+    return rows("train"), [as_question(row) for row in rows("test")]
+
+
+def _that_fit(sentences: Iterable[str], characters: int) -> str:
+    text = ""
+    for sentence in sentences:
+        longer = f"{text} {sentence}".strip()
+        if len(longer) > characters:
+            break
+        text = longer
+    return text
+
+
+def _tidy(text: str) -> str:
+    return " ".join(text.split())
+
+
+_MBPP = DataSet(
+    folder="mbpp",
+    files={"train": "mbpp.jsonl*"},
+    hub="google-research-datasets/mbpp",
+    config="full",
+    origin="https://github.com/google-research/google-research/tree/master/mbpp",
+    ids={"train": range(601, 975)},
+)
+
+
+def _mbpp(data: str | None) -> tuple[Rows, Rows]:
+    """In the form of the benchmark without examples; the end of the text ends a program."""
+    form = FORMS["mbpp"]
+    assert form.answer is not None
+    train = []
+    for source in _MBPP.rows("train", data):
+        program, _, _ = form.answer(source).partition("\n[DONE]")
+        code = "\n".join(line.rstrip() for line in program.expandtabs(4).split("\n"))
+        train.append({"prompt": form.prompt(source), "completion": code})
+    return [row for row in train if fits(row)], []
+
+
+def _gsm8k(data: str | None) -> tuple[Rows, Rows]:
+    """As conversations, without the marks for a calculator."""
+    train = []
+    for source in FORMS["gsm8k"].data.rows("train", data):
+        steps, _, number = re.sub(r"<<[^>]*>>", "", source["answer"]).partition("\n#### ")
+        asked = {"role": "user", "content": _tidy(source["question"])}
+        answered = {"role": "assistant", "content": f"{steps.strip()}\nThe answer is {number.strip()}."}
+        if len(asked["content"]) + len(answered["content"]) <= MOST_CHARACTERS:
+            train.append({"messages": [asked, answered]})
+    return train, []
+
+
+_WIKITEXT = DataSet(
+    folder="wikitext2",
+    files={"validation": "valid.txt*"},
+    hub="Salesforce/wikitext",
+    config="wikitext-2-v1",
+    origin="https://huggingface.co/datasets/Salesforce/wikitext",
+)
+_UNKNOWN = "<unk>"
+FEWEST_WORDS = 24  # of a passage that is continued
+
+
+def _wikitext(data: str | None) -> tuple[Rows, Rows]:
+    """Sentences that follow one another, as people write them; a third of the words is the prompt."""
+    train = []
+    for source in _WIKITEXT.rows("validation", data):
+        for line in source["text"].splitlines():
+            for words in _passages(sentences_of(line)):
+                cut = len(words) // 3
+                prompt, completion = " ".join(words[:cut]), " ".join(words[cut:])
+                train.append({"prompt": prompt, "completion": f" {completion}"})
+    return train, []
+
+
+def sentences_of(line: str) -> list[str]:
+    """The sentences of a tokenized paragraph, with its spaces as people write them."""
+    first, *parts = f" {line.strip()} ".split(' " ')
+    marks = (f' "{part}' if number % 2 == 0 else f'" {part}' for number, part in enumerate(parts))
+    text = first + "".join(marks)
+    text = re.sub(r" @([-,.])@ ", r"\1", text)
+    text = re.sub(r"(?<=\d) ([–:]) (?=\d)", r"\1", text)
+    text = re.sub(r" ([,.;:!?%)\]]|n't\b|')", r"\1", text)
+    text = re.sub(r"([(\[$£]) ", r"\1", text)
+    # A short word before the full stop is rather an abbreviation.
+    return re.split(r"(?<=[a-z0-9)\"%]{3}[.!?])\s+(?=[A-Z\"])", text.strip())
+
+
+def _passages(sentences: Sequence[str]) -> Iterator[list[str]]:
+    """The words of sentences in a row that have no unknown word and are short enough together."""
+    run: list[str] = []
+    for sentence in [*sentences, _UNKNOWN]:
+        words = sentence.split()
+        if _UNKNOWN not in sentence and len(" ".join([*run, *words])) <= MOST_CHARACTERS:
+            run += words
+            continue
+        if len(run) >= FEWEST_WORDS:
+            yield run
+        run = [] if _UNKNOWN in sentence else words
+
+
+SOURCES = {
+    "topv2": Source("TOPv2 1.1: commands to an assistant and their parses", "CC BY-SA 4.0", _topv2),
+    "debian": Source(
+        "descriptions and synopses of the packages of Debian 13",
+        "each package's own free licence",
+        _debian,
+    ),
+    "scitldr": Source("SciTLDR: abstracts and summaries of one sentence", "Apache-2.0", _scitldr),
+    "mbpp": Source("MBPP, problems 601 to 974: short Python programs", "CC BY 4.0", _mbpp),
+    "gsm8k": Source("GSM8K: word problems of school mathematics", "MIT", _gsm8k),
+    "wikitext2": Source("WikiText-2, validation part: articles", "CC BY-SA 3.0", _wikitext),
+}

@@ -1,0 +1,216 @@
+"""The mixture of examples/checkpoint, from tiny stand-ins of its data sets."""
+
+import functools
+import hashlib
+import json
+
+import prepare as preparing
+import pytest
+from mixture_sources import MOST_CHARACTERS, opening, sentences_of, unwrapped
+from prepare import prepare
+from python_functions import rows_of, standard_library
+from transformers import AutoTokenizer
+
+import tiny_checkpoint
+from layerskip.recipe.exit_loss import IGNORED_LABEL
+from layerskip.training.data import Encoding, read_rows
+
+WORDS = "the mill was built of red brick by a family of bakers who sold it after the war to a club"
+LONG = f"{WORDS} and the club sold it again in 1950 ."
+
+
+def library(root):
+    root.mkdir()
+    for i in range(80):
+        text = f'def f{i}(x):\n    """Adds {i}."""\n    return x + {i}\n'
+        (root / f"m{i}.py").write_text(text)
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+
+    def lines(name, rows):
+        path = root / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    (root / "topv2").mkdir()
+    for split, numbers in (("train", range(60)), ("eval", [200, 201]), ("test", range(50, 70))):
+        table = [f"alarm\tcommand {i}\t[IN:X {i} ]" for i in numbers]
+        text = "\n".join(["domain\tutterance\tsemantic_parse", *table, ""])
+        (root / "topv2" / f"alarm_{split}.tsv").write_text(text)
+    twins = [
+        {"description": f"{i} {WORDS * 3}. This package has the {part}.", "summary": f"{part} {i}"}
+        for i in range(90)
+        for part in ("program", "documentation")
+    ]
+    lines("debian_descriptions/descriptions.jsonl", [*twins, {"description": "x" * 2000, "summary": "no"}])
+    papers = [
+        {"source": [f"Paper {i}.", WORDS * 4, WORDS * 8], "target": [f"Short  {i}.", "Second."]}
+        for i in range(30)
+    ]
+    lines("scitldr/train.jsonl", papers[:4])
+    lines("scitldr/test.jsonl", papers[10:])
+    problems = [
+        {"task_id": i, "text": f"Add {i}.", "test_list": ["assert f"], "code": f"def f():\r\n\treturn {i} "}
+        for i in range(590, 640)
+    ]
+    lines("mbpp/mbpp.jsonl", problems)
+    sums = [
+        {"question": f"{i} and  1?", "answer": f"It is {i}+1=<<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"}
+        for i in range(30)
+    ]
+    lines("gsm8k/train.jsonl", sums)
+    (root / "wikitext2").mkdir()
+    articles = [f" = Mill {i} = \n \n Mill {i} : {LONG} Of <unk> nothing is known . {LONG} \n" for i in range(20)]
+    (root / "wikitext2" / "valid.txt").write_text("".join(articles))
+    return str(root)
+
+
+@pytest.fixture(autouse=True)
+def small_library(tmp_path, monkeypatch):
+    """Few functions in place of a whole standard library, which takes seconds to read."""
+    read = functools.partial(standard_library, folder=library(tmp_path / "library"))
+    source = preparing.SOURCES["python"]
+    monkeypatch.setitem(preparing.SOURCES, "python", type(source)(source.data, source.licence, read))
+
+
+def rows_in(folder, name="train.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_shares_are_those_of_the_table_and_scarce_rows_stand_twice(data, tmp_path):
+    summary = prepare(tmp_path / "a", 200, data=data)
+    rows = rows_in(tmp_path / "a")
+    counts = {name: sum(row["source"] == name for row in rows) for name in preparing.SHARES}
+    scitldr = 8  # of 10 wanted, there are 4
+    assert counts == {
+        "topv2": 80, "debian": 50, "scitldr": scitldr, "python": 38, "mbpp": 2, "gsm8k": 14, "wikitext2": 6,
+    }  # fmt: skip
+    assert summary["rows"] == len(rows) == 198
+    scarce = summary["sources"]["scitldr"]
+    assert (scarce["wanted"], scarce["available"], scarce["twice"]) == (10, 4, 4)
+    assert summary["sources"]["topv2"]["twice"] == 80 - 50
+    assert summary["sources"]["debian"]["twice"] == 0
+    assert summary == json.loads((tmp_path / "a" / "mixture.json").read_text())
+    order = [row["source"] for row in rows]
+    assert order != sorted(order, key=list(preparing.SHARES).index)
+
+
+def test_the_seed_decides_everything(data, tmp_path):
+    files = [prepare(tmp_path / name, 100, seed, data)["files"] for name, seed in zip("abc", (1, 1, 2), strict=True)]
+    assert files[0] == files[1]
+    assert files[0]["train.jsonl"]["sha256"] != files[2]["train.jsonl"]["sha256"]
+    for name, file in files[0].items():
+        assert hashlib.sha256((tmp_path / "a" / name).read_bytes()).hexdigest() == file["sha256"]
+        assert len(rows_in(tmp_path / "a", name)) == file["rows"]
+
+
+def test_no_row_begins_like_one_that_is_held_back(data, tmp_path):
+    summary = prepare(tmp_path / "a", 2000, data=data)
+    trained = {opening(row) for row in rows_in(tmp_path / "a")}
+    held = {name for name in summary["files"] if name.startswith("test-")}
+    assert held == {f"test-{name}.jsonl" for name in ("topv2", "debian", "scitldr", "python")}
+    for name in held:
+        rows = rows_in(tmp_path / "a", name)
+        assert rows
+        assert trained.isdisjoint(opening(row) for row in rows)
+        assert all(row["prompt"] and row["reference"] for row in rows)
+    # Commands 50 to 59 are in both files of the data set, 200 and 201 in that for evaluation.
+    assert {row["prompt"] for row in rows_in(tmp_path / "a") if row["source"] == "topv2"} == {
+        f"command {i}\n" for i in range(50)
+    }
+    # Of two descriptions that begin alike one is taken.
+    debian = [row for row in rows_in(tmp_path / "a", "test-debian.jsonl")]
+    assert len(debian) == 90 - summary["sources"]["debian"]["available"]
+    assert not any("documentation" in row["prompt"] for row in debian)
+
+
+def test_rows_of_every_source(data, tmp_path):
+    prepare(tmp_path / "a", 400, data=data)
+    rows = rows_in(tmp_path / "a")
+    first = {name: min((r for r in rows if r["source"] == name), key=str) for name in preparing.SHARES}
+    assert first["scitldr"]["prompt"] == f"Paper 0. {WORDS * 4}\n\nSummary:"  # the third is too long
+    assert first["scitldr"]["completion"] == " Short 0."
+    assert first["mbpp"]["prompt"].endswith("\n[BEGIN]\n")
+    numbers = {row["completion"] for row in rows if row["source"] == "mbpp"}
+    assert numbers <= {f"def f():\n    return {i}" for i in range(601, 640)}
+    assert first["gsm8k"]["messages"] == [
+        {"role": "user", "content": "0 and 1?"},
+        {"role": "assistant", "content": "It is 0+1=1.\nThe answer is 1."},
+    ]
+    texts = [row["prompt"] + row["completion"] for row in rows if row["source"] == "wikitext2"]
+    assert all("unk" not in text and text.endswith(" in 1950.") for text in texts)
+    lengths = [len(row["prompt"] + row["completion"]) for row in rows if "prompt" in row]
+    assert max(lengths) <= MOST_CHARACTERS
+
+
+def test_all_rows_are_ones_to_train_on(data, tmp_path):
+    prepare(tmp_path / "a", 200, data=data)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint.save(tmp_path / "model"))
+    encode = Encoding(tokenizer=tokenizer, max_length=2 * MOST_CHARACTERS)
+    for where, row in read_rows(str(tmp_path / "a" / "train.jsonl")):
+        labels = [x for x in encode(where, row)["labels"] if x != IGNORED_LABEL]
+        expected = row["completion"] if "completion" in row else row["messages"][-1]["content"]
+        assert tokenizer.decode(labels, skip_special_tokens=True).rstrip("\n") == expected
+
+
+def test_functions_are_cut_after_their_docstring_or_a_third(tmp_path):
+    path = tmp_path / "m.py"
+    path.write_text(
+        'class A:\n    @property\n    def f(self):\n        """Says x.\n\n        Twice.\n        """\n\n'
+        "        def inner():\n            return 1\n        return 'x'\n\n"
+        '    def only_text(self):\n        """Nothing else."""\n\n'
+        "    def short(self):\n        return 1\n\n"
+        "async def g(a):\n    b = a\n    c = b\n    # why\n    d = c\n    return d\n\n"
+        "def h(a):\n    return '''\nleft'''\n"
+    )
+    assert [(row["prompt"], row["completion"]) for row in rows_of(path)] == [
+        (
+            'def f(self):\n    """Says x.\n\n    Twice.\n    """',
+            "\n\n    def inner():\n        return 1\n    return 'x'",
+        ),
+        ("async def g(a):\n    b = a", "\n    c = b\n    # why\n    d = c\n    return d"),
+    ]
+
+
+def test_tests_and_faulty_files_are_left_out(tmp_path):
+    for name in ("test/a.py", "pkg/tests/b.py", "site-packages/c.py", "pkg/d.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f'def f():\n    """{name}"""\n    return 1\n')
+    (tmp_path / "bad.py").write_text("def (:\n")
+    train, held_out = standard_library(folder=tmp_path)
+    assert [row["prompt"] for row in train + held_out] == ['def f():\n    """pkg/d.py"""']
+
+
+def test_text_is_set_as_people_write_it():
+    line = ' " Mill " cost £ 2 @,@ 300 ( a lot ) . It opened at 9 : 30 , " said J. Smith " . <unk> did . '
+    assert sentences_of(line) == [
+        '"Mill" cost £2,300 (a lot).',
+        'It opened at 9:30, "said J. Smith".',
+        "<unk> did.",
+    ]
+    wrapped = "one\ntwo:\n * a\n * b\n\nthree\nfour\n1. five"
+    assert unwrapped(wrapped) == "one two:\n * a\n * b\n\nthree four\n1. five"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": 0}, "at least 1"),
+        ({"shares": {"topv2": 60, "debian": 30}}, "90 percent"),
+        ({"data": "/nowhere"}, "topv2 .* is not here"),
+    ],
+)
+def test_what_cannot_be_prepared_is_said(options, message, data, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        prepare(tmp_path / "a", **{"rows": 10, "data": data, **options})
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_folder_with_files_is_refused(data, tmp_path):
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(ValueError, match="not empty"):
+        prepare(tmp_path, 10, data=data)
