@@ -128,7 +128,12 @@ def quality(measured: dict[str, Any]) -> Iterator[str]:
     yield ""
     both = [measured["checkpoint"], *([control] if control else [])]
     rows = [
-        [name, f"{task['samples']:,}", metric, *(f"{m['tasks'][name]['quality'][metric]:.1%}" for m in both)]
+        [
+            name,
+            f"{task['samples']:,}",
+            metric,
+            *(f"{m['tasks'][name]['quality'][metric]:.1%}" for m in both),
+        ]
         for name, task in both[0]["tasks"].items()
         for metric in task["quality"]
     ]

@@ -117,7 +117,9 @@ def _scitldr(data: str | None) -> tuple[Rows, Rows]:
         for source in _SCITLDR.rows(split, data):
             summary = _tidy(source["target"][0])
             sentences = [_tidy(sentence) for sentence in source["source"]]
-            abstract = _that_fit(sentences, MOST_CHARACTERS - len(summary) - len(summary_prompt(" ")))
+            abstract = _that_fit(
+                sentences, MOST_CHARACTERS - len(summary) - len(summary_prompt(" "))
+            )
             if abstract:
                 found.append({"prompt": summary_prompt(abstract), "completion": f" {summary}"})
         return found
@@ -167,7 +169,10 @@ def _gsm8k(data: str | None) -> tuple[Rows, Rows]:
     for source in FORMS["gsm8k"].data.rows("train", data):
         steps, _, number = re.sub(r"<<[^>]*>>", "", source["answer"]).partition("\n#### ")
         asked = {"role": "user", "content": _tidy(source["question"])}
-        answered = {"role": "assistant", "content": f"{steps.strip()}\nThe answer is {number.strip()}."}
+        answered = {
+            "role": "assistant",
+            "content": f"{steps.strip()}\nThe answer is {number.strip()}.",
+        }
         if len(asked["content"]) + len(answered["content"]) <= MOST_CHARACTERS:
             train.append({"messages": [asked, answered]})
     return train, []
@@ -202,11 +207,11 @@ def sentences_of(line: str) -> list[str]:
     marks = (f' "{part}' if number % 2 == 0 else f'" {part}' for number, part in enumerate(parts))
     text = first + "".join(marks)
     text = re.sub(r" @([-,.])@ ", r"\1", text)
-    text = re.sub(r"(?<=\d) ([–:]) (?=\d)", r"\1", text)
+    text = re.sub(r"(?<=\d) ([\u2013:]) (?=\d)", r"\1", text)
     text = re.sub(r" ([,.;:!?%)\]]|n't\b|')", r"\1", text)
     text = re.sub(r"([(\[$£]) ", r"\1", text)
     # A short word before the full stop is rather an abbreviation.
-    return re.split(r"(?<=[a-z0-9)\"%]{3}[.!?])\s+(?=[A-Z\"])", text.strip())
+    return re.split(r"(?<=[a-z0-9)\"%]{3}[.!?])\s+(?=[A-Z\"<])", text.strip())
 
 
 def _passages(sentences: Sequence[str]) -> Iterator[list[str]]:

@@ -110,7 +110,8 @@ def prepare(
         "python": platform.python_version(),  # whose standard library it is
         "sources": sources,
         "files": {
-            name: write(output / name, rows) for name, rows in {"train.jsonl": mixed, **files}.items()
+            name: write(output / name, rows)
+            for name, rows in {"train.jsonl": mixed, **files}.items()
         },
     }
     (output / "mixture.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

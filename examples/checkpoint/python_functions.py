@@ -1,4 +1,4 @@
-"""Functions of Python's standard library as rows: bodies after their docstrings, ends after beginnings."""
+"""Functions of Python's standard library as rows: docstring, then body; a beginning, then the rest."""
 
 import ast
 import sysconfig

@@ -112,7 +112,9 @@ def test_the_card_has_the_figures_and_where_they_come_from(measured):
     assert "output:" not in text
     assert '`p_max: 0.0`, `curriculum: "none"`, `fixed_exits: []`' in text
     assert "| sums | 3 | exact_match | 100.0% | 100.0% |" in text
-    assert f"word perplexity | {measured['checkpoint']['perplexity']['word_perplexity']:.2f} |" in text
+    assert (
+        f"word perplexity | {measured['checkpoint']['perplexity']['word_perplexity']:.2f} |" in text
+    )
     row = measured["checkpoint"]["tasks"]["sums"]["exits"][1]
     assert f"| sums | 3 | {row['agreement']:.1%} | {row['acceptance_rate']:.1%} |" in text
     assert f"{1 - row['agreement']:.1%} of the tokens" in text

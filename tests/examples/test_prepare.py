@@ -46,7 +46,10 @@ def data(tmp_path_factory):
         for i in range(90)
         for part in ("program", "documentation")
     ]
-    lines("debian_descriptions/descriptions.jsonl", [*twins, {"description": "x" * 2000, "summary": "no"}])
+    lines(
+        "debian_descriptions/descriptions.jsonl",
+        [*twins, {"description": "x" * 2000, "summary": "no"}],
+    )
     papers = [
         {"source": [f"Paper {i}.", WORDS * 4, WORDS * 8], "target": [f"Short  {i}.", "Second."]}
         for i in range(30)
@@ -54,17 +57,28 @@ def data(tmp_path_factory):
     lines("scitldr/train.jsonl", papers[:4])
     lines("scitldr/test.jsonl", papers[10:])
     problems = [
-        {"task_id": i, "text": f"Add {i}.", "test_list": ["assert f"], "code": f"def f():\r\n\treturn {i} "}
+        {
+            "task_id": i,
+            "text": f"Add {i}.",
+            "test_list": ["assert f"],
+            "code": f"def f():\r\n\treturn {i} ",
+        }
         for i in range(590, 640)
     ]
     lines("mbpp/mbpp.jsonl", problems)
     sums = [
-        {"question": f"{i} and  1?", "answer": f"It is {i}+1=<<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"}
+        {
+            "question": f"{i} and  1?",
+            "answer": f"It is {i}+1=<<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}",
+        }
         for i in range(30)
     ]
     lines("gsm8k/train.jsonl", sums)
     (root / "wikitext2").mkdir()
-    articles = [f" = Mill {i} = \n \n Mill {i} : {LONG} Of <unk> nothing is known . {LONG} \n" for i in range(20)]
+    articles = [
+        f" = Mill {i} = \n \n Mill {i} : {LONG} Of <unk> nothing is known . {LONG} \n"
+        for i in range(20)
+    ]
     (root / "wikitext2" / "valid.txt").write_text("".join(articles))
     return str(root)
 
@@ -74,7 +88,9 @@ def small_library(tmp_path, monkeypatch):
     """Few functions in place of a whole standard library, which takes seconds to read."""
     read = functools.partial(standard_library, folder=library(tmp_path / "library"))
     source = preparing.SOURCES["python"]
-    monkeypatch.setitem(preparing.SOURCES, "python", type(source)(source.data, source.licence, read))
+    monkeypatch.setitem(
+        preparing.SOURCES, "python", type(source)(source.data, source.licence, read)
+    )
 
 
 def rows_in(folder, name="train.jsonl"):
@@ -85,10 +101,15 @@ def test_shares_are_those_of_the_table_and_scarce_rows_stand_twice(data, tmp_pat
     summary = prepare(tmp_path / "a", 200, data=data)
     rows = rows_in(tmp_path / "a")
     counts = {name: sum(row["source"] == name for row in rows) for name in preparing.SHARES}
-    scitldr = 8  # of 10 wanted, there are 4
     assert counts == {
-        "topv2": 80, "debian": 50, "scitldr": scitldr, "python": 38, "mbpp": 2, "gsm8k": 14, "wikitext2": 6,
-    }  # fmt: skip
+        "topv2": 80,
+        "debian": 50,
+        "scitldr": 8,  # of 10 wanted; there are 4
+        "python": 38,
+        "mbpp": 2,
+        "gsm8k": 14,
+        "wikitext2": 6,
+    }
     assert summary["rows"] == len(rows) == 198
     scarce = summary["sources"]["scitldr"]
     assert (scarce["wanted"], scarce["available"], scarce["twice"]) == (10, 4, 4)
@@ -100,7 +121,10 @@ def test_shares_are_those_of_the_table_and_scarce_rows_stand_twice(data, tmp_pat
 
 
 def test_the_seed_decides_everything(data, tmp_path):
-    files = [prepare(tmp_path / name, 100, seed, data)["files"] for name, seed in zip("abc", (1, 1, 2), strict=True)]
+    files = [
+        prepare(tmp_path / name, 100, seed, data)["files"]
+        for name, seed in zip("abc", (1, 1, 2), strict=True)
+    ]
     assert files[0] == files[1]
     assert files[0]["train.jsonl"]["sha256"] != files[2]["train.jsonl"]["sha256"]
     for name, file in files[0].items():
@@ -123,7 +147,7 @@ def test_no_row_begins_like_one_that_is_held_back(data, tmp_path):
         f"command {i}\n" for i in range(50)
     }
     # Of two descriptions that begin alike one is taken.
-    debian = [row for row in rows_in(tmp_path / "a", "test-debian.jsonl")]
+    debian = rows_in(tmp_path / "a", "test-debian.jsonl")
     assert len(debian) == 90 - summary["sources"]["debian"]["available"]
     assert not any("documentation" in row["prompt"] for row in debian)
 
@@ -131,8 +155,12 @@ def test_no_row_begins_like_one_that_is_held_back(data, tmp_path):
 def test_rows_of_every_source(data, tmp_path):
     prepare(tmp_path / "a", 400, data=data)
     rows = rows_in(tmp_path / "a")
-    first = {name: min((r for r in rows if r["source"] == name), key=str) for name in preparing.SHARES}
-    assert first["scitldr"]["prompt"] == f"Paper 0. {WORDS * 4}\n\nSummary:"  # the third is too long
+    first = {
+        name: min((r for r in rows if r["source"] == name), key=str) for name in preparing.SHARES
+    }
+    assert (
+        first["scitldr"]["prompt"] == f"Paper 0. {WORDS * 4}\n\nSummary:"
+    )  # the third is too long
     assert first["scitldr"]["completion"] == " Short 0."
     assert first["mbpp"]["prompt"].endswith("\n[BEGIN]\n")
     numbers = {row["completion"] for row in rows if row["source"] == "mbpp"}
@@ -160,7 +188,8 @@ def test_all_rows_are_ones_to_train_on(data, tmp_path):
 def test_functions_are_cut_after_their_docstring_or_a_third(tmp_path):
     path = tmp_path / "m.py"
     path.write_text(
-        'class A:\n    @property\n    def f(self):\n        """Says x.\n\n        Twice.\n        """\n\n'
+        "class A:\n    @property\n"
+        '    def f(self):\n        """Says x.\n\n        Twice.\n        """\n\n'
         "        def inner():\n            return 1\n        return 'x'\n\n"
         '    def only_text(self):\n        """Nothing else."""\n\n'
         "    def short(self):\n        return 1\n\n"
@@ -177,11 +206,12 @@ def test_functions_are_cut_after_their_docstring_or_a_third(tmp_path):
 
 
 def test_tests_and_faulty_files_are_left_out(tmp_path):
+    root = tmp_path / "modules"
     for name in ("test/a.py", "pkg/tests/b.py", "site-packages/c.py", "pkg/d.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(f'def f():\n    """{name}"""\n    return 1\n')
-    (tmp_path / "bad.py").write_text("def (:\n")
-    train, held_out = standard_library(folder=tmp_path)
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f'def f():\n    """{name}"""\n    return 1\n')
+    (root / "bad.py").write_text("def (:\n")
+    train, held_out = standard_library(folder=root)
     assert [row["prompt"] for row in train + held_out] == ['def f():\n    """pkg/d.py"""']
 
 
