@@ -216,7 +216,10 @@ def test_tests_and_faulty_files_are_left_out(tmp_path):
 
 
 def test_text_is_set_as_people_write_it():
-    line = ' " Mill " cost £ 2 @,@ 300 ( a lot ) . It opened at 9 : 30 , " said J. Smith " . <unk> did . '
+    line = (
+        ' " Mill " cost £ 2 @,@ 300 ( a lot ) . It opened at 9 : 30 ,'
+        ' " said J. Smith " . <unk> did . '
+    )
     assert sentences_of(line) == [
         '"Mill" cost £2,300 (a lot).',
         'It opened at 9:30, "said J. Smith".',
