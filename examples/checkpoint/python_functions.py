@@ -49,7 +49,7 @@ def rows_of(path: Path) -> Rows:
             tree = ast.parse(text)
     except (SyntaxError, UnicodeDecodeError):  # examples of faults, for tools that read them
         return []
-    lines = text.splitlines()
+    lines = text.split("\n")  # splitlines sees more line breaks than Python does
     rows: Rows = []
     for function in _functions(tree):
         source = textwrap.dedent("\n".join(lines[function.lineno - 1 : function.end_lineno]))

@@ -188,7 +188,7 @@ def test_all_rows_are_ones_to_train_on(data, tmp_path):
 def test_functions_are_cut_after_their_docstring_or_a_third(tmp_path):
     path = tmp_path / "m.py"
     path.write_text(
-        "class A:\n    @property\n"
+        "x = 1\n\f\nclass A:\n    @property\n"
         '    def f(self):\n        """Says x.\n\n        Twice.\n        """\n\n'
         "        def inner():\n            return 1\n        return 'x'\n\n"
         '    def only_text(self):\n        """Nothing else."""\n\n'
