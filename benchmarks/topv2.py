@@ -24,6 +24,7 @@ from rich.progress import track
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import Task, load_task
 from layerskip.decoding import Generation
+from layerskip.model.quantize import WEIGHTS
 from layerskip.tuning.acceptance import agreement_rate, read_agreement, replay
 
 EXITS = (4, 6, 8, 10, 12, 15, 20)
@@ -37,6 +38,8 @@ def main() -> None:
     parser.add_argument("control", nargs="?", help="checkpoint trained without it")
     parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--weights", default="16bit", choices=WEIGHTS, help="of the recipe")
+    parser.add_argument("--exits", default=",".join(map(str, EXITS)))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -44,10 +47,14 @@ def main() -> None:
     task = load_task("topv2", samples=options.rows, seed=0)
     began = time.monotonic()
     result: dict[str, Any] = {"rows": len(task.samples), "draft_tokens": DRAFT_TOKENS}
-    model = LayerSkipModel.from_pretrained(options.recipe, dtype=options.dtype)
+    model = LayerSkipModel.from_pretrained(
+        options.recipe, dtype=options.dtype, weights=options.weights
+    )
     kernels = model.decoder.kernels
     result["environment"] = environment("benchmarks/topv2.py", options.dtype, kernels)
-    result["recipe"] = trained_with_recipe(model, task)
+    result["environment"]["weights"] = options.weights
+    exits = [int(text) for text in options.exits.split(",")]
+    result["recipe"] = trained_with_recipe(model, task, exits)
     if options.control:
         control = LayerSkipModel.from_pretrained(options.control, dtype=options.dtype)
         result["control"] = {"exact_match": exact_match(task, answer(control, task, mode="plain"))}
