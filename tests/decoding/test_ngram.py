@@ -111,7 +111,8 @@ def following(exit_layer):
 
 
 @pytest.mark.parametrize(("exit_layer", "upper"), [(1, 0.02), (LAYERS - 1, 0.02), (1, 0.3)])
-def test_ngrams_follow_a_draft_and_the_answer_stays(exit_layer, upper):
+def test_ngrams_follow_a_draft_and_the_answer_stays(exit_layer, upper, monkeypatch):
+    monkeypatch.setattr(DraftLength, "_drafting_on", lambda self, limit: 0.0)
     decoder = tiny_decoder("llama3.1", upper=upper)
     followed = 0
     for seed in range(3):

@@ -16,6 +16,8 @@ _PRIOR = 4.0
 # How often what followed a match of 0, 1, 2, ... tokens follows again, before anything is learned.
 _NGRAM_BELIEFS = (0.0, 0.1, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _NGRAM_PRIOR = 2.0
+# How often a draft of an early exit that was ever right is right, before anything else is learned.
+_BELIEF, _BELIEF_WEIGHT = 0.8, 2.0
 _MEMORY = 0.95  # of tokens and times, a round
 _FIRST_REST, _LONGEST_REST = 4, 64
 
@@ -87,6 +89,8 @@ class DraftLength:
         # Accepted and judged drafts by the draft's confidence; at first the confidence is believed.
         self._accepted = [_PRIOR * (i + 0.5) / _BINS for i in range(_BINS)]
         self._judged = [_PRIOR] * _BINS
+        # The same over all drafts, whatever their confidence.
+        self._right, self._seen = _BELIEF * _BELIEF_WEIGHT, _BELIEF_WEIGHT
         self._proven = False  # whether a draft was ever accepted; until then one token is risked
         self._own, self._rests = Pace(), Rests()
         self._begin()
@@ -149,7 +153,7 @@ class DraftLength:
 
     def _drafting_on(self, limit: int) -> float:
         """What more tokens of this draft bring beyond their time's worth, accepted as others were."""
-        share, rate = sum(self._accepted) / sum(self._judged), self._pace.rate
+        share, rate = self._right / self._seen, self._pace.rate
         survival, gain, best = self._survival, 0.0, 0.0
         for n in range(limit):
             survival *= share
@@ -166,6 +170,8 @@ class DraftLength:
         for i, confidence in enumerate(judged):
             self._judged[_bin(confidence)] += 1
             self._accepted[_bin(confidence)] += i < accepted
+            self._right += i < accepted
+            self._seen += 1
         self._proven = self._proven or accepted > 0
         time = self._costs.round(self.drafted, self._scored)
         time += self._costs.rows(self.drafted + 1, self._followed)
