@@ -1,13 +1,13 @@
 """Mix several data sets into one training file, and hold rows of each task back.
 
-LAYERSKIP_DATA=/path/to/data python examples/checkpoint/prepare.py runs/mixture --rows 40000
+LAYERSKIP_DATA=/path/to/data python examples/checkpoint/prepare.py runs/mixture --rows 20000
 
 writes into the folder: `train.jsonl` (shuffled; rows with prompt and completion, or messages),
 `test-topv2.jsonl`, `test-debian.jsonl`, `test-scitldr.jsonl`, `test-python.jsonl` (prompt and reference)
 and `mixture.json` (what was taken from where, its licence, and the files' sha256).
 
-The shares are the table below; where rows come from is mixture_sources.py and python_functions.py. The
-same seed and data give the same files. No row to train on begins like one that is held back.
+The shares are the table below; where rows come from is in mixture_sources.py, python_functions.py and
+own_answers.py. The same seed and data give the same files. No row to train on begins like one that is held back.
 """
 
 import argparse
@@ -21,20 +21,26 @@ from pathlib import Path
 from typing import Any
 
 import mixture_sources
+import own_answers
 import python_functions
 from mixture_sources import Rows, Source, opening
 
 # Percent of the rows.
 SHARES: Mapping[str, float] = {
-    "topv2": 40,
-    "debian": 25,
-    "scitldr": 5,
-    "python": 19,
+    "topv2": 38,
+    "debian": 24,
+    "scitldr": 4,
+    "python": 20,
     "mbpp": 1,
-    "gsm8k": 7,
+    "gsm8k": 4,
     "wikitext2": 3,
+    "own_answers": 6,
 }
-SOURCES: Mapping[str, Source] = {**mixture_sources.SOURCES, "python": python_functions.SOURCE}
+SOURCES: Mapping[str, Source] = {
+    **mixture_sources.SOURCES,
+    "python": python_functions.SOURCE,
+    "own_answers": own_answers.SOURCE,
+}
 TIMES = 2  # that a row may stand in the mixture, where a source has too few
 HELD_OUT_ROWS = 1000  # of a source at most
 
@@ -44,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="folder of the files, new or empty")
     parser.add_argument("--data", help="folder of the data sets (default: $LAYERSKIP_DATA)")
-    parser.add_argument("--rows", type=int, default=40000, help="rows to train on, all together")
+    parser.add_argument("--rows", type=int, default=20000, help="rows to train on, all together")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:
