@@ -1,4 +1,4 @@
-"""The model's own answers to everyday questions as conversations, so that it goes on answering as it did.
+"""The model's own answers to everyday questions, so that it goes on answering as it did.
 
 Finetuning on few kinds of rows makes a model forget how to chat. What it says before any training is the
 best row to keep that with: it learns nothing new, and its exits learn what its last layer says.
@@ -9,8 +9,9 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from layerskip import LayerSkipModel
 from mixture_sources import MOST_CHARACTERS, Rows, Source
+
+from layerskip import LayerSkipModel
 
 MODEL = "smollm2-135m"
 QUESTIONS = 800
@@ -46,7 +47,16 @@ TOPICS = (
     *("rice", "music", "the moon", "batteries", "lighthouses", "cats", "gardening", "salt"),
     *("the sea", "democracy", "photography", "gravity", "swimming", "tea", "the alphabet"),
     *("earthquakes", "markets", "vaccines", "sleep", "friendship", "deserts", "cheese", "rockets"),
-    *("bees", "castles", "the heart", "electricity", "dictionaries", "forests", "money", "painting"),
+    *(
+        "bees",
+        "castles",
+        "the heart",
+        "electricity",
+        "dictionaries",
+        "forests",
+        "money",
+        "painting",
+    ),
     *("bananas", "computers", "cooking", "the weather", "whales", "mountains", "running", "wool"),
     *("telescopes", "rivers", "Paris", "Japan", "Africa", "the Roman Empire", "the Olympic Games"),
     *("programming", "the internet", "recycling", "kindness", "autumn", "a library", "a compiler"),
@@ -55,14 +65,17 @@ TOPICS = (
 )
 
 
-def own_answers(data: str | None = None, questions: int = QUESTIONS) -> tuple[Rows, Rows]:
+def own_answers(
+    data: str | None = None, questions: int = QUESTIONS, name: str = MODEL
+) -> tuple[Rows, Rows]:
     """Questions with the greedy answers that end by themselves; nothing is held back.
 
     Args:
         data: not used; the questions stand above.
         questions: how many to ask.
+        name: of the model.
     """
-    model = LayerSkipModel.from_pretrained(MODEL)
+    model = LayerSkipModel.from_pretrained(name)
     asked = [[{"role": "user", "content": text}] for text in random_questions(questions)]
     rows: Rows = []
     for chats in batches(asked):

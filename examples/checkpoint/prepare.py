@@ -7,7 +7,8 @@ writes into the folder: `train.jsonl` (shuffled; rows with prompt and completion
 and `mixture.json` (what was taken from where, its licence, and the files' sha256).
 
 The shares are the table below; where rows come from is in mixture_sources.py, python_functions.py and
-own_answers.py. The same seed and data give the same files. No row to train on begins like one that is held back.
+own_answers.py. The same seed and data give the same files. No row to train on begins like one that is
+held back.
 """
 
 import argparse

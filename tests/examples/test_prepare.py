@@ -1,5 +1,6 @@
 """The mixture of examples/checkpoint, from tiny stand-ins of its data sets."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -7,11 +8,13 @@ import json
 import prepare as preparing
 import pytest
 from mixture_sources import MOST_CHARACTERS, opening, sentences_of, unwrapped
+from own_answers import MAX_NEW_TOKENS, own_answers, random_questions
 from prepare import prepare
 from python_functions import rows_of, standard_library
 from transformers import AutoTokenizer
 
 import tiny_checkpoint
+from layerskip import LayerSkipModel
 from layerskip.recipe.exit_loss import IGNORED_LABEL
 from layerskip.training.data import Encoding, read_rows
 
@@ -83,14 +86,24 @@ def data(tmp_path_factory):
     return str(root)
 
 
+def answered(data=None):
+    """Ten questions with answers, which no model has to give."""
+    said = [("user", "What is {}?"), ("assistant", "{} is a number.")]
+    return [
+        {"messages": [{"role": role, "content": text.format(i)} for role, text in said]}
+        for i in range(10)
+    ], []
+
+
 @pytest.fixture(autouse=True)
-def small_library(tmp_path, monkeypatch):
-    """Few functions in place of a whole standard library, which takes seconds to read."""
-    read = functools.partial(standard_library, folder=library(tmp_path / "library"))
-    source = preparing.SOURCES["python"]
-    monkeypatch.setitem(
-        preparing.SOURCES, "python", type(source)(source.data, source.licence, read)
-    )
+def small_sources(tmp_path, monkeypatch):
+    """Few functions and answers in place of a whole library and a real model."""
+    library_of_few = functools.partial(standard_library, folder=library(tmp_path / "library"))
+    for name, read in (("python", library_of_few), ("own_answers", answered)):
+        source = preparing.SOURCES[name]
+        monkeypatch.setitem(
+            preparing.SOURCES, name, type(source)(source.data, source.licence, read)
+        )
 
 
 def rows_in(folder, name="train.jsonl"):
@@ -102,18 +115,19 @@ def test_shares_are_those_of_the_table_and_scarce_rows_stand_twice(data, tmp_pat
     rows = rows_in(tmp_path / "a")
     counts = {name: sum(row["source"] == name for row in rows) for name in preparing.SHARES}
     assert counts == {
-        "topv2": 80,
-        "debian": 50,
-        "scitldr": 8,  # of 10 wanted; there are 4
-        "python": 38,
+        "topv2": 76,
+        "debian": 48,
+        "scitldr": 8,
+        "python": 40,
         "mbpp": 2,
-        "gsm8k": 14,
+        "gsm8k": 8,
         "wikitext2": 6,
+        "own_answers": 12,
     }
-    assert summary["rows"] == len(rows) == 198
+    assert summary["rows"] == len(rows) == 200
     scarce = summary["sources"]["scitldr"]
-    assert (scarce["wanted"], scarce["available"], scarce["twice"]) == (10, 4, 4)
-    assert summary["sources"]["topv2"]["twice"] == 80 - 50
+    assert (scarce["wanted"], scarce["available"], scarce["twice"]) == (8, 4, 4)
+    assert summary["sources"]["topv2"]["twice"] == 76 - 50
     assert summary["sources"]["debian"]["twice"] == 0
     assert summary == json.loads((tmp_path / "a" / "mixture.json").read_text())
     order = [row["source"] for row in rows]
@@ -153,7 +167,7 @@ def test_no_row_begins_like_one_that_is_held_back(data, tmp_path):
 
 
 def test_rows_of_every_source(data, tmp_path):
-    prepare(tmp_path / "a", 400, data=data)
+    prepare(tmp_path / "a", 800, data=data)
     rows = rows_in(tmp_path / "a")
     first = {
         name: min((r for r in rows if r["source"] == name), key=str) for name in preparing.SHARES
@@ -241,6 +255,34 @@ def test_what_cannot_be_prepared_is_said(options, message, data, tmp_path):
     with pytest.raises(ValueError, match=message):
         prepare(tmp_path / "a", **{"rows": 10, "data": data, **options})
     assert not (tmp_path / "a").exists()
+
+
+def test_own_answers_are_the_models_and_end_by_themselves(tmp_path, monkeypatch):
+    folder = tiny_checkpoint.save(tmp_path / "model")
+    model = LayerSkipModel.from_pretrained(folder, dtype="float32")
+    monkeypatch.setattr(model.tokenizer, "chat_template", "{{ messages[0]['content'] }}")
+    first = model.generate(
+        [{"role": "user", "content": random_questions(1)[0]}],
+        mode="plain",
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+    assert first.finish_reason == "length"  # a random model says no end token, so:
+    ends = dataclasses.replace(model.settings, end_tokens=(first.token_ids[3],))
+    monkeypatch.setattr(model, "settings", ends)
+    monkeypatch.setattr(LayerSkipModel, "from_pretrained", lambda name: model)
+    rows, held_out = own_answers(questions=3)
+    assert not held_out
+    assert all(question["role"] == "user" for question, _ in (row["messages"] for row in rows))
+    answers = {row["messages"][0]["content"]: row["messages"][1]["content"] for row in rows}
+    expected = model.generate(
+        [{"role": "user", "content": random_questions(1)[0]}],
+        mode="plain",
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+    assert expected.finish_reason == "stop"
+    assert answers[random_questions(1)[0]] == expected.text.strip()
+    monkeypatch.setattr(model, "settings", dataclasses.replace(ends, end_tokens=()))
+    assert own_answers(questions=3) == ([], [])
 
 
 def test_a_folder_with_files_is_refused(data, tmp_path):
