@@ -59,7 +59,8 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", required=True, help="repeat for several")
-    parser.add_argument("--task", action="append", required=True, help="T,...: one of each model")
+    tasks = "names or files of prompts, with commas; once for each model"
+    parser.add_argument("--task", action="append", required=True, help=tasks)
     parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--max-new-tokens", type=int, default=MOST_NEW_TOKENS)
@@ -78,7 +79,7 @@ def _options() -> argparse.Namespace:
     for kind, given, known in (
         ("weights", options.weights, WEIGHTS),
         ("peer", options.peers, PEERS),
-        ("task", [t for tasks in options.task for t in _listed(tasks)], FORMS),
+        ("task", [t for tasks in options.task for t in _listed(tasks) if not _is_file(t)], FORMS),
     ):
         if unknown := sorted(set(given) - set(known)):
             parser.error(f"there is no {kind} {unknown[0]!r}; there are: {', '.join(known)}")
@@ -89,6 +90,11 @@ def _options() -> argparse.Namespace:
 
 def _listed(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
+
+
+def _is_file(task: str) -> bool:
+    """Whether a task is a file of prompts."""
+    return Path(task).is_file()
 
 
 def _begun(output: Path, here: dict[str, Any]) -> dict[str, Any]:
@@ -124,6 +130,7 @@ def _parts(options: argparse.Namespace) -> Iterator[Part]:
 def _bench(options: argparse.Namespace, model: str, task: str, weights: str) -> list[str]:
     """Fixed pairs (E, d) only where the checkpoint is meant to draft by early exit."""
     is_trained = with_defaults(model, open_files(resolve(model)).settings).exit_layer is not None
+    of_task = [] if _is_file(task) else [FORMS[task].max_new_tokens]
     peers = [peer for peer in options.peers if peer != "transformers" or weights == "16bit"]
     flags = {
         "model": model,
@@ -131,7 +138,7 @@ def _bench(options: argparse.Namespace, model: str, task: str, weights: str) -> 
         "weights": weights,
         "samples": options.samples,
         "repeats": options.repeats,
-        "max-new-tokens": min(options.max_new_tokens, FORMS[task].max_new_tokens),
+        "max-new-tokens": min([options.max_new_tokens, *of_task]),
         "threads": options.threads,
         "modes": "self-speculative,auto" if is_trained else "auto",
         "exit-layers": options.exit_layers,

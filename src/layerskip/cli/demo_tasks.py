@@ -53,7 +53,7 @@ TASKS = (
     ),
     DemoTask(
         name="summarize",
-        template="{text}\nSummary:",
+        template="{text}\n\nSummary:",
         question="Say in one line what this package does:\n\n{text}",
         texts=(
             "Tidemark reads the tables that ports publish and works out high and low water for"

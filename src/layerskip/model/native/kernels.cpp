@@ -21,6 +21,8 @@
 #include <memory>
 #ifdef __linux__
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -354,9 +356,85 @@ __attribute__((noinline)) void product(const Matrix &w, int64_t first, int64_t l
   }
 }
 
+// 16-bit weights on a CPU's matrix unit (AMX): 32 inputs of a panel are one of its tiles as they lie, and
+// sixteen rows take no longer than one. Its sums are formed in another order than those of vectors, so a
+// machine that has the unit uses it for single rows too.
+#if defined(__AMX_BF16__) && defined(__linux__)
+constexpr int WIDE = 4, DEEP = 2 * LANES, TILE_BYTES = DEEP * LANES * 2;  // panels, inputs of a tile
+
+inline bool has_matrix_unit() {
+  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // Linux: a process has to ask, once
+  static const bool granted = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+  return granted;
+}
+
+// Tiles 0-3 are sums and 4 inputs, of so many rows; 5-7 are weights.
+inline void shape_tiles(int64_t n_rows) {
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {};
+  } shapes;
+  for (int i = 0; i < 8; i++) shapes.rows[i] = i <= WIDE ? n_rows : LANES;
+  _tile_loadconfig(&shapes);
+}
+
+template <int P>
+inline void tiles(const Matrix &w, int64_t panel, const char *inputs, int64_t stride, int64_t row,
+                  int64_t n_rows, const Sink &sink) {
+  const int64_t panel_bytes = w.in * LANES * 2;
+  const char *weights = (const char *)w.data + panel * panel_bytes;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+#define STEP(J, WEIGHTS)                                       \
+  if constexpr (J < P) {                                       \
+    _tile_loadd(WEIGHTS, weights + J * panel_bytes, 64);       \
+    _tile_dpbf16ps(J, 4, WEIGHTS);                             \
+  }
+  for (int64_t k = 0; k < w.in; k += DEEP, weights += TILE_BYTES) {
+    _tile_loadd(4, inputs + 2 * k, stride);
+    STEP(0, 5) STEP(1, 6) STEP(2, 7) STEP(3, 5)
+  }
+#undef STEP
+  alignas(64) float sums[LANES * LANES];
+#define STORE(J)                                                                   \
+  if constexpr (J < P) {                                                           \
+    _tile_stored(J, sums, 64);                                                     \
+    for (int64_t r = 0; r < n_rows; r++)                                           \
+      sink(row + r, (panel + J) * LANES, load<Vec>(sums + r * LANES));             \
+  }
+  STORE(0) STORE(1) STORE(2) STORE(3)
+#undef STORE
+}
+
+__attribute__((noinline)) void product_in_tiles(const Matrix &w, int64_t first, int64_t last, const char *inputs,
+                                                int64_t stride, int64_t n_rows, const Sink &sink) {
+  int64_t shaped = 0;
+  for (int64_t p = first; p < last; p += WIDE)
+    for (int64_t row = 0; row < n_rows; row += LANES) {
+      const int64_t left = n_rows - row < LANES ? n_rows - row : LANES;
+      if (left != shaped) shape_tiles(shaped = left);
+      const char *from = inputs + row * stride;
+      switch (last - p) {
+        case 1: tiles<1>(w, p, from, stride, row, left, sink); break;
+        case 2: tiles<2>(w, p, from, stride, row, left, sink); break;
+        case 3: tiles<3>(w, p, from, stride, row, left, sink); break;
+        default: tiles<WIDE>(w, p, from, stride, row, left, sink);
+      }
+    }
+  _tile_release();
+}
+#endif
+
 inline void multiply(const Matrix &w, int64_t first, int64_t last, const char *inputs, int64_t n_rows,
               const Sink &sink) {
   const int64_t stride = input_stride(w.kind, w.in);
+#if defined(__AMX_BF16__) && defined(__linux__)
+  if (w.kind == BFLOAT16 && has_matrix_unit())
+    return product_in_tiles(w, first, last, inputs, stride, n_rows, sink);
+#endif
   switch (w.kind) {
     case FLOAT32: return product<FLOAT32>(w, first, last, inputs, stride, n_rows, sink);
     case BFLOAT16: return product<BFLOAT16>(w, first, last, inputs, stride, n_rows, sink);
@@ -574,7 +652,11 @@ struct Pass {
     alignas(64) char query[4 * 1024];
     encode(m.cache_kind, hd, 0, hd, query, [&](int64_t k) { return load<Vec>(q + k); });
     const float scale = 1.0f / std::sqrt((float)hd);
-    multiply(w, first, last, query, 1, {scores, 0, last * LANES, false, scale, nullptr});
+    const Sink sink{scores, 0, last * LANES, false, scale, nullptr};
+    if (m.cache_kind == FLOAT32)
+      product<FLOAT32>(w, first, last, query, 0, 1, sink);
+    else
+      product<BFLOAT16>(w, first, last, query, 0, 1, sink);
     for (int64_t s = first * LANES; s < begin; s++) scores[s] = -INFINITY;
     for (int64_t s = end; s < last * LANES; s++) scores[s] = -INFINITY;
     Vec most = spread(-INFINITY), total{};
