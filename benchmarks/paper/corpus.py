@@ -3,11 +3,7 @@
 Files come in an order that looks random and is the same everywhere; one in twenty is held out.
 """
 
-import ast
 import importlib.util
-import sysconfig
-import textwrap
-import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.bench.perplexity import read_text
+from layerskip.training import python_functions
+from layerskip.training.python_functions import python_files
 
 STANDARD_LIBRARY = "stdlib"
 HELD_OUT = 20  # one file in so many
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 @dataclass(frozen=True)
@@ -74,16 +71,14 @@ def _python_files(sources: Iterable[str]) -> list[tuple[str, Path]]:
     found = []
     for source in sources:
         root = _root(source)
-        for path in root.rglob("*.py"):
-            inner = path.relative_to(root)
-            if not LEFT_OUT & set(inner.parts):
-                found.append((f"{source}/{inner.as_posix()}", path))
+        for path in python_files(root):
+            found.append((f"{source}/{path.relative_to(root).as_posix()}", path))
     return sorted(found, key=lambda pair: (zlib.crc32(pair[0][::-1].encode()), pair[0]))
 
 
 def _root(source: str) -> Path:
     if source == STANDARD_LIBRARY:
-        return Path(sysconfig.get_path("stdlib"))
+        return python_functions.standard_library()
     spec = importlib.util.find_spec(source) if source.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"{source!r} is no file, no installed package, and not {STANDARD_LIBRARY}")
@@ -119,21 +114,11 @@ def _ids(tokenizer: Any, lines: list[str]) -> list[list[int]]:
 def functions(texts: Iterable[str]) -> Iterator[dict[str, str]]:
     """Python functions with a docstring: signature and docstring as prompt, the body as completion."""
     for text in texts:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # old escapes in others' strings
-                tree = ast.parse(text)
-        except (SyntaxError, ValueError):
-            continue
-        lines = text.splitlines(keepends=True)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and node.body[1:]:
-                after = node.body[0].end_lineno
-                head = "".join(lines[node.lineno - 1 : after])
-                whole = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno]))
-                prompt = textwrap.dedent(head).rstrip()
-                if whole.startswith(prompt):
-                    yield {"prompt": prompt, "completion": whole[len(prompt) :]}
+        for function in python_functions.functions(text):
+            if function.head is not None:
+                prompt, completion = function.cut(function.head)
+                if completion:
+                    yield {"prompt": prompt, "completion": completion}
 
 
 def first_words(texts: Iterable[str], words: int) -> str:

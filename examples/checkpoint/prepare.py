@@ -6,7 +6,7 @@ writes into the folder: `train.jsonl` (shuffled; rows with prompt and completion
 `test-topv2.jsonl`, `test-debian.jsonl`, `test-scitldr.jsonl`, `test-python.jsonl` (prompt and reference)
 and `mixture.json` (what was taken from where, its licence, and the files' sha256).
 
-The shares are the table below; where rows come from is in mixture_sources.py, python_functions.py and
+The shares are the table below; where rows come from is in mixture_sources.py, library_functions.py and
 own_answers.py. The same seed and data give the same files. No row to train on begins like one that is
 held back.
 """
@@ -21,9 +21,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import library_functions
 import mixture_sources
 import own_answers
-import python_functions
 from mixture_sources import Rows, Source, opening
 
 # Percent of the rows.
@@ -39,7 +39,7 @@ SHARES: Mapping[str, float] = {
 }
 SOURCES: Mapping[str, Source] = {
     **mixture_sources.SOURCES,
-    "python": python_functions.SOURCE,
+    "python": library_functions.SOURCE,
     "own_answers": own_answers.SOURCE,
 }
 TIMES = 2  # that a row may stand in the mixture, where a source has too few

@@ -5,6 +5,7 @@ import ast
 import pytest
 
 from layerskip.cli import demo_functions
+from layerskip.training.python_functions import standard_library
 
 SOURCE = (
     '''
@@ -57,11 +58,11 @@ def found(tmp_path):
     (tmp_path / "latin.py").write_bytes(b"# \xe9\xff\n")
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "c.py").write_text('def f():\n    """A."""\n    return "a long text"\n')
-    return {one.prompt.split("(")[0]: one for one in demo_functions.functions(tmp_path)}
+    return {one.prompt.split("(")[0]: one for one in demo_functions.read(tmp_path)}
 
 
 def test_short_functions_with_docstring_and_body(found):
-    assert set(found) == {"def size", "def outer", "def inner", "def text"}
+    assert set(found) == {"def size", "def outer", "def text"}
     assert {one.file.name for one in found.values()} == {"a.py"}
 
 
@@ -78,8 +79,7 @@ def test_head_and_body_make_the_function_again(found):
 
 def test_nothing_held_out_comes_from_a_file_that_is_trained_on():
     rows = [
-        demo_functions.Function(file=f"{i // 3}.py", prompt=f"{i}", completion="")
-        for i in range(18)
+        demo_functions.Row(file=f"{i // 3}.py", prompt=f"{i}", completion="") for i in range(18)
     ]
     train, held_out = demo_functions.split(rows, 2)
     assert (len(train), len(held_out)) == (12, 2)
@@ -90,5 +90,4 @@ def test_nothing_held_out_comes_from_a_file_that_is_trained_on():
 
 
 def test_this_python_has_such_functions():
-    email = demo_functions.standard_library() / "email"
-    assert len(demo_functions.functions(email)) > 10
+    assert len(demo_functions.read(standard_library() / "email")) > 10

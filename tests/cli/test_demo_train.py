@@ -6,7 +6,8 @@ import json
 import pytest
 
 from layerskip import LayerSkipModel
-from layerskip.cli import demo_functions, demo_train
+from layerskip.cli import demo_train
+from layerskip.training import python_functions
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -19,7 +20,7 @@ def demo(run, tmp_path, monkeypatch):
     for i in range(6):
         source = f'def f{i}(x):\n    """Add {i}."""\n    y = x + {i}\n    return y\n'
         (library / f"m{i}.py").write_text(source)
-    monkeypatch.setattr(demo_functions, "standard_library", lambda: library)
+    monkeypatch.setattr(python_functions, "standard_library", lambda: library)
     monkeypatch.setattr(demo_train, "HELD_OUT", 2)
     monkeypatch.setattr(demo_train, "LOG_STEPS", 1)
 

@@ -7,10 +7,10 @@ import json
 
 import prepare as preparing
 import pytest
+from library_functions import rows_of, standard_library
 from mixture_sources import MOST_CHARACTERS, opening, sentences_of, unwrapped
 from own_answers import MAX_NEW_TOKENS, own_answers, random_questions
 from prepare import prepare
-from python_functions import rows_of, standard_library
 from transformers import AutoTokenizer
 
 import tiny_checkpoint

@@ -14,10 +14,11 @@ from rich.table import Table
 from layerskip.bench.measure import Entry
 from layerskip.cli import demo_functions, options
 from layerskip.cli.demo_figures import Group, group_of, show_picture, table, title_of
-from layerskip.cli.demo_functions import Function
+from layerskip.cli.demo_functions import Row
 from layerskip.cli.demo_view import compare
 from layerskip.decoding import LayerSkipModel
 from layerskip.recipe import RecipeConfig
+from layerskip.training import python_functions
 from layerskip.tuning.acceptance import agreement_rate, read_agreement
 
 MODEL = "smollm2-135m"
@@ -77,7 +78,7 @@ def run(
     """
     _check(folder)
     rows, held_out = demo_functions.split(
-        demo_functions.functions(demo_functions.standard_library()), HELD_OUT
+        demo_functions.read(python_functions.standard_library()), HELD_OUT
     )
     console.print(
         f"{len(rows)} functions of this Python's library to train on; {len(held_out)} others, from"
@@ -123,13 +124,13 @@ def _check(folder: Path) -> None:
         raise ValueError(f"{folder} is not empty: choose another --folder, or remove it")
 
 
-def _write(rows: Sequence[Function], file: Path) -> None:
+def _write(rows: Sequence[Row], file: Path) -> None:
     lines = (json.dumps({"prompt": row.prompt, "completion": row.completion}) for row in rows)
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _look(
-    name: str, flags: dict[str, Any], held_out: Sequence[Function], length: int, console: Console
+    name: str, flags: dict[str, Any], held_out: Sequence[Row], length: int, console: Console
 ) -> _Look:
     """Both modes side by side, and how far each exit of the lower half agrees with the last layer."""
     model = options.load_model(flags)
