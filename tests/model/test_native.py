@@ -155,6 +155,12 @@ def test_short_head(tmp_path):
     assert torch.equal(short.logits(hidden), decoder.logits(hidden)[..., short.token_ids])
 
 
+def test_no_positions_have_no_logits(tmp_path):
+    decoder = compiled(saved("llama2", tmp_path), "bfloat16")
+    vocab_size = decoder.architecture.vocab_size
+    assert decoder.logits(torch.zeros(1, 0, 64)).shape == (1, 0, vocab_size)
+
+
 def test_full_cache_is_refused(tmp_path):
     decoder = compiled(saved("llama2", tmp_path), "float32")
     cache = decoder.new_cache(16)

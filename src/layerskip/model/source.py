@@ -60,7 +60,7 @@ BUILTIN_MODELS: dict[str, BuiltinModel | DerivedModel] = {
     "smollm2-135m-layerskip": DerivedModel(
         base="smollm2-135m",
         difference="smollm2-135m-layerskip.safetensors",
-        sha256="@@SHA@@",
+        sha256="1c6dda9078625dde24374e9e7b8c80ef956b8ba21c73de229bfed8b65b31af09",
     ),
 }
 DEFAULT_MODEL = "smollm2-135m-layerskip"

@@ -129,7 +129,7 @@ class NativeDecoder(Decoder):
         eps = self.architecture.norm_eps
         product = self.head.normed_product(hidden.reshape(b * t, d), self._final_norm_weight, eps)
         cap = self.architecture.logit_cap
-        logits = product.view(b, t, -1)
+        logits = product.view(b, t, product.shape[-1])
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _turn_tables(self, capacity: int) -> ctypes.Array[ctypes.c_void_p]:
