@@ -77,7 +77,7 @@ def test_table_report_and_file(run, prompts, tmp_path):
     )
     assert (status, err) == (0, "")
     assert "plain" in out
-    assert "read bandwidth" in out.replace("\n", " ")
+    assert "read bandwidth" in " ".join(out.split())
     document = json.loads(output.read_text())
     assert [row["mode"] for row in document["rows"]] == ["plain"]
     # Both answers of 10 tokens, whatever they are, and no judgement of their text.

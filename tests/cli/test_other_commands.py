@@ -56,4 +56,4 @@ def test_pull_of_what_is_there_prints_the_folder(capsys, tmp_path, monkeypatch):
 def test_pull_of_something_else_is_refused(capsys):
     status, _, err = run(capsys, "pull", "gpt-5")
     assert status == 2
-    assert "'gpt-5' is not 'smollm2-135m'" in err
+    assert "'gpt-5' is not one of 'smollm2-135m'" in err
