@@ -79,7 +79,11 @@ def _options() -> argparse.Namespace:
     for kind, given, known in (
         ("weights", options.weights, WEIGHTS),
         ("peer", options.peers, PEERS),
-        ("task", [t for tasks in options.task for t in _listed(tasks) if not _is_file(t)], FORMS),
+        (
+            "task",
+            [t for tasks in options.task for t in _listed(tasks) if not Path(t).is_file()],
+            FORMS,
+        ),
     ):
         if unknown := sorted(set(given) - set(known)):
             parser.error(f"there is no {kind} {unknown[0]!r}; there are: {', '.join(known)}")
@@ -90,11 +94,6 @@ def _options() -> argparse.Namespace:
 
 def _listed(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
-
-
-def _is_file(task: str) -> bool:
-    """Whether a task is a file of prompts."""
-    return Path(task).is_file()
 
 
 def _begun(output: Path, here: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +129,7 @@ def _parts(options: argparse.Namespace) -> Iterator[Part]:
 def _bench(options: argparse.Namespace, model: str, task: str, weights: str) -> list[str]:
     """Fixed pairs (E, d) only where the checkpoint is meant to draft by early exit."""
     is_trained = with_defaults(model, open_files(resolve(model)).settings).exit_layer is not None
-    of_task = [] if _is_file(task) else [FORMS[task].max_new_tokens]
+    of_task = FORMS[task].max_new_tokens if task in FORMS else options.max_new_tokens
     peers = [peer for peer in options.peers if peer != "transformers" or weights == "16bit"]
     flags = {
         "model": model,
@@ -138,7 +137,7 @@ def _bench(options: argparse.Namespace, model: str, task: str, weights: str) -> 
         "weights": weights,
         "samples": options.samples,
         "repeats": options.repeats,
-        "max-new-tokens": min([options.max_new_tokens, *of_task]),
+        "max-new-tokens": min(options.max_new_tokens, of_task),
         "threads": options.threads,
         "modes": "self-speculative,auto" if is_trained else "auto",
         "exit-layers": options.exit_layers,

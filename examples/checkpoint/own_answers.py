@@ -6,8 +6,6 @@ best row to keep that with: it learns nothing new, and its exits learn what its 
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
-from typing import Any
 
 from mixture_sources import MOST_CHARACTERS, Rows, Source
 
@@ -41,44 +39,32 @@ FORMS = (
     "Write a short email to a friend about {}.",
     "Make a list of four words that go with {}.",
 )
-TOPICS = (
-    *("bread", "rain", "bicycles", "volcanoes", "honey", "chess", "glass", "libraries", "tides"),
-    *("coffee", "bridges", "paper", "maps", "penguins", "snow", "trains", "clocks", "football"),
-    *("rice", "music", "the moon", "batteries", "lighthouses", "cats", "gardening", "salt"),
-    *("the sea", "democracy", "photography", "gravity", "swimming", "tea", "the alphabet"),
-    *("earthquakes", "markets", "vaccines", "sleep", "friendship", "deserts", "cheese", "rockets"),
-    *(
-        "bees",
-        "castles",
-        "the heart",
-        "electricity",
-        "dictionaries",
-        "forests",
-        "money",
-        "painting",
-    ),
-    *("bananas", "computers", "cooking", "the weather", "whales", "mountains", "running", "wool"),
-    *("telescopes", "rivers", "Paris", "Japan", "Africa", "the Roman Empire", "the Olympic Games"),
-    *("programming", "the internet", "recycling", "kindness", "autumn", "a library", "a compiler"),
-    *("photosynthesis", "evolution", "the printing press", "an orchestra", "a healthy breakfast"),
-    *("probability", "a budget", "public transport", "a school garden", "solar power", "history"),
-)
+_TOPICS = """
+bread, rain, bicycles, volcanoes, honey, chess, glass, libraries, tides, coffee, bridges, paper,
+maps, penguins, snow, trains, clocks, football, rice, music, the moon, batteries, lighthouses,
+cats, gardening, salt, the sea, democracy, photography, gravity, swimming, tea, the alphabet,
+earthquakes, markets, vaccines, sleep, friendship, deserts, cheese, rockets, bees, castles, the
+heart, electricity, dictionaries, forests, money, painting, bananas, computers, cooking, the
+weather, whales, mountains, running, wool, telescopes, rivers, Paris, Japan, Africa, the Roman
+Empire, the Olympic Games, programming, the internet, recycling, kindness, autumn, a library, a
+compiler, photosynthesis, evolution, the printing press, an orchestra, a healthy breakfast,
+probability, a budget, public transport, a school garden, solar power, history
+"""
+TOPICS = " ".join(_TOPICS.split()).split(", ")
 
 
-def own_answers(
-    data: str | None = None, questions: int = QUESTIONS, name: str = MODEL
-) -> tuple[Rows, Rows]:
+def own_answers(data: str | None = None, questions: int = QUESTIONS) -> tuple[Rows, Rows]:
     """Questions with the greedy answers that end by themselves; nothing is held back.
 
     Args:
         data: not used; the questions stand above.
         questions: how many to ask.
-        name: of the model.
     """
-    model = LayerSkipModel.from_pretrained(name)
+    model = LayerSkipModel.from_pretrained(MODEL)
     asked = [[{"role": "user", "content": text}] for text in random_questions(questions)]
     rows: Rows = []
-    for chats in batches(asked):
+    for start in range(0, len(asked), BATCH):
+        chats = asked[start : start + BATCH]
         prompts = [model.tokenize(chat) for chat in chats]
         answers = model.generate(prompts, mode="plain", max_new_tokens=MAX_NEW_TOKENS)
         for chat, answer in zip(chats, answers, strict=True):
@@ -94,12 +80,6 @@ def random_questions(number: int) -> list[str]:
     chance = random.Random(0)
     chosen = chance.sample(pairs, min(number, len(pairs)))
     return [form.format(topic, chance.choice(TOPICS)) for form, topic in chosen]
-
-
-def batches(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """`BATCH` rows at a time."""
-    for start in range(0, len(rows), BATCH):
-        yield rows[start : start + BATCH]
 
 
 SOURCE = Source(

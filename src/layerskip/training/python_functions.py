@@ -1,6 +1,7 @@
 """Functions of Python sources, from head to body: rows to train on that every Python has."""
 
 import ast
+import os
 import sysconfig
 import textwrap
 import warnings
@@ -39,8 +40,11 @@ def standard_library() -> Path:
 
 def python_files(folder: Path) -> list[Path]:
     """The sources of a library in order, without its tests and what is installed inside it."""
-    found = sorted(folder.rglob("*.py"))
-    return [path for path in found if not _LEFT_OUT & set(path.relative_to(folder).parts)]
+    found: list[Path] = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = set(folders) - _LEFT_OUT  # not entered: what is installed may be large
+        found += [Path(parent, name) for name in names if name.endswith(".py")]
+    return sorted(found)
 
 
 def functions_in(path: Path) -> list[Function]:

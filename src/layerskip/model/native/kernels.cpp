@@ -356,10 +356,11 @@ __attribute__((noinline)) void product(const Matrix &w, int64_t first, int64_t l
   }
 }
 
-// 16-bit weights on a CPU's matrix unit (AMX): 32 inputs of a panel are one of its tiles as they lie, and
-// sixteen rows take no longer than one. Its sums are formed in another order than those of vectors, so a
+// 16-bit weights on a CPU's matrix unit (AMX): 32 inputs of a panel are one of its tiles as they lie,
+// and sixteen rows of inputs another. Its sums are formed in another order than those of vectors, so a
 // machine that has the unit uses it for single rows too.
 #if defined(__AMX_BF16__) && defined(__linux__)
+#define MATRIX_UNIT
 constexpr int WIDE = 4, DEEP = 2 * LANES, TILE_BYTES = DEEP * LANES * 2;  // panels, inputs of a tile
 
 inline bool has_matrix_unit() {
@@ -431,7 +432,7 @@ __attribute__((noinline)) void product_in_tiles(const Matrix &w, int64_t first, 
 inline void multiply(const Matrix &w, int64_t first, int64_t last, const char *inputs, int64_t n_rows,
               const Sink &sink) {
   const int64_t stride = input_stride(w.kind, w.in);
-#if defined(__AMX_BF16__) && defined(__linux__)
+#ifdef MATRIX_UNIT
   if (w.kind == BFLOAT16 && has_matrix_unit())
     return product_in_tiles(w, first, last, inputs, stride, n_rows, sink);
 #endif
@@ -653,6 +654,7 @@ struct Pass {
     encode(m.cache_kind, hd, 0, hd, query, [&](int64_t k) { return load<Vec>(q + k); });
     const float scale = 1.0f / std::sqrt((float)hd);
     const Sink sink{scores, 0, last * LANES, false, scale, nullptr};
+    // By vectors on every machine: panels of so few inputs are not worth the matrix unit.
     if (m.cache_kind == FLOAT32)
       product<FLOAT32>(w, first, last, query, 0, 1, sink);
     else
