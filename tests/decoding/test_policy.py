@@ -138,7 +138,7 @@ def measured(*passes):
     ],
 )
 def test_a_batch_drafts_where_its_verification_is_cheap(passes, rows, plan):
-    settings = dataclasses.replace(TUNED, costs=measured(*passes))
+    settings = dataclasses.replace(TUNED, costs=(measured(*passes),))
     alone = choose("auto", None, None, settings=settings, n_layers=L)
     assert for_batch(alone, ScriptedDecoder([1]), settings, rows) == plan
 

@@ -1,5 +1,6 @@
 """Which tokens are worth a row of the draft's head, and how the list travels."""
 
+import dataclasses
 import json
 
 import pytest
@@ -50,14 +51,26 @@ def loaded(folder, own):
 
 
 def test_list_and_costs_travel(tmp_path):
-    own = {"draft_vocabulary": text_of_ids([9, 3, 4]), "costs": COSTS.to_dict()}
-    settings = loaded(tmp_path, own)
+    in_8_bits = dataclasses.replace(COSTS, weights="int8", head=0.2)
+    costs = [COSTS.to_dict(), in_8_bits.to_dict()]
+    settings = loaded(
+        tmp_path, {"draft_vocabulary": text_of_ids([9, 3, 4]), "costs": costs}
+    )
     assert settings.draft_vocabulary == (9, 3, 4)
-    assert settings.costs == COSTS
-    here = {"dtype": "float32", "weights": "16bit", "device": "cpu", "kernels": "pytorch"}
-    assert settings.measured_for(**here) == settings
-    for other in ({"dtype": "bfloat16"}, {"weights": "int8"}, {"kernels": "compiled"}):
-        assert settings.measured_for(**here | other).costs is None
+    assert settings.costs == (COSTS, in_8_bits)
+    assert settings.measured_for("float32", "16bit", "cpu", "pytorch").measured == COSTS
+    assert settings.measured_for("float32", "int8", "cpu", "pytorch").measured == in_8_bits
+    for other in (
+        ("bfloat16", "16bit", "cpu", "pytorch"),
+        ("float32", "int4", "cpu", "pytorch"),
+        ("float32", "16bit", "cuda", "pytorch"),
+        ("float32", "16bit", "cpu", "compiled"),
+    ):
+        assert settings.measured_for(*other).measured is None
+
+
+def test_costs_alone_are_read_as_a_list_of_one(tmp_path):
+    assert loaded(tmp_path, {"costs": COSTS.to_dict()}).costs == (COSTS,)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +82,7 @@ def test_list_and_costs_travel(tmp_path):
         ({"costs": {"passes": "1.0"}}, "the costs in .* cannot be read .*; tune again"),
         ({"costs": COSTS.to_dict() | {"head": 0}}, "costs are above 0"),
         ({"costs": 7}, "tune again"),
+        ({"costs": [COSTS.to_dict(), 7]}, "tune again"),
     ],
 )
 def test_what_cannot_be_read_is_named(own, message, tmp_path):

@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import tiny_models
 from layerskip import LayerSkipModel
+from layerskip.model import StepCosts
+from layerskip.model.settings import read_settings
 from layerskip.tuning.choose import Choice
 from layerskip.tuning.settings import check_writable, write_settings
 
@@ -78,6 +80,29 @@ def test_what_else_stands_there_stays(folder):
     fields = fields_of(folder)
     assert (fields["eos_token_id"], fields["top_k"]) == ([2, 3], 7)
     assert fields["layerskip"] == {"other": 1, "tuning": RECORD}
+
+
+def test_each_kind_of_weights_keeps_the_costs_it_was_tuned_with(folder):
+    def costs(weights, head):
+        return StepCosts(
+            dtype="float32",
+            weights=weights,
+            device="cpu",
+            kernels="pytorch",
+            exit_layer=1,
+            draft_step=0.5,
+            draft_tokens_scored=9,
+            head=head,
+            passes=(1.0,),
+            overhead=0.0,
+        )
+
+    for found in (costs("16bit", 0.1), costs("int8", 0.2), costs("16bit", 0.3)):
+        write_settings(folder, CHOICE, end_tokens=[2], record=RECORD, costs=found)
+    settings = read_settings(folder, {}, vocab_size=99)
+    for weights, head in (("16bit", 0.3), ("int8", 0.2), ("int4", None)):
+        measured = settings.measured_for("float32", weights, "cpu", "pytorch").measured
+        assert (measured.head if measured else None) == head
 
 
 def test_a_new_file_knows_the_special_tokens(folder):

@@ -77,10 +77,7 @@ class LayerSkipModel:
         )
         decoder = checkpoint.decoder
         settings = with_defaults(name, checkpoint.settings).measured_for(
-            dtype=str(decoder.dtype).removeprefix("torch."),
-            weights=decoder.weights,
-            device=place.type,
-            kernels=decoder.kernels,
+            str(decoder.dtype).removeprefix("torch."), decoder.weights, place.type, decoder.kernels
         )
         return cls(dataclasses.replace(checkpoint, settings=settings))
 

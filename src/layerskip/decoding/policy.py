@@ -116,7 +116,7 @@ def choose(
         draft_from=cast(DraftFrom, draft_from),
         adaptive=adaptive,
         draft_vocabulary=draft_vocabulary or None,
-        costs=settings.costs if adaptive else None,
+        costs=settings.measured if adaptive else None,
     )
 
 
@@ -132,7 +132,7 @@ def for_batch(plan: Plan, decoder: Decoder, settings: Settings, rows: int) -> Pl
     if plan.exit_layer is None:
         return Plan(mode="plain")
     share = len(plan.draft_vocabulary or ()) / decoder.architecture.vocab_size or 1.0
-    costs = DraftCosts.of(decoder, plan.exit_layer, share, settings.costs)
+    costs = DraftCosts.of(decoder, plan.exit_layer, share, settings.measured)
     assert plan.draft_tokens is not None
     most = min(plan.draft_tokens, settings.draft_tokens or DEFAULT_DRAFT_TOKENS)
     if not (draft_tokens := costs.batch_draft_tokens(rows, most)):

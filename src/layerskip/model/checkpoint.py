@@ -2,6 +2,10 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,15 @@ from layerskip.model import assembly, families, tokenizer
 from layerskip.model.architecture import Architecture
 from layerskip.model.decoder import Decoder
 from layerskip.model.settings import Settings, read_settings
-from layerskip.model.weights import CheckpointError, GgufFile, SafetensorsFiles, Tensors, read_json
+from layerskip.model.source import cache_folder
+from layerskip.model.weights import (
+    CheckpointError,
+    GgufFile,
+    SafetensorsFiles,
+    Tensors,
+    read_json,
+    write_json,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,16 +158,29 @@ def _gguf_in(path: Path) -> Path | None:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """`config.json` with the defaults of its model type filled in by transformers."""
+    """`config.json` with the defaults of its model type filled in by transformers.
+
+    Kept in the cache: transformers' configurations import all of its modelling, which would take a third
+    of the time to a first answer.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; it says what kind of model this is")
     families.family_of(str(read_json(path).get("model_type")))
+    depends_on = importlib.metadata.version("transformers").encode() + b"\0" + path.read_bytes()
+    cached = cache_folder() / "configs" / f"{hashlib.sha256(depends_on).hexdigest()[:32]}.json"
+    with contextlib.suppress(CheckpointError):  # not there, or damaged
+        return read_json(cached)
     from transformers import AutoConfig
 
     with _unusable_named(path):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    filled: dict[str, Any] = config.to_dict()
+        filled: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = cached.with_suffix(f".{os.getpid()}")
+        write_json(unfinished, filled)
+        unfinished.replace(cached)
     return filled
 
 

@@ -50,7 +50,7 @@ class Quantized:
     def dequantize(self) -> Tensor:
         """The numbers that the codes stand for, [out, in] float32."""
         codes = self.codes.unflatten(1, (-1, GROUP)).float()
-        groups = codes * self.scales.float()[..., None] + self.float_offsets()[..., None]
+        groups = codes.mul_(self.scales.float()[..., None]).add_(self.float_offsets()[..., None])
         values: Tensor = groups.flatten(1)
         return values
 

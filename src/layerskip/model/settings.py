@@ -1,7 +1,7 @@
 """The settings that travel with a checkpoint, in `generation_config.json`.
 
 What transformers has a field for is in that field. The rest is under the key `layerskip`:
-`draft_vocabulary`, token ids in one text, the most useful first; `costs`, see `StepCosts`.
+`draft_vocabulary`, token ids in one text, the most useful first; `costs`, a list of `StepCosts`.
 """
 
 import dataclasses
@@ -43,6 +43,11 @@ class StepCosts:
     passes: tuple[float, ...]
     overhead: float
 
+    @property
+    def kind(self) -> tuple[str, str, str, str]:
+        """What costs depend on most: dtype, weights, device, kernels."""
+        return self.dtype, self.weights, self.device, self.kernels
+
     def to_dict(self) -> dict[str, Any]:
         """The fields for JSON, in four digits."""
         fields = dataclasses.asdict(self)
@@ -65,21 +70,23 @@ class Settings:
 
     `exit_layer` is `assistant_early_exit`, `draft_tokens` is `num_assistant_tokens`.
     `draft_vocabulary` are the tokens that an early exit drafts, the most useful first; None = all.
-    `costs` were measured on some machine, with some kind of weights; None = never.
+    `costs` were measured, one for each kind of weights and machine that the model was tuned with.
     """
 
     end_tokens: tuple[int, ...] = ()
     exit_layer: int | None = None
     draft_tokens: int | None = None
     draft_vocabulary: tuple[int, ...] | None = None
-    costs: StepCosts | None = None
+    costs: tuple[StepCosts, ...] = ()
 
-    def measured_for(self, **here: str) -> "Settings":
-        """The same without costs that were measured for another dtype, weights, device or kernels."""
-        costs = self.costs
-        if costs and all(getattr(costs, name) == value for name, value in here.items()):
-            return self
-        return dataclasses.replace(self, costs=None)
+    def measured_for(self, *kind: str) -> "Settings":
+        """The same without costs that were measured for another `StepCosts.kind`."""
+        return dataclasses.replace(self, costs=tuple(c for c in self.costs if c.kind == kind))
+
+    @property
+    def measured(self) -> StepCosts | None:
+        """The costs that hold for a loaded model, whose settings went through `measured_for`."""
+        return self.costs[0] if self.costs else None
 
 
 def read_settings(path: Path, config: dict[str, Any], vocab_size: int) -> Settings:
@@ -103,7 +110,7 @@ def read_settings(path: Path, config: dict[str, Any], vocab_size: int) -> Settin
         exit_layer=_positive_int(fields, "assistant_early_exit", file),
         draft_tokens=_positive_int(fields, "num_assistant_tokens", file),
         draft_vocabulary=_token_ids(own.get("draft_vocabulary"), vocab_size, file),
-        costs=_costs(own.get("costs"), file),
+        costs=costs_of(own, file),
     )
 
 
@@ -136,11 +143,15 @@ def _token_ids(text: Any, vocab_size: int, file: Path) -> tuple[int, ...] | None
     return ids
 
 
-def _costs(fields: Any, file: Path) -> StepCosts | None:
-    if fields is None:
-        return None
+def costs_of(own: dict[str, Any], file: Path) -> tuple[StepCosts, ...]:
+    """The costs under our key in `generation_config.json`: a list, or one alone as was written before.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    found = own.get("costs") or []
     try:
-        return StepCosts.from_dict(fields)
+        return tuple(map(StepCosts.from_dict, [found] if isinstance(found, dict) else found))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the costs in {file} cannot be read ({error}); tune again"

@@ -102,20 +102,28 @@ class Taker:
         sizes = rows if len(names) == len(rows) else [sum(rows)]
         parts = [(f"{name}.weight", (size, n_in)) for name, size in zip(names, sizes, strict=True)]
 
+        is_scaled = any(scale != 1.0 for scale in scales)
+        # Their numbers are put into order, not the rows themselves: each is copied once.
+        order = None if arranged is None else arranged(torch.arange(sum(rows)))
+
+        def ordered(stacked: Tensor) -> Tensor:
+            return stacked if order is None else stacked[order.to(stacked.device)]
+
         def finished(tensors: list[Tensor]) -> Tensor:
-            stacked = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-            return _multiplied(stacked if arranged is None else arranged(stacked), rows, scales)
+            if not is_scaled:
+                return ordered(_stacked([self._cast(tensor) for tensor in tensors]))
+            return _multiplied(ordered(_stacked(tensors)), rows, scales)
 
         biases = self._biases(names, sizes)
         bias = self._cast(finished(biases)) if biases else None
         if self._bits is None or not is_quantized:
             weight = self._cast(finished([self._needed(*part) for part in parts]))
             return self._product(weight, bias)
-        if any(scale != 1.0 for scale in scales):  # off the grid that a file may have
+        if is_scaled:  # off the grid that a file may have
             values = finished([self._needed(*part) for part in parts])
             return self._product(self._rounded(parts[0][0], values, self._bits), bias)
         codes = stack([self._quantized(*part, self._bits) for part in parts])
-        return self._product(codes if arranged is None else codes.by_rows(arranged), bias)
+        return self._product(codes if order is None else codes.by_rows(ordered), bias)
 
     def finish(self) -> None:
         """Refuse tensors that were not used."""
@@ -201,10 +209,12 @@ class Taker:
         return tensor.to(device=self._device, dtype=self._dtype)
 
 
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
 def _multiplied(stacked: Tensor, rows: Sequence[int], scales: Sequence[float]) -> Tensor:
     """Each part by its scale, in float32, so that it is rounded once."""
-    if all(scale == 1.0 for scale in scales):
-        return stacked
     parts = zip(stacked.split(list(rows)), scales, strict=True)
     return torch.cat([part if scale == 1.0 else part.float() * scale for part, scale in parts])
 

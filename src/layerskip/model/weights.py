@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from torch import Tensor
 from layerskip.model import families
 from layerskip.model.architecture import Architecture, Rope
 from layerskip.model.families import FAMILIES, UnsupportedModelError
+from layerskip.model.gguf_header import GgufHeader
 from layerskip.model.packed import nibbles
 from layerskip.model.quantize import Quantized
 
@@ -109,8 +111,9 @@ class GgufFile:
         self.path = path
         self.paths = [path]
         with damage_named(path):
-            self._reader = gguf.GGUFReader(path)
-        self._tensors = {_gguf_known_as(tensor.name): tensor for tensor in self._reader.tensors}
+            header = GgufHeader(path)
+        self._fields = header.fields
+        self._tensors = {_gguf_known_as(name): tensor for name, tensor in header.tensors.items()}
         family = families.family_of(str(self.field("general.architecture")))
         self.rotary_layout: str = FAMILIES[family].gguf_rotary
 
@@ -120,25 +123,27 @@ class GgufFile:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """From the file's header, in transformers' order."""
-        return tuple(int(n) for n in reversed(self._tensors[name].shape))
+        return self._tensors[name].shape
 
     def stored_as(self, name: str) -> str:
         """The name of the GGML type."""
-        return str(self._tensors[name].tensor_type.name)
+        return self._tensors[name].kind.name
 
     def blocks(self, name: str) -> "np.ndarray[Any, Any]":
         """One tensor as it is stored, quantized blocks as bytes; mapped from the file, not copied."""
-        blocks: np.ndarray[Any, Any] = self._tensors[name].data
-        return blocks
+        return self._tensors[name].data
 
     def read(self, name: str) -> Tensor:
         """One tensor as float32."""
         tensor = self._tensors[name]
+        codes = self.quantized(name) if len(tensor.shape) == 2 else None
+        if codes is not None:
+            return codes.dequantize()  # the same numbers, sooner
         try:
             with damage_named(self.path):
-                values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+                values = gguf.quants.dequantize(tensor.data, tensor.kind)
         except NotImplementedError as error:
-            kind = tensor.tensor_type.name
+            kind = tensor.kind.name
             raise UnsupportedModelError(
                 f"{name} is stored as {kind}, which cannot be read"
             ) from error
@@ -155,7 +160,7 @@ class GgufFile:
             return None
         blocks = torch.from_numpy(self.blocks(name).copy())  # [out, bytes]
         n_halves = 2 if kind == "Q4_1" else 1
-        size = gguf.GGML_QUANT_SIZES[self._tensors[name].tensor_type][1]
+        size = gguf.GGML_QUANT_SIZES[self._tensors[name].kind][1]
         halves, codes = blocks.unflatten(1, (-1, size)).split(
             [2 * n_halves, size - 2 * n_halves], -1
         )
@@ -166,14 +171,13 @@ class GgufFile:
 
     def field(self, key: str, default: Any = None) -> Any:
         """A metadata value, or the default."""
-        field = self._reader.get_field(key)
-        return default if field is None else field.contents()
+        field = self._fields.get(key)
+        return default if field is None else field.value
 
     def fields(self) -> Iterator[tuple[str, Any, list[gguf.GGUFValueType]]]:
         """All metadata: key, value, and its type (of an array: ARRAY and the type of its elements)."""
-        for key, field in self._reader.fields.items():
-            if not key.startswith("GGUF."):  # the reader's own: version and counts
-                yield key, field.contents(), list(field.types)
+        for key, field in self._fields.items():
+            yield key, field.value, field.types
 
     def end_tokens(self) -> list[int]:
         """End of text, of turn, and of message, as far as the file names them."""
@@ -217,7 +221,7 @@ class GgufFile:
             n_kv_heads=int(self.field(f"{name}.attention.head_count_kv", n_heads)),
             head_dim=int(self.field(f"{name}.attention.key_length", hidden_size // n_heads)),
             ffn_size=int(self._required(f"{name}.feed_forward_length")),
-            vocab_size=int(embedding.shape[-1]),
+            vocab_size=embedding.shape[0],
             norm_eps=float(self._required(f"{name}.attention.layer_norm_rms_epsilon")),
             max_context=int(self._required(f"{name}.context_length")),
             sliding_windows=(int(window) if window else None,) * n_layers,
@@ -285,7 +289,7 @@ def damage_named(path: Path) -> Iterator[None]:
     """Turn a reader's own complaint into one that names the file."""
     try:
         yield
-    except (SafetensorError, OSError, ValueError, IndexError, KeyError) as error:
+    except (SafetensorError, struct.error, OSError, ValueError, IndexError, KeyError) as error:
         raise CheckpointError(
             f"{path} is damaged or incomplete ({error}); fetch the checkpoint again"
         ) from error

@@ -148,10 +148,8 @@ class _ExitLoss(torch.autograd.Function):
         loss_sums, divergence_sums = torch.zeros_like(weights), torch.zeros_like(weights)
         correct = torch.zeros_like(weights, dtype=torch.long)
         needed = work.needs_gradient
-        gradients = [
-            torch.zeros_like(t) if needed and t.requires_grad else None
-            for t in (states, *parameters)
-        ]
+        state_gradient = torch.zeros_like(states) if needed and states.requires_grad else None
+        sums: list[Tensor | None] = [None] * len(parameters)
         step_of = _chunk_step if work.fused is None else _fused_step
         for exits, rows in work.pieces():
             step = step_of(
@@ -160,11 +158,13 @@ class _ExitLoss(torch.autograd.Function):
             loss_sums[exits] += step.loss_sums
             divergence_sums[exits] += step.divergence_sums
             correct[exits] += step.correct
-            sums = (None if gradients[0] is None else gradients[0][exits, rows], *gradients[1:])
-            for total, gradient in zip(sums, step.gradients, strict=needed):
-                if total is not None and gradient is not None:
-                    total.add_(gradient)
-        ctx.gradients = gradients
+            if state_gradient is not None:
+                state_gradient[exits, rows] = step.gradients[0]
+            for index, gradient in enumerate(step.gradients[1:]):
+                if gradient is not None:
+                    total = sums[index]
+                    sums[index] = gradient if total is None else total.add_(gradient)
+        ctx.gradients = [state_gradient, *map(_or_zeros, sums, parameters)] if needed else []
         ctx.mark_non_differentiable(loss_sums, correct, divergence_sums)
         distilled = work.distillation_weight * divergence_sums
         return (weights * (loss_sums + distilled)).sum(), loss_sums, correct, divergence_sums
@@ -175,6 +175,12 @@ class _ExitLoss(torch.autograd.Function):
             raise RuntimeError("the early exit loss keeps its gradients for one backward pass only")
         gradients, ctx.gradients = ctx.gradients, None
         return (None, *(None if g is None else g.mul_(grad) for g in gradients))
+
+
+def _or_zeros(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """A gradient for every trainable parameter, since DistributedDataParallel waits for it."""
+    wanted = gradient is None and parameter.requires_grad
+    return torch.zeros_like(parameter) if wanted else gradient
 
 
 @dataclass(frozen=True)
@@ -216,7 +222,8 @@ def _chunk_step(
         if q is not None:
             slope[:-1].mul_(1 + work.distillation_weight).sub_(q, alpha=work.distillation_weight)
         slope.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
-        weighted = torch.mul(slope, weights[:, None, None], out=torch.empty_like(logits))
+        # In place, then cast: one operation that does both converts element by element on a CPU.
+        weighted = slope.mul_(weights[:, None, None]).to(logits.dtype)
         gradients = torch.autograd.grad(logits, (states, *parameters), weighted, allow_unused=True)
     return _ChunkStep(loss_sums, divergence_sums, correct, gradients)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.model import StepCosts
-from layerskip.model.settings import FILE, KEY, text_of_ids
+from layerskip.model.settings import FILE, KEY, costs_of, text_of_ids
 from layerskip.model.weights import read_json
 from layerskip.tuning.choose import Choice
 
@@ -32,7 +32,8 @@ def write_settings(
         end_tokens: of the model, for a folder that has no such file yet: transformers would take the
             new file's word that there are none.
         record: kept under `layerskip`, key `tuning`.
-        costs: kept there too; None leaves what is there.
+        costs: kept there too, in the place of those for the same kind of weights and machine; None
+            leaves what is there.
         draft_vocabulary: the same, token ids.
 
     Returns:
@@ -55,7 +56,8 @@ def write_settings(
     own = fields.get(KEY)
     own = {**(own if isinstance(own, dict) else {}), "tuning": dict(record)}
     if costs is not None:
-        own["costs"] = costs.to_dict()
+        others = [c for c in costs_of(own, file) if c.kind != costs.kind]
+        own["costs"] = [c.to_dict() for c in (*others, costs)]
     if draft_vocabulary:
         own["draft_vocabulary"] = text_of_ids(draft_vocabulary)
     fields[KEY] = own

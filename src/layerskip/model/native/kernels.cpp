@@ -230,6 +230,7 @@ constexpr int TILES = 16;  // sums that are kept in registers
 constexpr int TILES = 6;
 #endif
 constexpr int AHEAD = 4;  // vectors of 16-bit weights that are fetched before they are needed
+constexpr int GROUPS_AHEAD = 12;  // of quantized weights, where a single panel is read
 constexpr int ROWS = 8;  // rows that share one reading of the weights from a near cache
 constexpr int panels_of(int kind, int rows) {
   const bool quantized = kind == INT8 || kind == INT4;  // these keep two sums each
@@ -282,6 +283,7 @@ inline void tile(const Matrix &w, int64_t panel, const char *inputs, int64_t str
 #pragma GCC unroll 16
         for (int p = 0; p < P; p++) {
           const Words weights = load<Words>(base + ((p * groups + g) * PACKED + k) * LANES);
+          if constexpr (P == 1) __builtin_prefetch(base + ((g + GROUPS_AHEAD) * PACKED + k) * LANES);
 #pragma GCC unroll 16
           for (int r = 0; r < R; r++) {
             const uint32_t *codes = (const uint32_t *)(inputs + r * stride) + g * (GROUP / 4);
@@ -502,6 +504,14 @@ inline float norm_factor(const float *x, int64_t n, float eps) {
   return 1.0f / std::sqrt(sum(squares) / n + eps);
 }
 
+// Queries that share one reading of keys and values, as many as registers hold sums for.
+#ifdef __AVX512F__
+constexpr int QUERIES = 6;
+#else
+constexpr int QUERIES = 1;
+#endif
+constexpr int MOST_HEAD_DIM = 1024;
+
 struct Pass {
   const Model &m;
   float *x;  // [rows, hidden]
@@ -513,6 +523,7 @@ struct Pass {
   Team &team;
   int thread, threads;
   float *qkv, *attended, *gate_up, *projected, *scores;
+  int64_t reach;  // scores of a query
   char *inputs;  // [rows, stride]
 
   int64_t position(int64_t row) const { return lengths[row / positions] + row % positions; }
@@ -632,35 +643,58 @@ struct Pass {
     }
   }
 
+  // Queries of one sequence that share keys and values are answered together, some at a time.
   void attend(const Layer &layer, int64_t index) const {
-    const int64_t hd = m.head_dim, all = m.heads + 2 * m.kv_heads, groups = m.heads / m.kv_heads;
-    const Share mine = share(rows * m.heads, thread, threads);
+    const int64_t queries = positions * (m.heads / m.kv_heads), blocks = (queries + QUERIES - 1) / QUERIES;
+    const Share mine = share(batch * m.kv_heads * blocks, thread, threads);
     for (int64_t i = mine.first; i < mine.last; i++) {
-      const int64_t row = i / m.heads, head = i % m.heads, b = row / positions, kv = head / groups;
-      const int64_t end = position(row) + 1;
-      const int64_t begin = layer.window && end > layer.window ? end - layer.window : 0;
-      attend_one(qkv + row * all * hd + head * hd, slot(index, 0, b, kv), slot(index, 1, b, kv), begin,
-                 end, attended + (row * m.heads + head) * hd);
+      const int64_t block = i % blocks, kv = i / blocks % m.kv_heads, b = i / blocks / m.kv_heads;
+      const Share some = share(queries, block, blocks);
+      if (m.cache_kind == FLOAT32)
+        answer<FLOAT32>(layer, index, b, kv, some);
+      else
+        answer<BFLOAT16>(layer, index, b, kv, some);
     }
     team.wait(threads);
   }
 
-  // softmax(q K / sqrt(head_dim)) V over positions [begin, end)
-  void attend_one(const float *q, const char *keys, const char *values, int64_t begin, int64_t end,
-                  float *out) const {
-    const int64_t hd = m.head_dim, first = begin / LANES, last = (end + LANES - 1) / LANES;
-    const Matrix w{m.cache_kind, last * LANES, hd, keys, nullptr, nullptr, nullptr};
-    alignas(64) char query[4 * 1024];
-    encode(m.cache_kind, hd, 0, hd, query, [&](int64_t k) { return load<Vec>(q + k); });
+  // softmax(q K / sqrt(head_dim)) V of some queries, each over the positions that it sees
+  template <int KIND>
+  void answer(const Layer &layer, int64_t index, int64_t b, int64_t kv, const Share &some) const {
+    const int64_t hd = m.head_dim, width = (m.heads + 2 * m.kv_heads) * hd, groups = m.heads / m.kv_heads;
+    const int64_t n = some.last - some.first, stride = input_stride(KIND, hd);
+    const Seen all{seen(layer, b, some.first / groups).begin, seen(layer, b, (some.last - 1) / groups).end};
+    const int64_t first = all.begin / LANES, last = (all.end + LANES - 1) / LANES;
+    alignas(64) char queries[QUERIES * 4 * MOST_HEAD_DIM];
+    float inverses[QUERIES], *outs[QUERIES];
+    for (int64_t i = 0; i < n; i++) {
+      const int64_t row = b * positions + (some.first + i) / groups, head = kv * groups + (some.first + i) % groups;
+      const float *q = qkv + row * width + head * hd;
+      encode(KIND, hd, 0, hd, queries + i * stride, [=](int64_t k) { return load<Vec>(q + k); });
+      outs[i] = attended + (row * m.heads + head) * hd;
+    }
+    const Matrix keys{KIND, last * LANES, hd, slot(index, 0, b, kv), nullptr, nullptr, nullptr};
     const float scale = 1.0f / std::sqrt((float)hd);
-    const Sink sink{scores, 0, last * LANES, false, scale, nullptr};
     // By vectors on every machine: panels of so few inputs are not worth the matrix unit.
-    if (m.cache_kind == FLOAT32)
-      product<FLOAT32>(w, first, last, query, 0, 1, sink);
-    else
-      product<BFLOAT16>(w, first, last, query, 0, 1, sink);
-    for (int64_t s = first * LANES; s < begin; s++) scores[s] = -INFINITY;
-    for (int64_t s = end; s < last * LANES; s++) scores[s] = -INFINITY;
+    product<KIND>(keys, first, last, queries, stride, n, {scores, reach, last * LANES, false, scale, nullptr});
+    for (int64_t i = 0; i < n; i++)
+      inverses[i] = soften(scores + i * reach, first, last, seen(layer, b, (some.first + i) / groups));
+    weigh_values<KIND, QUERIES>(slot(index, 1, b, kv), all, n, inverses, outs);
+  }
+
+  // The positions that a row of sequence b sees.
+  struct Seen {
+    int64_t begin, end;
+  };
+  Seen seen(const Layer &layer, int64_t b, int64_t row) const {
+    const int64_t end = lengths[b] + row + 1;
+    return {layer.window && end > layer.window ? end - layer.window : 0, end};
+  }
+
+  // Scores of panels [first, last) to weights, 0 where nothing is seen; returns 1 / their sum.
+  float soften(float *scores, int64_t first, int64_t last, Seen seen) const {
+    for (int64_t s = first * LANES; s < seen.begin; s++) scores[s] = -INFINITY;
+    for (int64_t s = seen.end; s < last * LANES; s++) scores[s] = -INFINITY;
     Vec most = spread(-INFINITY), total{};
     for (int64_t p = first; p < last; p++) most = larger(most, load<Vec>(scores + p * LANES));
     const float top = maximum(most);
@@ -670,23 +704,46 @@ struct Pass {
       store<Vec>(scores + p * LANES, weight);
       total += weight;
     }
-    const float inverse = 1.0f / sum(total);
-    int64_t k = 0;
-    for (; k + 4 * LANES <= hd; k += 4 * LANES) weigh<4>(values, begin, end, k, inverse, out + k);
-    for (; k < hd; k += LANES) weigh<1>(values, begin, end, k, inverse, out + k);
+    return 1.0f / sum(total);
   }
 
-  // N times 16 outputs: the weighted sum of values
-  template <int N>
-  void weigh(const char *values, int64_t begin, int64_t end, int64_t k, float inverse, float *out) const {
-    Vec sums[N] = {};
-    for (int64_t s = begin; s < end; s++)
-      for (int j = 0; j < N; j++) {
-        const char *at = values + (s * m.head_dim + k + j * LANES) * element();
-        const Vec v = m.cache_kind == FLOAT32 ? load<Vec>(at) : from_bfloat16(load<Halves>(at));
-        sums[j] = fused(v, spread(scores[s]), sums[j]);
+  // The weighted sums of values. A position that another query alone sees has the weight 0 here, which
+  // changes no bit.
+  template <int KIND, int Q>
+  void weigh_values(const char *values, Seen seen, int64_t n, const float *inverses, float *const *outs) const {
+    if constexpr (Q > 0) {
+      if (n < Q) return weigh_values<KIND, Q - 1>(values, seen, n, inverses, outs);
+      int64_t k = 0;
+      for (; k + 4 * LANES <= m.head_dim; k += 4 * LANES) weigh<KIND, Q, 4>(values, seen, k, inverses, outs);
+      for (; k < m.head_dim; k += LANES) weigh<KIND, Q, 1>(values, seen, k, inverses, outs);
+    }
+  }
+
+  // Of Q queries, N times 16 outputs
+  template <int KIND, int Q, int N>
+  void weigh(const char *values, Seen seen, int64_t k, const float *inverses, float *const *outs) const {
+    Vec sums[Q][N];
+#pragma GCC unroll 16
+    for (int i = 0; i < Q; i++)
+#pragma GCC unroll 16
+      for (int j = 0; j < N; j++) sums[i][j] = Vec{};
+    for (int64_t s = seen.begin; s < seen.end; s++) {
+      const char *at = values + (s * m.head_dim + k) * element();
+      Vec v[N];
+#pragma GCC unroll 16
+      for (int j = 0; j < N; j++)
+        v[j] = KIND == FLOAT32 ? load<Vec>(at + j * LANES * 4) : from_bfloat16(load<Halves>(at + j * LANES * 2));
+#pragma GCC unroll 16
+      for (int i = 0; i < Q; i++) {
+        const Vec weight = spread(scores[i * reach + s]);
+#pragma GCC unroll 16
+        for (int j = 0; j < N; j++) sums[i][j] = fused(v[j], weight, sums[i][j]);
       }
-    for (int j = 0; j < N; j++) store<Vec>(out + j * LANES, sums[j] * inverse);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < Q; i++)
+#pragma GCC unroll 16
+      for (int j = 0; j < N; j++) store<Vec>(outs[i] + k + j * LANES, sums[i][j] * inverses[i]);
   }
 
   void run(const Layer &layer, int64_t index) const {
@@ -727,7 +784,7 @@ void layerskip_run(const Model *m, const float *hidden, float *x, const int64_t 
   const Buffer<float> projected(rows * m->hidden);
   const Buffer<char> inputs(rows * input_stride(FLOAT32, widest));
   const int64_t reach = (capacity + LANES) / LANES * LANES;
-  const Buffer<float> scores(reach * threads);
+  const Buffer<float> scores(reach * QUERIES * threads);
   memcpy(x, hidden, rows * m->hidden * sizeof(float));
   Team team;
 #pragma omp parallel num_threads(threads)
@@ -735,7 +792,7 @@ void layerskip_run(const Model *m, const float *hidden, float *x, const int64_t 
     const int thread = omp_get_thread_num();
     const Pass pass{*m, x, lengths, batch, positions, rows, (char *)slots, capacity, turns, team, thread,
                     omp_get_num_threads(), qkv.get(), attended.get(), gate_up.get(), projected.get(),
-                    scores.get() + reach * thread, inputs.get()};
+                    scores.get() + reach * QUERIES * thread, reach, inputs.get()};
     for (int64_t layer = start; layer < stop; layer++) pass.run(m->layers[layer], layer);
   }
 }

@@ -68,10 +68,14 @@ class PanelMatrix:
         laid = torch.empty(panels, n, LANES, k, dtype=words.dtype)
         self._library.layerskip_large_pages(laid.data_ptr(), laid.nbytes)
         whole = out // LANES
-        laid[:whole] = words[: whole * LANES].unflatten(0, (whole, LANES)).transpose(1, 2)
+        if k * words.itemsize == 4 and words.storage_offset() % k == 0:
+            words, filled = words.view(torch.int32), laid.view(torch.int32)  # moved as one number
+        else:
+            filled = laid
+        filled[:whole] = words[: whole * LANES].unflatten(0, (whole, LANES)).transpose(1, 2)
         if whole < panels:
-            laid[whole] = 0
-            laid[whole, :, : out % LANES] = words[whole * LANES :].transpose(0, 1)
+            filled[whole] = 0
+            filled[whole, :, : out % LANES] = words[whole * LANES :].transpose(0, 1)
         return laid
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
