@@ -87,9 +87,22 @@ inline float sum(Vec v) {
   return total;
 }
 inline float maximum(Vec v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)v);
+#else
   float most = v[0];
   for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
   return most;
+#endif
+}
+inline int32_t sum(Ints v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t total = 0;
+  for (int i = 0; i < LANES; i++) total += v[i];
+  return total;
+#endif
 }
 // a * b + c, rounded once: said outright, since a compiler that fuses here and not there would give
 // different bits to the same sum.
@@ -192,10 +205,8 @@ inline void encode(int32_t kind, int64_t n, int64_t first, int64_t last, char *r
       const Ints ca = (Ints)(a * inverse + magic) - (Ints)magic, cb = (Ints)(b * inverse + magic) - (Ints)magic;
       store<Bytes>(row + k, __builtin_convertvector(ca, Bytes));
       store<Bytes>(row + k + LANES, __builtin_convertvector(cb, Bytes));
-      int32_t total = 0;
-      for (int i = 0; i < LANES; i++) total += ca[i] + cb[i];
       steps[k / GROUP * 2] = step;
-      steps[k / GROUP * 2 + 1] = step * total;
+      steps[k / GROUP * 2 + 1] = step * sum(ca + cb);
     }
   }
 }
@@ -230,11 +241,11 @@ constexpr int TILES = 16;  // sums that are kept in registers
 constexpr int TILES = 6;
 #endif
 constexpr int AHEAD = 4;  // vectors of 16-bit weights that are fetched before they are needed
-constexpr int GROUPS_AHEAD = 12;  // of quantized weights, where a single panel is read
+constexpr int GROUPS_AHEAD = 12;  // of quantized weights, where few panels are read at once
 constexpr int ROWS = 8;  // rows that share one reading of the weights from a near cache
 constexpr int panels_of(int kind, int rows) {
   const bool quantized = kind == INT8 || kind == INT4;  // these keep two sums each
-  if (quantized && rows > 2) return 1;                  // measured: several are a quarter slower
+  if (quantized && rows > 2) return rows > TILES * 3 / 8 ? 1 : TILES * 3 / 4 / rows;
   const int tiles = quantized ? TILES / 2 : TILES;
   return rows >= tiles ? 1 : tiles / rows > 8 ? 8 : tiles / rows;
 }
@@ -283,7 +294,7 @@ inline void tile(const Matrix &w, int64_t panel, const char *inputs, int64_t str
 #pragma GCC unroll 16
         for (int p = 0; p < P; p++) {
           const Words weights = load<Words>(base + ((p * groups + g) * PACKED + k) * LANES);
-          if constexpr (P == 1) __builtin_prefetch(base + ((g + GROUPS_AHEAD) * PACKED + k) * LANES);
+          if constexpr (R > 2) __builtin_prefetch(base + ((p * groups + g + GROUPS_AHEAD) * PACKED + k) * LANES);
 #pragma GCC unroll 16
           for (int r = 0; r < R; r++) {
             const uint32_t *codes = (const uint32_t *)(inputs + r * stride) + g * (GROUP / 4);

@@ -1,6 +1,7 @@
 """Weights in panels of 16 outputs, as `kernels.cpp` reads them."""
 
 import ctypes
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from layerskip.model.native.build import library
 from layerskip.model.quantize import GROUP, Quantized
 
 LANES = 16
+_MOVED_ROWS = 64 * LANES
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _INT8, _INT4 = 2, 3
 
@@ -41,42 +43,33 @@ class PanelMatrix:
     """
 
     def __init__(self, weight: Tensor | Quantized, bias: Tensor | None = None) -> None:
-        self._library = library()
-        self.shape = (weight.shape[0], weight.shape[1])
-        self._scales = self._offsets = None
+        scales = offsets = None
         if isinstance(weight, Quantized):
-            self._kind = _INT8 if weight.bits == 8 else _INT4
-            self._data = self._panels(_words(weight))
-            self._scales = self._panels(weight.scales[..., None])
+            kind = _INT8 if weight.bits == 8 else _INT4
+            data = _panels([_words(weight)], weight.shape[0])
+            scales = _panels([weight.scales[..., None]], weight.shape[0])
             if weight.offsets is not None:
-                self._offsets = self._panels(weight.offsets[..., None])
+                offsets = _panels([weight.offsets[..., None]], weight.shape[0])
         else:
-            self._kind = KINDS[weight.dtype]
+            kind = KINDS[weight.dtype]
             together = 1 if weight.dtype == torch.float32 else 2
-            self._data = self._panels(weight.unflatten(1, (-1, together)))
-        self._bias = None if bias is None else bias.float().contiguous()
-        held = (self._data, self._scales, self._offsets)
-        self.weight_bytes = sum(tensor.nbytes for tensor in held if tensor is not None)
-        self.struct = MatrixStruct(
-            self._kind, *self.shape, *(_pointer(tensor) for tensor in (*held, self._bias))
-        )
+            data = _panels([weight.unflatten(1, (-1, together))], weight.shape[0])
+        self._hold(kind, (weight.shape[0], weight.shape[1]), (data, scales, offsets), bias)
 
-    def _panels(self, words: Tensor) -> Tensor:
-        """[out, n, k] to [panels, n, 16, k], with the last panel filled up with zeros."""
-        out, n, k = words.shape
-        panels = -(-out // LANES)
-        laid = torch.empty(panels, n, LANES, k, dtype=words.dtype)
-        self._library.layerskip_large_pages(laid.data_ptr(), laid.nbytes)
-        whole = out // LANES
-        if k * words.itemsize == 4 and words.storage_offset() % k == 0:
-            words, filled = words.view(torch.int32), laid.view(torch.int32)  # moved as one number
-        else:
-            filled = laid
-        filled[:whole] = words[: whole * LANES].unflatten(0, (whole, LANES)).transpose(1, 2)
-        if whole < panels:
-            filled[whole] = 0
-            filled[whole, :, : out % LANES] = words[whole * LANES :].transpose(0, 1)
-        return laid
+    def _hold(
+        self,
+        kind: int,
+        shape: tuple[int, int],
+        panels: tuple[Tensor, Tensor | None, Tensor | None],
+        bias: Tensor | None,
+    ) -> None:
+        self._library = library()
+        self.shape, self._kind, self._held = shape, kind, panels
+        self._bias = None if bias is None else bias.float().contiguous()
+        self.weight_bytes = sum(tensor.nbytes for tensor in panels if tensor is not None)
+        self.struct = MatrixStruct(
+            kind, *shape, *(_pointer(tensor) for tensor in (*panels, self._bias))
+        )
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, in] (and a residual [N, out]) to [N, out], float32."""
@@ -108,25 +101,22 @@ class PanelMatrix:
         return rows
 
     def rows(self, index: Tensor) -> "PanelMatrix":
-        """See `Matrix`."""
+        """See `Matrix`. Some are moved at a time, so that nothing is needed but the memory they end in."""
+
+        def picked(panels: Tensor) -> Tensor:
+            some = (panels[rows // LANES, :, rows % LANES] for rows in index.split(_MOVED_ROWS))
+            return _panels(some, len(index))
+
+        data, scales, offsets = self._held
+        held = (
+            picked(data),
+            None if scales is None else picked(scales),
+            None if offsets is None else picked(offsets),
+        )
+        matrix = PanelMatrix.__new__(PanelMatrix)
         bias = None if self._bias is None else self._bias[index]
-        if self._scales is None:
-            dtype = next(dtype for dtype, kind in KINDS.items() if kind == self._kind)
-            return PanelMatrix(self.look_up(index).to(dtype), bias)
-        return PanelMatrix(self._quantized_rows(index), bias)
-
-    def _quantized_rows(self, index: Tensor) -> Quantized:
-        def picked(panels: Tensor) -> Tensor:  # [panels, n, 16, k] to [len(index), n, k]
-            return panels[index // LANES, :, index % LANES]
-
-        assert self._scales is not None
-        words = picked(self._data)
-        if self._kind == _INT8:
-            bits, codes = 8, words.flatten(1)
-        else:
-            bits, codes = 4, torch.cat([words & 15, words >> 4], dim=-1).flatten(1)
-        offsets = None if self._offsets is None else picked(self._offsets).flatten(1)
-        return Quantized(bits, codes, picked(self._scales).flatten(1), offsets)
+        matrix._hold(self._kind, (len(index), self.shape[1]), held, bias)
+        return matrix
 
 
 class PanelEmbedding:
@@ -142,6 +132,31 @@ class PanelEmbedding:
     def head(self, token_ids: Tensor | None = None) -> PanelMatrix:
         """See `Embedding`; the whole is not copied."""
         return self._matrix if token_ids is None else self._matrix.rows(token_ids)
+
+
+def _panels(parts: Iterable[Tensor], out: int) -> Tensor:
+    """Rows [n, k] of the parts, `out` in all, to [panels, n, 16, k]; zeros fill up the last panel.
+
+    All parts but the last have a multiple of 16 rows.
+    """
+    laid: Tensor | None = None
+    begin = 0
+    for words in parts:
+        rows, n, k = words.shape
+        if laid is None:
+            laid = torch.empty(-(-out // LANES), n, LANES, k, dtype=words.dtype)
+            library().layerskip_large_pages(laid.data_ptr(), laid.nbytes)
+        to = laid[begin:]
+        if k * words.itemsize == 4 and words.storage_offset() % k == 0:
+            words, to = words.view(torch.int32), to.view(torch.int32)  # moved as one number
+        whole = rows // LANES
+        to[:whole] = words[: whole * LANES].unflatten(0, (whole, LANES)).transpose(1, 2)
+        if rows % LANES:
+            to[whole] = 0
+            to[whole, :, : rows % LANES] = words[whole * LANES :].transpose(0, 1)
+        begin += whole
+    assert laid is not None
+    return laid
 
 
 def _words(weight: Quantized) -> Tensor:
