@@ -8,7 +8,7 @@ that come out are distributed exactly as p, whatever q is (Leviathan et al., 202
 import torch
 from torch import Tensor
 
-from layerskip.decoding.sampling import Sampling
+from layerskip.decoding.sampling import Sampling, most_likely
 
 
 def accept(
@@ -44,7 +44,7 @@ def accept_greedy(drafted: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         drafted: [B, d] int64.
         logits: [B, d + 1, V], the model's, at the positions of the drafted tokens and one after.
     """
-    best = logits.argmax(dim=-1)
+    best = most_likely(logits)
     accepted = _leading(drafted == best[:, :-1])
     return accepted, _at(best, accepted)
 

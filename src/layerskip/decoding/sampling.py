@@ -90,6 +90,14 @@ class Sampling:
         return probabilities
 
 
+def most_likely(logits: Tensor) -> Tensor:
+    """The first of the highest logits, [B, T, V] to [B, T] int64."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        # NumPy's argmax was eight times as fast as PyTorch's over five rows of a vocabulary.
+        return torch.from_numpy(logits.numpy().argmax(axis=-1))
+    return logits.argmax(dim=-1)
+
+
 def pick(
     logits: Tensor, sampling: Sampling, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -99,7 +107,7 @@ def pick(
         The token [B, 1], and the distribution [B, 1, V] that it was drawn from (None if greedy).
     """
     if sampling.greedy:
-        return logits.argmax(dim=-1), None
+        return most_likely(logits), None
     probabilities = sampling.probabilities(logits)
     return torch.multinomial(probabilities[:, 0], 1, generator=generator), probabilities
 

@@ -22,6 +22,7 @@ from layerskip.decoding.accept import accept_greedy
 from layerskip.decoding.clock import device_clock
 from layerskip.decoding.drafters import EarlyExitDrafter
 from layerskip.decoding.generate import PREFILL_CHUNK
+from layerskip.decoding.sampling import most_likely
 from layerskip.model import Decoder
 
 SWEEPS = 5
@@ -210,7 +211,7 @@ class _Workbench:
     def _head(self) -> None:
         hidden = self.decoder.embed(self.newest)
         started = self.clock()
-        self.decoder.logits(hidden).argmax(dim=-1)
+        most_likely(self.decoder.logits(hidden))
         self.times[_Work("head")].append(self.clock() - started)
 
     def summary(self) -> dict[str, Any]:
