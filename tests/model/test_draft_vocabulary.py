@@ -53,9 +53,7 @@ def loaded(folder, own):
 def test_list_and_costs_travel(tmp_path):
     in_8_bits = dataclasses.replace(COSTS, weights="int8", head=0.2)
     costs = [COSTS.to_dict(), in_8_bits.to_dict()]
-    settings = loaded(
-        tmp_path, {"draft_vocabulary": text_of_ids([9, 3, 4]), "costs": costs}
-    )
+    settings = loaded(tmp_path, {"draft_vocabulary": text_of_ids([9, 3, 4]), "costs": costs})
     assert settings.draft_vocabulary == (9, 3, 4)
     assert settings.costs == (COSTS, in_8_bits)
     assert settings.measured_for("float32", "16bit", "cpu", "pytorch").measured == COSTS

@@ -125,7 +125,9 @@ class GgufHeader:
         kind, offset = self._unpack("<IQ")
         return name, GGMLQuantizationType(kind), shape, offset
 
-    def _tensor(self, begin: int, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> StoredTensor:
+    def _tensor(
+        self, begin: int, kind: GGMLQuantizationType, shape: tuple[int, ...]
+    ) -> StoredTensor:
         dtype = _PLAIN.get(kind, np.uint8)
         stored = shape if kind in _PLAIN else gguf.quant_shape_to_byte_shape(shape, kind)
         count = int(np.prod(stored, dtype=np.int64))

@@ -101,7 +101,7 @@ class PanelMatrix:
         return rows
 
     def rows(self, index: Tensor) -> "PanelMatrix":
-        """See `Matrix`. Some are moved at a time, so that nothing is needed but the memory they end in."""
+        """See `Matrix`. A few are moved at a time: no memory is needed but that of the result."""
 
         def picked(panels: Tensor) -> Tensor:
             some = (panels[rows // LANES, :, rows % LANES] for rows in index.split(_MOVED_ROWS))
