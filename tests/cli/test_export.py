@@ -102,10 +102,6 @@ def test_a_difference_to_itself(export, source, tmp_path):
             ["--to", "difference", "--base", "b", "--weights", "f16", "x.safetensors"],
             "a difference has 2 bits a weight",
         ),
-        (
-            ["--to", "difference", "--base", "b", "--calibrate", "t.txt", "x.safetensors"],
-            "--weights int4 and --calibrate TEXT go together",
-        ),
         (["--to", "hf", "--exit-layer", "2", "out"], "--exit-layer goes with hf-draft or gguf"),
         (["--to", "hf-draft", "out"], "names no exit layer; give --exit-layer"),
         (["--to", "hf", "--weights", "q8_0", "out"], "--weights of hf is one of: f32, f16, bf16"),

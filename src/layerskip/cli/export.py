@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -19,7 +20,6 @@ from layerskip.cli.options import (
 from layerskip.export import (
     GGUF_WEIGHTS,
     HF_WEIGHTS,
-    Calibrated,
     Source,
     Written,
     calibrate,
@@ -55,7 +55,8 @@ _INT4 = "int4"
     "calibration",
     metavar="TEXT",
     help="A text file (or wikitext2), some 2,500 tokens or more, 20,000 are used: with --to hf --weights"
-    " int4, round the layers to 4 bits so that the errors make up for each other on such text.",
+    " int4, round the layers to 4 bits so that the errors make up for each other on such text; with --to"
+    " difference the same in 2 bits.",
 )
 @click.option(
     "--exit-layer",
@@ -97,6 +98,8 @@ def command(
       layerskip export --model my-checkpoint --to gguf --exit-layer 8 my-draft.gguf
       layerskip export --model my-checkpoint --to hf --weights int4 --calibrate text.txt my-int4
       layerskip export --model my-checkpoint --to difference --base smollm2-135m my.safetensors
+      layerskip export --model my-checkpoint --to difference --base smollm2-135m \\
+        --calibrate like-my-prompts.txt my.safetensors
     """
     check_output(output)
     _check_usage(path, to_format, weights, calibration, exit_layer, base)
@@ -112,7 +115,7 @@ def command(
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         if calibration is not None:
-            write = functools.partial(write, calibrated=_calibrated(source, calibration, bar))
+            write = functools.partial(write, **_calibrated(to_format, source, calibration, bar))
         task = bar.add_task(f"writing {path}")
         written = write(
             source,
@@ -141,7 +144,7 @@ def _check_usage(
         )
     if (to_format == "difference") != (base is not None):
         raise click.UsageError("--to difference and --base MODEL go together")
-    if (weights == _INT4) != (calibration is not None):
+    if to_format != "difference" and (weights == _INT4) != (calibration is not None):
         raise click.UsageError("--weights int4 and --calibrate TEXT go together")
     if weights == _INT4 and to_format != "hf":
         raise click.UsageError("--weights int4 goes with --to hf; of gguf there is q4_1")
@@ -162,17 +165,21 @@ def _writer(to_format: str, weights: str | None, base: str | None) -> Callable[.
     )
 
 
-def _calibrated(source: Source, text: str, bar: Progress) -> Calibrated:
+def _calibrated(to_format: str, source: Source, text: str, bar: Progress) -> dict[str, Any]:
+    """What a writer is told of the text: its tokens, or what they made of the weights."""
     from layerskip.bench.perplexity import read_text
 
     tokenizer = source.files.tokenizer()
     if tokenizer is None:
         raise ValueError("calibration on a text needs a tokenizer, and this checkpoint has none")
     tokens = tokenizer.encode(read_text(text), add_special_tokens=False, verbose=False)
+    if to_format == "difference":
+        return {"tokens": tokens}
     task = bar.add_task("rounding layers")
-    return calibrate(
+    made = calibrate(
         source, tokens, lambda done, total: bar.update(task, completed=done, total=total)
     )
+    return {"calibrated": made}
 
 
 def _show(written: Written) -> None:

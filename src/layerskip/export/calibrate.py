@@ -1,4 +1,4 @@
-"""Weights for 4 bits from a calibration text: which inputs each matrix sees, and what rounding costs.
+"""Weights from a calibration text, in 4 bits or as a difference of 2: which inputs each matrix sees.
 
 transformers' own model runs over the text once; each layer in turn notes its matrices' inputs, is
 rounded (`compensate`), and hands on what it computes with rounded weights.
@@ -6,7 +6,7 @@ rounded (`compensate`), and hands on what it computes with rounded weights.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +15,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from layerskip.export import hf_config
-from layerskip.export.compensate import compensated
+from layerskip.export.compensate import compensated, two_bits
 from layerskip.export.source import Source
 from layerskip.export.written import Progress
-from layerskip.model import row_order
+from layerskip.model import difference, row_order
 from layerskip.model.quantize import check_groups, on_grid
 from layerskip.model.rounding import CALIBRATED, Rounding
 from layerskip.model.weights import missing
@@ -72,11 +72,72 @@ def calibrate(
         before = _nll(model, windows[is_held_out])
         for end in {model.get_input_embeddings(), model.get_output_embeddings()}:
             end.weight.copy_(on_grid(end.weight, 8))
-        with _rounding(model.model.layers, progress):
+        with _rounding(model, lambda _, weight, hessian: compensated(weight, hessian), progress):
             model(windows[~is_held_out], use_cache=False, logits_to_keep=1)
         after = _nll(model, windows[is_held_out])
     made = {f"{name}.weight": linear.weight.detach() for name, linear in linears.items()}
     return Calibrated(made, Rounding(CALIBRATED, round(after / before - 1, 4)))
+
+
+def calibrate_difference(
+    source: Source,
+    base: Source,
+    tokens: Sequence[int],
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Tensor]:
+    """What training changed, on the levels of a difference, so that outputs change little.
+
+    The head sees what leaves the last layer and, where the checkpoint names one, its exit layer.
+
+    Args:
+        source: a whole model.
+        base: what training began with, of the same shape.
+        tokens: the calibration text; the first `WINDOW * WINDOWS` are used.
+        progress: called with the layers done and their number.
+
+    Returns:
+        name -> change, float32, of every matrix in a layer, and of the head.
+
+    Raises:
+        ValueError: the text is too short.
+    """
+    windows = _windows(source, tokens)
+    model = _model(source)
+    made: dict[str, Tensor] = {}
+
+    def rounded(name: str, weight: Tensor, hessian: Tensor) -> Tensor:
+        before = row_order.read(base.files, name, "halves").float()
+        made[name] = compensated(weight - before, hessian, two_bits, difference.BLOCK)
+        return (before + made[name]).to(torch.bfloat16).float()  # as merged
+
+    with torch.no_grad():
+        exits = {source.files.settings.exit_layer or len(model.model.layers)}
+        head = model.get_output_embeddings()
+        hessian = _of_exits(model, windows, exits)
+        if head.weight is model.get_input_embeddings().weight:
+            # Its rows are looked up as well, where an error in any direction counts.
+            hessian.diagonal().add_(hessian.diagonal().mean())
+        head.weight.copy_(rounded(_names(model)[head.weight], head.weight, hessian))
+        with _rounding(model, rounded, progress):
+            model(windows, use_cache=False, logits_to_keep=1)
+    return made
+
+
+def _of_exits(model: Any, windows: Tensor, exits: set[int]) -> Tensor:
+    """Sum of x xT over what the head gets from the last layer and from other exits."""
+    total = torch.zeros(model.config.hidden_size, model.config.hidden_size)
+    layers = len(model.model.layers)
+    for window in windows:
+        found = model.model(window[None], use_cache=False, output_hidden_states=True)
+        states = [model.model.norm(found.hidden_states[e]) for e in exits - {layers}]
+        for x in (found.last_hidden_state[0], *(state[0] for state in states)):
+            total += x.T @ x
+    return total
+
+
+def _names(model: Any) -> dict[nn.Parameter, str]:
+    """What the model calls its parameters; a head that is the embedding by the embedding's name."""
+    return {parameter: name for name, parameter in model.named_parameters()}
 
 
 def _windows(source: Source, tokens: Sequence[int]) -> Tensor:
@@ -106,15 +167,22 @@ def _model(source: Source) -> Any:
 
 
 @contextmanager
-def _rounding(layers: nn.ModuleList, progress: Progress) -> Iterator[None]:
-    """While this lasts, the first call of a layer rounds it before it answers."""
+def _rounding(
+    model: Any, rounded: Callable[[str, Tensor, Tensor], Tensor], progress: Progress
+) -> Iterator[None]:
+    """While this lasts, the first call of a layer rounds it before it answers.
+
+    `rounded` is given a matrix's name, the matrix, and the sum of x xT over its inputs.
+    """
+    layers, names = model.model.layers, _names(model)
 
     def first_call(number: int, layer: nn.Module, plain: Any, *args: Any, **kwargs: Any) -> Any:
         linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
         with _hessians(linears) as hessians:
             plain(*args, **kwargs)
         for linear in linears:
-            linear.weight.copy_(compensated(linear.weight, hessians[linear]))
+            weight = linear.weight
+            weight.copy_(rounded(names[weight], weight, hessians[linear]))
         progress(number + 1, len(layers))
         return plain(*args, **kwargs)
 

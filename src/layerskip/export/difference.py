@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from layerskip.export import hf_config
+from layerskip.export.calibrate import calibrate_difference
 from layerskip.export.destination import new_file
 from layerskip.export.source import Source, open_source
 from layerskip.export.written import Progress, Written
@@ -22,6 +24,7 @@ def to_difference(
     path: Path,
     *,
     base: str,
+    tokens: Sequence[int] | None = None,
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Written:
@@ -32,8 +35,10 @@ def to_difference(
         path: the file to make; its name ends in .safetensors.
         base: the checkpoint that training began with: a folder, a GGUF file, a built-in alias, or a
             hub id.
+        tokens: a text like those that the checkpoint will see: errors of rounding make up for each other
+            on it (`calibrate_difference`); None = every weight is rounded to the nearest level.
         overwrite: replace a file that is there.
-        progress: called after each tensor.
+        progress: called after each layer, if there is a text, and after each tensor.
 
     Raises:
         ExportError: the file cannot be written.
@@ -50,6 +55,9 @@ def to_difference(
         config=hf_config.config(source, torch.bfloat16),
         generation_config=hf_config.generation_config(source, roundings={}),
     )
+    calibrated: dict[str, Tensor] = {}
+    if tokens is not None:
+        calibrated = calibrate_difference(source, origin, tokens, progress)
     state: dict[str, Tensor] = {}
     errors = _Errors()
     with new_file(path, n_bytes=_n_bytes(source), overwrite=overwrite) as temporary:
@@ -58,7 +66,7 @@ def to_difference(
         for done, name in enumerate(names, start=1):
             change = row_order.read(source.files, name, "halves").float()
             change = change - row_order.read(origin.files, name, "halves").float()
-            stored = difference.to_stored(name, change)
+            stored = difference.to_stored(name, calibrated.get(name, change))
             if not all(tensor.isfinite().all() for tensor in stored.values()):
                 raise CheckpointError(f"the difference of {name} is too large, or no number")
             back = difference.from_stored(tuple(change.shape), list(stored.values()))

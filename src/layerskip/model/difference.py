@@ -126,13 +126,8 @@ def encode(change: Tensor) -> tuple[Tensor, Tensor]:
         over in a row's last byte meaning nothing; and scales [out, ceil(in / 64)] float16.
     """
     n_out, n_in = change.shape
-    inside = _blocks(torch.ones(1, n_in))  # 0 behind the end of a row
     blocks = _blocks(change)
-    scales = (blocks.square().sum(-1) / inside.sum(-1)).sqrt()
-    for _ in range(_ROUNDS):
-        levels = _magnitudes(_is_far(blocks, scales)) * inside
-        scales = (blocks.abs() * levels).sum(-1) / levels.square().sum(-1)  # least squares
-    scales = scales.to(torch.float16)
+    scales = _scales(blocks, _blocks(torch.ones(1, n_in)))  # 0 behind the end of a row
     is_far = _is_far(blocks, scales.float())
     codes = torch.where(blocks < 0, 1 - is_far.to(torch.uint8), 2 + is_far.to(torch.uint8))
     n_bytes = -(-n_in // _CODES_IN_BYTE)
@@ -150,6 +145,27 @@ def decode(codes: Tensor, scales: Tensor, n_in: int) -> Tensor:
     fours = levels[codes.int()].flatten(1)[:, :n_in]
     values: Tensor = scales.float().repeat_interleave(BLOCK, dim=1)[:, :n_in].mul_(fours)
     return values
+
+
+def scales_of(block: Tensor) -> Tensor:
+    """The scales that `encode` gives the rows of a block [out, n], in float32 [out]."""
+    return _scales(block, torch.ones(1, block.shape[1])).float()
+
+
+def nearest(values: Tensor, scales: Tensor) -> Tensor:
+    """What `encode` makes of values, one in a row, in blocks of these scales: both [out] float32."""
+    levels = _magnitudes(_is_far(values[:, None], scales)[:, 0])
+    return torch.where(values < 0, -levels, levels) * scales
+
+
+def _scales(blocks: Tensor, inside: Tensor) -> Tensor:
+    """A scale for each block [..., n], [...] float16; `inside` is 1 where there is a weight, else 0."""
+    scales = (blocks.square().sum(-1) / inside.sum(-1)).sqrt()
+    for _ in range(_ROUNDS):
+        levels = _magnitudes(_is_far(blocks, scales)) * inside
+        scales = (blocks.abs() * levels).sum(-1) / levels.square().sum(-1)  # least squares
+    halves: Tensor = scales.to(torch.float16)
+    return halves
 
 
 def _blocks(rows: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ BUILTIN_MODELS: dict[str, BuiltinModel | DerivedModel] = {
     "smollm2-135m-layerskip": DerivedModel(
         base="smollm2-135m",
         difference="smollm2-135m-layerskip.safetensors",
-        sha256="1c6dda9078625dde24374e9e7b8c80ef956b8ba21c73de229bfed8b65b31af09",
+        sha256="cc28ab7f6f483edf47b253af417f20fe4d35a751e0bb07f9740ac58b329f5b15",
     ),
 }
 DEFAULT_MODEL = "smollm2-135m-layerskip"
