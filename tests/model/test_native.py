@@ -1,7 +1,9 @@
 """The compiled kernels: right numbers, and the same bits for any number of rows."""
 
 import itertools
+import platform
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,14 @@ import tiny_models
 from layerskip import LayerSkipModel
 from layerskip.decoding.short_head import ShortHead
 from layerskip.model import load
-from layerskip.model.native import NativeDecoder, NoCompilerError, PanelMatrix, build, prepare
+from layerskip.model.native import (
+    NativeDecoder,
+    NoCompilerError,
+    PanelMatrix,
+    build,
+    panels,
+    prepare,
+)
 from layerskip.model.quantize import Quantized, quantize
 from tiny_models import LAYERS
 
@@ -19,6 +28,27 @@ KINDS = ("float32", "bfloat16", "int8", "int4")
 # A relative error for each: of sums alone, and of inputs rounded to 8 bits of mantissa, or to 8 bits.
 TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-2, "int8": 2e-2, "int4": 2e-2}
 MANY = 33
+
+
+@pytest.fixture(scope="module", params=["native", "x86-64-v3", "x86-64-v2"])
+def machine(request, tmp_path_factory):
+    """The kernels of this CPU, and as those with AVX2 alone and with SSE alone have them."""
+    if request.param == "native":
+        yield
+        return
+    if platform.machine() != "x86_64" or "avx2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this CPU cannot run them")
+    made = tmp_path_factory.mktemp("kernels") / f"{request.param}.so"
+    flags = [flag.replace("-march=native", f"-march={request.param}") for flag in build._FLAGS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_FLAGS", flags)
+        try:
+            build._compile(made)
+        except NoCompilerError as error:
+            pytest.skip(str(error))
+        library = build._load(made)
+        patch.setattr(panels, "library", lambda: library)
+        yield
 
 
 def matrix_of(kind, n_out, n_in, *, biased=False):
@@ -44,7 +74,7 @@ def as_stored(kind, n_out=48, n_in=64):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(16, 32), (48, 64), (101, 96), (400, 576)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_product(kind, shape, biased):
+def test_product(machine, kind, shape, biased):
     matrix, weight, bias = matrix_of(kind, *shape, biased=biased)
     x = torch.randn(MANY, shape[1], generator=torch.manual_seed(0))
     expected = torch.nn.functional.linear(x, weight, bias)
@@ -54,7 +84,7 @@ def test_product(kind, shape, biased):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_rows_have_the_same_bits_alone_and_together(kind, threads):
+def test_rows_have_the_same_bits_alone_and_together(machine, kind, threads):
     before = torch.get_num_threads()
     matrix, _, _ = matrix_of(kind, 400, 576, biased=True)
     x = torch.randn(MANY, 576, generator=torch.manual_seed(0))
@@ -68,7 +98,21 @@ def test_rows_have_the_same_bits_alone_and_together(kind, threads):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_grids_of_gguf_files(kind):
+@pytest.mark.parametrize("rows", [1, 5])
+def test_largest_codes_do_not_overflow(machine, kind, rows):
+    bits = int(kind[3:])
+    codes = torch.full((16, 64), 2**bits - 1, dtype=torch.uint8)
+    codes[1::2] = 0
+    matrix = PanelMatrix(Quantized(bits, codes, torch.ones(16, 2).half(), None))
+    x = torch.ones(rows, 64)
+    x[:, 1::4] = -1
+    expected = x @ (codes.float() - 2 ** (bits - 1)).T
+    assert (matrix(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (matrix(-x) + expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_grids_of_gguf_files(machine, kind):
     weight = as_stored(kind)
     x = torch.randn(5, 64, generator=torch.manual_seed(0))
     matrix = PanelMatrix(weight)
@@ -219,3 +263,16 @@ def test_compile_can_be_switched_off(tmp_path):
         for wanted in (None, True, False)
     ]
     assert kinds == [True, True, False]
+
+
+def test_bfloat16_is_the_default_where_it_is_fast(monkeypatch, tmp_path):
+    folder = saved("llama2", tmp_path)
+
+    def dtypes():
+        models = (LayerSkipModel.from_pretrained(folder, compile=c) for c in (True, False))
+        return [str(model.decoder.dtype) for model in models]
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert dtypes() == ["torch.bfloat16"] * 2
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert dtypes() == ["torch.bfloat16", "torch.float32"]

@@ -83,7 +83,7 @@ model_options = _stack(
     click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),
-        help="Default: bfloat16 on a GPU and on a CPU with AVX-512, else float32.",
+        help="Default: bfloat16 where that is fast (GPU, AVX-512, compiled kernels), else float32.",
     ),
     click.option(
         "--weights",

@@ -51,8 +51,8 @@ class LayerSkipModel:
 
         Args:
             name_or_path: a checkpoint folder, a GGUF file, a built-in alias, or a hub id.
-            dtype: "float32", "bfloat16" or "float16"; None takes bfloat16 on a GPU and on a CPU with
-                AVX-512, else float32.
+            dtype: "float32", "bfloat16" or "float16"; None takes bfloat16 where that is fast (see
+                `assembly.fast_dtype`), else float32.
             weights: "16bit", the weights in `dtype` as they are; "int8" or "int4", quantized while
                 they are loaded (docs/weights.md).
             device: "cpu", "cuda", "cuda:1", ...
@@ -70,7 +70,7 @@ class LayerSkipModel:
         warn_of_rounding(path, weights)
         checkpoint = load(
             path,
-            dtype=_dtype(dtype, place),
+            dtype=_dtype(dtype),
             device=place,
             weights=weights,
             compiled=_prepared(compile, place, announce),
@@ -295,12 +295,11 @@ def _prepared(wanted: bool | None, device: torch.device, announce: Callable[[str
     return True
 
 
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
-    if dtype is None:
-        fast = device.type == "cuda" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        dtype = "bfloat16" if fast else "float32"
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; there are: {', '.join(DTYPES)}")
     return DTYPES[dtype]

@@ -72,6 +72,21 @@ def build(
     )
 
 
+def fast_dtype(
+    architecture: Architecture, device: torch.device, compiled: bool = False
+) -> torch.dtype:
+    """bfloat16 on a GPU, on a CPU with AVX-512, and wherever `build` would take the compiled kernels,
+    which read such weights at the speed of memory; else float32, as PyTorch is slow with it there.
+    """
+    dtype = torch.bfloat16
+    is_fast = (
+        device.type == "cuda"
+        or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        or (compiled and native.supports(architecture, dtype, device))
+    )
+    return dtype if is_fast else torch.float32
+
+
 def _scaled(factor: float) -> Change | None:
     """Multiplication in float32, so that it is rounded once."""
     return None if factor == 1.0 else lambda tensor: tensor.float() * factor

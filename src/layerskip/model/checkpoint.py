@@ -77,15 +77,16 @@ class Files:
 def load(
     path: Path,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
     weights: str = "16bit",
     compiled: bool = False,
 ) -> Checkpoint:
     """Load a checkpoint folder (safetensors, or one GGUF file in it) or a GGUF file.
 
-    `weights` says how the decoder keeps them, a key of `quantize.WEIGHTS`; `compiled`, whether it may
-    run in the kernels of `native`, which have to be prepared.
+    `dtype` None is `assembly.fast_dtype`; `weights` says how the decoder keeps them, a key of
+    `quantize.WEIGHTS`; `compiled`, whether it may run in the kernels of `native`, which have to be
+    prepared.
 
     Raises:
         CheckpointError: files are missing, damaged, or do not fit together.
@@ -93,6 +94,8 @@ def load(
         ValueError: `weights` is unknown.
     """
     files = open_files(path)
+    if dtype is None:
+        dtype = assembly.fast_dtype(files.architecture, torch.device(device), compiled)
     return Checkpoint(
         path=path,
         decoder=assembly.build(

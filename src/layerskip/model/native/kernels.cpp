@@ -24,7 +24,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 #include <omp.h>
@@ -33,12 +33,21 @@
 namespace {
 
 constexpr int LANES = 16, GROUP = 32;
-typedef float Vec __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
-typedef _Float16 HalfFloats __attribute__((vector_size(32)));
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;  // numbers in a vector of this machine
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define VECTORS_OF_8
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+constexpr int PARTS = LANES / WIDTH;  // vectors of a panel
+typedef float Vec __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
+typedef _Float16 HalfFloats __attribute__((vector_size(2 * WIDTH)));
 
 enum Kind : int32_t { FLOAT32, BFLOAT16, INT8, INT4 };
 enum Activation : int32_t { SILU, GELU_TANH };
@@ -80,10 +89,10 @@ template <class V, class T>
 inline void store(T *p, V v) {
   memcpy(p, &v, sizeof v);
 }
-inline Vec spread(float x) { return Vec{} + x; }
+inline Vec spread(float x) { return x - Vec{}; }
 inline float sum(Vec v) {
   float total = 0;
-  for (int i = 0; i < LANES; i++) total += v[i];
+  for (int i = 0; i < WIDTH; i++) total += v[i];
   return total;
 }
 inline float maximum(Vec v) {
@@ -91,7 +100,7 @@ inline float maximum(Vec v) {
   return _mm512_reduce_max_ps((__m512)v);
 #else
   float most = v[0];
-  for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
+  for (int i = 1; i < WIDTH; i++) most = v[i] > most ? v[i] : most;
   return most;
 #endif
 }
@@ -100,7 +109,7 @@ inline int32_t sum(Ints v) {
   return _mm512_reduce_add_epi32((__m512i)v);
 #else
   int32_t total = 0;
-  for (int i = 0; i < LANES; i++) total += v[i];
+  for (int i = 0; i < WIDTH; i++) total += v[i];
   return total;
 #endif
 }
@@ -109,9 +118,11 @@ inline int32_t sum(Ints v) {
 inline Vec fused(Vec a, Vec b, Vec c) {
 #ifdef __AVX512F__
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(VECTORS_OF_8)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   Vec sums;
-  for (int i = 0; i < LANES; i++) sums[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  for (int i = 0; i < WIDTH; i++) sums[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return sums;
 #endif
 }
@@ -150,65 +161,114 @@ inline Vec from_bfloat16(Halves v) { return (Vec)(__builtin_convertvector(v, Wor
 inline Vec from_float16(const void *p) {
 #ifdef __AVX512F__
   return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(VECTORS_OF_8)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 #else
   return __builtin_convertvector(load<HalfFloats>((const _Float16 *)p), Vec);
 #endif
 }
 
-// sums += pairs of weights * a pair of inputs
-inline Vec dot2(Vec sums, Words weights, uint32_t inputs) {
 #ifdef __AVX512BF16__
-  return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(inputs));
+constexpr bool PAIRS = true;  // products of two 16-bit numbers at a time
 #else
-  float low, high;
-  const uint32_t low_bits = inputs << 16, high_bits = inputs & 0xffff0000u;
-  memcpy(&low, &low_bits, 4), memcpy(&high, &high_bits, 4);
-  sums = fused((Vec)(weights << 16), spread(low), sums);
-  return fused((Vec)(weights & 0xffff0000u), spread(high), sums);
+constexpr bool PAIRS = false;
+#endif
+
+// sums += pairs of weights * inputs 2k and 2k + 1
+inline Vec dot2(Vec sums, Words weights, const char *inputs, int64_t k) {
+#ifdef __AVX512BF16__
+  const uint32_t pair = ((const uint32_t *)inputs)[k];
+  return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(pair));
+#else
+  sums = fused((Vec)(weights << 16), spread(((const float *)inputs)[2 * k]), sums);
+  return fused((Vec)(weights & 0xffff0000u), spread(((const float *)inputs)[2 * k + 1]), sums);
 #endif
 }
 
-// sums += four weights of 0 ... 255 * four inputs of -128 ... 127
+// sums += four codes of weights * four inputs of -127 ... 127. Where bytes are multiplied into sums of
+// 16 bits, these have room for signed weights alone, or for a group of 4-bit ones, which `settled` ends.
+template <int KIND>
 inline Ints dot4(Ints sums, Words weights, uint32_t inputs) {
-#ifdef __AVX512VNNI__
+#if defined(__AVX512VNNI__)
   return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(inputs));
+#elif defined(VECTORS_OF_8)
+  const __m256i x = _mm256_set1_epi32(inputs);
+  __m256i total = (__m256i)sums;
+  if constexpr (KIND == INT4) {
+    total = _mm256_add_epi16(total, _mm256_maddubs_epi16((__m256i)weights, x));
+  } else {
+    const __m256i w = (__m256i)(weights ^ 0x80808080u);
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  asm("" : "+x"(total));  // added here: a compiler that adds later needs more registers than there are
+  return (Ints)total;
 #else
   for (int j = 0; j < 4; j++)
     sums += (Ints)((weights >> (8 * j)) & 0xffu) * (int32_t)(int8_t)(inputs >> (8 * j));
   return sums;
 #endif
 }
+template <int KIND>
+inline Ints settled(Ints sums) {
+#if defined(VECTORS_OF_8) && !defined(__AVX512VNNI__)
+  if constexpr (KIND == INT4) return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1));
+#endif
+  return sums;
+}
+// What `dot4` takes off a code.
+#if defined(VECTORS_OF_8) && !defined(__AVX512VNNI__)
+constexpr int taken_off(int kind) { return kind == INT8 ? 128 : 0; }
+#else
+constexpr int taken_off(int) { return 0; }
+#endif
 
 // ---- inputs of products -------------------------------------------------------------------------
 
 // One row of inputs as a kind of matrix wants them. Quantized: codes, then a pair (step, step * sum
 // of the group's codes) for every group.
 inline int64_t input_stride(int32_t kind, int64_t n) {
-  const int64_t bytes = kind == FLOAT32 ? 4 * n : kind == BFLOAT16 ? 2 * n : n + n / GROUP * 8;
+  const bool whole = kind == FLOAT32 || (kind == BFLOAT16 && !PAIRS);
+  const int64_t bytes = whole ? 4 * n : kind == BFLOAT16 ? 2 * n : n + n / GROUP * 8;
   return (bytes + 63) / 64 * 64;
 }
 
-// Writes inputs [first, last) of a row, which `at(k)` gives 16 at a time.
+// Writes inputs [first, last) of a row, which `at(k)` gives a vector at a time.
 template <class Source>
 inline void encode(int32_t kind, int64_t n, int64_t first, int64_t last, char *row, Source at) {
-  if (kind == FLOAT32) {
-    for (int64_t k = first; k < last; k += LANES) store<Vec>(row + 4 * k, at(k));
+  if (kind == FLOAT32 || (kind == BFLOAT16 && !PAIRS)) {
+    for (int64_t k = first; k < last; k += WIDTH) store<Vec>(row + 4 * k, at(k));
   } else if (kind == BFLOAT16) {
-    for (int64_t k = first; k < last; k += LANES) store<Halves>(row + 2 * k, to_bfloat16(at(k)));
+    for (int64_t k = first; k < last; k += WIDTH) store<Halves>(row + 2 * k, to_bfloat16(at(k)));
   } else {
+    constexpr int VECTORS = GROUP / WIDTH;
     float *steps = (float *)(row + n);
     for (int64_t k = first; k < last; k += GROUP) {
-      const Vec a = at(k), b = at(k + LANES);
-      const float step = maximum(larger(magnitude(a), magnitude(b))) / 127.0f;
+      Vec inputs[VECTORS], most{};
+      for (int i = 0; i < VECTORS; i++) {
+        inputs[i] = at(k + i * WIDTH);
+        most = larger(most, magnitude(inputs[i]));
+      }
+      const float step = maximum(most) / 127.0f;
       const float inverse = step > 0 ? 1.0f / step : 0.0f;
       const Vec magic = spread(12582912.0f);
-      const Ints ca = (Ints)(a * inverse + magic) - (Ints)magic, cb = (Ints)(b * inverse + magic) - (Ints)magic;
-      store<Bytes>(row + k, __builtin_convertvector(ca, Bytes));
-      store<Bytes>(row + k + LANES, __builtin_convertvector(cb, Bytes));
+      Ints total{};
+      for (int i = 0; i < VECTORS; i++) {
+        const Ints codes = (Ints)(inputs[i] * inverse + magic) - (Ints)magic;
+        store<Bytes>(row + k + i * WIDTH, __builtin_convertvector(codes, Bytes));
+        total += codes;
+      }
       steps[k / GROUP * 2] = step;
-      steps[k / GROUP * 2 + 1] = step * sum(ca + cb);
+      steps[k / GROUP * 2 + 1] = step * sum(total);
     }
   }
+}
+
+struct Share {
+  int64_t first, last;
+};
+inline Share share(int64_t n, int thread, int threads) {
+  return {n * thread / threads, n * (thread + 1) / threads};
 }
 
 // ---- products -----------------------------------------------------------------------------------
@@ -225,7 +285,7 @@ struct Sink {
   void operator()(int64_t row, int64_t output, Vec sums) const {
     float *to = out + row * stride + output;
     sums *= scale;
-    if (output + LANES <= end) {
+    if (output + WIDTH <= end) {
       if (bias) sums += load<Vec>(bias + output);
       store<Vec>(to, adds ? load<Vec>(to) + sums : sums);
       return;
@@ -236,38 +296,100 @@ struct Sink {
 };
 
 #ifdef __AVX512F__
-constexpr int TILES = 16;  // sums that are kept in registers
+constexpr int TILES = 16, ROWS = 8;  // sums that are kept in registers; rows that share one reading of
+                                     // the weights from a near cache
 #else
-constexpr int TILES = 6;
+constexpr int TILES = 12, ROWS = 6;
 #endif
 constexpr int AHEAD = 4;  // vectors of 16-bit weights that are fetched before they are needed
 constexpr int GROUPS_AHEAD = 12;  // of quantized weights, where few panels are read at once
-constexpr int ROWS = 8;  // rows that share one reading of the weights from a near cache
 constexpr int panels_of(int kind, int rows) {
   const bool quantized = kind == INT8 || kind == INT4;  // these keep two sums each
-  if (quantized && rows > 2) return rows > TILES * 3 / 8 ? 1 : TILES * 3 / 4 / rows;
+  const int sums = rows * PARTS;
+  if (quantized && sums > 2) return sums > TILES * 3 / 8 ? 1 : TILES * 3 / 4 / sums;
   const int tiles = quantized ? TILES / 2 : TILES;
-  return rows >= tiles ? 1 : tiles / rows > 8 ? 8 : tiles / rows;
+  return sums >= tiles ? 1 : tiles / sums > 8 ? 8 : tiles / sums;
+}
+
+// The same number, of which a compiler does not know that it is: else it would hold all inputs of one
+// part of a panel for the next, and there are not registers enough.
+inline int64_t unknown(int64_t k) {
+  if constexpr (PARTS > 1) asm volatile("" : "+r"(k));
+  return k;
+}
+
+// Group g of quantized inputs times a part of P panels.
+template <int KIND, int P, int R>
+inline void add_group(const Matrix &w, int64_t panel, int64_t g, int part, const char *inputs, int64_t stride,
+                      Vec (&sums)[P][R][PARTS]) {
+  constexpr int PACKED = KIND == INT8 ? 8 : 4;  // words of a group in a lane
+  constexpr int OFF = taken_off(KIND);
+  const int64_t groups = w.in / GROUP, begin = panel * groups * LANES + part * WIDTH;
+  const uint32_t *base = (const uint32_t *)w.data + panel * groups * PACKED * LANES + part * WIDTH;
+  const uint16_t *scales = (const uint16_t *)w.scales + begin;
+  const uint16_t *offsets = w.offsets ? (const uint16_t *)w.offsets + begin : nullptr;
+  const int64_t at = unknown(g);
+  Ints dots[P][R] = {};
+#pragma GCC unroll 16
+  for (int k = 0; k < PACKED; k++)
+#pragma GCC unroll 16
+    for (int p = 0; p < P; p++) {
+      const Words weights = load<Words>(base + ((p * groups + g) * PACKED + k) * LANES);
+      if (R > 2 && part == 0) __builtin_prefetch(base + ((p * groups + g + GROUPS_AHEAD) * PACKED + k) * LANES);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) {
+        const uint32_t *codes = (const uint32_t *)(inputs + r * stride) + at * (GROUP / 4);
+        if constexpr (KIND == INT8) {
+          dots[p][r] = dot4<KIND>(dots[p][r], weights, codes[k]);
+        } else {
+          dots[p][r] = dot4<KIND>(dots[p][r], weights & 0x0f0f0f0fu, codes[2 * k]);
+          dots[p][r] = dot4<KIND>(dots[p][r], (weights >> 4) & 0x0f0f0f0fu, codes[2 * k + 1]);
+        }
+      }
+    }
+#pragma GCC unroll 16
+  for (int p = 0; p < P; p++) {
+    const Vec scale = from_float16(scales + (p * groups + g) * LANES);
+    Vec offset = scale * (OFF - (KIND == INT8 ? 128.0f : 8.0f));
+    if (offsets) {
+      offset = from_float16(offsets + (p * groups + g) * LANES);
+      if constexpr (OFF != 0) offset += scale * (float)OFF;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      const float *steps = (const float *)(inputs + r * stride + w.in) + 2 * g;
+      const Vec dot = __builtin_convertvector(settled<KIND>(dots[p][r]), Vec);
+      sums[p][r][part] = fused(dot, scale * steps[0], sums[p][r][part]);
+      sums[p][r][part] = fused(offset, spread(steps[1]), sums[p][r][part]);
+    }
+  }
 }
 
 // P panels from `panel` on times R rows of inputs.
 template <int KIND, int P, int R>
-inline void tile(const Matrix &w, int64_t panel, const char *inputs, int64_t stride, Vec (&sums)[P][R]) {
+inline void tile(const Matrix &w, int64_t panel, const char *inputs, int64_t stride, Vec (&sums)[P][R][PARTS]) {
   const int64_t n = w.in;
 #pragma GCC unroll 16
   for (int p = 0; p < P; p++)
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) sums[p][r] = Vec{};
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+      for (int i = 0; i < PARTS; i++) sums[p][r][i] = Vec{};
   if constexpr (KIND == FLOAT32) {
     const float *base = (const float *)w.data + panel * n * LANES;
     for (int64_t k = 0; k < n; k++)
 #pragma GCC unroll 16
       for (int p = 0; p < P; p++) {
-        const Vec weights = load<Vec>(base + (p * n + k) * LANES);
+        if (R > 2) __builtin_prefetch(base + (p * n + k + 2 * AHEAD) * LANES);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-          const float input = ((const float *)(inputs + r * stride))[k];
-          sums[p][r] = fused(weights, spread(input), sums[p][r]);
+        for (int i = 0; i < PARTS; i++) {
+          const Vec weights = load<Vec>(base + (p * n + k) * LANES + i * WIDTH);
+          const int64_t at = unknown(k);
+#pragma GCC unroll 16
+          for (int r = 0; r < R; r++) {
+            const float input = ((const float *)(inputs + r * stride))[at];
+            sums[p][r][i] = fused(weights, spread(input), sums[p][r][i]);
+          }
         }
       }
   } else if constexpr (KIND == BFLOAT16) {
@@ -275,51 +397,19 @@ inline void tile(const Matrix &w, int64_t panel, const char *inputs, int64_t str
     for (int64_t k = 0; k < n / 2; k++)
 #pragma GCC unroll 16
       for (int p = 0; p < P; p++) {
-        const Words weights = load<Words>(base + (p * (n / 2) + k) * LANES);
         __builtin_prefetch(base + (p * (n / 2) + k + AHEAD) * LANES);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-          sums[p][r] = dot2(sums[p][r], weights, ((const uint32_t *)(inputs + r * stride))[k]);
+        for (int i = 0; i < PARTS; i++) {
+          const Words weights = load<Words>(base + (p * (n / 2) + k) * LANES + i * WIDTH);
+          const int64_t at = unknown(k);
+#pragma GCC unroll 16
+          for (int r = 0; r < R; r++) sums[p][r][i] = dot2(sums[p][r][i], weights, inputs + r * stride, at);
+        }
       }
   } else {
-    constexpr int PACKED = KIND == INT8 ? 8 : 4;  // words of a group in a lane
-    const int64_t groups = n / GROUP;
-    const uint32_t *base = (const uint32_t *)w.data + panel * groups * PACKED * LANES;
-    const uint16_t *scales = (const uint16_t *)w.scales + panel * groups * LANES;
-    const uint16_t *offsets = w.offsets ? (const uint16_t *)w.offsets + panel * groups * LANES : nullptr;
-    for (int64_t g = 0; g < groups; g++) {
-      Ints dots[P][R] = {};
+    for (int64_t g = 0; g < n / GROUP; g++)
 #pragma GCC unroll 16
-      for (int k = 0; k < PACKED; k++)
-#pragma GCC unroll 16
-        for (int p = 0; p < P; p++) {
-          const Words weights = load<Words>(base + ((p * groups + g) * PACKED + k) * LANES);
-          if constexpr (R > 2) __builtin_prefetch(base + ((p * groups + g + GROUPS_AHEAD) * PACKED + k) * LANES);
-#pragma GCC unroll 16
-          for (int r = 0; r < R; r++) {
-            const uint32_t *codes = (const uint32_t *)(inputs + r * stride) + g * (GROUP / 4);
-            if constexpr (KIND == INT8) {
-              dots[p][r] = dot4(dots[p][r], weights, codes[k]);
-            } else {
-              dots[p][r] = dot4(dots[p][r], weights & 0x0f0f0f0fu, codes[2 * k]);
-              dots[p][r] = dot4(dots[p][r], (weights >> 4) & 0x0f0f0f0fu, codes[2 * k + 1]);
-            }
-          }
-        }
-#pragma GCC unroll 16
-      for (int p = 0; p < P; p++) {
-        const Vec scale = from_float16(scales + (p * groups + g) * LANES);
-        const Vec offset = offsets ? from_float16(offsets + (p * groups + g) * LANES)
-                                   : scale * (KIND == INT8 ? -128.0f : -8.0f);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-          const float *steps = (const float *)(inputs + r * stride + n) + 2 * g;
-          const Vec dot = __builtin_convertvector(dots[p][r], Vec);
-          sums[p][r] = fused(dot, scale * steps[0], sums[p][r]);
-          sums[p][r] = fused(offset, spread(steps[1]), sums[p][r]);
-        }
-      }
-    }
+      for (int i = 0; i < PARTS; i++) add_group<KIND, P, R>(w, panel, g, i, inputs, stride, sums);
   }
 }
 
@@ -333,10 +423,11 @@ inline void panels(const Matrix &w, int64_t first, int64_t last, const char *inp
     while (first < last) {
       const int64_t tiles = (last - first + panels_of(KIND, R) - 1) / panels_of(KIND, R);
       if ((last - first) / tiles < P) break;
-      Vec sums[P][R];
+      Vec sums[P][R][PARTS];
       tile<KIND, P, R>(w, first, inputs, stride, sums);
       for (int p = 0; p < P; p++)
-        for (int r = 0; r < R; r++) sink(row + r, (first + p) * LANES, sums[p][r]);
+        for (int r = 0; r < R; r++)
+          for (int i = 0; i < PARTS; i++) sink(row + r, (first + p) * LANES + i * WIDTH, sums[p][r][i]);
       first += P;
     }
     panels<KIND, R, P - 1>(w, first, last, inputs, stride, row, sink);
@@ -360,11 +451,13 @@ template <int KIND>
 __attribute__((noinline)) void product(const Matrix &w, int64_t first, int64_t last, const char *inputs, int64_t stride,
              int64_t n_rows, const Sink &sink) {
   const int64_t block = n_rows > ROWS ? panels_of(KIND, ROWS) * 2 : last - first;
+  const int64_t blocks = (n_rows + ROWS - 1) / ROWS;  // of rows
   for (int64_t p = first; p < last; p += block) {
     const int64_t end = p + block < last ? p + block : last;
-    for (int64_t row = 0; row < n_rows; row += ROWS) {
-      const int64_t left = n_rows - row < ROWS ? n_rows - row : ROWS;
-      rows<KIND, ROWS>(w, p, end, inputs + row * stride, stride, row, left, sink);
+    for (int64_t i = 0; i < blocks; i++) {
+      const Share some = share(n_rows, i, blocks);
+      const char *from = inputs + some.first * stride;
+      rows<KIND, ROWS>(w, p, end, from, stride, some.first, some.last - some.first, sink);
     }
   }
 }
@@ -484,13 +577,6 @@ class Team {
   alignas(64) std::atomic<uint32_t> round_{0};
 };
 
-struct Share {
-  int64_t first, last;
-};
-inline Share share(int64_t n, int thread, int threads) {
-  return {n * thread / threads, n * (thread + 1) / threads};
-}
-
 struct Free {
   void operator()(void *p) const { free(p); }
 };
@@ -508,7 +594,7 @@ class Buffer {
 
 inline float norm_factor(const float *x, int64_t n, float eps) {
   Vec squares{};
-  for (int64_t k = 0; k < n; k += LANES) {
+  for (int64_t k = 0; k < n; k += WIDTH) {
     const Vec v = load<Vec>(x + k);
     squares += v * v;
   }
@@ -517,9 +603,9 @@ inline float norm_factor(const float *x, int64_t n, float eps) {
 
 // Queries that share one reading of keys and values, as many as registers hold sums for.
 #ifdef __AVX512F__
-constexpr int QUERIES = 6;
+constexpr int QUERIES = 6, OUTPUTS = 4;  // of each so many vectors of outputs
 #else
-constexpr int QUERIES = 1;
+constexpr int QUERIES = 6, OUTPUTS = 2;
 #endif
 constexpr int MOST_HEAD_DIM = 1024;
 
@@ -584,7 +670,7 @@ struct Pass {
       const Share mine = share(rows, thread, threads);
       for (int64_t row = mine.first; row < mine.last; row++) {
         const float factor = norm_factor(projected + row * n, n, m.eps);
-        for (int64_t k = 0; k < n; k += LANES) {
+        for (int64_t k = 0; k < n; k += WIDTH) {
           const Vec normed = load<Vec>(projected + row * n + k) * factor * load<Vec>(post_norm + k);
           store<Vec>(x + row * n + k, load<Vec>(x + row * n + k) + normed);
         }
@@ -636,9 +722,9 @@ struct Pass {
       for (int64_t k = 0; k < hd; k++) ((float *)keys)[k * LANES + lane] = v[k];
       return;
     }
-    for (int64_t k = 0; k < hd; k += LANES) {
+    for (int64_t k = 0; k < hd; k += WIDTH) {
       const Halves rounded = to_bfloat16(load<Vec>(v + k));
-      for (int j = 0; j < LANES; j++)
+      for (int j = 0; j < WIDTH; j++)
         ((uint16_t *)keys)[((k + j) / 2 * LANES + lane) * 2 + j % 2] = rounded[j];
     }
   }
@@ -646,7 +732,7 @@ struct Pass {
   void put_value(char *values, const float *v, int64_t at) const {
     const int64_t hd = m.head_dim;
     values += at * hd * element();
-    for (int64_t k = 0; k < hd; k += LANES) {
+    for (int64_t k = 0; k < hd; k += WIDTH) {
       if (m.cache_kind == FLOAT32)
         store<Vec>(values + k * 4, load<Vec>(v + k));
       else
@@ -707,12 +793,12 @@ struct Pass {
     for (int64_t s = first * LANES; s < seen.begin; s++) scores[s] = -INFINITY;
     for (int64_t s = seen.end; s < last * LANES; s++) scores[s] = -INFINITY;
     Vec most = spread(-INFINITY), total{};
-    for (int64_t p = first; p < last; p++) most = larger(most, load<Vec>(scores + p * LANES));
+    for (int64_t s = first * LANES; s < last * LANES; s += WIDTH) most = larger(most, load<Vec>(scores + s));
     const float top = maximum(most);
-    for (int64_t p = first; p < last; p++) {
-      const Vec s = load<Vec>(scores + p * LANES);
-      const Vec weight = s > -INFINITY ? exponential(s - top) : Vec{};
-      store<Vec>(scores + p * LANES, weight);
+    for (int64_t s = first * LANES; s < last * LANES; s += WIDTH) {
+      const Vec score = load<Vec>(scores + s);
+      const Vec weight = score > -INFINITY ? exponential(score - top) : Vec{};
+      store<Vec>(scores + s, weight);
       total += weight;
     }
     return 1.0f / sum(total);
@@ -725,12 +811,13 @@ struct Pass {
     if constexpr (Q > 0) {
       if (n < Q) return weigh_values<KIND, Q - 1>(values, seen, n, inverses, outs);
       int64_t k = 0;
-      for (; k + 4 * LANES <= m.head_dim; k += 4 * LANES) weigh<KIND, Q, 4>(values, seen, k, inverses, outs);
-      for (; k < m.head_dim; k += LANES) weigh<KIND, Q, 1>(values, seen, k, inverses, outs);
+      for (; k + OUTPUTS * WIDTH <= m.head_dim; k += OUTPUTS * WIDTH)
+        weigh<KIND, Q, OUTPUTS>(values, seen, k, inverses, outs);
+      for (; k < m.head_dim; k += WIDTH) weigh<KIND, Q, 1>(values, seen, k, inverses, outs);
     }
   }
 
-  // Of Q queries, N times 16 outputs
+  // Of Q queries, N vectors of outputs
   template <int KIND, int Q, int N>
   void weigh(const char *values, Seen seen, int64_t k, const float *inverses, float *const *outs) const {
     Vec sums[Q][N];
@@ -743,7 +830,7 @@ struct Pass {
       Vec v[N];
 #pragma GCC unroll 16
       for (int j = 0; j < N; j++)
-        v[j] = KIND == FLOAT32 ? load<Vec>(at + j * LANES * 4) : from_bfloat16(load<Halves>(at + j * LANES * 2));
+        v[j] = KIND == FLOAT32 ? load<Vec>(at + j * WIDTH * 4) : from_bfloat16(load<Halves>(at + j * WIDTH * 2));
 #pragma GCC unroll 16
       for (int i = 0; i < Q; i++) {
         const Vec weight = spread(scores[i * reach + s]);
@@ -754,7 +841,7 @@ struct Pass {
 #pragma GCC unroll 16
     for (int i = 0; i < Q; i++)
 #pragma GCC unroll 16
-      for (int j = 0; j < N; j++) store<Vec>(outs[i] + k + j * LANES, sums[i][j] * inverses[i]);
+      for (int j = 0; j < N; j++) store<Vec>(outs[i] + k + j * WIDTH, sums[i][j] * inverses[i]);
   }
 
   void run(const Layer &layer, int64_t index) const {
