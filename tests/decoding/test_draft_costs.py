@@ -5,6 +5,7 @@ import torch
 from scripted import ScriptedDecoder
 from tiny_decoders import LAYERS, tiny_decoder
 
+from layerskip.decoding import draft_costs
 from layerskip.decoding.draft_costs import DraftCosts
 from layerskip.model import StepCosts
 
@@ -34,11 +35,14 @@ def test_positions_are_dearer_the_fewer_bits_a_weight_has(weights, dtype, row):
     assert DraftCosts.of(decoder, 1).passes == (1.0, 1.0 + row)
 
 
-@pytest.mark.parametrize(("weights", "row"), [("16bit", 0.06), ("int8", 0.07), ("int4", 0.13)])
-def test_positions_are_cheaper_in_compiled_kernels(weights, row):
+@pytest.mark.parametrize(("weights", "kind"), [("16bit", "float32"), ("int8", "int8")])
+def test_positions_cost_what_rows_cost_the_compiled_kernels(weights, kind, monkeypatch):
+    rows = {"float32": (1.0, 1.0, 1.5), "int8": (1.0, 1.25, 1.5)}
+    monkeypatch.setattr(draft_costs, "row_costs", rows.__getitem__)
     decoder = ScriptedDecoder([1])
     decoder.weights, decoder.kernels = weights, "compiled"
-    assert DraftCosts.of(decoder, 1).passes == (1.0, 1.0 + row)
+    expected = [cost + 0.03 * i for i, cost in enumerate(rows[kind])]
+    assert DraftCosts.of(decoder, 1).passes == pytest.approx(expected)
 
 
 def test_measured_costs_come_first_and_fit_other_exits_and_heads():

@@ -22,6 +22,7 @@ COSTS = StepCosts(
     head=0.125,
     passes=(1.0, 1.25),
     overhead=0.0,
+    machine="here",
 )
 
 
@@ -56,13 +57,14 @@ def test_list_and_costs_travel(tmp_path):
     settings = loaded(tmp_path, {"draft_vocabulary": text_of_ids([9, 3, 4]), "costs": costs})
     assert settings.draft_vocabulary == (9, 3, 4)
     assert settings.costs == (COSTS, in_8_bits)
-    assert settings.measured_for("float32", "16bit", "cpu", "pytorch").measured == COSTS
-    assert settings.measured_for("float32", "int8", "cpu", "pytorch").measured == in_8_bits
+    assert settings.measured_for("float32", "16bit", "cpu", "pytorch", "here").measured == COSTS
+    assert settings.measured_for("float32", "int8", "cpu", "pytorch", "here").measured == in_8_bits
     for other in (
-        ("bfloat16", "16bit", "cpu", "pytorch"),
-        ("float32", "int4", "cpu", "pytorch"),
-        ("float32", "16bit", "cuda", "pytorch"),
-        ("float32", "16bit", "cpu", "compiled"),
+        ("bfloat16", "16bit", "cpu", "pytorch", "here"),
+        ("float32", "int4", "cpu", "pytorch", "here"),
+        ("float32", "16bit", "cuda", "pytorch", "here"),
+        ("float32", "16bit", "cpu", "compiled", "here"),
+        ("float32", "16bit", "cpu", "pytorch", "elsewhere"),
     ):
         assert settings.measured_for(*other).measured is None
 

@@ -216,7 +216,7 @@ def test_full_cache_is_refused(tmp_path):
 def empty_cache(tmp_path, monkeypatch):
     """As on a machine that has compiled nothing yet; tells which commands were run."""
     target = tmp_path / "kernels" / "made.so"
-    monkeypatch.setattr(build, "_target", lambda: target)
+    monkeypatch.setattr(build, "target", lambda: target)
     commands = []
 
     def run(command, **options):
@@ -249,7 +249,7 @@ def test_without_a_compiler_pytorch_runs_or_one_line_says_so(monkeypatch, tmp_pa
     def missing():
         raise NoCompilerError("there is no C++ compiler (g++ or clang++)")
 
-    monkeypatch.setattr(build, "_target", missing)
+    monkeypatch.setattr(build, "target", missing)
     folder = saved("llama2", tmp_path)
     with pytest.raises(ValueError, match=r"no C\+\+ compiler .*; install one, or load without"):
         LayerSkipModel.from_pretrained(folder, compile=True)

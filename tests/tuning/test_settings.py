@@ -101,7 +101,7 @@ def test_each_kind_of_weights_keeps_the_costs_it_was_tuned_with(folder):
         write_settings(folder, CHOICE, end_tokens=[2], record=RECORD, costs=found)
     settings = read_settings(folder, {}, vocab_size=99)
     for weights, head in (("16bit", 0.3), ("int8", 0.2), ("int4", None)):
-        measured = settings.measured_for("float32", weights, "cpu", "pytorch").measured
+        measured = settings.measured_for("float32", weights, "cpu", "pytorch", "").measured
         assert (measured.head if measured else None) == head
 
 

@@ -5,13 +5,13 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import layerskip
 from layerskip.model import Decoder
+from layerskip.model.machine import cpu_name
 
 
 def environment(
@@ -35,7 +35,7 @@ def environment(
     return {
         "date": datetime.date.today().isoformat(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpus": _usable_cpus(),
         "memory_bytes": _memory_bytes(),
@@ -61,14 +61,6 @@ def environment_of(decoder: Decoder, packages: Iterable[str] = ("transformers",)
         kernels=decoder.kernels,
         packages=packages,
     )
-
-
-def _cpu() -> str:
-    """The processor's name, as far as the system tells."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")
 
 
 def _usable_cpus() -> int | None:

@@ -6,14 +6,15 @@ Nothing is timed while an answer is made, so the same prompt is always decoded i
 import dataclasses
 
 from layerskip.model import Decoder, StepCosts
+from layerskip.model.native import row_costs
 from layerskip.model.quantize import bits_of
 
-# What one more position adds to a pass, by the bits that a weight is kept in, where nothing was
-# measured. Weights are read once for all positions; the fewer their bytes, the more arithmetic shows.
-_ROW_COSTS = {
-    "compiled": {32: 0.06, 16: 0.06, 8: 0.07, 4: 0.13},
-    "pytorch": {32: 0.06, 16: 0.05, 8: 0.15, 4: 0.3},
-}
+# What one more position adds to a pass, beside what the compiled kernels' products take: attention,
+# norms, and the choice of a token.
+_BESIDE_PRODUCTS = 0.03
+# The same of all in PyTorch, by the bits that a weight is kept in. Weights are read once for all
+# positions; the fewer their bytes, the more arithmetic shows.
+_ROW_COSTS = {32: 0.06, 16: 0.05, 8: 0.15, 4: 0.3}
 _ROW_COST_ON_A_GPU = 0.01
 _BATCH_ACCEPTANCE = 0.8  # of a token, at the first exits that are worth it
 _LEAST_GAIN = 1.03  # of a batch: below that drafting is not worth a try
@@ -46,7 +47,8 @@ class DraftCosts:
     ) -> "DraftCosts":
         """Costs of drafting with the first E layers (0 = none) and a share of the head's tokens.
 
-        Without a measurement they are shares of the bytes read.
+        Without a measurement they are shares of the bytes read, and a pass over more positions costs
+        what more rows cost this machine's compiled kernels, or an estimate.
         """
         whole = decoder.weight_bytes
         if measured is None:
@@ -54,7 +56,7 @@ class DraftCosts:
             return cls(
                 layers=layers * exit_layer / len(decoder.layers),
                 head=head_share * decoder.head.weight_bytes / whole,
-                passes=(1.0, 1.0 + _row_cost(decoder)),
+                passes=_passes(decoder),
             )
         scored = measured.draft_tokens_scored / decoder.architecture.vocab_size
         layers = max(measured.draft_step - measured.head * scored, 0.0)
@@ -102,8 +104,11 @@ class DraftCosts:
         return longest
 
 
-def _row_cost(decoder: Decoder) -> float:
+def _passes(decoder: Decoder) -> tuple[float, ...]:
     if decoder.device.type != "cpu":
-        return _ROW_COST_ON_A_GPU
-    bits = bits_of(decoder.weights) or 8 * decoder.dtype.itemsize
-    return _ROW_COSTS[decoder.kernels][bits]
+        return 1.0, 1.0 + _ROW_COST_ON_A_GPU
+    bits = bits_of(decoder.weights)
+    if decoder.kernels != "compiled":
+        return 1.0, 1.0 + _ROW_COSTS[bits or 8 * decoder.dtype.itemsize]
+    kind = decoder.weights if bits else str(decoder.dtype).removeprefix("torch.")
+    return tuple(cost + i * _BESIDE_PRODUCTS for i, cost in enumerate(row_costs(kind)))

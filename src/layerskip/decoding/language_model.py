@@ -13,6 +13,7 @@ from layerskip.decoding.generation import Generation
 from layerskip.decoding.policy import choose, for_batch
 from layerskip.decoding.sampling import Sampling
 from layerskip.model import Checkpoint, Decoder, load, native, resolve
+from layerskip.model.machine import machine
 from layerskip.model.published import with_defaults
 from layerskip.model.quantize import bits_of
 from layerskip.model.rounding import warn_of_rounding
@@ -77,7 +78,8 @@ class LayerSkipModel:
         )
         decoder = checkpoint.decoder
         settings = with_defaults(name, checkpoint.settings).measured_for(
-            str(decoder.dtype).removeprefix("torch."), decoder.weights, place.type, decoder.kernels
+            *(str(decoder.dtype).removeprefix("torch."), decoder.weights),
+            *(place.type, decoder.kernels, machine(decoder.device)),
         )
         return cls(dataclasses.replace(checkpoint, settings=settings))
 

@@ -135,7 +135,7 @@ def _of_exits(model: Any, windows: Tensor, exits: set[int]) -> Tensor:
     return total
 
 
-def _names(model: Any) -> dict[nn.Parameter, str]:
+def _names(model: Any) -> dict[Tensor, str]:
     """What the model calls its parameters; a head that is the embedding by the embedding's name."""
     return {parameter: name for name, parameter in model.named_parameters()}
 

@@ -81,11 +81,13 @@ class GgufHeader:
         magic, version, n_tensors, n_fields = self._unpack("<4sIQQ")
         if magic != _MAGIC or version not in _VERSIONS:
             raise ValueError(f"no GGUF file of version 2 or 3: it begins with {magic!r}, {version}")
-        self.fields = self._unique((self._string(), self._field()) for _ in range(n_fields))
+        self.fields: dict[str, Field] = self._unique(
+            (self._string(), self._field()) for _ in range(n_fields)
+        )
         infos = [self._tensor_info() for _ in range(n_tensors)]
         alignment = self.fields.get("general.alignment", Field(gguf.GGUF_DEFAULT_ALIGNMENT, []))
         start = -(-self._at // alignment.value) * alignment.value
-        self.tensors = self._unique(
+        self.tensors: dict[str, StoredTensor] = self._unique(
             (name, self._tensor(start + offset, kind, shape)) for name, kind, shape, offset in infos
         )
 

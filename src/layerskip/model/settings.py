@@ -24,6 +24,7 @@ class StepCosts:
         weights: how they were kept, such as "16bit".
         device: "cpu" or "cuda".
         kernels: what ran the layers, see `Decoder.kernels`.
+        machine: where, see `machine.machine`; "" is none that is known.
         exit_layer: E of the drafts that were timed.
         draft_step: the first E layers and the draft's head over one token.
         draft_tokens_scored: how many tokens that head has.
@@ -42,11 +43,12 @@ class StepCosts:
     head: float
     passes: tuple[float, ...]
     overhead: float
+    machine: str = ""
 
     @property
-    def kind(self) -> tuple[str, str, str, str]:
-        """What costs depend on most: dtype, weights, device, kernels."""
-        return self.dtype, self.weights, self.device, self.kernels
+    def kind(self) -> tuple[str, ...]:
+        """What costs depend on most: dtype, weights, device, kernels, machine."""
+        return self.dtype, self.weights, self.device, self.kernels, self.machine
 
     def to_dict(self) -> dict[str, Any]:
         """The fields for JSON, in four digits."""

@@ -127,7 +127,7 @@ class GgufFile:
 
     def stored_as(self, name: str) -> str:
         """The name of the GGML type."""
-        return self._tensors[name].kind.name
+        return str(self._tensors[name].kind.name)
 
     def blocks(self, name: str) -> "np.ndarray[Any, Any]":
         """One tensor as it is stored, quantized blocks as bytes; mapped from the file, not copied."""

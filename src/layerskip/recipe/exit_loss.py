@@ -158,9 +158,10 @@ class _ExitLoss(torch.autograd.Function):
             loss_sums[exits] += step.loss_sums
             divergence_sums[exits] += step.divergence_sums
             correct[exits] += step.correct
-            if state_gradient is not None:
-                state_gradient[exits, rows] = step.gradients[0]
-            for index, gradient in enumerate(step.gradients[1:]):
+            of_states, *of_parameters = step.gradients
+            if state_gradient is not None and of_states is not None:
+                state_gradient[exits, rows] = of_states
+            for index, gradient in enumerate(of_parameters):
                 if gradient is not None:
                     total = sums[index]
                     sums[index] = gradient if total is None else total.add_(gradient)

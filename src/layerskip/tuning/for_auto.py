@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from layerskip.decoding import LayerSkipModel
 from layerskip.model import StepCosts
 from layerskip.model.draft_vocabulary import merged, worth_drafting
+from layerskip.model.machine import machine
 from layerskip.tuning.costs import Costs
 
 _LEAST = 1e-3  # of a plain step: differences of medians can come out at nothing
@@ -24,6 +25,7 @@ def step_costs(costs: Costs, exit_layer: int, model: LayerSkipModel) -> StepCost
         weights=model.decoder.weights,
         device=model.decoder.device.type,
         kernels=model.decoder.kernels,
+        machine=machine(model.decoder.device),
         exit_layer=exit_layer,
         draft_step=max(float(costs.draft_step_s[middle, x]) / plain, _LEAST),
         draft_tokens_scored=model.decoder.architecture.vocab_size,

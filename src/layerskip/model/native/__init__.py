@@ -3,6 +3,7 @@
 from layerskip.model.native.build import NoCompilerError, prepare
 from layerskip.model.native.decoder import NativeDecoder, supports
 from layerskip.model.native.panels import PanelEmbedding, PanelMatrix
+from layerskip.model.native.timing import row_costs
 
 __all__ = [
     "NativeDecoder",
@@ -10,5 +11,6 @@ __all__ = [
     "PanelEmbedding",
     "PanelMatrix",
     "prepare",
+    "row_costs",
     "supports",
 ]

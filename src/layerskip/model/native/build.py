@@ -14,6 +14,8 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+from layerskip.model.machine import cpu_instructions
+
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-O2", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
@@ -31,17 +33,17 @@ def prepare(announce: Callable[[str], None] = lambda text: None) -> None:
     Raises:
         NoCompilerError: there is no C++ compiler with OpenMP, or it refuses.
     """
-    target = _target()
-    if not target.is_file():
+    library_file = target()
+    if not library_file.is_file():
         announce("compiling kernels for this machine (once)")
-        _compile(target)
+        _compile(library_file)
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernels; raises what `prepare` raises."""
     prepare()
-    return _load(_target())
+    return _load(target())
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -72,9 +74,9 @@ def _compiler() -> str:
 
 
 @functools.cache
-def _target() -> Path:
-    """Named after everything that the library depends on."""
-    what = "\0".join((_compiler(), *_FLAGS, sys.platform, platform.machine(), _cpu()))
+def target() -> Path:
+    """The compiled library's file, named after everything that it depends on."""
+    what = "\0".join((_compiler(), *_FLAGS, sys.platform, platform.machine(), cpu_instructions()))
     name = hashlib.sha256(_SOURCE.read_bytes() + what.encode()).hexdigest()[:16]
     return user_cache_path("layerskip") / "kernels" / f"{name}.so"
 
@@ -92,12 +94,3 @@ def _compile(target: Path) -> None:
             made.replace(target)
     except OSError as error:
         raise NoCompilerError(f"the kernels cannot be written: {error}") from error
-
-
-def _cpu() -> str:
-    """What `-march=native` depends on: a cache folder may be shared between machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -170,20 +170,12 @@ inline Vec from_float16(const void *p) {
 
 #ifdef __AVX512BF16__
 constexpr bool PAIRS = true;  // products of two 16-bit numbers at a time
+inline Vec dot2(Vec sums, Words weights, uint32_t inputs) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(inputs));
+}
 #else
 constexpr bool PAIRS = false;
 #endif
-
-// sums += pairs of weights * inputs 2k and 2k + 1
-inline Vec dot2(Vec sums, Words weights, const char *inputs, int64_t k) {
-#ifdef __AVX512BF16__
-  const uint32_t pair = ((const uint32_t *)inputs)[k];
-  return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(pair));
-#else
-  sums = fused((Vec)(weights << 16), spread(((const float *)inputs)[2 * k]), sums);
-  return fused((Vec)(weights & 0xffff0000u), spread(((const float *)inputs)[2 * k + 1]), sums);
-#endif
-}
 
 // sums += four codes of weights * four inputs of -127 ... 127. Where bytes are multiplied into sums of
 // 16 bits, these have room for signed weights alone, or for a group of 4-bit ones, which `settled` ends.
@@ -365,6 +357,26 @@ inline void add_group(const Matrix &w, int64_t panel, int64_t g, int part, const
   }
 }
 
+// What a panel has for one input.
+struct Column {
+  Vec of[PARTS];
+};
+inline Column load_panel(const float *at) {
+  Column column;
+  for (int i = 0; i < PARTS; i++) column.of[i] = load<Vec>(at + i * WIDTH);
+  return column;
+}
+// A panel's weights of input k times R rows of it: an input is spread once for the panel.
+template <int R>
+inline void add_column(const Column &weights, const char *inputs, int64_t stride, int64_t k, Vec (&sums)[R][PARTS]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+    const Vec input = spread(((const float *)(inputs + r * stride))[k]);
+#pragma GCC unroll 16
+    for (int i = 0; i < PARTS; i++) sums[r][i] = fused(weights.of[i], input, sums[r][i]);
+  }
+}
+
 // P panels from `panel` on times R rows of inputs.
 template <int KIND, int P, int R>
 inline void tile(const Matrix &w, int64_t panel, const char *inputs, int64_t stride, Vec (&sums)[P][R][PARTS]) {
@@ -380,31 +392,31 @@ inline void tile(const Matrix &w, int64_t panel, const char *inputs, int64_t str
     for (int64_t k = 0; k < n; k++)
 #pragma GCC unroll 16
       for (int p = 0; p < P; p++) {
-        if (R > 2) __builtin_prefetch(base + (p * n + k + 2 * AHEAD) * LANES);
-#pragma GCC unroll 16
-        for (int i = 0; i < PARTS; i++) {
-          const Vec weights = load<Vec>(base + (p * n + k) * LANES + i * WIDTH);
-          const int64_t at = unknown(k);
-#pragma GCC unroll 16
-          for (int r = 0; r < R; r++) {
-            const float input = ((const float *)(inputs + r * stride))[at];
-            sums[p][r][i] = fused(weights, spread(input), sums[p][r][i]);
-          }
-        }
+        const float *at = base + (p * n + k) * LANES;
+        if (R > 2) __builtin_prefetch(at + 2 * AHEAD * LANES);
+        add_column<R>(load_panel(at), inputs, stride, k, sums[p]);
       }
   } else if constexpr (KIND == BFLOAT16) {
     const uint32_t *base = (const uint32_t *)w.data + panel * (n / 2) * LANES;
     for (int64_t k = 0; k < n / 2; k++)
 #pragma GCC unroll 16
       for (int p = 0; p < P; p++) {
-        __builtin_prefetch(base + (p * (n / 2) + k + AHEAD) * LANES);
+        const uint32_t *at = base + (p * (n / 2) + k) * LANES;
+        __builtin_prefetch(at + AHEAD * LANES);
+#ifdef __AVX512BF16__
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+          sums[p][r][0] = dot2(sums[p][r][0], load<Words>(at), ((const uint32_t *)(inputs + r * stride))[k]);
+#else
+        Column low, high;
 #pragma GCC unroll 16
         for (int i = 0; i < PARTS; i++) {
-          const Words weights = load<Words>(base + (p * (n / 2) + k) * LANES + i * WIDTH);
-          const int64_t at = unknown(k);
-#pragma GCC unroll 16
-          for (int r = 0; r < R; r++) sums[p][r][i] = dot2(sums[p][r][i], weights, inputs + r * stride, at);
+          const Words weights = load<Words>(at + i * WIDTH);
+          low.of[i] = (Vec)(weights << 16), high.of[i] = (Vec)(weights & 0xffff0000u);
         }
+        add_column<R>(low, inputs, stride, 2 * k, sums[p]);
+        add_column<R>(high, inputs, stride, 2 * k + 1, sums[p]);
+#endif
       }
   } else {
     for (int64_t g = 0; g < n / GROUP; g++)

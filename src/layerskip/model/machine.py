@@ -1,0 +1,36 @@
+"""What this machine is, as far as measured costs depend on it."""
+
+import functools
+import hashlib
+import platform
+from pathlib import Path
+
+import torch
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells."""
+    return _cpu_line("model name") or platform.processor() or "unknown"
+
+
+def cpu_instructions() -> str:
+    """What the processor can do, in the system's words; "" where it does not tell."""
+    return _cpu_line("flags") or _cpu_line("Features")
+
+
+@functools.cache
+def machine(device: torch.device) -> str:
+    """A name for a GPU, or for a processor and its instructions: machines with one name cost alike."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    instructions = hashlib.sha256(cpu_instructions().encode()).hexdigest()[:8]
+    return f"{cpu_name()}, {instructions}"
+
+
+@functools.cache
+def _cpu_line(field: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # macOS, Windows
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")

@@ -1,0 +1,70 @@
+"""What more rows cost a product on this machine: timed once, and kept beside the compiled kernels.
+
+A pass over few rows waits for its weights on one machine and for its arithmetic on another: five rows of
+16-bit weights cost 1.1 times one row on a CPU with a matrix unit, and 1.9 times on one with AVX2 alone.
+How far it pays to draft depends on little else as much.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from layerskip.model.native.build import target
+from layerskip.model.native.panels import PanelMatrix
+from layerskip.model.quantize import GROUP, Quantized
+
+_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+_ROUNDS = 4
+_INPUTS = 2048
+_BYTES = 1 << 26  # of weights: more than a laptop's caches hold
+_BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
+
+
+def row_costs(kind: str) -> tuple[float, ...]:
+    """Products over 1, 2, ... 16 rows, in units of one row's; takes half a second the first time.
+
+    Args:
+        kind: "float32", "bfloat16", "int8" or "int4".
+    """
+    return _row_costs(kind, torch.get_num_threads())
+
+
+@functools.cache
+def _row_costs(kind: str, threads: int) -> tuple[float, ...]:
+    file = target().with_suffix(f".{kind}.{threads}.json")
+    with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or damaged
+        return tuple(float(cost) for cost in json.loads(file.read_text()))
+    costs = _timed(_matrix(kind))
+    with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
+        unfinished = Path(f"{file}.{os.getpid()}")
+        unfinished.write_text(json.dumps(costs))
+        unfinished.replace(file)
+    return costs
+
+
+def _matrix(kind: str) -> PanelMatrix:
+    bits = _BITS[kind]
+    shape = _BYTES * 8 // bits // _INPUTS, _INPUTS
+    if bits > 8:
+        return PanelMatrix(torch.ones(shape, dtype=getattr(torch, kind)))
+    scales = torch.ones(shape[0], _INPUTS // GROUP, dtype=torch.float16)
+    return PanelMatrix(Quantized(bits, torch.ones(shape, dtype=torch.uint8), scales, None))
+
+
+def _timed(matrix: PanelMatrix) -> tuple[float, ...]:
+    """The least time of each number of rows, taken in turns; more rows are never cheaper."""
+    inputs = torch.ones(max(_ROWS), matrix.shape[1])
+    seconds = np.full(len(_ROWS), np.inf)
+    for _ in range(_ROUNDS):
+        for i, rows in enumerate(_ROWS):
+            began = time.perf_counter()
+            matrix(inputs[:rows])
+            seconds[i] = min(seconds[i], time.perf_counter() - began)
+    every = np.interp(range(1, max(_ROWS) + 1), _ROWS, np.maximum.accumulate(seconds))
+    return tuple(round(float(cost), 4) for cost in every / every[0])

@@ -1,0 +1,42 @@
+"""What more rows cost this machine is timed once, and read from the cache from then on."""
+
+import json
+
+import pytest
+
+from layerskip.model.native import timing
+from layerskip.model.native.timing import row_costs
+
+
+@pytest.fixture
+def file_of(tmp_path, monkeypatch):
+    """An empty cache and little to time; gives the file of a kind."""
+    monkeypatch.setattr(timing, "target", lambda: tmp_path / "kernels.so")
+    monkeypatch.setattr(timing, "_BYTES", 1 << 16)
+    timing._row_costs.cache_clear()
+    yield lambda kind: tmp_path / f"kernels.{kind}.1.json"
+    timing._row_costs.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+def test_timed_once_and_kept(kind, file_of):
+    costs = row_costs(kind)
+    assert len(costs) == 16
+    assert costs[0] == 1.0
+    assert list(costs) == sorted(costs)
+    assert json.loads(file_of(kind).read_text()) == list(costs)
+    file_of(kind).write_text(json.dumps([1.0, 9.0]))
+    timing._row_costs.cache_clear()
+    assert row_costs(kind) == (1.0, 9.0)
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "3", '["many"]'])
+def test_a_damaged_file_is_made_again(damaged, file_of):
+    file_of("float32").write_text(damaged)
+    assert len(row_costs("float32")) == 16
+    assert len(json.loads(file_of("float32").read_text())) == 16
+
+
+def test_a_cache_that_cannot_be_written_is_no_matter(file_of):
+    file_of("int8").mkdir()
+    assert len(row_costs("int8")) == 16
