@@ -158,10 +158,9 @@ class _ExitLoss(torch.autograd.Function):
             loss_sums[exits] += step.loss_sums
             divergence_sums[exits] += step.divergence_sums
             correct[exits] += step.correct
-            of_states, *of_parameters = step.gradients
-            if state_gradient is not None and of_states is not None:
+            if state_gradient is not None and (of_states := step.gradients[0]) is not None:
                 state_gradient[exits, rows] = of_states
-            for index, gradient in enumerate(of_parameters):
+            for index, gradient in enumerate(step.gradients[1:]):
                 if gradient is not None:
                     total = sums[index]
                     sums[index] = gradient if total is None else total.add_(gradient)
