@@ -310,14 +310,14 @@ inline int64_t unknown(int64_t k) {
   return k;
 }
 
-// Group g of quantized inputs times a part of P panels.
-template <int KIND, int P, int R>
-inline void add_group(const Matrix &w, int64_t panel, int64_t g, int part, const char *inputs, int64_t stride,
+// Group g of quantized inputs times P panels, from a part of them on.
+template <int KIND, int P, int R, int PART = 0>
+inline void add_group(const Matrix &w, int64_t panel, int64_t g, const char *inputs, int64_t stride,
                       Vec (&sums)[P][R][PARTS]) {
   constexpr int PACKED = KIND == INT8 ? 8 : 4;  // words of a group in a lane
   constexpr int OFF = taken_off(KIND);
-  const int64_t groups = w.in / GROUP, begin = panel * groups * LANES + part * WIDTH;
-  const uint32_t *base = (const uint32_t *)w.data + panel * groups * PACKED * LANES + part * WIDTH;
+  const int64_t groups = w.in / GROUP, begin = panel * groups * LANES + PART * WIDTH;
+  const uint32_t *base = (const uint32_t *)w.data + panel * groups * PACKED * LANES + PART * WIDTH;
   const uint16_t *scales = (const uint16_t *)w.scales + begin;
   const uint16_t *offsets = w.offsets ? (const uint16_t *)w.offsets + begin : nullptr;
   const int64_t at = unknown(g);
@@ -327,7 +327,8 @@ inline void add_group(const Matrix &w, int64_t panel, int64_t g, int part, const
 #pragma GCC unroll 16
     for (int p = 0; p < P; p++) {
       const Words weights = load<Words>(base + ((p * groups + g) * PACKED + k) * LANES);
-      if (R > 2 && part == 0) __builtin_prefetch(base + ((p * groups + g + GROUPS_AHEAD) * PACKED + k) * LANES);
+      if constexpr (R > 2 && PART == 0)
+        __builtin_prefetch(base + ((p * groups + g + GROUPS_AHEAD) * PACKED + k) * LANES);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         const uint32_t *codes = (const uint32_t *)(inputs + r * stride) + at * (GROUP / 4);
@@ -351,10 +352,11 @@ inline void add_group(const Matrix &w, int64_t panel, int64_t g, int part, const
     for (int r = 0; r < R; r++) {
       const float *steps = (const float *)(inputs + r * stride + w.in) + 2 * g;
       const Vec dot = __builtin_convertvector(settled<KIND>(dots[p][r]), Vec);
-      sums[p][r][part] = fused(dot, scale * steps[0], sums[p][r][part]);
-      sums[p][r][part] = fused(offset, spread(steps[1]), sums[p][r][part]);
+      sums[p][r][PART] = fused(dot, scale * steps[0], sums[p][r][PART]);
+      sums[p][r][PART] = fused(offset, spread(steps[1]), sums[p][r][PART]);
     }
   }
+  if constexpr (PART + 1 < PARTS) add_group<KIND, P, R, PART + 1>(w, panel, g, inputs, stride, sums);
 }
 
 // What a panel has for one input.
@@ -419,9 +421,7 @@ inline void tile(const Matrix &w, int64_t panel, const char *inputs, int64_t str
 #endif
       }
   } else {
-    for (int64_t g = 0; g < n / GROUP; g++)
-#pragma GCC unroll 16
-      for (int i = 0; i < PARTS; i++) add_group<KIND, P, R>(w, panel, g, i, inputs, stride, sums);
+    for (int64_t g = 0; g < n / GROUP; g++) add_group<KIND, P, R>(w, panel, g, inputs, stride, sums);
   }
 }
 
