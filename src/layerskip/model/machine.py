@@ -14,8 +14,11 @@ def cpu_name() -> str:
 
 
 def cpu_instructions() -> str:
-    """What the processor can do, in the system's words; "" where it does not tell."""
-    return _cpu_line("flags") or _cpu_line("Features")
+    """What the processor can do, in the system's words; its name where it does not tell.
+
+    What is compiled for one processor may lie in a cache folder that another one shares.
+    """
+    return _cpu_line("flags") or _cpu_line("Features") or platform.processor()
 
 
 @functools.cache
