@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from layerskip import LayerSkipModel
-from layerskip.model import Architecture, Checkpoint, KVCache, Settings
+from layerskip.model import Architecture, Checkpoint, Decoder, KVCache, Settings
 from layerskip.model.architecture import Rope
 
 LAYERS = 4
@@ -70,6 +70,14 @@ class ScriptedDecoder:
         short, whole = copy.copy(self), self.logits
         short.logits = lambda hidden: whole(hidden)[..., token_ids]
         return short
+
+    def beside(self, other):
+        both, mine = copy.copy(self), self.logits
+        both.logits = lambda hidden: torch.cat([mine(hidden), other.logits(hidden)], dim=-1)
+        return both
+
+    choose = Decoder.choose
+    choose_with_probability = Decoder.choose_with_probability
 
     def _next(self, position, n_layers):
         index = position - self.prompt_tokens + 1

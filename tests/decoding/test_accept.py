@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from layerskip.decoding import Sampling
 from layerskip.decoding.accept import accept_greedy, accept_sampled
+from layerskip.model import most_likely
 
 # --- greedy -------------------------------------------------------------------------------------
 
@@ -35,7 +36,7 @@ def test_greedy_over_all_patterns(d):
     # The best token leads by a hair, so that nothing but the argmax can tell.
     logits = torch.ones(*best.shape, vocabulary)
     logits.scatter_add_(2, best[..., None], torch.full_like(logits[..., :1], 1e-6))
-    accepted, following = accept_greedy(drafted, logits)
+    accepted, following = accept_greedy(drafted, logits.argmax(-1))
     counts = [accepted_by_hand(*case) for case in cases]
     assert accepted.tolist() == counts
     assert set(counts) == set(range(d + 1))  # rows with different counts in one batch
@@ -44,13 +45,13 @@ def test_greedy_over_all_patterns(d):
 
 def test_greedy_refuses_a_likely_token_that_is_not_the_most_likely():
     logits = torch.tensor([[[5.0, 5.001, -9.0], [0.0, 0.0, 0.0]]])
-    accepted, following = accept_greedy(torch.tensor([[0]]), logits)
+    accepted, following = accept_greedy(torch.tensor([[0]]), most_likely(logits))
     assert (accepted.tolist(), following.tolist()) == ([0], [1])
 
 
 def test_greedy_ties_go_to_the_token_that_plain_decoding_takes():
     logits = torch.zeros(1, 2, 4)
-    accepted, following = accept_greedy(logits[:, :1].argmax(-1), logits)
+    accepted, following = accept_greedy(logits[:, :1].argmax(-1), most_likely(logits))
     assert (accepted.tolist(), following.tolist()) == ([1], logits[:, 1].argmax(-1).tolist())
 
 

@@ -91,7 +91,8 @@ def test_smollm2_self_speculative_equals_plain_on_human_eval(
         options = {"max_new_tokens": n_tokens}
         plain = smollm2.generate(prompt, mode="plain", **options)
         for exit_layer in exit_layers:
-            answer = smollm2.generate(prompt, exit_layer=exit_layer, draft_tokens=5, **options)
+            drafting = {"exit_layer": exit_layer, "draft_tokens": 5, "adaptive": False}
+            answer = smollm2.generate(prompt, **drafting, **options)
             assert answer.token_ids == plain.token_ids, (prompt, exit_layer)
             assert (answer.text, answer.finish_reason) == (plain.text, plain.finish_reason)
             accepted += answer.accepted

@@ -8,43 +8,48 @@ that come out are distributed exactly as p, whatever q is (Leviathan et al., 202
 import torch
 from torch import Tensor
 
-from layerskip.decoding.sampling import Sampling, most_likely
+from layerskip.decoding.sampling import Exit, Sampling, likeliest
 
 
 def accept(
     drafted: Tensor,
     q: Tensor | None,
-    logits: Tensor,
+    exit_: Exit,
+    hidden: Tensor,
     sampling: Sampling,
     generator: torch.Generator | None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Greedy or sampled acceptance, as the answer is sampled.
 
     Args:
         drafted: [B, d] int64.
         q: [B, d, V] float32, what they were drawn from; None if greedy or d = 0.
-        logits: [B, d + 1, V], the model's, after the repetition penalty.
+        exit_: the model's last.
+        hidden: [B, d + 1, D], what the last layer gave for the positions before each drafted token, and
+            after the last.
         sampling: of draft and model alike.
-        generator: source of randomness, on the device of the logits.
+        generator: source of randomness, on the device of the hidden states.
+        seen: as for `Sampling.penalize`.
 
     Returns:
         How many drafted tokens stand [B], and the model's own token after them [B, 1].
     """
     if sampling.greedy:
-        accepted, following = accept_greedy(drafted, logits)
+        accepted, following = accept_greedy(drafted, likeliest(exit_, hidden, sampling, seen))
     else:
-        accepted, following = accept_sampled(drafted, q, sampling.probabilities(logits), generator)
+        p = sampling.probabilities(sampling.penalize(exit_.logits(hidden), seen))
+        accepted, following = accept_sampled(drafted, q, p, generator)
     return accepted, following[:, None]
 
 
-def accept_greedy(drafted: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+def accept_greedy(drafted: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
     """Accept while the draft agrees with the model's most likely token.
 
     Args:
         drafted: [B, d] int64.
-        logits: [B, d + 1, V], the model's, at the positions of the drafted tokens and one after.
+        best: [B, d + 1] int64, the model's, at the positions of the drafted tokens and one after.
     """
-    best = most_likely(logits)
     accepted = _leading(drafted == best[:, :-1])
     return accepted, _at(best, accepted)
 

@@ -9,7 +9,7 @@ from layerskip.decoding.accept import accept
 from layerskip.decoding.drafters import EarlyExitDrafter
 from layerskip.decoding.generate import PREFILL_CHUNK, Ending, Step, check_prompt
 from layerskip.decoding.policy import Plan
-from layerskip.decoding.sampling import Sampling, pick, seeded_generator
+from layerskip.decoding.sampling import Sampling, next_token, seeded_generator
 from layerskip.decoding.short_head import ShortHead
 from layerskip.model import Decoder
 
@@ -92,7 +92,7 @@ class Batch:
                     self._decoder.embed(last), 0, layers or whole, self._cache
                 )
                 self._cache.lengths += 1
-                last, _ = pick(self._decoder.logits(hidden), self._sampling, self._generator)
+                last = next_token(self._decoder, hidden, self._sampling, self._generator)
                 steps = [Step((token,)) for token in last[:, 0].tolist()]
 
     def _round(self, drafter: EarlyExitDrafter, last: Tensor) -> tuple[list[Step], Tensor]:
@@ -105,13 +105,8 @@ class Batch:
         draft = drafter.draft(last, n, cache, None, self._generator)
         cache.lengths.copy_(settled)
         hidden = decoder.run(draft.states, draft.start, len(decoder.layers), cache)
-        accepted, following = accept(
-            draft.tokens,
-            draft.probabilities,
-            decoder.logits(hidden),
-            self._sampling,
-            self._generator,
-        )
+        drafted, q = draft.tokens, draft.probabilities
+        accepted, following = accept(drafted, q, decoder, hidden, self._sampling, self._generator)
         # One synchronisation with the device a round.
         table = torch.cat([draft.tokens, following, accepted[:, None]], dim=1).tolist()
         counts = [row[-1] for row in table]
@@ -144,8 +139,7 @@ class Batch:
                     ends[row] = hidden[row, end : end + 1]
         self._cache.lengths.copy_(lengths)
         hidden = torch.stack([ends[row] for row in range(len(ends))])
-        token, _ = pick(decoder.logits(hidden), self._sampling, self._generator)
-        return token
+        return next_token(decoder, hidden, self._sampling, self._generator)
 
     def _drop_ended(self, last: Tensor) -> Tensor:
         """Take the rows of ended prompts out of the cache and out of `last`."""

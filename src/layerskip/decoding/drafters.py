@@ -76,6 +76,9 @@ class Drafter(Protocol):
         ...
 
 
+Follow = Callable[[list[int], int], list[int]]
+
+
 class EarlyExitDrafter:
     """Drafts with the first E layers and an exit (section 4.3 of the paper).
 
@@ -104,7 +107,7 @@ class EarlyExitDrafter:
     ) -> None:
         self.decoder, self.exit_layer, self.sampling = decoder, exit_layer, sampling
         self.head, self.length = head, length
-        self.follow: Callable[[list[int], int], list[int]] | None = None
+        self.follow: Follow | None = None
 
     def settle(self, tokens: Sequence[int], accepted: int) -> None:
         """The cache has the tokens; how many were right teaches how far to draft."""
@@ -124,27 +127,26 @@ class EarlyExitDrafter:
             return no_draft(self.decoder, last)
         states: list[Tensor] = []
         chosen_from: list[Tensor] = []
-        tokens = last
+        tokens, behind = [last], last[:, :0]
         for i in range(n + 1):
-            behind = self._behind(tokens[:, 1:], n - i)
-            hidden = self.decoder.embed(torch.cat([tokens[:, -1:], behind], dim=1))
-            states.append(self.decoder.run(hidden, 0, self.exit_layer, cache))
-            cache.lengths += hidden.shape[1]
-            if behind.numel():
+            if i and i < n and self.follow is not None:
+                behind = self._behind(self.follow, tokens[1:], n - i)
+            newest = torch.cat([tokens[-1], behind], dim=1) if behind.numel() else tokens[-1]
+            states.append(self.decoder.run(self.decoder.embed(newest), 0, self.exit_layer, cache))
+            cache.lengths += newest.shape[1]
+            if behind.numel() or i == n or (self.length is not None and self.length.ends):
                 break
-            if i == n or (self.length is not None and self.length.ends):
+            seen = None
+            if history is not None:
+                seen = history.before(torch.cat([last[:, :0], *tokens[1:]], dim=1))[:, -1:]
+            token, q, probability = self._pick(states[-1], seen, generator)
+            if self.length is not None and not self.length.keeps(float(probability)):
                 break
-            seen = None if history is None else history.before(tokens[:, 1:])[:, -1:]
-            logits = self._logits(states[-1], seen)
-            chosen, q = pick(logits, self.sampling, generator)
-            if self.length is not None and not self.length.keeps(_probability(chosen, q, logits)):
-                break
-            token = chosen if self.head is None else self.head.token_ids[chosen]
-            tokens = torch.cat([tokens, token], dim=1)
+            tokens.append(token)
             if q is not None:
                 chosen_from.append(q)
         return Draft(
-            tokens=torch.cat([tokens[:, 1:], behind], dim=1),
+            tokens=torch.cat([*tokens[1:], behind], dim=1),
             probabilities=self._whole(chosen_from, behind),
             states=torch.cat(states, dim=1),
             start=self.exit_layer,
@@ -152,18 +154,29 @@ class EarlyExitDrafter:
             followed=behind.shape[1],
         )
 
-    def _behind(self, drafted: Tensor, room: int) -> Tensor:
+    @staticmethod
+    def _behind(follow: Follow, drafted: list[Tensor], room: int) -> Tensor:
         """What follows the draft without being drafted, [B, k]; mostly nothing."""
-        if self.follow is None or not room or not drafted.numel():
-            return drafted[:, :0]
-        return drafted.new_tensor([self.follow(drafted[0].tolist(), room)], dtype=torch.long)
+        found = follow([int(token) for token in drafted], room)
+        return drafted[0].new_tensor([found]) if found else drafted[0][:, :0]
 
-    def _logits(self, hidden: Tensor, seen: Tensor | None) -> Tensor:
-        """What the exit says, [B, 1, V], or [B, 1, n] where it has n tokens alone."""
-        if self.head is None:
-            return self.sampling.penalize(self.decoder.logits(hidden), seen)
-        seen = None if seen is None else seen[..., self.head.token_ids]
-        return self.sampling.penalize(self.head.logits(hidden), seen)
+    def _pick(
+        self, hidden: Tensor, seen: Tensor | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """A token [B, 1], what it was drawn from (None if greedy), and its probability there [B, 1]."""
+        exit_ = self.decoder if self.head is None else self.head
+        q: Tensor | None = None
+        if self.sampling.greedy and seen is None:
+            chosen, probability = exit_.choose_with_probability(hidden)
+        else:
+            if seen is not None and self.head is not None:
+                seen = seen[..., self.head.token_ids]
+            logits = self.sampling.penalize(exit_.logits(hidden), seen)
+            chosen, q = pick(logits, self.sampling, generator)
+            p = logits.float().softmax(dim=-1) if q is None else q
+            probability = p.gather(-1, chosen[..., None])[..., 0]
+        token = chosen if self.head is None else self.head.token_ids.take(chosen)
+        return token, q, probability
 
     def _whole(self, chosen_from: list[Tensor], behind: Tensor) -> Tensor | None:
         """The distributions over all tokens, made once a round."""
@@ -177,10 +190,3 @@ class EarlyExitDrafter:
 def certain(tokens: Tensor, vocab_size: int) -> Tensor:
     """The distributions [B, d, V] that tokens [B, d] are drawn from where nothing else could be."""
     return one_hot(tokens, vocab_size).float()
-
-
-def _probability(chosen: Tensor, q: Tensor | None, logits: Tensor) -> float:
-    """What the draft gives to its choice, [1, 1] of [1, 1, n]."""
-    if q is None:
-        q = logits.float().softmax(dim=-1)
-    return float(q[0, 0, chosen[0, 0]])

@@ -9,10 +9,10 @@ from torch import Tensor
 from layerskip.decoding.accept import accept
 from layerskip.decoding.draft_costs import DraftCosts
 from layerskip.decoding.draft_length import DraftLength, NgramLength, Pace
-from layerskip.decoding.drafters import Drafter, EarlyExitDrafter
+from layerskip.decoding.drafters import Draft, Drafter, EarlyExitDrafter
 from layerskip.decoding.ngram import NgramDrafter
 from layerskip.decoding.policy import Plan
-from layerskip.decoding.sampling import Sampling, TokenHistory, pick, seeded_generator
+from layerskip.decoding.sampling import Sampling, TokenHistory, next_token, seeded_generator
 from layerskip.decoding.short_head import ShortHead
 from layerskip.model import Decoder
 
@@ -188,7 +188,7 @@ class _Session:
             yield Step((int(token),))
             hidden = self.decoder.run(self.decoder.embed(token), 0, n_layers, self.cache)
             self.cache.lengths += 1
-            token = self._settle(self.decoder.logits(hidden))
+            token = self._settle(hidden)
 
     def _self_speculative(self, draft_tokens: int, limit: int) -> Iterator[Step]:
         """Draft with layers [0, E), verify with [E, L), keep the agreeing prefix (section 4.3)."""
@@ -205,7 +205,7 @@ class _Session:
             draft = drafter.draft(last, n, cache, self.history, self.generator)
             cache.lengths.copy_(settled)
             hidden = decoder.run(draft.states, draft.start, len(decoder.layers), cache)
-            accepted, last = self._accept(draft.tokens, draft.probabilities, decoder.logits(hidden))
+            accepted, last = self._accept(draft, hidden)
             # One synchronisation with the device a round.
             *drafted, own, count = torch.cat([draft.tokens[0], last[0], accepted]).tolist()
             tokens = (*drafted[:count], own)
@@ -239,11 +239,11 @@ class _Session:
             return early_exit
         return NgramDrafter(decoder, self.sampling, prompt, early_exit, ngram_length)
 
-    def _accept(self, drafted: Tensor, q: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _accept(self, draft: Draft, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """How many drafted tokens stand [B], and the model's own token after them [B, 1]."""
-        seen = None if self.history is None else self.history.before(drafted)
-        logits = self.sampling.penalize(logits, seen)
-        return accept(drafted, q, logits, self.sampling, self.generator)
+        seen = None if self.history is None else self.history.before(draft.tokens)
+        drafted, q = draft.tokens, draft.probabilities
+        return accept(drafted, q, self.decoder, hidden, self.sampling, self.generator, seen)
 
     def _prefill(self, n_layers: int) -> Tensor:
         """Run the prompt through the first n layers and choose the token after it, [1, 1]."""
@@ -251,13 +251,12 @@ class _Session:
         for chunk in self.prompt.split(PREFILL_CHUNK, dim=1):
             hidden = self.decoder.run(self.decoder.embed(chunk), 0, n_layers, self.cache)
             self.cache.lengths += chunk.shape[1]
-        return self._settle(self.decoder.logits(hidden[:, -1:]))
+        return self._settle(hidden[:, -1:])
 
-    def _settle(self, logits: Tensor) -> Tensor:
+    def _settle(self, hidden: Tensor) -> Tensor:
         """The model's own choice after everything settled so far, [1, 1]."""
-        if self.history is not None:
-            logits = self.sampling.penalize(logits, self.history.before(self.prompt[:, :0]))
-        token, _ = pick(logits, self.sampling, self.generator)
+        seen = None if self.history is None else self.history.before(self.prompt[:, :0])
+        token = next_token(self.decoder, hidden, self.sampling, self.generator, seen)
         if self.history is not None:
             self.history.extend(token)
         return token

@@ -35,7 +35,7 @@ class ShortHead:
         self._known = frozenset(token_ids)
         self.token_ids = torch.tensor(sorted(self._known), device=decoder.device)
         self._vocab_size = decoder.architecture.vocab_size
-        self._parts = [decoder.with_short_head(self.token_ids)]
+        self._short = decoder.with_short_head(self.token_ids)
 
     @classmethod
     def of(cls, decoder: Decoder, token_ids: tuple[int, ...]) -> "ShortHead":
@@ -58,13 +58,20 @@ class ShortHead:
         more, both = ShortHead(decoder, new), copy.copy(self)
         both._known = self._known | new
         both.token_ids = torch.cat([self.token_ids, more.token_ids])
-        both._parts = [*self._parts, *more._parts]
+        both._short = self._short.beside(more._short)
         return both
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [B, T, D] to logits of the tokens kept [B, T, n]."""
-        found = [part.logits(hidden) for part in self._parts]
-        return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+        return self._short.logits(hidden)
+
+    def choose(self, hidden: Tensor) -> Tensor:
+        """Which of the tokens kept is likeliest, [B, T, D] to [B, T]: its place in `token_ids`."""
+        return self._short.choose(hidden)
+
+    def choose_with_probability(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """`choose`, and the probability of the choice among the tokens kept, [B, T] float32."""
+        return self._short.choose_with_probability(hidden)
 
     @property
     def share(self) -> float:

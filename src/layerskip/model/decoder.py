@@ -70,7 +70,7 @@ class Decoder:
         self.layers = layers
         self.final_norm = final_norm
         self.tied = head is None
-        self.head: Matrix = embedding.head() if head is None else head
+        self.heads: tuple[Matrix, ...] = (embedding.head() if head is None else head,)
         self.rotary = Rotary(architecture, device)
         # In the hidden states' dtype, as the families that have it were trained. It is not multiplied
         # into the embedding: most of them use the same matrix as their head.
@@ -78,6 +78,11 @@ class Decoder:
         self.embedding_scale = (
             None if scale is None else torch.tensor(scale, dtype=dtype, device=device)
         )
+
+    @property
+    def head(self) -> Matrix:
+        """The matrix of the shared exit, or the first of them (see `beside`)."""
+        return self.heads[0]
 
     @property
     def weight_bytes(self) -> int:
@@ -137,9 +142,24 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """The shared exit: final norm and head, [B, T, D] to [B, T, V], in the decoder's dtype."""
         b, t, d = hidden.shape
-        logits = self.head(self.final_norm(hidden.reshape(b * t, d))).view(b, t, -1)
+        normed = self.final_norm(hidden.reshape(b * t, d))
+        return self._capped([head(normed).view(b, t, -1) for head in self.heads])
+
+    def _capped(self, products: list[Tensor]) -> Tensor:
+        """The heads' products [B, T, n] side by side, as logits."""
+        logits = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
         cap = self.architecture.logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def choose(self, hidden: Tensor) -> Tensor:
+        """The greedy choice of the shared exit: [B, T, D] to which logit is highest, [B, T] int64."""
+        return most_likely(self.logits(hidden))
+
+    def choose_with_probability(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """`choose`, and the softmax probability of the choice, [B, T] float32."""
+        logits = self.logits(hidden)
+        chosen = most_likely(logits)
+        return chosen, logits.float().softmax(dim=-1).gather(-1, chosen[..., None])[..., 0]
 
     def with_short_head(self, token_ids: Tensor) -> "Decoder":
         """The same decoder, whose logits are those of some tokens alone, [n] int64.
@@ -147,8 +167,15 @@ class Decoder:
         Only the head's rows for them are new.
         """
         short = copy.copy(self)
-        short.head = self.embedding.head(token_ids) if self.tied else self.head.rows(token_ids)
+        rows = self.embedding.head(token_ids) if self.tied else self.head.rows(token_ids)
+        short.heads = (rows,)
         return short
+
+    def beside(self, other: "Decoder") -> "Decoder":
+        """The same decoder, whose logits are followed by another's; nothing is copied."""
+        both = copy.copy(self)
+        both.heads = (*self.heads, *other.heads)
+        return both
 
     def _layer(
         self, x: Tensor, index: int, span: Span, turn: Tensor, mask: Tensor | None
@@ -187,6 +214,14 @@ class Decoder:
             out = _capped_attention(queries, keys, values, mask, a.attention_cap)
         out = out.view(b, kv, groups, t, head_dim).permute(0, 3, 1, 2, 4)
         return out.reshape(b * t, a.n_heads * head_dim)
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """The first of the highest logits, [B, T, V] to [B, T] int64."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        # NumPy's argmax was eight times as fast as PyTorch's over five rows of a vocabulary.
+        return torch.from_numpy(logits.numpy().argmax(axis=-1))
+    return logits.argmax(dim=-1)
 
 
 def _add(residual: Tensor, product: Linear, x: Tensor, post_norm: Norm | None) -> Tensor:

@@ -22,7 +22,6 @@ from layerskip.decoding.accept import accept_greedy
 from layerskip.decoding.clock import device_clock
 from layerskip.decoding.drafters import EarlyExitDrafter
 from layerskip.decoding.generate import PREFILL_CHUNK
-from layerskip.decoding.sampling import most_likely
 from layerskip.model import Decoder
 
 SWEEPS = 5
@@ -201,7 +200,7 @@ class _Workbench:
         drafted = self.clock()
         self.cache.lengths.copy_(self.settled)
         hidden = self.decoder.run(states, e, len(self.decoder.layers), self.cache)
-        accepted, _ = accept_greedy(tokens, self.decoder.logits(hidden))
+        accepted, _ = accept_greedy(tokens, self.decoder.choose(hidden))
         accepted.tolist()
         verified = self.clock()
         self.times[_Work("draft", e, d)].append(drafted - started)
@@ -211,7 +210,7 @@ class _Workbench:
     def _head(self) -> None:
         hidden = self.decoder.embed(self.newest)
         started = self.clock()
-        most_likely(self.decoder.logits(hidden))
+        self.decoder.choose(hidden)
         self.times[_Work("head")].append(self.clock() - started)
 
     def summary(self) -> dict[str, Any]:

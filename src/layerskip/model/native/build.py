@@ -58,9 +58,13 @@ def _load(path: Path) -> ctypes.CDLL:
         *(pointer, pointer, ctypes.c_float, pointer),  # matrix, norm, eps, x
         *(whole, pointer, ctypes.c_int),  # rows, out, threads
     ]
+    loaded.layerskip_choose.argtypes = [
+        *(pointer, whole, pointer, ctypes.c_float, pointer),  # matrices, how many, norm, eps, x
+        *(whole, pointer, pointer, ctypes.c_int),  # rows, chosen, probabilities, threads
+    ]
     loaded.layerskip_rows.argtypes = [pointer, pointer, whole, pointer]
     loaded.layerskip_large_pages.argtypes = [pointer, whole]
-    for name in ("run", "product", "rows", "large_pages"):
+    for name in ("run", "product", "choose", "rows", "large_pages"):
         getattr(loaded, f"layerskip_{name}").restype = None
     return loaded
 

@@ -96,6 +96,8 @@ class NativeDecoder(Decoder):
             *(KINDS[self.dtype], _ACTIVATIONS[a.activation], ctypes.addressof(self._structs)),
         )
         self._final_norm_weight = _weight(self.final_norm)
+        # Of the last cache's capacity: it, the tables, and where they are.
+        self._turns: tuple[int, list[Tensor], ctypes.Array[ctypes.c_void_p]] | None = None
 
     def new_cache(self, capacity: int, batch_size: int = 1) -> KVCache:
         """See `Decoder`; the capacity is rounded up to whole panels."""
@@ -125,17 +127,52 @@ class NativeDecoder(Decoder):
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Decoder`; float32."""
         b, t, d = hidden.shape
-        assert isinstance(self.head, PanelMatrix)
-        eps = self.architecture.norm_eps
-        product = self.head.normed_product(hidden.reshape(b * t, d), self._final_norm_weight, eps)
-        cap = self.architecture.logit_cap
-        logits = product.view(b, t, product.shape[-1])
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        norm, eps = self._final_norm_weight, self.architecture.norm_eps
+        rows = hidden.reshape(b * t, d)
+        products = [head.normed_product(rows, norm, eps) for head in self._panels]
+        return self._capped([product.view(b, t, -1) for product in products])
+
+    def choose(self, hidden: Tensor) -> Tensor:
+        """See `Decoder`; no logits are written down."""
+        if self.architecture.logit_cap is not None:  # which can make two of them equal
+            return super().choose(hidden)
+        return self._choice(hidden, None)
+
+    def choose_with_probability(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Decoder`."""
+        if self.architecture.logit_cap is not None:
+            return super().choose_with_probability(hidden)
+        probabilities = torch.empty(hidden.shape[:2])
+        return self._choice(hidden, probabilities), probabilities
+
+    def _choice(self, hidden: Tensor, probabilities: Tensor | None) -> Tensor:
+        hidden = hidden.float().contiguous()
+        chosen = torch.empty(hidden.shape[:2], dtype=torch.long)
+        heads = [ctypes.addressof(head.struct) for head in self._panels]
+        self._library.layerskip_choose(
+            (ctypes.c_void_p * len(heads))(*heads),
+            len(heads),
+            self._final_norm_weight.data_ptr(),
+            self.architecture.norm_eps,
+            hidden.data_ptr(),
+            chosen.numel(),
+            chosen.data_ptr(),
+            None if probabilities is None else probabilities.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return chosen
+
+    @property
+    def _panels(self) -> list[PanelMatrix]:
+        return [head for head in self.heads if isinstance(head, PanelMatrix)]
 
     def _turn_tables(self, capacity: int) -> ctypes.Array[ctypes.c_void_p]:
         """For each kind of rotary embedding the turns of every position of the cache."""
-        tables = [self.rotary.table(kind, capacity) for kind in range(self.rotary.n_kinds)]
-        return (ctypes.c_void_p * len(tables))(*(table.data_ptr() for table in tables))
+        if self._turns is None or self._turns[0] != capacity:
+            tables = [self.rotary.table(kind, capacity) for kind in range(self.rotary.n_kinds)]
+            pointers = (ctypes.c_void_p * len(tables))(*(table.data_ptr() for table in tables))
+            self._turns = capacity, tables, pointers
+        return self._turns[2]
 
 
 class _Held:

@@ -45,6 +45,7 @@ constexpr int PARTS = LANES / WIDTH;  // vectors of a panel
 typedef float Vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
+typedef uint64_t Pairs __attribute__((vector_size(4 * WIDTH)));  // of floats
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
 typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
 typedef _Float16 HalfFloats __attribute__((vector_size(2 * WIDTH)));
@@ -288,8 +289,8 @@ struct Sink {
 };
 
 #ifdef __AVX512F__
-constexpr int TILES = 16, ROWS = 8;  // sums that are kept in registers; rows that share one reading of
-                                     // the weights from a near cache
+constexpr int TILES = 16, ROWS = 12;  // sums that are kept in registers; rows that share one reading of
+                                      // the weights from a near cache
 #else
 constexpr int TILES = 12, ROWS = 6;
 #endif
@@ -633,7 +634,7 @@ struct Pass {
   int thread, threads;
   float *qkv, *attended, *gate_up, *projected, *scores;
   int64_t reach;  // scores of a query
-  char *inputs;  // [rows, stride]
+  char *inputs, *gated;  // [rows, stride]: of a product, and of `down`
 
   int64_t position(int64_t row) const { return lengths[row / positions] + row % positions; }
   int64_t element() const { return m.cache_kind == FLOAT32 ? 4 : 2; }
@@ -668,17 +669,36 @@ struct Pass {
     });
   }
 
-  void multiply_into(const Matrix &w, float *out) const {
+  void multiply_into(const Matrix &w, const char *inputs, float *out) const {
     const Share mine = share((w.out + LANES - 1) / LANES, thread, threads);
     multiply(w, mine.first, mine.last, inputs, rows, {out, w.out, w.out, false, 1.0f, w.bias});
     team.wait(threads);
   }
 
+  // The inputs of `next`: activate(gate) * up, both parts of w's product. A thread has the gate and the
+  // up of the same numbers, so that nobody waits for another's.
+  void multiply_gated(const Matrix &w, const Matrix &next) const {
+    const int64_t ffn = m.ffn, up = ffn / LANES, stride = input_stride(next.kind, ffn);
+    const Share mine = share(ffn / GROUP, thread, threads);
+    const int64_t first = mine.first * (GROUP / LANES), last = mine.last * (GROUP / LANES);
+    const Sink sink{gate_up, w.out, w.out, false, 1.0f, w.bias};
+    multiply(w, first, last, inputs, rows, sink);
+    multiply(w, up + first, up + last, inputs, rows, sink);
+    const int32_t activation = m.activation;
+    for (int64_t row = 0; row < rows; row++) {
+      const float *from = gate_up + row * w.out;
+      encode(next.kind, ffn, mine.first * GROUP, mine.last * GROUP, gated + row * stride, [=](int64_t k) {
+        return activate(activation, load<Vec>(from + k)) * load<Vec>(from + ffn + k);
+      });
+    }
+    team.wait(threads);
+  }
+
   // x += product, with a norm between where there is one
-  void add_product(const Matrix &w, const float *post_norm) const {
+  void add_product(const Matrix &w, const char *inputs, const float *post_norm) const {
     const int64_t n = m.hidden;
     if (post_norm) {
-      multiply_into(w, projected);
+      multiply_into(w, inputs, projected);
       const Share mine = share(rows, thread, threads);
       for (int64_t row = mine.first; row < mine.last; row++) {
         const float factor = norm_factor(projected + row * n, n, m.eps);
@@ -697,17 +717,20 @@ struct Pass {
   // Queries and keys are normed and turned, keys and values go into the cache.
   void place(const Layer &layer, int64_t index) const {
     const int64_t hd = m.head_dim, all = m.heads + 2 * m.kv_heads;
-    const Share mine = share(rows * all, thread, threads);
-    for (int64_t i = mine.first; i < mine.last; i++) {
-      const int64_t row = i / all, head = i % all, at = position(row);
-      float *v = qkv + row * all * hd + head * hd;
-      if (head < m.heads + m.kv_heads) turn(v, layer, head, at);
-      if (head < m.heads) continue;
-      const int64_t kv = (head - m.heads) % m.kv_heads;
-      if (head < m.heads + m.kv_heads)
-        put_key(slot(index, 0, row / positions, kv), v, at);
-      else
-        put_value(slot(index, 1, row / positions, kv), v, at);
+    // Head by head, not row by row: most of a head was multiplied by the thread that places it.
+    const Share mine = share(all * rows, thread, threads);
+    for (int64_t head = mine.first / rows; head * rows < mine.last; head++) {
+      const int64_t first = mine.first > head * rows ? mine.first - head * rows : 0;
+      const int64_t last = mine.last - head * rows < rows ? mine.last - head * rows : rows;
+      for (int64_t row = first; row < last; row++) {
+        const int64_t b = row / positions, at = position(row);
+        float *v = qkv + (row * all + head) * hd;
+        if (head < m.heads + m.kv_heads) turn(v, layer, head, at);
+        if (head >= m.heads + m.kv_heads)
+          put_value(slot(index, 1, b, head - m.heads - m.kv_heads), v, at);
+        else if (head >= m.heads)
+          put_key(slot(index, 0, b, head - m.heads), v, at);
+      }
     }
     team.wait(threads);
   }
@@ -716,14 +739,16 @@ struct Pass {
     const int64_t hd = m.head_dim;
     if (layer.qk_norm) {
       const float *weight = layer.qk_norm + head * hd;
-      const float factor = norm_factor(v, hd, m.eps);
-      for (int64_t k = 0; k < hd; k++) v[k] = v[k] * factor * weight[k];
+      const Vec factor = spread(norm_factor(v, hd, m.eps));
+      for (int64_t k = 0; k < hd; k += WIDTH) store<Vec>(v + k, load<Vec>(v + k) * factor * load<Vec>(weight + k));
     }
+    // Pairs are complex numbers: (a, b) (c, s) = (a, b) c + (b, a) (-s, s).
     const float *by = turns[layer.rope] + at * hd;
-    for (int64_t k = 0; k < hd; k += 2) {
-      const float real = v[k] * by[k] - v[k + 1] * by[k + 1];
-      v[k + 1] = v[k] * by[k + 1] + v[k + 1] * by[k];
-      v[k] = real;
+    for (int64_t k = 0; k < hd; k += WIDTH) {
+      const Pairs pairs = load<Pairs>(v + k), turned = load<Pairs>(by + k);
+      const Vec cosines = (Vec)(turned << 32 | (turned & 0xffffffffu));
+      const Vec sines = (Vec)((turned >> 32 | (turned & ~0xffffffffull)) ^ 0x80000000u);
+      store<Vec>(v + k, (Vec)pairs * cosines + (Vec)(pairs >> 32 | pairs << 32) * sines);
     }
   }
 
@@ -735,9 +760,9 @@ struct Pass {
       return;
     }
     for (int64_t k = 0; k < hd; k += WIDTH) {
-      const Halves rounded = to_bfloat16(load<Vec>(v + k));
-      for (int j = 0; j < WIDTH; j++)
-        ((uint16_t *)keys)[((k + j) / 2 * LANES + lane) * 2 + j % 2] = rounded[j];
+      uint32_t twos[WIDTH / 2];
+      store<Halves>(twos, to_bfloat16(load<Vec>(v + k)));
+      for (int64_t j = 0; j < WIDTH / 2; j++) ((uint32_t *)keys)[(k / 2 + j) * LANES + lane] = twos[j];
     }
   }
 
@@ -785,7 +810,7 @@ struct Pass {
     const Matrix keys{KIND, last * LANES, hd, slot(index, 0, b, kv), nullptr, nullptr, nullptr};
     const float scale = 1.0f / std::sqrt((float)hd);
     // By vectors on every machine: panels of so few inputs are not worth the matrix unit.
-    product<KIND>(keys, first, last, queries, stride, n, {scores, reach, last * LANES, false, scale, nullptr});
+    multiply(keys, first, last, queries, n, {scores, reach, last * LANES, false, scale, nullptr});
     for (int64_t i = 0; i < n; i++)
       inverses[i] = soften(scores + i * reach, first, last, seen(layer, b, (some.first + i) / groups));
     weigh_values<KIND, QUERIES>(slot(index, 1, b, kv), all, n, inverses, outs);
@@ -858,25 +883,69 @@ struct Pass {
 
   void run(const Layer &layer, int64_t index) const {
     prepare_normed(layer.qkv, layer.attention_norm);
-    multiply_into(layer.qkv, qkv);
+    multiply_into(layer.qkv, inputs, qkv);
     place(layer, index);
     attend(layer, index);
     prepare(layer.attention_out, [&](int64_t row) {
       const float *from = attended + row * layer.attention_out.in;
       return [=](int64_t k) { return load<Vec>(from + k); };
     });
-    add_product(layer.attention_out, layer.attention_post_norm);
+    add_product(layer.attention_out, inputs, layer.attention_post_norm);
     prepare_normed(layer.gate_up, layer.mlp_norm);
-    multiply_into(layer.gate_up, gate_up);
-    const int64_t ffn = m.ffn;
-    const int32_t activation = m.activation;
-    prepare(layer.down, [&](int64_t row) {
-      const float *from = gate_up + row * 2 * ffn;
-      return [=](int64_t k) { return activate(activation, load<Vec>(from + k)) * load<Vec>(from + ffn + k); };
-    });
-    add_product(layer.down, layer.mlp_post_norm);
+    multiply_gated(layer.gate_up, layer.down);
+    add_product(layer.down, gated, layer.mlp_post_norm);
   }
 };
+
+// Rows of norm(x) as a product wants them, some by each thread.
+inline void encode_normed(const Matrix &w, const float *norm, float eps, const float *x, int64_t rows,
+                          char *inputs, int thread, int threads) {
+  const Share mine = share(rows, thread, threads);
+  for (int64_t row = mine.first; row < mine.last; row++) {
+    const float *from = x + row * w.in;
+    const float factor = norm ? norm_factor(from, w.in, eps) : 1.0f;
+    encode(w.kind, w.in, 0, w.in, inputs + row * input_stride(w.kind, w.in), [=](int64_t k) {
+      const Vec v = load<Vec>(from + k) * factor;
+      return norm ? v * load<Vec>(norm + k) : v;
+    });
+  }
+}
+
+// ---- choice -------------------------------------------------------------------------------------
+
+constexpr int64_t NEAR = 1024;  // outputs that are looked at while they are in the near cache
+
+// The highest of some numbers, the first of them, and the sum of e^(number - highest).
+struct Best {
+  float top = -INFINITY;
+  int64_t at = 0;
+  float total = 0;
+
+  // What follows these, `from` on
+  void take(const Best &next, int64_t from) {
+    if (next.top > top || total == 0) {
+      const float less = total == 0 ? 0 : std::exp(top - next.top);
+      *this = {next.top, from + next.at, next.total + total * less};
+    } else {
+      total += next.total * std::exp(next.top - top);
+    }
+  }
+};
+
+inline Best best_of(const float *v, int64_t n, bool sums) {
+  Vec most = spread(-INFINITY), total{};
+  int64_t k = 0;
+  for (; k + WIDTH <= n; k += WIDTH) most = larger(load<Vec>(v + k), most);
+  Best best{maximum(most), 0, 1};
+  for (; k < n; k++) best.top = v[k] > best.top ? v[k] : best.top;
+  while (best.at < n - 1 && v[best.at] != best.top) best.at++;
+  if (sums) {
+    for (k = 0; k + WIDTH <= n; k += WIDTH) total += exponential(load<Vec>(v + k) - best.top);
+    best.total = sum(total);
+    for (; k < n; k++) best.total += std::exp(v[k] - best.top);
+  }
+  return best;
+}
 
 }  // namespace
 
@@ -888,11 +957,10 @@ void layerskip_run(const Model *m, const float *hidden, float *x, const int64_t 
                    const float *const *turns, int threads) {
   const int64_t rows = batch * positions, hd = m->head_dim;
   const int64_t width = (m->heads + 2 * m->kv_heads) * hd;
-  int64_t widest = m->hidden > m->ffn ? m->hidden : m->ffn;
-  if (m->heads * hd > widest) widest = m->heads * hd;
+  const int64_t widest = m->hidden > m->heads * hd ? m->hidden : m->heads * hd;
   const Buffer<float> qkv(rows * width), attended(rows * m->heads * hd), gate_up(rows * 2 * m->ffn);
   const Buffer<float> projected(rows * m->hidden);
-  const Buffer<char> inputs(rows * input_stride(FLOAT32, widest));
+  const Buffer<char> inputs(rows * input_stride(FLOAT32, widest)), gated(rows * input_stride(FLOAT32, m->ffn));
   const int64_t reach = (capacity + LANES) / LANES * LANES;
   const Buffer<float> scores(reach * QUERIES * threads);
   memcpy(x, hidden, rows * m->hidden * sizeof(float));
@@ -902,7 +970,7 @@ void layerskip_run(const Model *m, const float *hidden, float *x, const int64_t 
     const int thread = omp_get_thread_num();
     const Pass pass{*m, x, lengths, batch, positions, rows, (char *)slots, capacity, turns, team, thread,
                     omp_get_num_threads(), qkv.get(), attended.get(), gate_up.get(), projected.get(),
-                    scores.get() + reach * QUERIES * thread, reach, inputs.get()};
+                    scores.get() + reach * QUERIES * thread, reach, inputs.get(), gated.get()};
     for (int64_t layer = start; layer < stop; layer++) pass.run(m->layers[layer], layer);
   }
 }
@@ -910,21 +978,56 @@ void layerskip_run(const Model *m, const float *hidden, float *x, const int64_t 
 // out [rows, w.out] = norm(x) times the matrix; a null norm is none.
 void layerskip_product(const Matrix *w, const float *norm, float eps, const float *x, int64_t rows,
                        float *out, int threads) {
-  const int64_t stride = input_stride(w->kind, w->in);
-  const Buffer<char> inputs(rows * stride);
-  for (int64_t row = 0; row < rows; row++) {
-    const float *from = x + row * w->in;
-    const float factor = norm ? norm_factor(from, w->in, eps) : 1.0f;
-    encode(w->kind, w->in, 0, w->in, inputs.get() + row * stride, [=](int64_t k) {
-      const Vec v = load<Vec>(from + k) * factor;
-      return norm ? v * load<Vec>(norm + k) : v;
-    });
-  }
+  const Buffer<char> inputs(rows * input_stride(w->kind, w->in));
+  Team team;
 #pragma omp parallel num_threads(threads)
   {
-    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-    const Share mine = share((w->out + LANES - 1) / LANES, thread, team);
+    const int thread = omp_get_thread_num(), size = omp_get_num_threads();
+    encode_normed(*w, norm, eps, x, rows, inputs.get(), thread, size);
+    team.wait(size);
+    const Share mine = share((w->out + LANES - 1) / LANES, thread, size);
     multiply(*w, mine.first, mine.last, inputs.get(), rows, {out, w->out, w->out, false, 1.0f, w->bias});
+  }
+}
+
+// Which output of each row is the highest, the first of them, and its softmax probability (or null): of
+// norm(x) times some matrices of the same kind, whose outputs are numbered on from one to the next.
+void layerskip_choose(const Matrix *const *parts, int64_t n_parts, const float *norm, float eps, const float *x,
+                      int64_t rows, int64_t *chosen, float *probabilities, int threads) {
+  const Buffer<char> inputs(rows * input_stride(parts[0]->kind, parts[0]->in));
+  const Buffer<float> some(threads * rows * NEAR);
+  const Buffer<Best> every(threads * n_parts * rows);
+  Team team;
+  int size = threads;
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num();
+    if (thread == 0) size = omp_get_num_threads();
+    encode_normed(*parts[0], norm, eps, x, rows, inputs.get(), thread, omp_get_num_threads());
+    team.wait(omp_get_num_threads());
+    float *outputs = some.get() + thread * rows * NEAR;
+    for (int64_t part = 0; part < n_parts; part++) {
+      const Matrix &w = *parts[part];
+      Best *best = every.get() + (part * threads + thread) * rows;
+      for (int64_t row = 0; row < rows; row++) best[row] = Best{};
+      const Share mine = share((w.out + LANES - 1) / LANES, thread, omp_get_num_threads());
+      for (int64_t p = mine.first; p < mine.last; p += NEAR / LANES) {
+        const int64_t last = mine.last - p < NEAR / LANES ? mine.last : p + NEAR / LANES;
+        const int64_t first = p * LANES, end = last * LANES < w.out ? last * LANES : w.out;
+        multiply(w, p, last, inputs.get(), rows, {outputs - first, NEAR, w.out, false, 1.0f, w.bias});
+        for (int64_t row = 0; row < rows; row++)
+          best[row].take(best_of(outputs + row * NEAR, end - first, probabilities != nullptr), first);
+      }
+    }
+  }
+  for (int64_t row = 0; row < rows; row++) {
+    Best best;
+    int64_t before = 0;
+    for (int64_t part = 0; part < n_parts; before += parts[part++]->out)
+      for (int thread = 0; thread < size; thread++)
+        best.take(every.get()[(part * threads + thread) * rows + row], before);
+    chosen[row] = best.at;
+    if (probabilities) probabilities[row] = 1.0f / best.total;
   }
 }
 
