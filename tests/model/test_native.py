@@ -165,6 +165,27 @@ def test_passes_have_the_same_bits_in_any_pieces(case, kind, tmp_path):
     assert torch.equal(outcomes[0], outcomes[2])
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["llama3.2", "qwen3-sliding"])
+def test_long_contexts_have_the_same_bits_however_threads_share_them(case, kind, threads, tmp_path):
+    """Few positions behind many are shared by their context, many by their heads."""
+    decoder = compiled(saved(case, tmp_path), kind)
+    tokens = tiny_models.token_ids(case, 1, 400)
+    outcomes, before = [], torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for sizes in ([400], [120, 1, 7, 1, 2, 125, 1, 3, 40, 80, 5, 15]):
+            cache, parts = decoder.new_cache(400), []
+            for chunk in tokens.split(sizes, dim=1):
+                parts.append(decoder.run(decoder.embed(chunk), 0, LAYERS, cache))
+                cache.lengths += chunk.shape[1]
+            outcomes.append(torch.cat(parts, dim=1))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outcomes[0], outcomes[1])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["llama3.2", "mistral", "qwen3-sliding"])
 def test_self_speculative_equals_plain_in_every_type(case, kind, tmp_path):
@@ -180,14 +201,17 @@ def test_self_speculative_equals_plain_in_every_type(case, kind, tmp_path):
     assert any(0 < accepted < drafted for drafted, accepted in outcomes)
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
-def test_decoder_is_near_that_of_pytorch(kind, tmp_path):
-    saved("llama3.2", tmp_path)
+@pytest.mark.parametrize("case", ["llama3.2", "qwen3-sliding"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+def test_decoder_is_near_that_of_pytorch(case, kind, tmp_path):
+    saved(case, tmp_path)
     native = compiled(tmp_path, kind)
-    how = {} if kind == "bfloat16" else {"weights": kind}
+    how = {} if kind in ("float32", "bfloat16") else {"weights": kind}
     other = load(tmp_path, dtype=torch.float32, **how).decoder
-    tokens = tiny_models.token_ids("llama3.2", 1, 60)
-    logits = [d.logits(d.run(d.embed(tokens), 0, LAYERS, d.new_cache(60))) for d in (native, other)]
+    tokens = tiny_models.token_ids(case, 1, 300)
+    logits = [
+        d.logits(d.run(d.embed(tokens), 0, LAYERS, d.new_cache(300))) for d in (native, other)
+    ]
     assert (logits[0] - logits[1]).norm() / logits[1].norm() < 0.05
 
 
@@ -199,6 +223,39 @@ def test_short_head(tmp_path):
     assert torch.equal(short.logits(hidden), decoder.logits(hidden)[..., short.token_ids])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_the_choice_is_the_highest_logit(cap, kind, tmp_path):
+    decoder = compiled(saved("gemma2-uncapped", tmp_path, final_logit_softcapping=cap), kind)
+    hidden = torch.randn(2, 5, decoder.architecture.hidden_size, generator=torch.manual_seed(0))
+    logits = decoder.logits(hidden)
+    short = ShortHead.of(decoder, tuple(range(50, 90))).also(decoder, [3, 5])
+    for exit_, scores in ((decoder, logits), (short, logits[..., short.token_ids])):
+        chosen, probabilities = exit_.choose_with_probability(hidden)
+        assert torch.equal(chosen, scores.argmax(-1))
+        assert torch.equal(exit_.choose(hidden), chosen)
+        torch.testing.assert_close(probabilities, scores.softmax(-1).amax(-1))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_first_of_equal_logits_is_chosen_in_any_part(threads):
+    """Over more outputs than are looked at together, and parts that are not whole panels."""
+    weight = torch.zeros(5003, 32)
+    weight[:, 0] = torch.arange(5003) % 41 * 0.25
+    weight[4100, 1] = 1000.0
+    parts = [PanelMatrix(weight[:2030].contiguous()), PanelMatrix(weight[2030:].contiguous())]
+    x = torch.zeros(3, 32)
+    x[:, 0], x[1, 1], x[2, 0] = 1.0, 1.0, -1.0
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        chosen, probabilities = panels.choose(parts, x, None, 0.0, confident=True)
+    finally:
+        torch.set_num_threads(before)
+    assert chosen.tolist() == [40, 4100, 0]
+    torch.testing.assert_close(probabilities, (x @ weight.T).softmax(-1).amax(-1))
+
+
 def test_no_positions_have_no_logits(tmp_path):
     decoder = compiled(saved("llama2", tmp_path), "bfloat16")
     vocab_size = decoder.architecture.vocab_size
@@ -207,9 +264,9 @@ def test_no_positions_have_no_logits(tmp_path):
 
 def test_full_cache_is_refused(tmp_path):
     decoder = compiled(saved("llama2", tmp_path), "float32")
-    cache = decoder.new_cache(16)
-    with pytest.raises(ValueError, match="holds 16 positions, 17 are needed"):
-        decoder.run(decoder.embed(torch.zeros(1, 17, dtype=torch.long)), 0, LAYERS, cache)
+    cache = decoder.new_cache(32)
+    with pytest.raises(ValueError, match="holds 32 positions, 33 are needed"):
+        decoder.run(decoder.embed(torch.zeros(1, 33, dtype=torch.long)), 0, LAYERS, cache)
 
 
 @pytest.fixture

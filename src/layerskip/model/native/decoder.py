@@ -12,7 +12,14 @@ from layerskip.model.decoder import Decoder, Layer
 from layerskip.model.families import FAMILIES
 from layerskip.model.mlp import GatedMLP
 from layerskip.model.native.build import library
-from layerskip.model.native.panels import KINDS, LANES, MatrixStruct, PanelMatrix, fits
+from layerskip.model.native.panels import (
+    KINDS,
+    LANES,
+    MatrixStruct,
+    PanelMatrix,
+    choose,
+    fits,
+)
 from layerskip.model.norm import HeadNorm, RMSNorm
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
@@ -100,8 +107,8 @@ class NativeDecoder(Decoder):
         self._turns: tuple[int, list[Tensor], ctypes.Array[ctypes.c_void_p]] | None = None
 
     def new_cache(self, capacity: int, batch_size: int = 1) -> KVCache:
-        """See `Decoder`; the capacity is rounded up to whole panels."""
-        return super().new_cache(-(-capacity // LANES) * LANES, batch_size)
+        """See `Decoder`; the capacity is rounded up to whole tiles of positions."""
+        return super().new_cache(-(-capacity // (2 * LANES)) * 2 * LANES, batch_size)
 
     def run(self, hidden: Tensor, start: int, stop: int, cache: KVCache) -> Tensor:
         """See `Decoder`."""
@@ -136,31 +143,21 @@ class NativeDecoder(Decoder):
         """See `Decoder`; no logits are written down."""
         if self.architecture.logit_cap is not None:  # which can make two of them equal
             return super().choose(hidden)
-        return self._choice(hidden, None)
+        return self._choice(hidden)[0]
 
     def choose_with_probability(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """See `Decoder`."""
         if self.architecture.logit_cap is not None:
             return super().choose_with_probability(hidden)
-        probabilities = torch.empty(hidden.shape[:2])
-        return self._choice(hidden, probabilities), probabilities
+        chosen, probabilities = self._choice(hidden, confident=True)
+        assert probabilities is not None
+        return chosen, probabilities.view(hidden.shape[:2])
 
-    def _choice(self, hidden: Tensor, probabilities: Tensor | None) -> Tensor:
-        hidden = hidden.float().contiguous()
-        chosen = torch.empty(hidden.shape[:2], dtype=torch.long)
-        heads = [ctypes.addressof(head.struct) for head in self._panels]
-        self._library.layerskip_choose(
-            (ctypes.c_void_p * len(heads))(*heads),
-            len(heads),
-            self._final_norm_weight.data_ptr(),
-            self.architecture.norm_eps,
-            hidden.data_ptr(),
-            chosen.numel(),
-            chosen.data_ptr(),
-            None if probabilities is None else probabilities.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return chosen
+    def _choice(self, hidden: Tensor, **options: bool) -> tuple[Tensor, Tensor | None]:
+        b, t, d = hidden.shape
+        norm, eps = self._final_norm_weight, self.architecture.norm_eps
+        chosen, probabilities = choose(self._panels, hidden.reshape(b * t, d), norm, eps, **options)
+        return chosen.view(b, t), probabilities
 
     @property
     def _panels(self) -> list[PanelMatrix]:

@@ -11,7 +11,8 @@
 //   8 bits   [panel][in / 4][16][4], scales and offsets [panel][in / 32][16] in float16
 //   4 bits   [panel][in / 8][16][4]: inputs 0-3 in the low halves of the bytes, 4-7 in the high ones
 // Inputs of quantized products are rounded to 8 bits in groups of 32, as GGML does.
-// Keys are kept in panels of 16 positions in the same way, values row by row.
+// Keys are kept in panels of 16 positions in the same way; values row by row, in bfloat16 two positions
+// at a time: [position / 2][head_dim][2].
 
 #include <atomic>
 #include <cmath>
@@ -480,7 +481,7 @@ __attribute__((noinline)) void product(const Matrix &w, int64_t first, int64_t l
 // machine that has the unit uses it for single rows too.
 #if defined(__AMX_BF16__) && defined(__linux__)
 #define MATRIX_UNIT
-constexpr int WIDE = 4, DEEP = 2 * LANES, TILE_BYTES = DEEP * LANES * 2;  // panels, inputs of a tile
+constexpr int WIDE = 4, DEEP = 2 * LANES;  // panels, inputs of a tile
 
 inline bool has_matrix_unit() {
   constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // Linux: a process has to ask, once
@@ -499,22 +500,28 @@ inline void shape_tiles(int64_t n_rows) {
   _tile_loadconfig(&shapes);
 }
 
+// A matrix in tiles: the first one, and bytes to the next panel's, to that of the next inputs, and from
+// row to row in a tile.
+struct Tiled {
+  const char *first;
+  int64_t panel, step, row;
+};
+
 template <int P>
-inline void tiles(const Matrix &w, int64_t panel, const char *inputs, int64_t stride, int64_t row,
+inline void tiles(const Tiled &w, int64_t panel, int64_t steps, const char *inputs, int64_t stride, int64_t row,
                   int64_t n_rows, const Sink &sink) {
-  const int64_t panel_bytes = w.in * LANES * 2;
-  const char *weights = (const char *)w.data + panel * panel_bytes;
+  const char *weights = w.first + panel * w.panel;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
 #define STEP(J, WEIGHTS)                                       \
   if constexpr (J < P) {                                       \
-    _tile_loadd(WEIGHTS, weights + J * panel_bytes, 64);       \
+    _tile_loadd(WEIGHTS, weights + J * w.panel, w.row);        \
     _tile_dpbf16ps(J, 4, WEIGHTS);                             \
   }
-  for (int64_t k = 0; k < w.in; k += DEEP, weights += TILE_BYTES) {
-    _tile_loadd(4, inputs + 2 * k, stride);
+  for (int64_t k = 0; k < steps; k++, weights += w.step) {
+    _tile_loadd(4, inputs + k * DEEP * 2, stride);
     STEP(0, 5) STEP(1, 6) STEP(2, 7) STEP(3, 5)
   }
 #undef STEP
@@ -529,8 +536,10 @@ inline void tiles(const Matrix &w, int64_t panel, const char *inputs, int64_t st
 #undef STORE
 }
 
-__attribute__((noinline)) void product_in_tiles(const Matrix &w, int64_t first, int64_t last, const char *inputs,
-                                                int64_t stride, int64_t n_rows, const Sink &sink) {
+// Panels [first, last) times all rows of `steps` tiles of inputs
+__attribute__((noinline)) void product_in_tiles(const Tiled &w, int64_t first, int64_t last, int64_t steps,
+                                                const char *inputs, int64_t stride, int64_t n_rows,
+                                                const Sink &sink) {
   int64_t shaped = 0;
   for (int64_t p = first; p < last; p += WIDE)
     for (int64_t row = 0; row < n_rows; row += LANES) {
@@ -538,10 +547,10 @@ __attribute__((noinline)) void product_in_tiles(const Matrix &w, int64_t first, 
       if (left != shaped) shape_tiles(shaped = left);
       const char *from = inputs + row * stride;
       switch (last - p) {
-        case 1: tiles<1>(w, p, from, stride, row, left, sink); break;
-        case 2: tiles<2>(w, p, from, stride, row, left, sink); break;
-        case 3: tiles<3>(w, p, from, stride, row, left, sink); break;
-        default: tiles<WIDE>(w, p, from, stride, row, left, sink);
+        case 1: tiles<1>(w, p, steps, from, stride, row, left, sink); break;
+        case 2: tiles<2>(w, p, steps, from, stride, row, left, sink); break;
+        case 3: tiles<3>(w, p, steps, from, stride, row, left, sink); break;
+        default: tiles<WIDE>(w, p, steps, from, stride, row, left, sink);
       }
     }
   _tile_release();
@@ -552,8 +561,10 @@ inline void multiply(const Matrix &w, int64_t first, int64_t last, const char *i
               const Sink &sink) {
   const int64_t stride = input_stride(w.kind, w.in);
 #ifdef MATRIX_UNIT
-  if (w.kind == BFLOAT16 && has_matrix_unit())
-    return product_in_tiles(w, first, last, inputs, stride, n_rows, sink);
+  if (w.kind == BFLOAT16 && w.in % DEEP == 0 && has_matrix_unit()) {
+    const Tiled tiled{(const char *)w.data, w.in * LANES * 2, DEEP * LANES * 2, LANES * 4};
+    return product_in_tiles(tiled, first, last, w.in / DEEP, inputs, stride, n_rows, sink);
+  }
 #endif
   switch (w.kind) {
     case FLOAT32: return product<FLOAT32>(w, first, last, inputs, stride, n_rows, sink);
@@ -614,12 +625,20 @@ inline float norm_factor(const float *x, int64_t n, float eps) {
   return 1.0f / std::sqrt(sum(squares) / n + eps);
 }
 
-// Queries that share one reading of keys and values, as many as registers hold sums for.
+// Queries whose sums over values are in registers together, of each so many vectors of outputs.
 #ifdef __AVX512F__
-constexpr int QUERIES = 6, OUTPUTS = 4;  // of each so many vectors of outputs
+constexpr int QUERIES = 6, OUTPUTS = 4;
 #else
 constexpr int QUERIES = 6, OUTPUTS = 2;
 #endif
+// Queries that share one reading of keys and values, and positions that are read at a time: those of a
+// head stay in the near cache while queries pass. A query's sums over these are joined in their order.
+#ifdef MATRIX_UNIT
+constexpr int TOGETHER = LANES;
+#else
+constexpr int TOGETHER = QUERIES;
+#endif
+constexpr int64_t CHUNK = 128, PAIRED = 2 * LANES;
 constexpr int MOST_HEAD_DIM = 1024;
 
 struct Pass {
@@ -632,8 +651,9 @@ struct Pass {
   const float *const *turns;  // a table [position][head_dim / 2][2] for each kind of rotary embedding
   Team &team;
   int thread, threads;
-  float *qkv, *attended, *gate_up, *projected, *scores;
-  int64_t reach;  // scores of a query
+  float *qkv, *attended, *gate_up, *projected;
+  float *partial;  // [B, KV heads, chunks, queries, head_dim + 2] where threads share chunks, else null
+  int64_t chunks;  // of positions, of the longest sequence
   char *inputs, *gated;  // [rows, stride]: of a product, and of `down`
 
   int64_t position(int64_t row) const { return lengths[row / positions] + row % positions; }
@@ -768,117 +788,229 @@ struct Pass {
 
   void put_value(char *values, const float *v, int64_t at) const {
     const int64_t hd = m.head_dim;
-    values += at * hd * element();
+    if (m.cache_kind == FLOAT32) {
+      memcpy(values + at * hd * 4, v, hd * 4);
+      return;
+    }
+    uint16_t *to = (uint16_t *)values + at / 2 * hd * 2 + at % 2;
     for (int64_t k = 0; k < hd; k += WIDTH) {
-      if (m.cache_kind == FLOAT32)
-        store<Vec>(values + k * 4, load<Vec>(v + k));
-      else
-        store<Halves>(values + k * 2, to_bfloat16(load<Vec>(v + k)));
+      uint16_t rounded[WIDTH];
+      store<Halves>(rounded, to_bfloat16(load<Vec>(v + k)));
+      for (int64_t j = 0; j < WIDTH; j++) to[(k + j) * 2] = rounded[j];
     }
   }
 
-  // Queries of one sequence that share keys and values are answered together, some at a time.
+  // Queries of one sequence that share keys and values are answered together, some at a time. Where
+  // there are few of them, threads share the positions too.
   void attend(const Layer &layer, int64_t index) const {
-    const int64_t queries = positions * (m.heads / m.kv_heads), blocks = (queries + QUERIES - 1) / QUERIES;
-    const Share mine = share(batch * m.kv_heads * blocks, thread, threads);
-    for (int64_t i = mine.first; i < mine.last; i++) {
-      const int64_t block = i % blocks, kv = i / blocks % m.kv_heads, b = i / blocks / m.kv_heads;
-      const Share some = share(queries, block, blocks);
-      if (m.cache_kind == FLOAT32)
-        answer<FLOAT32>(layer, index, b, kv, some);
-      else
-        answer<BFLOAT16>(layer, index, b, kv, some);
+    const int64_t hd = m.head_dim, groups = m.heads / m.kv_heads, queries = positions * groups;
+    const int64_t blocks = (queries + TOGETHER - 1) / TOGETHER, of_one = queries * (hd + 2);
+    float parts[TOGETHER * (MOST_HEAD_DIM + 2)];
+    if (!partial) {
+      const Share mine = share(batch * m.kv_heads * blocks, thread, threads);
+      for (int64_t i = mine.first; i < mine.last; i++) {
+        const int64_t block = i % blocks, kv = i / blocks % m.kv_heads, b = i / blocks / m.kv_heads;
+        const Share some = share(queries, block, blocks);
+        Joined joined[TOGETHER];
+        for (int64_t q = some.first; q < some.last; q++) joined[q - some.first].begin(attended_of(b, kv, q), hd);
+        for (int64_t chunk = 0; chunk < chunks; chunk++) {
+          answer(layer, index, b, kv, some, chunk, parts);
+          for (int64_t q = 0; q < some.last - some.first; q++) joined[q].take(parts + q * (hd + 2), hd);
+        }
+        for (int64_t q = 0; q < some.last - some.first; q++) joined[q].end(hd);
+      }
+    } else {
+      Share mine = share(batch * m.kv_heads * chunks * blocks, thread, threads);
+      for (int64_t i = mine.first; i < mine.last; i++) {
+        const int64_t block = i % blocks, chunk = i / blocks % chunks, of = i / blocks / chunks;
+        const Share some = share(queries, block, blocks);
+        float *to = partial + (of * chunks + chunk) * of_one + some.first * (hd + 2);
+        answer(layer, index, of / m.kv_heads, of % m.kv_heads, some, chunk, to);
+      }
+      team.wait(threads);
+      mine = share(batch * m.kv_heads * queries, thread, threads);
+      for (int64_t i = mine.first; i < mine.last; i++) {
+        const int64_t q = i % queries, of = i / queries;
+        Joined joined;
+        joined.begin(attended_of(of / m.kv_heads, of % m.kv_heads, q), hd);
+        for (int64_t chunk = 0; chunk < chunks; chunk++)
+          joined.take(partial + (of * chunks + chunk) * of_one + q * (hd + 2), hd);
+        joined.end(hd);
+      }
     }
     team.wait(threads);
   }
 
-  // softmax(q K / sqrt(head_dim)) V of some queries, each over the positions that it sees
-  template <int KIND>
-  void answer(const Layer &layer, int64_t index, int64_t b, int64_t kv, const Share &some) const {
-    const int64_t hd = m.head_dim, width = (m.heads + 2 * m.kv_heads) * hd, groups = m.heads / m.kv_heads;
-    const int64_t n = some.last - some.first, stride = input_stride(KIND, hd);
-    const Seen all{seen(layer, b, some.first / groups).begin, seen(layer, b, (some.last - 1) / groups).end};
-    const int64_t first = all.begin / LANES, last = (all.end + LANES - 1) / LANES;
-    alignas(64) char queries[QUERIES * 4 * MOST_HEAD_DIM];
-    float inverses[QUERIES], *outs[QUERIES];
-    for (int64_t i = 0; i < n; i++) {
-      const int64_t row = b * positions + (some.first + i) / groups, head = kv * groups + (some.first + i) % groups;
-      const float *q = qkv + row * width + head * hd;
-      encode(KIND, hd, 0, hd, queries + i * stride, [=](int64_t k) { return load<Vec>(q + k); });
-      outs[i] = attended + (row * m.heads + head) * hd;
+  // Query q of those that share head kv of sequence b: all heads of one position follow one another.
+  int64_t query_row(int64_t b, int64_t q) const { return b * positions + q / (m.heads / m.kv_heads); }
+  int64_t query_head(int64_t kv, int64_t q) const {
+    const int64_t groups = m.heads / m.kv_heads;
+    return kv * groups + q % groups;
+  }
+  float *attended_of(int64_t b, int64_t kv, int64_t q) const {
+    return attended + (query_row(b, q) * m.heads + query_head(kv, q)) * m.head_dim;
+  }
+
+  // A query's softmax over some positions after others: part = the values' sum with the weights
+  // e^(score - top), then top, then the sum of the weights.
+  struct Joined {
+    float *out;
+    float top, total;
+
+    void begin(float *to, int64_t hd) {
+      out = to, top = -INFINITY, total = 0;
+      memset(out, 0, hd * sizeof(float));
     }
+    void take(const float *part, int64_t hd) {
+      if (part[hd + 1] == 0) return;  // nothing was seen there
+      const float highest = part[hd] > top ? part[hd] : top;
+      const float before = std::exp(top - highest), here = std::exp(part[hd] - highest);
+      for (int64_t k = 0; k < hd; k += WIDTH)
+        store<Vec>(out + k, load<Vec>(out + k) * before + load<Vec>(part + k) * here);
+      top = highest, total = total * before + part[hd + 1] * here;
+    }
+    void end(int64_t hd) const {
+      const float inverse = 1.0f / total;
+      for (int64_t k = 0; k < hd; k += WIDTH) store<Vec>(out + k, load<Vec>(out + k) * inverse);
+    }
+  };
+
+  void answer(const Layer &layer, int64_t index, int64_t b, int64_t kv, const Share &some, int64_t chunk,
+              float *parts) const {
+    if (m.cache_kind == FLOAT32)
+      answer<FLOAT32>(layer, index, b, kv, some, chunk, parts);
+    else
+      answer<BFLOAT16>(layer, index, b, kv, some, chunk, parts);
+  }
+
+  // The parts of some queries: softmax(q K / sqrt(head_dim)) V over one chunk of positions.
+  template <int KIND>
+  void answer(const Layer &layer, int64_t index, int64_t b, int64_t kv, const Share &some, int64_t chunk,
+              float *parts) const {
+    const int64_t hd = m.head_dim, width = (m.heads + 2 * m.kv_heads) * hd, groups = m.heads / m.kv_heads;
+    const int64_t n = some.last - some.first, stride = input_stride(KIND, hd), of_one = hd + 2;
+    const Seen all = seen(layer, b, some.first / groups, chunk).with(seen(layer, b, (some.last - 1) / groups, chunk));
+    if (all.begin >= all.end) {
+      for (int64_t i = 0; i < n; i++) parts[i * of_one + hd + 1] = 0;
+      return;
+    }
+    alignas(64) char queries[TOGETHER * 4 * MOST_HEAD_DIM];
+    alignas(64) float scores[TOGETHER * CHUNK];
+    for (int64_t i = 0; i < n; i++) {
+      const float *q = qkv + query_row(b, some.first + i) * width + query_head(kv, some.first + i) * hd;
+      encode(KIND, hd, 0, hd, queries + i * stride, [=](int64_t k) { return load<Vec>(q + k); });
+    }
+    const int64_t start = chunk * CHUNK, first = all.begin / LANES, last = (all.end + LANES - 1) / LANES;
     const Matrix keys{KIND, last * LANES, hd, slot(index, 0, b, kv), nullptr, nullptr, nullptr};
     const float scale = 1.0f / std::sqrt((float)hd);
-    // By vectors on every machine: panels of so few inputs are not worth the matrix unit.
-    multiply(keys, first, last, queries, n, {scores, reach, last * LANES, false, scale, nullptr});
+    multiply(keys, first, last, queries, n, {scores - start, CHUNK, last * LANES, false, scale, nullptr});
+    // Values are taken in whole pairs, or tiles, of positions: what is not seen weighs 0.
+    const Seen whole{all.begin / PAIRED * PAIRED - start, (all.end + PAIRED - 1) / PAIRED * PAIRED - start};
+    const char *values = slot(index, 1, b, kv) + start * hd * element();
+#ifdef MATRIX_UNIT
+    if (KIND == BFLOAT16 && has_matrix_unit()) {
+      alignas(64) uint16_t weights[TOGETHER * CHUNK];
+      for (int64_t i = 0; i < n; i++)
+        soften(scores + i * CHUNK, weights + i * CHUNK, whole,
+               seen(layer, b, (some.first + i) / groups, chunk).from(start), parts + i * of_one + hd);
+      const Tiled tiled{values + whole.begin * hd * 2, LANES * 4, PAIRED * hd * 2, hd * 4};
+      return product_in_tiles(tiled, 0, hd / LANES, (whole.end - whole.begin) / DEEP, (const char *)(weights + whole.begin),
+                              CHUNK * 2, n, {parts, of_one, hd, false, 1.0f, nullptr});
+    }
+#endif
     for (int64_t i = 0; i < n; i++)
-      inverses[i] = soften(scores + i * reach, first, last, seen(layer, b, (some.first + i) / groups));
-    weigh_values<KIND, QUERIES>(slot(index, 1, b, kv), all, n, inverses, outs);
+      soften(scores + i * CHUNK, nullptr, whole,
+             seen(layer, b, (some.first + i) / groups, chunk).from(start), parts + i * of_one + hd);
+    for (int64_t i = 0; i < n; i += QUERIES)
+      weigh_values<KIND, QUERIES>(values, whole, n - i, scores + i * CHUNK, parts + i * of_one);
   }
 
-  // The positions that a row of sequence b sees.
+  // Positions [begin, end).
   struct Seen {
     int64_t begin, end;
+    Seen with(Seen other) const {
+      if (begin >= end || other.begin >= other.end) return begin >= end ? other : *this;
+      return {begin < other.begin ? begin : other.begin, end > other.end ? end : other.end};
+    }
+    Seen from(int64_t start) const { return {begin - start, end - start}; }
   };
-  Seen seen(const Layer &layer, int64_t b, int64_t row) const {
-    const int64_t end = lengths[b] + row + 1;
-    return {layer.window && end > layer.window ? end - layer.window : 0, end};
+  // Those that a row of sequence b sees in a chunk.
+  Seen seen(const Layer &layer, int64_t b, int64_t row, int64_t chunk) const {
+    const int64_t end = lengths[b] + row + 1, begin = layer.window && end > layer.window ? end - layer.window : 0;
+    const int64_t start = chunk * CHUNK, stop = start + CHUNK;
+    return {begin > start ? begin : start, end < stop ? end : stop};
   }
 
-  // Scores of panels [first, last) to weights, 0 where nothing is seen; returns 1 / their sum.
-  float soften(float *scores, int64_t first, int64_t last, Seen seen) const {
-    for (int64_t s = first * LANES; s < seen.begin; s++) scores[s] = -INFINITY;
-    for (int64_t s = seen.end; s < last * LANES; s++) scores[s] = -INFINITY;
+  // Scores over `whole` to weights e^(score - top), 0 where nothing is seen; then top and their sum. With
+  // `rounded`, they are written there in bfloat16, and the sum is of these.
+  void soften(float *scores, uint16_t *rounded, Seen whole, Seen seen, float *top_and_total) const {
+    if (seen.end < seen.begin) seen.end = seen.begin = whole.begin;
+    for (int64_t s = whole.begin; s < seen.begin; s++) scores[s] = -INFINITY;
+    for (int64_t s = seen.end; s < whole.end; s++) scores[s] = -INFINITY;
     Vec most = spread(-INFINITY), total{};
-    for (int64_t s = first * LANES; s < last * LANES; s += WIDTH) most = larger(most, load<Vec>(scores + s));
+    for (int64_t s = whole.begin; s < whole.end; s += WIDTH) most = larger(most, load<Vec>(scores + s));
     const float top = maximum(most);
-    for (int64_t s = first * LANES; s < last * LANES; s += WIDTH) {
+    for (int64_t s = whole.begin; s < whole.end; s += WIDTH) {
       const Vec score = load<Vec>(scores + s);
-      const Vec weight = score > -INFINITY ? exponential(score - top) : Vec{};
-      store<Vec>(scores + s, weight);
+      Vec weight = score > -INFINITY ? exponential(score - top) : Vec{};
+      if (rounded) {
+        const Halves halves = to_bfloat16(weight);
+        store<Halves>(rounded + s, halves);
+        weight = from_bfloat16(halves);
+      } else {
+        store<Vec>(scores + s, weight);
+      }
       total += weight;
     }
-    return 1.0f / sum(total);
+    top_and_total[0] = top, top_and_total[1] = sum(total);
   }
 
-  // The weighted sums of values. A position that another query alone sees has the weight 0 here, which
-  // changes no bit.
+  // The weighted sums of values, of the first of n queries.
   template <int KIND, int Q>
-  void weigh_values(const char *values, Seen seen, int64_t n, const float *inverses, float *const *outs) const {
+  void weigh_values(const char *values, Seen whole, int64_t n, const float *weights, float *parts) const {
     if constexpr (Q > 0) {
-      if (n < Q) return weigh_values<KIND, Q - 1>(values, seen, n, inverses, outs);
+      if (n < Q) return weigh_values<KIND, Q - 1>(values, whole, n, weights, parts);
       int64_t k = 0;
       for (; k + OUTPUTS * WIDTH <= m.head_dim; k += OUTPUTS * WIDTH)
-        weigh<KIND, Q, OUTPUTS>(values, seen, k, inverses, outs);
-      for (; k < m.head_dim; k += WIDTH) weigh<KIND, Q, 1>(values, seen, k, inverses, outs);
+        weigh<KIND, Q, OUTPUTS>(values, whole, k, weights, parts);
+      for (; k < m.head_dim; k += WIDTH) weigh<KIND, Q, 1>(values, whole, k, weights, parts);
     }
   }
 
   // Of Q queries, N vectors of outputs
   template <int KIND, int Q, int N>
-  void weigh(const char *values, Seen seen, int64_t k, const float *inverses, float *const *outs) const {
+  void weigh(const char *values, Seen whole, int64_t k, const float *weights, float *parts) const {
     Vec sums[Q][N];
 #pragma GCC unroll 16
     for (int i = 0; i < Q; i++)
 #pragma GCC unroll 16
       for (int j = 0; j < N; j++) sums[i][j] = Vec{};
-    for (int64_t s = seen.begin; s < seen.end; s++) {
-      const char *at = values + (s * m.head_dim + k) * element();
-      Vec v[N];
+    for (int64_t s = whole.begin; s < whole.end; s += 2) {
+      const char *at = values + (s * m.head_dim + (KIND == FLOAT32 ? k : 2 * k)) * element();
+#pragma GCC unroll 2
+      for (int second = 0; second < 2; second++) {
+        Vec v[N];
 #pragma GCC unroll 16
-      for (int j = 0; j < N; j++)
-        v[j] = KIND == FLOAT32 ? load<Vec>(at + j * WIDTH * 4) : from_bfloat16(load<Halves>(at + j * WIDTH * 2));
+        for (int j = 0; j < N; j++) {
+          if constexpr (KIND == FLOAT32) {
+            v[j] = load<Vec>(at + (second * m.head_dim + j * WIDTH) * 4);
+          } else {
+            const Words pairs = load<Words>(at + j * WIDTH * 4);
+            v[j] = (Vec)(second ? pairs & 0xffff0000u : pairs << 16);
+          }
+        }
 #pragma GCC unroll 16
-      for (int i = 0; i < Q; i++) {
-        const Vec weight = spread(scores[i * reach + s]);
+        for (int i = 0; i < Q; i++) {
+          const Vec weight = spread(weights[i * CHUNK + s + second]);
 #pragma GCC unroll 16
-        for (int j = 0; j < N; j++) sums[i][j] = fused(v[j], weight, sums[i][j]);
+          for (int j = 0; j < N; j++) sums[i][j] = fused(v[j], weight, sums[i][j]);
+        }
       }
     }
 #pragma GCC unroll 16
     for (int i = 0; i < Q; i++)
 #pragma GCC unroll 16
-      for (int j = 0; j < N; j++) store<Vec>(outs[i] + k + j * WIDTH, sums[i][j] * inverses[i]);
+      for (int j = 0; j < N; j++) store<Vec>(parts + i * (m.head_dim + 2) + k + j * WIDTH, sums[i][j]);
   }
 
   void run(const Layer &layer, int64_t index) const {
@@ -961,8 +1093,11 @@ void layerskip_run(const Model *m, const float *hidden, float *x, const int64_t 
   const Buffer<float> qkv(rows * width), attended(rows * m->heads * hd), gate_up(rows * 2 * m->ffn);
   const Buffer<float> projected(rows * m->hidden);
   const Buffer<char> inputs(rows * input_stride(FLOAT32, widest)), gated(rows * input_stride(FLOAT32, m->ffn));
-  const int64_t reach = (capacity + LANES) / LANES * LANES;
-  const Buffer<float> scores(reach * QUERIES * threads);
+  int64_t longest = 0;
+  for (int64_t b = 0; b < batch; b++) longest = lengths[b] > longest ? lengths[b] : longest;
+  const int64_t chunks = (longest + positions + CHUNK - 1) / CHUNK, queries = rows * (m->heads / m->kv_heads);
+  const bool few = queries / TOGETHER * m->kv_heads < 2 * threads && chunks > 1;
+  const Buffer<float> partial(few ? m->kv_heads * chunks * queries * (hd + 2) : 1);
   memcpy(x, hidden, rows * m->hidden * sizeof(float));
   Team team;
 #pragma omp parallel num_threads(threads)
@@ -970,7 +1105,7 @@ void layerskip_run(const Model *m, const float *hidden, float *x, const int64_t 
     const int thread = omp_get_thread_num();
     const Pass pass{*m, x, lengths, batch, positions, rows, (char *)slots, capacity, turns, team, thread,
                     omp_get_num_threads(), qkv.get(), attended.get(), gate_up.get(), projected.get(),
-                    scores.get() + reach * QUERIES * thread, reach, inputs.get(), gated.get()};
+                    few ? partial.get() : nullptr, chunks, inputs.get(), gated.get()};
     for (int64_t layer = start; layer < stop; layer++) pass.run(m->layers[layer], layer);
   }
 }

@@ -1,7 +1,7 @@
 """Weights in panels of 16 outputs, as `kernels.cpp` reads them."""
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -117,6 +117,38 @@ class PanelMatrix:
         bias = None if self._bias is None else self._bias[index]
         matrix._hold(self._kind, (len(index), self.shape[1]), held, bias)
         return matrix
+
+
+def choose(
+    parts: Sequence[PanelMatrix],
+    x: Tensor,
+    norm: Tensor | None,
+    eps: float,
+    *,
+    confident: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Which output of the RMS norm of x times some matrices is the highest: the first of them.
+
+    Args:
+        parts: of the same kind and width; their outputs are numbered on from one to the next.
+        x: [N, in].
+        norm: [in], or None.
+        eps: of the norm.
+        confident: whether to work out the softmax probability of the choice too.
+
+    Returns:
+        [N] int64, and [N] float32 or None. No outputs are written down.
+    """
+    x = x.float().contiguous()
+    chosen = torch.empty(x.shape[0], dtype=torch.long)
+    probabilities = torch.empty(x.shape[0]) if confident else None
+    structs = [ctypes.addressof(part.struct) for part in parts]
+    library().layerskip_choose(
+        *((ctypes.c_void_p * len(structs))(*structs), len(structs)),
+        *(_pointer(norm), eps, x.data_ptr(), x.shape[0]),
+        *(chosen.data_ptr(), _pointer(probabilities), torch.get_num_threads()),
+    )
+    return chosen, probabilities
 
 
 class PanelEmbedding:
