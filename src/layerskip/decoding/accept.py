@@ -51,7 +51,7 @@ def accept_greedy(drafted: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
         best: [B, d + 1] int64, the model's, at the positions of the drafted tokens and one after.
     """
     accepted = _leading(drafted == best[:, :-1])
-    return accepted, _at(best, accepted)
+    return accepted, best.gather(1, accepted[:, None])[:, 0]
 
 
 def accept_sampled(
@@ -82,7 +82,7 @@ def accept_sampled(
 
 def _leading(stands: Tensor) -> Tensor:
     """How many entries of each row are true before the first false one, [B, d] to [B]."""
-    return stands.long().cumprod(dim=1).sum(dim=1)
+    return stands.cumprod(dim=1).sum(dim=1)
 
 
 def _at(rows: Tensor, index: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class KVCache:
 
     def check_room(self, n: int) -> int:
         """Where the longest row would end with n more positions; ValueError where that is too far."""
-        end = int(self.lengths.max()) + n
+        end = max(self.lengths.tolist()) + n
         if end > self.capacity:
             raise ValueError(f"the KV cache holds {self.capacity} positions, {end} are needed")
         return end

@@ -58,7 +58,10 @@ def _matrix(kind: str) -> PanelMatrix:
 
 
 def _timed(matrix: PanelMatrix) -> tuple[float, ...]:
-    """The least time of each number of rows, taken in turns; more rows are never cheaper."""
+    """The least time of each number of rows, taken in turns; more rows are never cheaper.
+
+    On a busy machine a single time can be far off: n rows never cost more than n single ones.
+    """
     inputs = torch.ones(max(_ROWS), matrix.shape[1])
     seconds = np.full(len(_ROWS), np.inf)
     for _ in range(_ROUNDS):
@@ -67,4 +70,5 @@ def _timed(matrix: PanelMatrix) -> tuple[float, ...]:
             matrix(inputs[:rows])
             seconds[i] = min(seconds[i], time.perf_counter() - began)
     every = np.interp(range(1, max(_ROWS) + 1), _ROWS, np.maximum.accumulate(seconds))
-    return tuple(round(float(cost), 4) for cost in every / every[0])
+    costs = np.minimum(every / every[0], range(1, max(_ROWS) + 1))
+    return tuple(round(float(cost), 4) for cost in costs)
