@@ -55,7 +55,8 @@ class KVCache:
 
     def check_room(self, n: int) -> int:
         """Where the longest row would end with n more positions; ValueError where that is too far."""
-        end = max(self.lengths.tolist()) + n
+        lengths: list[int] = self.lengths.tolist()
+        end = max(lengths) + n
         if end > self.capacity:
             raise ValueError(f"the KV cache holds {self.capacity} positions, {end} are needed")
         return end

@@ -143,7 +143,8 @@ class Decoder:
         """The shared exit: final norm and head, [B, T, D] to [B, T, V], in the decoder's dtype."""
         b, t, d = hidden.shape
         normed = self.final_norm(hidden.reshape(b * t, d))
-        return self._capped([head(normed).view(b, t, -1) for head in self.heads])
+        products = [head(normed) for head in self.heads]
+        return self._capped([product.view(b, t, product.shape[1]) for product in products])
 
     def _capped(self, products: list[Tensor]) -> Tensor:
         """The heads' products [B, T, n] side by side, as logits."""

@@ -137,7 +137,7 @@ class NativeDecoder(Decoder):
         norm, eps = self._final_norm_weight, self.architecture.norm_eps
         rows = hidden.reshape(b * t, d)
         products = [head.normed_product(rows, norm, eps) for head in self._panels]
-        return self._capped([product.view(b, t, -1) for product in products])
+        return self._capped([product.view(b, t, product.shape[1]) for product in products])
 
     def choose(self, hidden: Tensor) -> Tensor:
         """See `Decoder`; no logits are written down."""
