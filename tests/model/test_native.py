@@ -229,12 +229,33 @@ def test_the_choice_is_the_highest_logit(cap, kind, tmp_path):
     decoder = compiled(saved("gemma2-uncapped", tmp_path, final_logit_softcapping=cap), kind)
     hidden = torch.randn(2, 5, decoder.architecture.hidden_size, generator=torch.manual_seed(0))
     logits = decoder.logits(hidden)
-    short = ShortHead.of(decoder, tuple(range(50, 90))).also(decoder, [3, 5])
-    for exit_, scores in ((decoder, logits), (short, logits[..., short.token_ids])):
+    few, more = torch.arange(50, 90), torch.tensor([3, 5])
+    short = decoder.with_short_head(few).beside(decoder.with_short_head(more))
+    for exit_, scores in ((decoder, logits), (short, logits[..., torch.cat([few, more])])):
         chosen, probabilities = exit_.choose_with_probability(hidden)
         assert torch.equal(chosen, scores.argmax(-1))
         assert torch.equal(exit_.choose(hidden), chosen)
         torch.testing.assert_close(probabilities, scores.softmax(-1).amax(-1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_a_step_of_a_draft_is_a_pass_and_a_choice(cap, kind, tmp_path):
+    decoder = compiled(saved("gemma2-uncapped", tmp_path, final_logit_softcapping=cap), kind)
+    cache, tokens = decoder.new_cache(9, 2), torch.tensor([[7], [30]])
+    decoder.run(decoder.embed(torch.tensor([[1, 2], [3, 4]])), 0, LAYERS, cache)
+    cache.lengths += 2
+    head = ShortHead.of(decoder, (5, 80, 9)).also(decoder, [3])
+    for step, ids_ in (
+        (decoder.draft_step(tokens, 2, cache), torch.arange(decoder.architecture.vocab_size)),
+        (head.draft_step(decoder, tokens, 2, cache), head.token_ids),
+        (decoder.draft_step(tokens, 2, cache), torch.arange(decoder.architecture.vocab_size)),
+    ):
+        state = decoder.run(decoder.embed(tokens), 0, 2, cache)
+        scores = decoder.logits(state)[..., ids_]
+        assert torch.equal(step[0], state)
+        assert torch.equal(step[1], ids_[scores.argmax(-1)])
+        torch.testing.assert_close(step[2], scores.softmax(-1).amax(-1))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

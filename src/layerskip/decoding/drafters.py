@@ -131,15 +131,15 @@ class EarlyExitDrafter:
         for i in range(n + 1):
             if i and i < n and self.follow is not None:
                 behind = self._behind(self.follow, tokens[1:], n - i)
-            newest = torch.cat([tokens[-1], behind], dim=1) if behind.numel() else tokens[-1]
-            states.append(self.decoder.run(self.decoder.embed(newest), 0, self.exit_layer, cache))
-            cache.lengths += newest.shape[1]
             if behind.numel() or i == n or (self.length is not None and self.length.ends):
+                newest = torch.cat([tokens[-1], behind], dim=1)
+                hidden = self.decoder.embed(newest)
+                states.append(self.decoder.run(hidden, 0, self.exit_layer, cache))
+                cache.lengths += newest.shape[1]
                 break
-            seen = None
-            if history is not None:
-                seen = history.before(torch.cat([last[:, :0], *tokens[1:]], dim=1))[:, -1:]
-            token, q, probability = self._pick(states[-1], seen, generator)
+            state, token, q, probability = self._step(tokens, cache, history, generator)
+            states.append(state)
+            cache.lengths += 1
             if self.length is not None and not self.length.keeps(float(probability)):
                 break
             tokens.append(token)
@@ -160,23 +160,37 @@ class EarlyExitDrafter:
         found = follow([int(token) for token in drafted], room)
         return drafted[0].new_tensor([found]) if found else drafted[0][:, :0]
 
-    def _pick(
-        self, hidden: Tensor, seen: Tensor | None, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """A token [B, 1], what it was drawn from (None if greedy), and its probability there [B, 1]."""
-        exit_ = self.decoder if self.head is None else self.head
-        q: Tensor | None = None
-        if self.sampling.greedy and seen is None:
-            chosen, probability = exit_.choose_with_probability(hidden)
-        else:
-            if seen is not None and self.head is not None:
-                seen = seen[..., self.head.token_ids]
-            logits = self.sampling.penalize(exit_.logits(hidden), seen)
-            chosen, q = pick(logits, self.sampling, generator)
-            p = logits.float().softmax(dim=-1) if q is None else q
-            probability = p.gather(-1, chosen[..., None])[..., 0]
-        token = chosen if self.head is None else self.head.token_ids.take(chosen)
-        return token, q, probability
+    def _step(
+        self,
+        tokens: list[Tensor],
+        cache: KVCache,
+        history: TokenHistory | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """The first E layers over the newest of some tokens, and what the exit makes of it.
+
+        Returns:
+            The state [B, 1, D], a token [B, 1], what it was drawn from (None if greedy), and its
+            probability [B, 1].
+        """
+        decoder, head, newest = self.decoder, self.head, tokens[-1]
+        if self.sampling.greedy and history is None:
+            if head is None:
+                state, token, probability = decoder.draft_step(newest, self.exit_layer, cache)
+            else:
+                state, token, probability = head.draft_step(decoder, newest, self.exit_layer, cache)
+            return state, token, None, probability
+        state = decoder.run(decoder.embed(newest), 0, self.exit_layer, cache)
+        seen = None
+        if history is not None:
+            seen = history.before(torch.cat([newest[:, :0], *tokens[1:]], dim=1))[:, -1:]
+        if seen is not None and head is not None:
+            seen = seen[..., head.token_ids]
+        logits = self.sampling.penalize((head or decoder).logits(state), seen)
+        chosen, q = pick(logits, self.sampling, generator)
+        p = logits.float().softmax(dim=-1) if q is None else q
+        token = chosen if head is None else head.token_ids[chosen]
+        return state, token, q, p.gather(-1, chosen[..., None])[..., 0]
 
     def _whole(self, chosen_from: list[Tensor], behind: Tensor) -> Tensor | None:
         """The distributions over all tokens, made once a round."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from layerskip.model import Decoder
+from layerskip.model import Decoder, KVCache
 
 # The last list of each decoder and its head: answers of one model share it.
 _MADE: "weakref.WeakKeyDictionary[Decoder, tuple[tuple[int, ...], ShortHead]]" = (
@@ -65,13 +65,11 @@ class ShortHead:
         """Hidden states [B, T, D] to logits of the tokens kept [B, T, n]."""
         return self._short.logits(hidden)
 
-    def choose(self, hidden: Tensor) -> Tensor:
-        """Which of the tokens kept is likeliest, [B, T, D] to [B, T]: its place in `token_ids`."""
-        return self._short.choose(hidden)
-
-    def choose_with_probability(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """`choose`, and the probability of the choice among the tokens kept, [B, T] float32."""
-        return self._short.choose_with_probability(hidden)
+    def draft_step(
+        self, decoder: Decoder, tokens: Tensor, exit_layer: int, cache: KVCache
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`Decoder.draft_step` with this head as the exit; what it chooses are tokens, not places."""
+        return decoder.draft_step(tokens, exit_layer, cache, self._short, self.token_ids)
 
     @property
     def share(self) -> float:

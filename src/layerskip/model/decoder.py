@@ -162,6 +162,31 @@ class Decoder:
         chosen = most_likely(logits)
         return chosen, logits.float().softmax(dim=-1).gather(-1, chosen[..., None])[..., 0]
 
+    def draft_step(
+        self,
+        tokens: Tensor,
+        exit_layer: int,
+        cache: KVCache,
+        short: "Decoder | None" = None,
+        token_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One greedy step of a draft: the first layers over a token, and what the exit then chooses.
+
+        Args:
+            tokens: [B, 1] int64.
+            exit_layer: E.
+            cache: as for `run`.
+            short: whose exit it is (see `with_short_head`), if not this one's own.
+            token_ids: [n] int64, which token each of its logits is of.
+
+        Returns:
+            The hidden states that leave layer E [B, 1, D], the tokens chosen [B, 1], and their
+            probabilities [B, 1] float32.
+        """
+        state = self.run(self.embed(tokens), 0, exit_layer, cache)
+        chosen, probabilities = (short or self).choose_with_probability(state)
+        return state, chosen if token_ids is None else token_ids[chosen], probabilities
+
     def with_short_head(self, token_ids: Tensor) -> "Decoder":
         """The same decoder, whose logits are those of some tokens alone, [n] int64.
 

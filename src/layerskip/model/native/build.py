@@ -62,9 +62,22 @@ def _load(path: Path) -> ctypes.CDLL:
         *(pointer, whole, pointer, ctypes.c_float, pointer),  # matrices, how many, norm, eps, x
         *(whole, pointer, pointer, ctypes.c_int),  # rows, chosen, probabilities, threads
     ]
+    loaded.layerskip_step.argtypes = [
+        *(
+            pointer,
+            pointer,
+            pointer,
+            pointer,
+            whole,
+            whole,
+        ),  # model, hidden, out, lengths, batch, stop
+        *(pointer, whole, pointer),  # slots, capacity, turns
+        *(pointer, whole, pointer, pointer),  # matrices, how many, norm, token ids
+        *(pointer, pointer, ctypes.c_int),  # chosen, probabilities, threads
+    ]
     loaded.layerskip_rows.argtypes = [pointer, pointer, whole, pointer]
     loaded.layerskip_large_pages.argtypes = [pointer, whole]
-    for name in ("run", "product", "choose", "rows", "large_pages"):
+    for name in ("run", "product", "choose", "step", "rows", "large_pages"):
         getattr(loaded, f"layerskip_{name}").restype = None
     return loaded
 

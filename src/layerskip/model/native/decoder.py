@@ -10,6 +10,7 @@ from layerskip.model.architecture import Architecture
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder, Layer
 from layerskip.model.families import FAMILIES
+from layerskip.model.linear import Matrix
 from layerskip.model.mlp import GatedMLP
 from layerskip.model.native.build import library
 from layerskip.model.native.panels import (
@@ -19,6 +20,7 @@ from layerskip.model.native.panels import (
     PanelMatrix,
     choose,
     fits,
+    pointers_to,
 )
 from layerskip.model.norm import HeadNorm, RMSNorm
 
@@ -102,7 +104,9 @@ class NativeDecoder(Decoder):
             *(a.hidden_size, a.n_heads, a.n_kv_heads, a.head_dim, a.ffn_size, a.norm_eps),
             *(KINDS[self.dtype], _ACTIVATIONS[a.activation], ctypes.addressof(self._structs)),
         )
+        self._model_pointer = ctypes.addressof(self._model)
         self._final_norm_weight = _weight(self.final_norm)
+        self._pointers: tuple[tuple[Matrix, ...], ctypes.Array[ctypes.c_void_p]] | None = None
         # Of the last cache's capacity: it, the tables, and where they are.
         self._turns: tuple[int, list[Tensor], ctypes.Array[ctypes.c_void_p]] | None = None
 
@@ -119,7 +123,7 @@ class NativeDecoder(Decoder):
         hidden = hidden.float().contiguous()
         out = torch.empty_like(hidden)
         self._library.layerskip_run(
-            ctypes.byref(self._model),
+            self._model_pointer,
             hidden.data_ptr(),
             out.data_ptr(),
             cache.lengths.data_ptr(),
@@ -152,6 +156,38 @@ class NativeDecoder(Decoder):
         chosen, probabilities = self._choice(hidden, confident=True)
         assert probabilities is not None
         return chosen, probabilities.view(hidden.shape[:2])
+
+    def draft_step(
+        self,
+        tokens: Tensor,
+        exit_layer: int,
+        cache: KVCache,
+        short: Decoder | None = None,
+        token_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Decoder`; in one call."""
+        exit_ = self if short is None else short
+        if self.architecture.logit_cap is not None or not isinstance(exit_, NativeDecoder):
+            return super().draft_step(tokens, exit_layer, cache, short, token_ids)
+        cache.check_room(1)
+        hidden = self.embed(tokens).float()
+        state, chosen = torch.empty_like(hidden), torch.empty_like(tokens)
+        probabilities = torch.empty(tokens.shape)
+        heads = exit_._head_pointers()
+        self._library.layerskip_step(
+            *(self._model_pointer, hidden.data_ptr(), state.data_ptr(), cache.lengths.data_ptr()),
+            *(len(tokens), exit_layer, cache.slots.data_ptr(), cache.capacity),
+            *(self._turn_tables(cache.capacity), heads, len(heads)),
+            self._final_norm_weight.data_ptr(),
+            None if token_ids is None else token_ids.data_ptr(),
+            *(chosen.data_ptr(), probabilities.data_ptr(), torch.get_num_threads()),
+        )
+        return state, chosen, probabilities
+
+    def _head_pointers(self) -> ctypes.Array[ctypes.c_void_p]:
+        if self._pointers is None or self._pointers[0] is not self.heads:  # a copy has others
+            self._pointers = self.heads, pointers_to(self._panels)
+        return self._pointers[1]
 
     def _choice(self, hidden: Tensor, **options: bool) -> tuple[Tensor, Tensor | None]:
         b, t, d = hidden.shape

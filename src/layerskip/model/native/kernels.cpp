@@ -1166,6 +1166,17 @@ void layerskip_choose(const Matrix *const *parts, int64_t n_parts, const float *
   }
 }
 
+// One position of each sequence through layers [0, stop), and what the exit then chooses.
+void layerskip_step(const Model *m, const float *hidden, float *x, const int64_t *lengths, int64_t batch,
+                    int64_t stop, void *slots, int64_t capacity, const float *const *turns,
+                    const Matrix *const *parts, int64_t n_parts, const float *norm, const int64_t *token_ids,
+                    int64_t *chosen, float *probabilities, int threads) {
+  layerskip_run(m, hidden, x, lengths, batch, 1, 0, stop, slots, capacity, turns, threads);
+  layerskip_choose(parts, n_parts, norm, m->eps, x, batch, chosen, probabilities, threads);
+  if (token_ids)
+    for (int64_t row = 0; row < batch; row++) chosen[row] = token_ids[chosen[row]];
+}
+
 // out [n, w.in]: what some rows of the matrix stand for, as an embedding looks them up.
 void layerskip_rows(const Matrix *w, const int64_t *index, int64_t n, float *out) {
   const int64_t in = w->in, groups = in / GROUP;

@@ -142,13 +142,17 @@ def choose(
     x = x.float().contiguous()
     chosen = torch.empty(x.shape[0], dtype=torch.long)
     probabilities = torch.empty(x.shape[0]) if confident else None
-    structs = [ctypes.addressof(part.struct) for part in parts]
     library().layerskip_choose(
-        *((ctypes.c_void_p * len(structs))(*structs), len(structs)),
+        *(pointers_to(parts), len(parts)),
         *(_pointer(norm), eps, x.data_ptr(), x.shape[0]),
         *(chosen.data_ptr(), _pointer(probabilities), torch.get_num_threads()),
     )
     return chosen, probabilities
+
+
+def pointers_to(parts: Sequence[PanelMatrix]) -> ctypes.Array[ctypes.c_void_p]:
+    """Where the matrices are described; valid as long as they live."""
+    return (ctypes.c_void_p * len(parts))(*(ctypes.addressof(part.struct) for part in parts))
 
 
 class PanelEmbedding:
