@@ -31,11 +31,10 @@ MANY = 33
 
 
 @pytest.fixture(scope="module", params=["native", "x86-64-v3", "x86-64-v2"])
-def machine(request, tmp_path_factory):
-    """The kernels of this CPU, and as those with AVX2 alone and with SSE alone have them."""
+def build_for(request, tmp_path_factory):
+    """The kernels of this CPU (None), and as those with AVX2 alone and with SSE alone have them."""
     if request.param == "native":
-        yield
-        return
+        return None
     if platform.machine() != "x86_64" or "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this CPU cannot run them")
     made = tmp_path_factory.mktemp("kernels") / f"{request.param}.so"
@@ -46,9 +45,14 @@ def machine(request, tmp_path_factory):
             build._compile(made)
         except NoCompilerError as error:
             pytest.skip(str(error))
-        library = build._load(made)
-        patch.setattr(panels, "library", lambda: library)
-        yield
+    return build._load(made)
+
+
+@pytest.fixture
+def machine(build_for, monkeypatch):
+    """Matrices are that CPU's, in this test alone."""
+    if build_for is not None:
+        monkeypatch.setattr(panels, "library", lambda: build_for)
 
 
 def matrix_of(kind, n_out, n_in, *, biased=False):
