@@ -128,7 +128,7 @@ def answer(
         draft = drafter.draft(last, n, cache, None, None)
         cache.lengths.copy_(settled)
         hidden = decoder.run(draft.states, draft.start, layers, cache)
-        accepted, following = accept_greedy(draft.tokens, decoder.logits(hidden))
+        accepted, following = accept_greedy(draft.tokens, decoder.choose(hidden))
         last = following[:, None]
         count = int(accepted)
         tokens += [*draft.tokens[0, :count].tolist(), int(last)]
