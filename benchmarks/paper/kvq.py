@@ -30,7 +30,7 @@ from layerskip.decoding import Sampling
 from layerskip.decoding.accept import accept_greedy
 from layerskip.decoding.clock import device_clock
 from layerskip.decoding.drafters import Draft, EarlyExitDrafter, no_draft
-from layerskip.decoding.sampling import pick
+from layerskip.decoding.sampling import next_token
 from layerskip.model import Decoder, KVCache
 from paper.checkpoints import TINY, new_model, shown, told, write_rows
 from paper.corpus import STANDARD_LIBRARY, Corpus, functions
@@ -95,7 +95,8 @@ class RecomputingDrafter(EarlyExitDrafter):
         if n == 0:
             return no_draft(self.decoder, last)
         shorter = super().draft(last, n - 1, cache, history, generator)
-        chosen, _ = pick(self.decoder.logits(shorter.states[:, -1:]), self.sampling, generator)
+        state = shorter.states[:, -1:]
+        chosen = next_token(self.decoder, state, self.sampling, generator)
         tokens = torch.cat([shorter.tokens, chosen], dim=1)
         states = self.decoder.embed(torch.cat([last, tokens], dim=1))
         return Draft(tokens, None, states, start=0, source=self.source)
