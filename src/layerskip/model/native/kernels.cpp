@@ -625,6 +625,15 @@ inline float norm_factor(const float *x, int64_t n, float eps) {
   return 1.0f / std::sqrt(sum(squares) / n + eps);
 }
 
+// Gives the RMS norm of a row a vector at a time; a null norm is none.
+inline auto normed(const float *from, const float *norm, int64_t n, float eps) {
+  const float factor = norm ? norm_factor(from, n, eps) : 1.0f;
+  return [=](int64_t k) {
+    const Vec v = load<Vec>(from + k) * factor;
+    return norm ? v * load<Vec>(norm + k) : v;
+  };
+}
+
 // Queries whose sums over values are in registers together, of each so many vectors of outputs.
 #ifdef __AVX512F__
 constexpr int QUERIES = 6, OUTPUTS = 4;
@@ -678,15 +687,7 @@ struct Pass {
   }
 
   void prepare_normed(const Matrix &w, const float *norm) const {
-    const int64_t n = m.hidden;
-    prepare(w, [&](int64_t row) {
-      const float *from = x + row * n;
-      const float factor = norm ? norm_factor(from, n, m.eps) : 1.0f;
-      return [=](int64_t k) {
-        const Vec v = load<Vec>(from + k) * factor;
-        return norm ? v * load<Vec>(norm + k) : v;
-      };
-    });
+    prepare(w, [&](int64_t row) { return normed(x + row * m.hidden, norm, m.hidden, m.eps); });
   }
 
   void multiply_into(const Matrix &w, const char *inputs, float *out) const {
@@ -1034,12 +1035,8 @@ inline void encode_normed(const Matrix &w, const float *norm, float eps, const f
                           char *inputs, int thread, int threads) {
   const Share mine = share(rows, thread, threads);
   for (int64_t row = mine.first; row < mine.last; row++) {
-    const float *from = x + row * w.in;
-    const float factor = norm ? norm_factor(from, w.in, eps) : 1.0f;
-    encode(w.kind, w.in, 0, w.in, inputs + row * input_stride(w.kind, w.in), [=](int64_t k) {
-      const Vec v = load<Vec>(from + k) * factor;
-      return norm ? v * load<Vec>(norm + k) : v;
-    });
+    char *to = inputs + row * input_stride(w.kind, w.in);
+    encode(w.kind, w.in, 0, w.in, to, normed(x + row * w.in, norm, w.in, eps));
   }
 }
 
