@@ -221,7 +221,7 @@ def own(tmp_path, *rows, name="mine.jsonl"):
 def test_own_file_without_references(tmp_path):
     messages = [{"role": "user", "content": "Hello"}]
     answered = [*messages, {"role": "assistant", "content": "Hi"}]
-    task = load_task(own(tmp_path, {"prompt": "one"}, {"messages": messages}))
+    task = load_task(own(tmp_path, {"prompt": "one", "reference": None}, {"messages": messages}))
     assert [sample.prompt for sample in task.samples] == ["one", tuple(messages)]
     assert [sample.id for sample in task.samples] == ["mine.jsonl:1", "mine.jsonl:2"]
     assert task.quality(["a", "b"]) == {}
@@ -278,6 +278,7 @@ def test_bad_requests_say_what_is_wrong(name, options, message, data):
         ([{"prompt": ["x"]}], {}, "has no `prompt`"),
         ([{"messages": []}], {}, "has no `prompt`"),
         ([{"prompt": "x", "references": [1]}], {}, "references that are no texts"),
+        ([{"prompt": "x", "reference": 7}], {}, "mine.jsonl:1 has references that are no texts"),
         ([{"prompt": "x"}], {"n_shot": 1}, "shots are for named tasks"),
     ],
 )

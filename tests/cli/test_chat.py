@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from layerskip.cli import show
+from layerskip.cli import chat, show
 
 
 @pytest.fixture
@@ -69,3 +69,17 @@ def test_a_conversation_that_is_too_long_can_be_reset(talk):
     assert status == 0
     assert "this model's context holds 512" in err
     assert len(json.loads(out)) == 1
+
+
+def test_what_was_answered_is_not_lost_where_a_later_answer_fails(talk, monkeypatch, tmp_path):
+    real, output = chat._answer, tmp_path / "answers.json"
+
+    def fails_at_the_second(model, messages, *arguments, **options):
+        if len(messages) > 1:
+            raise KeyboardInterrupt
+        return real(model, messages, *arguments, **options)
+
+    monkeypatch.setattr(chat, "_answer", fails_at_the_second)
+    status, _, err = talk(["ab", "cd"], "--output", output)
+    assert (status, err) == (130, "layerskip: interrupted\n")
+    assert len(json.loads(output.read_text())) == 1

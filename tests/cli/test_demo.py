@@ -66,7 +66,7 @@ def test_one_document_with_the_rows_of_bench(run, folder, tmp_path):
     assert status == 0
     document = json.loads(out)
     assert document == json.loads(output.read_text())
-    assert list(document) == ["model", "tasks", "total"]
+    assert list(document) == ["environment", "model", "tasks", "total"]
     assert document["model"] == str(folder)
     assert [(t["task"], t["samples"]) for t in document["tasks"]] == [
         (task.name, len(task.texts)) for task in TASKS
@@ -99,7 +99,7 @@ def test_picture_without_matplotlib_is_refused_at_once(run, tmp_path, monkeypatc
     )
     status, out, err = run("demo", "--picture", tmp_path / "demo.png")
     assert (status, out) == (1, "")
-    assert err == ("layerskip: --picture needs matplotlib; run: pip install 'layerskip[bench]'\n")
+    assert err == ("layerskip: --picture needs matplotlib; run: pip install 'layerskip[plot]'\n")
 
 
 @pytest.mark.parametrize(

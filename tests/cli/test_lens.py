@@ -159,3 +159,10 @@ def test_a_picture_without_matplotlib_says_what_to_install(run, monkeypatch, tmp
     status, _, err = run("lens", "--prompt", "abc", "--png", tmp_path / "a.png")
     assert status == 1
     assert "pip install 'layerskip[plot]'" in err
+
+
+def test_where_drafts_come_from_is_heeded(run):
+    drafting = ("--mode", "self-speculative", "--draft-from", "n-gram", "--json")
+    status, out, _ = run("lens", "--prompt", "abcabc", *SHORT, *drafting)
+    assert status == 0
+    assert json.loads(out)["generation"]["exit_layer"] is None

@@ -4,6 +4,7 @@ A chi-square test over 20,000 continuations each, made by the step loop itself w
 their tokens jointly, against the probabilities of every continuation.
 """
 
+import dataclasses
 import itertools
 
 import pytest
@@ -13,6 +14,8 @@ from tiny_decoders import PLAIN, ids, speculative, steps, tiny_decoder
 
 from layerskip.decoding import Sampling, accept
 from layerskip.decoding.accept import accept_sampled
+from layerskip.decoding.drafters import EarlyExitDrafter
+from layerskip.model import StepCosts
 
 VOCABULARY = 5
 PROMPT = [3, 1, 4]
@@ -20,6 +23,20 @@ N_TOKENS = 4  # the prompt's own token and one round of two drafted tokens and o
 SAMPLES = 20_000
 SAMPLING = Sampling(temperature=0.5, top_p=0.95)
 SPECULATIVE = speculative(1, 2)
+# A token that is less sure than about 0.3 is not worth its cost: most that are likely are, others not.
+COSTS = StepCosts(
+    dtype="float32",
+    weights="16bit",
+    device="cpu",
+    kernels="compiled",
+    exit_layer=1,
+    draft_step=0.25,
+    draft_tokens_scored=5,
+    head=0.05,
+    passes=(1.0, 1.06),
+    overhead=0.0,
+)
+ADAPTIVE = dataclasses.replace(SPECULATIVE, adaptive=True, costs=COSTS)
 # A sound sampler falls below it once in a thousand seeds; the seeds are fixed.
 LEAST_P_VALUE = 1e-3
 
@@ -74,7 +91,7 @@ def p_value(counts, expected):
     return float(stats.chisquare(seen.numpy(), due.numpy()).pvalue)
 
 
-@pytest.mark.parametrize("plan", [PLAIN, SPECULATIVE], ids=lambda plan: plan.mode)
+@pytest.mark.parametrize("plan", [PLAIN, SPECULATIVE, ADAPTIVE], ids=["plain", "fixed", "adaptive"])
 def test_continuations_are_distributed_as_the_model_says(decoder, expected, plan):
     counts = count_continuations(decoder, plan, SAMPLES)
     assert p_value(counts, expected) > LEAST_P_VALUE
@@ -87,6 +104,19 @@ def test_drafts_are_accepted_and_rejected_at_every_position(decoder):
         for step in steps(decoder, PROMPT, SPECULATIVE, N_TOKENS, SAMPLING, seed=seed)[1:]
     ]
     assert {(step.drafted, step.accepted) for step in rounds} >= {(2, 0), (2, 1), (2, 2)}
+
+
+def test_an_adaptive_draft_may_not_look_at_what_was_drawn(decoder, expected, monkeypatch):
+    """Kept for its own probability, a token would be likelier than the model says."""
+    step = EarlyExitDrafter._step
+
+    def by_its_own_probability(*arguments):
+        state, token, q, _ = step(*arguments)
+        return state, token, q, q.gather(-1, token[..., None])[..., 0]
+
+    monkeypatch.setattr(EarlyExitDrafter, "_step", by_its_own_probability)
+    counts = count_continuations(decoder, ADAPTIVE, SAMPLES // 10)
+    assert p_value(counts, expected) < LEAST_P_VALUE / 1000
 
 
 def from_p_after_a_rejection(drafted, q, p, generator):

@@ -123,13 +123,18 @@ def test_what_it_costs_is_measured_on_other_windows(calibrated):
     assert abs(made.rounding.nll_change) < 0.5
 
 
-def test_the_command(folder, tmp_path, capsys):
+def test_the_command(folder, tmp_path, capsys, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     arguments = ["export", "--model", str(folder), "--to", "hf", "--weights", "int4"]
     out = tmp_path / "out"
     assert cli.run([*arguments, "--calibrate", str(text), str(out)]) == 0
     assert "with --weights int4: " in capsys.readouterr().out
+    monkeypatch.setattr(
+        "layerskip.cli.export.calibrate", None
+    )  # what is in the way is said before it begins
+    assert cli.run([*arguments, "--calibrate", str(text), str(out)]) == 1
+    assert "out exists; choose another name or say --overwrite" in capsys.readouterr().err
     fields = json.loads((out / "generation_config.json").read_text())
     assert fields["layerskip"]["weights"]["int4"]["method"] == "calibration"
     # Cast to 16 bits, its weights are off the grid: what was measured is not said of them.

@@ -274,7 +274,9 @@ def test_the_first_of_equal_logits_is_chosen_in_any_part(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        chosen, probabilities = panels.choose(parts, x, None, 0.0, confident=True)
+        chosen, probabilities = panels.choose(
+            panels.pointers_to(parts), x, None, 0.0, confident=True
+        )
     finally:
         torch.set_num_threads(before)
     assert chosen.tolist() == [40, 4100, 0]

@@ -158,3 +158,42 @@ def test_balancing_loss_is_transformers():
     torch.manual_seed(0)
     logits = tuple(torch.randn(10, 4) for _ in range(3))
     torch.testing.assert_close(balancing_loss(logits, 2), load_balancing_loss_func(logits, 4, 2))
+
+
+def test_a_batch_without_items_has_no_loss():
+    states, labels, shared_exit, parameters = setting()
+    labels[:] = -100
+    losses = exit_losses(
+        states,
+        labels,
+        WEIGHTS,
+        shared_exit,
+        parameters,
+        num_items=torch.tensor(0),
+        vocabulary=VOCABULARY,
+    )
+    losses.loss.backward()
+    assert losses.loss == 0
+    assert all((state.grad == 0).all() for state in states.values())
+
+
+def test_the_heads_gradient_is_not_summed_in_16_bits():
+    """Many chunks, each of which adds less than the last place of the sum."""
+    torch.manual_seed(0)
+    head = torch.nn.Parameter(torch.randn(VOCABULARY, HIDDEN).bfloat16())
+    states = {1: torch.ones(1, 2000, HIDDEN).bfloat16()}
+    labels = torch.zeros(1, 2000, dtype=torch.long)
+    gradients = []
+    for chunk in (1, 2000):
+        head.grad = None
+        exit_losses(
+            states,
+            labels,
+            {1: 1.0},
+            lambda h: h @ head.T,
+            [head],
+            chunk_tokens=chunk,
+            vocabulary=VOCABULARY,
+        ).loss.backward()
+        gradients.append(head.grad.float())
+    torch.testing.assert_close(*gradients, rtol=0.02, atol=1e-3)

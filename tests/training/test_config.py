@@ -59,6 +59,9 @@ def test_flat_dict_makes_the_same_configuration():
         ({"regime": "x"}, "regime is 'x'"),
         ({"learning_rte": 1}, "no setting 'learning_rte'; did you mean 'learning_rate'"),
         ({"eval_data": "x", "eval_rows": 3}, "contradict"),
+        ({"eval_rows": -5}, "eval_rows is -5"),
+        ({"draft_tokens": 0}, "draft_tokens is 0"),
+        ({"exit_layer": 0}, "exit_layer is 0"),
         ({"from_scratch": True, "lora_rank": 3}, "contradict"),
         ({"lora_alpha": 3}, "needs lora_rank"),
         ({"max_length": 1}, "max_length is 1"),
@@ -73,3 +76,9 @@ def test_bad_values(values, message):
 def test_what_must_be_given():
     with pytest.raises(ValueError, match="data, output must be given"):
         TrainConfig.from_mapping({"model": "m"})
+
+
+def test_a_home_folder_is_spelled_out(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = make(model="~/model", output="~/out")
+    assert (config.model, config.output) == ("/home/somebody/model", "/home/somebody/out")

@@ -156,3 +156,15 @@ def test_length_groups_are_the_same_each_time_and_differ_by_epoch():
     assert sum(spread) / len(spread) < 10
     sampler.set_epoch(1)
     assert list(sampler) != first
+
+
+@pytest.mark.parametrize("compression", [".gz", ".xz"])
+@pytest.mark.parametrize(
+    "damage", [lambda whole: whole[:-20], lambda whole: whole[:40] + whole[60:]]
+)
+def test_a_damaged_archive_is_named(tmp_path, compression, damage):
+    path = write(tmp_path / f"rows.jsonl{compression}", JSON_LINES * 50)
+    whole = (tmp_path / f"rows.jsonl{compression}").read_bytes()
+    (tmp_path / f"rows.jsonl{compression}").write_bytes(damage(whole))
+    with pytest.raises(ValueError, match=rf"rows.jsonl{compression} cannot be read as text"):
+        list(read_rows(path))

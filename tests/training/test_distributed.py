@@ -38,4 +38,7 @@ def test_two_processes_train_as_one(model_folder, tmp_path, kind):
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["losses"] == pytest.approx(one_process(model_folder), rel=1e-5)
-    assert {"eval_loss_exit_1", "eval_loss_exit_4"} <= {*result["metrics"]}
+    if kind == "ddp":  # the last batch is filled up for the second process with rows that were seen
+        for exit_layer in (1, 4):
+            loss = result["metrics"][f"eval_loss_exit_{exit_layer}"]
+            assert loss == pytest.approx(result["expected"][str(exit_layer)], rel=1e-5)

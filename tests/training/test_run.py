@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from layerskip.training import LayerSkipTrainer, TrainConfig, train
@@ -265,4 +266,28 @@ def test_bad_input_is_one_line_before_training(settings, changes, message):
 def test_an_earlier_run_is_not_overwritten(settings):
     run(settings)
     with pytest.raises(ValueError, match="checkpoints of an earlier run"):
+        run(settings)
+
+
+def test_a_full_disk_at_the_weights_is_said_too(settings, monkeypatch):
+    def full(self, output_dir=None, **_):
+        raise SafetensorError("Error while serializing: No space left on device")
+
+    monkeypatch.setattr(LayerSkipTrainer, "_save", full)
+    with pytest.raises(CheckpointError, match=r"step 2 .*No space left.* no checkpoint yet"):
+        run(settings)
+    assert not (Path(settings["output"]) / ".incomplete").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_training(settings, monkeypatch):
+    plain = LayerSkipTrainer.training_step
+
+    def step(self, model, *arguments, **options):
+        loss = plain(self, model, *arguments, **options)
+        if self.state.global_step == 3:
+            next(model.parameters()).grad[0, 0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(LayerSkipTrainer, "training_step", step)
+    with pytest.raises(NonFiniteLossError, match=r"norm of the gradient is nan at step 4; .*-2"):
         run(settings)

@@ -92,3 +92,10 @@ def test_more_minutes_go_on_with_a_run_that_has_used_its_own(run):
     result, rates = run(max_minutes=10 / 60, resume=True)
     assert result.steps == 10
     assert rates[6:] == pytest.approx([cosine(n / 10) for n in range(6, 10)])
+
+
+def test_a_run_that_began_without_a_budget_can_get_one(run):
+    with pytest.raises(KeyboardInterrupt):
+        run(save_steps=4, fail_at=7)
+    result, _ = run(save_steps=4, max_minutes=10 / 60, resume=True)
+    assert result.steps == 4 + 10

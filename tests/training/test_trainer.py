@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer
@@ -141,3 +144,31 @@ def test_the_mixin_gives_trl_the_recipe(model_folder, tmp_path):
     mean = sum(w * logged[0][f"loss_exit_{e}"] for e, w in weights.items())
     assert logged[0]["loss"] == pytest.approx(mean, rel=1e-3)
     assert "eval_loss_exit_2" in trainer.evaluate()
+
+
+def test_the_best_checkpoint_is_found_where_it_is(model_folder, tmp_path):
+    trainer = trainer_of(
+        LayerSkipTrainer,
+        model_folder,
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.parent == tmp_path
+    assert best.is_dir()
+    state = json.loads((best / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(best)
+
+
+def test_a_loss_that_would_have_no_effect_is_refused(model_folder, tmp_path):
+    with pytest.raises(
+        ValueError, match="label_smoothing_factor and compute_loss_func would have no"
+    ):
+        trainer_of(LayerSkipTrainer, model_folder, tmp_path, label_smoothing_factor=0.1)

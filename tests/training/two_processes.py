@@ -14,6 +14,8 @@ from layerskip.training import LayerSkipTrainer
 from layerskip.training.data import Collator
 from trainer_setup import DROPPING, arguments, rows, train_by_hand
 
+EVAL_ROWS = 10  # no multiple of what two processes take at a time
+
 
 def ddp(model, output):
     trainer = LayerSkipTrainer(
@@ -21,13 +23,15 @@ def ddp(model, output):
         args=arguments(output, max_steps=3),
         data_collator=Collator(0),
         train_dataset=rows(),
-        eval_dataset=rows(10),
+        eval_dataset=rows(EVAL_ROWS),
         recipe=DROPPING,
     )
     trainer.train()
     assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
     metrics = trainer.evaluate()
-    return [log["loss"] for log in trainer.state.log_history if "loss" in log], metrics
+    whole = trainer.attached.evaluate((1,), Collator(0)(rows(EVAL_ROWS)), model)
+    expected = dict(zip(whole.exits, (whole.loss_sums / whole.tokens).tolist(), strict=True))
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log], metrics, expected
 
 
 def fsdp2(model, output):
@@ -40,18 +44,18 @@ def fsdp2(model, output):
     fully_shard(model, mesh=mesh)
     rank = torch.distributed.get_rank()
     losses = train_by_hand(model, handle, own=[rank], processes=2)
-    evaluated = handle.evaluate((1,), Collator(0)(rows(10)), model)
-    metrics = {f"eval_loss_exit_{e}": 1.0 for e in evaluated.exits}
+    evaluated = handle.evaluate((1,), Collator(0)(rows(EVAL_ROWS)), model)
+    assert evaluated.exits == (1, 4)
     total = torch.tensor(losses)
     torch.distributed.all_reduce(total)
-    return total.tolist(), metrics
+    return total.tolist(), {}, {}
 
 
 def main(model_folder, output, kind):
     model = AutoModelForCausalLM.from_pretrained(model_folder).train()
-    losses, metrics = {"ddp": ddp, "fsdp2": fsdp2}[kind](model, output)
+    losses, metrics, expected = {"ddp": ddp, "fsdp2": fsdp2}[kind](model, output)
     if torch.distributed.get_rank() == 0:
-        result = json.dumps({"losses": losses, "metrics": metrics})
+        result = json.dumps({"losses": losses, "metrics": metrics, "expected": expected})
         Path(output, "result.json").write_text(result)
     torch.distributed.barrier()
     # Now and then gloo's own threads abort the process while it is torn down; all is said by now.

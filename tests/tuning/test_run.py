@@ -134,3 +134,9 @@ def test_answers_too_short_to_decode_are_refused():
 def test_exits_that_cannot_draft_are_refused(exits):
     with pytest.raises(ValueError, match="1 to 3"):
         tune(scripted.scripted_model(range(9)), [[1], [2]], exits=exits)
+
+
+def test_a_prompt_longer_than_the_context_is_left_out():
+    decoder = scripted.ScriptedDecoder(range(9), max_context=400)
+    with pytest.raises(ValueError, match="1 of 2 prompts fit into the context"):
+        tune(model_of(decoder), [[1], [1] * 500])

@@ -197,9 +197,12 @@ def settings_of(
         known: dict[str, Any] = {"settings": model.settings, "n_layers": len(model.decoder.layers)}
         plan = choose(mode, e, d, source, adaptive or None, **known)
         found = _setting_of(mode, plan)
-        return (
-            found if vocabulary is None else dataclasses.replace(found, draft_vocabulary=vocabulary)
+        if vocabulary is None:
+            return found
+        known_tokens = model.settings.draft_vocabulary or range(
+            model.decoder.architecture.vocab_size
         )
+        return dataclasses.replace(found, draft_vocabulary=min(vocabulary, len(known_tokens)))
 
     default = setting("self-speculative")
     exits: Sequence[int | None] = exit_layers or [default.exit_layer]

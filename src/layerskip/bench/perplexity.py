@@ -12,20 +12,17 @@ window - stride + 1 tokens before it. With the sum N of negative log-likelihoods
 - the standard error takes windows for independent samples (delta method; none for a single window).
 """
 
-import gzip
-import lzma
 import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from layerskip.bench.data_sets import DATA_VARIABLE
 from layerskip.bench.evaluation import Metric
 from layerskip.bench.likelihood import Passage, Score, score_passages
 from layerskip.decoding import LayerSkipModel
-from layerskip.training.data import read_rows
+from layerskip.training.data import open_text, read_rows
 
 WIKITEXT, HUB_CONFIG = "wikitext2", "wikitext-2-v1"
 
@@ -148,13 +145,8 @@ def read_text(source: str, max_words: int | None = None) -> str:
 
 
 def _read(path: Path) -> str:
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-    try:
-        with openers.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
-            text: str = file.read()
-    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
-        raise ValueError(f"{path} cannot be read as text: {error}") from error
-    return text
+    with open_text(path) as file:
+        return file.read()
 
 
 def _wikitext() -> str:

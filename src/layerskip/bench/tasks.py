@@ -203,7 +203,9 @@ def _own_sample(where: str, row: Mapping[str, Any]) -> Sample:
     if not prompt:
         raise ValueError(f"{where} has no `prompt` (a text) and no `messages` (role and content)")
     given = row.get("references", row.get("reference", row.get("completion", given)))
-    references = (given,) if isinstance(given, str) else tuple(given)
+    if given is None:
+        given = ()
+    references = tuple(given) if isinstance(given, list | tuple) else (given,)
     if not all(isinstance(reference, str) for reference in references):
         raise ValueError(f"{where} has references that are no texts")
     return Sample(

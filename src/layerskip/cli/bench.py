@@ -1,7 +1,6 @@
 """`layerskip bench`: modes, and peers, side by side on a task."""
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +153,7 @@ def command(
       layerskip bench --task humaneval --peers transformers,llama.cpp --gguf-weights q8_0
     """
     options.check_output(output)
-    if report is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--report needs matplotlib; run: pip install 'layerskip[bench]'")
+    options.check_report(report)
     config = BenchConfig(**{f.name: flags[f.name] for f in dataclasses.fields(BenchConfig)})
     model = options.load_model(flags)
     has_template = model.tokenizer is not None and bool(model.tokenizer.chat_template)
@@ -187,10 +185,10 @@ def command(
         )
     document |= {"n_shot": task.n_shot, "seed": seed}
     options.deliver(document, as_json=as_json, output=output)
-    if report is not None:
-        write_report(document, report)
     if not as_json:
         _show(document)
+    if report is not None:
+        write_report(document, report)
 
 
 def _show(document: dict[str, Any]) -> None:

@@ -43,24 +43,26 @@ def command(
     opening = [] if system is None else [{"role": "system", "content": system}]
     messages = list(opening)
     results = []
-    while (text := _next_line(interactive)) is not None:
-        if not text.strip():
-            continue
-        if text.strip() == "/quit":
-            break
-        if text.strip() == "/reset":
-            messages = list(opening)
-            continue
-        messages.append({"role": "user", "content": text})
-        try:
-            result = _answer(model, messages, flags, stats, show_draft, quiet=as_json)
-        except PromptError as error:
-            print(f"layerskip: {error} (/reset forgets the conversation)", file=sys.stderr)
-            messages.pop()
-            continue
-        messages.append({"role": "assistant", "content": result["text"]})
-        results.append(result)
-    options.deliver(results, as_json=as_json, output=output)
+    try:
+        while (text := _next_line(interactive)) is not None:
+            if not text.strip():
+                continue
+            if text.strip() == "/quit":
+                break
+            if text.strip() == "/reset":
+                messages = list(opening)
+                continue
+            messages.append({"role": "user", "content": text})
+            try:
+                result = _answer(model, messages, flags, stats, show_draft, quiet=as_json)
+            except PromptError as error:
+                print(f"layerskip: {error} (/reset forgets the conversation)", file=sys.stderr)
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": result["text"]})
+            results.append(result)
+    finally:  # Ctrl-C and whatever goes wrong later leave the answers so far
+        options.deliver(results, as_json=as_json, output=output)
 
 
 def _answer(
@@ -87,8 +89,10 @@ def _answer(
 
 def _next_line(interactive: bool) -> str | None:
     try:
-        return input("> " if interactive else "")
+        if interactive:  # on stderr, as stdout may be a file of answers
+            print("> ", end="", file=sys.stderr, flush=True)
+        return input()
     except EOFError:
         if interactive:
-            print()
+            print(file=sys.stderr)
         return None

@@ -1,12 +1,13 @@
 """`layerskip demo`: the main job, end to end, on the built-in model or one's own."""
 
-import importlib.util
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
+from layerskip.bench.environment import environment_of
 from layerskip.cli import options
 from layerskip.cli.demo_figures import group_of, show_picture, table, title_of, together
 from layerskip.cli.demo_tasks import TASKS
@@ -86,8 +87,8 @@ def command(
     """
     options.check_output(output)
     options.check_output(picture, "--picture")
-    if picture is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--picture needs matplotlib; run: pip install 'layerskip[bench]'")
+    if picture is not None:
+        options.check_pictures("--picture")
     if not trains and (minutes is not None or folder is not None):
         raise click.UsageError("--minutes and --folder belong to --train")
     console = Console(highlight=False, quiet=as_json)
@@ -116,24 +117,30 @@ def _decode(
 ) -> dict[str, Any]:
     """The three tasks; the document of `--json`."""
     model = options.load_model(flags)
-    entries = [
-        compare(
-            model,
-            task.name,
-            task.texts,
-            [task.prompt(text, model) for text in task.texts],
-            max_new_tokens=max_new_tokens or task.max_new_tokens,
-            console=console,
-        )
-        for task in TASKS
-    ]
+    with options.waiting("decoding") if console.quiet else contextlib.nullcontext():
+        entries = [
+            compare(
+                model,
+                task.name,
+                task.texts,
+                [task.prompt(text, model) for text in task.texts],
+                max_new_tokens=max_new_tokens or task.max_new_tokens,
+                console=console,
+            )
+            for task in TASKS
+        ]
     groups = [group_of(task.name, of_task) for task, of_task in zip(TASKS, entries, strict=True)]
     total = group_of("total", together(entries))
     console.rule()
     console.print(table(groups, title_of(flags, model), total))
     show_picture(groups, picture, console)
     console.print(_word(model), soft_wrap=True)
-    return {"model": flags["model"], "tasks": groups, "total": total["rows"]}
+    return {
+        "environment": environment_of(model.decoder),
+        "model": flags["model"],
+        "tasks": groups,
+        "total": total["rows"],
+    }
 
 
 def _word(model: LayerSkipModel) -> str:

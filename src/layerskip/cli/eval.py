@@ -1,8 +1,10 @@
 """`layerskip eval`: lm-evaluation-harness and perplexity at every exit."""
 
 import contextlib
+import importlib.util
 import io
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,9 +142,14 @@ def command(
     if not names and not texts:
         raise click.UsageError("give --tasks or --perplexity")
     options.check_output(output)
-    if plot is not None and not plot.absolute().parent.is_dir():
-        raise click.UsageError(f"the folder of --plot {plot} does not exist")
+    options.check_output(plot, "--plot")
+    if plot is not None:
+        options.check_pictures("--plot")
+    if names and importlib.util.find_spec("lm_eval") is None:
+        raise ImportError("--tasks needs lm-evaluation-harness; run: pip install 'layerskip[eval]'")
     contents = {text: read_text(text, max_words) for text in texts}
+    short = Counter(Path(text).name for text in contents)
+    called = {text: Path(text).name if short[Path(text).name] == 1 else text for text in contents}
     model = options.load_model(flags)
     n_layers = len(model.decoder.layers)
     exits = list(range(1, n_layers + 1)) if isinstance(exit_layers, str) else exit_layers
@@ -152,7 +159,7 @@ def command(
     with _progress() as report:
         for name, content in contents.items():
             _add_perplexity(
-                model, rows, Path(name).name, content, window, stride, flags["batch_size"], report
+                model, rows, called[name], content, window, stride, flags["batch_size"], report
             )
         if names:
             facts = _add_tasks(model, rows, names, flags, report)
@@ -167,11 +174,11 @@ def command(
         "tasks": facts,
         "rows": [row.to_dict() for row in rows],
     }
-    if plot is not None:
-        options.write_file(plot, plot_exits(rows, n_layers))
     if not as_json:
         _print_table(rows, flags["model"])
     options.deliver(result, as_json=as_json, output=output)
+    if plot is not None:
+        options.write_file(plot, plot_exits(rows, n_layers))
 
 
 def _add_perplexity(

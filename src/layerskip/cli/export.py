@@ -23,6 +23,7 @@ from layerskip.export import (
     Source,
     Written,
     calibrate,
+    check_new_folder,
     open_source,
     to_difference,
     to_gguf,
@@ -111,6 +112,8 @@ def command(
         if chosen is None:
             raise click.UsageError("this checkpoint names no exit layer; give --exit-layer")
         source = open_source(model, chosen)
+    if calibration is not None and to_format == "hf":  # which rounds for minutes before it writes
+        check_new_folder(path, overwrite=overwrite)
     write = _writer(to_format, weights, base)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:

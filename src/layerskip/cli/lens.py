@@ -106,7 +106,8 @@ def command(
     if chat:
         prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     model = options.load_model(flags)
-    decoding = {name: flags[name] for name in ("mode", "exit_layer", "draft_tokens")}
+    drafting = ("mode", "exit_layer", "draft_tokens", "draft_from", "adaptive")
+    decoding = {name: flags[name] for name in drafting}
     decoding["max_new_tokens"] = max_new_tokens
     name = Path(flags["model"]).name
     console = Console(highlight=False, quiet=as_json)

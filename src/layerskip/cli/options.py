@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -288,5 +289,24 @@ def write_file(path: Path, content: bytes) -> None:
 
 def check_output(output: Path | None, flag: str = "--output") -> None:
     """Refuse an output file that cannot be written before any long work starts."""
-    if output is not None and not output.absolute().parent.is_dir():
+    if output is None:
+        return
+    folder = output.absolute().parent
+    if not folder.is_dir():
         raise click.UsageError(f"the folder of {flag} {output} does not exist")
+    if not os.access(folder, os.W_OK):
+        raise click.UsageError(f"the folder of {flag} {output} cannot be written to")
+
+
+def check_report(folder: Path | None) -> None:
+    """The same for a folder of pictures, which is made where it does not exist, and its pictures."""
+    if folder is not None:
+        check_pictures("--report")
+        inside = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        check_output(inside / "report", "--report")
+
+
+def check_pictures(flag: str) -> None:
+    """Refuse to draw where matplotlib is not installed, before any long work starts."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(f"{flag} needs matplotlib; run: pip install 'layerskip[plot]'")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from layerskip.cli.options import debug_option, deliver, fetch, result_options
+from layerskip.cli.options import check_output, debug_option, deliver, fetch, result_options
 from layerskip.model.source import BUILTIN_MODELS, is_pulled
 
 
@@ -24,6 +24,7 @@ def command(name: str, as_json: bool, output: Path | None) -> None:
       layerskip pull smollm2-135m-layerskip
       LAYERSKIP_CACHE=/data/models layerskip pull smollm2-135m
     """
+    check_output(output)
     known = is_pulled(name)
     folder = fetch(name)
     if not as_json:

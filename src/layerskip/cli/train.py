@@ -1,5 +1,6 @@
 """`layerskip train`: the recipe on a checkpoint; its flags are the settings of `TrainConfig`."""
 
+import importlib.util
 import os
 import types
 from collections.abc import Callable
@@ -73,6 +74,9 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
           --fixed-exits 8 --exit-weighting equal --max-steps 500
       layerskip train examples/topv2.yaml --resume
     """
+    for name in ("accelerate", "datasets"):
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"training needs {name}; run: pip install 'layerskip[train]'")
     given = {name: value for name, value in flags.items() if value is not None}
     settings = TrainConfig.from_yaml(config, **given) if config else TrainConfig.from_mapping(given)
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, accelerate launch

@@ -95,10 +95,7 @@ def command(
       layerskip tune --model my-checkpoint --data topv2 --grid --exit-layers 2,4,8 --samples 5
     """
     options.check_output(output)
-    if report is not None:
-        from layerskip.tuning.plots import check_installed
-
-        check_installed()
+    options.check_report(report)
     folder = Path(flags["model"]).expanduser()
     writes = folder.is_dir() and not dry_run
     if writes:

@@ -54,7 +54,7 @@ class Batch:
             Ending.of(decoder, prompt, max_new_tokens, end_tokens) for prompt in prompts
         ]
         self._rows = list(range(len(prompts)))  # prompts that are still being continued
-        capacity = max(len(p) + e.limit for p, e in zip(prompts, self._endings, strict=True))
+        capacity = max(len(p) + e.limit - 1 for p, e in zip(prompts, self._endings, strict=True))
         self._cache = decoder.new_cache(capacity, len(prompts))
         self._generator = seeded_generator(decoder.device, seed)
         self._drafter = self._make_drafter() if plan.mode == "self-speculative" else None

@@ -50,8 +50,8 @@ class DraftCosts:
         Without a measurement they are shares of the bytes read, and a pass over more positions costs
         what more rows cost this machine's compiled kernels, or an estimate.
         """
-        whole = decoder.weight_bytes
         if measured is None:
+            whole = decoder.weight_bytes
             layers = (whole - decoder.head.weight_bytes) / whole
             return cls(
                 layers=layers * exit_layer / len(decoder.layers),

@@ -116,7 +116,7 @@ class DraftLength:
         return float("-inf") if self._rests.resting else self._own.gain(self._pace.rate)
 
     def keeps(self, confidence: float) -> bool:
-        """Whether a token that the draft gives this probability is worth its cost."""
+        """Whether a token of a draft whose highest probability is this is worth its cost."""
         self._scored += 1
         bin_ = _bin(confidence)
         survival = self._survival * self._accepted[bin_] / self._judged[bin_]

@@ -127,22 +127,24 @@ class EarlyExitDrafter:
             return no_draft(self.decoder, last)
         states: list[Tensor] = []
         chosen_from: list[Tensor] = []
-        tokens, behind = [last], last[:, :0]
+        tokens, ids, behind = [last], list[int](), last[:, :0]
         for i in range(n + 1):
-            if i and i < n and self.follow is not None:
-                behind = self._behind(self.follow, tokens[1:], n - i)
+            if ids and i < n and self.follow is not None and (found := self.follow(ids, n - i)):
+                behind = last.new_tensor([found])
             if behind.numel() or i == n or (self.length is not None and self.length.ends):
                 newest = torch.cat([tokens[-1], behind], dim=1)
                 hidden = self.decoder.embed(newest)
                 states.append(self.decoder.run(hidden, 0, self.exit_layer, cache))
                 cache.lengths += newest.shape[1]
                 break
-            state, token, q, probability = self._step(tokens, cache, history, generator)
+            state, token, q, confidence = self._step(tokens, cache, history, generator)
             states.append(state)
             cache.lengths += 1
-            if self.length is not None and not self.length.keeps(float(probability)):
+            if self.length is not None and not self.length.keeps(float(confidence)):
                 break
             tokens.append(token)
+            if self.follow is not None:
+                ids.append(int(token))
             if q is not None:
                 chosen_from.append(q)
         return Draft(
@@ -154,12 +156,6 @@ class EarlyExitDrafter:
             followed=behind.shape[1],
         )
 
-    @staticmethod
-    def _behind(follow: Follow, drafted: list[Tensor], room: int) -> Tensor:
-        """What follows the draft without being drafted, [B, k]; mostly nothing."""
-        found = follow([int(token) for token in drafted], room)
-        return drafted[0].new_tensor([found]) if found else drafted[0][:, :0]
-
     def _step(
         self,
         tokens: list[Tensor],
@@ -170,8 +166,10 @@ class EarlyExitDrafter:
         """The first E layers over the newest of some tokens, and what the exit makes of it.
 
         Returns:
-            The state [B, 1, D], a token [B, 1], what it was drawn from (None if greedy), and its
-            probability [B, 1].
+            The state [B, 1, D], a token [B, 1], what it was drawn from (None if greedy), and how sure
+            the exit is, its highest probability [B, 1]. Not the token's own: whether a token counts
+            as drafted may depend on the distribution, but not on what was drawn from it, or tokens
+            that are kept would not be distributed as q.
         """
         decoder, head, newest = self.decoder, self.head, tokens[-1]
         if self.sampling.greedy and history is None:
@@ -190,7 +188,7 @@ class EarlyExitDrafter:
         chosen, q = pick(logits, self.sampling, generator)
         p = logits.float().softmax(dim=-1) if q is None else q
         token = chosen if head is None else head.token_ids[chosen]
-        return state, token, q, p.gather(-1, chosen[..., None])[..., 0]
+        return state, token, q, p.amax(dim=-1)
 
     def _whole(self, chosen_from: list[Tensor], behind: Tensor) -> Tensor | None:
         """The distributions over all tokens, made once a round."""

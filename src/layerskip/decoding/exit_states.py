@@ -47,8 +47,14 @@ def walk_exits(
     Yields:
         The first position, the exit, and the hidden states [B, t, D] of t positions there; for each
         piece of the positions all exits in ascending order.
+
+    Raises:
+        ValueError: an id that is no token.
     """
     b, t = tokens.shape
+    size = decoder.architecture.vocab_size
+    if t and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
+        raise ValueError(f"a token id is outside the vocabulary (0 to {size - 1})")
     cache = decoder.new_cache(t, b)
     wanted = sorted(set(exits))
     for first in range(0, t, PREFILL_CHUNK):

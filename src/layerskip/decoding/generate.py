@@ -127,7 +127,7 @@ def _until_the_end(
     ending: Ending,
     seed: int | None,
 ) -> Generator[Step]:
-    capacity = len(prompt) + ending.limit
+    capacity = len(prompt) + ending.limit - 1  # no layer sees the last new token
     session = _Session(decoder, prompt, plan, sampling, capacity=capacity, seed=seed)
     for step in session.steps(ending.limit):
         yield ending.cut(step)
@@ -172,7 +172,7 @@ class _Session:
             if sampling.repetition_penalty != 1.0
             else None
         )
-        self.generator = seeded_generator(decoder.device, seed)
+        self.generator = None if sampling.greedy else seeded_generator(decoder.device, seed)
 
     def steps(self, limit: int) -> Iterator[Step]:
         """Yield steps without end; `limit` only keeps drafts from reaching beyond it."""

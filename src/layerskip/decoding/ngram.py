@@ -30,13 +30,14 @@ class NgramIndex:
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Add settled tokens; each costs as many look-ups as there are lengths."""
-        for token in tokens:
-            # What ends here is known only now that something follows it, or it would find itself.
-            end = len(self.tokens)
-            for n, after in self._after.items():
-                if end >= n:
-                    after[tuple(self.tokens[end - n :])] = end
-            self.tokens.append(token)
+        begin = len(self.tokens)
+        self.tokens += tokens
+        end = len(self.tokens)
+        for n, after in self._after.items():
+            # Runs that something follows: the newest is left out, or it would find itself.
+            first = max(begin, n)
+            runs = zip(*(self.tokens[first - n + i : end - n + i] for i in range(n)), strict=True)
+            after.update(zip(runs, range(first, end), strict=True))
 
     def propose(self, limit: int, drafted: Sequence[int] = ()) -> tuple[int, list[int]]:
         """What followed the longest earlier match of the last tokens.

@@ -6,6 +6,7 @@ The order is that of transformers: repetition penalty, temperature, top-k, top-p
 import dataclasses
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,8 @@ class Sampling:
     Attributes:
         temperature: 0 takes the most likely token; above 0 divides the logits.
         top_k: keep the k most likely tokens (ties with the k-th stay).
-        top_p: keep the smallest set of most likely tokens whose probability reaches p.
+        top_p: keep the smallest set of most likely tokens whose probability reaches p (ties with the
+            last of them stay).
         min_p: keep tokens of at least min_p times the highest probability.
         repetition_penalty: above 1 makes tokens of the prompt and the answer so far less likely.
 
@@ -80,17 +82,25 @@ class Sampling:
             kth = scores.topk(self.top_k, dim=-1).values[..., -1:]
             scores = scores.masked_fill(scores < kth, float("-inf"))
         if self.top_p is not None and self.top_p < 1.0:
-            ordered, order = scores.sort(dim=-1, descending=True)
+            ordered = _descending(scores)
             p = ordered.softmax(dim=-1)
             beyond = p.cumsum(dim=-1) - p >= self.top_p  # the mass before the token is enough
             beyond[..., 0] = False  # also where top_p is too small for float32
-            scores = scores.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
+            least = ordered.masked_fill(beyond, float("inf")).amin(dim=-1, keepdim=True)
+            scores = scores.masked_fill(scores < least, float("-inf"))
         probabilities = scores.softmax(dim=-1)
         if self.min_p:
             least = self.min_p * probabilities.amax(dim=-1, keepdim=True)
             probabilities = probabilities.masked_fill(probabilities < least, 0.0)
             probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
         return probabilities
+
+
+def _descending(scores: Tensor) -> Tensor:
+    """Scores in float32, [..., V], the highest first."""
+    if scores.device.type == "cpu":  # NumPy's sort was eight times as fast as PyTorch's
+        return torch.from_numpy(np.sort(scores.numpy())).flip(-1)
+    return scores.sort(dim=-1, descending=True).values
 
 
 class Exit(Protocol):

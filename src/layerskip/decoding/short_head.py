@@ -32,8 +32,9 @@ class ShortHead:
     """
 
     def __init__(self, decoder: Decoder, token_ids: Iterable[int]) -> None:
-        self._known = frozenset(token_ids)
-        self.token_ids = torch.tensor(sorted(self._known), device=decoder.device)
+        known = frozenset(token_ids)
+        self._known: tuple[frozenset[int], ...] = (known,)
+        self.token_ids = torch.tensor(sorted(known), device=decoder.device)
         self._vocab_size = decoder.architecture.vocab_size
         self._short = decoder.with_short_head(self.token_ids)
 
@@ -41,7 +42,7 @@ class ShortHead:
     def of(cls, decoder: Decoder, token_ids: tuple[int, ...]) -> "ShortHead":
         """The head for a list of tokens, made once as long as the list stays the same."""
         made = _MADE.get(decoder)
-        if made is None or made[0] != token_ids:
+        if made is None or (made[0] is not token_ids and made[0] != token_ids):
             made = _MADE[decoder] = (token_ids, cls(decoder, token_ids))
         return made[1]
 
@@ -52,11 +53,11 @@ class ShortHead:
             decoder: the whole one, which this head was made from.
             token_ids: those that are in it already add nothing.
         """
-        new = set(token_ids) - self._known
+        new = frozenset(token_ids).difference(*self._known)
         if not new:
             return self
         more, both = ShortHead(decoder, new), copy.copy(self)
-        both._known = self._known | new
+        both._known = (*self._known, new)
         both.token_ids = torch.cat([self.token_ids, more.token_ids])
         both._short = self._short.beside(more._short)
         return both

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+CONTEXT = 8  # tokens of settled text that are decoded again with a new one, or one or two more
+
 
 class TextStream:
     """Turns tokens into text piece by piece; the pieces joined are the whole text.
@@ -24,24 +26,27 @@ class TextStream:
         self._tokens: list[int] = []
         self._context = 0  # decoding starts here: a few tokens of context settle spaces
         self._decoded = 0  # tokens before this one are in the text already
+        self._before = ""  # what those from the context on are
         self._held = ""
 
     def push(self, token: int) -> str:
         """Add a token and return the text that it releases, often but not always a piece of its own."""
         self._tokens.append(token)
-        before = self._decode(self._tokens[self._context : self._decoded])
         now = self._decode(self._tokens[self._context :])
-        if len(now) <= len(before) or now.endswith("\N{REPLACEMENT CHARACTER}"):
+        if len(now) <= len(self._before) or now.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        self._context, self._decoded = self._decoded, len(self._tokens)
-        return self._release(now[len(before) :])
+        piece, self._before = now[len(self._before) :], now
+        if len(self._tokens) - self._context > CONTEXT:
+            self._context, self._before = self._decoded, self._decode(self._tokens[self._decoded :])
+        self._decoded = len(self._tokens)
+        return self._release(piece)
 
     def finish(self) -> str:
         """Release what is still held back."""
         if self.stopped:
             return ""
-        before = self._decode(self._tokens[self._context : self._decoded])
-        rest = self._decode(self._tokens[self._context :])[len(before) :]
+        self._before, before = self._decode(self._tokens[self._context :]), self._before
+        rest = self._before[len(before) :]
         self._decoded = len(self._tokens)
         piece = self._release(rest)
         if not self.stopped:

@@ -44,13 +44,7 @@ def new_folder(path: Path, *, n_bytes: int, overwrite: bool) -> Iterator[Path]:
 
     A folder that is replaced has to be a checkpoint without folders in it: nothing else is deleted.
     """
-    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-    if taken and not overwrite:
-        raise ExportError(f"{path} exists; choose another name or say --overwrite")
-    if taken and not _is_only_a_checkpoint(path):
-        raise ExportError(
-            f"{path} is not just a checkpoint and is not replaced; choose another name"
-        )
+    taken = check_new_folder(path, overwrite=overwrite)
     temporary = _beside(path)
     with _failures_named(path, n_bytes):
         try:
@@ -64,6 +58,18 @@ def new_folder(path: Path, *, n_bytes: int, overwrite: bool) -> Iterator[Path]:
                 temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new_folder(path: Path, *, overwrite: bool) -> bool:
+    """Whether the folder takes another's place; raises ExportError where it may not."""
+    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if taken and not overwrite:
+        raise ExportError(f"{path} exists; choose another name or say --overwrite")
+    if taken and not _is_only_a_checkpoint(path):
+        raise ExportError(
+            f"{path} is not just a checkpoint and is not replaced; choose another name"
+        )
+    return taken
 
 
 def _beside(path: Path) -> Path:

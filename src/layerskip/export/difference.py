@@ -56,13 +56,13 @@ def to_difference(
         generation_config=hf_config.generation_config(source, roundings={}),
     )
     calibrated: dict[str, Tensor] = {}
-    if tokens is not None:
-        calibrated = calibrate_difference(source, origin, tokens, progress)
     state: dict[str, Tensor] = {}
     errors = _Errors()
     with new_file(path, n_bytes=_n_bytes(source), overwrite=overwrite) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
+        if tokens is not None:
+            calibrated = calibrate_difference(source, origin, tokens, progress)
         for done, name in enumerate(names, start=1):
             change = row_order.read(source.files, name, "halves").float()
             change = change - row_order.read(origin.files, name, "halves").float()

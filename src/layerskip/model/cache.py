@@ -4,17 +4,22 @@ It is allocated once. Shortening it sets a length; nothing is copied (KVQ, secti
 """
 
 import dataclasses
+import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from layerskip.model.architecture import Architecture
+
+_LINE = 64  # bytes that a CPU fetches together: vectors that begin elsewhere would need two
 
 
 class KVCache:
     """Keys and values of every layer, with a length for every row.
 
     Attributes:
+        capacity: S, how many positions a row can hold.
         slots: [L, 2, B, KV heads, S, head_dim]; index 0 of the second axis holds keys, 1 values.
         lengths: [B] int64 on the host: how many positions of each row are settled. The next call of
             `Decoder.run` writes from there on. Set it back to forget positions.
@@ -31,22 +36,18 @@ class KVCache:
     ) -> None:
         a = architecture
         # Zeros, since a masked slot still enters the weighted sum, where 0 * nan would be nan.
-        self.slots = torch.zeros(
-            a.n_layers,
-            2,
-            batch_size,
-            a.n_kv_heads,
-            capacity,
-            a.head_dim,
-            dtype=dtype,
-            device=device,
-        )
+        shape = (a.n_layers, 2, batch_size, a.n_kv_heads, capacity, a.head_dim)
+        if torch.device(device).type == "cpu":
+            # Of pages that are zero until they are written: room that is never used costs nothing.
+            n_bytes = math.prod(shape) * dtype.itemsize
+            memory = np.zeros(n_bytes + _LINE, np.uint8)
+            begin = -memory.ctypes.data % _LINE
+            slots = torch.from_numpy(memory[begin : begin + n_bytes])
+            self.slots = slots.view(dtype).view(shape)
+        else:
+            self.slots = torch.zeros(shape, dtype=dtype, device=device)
+        self.capacity = capacity
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
-
-    @property
-    def capacity(self) -> int:
-        """S: how many positions a row can hold."""
-        return self.slots.shape[-2]
 
     def keep_rows(self, rows: Tensor) -> None:
         """Forget all rows but these, [n] int64; they are renumbered in this order."""

@@ -68,7 +68,7 @@ DIFFERENCES = Path(__file__).parents[1] / "checkpoints"
 
 
 def cache_folder() -> Path:
-    """Where fetched models are kept: `LAYERSKIP_CACHE`, else the platform's cache folder."""
+    """Where fetched models and compiled kernels are: `LAYERSKIP_CACHE`, else the platform's cache."""
     set_by_user = os.environ.get(CACHE_VARIABLE)
     return Path(set_by_user or platformdirs.user_cache_dir("layerskip")).expanduser()
 

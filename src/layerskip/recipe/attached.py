@@ -150,7 +150,8 @@ class AttachedRecipe:
         kwargs.pop("shift_labels", None)
         as_tuple = kwargs.pop("return_dict", None) is False
         outputs = self._plain_forward(*args, **self._without_logits(kwargs), return_dict=True)
-        losses = self._losses(this, labels, weights, num_items, self.recipe.distillation_weight)
+        distillation_weight = 0.0 if self._to_evaluate else self.recipe.distillation_weight
+        losses = self._losses(this, labels, weights, num_items, distillation_weight)
         self.last = losses
         loss = losses.loss
         if this.router_logits:
@@ -190,8 +191,8 @@ class AttachedRecipe:
         micro_batch, self._micro_batch = self._micro_batch, self._micro_batch + 1
         if not any(rates):
             return None
-        inputs = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-        assert inputs is not None
+        named = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        inputs = next(v for v in (*named, *args) if isinstance(v, Tensor))
         step = self._known_step()
         return draw_skipped_rows(
             rates, inputs.shape[0], seed=self.recipe.seed, step=step, micro_batch=micro_batch

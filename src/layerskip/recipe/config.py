@@ -161,6 +161,11 @@ class RecipeConfig:
                     f"{name} names {outside}, but the model has {num_layers} layers: "
                     f"an exit is 1 to {num_layers}"
                 )
+        if self.variant != "EE" and self.p_max and self.dropout_every > num_layers:
+            raise ValueError(
+                f"dropout_every is {self.dropout_every}, but the model has {num_layers} layers: none "
+                "would ever be skipped; p_max 0 says so"
+            )
         candidates = len(self.candidates(num_layers))
         if candidates == 0:
             raise ValueError(

@@ -22,8 +22,10 @@ from torch.nn import functional
 from layerskip.recipe.fused_loss import FusedLoss
 
 IGNORED_LABEL = -100
-# Logits that exist at one time, in elements: 128 MB in float32.
-CHUNK_ELEMENTS = 2**25
+# Logits that exist at one time, in elements: 128 MB in bfloat16, and their gradient is as large.
+CHUNK_ELEMENTS = 2**26
+# Of them those that are worked on at a time in float32: in the caches of a CPU, or 64 MB.
+NEAR_ELEMENTS, NEAR_ELEMENTS_ON_A_GPU = 2**20, 2**24
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def exit_losses(
     flat_labels = labels.flatten()
     positions = torch.nonzero(flat_labels != IGNORED_LABEL).flatten()
     targets = flat_labels[positions]
-    divisor = num_items if num_items is not None else max(len(targets), 1)
+    items = len(targets) if num_items is None else num_items
+    divisor = items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
     rows = chunk_tokens or max(1, CHUNK_ELEMENTS // vocabulary)
     work = _Work(
         weights=[weights[e] for e in exits],
@@ -162,8 +165,8 @@ class _ExitLoss(torch.autograd.Function):
                 state_gradient[exits, rows] = of_states
             for index, gradient in enumerate(step.gradients[1:]):
                 if gradient is not None:
-                    total = sums[index]
-                    sums[index] = gradient if total is None else total.add_(gradient)
+                    total, more = sums[index], gradient.float()  # many chunks: 16 bits lose the sum
+                    sums[index] = more if total is None else total.add_(more)
         ctx.gradients = [state_gradient, *map(_or_zeros, sums, parameters)] if needed else []
         ctx.mark_non_differentiable(loss_sums, correct, divergence_sums)
         distilled = work.distillation_weight * divergence_sums
@@ -179,8 +182,9 @@ class _ExitLoss(torch.autograd.Function):
 
 def _or_zeros(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
     """A gradient for every trainable parameter, since DistributedDataParallel waits for it."""
-    wanted = gradient is None and parameter.requires_grad
-    return torch.zeros_like(parameter) if wanted else gradient
+    if gradient is None:
+        return torch.zeros_like(parameter) if parameter.requires_grad else None
+    return gradient.to(parameter.dtype)
 
 
 @dataclass(frozen=True)
@@ -198,34 +202,59 @@ def _chunk_step(
 ) -> _ChunkStep:
     """Losses and gradients of all exits on one chunk of tokens, states [E, C, D].
 
-    The gradient of cross entropy with respect to the logits is p - onehot; distillation with weight
-    b adds b (p - q), with q the last exit's probabilities; it is formed in place.
+    The head's products are those of the whole chunk. What is done number by number to the logits is
+    done to a few tokens at a time, which on a CPU stay in its caches meanwhile.
     """
     exits, tokens, _ = states.shape
     with torch.set_grad_enabled(work.needs_gradient):
         states = states.detach().requires_grad_(work.needs_gradient)
         logits = work.shared_exit(states.flatten(0, 1)).unflatten(0, (exits, tokens))
-    log_p = functional.log_softmax(logits.detach(), -1, dtype=torch.float32)
-    wanted = targets[:, None].expand(exits, tokens, 1)
-    loss_sums = -log_p.gather(-1, wanted).sum((1, 2))
-    correct = (logits.detach().argmax(-1) == targets).sum(1)
-    divergence_sums = torch.zeros_like(loss_sums)
-    q: Tensor | None = None
-    if work.distillation_weight > 0:
-        q = log_p[-1].exp()
-        for index in range(exits - 1):
-            apart = log_p[-1] - log_p[index]
-            divergence_sums[index] = torch.vdot(q.flatten(), apart.flatten())
-    gradients: tuple[Tensor | None, ...] = ()
-    if work.needs_gradient:
-        slope = log_p.exp_()
+    found = logits.detach()
+    slope = torch.empty_like(found) if work.needs_gradient else None
+    loss_sums, divergence_sums = torch.zeros_like(weights), torch.zeros_like(weights)
+    correct = torch.zeros_like(weights, dtype=torch.long)
+    most = NEAR_ELEMENTS if found.device.type == "cpu" else NEAR_ELEMENTS_ON_A_GPU
+    near = max(1, most // (exits * found.shape[-1]))
+    for begin in range(0, tokens, near):
+        rows = slice(begin, begin + near)
+        log_p = functional.log_softmax(found[:, rows], -1, dtype=torch.float32)
+        wanted = targets[rows, None].expand(exits, -1, 1)
+        loss_sums -= log_p.gather(-1, wanted).sum((1, 2))
+        correct += (_highest(log_p) == targets[rows]).sum(1)
+        q = log_p[-1].exp() if work.distillation_weight > 0 else None
         if q is not None:
-            slope[:-1].mul_(1 + work.distillation_weight).sub_(q, alpha=work.distillation_weight)
-        slope.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
-        # In place, then cast: one operation that does both converts element by element on a CPU.
-        weighted = slope.mul_(weights[:, None, None]).to(logits.dtype)
-        gradients = torch.autograd.grad(logits, (states, *parameters), weighted, allow_unused=True)
+            q_log_q = torch.vdot(q.flatten(), log_p[-1].flatten())
+            for index in range(exits - 1):
+                q_log_p = torch.vdot(q.flatten(), log_p[index].flatten())
+                divergence_sums[index] += q_log_q - q_log_p
+        if slope is not None:
+            slope[:, rows] = _slope(log_p, q, wanted, weights, work.distillation_weight)
+    gradients: tuple[Tensor | None, ...] = ()
+    if slope is not None:
+        gradients = torch.autograd.grad(logits, (states, *parameters), slope, allow_unused=True)
     return _ChunkStep(loss_sums, divergence_sums, correct, gradients)
+
+
+def _highest(log_p: Tensor) -> Tensor:
+    """Where the first of the highest is, [E, C, V] to [E, C]."""
+    if log_p.device.type == "cpu":  # NumPy looks at many numbers at once, PyTorch at one
+        return torch.from_numpy(log_p.numpy().argmax(-1))
+    return log_p.argmax(-1)
+
+
+def _slope(
+    log_p: Tensor, q: Tensor | None, wanted: Tensor, weights: Tensor, distillation_weight: float
+) -> Tensor:
+    """The gradient with respect to the logits [E, C, V], in place of their log-probabilities.
+
+    That of cross entropy is p - onehot; distillation with weight b adds b (p - q), q being the last
+    exit's probabilities.
+    """
+    slope = log_p.exp_()
+    if q is not None:
+        slope[:-1].lerp_(q, -distillation_weight)  # p + b (p - q)
+    slope.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
+    return slope.mul_(weights[:, None, None])
 
 
 def _fused_step(

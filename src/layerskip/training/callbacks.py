@@ -74,8 +74,10 @@ class TimeBudget(TrainerCallback, ExportableState):
     ) -> None:
         """Start the clock where the checkpoint stopped it, and bend the schedule."""
         self._start = time.monotonic()
+        # A run that began without a budget has none in its checkpoints, and Trainer looks for it.
+        nothing: dict[str, Any] = {"args": {}, "attributes": {}}
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, nothing)
         if state.global_step:
-            saved = state.stateful_callbacks.get(type(self).__name__, {"attributes": {}})
             self._earlier_s = saved["attributes"].get("spent_s", 0.0)
         if isinstance(lr_scheduler, LambdaLR):
             warmup = args.get_warmup_steps(state.max_steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -90,13 +91,17 @@ class TrainConfig:
     device: Literal["auto", "cpu"] = _setting("cpu = leave a GPU alone", "auto")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation", "log_steps", "save_steps", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        counts = ("batch_size", "accumulation", "log_steps", "save_steps", "keep_checkpoints")
+        for name in (*counts, "draft_tokens", "exit_layer"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         for name in ("max_steps", "max_minutes", "eval_steps", "lora_rank", "lora_alpha"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
+        if self.eval_rows < 0:
+            raise ValueError(f"eval_rows is {self.eval_rows}; it must be 0 or above")
         for name in ("epochs", "learning_rate"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -156,6 +161,9 @@ class TrainConfig:
         converted = {name: _convert(name, v, hints[name]) for name, v in values.items()}
         own = {item.name for item in fields(cls)}
         mine = {name: v for name, v in converted.items() if name in own}
+        for name in ("model", "tokenizer", "output"):
+            if name in mine:
+                mine[name] = os.path.expanduser(mine[name])
         missing = [n for n in ("model", "data", "output") if n not in mine]
         if missing:
             raise ValueError(f"{', '.join(missing)} must be given")

@@ -8,10 +8,12 @@ import gzip
 import json
 import lzma
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -63,14 +65,24 @@ def _file_rows(path: Path) -> Iterator[Row]:
     }
     if plain.suffix not in readers:
         raise ValueError(f"{path} is of no known kind; known are {', '.join(_SUFFIXES)}")
-    with _open(path) as file:
+    with open_text(path, newline="") as file:
         yield from readers[plain.suffix](file, plain.name)
 
 
-def _open(path: Path) -> TextIO:
+@contextmanager
+def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """A text file to read, compressed (.gz, .xz) or not.
+
+    Raises:
+        ValueError: it cannot be read, or, while it is read, is cut off, damaged, or no text in UTF-8.
+    """
     openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
-    opener = openers.get(path.suffix, open)
-    return cast(TextIO, opener(path, "rt", encoding="utf-8", newline=""))
+    damage = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError, csv.Error)
+    try:
+        with openers.get(path.suffix, open)(path, "rt", encoding="utf-8", newline=newline) as file:
+            yield file
+    except damage as error:
+        raise ValueError(f"{path} cannot be read as text: {error}") from error
 
 
 def _hub_rows(source: str, split: str, config: str | None) -> Iterator[Row]:

@@ -20,7 +20,8 @@ class ExitTotals:
 
     def __init__(self, num_layers: int, device: torch.device) -> None:
         # rows: cross entropy in nats, correct tokens, labelled tokens; columns: exits 0 to L
-        self._sums = torch.zeros(3, num_layers + 1, dtype=torch.float64, device=device)
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs lack
+        self._sums = torch.zeros(3, num_layers + 1, dtype=dtype, device=device)
 
     def add(self, losses: ExitLosses) -> None:
         """Add a batch."""

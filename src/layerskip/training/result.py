@@ -10,7 +10,7 @@ from layerskip.model import settings
 from layerskip.model.rounding import TRAINED, Rounding, recorded
 from layerskip.training.config import TrainConfig
 from layerskip.training.draft_tokens import draft_tokens
-from layerskip.training.trainer import INCOMPLETE, LayerSkipTrainer
+from layerskip.training.trainer import INCOMPLETE, LayerSkipTrainer, flush
 
 
 def save_result(
@@ -37,7 +37,9 @@ def save_result(
         model.generation_config.save_pretrained(unfinished)
     tokenizer: Any = trainer.processing_class
     tokenizer.save_pretrained(unfinished)
-    for path in sorted(unfinished.iterdir()):
+    flush(unfinished)
+    # The weights last: a folder is a checkpoint only with them.
+    for path in sorted(unfinished.iterdir(), key=lambda path: (".safetensors" in path.name, path)):
         target = output / path.name
         if target.is_dir():
             shutil.rmtree(target)

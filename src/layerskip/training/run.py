@@ -110,7 +110,7 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
 
 def _run(trainer: LayerSkipTrainer, config: TrainConfig, resume_from: str | None) -> dict[str, Any]:
     """Train, unless the checkpoint is that of the last step: Trainer would take one more."""
-    if resume_from is not None and config.max_minutes is None:
+    if resume_from is not None:
         state = TrainerState.load_from_json(str(Path(resume_from) / TRAINER_STATE_NAME))
         wanted = config.max_steps or state.max_steps
         more_epochs = config.max_steps is None and config.epochs > state.num_train_epochs

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from layerskip.recipe import RecipeConfig, attach
 from layerskip.recipe.attached import AttachedRecipe
+from layerskip.recipe.exit_loss import IGNORED_LABEL
 from layerskip.training.errors import CheckpointError, NonFiniteLossError
 from layerskip.training.exit_totals import ExitTotals
 from layerskip.training.memory import peak_memory_bytes
@@ -60,8 +63,8 @@ class LayerSkipMixin:
         args, kwargs: the trainer's own.
 
     Raises:
-        ValueError: where the recipe does not fit the model, or several GPUs are used from one
-            process.
+        ValueError: where the recipe does not fit the model, another loss is asked for, or several GPUs
+            are used from one process.
     """
 
     def __init__(
@@ -77,6 +80,11 @@ class LayerSkipMixin:
             raise ValueError(
                 f"{trainer.args.n_gpu} GPUs in one process are not supported: start with "
                 "`torchrun` or `accelerate launch`, or choose one with CUDA_VISIBLE_DEVICES"
+            )
+        if trainer.args.label_smoothing_factor or getattr(trainer, "compute_loss_func", None):
+            raise ValueError(
+                "the recipe computes its own loss: label_smoothing_factor and compute_loss_func would "
+                "have no effect; leave them out"
             )
         self.attached = attach(trainer.model, recipe)
         layers = self.attached.num_layers
@@ -126,13 +134,25 @@ class LayerSkipMixin:
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward; raises NonFiniteLossError before a step is taken with it."""
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        if not math.isfinite(loss.item()):
+        self._must_be_finite("the loss", loss.item())
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """The class's own; a gradient that is not finite is no step either, though the loss was."""
+        norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[misc]
+        if (
+            self._trainer.accelerator.scaler is None
+        ):  # with float16 the scaler leaves such steps out
+            self._must_be_finite("the norm of the gradient", float(norm))
+        return norm
+
+    def _must_be_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
             raise NonFiniteLossError(
-                f"the loss is {loss.item()} at step {self._trainer.state.global_step + 1}; training "
+                f"{what} is {value} at step {self._trainer.state.global_step + 1}; training "
                 f"stopped before it was used, {self._last_checkpoint()}. A lower learning rate, "
                 "warm-up steps or bfloat16 instead of float16 may help"
             )
-        return loss
 
     def prediction_step(
         self,
@@ -147,13 +167,25 @@ class LayerSkipMixin:
         plain = super().prediction_step  # type: ignore[misc]
         if inputs.get("labels") is None:
             return plain(model, inputs, prediction_loss_only, ignore_keys)
-        prepared = trainer._prepare_inputs(inputs)
+        prepared = self._without_repeated_rows(trainer._prepare_inputs(inputs))
         with trainer.compute_loss_context_manager():
             losses = self.attached.evaluate(self.eval_exits, prepared, model)
         self._eval_totals.add(losses)
         if not prediction_loss_only:
             return plain(model, inputs, False, ignore_keys)
         return losses.loss_sums[-1] / max(losses.tokens, 1), None, None
+
+    def _without_repeated_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Of several processes' last batches, which are filled up from the beginning, the new rows."""
+        trainer = self._trainer
+        data = trainer.accelerator.gradient_state
+        if trainer.args.world_size == 1 or not data.end_of_dataloader or data.remainder <= 0:
+            return batch
+        rows = len(batch["labels"])
+        own = min(max(data.remainder - trainer.args.process_index * rows, 0), rows)
+        labels = batch["labels"].clone()
+        labels[own:] = IGNORED_LABEL
+        return {**batch, "labels": labels}
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own, with loss and accuracy of every exit among the metrics."""
@@ -214,10 +246,11 @@ class LayerSkipMixin:
         self._output_dir = str(unfinished)
         try:
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+            self._name_the_best_as_it_will_be(unfinished / name, run / name)
             trainer.accelerator.wait_for_everyone()
             if trainer.args.should_save:
                 _move_when_whole(unfinished / name, run / name)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise CheckpointError(
                 f"the checkpoint of step {trainer.state.global_step} could not be written to {run} "
@@ -233,6 +266,14 @@ class LayerSkipMixin:
                 use_mtime=True,
             )
         trainer.accelerator.wait_for_everyone()
+
+    def _name_the_best_as_it_will_be(self, unfinished: Path, final: Path) -> None:
+        state = self._trainer.state
+        if state.best_model_checkpoint != str(unfinished):
+            return
+        state.best_model_checkpoint = str(final)
+        if self._trainer.args.should_save:
+            state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
 
     def _last_checkpoint(self) -> str:
         last = last_checkpoint(self._trainer.args.output_dir)
@@ -256,12 +297,17 @@ def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
     return str(max(found)[1]) if found else None
 
 
-def _move_when_whole(unfinished: Path, final: Path) -> None:
-    """Flush a folder's files to the disk, then give it its name in one step."""
-    for path in unfinished.rglob("*"):
+def flush(folder: Path) -> None:
+    """See that all files of a folder are on the disk."""
+    for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def _move_when_whole(unfinished: Path, final: Path) -> None:
+    """Flush a folder's files to the disk, then give it its name in one step."""
+    flush(unfinished)
     if final.exists():  # the same step again, after a resume from an earlier one
         shutil.rmtree(final)
     unfinished.rename(final)

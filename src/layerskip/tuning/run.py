@@ -110,7 +110,8 @@ def tune(
         ValueError: an argument that cannot be used, or too few prompts with an answer.
     """
     layers = _exits(model, exits)
-    tokenized = [model.tokenize(prompt) for prompt in prompts]
+    context = model.decoder.architecture.max_context
+    tokenized = [ids for ids in map(model.tokenize, prompts) if len(ids) < context]
     continuations: list[Continuation] = []
     texts: list[list[int]] = []
     useful: list[list[int]] = []
@@ -125,8 +126,8 @@ def tune(
         progress("reading what every exit says", i, len(tokenized))
     if len(useful) < 2:
         raise ValueError(
-            f"{len(useful)} of {len(prompts)} prompts have an answer of two tokens or more; tuning"
-            " needs two such prompts at least"
+            f"{len(useful)} of {len(prompts)} prompts fit into the context and have an answer of two"
+            " tokens or more; tuning needs two such prompts at least"
         )
     costs = measure_costs(
         model.decoder,

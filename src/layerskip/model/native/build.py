@@ -12,9 +12,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
 from layerskip.model.machine import cpu_instructions
+from layerskip.model.source import cache_folder
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-O2", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
@@ -63,14 +62,8 @@ def _load(path: Path) -> ctypes.CDLL:
         *(whole, pointer, pointer, ctypes.c_int),  # rows, chosen, probabilities, threads
     ]
     loaded.layerskip_step.argtypes = [
-        *(
-            pointer,
-            pointer,
-            pointer,
-            pointer,
-            whole,
-            whole,
-        ),  # model, hidden, out, lengths, batch, stop
+        *(pointer, pointer, pointer, pointer),  # model, hidden, out, lengths
+        *(whole, whole),  # batch, stop
         *(pointer, whole, pointer),  # slots, capacity, turns
         *(pointer, whole, pointer, pointer),  # matrices, how many, norm, token ids
         *(pointer, pointer, ctypes.c_int),  # chosen, probabilities, threads
@@ -95,7 +88,7 @@ def target() -> Path:
     """The compiled library's file, named after everything that it depends on."""
     what = "\0".join((_compiler(), *_FLAGS, sys.platform, platform.machine(), cpu_instructions()))
     name = hashlib.sha256(_SOURCE.read_bytes() + what.encode()).hexdigest()[:16]
-    return user_cache_path("layerskip") / "kernels" / f"{name}.so"
+    return cache_folder() / "kernels" / f"{name}.so"
 
 
 def _compile(target: Path) -> None:

@@ -192,7 +192,8 @@ class NativeDecoder(Decoder):
     def _choice(self, hidden: Tensor, **options: bool) -> tuple[Tensor, Tensor | None]:
         b, t, d = hidden.shape
         norm, eps = self._final_norm_weight, self.architecture.norm_eps
-        chosen, probabilities = choose(self._panels, hidden.reshape(b * t, d), norm, eps, **options)
+        rows = hidden.reshape(b * t, d)
+        chosen, probabilities = choose(self._head_pointers(), rows, norm, eps, **options)
         return chosen.view(b, t), probabilities
 
     @property

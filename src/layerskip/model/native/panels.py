@@ -104,6 +104,8 @@ class PanelMatrix:
         """See `Matrix`. A few are moved at a time: no memory is needed but that of the result."""
 
         def picked(panels: Tensor) -> Tensor:
+            if panels.shape[-1] * panels.itemsize == 4:
+                panels = panels.view(torch.int32)  # moved as one number
             some = (panels[rows // LANES, :, rows % LANES] for rows in index.split(_MOVED_ROWS))
             return _panels(some, len(index))
 
@@ -120,7 +122,7 @@ class PanelMatrix:
 
 
 def choose(
-    parts: Sequence[PanelMatrix],
+    parts: "ctypes.Array[ctypes.c_void_p]",
     x: Tensor,
     norm: Tensor | None,
     eps: float,
@@ -130,7 +132,8 @@ def choose(
     """Which output of the RMS norm of x times some matrices is the highest: the first of them.
 
     Args:
-        parts: of the same kind and width; their outputs are numbered on from one to the next.
+        parts: where they are (`pointers_to`), of the same kind and width; their outputs are numbered on
+            from one to the next.
         x: [N, in].
         norm: [in], or None.
         eps: of the norm.
@@ -143,7 +146,7 @@ def choose(
     chosen = torch.empty(x.shape[0], dtype=torch.long)
     probabilities = torch.empty(x.shape[0]) if confident else None
     library().layerskip_choose(
-        *(pointers_to(parts), len(parts)),
+        *(parts, len(parts)),
         *(_pointer(norm), eps, x.data_ptr(), x.shape[0]),
         *(chosen.data_ptr(), _pointer(probabilities), torch.get_num_threads()),
     )
