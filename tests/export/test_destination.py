@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -79,10 +80,12 @@ def test_a_folder_that_is_not_there_is_named(saved, tmp_path):
         to_gguf(open_source(saved("llama2")), tmp_path / "nowhere" / "m.gguf")
 
 
-@pytest.mark.parametrize("inside", ["notes.txt", "checkpoint-100/x", "config.json/x"])
+@pytest.mark.parametrize("inside", ["notes.txt", "checkpoint-100/x", "config.json/x", "train.py"])
 def test_a_folder_with_other_things_in_it_is_never_replaced(inside, saved, tmp_path):
     (tmp_path / "out" / inside).parent.mkdir(parents=True)
     (tmp_path / "out" / inside).touch()
+    if inside == "train.py":
+        (tmp_path / "out" / "config.json").touch()
     with pytest.raises(ExportError, match="not just a checkpoint and is not replaced"):
         to_hf(open_source(saved("llama2")), tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / inside).exists()
@@ -98,3 +101,20 @@ def test_a_folder_in_the_place_of_a_file_is_refused(saved, tmp_path):
     (tmp_path / "out.gguf").mkdir()
     with pytest.raises(ExportError, match="is a folder"):
         to_gguf(open_source(saved("llama2")), tmp_path / "out.gguf", overwrite=True)
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(saved, tmp_path, monkeypatch):
+    out = tmp_path / "llama-3.2"
+    to_hf(open_source(saved("llama2")), out)
+    before, rename = (out / "config.json").stat().st_mtime_ns, Path.rename
+
+    def fails_in_place_of_the_old(self, target):
+        if Path(target) == out and not self.name.endswith(".old"):
+            raise OSError(errno.EIO, "broken")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_in_place_of_the_old)
+    with pytest.raises(ExportError, match="could not be written"):
+        to_hf(open_source(saved("llama2")), out, overwrite=True)
+    assert (out / "config.json").stat().st_mtime_ns == before
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]

@@ -164,3 +164,13 @@ def test_rotary_factors_of_no_llama_are_refused(tmp_path):
 def test_other_weights_are_refused(saved, tmp_path):
     with pytest.raises(ValueError, match="f32, f16, bf16"):
         to_hf(open_source(saved("llama2")), tmp_path / "out", weights="q8_0")
+
+
+def test_a_head_that_is_not_the_embedding_is_kept_whatever_the_config_says(saved, theirs, tmp_path):
+    to_hf(open_source(saved("llama2")), tmp_path / "in")
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    written = to_hf(open_source(tmp_path / "in"), tmp_path / "out")
+    assert not written.tied_head
+    tokens = token_ids("llama2", 40)
+    assert torch.equal(theirs(tmp_path / "out", tokens), theirs(saved("llama2"), tokens))

@@ -62,6 +62,34 @@ def test_broken_index(tmp_path, content):
     refuse(tmp_path, CheckpointError, "model.safetensors.index.json")
 
 
+def test_an_index_left_by_an_earlier_save_is_not_heeded(tmp_path):
+    reference("llama2").save_pretrained(tmp_path, max_shard_size="20KB")
+    reference("llama2").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"x": "gone.safetensors"}}'
+    )
+    load(tmp_path, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("file", ["../other/model.safetensors", "/model.safetensors", "a\\b"])
+def test_an_index_that_names_files_elsewhere(tmp_path, file):
+    reference("llama2").save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": file}}))
+    refuse(tmp_path, CheckpointError, "names files outside of its folder")
+
+
+def test_a_norm_with_a_bias_where_the_family_has_none(folder):
+    change_tensors(
+        folder, lambda t: t.update({"model.norm.bias": torch.zeros(len(t["model.norm.weight"]))})
+    )
+    refuse(folder, UnsupportedModelError, "model.norm.bias")
+
+
+def test_so_many_layers_that_no_memory_holds_them(folder):
+    change_json(folder / "config.json", num_hidden_layers=4_000_000_000)
+    refuse(folder, CheckpointError, "config.json", "n_layers is 4000000000")
+
+
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"null", b"\xff\xfe\x00"])
 def test_config_that_is_missing_or_broken(folder, content):
     path = folder / "config.json"

@@ -111,3 +111,25 @@ def test_folder_with_one_file_is_that_file(tmp_path):
         for path in (tmp_path, tmp_path / "any-name.gguf")
     )
     assert torch.equal(folder, file)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"llama.rope.dimension_count": 8}, "a part of each head"),
+        ({"llama.expert_count": 8}, "mixtures of experts"),
+        ({"split.count": 3}, "one part of several"),
+        ({"llama.block_count": 4_000_000_000}, "n_layers is 4000000000"),
+    ],
+)
+def test_what_a_file_may_not_say(tmp_path, fields, message):
+    gguf_files.write(tmp_path / "m.gguf", reference("llama2"), extra_fields=fields)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "m.gguf", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("key", ["llama.rope.scaling.factor", "llama.rope.scale_linear"])
+def test_a_factor_alone_is_linear_scaling(tmp_path, key):
+    gguf_files.write(tmp_path / "m.gguf", reference("llama2"), extra_fields={key: 4.0})
+    (rope, *_) = load(tmp_path / "m.gguf", dtype=torch.float32).decoder.architecture.ropes
+    assert (rope.kind, rope.factor) == ("linear", 4.0)

@@ -283,6 +283,20 @@ def test_hub_out_of_reach_is_one_line(monkeypatch, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_any_error_of_the_hub_is_one_line(monkeypatch):
+    class ProxyError(Exception):
+        """As the HTTP libraries have them."""
+
+    def snapshot_download(*_, **__):
+        raise ProxyError("503 Service Unavailable")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(
+        SourceError, match="cannot be fetched from the hub: 503 Service Unavailable"
+    ):
+        resolve("owner/name")
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

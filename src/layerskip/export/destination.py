@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ def new_file(path: Path, *, n_bytes: int, overwrite: bool) -> Iterator[Path]:
     with _failures_named(path, n_bytes):
         try:
             yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -51,9 +54,7 @@ def new_folder(path: Path, *, n_bytes: int, overwrite: bool) -> Iterator[Path]:
             temporary.mkdir()
             yield temporary
             if taken:
-                old = path.rename(temporary.with_suffix(".old"))
-                temporary.rename(path)
-                shutil.rmtree(old)
+                _exchange(temporary, path)
             else:
                 temporary.rename(path)
         finally:
@@ -76,8 +77,33 @@ def _beside(path: Path) -> Path:
     return path.absolute().with_name(f".{path.absolute().name}-{os.getpid()}")
 
 
+def _exchange(new: Path, path: Path) -> None:
+    """Put a folder in another's place: at no moment can both be lost."""
+    old = new.with_name(f"{new.name}.old")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    if old.is_symlink():
+        old.unlink()
+    else:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+_PARTS_OF_A_CHECKPOINT = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|"
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
+    r"|chat_template)\.json|(merges|vocab)\.txt|tokenizer\.model|chat_template\.jinja"
+)
+
+
 def _is_only_a_checkpoint(path: Path) -> bool:
-    return (path / "config.json").is_file() and all(inside.is_file() for inside in path.iterdir())
+    return (path / "config.json").is_file() and all(
+        inside.is_file() and _PARTS_OF_A_CHECKPOINT.fullmatch(inside.name)
+        for inside in path.iterdir()
+    )
 
 
 @contextlib.contextmanager

@@ -130,7 +130,8 @@ def _kind(source: Source, name: str, wanted: Kind | None) -> Kind:
         return Kind.F32
     if wanted is None:
         stored = tensors.stored_as(name)
-        return Kind[stored] if stored in Kind.__members__ else Kind.F32
+        kept = stored in ("F32", "F16", "BF16") or isinstance(tensors, GgufFile)
+        return Kind[stored] if kept and stored in Kind.__members__ else Kind.F32
     head = "model.embed_tokens.weight" if source.files.tied else "lm_head.weight"
     if name == head and wanted in (Kind.Q4_0, Kind.Q4_1):
         wanted = Kind.Q8_0

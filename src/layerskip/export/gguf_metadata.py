@@ -30,6 +30,8 @@ def add(writer: gguf.GGUFWriter, source: Source, file_type: LlamaFileType) -> No
             if key not in _NOT_CARRIED and value != []:
                 writer.add_key_value(key, value, types[0], _of_elements(types))
         writer.kv_data[0].pop(f"{writer.arch}.block_count")
+        if "general.quantization_version" not in writer.kv_data[0]:
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     else:
         _add_general(writer, source)
         _add_architecture(writer, source)

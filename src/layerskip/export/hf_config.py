@@ -28,6 +28,7 @@ def config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
     else:
         fields = read_json(source.files.path / "config.json")
         fields.pop("auto_map", None)  # no code travels with a checkpoint
+        fields["tie_word_embeddings"] = source.files.tied
         n_layers = source.architecture.n_layers
         fields["num_hidden_layers"] = n_layers
         if fields.get("layer_types"):

@@ -94,8 +94,9 @@ def _scaled(factor: float) -> Change | None:
 
 def _norm(a: Architecture, take: Taker, name: str, scale: float = 1.0) -> Norm:
     weight = take(f"{name}.weight", (a.hidden_size,), _norm_weight(a, scale))
-    bias = take.optional(f"{name}.bias", (a.hidden_size,), _scaled(scale))
-    return RMSNorm(weight, a.norm_eps) if bias is None else LayerNorm(weight, bias, a.norm_eps)
+    if not FAMILIES[a.family].norm_bias:
+        return RMSNorm(weight, a.norm_eps)
+    return LayerNorm(weight, take(f"{name}.bias", (a.hidden_size,), _scaled(scale)), a.norm_eps)
 
 
 def _norm_weight(a: Architecture, scale: float = 1.0) -> Change | None:

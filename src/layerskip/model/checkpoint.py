@@ -119,15 +119,18 @@ def open_files(path: Path) -> Files:
         tensors = file = GgufFile(gguf_path)
         with _unusable_named(file.path):
             architecture = file.architecture()
-        config: dict[str, Any] = {"eos_token_id": file.end_tokens()}
+            config: dict[str, Any] = {"eos_token_id": file.end_tokens()}
         tied = "lm_head.weight" not in tensors.names()
     else:
         config = _config(path)
         with _unusable_named(path / "config.json"):
             architecture = families.from_config(config)
         tensors = SafetensorsFiles(path)
+        names = families.FAMILIES[architecture.family].names
+        head, embedding = f"{names.head}.weight", f"{names.embedding}.weight"
         tied = bool(config.get("tie_word_embeddings"))
-        head = f"{families.FAMILIES[architecture.family].names.head}.weight"
+        if tied and {head, embedding} <= tensors.names():  # the numbers say more than the config
+            tied = torch.equal(tensors.read(head), tensors.read(embedding))
         if not tied and head not in tensors.names():
             raise CheckpointError(
                 f"{path} has no tensor {head}, and its config ties no head to the embedding"
@@ -169,7 +172,10 @@ def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; it says what kind of model this is")
-    families.family_of(str(read_json(path).get("model_type")))
+    stored = read_json(path)
+    families.family_of(str(stored.get("model_type")))
+    with _unusable_named(path):  # before transformers makes something for each of them
+        families.check_n_layers(int(stored.get("num_hidden_layers", 1)))
     depends_on = importlib.metadata.version("transformers").encode() + b"\0" + path.read_bytes()
     cached = cache_folder() / "configs" / f"{hashlib.sha256(depends_on).hexdigest()[:32]}.json"
     with contextlib.suppress(CheckpointError):  # not there, or damaged

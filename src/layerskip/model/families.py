@@ -62,6 +62,7 @@ class Family:
         qk_norm: Q/K norms, where there are any, are over each head or over the whole projection.
         qkv_by_head: the fused QKV tensor holds Q, K and V of one head after those of another.
         is_gated: the MLP multiplies its activation with a second projection.
+        norm_bias: norms subtract the mean and have a bias.
         scales_embedding: embeddings are multiplied by sqrt(D).
         normalizes_experts: always, or where the config's `norm_topk_prob` says so.
     """
@@ -75,6 +76,7 @@ class Family:
     qk_norm: Literal["head", "projection"] = "head"
     qkv_by_head: bool = False
     is_gated: bool = True
+    norm_bias: bool = False
     scales_embedding: bool = False
     normalizes_experts: bool = False
 
@@ -136,6 +138,7 @@ FAMILIES = {
         model_types=("gpt_neox",),
         qkv_by_head=True,
         is_gated=False,
+        norm_bias=True,
         names=Names(
             embedding="gpt_neox.embed_in",
             final_norm="gpt_neox.final_layer_norm",
@@ -154,8 +157,10 @@ _ACTIVATIONS: dict[str, Activation] = {
     "swish": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",  # another way to write the same
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+_MOST_LAYERS = 10_000
 _REFUSED = {
     "gpt2": "it learns positions where this decoder turns queries and keys, and it transposes weights",
     "gemma3": "it reads images too; its text part alone (gemma3_text) is supported",
@@ -178,6 +183,12 @@ def family_of(model_type: str) -> str:
     )
 
 
+def check_n_layers(n_layers: int) -> None:
+    """Raise ValueError for no number of layers, before anything is made for each of them."""
+    if not 1 <= n_layers <= _MOST_LAYERS:
+        raise ValueError(f"n_layers is {n_layers}, it has to be from 1 to {_MOST_LAYERS}")
+
+
 def from_config(config: Mapping[str, Any]) -> Architecture:
     """Read a transformers config, as `PreTrainedConfig.to_dict()` gives it.
 
@@ -198,6 +209,7 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
     if config.get("use_bidirectional_attention"):
         raise UnsupportedModelError("attention to later positions is not supported")
     n_layers, n_heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
+    check_n_layers(n_layers)
     hidden_size = int(config["hidden_size"])
     return Architecture(
         family=name,
@@ -208,7 +220,7 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
         head_dim=int(config.get("head_dim") or hidden_size // n_heads),
         ffn_size=int(config["intermediate_size"]),
         vocab_size=int(config["vocab_size"]),
-        norm_eps=float(config["layer_norm_eps" if "layer_norm_eps" in config else "rms_norm_eps"]),
+        norm_eps=float(config["rms_norm_eps" if "rms_norm_eps" in config else "layer_norm_eps"]),
         max_context=int(config["max_position_embeddings"]),
         sliding_windows=_windows(config, family.window, n_layers),
         ropes=_ropes(config, n_layers),

@@ -5,6 +5,7 @@ longer than all of the weights.
 """
 
 import dataclasses
+import math
 import mmap
 import struct
 from pathlib import Path
@@ -86,6 +87,8 @@ class GgufHeader:
         )
         infos = [self._tensor_info() for _ in range(n_tensors)]
         alignment = self.fields.get("general.alignment", Field(gguf.GGUF_DEFAULT_ALIGNMENT, []))
+        if not isinstance(alignment.value, int) or alignment.value < 1:
+            raise ValueError(f"general.alignment is {alignment.value!r}")
         start = -(-self._at // alignment.value) * alignment.value
         self.tensors: dict[str, StoredTensor] = self._unique(
             (name, self._tensor(start + offset, kind, shape)) for name, kind, shape, offset in infos
@@ -132,7 +135,9 @@ class GgufHeader:
     ) -> StoredTensor:
         dtype = _PLAIN.get(kind, np.uint8)
         stored = shape if kind in _PLAIN else gguf.quant_shape_to_byte_shape(shape, kind)
-        count = int(np.prod(stored, dtype=np.int64))
+        count = math.prod(stored)
+        if begin + count * np.dtype(dtype).itemsize > len(self._file):
+            raise ValueError("a tensor goes on behind the end of the file")
         data = np.frombuffer(self._file, dtype, count, begin).reshape(stored)
         return StoredTensor(kind, shape, data)
 

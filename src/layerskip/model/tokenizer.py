@@ -28,7 +28,7 @@ def load(path: Path, gguf_file: GgufFile | None = None) -> Any:
         if any((path / name).is_file() for name in _TOKENIZER_FILES):
             return _class_for(path).from_pretrained(str(path), trust_remote_code=False)
         return None if gguf_file is None else _from_gguf(gguf_file)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the reader in Rust knows no other kind
         raise CheckpointError(f"the tokenizer of {path} cannot be read: {error}") from error
 
 
@@ -60,9 +60,13 @@ def write(path: Path, folder: Path, gguf_file: GgufFile | None = None) -> None:
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
         fields = read_json(settings)
+        changes: dict[str, str] = {}
         if fields.get("tokenizer_class") == "TokenizersBackend":
             # transformers 5 writes its own new name; both 4 and 5 know the older one.
-            write_json(settings, fields | {"tokenizer_class": "PreTrainedTokenizerFast"})
+            changes = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        code = fields.pop("auto_map", None)  # none travels with a checkpoint
+        if changes or code is not None:
+            write_json(settings, fields | changes)
 
 
 def _from_gguf(file: GgufFile) -> Any:
@@ -76,7 +80,9 @@ def _from_gguf(file: GgufFile) -> Any:
 
     if file.field("tokenizer.ggml.model", "none") == "none":
         return None
-    tokenizer = AutoTokenizer.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(file.path.parent), gguf_file=file.path.name, trust_remote_code=False
+    )
     if file.field("tokenizer.ggml.pre") == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [

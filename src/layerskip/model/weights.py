@@ -64,11 +64,14 @@ class SafetensorsFiles:
 
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
-        if index.is_file():
+        # As in transformers: an index that an earlier save left there says nothing.
+        if index.is_file() and not (folder / "model.safetensors").is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(f"{index} names no files; fetch the checkpoint again")
             files = {str(file) for file in weight_map.values()}
+            if any("\\" in file or Path(file).name != file for file in files):
+                raise CheckpointError(f"{index} names files outside of its folder; it is refused")
         else:
             files = {"model.safetensors"}
         self._files = {}
@@ -194,7 +197,16 @@ class GgufFile:
         """The architecture that the metadata describes."""
         name = str(self.field("general.architecture"))
         family = families.family_of(name)
-        scaling = self.field(f"{name}.rope.scaling.type", "none")
+        if int(self.field("split.count", 1)) > 1:
+            raise UnsupportedModelError(
+                f"{self.path} is one part of several; join them with llama-gguf-split --merge"
+            )
+        if int(self.field(f"{name}.expert_count", 0)):
+            raise UnsupportedModelError("mixtures of experts in GGUF files are not supported")
+        # llama.cpp's defaults: a factor alone means linear scaling, and once had another key.
+        factor = self.field(f"{name}.rope.scale_linear", 1.0)
+        factor = float(self.field(f"{name}.rope.scaling.factor", factor) or 1.0)
+        scaling = self.field(f"{name}.rope.scaling.type", "linear")
         if scaling not in ("none", "linear"):
             raise UnsupportedModelError(
                 f"rotary scaling {scaling!r} in a GGUF file is not supported"
@@ -204,13 +216,19 @@ class GgufFile:
         if embedding is None:
             raise missing("model.embed_tokens.weight")
         n_layers = int(self._required(f"{name}.block_count"))
+        families.check_n_layers(n_layers)
         n_heads = int(self._required(f"{name}.attention.head_count"))
         hidden_size = int(self._required(f"{name}.embedding_length"))
         window = self.field(f"{name}.attention.sliding_window")
+        head_dim = int(self.field(f"{name}.attention.key_length", hidden_size // n_heads))
+        if int(self.field(f"{name}.rope.dimension_count", head_dim)) != head_dim:
+            raise UnsupportedModelError(
+                "rotary embedding of a part of each head in a GGUF file is not supported"
+            )
         rope = Rope(
             theta=float(self.field(f"{name}.rope.freq_base", 10_000.0)),
-            kind="default" if scaling == "none" else "linear",
-            factor=float(self.field(f"{name}.rope.scaling.factor", 1.0)),
+            kind="linear" if scaling == "linear" and factor != 1.0 else "default",
+            factor=factor if scaling == "linear" else 1.0,
             frequency_factors=None if factors is None else tuple(factors.data.tolist()),
         )
         return Architecture(
@@ -219,7 +237,7 @@ class GgufFile:
             hidden_size=hidden_size,
             n_heads=n_heads,
             n_kv_heads=int(self.field(f"{name}.attention.head_count_kv", n_heads)),
-            head_dim=int(self.field(f"{name}.attention.key_length", hidden_size // n_heads)),
+            head_dim=head_dim,
             ffn_size=int(self._required(f"{name}.feed_forward_length")),
             vocab_size=embedding.shape[0],
             norm_eps=float(self._required(f"{name}.attention.layer_norm_rms_epsilon")),
