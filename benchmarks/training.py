@@ -68,7 +68,14 @@ def main() -> None:
     if options.variant:
         print(json.dumps(run_variant(options)))
         return
-    rounds = [{name: in_own_process(name) for name in RECIPES} for _ in range(options.rounds)]
+    names = list(RECIPES)
+    rounds = [
+        {
+            name: in_own_process(name)
+            for name in (*names[i % len(names) :], *names[: i % len(names)])
+        }
+        for i in range(options.rounds)
+    ]
     result = {
         "environment": {
             **environment(

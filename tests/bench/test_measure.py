@@ -1,5 +1,8 @@
 """Who answers when."""
 
+import itertools
+from collections import Counter
+
 import pytest
 
 from layerskip.bench.measure import (
@@ -37,13 +40,26 @@ def test_all_take_turns_and_another_one_begins_each_time():
     assert rest == [
         *((name, [1], 40) for name in "abc"),
         *((name, [2], 40) for name in "bca"),
-        *((name, [1], 40) for name in "cab"),
-        *((name, [2], 40) for name in "abc"),
+        *((name, [1], 40) for name in "bca"),
+        *((name, [2], 40) for name in "cab"),
     ]
     # What was answered lies by prompt and repetition, whatever the order was; a's answers are:
     numbers = [[run.token_ids[0] for run in of_prompt] for of_prompt in entries[0].runs]
-    assert numbers == [[4, 11], [9, 13]]
+    assert numbers == [[4, 12], [9, 14]]
     assert len(asked) == n_runs([entries[0].system], 2, 2)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])
+def test_everybody_follows_everybody_else_equally_often(n):
+    asked = []
+    settings = [Setting(mode=str(i)) for i in range(n)]
+    measure([Diary(settings, asked)], [[1]] * 2 * n, max_new_tokens=1)
+    turns = [[mode for mode, _, _ in asked[i : i + n]] for i in range(n, len(asked), n)]
+    assert all(sorted(turn) == sorted(s.mode for s in settings) for turn in turns)
+    assert Counter(turn[0] for turn in turns) == {s.mode: 2 for s in settings}
+    pairs = Counter(pair for turn in turns for pair in itertools.pairwise(turn))
+    assert len(pairs) == n * (n - 1)
+    assert set(pairs.values()) <= {2}
 
 
 def test_systems_take_turns_with_each_other():

@@ -137,8 +137,12 @@ def run_layer(tmp_path, code):
 
 def test_the_hook_alone_refuses(tmp_path):
     code = """
-import pathlib, sqlite3, ctypes, socket, subprocess
+import pathlib, shutil, sqlite3, ctypes, socket, subprocess, multiprocessing
 outside = pathlib.Path(os.getcwd()).parent / "outside"
+full = pathlib.Path(os.getcwd()).parent / "full"
+full.mkdir()
+(full / "kept").touch()
+parent = os.open(full, os.O_RDONLY)
 attempts = {
     "write": lambda: outside.write_text("x"),
     "append": lambda: open(outside, "a"),
@@ -152,7 +156,12 @@ attempts = {
     "replace": lambda: os.execv("/bin/true", ["true"]),
     "kill": lambda: os.kill(os.getppid(), 0),
     "library": lambda: ctypes.CDLL(None),
+    "remove a tree": lambda: shutil.rmtree(full),
+    "remove in an open folder": lambda: os.unlink("kept", dir_fd=parent),
+    "move out of an open folder": lambda: os.rename("kept", "got", src_dir_fd=parent),
+    "child": lambda: multiprocessing.get_context("spawn").Process(target=print).start(),
 }
+confined._forbid_spawning()
 sys.addaudithook(confined._guard(os.path.realpath(".")))
 done = []
 for name, attempt in attempts.items():
@@ -162,6 +171,7 @@ for name, attempt in attempts.items():
     except PermissionError:
         pass
 open("inside", "w").close()
+assert (full / "kept").exists()
 print(json.dumps(done))
 """
     assert run_layer(tmp_path, code) == []

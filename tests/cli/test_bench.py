@@ -30,7 +30,8 @@ def prompts(tmp_path):
 
 
 def test_one_document_with_the_rows_of_the_contract(run, prompts):
-    status, out, _ = run("bench", "--task", prompts, "--json", "--seed", 3, *FLAGS)
+    status, out, err = run("bench", "--task", prompts, "--json", "--seed", 3, *FLAGS)
+    assert err == ""
     assert status == 0
     document = json.loads(out)
     assert (document["samples"], document["skipped_too_long"], document["seed"]) == (2, 1, 3)
@@ -102,6 +103,7 @@ def test_peers_stand_beside_our_rows(run, prompts):
         ("transformers", "self-speculative"),
         ("transformers", "prompt-lookup"),
         ("llama.cpp", "plain"),
+        ("llama.cpp", "prompt-lookup"),
         ("llama.cpp", "prompt-lookup"),
     ]
     for row in rows[2:5]:

@@ -32,9 +32,11 @@ _NEW_MOUNTS, _NEW_IPC, _NEW_USER, _NEW_PIDS, _NEW_NETWORK = (
 _PRIVATE, _RECURSIVE, _NO_SETUID, _NO_DEVICES = 1 << 18, 1 << 14, 2, 4
 _MOUNT_SETATTR, _AT_RECURSIVE, _READ_ONLY, _CURRENT_FOLDER = 442, 0x8000, 1, -100
 _KILL_WITH_PARENT = 1
+_GRACE_S = 5.0
 
 # Events of sys.audit: https://docs.python.org/3/library/audit_events.html
 _REFUSED = (
+    "_posixsubprocess.",
     "ctypes.",
     "os.chmod",
     "os.chown",
@@ -57,7 +59,18 @@ _CHANGES_PATHS = (
     "os.symlink",
     "os.truncate",
     "os.utime",
+    "shutil.rmtree",
 )
+# Where these have the descriptors of open folders that their paths may start from.
+_FOLDERS = {
+    "os.link": (2, 3),
+    "os.mkdir": (2,),
+    "os.remove": (1,),
+    "os.rename": (2, 3),
+    "os.rmdir": (1,),
+    "os.symlink": (2,),
+    "os.utime": (3,),
+}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -68,9 +81,12 @@ def main() -> None:
         job = json.load(file)
     os.remove("job.json")
     program, word, report_to = job["program"], job["word"].encode(), job["report_to"]
+    # Where nobody is left to end it: SIGALRM does, unless the program takes it for itself.
+    signal.setitimer(signal.ITIMER_REAL, job["wall_s"] + _GRACE_S)
     if sys.platform == "linux":
         _enter_namespaces(folder, job["file_bytes"])
     _limit(job)
+    _forbid_spawning()
     sys.addaudithook(_guard(os.path.realpath(folder)))
     module = types.ModuleType("program")  # dataclasses and pickle look their module up by its name
     sys.modules["program"] = module
@@ -109,12 +125,38 @@ def _guard(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
             if writes and not inside(path):
                 raise PermissionError(f"{path} is outside the program's folder")
         elif event.startswith(_CHANGES_PATHS):
-            if not all(inside(path) for path in arguments if isinstance(path, str | bytes)):
+            paths = [a for a in arguments if isinstance(a, str | bytes | os.PathLike)]
+            for open_folder in [
+                arguments[i] for i in _FOLDERS.get(event, ()) if arguments[i] != -1
+            ]:
+                place = _place_of(open_folder)
+                paths += [os.path.join(place, os.fsdecode(path)) for path in paths]
+            if not all(map(inside, paths)):
                 raise PermissionError(f"{event} outside the program's folder")
         elif event.startswith(_REFUSED):
             raise PermissionError(f"{event} is not allowed")
 
     return hook
+
+
+def _place_of(open_folder: int) -> str:
+    """Where a folder lies, of which only the descriptor is known."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        get_path = 50  # F_GETPATH of <fcntl.h>
+        return os.fsdecode(fcntl.fcntl(open_folder, get_path, bytes(1024)).rstrip(b"\0"))
+    return os.path.realpath(f"/proc/self/fd/{open_folder}")
+
+
+def _forbid_spawning() -> None:
+    """What `multiprocessing` starts processes with, which Python before 3.14 asks no hook about."""
+    import _posixsubprocess
+
+    def refuse(*_: Any) -> int:
+        raise PermissionError("starting a process is not allowed")
+
+    _posixsubprocess.fork_exec = refuse
 
 
 def _enter_namespaces(folder: str, file_bytes: int) -> None:

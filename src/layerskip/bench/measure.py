@@ -1,12 +1,14 @@
 """Systems and settings side by side: the same prompts, taken in turns."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from layerskip.decoding import Step
 
 WARM_UP_TOKENS = 16
+SWITCH_S = 0.05  # threads that wait for work awake do so for some milliseconds
 
 
 class SystemFailedError(Exception):
@@ -107,9 +109,11 @@ def measure(
 ) -> list[Entry]:
     """Answer every prompt with every system in every setting.
 
-    After a warm-up of each, all entries take turns on one prompt before the next prompt begins, and the
-    one that begins changes from prompt to prompt and from repetition to repetition. So a machine that
-    drifts, or one entry that suffers from its predecessor, hurts all alike.
+    After a warm-up of each, all entries take turns on one prompt before the next prompt begins, in an
+    order that changes from prompt to prompt and from repetition to repetition, so that everybody follows
+    everybody else about as often. So a machine that drifts, or one entry that suffers from its
+    predecessor, hurts all alike. Where another system's turn comes, its predecessor's threads are given
+    the time to fall asleep.
 
     Args:
         systems: who takes part.
@@ -137,14 +141,18 @@ def measure(
 
     for index in range(len(entries)):
         attempt(index, prompts[0], min(WARM_UP_TOKENS, max_new_tokens))
-    turn = 0
-    for _ in range(repeats):
+    last: System | None = None
+    for repetition in range(repeats):
         between()
         for at, prompt in enumerate(prompts):
-            for index in _rotated(range(len(entries)), turn):
-                if index not in failures and (run := attempt(index, prompt, max_new_tokens)):
+            for index in _order(len(entries), at + repetition):
+                if index in failures:
+                    continue
+                if last is not None and entries[index].system is not last:
+                    time.sleep(SWITCH_S)
+                last = entries[index].system
+                if run := attempt(index, prompt, max_new_tokens):
                     measured[index][at].append(run)
-            turn += 1
     between()
     return [
         dataclasses.replace(
@@ -161,6 +169,11 @@ def n_runs(systems: Sequence[System], n_prompts: int, repeats: int) -> int:
     return sum(len(system.settings) for system in systems) * (1 + n_prompts * repeats)
 
 
-def _rotated(order: Sequence[int], by: int) -> list[int]:
-    cut = by % len(order)
-    return [*order[cut:], *order[:cut]]
+def _order(n: int, turn: int) -> list[int]:
+    """Who answers when: over 2n turns everybody begins, and follows each other one, equally often.
+
+    Rows of a Williams design: neighbours differ by 1, -2, 3, -4, ..., then the same backwards.
+    """
+    zigzag = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(n)]
+    row = [(turn + step) % n for step in zigzag]
+    return row[::-1] if turn // n % 2 else row

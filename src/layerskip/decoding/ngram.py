@@ -35,8 +35,9 @@ class NgramIndex:
         end = len(self.tokens)
         for n, after in self._after.items():
             # Runs that something follows: the newest is left out, or it would find itself.
-            first = max(begin, n)
-            runs = zip(*(self.tokens[first - n + i : end - n + i] for i in range(n)), strict=True)
+            first = min(max(begin, n), end)
+            tail = self.tokens[max(first - n, 0) :]
+            runs = zip(*(tail[i : i + end - first] for i in range(n)), strict=True)
             after.update(zip(runs, range(first, end), strict=True))
 
     def propose(self, limit: int, drafted: Sequence[int] = ()) -> tuple[int, list[int]]:

@@ -8,7 +8,7 @@ import torch
 
 from layerskip.bench.measure import Run, Setting
 from layerskip.bench.memory import PeakMemory
-from layerskip.bench.peers.job import PROMPT_LOOKUP_TOKENS, Job
+from layerskip.bench.peers.job import PROMPT_LOOKUP_TOKENS, PROMPT_LOOKUP_TOKENS_ON_A_CPU, Job
 from layerskip.bench.peers.recorder import Recorder
 from layerskip.decoding.clock import device_clock
 from layerskip.model import tokenizer
@@ -16,12 +16,11 @@ from layerskip.model import tokenizer
 
 def settings(drafts: Sequence[tuple[int, int]]) -> list[Setting]:
     """The rows of this peer, which knows no early exit."""
-    return [
-        Setting(mode="plain"),
-        Setting(
-            mode="prompt-lookup", draft_tokens=PROMPT_LOOKUP_TOKENS, draft_from="prompt-lookup"
-        ),
+    lengths = (PROMPT_LOOKUP_TOKENS_ON_A_CPU, PROMPT_LOOKUP_TOKENS)
+    lookups = [
+        Setting(mode="prompt-lookup", draft_tokens=n, draft_from="prompt-lookup") for n in lengths
     ]
+    return [Setting(mode="plain"), *lookups]
 
 
 class Peer:
@@ -58,6 +57,7 @@ class Peer:
         drafting = setting.mode == "prompt-lookup"
         llama = self._drafting if drafting else self._plain
         llama.reset()  # forget the last prompt, whose beginning would be reused
+        self._drafts.tokens = setting.draft_tokens or 0
         self._memory.reset()
         recorder = Recorder(
             device_clock(torch.device("cpu")),  # a token is on the host when it is yielded
@@ -79,17 +79,20 @@ class Peer:
 
 
 class _CountedDrafts:
-    """Prompt lookup that counts its rounds: one call each."""
+    """Prompt lookup of `tokens` tokens that counts its rounds: one call each."""
 
     def __init__(self) -> None:
         from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-        self.calls = 0
-        self._lookup = LlamaPromptLookupDecoding(num_pred_tokens=PROMPT_LOOKUP_TOKENS)
+        self.calls = self.tokens = 0
+        self._lookups = {
+            n: LlamaPromptLookupDecoding(num_pred_tokens=n)
+            for n in (PROMPT_LOOKUP_TOKENS_ON_A_CPU, PROMPT_LOOKUP_TOKENS)
+        }
 
     def __call__(self, input_ids: Any, /, **options: Any) -> Any:
         self.calls += 1
-        return self._lookup(input_ids, **options)
+        return self._lookups[self.tokens](input_ids, **options)
 
 
 def _bytes_of_a_pass(gguf: str) -> int:
