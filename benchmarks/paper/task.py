@@ -48,6 +48,7 @@ SMOKE = {
 }
 SMOKE_TRAINING = {
     "fixed_exits": [1],
+    "exit_layer": 1,
     "exits": [2, 3],
     "rotation": 2,
     "batch_size": 2,

@@ -126,7 +126,7 @@ def test_a_tuning_of_a_real_decoder_is_one_valid_document_with_pictures(tmp_path
 def test_answers_too_short_to_decode_are_refused():
     decoder = scripted.ScriptedDecoder([7], max_context=400)
     model = model_of(decoder, end_tokens=(7,))
-    with pytest.raises(ValueError, match="0 of 2 prompts have an answer"):
+    with pytest.raises(ValueError, match="0 of 2 prompts fit into the context and have an answer"):
         tune(model, [[1], [2]])
 
 

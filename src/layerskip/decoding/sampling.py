@@ -20,8 +20,7 @@ class Sampling:
     Attributes:
         temperature: 0 takes the most likely token; above 0 divides the logits.
         top_k: keep the k most likely tokens (ties with the k-th stay).
-        top_p: keep the smallest set of most likely tokens whose probability reaches p (ties with the
-            last of them stay).
+        top_p: keep the smallest set of most likely tokens whose probability reaches p.
         min_p: keep tokens of at least min_p times the highest probability.
         repetition_penalty: above 1 makes tokens of the prompt and the answer so far less likely.
 
@@ -87,7 +86,11 @@ class Sampling:
             beyond = p.cumsum(dim=-1) - p >= self.top_p  # the mass before the token is enough
             beyond[..., 0] = False  # also where top_p is too small for float32
             least = ordered.masked_fill(beyond, float("inf")).amin(dim=-1, keepdim=True)
-            scores = scores.masked_fill(scores < least, float("-inf"))
+            above, ties = scores > least, scores == least
+            # Of equal tokens at the edge the first ones, as many as are in the set.
+            room = (~beyond).sum(dim=-1, keepdim=True) - above.sum(dim=-1, keepdim=True)
+            kept = above | (ties & (ties.cumsum(dim=-1) <= room))
+            scores = scores.masked_fill(~kept, float("-inf"))
         probabilities = scores.softmax(dim=-1)
         if self.min_p:
             least = self.min_p * probabilities.amax(dim=-1, keepdim=True)

@@ -114,7 +114,7 @@ def exit_weights(
     total = sum(scales.values())
     if total == 0:  # a one-layer model with the paper's weights
         return {num_layers: 1.0}
-    return {e: scale / total for e, scale in scales.items() if scale > 0}
+    return {e: weight for e, scale in scales.items() if (weight := scale / total) > 0}
 
 
 def _sum_up_to(n: int) -> float:
