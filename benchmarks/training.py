@@ -68,14 +68,10 @@ def main() -> None:
     if options.variant:
         print(json.dumps(run_variant(options)))
         return
-    names = list(RECIPES)
-    rounds = [
-        {
-            name: in_own_process(name)
-            for name in (*names[i % len(names) :], *names[: i % len(names)])
-        }
-        for i in range(options.rounds)
-    ]
+    names, rounds = list(RECIPES), []
+    for _ in range(options.rounds):
+        rounds.append({name: in_own_process(name) for name in names})
+        names = [*names[1:], names[0]]  # another one begins
     result = {
         "environment": {
             **environment(

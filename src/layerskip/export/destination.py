@@ -9,6 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from layerskip.model.weights import flush
+
 
 class ExportError(ValueError):
     """The export cannot be written where it should go; the message says why and what to do."""
@@ -34,8 +36,7 @@ def new_file(path: Path, *, n_bytes: int, overwrite: bool) -> Iterator[Path]:
     with _failures_named(path, n_bytes):
         try:
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            flush(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -53,6 +54,7 @@ def new_folder(path: Path, *, n_bytes: int, overwrite: bool) -> Iterator[Path]:
         try:
             temporary.mkdir()
             yield temporary
+            flush(temporary)
             if taken:
                 _exchange(temporary, path)
             else:

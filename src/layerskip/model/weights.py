@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import struct
 from collections.abc import Iterator
@@ -300,6 +301,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """A JSON object into a file, in lines for people to read."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def flush(path: Path) -> None:
+    """See that a file, or all files of a folder, are on the disk, before they get their final name."""
+    for inside in path.rglob("*") if path.is_dir() else [path]:
+        if inside.is_file():
+            with inside.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

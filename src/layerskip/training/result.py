@@ -8,9 +8,10 @@ from typing import Any
 
 from layerskip.model import settings
 from layerskip.model.rounding import TRAINED, Rounding, recorded
+from layerskip.model.weights import flush
 from layerskip.training.config import TrainConfig
 from layerskip.training.draft_tokens import draft_tokens
-from layerskip.training.trainer import INCOMPLETE, LayerSkipTrainer, flush
+from layerskip.training.trainer import INCOMPLETE, LayerSkipTrainer
 
 
 def save_result(

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from layerskip.model.weights import flush
 from layerskip.recipe import RecipeConfig, attach
 from layerskip.recipe.attached import AttachedRecipe
 from layerskip.recipe.exit_loss import IGNORED_LABEL
@@ -140,9 +141,8 @@ class LayerSkipMixin:
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own; a gradient that is not finite is no step either, though the loss was."""
         norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[misc]
-        if (
-            self._trainer.accelerator.scaler is None
-        ):  # with float16 the scaler leaves such steps out
+        # With float16 there is a scaler, which leaves such steps out.
+        if self._trainer.accelerator.scaler is None:
             self._must_be_finite("the norm of the gradient", float(norm))
         return norm
 
@@ -295,14 +295,6 @@ def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
         if (number := path.name.removeprefix("checkpoint-")).isdigit() and path.is_dir()
     ]
     return str(max(found)[1]) if found else None
-
-
-def flush(folder: Path) -> None:
-    """See that all files of a folder are on the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def _move_when_whole(unfinished: Path, final: Path) -> None:
