@@ -24,9 +24,11 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--draft-tokens", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--no-compile", action="store_true", help="PyTorch runs the layers")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    model = LayerSkipModel.from_pretrained("smollm2-135m", dtype=options.dtype)
+    compiled = False if options.no_compile else None
+    model = LayerSkipModel.from_pretrained("smollm2-135m", dtype=options.dtype, compile=compiled)
     prompts = [problem["prompt"] for problem in read_problems().values()][: options.prompts]
     common: dict[str, Any] = {"max_new_tokens": options.new_tokens, "ignore_eos": True}
     plain = [model.generate(prompt, mode="plain", **common) for prompt in prompts]

@@ -62,7 +62,7 @@ def start_up(model: str, threads: int) -> dict[str, Any]:
     command += ["--max-new-tokens", "16", "--threads", str(threads)]
 
     def once(cache: str | None = None) -> float:
-        moved = {"XDG_CACHE_HOME": cache} if cache else {}
+        moved = {"XDG_CACHE_HOME": cache, "LAYERSKIP_CACHE": cache} if cache else {}
         begin = time.perf_counter()
         subprocess.run(command, env=os.environ | moved, capture_output=True, check=True)
         return time.perf_counter() - begin

@@ -1,12 +1,15 @@
-"""What the pages about training say is what the code has."""
+"""What the pages say is what the code has."""
 
+import inspect
 import re
 import shlex
 from pathlib import Path
+from unittest import mock
 
 import click
 import pytest
 
+from layerskip import Generation, LayerSkipModel
 from layerskip.cli import layerskip_command
 from layerskip.training import TrainConfig
 
@@ -41,6 +44,19 @@ def test_flags_in_the_pages_exist(page):
 def test_every_setting_is_explained():
     rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "recipe.md").read_text(), re.MULTILINE)
     assert sorted(rows) == sorted(TrainConfig.settings())
+
+
+def test_every_option_and_field_of_an_answer_is_explained():
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    loading = inspect.signature(LayerSkipModel.from_pretrained).parameters
+    options = inspect.signature(LayerSkipModel.answer).parameters
+    fields = Generation.to_dict(mock.MagicMock())
+    expected = [
+        *(name for name in loading if name != "name_or_path"),
+        *(name for name in options if name not in ("self", "prompt", "together")),
+        *fields,
+    ]
+    assert rows == expected
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -87,7 +87,9 @@ def _options() -> argparse.Namespace:
         VARIANTS,
     )
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--steps", type=int, default=300, help="of 32 rows")
+    parser.add_argument(
+        "--steps", type=int, default=300, help="of the rows that topv2.yaml has a step"
+    )
     parser.add_argument("--checkpoint", action="append", default=[], metavar="VARIANT=FOLDER")
     parser.add_argument("--rows", type=int, default=500, help="of the test, for exact match")
     parser.add_argument("--samples", type=int, default=40, help="of the test, for speed")
@@ -128,7 +130,7 @@ def _config(variant: str, options: argparse.Namespace) -> TrainConfig:
     topv2 = TrainConfig.from_yaml(EXAMPLES / ALIKE)
     return TrainConfig.from_yaml(
         EXAMPLES / file,
-        **{name: getattr(topv2, name) for name in ("data", "prompt", "completion")},
+        **{name: getattr(topv2, name) for name in ("data", "prompt", "completion", "batch_size")},
         model=options.model,
         max_steps=options.steps,
         max_minutes=options.minutes,

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from layerskip.bench.evaluation import Metric, Row, plans, scoring_exit
+from layerskip.bench.evaluation import Metric, Row, rows_of, scoring_exit
 from layerskip.decoding import Plan
 from layerskip.model import Settings
 
@@ -33,8 +33,16 @@ def model(n_layers=30, **settings):
     ],
 )
 def test_every_mode_at_every_exit_once(modes, exits, drafts, settings, expected):
-    found = plans(model(**settings), modes, exits, *drafts)
+    found = [row.plan for row in rows_of(model(**settings), modes, exits, *drafts)]
     assert [(p.mode, p.exit_layer, p.draft_tokens) for p in found] == expected
+
+
+def test_auto_is_a_row_of_its_own_name():
+    rows = rows_of(model(exit_layer=8), ["auto", "self-speculative"])
+    assert [(row.mode, row.to_dict()["adaptive"]) for row in rows] == [
+        ("auto", True),
+        ("self-speculative", False),
+    ]
 
 
 def test_the_exit_with_the_last_word():
@@ -52,6 +60,7 @@ def test_rows_for_json():
         "exit_layer": 3,
         "draft_tokens": 2,
         "draft_from": "early-exit",
+        "adaptive": False,
         "acceptance_rate": 0.75,
         "results": {
             "a": {

@@ -5,7 +5,7 @@ import pytest
 import tiny_checkpoint
 import tiny_tasks
 from layerskip import LayerSkipModel
-from layerskip.bench.evaluation import Row, plans
+from layerskip.bench.evaluation import Row, rows_of
 from layerskip.bench.harness import (
     HarnessModel,
     SharedScores,
@@ -112,9 +112,7 @@ def test_an_exit_says_what_it_likes_itself(model):
 
 
 def test_all_rows_of_local_tasks(model, tasks):
-    rows = [
-        Row(plan) for plan in plans(model, ["plain", "early-exit", "self-speculative"], [1, 4], 2)
-    ]
+    rows = rows_of(model, ["plain", "early-exit", "self-speculative"], [1, 4], 2)
     names = ["tiny_*"]
     facts = evaluate_tasks(model, rows, names, include_path=tasks, limit=3)
     assert facts["tiny_choice"] == {"documents": 3, "num_fewshot": 0}

@@ -4,7 +4,7 @@ from decimal import Decimal
 
 import pytest
 
-from layerskip.bench import quality
+from layerskip.bench import quality, sandbox
 from layerskip.bench.tasks import Sample
 
 
@@ -65,6 +65,13 @@ def test_first_line_is_the_summary():
 
 def problem(**row):
     return Sample(id="x", prompt=row.get("prompt", ""), fields=row)
+
+
+def test_where_no_program_can_run_that_is_said_and_not_called_0(monkeypatch):
+    quality.check_can_judge(quality.pass_at_1)
+    monkeypatch.setattr(sandbox.sys, "executable", "/bin/false")
+    with pytest.raises(ValueError, match="does not start here"):
+        quality.check_can_judge(quality.pass_at_1)
 
 
 def test_pass_at_1_of_humaneval_and_mbpp():

@@ -159,6 +159,11 @@ attempts = {
     "remove a tree": lambda: shutil.rmtree(full),
     "remove in an open folder": lambda: os.unlink("kept", dir_fd=parent),
     "move out of an open folder": lambda: os.rename("kept", "got", src_dir_fd=parent),
+    "open in an open folder": lambda: os.open(
+        "new", os.O_CREAT | os.O_WRONLY, dir_fd=os.open(full, os.O_RDONLY)
+    ),
+    "climb": lambda: open("../outside", "w"),
+    "go elsewhere": lambda: os.chdir(full),
     "child": lambda: multiprocessing.get_context("spawn").Process(target=print).start(),
 }
 confined._forbid_spawning()
@@ -171,7 +176,7 @@ for name, attempt in attempts.items():
     except PermissionError:
         pass
 open("inside", "w").close()
-assert (full / "kept").exists()
+assert os.listdir(full) == ["kept"]
 print(json.dumps(done))
 """
     assert run_layer(tmp_path, code) == []

@@ -247,9 +247,18 @@ def test_own_file_with_references(tmp_path):
     assert found["rouge1"] == pytest.approx((1 + 1 + 2 / 3) / 3)
 
 
+def test_where_no_prompt_with_a_reference_is_left_nothing_is_judged(tmp_path):
+    pytest.importorskip("rouge_score")
+    task = load_task(own(tmp_path, {"prompt": "1", "reference": "a"}, {"prompt": "2"}))
+    rest = dataclasses.replace(task, samples=task.samples[1:])
+    assert rest.quality(["b"]) == {}
+
+
 def test_text_file_has_a_prompt_a_paragraph(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("one\ntwo\n\nthree\n")
+    assert [sample.prompt for sample in load_task(str(path)).samples] == ["one\ntwo", "three"]
+    path.write_bytes(b"one\r\ntwo\r\n\r\nthree\r\n")
     assert [sample.prompt for sample in load_task(str(path)).samples] == ["one\ntwo", "three"]
     assert len(load_task(str(path), samples=1).samples) == 1
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -95,6 +96,53 @@ def test_a_text_file_has_one_prompt_a_line(run, tmp_path):
     prompts.write_text("ab\n\nabcd\n")
     results = json.loads(run("generate", "--prompts", prompts, "--json", "--max-new-tokens", 2)[1])
     assert [r["prompt_tokens"] for r in results] == [2, 4]
+
+
+def test_only_line_breaks_part_lines(run, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a\u2028b"}\r\n{"prompt": "c"}\n', encoding="utf-8", newline="")
+    results = json.loads(run("generate", "--prompts", prompts, "--json", "--max-new-tokens", 2)[1])
+    assert len(results) == 2
+
+
+def test_a_prompt_that_cannot_be_used_is_named_and_loses_no_answer(run, tmp_path):
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "answers.json"
+    prompts.write_text("ab\n" + "abc" * 200 + "\nabcd\n")
+    flags = ("--prompts", prompts, "--output", output, "--max-new-tokens", 2)
+    status, _, err = run("generate", *flags)
+    assert status == 1
+    assert "prompt 2: " in err
+    assert [row["prompt_tokens"] for row in json.loads(output.read_text())] == [2]
+
+
+def test_a_link_stays_and_what_is_no_file_is_written_to(run, tmp_path):
+    target, link = tmp_path / "first.json", tmp_path / "latest.json"
+    link.symlink_to(target)
+    flags = ("generate", "--prompt", "abc", "--max-new-tokens", 2, "--output")
+    assert run(*flags, link)[0] == 0
+    assert link.is_symlink()
+    assert json.loads(target.read_text())["new_tokens"] == 2
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with open(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), encoding="utf-8") as reader:
+        assert run(*flags, pipe)[0] == 0
+        assert json.load(reader)["new_tokens"] == 2
+    assert pipe.is_fifo()
+
+
+def test_a_reader_that_leaves_is_no_failure(folder):
+    program = "from layerskip.cli import main; main()"
+    arguments = ["generate", "--model", folder, "--prompt", "abc", "--ignore-eos", "--json"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_standard_input_is_one_prompt(run, monkeypatch):

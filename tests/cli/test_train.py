@@ -73,12 +73,12 @@ def test_every_setting_has_a_flag_of_its_name(run):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (("--learning-rate", "nan"), 1, "learning_rate is nan"),
+        (("--learning-rate", "nan"), 2, "learning_rate is nan"),
         (("--learning-rate", "fast"), 2, "'fast' is not a valid float"),
         (("--rotation", 5), 1, "rotation is 5, but there are 4 exits"),
         (("--fixed-exits", 9), 1, "fixed_exits names [9], but the model has 4 layers"),
-        (("--exits", 2, "--exit-every", 2), 1, "exits and exit_every"),
-        (("--eval-rows", 2, "--eval-data", "x"), 1, "contradict each other"),
+        (("--exits", 2, "--exit-every", 2), 2, "exits and exit_every"),
+        (("--eval-rows", 2, "--eval-data", "x"), 2, "contradict each other"),
         (("--completion", "{answer}"), 1, "rows.jsonl:1 has the fields ['completion', 'prompt']"),
         (("--max-length", 2), 1, "no row of"),
         (("--data", "none.jsonl"), 1, "none.jsonl does not exist"),

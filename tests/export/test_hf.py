@@ -97,6 +97,17 @@ def test_weights_are_cast_and_the_config_says_so(weights, saved, tmp_path):
     assert model.dtype == dtype
 
 
+@pytest.mark.parametrize("write", [to_hf, to_gguf])
+def test_numbers_that_float16_does_not_hold_are_refused(write, tmp_path):
+    model = tiny_models.build("llama2")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 70_000.0
+    model.save_pretrained(tmp_path / "in")
+    out = tmp_path / "out.gguf"
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight .* choose bf16"):
+        write(open_source(tmp_path / "in"), out, weights="f16")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
 def test_large_models_are_written_in_shards(saved, theirs, monkeypatch, tmp_path):
     monkeypatch.setattr(hf, "SHARD_BYTES", 100_000)
     to_hf(open_source(saved("llama2")), tmp_path / "out")

@@ -38,3 +38,8 @@ def test_plain_is_best_where_no_gain_is_certain(interval):
     assert choice.flags == "--mode plain"
     assert choice.reason.startswith("plain decoding is best here")
     assert "E=4, d=2" in choice.reason
+
+
+def test_a_certain_gain_goes_before_a_faster_one_that_may_be_none():
+    choice = choose([PLAIN, row(1.3, (0.97, 1.6), 4, 2), row(1.25, (1.1, 1.4), 8, 6)])
+    assert (choice.exit_layer, choice.draft_tokens, choice.speedup) == (8, 6, 1.25)

@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from layerskip.bench import quality
 from layerskip.bench.data_sets import DataSet
-
-if TYPE_CHECKING:
-    from layerskip.bench.tasks import Metrics
 
 Row = Mapping[str, Any]
 ARTICLE_WORDS = 128  # of an article that is to be continued
@@ -46,7 +43,7 @@ class Form:
     shots: int = 0
     shot_split: str = "train"
     references: Callable[[Row], tuple[str, ...]] = lambda row: ()
-    metrics: Metrics | None = None
+    metrics: quality.Metrics | None = None
     category: Callable[[Row], str | None] = lambda row: None
     chat: bool = False
 

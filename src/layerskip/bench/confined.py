@@ -38,6 +38,7 @@ _GRACE_S = 5.0
 _REFUSED = (
     "_posixsubprocess.",
     "ctypes.",
+    "os.chdir",
     "os.chmod",
     "os.chown",
     "os.exec",
@@ -122,8 +123,13 @@ def _guard(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
         if event == "open":
             path, mode, flags = arguments
             writes = bool(flags & _WRITES) if flags else bool(set(mode or "") & set("wax+"))
-            if writes and not inside(path):
+            # A path may start from an open folder, which this event does not tell: folders outside
+            # are not opened at all, the working folder stays, and no such path climbs.
+            climbs = not isinstance(path, int) and os.pardir in os.fsdecode(path).split(os.sep)
+            if writes and (climbs or not inside(path)):
                 raise PermissionError(f"{path} is outside the program's folder")
+            if not inside(path) and os.path.isdir(path):
+                raise PermissionError(f"the folder {path} is not to be opened")
         elif event.startswith(_CHANGES_PATHS):
             paths = [a for a in arguments if isinstance(a, str | bytes | os.PathLike)]
             for open_folder in [

@@ -31,13 +31,23 @@ class Metric:
 class Row:
     """One way of decoding: task -> metric -> figure.
 
-    `drafted` and `accepted` count draft tokens over all answers that were generated.
+    Attributes:
+        plan: what is run.
+        asked: the mode that was asked for, where it is another than the plan's: "auto".
+        drafted: draft tokens over all answers that were generated.
+        accepted: those that the model agreed with.
     """
 
     plan: Plan
     results: dict[str, dict[str, Metric]] = dataclasses.field(default_factory=dict)
     drafted: int = 0
     accepted: int = 0
+    asked: str | None = None
+
+    @property
+    def mode(self) -> str:
+        """What it is called."""
+        return self.asked or self.plan.mode
 
     @property
     def drafts(self) -> bool:
@@ -47,10 +57,11 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            "mode": self.plan.mode,
+            "mode": self.mode,
             "exit_layer": self.plan.exit_layer,
             "draft_tokens": self.plan.draft_tokens,
             "draft_from": self.plan.draft_from if self.drafts else None,
+            "adaptive": self.plan.adaptive,
             "acceptance_rate": self.accepted / self.drafted if self.drafted else None,
             "results": {
                 task: {name: metric.to_dict() for name, metric in metrics.items()}
@@ -59,14 +70,14 @@ class Row:
         }
 
 
-def plans(
+def rows_of(
     model: LayerSkipModel,
     modes: Sequence[str],
     exit_layers: Sequence[int] | None = None,
     draft_tokens: int | None = None,
     draft_from: str | None = None,
-) -> list[Plan]:
-    """Every mode at every exit; plain decoding has none and is one plan.
+) -> list[Row]:
+    """Every mode at every exit; plain decoding has none and is one row, as are modes that run the same.
 
     Args:
         model: says how many layers there are, and what its checkpoint prefers.
@@ -81,14 +92,14 @@ def plans(
     """
     n_layers = len(model.decoder.layers)
     quarters = sorted({math.ceil(n_layers * i / EXITS) for i in range(1, EXITS + 1)})
-    found: list[Plan] = []
+    found: list[Row] = []
     for mode in modes:
         exits: Sequence[int | None] = exit_layers or (quarters if mode == "early-exit" else [None])
         for e in exits if mode != "plain" else [None]:
             drafts = (draft_tokens, draft_from) if mode in DRAFTING else (None, None)
             plan = choose(mode, e, *drafts, settings=model.settings, n_layers=n_layers)
-            if plan not in found:
-                found.append(plan)
+            if all(row.plan != plan for row in found):
+                found.append(Row(plan, asked=mode))
     return found
 
 

@@ -41,7 +41,7 @@ def plot_exits(rows: Sequence[Row], n_layers: int) -> bytes:
         by_mode: dict[str, dict[int, Metric]] = {}
         for row in rows:
             if metric in row.results.get(task, {}):
-                points = by_mode.setdefault(row.plan.mode, {})
+                points = by_mode.setdefault(row.mode, {})
                 points[row.plan.exit_layer or n_layers] = row.results[task][metric]
         for mode, points in by_mode.items():
             _draw(axes, mode, points)

@@ -1,5 +1,6 @@
 """Pictures of a benchmark, drawn from its document."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,12 +38,14 @@ def draw(document: dict[str, Any], folder: Path) -> list[Path]:
     return written
 
 
-def draw_by_group(groups: Sequence[dict[str, Any]], file: Path) -> None:
+def draw_by_group(groups: Sequence[dict[str, Any]]) -> bytes:
     """Draw tokens/s of plain decoding and of another mode, side by side for every group of prompts.
 
     Args:
         groups: each with `task`, its name, and two `rows`, plain decoding's first.
-        file: PNG to write.
+
+    Returns:
+        A PNG.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -59,7 +62,9 @@ def draw_by_group(groups: Sequence[dict[str, Any]], file: Path) -> None:
     axes.margins(y=0.12)
     axes.set(ylabel="tokens/s", title="Speed on the same prompts")
     axes.legend(fontsize="small")
-    FigureCanvasAgg(figure).print_png(file)  # type: ignore[no-untyped-call, unused-ignore]
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture)  # type: ignore[no-untyped-call, unused-ignore]
+    return picture.getvalue()
 
 
 def _new(height: float = 5.0) -> "tuple[Figure, Axes]":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from statistics import fmean
@@ -16,8 +16,25 @@ from layerskip.bench.sandbox import runs_to_end
 if TYPE_CHECKING:
     from layerskip.bench.tasks import Sample
 
+Metrics = Callable[[Sequence["Sample"], Sequence[str]], dict[str, float]]
+
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+
+
+def check_can_judge(metrics: Metrics | None) -> None:
+    """What is missing is said before an hour of measuring, not after it.
+
+    Raises:
+        ValueError: a package is not installed, or generated code cannot run here.
+    """
+    if metrics in (rouge, first_line_rouge, match_and_rouge):
+        rouge_scorer()
+    if metrics is pass_at_1 and not runs_to_end(""):
+        raise ValueError(
+            "pass@1 cannot be judged: a confined Python process does not start here"
+            " (are memory or processes limited?)"
+        )
 
 
 def exact_match(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 from layerskip.bench import quality
 from layerskip.bench.catalogue import FORMS, Form
 
-Metrics = Callable[["Sequence[Sample]", Sequence[str]], dict[str, float]]
 T = TypeVar("T")
 
 TASKS: Mapping[str, str] = {name: form.description for name, form in FORMS.items()}
@@ -57,7 +56,7 @@ class Task:
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     n_shot: int = 0
-    metrics: Metrics | None = None
+    metrics: quality.Metrics | None = None
 
     def quality(self, texts: Sequence[str]) -> dict[str, float]:
         """How good the answers are.
@@ -140,8 +139,7 @@ def _named(
     shots = form.shots if n_shot is None else n_shot
     if shots and form.answer is None:
         raise ValueError(f"{name} takes no shots: leave n_shot out, or 0")
-    if form.metrics in (quality.rouge, quality.first_line_rouge):
-        quality.rouge_scorer()  # what is missing is said before an hour of measuring, not after it
+    quality.check_can_judge(form.metrics)
     rows = [row for row in form.data.rows("test", data) if form.prompt(row) is not None]
     others = form.data.rows(form.shot_split, data) if shots else []
     if shots > len(others):
@@ -189,7 +187,7 @@ def _own(name: str, samples: int | None, seed: int) -> Task:
     drawn = tuple(draw(found, samples, seed, group=lambda sample: sample.category))
     has_references = any(sample.references for sample in drawn)
     if has_references:
-        quality.rouge_scorer()
+        quality.check_can_judge(quality.match_and_rouge)
     return Task(
         name=name,
         samples=drawn,
@@ -230,6 +228,8 @@ def _own_prompt(row: Mapping[str, Any]) -> tuple[str | tuple[Mapping[str, str], 
 
 def _own_metrics(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
     pairs = [pair for pair in zip(samples, texts, strict=True) if pair[0].references]
+    if not pairs:  # those with references did not fit into the context
+        return {}
     return quality.match_and_rouge([sample for sample, _ in pairs], [text for _, text in pairs])
 
 

@@ -56,9 +56,8 @@ def _list_of(kind: Any) -> Any:
 )
 @click.option(
     "--exit-layers",
-    callback=_list_of(click.IntRange(min=1)),
-    default="",
-    metavar="E,...",
+    callback=options.layers,
+    metavar="4,8,12-20",
     help="Exit layers for early exit and for drafts. Default: the checkpoint's, else a quarter.",
 )
 @click.option(
@@ -154,6 +153,7 @@ def command(
     """
     options.check_output(output)
     options.check_report(report)
+    flags["exit_layers"] = flags["exit_layers"] or ()
     config = BenchConfig(**{f.name: flags[f.name] for f in dataclasses.fields(BenchConfig)})
     model = options.load_model(flags)
     has_template = model.tokenizer is not None and bool(model.tokenizer.chat_template)

@@ -8,11 +8,13 @@ import click
 from rich.console import Console
 
 from layerskip.bench.environment import environment_of
+from layerskip.bench.plots import draw_by_group
 from layerskip.cli import options
-from layerskip.cli.demo_figures import group_of, show_picture, table, title_of, together
+from layerskip.cli.demo_figures import bars, group_of, table, title_of, together
 from layerskip.cli.demo_tasks import TASKS
 from layerskip.cli.demo_view import compare
 from layerskip.decoding import LayerSkipModel
+from layerskip.model.weights import replace
 
 HONEST_WORD = (
     "This checkpoint was not trained with layer dropout and early exit loss, so its early layers"
@@ -42,7 +44,7 @@ FOLDER = Path("runs/demo-train")
     "--picture",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.png",
-    help="Draw the speeds into a PNG file, and not as bars here; needs matplotlib.",
+    help="Draw the speeds into a PNG file too; needs matplotlib.",
 )
 @click.option(
     "--train",
@@ -103,18 +105,18 @@ def command(
             minutes=minutes or MINUTES,
             folder=folder or FOLDER,
             max_new_tokens=max_new_tokens,
-            picture=picture,
             console=console,
         )
     else:
-        document = _decode(flags, max_new_tokens, picture, console)
+        document = _decode(flags, max_new_tokens, console)
     console.print(TRY_IT, markup=False, soft_wrap=True)
     options.deliver(document, as_json=as_json, output=output)
+    if picture is not None:
+        replace(picture, draw_by_group(document["tasks"]))
+        console.print(f"Drawn: {picture}", soft_wrap=True)
 
 
-def _decode(
-    flags: dict[str, Any], max_new_tokens: int | None, picture: Path | None, console: Console
-) -> dict[str, Any]:
+def _decode(flags: dict[str, Any], max_new_tokens: int | None, console: Console) -> dict[str, Any]:
     """The three tasks; the document of `--json`."""
     model = options.load_model(flags)
     with options.waiting("decoding") if console.quiet else contextlib.nullcontext():
@@ -133,7 +135,7 @@ def _decode(
     total = group_of("total", together(entries))
     console.rule()
     console.print(table(groups, title_of(flags, model), total))
-    show_picture(groups, picture, console)
+    console.print(bars(groups))
     console.print(_word(model), soft_wrap=True)
     return {
         "environment": environment_of(model.decoder),

@@ -1,15 +1,13 @@
 """What the demo measured: groups of rows, as one table and one picture."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.bar import Bar
-from rich.console import Console
 from rich.table import Table
 
 from layerskip.bench.measure import Entry
-from layerskip.bench.plots import OTHER, OWN, draw_by_group
+from layerskip.bench.plots import OTHER, OWN
 from layerskip.bench.rows import row
 from layerskip.decoding import LayerSkipModel
 
@@ -57,29 +55,20 @@ def table(groups: Sequence[Group], title: str, total: Group | None = None) -> Ta
     return shown
 
 
-def show_picture(groups: Sequence[Group], file: Path | None, console: Console) -> None:
-    """Draw the speeds: into a PNG file, or as bars on the console where none is named."""
-    if file is None:
-        console.print(_bars(groups))
-    else:
-        draw_by_group(groups, file)
-        console.print(f"Drawn: {file}", soft_wrap=True)
-
-
-def _bars(groups: Sequence[Group]) -> Table:
+def bars(groups: Sequence[Group]) -> Table:
     """Tokens/s of both modes."""
     fastest = max(r["tokens_per_s"] or 0.0 for group in groups for r in group["rows"])
-    bars = Table.grid(padding=(0, 1))
+    shown = Table.grid(padding=(0, 1))
     for group in groups:
         for i, figures in enumerate(group["rows"]):
             speed = figures["tokens_per_s"] or 0.0
-            bars.add_row(
+            shown.add_row(
                 "" if i else group["task"],
                 figures["mode"],
                 Bar(fastest or 1.0, 0, speed, width=40, color=OWN if i else OTHER),
                 _figure(figures["tokens_per_s"], "{:.1f} tokens/s"),
             )
-    return bars
+    return shown
 
 
 def _figure(value: float | None, form: str) -> str:

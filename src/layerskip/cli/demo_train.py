@@ -11,9 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from layerskip.bench.environment import environment_of
 from layerskip.bench.measure import Entry
 from layerskip.cli import demo_functions, options
-from layerskip.cli.demo_figures import Group, group_of, show_picture, table, title_of
+from layerskip.cli.demo_figures import Group, bars, group_of, table, title_of
 from layerskip.cli.demo_functions import Row
 from layerskip.cli.demo_view import compare
 from layerskip.decoding import LayerSkipModel
@@ -43,11 +44,13 @@ class _Look:
         group: what was measured of both modes.
         agreement: exit -> share of positions where it names the model's next token; None without any.
         title: of a table.
+        environment: the machine and how the checkpoint was run.
     """
 
     group: Group
     agreement: dict[int, float | None]
     title: str
+    environment: dict[str, Any]
 
 
 def run(
@@ -56,7 +59,6 @@ def run(
     minutes: float,
     folder: Path,
     max_new_tokens: int | None,
-    picture: Path | None,
     console: Console,
 ) -> dict[str, Any]:
     """Look at a checkpoint, train it, and look again.
@@ -66,7 +68,6 @@ def run(
         minutes: of training.
         folder: of the result: an ordinary checkpoint, and the rows as jsonl.
         max_new_tokens: of each answer; None takes `MAX_NEW_TOKENS`.
-        picture: PNG file of the speeds; None draws bars on the console.
         console: where all is shown but the progress of training.
 
     Returns:
@@ -96,10 +97,11 @@ def run(
     console.rule()
     console.print(_exits_table(before, after))
     console.print(table(groups, after.title))
-    show_picture(groups, picture, console)
+    console.print(bars(groups))
     console.print(HONEST_WORD, soft_wrap=True)
     console.print(f"The checkpoint is in {folder}.", soft_wrap=True)
     return {
+        "environment": after.environment,
         "model": flags["model"],
         "folder": str(folder),
         "steps": steps,
@@ -139,7 +141,12 @@ def _look(
     entries = compare(model, name, prompts, prompts, max_new_tokens=length, console=console)
     with options.waiting("reading what every exit says"):
         agreement = _agreement(model, prompts, entries[0], exits, length)
-    return _Look(group_of(name, entries), agreement, title_of(flags, model))
+    return _Look(
+        group_of(name, entries),
+        agreement,
+        title_of(flags, model),
+        environment_of(model.decoder),
+    )
 
 
 def exits_of(n_layers: int) -> list[int]:

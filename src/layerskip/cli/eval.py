@@ -22,17 +22,15 @@ from layerskip.bench.perplexity import perplexity, read_text
 from layerskip.cli import options
 from layerskip.decoding import MODES, LayerSkipModel
 from layerskip.decoding.policy import DRAFT_SOURCES
+from layerskip.model.weights import replace
 
 ARROWS = {True: "↑", False: "↓", None: ""}
 
 
-def _exit_layers(_: click.Context, __: click.Parameter, text: str | None) -> list[int] | str | None:
-    if text is None or text == "all":
-        return text
-    try:
-        return sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise click.BadParameter("give numbers separated by commas, or 'all'") from None
+def _exit_layers(
+    ctx: click.Context, param: click.Parameter, text: str | None
+) -> list[int] | str | None:
+    return text if text == "all" else options.layers(ctx, param, text)
 
 
 @click.command("eval")
@@ -48,9 +46,9 @@ def _exit_layers(_: click.Context, __: click.Parameter, text: str | None) -> lis
 )
 @click.option(
     "--exit-layers",
-    metavar="E,E",
+    metavar="4,8,12-20",
     callback=_exit_layers,
-    help="Layers run before the exit, or all. Default of early-exit: the quarters of the layers.",
+    help="Exit layers, or all. Default of early-exit: the quarters of the layers.",
 )
 @click.option(
     "--mode",
@@ -153,16 +151,15 @@ def command(
     model = options.load_model(flags)
     n_layers = len(model.decoder.layers)
     exits = list(range(1, n_layers + 1)) if isinstance(exit_layers, str) else exit_layers
-    plans = evaluation.plans(model, modes, exits, draft_tokens, draft_from)
-    rows = [evaluation.Row(plan) for plan in plans]
+    rows = evaluation.rows_of(model, modes, exits, draft_tokens, draft_from)
     facts: dict[str, Any] = {}
     with _progress() as report:
+        if names:  # first, since a wrong name of a task is to be found before any long work
+            facts = _add_tasks(model, rows, names, flags, report)
         for name, content in contents.items():
             _add_perplexity(
                 model, rows, called[name], content, window, stride, flags["batch_size"], report
             )
-        if names:
-            facts = _add_tasks(model, rows, names, flags, report)
     result = {
         "environment": environment_of(
             model.decoder,
@@ -178,7 +175,7 @@ def command(
         _print_table(rows, flags["model"])
     options.deliver(result, as_json=as_json, output=output)
     if plot is not None:
-        options.write_file(plot, plot_exits(rows, n_layers))
+        replace(plot, plot_exits(rows, n_layers))
 
 
 def _add_perplexity(
@@ -260,7 +257,7 @@ def _print_table(rows: list[evaluation.Row], model: str) -> None:
             table.add_row(
                 task if i == 0 else "",
                 f"{name} {ARROWS[metric.higher_is_better]}" if i == 0 else "",
-                row.plan.mode,
+                row.mode,
                 str(row.plan.exit_layer or ""),
                 f"{metric.value:.4g}",
                 "" if metric.stderr is None else f"± {metric.stderr:.2g}",

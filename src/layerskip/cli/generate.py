@@ -11,7 +11,7 @@ from rich.progress import track
 
 from layerskip.cli import options, show
 from layerskip.cli.prompts import read_prompts
-from layerskip.decoding import Generation
+from layerskip.decoding import Answer, Generation, LayerSkipModel, PromptError
 
 
 @click.command("generate")
@@ -40,7 +40,7 @@ def command(
     Examples:
       layerskip generate --prompt "Once upon a time" --max-new-tokens 64
       layerskip generate --chat --prompt "Name three rivers in Europe." --stats
-      layerskip generate --mode self-speculative --exit-layer 25 --draft-tokens 2 \\
+      layerskip generate --mode self-speculative --exit-layer 4 --draft-tokens 2 \\
           --prompt "def fib(n):" --show-draft
       echo "Once upon a time" | layerskip generate --json
       layerskip generate --prompts prompts.jsonl --output answers.json
@@ -54,20 +54,32 @@ def command(
     quiet = as_json or output is not None
     if show_draft and not quiet:
         show.show_legend()
+    several = prompts_file is not None
     generations: list[Generation] = []
-    for i, one in enumerate(_with_progress(prompts) if quiet else prompts):
-        answer = model.answer(one, **arguments)
-        if not quiet:
-            if i:
-                print()
-            show.show_pieces(answer, show_draft=show_draft)
-        generations.append(answer.complete())
-        if stats:
-            show.show_stats(generations[-1])
-    results = [generation.to_dict() for generation in generations]
-    if quiet:
-        several = prompts_file is not None
-        options.deliver(results if several else results[0], as_json=as_json, output=output)
+    try:
+        for i, one in enumerate(_with_progress(prompts) if quiet else prompts):
+            answer = _begin(model, one, arguments, i + 1 if several else None)
+            if not quiet:
+                if i:
+                    print()
+                show.show_pieces(answer, show_draft=show_draft)
+            generations.append(answer.complete())
+            if stats:
+                show.show_stats(generations[-1])
+    finally:  # Ctrl-C and whatever goes wrong later leave the answers so far
+        results = [generation.to_dict() for generation in generations]
+        if quiet and results:
+            options.deliver(results if several else results[0], as_json=as_json, output=output)
+
+
+def _begin(
+    model: LayerSkipModel, prompt: Any, arguments: dict[str, Any], number: int | None
+) -> Answer:
+    """Begin an answer; of several prompts, the one that cannot be used is named."""
+    try:
+        return model.answer(prompt, **arguments)
+    except PromptError as error:
+        raise error if number is None else PromptError(f"prompt {number}: {error}") from None
 
 
 def _prompts(prompt: str | None, file: Path | None, chat: bool) -> list[Any]:

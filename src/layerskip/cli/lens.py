@@ -15,6 +15,7 @@ from layerskip.cli.prompts import read_prompts
 from layerskip.decoding import Generation, LayerSkipModel
 from layerskip.lens import Agreement, Report, report_on
 from layerskip.lens.page import agreement_page, report_page
+from layerskip.model.weights import replace
 
 PROMPT_TAIL = 16  # positions of the prompt that are looked at where none were asked for
 PICTURE_POSITIONS = 16
@@ -89,7 +90,7 @@ def command(
       layerskip lens --prompt "The capital of France is" --max-new-tokens 12
       layerskip lens --prompt "def fib(n):" --layers 10,20-30 --positions 4-20 --png lens.png
       layerskip lens --chat --prompt "Name three rivers." --mode self-speculative \\
-          --exit-layer 25 --draft-tokens 3 --html lens.html
+          --exit-layer 4 --draft-tokens 3 --html lens.html
       layerskip lens --data prompts.jsonl --samples 20 --png agreement.png --output lens.json
     """
     if data is not None and not (prompt is None and continuation is None and positions is None):
@@ -117,17 +118,17 @@ def command(
         lens_table.show_report(console, report, all_positions=positions is not None)
         document = report.to_dict()
         if html is not None:
-            options.write_file(html, report_page(report).encode())
+            replace(html, report_page(report).encode())
         if png is not None:
-            options.write_file(png, picture.draw_report(report if positions else _head(report)))
+            replace(png, picture.draw_report(report if positions else _head(report)))
     else:
         agreement = _agreement(model, prompts, layers, decoding)
         lens_table.show_agreement(console, agreement)
         document = {"model": name, "agreement": agreement.to_dict()}
         if html is not None:
-            options.write_file(html, agreement_page(agreement, name).encode())
+            replace(html, agreement_page(agreement, name).encode())
         if png is not None:
-            options.write_file(png, picture.draw_agreement(agreement, name))
+            replace(png, picture.draw_agreement(agreement, name))
     options.deliver(document, as_json=as_json, output=output)
 
 

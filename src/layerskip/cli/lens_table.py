@@ -128,7 +128,7 @@ def _show_rounds(console: Console, report: Report) -> None:
             line.append(f"✓{symbols[token]} ", "green")
         for i, token in enumerate(one.rejected):
             line.append(
-                f"{'·' if i else '✗'}{symbols[token]} ", "dim strike" if i else "red strike"
+                f"{'~' if i else '✗'}{symbols[token]} ", "dim strike" if i else "red strike"
             )
         if one.own is not None:
             line.append(f"{'✎' if one.corrected else '+'}{symbols[one.own]}", "bold blue")

@@ -19,6 +19,7 @@ from layerskip.decoding import DRAFT_SOURCES, MODES, LayerSkipModel
 from layerskip.model.quantize import WEIGHTS
 from layerskip.model.rounding import RoundingWarning
 from layerskip.model.source import BUILTIN_MODELS, DEFAULT_MODEL, is_pulled, pull
+from layerskip.model.weights import replace
 
 Command = Callable[..., Any]
 
@@ -39,7 +40,7 @@ def layers(_: click.Context, __: click.Parameter, value: str | None) -> list[int
     found: set[int] = set()
     for part in value.split(","):
         first, last = span(part)
-        if first > last:
+        if not 1 <= first <= last:
             raise click.BadParameter(f"{value!r} is no list of layers; an example: 4,8,10-12")
         found |= set(range(first, last + 1))
     return sorted(found)
@@ -271,27 +272,17 @@ def deliver(result: Any, *, as_json: bool, output: Path | None) -> None:
     """Print the result as JSON, write it to a file, or both; the file appears whole or not at all."""
     text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
     if output is not None:
-        write_file(output, text.encode())
+        replace(output, text.encode())
     if as_json:
         sys.stdout.write(text)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write beside the file and rename, so that it appears whole or not at all."""
-    beside = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+        sys.stdout.flush()  # a full disk or a reader that has left is met here, not at the very end
 
 
 def check_output(output: Path | None, flag: str = "--output") -> None:
     """Refuse an output file that cannot be written before any long work starts."""
-    if output is None:
+    if output is None or (output.exists() and not output.is_file()):  # a pipe, a device
         return
-    folder = output.absolute().parent
+    folder = output.resolve().parent
     if not folder.is_dir():
         raise click.UsageError(f"the folder of {flag} {output} does not exist")
     if not os.access(folder, os.W_OK):

@@ -78,7 +78,12 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
         if importlib.util.find_spec(name) is None:
             raise ImportError(f"training needs {name}; run: pip install 'layerskip[train]'")
     given = {name: value for name, value in flags.items() if value is not None}
-    settings = TrainConfig.from_yaml(config, **given) if config else TrainConfig.from_mapping(given)
+    try:
+        settings = (
+            TrainConfig.from_yaml(config, **given) if config else TrainConfig.from_mapping(given)
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, accelerate launch
     with TrainProgress(is_shown=is_first) as progress:
         result = train(settings, progress)

@@ -124,20 +124,22 @@ def command(
             draft_vocabulary=tuning.draft_vocabulary,
         )
     pictures = []
-    if report is not None:
-        from layerskip.tuning.plots import plot_tuning
+    try:
+        if report is not None:
+            from layerskip.tuning.plots import plot_tuning
 
-        pictures = plot_tuning(tuning, report)
-    if not as_json:
-        _show(tuning, file, pictures, dry_run=dry_run, is_folder=folder.is_dir())
-    result = {
-        "model": flags["model"],
-        "data": data,
-        **tuning.to_dict(),
-        "written_to": None if file is None else str(file),
-        "pictures": [str(picture) for picture in pictures],
-    }
-    options.deliver(result, as_json=as_json, output=output)
+            pictures = plot_tuning(tuning, report)
+    finally:  # what was measured is told, even where it cannot be drawn
+        if not as_json:
+            _show(tuning, file, pictures, dry_run=dry_run, is_folder=folder.is_dir())
+        result = {
+            "model": flags["model"],
+            "data": data,
+            **tuning.to_dict(),
+            "written_to": None if file is None else str(file),
+            "pictures": [str(picture) for picture in pictures],
+        }
+        options.deliver(result, as_json=as_json, output=output)
 
 
 def _prompts(

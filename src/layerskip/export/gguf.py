@@ -7,12 +7,13 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import LlamaFileType
 
 from layerskip.export import gguf_metadata, gguf_tokenizer
 from layerskip.export.destination import new_file
-from layerskip.export.source import Source
+from layerskip.export.source import Source, cast
 from layerskip.export.written import Progress, Written
 from layerskip.model import UnsupportedModelError, families, row_order
 from layerskip.model.weights import GgufFile
@@ -156,6 +157,8 @@ def _data(source: Source, name: str, kind: Kind) -> "np.ndarray[Any, Any]":
     if isinstance(tensors, GgufFile) and tensors.stored_as(name) == kind.name:
         return tensors.blocks(name)
     order = families.FAMILIES[families.family_of(_architecture(source))].gguf_rotary
-    tensor = row_order.read(source.files, name, order).float()
-    data: np.ndarray[Any, Any] = gguf.quants.quantize(tensor.contiguous().numpy(), kind)
+    tensor = row_order.read(source.files, name, order)
+    if kind is Kind.F16:
+        tensor = cast(tensor, torch.float16, name)
+    data: np.ndarray[Any, Any] = gguf.quants.quantize(tensor.float().contiguous().numpy(), kind)
     return data

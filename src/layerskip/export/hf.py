@@ -11,7 +11,7 @@ from torch import Tensor
 from layerskip.export import hf_config
 from layerskip.export.calibrate import Calibrated
 from layerskip.export.destination import new_folder
-from layerskip.export.source import Source
+from layerskip.export.source import Source, cast
 from layerskip.export.written import Progress, Written
 from layerskip.model import CheckpointError, row_order
 from layerskip.model.rounding import Rounding
@@ -83,7 +83,7 @@ def to_hf(
                     state[name] = changed[name]
                 else:
                     tensor = row_order.read(source.files, name, "halves")
-                    state[name] = tensor.to(dtypes[name]).contiguous()
+                    state[name] = cast(tensor, dtypes[name], name).contiguous()
                     carried_over += tensors.stored_as(name) == _NAMES[dtypes[name]]
                 written += 1
                 progress(written, len(names))

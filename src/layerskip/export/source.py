@@ -4,6 +4,9 @@ import dataclasses
 import re
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from layerskip.model import (
     Architecture,
     CheckpointError,
@@ -92,3 +95,15 @@ def open_source(model: str | Path, exit_layer: int | None = None) -> Source:
     if exit_layer is not None and not 1 <= exit_layer <= n_layers:
         raise ValueError(f"the exit layer is {exit_layer}, this model has exits 1 to {n_layers}")
     return Source(files=files, exit_layer=exit_layer)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A tensor in another dtype.
+
+    Raises:
+        ValueError: a number is larger than the dtype holds (65504 in float16) and would be infinite.
+    """
+    other = tensor.to(dtype)
+    if dtype is torch.float16 and not torch.equal(other.isfinite(), tensor.isfinite()):
+        raise ValueError(f"{name} has numbers that float16 does not hold; choose bf16 instead")
+    return other

@@ -303,6 +303,24 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def replace(path: Path, content: bytes) -> None:
+    """Write a file so that it appears whole or not at all: beside it first, then renamed.
+
+    A link goes on pointing to its file, and what is no ordinary file, a pipe or a device, is written to.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    path = path.resolve()
+    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        beside.write_bytes(content)
+        flush(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def flush(path: Path) -> None:
     """See that a file, or all files of a folder, are on the disk, before they get their final name."""
     for inside in path.rglob("*") if path.is_dir() else [path]:

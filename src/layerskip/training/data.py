@@ -65,7 +65,8 @@ def _file_rows(path: Path) -> Iterator[Row]:
     }
     if plain.suffix not in readers:
         raise ValueError(f"{path} is of no known kind; known are {', '.join(_SUFFIXES)}")
-    with open_text(path, newline="") as file:
+    # Tables and JSON keep line breaks inside of fields as they are; of running text all are alike.
+    with open_text(path, newline=None if plain.suffix == ".txt" else "") as file:
         yield from readers[plain.suffix](file, plain.name)
 
 

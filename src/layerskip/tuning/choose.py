@@ -36,18 +36,19 @@ class Choice:
 def choose(rows: Sequence[Mapping[str, Any]]) -> Choice:
     """Choose from measured rows.
 
-    A setting is worth having if even the low end of its speedup's interval is above 1; what may be
-    slower than plain decoding is not.
+    The fastest of the settings whose speedup's interval is all above 1 is chosen; what may be slower
+    than plain decoding is not worth having.
 
     Args:
         rows: as of `bench.rows.row`, plain decoding first, then at least one other.
     """
     plain, *others = rows
-    fastest = max(others, key=lambda row: float(row["speedup"]))
+    certain = [row for row in others if row["speedup_interval"][0] > 1.0]
+    fastest = max(certain or others, key=lambda row: float(row["speedup"]))
     low, high = fastest["speedup_interval"]
     pair = f"E={fastest['exit_layer']}, d={fastest['draft_tokens']}"
     gain = f"{fastest['speedup']:.2f}x of plain decoding (95% interval {low:.2f} to {high:.2f})"
-    if low <= 1.0:
+    if not certain:
         return Choice(
             mode="plain",
             exit_layer=None,

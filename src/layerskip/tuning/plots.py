@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +11,6 @@ from layerskip.tuning.run import Tuning
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-def check_installed() -> None:
-    """Raise ImportError, with what to do, where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError(
-            "pictures need matplotlib; install it with: pip install 'layerskip[plot]'"
-        )
 
 
 def plot_tuning(tuning: Tuning, directory: Path) -> list[Path]:
@@ -41,7 +32,6 @@ def plot_tuning(tuning: Tuning, directory: Path) -> list[Path]:
 
 
 def _figure(height: float) -> Figure:
-    check_installed()
     from matplotlib.figure import Figure
 
     return Figure(figsize=(8, height), dpi=150, layout="constrained")

@@ -3,7 +3,6 @@
 import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +28,6 @@ class Prediction:
     speedup: float
     acceptance_rate: float | None
     mean_accepted_length: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields for JSON."""
-        return dataclasses.asdict(self)
 
 
 def predict_plain(costs: Costs, continuations: Sequence[Continuation]) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from layerskip.model import StepCosts
 from layerskip.model.settings import FILE, KEY, costs_of, text_of_ids
-from layerskip.model.weights import read_json
+from layerskip.model.weights import read_json, replace
 from layerskip.tuning.choose import Choice
 
 
@@ -61,7 +61,11 @@ def write_settings(
     if draft_vocabulary:
         own["draft_vocabulary"] = text_of_ids(draft_vocabulary)
     fields[KEY] = own
-    _replace(file, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+    try:
+        replace(file, text.encode())
+    except OSError as error:
+        raise ValueError(f"{file} cannot be written: {error}") from error
     return file
 
 
@@ -85,14 +89,3 @@ def _special_tokens(folder: Path, end_tokens: Sequence[int]) -> dict[str, Any]:
     if end_tokens:
         fields["eos_token_id"] = end_tokens[0] if len(end_tokens) == 1 else list(end_tokens)
     return fields
-
-
-def _replace(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
-    except OSError as error:
-        raise ValueError(f"{file} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
