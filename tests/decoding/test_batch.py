@@ -15,9 +15,11 @@ from tiny_decoders import (
     tiny_decoder,
 )
 
+import tiny_models
+from layerskip import LayerSkipModel
 from layerskip.decoding import Plan, PromptError, Sampling
 from layerskip.decoding import generate as generate_steps
-from layerskip.decoding.batch import Batch
+from layerskip.decoding.batch import Batch, alike
 from layerskip.decoding.generate import PREFILL_CHUNK
 
 EARLY = Plan(mode="early-exit", exit_layer=2)
@@ -135,6 +137,29 @@ def test_cache_rows():
     cache.keep_rows(torch.tensor([2, 0]))
     assert cache.lengths.tolist() == [7, 5]
     assert cache.slots[0, 0, :, 0, 0, 0].tolist() == [2, 0]
+
+
+def test_rows_that_stay_move_what_is_settled_alone():
+    cache = tiny_decoder("llama3.1").new_cache(4096, 3)
+    cache.slots.copy_(torch.rand_like(cache.slots))
+    before = cache.slots.clone()
+    cache.lengths += torch.tensor([5, 40, 33])
+    cache.keep_rows(torch.tensor([2, 0]))
+    kept = before[:, :, [2, 0], :, :64]
+    assert torch.equal(cache.slots[..., :64, :], kept)
+    assert not cache.slots[..., 64:, :].any()
+
+
+def test_longrope_prompts_on_both_sides_of_its_switch_are_answered_as_each_alone(tmp_path):
+    tiny_models.build("phi4-mini").save_pretrained(tmp_path)
+    model = LayerSkipModel.from_pretrained(tmp_path, dtype="float32")
+    rope = next(rope for rope in model.decoder.architecture.ropes if rope is not None)
+    prompts = [random_prompt(model.decoder, n) for n in (rope.original_max_positions, 3)]
+    assert not alike(model.decoder, prompts, 8)
+    assert alike(model.decoder, prompts[1:] * 2, 8)
+    together = model.generate(prompts, mode="plain", max_new_tokens=8)
+    alone = [model.generate(prompt, mode="plain", max_new_tokens=8) for prompt in prompts]
+    assert [g.token_ids for g in together] == [g.token_ids for g in alone]
 
 
 @pytest.mark.parametrize("options", [{}, {"exit_layer": SCRIPTED_LAYERS - 1, "draft_tokens": 3}])

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import copy
+import itertools
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny_decoders import PLAIN, ids, random_prompt, speculative, tiny_decoder
 
 import tiny_models
 from layerskip import LayerSkipModel
-from layerskip.decoding import Sampling, generate
+from layerskip.decoding import PromptError, Sampling, generate
 from layerskip.model import Settings
 
 SPECULATIVE = {"mode": "self-speculative", "exit_layer": 2, "draft_tokens": 4}
@@ -167,7 +168,13 @@ def test_a_seed_makes_sampling_repeatable(model, mode):
 def test_threads_share_one_model(model):
     prompts = [random_prompt(model.decoder, n, seed=n) for n in range(3, 9)]
     jobs = [
-        {"prompt": prompt, "seed": i, "temperature": temperature, "max_new_tokens": 40, **mode}
+        {
+            "prompt": prompt,
+            "seed": i,
+            "temperature": temperature,
+            "max_new_tokens": 20 + 25 * i,
+            **mode,
+        }
         for i, prompt in enumerate(prompts)
         for temperature in (0.0, 1.0)
         for mode in ({"mode": "plain"}, {"mode": "early-exit", "exit_layer": 1}, SPECULATIVE)
@@ -176,6 +183,28 @@ def test_threads_share_one_model(model):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         together = [made.token_ids for made in pool.map(lambda job: model.generate(**job), jobs)]
     assert together == alone
+
+
+def test_time_to_the_first_token_is_each_answers_own(model, monkeypatch):
+    """Prompts that are answered one after the other do not count each other's time."""
+    ticks = itertools.count()
+    monkeypatch.setattr("layerskip.decoding.answer.device_clock", lambda _: lambda: next(ticks))
+    answers = model.generate([[5], [6], [7]], max_new_tokens=9, repetition_penalty=1.1)
+    assert [answer.ttft_s for answer in answers] == [1, 1, 1]
+
+
+def test_messages_that_the_template_refuses():
+    model = chatting_model(encode("ab"))
+    model.tokenizer.chat_template = "{{ raise_exception('no system message') }}"
+    with pytest.raises(PromptError, match="refuses these messages: no system message"):
+        model.generate(MESSAGES)
+
+
+def test_bad_draft_vocabularies(model):
+    model.settings = Settings(end_tokens=(10**6,), exit_layer=1)  # no such token
+    assert model.generate([5], draft_vocabulary=20, max_new_tokens=3).token_ids
+    with pytest.raises(ValueError, match="1 or more tokens"):
+        model.generate([5], draft_vocabulary=-1)
 
 
 def test_two_answers_in_turns(model):

@@ -68,6 +68,12 @@ def test_every_byte_is_that_of_another_converter(case, weights, tmp_path):
     assert found == expected
 
 
+def test_an_activation_that_gguf_cannot_name_is_refused(tmp_path):
+    tiny_models.build("llama2", hidden_act="gelu_pytorch_tanh").save_pretrained(tmp_path / "in")
+    with pytest.raises(UnsupportedModelError, match="activation gelu_tanh"):
+        to_gguf(open_source(tmp_path / "in"), tmp_path / "m.gguf")
+
+
 def test_a_row_that_is_not_whole_blocks_is_f16(saved, tmp_path):
     model = tiny_models.build("llama2", intermediate_size=80)
     model.save_pretrained(tmp_path)

@@ -5,7 +5,7 @@ import torch
 
 from layerskip.model import load
 from layerskip.model.linear import DenseLinear, PackedLinear, linear
-from tiny_models import LAYERS, ONE_OF_EACH, reference, token_ids
+from tiny_models import LAYERS, ONE_OF_EACH, build, reference, token_ids
 
 DTYPES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # and half a unit in the last place
 
@@ -83,3 +83,15 @@ def test_logits_are_near_float32(case, dtype, tmp_path):
     error = logits[dtype].float() - logits[torch.float32]
     # Root mean square, of logits with a spread of about 1: roundings' worth over four layers.
     assert error.std() < 20 * DTYPES[dtype] * logits[torch.float32].std()
+
+
+@pytest.mark.parametrize("case", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_norms_with_an_offset_keep_small_weights_in_16_bits(case, compiled, tmp_path):
+    model = build(case)
+    weight = model.model.layers[1].input_layernorm.weight.data.fill_(2.0**-10)
+    model.save_pretrained(tmp_path)
+    decoder = load(tmp_path, dtype=torch.bfloat16, compiled=compiled).decoder
+    norm, x = decoder.layers[1].attention_norm, torch.randn(3, len(weight))
+    assert torch.equal(norm.weight, 1 + weight)
+    assert norm(x.bfloat16()).dtype == torch.bfloat16

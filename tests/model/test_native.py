@@ -1,7 +1,9 @@
 """The compiled kernels: right numbers, and the same bits for any number of rows."""
 
+import ctypes
 import itertools
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -45,7 +47,7 @@ def build_for(request, tmp_path_factory):
             build._compile(made)
         except NoCompilerError as error:
             pytest.skip(str(error))
-    return build._load(made)
+    return build._loaded(made)
 
 
 @pytest.fixture
@@ -296,10 +298,22 @@ def test_full_cache_is_refused(tmp_path):
         decoder.run(decoder.embed(torch.zeros(1, 33, dtype=torch.long)), 0, LAYERS, cache)
 
 
+@pytest.mark.parametrize("compiled_or_not", [True, False])
+def test_layers_that_are_not_there_are_refused(compiled_or_not, tmp_path):
+    decoder = load(saved("llama2", tmp_path), dtype=torch.float32, compiled=compiled_or_not).decoder
+    tokens = torch.zeros(1, 1, dtype=torch.long)
+    for start, stop in ((0, LAYERS + 1), (2, 1), (-1, 1)):
+        with pytest.raises(ValueError, match=f"this model has {LAYERS}"):
+            decoder.run(decoder.embed(tokens), start, stop, decoder.new_cache(32))
+    with pytest.raises(ValueError, match=f"this model has {LAYERS}"):
+        decoder.draft_step(tokens, LAYERS + 1, decoder.new_cache(32))
+
+
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
     """As on a machine that has compiled nothing yet; tells which commands were run."""
-    target = tmp_path / "kernels" / "made.so"
+    target, real = tmp_path / "kernels" / "made.so", build.target()
+    prepare()
     monkeypatch.setattr(build, "target", lambda: target)
     commands = []
 
@@ -307,7 +321,7 @@ def empty_cache(tmp_path, monkeypatch):
         commands.append(command)
         if "refused" in command[0]:
             return subprocess.CompletedProcess(command, 1, "", "kernels.cpp:1: no such flag\nmore")
-        (tmp_path / "kernels").joinpath(command[-1]).write_bytes(b"library")
+        shutil.copyfile(real, command[-1])
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(build.subprocess, "run", run)
@@ -320,6 +334,31 @@ def test_compiled_once_and_announced_once(empty_cache):
     prepare(said.append)
     assert said == ["compiling kernels for this machine (once)"]
     assert len(empty_cache) == 1
+
+
+def test_kernels_that_cannot_be_loaded_are_compiled_again(empty_cache, tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "made.so").write_bytes(b"cut off")
+    said = []
+    prepare(said.append)
+    assert said == ["compiling kernels again, as those there cannot be loaded"]
+    assert build.library() is build.library()
+
+
+def test_kernels_that_never_can_be_loaded_are_as_none(empty_cache, monkeypatch):
+    monkeypatch.setattr(
+        shutil, "copyfile", lambda _, to: Path(to).write_bytes(b"for another machine")
+    )
+    with pytest.raises(NoCompilerError, match="cannot be loaded"):
+        prepare()
+
+
+def test_too_little_memory_is_an_error():
+    matrix, x = PanelMatrix(torch.ones(16, 32)), torch.ones(1, 32)
+    with pytest.raises(MemoryError, match="no memory for so many positions"):
+        build.library().layerskip_product(
+            *(ctypes.byref(matrix.struct), None, 0.0, x.data_ptr(), 1 << 45, x.data_ptr(), 1)
+        )
 
 
 def test_a_compiler_that_refuses_leaves_nothing(empty_cache, monkeypatch, tmp_path):

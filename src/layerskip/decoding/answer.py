@@ -66,6 +66,8 @@ class Answer:
         self._loop = generate(model.decoder, prompt, **self.loop_options)
 
     def __iter__(self) -> Iterator[Piece]:
+        if not self._steps:  # it may have waited for its turn
+            self._started, self._paused_s = self._clock(), 0.0
         for step in self._loop:
             yield from self.take(step)
             if self.stopped:

@@ -130,8 +130,9 @@ class Batch:
             device=decoder.device,
         )
         ends: dict[int, Tensor] = {}
-        for start in range(0, width, PREFILL_CHUNK):
-            chunk = padded[:, start : start + PREFILL_CHUNK]
+        positions = max(1, PREFILL_CHUNK // len(self._prompts))  # of each
+        for start in range(0, width, positions):
+            chunk = padded[:, start : start + positions]
             hidden = decoder.run(decoder.embed(chunk), 0, n_layers, self._cache)
             self._cache.lengths += chunk.shape[1]
             for row, end in enumerate((lengths - 1 - start).tolist()):
@@ -156,3 +157,9 @@ def can_batch(plan: Plan, sampling: Sampling) -> bool:
     """Whether prompts can be continued together: what looks at one text alone cannot."""
     of_one_length = plan.draft_from == "early-exit" and not plan.adaptive
     return of_one_length and sampling.repetition_penalty == 1.0
+
+
+def alike(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> bool:
+    """Whether all together turn as each would alone: LongRoPE has factors for two lengths."""
+    ends = [len(p) + Ending.of(decoder, p, max_new_tokens, ()).limit - 1 for p in prompts]
+    return all(rope is None or rope.alike(ends) for rope in set(decoder.architecture.ropes))

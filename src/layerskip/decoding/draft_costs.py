@@ -104,6 +104,11 @@ class DraftCosts:
         return longest
 
 
+def time_rows(decoder: Decoder) -> None:
+    """Time what a decoder's drafts will be weighed by, where this machine has not done so before."""
+    _passes(decoder)
+
+
 def _passes(decoder: Decoder) -> tuple[float, ...]:
     if decoder.device.type != "cpu":
         return 1.0, 1.0 + _ROW_COST_ON_A_GPU

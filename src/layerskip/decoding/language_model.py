@@ -8,7 +8,9 @@ from typing import Any, overload
 import torch
 
 from layerskip.decoding.answer import Answer
-from layerskip.decoding.batch import Batch, can_batch
+from layerskip.decoding.batch import Batch, alike, can_batch
+from layerskip.decoding.draft_costs import time_rows
+from layerskip.decoding.generate import PromptError
 from layerskip.decoding.generation import Generation
 from layerskip.decoding.policy import choose, for_batch
 from layerskip.decoding.sampling import Sampling
@@ -120,10 +122,11 @@ class LayerSkipModel:
         if not _is_batch(prompt):
             return self.answer(prompt, **options).complete()
         answers = [self.answer(one, **options, together=len(prompt)) for one in prompt]
-        if not can_batch(answers[0].plan, answers[0].sampling):
-            return [answer.complete() for answer in answers]
         prompts = [answer.prompt for answer in answers]
-        batch = Batch(self.decoder, prompts, **answers[0].loop_options)
+        first, longest = answers[0], answers[0].loop_options["max_new_tokens"]
+        if not can_batch(first.plan, first.sampling) or not alike(self.decoder, prompts, longest):
+            return [answer.complete() for answer in answers]
+        batch = Batch(self.decoder, prompts, **first.loop_options)
         for row, step in batch.steps():
             answers[row].take(step)
             if answers[row].stopped:
@@ -205,6 +208,8 @@ class LayerSkipModel:
         left_open = mode == "auto" and draft_from is None and not adaptive
         if together > 1 and left_open and repetition_penalty == 1.0:
             plan = for_batch(plan, self.decoder, self.settings, together)
+        if plan.adaptive and plan.costs is None:
+            time_rows(self.decoder)  # before the answer's clock starts
         sampling = Sampling(
             temperature=temperature,
             top_k=top_k,
@@ -229,10 +234,10 @@ class LayerSkipModel:
             return None if wanted is None else ()
         size = self.decoder.architecture.vocab_size
         known = self.settings.draft_vocabulary or range(size)
-        ids = known[:wanted] if isinstance(wanted, int) else wanted
+        ids = known[: max(wanted, 0)] if isinstance(wanted, int) else wanted
         if not ids or min(ids) < 0 or max(ids) >= size:
             raise ValueError(f"the draft vocabulary has to be 1 or more tokens, of 0 to {size - 1}")
-        return tuple(sorted({*ids, *self.end_tokens}))
+        return tuple(sorted({*ids, *(token for token in self.end_tokens if token < size)}))
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.
@@ -256,11 +261,16 @@ class LayerSkipModel:
             raise ValueError("a prompt is a text, token ids, or messages with role and content")
         if not self.tokenizer.chat_template:
             raise ValueError("this checkpoint has no chat template; give the prompt as a text")
-        text = self.tokenizer.apply_chat_template(
-            [dict(part) for part in prompt if isinstance(part, Mapping)],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        from jinja2 import TemplateError  # PyTorch brings it, and so it is there
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(part) for part in prompt if isinstance(part, Mapping)],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except TemplateError as error:  # some allow no system message, or ask for turns
+            raise PromptError(f"the chat template refuses these messages: {error}") from error
         templated: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return templated
 

@@ -52,6 +52,11 @@ def _add_general(writer: gguf.GGUFWriter, source: Source) -> None:
 
 def _add_architecture(writer: gguf.GGUFWriter, source: Source) -> None:
     a, rope = source.architecture, source.rope
+    if a.activation != "silu":
+        raise UnsupportedModelError(
+            f"this {a.family} model has the activation {a.activation}, which GGUF cannot say for its"
+            " family; export it with --to hf"
+        )
     windows = set(a.sliding_windows)
     if len(windows) > 1:
         raise UnsupportedModelError(

@@ -1,6 +1,7 @@
 """The numbers that a decoder is built from, whatever file they came from."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 RopeKind = Literal["default", "linear", "llama3"]
@@ -27,6 +28,11 @@ class Rope:
     long_factors: tuple[float, ...] | None = None
     magnitude: float = 1.0
     fraction: float = 1.0
+
+    def alike(self, capacities: Sequence[int]) -> bool:
+        """Whether caches that hold so many positions turn them alike."""
+        sides = {capacity > self.original_max_positions for capacity in capacities}
+        return self.long_factors is None or len(sides) == 1
 
     def turned(self, head_dim: int) -> int:
         """How many dimensions of a head turn, counted from its first."""

@@ -93,7 +93,7 @@ def _scaled(factor: float) -> Change | None:
 
 
 def _norm(a: Architecture, take: Taker, name: str, scale: float = 1.0) -> Norm:
-    weight = take(f"{name}.weight", (a.hidden_size,), _norm_weight(a, scale))
+    weight = take(f"{name}.weight", (a.hidden_size,), _norm_weight(a, scale), _norm_dtype(a))
     if not FAMILIES[a.family].norm_bias:
         return RMSNorm(weight, a.norm_eps)
     return LayerNorm(weight, take(f"{name}.bias", (a.hidden_size,), _scaled(scale)), a.norm_eps)
@@ -104,6 +104,11 @@ def _norm_weight(a: Architecture, scale: float = 1.0) -> Change | None:
     if offset == 0.0:
         return _scaled(scale)
     return lambda weight: (weight.float() + offset) * scale
+
+
+def _norm_dtype(a: Architecture) -> torch.dtype | None:
+    """Of 1 + w float32, as transformers has it: w is small, and 16 bits would round it away."""
+    return torch.float32 if FAMILIES[a.family].norm_offset else None
 
 
 class _LayerBuilder:
@@ -173,11 +178,13 @@ class _LayerBuilder:
             query_name,
             (hd if is_by_head else self.n_queries,),
             _norm_weight(a, self.query_scale),
+            _norm_dtype(a),
         )
         if queries is None:
             return None
         key_name = f"{self.prefix}{self.names.key_norm}.weight"
-        keys = self.take(key_name, (hd if is_by_head else self.n_keys,), _norm_weight(a))
+        size = (hd if is_by_head else self.n_keys,)
+        keys = self.take(key_name, size, _norm_weight(a), _norm_dtype(a))
         queries, keys = self._turnable(queries), self._turnable(keys)
         if not is_by_head:
             return ProjectionNorm(queries, keys, a.norm_eps)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from layerskip.model.architecture import Architecture
 
+_TILE = 32  # positions
 _LINE = 64  # bytes that a CPU fetches together: vectors that begin elsewhere would need two
 
 
@@ -35,24 +36,24 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         a = architecture
-        # Zeros, since a masked slot still enters the weighted sum, where 0 * nan would be nan.
         shape = (a.n_layers, 2, batch_size, a.n_kv_heads, capacity, a.head_dim)
-        if torch.device(device).type == "cpu":
-            # Of pages that are zero until they are written: room that is never used costs nothing.
-            n_bytes = math.prod(shape) * dtype.itemsize
-            memory = np.zeros(n_bytes + _LINE, np.uint8)
-            begin = -memory.ctypes.data % _LINE
-            slots = torch.from_numpy(memory[begin : begin + n_bytes])
-            self.slots = slots.view(dtype).view(shape)
-        else:
-            self.slots = torch.zeros(shape, dtype=dtype, device=device)
+        self.slots = _zeros(shape, dtype, torch.device(device))
         self.capacity = capacity
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Forget all rows but these, [n] int64; they are renumbered in this order."""
-        self.slots = self.slots[:, :, rows.to(self.slots.device)]
-        self.lengths = self.lengths[rows.to(self.lengths.device)]
+        """Forget all rows but these, [n] int64; they are renumbered in this order.
+
+        Of each row only what is settled is moved, in whole tiles of positions, as the compiled kernels
+        lay them out.
+        """
+        slots, lengths = self.slots, self.lengths[rows.to(self.lengths.device)]
+        longest = int(lengths.max()) if len(lengths) else 0
+        used = min(-(-longest // _TILE) * _TILE, self.capacity)
+        shape = (*slots.shape[:2], len(lengths), *slots.shape[3:])
+        self.slots, self.lengths = _zeros(shape, slots.dtype, slots.device), lengths
+        for layer, kept in zip(slots, self.slots, strict=True):
+            kept[..., :used, :] = layer[:, rows.to(slots.device), :, :used]
 
     def check_room(self, n: int) -> int:
         """Where the longest row would end with n more positions; ValueError where that is too far."""
@@ -81,6 +82,17 @@ class KVCache:
             keys=slots[:, 0, ..., :end, :].unbind(0),
             values=slots[:, 1, ..., :end, :].unbind(0),
         )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, since a masked slot still enters the weighted sum, where 0 * nan would be nan."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # Of pages that are zero until they are written: room that is never used costs nothing.
+    n_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(n_bytes + _LINE, np.uint8)
+    begin = -memory.ctypes.data % _LINE
+    return torch.from_numpy(memory[begin : begin + n_bytes]).view(dtype).view(shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,7 +119,11 @@ class Decoder:
 
         Returns:
             [B, T, D], the hidden states that leave layer `stop`.
+
+        Raises:
+            ValueError: there are no such layers, or the cache has no room.
         """
+        self._check_layers(start, stop)
         if start == stop:
             return hidden
         a = self.architecture
@@ -138,6 +142,12 @@ class Decoder:
         for index in range(start, stop):
             x = self._layer(x, index, span, turns[kinds[index]], masks[windows[index]])
         return x.view(b, t, d)
+
+    def _check_layers(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= len(self.layers):
+            raise ValueError(
+                f"layers {start} to {stop} cannot be run: this model has {len(self.layers)}"
+            )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The shared exit: final norm and head, [B, T, D] to [B, T, V], in the decoder's dtype."""

@@ -13,7 +13,7 @@ from layerskip.model.checkpoint import Files, open_files
 from layerskip.model.difference import Header
 from layerskip.model.digest import sha256_of
 from layerskip.model.source import BUILTIN_MODELS, resolve
-from layerskip.model.weights import CheckpointError, damage_named, write_json
+from layerskip.model.weights import CheckpointError, damage_named, flush, write_json
 
 _DTYPES = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
 
@@ -57,6 +57,7 @@ def merge(
             unfinished = Path(temporary) / "merged"
             unfinished.mkdir()
             _write(unfinished, header, found, file)
+            flush(unfinished)
             unfinished.rename(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error

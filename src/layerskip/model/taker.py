@@ -51,15 +51,25 @@ class Taker:
         self.rotary_layout = tensors.rotary_layout
 
     def optional(
-        self, name: str, shape: tuple[int, ...], change: Change | None = None
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        change: Change | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor | None:
-        """The tensor, or None where no layer has it."""
+        """The tensor, in the decoder's dtype or another, or None where no layer has it."""
         tensor = self._raw(name, shape)
-        return None if tensor is None else self._cast(tensor if change is None else change(tensor))
+        return None if tensor is None else self._cast(change(tensor) if change else tensor, dtype)
 
-    def __call__(self, name: str, shape: tuple[int, ...], change: Change | None = None) -> Tensor:
+    def __call__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        change: Change | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """The tensor, which has to be there."""
-        tensor = self.optional(name, shape, change)
+        tensor = self.optional(name, shape, change, dtype)
         if tensor is None:
             raise missing(name)
         return tensor
@@ -205,8 +215,8 @@ class Taker:
                 f"{name} has the shape {tuple(found)}, the config says {tuple(shape)}"
             )
 
-    def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(device=self._device, dtype=self._dtype)
+    def _cast(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return tensor.to(device=self._device, dtype=dtype or self._dtype)
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from layerskip.model.machine import cpu_instructions
 from layerskip.model.source import cache_folder
+from layerskip.model.weights import flush
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-O2", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
@@ -30,22 +31,32 @@ def prepare(announce: Callable[[str], None] = lambda text: None) -> None:
         announce: told what is going on before a compilation begins.
 
     Raises:
-        NoCompilerError: there is no C++ compiler with OpenMP, or it refuses.
+        NoCompilerError: there is no C++ compiler with OpenMP, it refuses, or what it makes cannot be
+            loaded.
     """
     library_file = target()
     if not library_file.is_file():
         announce("compiling kernels for this machine (once)")
         _compile(library_file)
+    try:
+        _loaded(library_file)
+    except OSError:  # cut off, or made where other libraries are
+        announce("compiling kernels again, as those there cannot be loaded")
+        _compile(library_file)
+        try:
+            _loaded(library_file)
+        except OSError as error:
+            raise NoCompilerError(f"the compiled kernels cannot be loaded: {error}") from error
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernels; raises what `prepare` raises."""
     prepare()
-    return _load(target())
+    return _loaded(target())
 
 
-def _load(path: Path) -> ctypes.CDLL:
+@functools.cache
+def _loaded(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
     loaded.layerskip_run.argtypes = [
@@ -70,9 +81,16 @@ def _load(path: Path) -> ctypes.CDLL:
     ]
     loaded.layerskip_rows.argtypes = [pointer, pointer, whole, pointer]
     loaded.layerskip_large_pages.argtypes = [pointer, whole]
-    for name in ("run", "product", "choose", "step", "rows", "large_pages"):
+    for name in ("rows", "large_pages"):
         getattr(loaded, f"layerskip_{name}").restype = None
+    for name in ("run", "product", "choose", "step"):
+        getattr(loaded, f"layerskip_{name}").restype = _check
     return loaded
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("there is no memory for so many positions at once")
 
 
 @functools.cache
@@ -101,6 +119,7 @@ def _compile(target: Path) -> None:
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["no message"])[0]
                 raise NoCompilerError(f"{_compiler()} refuses: {reason}")
+            flush(made)
             made.replace(target)
     except OSError as error:
         raise NoCompilerError(f"the kernels cannot be written: {error}") from error

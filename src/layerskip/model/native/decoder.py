@@ -107,8 +107,7 @@ class NativeDecoder(Decoder):
         self._model_pointer = ctypes.addressof(self._model)
         self._final_norm_weight = _weight(self.final_norm)
         self._pointers: tuple[tuple[Matrix, ...], ctypes.Array[ctypes.c_void_p]] | None = None
-        # Of the last cache's capacity: it, the tables, and where they are.
-        self._turns: tuple[int, list[Tensor], ctypes.Array[ctypes.c_void_p]] | None = None
+        self._turns: _Turns | None = None  # of the last cache's capacity
 
     def new_cache(self, capacity: int, batch_size: int = 1) -> KVCache:
         """See `Decoder`; the capacity is rounded up to whole tiles of positions."""
@@ -116,12 +115,14 @@ class NativeDecoder(Decoder):
 
     def run(self, hidden: Tensor, start: int, stop: int, cache: KVCache) -> Tensor:
         """See `Decoder`."""
+        self._check_layers(start, stop)
         if start == stop:
             return hidden
         b, t, _ = hidden.shape
         cache.check_room(t)
         hidden = hidden.float().contiguous()
         out = torch.empty_like(hidden)
+        turns = self._turn_tables(cache.capacity)
         self._library.layerskip_run(
             self._model_pointer,
             hidden.data_ptr(),
@@ -130,7 +131,7 @@ class NativeDecoder(Decoder):
             *(b, t, start, stop),
             cache.slots.data_ptr(),
             cache.capacity,
-            self._turn_tables(cache.capacity),
+            turns.pointers,
             torch.get_num_threads(),
         )
         return out
@@ -169,15 +170,16 @@ class NativeDecoder(Decoder):
         exit_ = self if short is None else short
         if self.architecture.logit_cap is not None or not isinstance(exit_, NativeDecoder):
             return super().draft_step(tokens, exit_layer, cache, short, token_ids)
+        self._check_layers(0, exit_layer)
         cache.check_room(1)
         hidden = self.embed(tokens).float()
         state, chosen = torch.empty_like(hidden), torch.empty_like(tokens)
         probabilities = torch.empty(tokens.shape)
-        heads = exit_._head_pointers()
+        heads, turns = exit_._head_pointers(), self._turn_tables(cache.capacity)
         self._library.layerskip_step(
             *(self._model_pointer, hidden.data_ptr(), state.data_ptr(), cache.lengths.data_ptr()),
             *(len(tokens), exit_layer, cache.slots.data_ptr(), cache.capacity),
-            *(self._turn_tables(cache.capacity), heads, len(heads)),
+            *(turns.pointers, heads, len(heads)),
             self._final_norm_weight.data_ptr(),
             None if token_ids is None else token_ids.data_ptr(),
             *(chosen.data_ptr(), probabilities.data_ptr(), torch.get_num_threads()),
@@ -200,13 +202,25 @@ class NativeDecoder(Decoder):
     def _panels(self) -> list[PanelMatrix]:
         return [head for head in self.heads if isinstance(head, PanelMatrix)]
 
-    def _turn_tables(self, capacity: int) -> ctypes.Array[ctypes.c_void_p]:
-        """For each kind of rotary embedding the turns of every position of the cache."""
-        if self._turns is None or self._turns[0] != capacity:
-            tables = [self.rotary.table(kind, capacity) for kind in range(self.rotary.n_kinds)]
-            pointers = (ctypes.c_void_p * len(tables))(*(table.data_ptr() for table in tables))
-            self._turns = capacity, tables, pointers
-        return self._turns[2]
+    def _turn_tables(self, capacity: int) -> "_Turns":
+        """For each kind of rotary embedding the turns of every position of the cache.
+
+        Whoever passes the pointers on holds these until the call is over: another thread's cache may
+        be of another capacity, and its tables take this place.
+        """
+        turns = self._turns
+        if turns is None or turns.capacity != capacity:
+            kinds = range(self.rotary.n_kinds)
+            turns = self._turns = _Turns(capacity, [self.rotary.table(k, capacity) for k in kinds])
+        return turns
+
+
+class _Turns:
+    """The turns of every position, and where they are."""
+
+    def __init__(self, capacity: int, tables: list[Tensor]) -> None:
+        self.capacity, self.tables = capacity, tables
+        self.pointers = (ctypes.c_void_p * len(tables))(*(table.data_ptr() for table in tables))
 
 
 class _Held:

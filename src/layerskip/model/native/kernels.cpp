@@ -20,6 +20,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #ifdef __linux__
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -607,7 +608,9 @@ struct Free {
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n) : memory_(aligned_alloc(64, (n * sizeof(T) + 127) / 64 * 64)) {}
+  explicit Buffer(int64_t n) : memory_(aligned_alloc(64, (n * sizeof(T) + 127) / 64 * 64)) {
+    if (!memory_) throw std::bad_alloc();
+  }
   T *get() const { return (T *)memory_.get(); }
 
  private:
@@ -1076,14 +1079,19 @@ inline Best best_of(const float *v, int64_t n, bool sums) {
   return best;
 }
 
-}  // namespace
+// 0, or 1 where there is not enough memory.
+template <class F>
+int status_of(F work) {
+  try {
+    work();
+    return 0;
+  } catch (const std::bad_alloc &) {
+    return 1;
+  }
+}
 
-extern "C" {
-
-// Layers [start, stop) over `positions` rows of each of `batch` sequences, behind `lengths` settled ones.
-void layerskip_run(const Model *m, const float *hidden, float *x, const int64_t *lengths, int64_t batch,
-                   int64_t positions, int64_t start, int64_t stop, void *slots, int64_t capacity,
-                   const float *const *turns, int threads) {
+void run(const Model *m, const float *hidden, float *x, const int64_t *lengths, int64_t batch, int64_t positions,
+         int64_t start, int64_t stop, void *slots, int64_t capacity, const float *const *turns, int threads) {
   const int64_t rows = batch * positions, hd = m->head_dim;
   const int64_t width = (m->heads + 2 * m->kv_heads) * hd;
   const int64_t widest = m->hidden > m->heads * hd ? m->hidden : m->heads * hd;
@@ -1107,9 +1115,8 @@ void layerskip_run(const Model *m, const float *hidden, float *x, const int64_t 
   }
 }
 
-// out [rows, w.out] = norm(x) times the matrix; a null norm is none.
-void layerskip_product(const Matrix *w, const float *norm, float eps, const float *x, int64_t rows,
-                       float *out, int threads) {
+void product(const Matrix *w, const float *norm, float eps, const float *x, int64_t rows, float *out,
+             int threads) {
   const Buffer<char> inputs(rows * input_stride(w->kind, w->in));
   Team team;
 #pragma omp parallel num_threads(threads)
@@ -1122,10 +1129,8 @@ void layerskip_product(const Matrix *w, const float *norm, float eps, const floa
   }
 }
 
-// Which output of each row is the highest, the first of them, and its softmax probability (or null): of
-// norm(x) times some matrices of the same kind, whose outputs are numbered on from one to the next.
-void layerskip_choose(const Matrix *const *parts, int64_t n_parts, const float *norm, float eps, const float *x,
-                      int64_t rows, int64_t *chosen, float *probabilities, int threads) {
+void choose(const Matrix *const *parts, int64_t n_parts, const float *norm, float eps, const float *x, int64_t rows,
+            int64_t *chosen, float *probabilities, int threads) {
   const Buffer<char> inputs(rows * input_stride(parts[0]->kind, parts[0]->in));
   const Buffer<float> some(threads * rows * NEAR);
   const Buffer<Best> every(threads * n_parts * rows);
@@ -1163,15 +1168,41 @@ void layerskip_choose(const Matrix *const *parts, int64_t n_parts, const float *
   }
 }
 
+}  // namespace
+
+extern "C" {
+
+// Layers [start, stop) over `positions` rows of each of `batch` sequences, behind `lengths` settled ones.
+int layerskip_run(const Model *m, const float *hidden, float *x, const int64_t *lengths, int64_t batch,
+                   int64_t positions, int64_t start, int64_t stop, void *slots, int64_t capacity,
+                   const float *const *turns, int threads) {
+  return status_of([=] { run(m, hidden, x, lengths, batch, positions, start, stop, slots, capacity, turns, threads); });
+}
+
+// out [rows, w.out] = norm(x) times the matrix; a null norm is none.
+int layerskip_product(const Matrix *w, const float *norm, float eps, const float *x, int64_t rows,
+                       float *out, int threads) {
+  return status_of([=] { product(w, norm, eps, x, rows, out, threads); });
+}
+
+// Which output of each row is the highest, the first of them, and its softmax probability (or null): of
+// norm(x) times some matrices of the same kind, whose outputs are numbered on from one to the next.
+int layerskip_choose(const Matrix *const *parts, int64_t n_parts, const float *norm, float eps, const float *x,
+                      int64_t rows, int64_t *chosen, float *probabilities, int threads) {
+  return status_of([=] { choose(parts, n_parts, norm, eps, x, rows, chosen, probabilities, threads); });
+}
+
 // One position of each sequence through layers [0, stop), and what the exit then chooses.
-void layerskip_step(const Model *m, const float *hidden, float *x, const int64_t *lengths, int64_t batch,
+int layerskip_step(const Model *m, const float *hidden, float *x, const int64_t *lengths, int64_t batch,
                     int64_t stop, void *slots, int64_t capacity, const float *const *turns,
                     const Matrix *const *parts, int64_t n_parts, const float *norm, const int64_t *token_ids,
                     int64_t *chosen, float *probabilities, int threads) {
-  layerskip_run(m, hidden, x, lengths, batch, 1, 0, stop, slots, capacity, turns, threads);
-  layerskip_choose(parts, n_parts, norm, m->eps, x, batch, chosen, probabilities, threads);
-  if (token_ids)
-    for (int64_t row = 0; row < batch; row++) chosen[row] = token_ids[chosen[row]];
+  return status_of([=] {
+    run(m, hidden, x, lengths, batch, 1, 0, stop, slots, capacity, turns, threads);
+    choose(parts, n_parts, norm, m->eps, x, batch, chosen, probabilities, threads);
+    if (token_ids)
+      for (int64_t row = 0; row < batch; row++) chosen[row] = token_ids[chosen[row]];
+  });
 }
 
 // out [n, w.in]: what some rows of the matrix stand for, as an embedding looks them up.
