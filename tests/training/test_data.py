@@ -4,7 +4,8 @@ import lzma
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows, read_rows
 from layerskip.training.sampling import LengthGroupedSampler
@@ -85,12 +86,78 @@ def test_quotation_marks_in_tab_separated_text_are_text(tmp_path):
         ("a.json", '{"a": 1}', "must hold a list"),
         ("a.tsv", "a\tb\n1\t2\n1\n", "a.tsv:3 does not have the 2 columns"),
         ("a.csv", "a,b\n1,2,3\n", "a.csv:2 does not have the 2 columns"),
+        (
+            "a.csv",
+            'a,b\n1,"no end\n2,3\n',
+            "a.csv cannot be read after line 1: unexpected end of data",
+        ),
         ("a.doc", "x", "of no known kind"),
     ],
 )
 def test_bad_rows_are_named_by_their_line(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message):
         list(read_rows(write(tmp_path / name, text)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv", "a.json"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    rows = {
+        "a.jsonl": '{"a": "x", "b": "y"}\n',
+        "a.json": '[{"a": "x", "b": "y"}]',
+        "a.csv": "a,b\nx,y\n",
+        "a.tsv": "a\tb\nx\ty\n",
+    }
+    (tmp_path / name).write_text(rows[name], encoding="utf-8-sig")
+    assert dict(next(read_rows(str(tmp_path / name)))[1]) == {"a": "x", "b": "y"}
+
+
+def test_long_fields_are_read(tmp_path):
+    path = write(tmp_path / "a.csv", f"a,b\n{'x' * 200_000},y\n")
+    assert len(next(read_rows(path))[1]["a"]) == 200_000
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "1", "completion": None}, "row 7 has .* NoneType is neither text nor number"),
+        ({"prompt": [{"role": "user"}], "completion": "3"}, "row 7 has .* list is neither text"),
+        ({"prompt": "1", "completion": "half \ud83d"}, "row 7 cannot be made tokens of"),
+    ],
+)
+def test_fields_that_are_no_text_are_refused(tokenizer, row, message):
+    with pytest.raises(ValueError, match=message):
+        Encoding(tokenizer=tokenizer)("row 7", row)
+
+
+def test_fields_of_fields(tokenizer):
+    encode = Encoding(tokenizer=tokenizer, completion="{answers[0]}")
+    found = encode("x", {"prompt": "1 plus 2 is", "answers": ["3"]})
+    assert found == Encoding(tokenizer=tokenizer)("x", ROWS[0])
+    for answers in (None, [], 3):
+        with pytest.raises(ValueError, match="x has the fields"):
+            encode("x", {"prompt": "1", "answers": answers})
+
+
+def test_no_space_is_learnt_at_the_border():
+    """SentencePiece puts a space before whatever is encoded first."""
+    made = Tokenizer(models.BPE(unk_token="?"))
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse()])
+    trainer = trainers.BpeTrainer(
+        vocab_size=1,  # characters alone
+        special_tokens=["?", "</s>"],
+        show_progress=False,
+    )
+    made.train_from_iterator(["ask:\nanswer ask: answer"] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+    encode = Encoding(tokenizer=tokenizer)
+    for prompt, completion in (("ask:\n", "answer"), ("ask:", " answer")):
+        row = encode("x", {"prompt": prompt, "completion": completion})
+        learnt = [token for token in row["labels"] if token != -100]
+        assert row["input_ids"] == [*tokenizer(prompt + completion)["input_ids"], 1]
+        assert tokenizer.convert_ids_to_tokens(learnt)[0][0] == completion[0].replace(" ", "\u2581")
 
 
 def test_completions_only_have_labels(tokenizer):

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from layerskip.training import LayerSkipTrainer, TrainConfig, train
 from layerskip.training.callbacks import read_log
-from layerskip.training.errors import CheckpointError, NonFiniteLossError
+from layerskip.training.errors import NonFiniteLossError, UnwrittenCheckpointError
 from layerskip.training.trainer import last_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -205,7 +206,7 @@ def test_a_full_disk_loses_nothing(settings, monkeypatch):
         return plain(values, path, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match=r"step 4 .*No space left.*checkpoint-2"):
+    with pytest.raises(UnwrittenCheckpointError, match=r"step 4 .*No space left.*checkpoint-2"):
         run(settings)
     assert last_checkpoint(out).endswith("checkpoint-2")
     assert not (out / ".incomplete").exists()
@@ -253,6 +254,8 @@ def test_seeds_repeat_a_run(settings, tmp_path):
         ({"eval_rows": 100}, "eval_rows is 100, but there are 100 rows"),
         ({"eval_exits": [9]}, r"eval_exits names \[9\]"),
         ({"max_length": 2}, "no row of .* has a label within max_length = 2"),
+        ({"fixed_exits": [1], "exit_weighting": "paper"}, "fixed_exits names 1, whose weight is 0"),
+        ({"eval_split": "test"}, "eval_split needs eval_data"),
         ({"completion": "{answer}"}, r"sums.jsonl:1 has the fields \['completion', 'prompt'\]"),
     ],
 )
@@ -274,7 +277,9 @@ def test_a_full_disk_at_the_weights_is_said_too(settings, monkeypatch):
         raise SafetensorError("Error while serializing: No space left on device")
 
     monkeypatch.setattr(LayerSkipTrainer, "_save", full)
-    with pytest.raises(CheckpointError, match=r"step 2 .*No space left.* no checkpoint yet"):
+    with pytest.raises(
+        UnwrittenCheckpointError, match=r"step 2 .*No space left.* no checkpoint yet"
+    ):
         run(settings)
     assert not (Path(settings["output"]) / ".incomplete").exists()
 
@@ -291,3 +296,50 @@ def test_a_gradient_that_is_not_finite_stops_training(settings, monkeypatch):
     monkeypatch.setattr(LayerSkipTrainer, "training_step", step)
     with pytest.raises(NonFiniteLossError, match=r"norm of the gradient is nan at step 4; .*-2"):
         run(settings)
+
+
+def test_what_is_trained_on_is_no_evaluation(settings):
+    with pytest.raises(ValueError, match="eval_data is what is trained on"):
+        run(settings, eval_data=settings["data"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({}, 1), ({"exits": [3], "curriculum": "all"}, 3), ({"fixed_exits": [2, 3]}, 2)],
+)
+def test_the_exit_for_decoding_is_one_that_was_trained(settings, changes, expected):
+    assert run(settings, max_steps=1, **changes).exit_layer == expected
+
+
+def test_tokens_that_the_model_does_not_embed_are_said(settings, model_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.add_tokens(["new"])
+    tokenizer.save_pretrained(tmp_path / "larger")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 plus 2 is", "completion": "new"}\n')
+    changes = {"tokenizer": str(tmp_path / "larger"), "data": str(tmp_path / "rows.jsonl")}
+    with pytest.raises(ValueError, match="the rows have the token 48, but this model embeds 48"):
+        run(settings, **changes)
+
+
+def test_a_tokenizer_without_pad_and_end_tokens(settings, model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "model")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        file = tmp_path / "model" / name
+        if file.exists():
+            fields = json.loads(file.read_text())
+            kept = {k: v for k, v in fields.items() if k not in ("pad_token", "eos_token")}
+            file.write_text(json.dumps(kept))
+    assert run(settings, model=str(tmp_path / "model"), max_steps=2).steps == 2
+
+
+def test_settings_that_name_a_temperature_without_sampling_can_be_saved(
+    settings, model_folder, tmp_path
+):
+    shutil.copytree(model_folder, tmp_path / "model")
+    file = tmp_path / "model" / "generation_config.json"
+    own = {"layerskip": {"tuning": {"speedup": 2.0}}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "temperature": 0.9, **own}))
+    result = run(settings, model=str(tmp_path / "model"), max_steps=2, fixed_exits=[2])
+    written = json.loads((result.output / "generation_config.json").read_text())
+    assert (written["assistant_early_exit"], written["temperature"]) == (2, 0.9)
+    assert "tuning" not in written.get("layerskip", {})

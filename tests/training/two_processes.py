@@ -5,11 +5,12 @@ import os
 import sys
 from pathlib import Path
 
+import datasets
 import torch
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
-from layerskip.recipe import attach
+from layerskip.recipe import attach, detach
 from layerskip.training import LayerSkipTrainer
 from layerskip.training.data import Collator
 from trainer_setup import DROPPING, arguments, rows, train_by_hand
@@ -34,6 +35,47 @@ def ddp(model, output):
     return [log["loss"] for log in trainer.state.log_history if "loss" in log], metrics, expected
 
 
+class Recording(LayerSkipTrainer):
+    """Keeps which rows it was given."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.seen = []
+
+    def training_step(self, model, inputs, *others):
+        self.seen.append(inputs["input_ids"].tolist())
+        return super().training_step(model, inputs, *others)
+
+
+def resume(model, output):
+    """Two epochs and a half, unbroken, and again from the middle of the second one."""
+
+    def trained(folder, **options):
+        trainer = Recording(
+            model=model,
+            args=arguments(
+                folder,
+                max_steps=5,
+                save_strategy="steps",
+                save_steps=3,
+                train_sampling_strategy="group_by_length",
+            ),
+            data_collator=Collator(0),
+            train_dataset=datasets.Dataset.from_list(rows(16)),
+            recipe=DROPPING,
+        )
+        trainer.train(**options)
+        detach(model)
+        return trainer.seen
+
+    unbroken = trained(output)
+    resumed = trained(output, resume_from_checkpoint=f"{output}/checkpoint-3")
+    assert len(unbroken) == 5
+    assert unbroken[2:4] != unbroken[:2]  # another order in another epoch
+    assert resumed == unbroken[3:]
+    return [], {}, {}
+
+
 def fsdp2(model, output):
     """By hand: Accelerate has FSDP for accelerators only."""
     torch.distributed.init_process_group("gloo")
@@ -53,7 +95,7 @@ def fsdp2(model, output):
 
 def main(model_folder, output, kind):
     model = AutoModelForCausalLM.from_pretrained(model_folder).train()
-    losses, metrics, expected = {"ddp": ddp, "fsdp2": fsdp2}[kind](model, output)
+    losses, metrics, expected = {"ddp": ddp, "fsdp2": fsdp2, "resume": resume}[kind](model, output)
     if torch.distributed.get_rank() == 0:
         result = json.dumps({"losses": losses, "metrics": metrics, "expected": expected})
         Path(output, "result.json").write_text(result)

@@ -157,7 +157,9 @@ class AttachedRecipe:
         if this.router_logits:
             config, mask = self._model.config, kwargs.get("attention_mask")
             balance = this.balancing_loss(mask, labels.shape[0], config.num_experts_per_tok)
-            loss = loss + config.router_aux_loss_coef * balance.to(loss.device)
+            # Of several batches of a step each adds its share, as to the loss.
+            share = 1.0 if num_items is None else losses.tokens / num_items
+            loss = loss + config.router_aux_loss_coef * share * balance.to(loss.device)
         rest = {name: value for name, value in outputs.items() if name != "loss"}
         result = type(outputs)(loss=loss, **rest)
         return result.to_tuple() if as_tuple else result

@@ -161,6 +161,11 @@ class RecipeConfig:
                     f"{name} names {outside}, but the model has {num_layers} layers: "
                     f"an exit is 1 to {num_layers}"
                 )
+        if self.exit_weighting == "paper" and 1 in self.fixed_exits and num_layers > 1:
+            raise ValueError(
+                "fixed_exits names 1, whose weight is 0 with exit_weighting 'paper': 'linear' or 'equal'"
+                " give it one"
+            )
         if self.variant != "EE" and self.p_max and self.dropout_every > num_layers:
             raise ValueError(
                 f"dropout_every is {self.dropout_every}, but the model has {num_layers} layers: none "

@@ -76,9 +76,9 @@ class TimeBudget(TrainerCallback, ExportableState):
         self._start = time.monotonic()
         # A run that began without a budget has none in its checkpoints, and Trainer looks for it.
         nothing: dict[str, Any] = {"args": {}, "attributes": {}}
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, nothing)
+        state.stateful_callbacks.setdefault(type(self).__name__, nothing)
         if state.global_step:
-            self._earlier_s = saved["attributes"].get("spent_s", 0.0)
+            self._earlier_s = time_spent(state)
         if isinstance(lr_scheduler, LambdaLR):
             warmup = args.get_warmup_steps(state.max_steps)
             lr_scheduler.lr_lambdas = [
@@ -108,6 +108,12 @@ class TimeBudget(TrainerCallback, ExportableState):
             return factor(max(step, warmup + int(self._share * (total - warmup))))
 
         return at
+
+
+def time_spent(state: Any) -> float:
+    """Seconds that a checkpoint's run had, by its `TimeBudget`; 0 where there was none."""
+    saved = state.stateful_callbacks.get(TimeBudget.__name__) or {}
+    return float(saved.get("attributes", {}).get("spent_s", 0.0))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

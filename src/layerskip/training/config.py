@@ -45,6 +45,9 @@ class TrainConfig:
     )
     from_scratch: bool = _setting("start from random weights of the model's configuration", False)
     eval_data: str | None = _setting("rows to evaluate on, as --data", None)
+    eval_split: str | None = _setting(
+        "split of a hub data set in --eval-data (default: that of --split)", None
+    )
     eval_rows: int = _setting("rows taken from --data for evaluation where there is no other", 0)
     split: str = _setting("split of a hub data set", "train")
     prompt: str = _setting("prompt made of a row's fields, as in '{utterance}\\n'", "{prompt}")
@@ -110,6 +113,12 @@ class TrainConfig:
             raise ValueError(f"max_length is {self.max_length}; a row needs at least 2 tokens")
         if self.eval_data is not None and self.eval_rows:
             raise ValueError("eval_data and eval_rows contradict each other; give one of them")
+        if self.eval_split is not None and self.eval_data is None:
+            raise ValueError("eval_split needs eval_data")
+        if self.eval_data == self.data and self.eval_split in (None, self.split):
+            raise ValueError(
+                "eval_data is what is trained on; give eval_split, or eval_rows instead"
+            )
         if self.from_scratch and self.lora_rank is not None:
             raise ValueError("from_scratch and lora_rank contradict each other")
         if self.lora_alpha is not None and self.lora_rank is None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import functools
 import glob
 import gzip
 import json
 import lzma
 import os
+import string
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from torch import Tensor
 from layerskip.recipe.exit_loss import IGNORED_LABEL
 
 Row = tuple[str, Mapping[str, Any]]  # where it stands, and its fields
+_LONGEST_FIELD = 2**31 - 1  # characters of a field in a table
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 
 
@@ -72,7 +75,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
 
 @contextmanager
 def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """A text file to read, compressed (.gz, .xz) or not.
+    """A text file to read, compressed (.gz, .xz) or not, with a byte order mark or without.
 
     Raises:
         ValueError: it cannot be read, or, while it is read, is cut off, damaged, or no text in UTF-8.
@@ -80,7 +83,9 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
     damage = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError, csv.Error)
     try:
-        with openers.get(path.suffix, open)(path, "rt", encoding="utf-8", newline=newline) as file:
+        with openers.get(path.suffix, open)(
+            path, "rt", encoding="utf-8-sig", newline=newline
+        ) as file:
             yield file
     except damage as error:
         raise ValueError(f"{path} cannot be read as text: {error}") from error
@@ -134,12 +139,21 @@ def _fields_of(row: Any, where: str) -> Mapping[str, Any]:
 def _table(file: TextIO, name: str) -> Iterator[Row]:
     # Tab-separated files quote nothing: a quotation mark in them is text.
     is_tabs = name.endswith(".tsv")
+    csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.DictReader(
         file,
         delimiter="\t" if is_tabs else ",",
         quoting=csv.QUOTE_NONE if is_tabs else csv.QUOTE_MINIMAL,
+        strict=True,  # or a quotation mark that is never closed swallows the rows behind it
     )
-    for row in reader:
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            line = reader.line_num
+            raise ValueError(f"{name} cannot be read after line {line}: {error}") from None
         where = f"{name}:{reader.line_num}"
         if None in row or None in row.values():
             columns = len(reader.fieldnames or ())
@@ -190,7 +204,10 @@ class Encoding:
         Raises:
             ValueError: where the row has not the fields needed, named by where it stands.
         """
-        prompt, ids = self._ids(where, row)
+        try:
+            prompt, ids = self._ids(where, row)
+        except (TypeError, UnicodeError) as error:  # such as half of an emoji
+            raise ValueError(f"{where} cannot be made tokens of: {error}") from error
         labels = list(ids)
         if self.completion_only:
             labels[:prompt] = [IGNORED_LABEL] * prompt
@@ -201,23 +218,42 @@ class Encoding:
         if "messages" in row:
             return self._chat(where, row["messages"])
         try:
-            completion = self.completion.format_map(row)
-        except (KeyError, ValueError, IndexError):
+            completion = _FILLED.vformat(self.completion, (), row)
+        except _UNFILLED as error:
             if not isinstance(row.get(self.text_field), str):
                 raise ValueError(
                     f"{where} has the fields {sorted(row)}; needed are those of {self.completion!r} "
-                    f"and {self.prompt!r}, 'messages', or {self.text_field!r}"
+                    f"and {self.prompt!r}, 'messages', or {self.text_field!r}{_why(error)}"
                 ) from None
             return 0, self.tokenizer(row[self.text_field])["input_ids"] + end
         try:
-            prompt = self.prompt.format_map(row)
-        except (KeyError, ValueError, IndexError):
+            prompt = _FILLED.vformat(self.prompt, (), row)
+        except _UNFILLED as error:
             raise ValueError(
-                f"{where} has the fields {sorted(row)}, not those of {self.prompt!r}"
+                f"{where} has the fields {sorted(row)}, not those of {self.prompt!r}{_why(error)}"
             ) from None
         before = self.tokenizer(prompt)["input_ids"]
-        after = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
+        after = self._behind(prompt, before, completion, special=True)
         return len(before), before + after + end
+
+    def _behind(self, before: str, ids: list[int], text: str, *, special: bool) -> list[int]:
+        """Tokens of what follows a text whose tokens are known.
+
+        SentencePiece puts a space before whatever stands first, so there both are encoded together and
+        cut, unless a token reaches over the border.
+        """
+        if self._leads_with_a_space:
+            whole: list[int] = self.tokenizer(before + text, add_special_tokens=special)[
+                "input_ids"
+            ]
+            if whole[: len(ids)] == ids:
+                return whole[len(ids) :]
+        alone: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return alone
+
+    @functools.cached_property
+    def _leads_with_a_space(self) -> bool:
+        return str((self.tokenizer.tokenize("x") or [""])[0]).startswith("\u2581")
 
     def _chat(self, where: str, messages: Any) -> tuple[int, list[int]]:
         try:
@@ -231,8 +267,26 @@ class Encoding:
         if not whole.startswith(asked):
             raise ValueError(f"{where}: the last message is not an answer to those before it")
         before = self.tokenizer(asked, add_special_tokens=False)["input_ids"]
-        after = self.tokenizer(whole[len(asked) :], add_special_tokens=False)["input_ids"]
+        after = self._behind(asked, before, whole[len(asked) :], special=False)
         return len(before), before + after
+
+
+class _Filled(string.Formatter):
+    """Fills a template with fields that are texts or numbers: `None` is no text to learn."""
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        if not isinstance(value, str | int | float):
+            raise TypeError(f"a field of {type(value).__name__} is neither text nor number")
+        return super().format_field(value, format_spec)
+
+
+_FILLED = _Filled()
+_UNFILLED = (KeyError, ValueError, IndexError, TypeError, AttributeError)
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a field that is there."""
+    return "" if isinstance(error, KeyError) else f" ({error})"
 
 
 def encode_rows(rows: Iterable[Row], encoding: Encoding, source: str) -> list[dict[str, list[int]]]:

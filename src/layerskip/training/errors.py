@@ -1,9 +1,9 @@
 """What stops a training run."""
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(ValueError):
     """The loss became infinite or not a number; no step was taken with it."""
 
 
-class CheckpointError(RuntimeError):
+class UnwrittenCheckpointError(OSError):
     """A checkpoint could not be written; those before it are untouched."""

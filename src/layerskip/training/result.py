@@ -62,8 +62,8 @@ def _add_draft_tokens(model: Any, trainer: LayerSkipTrainer) -> None:
     rows: Any = trainer.train_dataset
     found = draft_tokens(rows, model, tokenizer.eos_token_id)
     own = dict(getattr(model.generation_config, settings.KEY, None) or {})
-    own.pop("costs", None)  # measured, if at all, with what the model was before
-    own.pop("draft_vocabulary", None)
+    for of_before in ("costs", "draft_vocabulary", "tuning"):
+        own.pop(of_before, None)
     if found is not None:
         own["draft_vocabulary"] = settings.text_of_ids(found)
     setattr(model.generation_config, settings.KEY, own)

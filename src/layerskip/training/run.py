@@ -24,7 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from layerskip.recipe import detach
-from layerskip.training.callbacks import JsonLinesLog, TimeBudget, read_log
+from layerskip.training.callbacks import JsonLinesLog, TimeBudget, read_log, time_spent
 from layerskip.training.config import TrainConfig
 from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows, read_rows
 from layerskip.training.fake_quantization import quantize_aware
@@ -68,7 +68,7 @@ def train(config: TrainConfig, watch: Callable[[Progress], None] | None = None) 
 
     Raises:
         ValueError: for settings that do not fit each other, the data or the model: before training.
-        NonFiniteLossError, CheckpointError: what stopped training; checkpoints are kept.
+        NonFiniteLossError, UnwrittenCheckpointError: what stopped training; checkpoints are kept.
     """
     with hidden_bars():
         return _train(config, watch)
@@ -83,6 +83,7 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
     exit_layer = _check_layers(config)
     train_rows, eval_rows = _load_data(config, tokenizer)
     model = _load_model(config)
+    _check_tokens(model, train_rows, eval_rows)
     if config.lora_rank is not None:
         model = _with_adapter(model, config)
     on_grid = quantize_aware(model, config.quantize_aware) if config.quantize_aware else None
@@ -109,12 +110,16 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
 
 
 def _run(trainer: LayerSkipTrainer, config: TrainConfig, resume_from: str | None) -> dict[str, Any]:
-    """Train, unless the checkpoint is that of the last step: Trainer would take one more."""
+    """Train, unless the checkpoint is that of the last step: Trainer would take one more.
+
+    The last is also the step at which the time was over.
+    """
     if resume_from is not None:
         state = TrainerState.load_from_json(str(Path(resume_from) / TRAINER_STATE_NAME))
         wanted = config.max_steps or state.max_steps
         more_epochs = config.max_steps is None and config.epochs > state.num_train_epochs
-        if state.global_step >= wanted and not more_epochs:
+        is_over = config.max_minutes is not None and time_spent(state) >= 60 * config.max_minutes
+        if is_over or (state.global_step >= wanted and not more_epochs):
             trainer._load_from_checkpoint(resume_from)
             trainer.state.global_step = state.global_step
             return {}
@@ -158,9 +163,8 @@ def _load_data(config: TrainConfig, tokenizer: Any) -> tuple[Any, Any]:
     rows = encode_rows(read_rows(config.data, config.split), encoding, config.data)
     held_out: list[dict[str, list[int]]] = []
     if config.eval_data is not None:
-        held_out = encode_rows(
-            read_rows(config.eval_data, config.split), encoding, config.eval_data
-        )
+        split = config.eval_split or config.split
+        held_out = encode_rows(read_rows(config.eval_data, split), encoding, config.eval_data)
     elif config.eval_rows:
         if config.eval_rows >= len(rows):
             raise ValueError(f"eval_rows is {config.eval_rows}, but there are {len(rows)} rows")
@@ -178,6 +182,19 @@ def _dataset(rows: list[dict[str, list[int]]]) -> Any:
     return datasets.Dataset.from_list(rows)
 
 
+def _check_tokens(model: PreTrainedModel, *datasets: Any) -> None:
+    """A tokenizer may have tokens that the model does not: say so before the first batch has one."""
+    embedding: Any = model.get_input_embeddings()
+    known = len(embedding.weight)
+    found = [rows.data.column("input_ids") for rows in datasets if rows is not None]
+    largest = max(int(part.flatten().to_numpy().max()) for ids in found for part in ids.chunks)
+    if largest >= known:
+        raise ValueError(
+            f"the rows have the token {largest}, but this model embeds {known} tokens: give the model's"
+            " own tokenizer, or resize the model's embedding first"
+        )
+
+
 def _load_model(config: TrainConfig) -> PreTrainedModel:
     try:
         if config.from_scratch:
@@ -191,16 +208,32 @@ def _load_model(config: TrainConfig) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         what = f"the model {config.model} could not be loaded"
         raise ValueError(_one_line(what, error)) from error
+    _make_savable(model)
     if config.max_length <= _SHORT_ROWS and not torch.cuda.is_available():
         model.set_attn_implementation("eager")  # faster a step than the CPU's flash kernel
     trained: PreTrainedModel = model.float()
     return trained
 
 
+def _make_savable(model: PreTrainedModel) -> None:
+    """Older checkpoints name a temperature and do not say that they sample.
+
+    transformers reads such settings, but does not write them once anything in them was changed, as the
+    result's exit layer is.
+    """
+    settings: Any = model.generation_config
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.do_sample = True
+
+
 def _check_layers(config: TrainConfig) -> int:
     """Compare exits with the model's layers before anything takes long; the exit for decoding.
 
-    That is the one given, the first that always has a loss, or L/4.
+    That is the one given, the first that always has a loss, or of those with a loss the nearest to L/4.
     """
     try:
         folder, arguments = pretrained(config.model)
@@ -214,7 +247,10 @@ def _check_layers(config: TrainConfig) -> int:
     recipe.check_layers(num_layers)
     if outside := [e for e in config.eval_exits or () if not 1 <= e <= num_layers]:
         raise ValueError(f"eval_exits names {outside}; an exit is 1 to {num_layers}")
-    chosen = config.exit_layer or min(recipe.fixed_exits, default=max(1, round(num_layers / 4)))
+    trained = recipe.fixed_exits or recipe.candidates(num_layers)
+    early = [e for e in trained if e < num_layers] or [max(1, round(num_layers / 4))]
+    nearest = min(early, key=lambda e: (abs(e - num_layers / 4), e))
+    chosen = config.exit_layer or (min(early) if recipe.fixed_exits else nearest)
     if not 1 <= chosen < max(num_layers, 2):
         raise ValueError(f"exit_layer is {chosen}; it must be 1 to {num_layers - 1}")
     return int(chosen)
@@ -284,7 +320,7 @@ def _trainer(
     trainer = LayerSkipTrainer(
         model=model,
         args=arguments,
-        data_collator=Collator(tokenizer.pad_token_id),
+        data_collator=Collator(tokenizer.pad_token_id or 0),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,

@@ -21,7 +21,7 @@ from layerskip.model.weights import flush
 from layerskip.recipe import RecipeConfig, attach
 from layerskip.recipe.attached import AttachedRecipe
 from layerskip.recipe.exit_loss import IGNORED_LABEL
-from layerskip.training.errors import CheckpointError, NonFiniteLossError
+from layerskip.training.errors import NonFiniteLossError, UnwrittenCheckpointError
 from layerskip.training.exit_totals import ExitTotals
 from layerskip.training.memory import peak_memory_bytes
 from layerskip.training.sampling import LengthGroupedSampler
@@ -233,6 +233,19 @@ class LayerSkipMixin:
         lengths = [len(ids) for ids in dataset["input_ids"]]
         return LengthGroupedSampler(lengths, batch * trainer.args.world_size, seed)
 
+    def get_train_dataloader(self) -> Any:
+        """The class's own; after a resume its sampler is told the epoch in several processes too.
+
+        accelerate looks for it behind the batches that are skipped, one level deep, where several
+        processes have one level more.
+        """
+        loader: Any = super().get_train_dataloader()  # type: ignore[misc]
+        batches: Any = loader.batch_sampler
+        inner = getattr(batches, "batch_sampler", None)
+        if inner is not None and not hasattr(batches, "sampler"):
+            batches.sampler = inner.sampler
+        return loader
+
     def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:
         directory: str = super()._get_output_dir(*args, **kwargs)  # type: ignore[misc]
         return self._output_dir or directory
@@ -252,7 +265,7 @@ class LayerSkipMixin:
                 _move_when_whole(unfinished / name, run / name)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise CheckpointError(
+            raise UnwrittenCheckpointError(
                 f"the checkpoint of step {trainer.state.global_step} could not be written to {run} "
                 f"({error}); {self._last_checkpoint()}"
             ) from error
