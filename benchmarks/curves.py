@@ -83,8 +83,7 @@ def context_curve(model: LayerSkipModel, rounds: int) -> list[dict[str, float]]:
 
 def batch_curve(model: LayerSkipModel, name: str, rounds: int) -> list[dict[str, Any]]:
     """Tokens of all answers a second, plain and, where the checkpoint has an exit, self-speculative."""
-    has_template = model.tokenizer is not None and bool(model.tokenizer.chat_template)
-    task = load_task(name, samples=max(BATCHES), chat=has_template)
+    task = load_task(name, samples=max(BATCHES), chat=model.has_chat_template)
     trained = ["self-speculative"] if model.settings.exit_layer is not None else []
     points = [(size, mode) for size in BATCHES for mode in ("plain", *trained)]
     for point in points[: 1 + len(trained)]:

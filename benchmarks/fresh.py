@@ -90,8 +90,7 @@ def peak(options: argparse.Namespace) -> int:
     """Bytes resident at most while prompts are answered, from after loading on."""
     torch.set_num_threads(options.threads)
     model = LayerSkipModel.from_pretrained(options.model)
-    has_template = model.tokenizer is not None and bool(model.tokenizer.chat_template)
-    task = load_task(options.task, samples=PROMPTS, chat=has_template)
+    task = load_task(options.task, samples=PROMPTS, chat=model.has_chat_template)
     memory = PeakMemory(model.decoder.device)
     memory.reset()
     for sample in task.samples:

@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "control": CONTROL,
     "paper": {"learning_rate": 1e-4},
 }
-SMOKE_EXITS = {"fixed_exits": [1], "exits": [2, 3], "rotation": 2}
+SMOKE_EXITS = {"fixed_exits": [1], "exit_weighting": "linear", "exits": [2, 3], "rotation": 2}
 SMOKE = {
     "steps": 2,
     "batch_size": 2,

@@ -48,6 +48,7 @@ SMOKE = {
 }
 SMOKE_TRAINING = {
     "fixed_exits": [1],
+    "exit_weighting": "linear",
     "exit_layer": 1,
     "exits": [2, 3],
     "rotation": 2,
@@ -130,7 +131,7 @@ def _config(variant: str, options: argparse.Namespace) -> TrainConfig:
     topv2 = TrainConfig.from_yaml(EXAMPLES / ALIKE)
     return TrainConfig.from_yaml(
         EXAMPLES / file,
-        **{name: getattr(topv2, name) for name in ("data", "prompt", "completion", "batch_size")},
+        **{name: getattr(topv2, name) for name in ("data", "prompt", "completion")},
         model=options.model,
         max_steps=options.steps,
         max_minutes=options.minutes,
@@ -138,7 +139,11 @@ def _config(variant: str, options: argparse.Namespace) -> TrainConfig:
         output=str(options.work / variant),
         keep_checkpoints=1,
         resume=True,
-        **{**(SMOKE_TRAINING if options.smoke else {}), **changes},
+        **{
+            "batch_size": topv2.batch_size,
+            **(SMOKE_TRAINING if options.smoke else {}),
+            **changes,
+        },
     )
 
 

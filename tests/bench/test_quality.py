@@ -1,5 +1,6 @@
 """Metrics against numbers counted by hand."""
 
+import shutil
 from decimal import Decimal
 
 import pytest
@@ -69,7 +70,7 @@ def problem(**row):
 
 def test_where_no_program_can_run_that_is_said_and_not_called_0(monkeypatch):
     quality.check_can_judge(quality.pass_at_1)
-    monkeypatch.setattr(sandbox.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sandbox.sys, "executable", shutil.which("false"))
     with pytest.raises(ValueError, match="does not start here"):
         quality.check_can_judge(quality.pass_at_1)
 

@@ -145,6 +145,32 @@ def test_a_reader_that_leaves_is_no_failure(folder):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+def test_a_full_disk_behind_stdout_is_one_line(folder):
+    program = "from layerskip.cli import main; main()"
+    arguments = [
+        "generate",
+        "--model",
+        folder,
+        "--prompt",
+        "abc",
+        "--max-new-tokens",
+        "3",
+        "--json",
+    ]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program, *map(str, arguments)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "No space left on device" in done.stderr
+
+
 def test_standard_input_is_one_prompt(run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("ab\ncd\n"))
     result = json.loads(run("generate", "--json", "--max-new-tokens", 2)[1])

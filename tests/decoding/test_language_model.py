@@ -11,7 +11,7 @@ from tiny_decoders import PLAIN, ids, random_prompt, speculative, tiny_decoder
 
 import tiny_models
 from layerskip import LayerSkipModel
-from layerskip.decoding import PromptError, Sampling, generate
+from layerskip.decoding import Sampling, generate
 from layerskip.model import Settings
 
 SPECULATIVE = {"mode": "self-speculative", "exit_layer": 2, "draft_tokens": 4}
@@ -196,7 +196,7 @@ def test_time_to_the_first_token_is_each_answers_own(model, monkeypatch):
 def test_messages_that_the_template_refuses():
     model = chatting_model(encode("ab"))
     model.tokenizer.chat_template = "{{ raise_exception('no system message') }}"
-    with pytest.raises(PromptError, match="refuses these messages: no system message"):
+    with pytest.raises(ValueError, match="refuses these messages: no system message"):
         model.generate(MESSAGES)
 
 

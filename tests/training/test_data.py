@@ -1,3 +1,4 @@
+import decimal
 import gzip
 import json
 import lzma
@@ -119,7 +120,10 @@ def test_long_fields_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "1", "completion": None}, "row 7 has .* NoneType is neither text nor number"),
+        (
+            {"prompt": "1", "completion": None, "text": "1"},
+            "NoneType is neither text",
+        ),
         ({"prompt": [{"role": "user"}], "completion": "3"}, "row 7 has .* list is neither text"),
         ({"prompt": "1", "completion": "half \ud83d"}, "row 7 cannot be made tokens of"),
     ],
@@ -127,6 +131,11 @@ def test_long_fields_are_read(tmp_path):
 def test_fields_that_are_no_text_are_refused(tokenizer, row, message):
     with pytest.raises(ValueError, match=message):
         Encoding(tokenizer=tokenizer)("row 7", row)
+
+
+def test_dates_and_decimals_are_text(tokenizer):
+    row = {"prompt": "1 plus 2 is", "completion": decimal.Decimal(3)}
+    assert Encoding(tokenizer=tokenizer)("x", row) == Encoding(tokenizer=tokenizer)("x", ROWS[0])
 
 
 def test_fields_of_fields(tokenizer):

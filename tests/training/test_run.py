@@ -301,11 +301,13 @@ def test_a_gradient_that_is_not_finite_stops_training(settings, monkeypatch):
 def test_what_is_trained_on_is_no_evaluation(settings):
     with pytest.raises(ValueError, match="eval_data is what is trained on"):
         run(settings, eval_data=settings["data"])
+    with pytest.raises(ValueError, match="eval_split is for data sets of the hub"):
+        run(settings, eval_data=settings["data"], eval_split="test")
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
-    [({}, 1), ({"exits": [3], "curriculum": "all"}, 3), ({"fixed_exits": [2, 3]}, 2)],
+    [({}, 2), ({"exits": [3], "curriculum": "all"}, 3), ({"fixed_exits": [2, 3]}, 2)],
 )
 def test_the_exit_for_decoding_is_one_that_was_trained(settings, changes, expected):
     assert run(settings, max_steps=1, **changes).exit_layer == expected
@@ -317,7 +319,7 @@ def test_tokens_that_the_model_does_not_embed_are_said(settings, model_folder, t
     tokenizer.save_pretrained(tmp_path / "larger")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1 plus 2 is", "completion": "new"}\n')
     changes = {"tokenizer": str(tmp_path / "larger"), "data": str(tmp_path / "rows.jsonl")}
-    with pytest.raises(ValueError, match="the rows have the token 48, but this model embeds 48"):
+    with pytest.raises(ValueError, match="have the token 48, but this model embeds 48"):
         run(settings, **changes)
 
 
@@ -343,3 +345,6 @@ def test_settings_that_name_a_temperature_without_sampling_can_be_saved(
     written = json.loads((result.output / "generation_config.json").read_text())
     assert (written["assistant_early_exit"], written["temperature"]) == (2, 0.9)
     assert "tuning" not in written.get("layerskip", {})
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token_id": -1}))
+    with pytest.raises(ValueError, match=r"will not write this model's generation_config\.json"):
+        run(settings, model=str(tmp_path / "model"), output=str(tmp_path / "other"))

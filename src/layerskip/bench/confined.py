@@ -128,7 +128,7 @@ def _guard(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
             climbs = not isinstance(path, int) and os.pardir in os.fsdecode(path).split(os.sep)
             if writes and (climbs or not inside(path)):
                 raise PermissionError(f"{path} is outside the program's folder")
-            if not inside(path) and os.path.isdir(path):
+            if os.path.isdir(path) and os.path.realpath(path) != folder and not inside(path):
                 raise PermissionError(f"the folder {path} is not to be opened")
         elif event.startswith(_CHANGES_PATHS):
             paths = [a for a in arguments if isinstance(a, str | bytes | os.PathLike)]

@@ -1,11 +1,12 @@
 """How much memory one answer needs at its peak."""
 
 import contextlib
-import sys
 from pathlib import Path
 from typing import Literal
 
 import torch
+
+from layerskip.training.memory import peak_memory_bytes
 
 Scope = Literal["row", "process", "unknown"]
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -26,7 +27,7 @@ class PeakMemory:
         self._device = device
         self.scope: Scope = "row"
         if device.type != "cuda" and not self._set_back():
-            self.scope = "unknown" if _highest_of_process() is None else "process"
+            self.scope = "process" if peak_memory_bytes(device) else "unknown"
 
     def reset(self) -> None:
         """Forget the peak so far, where that is possible."""
@@ -37,12 +38,10 @@ class PeakMemory:
 
     def read(self) -> int | None:
         """Bytes; None where the system does not tell."""
-        if self._device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self._device))
-        if self.scope == "row":
+        if self._device.type != "cuda" and self.scope == "row":
             line = next(x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM"))
             return int(line.split()[1]) * 1024
-        return _highest_of_process()
+        return peak_memory_bytes(self._device) or None
 
     @staticmethod
     def _set_back() -> bool:
@@ -51,12 +50,3 @@ class PeakMemory:
                 _CLEAR.write_text("5")  # proc(5): sets the high-water mark to what is resident now
                 return True
         return False
-
-
-def _highest_of_process() -> int | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

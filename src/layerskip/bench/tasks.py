@@ -92,6 +92,7 @@ def load_task(
     seed: int = 0,
     data: str | None = None,
     chat: bool = True,
+    judged: bool = True,
 ) -> Task:
     """The task of a name, or of a file of prompts.
 
@@ -109,6 +110,7 @@ def load_task(
         data: folder of the data sets; None takes that of $LAYERSKIP_DATA, else the hub.
         chat: whether the model has a chat template; without one, questions to an assistant are
             asked as plain text.
+        judged: whether answers will be judged, so that what this needs has to be there.
 
     Raises:
         ValueError: there is no such task or file, its data are not to be had, it takes no shots, or
@@ -119,12 +121,12 @@ def load_task(
     if n_shot is not None and n_shot < 0:
         raise ValueError(f"n_shot is {n_shot}; it cannot be negative")
     if name in FORMS:
-        return _named(name, FORMS[name], samples, n_shot, seed, data, chat)
+        return _named(name, FORMS[name], samples, n_shot, seed, data, chat, judged)
     if not Path(name).is_file():
         raise ValueError(f"{name!r} is no file and no task; the tasks are {', '.join(TASKS)}")
     if n_shot:
         raise ValueError(f"{name} is a file of prompts as they stand; shots are for named tasks")
-    return _own(name, samples, seed)
+    return _own(name, samples, seed, judged)
 
 
 def _named(
@@ -135,11 +137,13 @@ def _named(
     seed: int,
     data: str | None,
     chat: bool,
+    judged: bool,
 ) -> Task:
     shots = form.shots if n_shot is None else n_shot
     if shots and form.answer is None:
         raise ValueError(f"{name} takes no shots: leave n_shot out, or 0")
-    quality.check_can_judge(form.metrics)
+    if judged:
+        quality.check_can_judge(form.metrics)
     rows = [row for row in form.data.rows("test", data) if form.prompt(row) is not None]
     others = form.data.rows(form.shot_split, data) if shots else []
     if shots > len(others):
@@ -178,7 +182,7 @@ def _id(row: Mapping[str, Any], otherwise: str) -> str:
     return next((str(row[name]) for name in names if name in row), otherwise)
 
 
-def _own(name: str, samples: int | None, seed: int) -> Task:
+def _own(name: str, samples: int | None, seed: int, judged: bool) -> Task:
     from layerskip.training.data import read_rows
 
     found = [_own_sample(where, row) for where, row in read_rows(name)]
@@ -186,7 +190,7 @@ def _own(name: str, samples: int | None, seed: int) -> Task:
         raise ValueError(f"{name} holds no prompts")
     drawn = tuple(draw(found, samples, seed, group=lambda sample: sample.category))
     has_references = any(sample.references for sample in drawn)
-    if has_references:
+    if has_references and judged:
         quality.check_can_judge(quality.match_and_rouge)
     return Task(
         name=name,

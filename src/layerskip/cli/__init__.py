@@ -85,14 +85,23 @@ def run(arguments: Sequence[str]) -> int:
         _say("interrupted")
         return 130
     except _ReaderLeftError:  # that is no failure of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except Exception as error:
         if state["debug"]:
             raise
         _say(_one_line(error))
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk
+            _drop_output()
         return 1
     return status if isinstance(status, int) else 0
+
+
+def _drop_output() -> None:
+    """What could not be written would be tried again at the very end, with a traceback."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(error: Exception) -> str:

@@ -156,9 +156,15 @@ def command(
     flags["exit_layers"] = flags["exit_layers"] or ()
     config = BenchConfig(**{f.name: flags[f.name] for f in dataclasses.fields(BenchConfig)})
     model = options.load_model(flags)
-    has_template = model.tokenizer is not None and bool(model.tokenizer.chat_template)
+    chat = model.has_chat_template
     task = load_task(
-        task_name, samples=samples, n_shot=n_shot, seed=seed, data=data, chat=has_template
+        task_name,
+        samples=samples,
+        n_shot=n_shot,
+        seed=seed,
+        data=data,
+        chat=chat,
+        judged=not config.ignore_eos,
     )
     console = Console(stderr=True)
     with Progress(

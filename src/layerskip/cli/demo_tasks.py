@@ -32,7 +32,7 @@ class DemoTask:
         the question, in a chat, where the task has a question and the checkpoint a chat template, else
         the template too.
         """
-        is_assistant = model.tokenizer is not None and bool(model.tokenizer.chat_template)
+        is_assistant = model.has_chat_template
         if model.settings.exit_layer is None and self.question is not None and is_assistant:
             return [{"role": "user", "content": self.question.format(text=text)}]
         return self.template.format(text=text)

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import importlib.util
-import json
 import os
 import re
 import sys
@@ -19,7 +18,7 @@ from layerskip.decoding import DRAFT_SOURCES, MODES, LayerSkipModel
 from layerskip.model.quantize import WEIGHTS
 from layerskip.model.rounding import RoundingWarning
 from layerskip.model.source import BUILTIN_MODELS, DEFAULT_MODEL, is_pulled, pull
-from layerskip.model.weights import replace
+from layerskip.model.weights import json_text, replace
 
 Command = Callable[..., Any]
 
@@ -270,7 +269,7 @@ def waiting(what: str) -> Iterator[None]:
 
 def deliver(result: Any, *, as_json: bool, output: Path | None) -> None:
     """Print the result as JSON, write it to a file, or both; the file appears whole or not at all."""
-    text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+    text = json_text(result)
     if output is not None:
         replace(output, text.encode())
     if as_json:
@@ -278,9 +277,14 @@ def deliver(result: Any, *, as_json: bool, output: Path | None) -> None:
         sys.stdout.flush()  # a full disk or a reader that has left is met here, not at the very end
 
 
+def _is_special(path: Path) -> bool:
+    """Whether this is a pipe or a device."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def check_output(output: Path | None, flag: str = "--output") -> None:
     """Refuse an output file that cannot be written before any long work starts."""
-    if output is None or (output.exists() and not output.is_file()):  # a pipe, a device
+    if output is None or _is_special(output):
         return
     folder = output.resolve().parent
     if not folder.is_dir():

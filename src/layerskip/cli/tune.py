@@ -146,14 +146,14 @@ def _prompts(
     model: LayerSkipModel, data: str | None, samples: int, seed: int
 ) -> tuple[list[Any], tuple[str, ...], int]:
     """Prompts, what stops their answers, and how long these may be."""
-    chat = bool(model.tokenizer is not None and model.tokenizer.chat_template)
+    chat = model.has_chat_template
     if data is None:
         texts = PROMPTS[:samples]
         prompts = [[{"role": "user", "content": text}] for text in texts] if chat else list(texts)
         return prompts, (), MAX_NEW_TOKENS
     from layerskip.bench.tasks import load_task
 
-    task = load_task(data, samples=samples, seed=seed, chat=chat)
+    task = load_task(data, samples=samples, seed=seed, chat=chat, judged=False)
     return [sample.prompt for sample in task.samples], task.stop, task.max_new_tokens
 
 

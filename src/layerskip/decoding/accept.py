@@ -8,13 +8,14 @@ that come out are distributed exactly as p, whatever q is (Leviathan et al., 202
 import torch
 from torch import Tensor
 
-from layerskip.decoding.sampling import Exit, Sampling, likeliest
+from layerskip.decoding.sampling import Sampling, likeliest
+from layerskip.model import Decoder
 
 
 def accept(
     drafted: Tensor,
     q: Tensor | None,
-    exit_: Exit,
+    decoder: Decoder,
     hidden: Tensor,
     sampling: Sampling,
     generator: torch.Generator | None,
@@ -25,7 +26,7 @@ def accept(
     Args:
         drafted: [B, d] int64.
         q: [B, d, V] float32, what they were drawn from; None if greedy or d = 0.
-        exit_: the model's last.
+        decoder: the model, whose head judges.
         hidden: [B, d + 1, D], what the last layer gave for the positions before each drafted token, and
             after the last.
         sampling: of draft and model alike.
@@ -36,9 +37,9 @@ def accept(
         How many drafted tokens stand [B], and the model's own token after them [B, 1].
     """
     if sampling.greedy:
-        accepted, following = accept_greedy(drafted, likeliest(exit_, hidden, sampling, seen))
+        accepted, following = accept_greedy(drafted, likeliest(decoder, hidden, sampling, seen))
     else:
-        p = sampling.probabilities(sampling.penalize(exit_.logits(hidden), seen))
+        p = sampling.probabilities(sampling.penalize(decoder.logits(hidden), seen))
         accepted, following = accept_sampled(drafted, q, p, generator)
     return accepted, following[:, None]
 

@@ -57,15 +57,12 @@ class Batch:
         capacity = max(len(p) + e.limit - 1 for p, e in zip(prompts, self._endings, strict=True))
         self._cache = decoder.new_cache(capacity, len(prompts))
         self._generator = seeded_generator(decoder.device, seed)
-        self._drafter = self._make_drafter() if plan.mode == "self-speculative" else None
-
-    def _make_drafter(self) -> EarlyExitDrafter:
-        plan, decoder, head = self._plan, self._decoder, None
-        assert plan.exit_layer is not None
-        if plan.draft_vocabulary is not None:
-            prompts = {token for prompt in self._prompts for token in prompt}
-            head = ShortHead.of(decoder, plan.draft_vocabulary).also(decoder, prompts)
-        return EarlyExitDrafter(decoder, plan.exit_layer, self._sampling, head)
+        self._drafter: EarlyExitDrafter | None = None
+        if plan.mode == "self-speculative":
+            assert plan.exit_layer is not None
+            seen = {token for prompt in prompts for token in prompt}
+            head = ShortHead.of(decoder, plan.draft_vocabulary, seen)
+            self._drafter = EarlyExitDrafter(decoder, plan.exit_layer, sampling, head)
 
     def leave(self, prompt: int) -> None:
         """End a prompt's answer, as at a stop string."""

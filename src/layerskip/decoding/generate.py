@@ -220,24 +220,19 @@ class _Session:
     def _drafter(self) -> Drafter:
         plan, decoder, pace = self.plan, self.decoder, Pace()
         prompt = self.prompt[0].tolist()
-        early_exit: EarlyExitDrafter | None = None
-        head = None
-        if plan.draft_from != "n-gram":
-            assert plan.exit_layer is not None
-            if plan.draft_vocabulary is not None:
-                head = ShortHead.of(decoder, plan.draft_vocabulary).also(decoder, prompt)
-            early_exit = EarlyExitDrafter(decoder, plan.exit_layer, self.sampling, head)
-        ngram_length = None
+        head = ShortHead.of(decoder, plan.draft_vocabulary, prompt)
+        costs = early_exit = None
         if plan.adaptive:
             share = 1.0 if head is None else head.share
             costs = DraftCosts.of(decoder, plan.exit_layer or 0, share, plan.costs)
-            ngram_length = NgramLength(costs, pace)
-            if early_exit is not None:
-                early_exit.length = DraftLength(costs, pace)
-        if plan.draft_from == "early-exit":
-            assert early_exit is not None
-            return early_exit
-        return NgramDrafter(decoder, self.sampling, prompt, early_exit, ngram_length)
+        if plan.draft_from != "n-gram":
+            assert plan.exit_layer is not None
+            length = None if costs is None else DraftLength(costs, pace)
+            early_exit = EarlyExitDrafter(decoder, plan.exit_layer, self.sampling, head, length)
+            if plan.draft_from == "early-exit":
+                return early_exit
+        ngrams = None if costs is None else NgramLength(costs, pace)
+        return NgramDrafter(decoder, self.sampling, prompt, early_exit, ngrams)
 
     def _accept(self, draft: Draft, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """How many drafted tokens stand [B], and the model's own token after them [B, 1]."""

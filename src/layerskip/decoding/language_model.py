@@ -10,7 +10,6 @@ import torch
 from layerskip.decoding.answer import Answer
 from layerskip.decoding.batch import Batch, alike, can_batch
 from layerskip.decoding.draft_costs import time_rows
-from layerskip.decoding.generate import PromptError
 from layerskip.decoding.generation import Generation
 from layerskip.decoding.policy import choose, for_batch
 from layerskip.decoding.sampling import Sampling
@@ -92,6 +91,11 @@ class LayerSkipModel:
             return frozenset(self.settings.end_tokens)
         own = self.tokenizer.eos_token_id
         return frozenset(() if own is None else (own,))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether messages can be prompts."""
+        return self.tokenizer is not None and bool(self.tokenizer.chat_template)
 
     @overload
     def generate(self, prompt: Prompt, **options: Any) -> Generation: ...
@@ -270,7 +274,7 @@ class LayerSkipModel:
                 add_generation_prompt=True,
             )
         except TemplateError as error:  # some allow no system message, or ask for turns
-            raise PromptError(f"the chat template refuses these messages: {error}") from error
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
         templated: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return templated
 

@@ -4,13 +4,12 @@ The order is that of transformers: repetition penalty, temperature, top-k, top-p
 """
 
 import dataclasses
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from layerskip.model import most_likely
+from layerskip.model import Decoder, most_likely
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,27 +105,15 @@ def _descending(scores: Tensor) -> Tensor:
     return scores.sort(dim=-1, descending=True).values
 
 
-class Exit(Protocol):
-    """What tokens are chosen from: a `Decoder`, or a part of its head."""
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [B, T, D] to logits [B, T, V]."""
-        ...
-
-    def choose(self, hidden: Tensor) -> Tensor:
-        """Which logit is highest, [B, T, D] to [B, T] int64."""
-        ...
-
-
-def likeliest(exit_: Exit, hidden: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
+def likeliest(decoder: Decoder, hidden: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
     """The greedy choice at every position, [B, T, D] to [B, T]; `seen` as for `Sampling.penalize`."""
     if seen is None:
-        return exit_.choose(hidden)
-    return most_likely(sampling.penalize(exit_.logits(hidden), seen))
+        return decoder.choose(hidden)
+    return most_likely(sampling.penalize(decoder.logits(hidden), seen))
 
 
 def next_token(
-    exit_: Exit,
+    decoder: Decoder,
     hidden: Tensor,
     sampling: Sampling,
     generator: torch.Generator | None,
@@ -134,8 +121,8 @@ def next_token(
 ) -> Tensor:
     """Choose one token after hidden states, [B, 1, D] to [B, 1]; `seen` as for `Sampling.penalize`."""
     if sampling.greedy:
-        return likeliest(exit_, hidden, sampling, seen)
-    logits = sampling.penalize(exit_.logits(hidden), seen)
+        return likeliest(decoder, hidden, sampling, seen)
+    logits = sampling.penalize(decoder.logits(hidden), seen)
     return pick(logits, sampling, generator)[0]
 
 

@@ -39,12 +39,19 @@ class ShortHead:
         self._short = decoder.with_short_head(self.token_ids)
 
     @classmethod
-    def of(cls, decoder: Decoder, token_ids: tuple[int, ...]) -> "ShortHead":
-        """The head for a list of tokens, made once as long as the list stays the same."""
+    def of(
+        cls, decoder: Decoder, token_ids: tuple[int, ...] | None, prompt: Iterable[int]
+    ) -> "ShortHead | None":
+        """The head for a list of tokens and those of a prompt; None, the whole one, without a list.
+
+        The list's part is made once as long as it stays the same.
+        """
+        if token_ids is None:
+            return None
         made = _MADE.get(decoder)
         if made is None or (made[0] is not token_ids and made[0] != token_ids):
             made = _MADE[decoder] = (token_ids, cls(decoder, token_ids))
-        return made[1]
+        return made[1].also(decoder, prompt)
 
     def also(self, decoder: Decoder, token_ids: Iterable[int]) -> "ShortHead":
         """The same with more tokens, whose rows alone are new: a second, small product.

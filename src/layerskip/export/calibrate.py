@@ -19,7 +19,7 @@ from layerskip.export.compensate import compensated, two_bits
 from layerskip.export.source import Source
 from layerskip.export.written import Progress
 from layerskip.model import difference, row_order
-from layerskip.model.quantize import check_groups, on_grid
+from layerskip.model.quantize import EMBEDDING_BITS, check_groups, on_grid
 from layerskip.model.rounding import CALIBRATED, Rounding
 from layerskip.model.weights import missing
 
@@ -71,7 +71,7 @@ def calibrate(
     with torch.no_grad():
         before = _nll(model, windows[is_held_out])
         for end in {model.get_input_embeddings(), model.get_output_embeddings()}:
-            end.weight.copy_(on_grid(end.weight, 8))
+            end.weight.copy_(on_grid(end.weight, EMBEDDING_BITS))
         with _rounding(model, lambda _, weight, hessian: compensated(weight, hessian), progress):
             model(windows[~is_held_out], use_cache=False, logits_to_keep=1)
         after = _nll(model, windows[is_held_out])

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from layerskip.export.source import Source
-from layerskip.model import UnsupportedModelError, rotary
+from layerskip.model import UnsupportedModelError, rotary, settings
 from layerskip.model.architecture import Rope
 from layerskip.model.rounding import Rounding, recorded
 from layerskip.model.weights import GgufFile, read_json
 
-_OF_THE_WHOLE_MODEL = ("assistant_early_exit", "layerskip")  # means nothing to a draft model
+_OF_THE_WHOLE_MODEL = ("assistant_early_exit", settings.KEY)  # means nothing to a draft model
 _FACTORS_TOLERANCE = 1e-3  # relative; the factors in GGUF files are float32
 
 
@@ -48,7 +48,7 @@ def generation_config(
     What they say of quantized weights holds for the source's own numbers. An export that changes those
     gives in `roundings` what is known of the new ones.
     """
-    path = source.files.path / "generation_config.json"
+    path = source.files.path / settings.FILE
     if path.is_file():
         fields = read_json(path)
     else:
@@ -60,8 +60,8 @@ def generation_config(
         for key in _OF_THE_WHOLE_MODEL:
             fields.pop(key, None)
     if roundings is not None:
-        fields["layerskip"] = recorded(fields.get("layerskip"), roundings)
-    return {key: value for key, value in fields.items() if key != "layerskip" or value}
+        fields[settings.KEY] = recorded(fields.get(settings.KEY), roundings)
+    return {key: value for key, value in fields.items() if key != settings.KEY or value}
 
 
 def _special_tokens(file: GgufFile) -> dict[str, int]:

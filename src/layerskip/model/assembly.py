@@ -35,9 +35,9 @@ def build(
     """Read, cast or quantize, fuse and pack every weight, one layer at a time.
 
     With int8 or int4 weights, the layers' matrices have these bits, embedding and head have 8; norms,
-    biases and the routers of mixtures stay in `dtype`. What a GGUF file holds in these very bits is
-    taken over; where rows are scaled, it is rounded once more. `compiled` asks for the kernels of
-    `native`, where they know the architecture.
+    biases and the routers of mixtures stay in `dtype`, norms of 1 + w in float32. What a GGUF file
+    holds in these very bits is taken over; where rows are scaled, it is rounded once more. `compiled`
+    asks for the kernels of `native`, where they know the architecture.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape than the architecture says.

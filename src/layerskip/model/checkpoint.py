@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from layerskip.model.weights import (
     GgufFile,
     SafetensorsFiles,
     Tensors,
+    json_text,
     read_json,
-    write_json,
+    replace,
 )
 
 
@@ -187,9 +187,7 @@ def _config(folder: Path) -> dict[str, Any]:
         filled: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
         cached.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = cached.with_suffix(f".{os.getpid()}")
-        write_json(unfinished, filled)
-        unfinished.replace(cached)
+        replace(cached, json_text(filled).encode())
     return filled
 
 

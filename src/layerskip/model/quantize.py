@@ -13,6 +13,7 @@ from torch import Tensor
 
 GROUP = 32
 BITS = (8, 4)
+EMBEDDING_BITS = 8  # of embedding and head, whatever the layers have
 WEIGHTS: dict[str, int | None] = {"16bit": None, "int8": 8, "int4": 4}
 """How a decoder's weights can be kept, and the bits of those in its layers; None: in its dtype."""
 

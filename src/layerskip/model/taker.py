@@ -11,12 +11,11 @@ from layerskip.model.families import UnsupportedModelError
 from layerskip.model.linear import Linear, Matrix, QuantizedLinear, linear
 from layerskip.model.native import PanelEmbedding, PanelMatrix
 from layerskip.model.packed import pack
-from layerskip.model.quantize import GROUP, Quantized, bits_of, quantize, stack
+from layerskip.model.quantize import EMBEDDING_BITS, GROUP, Quantized, bits_of, quantize, stack
 from layerskip.model.weights import CheckpointError, Tensors, missing
 
 Change = Callable[[Tensor], Tensor]
 """What is done to a tensor's rows before it is cast."""
-EMBEDDING_BITS = 8
 _ROUNDED_WEIGHTS = 2**19  # at a time: rounding needs several float32 copies
 
 

@@ -298,9 +298,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def json_text(value: Any) -> str:
+    """JSON in lines for people to read."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """A JSON object into a file, in lines for people to read."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(value), encoding="utf-8")
 
 
 def replace(path: Path, content: bytes) -> None:

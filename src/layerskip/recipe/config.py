@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
-Regime = Literal["pretrain", "continual", "domain", "task"]
 Variant = Literal["LD+EE", "LD", "EE"]
 
 # LayerSkip (arXiv 2404.16710), the settings of its experiments. Several models share a

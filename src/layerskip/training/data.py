@@ -40,10 +40,8 @@ def read_rows(source: str, split: str = "train", config: str | None = None) -> I
         ValueError: for a file of unknown kind, a data set that is not found, or a bad row, which
             is named by its line.
     """
-    source = os.path.expanduser(os.path.expandvars(source))
-    if source.startswith("$"):
-        raise ValueError(f"{source}: set this environment variable to the folder of the data")
-    found = [source] if Path(source).exists() else sorted(glob.glob(source))
+    found = local_files(source)
+    source = _expanded(source)
     if not found:
         if Path(source).suffix in (*_SUFFIXES, ".gz", ".xz"):
             raise ValueError(f"the data file {source} does not exist")
@@ -89,6 +87,22 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
             yield file
     except damage as error:
         raise ValueError(f"{path} cannot be read as text: {error}") from error
+
+
+def local_files(source: str) -> list[str]:
+    """The files that a source names; none for a data set of the hub.
+
+    Raises:
+        ValueError: an environment variable in its name is not set.
+    """
+    source = _expanded(source)
+    if source.startswith("$"):
+        raise ValueError(f"{source}: set this environment variable to the folder of the data")
+    return [source] if Path(source).exists() else sorted(glob.glob(source))
+
+
+def _expanded(source: str) -> str:
+    return os.path.expanduser(os.path.expandvars(source))
 
 
 def _hub_rows(source: str, split: str, config: str | None) -> Iterator[Row]:
@@ -220,7 +234,8 @@ class Encoding:
         try:
             completion = _FILLED.vformat(self.completion, (), row)
         except _UNFILLED as error:
-            if not isinstance(row.get(self.text_field), str):
+            is_there = isinstance(error, TypeError | AttributeError)  # and no text
+            if is_there or not isinstance(row.get(self.text_field), str):
                 raise ValueError(
                     f"{where} has the fields {sorted(row)}; needed are those of {self.completion!r} "
                     f"and {self.prompt!r}, 'messages', or {self.text_field!r}{_why(error)}"
@@ -275,7 +290,7 @@ class _Filled(string.Formatter):
     """Fills a template with fields that are texts or numbers: `None` is no text to learn."""
 
     def format_field(self, value: Any, format_spec: str) -> Any:
-        if not isinstance(value, str | int | float):
+        if value is None or isinstance(value, Mapping | list | tuple):
             raise TypeError(f"a field of {type(value).__name__} is neither text nor number")
         return super().format_field(value, format_spec)
 

@@ -20,10 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from layerskip.model.quantize import bits_of, check_groups, on_grid
+from layerskip.model.quantize import EMBEDDING_BITS, bits_of, check_groups, on_grid
 from layerskip.recipe.anatomy import Anatomy, find_anatomy, transformers_model
-
-HEAD_BITS = 8  # of head and embedding, whatever the layers have
 
 
 def quantize_aware(model: nn.Module, weights: str) -> QuantizeAware:
@@ -95,7 +93,7 @@ class QuantizeAware:
     def _head_forward(self, head: nn.Linear, hidden: Tensor) -> Tensor:
         values = self._head_values
         if values is None:
-            values = _rounded(head.weight, HEAD_BITS)
+            values = _rounded(head.weight, EMBEDDING_BITS)
         if self._in_pass:
             self._head_values = values
         return functional.linear(hidden, _straight_through(head.weight, values), head.bias)
@@ -132,7 +130,7 @@ def _linear_forward(linear: nn.Linear, bits: int, x: Tensor) -> Tensor:
 def _embedding_forward(embedding: nn.Embedding, tokens: Tensor) -> Tensor:
     """Only the rows that are looked up are rounded: no group reaches from one row into another."""
     rows = functional.embedding(tokens, embedding.weight, embedding.padding_idx)
-    values = on_grid(rows.detach().flatten(0, -2), HEAD_BITS).view_as(rows).to(rows.dtype)
+    values = on_grid(rows.detach().flatten(0, -2), EMBEDDING_BITS).view_as(rows).to(rows.dtype)
     hidden = _straight_through(rows, values)
     scale = getattr(embedding, "embed_scale", None)  # Gemma 3
     return hidden if scale is None else hidden * scale.to(hidden.dtype)

@@ -26,7 +26,14 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from layerskip.recipe import detach
 from layerskip.training.callbacks import JsonLinesLog, TimeBudget, read_log, time_spent
 from layerskip.training.config import TrainConfig
-from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows, read_rows
+from layerskip.training.data import (
+    Collator,
+    Encoding,
+    encode_rows,
+    local_files,
+    pack_rows,
+    read_rows,
+)
 from layerskip.training.fake_quantization import quantize_aware
 from layerskip.training.memory import keep_freed_memory
 from layerskip.training.plots import plot_run
@@ -83,7 +90,7 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
     exit_layer = _check_layers(config)
     train_rows, eval_rows = _load_data(config, tokenizer)
     model = _load_model(config)
-    _check_tokens(model, train_rows, eval_rows)
+    _check_tokens(model, tokenizer.pad_token_id or 0, train_rows, eval_rows)
     if config.lora_rank is not None:
         model = _with_adapter(model, config)
     on_grid = quantize_aware(model, config.quantize_aware) if config.quantize_aware else None
@@ -163,6 +170,10 @@ def _load_data(config: TrainConfig, tokenizer: Any) -> tuple[Any, Any]:
     rows = encode_rows(read_rows(config.data, config.split), encoding, config.data)
     held_out: list[dict[str, list[int]]] = []
     if config.eval_data is not None:
+        if config.eval_split is not None and local_files(config.eval_data):
+            raise ValueError(
+                f"eval_split is for data sets of the hub; {config.eval_data} is a file"
+            )
         split = config.eval_split or config.split
         held_out = encode_rows(read_rows(config.eval_data, split), encoding, config.eval_data)
     elif config.eval_rows:
@@ -182,16 +193,17 @@ def _dataset(rows: list[dict[str, list[int]]]) -> Any:
     return datasets.Dataset.from_list(rows)
 
 
-def _check_tokens(model: PreTrainedModel, *datasets: Any) -> None:
+def _check_tokens(model: PreTrainedModel, pad_token_id: int, *datasets: Any) -> None:
     """A tokenizer may have tokens that the model does not: say so before the first batch has one."""
     embedding: Any = model.get_input_embeddings()
     known = len(embedding.weight)
     found = [rows.data.column("input_ids") for rows in datasets if rows is not None]
     largest = max(int(part.flatten().to_numpy().max()) for ids in found for part in ids.chunks)
+    largest = max(largest, pad_token_id)
     if largest >= known:
         raise ValueError(
-            f"the rows have the token {largest}, but this model embeds {known} tokens: give the model's"
-            " own tokenizer, or resize the model's embedding first"
+            f"the rows or their padding have the token {largest}, but this model embeds {known}"
+            " tokens: give the model's own tokenizer, or resize the model's embedding first"
         )
 
 
@@ -219,7 +231,7 @@ def _make_savable(model: PreTrainedModel) -> None:
     """Older checkpoints name a temperature and do not say that they sample.
 
     transformers reads such settings, but does not write them once anything in them was changed, as the
-    result's exit layer is.
+    result's exit layer is. What it would not write at the end is refused now.
     """
     settings: Any = model.generation_config
     if settings is None:
@@ -228,6 +240,13 @@ def _make_savable(model: PreTrainedModel) -> None:
         settings.validate(strict=True)
     except ValueError:
         settings.do_sample = True
+        try:
+            settings.validate(strict=True)
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"transformers will not write this model's generation_config.json again: {reason}"
+            ) from error
 
 
 def _check_layers(config: TrainConfig) -> int:
@@ -248,8 +267,10 @@ def _check_layers(config: TrainConfig) -> int:
     if outside := [e for e in config.eval_exits or () if not 1 <= e <= num_layers]:
         raise ValueError(f"eval_exits names {outside}; an exit is 1 to {num_layers}")
     trained = recipe.fixed_exits or recipe.candidates(num_layers)
-    early = [e for e in trained if e < num_layers] or [max(1, round(num_layers / 4))]
-    nearest = min(early, key=lambda e: (abs(e - num_layers / 4), e))
+    without_loss = 1 if recipe.exit_weighting == "paper" else 0  # weight 0
+    quarter = max(1, round(num_layers / 4))
+    early = [e for e in trained if without_loss < e < num_layers] or [quarter]
+    nearest = min(early, key=lambda e: (abs(e - quarter), e))
     chosen = config.exit_layer or (min(early) if recipe.fixed_exits else nearest)
     if not 1 <= chosen < max(num_layers, 2):
         raise ValueError(f"exit_layer is {chosen}; it must be 1 to {num_layers - 1}")

@@ -1,6 +1,5 @@
 """The chosen settings in the checkpoint's `generation_config.json`, where everybody looks for them."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from layerskip.model import StepCosts
 from layerskip.model.settings import FILE, KEY, costs_of, text_of_ids
-from layerskip.model.weights import read_json, replace
+from layerskip.model.weights import json_text, read_json, replace
 from layerskip.tuning.choose import Choice
 
 
@@ -61,9 +60,8 @@ def write_settings(
     if draft_vocabulary:
         own["draft_vocabulary"] = text_of_ids(draft_vocabulary)
     fields[KEY] = own
-    text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
     try:
-        replace(file, text.encode())
+        replace(file, json_text(fields).encode())
     except OSError as error:
         raise ValueError(f"{file} cannot be written: {error}") from error
     return file

@@ -49,6 +49,7 @@ def prepare(announce: Callable[[str], None] = lambda text: None) -> None:
             raise NoCompilerError(f"the compiled kernels cannot be loaded: {error}") from error
 
 
+@functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernels; raises what `prepare` raises."""
     prepare()
