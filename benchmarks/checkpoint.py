@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import environment
+from engine import deliver, environment
 from topv2 import DRAFT_TOKENS, answer, drafts_by_exit
 
 from layerskip import LayerSkipModel
@@ -48,8 +48,7 @@ def main() -> None:
         result = measure(options)
     except ValueError as error:
         sys.exit(f"checkpoint.py: {error}")
-    print(json.dumps(result, indent=2))
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    deliver(result, options.output)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -12,7 +12,6 @@ drawn beside the file.
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import ROOT, environment, verify_cost
+from engine import ROOT, deliver, environment, verify_cost
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import Task, load_task
@@ -56,9 +55,8 @@ def main() -> None:
         }
         for weights in options.weights.split(",")
     }
-    print(json.dumps(result, indent=2))
+    deliver(result, options.output)
     if options.output:
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
         draw({"": result}, options.output.with_suffix(".png"))
 
 

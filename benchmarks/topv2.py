@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import environment
+from engine import deliver, environment
 from rich.progress import track
 
 from layerskip import LayerSkipModel
@@ -59,9 +59,7 @@ def main() -> None:
         control = LayerSkipModel.from_pretrained(options.control, dtype=options.dtype)
         result["control"] = {"exact_match": exact_match(task, answer(control, task, mode="plain"))}
     result["minutes"] = (time.monotonic() - began) / 60
-    print(json.dumps(result, indent=2))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    deliver(result, options.output)
 
 
 def trained_with_recipe(

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import commit
+from engine import commit, deliver
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -87,11 +87,7 @@ def main() -> None:
         "labelled_tokens_of_a_batch": rounds[0]["plain"]["labelled_tokens"],
         "rows": [summary(name, rounds) for name in RECIPES],
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n")
+    deliver(result, options.output)
 
 
 def in_own_process(name: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import environment
+from engine import deliver, environment
 
 from layerskip import LayerSkipModel
 from layerskip.bench.perplexity import perplexity, read_text
@@ -54,10 +54,7 @@ def main() -> None:
         "tokens": tokens,
         "rows": rows,
     }
-    print(json.dumps(result, indent=2))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    deliver(result, options.output)
 
 
 if __name__ == "__main__":
