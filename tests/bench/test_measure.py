@@ -11,7 +11,6 @@ from layerskip.bench.measure import (
     Setting,
     SystemFailedError,
     measure,
-    n_runs,
 )
 from layerskip.decoding import Step
 
@@ -46,7 +45,7 @@ def test_all_take_turns_and_another_one_begins_each_time():
     # What was answered lies by prompt and repetition, whatever the order was; a's answers are:
     numbers = [[run.token_ids[0] for run in of_prompt] for of_prompt in entries[0].runs]
     assert numbers == [[4, 12], [9, 14]]
-    assert len(asked) == n_runs([entries[0].system], 2, 2)
+    assert len(asked) == len(entries) * (1 + 2 * 2)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])
@@ -81,10 +80,11 @@ def test_callbacks():
         [[1], [2]],
         max_new_tokens=1,
         repeats=3,
-        on_run=lambda: done.append(1),
+        progress=lambda *so_far: done.append(so_far),
         between=lambda: between.append(len(done)),
     )
-    assert len(done) == 2 + 2 * 2 * 3
+    total = 2 + 2 * 2 * 3
+    assert done == [(number, total) for number in range(1, total + 1)]
     assert between == [2, 6, 10, 14]  # before each repetition and after the last
 
 

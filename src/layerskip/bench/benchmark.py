@@ -7,7 +7,7 @@ from typing import Any
 
 from layerskip.bench.bandwidth import read_bandwidth
 from layerskip.bench.environment import environment_of
-from layerskip.bench.measure import Entry, Setting, System, measure, n_runs
+from layerskip.bench.measure import Entry, Setting, System, measure
 from layerskip.bench.own import BENCH_MODES, OwnSystem, settings_of
 from layerskip.bench.peers import PEERS, start_peers
 from layerskip.bench.rows import row
@@ -76,8 +76,7 @@ def bench(
     config: BenchConfig,
     *,
     source: str,
-    on_begin: Callable[[str, int], None] = lambda what, total: None,
-    on_step: Callable[[], None] = lambda: None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Measure all rows; docs/bench.md says what every figure means.
 
@@ -86,8 +85,7 @@ def bench(
         task: prompts and how to score answers.
         config: what is measured.
         source: the checkpoint's name, for the peers to load it too.
-        on_begin: called with the name of a long part and how many steps it has.
-        on_step: called after each step.
+        progress: told after each step of a long part: its name, how many are done, and of how many.
 
     Raises:
         ValueError: a setting that the model does not have, or no prompt that fits into its context.
@@ -129,18 +127,16 @@ def bench(
         gguf_weights=gguf_weights,
     ) as peers:
         systems: list[System] = [own, *peers]
-        on_begin("answering", n_runs(systems, len(prompts), config.repeats))
         entries = measure(
             systems,
             prompts,
             max_new_tokens=new_tokens,
             repeats=config.repeats,
-            on_run=on_step,
+            progress=lambda done, total: progress("answering", done, total),
             between=lambda: bandwidths.append(read_bandwidth(device)),
         )
     bandwidth = statistics.median(bandwidths)
     weight_bytes = model.decoder.weight_bytes
-    on_begin("scoring", len(entries))
     return {
         "environment": environment_of(
             model.decoder,
@@ -161,7 +157,7 @@ def bench(
         "ceiling_tokens_per_s": bandwidth / weight_bytes,
         "gguf_weights": gguf_weights if "llama.cpp" in config.peers else None,
         "rows": list(
-            _rows(entries, task, bandwidth, scored=not config.ignore_eos, on_step=on_step)
+            _rows(entries, task, bandwidth, scored=not config.ignore_eos, progress=progress)
         ),
     }
 
@@ -192,10 +188,10 @@ def _rows(
     bandwidth: float,
     *,
     scored: bool,
-    on_step: Callable[[], None],
+    progress: Callable[[str, int, int], None],
 ) -> Iterator[dict[str, Any]]:
     plain = {e.system.name: e.runs for e in entries if e.setting.mode == "plain" and not e.error}
-    for entry in entries:
+    for number, entry in enumerate(entries, 1):
         others = entry.system.name != OwnSystem.name
         yield row(
             entry,
@@ -205,4 +201,4 @@ def _rows(
             quality=task.quality if scored else None,
             categories=[sample.category for sample in task.samples],
         )
-        on_step()
+        progress("scoring", number, len(entries))

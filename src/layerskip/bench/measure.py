@@ -104,7 +104,7 @@ def measure(
     *,
     max_new_tokens: int,
     repeats: int = 1,
-    on_run: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     between: Callable[[], None] = lambda: None,
 ) -> list[Entry]:
     """Answer every prompt with every system in every setting.
@@ -120,7 +120,7 @@ def measure(
         prompts: token ids.
         max_new_tokens: 1 or more.
         repeats: how often all prompts are gone through.
-        on_run: called after every answer, `n_runs` times in all if nothing fails.
+        progress: called after every answer, with how many there have been, and are if nothing fails.
         between: called before each repetition and after the last, outside of what is timed.
 
     Returns:
@@ -129,15 +129,18 @@ def measure(
     entries = [Entry(system, setting, []) for system in systems for setting in system.settings]
     failures: dict[int, str] = {}
     measured: list[list[list[Run]]] = [[[] for _ in prompts] for _ in entries]
+    done, total = 0, len(entries) * (1 + len(prompts) * repeats)
 
     def attempt(index: int, prompt: Sequence[int], n: int) -> Run | None:
+        nonlocal done
         try:
             return entries[index].system.answer(entries[index].setting, prompt, n)
         except SystemFailedError as error:
             failures[index] = str(error)
             return None
         finally:
-            on_run()
+            done += 1
+            progress(done, total)
 
     for index in range(len(entries)):
         attempt(index, prompts[0], min(WARM_UP_TOKENS, max_new_tokens))
@@ -162,11 +165,6 @@ def measure(
         )
         for index, entry in enumerate(entries)
     ]
-
-
-def n_runs(systems: Sequence[System], n_prompts: int, repeats: int) -> int:
-    """How many answers `measure` computes, warm-up included."""
-    return sum(len(system.settings) for system in systems) * (1 + n_prompts * repeats)
 
 
 def _order(n: int, turn: int) -> list[int]:

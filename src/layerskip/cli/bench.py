@@ -7,7 +7,6 @@ from typing import Any
 import click
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from layerskip.bench.benchmark import BenchConfig, bench
@@ -16,6 +15,7 @@ from layerskip.bench.peers import PEERS
 from layerskip.bench.report import categories, conditions, table, write_report
 from layerskip.bench.tasks import load_task
 from layerskip.cli import options
+from layerskip.cli.progress import bars
 from layerskip.decoding.policy import DRAFT_SOURCES
 
 WIDE = 110  # columns of a terminal that has room for every figure on one line
@@ -166,29 +166,8 @@ def command(
         chat=chat,
         judged=not config.ignore_eos,
     )
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    ) as progress:
-        parts: list[Any] = []
-
-        def begin(what: str, total: int) -> None:
-            parts.append(progress.add_task(what, total=total))
-
-        document = bench(
-            model,
-            task,
-            config,
-            source=flags["model"],
-            on_begin=begin,
-            on_step=lambda: progress.advance(parts[-1]),
-        )
+    with bars() as progress:
+        document = bench(model, task, config, source=flags["model"], progress=progress)
     document |= {"n_shot": task.n_shot, "seed": seed}
     options.deliver(document, as_json=as_json, output=output)
     if not as_json:

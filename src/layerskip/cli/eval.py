@@ -3,23 +3,20 @@
 import contextlib
 import importlib.util
 import io
-import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from layerskip.bench import evaluation
 from layerskip.bench.environment import environment_of
 from layerskip.bench.exit_plot import plot_exits
-from layerskip.bench.likelihood import Progress as Report
 from layerskip.bench.perplexity import perplexity, read_text
 from layerskip.cli import options
+from layerskip.cli.progress import Report, bars
 from layerskip.decoding import MODES, LayerSkipModel
 from layerskip.decoding.policy import DRAFT_SOURCES
 from layerskip.model.weights import replace
@@ -153,7 +150,7 @@ def command(
     exits = list(range(1, n_layers + 1)) if isinstance(exit_layers, str) else exit_layers
     rows = evaluation.rows_of(model, modes, exits, draft_tokens, draft_from)
     facts: dict[str, Any] = {}
-    with _progress() as report:
+    with bars() as report:
         if names:  # first, since a wrong name of a task is to be found before any long work
             facts = _add_tasks(model, rows, names, flags, report)
         for name, content in contents.items():
@@ -218,32 +215,6 @@ def _add_tasks(
         settings = "include_path limit num_fewshot apply_chat_template seed batch_size max_length"
         chosen = {name: flags[name] for name in settings.split()}
         return evaluate_tasks(model, rows, names, **chosen, progress=report)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Report]:
-    """A bar on stderr for every stretch of work, where that is a terminal."""
-    console = Console(file=sys.stderr)  # this very file, whatever stands for stderr meanwhile
-    bars = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        redirect_stdout=False,
-        redirect_stderr=False,
-        disable=not console.is_terminal,
-    )
-    known: dict[str, Any] = {}
-
-    def report(what: str, done: int, total: int) -> None:
-        if what not in known:
-            known[what] = bars.add_task(what)
-        bars.update(known[what], completed=done, total=total)
-
-    with bars:
-        yield report
 
 
 def _print_table(rows: list[evaluation.Row], model: str) -> None:

@@ -1,15 +1,13 @@
 """`layerskip generate`: answer one prompt or a file of prompts."""
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import track
 
 from layerskip.cli import options, show
+from layerskip.cli.progress import track
 from layerskip.cli.prompts import read_prompts
 from layerskip.decoding import Answer, Generation, LayerSkipModel, PromptError
 
@@ -57,7 +55,7 @@ def command(
     several = prompts_file is not None
     generations: list[Generation] = []
     try:
-        for i, one in enumerate(_with_progress(prompts) if quiet else prompts):
+        for i, one in enumerate(track(prompts, "answering") if quiet else prompts):
             answer = _begin(model, one, arguments, i + 1 if several else None)
             if not quiet:
                 if i:
@@ -92,8 +90,3 @@ def _prompts(prompt: str | None, file: Path | None, chat: bool) -> list[Any]:
     if not chat:
         return prompts
     return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-
-
-def _with_progress(prompts: list[Any]) -> Iterable[Any]:
-    console = Console(stderr=True)
-    return track(prompts, "answering", console=console, disable=not console.is_terminal)

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import track
 
 from layerskip.cli import lens_table, options
+from layerskip.cli.progress import track
 from layerskip.cli.prompts import read_prompts
 from layerskip.decoding import Generation, LayerSkipModel
 from layerskip.lens import Agreement, Report, report_on
@@ -167,7 +167,6 @@ def _head(report: Report) -> Report:
 def _agreement(
     model: LayerSkipModel, prompts: list[Any], layers: list[int] | None, decoding: dict[str, Any]
 ) -> Agreement:
-    console = Console(stderr=True)
-    bar = track(prompts, "looking", console=console, disable=not console.is_terminal)
+    bar = track(prompts, "looking")
     found = (_look(model, "", prompt, None, layers, None, decoding).agreement for prompt in bar)
     return functools.reduce(operator.add, found)

@@ -1,18 +1,16 @@
 """`layerskip tune`: measure, predict, confirm, choose, and write it into the checkpoint."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from layerskip.cli import options
+from layerskip.cli.progress import bars
 from layerskip.decoding import LayerSkipModel
 from layerskip.tuning.prompts import PROMPTS
 from layerskip.tuning.run import MAX_DRAFT_TOKENS, Tuning, tune
@@ -102,7 +100,7 @@ def command(
         check_writable(folder)
     model = options.load_model(flags)
     prompts, stop, longest = _prompts(model, data, samples, seed)
-    with _bar() as progress:
+    with bars() as progress:
         tuning = tune(
             model,
             prompts,
@@ -155,29 +153,6 @@ def _prompts(
 
     task = load_task(data, samples=samples, seed=seed, chat=chat, judged=False)
     return [sample.prompt for sample in task.samples], task.stop, task.max_new_tokens
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr that begins anew with everything that is done."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what)
-            bar.update(tasks[what], completed=done, total=total)
-
-        yield progress
 
 
 def _show(

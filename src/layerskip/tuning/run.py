@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from layerskip.bench.environment import environment_of
-from layerskip.bench.measure import Setting, measure, n_runs
+from layerskip.bench.measure import Setting, measure
 from layerskip.bench.own import OwnSystem
 from layerskip.bench.rows import row
 from layerskip.decoding import LayerSkipModel
@@ -142,14 +142,12 @@ def tune(
 
     def run_for_real(some: Sequence[Prediction], what: str) -> list[Row]:
         system = OwnSystem(model, [Setting(mode="plain"), *map(_setting, some)], stop=stop)
-        total, done = n_runs([system], len(useful), 1), 0
-
-        def on_run() -> None:
-            nonlocal done
-            done += 1
-            progress(what, done, total)
-
-        entries = measure([system], useful, max_new_tokens=max_new_tokens, on_run=on_run)
+        entries = measure(
+            [system],
+            useful,
+            max_new_tokens=max_new_tokens,
+            progress=lambda done, total: progress(what, done, total),
+        )
         predicted = [plain, *(p.tokens_per_s for p in some)]
         return [
             _with_prediction(row(entry, plain=entries[0].runs), tokens_per_s, plain)
