@@ -62,12 +62,9 @@ class Files:
 
     def names(self) -> set[str]:
         """The tensors that make the model: no head that is the embedding, no copies of the config."""
-        head = f"{families.FAMILIES[self.architecture.family].names.head}.weight"
-        return {
-            name
-            for name in self.tensors.names() - ({head} if self.tied else set())
-            if not name.endswith("rotary_emb.inv_freq")  # in old checkpoints
-        }
+        names = families.FAMILIES[self.architecture.family].names
+        left_out = {f"{names.head}.weight"} if self.tied else set()
+        return {n for n in self.tensors.names() - left_out if not n.endswith(names.ignored)}
 
     @property
     def _gguf_file(self) -> GgufFile | None:

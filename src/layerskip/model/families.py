@@ -49,7 +49,7 @@ class Names:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """One row: the model types of transformers and the architecture names of GGUF that it covers.
+    """One row: what is its own, beside names and defaults that most have.
 
     Attributes:
         window: where a sliding window applies: in every layer that the config does not name
@@ -67,8 +67,6 @@ class Family:
         normalizes_experts: always, or where the config's `norm_topk_prob` says so.
     """
 
-    model_types: tuple[str, ...]
-    gguf_names: tuple[str, ...] = ()
     gguf_rotary: Literal["interleaved", "halves"] = "halves"
     window: Literal["all", "named"] | None = None
     names: Names = Names()
@@ -86,32 +84,29 @@ _GEMMA = Names(
     mlp_norm="pre_feedforward_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
 )
+# By the model type of transformers, which GGUF has as architecture where it has one.
 FAMILIES = {
-    "llama": Family(model_types=("llama",), gguf_names=("llama",), gguf_rotary="interleaved"),
-    "mistral": Family(model_types=("mistral",), window="all"),
-    "qwen2": Family(model_types=("qwen2",), gguf_names=("qwen2",), window="named"),
-    "qwen3": Family(model_types=("qwen3",), gguf_names=("qwen3",), window="named"),
+    "llama": Family(gguf_rotary="interleaved"),
+    "mistral": Family(window="all"),
+    "qwen2": Family(window="named"),
+    "qwen3": Family(window="named"),
     "gemma2": Family(
-        model_types=("gemma2",),
         window="named",
         names=_GEMMA,
         norm_offset=1.0,
         scales_embedding=True,
     ),
-    "gemma3": Family(
-        model_types=("gemma3_text",),
+    "gemma3_text": Family(
         window="named",
         names=_GEMMA,
         norm_offset=1.0,
         scales_embedding=True,
     ),
     "phi3": Family(  # Phi-3, Phi-3.5, Phi-4, Phi-4-mini
-        model_types=("phi3",),
         window="all",
         names=Names(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",)),
     ),
     "olmo2": Family(
-        model_types=("olmo2",),
         qk_norm="projection",
         names=Names(
             attention_norm=None,
@@ -120,10 +115,9 @@ FAMILIES = {
             mlp_post_norm="post_feedforward_layernorm",
         ),
     ),
-    "smollm3": Family(model_types=("smollm3",), window="named"),
-    "granite": Family(model_types=("granite",)),
+    "smollm3": Family(window="named"),
+    "granite": Family(),
     "mixtral": Family(
-        model_types=("mixtral",),
         window="all",
         normalizes_experts=True,
         names=Names(
@@ -133,9 +127,8 @@ FAMILIES = {
             expert_down="w2",
         ),
     ),
-    "qwen3_moe": Family(model_types=("qwen3_moe",), window="all"),
+    "qwen3_moe": Family(window="all"),
     "gpt_neox": Family(  # Pythia
-        model_types=("gpt_neox",),
         qkv_by_head=True,
         is_gated=False,
         norm_bias=True,
@@ -168,14 +161,13 @@ _REFUSED = {
 
 
 def family_of(model_type: str) -> str:
-    """The row for a transformers `model_type` or a GGUF architecture name.
+    """The row of a transformers `model_type` or a GGUF architecture name, if there is one.
 
     Raises:
         UnsupportedModelError: no row covers it; the message names it and lists what is covered.
     """
-    for name, family in FAMILIES.items():
-        if model_type in family.model_types or model_type in family.gguf_names:
-            return name
+    if model_type in FAMILIES:
+        return model_type
     why = f" ({_REFUSED[model_type]})" if model_type in _REFUSED else ""
     raise UnsupportedModelError(
         f"the architecture {model_type!r} is not supported{why};"
