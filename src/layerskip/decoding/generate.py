@@ -31,7 +31,7 @@ class Step:
         tokens: the new tokens, at least one; the first `accepted` of them were drafted.
         drafted: how many tokens were drafted in this round, as far as the answer goes.
         accepted: how many leading drafted tokens the model agreed with.
-        source: where the draft came from, or "model" where nothing was drafted.
+        source: the drafter that was asked, or "model" where none was.
         rejected: the other drafted tokens: the one that the model corrected, and those after it.
         followed: the last so many drafted tokens were n-grams behind an early exit's draft.
     """
