@@ -64,6 +64,8 @@ def test_the_result_is_an_ordinary_checkpoint(settings):
     generation = json.loads((result.output / "generation_config.json").read_text())
     assert generation["assistant_early_exit"] == 2
     assert generation["num_assistant_tokens"] == 4
+    assert model.generation_config.assistant_early_exit == 2
+    assert model.generation_config.layerskip == generation["layerskip"]
     inputs = tokenizer("3 plus 4 is", return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 1
     logs = read_log(result.output / "train_log.jsonl")

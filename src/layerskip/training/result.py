@@ -33,6 +33,8 @@ def save_result(
         # Plain transformers reads both; they are not among the checked fields of every version.
         model.generation_config.assistant_early_exit = exit_layer
         model.generation_config.num_assistant_tokens = config.draft_tokens
+        # By this mark transformers skips, when it reads the file, what it has no field of its own for.
+        model.generation_config._from_model_config = False
         _record_rounding(model.generation_config, config)
         _add_draft_tokens(model, trainer)
         model.generation_config.save_pretrained(unfinished)
