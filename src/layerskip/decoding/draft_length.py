@@ -23,10 +23,10 @@ _FIRST_REST, _LONGEST_REST = 4, 64
 
 
 class Pace:
-    """Tokens and time of rounds, the newer ones weighing more; it begins as plain decoding."""
+    """Tokens and time of rounds, the newer ones weighing more; it begins with some of plain decoding."""
 
-    def __init__(self) -> None:
-        self._tokens = self._time = self._rounds = _PRIOR
+    def __init__(self, plain_rounds: float = _PRIOR) -> None:
+        self._tokens = self._time = self._rounds = plain_rounds
 
     @property
     def rate(self) -> float:
@@ -39,8 +39,8 @@ class Pace:
         return self._tokens >= self._time
 
     def gain(self, rate: float) -> float:
-        """What a round brings beyond what its time would bring at this rate, in tokens."""
-        return (self._tokens - rate * self._time) / self._rounds
+        """What a round brings beyond what its time would bring at this rate, in tokens; 0 without any."""
+        return (self._tokens - rate * self._time) / self._rounds if self._rounds else 0.0
 
     def learn(self, tokens: int, time: float) -> None:
         """Take note of a round."""
@@ -93,6 +93,8 @@ class DraftLength:
         self._right, self._seen = _BELIEF * _BELIEF_WEIGHT, _BELIEF_WEIGHT
         self._proven = False  # whether a draft was ever accepted; until then one token is risked
         self._own, self._rests = Pace(), Rests()
+        # What is compared with n-grams: rounds that were drafted here, and no others.
+        self._drafting = Pace(plain_rounds=0.0)
         self._begin()
 
     def _begin(self) -> None:
@@ -113,7 +115,7 @@ class DraftLength:
     @property
     def gain(self) -> float:
         """What a round brings beyond its time's worth, by experience; none while it rests."""
-        return float("-inf") if self._rests.resting else self._own.gain(self._pace.rate)
+        return float("-inf") if self._rests.resting else self._drafting.gain(self._pace.rate)
 
     def keeps(self, confidence: float) -> bool:
         """Whether a token of a draft whose highest probability is this is worth its cost."""
@@ -175,8 +177,8 @@ class DraftLength:
         self._proven = self._proven or accepted > 0
         time = self._costs.round(self.drafted, self._scored)
         time += self._costs.rows(self.drafted + 1, self._followed)
-        self._pace.learn(accepted + 1, time)
-        self._own.learn(accepted + 1, time)
+        for pace in (self._pace, self._own, self._drafting):
+            pace.learn(accepted + 1, time)
         self._rests.learn(self._own.pays)
 
 
