@@ -23,7 +23,7 @@ _FIRST_REST, _LONGEST_REST = 4, 64
 
 
 class Pace:
-    """Tokens and time of rounds, the newer ones weighing more; it begins with some of plain decoding."""
+    """Tokens and time of rounds, the newer ones weighing more; it begins as some plain ones."""
 
     def __init__(self, plain_rounds: float = _PRIOR) -> None:
         self._tokens = self._time = self._rounds = plain_rounds
@@ -39,7 +39,7 @@ class Pace:
         return self._tokens >= self._time
 
     def gain(self, rate: float) -> float:
-        """What a round brings beyond what its time would bring at this rate, in tokens; 0 without any."""
+        """What a round brings beyond its time at this rate, in tokens; 0 where there was none."""
         return (self._tokens - rate * self._time) / self._rounds if self._rounds else 0.0
 
     def learn(self, tokens: int, time: float) -> None:
