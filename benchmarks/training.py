@@ -36,9 +36,10 @@ from transformers.trainer_callback import PrinterCallback
 from layerskip.bench.environment import environment
 from layerskip.recipe import RecipeConfig
 from layerskip.training import LayerSkipTrainer
-from layerskip.training.data import Collator, Encoding, encode_rows, read_rows
+from layerskip.training.data import Collator, Encoding, encode_rows
 from layerskip.training.memory import keep_freed_memory, peak_memory_bytes
 from layerskip.training.progress import hidden_bars
+from layerskip.training.rows import read_rows
 from layerskip.training.source import pretrained, pretrained_weights
 
 ROOT = Path(__file__).parent.parent

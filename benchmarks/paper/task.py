@@ -23,7 +23,7 @@ from layerskip.bench.benchmark import BenchConfig, bench
 from layerskip.bench.data_sets import DATA_VARIABLE
 from layerskip.bench.tasks import draw, load_task
 from layerskip.training import TrainConfig
-from layerskip.training.data import read_rows
+from layerskip.training.rows import read_rows
 from paper.checkpoints import TINY, new_model, tokens_of, told, trained
 from paper.finetuning import CONTROL, tokenizer_of
 from paper.record import ROOT, Record, numbers, options_of

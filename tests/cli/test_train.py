@@ -45,7 +45,7 @@ def test_json_is_all_there_is_on_stdout(train, tmp_path):
 
 def test_the_result_in_one_line(train, tmp_path):
     status, out, _ = train()
-    assert (status, out) == (0, f"{tmp_path / 'out'}: 4 steps, exit layer 1\n")
+    assert (status, out) == (0, f"{tmp_path / 'out'}: 4 steps, exit layer 2\n")
 
 
 def test_only_the_first_process_prints(train, monkeypatch):

@@ -8,7 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows, read_rows
+from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows
+from layerskip.training.rows import read_rows
 from layerskip.training.sampling import LengthGroupedSampler
 
 ROWS = [{"prompt": "1 plus 2 is", "completion": "3"}, {"prompt": "2 plus 2 is", "completion": "4"}]

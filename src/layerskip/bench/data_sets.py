@@ -44,7 +44,7 @@ class DataSet:
         Raises:
             ValueError: it is not to be had; the message says how to get it.
         """
-        from layerskip.training.data import read_rows
+        from layerskip.training.rows import read_rows
 
         root = data or os.environ.get(DATA_VARIABLE)
         if split not in self.files:

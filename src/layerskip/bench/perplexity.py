@@ -22,7 +22,7 @@ from layerskip.bench.data_sets import DATA_VARIABLE
 from layerskip.bench.evaluation import Metric
 from layerskip.bench.likelihood import Passage, Score, score_passages
 from layerskip.decoding import LayerSkipModel
-from layerskip.training.data import open_text, read_rows
+from layerskip.training.rows import open_text, read_rows
 
 WIKITEXT, HUB_CONFIG = "wikitext2", "wikitext-2-v1"
 

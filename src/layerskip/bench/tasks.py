@@ -183,7 +183,7 @@ def _id(row: Mapping[str, Any], otherwise: str) -> str:
 
 
 def _own(name: str, samples: int | None, seed: int, judged: bool) -> Task:
-    from layerskip.training.data import read_rows
+    from layerskip.training.rows import read_rows
 
     found = [_own_sample(where, row) for where, row in read_rows(name)]
     if not found:

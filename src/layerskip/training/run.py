@@ -14,9 +14,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
     TrainingArguments,
     set_seed,
 )
@@ -26,23 +23,22 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from layerskip.recipe import detach
 from layerskip.training.callbacks import JsonLinesLog, TimeBudget, read_log, time_spent
 from layerskip.training.config import TrainConfig
-from layerskip.training.data import (
-    Collator,
-    Encoding,
-    encode_rows,
-    local_files,
-    pack_rows,
-    read_rows,
-)
+from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows
 from layerskip.training.fake_quantization import quantize_aware
+from layerskip.training.loading import (
+    check_tokens,
+    load_model,
+    load_tokenizer,
+    one_line,
+    with_adapter,
+)
 from layerskip.training.memory import keep_freed_memory
 from layerskip.training.plots import plot_run
 from layerskip.training.progress import Progress, Watch, hidden_bars
 from layerskip.training.result import save_result
-from layerskip.training.source import pretrained, pretrained_weights
+from layerskip.training.rows import local_files, read_rows
+from layerskip.training.source import pretrained
 from layerskip.training.trainer import INCOMPLETE, LayerSkipTrainer, last_checkpoint
-
-_SHORT_ROWS = 512  # tokens; attention that keeps its weights needs little memory up to here
 
 
 @dataclass(frozen=True)
@@ -86,13 +82,13 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
     resume_from = _resume_from(config, output)
     set_seed(config.seed)
     keep_freed_memory()
-    tokenizer = _load_tokenizer(config)
+    tokenizer = load_tokenizer(config)
     exit_layer = _check_layers(config)
     train_rows, eval_rows = _load_data(config, tokenizer)
-    model = _load_model(config)
-    _check_tokens(model, tokenizer.pad_token_id or 0, train_rows, eval_rows)
+    model = load_model(config)
+    check_tokens(model, tokenizer.pad_token_id or 0, train_rows, eval_rows)
     if config.lora_rank is not None:
-        model = _with_adapter(model, config)
+        model = with_adapter(model, config)
     on_grid = quantize_aware(model, config.quantize_aware) if config.quantize_aware else None
     output.mkdir(parents=True, exist_ok=True)
     trainer = _trainer(config, model, tokenizer, train_rows, eval_rows)
@@ -145,18 +141,6 @@ def _resume_from(config: TrainConfig, output: Path) -> str | None:
     return None
 
 
-def _load_tokenizer(config: TrainConfig) -> Any:
-    try:
-        folder, _ = pretrained(config.tokenizer or config.model)  # has its tokenizer unpacked
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        source = config.tokenizer or config.model
-        raise ValueError(_one_line(f"no tokenizer in {source}", error)) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def _load_data(config: TrainConfig, tokenizer: Any) -> tuple[Any, Any]:
     """Encoded rows to train on, and to evaluate on or None."""
     encoding = Encoding(
@@ -193,62 +177,6 @@ def _dataset(rows: list[dict[str, list[int]]]) -> Any:
     return datasets.Dataset.from_list(rows)
 
 
-def _check_tokens(model: PreTrainedModel, pad_token_id: int, *datasets: Any) -> None:
-    """A tokenizer may have tokens that the model does not: say so before the first batch has one."""
-    embedding: Any = model.get_input_embeddings()
-    known = len(embedding.weight)
-    found = [rows.data.column("input_ids") for rows in datasets if rows is not None]
-    largest = max(int(part.flatten().to_numpy().max()) for ids in found for part in ids.chunks)
-    largest = max(largest, pad_token_id)
-    if largest >= known:
-        raise ValueError(
-            f"the rows or their padding have the token {largest}, but this model embeds {known}"
-            " tokens: give the model's own tokenizer, or resize the model's embedding first"
-        )
-
-
-def _load_model(config: TrainConfig) -> PreTrainedModel:
-    try:
-        if config.from_scratch:
-            folder, arguments = pretrained(config.model)
-            model = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(folder, **arguments)
-            )
-        else:
-            folder, arguments = pretrained_weights(config.model)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **arguments)
-    except (OSError, ValueError) as error:
-        what = f"the model {config.model} could not be loaded"
-        raise ValueError(_one_line(what, error)) from error
-    _make_savable(model)
-    if config.max_length <= _SHORT_ROWS and not torch.cuda.is_available():
-        model.set_attn_implementation("eager")  # faster a step than the CPU's flash kernel
-    trained: PreTrainedModel = model.float()
-    return trained
-
-
-def _make_savable(model: PreTrainedModel) -> None:
-    """Older checkpoints name a temperature and do not say that they sample.
-
-    transformers reads such settings, but does not write them once anything in them was changed, as the
-    result's exit layer is. What it would not write at the end is refused now.
-    """
-    settings: Any = model.generation_config
-    if settings is None:
-        return
-    try:
-        settings.validate(strict=True)
-    except ValueError:
-        settings.do_sample = True
-        try:
-            settings.validate(strict=True)
-        except ValueError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"transformers will not write this model's generation_config.json again: {reason}"
-            ) from error
-
-
 def _check_layers(config: TrainConfig) -> int:
     """Compare exits with the model's layers before anything takes long; the exit for decoding.
 
@@ -258,7 +186,7 @@ def _check_layers(config: TrainConfig) -> int:
         folder, arguments = pretrained(config.model)
         model_config = AutoConfig.from_pretrained(folder, **arguments).get_text_config()
     except (OSError, ValueError) as error:
-        raise ValueError(_one_line(f"no model in {config.model}", error)) from error
+        raise ValueError(one_line(f"no model in {config.model}", error)) from error
     num_layers = getattr(model_config, "num_hidden_layers", None)
     if num_layers is None:
         raise ValueError(f"the model {config.model} does not say how many layers it has")
@@ -275,27 +203,6 @@ def _check_layers(config: TrainConfig) -> int:
     if not 1 <= chosen < max(num_layers, 2):
         raise ValueError(f"exit_layer is {chosen}; it must be 1 to {num_layers - 1}")
     return int(chosen)
-
-
-def _one_line(what: str, error: Exception) -> str:
-    return f"{what}: {str(error).splitlines()[0]}"
-
-
-def _with_adapter(model: PreTrainedModel, config: TrainConfig) -> Any:
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError("lora_rank needs `peft`: pip install 'layerskip[train]'")
-    import peft
-
-    assert config.lora_rank is not None
-    return peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha or 2 * config.lora_rank,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        ),
-    )
 
 
 def _trainer(

@@ -1,0 +1,107 @@
+"""What training begins with: a tokenizer and a model, from a folder, the hub or a built-in name."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from layerskip.training.config import TrainConfig
+from layerskip.training.source import pretrained, pretrained_weights
+
+_SHORT_ROWS = 512  # tokens; attention that keeps its weights needs little memory up to here
+
+
+def load_tokenizer(config: TrainConfig) -> Any:
+    """The tokenizer, with a token to pad with where it has one at all; ValueError without one."""
+    try:
+        folder, _ = pretrained(config.tokenizer or config.model)  # has its tokenizer unpacked
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        source = config.tokenizer or config.model
+        raise ValueError(one_line(f"no tokenizer in {source}", error)) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_tokens(model: PreTrainedModel, pad_token_id: int, *datasets: Any) -> None:
+    """A tokenizer may have tokens that the model does not: say so before the first batch has one."""
+    embedding: Any = model.get_input_embeddings()
+    known = len(embedding.weight)
+    found = [rows.data.column("input_ids") for rows in datasets if rows is not None]
+    largest = max(int(part.flatten().to_numpy().max()) for ids in found for part in ids.chunks)
+    largest = max(largest, pad_token_id)
+    if largest >= known:
+        raise ValueError(
+            f"the rows or their padding have the token {largest}, but this model embeds {known}"
+            " tokens: give the model's own tokenizer, or resize the model's embedding first"
+        )
+
+
+def load_model(config: TrainConfig) -> PreTrainedModel:
+    """The model in float32, as published or from random weights; ValueError if it cannot be had."""
+    try:
+        if config.from_scratch:
+            folder, arguments = pretrained(config.model)
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(folder, **arguments)
+            )
+        else:
+            folder, arguments = pretrained_weights(config.model)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **arguments)
+    except (OSError, ValueError) as error:
+        what = f"the model {config.model} could not be loaded"
+        raise ValueError(one_line(what, error)) from error
+    _make_savable(model)
+    if config.max_length <= _SHORT_ROWS and not torch.cuda.is_available():
+        model.set_attn_implementation("eager")  # faster a step than the CPU's flash kernel
+    trained: PreTrainedModel = model.float()
+    return trained
+
+
+def _make_savable(model: PreTrainedModel) -> None:
+    """Older checkpoints name a temperature and do not say that they sample.
+
+    transformers reads such settings, but does not write them once anything in them was changed, as the
+    result's exit layer is. What it would not write at the end is refused now.
+    """
+    settings: Any = model.generation_config
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.do_sample = True
+        try:
+            settings.validate(strict=True)
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"transformers will not write this model's generation_config.json again: {reason}"
+            ) from error
+
+
+def one_line(what: str, error: Exception) -> str:
+    """What went wrong, with the first line of what another library says of it."""
+    return f"{what}: {str(error).splitlines()[0]}"
+
+
+def with_adapter(model: PreTrainedModel, config: TrainConfig) -> Any:
+    """The model with a LoRA adapter on all of its linear layers."""
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("lora_rank needs `peft`: pip install 'layerskip[train]'")
+    import peft
+
+    assert config.lora_rank is not None
+    return peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
+    )

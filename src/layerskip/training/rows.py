@@ -1,0 +1,181 @@
+"""Rows of text from local files and data sets of the hub, each with where it stands."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import json
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+Row = tuple[str, Mapping[str, Any]]  # where it stands, and its fields
+_LONGEST_FIELD = 2**31 - 1  # characters of a field in a table
+_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
+
+
+def read_rows(source: str, split: str = "train", config: str | None = None) -> Iterator[Row]:
+    """The rows of local files or a hub data set, each with where it stands ('train.tsv:17').
+
+    Args:
+        source: a file, compressed (.gz, .xz) or not, a pattern of several (`data/*_train.tsv.xz`,
+            taken in alphabetical order), or a hub id. `$NAME` is replaced from the environment.
+        split: of a hub data set.
+        config: the part of a hub data set that has several.
+
+    Raises:
+        ValueError: for a file of unknown kind, a data set that is not found, or a bad row, which
+            is named by its line.
+    """
+    found = local_files(source)
+    source = _expanded(source)
+    if not found:
+        if Path(source).suffix in (*_SUFFIXES, ".gz", ".xz"):
+            raise ValueError(f"the data file {source} does not exist")
+        yield from _hub_rows(source, split, config)
+    for file in found:
+        yield from _file_rows(Path(file))
+
+
+def _file_rows(path: Path) -> Iterator[Row]:
+    plain = path.with_suffix("") if path.suffix in (".gz", ".xz") else path
+    if plain.suffix == ".parquet":
+        datasets = _datasets()
+        rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        yield from ((f"{path.name}:{i}", row) for i, row in enumerate(rows, 1))
+        return
+    readers: dict[str, Callable[[TextIO, str], Iterator[Row]]] = {
+        ".jsonl": _json_lines,
+        ".json": _json,
+        ".csv": _table,
+        ".tsv": _table,
+        ".txt": _paragraphs,
+    }
+    if plain.suffix not in readers:
+        raise ValueError(f"{path} is of no known kind; known are {', '.join(_SUFFIXES)}")
+    # Tables and JSON keep line breaks inside of fields as they are; of running text all are alike.
+    with open_text(path, newline=None if plain.suffix == ".txt" else "") as file:
+        yield from readers[plain.suffix](file, plain.name)
+
+
+@contextmanager
+def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """A text file to read, compressed (.gz, .xz) or not, with a byte order mark or without.
+
+    Raises:
+        ValueError: it cannot be read, or, while it is read, is cut off, damaged, or no text in UTF-8.
+    """
+    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
+    damage = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError, csv.Error)
+    try:
+        with openers.get(path.suffix, open)(
+            path, "rt", encoding="utf-8-sig", newline=newline
+        ) as file:
+            yield file
+    except damage as error:
+        raise ValueError(f"{path} cannot be read as text: {error}") from error
+
+
+def local_files(source: str) -> list[str]:
+    """The files that a source names; none for a data set of the hub.
+
+    Raises:
+        ValueError: an environment variable in its name is not set.
+    """
+    source = _expanded(source)
+    if source.startswith("$"):
+        raise ValueError(f"{source}: set this environment variable to the folder of the data")
+    return [source] if Path(source).exists() else sorted(glob.glob(source))
+
+
+def _expanded(source: str) -> str:
+    return os.path.expanduser(os.path.expandvars(source))
+
+
+def _hub_rows(source: str, split: str, config: str | None) -> Iterator[Row]:
+    try:
+        rows = _datasets().load_dataset(source, config, split=split)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{source} is no file, and no data set of the hub: {reason}") from error
+    yield from ((f"{source}:{i}", row) for i, row in enumerate(rows, 1))
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("this needs `datasets`: pip install 'layerskip[train]'") from None
+    return datasets
+
+
+def _json_lines(file: TextIO, name: str) -> Iterator[Row]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}:{number} is not JSON: {error.msg}") from None
+        yield f"{name}:{number}", _fields_of(row, f"{name}:{number}")
+
+
+def _json(file: TextIO, name: str) -> Iterator[Row]:
+    try:
+        rows = json.load(file)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}:{error.lineno} is not JSON: {error.msg}") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{name} must hold a list of rows")
+    for number, row in enumerate(rows, 1):
+        yield f"{name}, row {number}", _fields_of(row, f"{name}, row {number}")
+
+
+def _fields_of(row: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is not an object with fields")
+    return row
+
+
+def _table(file: TextIO, name: str) -> Iterator[Row]:
+    # Tab-separated files quote nothing: a quotation mark in them is text.
+    is_tabs = name.endswith(".tsv")
+    csv.field_size_limit(_LONGEST_FIELD)
+    reader = csv.DictReader(
+        file,
+        delimiter="\t" if is_tabs else ",",
+        quoting=csv.QUOTE_NONE if is_tabs else csv.QUOTE_MINIMAL,
+        strict=True,  # or a quotation mark that is never closed swallows the rows behind it
+    )
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            line = reader.line_num
+            raise ValueError(f"{name} cannot be read after line {line}: {error}") from None
+        where = f"{name}:{reader.line_num}"
+        if None in row or None in row.values():
+            columns = len(reader.fieldnames or ())
+            raise ValueError(f"{where} does not have the {columns} columns of the first line")
+        yield where, row
+
+
+def _paragraphs(file: TextIO, name: str) -> Iterator[Row]:
+    """Documents of a text file are separated by empty lines."""
+    start, lines = 1, list[str]()
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            start = start if lines else number
+            lines.append(line)
+        elif lines:
+            yield f"{name}:{start}", {"text": "".join(lines)}
+            lines = []
+    if lines:
+        yield f"{name}:{start}", {"text": "".join(lines)}
