@@ -8,21 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from layerskip.model import CheckpointError, StepCosts, UnsupportedModelError, load
-from tiny_models import build, reference
-
-COSTS = StepCosts(
-    dtype="float32",
-    weights="16bit",
-    device="cpu",
-    kernels="compiled",
-    exit_layer=1,
-    draft_step=0.25,
-    draft_tokens_scored=9,
-    head=0.1,
-    passes=(1.0, 1.1),
-    overhead=0.0,
-).to_dict()
+from layerskip.model import CheckpointError, UnsupportedModelError, load
+from tiny_models import COSTS, build, reference
 
 
 def refuse(path, error, *words):
@@ -153,8 +140,8 @@ def test_folder_without_usable_weights(tmp_path, names, words):
         '{"eos_token_id": [1, "end"]}',
         '{"eos_token_id": {}}',
         '{"eos_token_id": -1}',
-        json.dumps({"layerskip": {"costs": {**COSTS, "overhead": "much"}}}),
-        json.dumps({"layerskip": {"costs": {**COSTS, "draft_tokens_scored": "all"}}}),
+        json.dumps({"layerskip": {"costs": {**COSTS.to_dict(), "overhead": "much"}}}),
+        json.dumps({"layerskip": {"costs": {**COSTS.to_dict(), "draft_tokens_scored": "all"}}}),
     ],
 )
 def test_generation_config_with_nonsense(folder, content):

@@ -6,24 +6,10 @@ import json
 import pytest
 import torch
 
-from layerskip.model import CheckpointError, StepCosts, load
+from layerskip.model import CheckpointError, load
 from layerskip.model.draft_vocabulary import merged, worth_drafting
 from layerskip.model.settings import text_of_ids
-from tiny_models import reference
-
-COSTS = StepCosts(
-    dtype="float32",
-    weights="16bit",
-    device="cpu",
-    kernels="pytorch",
-    exit_layer=2,
-    draft_step=0.25,
-    draft_tokens_scored=99,
-    head=0.125,
-    passes=(1.0, 1.25),
-    overhead=0.0,
-    machine="here",
-)
+from tiny_models import COSTS, reference
 
 
 def test_a_token_has_to_come_up_as_often_as_its_row_costs():

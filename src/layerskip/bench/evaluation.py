@@ -33,7 +33,7 @@ class Row:
 
     Attributes:
         plan: what is run.
-        asked: the mode that was asked for, where it is another than the plan's: "auto".
+        asked: the mode that was asked for, which may be "auto"; None = the plan's.
         drafted: draft tokens over all answers that were generated.
         accepted: those that the model agreed with.
     """

@@ -156,14 +156,13 @@ def command(
     flags["exit_layers"] = flags["exit_layers"] or ()
     config = BenchConfig(**{f.name: flags[f.name] for f in dataclasses.fields(BenchConfig)})
     model = options.load_model(flags)
-    chat = model.has_chat_template
     task = load_task(
         task_name,
         samples=samples,
         n_shot=n_shot,
         seed=seed,
         data=data,
-        chat=chat,
+        chat=model.has_chat_template,
         judged=not config.ignore_eos,
     )
     with bars() as progress:
