@@ -296,9 +296,16 @@ constexpr int TILES = 16, ROWS = 12;  // sums that are kept in registers; rows t
 #else
 constexpr int TILES = 12, ROWS = 6;
 #endif
-constexpr int AHEAD = 4;  // vectors of 16-bit weights that are fetched before they are needed
-constexpr int GROUPS_AHEAD = 12;  // of quantized weights, where few panels are read at once
+// Vectors of 16-bit weights, and groups of quantized ones, that are fetched before they are needed.
+#ifdef __znver5__
+constexpr bool ONE_STREAM = true;  // Zen 5 reads memory fastest where panel follows panel, fetched far ahead
+constexpr int AHEAD = 64, GROUPS_AHEAD = 32;
+#else
+constexpr bool ONE_STREAM = false;
+constexpr int AHEAD = 4, GROUPS_AHEAD = 12;
+#endif
 constexpr int panels_of(int kind, int rows) {
+  if (ONE_STREAM) return 1;
   const bool quantized = kind == INT8 || kind == INT4;  // these keep two sums each
   const int sums = rows * PARTS;
   if (quantized && sums > 2) return sums > TILES * 3 / 8 ? 1 : TILES * 3 / 4 / sums;
@@ -330,7 +337,7 @@ inline void add_group(const Matrix &w, int64_t panel, int64_t g, const char *inp
 #pragma GCC unroll 16
     for (int p = 0; p < P; p++) {
       const Words weights = load<Words>(base + ((p * groups + g) * PACKED + k) * LANES);
-      if constexpr (R > 2 && PART == 0)
+      if constexpr ((ONE_STREAM || R > 2) && PART == 0)
         __builtin_prefetch(base + ((p * groups + g + GROUPS_AHEAD) * PACKED + k) * LANES);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
