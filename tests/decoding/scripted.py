@@ -77,7 +77,7 @@ class ScriptedDecoder:
         return both
 
     choose = Decoder.choose
-    draft_step = Decoder.draft_step
+    draft = Decoder.draft
     choose_with_probability = Decoder.choose_with_probability
 
     def _next(self, position, n_layers):

@@ -5,6 +5,7 @@ import itertools
 import platform
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -246,22 +247,48 @@ def test_the_choice_is_the_highest_logit(cap, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cap", [None, 3.0])
-def test_a_step_of_a_draft_is_a_pass_and_a_choice(cap, kind, tmp_path):
+def test_a_draft_is_passes_and_choices(cap, kind, tmp_path):
     decoder = compiled(saved("gemma2-uncapped", tmp_path, final_logit_softcapping=cap), kind)
     cache, tokens = decoder.new_cache(9, 2), torch.tensor([[7], [30]])
     decoder.run(decoder.embed(torch.tensor([[1, 2], [3, 4]])), 0, LAYERS, cache)
     cache.lengths += 2
     head = ShortHead.of(decoder, (5, 80, 9), [3])
-    for step, ids_ in (
-        (decoder.draft_step(tokens, 2, cache), torch.arange(decoder.architecture.vocab_size)),
-        (head.draft_step(decoder, tokens, 2, cache), head.token_ids),
-        (decoder.draft_step(tokens, 2, cache), torch.arange(decoder.architecture.vocab_size)),
-    ):
-        state = decoder.run(decoder.embed(tokens), 0, 2, cache)
-        scores = decoder.logits(state)[..., ids_]
-        assert torch.equal(step[0], state)
-        assert torch.equal(step[1], ids_[scores.argmax(-1)])
-        torch.testing.assert_close(step[2], scores.softmax(-1).amax(-1))
+    every = torch.arange(decoder.architecture.vocab_size)
+    drafts = (decoder.draft, every), (partial(head.draft, decoder), head.token_ids)
+    for draft, ids_ in (*drafts, drafts[0]):
+        states, drafted = draft(tokens, 3, 2, cache)
+        assert cache.lengths.tolist() == [5, 5]
+        cache.lengths -= 3
+        newest = tokens
+        for i in range(3):
+            state = decoder.run(decoder.embed(newest), 0, 2, cache)
+            cache.lengths += 1
+            newest = ids_[decoder.logits(state)[..., ids_].argmax(-1)]
+            assert torch.equal(states[:, i : i + 1], state)
+            assert torch.equal(drafted[:, i : i + 1], newest)
+        cache.lengths -= 3
+
+
+@pytest.mark.parametrize("compiled_or_not", [True, False])
+def test_a_draft_goes_on_as_long_as_it_is_told_to(compiled_or_not, tmp_path):
+    decoder = load(saved("llama2", tmp_path), dtype=torch.float32, compiled=compiled_or_not).decoder
+    cache, told = decoder.new_cache(32), list[tuple[int, float]]()
+
+    def goes_on(token, probability):
+        told.append((token, probability))
+        return len(told) < 3
+
+    last = torch.tensor([[7]])
+    states, tokens = decoder.draft(last, 9, 2, cache, goes_on=goes_on)
+    assert tokens.tolist() == [[token for token, _ in told]]
+    assert states.shape == (1, 3, decoder.architecture.hidden_size)
+    assert cache.lengths.tolist() == [3]
+    torch.testing.assert_close(
+        torch.tensor([probability for _, probability in told]),
+        decoder.logits(states)[0].float().softmax(-1).amax(-1),
+    )
+    nothing = decoder.draft(last, 0, 2, cache)
+    assert [part.shape[1] for part in nothing] == [0, 0]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -306,7 +333,7 @@ def test_layers_that_are_not_there_are_refused(compiled_or_not, tmp_path):
         with pytest.raises(ValueError, match=f"this model has {LAYERS}"):
             decoder.run(decoder.embed(tokens), start, stop, decoder.new_cache(32))
     with pytest.raises(ValueError, match=f"this model has {LAYERS}"):
-        decoder.draft_step(tokens, LAYERS + 1, decoder.new_cache(32))
+        decoder.draft(tokens, 1, LAYERS + 1, decoder.new_cache(32))
 
 
 @pytest.fixture

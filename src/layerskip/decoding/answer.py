@@ -48,6 +48,8 @@ class Answer:
         self._clock = device_clock(model.decoder.device)
         self._end_tokens = () if ignore_eos else model.end_tokens
         self._text = None if model.tokenizer is None else TextStream(model.tokenizer, stop)
+        self._may_stop = bool(stop)
+        self._unread: list[int] = []  # tokens whose text nobody has needed yet
         if stop and self._text is None:
             raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
         self._started = self._clock()
@@ -66,25 +68,49 @@ class Answer:
         self._loop = generate(model.decoder, prompt, **self.loop_options)
 
     def __iter__(self) -> Iterator[Piece]:
+        for step in self._steps_left():
+            yield from self._pieces(step)
+        if rest := self.finish():
+            yield Piece(text=rest)
+
+    def _steps_left(self) -> Iterator[Step]:
+        """The loop's steps, until whoever takes them has met a stop string."""
         if not self._steps:  # it may have waited for its turn
             self._started, self._paused_s = self._clock(), 0.0
         for step in self._loop:
-            yield from self.take(step)
+            yield step
             if self.stopped:
                 self._loop.close()
                 return
-        if rest := self.finish():
-            yield Piece(text=rest)
 
     @property
     def stopped(self) -> bool:
         """Whether a stop string has ended the text."""
         return self._text is not None and self._text.stopped
 
-    def take(self, step: Step) -> list[Piece]:
-        """Add a step, as far as a stop string; for who runs the loop, as a batch does."""
+    def take(self, step: Step) -> None:
+        """Add a step, as far as a stop string; for who runs the loop, as a batch does.
+
+        No text is made that is not needed yet: a token's takes as long as drafting it may.
+        """
+        if self._text is not None and self._may_stop:
+            text = self._text.copy()
+            text.push(*step.tokens)
+            if text.stopped or text.waits:
+                self._pieces(step)  # token by token: it may be any of them that ends the text
+                return
+            self._text = text
+        else:
+            self._unread += step.tokens
+        self._note(step)
+        self._tokens += step.tokens
+
+    def _note(self, step: Step) -> None:
         self._times.append(self._clock() - self._paused_s)
         self._steps.append(step)
+
+    def _pieces(self, step: Step) -> list[Piece]:
+        self._note(step)
         pieces: list[Piece] = []
         for i, token in enumerate(step.tokens):
             self._tokens.append(token)
@@ -105,13 +131,18 @@ class Answer:
             self._paused_s += self._clock() - since
 
     def finish(self) -> str:
-        """The text that was held back in case a stop string began there."""
-        return self._text.finish() if self._text and not self.stopped else ""
+        """The text that was held back, as in case a stop string began there."""
+        if self._text is None or self.stopped:
+            return ""
+        read = self._text.push(*self._unread)
+        self._unread.clear()
+        return read + self._text.finish()
 
     def complete(self) -> Generation:
         """Compute what is left of the answer and return it."""
-        for _ in self:
-            pass
+        for step in self._steps_left():
+            self.take(step)
+        self.finish()
         return self.generation
 
     @property

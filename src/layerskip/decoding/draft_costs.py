@@ -4,6 +4,7 @@ Nothing is timed while an answer is made, so the same prompt is always decoded i
 """
 
 import dataclasses
+import functools
 
 from layerskip.model import Decoder, StepCosts
 from layerskip.model.native import row_costs
@@ -81,7 +82,15 @@ class DraftCosts:
 
     def token(self, drafted: int) -> float:
         """What the early exit's next token costs after so many in this round, verified and all."""
-        return self.layers + self.head + (1 - self.layers) * self.rows(drafted + 1, 1)
+        if drafted not in self._tokens:
+            verified = (1 - self.layers) * self.rows(drafted + 1, 1)
+            self._tokens[drafted] = self.layers + self.head + verified
+        return self._tokens[drafted]
+
+    @functools.cached_property
+    def _tokens(self) -> dict[int, float]:
+        """Answers of `token`, which is asked for several times a drafted token."""
+        return {}
 
     def round(self, drafted: int, scored: int) -> float:
         """A round whose early exit scored some tokens and kept `drafted` of them."""

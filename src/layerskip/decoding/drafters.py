@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.functional import one_hot
 from layerskip.decoding.draft_length import DraftLength
 from layerskip.decoding.sampling import Sampling, TokenHistory, pick
 from layerskip.decoding.short_head import ShortHead
-from layerskip.model import Decoder, KVCache
+from layerskip.model import Decoder, GoesOn, KVCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,72 +124,79 @@ class EarlyExitDrafter:
         generator: torch.Generator | None,
     ) -> Draft:
         """See `Drafter`; the first E layers see the last drafted token too."""
-        if self.length is not None and not self.length.begins():
+        length, follow = self.length, self.follow
+        if length is not None and not length.begins():
             return no_draft(self.decoder, last)
-        states: list[Tensor] = []
-        chosen_from: list[Tensor] = []
-        tokens, ids, behind = [last], list[int](), last[:, :0]
-        for i in range(n + 1):
-            if ids and i < n and self.follow is not None and (found := self.follow(ids, n - i)):
-                behind = last.new_tensor([found])
-            if behind.numel() or i == n or (self.length is not None and self.length.ends):
-                newest = torch.cat([tokens[-1], behind], dim=1)
-                hidden = self.decoder.embed(newest)
-                states.append(self.decoder.run(hidden, 0, self.exit_layer, cache))
-                cache.lengths += newest.shape[1]
-                break
-            state, token, q, confidence = self._step(tokens, cache, history, generator)
-            states.append(state)
-            cache.lengths += 1
-            if self.length is not None and not self.length.keeps(float(confidence)):
-                break
-            tokens.append(token)
-            if self.follow is not None:
-                ids.append(int(token))
-            if q is not None:
-                chosen_from.append(q)
+        ids, behind, refused = list[int](), list[int](), False
+
+        def goes_on(token: int, confidence: float) -> bool:
+            nonlocal behind, refused
+            if length is not None and not length.keeps(confidence):
+                refused = True
+                return False
+            ids.append(token)
+            if follow is not None and len(ids) < n:
+                behind = follow(ids, n - len(ids))
+            return not behind and not (length is not None and length.ends)
+
+        asked = None if length is None and follow is None else goes_on
+        states, tokens, q = self._chosen(last, n, cache, history, generator, asked)
+        if refused:
+            tokens, q = tokens[:, :-1], q[:-1]
+        else:
+            tokens = torch.cat([last, tokens, last.new_tensor([behind] * len(last))], dim=1)
+            newest, tokens = tokens[:, -1 - len(behind) :], tokens[:, 1:]
+            hidden = self.decoder.run(self.decoder.embed(newest), 0, self.exit_layer, cache)
+            states = torch.cat([states, hidden], dim=1)
+            cache.lengths += newest.shape[1]
         return Draft(
-            tokens=torch.cat([*tokens[1:], behind], dim=1),
-            probabilities=self._whole(chosen_from, behind),
-            states=torch.cat(states, dim=1),
+            tokens=tokens,
+            probabilities=self._whole(q, tokens[:, len(q) :]),
+            states=states,
             start=self.exit_layer,
             source=self.source,
-            followed=behind.shape[1],
+            followed=len(behind),
         )
 
-    def _step(
+    def _chosen(
         self,
-        tokens: list[Tensor],
+        last: Tensor,
+        n: int,
         cache: KVCache,
         history: TokenHistory | None,
         generator: torch.Generator | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """The first E layers over the newest of some tokens, and what the exit makes of it.
+        goes_on: GoesOn | None,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Up to n times the first E layers over the newest token, and what the exit makes of it.
 
         Returns:
-            The state [B, 1, D], a token [B, 1], what it was drawn from (None if greedy), and how sure
-            the exit is, its highest probability [B, 1]. Not the token's own: whether a token counts
-            as drafted may depend on the distribution, but not on what was drawn from it, or tokens
-            that are kept would not be distributed as q.
+            The states [B, m, D], the tokens [B, m], and what each was drawn from (none if greedy).
         """
-        decoder, head, newest = self.decoder, self.head, tokens[-1]
-        if self.sampling.greedy and history is None:
-            if head is None:
-                state, token, probability = decoder.draft_step(newest, self.exit_layer, cache)
-            else:
-                state, token, probability = head.draft_step(decoder, newest, self.exit_layer, cache)
-            return state, token, None, probability
-        state = decoder.run(decoder.embed(newest), 0, self.exit_layer, cache)
-        seen = None
-        if history is not None:
-            seen = history.before(torch.cat([newest[:, :0], *tokens[1:]], dim=1))[:, -1:]
-        if seen is not None and head is not None:
-            seen = seen[..., head.token_ids]
-        logits = self.sampling.penalize((head or decoder).logits(state), seen)
-        chosen, q = pick(logits, self.sampling, generator)
-        p = logits.float().softmax(dim=-1) if q is None else q
-        token = chosen if head is None else head.token_ids[chosen]
-        return state, token, q, p.amax(dim=-1)
+        decoder, head, sampling = self.decoder, self.head, self.sampling
+        if sampling.greedy and history is None:
+            draft = decoder.draft if head is None else partial(head.draft, decoder)
+            return *draft(last, n, self.exit_layer, cache, goes_on=goes_on), []
+        states, tokens, chosen_from = [decoder.embed(last[:, :0])], [last], list[Tensor]()
+        for _ in range(n):
+            states.append(decoder.run(decoder.embed(tokens[-1]), 0, self.exit_layer, cache))
+            cache.lengths += 1
+            seen = None
+            if history is not None:
+                seen = history.before(torch.cat(tokens, dim=1)[:, 1:])[:, -1:]
+            if seen is not None and head is not None:
+                seen = seen[..., head.token_ids]
+            logits = sampling.penalize((head or decoder).logits(states[-1]), seen)
+            chosen, q = pick(logits, sampling, generator)
+            tokens.append(chosen if head is None else head.token_ids[chosen])
+            if q is not None:
+                chosen_from.append(q)
+            # How sure the exit is, not the token's own probability: whether a token counts as drafted
+            # may depend on the distribution, but not on what was drawn from it, or tokens that are
+            # kept would not be distributed as q.
+            p = logits.float().softmax(dim=-1) if q is None else q
+            if goes_on is not None and not goes_on(int(tokens[-1]), float(p.amax())):
+                break
+        return torch.cat(states, dim=1), torch.cat(tokens, dim=1)[:, 1:], chosen_from
 
     def _whole(self, chosen_from: list[Tensor], behind: Tensor) -> Tensor | None:
         """The distributions over all tokens, made once a round."""

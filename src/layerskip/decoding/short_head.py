@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from layerskip.model import Decoder, KVCache
+from layerskip.model import Decoder, GoesOn, KVCache
 
 # The last list of each decoder and its head: answers of one model share it.
 _MADE: "weakref.WeakKeyDictionary[Decoder, tuple[tuple[int, ...], ShortHead]]" = (
@@ -73,11 +73,17 @@ class ShortHead:
         """Hidden states [B, T, D] to logits of the tokens kept [B, T, n]."""
         return self._short.logits(hidden)
 
-    def draft_step(
-        self, decoder: Decoder, tokens: Tensor, exit_layer: int, cache: KVCache
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`Decoder.draft_step` with this head as the exit; what it chooses are tokens, not places."""
-        return decoder.draft_step(tokens, exit_layer, cache, self._short, self.token_ids)
+    def draft(
+        self,
+        decoder: Decoder,
+        last: Tensor,
+        n: int,
+        exit_layer: int,
+        cache: KVCache,
+        goes_on: GoesOn | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`Decoder.draft` with this head as the exit; what it chooses are tokens, not places."""
+        return decoder.draft(last, n, exit_layer, cache, self._short, self.token_ids, goes_on)
 
     @property
     def share(self) -> float:

@@ -1,5 +1,6 @@
 """Tokens to text as they arrive, and the end at a stop string."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -29,9 +30,20 @@ class TextStream:
         self._before = ""  # what those from the context on are
         self._held = ""
 
-    def push(self, token: int) -> str:
-        """Add a token and return the text that it releases, often but not always a piece of its own."""
-        self._tokens.append(token)
+    def copy(self) -> "TextStream":
+        """Another that goes on from here by itself."""
+        other = copy.copy(self)
+        other._tokens = self._tokens.copy()
+        return other
+
+    @property
+    def waits(self) -> bool:
+        """Whether the newest tokens are not looked at yet: they end inside a character."""
+        return self._decoded < len(self._tokens)
+
+    def push(self, *tokens: int) -> str:
+        """Add tokens and return the text that is released, often but not always a piece for each."""
+        self._tokens.extend(tokens)
         now = self._decode(self._tokens[self._context :])
         if len(now) <= len(self._before) or now.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""

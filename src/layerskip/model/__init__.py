@@ -3,7 +3,7 @@
 from layerskip.model.architecture import Architecture
 from layerskip.model.cache import KVCache
 from layerskip.model.checkpoint import Checkpoint, Files, load, open_files
-from layerskip.model.decoder import Decoder, most_likely
+from layerskip.model.decoder import Decoder, GoesOn, most_likely
 from layerskip.model.families import FAMILIES, UnsupportedModelError
 from layerskip.model.merge import merge
 from layerskip.model.settings import Settings, StepCosts
@@ -17,6 +17,7 @@ __all__ = [
     "CheckpointError",
     "Decoder",
     "Files",
+    "GoesOn",
     "KVCache",
     "Settings",
     "SourceError",

@@ -7,6 +7,7 @@ KV key-value heads, G = H / KV, S cache capacity, L layers.
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -18,6 +19,8 @@ from layerskip.model.embedding import Embedding
 from layerskip.model.linear import Linear, Matrix
 from layerskip.model.norm import Norm
 from layerskip.model.rotary import Rotary
+
+GoesOn = Callable[[int, float], bool]  # of a draft's newest token and its probability
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,30 +175,40 @@ class Decoder:
         chosen = most_likely(logits)
         return chosen, logits.float().softmax(dim=-1).gather(-1, chosen[..., None])[..., 0]
 
-    def draft_step(
+    def draft(
         self,
-        tokens: Tensor,
+        last: Tensor,
+        n: int,
         exit_layer: int,
         cache: KVCache,
         short: "Decoder | None" = None,
         token_ids: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One greedy step of a draft: the first layers over a token, and what the exit then chooses.
+        goes_on: GoesOn | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """A greedy draft: the first layers over the newest token, and what the exit then chooses, anew.
 
         Args:
-            tokens: [B, 1] int64.
+            last: [B, 1] int64, the token that the draft begins after.
+            n: how many tokens to choose at most.
             exit_layer: E.
-            cache: as for `run`.
+            cache: as for `run`, but its lengths are moved on.
             short: whose exit it is (see `with_short_head`), if not this one's own.
             token_ids: [n] int64, which token each of its logits is of.
+            goes_on: told each token chosen and its probability, says whether another is; of one row
+                alone. None = n tokens.
 
         Returns:
-            The hidden states that leave layer E [B, 1, D], the tokens chosen [B, 1], and their
-            probabilities [B, 1] float32.
+            The hidden states that left layer E [B, m, D], and the tokens chosen from each [B, m].
         """
-        state = self.run(self.embed(tokens), 0, exit_layer, cache)
-        chosen, probabilities = (short or self).choose_with_probability(state)
-        return state, chosen if token_ids is None else token_ids[chosen], probabilities
+        states, tokens = [self.embed(last[:, :0])], [last]
+        for _ in range(n):
+            states.append(self.run(self.embed(tokens[-1]), 0, exit_layer, cache))
+            cache.lengths += 1
+            chosen, probability = (short or self).choose_with_probability(states[-1])
+            tokens.append(chosen if token_ids is None else token_ids[chosen])
+            if goes_on is not None and not goes_on(int(tokens[-1]), float(probability)):
+                break
+        return torch.cat(states, dim=1), torch.cat(tokens, dim=1)[:, 1:]
 
     def with_short_head(self, token_ids: Tensor) -> "Decoder":
         """The same decoder, whose logits are those of some tokens alone, [n] int64.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from layerskip.model.architecture import Architecture
 from layerskip.model.cache import KVCache
-from layerskip.model.decoder import Decoder, Layer
+from layerskip.model.decoder import Decoder, GoesOn, Layer
 from layerskip.model.families import FAMILIES
 from layerskip.model.linear import Matrix
 from layerskip.model.mlp import GatedMLP
@@ -158,33 +158,53 @@ class NativeDecoder(Decoder):
         assert probabilities is not None
         return chosen, probabilities.view(hidden.shape[:2])
 
-    def draft_step(
+    def draft(
         self,
-        tokens: Tensor,
+        last: Tensor,
+        n: int,
         exit_layer: int,
         cache: KVCache,
         short: Decoder | None = None,
         token_ids: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Decoder`; in one call."""
+        goes_on: GoesOn | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Decoder`; one call a token."""
         exit_ = self if short is None else short
         if self.architecture.logit_cap is not None or not isinstance(exit_, NativeDecoder):
-            return super().draft_step(tokens, exit_layer, cache, short, token_ids)
+            return super().draft(last, n, exit_layer, cache, short, token_ids, goes_on)
         self._check_layers(0, exit_layer)
-        cache.check_room(1)
-        hidden = self.embed(tokens).float()
-        state, chosen = torch.empty_like(hidden), torch.empty_like(tokens)
-        probabilities = torch.empty(tokens.shape)
+        cache.check_room(n)
+        rows = len(last)
+        # Written row by row of a draft: what little Python does for a token counts beside a few layers.
+        states = torch.empty(n, rows, self.architecture.hidden_size)
+        tokens = torch.empty(n, rows, 1, dtype=torch.long)
+        probabilities = torch.empty(n, rows)
+        ids, confidences = tokens.numpy().reshape(-1), probabilities.numpy().reshape(-1)
         heads, turns = exit_._head_pointers(), self._turn_tables(cache.capacity)
-        self._library.layerskip_step(
-            *(self._model_pointer, hidden.data_ptr(), state.data_ptr(), cache.lengths.data_ptr()),
-            *(len(tokens), exit_layer, cache.slots.data_ptr(), cache.capacity),
-            *(turns.pointers, heads, len(heads)),
-            self._final_norm_weight.data_ptr(),
-            None if token_ids is None else token_ids.data_ptr(),
-            *(chosen.data_ptr(), probabilities.data_ptr(), torch.get_num_threads()),
-        )
-        return state, chosen, probabilities
+        where = (rows, exit_layer, cache.slots.data_ptr(), cache.capacity, turns.pointers)
+        norm = self._final_norm_weight.data_ptr()
+        which = None if token_ids is None else token_ids.data_ptr()
+        threads, made, newest = torch.get_num_threads(), 0, last
+        while made < n:
+            hidden = self.embed(newest).float()
+            newest, state = tokens[made], states[made]
+            self._library.layerskip_step(
+                *(
+                    self._model_pointer,
+                    hidden.data_ptr(),
+                    state.data_ptr(),
+                    cache.lengths.data_ptr(),
+                ),
+                *(*where, heads, len(heads), norm, which),
+                *(newest.data_ptr(), probabilities[made].data_ptr(), threads),
+            )
+            cache.lengths += 1
+            made += 1
+            if goes_on is not None and not goes_on(
+                int(ids[made - 1]), float(confidences[made - 1])
+            ):
+                break
+        return states[:made].transpose(0, 1), tokens[:made, :, 0].T
 
     def _head_pointers(self) -> ctypes.Array[ctypes.c_void_p]:
         if self._pointers is None or self._pointers[0] is not self.heads:  # a copy has others

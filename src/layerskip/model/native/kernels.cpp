@@ -1071,13 +1071,15 @@ struct Best {
   }
 };
 
-inline Best best_of(const float *v, int64_t n, bool sums) {
+// Where the highest is, is looked for if it is above what is known already.
+inline Best best_of(const float *v, int64_t n, bool sums, float known) {
   Vec most = spread(-INFINITY), total{};
   int64_t k = 0;
   for (; k + WIDTH <= n; k += WIDTH) most = larger(load<Vec>(v + k), most);
   Best best{maximum(most), 0, 1};
   for (; k < n; k++) best.top = v[k] > best.top ? v[k] : best.top;
-  while (best.at < n - 1 && v[best.at] != best.top) best.at++;
+  if (best.top > known)
+    while (best.at < n - 1 && v[best.at] != best.top) best.at++;
   if (sums) {
     for (k = 0; k + WIDTH <= n; k += WIDTH) total += exponential(load<Vec>(v + k) - best.top);
     best.total = sum(total);
@@ -1160,7 +1162,7 @@ void choose(const Matrix *const *parts, int64_t n_parts, const float *norm, floa
         const int64_t first = p * LANES, end = last * LANES < w.out ? last * LANES : w.out;
         multiply(w, p, last, inputs.get(), rows, {outputs - first, NEAR, w.out, false, 1.0f, w.bias});
         for (int64_t row = 0; row < rows; row++)
-          best[row].take(best_of(outputs + row * NEAR, end - first, probabilities != nullptr), first);
+          best[row].take(best_of(outputs + row * NEAR, end - first, probabilities != nullptr, best[row].top), first);
       }
     }
   }
