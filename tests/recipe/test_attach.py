@@ -370,3 +370,12 @@ def test_a_copy_made_before_attaching_is_untouched(llama):
     other = copy.deepcopy(llama)
     attach(llama, ALL)
     other(**batch_of())
+
+
+def test_a_copy_made_while_attached_is_refused(llama):
+    """Its forward would be the first model's, with the first model's weights."""
+    attach(llama, RecipeConfig.preset("task"))
+    with pytest.raises(ValueError, match="cannot be copied"):
+        copy.deepcopy(llama)
+    detach(llama)
+    copy.deepcopy(llama)

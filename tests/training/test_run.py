@@ -136,6 +136,12 @@ def test_a_run_that_was_killed_while_its_result_was_written(settings, tmp_path, 
     assert_same_weights(before, whole.output)
 
 
+def test_half_an_epoch_goes_on_to_a_whole_one(settings):
+    half = run(settings, max_steps=None, epochs=0.5)
+    whole = run(settings, max_steps=None, epochs=1.0, resume=True)
+    assert (half.steps, whole.steps) == (13, 25)
+
+
 def test_the_curriculum_goes_on_after_a_resume(settings, tmp_path, interrupted):
     changes = {"curriculum": "rotational", "rotation": 3, "log_steps": 1, "max_steps": 7}
     whole = run(settings, **changes)
@@ -254,7 +260,11 @@ def test_seeds_repeat_a_run(settings, tmp_path):
         ({"curriculum": "rotational", "rotation": 9}, "rotation is 9"),
         ({"exit_layer": 4}, "exit_layer is 4; it must be 1 to 3"),
         ({"eval_rows": 100}, "eval_rows is 100, but there are 100 rows"),
-        ({"eval_exits": [9]}, r"eval_exits names \[9\]"),
+        ({"eval_exits": [9], "eval_rows": 4}, r"eval_exits names \[9\]"),
+        ({"eval_exits": [2]}, "eval_exits needs rows to evaluate on"),
+        ({"eval_steps": 2}, "eval_steps needs rows to evaluate on"),
+        ({"scheduler": "cosin"}, "there is no scheduler 'cosin'; there are: linear"),
+        ({"warmup_steps": -1}, "warmup_steps is -1"),
         ({"max_length": 2}, "no row of .* has a label within max_length = 2"),
         ({"fixed_exits": [1], "exit_weighting": "paper"}, "fixed_exits names 1, whose weight is 0"),
         ({"eval_split": "test"}, "eval_split needs eval_data"),

@@ -104,6 +104,23 @@ def test_exits_of_the_evaluation_are_checked(model_folder, tmp_path):
         LayerSkipTrainer(model=model, args=arguments(tmp_path), recipe=RECIPE, eval_exits=[5])
 
 
+def test_what_would_take_the_recipe_off_is_refused(model_folder, tmp_path):
+    plain = trainer_of(Trainer, model_folder, tmp_path)
+    plain.add_callback(RecipeCallback(attach(plain.model, RECIPE)))
+    plain.callback_handler.call_event("on_train_begin", plain.args, plain.state, plain.control)
+    plain.args.use_liger_kernel = True
+    with pytest.raises(ValueError, match="use_liger_kernel"):
+        plain.callback_handler.call_event("on_train_begin", plain.args, plain.state, plain.control)
+
+
+def test_a_model_that_is_made_later_is_refused(model_folder, tmp_path):
+    def made():
+        return AutoModelForCausalLM.from_pretrained(model_folder)
+
+    with pytest.raises(ValueError, match="model_init would make a model without the recipe"):
+        LayerSkipTrainer(model_init=made, args=arguments(tmp_path), recipe=RECIPE)
+
+
 @pytest.mark.filterwarnings("ignore")  # of TRL and its dependencies
 def test_the_mixin_gives_trl_the_recipe(model_folder, tmp_path):
     trl = pytest.importorskip("trl")
@@ -169,6 +186,6 @@ def test_the_best_checkpoint_is_found_where_it_is(model_folder, tmp_path):
 
 def test_a_loss_that_would_have_no_effect_is_refused(model_folder, tmp_path):
     with pytest.raises(
-        ValueError, match="label_smoothing_factor and compute_loss_func would have no"
+        ValueError, match="label_smoothing_factor, compute_loss_func and loss_type would have no"
     ):
         trainer_of(LayerSkipTrainer, model_folder, tmp_path, label_smoothing_factor=0.1)

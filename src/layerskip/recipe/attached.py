@@ -55,6 +55,12 @@ class AttachedRecipe:
         self._hooks: list[RemovableHandle] = []
         self._replaced: list[tuple[nn.Module, Any, Any]] = []
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AttachedRecipe":
+        raise ValueError(
+            "a model with a recipe attached cannot be copied: the copy would train the weights of the "
+            "first one. Copy it before `attach`, or after `detach`"
+        )
+
     def set_step(self, step: int, total_steps: int | None = None) -> None:
         """Say which optimizer step comes next, before its first (micro-)batch.
 

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from layerskip.model.weights import replace
 from layerskip.recipe.attached import AttachedRecipe
 
 
@@ -34,7 +35,7 @@ class JsonLinesLog(TrainerCallback):
             return
         kept = [log for log in read_log(self._path) if log["step"] <= state.global_step]
         lines = "".join(json.dumps(log) + "\n" for log in kept if state.global_step)
-        self._path.write_text(lines, encoding="utf-8")
+        replace(self._path, lines.encode())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Write a line."""

@@ -113,6 +113,14 @@ class TrainConfig:
             raise ValueError(f"max_length is {self.max_length}; a row needs at least 2 tokens")
         if self.eval_data is not None and self.eval_rows:
             raise ValueError("eval_data and eval_rows contradict each other; give one of them")
+        if not self.eval_rows and self.eval_data is None:
+            for name in ("eval_steps", "eval_exits"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} needs rows to evaluate on: give eval_rows or eval_data"
+                    )
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be 0 or above")
         if self.eval_split is not None and self.eval_data is None:
             raise ValueError("eval_split needs eval_data")
         if self.eval_data == self.data and self.eval_split in (None, self.split):
@@ -197,6 +205,8 @@ class TrainConfig:
         if not isinstance(values, dict):
             raise ValueError(f"{path} must have lines of the form 'name: value'")
         given = {name: v for name, v in changes.items() if v is not None}
+        if "epochs" in given and "max_steps" not in given:
+            values.pop("max_steps", None)  # or the file's would go before the flag
         return cls.from_mapping({**values, **given})
 
     def as_flat_dict(self) -> dict[str, Any]:

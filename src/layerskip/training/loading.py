@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -91,8 +90,6 @@ def one_line(what: str, error: Exception) -> str:
 
 def with_adapter(model: PreTrainedModel, config: TrainConfig) -> Any:
     """The model with a LoRA adapter on all of its linear layers."""
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError("lora_rank needs `peft`: pip install 'layerskip[train]'")
     import peft
 
     assert config.lora_rank is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
+    SchedulerType,
     TrainingArguments,
     set_seed,
 )
@@ -83,6 +85,7 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
     set_seed(config.seed)
     keep_freed_memory()
     tokenizer = load_tokenizer(config)
+    _check_installed(config)
     exit_layer = _check_layers(config)
     train_rows, eval_rows = _load_data(config, tokenizer)
     model = load_model(config)
@@ -119,10 +122,11 @@ def _run(trainer: LayerSkipTrainer, config: TrainConfig, resume_from: str | None
     """
     if resume_from is not None:
         state = TrainerState.load_from_json(str(Path(resume_from) / TRAINER_STATE_NAME))
-        wanted = config.max_steps or state.max_steps
-        more_epochs = config.max_steps is None and config.epochs > state.num_train_epochs
+        accumulation = trainer.args.gradient_accumulation_steps
+        epoch = max(1, -(-len(trainer.get_train_dataloader()) // accumulation))  # steps of one
+        wanted = config.max_steps or math.ceil(config.epochs * epoch)
         is_over = config.max_minutes is not None and time_spent(state) >= 60 * config.max_minutes
-        if is_over or (state.global_step >= wanted and not more_epochs):
+        if is_over or state.global_step >= wanted:
             trainer._load_from_checkpoint(resume_from)
             trainer.state.global_step = state.global_step
             return {}
@@ -175,6 +179,16 @@ def _dataset(rows: list[dict[str, list[int]]]) -> Any:
     import datasets
 
     return datasets.Dataset.from_list(rows)
+
+
+def _check_installed(config: TrainConfig) -> None:
+    """What the settings name, before anything takes long."""
+    if config.scheduler not in (known := [kind.value for kind in SchedulerType]):
+        raise ValueError(
+            f"there is no scheduler {config.scheduler!r}; there are: {', '.join(known)}"
+        )
+    if config.lora_rank is not None and importlib.util.find_spec("peft") is None:
+        raise ValueError("lora_rank needs `peft`: pip install 'layerskip[train]'")
 
 
 def _check_layers(config: TrainConfig) -> int:

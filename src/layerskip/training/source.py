@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -15,7 +16,7 @@ def pretrained(name: str) -> tuple[str, dict[str, Any]]:
     Returns:
         The folder or hub id, and further keyword arguments.
     """
-    if name not in BUILTIN_MODELS:
+    if name not in BUILTIN_MODELS or Path(name).exists():
         return name, {}
     is_gguf = isinstance(BUILTIN_MODELS[name], BuiltinModel)
     return str(pull(name)), {"gguf_file": "model.gguf"} if is_gguf else {}

@@ -44,6 +44,14 @@ class RecipeCallback(TrainerCallback):
     def __init__(self, attached: AttachedRecipe) -> None:
         self._attached = attached
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Refuse what takes the recipe off the model, silently."""
+        if getattr(args, "use_liger_kernel", False):
+            raise ValueError(
+                "use_liger_kernel puts another forward over the recipe's, which then does nothing; "
+                "leave it out: the recipe takes Liger's loss itself where it is installed"
+            )
+
     def on_step_begin(self, args: Any, state: _Steps, control: Any, **_: Any) -> None:
         """Before the first batch of an optimizer step."""
         self._attached.set_step(state.global_step, state.max_steps)
@@ -82,10 +90,16 @@ class LayerSkipMixin:
                 f"{trainer.args.n_gpu} GPUs in one process are not supported: start with "
                 "`torchrun` or `accelerate launch`, or choose one with CUDA_VISIBLE_DEVICES"
             )
-        if trainer.args.label_smoothing_factor or getattr(trainer, "compute_loss_func", None):
+        other_loss = getattr(trainer.args, "loss_type", None) not in (None, "nll")  # TRL's
+        other_loss = other_loss or getattr(trainer, "compute_loss_func", None) is not None
+        if other_loss or trainer.args.label_smoothing_factor:
             raise ValueError(
-                "the recipe computes its own loss: label_smoothing_factor and compute_loss_func would "
-                "have no effect; leave them out"
+                "the recipe computes its own loss: label_smoothing_factor, compute_loss_func and "
+                "loss_type would have no effect; leave them out"
+            )
+        if getattr(trainer, "model_init", None) is not None:
+            raise ValueError(
+                "model_init would make a model without the recipe; give the model itself"
             )
         self.attached = attach(trainer.model, recipe)
         layers = self.attached.num_layers
