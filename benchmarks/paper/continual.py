@@ -73,8 +73,8 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = options_of(
         "continual",
-        "Continual pretraining. About 30 to 40 minutes on one core for before and recipe, and 30 "
-        "more for each further variant (an estimate).",
+        "Continual pretraining. About 60 to 70 minutes on one core for before, recipe and control, "
+        "and 30 more for each further variant (an estimate).",
         "of training, for each variant: it ends then, with its learning rate",
         VARIANTS,
     )
@@ -90,7 +90,7 @@ def _options() -> argparse.Namespace:
         help="0 = all; of code a quarter",
     )
     parser.add_argument("--exits", type=numbers, default=[4, 8, 12, 15, 20, 25])
-    parser.set_defaults(variants=[BEFORE, "recipe"], most_bytes=None)
+    parser.set_defaults(variants=[BEFORE, "recipe", "control"], most_bytes=None)
     options = parser.parse_args()
     if options.smoke:
         base = options.work / "base"

@@ -88,8 +88,8 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = options_of(
         "domain",
-        "Finetuning on code. About 30 to 40 minutes on one core for before and recipe, and 30 more "
-        "for each further variant (an estimate).",
+        "Finetuning on code. About 60 to 70 minutes on one core for before, recipe and control, and "
+        "30 more for each further variant (an estimate).",
         "of training, for each variant: it ends then, with its learning rate",
         VARIANTS,
     )
@@ -102,7 +102,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--timed-exits", type=numbers, default=[6, 8, 15])
     parser.add_argument("--draft-tokens", type=numbers, default=[2, 4, 6, 12])
     parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.set_defaults(variants=[BEFORE, "recipe"], most_bytes=20_000_000)
+    parser.set_defaults(variants=[BEFORE, "recipe", "control"], most_bytes=20_000_000)
     options = parser.parse_args()
     if options.smoke:
         base, task = options.work / "base", options.work / "prompts.jsonl"

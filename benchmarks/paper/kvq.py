@@ -1,7 +1,8 @@
 """One cache for draft and verification (KVQ): what reusing the first E layers saves.
 
     LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.kvq \\
-        --model runs/topv2 --task topv2
+        --model smollm2-135m-layerskip --task topv2 --samples 16 --exits 4,6,8 --draft-tokens 4,8 \\
+        --repeats 3
 
 The same rounds on the same checkpoint and prompts, in turns, with verification done in two ways:
 

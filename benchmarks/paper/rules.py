@@ -72,30 +72,34 @@ def code_acceptance(row: Row) -> Finding | None:
     return Finding(rates[12] >= 0.45, f"{rates[12]:.1%} at E = {at}, d = 12")
 
 
-def only_after(before: Row, after: Row) -> Finding:
-    untrained, trained = (best(row["timed"], 1.1) for row in (before, after))
-    figures = f"before {untrained.figures}; after {trained.figures}"
-    return Finding(trained.holds and not untrained.holds, figures)
+def only_after(before: Row, control: Row, after: Row) -> Finding:
+    untrained, without, trained = (best(row["timed"], 1.1) for row in (before, control, after))
+    figures = (
+        f"before {untrained.figures}; without the recipe {without.figures}; after {trained.figures}"
+    )
+    return Finding(trained.holds and not (untrained.holds or without.holds), figures)
 
 
-def _quarters(row: Row, kind: str, field: str) -> list[tuple[int, float]]:
-    """A figure at the exits nearest to L/4, L/2 and 3L/4."""
-    values = {one["exit_layer"]: one[field] or 0.0 for one in row[kind]}
-    chosen = [_nearest(values, row["layers"] * quarter / 4) for quarter in (1, 2, 3)]
-    return [(e, values[e]) for e in chosen]
+def with_a_loss(row: Row, kind: str, field: str) -> dict[int, float]:
+    """Exit -> a figure, of the exits that had a loss in training: the others say nothing of it."""
+    recipe = row["trained"].get("recipe", {})
+    named = {*recipe.get("fixed_exits", ()), *(recipe.get("exits") or range(row["layers"]))}
+    return {one["exit_layer"]: one[field] or 0.0 for one in row[kind] if one["exit_layer"] in named}
 
 
 def earlier_is_faster(row: Row) -> Finding | None:
-    found = _quarters(row, "timed", "speedup")
-    if len({e for e, _ in found}) < 3:
+    speeds = with_a_loss(row, "timed", "speedup")
+    if len(speeds) < 2:
         return None
-    speeds = [speed for _, speed in found]
-    figures = ", ".join(f"E = {e}: {speed:.2f}x" for e, speed in found)
-    return Finding(speeds == sorted(speeds, reverse=True), figures)
+    figures = ", ".join(f"E = {e}: {speeds[e]:.2f}x" for e in sorted(speeds))
+    in_order = [speeds[e] for e in sorted(speeds)]
+    return Finding(in_order == sorted(in_order, reverse=True), figures)
 
 
 def task_acceptance(row: Row) -> Finding:
-    (at, rate), *_ = _quarters(row, "exits", "acceptance_rate")
+    rates = with_a_loss(row, "exits", "acceptance_rate")
+    at = _nearest(rates, row["layers"] / 4)
+    rate = rates[at]
     return Finding(rate >= 0.76, f"{rate:.1%} at E = {at}, d = {row['draft_tokens']}")
 
 
@@ -105,8 +109,9 @@ def cost_of_the_recipe(recipe: Row, control: Row) -> Finding:
 
 
 def early_exact_match(row: Row) -> Finding:
-    *_, (at, early) = _quarters(row, "exits", "exact_match")
-    last = row["exact_match"]
+    matches = with_a_loss(row, "exits", "exact_match")
+    at = _nearest(matches, row["layers"] * 3 / 4)
+    early, last = matches[at], row["exact_match"]
     return Finding(early >= last - 0.01, f"E = {at}: {early:.1%}, last layer: {last:.1%}")
 
 
@@ -124,17 +129,21 @@ def from_scratch(*rows: Row) -> Finding | None:
     return best(timed, 2.16) if timed else None
 
 
-def long_drafts(*rows: Row) -> Finding:
-    fastest = [max(row["timed"], key=_speedup)["draft_tokens"] for row in rows]
+def long_drafts(*rows: Row) -> Finding | None:
+    """Of checkpoints that drafting pays for at all."""
+    best_rows = [max(row["timed"], key=_speedup) for row in rows]
+    fastest = [row["draft_tokens"] for row in best_rows if _speedup(row) > 1]
+    if not fastest:
+        return None
     figures = "fastest: " + ", ".join(f"d = {d}" for d in fastest)
     return Finding(all(4 <= d <= 12 for d in fastest), figures)
 
 
 def lossless(*rows: Row) -> Finding:
     shares = [one["identical_to_plain"] for row in rows for one in row["timed"]]
-    return Finding(
-        min(shares) == 1, f"{min(shares):.1%} or more of the answers, {len(shares)} settings"
-    )
+    more = "" if min(shares) == 1 else " or more"
+    figures = f"{min(shares):.1%}{more} of the answers, {len(shares)} settings"
+    return Finding(min(shares) == 1, figures)
 
 
 def compared(rule: Callable[..., Finding], key: str, *more: Any) -> Callable[..., Finding]:

@@ -63,7 +63,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="smollm2-135m", help="a trained checkpoint")
     parser.add_argument("--task", default=OWN_TASK, help=f"as for `layerskip bench`, or {OWN_TASK}")
-    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--exits", type=numbers, default=[4, 8, 15])
     parser.add_argument("--draft-tokens", type=numbers, default=list(range(1, 13)))
     parser.add_argument("--max-new-tokens", type=int, default=64)

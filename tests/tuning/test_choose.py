@@ -2,7 +2,7 @@
 
 import pytest
 
-from layerskip.tuning.choose import choose
+from layerskip.tuning.choose import choose, choose_auto
 
 
 def row(speedup, interval, e=None, d=None):
@@ -43,3 +43,27 @@ def test_plain_is_best_where_no_gain_is_certain(interval):
 def test_a_certain_gain_goes_before_a_faster_one_that_may_be_none():
     choice = choose([PLAIN, row(1.3, (0.97, 1.6), 4, 2), row(1.25, (1.1, 1.4), 8, 6)])
     assert (choice.exit_layer, choice.draft_tokens, choice.speedup) == (8, 6, 1.25)
+
+
+AUTO = {"mode": "auto", "tokens_per_s": 60.0}
+
+
+@pytest.mark.parametrize(
+    ("alone", "early", "exit_layer"),
+    [
+        ((1.1, (1.05, 1.2)), (1.5, (1.3, 1.7)), 4),
+        ((1.1, (1.05, 1.2)), (1.05, (1.01, 1.1)), None),  # n-grams bring what is gained
+        ((1.0, (0.9, 1.1)), (1.2, (0.95, 1.4)), None),
+    ],
+)
+def test_an_exit_that_only_auto_gains_with_stays(alone, early, exit_layer):
+    pairs = choose([PLAIN, row(1.05, (0.98, 1.1), 4, 1)])
+    rows = [{**row(*alone), **AUTO}, {**row(*early, 4), **AUTO}]
+    choice = choose_auto(pairs, rows, {4: 1})
+    assert choice.exit_layer == exit_layer
+    if exit_layer is None:
+        assert choice is pairs
+    else:
+        assert (choice.mode, choice.draft_tokens, choice.flags) == ("auto", 1, "--exit-layer 4")
+        assert choice.speedup_interval == [1.3, 1.7]
+        assert choice.reason.startswith("mode auto with E=4 is best here: 1.50x")

@@ -8,6 +8,7 @@ import tiny_decoders
 
 from layerskip import LayerSkipModel
 from layerskip.model import Checkpoint, Settings
+from layerskip.tuning.choose import Choice
 from layerskip.tuning.plots import plot_tuning
 from layerskip.tuning.run import tune
 from timed import TimedDecoder
@@ -28,6 +29,15 @@ def model_of(decoder, **settings):
 
 
 PROMPTS = [[1] * 6, [2] * 6, [3] * 6]
+PLAIN = Choice(
+    mode="plain",
+    exit_layer=None,
+    draft_tokens=None,
+    tokens_per_s=1.0,
+    speedup=1.0,
+    speedup_interval=[1.0, 1.0],
+    reason="",
+)
 
 
 def test_a_draft_that_is_always_right_is_chosen_as_predicted(monkeypatch):
@@ -58,6 +68,27 @@ def test_plain_is_chosen_where_drafts_are_wrong(monkeypatch):
     assert all(p.speedup < 1 for p in tuning.predictions)
     assert [row["agreement"] for row in tuning.exits] == [0.0] * 3
     assert tuning.record()["mode"] == "plain"
+    assert [row["mode"] for row in tuning.auto] == [
+        "plain",
+        "auto",
+        *["auto"] * (len(tuning.auto) - 2),
+    ]
+
+
+def test_mode_auto_is_tried_where_no_pair_gains(monkeypatch):
+    monkeypatch.setattr("layerskip.tuning.run.choose", lambda rows: PLAIN)
+    model = timed_model(monkeypatch)
+    tuning = tune(model, PROMPTS, max_new_tokens=41, max_draft_tokens=4)
+    alone, *early = tuning.auto[1:]
+    assert (alone["exit_layer"], alone["speedup"]) == (None, pytest.approx(1.0))
+    assert [row["exit_layer"] for row in early] == list(
+        dict.fromkeys(row["exit_layer"] for row in reversed(tuning.confirmed[1:]))
+    )
+    choice, fastest = tuning.choice, max(early, key=lambda row: row["speedup"])
+    assert (choice.mode, choice.exit_layer) == ("auto", fastest["exit_layer"])
+    assert choice.speedup == fastest["speedup"] > 1.5
+    assert choice.draft_tokens in range(1, 5)
+    assert tuning.step_costs.exit_layer == choice.exit_layer
 
 
 def test_plain_is_chosen_where_right_drafts_cost_too_much(monkeypatch):
@@ -109,7 +140,7 @@ def test_a_tuning_of_a_real_decoder_is_one_valid_document_with_pictures(tmp_path
         assert row["mean_accepted_length"] == predicted["mean_accepted_length"]
         assert row["identical_to_plain"] == 1.0
     phases = list(dict.fromkeys(what for what, _, _ in said))
-    assert len(phases) == 4
+    assert len(set(phases) - {"trying mode auto"}) == 4
     for phase in phases:
         done = [(d, total) for what, d, total in said if what == phase]
         assert done == sorted(done)

@@ -83,7 +83,7 @@ def test_what_else_stands_there_stays(folder):
 
 
 def test_each_kind_of_weights_keeps_the_costs_it_was_tuned_with(folder):
-    def costs(weights, head):
+    def costs(weights, head, threads=0):
         return StepCosts(
             dtype="float32",
             weights=weights,
@@ -95,13 +95,23 @@ def test_each_kind_of_weights_keeps_the_costs_it_was_tuned_with(folder):
             head=head,
             passes=(1.0,),
             overhead=0.0,
+            threads=threads,
         )
 
-    for found in (costs("16bit", 0.1), costs("int8", 0.2), costs("16bit", 0.3)):
-        write_settings(folder, CHOICE, end_tokens=[2], record=RECORD, costs=found)
+    def written(*each):
+        for found in each:
+            write_settings(folder, CHOICE, end_tokens=[2], record=RECORD, costs=found)
+
+    written(costs("16bit", 0.1), costs("int8", 0.2), costs("16bit", 0.3))
     settings = read_settings(folder, {}, vocab_size=99)
     for weights, head in (("16bit", 0.3), ("int8", 0.2), ("int4", None)):
         measured = settings.measured_for("float32", weights, "cpu", "pytorch", "").measured
+        assert (measured.head if measured else None) == head
+    written(costs("16bit", 0.4, threads=2), costs("16bit", 0.5, threads=1))
+    settings = read_settings(folder, {}, vocab_size=99)
+    for weights, threads, head in (("16bit", 2, 0.4), ("16bit", 1, 0.5), ("16bit", 4, None)):
+        kind = ("float32", weights, "cpu", "pytorch", "")
+        measured = settings.measured_for(*kind, threads=threads).measured
         assert (measured.head if measured else None) == head
 
 

@@ -1,5 +1,6 @@
 """`LayerSkipModel`: a checkpoint that answers."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from layerskip.decoding.draft_costs import time_rows
 from layerskip.decoding.generation import Generation
 from layerskip.decoding.policy import choose, for_batch
 from layerskip.decoding.sampling import Sampling
-from layerskip.model import Checkpoint, Decoder, load, native, resolve
+from layerskip.model import Checkpoint, Decoder, Settings, load, native, resolve
 from layerskip.model.machine import machine
 from layerskip.model.published import with_defaults
 from layerskip.model.quantize import bits_of
@@ -81,8 +82,15 @@ class LayerSkipModel:
         settings = with_defaults(name, checkpoint.settings).measured_for(
             *(str(decoder.dtype).removeprefix("torch."), decoder.weights),
             *(place.type, decoder.kernels, machine(decoder.device)),
+            threads=torch.get_num_threads(),
         )
         return cls(dataclasses.replace(checkpoint, settings=settings))
+
+    def with_settings(self, settings: Settings) -> "LayerSkipModel":
+        """The same model decoding by other settings; nothing is copied."""
+        other = copy.copy(self)
+        other.settings = settings
+        return other
 
     @property
     def end_tokens(self) -> frozenset[int]:

@@ -26,6 +26,7 @@ class StepCosts:
         device: "cpu" or "cuda".
         kernels: what ran the layers, see `Decoder.kernels`.
         machine: where, see `machine.machine`; "" is none that is known.
+        threads: of the CPU; 0 is not known.
         exit_layer: E of the drafts that were timed.
         draft_step: the first E layers and the draft's head over one token.
         draft_tokens_scored: how many tokens that head has.
@@ -45,6 +46,7 @@ class StepCosts:
     passes: tuple[float, ...]
     overhead: float
     machine: str = ""
+    threads: int = 0
 
     @property
     def kind(self) -> tuple[str, ...]:
@@ -85,9 +87,11 @@ class Settings:
     draft_vocabulary: tuple[int, ...] | None = None
     costs: tuple[StepCosts, ...] = ()
 
-    def measured_for(self, *kind: str) -> "Settings":
-        """The same without costs that were measured for another `StepCosts.kind`."""
-        return dataclasses.replace(self, costs=tuple(c for c in self.costs if c.kind == kind))
+    def measured_for(self, *kind: str, threads: int = 0) -> "Settings":
+        """The same without costs that were measured for another `StepCosts.kind` or other threads."""
+        costs = [c for c in self.costs if c.kind == kind and c.threads in (0, threads)]
+        costs.sort(key=lambda c: c.threads, reverse=True)
+        return dataclasses.replace(self, costs=tuple(costs))
 
     @property
     def measured(self) -> StepCosts | None:

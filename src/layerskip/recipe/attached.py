@@ -55,7 +55,7 @@ class AttachedRecipe:
         self._hooks: list[RemovableHandle] = []
         self._replaced: list[tuple[nn.Module, Any, Any]] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "AttachedRecipe":
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttachedRecipe:
         raise ValueError(
             "a model with a recipe attached cannot be copied: the copy would train the weights of the "
             "first one. Copy it before `attach`, or after `detach`"

@@ -10,6 +10,7 @@ class Choice:
     """What to decode with on this machine and these prompts.
 
     Attributes:
+        mode: "auto" where drafts gain only as mode auto makes them, as long as they are worth it.
         exit_layer: None where plain decoding is chosen, like draft_tokens.
         tokens_per_s: measured.
         speedup: measured, over plain decoding of the same prompts in turns; 1 for plain itself.
@@ -17,7 +18,7 @@ class Choice:
         reason: one sentence for people.
     """
 
-    mode: Literal["plain", "self-speculative"]
+    mode: Literal["plain", "self-speculative", "auto"]
     exit_layer: int | None
     draft_tokens: int | None
     tokens_per_s: float
@@ -30,7 +31,14 @@ class Choice:
         """The same as flags of the command line."""
         if self.mode == "plain":
             return "--mode plain"
+        if self.mode == "auto":
+            return f"--exit-layer {self.exit_layer}"
         return f"--exit-layer {self.exit_layer} --draft-tokens {self.draft_tokens}"
+
+
+def is_certain(row: Mapping[str, Any]) -> bool:
+    """Whether a measured row is faster than plain decoding: the whole interval of its speedup is."""
+    return bool(row["speedup_interval"][0] > 1.0)
 
 
 def choose(rows: Sequence[Mapping[str, Any]]) -> Choice:
@@ -43,7 +51,7 @@ def choose(rows: Sequence[Mapping[str, Any]]) -> Choice:
         rows: as of `bench.rows.row`, plain decoding first, then at least one other.
     """
     plain, *others = rows
-    certain = [row for row in others if row["speedup_interval"][0] > 1.0]
+    certain = [row for row in others if is_certain(row)]
     fastest = max(certain or others, key=lambda row: float(row["speedup"]))
     low, high = fastest["speedup_interval"]
     pair = f"E={fastest['exit_layer']}, d={fastest['draft_tokens']}"
@@ -66,4 +74,33 @@ def choose(rows: Sequence[Mapping[str, Any]]) -> Choice:
         speedup=fastest["speedup"],
         speedup_interval=[low, high],
         reason=f"self-speculative decoding with {pair} is best here: {gain}",
+    )
+
+
+def choose_auto(
+    pairs: Choice, rows: Sequence[Mapping[str, Any]], draft_tokens: Mapping[int, int]
+) -> Choice:
+    """The exit that mode auto gains with, where no pair of exit and draft length does.
+
+    Args:
+        pairs: what `choose` made of the pairs.
+        rows: of mode auto, n-grams alone first, then with early exits.
+        draft_tokens: the best draft length of each of these exits, for who drafts a fixed one.
+    """
+    fastest = max(rows, key=lambda row: float(row["speedup"]))
+    exit_layer = fastest["exit_layer"]
+    if exit_layer is None or not is_certain(fastest):
+        return pairs
+    low, high = fastest["speedup_interval"]
+    return Choice(
+        mode="auto",
+        exit_layer=exit_layer,
+        draft_tokens=draft_tokens[exit_layer],
+        tokens_per_s=fastest["tokens_per_s"],
+        speedup=fastest["speedup"],
+        speedup_interval=[low, high],
+        reason=(
+            f"mode auto with E={exit_layer} is best here: {fastest['speedup']:.2f}x of plain decoding"
+            f" (95% interval {low:.2f} to {high:.2f}); drafts of a fixed length gain nothing for certain"
+        ),
     )

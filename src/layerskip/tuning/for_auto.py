@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from layerskip.decoding import LayerSkipModel
 from layerskip.model import StepCosts
 from layerskip.model.draft_vocabulary import merged, worth_drafting
@@ -26,6 +28,7 @@ def step_costs(costs: Costs, exit_layer: int, model: LayerSkipModel) -> StepCost
         device=model.decoder.device.type,
         kernels=model.decoder.kernels,
         machine=machine(model.decoder.device),
+        threads=torch.get_num_threads(),
         exit_layer=exit_layer,
         draft_step=max(float(costs.draft_step_s[middle, x]) / plain, _LEAST),
         draft_tokens_scored=model.decoder.architecture.vocab_size,

@@ -12,7 +12,7 @@ from layerskip.decoding import LayerSkipModel
 from layerskip.decoding.generation import accepted_by_position
 from layerskip.model import StepCosts
 from layerskip.tuning.acceptance import Continuation, agreement_rate, read_agreement, replay
-from layerskip.tuning.choose import Choice, choose
+from layerskip.tuning.choose import Choice, choose, choose_auto
 from layerskip.tuning.costs import Costs, measure_costs
 from layerskip.tuning.for_auto import draft_vocabulary, step_costs
 from layerskip.tuning.predict import Prediction, predict, predict_plain
@@ -37,6 +37,8 @@ class Tuning:
         predictions: every exit and draft length, the fastest predicted first.
         grid: real runs of all of them, each with its prediction; None unless asked for.
         confirmed: real runs in turns, plain decoding first, each with its prediction.
+        auto: the same of mode auto, with n-grams alone and with the exits of those; None where a pair
+            gains for certain.
         step_costs: for mode auto: costs in plain steps.
         draft_vocabulary: for mode auto: tokens worth drafting, the most frequent first.
     """
@@ -50,6 +52,7 @@ class Tuning:
     predictions: list[Prediction]
     grid: list[Row] | None
     confirmed: list[Row]
+    auto: list[Row] | None
     choice: Choice
     step_costs: StepCosts
     draft_vocabulary: tuple[int, ...] | None
@@ -62,6 +65,7 @@ class Tuning:
             "max_new_tokens": self.max_new_tokens,
             "chosen": {**dataclasses.asdict(self.choice), "flags": self.choice.flags},
             "confirmed": self.confirmed,
+            "auto": self.auto,
             "predicted_plain_tokens_per_s": self.predicted_plain_tokens_per_s,
             "predictions": [dataclasses.asdict(p) for p in self.predictions],
             "grid": self.grid,
@@ -161,7 +165,19 @@ def tune(
         measured = sorted(pairs, key=lambda pair: float(pair[1]["speedup"]), reverse=True)
         best = [prediction for prediction, _ in measured[:CANDIDATES]]
     confirmed = run_for_real(best, "confirming the best by real runs")
-    choice = choose(confirmed)
+    choice, auto_rows = choose(confirmed), None
+    vocabulary = draft_vocabulary(texts, model)
+    if choice.mode == "plain":
+        lengths = {p.exit_layer: p.draft_tokens for p in reversed(best)}
+        systems = _auto_systems(model, costs, list(lengths), vocabulary, stop)
+        plain_entry, *entries = measure(
+            systems,
+            useful,
+            max_new_tokens=max_new_tokens,
+            progress=lambda done, total: progress("trying mode auto", done, total),
+        )
+        auto_rows = [row(entry, plain=plain_entry.runs) for entry in (plain_entry, *entries)]
+        choice = choose_auto(choice, auto_rows[1:], lengths)
     exit_layer = choice.exit_layer or best[0].exit_layer
     return Tuning(
         environment=environment_of(model.decoder),
@@ -173,10 +189,34 @@ def tune(
         predictions=predictions,
         grid=grid_rows,
         confirmed=confirmed,
+        auto=auto_rows,
         choice=choice,
         step_costs=step_costs(costs, exit_layer, model),
-        draft_vocabulary=draft_vocabulary(texts, model),
+        draft_vocabulary=vocabulary,
     )
+
+
+def _auto_systems(
+    model: LayerSkipModel,
+    costs: Costs,
+    exits: Sequence[int],
+    vocabulary: tuple[int, ...] | None,
+    stop: Sequence[str],
+) -> list[OwnSystem]:
+    """Plain decoding, auto with n-grams alone, and auto with each exit as it would be told of it."""
+    plain = Setting(mode="plain")
+    alone = Setting(mode="auto", draft_from="n-gram", switches=(("draft_from", "n-gram"),))
+    systems = [OwnSystem(model, [plain, alone], stop=stop)]
+    for exit_layer in exits:
+        settings = dataclasses.replace(
+            model.settings,
+            exit_layer=exit_layer,
+            costs=(step_costs(costs, exit_layer, model),),
+            draft_vocabulary=vocabulary,
+        )
+        auto = Setting(mode="auto", exit_layer=exit_layer, draft_from="both", adaptive=True)
+        systems.append(OwnSystem(model.with_settings(settings), [auto], stop=stop))
+    return systems
 
 
 def _exits(model: LayerSkipModel, asked: Sequence[int] | None) -> list[int]:

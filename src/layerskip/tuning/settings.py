@@ -55,7 +55,8 @@ def write_settings(
     own = fields.get(KEY)
     own = {**(own if isinstance(own, dict) else {}), "tuning": dict(record)}
     if costs is not None:
-        others = [c for c in costs_of(own, file) if c.kind != costs.kind]
+        same = [(costs.kind, threads) for threads in (costs.threads, 0)]
+        others = [c for c in costs_of(own, file) if (c.kind, c.threads) not in same]
         own["costs"] = [c.to_dict() for c in (*others, costs)]
     if draft_vocabulary:
         own["draft_vocabulary"] = text_of_ids(draft_vocabulary)
