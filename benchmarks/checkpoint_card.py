@@ -175,7 +175,7 @@ def exits(measured: dict[str, Any]) -> Iterator[str]:
             f"{row['mean_accepted_length']:.2f}",
         ]
         for name, task in measured["checkpoint"]["tasks"].items()
-        for row in task["exits"]
+        for row in task.get("exits", ())
     ]
     yield from table(["task", "E", "agreement", "acceptance", "tokens a round"], rows)
 
@@ -188,7 +188,7 @@ def limits(measured: dict[str, Any]) -> Iterator[str]:
         f"- Measured were {', '.join(tasks)} and the perplexity above, nothing else: other tasks and"
         " languages, conversations and long prompts may have lost by this training."
     )
-    found = [(row, name) for name, task in tasks.items() for row in task["exits"]]
+    found = [(row, name) for name, task in tasks.items() for row in task.get("exits", ())]
     if found:
         best, where = max(found, key=lambda pair: pair[0]["agreement"])
         yield (

@@ -168,7 +168,9 @@ def _run(command: list[str]) -> dict[str, Any]:
         if done.returncode or not file.is_file():
             lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
             return {**head, "error": lines[-1]}
-        return {**head, **json.loads(file.read_text())}
+        document = json.loads(file.read_text())
+        document["environment"].pop("command", None)  # has the file, which is gone
+        return {**head, **document}
 
 
 def _shown(command: list[str]) -> str:

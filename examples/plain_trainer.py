@@ -37,7 +37,9 @@ def main() -> None:
 
     def encode(row: dict[str, str]) -> dict[str, list[int]]:
         prompt = tokenizer(row["prompt"])["input_ids"]
-        completion = tokenizer(row["completion"] + tokenizer.eos_token)["input_ids"]
+        # Without what a tokenizer puts before a text: the model would learn to answer with it.
+        answer = tokenizer(row["completion"] + tokenizer.eos_token, add_special_tokens=False)
+        completion = answer["input_ids"]
         return {
             "input_ids": prompt + completion,
             "attention_mask": [1] * len(prompt + completion),

@@ -10,6 +10,7 @@ minutes; `paper` has the paper's settings; `control` learns the same rows withou
 """
 
 import argparse
+import glob
 import os
 import random
 from itertools import islice
@@ -79,7 +80,7 @@ def _options() -> argparse.Namespace:
         VARIANTS,
     )
     add_options(parser, steps=60, learning_rate=2e-4)
-    parser.add_argument("--text", default="$LAYERSKIP_DATA/wikitext2/valid.txt.xz")
+    parser.add_argument("--text", default="$LAYERSKIP_DATA/wikitext2/valid.txt*")
     parser.add_argument(
         "--test", default="wikitext2", help="a text file, or the test of WikiText-2"
     )
@@ -111,7 +112,8 @@ def _prepared(options: argparse.Namespace, corpus: Corpus) -> Any:
 def _rows(options: argparse.Namespace, corpus: Corpus, tokenizer: Any) -> tuple[Path, int]:
     """Text and code in equal parts, as many rows as are learnt; the file and its tokens."""
     half = options.steps * options.batch_size // 2
-    text = [read_text(os.path.expandvars(options.text))]
+    found = sorted(glob.glob(os.path.expandvars(options.text)))
+    text = [read_text((found or [options.text])[0])]
     rows = [
         row
         for texts in (text, corpus.train)

@@ -54,6 +54,14 @@ def test_a_trained_checkpoint_is_held_against_its_peers():
     }
 
 
+@pytest.mark.parametrize(
+    ("task", "wanted"), [("topv2", 2.2), ("humaneval", 1.9), ("cnn_dm", None), ("d.jsonl", 2.2)]
+)
+def test_tasks_have_goals_of_their_own(task, wanted):
+    measured = part(own(90.0, 180.0)) | {"task": task}
+    assert by_goal({"m": measured})["auto / plain"]["wanted"] == wanted
+
+
 def test_four_bits_have_no_goal_over_plain_and_only_16_bits_a_ceiling():
     lines = by_goal({"m topv2 int4": part(own(90.0, 135.0), weights="int4")})
     assert lines["auto / plain"]["met"] is None

@@ -29,6 +29,14 @@ def prompts(tmp_path):
     return path
 
 
+def test_a_task_that_is_not_there_is_told_before_a_model_is_loaded(run, monkeypatch):
+    monkeypatch.setattr("layerskip.cli.options.load_model", lambda flags: pytest.fail("loaded"))
+    for command, flag in (("bench", "--task"), ("tune", "--data")):
+        status, _, err = run(command, flag, "humanevil")
+        assert status == 1
+        assert "'humanevil' is no file and no task; the tasks are topv2" in err
+
+
 def test_one_document_with_the_rows_of_the_contract(run, prompts):
     status, out, err = run("bench", "--task", prompts, "--json", "--seed", 3, *FLAGS)
     assert err == ""

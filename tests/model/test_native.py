@@ -379,6 +379,14 @@ def test_kernels_that_never_can_be_loaded_are_as_none(empty_cache, monkeypatch):
         prepare()
 
 
+@pytest.mark.parametrize(("case", "dtype"), [("gpt-neox", "float32"), ("llama2", "float16")])
+def test_what_the_kernels_do_not_know_is_refused_where_they_are_asked_for(case, dtype, tmp_path):
+    folder = saved(case, tmp_path)
+    assert LayerSkipModel.from_pretrained(folder, dtype=dtype).decoder.kernels == "pytorch"
+    with pytest.raises(ValueError, match=f"the compiled kernels have no {dtype} of"):
+        LayerSkipModel.from_pretrained(folder, dtype=dtype, compile=True)
+
+
 def test_too_little_memory_is_an_error():
     matrix, x = PanelMatrix(torch.ones(16, 32)), torch.ones(1, 32)
     with pytest.raises(MemoryError, match="no memory for so many positions"):

@@ -122,11 +122,16 @@ def load_task(
         raise ValueError(f"n_shot is {n_shot}; it cannot be negative")
     if name in FORMS:
         return _named(name, FORMS[name], samples, n_shot, seed, data, chat, judged)
-    if not Path(name).is_file():
-        raise ValueError(f"{name!r} is no file and no task; the tasks are {', '.join(TASKS)}")
+    check_task(name)
     if n_shot:
         raise ValueError(f"{name} is a file of prompts as they stand; shots are for named tasks")
     return _own(name, samples, seed, judged)
+
+
+def check_task(name: str) -> None:
+    """Raise ValueError where a name is no task and no file: before a model is loaded for it."""
+    if name not in FORMS and not Path(name).is_file():
+        raise ValueError(f"{name!r} is no file and no task; the tasks are {', '.join(TASKS)}")
 
 
 def _named(

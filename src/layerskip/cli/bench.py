@@ -13,7 +13,7 @@ from layerskip.bench.benchmark import BenchConfig, bench
 from layerskip.bench.own import BENCH_MODES
 from layerskip.bench.peers import PEERS
 from layerskip.bench.report import categories, conditions, table, write_report
-from layerskip.bench.tasks import load_task
+from layerskip.bench.tasks import check_task, load_task
 from layerskip.cli import options
 from layerskip.cli.progress import bars
 from layerskip.decoding.policy import DRAFT_SOURCES
@@ -145,7 +145,7 @@ def command(
 
     \b
     Examples:
-      layerskip bench --task topv2 --model runs/topv2 --exit-layers 4,8 --draft-tokens 2,4
+      layerskip bench --task topv2 --model runs/topv2 --exit-layers 8,15 --draft-tokens 2,4
       layerskip bench --task prompts.jsonl --samples 5 --max-new-tokens 64 --json
       layerskip bench --task spec_bench --samples 60 --repeats 3 --report results/spec_bench \\
           --output results/spec_bench.json
@@ -155,6 +155,7 @@ def command(
     options.check_report(report)
     flags["exit_layers"] = flags["exit_layers"] or ()
     config = BenchConfig(**{f.name: flags[f.name] for f in dataclasses.fields(BenchConfig)})
+    check_task(task_name)
     model = options.load_model(flags)
     task = load_task(
         task_name,

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -268,7 +269,13 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def deliver(result: Any, *, as_json: bool, output: Path | None) -> None:
-    """Print the result as JSON, write it to a file, or both; the file appears whole or not at all."""
+    """Print the result as JSON, write it to a file, or both; the file appears whole or not at all.
+
+    What was measured says by which command.
+    """
+    if isinstance(result, dict) and "environment" in result:
+        command = shlex.join(["layerskip", *sys.argv[1:]])
+        result = {**result, "environment": {"command": command, **result["environment"]}}
     text = json_text(result)
     if output is not None:
         replace(output, text.encode())

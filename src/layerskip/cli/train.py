@@ -63,7 +63,7 @@ def _help(field: Any) -> str:
 def command(config: Path | None, as_json: bool, **flags: Any) -> None:
     """Train a checkpoint so that its early layers can answer.
 
-    CONFIG is a YAML file whose keys are the names of the flags (with _ or -); flags go before it. The
+    CONFIG is a YAML file whose keys are the names of the flags (with _ or -); a flag overrides it. The
     result in --output is an ordinary transformers checkpoint. The recipe's flags change the preset of
     --regime.
 

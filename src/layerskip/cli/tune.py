@@ -98,6 +98,10 @@ def command(
     writes = folder.is_dir() and not dry_run
     if writes:
         check_writable(folder)
+    if data is not None:
+        from layerskip.bench.tasks import check_task
+
+        check_task(data)
     model = options.load_model(flags)
     prompts, stop, longest = _prompts(model, data, samples, seed)
     with bars() as progress:

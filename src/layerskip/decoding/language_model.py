@@ -79,6 +79,12 @@ class LayerSkipModel:
             compiled=_prepared(compile, place, announce),
         )
         decoder = checkpoint.decoder
+        if compile and decoder.kernels != "compiled":
+            raise ValueError(
+                f"the compiled kernels have no {str(decoder.dtype).removeprefix('torch.')} of"
+                f" {decoder.architecture.family} models on {place.type} (docs/kernels.md);"
+                " load without compile"
+            )
         settings = with_defaults(name, checkpoint.settings).measured_for(
             *(str(decoder.dtype).removeprefix("torch."), decoder.weights),
             *(place.type, decoder.kernels, machine(decoder.device)),
