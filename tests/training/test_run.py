@@ -278,6 +278,26 @@ def test_bad_input_is_one_line_before_training(settings, changes, message):
     assert last_checkpoint(settings["output"]) is None
 
 
+def test_a_result_that_cannot_be_written_leaves_the_checkpoint(settings, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("layerskip.training.result.flush", full)
+        with pytest.raises(UnwrittenCheckpointError, match=r"No space left.*go on with --resume"):
+            run(settings, max_steps=4)
+    assert last_checkpoint(settings["output"]).endswith("checkpoint-4")
+    assert run(settings, max_steps=4, resume=True).steps == 4
+
+
+def test_training_in_bfloat16(settings):
+    """Without rows to evaluate on, too, there is a picture of the accuracy over the layers."""
+    result = run(settings, max_steps=2, log_steps=1, precision="bfloat16")
+    logs = [log for log in read_log(result.output / "train_log.jsonl") if "loss" in log]
+    assert all(log["loss"] > 0 and log["peak_memory_bytes"] > 0 for log in logs)
+    assert (result.output / "accuracy_over_layers.png").exists()
+
+
 def test_an_earlier_run_is_not_overwritten(settings):
     run(settings)
     with pytest.raises(ValueError, match="checkpoints of an earlier run"):

@@ -1,6 +1,6 @@
 """How a training run is shown on stderr: a bar on a terminal, a line for every log elsewhere."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,17 +13,13 @@ class TrainProgress:
 
     Args:
         is_shown: False in all processes but one.
-        figures: says of a figure's name whether a line shows it; by default those of single exits are
-            left to the log file.
+        figures: says of a figure's name whether a line shows it; by default all are shown, those of
+            single exits in short.
     """
 
-    def __init__(
-        self,
-        *,
-        is_shown: bool,
-        figures: Callable[[str], bool] = lambda name: "_exit_" not in name,
-    ) -> None:
-        self._figures = figures
+    def __init__(self, *, is_shown: bool, figures: Callable[[str], bool] | None = None) -> None:
+        self._shows_exits = figures is None
+        self._figures = figures or (lambda name: "_exit_" not in name)
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -49,5 +45,16 @@ class TrainProgress:
             self._task, description="training", completed=report.step, total=report.total_steps
         )
         shown = [f"{k} {v:.4g}" for k, v in report.logs.items() if self._figures(k)]
+        shown += _of_exits(report.logs) if self._shows_exits else []
         if shown:
             self._console.print(f"step {report.step}/{report.total_steps}: {', '.join(shown)}")
+
+
+def _of_exits(logs: Mapping[str, float]) -> list[str]:
+    """Loss and token accuracy of each exit: "exit 8 0.31 (91%)"."""
+    exits = sorted(
+        int(key.removeprefix("loss_exit_")) for key in logs if key.startswith("loss_exit_")
+    )
+    return [
+        f"exit {e} {logs[f'loss_exit_{e}']:.3g} ({logs[f'accuracy_exit_{e}']:.0%})" for e in exits
+    ]

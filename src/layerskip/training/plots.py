@@ -26,7 +26,9 @@ def exit_series(
 
 
 def plot_run(logs: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
-    """Draw loss over steps for every exit, and the last evaluation's accuracy over the layers.
+    """Draw loss over steps for every exit, and accuracy over the layers.
+
+    The accuracy is the last evaluation's; without one, that of the last steps in which an exit learnt.
 
     Args:
         logs: the lines of the run's log.
@@ -42,6 +44,9 @@ def plot_run(logs: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
         return []
     written = []
     losses, accuracies = exit_series(logs, "loss"), exit_series(logs, "eval_accuracy")
+    of = "last evaluation"
+    if not accuracies:
+        accuracies, of = exit_series(logs, "accuracy"), "in training"
     if losses:
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot()
@@ -58,7 +63,7 @@ def plot_run(logs: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
         last = [values[-1] for _, values in accuracies.values()]
         axes.plot(list(accuracies), last, marker="o")
         axes.set(xlabel="exit layer (layers run)", ylabel="token accuracy", ylim=(0, 1))
-        axes.set_title("Token accuracy of each exit, last evaluation")
+        axes.set_title(f"Token accuracy of each exit, {of}")
         written.append(directory / "accuracy_over_layers.png")
         FigureCanvasAgg(figure).print_png(written[-1])  # type: ignore[no-untyped-call, unused-ignore]
     return written

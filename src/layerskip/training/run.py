@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     SchedulerType,
@@ -26,6 +27,7 @@ from layerskip.recipe import detach
 from layerskip.training.callbacks import JsonLinesLog, TimeBudget, read_log, time_spent
 from layerskip.training.config import TrainConfig
 from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows
+from layerskip.training.errors import UnwrittenCheckpointError
 from layerskip.training.fake_quantization import quantize_aware
 from layerskip.training.loading import (
     check_tokens,
@@ -109,7 +111,13 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
     detach(trainer.model)
     if on_grid is not None:
         on_grid.remove()
-    save_result(trainer, config, exit_layer, output)
+    try:
+        save_result(trainer, config, exit_layer, output)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UnwrittenCheckpointError(
+            f"{one_line(f'the result could not be written to {output}', error)}; the last checkpoint is "
+            "kept: make room and go on with --resume"
+        ) from error
     if trainer.is_world_process_zero():
         plot_run(read_log(output / "train_log.jsonl"), output)
     return TrainResult(output, trainer.state.global_step, metrics, exit_layer)
