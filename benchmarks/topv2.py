@@ -5,6 +5,11 @@
         --curriculum none --fixed-exits "" --p-max 0 --distillation-weight 0
     LAYERSKIP_DATA=/path/to/data python benchmarks/topv2.py runs/topv2 runs/topv2-control
 
+A control that was trained later is added to the file of its recipe:
+
+    LAYERSKIP_DATA=/path/to/data python benchmarks/topv2.py --add-control runs/topv2-control \\
+        --output FILE
+
 Rows of the test split, greedy. Exact match: early exit decodes each row anew with E layers. Agreement:
 the share of positions on the model's own greedy output where exit E's top token is the last layer's;
 acceptance is what that output's rounds of d = 4 come to, replayed.
@@ -34,8 +39,11 @@ BATCH = 16
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", help="checkpoint trained with the recipe")
+    parser.add_argument("recipe", nargs="?", help="checkpoint trained with the recipe")
     parser.add_argument("control", nargs="?", help="checkpoint trained without it")
+    parser.add_argument(
+        "--add-control", help="measure this control alone, for the file of --output"
+    )
     parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--weights", default="16bit", choices=WEIGHTS, help="of the recipe")
@@ -45,6 +53,19 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     task = load_task("topv2", samples=options.rows, seed=0)
+    if options.add_control:
+        result = json.loads(options.output.read_text())
+        if result["rows"] != len(task.samples):
+            parser.error(f"{options.output} has {result['rows']} rows, not {len(task.samples)}")
+        result["control"] = _control(options.add_control, task, options.dtype)
+    elif options.recipe:
+        result = _measured(options, task)
+    else:
+        parser.error("name a checkpoint, or --add-control one")
+    deliver(result, options.output)
+
+
+def _measured(options: argparse.Namespace, task: Task) -> dict[str, Any]:
     began = time.monotonic()
     result: dict[str, Any] = {"rows": len(task.samples), "draft_tokens": DRAFT_TOKENS}
     model = LayerSkipModel.from_pretrained(
@@ -56,10 +77,16 @@ def main() -> None:
     exits = [int(text) for text in options.exits.split(",")]
     result["recipe"] = trained_with_recipe(model, task, exits)
     if options.control:
-        control = LayerSkipModel.from_pretrained(options.control, dtype=options.dtype)
-        result["control"] = {"exact_match": exact_match(task, answer(control, task, mode="plain"))}
+        result["control"] = _control(options.control, task, options.dtype)
     result["minutes"] = (time.monotonic() - began) / 60
-    deliver(result, options.output)
+    return result
+
+
+def _control(checkpoint: str, task: Task, dtype: str) -> dict[str, Any]:
+    model = LayerSkipModel.from_pretrained(checkpoint, dtype=dtype)
+    found = exact_match(task, answer(model, task, mode="plain"))
+    here = environment("benchmarks/topv2.py", dtype, model.decoder.kernels)
+    return {"exact_match": found, "environment": here}
 
 
 def trained_with_recipe(
