@@ -101,7 +101,7 @@ def layers_run(monkeypatch, decoder):
 
     monkeypatch.setattr(decoder, "run", counted)
     # The kernels' step is a pass too, which they do not ask `run` for.
-    monkeypatch.setattr(decoder, "draft_step", functools.partial(Decoder.draft_step, decoder))
+    monkeypatch.setattr(decoder, "draft", functools.partial(Decoder.draft, decoder))
     return calls
 
 

@@ -10,8 +10,8 @@ import pytest
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 VARIANTS = {
     "pretrain": 8,
-    "continual": 2,
-    "domain": 2,
+    "continual": 3,
+    "domain": 3,
     "task": 2,
     "kvq": 2,
     "speculation": 1,

@@ -12,9 +12,8 @@ import torch
 from scipy import stats
 from tiny_decoders import PLAIN, ids, speculative, steps, tiny_decoder
 
-from layerskip.decoding import Sampling, accept
+from layerskip.decoding import Sampling, accept, drafters
 from layerskip.decoding.accept import accept_sampled
-from layerskip.decoding.drafters import EarlyExitDrafter
 from layerskip.model import StepCosts
 
 VOCABULARY = 5
@@ -108,13 +107,15 @@ def test_drafts_are_accepted_and_rejected_at_every_position(decoder):
 
 def test_an_adaptive_draft_may_not_look_at_what_was_drawn(decoder, expected, monkeypatch):
     """Kept for its own probability, a token would be likelier than the model says."""
-    step = EarlyExitDrafter._step
+    pick, drawn = drafters.pick, []
 
-    def by_its_own_probability(*arguments):
-        state, token, q, _ = step(*arguments)
-        return state, token, q, q.gather(-1, token[..., None])[..., 0]
+    def recorded(*arguments):
+        token, q = pick(*arguments)
+        drawn.append(token)
+        return token, q
 
-    monkeypatch.setattr(EarlyExitDrafter, "_step", by_its_own_probability)
+    monkeypatch.setattr(drafters, "pick", recorded)
+    monkeypatch.setattr(drafters, "confidence", lambda q: float(q[..., int(drawn[-1])]))
     counts = count_continuations(decoder, ADAPTIVE, SAMPLES // 10)
     assert p_value(counts, expected) < LEAST_P_VALUE / 1000
 

@@ -190,11 +190,8 @@ class EarlyExitDrafter:
             tokens.append(chosen if head is None else head.token_ids[chosen])
             if q is not None:
                 chosen_from.append(q)
-            # How sure the exit is, not the token's own probability: whether a token counts as drafted
-            # may depend on the distribution, but not on what was drawn from it, or tokens that are
-            # kept would not be distributed as q.
             p = logits.float().softmax(dim=-1) if q is None else q
-            if goes_on is not None and not goes_on(int(tokens[-1]), float(p.amax())):
+            if goes_on is not None and not goes_on(int(tokens[-1]), confidence(p)):
                 break
         return torch.cat(states, dim=1), torch.cat(tokens, dim=1)[:, 1:], chosen_from
 
@@ -205,6 +202,15 @@ class EarlyExitDrafter:
         q = torch.cat(chosen_from, dim=1)
         whole = q if self.head is None else self.head.spread(q)
         return torch.cat([whole, certain(behind, whole.shape[-1])], dim=1)
+
+
+def confidence(p: Tensor) -> float:
+    """How sure an exit is: the highest of its probabilities [1, 1, V], not that of what was drawn.
+
+    Whether a token counts as drafted may depend on the distribution, but not on what was drawn from
+    it, or tokens that are kept would not be distributed as q.
+    """
+    return float(p.amax())
 
 
 def certain(tokens: Tensor, vocab_size: int) -> Tensor:

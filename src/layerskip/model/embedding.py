@@ -46,7 +46,7 @@ class QuantizedEmbedding:
     def __call__(self, tokens: Tensor) -> Tensor:
         """See `Embedding`."""
         values = self.weight.rows(tokens.flatten()).dequantize()
-        return values.to(self._dtype).view(*tokens.shape, -1)
+        return values.to(self._dtype).view(*tokens.shape, self.weight.shape[1])
 
     def head(self, token_ids: Tensor | None = None) -> Matrix:
         """See `Embedding`."""
