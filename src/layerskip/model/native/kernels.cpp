@@ -291,11 +291,15 @@ struct Sink {
 };
 
 #ifdef __AVX512F__
-constexpr int TILES = 16, ROWS = 12;  // sums that are kept in registers; rows that share one reading of
-                                      // the weights from a near cache
+constexpr int TILES = 16;  // sums that are kept in registers
 #else
-constexpr int TILES = 12, ROWS = 6;
+constexpr int TILES = 12;
 #endif
+// Rows that share one reading of the weights from a near cache; quantized weights keep two sums each.
+constexpr int rows_of(int kind) {
+  const bool quantized = kind == INT8 || kind == INT4;
+  return PARTS > 1 ? TILES / 2 : quantized ? TILES * 3 / 4 : TILES;
+}
 // Vectors of 16-bit weights, and groups of quantized ones, that are fetched before they are needed.
 #ifdef __znver5__
 constexpr bool ONE_STREAM = true;  // Zen 5 reads memory fastest where panel follows panel, fetched far ahead
@@ -472,6 +476,7 @@ inline void rows(const Matrix &w, int64_t first, int64_t last, const char *input
 template <int KIND>
 __attribute__((noinline)) void product(const Matrix &w, int64_t first, int64_t last, const char *inputs, int64_t stride,
              int64_t n_rows, const Sink &sink) {
+  constexpr int ROWS = rows_of(KIND);
   const int64_t block = n_rows > ROWS ? panels_of(KIND, ROWS) * 2 : last - first;
   const int64_t blocks = (n_rows + ROWS - 1) / ROWS;  // of rows
   for (int64_t p = first; p < last; p += block) {
