@@ -268,6 +268,7 @@ def test_seeds_repeat_a_run(settings, tmp_path):
         ({"max_length": 2}, "no row of .* has a label within max_length = 2"),
         ({"fixed_exits": [1], "exit_weighting": "paper"}, "fixed_exits names 1, whose weight is 0"),
         ({"eval_split": "test"}, "eval_split needs eval_data"),
+        ({"data_config": "main"}, "data_config is for data sets of the hub; .* is a file"),
         ({"completion": "{answer}"}, r"sums.jsonl:1 has the fields \['completion', 'prompt'\]"),
     ],
 )
@@ -380,3 +381,16 @@ def test_settings_that_name_a_temperature_without_sampling_can_be_saved(
     file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token_id": -1}))
     with pytest.raises(ValueError, match=r"will not write this model's generation_config\.json"):
         run(settings, model=str(tmp_path / "model"), output=str(tmp_path / "other"))
+
+
+def test_a_part_of_a_hub_data_set(settings, monkeypatch):
+    asked = []
+
+    def load_dataset(source, config, *, split):
+        asked.append((source, config, split))
+        return [{"prompt": "3 plus 4 is", "completion": "7"}] * 8
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    named = {"data": "some/sums", "eval_data": "some/sums", "eval_split": "test"}
+    run(settings, **named, data_config="main", max_steps=1)
+    assert asked == [("some/sums", "main", "train"), ("some/sums", "main", "test")]

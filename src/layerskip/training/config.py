@@ -49,8 +49,9 @@ class TrainConfig:
         "split of a hub data set in --eval-data (default: that of --split)", None
     )
     eval_rows: int = _setting("rows taken from --data for evaluation where there is no other", 0)
+    data_config: str | None = _setting("which part of a hub data set that has several", None)
     split: str = _setting("split of a hub data set", "train")
-    prompt: str = _setting("prompt made of a row's fields, as in '{utterance}\\n'", "{prompt}")
+    prompt: str = _setting("prompt made of a row's fields, as in $'{utterance}\\n'", "{prompt}")
     completion: str = _setting("completion made of a row's fields", "{completion}")
     text_field: str = _setting("field of running text, where rows have no completion", "text")
     completion_only: bool = _setting("loss on completions only, not on prompts", True)

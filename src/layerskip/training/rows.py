@@ -102,7 +102,9 @@ def _hub_rows(source: str, split: str, config: str | None) -> Iterator[Row]:
         rows = _datasets().load_dataset(source, config, split=split)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{source} is no file, and no data set of the hub: {reason}") from error
+        raise ValueError(
+            f"{source} is no file, and as a data set of the hub it cannot be read: {reason}"
+        ) from error
     yield from ((f"{source}:{i}", row) for i, row in enumerate(rows, 1))
 
 

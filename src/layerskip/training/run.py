@@ -163,7 +163,10 @@ def _load_data(config: TrainConfig, tokenizer: Any) -> tuple[Any, Any]:
         completion_only=config.completion_only,
         max_length=config.max_length,
     )
-    rows = encode_rows(read_rows(config.data, config.split), encoding, config.data)
+    if config.data_config is not None and local_files(config.data):
+        raise ValueError(f"data_config is for data sets of the hub; {config.data} is a file")
+    train_rows = read_rows(config.data, config.split, config.data_config)
+    rows = encode_rows(train_rows, encoding, config.data)
     held_out: list[dict[str, list[int]]] = []
     if config.eval_data is not None:
         if config.eval_split is not None and local_files(config.eval_data):
@@ -171,7 +174,9 @@ def _load_data(config: TrainConfig, tokenizer: Any) -> tuple[Any, Any]:
                 f"eval_split is for data sets of the hub; {config.eval_data} is a file"
             )
         split = config.eval_split or config.split
-        held_out = encode_rows(read_rows(config.eval_data, split), encoding, config.eval_data)
+        part = config.data_config if config.eval_data == config.data else None
+        held_out_rows = read_rows(config.eval_data, split, part)
+        held_out = encode_rows(held_out_rows, encoding, config.eval_data)
     elif config.eval_rows:
         if config.eval_rows >= len(rows):
             raise ValueError(f"eval_rows is {config.eval_rows}, but there are {len(rows)} rows")
