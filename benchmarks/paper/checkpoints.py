@@ -98,8 +98,8 @@ def parameters_of(folder: Path) -> int:
 
 def shown(folder: Path) -> str:
     """A folder's name for a result: below the repository where it lies there."""
-    inside = folder.resolve().is_relative_to(ROOT)
-    return str(folder.resolve().relative_to(ROOT) if inside else folder)
+    here = folder.absolute()  # a link to another disk counts as what it is called
+    return str(here.relative_to(ROOT) if here.is_relative_to(ROOT) else folder)
 
 
 def trained(config: TrainConfig, tokens_of_epoch: int, *, again: bool = False) -> dict[str, Any]:

@@ -48,7 +48,6 @@ class Answer:
         self._clock = device_clock(model.decoder.device)
         self._end_tokens = () if ignore_eos else model.end_tokens
         self._text = None if model.tokenizer is None else TextStream(model.tokenizer, stop)
-        self._may_stop = bool(stop)
         self._unread: list[int] = []  # tokens whose text nobody has needed yet
         if stop and self._text is None:
             raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
@@ -93,7 +92,7 @@ class Answer:
 
         No text is made that is not needed yet: a token's takes as long as drafting it may.
         """
-        if self._text is not None and self._may_stop:
+        if self._text is not None and self._text.may_stop:
             text = self._text.copy()
             text.push(*step.tokens)
             if text.stopped or text.waits:

@@ -176,7 +176,7 @@ class EarlyExitDrafter:
         if sampling.greedy and history is None:
             draft = decoder.draft if head is None else partial(head.draft, decoder)
             return *draft(last, n, self.exit_layer, cache, goes_on=goes_on), []
-        states, tokens, chosen_from = [decoder.embed(last[:, :0])], [last], list[Tensor]()
+        states, tokens, chosen_from = list[Tensor](), [last], list[Tensor]()
         for _ in range(n):
             states.append(decoder.run(decoder.embed(tokens[-1]), 0, self.exit_layer, cache))
             cache.lengths += 1
@@ -193,6 +193,7 @@ class EarlyExitDrafter:
             p = logits.float().softmax(dim=-1) if q is None else q
             if goes_on is not None and not goes_on(int(tokens[-1]), confidence(p)):
                 break
+        states = states or [decoder.embed(last[:, :0])]
         return torch.cat(states, dim=1), torch.cat(tokens, dim=1)[:, 1:], chosen_from
 
     def _whole(self, chosen_from: list[Tensor], behind: Tensor) -> Tensor | None:

@@ -37,6 +37,11 @@ class TextStream:
         return other
 
     @property
+    def may_stop(self) -> bool:
+        """Whether there are stop strings to look for."""
+        return bool(self._stop)
+
+    @property
     def waits(self) -> bool:
         """Whether the newest tokens are not looked at yet: they end inside a character."""
         return self._decoded < len(self._tokens)

@@ -200,7 +200,7 @@ class Decoder:
         Returns:
             The hidden states that left layer E [B, m, D], and the tokens chosen from each [B, m].
         """
-        states, tokens = [self.embed(last[:, :0])], [last]
+        states, tokens = list[Tensor](), [last]
         for _ in range(n):
             states.append(self.run(self.embed(tokens[-1]), 0, exit_layer, cache))
             cache.lengths += 1
@@ -208,6 +208,7 @@ class Decoder:
             tokens.append(chosen if token_ids is None else token_ids[chosen])
             if goes_on is not None and not goes_on(int(tokens[-1]), float(probability)):
                 break
+        states = states or [self.embed(last[:, :0])]
         return torch.cat(states, dim=1), torch.cat(tokens, dim=1)[:, 1:]
 
     def with_short_head(self, token_ids: Tensor) -> "Decoder":

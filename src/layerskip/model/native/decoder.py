@@ -182,27 +182,21 @@ class NativeDecoder(Decoder):
         ids, confidences = tokens.numpy().reshape(-1), probabilities.numpy().reshape(-1)
         heads, turns = exit_._head_pointers(), self._turn_tables(cache.capacity)
         where = (rows, exit_layer, cache.slots.data_ptr(), cache.capacity, turns.pointers)
-        norm = self._final_norm_weight.data_ptr()
+        norm, lengths = self._final_norm_weight.data_ptr(), cache.lengths.data_ptr()
         which = None if token_ids is None else token_ids.data_ptr()
         threads, made, newest = torch.get_num_threads(), 0, last
         while made < n:
             hidden = self.embed(newest).float()
             newest, state = tokens[made], states[made]
             self._library.layerskip_step(
-                *(
-                    self._model_pointer,
-                    hidden.data_ptr(),
-                    state.data_ptr(),
-                    cache.lengths.data_ptr(),
-                ),
+                *(self._model_pointer, hidden.data_ptr(), state.data_ptr(), lengths),
                 *(*where, heads, len(heads), norm, which),
                 *(newest.data_ptr(), probabilities[made].data_ptr(), threads),
             )
             cache.lengths += 1
+            token, confidence = int(ids[made]), float(confidences[made])
             made += 1
-            if goes_on is not None and not goes_on(
-                int(ids[made - 1]), float(confidences[made - 1])
-            ):
+            if goes_on is not None and not goes_on(token, confidence):
                 break
         return states[:made].transpose(0, 1), tokens[:made, :, 0].T
 
