@@ -198,7 +198,7 @@ CLAIMS = (
     Claim(
         experiment="speculation",
         paper="Drafts are long: the paper's have 4 to 12 tokens",
-        rule="the fastest d is from 4 to 12 for every checkpoint measured",
+        rule="the fastest d is from 4 to 12 for every checkpoint that gains from drafts",
         judge=rules.long_drafts,
     ),
     Claim(

@@ -119,6 +119,12 @@ def test_usage_errors(export, tmp_path, monkeypatch, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_is_not_there_is_said_before_the_work(export, tmp_path):
+    status, out, err = export("--to", "hf", tmp_path / "missing" / "out")
+    assert (status, out) == (1, "")
+    assert "make it first" in err
+
+
 def test_an_exit_layer_that_is_not_there_is_one_line(export, tmp_path):
     status, _, err = export("--to", "hf-draft", "--exit-layer", "9", tmp_path / "out")
     assert status == 1

@@ -103,7 +103,8 @@ def test_rounds_are_printed(run):
     _, document, _ = run("lens", "--prompt", "abc", *SHORT, *SPECULATIVE, "--json")
     made = json.loads(document)["generation"]
     text = " ".join(out.split())
-    assert f"{made['rounds']} rounds, E=3, d=2: {made['accepted']} of {made['drafted']}" in text
+    rounds = f"{made['rounds']} rounds, E=3, d=2, drafts of layers 1 to 3:"
+    assert f"{rounds} {made['accepted']} of {made['drafted']}" in text
     assert "E 3" in text
 
 
@@ -166,3 +167,6 @@ def test_where_drafts_come_from_is_heeded(run):
     status, out, _ = run("lens", "--prompt", "abcabc", *SHORT, *drafting)
     assert status == 0
     assert json.loads(out)["generation"]["exit_layer"] is None
+    _, out, _ = run("lens", "--prompt", "abcabc", *SHORT, *drafting[:-1])
+    assert "E=" not in out
+    assert "rounds, d=" in out

@@ -4,6 +4,7 @@ import concurrent.futures
 import copy
 import itertools
 
+import numpy
 import pytest
 import torch
 from scripted import END, OTHER_END, TOKENIZER, encode, scripted_model
@@ -49,6 +50,7 @@ MESSAGES = [{"role": "user", "content": "hi"}]
         ("hey", encode("hey")),
         ([5, 6], [5, 6]),
         ((5, 6), [5, 6]),
+        (list(numpy.array([5, 6])), [5, 6]),
         (MESSAGES, encode("user:hi;assistant:")),
     ],
 )
@@ -77,6 +79,7 @@ def test_answers_to_a_list_are_those_to_each(model):
         ([1.5], "a prompt is"),
         ([{"role": "user"}], "a prompt is"),
         (torch.tensor([1, 2]), "a prompt is"),
+        (b"hi", "a prompt is"),
         (MESSAGES, "no chat template"),
     ],
 )
@@ -128,6 +131,7 @@ def test_end_tokens_come_from_the_settings_else_from_the_tokenizer():
         ({"temperature": -1.0}, "temperature"),
         ({"exit_layer": 9}, "exit layer"),
         ({"stop": [""]}, "stop string"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(option, message, monkeypatch):
@@ -198,6 +202,26 @@ def test_messages_that_the_template_refuses():
     model.tokenizer.chat_template = "{{ raise_exception('no system message') }}"
     with pytest.raises(ValueError, match="refuses these messages: no system message"):
         model.generate(MESSAGES)
+    model.tokenizer.chat_template = "{{ 'user: ' + messages[0].content }}"
+    with pytest.raises(ValueError, match="refuses these messages: can only concatenate str"):
+        model.generate([{"role": "user", "content": [{"type": "text", "text": "hi"}]}])
+
+
+def test_an_interrupted_answer_has_the_text_of_its_tokens(monkeypatch):
+    model = scripted_model(encode("abcdef"))
+    answer = model.answer([0], mode="plain", max_new_tokens=6, stop=None)
+
+    def interrupted(step):
+        take(step)
+        if len(answer.generation.token_ids) == 3:
+            raise KeyboardInterrupt
+
+    take = answer.take
+    monkeypatch.setattr(answer, "take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        answer.complete()
+    assert answer.generation.text == "abc"
+    assert "".join(piece.text for piece in answer) == "def"
 
 
 def test_bad_draft_vocabularies(model):

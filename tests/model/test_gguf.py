@@ -128,6 +128,13 @@ def test_what_a_file_may_not_say(tmp_path, fields, message):
         load(tmp_path / "m.gguf", dtype=torch.float32)
 
 
+def test_a_family_that_is_not_read_from_gguf_is_refused(tmp_path):
+    """Its tensors have the names of Llama's: without a word it would answer wrongly."""
+    gguf_files.write(tmp_path / "m.gguf", reference("llama2"), architecture="granite")
+    with pytest.raises(ValueError, match="a granite model, which is read from safetensors alone"):
+        load(tmp_path / "m.gguf", dtype=torch.float32)
+
+
 @pytest.mark.parametrize("key", ["llama.rope.scaling.factor", "llama.rope.scale_linear"])
 def test_a_factor_alone_is_linear_scaling(tmp_path, key):
     gguf_files.write(tmp_path / "m.gguf", reference("llama2"), extra_fields={key: 4.0})

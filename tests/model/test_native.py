@@ -410,7 +410,19 @@ def test_without_a_compiler_pytorch_runs_or_one_line_says_so(monkeypatch, tmp_pa
     folder = saved("llama2", tmp_path)
     with pytest.raises(ValueError, match=r"no C\+\+ compiler .*; install one, or load without"):
         LayerSkipModel.from_pretrained(folder, compile=True)
-    assert not isinstance(LayerSkipModel.from_pretrained(folder).decoder, NativeDecoder)
+    said: list[str] = []
+    model = LayerSkipModel.from_pretrained(folder, announce=said.append)
+    assert not isinstance(model.decoder, NativeDecoder)
+    assert said == [
+        "going on without compiled kernels, more slowly: there is no C++ compiler (g++ or clang++)"
+    ]
+
+
+@pytest.mark.parametrize("compiler", ["/not/there/g++", "'not there/g++' -v"])
+def test_a_compiler_that_is_not_there(monkeypatch, compiler, tmp_path):
+    monkeypatch.setattr(build, "_compiler", lambda: compiler)
+    with pytest.raises(NoCompilerError, match=r"g\+\+.* cannot be run: No such file"):
+        build._compile(tmp_path / "kernels.so")
 
 
 def test_compile_can_be_switched_off(tmp_path):

@@ -239,6 +239,27 @@ def test_one_row_that_is_skipped(llama):
     assert handle._pass.skipped[-1].all()
 
 
+def test_a_layer_of_tuples_that_all_rows_skip(monkeypatch):
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    config = GPTNeoConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_layers=4,
+        num_heads=2,
+        attention_types=[[["global", "local"], 2]],
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = GPTNeoForCausalLM(config)
+    handle = attached(model, DROPPING)
+    monkeypatch.setattr(handle, "_draw", lambda *_: torch.ones(4, 1, dtype=torch.bool))
+    ids = torch.arange(5, 14)[None]
+    loss, _ = step_of(model, input_ids=ids, labels=ids)
+    exits = handle.last.loss_sums / handle.last.tokens  # every exit says what the embedding says
+    torch.testing.assert_close(exits, loss.expand(4))
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers renamed
 @pytest.mark.parametrize("order", ["attach first", "PEFT first"])
 def test_lora(llama, order):
@@ -364,6 +385,37 @@ def test_rows_that_are_not_independent_are_refused(llama):
     mlp.register_forward_hook(lambda _, __, out: out + out.mean(0, keepdim=True))
     with pytest.raises(ValueError, match="rows of a batch independently"):
         attach(llama, ALL)
+
+
+def test_layers_that_take_keys_from_other_layers_are_refused():
+    """Each layer keeps other rows: keys of the rows that another layer kept are another's."""
+    from transformers import AutoModelForCausalLM, Gemma4TextConfig
+
+    config = Gemma4TextConfig(
+        vocab_size=64,
+        vocab_size_per_layer_input=64,
+        hidden_size=16,
+        hidden_size_per_layer_input=4,
+        intermediate_size=16,
+        num_hidden_layers=12,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_kv_shared_layers=6,
+    )
+    with pytest.raises(ValueError, match="rows of a batch independently"):
+        attach(AutoModelForCausalLM.from_config(config), ALL)
+
+
+def test_what_goes_wrong_in_the_trial_is_a_refusal(llama):
+    def broken(*_):
+        raise RuntimeError("sizes do not match\nat all")
+
+    hook = llama.model.layers[1].mlp.register_forward_hook(broken)
+    with pytest.raises(ValueError, match=r"does not fit LlamaForCausalLM: .*sizes do not match$"):
+        attach(llama, ALL)
+    hook.remove()
+    attach(llama, ALL)
 
 
 def test_a_copy_made_before_attaching_is_untouched(llama):

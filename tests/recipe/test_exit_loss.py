@@ -197,3 +197,19 @@ def test_the_heads_gradient_is_not_summed_in_16_bits():
         ).loss.backward()
         gradients.append(head.grad.float())
     torch.testing.assert_close(*gradients, rtol=0.02, atol=1e-3)
+
+
+def test_small_gradients_survive_float16():
+    """Most of a slope is a probability times a weight, far below what float16 can hold."""
+    states, labels, shared_exit, parameters = setting()
+    tiny = {2: 1e-7, 3: 1e-7, 5: 1 - 2e-7}
+    wanted = [states[2], *parameters]
+    expected = torch.autograd.grad(
+        exit_losses(states, labels, tiny, shared_exit, parameters, vocabulary=VOCABULARY).loss,
+        wanted,
+    )
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = exit_losses(
+            states, labels, tiny, shared_exit, parameters, vocabulary=VOCABULARY
+        ).loss
+    torch.testing.assert_close(torch.autograd.grad(loss, wanted), expected, rtol=1e-5, atol=0)

@@ -66,11 +66,35 @@ def test_flat_dict_makes_the_same_configuration():
         ({"lora_alpha": 3}, "needs lora_rank"),
         ({"max_length": 1}, "max_length is 1"),
         ({"p_max": 2}, "p_max is 2"),
+        ({"max_steps": float("inf")}, "max_steps is inf, not a value of int"),
+        ({"batch_size": True}, "batch_size is True, not a value of int"),
+        ({"exits": [4.7]}, r"exits is \[4.7\], not a list of numbers"),
+        ({"data": ["a", "b"]}, r"data is \['a', 'b'\], not a value of str"),
     ],
 )
 def test_bad_values(values, message):
     with pytest.raises(ValueError, match=message):
         make(**values)
+
+
+def test_the_seed_is_that_of_the_skipped_rows_too():
+    config = TrainConfig(model="m", data="d", output="o", seed=7)
+    assert config.effective_recipe.seed == config.as_flat_dict()["seed"] == 7
+    assert make(seed=7).effective_recipe.seed == 7
+
+
+def test_epochs_go_before_the_steps_of_a_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndata: d\noutput: o\nmax-steps: 1000\n")
+    config = TrainConfig.from_yaml(file, epochs=3)
+    assert (config.max_steps, config.epochs) == (None, 3)
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("1: x\n")
+    with pytest.raises(ValueError, match="there is no setting '1'"):
+        TrainConfig.from_yaml(file)
 
 
 def test_what_must_be_given():

@@ -305,6 +305,49 @@ def test_an_earlier_run_is_not_overwritten(settings):
         run(settings)
 
 
+def test_a_finished_result_is_not_overwritten(settings):
+    run(settings)
+    for checkpoint in Path(settings["output"]).glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(ValueError, match="has a checkpoint, which training would replace"):
+        run(settings)
+
+
+def test_a_full_disk_at_the_log_names_the_step(settings, monkeypatch):
+    plain_open = Path.open
+
+    def full(path, mode="r", *how, **more):
+        if path.name == "train_log.jsonl" and mode == "a":
+            raise OSError(28, "No space left on device")
+        return plain_open(path, mode, *how, **more)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(UnwrittenCheckpointError, match=r"at step 2 .*go on with --resume"):
+        run(settings)
+
+
+def test_the_last_evaluation_is_made_once(settings):
+    run(settings, eval_rows=8, eval_steps=3)
+    log = read_log(Path(settings["output"]) / "train_log.jsonl")
+    assert [line["step"] for line in log if "eval_loss" in line] == [3, 6]
+
+
+def test_a_constant_rate_is_warmed_up(settings):
+    run(settings, scheduler="constant", warmup_steps=4, log_steps=1)
+    log = read_log(Path(settings["output"]) / "train_log.jsonl")
+    rates = [line["learning_rate"] for line in log if "learning_rate" in line]
+    assert rates == pytest.approx([0, 0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
+
+
+def test_a_pickle_is_not_read(settings, model_folder, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(model_folder, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"could not be loaded: .*safetensors"):
+        run(settings, model=str(folder))
+
+
 def test_a_full_disk_at_the_weights_is_said_too(settings, monkeypatch):
     def full(self, output_dir=None, **_):
         raise SafetensorError("Error while serializing: No space left on device")

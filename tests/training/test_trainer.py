@@ -94,7 +94,10 @@ def test_group_by_length_is_ours(model_folder, tmp_path):
     trainer = trainer_of(
         LayerSkipTrainer, model_folder, tmp_path, train_sampling_strategy="group_by_length"
     )
-    trainer.train_dataset = Dataset.from_list(rows())
+    for dataset in (Dataset.from_list(rows()), rows()):
+        trainer.train_dataset = dataset
+        sampler = trainer._get_train_sampler()
+        assert sorted(sampler) == list(range(len(rows())))
     trainer.train()
 
 

@@ -89,6 +89,14 @@ def test_mode_auto_is_tried_where_no_pair_gains(monkeypatch):
     assert choice.speedup == fastest["speedup"] > 1.5
     assert choice.draft_tokens in range(1, 5)
     assert tuning.step_costs.exit_layer == choice.exit_layer
+    assert (fastest["draft_from"], fastest["adaptive"]) == ("both", True)
+    assert fastest["drafted"] >= fastest["accepted"] > 0
+    assert (alone["draft_from"], alone["adaptive"]) == ("n-gram", True)
+
+
+def test_the_shortest_drafts_alone(monkeypatch):
+    tuning = tune(timed_model(monkeypatch), PROMPTS, max_new_tokens=41, max_draft_tokens=1)
+    assert {row["draft_tokens"] for row in tuning.confirmed[1:]} == {1}
 
 
 def test_plain_is_chosen_where_right_drafts_cost_too_much(monkeypatch):

@@ -82,22 +82,35 @@ def test_what_else_stands_there_stays(folder):
     assert fields["layerskip"] == {"other": 1, "tuning": RECORD}
 
 
-def test_each_kind_of_weights_keeps_the_costs_it_was_tuned_with(folder):
-    def costs(weights, head, threads=0):
-        return StepCosts(
-            dtype="float32",
-            weights=weights,
-            device="cpu",
-            kernels="pytorch",
-            exit_layer=1,
-            draft_step=0.5,
-            draft_tokens_scored=9,
-            head=head,
-            passes=(1.0,),
-            overhead=0.0,
-            threads=threads,
-        )
+def costs(weights, head, threads=0):
+    return StepCosts(
+        dtype="float32",
+        weights=weights,
+        device="cpu",
+        kernels="pytorch",
+        exit_layer=1,
+        draft_step=0.5,
+        draft_tokens_scored=9,
+        head=head,
+        passes=(1.0,),
+        overhead=0.0,
+        threads=threads,
+    )
 
+
+def test_plain_for_one_kind_of_weights_leaves_the_exit_to_others(folder):
+    plain = {"end_tokens": [2], "record": {"mode": "plain"}}
+    write_settings(folder, CHOICE, end_tokens=[2], record=RECORD, costs=costs("16bit", 0.1))
+    before = fields_of(folder)
+    write_settings(folder, PLAIN, **plain, costs=costs("int8", 0.1))
+    assert fields_of(folder)["assistant_early_exit"] == before["assistant_early_exit"]
+    assert fields_of(folder)["num_assistant_tokens"] == before["num_assistant_tokens"]
+    (folder / "generation_config.json").write_text(json.dumps(before))
+    write_settings(folder, PLAIN, **plain, costs=costs("16bit", 0.1))
+    assert "assistant_early_exit" not in fields_of(folder)
+
+
+def test_each_kind_of_weights_keeps_the_costs_it_was_tuned_with(folder):
     def written(*each):
         for found in each:
             write_settings(folder, CHOICE, end_tokens=[2], record=RECORD, costs=found)

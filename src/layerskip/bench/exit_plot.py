@@ -1,11 +1,11 @@
 """A picture of what every exit reaches."""
 
-import io
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from layerskip.bench.evaluation import Metric, Row
+from layerskip.training.plots import png
 
 COLUMNS = 2
 
@@ -26,7 +26,6 @@ def plot_exits(rows: Sequence[Row], n_layers: int) -> bytes:
         ImportError: matplotlib is not installed.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("a plot needs matplotlib: pip install 'layerskip[plot]'") from error
@@ -49,9 +48,7 @@ def plot_exits(rows: Sequence[Row], n_layers: int) -> bytes:
             title=task, xlabel="exit layer (layers run)", ylabel=metric, xlim=(0, n_layers + 1)
         )
         axes.legend(fontsize="small")
-    picture = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(picture)  # type: ignore[no-untyped-call, unused-ignore]
-    return picture.getvalue()
+    return png(figure)
 
 
 def _draw(axes: Any, mode: str, points: dict[int, Metric]) -> None:

@@ -33,7 +33,7 @@ def perplexity(
     exits: Collection[int],
     *,
     window: int = 1024,
-    stride: int = 512,
+    stride: int | None = None,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[int, dict[str, Metric]]:
@@ -44,7 +44,7 @@ def perplexity(
         text: what to predict.
         exits: layers run, each 1 to L.
         window: tokens of context at most; the model's own limit holds too.
-        stride: tokens from one window to the next, 1 to window.
+        stride: tokens from one window to the next, 1 to window; None = half of it.
         batch_size: windows a pass.
         progress: called with the windows done and their number.
 
@@ -54,6 +54,7 @@ def perplexity(
     if model.tokenizer is None:
         raise ValueError("perplexity of a text needs a tokenizer, and this checkpoint has none")
     window = min(window, model.decoder.architecture.max_context)
+    stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride <= window:
         raise ValueError(
             f"stride is {stride}, it has to be from 1 to the window of {window} tokens"

@@ -1,11 +1,11 @@
 """Pictures of a benchmark, drawn from its document."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip.bench.rows import name_of
+from layerskip.training.plots import png, write_figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,19 +23,13 @@ def draw(document: dict[str, Any], folder: Path) -> list[Path]:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     rows = [row for row in document["rows"] if "error" not in row]
-    written = []
-    for name, figure in (
-        ("speedup.png", _speedup(rows)),
-        ("acceptance.png", _acceptance(rows)),
-        ("quality.png", _quality(rows, document["n_layers"])),
-    ):
-        if figure is not None:
-            written.append(folder / name)
-            FigureCanvasAgg(figure).print_png(written[-1])  # type: ignore[no-untyped-call, unused-ignore]
-    return written
+    figures = {
+        "speedup.png": _speedup(rows),
+        "acceptance.png": _acceptance(rows),
+        "quality.png": _quality(rows, document["n_layers"]),
+    }
+    return write_figures({k: v for k, v in figures.items() if v is not None}, folder)
 
 
 def draw_by_group(groups: Sequence[dict[str, Any]]) -> bytes:
@@ -50,8 +44,6 @@ def draw_by_group(groups: Sequence[dict[str, Any]]) -> bytes:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     figure, axes = _new()
     for i, color in enumerate((OTHER, OWN)):
         speeds = [group["rows"][i]["tokens_per_s"] or 0.0 for group in groups]
@@ -62,9 +54,7 @@ def draw_by_group(groups: Sequence[dict[str, Any]]) -> bytes:
     axes.margins(y=0.12)
     axes.set(ylabel="tokens/s", title="Speed on the same prompts")
     axes.legend(fontsize="small")
-    picture = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(picture)  # type: ignore[no-untyped-call, unused-ignore]
-    return picture.getvalue()
+    return png(figure)
 
 
 def _new(height: float = 5.0) -> "tuple[Figure, Axes]":

@@ -17,11 +17,11 @@ from layerskip.decoding import LayerSkipModel
 from layerskip.model.weights import replace
 
 HONEST_WORD = (
-    "This checkpoint was not trained with layer dropout and early exit loss, so its early layers"
-    " rarely agree with the last one and their drafts would seldom be accepted. Here auto therefore"
-    " drafts from n-grams alone: what followed the same tokens earlier in prompt or answer, as far as"
-    " that pays. Where a text repeats nothing there is no gain. To teach early layers to answer, train"
-    " with the recipe; layerskip demo --train shows the beginning of that."
+    "This checkpoint names no exit layer. Early layers that were not trained with layer dropout and"
+    " early exit loss rarely agree with the last one, and their drafts would seldom be accepted. Here"
+    " auto drafts from n-grams alone: what followed the same tokens earlier in prompt or answer, as far"
+    " as that pays. Where a text repeats nothing there is no gain. To teach early layers to answer,"
+    " train with the recipe; layerskip demo --train shows the beginning of that."
 )
 TRY_IT = """
 On your own model:

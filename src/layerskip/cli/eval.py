@@ -133,7 +133,7 @@ def command(
       layerskip eval --tasks my_task --include-path my_tasks --output results.json
       layerskip eval --perplexity wikitext2 --exit-layers all --plot exits.png
     """
-    names = [name for name in (tasks or "").split(",") if name]
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if not names and not texts:
         raise click.UsageError("give --tasks or --perplexity")
     options.check_output(output)
@@ -191,7 +191,7 @@ def _add_perplexity(
         text,
         set(exits.values()),
         window=window,
-        stride=stride or max(1, window // 2),
+        stride=stride,
         batch_size=batch_size,
         progress=lambda done, total: report(f"perplexity of {name}", done, total),
     )

@@ -51,8 +51,8 @@ def _positions(_: click.Context, __: click.Parameter, value: str | None) -> rang
     "--positions",
     callback=_positions,
     metavar="A-B|all",
-    help="Positions of the text, the prompt's first token being 0. Default: the answer, and on the"
-    " terminal and in the picture as much of it as fits.",
+    help="Positions of the text, from 1: the prompt's first token, 0, is predicted by nothing."
+    " Default: the answer, and on the terminal and in the picture as much of it as fits.",
 )
 @click.option("--png", type=_file_type, help="Draw the picture to a file.")
 @click.option("--html", type=_file_type, help="Write the page, which needs no network, to a file.")

@@ -23,7 +23,7 @@ def read_prompts(file: Path) -> list[Any]:
 
 def _prompts(file: Path) -> Iterator[Any]:
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # alone: JSON may hold U+2028
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # alone: JSON may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):

@@ -111,14 +111,24 @@ class Answer:
     def _pieces(self, step: Step) -> list[Piece]:
         self._note(step)
         pieces: list[Piece] = []
+        text = self._read()
         for i, token in enumerate(step.tokens):
             self._tokens.append(token)
-            text = self._text.push(token) if self._text else ""
+            text += self._text.push(token) if self._text else ""
             pieces.append(Piece(text=text, token_id=token, drafted=i < step.accepted))
             if self.stopped:
                 self._steps[-1] = step.first(i + 1)
                 break
+            text = ""
         return pieces
+
+    def _read(self) -> str:
+        """Make the text of the tokens that nobody has needed yet."""
+        if self._text is None or not self._unread:
+            return ""
+        read = self._text.push(*self._unread)
+        self._unread.clear()
+        return read
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -133,9 +143,7 @@ class Answer:
         """The text that was held back, as in case a stop string began there."""
         if self._text is None or self.stopped:
             return ""
-        read = self._text.push(*self._unread)
-        self._unread.clear()
-        return read + self._text.finish()
+        return self._read() + self._text.finish()
 
     def complete(self) -> Generation:
         """Compute what is left of the answer and return it."""
@@ -147,6 +155,7 @@ class Answer:
     @property
     def generation(self) -> Generation:
         """The answer as far as it has come."""
+        self._read()
         ended = bool(self._tokens) and self._tokens[-1] in self._end_tokens
         reason: FinishReason = "stop" if self.stopped or ended else "length"
         first, last = (self._times[0], self._times[-1]) if self._times else (self._started,) * 2

@@ -26,7 +26,7 @@ class Draft:
         states: [B, d + 1, D], the hidden states that enter layer `start` at the position before each
             drafted token and at the last drafted token: what verification starts from.
         start: how many layers have seen these positions: E where the early exit drafted, else 0.
-        source: the drafter's name, or "model" where nothing was drafted.
+        source: the drafter that was asked, or "model" where none was.
         followed: the last so many tokens were not drafted by `source`, but follow it as n-grams.
     """
 

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,7 +16,7 @@ from layerskip.decoding.draft_costs import time_rows
 from layerskip.decoding.generation import Generation
 from layerskip.decoding.policy import choose, for_batch
 from layerskip.decoding.sampling import Sampling
-from layerskip.model import Checkpoint, Decoder, Settings, load, native, resolve
+from layerskip.model import Architecture, Checkpoint, Decoder, Settings, load, native, resolve
 from layerskip.model.machine import machine
 from layerskip.model.published import with_defaults
 from layerskip.model.quantize import bits_of
@@ -76,15 +78,9 @@ class LayerSkipModel:
             dtype=_dtype(dtype),
             device=place,
             weights=weights,
-            compiled=_prepared(compile, place, announce),
+            compiled=partial(_prepared, compile, _dtype(dtype), place, announce),
         )
         decoder = checkpoint.decoder
-        if compile and decoder.kernels != "compiled":
-            raise ValueError(
-                f"the compiled kernels have no {str(decoder.dtype).removeprefix('torch.')} of"
-                f" {decoder.architecture.family} models on {place.type} (docs/kernels.md);"
-                " load without compile"
-            )
         settings = with_defaults(name, checkpoint.settings).measured_for(
             *(str(decoder.dtype).removeprefix("torch."), decoder.weights),
             *(place.type, decoder.kernels, machine(decoder.device)),
@@ -212,6 +208,8 @@ class LayerSkipModel:
         Raises:
             ValueError: the prompt or an option cannot be used; the message says why.
         """
+        if seed is not None and not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed is {seed}, it has to fit into 64 bits")
         ids = self.tokenize(prompt)
         plan = choose(
             mode,
@@ -241,7 +239,7 @@ class LayerSkipModel:
             plan,
             sampling,
             max_new_tokens=max_new_tokens,
-            stop=[stop] if isinstance(stop, str) else stop,
+            stop=[stop] if isinstance(stop, str) else stop or (),
             ignore_eos=ignore_eos,
             seed=seed,
         )
@@ -263,9 +261,9 @@ class LayerSkipModel:
         Raises:
             ValueError: it is no prompt, or it needs a tokenizer or chat template that is not there.
         """
-        if not isinstance(prompt, Sequence):
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
             raise ValueError("a prompt is a text, token ids, or messages with role and content")
-        ids = [part for part in prompt if isinstance(part, int)]
+        ids = [int(part) for part in prompt if isinstance(part, Integral)]
         if len(ids) == len(prompt):
             return ids
         if self.tokenizer is None:
@@ -287,7 +285,7 @@ class LayerSkipModel:
                 tokenize=False,
                 add_generation_prompt=True,
             )
-        except TemplateError as error:  # some allow no system message, or ask for turns
+        except (TemplateError, TypeError) as error:  # no system message, turns, text alone, ...
             raise ValueError(f"the chat template refuses these messages: {error}") from error
         templated: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return templated
@@ -305,22 +303,36 @@ def _device(device: str | torch.device) -> torch.device:
         place = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"the device {device!r} is unknown; use cpu or cuda") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("the device cuda is not available here; use cpu")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"the device {device} is not available here; use cpu")
     if place.type not in ("cpu", "cuda"):
         raise ValueError(f"the device {device!r} is not supported; use cpu or cuda")
     return place
 
 
-def _prepared(wanted: bool | None, device: torch.device, announce: Callable[[str], None]) -> bool:
+def _prepared(
+    wanted: bool | None,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    announce: Callable[[str], None],
+    architecture: Architecture,
+) -> bool:
     """Whether the compiled kernels are to be used, and are there."""
-    if wanted is False or device.type != "cpu":
+    dtype = torch.bfloat16 if dtype is None else dtype  # which they make the default
+    if wanted is False or not (known := native.supports(architecture, dtype, device)):
+        if wanted and not known:
+            raise ValueError(
+                f"the compiled kernels have no {str(dtype).removeprefix('torch.')} of"
+                f" {architecture.family} models on {device.type} (docs/kernels.md);"
+                " load without compile"
+            )
         return False
     try:
         native.prepare(announce)
     except native.NoCompilerError as error:
         if wanted:
             raise ValueError(f"{error}; install one, or load without compile") from error
+        announce(f"going on without compiled kernels, more slowly: {error}")
         return False
     return True
 

@@ -65,6 +65,10 @@ def new_folder(path: Path, *, n_bytes: int, overwrite: bool) -> Iterator[Path]:
 
 def check_new_folder(path: Path, *, overwrite: bool) -> bool:
     """Whether the folder takes another's place; raises ExportError where it may not."""
+    if not path.absolute().parent.is_dir():
+        raise ExportError(
+            f"there is no folder {path.parent} to write {path.name} into; make it first"
+        )
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not overwrite:
         raise ExportError(f"{path} exists; choose another name or say --overwrite")

@@ -157,6 +157,7 @@ def _data(source: Source, name: str, kind: Kind) -> "np.ndarray[Any, Any]":
     if isinstance(tensors, GgufFile) and tensors.stored_as(name) == kind.name:
         return tensors.blocks(name)
     order = families.FAMILIES[families.family_of(_architecture(source))].gguf_rotary
+    assert order is not None  # of the families that are written
     tensor = row_order.read(source.files, name, order)
     if kind is Kind.F16:
         tensor = cast(tensor, torch.float16, name)

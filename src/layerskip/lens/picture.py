@@ -1,13 +1,12 @@
 """Pictures of a report and of agreement, as PNG."""
 
-import io
 import warnings
 
 from layerskip.lens.agreement import Agreement
 from layerskip.lens.report import Report
+from layerskip.training.plots import png
 
 try:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 except ImportError as error:
@@ -93,9 +92,7 @@ def _cut(text: str) -> str:
 
 
 def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
     with warnings.catch_warnings():
         # Characters that the font lacks are drawn as boxes; no reason to alarm anybody.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        FigureCanvasAgg(figure).print_png(file)  # type: ignore[no-untyped-call, unused-ignore]
-    return file.getvalue()
+        return png(figure)

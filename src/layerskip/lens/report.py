@@ -31,6 +31,14 @@ class Report:
     generation: Generation | None
     rounds: tuple[Round, ...]
 
+    @property
+    def drafters(self) -> str:
+        """Who drafted, in words; empty where nobody did."""
+        assert self.generation is not None
+        sources = {step.source for step in self.generation.steps if step.drafted}
+        names = {"early-exit": f"layers 1 to {self.generation.exit_layer}", "n-gram": "n-grams"}
+        return " and ".join(name for source, name in names.items() if source in sources)
+
     def part(self, positions: range) -> "Report":
         """The report on some positions; see `Lens.part`. Agreement stays that of the whole answer."""
         return dataclasses.replace(self, lens=self.lens.part(positions))

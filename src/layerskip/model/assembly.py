@@ -27,6 +27,7 @@ def build(
     architecture: Architecture,
     tensors: Tensors,
     *,
+    tied: bool = False,
     dtype: torch.dtype,
     device: torch.device | str,
     weights: str = "16bit",
@@ -36,8 +37,9 @@ def build(
 
     With int8 or int4 weights, the layers' matrices have these bits, embedding and head have 8; norms,
     biases and the routers of mixtures stay in `dtype`, norms of 1 + w in float32. What a GGUF file
-    holds in these very bits is taken over; where rows are scaled, it is rounded once more. `compiled`
-    asks for the kernels of `native`, where they know the architecture.
+    holds in these very bits is taken over; where rows are scaled, it is rounded once more. `tied` says
+    that the head is the embedding, though there may be a copy under its own name. `compiled` asks for
+    the kernels of `native`, where they know the architecture.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape than the architecture says.
@@ -58,7 +60,7 @@ def build(
     embedding = take.embedding(f"{names.embedding}.weight", vocabulary)
     layers = [_LayerBuilder(a, take, i).build() for i in range(a.n_layers)]
     final_norm = _norm(a, take, names.final_norm, scale=a.logit_scale)
-    head = take.head(f"{names.head}.weight", vocabulary)
+    head = take.head(f"{names.head}.weight", vocabulary, tied=tied)
     take.finish()
     return kind(
         a,

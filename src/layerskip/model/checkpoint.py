@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +77,13 @@ def load(
     dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
     weights: str = "16bit",
-    compiled: bool = False,
+    compiled: bool | Callable[[Architecture], bool] = False,
 ) -> Checkpoint:
     """Load a checkpoint folder (safetensors, or one GGUF file in it) or a GGUF file.
 
     `dtype` None is `assembly.fast_dtype`; `weights` says how the decoder keeps them, a key of
     `quantize.WEIGHTS`; `compiled`, whether it may run in the kernels of `native`, which have to be
-    prepared.
+    prepared, or what decides that.
 
     Raises:
         CheckpointError: files are missing, damaged, or do not fit together.
@@ -91,6 +91,7 @@ def load(
         ValueError: `weights` is unknown.
     """
     files = open_files(path)
+    compiled = compiled(files.architecture) if callable(compiled) else compiled
     if dtype is None:
         dtype = assembly.fast_dtype(files.architecture, torch.device(device), compiled)
     return Checkpoint(
@@ -98,6 +99,7 @@ def load(
         decoder=assembly.build(
             files.architecture,
             files.tensors,
+            tied=files.tied,
             dtype=dtype,
             device=device,
             weights=weights,

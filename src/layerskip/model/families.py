@@ -56,7 +56,7 @@ class Family:
             (`"all"`), only in the layers that `layer_types` names (`"named"`), or nowhere (None).
         gguf_rotary: the row order of Q and K in GGUF files: `"interleaved"` where the converter
             permuted them for rotary pairs (2i, 2i+1), `"halves"` where it left them as transformers
-            has them.
+            has them. None: this package neither reads nor writes GGUF files of the family.
         names: what the files call each part.
         norm_offset: added to the weights of norms; 1 where files hold w of a norm with (1 + w).
         qk_norm: Q/K norms, where there are any, are over each head or over the whole projection.
@@ -67,7 +67,7 @@ class Family:
         normalizes_experts: always, or where the config's `norm_topk_prob` says so.
     """
 
-    gguf_rotary: Literal["interleaved", "halves"] = "halves"
+    gguf_rotary: Literal["interleaved", "halves"] | None = None
     window: Literal["all", "named"] | None = None
     names: Names = Names()
     norm_offset: float = 0.0
@@ -88,8 +88,8 @@ _GEMMA = Names(
 FAMILIES = {
     "llama": Family(gguf_rotary="interleaved"),
     "mistral": Family(window="all"),
-    "qwen2": Family(window="named"),
-    "qwen3": Family(window="named"),
+    "qwen2": Family(window="named", gguf_rotary="halves"),
+    "qwen3": Family(window="named", gguf_rotary="halves"),
     "gemma2": Family(
         window="named",
         names=_GEMMA,

@@ -116,11 +116,14 @@ def read_settings(path: Path, config: dict[str, Any], vocab_size: int) -> Settin
     ends = [token for token in ends if token < vocab_size]  # others never come
     own = fields.get(KEY)
     own = own if isinstance(own, dict) else {}
+    vocabulary = _token_ids(own.get("draft_vocabulary"), vocab_size, file)
+    if vocabulary is not None:  # an answer's end can be drafted too
+        vocabulary += tuple(token for token in ends if token not in vocabulary)
     return Settings(
         end_tokens=tuple(ends),
         exit_layer=_positive_int(fields, "assistant_early_exit", file),
         draft_tokens=_positive_int(fields, "num_assistant_tokens", file),
-        draft_vocabulary=_token_ids(own.get("draft_vocabulary"), vocab_size, file),
+        draft_vocabulary=vocabulary,
         costs=costs_of(own, file),
     )
 
@@ -155,14 +158,14 @@ def _token_ids(text: Any, vocab_size: int, file: Path) -> tuple[int, ...] | None
 
 
 def costs_of(own: dict[str, Any], file: Path) -> tuple[StepCosts, ...]:
-    """The costs under our key in `generation_config.json`: a list, or one alone as was written before.
+    """The costs under our key in `generation_config.json`.
 
     Raises:
         CheckpointError: they cannot be read.
     """
     found = own.get("costs") or []
     try:
-        return tuple(map(StepCosts.from_dict, [found] if isinstance(found, dict) else found))
+        return tuple(map(StepCosts.from_dict, found))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the costs in {file} cannot be read ({error}); tune again"

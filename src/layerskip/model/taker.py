@@ -82,9 +82,10 @@ class Taker:
             return QuantizedEmbedding(pack(weight, self._device), self._dtype)
         return DenseEmbedding(weight)
 
-    def head(self, name: str, shape: tuple[int, int]) -> Matrix | None:
-        """The LM head, or None where the checkpoint has none."""
-        if name not in self._names:
+    def head(self, name: str, shape: tuple[int, int], *, tied: bool) -> Matrix | None:
+        """The LM head, or None where the checkpoint has none but the embedding."""
+        if tied or name not in self._names:
+            self._unused.discard(name)
             return None
         return self._product(self._vocabulary(name, shape), None)
 

@@ -53,10 +53,10 @@ def write(path: Path, folder: Path, gguf_file: GgufFile | None = None) -> None:
         CheckpointError: a tokenizer is there but cannot be read.
     """
     found = [name for name in (*_TOKENIZER_FILES, *_FILES_BESIDE) if (path / name).is_file()]
+    if not set(found) & set(_TOKENIZER_FILES) and (tokenizer := load(path, gguf_file)) is not None:
+        tokenizer.save_pretrained(str(folder))
     for name in found:
         shutil.copyfile(path / name, folder / name)
-    if not found and (tokenizer := load(path, gguf_file)) is not None:
-        tokenizer.save_pretrained(str(folder))
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
         fields = read_json(settings)

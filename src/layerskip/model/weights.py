@@ -119,7 +119,12 @@ class GgufFile:
         self._fields = header.fields
         self._tensors = {_gguf_known_as(name): tensor for name, tensor in header.tensors.items()}
         family = families.family_of(str(self.field("general.architecture")))
-        self.rotary_layout: str = FAMILIES[family].gguf_rotary
+        layout = FAMILIES[family].gguf_rotary
+        if layout is None:
+            raise UnsupportedModelError(
+                f"{path} is a GGUF file of a {family} model, which is read from safetensors alone"
+            )
+        self.rotary_layout: str = layout
 
     def names(self) -> set[str]:
         """All names, in transformers' words."""

@@ -46,9 +46,13 @@ def attach(model: nn.Module, recipe: RecipeConfig) -> AttachedRecipe:
     attached._install()
     try:
         _probe(attached)
-    except Exception:
+    except BaseException as error:
         attached._remove()
-        raise
+        if isinstance(error, ValueError) or not isinstance(error, Exception):
+            raise
+        anatomy.refuse(
+            f"rows that skip layers: {(str(error) or type(error).__name__).splitlines()[0]}"
+        )
     return attached
 
 
@@ -68,26 +72,28 @@ def detach(model: nn.Module) -> None:
 def _probe(attached: AttachedRecipe) -> None:
     """Try the parts on three short rows: refuse a model on which they do not add up.
 
-    With row 1 skipping every layer, the other two must come out as without, and the shared exit
-    must give the logits that the model gives.
+    With row 0 skipping every other layer and row 2 the rest, row 1 must come out as without (where
+    layers hand things on to each other, its place among the rows changes meanwhile), and the shared
+    exit must give the logits that the model gives.
     """
     inputs: dict[str, Any] = {**attached._anatomy.probe_inputs()}
     if not inputs:
         return
     wanted = frozenset({attached.num_layers})
-    skipped = torch.tensor([[False, True, False]]).expand(attached.num_layers, 3)
+    turns = torch.tensor([[True, False, False], [False, False, True]])
+    skipped = turns.repeat(attached.num_layers, 1)[: attached.num_layers]
     with torch.no_grad(), attached._anatomy.evaluating():
         with attached._running(ForwardPass(None, wanted)) as whole:
             inputs = {**inputs, **attached._without_balancing(), "use_cache": False}
             logits = attached._plain_forward(**inputs).logits[0]
         with attached._running(ForwardPass(skipped, wanted)) as partial:
-            attached._plain_forward(**inputs)
+            attached._plain_forward(**attached._without_logits(inputs))
         if attached.num_layers not in whole.states or attached.num_layers not in partial.states:
             attached._anatomy.refuse("its decoder does not call its layers one after the other")
         state = whole.states[attached.num_layers]
         if not _close(attached._anatomy.shared_exit(state[0]), logits):
             attached._anatomy.refuse("its logits are not head(norm(hidden states))")
-    if not _close(partial.states[attached.num_layers][[0, 2]], state[[0, 2]]):
+    if not _close(partial.states[attached.num_layers][1], state[1]):
         attached._anatomy.refuse("its layers do not treat the rows of a batch independently")
 
 

@@ -47,6 +47,7 @@ class AttachedRecipe:
         self._model = model
         self._anatomy = anatomy
         self._pass: ForwardPass | None = None
+        self._others: int | None = None  # see `ForwardPass`
         self._step: int | None = None
         self._total_steps: int | None = None
         self._micro_batch = 0
@@ -207,9 +208,12 @@ class AttachedRecipe:
         )
 
     def _without_logits(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Logits come from the exit loss; the model itself need compute those of one position."""
+        """Logits come from the exit loss; the model itself need compute those of one position.
+
+        Named as a tensor: a number lets some models (Gemma 4) drop the other positions' states early.
+        """
         if self._anatomy.has_logits_to_keep:
-            kwargs = {**kwargs, "logits_to_keep": 1}
+            kwargs = {**kwargs, "logits_to_keep": torch.tensor([-1])}
         return {"use_cache": False, **kwargs, **self._without_balancing()}
 
     def _without_balancing(self) -> dict[str, Any]:
@@ -220,11 +224,14 @@ class AttachedRecipe:
     def _running(self, this: ForwardPass | None) -> Iterator[ForwardPass]:
         """States are collected while the pass runs; the draw stays for replays in backward."""
         self._pass = this
+        if this is not None:
+            this.others = self._others
         try:
             yield this  # type: ignore[misc]
         finally:
             if this is not None:
-                self._pass = ForwardPass(this.skipped, is_running=False)
+                self._others = this.others
+                self._pass = ForwardPass(this.skipped, others=this.others, is_running=False)
 
     @_graph_break
     def _layer_forward(

@@ -103,7 +103,14 @@ def exit_losses(
     )
     labelled = [states[e].flatten(0, 1).index_select(0, positions) for e in exits]
     apply: Any = _ExitLoss.apply  # torch leaves it untyped
-    weighted_sum, *figures = apply(work, torch.stack(labelled), *parameters)
+    stacked = torch.stack(labelled)
+    kind = stacked.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+        # The gradients taken here have not been scaled yet, and most are too small for float16.
+        with torch.autocast(kind, enabled=False):
+            weighted_sum, *figures = apply(work, stacked.float(), *parameters)
+    else:
+        weighted_sum, *figures = apply(work, stacked, *parameters)
     loss_sums, correct, divergence_sums = figures
     return ExitLosses(
         loss=weighted_sum / divisor,

@@ -22,6 +22,7 @@ class ForwardPass:
         wanted: exits whose hidden states are noted.
         states: hidden states [B, T, D] that left exit E.
         router_logits: (layer, [tokens, experts]) of a mixture of experts.
+        others: how many values a layer returns in a tuple behind its hidden states; None = no tuple.
         is_running: False once the pass is over; the draw stays for replays in backward, which note
             nothing.
     """
@@ -30,6 +31,7 @@ class ForwardPass:
     wanted: frozenset[int] = frozenset()
     states: dict[int, Tensor] = field(default_factory=dict)
     router_logits: list[tuple[int, Tensor]] = field(default_factory=list)
+    others: int | None = None
     is_running: bool = True
 
     def run_layer(
@@ -44,8 +46,10 @@ class ForwardPass:
         output: Any
         if skipped is None or not skipped.any():
             output = plain(hidden, *args, **kwargs)
+            self.others = len(output) - 1 if isinstance(output, tuple) else None
         elif skipped.all():
             output = skip_layer(hidden, [p for p in layer.parameters() if p.requires_grad])
+            output = output if self.others is None else (output, *[None] * self.others)
         else:
             output = run_on_kept_rows(plain, skipped, hidden, args, kwargs)
         if self.is_running and number + 1 in self.wanted:

@@ -15,7 +15,8 @@ from torch import Tensor
 # What a decoder layer gets per row has at least (row, token) dimensions; what is one-dimensional is
 # about tokens (cache positions, cumulative lengths). Rotary tables are [rows, tokens, head size];
 # with two dimensions they are the same for all rows, even where B == T.
-_ROW_DIMENSIONS = {"position_embeddings": 3}
+# A bias of positions is [heads, 1, tokens].
+_ROW_DIMENSIONS = {"position_embeddings": 3, "position_bias": 4}
 _REFUSED = {
     "cache": "a KV cache",
     "past_key_values": "a KV cache",

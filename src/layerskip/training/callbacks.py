@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 
 from layerskip.model.weights import replace
 from layerskip.recipe.attached import AttachedRecipe
+from layerskip.training.errors import UnwrittenCheckpointError
 
 
 class JsonLinesLog(TrainerCallback):
@@ -44,8 +45,14 @@ class JsonLinesLog(TrainerCallback):
         line = {"step": state.global_step, **logs}
         if "loss" in logs:
             line["skip_rates"] = [round(rate, 6) for rate in self._attached.skip_rates]
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UnwrittenCheckpointError(
+                f"at step {state.global_step} {self._path} could not be written ({error}); checkpoints "
+                "that were saved are kept: make room and go on with --resume"
+            ) from error
 
 
 class TimeBudget(TrainerCallback, ExportableState):

@@ -7,7 +7,7 @@ import math
 import os
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -142,8 +142,8 @@ class TrainConfig:
 
     @property
     def effective_recipe(self) -> RecipeConfig:
-        """The recipe given, or the regime's."""
-        return self.recipe or RecipeConfig.preset(self.regime)
+        """The recipe given, or the regime's; with the seed of the run."""
+        return replace(self.recipe or RecipeConfig.preset(self.regime), seed=self.seed)
 
     @property
     def effective_learning_rate(self) -> float:
@@ -167,7 +167,7 @@ class TrainConfig:
             ValueError: for an unknown or missing name or a value that is not what the field holds.
         """
         known = cls.settings()
-        values = {name.replace("-", "_"): v for name, v in values.items() if v is not None}
+        values = {str(name).replace("-", "_"): v for name, v in values.items() if v is not None}
         for name in values:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
@@ -205,6 +205,7 @@ class TrainConfig:
             raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path} must have lines of the form 'name: value'")
+        values = {str(name).replace("-", "_"): value for name, value in values.items()}
         given = {name: v for name, v in changes.items() if v is not None}
         if "epochs" in given and "max_steps" not in given:
             values.pop("max_steps", None)  # or the file's would go before the flag
@@ -225,19 +226,25 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         if get_origin(kind) is tuple:
             items = value.replace(",", " ").split() if isinstance(value, str) else value
             items = [items] if isinstance(items, int) else items
-            return tuple(int(item) for item in items)
+            return tuple(map(_whole, items))
         if kind is bool:
             if isinstance(value, bool):
                 return value
             return {"true": True, "false": False}[str(value).lower()]
-        if kind is int and float(value) != int(value):
+        if isinstance(value, (bool, list, dict)) and kind in (int, float, str):
             raise ValueError
         if kind in (int, float, str):
-            return kind(value)
-    except (ValueError, TypeError, KeyError):
+            return _whole(value) if kind is int else kind(value)
+    except (ValueError, TypeError, KeyError, OverflowError):
         wanted = "a list of numbers" if get_origin(kind) is tuple else f"a value of {kind.__name__}"
         raise ValueError(f"{name} is {value!r}, not {wanted}") from None
     choices = get_args(kind)
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it can be {', '.join(map(repr, choices))}")
     return value
+
+
+def _whole(value: Any) -> int:
+    if float(value) != int(value):
+        raise ValueError
+    return int(value)

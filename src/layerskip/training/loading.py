@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from layerskip.training.config import TrainConfig
 from layerskip.training.source import pretrained, pretrained_weights
 
+_NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # else transformers would ask
 _SHORT_ROWS = 512  # tokens; attention that keeps its weights needs little memory up to here
 
 
@@ -17,7 +18,7 @@ def load_tokenizer(config: TrainConfig) -> Any:
     """The tokenizer, with a token to pad with where it has one at all; ValueError without one."""
     try:
         folder, _ = pretrained(config.tokenizer or config.model)  # has its tokenizer unpacked
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_NO_CODE)
     except (OSError, ValueError) as error:
         source = config.tokenizer or config.model
         raise ValueError(one_line(f"no tokenizer in {source}", error)) from error
@@ -40,17 +41,22 @@ def check_tokens(model: PreTrainedModel, pad_token_id: int, *datasets: Any) -> N
         )
 
 
+def model_config(model: str) -> Any:
+    """The configuration of a model to train; OSError or ValueError if it cannot be had."""
+    folder, arguments = pretrained(model)
+    return AutoConfig.from_pretrained(folder, **_NO_CODE, **arguments)
+
+
 def load_model(config: TrainConfig) -> PreTrainedModel:
     """The model in float32, as published or from random weights; ValueError if it cannot be had."""
     try:
         if config.from_scratch:
-            folder, arguments = pretrained(config.model)
-            model = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(folder, **arguments)
-            )
+            model = AutoModelForCausalLM.from_config(model_config(config.model), **_NO_CODE)
         else:
             folder, arguments = pretrained_weights(config.model)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **arguments)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, **_NO_CODE, **arguments
+            )
     except (OSError, ValueError) as error:
         what = f"the model {config.model} could not be loaded"
         raise ValueError(one_line(what, error)) from error

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from layerskip.model.weights import replace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _EXIT = re.compile(r"(eval_)?(loss|accuracy)_exit_(\d+)")
 
@@ -38,11 +44,10 @@ def plot_run(logs: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
         The files written; none where the log has nothing to draw or matplotlib is not installed.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return []
-    written = []
+    pictures = {}
     losses, accuracies = exit_series(logs, "loss"), exit_series(logs, "eval_accuracy")
     of = "last evaluation"
     if not accuracies:
@@ -55,8 +60,7 @@ def plot_run(logs: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
             axes.plot(steps, values, color=(1 - shade, 0.2, shade), label=f"exit {exit_layer}")
         axes.set(xlabel="step", ylabel="loss (nats a token)", title="Training loss of each exit")
         axes.legend(fontsize="small", ncols=2)
-        written.append(directory / "loss_per_exit.png")
-        FigureCanvasAgg(figure).print_png(written[-1])  # type: ignore[no-untyped-call, unused-ignore]
+        pictures["loss_per_exit.png"] = figure
     if accuracies:
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot()
@@ -64,6 +68,21 @@ def plot_run(logs: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
         axes.plot(list(accuracies), last, marker="o")
         axes.set(xlabel="exit layer (layers run)", ylabel="token accuracy", ylim=(0, 1))
         axes.set_title(f"Token accuracy of each exit, {of}")
-        written.append(directory / "accuracy_over_layers.png")
-        FigureCanvasAgg(figure).print_png(written[-1])  # type: ignore[no-untyped-call, unused-ignore]
-    return written
+        pictures["accuracy_over_layers.png"] = figure
+    return write_figures(pictures, directory)
+
+
+def write_figures(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
+    """Write each figure as a PNG of its name; a file appears whole or not at all."""
+    for name, figure in figures.items():
+        replace(directory / name, png(figure))
+    return [directory / name for name in figures]
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG, drawn without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture)  # type: ignore[no-untyped-call, unused-ignore]
+    return picture.getvalue()

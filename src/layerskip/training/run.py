@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import random
 import shutil
@@ -14,15 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    SchedulerType,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import SchedulerType, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
+from layerskip.model.weights import json_text, replace
 from layerskip.recipe import detach
 from layerskip.training.callbacks import JsonLinesLog, TimeBudget, read_log, time_spent
 from layerskip.training.config import TrainConfig
@@ -33,6 +28,7 @@ from layerskip.training.loading import (
     check_tokens,
     load_model,
     load_tokenizer,
+    model_config,
     one_line,
     with_adapter,
 )
@@ -41,8 +37,13 @@ from layerskip.training.plots import plot_run
 from layerskip.training.progress import Progress, Watch, hidden_bars
 from layerskip.training.result import save_result
 from layerskip.training.rows import local_files, read_rows
-from layerskip.training.source import pretrained
 from layerskip.training.trainer import INCOMPLETE, LayerSkipTrainer, last_checkpoint
+
+_SCHEDULERS_WITH_SETTINGS = (  # of their own, and without a default
+    "warmup_stable_decay",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+)
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,11 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
         trainer.add_callback(Watch(watch))
     if trainer.is_world_process_zero():
         shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
-        given = json.dumps(config.as_flat_dict(), indent=2)
-        (output / "train.json").write_text(given + "\n", encoding="utf-8")
+        replace(output / "train.json", json_text(config.as_flat_dict()).encode())
     metrics = _run(trainer, config, resume_from)
     if eval_rows:
-        metrics |= trainer.evaluate()
-    assert trainer.model is not None
-    detach(trainer.model)
+        metrics |= _evaluation(trainer)
+    detach(model)
     if on_grid is not None:
         on_grid.remove()
     try:
@@ -141,6 +140,14 @@ def _run(trainer: LayerSkipTrainer, config: TrainConfig, resume_from: str | None
     return dict(trainer.train(resume_from_checkpoint=resume_from).metrics)
 
 
+def _evaluation(trainer: LayerSkipTrainer) -> dict[str, Any]:
+    """Figures after the last step; with `eval_steps` Trainer has them already."""
+    for log in reversed(trainer.state.log_history):
+        if "eval_loss" in log and log["step"] == trainer.state.global_step:
+            return {name: value for name, value in log.items() if name.startswith("eval_")}
+    return dict(trainer.evaluate())
+
+
 def _resume_from(config: TrainConfig, output: Path) -> str | None:
     checkpoint = last_checkpoint(output) if output.exists() else None
     if config.resume:
@@ -149,6 +156,10 @@ def _resume_from(config: TrainConfig, output: Path) -> str | None:
         raise ValueError(
             f"{output} has checkpoints of an earlier run ({Path(checkpoint).name}): go on with "
             "--resume, or choose another --output"
+        )
+    if any(output.glob("*.safetensors")):
+        raise ValueError(
+            f"{output} has a checkpoint, which training would replace: choose another --output"
         )
     return None
 
@@ -196,7 +207,8 @@ def _dataset(rows: list[dict[str, list[int]]]) -> Any:
 
 def _check_installed(config: TrainConfig) -> None:
     """What the settings name, before anything takes long."""
-    if config.scheduler not in (known := [kind.value for kind in SchedulerType]):
+    known = [kind.value for kind in SchedulerType if kind.value not in _SCHEDULERS_WITH_SETTINGS]
+    if config.scheduler not in known:
         raise ValueError(
             f"there is no scheduler {config.scheduler!r}; there are: {', '.join(known)}"
         )
@@ -210,11 +222,10 @@ def _check_layers(config: TrainConfig) -> int:
     That is the one given, the first that always has a loss, or of those with a loss the nearest to L/4.
     """
     try:
-        folder, arguments = pretrained(config.model)
-        model_config = AutoConfig.from_pretrained(folder, **arguments).get_text_config()
+        text_config = model_config(config.model).get_text_config()
     except (OSError, ValueError) as error:
         raise ValueError(one_line(f"no model in {config.model}", error)) from error
-    num_layers = getattr(model_config, "num_hidden_layers", None)
+    num_layers = getattr(text_config, "num_hidden_layers", None)
     if num_layers is None:
         raise ValueError(f"the model {config.model} does not say how many layers it has")
     recipe = config.effective_recipe
@@ -240,6 +251,7 @@ def _trainer(
     checkpointing: dict[str, Any] = (
         {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
     )
+    warms_up_to_constant = config.scheduler == "constant" and config.warmup_steps > 0
     has_tensorboard = importlib.util.find_spec("tensorboard") is not None
     arguments = TrainingArguments(
         output_dir=config.output,
@@ -249,7 +261,7 @@ def _trainer(
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         learning_rate=config.effective_learning_rate,
-        lr_scheduler_type=config.scheduler,
+        lr_scheduler_type="constant_with_warmup" if warms_up_to_constant else config.scheduler,
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,

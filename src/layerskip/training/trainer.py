@@ -244,7 +244,9 @@ class LayerSkipMixin:
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         batch = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
         seed = trainer.args.data_seed if trainer.args.data_seed is not None else trainer.args.seed
-        lengths = [len(ids) for ids in dataset["input_ids"]]
+        of_datasets = hasattr(dataset, "column_names")  # else any sequence of rows
+        column = dataset["input_ids"] if of_datasets else (row["input_ids"] for row in dataset)
+        lengths = [len(ids) for ids in column]
         return LengthGroupedSampler(lengths, batch * trainer.args.world_size, seed)
 
     def get_train_dataloader(self) -> Any:

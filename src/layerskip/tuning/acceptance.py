@@ -59,7 +59,9 @@ def read_agreement(
         limit: the `max_new_tokens` of the answer.
     """
     tokens = answer.token_ids
-    states = exit_states(decoder, [*prompt, *tokens[:-1]], exits)
+    limit = min(limit, decoder.architecture.max_context - len(prompt) + 1)
+    known, capacity = [*prompt, *tokens[:-1]], len(prompt) + limit - 1
+    states = exit_states(decoder, known, exits, capacity)  # as the answer's own cache
     expected = torch.tensor(tokens[1:], device=decoder.device)
     agreement = {}
     for exit_layer, hidden in states.items():
@@ -69,7 +71,7 @@ def read_agreement(
     return Continuation(
         prompt_tokens=len(prompt),
         token_ids=tokens,
-        limit=min(limit, decoder.architecture.max_context - len(prompt) + 1),
+        limit=limit,
         agreement=agreement,
     )
 

@@ -141,10 +141,11 @@ class _Workbench:
         max_draft_tokens: int,
         reach: int,
     ) -> None:
-        self.decoder, self.exits, self.longest = decoder, exits, max_draft_tokens + 1
+        self.decoder, self.exits = decoder, exits
         self.clock = device_clock(decoder.device)
         self.times: dict[_Work, list[float]] = defaultdict(list)
         self.draft_lengths = (1, max(2, min(_LONG_DRAFT, max_draft_tokens)))
+        self.longest = max(max_draft_tokens, self.draft_lengths[1]) + 1
         places = np.linspace(0, len(exits) - 1, min(_ANCHORS, len(exits)))
         self.anchors = [exits[round(i)] for i in places]
         self.cache = decoder.new_cache(len(text) + self.longest + self.draft_lengths[1])

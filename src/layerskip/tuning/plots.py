@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from layerskip.training.plots import write_figures
 from layerskip.tuning.run import Tuning
 
 if TYPE_CHECKING:
@@ -26,9 +27,7 @@ def plot_tuning(tuning: Tuning, directory: Path) -> list[Path]:
     if tuning.grid is not None:
         figures["predicted_and_measured.png"] = _predicted_and_measured(tuning)
     directory.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(directory / name)
-    return [directory / name for name in figures]
+    return write_figures(figures, directory)
 
 
 def _figure(height: float) -> Figure:

@@ -6,7 +6,7 @@ from typing import Any
 
 from layerskip.bench.environment import environment_of
 from layerskip.bench.measure import Setting, measure
-from layerskip.bench.own import OwnSystem
+from layerskip.bench.own import OwnSystem, settings_of
 from layerskip.bench.rows import row
 from layerskip.decoding import LayerSkipModel
 from layerskip.decoding.generation import accepted_by_position
@@ -204,18 +204,19 @@ def _auto_systems(
     stop: Sequence[str],
 ) -> list[OwnSystem]:
     """Plain decoding, auto with n-grams alone, and auto with each exit as it would be told of it."""
-    plain = Setting(mode="plain")
-    alone = Setting(mode="auto", draft_from="n-gram", switches=(("draft_from", "n-gram"),))
-    systems = [OwnSystem(model, [plain, alone], stop=stop)]
+    without = dataclasses.replace(model.settings, exit_layer=None, draft_tokens=None)
+    untaught = model.with_settings(without)
+    systems = [OwnSystem(untaught, settings_of(untaught, modes=("auto",)), stop=stop)]
     for exit_layer in exits:
         settings = dataclasses.replace(
-            model.settings,
+            without,
             exit_layer=exit_layer,
             costs=(step_costs(costs, exit_layer, model),),
             draft_vocabulary=vocabulary,
         )
-        auto = Setting(mode="auto", exit_layer=exit_layer, draft_from="both", adaptive=True)
-        systems.append(OwnSystem(model.with_settings(settings), [auto], stop=stop))
+        taught = model.with_settings(settings)
+        _, auto = settings_of(taught, modes=("auto",))
+        systems.append(OwnSystem(taught, [auto], stop=stop))
     return systems
 
 

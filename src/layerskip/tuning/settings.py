@@ -22,8 +22,9 @@ def write_settings(
 ) -> Path:
     """Write `assistant_early_exit` and `num_assistant_tokens`, and how they were found.
 
-    Where plain decoding was chosen both fields are removed, so that mode auto drafts from n-grams alone.
-    All other fields stay. The file appears whole or not at all.
+    Where plain decoding was chosen both fields are removed, so that mode auto drafts from n-grams alone;
+    but not where there are costs of other weights or another machine, which the exit may pay with: auto
+    goes by the costs. All other fields stay. The file appears whole or not at all.
 
     Args:
         folder: a checkpoint.
@@ -43,21 +44,24 @@ def write_settings(
     """
     file = folder / FILE
     fields = read_json(file) if file.is_file() else _special_tokens(folder, end_tokens)
-    for key, value in (
-        ("assistant_early_exit", choice.exit_layer),
-        ("num_assistant_tokens", choice.draft_tokens),
-    ):
-        fields.pop(key, None)
-        if value is not None:
-            fields[key] = value
     # By this mark transformers says that the file only repeats config.json, and skips what is new in it.
     fields.pop("_from_model_config", None)
     own = fields.get(KEY)
     own = {**(own if isinstance(own, dict) else {}), "tuning": dict(record)}
+    others: list[StepCosts] = []
     if costs is not None:
         same = [(costs.kind, threads) for threads in (costs.threads, 0)]
         others = [c for c in costs_of(own, file) if (c.kind, c.threads) not in same]
         own["costs"] = [c.to_dict() for c in (*others, costs)]
+    if choice.exit_layer is not None or not others:
+        chosen = {
+            "assistant_early_exit": choice.exit_layer,
+            "num_assistant_tokens": choice.draft_tokens,
+        }
+        for key, value in chosen.items():
+            fields.pop(key, None)
+            if value is not None:
+                fields[key] = value
     if draft_vocabulary:
         own["draft_vocabulary"] = text_of_ids(draft_vocabulary)
     fields[KEY] = own

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from layerskip.bench.measure import Run, Setting
-from layerskip.bench.memory import PeakMemory
 from layerskip.bench.peers.job import PROMPT_LOOKUP_TOKENS, PROMPT_LOOKUP_TOKENS_ON_A_CPU, Job
 from layerskip.bench.peers.recorder import Recorder
 from layerskip.decoding.clock import device_clock
@@ -29,7 +28,6 @@ class Peer:
     def __init__(self, job: Job) -> None:
         assert job.gguf is not None
         self._job, self._gguf = job, job.gguf
-        self._memory = PeakMemory(torch.device("cpu"))
         self._tokenizer = None if job.tokenizer is None else tokenizer.load(Path(job.tokenizer))
         self._bytes_of_a_pass = _bytes_of_a_pass(job.gguf)
         self._drafts = _CountedDrafts()
@@ -58,7 +56,6 @@ class Peer:
         llama = self._drafting if drafting else self._plain
         llama.reset()  # forget the last prompt, whose beginning would be reused
         self._drafts.tokens = setting.draft_tokens or 0
-        self._memory.reset()
         recorder = Recorder(
             device_clock(torch.device("cpu")),  # a token is on the host when it is yielded
             self._tokenizer,
@@ -73,7 +70,7 @@ class Peer:
             if recorder.add([token], new_step=new_step):
                 break
         return recorder.run(
-            peak_memory_bytes=self._memory.read(),
+            peak_memory_bytes=None,  # both of its models are in this process
             bytes_of_a_pass=None if drafting else self._bytes_of_a_pass,
         )
 

@@ -46,7 +46,7 @@ class Recorder:
         for token in tokens:
             self._steps[-1].append(token)
             self._left -= 1
-            if self._text is not None:
+            if self._text is not None and self._text.may_stop:
                 self._text.push(token)
             stopped = self._text is not None and self._text.stopped
             if stopped or token in self._end_tokens or not self._left:
@@ -57,6 +57,8 @@ class Recorder:
     def run(self, *, peak_memory_bytes: int | None, bytes_of_a_pass: int | None) -> Run:
         """The finished answer; `bytes_of_a_pass` counts the weights that a step reads."""
         if self._text is not None:
+            if not self._text.may_stop:  # then text is made when the clock has stopped, as ours is
+                self._text.push(*(token for step in self._steps for token in step))
             self._text.finish()
         return Run(
             steps=tuple(Step(tuple(step)) for step in self._steps),

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -115,8 +116,11 @@ def _compile(target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
-            command = [_compiler(), *_FLAGS, str(_SOURCE), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            command = [*shlex.split(_compiler()), *_FLAGS, str(_SOURCE), "-o", str(made)]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+            except OSError as error:
+                raise NoCompilerError(f"{_compiler()} cannot be run: {error.strerror}") from error
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["no message"])[0]
                 raise NoCompilerError(f"{_compiler()} refuses: {reason}")
