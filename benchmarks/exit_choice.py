@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from engine import deliver, environment
-from rich.progress import track
+from paper.measures import answers
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import load_task
 from layerskip.decoding.draft_costs import DraftCosts
-from layerskip.tuning.acceptance import Continuation, agreement_rate, read_agreement
+from layerskip.tuning.acceptance import Continuation, agreement_rate
 
 LENGTHS = range(1, 9)
 PRIORS = (5, 20, 80)  # tokens that an exit's average weighs as much as
@@ -43,7 +43,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     exits = [int(text) for text in options.exits.split(",")]
     model = LayerSkipModel.from_pretrained(options.model)
-    recorded = record(model, options.task, options.rows, exits)
+    task = load_task(options.task, samples=options.rows, seed=0)
+    recorded = answers(model, task, exits, task.max_new_tokens)
     costs = {e: DraftCosts.of(model.decoder, e, HEAD_SHARE) for e in exits}
     result = {
         "environment": environment("benchmarks/exit_choice.py", "bfloat16", model.decoder.kernels),
@@ -54,18 +55,6 @@ def main() -> None:
         "tokens_a_plain_step": compare(recorded, costs),
     }
     deliver(result, options.output)
-
-
-def record(model: LayerSkipModel, name: str, rows: int, exits: Sequence[int]) -> list[Continuation]:
-    task = load_task(name, samples=rows, seed=0)
-    recorded = []
-    for sample in track(task.samples, "recording"):
-        prompt = model.tokenize(sample.prompt)
-        limit = task.max_new_tokens
-        answer = model.generate(prompt, mode="plain", max_new_tokens=limit, stop=task.stop)
-        if answer.new_tokens > 1:
-            recorded.append(read_agreement(model.decoder, prompt, answer, exits, limit))
-    return recorded
 
 
 def compare(recorded: Sequence[Continuation], costs: dict[int, DraftCosts]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from hypothesis import settings
 
 from layerskip import LayerSkipModel
 from layerskip.decoding import draft_costs
-from layerskip.model import pull
+from layerskip.model import native, pull
 
 settings.register_profile("layerskip", deadline=None)  # no test depends on a time
 settings.load_profile("layerskip")
@@ -22,6 +22,15 @@ def smollm2_folder():
 def smollm2(smollm2_folder):
     """SmolLM2-135M in float32, where results are exact."""
     return LayerSkipModel.from_pretrained(smollm2_folder, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels():
+    """For tests of the kernels: where they cannot be compiled, there is nothing to test."""
+    try:
+        native.prepare()
+    except native.NoCompilerError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True)

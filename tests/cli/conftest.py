@@ -11,6 +11,13 @@ def folder(tmp_path_factory):
     return tiny_checkpoint.save(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch):
+    """What would make rich take a captured stream for a terminal, or for another one."""
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def run(folder, capsys):
     """Run a command in this process on the tiny checkpoint: (exit status, stdout, stderr)."""

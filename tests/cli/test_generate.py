@@ -1,5 +1,6 @@
 """`layerskip generate`: results, streams, files of prompts, and bad input."""
 
+import inspect
 import io
 import json
 import os
@@ -8,8 +9,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from layerskip import LayerSkipModel, cli
+from layerskip.cli import options
 
 SPECULATIVE = ("--mode", "self-speculative", "--exit-layer", 3, "--draft-tokens", 2)
 FIELDS = """
@@ -294,3 +297,10 @@ def test_ctrl_c_ends_cleanly(folder):
     _, err = process.communicate()
     if process.returncode != 0:  # else the answer was complete before the signal came
         assert (process.returncode, err.strip()) == (130, b"layerskip: interrupted")
+
+
+def test_every_option_of_an_answer_is_passed_on(run):
+    wanted = set(inspect.signature(LayerSkipModel.answer).parameters)
+    assert set(options.DECODING_FIELDS) == wanted - {"self", "prompt", "together"}
+    run("generate", "--prompt", "abc", "--max-new-tokens", 1, "--threads", 2)
+    assert torch.get_num_threads() == 2

@@ -7,7 +7,7 @@ import pytest
 from layerskip import __version__, cli
 from layerskip.model import source
 
-COMMANDS = ["demo", "pull", "generate", "chat", "tune", "bench", "eval", "export", "train"]
+COMMANDS = ["demo", "pull", "generate", "chat", "tune", "bench", "eval", "export", "lens", "train"]
 
 
 def run(capsys, *arguments):

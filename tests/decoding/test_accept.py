@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerskip.decoding import Sampling
+from layerskip.decoding import Sampling, accept, sampling
 from layerskip.decoding.accept import accept_greedy, accept_sampled
+from layerskip.decoding.clock import device_clock
 from layerskip.model import most_likely
 
 # --- greedy -------------------------------------------------------------------------------------
@@ -291,3 +292,22 @@ def test_the_generator_makes_it_repeatable():
     )
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor of the CPU that says it is on another device."""
+
+    device = torch.device("cuda")
+
+
+def test_an_accelerators_branch_gives_the_same(monkeypatch):
+    stands = torch.tensor(list(itertools.product([False, True], repeat=4)))
+    found = accept._leading(stands.as_subclass(Elsewhere))
+    assert found.tolist() == accept._leading(stands).tolist()
+    scores = torch.randn(3, 9)
+    found = sampling._descending(scores.as_subclass(Elsewhere))
+    assert found.tolist() == sampling._descending(scores).tolist()
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    device_clock(torch.device("cuda"))()
+    assert waited == [torch.device("cuda")]

@@ -45,25 +45,6 @@ def test_both_sources_draft_and_some_drafts_stand():
     assert accepted["n-gram"] > 0
 
 
-def test_sampled_tokens_have_the_models_distribution():
-    decoder = tiny_decoder("llama3.1", upper=0.1)
-    prompt = random_prompt(decoder, 3) * 2
-    sampling = Sampling(temperature=0.6, top_k=5)
-    plain, drafted = (
-        Counter(
-            tuple(ids(decoder, prompt, plan, n=3, sampling=sampling, seed=seed))
-            for seed in range(SAMPLES)
-        )
-        for plan in (PLAIN, combined())
-    )
-    likely = [answer for answer, count in plain.items() if count >= 30]
-    assert len(likely) > 3
-    for answer in likely:
-        share = plain[answer] / SAMPLES
-        error = (2 * share * (1 - share) / SAMPLES) ** 0.5
-        assert abs(plain[answer] - drafted[answer]) / SAMPLES < 5 * error
-
-
 def test_a_round_without_a_draft_is_one_plain_pass(monkeypatch):
     decoder = tiny_decoder("llama3.1")
     run, passes = decoder.run, []

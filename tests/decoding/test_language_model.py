@@ -9,6 +9,7 @@ import pytest
 import torch
 from scripted import END, OTHER_END, TOKENIZER, encode, scripted_model
 from tiny_decoders import PLAIN, ids, random_prompt, speculative, tiny_decoder
+from tokenizers.processors import TemplateProcessing
 
 import tiny_models
 from layerskip import LayerSkipModel
@@ -86,6 +87,17 @@ def test_answers_to_a_list_are_those_to_each(model):
 def test_what_is_no_prompt(prompt, message):
     with pytest.raises(ValueError, match=message):
         scripted_model(encode("ab")).generate(prompt)
+
+
+def test_special_tokens_stand_once():
+    """The tokenizer's own before a text, the template's before messages."""
+    model = chatting_model(encode("ab"))
+    begin = model.tokenizer.convert_ids_to_tokens(OTHER_END)
+    model.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[begin, "$A"], special_tokens=[(begin, OTHER_END)]
+    )
+    assert model.tokenize("hey") == [OTHER_END, *encode("hey")]
+    assert model.tokenize(MESSAGES) == encode("user:hi;assistant:")
 
 
 @pytest.mark.parametrize("prompt", ["text", MESSAGES])

@@ -154,16 +154,7 @@ def assert_same_distribution(one, other):
         assert abs(one[answer] - other[answer]) / SAMPLES < 5 * error
 
 
-def test_sampled_tokens_have_the_models_distribution():
-    """A certain draft is accepted with the probability that the model gives it."""
-    decoder = tiny_decoder("llama3.1")
-    prompt = random_prompt(decoder, 3) * 3
-    sampling = Sampling(temperature=0.7, top_k=4)
-    plain = answers(decoder, prompt, PLAIN, sampling, 3)
-    assert_same_distribution(plain, answers(decoder, prompt, ngram(2), sampling, 3))
-
-
-def test_so_have_those_that_follow_a_draft(monkeypatch):
+def test_sampled_tokens_that_follow_a_draft_have_the_models_distribution(monkeypatch):
     """Whatever follows is accepted with the model's probability, and so is the draft before it."""
     decoder = tiny_decoder("llama3.1")
     prompt = random_prompt(decoder, 3) * 3

@@ -1,6 +1,6 @@
 """Sampled continuations come from the model's distribution, in plain and self-speculative decoding.
 
-A chi-square test over 20,000 continuations each, made by the step loop itself with fixed seeds, of all
+A chi-square test over 3,000 continuations each, made by the step loop itself with fixed seeds, of all
 their tokens jointly, against the probabilities of every continuation.
 """
 
@@ -17,9 +17,9 @@ from layerskip.decoding.accept import accept_sampled
 from layerskip.model import StepCosts
 
 VOCABULARY = 5
-PROMPT = [3, 1, 4]
+PROMPT = [3, 1, 4, 3, 1]  # what followed 3, 1 is there for n-grams
 N_TOKENS = 4  # the prompt's own token and one round of two drafted tokens and one more
-SAMPLES = 20_000
+SAMPLES = 3_000
 SAMPLING = Sampling(temperature=0.5, top_p=0.95)
 SPECULATIVE = speculative(1, 2)
 # A token that is less sure than about 0.3 is not worth its cost: most that are likely are, others not.
@@ -36,6 +36,15 @@ COSTS = StepCosts(
     overhead=0.0,
 )
 ADAPTIVE = dataclasses.replace(SPECULATIVE, adaptive=True, costs=COSTS)
+PLANS = {
+    "plain": PLAIN,
+    "fixed": SPECULATIVE,
+    "adaptive": ADAPTIVE,
+    "short head": dataclasses.replace(SPECULATIVE, draft_vocabulary=(0, 2)),
+    "n-grams": dataclasses.replace(SPECULATIVE, exit_layer=None, draft_from="n-gram"),
+    "all together": dataclasses.replace(ADAPTIVE, draft_from="both", draft_vocabulary=(0, 2)),
+}
+plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 # A sound sampler falls below it once in a thousand seeds; the seeds are fixed.
 LEAST_P_VALUE = 1e-3
 
@@ -57,6 +66,10 @@ def decoder():
 
 @pytest.fixture(scope="module")
 def expected(decoder):
+    return probabilities(decoder, SAMPLING)
+
+
+def probabilities(decoder, sampling):
     """Probability of every continuation, [V] * N_TOKENS, by a full pass over each of them."""
     endings = list(itertools.product(range(VOCABULARY), repeat=N_TOKENS))
     sequences = torch.tensor([[*PROMPT, *ending] for ending in endings])
@@ -64,17 +77,19 @@ def expected(decoder):
     logits = decoder.logits(decoder.run(decoder.embed(sequences), 0, len(decoder.layers), cache))
     total = torch.ones(len(endings), dtype=torch.float64)
     for at in range(len(PROMPT), sequences.shape[1]):
-        p = SAMPLING.probabilities(logits[:, at - 1])
+        seen = torch.zeros(len(endings), VOCABULARY, dtype=torch.bool)
+        seen.scatter_(1, sequences[:, :at], True)
+        p = sampling.probabilities(sampling.penalize(logits[:, at - 1], seen))
         total *= p.gather(1, sequences[:, at, None])[:, 0]
     assert total.sum().item() == pytest.approx(1.0, abs=1e-5)
     return total.view([VOCABULARY] * N_TOKENS)
 
 
-def count_continuations(decoder, plan, n):
+def count_continuations(decoder, plan, n, sampling=SAMPLING):
     """How often each continuation came up, [V] * N_TOKENS."""
     counts = torch.zeros([VOCABULARY] * N_TOKENS, dtype=torch.int64)
     for seed in range(n):
-        counts[tuple(ids(decoder, PROMPT, plan, N_TOKENS, SAMPLING, seed=seed))] += 1
+        counts[tuple(ids(decoder, PROMPT, plan, N_TOKENS, sampling, seed=seed))] += 1
     return counts
 
 
@@ -90,10 +105,30 @@ def p_value(counts, expected):
     return float(stats.chisquare(seen.numpy(), due.numpy()).pvalue)
 
 
-@pytest.mark.parametrize("plan", [PLAIN, SPECULATIVE, ADAPTIVE], ids=["plain", "fixed", "adaptive"])
+@plans
 def test_continuations_are_distributed_as_the_model_says(decoder, expected, plan):
     counts = count_continuations(decoder, plan, SAMPLES)
     assert p_value(counts, expected) > LEAST_P_VALUE
+
+
+@plans
+def test_the_penalty_of_what_stands_there_is_in_the_distribution(decoder, plan):
+    sampling = dataclasses.replace(SAMPLING, repetition_penalty=2.0)
+    counts = count_continuations(decoder, plan, SAMPLES, sampling)
+    assert p_value(counts, probabilities(decoder, sampling)) > LEAST_P_VALUE
+
+
+@pytest.mark.parametrize("name", ["n-grams", "short head", "all together"])
+def test_every_source_drafts_here(decoder, name):
+    rounds = [
+        step
+        for seed in range(50)
+        for step in steps(decoder, PROMPT, PLANS[name], N_TOKENS, SAMPLING, seed=seed)[1:]
+    ]
+    accepted = {(step.source, step.accepted > 0) for step in rounds if step.drafted}
+    sources = {"n-grams": ["n-gram"], "short head": ["early-exit"]}
+    for source in sources.get(name, ["n-gram", "early-exit"]):
+        assert accepted >= {(source, True), (source, False)}
 
 
 def test_drafts_are_accepted_and_rejected_at_every_position(decoder):
@@ -116,7 +151,7 @@ def test_an_adaptive_draft_may_not_look_at_what_was_drawn(decoder, expected, mon
 
     monkeypatch.setattr(drafters, "pick", recorded)
     monkeypatch.setattr(drafters, "confidence", lambda q: float(q[..., int(drawn[-1])]))
-    counts = count_continuations(decoder, ADAPTIVE, SAMPLES // 10)
+    counts = count_continuations(decoder, ADAPTIVE, SAMPLES // 2)
     assert p_value(counts, expected) < LEAST_P_VALUE / 1000
 
 

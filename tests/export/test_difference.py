@@ -89,7 +89,7 @@ def test_a_merged_folder_is_an_ordinary_checkpoint(made, tmp_path):
     found = ours.generate("Hello", mode="self-speculative", max_new_tokens=12)
     assert found.token_ids == answer[0, prompt.shape[1] :].tolist()
     assert (found.exit_layer, found.draft_tokens) == (2, 3)
-    assert ours.settings.draft_vocabulary == (5, 6, 7)
+    assert ours.settings.draft_vocabulary == (5, 6, 7, 2)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer.encode("Hello")) == "Hello"
 

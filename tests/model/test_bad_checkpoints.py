@@ -140,8 +140,8 @@ def test_folder_without_usable_weights(tmp_path, names, words):
         '{"eos_token_id": [1, "end"]}',
         '{"eos_token_id": {}}',
         '{"eos_token_id": -1}',
-        json.dumps({"layerskip": {"costs": {**COSTS.to_dict(), "overhead": "much"}}}),
-        json.dumps({"layerskip": {"costs": {**COSTS.to_dict(), "draft_tokens_scored": "all"}}}),
+        json.dumps({"layerskip": {"costs": [{**COSTS.to_dict(), "overhead": "much"}]}}),
+        json.dumps({"layerskip": {"costs": [{**COSTS.to_dict(), "draft_tokens_scored": "all"}]}}),
     ],
 )
 def test_generation_config_with_nonsense(folder, content):

@@ -41,7 +41,7 @@ def test_list_and_costs_travel(tmp_path):
     in_8_bits = dataclasses.replace(COSTS, weights="int8", head=0.2)
     costs = [COSTS.to_dict(), in_8_bits.to_dict()]
     settings = loaded(tmp_path, {"draft_vocabulary": text_of_ids([9, 3, 4]), "costs": costs})
-    assert settings.draft_vocabulary == (9, 3, 4)
+    assert settings.draft_vocabulary == (9, 3, 4, 2)  # the end token too
     assert settings.costs == (COSTS, in_8_bits)
     assert settings.measured_for("float32", "16bit", "cpu", "pytorch", "here").measured == COSTS
     assert settings.measured_for("float32", "int8", "cpu", "pytorch", "here").measured == in_8_bits
@@ -55,18 +55,14 @@ def test_list_and_costs_travel(tmp_path):
         assert settings.measured_for(*other).measured is None
 
 
-def test_costs_alone_are_read_as_a_list_of_one(tmp_path):
-    assert loaded(tmp_path, {"costs": COSTS.to_dict()}).costs == (COSTS,)
-
-
 @pytest.mark.parametrize(
     ("own", "message"),
     [
         ({"draft_vocabulary": "1 2 x"}, "draft_vocabulary in .* has to be token ids"),
         ({"draft_vocabulary": "1 999999"}, "draft_vocabulary in .* has to be token ids"),
         ({"draft_vocabulary": [1]}, "draft_vocabulary in .* has to be token ids"),
-        ({"costs": {"passes": "1.0"}}, "the costs in .* cannot be read .*; tune again"),
-        ({"costs": COSTS.to_dict() | {"head": 0}}, "costs are above 0"),
+        ({"costs": [{"passes": "1.0"}]}, "the costs in .* cannot be read .*; tune again"),
+        ({"costs": [COSTS.to_dict() | {"head": 0}]}, "costs are above 0"),
         ({"costs": 7}, "tune again"),
         ({"costs": [COSTS.to_dict(), 7]}, "tune again"),
     ],

@@ -50,8 +50,10 @@ def case(variant):
 
 
 @pytest.fixture(scope="module")
-def decoder(variant, tmp_path_factory):
+def decoder(request, variant, tmp_path_factory):
     case, compiled = variant
+    if compiled:
+        request.getfixturevalue("compiled_kernels")
     made = checkpoint(case, tmp_path_factory.mktemp(case), compiled=compiled).decoder
     assert isinstance(made, NativeDecoder) == compiled
     return made

@@ -28,7 +28,9 @@ def fetch(hub, folder, *names, **environment):
     done = subprocess.run(
         [sys.executable, "-c", FETCH, *names],
         env={
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+            "TRANSFORMERS_OFFLINE": "0",
+            "NO_PROXY": "127.0.0.1,localhost",
             "HF_ENDPOINT": hub.endpoint,
             "HF_HOME": str(folder / "hub"),
             "PYTHONPATH": str(Path(layerskip.__file__).parents[1]),

@@ -2,9 +2,11 @@
 
 import ctypes
 import itertools
+import os
 import platform
 import shutil
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -23,25 +25,29 @@ from layerskip.model.native import (
     build,
     panels,
     prepare,
+    threads,
 )
 from layerskip.model.quantize import Quantized, quantize
 from tiny_models import LAYERS
 
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 KINDS = ("float32", "bfloat16", "int8", "int4")
 # A relative error for each: of sums alone, and of inputs rounded to 8 bits of mantissa, or to 8 bits.
 TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-2, "int8": 2e-2, "int4": 2e-2}
 MANY = 33
 
 
-@pytest.fixture(scope="module", params=["native", "x86-64-v3", "x86-64-v2"])
+@pytest.fixture(scope="module", params=["native", "x86-64-v4", "x86-64-v3", "x86-64-v2"])
 def build_for(request, tmp_path_factory):
-    """The kernels of this CPU (None), and as those with AVX2 alone and with SSE alone have them."""
+    """The kernels of this CPU (None), and as older ones have them: AVX-512 without VNNI, AVX2, SSE."""
+    request.getfixturevalue("compiled_kernels")
     if request.param == "native":
         return None
     if platform.machine() != "x86_64" or "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this CPU cannot run them")
     made = tmp_path_factory.mktemp("kernels") / f"{request.param}.so"
     flags = [flag.replace("-march=native", f"-march={request.param}") for flag in build._FLAGS]
+    flags.append("-mfma")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "_FLAGS", flags)
         try:
@@ -396,7 +402,7 @@ def test_too_little_memory_is_an_error():
 
 
 def test_a_compiler_that_refuses_leaves_nothing(empty_cache, monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "_compiler", lambda: "/refused/g++")
+    monkeypatch.setattr(build, "_compiler", lambda: ("/refused/g++",))
     with pytest.raises(NoCompilerError, match=r"refuses: kernels\.cpp:1: no such flag"):
         prepare()
     assert list((tmp_path / "kernels").iterdir()) == []
@@ -418,10 +424,11 @@ def test_without_a_compiler_pytorch_runs_or_one_line_says_so(monkeypatch, tmp_pa
     ]
 
 
-@pytest.mark.parametrize("compiler", ["/not/there/g++", "'not there/g++' -v"])
-def test_a_compiler_that_is_not_there(monkeypatch, compiler, tmp_path):
-    monkeypatch.setattr(build, "_compiler", lambda: compiler)
-    with pytest.raises(NoCompilerError, match=r"g\+\+.* cannot be run: No such file"):
+def test_a_compiler_that_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "'not there/g++' -v")
+    monkeypatch.setattr(build, "_compiler", build._compiler.__wrapped__)
+    assert build._compiler() == ("not there/g++", "-v")
+    with pytest.raises(NoCompilerError, match=r"^not there/g\+\+ cannot be run: No such file"):
         build._compile(tmp_path / "kernels.so")
 
 
@@ -445,3 +452,57 @@ def test_bfloat16_is_the_default_where_it_is_fast(monkeypatch, tmp_path):
     assert dtypes() == ["torch.bfloat16"] * 2
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert dtypes() == ["torch.bfloat16", "torch.float32"]
+
+
+def test_no_positions_are_nothing_to_do(tmp_path):
+    decoder = compiled(saved("llama2", tmp_path), "float32")
+    hidden = decoder.embed(torch.zeros(1, 0, dtype=torch.long))
+    assert decoder.run(hidden, 0, LAYERS, decoder.new_cache(4)).shape == hidden.shape
+
+
+_FORK = """
+import os, pathlib, sys, torch
+from layerskip.model import load
+
+torch.set_num_threads(2)
+decoder = load(pathlib.Path(sys.argv[1]), dtype=torch.float32, compiled=True).decoder
+def run():
+    cache = decoder.new_cache(8)
+    return decoder.run(decoder.embed(torch.tensor([[5, 6]])), 0, len(decoder.layers), cache)
+expected = run()
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(run(), expected) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_process_does_not_wait_for_its_parents_threads(tmp_path):
+    command = [sys.executable, "-c", _FORK, str(saved("llama2", tmp_path))]
+    assert subprocess.run(command, timeout=120, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "panels", "expected"),
+    [
+        ({}, None, 8),
+        ({}, 3, 3),
+        ({}, 0, 1),
+        ({"cpu.max": "max 100000"}, None, 8),
+        ({"cpu.max": "250000 100000"}, None, 3),
+        ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, None, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None, 8),
+    ],
+)
+def test_threads_are_no_more_than_there_are_processors_for(
+    files, panels, expected, tmp_path, monkeypatch
+):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(threads, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(threads, "_quota", threads._quota.__wrapped__)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert threads.usable(panels) == expected

@@ -13,6 +13,7 @@ def file_of(tmp_path, monkeypatch):
     """An empty cache and little to time; gives the file of a kind."""
     monkeypatch.setattr(timing, "target", lambda: tmp_path / "kernels.so")
     monkeypatch.setattr(timing, "_BYTES", 1 << 16)
+    monkeypatch.setattr(timing, "_BYTES_A_THREAD", 0)
     timing._row_costs.cache_clear()
     yield lambda kind: tmp_path / f"kernels.{kind}.1.json"
     timing._row_costs.cache_clear()

@@ -1,6 +1,7 @@
 """The recipe on real (tiny, random) models of every family, float32."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -176,6 +177,37 @@ def test_each_part_of_the_recipe_can_be_turned_off_alone(llama, variant):
     assert handle.last.exits == ((2, 3, 4) if "EE" in variant else (4,))
 
 
+def test_steps_and_seeds_draw_other_rows_and_rates_follow_the_step(llama):
+    handle = attached(llama, DROPPING)
+
+    def drawn(step, seed=0):
+        handle.recipe = dataclasses.replace(DROPPING, seed=seed)
+        handle.set_step(step, 100)
+        llama(**batch_of(rows=8))
+        return handle._pass.skipped
+
+    assert torch.equal(drawn(0), drawn(0))
+    assert not torch.equal(drawn(0), drawn(1))
+    assert not torch.equal(drawn(0), drawn(0, seed=1))
+    handle.recipe = RecipeConfig(p_max=0.4, dropout_over_steps="exponential", curriculum="none")
+    for step, last in ((0, 0.0), (4, 0.4)):
+        handle.set_step(step, 5)
+        assert handle.skip_rates[-1] == pytest.approx(last)
+
+
+def test_the_recipes_own_settings_of_the_loss_are_used(llama):
+    handle = attached(llama, dataclasses.replace(ALL, distillation_weight=0.5, chunk_tokens=8))
+    sizes, batch = [], batch_of()
+    llama.lm_head.register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape))
+    loss, last = llama(**batch).loss.detach(), handle.last
+    assert max(shape[0] for shape in sizes if len(shape) == 2) <= 8
+    assert (last.divergence_sums[:-1] > 0).all()
+    expected = (last.loss_sums + 0.5 * last.divergence_sums).mean() / last.tokens
+    torch.testing.assert_close(loss, expected)
+    shifted = functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
+    torch.testing.assert_close(llama(**batch, shift_labels=shifted).loss.detach(), loss)
+
+
 def test_accumulated_batches_are_one_batch(llama):
     attached(llama, ALL)
     batch = batch_of(rows=8)
@@ -293,8 +325,14 @@ def test_autocast_in_bfloat16(llama):
 
 def test_bfloat16_weights(llama):
     attached(llama.bfloat16(), DROPPING)
-    _, gradients = step_of(llama, **batch_of())
+    loss, gradients = step_of(llama, **batch_of())
     assert all(g.dtype == torch.bfloat16 for g in gradients.values())
+    detach(llama)
+    attached(llama.float(), DROPPING)
+    expected, exact = step_of(llama, **batch_of())
+    torch.testing.assert_close(loss.float(), expected, rtol=0.02, atol=0.02)
+    for name, gradient in exact.items():
+        assert (gradients[name].float() - gradient).norm() < 0.2 * gradient.norm(), name
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile itself
@@ -389,9 +427,8 @@ def test_rows_that_are_not_independent_are_refused(llama):
 
 def test_layers_that_take_keys_from_other_layers_are_refused():
     """Each layer keeps other rows: keys of the rows that another layer kept are another's."""
-    from transformers import AutoModelForCausalLM, Gemma4TextConfig
-
-    config = Gemma4TextConfig(
+    transformers = pytest.importorskip("transformers", minversion="5.5")
+    config = transformers.Gemma4TextConfig(
         vocab_size=64,
         vocab_size_per_layer_input=64,
         hidden_size=16,
@@ -404,7 +441,7 @@ def test_layers_that_take_keys_from_other_layers_are_refused():
         num_kv_shared_layers=6,
     )
     with pytest.raises(ValueError, match="rows of a batch independently"):
-        attach(AutoModelForCausalLM.from_config(config), ALL)
+        attach(transformers.AutoModelForCausalLM.from_config(config), ALL)
 
 
 def test_what_goes_wrong_in_the_trial_is_a_refusal(llama):

@@ -1,3 +1,4 @@
+import copy
 import decimal
 import gzip
 import json
@@ -6,6 +7,7 @@ import lzma
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows
@@ -245,3 +247,22 @@ def test_a_damaged_archive_is_named(tmp_path, compression, damage):
     (tmp_path / f"rows.jsonl{compression}").write_bytes(damage(whole))
     with pytest.raises(ValueError, match=rf"rows.jsonl{compression} cannot be read as text"):
         list(read_rows(path))
+
+
+def test_a_beginning_stands_once(tokenizer):
+    """Before prompts and texts the tokenizer's own, before conversations the template's alone."""
+    plain = copy.deepcopy(tokenizer)
+    begin = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[begin, "$A"], special_tokens=[(begin, tokenizer.eos_token_id)]
+    )
+    chat = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}
+    template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    template += "{% if add_generation_prompt %}assistant {% endif %}"
+    plain.chat_template = tokenizer.chat_template = template
+    for row, added in ((ROWS[0], 1), ({"text": "1 plus"}, 1), (chat, 0)):
+        ids, without = (
+            next(iter(encode_rows([("here", row)], Encoding(tokenizer=one), "rows")))["input_ids"]
+            for one in (tokenizer, plain)
+        )
+        assert ids == [tokenizer.eos_token_id] * added + without

@@ -1,5 +1,6 @@
 import itertools
 import json
+import operator
 import os
 import shutil
 import signal
@@ -188,7 +189,7 @@ train(TrainConfig.from_mapping(json.loads(sys.argv[1])))
 
 
 def test_killed_runs_resume_bit_for_bit(settings, tmp_path):
-    changed = {"max_steps": 60, "save_steps": 1, "keep_checkpoints": 2}
+    changed = {"max_steps": 200, "save_steps": 1, "keep_checkpoints": 2}
     whole = run(settings, **changed)
     out = tmp_path / "killed"
     arguments = json.dumps({**settings, **changed, "output": str(out)})
@@ -199,7 +200,7 @@ def test_killed_runs_resume_bit_for_bit(settings, tmp_path):
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    assert 0 < int(last_checkpoint(out).rsplit("-", 1)[1]) < 60
+    assert 0 < int(last_checkpoint(out).rsplit("-", 1)[1]) < 200
     run(settings, **changed, output=str(out), resume=True)
     assert_same_weights(whole.output, out)
 
@@ -289,6 +290,30 @@ def test_a_result_that_cannot_be_written_leaves_the_checkpoint(settings, monkeyp
             run(settings, max_steps=4)
     assert last_checkpoint(settings["output"]).endswith("checkpoint-4")
     assert run(settings, max_steps=4, resume=True).steps == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "value"),
+    [
+        ({"precision": "bfloat16"}, "args.bf16", True),
+        ({"weight_decay": 0.1}, "args.weight_decay", 0.1),
+        ({"gradient_checkpointing": True}, "args.gradient_checkpointing", True),
+        ({"compile": True}, "args.torch_compile", True),
+        ({"eval_exits": [2], "eval_rows": 4}, "eval_exits", (2,)),
+        ({"max_grad_norm": 0.5}, "args.max_grad_norm", 0.5),
+    ],
+)
+def test_settings_reach_the_trainer(settings, monkeypatch, changes, name, value):
+    seen = []
+
+    def train(self, **_):
+        seen.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LayerSkipTrainer, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, **changes)
+    assert operator.attrgetter(name)(seen[0]) == value
 
 
 def test_training_in_bfloat16(settings):

@@ -1,14 +1,17 @@
 """Settings written into a checkpoint and read back, by this package and by transformers."""
 
+import dataclasses
 import json
 import stat
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import tiny_models
 from layerskip import LayerSkipModel
 from layerskip.model import StepCosts
+from layerskip.model.machine import machine
 from layerskip.model.settings import read_settings
 from layerskip.tuning.choose import Choice
 from layerskip.tuning.settings import check_writable, write_settings
@@ -126,6 +129,17 @@ def test_each_kind_of_weights_keeps_the_costs_it_was_tuned_with(folder):
         kind = ("float32", weights, "cpu", "pytorch", "")
         measured = settings.measured_for(*kind, threads=threads).measured
         assert (measured.head if measured else None) == head
+
+
+def test_costs_of_this_machine_reach_mode_auto(folder):
+    here = dataclasses.replace(
+        costs("16bit", 0.3, torch.get_num_threads()), machine=machine(torch.device("cpu"))
+    )
+    for one in (dataclasses.replace(here, machine="elsewhere", head=0.9), here):
+        write_settings(folder, CHOICE, end_tokens=[2], record=RECORD, costs=one)
+    model = LayerSkipModel.from_pretrained(folder, dtype="float32", compile=False)
+    assert [found.head for found in model.settings.costs] == [0.3]
+    assert model.answer([5]).plan.costs.head == 0.3
 
 
 def test_a_new_file_knows_the_special_tokens(folder):

@@ -1,6 +1,8 @@
 """The command line: one file a command; each parses, calls the library, and prints."""
 
+import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -34,8 +36,11 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError as error:  # click would end the whole program here
-            raise _ReaderLeftError from error
+        except OSError as error:
+            on_windows = os.name == "nt" and error.errno == errno.EINVAL
+            if not (isinstance(error, BrokenPipeError) or on_windows):
+                raise
+            raise _ReaderLeftError from error  # click would end the whole program here
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -63,6 +68,11 @@ def layerskip_command() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program and exit: 0 on success, 2 for a usage error, 1 for a failure."""
+    for stream in (sys.stdin, sys.stdout):
+        if os.name == "nt" and isinstance(stream, io.TextIOWrapper) and not stream.isatty():
+            stream.reconfigure(
+                encoding="utf-8"
+            )  # files and pipes have the system's code page there
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -25,7 +25,8 @@ HONEST_WORD = (
 )
 TRY_IT = """
 On your own model:
-  layerskip train --model MODEL --data ROWS.jsonl --output runs/mine --regime task
+  layerskip train --model MODEL --data ROWS.jsonl --output runs/mine --regime task \\
+      --fixed-exits 8 --exit-weighting linear --distillation-weight 1  # what a small budget needs
   layerskip tune --model runs/mine --data PROMPTS.jsonl
   layerskip demo --model runs/mine"""
 MINUTES = 10.0

@@ -195,7 +195,7 @@ def _train(flags: dict[str, Any], exits: list[int], minutes: float, folder: Path
         recipe=recipe,
         max_minutes=minutes,
         batch_size=8,
-        precision="bfloat16",
+        precision="auto",
         learning_rate=3e-4,
         warmup_steps=10,
         max_length=256,

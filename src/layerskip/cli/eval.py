@@ -168,9 +168,9 @@ def command(
         "tasks": facts,
         "rows": [row.to_dict() for row in rows],
     }
+    options.deliver(result, as_json=as_json, output=output)
     if not as_json:
         _print_table(rows, flags["model"])
-    options.deliver(result, as_json=as_json, output=output)
     if plot is not None:
         replace(plot, plot_exits(rows, n_layers))
 

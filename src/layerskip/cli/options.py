@@ -238,7 +238,9 @@ def _doubts_in_one_line() -> Iterator[None]:
 
 def fetch(name: str) -> Path:
     """Pull a built-in model and say so on stderr."""
-    return pull(name, lambda line: say(f"{name}: {line}"))
+    console = Console(stderr=True, highlight=False)
+    with console.status(name) if console.is_terminal else contextlib.nullcontext():
+        return pull(name, lambda line: console.print(f"{name}: {line} ..."))
 
 
 def fetch_if_builtin(name: str) -> None:

@@ -1,5 +1,6 @@
 """What a GGUF file says about its model: sizes, rotary embedding, window; or what its source said."""
 
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -45,7 +46,10 @@ def _of_elements(types: list[GGUFValueType]) -> GGUFValueType | None:
 
 def _add_general(writer: gguf.GGUFWriter, source: Source) -> None:
     writer.add_type("model")
-    name = source.files.path.absolute().name
+    path = source.files.path.absolute()
+    if path.parent.name == "snapshots":  # of the hub's cache: models--owner--name/snapshots/commit
+        path = Path(path.parent.parent.name.rsplit("--", 1)[-1])
+    name = path.name
     writer.add_name(name if source.exit_layer is None else f"{name} to layer {source.exit_layer}")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 

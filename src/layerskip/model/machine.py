@@ -1,16 +1,29 @@
 """What this machine is, as far as measured costs depend on it."""
 
+import contextlib
 import functools
 import hashlib
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 
 
+@functools.cache
 def cpu_name() -> str:
     """The processor's name, as far as the system tells."""
-    return _cpu_line("model name") or platform.processor() or "unknown"
+    if sys.platform == "darwin":
+        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        with contextlib.suppress(OSError):
+            return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    maker, part = (
+        _cpu_line("CPU implementer"),
+        _cpu_line("CPU part"),
+    )  # all that Linux says of an ARM
+    arm = f"ARM {maker} {part}" if maker else ""
+    return _cpu_line("model name") or arm or platform.processor() or "unknown"
 
 
 def cpu_instructions() -> str:

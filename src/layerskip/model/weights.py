@@ -333,6 +333,8 @@ def replace(path: Path, content: bytes) -> None:
 
 def flush(path: Path) -> None:
     """See that a file, or all files of a folder, are on the disk, before they get their final name."""
+    if os.name == "nt":  # which flushes no file that was opened to be read
+        return
     for inside in path.rglob("*") if path.is_dir() else [path]:
         if inside.is_file():
             with inside.open("rb") as file:

@@ -78,8 +78,9 @@ class TrainConfig:
         " are used",
         None,
     )
-    precision: Literal["float32", "bfloat16", "float16"] = _setting(
-        "precision of the arithmetic; weights are kept in float32", "float32"
+    precision: Literal["float32", "bfloat16", "float16", "auto"] = _setting(
+        "precision of the arithmetic; weights are kept in float32. auto: bfloat16 where that is fast",
+        "float32",
     )
     gradient_checkpointing: bool = _setting("less memory, more time", False)
     compile: bool = _setting("compile the layers", False)

@@ -95,7 +95,7 @@ class PeerProcess:
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
-        except BrokenPipeError:
+        except OSError:  # a broken pipe, which Windows calls an invalid argument
             line = ""
         if not line:
             self._failure = f"its process ended with status {process.wait()}{self._last_words()}"

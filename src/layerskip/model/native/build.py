@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from layerskip.model.machine import cpu_instructions
 from layerskip.model.source import cache_folder
 from layerskip.model.weights import flush
@@ -54,6 +56,8 @@ def prepare(announce: Callable[[str], None] = lambda text: None) -> None:
 def library() -> ctypes.CDLL:
     """The compiled kernels; raises what `prepare` raises."""
     prepare()
+    if hasattr(os, "register_at_fork"):  # a child would wait for threads that its parent has
+        os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
     return _loaded(target())
 
 
@@ -96,17 +100,24 @@ def _check(status: int) -> None:
 
 
 @functools.cache
-def _compiler() -> str:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+def _compiler() -> tuple[str, ...]:
+    """The compiler's program, and arguments that come with it."""
+    if os.name == "nt":
+        raise NoCompilerError("on Windows the kernels are not compiled")
+    if named := os.environ.get("CXX"):
+        return tuple(shlex.split(named))
+    if sys.platform == "darwin":
+        raise NoCompilerError("Apple's compiler has no OpenMP; name another (g++, clang++) in CXX")
+    compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise NoCompilerError("there is no C++ compiler (g++ or clang++)")
-    return compiler
+    return (compiler,)
 
 
 @functools.cache
 def target() -> Path:
     """The compiled library's file, named after everything that it depends on."""
-    what = "\0".join((_compiler(), *_FLAGS, sys.platform, platform.machine(), cpu_instructions()))
+    what = "\0".join((*_compiler(), *_FLAGS, sys.platform, platform.machine(), cpu_instructions()))
     name = hashlib.sha256(_SOURCE.read_bytes() + what.encode()).hexdigest()[:16]
     return cache_folder() / "kernels" / f"{name}.so"
 
@@ -116,14 +127,14 @@ def _compile(target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
-            command = [*shlex.split(_compiler()), *_FLAGS, str(_SOURCE), "-o", str(made)]
+            command = [*_compiler(), *_FLAGS, str(_SOURCE), "-o", str(made)]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
             except OSError as error:
-                raise NoCompilerError(f"{_compiler()} cannot be run: {error.strerror}") from error
+                raise NoCompilerError(f"{command[0]} cannot be run: {error.strerror}") from error
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["no message"])[0]
-                raise NoCompilerError(f"{_compiler()} refuses: {reason}")
+                raise NoCompilerError(f"{command[0]} refuses: {reason}")
             flush(made)
             made.replace(target)
     except OSError as error:

@@ -22,6 +22,7 @@ from layerskip.model.native.panels import (
     fits,
     pointers_to,
 )
+from layerskip.model.native.threads import usable
 from layerskip.model.norm import HeadNorm, RMSNorm
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
@@ -104,6 +105,7 @@ class NativeDecoder(Decoder):
             *(a.hidden_size, a.n_heads, a.n_kv_heads, a.head_dim, a.ffn_size, a.norm_eps),
             *(KINDS[self.dtype], _ACTIVATIONS[a.activation], ctypes.addressof(self._structs)),
         )
+        self._narrowest = a.hidden_size // LANES
         self._model_pointer = ctypes.addressof(self._model)
         self._final_norm_weight = _weight(self.final_norm)
         self._pointers: tuple[tuple[Matrix, ...], ctypes.Array[ctypes.c_void_p]] | None = None
@@ -116,7 +118,7 @@ class NativeDecoder(Decoder):
     def run(self, hidden: Tensor, start: int, stop: int, cache: KVCache) -> Tensor:
         """See `Decoder`."""
         self._check_layers(start, stop)
-        if start == stop:
+        if start == stop or not hidden.numel():
             return hidden
         b, t, _ = hidden.shape
         cache.check_room(t)
@@ -132,7 +134,7 @@ class NativeDecoder(Decoder):
             cache.slots.data_ptr(),
             cache.capacity,
             turns.pointers,
-            torch.get_num_threads(),
+            usable(self._narrowest),
         )
         return out
 
@@ -184,7 +186,7 @@ class NativeDecoder(Decoder):
         where = (rows, exit_layer, cache.slots.data_ptr(), cache.capacity, turns.pointers)
         norm, lengths = self._final_norm_weight.data_ptr(), cache.lengths.data_ptr()
         which = None if token_ids is None else token_ids.data_ptr()
-        threads, made, newest = torch.get_num_threads(), 0, last
+        threads, made, newest = usable(self._narrowest), 0, last
         while made < n:
             hidden = self.embed(newest).float()
             newest, state = tokens[made], states[made]

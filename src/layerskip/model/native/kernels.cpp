@@ -35,7 +35,11 @@
 namespace {
 
 constexpr int LANES = 16, GROUP = 32;
-#if defined(__AVX512F__)
+#if defined(__x86_64__) && !defined(__FMA__)
+#error this processor has no fused multiply-add
+#endif
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)  // without VNNI bytes are multiplied in vectors of 8
+#define VECTORS_OF_16
 constexpr int WIDTH = 16;  // numbers in a vector of this machine
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define VECTORS_OF_8
@@ -50,7 +54,6 @@ typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
 typedef uint64_t Pairs __attribute__((vector_size(4 * WIDTH)));  // of floats
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
 typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
-typedef _Float16 HalfFloats __attribute__((vector_size(2 * WIDTH)));
 
 enum Kind : int32_t { FLOAT32, BFLOAT16, INT8, INT4 };
 enum Activation : int32_t { SILU, GELU_TANH };
@@ -99,7 +102,7 @@ inline float sum(Vec v) {
   return total;
 }
 inline float maximum(Vec v) {
-#ifdef __AVX512F__
+#ifdef VECTORS_OF_16
   return _mm512_reduce_max_ps((__m512)v);
 #else
   float most = v[0];
@@ -108,7 +111,7 @@ inline float maximum(Vec v) {
 #endif
 }
 inline int32_t sum(Ints v) {
-#ifdef __AVX512F__
+#ifdef VECTORS_OF_16
   return _mm512_reduce_add_epi32((__m512i)v);
 #else
   int32_t total = 0;
@@ -119,7 +122,7 @@ inline int32_t sum(Ints v) {
 // a * b + c, rounded once: said outright, since a compiler that fuses here and not there would give
 // different bits to the same sum.
 inline Vec fused(Vec a, Vec b, Vec c) {
-#ifdef __AVX512F__
+#ifdef VECTORS_OF_16
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(VECTORS_OF_8)
   return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
@@ -162,16 +165,23 @@ inline Halves to_bfloat16(Vec v) {  // to nearest, ties to even
 }
 inline Vec from_bfloat16(Halves v) { return (Vec)(__builtin_convertvector(v, Words) << 16); }
 inline Vec from_float16(const void *p) {
-#ifdef __AVX512F__
+#ifdef VECTORS_OF_16
   return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 #elif defined(VECTORS_OF_8)
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
-#else
-  return __builtin_convertvector(load<HalfFloats>((const _Float16 *)p), Vec);
+#else  // a finite number's exponent and mantissa, moved to their places; older compilers have no _Float16
+  const Words bits = __builtin_convertvector(load<Halves>((const uint16_t *)p), Words);
+  const Vec size = (Vec)((bits & 0x7fffu) << 13) * 0x1p112f;
+  return (Vec)((Words)size | (bits & 0x8000u) << 16);
 #endif
 }
 
-#ifdef __AVX512BF16__
+inline float from_float16(uint16_t half) {
+  uint16_t halves[WIDTH] = {half};
+  return from_float16(halves)[0];
+}
+
+#if defined(VECTORS_OF_16) && defined(__AVX512BF16__)
 constexpr bool PAIRS = true;  // products of two 16-bit numbers at a time
 inline Vec dot2(Vec sums, Words weights, uint32_t inputs) {
   return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(inputs));
@@ -184,7 +194,7 @@ constexpr bool PAIRS = false;
 // 16 bits, these have room for signed weights alone, or for a group of 4-bit ones, which `settled` ends.
 template <int KIND>
 inline Ints dot4(Ints sums, Words weights, uint32_t inputs) {
-#if defined(__AVX512VNNI__)
+#if defined(VECTORS_OF_16)
   return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(inputs));
 #elif defined(VECTORS_OF_8)
   const __m256i x = _mm256_set1_epi32(inputs);
@@ -206,13 +216,13 @@ inline Ints dot4(Ints sums, Words weights, uint32_t inputs) {
 }
 template <int KIND>
 inline Ints settled(Ints sums) {
-#if defined(VECTORS_OF_8) && !defined(__AVX512VNNI__)
+#ifdef VECTORS_OF_8
   if constexpr (KIND == INT4) return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1));
 #endif
   return sums;
 }
 // What `dot4` takes off a code.
-#if defined(VECTORS_OF_8) && !defined(__AVX512VNNI__)
+#ifdef VECTORS_OF_8
 constexpr int taken_off(int kind) { return kind == INT8 ? 128 : 0; }
 #else
 constexpr int taken_off(int) { return 0; }
@@ -290,7 +300,7 @@ struct Sink {
   }
 };
 
-#ifdef __AVX512F__
+#ifdef VECTORS_OF_16
 constexpr int TILES = 16;  // sums that are kept in registers
 #else
 constexpr int TILES = 12;
@@ -419,7 +429,7 @@ inline void tile(const Matrix &w, int64_t panel, const char *inputs, int64_t str
       for (int p = 0; p < P; p++) {
         const uint32_t *at = base + (p * (n / 2) + k) * LANES;
         __builtin_prefetch(at + AHEAD * LANES);
-#ifdef __AVX512BF16__
+#if defined(VECTORS_OF_16) && defined(__AVX512BF16__)
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++)
           sums[p][r][0] = dot2(sums[p][r][0], load<Words>(at), ((const uint32_t *)(inputs + r * stride))[k]);
@@ -492,7 +502,7 @@ __attribute__((noinline)) void product(const Matrix &w, int64_t first, int64_t l
 // 16-bit weights on a CPU's matrix unit (AMX): 32 inputs of a panel are one of its tiles as they lie,
 // and sixteen rows of inputs another. Its sums are formed in another order than those of vectors, so a
 // machine that has the unit uses it for single rows too.
-#if defined(__AMX_BF16__) && defined(__linux__)
+#if defined(VECTORS_OF_16) && defined(__AMX_BF16__) && defined(__linux__)
 #define MATRIX_UNIT
 constexpr int WIDE = 4, DEEP = 2 * LANES;  // panels, inputs of a tile
 
@@ -650,7 +660,7 @@ inline auto normed(const float *from, const float *norm, int64_t n, float eps) {
 }
 
 // Queries whose sums over values are in registers together, of each so many vectors of outputs.
-#ifdef __AVX512F__
+#ifdef VECTORS_OF_16
 constexpr int QUERIES = 6, OUTPUTS = 4;
 #else
 constexpr int QUERIES = 6, OUTPUTS = 2;
@@ -1238,8 +1248,8 @@ void layerskip_rows(const Matrix *w, const int64_t *index, int64_t n, float *out
             ((const uint8_t *)w->data)[((panel * in / each + k / each) * LANES + lane) * 4 + k % 4];
         const int code = w->kind == INT8 ? byte : k % 8 < 4 ? byte & 15 : byte >> 4;
         const int64_t group = (panel * groups + k / GROUP) * LANES + lane;
-        const float scale = ((const _Float16 *)w->scales)[group];
-        const float offset = w->offsets ? (float)((const _Float16 *)w->offsets)[group]
+        const float scale = from_float16(((const uint16_t *)w->scales)[group]);
+        const float offset = w->offsets ? from_float16(((const uint16_t *)w->offsets)[group])
                                         : scale * (w->kind == INT8 ? -128.0f : -8.0f);
         to[k] = code * scale + offset;
       }

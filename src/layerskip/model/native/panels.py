@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from layerskip.model.native.build import library
+from layerskip.model.native.threads import usable
 from layerskip.model.quantize import GROUP, Quantized
 
 LANES = 16
@@ -87,7 +88,7 @@ class PanelMatrix:
             x.data_ptr(),
             x.shape[0],
             y.data_ptr(),
-            torch.get_num_threads(),
+            usable(),
         )
         return y
 
@@ -148,7 +149,7 @@ def choose(
     library().layerskip_choose(
         *(parts, len(parts)),
         *(_pointer(norm), eps, x.data_ptr(), x.shape[0]),
-        *(chosen.data_ptr(), _pointer(probabilities), torch.get_num_threads()),
+        *(chosen.data_ptr(), _pointer(probabilities), usable()),
     )
     return chosen, probabilities
 

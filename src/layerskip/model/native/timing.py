@@ -22,7 +22,7 @@ from layerskip.model.quantize import GROUP, Quantized
 _ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 _ROUNDS = 4
 _INPUTS = 2048
-_BYTES = 1 << 26  # of weights: more than a laptop's caches hold
+_BYTES, _BYTES_A_THREAD, _MOST_BYTES = 1 << 26, 1 << 24, 1 << 29  # more than caches hold
 _BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 
 
@@ -40,7 +40,7 @@ def _row_costs(kind: str, threads: int) -> tuple[float, ...]:
     file = target().with_suffix(f".{kind}.{threads}.json")
     with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or damaged
         return tuple(float(cost) for cost in json.loads(file.read_text()))
-    costs = _timed(_matrix(kind))
+    costs = _timed(_matrix(kind, min(max(_BYTES, threads * _BYTES_A_THREAD), _MOST_BYTES)))
     with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
         unfinished = Path(f"{file}.{os.getpid()}")
         unfinished.write_text(json.dumps(costs))
@@ -48,9 +48,9 @@ def _row_costs(kind: str, threads: int) -> tuple[float, ...]:
     return costs
 
 
-def _matrix(kind: str) -> PanelMatrix:
+def _matrix(kind: str, n_bytes: int) -> PanelMatrix:
     bits = _BITS[kind]
-    shape = _BYTES * 8 // bits // _INPUTS, _INPUTS
+    shape = n_bytes * 8 // bits // _INPUTS, _INPUTS
     if bits > 8:
         return PanelMatrix(torch.ones(shape, dtype=getattr(torch, kind)))
     scales = torch.ones(shape[0], _INPUTS // GROUP, dtype=torch.float16)
