@@ -1,5 +1,7 @@
 """Many prompts at once give what each gives alone, in float32."""
 
+import dataclasses
+
 import pytest
 import torch
 from scripted import LAYERS as SCRIPTED_LAYERS
@@ -23,6 +25,7 @@ from layerskip.decoding.batch import Batch, alike
 from layerskip.decoding.generate import PREFILL_CHUNK
 
 EARLY = Plan(mode="early-exit", exit_layer=2)
+ADAPTIVE = dataclasses.replace(speculative(1, 6), adaptive=True)
 
 
 def batch(decoder, prompts, plan, n=24, **options):
@@ -38,7 +41,9 @@ def answers(made, count):
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-@pytest.mark.parametrize("plan", [PLAIN, EARLY, speculative(1, 4), speculative(LAYERS, 3)], ids=str)
+@pytest.mark.parametrize(
+    "plan", [PLAIN, EARLY, speculative(1, 4), speculative(LAYERS, 3), ADAPTIVE], ids=str
+)
 def test_greedy_rows_are_those_of_each_prompt_alone(case, plan):
     decoder = tiny_decoder(case)
     prompts = [random_prompt(decoder, n, seed=n) for n in (1, 9, 4, 17)]
@@ -124,11 +129,25 @@ def test_sampling_follows_the_seed_and_differs_between_rows():
     [
         (PLAIN, Sampling(repetition_penalty=1.2)),
         (Plan(mode="self-speculative", draft_tokens=3, draft_from="n-gram"), GREEDY),
+        (dataclasses.replace(ADAPTIVE, draft_from="both"), GREEDY),
     ],
 )
 def test_what_looks_at_one_text_is_refused(plan, sampling):
     with pytest.raises(ValueError, match="a batch has no"):
         batch(tiny_decoder("llama3.1"), [[1], [2]], plan, sampling=sampling)
+
+
+@pytest.mark.parametrize("upper", [0.0, 30.0], ids=["always right", "never right"])
+def test_an_adaptive_batch_drafts_as_far_as_it_pays(upper):
+    decoder = tiny_decoder("llama3.1", upper=upper)
+    prompts = [random_prompt(decoder, n, seed=n) for n in (3, 8)]
+    made = batch(decoder, prompts, ADAPTIVE, n=60)
+    drafted = [step.drafted for prompt, step in made.steps() if prompt == 0][1:-1]
+    if upper:
+        assert 0 < sum(n > 0 for n in drafted[-40:]) < 5
+        assert max(drafted[-40:]) == 1
+    else:
+        assert set(drafted[2:]) == {6}
 
 
 def test_a_bad_prompt_is_refused():

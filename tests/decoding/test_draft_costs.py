@@ -84,7 +84,8 @@ def test_a_round_is_its_draft_and_its_verification():
 def test_the_draft_length_of_a_batch():
     free = DraftCosts(layers=0.1, head=0.0, passes=(1.0,))
     # One draft: 1.8 tokens in 1.1 steps; two: 2.44 in 1.2; each further one while it brings more.
-    assert free.batch_draft_tokens(4, 1) == 1
-    assert free.batch_draft_tokens(4, 2) == 2
-    assert free.batch_draft_tokens(4, 20) == 6
-    assert DraftCosts(layers=0.1, head=0.0, passes=(1.0, 2.0)).batch_draft_tokens(4, 5) == 0
+    assert free.batch_draft_tokens(4, 1, 0.8) == 1
+    assert free.batch_draft_tokens(4, 2, 0.8) == 2
+    assert free.batch_draft_tokens(4, 20, 0.8) == 6
+    assert free.batch_draft_tokens(4, 20, 0.1) == 0
+    assert DraftCosts(layers=0.1, head=0.0, passes=(1.0, 2.0)).batch_draft_tokens(4, 5, 0.8) == 0

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from layerskip.decoding.accept import accept
+from layerskip.decoding.draft_costs import DraftCosts
+from layerskip.decoding.draft_length import BatchLength
 from layerskip.decoding.drafters import EarlyExitDrafter
 from layerskip.decoding.generate import PREFILL_CHUNK, Ending, Step, check_prompt
 from layerskip.decoding.policy import Plan
@@ -17,8 +19,9 @@ from layerskip.model import Decoder
 class Batch:
     """Prompts that are continued together, in one cache with a row each.
 
-    Drafts come from the early exit, of one length for all rows; each row keeps what the model agreed
-    with there. A draft vocabulary has the tokens of all prompts.
+    Drafts come from the early exit, of one length for all rows, which adaptive ones choose anew in every
+    round; each row keeps what the model agreed with there. A draft vocabulary has the tokens of all
+    prompts.
 
     Args:
         decoder: the model.
@@ -46,7 +49,7 @@ class Batch:
         seed: int | None = None,
     ) -> None:
         if not can_batch(plan, sampling):
-            raise ValueError("a batch has no repetition penalty, n-grams or adaptive drafts")
+            raise ValueError("a batch has no repetition penalty and no drafts from n-grams")
         for prompt in prompts:
             check_prompt(decoder, prompt)
         self._decoder, self._prompts, self._plan, self._sampling = decoder, prompts, plan, sampling
@@ -58,11 +61,17 @@ class Batch:
         self._cache = decoder.new_cache(capacity, len(prompts))
         self._generator = seeded_generator(decoder.device, seed)
         self._drafter: EarlyExitDrafter | None = None
+        self._length: BatchLength | None = None
         if plan.mode == "self-speculative":
             assert plan.exit_layer is not None
             seen = {token for prompt in prompts for token in prompt}
             head = ShortHead.of(decoder, plan.draft_vocabulary, seen)
             self._drafter = EarlyExitDrafter(decoder, plan.exit_layer, sampling, head)
+            if plan.adaptive:
+                assert plan.draft_tokens is not None
+                share = 1.0 if head is None else head.share
+                costs = DraftCosts.of(decoder, plan.exit_layer, share, plan.costs)
+                self._length = BatchLength(costs, plan.draft_tokens)
 
     def leave(self, prompt: int) -> None:
         """End a prompt's answer, as at a stop string."""
@@ -98,7 +107,9 @@ class Batch:
         assert self._plan.draft_tokens is not None
         room = min(self._endings[prompt].room for prompt in self._rows)
         settled = cache.lengths.clone()
-        n = min(self._plan.draft_tokens, room - 1)
+        length = self._length
+        n = self._plan.draft_tokens if length is None else length.choose(len(self._rows))
+        n = min(n, room - 1)
         draft = drafter.draft(last, n, cache, None, self._generator)
         cache.lengths.copy_(settled)
         hidden = decoder.run(draft.states, draft.start, len(decoder.layers), cache)
@@ -108,6 +119,8 @@ class Batch:
         table = torch.cat([draft.tokens, following, accepted[:, None]], dim=1).tolist()
         counts = [row[-1] for row in table]
         cache.lengths += torch.tensor(counts) + 1
+        if length is not None and n:
+            length.learn(n, counts)
         steps = [
             Step((*row[:count], row[-2]), n, count, draft.source, rejected=tuple(row[count:n]))
             for row, count in zip(table, counts, strict=True)
@@ -152,8 +165,7 @@ class Batch:
 
 def can_batch(plan: Plan, sampling: Sampling) -> bool:
     """Whether prompts can be continued together: what looks at one text alone cannot."""
-    of_one_length = plan.draft_from == "early-exit" and not plan.adaptive
-    return of_one_length and sampling.repetition_penalty == 1.0
+    return plan.draft_from == "early-exit" and sampling.repetition_penalty == 1.0
 
 
 def alike(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> bool:

@@ -17,7 +17,6 @@ _BESIDE_PRODUCTS = 0.03
 # positions; the fewer their bytes, the more arithmetic shows.
 _ROW_COSTS = {32: 0.06, 16: 0.05, 8: 0.15, 4: 0.3}
 _ROW_COST_ON_A_GPU = 0.01
-_BATCH_ACCEPTANCE = 0.8  # of a token, at the first exits that are worth it
 _LEAST_GAIN = 1.03  # of a batch: below that drafting is not worth a try
 
 
@@ -97,15 +96,16 @@ class DraftCosts:
         drafting = self.layers * (drafted + 1) + self.head * scored
         return drafting + (1 - self.layers) * self.over(drafted + 1) + self.overhead
 
-    def batch_draft_tokens(self, rows: int, most: int) -> int:
+    def batch_draft_tokens(self, rows: int, most: int, acceptance: float) -> int:
         """The draft length for so many prompts at once, at most `most`; 0 where plain is best.
 
-        A pass over n tokens of each of B prompts is one over n * B positions.
+        A pass over n tokens of each of B prompts is one over n * B positions. A drafted token whose
+        predecessors are right is right with the probability `acceptance`, below 1.
         """
         step = self.over(rows)
         best, longest = _LEAST_GAIN / step, 0
         for d in range(1, most + 1):
-            tokens = (1 - _BATCH_ACCEPTANCE ** (d + 1)) / (1 - _BATCH_ACCEPTANCE)
+            tokens = (1 - acceptance ** (d + 1)) / (1 - acceptance)
             drafting = (self.layers * (d + 1) + self.head * d) * step
             time = drafting + (1 - self.layers) * self.over(rows * (d + 1)) + self.overhead
             if tokens / time > best:

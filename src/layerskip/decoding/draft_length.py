@@ -17,7 +17,7 @@ _PRIOR = 4.0
 _NGRAM_BELIEFS = (0.0, 0.1, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _NGRAM_PRIOR = 2.0
 # How often a draft of an early exit that was ever right is right, before anything else is learned.
-_BELIEF, _BELIEF_WEIGHT = 0.8, 2.0
+BELIEF, _BELIEF_WEIGHT = 0.8, 2.0
 _MEMORY = 0.95  # of tokens and times, a round
 _FIRST_REST, _LONGEST_REST = 4, 64
 
@@ -90,7 +90,7 @@ class DraftLength:
         self._accepted = [_PRIOR * (i + 0.5) / _BINS for i in range(_BINS)]
         self._judged = [_PRIOR] * _BINS
         # The same over all drafts, whatever their confidence.
-        self._right, self._seen = _BELIEF * _BELIEF_WEIGHT, _BELIEF_WEIGHT
+        self._right, self._seen = BELIEF * _BELIEF_WEIGHT, _BELIEF_WEIGHT
         self._proven = False  # whether a draft was ever accepted; until then one token is risked
         self._own, self._rests = Pace(), Rests()
         # What is compared with n-grams: rounds that were drafted here, and no others.
@@ -180,6 +180,35 @@ class DraftLength:
         for pace in (self._pace, self._own, self._drafting):
             pace.learn(accepted + 1, time)
         self._rests.learn(self._own.pays)
+
+
+class BatchLength:
+    """Decides how many tokens are drafted for each row of a batch, from how often they were right.
+
+    Where nothing is worth it one token is tried now and then, after longer and longer rests.
+
+    Args:
+        costs: in units of a plain step of one row.
+        most: tokens of a draft.
+    """
+
+    def __init__(self, costs: DraftCosts, most: int) -> None:
+        self._costs, self._most, self._rests = costs, most, Rests()
+        self._right, self._seen = BELIEF * _BELIEF_WEIGHT, _BELIEF_WEIGHT
+
+    def choose(self, rows: int) -> int:
+        """The length of this round's drafts, for so many rows."""
+        if not self._rests.begins():
+            return 0
+        best = self._costs.batch_draft_tokens(rows, self._most, self._right / self._seen)
+        self._rests.learn(best > 0)
+        return best or 1
+
+    def learn(self, drafted: int, accepted: Sequence[int]) -> None:
+        """Take note of a round: what comes after a row's first miss was never judged."""
+        self._right = _MEMORY * self._right + sum(accepted)
+        # A little doubt is always left: no acceptance is 1.
+        self._seen = _MEMORY * self._seen + sum(min(n + 1, drafted) for n in accepted) + 1e-3
 
 
 class NgramLength:

@@ -119,8 +119,9 @@ class LayerSkipModel:
         """Answer a prompt, or a list of prompts together.
 
         A list is decoded as one batch, whose rows end one by one; in float32 each greedy answer is that
-        of its prompt alone. What looks at one text (repetition penalty, n-gram and adaptive drafts) is
-        answered one after the other; where mode auto may choose, it is plain or drafts of one length.
+        of its prompt alone. What looks at one text (repetition penalty, drafts from n-grams) is answered
+        one after the other; where mode auto may choose, drafts come from the early exit alone, or it is
+        plain.
 
         Args:
             prompt: a text (tokenized as it stands), a list of token ids, a list of chat messages

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal, cast, get_args
 
 from layerskip.decoding.draft_costs import DraftCosts
+from layerskip.decoding.draft_length import BELIEF
 from layerskip.model import Decoder, Settings, StepCosts
 
 Mode = Literal["plain", "early-exit", "self-speculative"]
@@ -20,9 +21,9 @@ class Plan:
 
     `exit_layer` is None in plain mode, and where all drafts are n-grams; `draft_tokens` is None unless
     the mode is self-speculative. `adaptive`: drafts end where another token is not worth its cost,
-    `draft_tokens` at most, and none are made for a while where they do not pay. `draft_vocabulary`: the
-    tokens that the early exit may draft, beside those of the prompt; None = all. `costs`: what was
-    measured; None = costs are estimated from bytes.
+    `draft_tokens` at most (in a batch all rows' at once), and none are made for a while where they do
+    not pay. `draft_vocabulary`: the tokens that the early exit may draft, beside those of the prompt;
+    None = all. `costs`: what was measured; None = costs are estimated from bytes.
     """
 
     mode: Mode
@@ -121,7 +122,7 @@ def choose(
 
 
 def for_batch(plan: Plan, decoder: Decoder, settings: Settings, rows: int) -> Plan:
-    """What `auto` does for several prompts at once: drafts of one length, or plain where that is best.
+    """What `auto` does for several prompts at once: early exits draft, or plain where that is best.
 
     Args:
         plan: what it does for one.
@@ -134,12 +135,9 @@ def for_batch(plan: Plan, decoder: Decoder, settings: Settings, rows: int) -> Pl
     share = len(plan.draft_vocabulary or ()) / decoder.architecture.vocab_size or 1.0
     costs = DraftCosts.of(decoder, plan.exit_layer, share, settings.measured)
     assert plan.draft_tokens is not None
-    most = min(plan.draft_tokens, settings.draft_tokens or DEFAULT_DRAFT_TOKENS)
-    if not (draft_tokens := costs.batch_draft_tokens(rows, most)):
+    if not costs.batch_draft_tokens(rows, plan.draft_tokens, BELIEF):
         return Plan(mode="plain")
-    return dataclasses.replace(
-        plan, draft_tokens=draft_tokens, draft_from="early-exit", adaptive=False, costs=None
-    )
+    return dataclasses.replace(plan, draft_from="early-exit")
 
 
 def _check(
