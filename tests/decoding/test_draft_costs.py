@@ -65,6 +65,18 @@ def test_measured_costs_come_first_and_fit_other_exits_and_heads():
     assert (costs.passes, costs.overhead) == ((1.0, 1.2, 1.3), 0.05)
 
 
+def test_keys_and_values_of_a_long_context_cost_as_weights_do():
+    decoder = tiny_decoder("llama3.1")
+    a = decoder.architecture
+    context = decoder.weight_bytes // (2 * a.n_layers * a.n_kv_heads * a.head_dim * 4)
+    near, far = DraftCosts.of(decoder, 1, 0.5), DraftCosts.of(decoder, 1, 0.5, context=context)
+    half = pytest.approx  # of a step is attention, within a position's rounding
+    assert far.head == half(near.head / 2, rel=0.05)
+    assert far.layers == half(near.layers / 2 + 0.5 / LAYERS, rel=0.05)
+    row = draft_costs._ATTENTION_ROW
+    assert far.passes == half((1.0, 0.5 * 1.06 + 0.5 * (1 + row)), rel=0.05)
+
+
 def test_passes_go_on_as_they_ended():
     costs = DraftCosts(layers=0.0, head=0.0, passes=(1.0, 1.5, 1.75))
     assert [costs.over(n) for n in (1, 2, 3, 4, 6)] == [1.0, 1.5, 1.75, 2.0, 2.5]

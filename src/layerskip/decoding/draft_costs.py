@@ -17,6 +17,9 @@ _BESIDE_PRODUCTS = 0.03
 # positions; the fewer their bytes, the more arithmetic shows.
 _ROW_COSTS = {32: 0.06, 16: 0.05, 8: 0.15, 4: 0.3}
 _ROW_COST_ON_A_GPU = 0.01
+# What one more position adds to attention over a long context, as a share of what one takes: keys and
+# values are loaded once for several, but each has arithmetic of its own.
+_ATTENTION_ROW = 0.3
 _LEAST_GAIN = 1.03  # of a batch: below that drafting is not worth a try
 
 
@@ -44,27 +47,44 @@ class DraftCosts:
         exit_layer: int,
         head_share: float = 1.0,
         measured: StepCosts | None = None,
+        context: int = 0,
     ) -> "DraftCosts":
         """Costs of drafting with the first E layers (0 = none) and a share of the head's tokens.
 
         Without a measurement they are shares of the bytes read, and a pass over more positions costs
-        what more rows cost this machine's compiled kernels, or an estimate.
+        what more rows cost this machine's compiled kernels, or an estimate. `context` is how many
+        positions attention looks back on, whose keys and values are read beside the weights.
         """
+        depth = exit_layer / len(decoder.layers)
         if measured is None:
             whole = decoder.weight_bytes
-            layers = (whole - decoder.head.weight_bytes) / whole
-            return cls(
-                layers=layers * exit_layer / len(decoder.layers),
+            costs = cls(
+                layers=(whole - decoder.head.weight_bytes) / whole * depth,
                 head=head_share * decoder.head.weight_bytes / whole,
                 passes=_passes(decoder),
             )
-        scored = measured.draft_tokens_scored / decoder.architecture.vocab_size
-        layers = max(measured.draft_step - measured.head * scored, 0.0)
-        return cls(
-            layers=layers * exit_layer / measured.exit_layer,
-            head=measured.head * head_share,
-            passes=measured.passes,
-            overhead=measured.overhead,
+        else:
+            scored = measured.draft_tokens_scored / decoder.architecture.vocab_size
+            layers = max(measured.draft_step - measured.head * scored, 0.0)
+            costs = cls(
+                layers=layers * exit_layer / measured.exit_layer,
+                head=measured.head * head_share,
+                passes=measured.passes,
+                overhead=measured.overhead,
+            )
+        return costs._with_attention(_attention_share(decoder, context), depth)
+
+    def _with_attention(self, share: float, depth: float) -> "DraftCosts":
+        """The same where attention takes a share of a plain step, and so much of it drafts."""
+        rest = 1.0 - share
+        return DraftCosts(
+            layers=rest * self.layers + share * depth,
+            head=rest * self.head,
+            passes=tuple(
+                rest * cost + share * (1.0 + i * _ATTENTION_ROW)
+                for i, cost in enumerate(self.passes)
+            ),
+            overhead=rest * self.overhead,
         )
 
     def over(self, positions: int) -> float:
@@ -116,6 +136,16 @@ class DraftCosts:
 def time_rows(decoder: Decoder) -> None:
     """Time what a decoder's drafts will be weighed by, where this machine has not done so before."""
     _passes(decoder)
+
+
+def _attention_share(decoder: Decoder, context: int) -> float:
+    """Keys and values of a context, as a share of all bytes that a step reads."""
+    a = decoder.architecture
+    positions = sum(
+        context if window is None else min(context, window) for window in a.sliding_windows
+    )
+    keys_values = 2 * a.n_kv_heads * a.head_dim * decoder.dtype.itemsize * positions
+    return keys_values / (keys_values + decoder.weight_bytes)
 
 
 def _passes(decoder: Decoder) -> tuple[float, ...]:

@@ -224,7 +224,9 @@ class _Session:
         costs = early_exit = None
         if plan.adaptive:
             share = 1.0 if head is None else head.share
-            costs = DraftCosts.of(decoder, plan.exit_layer or 0, share, plan.costs)
+            costs = DraftCosts.of(
+                decoder, plan.exit_layer or 0, share, plan.costs, context=len(prompt)
+            )
         if plan.draft_from != "n-gram":
             assert plan.exit_layer is not None
             length = None if costs is None else DraftLength(costs, pace)
