@@ -67,13 +67,13 @@ def run_rule(drafted, q, p, draws):
     """
     weights = []
 
-    def multinomial(distribution, n, *, generator=None):
+    def recorded(distribution, generator):
         weights.append(distribution)
-        return torch.zeros(len(distribution), n, dtype=torch.int64)
+        return torch.zeros(len(distribution), 1, dtype=torch.int64)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "rand", lambda *shape, **options: draws.reshape(shape))
-        patch.setattr(torch, "multinomial", multinomial)
+        patch.setattr(accept, "draw", recorded)
         accepted, _ = accept_sampled(drafted, q, p)
     (weights,) = weights
     return accepted, weights / weights.sum(-1, keepdim=True)
@@ -305,8 +305,10 @@ def test_an_accelerators_branch_gives_the_same(monkeypatch):
     found = accept._leading(stands.as_subclass(Elsewhere))
     assert found.tolist() == accept._leading(stands).tolist()
     scores = torch.randn(3, 9)
-    found = sampling._descending(scores.as_subclass(Elsewhere))
-    assert found.tolist() == sampling._descending(scores).tolist()
+    for top_p, top_k in ((0.3, None), (0.9, 5), (0.999, None), (None, 3)):
+        kinds = sampling.Sampling(temperature=0.8, top_p=top_p, top_k=top_k)
+        found = kinds.probabilities(scores.as_subclass(Elsewhere))
+        assert found.tolist() == kinds.probabilities(scores).tolist()
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     device_clock(torch.device("cuda"))()

@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as theirs
 
 from layerskip.decoding import Sampling
-from layerskip.decoding.sampling import TokenHistory, pick
+from layerskip.decoding.sampling import TokenHistory, draw, pick
 
 VOCABULARY = 50
 TEMPERATURES, TOP_KS = (0.3, 1.0, 1.7), (None, 1, 7, 50, 200)
@@ -95,6 +95,35 @@ def test_lowest_temperature_is_greedy():
     logits = random_logits(8)
     best = torch.nn.functional.one_hot(logits.argmax(-1), VOCABULARY).float()
     assert torch.equal(Sampling(temperature=5e-324).probabilities(logits), best)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+def test_a_large_vocabulary_has_the_same_sets(scale):
+    """Those that have few tokens, and those that have more than are looked at first."""
+    logits = torch.randn(3, 2, 5_000, generator=torch.Generator().manual_seed(1)) * scale
+    for top_p in (0.1, 0.5, 0.9, 0.99):
+        ours = Sampling(temperature=1.0, top_p=top_p).probabilities(logits)
+        expected = their_probabilities(logits.flatten(0, 1), 1.0, None, top_p, None)
+        expected = expected.view_as(ours)
+        assert (ours > 0).sum(-1).tolist() == (expected > 0).sum(-1).tolist()
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_draws_are_as_likely_as_their_weights():
+    weights = torch.tensor([[0.0, 3.0, 0.0, 1.0, 0.0], [0.0, 0.0, 2.0, 0.0, 0.0]])
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([draw(weights, generator) for _ in range(4_000)], dim=1)
+    assert set(drawn[0].tolist()) == {1, 3}
+    assert set(drawn[1].tolist()) == {2}
+    share = (drawn[0] == 1).float().mean().item()
+    assert abs(share - 0.75) < 5 * (0.75 * 0.25 / 4_000) ** 0.5
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, [1, 2]), (1.0, [3, 2]), (0.75, [3, 2])])
+def test_the_ends_of_a_draw_have_weights(share, expected, monkeypatch):
+    weights = torch.tensor([[0.0, 3.0, 0.0, 1.0, 0.0], [0.0, 0.0, 2.0, 0.0, 0.0]])
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, share).double())
+    assert draw(weights, None)[:, 0].tolist() == expected
 
 
 def test_half_precision_logits_are_widened_before_the_softmax():

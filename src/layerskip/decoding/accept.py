@@ -8,7 +8,7 @@ that come out are distributed exactly as p, whatever q is (Leviathan et al., 202
 import torch
 from torch import Tensor
 
-from layerskip.decoding.sampling import Sampling, likeliest
+from layerskip.decoding.sampling import Sampling, draw, likeliest
 from layerskip.model import Decoder
 
 
@@ -67,18 +67,19 @@ def accept_sampled(
         generator: source of randomness, on the device of p.
     """
     b, d = drafted.shape
-    if q is None:
-        q = p[:, :0]
+    if q is None or not d:
+        return torch.zeros(b, dtype=torch.long, device=p.device), draw(p[:, 0], generator)[:, 0]
     p_drafted = p[:, :-1].gather(2, drafted[..., None])[..., 0]
     q_drafted = q.gather(2, drafted[..., None])[..., 0]
-    draw = torch.rand(b, d, dtype=p.dtype, device=p.device, generator=generator)
-    accepted = _leading(draw * q_drafted < p_drafted)
-    # After a full acceptance there is no draft to correct: q is 0 there and the residual is p itself.
-    q = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)
-    residual = (_at(p, accepted) - _at(q, accepted)).clamp(min=0.0)
+    chance = torch.rand(b, d, dtype=p.dtype, device=p.device, generator=generator)
+    accepted = _leading(chance * q_drafted < p_drafted)
+    own = _at(p, accepted)
+    # After a full acceptance there is no draft to correct: the residual is p itself.
+    corrected = (accepted < d)[:, None]
+    residual = (own - corrected * _at(q, accepted.clamp(max=d - 1))).clamp(min=0.0)
     # Where p and q are equal to the last bit, rounding alone can reject; p is the right answer then.
-    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, _at(p, accepted))
-    return accepted, torch.multinomial(residual, 1, generator=generator)[:, 0]
+    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, own)
+    return accepted, draw(residual, generator)[:, 0]
 
 
 def _leading(stands: Tensor) -> Tensor:

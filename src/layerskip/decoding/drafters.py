@@ -7,7 +7,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from layerskip.decoding.draft_length import DraftLength
 from layerskip.decoding.sampling import Sampling, TokenHistory, pick
@@ -202,6 +201,8 @@ class EarlyExitDrafter:
             return None
         q = torch.cat(chosen_from, dim=1)
         whole = q if self.head is None else self.head.spread(q)
+        if not behind.shape[1]:
+            return whole
         return torch.cat([whole, certain(behind, whole.shape[-1])], dim=1)
 
 
@@ -216,4 +217,5 @@ def confidence(p: Tensor) -> float:
 
 def certain(tokens: Tensor, vocab_size: int) -> Tensor:
     """The distributions [B, d, V] that tokens [B, d] are drawn from where nothing else could be."""
-    return one_hot(tokens, vocab_size).float()
+    nowhere = torch.zeros(*tokens.shape, vocab_size, device=tokens.device)
+    return nowhere.scatter_(2, tokens[..., None], 1.0)

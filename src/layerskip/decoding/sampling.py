@@ -11,6 +11,8 @@ from torch import Tensor
 
 from layerskip.model import Decoder, most_likely
 
+_MOST_SETS = 256  # tokens, which most sets of top-p do not have
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -72,24 +74,30 @@ class Sampling:
 
         Only for temperatures above 0. Never all zero: the most likely token is always kept.
         """
+        rows = logits.reshape(-1, logits.shape[-1])
+        if logits.device.type != "cpu" or len(rows) == 1:
+            return self._probabilities(logits)
+        # A row at a time stays in the caches, and its memory is used again.
+        found = torch.empty(rows.shape)
+        for row, probabilities in zip(rows.split(1), found.split(1), strict=True):
+            probabilities.copy_(self._probabilities(row))
+        return found.view(logits.shape)
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
         scores = logits.float()
         # Counted from the best score, so that no temperature, however low, overflows at the top.
         scores = scores - scores.amax(dim=-1, keepdim=True)
         scores = scores / max(self.temperature, torch.finfo(torch.float32).tiny)
+        best = None
         if self.top_k is not None and self.top_k < scores.shape[-1]:
-            kth = scores.topk(self.top_k, dim=-1).values[..., -1:]
-            scores = scores.masked_fill(scores < kth, float("-inf"))
+            best = _highest(scores, self.top_k)
+            outside = scores < best[..., -1:]
+            on_cpu = scores.device.type == "cpu"  # elsewhere nothing is waited for
+            if not on_cpu or int(outside.sum()) != outside.numel() - best.numel():
+                best = None  # others may be as high as the last of them
+            scores = scores.masked_fill(outside, float("-inf"))
         if self.top_p is not None and self.top_p < 1.0:
-            ordered = _descending(scores)
-            p = ordered.softmax(dim=-1)
-            beyond = p.cumsum(dim=-1) - p >= self.top_p  # the mass before the token is enough
-            beyond[..., 0] = False  # also where top_p is too small for float32
-            least = ordered.masked_fill(beyond, float("inf")).amin(dim=-1, keepdim=True)
-            above, ties = scores > least, scores == least
-            # Of equal tokens at the edge the first ones, as many as are in the set.
-            room = (~beyond).sum(dim=-1, keepdim=True) - above.sum(dim=-1, keepdim=True)
-            kept = above | (ties & (ties.cumsum(dim=-1) <= room))
-            scores = scores.masked_fill(~kept, float("-inf"))
+            scores = _nucleus(scores, self.top_p, best)
         probabilities = scores.softmax(dim=-1)
         if self.min_p:
             least = self.min_p * probabilities.amax(dim=-1, keepdim=True)
@@ -98,11 +106,57 @@ class Sampling:
         return probabilities
 
 
-def _descending(scores: Tensor) -> Tensor:
-    """Scores in float32, [..., V], the highest first."""
-    if scores.device.type == "cpu":  # NumPy's sort was eight times as fast as PyTorch's
-        return torch.from_numpy(np.sort(scores.numpy())).flip(-1)
-    return scores.sort(dim=-1, descending=True).values
+def _nucleus(scores: Tensor, top_p: float, ordered: Tensor | None = None) -> Tensor:
+    """Scores [..., V], 0 the highest; -inf outside the smallest set whose probability reaches top_p.
+
+    `ordered`: the only scores above -inf, the highest first, where that is known.
+    """
+    size = scores.shape[-1]
+    if ordered is None:
+        wanted = top_p * scores.exp().sum(dim=-1, keepdim=True)
+        if scores.device.type == "cpu" and size > _MOST_SETS:
+            ordered = _highest(scores, _MOST_SETS)
+            if not bool((ordered.exp().sum(dim=-1, keepdim=True) > wanted).all()):
+                ordered = None
+        ordered = _highest(scores, size) if ordered is None else ordered
+    else:
+        wanted = top_p * ordered.exp().sum(dim=-1, keepdim=True)
+    mass = ordered.exp()
+    beyond = mass.cumsum(dim=-1) - mass >= wanted  # the mass before the token is enough
+    beyond[..., 0] = False  # also where top_p is too small for float32
+    count = (~beyond).sum(dim=-1, keepdim=True)
+    least = ordered.gather(-1, count - 1)
+    kept = scores >= least
+    if scores.device.type != "cpu" or not torch.equal(kept.sum(dim=-1, keepdim=True), count):
+        # Of equal tokens at the edge the first ones, as many as are in the set.
+        above, ties = scores > least, scores == least
+        room = count - above.sum(dim=-1, keepdim=True)
+        kept = above | (ties & (ties.cumsum(dim=-1) <= room))
+    return scores.masked_fill(~kept, float("-inf"))
+
+
+def _highest(scores: Tensor, n: int) -> Tensor:
+    """The n highest scores of float32 [..., V], the highest first."""
+    if scores.device.type != "cpu":
+        return scores.topk(n, dim=-1).values
+    numbers = scores.numpy()  # NumPy sorts eight times as fast as PyTorch
+    if n < numbers.shape[-1]:
+        numbers = np.partition(numbers, numbers.shape[-1] - n, axis=-1)[..., -n:]
+    return torch.from_numpy(np.sort(numbers)).flip(-1)
+
+
+def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One token of each row, [B, V] to [B, 1], as likely as its weight; weights need not sum to 1.
+
+    The token where the running sum passes a random share of the whole: one random number a row, where
+    PyTorch's `multinomial` takes one for every token.
+    """
+    sums = weights.cumsum(dim=-1, dtype=torch.float64)
+    whole = sums[:, -1:].contiguous()
+    share = torch.rand(whole.shape, dtype=torch.float64, device=weights.device, generator=generator)
+    passed = torch.searchsorted(sums, share * whole, right=True)
+    # A share that is rounded up to the whole is the last token that has a weight.
+    return torch.minimum(passed, torch.searchsorted(sums, whole))
 
 
 def likeliest(decoder: Decoder, hidden: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
@@ -137,7 +191,7 @@ def pick(
     if sampling.greedy:
         return most_likely(logits), None
     probabilities = sampling.probabilities(logits)
-    return torch.multinomial(probabilities[:, 0], 1, generator=generator), probabilities
+    return draw(probabilities[:, 0], generator), probabilities
 
 
 def seeded_generator(device: torch.device, seed: int | None) -> torch.Generator:
