@@ -119,10 +119,9 @@ class GgufFile:
         self._fields = header.fields
         self._tensors = {_gguf_known_as(name): tensor for name, tensor in header.tensors.items()}
         family = families.family_of(str(self.field("general.architecture")))
-        layout = FAMILIES[family].gguf_rotary
-        if layout is None:
+        if (layout := FAMILIES[family].gguf_rotary) is None:
             raise UnsupportedModelError(
-                f"{path} is a GGUF file of a {family} model, which is read from safetensors alone"
+                f"GGUF files of {family} models are not read; take safetensors"
             )
         self.rotary_layout: str = layout
 
@@ -333,10 +332,8 @@ def replace(path: Path, content: bytes) -> None:
 
 def flush(path: Path) -> None:
     """See that a file, or all files of a folder, are on the disk, before they get their final name."""
-    if os.name == "nt":  # which flushes no file that was opened to be read
-        return
     for inside in path.rglob("*") if path.is_dir() else [path]:
-        if inside.is_file():
+        if inside.is_file() and os.name != "nt":  # which flushes no file that was opened to be read
             with inside.open("rb") as file:
                 os.fsync(file.fileno())
 
