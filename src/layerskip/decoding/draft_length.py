@@ -288,6 +288,6 @@ def _length_bin(match: int) -> int:
 
 
 def _bin(confidence: float) -> int:
-    return (
-        min(int(confidence * _BINS), _BINS - 1) if confidence > 0 else 0
-    )  # 0 of what is no number
+    if not confidence > 0:  # nor is it, where logits are no numbers
+        return 0
+    return min(int(confidence * _BINS), _BINS - 1)

@@ -46,13 +46,13 @@ def attach(model: nn.Module, recipe: RecipeConfig) -> AttachedRecipe:
     attached._install()
     try:
         _probe(attached)
-    except BaseException as error:
+    except ValueError:  # a refusal
         attached._remove()
-        if isinstance(error, ValueError) or not isinstance(error, Exception):
-            raise
-        anatomy.refuse(
-            f"rows that skip layers: {(str(error) or type(error).__name__).splitlines()[0]}"
-        )
+        raise
+    except Exception as error:
+        attached._remove()
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        anatomy.refuse(f"rows that skip layers: {reason}")
     return attached
 
 
