@@ -24,14 +24,14 @@ from typing import Any
 import library_functions
 import mixture_sources
 import own_answers
-from mixture_sources import Rows, Source, opening
+from mixture_sources import Rows, Source, continuation, opening
 
 # Percent of the rows.
 SHARES: Mapping[str, float] = {
-    "topv2": 38,
-    "debian": 24,
-    "scitldr": 4,
-    "python": 20,
+    "topv2": 22,
+    "debian": 34,
+    "scitldr": 6,
+    "python": 24,
     "mbpp": 1,
     "gsm8k": 4,
     "wikitext2": 3,
@@ -97,6 +97,8 @@ def prepare(
         found, held_out = apart(*SOURCES[name].read(data))
         chance = random.Random(f"{seed} {name}")  # other shares leave this source's order alone
         taken = take(found, round(rows * share / 100), chance)
+        if SOURCES[name].continued:
+            taken[1::2] = map(continuation, taken[1::2])
         mixed += [{"source": name, **row} for row in taken]
         if held_out:
             files[f"test-{name}.jsonl"] = chance.sample(held_out, len(held_out))[:HELD_OUT_ROWS]

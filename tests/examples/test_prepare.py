@@ -8,7 +8,7 @@ import json
 import prepare as preparing
 import pytest
 from library_functions import rows_of, standard_library
-from mixture_sources import MOST_CHARACTERS, opening, sentences_of, unwrapped
+from mixture_sources import MOST_CHARACTERS, OPENING, continuation, opening, sentences_of, unwrapped
 from own_answers import MAX_NEW_TOKENS, own_answers, random_questions
 from prepare import prepare
 from transformers import AutoTokenizer
@@ -58,7 +58,7 @@ def data(tmp_path_factory):
         {"source": [f"Paper {i}.", WORDS * 4, WORDS * 8], "target": [f"Short  {i}.", "Second."]}
         for i in range(30)
     ]
-    lines("scitldr/train.jsonl", papers[:4])
+    lines("scitldr/train.jsonl", papers[:8])
     lines("scitldr/test.jsonl", papers[10:])
     problems = [
         {
@@ -102,9 +102,12 @@ def small_sources(tmp_path, monkeypatch):
     library_of_few = functools.partial(standard_library, folder=library(tmp_path / "library"))
     for name, read in (("python", library_of_few), ("own_answers", answered)):
         source = preparing.SOURCES[name]
-        monkeypatch.setitem(
-            preparing.SOURCES, name, type(source)(source.data, source.licence, read)
-        )
+        monkeypatch.setitem(preparing.SOURCES, name, dataclasses.replace(source, read=read))
+
+
+def whole_opening(row):
+    """How a row's text begins, wherever it is cut into prompt and completion."""
+    return (row["prompt"] + row["completion"])[:OPENING]
 
 
 def rows_in(folder, name="train.jsonl"):
@@ -116,10 +119,10 @@ def test_shares_are_those_of_the_table_and_scarce_rows_stand_twice(data, tmp_pat
     rows = rows_in(tmp_path / "a")
     counts = {name: sum(row["source"] == name for row in rows) for name in preparing.SHARES}
     assert counts == {
-        "topv2": 76,
-        "debian": 48,
-        "scitldr": 8,
-        "python": 40,
+        "topv2": 44,
+        "debian": 68,
+        "scitldr": 12,
+        "python": 48,
         "mbpp": 2,
         "gsm8k": 8,
         "wikitext2": 6,
@@ -127,9 +130,8 @@ def test_shares_are_those_of_the_table_and_scarce_rows_stand_twice(data, tmp_pat
     }
     assert summary["rows"] == len(rows) == 200
     scarce = summary["sources"]["scitldr"]
-    assert (scarce["wanted"], scarce["available"], scarce["twice"]) == (8, 4, 4)
-    assert summary["sources"]["topv2"]["twice"] == 76 - 50
-    assert summary["sources"]["debian"]["twice"] == 0
+    assert (scarce["wanted"], scarce["available"], scarce["twice"]) == (12, 8, 4)
+    assert summary["sources"]["topv2"]["twice"] == 0
     assert summary == json.loads((tmp_path / "a" / "mixture.json").read_text())
     order = [row["source"] for row in rows]
     assert order != sorted(order, key=list(preparing.SHARES).index)
@@ -149,13 +151,14 @@ def test_the_seed_decides_everything(data, tmp_path):
 
 def test_no_row_begins_like_one_that_is_held_back(data, tmp_path):
     summary = prepare(tmp_path / "a", 2000, data=data)
-    trained = {opening(row) for row in rows_in(tmp_path / "a")}
+    trained = {whole_opening(row) for row in rows_in(tmp_path / "a") if "prompt" in row}
     held = {name for name in summary["files"] if name.startswith("test-")}
     assert held == {f"test-{name}.jsonl" for name in ("topv2", "debian", "scitldr", "python")}
     for name in held:
         rows = rows_in(tmp_path / "a", name)
         assert rows
-        assert trained.isdisjoint(opening(row) for row in rows)
+        held_out = tuple(opening(row) for row in rows)
+        assert not any(text.startswith(held_out) for text in trained)
         assert all(row["prompt"] and row["reference"] for row in rows)
     # Commands 50 to 59 are in both files of the data set, 200 and 201 in that for evaluation.
     assert {row["prompt"] for row in rows_in(tmp_path / "a") if row["source"] == "topv2"} == {
@@ -173,10 +176,14 @@ def test_rows_of_every_source(data, tmp_path):
     first = {
         name: min((r for r in rows if r["source"] == name), key=str) for name in preparing.SHARES
     }
-    assert (
-        first["scitldr"]["prompt"] == f"Paper 0. {WORDS * 4}\n\nSummary:"
-    )  # the third is too long
-    assert first["scitldr"]["completion"] == " Short 0."
+    summaries = {
+        row["prompt"] + row["completion"]: row for row in rows if row["source"] == "scitldr"
+    }
+    paper = f"Paper 0. {WORDS * 4}\n\nSummary: Short 0."  # the third sentence is too long
+    assert summaries[paper]["prompt"] in {
+        f"Paper 0. {WORDS * 4}\n\nSummary:",
+        " ".join(f"Paper 0. {WORDS * 4}".split()[:28]),
+    }
     assert first["mbpp"]["prompt"].endswith("\n[BEGIN]\n")
     numbers = {row["completion"] for row in rows if row["source"] == "mbpp"}
     assert numbers <= {f"def f():\n    return {i}" for i in range(601, 640)}
@@ -188,6 +195,28 @@ def test_rows_of_every_source(data, tmp_path):
     assert all("unk" not in text and text.endswith(" in 1950.") for text in texts)
     lengths = [len(row["prompt"] + row["completion"]) for row in rows if "prompt" in row]
     assert max(lengths) <= MOST_CHARACTERS
+
+
+def test_every_second_summary_is_a_continuation_of_its_text(data, tmp_path):
+    prepare(tmp_path / "a", 200, data=data)
+    found = [row for row in rows_in(tmp_path / "a") if row["source"] == "debian"]
+    asked = [row for row in found if row["prompt"].endswith("\n\nSummary:")]
+    continued = [row for row in found if row not in asked]
+    assert len(asked) == len(continued) == 34
+    for row in continued:
+        text = row["prompt"] + row["completion"]
+        assert text.count("\n\nSummary: ") == 1
+        assert row["completion"].startswith(" ")
+        assert row["prompt"].split() == text.split()[: len(row["prompt"].split())]
+
+
+def test_a_continuation_begins_after_a_third_of_the_words():
+    row = {"prompt": "a b\n c d e f g h\n\nSummary:", "completion": " i", "category": "x"}
+    assert continuation(row) == {
+        "prompt": "a b\n c",
+        "completion": " d e f g h\n\nSummary: i",
+        "category": "x",
+    }
 
 
 def test_all_rows_are_ones_to_train_on(data, tmp_path):
