@@ -30,8 +30,8 @@ class Rounding:
 
     Attributes:
         method: `TRAINED` or `CALIBRATED`.
-        nll_change: of the calibration text's held-out part against 16 bits, 0.02 = 2% more; None
-            where it was not measured.
+        nll_change: of the calibration text's held-out part, or of the rows that training was evaluated
+            on, against the same weights in 16 bits, 0.02 = 2% more; None where it was not measured.
     """
 
     method: str
@@ -81,7 +81,7 @@ def _doubt(file: Path, weights: str) -> str | None:
     change = found.get("nll_change")
     if isinstance(change, float) and change > MOST_CHANGE:
         return (
-            f"{weights} costs this checkpoint {change:.0%} negative log-likelihood on its calibration"
-            " text; --weights int8, or training with --quantize-aware, cost less"
+            f"{weights} costs this checkpoint {change:.0%} negative log-likelihood on the text that it"
+            " was measured with; --weights int8, or training with --quantize-aware, cost less"
         )
     return None

@@ -15,9 +15,21 @@ from layerskip.training.trainer import INCOMPLETE, LayerSkipTrainer
 
 
 def save_result(
-    trainer: LayerSkipTrainer, config: TrainConfig, exit_layer: int, output: Path
+    trainer: LayerSkipTrainer,
+    config: TrainConfig,
+    exit_layer: int,
+    output: Path,
+    nll_change: float | None = None,
 ) -> None:
-    """Write the result beside its place and move it there, so that no half of it is ever found."""
+    """Write the result beside its place and move it there, so that no half of it is ever found.
+
+    Args:
+        trainer: whose training is over.
+        config: the settings.
+        exit_layer: that drafts, for those who load it.
+        output: the folder.
+        nll_change: what the grid of quantization-aware training costs, as in `Rounding`.
+    """
     unfinished = output / INCOMPLETE
     if config.lora_rank is not None:
         trainer.save_model(str(unfinished / "adapter"))
@@ -35,7 +47,7 @@ def save_result(
         model.generation_config.num_assistant_tokens = config.draft_tokens
         # By this mark transformers skips, when it reads the file, what it has no field of its own for.
         model.generation_config._from_model_config = False
-        _record_rounding(model.generation_config, config)
+        _record_rounding(model.generation_config, config, nll_change)
         _add_draft_tokens(model, trainer)
         model.generation_config.save_pretrained(unfinished)
     tokenizer: Any = trainer.processing_class
@@ -50,11 +62,11 @@ def save_result(
     unfinished.rmdir()
 
 
-def _record_rounding(generation_config: Any, config: TrainConfig) -> None:
+def _record_rounding(generation_config: Any, config: TrainConfig, nll_change: float | None) -> None:
     """What was known of the model that training began with holds no longer."""
     known: dict[str, Rounding] = {}
     if config.quantize_aware is not None:
-        known[config.quantize_aware] = Rounding(TRAINED)
+        known[config.quantize_aware] = Rounding(TRAINED, nll_change)
     own = recorded(getattr(generation_config, settings.KEY, None), known)
     setattr(generation_config, settings.KEY, own)
 

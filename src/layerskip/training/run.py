@@ -107,11 +107,15 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
     metrics = _run(trainer, config, resume_from)
     if eval_rows:
         metrics |= _evaluation(trainer)
-    detach(model)
+    nll_change = None
     if on_grid is not None:
         on_grid.remove()
+        if eval_rows:
+            metrics |= trainer.evaluate(metric_key_prefix="unrounded")
+            nll_change = metrics["eval_loss"] / metrics["unrounded_loss"] - 1
+    detach(model)
     try:
-        save_result(trainer, config, exit_layer, output)
+        save_result(trainer, config, exit_layer, output, nll_change)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UnwrittenCheckpointError(
             f"{one_line(f'the result could not be written to {output}', error)}; the last checkpoint is "
