@@ -121,14 +121,19 @@ def figures(
 
 
 def training_of(folder: Path) -> dict[str, Any] | None:
-    """Settings and totals of the run that wrote a checkpoint; None where there is no record of one."""
+    """Settings and totals of the run that wrote a checkpoint; None where there is no record of one.
+
+    Where it began with the checkpoint of another run, that one's are its `before`.
+    """
     settings = _json_of(folder / "train.json")
     if settings is None:
         return None
     logs = read_log(folder / "train_log.jsonl")
     last = {name: value for log in logs for name, value in log.items()}
     totals = ("step", "train_runtime", "peak_memory_bytes")
-    return {"settings": settings, **{name: last[name] for name in totals if name in last}}
+    found = {"settings": settings, **{name: last[name] for name in totals if name in last}}
+    before = training_of(Path(settings["model"]))
+    return found if before is None else {**found, "before": before}
 
 
 def _json_of(path: Path) -> Any:

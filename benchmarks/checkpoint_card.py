@@ -49,8 +49,8 @@ def card(measured: dict[str, Any], name: str | None = None, trained_on: str | No
 
 
 def introduction(checkpoint: dict[str, Any]) -> Iterator[str]:
-    trained = checkpoint["training"]
-    base = trained["settings"]["model"] if trained else None
+    runs = runs_of(checkpoint)
+    base = runs[0]["settings"]["model"] if runs else None
     made = f"Made from {BASE_LICENCES.get(base, base)}, by" if base else "A checkpoint made by"
     yield (
         f"{made} training with layer dropout and early exit loss"
@@ -83,24 +83,42 @@ def data(mixture: dict[str, Any]) -> Iterator[str]:
             yield f"{source['twice']:,} rows stand in it twice: {source['data']}."
 
 
+def runs_of(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that made a checkpoint, the first one first; [] where there is no record of them."""
+    runs = []
+    run = checkpoint["training"]
+    while run:
+        runs.append(run)
+        run = run.get("before")
+    return runs[::-1]
+
+
 def training(measured: dict[str, Any], trained_on: str | None) -> Iterator[str]:
-    trained = measured["checkpoint"]["training"]
-    settings = trained["settings"]
+    runs = runs_of(measured["checkpoint"])
     yield "## Training"
-    yield ""
-    yield "`layerskip train` with these settings; all others are the defaults:"
-    yield ""
-    yield "```yaml"
-    yield from (f"{key}: {json.dumps(value)}" for key, value in changed(settings).items())
-    yield "```"
-    yield ""
+    for number, run in enumerate(runs, 1):
+        again = f", run {number} of {len(runs)}" if len(runs) > 1 else ""
+        yield ""
+        yield f"`layerskip train` with these settings{again}; all others are the defaults:"
+        yield ""
+        yield "```yaml"
+        yield from (
+            f"{key}: {json.dumps(value)}" for key, value in changed(run["settings"]).items()
+        )
+        yield "```"
+        yield ""
+        yield from budget(run)
+    if trained_on:
+        yield f"- hardware: {trained_on}"
+
+
+def budget(trained: dict[str, Any]) -> Iterator[str]:
+    settings = trained["settings"]
     steps, batch = trained["step"], settings["batch_size"] * settings["accumulation"]
     yield f"- budget: {steps:,} steps of {batch} rows on each device"
     if "train_runtime" in trained:
         since = " since it was last resumed" if settings["resume"] else ""
         yield f"- time{since}: {trained['train_runtime'] / 60:.0f} minutes"
-    if trained_on:
-        yield f"- hardware: {trained_on}"
     if "peak_memory_bytes" in trained:
         yield f"- peak memory: {trained['peak_memory_bytes'] / 2**30:.1f} GiB"
     yield f"- seed: {settings['seed']}"

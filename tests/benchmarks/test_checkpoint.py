@@ -120,6 +120,21 @@ def test_the_card_has_the_figures_and_where_they_come_from(measured):
     assert f"{1 - row['agreement']:.1%} of the tokens" in text
 
 
+def test_the_card_names_all_runs_that_made_a_checkpoint(measured, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    write_run(first, p_max=0.25)
+    write_run(second, model=str(first))
+    measured["checkpoint"]["training"] = checkpoint.training_of(second)
+    text = card(json.loads(json.dumps(measured)), trained_on="2 cores")
+    assert "SmolLM2-135M-Instruct, Apache-2.0" in text
+    places = [text.index(part) for part in ("run 1 of 2", "p_max: 0.25", "run 2 of 2", str(first))]
+    assert places == sorted(places)
+    assert text.count("- budget: 40 steps of 8 rows") == 2
+    assert text.count("- hardware: 2 cores") == 1
+
+
 def test_a_card_of_an_own_checkpoint_leaves_out_what_is_not_known(measured):
     measured["mixture"] = measured["checkpoint"]["training"] = None
     del measured["control"]
