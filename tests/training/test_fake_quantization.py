@@ -8,6 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from causal_lms import batch_of, build
+from layerskip import merge
+from layerskip.export import open_source, to_difference
+from layerskip.model import difference
 from layerskip.model.quantize import quantize
 from layerskip.recipe import RecipeConfig, attach, detach
 from layerskip.training import TrainConfig, quantize_aware, train
@@ -30,6 +33,27 @@ def round_in_place(model, bits):
                 parameter.copy_(quantize(parameter, own).dequantize())
 
 
+def before_and_after(**changes):
+    """Weights that training began with, and a model that it moved a little."""
+    model = model_of(**changes)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    return before, model
+
+
+def round_difference_in_place(model, before):
+    """The weights that a base and the exported difference make."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            change = parameter - before[name]
+            stored = difference.to_stored(name, change)
+            back = difference.from_stored(tuple(change.shape), list(stored.values()))
+            parameter.copy_(before[name] + back)
+
+
 def evaluated(model):
     handle = attach(model, RECIPE)
     losses = handle.evaluate((1, 2), batch_of())
@@ -37,8 +61,8 @@ def evaluated(model):
     return losses.loss_sums / losses.tokens
 
 
-def fit(model, weights=None, steps=30, learning_rate=1e-3):
-    on_grid = quantize_aware(model, weights) if weights else None
+def fit(model, weights=None, steps=30, learning_rate=1e-3, before=None):
+    on_grid = quantize_aware(model, weights, before) if weights else None
     handle = attach(model, RECIPE)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate)
     for step in range(steps):
@@ -72,6 +96,39 @@ def test_the_loss_is_that_of_the_rounded_model(family, changes, weights):
     round_in_place(model, int(weights[3:]))
     torch.testing.assert_close(found, evaluated(model), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(found, plain, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_on_the_grid_of_a_difference_is_that_of_base_and_difference(tied):
+    before, model = before_and_after(tie_word_embeddings=tied)
+    plain = evaluated(model)
+    on_grid = quantize_aware(model, "difference", before)
+    found = evaluated(model)
+    on_grid.remove()
+    round_difference_in_place(model, before)
+    torch.testing.assert_close(found, evaluated(model), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found, plain, rtol=1e-4, atol=0)
+
+
+def test_trained_on_the_grid_of_a_difference_it_is_better_as_one():
+    before, start = before_and_after()
+    fit(start, steps=80, learning_rate=5e-3)
+    losses = []
+    for weights in (None, "difference"):
+        model = model_of()
+        model.load_state_dict(start.state_dict())
+        fit(model, weights, steps=30, learning_rate=3e-3, before=before)
+        round_difference_in_place(model, before)
+        losses.append(evaluated(model))
+    plain, on_grid = losses
+    assert (on_grid < 0.95 * plain).all()
+
+
+def test_a_difference_needs_weights_of_the_same_shape_before():
+    before, model = before_and_after()
+    for wrong in (None, {**before, "lm_head.weight": torch.zeros(2, 2)}):
+        with pytest.raises(ValueError, match="a difference is added to has no"):
+            quantize_aware(model, "difference", wrong)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -173,6 +230,10 @@ def test_adapters_are_refused():
         TrainConfig.from_mapping({**needed, "lora_rank": 4})
     with pytest.raises(ValueError, match="quantize_aware and compile contradict"):
         TrainConfig.from_mapping({**needed, "compile": True})
+    with pytest.raises(ValueError, match="difference_base needs"):
+        TrainConfig.from_mapping({**needed, "difference_base": "m"})
+    with pytest.raises(ValueError, match="from_scratch has no weights"):
+        TrainConfig.from_mapping({**needed, "quantize_aware": "difference", "from_scratch": True})
 
 
 @pytest.fixture
@@ -228,3 +289,25 @@ def test_a_run_resumes_bit_for_bit_and_says_what_it_was_trained_for(settings, tm
     )
     fields = json.loads((more.output / "generation_config.json").read_text())
     assert "weights" not in fields.get("layerskip", {})
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_run_for_a_difference_is_exported_as_it_was_trained(settings, tmp_path):
+    changes = {"quantize_aware": "difference", "difference_base": settings["model"], "max_steps": 3}
+    first = train(TrainConfig.from_mapping({**settings, "quantize_aware": None, "max_steps": 3}))
+    changes |= {"model": str(first.output), "output": str(tmp_path / "on-grid")}
+    result = train(TrainConfig.from_mapping({**settings, **changes}))
+    fields = json.loads((result.output / "generation_config.json").read_text())
+    assert "weights" not in fields.get("layerskip", {})  # it says nothing about 8 and 4 bits
+
+    file = tmp_path / "change.safetensors"
+    to_difference(open_source(str(result.output)), file, base=settings["model"])
+    merge(file, tmp_path / "merged", base=settings["model"])
+    base, trained, merged = (
+        load_file(Path(folder) / "model.safetensors")
+        for folder in (settings["model"], result.output, tmp_path / "merged")
+    )
+    name = "model.layers.1.mlp.up_proj.weight"
+    expected = base[name].float() + difference.rounded(trained[name] - base[name])
+    assert torch.equal(merged[name], expected.to(merged[name].dtype))
+    assert not torch.equal(merged[name], base[name].to(merged[name].dtype))

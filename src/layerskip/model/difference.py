@@ -25,6 +25,7 @@ NEAR, FAR = (
 )  # the four best levels of a Gaussian of variance 1 (Lloyd-Max): these and -these
 FORMAT, VERSION = "layerskip-difference", "1"
 _CODES_IN_BYTE = 4
+_ROWS_IN_CACHE = 256  # at a time
 _ROUNDS = 3  # of choosing codes for a scale, and the best scale for those codes
 
 
@@ -145,6 +146,19 @@ def decode(codes: Tensor, scales: Tensor, n_in: int) -> Tensor:
     fours = levels[codes.int()].flatten(1)[:, :n_in]
     values: Tensor = scales.float().repeat_interleave(BLOCK, dim=1)[:, :n_in].mul_(fours)
     return values
+
+
+def rounded(change: Tensor) -> Tensor:
+    """What `decode` gives of what `encode` makes of a matrix: [out, in] float32, on its device."""
+    n_in = change.shape[1]
+    inside = _blocks(torch.ones(1, n_in, device=change.device))
+    parts = []
+    for rows in change.float().split(_ROWS_IN_CACHE):
+        blocks = _blocks(rows)
+        scales = _scales(blocks, inside).float()
+        levels = _magnitudes(_is_far(blocks, scales)) * scales[..., None]
+        parts.append(torch.where(blocks < 0, -levels, levels).flatten(1)[:, :n_in])
+    return torch.cat(parts)
 
 
 def scales_of(block: Tensor) -> Tensor:

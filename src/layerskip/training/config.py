@@ -73,10 +73,13 @@ class TrainConfig:
         "train a LoRA adapter of this rank instead of all weights", None
     )
     lora_alpha: int | None = _setting("LoRA scale (default: twice the rank)", None)
-    quantize_aware: Literal["int8", "int4"] | None = _setting(
-        "train for inference with weights in so many bits: they are rounded to that grid as they"
-        " are used",
+    quantize_aware: Literal["int8", "int4", "difference"] | None = _setting(
+        "train for inference with weights in so many bits, or for export as a difference: they are"
+        " rounded to that grid as they are used",
         None,
+    )
+    difference_base: str | None = _setting(
+        "what the difference will be added to (default: the model)", None
     )
     precision: Literal["float32", "bfloat16", "float16", "auto"] = _setting(
         "precision of the arithmetic; weights are kept in float32. auto: bfloat16 where that is fast",
@@ -140,6 +143,10 @@ class TrainConfig:
             )
         if self.quantize_aware is not None and self.compile:
             raise ValueError("quantize_aware and compile contradict each other")
+        if self.from_scratch and self.quantize_aware == "difference":
+            raise ValueError("from_scratch has no weights that a difference could be added to")
+        if self.difference_base is not None and self.quantize_aware != "difference":
+            raise ValueError("difference_base needs quantize_aware difference")
 
     @property
     def effective_recipe(self) -> RecipeConfig:

@@ -1,8 +1,11 @@
-"""Quantization-aware training: weights are rounded to the grid of inference wherever they are used.
+"""Quantization-aware training: weights are rounded to a grid wherever they are used.
+
+The grid is that of inference in 8 or 4 bits, or that of a difference (`export --to difference`): what
+training changed in the weights that it began with, in 2 bits.
 
 The float32 weights behind it are what the optimizer changes and checkpoints hold, under their usual
 names; rounding passes gradients straight through (arXiv 1308.3432). Loading the result with the same
-weights rounds to exactly the numbers that were trained.
+weights, or exporting the difference, rounds to exactly the numbers that were trained.
 
 torchao's fake quantization cannot lay out this grid (it rounds the middle of a group's range where
 ours has its least value in float16), and `torch.nn.utils.parametrize` renames the weights in
@@ -13,36 +16,46 @@ of the modules is replaced on the instance, as `recipe.attach` does it with laye
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from layerskip.model import difference
 from layerskip.model.quantize import EMBEDDING_BITS, bits_of, check_groups, on_grid
 from layerskip.recipe.anatomy import Anatomy, find_anatomy, transformers_model
 
+DIFFERENCE = "difference"
+Grid = Callable[[Tensor, "Tensor | None"], Tensor]
+"""A matrix, or those of its rows that the second tensor names, to the nearest numbers of its grid."""
 
-def quantize_aware(model: nn.Module, weights: str) -> QuantizeAware:
+
+def quantize_aware(
+    model: nn.Module, weights: str, before: Mapping[str, Tensor] | None = None
+) -> QuantizeAware:
     """From now on a causal LM of transformers computes with weights that are rounded to a grid.
 
-    Linear layers of the decoder's layers get 8 or 4 bits, embedding and head 8. Training and
-    evaluation alike; before or after `attach`, before the model is wrapped.
+    Linear layers of the decoder's layers get 8 or 4 bits, embedding and head 8; of a difference all of
+    them get 2 bits beside the weights before. Training and evaluation alike; before or after `attach`,
+    before the model is wrapped.
 
     Args:
         model: the causal LM.
-        weights: "int8" or "int4".
+        weights: "int8", "int4" or "difference".
+        before: of a difference: the weights that it will be added to, by the model's names.
 
     Returns:
         The handle that ends it.
 
     Raises:
         ValueError: other weights, an adapter on the model, matrices of its layers that are not those
-            of linear layers (mixtures of experts), or that cannot be cut into groups.
+            of linear layers (mixtures of experts), or that cannot be cut into groups; weights before
+            that are of another shape.
     """
-    bits = bits_of(weights)
-    if bits is None:
+    bits = None if weights == DIFFERENCE else bits_of(weights)
+    if bits is None and weights != DIFFERENCE:
         raise ValueError("weights of 16 bits have no grid; to train for there are int8 and int4")
     plain_model = transformers_model(model)
     if getattr(plain_model, "peft_config", None):
@@ -54,9 +67,33 @@ def quantize_aware(model: nn.Module, weights: str) -> QuantizeAware:
         raise ValueError(
             f"{type(plain_model).__name__} has no plain embedding and head to quantize"
         )
-    for weight in (*(linear.weight for linear in linears), embedding.weight, head.weight):
-        check_groups(weight.shape)
-    return QuantizeAware(plain_model, linears, embedding, head, bits)
+    grids: dict[nn.Module, Grid] = {}
+    names = {parameter: name for name, parameter in plain_model.named_parameters()}
+    matrices: list[nn.Linear | nn.Embedding] = [*linears, embedding, head]
+    for module in matrices:
+        weight: Any = module.weight
+        if bits is None:
+            grids[module] = _grid_around(before or {}, names[weight], weight)
+        else:
+            check_groups(weight.shape)
+            grids[module] = _grid_of_bits(bits if module in linears else EMBEDDING_BITS)
+    return QuantizeAware(plain_model, linears, embedding, head, grids)
+
+
+def _grid_of_bits(bits: int) -> Grid:
+    return lambda weight, rows: on_grid(weight, bits)
+
+
+def _grid_around(before: Mapping[str, Tensor], name: str, weight: Tensor) -> Grid:
+    if name not in before or before[name].shape != weight.shape:
+        raise ValueError(f"what a difference is added to has no {name} of {tuple(weight.shape)}")
+    start = before[name].detach().to(weight.device, torch.float32)
+
+    def nearest(weight: Tensor, rows: Tensor | None) -> Tensor:
+        own = start if rows is None else start[rows]
+        return own + difference.rounded(weight - own)
+
+    return nearest
 
 
 class QuantizeAware:
@@ -68,13 +105,13 @@ class QuantizeAware:
         linears: list[nn.Linear],
         embedding: nn.Embedding,
         head: nn.Linear,
-        bits: int,
+        grids: Mapping[nn.Module, Grid],
     ) -> None:
         self._modules = [*linears, embedding, head]
         for linear in linears:
-            _replace(linear, functools.partial(_linear_forward, linear, bits))
-        _replace(embedding, functools.partial(_embedding_forward, embedding))
-        _replace(head, functools.partial(self._head_forward, head))
+            _replace(linear, functools.partial(_linear_forward, linear, grids[linear]))
+        _replace(embedding, functools.partial(_embedding_forward, embedding, grids[embedding]))
+        _replace(head, functools.partial(self._head_forward, head, grids[head]))
         # The exit loss calls the head once for every chunk of tokens: it is rounded once a pass.
         self._in_pass = False
         self._head_values: Tensor | None = None
@@ -90,10 +127,10 @@ class QuantizeAware:
         for hook in self._hooks:
             hook.remove()
 
-    def _head_forward(self, head: nn.Linear, hidden: Tensor) -> Tensor:
+    def _head_forward(self, head: nn.Linear, grid: Grid, hidden: Tensor) -> Tensor:
         values = self._head_values
         if values is None:
-            values = _rounded(head.weight, EMBEDDING_BITS)
+            values = _rounded(head.weight, grid)
         if self._in_pass:
             self._head_values = values
         return functional.linear(hidden, _straight_through(head.weight, values), head.bias)
@@ -122,26 +159,26 @@ def _replace(module: nn.Module, forward: Callable[..., Tensor]) -> None:
     module.forward = functools.wraps(module.forward)(forward)
 
 
-def _linear_forward(linear: nn.Linear, bits: int, x: Tensor) -> Tensor:
-    weight = _straight_through(linear.weight, _rounded(linear.weight, bits))
+def _linear_forward(linear: nn.Linear, grid: Grid, x: Tensor) -> Tensor:
+    weight = _straight_through(linear.weight, _rounded(linear.weight, grid))
     return functional.linear(x, weight, linear.bias)
 
 
-def _embedding_forward(embedding: nn.Embedding, tokens: Tensor) -> Tensor:
+def _embedding_forward(embedding: nn.Embedding, grid: Grid, tokens: Tensor) -> Tensor:
     """Only the rows that are looked up are rounded: no group reaches from one row into another."""
     rows = functional.embedding(tokens, embedding.weight, embedding.padding_idx)
-    values = on_grid(rows.detach().flatten(0, -2), EMBEDDING_BITS).view_as(rows).to(rows.dtype)
+    values = grid(rows.detach().flatten(0, -2), tokens.flatten()).view_as(rows).to(rows.dtype)
     hidden = _straight_through(rows, values)
     scale = getattr(embedding, "embed_scale", None)  # Gemma 3
     return hidden if scale is None else hidden * scale.to(hidden.dtype)
 
 
-def _rounded(weight: Tensor, bits: int) -> Tensor:
+def _rounded(weight: Tensor, grid: Grid) -> Tensor:
     """On the grid, in the dtype of the product that follows: autocast keeps no cast of it."""
     kind = weight.device.type
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
-    return on_grid(weight.detach(), bits).to(dtype)
+    return grid(weight.detach(), None).to(dtype)
 
 
 def _straight_through(weight: Tensor, values: Tensor) -> Tensor:

@@ -47,18 +47,24 @@ def model_config(model: str) -> Any:
     return AutoConfig.from_pretrained(folder, **_NO_CODE, **arguments)
 
 
-def load_model(config: TrainConfig) -> PreTrainedModel:
-    """The model in float32, as published or from random weights; ValueError if it cannot be had."""
+def load_model(config: TrainConfig, other: str | None = None) -> PreTrainedModel:
+    """The model in float32, as published or from random weights; ValueError if it cannot be had.
+
+    Args:
+        config: the settings.
+        other: another model than the one to train.
+    """
+    name = other or config.model
     try:
         if config.from_scratch:
-            model = AutoModelForCausalLM.from_config(model_config(config.model), **_NO_CODE)
+            model = AutoModelForCausalLM.from_config(model_config(name), **_NO_CODE)
         else:
-            folder, arguments = pretrained_weights(config.model)
+            folder, arguments = pretrained_weights(name)
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=True, **_NO_CODE, **arguments
             )
     except (OSError, ValueError) as error:
-        what = f"the model {config.model} could not be loaded"
+        what = f"the model {name} could not be loaded"
         raise ValueError(one_line(what, error)) from error
     _make_savable(model)
     if config.max_length <= _SHORT_ROWS and not torch.cuda.is_available():

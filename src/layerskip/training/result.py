@@ -65,7 +65,7 @@ def save_result(
 def _record_rounding(generation_config: Any, config: TrainConfig, nll_change: float | None) -> None:
     """What was known of the model that training began with holds no longer."""
     known: dict[str, Rounding] = {}
-    if config.quantize_aware is not None:
+    if config.quantize_aware in ("int8", "int4"):
         known[config.quantize_aware] = Rounding(TRAINED, nll_change)
     own = recorded(getattr(generation_config, settings.KEY, None), known)
     setattr(generation_config, settings.KEY, own)

@@ -23,7 +23,7 @@ from layerskip.training.callbacks import JsonLinesLog, TimeBudget, read_log, tim
 from layerskip.training.config import TrainConfig
 from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows
 from layerskip.training.errors import UnwrittenCheckpointError
-from layerskip.training.fake_quantization import quantize_aware
+from layerskip.training.fake_quantization import DIFFERENCE, QuantizeAware, quantize_aware
 from layerskip.training.loading import (
     check_tokens,
     load_model,
@@ -95,7 +95,7 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
     check_tokens(model, tokenizer.pad_token_id or 0, train_rows, eval_rows)
     if config.lora_rank is not None:
         model = with_adapter(model, config)
-    on_grid = quantize_aware(model, config.quantize_aware) if config.quantize_aware else None
+    on_grid = _on_grid(config, model)
     output.mkdir(parents=True, exist_ok=True)
     trainer = _trainer(config, model, tokenizer, train_rows, eval_rows)
     trainer.add_callback(JsonLinesLog(output / "train_log.jsonl", trainer.attached))
@@ -124,6 +124,15 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
     if trainer.is_world_process_zero():
         plot_run(read_log(output / "train_log.jsonl"), output)
     return TrainResult(output, trainer.state.global_step, metrics, exit_layer)
+
+
+def _on_grid(config: TrainConfig, model: Any) -> QuantizeAware | None:
+    if config.quantize_aware is None:
+        return None
+    before = None
+    if config.quantize_aware == DIFFERENCE:
+        before = dict(load_model(config, config.difference_base).named_parameters())
+    return quantize_aware(model, config.quantize_aware, before)
 
 
 def _run(trainer: LayerSkipTrainer, config: TrainConfig, resume_from: str | None) -> dict[str, Any]:

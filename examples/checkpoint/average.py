@@ -1,0 +1,65 @@
+"""A checkpoint between two others: what training changed, a part of it taken back.
+
+    python examples/checkpoint/average.py runs/checkpoint smollm2-135m runs/average --share 0.75
+
+Long training on few tasks makes a model forget the rest. Between its weights and those that training
+began with lies a model that still does the tasks and has its general language back (arXiv 2109.01903);
+some more training then mends the exits, which suffer most.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from layerskip.training.source import pretrained
+
+
+def main() -> None:
+    """Read the command line and average."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path, help="folder of the trained model")
+    parser.add_argument("base", help="what its training began with: a folder or a built-in name")
+    parser.add_argument("output", type=Path, help="folder to make")
+    parser.add_argument("--share", type=float, default=0.75, help="of what training changed")
+    options = parser.parse_args()
+    try:
+        average(options.checkpoint, options.base, options.output, options.share)
+    except (ValueError, OSError) as error:
+        sys.exit(f"average.py: {error}")
+
+
+def average(checkpoint: Path, base: str, output: Path, share: float = 0.75) -> None:
+    """Write base + share * (checkpoint - base), with the checkpoint's other files.
+
+    Raises:
+        ValueError: the share is not from 0 to 1, the folder is there, or the models differ in shape.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"the share is {share}; it must be from 0 to 1")
+    if output.exists():
+        raise ValueError(f"{output} is there already; name a new folder")
+    folder, file = pretrained(base)
+    trained = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
+    start = before.state_dict()
+    for name, weight in trained.state_dict().items():
+        if name not in start or start[name].shape != weight.shape:
+            raise ValueError(f"{base} has no {name} of this shape: {checkpoint} began elsewhere")
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():  # a tied head is there once
+            parameter.lerp_(start[name], 1 - share)
+    shutil.copytree(
+        checkpoint,
+        output,
+        ignore=lambda _, names: [n for n in names if not n.endswith((".json", ".jinja"))],
+    )
+    (output / "train.json").unlink(missing_ok=True)
+    trained.save_pretrained(output)
+
+
+if __name__ == "__main__":
+    main()

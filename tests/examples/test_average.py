@@ -1,0 +1,52 @@
+"""examples/checkpoint/average.py: between two checkpoints."""
+
+import average as averaging
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import differences
+from layerskip import LayerSkipModel
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("average")
+    base = differences.base(root / "base")
+    return base, differences.trained(base, root / "trained")
+
+
+def test_a_share_of_what_training_changed_is_kept(folders, tmp_path):
+    base, trained = folders
+    averaging.average(trained, str(base), tmp_path / "out", 0.75)
+    found, before, after = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        for folder in (tmp_path / "out", base, trained)
+    )
+    for name, weight in found.items():
+        expected = before[name] + 0.75 * (after[name] - before[name])
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == (
+        load_file(trained / "model.safetensors").keys()
+    )
+    # The checkpoint's settings travel along, and it answers.
+    assert LayerSkipModel.from_pretrained(tmp_path / "out").settings.exit_layer == 2
+    assert not (tmp_path / "out" / "train.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("share", "output", "message"),
+    [(1.5, "new", "from 0 to 1"), (0.5, "base", "is there already")],
+)
+def test_what_cannot_be_averaged_is_said(folders, tmp_path, share, output, message):
+    base, trained = folders
+    where = base if output == "base" else tmp_path / output
+    with pytest.raises(ValueError, match=message):
+        averaging.average(trained, str(base), where, share)
+
+
+def test_other_models_are_refused(folders, tmp_path):
+    other = differences.base(tmp_path / "other", case="llama2")
+    with pytest.raises(ValueError, match="of this shape"):
+        averaging.average(folders[1], str(other), tmp_path / "out")
