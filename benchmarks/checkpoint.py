@@ -123,7 +123,8 @@ def figures(
 def training_of(folder: Path) -> dict[str, Any] | None:
     """Settings and totals of the run that wrote a checkpoint; None where there is no record of one.
 
-    Where it began with the checkpoint of another run, that one's are its `before`.
+    Where it began with the checkpoint of another run, that one's are its `before`; `average` is what
+    examples/checkpoint/average.py did to it afterwards.
     """
     settings = _json_of(folder / "train.json")
     if settings is None:
@@ -132,8 +133,11 @@ def training_of(folder: Path) -> dict[str, Any] | None:
     last = {name: value for log in logs for name, value in log.items()}
     totals = ("step", "train_runtime", "peak_memory_bytes")
     found = {"settings": settings, **{name: last[name] for name in totals if name in last}}
-    before = training_of(Path(settings["model"]))
-    return found if before is None else {**found, "before": before}
+    further = {
+        "average": _json_of(folder / "average.json"),
+        "before": training_of(Path(settings["model"])),
+    }
+    return found | {name: value for name, value in further.items() if value is not None}
 
 
 def _json_of(path: Path) -> Any:

@@ -122,6 +122,9 @@ def budget(trained: dict[str, Any]) -> Iterator[str]:
     if "peak_memory_bytes" in trained:
         yield f"- peak memory: {trained['peak_memory_bytes'] / 2**30:.1f} GiB"
     yield f"- seed: {settings['seed']}"
+    if "average" in trained:
+        share, base = trained["average"]["share"], trained["average"]["base"]
+        yield f"- afterwards: {share:.0%} of what had changed since {base} was kept"
 
 
 def changed(settings: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ some more training then mends the exits, which suffer most.
 """
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ def main() -> None:
 
 
 def average(checkpoint: Path, base: str, output: Path, share: float = 0.75) -> None:
-    """Write base + share * (checkpoint - base), with the checkpoint's other files.
+    """Write base + share * (checkpoint - base), with the checkpoint's other files and `average.json`.
 
     Raises:
         ValueError: the share is not from 0 to 1, the folder is there, or the models differ in shape.
@@ -55,9 +56,10 @@ def average(checkpoint: Path, base: str, output: Path, share: float = 0.75) -> N
     shutil.copytree(
         checkpoint,
         output,
-        ignore=lambda _, names: [n for n in names if not n.endswith((".json", ".jinja"))],
+        ignore=lambda _, names: [n for n in names if not n.endswith((".json", ".jsonl", ".jinja"))],
     )
-    (output / "train.json").unlink(missing_ok=True)
+    note = json.dumps({"base": base, "share": share}) + "\n"
+    (output / "average.json").write_text(note, encoding="utf-8")
     trained.save_pretrained(output)
 
 

@@ -28,10 +28,10 @@ from mixture_sources import Rows, Source, continuation, opening
 
 # Percent of the rows.
 SHARES: Mapping[str, float] = {
-    "topv2": 22,
-    "debian": 34,
-    "scitldr": 6,
-    "python": 24,
+    "topv2": 32,
+    "debian": 28,
+    "scitldr": 5,
+    "python": 21,
     "mbpp": 1,
     "gsm8k": 4,
     "wikitext2": 3,

@@ -125,6 +125,7 @@ def test_the_card_names_all_runs_that_made_a_checkpoint(measured, tmp_path):
     for folder in (first, second):
         folder.mkdir()
     write_run(first, p_max=0.25)
+    (first / "average.json").write_text('{"base": "smollm2-135m", "share": 0.75}')
     write_run(second, model=str(first))
     measured["checkpoint"]["training"] = checkpoint.training_of(second)
     text = card(json.loads(json.dumps(measured)), trained_on="2 cores")
@@ -133,6 +134,7 @@ def test_the_card_names_all_runs_that_made_a_checkpoint(measured, tmp_path):
     assert places == sorted(places)
     assert text.count("- budget: 40 steps of 8 rows") == 2
     assert text.count("- hardware: 2 cores") == 1
+    assert text.count("afterwards: 75% of what had changed since smollm2-135m was kept") == 1
 
 
 def test_a_card_of_an_own_checkpoint_leaves_out_what_is_not_known(measured):

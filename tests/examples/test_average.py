@@ -1,5 +1,7 @@
 """examples/checkpoint/average.py: between two checkpoints."""
 
+import json
+
 import average as averaging
 import pytest
 import torch
@@ -32,7 +34,8 @@ def test_a_share_of_what_training_changed_is_kept(folders, tmp_path):
     )
     # The checkpoint's settings travel along, and it answers.
     assert LayerSkipModel.from_pretrained(tmp_path / "out").settings.exit_layer == 2
-    assert not (tmp_path / "out" / "train.json").exists()
+    note = json.loads((tmp_path / "out" / "average.json").read_text())
+    assert note == {"base": str(base), "share": 0.75}
 
 
 @pytest.mark.parametrize(

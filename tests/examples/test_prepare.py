@@ -119,10 +119,10 @@ def test_shares_are_those_of_the_table_and_scarce_rows_stand_twice(data, tmp_pat
     rows = rows_in(tmp_path / "a")
     counts = {name: sum(row["source"] == name for row in rows) for name in preparing.SHARES}
     assert counts == {
-        "topv2": 44,
-        "debian": 68,
-        "scitldr": 12,
-        "python": 48,
+        "topv2": 64,
+        "debian": 56,
+        "scitldr": 10,
+        "python": 42,
         "mbpp": 2,
         "gsm8k": 8,
         "wikitext2": 6,
@@ -130,8 +130,9 @@ def test_shares_are_those_of_the_table_and_scarce_rows_stand_twice(data, tmp_pat
     }
     assert summary["rows"] == len(rows) == 200
     scarce = summary["sources"]["scitldr"]
-    assert (scarce["wanted"], scarce["available"], scarce["twice"]) == (12, 8, 4)
-    assert summary["sources"]["topv2"]["twice"] == 0
+    assert (scarce["wanted"], scarce["available"], scarce["twice"]) == (10, 8, 2)
+    assert summary["sources"]["topv2"]["twice"] == 64 - 50
+    assert summary["sources"]["debian"]["twice"] == 0
     assert summary == json.loads((tmp_path / "a" / "mixture.json").read_text())
     order = [row["source"] for row in rows]
     assert order != sorted(order, key=list(preparing.SHARES).index)
@@ -202,7 +203,7 @@ def test_every_second_summary_is_a_continuation_of_its_text(data, tmp_path):
     found = [row for row in rows_in(tmp_path / "a") if row["source"] == "debian"]
     asked = [row for row in found if row["prompt"].endswith("\n\nSummary:")]
     continued = [row for row in found if row not in asked]
-    assert len(asked) == len(continued) == 34
+    assert len(asked) == len(continued) == 28
     for row in continued:
         text = row["prompt"] + row["completion"]
         assert text.count("\n\nSummary: ") == 1
