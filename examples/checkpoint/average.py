@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from layerskip.training.source import pretrained
+from layerskip.training.loading import pretrained_model
 
 
 def main() -> None:
@@ -43,10 +42,8 @@ def average(checkpoint: Path, base: str, output: Path, share: float = 0.75) -> N
         raise ValueError(f"the share is {share}; it must be from 0 to 1")
     if output.exists():
         raise ValueError(f"{output} is there already; name a new folder")
-    folder, file = pretrained(base)
-    trained = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
-    start = before.state_dict()
+    trained = pretrained_model(str(checkpoint))
+    start = pretrained_model(base).state_dict()
     for name, weight in trained.state_dict().items():
         if name not in start or start[name].shape != weight.shape:
             raise ValueError(f"{base} has no {name} of this shape: {checkpoint} began elsewhere")

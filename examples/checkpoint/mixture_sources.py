@@ -70,8 +70,8 @@ def summary_prompt(text: str) -> str:
 def continuation(row: dict[str, Any]) -> dict[str, Any]:
     """A row whose text is completed from a third of the prompt's words on, summary included.
 
-    A short completion says little about prose. The rest of the prompt says ten times as much, which is
-    what early exits of a small budget lack.
+    A short completion says little about prose. The rest of the prompt is several times as long, and
+    more text is what early exits of a small budget lack.
     """
     words = re.findall(r"\s*\S+", row["prompt"])
     cut = max(round(len(words) / 3), 1)

@@ -156,8 +156,7 @@ def rounded(change: Tensor) -> Tensor:
     for rows in change.float().split(_ROWS_IN_CACHE):
         blocks = _blocks(rows)
         scales = _scales(blocks, inside).float()
-        levels = _magnitudes(_is_far(blocks, scales)) * scales[..., None]
-        parts.append(torch.where(blocks < 0, -levels, levels).flatten(1)[:, :n_in])
+        parts.append(_nearest(blocks, scales).flatten(1)[:, :n_in])
     return torch.cat(parts)
 
 
@@ -168,8 +167,13 @@ def scales_of(block: Tensor) -> Tensor:
 
 def nearest(values: Tensor, scales: Tensor) -> Tensor:
     """What `encode` makes of values, one in a row, in blocks of these scales: both [out] float32."""
-    levels = _magnitudes(_is_far(values[:, None], scales)[:, 0])
-    return torch.where(values < 0, -levels, levels) * scales
+    return _nearest(values[:, None], scales)[:, 0]
+
+
+def _nearest(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Blocks [..., n] on the levels of their scales [...]."""
+    levels = _magnitudes(_is_far(blocks, scales))
+    return torch.where(blocks < 0, -levels, levels) * scales[..., None]
 
 
 def _scales(blocks: Tensor, inside: Tensor) -> Tensor:

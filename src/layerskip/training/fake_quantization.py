@@ -56,7 +56,9 @@ def quantize_aware(
     """
     bits = None if weights == DIFFERENCE else bits_of(weights)
     if bits is None and weights != DIFFERENCE:
-        raise ValueError("weights of 16 bits have no grid; to train for there are int8 and int4")
+        raise ValueError(
+            "weights of 16 bits have no grid; to train for there are int8, int4, difference"
+        )
     plain_model = transformers_model(model)
     if getattr(plain_model, "peft_config", None):
         raise ValueError("an adapter cannot be trained on a grid: merging it takes weights off it")

@@ -47,30 +47,35 @@ def model_config(model: str) -> Any:
     return AutoConfig.from_pretrained(folder, **_NO_CODE, **arguments)
 
 
-def load_model(config: TrainConfig, other: str | None = None) -> PreTrainedModel:
-    """The model in float32, as published or from random weights; ValueError if it cannot be had.
-
-    Args:
-        config: the settings.
-        other: another model than the one to train.
-    """
-    name = other or config.model
+def pretrained_model(name: str) -> PreTrainedModel:
+    """A folder's, hub id's or built-in name's model in float32; ValueError if it cannot be had."""
     try:
-        if config.from_scratch:
-            model = AutoModelForCausalLM.from_config(model_config(name), **_NO_CODE)
-        else:
-            folder, arguments = pretrained_weights(name)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, **_NO_CODE, **arguments
-            )
+        folder, arguments = pretrained_weights(name)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, **_NO_CODE, **arguments
+        )
     except (OSError, ValueError) as error:
-        what = f"the model {name} could not be loaded"
-        raise ValueError(one_line(what, error)) from error
+        raise ValueError(one_line(f"the model {name} could not be loaded", error)) from error
+    loaded: PreTrainedModel = model.float()
+    return loaded
+
+
+def load_model(config: TrainConfig) -> PreTrainedModel:
+    """The model in float32, as published or from random weights; ValueError if it cannot be had."""
+    model = _random_model(config.model) if config.from_scratch else pretrained_model(config.model)
     _make_savable(model)
     if config.max_length <= _SHORT_ROWS and not torch.cuda.is_available():
         model.set_attn_implementation("eager")  # faster a step than the CPU's flash kernel
-    trained: PreTrainedModel = model.float()
-    return trained
+    return model
+
+
+def _random_model(name: str) -> PreTrainedModel:
+    try:
+        model = AutoModelForCausalLM.from_config(model_config(name), **_NO_CODE)
+    except (OSError, ValueError) as error:
+        raise ValueError(one_line(f"the model {name} could not be loaded", error)) from error
+    made: PreTrainedModel = model.float()
+    return made
 
 
 def _make_savable(model: PreTrainedModel) -> None:

@@ -30,6 +30,7 @@ from layerskip.training.loading import (
     load_tokenizer,
     model_config,
     one_line,
+    pretrained_model,
     with_adapter,
 )
 from layerskip.training.memory import keep_freed_memory
@@ -131,7 +132,8 @@ def _on_grid(config: TrainConfig, model: Any) -> QuantizeAware | None:
         return None
     before = None
     if config.quantize_aware == DIFFERENCE:
-        before = dict(load_model(config, config.difference_base).named_parameters())
+        base = pretrained_model(config.difference_base or config.model)
+        before = dict(base.named_parameters())
     return quantize_aware(model, config.quantize_aware, before)
 
 
