@@ -42,7 +42,9 @@ def trained(base_folder, folder, change=CHANGE):
         parameter.data += change * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder)
     file = folder / "generation_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | SETTINGS))
+    fields = json.loads(file.read_text()) | SETTINGS
+    del fields["_from_model_config"]  # with it transformers leaves out what it does not know
+    file.write_text(json.dumps(fields))
     return folder
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from layerskip.model.rounding import recorded
+from layerskip.model.settings import KEY
 from layerskip.training.loading import pretrained_model
 
 
@@ -57,6 +59,9 @@ def average(checkpoint: Path, base: str, output: Path, share: float = 0.75) -> N
     )
     note = json.dumps({"base": base, "share": share}) + "\n"
     (output / "average.json").write_text(note, encoding="utf-8")
+    settings = trained.generation_config
+    if own := getattr(settings, KEY, None):
+        setattr(settings, KEY, recorded(own, {}))  # what 8 and 4 bits cost was the trained weights'
     trained.save_pretrained(output)
 
 

@@ -12,7 +12,7 @@ from mixture_sources import MOST_CHARACTERS, Rows, Source
 from layerskip import LayerSkipModel
 
 MODEL = "smollm2-135m"
-QUESTIONS = 800
+QUESTIONS = 3400
 MAX_NEW_TOKENS = 160  # answers that are longer are left out
 BATCH = 32
 FORMS = (
@@ -48,7 +48,15 @@ heart, electricity, dictionaries, forests, money, painting, bananas, computers, 
 weather, whales, mountains, running, wool, telescopes, rivers, Paris, Japan, Africa, the Roman
 Empire, the Olympic Games, programming, the internet, recycling, kindness, autumn, a library, a
 compiler, photosynthesis, evolution, the printing press, an orchestra, a healthy breakfast,
-probability, a budget, public transport, a school garden, solar power, history
+probability, a budget, public transport, a school garden, solar power, history, London, India,
+Brazil, the United States, the Great Wall, the Second World War, the French language, poetry, the
+theatre, jazz, the guitar, dinosaurs, spiders, horses, elephants, roses, oak trees, the desert fox,
+clouds, thunder, winter, the sun, Mars, black holes, atoms, oxygen, iron, gold, diamonds, plastic,
+the brain, blood, teeth, a fever, running shoes, tennis, basketball, yoga, breakfast, pizza, soup,
+chocolate, apples, tomatoes, a birthday party, a wedding, travel, hotels, airports, cars, ships,
+taxes, banks, a job interview, teamwork, time management, homework, mathematics, geometry, prime
+numbers, algorithms, databases, passwords, robots, video games, smartphones, newspapers, elections,
+laws, human rights, happiness, fear, courage, honesty, dreams
 """
 TOPICS = " ".join(_TOPICS.split()).split(", ")
 

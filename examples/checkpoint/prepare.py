@@ -28,14 +28,14 @@ from mixture_sources import Rows, Source, continuation, opening
 
 # Percent of the rows.
 SHARES: Mapping[str, float] = {
-    "topv2": 32,
-    "debian": 28,
+    "topv2": 28,
+    "debian": 26,
     "scitldr": 5,
-    "python": 21,
+    "python": 20,
     "mbpp": 1,
     "gsm8k": 4,
-    "wikitext2": 3,
-    "own_answers": 6,
+    "wikitext2": 4,
+    "own_answers": 12,
 }
 SOURCES: Mapping[str, Source] = {
     **mixture_sources.SOURCES,

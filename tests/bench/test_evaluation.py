@@ -30,6 +30,13 @@ def model(n_layers=30, **settings):
             [("self-speculative", None, 12), ("plain", None, None)],
         ),
         (["auto"], [9], (4,), {}, [("self-speculative", 9, 4)]),
+        (  # n-grams have no exit; those asked for are early exit's
+            ["early-exit", "self-speculative"],
+            [3, 9],
+            (4, "n-gram"),
+            {},
+            [("early-exit", 3, None), ("early-exit", 9, None), ("self-speculative", None, 4)],
+        ),
     ],
 )
 def test_every_mode_at_every_exit_once(modes, exits, drafts, settings, expected):

@@ -44,6 +44,19 @@ def test_ragged_batches_score_as_each_passage_alone(batch_size):
             assert score.hits == hits
 
 
+def test_longrope_passages_on_both_sides_of_its_switch_score_as_each_alone():
+    decoder = tiny_decoder("phi4-mini")
+    rope = next(rope for rope in decoder.architecture.ropes if rope is not None)
+    lengths = (rope.original_max_positions + 9, rope.original_max_positions - 9, 7)
+    passages = [Passage(tuple(random_prompt(decoder, n, seed=n)), 5) for n in lengths]
+    together = score_passages(decoder, passages, [LAYERS], batch_size=8)
+    for passage, found in zip(passages, together, strict=True):
+        (expected,) = score_passages(decoder, [passage], [LAYERS])
+        assert found[LAYERS].log_likelihood == pytest.approx(
+            expected[LAYERS].log_likelihood, abs=1e-4
+        )
+
+
 def test_passages_longer_than_a_chunk_are_scored_across_it():
     (passage,) = passages_of((PREFILL_CHUNK + 9, 20))
     decoder = tiny_decoder(DECODER, max_position_embeddings=PREFILL_CHUNK + 9)

@@ -145,6 +145,8 @@ def test_ignoring_the_end():
         (3, False, [Step((1,))], 34),
         # Three drafted: layer 1 four times, the head three times; then layers 2-4 and the head.
         (1, True, [Step((1, 2), 3, 1, "early-exit")], 4 * 10 + 3 * 4 + 30 + 4),
+        # The same, and a fourth token that was left out as unsure: the head once more.
+        (1, True, [Step((1, 2), 3, 1, "early-exit", refused=1)], 4 * 10 + 4 * 4 + 30 + 4),
         # Nothing drafted: a plain pass in two parts.
         (1, True, [Step((1,), 0, 0, "early-exit")], 44),
         # Drafts from the text cost nothing: a pass.

@@ -100,7 +100,12 @@ def test_a_difference_to_itself(export, source, tmp_path):
         ),
         (
             ["--to", "difference", "--base", "b", "--weights", "f16", "x.safetensors"],
-            "a difference has 2 bits a weight",
+            "a difference has --bits",
+        ),
+        (["--to", "hf", "--bits", "2", "out"], "--bits and --draft-bits go with --to difference"),
+        (
+            ["--to", "difference", "--base", "b", "--bits", "3", "x.safetensors"],
+            "'3' is not one of '1', '2', '4'",
         ),
         (["--to", "hf", "--exit-layer", "2", "out"], "--exit-layer goes with hf-draft or gguf"),
         (["--to", "hf-draft", "out"], "names no exit layer; give --exit-layer"),

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from layerskip import LayerSkipModel, cli
-from layerskip.cli import options
+from layerskip.cli import options, show
+from layerskip.decoding import Piece
 
 SPECULATIVE = ("--mode", "self-speculative", "--exit-layer", 3, "--draft-tokens", 2)
 FIELDS = """
@@ -203,13 +204,17 @@ def test_show_draft_brackets_what_was_drafted(run):
     plain = run(*arguments)[1]
     assert status == 0
     assert out.count("[") > plain.count("[")
-    assert _unmarked(out) == _unmarked(plain)
+    assert out.translate(NO_BRACKETS) == plain.translate(NO_BRACKETS)
     assert "acceptance 100%" in err
 
 
-def _unmarked(text):
-    """Without brackets, and without the control characters that a terminal must not be sent."""
-    return [c for c in text if c.isprintable() and c not in "[]"]
+NO_BRACKETS = str.maketrans("", "", "[]")
+
+
+def test_marks_leave_tabs_and_carriage_returns_alone(capsys):
+    pieces = [Piece(text="\tif\r\n", drafted=True), Piece(text="\t\tx")]
+    show.show_pieces(pieces, show_draft=True)
+    assert capsys.readouterr().out == "[\tif\r\n]\t\tx\n"
 
 
 @pytest.mark.parametrize(
@@ -247,7 +252,12 @@ def test_bad_input_is_one_clear_line(run, arguments, status, words):
 
 
 @pytest.mark.parametrize(
-    ("row", "words"), [("{", "line 2: no JSON"), ('{"text": "x"}', 'line 2: a field "prompt"')]
+    ("row", "words"),
+    [
+        ("{", "line 2: no JSON"),
+        ('{"text": "x"}', 'line 2: a field "prompt"'),
+        ('{"prompt": 7}', 'line 2: a field "prompt"'),
+    ],
 )
 def test_a_bad_row_is_named_by_its_line(run, tmp_path, row, words):
     prompts = tmp_path / "prompts.jsonl"

@@ -34,6 +34,9 @@ def test_a_share_of_what_training_changed_is_kept(folders, tmp_path):
     )
     # The checkpoint's settings travel along, and it answers.
     assert LayerSkipModel.from_pretrained(tmp_path / "out").settings.exit_layer == 2
+    # What 4 bits cost the trained weights is not known of these.
+    fields = json.loads((tmp_path / "out" / "generation_config.json").read_text())["layerskip"]
+    assert fields == {"draft_vocabulary": "5 6 7"}
     note = json.loads((tmp_path / "out" / "average.json").read_text())
     assert note == {"base": str(base), "share": 0.75}
 

@@ -8,10 +8,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import differences
 from layerskip import cli, merge
 from layerskip.export import open_source, to_difference
-from layerskip.export.compensate import compensated, two_bits
+from layerskip.export.compensate import compensated, levels_of
 from layerskip.model.difference import BLOCK, decode, encode
 
 TEXT = "What training changed is little, and most of it can be said in two bits a weight. " * 60
+
+
+@pytest.fixture(params=[1, 2])
+def bits(request):
+    return request.param
 
 
 @pytest.fixture(params=[128, 100, 192])
@@ -19,14 +24,18 @@ def change(request):
     return torch.randn(48, request.param, generator=torch.manual_seed(1)) * 0.01
 
 
-def in_two_bits(change, x):
-    return compensated(change, x.T @ x, two_bits, BLOCK)
+def by_inputs(change, x, bits):
+    return compensated(change, x.T @ x, levels_of(bits), BLOCK)
 
 
-def test_outputs_change_less_than_by_nearest_levels(change):
+def by_itself(change, bits):
+    return decode(*encode(change, bits), change.shape[1], bits)
+
+
+def test_outputs_change_less_than_by_nearest_levels(change, bits):
     n_in = change.shape[1]
     x = inputs(n_in)
-    made, nearest = in_two_bits(change, x), decode(*encode(change), n_in)
+    made, nearest = by_inputs(change, x, bits), by_itself(change, bits)
 
     def error(rounded):
         unseen = x[::2] + x[1::2]
@@ -35,22 +44,22 @@ def test_outputs_change_less_than_by_nearest_levels(change):
     assert error(made) < 0.8 * error(nearest)
 
 
-def test_the_file_says_the_numbers_that_were_chosen(change):
-    made = in_two_bits(change, inputs(change.shape[1]))
-    torch.testing.assert_close(decode(*encode(made), change.shape[1]), made, rtol=2e-3, atol=0.0)
+def test_the_file_says_the_numbers_that_were_chosen(change, bits):
+    made = by_inputs(change, inputs(change.shape[1]), bits)
+    torch.testing.assert_close(by_itself(made, bits), made, rtol=2e-3, atol=0.0)
 
 
-def test_what_did_not_change_stays_so(change):
+def test_what_did_not_change_stays_so(change, bits):
     change[:, :64] = 0.0
     change[3] = 0.0
-    made = in_two_bits(change, torch.eye(change.shape[1]))
+    made = by_inputs(change, torch.eye(change.shape[1]), bits)
     assert not made[:, :64].any()
     assert not made[3].any()
 
 
-def test_without_correlation_it_is_the_nearest_level(change):
-    made = in_two_bits(change, torch.eye(change.shape[1]))
-    nearest = decode(*encode(change), change.shape[1])
+def test_without_correlation_it_is_the_nearest_level(change, bits):
+    made = by_inputs(change, torch.eye(change.shape[1]), bits)
+    nearest = by_itself(change, bits)
     torch.testing.assert_close(made, nearest, rtol=0, atol=1e-7)
 
 

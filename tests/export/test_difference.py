@@ -157,6 +157,42 @@ def test_bytes_are_those_of_the_codes(made):
     assert written.tensors == len(shapes)
 
 
+def test_what_drafts_can_have_more_bits(made, tmp_path):
+    """Embedding, head and the layers below exit 2 have 4 bits, layers 2 and 3 have one."""
+    folder, _ = made
+    file = tmp_path / "y.safetensors"
+    source = open_source(folder / "trained")
+    written = to_difference(source, file, base=str(folder / "base"), bits=1, draft_bits=4)
+    assert written.stored_as == {"4-bit": 1 + 7 * 2, "1-bit": 7 * 2, "F32": 1 + 2 * 4}
+    merge(file, tmp_path / "out", base=folder / "base")
+    before, after = differences.weights(folder / "base"), differences.weights(folder / "trained")
+    for name, found in differences.weights(tmp_path / "out").items():
+        error = (found - after[name]).norm() / (after[name] - before[name]).norm()
+        if "norm" not in name:
+            fine = "layers.2." not in name and "layers.3." not in name
+            assert (error < 0.2) if fine else (0.5 < error < 0.65), name
+
+
+@pytest.mark.parametrize("bits", [{"bits": 3}, {"draft_bits": 8}])
+def test_other_numbers_of_bits_are_refused(made, tmp_path, bits):
+    source = open_source(made[0] / "trained")
+    with pytest.raises(ValueError, match=r"1, 2 or 4 bits a weight, not \d"):
+        to_difference(source, tmp_path / "y.safetensors", base=str(made[0] / "base"), **bits)
+    assert not any(tmp_path.iterdir())
+
+
+def test_draft_bits_need_an_exit_layer(made, tmp_path):
+    base = made[0] / "base"
+    with pytest.raises(ValueError, match="base names no exit layer"):
+        to_difference(open_source(base), tmp_path / "y.safetensors", base=str(base), draft_bits=4)
+
+
+def test_a_text_that_would_change_nothing_is_refused(made, tmp_path):
+    base, source = str(made[0] / "base"), open_source(made[0] / "trained")
+    with pytest.raises(ValueError, match="a text changes nothing in 4 bits"):
+        to_difference(source, tmp_path / "y.safetensors", base=base, bits=4, tokens=[1] * 9)
+
+
 def test_a_difference_names_its_base_without_its_folder(made):
     folder, _ = made
     with safe_open(folder / "x.safetensors", framework="pt") as file:

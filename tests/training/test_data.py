@@ -190,7 +190,7 @@ def test_templates_and_running_text(tokenizer):
 
 def test_the_answer_of_a_conversation_has_labels(tokenizer):
     messages = [{"role": "user", "content": "1 plus 2"}, {"role": "model", "content": "3"}]
-    row = Encoding(tokenizer=tokenizer)("x", {"messages": messages})
+    row = Encoding(tokenizer=tokenizer)("x", {"messages": messages, "prompt": None})
     assert tokenizer.decode([x for x in row["labels"] if x != -100]) == "3 </s>"
     with pytest.raises(ValueError, match="x: the chat template"):
         Encoding(tokenizer=tokenizer)("x", {"messages": [1, 2]})
@@ -266,3 +266,10 @@ def test_a_beginning_stands_once(tokenizer):
             for one in (tokenizer, plain)
         )
         assert ids == [tokenizer.eos_token_id] * added + without
+
+
+def test_a_column_of_messages_may_be_empty_where_there_is_a_prompt(tokenizer):
+    """A parquet file of mixed rows has every column in every row."""
+    row = {"prompt": "1 plus 2", "completion": "3"}
+    encode = Encoding(tokenizer=tokenizer)
+    assert encode("x", {**row, "messages": None}) == encode("x", row)

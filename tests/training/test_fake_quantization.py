@@ -13,7 +13,7 @@ from layerskip.export import open_source, to_difference
 from layerskip.model import difference
 from layerskip.model.quantize import quantize
 from layerskip.recipe import RecipeConfig, attach, detach
-from layerskip.training import TrainConfig, quantize_aware, train
+from layerskip.training import TrainConfig, fake_quantization, quantize_aware, train
 
 RECIPE = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.3)
 WIDTHS = {"intermediate_size": 64}  # a multiple of the grid's groups
@@ -49,8 +49,8 @@ def round_difference_in_place(model, before):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             change = parameter - before[name]
-            stored = difference.to_stored(name, change)
-            back = difference.from_stored(tuple(change.shape), list(stored.values()))
+            stored = difference.to_stored(name, change, 2)
+            back = difference.from_stored(tuple(change.shape), list(stored.values()), 2)
             parameter.copy_(before[name] + back)
 
 
@@ -142,6 +142,28 @@ def test_gradients_are_those_at_the_rounded_weights(tied):
     for (name, own), other in zip(model.named_parameters(), rounded.parameters(), strict=True):
         assert own.grad.abs().sum() > 0, name
         torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", ["int8", "difference"])
+def test_float16_whose_exit_loss_is_outside_of_autocast(weights):
+    before, model = before_and_after()
+    quantize_aware(model, weights, before)
+    attach(model, RECIPE).set_step(0, 10)
+    with torch.autocast("cpu", torch.float16):
+        loss = model(**batch_of()).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert model.lm_head.weight.grad.isfinite().all()
+
+
+def test_the_grid_of_a_difference_follows_the_model_to_its_device():
+    """A Trainer moves the model after this is set up."""
+    before, model = before_and_after()
+    weight, tokens = model.lm_head.weight, torch.tensor([3, 1])
+    grid = fake_quantization._grid_around(before, "lm_head.weight", weight)
+    rows = grid(weight[tokens], tokens)
+    torch.testing.assert_close(rows, grid(weight, None)[tokens])
+    assert grid(weight.to("meta"), None).device.type == "meta"
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -308,6 +330,6 @@ def test_a_run_for_a_difference_is_exported_as_it_was_trained(settings, tmp_path
         for folder in (settings["model"], result.output, tmp_path / "merged")
     )
     name = "model.layers.1.mlp.up_proj.weight"
-    expected = base[name].float() + difference.rounded(trained[name] - base[name])
+    expected = base[name].float() + difference.rounded(trained[name] - base[name], 2)
     assert torch.equal(merged[name], expected.to(merged[name].dtype))
     assert not torch.equal(merged[name], base[name].to(merged[name].dtype))

@@ -334,8 +334,15 @@ def test_a_finished_result_is_not_overwritten(settings):
     run(settings)
     for checkpoint in Path(settings["output"]).glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    with pytest.raises(ValueError, match="has a checkpoint, which training would replace"):
-        run(settings)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="has a checkpoint, which training would replace"):
+            run(settings, resume=resume)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
+def test_float16_without_a_gpu_is_refused_and_not_float32(settings):
+    with pytest.raises(ValueError, match="float16 needs a GPU"):
+        run(settings, precision="float16")
 
 
 def test_a_full_disk_at_the_log_names_the_step(settings, monkeypatch):

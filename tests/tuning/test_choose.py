@@ -25,7 +25,7 @@ def test_the_fastest_is_chosen():
     assert (choice.mode, choice.exit_layer, choice.draft_tokens) == ("self-speculative", 8, 6)
     assert (choice.speedup, choice.speedup_interval) == (1.5, [1.3, 1.7])
     assert choice.tokens_per_s == 75.0
-    assert choice.flags == "--exit-layer 8 --draft-tokens 6"
+    assert choice.flags == "--mode self-speculative --exit-layer 8 --draft-tokens 6"
     assert "1.50x" in choice.reason
 
 

@@ -98,6 +98,7 @@ def costs(weights, head, threads=0):
         passes=(1.0,),
         overhead=0.0,
         threads=threads,
+        machine="here",
     )
 
 
@@ -113,6 +114,15 @@ def test_plain_for_one_kind_of_weights_leaves_the_exit_to_others(folder):
     assert "assistant_early_exit" not in fields_of(folder)
 
 
+def test_costs_that_name_no_machine_keep_no_exit(folder):
+    """They are used nowhere, so the exit cannot pay with them."""
+    nowhere = dataclasses.replace(costs("int8", 0.1), machine="")
+    write_settings(folder, CHOICE, end_tokens=[2], record=RECORD, costs=nowhere)
+    write_settings(folder, PLAIN, end_tokens=[2], record=RECORD, costs=costs("16bit", 0.1))
+    assert "assistant_early_exit" not in fields_of(folder)
+    assert [c["weights"] for c in fields_of(folder)["layerskip"]["costs"]] == ["16bit"]
+
+
 def test_each_kind_of_weights_keeps_the_costs_it_was_tuned_with(folder):
     def written(*each):
         for found in each:
@@ -121,12 +131,12 @@ def test_each_kind_of_weights_keeps_the_costs_it_was_tuned_with(folder):
     written(costs("16bit", 0.1), costs("int8", 0.2), costs("16bit", 0.3))
     settings = read_settings(folder, {}, vocab_size=99)
     for weights, head in (("16bit", 0.3), ("int8", 0.2), ("int4", None)):
-        measured = settings.measured_for("float32", weights, "cpu", "pytorch", "").measured
+        measured = settings.measured_for("float32", weights, "cpu", "pytorch", "here").measured
         assert (measured.head if measured else None) == head
     written(costs("16bit", 0.4, threads=2), costs("16bit", 0.5, threads=1))
     settings = read_settings(folder, {}, vocab_size=99)
     for weights, threads, head in (("16bit", 2, 0.4), ("16bit", 1, 0.5), ("16bit", 4, None)):
-        kind = ("float32", weights, "cpu", "pytorch", "")
+        kind = ("float32", weights, "cpu", "pytorch", "here")
         measured = settings.measured_for(*kind, threads=threads).measured
         assert (measured.head if measured else None) == head
 

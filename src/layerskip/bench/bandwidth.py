@@ -38,9 +38,9 @@ def weight_bytes_read(
     """Bytes of weights that these steps had to read, keys and values left out.
 
     A round whose n tokens were drafted by an early exit runs the first E layers n + 1 times (the last
-    drafted token has to pass them too), the head n times for the draft, and the other layers and the
-    head once to verify. Where n-grams were the draft, every layer and the head are read once; where they
-    follow a draft they read nothing.
+    drafted token has to pass them too), the head n times for the draft and once more for a token that
+    was left out as unsure, and the other layers and the head once to verify. Where n-grams were the
+    draft, every layer and the head are read once; where they follow a draft they read nothing.
 
     Args:
         decoder: the model.
@@ -57,7 +57,8 @@ def weight_bytes_read(
     total = 0
     for step in steps:
         n = 0 if step.source == "n-gram" else step.drafted - step.followed
-        total += (n + 1) * exit_at * layer + round(n * head * share) + head
+        scored = n + step.refused
+        total += (n + 1) * exit_at * layer + round(scored * head * share) + head
         if drafting:
             total += (len(decoder.layers) - exit_at) * layer
     return total

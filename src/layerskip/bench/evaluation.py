@@ -95,8 +95,9 @@ def rows_of(
     found: list[Row] = []
     for mode in modes:
         exits: Sequence[int | None] = exit_layers or (quarters if mode == "early-exit" else [None])
-        for e in exits if mode != "plain" else [None]:
-            drafts = (draft_tokens, draft_from) if mode in DRAFTING else (None, None)
+        drafts = (draft_tokens, draft_from) if mode in DRAFTING else (None, None)
+        has_exits = mode != "plain" and drafts[1] != "n-gram"
+        for e in exits if has_exits else [None]:
             plan = choose(mode, e, *drafts, settings=model.settings, n_layers=n_layers)
             if all(row.plan != plan for row in found):
                 found.append(Row(plan, asked=mode))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -72,8 +72,7 @@ def score_passages(
         same_input, key=len, reverse=True
     )  # the largest first: what fits is known at once
     done = len(passages) - sum(map(len, same_input.values()))
-    for first in range(0, len(rows), batch_size):
-        batch = rows[first : first + batch_size]
+    for batch in _batches(decoder, rows, batch_size):
         members = [same_input[row] for row in batch]
         found = _score_batch(
             decoder, batch, [[passages[i] for i in some] for some in members], exits
@@ -84,6 +83,22 @@ def score_passages(
         if progress is not None:
             progress(done, len(passages))
     return scores
+
+
+def _batches(
+    decoder: Decoder, rows: Sequence[tuple[int, ...]], batch_size: int
+) -> Iterator[Sequence[tuple[int, ...]]]:
+    """Rows that run together: at most so many, and turned as each would be alone.
+
+    They share a cache as wide as the longest, and a rotary embedding may depend on that (LongRoPE).
+    """
+    ropes = {rope for rope in decoder.architecture.ropes if rope is not None}
+    first = 0
+    for end in range(1, len(rows) + 1):
+        sizes = [len(row) for row in rows[first : end + 1]]
+        if len(sizes) > batch_size or end == len(rows) or not all(r.alike(sizes) for r in ropes):
+            yield rows[first:end]
+            first = end
 
 
 def _score_batch(

@@ -38,7 +38,7 @@ def _list_of(kind: Any) -> Any:
     "task_name",
     required=True,
     metavar="T",
-    help="A task's name (see docs/bench.md), or a .jsonl or text file of prompts.",
+    help="A task's name (see docs/tasks.md), or a .jsonl or text file of prompts.",
 )
 @click.option("--data", metavar="FOLDER", help="Where data sets are; also LAYERSKIP_DATA.")
 @click.option(

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from layerskip.bench.measure import Entry, Setting, measure
 from layerskip.bench.own import OwnSystem, settings_of
-from layerskip.cli.show import DRAFTED_STYLE
+from layerskip.cli.show import DRAFTED_COLOUR
 from layerskip.decoding import Answer, LayerSkipModel
 from layerskip.decoding.language_model import Prompt
 
@@ -109,7 +109,7 @@ class SideBySide:
         column = self._columns[MODES.index(setting.mode)]
         for piece in answer:
             text = piece.text if column.text else piece.text.lstrip("\n")
-            column.text.append(text, DRAFTED_STYLE if piece.drafted else None)
+            column.text.append(text, DRAFTED_COLOUR if piece.drafted else None)
             if self._live is not None and time.monotonic() - self._drawn_at > REFRESH_S:
                 with answer.paused():
                     column.tokens_per_s = answer.generation.tokens_per_s

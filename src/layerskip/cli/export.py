@@ -29,9 +29,12 @@ from layerskip.export import (
     to_gguf,
     to_hf,
 )
+from layerskip.export.difference import BITS
+from layerskip.model.difference import LEVELS
 from layerskip.model.source import BUILTIN_MODELS, DEFAULT_MODEL
 
 _FORMATS = ("hf", "hf-draft", "gguf", "difference")
+_BITS = click.Choice([str(bits) for bits in LEVELS])
 _SUFFIXES = {"gguf": ".gguf", "difference": ".safetensors"}
 _INT4 = "int4"
 
@@ -57,7 +60,7 @@ _INT4 = "int4"
     metavar="TEXT",
     help="A text file (or wikitext2), some 2,500 tokens or more, 20,000 are used: with --to hf --weights"
     " int4, round the layers to 4 bits so that the errors make up for each other on such text; with --to"
-    " difference the same in 2 bits.",
+    " difference the same in its 1 or 2 bits.",
 )
 @click.option(
     "--exit-layer",
@@ -71,6 +74,17 @@ _INT4 = "int4"
     metavar="MODEL",
     help="Of a difference: what training began with, named as in --model.",
 )
+@click.option(
+    "--bits",
+    type=_BITS,
+    help=f"Of a difference: bits a weight.  [default: {BITS}]",
+)
+@click.option(
+    "--draft-bits",
+    type=_BITS,
+    help="Of a difference: bits of what drafts instead, which are embedding, head and the layers below"
+    " the exit layer that the checkpoint names.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint or file that is there.")
 @result_options
 @debug_option
@@ -82,6 +96,8 @@ def command(
     calibration: str | None,
     exit_layer: int | None,
     base: str | None,
+    bits: str | None,
+    draft_bits: str | None,
     overwrite: bool,
     as_json: bool,
     output: Path | None,
@@ -89,7 +105,7 @@ def command(
     """Write a checkpoint that other programs load: the whole model, or its first layers as a draft.
 
     PATH is the folder (hf, hf-draft) or the .gguf file to make. A difference is for layerskip itself:
-    what training changed in its base, in 2 bits a weight, as a .safetensors file.
+    what training changed in its base, in few bits a weight, as a .safetensors file.
 
     \b
     Examples:
@@ -100,10 +116,13 @@ def command(
       layerskip export --model my-checkpoint --to hf --weights int4 --calibrate text.txt my-int4
       layerskip export --model my-checkpoint --to difference --base smollm2-135m my.safetensors
       layerskip export --model my-checkpoint --to difference --base smollm2-135m \\
-        --calibrate like-my-prompts.txt my.safetensors
+        --bits 1 --draft-bits 4 --calibrate like-my-prompts.txt my.safetensors
     """
     check_output(output)
     _check_usage(path, to_format, weights, calibration, exit_layer, base)
+    of_difference = {name: int(n) for name, n in (("bits", bits), ("draft_bits", draft_bits)) if n}
+    if of_difference and to_format != "difference":
+        raise click.UsageError("--bits and --draft-bits go with --to difference")
     for name in filter(None, (model, base)):
         fetch_if_builtin(name)
     source = open_source(model, exit_layer)
@@ -114,7 +133,7 @@ def command(
         source = open_source(model, chosen)
     if calibration is not None and to_format == "hf":  # which rounds for minutes before it writes
         check_new_folder(path, overwrite=overwrite)
-    write = _writer(to_format, weights, base)
+    write = _writer(to_format, weights, base, of_difference)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         if calibration is not None:
@@ -152,7 +171,7 @@ def _check_usage(
     if weights == _INT4 and to_format != "hf":
         raise click.UsageError("--weights int4 goes with --to hf; of gguf there is q4_1")
     if to_format == "difference" and weights is not None:
-        raise click.UsageError("a difference has 2 bits a weight; --weights goes with hf and gguf")
+        raise click.UsageError("--weights goes with hf and gguf; a difference has --bits")
     if to_format != "gguf" and weights not in (None, _INT4, *HF_WEIGHTS):
         raise click.UsageError(f"--weights of {to_format} is one of: {', '.join(HF_WEIGHTS)}")
     suffix = _SUFFIXES.get(to_format)
@@ -160,9 +179,11 @@ def _check_usage(
         raise click.UsageError(f"PATH {path} has to end in {suffix}")
 
 
-def _writer(to_format: str, weights: str | None, base: str | None) -> Callable[..., Written]:
+def _writer(
+    to_format: str, weights: str | None, base: str | None, of_difference: dict[str, Any]
+) -> Callable[..., Written]:
     if base is not None:
-        return functools.partial(to_difference, base=base)
+        return functools.partial(to_difference, base=base, **of_difference)
     return functools.partial(
         to_gguf if to_format == "gguf" else to_hf, weights=None if weights == _INT4 else weights
     )

@@ -13,7 +13,10 @@ from layerskip.decoding import Answer, Generation, LayerSkipModel, PromptError
 
 
 @click.command("generate")
-@click.option("--prompt", help="The prompt; without it, standard input is one prompt.")
+@click.option(
+    "--prompt",
+    help="The prompt; without it, standard input is one prompt, less one line break at its end.",
+)
 @click.option(
     "--prompts",
     "prompts_file",

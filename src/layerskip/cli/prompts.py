@@ -37,6 +37,6 @@ def _prompts(file: Path) -> Iterator[Any]:
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: no JSON ({error})") from error
         found = isinstance(row, dict) and (row.get("prompt") or row.get("messages"))
-        if not found:
+        if not isinstance(found, (str, list)):
             raise ValueError(f'{file}, line {number}: a field "prompt" or "messages" is needed')
         yield found

@@ -3,42 +3,37 @@
 import sys
 from collections.abc import Iterable
 
+import click
 from rich.console import Console
-from rich.text import Text
 
 from layerskip.decoding import Generation, Piece
 
-DRAFTED_STYLE = "green"
+DRAFTED_COLOUR = "green"
 
 
 def show_pieces(pieces: Iterable[Piece], *, show_draft: bool) -> None:
     """Write an answer to stdout as it arrives, marked by origin where that was asked for."""
-    console = _stdout()
+    coloured = show_draft and _has_colours()
     for piece in pieces:
-        if not show_draft:
-            sys.stdout.write(piece.text)
-            sys.stdout.flush()
-        elif piece.text:
-            console.print(_marked(piece.text, piece.drafted, console), end="")
+        marked = show_draft and piece.drafted and piece.text
+        sys.stdout.write(_marked(piece.text, coloured) if marked else piece.text)
+        sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()
 
 
 def show_legend() -> None:
     """Say on stderr what the marks of `show_pieces` mean."""
-    example = _marked("drafted and accepted", True, _stdout())
-    Console(stderr=True, highlight=False).print(Text.assemble(example, " · the model's own"))
+    click.echo(f"{_marked('drafted and accepted', _has_colours())} · the model's own", err=True)
 
 
-def _stdout() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+def _has_colours() -> bool:
+    return Console().color_system is not None
 
 
-def _marked(text: str, drafted: bool, console: Console) -> Text:
-    """Colour what was drafted, or put it in brackets where there is no colour."""
-    if not drafted:
-        return Text(text)
-    return Text(f"[{text}]") if console.color_system is None else Text(text, DRAFTED_STYLE)
+def _marked(text: str, coloured: bool) -> str:
+    """What was drafted in colour, or in brackets where there is none; tabs and all stay as they are."""
+    return click.style(text, fg=DRAFTED_COLOUR) if coloured else f"[{text}]"
 
 
 def show_stats(generation: Generation) -> None:

@@ -27,6 +27,7 @@ class Draft:
         start: how many layers have seen these positions: E where the early exit drafted, else 0.
         source: the drafter that was asked, or "model" where none was.
         followed: the last so many tokens were not drafted by `source`, but follow it as n-grams.
+        refused: how many more tokens were drafted, and left out as unsure.
     """
 
     tokens: Tensor
@@ -35,6 +36,7 @@ class Draft:
     start: int
     source: str
     followed: int = 0
+    refused: int = 0
 
 
 def no_draft(decoder: Decoder, last: Tensor) -> Draft:
@@ -155,6 +157,7 @@ class EarlyExitDrafter:
             start=self.exit_layer,
             source=self.source,
             followed=len(behind),
+            refused=int(refused),
         )
 
     def _chosen(

@@ -34,6 +34,7 @@ class Step:
         source: the drafter that was asked, or "model" where none was.
         rejected: the other drafted tokens: the one that the model corrected, and those after it.
         followed: the last so many drafted tokens were n-grams behind an early exit's draft.
+        refused: how many more tokens were drafted and left out as unsure.
     """
 
     tokens: tuple[int, ...]
@@ -42,6 +43,7 @@ class Step:
     source: str = "model"
     rejected: tuple[int, ...] = ()
     followed: int = 0
+    refused: int = 0
 
     def first(self, n: int) -> "Step":
         """The step cut to its first n tokens, where the answer ends inside it.
@@ -215,7 +217,8 @@ class _Session:
             drafter.settle(tokens, count)
             produced += len(tokens)
             rejected = tuple(drafted[count:])
-            yield Step(tokens, len(drafted), count, draft.source, rejected, draft.followed)
+            more = (draft.followed, draft.refused)
+            yield Step(tokens, len(drafted), count, draft.source, rejected, *more)
 
     def _drafter(self) -> Drafter:
         plan, decoder, pace = self.plan, self.decoder, Pace()

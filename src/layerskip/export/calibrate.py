@@ -1,4 +1,4 @@
-"""Weights from a calibration text, in 4 bits or as a difference of 2: which inputs each matrix sees.
+"""Weights from a calibration text, in 4 bits or as a difference: which inputs each matrix sees.
 
 transformers' own model runs over the text once; each layer in turn notes its matrices' inputs, is
 rounded (`compensate`), and hands on what it computes with rounded weights.
@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from layerskip.export import hf_config
-from layerskip.export.compensate import compensated, two_bits
+from layerskip.export.compensate import compensated, levels_of
 from layerskip.export.source import Source
 from layerskip.export.written import Progress
 from layerskip.model import difference, row_order
@@ -25,6 +25,8 @@ from layerskip.model.weights import missing
 
 WINDOW = 512  # tokens; a longer text gives more of them
 WINDOWS = 40  # at most
+# Of a difference. With more, `encode` may find other scales in what was made; nearest levels do there.
+MOST_COMPENSATED_BITS = 2
 HELD_OUT = 5  # every so many windows one is left out, to measure on
 
 
@@ -83,6 +85,7 @@ def calibrate_difference(
     source: Source,
     base: Source,
     tokens: Sequence[int],
+    bits_of: Callable[[str], int],
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Tensor]:
     """What training changed, on the levels of a difference, so that outputs change little.
@@ -93,10 +96,12 @@ def calibrate_difference(
         source: a whole model.
         base: what training began with, of the same shape.
         tokens: the calibration text; the first `WINDOW * WINDOWS` are used.
+        bits_of: name of a matrix -> bits that its difference gets.
         progress: called with the layers done and their number.
 
     Returns:
-        name -> change, float32, of every matrix in a layer, and of the head.
+        name -> change, float32, of every matrix in a layer and of the head that gets so few bits that
+        it is not left to the nearest level.
 
     Raises:
         ValueError: the text is too short.
@@ -107,8 +112,13 @@ def calibrate_difference(
 
     def rounded(name: str, weight: Tensor, hessian: Tensor) -> Tensor:
         before = row_order.read(base.files, name, "halves").float()
-        made[name] = compensated(weight - before, hessian, two_bits, difference.BLOCK)
-        return (before + made[name]).to(torch.bfloat16).float()  # as merged
+        change, bits = weight - before, bits_of(name)
+        if bits <= MOST_COMPENSATED_BITS:
+            change = compensated(change, hessian, levels_of(bits), difference.BLOCK)
+            made[name] = change
+        else:
+            change = difference.rounded(change, bits)
+        return (before + change).to(torch.bfloat16).float()  # as merged
 
     with torch.no_grad():
         exits = {source.files.settings.exit_layer or len(model.model.layers)}

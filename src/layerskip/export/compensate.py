@@ -39,10 +39,14 @@ def four_bits(group: Tensor) -> Rounding:
     return rounded
 
 
-def two_bits(block: Tensor) -> Rounding:
-    """The four levels of a block [out, BLOCK] of a difference, which `difference.encode` finds again."""
-    scales = difference.scales_of(block)
-    return lambda column, _: difference.nearest(column, scales)
+def levels_of(bits: int) -> Callable[[Tensor], Rounding]:
+    """The levels of a block [out, BLOCK] of a difference, which `difference.encode` finds again."""
+
+    def rounding(block: Tensor) -> Rounding:
+        scales = difference.scales_of(block, bits)
+        return lambda column, _: difference.nearest(column, scales, bits)
+
+    return rounding
 
 
 def compensated(

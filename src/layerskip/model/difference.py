@@ -1,14 +1,16 @@
-"""The format of a difference: what training changed in a checkpoint, in 2 bits a weight.
+"""The format of a difference: what training changed in a checkpoint, in 1, 2 or 4 bits a weight.
 
-One safetensors file. For a matrix NAME it holds `NAME.codes` and `NAME.scales` (see `encode`), for any
-other tensor NAME the difference itself in float32; a head that is the embedding is not there a second
-time. The file's metadata is the `Header`.
+One safetensors file. For a matrix NAME it holds `NAME.codes1`, `NAME.codes` (of 2 bits) or
+`NAME.codes4`, and `NAME.scales` (see `encode`), for any other tensor NAME the difference itself in
+float32; a head that is the embedding is not there a second time. The file's metadata is the `Header`.
 
-A general compressor would take hardly a twentieth off: the four codes come up about equally often.
+A general compressor would take hardly a twentieth off: codes come up about equally often.
 """
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,14 @@ from torch import Tensor
 from layerskip.model.weights import CheckpointError
 
 BLOCK = 64  # weights of a row that share a scale
-NEAR, FAR = (
-    0.4528,
-    1.510,
-)  # the four best levels of a Gaussian of variance 1 (Lloyd-Max): these and -these
+# Bits -> the best levels of a Gaussian of variance 1 (Lloyd-Max): these, and these below zero.
+LEVELS = {
+    1: (0.7979,),
+    2: (0.4528, 1.510),
+    4: (0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733),
+}
 FORMAT, VERSION = "layerskip-difference", "1"
-_CODES_IN_BYTE = 4
+_CODES = {1: "codes1", 2: "codes", 4: "codes4"}
 _ROWS_IN_CACHE = 256  # at a time
 _ROUNDS = 3  # of choosing codes for a scale, and the best scale for those codes
 
@@ -84,103 +88,113 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def layout(name: str, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def layout(
+    name: str, shape: tuple[int, ...], bits: int
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The file's tensors for one of the model's, as name -> dtype and shape.
 
-    A matrix of [out, in] takes out * (ceil(in / 4) + 2 * ceil(in / 64)) bytes.
+    A matrix of [out, in] takes out * (ceil(in * bits / 8) + 2 * ceil(in / 64)) bytes.
     """
     if len(shape) != 2:
         return {name: (torch.float32, shape)}
     n_out, n_in = shape
     return {
-        f"{name}.codes": (torch.uint8, (n_out, -(-n_in // _CODES_IN_BYTE))),
+        f"{name}.{_CODES[bits]}": (torch.uint8, (n_out, -(-n_in * bits // 8))),
         f"{name}.scales": (torch.float16, (n_out, -(-n_in // BLOCK))),
     }
 
 
-def to_stored(name: str, change: Tensor) -> dict[str, Tensor]:
+def to_stored(name: str, change: Tensor, bits: int) -> dict[str, Tensor]:
     """The tensors of `layout` for the difference of one of the model's tensors."""
-    tensors = encode(change.float()) if change.ndim == 2 else (change.float(),)
-    return dict(zip(layout(name, tuple(change.shape)), tensors, strict=True))
+    tensors = encode(change.float(), bits) if change.ndim == 2 else (change.float(),)
+    return dict(zip(layout(name, tuple(change.shape), bits), tensors, strict=True))
 
 
-def from_stored(shape: tuple[int, ...], stored: list[Tensor]) -> Tensor:
+def from_stored(shape: tuple[int, ...], stored: list[Tensor], bits: int) -> Tensor:
     """The difference of a tensor of this shape, in float32, from what `to_stored` gave, in its order."""
     if len(shape) != 2:
         return stored[0]
     codes, scales = stored
-    return decode(codes, scales, shape[1])
+    return decode(codes, scales, shape[1], bits)
 
 
-def encode(change: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a matrix to four levels a block.
+def bits_stored(name: str, names: Collection[str]) -> int:
+    """The bits that a file with these tensors has for one of the model's; of no matter for others."""
+    return next((bits for bits in LEVELS if f"{name}.{_CODES[bits]}" in names), min(LEVELS))
+
+
+def encode(change: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Round a matrix to 2 ** bits levels a block.
 
     `BLOCK` neighbours of a row share a scale; the last block of a row is shorter where the row is no
-    multiple. Code 0 stands for -FAR, 1 for -NEAR, 2 for NEAR and 3 for FAR times the scale; a block
-    that did not change has the scale 0, and stays as it was exactly.
+    multiple. Codes count the levels, times the scale, from the lowest on; a block that did not change
+    has the scale 0, and stays as it was exactly.
 
     Args:
         change: [out, in] float32.
+        bits: 1, 2 or 4.
 
     Returns:
-        codes [out, ceil(in / 4)] uint8, the first of four in the lowest bits of a byte, what is left
+        codes [out, ceil(in * bits / 8)] uint8, the first in the lowest bits of a byte, what is left
         over in a row's last byte meaning nothing; and scales [out, ceil(in / 64)] float16.
     """
     n_out, n_in = change.shape
     blocks = _blocks(change)
-    scales = _scales(blocks, _blocks(torch.ones(1, n_in)))  # 0 behind the end of a row
-    is_far = _is_far(blocks, scales.float())
-    codes = torch.where(blocks < 0, 1 - is_far.to(torch.uint8), 2 + is_far.to(torch.uint8))
-    n_bytes = -(-n_in // _CODES_IN_BYTE)
-    fours = codes.flatten(1)[:, : n_bytes * _CODES_IN_BYTE].unflatten(1, (n_bytes, _CODES_IN_BYTE))
+    scales = _scales(blocks, _blocks(torch.ones(1, n_in)), bits)  # 0 behind the end of a row
+    rank = _rank(blocks, scales.float(), bits)
+    half = len(LEVELS[bits])
+    codes = torch.where(blocks < 0, half - 1 - rank, half + rank).to(torch.uint8)
+    n_bytes, in_byte = -(-n_in * bits // 8), 8 // bits
+    of_byte = codes.flatten(1)[:, : n_bytes * in_byte].unflatten(1, (n_bytes, in_byte))
     packed = torch.zeros(n_out, n_bytes, dtype=torch.uint8)
-    for place in range(_CODES_IN_BYTE):
-        packed |= fours[..., place] << 2 * place
+    for place in range(in_byte):
+        packed |= of_byte[..., place] << bits * place
     return packed, scales
 
 
-def decode(codes: Tensor, scales: Tensor, n_in: int) -> Tensor:
+def decode(codes: Tensor, scales: Tensor, n_in: int, bits: int) -> Tensor:
     """The numbers that codes and scales of `encode` stand for, [out, in] float32."""
-    every_byte = torch.arange(256)[:, None] >> torch.arange(0, 8, 2) & 3  # its four codes
-    levels = torch.tensor([-FAR, -NEAR, NEAR, FAR])[every_byte]
-    fours = levels[codes.int()].flatten(1)[:, :n_in]
-    values: Tensor = scales.float().repeat_interleave(BLOCK, dim=1)[:, :n_in].mul_(fours)
+    above = torch.tensor(LEVELS[bits])
+    every_byte = torch.arange(256)[:, None] >> torch.arange(0, 8, bits) & 2**bits - 1  # its codes
+    levels = torch.cat([-above.flip(0), above])[every_byte]
+    of_row = levels[codes.int()].flatten(1)[:, :n_in]
+    values: Tensor = scales.float().repeat_interleave(BLOCK, dim=1)[:, :n_in].mul_(of_row)
     return values
 
 
-def rounded(change: Tensor) -> Tensor:
+def rounded(change: Tensor, bits: int) -> Tensor:
     """What `decode` gives of what `encode` makes of a matrix: [out, in] float32, on its device."""
     n_in = change.shape[1]
     inside = _blocks(torch.ones(1, n_in, device=change.device))
     parts = []
     for rows in change.float().split(_ROWS_IN_CACHE):
         blocks = _blocks(rows)
-        scales = _scales(blocks, inside).float()
-        parts.append(_nearest(blocks, scales).flatten(1)[:, :n_in])
+        scales = _scales(blocks, inside, bits).float()
+        parts.append(_nearest(blocks, scales, bits).flatten(1)[:, :n_in])
     return torch.cat(parts)
 
 
-def scales_of(block: Tensor) -> Tensor:
+def scales_of(block: Tensor, bits: int) -> Tensor:
     """The scales that `encode` gives the rows of a block [out, n], in float32 [out]."""
-    return _scales(block, torch.ones(1, block.shape[1])).float()
+    return _scales(block, torch.ones(1, block.shape[1]), bits).float()
 
 
-def nearest(values: Tensor, scales: Tensor) -> Tensor:
+def nearest(values: Tensor, scales: Tensor, bits: int) -> Tensor:
     """What `encode` makes of values, one in a row, in blocks of these scales: both [out] float32."""
-    return _nearest(values[:, None], scales)[:, 0]
+    return _nearest(values[:, None], scales, bits)[:, 0]
 
 
-def _nearest(blocks: Tensor, scales: Tensor) -> Tensor:
+def _nearest(blocks: Tensor, scales: Tensor, bits: int) -> Tensor:
     """Blocks [..., n] on the levels of their scales [...]."""
-    levels = _magnitudes(_is_far(blocks, scales))
+    levels = _magnitudes(blocks, scales, bits)
     return torch.where(blocks < 0, -levels, levels) * scales[..., None]
 
 
-def _scales(blocks: Tensor, inside: Tensor) -> Tensor:
+def _scales(blocks: Tensor, inside: Tensor, bits: int) -> Tensor:
     """A scale for each block [..., n], [...] float16; `inside` is 1 where there is a weight, else 0."""
     scales = (blocks.square().sum(-1) / inside.sum(-1)).sqrt()
     for _ in range(_ROUNDS):
-        levels = _magnitudes(_is_far(blocks, scales)) * inside
+        levels = _magnitudes(blocks, scales, bits) * inside
         scales = (blocks.abs() * levels).sum(-1) / levels.square().sum(-1)  # least squares
     halves: Tensor = scales.to(torch.float16)
     return halves
@@ -192,10 +206,14 @@ def _blocks(rows: Tensor) -> Tensor:
     return padded
 
 
-def _is_far(blocks: Tensor, scales: Tensor) -> Tensor:
-    far: Tensor = blocks.abs() > (NEAR + FAR) / 2 * scales[..., None]
-    return far
+def _rank(blocks: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Which magnitude is nearest, counted from the least."""
+    sizes = blocks.abs()
+    rank = torch.zeros_like(blocks, dtype=torch.int64)
+    for less, more in itertools.pairwise(LEVELS[bits]):
+        rank += sizes > (less + more) / 2 * scales[..., None]
+    return rank
 
 
-def _magnitudes(is_far: Tensor) -> Tensor:
-    return torch.where(is_far, FAR, NEAR)
+def _magnitudes(blocks: Tensor, scales: Tensor, bits: int) -> Tensor:
+    return torch.tensor(LEVELS[bits], device=blocks.device)[_rank(blocks, scales, bits)]

@@ -77,7 +77,8 @@ def _check_fits(file: Any, base: Files, path: Path) -> None:
     """Raise CheckpointError where the file does not hold exactly what the base's tensors ask for."""
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name in base.names():
-        wanted |= difference.layout(name, base.tensors.shape(name))
+        bits = difference.bits_stored(name, file.keys())
+        wanted |= difference.layout(name, base.tensors.shape(name), bits)
     if odd := wanted.keys() ^ set(file.keys()):
         name = min(odd)
         lacks = "lacks" if name in wanted else "has"
@@ -100,8 +101,9 @@ def _write(folder: Path, header: Header, base: Files, file: Any) -> None:
     state = {}
     for name in sorted(base.names()):
         before, shape = row_order.read(base, name, "halves").float(), base.tensors.shape(name)
-        stored = [file.get_tensor(part) for part in difference.layout(name, shape)]
-        state[name] = (before + difference.from_stored(shape, stored)).to(torch.bfloat16)
+        bits = difference.bits_stored(name, file.keys())
+        stored = [file.get_tensor(part) for part in difference.layout(name, shape, bits)]
+        state[name] = (before + difference.from_stored(shape, stored, bits)).to(torch.bfloat16)
     weights = folder / "model.safetensors"
     save_file(state, weights, metadata={"format": "pt"})
     weights.chmod((folder / "config.json").stat().st_mode)

@@ -55,7 +55,7 @@ class Encoding:
 
     def _ids(self, where: str, row: Mapping[str, Any]) -> tuple[int, list[int]]:
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
-        if "messages" in row:
+        if row.get("messages") is not None:  # parquet has the column in all rows
             return self._chat(where, row["messages"])
         try:
             completion = _FILLED.vformat(self.completion, (), row)

@@ -27,7 +27,7 @@ from layerskip.model import difference
 from layerskip.model.quantize import EMBEDDING_BITS, bits_of, check_groups, on_grid
 from layerskip.recipe.anatomy import Anatomy, find_anatomy, transformers_model
 
-DIFFERENCE = "difference"
+DIFFERENCE, DIFFERENCE_BITS = "difference", 2
 Grid = Callable[[Tensor, "Tensor | None"], Tensor]
 """A matrix, or those of its rows that the second tensor names, to the nearest numbers of its grid."""
 
@@ -89,11 +89,13 @@ def _grid_of_bits(bits: int) -> Grid:
 def _grid_around(before: Mapping[str, Tensor], name: str, weight: Tensor) -> Grid:
     if name not in before or before[name].shape != weight.shape:
         raise ValueError(f"what a difference is added to has no {name} of {tuple(weight.shape)}")
-    start = before[name].detach().to(weight.device, torch.float32)
+    start = before[name].detach().float()
 
     def nearest(weight: Tensor, rows: Tensor | None) -> Tensor:
+        nonlocal start
+        start = start.to(weight.device)  # a Trainer moves the model after this is set up
         own = start if rows is None else start[rows]
-        return own + difference.rounded(weight - own)
+        return own + difference.rounded(weight - own, DIFFERENCE_BITS)
 
     return nearest
 
@@ -131,7 +133,8 @@ class QuantizeAware:
 
     def _head_forward(self, head: nn.Linear, grid: Grid, hidden: Tensor) -> Tensor:
         values = self._head_values
-        if values is None:
+        # In float16 the exit loss calls the head outside autocast, the model's own forward inside.
+        if values is None or values.dtype != _product_dtype(head.weight):
             values = _rounded(head.weight, grid)
         if self._in_pass:
             self._head_values = values
@@ -177,10 +180,13 @@ def _embedding_forward(embedding: nn.Embedding, grid: Grid, tokens: Tensor) -> T
 
 def _rounded(weight: Tensor, grid: Grid) -> Tensor:
     """On the grid, in the dtype of the product that follows: autocast keeps no cast of it."""
+    return grid(weight.detach(), None).to(_product_dtype(weight))
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
     kind = weight.device.type
     autocast = torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
-    return grid(weight.detach(), None).to(dtype)
+    return torch.get_autocast_dtype(kind) if autocast else weight.dtype
 
 
 def _straight_through(weight: Tensor, values: Tensor) -> Tensor:

@@ -165,9 +165,9 @@ def _evaluation(trainer: LayerSkipTrainer) -> dict[str, Any]:
 
 def _resume_from(config: TrainConfig, output: Path) -> str | None:
     checkpoint = last_checkpoint(output) if output.exists() else None
-    if config.resume:
-        return checkpoint
     if checkpoint is not None:
+        if config.resume:
+            return checkpoint
         raise ValueError(
             f"{output} has checkpoints of an earlier run ({Path(checkpoint).name}): go on with "
             "--resume, or choose another --output"
@@ -229,6 +229,8 @@ def _check_installed(config: TrainConfig) -> None:
         )
     if config.lora_rank is not None and importlib.util.find_spec("peft") is None:
         raise ValueError("lora_rank needs `peft`: pip install 'layerskip[train]'")
+    if config.precision == "float16" and not _uses_gpu(config):
+        raise ValueError("precision float16 needs a GPU; take bfloat16, float32 or auto")
 
 
 def _check_layers(config: TrainConfig) -> int:
@@ -258,6 +260,10 @@ def _check_layers(config: TrainConfig) -> int:
     return int(chosen)
 
 
+def _uses_gpu(config: TrainConfig) -> bool:
+    return config.device != "cpu" and torch.cuda.is_available()
+
+
 def _is_bfloat16_fast(on_gpu: bool) -> bool:
     """Without AVX-512 a CPU's products in bfloat16 take tens of times as long as in float32."""
     if on_gpu:
@@ -268,7 +274,7 @@ def _is_bfloat16_fast(on_gpu: bool) -> bool:
 def _trainer(
     config: TrainConfig, model: Any, tokenizer: Any, train_rows: Any, eval_rows: Any
 ) -> LayerSkipTrainer:
-    use_gpu = config.device != "cpu" and torch.cuda.is_available()
+    use_gpu = _uses_gpu(config)
     # Named only where it is wanted: the field has another name in newer versions of transformers.
     checkpointing: dict[str, Any] = (
         {"gradient_checkpointing": True} if config.gradient_checkpointing else {}

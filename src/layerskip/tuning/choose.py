@@ -28,12 +28,13 @@ class Choice:
 
     @property
     def flags(self) -> str:
-        """The same as flags of the command line."""
+        """What was measured, as flags of the command line."""
         if self.mode == "plain":
             return "--mode plain"
         if self.mode == "auto":
             return f"--exit-layer {self.exit_layer}"
-        return f"--exit-layer {self.exit_layer} --draft-tokens {self.draft_tokens}"
+        pair = f"--exit-layer {self.exit_layer} --draft-tokens {self.draft_tokens}"
+        return f"--mode {self.mode} {pair}"
 
 
 def is_certain(row: Mapping[str, Any]) -> bool:

@@ -51,7 +51,9 @@ def write_settings(
     others: list[StepCosts] = []
     if costs is not None:
         same = [(costs.kind, threads) for threads in (costs.threads, 0)]
-        others = [c for c in costs_of(own, file) if (c.kind, c.threads) not in same]
+        # Costs that name no machine are used on none.
+        known = [c for c in costs_of(own, file) if c.machine]
+        others = [c for c in known if (c.kind, c.threads) not in same]
         own["costs"] = [c.to_dict() for c in (*others, costs)]
     if choice.exit_layer is not None or not others:
         chosen = {
