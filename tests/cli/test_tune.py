@@ -85,7 +85,10 @@ def test_a_dry_run_writes_nothing(tune, own, monkeypatch):
     before = {path: path.read_bytes() for path in own.iterdir()}
     status, out, _ = tune("--dry-run")
     assert status == 0
-    assert "Nothing was written (--dry-run). As flags: --exit-layer" in " ".join(out.split())
+    assert (
+        "Nothing was written (--dry-run). As flags: --mode self-speculative --exit-layer"
+        in " ".join(out.split())
+    )
     assert {path: path.read_bytes() for path in own.iterdir()} == before
 
 
@@ -120,7 +123,7 @@ def test_a_gguf_file_gets_its_settings_as_flags(tune, own, tmp_path, monkeypatch
     before = settings_of(own)
     status, out, _ = tune(model=tmp_path / "model.gguf")
     assert status == 0
-    assert "Give them as flags: --exit-layer" in " ".join(out.split())
+    assert "Give them as flags: --mode self-speculative --exit-layer" in " ".join(out.split())
     assert settings_of(own) == before
 
 

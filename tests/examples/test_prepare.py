@@ -88,11 +88,11 @@ def data(tmp_path_factory):
 
 
 def answered(data=None):
-    """Ten questions with answers, which no model has to give."""
+    """Twelve questions with answers, which no model has to give."""
     said = [("user", "What is {}?"), ("assistant", "{} is a number.")]
     return [
         {"messages": [{"role": role, "content": text.format(i)} for role, text in said]}
-        for i in range(10)
+        for i in range(12)
     ], []
 
 
@@ -119,19 +119,19 @@ def test_shares_are_those_of_the_table_and_scarce_rows_stand_twice(data, tmp_pat
     rows = rows_in(tmp_path / "a")
     counts = {name: sum(row["source"] == name for row in rows) for name in preparing.SHARES}
     assert counts == {
-        "topv2": 64,
-        "debian": 56,
+        "topv2": 56,
+        "debian": 52,
         "scitldr": 10,
-        "python": 42,
+        "python": 40,
         "mbpp": 2,
         "gsm8k": 8,
-        "wikitext2": 6,
-        "own_answers": 12,
+        "wikitext2": 8,
+        "own_answers": 24,
     }
     assert summary["rows"] == len(rows) == 200
     scarce = summary["sources"]["scitldr"]
     assert (scarce["wanted"], scarce["available"], scarce["twice"]) == (10, 8, 2)
-    assert summary["sources"]["topv2"]["twice"] == 64 - 50
+    assert summary["sources"]["topv2"]["twice"] == 56 - 50
     assert summary["sources"]["debian"]["twice"] == 0
     assert summary == json.loads((tmp_path / "a" / "mixture.json").read_text())
     order = [row["source"] for row in rows]
@@ -203,7 +203,7 @@ def test_every_second_summary_is_a_continuation_of_its_text(data, tmp_path):
     found = [row for row in rows_in(tmp_path / "a") if row["source"] == "debian"]
     asked = [row for row in found if row["prompt"].endswith("\n\nSummary:")]
     continued = [row for row in found if row not in asked]
-    assert len(asked) == len(continued) == 28
+    assert len(asked) == len(continued) == 26
     for row in continued:
         text = row["prompt"] + row["completion"]
         assert text.count("\n\nSummary: ") == 1

@@ -170,7 +170,7 @@ def _show(
     if file is not None:
         console.print(f"Written to {file}; mode auto uses it from now on.", soft_wrap=True)
     elif dry_run:
-        console.print(f"Nothing was written (--dry-run). As flags: {choice.flags}")
+        console.print(f"Nothing was written (--dry-run). As flags: {choice.flags}", soft_wrap=True)
     else:
         assert not is_folder
         console.print(
