@@ -29,8 +29,7 @@ from layerskip.export import (
     to_gguf,
     to_hf,
 )
-from layerskip.export.difference import BITS
-from layerskip.model.difference import LEVELS
+from layerskip.model.difference import BITS, LEVELS
 from layerskip.model.source import BUILTIN_MODELS, DEFAULT_MODEL
 
 _FORMATS = ("hf", "hf-draft", "gguf", "difference")

@@ -18,15 +18,13 @@ from layerskip.model import CheckpointError, difference, row_order
 from layerskip.model.difference import Header
 from layerskip.model.digest import sha256_of
 
-BITS = 2  # of a weight's difference, unless told otherwise
-
 
 def to_difference(
     source: Source,
     path: Path,
     *,
     base: str,
-    bits: int = BITS,
+    bits: int = difference.BITS,
     draft_bits: int | None = None,
     tokens: Sequence[int] | None = None,
     overwrite: bool = False,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from layerskip.model.weights import CheckpointError
 
+BITS = 2  # of a weight, unless told otherwise
 BLOCK = 64  # weights of a row that share a scale
 # Bits -> the best levels of a Gaussian of variance 1 (Lloyd-Max): these, and these below zero.
 LEVELS = {
@@ -120,7 +121,7 @@ def from_stored(shape: tuple[int, ...], stored: list[Tensor], bits: int) -> Tens
 
 def bits_stored(name: str, names: Collection[str]) -> int:
     """The bits that a file with these tensors has for one of the model's; of no matter for others."""
-    return next((bits for bits in LEVELS if f"{name}.{_CODES[bits]}" in names), min(LEVELS))
+    return next((bits for bits in LEVELS if f"{name}.{_CODES[bits]}" in names), BITS)
 
 
 def encode(change: Tensor, bits: int) -> tuple[Tensor, Tensor]:

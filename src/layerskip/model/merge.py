@@ -76,10 +76,11 @@ def _builtin(header: Header, path: Path) -> str:
 def _check_fits(file: Any, base: Files, path: Path) -> None:
     """Raise CheckpointError where the file does not hold exactly what the base's tensors ask for."""
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    there = set(file.keys())
     for name in base.names():
-        bits = difference.bits_stored(name, file.keys())
+        bits = difference.bits_stored(name, there)
         wanted |= difference.layout(name, base.tensors.shape(name), bits)
-    if odd := wanted.keys() ^ set(file.keys()):
+    if odd := wanted.keys() ^ there:
         name = min(odd)
         lacks = "lacks" if name in wanted else "has"
         raise CheckpointError(f"{path} does not fit its base: it {lacks} the tensor {name}")
@@ -98,10 +99,10 @@ def _write(folder: Path, header: Header, base: Files, file: Any) -> None:
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", header.generation_config)
     base.write_tokenizer(folder)
-    state = {}
+    state, there = {}, set(file.keys())
     for name in sorted(base.names()):
         before, shape = row_order.read(base, name, "halves").float(), base.tensors.shape(name)
-        bits = difference.bits_stored(name, file.keys())
+        bits = difference.bits_stored(name, there)
         stored = [file.get_tensor(part) for part in difference.layout(name, shape, bits)]
         state[name] = (before + difference.from_stored(shape, stored, bits)).to(torch.bfloat16)
     weights = folder / "model.safetensors"

@@ -27,7 +27,7 @@ from layerskip.model import difference
 from layerskip.model.quantize import EMBEDDING_BITS, bits_of, check_groups, on_grid
 from layerskip.recipe.anatomy import Anatomy, find_anatomy, transformers_model
 
-DIFFERENCE, DIFFERENCE_BITS = "difference", 2
+DIFFERENCE = "difference"
 Grid = Callable[[Tensor, "Tensor | None"], Tensor]
 """A matrix, or those of its rows that the second tensor names, to the nearest numbers of its grid."""
 
@@ -95,7 +95,7 @@ def _grid_around(before: Mapping[str, Tensor], name: str, weight: Tensor) -> Gri
         nonlocal start
         start = start.to(weight.device)  # a Trainer moves the model after this is set up
         own = start if rows is None else start[rows]
-        return own + difference.rounded(weight - own, DIFFERENCE_BITS)
+        return own + difference.rounded(weight - own, difference.BITS)
 
     return nearest
 
