@@ -50,4 +50,4 @@ def rows_of(path: Path) -> Rows:
     return rows
 
 
-SOURCE = Source("functions of Python's standard library", "PSF-2.0", standard_library)
+SOURCE = Source("functions of Python's standard library", "PSF-2.0", standard_library, running=True)

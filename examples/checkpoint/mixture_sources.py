@@ -1,7 +1,7 @@
 """Where rows of the mixture come from: each data set's licence, and how its rows become ours.
 
-Rows to train on have `prompt` and `completion`, or `messages`; rows held back have `prompt` and
-`reference`. Prompts and completions are tokenized apart and put together, so a prompt ends where the
+Rows to train on have `prompt` and `completion`, or `messages`, or `text`; rows held back have `prompt`
+and `reference`. Prompts and completions are tokenized apart and put together, so a prompt ends where the
 tokenizer would cut anyway: completions begin with a space or a line break, or follow a line break.
 """
 
@@ -30,18 +30,18 @@ class Source:
         data: what it is, for people.
         licence: of the data.
         read: folder of data sets (None: $LAYERSKIP_DATA) -> rows to train on, rows held back.
-        continued: whether every second row to train on is a `continuation`.
+        running: whether every second row to train on is `running_text`.
     """
 
     data: str
     licence: str
     read: Callable[[str | None], tuple[Rows, Rows]]
-    continued: bool = False
+    running: bool = False
 
 
 def opening(row: dict[str, Any]) -> str:
     """How a row begins; of rows that begin alike, none is trained on while another is held back."""
-    text = row["prompt"] if "prompt" in row else row["messages"][0]["content"]
+    text = row.get("prompt") or row.get("text") or row["messages"][0]["content"]
     return str(text[:OPENING])
 
 
@@ -67,16 +67,14 @@ def summary_prompt(text: str) -> str:
     return f"{text.strip()}\n\nSummary:"
 
 
-def continuation(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose text is completed from a third of the prompt's words on, summary included.
+def running_text(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as one text, prompt and completion, of which every token is learnt.
 
-    A short completion says little about prose. The rest of the prompt is several times as long, and
-    more text is what early exits of a small budget lack.
+    A short completion says little about prose and code. The prompt before it costs as much to compute,
+    and more text is what early exits of a small budget lack.
     """
-    words = re.findall(r"\s*\S+", row["prompt"])
-    cut = max(round(len(words) / 3), 1)
-    completion = "".join([*words[cut:], row["completion"]])
-    return {**row, "prompt": "".join(words[:cut]), "completion": completion}
+    rest = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
+    return {**rest, "text": row["prompt"] + row["completion"]}
 
 
 def _topv2(data: str | None) -> tuple[Rows, Rows]:
@@ -201,18 +199,16 @@ _WIKITEXT = DataSet(
     origin="https://huggingface.co/datasets/Salesforce/wikitext",
 )
 _UNKNOWN = "<unk>"
-FEWEST_WORDS = 24  # of a passage that is continued
+FEWEST_WORDS = 24  # of a passage
 
 
 def _wikitext(data: str | None) -> tuple[Rows, Rows]:
-    """Sentences that follow one another, as people write them; a third of the words is the prompt."""
+    """Running text, as people write it, without the sentences that have an unknown word."""
     train = []
     for source in _WIKITEXT.rows("validation", data):
         for line in source["text"].splitlines():
-            for words in _passages(sentences_of(line)):
-                cut = len(words) // 3
-                prompt, completion = " ".join(words[:cut]), " ".join(words[cut:])
-                train.append({"prompt": prompt, "completion": f" {completion}"})
+            known = [text for text in sentences_of(line) if _UNKNOWN not in text]
+            train += [{"text": text} for text in _passages(known)]
     return train, []
 
 
@@ -229,17 +225,17 @@ def sentences_of(line: str) -> list[str]:
     return re.split(r"(?<=[a-z0-9)\"%]{3}[.!?])\s+(?=[A-Z\"<])", text.strip())
 
 
-def _passages(sentences: Sequence[str]) -> Iterator[list[str]]:
-    """The words of sentences in a row that have no unknown word and are short enough together."""
-    run: list[str] = []
-    for sentence in [*sentences, _UNKNOWN]:
-        words = sentence.split()
-        if _UNKNOWN not in sentence and len(" ".join([*run, *words])) <= MOST_CHARACTERS:
-            run += words
+def _passages(sentences: Sequence[str]) -> Iterator[str]:
+    """As many sentences together as are short enough, where those are enough words."""
+    passage = ""
+    for sentence in [*sentences, ""]:
+        longer = f"{passage} {sentence}".strip()
+        if sentence and len(longer) <= MOST_CHARACTERS:
+            passage = longer
             continue
-        if len(run) >= FEWEST_WORDS:
-            yield run
-        run = [] if _UNKNOWN in sentence else words
+        if len(passage.split()) >= FEWEST_WORDS:
+            yield passage
+        passage = sentence if len(sentence) <= MOST_CHARACTERS else ""
 
 
 SOURCES = {
@@ -248,10 +244,10 @@ SOURCES = {
         "descriptions and synopses of the packages of Debian 13",
         "each package's own free licence",
         _debian,
-        continued=True,
+        running=True,
     ),
     "scitldr": Source(
-        "SciTLDR: abstracts and summaries of one sentence", "Apache-2.0", _scitldr, continued=True
+        "SciTLDR: abstracts and summaries of one sentence", "Apache-2.0", _scitldr, running=True
     ),
     "mbpp": Source("MBPP, problems 601 to 974: short Python programs", "CC BY 4.0", _mbpp),
     "gsm8k": Source("GSM8K: word problems of school mathematics", "MIT", _gsm8k),

@@ -2,7 +2,7 @@
 
 LAYERSKIP_DATA=/path/to/data python examples/checkpoint/prepare.py runs/mixture --rows 20000
 
-writes into the folder: `train.jsonl` (shuffled; rows with prompt and completion, or messages),
+writes into the folder: `train.jsonl` (shuffled; rows with prompt and completion, messages, or text),
 `test-topv2.jsonl`, `test-debian.jsonl`, `test-scitldr.jsonl`, `test-python.jsonl` (prompt and reference)
 and `mixture.json` (what was taken from where, its licence, and the files' sha256).
 
@@ -24,17 +24,17 @@ from typing import Any
 import library_functions
 import mixture_sources
 import own_answers
-from mixture_sources import Rows, Source, continuation, opening
+from mixture_sources import Rows, Source, opening, running_text
 
 # Percent of the rows.
 SHARES: Mapping[str, float] = {
-    "topv2": 28,
-    "debian": 26,
-    "scitldr": 5,
-    "python": 20,
-    "mbpp": 1,
-    "gsm8k": 4,
-    "wikitext2": 4,
+    "topv2": 45,
+    "debian": 17,
+    "scitldr": 4,
+    "python": 15,
+    "mbpp": 0.5,
+    "gsm8k": 1.5,
+    "wikitext2": 5,
     "own_answers": 12,
 }
 SOURCES: Mapping[str, Source] = {
@@ -97,8 +97,8 @@ def prepare(
         found, held_out = apart(*SOURCES[name].read(data))
         chance = random.Random(f"{seed} {name}")  # other shares leave this source's order alone
         taken = take(found, round(rows * share / 100), chance)
-        if SOURCES[name].continued:
-            taken[1::2] = map(continuation, taken[1::2])
+        if SOURCES[name].running:
+            taken[1::2] = map(running_text, taken[1::2])
         mixed += [{"source": name, **row} for row in taken]
         if held_out:
             files[f"test-{name}.jsonl"] = chance.sample(held_out, len(held_out))[:HELD_OUT_ROWS]

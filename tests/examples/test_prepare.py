@@ -8,7 +8,7 @@ import json
 import prepare as preparing
 import pytest
 from library_functions import rows_of, standard_library
-from mixture_sources import MOST_CHARACTERS, OPENING, continuation, opening, sentences_of, unwrapped
+from mixture_sources import MOST_CHARACTERS, OPENING, opening, running_text, sentences_of, unwrapped
 from own_answers import MAX_NEW_TOKENS, own_answers, random_questions
 from prepare import prepare
 from transformers import AutoTokenizer
@@ -80,7 +80,7 @@ def data(tmp_path_factory):
     lines("gsm8k/train.jsonl", sums)
     (root / "wikitext2").mkdir()
     articles = [
-        f" = Mill {i} = \n \n Mill {i} : {LONG} Of <unk> nothing is known . {LONG} \n"
+        f" = Mill {i} = \n \n Mill {i} : {LONG} Of <unk> nothing is known . {LONG.capitalize()} \n"
         for i in range(20)
     ]
     (root / "wikitext2" / "valid.txt").write_text("".join(articles))
@@ -106,8 +106,12 @@ def small_sources(tmp_path, monkeypatch):
 
 
 def whole_opening(row):
-    """How a row's text begins, wherever it is cut into prompt and completion."""
-    return (row["prompt"] + row["completion"])[:OPENING]
+    """How a row's text begins, as prompt and completion or as one text."""
+    return whole_text(row)[:OPENING]
+
+
+def whole_text(row):
+    return row["text"] if "text" in row else row["prompt"] + row["completion"]
 
 
 def rows_in(folder, name="train.jsonl"):
@@ -119,19 +123,19 @@ def test_shares_are_those_of_the_table_and_scarce_rows_stand_twice(data, tmp_pat
     rows = rows_in(tmp_path / "a")
     counts = {name: sum(row["source"] == name for row in rows) for name in preparing.SHARES}
     assert counts == {
-        "topv2": 56,
-        "debian": 52,
-        "scitldr": 10,
-        "python": 40,
-        "mbpp": 2,
-        "gsm8k": 8,
-        "wikitext2": 8,
+        "topv2": 90,
+        "debian": 34,
+        "scitldr": 8,
+        "python": 30,
+        "mbpp": 1,
+        "gsm8k": 3,
+        "wikitext2": 10,
         "own_answers": 24,
     }
     assert summary["rows"] == len(rows) == 200
-    scarce = summary["sources"]["scitldr"]
-    assert (scarce["wanted"], scarce["available"], scarce["twice"]) == (10, 8, 2)
-    assert summary["sources"]["topv2"]["twice"] == 56 - 50
+    scarce = summary["sources"]["own_answers"]
+    assert (scarce["wanted"], scarce["available"], scarce["twice"]) == (24, 12, 12)
+    assert summary["sources"]["topv2"]["twice"] == 90 - 50
     assert summary["sources"]["debian"]["twice"] == 0
     assert summary == json.loads((tmp_path / "a" / "mixture.json").read_text())
     order = [row["source"] for row in rows]
@@ -152,7 +156,7 @@ def test_the_seed_decides_everything(data, tmp_path):
 
 def test_no_row_begins_like_one_that_is_held_back(data, tmp_path):
     summary = prepare(tmp_path / "a", 2000, data=data)
-    trained = {whole_opening(row) for row in rows_in(tmp_path / "a") if "prompt" in row}
+    trained = {whole_opening(row) for row in rows_in(tmp_path / "a") if "messages" not in row}
     held = {name for name in summary["files"] if name.startswith("test-")}
     assert held == {f"test-{name}.jsonl" for name in ("topv2", "debian", "scitldr", "python")}
     for name in held:
@@ -172,19 +176,14 @@ def test_no_row_begins_like_one_that_is_held_back(data, tmp_path):
 
 
 def test_rows_of_every_source(data, tmp_path):
-    prepare(tmp_path / "a", 800, data=data)
+    prepare(tmp_path / "a", 2000, data=data)
     rows = rows_in(tmp_path / "a")
     first = {
         name: min((r for r in rows if r["source"] == name), key=str) for name in preparing.SHARES
     }
-    summaries = {
-        row["prompt"] + row["completion"]: row for row in rows if row["source"] == "scitldr"
-    }
+    summaries = {whole_text(row) for row in rows if row["source"] == "scitldr"}
     paper = f"Paper 0. {WORDS * 4}\n\nSummary: Short 0."  # the third sentence is too long
-    assert summaries[paper]["prompt"] in {
-        f"Paper 0. {WORDS * 4}\n\nSummary:",
-        " ".join(f"Paper 0. {WORDS * 4}".split()[:28]),
-    }
+    assert paper in summaries
     assert first["mbpp"]["prompt"].endswith("\n[BEGIN]\n")
     numbers = {row["completion"] for row in rows if row["source"] == "mbpp"}
     assert numbers <= {f"def f():\n    return {i}" for i in range(601, 640)}
@@ -192,32 +191,29 @@ def test_rows_of_every_source(data, tmp_path):
         {"role": "user", "content": "0 and 1?"},
         {"role": "assistant", "content": "It is 0+1=1.\nThe answer is 1."},
     ]
-    texts = [row["prompt"] + row["completion"] for row in rows if row["source"] == "wikitext2"]
-    assert all("unk" not in text and text.endswith(" in 1950.") for text in texts)
-    lengths = [len(row["prompt"] + row["completion"]) for row in rows if "prompt" in row]
+    # The sentence that has an unknown word is left out between its neighbours.
+    known = f"{LONG} {LONG.capitalize()}".replace(" .", ".")
+    texts = {row["text"] for row in rows if row["source"] == "wikitext2"}
+    assert texts == {f"Mill {i}: {known}" for i in range(20)}
+    lengths = [len(whole_text(row)) for row in rows if "messages" not in row]
     assert max(lengths) <= MOST_CHARACTERS
 
 
-def test_every_second_summary_is_a_continuation_of_its_text(data, tmp_path):
+@pytest.mark.parametrize("source", ["debian", "scitldr", "python"])
+def test_every_second_row_is_running_text(source, data, tmp_path):
     prepare(tmp_path / "a", 200, data=data)
-    found = [row for row in rows_in(tmp_path / "a") if row["source"] == "debian"]
-    asked = [row for row in found if row["prompt"].endswith("\n\nSummary:")]
-    continued = [row for row in found if row not in asked]
-    assert len(asked) == len(continued) == 26
-    for row in continued:
-        text = row["prompt"] + row["completion"]
-        assert text.count("\n\nSummary: ") == 1
-        assert row["completion"].startswith(" ")
-        assert row["prompt"].split() == text.split()[: len(row["prompt"].split())]
+    found = [row for row in rows_in(tmp_path / "a") if row["source"] == source]
+    running = [row for row in found if "text" in row]
+    asked = [row for row in found if "text" not in row]
+    assert len(asked) == len(running) > 0
+    for row in running:
+        assert set(row) <= {"source", "text", "category"}
+        assert source == "python" or row["text"].count("\n\nSummary: ") == 1
 
 
-def test_a_continuation_begins_after_a_third_of_the_words():
-    row = {"prompt": "a b\n c d e f g h\n\nSummary:", "completion": " i", "category": "x"}
-    assert continuation(row) == {
-        "prompt": "a b\n c",
-        "completion": " d e f g h\n\nSummary: i",
-        "category": "x",
-    }
+def test_running_text_is_prompt_and_completion_as_they_follow():
+    row = {"prompt": "a b\n c\n\nSummary:", "completion": " i", "category": "x"}
+    assert running_text(row) == {"text": "a b\n c\n\nSummary: i", "category": "x"}
 
 
 def test_all_rows_are_ones_to_train_on(data, tmp_path):
@@ -226,7 +222,8 @@ def test_all_rows_are_ones_to_train_on(data, tmp_path):
     encode = Encoding(tokenizer=tokenizer, max_length=2 * MOST_CHARACTERS)
     for where, row in read_rows(str(tmp_path / "a" / "train.jsonl")):
         labels = [x for x in encode(where, row)["labels"] if x != IGNORED_LABEL]
-        expected = row["completion"] if "completion" in row else row["messages"][-1]["content"]
+        learnt = row.get("completion") or row.get("text")
+        expected = learnt or row["messages"][-1]["content"]
         assert tokenizer.decode(labels, skip_special_tokens=True).rstrip("\n") == expected
 
 
