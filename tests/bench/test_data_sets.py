@@ -38,6 +38,13 @@ def test_all_files_of_a_split_in_alphabetical_order(tmp_path, monkeypatch):
     assert SET.rows("test") == expected
 
 
+def test_a_file_that_is_there_in_two_forms_is_read_once(tmp_path):
+    write(tmp_path / "sums" / "a_test.jsonl.xz", {"a": 1})
+    write(tmp_path / "sums" / "a_test.jsonl", {"a": 1})  # as `unxz -k` leaves it
+    (tmp_path / "sums" / "a_test.jsonl.bak").write_text("what an editor left")
+    assert SET.rows("test", str(tmp_path)) == [{"a": 1}]
+
+
 def test_splits_of_one_file_by_id(tmp_path):
     ids = {"test": range(2, 4), "prompt": range(1, 2)}
     one = DataSet(folder="one", files=dict.fromkeys(ids, "x.jsonl"), origin="here", ids=ids)

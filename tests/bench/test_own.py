@@ -147,6 +147,9 @@ def test_ignoring_the_end():
         (1, True, [Step((1, 2), 3, 1, "early-exit")], 4 * 10 + 3 * 4 + 30 + 4),
         # The same, and a fourth token that was left out as unsure: the head once more.
         (1, True, [Step((1, 2), 3, 1, "early-exit", refused=1)], 4 * 10 + 4 * 4 + 30 + 4),
+        # The answer ended with its second token: three were drafted all the same.
+        (1, True, [Step((1, 2, 3, 4), 3, 3, "early-exit").first(2)], 4 * 10 + 3 * 4 + 30 + 4),
+        (1, True, [Step((1, 2, 3), 4, 2, "early-exit", followed=1).first(1)], 4 * 10 + 3 * 4 + 34),
         # Nothing drafted: a plain pass in two parts.
         (1, True, [Step((1,), 0, 0, "early-exit")], 44),
         # Drafts from the text cost nothing: a pass.

@@ -86,6 +86,15 @@ def test_the_interval_of_a_mean_is_the_textbooks():
     assert [low, high] == bootstrap_interval(values, lambda drawn: drawn[0].mean(axis=-1))
 
 
+def test_an_interval_does_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
+    values = np.random.default_rng(2).normal(size=(1, 50))
+    intervals = []
+    for at_once in (10**9, 700, 1):
+        monkeypatch.setattr("layerskip.bench.rows._DRAWN_AT_ONCE", at_once)
+        intervals.append(bootstrap_interval(values, lambda drawn: drawn[0].mean(axis=-1)))
+    assert intervals == [intervals[0]] * 3
+
+
 @pytest.fixture(scope="module")
 def scripted_entries():
     """Two prompts with the same answer of twelve tokens; drafts of four, wrong at tokens 3 and 4.
@@ -134,6 +143,19 @@ def test_drafts_that_are_not_told_have_rounds_but_no_rate():
     counts = acceptance([[answer]])
     assert (counts["rounds"], counts["mean_accepted_length"]) == (2, 2.0)
     assert (counts["acceptance_rate"], counts["accepted_by_position"]) == (None, [])
+    assert (counts["drafted"], counts["accepted"]) == (None, None)
+
+
+def test_no_draft_at_all_is_none_drafted():
+    answer = Run(steps=(Step((1,)), Step((2,)), Step((5,))), text="", ttft_s=1.0, decode_s=1.0)
+    counts = acceptance([[answer]])
+    assert (counts["drafted"], counts["accepted"], counts["acceptance_rate"]) == (0, 0, None)
+
+
+def test_a_row_without_a_plain_one_has_the_same_figures():
+    figures = row(entry([[run(3, 1)]]), plain=None)
+    assert list(figures) == list(row(entry([[run(3, 1)]]), plain=[[run(3, 1)]]))
+    assert (figures["speedup"], figures["speedup_interval"]) == (None, None)
 
 
 def test_another_system_is_compared_with_its_own_plain_decoding_and_with_ours():
@@ -144,7 +166,7 @@ def test_another_system_is_compared_with_its_own_plain_decoding_and_with_ours():
     assert figures["vs_layerskip_plain_interval"] == pytest.approx([0.5, 0.5])
     assert (figures["identical_to_plain"], figures["identical_to_layerskip_plain"]) == (1.0, 0.5)
     without = row(entry(theirs, name="peer"), plain=None, layerskip_plain=ours)
-    assert "speedup" not in without
+    assert without["speedup"] is None
     assert without["identical_to_plain"] is None
 
 

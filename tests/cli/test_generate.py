@@ -134,9 +134,10 @@ def test_a_link_stays_and_what_is_no_file_is_written_to(run, tmp_path):
     assert pipe.is_fifo()
 
 
-def test_a_reader_that_leaves_is_no_failure(folder):
+@pytest.mark.parametrize("command", ["generate --ignore-eos --json", "lens"])  # and a table
+def test_a_reader_that_leaves_is_no_failure(command, folder):
     program = "from layerskip.cli import main; main()"
-    arguments = ["generate", "--model", folder, "--prompt", "abc", "--ignore-eos", "--json"]
+    arguments = [*command.split(), "--model", folder, "--prompt", "abc"]
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(

@@ -8,6 +8,8 @@ import pytest
 from layerskip import LayerSkipModel, cli
 from layerskip.cli import tune as tune_command
 from layerskip.tuning import run as run_module
+from layerskip.tuning.choose import choose_auto
+from layerskip.tuning.prompts import PROMPTS
 
 FEW = ("--samples", 3, "--max-new-tokens", 8, "--max-draft-tokens", 2, "--exit-layers", "1-2")
 
@@ -40,6 +42,12 @@ def always(speedup):
 
     real_choose = run_module.choose
     return choose
+
+
+@pytest.fixture(autouse=True)
+def auto_gains_nothing(monkeypatch):
+    """Unless a test is about it: what mode auto comes to on tiny models is noise, too."""
+    monkeypatch.setattr(run_module, "choose_auto", lambda pairs, rows, lengths: pairs)
 
 
 def settings_of(folder):
@@ -123,8 +131,42 @@ def test_a_gguf_file_gets_its_settings_as_flags(tune, own, tmp_path, monkeypatch
     before = settings_of(own)
     status, out, _ = tune(model=tmp_path / "model.gguf")
     assert status == 0
-    assert "Give them as flags: --mode self-speculative --exit-layer" in " ".join(out.split())
+    text = " ".join(out.split())
+    assert "this model is none. As flags: --mode self-speculative --exit-layer" in text
     assert settings_of(own) == before
+
+
+def test_where_n_grams_gain_auto_drafts_from_them_alone(tune, own, monkeypatch):
+    def certain(pairs, rows, lengths):
+        rows[0].update(speedup=1.4, speedup_interval=[1.2, 1.6])
+        return choose_auto(pairs, rows[:1], lengths)
+
+    monkeypatch.setattr(run_module, "choose", always(0.8))
+    monkeypatch.setattr(run_module, "choose_auto", certain)
+    status, out, _ = tune()
+    text = " ".join(out.split())
+    assert status == 0
+    assert "Mode auto with n-grams is best here: 1.40x" in text
+    assert "auto, n-grams" in text
+    assert "assistant_early_exit" not in settings_of(own)
+    assert "--draft-from n-gram, without the costs" in " ".join(tune("--dry-run")[1].split())
+
+
+def test_the_file_is_written_before_anything_is_printed(tune, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(tune_command, "_show", full)
+    status, _, err = tune("--output", tmp_path / "t.json")
+    assert (status, err) == (1, "layerskip: no space left on device\n")
+    assert json.loads((tmp_path / "t.json").read_text())["prompts"] == 3
+
+
+def test_the_seed_draws_from_our_own_prompts_too(folder):
+    model = LayerSkipModel.from_pretrained(folder, dtype="float32")
+    drawn = [tune_command._prompts(model, None, 5, seed)[0] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(tune_command._prompts(model, None, 500, 0)[0]) == len(PROMPTS)
 
 
 @pytest.mark.parametrize(

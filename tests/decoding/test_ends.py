@@ -137,6 +137,34 @@ def test_streaming_never_shows_a_stop_string(text, stop, misses, d):
     assert not any(one in shown for one in stop)
 
 
+@pytest.mark.parametrize("mode", ["plain", "self-speculative"])
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_stop_string_may_name_a_special_token(mode, ignore_eos):
+    answer = [*encode("ab"), OTHER_END, *encode("cd")]
+    model = scripted_model(answer, end_tokens=(END,))
+    options = {"mode": mode, "stop": ["x", "<other end>"], "ignore_eos": ignore_eos}
+    made = model.generate([0], max_new_tokens=5, **options)
+    assert (made.text, made.token_ids, made.finish_reason) == ("ab", answer[:3], "stop")
+    assert model.generate([0], mode=mode, max_new_tokens=5).text == "abcd"
+    together = model.generate([[0], [0]], max_new_tokens=5, **options)
+    assert [one.text for one in together] == ["ab", "ab"]
+
+
+def test_an_answer_that_is_given_up_has_what_was_taken_of_it():
+    model = scripted_model(encode("abcdefghij"))
+    answer = model.answer([0], mode="self-speculative", exit_layer=3, draft_tokens=8)
+    pieces = iter(answer)
+    assert [next(pieces).text for _ in range(4)] == ["a", "b", "c", "d"]
+    pieces.close()
+    made = answer.generation
+    assert (made.text, made.token_ids, made.finish_reason) == (
+        "abcd",
+        encode("abcd"),
+        "interrupted",
+    )
+    assert [token for step in made.steps for token in step.tokens] == made.token_ids
+
+
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 5])
 @pytest.mark.parametrize("d", [0, 1, 4])
 @pytest.mark.parametrize("length", [1, 2, 16])
@@ -185,6 +213,13 @@ def test_prompts_that_cannot_be_continued(prompt, message):
 def test_an_empty_text_is_an_empty_prompt():
     with pytest.raises(PromptError, match="empty"):
         scripted_model(encode("a")).generate("")
+
+
+def test_an_empty_text_is_whatever_the_tokenizer_begins_with(monkeypatch):
+    model = scripted_model(encode("ab"))
+    monkeypatch.setattr(model.tokenizer, "encode", lambda text: [7] if text == "" else 1 / 0)
+    assert model.tokenize("") == [7]
+    assert model.generate("", max_new_tokens=2).text == "ab"
 
 
 @pytest.mark.parametrize("n", [0, -3])

@@ -45,12 +45,12 @@ def test_an_end_inside_an_accepted_draft_counts_what_was_kept():
     """Tokens 1-4 are drafted and right, but 2 is the end: two of two count, no own token follows."""
     model = scripted_model([*encode("ab"), END, *encode("cdefgh")])
     made = model.generate([0], mode="self-speculative", exit_layer=2, draft_tokens=4)
-    assert made.steps[-1] == Step(tuple(made.token_ids[1:]), 2, 2, "early-exit")
+    assert made.steps[-1] == Step(tuple(made.token_ids[1:]), 2, 2, "early-exit", beyond=2)
     assert (made.rounds, made.accepted, made.mean_accepted_length) == (1, 2, 2.0)
     assert (made.acceptance_rate, made.accepted_by_position) == (1.0, [1.0, 1.0])
     model = scripted_model(encode("abSTOPcd"))
     made = model.generate([0], mode="self-speculative", exit_layer=2, draft_tokens=7, stop="STOP")
-    assert made.steps[-1] == Step(tuple(encode("bSTOP")), 5, 5, "early-exit")
+    assert made.steps[-1] == Step(tuple(encode("bSTOP")), 5, 5, "early-exit", beyond=2)
 
 
 def test_an_end_that_is_the_models_own_leaves_the_round_whole():
@@ -67,7 +67,7 @@ def test_a_step_cut_short(n):
     """Three tokens, two of six drafted ones among them; the cut at the third token is none."""
     step = Step((7, 8, 9), drafted=6, accepted=2, rejected=(1, 2, 3, 4))
     cut = step.first(n)
-    assert cut == (step if n >= 3 else Step((7, 8)[:n], drafted=n, accepted=n))
+    assert cut == (step if n >= 3 else Step((7, 8)[:n], drafted=n, accepted=n, beyond=6 - n))
 
 
 @pytest.mark.parametrize("mode", [{"mode": "plain"}, {"mode": "early-exit", "exit_layer": 2}])

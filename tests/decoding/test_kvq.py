@@ -116,7 +116,8 @@ READS = (
 def test_one_synchronisation_a_round(sampling, penalty, monkeypatch):
     """Python looks at the numbers of a device tensor once a round, however many tokens are drafted.
 
-    `KVCache.lengths` is on the host by design, so that what `span` reads there costs nothing.
+    `KVCache.lengths` is on the host by design, so that what `span` reads there costs nothing; what it
+    copies to the device would wait for it.
     """
     sampling = dataclasses.replace(sampling, repetition_penalty=penalty)
     made = loop(7, speculative(2, 5), sampling=sampling)
@@ -136,14 +137,15 @@ def test_one_synchronisation_a_round(sampling, penalty, monkeypatch):
         original = getattr(torch.Tensor, name)
 
         def read(self, *args, **options):
-            if not on_host:
+            copied = name == "to" and any(isinstance(x, torch.device) for x in args)
+            if copied or (name != "to" and not on_host):
                 reads.append(name)
             return original(self, *args, **options)
 
         return read
 
     monkeypatch.setattr(KVCache, "span", host_span)
-    for name in READS:
+    for name in (*READS, "to"):
         monkeypatch.setattr(torch.Tensor, name, recorded(name))
     for _ in made:
         assert reads == ["tolist"]

@@ -165,6 +165,14 @@ def test_pieces_say_where_each_token_came_from():
 # --- seeds --------------------------------------------------------------------------------------
 
 
+def test_rows_of_a_list_are_drawn_apart_where_they_are_answered_one_by_one(model):
+    options = {"temperature": 1.0, "repetition_penalty": 1.1, "max_new_tokens": 8, "mode": "plain"}
+    made = [one.token_ids for one in model.generate([[1, 2, 3]] * 3, seed=4, **options)]
+    assert made == [one.token_ids for one in model.generate([[1, 2, 3]] * 3, seed=4, **options)]
+    assert len({tuple(ids) for ids in made}) == 3
+    assert made[0] == model.generate([1, 2, 3], seed=4, **options).token_ids
+
+
 @pytest.mark.parametrize("mode", [{"mode": "plain"}, {"mode": "early-exit"}, SPECULATIVE])
 def test_a_seed_makes_sampling_repeatable(model, mode):
     options = {"temperature": 1.0, "max_new_tokens": 16, **mode}

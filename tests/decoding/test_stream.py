@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted import END, TOKENIZER, WORDS, encode, words
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
-from layerskip.decoding.stream import TextStream
+from layerskip.decoding.stream import TextStream, special_token
 
 
 def streamed(tokens, stop=()):
@@ -123,3 +125,34 @@ def test_no_stop_string_is_in_the_text(text, stop):
 def test_stop_strings_are_checked(stop):
     with pytest.raises(ValueError, match="stop string"):
         TextStream(TOKENIZER, stop)
+
+
+def test_a_space_that_stands_first_is_kept_where_a_text_goes_on():
+    """As SentencePiece has it: decoding alone leaves the first space out."""
+    pieces = ["<s>", "def", "\u2581f", "\n", "\u2581\u2581\u2581", "\u2581return", "<0xE6>"]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+    def text(tokens, before):
+        stream = TextStream(wrapped, ("    re",), before)
+        return [stream.push(token) for token in tokens] + [stream.finish()]
+
+    assert "".join(text([4, 5], ())) == "   return"
+    assert text([4, 5], (0, 1, 2, 3)) == ["", "", ""]  # the stop string is there from the start
+    assert "".join(text([4, 2], (0, 1, 2, 3))) == "    f"
+    # Half of a character is no text to go on from.
+    assert "".join(text([1, 2], (0, 1, 6))) == "def f"
+
+
+def test_special_tokens_by_name():
+    assert special_token(TOKENIZER, "<end>") == END
+    assert special_token(TOKENIZER, "a") is None

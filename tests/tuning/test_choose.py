@@ -49,21 +49,37 @@ AUTO = {"mode": "auto", "tokens_per_s": 60.0}
 
 
 @pytest.mark.parametrize(
-    ("alone", "early", "exit_layer"),
+    ("alone", "early", "pair", "mode", "exit_layer"),
     [
-        ((1.1, (1.05, 1.2)), (1.5, (1.3, 1.7)), 4),
-        ((1.1, (1.05, 1.2)), (1.05, (1.01, 1.1)), None),  # n-grams bring what is gained
-        ((1.0, (0.9, 1.1)), (1.2, (0.95, 1.4)), None),
+        ((1.1, (1.05, 1.2)), (1.5, (1.3, 1.7)), None, "auto", 4),
+        (
+            (1.1, (1.05, 1.2)),
+            (1.05, (1.01, 1.1)),
+            None,
+            "auto",
+            None,
+        ),  # n-grams bring what is gained
+        ((1.0, (0.9, 1.1)), (1.2, (0.95, 1.4)), None, "plain", None),
+        ((1.0, (0.9, 1.1)), (1.5, (1.3, 1.7)), (1.3, (1.2, 1.4)), "auto", 4),
+        ((1.6, (1.4, 1.9)), (1.5, (1.3, 1.7)), (1.3, (1.2, 1.4)), "auto", None),
+        ((1.0, (0.9, 1.1)), (1.2, (1.1, 1.3)), (1.3, (1.2, 1.4)), "self-speculative", 4),
+        ((1.0, (0.9, 1.1)), (1.4, (0.9, 1.9)), (1.3, (1.2, 1.4)), "self-speculative", 4),
     ],
 )
-def test_an_exit_that_only_auto_gains_with_stays(alone, early, exit_layer):
-    pairs = choose([PLAIN, row(1.05, (0.98, 1.1), 4, 1)])
+def test_auto_is_chosen_where_it_is_certainly_faster_and_faster_than_the_pair(
+    alone, early, pair, mode, exit_layer
+):
+    pairs = choose([PLAIN, row(*(pair or (1.05, (0.98, 1.1))), 4, 1)])
     rows = [{**row(*alone), **AUTO}, {**row(*early, 4), **AUTO}]
     choice = choose_auto(pairs, rows, {4: 1})
-    assert choice.exit_layer == exit_layer
-    if exit_layer is None:
+    assert (choice.mode, choice.exit_layer) == (mode, exit_layer)
+    if mode != "auto":
         assert choice is pairs
+    elif exit_layer is None:
+        assert (choice.draft_tokens, choice.flags) == (None, "--draft-from n-gram")
+        assert choice.reason.startswith("mode auto with n-grams is best here: 1.")
     else:
-        assert (choice.mode, choice.draft_tokens, choice.flags) == ("auto", 1, "--exit-layer 4")
+        assert (choice.draft_tokens, choice.flags) == (1, "--exit-layer 4")
         assert choice.speedup_interval == [1.3, 1.7]
         assert choice.reason.startswith("mode auto with E=4 is best here: 1.50x")
+        assert ("E=4 with d=1 fixed comes to 1.30x" in choice.reason) == bool(pair)

@@ -42,8 +42,10 @@ PLAIN = Choice(
 
 def test_a_draft_that_is_always_right_is_chosen_as_predicted(monkeypatch):
     """Plain: 4.5 s a token. E=1, d: (d+1) layers and d heads, then 3 layers and a head, d+1 tokens."""
+    monkeypatch.setattr("layerskip.tuning.run.choose_auto", lambda pairs, rows, lengths: pairs)
     tuning = tune(timed_model(monkeypatch), PROMPTS, max_new_tokens=31, max_draft_tokens=4)
     choice = tuning.choice
+    assert [row["exit_layer"] for row in tuning.auto] == [None, None, 1]
     assert (choice.mode, choice.exit_layer, choice.draft_tokens) == ("self-speculative", 1, 4)
     assert tuning.predicted_plain_tokens_per_s == pytest.approx(1 / 4.5)
     seconds = 5 + 4 * 0.5 + 3 + 0.5
@@ -92,6 +94,15 @@ def test_mode_auto_is_tried_where_no_pair_gains(monkeypatch):
     assert (fastest["draft_from"], fastest["adaptive"]) == ("both", True)
     assert fastest["drafted"] >= fastest["accepted"] > 0
     assert (alone["draft_from"], alone["adaptive"]) == ("n-gram", True)
+
+
+def test_mode_auto_is_chosen_where_it_drafts_further_than_the_pair(monkeypatch):
+    tuning = tune(timed_model(monkeypatch), PROMPTS, max_new_tokens=31, max_draft_tokens=2)
+    choice, auto = tuning.choice, tuning.auto[-1]
+    assert (choice.mode, choice.exit_layer, choice.draft_tokens) == ("auto", 1, 2)
+    assert choice.speedup == auto["speedup"] > tuning.confirmed[1]["speedup"]
+    # What auto was measured with is what it finds in a checkpoint: 12 tokens at most there, too.
+    assert auto["draft_tokens"] == 12
 
 
 def test_the_shortest_drafts_alone(monkeypatch):
@@ -148,7 +159,7 @@ def test_a_tuning_of_a_real_decoder_is_one_valid_document_with_pictures(tmp_path
         assert row["mean_accepted_length"] == predicted["mean_accepted_length"]
         assert row["identical_to_plain"] == 1.0
     phases = list(dict.fromkeys(what for what, _, _ in said))
-    assert len(set(phases) - {"trying mode auto"}) == 4
+    assert len(phases) == 5
     for phase in phases:
         done = [(d, total) for what, d, total in said if what == phase]
         assert done == sorted(done)
@@ -173,6 +184,13 @@ def test_answers_too_short_to_decode_are_refused():
 def test_exits_that_cannot_draft_are_refused(exits):
     with pytest.raises(ValueError, match="1 to 3"):
         tune(scripted.scripted_model(range(9)), [[1], [2]], exits=exits)
+
+
+def test_what_was_left_out_is_told(monkeypatch):
+    prompts = [*PROMPTS, [], [1] * 500]
+    tuning = tune(timed_model(monkeypatch), prompts, max_new_tokens=8, max_draft_tokens=1)
+    assert (tuning.prompts, tuning.skipped) == (3, 2)
+    assert tuning.to_dict()["skipped"] == 2
 
 
 def test_a_prompt_longer_than_the_context_is_left_out():

@@ -39,8 +39,9 @@ def weight_bytes_read(
 
     A round whose n tokens were drafted by an early exit runs the first E layers n + 1 times (the last
     drafted token has to pass them too), the head n times for the draft and once more for a token that
-    was left out as unsure, and the other layers and the head once to verify. Where n-grams were the
-    draft, every layer and the head are read once; where they follow a draft they read nothing.
+    was left out as unsure, and the other layers and the head once to verify. What was drafted beyond the
+    end of the answer was read for, too. Where n-grams were the draft, every layer and the head are read
+    once; where they follow a draft they read nothing.
 
     Args:
         decoder: the model.
@@ -56,7 +57,7 @@ def weight_bytes_read(
     share = min(draft_vocabulary or size, size) / size
     total = 0
     for step in steps:
-        n = 0 if step.source == "n-gram" else step.drafted - step.followed
+        n = 0 if step.source == "n-gram" else step.drafted - step.followed + step.beyond
         scored = n + step.refused
         total += (n + 1) * exit_at * layer + round(scored * head * share) + head
         if drafting:

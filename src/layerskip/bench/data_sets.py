@@ -49,7 +49,7 @@ class DataSet:
         root = data or os.environ.get(DATA_VARIABLE)
         if split not in self.files:
             raise ValueError(f"{self.folder} has no {split} split")
-        files = sorted(Path(root, self.folder).glob(self.files[split])) if root else []
+        files = self._files(Path(root, self.folder), split) if root else []
         if files:
             rows = [row for file in files for _, row in read_rows(str(file))]
             return [row for row in rows if split not in self.ids or _id(row) in self.ids[split]]
@@ -60,6 +60,17 @@ class DataSet:
             return [row for _, row in read_rows(self.hub, name, config=self.config)]
         except ValueError as error:
             raise ValueError(self._advice(split, root, str(error))) from None
+
+    def _files(self, folder: Path, split: str) -> list[Path]:
+        """A split's files, each in one form alone: `gunzip -k` leaves both."""
+        from layerskip.training.rows import COMPRESSED
+
+        pattern = self.files[split].removesuffix("*")
+        found: dict[str, Path] = {}
+        for suffix in (*COMPRESSED, ""):
+            for path in folder.glob(pattern + suffix):
+                found[path.name.removesuffix(suffix)] = path
+        return [found[name] for name in sorted(found)]
 
     def _advice(self, split: str, root: str | None, reason: str) -> str:
         place = Path(root or f"${DATA_VARIABLE}", self.folder, self.files[split])

@@ -11,6 +11,7 @@ from layerskip.bench.measure import Entry, Run
 from layerskip.decoding.generation import accepted_by_position
 
 BOOTSTRAP_SAMPLES = 2000
+_DRAWN_AT_ONCE = 2_000_000  # prompts, all samples together
 Runs = Sequence[Sequence[Run]]  # by prompt, then by repetition
 
 
@@ -49,7 +50,7 @@ def row(
     runs = entry.runs
     figures = {
         **speed(runs),
-        **(comparison(runs, plain) if plain else {}),
+        **(comparison(runs, plain) if plain else _NOTHING_TO_COMPARE),
         **(acceptance(runs) if drafting else _NO_DRAFTS),
         "identical_to_plain": _identical(runs, plain) if plain else None,
         "quality": quality([of_prompt[0].text for of_prompt in runs]) if quality else {},
@@ -142,11 +143,22 @@ def bootstrap_interval(
     n = columns.shape[1]
     if n < 2:
         return None
-    drawn = np.random.default_rng(0).integers(n, size=(BOOTSTRAP_SAMPLES, n))
-    low, high = np.percentile(statistic(columns[:, drawn]), [2.5, 97.5])
+    random = np.random.default_rng(0)
+    at_once = max(_DRAWN_AT_ONCE // n, 1)  # or thousands of prompts would take gigabytes
+    found = [
+        statistic(columns[:, random.integers(n, size=(min(at_once, BOOTSTRAP_SAMPLES - start), n))])
+        for start in range(0, BOOTSTRAP_SAMPLES, at_once)
+    ]
+    low, high = np.percentile(np.concatenate(found), [2.5, 97.5])
     return [float(low), float(high)]
 
 
+_NOTHING_TO_COMPARE: dict[str, Any] = {
+    "speedup": None,
+    "speedup_interval": None,
+    "speedup_mean_of_prompts": None,
+    "speedup_mean_of_prompts_interval": None,
+}
 _NO_DRAFTS: dict[str, Any] = {
     "rounds": 0,
     "drafted": 0,
@@ -158,14 +170,15 @@ _NO_DRAFTS: dict[str, Any] = {
 
 
 def acceptance(runs: Runs) -> dict[str, Any]:
-    """Counts over the rounds of the first repetition; shares are None where drafts are not told."""
+    """Counts over the rounds of the first repetition; None where drafts are not told."""
     first = [of_prompt[0] for of_prompt in runs]
     rounds = [step for run in first for step in run.steps[1:]]
     drafted, accepted = (sum(getattr(s, n) for s in rounds) for n in ("drafted", "accepted"))
+    told = drafted > 0 or all(len(step.tokens) == 1 for step in rounds)
     return {
         "rounds": len(rounds),
-        "drafted": drafted,
-        "accepted": accepted,
+        "drafted": drafted if told else None,
+        "accepted": accepted if told else None,
         "acceptance_rate": accepted / drafted if drafted else None,
         "accepted_by_position": accepted_by_position(rounds),
         "mean_accepted_length": (

@@ -41,6 +41,10 @@ class _Commands(click.Group):
             if not (isinstance(error, BrokenPipeError) or on_windows):
                 raise
             raise _ReaderLeftError from error  # click would end the whole program here
+        except SystemExit as error:
+            if not isinstance(error.__context__, BrokenPipeError):
+                raise
+            raise _ReaderLeftError from error  # rich has met it in a table
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)

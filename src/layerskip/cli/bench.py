@@ -170,10 +170,12 @@ def command(
         document = bench(model, task, config, source=flags["model"], progress=progress)
     document |= {"n_shot": task.n_shot, "seed": seed}
     options.deliver(document, as_json=as_json, output=output)
-    if not as_json:
-        _show(document)
-    if report is not None:
-        write_report(document, report)
+    try:
+        if report is not None:
+            write_report(document, report)
+    finally:
+        if not as_json:
+            _show(document)
 
 
 def _show(document: dict[str, Any]) -> None:

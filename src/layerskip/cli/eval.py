@@ -169,10 +169,12 @@ def command(
         "rows": [row.to_dict() for row in rows],
     }
     options.deliver(result, as_json=as_json, output=output)
-    if not as_json:
-        _print_table(rows, flags["model"])
-    if plot is not None:
-        replace(plot, plot_exits(rows, n_layers))
+    try:
+        if plot is not None:
+            replace(plot, plot_exits(rows, n_layers))
+    finally:
+        if not as_json:
+            _print_table(rows, flags["model"])
 
 
 def _add_perplexity(

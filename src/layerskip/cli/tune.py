@@ -1,5 +1,6 @@
 """`layerskip tune`: measure, predict, confirm, choose, and write it into the checkpoint."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.text import Text
 from layerskip.cli import options
 from layerskip.cli.progress import bars
 from layerskip.decoding import LayerSkipModel
+from layerskip.tuning.choose import name_of_auto
 from layerskip.tuning.prompts import PROMPTS
 from layerskip.tuning.run import MAX_DRAFT_TOKENS, Tuning, tune
 from layerskip.tuning.settings import check_writable, write_settings
@@ -28,7 +30,13 @@ _COLUMNS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # draft lengths that a terminal ha
     help="Prompts like those you will have: a task of layerskip bench, a .jsonl, or a .txt with a"
     " prompt a paragraph. Default: a few general questions.",
 )
-@click.option("--samples", type=click.IntRange(min=2), default=20, show_default=True)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=2),
+    default=20,
+    show_default=True,
+    help="Prompts, of those there are.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Which samples are drawn.")
 @click.option(
     "--max-new-tokens",
@@ -81,9 +89,11 @@ def command(
 
     What a draft, a verification and a plain step cost is measured here; which drafts would be accepted
     is read from the model's own answers. From both follows the speed of every pair. The best three are
-    run for real against plain decoding, and the fastest is written into the checkpoint's
-    generation_config.json, where mode auto (and transformers) finds it. Where plain decoding is best,
-    that is what is written. Mode auto gets the costs and the tokens that answers are made of, too.
+    run for real against plain decoding, then mode auto with the best exit and with n-grams alone. The
+    exit of the fastest is written into the checkpoint's generation_config.json with its draft length,
+    where mode auto finds the exit, and transformers and --mode self-speculative both; where none is to
+    draft, that is what is written. Mode auto gets the costs and the tokens that answers are made of,
+    too, and chooses the length of each draft itself.
 
     \b
     Examples:
@@ -132,8 +142,6 @@ def command(
 
             pictures = plot_tuning(tuning, report)
     finally:  # what was measured is told, even where it cannot be drawn
-        if not as_json:
-            _show(tuning, file, pictures, dry_run=dry_run, is_folder=folder.is_dir())
         result = {
             "model": flags["model"],
             "data": data,
@@ -142,6 +150,8 @@ def command(
             "pictures": [str(picture) for picture in pictures],
         }
         options.deliver(result, as_json=as_json, output=output)
+        if not as_json:
+            _show(tuning, file, pictures, dry_run=dry_run, is_folder=folder.is_dir())
 
 
 def _prompts(
@@ -150,8 +160,8 @@ def _prompts(
     """Prompts, what stops their answers, and how long these may be."""
     chat = model.has_chat_template
     if data is None:
-        texts = PROMPTS[:samples]
-        prompts = [[{"role": "user", "content": text}] for text in texts] if chat else list(texts)
+        texts = random.Random(seed).sample(PROMPTS, min(samples, len(PROMPTS)))
+        prompts = [[{"role": "user", "content": text}] for text in texts] if chat else texts
         return prompts, (), MAX_NEW_TOKENS
     from layerskip.bench.tasks import load_task
 
@@ -169,15 +179,17 @@ def _show(
     console.print(f"[bold]{choice.reason[0].upper()}{choice.reason[1:]}.[/bold]")
     if file is not None:
         console.print(f"Written to {file}; mode auto uses it from now on.", soft_wrap=True)
-    elif dry_run:
-        console.print(f"Nothing was written (--dry-run). As flags: {choice.flags}", soft_wrap=True)
     else:
-        assert not is_folder
-        console.print(
-            "Nothing was written: settings are kept in a checkpoint folder, and this model is none."
-            f" Give them as flags: {choice.flags}",
-            soft_wrap=True,
+        assert dry_run or not is_folder
+        why = (
+            "(--dry-run)"
+            if dry_run
+            else "since settings are kept in a checkpoint folder, and this model is none"
         )
+        lost = ""
+        if choice.mode == "auto":
+            lost = ", without the costs and the tokens worth drafting that auto was told of here"
+        console.print(f"Nothing was written {why}. As flags: {choice.flags}{lost}", soft_wrap=True)
     for picture in pictures:
         console.print(f"Drawn: {picture}", soft_wrap=True)
 
@@ -225,22 +237,28 @@ def _costs(tuning: Tuning) -> str:
 
 
 def _confirmed(tuning: Tuning) -> Table:
+    prompts = f"{tuning.prompts} prompts"
+    if tuning.skipped:
+        prompts += f" ({tuning.skipped} left out: too long, or without an answer of two tokens)"
     table = Table(
-        title=f"real runs of {tuning.prompts} prompts in turns, greedy", box=box.SIMPLE_HEAD
+        title=f"real runs of {prompts} in turns, greedy",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     headings = ("mode", "tokens/s", "speedup", "95% interval", "predicted", "accepted", "same")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "mode" else "right")
-    for row in tuning.confirmed:
-        plain = row["mode"] == "plain"
+    for row in (*tuning.confirmed, *tuning.auto[1:]):
+        plain, auto = row["mode"] == "plain", row["mode"] == "auto"
         low, high = row["speedup_interval"]
         rate = row["acceptance_rate"]
+        pair = f"E={row['exit_layer']}, d={row['draft_tokens']}"
         table.add_row(
-            "plain" if plain else f"E={row['exit_layer']}, d={row['draft_tokens']}",
+            "plain" if plain else f"auto, {name_of_auto(row)}" if auto else pair,
             f"{row['tokens_per_s']:.1f}",
             f"{row['speedup']:.2f}x",
             "" if plain else f"{low:.2f} to {high:.2f}",
-            "" if plain else f"{row['predicted_speedup']:.2f}x",
+            "" if plain or auto else f"{row['predicted_speedup']:.2f}x",
             "" if rate is None else f"{rate:.0%}",
             f"{row['identical_to_plain']:.0%}",
         )

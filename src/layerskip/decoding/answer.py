@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from layerskip.decoding.clock import device_clock
-from layerskip.decoding.generate import Step, generate
+from layerskip.decoding.generate import Ending, Step, generate
 from layerskip.decoding.generation import FinishReason, Generation
 from layerskip.decoding.policy import Plan
 from layerskip.decoding.sampling import Sampling
-from layerskip.decoding.stream import TextStream
+from layerskip.decoding.stream import TextStream, special_token
 
 if TYPE_CHECKING:
     from layerskip.decoding.language_model import LayerSkipModel
@@ -43,14 +43,20 @@ class Answer:
         stop: Sequence[str],
         ignore_eos: bool,
         seed: int | None,
+        continues: bool,
     ) -> None:
         self.plan, self.sampling, self.prompt = plan, sampling, prompt
         self._clock = device_clock(model.decoder.device)
-        self._end_tokens = () if ignore_eos else model.end_tokens
-        self._text = None if model.tokenizer is None else TextStream(model.tokenizer, stop)
-        self._unread: list[int] = []  # tokens whose text nobody has needed yet
-        if stop and self._text is None:
+        self._end_tokens = frozenset(() if ignore_eos else model.end_tokens)
+        self._text = None
+        if model.tokenizer is not None:
+            self._text = TextStream(model.tokenizer, stop, prompt if continues else ())
+            named = {special_token(model.tokenizer, text) for text in stop}
+            self._end_tokens |= {token for token in named if token is not None}
+        elif stop:
             raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
+        self._unread: list[int] = []  # tokens whose text nobody has needed yet
+        self._limit = Ending.of(model.decoder, prompt, max_new_tokens, ()).limit
         self._started = self._clock()
         self._paused_s = 0.0
         self._times: list[float] = []
@@ -96,7 +102,8 @@ class Answer:
             text = self._text.copy()
             text.push(*step.tokens)
             if text.stopped or text.waits:
-                self._pieces(step)  # token by token: it may be any of them that ends the text
+                for _ in self._pieces(step):  # it may be any token that ends the text
+                    pass
                 return
             self._text = text
         else:
@@ -108,19 +115,21 @@ class Answer:
         self._times.append(self._clock() - self._paused_s)
         self._steps.append(step)
 
-    def _pieces(self, step: Step) -> list[Piece]:
+    def _pieces(self, step: Step) -> Iterator[Piece]:
+        """Token by token, so that an answer that is given up has what was taken of it and no more."""
         self._note(step)
-        pieces: list[Piece] = []
-        text = self._read()
-        for i, token in enumerate(step.tokens):
-            self._tokens.append(token)
-            text += self._text.push(token) if self._text else ""
-            pieces.append(Piece(text=text, token_id=token, drafted=i < step.accepted))
-            if self.stopped:
-                self._steps[-1] = step.first(i + 1)
-                break
-            text = ""
-        return pieces
+        text, taken = self._read(), 0
+        try:
+            for token in step.tokens:
+                self._tokens.append(token)
+                taken += 1
+                text += self._text.push(token) if self._text else ""
+                yield Piece(text=text, token_id=token, drafted=taken <= step.accepted)
+                if self.stopped:
+                    return
+                text = ""
+        finally:
+            self._steps[-1] = step.first(taken)
 
     def _read(self) -> str:
         """Make the text of the tokens that nobody has needed yet."""
@@ -157,7 +166,10 @@ class Answer:
         """The answer as far as it has come."""
         self._read()
         ended = bool(self._tokens) and self._tokens[-1] in self._end_tokens
-        reason: FinishReason = "stop" if self.stopped or ended else "length"
+        whole = len(self._tokens) == self._limit
+        reason: FinishReason = (
+            "stop" if self.stopped or ended else "length" if whole else "interrupted"
+        )
         first, last = (self._times[0], self._times[-1]) if self._times else (self._started,) * 2
         return Generation(
             text=self._text.text if self._text else "",

@@ -35,6 +35,7 @@ class Step:
         rejected: the other drafted tokens: the one that the model corrected, and those after it.
         followed: the last so many drafted tokens were n-grams behind an early exit's draft.
         refused: how many more tokens were drafted and left out as unsure.
+        beyond: how many more an early exit drafted, for what would have come after the answer's end.
     """
 
     tokens: tuple[int, ...]
@@ -44,6 +45,7 @@ class Step:
     rejected: tuple[int, ...] = ()
     followed: int = 0
     refused: int = 0
+    beyond: int = 0
 
     def first(self, n: int) -> "Step":
         """The step cut to its first n tokens, where the answer ends inside it.
@@ -54,7 +56,16 @@ class Step:
             return self
         drafted, accepted = min(self.drafted, n), min(self.accepted, n)
         followed = max(self.followed - (self.drafted - drafted), 0)
-        return Step(self.tokens[:n], drafted, accepted, self.source, followed=followed)
+        beyond = self.drafted - self.followed - (drafted - followed)
+        return Step(
+            self.tokens[:n],
+            drafted,
+            accepted,
+            self.source,
+            followed=followed,
+            refused=self.refused,
+            beyond=beyond,
+        )
 
 
 def generate(

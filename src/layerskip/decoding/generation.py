@@ -7,7 +7,7 @@ from typing import Any, Literal
 from layerskip.decoding.generate import Step
 from layerskip.decoding.policy import Mode
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "interrupted"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class Generation:
             checkpoint has no tokenizer.
         token_ids: the new tokens, up to and with the end token.
         finish_reason: "stop" at an end token or stop string, "length" at max_new_tokens or at the end
-            of the context.
+            of the context, "interrupted" where it is not all of the answer.
         rounds: draft-and-verify rounds; 0 unless self-speculative, like drafted and accepted.
         acceptance_rate: accepted / drafted; None where nothing was drafted.
         mean_accepted_length: tokens a round, the model's own included; None without rounds.

@@ -136,7 +136,10 @@ class LayerSkipModel:
         """
         if not _is_batch(prompt):
             return self.answer(prompt, **options).complete()
-        answers = [self.answer(one, **options, together=len(prompt)) for one in prompt]
+        seed = options.pop("seed", None)
+        seeds = [None if seed is None else seed + i for i in range(len(prompt))]
+        options["together"] = len(prompt)
+        answers = [self.answer(x, seed=s, **options) for x, s in zip(prompt, seeds, strict=True)]
         prompts = [answer.prompt for answer in answers]
         first, longest = answers[0], answers[0].loop_options["max_new_tokens"]
         if not can_batch(first.plan, first.sampling) or not alike(self.decoder, prompts, longest):
@@ -188,21 +191,19 @@ class LayerSkipModel:
             draft_from: "early-exit", "n-gram" (what followed the last tokens where they stood before in
                 prompt or answer), or "both". None: in auto what the checkpoint is good for, else the
                 early exit.
-            adaptive: end a draft where another token is not worth its cost, and draft nothing for a
-                while where drafting does not pay. None: in auto alone.
-            draft_vocabulary: the tokens that the early exit may draft, or how many: then the first of
-                the checkpoint's list, or where it has none, of the vocabulary, which byte-pair encodings
-                sort by frequency in the text they were made of. 0: all. None: in auto the checkpoint's
-                list, else all. Those of the prompt and end tokens always are among them. Fewer tokens
-                make a cheaper draft, never another answer.
+            adaptive: end drafts where they are not worth their cost (see `Plan`). None: in auto alone.
+            draft_vocabulary: the tokens that the early exit may draft, beside the prompt's and end
+                tokens, or how many: then the first of the checkpoint's list or, where it has none, of
+                the vocabulary, which byte-pair encodings sort by frequency. 0: all. None: in auto the
+                checkpoint's list, else all. Fewer make a cheaper draft, never another answer.
             max_new_tokens: 1 or more.
             temperature: 0 is greedy. This and the next four: see `Sampling`.
             top_k: see `Sampling`.
             top_p: see `Sampling`.
             min_p: see `Sampling`.
             repetition_penalty: see `Sampling`.
-            seed: makes sampling repeatable.
-            stop: texts that end the answer; they are not part of it.
+            seed: makes sampling repeatable, in auto on one machine; each prompt of a list draws apart.
+            stop: texts, or names of special tokens, that end the answer; they are not part of it.
             ignore_eos: go on after an end token.
             together: how many prompts are going to be answered in one batch with this one.
 
@@ -243,6 +244,7 @@ class LayerSkipModel:
             stop=[stop] if isinstance(stop, str) else stop or (),
             ignore_eos=ignore_eos,
             seed=seed,
+            continues=isinstance(prompt, str),
         )
 
     def _draft_vocabulary(self, wanted: int | Sequence[int] | None) -> tuple[int, ...] | None:
@@ -265,7 +267,7 @@ class LayerSkipModel:
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
             raise ValueError("a prompt is a text, token ids, or messages with role and content")
         ids = [int(part) for part in prompt if isinstance(part, Integral)]
-        if len(ids) == len(prompt):
+        if len(ids) == len(prompt) and not isinstance(prompt, str):
             return ids
         if self.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer; give the prompt as token ids")

@@ -7,18 +7,31 @@ from typing import Any
 CONTEXT = 8  # tokens of settled text that are decoded again with a new one, or one or two more
 
 
+def special_token(tokenizer: Any, text: str) -> int | None:
+    """The special token that has this name, which is never seen in an answer's text."""
+    added = tokenizer.added_tokens_decoder.items()
+    return next((token for token, one in added if one.special and one.content == text), None)
+
+
 class TextStream:
     """Turns tokens into text piece by piece; the pieces joined are the whole text.
 
     A piece is held back while its last character is incomplete (a token may end inside a character)
     and while it may be the beginning of a stop string.
 
+    Args:
+        tokenizer: of transformers.
+        stop: texts that end the text.
+        before: tokens that the text continues: SentencePiece leaves a space out that stands first.
+
     Attributes:
         text: all that was released so far.
         stopped: whether a stop string has been met; the text ends before it.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stop: Sequence[str] = (), before: Sequence[int] = ()
+    ) -> None:
         if any(not isinstance(text, str) or not text for text in stop):
             raise ValueError("a stop string has to be a text that is not empty")
         self.text = ""
@@ -29,6 +42,10 @@ class TextStream:
         self._decoded = 0  # tokens before this one are in the text already
         self._before = ""  # what those from the context on are
         self._held = ""
+        context = list(before[-CONTEXT:])
+        text = self._decode(context)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # it may end inside a character, too
+            self._tokens, self._decoded, self._before = context, len(context), text
 
     def copy(self) -> "TextStream":
         """Another that goes on from here by itself."""

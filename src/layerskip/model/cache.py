@@ -70,11 +70,16 @@ class KVCache:
             ValueError: a row has no room for them.
         """
         start, end = int(self.lengths.min()), self.check_room(n)
-        positions = self.lengths[:, None] + torch.arange(n)
         slots = self.slots[first_layer:last_layer]
         even = end - start == n
+        if even:  # made where they are needed: copying them would wait for the device
+            alike = torch.arange(start, end, device=slots.device)
+            positions = alike.repeat(len(self.lengths), 1)
+        else:
+            positions = self.lengths[:, None] + torch.arange(n)
+            positions = positions.to(slots.device, non_blocking=True)
         return Span(
-            positions=positions.to(slots.device),
+            positions=positions,
             end=end,
             even=even,
             first_layer=first_layer,

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 Row = tuple[str, Mapping[str, Any]]  # where it stands, and its fields
 _LONGEST_FIELD = 2**31 - 1  # characters of a field in a table
+COMPRESSED = (".gz", ".xz")
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 
 
@@ -35,7 +36,7 @@ def read_rows(source: str, split: str = "train", config: str | None = None) -> I
     found = local_files(source)
     source = _expanded(source)
     if not found:
-        if Path(source).suffix in (*_SUFFIXES, ".gz", ".xz"):
+        if Path(source).suffix in (*_SUFFIXES, *COMPRESSED):
             raise ValueError(f"the data file {source} does not exist")
         yield from _hub_rows(source, split, config)
     for file in found:
@@ -43,7 +44,7 @@ def read_rows(source: str, split: str = "train", config: str | None = None) -> I
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
-    plain = path.with_suffix("") if path.suffix in (".gz", ".xz") else path
+    plain = path.with_suffix("") if path.suffix in COMPRESSED else path
     if plain.suffix == ".parquet":
         datasets = _datasets()
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train")

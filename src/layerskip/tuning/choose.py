@@ -10,8 +10,9 @@ class Choice:
     """What to decode with on this machine and these prompts.
 
     Attributes:
-        mode: "auto" where drafts gain only as mode auto makes them, as long as they are worth it.
-        exit_layer: None where plain decoding is chosen, like draft_tokens.
+        mode: "auto" where drafts gain most as mode auto makes them, as long as they are worth it.
+        exit_layer: None where no early exit is to draft, like draft_tokens: plain decoding, or mode
+            auto with n-grams alone.
         tokens_per_s: measured.
         speedup: measured, over plain decoding of the same prompts in turns; 1 for plain itself.
         speedup_interval: 95% over the prompts.
@@ -28,11 +29,12 @@ class Choice:
 
     @property
     def flags(self) -> str:
-        """What was measured, as flags of the command line."""
+        """The same as flags of the command line, which cannot say what mode auto was told of costs."""
         if self.mode == "plain":
             return "--mode plain"
         if self.mode == "auto":
-            return f"--exit-layer {self.exit_layer}"
+            alone = self.exit_layer is None
+            return "--draft-from n-gram" if alone else f"--exit-layer {self.exit_layer}"
         pair = f"--exit-layer {self.exit_layer} --draft-tokens {self.draft_tokens}"
         return f"--mode {self.mode} {pair}"
 
@@ -81,7 +83,7 @@ def choose(rows: Sequence[Mapping[str, Any]]) -> Choice:
 def choose_auto(
     pairs: Choice, rows: Sequence[Mapping[str, Any]], draft_tokens: Mapping[int, int]
 ) -> Choice:
-    """The exit that mode auto gains with, where no pair of exit and draft length does.
+    """Mode auto where it is certainly faster than plain decoding, and faster than the pair chosen.
 
     Args:
         pairs: what `choose` made of the pairs.
@@ -89,19 +91,29 @@ def choose_auto(
         draft_tokens: the best draft length of each of these exits, for who drafts a fixed one.
     """
     fastest = max(rows, key=lambda row: float(row["speedup"]))
-    exit_layer = fastest["exit_layer"]
-    if exit_layer is None or not is_certain(fastest):
+    if not is_certain(fastest) or fastest["speedup"] < pairs.speedup:
         return pairs
+    exit_layer = fastest["exit_layer"]
     low, high = fastest["speedup_interval"]
+    fixed = (
+        "drafts of a fixed length gain nothing for certain"
+        if pairs.mode == "plain"
+        else f"E={pairs.exit_layer} with d={pairs.draft_tokens} fixed comes to {pairs.speedup:.2f}x"
+    )
     return Choice(
         mode="auto",
         exit_layer=exit_layer,
-        draft_tokens=draft_tokens[exit_layer],
+        draft_tokens=None if exit_layer is None else draft_tokens[exit_layer],
         tokens_per_s=fastest["tokens_per_s"],
         speedup=fastest["speedup"],
         speedup_interval=[low, high],
         reason=(
-            f"mode auto with E={exit_layer} is best here: {fastest['speedup']:.2f}x of plain decoding"
-            f" (95% interval {low:.2f} to {high:.2f}); drafts of a fixed length gain nothing for certain"
+            f"mode auto with {name_of_auto(fastest)} is best here: {fastest['speedup']:.2f}x of plain"
+            f" decoding (95% interval {low:.2f} to {high:.2f}); {fixed}"
         ),
     )
+
+
+def name_of_auto(row: Mapping[str, Any]) -> str:
+    """What mode auto drafts with in a row."""
+    return "n-grams" if row["exit_layer"] is None else f"E={row['exit_layer']}"

@@ -61,18 +61,20 @@ def _map(tuning: Tuning) -> Figure:
         axes.plot(*at, "s", ms=17, mfc="none", mec="black", label="" if place else "run for real")
     if tuning.choice.exit_layer is not None and tuning.choice.draft_tokens is not None:
         at = (tuning.choice.draft_tokens - 1, exits.index(tuning.choice.exit_layer))
-        axes.plot(*at, "s", ms=17, mfc="none", mec="lime", mew=3, label="chosen")
+        axes.plot(*at, "s", ms=17, mfc="none", mec="lime", mew=3, label="written")
     figure.legend(loc="outside lower center", ncols=2, markerscale=0.5)
     return figure
 
 
 def _title(tuning: Tuning) -> str:
     choice = tuning.choice
-    chosen = (
-        "plain decoding is best"
-        if choice.exit_layer is None
-        else f"chosen: E={choice.exit_layer}, d={choice.draft_tokens}, measured {choice.speedup:.2f}x"
-    )
+    if choice.mode == "plain":
+        chosen = "plain decoding is best"
+    else:
+        drafts = "n-grams" if choice.exit_layer is None else f"E={choice.exit_layer}"
+        if choice.mode == "self-speculative":
+            drafts += f", d={choice.draft_tokens}"
+        chosen = f"chosen: {choice.mode} with {drafts}, measured {choice.speedup:.2f}x"
     return f"Speedup predicted from measured costs; {chosen}"
 
 

@@ -1,7 +1,7 @@
 """The whole of tuning: answers, costs, predictions, real runs, and the choice."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from layerskip.bench.environment import environment_of
@@ -31,20 +31,22 @@ class Tuning:
 
     Attributes:
         prompts: how many had an answer of at least two tokens; the others say nothing of decoding.
+        skipped: how many were left out: with no token, too long, or with a shorter answer.
         exits: for each exit its agreement with the model's next token over all positions, and the
             acceptance by draft position.
         predicted_plain_tokens_per_s: from the costs alone, like the predictions.
         predictions: every exit and draft length, the fastest predicted first.
         grid: real runs of all of them, each with its prediction; None unless asked for.
         confirmed: real runs in turns, plain decoding first, each with its prediction.
-        auto: the same of mode auto, with n-grams alone and with the exits of those; None where a pair
-            gains for certain.
+        auto: plain decoding, and mode auto with n-grams alone, and with the exit of the chosen pair or,
+            where none was, of each that was confirmed.
         step_costs: for mode auto: costs in plain steps.
         draft_vocabulary: for mode auto: tokens worth drafting, the most frequent first.
     """
 
     environment: dict[str, Any]
     prompts: int
+    skipped: int
     max_new_tokens: int
     costs: Costs
     exits: list[Row]
@@ -52,7 +54,7 @@ class Tuning:
     predictions: list[Prediction]
     grid: list[Row] | None
     confirmed: list[Row]
-    auto: list[Row] | None
+    auto: list[Row]
     choice: Choice
     step_costs: StepCosts
     draft_vocabulary: tuple[int, ...] | None
@@ -62,6 +64,7 @@ class Tuning:
         return {
             "environment": self.environment,
             "prompts": self.prompts,
+            "skipped": self.skipped,
             "max_new_tokens": self.max_new_tokens,
             "chosen": {**dataclasses.asdict(self.choice), "flags": self.choice.flags},
             "confirmed": self.confirmed,
@@ -115,7 +118,7 @@ def tune(
     """
     layers = _exits(model, exits)
     context = model.decoder.architecture.max_context
-    tokenized = [ids for ids in map(model.tokenize, prompts) if len(ids) < context]
+    tokenized = [ids for ids in map(model.tokenize, prompts) if 0 < len(ids) < context]
     continuations: list[Continuation] = []
     texts: list[list[int]] = []
     useful: list[list[int]] = []
@@ -165,23 +168,24 @@ def tune(
         measured = sorted(pairs, key=lambda pair: float(pair[1]["speedup"]), reverse=True)
         best = [prediction for prediction, _ in measured[:CANDIDATES]]
     confirmed = run_for_real(best, "confirming the best by real runs")
-    choice, auto_rows = choose(confirmed), None
     vocabulary = draft_vocabulary(texts, model)
-    if choice.mode == "plain":
-        lengths = {p.exit_layer: p.draft_tokens for p in reversed(best)}
-        systems = _auto_systems(model, costs, list(lengths), vocabulary, stop)
-        plain_entry, *entries = measure(
-            systems,
-            useful,
-            max_new_tokens=max_new_tokens,
-            progress=lambda done, total: progress("trying mode auto", done, total),
-        )
-        auto_rows = [row(entry, plain=plain_entry.runs) for entry in (plain_entry, *entries)]
-        choice = choose_auto(choice, auto_rows[1:], lengths)
-    exit_layer = choice.exit_layer or best[0].exit_layer
+    fixed = choose(confirmed)
+    lengths = {p.exit_layer: p.draft_tokens for p in reversed(best)}
+    if fixed.exit_layer is not None and fixed.draft_tokens is not None:
+        lengths = {fixed.exit_layer: fixed.draft_tokens}
+    plain_entry, *entries = measure(
+        _auto_systems(model, costs, lengths, vocabulary, stop),
+        useful,
+        max_new_tokens=max_new_tokens,
+        progress=lambda done, total: progress("trying mode auto", done, total),
+    )
+    auto_rows = [row(entry, plain=plain_entry.runs) for entry in (plain_entry, *entries)]
+    choice = choose_auto(fixed, auto_rows[1:], lengths)
+    exit_layer = choice.exit_layer or fixed.exit_layer or best[0].exit_layer
     return Tuning(
         environment=environment_of(model.decoder),
         prompts=len(useful),
+        skipped=len(prompts) - len(useful),
         max_new_tokens=max_new_tokens,
         costs=costs,
         exits=[_exit_row(continuations, e, max_draft_tokens) for e in layers],
@@ -199,24 +203,27 @@ def tune(
 def _auto_systems(
     model: LayerSkipModel,
     costs: Costs,
-    exits: Sequence[int],
+    draft_tokens: Mapping[int, int],
     vocabulary: tuple[int, ...] | None,
     stop: Sequence[str],
 ) -> list[OwnSystem]:
-    """Plain decoding, auto with n-grams alone, and auto with each exit as it would be told of it."""
-    without = dataclasses.replace(model.settings, exit_layer=None, draft_tokens=None)
-    untaught = model.with_settings(without)
-    systems = [OwnSystem(untaught, settings_of(untaught, modes=("auto",)), stop=stop)]
-    for exit_layer in exits:
+    """Plain decoding, auto with n-grams alone, and auto with each exit, as settings would tell it.
+
+    `draft_tokens` has a length for each exit, the best exit last.
+    """
+    systems: list[OwnSystem] = []
+    *_, best = draft_tokens
+    for exit_layer in (None, *draft_tokens):
         settings = dataclasses.replace(
-            without,
+            model.settings,
             exit_layer=exit_layer,
-            costs=(step_costs(costs, exit_layer, model),),
+            draft_tokens=None if exit_layer is None else draft_tokens[exit_layer],
+            costs=(step_costs(costs, exit_layer or best, model),),
             draft_vocabulary=vocabulary,
         )
         taught = model.with_settings(settings)
-        _, auto = settings_of(taught, modes=("auto",))
-        systems.append(OwnSystem(taught, [auto], stop=stop))
+        plain, auto = settings_of(taught, modes=("auto",))
+        systems.append(OwnSystem(taught, [auto] if systems else [plain, auto], stop=stop))
     return systems
 
 
