@@ -41,6 +41,23 @@ def test_flags_in_the_pages_exist(page):
         assert given <= flags, f"layerskip {name}: {given - flags}"
 
 
+# Of llama.cpp and of the scripts in benchmarks/.
+FLAGS_OF_OTHERS = {"--spec-type", "--draft-max", "--trained-on", "--control"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_in_sentences_and_tables_exist(page):
+    context = click.Context(layerskip_command)
+    flags = {"--help", *FLAGS_OF_OTHERS}
+    for name in layerskip_command.list_commands(context):
+        for parameter in layerskip_command.get_command(context, name).params:
+            flags |= {*parameter.opts, *parameter.secondary_opts}
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    spans = [span for span in re.findall(r"`([^`\n]+)`", text) if re.match(r"--|layerskip ", span)]
+    named = {flag for span in spans for flag in re.findall(r"(?<!\S)--[a-z][a-z-]*", span)}
+    assert named <= flags, named - flags
+
+
 def test_every_setting_is_explained():
     rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "recipe.md").read_text(), re.MULTILINE)
     assert sorted(rows) == sorted(TrainConfig.settings())
