@@ -36,7 +36,8 @@ def main() -> None:
     accelerator = Accelerator()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(options.model)
+    # In 16 bits, as checkpoints are stored, most updates would be lost to rounding.
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     rotation = min(8, model.config.num_hidden_layers)
     recipe = RecipeConfig.preset("continual", rotation=rotation, fixed_exits=(options.exit_layer,))
     attached = attach(model, recipe)  # before the model is wrapped

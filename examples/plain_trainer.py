@@ -8,6 +8,7 @@ The rows of the JSON lines file have the fields prompt and completion.
 
 import argparse
 
+import torch
 from datasets import load_dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -33,7 +34,8 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(options.model)
+    # In 16 bits, as checkpoints are stored, most updates would be lost to rounding.
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
 
     def encode(row: dict[str, str]) -> dict[str, list[int]]:
         prompt = tokenizer(row["prompt"])["input_ids"]
@@ -67,6 +69,7 @@ def main() -> None:
     trainer.train()
     detach(model)  # 3: an ordinary model again
 
+    model.config.use_cache = True  # Trainer turned it off
     model.generation_config.assistant_early_exit = options.exit_layer
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)

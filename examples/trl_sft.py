@@ -8,6 +8,7 @@ The rows are whatever SFTTrainer takes: prompt and completion, messages, or text
 
 import argparse
 
+import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -33,7 +34,8 @@ def main() -> None:
     rows = load_dataset("json", data_files=options.data, split="train")
     rows = rows.train_test_split(test_size=0.1, seed=0)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model)
+    # In 16 bits, as checkpoints are stored, most updates would be lost to rounding.
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     trainer = LayerSkipSFTTrainer(
         model=model,
         args=SFTConfig(
@@ -55,6 +57,7 @@ def main() -> None:
     print(trainer.evaluate())
 
     detach(model)
+    model.config.use_cache = True  # Trainer turned it off
     model.generation_config.assistant_early_exit = options.exit_layer
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import tiny_checkpoint
 from layerskip import LayerSkipModel
@@ -20,7 +22,10 @@ TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_nod
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    return tiny_checkpoint.save(tmp_path_factory.mktemp("tiny"))
+    folder = tiny_checkpoint.save(tmp_path_factory.mktemp("tiny"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(folder)  # as checkpoints are stored
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -56,7 +61,12 @@ def test_scripts(model_folder, tmp_path, script, launcher, steps):
     assert "loss" in done.stdout
     before, after = (load_file(f / "model.safetensors") for f in (model_folder, output))
     assert before.keys() == after.keys()
-    assert any((before[name] != after[name]).any() for name in before)
+    assert {t.dtype for t in before.values()} == {torch.bfloat16}
+    assert {t.dtype for t in after.values()} == {torch.float32}
+    # Updates of 1e-4 that bfloat16 would lose: those of norm weights, which are about 1.
+    norms = [name for name in before if "norm" in name]
+    assert all((before[name].float() != after[name]).any() for name in norms)
+    assert json.loads((output / "config.json").read_text()).get("use_cache", True) is True
     settings = json.loads((output / "generation_config.json").read_text())
     assert settings["assistant_early_exit"] == 2
     answer = LayerSkipModel.from_pretrained(output, dtype="float32").generate(

@@ -1,6 +1,7 @@
 """transformers checkpoints: loaded without this package, whole and as drafts."""
 
 import json
+import shutil
 
 import gguf_files
 import pytest
@@ -185,3 +186,14 @@ def test_a_head_that_is_not_the_embedding_is_kept_whatever_the_config_says(saved
     assert not written.tied_head
     tokens = token_ids("llama2", 40)
     assert torch.equal(theirs(tmp_path / "out", tokens), theirs(saved("llama2"), tokens))
+
+
+def test_layers_that_the_configuration_does_not_name_are_refused(saved, tmp_path):
+    folder = shutil.copytree(saved("llama2"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers - 1}))
+    with pytest.raises(
+        CheckpointError, match=f"has layer {layers - 1}, its .* {layers - 1} layers"
+    ):
+        to_hf(open_source(folder), tmp_path / "out")

@@ -6,7 +6,7 @@ import gguf
 import pytest
 import torch
 from tiny_tokenizers import PLAIN_BYTES, SPLITS, TEXTS, byte_level, checkpoint, sentencepiece, split
-from tokenizers import Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models
 
 import tiny_models
 from layerskip.export import open_source, to_gguf
@@ -21,21 +21,31 @@ def fields(path):
 def test_byte_level_tokens_are_the_same(name, tmp_path):
     tokenizer = byte_level(SPLITS[name])
     tokenizer.add_tokens(["<think>"])
-    wrapped = checkpoint(tmp_path, tokenizer, spare=3)
-    to_gguf(open_source(tmp_path), tmp_path / "m.gguf")
+    wrapped = checkpoint(tmp_path / "model", tokenizer, spare=3)
+    to_gguf(open_source(tmp_path / "model"), tmp_path / "m.gguf")
     found = fields(tmp_path / "m.gguf")
     assert found["tokenizer.ggml.pre"] == name
-    again = open_files(tmp_path / "m.gguf").tokenizer()
-    for text in TEXTS:
-        assert again.encode(text) == wrapped.encode(text)
+    again_as_before(tmp_path / "m.gguf", wrapped)
+
+
+def again_as_before(file, wrapped, texts=TEXTS):
+    """What is read out of the file, which lies alone, gives the tokens of what was written."""
+    assert [path.name for path in file.parent.iterdir() if path.is_file()] == [file.name]
+    again = open_files(file).tokenizer()
+    for text in texts:
+        assert again.encode(text) == wrapped.encode(text), text
         assert again.decode(again.encode(text)) == wrapped.decode(wrapped.encode(text))
+    assert again.bos_token == wrapped.bos_token
+    assert again.chat_template == wrapped.chat_template
 
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentencepiece_tokens_are_the_same(prefix, tmp_path):
     tokenizer = sentencepiece(prefix=prefix)
-    checkpoint(tmp_path, tokenizer, unk_token="<unk>")
-    to_gguf(open_source(tmp_path), tmp_path / "m.gguf")
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False)])
+    tokenizer.add_special_tokens(["<|end|>"])
+    wrapped = checkpoint(tmp_path / "model", tokenizer, spare=3, unk_token="<unk>")
+    to_gguf(open_source(tmp_path / "model"), tmp_path / "m.gguf")
     found = fields(tmp_path / "m.gguf")
     assert found["tokenizer.ggml.model"] == "llama"
     assert found["tokenizer.ggml.add_space_prefix"] is prefix
@@ -44,6 +54,18 @@ def test_sentencepiece_tokens_are_the_same(prefix, tmp_path):
     assert merged_by_score(found, "▁" * prefix + "the▁ships▁carry") == (
         tokenizer.encode("the ships carry", add_special_tokens=False).tokens
     )
+    # llama.cpp takes as many scores as there are tokens, whether they are there or not.
+    assert len(found["tokenizer.ggml.scores"]) == len(found["tokenizer.ggml.tokens"])
+    again_as_before(tmp_path / "m.gguf", wrapped)
+
+
+def test_named_templates_travel(tmp_path):
+    named = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
+    checkpoint(tmp_path / "model", byte_level(PLAIN_BYTES), chat_template=named)
+    to_gguf(open_source(tmp_path / "model"), tmp_path / "m.gguf")
+    found = fields(tmp_path / "m.gguf")
+    assert found["tokenizer.chat_template"] == "{{ 1 }}"
+    assert found["tokenizer.chat_template.tool_use"] == "{{ 2 }}"
 
 
 def merged_by_score(found, text):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from layerskip.model import load, tokenizer
+from layerskip.model import UnsupportedModelError, gguf_tokenizer, load, tokenizer
 from layerskip.model.weights import GgufFile
 from tiny_models import build, reference
 
@@ -53,6 +53,49 @@ def test_text_survives_a_round_trip(file, text):
 def test_folder_with_a_gguf_file_alone_uses_the_one_inside(file):
     inside = load(file.parent, dtype=torch.float32).tokenizer
     assert inside.tokenize("a  57") == ["a", "ĠĠ", "5", "7"]
+
+
+def test_a_file_that_is_named_itself_has_its_own_tokenizer(file):
+    inside = tokenizer.load(file.parent, GgufFile(file))
+    inside.add_tokens(["<only-in-the-folder>"])
+    inside.save_pretrained(file.parent)
+    found = load(file, dtype=torch.float32).tokenizer
+    assert "<only-in-the-folder>" not in found.get_vocab()
+    assert (found.eos_token, found.chat_template) == ("<|end|>", inside.chat_template)
+    assert len(found) == MODEL["vocab_size"]  # and no token more
+
+
+def test_a_name_that_is_not_known_is_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    gguf_files.write(path, build("llama2", **MODEL), tokenizer="deepseek-coder")
+    with pytest.raises(UnsupportedModelError, match="splits texts as deepseek-coder"):
+        load(path, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"), [("llama-bpe", True), ("llama3", True), ("qwen2", False)]
+)
+def test_what_the_file_does_not_say_follows_from_the_name(name, begins, tmp_path):
+    path = tmp_path / "model.gguf"
+    gguf_files.write(path, build("llama2", **MODEL), tokenizer=name)
+    own = load(path, dtype=torch.float32).tokenizer
+    assert own.encode("a")[:-1] == ([own.bos_token_id] if begins else [])
+    assert own.encode("a", add_special_tokens=False) == own.convert_tokens_to_ids(["a"])
+    # A word that is a token is one, merges or not, as llama.cpp has it for these.
+    assert own.tokenize("  ") == ["\u0120\u0120"]
+
+
+def test_an_end_of_turn_is_known_by_its_name():
+    class Named:
+        def __init__(self, **fields):
+            self.fields = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+
+        def field(self, key, default=None):
+            return self.fields.get(key, default)
+
+    tokens = {"tokens": ["a", "</s>", "<|im_end|>", "<|end|>"], "token_type": [1, 3, 3, 1]}
+    assert gguf_tokenizer.end_tokens(Named(eos_token_id=1, **tokens)) == [1, 2]
+    assert gguf_tokenizer.end_tokens(Named(eos_token_id=1, eot_token_id=3, **tokens)) == [1, 3]
 
 
 def test_files_of_the_folder_come_before_the_gguf_file(file):

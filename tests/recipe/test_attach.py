@@ -220,6 +220,18 @@ def test_accumulated_batches_are_one_batch(llama):
     same({n: p.grad for n, p in llama.named_parameters()}, expected)
 
 
+def test_the_decoder_itself_is_what_it_was_in_evaluation(llama):
+    """Also right after `attach`, which tried the layers on rows of its own, and after training."""
+    ids = batch_of()["input_ids"]
+    expected = llama.eval().model(ids).last_hidden_state
+    handle = attached(llama, DROPPING)
+    assert torch.equal(llama.model(ids).last_hidden_state, expected)
+    assert torch.equal(llama.model(ids[:1]).last_hidden_state, llama.model(ids)[0][:1])
+    llama.train()(**batch_of())
+    assert handle._pass is not None
+    assert torch.equal(llama.eval().model(ids).last_hidden_state, expected)
+
+
 def test_evaluation_between_accumulated_batches_changes_nothing(llama):
     handle = attached(llama, DROPPING)
     batch = batch_of()

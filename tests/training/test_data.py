@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows
+from layerskip.training.data import Collator, Encoding, LeftOutWarning, encode_rows, pack_rows
 from layerskip.training.rows import read_rows
 from layerskip.training.sampling import LengthGroupedSampler
 
@@ -206,6 +206,14 @@ def test_what_is_missing_is_said(tokenizer):
         encode_rows([], encode, "x")
     with pytest.raises(ValueError, match="no row of x has a label"):
         encode_rows([("1", ROWS[0])], Encoding(tokenizer=tokenizer, max_length=4), "x")
+
+
+def test_rows_without_a_label_are_counted(tokenizer):
+    encode = Encoding(tokenizer=tokenizer, max_length=6)
+    long = {"prompt": "1 plus 2 is 1 plus 2 is ", "completion": "3"}
+    rows = [("1", long), ("2", {"prompt": "1 is ", "completion": "1"}), ("3", long)]
+    with pytest.warns(LeftOutWarning, match="2 of 3 rows of x are left out: .* max_length = 6"):
+        assert len(encode_rows(rows, encode, "x")) == 1
 
 
 def test_packing_and_padding():

@@ -135,6 +135,39 @@ def test_a_run_that_was_killed_while_its_result_was_written(settings, tmp_path, 
     resumed = run(settings, **changes, resume=True)
     assert resumed.steps == whole.steps
     assert_same_weights(before, whole.output)
+    for name in ("config.json", "generation_config.json"):
+        assert (before / name).read_text() == (whole.output / name).read_text()
+
+
+def test_a_run_that_had_ended_has_the_tokenizers_end_token_all_the_same(settings, tmp_path):
+    model = shutil.copytree(settings["model"], tmp_path / "other")
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps({**fields, "eos_token_id": 3}))
+    changes = {"max_steps": 2, "save_steps": 2, "model": str(model)}
+    first = run(settings, **changes)
+    (first.output / "model.safetensors").unlink()
+    before = (first.output / "config.json").read_text()
+    again = run(settings, **changes, resume=True)
+    assert (again.output / "config.json").read_text() == before
+    assert json.loads(before)["eos_token_id"] == 2
+
+
+def test_nothing_of_the_configuration_is_changed_by_training(settings):
+    before = json.loads(Path(settings["model"], "config.json").read_text())
+    after = json.loads((run(settings, max_steps=1).output / "config.json").read_text())
+    for name in ("use_cache", "eos_token_id", "bos_token_id", "num_hidden_layers"):
+        assert after.get(name) == before.get(name), name
+
+
+def test_rows_that_are_longer_than_the_model_knows_are_refused(settings, tmp_path):
+    rows = tmp_path / "long.jsonl"
+    rows.write_text(json.dumps({"text": "1 plus " * 60}) + "\n")
+    with pytest.raises(ValueError, match="a row has 121 tokens, but this model knows 64 positions"):
+        run(settings, data=str(rows))
+    packed = [{"text": "1 plus " * 20}] * 9
+    rows.write_text("".join(json.dumps(row) + "\n" for row in packed))
+    assert run(settings, data=str(rows), packing=True, max_length=200, max_steps=1).steps == 1
 
 
 def test_half_an_epoch_goes_on_to_a_whole_one(settings):
@@ -269,6 +302,9 @@ def test_seeds_repeat_a_run(settings, tmp_path):
         ({"max_length": 2}, "no row of .* has a label within max_length = 2"),
         ({"fixed_exits": [1], "exit_weighting": "paper"}, "fixed_exits names 1, whose weight is 0"),
         ({"eval_split": "test"}, "eval_split needs eval_data"),
+        ({"split": "validation"}, "split is for data sets of the hub; .* is a file"),
+        ({"exits": [1], "curriculum": "all", "fixed_exits": []}, "no exit before the last layer"),
+        ({"exits": [4], "curriculum": "all", "fixed_exits": []}, "no exit before the last layer"),
         ({"data_config": "main"}, "data_config is for data sets of the hub; .* is a file"),
         ({"completion": "{answer}"}, r"sums.jsonl:1 has the fields \['completion', 'prompt'\]"),
     ],

@@ -17,7 +17,6 @@ from rich.console import Console
 
 from layerskip.decoding import DRAFT_SOURCES, MODES, LayerSkipModel
 from layerskip.model.quantize import WEIGHTS
-from layerskip.model.rounding import RoundingWarning
 from layerskip.model.source import BUILTIN_MODELS, DEFAULT_MODEL, is_pulled, pull
 from layerskip.model.weights import json_text, replace
 
@@ -216,18 +215,18 @@ def load_model(flags: dict[str, Any]) -> LayerSkipModel:
     name = flags["model"]
     fetch_if_builtin(name)
     how = {field: flags[field] for field in ("dtype", "weights", "device", "compile")}
-    with waiting(f"loading {name}"), _doubts_in_one_line():
+    with waiting(f"loading {name}"), warnings_in_one_line():
         return LayerSkipModel.from_pretrained(name, **how, announce=say)
 
 
 @contextlib.contextmanager
-def _doubts_in_one_line() -> Iterator[None]:
-    """Warnings about quantized weights without the place in the code that they come from."""
+def warnings_in_one_line() -> Iterator[None]:
+    """Our own warnings without the place in the code that they come from."""
     with warnings.catch_warnings():
         plain = warnings.showwarning
 
         def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
-            if category is RoundingWarning:
+            if category.__module__.startswith("layerskip."):
                 click.echo(f"layerskip: {message}", err=True)
             else:
                 plain(message, category, *place, **more)

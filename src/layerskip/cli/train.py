@@ -85,7 +85,7 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, accelerate launch
-    with TrainProgress(is_shown=is_first) as progress:
+    with options.warnings_in_one_line(), TrainProgress(is_shown=is_first) as progress:
         result = train(settings, progress)
     if not is_first:
         return

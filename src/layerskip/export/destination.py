@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,8 +52,8 @@ def new_folder(path: Path, *, n_bytes: int, overwrite: bool) -> Iterator[Path]:
     taken = check_new_folder(path, overwrite=overwrite)
     temporary = _beside(path)
     with _failures_named(path, n_bytes):
+        temporary.mkdir()  # what is there already is somebody else's
         try:
-            temporary.mkdir()
             yield temporary
             flush(temporary)
             if taken:
@@ -80,7 +81,10 @@ def check_new_folder(path: Path, *, overwrite: bool) -> bool:
 
 
 def _beside(path: Path) -> Path:
-    return path.absolute().with_name(f".{path.absolute().name}-{os.getpid()}")
+    """A name of its own: the same pid may be another's, in another container."""
+    return path.absolute().with_name(
+        f".{path.absolute().name}-{os.getpid()}-{secrets.token_hex(3)}"
+    )
 
 
 def _exchange(new: Path, path: Path) -> None:

@@ -14,25 +14,9 @@ from gguf import TokenType
 
 from layerskip.export.source import Source
 from layerskip.model import UnsupportedModelError
+from layerskip.model.gguf_tokenizer import SPLITS
 from layerskip.model.weights import GgufFile
 
-# The regular expression that splits a text, as it stands in tokenizer.json -> llama.cpp's name.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPLITS = {
-    ("split", _WORDS % r"\p{N}{1,3}"): "llama-bpe",
-    ("split", _WORDS % r"\p{N}"): "qwen2",
-    ("split", _TEKKEN): "tekken",
-    ("digits", "bytes"): "smollm",
-    ("bytes",): "gpt-2",
-}
 _MORE_ENDS = ("eot", "eom")  # llama.cpp has three places for tokens that end an answer
 
 
@@ -60,14 +44,18 @@ def add(writer: gguf.GGUFWriter, source: Source) -> None:
             f"a {model['type']} tokenizer cannot be written to GGUF (byte-level and"
             " SentencePiece BPE can)"
         )
+    tokens = _tokens(source, tokenizer)
     if model.get("byte_fallback"):
-        _add_sentencepiece(writer, described)
+        _add_sentencepiece(writer, described, tokens)
     else:
         _add_byte_level(writer, described)
-    _add_tokens(writer, source, tokenizer, described)
+    _add_tokens(writer, tokens, tokenizer, described)
     _add_special_tokens(writer, source, tokenizer)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
+        writer.add_chat_template(template)
 
 
 def _add_byte_level(writer: gguf.GGUFWriter, described: dict[str, Any]) -> None:
@@ -96,15 +84,17 @@ def _split_name(pre_tokenizer: dict[str, Any] | None) -> str:
                 pass  # what is before it has split the text
             case _:
                 shape += (str(part),)
-    if shape not in _SPLITS:
+    if shape not in SPLITS:
         raise UnsupportedModelError(
             "the way this tokenizer splits a text has no known name in llama.cpp; known are those"
-            f" named {', '.join(_SPLITS.values())}"
+            f" named {', '.join(SPLITS.values())}"
         )
-    return _SPLITS[shape]
+    return SPLITS[shape]
 
 
-def _add_sentencepiece(writer: gguf.GGUFWriter, described: dict[str, Any]) -> None:
+def _add_sentencepiece(
+    writer: gguf.GGUFWriter, described: dict[str, Any], tokens: list[str]
+) -> None:
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_add_space_prefix(_prefixes_a_space(described))
@@ -112,11 +102,8 @@ def _add_sentencepiece(writer: gguf.GGUFWriter, described: dict[str, Any]) -> No
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(_merges(described)):
         ranks.setdefault(left + right, rank)
-    vocab: dict[str, int] = described["model"]["vocab"]
-    by_id = sorted(vocab.items(), key=lambda item: item[1])
-    last = -float(len(ranks))
-    scores = [-float(ranks[token]) if token in ranks else last for token, _ in by_id]
-    writer.add_token_scores(scores)
+    # One for each token, added ones and rows without a token too: llama.cpp does not look how many.
+    writer.add_token_scores([-float(ranks.get(token, len(ranks))) for token in tokens])
 
 
 def _prefixes_a_space(described: dict[str, Any]) -> bool:
@@ -132,31 +119,37 @@ def _merges(described: dict[str, Any]) -> list[list[str]]:
     return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
 
 
-def _add_tokens(
-    writer: gguf.GGUFWriter, source: Source, tokenizer: Any, described: dict[str, Any]
-) -> None:
+def _tokens(source: Source, tokenizer: Any) -> list[str]:
+    """A name for each row of the embedding."""
     n_tokens = source.architecture.vocab_size
-    tokens = {i: token for token, i in tokenizer.get_vocab().items()}
-    if tokens and max(tokens) >= n_tokens:
+    names = {i: token for token, i in tokenizer.get_vocab().items()}
+    if names and max(names) >= n_tokens:
         raise UnsupportedModelError(
-            f"the tokenizer has {max(tokens) + 1} tokens, the embedding {n_tokens}; GGUF needs a row"
+            f"the tokenizer has {max(names) + 1} tokens, the embedding {n_tokens}; GGUF needs a row"
             " for every token"
         )
+    return [names.get(i, f"[PAD{i}]") for i in range(n_tokens)]
+
+
+def _add_tokens(
+    writer: gguf.GGUFWriter, tokens: list[str], tokenizer: Any, described: dict[str, Any]
+) -> None:
     added = {token["id"]: token for token in described["added_tokens"]}
+    known = tokenizer.get_vocab()
     types = []
-    for i in range(n_tokens):
+    for i, token in enumerate(tokens):
         if i in added:
             types.append(TokenType.CONTROL if added[i]["special"] else TokenType.USER_DEFINED)
-        elif i not in tokens:
+        elif token not in known:
             types.append(TokenType.UNUSED)
-        elif described["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", tokens[i]):
+        elif described["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token):
             types.append(TokenType.BYTE)
         else:
             types.append(TokenType.NORMAL)
     unknown = tokenizer.unk_token_id
     if unknown is not None and described["model"].get("byte_fallback"):
         types[unknown] = TokenType.UNKNOWN
-    writer.add_token_list([tokens.get(i, f"[PAD{i}]") for i in range(n_tokens)])
+    writer.add_token_list(tokens)
     writer.add_token_types(types)
 
 

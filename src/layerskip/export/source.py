@@ -66,6 +66,11 @@ class Source:
             else:
                 last.insert(0, name)
         n_layers = self.architecture.n_layers
+        if max(layers, default=-1) >= self.files.architecture.n_layers:
+            raise CheckpointError(
+                f"the checkpoint has layer {max(layers)}, its configuration"
+                f" {self.files.architecture.n_layers} layers; fetch or save it again"
+            )
         for number in range(n_layers):
             if odd := set(layers.get(number, [])) ^ set(layers.get(0, [])):
                 raise CheckpointError(

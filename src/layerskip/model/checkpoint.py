@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from layerskip.model import assembly, families, tokenizer
+from layerskip.model import assembly, families, gguf_tokenizer, tokenizer
 from layerskip.model.architecture import Architecture
 from layerskip.model.decoder import Decoder
 from layerskip.model.settings import Settings, read_settings
@@ -118,7 +118,7 @@ def open_files(path: Path) -> Files:
         tensors = file = GgufFile(gguf_path)
         with _unusable_named(file.path):
             architecture = file.architecture()
-            config: dict[str, Any] = {"eos_token_id": file.end_tokens()}
+            config: dict[str, Any] = {"eos_token_id": gguf_tokenizer.end_tokens(file)}
         tied = "lm_head.weight" not in tensors.names()
     else:
         config = _config(path)

@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from layerskip.model.families import UnsupportedModelError
+from layerskip.model.gguf_tokenizer import from_gguf
 from layerskip.model.weights import CheckpointError, GgufFile, read_json, write_json
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -27,7 +29,9 @@ def load(path: Path, gguf_file: GgufFile | None = None) -> Any:
     try:
         if any((path / name).is_file() for name in _TOKENIZER_FILES):
             return _class_for(path).from_pretrained(str(path), trust_remote_code=False)
-        return None if gguf_file is None else _from_gguf(gguf_file)
+        return None if gguf_file is None else from_gguf(gguf_file)
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # the reader in Rust knows no other kind
         raise CheckpointError(f"the tokenizer of {path} cannot be read: {error}") from error
 
@@ -67,27 +71,3 @@ def write(path: Path, folder: Path, gguf_file: GgufFile | None = None) -> None:
         code = fields.pop("auto_map", None)  # none travels with a checkpoint
         if changes or code is not None:
             write_json(settings, fields | changes)
-
-
-def _from_gguf(file: GgufFile) -> Any:
-    """transformers' conversion of the tokenizer inside a GGUF file, or None where it has none.
-
-    It knows the merges but not every pre-tokenizer: `smollm` splits numbers into single digits before
-    all else, which changes how the spaces before a number are grouped.
-    """
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
-
-    if file.field("tokenizer.ggml.model", "none") == "none":
-        return None
-    tokenizer = AutoTokenizer.from_pretrained(
-        str(file.path.parent), gguf_file=file.path.name, trust_remote_code=False
-    )
-    if file.field("tokenizer.ggml.pre") == "smollm":
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
-    return tokenizer

@@ -187,11 +187,6 @@ class GgufFile:
         for key, field in self._fields.items():
             yield key, field.value, field.types
 
-    def end_tokens(self) -> list[int]:
-        """End of text, of turn, and of message, as far as the file names them."""
-        ids = [self.field(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
-        return list(dict.fromkeys(int(i) for i in ids if i is not None))
-
     def _required(self, key: str) -> Any:
         value = self.field(key)
         if value is None:

@@ -238,7 +238,8 @@ class AttachedRecipe:
         self, number: int, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """The forward of layer `number`, from 0: its own, but for the rows that skip it."""
-        if self._pass is None:
+        # A pass that is over is kept for what is computed again in backward, so in training alone.
+        if self._pass is None or not (self._pass.is_running or self._model.training):
             return plain(*args, **kwargs)
         layer = self._anatomy.layers[number]
         return self._pass.run_layer(number, layer, plain, *args, **kwargs)

@@ -175,7 +175,16 @@ class RecipeConfig:
             raise ValueError(
                 f"exit_every is {self.exit_every}, but the model has {num_layers} layers"
             )
-        if self.variant == "LD" or self.curriculum != "rotational":
+        if self.variant == "LD":
+            return
+        first = 2 if self.exit_weighting == "paper" else 1  # whose weight is not 0
+        early = [e for e in self.candidates(num_layers) if first <= e < num_layers]
+        if num_layers > 1 and self.curriculum != "none" and not early and not self.fixed_exits:
+            raise ValueError(
+                "no exit before the last layer would have a loss: name others in exits or fixed_exits"
+                + (", or another exit_weighting" if first == 2 else "")
+            )
+        if self.curriculum != "rotational":
             return
         if self.rotation > candidates:
             raise ValueError(

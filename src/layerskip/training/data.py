@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import string
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,10 @@ from torch import Tensor
 
 from layerskip.recipe.exit_loss import IGNORED_LABEL
 from layerskip.training.rows import Row
+
+
+class LeftOutWarning(UserWarning):
+    """Rows that nothing can be learnt from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +136,7 @@ def _why(error: Exception) -> str:
 
 
 def encode_rows(rows: Iterable[Row], encoding: Encoding, source: str) -> list[dict[str, list[int]]]:
-    """Encode all rows; those whose labels were all cut off are left out.
+    """Encode all rows; those whose labels were all cut off are left out, with a `LeftOutWarning`.
 
     Raises:
         ValueError: for a bad row, no rows at all, or none with a label.
@@ -145,6 +150,13 @@ def encode_rows(rows: Iterable[Row], encoding: Encoding, source: str) -> list[di
         raise ValueError(
             f"no row of {source} has a label within max_length = {encoding.max_length} tokens: "
             "prompts may be longer than that, or completions empty"
+        )
+    if left_out := len(encoded) - len(labelled):
+        warnings.warn(
+            f"{left_out} of {len(encoded)} rows of {source} are left out: their labels lie beyond"
+            f" max_length = {encoding.max_length} tokens, or there are none",
+            LeftOutWarning,
+            stacklevel=2,
         )
     return labelled
 

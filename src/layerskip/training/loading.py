@@ -41,6 +41,22 @@ def check_tokens(model: PreTrainedModel, pad_token_id: int, *datasets: Any) -> N
         )
 
 
+def check_positions(model: PreTrainedModel, *datasets: Any) -> None:
+    """A row longer than what the model was made for: say so before the first batch has one."""
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = 0
+    for rows in datasets:
+        if rows is not None and "position_ids" in rows.column_names:  # packed: of each document
+            longest = max(longest, *(max(row) + 1 for row in rows["position_ids"]))
+        elif rows is not None:
+            longest = max(longest, *map(len, rows["input_ids"]))
+    if known is not None and longest > known:
+        raise ValueError(
+            f"a row has {longest} tokens, but this model knows {known} positions: max_length {known}"
+            " cuts rows there"
+        )
+
+
 def model_config(model: str) -> Any:
     """The configuration of a model to train; OSError or ValueError if it cannot be had."""
     folder, arguments = pretrained(model)

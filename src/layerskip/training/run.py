@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import SchedulerType, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
+from transformers.trainer_utils import align_special_tokens
 
 from layerskip.model.weights import json_text, replace
 from layerskip.recipe import detach
@@ -25,6 +26,7 @@ from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows
 from layerskip.training.errors import UnwrittenCheckpointError
 from layerskip.training.fake_quantization import DIFFERENCE, QuantizeAware, quantize_aware
 from layerskip.training.loading import (
+    check_positions,
     check_tokens,
     load_model,
     load_tokenizer,
@@ -94,9 +96,13 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
     train_rows, eval_rows = _load_data(config, tokenizer)
     model = load_model(config)
     check_tokens(model, tokenizer.pad_token_id or 0, train_rows, eval_rows)
+    check_positions(model, train_rows, eval_rows)
     if config.lora_rank is not None:
         model = with_adapter(model, config)
     on_grid = _on_grid(config, model)
+    # Trainer does both where it trains; where a run goes on that has ended already, it does not.
+    align_special_tokens(model, tokenizer)
+    use_cache = model.config.use_cache
     output.mkdir(parents=True, exist_ok=True)
     trainer = _trainer(config, model, tokenizer, train_rows, eval_rows)
     trainer.add_callback(JsonLinesLog(output / "train_log.jsonl", trainer.attached))
@@ -115,6 +121,7 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
             metrics |= trainer.evaluate(metric_key_prefix="unrounded")
             nll_change = metrics["eval_loss"] / metrics["unrounded_loss"] - 1
     detach(model)
+    model.config.use_cache = use_cache  # which Trainer turned off
     try:
         save_result(trainer, config, exit_layer, output, nll_change)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -191,6 +198,8 @@ def _load_data(config: TrainConfig, tokenizer: Any) -> tuple[Any, Any]:
     )
     if config.data_config is not None and local_files(config.data):
         raise ValueError(f"data_config is for data sets of the hub; {config.data} is a file")
+    if config.split != "train" and local_files(config.data):
+        raise ValueError(f"split is for data sets of the hub; {config.data} is a file")
     train_rows = read_rows(config.data, config.split, config.data_config)
     rows = encode_rows(train_rows, encoding, config.data)
     held_out: list[dict[str, list[int]]] = []

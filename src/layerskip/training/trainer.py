@@ -51,10 +51,33 @@ class RecipeCallback(TrainerCallback):
                 "use_liger_kernel puts another forward over the recipe's, which then does nothing; "
                 "leave it out: the recipe takes Liger's loss itself where it is installed"
             )
+        check_arguments(args)
 
     def on_step_begin(self, args: Any, state: _Steps, control: Any, **_: Any) -> None:
         """Before the first batch of an optimizer step."""
         self._attached.set_step(state.global_step, state.max_steps)
+        self._attached.last = None
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Refuse a step that came about without the exits' loss."""
+        if self._attached.last is None:
+            raise ValueError(
+                "the model was called without labels, so the recipe had no loss: leave out what "
+                "computes another, such as compute_loss_func"
+            )
+
+
+def check_arguments(args: Any) -> None:
+    """Raise ValueError where a Trainer's arguments take the labels or the forward from the model."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process are not supported: start with "
+            "`torchrun` or `accelerate launch`, or choose one with CUDA_VISIBLE_DEVICES"
+        )
+    if args.label_smoothing_factor or getattr(args, "loss_type", None) not in (None, "nll"):
+        raise ValueError(
+            "the recipe computes its own loss: leave out label_smoothing_factor and TRL's loss_type"
+        )
 
 
 class LayerSkipMixin:
@@ -85,17 +108,10 @@ class LayerSkipMixin:
     ) -> None:
         super().__init__(*args, **kwargs)
         trainer = self._trainer
-        if trainer.args.n_gpu > 1:
+        check_arguments(trainer.args)
+        if getattr(trainer, "compute_loss_func", None) is not None:
             raise ValueError(
-                f"{trainer.args.n_gpu} GPUs in one process are not supported: start with "
-                "`torchrun` or `accelerate launch`, or choose one with CUDA_VISIBLE_DEVICES"
-            )
-        other_loss = getattr(trainer.args, "loss_type", None) not in (None, "nll")  # TRL's
-        other_loss = other_loss or getattr(trainer, "compute_loss_func", None) is not None
-        if other_loss or trainer.args.label_smoothing_factor:
-            raise ValueError(
-                "the recipe computes its own loss: label_smoothing_factor, compute_loss_func and "
-                "loss_type would have no effect; leave them out"
+                "the recipe computes its own loss: compute_loss_func would have no effect; leave it out"
             )
         if getattr(trainer, "model_init", None) is not None:
             raise ValueError(

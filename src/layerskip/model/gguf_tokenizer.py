@@ -1,0 +1,168 @@
+"""The tokenizer inside a GGUF file, built from its metadata as llama.cpp reads it.
+
+What llama.cpp derives from a pre-tokenizer's name (how texts are split, whether a text begins with BOS,
+whether words that are tokens are merged at all) is in a table here; other names are refused, since any
+guess would give other tokens without a word.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from layerskip.model.families import UnsupportedModelError
+from layerskip.model.weights import GgufFile
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# The regular expression that splits a text, as it stands in tokenizer.json -> llama.cpp's name.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {
+    ("split", _WORDS % r"\p{N}{1,3}"): "llama-bpe",
+    ("split", _WORDS % r"\p{N}"): "qwen2",
+    ("split", _TEKKEN): "tekken",
+    ("digits", "bytes"): "smollm",
+    ("bytes",): "gpt-2",
+}
+_OTHER_NAMES = {
+    **dict.fromkeys(("llama3", "llama-v3", "falcon3", "pixtral"), "llama-bpe"),
+    "deepseek-r1-qwen": "qwen2",
+    **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell"), "smollm"),
+}
+_WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is a token is not merged, and BOS comes first
+_ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # types of tokens
+
+
+def from_gguf(file: GgufFile) -> Any:
+    """The tokenizer, of transformers' generic class; None where the file has none.
+
+    Raises:
+        UnsupportedModelError: it is of another kind, or splits texts in a way that is not known here.
+    """
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    kind = str(_field(file, "model", "none"))
+    if kind == "none":
+        return None
+    tokens: list[str] = _field(file, "tokens", [])
+    name = str(_field(file, "pre", "default"))
+    split = _OTHER_NAMES.get(name, name)
+    if kind == "llama":
+        backend, begins = _sentencepiece(file, tokens), True
+    elif kind == "gpt2" and split in SPLITS.values():
+        backend, begins = _byte_level(file, tokens, split), split in _WHOLE_WORDS
+    else:
+        what = f"that splits texts as {name}" if kind == "gpt2" else f"of the kind {kind}"
+        raise UnsupportedModelError(
+            f"{file.path} has a tokenizer {what}, which is not read from GGUF; take the checkpoint in"
+            " safetensors, or put its tokenizer.json beside the file and name the folder"
+        )
+    for token, type_ in zip(tokens, _field(file, "token_type", []), strict=False):
+        if type_ == _CONTROL:
+            backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
+        elif type_ == _USER_DEFINED:
+            backend.add_tokens([AddedToken(token, normalized=False)])
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    known = {f"{ours}_token": _field(file, f"{theirs}_token_id") for ours, theirs in names.items()}
+    special = {ours: tokens[int(i)] for ours, i in known.items() if i is not None}
+    if bool(_field(file, "add_bos_token", begins)) and "bos_token" in special:
+        _begin_and_end(backend, special, ends=bool(_field(file, "add_eos_token", False)))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        chat_template=file.field("tokenizer.chat_template"),
+        **({"bos_token": None, "eos_token": None} | special),
+    )
+
+
+def end_tokens(file: GgufFile) -> list[int]:
+    """End of text, of turn, and of message, as far as the file names them.
+
+    Where it names no end of turn, that is a control token known for it, as in llama.cpp.
+    """
+    ids = [_field(file, f"{end}_token_id") for end in ("eos", "eot", "eom")]
+    if ids[1] is None:
+        kinds = zip(_field(file, "tokens", []), _field(file, "token_type", []), strict=False)
+        ids += [
+            i for i, kind in enumerate(kinds) if kind[0] in _ENDS_OF_TURN and kind[1] == _CONTROL
+        ]
+    return list(dict.fromkeys(int(i) for i in ids if i is not None))
+
+
+def _field(file: GgufFile, name: str, default: Any = None) -> Any:
+    return file.field(f"tokenizer.ggml.{name}", default)
+
+
+def _byte_level(file: GgufFile, tokens: list[str], split: str) -> Tokenizer:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    merges = []
+    for merge in _field(file, "merges", []):
+        space = merge.index(" ", 1)
+        merges.append((merge[:space], merge[space + 1 :]))
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=split in _WHOLE_WORDS))
+    shape = next(shape for shape, name in SPLITS.items() if name == split)
+    steps: list[Any] = []
+    if shape[0] == "split":
+        steps.append(pre_tokenizers.Split(Regex(shape[1]), "isolated"))
+    if shape[0] == "digits":
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    words = shape[0] != "split"  # else they are split already
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(file: GgufFile, tokens: list[str]) -> Tokenizer:
+    """Any two tokens whose whole is one may be merged, those with the highest score first."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocab = {token: i for i, token in enumerate(tokens)}
+    types = _field(file, "token_type", [_NORMAL] * len(tokens))
+    merges = []
+    scored = zip(tokens, _field(file, "scores", [0.0] * len(tokens)), types, strict=True)
+    for token, score, type_ in scored:
+        if type_ == _NORMAL:
+            cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
+            merges += [(score, parts) for parts in cuts if parts[0] in vocab and parts[1] in vocab]
+    merges.sort(key=lambda merge: -merge[0])
+    model = models.BPE(
+        vocab,
+        [parts for _, parts in merges],
+        unk_token=tokens[int(_field(file, "unknown_token_id", 0))],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    spaces = normalizers.Replace(" ", "\u2581")
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if bool(_field(file, "add_space_prefix", True)):
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces])
+        steps.append(decoders.Strip(" ", 1, 0))
+    else:
+        tokenizer.normalizer = spaces
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def _begin_and_end(backend: Tokenizer, special: dict[str, str], *, ends: bool) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    names = [special["bos_token"], *([special["eos_token"]] if ends else [])]
+    backend.post_processor = TemplateProcessing(
+        single=[names[0], "$A", *names[1:]],
+        pair=[names[0], "$A", *names[1:], f"{names[0]}:1", "$B:1", *(f"{x}:1" for x in names[1:])],
+        special_tokens=[(name, backend.token_to_id(name)) for name in names],
+    )
