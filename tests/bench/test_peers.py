@@ -144,7 +144,8 @@ def test_rows_of_peers():
     lookup = ("prompt-lookup", None, PROMPT_LOOKUP_TOKENS)
     plain = ("plain", None, None)
     drafting = [("self-speculative", 2, 4), ("self-speculative", 3, 4)]
-    assert rows == [plain, *drafting, lookup]
+    defaults = [("self-speculative", 2, 20), ("self-speculative", 3, 20)]
+    assert rows == [plain, *drafting, *defaults, lookup]
     rows = [(s.mode, s.exit_layer, s.draft_tokens) for s in llama_cpp.settings([(2, 4), (3, 4)])]
     assert rows == [plain, ("prompt-lookup", None, 2), lookup]
 

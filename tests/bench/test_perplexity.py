@@ -103,6 +103,14 @@ def test_texts_are_read_and_cut_after_words(tmp_path, monkeypatch):
         read_text(str(tmp_path / "no.txt"))
 
 
+def test_wikitext_of_the_hub_is_the_same_text(monkeypatch):
+    """Its rows have nothing in the place of a line with a space alone."""
+    monkeypatch.delenv("LAYERSKIP_DATA", raising=False)
+    rows = [("", {"text": text}) for text in ("", " = Title = \n", "", " some words\n")]
+    monkeypatch.setattr("layerskip.bench.perplexity.read_rows", lambda *names: rows)
+    assert read_text("wikitext2") == " \n = Title = \n \n some words\n"
+
+
 def test_missing_wikitext_says_how_to_get_it(monkeypatch):
     def offline(*_):
         raise ValueError("no network")

@@ -141,6 +141,7 @@ def test_agreement_over_a_file_of_prompts(run, tmp_path):
         (("--positions", "0-3"), 2, "neither 'all' nor positions"),
         (("--positions", "50-60"), 1, "positions 50 to 60 are not there"),
         (("--continuation", ""), 1, "the answer is empty"),
+        (("--continuation", "x", "--exit-layer", "2"), 2, "--exit-layer would have no effect"),
         (("--samples", "2"), 2, "--samples needs --data"),
         (("--html", "/nowhere/a.html"), 2, "the folder of --html /nowhere/a.html does not exist"),
         (("--data", __file__), 2, "--data excludes --prompt"),

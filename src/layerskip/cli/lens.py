@@ -97,6 +97,21 @@ def command(
         raise click.UsageError("--data excludes --prompt, --continuation, and --positions")
     if samples is not None and data is None:
         raise click.UsageError("--samples needs --data")
+    asked = click.get_current_context().get_parameter_source
+    decoding_flags = (
+        "mode",
+        "max_new_tokens",
+        "exit_layer",
+        "draft_tokens",
+        "draft_from",
+        "adaptive",
+    )
+    given = [
+        name for name in decoding_flags if asked(name) is click.core.ParameterSource.COMMANDLINE
+    ]
+    if continuation is not None and given:
+        flag = given[0].replace("_", "-")
+        raise click.UsageError(f"--continuation is the answer; --{flag} would have no effect")
     for flag, file in (("--output", output), ("--png", png), ("--html", html)):
         options.check_output(file, flag)
     if png is not None:
@@ -116,7 +131,7 @@ def command(
         with options.waiting("looking"):
             report = _look(model, name, prompts[0], continuation, layers, positions, decoding)
         lens_table.show_report(console, report, all_positions=positions is not None)
-        document = report.to_dict()
+        options.deliver(report.to_dict(), as_json=as_json, output=output)
         if html is not None:
             replace(html, report_page(report).encode())
         if png is not None:
@@ -125,11 +140,11 @@ def command(
         agreement = _agreement(model, prompts, layers, decoding)
         lens_table.show_agreement(console, agreement)
         document = {"model": name, "agreement": agreement.to_dict()}
+        options.deliver(document, as_json=as_json, output=output)
         if html is not None:
             replace(html, agreement_page(agreement, name).encode())
         if png is not None:
             replace(png, picture.draw_agreement(agreement, name))
-    options.deliver(document, as_json=as_json, output=output)
 
 
 def _prompt(given: str | None) -> str:

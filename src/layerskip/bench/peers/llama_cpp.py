@@ -36,7 +36,13 @@ class Peer:
         self._drafting = self._load(self._drafts)
 
     def _load(self, draft_model: Any) -> Any:
-        from llama_cpp import Llama
+        from llama_cpp import Llama, llama_supports_gpu_offload
+
+        if self._job.device != "cpu" and not llama_supports_gpu_offload():
+            raise ValueError(
+                "this build of llama-cpp-python runs on the CPU alone; for the GPU install it with"
+                " CMAKE_ARGS=-DGGML_CUDA=on"
+            )
 
         return Llama(
             self._gguf,

@@ -15,12 +15,20 @@ from layerskip.decoding.clock import device_clock
 from layerskip.model import open_files, tokenizer
 from layerskip.model.weights import GgufFile
 
+# What transformers does unless it is told otherwise: up to 20 tokens, as long as the exit is so sure.
+DEFAULT_DRAFT_TOKENS, DEFAULT_CONFIDENCE = 20, 0.4
+
 
 def settings(drafts: Sequence[tuple[int, int]]) -> list[Setting]:
-    """The rows of this peer, for pairs (E, d)."""
+    """The rows of this peer, for pairs (E, d): each pair, and each E with its own defaults."""
+    early = "self-speculative"
     return [
         Setting(mode="plain"),
-        *(Setting(mode="self-speculative", exit_layer=e, draft_tokens=d) for e, d in drafts),
+        *(Setting(mode=early, exit_layer=e, draft_tokens=d) for e, d in drafts),
+        *(
+            Setting(mode=early, exit_layer=e, draft_tokens=DEFAULT_DRAFT_TOKENS, adaptive=True)
+            for e in dict.fromkeys(e for e, _ in drafts)
+        ),
         Setting(
             mode="prompt-lookup", draft_tokens=PROMPT_LOOKUP_TOKENS, draft_from="prompt-lookup"
         ),
@@ -59,7 +67,7 @@ class Peer:
             pad_token_id=0,
             num_assistant_tokens=setting.draft_tokens,
             num_assistant_tokens_schedule="constant",
-            assistant_confidence_threshold=0.0,
+            assistant_confidence_threshold=DEFAULT_CONFIDENCE if setting.adaptive else 0.0,
         )
         self._memory.reset()
         with torch.inference_mode():
