@@ -306,14 +306,9 @@ def test_the_first_of_equal_logits_is_chosen_in_any_part(threads):
     parts = [PanelMatrix(weight[:2030].contiguous()), PanelMatrix(weight[2030:].contiguous())]
     x = torch.zeros(3, 32)
     x[:, 0], x[1, 1], x[2, 0] = 1.0, 1.0, -1.0
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        chosen, probabilities = panels.choose(
-            panels.pointers_to(parts), x, None, 0.0, confident=True
-        )
-    finally:
-        torch.set_num_threads(before)
+    chosen, probabilities = panels.choose(
+        panels.pointers_to(parts), x, None, 0.0, threads=threads, confident=True
+    )
     assert chosen.tolist() == [40, 4100, 0]
     torch.testing.assert_close(probabilities, (x @ weight.T).softmax(-1).amax(-1))
 

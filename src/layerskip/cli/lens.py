@@ -100,7 +100,6 @@ def command(
     asked = click.get_current_context().get_parameter_source
     decoding_flags = (
         "mode",
-        "max_new_tokens",
         "exit_layer",
         "draft_tokens",
         "draft_from",

@@ -1,5 +1,6 @@
 """`kernels.cpp` to a library: compiled once for each machine, with the compiler that is there."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -117,7 +118,11 @@ def _compiler() -> tuple[str, ...]:
 @functools.cache
 def target() -> Path:
     """The compiled library's file, named after everything that it depends on."""
-    what = "\0".join((*_compiler(), *_FLAGS, sys.platform, platform.machine(), cpu_instructions()))
+    compiler = _compiler()
+    what = "\0".join((*compiler, *_FLAGS, sys.platform, platform.machine(), cpu_instructions()))
+    with contextlib.suppress(OSError):  # its version, as far as the file tells
+        program = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
+        what += f"\0{program}\0{program.stat().st_size}\0{program.stat().st_mtime_ns}"
     name = hashlib.sha256(_SOURCE.read_bytes() + what.encode()).hexdigest()[:16]
     return cache_folder() / "kernels" / f"{name}.so"
 

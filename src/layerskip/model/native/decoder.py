@@ -143,7 +143,8 @@ class NativeDecoder(Decoder):
         b, t, d = hidden.shape
         norm, eps = self._final_norm_weight, self.architecture.norm_eps
         rows = hidden.reshape(b * t, d)
-        products = [head.normed_product(rows, norm, eps) for head in self._panels]
+        threads = usable(self._narrowest)
+        products = [head.normed_product(rows, norm, eps, threads) for head in self._panels]
         return self._capped([product.view(b, t, product.shape[1]) for product in products])
 
     def choose(self, hidden: Tensor) -> Tensor:
@@ -193,12 +194,15 @@ class NativeDecoder(Decoder):
             self._library.layerskip_step(
                 *(self._model_pointer, hidden.data_ptr(), state.data_ptr(), lengths),
                 *(*where, heads, len(heads), norm, which),
-                *(newest.data_ptr(), probabilities[made].data_ptr(), threads),
+                newest.data_ptr(),
+                None if goes_on is None else probabilities[made].data_ptr(),
+                threads,
             )
             cache.lengths += 1
-            token, confidence = int(ids[made]), float(confidences[made])
             made += 1
-            if goes_on is not None and not goes_on(token, confidence):
+            if goes_on is not None and not goes_on(
+                int(ids[made - 1]), float(confidences[made - 1])
+            ):
                 break
         return states[:made].transpose(0, 1), tokens[:made, :, 0].T
 
@@ -211,7 +215,9 @@ class NativeDecoder(Decoder):
         b, t, d = hidden.shape
         norm, eps = self._final_norm_weight, self.architecture.norm_eps
         rows = hidden.reshape(b * t, d)
-        chosen, probabilities = choose(self._head_pointers(), rows, norm, eps, **options)
+        threads = usable(self._narrowest)  # as many as the layers: teams of two sizes are made anew
+        heads = self._head_pointers()
+        chosen, probabilities = choose(heads, rows, norm, eps, threads=threads, **options)
         return chosen.view(b, t), probabilities
 
     @property

@@ -520,7 +520,8 @@ inline void shape_tiles(int64_t n_rows) {
     uint8_t rows[16] = {};
   } shapes;
   for (int i = 0; i < 8; i++) shapes.rows[i] = i <= WIDE ? n_rows : LANES;
-  _tile_loadconfig(&shapes);
+  // Older GCCs' _tile_loadconfig reads 8 of these bytes as far as the compiler knows, which then writes no more.
+  asm volatile("ldtilecfg %0" : : "m"(shapes));
 }
 
 // A matrix in tiles: the first one, and bytes to the next panel's, to that of the next inputs, and from
@@ -833,8 +834,7 @@ struct Pass {
     const int64_t blocks = (queries + TOGETHER - 1) / TOGETHER, of_one = queries * (hd + 2);
     float parts[TOGETHER * (MOST_HEAD_DIM + 2)];
     if (!partial) {
-      const Share mine = share(batch * m.kv_heads * blocks, thread, threads);
-      for (int64_t i = mine.first; i < mine.last; i++) {
+      for (int64_t i = thread; i < batch * m.kv_heads * blocks; i += threads) {
         const int64_t block = i % blocks, kv = i / blocks % m.kv_heads, b = i / blocks / m.kv_heads;
         const Share some = share(queries, block, blocks);
         Joined joined[TOGETHER];
@@ -846,15 +846,15 @@ struct Pass {
         for (int64_t q = 0; q < some.last - some.first; q++) joined[q].end(hd);
       }
     } else {
-      Share mine = share(batch * m.kv_heads * chunks * blocks, thread, threads);
-      for (int64_t i = mine.first; i < mine.last; i++) {
+      // In turns, since chunks that a sequence or window does not reach are no work.
+      for (int64_t i = thread; i < batch * m.kv_heads * chunks * blocks; i += threads) {
         const int64_t block = i % blocks, chunk = i / blocks % chunks, of = i / blocks / chunks;
         const Share some = share(queries, block, blocks);
         float *to = partial + (of * chunks + chunk) * of_one + some.first * (hd + 2);
         answer(layer, index, of / m.kv_heads, of % m.kv_heads, some, chunk, to);
       }
       team.wait(threads);
-      mine = share(batch * m.kv_heads * queries, thread, threads);
+      const Share mine = share(batch * m.kv_heads * queries, thread, threads);
       for (int64_t i = mine.first; i < mine.last; i++) {
         const int64_t q = i % queries, of = i / queries;
         Joined joined;

@@ -77,8 +77,10 @@ class PanelMatrix:
         y = self.normed_product(x, None, 0.0)
         return y if residual is None else y + residual
 
-    def normed_product(self, x: Tensor, norm: Tensor | None, eps: float) -> Tensor:
-        """The product with the RMS norm of x, [N, in] to [N, out], float32."""
+    def normed_product(
+        self, x: Tensor, norm: Tensor | None, eps: float, threads: int | None = None
+    ) -> Tensor:
+        """The product with the RMS norm of x, [N, in] to [N, out], float32; threads: None = all."""
         x = x.float().contiguous()
         y = torch.empty(x.shape[0], self.shape[0])
         self._library.layerskip_product(
@@ -88,7 +90,7 @@ class PanelMatrix:
             x.data_ptr(),
             x.shape[0],
             y.data_ptr(),
-            usable(),
+            threads or usable(),
         )
         return y
 
@@ -128,6 +130,7 @@ def choose(
     norm: Tensor | None,
     eps: float,
     *,
+    threads: int,
     confident: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Which output of the RMS norm of x times some matrices is the highest: the first of them.
@@ -138,6 +141,7 @@ def choose(
         x: [N, in].
         norm: [in], or None.
         eps: of the norm.
+        threads: how many.
         confident: whether to work out the softmax probability of the choice too.
 
     Returns:
@@ -149,7 +153,7 @@ def choose(
     library().layerskip_choose(
         *(parts, len(parts)),
         *(_pointer(norm), eps, x.data_ptr(), x.shape[0]),
-        *(chosen.data_ptr(), _pointer(probabilities), usable()),
+        *(chosen.data_ptr(), _pointer(probabilities), threads),
     )
     return chosen, probabilities
 

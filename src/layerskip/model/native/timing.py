@@ -20,14 +20,15 @@ from layerskip.model.native.panels import PanelMatrix
 from layerskip.model.quantize import GROUP, Quantized
 
 _ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
-_ROUNDS = 4
+_ROUNDS, _MOST_ROUNDS = 4, 24
+_STEADY = 1.05  # of a least time that was reached twice: how far the two may differ
 _INPUTS = 2048
 _BYTES, _BYTES_A_THREAD, _MOST_BYTES = 1 << 26, 1 << 24, 1 << 29  # more than caches hold
 _BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 
 
 def row_costs(kind: str) -> tuple[float, ...]:
-    """Products over 1, 2, ... 16 rows, in units of one row's; takes half a second the first time.
+    """Products over 1, 2, ... 16 rows, in units of one row's; takes a second the first time.
 
     Args:
         kind: "float32", "bfloat16", "int8" or "int4".
@@ -39,8 +40,13 @@ def row_costs(kind: str) -> tuple[float, ...]:
 def _row_costs(kind: str, threads: int) -> tuple[float, ...]:
     file = target().with_suffix(f".{kind}.{threads}.json")
     with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or damaged
-        return tuple(float(cost) for cost in json.loads(file.read_text()))
-    costs = _timed(_matrix(kind, min(max(_BYTES, threads * _BYTES_A_THREAD), _MOST_BYTES)))
+        kept = tuple(float(cost) for cost in json.loads(file.read_text()))
+        if len(kept) == max(_ROWS) and kept[0] == 1.0:
+            return kept
+    matrix = _matrix(kind, min(max(_BYTES, threads * _BYTES_A_THREAD), _MOST_BYTES))
+    costs, steady = _timed(matrix)
+    if not steady:  # a busy machine: good enough for now, but not to be kept
+        return costs
     with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
         unfinished = Path(f"{file}.{os.getpid()}")
         unfinished.write_text(json.dumps(costs))
@@ -57,18 +63,24 @@ def _matrix(kind: str, n_bytes: int) -> PanelMatrix:
     return PanelMatrix(Quantized(bits, torch.ones(shape, dtype=torch.uint8), scales, None))
 
 
-def _timed(matrix: PanelMatrix) -> tuple[float, ...]:
-    """The least time of each number of rows, taken in turns; more rows are never cheaper.
+def _timed(matrix: PanelMatrix) -> tuple[tuple[float, ...], bool]:
+    """The least time of each number of rows, and whether each was reached twice.
 
-    On a busy machine a single time can be far off: n rows never cost more than n single ones.
+    They are taken in turns, forwards and backwards; more rows are never cheaper, and n rows never cost
+    more than n single ones.
     """
     inputs = torch.ones(max(_ROWS), matrix.shape[1])
-    seconds = np.full(len(_ROWS), np.inf)
-    for _ in range(_ROUNDS):
-        for i, rows in enumerate(_ROWS):
+    seconds = np.full((2, len(_ROWS)), np.inf)  # the least, and the next
+    steady = False
+    for turn in range(_MOST_ROUNDS):
+        for i in range(len(_ROWS))[:: -1 if turn % 2 else 1]:
             began = time.perf_counter()
-            matrix(inputs[:rows])
-            seconds[i] = min(seconds[i], time.perf_counter() - began)
-    every = np.interp(range(1, max(_ROWS) + 1), _ROWS, np.maximum.accumulate(seconds))
+            matrix(inputs[: _ROWS[i]])
+            took = time.perf_counter() - began
+            seconds[:, i] = sorted([*seconds[:, i], took])[:2]
+        steady = bool((seconds[1] <= _STEADY * seconds[0]).all())
+        if steady and turn + 1 >= _ROUNDS:
+            break
+    every = np.interp(range(1, max(_ROWS) + 1), _ROWS, np.maximum.accumulate(seconds[0]))
     costs = np.minimum(every / every[0], range(1, max(_ROWS) + 1))
-    return tuple(round(float(cost), 4) for cost in costs)
+    return tuple(round(float(cost), 4) for cost in costs), steady
