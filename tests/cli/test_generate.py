@@ -135,9 +135,10 @@ def test_a_link_stays_and_what_is_no_file_is_written_to(run, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["generate --ignore-eos --json", "lens"])  # and a table
-def test_a_reader_that_leaves_is_no_failure(command, folder):
+def test_a_reader_that_leaves_is_no_failure(command, folder, tmp_path):
     program = "from layerskip.cli import main; main()"
-    arguments = [*command.split(), "--model", folder, "--prompt", "abc"]
+    file = tmp_path / "result.json"
+    arguments = [*command.split(), "--model", folder, "--prompt", "abc", "--output", file]
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
@@ -148,6 +149,7 @@ def test_a_reader_that_leaves_is_no_failure(command, folder):
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads(file.read_text())
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")

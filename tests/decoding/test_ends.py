@@ -163,6 +163,12 @@ def test_an_answer_that_is_given_up_has_what_was_taken_of_it():
         "interrupted",
     )
     assert [token for step in made.steps for token in step.tokens] == made.token_ids
+    # And whoever goes on has the rest.
+    whole, again = model.generate([0], mode="plain", max_new_tokens=256), answer.complete()
+    assert (again.text, again.token_ids) == (whole.text, whole.token_ids)
+    assert [token for step in again.steps for token in step.tokens] == whole.token_ids
+    drafting = {"mode": "self-speculative", "exit_layer": 3, "draft_tokens": 8}
+    assert again.rounds == model.generate([0], **drafting).rounds
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 5])

@@ -1,5 +1,6 @@
 """The numbers of an answer against counts made by hand."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -65,9 +66,11 @@ def test_an_end_that_is_the_models_own_leaves_the_round_whole():
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_a_step_cut_short(n):
     """Three tokens, two of six drafted ones among them; the cut at the third token is none."""
-    step = Step((7, 8, 9), drafted=6, accepted=2, rejected=(1, 2, 3, 4))
-    cut = step.first(n)
-    assert cut == (step if n >= 3 else Step((7, 8)[:n], drafted=n, accepted=n, beyond=6 - n))
+    step = Step((7, 8, 9), drafted=6, accepted=2, source="early-exit", rejected=(1, 2, 3, 4))
+    short = Step((7, 8)[:n], drafted=n, accepted=n, source="early-exit", beyond=6 - n)
+    assert step.first(n) == (step if n >= 3 else short)
+    assert step.first(2).first(1) == step.first(1)
+    assert dataclasses.replace(step, source="n-gram").first(n).beyond == 0
 
 
 @pytest.mark.parametrize("mode", [{"mode": "plain"}, {"mode": "early-exit", "exit_layer": 2}])

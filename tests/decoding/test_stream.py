@@ -7,7 +7,7 @@ from scripted import END, TOKENIZER, WORDS, encode, words
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from layerskip.decoding.stream import TextStream, special_token
+from layerskip.decoding.stream import TextStream, special_tokens
 
 
 def streamed(tokens, stop=()):
@@ -154,5 +154,5 @@ def test_a_space_that_stands_first_is_kept_where_a_text_goes_on():
 
 
 def test_special_tokens_by_name():
-    assert special_token(TOKENIZER, "<end>") == END
-    assert special_token(TOKENIZER, "a") is None
+    assert special_tokens(TOKENIZER, ("a", "<end>", "<end> ")) == {END}
+    assert special_tokens(TOKENIZER, ()) == frozenset()

@@ -59,7 +59,9 @@ def command(
     generations: list[Generation] = []
     try:
         for i, one in enumerate(track(prompts, "answering") if quiet else prompts):
-            answer = _begin(model, one, arguments, i + 1 if several else None)
+            seed = arguments["seed"]
+            apart = {**arguments, "seed": None if seed is None else seed + i}
+            answer = _begin(model, one, apart, i + 1 if several else None)
             if not quiet:
                 if i:
                     print()

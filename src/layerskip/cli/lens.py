@@ -19,6 +19,7 @@ from layerskip.model.weights import replace
 
 PROMPT_TAIL = 16  # positions of the prompt that are looked at where none were asked for
 PICTURE_POSITIONS = 16
+_DECODING = ("mode", "exit_layer", "draft_tokens", "draft_from", "adaptive")
 
 _file_type = click.Path(dir_okay=False, path_type=Path)
 
@@ -98,16 +99,7 @@ def command(
     if samples is not None and data is None:
         raise click.UsageError("--samples needs --data")
     asked = click.get_current_context().get_parameter_source
-    decoding_flags = (
-        "mode",
-        "exit_layer",
-        "draft_tokens",
-        "draft_from",
-        "adaptive",
-    )
-    given = [
-        name for name in decoding_flags if asked(name) is click.core.ParameterSource.COMMANDLINE
-    ]
+    given = [name for name in _DECODING if asked(name) is click.core.ParameterSource.COMMANDLINE]
     if continuation is not None and given:
         flag = given[0].replace("_", "-")
         raise click.UsageError(f"--continuation is the answer; --{flag} would have no effect")
@@ -121,29 +113,30 @@ def command(
     if chat:
         prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     model = options.load_model(flags)
-    drafting = ("mode", "exit_layer", "draft_tokens", "draft_from", "adaptive")
-    decoding = {name: flags[name] for name in drafting}
-    decoding["max_new_tokens"] = max_new_tokens
+    decoding = {name: flags[name] for name in _DECODING} | {"max_new_tokens": max_new_tokens}
     name = Path(flags["model"]).name
     console = Console(highlight=False, quiet=as_json)
     if data is None:
         with options.waiting("looking"):
             report = _look(model, name, prompts[0], continuation, layers, positions, decoding)
-        lens_table.show_report(console, report, all_positions=positions is not None)
-        options.deliver(report.to_dict(), as_json=as_json, output=output)
-        if html is not None:
-            replace(html, report_page(report).encode())
-        if png is not None:
-            replace(png, picture.draw_report(report if positions else _head(report)))
+        document = report.to_dict()
     else:
         agreement = _agreement(model, prompts, layers, decoding)
-        lens_table.show_agreement(console, agreement)
         document = {"model": name, "agreement": agreement.to_dict()}
-        options.deliver(document, as_json=as_json, output=output)
+    options.deliver(document, as_json=as_json, output=output)
+    try:
         if html is not None:
-            replace(html, agreement_page(agreement, name).encode())
-        if png is not None:
+            page = report_page(report) if data is None else agreement_page(agreement, name)
+            replace(html, page.encode())
+        if png is not None and data is None:
+            replace(png, picture.draw_report(report if positions else _head(report)))
+        elif png is not None:
             replace(png, picture.draw_agreement(agreement, name))
+    finally:  # what could be looked at is shown, even where it cannot be drawn
+        if data is None:
+            lens_table.show_report(console, report, all_positions=positions is not None)
+        else:
+            lens_table.show_agreement(console, agreement)
 
 
 def _prompt(given: str | None) -> str:

@@ -170,7 +170,11 @@ decoding_options = _stack(
         default=1.0,
         show_default=True,
     ),
-    click.option("--seed", type=int, help="Makes sampling repeatable."),
+    click.option(
+        "--seed",
+        type=int,
+        help="Makes sampling repeatable; each prompt draws apart.",
+    ),
     click.option(
         "--stop", multiple=True, metavar="TEXT", help="End the answer here; may be repeated."
     ),

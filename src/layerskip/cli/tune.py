@@ -13,7 +13,8 @@ from rich.text import Text
 from layerskip.cli import options
 from layerskip.cli.progress import bars
 from layerskip.decoding import LayerSkipModel
-from layerskip.tuning.choose import name_of_auto
+from layerskip.model.weights import read_json
+from layerskip.tuning.choose import Choice, name_of_auto
 from layerskip.tuning.prompts import PROMPTS
 from layerskip.tuning.run import MAX_DRAFT_TOKENS, Tuning, tune
 from layerskip.tuning.settings import check_writable, write_settings
@@ -178,7 +179,7 @@ def _show(
     choice = tuning.choice
     console.print(f"[bold]{choice.reason[0].upper()}{choice.reason[1:]}.[/bold]")
     if file is not None:
-        console.print(f"Written to {file}; mode auto uses it from now on.", soft_wrap=True)
+        console.print(f"Written to {file}; {_what_is_used(choice, file)}.", soft_wrap=True)
     else:
         assert dry_run or not is_folder
         why = (
@@ -192,6 +193,14 @@ def _show(
         console.print(f"Nothing was written {why}. As flags: {choice.flags}{lost}", soft_wrap=True)
     for picture in pictures:
         console.print(f"Drawn: {picture}", soft_wrap=True)
+
+
+def _what_is_used(choice: Choice, file: Path) -> str:
+    if choice.mode == "self-speculative":
+        return "self-speculative decoding uses it from now on, and mode auto its exit"
+    if choice.exit_layer is None and read_json(file).get("assistant_early_exit") is not None:
+        return "its exit stays for the other machines or weights that it was tuned for"
+    return "mode auto uses it from now on"
 
 
 def _map(tuning: Tuning) -> Table:

@@ -10,7 +10,7 @@ from layerskip.decoding.generate import Ending, Step, generate
 from layerskip.decoding.generation import FinishReason, Generation
 from layerskip.decoding.policy import Plan
 from layerskip.decoding.sampling import Sampling
-from layerskip.decoding.stream import TextStream, special_token
+from layerskip.decoding.stream import TextStream, special_tokens
 
 if TYPE_CHECKING:
     from layerskip.decoding.language_model import LayerSkipModel
@@ -51,8 +51,7 @@ class Answer:
         self._text = None
         if model.tokenizer is not None:
             self._text = TextStream(model.tokenizer, stop, prompt if continues else ())
-            named = {special_token(model.tokenizer, text) for text in stop}
-            self._end_tokens |= {token for token in named if token is not None}
+            self._end_tokens |= special_tokens(model.tokenizer, stop)
         elif stop:
             raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
         self._unread: list[int] = []  # tokens whose text nobody has needed yet
@@ -62,6 +61,9 @@ class Answer:
         self._times: list[float] = []
         self._tokens: list[int] = []
         self._steps: list[Step] = []
+        self._broken_off: tuple[Step, int] | None = (
+            None  # the last step, and how much of it was taken
+        )
         # What `generate` and `Batch` are given beside the prompt.
         self.loop_options: dict[str, Any] = {
             "plan": plan,
@@ -73,6 +75,7 @@ class Answer:
         self._loop = generate(model.decoder, prompt, **self.loop_options)
 
     def __iter__(self) -> Iterator[Piece]:
+        yield from self._rest_of_a_step()
         for step in self._steps_left():
             yield from self._pieces(step)
         if rest := self.finish():
@@ -82,7 +85,7 @@ class Answer:
         """The loop's steps, until whoever takes them has met a stop string."""
         if not self._steps:  # it may have waited for its turn
             self._started, self._paused_s = self._clock(), 0.0
-        for step in self._loop:
+        for step in () if self.stopped else self._loop:
             yield step
             if self.stopped:
                 self._loop.close()
@@ -115,21 +118,27 @@ class Answer:
         self._times.append(self._clock() - self._paused_s)
         self._steps.append(step)
 
-    def _pieces(self, step: Step) -> Iterator[Piece]:
+    def _pieces(self, step: Step, taken: int = 0) -> Iterator[Piece]:
         """Token by token, so that an answer that is given up has what was taken of it and no more."""
-        self._note(step)
-        text, taken = self._read(), 0
-        try:
-            for token in step.tokens:
-                self._tokens.append(token)
-                taken += 1
-                text += self._text.push(token) if self._text else ""
-                yield Piece(text=text, token_id=token, drafted=taken <= step.accepted)
-                if self.stopped:
-                    return
-                text = ""
-        finally:
+        if not taken:
+            self._note(step)
+        text = self._read()
+        for token in step.tokens[taken:]:
+            self._tokens.append(token)
+            taken += 1
             self._steps[-1] = step.first(taken)
+            text += self._text.push(token) if self._text else ""
+            self._broken_off = None if self.stopped else (step, taken)
+            yield Piece(text=text, token_id=token, drafted=taken <= step.accepted)
+            if self.stopped:
+                return
+            text = ""
+        self._broken_off = None
+
+    def _rest_of_a_step(self) -> Iterator[Piece]:
+        """Of the last step, where whoever took its tokens went away in the middle."""
+        if self._broken_off is not None:
+            yield from self._pieces(*self._broken_off)
 
     def _read(self) -> str:
         """Make the text of the tokens that nobody has needed yet."""
@@ -156,6 +165,8 @@ class Answer:
 
     def complete(self) -> Generation:
         """Compute what is left of the answer and return it."""
+        for _ in self._rest_of_a_step():
+            pass
         for step in self._steps_left():
             self.take(step)
         self.finish()

@@ -56,7 +56,8 @@ class Step:
             return self
         drafted, accepted = min(self.drafted, n), min(self.accepted, n)
         followed = max(self.followed - (self.drafted - drafted), 0)
-        beyond = self.drafted - self.followed - (drafted - followed)
+        early = self.source != "n-gram"
+        beyond = self.beyond + early * (self.drafted - self.followed - (drafted - followed))
         return Step(
             self.tokens[:n],
             drafted,

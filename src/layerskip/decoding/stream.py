@@ -7,10 +7,10 @@ from typing import Any
 CONTEXT = 8  # tokens of settled text that are decoded again with a new one, or one or two more
 
 
-def special_token(tokenizer: Any, text: str) -> int | None:
-    """The special token that has this name, which is never seen in an answer's text."""
-    added = tokenizer.added_tokens_decoder.items()
-    return next((token for token, one in added if one.special and one.content == text), None)
+def special_tokens(tokenizer: Any, names: Sequence[str]) -> frozenset[int]:
+    """The special tokens that have these names, which are never seen in an answer's text."""
+    added = tokenizer.added_tokens_decoder.items() if names else ()
+    return frozenset(token for token, one in added if one.special and one.content in names)
 
 
 class TextStream:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from layerskip.model.families import UnsupportedModelError
-from layerskip.model.weights import GgufFile
+from layerskip.model.weights import CheckpointError, GgufFile
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -132,7 +132,13 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> Tokenizer:
     vocab = {token: i for i, token in enumerate(tokens)}
     types = _field(file, "token_type", [_NORMAL] * len(tokens))
     merges = []
-    scored = zip(tokens, _field(file, "scores", [0.0] * len(tokens)), types, strict=True)
+    scores = _field(file, "scores", [0.0] * len(tokens))
+    if not len(scores) == len(types) == len(tokens):
+        raise CheckpointError(
+            f"{file.path} has {len(scores)} scores and {len(types)} types for {len(tokens)} tokens;"
+            " convert or export it again"
+        )
+    scored = zip(tokens, scores, types, strict=True)
     for token, score, type_ in scored:
         if type_ == _NORMAL:
             cuts = ((token[:i], token[i:]) for i in range(1, len(token)))

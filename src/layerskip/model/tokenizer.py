@@ -30,7 +30,7 @@ def load(path: Path, gguf_file: GgufFile | None = None) -> Any:
         if any((path / name).is_file() for name in _TOKENIZER_FILES):
             return _class_for(path).from_pretrained(str(path), trust_remote_code=False)
         return None if gguf_file is None else from_gguf(gguf_file)
-    except UnsupportedModelError:
+    except (UnsupportedModelError, CheckpointError):
         raise
     except Exception as error:  # the reader in Rust knows no other kind
         raise CheckpointError(f"the tokenizer of {path} cannot be read: {error}") from error

@@ -90,8 +90,9 @@ def choose_auto(
         rows: of mode auto, n-grams alone first, then with early exits.
         draft_tokens: the best draft length of each of these exits, for who drafts a fixed one.
     """
-    fastest = max(rows, key=lambda row: float(row["speedup"]))
-    if not is_certain(fastest) or fastest["speedup"] < pairs.speedup:
+    certain = [row for row in rows if is_certain(row)]
+    fastest = max(certain, key=lambda row: float(row["speedup"]), default=None)
+    if fastest is None or fastest["speedup"] < pairs.speedup:
         return pairs
     exit_layer = fastest["exit_layer"]
     low, high = fastest["speedup_interval"]

@@ -170,7 +170,9 @@ def tune(
     confirmed = run_for_real(best, "confirming the best by real runs")
     vocabulary = draft_vocabulary(texts, model)
     fixed = choose(confirmed)
-    lengths = {p.exit_layer: p.draft_tokens for p in reversed(best)}
+    lengths: dict[int, int] = {}  # of each exit the best, the best exit first
+    for prediction in best:
+        lengths.setdefault(prediction.exit_layer, prediction.draft_tokens)
     if fixed.exit_layer is not None and fixed.draft_tokens is not None:
         lengths = {fixed.exit_layer: fixed.draft_tokens}
     plain_entry, *entries = measure(
@@ -209,10 +211,10 @@ def _auto_systems(
 ) -> list[OwnSystem]:
     """Plain decoding, auto with n-grams alone, and auto with each exit, as settings would tell it.
 
-    `draft_tokens` has a length for each exit, the best exit last.
+    `draft_tokens` has a length for each exit, the best exit first.
     """
     systems: list[OwnSystem] = []
-    *_, best = draft_tokens
+    best = next(iter(draft_tokens))
     for exit_layer in (None, *draft_tokens):
         settings = dataclasses.replace(
             model.settings,

@@ -22,7 +22,7 @@ def write_settings(
 ) -> Path:
     """Write `assistant_early_exit` and `num_assistant_tokens`, and how they were found.
 
-    Where plain decoding was chosen both fields are removed, so that mode auto drafts from n-grams alone;
+    Where no exit was chosen both fields are removed, so that mode auto drafts from n-grams alone;
     but not where there are costs of other weights or another machine, which the exit may pay with: auto
     goes by the costs. All other fields stay. The file appears whole or not at all.
 

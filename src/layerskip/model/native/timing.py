@@ -28,7 +28,7 @@ _BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 
 
 def row_costs(kind: str) -> tuple[float, ...]:
-    """Products over 1, 2, ... 16 rows, in units of one row's; takes a second the first time.
+    """Products over 1, 2, ... 16 rows, in units of one row's; takes a second until they are kept.
 
     Args:
         kind: "float32", "bfloat16", "int8" or "int4".
