@@ -7,6 +7,7 @@ import pytest
 
 from layerskip.bench.measure import (
     WARM_UP_TOKENS,
+    MeasuringInterrupted,
     Run,
     Setting,
     SystemFailedError,
@@ -114,3 +115,21 @@ def test_tokens_after_the_first_step_are_decoded():
     """A first step may hold several tokens, where a peer drafts before it tells anything."""
     run = Run(steps=(Step((1, 2)), Step((3,)), Step((4, 5, 6))), text="", ttft_s=1, decode_s=2)
     assert (run.token_ids, run.decoded_tokens) == ([1, 2, 3, 4, 5, 6], 4)
+
+
+def test_an_interrupt_leaves_the_prompts_that_all_have_answered():
+    """Ctrl-C at the eighth call: a warm-up of each, two prompts of both, and half of the third."""
+    asked = []
+
+    def interrupts(setting, prompt, n):
+        if len(asked) == 8:
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(MeasuringInterrupted) as interrupted:
+        measure([Diary([A, B], asked, fails=interrupts)], [[1], [2], [3]], max_new_tokens=2)
+    assert [len(entry.runs) for entry in interrupted.value.entries] == [2, 2]
+    asked[:] = [None] * 5  # before the first prompt is over there is nothing
+    with pytest.raises(KeyboardInterrupt) as nothing:
+        measure([Diary([A, B], asked, fails=interrupts)], [[1], [2], [3]], max_new_tokens=2)
+    assert not isinstance(nothing.value, MeasuringInterrupted)

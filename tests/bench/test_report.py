@@ -65,6 +65,7 @@ DOCUMENT = {
     "task": "topv2",
     "samples": 3,
     "skipped_too_long": 0,
+    "interrupted": False,
     "prompt_tokens_mean": 12.0,
     "max_new_tokens": 64,
     "ignore_eos": False,

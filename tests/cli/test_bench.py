@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from layerskip.bench.own import OwnSystem
+from layerskip.bench.tasks import Task
+
 FLAGS = ("--max-new-tokens", 10, "--draft-tokens", "2,3", "--exit-layers", "2,3")
 CONTRACT = """
     system mode exit_layer draft_tokens tokens_per_s ms_per_token speedup acceptance_rate
@@ -67,6 +70,34 @@ def test_one_document_with_the_rows_of_the_contract(run, prompts):
     assert drafting["mean_accepted_length"] * drafting["rounds"] == drafting["new_tokens"] - 2
 
 
+@pytest.mark.parametrize("when", ["answering", "scoring"])
+def test_an_interrupt_loses_nothing(run, prompts, when, tmp_path, monkeypatch):
+    calls = []
+
+    def interrupt(call):
+        def counted(*arguments, **options):
+            calls.append(call)
+            if len(calls) == (6 if when == "answering" else 1):
+                raise KeyboardInterrupt
+            return call(*arguments, **options)
+
+        return counted
+
+    target = {"answering": OwnSystem.answer, "scoring": Task.quality}[when]
+    owner = {"answering": OwnSystem, "scoring": Task}[when]
+    monkeypatch.setattr(owner, target.__name__, interrupt(target))
+    file = tmp_path / "bench.json"
+    flags = ("--modes", "plain,self-speculative", *FLAGS, "--exit-layers", 2, "--draft-tokens", 2)
+    status, out, err = run("bench", "--task", prompts, "--output", file, *flags)
+    assert (status, err.strip()) == (130, "layerskip: interrupted")
+    document = json.loads(file.read_text())
+    assert document["interrupted"] is True
+    assert document["samples"] == (1 if when == "answering" else 2)
+    assert [row["quality"] for row in document["rows"]] == [{}, {}]
+    assert document["rows"][0]["new_tokens"] > 0
+    assert "interrupted: the prompts answered so far, not scored" in " ".join(out.split())
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_quantized_weights(run, prompts, weights):
     flags = ("--modes", "plain,self-speculative", "--weights", weights, *FLAGS)
@@ -109,6 +140,7 @@ def test_peers_stand_beside_our_rows(run, prompts):
         ("layerskip", "self-speculative"),
         ("transformers", "plain"),
         ("transformers", "self-speculative"),
+        ("transformers", "self-speculative"),  # as it does unless told otherwise
         ("transformers", "prompt-lookup"),
         ("llama.cpp", "plain"),
         ("llama.cpp", "prompt-lookup"),

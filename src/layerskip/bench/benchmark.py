@@ -7,7 +7,7 @@ from typing import Any
 
 from layerskip.bench.bandwidth import read_bandwidth
 from layerskip.bench.environment import environment_of
-from layerskip.bench.measure import Entry, Setting, System, measure
+from layerskip.bench.measure import Entry, MeasuringInterrupted, Setting, System, measure
 from layerskip.bench.own import BENCH_MODES, OwnSystem, settings_of
 from layerskip.bench.peers import PEERS, start_peers
 from layerskip.bench.rows import row
@@ -87,6 +87,8 @@ def bench(
         source: the checkpoint's name, for the peers to load it too.
         progress: told after each step of a long part: its name, how many are done, and of how many.
 
+    Ctrl-C after the first prompt gives the figures of the prompts so far (`interrupted`), not scored.
+
     Raises:
         ValueError: a setting that the model does not have, or no prompt that fits into its context.
     """
@@ -127,14 +129,26 @@ def bench(
         gguf_weights=gguf_weights,
     ) as peers:
         systems: list[System] = [own, *peers]
-        entries = measure(
-            systems,
-            prompts,
-            max_new_tokens=new_tokens,
-            repeats=config.repeats,
-            progress=lambda done, total: progress("answering", done, total),
-            between=lambda: bandwidths.append(read_bandwidth(device)),
-        )
+        interrupted = False
+        try:
+            entries = measure(
+                systems,
+                prompts,
+                max_new_tokens=new_tokens,
+                repeats=config.repeats,
+                progress=lambda done, total: progress("answering", done, total),
+                between=lambda: bandwidths.append(read_bandwidth(device)),
+            )
+        except MeasuringInterrupted as error:  # what there is, is told
+            entries, interrupted = error.entries, True
+            prompts = prompts[: max(len(entry.runs) for entry in entries)]
+            task = dataclasses.replace(task, samples=task.samples[: len(prompts)])
+    scored = not config.ignore_eos and not interrupted
+    try:
+        rows = list(_rows(entries, task, bandwidths, scored=scored, progress=progress))
+    except KeyboardInterrupt:
+        interrupted = True
+        rows = list(_rows(entries, task, bandwidths, scored=False, progress=progress))
     bandwidth = statistics.median(bandwidths)
     weight_bytes = model.decoder.weight_bytes
     return {
@@ -156,9 +170,8 @@ def bench(
         "read_bandwidth_bytes_per_s": bandwidth,
         "ceiling_tokens_per_s": bandwidth / weight_bytes,
         "gguf_weights": gguf_weights if "llama.cpp" in config.peers else None,
-        "rows": list(
-            _rows(entries, task, bandwidth, scored=not config.ignore_eos, progress=progress)
-        ),
+        "interrupted": interrupted,
+        "rows": rows,
     }
 
 
@@ -185,7 +198,7 @@ def _that_fit(model: LayerSkipModel, task: Task, new_tokens: int) -> tuple[Task,
 def _rows(
     entries: Sequence[Entry],
     task: Task,
-    bandwidth: float,
+    bandwidths: Sequence[float],
     *,
     scored: bool,
     progress: Callable[[str, int, int], None],
@@ -197,7 +210,7 @@ def _rows(
             entry,
             plain=plain.get(entry.system.name),
             layerskip_plain=plain[OwnSystem.name] if others else None,
-            read_bandwidth=bandwidth,
+            read_bandwidth=statistics.median(bandwidths),
             quality=task.quality if scored else None,
             categories=[sample.category for sample in task.samples],
         )

@@ -98,6 +98,18 @@ class Entry:
     error: str | None = None
 
 
+class MeasuringInterrupted(KeyboardInterrupt):
+    """Ctrl-C while prompts were answered.
+
+    Attributes:
+        entries: as `measure` returns them, of the prompts that all had answered.
+    """
+
+    def __init__(self, entries: list[Entry]) -> None:
+        super().__init__()
+        self.entries = entries
+
+
 def measure(
     systems: Sequence[System],
     prompts: Sequence[Sequence[int]],
@@ -125,6 +137,9 @@ def measure(
 
     Returns:
         One entry for each system and setting, in order.
+
+    Raises:
+        MeasuringInterrupted: after the first prompt; before, KeyboardInterrupt.
     """
     entries = [Entry(system, setting, []) for system in systems for setting in system.settings]
     failures: dict[int, str] = {}
@@ -144,27 +159,38 @@ def measure(
 
     for index in range(len(entries)):
         attempt(index, prompts[0], min(WARM_UP_TOKENS, max_new_tokens))
+
+    def found(answered: int) -> list[Entry]:
+        return [
+            dataclasses.replace(
+                entry,
+                runs=[] if index in failures else measured[index][:answered],
+                error=failures.get(index),
+            )
+            for index, entry in enumerate(entries)
+        ]
+
     last: System | None = None
-    for repetition in range(repeats):
-        between()
-        for at, prompt in enumerate(prompts):
-            for index in _order(len(entries), at + repetition):
-                if index in failures:
-                    continue
-                if last is not None and entries[index].system is not last:
-                    time.sleep(SWITCH_S)
-                last = entries[index].system
-                if run := attempt(index, prompt, max_new_tokens):
-                    measured[index][at].append(run)
+    answered = 0  # prompts, by all
+    try:
+        for repetition in range(repeats):
+            between()
+            for at, prompt in enumerate(prompts):
+                for index in _order(len(entries), at + repetition):
+                    if index in failures:
+                        continue
+                    if last is not None and entries[index].system is not last:
+                        time.sleep(SWITCH_S)
+                    last = entries[index].system
+                    if run := attempt(index, prompt, max_new_tokens):
+                        measured[index][at].append(run)
+                answered = max(answered, at + 1)
+    except KeyboardInterrupt:
+        if not answered:
+            raise
+        raise MeasuringInterrupted(found(answered)) from None
     between()
-    return [
-        dataclasses.replace(
-            entry,
-            runs=[] if index in failures else measured[index],
-            error=failures.get(index),
-        )
-        for index, entry in enumerate(entries)
-    ]
+    return found(len(prompts))
 
 
 def _order(n: int, turn: int) -> list[int]:

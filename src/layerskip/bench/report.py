@@ -142,6 +142,8 @@ def conditions(document: dict[str, Any]) -> list[str]:
         )
     if document["ignore_eos"]:
         phrases.insert(1, "answers go on past their end, and are not scored")
+    if document["interrupted"]:
+        phrases.insert(1, "interrupted: the prompts answered so far, not scored")
     if any(row["system"] == "llama.cpp" and "error" not in row for row in document["rows"]):
         phrases.append(f"llama.cpp on {document['gguf_weights']} weights")
     return phrases

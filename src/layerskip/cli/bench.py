@@ -176,6 +176,8 @@ def command(
     finally:
         if not as_json:
             _show(document)
+    if document["interrupted"]:
+        raise KeyboardInterrupt
 
 
 def _show(document: dict[str, Any]) -> None:
