@@ -46,7 +46,7 @@ def write(
         architecture: the name in the file.
         leave_out: tensors and fields to leave out, by their names in the file.
         extra_tensors: further ones, by name.
-        extra_fields: further ones, by name: texts, whole numbers or floats.
+        extra_fields: further ones, by name: texts, whole numbers, floats, or lists.
         tokenizer: a pre-tokenizer's name, to put a tiny byte-level tokenizer into the file.
 
     Returns:
@@ -104,7 +104,12 @@ def write(
     return stands_for
 
 
-_ADD = {str: GGUFWriter.add_string, int: GGUFWriter.add_uint32, float: GGUFWriter.add_float32}
+_ADD = {
+    str: GGUFWriter.add_string,
+    int: GGUFWriter.add_uint32,
+    float: GGUFWriter.add_float32,
+    list: GGUFWriter.add_array,
+}
 
 
 def _write_tokenizer(writer, pre_tokenizer, vocab_size):

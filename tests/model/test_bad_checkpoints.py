@@ -303,4 +303,13 @@ def test_tensor_kind_that_cannot_be_read(file):
 def test_tokenizer_of_gguf_that_cannot_be_read(file):
     fields = {"tokenizer.ggml.model": "made-up"}
     gguf_files.write(file, build("llama2"), extra_fields=fields)
-    refuse(file, CheckpointError, "tokenizer", "model.gguf")
+    refuse(file, UnsupportedModelError, "model.gguf has a tokenizer of the kind made-up")
+
+
+def test_sentencepiece_of_gguf_without_a_score_for_each_token(file):
+    fields = {"model": "llama", "tokens": ["a", "b"], "scores": [0.5]}
+    named = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+    gguf_files.write(file, build("llama2"), extra_fields=named)
+    refuse(
+        file, CheckpointError, "has 1 scores and 2 types for 2 tokens; convert or export it again"
+    )
