@@ -80,14 +80,14 @@ def bench(
 ) -> dict[str, Any]:
     """Measure all rows; docs/bench.md says what every figure means.
 
+    Ctrl-C after the first prompt gives the figures of the prompts so far (`interrupted`), not scored.
+
     Args:
         model: the checkpoint, loaded.
         task: prompts and how to score answers.
         config: what is measured.
         source: the checkpoint's name, for the peers to load it too.
         progress: told after each step of a long part: its name, how many are done, and of how many.
-
-    Ctrl-C after the first prompt gives the figures of the prompts so far (`interrupted`), not scored.
 
     Raises:
         ValueError: a setting that the model does not have, or no prompt that fits into its context.
@@ -143,13 +143,13 @@ def bench(
             entries, interrupted = error.entries, True
             prompts = prompts[: max(len(entry.runs) for entry in entries)]
             task = dataclasses.replace(task, samples=task.samples[: len(prompts)])
+    bandwidth = statistics.median(bandwidths)
     scored = not config.ignore_eos and not interrupted
     try:
-        rows = list(_rows(entries, task, bandwidths, scored=scored, progress=progress))
+        rows = list(_rows(entries, task, bandwidth, scored=scored, progress=progress))
     except KeyboardInterrupt:
         interrupted = True
-        rows = list(_rows(entries, task, bandwidths, scored=False, progress=progress))
-    bandwidth = statistics.median(bandwidths)
+        rows = list(_rows(entries, task, bandwidth, scored=False, progress=progress))
     weight_bytes = model.decoder.weight_bytes
     return {
         "environment": environment_of(
@@ -198,7 +198,7 @@ def _that_fit(model: LayerSkipModel, task: Task, new_tokens: int) -> tuple[Task,
 def _rows(
     entries: Sequence[Entry],
     task: Task,
-    bandwidths: Sequence[float],
+    bandwidth: float,
     *,
     scored: bool,
     progress: Callable[[str, int, int], None],
@@ -210,7 +210,7 @@ def _rows(
             entry,
             plain=plain.get(entry.system.name),
             layerskip_plain=plain[OwnSystem.name] if others else None,
-            read_bandwidth=statistics.median(bandwidths),
+            read_bandwidth=bandwidth,
             quality=task.quality if scored else None,
             categories=[sample.category for sample in task.samples],
         )

@@ -161,6 +161,5 @@ def _wikitext() -> str:
             f"WikiText-2 is not here: set {DATA_VARIABLE} to a folder with {WIKITEXT}/test.txt, or"
             f" be online with `datasets`, pip install 'layerskip[bench]' ({error})"
         ) from error
-    return "".join(
-        row or " \n" for row in rows
-    )  # the hub has no text in the place of an empty line
+    # The hub has no text in the place of an empty line.
+    return "".join(row or " \n" for row in rows)

@@ -263,7 +263,7 @@ def _confirmed(tuning: Tuning) -> Table:
         rate = row["acceptance_rate"]
         pair = f"E={row['exit_layer']}, d={row['draft_tokens']}"
         table.add_row(
-            "plain" if plain else f"auto, {name_of_auto(row)}" if auto else pair,
+            "plain" if plain else f"auto, {name_of_auto(row['exit_layer'])}" if auto else pair,
             f"{row['tokens_per_s']:.1f}",
             f"{row['speedup']:.2f}x",
             "" if plain else f"{low:.2f} to {high:.2f}",

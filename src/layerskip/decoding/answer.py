@@ -61,9 +61,8 @@ class Answer:
         self._times: list[float] = []
         self._tokens: list[int] = []
         self._steps: list[Step] = []
-        self._broken_off: tuple[Step, int] | None = (
-            None  # the last step, and how much of it was taken
-        )
+        # The last step, and how many of its tokens were taken, while that is not all of them.
+        self._broken_off: tuple[Step, int] | None = None
         # What `generate` and `Batch` are given beside the prompt.
         self.loop_options: dict[str, Any] = {
             "plan": plan,

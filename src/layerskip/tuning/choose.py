@@ -109,12 +109,12 @@ def choose_auto(
         speedup=fastest["speedup"],
         speedup_interval=[low, high],
         reason=(
-            f"mode auto with {name_of_auto(fastest)} is best here: {fastest['speedup']:.2f}x of plain"
+            f"mode auto with {name_of_auto(exit_layer)} is best here: {fastest['speedup']:.2f}x of plain"
             f" decoding (95% interval {low:.2f} to {high:.2f}); {fixed}"
         ),
     )
 
 
-def name_of_auto(row: Mapping[str, Any]) -> str:
-    """What mode auto drafts with in a row."""
-    return "n-grams" if row["exit_layer"] is None else f"E={row['exit_layer']}"
+def name_of_auto(exit_layer: int | None) -> str:
+    """What mode auto drafts with."""
+    return "n-grams" if exit_layer is None else f"E={exit_layer}"

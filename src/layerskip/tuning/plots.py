@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from layerskip.training.plots import write_figures
+from layerskip.tuning.choose import name_of_auto
 from layerskip.tuning.run import Tuning
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _title(tuning: Tuning) -> str:
     if choice.mode == "plain":
         chosen = "plain decoding is best"
     else:
-        drafts = "n-grams" if choice.exit_layer is None else f"E={choice.exit_layer}"
+        drafts = name_of_auto(choice.exit_layer)
         if choice.mode == "self-speculative":
             drafts += f", d={choice.draft_tokens}"
         chosen = f"chosen: {choice.mode} with {drafts}, measured {choice.speedup:.2f}x"

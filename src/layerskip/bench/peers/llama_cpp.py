@@ -31,18 +31,13 @@ class Peer:
         self._tokenizer = None if job.tokenizer is None else tokenizer.load(Path(job.tokenizer))
         self._bytes_of_a_pass = _bytes_of_a_pass(job.gguf)
         self._drafts = _CountedDrafts()
+        _check_device(job.device)
         self._plain = self._load(None)
         # With a draft, llama-cpp-python keeps logits for every position; plain decoding does not.
         self._drafting = self._load(self._drafts)
 
     def _load(self, draft_model: Any) -> Any:
-        from llama_cpp import Llama, llama_supports_gpu_offload
-
-        if self._job.device != "cpu" and not llama_supports_gpu_offload():
-            raise ValueError(
-                "this build of llama-cpp-python runs on the CPU alone; for the GPU install it with"
-                " CMAKE_ARGS=-DGGML_CUDA=on"
-            )
+        from llama_cpp import Llama
 
         return Llama(
             self._gguf,
@@ -96,6 +91,17 @@ class _CountedDrafts:
     def __call__(self, input_ids: Any, /, **options: Any) -> Any:
         self.calls += 1
         return self._lookups[self.tokens](input_ids, **options)
+
+
+def _check_device(device: str) -> None:
+    """A build for the CPU alone would run there, and stand beside rows of a GPU."""
+    from llama_cpp import llama_supports_gpu_offload
+
+    if device != "cpu" and not llama_supports_gpu_offload():
+        raise ValueError(
+            "this build of llama-cpp-python runs on the CPU alone; for the GPU install it with"
+            " CMAKE_ARGS=-DGGML_CUDA=on"
+        )
 
 
 def _bytes_of_a_pass(gguf: str) -> int:
