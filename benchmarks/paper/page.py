@@ -25,10 +25,21 @@ parameters, many GPUs) show with small models and minutes of a CPU? This page is
 [benchmarks/results](../benchmarks/results) (`paper/*.json`) and says nothing that is not in them. The \
 scripts are in [benchmarks/paper](../benchmarks/paper); each begins with its commands.
 
-Every variant was trained once, with one seed: small differences may be chance. "Not seen at this \
+Every variant was trained once, with one seed: small differences may be chance. "Recipe" is what the \
+last table of each section says; only that of pretraining is the paper's own, the others are what a budget \
+of minutes needed (few exits, of which one has a loss at every step, and distillation). "Not seen at this \
 scale" does not say that the paper is wrong, nor "seen again" that its figures hold here. Exits, rounds \
 and the other words are in the [glossary](glossary.md); L is the number of layers, E the layers run, d \
 the draft tokens."""
+NOTES = {
+    "pretrain": "Code and docstrings of Python's standard library. After 300 steps no variant has "
+    "converged: the last layer's gains over the baseline say how soon each of them learns, not where it "
+    "would end. Runs of other days were made by other commits.",
+    "continual": "Half of the text is the validation part of the corpus whose test part is asked, the "
+    "other half code.",
+    "task": "The recipe, two light exits, was chosen after heavier ones had cost the last layer more "
+    "([what each costs](recipe.md)).",
+}
 TITLES = {
     "pretrain": "Pretraining from scratch",
     "continual": "Continual pretraining",
@@ -72,8 +83,11 @@ def page(experiments: Mapping[str, Sequence[Any]]) -> str:
     ]
     for name, title in TITLES.items():
         rows = experiments.get(name, ())
-        parts += [f"## {title}", *(TABLES[name](rows) if rows else ["Not measured yet."])]
-        if rows:
+        parts.append(f"## {title}")
+        if not rows:
+            parts.append("Not measured yet.")
+        else:
+            parts += [*filter(None, [NOTES.get(name)]), *TABLES[name](rows)]
             parts.append(markdown_text(_origins(rows)))
     return "\n\n".join(parts) + "\n"
 
@@ -96,19 +110,40 @@ def _claims(experiments: Mapping[str, Sequence[Any]]) -> list[list[str]]:
 
 def _origins(rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """Where each row comes from."""
-    lines = [["row", "model", "learnt", "command", "commit", "date", "machine"]]
+    lines = [["row", "model", "learnt", "recipe", "command", "commit", "date", "machine"]]
     for row in rows:
         here = row["environment"]
         learnt = row.get("trained")
         amount = f"{learnt['steps']} steps, {learnt['rows']:,} rows" if learnt else ""
         if learnt and "tokens" in learnt:
             amount += f", {learnt['tokens']:,} tokens"
-        machine = f"{here['cpu']}, {here['threads']} threads, {here['dtype']}"
-        command = f"`{here['command']}`"
-        lines.append(
-            [row["variant"], row["model"], amount, command, here["commit"], here["date"], machine]
+        machine = (
+            f"{here['cpu']}, {here['cpu_capability']}, {here['threads']} threads, {here['dtype']}"
         )
+        head = [row["variant"], row["model"], amount, _recipe(learnt or {})]
+        lines.append([*head, f"`{here['command']}`", here["commit"], here["date"], machine])
     return lines
+
+
+def _recipe(learnt: Mapping[str, Any]) -> str:
+    """A recipe in a few words."""
+    recipe = learnt.get("recipe")
+    if not recipe:
+        return ""
+    words = []
+    if "LD" in recipe["variant"] and recipe["p_max"]:
+        over = recipe["dropout_over_layers"], recipe["dropout_over_steps"]
+        words.append(f"p_max {recipe['p_max']} ({over[0]} over layers, {over[1]} over steps)")
+    if "EE" in recipe["variant"] and (recipe["curriculum"] != "none" or recipe["fixed_exits"]):
+        if recipe["curriculum"] != "none":
+            among = ", ".join(map(str, recipe["exits"] or ["all"]))
+            words.append(f"exits {among}, {recipe['curriculum']}")
+        if recipe["fixed_exits"]:
+            words.append(f"exit {', '.join(map(str, recipe['fixed_exits']))} at every step")
+        words.append(f"weights {recipe['exit_weighting']}, e_scale {recipe['e_scale']}")
+        if recipe["distillation_weight"]:
+            words.append(f"distilled, weight {recipe['distillation_weight']}")
+    return "; ".join(words) or "none"
 
 
 if __name__ == "__main__":

@@ -44,6 +44,13 @@ def last_at_most(some: Sequence[Row], others: Sequence[Row], factor: float) -> F
     return Finding(ratio <= factor, figures)
 
 
+def last_of_both_at_most(one: Row, other: Row, factor: float) -> Finding:
+    """The last layer on the text it was trained on the like of, and on the code."""
+    found = {name: last_at_most(one[name], other[name], factor) for name in ("text", "code")}
+    figures = "; ".join(f"{name}: {finding.figures}" for name, finding in found.items())
+    return Finding(all(finding.holds for finding in found.values()), figures)
+
+
 def both_parts(both: Row, dropout: Row, loss: Row) -> Finding:
     values = [perplexities(row["exits"]) for row in (both, dropout, loss)]
     at = _nearest(values[0], max(values[0]) / 2)
@@ -55,7 +62,11 @@ def both_parts(both: Row, dropout: Row, loss: Row) -> Finding:
 def best(rows: Sequence[Row], at_least: float) -> Finding:
     """Whether self-speculative decoding gets so fast at some (E, d)."""
     row = max(rows, key=_speedup)
-    figures = f"{_speedup(row):.2f}x at E = {row['exit_layer']}, d = {row['draft_tokens']}"
+    low, high = row["speedup_interval"] or (0.0, 0.0)
+    figures = (
+        f"{_speedup(row):.2f}x ({low:.2f} to {high:.2f}) at E = {row['exit_layer']},"
+        f" d = {row['draft_tokens']}"
+    )
     return Finding(_speedup(row) >= at_least, figures)
 
 
@@ -89,7 +100,7 @@ def with_a_loss(row: Row, kind: str, field: str) -> dict[int, float]:
 
 def earlier_is_faster(row: Row) -> Finding | None:
     speeds = with_a_loss(row, "timed", "speedup")
-    if len(speeds) < 2:
+    if len(speeds) < 3:  # two points make no trend
         return None
     figures = ", ".join(f"E = {e}: {speeds[e]:.2f}x" for e in sorted(speeds))
     in_order = [speeds[e] for e in sorted(speeds)]

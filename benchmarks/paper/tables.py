@@ -99,7 +99,17 @@ def _drafting(rows: Sequence[Row]) -> list[str]:
         for e in sorted({e for e, _ in speed}):
             cells = [_times(speed.get((e, d))) for d in lengths]
             faster.append([row["variant"], str(e), *cells])
+    said = [["row", "new tokens", "at most", "quality"]]
+    for row in rows:
+        most = row["samples"] * row["max_new_tokens"]
+        quality = (f"{name} {value:.1%}" for name, value in row["plain"]["quality"].items())
+        said.append(
+            [row["variant"], str(row["plain"]["new_tokens"]), str(most), ", ".join(quality)]
+        )
     return [
+        "The answers, of plain decoding; where they have as many tokens as there may be, none has"
+        " ended by itself:",
+        markdown_table(said),
         "Share of drafts that are accepted; agreement is the share of positions on the model's own "
         "answers at which the exit's top token is the last layer's:",
         markdown_table(accepted),

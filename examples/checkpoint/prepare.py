@@ -6,7 +6,7 @@ writes into the folder: `train.jsonl` (shuffled; rows with prompt and completion
 `test-topv2.jsonl`, `test-debian.jsonl`, `test-scitldr.jsonl`, `test-python.jsonl` (prompt and reference)
 and `mixture.json` (what was taken from where, its licence, and the files' sha256).
 
-The shares are the table below; where rows come from is in mixture_sources.py, library_functions.py and
+The shares are the table below, or those of `--shares topv2=60,debian=40`; where rows come from is in mixture_sources.py, library_functions.py and
 own_answers.py. The same seed and data give the same files. No row to train on begins like one that is
 held back.
 """
@@ -53,12 +53,32 @@ def main() -> None:
     parser.add_argument("--data", help="folder of the data sets (default: $LAYERSKIP_DATA)")
     parser.add_argument("--rows", type=int, default=20000, help="rows to train on, all together")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shares", help="source=percent,... in place of the table's; 100 in all")
     options = parser.parse_args()
     try:
-        summary = prepare(options.output, options.rows, options.seed, options.data)
+        shares = SHARES if options.shares is None else read_shares(options.shares)
+        summary = prepare(options.output, options.rows, options.seed, options.data, shares)
     except ValueError as error:
         sys.exit(f"prepare.py: {error}")
     print(json.dumps(summary, indent=2))
+
+
+def read_shares(text: str) -> dict[str, float]:
+    """`topv2=60,debian=40` as a table.
+
+    Raises:
+        ValueError: no such source, or no number.
+    """
+    shares = {}
+    for part in text.split(","):
+        name, _, percent = part.strip().partition("=")
+        if name not in SOURCES:
+            raise ValueError(f"no source is called {name!r}; there are {', '.join(SOURCES)}")
+        try:
+            shares[name] = float(percent)
+        except ValueError:
+            raise ValueError(f"{part!r} has no percentage: write {name}=NUMBER") from None
+    return shares
 
 
 def prepare(
@@ -84,8 +104,10 @@ def prepare(
         ValueError: a data set is not to be had, the shares are not those of a whole, or the folder
             has other files.
     """
-    if abs(sum(shares.values()) - 100) > 1e-6:
+    if not abs(sum(shares.values()) - 100) < 1e-6:
         raise ValueError(f"the shares come to {sum(shares.values())} percent, not 100")
+    if min(shares.values()) <= 0:
+        raise ValueError("a share is not above 0: leave the source out instead")
     if rows < 1:
         raise ValueError(f"rows is {rows}; at least 1 is needed")
     if output.exists() and any(output.iterdir()):

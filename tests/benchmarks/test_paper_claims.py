@@ -1,6 +1,7 @@
 """The paper's claims are judged by their rules, and the page says what the files say."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -9,8 +10,10 @@ from paper.claims import CLAIMS, NOT_MEASURED, NOT_SEEN, SEEN, verdict
 from paper.page import PAGE, TITLES, page, read
 from paper.record import RESULTS
 
+from layerskip.recipe import RecipeConfig
+
 HERE = {"command": "python -m paper.x", "commit": "abc", "date": "2026-11-25", "cpu": "a CPU"}
-HERE |= {"threads": 2, "dtype": "bfloat16"}
+HERE |= {"cpu_capability": "AVX2", "threads": 2, "dtype": "bfloat16"}
 LEARNT = {"steps": 5, "rows": 40, "tokens": 12_345, "regime": "pretrain"}
 
 
@@ -37,6 +40,7 @@ def drafts(speed, *, acceptance=0.8, identical=1.0, best=6):
             "exit_layer": e,
             "draft_tokens": d,
             "speedup": speed / (1 + e / 10) - abs(d - best) / 100,
+            "speedup_interval": [1.0, 2.0],
             "identical_to_plain": identical,
         }
         for e in (3, 6, 9)
@@ -49,6 +53,7 @@ def drafts(speed, *, acceptance=0.8, identical=1.0, best=6):
         "task": "humaneval",
         "samples": 3,
         "max_new_tokens": 8,
+        "plain": {"new_tokens": 24, "quality": {"pass@1": 0.5}},
         "exits": by_exit,
         "timed": timed,
     }
@@ -66,7 +71,7 @@ def topv2(acceptance, early, speeds):
         for e in (3, 6, 9)
     ]
     timed = [
-        {"exit_layer": e, "draft_tokens": 8, "speedup": speed}
+        {"exit_layer": e, "draft_tokens": 8, "speedup": speed, "speedup_interval": [1.0, 2.0]}
         for e, speed in zip((3, 6, 9), speeds, strict=True)
     ]
     return {"draft_tokens": 8, "exits": found, "timed": timed}
@@ -174,9 +179,24 @@ def test_exits_without_a_loss_say_nothing_of_the_recipe():
             one |= {"exact_match": 0.0, "speedup": 1.9}
     learnt = LEARNT | {"recipe": {"fixed_exits": [6], "exits": [3, 6]}}
     rows = [{**recipe, "trained": learnt}, control]
-    found = [claim.finding(rows) for claim in CLAIMS if claim.experiment == "task"]
-    assert all(finding.holds for finding in found)
-    assert "E = 9" not in " ".join(finding.figures for finding in found)
+    claims = {claim.rule: claim.finding(rows) for claim in CLAIMS if claim.experiment == "task"}
+    (trend,) = [rule for rule in claims if "falls from exit to exit" in rule]
+    assert claims.pop(trend) is None  # two exits make no trend
+    assert all(finding.holds for finding in claims.values())
+    assert "E = 9" not in " ".join(finding.figures for finding in claims.values())
+
+
+def test_what_a_text_of_the_same_kind_gives_the_code_may_take():
+    before, recipe, control = as_in_the_paper()["continual"]
+    worse = {**recipe, "code": exits(30.0, 22.0)}
+    found = [c.finding([before, worse, control]) for c in CLAIMS if c.experiment == "continual"]
+    assert [finding.holds for finding in found] == [True, False, False]
+
+
+def test_the_page_says_which_recipe():
+    recipe = dataclasses.asdict(RecipeConfig(fixed_exits=(4,), exits=(4, 8), rotation=2))
+    rows = [row("recipe", exits=exits(30.0, 20.3)) | {"trained": LEARNT | {"recipe": recipe}}]
+    assert "exits 4, 8, rotational; exit 4 at every step" in page({"pretrain": rows})
 
 
 def test_reuse_of_the_cache_counts_only_with_the_same_tokens():
@@ -190,7 +210,7 @@ def test_the_page_has_the_figures_and_where_they_come_from():
     assert "Not measured yet." not in text
     assert "last layer: 20.30 against 20.00 (+1.5%)" in text
     assert "| baseline | above all numbers |" in text
-    assert "| baseline | m | 5 steps, 40 rows, 12,345 tokens | `python -m paper.x` | abc |" in text
+    assert "| baseline | m | 5 steps, 40 rows, 12,345 tokens |  | `python -m paper.x` | abc |" in text
     spoiled = copy.deepcopy(as_in_the_paper())
     spoiled["kvq"][0]["saved"] = math.pi / 100
     assert "3.1%" in page(spoiled)

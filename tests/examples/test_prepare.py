@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 
 import prepare as preparing
 import pytest
@@ -276,6 +277,8 @@ def test_text_is_set_as_people_write_it():
     [
         ({"rows": 0}, "at least 1"),
         ({"shares": {"topv2": 60, "debian": 30}}, "90 percent"),
+        ({"shares": {"topv2": 60, "debian": math.nan}}, "nan percent"),
+        ({"shares": {"topv2": 120, "debian": -20}}, "not above 0"),
         ({"data": "/nowhere"}, "topv2 .* is not here"),
     ],
 )
@@ -317,3 +320,29 @@ def test_a_folder_with_files_is_refused(data, tmp_path):
     (tmp_path / "mine").write_text("")
     with pytest.raises(ValueError, match="not empty"):
         prepare(tmp_path, 10, data=data)
+
+
+def test_shares_can_be_given_on_the_command_line(data, tmp_path, monkeypatch):
+    folder = tmp_path / "a"
+    arguments = [
+        str(folder),
+        "--data",
+        str(data),
+        "--rows",
+        "20",
+        "--shares",
+        "topv2=75, debian=25",
+    ]
+    monkeypatch.setattr("sys.argv", ["prepare.py", *arguments])
+    preparing.main()
+    sources = json.loads((folder / "mixture.json").read_text())["sources"]
+    assert {name: source["wanted"] for name, source in sources.items()} == {
+        "topv2": 15,
+        "debian": 5,
+    }
+
+
+@pytest.mark.parametrize("text", ["nothing=100", "topv2", "topv2=many"])
+def test_shares_that_cannot_be_read_are_said(text):
+    with pytest.raises(ValueError, match="topv2"):
+        preparing.read_shares(text)
