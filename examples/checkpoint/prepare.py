@@ -6,9 +6,9 @@ writes into the folder: `train.jsonl` (shuffled; rows with prompt and completion
 `test-topv2.jsonl`, `test-debian.jsonl`, `test-scitldr.jsonl`, `test-python.jsonl` (prompt and reference)
 and `mixture.json` (what was taken from where, its licence, and the files' sha256).
 
-The shares are the table below, or those of `--shares topv2=60,debian=40`; where rows come from is in mixture_sources.py, library_functions.py and
-own_answers.py. The same seed and data give the same files. No row to train on begins like one that is
-held back.
+The shares are the table below, or those of `--shares topv2=60,debian=40`; where rows come from is in
+mixture_sources.py, library_functions.py and own_answers.py. The same seed and data give the same files.
+No row to train on begins like one that is held back.
 """
 
 import argparse

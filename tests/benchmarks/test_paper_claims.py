@@ -210,7 +210,9 @@ def test_the_page_has_the_figures_and_where_they_come_from():
     assert "Not measured yet." not in text
     assert "last layer: 20.30 against 20.00 (+1.5%)" in text
     assert "| baseline | above all numbers |" in text
-    assert "| baseline | m | 5 steps, 40 rows, 12,345 tokens |  | `python -m paper.x` | abc |" in text
+    assert (
+        "| baseline | m | 5 steps, 40 rows, 12,345 tokens |  | `python -m paper.x` | abc |" in text
+    )
     spoiled = copy.deepcopy(as_in_the_paper())
     spoiled["kvq"][0]["saved"] = math.pi / 100
     assert "3.1%" in page(spoiled)

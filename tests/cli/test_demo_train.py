@@ -81,6 +81,27 @@ def test_a_folder_in_use_is_left_alone(demo, tmp_path):
     assert [file.name for file in folder.iterdir()] == ["mine.txt"]
 
 
+def test_after_ctrl_c_it_can_begin_anew(demo, tmp_path, monkeypatch):
+    def interrupted(*_):
+        assert (tmp_path / "runs" / "demo" / "rows.jsonl").is_file()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo_train, "_train", interrupted)
+        status, _, _ = demo()
+    assert status != 0
+    assert not (tmp_path / "runs" / "demo").exists()
+    assert demo()[0] == 0
+
+
+def test_a_folder_that_cannot_be_made_is_said_first(demo, tmp_path, monkeypatch):
+    (tmp_path / "runs").write_text("a file")
+    monkeypatch.delattr(demo_train, "_look")
+    status, out, err = demo()
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert str(tmp_path / "runs" / "demo") in err
+
+
 @pytest.mark.parametrize("missing", ["accelerate", "datasets"])
 def test_what_is_missing_is_said_before_anything_else(demo, tmp_path, monkeypatch, missing):
     find = importlib.util.find_spec

