@@ -123,8 +123,8 @@ def figures(
 def training_of(folder: Path) -> dict[str, Any] | None:
     """Settings and totals of the run that wrote a checkpoint; None where there is no record of one.
 
-    Where it began with the checkpoint of another run, that one's are its `before`; `average` is what
-    examples/checkpoint/average.py did to it afterwards.
+    Where it began with the checkpoint of another run, that one's are its `before`; `mixture` is what
+    stands beside its rows, `average` what examples/checkpoint/average.py did to it afterwards.
     """
     settings = _json_of(folder / "train.json")
     if settings is None:
@@ -135,6 +135,7 @@ def training_of(folder: Path) -> dict[str, Any] | None:
     found = {"settings": settings, **{name: last[name] for name in totals if name in last}}
     further = {
         "average": _json_of(folder / "average.json"),
+        "mixture": _json_of(Path(settings["data"]).parent / "mixture.json"),
         "before": training_of(Path(settings["model"])),
     }
     return found | {name: value for name, value in further.items() if value is not None}

@@ -39,7 +39,7 @@ def card(measured: dict[str, Any], name: str | None = None, trained_on: str | No
     checkpoint = measured["checkpoint"]
     parts = [
         [f"# {name or Path(checkpoint['name']).name}", "", *introduction(checkpoint)],
-        data(measured["mixture"]) if measured["mixture"] else [],
+        data(mixtures) if (mixtures := mixtures_of(measured)) else [],
         training(measured, trained_on) if checkpoint["training"] else [],
         quality(measured),
         exits(measured),
@@ -65,22 +65,36 @@ def introduction(checkpoint: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def data(mixture: dict[str, Any]) -> Iterator[str]:
+def mixtures_of(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each run was trained on; the mixture that was measured with, where no run says."""
+    known = [run.get("mixture") for run in runs_of(measured["checkpoint"])]
+    return [mixture for mixture in known if mixture] or [*filter(None, [measured["mixture"]])]
+
+
+def data(mixtures: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "## Data and licences"
     yield ""
+    sources = {name: source for one in mixtures for name, source in one["sources"].items()}
     rows = [
-        [source["data"], f"{source['rows']:,}", source["licence"]]
-        for source in mixture["sources"].values()
+        [source["data"], *(rows_of(name, one) for one in mixtures), source["licence"]]
+        for name, source in sources.items()
     ]
-    yield from table(["trained on", "rows", "licence"], rows)
+    runs = [f"rows, run {n}" for n in range(1, len(mixtures) + 1)]
+    yield from table(["trained on", *(runs if len(runs) > 1 else ["rows"]), "licence"], rows)
     yield ""
-    yield (
-        f"{mixture['rows']:,} rows were drawn with seed {mixture['seed']}"
-        f" (`train.jsonl`, sha256 {mixture['files']['train.jsonl']['sha256']})."
-    )
-    for source in mixture["sources"].values():
-        if source["twice"]:
-            yield f"{source['twice']:,} rows stand in it twice: {source['data']}."
+    for mixture in mixtures:
+        yield (
+            f"{mixture['rows']:,} rows were drawn with seed {mixture['seed']}"
+            f" (`train.jsonl`, sha256 {mixture['files']['train.jsonl']['sha256']})."
+        )
+        for source in mixture["sources"].values():
+            if source["twice"]:
+                yield f"{source['twice']:,} rows stand in it twice: {source['data']}."
+
+
+def rows_of(name: str, mixture: dict[str, Any]) -> str:
+    source = mixture["sources"].get(name)
+    return f"{source['rows']:,}" if source else ""
 
 
 def runs_of(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:

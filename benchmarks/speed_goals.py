@@ -41,9 +41,7 @@ def goal_table(parts: Mapping[str, Part]) -> list[dict[str, Any]]:
         for goal, wanted, reached in _of_bench(part)
         if reached is not None
     ]
-    autos = {name: _row(part, "layerskip", "auto") for name, part in benches.items()}
-    speedups = {name: row["speedup"] for name, row in autos.items() if row and row["speedup"]}
-    if speedups:
+    if speedups := _auto_speedups(benches):
         worst = min(speedups, key=lambda name: speedups[name])
         lines.append(_line("auto / plain, worst case", worst, AUTO_AT_LEAST, speedups[worst]))
     for name, part in well.items():
@@ -88,6 +86,17 @@ def report(result: Mapping[str, Any], picture: str | None) -> str:
                 if "error" in row
             ]
     return "\n\n".join(texts) + "\n"
+
+
+def _auto_speedups(benches: Mapping[str, Part]) -> dict[str, float]:
+    """Of `auto` on every task, and on each kind of prompts that a task consists of."""
+    speedups = {}
+    for name, part in benches.items():
+        if row := _row(part, "layerskip", "auto"):
+            speedups[name] = row["speedup"]
+            for category, figures in row.get("categories", {}).items():
+                speedups[f"{name}, {category}"] = figures.get("speedup")
+    return {name: speedup for name, speedup in speedups.items() if speedup}
 
 
 def _of_bench(part: Part) -> Iterator[tuple[str, float | None, float | None]]:

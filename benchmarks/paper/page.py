@@ -27,10 +27,10 @@ scripts are in [benchmarks/paper](../benchmarks/paper); each begins with its com
 
 Every variant was trained once, with one seed: small differences may be chance. "Recipe" is what the \
 last table of each section says; only that of pretraining is the paper's own, the others are what a \
-budget of minutes needed (few exits, of which one has a loss at every step, and distillation). "Not seen \
-at this scale" does not say that the paper is wrong, nor "seen again" that its figures hold here. Exits, \
-rounds and the other words are in the [glossary](glossary.md); L is the number of layers, E the layers \
-run, d the draft tokens."""
+budget of minutes needed (few exits, of which one has a loss at every step, and distillation). "Not \
+seen at this scale" does not say that the paper is wrong, nor "seen again" that its figures hold here. \
+Exits, rounds and the other words are in the [glossary](glossary.md); L is the number of layers, E the \
+layers run, d the draft tokens."""
 NOTES = {
     "pretrain": "Code and docstrings of Python's standard library. After 300 steps no variant has "
     "converged: the last layer's gains over the baseline say how soon each of them learns, not where it "

@@ -103,6 +103,9 @@ def test_an_ablation_takes_parts_away_and_leaves_parts_alone():
     system = OwnSystem(made, found)
     for setting in found:
         assert system.answer(setting, [0], 9).text == "abcdefabc"
+    texted = settings_of(model(exit_layer=2, draft_text=(1, 2, 3)), modes=(), ablation=True)[1:]
+    more = {s.label for s in texted} - {s.label for s in found}
+    assert more == {"without draft text"}
 
 
 def test_an_ablation_has_no_rows_of_what_is_not_there():

@@ -124,16 +124,23 @@ def test_the_card_names_all_runs_that_made_a_checkpoint(measured, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         folder.mkdir()
-    write_run(first, p_max=0.25)
+    for folder, rows in ((first, 20), (second, 7)):
+        mixture = json.loads(json.dumps(MIXTURE))
+        mixture["sources"]["sums"]["rows"] = rows
+        (folder / "mixture.json").write_text(json.dumps(mixture))
+    write_run(first, p_max=0.25, data=str(first / "rows.jsonl"))
     (first / "average.json").write_text('{"base": "smollm2-135m", "share": 0.75}')
-    write_run(second, model=str(first))
+    write_run(second, model=str(first), data=str(second / "rows.jsonl"))
     measured["checkpoint"]["training"] = checkpoint.training_of(second)
     text = card(json.loads(json.dumps(measured)), trained_on="2 cores")
     assert "SmolLM2-135M-Instruct, Apache-2.0" in text
-    places = [text.index(part) for part in ("run 1 of 2", "p_max: 0.25", "run 2 of 2", str(first))]
+    parts = ("run 1 of 2", "p_max: 0.25", "run 2 of 2", f"model: {json.dumps(str(first))}")
+    places = [text.index(part) for part in parts]
     assert places == sorted(places)
     assert text.count("- budget: 40 steps of 8 rows") == 2
     assert text.count("- hardware: 2 cores") == 1
+    assert "| trained on | rows, run 1 | rows, run 2 | licence |" in text
+    assert "| sums of two numbers | 20 | 7 | MIT |" in text
     assert text.count("afterwards: 75% of what had changed since smollm2-135m was kept") == 1
 
 

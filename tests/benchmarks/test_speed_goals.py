@@ -89,6 +89,10 @@ def test_the_worst_case_of_all_parts_is_named():
     parts = {"a": part(own(100.0, 120.0)), "b": part(own(100.0, 96.0)), "c": {"error": "no"}}
     line = by_goal(parts)["auto / plain, worst case"]
     assert (line["case"], line["reached"], line["met"]) == ("b", pytest.approx(0.96), False)
+    kinds = {"qa": {"speedup": 0.9}, "rag": {"speedup": 1.5}, "empty": {}}
+    parts["a"] = part(own(100.0, 120.0, categories=kinds))
+    line = by_goal(parts)["auto / plain, worst case"]
+    assert (line["case"], line["reached"], line["met"]) == ("a, qa", pytest.approx(0.9), False)
 
 
 def test_memory_and_start_up_are_at_most():

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from layerskip import LayerSkipModel
 from layerskip.cli import chat, show
 
 
@@ -83,3 +84,17 @@ def test_what_was_answered_is_not_lost_where_a_later_answer_fails(talk, monkeypa
     status, _, err = talk(["ab", "cd"], "--output", output)
     assert (status, err.strip()) == (130, "layerskip: interrupted")
     assert len(json.loads(output.read_text())) == 1
+
+
+def test_a_file_of_answers_is_kept_where_there_are_none(talk, tmp_path):
+    output = tmp_path / "answers.json"
+    output.write_text("old")
+    assert talk(["/quit"], "--output", output)[0] == 0
+    assert output.read_text() == "old"
+
+
+def test_a_model_that_cannot_chat_says_so_at_once(talk, monkeypatch):
+    monkeypatch.setattr(LayerSkipModel, "has_chat_template", False)
+    status, out, err = talk(["ab"])
+    assert (status, out) == (1, "")
+    assert err.endswith("has no chat template and cannot chat; use layerskip generate\n")

@@ -24,10 +24,10 @@ def demo(run, tmp_path, monkeypatch):
     monkeypatch.setattr(demo_train, "HELD_OUT", 2)
     monkeypatch.setattr(demo_train, "LOG_STEPS", 1)
 
-    def call(*flags):
+    def call(*flags, **how):
         folder = ("--folder", tmp_path / "runs" / "demo")
         short = ("--minutes", 1e-6, "--max-new-tokens", 6)
-        return run("demo", "--train", "--no-compile", *short, *folder, *flags)
+        return run("demo", "--train", "--no-compile", *short, *folder, *flags, **how)
 
     return call
 
@@ -92,6 +92,14 @@ def test_after_ctrl_c_it_can_begin_anew(demo, tmp_path, monkeypatch):
     assert status != 0
     assert not (tmp_path / "runs" / "demo").exists()
     assert demo()[0] == 0
+
+
+def test_a_gguf_file_is_refused_first(demo, tmp_path, monkeypatch):
+    monkeypatch.delattr(demo_train, "_look")
+    status, out, err = demo("--model", tmp_path / "m.gguf", model=False)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "GGUF files cannot be trained" in err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_said_first(demo, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from layerskip import LayerSkipModel, cli
-from layerskip.cli import options, show
+from layerskip.cli import generate, options, show
 from layerskip.decoding import Piece
 
 SPECULATIVE = ("--mode", "self-speculative", "--exit-layer", 3, "--draft-tokens", 2)
@@ -65,6 +65,23 @@ def test_each_part_of_auto_can_be_switched_alone_and_the_answer_stays(run, switc
     assert (status, err) == (0, "")
     assert json.loads(out)["mode"] == "self-speculative"
     assert json.loads(out)["token_ids"] == plain["token_ids"]
+
+
+def test_a_draft_text_is_a_file_or_none(run, tmp_path):
+    text, flags = tmp_path / "text.txt", ("generate", "--prompt", "abc", "--max-new-tokens", 20)
+    plain = json.loads(run(*flags, "--mode", "plain", "--json")[1])
+    text.write_text((plain["text"] + " ") * 9)
+    drafted = {}
+    for name in (text, "none"):
+        status, out, err = run(*flags, "--draft-text", name, "--draft-from", "n-gram", "--json")
+        assert (status, err) == (0, "")
+        answer = json.loads(out)
+        assert answer["token_ids"] == plain["token_ids"]
+        drafted[name] = answer["accepted"]
+    assert drafted[text] > drafted["none"]
+    status, _, err = run(*flags, "--draft-text", tmp_path / "nothing.txt")
+    assert status == 2
+    assert "nothing.txt cannot be read" in err
 
 
 def test_a_draft_vocabulary_is_a_number_or_none(run):
@@ -220,6 +237,14 @@ def test_marks_leave_tabs_and_carriage_returns_alone(capsys):
     assert capsys.readouterr().out == "[\tif\r\n]\t\tx\n"
 
 
+@pytest.mark.parametrize(("no_color", "shown"), [("", "\x1b[32mif\x1b[0m\n"), ("1", "[if]\n")])
+def test_no_color_is_heeded(capsys, monkeypatch, no_color, shown):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", no_color)
+    show.show_pieces([Piece(text="if", drafted=True)], show_draft=True)
+    assert capsys.readouterr().out == shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
@@ -314,6 +339,7 @@ def test_ctrl_c_ends_cleanly(folder):
 
 def test_every_option_of_an_answer_is_passed_on(run):
     wanted = set(inspect.signature(LayerSkipModel.answer).parameters)
-    assert set(options.DECODING_FIELDS) == wanted - {"self", "prompt", "together"}
+    flags = {option.name: None for option in generate.command.params if option.name != "prompt"}
+    assert set(options.decoding_arguments(flags)) == wanted - {"self", "prompt", "together"}
     run("generate", "--prompt", "abc", "--max-new-tokens", 1, "--threads", 2)
     assert torch.get_num_threads() == 2

@@ -67,6 +67,14 @@ def test_table_fits_the_terminal(run, monkeypatch, columns):
     assert ("--positions" in out) == (shown < 20)
 
 
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_what_has_settled_is_told_where_colours_are_off(run, monkeypatch, no_color):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", no_color)
+    _, out, _ = run("lens", "--prompt", "abc", *SHORT)
+    assert ("= settled" in out) == bool(no_color)
+
+
 def test_positions_asked_for_are_all_shown(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     _, out, _ = run("lens", "--prompt", "abc", "--max-new-tokens", 10, "--positions", "all")

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from layerskip import __version__, cli
 from layerskip.model import source
@@ -57,3 +58,22 @@ def test_pull_of_something_else_is_refused(capsys):
     status, _, err = run(capsys, "pull", "gpt-5")
     assert status == 2
     assert "'gpt-5' is not one of 'smollm2-135m'" in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ],
+)
+def test_too_little_memory_is_said_with_what_to_do(capsys, monkeypatch, error):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr("layerskip.cli.options.load_model", fail)
+    status, _, err = run(capsys, "generate", "--prompt", "abc")
+    assert status == 1
+    said = "layerskip: out of memory; try --dtype bfloat16, --weights int8 or a smaller model\n"
+    assert err == said

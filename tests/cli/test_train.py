@@ -48,6 +48,36 @@ def test_the_result_in_one_line(train, tmp_path):
     assert (status, out) == (0, f"{tmp_path / 'out'}: 4 steps, exit layer 2\n")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--regime", "task"), ["--rotation has no effect with --curriculum gradual"]),
+        (("--variant", "LD"), ["--rotation has no effect with --variant LD"]),
+        (
+            ("--curriculum", "none", "--exits", "2,3"),
+            [f"--{name} has no effect with --curriculum none" for name in ("rotation", "exits")],
+        ),
+        ((), []),
+    ],
+)
+def test_flags_without_effect_are_said(train, arguments, said):
+    status, _, err = train(*arguments)
+    assert status == 0, err
+    assert [line for line in err.splitlines() if "no effect" in line] == [
+        f"layerskip: {line}" for line in said
+    ]
+
+
+def test_a_flag_takes_the_place_of_what_contradicts_it_in_the_file(train, tmp_path):
+    config = tmp_path / "a.yaml"
+    config.write_text("eval_rows: 3\nepochs: 3\nexits: [2, 3]\n")
+    rows = tmp_path / "held_out.jsonl"
+    rows.write_text('{"prompt": "1+1=", "completion": "2"}\n')
+    status, out, err = train(config, "--eval-data", rows, "--exit-every", 2, "--exit-layer", 2)
+    assert status == 0, err
+    assert "4 steps, exit layer 2" in out
+
+
 def test_only_the_first_process_prints(train, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     status, out, _ = train("--json")
@@ -75,6 +105,13 @@ def test_every_setting_has_a_flag_of_its_name(run):
     [
         (("--learning-rate", "nan"), 2, "learning_rate is nan"),
         (("--learning-rate", "fast"), 2, "'fast' is not a valid float"),
+        (("--epochs", 3), 2, "epochs and max_steps both say when to end"),
+        (("--variant", "LD", "--fixed-exits", 2), 2, "variant LD gives no exit a loss"),
+        (
+            ("--exits", "1,2", "--exit-layer", 3),
+            1,
+            "exit_layer is 3, but the exits that have a loss are 2",
+        ),
         (("--rotation", 5), 1, "rotation is 5, but there are 4 exits"),
         (("--fixed-exits", 9), 1, "fixed_exits names [9], but the model has 4 layers"),
         (("--exits", 2, "--exit-every", 2), 2, "exits and exit_every"),

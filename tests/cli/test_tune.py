@@ -75,6 +75,18 @@ def test_the_choice_is_written_and_used(tune, own, monkeypatch):
     assert [c["exit_layer"] for c in own_settings["layerskip"]["costs"]] == [e]
 
 
+def test_answers_are_kept_as_a_draft_text_only_where_that_is_asked_for(tune, own):
+    assert tune()[0] == 0
+    assert "draft_text" not in settings_of(own)["layerskip"]
+    assert tune("--keep-draft-text")[0] == 0
+    model = LayerSkipModel.from_pretrained(own, dtype="float32")
+    text = model.settings.draft_text
+    assert text
+    assert model.answer("abc").plan.draft_text == text
+    assert tune("--keep-draft-text")[0] == 0  # what is there stays in front
+    assert LayerSkipModel.from_pretrained(own).settings.draft_text[: len(text)] == text
+
+
 def test_where_plain_is_best_it_says_so_and_auto_has_no_exit(tune, own, monkeypatch):
     monkeypatch.setattr(run_module, "choose", always(0.8))
     fields = settings_of(own)

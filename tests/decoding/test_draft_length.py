@@ -5,7 +5,14 @@ from tiny_decoders import LAYERS, PLAIN, ids, random_prompt, steps, tiny_decoder
 
 from layerskip.decoding import Plan, Sampling
 from layerskip.decoding.draft_costs import DraftCosts
-from layerskip.decoding.draft_length import DraftLength, NgramLength, Pace
+from layerskip.decoding.draft_length import (
+    TRAINED_RISK,
+    DraftLength,
+    NgramLength,
+    Pace,
+    by_match,
+    by_share,
+)
 
 CHEAP = DraftCosts(layers=0.1, head=0.1, passes=(1.0,))
 
@@ -71,44 +78,69 @@ def test_nothing_but_one_token_is_risked_before_the_first_is_right():
     assert not length.ends
 
 
+def test_an_exit_that_was_trained_to_draft_is_risked_four_times():
+    length = DraftLength(CHEAP, risk=TRAINED_RISK)
+    assert length.begins()
+    for _ in range(TRAINED_RISK):
+        assert not length.ends
+        assert length.keeps(0.95)
+    assert length.ends
+    length.learn(1)
+    assert length.begins()
+    assert all(length.keeps(0.95) and not length.ends for _ in range(TRAINED_RISK + 1))
+
+
 # Each position beyond the first adds 0.1 to a pass.
 ROWS = DraftCosts(layers=0.1, head=0.1, passes=(1.0, 1.1))
 
 
 def test_a_long_match_is_drafted_further_than_a_short_one():
     """After two tokens 0.3, then 0.4, 0.5: products 0.3, 0.12, 0.06, and the third is under 0.1."""
-    assert NgramLength(ROWS, Pace()).choose(2, 9) == 2
+    assert NgramLength(ROWS, Pace()).choose(by_match(2, 9)) == 2
     # After five: 0.6, 0.42, 0.34, 0.27, 0.21, 0.17, 0.14, 0.11, 0.09.
-    assert NgramLength(ROWS, Pace()).choose(5, 12) == 8
-    assert NgramLength(ROWS, Pace()).choose(5, 3) == 3
+    assert NgramLength(ROWS, Pace()).choose(by_match(5, 12)) == 8
+    assert NgramLength(ROWS, Pace()).choose(by_match(5, 3)) == 3
 
 
 def test_what_brings_more_goes_first():
     """Two tokens after a match of two bring 1 + 0.3 + 0.12 - 1.2 = 0.22."""
-    assert NgramLength(ROWS, Pace()).choose(2, 9, rival=0.21) == 2
-    assert NgramLength(ROWS, Pace()).choose(2, 9, rival=0.23) == 0
+    assert NgramLength(ROWS, Pace()).choose(by_match(2, 9), rival=0.21) == 2
+    assert NgramLength(ROWS, Pace()).choose(by_match(2, 9), rival=0.23) == 0
 
 
 def test_dear_positions_are_not_spent_on_n_grams():
     dear = DraftCosts(layers=0.0, head=0.0, passes=(1.0, 2.0))
-    assert NgramLength(dear, Pace()).choose(5, 12) == 0
+    assert NgramLength(dear, Pace()).choose(by_match(5, 12)) == 0
     # Four positions at the price of two: worth it together, though the first alone is not.
     blocks = DraftCosts(layers=0.0, head=0.0, passes=(1.0, 2.0, 2.0, 2.0, 3.0))
-    assert NgramLength(blocks, Pace()).choose(5, 12) == 3
+    assert NgramLength(blocks, Pace()).choose(by_match(5, 12)) == 3
+
+
+def test_a_token_of_a_draft_text_is_believed_as_often_as_it_came_next():
+    """0.95, 0.90, 0.86 and so on are worth 0.1; a share of 0.05 is not."""
+    length = NgramLength(ROWS, Pace())
+    assert length.choose(by_share([0.99] * 5)) == 5
+    assert length.choose(by_share([0.99, 0.01, 0.99])) == 1
+    assert length.expected(by_share([0.99, 0.49])) == pytest.approx(0.95 + 0.95 * 0.45)
+    before = length.expected(by_share([0.99]))
+    length.choose(by_share([0.99]))
+    length.learn(0)
+    assert length.expected(by_share([0.99])) < before
+    assert length.expected(by_match(5, 1)) == pytest.approx(0.6)  # which is another matter
 
 
 def test_n_grams_learn_by_the_length_of_the_match():
     length = NgramLength(ROWS, Pace())
     for _ in range(3):
-        while not length.choose(2, 1):  # rests between its tries
+        while not length.choose(by_match(2, 1)):  # rests between its tries
             pass
         length.learn(0)
     # 0.6 of 2 at first, now of 5: 0.12 is still worth 0.1; of 6 it is not.
-    while not length.choose(2, 1):
+    while not length.choose(by_match(2, 1)):
         pass
     length.learn(0)
-    assert not any(length.choose(2, 1) for _ in range(200))
-    assert any(length.choose(4, 1) for _ in range(200))
+    assert not any(length.choose(by_match(2, 1)) for _ in range(200))
+    assert any(length.choose(by_match(4, 1)) for _ in range(200))
 
 
 def proven():
@@ -139,7 +171,7 @@ def test_what_followed_is_paid_for_and_learned():
     ngrams = NgramLength(ROWS, pace)
     for _ in range(8):
         drafted(length, [0.95])
-        followed.append(ngrams.follow(7, 3, length))
+        followed.append(ngrams.follow(by_match(7, 3), length))
         length.learn(1)  # the draft was right, what followed was not
         ngrams.learn_followed(0)
         rates.append(pace.rate)
@@ -175,7 +207,7 @@ def test_a_drafter_that_is_always_wrong_costs_at_most_three_in_a_hundred(costs, 
     early, ngrams = DraftLength(costs, pace), NgramLength(costs, pace)
     time = 0.0
     for i in range(200):
-        drafted = ngrams.choose(5, 8, early.gain) if i % 3 == 0 else 0
+        drafted = ngrams.choose(by_match(5, 8), early.gain) if i % 3 == 0 else 0
         if drafted:
             ngrams.learn(0)
             time += costs.over(drafted + 1)

@@ -109,6 +109,17 @@ def test_stop_string_or_end_token_whichever_is_first(stop_at, end_at):
     assert (made.text, made.new_tokens) == ("a" * 2, 3)
 
 
+@pytest.mark.parametrize("options", [{}, {"stop": ["S"], "ignore_eos": True}])
+@pytest.mark.parametrize("at", [9, 12, 15])
+def test_nothing_is_drafted_beyond_the_end(at, options):
+    answer = [*encode("x" * at), *(encode("S") if options else [END]), *encode("y" * 20)]
+    model = scripted_model(answer)
+    made = model.generate([0], exit_layer=LAYERS - 1, draft_from="early-exit", **options)
+    assert made.token_ids == answer[: at + 1]
+    assert max(step.accepted for step in made.steps) >= 3
+    assert [step.beyond for step in made.steps if step.beyond] == []
+
+
 def test_text_held_back_for_a_stop_string_comes_at_the_end():
     for answer, options in (
         ([*encode("xEN"), END], {"stop": ["END"]}),

@@ -1,15 +1,18 @@
 """Drafts from the text itself."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_decoders import LAYERS, PLAIN, ids, random_prompt, steps, tiny_decoder
+from tiny_decoders import GREEDY, LAYERS, PLAIN, ids, random_prompt, steps, tiny_decoder
 
 from layerskip.decoding import Plan, Sampling, Step
-from layerskip.decoding.draft_length import DraftLength, NgramLength
-from layerskip.decoding.ngram import MAX_MATCH, MIN_MATCH, NgramIndex
+from layerskip.decoding.draft_costs import DraftCosts
+from layerskip.decoding.draft_length import DraftLength, NgramLength, Pace
+from layerskip.decoding.ngram import MAX_MATCH, MIN_MATCH, DraftText, NgramDrafter, NgramIndex
 from layerskip.model import StepCosts
 
 SAMPLES = 1500
@@ -55,6 +58,13 @@ def test_drafted_tokens_are_matched_and_continued_but_not_searched(tokens, draft
     assert NgramIndex(tokens).propose(limit, drafted) == expected
 
 
+def test_nothing_is_proposed_beyond_an_end_token():
+    decoder = tiny_decoder("llama2")
+    drafter = NgramDrafter(decoder, GREEDY, [5, 6, 7, 8, 9, 5, 6], end_tokens={8})
+    draft = drafter.draft(torch.tensor([[6]]), 4, decoder.new_cache(16), None, None)
+    assert draft.tokens.tolist() == [[7, 8]]
+
+
 @given(st.lists(st.integers(0, 2), max_size=20), st.integers(0, 20))
 def test_growing_is_starting_with_all(tokens, cut):
     grown = NgramIndex(tokens[:cut])
@@ -62,15 +72,56 @@ def test_growing_is_starting_with_all(tokens, cut):
     assert grown.propose(9) == NgramIndex(tokens).propose(9)
 
 
+def test_a_draft_text_says_what_most_often_came_next():
+    text = DraftText((1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3, 5, 9))
+    tokens, shares = text.propose([7, 1, 2], 9)
+    assert tokens[:2] == [3, 5]  # 3 of 3 times, then 2 of 3
+    assert shares[:2] == [pytest.approx(3 / 4), pytest.approx(2 / 4)]
+    assert text.propose([1, 2], 1)[0] == [3]
+    assert text.propose([8, 8], 9) == ([], [])
+    assert text.propose([2], 9) == ([], [])  # one token is no match
+
+
+def test_a_draft_text_is_followed_as_far_as_is_likely():
+    once = DraftText(range(50))  # each token came next once: half as likely as not
+    assert once.propose([3, 4], 9)[0] == [5, 6, 7]  # an eighth; a sixteenth is under a tenth
+    often = DraftText([*range(50)] * 9)
+    assert often.propose([3, 4], 9)[0] == [*range(5, 14)]
+
+
+def test_the_draft_text_is_searched_where_it_promises_more():
+    decoder = tiny_decoder("llama2")
+    prompt, text = [1, 2, 3, 5, 6, 4, 1, 2], DraftText([1, 2, 7, 7, 8] * 9)
+
+    def drafted(prompt, text, **options):
+        length = NgramLength(DraftCosts(layers=0.0, head=0.0, passes=(1.0, 1.01)), Pace())
+        drafter = NgramDrafter(decoder, GREEDY, prompt, length=length, text=text, **options)
+        draft = drafter.draft(torch.tensor([prompt[-1:]]), 3, decoder.new_cache(16), None, None)
+        drafter.settle([0], 0)
+        return draft.tokens.tolist()[0]
+
+    assert drafted(prompt, None) == [3, 5, 6]
+    assert drafted(prompt, text) == [7, 7, 8]
+    assert drafted(prompt, text, end_tokens={7}) == [7]
+    assert drafted([*prompt, 3, 5, 6, 4, 1, 2, 3, 5, 6, 4], text) == [1, 2, 3]  # a match of five
+
+
+def test_a_draft_text_is_indexed_once():
+    assert DraftText.of(None) is None
+    assert DraftText.of((1, 2, 3)) is DraftText.of((1, 2, 3))
+
+
 @pytest.mark.parametrize("draft_tokens", [0, 1, 4, 9])
+@pytest.mark.parametrize("draft_text", [None, tuple(range(20)) * 2])
 @pytest.mark.parametrize(
     ("draft_from", "exit_layer"), [("n-gram", None), ("both", 1), ("both", LAYERS)]
 )
-def test_greedy_is_plain(draft_tokens, draft_from, exit_layer):
+def test_greedy_is_plain(draft_tokens, draft_text, draft_from, exit_layer):
     decoder = tiny_decoder("llama3.1")
     for seed in range(3):
         prompt = random_prompt(decoder, 6, seed) * 3
         plan = ngram(draft_tokens, draft_from, exit_layer)
+        plan = dataclasses.replace(plan, draft_text=draft_text)
         assert ids(decoder, prompt, plan, n=40) == ids(decoder, prompt, PLAIN, n=40)
 
 

@@ -87,6 +87,36 @@ def test_plans(asked, settings, plan):
     assert choose(*asked, settings=settings, n_layers=L) == plan
 
 
+def test_a_draft_text_is_searched_in_auto_or_where_it_is_named():
+    texted = dataclasses.replace(TUNED, draft_text=(1, 2, 3))
+
+    def text_of(mode, *switches, settings=texted, **named):
+        return choose(
+            mode, None, None, *switches, settings=settings, n_layers=L, **named
+        ).draft_text
+
+    assert text_of("auto") == text_of("auto", "n-gram") == (1, 2, 3)
+    assert text_of("auto", draft_text=()) is None
+    assert text_of("auto", draft_text=(7, 8), settings=SILENT) == (7, 8)
+    assert text_of("auto", "early-exit") is None
+    assert text_of("self-speculative", "both") is None
+    assert text_of("self-speculative", "both", draft_text=(7, 8)) == (7, 8)
+    for mode, source, message in (
+        ("auto", "early-exit", "a draft text is searched for n-grams"),
+        ("self-speculative", None, "a draft text is searched for n-grams"),
+        ("plain", None, "plain decoding has no exit layer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            text_of(mode, source, draft_text=(7, 8))
+
+
+def test_the_exit_that_the_checkpoint_names_is_trained_to_draft():
+    for exit_layer, settings, trained in ((None, TUNED, True), (5, TUNED, True), (4, TUNED, False)):
+        assert choose("auto", exit_layer, None, settings=settings, n_layers=L).trained == trained
+    assert not choose("auto", 5, None, settings=SILENT, n_layers=L).trained
+    assert not choose("auto", None, None, "n-gram", settings=TUNED, n_layers=L).trained
+
+
 def test_the_exit_by_default_is_never_before_the_first_layer():
     assert choose("early-exit", None, None, settings=SILENT, n_layers=2) == early(1)
 

@@ -36,6 +36,7 @@ COSTS = StepCosts(
     overhead=0.0,
 )
 ADAPTIVE = dataclasses.replace(SPECULATIVE, adaptive=True, costs=COSTS)
+TEXT = (2, 0, 2, 2, 0, 2, 1, 1, 2, 0, 2, 1)  # which says otherwise than the prompt
 PLANS = {
     "plain": PLAIN,
     "fixed": SPECULATIVE,
@@ -43,7 +44,17 @@ PLANS = {
     "short head": dataclasses.replace(SPECULATIVE, draft_vocabulary=(0, 2)),
     "n-grams": dataclasses.replace(SPECULATIVE, exit_layer=None, draft_from="n-gram"),
     "both": dataclasses.replace(SPECULATIVE, draft_from="both", draft_vocabulary=(0, 2)),
-    "all together": dataclasses.replace(ADAPTIVE, draft_from="both", draft_vocabulary=(0, 2)),
+    "draft text": dataclasses.replace(
+        SPECULATIVE,
+        exit_layer=None,
+        draft_from="n-gram",
+        adaptive=True,
+        costs=COSTS,
+        draft_text=TEXT,
+    ),
+    "all together": dataclasses.replace(
+        ADAPTIVE, draft_from="both", draft_vocabulary=(0, 2), draft_text=TEXT
+    ),
 }
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 # A sound sampler falls below it once in a thousand seeds; the seeds are fixed.

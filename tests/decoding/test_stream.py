@@ -7,7 +7,7 @@ from scripted import END, TOKENIZER, WORDS, encode, words
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from layerskip.decoding.stream import TextStream, special_tokens
+from layerskip.decoding.stream import TextStream, stop_tokens
 
 
 def streamed(tokens, stop=()):
@@ -54,6 +54,12 @@ def test_bytes_that_are_no_text_do_not_block_what_follows():
     broken = encode("é")[:1]
     _, stream = streamed([*broken, *encode("abSTOPc")], ["STOP"])
     assert stream.text == "\N{REPLACEMENT CHARACTER}ab"
+
+
+def test_stop_strings_that_are_a_token_by_themselves():
+    (stop,) = encode("S")
+    assert stop_tokens(TOKENIZER, ["S", "STOP", "漢"]) == {stop}
+    assert stop_tokens(TOKENIZER, []) == frozenset()
 
 
 def test_special_tokens_have_no_text():
@@ -154,5 +160,5 @@ def test_a_space_that_stands_first_is_kept_where_a_text_goes_on():
 
 
 def test_special_tokens_by_name():
-    assert special_tokens(TOKENIZER, ("a", "<end>", "<end> ")) == {END}
-    assert special_tokens(TOKENIZER, ()) == frozenset()
+    assert stop_tokens(TOKENIZER, ("<end>", "<end> ")) == {END}
+    assert stop_tokens(TOKENIZER, ()) == frozenset()

@@ -3,11 +3,14 @@
 import json
 import warnings
 
+import gguf
+import gguf_files
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import tiny_checkpoint
+import tiny_models
 from layerskip import cli
 from layerskip.decoding import LayerSkipModel
 from layerskip.export import calibrate, open_source, to_gguf, to_hf
@@ -185,3 +188,21 @@ def test_loading_says_what_is_not_known_or_is_much(folder, tmp_path):
     (much,) = known(0.071)
     assert much.startswith("int4 costs this checkpoint 7%")
     assert "\n" not in much + unknown
+
+
+@pytest.mark.parametrize(
+    ("kind", "kinds", "is_doubted"),
+    [
+        ("Q4_1", {}, False),
+        ("Q4_0", {"blk.1.ffn_down.weight": "Q4_1", "token_embd.weight": "Q8_0"}, False),
+        ("Q4_1", {"blk.1.ffn_down.weight": "Q8_0"}, True),
+        ("F16", {}, True),
+    ],
+)
+def test_of_gguf_files_those_are_doubted_that_are_rounded(tmp_path, kind, kinds, is_doubted):
+    one, *rest = (gguf.GGMLQuantizationType[name] for name in (kind, *kinds.values()))
+    kinds = dict(zip(kinds, rest, strict=True))
+    gguf_files.write(tmp_path / "m.gguf", tiny_models.build("llama2"), kind=one, kinds=kinds)
+    assert doubts(tmp_path, "16bit") == doubts(tmp_path, "int8") == []
+    for path in (tmp_path, tmp_path / "m.gguf"):
+        assert ["--calibrate TEXT" in line for line in doubts(path, "int4")] == [True] * is_doubted

@@ -91,7 +91,15 @@ def test_a_folder_with_other_things_in_it_is_never_replaced(inside, saved, tmp_p
     assert (tmp_path / "out" / inside).exists()
 
 
-def test_an_empty_folder_is_filled(saved, tmp_path):
+def test_an_empty_folder_is_filled(saved, tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def as_on_windows(self, target):
+        if Path(target).exists():
+            raise FileExistsError(errno.EEXIST, "it is there", str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", as_on_windows)
     (tmp_path / "out").mkdir()
     to_hf(open_source(saved("llama2")), tmp_path / "out")
     assert (tmp_path / "out" / "config.json").is_file()

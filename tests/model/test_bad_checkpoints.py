@@ -1,6 +1,7 @@
 """What cannot be loaded is refused with one line that names it."""
 
 import json
+from pathlib import Path
 
 import gguf_files
 import numpy as np
@@ -119,6 +120,7 @@ def test_config_with_nonsense(folder, fields):
         (["pytorch_model.bin"], ["pytorch_model.bin", "pickle", "safetensors"]),
         ([], ["neither safetensors nor a GGUF file"]),
         (["a.gguf", "b.gguf"], ["several GGUF files"]),
+        ([f"m-0000{i}-of-00002.gguf" for i in (1, 2)], ["in parts", "llama-gguf-split --merge"]),
     ],
 )
 def test_folder_without_usable_weights(tmp_path, names, words):
@@ -233,9 +235,28 @@ def test_unsupported_rotary_scaling(folder, kind):
     refuse(folder, UnsupportedModelError, repr(kind), "llama3")
 
 
-def test_unsupported_quantization(folder):
-    change_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    refuse(folder, UnsupportedModelError, "'gptq'")
+@pytest.mark.parametrize(
+    ("fields", "how"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "by 'gptq'"),
+        ({"quantization_config": {"group_size": 64, "bits": 4}}, "in MLX's format"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "in MLX's format"),
+    ],
+    ids=["gptq", "mlx", "older mlx"],
+)
+def test_unsupported_quantization(folder, fields, how):
+    change_json(folder / "config.json", **fields)
+    refuse(folder, UnsupportedModelError, f"weights quantized {how} are not supported")
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("base", ["some/base", None])
+def test_adapter_without_its_base(tmp_path, weights, base):
+    (tmp_path / weights).touch()
+    fields = {"peft_type": "LORA", "base_model_name_or_path": base}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    named = f"its base, {base}, first" if base else "its base first"
+    refuse(tmp_path, UnsupportedModelError, f"{tmp_path} is a LoRA adapter; merge it into {named}")
 
 
 # --- GGUF
@@ -258,9 +279,23 @@ def test_file_that_is_no_gguf(file):
     refuse(file, CheckpointError, "model.gguf", "damaged or incomplete")
 
 
-def test_unsupported_architecture_of_gguf(file):
-    gguf_files.write(file, reference("llama2"), architecture="mamba")
-    refuse(file, UnsupportedModelError, "'mamba'")
+def test_tensor_kind_that_is_newer_than_gguf(file):
+    gguf_files.write(file, reference("llama2"))
+    content = bytearray(file.read_bytes())
+    kind = content.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8  # a vector's
+    content[kind : kind + 4] = (137).to_bytes(4, "little")
+    file.write_bytes(content)
+    refuse(file, UnsupportedModelError, "output_norm.weight", "(137)", "upgrade gguf")
+
+
+def test_file_that_may_not_be_read(file, monkeypatch):
+    def refused(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refused)
+    file.touch()
+    with pytest.raises(CheckpointError, match=r"model\.gguf cannot be read: Permission denied$"):
+        load(file, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("name", ["block_count", "attention.head_count", "context_length"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from layerskip.model import CheckpointError, load
-from layerskip.model.draft_vocabulary import merged, worth_drafting
+from layerskip.model.draft_vocabulary import MOST, worth_drafting
 from layerskip.model.settings import text_of_ids
 from tiny_models import COSTS, reference
 
@@ -16,7 +16,6 @@ def test_a_token_has_to_come_up_as_often_as_its_row_costs():
     counts = {5: 60, 8: 30, 2: 9, 7: 1}
     assert worth_drafting(counts, row_share=0.02, vocab_size=100) == (5, 8, 2)
     assert worth_drafting(counts, row_share=0.0, vocab_size=100) == (5, 8, 2, 7)
-    assert worth_drafting(counts, row_share=0.0, vocab_size=100, at_most=1) == (5,)
     assert worth_drafting(counts, row_share=0.5, vocab_size=100, always=[2]) == (2, 5)
 
 
@@ -26,9 +25,9 @@ def test_a_list_that_saves_little_is_none():
     assert worth_drafting({}, row_share=0.0, vocab_size=100) is None
 
 
-def test_lists_are_merged_in_order():
-    assert merged([3, 1], [1, 2, 4], at_most=3) == (3, 1, 2)
-    assert merged([3, 1], None) == (3, 1)
+def test_a_list_is_no_longer_than_is_worth_its_place():
+    counts = dict.fromkeys(range(MOST + 5), 1)
+    assert worth_drafting(counts, row_share=0.0, vocab_size=10 * MOST) == tuple(range(MOST))
 
 
 def loaded(folder, own):

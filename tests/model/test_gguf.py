@@ -5,7 +5,7 @@ import dataclasses
 import gguf_files
 import pytest
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFWriter
 
 from layerskip.model import load, rotary
 from layerskip.model.families import FAMILIES
@@ -128,11 +128,24 @@ def test_what_a_file_may_not_say(tmp_path, fields, message):
         load(tmp_path / "m.gguf", dtype=torch.float32)
 
 
-def test_a_family_that_is_not_read_from_gguf_is_refused(tmp_path):
-    """Its tensors have the names of Llama's: without a word it would answer wrongly."""
-    gguf_files.write(tmp_path / "m.gguf", reference("llama2"), architecture="granite")
+def test_a_later_part_which_names_no_architecture(tmp_path):
+    part = tmp_path / "m-00002-of-00003.gguf"
+    writer = GGUFWriter(part, "")  # names none
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="one part of several; join them with llama-gguf-split"):
+        load(part, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["granite", "gemma3", "qwen3moe", "mamba"])
+def test_a_family_that_is_not_read_from_gguf_is_refused(tmp_path, name):
+    """Granite's tensors have the names of Llama's: without a word it would answer wrongly."""
+    gguf_files.write(tmp_path / "m.gguf", reference("llama2"), architecture=name)
     with pytest.raises(
-        ValueError, match="GGUF files of granite models are not read; take safetensors"
+        ValueError,
+        match=rf"GGUF files of {name} models are not read \(llama, qwen2, qwen3 are\); take safetensors",
     ):
         load(tmp_path / "m.gguf", dtype=torch.float32)
 

@@ -278,11 +278,26 @@ def test_hub_id_is_fetched_without_pickles(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    (tmp_path / "model.safetensors").touch()
     assert resolve("owner/name") == tmp_path
     ((name, patterns),) = asked
     assert name == "owner/name"
     assert "*.safetensors" in patterns
     assert not [pattern for pattern in patterns if pattern.endswith((".bin", ".pt", "*", ".py"))]
+
+
+@pytest.mark.parametrize("fetched", [["config.json"], []])
+def test_hub_id_without_safetensors(tmp_path, monkeypatch, fetched):
+    folder = tmp_path / "snapshot"
+    for file in fetched:
+        folder.mkdir()
+        (folder / file).touch()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    with pytest.raises(
+        SourceError, match=r"owner/name has no safetensors .* download one"
+    ) as caught:
+        resolve("owner/name")
+    assert "\n" not in str(caught.value)
 
 
 def test_hub_out_of_reach_is_one_line(monkeypatch, tmp_path):
@@ -302,7 +317,9 @@ def test_any_error_of_the_hub_is_one_line(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(
-        SourceError, match="cannot be fetched from the hub: 503 Service Unavailable"
+        SourceError,
+        match="cannot be fetched from the hub: 503 Service Unavailable;"
+        " and there is no folder owner/name here",
     ):
         resolve("owner/name")
 

@@ -152,6 +152,25 @@ def test_peak_memory_does_not_grow_with_the_exits():
     assert many - one < 40 * 1024
 
 
+def test_an_exit_adds_no_more_than_the_gradient_of_its_labelled_states(monkeypatch):
+    """Nothing of the size of all exits' states is made before the backward pass."""
+    tokens, hidden, vocabulary = 64, 256, 300
+    states = {e: torch.randn(1, tokens, hidden, requires_grad=True) for e in range(8)}
+    labels = torch.randint(vocabulary, (1, tokens))
+    head = torch.nn.Linear(hidden, vocabulary, bias=False)
+    stack, sizes = torch.stack, []
+
+    def watched(tensors, *args):
+        sizes.append(stack(tensors, *args).numel())
+        return stack(tensors, *args)
+
+    monkeypatch.setattr(torch, "stack", watched)
+    weights = dict.fromkeys(states, 1.0)
+    run_with = {"chunk_tokens": 32, "vocabulary": vocabulary}
+    exit_losses(states, labels, weights, head, [head.weight], **run_with)
+    assert sizes == [8 * 4 * hidden] * 16
+
+
 def test_balancing_loss_is_transformers():
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 

@@ -59,6 +59,8 @@ def test_flat_dict_makes_the_same_configuration():
         ({"regime": "x"}, "regime is 'x'"),
         ({"learning_rte": 1}, "no setting 'learning_rte'; did you mean 'learning_rate'"),
         ({"eval_data": "x", "eval_rows": 3}, "contradict"),
+        ({"max_steps": 9, "epochs": 3}, "epochs and max_steps both say when to end"),
+        ({"variant": "LD", "fixed_exits": [2]}, "variant LD gives no exit a loss"),
         ({"eval_rows": -5}, "eval_rows is -5"),
         ({"draft_tokens": 0}, "draft_tokens is 0"),
         ({"exit_layer": 0}, "exit_layer is 0"),
@@ -83,11 +85,34 @@ def test_the_seed_is_that_of_the_skipped_rows_too():
     assert make(seed=7).effective_recipe.seed == 7
 
 
-def test_epochs_go_before_the_steps_of_a_file(tmp_path):
+@pytest.mark.parametrize(
+    ("lines", "flags", "expected"),
+    [
+        ("max-steps: 1000", {"epochs": 3}, {"max_steps": None, "epochs": 3}),
+        ("epochs: 3", {"max_steps": 9}, {"max_steps": 9, "epochs": 1}),
+        ("eval_rows: 9", {"eval_data": "x"}, {"eval_rows": 0, "eval_data": "x"}),
+        (
+            "eval_data: x\neval_split: test",
+            {"eval_rows": 9},
+            {"eval_rows": 9, "eval_data": None, "eval_split": None},
+        ),
+        ("eval_data: x\neval_split: test", {"eval_data": "y"}, {"eval_split": "test"}),
+        ("exits: [4, 8]", {"exit_every": 2}, {"exits": None, "exit_every": 2}),
+        ("exit_every: 2", {"exits": "4,8"}, {"exits": (4, 8), "exit_every": 1}),
+    ],
+)
+def test_a_flag_goes_before_what_contradicts_it_in_a_file(tmp_path, lines, flags, expected):
     file = tmp_path / "run.yaml"
-    file.write_text("model: m\ndata: d\noutput: o\nmax-steps: 1000\n")
-    config = TrainConfig.from_yaml(file, epochs=3)
-    assert (config.max_steps, config.epochs) == (None, 3)
+    file.write_text(f"model: m\ndata: d\noutput: o\n{lines}\n")
+    found = TrainConfig.from_yaml(file, **flags).as_flat_dict()
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_flags_that_contradict_each_other_are_refused_over_any_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndata: d\noutput: o\neval_rows: 9\n")
+    with pytest.raises(ValueError, match="eval_data and eval_rows contradict"):
+        TrainConfig.from_yaml(file, eval_data="x", eval_rows=3)
 
 
 def test_a_name_that_is_no_text(tmp_path):

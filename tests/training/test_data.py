@@ -8,7 +8,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from layerskip.training.data import Collator, Encoding, LeftOutWarning, encode_rows, pack_rows
 from layerskip.training.rows import read_rows
@@ -22,9 +22,11 @@ def tokenizer(model_folder):
     return AutoTokenizer.from_pretrained(model_folder)
 
 
+OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+
+
 def write(path, text):
-    openers = {".gz": gzip.open, ".xz": lzma.open}
-    with openers.get(path.suffix, open)(path, "wt") as file:
+    with OPENERS.get(path.suffix, open)(path, "wt") as file:
         file.write(text)
     return str(path)
 
@@ -48,13 +50,52 @@ def test_files_of_every_kind(tmp_path, name, text, compression):
     assert [dict(row) for _, row in rows] == ROWS
 
 
-def test_text_files_and_parquet(tmp_path):
+@pytest.mark.parametrize("compression", ["", ".gz", ".xz"])
+def test_text_files_and_parquet(tmp_path, compression):
     from datasets import Dataset
 
-    rows = list(read_rows(write(tmp_path / "a.txt", "one\ntwo\n\n\nthree\n")))
-    assert rows == [("a.txt:1", {"text": "one\ntwo\n"}), ("a.txt:5", {"text": "three\n"})]
+    path = write(tmp_path / f"a.txt{compression}", "one\ntwo\n\n\nthree\n")
+    assert list(read_rows(path)) == [
+        ("a.txt:1", {"text": "one\ntwo\n"}),
+        ("a.txt:5", {"text": "three\n"}),
+    ]
+    assert next(read_rows(path, text_field="content"))[1] == {"content": "one\ntwo\n"}
     Dataset.from_list(ROWS).to_parquet(str(tmp_path / "a.parquet"))
-    assert [dict(row) for _, row in read_rows(str(tmp_path / "a.parquet"))] == ROWS
+    packed = tmp_path / f"b.parquet{compression}"
+    with OPENERS.get(compression, open)(packed, "wb") as file:
+        file.write((tmp_path / "a.parquet").read_bytes())
+    assert list(read_rows(str(packed))) == [
+        (f"{packed.name}:{number}", row) for number, row in enumerate(ROWS, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"), [("a.parquet", 20), ("a.parquet", 500), ("a.parquet.gz", 20)]
+)
+def test_a_damaged_parquet_file_is_named(tmp_path, name, cut):
+    from datasets import Dataset
+
+    Dataset.from_list(ROWS * 50).to_parquet(str(tmp_path / "whole"))
+    whole = (tmp_path / "whole").read_bytes()
+    whole = gzip.compress(whole) if name.endswith(".gz") else whole
+    (tmp_path / name).write_bytes(whole[:cut] + whole[cut + 20 :])
+    with pytest.raises(ValueError, match=rf"{name} cannot be read as parquet: ") as error:
+        list(read_rows(str(tmp_path / name)))
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_not_there_is_said_before_a_row_is_asked_for(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"none\.jsonl does not exist"):
+        read_rows("none.jsonl")
+    with pytest.raises(ValueError, match="of no known kind"):
+        read_rows(write(tmp_path / "a.doc", "x"))
+
+    def load_dataset(*_, **__):
+        raise ValueError('Unknown split "tset"')
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r'it cannot be read: Unknown split "tset"'):
+        read_rows("some/sums", "tset")
 
 
 def test_patterns_name_several_files_and_environment_variables_folders(tmp_path, monkeypatch):
@@ -188,6 +229,21 @@ def test_templates_and_running_text(tokenizer):
     assert text["labels"] == text["input_ids"] == [*tokenizer("1 plus 2")["input_ids"], 2]
 
 
+@pytest.mark.parametrize("templates", [{"completion": "{lable}"}, {"prompt": "{txt}"}])
+def test_a_misspelt_field_is_no_row_of_another_kind(tokenizer, templates):
+    encode = Encoding(tokenizer=tokenizer, **templates)
+    messages = [{"role": "user", "content": "1"}, {"role": "model", "content": "2"}]
+    for row in ({"text": "1 plus 2", "label": "3"}, {"messages": messages, "label": "3"}):
+        with pytest.raises(ValueError, match=r"row 7 has the fields .*'label'.*\{(lable|txt)\}"):
+            encode("row 7", row)
+
+
+def test_templates_go_before_a_conversation_in_the_same_row(tokenizer):
+    row = {"messages": [{"role": "user", "content": "1"}], "a": "1 plus 2 is", "b": "3"}
+    encode = Encoding(tokenizer=tokenizer, prompt="{a}", completion="{b}")
+    assert encode("x", row) == Encoding(tokenizer=tokenizer)("x", ROWS[0])
+
+
 def test_the_answer_of_a_conversation_has_labels(tokenizer):
     messages = [{"role": "user", "content": "1 plus 2"}, {"role": "model", "content": "3"}]
     row = Encoding(tokenizer=tokenizer)("x", {"messages": messages, "prompt": None})
@@ -226,9 +282,28 @@ def test_packing_and_padding():
     assert "attention_mask" not in batch
     assert batch["position_ids"][1].tolist() == [0, 1, 2, 3, 0]
     assert batch["labels"][1, 4] == -100
+    assert Collator(0)([*packed, *pack_rows(rows[:1], 6)])["position_ids"][2, 3:].tolist() == [0, 0]
     padded = Collator(0)(rows)
     assert padded["attention_mask"].sum(1).tolist() == [3, 2, 4]
     assert padded["input_ids"].shape == (3, 4)
+
+
+def test_a_model_of_few_positions_takes_the_padding_of_a_long_row():
+    """Learned positions end where the model's end, which a short last row must not go beyond."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=2, use_cache=False,
+        bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).eval()
+    rows = [{"input_ids": [5, 6, 7] * 2, "labels": [5, 6, 7] * 2}] * 4
+    packed = pack_rows(rows, 18)
+    assert [len(row["input_ids"]) for row in packed] == [18, 6]
+    batch = Collator(0)(packed)
+    alone = model(torch.tensor([rows[0]["input_ids"]])).logits[0]
+    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+    for row, start in ((0, 0), (0, 12), (1, 0)):
+        torch.testing.assert_close(logits[row, start : start + 6], alone, rtol=1e-5, atol=1e-6)
 
 
 def test_length_groups_are_the_same_each_time_and_differ_by_epoch():

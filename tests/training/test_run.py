@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from layerskip import LayerSkipModel
 from layerskip.training import LayerSkipTrainer, TrainConfig, train
 from layerskip.training.callbacks import read_log
+from layerskip.training.checkpoints import last_checkpoint
 from layerskip.training.errors import NonFiniteLossError, UnwrittenCheckpointError
-from layerskip.training.trainer import last_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -55,6 +56,16 @@ def assert_same_weights(one, other):
         assert torch.equal(one[name], other[name]), name
 
 
+def test_what_labels_repeat_is_kept_where_that_is_asked_for(settings, tmp_path):
+    rows = [{"prompt": f"{i} plus 1 is", "completion": f" more than {i} , I say"} for i in range(9)]
+    data = tmp_path / "alike.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run(settings, data=str(data), keep_draft_text=True, max_steps=1)
+    model = LayerSkipModel.from_pretrained(result.output, dtype="float32")
+    assert model.settings.draft_text
+    assert "I say" in model.tokenizer.decode(model.settings.draft_text)
+
+
 def test_the_result_is_an_ordinary_checkpoint(settings):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -67,6 +78,7 @@ def test_the_result_is_an_ordinary_checkpoint(settings):
     assert generation["num_assistant_tokens"] == 4
     assert model.generation_config.assistant_early_exit == 2
     assert model.generation_config.layerskip == generation["layerskip"]
+    assert "draft_text" not in generation["layerskip"]  # rows stay where they are unless asked for
     inputs = tokenizer("3 plus 4 is", return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 1
     logs = read_log(result.output / "train_log.jsonl")
@@ -111,7 +123,10 @@ def interrupted(monkeypatch):
     return interrupt
 
 
-@pytest.mark.parametrize("changes", [{}, {"accumulation": 2}, {"packing": True, "max_length": 24}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"accumulation": 2}, {"packing": True, "max_length": 24}, {"lora_rank": 2}],
+)
 def test_resume_is_bit_for_bit(settings, tmp_path, interrupted, changes):
     changes = {**changes, "max_steps": 40, "save_steps": 15, "keep_checkpoints": 9}
     whole = run(settings, **changes)
@@ -123,6 +138,27 @@ def test_resume_is_bit_for_bit(settings, tmp_path, interrupted, changes):
     assert_same_weights(whole.output, half)
     steps = [log["step"] for log in read_log(half / "train_log.jsonl") if "loss" in log]
     assert steps == sorted(set(steps))
+
+
+def test_a_resume_goes_on_with_the_learning_rate_and_weight_decay_of_now(
+    settings, interrupted, monkeypatch
+):
+    changes = {"scheduler": "linear", "log_steps": 1, "max_steps": 8, "weight_decay": 0.1}
+    interrupted(settings, 6, **changes)
+    seen = []
+
+    def watched(self, *args, **kwargs):
+        seen.append([group["weight_decay"] for group in self.optimizer.param_groups])
+        return plain(self, *args, **kwargs)
+
+    plain = LayerSkipTrainer.training_step
+    monkeypatch.setattr(LayerSkipTrainer, "training_step", watched)
+    run(settings, **{**changes, "learning_rate": 1e-4, "weight_decay": 0.2}, resume=True)
+    log = read_log(Path(settings["output"]) / "train_log.jsonl")
+    rates = [line["learning_rate"] for line in log if "loss" in line]
+    shares = [1 - step / 8 for step in range(8)]
+    assert rates == pytest.approx([1e-3 * s for s in shares[:4]] + [1e-4 * s for s in shares[4:]])
+    assert seen == [[0.2, 0.0]] * 4
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 6}, {"epochs": 1.0}])
@@ -262,6 +298,7 @@ def test_a_loss_that_is_not_finite_stops_training(settings):
 
 
 def test_lora_is_merged_and_kept_beside(settings, model_folder):
+    import peft
     from transformers import AutoModelForCausalLM
 
     result = run(settings, lora_rank=4)
@@ -269,7 +306,23 @@ def test_lora_is_merged_and_kept_beside(settings, model_folder):
     trained, before = weights(result.output), weights(model_folder)
     assert trained.keys() == before.keys()
     assert any(not torch.equal(trained[name], before[name]) for name in before)
-    AutoModelForCausalLM.from_pretrained(result.output)
+    merged = AutoModelForCausalLM.from_pretrained(result.output)
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    both = peft.PeftModel.from_pretrained(base, result.output / "adapter")
+    tokens = torch.arange(4, 20)[None]
+    torch.testing.assert_close(merged(tokens).logits, both(tokens).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_tensorboard_is_told_of_every_exit(settings):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = run(settings, fixed_exits=[2], curriculum="none")
+    [written] = (result.output / "runs").rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(written)).Reload()
+    logs = [log for log in read_log(result.output / "train_log.jsonl") if "loss" in log]
+    for name in ("loss", "loss_exit_2", "accuracy_exit_4"):
+        told = {event.step: event.value for event in events.Scalars(f"train/{name}")}
+        assert told == pytest.approx({log["step"]: log[name] for log in logs})
 
 
 def test_from_scratch_and_gradient_checkpointing(settings, model_folder):
@@ -297,6 +350,9 @@ def test_seeds_repeat_a_run(settings, tmp_path):
         ({"eval_exits": [9], "eval_rows": 4}, r"eval_exits names \[9\]"),
         ({"eval_exits": [2]}, "eval_exits needs rows to evaluate on"),
         ({"eval_steps": 2}, "eval_steps needs rows to evaluate on"),
+        ({"scheduler": "greedy"}, "there is no scheduler 'greedy'"),
+        ({"scheduler": "reduce_lr_on_plateau"}, "there is no scheduler"),
+        ({"eval_data": "none.jsonl"}, "none.jsonl does not exist"),
         ({"scheduler": "cosin"}, "there is no scheduler 'cosin'; there are: linear"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),
         ({"max_length": 2}, "no row of .* has a label within max_length = 2"),
@@ -314,6 +370,49 @@ def test_bad_input_is_one_line_before_training(settings, changes, message):
         run(settings, **changes)
     assert "\n" not in str(error.value)
     assert last_checkpoint(settings["output"]) is None
+
+
+def test_what_does_not_fit_is_said_before_the_rows_are_read(settings, monkeypatch):
+    def attach(*_):
+        raise ValueError("this model's layers do not work so")
+
+    def encode_rows(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("layerskip.training.run.attach", attach)
+    monkeypatch.setattr("layerskip.training.run.encode_rows", encode_rows)
+    with pytest.raises(ValueError, match="layers do not work so"):
+        run(settings)
+    with pytest.raises(ValueError, match=r"held_out\.jsonl does not exist"):
+        run(settings, eval_data="held_out.jsonl")
+
+
+def test_a_full_disk_at_the_tokenizer_loses_nothing(settings, monkeypatch):
+    """Its library raises a bare Exception."""
+    folder = Path(settings["output"])
+    plain = PreTrainedTokenizerFast.save_pretrained
+
+    def full_at(name):
+        def save(self, where, *args, **kwargs):
+            if Path(where).name == name:
+                raise Exception("No space left on device\n(os error 28)")
+            return plain(self, where, *args, **kwargs)
+
+        return save
+
+    for name, message in (
+        ("checkpoint-4", "the checkpoint of step 4"),
+        (".incomplete", "the result of step 6"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(PreTrainedTokenizerFast, "save_pretrained", full_at(name))
+            with pytest.raises(UnwrittenCheckpointError) as error:
+                run(settings, resume=True)
+        assert str(error.value).startswith(f"{message} could not be written to {folder} (No space")
+        assert f"good checkpoint is {last_checkpoint(folder)}. Make room" in str(error.value)
+        assert "\n" not in str(error.value)
+        assert not (folder / ".incomplete").exists()
+    assert run(settings, resume=True).steps == 6
 
 
 def test_a_result_that_cannot_be_written_leaves_the_checkpoint(settings, monkeypatch):
@@ -390,8 +489,10 @@ def test_a_full_disk_at_the_log_names_the_step(settings, monkeypatch):
         return plain_open(path, mode, *how, **more)
 
     monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(UnwrittenCheckpointError, match=r"at step 2 .*go on with --resume"):
-        run(settings)
+    with pytest.raises(
+        UnwrittenCheckpointError, match=r"log of step 3 .*checkpoint-2\. .*go on with --resume"
+    ):
+        run(settings, log_steps=3)
 
 
 def test_the_last_evaluation_is_made_once(settings):
@@ -414,6 +515,37 @@ def test_a_pickle_is_not_read(settings, model_folder, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"could not be loaded: .*safetensors"):
         run(settings, model=str(folder))
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_gguf_files_are_refused_unread(settings, tmp_path, is_folder):
+    file = tmp_path / "models" / "m.gguf"
+    file.parent.mkdir()
+    file.touch()
+    named = file.parent if is_folder else file
+    with pytest.raises(
+        ValueError, match=f"^GGUF files cannot be trained: make a folder of {named} "
+    ):
+        run(settings, model=str(named))
+
+
+def test_an_adapter_alone_is_refused(settings, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    with pytest.raises(ValueError, match=r"is a LoRA adapter; merge it into its base, some/base,"):
+        run(settings, model=str(tmp_path))
+
+
+@pytest.mark.parametrize("changes", [{}, {"from_scratch": True}])
+def test_quantized_weights_are_refused_before_the_data_are_read(
+    settings, model_folder, tmp_path, monkeypatch, changes
+):
+    shutil.copytree(model_folder, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    fields = {**json.loads(file.read_text()), "quantization_config": {"quant_method": "gptq"}}
+    file.write_text(json.dumps(fields))
+    monkeypatch.delattr("layerskip.training.run._load_data")
+    with pytest.raises(ValueError, match=r"^weights quantized by 'gptq' are not supported$"):
+        run(settings, model=str(tmp_path / "model"), **changes)
 
 
 def test_a_full_disk_at_the_weights_is_said_too(settings, monkeypatch):

@@ -1,12 +1,13 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from layerskip.recipe import RecipeConfig, attach
-from layerskip.training import LayerSkipMixin, LayerSkipTrainer, RecipeCallback
+from layerskip.training import LayerSkipMixin, LayerSkipTrainer, RecipeCallback, speed
 from layerskip.training.data import Collator
 from trainer_setup import arguments, rows
 
@@ -176,6 +177,58 @@ def test_the_mixin_gives_trl_the_recipe(model_folder, tmp_path):
     mean = sum(w * logged[0][f"loss_exit_{e}"] for e, w in weights.items())
     assert logged[0]["loss"] == pytest.approx(mean, rel=1e-3)
     assert "eval_loss_exit_2" in trainer.evaluate()
+
+
+class Clock:
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+def test_evaluations_and_saving_are_no_time_of_training(model_folder, tmp_path, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(speed, "time", clock)
+
+    def slowed(name, seconds):
+        plain = getattr(LayerSkipTrainer, name)
+
+        def call(self, *args, **kwargs):
+            clock.now += seconds
+            return plain(self, *args, **kwargs)
+
+        monkeypatch.setattr(LayerSkipTrainer, name, call)
+
+    slowed("training_step", 1)
+    slowed("prediction_step", 100)
+    slowed("_write_checkpoint", 100)
+    often = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    trainer = trainer_of(LayerSkipTrainer, model_folder, tmp_path, **often)
+    clock.now += 1000
+    trainer.train()
+    rates = [log["tokens_per_s"] for log in trainer.state.log_history if "loss" in log]
+    batches = [Collator(0)(rows()[4 * step : 4 * step + 4]) for step in range(4)]
+    assert rates == [batch["input_ids"].numel() for batch in batches]
+
+
+def test_a_clock_that_goes_back_does_not_choose_the_checkpoints_that_are_kept(
+    model_folder, tmp_path
+):
+    class Back(TrainerCallback):
+        def on_save(self, args, state, control, **_):
+            os.utime(tmp_path / f"checkpoint-{state.global_step}", (9e8, 1e9 - state.global_step))
+
+    trainer = trainer_of(
+        LayerSkipTrainer,
+        model_folder,
+        tmp_path,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=2,
+    )
+    trainer.add_callback(Back())
+    trainer.train()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
 
 
 def test_the_best_checkpoint_is_found_where_it_is(model_folder, tmp_path):

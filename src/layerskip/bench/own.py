@@ -7,9 +7,8 @@ from typing import Any
 from layerskip.bench.bandwidth import weight_bytes_read
 from layerskip.bench.measure import Run, Setting
 from layerskip.bench.memory import PeakMemory
-from layerskip.decoding import Answer, Generation, LayerSkipModel
+from layerskip.decoding import Answer, LayerSkipModel
 from layerskip.decoding.policy import Plan, choose
-from layerskip.model import Decoder
 
 BENCH_MODES = ("plain", "early-exit", "self-speculative", "auto")
 
@@ -52,36 +51,21 @@ class OwnSystem:
             ignore_eos=self._ignore_eos,
         )
         self._watch(setting, answer)
-        return run_of(
-            answer.complete(),
-            self._model.decoder,
-            draft_vocabulary=setting.draft_vocabulary,
+        made = answer.complete()
+        return Run(
+            steps=made.steps,
+            text=made.text,
+            ttft_s=made.ttft_s,
+            decode_s=made.decode_s,
             peak_memory_bytes=self.memory.read(),
+            weight_bytes_read=weight_bytes_read(
+                self._model.decoder,
+                made.steps[1:],
+                exit_layer=made.exit_layer,
+                drafting=made.mode == "self-speculative",
+                draft_vocabulary=setting.draft_vocabulary,
+            ),
         )
-
-
-def run_of(
-    made: Generation,
-    decoder: Decoder,
-    *,
-    draft_vocabulary: int | None = None,
-    peak_memory_bytes: int | None = None,
-) -> Run:
-    """What an answer of this package was like, in the terms of a comparison."""
-    return Run(
-        steps=made.steps,
-        text=made.text,
-        ttft_s=made.ttft_s,
-        decode_s=made.decode_s,
-        peak_memory_bytes=peak_memory_bytes,
-        weight_bytes_read=weight_bytes_read(
-            decoder,
-            made.steps[1:],
-            exit_layer=made.exit_layer,
-            drafting=made.mode == "self-speculative",
-            draft_vocabulary=draft_vocabulary,
-        ),
-    )
 
 
 def _options(setting: Setting) -> dict[str, Any]:
@@ -99,11 +83,12 @@ def _options(setting: Setting) -> dict[str, Any]:
 # What `auto` is told for each row of an ablation: all of it, without a part, a part alone.
 _ABLATION: dict[str, dict[str, Any]] = {
     "without n-grams": {"draft_from": "early-exit"},
+    "without draft text": {"draft_text": ()},
     "without early exit": {"draft_from": "n-gram"},
     "without short head": {"draft_vocabulary": 0},
     "without adaptive": {"adaptive": False},
     "early exit alone": {"draft_from": "early-exit", "draft_vocabulary": 0, "adaptive": False},
-    "n-grams alone": {"draft_from": "n-gram", "adaptive": False},
+    "n-grams alone": {"draft_from": "n-gram", "draft_text": (), "adaptive": False},
     "early exit and short head": {"draft_from": "early-exit", "adaptive": False},
     "early exit and adaptive": {"draft_from": "early-exit", "draft_vocabulary": 0},
 }

@@ -1,14 +1,12 @@
 """A benchmark's document as a Markdown report with pictures."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from layerskip.bench.plots import draw
 from layerskip.bench.rows import name_of
+from layerskip.model.weights import replace
 
 _TITLES = {
     "speedup.png": "Speed over plain decoding of the same system; lines are 95% intervals",
@@ -35,15 +33,9 @@ def write_report(document: dict[str, Any], folder: Path) -> Path:
         ImportError: matplotlib is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder, prefix=".report-"))
-    try:
-        pictures = draw(document, beside)
-        text = markdown(document, [picture.name for picture in pictures])
-        (beside / "report.md").write_text(text, encoding="utf-8")
-        for file in [*pictures, beside / "report.md"]:  # the text last: it refers to the pictures
-            os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(beside)
+    pictures = draw(document, folder)
+    text = markdown(document, [picture.name for picture in pictures])
+    replace(folder / "report.md", text.encode())  # last: it refers to the pictures
     return folder / "report.md"
 
 

@@ -4,6 +4,7 @@ import errno
 import importlib
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,7 @@ _COMMANDS = {
     "lens": "what every layer would have said",
     "export": "write a checkpoint for other programs",
 }
+_NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory")  # as PyTorch says it
 
 
 class _ReaderLeftError(Exception):
@@ -122,8 +124,9 @@ def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, ValueError | OSError | ImportError | click.ClickException) and text:
         return text
-    if isinstance(error, MemoryError):
-        return "out of memory; try --dtype bfloat16 or a smaller model"
+    no_memory = isinstance(error, RuntimeError) and _NO_MEMORY.search(text)
+    if isinstance(error, MemoryError) or no_memory:
+        return "out of memory; try --dtype bfloat16, --weights int8 or a smaller model"
     return f"{type(error).__name__}: {text} (--debug shows the traceback)"
 
 

@@ -35,6 +35,10 @@ def command(
     """
     options.check_output(output)
     model = options.load_model(flags)
+    if not model.has_chat_template:
+        raise ValueError(
+            f"{flags['model']} has no chat template and cannot chat; use layerskip generate"
+        )
     interactive = sys.stdin.isatty()
     if interactive:
         print(_HELP, file=sys.stderr)
@@ -62,7 +66,7 @@ def command(
             messages.append({"role": "assistant", "content": result["text"]})
             results.append(result)
     finally:  # Ctrl-C and whatever goes wrong later leave the answers so far
-        options.deliver(results, as_json=as_json, output=output)
+        options.deliver(results, as_json=as_json, output=output if results else None)
 
 
 def _answer(

@@ -77,7 +77,7 @@ def run(
         ImportError: an optional package is missing.
         ValueError: the folder is in use, or the model cannot be trained so.
     """
-    _check(folder)
+    _check(flags["model"], folder)
     rows, held_out = demo_functions.split(
         demo_functions.read(python_functions.standard_library()), HELD_OUT
     )
@@ -120,11 +120,14 @@ def run(
     }
 
 
-def _check(folder: Path) -> None:
+def _check(model: str, folder: Path) -> None:
     """Refuse what would fail after minutes of work."""
     for name in ("accelerate", "datasets"):
         if importlib.util.find_spec(name) is None:
             raise ImportError(f"--train needs {name}; run: pip install 'layerskip[train]'")
+    from layerskip.training.source import check_files
+
+    check_files(model)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another --folder, or remove it")
     folder.mkdir(parents=True, exist_ok=True)

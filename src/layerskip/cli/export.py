@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import Progress
 
 from layerskip.cli.options import (
     check_output,
@@ -17,6 +15,7 @@ from layerskip.cli.options import (
     fetch_if_builtin,
     result_options,
 )
+from layerskip.cli.progress import Report, bars
 from layerskip.export import (
     GGUF_WEIGHTS,
     HF_WEIGHTS,
@@ -115,7 +114,7 @@ def command(
       layerskip export --model my-checkpoint --to hf --weights int4 --calibrate text.txt my-int4
       layerskip export --model my-checkpoint --to difference --base smollm2-135m my.safetensors
       layerskip export --model my-checkpoint --to difference --base smollm2-135m \\
-        --bits 1 --draft-bits 4 --calibrate like-my-prompts.txt my.safetensors
+        --calibrate like-my-prompts.txt my.safetensors
     """
     check_output(output)
     _check_usage(path, to_format, weights, calibration, exit_layer, base)
@@ -133,17 +132,11 @@ def command(
     if calibration is not None and to_format == "hf":  # which rounds for minutes before it writes
         check_new_folder(path, overwrite=overwrite)
     write = _writer(to_format, weights, base, of_difference)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with bars() as report:
         if calibration is not None:
-            write = functools.partial(write, **_calibrated(to_format, source, calibration, bar))
-        task = bar.add_task(f"writing {path}")
-        written = write(
-            source,
-            path,
-            overwrite=overwrite,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+            write = functools.partial(write, **_calibrated(to_format, source, calibration, report))
+        writing = functools.partial(report, f"writing {path}")
+        written = write(source, path, overwrite=overwrite, progress=writing)
     result = dataclasses.asdict(written) | {"path": str(path), "source": model}
     deliver(result, as_json=as_json, output=output)
     if not as_json:
@@ -188,7 +181,7 @@ def _writer(
     )
 
 
-def _calibrated(to_format: str, source: Source, text: str, bar: Progress) -> dict[str, Any]:
+def _calibrated(to_format: str, source: Source, text: str, report: Report) -> dict[str, Any]:
     """What a writer is told of the text: its tokens, or what they made of the weights."""
     from layerskip.bench.perplexity import read_text
 
@@ -198,10 +191,7 @@ def _calibrated(to_format: str, source: Source, text: str, bar: Progress) -> dic
     tokens = tokenizer.encode(read_text(text), add_special_tokens=False, verbose=False)
     if to_format == "difference":
         return {"tokens": tokens}
-    task = bar.add_task("rounding layers")
-    made = calibrate(
-        source, tokens, lambda done, total: bar.update(task, completed=done, total=total)
-    )
+    made = calibrate(source, tokens, functools.partial(report, "rounding layers"))
     return {"calibrated": made}
 
 

@@ -7,6 +7,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from layerskip.cli.show import has_colours
 from layerskip.lens import Agreement, Report
 
 CELL = 9  # columns of the terminal that a token may take
@@ -73,7 +74,7 @@ def _block(report: Report, console: Console) -> Table:
         cells = []
         for column, place in enumerate(settled):
             symbol, p = symbols[int(lens.top_ids[row, column, 0])], lens.best(row, column)[0][1]
-            if console.color_system is None and e >= place:
+            if e >= place and not has_colours(console):
                 symbol = f"={symbol}"  # no colour tells it here
             text = _shaded(symbol, p, _AGREES if agrees[row][column] else _DIFFERS)
             if e >= place:
@@ -99,7 +100,7 @@ def _cut(text: Text, pad: bool = False) -> Text:
 
 
 def _legend(console: Console) -> Text:
-    if console.color_system is None:
+    if not has_colours(console):
         return Text(
             "= settled: from this layer up the last layer's token, and nothing changes any more"
         )

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib.util
+import inspect
 import os
 import re
 import shlex
@@ -56,6 +57,16 @@ def _vocabulary_size(ctx: click.Context, param: click.Parameter, text: Any) -> i
     if text is None or text == "none":
         return None if text is None else 0
     return int(click.IntRange(min=1).convert(text, param, ctx))
+
+
+def _draft_text(ctx: click.Context, param: click.Parameter, name: Any) -> str | None:
+    """The text of a file; "" for "none"."""
+    if name is None or name == "none":
+        return None if name is None else ""
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{name} cannot be read: {error}") from error
 
 
 debug_option = click.option(
@@ -144,6 +155,13 @@ decoding_options = _stack(
         " vocabulary), and the prompt's; none: all. Default: in auto the whole list.",
     ),
     click.option(
+        "--draft-text",
+        callback=_draft_text,
+        metavar="FILE|none",
+        help="A text that is like the answers: searched for n-grams beside prompt and answer. Default:"
+        " in auto the checkpoint's.",
+    ),
+    click.option(
         "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N"
     ),
     click.option(
@@ -191,23 +209,6 @@ view_options = _stack(
 answering_options = _stack(
     model_options, decoding_options, view_options, result_options, debug_option
 )
-DECODING_FIELDS = [
-    "mode",
-    "exit_layer",
-    "draft_tokens",
-    "draft_from",
-    "adaptive",
-    "draft_vocabulary",
-    "max_new_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-    "stop",
-    "ignore_eos",
-]
 
 
 def load_model(flags: dict[str, Any]) -> LayerSkipModel:
@@ -259,18 +260,14 @@ def say(what: str) -> None:
 
 def decoding_arguments(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags of `decoding_options` as arguments of `LayerSkipModel.answer`."""
-    return {name: flags[name] for name in DECODING_FIELDS}
+    known = inspect.signature(LayerSkipModel.answer).parameters
+    return {name: value for name, value in flags.items() if name in known}
 
 
-@contextlib.contextmanager
-def waiting(what: str) -> Iterator[None]:
+def waiting(what: str) -> contextlib.AbstractContextManager[Any]:
     """A spinner on stderr, where that is a terminal."""
     console = Console(stderr=True)
-    if console.is_terminal:
-        with console.status(what):
-            yield
-    else:
-        yield
+    return console.status(what) if console.is_terminal else contextlib.nullcontext()
 
 
 def deliver(result: Any, *, as_json: bool, output: Path | None) -> None:

@@ -13,7 +13,7 @@ DRAFTED_COLOUR = "green"
 
 def show_pieces(pieces: Iterable[Piece], *, show_draft: bool) -> None:
     """Write an answer to stdout as it arrives, marked by origin where that was asked for."""
-    coloured = show_draft and _has_colours()
+    coloured = show_draft and has_colours(Console())
     for piece in pieces:
         marked = show_draft and piece.drafted and piece.text
         sys.stdout.write(_marked(piece.text, coloured) if marked else piece.text)
@@ -24,11 +24,14 @@ def show_pieces(pieces: Iterable[Piece], *, show_draft: bool) -> None:
 
 def show_legend() -> None:
     """Say on stderr what the marks of `show_pieces` mean."""
-    click.echo(f"{_marked('drafted and accepted', _has_colours())} · the model's own", err=True)
+    click.echo(
+        f"{_marked('drafted and accepted', has_colours(Console()))} · the model's own", err=True
+    )
 
 
-def _has_colours() -> bool:
-    return Console().color_system is not None
+def has_colours(console: Console) -> bool:
+    """Whether colours are seen there: it is a terminal that has them, and NO_COLOR is not set."""
+    return console.color_system is not None and not console.no_color
 
 
 def _marked(text: str, coloured: bool) -> str:

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -53,6 +53,19 @@ def _help(field: Any) -> str:
     return f"{text}  [default: {field.default}]" if is_plain and "default" not in text else text
 
 
+def _without_effect(given: Mapping[str, Any], recipe: RecipeConfig) -> list[str]:
+    """A line for each flag that the recipe does not look at."""
+    if recipe.variant == "LD":
+        unused, cause = ["curriculum", "rotation", "exits", "exit_every"], "--variant LD"
+    else:
+        unused = {"rotational": [], "none": ["rotation", "exits", "exit_every"]}.get(
+            recipe.curriculum, ["rotation"]
+        )
+        cause = f"--curriculum {recipe.curriculum}"
+    flags = [f"--{name.replace('_', '-')}" for name in unused if name in given]
+    return [f"{flag} has no effect with {cause}" for flag in flags]
+
+
 @click.command("train")
 @click.argument(
     "config", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -85,6 +98,9 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, accelerate launch
+    if is_first:
+        for line in _without_effect(given, settings.effective_recipe):
+            click.echo(f"layerskip: {line}", err=True)
     with options.warnings_in_one_line(), TrainProgress(is_shown=is_first) as progress:
         result = train(settings, progress)
     if not is_first:

@@ -64,6 +64,11 @@ _COLUMNS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # draft lengths that a terminal ha
     is_flag=True,
     help="Run every pair for real, not the best three alone. This takes long: keep --samples few.",
 )
+@click.option(
+    "--keep-draft-text",
+    is_flag=True,
+    help="Write the answers into the checkpoint too, for mode auto to search them for n-grams.",
+)
 @click.option("--dry-run", is_flag=True, help="Tell, and write nothing into the checkpoint.")
 @click.option(
     "--report",
@@ -80,6 +85,7 @@ def command(
     max_draft_tokens: int,
     exit_layers: list[int] | None,
     grid: bool,
+    keep_draft_text: bool,
     dry_run: bool,
     report: Path | None,
     as_json: bool,
@@ -135,6 +141,7 @@ def command(
             record=tuning.record(),
             costs=tuning.step_costs,
             draft_vocabulary=tuning.draft_vocabulary,
+            draft_text=tuning.draft_text if keep_draft_text else None,
         )
     pictures = []
     try:

@@ -10,7 +10,7 @@ from layerskip.decoding.generate import Ending, Step, generate
 from layerskip.decoding.generation import FinishReason, Generation
 from layerskip.decoding.policy import Plan
 from layerskip.decoding.sampling import Sampling
-from layerskip.decoding.stream import TextStream, special_tokens
+from layerskip.decoding.stream import TextStream, stop_tokens
 
 if TYPE_CHECKING:
     from layerskip.decoding.language_model import LayerSkipModel
@@ -51,7 +51,7 @@ class Answer:
         self._text = None
         if model.tokenizer is not None:
             self._text = TextStream(model.tokenizer, stop, prompt if continues else ())
-            self._end_tokens |= special_tokens(model.tokenizer, stop)
+            self._end_tokens |= stop_tokens(model.tokenizer, stop)
         elif stop:
             raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
         self._unread: list[int] = []  # tokens whose text nobody has needed yet

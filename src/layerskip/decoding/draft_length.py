@@ -6,7 +6,10 @@ time brings on average, draft one more while its probability of being accepted i
 it costs. R and the probabilities are learned as the answer goes on, from tokens and known costs alone.
 """
 
-from collections.abc import Sequence
+import itertools
+import math
+import operator
+from collections.abc import Iterable, Sequence
 
 from layerskip.decoding.draft_costs import DraftCosts
 
@@ -19,6 +22,8 @@ _NGRAM_PRIOR = 2.0
 # How often a draft of an early exit that was ever right is right, before anything else is learned.
 BELIEF, _BELIEF_WEIGHT = 0.8, 2.0
 _MEMORY = 0.95  # of tokens and times, a round
+# Tokens that are risked before a draft was ever right: of any exit; of one that was trained to draft.
+RISK, TRAINED_RISK = 1, 4
 _FIRST_REST, _LONGEST_REST = 4, 64
 
 
@@ -82,16 +87,17 @@ class DraftLength:
     Args:
         costs: in units of a plain step.
         pace: of all rounds of this answer; who owns it tells it of those without an early exit.
+        risk: how far the first drafts may go, until one was right.
     """
 
-    def __init__(self, costs: DraftCosts, pace: Pace | None = None) -> None:
+    def __init__(self, costs: DraftCosts, pace: Pace | None = None, risk: int = RISK) -> None:
         self._costs, self._pace = costs, pace or Pace()
         # Accepted and judged drafts by the draft's confidence; at first the confidence is believed.
         self._accepted = [_PRIOR * (i + 0.5) / _BINS for i in range(_BINS)]
         self._judged = [_PRIOR] * _BINS
         # The same over all drafts, whatever their confidence.
         self._right, self._seen = BELIEF * _BELIEF_WEIGHT, _BELIEF_WEIGHT
-        self._proven = False  # whether a draft was ever accepted; until then one token is risked
+        self._proven, self._risk = False, risk  # whether a draft was ever accepted
         self._own, self._rests = Pace(), Rests()
         # What is compared with n-grams: rounds that were drafted here, and no others.
         self._drafting = Pace(plain_rounds=0.0)
@@ -131,7 +137,7 @@ class DraftLength:
     @property
     def ends(self) -> bool:
         """Whether the draft ends here, before another token is scored."""
-        return bool(self._confidences) and not self._proven
+        return not self._proven and len(self._confidences) >= self._risk
 
     def follow(self, chances: Sequence[float]) -> int:
         """How many further tokens stand behind this draft, in place of drafting on; 0 = draft on.
@@ -211,10 +217,21 @@ class BatchLength:
         self._seen = _MEMORY * self._seen + sum(min(n + 1, drafted) for n in accepted) + 1e-3
 
 
-class NgramLength:
-    """Decides how many of an n-gram's tokens are drafted, from how long the match is.
+def by_match(match: int, n: int) -> list[int]:
+    """What speaks for each of n tokens that followed a match: how long it is, one longer for each."""
+    return [min(match + i, len(_NGRAM_BELIEFS) - 1) for i in range(n)]
 
-    Every further token stands after a match that is one longer, if all before it were right.
+
+def by_share(shares: Iterable[float]) -> list[int]:
+    """What speaks for tokens of a draft text: how often just they came next there, of all times."""
+    return [len(_NGRAM_BELIEFS) + _bin(share) for share in shares]
+
+
+class NgramLength:
+    """Decides how many of an n-gram's tokens are drafted, from what speaks for each.
+
+    Evidence is a list with a number for each token, of `by_match` or `by_share`; how often tokens with
+    the same number were right is learned. Every further token counts only if all before it were right.
 
     Args:
         costs: in units of a plain step; drafting is free, only verification costs.
@@ -223,25 +240,30 @@ class NgramLength:
 
     def __init__(self, costs: DraftCosts, pace: Pace) -> None:
         self._costs, self._pace = costs, pace
-        self._accepted = [_NGRAM_PRIOR * belief for belief in _NGRAM_BELIEFS]
-        self._judged = [_NGRAM_PRIOR] * len(_NGRAM_BELIEFS)
+        beliefs = (*_NGRAM_BELIEFS, *((i + 0.5) / _BINS for i in range(_BINS)))
+        self._accepted = [_NGRAM_PRIOR * belief for belief in beliefs]
+        self._judged = [_NGRAM_PRIOR] * len(beliefs)
         self._own, self._rests = Pace(), Rests()
-        self._match = self._drafted = 0
-        self._followed_match = self._followed = 0
+        self._evidence: Sequence[int] = ()
+        self._drafted = self._followed = 0
+        self._of_followed: Sequence[int] = ()
 
-    def choose(self, match: int, limit: int, rival: float = 0.0) -> int:
+    def expected(self, evidence: Sequence[int]) -> float:
+        """How many of the tokens are right, on average."""
+        return math.fsum(itertools.accumulate(self._chances(evidence), operator.mul))
+
+    def choose(self, evidence: Sequence[int], rival: float = 0.0) -> int:
         """How many tokens to draft; 0 = leave this round to others.
 
         Args:
-            match: tokens that stood so before.
-            limit: tokens proposed.
+            evidence: for each token proposed.
             rival: what another way of this round brings beyond its time's worth, in tokens.
         """
-        self._match, self._drafted, self._followed = match, 0, 0
+        self._evidence, self._drafted, self._followed = evidence, 0, 0
         rate, survival, tokens = self._pace.rate, 1.0, 1.0
         best = max(rival, 1.0 - rate)
-        for n in range(1, limit + 1):
-            survival *= self._chance(match + n - 1)
+        for n, chance in enumerate(self._chances(evidence), 1):
+            survival *= chance
             tokens += survival
             gain = tokens - rate * self._costs.over(n + 1)
             if gain > best:
@@ -255,36 +277,32 @@ class NgramLength:
         if not self._drafted:
             self._pace.learn(1, 1.0)
             return
-        self._judge(self._match, self._drafted, accepted)
+        self._judge(self._evidence[: self._drafted], accepted)
         time = self._costs.over(self._drafted + 1)
         self._pace.learn(accepted + 1, time)
         self._own.learn(accepted + 1, time)
         self._rests.learn(self._own.pays)
 
-    def follow(self, match: int, limit: int, draft: DraftLength) -> int:
+    def follow(self, evidence: Sequence[int], draft: DraftLength) -> int:
         """How many tokens stand behind an early exit's draft, whose last ones match; 0 = none."""
-        self._followed_match = match
-        self._followed = draft.follow([self._chance(match + i) for i in range(limit)])
+        self._of_followed = evidence
+        self._followed = draft.follow(self._chances(evidence))
         return self._followed
 
     def learn_followed(self, accepted: int) -> None:
         """Take note of how many of them were accepted; below 0 the draft before them was not."""
         if accepted >= 0:
-            self._judge(self._followed_match, self._followed, accepted)
+            self._judge(self._of_followed[: self._followed], accepted)
 
-    def _judge(self, match: int, drafted: int, accepted: int) -> None:
-        for i in range(min(drafted, accepted + 1)):
-            at = _length_bin(match + i)
+    def _judge(self, evidence: Sequence[int], accepted: int) -> None:
+        for i, at in enumerate(
+            evidence[: accepted + 1]
+        ):  # what comes after a miss was never judged
             self._judged[at] += 1
             self._accepted[at] += i < accepted
 
-    def _chance(self, match: int) -> float:
-        at = _length_bin(match)
-        return self._accepted[at] / self._judged[at]
-
-
-def _length_bin(match: int) -> int:
-    return min(match, len(_NGRAM_BELIEFS) - 1)
+    def _chances(self, evidence: Sequence[int]) -> list[float]:
+        return [self._accepted[at] / self._judged[at] for at in evidence]
 
 
 def _bin(confidence: float) -> int:

@@ -1,7 +1,7 @@
 """Where drafts come from."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -90,6 +90,7 @@ class EarlyExitDrafter:
         sampling: of the answer.
         head: the exit, if it is not the decoder's own.
         length: decides how far to draft; None = as far as is asked for. For one row only.
+        end_tokens: where a draft that decides its own length ends; there is nothing behind them.
 
     Attributes:
         follow: given the drafted tokens and how many more there may be, what shall stand behind them.
@@ -106,9 +107,10 @@ class EarlyExitDrafter:
         sampling: Sampling,
         head: ShortHead | None = None,
         length: DraftLength | None = None,
+        end_tokens: Collection[int] = (),
     ) -> None:
         self.decoder, self.exit_layer, self.sampling = decoder, exit_layer, sampling
-        self.head, self.length = head, length
+        self.head, self.length, self.end_tokens = head, length, end_tokens
         self.follow: Follow | None = None
 
     def settle(self, tokens: Sequence[int], accepted: int) -> None:
@@ -136,6 +138,8 @@ class EarlyExitDrafter:
                 refused = True
                 return False
             ids.append(token)
+            if token in self.end_tokens:
+                return False
             if follow is not None and len(ids) < n:
                 behind = follow(ids, n - len(ids))
             return not behind and not (length is not None and length.ends)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from layerskip.decoding.accept import accept
 from layerskip.decoding.draft_costs import DraftCosts
-from layerskip.decoding.draft_length import DraftLength, NgramLength, Pace
+from layerskip.decoding.draft_length import RISK, TRAINED_RISK, DraftLength, NgramLength, Pace
 from layerskip.decoding.drafters import Draft, Drafter, EarlyExitDrafter
-from layerskip.decoding.ngram import NgramDrafter
+from layerskip.decoding.ngram import DraftText, NgramDrafter
 from layerskip.decoding.policy import Plan
 from layerskip.decoding.sampling import Sampling, TokenHistory, next_token, seeded_generator
 from layerskip.decoding.short_head import ShortHead
@@ -142,7 +142,8 @@ def _until_the_end(
     seed: int | None,
 ) -> Generator[Step]:
     capacity = len(prompt) + ending.limit - 1  # no layer sees the last new token
-    session = _Session(decoder, prompt, plan, sampling, capacity=capacity, seed=seed)
+    ends = ending.end_tokens
+    session = _Session(decoder, prompt, plan, sampling, ends, capacity=capacity, seed=seed)
     for step in session.steps(ending.limit):
         yield ending.cut(step)
         if ending.reached:
@@ -174,11 +175,13 @@ class _Session:
         prompt: Sequence[int],
         plan: Plan,
         sampling: Sampling,
+        end_tokens: Collection[int],
         *,
         capacity: int,
         seed: int | None,
     ) -> None:
         self.decoder, self.plan, self.sampling = decoder, plan, sampling
+        self.end_tokens = end_tokens  # nothing is drafted beyond them
         self.prompt = torch.tensor([list(prompt)], device=decoder.device)
         self.cache = decoder.new_cache(capacity)
         self.history = (
@@ -244,12 +247,16 @@ class _Session:
             )
         if plan.draft_from != "n-gram":
             assert plan.exit_layer is not None
-            length = None if costs is None else DraftLength(costs, pace)
-            early_exit = EarlyExitDrafter(decoder, plan.exit_layer, self.sampling, head, length)
+            risk = TRAINED_RISK if plan.trained else RISK
+            length = None if costs is None else DraftLength(costs, pace, risk)
+            early_exit = EarlyExitDrafter(
+                decoder, plan.exit_layer, self.sampling, head, length, self.end_tokens
+            )
             if plan.draft_from == "early-exit":
                 return early_exit
         ngrams = None if costs is None else NgramLength(costs, pace)
-        return NgramDrafter(decoder, self.sampling, prompt, early_exit, ngrams)
+        text, ends = DraftText.of(plan.draft_text), self.end_tokens
+        return NgramDrafter(decoder, self.sampling, prompt, early_exit, ngrams, ends, text)
 
     def _accept(self, draft: Draft, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """How many drafted tokens stand [B], and the model's own token after them [B, 1]."""

@@ -14,17 +14,16 @@ from layerskip.decoding.answer import Answer
 from layerskip.decoding.batch import Batch, alike, can_batch
 from layerskip.decoding.draft_costs import time_rows
 from layerskip.decoding.generation import Generation
+from layerskip.decoding.placement import device_of, dtype_of, prepared
 from layerskip.decoding.policy import choose, for_batch
 from layerskip.decoding.sampling import Sampling
-from layerskip.model import Architecture, Checkpoint, Decoder, Settings, load, native, resolve
+from layerskip.model import Checkpoint, Decoder, Settings, load, resolve
 from layerskip.model.machine import machine
 from layerskip.model.published import with_defaults
 from layerskip.model.quantize import bits_of
-from layerskip.model.rounding import warn_of_rounding
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class LayerSkipModel:
@@ -69,16 +68,14 @@ class LayerSkipModel:
             ValueError: the model cannot be found, read, or is not supported; or a bad argument.
         """
         bits_of(weights)  # before a download
-        place = _device(device)
+        place = device_of(device)
         name = str(name_or_path)
-        path = resolve(name)
-        warn_of_rounding(path, weights)
         checkpoint = load(
-            path,
-            dtype=_dtype(dtype),
+            resolve(name),
+            dtype=dtype_of(dtype),
             device=place,
             weights=weights,
-            compiled=partial(_prepared, compile, _dtype(dtype), place, announce),
+            compiled=partial(prepared, compile, dtype_of(dtype), place, announce),
         )
         decoder = checkpoint.decoder
         settings = with_defaults(name, checkpoint.settings).measured_for(
@@ -169,6 +166,7 @@ class LayerSkipModel:
         draft_from: str | None = None,
         adaptive: bool | None = None,
         draft_vocabulary: int | Sequence[int] | None = None,
+        draft_text: str | Sequence[int] | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -196,6 +194,8 @@ class LayerSkipModel:
                 tokens, or how many: then the first of the checkpoint's list or, where it has none, of
                 the vocabulary, which byte-pair encodings sort by frequency. 0: all. None: in auto the
                 checkpoint's list, else all. Fewer make a cheaper draft, never another answer.
+            draft_text: a text that is like the answers, or its token ids, which is searched for n-grams
+                beside prompt and answer; "" or (): none. None: in auto the checkpoint's, else none.
             max_new_tokens: 1 or more.
             temperature: 0 is greedy. This and the next four: see `Sampling`.
             top_k: see `Sampling`.
@@ -220,6 +220,7 @@ class LayerSkipModel:
             draft_from,
             adaptive,
             self._draft_vocabulary(draft_vocabulary),
+            self._draft_text(draft_text),
             settings=self.settings,
             n_layers=len(self.decoder.layers),
         )
@@ -257,6 +258,17 @@ class LayerSkipModel:
         if not ids or min(ids) < 0 or max(ids) >= size:
             raise ValueError(f"the draft vocabulary has to be 1 or more tokens, of 0 to {size - 1}")
         return tuple(sorted({*ids, *(token for token in self.end_tokens if token < size)}))
+
+    def _draft_text(self, wanted: str | Sequence[int] | None) -> tuple[int, ...] | None:
+        """Token ids; () = no text, None = left open."""
+        if not wanted:
+            return None if wanted is None else ()
+        if isinstance(wanted, str) and self.tokenizer is not None:
+            return tuple(self.tokenizer.encode(wanted, add_special_tokens=False, verbose=False))
+        ids, size = tuple(self.tokenize(wanted)), self.decoder.architecture.vocab_size
+        if min(ids) < 0 or max(ids) >= size:
+            raise ValueError(f"a draft text has to be a text, or token ids of 0 to {size - 1}")
+        return ids
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.
@@ -299,52 +311,3 @@ def _is_batch(prompt: Any) -> bool:
     return isinstance(prompt, list | tuple) and isinstance(
         next(iter(prompt), None), str | list | tuple
     )
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"the device {device!r} is unknown; use cpu or cuda") from error
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"the device {device} is not available here; use cpu")
-    if place.type not in ("cpu", "cuda"):
-        raise ValueError(f"the device {device!r} is not supported; use cpu or cuda")
-    return place
-
-
-def _prepared(
-    wanted: bool | None,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    announce: Callable[[str], None],
-    architecture: Architecture,
-) -> bool:
-    """Whether the compiled kernels are to be used, and are there."""
-    dtype = torch.bfloat16 if dtype is None else dtype  # which they make the default
-    if wanted is False or not (known := native.supports(architecture, dtype, device)):
-        if wanted and not known:
-            raise ValueError(
-                f"the compiled kernels have no {str(dtype).removeprefix('torch.')} of"
-                f" {architecture.family} models on {device.type} (docs/kernels.md);"
-                " load without compile"
-            )
-        return False
-    try:
-        native.prepare(announce)
-    except native.NoCompilerError as error:
-        if wanted:
-            raise ValueError(f"{error}; install one, or load without compile") from error
-        announce(f"going on without compiled kernels, more slowly: {error}")
-        return False
-    return True
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None:
-        return None
-    if isinstance(dtype, torch.dtype):
-        dtype = str(dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; there are: {', '.join(DTYPES)}")
-    return DTYPES[dtype]

@@ -1,16 +1,19 @@
 """Drafts from the text itself: what followed the last tokens where they stood before."""
 
-from collections.abc import Sequence
+import functools
+from collections import Counter
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from layerskip.decoding.draft_length import DraftLength, NgramLength
+from layerskip.decoding.draft_length import DraftLength, NgramLength, by_match, by_share
 from layerskip.decoding.drafters import Draft, EarlyExitDrafter, certain, no_draft
 from layerskip.decoding.sampling import Sampling, TokenHistory
 from layerskip.model import Decoder, KVCache
 
 MAX_MATCH, MIN_MATCH = 5, 2
+_LEAST_LIKELY = 0.1
 
 
 class NgramIndex:
@@ -60,6 +63,66 @@ class NgramIndex:
         return 0, []
 
 
+class DraftText:
+    """What most often came next in a text that is like the answers.
+
+    It travels with the checkpoint, and is searched where prompt and answer are (compare REST, arXiv
+    2311.08252, and llama.cpp's static lookup).
+
+    Args:
+        tokens: the text.
+    """
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        # For each length: the n tokens -> the one that came next, and its smoothed share.
+        self._next: dict[int, dict[tuple[int, ...], tuple[int, float]]] = {}
+        for n in range(MIN_MATCH, MAX_MATCH + 1):
+            seen: dict[tuple[int, ...], Counter[int]] = {}
+            runs = zip(*(tokens[i:] for i in range(n + 1)), strict=False)
+            for *run, after in runs:
+                seen.setdefault(tuple(run), Counter())[after] += 1
+            self._next[n] = {run: _most_common(counts) for run, counts in seen.items()}
+
+    @classmethod
+    def of(cls, tokens: tuple[int, ...] | None) -> "DraftText | None":
+        """The text of some tokens, made once as long as they stay the same."""
+        return None if tokens is None else _draft_text(tokens)
+
+    def propose(self, tail: Sequence[int], limit: int) -> tuple[list[int], list[float]]:
+        """What came next after the last tokens, and after that: tokens, and the share of each.
+
+        They end where all of them together are less likely than one in ten.
+
+        Args:
+            tail: the last tokens; no more than `MAX_MATCH` are looked at.
+            limit: tokens at most.
+        """
+        tokens, shares, tail = list[int](), list[float](), [*tail]
+        together = 1.0
+        while len(tokens) < limit:
+            longest = min(MAX_MATCH, len(tail))
+            runs = ((n, tuple(tail[-n:])) for n in range(longest, MIN_MATCH - 1, -1))
+            found = next((self._next[n][run] for n, run in runs if run in self._next[n]), None)
+            together *= 0.0 if found is None else found[1]
+            if found is None or together < _LEAST_LIKELY:
+                break
+            tokens.append(found[0])
+            shares.append(found[1])
+            tail.append(found[0])
+        return tokens, shares
+
+
+@functools.lru_cache(maxsize=4)
+def _draft_text(tokens: tuple[int, ...]) -> DraftText:
+    return DraftText(tokens)
+
+
+def _most_common(counts: Counter[int]) -> tuple[int, float]:
+    """The token, the first of equal ones; and its share, where one more would have been another."""
+    token, times = counts.most_common(1)[0]
+    return token, times / (counts.total() + 1)
+
+
 class NgramDrafter:
     """Drafts from the text where its last tokens stood before; elsewhere asks the early exit.
 
@@ -71,6 +134,8 @@ class NgramDrafter:
         prompt: its tokens.
         otherwise: drafts where nothing matches, or where it promises more; None = nothing is drafted.
         length: decides how many of the tokens are drafted; None = as many as are asked for.
+        end_tokens: nothing is drafted beyond them.
+        text: searched too; None = prompt and answer alone.
     """
 
     source = "n-gram"
@@ -82,9 +147,11 @@ class NgramDrafter:
         prompt: Sequence[int],
         otherwise: EarlyExitDrafter | None = None,
         length: NgramLength | None = None,
+        end_tokens: Collection[int] = (),
+        text: DraftText | None = None,
     ) -> None:
-        self.decoder, self.sampling = decoder, sampling
-        self.otherwise, self.length = otherwise, length
+        self.decoder, self.sampling, self.text = decoder, sampling, text
+        self.otherwise, self.length, self.end_tokens = otherwise, length, end_tokens
         self.index = NgramIndex(prompt)
         self._drafted = False
         if otherwise is not None and length is not None:
@@ -129,11 +196,11 @@ class NgramDrafter:
         )
 
     def _proposal(self, n: int) -> list[int]:
-        match, tokens = self.index.propose(n)
+        tokens, evidence = self._propose(n)
         if self.length is None:
             return tokens
         rival: DraftLength | None = self.otherwise.length if self.otherwise else None
-        return tokens[: self.length.choose(match, len(tokens), rival.gain if rival else 0.0)]
+        return tokens[: self.length.choose(evidence, rival.gain if rival else 0.0)]
 
     def _follow(self, drafted: list[int], room: int) -> list[int]:
         """What stands behind an early exit's draft, where that promises more than drafting on."""
@@ -142,5 +209,25 @@ class NgramDrafter:
         draft = self.otherwise.length
         if draft is None:
             return []
-        match, tokens = self.index.propose(room, drafted)
-        return tokens[: self.length.follow(match, len(tokens), draft)]
+        tokens, evidence = self._propose(room, drafted)
+        return tokens[: self.length.follow(evidence, draft)]
+
+    def _propose(self, n: int, drafted: Sequence[int] = ()) -> tuple[list[int], list[int]]:
+        """Tokens, as far as one that ends the answer, and what speaks for each: of prompt and answer, or
+        of the draft text where that promises more."""
+        match, tokens = self.index.propose(n, drafted)
+        tokens = self._to_the_end(tokens)
+        evidence = by_match(match, len(tokens))
+        if self.text is None:
+            return tokens, evidence
+        others, shares = self.text.propose([*self.index.tokens[-MAX_MATCH:], *drafted], n)
+        others = self._to_the_end(others)
+        of_others = by_share(shares[: len(others)])
+        better = self.length is not None and (
+            self.length.expected(of_others) > self.length.expected(evidence)
+        )
+        return (others, of_others) if better or not tokens else (tokens, evidence)
+
+    def _to_the_end(self, tokens: list[int]) -> list[int]:
+        ends = (i for i, token in enumerate(tokens, 1) if token in self.end_tokens)
+        return tokens[: next(ends, len(tokens))]

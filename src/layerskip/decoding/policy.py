@@ -23,7 +23,9 @@ class Plan:
     the mode is self-speculative. `adaptive`: drafts end where another token is not worth its cost,
     `draft_tokens` at most (in a batch all rows' at once), and none are made for a while where they do
     not pay. `draft_vocabulary`: the tokens that the early exit may draft, beside those of the prompt;
-    None = all. `costs`: what was measured; None = costs are estimated from bytes.
+    None = all. `draft_text`: tokens of a text that is searched for n-grams beside prompt and answer, or
+    None. `costs`: what was measured; None = costs are estimated from bytes. `trained`: whether the
+    exit is the one that the checkpoint names.
     """
 
     mode: Mode
@@ -32,7 +34,9 @@ class Plan:
     draft_from: DraftFrom = "early-exit"
     adaptive: bool = False
     draft_vocabulary: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
+    draft_text: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
     costs: StepCosts | None = dataclasses.field(default=None, repr=False)
+    trained: bool = dataclasses.field(default=False, repr=False, compare=False)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -44,6 +48,7 @@ class Plan:
                 "draft_from": self.draft_from,
                 "adaptive": self.adaptive,
                 "draft_vocabulary": self.draft_vocabulary,
+                "draft_text": self.draft_text,
             }
         return options
 
@@ -55,6 +60,7 @@ def choose(
     draft_from: str | None = None,
     adaptive: bool | None = None,
     draft_vocabulary: tuple[int, ...] | None = None,
+    draft_text: tuple[int, ...] | None = None,
     *,
     settings: Settings,
     n_layers: int,
@@ -74,13 +80,15 @@ def choose(
         draft_from: of `DRAFT_SOURCES`.
         adaptive: whether drafts decide their own length; None = in auto.
         draft_vocabulary: ids; () = all tokens; None = in auto the checkpoint's, else all.
+        draft_text: ids; () = no text; None = in auto the checkpoint's, else none.
         settings: of the checkpoint.
         n_layers: L.
 
     Raises:
         ValueError: an unknown mode, a value out of range, or values that contradict each other.
     """
-    drafting = bool(adaptive or draft_vocabulary) or not (draft_tokens is None is draft_from)
+    drafting = bool(adaptive or draft_vocabulary or draft_text)
+    drafting = drafting or not (draft_tokens is None is draft_from)
     _check(mode, exit_layer, draft_tokens, draft_from, drafting, n_layers)
     if mode == "plain":
         return Plan(mode="plain")
@@ -95,6 +103,8 @@ def choose(
                 "drafts from n-grams have no exit layer or draft vocabulary; leave them out, or draft"
                 " from both"
             )
+    elif draft_text and draft_from == "early-exit":
+        raise ValueError("a draft text is searched for n-grams; draft from n-grams, or from both")
     elif known is not None and known > n_layers:
         raise ValueError(
             f"the checkpoint's assistant_early_exit is {known}, but it has {n_layers} layers;"
@@ -110,6 +120,8 @@ def choose(
             draft_tokens = max(draft_tokens, MOST_DRAFT_TOKENS)
     if auto and draft_vocabulary is None and draft_from != "n-gram":
         draft_vocabulary = settings.draft_vocabulary
+    if auto and draft_text is None and draft_from != "early-exit":
+        draft_text = settings.draft_text
     return Plan(
         mode="self-speculative",
         exit_layer=None if draft_from == "n-gram" else exit_at,
@@ -117,7 +129,9 @@ def choose(
         draft_from=cast(DraftFrom, draft_from),
         adaptive=adaptive,
         draft_vocabulary=draft_vocabulary or None,
+        draft_text=draft_text or None,
         costs=settings.measured if adaptive else None,
+        trained=draft_from != "n-gram" and exit_at == settings.exit_layer,
     )
 
 
@@ -137,7 +151,7 @@ def for_batch(plan: Plan, decoder: Decoder, settings: Settings, rows: int) -> Pl
     assert plan.draft_tokens is not None
     if not costs.batch_draft_tokens(rows, plan.draft_tokens, BELIEF):
         return Plan(mode="plain")
-    return dataclasses.replace(plan, draft_from="early-exit")
+    return dataclasses.replace(plan, draft_from="early-exit", draft_text=None)
 
 
 def _check(

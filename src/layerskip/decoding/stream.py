@@ -7,10 +7,11 @@ from typing import Any
 CONTEXT = 8  # tokens of settled text that are decoded again with a new one, or one or two more
 
 
-def special_tokens(tokenizer: Any, names: Sequence[str]) -> frozenset[int]:
-    """The special tokens that have these names, which are never seen in an answer's text."""
-    added = tokenizer.added_tokens_decoder.items() if names else ()
-    return frozenset(token for token, one in added if one.special and one.content in names)
+def stop_tokens(tokenizer: Any, stop: Sequence[str]) -> frozenset[int]:
+    """The tokens that are a stop string by themselves; of special ones no text shows any."""
+    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in stop]
+    alone = ((ids[0], text) for ids, text in zip(encoded, stop, strict=True) if len(ids) == 1)
+    return frozenset(token for token, text in alone if text in tokenizer.decode([token]))
 
 
 class TextStream:

@@ -59,6 +59,8 @@ def new_folder(path: Path, *, n_bytes: int, overwrite: bool) -> Iterator[Path]:
             if taken:
                 _exchange(temporary, path)
             else:
+                if path.exists():  # and is empty; Windows renames onto no folder
+                    path.rmdir()
                 temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -82,7 +82,7 @@ def to_difference(
     )
     calibrated: dict[str, Tensor] = {}
     state: dict[str, Tensor] = {}
-    errors = _Errors()
+    squares, of_errors = defaultdict[str, float](float), defaultdict[str, float](float)  # by kind
     with new_file(path, n_bytes=_n_bytes(source, bits_of), overwrite=overwrite) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -95,7 +95,9 @@ def to_difference(
             if not all(tensor.isfinite().all() for tensor in stored.values()):
                 raise CheckpointError(f"the difference of {name} is too large, or no number")
             back = difference.from_stored(tuple(change.shape), list(stored.values()), bits_of(name))
-            errors.add(name, change, back)
+            kind = name.rsplit(".", 2)[-2]
+            squares[kind] += change.square().sum(dtype=torch.float64).item()
+            of_errors[kind] += (back - change).square().sum(dtype=torch.float64).item()
             state |= stored
             progress(done, len(names))
         save_file(state, temporary, metadata=header.to_metadata())
@@ -112,28 +114,11 @@ def to_difference(
             Counter("F32" if name in state else f"{bits_of(name)}-bit" for name in names)
         ),
         carried_over=0,
-        relative_errors=errors.by_kind(),
+        relative_errors={
+            kind: math.sqrt(of_errors[kind] / whole) if whole else 0.0
+            for kind, whole in squares.items()
+        },
     )
-
-
-class _Errors:
-    """How far what is stored is from the difference, for each kind of tensor."""
-
-    def __init__(self) -> None:
-        self._squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-
-    def add(self, name: str, change: Tensor, back: Tensor) -> None:
-        """One tensor: its difference, and what the file says."""
-        squares = self._squares[name.rsplit(".", 2)[-2]]
-        squares[0] += float((back - change).square().sum(dtype=torch.float64))
-        squares[1] += float(change.square().sum(dtype=torch.float64))
-
-    def by_kind(self) -> dict[str, float]:
-        """Norm of the error over norm of the difference; 0 where nothing changed."""
-        return {
-            kind: math.sqrt(error / whole) if whole else 0.0
-            for kind, (error, whole) in self._squares.items()
-        }
 
 
 def _called(base: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layerskip.model.architecture import Architecture
 
-_TILE = 32  # positions
+_TILE = 32  # positions: two panels of the compiled kernels, which read them whole
 _LINE = 64  # bytes that a CPU fetches together: vectors that begin elsewhere would need two
 
 

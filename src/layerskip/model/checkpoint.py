@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from layerskip.model import assembly, families, gguf_tokenizer, tokenizer
 from layerskip.model.architecture import Architecture
 from layerskip.model.decoder import Decoder
+from layerskip.model.rounding import warn_of_rounding
 from layerskip.model.settings import Settings, read_settings
 from layerskip.model.source import cache_folder
 from layerskip.model.weights import (
@@ -89,8 +91,12 @@ def load(
         CheckpointError: files are missing, damaged, or do not fit together.
         UnsupportedModelError: the architecture, or a part of it, is not supported; it is named.
         ValueError: `weights` is unknown.
+
+    Warns:
+        RoundingWarning: what `weights` cost this checkpoint is much or not known.
     """
     files = open_files(path)
+    warn_of_rounding(path, files.tensors, weights)
     compiled = compiled(files.architecture) if callable(compiled) else compiled
     if dtype is None:
         dtype = assembly.fast_dtype(files.architecture, torch.device(device), compiled)
@@ -112,6 +118,7 @@ def load(
 
 def open_files(path: Path) -> Files:
     """Open what `load` loads, without reading weights; raises what `load` raises."""
+    check_no_adapter(path)
     gguf_path = _gguf_in(path)
     tensors: Tensors
     if gguf_path is not None:
@@ -144,6 +151,21 @@ def open_files(path: Path) -> Files:
     )
 
 
+def check_no_adapter(folder: Path) -> None:
+    """Refuse a folder with nothing but an adapter, as peft writes it.
+
+    Raises:
+        UnsupportedModelError: it is one; the message names its base where that is known.
+    """
+    file = folder / "adapter_config.json"
+    if file.is_file() and not (folder / "config.json").is_file():
+        base = read_json(file).get("base_model_name_or_path")
+        named = f", {base}," if base else ""
+        raise families.UnsupportedModelError(
+            f"{folder} is a LoRA adapter; merge it into its base{named} first (peft's merge_and_unload)"
+        )
+
+
 def _gguf_in(path: Path) -> Path | None:
     """The GGUF file to read, or None where the folder holds safetensors."""
     if path.is_file():
@@ -157,6 +179,10 @@ def _gguf_in(path: Path) -> Path | None:
             f" ({others[0]} is a pickle and is not read; save it as safetensors)" if others else ""
         )
         raise CheckpointError(f"{path} holds neither safetensors nor a GGUF file{hint}")
+    if len(files) > 1 and all(re.search(r"-\d{5}-of-\d{5}$", file.stem) for file in files):
+        raise CheckpointError(
+            f"{path} holds a GGUF file in parts; join them with llama-gguf-split --merge"
+        )
     if len(files) > 1:
         raise CheckpointError(f"{path} holds several GGUF files; name one of them as the model")
     return files[0]

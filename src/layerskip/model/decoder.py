@@ -204,7 +204,11 @@ class Decoder:
         for _ in range(n):
             states.append(self.run(self.embed(tokens[-1]), 0, exit_layer, cache))
             cache.lengths += 1
-            chosen, probability = (short or self).choose_with_probability(states[-1])
+            exit_ = short or self
+            if goes_on is None:  # nobody asks for probabilities
+                chosen = exit_.choose(states[-1])
+            else:
+                chosen, probability = exit_.choose_with_probability(states[-1])
             tokens.append(chosen if token_ids is None else token_ids[chosen])
             if goes_on is not None and not goes_on(*_read(tokens[-1], probability)):
                 break

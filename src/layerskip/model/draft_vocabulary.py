@@ -16,7 +16,6 @@ def worth_drafting(
     row_share: float,
     vocab_size: int,
     always: Iterable[int] = (),
-    at_most: int = MOST,
 ) -> tuple[int, ...] | None:
     """The tokens whose share of the text is at least the share of a step that their row costs.
 
@@ -28,7 +27,6 @@ def worth_drafting(
         row_share: one row of the head over all weights that a step reads.
         vocab_size: V.
         always: ids that are kept in any case, such as end tokens.
-        at_most: tokens kept.
 
     Returns:
         Ids, the most frequent first; None where a list would save too little, or nothing was counted.
@@ -36,12 +34,5 @@ def worth_drafting(
     total = sum(counts.values())
     frequent = sorted(counts, key=lambda token: (-counts[token], token))
     worth = [token for token in frequent if counts[token] >= row_share * total]
-    kept = tuple(dict.fromkeys([*always, *worth[:at_most]]))
+    kept = tuple(dict.fromkeys([*always, *worth[:MOST]]))
     return kept if worth and len(kept) <= _GAIN_FROM * vocab_size else None
-
-
-def merged(
-    first: Iterable[int], then: Iterable[int] | None, at_most: int = MOST
-) -> tuple[int, ...]:
-    """One list after the other, each token once."""
-    return tuple(dict.fromkeys([*first, *(then or ())]))[:at_most]

@@ -181,11 +181,21 @@ def check_n_layers(n_layers: int) -> None:
         raise ValueError(f"n_layers is {n_layers}, it has to be from 1 to {_MOST_LAYERS}")
 
 
+def check_not_quantized(config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError where a transformers config says that its weights are quantized."""
+    quantization = config.get("quantization_config") or config.get("quantization")
+    if quantization:
+        method = dict(quantization).get("quant_method")
+        how = f"by {method!r}" if method else "in MLX's format"
+        raise UnsupportedModelError(f"weights quantized {how} are not supported")
+
+
 def from_config(config: Mapping[str, Any]) -> Architecture:
     """Read a transformers config, as `PreTrainedConfig.to_dict()` gives it.
 
     Raises:
-        UnsupportedModelError: the architecture, its activation or its rotary scaling is unknown.
+        UnsupportedModelError: the architecture, its activation or its rotary scaling is unknown, or
+            its weights are quantized.
     """
     name = family_of(str(config.get("model_type")))
     family = FAMILIES[name]
@@ -194,10 +204,7 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
         raise UnsupportedModelError(
             f"the activation {activation!r} is not supported (only {', '.join(_ACTIVATIONS)})"
         )
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = dict(quantization).get("quant_method")
-        raise UnsupportedModelError(f"weights quantized by {method!r} are not supported")
+    check_not_quantized(config)
     if config.get("use_bidirectional_attention"):
         raise UnsupportedModelError("attention to later positions is not supported")
     n_layers, n_heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])

@@ -15,6 +15,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
+from layerskip.model.families import UnsupportedModelError
+
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _SCALARS = {
     GGUFValueType.UINT8: "B",
@@ -72,6 +74,7 @@ class GgufHeader:
 
     Raises:
         ValueError, struct.error: the file is no GGUF file of version 2 or 3, or it is damaged.
+        UnsupportedModelError: a tensor is stored in a type that is not known.
         OSError: it cannot be read.
     """
 
@@ -128,7 +131,13 @@ class GgufHeader:
         (n_dimensions,) = self._unpack("<I")
         shape = self._unpack(f"<{n_dimensions}Q")[::-1]
         kind, offset = self._unpack("<IQ")
-        return name, GGMLQuantizationType(kind), shape, offset
+        try:
+            return name, GGMLQuantizationType(kind), shape, offset
+        except ValueError as error:
+            raise UnsupportedModelError(
+                f"{name} is stored in a type ({kind}) that this version of gguf does not know;"
+                " upgrade gguf"
+            ) from error
 
     def _tensor(
         self, begin: int, kind: GGMLQuantizationType, shape: tuple[int, ...]

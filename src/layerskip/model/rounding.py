@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.model.settings import FILE, KEY
-from layerskip.model.weights import read_json
+from layerskip.model.weights import Tensors, read_json
 
 TRAINED = "quantization-aware training"
 CALIBRATED = "calibration"
 FIELD = "weights"
 MOST_CHANGE = 0.05  # of the negative log-likelihood; above it a load says so
+_FOUR_BITS = ("Q4_0", "Q4_1")  # which loading takes over
 
 
 class RoundingWarning(UserWarning):
@@ -51,20 +52,27 @@ def recorded(own: Any, known: Mapping[str, Rounding]) -> dict[str, Any]:
     return rest
 
 
-def warn_of_rounding(path: Path, weights: str) -> None:
+def warn_of_rounding(path: Path, tensors: Tensors, weights: str) -> None:
     """Warn (`RoundingWarning`) of what is known, or not known, of a checkpoint in these bits.
 
-    Eight bits that nobody measured are not doubted, since rounding to them is harmless; GGUF files are
-    not, since what they hold in these bits is taken over.
+    Eight bits that nobody measured are not doubted, since rounding to them is harmless; nor are four
+    where every matrix of the layers is stored in them, as in some GGUF files, since nothing is rounded.
 
     Args:
         path: a checkpoint.
+        tensors: what it holds.
         weights: a key of `quantize.WEIGHTS`.
     """
-    if weights != "16bit" and any(path.glob("*.safetensors")):
-        line = _doubt(path / FILE, weights)
-        if line is not None:
-            warnings.warn(line, RoundingWarning, stacklevel=3)
+    if weights == "16bit" or (weights == "int4" and _is_in_four_bits(tensors)):
+        return
+    line = _doubt(path / FILE, weights)
+    if line is not None:
+        warnings.warn(line, RoundingWarning, stacklevel=4)  # whoever loads a `LayerSkipModel`
+
+
+def _is_in_four_bits(tensors: Tensors) -> bool:
+    matrices = [n for n in tensors.names() if ".layers." in n and len(tensors.shape(n)) == 2]
+    return all(tensors.stored_as(name) in _FOUR_BITS for name in matrices)
 
 
 def _doubt(file: Path, weights: str) -> str | None:

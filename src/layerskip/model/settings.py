@@ -1,7 +1,8 @@
 """The settings that travel with a checkpoint, in `generation_config.json`.
 
 What transformers has a field for is in that field. The rest is under the key `layerskip`:
-`draft_vocabulary`, token ids in one text, the most useful first; `costs`, a list of `StepCosts`.
+`draft_vocabulary`, token ids in one text, the most useful first; `draft_text`, token ids of what answers
+repeat; `costs`, a list of `StepCosts`.
 """
 
 import dataclasses
@@ -78,6 +79,7 @@ class Settings:
 
     `exit_layer` is `assistant_early_exit`, `draft_tokens` is `num_assistant_tokens`.
     `draft_vocabulary` are the tokens that an early exit drafts, the most useful first; None = all.
+    `draft_text` is searched for n-grams, beside prompt and answer.
     `costs` were measured, one for each kind of weights and machine that the model was tuned with.
     """
 
@@ -85,6 +87,7 @@ class Settings:
     exit_layer: int | None = None
     draft_tokens: int | None = None
     draft_vocabulary: tuple[int, ...] | None = None
+    draft_text: tuple[int, ...] | None = None
     costs: tuple[StepCosts, ...] = ()
 
     def measured_for(self, *kind: str, threads: int = 0) -> "Settings":
@@ -116,7 +119,7 @@ def read_settings(path: Path, config: dict[str, Any], vocab_size: int) -> Settin
     ends = [token for token in ends if token < vocab_size]  # others never come
     own = fields.get(KEY)
     own = own if isinstance(own, dict) else {}
-    vocabulary = _token_ids(own.get("draft_vocabulary"), vocab_size, file)
+    vocabulary = _token_ids(own, "draft_vocabulary", vocab_size, file)
     if vocabulary is not None:  # an answer's end can be drafted too
         vocabulary += tuple(token for token in ends if token not in vocabulary)
     return Settings(
@@ -124,6 +127,7 @@ def read_settings(path: Path, config: dict[str, Any], vocab_size: int) -> Settin
         exit_layer=_positive_int(fields, "assistant_early_exit", file),
         draft_tokens=_positive_int(fields, "num_assistant_tokens", file),
         draft_vocabulary=vocabulary,
+        draft_text=_token_ids(own, "draft_text", vocab_size, file),
         costs=costs_of(own, file),
     )
 
@@ -142,7 +146,10 @@ def _positive_int(fields: dict[str, Any], key: str, file: Path) -> int | None:
     return value
 
 
-def _token_ids(text: Any, vocab_size: int, file: Path) -> tuple[int, ...] | None:
+def _token_ids(
+    own: dict[str, Any], key: str, vocab_size: int, file: Path
+) -> tuple[int, ...] | None:
+    text = own.get(key)
     if not text:
         return None
     try:
@@ -151,8 +158,7 @@ def _token_ids(text: Any, vocab_size: int, file: Path) -> tuple[int, ...] | None
         ids = (-1,)
     if min(ids, default=-1) < 0 or max(ids) >= vocab_size:
         raise CheckpointError(
-            f"draft_vocabulary in {file} has to be token ids of 0 to {vocab_size - 1} with spaces"
-            " between them"
+            f"{key} in {file} has to be token ids of 0 to {vocab_size - 1} with spaces between them"
         )
     return ids
 

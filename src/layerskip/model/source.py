@@ -242,13 +242,22 @@ def _from_hub(name: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(
+        folder = Path(
             huggingface_hub.snapshot_download(
                 name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES
             )
         )
     except Exception as error:  # the hub's own errors, and those of the HTTP library of its version
-        raise SourceError(f"{name} cannot be fetched from the hub: {_reason(error)}") from error
+        raise SourceError(
+            f"{name} cannot be fetched from the hub: {_reason(error).rstrip('.')};"
+            f" and there is no folder {name} here"
+        ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise SourceError(
+            f"{name} has no safetensors on the hub, and nothing else is fetched from there; of GGUF"
+            " files, download one and name the file"
+        )
+    return folder
 
 
 def _reason(error: Exception) -> str:

@@ -118,12 +118,18 @@ class GgufFile:
             header = GgufHeader(path)
         self._fields = header.fields
         self._tensors = {_gguf_known_as(name): tensor for name, tensor in header.tensors.items()}
-        family = families.family_of(str(self.field("general.architecture")))
-        if (layout := FAMILIES[family].gguf_rotary) is None:
+        if self.field("split.count", 1) not in (0, 1):  # whose later parts name no architecture
             raise UnsupportedModelError(
-                f"GGUF files of {family} models are not read; take safetensors"
+                f"{path} is one part of several; join them with llama-gguf-split --merge"
             )
-        self.rotary_layout: str = layout
+        name = str(self._required("general.architecture"))
+        layouts = {f: row.gguf_rotary for f, row in FAMILIES.items() if row.gguf_rotary}
+        if name not in layouts:
+            known = ", ".join(layouts)
+            raise UnsupportedModelError(
+                f"GGUF files of {name} models are not read ({known} are); take safetensors"
+            )
+        self.rotary_layout: str = layouts[name]
 
     def names(self) -> set[str]:
         """All names, in transformers' words."""
@@ -196,11 +202,6 @@ class GgufFile:
     def architecture(self) -> Architecture:
         """The architecture that the metadata describes."""
         name = str(self.field("general.architecture"))
-        family = families.family_of(name)
-        if int(self.field("split.count", 1)) > 1:
-            raise UnsupportedModelError(
-                f"{self.path} is one part of several; join them with llama-gguf-split --merge"
-            )
         if int(self.field(f"{name}.expert_count", 0)):
             raise UnsupportedModelError("mixtures of experts in GGUF files are not supported")
         # llama.cpp's defaults: a factor alone means linear scaling, and once had another key.
@@ -232,7 +233,7 @@ class GgufFile:
             frequency_factors=None if factors is None else tuple(factors.data.tolist()),
         )
         return Architecture(
-            family=family,
+            family=name,
             n_layers=n_layers,
             hidden_size=hidden_size,
             n_heads=n_heads,
@@ -338,7 +339,11 @@ def damage_named(path: Path) -> Iterator[None]:
     """Turn a reader's own complaint into one that names the file."""
     try:
         yield
-    except (SafetensorError, struct.error, OSError, ValueError, IndexError, KeyError) as error:
+    except UnsupportedModelError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, struct.error, ValueError, IndexError, KeyError) as error:
         raise CheckpointError(
             f"{path} is damaged or incomplete ({error}); fetch the checkpoint again"
         ) from error

@@ -4,12 +4,14 @@ LayerSkip (arXiv 2404.16710), section 4.1: `J = sum_l e~(t,l) CE(g(x_{l+1}), Y)`
 costs: [exits, B, T, V] of them do not fit. So only labelled positions are looked at, a chunk of
 them at a time, and the gradient of a chunk is taken at once, in the forward pass, so that its
 logits can go. (Checkpointing the chunk would save the same memory and run the head twice.) A chunk
-holds all exits of its tokens: the more exits, the fewer tokens, so memory does not grow with them,
-and the head's gradient, as large as the head, is written as seldom as may be.
+holds all exits of its tokens: the more exits, the fewer tokens, so the logits' memory does not grow
+with them, and the head's gradient, as large as the head, is written as seldom as may be. What every
+exit adds is the gradient of its labelled hidden states.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,25 +94,23 @@ def exit_losses(
     items = len(targets) if num_items is None else num_items
     divisor = items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
     rows = chunk_tokens or max(1, CHUNK_ELEMENTS // vocabulary)
+    kind = labels.device.type
+    # The gradients taken here have not been scaled yet, and most are too small for float16.
+    halves = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     work = _Work(
         weights=[weights[e] for e in exits],
         shared_exit=shared_exit,
+        positions=positions,
         targets=targets,
         distillation_weight=distillation_weight,
         chunk=max(1, rows // len(exits)),
         needs_gradient=torch.is_grad_enabled(),
         fused=fused,
+        in_float32=halves,
     )
-    labelled = [states[e].flatten(0, 1).index_select(0, positions) for e in exits]
     apply: Any = _ExitLoss.apply  # torch leaves it untyped
-    stacked = torch.stack(labelled)
-    kind = stacked.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
-        # The gradients taken here have not been scaled yet, and most are too small for float16.
-        with torch.autocast(kind, enabled=False):
-            weighted_sum, *figures = apply(work, stacked.float(), *parameters)
-    else:
-        weighted_sum, *figures = apply(work, stacked, *parameters)
+    with torch.autocast(kind, enabled=False) if halves else contextlib.nullcontext():
+        weighted_sum, *figures = apply(work, *(states[e] for e in exits), *parameters)
     loss_sums, correct, divergence_sums = figures
     return ExitLosses(
         loss=weighted_sum / divisor,
@@ -128,11 +128,19 @@ class _Work:
 
     weights: list[float]
     shared_exit: Callable[[Tensor], Tensor]
+    positions: Tensor
     targets: Tensor
     distillation_weight: float
     chunk: int
     needs_gradient: bool
     fused: FusedLoss | None
+    in_float32: bool
+
+    def labelled(self, states: Sequence[Tensor], rows: slice) -> Tensor:
+        """The hidden states of some labelled tokens, [E, C, D]."""
+        positions = self.positions[rows]
+        chosen = torch.stack([one.flatten(0, 1).index_select(0, positions) for one in states])
+        return chosen.float() if self.in_float32 else chosen
 
     def pieces(self) -> Iterator[tuple[slice, slice]]:
         """Exits and tokens that are worked out together."""
@@ -151,30 +159,30 @@ class _ExitLoss(torch.autograd.Function):
     """Sum over exits of weight x loss, with the gradients taken in the forward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any, work: _Work, states: Tensor, *parameters: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        weights = torch.tensor(work.weights, device=states.device)
+    def forward(ctx: Any, work: _Work, *given: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        states, parameters = given[: len(work.weights)], given[len(work.weights) :]
+        weights = torch.tensor(work.weights, device=work.targets.device)
         loss_sums, divergence_sums = torch.zeros_like(weights), torch.zeros_like(weights)
         correct = torch.zeros_like(weights, dtype=torch.long)
         needed = work.needs_gradient
-        state_gradient = torch.zeros_like(states) if needed and states.requires_grad else None
+        gradients = [list[Tensor]() for _ in states]  # of the labelled tokens, chunk by chunk
         sums: list[Tensor | None] = [None] * len(parameters)
         step_of = _chunk_step if work.fused is None else _fused_step
         for exits, rows in work.pieces():
-            step = step_of(
-                work, states[exits, rows], parameters, work.targets[rows], weights[exits]
-            )
+            chosen = work.labelled(states[exits], rows)
+            step = step_of(work, chosen, parameters, work.targets[rows], weights[exits])
             loss_sums[exits] += step.loss_sums
             divergence_sums[exits] += step.divergence_sums
             correct[exits] += step.correct
-            if state_gradient is not None and (of_states := step.gradients[0]) is not None:
-                state_gradient[exits, rows] = of_states
+            if needed and (of_states := step.gradients[0]) is not None:
+                for kept, gradient in zip(gradients[exits], of_states, strict=True):
+                    kept.append(gradient)
             for index, gradient in enumerate(step.gradients[1:]):
                 if gradient is not None:
                     total, more = sums[index], gradient.float()  # many chunks: 16 bits lose the sum
                     sums[index] = more if total is None else total.add_(more)
-        ctx.gradients = [state_gradient, *map(_or_zeros, sums, parameters)] if needed else []
+        ctx.gradients = [*gradients, *map(_or_zeros, sums, parameters)] if needed else []
+        ctx.positions, ctx.states = work.positions, [(one.shape, one.dtype) for one in states]
         ctx.mark_non_differentiable(loss_sums, correct, divergence_sums)
         distilled = work.distillation_weight * divergence_sums
         return (weights * (loss_sums + distilled)).sum(), loss_sums, correct, divergence_sums
@@ -184,7 +192,16 @@ class _ExitLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the early exit loss keeps its gradients for one backward pass only")
         gradients, ctx.gradients = ctx.gradients, None
-        return (None, *(None if g is None else g.mul_(grad) for g in gradients))
+        of_states: list[Tensor | None] = []
+        wanted = ctx.needs_input_grad[1:]  # of states, then of parameters
+        for needed, (shape, dtype), chunks in zip(wanted, ctx.states, gradients, strict=False):
+            whole = torch.zeros(shape, dtype=dtype, device=grad.device) if needed else None
+            if whole is not None and chunks:
+                scaled = torch.cat(chunks).mul_(grad).to(dtype)
+                whole.flatten(0, 1).index_copy_(0, ctx.positions, scaled)
+            of_states.append(whole)
+        of_parameters = gradients[len(of_states) :]
+        return (None, *of_states, *(None if g is None else g.mul_(grad) for g in of_parameters))
 
 
 def _or_zeros(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:

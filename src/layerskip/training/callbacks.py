@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState
 
 from layerskip.model.weights import replace
 from layerskip.recipe.attached import AttachedRecipe
-from layerskip.training.errors import UnwrittenCheckpointError
+from layerskip.training.checkpoints import unwritten
 
 
 class JsonLinesLog(TrainerCallback):
@@ -49,9 +49,8 @@ class JsonLinesLog(TrainerCallback):
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise UnwrittenCheckpointError(
-                f"at step {state.global_step} {self._path} could not be written ({error}); checkpoints "
-                "that were saved are kept: make room and go on with --resume"
+            raise unwritten(
+                f"the log of step {state.global_step}", self._path.parent, error
             ) from error
 
 

@@ -17,6 +17,17 @@ from layerskip.recipe import RecipeConfig
 _LEARNING_RATES = {"pretrain": 8e-4, "continual": 3e-5, "domain": 1e-4, "task": 1e-4}
 
 
+# A flag -> what it takes the place of in a file: together they would contradict each other.
+_INSTEAD_OF = {
+    "epochs": {"max_steps"},
+    "max_steps": {"epochs"},
+    "eval_data": {"eval_rows"},
+    "eval_rows": {"eval_data", "eval_split"},
+    "exits": {"exit_every"},
+    "exit_every": {"exits"},
+}
+
+
 def _setting(help_text: str, default: Any = MISSING) -> Any:
     return field(default=default, metadata={"help": help_text})
 
@@ -94,6 +105,10 @@ class TrainConfig:
     keep_checkpoints: int = _setting("checkpoints that are kept", 2)
     exit_layer: int | None = _setting("exit written into the result for decoding", None)
     draft_tokens: int = _setting("draft tokens written into the result for decoding", 4)
+    keep_draft_text: bool = _setting(
+        "write what labels repeat, some whole rows, into the result: it is searched for n-grams",
+        False,
+    )
     resume: bool = _setting("go on from the last checkpoint in --output", False)
     seed: int = _setting("seed of everything random", 0)
     device: Literal["auto", "cpu"] = _setting("cpu = leave a GPU alone", "auto")
@@ -114,6 +129,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}; it must be a number above 0")
+        if self.max_steps is not None and self.epochs != type(self).epochs:
+            raise ValueError("epochs and max_steps both say when to end; give one of them")
+        recipe = self.effective_recipe
+        if recipe.variant == "LD" and recipe.fixed_exits:
+            raise ValueError("variant LD gives no exit a loss: leave out fixed_exits")
         if self.max_length < 2:
             raise ValueError(f"max_length is {self.max_length}; a row needs at least 2 tokens")
         if self.eval_data is not None and self.eval_rows:
@@ -200,7 +220,8 @@ class TrainConfig:
 
     @classmethod
     def from_yaml(cls, path: str | Path, **changes: Any) -> TrainConfig:
-        """Read a YAML file of settings; `changes` (flags) go before what it says.
+        """Read a YAML file of settings; `changes` (flags) go before what it says, and before what would
+        contradict them: `eval_data` before the file's `eval_rows`.
 
         Raises:
             ValueError: where the file is no mapping of settings.
@@ -215,9 +236,9 @@ class TrainConfig:
             raise ValueError(f"{path} must have lines of the form 'name: value'")
         values = {str(name).replace("-", "_"): value for name, value in values.items()}
         given = {name: v for name, v in changes.items() if v is not None}
-        if "epochs" in given and "max_steps" not in given:
-            values.pop("max_steps", None)  # or the file's would go before the flag
-        return cls.from_mapping({**values, **given})
+        replaced = set().union(*(_INSTEAD_OF.get(name, ()) for name in given))
+        kept = {name: v for name, v in values.items() if name not in replaced}
+        return cls.from_mapping({**kept, **given})
 
     def as_flat_dict(self) -> dict[str, Any]:
         """The flat names that `from_mapping` takes, with every value that is in force."""

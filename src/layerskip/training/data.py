@@ -25,7 +25,8 @@ class Encoding:
     """How a row becomes tokens and labels.
 
     A row with `messages` goes through the chat template; one with the fields of `completion` is
-    prompt and completion; any other must have the field of running text.
+    prompt and completion; any other must have the field of running text. Where templates are named
+    that are not the defaults, every row must have their fields.
 
     Attributes:
         tokenizer: of transformers.
@@ -60,16 +61,19 @@ class Encoding:
 
     def _ids(self, where: str, row: Mapping[str, Any]) -> tuple[int, list[int]]:
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
-        if row.get("messages") is not None:  # parquet has the column in all rows
+        # Where a template is named, a field that is misspelt must not pass for a row of another kind.
+        is_named = (self.prompt, self.completion) != (Encoding.prompt, Encoding.completion)
+        if not is_named and row.get("messages") is not None:  # parquet has the column in all rows
             return self._chat(where, row["messages"])
         try:
             completion = _FILLED.vformat(self.completion, (), row)
         except _UNFILLED as error:
             is_there = isinstance(error, TypeError | AttributeError)  # and no text
-            if is_there or not isinstance(row.get(self.text_field), str):
+            if is_named or is_there or not isinstance(row.get(self.text_field), str):
+                others = "" if is_named else f", 'messages', or {self.text_field!r}"
                 raise ValueError(
                     f"{where} has the fields {sorted(row)}; needed are those of {self.completion!r} "
-                    f"and {self.prompt!r}, 'messages', or {self.text_field!r}{_why(error)}"
+                    f"and {self.prompt!r}{others}{_why(error)}"
                 ) from None
             return 0, self.tokenizer(row[self.text_field])["input_ids"] + end
         try:
@@ -189,7 +193,10 @@ class Collator:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-        """Packed rows get no mask: padding is a document of its own to them."""
+        """Packed rows get no mask: to them each token of padding is a document of its own.
+
+        So it needs no position beyond the first, of which a model may have few.
+        """
         width = max(len(row["input_ids"]) for row in rows)
         gaps = [width - len(row["input_ids"]) for row in rows]
         batch = {
@@ -202,7 +209,7 @@ class Collator:
         }
         if "position_ids" in rows[0]:
             batch["position_ids"] = [
-                [*r["position_ids"], *range(g)] for r, g in zip(rows, gaps, strict=True)
+                [*r["position_ids"], *[0] * g] for r, g in zip(rows, gaps, strict=True)
             ]
         else:
             batch["attention_mask"] = [[1] * (width - g) + [0] * g for g in gaps]

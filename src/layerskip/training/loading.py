@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from layerskip.model.families import check_not_quantized
 from layerskip.training.config import TrainConfig
 from layerskip.training.source import pretrained, pretrained_weights
 
@@ -16,11 +17,11 @@ _SHORT_ROWS = 512  # tokens; attention that keeps its weights needs little memor
 
 def load_tokenizer(config: TrainConfig) -> Any:
     """The tokenizer, with a token to pad with where it has one at all; ValueError without one."""
+    source = config.tokenizer or config.model
+    folder, _ = pretrained(source)  # has its tokenizer unpacked
     try:
-        folder, _ = pretrained(config.tokenizer or config.model)  # has its tokenizer unpacked
         tokenizer = AutoTokenizer.from_pretrained(folder, **_NO_CODE)
     except (OSError, ValueError) as error:
-        source = config.tokenizer or config.model
         raise ValueError(one_line(f"no tokenizer in {source}", error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -58,15 +59,20 @@ def check_positions(model: PreTrainedModel, *datasets: Any) -> None:
 
 
 def model_config(model: str) -> Any:
-    """The configuration of a model to train; OSError or ValueError if it cannot be had."""
+    """The configuration of a model to train; ValueError if it cannot be had or trained."""
     folder, arguments = pretrained(model)
-    return AutoConfig.from_pretrained(folder, **_NO_CODE, **arguments)
+    try:
+        config = AutoConfig.from_pretrained(folder, **_NO_CODE, **arguments)
+    except (OSError, ValueError) as error:
+        raise ValueError(one_line(f"no model in {model}", error)) from error
+    check_not_quantized(config.to_dict())
+    return config
 
 
 def pretrained_model(name: str) -> PreTrainedModel:
     """A folder's, hub id's or built-in name's model in float32; ValueError if it cannot be had."""
+    folder, arguments = pretrained_weights(name)
     try:
-        folder, arguments = pretrained_weights(name)
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, **_NO_CODE, **arguments
         )
@@ -86,8 +92,9 @@ def load_model(config: TrainConfig) -> PreTrainedModel:
 
 
 def _random_model(name: str) -> PreTrainedModel:
+    config = model_config(name)
     try:
-        model = AutoModelForCausalLM.from_config(model_config(name), **_NO_CODE)
+        model = AutoModelForCausalLM.from_config(config, **_NO_CODE)
     except (OSError, ValueError) as error:
         raise ValueError(one_line(f"the model {name} could not be loaded", error)) from error
     made: PreTrainedModel = model.float()

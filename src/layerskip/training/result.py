@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.model import settings
+from layerskip.model.draft_text import most_repeated
 from layerskip.model.rounding import TRAINED, Rounding, recorded
 from layerskip.model.weights import flush
+from layerskip.training.checkpoints import INCOMPLETE
 from layerskip.training.config import TrainConfig
-from layerskip.training.draft_tokens import draft_tokens
-from layerskip.training.trainer import INCOMPLETE, LayerSkipTrainer
+from layerskip.training.draft_vocabulary import draft_vocabulary, labels_of
+from layerskip.training.trainer import LayerSkipTrainer
 
 
 def save_result(
@@ -48,7 +50,7 @@ def save_result(
         # By this mark transformers skips, when it reads the file, what it has no field of its own for.
         model.generation_config._from_model_config = False
         _record_rounding(model.generation_config, config, nll_change)
-        _add_draft_tokens(model, trainer)
+        _add_what_to_draft(model, trainer, config)
         model.generation_config.save_pretrained(unfinished)
     tokenizer: Any = trainer.processing_class
     tokenizer.save_pretrained(unfinished)
@@ -71,13 +73,15 @@ def _record_rounding(generation_config: Any, config: TrainConfig, nll_change: fl
     setattr(generation_config, settings.KEY, own)
 
 
-def _add_draft_tokens(model: Any, trainer: LayerSkipTrainer) -> None:
+def _add_what_to_draft(model: Any, trainer: LayerSkipTrainer, config: TrainConfig) -> None:
     tokenizer: Any = trainer.processing_class
     rows: Any = trainer.train_dataset
-    found = draft_tokens(rows, model, tokenizer.eos_token_id)
+    found = draft_vocabulary(rows, model, tokenizer.eos_token_id)
     own = dict(getattr(model.generation_config, settings.KEY, None) or {})
-    for of_before in ("costs", "draft_vocabulary", "tuning"):
+    for of_before in ("costs", "draft_text", "draft_vocabulary", "tuning"):
         own.pop(of_before, None)
     if found is not None:
         own["draft_vocabulary"] = settings.text_of_ids(found)
+    if config.keep_draft_text and (text := most_repeated(labels_of(rows))):
+        own["draft_text"] = settings.text_of_ids(text)
     setattr(model.generation_config, settings.KEY, own)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import functools
 import glob
 import gzip
+import importlib
+import itertools
 import json
 import lzma
 import os
@@ -16,18 +19,26 @@ from typing import Any, TextIO
 
 Row = tuple[str, Mapping[str, Any]]  # where it stands, and its fields
 _LONGEST_FIELD = 2**31 - 1  # characters of a field in a table
-COMPRESSED = (".gz", ".xz")
+_ROWS_AT_ONCE = 1000
+_OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
+_DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+COMPRESSED = tuple(_OPENERS)
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 
 
-def read_rows(source: str, split: str = "train", config: str | None = None) -> Iterator[Row]:
+def read_rows(
+    source: str, split: str = "train", config: str | None = None, text_field: str = "text"
+) -> Iterator[Row]:
     """The rows of local files or a hub data set, each with where it stands ('train.tsv:17').
+
+    The source is looked up at once, rows are read as they are asked for.
 
     Args:
         source: a file, compressed (.gz, .xz) or not, a pattern of several (`data/*_train.tsv.xz`,
             taken in alphabetical order), or a hub id. `$NAME` is replaced from the environment.
         split: of a hub data set.
         config: the part of a hub data set that has several.
+        text_field: name of the field that a document of a .txt file is given.
 
     Raises:
         ValueError: for a file of unknown kind, a data set that is not found, or a bad row, which
@@ -35,33 +46,43 @@ def read_rows(source: str, split: str = "train", config: str | None = None) -> I
     """
     found = local_files(source)
     source = _expanded(source)
-    if not found:
-        if Path(source).suffix in (*_SUFFIXES, *COMPRESSED):
-            raise ValueError(f"the data file {source} does not exist")
-        yield from _hub_rows(source, split, config)
-    for file in found:
-        yield from _file_rows(Path(file))
+    if found:
+        return itertools.chain.from_iterable([_file_rows(Path(f), text_field) for f in found])
+    if Path(source).suffix in (*_SUFFIXES, *COMPRESSED):
+        raise ValueError(f"the data file {source} does not exist")
+    return _hub_rows(source, split, config)
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
+def _file_rows(path: Path, text_field: str) -> Iterator[Row]:
     plain = path.with_suffix("") if path.suffix in COMPRESSED else path
-    if plain.suffix == ".parquet":
-        datasets = _datasets()
-        rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
-        yield from ((f"{path.name}:{i}", row) for i, row in enumerate(rows, 1))
-        return
+    if plain.suffix not in _SUFFIXES:
+        raise ValueError(f"{path} is of no known kind; known are {', '.join(_SUFFIXES)}")
+    return _parquet(path) if plain.suffix == ".parquet" else _text_rows(path, plain, text_field)
+
+
+def _text_rows(path: Path, plain: Path, text_field: str) -> Iterator[Row]:
     readers: dict[str, Callable[[TextIO, str], Iterator[Row]]] = {
         ".jsonl": _json_lines,
         ".json": _json,
         ".csv": _table,
         ".tsv": _table,
-        ".txt": _paragraphs,
+        ".txt": functools.partial(_paragraphs, field=text_field),
     }
-    if plain.suffix not in readers:
-        raise ValueError(f"{path} is of no known kind; known are {', '.join(_SUFFIXES)}")
     # Tables and JSON keep line breaks inside of fields as they are; of running text all are alike.
     with open_text(path, newline=None if plain.suffix == ".txt" else "") as file:
         yield from readers[plain.suffix](file, plain.name)
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    pyarrow, parquet = _package("pyarrow"), _package("pyarrow.parquet")
+    try:
+        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
+            batches = parquet.ParquetFile(file).iter_batches(_ROWS_AT_ONCE)
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            yield from ((f"{path.name}:{i}", row) for i, row in enumerate(rows, 1))
+    except (*_DAMAGE, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read as parquet: {reason}") from error
 
 
 @contextmanager
@@ -71,14 +92,12 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     Raises:
         ValueError: it cannot be read, or, while it is read, is cut off, damaged, or no text in UTF-8.
     """
-    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
-    damage = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError, csv.Error)
     try:
-        with openers.get(path.suffix, open)(
+        with _OPENERS.get(path.suffix, open)(
             path, "rt", encoding="utf-8-sig", newline=newline
         ) as file:
             yield file
-    except damage as error:
+    except (*_DAMAGE, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as text: {error}") from error
 
 
@@ -100,21 +119,20 @@ def _expanded(source: str) -> str:
 
 def _hub_rows(source: str, split: str, config: str | None) -> Iterator[Row]:
     try:
-        rows = _datasets().load_dataset(source, config, split=split)
+        rows = _package("datasets").load_dataset(source, config, split=split)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"{source} is no file, and as a data set of the hub it cannot be read: {reason}"
         ) from error
-    yield from ((f"{source}:{i}", row) for i, row in enumerate(rows, 1))
+    return ((f"{source}:{i}", row) for i, row in enumerate(rows, 1))
 
 
-def _datasets() -> Any:
+def _package(name: str) -> Any:
     try:
-        import datasets
+        return importlib.import_module(name)
     except ImportError:
         raise ValueError("this needs `datasets`: pip install 'layerskip[train]'") from None
-    return datasets
 
 
 def _json_lines(file: TextIO, name: str) -> Iterator[Row]:
@@ -170,7 +188,7 @@ def _table(file: TextIO, name: str) -> Iterator[Row]:
         yield where, row
 
 
-def _paragraphs(file: TextIO, name: str) -> Iterator[Row]:
+def _paragraphs(file: TextIO, name: str, field: str) -> Iterator[Row]:
     """Documents of a text file are separated by empty lines."""
     start, lines = 1, list[str]()
     for number, line in enumerate(file, 1):
@@ -178,7 +196,7 @@ def _paragraphs(file: TextIO, name: str) -> Iterator[Row]:
             start = start if lines else number
             lines.append(line)
         elif lines:
-            yield f"{name}:{start}", {"text": "".join(lines)}
+            yield f"{name}:{start}", {field: "".join(lines)}
             lines = []
     if lines:
-        yield f"{name}:{start}", {"text": "".join(lines)}
+        yield f"{name}:{start}", {field: "".join(lines)}

@@ -6,32 +6,30 @@ import importlib.util
 import math
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import SchedulerType, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import align_special_tokens
 
 from layerskip.model.weights import json_text, replace
-from layerskip.recipe import detach
+from layerskip.recipe import attach, detach
 from layerskip.training.callbacks import JsonLinesLog, TimeBudget, read_log, time_spent
+from layerskip.training.checkpoints import INCOMPLETE, last_checkpoint, unwritten
+from layerskip.training.checks import check_installed, check_layers, uses_gpu
 from layerskip.training.config import TrainConfig
 from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows
-from layerskip.training.errors import UnwrittenCheckpointError
 from layerskip.training.fake_quantization import DIFFERENCE, QuantizeAware, quantize_aware
 from layerskip.training.loading import (
     check_positions,
     check_tokens,
     load_model,
     load_tokenizer,
-    model_config,
-    one_line,
     pretrained_model,
     with_adapter,
 )
@@ -39,14 +37,8 @@ from layerskip.training.memory import keep_freed_memory
 from layerskip.training.plots import plot_run
 from layerskip.training.progress import Progress, Watch, hidden_bars
 from layerskip.training.result import save_result
-from layerskip.training.rows import local_files, read_rows
-from layerskip.training.trainer import INCOMPLETE, LayerSkipTrainer, last_checkpoint
-
-_SCHEDULERS_WITH_SETTINGS = (  # of their own, and without a default
-    "warmup_stable_decay",
-    "cosine_with_min_lr",
-    "cosine_warmup_with_min_lr",
-)
+from layerskip.training.rows import Row, local_files, read_rows
+from layerskip.training.trainer import LayerSkipTrainer
 
 
 @dataclass(frozen=True)
@@ -91,10 +83,13 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
     set_seed(config.seed)
     keep_freed_memory()
     tokenizer = load_tokenizer(config)
-    _check_installed(config)
-    exit_layer = _check_layers(config)
-    train_rows, eval_rows = _load_data(config, tokenizer)
+    check_installed(config)
+    exit_layer = check_layers(config)
+    sources = _find_data(config)
     model = load_model(config)
+    attach(model, config.effective_recipe)  # tries whether it fits, before the rows take long
+    detach(model)
+    train_rows, eval_rows = _load_data(config, tokenizer, *sources)
     check_tokens(model, tokenizer.pad_token_id or 0, train_rows, eval_rows)
     check_positions(model, train_rows, eval_rows)
     if config.lora_rank is not None:
@@ -124,11 +119,9 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
     model.config.use_cache = use_cache  # which Trainer turned off
     try:
         save_result(trainer, config, exit_layer, output, nll_change)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UnwrittenCheckpointError(
-            f"{one_line(f'the result could not be written to {output}', error)}; the last checkpoint is "
-            "kept: make room and go on with --resume"
-        ) from error
+    except Exception as error:  # tokenizers has no class of its own for a full disk
+        shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
+        raise unwritten(f"the result of step {trainer.state.global_step}", output, error) from error
     if trainer.is_world_process_zero():
         plot_run(read_log(output / "train_log.jsonl"), output)
     return TrainResult(output, trainer.state.global_step, metrics, exit_layer)
@@ -186,7 +179,25 @@ def _resume_from(config: TrainConfig, output: Path) -> str | None:
     return None
 
 
-def _load_data(config: TrainConfig, tokenizer: Any) -> tuple[Any, Any]:
+def _find_data(config: TrainConfig) -> tuple[Iterator[Row], Iterator[Row] | None]:
+    """Rows to train on, and to evaluate on where those have a source of their own; none is read yet."""
+    if config.data_config is not None and local_files(config.data):
+        raise ValueError(f"data_config is for data sets of the hub; {config.data} is a file")
+    if config.split != "train" and local_files(config.data):
+        raise ValueError(f"split is for data sets of the hub; {config.data} is a file")
+    rows = read_rows(config.data, config.split, config.data_config, config.text_field)
+    if config.eval_data is None:
+        return rows, None
+    if config.eval_split is not None and local_files(config.eval_data):
+        raise ValueError(f"eval_split is for data sets of the hub; {config.eval_data} is a file")
+    split = config.eval_split or config.split
+    part = config.data_config if config.eval_data == config.data else None
+    return rows, read_rows(config.eval_data, split, part, config.text_field)
+
+
+def _load_data(
+    config: TrainConfig, tokenizer: Any, train_rows: Iterator[Row], eval_rows: Iterator[Row] | None
+) -> tuple[Any, Any]:
     """Encoded rows to train on, and to evaluate on or None."""
     encoding = Encoding(
         tokenizer=tokenizer,
@@ -196,22 +207,11 @@ def _load_data(config: TrainConfig, tokenizer: Any) -> tuple[Any, Any]:
         completion_only=config.completion_only,
         max_length=config.max_length,
     )
-    if config.data_config is not None and local_files(config.data):
-        raise ValueError(f"data_config is for data sets of the hub; {config.data} is a file")
-    if config.split != "train" and local_files(config.data):
-        raise ValueError(f"split is for data sets of the hub; {config.data} is a file")
-    train_rows = read_rows(config.data, config.split, config.data_config)
     rows = encode_rows(train_rows, encoding, config.data)
     held_out: list[dict[str, list[int]]] = []
-    if config.eval_data is not None:
-        if config.eval_split is not None and local_files(config.eval_data):
-            raise ValueError(
-                f"eval_split is for data sets of the hub; {config.eval_data} is a file"
-            )
-        split = config.eval_split or config.split
-        part = config.data_config if config.eval_data == config.data else None
-        held_out_rows = read_rows(config.eval_data, split, part)
-        held_out = encode_rows(held_out_rows, encoding, config.eval_data)
+    if eval_rows is not None:
+        assert config.eval_data is not None
+        held_out = encode_rows(eval_rows, encoding, config.eval_data)
     elif config.eval_rows:
         if config.eval_rows >= len(rows):
             raise ValueError(f"eval_rows is {config.eval_rows}, but there are {len(rows)} rows")
@@ -229,50 +229,6 @@ def _dataset(rows: list[dict[str, list[int]]]) -> Any:
     return datasets.Dataset.from_list(rows)
 
 
-def _check_installed(config: TrainConfig) -> None:
-    """What the settings name, before anything takes long."""
-    known = [kind.value for kind in SchedulerType if kind.value not in _SCHEDULERS_WITH_SETTINGS]
-    if config.scheduler not in known:
-        raise ValueError(
-            f"there is no scheduler {config.scheduler!r}; there are: {', '.join(known)}"
-        )
-    if config.lora_rank is not None and importlib.util.find_spec("peft") is None:
-        raise ValueError("lora_rank needs `peft`: pip install 'layerskip[train]'")
-    if config.precision == "float16" and not _uses_gpu(config):
-        raise ValueError("precision float16 needs a GPU; take bfloat16, float32 or auto")
-
-
-def _check_layers(config: TrainConfig) -> int:
-    """Compare exits with the model's layers before anything takes long; the exit for decoding.
-
-    That is the one given, the first that always has a loss, or of those with a loss the nearest to L/4.
-    """
-    try:
-        text_config = model_config(config.model).get_text_config()
-    except (OSError, ValueError) as error:
-        raise ValueError(one_line(f"no model in {config.model}", error)) from error
-    num_layers = getattr(text_config, "num_hidden_layers", None)
-    if num_layers is None:
-        raise ValueError(f"the model {config.model} does not say how many layers it has")
-    recipe = config.effective_recipe
-    recipe.check_layers(num_layers)
-    if outside := [e for e in config.eval_exits or () if not 1 <= e <= num_layers]:
-        raise ValueError(f"eval_exits names {outside}; an exit is 1 to {num_layers}")
-    trained = recipe.fixed_exits or recipe.candidates(num_layers)
-    without_loss = 1 if recipe.exit_weighting == "paper" else 0  # weight 0
-    quarter = max(1, round(num_layers / 4))
-    early = [e for e in trained if without_loss < e < num_layers] or [quarter]
-    nearest = min(early, key=lambda e: (abs(e - quarter), e))
-    chosen = config.exit_layer or (min(early) if recipe.fixed_exits else nearest)
-    if not 1 <= chosen < max(num_layers, 2):
-        raise ValueError(f"exit_layer is {chosen}; it must be 1 to {num_layers - 1}")
-    return int(chosen)
-
-
-def _uses_gpu(config: TrainConfig) -> bool:
-    return config.device != "cpu" and torch.cuda.is_available()
-
-
 def _is_bfloat16_fast(on_gpu: bool) -> bool:
     """Without AVX-512 a CPU's products in bfloat16 take tens of times as long as in float32."""
     if on_gpu:
@@ -283,7 +239,7 @@ def _is_bfloat16_fast(on_gpu: bool) -> bool:
 def _trainer(
     config: TrainConfig, model: Any, tokenizer: Any, train_rows: Any, eval_rows: Any
 ) -> LayerSkipTrainer:
-    use_gpu = _uses_gpu(config)
+    use_gpu = uses_gpu(config)
     # Named only where it is wanted: the field has another name in newer versions of transformers.
     checkpointing: dict[str, Any] = (
         {"gradient_checkpointing": True} if config.gradient_checkpointing else {}

@@ -7,6 +7,7 @@ from typing import Any
 
 import transformers
 
+from layerskip.model.checkpoint import check_no_adapter
 from layerskip.model.source import BUILTIN_MODELS, BuiltinModel, pull
 
 
@@ -15,11 +16,33 @@ def pretrained(name: str) -> tuple[str, dict[str, Any]]:
 
     Returns:
         The folder or hub id, and further keyword arguments.
+
+    Raises:
+        ValueError: it is what `check_files` refuses, or a built-in model that cannot be fetched.
     """
     if name not in BUILTIN_MODELS or Path(name).exists():
+        check_files(name)
         return name, {}
     is_gguf = isinstance(BUILTIN_MODELS[name], BuiltinModel)
     return str(pull(name)), {"gguf_file": "model.gguf"} if is_gguf else {}
+
+
+def check_files(name: str) -> None:
+    """Refuse files that can be decoded, or made so, but not trained: GGUF files and adapters alone.
+
+    Args:
+        name: of a model; a built-in one or a hub id passes.
+
+    Raises:
+        ValueError: it is such a file or folder; the message says what to do.
+    """
+    path = Path(name)
+    check_no_adapter(path)
+    kinds = {file.suffix for file in path.iterdir()} if path.is_dir() else {path.suffix}
+    if ".gguf" in kinds and ".safetensors" not in kinds:
+        raise ValueError(
+            f"GGUF files cannot be trained: make a folder of {name} first, with layerskip export --to hf"
+        )
 
 
 def pretrained_weights(name: str) -> tuple[str, dict[str, Any]]:

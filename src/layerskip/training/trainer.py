@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from layerskip.model.weights import flush
 from layerskip.recipe import RecipeConfig, attach
 from layerskip.recipe.attached import AttachedRecipe
 from layerskip.recipe.exit_loss import IGNORED_LABEL
-from layerskip.training.errors import NonFiniteLossError, UnwrittenCheckpointError
+from layerskip.training.checkpoints import INCOMPLETE, last_good, move_when_whole, unwritten
+from layerskip.training.errors import NonFiniteLossError
 from layerskip.training.exit_totals import ExitTotals
 from layerskip.training.memory import peak_memory_bytes
 from layerskip.training.sampling import LengthGroupedSampler
-
-INCOMPLETE = ".incomplete"
+from layerskip.training.speed import TokenRate
 
 
 class _Steps(Protocol):
@@ -131,7 +127,8 @@ class LayerSkipMixin:
         self._train_totals = ExitTotals(layers, trainer.args.device)
         self._eval_totals = ExitTotals(layers, trainer.args.device)
         self._output_dir: str | None = None
-        self._tokens, self._tokens_since = 0, time.monotonic()
+        self._token_rate = TokenRate()
+        trainer.add_callback(self._token_rate)
 
     @property
     def _trainer(self) -> Any:
@@ -155,7 +152,7 @@ class LayerSkipMixin:
         losses = self.attached.last
         assert losses is not None
         self._train_totals.add(losses)
-        self._tokens += inputs["input_ids"].numel()
+        self._token_rate.add(inputs["input_ids"].numel())
         loss = outputs["loss"]
         # DDP averages gradients over processes, while the items are those of all of them.
         if trainer.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -179,9 +176,9 @@ class LayerSkipMixin:
     def _must_be_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             raise NonFiniteLossError(
-                f"{what} is {value} at step {self._trainer.state.global_step + 1}; training "
-                f"stopped before it was used, {self._last_checkpoint()}. A lower learning rate, "
-                "warm-up steps or bfloat16 instead of float16 may help"
+                f"{what} is {value} at step {self._trainer.state.global_step + 1}; training stopped "
+                f"before it was used, {last_good(self._trainer.args.output_dir)}. A lower learning "
+                "rate, warm-up steps or bfloat16 instead of float16 may help"
             )
 
     def prediction_step(
@@ -219,7 +216,8 @@ class LayerSkipMixin:
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own, with loss and accuracy of every exit among the metrics."""
-        output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        with self._token_rate.paused():
+            output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         exits = self._eval_totals.take(self._sum_over_processes)
         for exit_layer, (loss, accuracy) in exits.items():
@@ -237,12 +235,9 @@ class LayerSkipMixin:
             ).items():
                 logs[f"loss_exit_{exit_layer}"] = loss
                 logs[f"accuracy_exit_{exit_layer}"] = accuracy
-            tokens = self._sum_over_processes(
-                torch.tensor(self._tokens, device=self._trainer.args.device)
+            logs["tokens_per_s"] = self._token_rate.take(
+                self._sum_over_processes, self._trainer.args.device
             )
-            now = time.monotonic()
-            logs["tokens_per_s"] = tokens.item() / max(now - self._tokens_since, 1e-9)
-            self._tokens, self._tokens_since = 0, now
             logs["skip_rate_mean"] = sum(self.attached.skip_rates) / self.attached.num_layers
             logs["skip_rate_last"] = self.attached.skip_rates[-1]
             logs["peak_memory_bytes"] = peak_memory_bytes(self._trainer.args.device)
@@ -285,6 +280,19 @@ class LayerSkipMixin:
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Write a checkpoint beside the others and move it there when it is whole."""
         trainer = self._trainer
+        with self._token_rate.paused():
+            self._write_checkpoint(*args, **kwargs)
+            if trainer.args.should_save:
+                rotate_checkpoints(
+                    output_dir=trainer.args.output_dir,
+                    save_total_limit=trainer.args.save_total_limit,
+                    best_model_checkpoint=trainer.state.best_model_checkpoint,
+                    use_mtime=False,  # a clock may go back, steps do not
+                )
+            trainer.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        trainer = self._trainer
         run = Path(trainer.args.output_dir)
         name = f"checkpoint-{trainer.state.global_step}"
         unfinished = run / INCOMPLETE
@@ -294,23 +302,31 @@ class LayerSkipMixin:
             self._name_the_best_as_it_will_be(unfinished / name, run / name)
             trainer.accelerator.wait_for_everyone()
             if trainer.args.should_save:
-                _move_when_whole(unfinished / name, run / name)
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+                move_when_whole(unfinished / name, run / name)
+        except Exception as error:  # tokenizers has no class of its own for a full disk
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise UnwrittenCheckpointError(
-                f"the checkpoint of step {trainer.state.global_step} could not be written to {run} "
-                f"({error}); {self._last_checkpoint()}"
+            raise unwritten(
+                f"the checkpoint of step {trainer.state.global_step}", run, error
             ) from error
         finally:
             self._output_dir = None
-        if trainer.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=trainer.args.save_total_limit,
-                best_model_checkpoint=trainer.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-        trainer.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The checkpoint's state, with the learning rate and weight decay that are asked for now."""
+        trainer = self._trainer
+        asked = [
+            {name: group[name] for name in ("initial_lr", "weight_decay") if name in group}
+            for group in trainer.optimizer.param_groups
+        ]
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if not isinstance(trainer.lr_scheduler, LambdaLR):  # others have no factor of the peak
+            return
+        for group, settings in zip(trainer.optimizer.param_groups, asked, strict=True):
+            if settings["initial_lr"] != group["initial_lr"]:
+                group["lr"] *= settings["initial_lr"] / group["initial_lr"]
+            group.update(settings)
+        trainer.lr_scheduler.base_lrs = [settings["initial_lr"] for settings in asked]
+        trainer.lr_scheduler._last_lr = [group["lr"] for group in trainer.optimizer.param_groups]
 
     def _name_the_best_as_it_will_be(self, unfinished: Path, final: Path) -> None:
         state = self._trainer.state
@@ -320,31 +336,6 @@ class LayerSkipMixin:
         if self._trainer.args.should_save:
             state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
 
-    def _last_checkpoint(self) -> str:
-        last = last_checkpoint(self._trainer.args.output_dir)
-        return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-
 
 class LayerSkipTrainer(LayerSkipMixin, Trainer):  # type: ignore[misc]
     """A transformers Trainer that trains with the recipe; see `LayerSkipMixin`."""
-
-
-def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
-    """The checkpoint of a run with the highest step; None where there is none.
-
-    Only whole checkpoints have that name: an unfinished one lies in a folder of its own.
-    """
-    found = [
-        (int(number), path)
-        for path in Path(directory).glob("checkpoint-*")
-        if (number := path.name.removeprefix("checkpoint-")).isdigit() and path.is_dir()
-    ]
-    return str(max(found)[1]) if found else None
-
-
-def _move_when_whole(unfinished: Path, final: Path) -> None:
-    """Flush a folder's files to the disk, then give it its name in one step."""
-    flush(unfinished)
-    if final.exists():  # the same step again, after a resume from an earlier one
-        shutil.rmtree(final)
-    unfinished.rename(final)

@@ -1,5 +1,6 @@
 """What mode auto is told of a tuning: costs in plain steps, and the tokens worth drafting."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -7,7 +8,8 @@ import torch
 
 from layerskip.decoding import LayerSkipModel
 from layerskip.model import StepCosts
-from layerskip.model.draft_vocabulary import merged, worth_drafting
+from layerskip.model.draft_text import MOST as MOST_OF_TEXT
+from layerskip.model.draft_vocabulary import MOST, worth_drafting
 from layerskip.model.machine import machine
 from layerskip.tuning.costs import Costs
 
@@ -38,6 +40,12 @@ def step_costs(costs: Costs, exit_layer: int, model: LayerSkipModel) -> StepCost
     )
 
 
+def draft_text(answers: Iterable[Sequence[int]], known: Sequence[int] | None) -> tuple[int, ...]:
+    """Some answers, each once, and before them the text that the checkpoint has already."""
+    once = dict.fromkeys(map(tuple, answers))
+    return tuple(itertools.chain(known or (), *once))[:MOST_OF_TEXT]
+
+
 def draft_vocabulary(
     texts: Iterable[Sequence[int]], model: LayerSkipModel
 ) -> tuple[int, ...] | None:
@@ -56,4 +64,4 @@ def draft_vocabulary(
         always=sorted(model.end_tokens),
     )
     known = model.settings.draft_vocabulary or range(a.vocab_size // _SHARE_OF_VOCABULARY)
-    return None if seen is None else merged(seen, known)
+    return None if seen is None else tuple(dict.fromkeys([*seen, *known]))[:MOST]

@@ -14,7 +14,7 @@ from layerskip.model import StepCosts
 from layerskip.tuning.acceptance import Continuation, agreement_rate, read_agreement, replay
 from layerskip.tuning.choose import Choice, choose, choose_auto
 from layerskip.tuning.costs import Costs, measure_costs
-from layerskip.tuning.for_auto import draft_vocabulary, step_costs
+from layerskip.tuning.for_auto import draft_text, draft_vocabulary, step_costs
 from layerskip.tuning.predict import Prediction, predict, predict_plain
 
 CANDIDATES = 3  # predictions that are confirmed by real runs
@@ -42,6 +42,8 @@ class Tuning:
             where none was, of each that was confirmed.
         step_costs: for mode auto: costs in plain steps.
         draft_vocabulary: for mode auto: tokens worth drafting, the most frequent first.
+        draft_text: for mode auto: a text to search for n-grams, with the answers in it. Auto was tried
+            without them, since they are those of these very prompts.
     """
 
     environment: dict[str, Any]
@@ -58,6 +60,7 @@ class Tuning:
     choice: Choice
     step_costs: StepCosts
     draft_vocabulary: tuple[int, ...] | None
+    draft_text: tuple[int, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields for JSON."""
@@ -76,6 +79,7 @@ class Tuning:
             "costs": self.costs.to_dict(),
             "step_costs": self.step_costs.to_dict(),
             "draft_vocabulary": len(self.draft_vocabulary or ()),
+            "draft_text": len(self.draft_text),
         }
 
     def record(self) -> dict[str, Any]:
@@ -199,6 +203,7 @@ def tune(
         choice=choice,
         step_costs=step_costs(costs, exit_layer, model),
         draft_vocabulary=vocabulary,
+        draft_text=draft_text((c.token_ids for c in continuations), model.settings.draft_text),
     )
 
 

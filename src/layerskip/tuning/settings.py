@@ -19,6 +19,7 @@ def write_settings(
     record: Mapping[str, Any],
     costs: StepCosts | None = None,
     draft_vocabulary: Sequence[int] | None = None,
+    draft_text: Sequence[int] | None = None,
 ) -> Path:
     """Write `assistant_early_exit` and `num_assistant_tokens`, and how they were found.
 
@@ -35,6 +36,7 @@ def write_settings(
         costs: kept there too, in the place of those for the same kind of weights and machine; None
             leaves what is there.
         draft_vocabulary: the same, token ids.
+        draft_text: the same.
 
     Returns:
         The file written.
@@ -66,6 +68,8 @@ def write_settings(
                 fields[key] = value
     if draft_vocabulary:
         own["draft_vocabulary"] = text_of_ids(draft_vocabulary)
+    if draft_text:
+        own["draft_text"] = text_of_ids(draft_text)
     fields[KEY] = own
     try:
         replace(file, json_text(fields).encode())

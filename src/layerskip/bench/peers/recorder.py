@@ -5,7 +5,7 @@ from typing import Any
 
 from layerskip.bench.measure import Run
 from layerskip.decoding import Step
-from layerskip.decoding.stream import TextStream, special_tokens
+from layerskip.decoding.stream import TextStream, stop_tokens
 
 
 class Recorder:
@@ -27,7 +27,7 @@ class Recorder:
         self.ended = False
         self._now, self._left = now, max_new_tokens
         self._text = None if tokenizer is None else TextStream(tokenizer, stop)
-        named = frozenset[int]() if tokenizer is None else special_tokens(tokenizer, stop)
+        named = frozenset[int]() if tokenizer is None else stop_tokens(tokenizer, stop)
         self._end_tokens = named.union(end_tokens)
         self._steps: list[list[int]] = []
         self._times: list[float] = []

@@ -8,9 +8,7 @@ How far it pays to draft depends on little else as much.
 import contextlib
 import functools
 import json
-import os
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ import torch
 from layerskip.model.native.build import target
 from layerskip.model.native.panels import PanelMatrix
 from layerskip.model.quantize import GROUP, Quantized
+from layerskip.model.weights import replace
 
 _ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 _ROUNDS, _MOST_ROUNDS = 4, 24
@@ -48,9 +47,7 @@ def _row_costs(kind: str, threads: int) -> tuple[float, ...]:
     if not steady:  # a busy machine: good enough for now, but not to be kept
         return costs
     with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
-        unfinished = Path(f"{file}.{os.getpid()}")
-        unfinished.write_text(json.dumps(costs))
-        unfinished.replace(file)
+        replace(file, json.dumps(costs).encode())
     return costs
 
 

@@ -8,7 +8,7 @@ from layerskip.model.draft_vocabulary import worth_drafting
 from layerskip.recipe.exit_loss import IGNORED_LABEL
 
 
-def draft_tokens(
+def draft_vocabulary(
     rows: Iterable[Mapping[str, Sequence[int]]], model: Any, end_token: int | None
 ) -> tuple[int, ...] | None:
     """Count the labels and keep the tokens that are worth their row of the head.
@@ -33,3 +33,8 @@ def draft_tokens(
         vocab_size=config.vocab_size,
         always=() if end_token is None else (end_token,),
     )
+
+
+def labels_of(rows: Iterable[Mapping[str, Sequence[int]]]) -> list[list[int]]:
+    """What each row teaches to say."""
+    return [[label for label in row["labels"] if label != IGNORED_LABEL] for row in rows]

@@ -2,14 +2,19 @@
 
 import tiny_models
 from layerskip.recipe.exit_loss import IGNORED_LABEL
-from layerskip.training.draft_tokens import draft_tokens
+from layerskip.training.draft_vocabulary import draft_vocabulary, labels_of
 
 
 def test_labels_are_counted_and_prompts_are_not():
     model = tiny_models.build("llama2")
     rows = [{"labels": [IGNORED_LABEL, 7, 9, 9]}, {"labels": [IGNORED_LABEL, 9, 5]}]
-    assert draft_tokens(rows, model, None) == (9, 5, 7)
-    assert draft_tokens(rows, model, 2) == (2, 9, 5, 7)
+    assert draft_vocabulary(rows, model, None) == (9, 5, 7)
+    assert draft_vocabulary(rows, model, 2) == (2, 9, 5, 7)
+
+
+def test_what_rows_teach_is_their_labels():
+    rows = [{"labels": [IGNORED_LABEL, 7, 9, 9]}, {"labels": [IGNORED_LABEL]}]
+    assert labels_of(rows) == [[7, 9, 9], []]
 
 
 def test_a_rare_token_does_not_pay_for_its_row():
@@ -18,4 +23,4 @@ def test_a_rare_token_does_not_pay_for_its_row():
     weights -= model.get_input_embeddings().weight.numel()
     often = weights // model.config.hidden_size + 10
     rows = [{"labels": [7] * often + [5]}]
-    assert draft_tokens(rows, model, None) == (7,)
+    assert draft_vocabulary(rows, model, None) == (7,)

@@ -1,0 +1,60 @@
+"""Where a model runs and in which dtype, from what a caller names."""
+
+from collections.abc import Callable
+
+import torch
+
+from layerskip.model import Architecture, native
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    """The device of a name; raises ValueError where it is not here."""
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"the device {device!r} is unknown; use cpu or cuda") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"the device {device} is not available here; use cpu")
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"the device {device!r} is not supported; use cpu or cuda")
+    return place
+
+
+def prepared(
+    wanted: bool | None,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    announce: Callable[[str], None],
+    architecture: Architecture,
+) -> bool:
+    """Whether the compiled kernels are to be used, and are there."""
+    dtype = torch.bfloat16 if dtype is None else dtype  # which they make the default
+    if wanted is False or not (known := native.supports(architecture, dtype, device)):
+        if wanted and not known:
+            raise ValueError(
+                f"the compiled kernels have no {str(dtype).removeprefix('torch.')} of"
+                f" {architecture.family} models on {device.type} (docs/kernels.md);"
+                " load without compile"
+            )
+        return False
+    try:
+        native.prepare(announce)
+    except native.NoCompilerError as error:
+        if wanted:
+            raise ValueError(f"{error}; install one, or load without compile") from error
+        announce(f"going on without compiled kernels, more slowly: {error}")
+        return False
+    return True
+
+
+def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype of a name; None = left open. Raises ValueError for others than `DTYPES`."""
+    if dtype is None:
+        return None
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; there are: {', '.join(DTYPES)}")
+    return DTYPES[dtype]

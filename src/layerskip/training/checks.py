@@ -1,0 +1,79 @@
+"""What settings name, compared with this machine and with the model before anything takes long."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from transformers import SchedulerType
+
+from layerskip.recipe import RecipeConfig
+from layerskip.training.config import TrainConfig
+from layerskip.training.loading import model_config
+
+_OTHER_SCHEDULERS = (  # with settings of their own and without a default, or led by evaluations
+    "warmup_stable_decay",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "reduce_lr_on_plateau",
+    "greedy",
+)
+
+
+def uses_gpu(config: TrainConfig) -> bool:
+    """Whether the run is to be on a GPU."""
+    return config.device != "cpu" and torch.cuda.is_available()
+
+
+def check_installed(config: TrainConfig) -> None:
+    """Raise ValueError where a schedule, a package or a GPU that the settings name is not there."""
+    known = [kind.value for kind in SchedulerType if kind.value not in _OTHER_SCHEDULERS]
+    if config.scheduler not in known:
+        raise ValueError(
+            f"there is no scheduler {config.scheduler!r}; there are: {', '.join(known)}"
+        )
+    if config.lora_rank is not None and importlib.util.find_spec("peft") is None:
+        raise ValueError("lora_rank needs `peft`: pip install 'layerskip[train]'")
+    if config.precision == "float16" and not uses_gpu(config):
+        raise ValueError("precision float16 needs a GPU; take bfloat16, float32 or auto")
+
+
+def check_layers(config: TrainConfig) -> int:
+    """Compare exits with the model's layers; the exit for decoding.
+
+    That is the one given, the first that always has a loss, or of those with a loss the nearest to L/4.
+
+    Raises:
+        ValueError: where the model has no such layers, or the exit for decoding has no loss though
+            others have.
+    """
+    text_config = model_config(config.model).get_text_config()
+    num_layers = getattr(text_config, "num_hidden_layers", None)
+    if num_layers is None:
+        raise ValueError(f"the model {config.model} does not say how many layers it has")
+    recipe = config.effective_recipe
+    recipe.check_layers(num_layers)
+    if outside := [e for e in config.eval_exits or () if not 1 <= e <= num_layers]:
+        raise ValueError(f"eval_exits names {outside}; an exit is 1 to {num_layers}")
+    early = _with_loss(recipe, num_layers)
+    always = [e for e in early if e in recipe.fixed_exits]
+    quarter = max(1, round(num_layers / 4))
+    nearest = min(early or [quarter], key=lambda e: (abs(e - quarter), e))
+    chosen: int = config.exit_layer or (always[0] if always else nearest)
+    if not 1 <= chosen < max(num_layers, 2):
+        raise ValueError(f"exit_layer is {chosen}; it must be 1 to {num_layers - 1}")
+    if early and chosen not in early:  # a run without any is a control, to be measured at that exit
+        raise ValueError(
+            f"exit_layer is {chosen}, but the exits that have a loss are "
+            f"{', '.join(map(str, early))}: name it in fixed_exits or exits too"
+        )
+    return chosen
+
+
+def _with_loss(recipe: RecipeConfig, num_layers: int) -> list[int]:
+    """The exits before the last layer that have a loss at some step, ascending."""
+    if recipe.variant == "LD":
+        return []
+    in_turn = () if recipe.curriculum == "none" else recipe.candidates(num_layers)
+    first = 2 if recipe.exit_weighting == "paper" else 1  # whose weight is not 0
+    return sorted({e for e in (*recipe.fixed_exits, *in_turn) if first <= e < num_layers})
