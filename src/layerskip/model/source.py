@@ -60,7 +60,7 @@ BUILTIN_MODELS: dict[str, BuiltinModel | DerivedModel] = {
     "smollm2-135m-layerskip": DerivedModel(
         base="smollm2-135m",
         difference="smollm2-135m-layerskip.safetensors",
-        sha256="cc28ab7f6f483edf47b253af417f20fe4d35a751e0bb07f9740ac58b329f5b15",
+        sha256="d9b4d2b4296b8a2b9fe94d0664adb03e70f20b577e6fa30df5eefa14f3e8fc14",
     ),
 }
 DEFAULT_MODEL = "smollm2-135m-layerskip"

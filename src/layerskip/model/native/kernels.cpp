@@ -675,8 +675,6 @@ constexpr int TOGETHER = QUERIES;
 #endif
 constexpr int64_t CHUNK = 128, PAIRED = 2 * LANES;  // caches have whole pairs of positions: cache.py, native/decoder.py
 constexpr int MOST_HEAD_DIM = 1024;
-// Rows whose inputs every thread prepares by itself: that takes less time than to wait for the others.
-constexpr int64_t ALONE = 4;
 
 struct Pass {
   const Model &m;
@@ -691,7 +689,7 @@ struct Pass {
   float *qkv, *attended, *gate_up, *projected;
   float *partial;  // [B, KV heads, chunks, queries, head_dim + 2] where threads share chunks, else null
   int64_t chunks;  // of positions, of the longest sequence
-  char *inputs, *gated;  // [rows, stride]: of a product (own ones where rows are few), and of `down`
+  char *inputs, *gated;  // [rows, stride]: of a product, and of `down`
 
   int64_t position(int64_t row) const { return lengths[row / positions] + row % positions; }
   int64_t element() const { return m.cache_kind == FLOAT32 ? 4 : 2; }
@@ -699,12 +697,11 @@ struct Pass {
     return slots + (((layer * 2 + which) * batch + b) * m.kv_heads + head) * capacity * m.head_dim * element();
   }
 
-  // The inputs of a product, prepared by all threads together, or by each. `source(row)` gives what
-  // `encode` reads.
+  // The inputs of a product, prepared by all threads together. `source(row)` gives what `encode` reads.
   template <class Source>
   void prepare(const Matrix &w, Source source) const {
     const int64_t groups = (w.in + GROUP - 1) / GROUP, stride = input_stride(w.kind, w.in);
-    const Share mine = rows <= ALONE ? Share{0, rows * groups} : share(rows * groups, thread, threads);
+    const Share mine = share(rows * groups, thread, threads);
     for (int64_t i = mine.first; i < mine.last;) {
       const int64_t row = i / groups, first = i % groups;
       const int64_t last = mine.last - row * groups < groups ? mine.last - row * groups : groups;
@@ -712,7 +709,7 @@ struct Pass {
       encode(w.kind, w.in, first * GROUP, end, inputs + row * stride, source(row));
       i = row * groups + last;
     }
-    if (rows > ALONE) team.wait(threads);
+    team.wait(threads);
   }
 
   void prepare_normed(const Matrix &w, const float *norm) const {
@@ -1124,8 +1121,7 @@ void run(const Model *m, const float *hidden, float *x, const int64_t *lengths, 
   const int64_t widest = m->hidden > m->heads * hd ? m->hidden : m->heads * hd;
   const Buffer<float> qkv(rows * width), attended(rows * m->heads * hd), gate_up(rows * 2 * m->ffn);
   const Buffer<float> projected(rows * m->hidden);
-  const int64_t of_inputs = rows * input_stride(FLOAT32, widest);
-  const Buffer<char> inputs((rows <= ALONE ? threads : 1) * of_inputs), gated(rows * input_stride(FLOAT32, m->ffn));
+  const Buffer<char> inputs(rows * input_stride(FLOAT32, widest)), gated(rows * input_stride(FLOAT32, m->ffn));
   int64_t longest = 0;
   for (int64_t b = 0; b < batch; b++) longest = lengths[b] > longest ? lengths[b] : longest;
   const int64_t chunks = (longest + positions + CHUNK - 1) / CHUNK, queries = rows * (m->heads / m->kv_heads);
@@ -1138,8 +1134,7 @@ void run(const Model *m, const float *hidden, float *x, const int64_t *lengths, 
     const int thread = omp_get_thread_num();
     const Pass pass{*m, x, lengths, batch, positions, rows, (char *)slots, capacity, turns, team, thread,
                     omp_get_num_threads(), qkv.get(), attended.get(), gate_up.get(), projected.get(),
-                    few ? partial.get() : nullptr, chunks,
-                    inputs.get() + (rows <= ALONE ? thread * of_inputs : 0), gated.get()};
+                    few ? partial.get() : nullptr, chunks, inputs.get(), gated.get()};
     for (int64_t layer = start; layer < stop; layer++) pass.run(m->layers[layer], layer);
   }
 }
