@@ -6,7 +6,6 @@ from tiny_decoders import LAYERS, PLAIN, ids, random_prompt, steps, tiny_decoder
 from layerskip.decoding import Plan, Sampling
 from layerskip.decoding.draft_costs import DraftCosts
 from layerskip.decoding.draft_length import (
-    TRAINED_RISK,
     DraftLength,
     NgramLength,
     Pace,
@@ -78,16 +77,20 @@ def test_nothing_but_one_token_is_risked_before_the_first_is_right():
     assert not length.ends
 
 
-def test_an_exit_that_was_trained_to_draft_is_risked_four_times():
-    length = DraftLength(CHEAP, risk=TRAINED_RISK)
-    assert length.begins()
-    for _ in range(TRAINED_RISK):
-        assert not length.ends
-        assert length.keeps(0.95)
-    assert length.ends
-    length.learn(1)
-    assert length.begins()
-    assert all(length.keeps(0.95) and not length.ends for _ in range(TRAINED_RISK + 1))
+def test_an_exit_that_was_trained_to_draft_goes_on_while_it_is_sure():
+    """0.95, 0.90, 0.86, 0.81 and then 0.77 are the chances that all are right."""
+
+    def first_draft(confidence, **options):
+        length, kept = DraftLength(CHEAP, **options), 0
+        assert length.begins()
+        while not length.ends and length.keeps(confidence):
+            kept += 1
+        return kept
+
+    assert first_draft(0.95, trained=True) == 5
+    assert first_draft(0.85, trained=True) == 2
+    assert first_draft(0.75, trained=True) == 1
+    assert first_draft(0.95) == 1
 
 
 # Each position beyond the first adds 0.1 to a pass.

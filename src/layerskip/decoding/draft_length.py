@@ -22,8 +22,7 @@ _NGRAM_PRIOR = 2.0
 # How often a draft of an early exit that was ever right is right, before anything else is learned.
 BELIEF, _BELIEF_WEIGHT = 0.8, 2.0
 _MEMORY = 0.95  # of tokens and times, a round
-# Tokens that are risked before a draft was ever right: of any exit; of one that was trained to draft.
-RISK, TRAINED_RISK = 1, 4
+_SURE = 0.8  # that all tokens of a draft are right: so sure, a trained exit needs no proof
 _FIRST_REST, _LONGEST_REST = 4, 64
 
 
@@ -87,17 +86,17 @@ class DraftLength:
     Args:
         costs: in units of a plain step.
         pace: of all rounds of this answer; who owns it tells it of those without an early exit.
-        risk: how far the first drafts may go, until one was right.
+        trained: whether the exit was trained to draft. Others draft one token until one was right.
     """
 
-    def __init__(self, costs: DraftCosts, pace: Pace | None = None, risk: int = RISK) -> None:
+    def __init__(self, costs: DraftCosts, pace: Pace | None = None, trained: bool = False) -> None:
         self._costs, self._pace = costs, pace or Pace()
         # Accepted and judged drafts by the draft's confidence; at first the confidence is believed.
         self._accepted = [_PRIOR * (i + 0.5) / _BINS for i in range(_BINS)]
         self._judged = [_PRIOR] * _BINS
         # The same over all drafts, whatever their confidence.
         self._right, self._seen = BELIEF * _BELIEF_WEIGHT, _BELIEF_WEIGHT
-        self._proven, self._risk = False, risk  # whether a draft was ever accepted
+        self._proven, self._trained = False, trained  # whether a draft was ever accepted
         self._own, self._rests = Pace(), Rests()
         # What is compared with n-grams: rounds that were drafted here, and no others.
         self._drafting = Pace(plain_rounds=0.0)
@@ -137,7 +136,8 @@ class DraftLength:
     @property
     def ends(self) -> bool:
         """Whether the draft ends here, before another token is scored."""
-        return not self._proven and len(self._confidences) >= self._risk
+        believed = self._proven or (self._trained and self._survival >= _SURE)
+        return bool(self._confidences) and not believed
 
     def follow(self, chances: Sequence[float]) -> int:
         """How many further tokens stand behind this draft, in place of drafting on; 0 = draft on.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from layerskip.decoding.accept import accept
 from layerskip.decoding.draft_costs import DraftCosts
-from layerskip.decoding.draft_length import RISK, TRAINED_RISK, DraftLength, NgramLength, Pace
+from layerskip.decoding.draft_length import DraftLength, NgramLength, Pace
 from layerskip.decoding.drafters import Draft, Drafter, EarlyExitDrafter
 from layerskip.decoding.ngram import DraftText, NgramDrafter
 from layerskip.decoding.policy import Plan
@@ -247,8 +247,7 @@ class _Session:
             )
         if plan.draft_from != "n-gram":
             assert plan.exit_layer is not None
-            risk = TRAINED_RISK if plan.trained else RISK
-            length = None if costs is None else DraftLength(costs, pace, risk)
+            length = None if costs is None else DraftLength(costs, pace, plan.trained)
             early_exit = EarlyExitDrafter(
                 decoder, plan.exit_layer, self.sampling, head, length, self.end_tokens
             )
