@@ -84,7 +84,8 @@ def test_a_draft_text_says_what_most_often_came_next():
 
 def test_a_draft_text_is_followed_as_far_as_is_likely():
     once = DraftText(range(50))  # each token came next once: half as likely as not
-    assert once.propose([3, 4], 9)[0] == [5, 6, 7]  # an eighth; a sixteenth is under a tenth
+    assert once.propose([2, 3, 4], 9)[0] == [5, 6, 7]  # an eighth; a sixteenth is under a tenth
+    assert once.propose([3, 4], 9) == ([], [])  # two tokens that stood so once are no match
     often = DraftText([*range(50)] * 9)
     assert often.propose([3, 4], 9)[0] == [*range(5, 14)]
 

@@ -118,9 +118,14 @@ class DraftLength:
         return self._rests.begins()
 
     @property
+    def rests(self) -> bool:
+        """Whether the next round is not going to be drafted here."""
+        return self._rests.resting
+
+    @property
     def gain(self) -> float:
         """What a round brings beyond its time's worth, by experience; none while it rests."""
-        return float("-inf") if self._rests.resting else self._drafting.gain(self._pace.rate)
+        return float("-inf") if self.rests else self._drafting.gain(self._pace.rate)
 
     def keeps(self, confidence: float) -> bool:
         """Whether a token of a draft whose highest probability is this is worth its cost."""

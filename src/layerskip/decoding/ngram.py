@@ -14,6 +14,7 @@ from layerskip.model import Decoder, KVCache
 
 MAX_MATCH, MIN_MATCH = 5, 2
 _LEAST_LIKELY = 0.1
+_LEAST_OF_TWO = 0.7  # share of what came next: two tokens that stood so once are no match in prose
 
 
 class NgramIndex:
@@ -81,7 +82,9 @@ class DraftText:
             runs = zip(*(tokens[i:] for i in range(n + 1)), strict=False)
             for *run, after in runs:
                 seen.setdefault(tuple(run), Counter())[after] += 1
-            self._next[n] = {run: _most_common(counts) for run, counts in seen.items()}
+            found = ((run, _most_common(counts)) for run, counts in seen.items())
+            least = _LEAST_OF_TWO if n == MIN_MATCH else 0.0
+            self._next[n] = {run: after for run, after in found if after[1] >= least}
 
     @classmethod
     def of(cls, tokens: tuple[int, ...] | None) -> "DraftText | None":
@@ -196,10 +199,11 @@ class NgramDrafter:
         )
 
     def _proposal(self, n: int) -> list[int]:
-        tokens, evidence = self._propose(n)
+        rival: DraftLength | None = self.otherwise.length if self.otherwise else None
+        # Where an early exit drafts, the draft text stands behind its tokens, not in their place.
+        tokens, evidence = self._propose(n, text=rival is None or rival.rests)
         if self.length is None:
             return tokens
-        rival: DraftLength | None = self.otherwise.length if self.otherwise else None
         return tokens[: self.length.choose(evidence, rival.gain if rival else 0.0)]
 
     def _follow(self, drafted: list[int], room: int) -> list[int]:
@@ -212,13 +216,15 @@ class NgramDrafter:
         tokens, evidence = self._propose(room, drafted)
         return tokens[: self.length.follow(evidence, draft)]
 
-    def _propose(self, n: int, drafted: Sequence[int] = ()) -> tuple[list[int], list[int]]:
+    def _propose(
+        self, n: int, drafted: Sequence[int] = (), *, text: bool = True
+    ) -> tuple[list[int], list[int]]:
         """Tokens, as far as one that ends the answer, and what speaks for each: of prompt and answer, or
         of the draft text where that promises more."""
         match, tokens = self.index.propose(n, drafted)
         tokens = self._to_the_end(tokens)
         evidence = by_match(match, len(tokens))
-        if self.text is None:
+        if self.text is None or not text:
             return tokens, evidence
         others, shares = self.text.propose([*self.index.tokens[-MAX_MATCH:], *drafted], n)
         others = self._to_the_end(others)
