@@ -42,7 +42,7 @@ def test_flags_in_the_pages_exist(page):
 
 
 # Of llama.cpp and of the scripts in benchmarks/.
-FLAGS_OF_OTHERS = {"--spec-type", "--draft-max", "--trained-on", "--control"}
+FLAGS_OF_OTHERS = {"--shares", "--spec-type", "--draft-max", "--trained-on", "--control"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

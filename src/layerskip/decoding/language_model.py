@@ -224,7 +224,7 @@ class LayerSkipModel:
             settings=self.settings,
             n_layers=len(self.decoder.layers),
         )
-        left_open = mode == "auto" and draft_from is None and not adaptive
+        left_open = mode == "auto" and draft_from is None and not (adaptive or draft_text)
         if together > 1 and left_open and repetition_penalty == 1.0:
             plan = for_batch(plan, self.decoder, self.settings, together)
         if plan.adaptive and plan.costs is None:
