@@ -68,7 +68,7 @@ def test_repository_is_fetched_over_a_connection_that_breaks(repository, tmp_pat
         assert hub.fetched() == ["config.json", "generation_config.json", "model.safetensors"]
         assert f"bytes={10 * 2**20}-" in [wanted for *_, wanted in hub.requests]  # it resumed
         assert gated.startswith("refused: owner/gated cannot be fetched from the hub: ")
-        assert "Access to model owner/gated is restricted." in gated
+        assert "Access to model owner/gated is restricted" in gated
         assert missing.startswith("refused: owner/none cannot be fetched from the hub: ")
         assert "Not Found" in missing
 
