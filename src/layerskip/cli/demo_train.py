@@ -93,7 +93,8 @@ def run(
         _write(held_out, folder / "held-out.jsonl")
         steps = _train(flags, sorted(before.agreement), minutes, folder)
     except BaseException:  # Ctrl-C as well
-        shutil.rmtree(folder)  # it was empty, and half a run is of no use: the next one can begin
+        # It was empty, and half a run is of no use: the next one can begin.
+        shutil.rmtree(folder, ignore_errors=True)
         raise
     after = _look("after training", {**flags, "model": str(folder)}, held_out, length, console)
     groups = [before.group, after.group]

@@ -14,6 +14,11 @@ _MOST_ROWS = 4_000  # that are looked at
 _LEAST = 2.5e-4  # of the rows: what a run has to be repeated in, on average
 
 
+def sampled(n: int) -> range:
+    """Which of n rows are looked at: all, or some thousand of them at even distances."""
+    return range(0, n, max(1, -(-n // _MOST_ROWS)))
+
+
 def most_repeated(
     rows: Sequence[Sequence[int]], at_most: int = MOST_OF_TRAINING
 ) -> tuple[int, ...]:
@@ -29,7 +34,7 @@ def most_repeated(
     Returns:
         Tokens; () where rows have too little in common.
     """
-    looked_at = rows[:: max(1, -(-len(rows) // _MOST_ROWS))]
+    looked_at = [rows[i] for i in sampled(len(rows))]
     runs = [{*zip(*(row[i:] for i in range(_RUN)), strict=False)} for row in looked_at]
     counts = Counter(run for of_row in runs for run in of_row)
     covered = set[tuple[int, ...]]()

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from layerskip.model.draft_text import sampled
 from layerskip.model.draft_vocabulary import worth_drafting
 from layerskip.recipe.exit_loss import IGNORED_LABEL
 
@@ -35,6 +36,11 @@ def draft_vocabulary(
     )
 
 
-def labels_of(rows: Iterable[Mapping[str, Sequence[int]]]) -> list[list[int]]:
-    """What each row teaches to say."""
-    return [[label for label in row["labels"] if label != IGNORED_LABEL] for row in rows]
+def labels_of(rows: Any) -> list[list[int]]:
+    """What the rows teach to say that a draft text is made from.
+
+    Args:
+        rows: encoded rows, with `labels`: a list or a data set, of which no other row is read.
+    """
+    chosen = (rows[i]["labels"] for i in sampled(len(rows)))
+    return [[label for label in labels if label != IGNORED_LABEL] for labels in chosen]

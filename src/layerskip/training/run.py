@@ -181,15 +181,16 @@ def _resume_from(config: TrainConfig, output: Path) -> str | None:
 
 def _find_data(config: TrainConfig) -> tuple[Iterator[Row], Iterator[Row] | None]:
     """Rows to train on, and to evaluate on where those have a source of their own; none is read yet."""
-    if config.data_config is not None and local_files(config.data):
-        raise ValueError(f"data_config is for data sets of the hub; {config.data} is a file")
-    if config.split != "train" and local_files(config.data):
-        raise ValueError(f"split is for data sets of the hub; {config.data} is a file")
+    for name, is_given, source in (
+        ("data_config", config.data_config is not None, config.data),
+        ("split", config.split != "train", config.data),
+        ("eval_split", config.eval_split is not None, config.eval_data),
+    ):
+        if is_given and source is not None and local_files(source):
+            raise ValueError(f"{name} is for data sets of the hub; {source} is a file")
     rows = read_rows(config.data, config.split, config.data_config, config.text_field)
     if config.eval_data is None:
         return rows, None
-    if config.eval_split is not None and local_files(config.eval_data):
-        raise ValueError(f"eval_split is for data sets of the hub; {config.eval_data} is a file")
     split = config.eval_split or config.split
     part = config.data_config if config.eval_data == config.data else None
     return rows, read_rows(config.eval_data, split, part, config.text_field)
