@@ -109,7 +109,8 @@ model_options = _stack(
     click.option(
         "--compile/--no-compile",
         default=None,
-        help="Run in kernels compiled for this CPU, once; default: where there is a C++ compiler.",
+        help="Run in kernels compiled for this CPU, once, or as CUDA graphs on a GPU; default: where"
+        " that can be done.",
     ),
 )
 mode_options = _stack(

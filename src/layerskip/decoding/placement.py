@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from layerskip.model import Architecture, native
+from layerskip.model import Architecture, graphs, native
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,10 +29,12 @@ def prepared(
     announce: Callable[[str], None],
     architecture: Architecture,
 ) -> bool:
-    """Whether the compiled kernels are to be used, and are there."""
+    """Whether the compiled kernels, or on a GPU recorded graphs, are to be used, and are there."""
+    if wanted is False or graphs.supports(architecture, device):
+        return wanted is not False
     dtype = torch.bfloat16 if dtype is None else dtype  # which they make the default
-    if wanted is False or not (known := native.supports(architecture, dtype, device)):
-        if wanted and not known:
+    if not native.supports(architecture, dtype, device):
+        if wanted:
             raise ValueError(
                 f"the compiled kernels have no {str(dtype).removeprefix('torch.')} of"
                 f" {architecture.family} models on {device.type} (docs/kernels.md);"

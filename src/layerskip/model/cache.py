@@ -34,10 +34,12 @@ class KVCache:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        slots: Tensor | None = None,
     ) -> None:
         a = architecture
         shape = (a.n_layers, 2, batch_size, a.n_kv_heads, capacity, a.head_dim)
-        self.slots = _zeros(shape, dtype, torch.device(device))
+        # Others' slots may be larger, and hold what nobody reads before it is written.
+        self.slots = _zeros(shape, dtype, torch.device(device)) if slots is None else slots
         self.capacity = capacity
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
 
@@ -71,22 +73,13 @@ class KVCache:
         """
         start, end = int(self.lengths.min()), self.check_room(n)
         slots = self.slots[first_layer:last_layer]
-        even = end - start == n
-        if even:  # made where they are needed: copying them would wait for the device
+        if end - start == n:  # made where they are needed: copying them would wait for the device
             alike = torch.arange(start, end, device=slots.device)
-            positions = alike.repeat(len(self.lengths), 1)
+            positions, written = alike.repeat(len(self.lengths), 1), slice(start, end)
         else:
-            positions = self.lengths[:, None] + torch.arange(n)
+            positions, written = self.lengths[:, None] + torch.arange(n), None
             positions = positions.to(slots.device, non_blocking=True)
-        return Span(
-            positions=positions,
-            end=end,
-            even=even,
-            first_layer=first_layer,
-            writable=(slots[..., start:end, :] if even else slots).unbind(0),
-            keys=slots[:, 0, ..., :end, :].unbind(0),
-            values=slots[:, 1, ..., :end, :].unbind(0),
-        )
+        return Span.over(slots, positions, end, first_layer, written)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -109,7 +102,7 @@ class Span:
 
     Attributes:
         positions: [B, T] int64.
-        end: one more than the last position.
+        end: one more than the last position, or above that: what is seen is masked by positions.
         even: whether all rows start at the same position.
         first_layer: the layer that the first entry of the next three belongs to.
         writable: a layer's slots [2, B, KV heads, T, head_dim] at the positions (all S if not even).
@@ -124,6 +117,30 @@ class Span:
     writable: tuple[Tensor, ...]
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+
+    @classmethod
+    def over(
+        cls,
+        slots: Tensor,
+        positions: Tensor,
+        end: int,
+        first_layer: int,
+        written: slice | None = None,
+    ) -> "Span":
+        """Positions in the slots of some layers [layers, 2, B, KV heads, S, head_dim].
+
+        `written` is where they are, if that is the same in all rows. Only that of the positions has to
+        be known on the host, and an `end` that none of them reaches beyond.
+        """
+        return cls(
+            positions=positions,
+            end=end,
+            even=written is not None,
+            first_layer=first_layer,
+            writable=(slots if written is None else slots[..., written, :]).unbind(0),
+            keys=slots[:, 0, ..., :end, :].unbind(0),
+            values=slots[:, 1, ..., :end, :].unbind(0),
+        )
 
     def write(self, layer: int, keys_values: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's keys and values and return all that may be read.

@@ -49,7 +49,7 @@ class Decoder:
         dtype: of hidden states and of the cache.
         device: where the weights are.
         weights: how they are kept, a key of `quantize.WEIGHTS`.
-        kernels: what runs the layers: "pytorch", or "compiled" (see `native`).
+        kernels: what runs the layers: "pytorch", "compiled" (see `native`) or "graphs" (see `graphs`).
     """
 
     kernels = "pytorch"
@@ -129,12 +129,16 @@ class Decoder:
         self._check_layers(start, stop)
         if start == stop:
             return hidden
+        span = cache.span(hidden.shape[1], start, stop)
+        return self._through(hidden, start, stop, span, cache.capacity)
+
+    def _through(self, hidden: Tensor, start: int, stop: int, span: Span, capacity: int) -> Tensor:
+        """`run` over a span of a cache that may hold `capacity` positions."""
         a = self.architecture
         b, t, d = hidden.shape
-        span = cache.span(t, start, stop)
         kinds, windows = self.rotary.kinds, a.sliding_windows
         turns = {
-            kind: self.rotary.turns(kind, span.positions, cache.capacity)
+            kind: self.rotary.turns(kind, span.positions, capacity)
             for kind in set(kinds[start:stop])
         }
         masks = {

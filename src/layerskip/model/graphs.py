@@ -1,0 +1,224 @@
+"""`Decoder` on a GPU: passes over a few positions are recorded as CUDA graphs and replayed.
+
+Such a pass is hundreds of kernels of some microseconds each. Launching them one by one takes longer than
+they do; a graph is launched once. It reads and writes fixed addresses: inputs are copied into it, and
+caches are made over memory that graphs were recorded for. What changes from call to call lies on the
+device: a pass knows its positions by a tensor, and attention reads up to the next power of two.
+"""
+
+import dataclasses
+import warnings
+import weakref
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerskip.model.architecture import Architecture
+from layerskip.model.cache import KVCache, Span
+from layerskip.model.decoder import Decoder
+
+MOST_POSITIONS = 32  # of a pass that is recorded: plain steps, drafts and their verification
+_SHORTEST = 256  # slots that attention reads at least
+_LEAST_ROOM = 1024  # positions, for caches of several answers
+
+Outputs = tuple[Tensor, ...]
+Record = Callable[[Callable[[], Outputs]], tuple[Callable[[], object], Outputs]]
+"""Takes what launches kernels, gives what launches them all again and where they leave their results."""
+
+
+def supports(architecture: Architecture, device: torch.device) -> bool:
+    """Whether passes launch the same kernels for every input: experts do not, they are chosen."""
+    return device.type == "cuda" and architecture.mixture is None
+
+
+def recorder(device: torch.device) -> Record:
+    """Records CUDA graphs. They share memory for what is only in between: results are copied at once."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(function: Callable[[], Outputs]) -> tuple[Callable[[], object], Outputs]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # what is chosen or made once is not to be recorded
+                function()
+            torch.cuda.current_stream().wait_stream(aside)
+            with torch.cuda.graph(graph, pool=pool, stream=aside):
+                outputs = function()
+        return partial(_replay, graph, device), outputs
+
+    return record
+
+
+def _replay(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        graph.replay()
+
+
+class Recordings:
+    """Calls of functions of tensors, each recorded at its second call and replayed from then on.
+
+    Args:
+        record: see `Record`.
+    """
+
+    def __init__(self, record: Record) -> None:
+        self._record: Record | None = record
+        self._made: dict[Hashable, _Recording | None] = {}
+
+    @torch.inference_mode()
+    def __call__(self, key: Hashable, function: Callable[..., Outputs], *inputs: Tensor) -> Outputs:
+        """`function(*inputs)`.
+
+        Args:
+            key: of functions that launch the same kernels for inputs of the same shapes.
+            function: what it reads beside its inputs stays where it is.
+            inputs: on the GPU.
+        """
+        key = (key, *((x.shape, x.dtype) for x in inputs))
+        if self._record is None or key not in self._made:
+            self._made[key] = None  # a shape that comes once is not worth it
+            return function(*inputs)
+        made = self._made[key]
+        if made is None:
+            try:
+                made = self._made[key] = _Recording(self._record, function, inputs)
+            except RuntimeError as error:
+                self._record = None
+                warnings.warn(f"going on without CUDA graphs, more slowly: {error}", stacklevel=2)
+                return function(*inputs)
+        return made(*inputs)
+
+
+class _Recording:
+    """One recorded call. Results are copied, since the next one leaves its own in their place."""
+
+    def __init__(
+        self, record: Record, function: Callable[..., Outputs], inputs: tuple[Tensor, ...]
+    ) -> None:
+        self._inputs = tuple(x.clone() for x in inputs)
+        self._replay, self._outputs = record(lambda: function(*self._inputs))
+        expected = function(*inputs)
+        if not all(map(_alike, self(*inputs), expected)):
+            raise RuntimeError("a replayed graph has other results than what was recorded")
+
+    def __call__(self, *inputs: Tensor) -> Outputs:
+        for place, given in zip(self._inputs, inputs, strict=True):
+            place.copy_(given)
+        self._replay()
+        return tuple(output.clone() for output in self._outputs)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """The same kernels over the same numbers: what differs is no rounding."""
+    return torch.equal(a, b) or (
+        a.is_floating_point() and torch.allclose(a, b, rtol=0.05, atol=0.05, equal_nan=True)
+    )
+
+
+@dataclasses.dataclass(eq=False)
+class _Memory:
+    """Slots that caches are made over, one after the other, and the passes recorded over them."""
+
+    slots: Tensor
+    recordings: Recordings
+
+
+class GraphDecoder(Decoder):
+    """The same decoder, for one row and few positions replayed."""
+
+    kernels = "graphs"
+    recorder = staticmethod(recorder)
+
+    def __init__(self, architecture: Architecture, **parts: Any) -> None:
+        """See `Decoder`."""
+        super().__init__(architecture, **parts)
+        self._record = self.recorder(self.device)
+        self._exits = Recordings(self._record)
+        self._in_use = weakref.WeakKeyDictionary[KVCache, _Memory]()
+        self._free: list[_Memory] = []
+
+    def new_cache(self, capacity: int, batch_size: int = 1) -> KVCache:
+        """See `Decoder`; a cache of one row takes over the memory of the last one that has gone."""
+        if batch_size != 1:
+            return super().new_cache(capacity, batch_size)
+        free, self._free = self._free, []
+        memory = next((m for m in free if m.slots.shape[-2] >= capacity), None)
+        if memory is None:
+            room = max(_LEAST_ROOM, _power_of_two(capacity))
+            memory = _Memory(super().new_cache(room).slots, Recordings(self._record))
+        cache = KVCache(
+            self.architecture,
+            capacity=capacity,
+            dtype=self.dtype,
+            device=self.device,
+            slots=memory.slots,
+        )
+        self._in_use[cache] = memory
+        weakref.finalize(cache, _give_back, weakref.ref(self), memory).atexit = False
+        return cache
+
+    def run(self, hidden: Tensor, start: int, stop: int, cache: KVCache) -> Tensor:
+        """See `Decoder`."""
+        memory = self._in_use.get(cache)
+        t = hidden.shape[1]
+        recorded = memory is not None and memory.slots is cache.slots and 0 < t <= MOST_POSITIONS
+        if not recorded or start >= stop:
+            return super().run(hidden, start, stop, cache)
+        assert memory is not None
+        self._check_layers(start, stop)
+        end, capacity, slots = cache.check_room(t), cache.capacity, memory.slots[start:stop]
+        reach = min(max(_SHORTEST, _power_of_two(end)), slots.shape[-2])
+
+        def run(hidden: Tensor, begin: Tensor) -> Outputs:
+            positions = begin + torch.arange(t, device=begin.device)[None]
+            span = Span.over(slots, positions, reach, start)
+            return (self._through(hidden, start, stop, span, capacity),)
+
+        begin = torch.full((1, 1), end - t, device=hidden.device)
+        key = (start, stop, reach, self.rotary.lengths(capacity))
+        return memory.recordings(key, run, hidden, begin)[0]
+
+    def choose(self, hidden: Tensor) -> Tensor:
+        """See `Decoder`."""
+        return self._exit("choose", lambda h: (Decoder.choose(self, h),), hidden)[0]
+
+    def choose_with_probability(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Decoder`."""
+        chosen, probability = self._exit(
+            "with probability", lambda h: Decoder.choose_with_probability(self, h), hidden
+        )
+        return chosen, probability
+
+    def _exit(self, key: str, choose: Callable[[Tensor], Outputs], hidden: Tensor) -> Outputs:
+        is_short = hidden.shape[0] == 1 and 0 < hidden.shape[1] <= MOST_POSITIONS
+        return self._exits(key, choose, hidden) if is_short else choose(hidden)
+
+    def with_short_head(self, token_ids: Tensor) -> "Decoder":
+        """See `Decoder`."""
+        return self._of_its_own(super().with_short_head(token_ids))
+
+    def beside(self, other: "Decoder") -> "Decoder":
+        """See `Decoder`."""
+        return self._of_its_own(super().beside(other))
+
+    def _of_its_own(self, other: "Decoder") -> "Decoder":
+        """A copy with another head, and recordings of it that go when it goes."""
+        assert isinstance(other, GraphDecoder)
+        other._exits = Recordings(self._record)
+        return other
+
+
+def _give_back(decoder: "weakref.ref[GraphDecoder]", memory: _Memory) -> None:
+    """A cache has gone: the next one may have its memory. One is kept, the last."""
+    alive = decoder()
+    if alive is not None:
+        alive._free = [memory]
+
+
+def _power_of_two(n: int) -> int:
+    """The next one, n or above."""
+    return 1 << (n - 1).bit_length()

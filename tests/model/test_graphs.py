@@ -1,0 +1,182 @@
+"""Recorded passes give what the passes themselves give.
+
+On a CPU nothing can be recorded: there a stand-in runs the same function over the same places again, so
+all is tested but CUDA's own recording.
+"""
+
+import gc
+
+import pytest
+import torch
+from tiny_decoders import PLAIN, ids, random_prompt, speculative, tiny_decoder
+
+from layerskip.decoding import Plan
+from layerskip.model import graphs, load
+from layerskip.model.graphs import GraphDecoder, Recordings
+from tiny_models import CASES, build
+
+EXPERTS = ("mixtral", "qwen3_moe")
+ADAPTIVE = Plan(
+    mode="self-speculative",
+    exit_layer=2,
+    draft_tokens=6,
+    draft_from="both",
+    adaptive=True,
+    draft_vocabulary=tuple(range(60)),
+    trained=True,
+)
+
+
+class _Recorder:
+    """Runs the function again in place of a replay, and counts."""
+
+    def __init__(self, spoil=0.0, fails=False):
+        self.spoil, self.fails, self.recorded, self.replayed = spoil, fails, 0, 0
+
+    def __call__(self, function):
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.recorded += 1
+        outputs = function()
+
+        def replay():
+            self.replayed += 1
+            for place, new in zip(outputs, function(), strict=True):
+                place.copy_(new + self.spoil if new.is_floating_point() else new)
+
+        return replay, outputs
+
+
+def recording(decoder, recorder=None):
+    """The same decoder with passes that are recorded; `recorder` is kept in `stand_in`."""
+    stand_in = recorder or _Recorder()
+
+    class Recorded(GraphDecoder):
+        recorder = staticmethod(lambda device: stand_in)
+
+    made = Recorded(
+        decoder.architecture,
+        embedding=decoder.embedding,
+        layers=decoder.layers,
+        final_norm=decoder.final_norm,
+        head=None if decoder.tied else decoder.head,
+        dtype=decoder.dtype,
+        device=decoder.device,
+        weights=decoder.weights,
+    )
+    made.stand_in = stand_in
+    return made
+
+
+@pytest.mark.parametrize("case", [c for c, (kind, _) in CASES.items() if kind not in EXPERTS])
+def test_answers_are_those_without_recordings(case):
+    decoder = tiny_decoder(case)
+    recorded = recording(decoder)
+    for length in (1, 17, 240):  # the last one crosses a power of two
+        prompt = random_prompt(decoder, length)
+        plain = ids(decoder, prompt, PLAIN, n=40)
+        for plan in (PLAIN, speculative(2, 3), ADAPTIVE):
+            assert ids(recorded, prompt, plan, n=40) == plain, (length, plan)
+    assert recorded.stand_in.replayed > 10 * recorded.stand_in.recorded > 0
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantized_weights_are_recorded_too(weights):
+    decoder = tiny_decoder("llama3.1", weights=weights)
+    recorded, prompt = recording(decoder), random_prompt(decoder, 9)
+    assert ids(recorded, prompt, speculative(2, 4)) == ids(decoder, prompt, PLAIN)
+    assert recorded.stand_in.replayed
+
+
+def test_the_next_answer_takes_over_memory_and_recordings():
+    decoder = tiny_decoder("llama3.1")
+    recorded, prompt = recording(decoder), random_prompt(decoder, 9)
+    ids(recorded, prompt, PLAIN)
+    second = ids(recorded, prompt, PLAIN)  # the second prompt of this length, which is recorded
+    made = recorded.stand_in.recorded
+    assert ids(recorded, prompt, PLAIN) == second == ids(decoder, prompt, PLAIN)
+    assert recorded.stand_in.recorded == made
+
+
+def test_answers_at_the_same_time_have_memory_of_their_own():
+    decoder = tiny_decoder("llama3.1")
+    recorded = recording(decoder)
+    caches = [recorded.new_cache(40), recorded.new_cache(40)]
+    assert caches[0].slots.data_ptr() != caches[1].slots.data_ptr()
+    kept = caches.pop().slots.data_ptr()
+    gc.collect()
+    assert recorded.new_cache(40).slots.data_ptr() == kept
+
+
+def test_a_longer_context_gets_larger_memory():
+    decoder = tiny_decoder("llama3.1", max_position_embeddings=4096)
+    recorded = recording(decoder)
+    assert recorded.new_cache(40).slots.shape[-2] == 1024
+    assert recorded.new_cache(1500).slots.shape[-2] == 2048
+    assert recorded.new_cache(40).slots.shape[-2] == 2048
+
+
+def test_a_cache_has_the_room_that_was_asked_for():
+    recorded = recording(tiny_decoder("llama3.1"))
+    cache = recorded.new_cache(8)
+    cache.lengths += 7
+    hidden = recorded.embed(torch.tensor([[3, 4]]))
+    with pytest.raises(ValueError, match="holds 8 positions, 9 are needed"):
+        recorded.run(hidden, 0, 2, cache)
+    with pytest.raises(ValueError, match="cannot be run"):
+        recorded.run(hidden[:, :1], 0, 9, cache)
+
+
+def test_long_rope_takes_the_factors_of_its_cache_in_shared_memory():
+    decoder = tiny_decoder("phi4-mini")
+    recorded = recording(decoder)
+    limit = next(r.original_max_positions for r in decoder.architecture.ropes)
+    for length in (limit - 30, limit + 9, limit - 30):
+        prompt = random_prompt(decoder, length)
+        assert ids(recorded, prompt, PLAIN, n=20) == ids(decoder, prompt, PLAIN, n=20)
+
+
+def test_batches_are_not_recorded():
+    decoder = tiny_decoder("llama3.1")
+    recorded = recording(decoder)
+    cache, tokens = recorded.new_cache(8, 2), torch.tensor([[3], [4]])
+    for _ in range(3):
+        recorded.choose(recorded.run(recorded.embed(tokens), 0, 4, cache))
+        cache.lengths += 1
+    assert not recorded.stand_in.recorded
+
+
+@pytest.mark.parametrize(
+    ("recorder", "message"),
+    [(_Recorder(fails=True), "stream is capturing"), (_Recorder(spoil=1.0), "other results")],
+)
+def test_where_recording_fails_passes_are_run(recorder, message):
+    decoder = tiny_decoder("llama3.1")
+    recorded, prompt = recording(decoder, recorder), random_prompt(decoder, 9)
+    with pytest.warns(UserWarning, match=f"without CUDA graphs, more slowly: .*{message}"):
+        made = ids(recorded, prompt, speculative(2, 3))
+    assert made == ids(decoder, prompt, PLAIN)
+
+
+def test_results_are_not_written_over_by_the_next_call():
+    twice = Recordings(_Recorder())
+    made = [twice("double", lambda x: (2 * x,), torch.tensor([float(i)]))[0] for i in range(5)]
+    assert torch.cat(made).tolist() == [0, 2, 4, 6, 8]
+
+
+def test_experts_are_chosen_and_not_recorded():
+    gpu = torch.device("cuda")
+    assert graphs.supports(tiny_decoder("llama3.1").architecture, gpu)
+    assert not graphs.supports(tiny_decoder("mixtral").architecture, gpu)
+    assert not graphs.supports(tiny_decoder("llama3.1").architecture, torch.device("cpu"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graphs_give_what_passes_give(tmp_path):
+    build("llama3.1").save_pretrained(tmp_path)
+    how = {"dtype": torch.float32, "device": "cuda"}
+    plain, recorded = (load(tmp_path, compiled=c, **how).decoder for c in (False, True))
+    assert recorded.kernels == "graphs"
+    prompt = random_prompt(plain, 17)
+    for plan in (PLAIN, speculative(2, 3), ADAPTIVE):
+        assert ids(recorded, prompt, plan, n=40) == ids(plain, prompt, PLAIN, n=40)
