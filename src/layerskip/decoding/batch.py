@@ -5,11 +5,10 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from layerskip.decoding.accept import accept
 from layerskip.decoding.draft_costs import DraftCosts
 from layerskip.decoding.draft_length import BatchLength
 from layerskip.decoding.drafters import EarlyExitDrafter
-from layerskip.decoding.generate import PREFILL_CHUNK, Ending, Step, check_prompt
+from layerskip.decoding.generate import PREFILL_CHUNK, Ending, Step, check_prompt, speculate
 from layerskip.decoding.policy import Plan
 from layerskip.decoding.sampling import Sampling, next_token, seeded_generator
 from layerskip.decoding.short_head import ShortHead
@@ -102,28 +101,20 @@ class Batch:
                 steps = [Step((token,)) for token in last[:, 0].tolist()]
 
     def _round(self, drafter: EarlyExitDrafter, last: Tensor) -> tuple[list[Step], Tensor]:
-        """Draft, verify, and keep what each row agrees with (section 4.3), as for one prompt."""
-        decoder, cache = self._decoder, self._cache
+        """Draft, verify, and keep what each row agrees with, as for one prompt."""
         assert self._plan.draft_tokens is not None
-        room = min(self._endings[prompt].room for prompt in self._rows)
-        settled = cache.lengths.clone()
         length = self._length
         n = self._plan.draft_tokens if length is None else length.choose(len(self._rows))
-        n = min(n, room - 1)
-        draft = drafter.draft(last, n, cache, None, self._generator)
-        cache.lengths.copy_(settled)
-        hidden = decoder.run(draft.states, draft.start, len(decoder.layers), cache)
-        drafted, q = draft.tokens, draft.probabilities
-        accepted, following = accept(drafted, q, decoder, hidden, self._sampling, self._generator)
-        # One synchronisation with the device a round.
-        table = torch.cat([draft.tokens, following, accepted[:, None]], dim=1).tolist()
-        counts = [row[-1] for row in table]
-        cache.lengths += torch.tensor(counts) + 1
+        n = min(n, min(self._endings[prompt].room for prompt in self._rows) - 1)
+        draft, following, rows = speculate(
+            self._decoder, drafter, last, n, self._cache, self._sampling, self._generator
+        )
+        counts = [row[-1] for row in rows]
         if length is not None and n:
             length.learn(n, counts)
         steps = [
             Step((*row[:count], row[-2]), n, count, draft.source, rejected=tuple(row[count:n]))
-            for row, count in zip(table, counts, strict=True)
+            for row, count in zip(rows, counts, strict=True)
         ]
         return steps, following
 

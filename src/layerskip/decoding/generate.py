@@ -14,7 +14,7 @@ from layerskip.decoding.ngram import DraftText, NgramDrafter
 from layerskip.decoding.policy import Plan
 from layerskip.decoding.sampling import Sampling, TokenHistory, next_token, seeded_generator
 from layerskip.decoding.short_head import ShortHead
-from layerskip.model import Decoder
+from layerskip.model import Decoder, KVCache
 
 PREFILL_CHUNK = 512  # positions a pass: bounds the memory of scores and masks for long prompts
 
@@ -150,6 +150,45 @@ def _until_the_end(
             return
 
 
+def speculate(
+    decoder: Decoder,
+    drafter: Drafter,
+    last: Tensor,
+    n: int,
+    cache: KVCache,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+    history: TokenHistory | None = None,
+) -> tuple[Draft, Tensor, list[list[int]]]:
+    """One round: draft with layers [0, E), verify with [E, L), keep the agreeing prefix (section 4.3).
+
+    Args:
+        decoder: the model.
+        drafter: proposes up to n tokens after `last`.
+        last: [B, 1], each row's newest settled token, which no layer has seen yet.
+        n: how many tokens to draft at most.
+        cache: its lengths are moved on by what each row keeps.
+        sampling: of the answers.
+        generator: source of randomness for sampling.
+        history: for the repetition penalty, or None.
+
+    Returns:
+        The draft of d tokens, the model's own token after what is kept [B, 1], and of each row the d
+        drafted tokens, its own token, and how many of the drafted ones are kept.
+    """
+    settled = cache.lengths.clone()
+    draft = drafter.draft(last, n, cache, history, generator)
+    cache.lengths.copy_(settled)
+    hidden = decoder.run(draft.states, draft.start, len(decoder.layers), cache)
+    drafted, q = draft.tokens, draft.probabilities
+    seen = None if history is None else history.before(drafted)
+    accepted, following = accept(drafted, q, decoder, hidden, sampling, generator, seen)
+    # One synchronisation with the device a round.
+    rows: list[list[int]] = torch.cat([drafted, following, accepted[:, None]], dim=1).tolist()
+    cache.lengths += torch.tensor([row[-1] for row in rows]) + 1
+    return draft, following, rows
+
+
 def check_prompt(decoder: Decoder, prompt: Sequence[int]) -> None:
     """Raise PromptError where a prompt cannot be continued."""
     a = decoder.architecture
@@ -208,7 +247,7 @@ class _Session:
             token = self._settle(hidden)
 
     def _self_speculative(self, draft_tokens: int, limit: int) -> Iterator[Step]:
-        """Draft with layers [0, E), verify with [E, L), keep the agreeing prefix (section 4.3)."""
+        """Rounds of `speculate`."""
         decoder, cache = self.decoder, self.cache
         drafter = self._drafter()
         last = self._prefill(len(decoder.layers))
@@ -217,16 +256,12 @@ class _Session:
         yield Step((first,))
         produced = 1
         while True:
-            settled = cache.lengths.clone()
             n = min(draft_tokens, limit - produced - 1)
-            draft = drafter.draft(last, n, cache, self.history, self.generator)
-            cache.lengths.copy_(settled)
-            hidden = decoder.run(draft.states, draft.start, len(decoder.layers), cache)
-            accepted, last = self._accept(draft, hidden)
-            # One synchronisation with the device a round.
-            *drafted, own, count = torch.cat([draft.tokens[0], last[0], accepted]).tolist()
+            draft, last, rows = speculate(
+                decoder, drafter, last, n, cache, self.sampling, self.generator, self.history
+            )
+            *drafted, own, count = rows[0]
             tokens = (*drafted[:count], own)
-            cache.lengths += count + 1
             if self.history is not None:
                 self.history.extend(torch.tensor([tokens], device=decoder.device))
             drafter.settle(tokens, count)
@@ -256,12 +291,6 @@ class _Session:
         ngrams = None if costs is None else NgramLength(costs, pace)
         text, ends = DraftText.of(plan.draft_text), self.end_tokens
         return NgramDrafter(decoder, self.sampling, prompt, early_exit, ngrams, ends, text)
-
-    def _accept(self, draft: Draft, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """How many drafted tokens stand [B], and the model's own token after them [B, 1]."""
-        seen = None if self.history is None else self.history.before(draft.tokens)
-        drafted, q = draft.tokens, draft.probabilities
-        return accept(drafted, q, self.decoder, hidden, self.sampling, self.generator, seen)
 
     def _prefill(self, n_layers: int) -> Tensor:
         """Run the prompt through the first n layers and choose the token after it, [1, 1]."""
