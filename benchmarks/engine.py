@@ -14,9 +14,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -25,8 +26,9 @@ from torch import Tensor
 from layerskip import LayerSkipModel
 from layerskip.bench import environment as machine
 from layerskip.bench.bandwidth import read_bandwidth
-from layerskip.model import Decoder, pull
+from layerskip.model import Decoder, KVCache, pull
 
+K = TypeVar("K", bound=Hashable)
 ROOT = Path(__file__).parent.parent
 PROMPT_TOKENS = NEW_TOKENS = 128
 VERIFY_POSITIONS = (1, 2, 4, 6, 8, 12, 16)
@@ -129,13 +131,14 @@ def verify_cost(
 ) -> dict[str, float]:
     """Milliseconds of all layers and the head over n positions, after 192 others, in turns."""
     cache = decoder.new_cache(256)
+    return in_turns({str(n): partial(verify, decoder, cache, n) for n in positions}, 8 * rounds)
 
-    def verify(n: int) -> None:
-        cache.lengths.fill_(192)
-        tokens = torch.zeros(1, n, dtype=torch.int64)
-        decoder.logits(decoder.run(decoder.embed(tokens), 0, len(decoder.layers), cache))
 
-    return in_turns({str(n): lambda n=n: verify(n) for n in positions}, 8 * rounds)
+def verify(decoder: Decoder, cache: KVCache, n: int) -> None:
+    """A pass of all layers and the head over n positions, after 192 others."""
+    cache.lengths.fill_(192)
+    tokens = torch.zeros(1, n, dtype=torch.int64)
+    decoder.logits(decoder.run(decoder.embed(tokens), 0, len(decoder.layers), cache))
 
 
 @torch.inference_mode()
@@ -171,7 +174,7 @@ def layer_products(decoder: Decoder) -> None:
         w.mlp.down(wide)
 
 
-def in_turns(parts: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def in_turns(parts: Mapping[K, Callable[[], Any]], rounds: int) -> dict[K, float]:
     """Median milliseconds of each part; one of each, then the next round."""
     for part in parts.values():
         part()

@@ -12,7 +12,7 @@ from tiny_decoders import PLAIN, ids, random_prompt, speculative, tiny_decoder
 
 from layerskip.decoding import Plan
 from layerskip.model import graphs, load
-from layerskip.model.graphs import GraphDecoder, Recordings
+from layerskip.model.graphs import GraphDecoder, Recorder, Recordings
 from tiny_models import CASES, build
 
 EXPERTS = ("mixtral", "qwen3_moe")
@@ -109,8 +109,7 @@ def test_answers_at_the_same_time_have_memory_of_their_own():
 
 
 def test_a_longer_context_gets_larger_memory():
-    decoder = tiny_decoder("llama3.1", max_position_embeddings=4096)
-    recorded = recording(decoder)
+    recorded = recording(tiny_decoder("llama3.1", max_position_embeddings=4096))
     assert recorded.new_cache(40).slots.shape[-2] == 1024
     assert recorded.new_cache(1500).slots.shape[-2] == 2048
     assert recorded.new_cache(40).slots.shape[-2] == 2048
@@ -158,8 +157,36 @@ def test_where_recording_fails_passes_are_run(recorder, message):
     assert made == ids(decoder, prompt, PLAIN)
 
 
+def test_what_an_answer_left_does_not_harm_the_next():
+    decoder = tiny_decoder("llama3.1")
+    recorded, prompt = recording(decoder), random_prompt(decoder, 9)
+    cache = recorded.new_cache(40)
+    cache.slots.fill_(float("nan"))
+    del cache
+    gc.collect()
+    assert ids(recorded, prompt, PLAIN) == ids(decoder, prompt, PLAIN)
+
+
+def test_long_contexts_are_not_recorded(monkeypatch):
+    monkeypatch.setattr(graphs, "_LONGEST", 64)
+    decoder = tiny_decoder("llama3.1")
+    recorded, prompt = recording(decoder), random_prompt(decoder, 100)
+    assert ids(recorded, prompt, PLAIN) == ids(decoder, prompt, PLAIN)
+    exits_alone = 2  # of one position: plain and its second call
+    assert recorded.stand_in.recorded < exits_alone
+
+
+def test_copies_with_other_heads_share_no_memory():
+    recorded = recording(tiny_decoder("llama3.1"))
+    recorded.new_cache(40)
+    gc.collect()
+    short = recorded.with_short_head(torch.arange(9))
+    both = [recorded.new_cache(40), short.new_cache(40)]
+    assert both[0].slots.data_ptr() != both[1].slots.data_ptr()
+
+
 def test_results_are_not_written_over_by_the_next_call():
-    twice = Recordings(_Recorder())
+    twice = Recordings(Recorder(_Recorder()))
     made = [twice("double", lambda x: (2 * x,), torch.tensor([float(i)]))[0] for i in range(5)]
     assert torch.cat(made).tolist() == [0, 2, 4, 6, 8]
 
@@ -177,6 +204,8 @@ def test_cuda_graphs_give_what_passes_give(tmp_path):
     how = {"dtype": torch.float32, "device": "cuda"}
     plain, recorded = (load(tmp_path, compiled=c, **how).decoder for c in (False, True))
     assert recorded.kernels == "graphs"
-    prompt = random_prompt(plain, 17)
-    for plan in (PLAIN, speculative(2, 3), ADAPTIVE):
-        assert ids(recorded, prompt, plan, n=40) == ids(plain, prompt, PLAIN, n=40)
+    for length in (17, 240):
+        prompt = random_prompt(plain, length)
+        for plan in (PLAIN, speculative(2, 3), ADAPTIVE):
+            assert ids(recorded, prompt, plan, n=40) == ids(plain, prompt, PLAIN, n=40)
+    assert any(recorded._free[0].recordings._made.values())

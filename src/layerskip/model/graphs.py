@@ -7,6 +7,7 @@ device: a pass knows its positions by a tensor, and attention reads up to the ne
 """
 
 import dataclasses
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable
@@ -21,8 +22,9 @@ from layerskip.model.cache import KVCache, Span
 from layerskip.model.decoder import Decoder
 
 MOST_POSITIONS = 32  # of a pass that is recorded: plain steps, drafts and their verification
-_SHORTEST = 256  # slots that attention reads at least
-_LEAST_ROOM = 1024  # positions, for caches of several answers
+_LONGEST = 4096  # beyond so many slots attention without a mask is what takes the time
+_SHORTEST = 256
+_ROOM = 1024  # capacities of memory are multiples of it
 
 Outputs = tuple[Tensor, ...]
 Record = Callable[[Callable[[], Outputs]], tuple[Callable[[], object], Outputs]]
@@ -37,16 +39,20 @@ def supports(architecture: Architecture, device: torch.device) -> bool:
 def recorder(device: torch.device) -> Record:
     """Records CUDA graphs. They share memory for what is only in between: results are copied at once."""
     pool = torch.cuda.graph_pool_handle()
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()  # one for all: memory is shared by stream
 
     def record(function: Callable[[], Outputs]) -> tuple[Callable[[], object], Outputs]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device):
-            aside = torch.cuda.Stream()
+        # The current stream is set again even where a failed capture leaves another.
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):  # what is chosen or made once is not to be recorded
                 function()
             torch.cuda.current_stream().wait_stream(aside)
-            with torch.cuda.graph(graph, pool=pool, stream=aside):
+            with torch.cuda.graph(
+                graph, pool=pool, stream=aside, capture_error_mode="thread_local"
+            ):
                 outputs = function()
         return partial(_replay, graph, device), outputs
 
@@ -58,15 +64,27 @@ def _replay(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
         graph.replay()
 
 
-class Recordings:
-    """Calls of functions of tensors, each recorded at its second call and replayed from then on.
+class Recorder:
+    """What the recordings of one decoder share.
 
-    Args:
-        record: see `Record`.
+    Attributes:
+        record: see `Record`; None where it has failed.
+        lock: held while a recording is used, whose inputs and results have one place each.
     """
 
     def __init__(self, record: Record) -> None:
-        self._record: Record | None = record
+        self.record: Record | None = record
+        self.lock = threading.RLock()
+
+
+class Recordings:
+    """Calls of functions of tensors, each recorded at its second call and replayed from then on.
+
+    Several threads may call, on one stream.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
         self._made: dict[Hashable, _Recording | None] = {}
 
     @torch.inference_mode()
@@ -79,18 +97,21 @@ class Recordings:
             inputs: on the GPU.
         """
         key = (key, *((x.shape, x.dtype) for x in inputs))
-        if self._record is None or key not in self._made:
-            self._made[key] = None  # a shape that comes once is not worth it
-            return function(*inputs)
-        made = self._made[key]
-        if made is None:
-            try:
-                made = self._made[key] = _Recording(self._record, function, inputs)
-            except RuntimeError as error:
-                self._record = None
-                warnings.warn(f"going on without CUDA graphs, more slowly: {error}", stacklevel=2)
+        with self._recorder.lock:
+            if self._recorder.record is None or key not in self._made:
+                self._made[key] = None  # a shape that comes once is not worth it
                 return function(*inputs)
-        return made(*inputs)
+            made = self._made[key]
+            if made is None:
+                try:
+                    made = self._made[key] = _Recording(self._recorder.record, function, inputs)
+                except RuntimeError as error:
+                    self._recorder.record = None
+                    warnings.warn(
+                        f"going on without CUDA graphs, more slowly: {error}", stacklevel=2
+                    )
+                    return function(*inputs)
+            return made(*inputs)
 
 
 class _Recording:
@@ -101,7 +122,7 @@ class _Recording:
     ) -> None:
         self._inputs = tuple(x.clone() for x in inputs)
         self._replay, self._outputs = record(lambda: function(*self._inputs))
-        expected = function(*inputs)
+        expected = function(*self._inputs)
         if not all(map(_alike, self(*inputs), expected)):
             raise RuntimeError("a replayed graph has other results than what was recorded")
 
@@ -136,20 +157,24 @@ class GraphDecoder(Decoder):
     def __init__(self, architecture: Architecture, **parts: Any) -> None:
         """See `Decoder`."""
         super().__init__(architecture, **parts)
-        self._record = self.recorder(self.device)
-        self._exits = Recordings(self._record)
+        self._recorder = Recorder(self.recorder(self.device))
+        self._exits: Recordings | None = Recordings(self._recorder)
         self._in_use = weakref.WeakKeyDictionary[KVCache, _Memory]()
-        self._free: list[_Memory] = []
+        self._free: list[_Memory] = []  # one at most
 
     def new_cache(self, capacity: int, batch_size: int = 1) -> KVCache:
         """See `Decoder`; a cache of one row takes over the memory of the last one that has gone."""
         if batch_size != 1:
             return super().new_cache(capacity, batch_size)
-        free, self._free = self._free, []
-        memory = next((m for m in free if m.slots.shape[-2] >= capacity), None)
-        if memory is None:
-            room = max(_LEAST_ROOM, _power_of_two(capacity))
-            memory = _Memory(super().new_cache(room).slots, Recordings(self._record))
+        with self._recorder.lock:
+            memory = self._free.pop() if self._free else None
+        if memory is not None and memory.slots.shape[-2] >= capacity:
+            memory.slots.zero_()  # a masked slot still enters the weighted sum
+        else:
+            memory = None  # before another one is made
+            room = -(-capacity // _ROOM) * _ROOM
+            with torch.inference_mode(False):  # whoever uses it next
+                memory = _Memory(super().new_cache(room).slots, Recordings(self._recorder))
         cache = KVCache(
             self.architecture,
             capacity=capacity,
@@ -171,7 +196,9 @@ class GraphDecoder(Decoder):
         assert memory is not None
         self._check_layers(start, stop)
         end, capacity, slots = cache.check_room(t), cache.capacity, memory.slots[start:stop]
-        reach = min(max(_SHORTEST, _power_of_two(end)), slots.shape[-2])
+        if end > _LONGEST:
+            return super().run(hidden, start, stop, cache)
+        reach = min(max(_SHORTEST, 1 << (end - 1).bit_length()), slots.shape[-2])
 
         def run(hidden: Tensor, begin: Tensor) -> Outputs:
             positions = begin + torch.arange(t, device=begin.device)[None]
@@ -195,21 +222,24 @@ class GraphDecoder(Decoder):
 
     def _exit(self, key: str, choose: Callable[[Tensor], Outputs], hidden: Tensor) -> Outputs:
         is_short = hidden.shape[0] == 1 and 0 < hidden.shape[1] <= MOST_POSITIONS
-        return self._exits(key, choose, hidden) if is_short else choose(hidden)
+        if self._exits is None or not is_short:
+            return choose(hidden)
+        return self._exits(key, choose, hidden)
 
     def with_short_head(self, token_ids: Tensor) -> "Decoder":
         """See `Decoder`."""
-        return self._of_its_own(super().with_short_head(token_ids))
+        short = super().with_short_head(token_ids)
+        return self._other(short, Recordings(self._recorder))
 
     def beside(self, other: "Decoder") -> "Decoder":
-        """See `Decoder`."""
-        return self._of_its_own(super().beside(other))
+        """See `Decoder`; heads for the tokens of one prompt do not last long enough to be recorded."""
+        return self._other(super().beside(other), None)
 
-    def _of_its_own(self, other: "Decoder") -> "Decoder":
-        """A copy with another head, and recordings of it that go when it goes."""
-        assert isinstance(other, GraphDecoder)
-        other._exits = Recordings(self._record)
-        return other
+    def _other(self, copied: "Decoder", exits: Recordings | None) -> "Decoder":
+        """A copy with another head, whose recordings go when it goes, and no memory."""
+        assert isinstance(copied, GraphDecoder)
+        copied._exits, copied._in_use, copied._free = exits, weakref.WeakKeyDictionary(), []
+        return copied
 
 
 def _give_back(decoder: "weakref.ref[GraphDecoder]", memory: _Memory) -> None:
@@ -217,8 +247,3 @@ def _give_back(decoder: "weakref.ref[GraphDecoder]", memory: _Memory) -> None:
     alive = decoder()
     if alive is not None:
         alive._free = [memory]
-
-
-def _power_of_two(n: int) -> int:
-    """The next one, n or above."""
-    return 1 << (n - 1).bit_length()
