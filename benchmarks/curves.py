@@ -80,11 +80,12 @@ def context_curve(model: LayerSkipModel, rounds: int) -> list[dict[str, float]]:
 
 
 def batch_curve(model: LayerSkipModel, name: str, rounds: int) -> list[dict[str, Any]]:
-    """Tokens of all answers a second, plain and, where the checkpoint has an exit, self-speculative."""
+    """Tokens of all answers a second: plain, auto and, where there is an exit, self-speculative."""
     task = load_task(name, samples=max(BATCHES), chat=model.has_chat_template)
     trained = ["self-speculative"] if model.settings.exit_layer is not None else []
-    points = [(size, mode) for size in BATCHES for mode in ("plain", *trained)]
-    for point in points[: 1 + len(trained)]:
+    modes = ("plain", *trained, "auto")
+    points = [(size, mode) for size in BATCHES for mode in modes]
+    for point in points[: len(modes)]:
         _throughput(model, task, *point)
     runs = [[(_throughput(model, task, *point),) for point in points] for _ in range(rounds)]
     return [
