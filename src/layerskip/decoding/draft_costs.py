@@ -13,9 +13,14 @@ from layerskip.model.quantize import bits_of
 # What one more position adds to a pass, beside what the compiled kernels' products take: attention,
 # norms, and the choice of a token.
 _BESIDE_PRODUCTS = 0.03
-# The same of all in PyTorch, by the bits that a weight is kept in. Weights are read once for all
-# positions; the fewer their bytes, the more arithmetic shows.
-_ROW_COSTS = {32: 0.06, 16: 0.05, 8: 0.15, 4: 0.3}
+# Passes over 1, 2, ... positions in PyTorch, by the bits that a weight is kept in, as one machine had
+# them (benchmarks/results/kernels-zen4.json): two rows of float32 take nearly twice the time.
+PASSES_IN_PYTORCH = {
+    32: (1.0, 1.75, 2.14, 1.52, 1.53, 1.64, 1.63, 1.62, 1.65),
+    16: (1.0, 1.05, 1.05, 1.05, 1.05, 1.07, 1.15, 1.24, 1.29),
+    8: (1.0, 1.22, 1.41, 1.54, 2.41, 2.41, 2.45, 2.5, 2.74),
+    4: (1.0, 1.21, 1.26, 1.38, 2.05, 2.12, 2.28, 2.44, 2.65),
+}
 _ROW_COST_ON_A_GPU = 0.01
 # What one more position adds to attention over a long context, as a share of what one takes: keys and
 # values are loaded once for several, but each has arithmetic of its own.
@@ -153,6 +158,6 @@ def _passes(decoder: Decoder) -> tuple[float, ...]:
         return 1.0, 1.0 + _ROW_COST_ON_A_GPU
     bits = bits_of(decoder.weights)
     if decoder.kernels != "compiled":
-        return 1.0, 1.0 + _ROW_COSTS[bits or 8 * decoder.dtype.itemsize]
+        return PASSES_IN_PYTORCH[bits or 8 * decoder.dtype.itemsize]
     kind = decoder.weights if bits else str(decoder.dtype).removeprefix("torch.")
     return tuple(cost + i * _BESIDE_PRODUCTS for i, cost in enumerate(row_costs(kind)))
