@@ -31,7 +31,6 @@ from layerskip.model import Decoder, KVCache
 from layerskip.model.quantize import WEIGHTS
 
 PARTS = ("draft", "layers", "head", "rest")
-LONGEST_ROUND = 64  # positions; passes over more are of the prompt
 
 
 def main() -> None:
@@ -54,7 +53,7 @@ def main() -> None:
             n = min(options.max_new_tokens, task.max_new_tokens)
             prompts = [sample.prompt for sample in task.samples]
             lines.append({"task": name, "weights": weights, **profile(model, prompts, n)})
-            print(lines[-1], flush=True)
+            print(name, weights, file=sys.stderr, flush=True)
     here = environment("benchmarks/where_time_goes.py", "bfloat16", kernels)
     deliver({"environment": here, "model": options.model, "lines": lines}, options.output)
 
@@ -99,38 +98,39 @@ def profile(
 
 @contextlib.contextmanager
 def timed(decoder: Decoder, spent: dict[str, float]) -> Iterator[None]:
-    """Add the seconds of a decoder's calls to `spent`; calls inside of others count for these."""
+    """Add the seconds of a decoder's calls to `spent`; calls inside of others count for these.
+
+    All up to the first choice of a token is the prompt's.
+    """
     kind, n_layers = type(decoder), len(decoder.layers)
-    inside, newest = False, ""
+    inside = answering = False
 
     def of_run(hidden: Tensor, start: int, stop: int, cache: KVCache) -> str:
-        if hidden.shape[1] > LONGEST_ROUND or not int(cache.lengths.max()):
-            return "prompt"
         return "draft" if stop < n_layers else "layers"
-
-    def of_choice(*_: Any) -> str:
-        return "prompt" if newest == "prompt" else "head"
-
-    def of_draft(*_: Any, **__: Any) -> str:
-        return "draft"
 
     def watched(method: Callable[..., Any], name: Callable[..., str]) -> Callable[..., Any]:
         @functools.wraps(method)
         def call(self: Decoder, *args: Any, **options: Any) -> Any:
-            nonlocal inside, newest
+            nonlocal inside, answering
             if inside:
                 return method(self, *args, **options)
-            newest, inside, begin = name(*args, **options), True, time.perf_counter()
+            part = name(*args, **options)
+            inside, begin = True, time.perf_counter()
             try:
                 return method(self, *args, **options)
             finally:
-                spent[newest] += time.perf_counter() - begin
-                inside = False
+                spent[part if answering else "prompt"] += time.perf_counter() - begin
+                inside, answering = False, answering or part == "head"
 
         return call
 
+    names: dict[str, Callable[..., str]] = {
+        "run": of_run,
+        "choose": lambda *_: "head",
+        "draft": lambda *_, **__: "draft",
+    }
     with contextlib.ExitStack() as patches:
-        for method, name in (("run", of_run), ("choose", of_choice), ("draft", of_draft)):
+        for method, name in names.items():
             patched = watched(getattr(kind, method), name)
             patches.enter_context(mock.patch.object(kind, method, patched))
         yield

@@ -188,16 +188,14 @@ class GraphDecoder(Decoder):
 
     def run(self, hidden: Tensor, start: int, stop: int, cache: KVCache) -> Tensor:
         """See `Decoder`."""
-        memory = self._in_use.get(cache)
-        t = hidden.shape[1]
-        recorded = memory is not None and memory.slots is cache.slots and 0 < t <= MOST_POSITIONS
-        if not recorded or start >= stop:
+        memory, t = self._in_use.get(cache), hidden.shape[1]
+        if memory is None or memory.slots is not cache.slots or not 0 < t <= MOST_POSITIONS:
             return super().run(hidden, start, stop, cache)
-        assert memory is not None
+        end, capacity = cache.check_room(t), cache.capacity
+        if start >= stop or end > _LONGEST:
+            return super().run(hidden, start, stop, cache)
         self._check_layers(start, stop)
-        end, capacity, slots = cache.check_room(t), cache.capacity, memory.slots[start:stop]
-        if end > _LONGEST:
-            return super().run(hidden, start, stop, cache)
+        slots = memory.slots[start:stop]
         reach = min(max(_SHORTEST, 1 << (end - 1).bit_length()), slots.shape[-2])
 
         def run(hidden: Tensor, begin: Tensor) -> Outputs:
