@@ -39,7 +39,7 @@ SHARES: Mapping[str, float] = {
 }
 SOURCES: Mapping[str, Source] = {
     **mixture_sources.SOURCES,
-    "python": library_functions.SOURCE,
+    **library_functions.SOURCES,
     "own_answers": own_answers.SOURCE,
 }
 TIMES = 2  # that a row may stand in the mixture, where a source has too few

@@ -1,14 +1,15 @@
 """The mixture of examples/checkpoint, from tiny stand-ins of its data sets."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
+import zipfile
 
+import library_functions
 import prepare as preparing
 import pytest
-from library_functions import rows_of, standard_library
+from library_functions import library, packages, rows_of
 from mixture_sources import MOST_CHARACTERS, OPENING, opening, running_text, sentences_of, unwrapped
 from own_answers import MAX_NEW_TOKENS, own_answers, random_questions
 from prepare import prepare
@@ -24,7 +25,7 @@ WORDS = "the mill was built of red brick by a family of bakers who sold it after
 LONG = f"{WORDS} and the club sold it again in 1950 ."
 
 
-def library(root):
+def modules(root):
     root.mkdir()
     for i in range(80):
         text = f'def f{i}(x):\n    """Adds {i}."""\n    return x + {i}\n'
@@ -100,10 +101,10 @@ def answered(data=None):
 @pytest.fixture(autouse=True)
 def small_sources(tmp_path, monkeypatch):
     """Few functions and answers in place of a whole library and a real model."""
-    library_of_few = functools.partial(standard_library, folder=library(tmp_path / "library"))
-    for name, read in (("python", library_of_few), ("own_answers", answered)):
-        source = preparing.SOURCES[name]
-        monkeypatch.setitem(preparing.SOURCES, name, dataclasses.replace(source, read=read))
+    root = modules(tmp_path / "library")
+    monkeypatch.setattr(library_functions.python_functions, "standard_library", lambda: root)
+    asked = dataclasses.replace(preparing.SOURCES["own_answers"], read=answered)
+    monkeypatch.setitem(preparing.SOURCES, "own_answers", asked)
 
 
 def whole_opening(row):
@@ -254,8 +255,32 @@ def test_tests_and_faulty_files_are_left_out(tmp_path):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(f'def f():\n    """{name}"""\n    return 1\n')
     (root / "bad.py").write_text("def (:\n")
-    train, held_out = standard_library(folder=root)
+    train, held_out = library(root)
     assert [row["prompt"] for row in train + held_out] == ['def f():\n    """pkg/d.py"""']
+
+
+def test_packages_are_those_whose_hashes_are_written_down(tmp_path, monkeypatch):
+    wheel = tmp_path / "few-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as members:
+        members.writestr("few/a.py", 'def f():\n    """Few."""\n    return 1\n')
+        members.writestr("few/tests/b.py", 'def g():\n    """Test."""\n    return 1\n')
+        about = "few-1.0.dist-info"
+        members.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: few\nVersion: 1.0\n")
+        members.writestr(
+            f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        members.writestr(f"{about}/RECORD", "")
+    listed = tmp_path / "packages.txt"
+    monkeypatch.setattr(library_functions, "PACKAGES", listed)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    listed.write_text(f"few==1.0 --hash=sha256:{digest}\n")
+    train, held_out = packages()
+    assert [row["prompt"] for row in train + held_out] == ['def f():\n    """Few."""']
+    listed.write_text(f"few==1.0 --hash=sha256:{'0' * 64}\n")
+    with pytest.raises(ValueError, match=r"pip could not fetch packages\.txt"):
+        packages()
 
 
 def test_text_is_set_as_people_write_it():

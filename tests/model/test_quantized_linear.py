@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from layerskip.model import linear
 from layerskip.model.embedding import QuantizedEmbedding
 from layerskip.model.linear import QuantizedLinear
 from layerskip.model.packed import pack
@@ -114,3 +115,64 @@ def test_embedding_looks_up_the_rows_asked_for(bits, dtype):
     x = random(2, 64).to(dtype)
     index = torch.tensor([9, 4])
     torch.testing.assert_close(embedding.head(index)(x), embedding.head()(x)[:, index])
+
+
+def as_on_cuda(monkeypatch):
+    """Stand-ins for PyTorch's product on CUDA: of two codes in a byte the first has the high bits."""
+
+    def product(x, arranged, group, scales_zeros):
+        pairs, scales_zeros = arranged.flatten(1), scales_zeros.float()
+        codes = torch.stack([pairs >> 4, pairs & 15], dim=-1).flatten(1).float()
+        scales, zeros = scales_zeros.repeat_interleave(group, dim=0).unbind(-1)
+        return (x.float() @ ((codes - 8) * scales.T + zeros.T).T).to(x.dtype)
+
+    def convert(pairs, tiles):
+        assert pairs.dtype == torch.uint8
+        assert pairs.is_contiguous()
+        assert tiles in (2, 4, 8)
+        return pairs.unflatten(1, (-1, 8 * tiles))
+
+    ops = torch.ops.aten
+    monkeypatch.setattr(linear, "_arranged_for_cpu", linear._arranged_for_cuda)
+    monkeypatch.setattr(ops, "_convert_weight_to_int4pack", convert, raising=False)
+    monkeypatch.setattr(ops, "_weight_int4pack_mm_for_cpu", product, raising=False)
+
+
+@BITS
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize(("n_out", "n_in"), [(80, 96), (7, 128), (2000, 576)])
+def test_codes_are_arranged_for_the_product_on_cuda(bits, centred, n_out, n_in, monkeypatch):
+    as_on_cuda(monkeypatch)
+    weight = grid(bits, centred, n_out, n_in)
+    x = random(3, n_in, seed=1).bfloat16()
+    exact = x.double() @ weight.dequantize().double().T
+    product = QuantizedLinear(pack(weight), None, torch.bfloat16)
+    assert (product(x).double() - exact).std() < 6e-3 * exact.std()
+
+
+def test_a_device_has_the_product_where_it_gives_what_it_should(monkeypatch):
+    has_product = linear._has_nibble_product
+    assert has_product(torch.device("cpu"))
+    assert not has_product(torch.device("mps"))
+    weight, x, real = pack(grid(4, False)), random(2, 96).bfloat16(), linear._NibbleProduct
+    assert linear._trouble(weight, x) is None
+    monkeypatch.setattr(linear, "_NibbleProduct", lambda weight: lambda x: 1.1 * real(weight)(x))
+    assert linear._trouble(weight, x) == "PyTorch's product with them is not exact"
+
+    def missing(weight):
+        raise RuntimeError("no kernel image\nfor this device")
+
+    monkeypatch.setattr(linear, "_NibbleProduct", missing)
+    assert linear._trouble(weight, x) == "no kernel image"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@BITS
+@pytest.mark.parametrize("n", [1, 4, 48, 49])
+def test_product_on_a_gpu_is_near_the_exact_one(bits, n):
+    weight = grid(bits, False, 2000, 576)
+    x = random(n, 576, seed=1).bfloat16()
+    exact = x.double() @ weight.dequantize().double().T
+    product = QuantizedLinear(pack(weight, "cuda"), None, torch.bfloat16)
+    assert product._few is not None
+    assert (product(x.cuda()).cpu().double() - exact).std() < 6e-3 * exact.std()

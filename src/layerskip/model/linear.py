@@ -1,13 +1,15 @@
 """Matrix products with the weights laid out for the machine at hand."""
 
+import functools
+import warnings
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the name everybody knows)
 from torch import Tensor
 
-from layerskip.model.packed import Packed
-from layerskip.model.quantize import GROUP
+from layerskip.model.packed import Packed, pack
+from layerskip.model.quantize import GROUP, quantize
 
 
 class Linear(Protocol):
@@ -79,8 +81,9 @@ class PackedLinear:
 class QuantizedLinear:
     """A weight in 8 or 4 bits: every dtype, every device.
 
-    Few rows of bfloat16 on a CPU take PyTorch's product with 4-bit weights. All others multiply with
-    the numbers that the codes stand for, which are made anew in every call, a block of rows at a time.
+    Few rows of bfloat16 take PyTorch's product with 4-bit weights, on a CPU and on a GPU that has it.
+    All others multiply with the numbers that the codes stand for, which are made anew in every call, a
+    block of rows at a time.
 
     Attributes:
         weight: the packed weight.
@@ -89,7 +92,7 @@ class QuantizedLinear:
 
     def __init__(self, weight: Packed, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.weight, self.bias, self._dtype = weight, bias, dtype
-        fits = dtype == torch.bfloat16 and weight.codes.device.type == "cpu"
+        fits = dtype == torch.bfloat16 and _has_nibble_product(weight.codes.device)
         self._few = _NibbleProduct(weight) if fits else None
         self.weight_bytes = weight.nbytes if self._few is None else self._few.nbytes
 
@@ -109,23 +112,27 @@ class QuantizedLinear:
         return QuantizedLinear(self.weight.rows(index), bias, self._dtype)
 
 
-_FEW_ROWS = (
-    48  # from here on making the numbers once costs less than a product in 4 bits for each row
-)
+# From here on making the numbers once costs less than a product in 4 bits for each row.
+_FEW_ROWS = 48
 
 
 class _NibbleProduct:
-    """PyTorch's product with 4-bit weights, of bfloat16 on a CPU, in a layout of its own.
+    """PyTorch's product of bfloat16 with 4-bit weights, in a layout of its own for CPUs and for CUDA.
 
-    Its numbers are (code - 8) * scale + zero, with scale and zero in bfloat16. An 8-bit code is
-    16 * high + low, so a matrix of them is one in 4 bits and of twice the width, for twice the input:
-    beside the low halves stand the high ones with 16 times the scale.
+    On CUDA it is the one behind torchao's weight-only int4. Its numbers are (code - 8) * scale + zero,
+    with scale and zero in bfloat16. An 8-bit code is 16 * high + low, so a matrix of
+    them is one in 4 bits and of twice the width, for twice the input: beside the low halves stand the
+    high ones with 16 times the scale.
     """
 
     _LINES = 16  # the layout has outputs in multiples of it
 
     def __init__(self, weight: Packed) -> None:
         self._n_out, self._is_double = weight.shape[0], weight.bits == 8
+        on_cpu = weight.codes.device.type == "cpu"
+        self._arrange = _arranged_for_cpu if on_cpu else _arranged_for_cuda
+        ops = torch.ops.aten
+        self._product = ops._weight_int4pack_mm_for_cpu if on_cpu else ops._weight_int4pack_mm
         parts = [self._lay_out(block) for block in weight.blocks()]
         self._codes = torch.cat([codes for codes, _ in parts])
         self._scales = torch.cat([scales for _, scales in parts], dim=1)
@@ -141,15 +148,59 @@ class _NibbleProduct:
             zeros = torch.cat([torch.zeros_like(zeros), zeros], dim=1)
         both = torch.stack([scales, zeros + 8 * scales], dim=-1).to(torch.bfloat16)
         missing = -codes.shape[0] % self._LINES
-        codes = F.pad(codes, (0, 0, 0, missing)).int()
+        codes = F.pad(codes, (0, 0, 0, missing))
         both = F.pad(both, (0, 0, 0, 0, 0, missing)).transpose(0, 1).contiguous()
-        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), both
+        return self._arrange(codes), both
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, in] to [N, out]."""
         x = torch.cat([x, x], dim=1) if self._is_double else x
-        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._codes, GROUP, self._scales)
+        y: Tensor = self._product(x.contiguous(), self._codes, GROUP, self._scales)
         return y[:, : self._n_out].contiguous()
+
+
+def _arranged_for_cpu(codes: Tensor) -> Tensor:
+    """4-bit codes [out, in] uint8 as the product on a CPU reads them."""
+    arranged: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    return arranged
+
+
+def _arranged_for_cuda(codes: Tensor) -> Tensor:
+    """4-bit codes [out, in] uint8 as the product on CUDA reads them, in tiles of 16 inputs."""
+    n_in = codes.shape[1]
+    tiles = next(n for n in (8, 4, 2) if n_in % (16 * n) == 0)  # groups of 32: 2 always fits
+    pairs = codes[:, ::2] << 4 | codes[:, 1::2]
+    arranged: Tensor = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)
+    return arranged
+
+
+@functools.cache
+def _has_nibble_product(device: torch.device) -> bool:
+    """Whether PyTorch's product with 4-bit weights runs on a device, and is right there.
+
+    GPUs older than Ampere lack it, and what a build lacks shows in a call alone: it is tried once.
+    """
+    if device.type != "cuda":
+        return device.type == "cpu"
+    chance = torch.Generator().manual_seed(0)
+    weight = pack(quantize(torch.randn(16, 2 * GROUP, generator=chance), 4), device)
+    x = torch.randn(2, 2 * GROUP, generator=chance).bfloat16().to(device)
+    trouble = _trouble(weight, x)
+    if trouble is not None:
+        warnings.warn(f"8- and 4-bit weights are slow on {device}: {trouble}", stacklevel=2)
+    return trouble is None
+
+
+def _trouble(weight: Packed, x: Tensor) -> str | None:
+    """What is wrong with the product of a weight and x, or None."""
+    try:
+        y = _NibbleProduct(weight)(x).float()
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        return str(error).split("\n")[0]
+    exact = F.linear(x.float(), weight.dequantize())
+    if torch.allclose(y, exact, rtol=0.02, atol=0.2):
+        return None
+    return "PyTorch's product with them is not exact"
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> Matrix:

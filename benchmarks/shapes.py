@@ -1,0 +1,234 @@
+"""What self-speculation comes to in larger models: random weights in their shapes, scripted acceptance.
+
+    python benchmarks/shapes.py --shapes llama-3.2-1b --output benchmarks/results/shapes.json
+    python benchmarks/shapes.py --shapes llama-3.2-1b,llama-3-8b --device cuda --weights 16bit,int4
+
+Random weights take as long as trained ones, but no exit of theirs agrees with the last layer. So whole
+rounds are timed as they are, drafting, verifying and accepting, and then a coin says how many tokens of
+the draft stand, each with a probability that is given. Plain answers and those rounds are timed in
+turns; the ceiling is the read bandwidth of the same run over the bytes of a plain step's weights.
+"""
+
+import argparse
+import contextlib
+import statistics
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from engine import deliver, environment
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from layerskip.bench.bandwidth import read_bandwidth
+from layerskip.decoding import Plan, Sampling, generate
+from layerskip.decoding.accept import accept
+from layerskip.decoding.clock import device_clock
+from layerskip.model import Decoder, native
+from layerskip.model.assembly import build
+from layerskip.model.families import from_config
+from layerskip.model.quantize import Quantized
+
+SHAPES = {
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
+    "llama-3.2-1b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
+    "llama-3-8b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+    ),
+}
+PROMPT_TOKENS = 128
+POSITIONS = (1, 2, 4, 5, 8, 16)
+ACCEPTANCE = (0.6, 0.75, 0.9)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default="smollm2-135m,llama-3.2-1b", help=", ".join(SHAPES))
+    parser.add_argument("--weights", default="16bit,int8,int4")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--exit-share", type=float, default=1 / 8, help="E as a share of the layers"
+    )
+    parser.add_argument("--draft-tokens", type=int, default=4)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.device == "cpu":
+        native.prepare()
+    rows = []
+    for shape in options.shapes.split(","):
+        for weights in options.weights.split(","):
+            decoder = random_decoder(SHAPES[shape], weights, torch.device(options.device))
+            exit_layer = max(1, round(options.exit_share * len(decoder.layers)))
+            figures = measure(
+                decoder, exit_layer, options.draft_tokens, options.new_tokens, options.rounds
+            )
+            rows.append({"shape": shape, "weights": weights, **figures})
+            del decoder
+    here = environment("benchmarks/shapes.py", "bfloat16", rows[-1]["kernels"])
+    if options.device != "cpu":
+        here["device"] = torch.cuda.get_device_name(options.device)
+    deliver({"environment": here, "prompt_tokens": PROMPT_TOKENS, "rows": rows}, options.output)
+
+
+class RandomTensors:
+    """A checkpoint of random weights that are made when they are read: `model.weights.Tensors`."""
+
+    rotary_layout = "halves"
+
+    def __init__(self, config: LlamaConfig) -> None:
+        self.paths: list[Path] = []
+        with torch.device("meta"):
+            named = LlamaForCausalLM(config).state_dict()
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
+        self._chance = torch.Generator().manual_seed(0)
+
+    def names(self) -> set[str]:
+        """See `Tensors`."""
+        return set(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `Tensors`."""
+        return self._shapes[name]
+
+    def stored_as(self, name: str) -> str:
+        """See `Tensors`."""
+        return "BF16"
+
+    def read(self, name: str) -> Tensor:
+        """See `Tensors`."""
+        size = torch.empty(self._shapes[name], dtype=torch.bfloat16)
+        return size.normal_(0.0, 0.02, generator=self._chance)
+
+    def quantized(self, name: str) -> Quantized | None:
+        """See `Tensors`."""
+        return None
+
+
+def random_decoder(config: LlamaConfig, weights: str, device: torch.device) -> Decoder:
+    """A decoder of a shape, in bfloat16, with the fastest kernels that there are."""
+    return build(
+        from_config(config.to_dict()),
+        RandomTensors(config),
+        tied=config.tie_word_embeddings,
+        dtype=torch.bfloat16,
+        device=device,
+        weights=weights,
+        compiled=True,
+    )
+
+
+@torch.inference_mode()
+def measure(
+    decoder: Decoder, exit_layer: int, draft_tokens: int, new_tokens: int, rounds: int
+) -> dict[str, Any]:
+    """Tokens a second plain and self-speculative, the cost of verifying, and the ceiling."""
+    plain = Plan(mode="plain")
+    drafting = Plan(mode="self-speculative", exit_layer=exit_layer, draft_tokens=draft_tokens)
+    works = {
+        "plain": partial(tokens_per_s, decoder, plain, new_tokens, 0.0),
+        "bandwidth": partial(read_bandwidth, decoder.device),
+        **{
+            f"accepted {chance}": partial(tokens_per_s, decoder, drafting, new_tokens, chance)
+            for chance in ACCEPTANCE
+        },
+        **{f"pass {n}": partial(pass_ms, decoder, n) for n in POSITIONS},
+    }
+    for work in works.values():
+        work()
+    runs = [{name: work() for name, work in works.items()} for _ in range(rounds)]
+    found = {name: statistics.median(run[name] for run in runs) for name in works}
+    ceiling = found["bandwidth"] / decoder.weight_bytes
+    return {
+        "layers": len(decoder.layers),
+        "kernels": decoder.kernels,
+        "weight_bytes": decoder.weight_bytes,
+        "read_bandwidth_gb_per_s": found["bandwidth"] / 1e9,
+        "ceiling_tokens_per_s": ceiling,
+        "plain_tokens_per_s": found["plain"],
+        "share_of_ceiling": found["plain"] / ceiling,
+        "pass_ms": {str(n): found[f"pass {n}"] for n in POSITIONS},
+        "exit_layer": exit_layer,
+        "draft_tokens": draft_tokens,
+        "self_speculative": [
+            {
+                "chance_of_a_token": chance,
+                "tokens_per_s": found[f"accepted {chance}"],
+                "speedup": found[f"accepted {chance}"] / found["plain"],
+            }
+            for chance in ACCEPTANCE
+        ],
+    }
+
+
+def tokens_per_s(decoder: Decoder, plan: Plan, new_tokens: int, chance: float) -> float:
+    """Of one answer, the prompt's pass left out; each drafted token stands with a probability."""
+    prompt = [(7 * i) % decoder.architecture.vocab_size for i in range(PROMPT_TOKENS)]
+    now = device_clock(decoder.device)
+    with scripted(chance):
+        steps = generate(decoder, prompt, plan=plan, sampling=Sampling(), max_new_tokens=new_tokens)
+        next(steps)
+        start = now()
+        made = sum(len(step.tokens) for step in steps)
+        return made / (now() - start)
+
+
+@contextlib.contextmanager
+def scripted(chance: float) -> Iterator[None]:
+    """Rounds accept what a coin says, after all the work of finding out what they should."""
+    coin = torch.Generator().manual_seed(0)
+
+    def tossed(drafted: Tensor, *what: Any) -> tuple[Tensor, Tensor]:
+        _, following = accept(drafted, *what)
+        stands = torch.rand(drafted.shape, generator=coin) < chance
+        return stands.cumprod(dim=1).sum(dim=1).to(drafted.device), following
+
+    with mock.patch("layerskip.decoding.generate.accept", tossed):
+        yield
+
+
+def pass_ms(decoder: Decoder, n: int) -> float:
+    """All layers and the choice of a token over n positions, after the prompt's, in milliseconds."""
+    cache, now = decoder.new_cache(PROMPT_TOKENS + n), device_clock(decoder.device)
+    tokens = torch.zeros(1, n, dtype=torch.int64, device=decoder.device)
+    times = []
+    for _ in range(5):
+        cache.lengths.fill_(PROMPT_TOKENS)
+        start = now()
+        decoder.choose(decoder.run(decoder.embed(tokens), 0, len(decoder.layers), cache)).tolist()
+        times.append(1e3 * (now() - start))
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()
