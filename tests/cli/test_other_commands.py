@@ -1,6 +1,8 @@
 """Help, version and `pull`."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -77,3 +79,9 @@ def test_too_little_memory_is_said_with_what_to_do(capsys, monkeypatch, error):
     assert status == 1
     said = "layerskip: out of memory; try --dtype bfloat16, --weights int8 or a smaller model\n"
     assert err == said
+
+
+def test_python_runs_the_package():
+    command = [sys.executable, "-m", "layerskip", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"layerskip, version {__version__}\n"

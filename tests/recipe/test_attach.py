@@ -13,6 +13,7 @@ from layerskip.recipe.forward_pass import ForwardPass
 
 ALL = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.0)
 DROPPING = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.6)
+COMPILED_OFTEN = ("llama", "gpt2", "mixtral")  # each takes ten seconds
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -258,23 +259,25 @@ def test_evaluate_gives_each_exit(llama):
         handle.evaluate((1,), {"input_ids": batch["input_ids"]})
 
 
-def test_packed_sequences(llama):
+@families
+def test_packed_sequences(family):
     """Two documents in a row, told apart by their positions, train as two rows."""
-    attached(llama, ALL)
+    model = build(family, output_router_logits=False)
+    attached(model, ALL)
     rows = batch_of(rows=4, tokens=8)
     rows["labels"][:, 3:] = rows["input_ids"][:, 3:]
     del rows["attention_mask"]
-    _, expected = step_of(llama, **rows)
+    _, expected = step_of(model, **rows)
     packed = {name: value.reshape(2, 16) for name, value in rows.items()}
     packed["position_ids"] = torch.arange(8).repeat(2, 2)
-    loss, gradients = step_of(llama, **packed)
+    loss, gradients = step_of(model, **packed)
     same(gradients, expected)
-    detach(llama)
+    detach(model)
     # With rows skipped: the same as each pack alone.
-    handle = attached(llama, DROPPING)
-    loss, _ = step_of(llama, **packed)
+    handle = attached(model, DROPPING)
+    loss, _ = step_of(model, **packed)
     assert handle._pass.skipped.any()
-    torch.testing.assert_close(loss, row_by_row(llama, handle, DROPPING, packed).detach())
+    torch.testing.assert_close(loss, row_by_row(model, handle, DROPPING, packed).detach())
 
 
 def test_one_row_that_is_skipped(llama):
@@ -321,44 +324,73 @@ def test_lora(llama, order):
     detach(model)
 
 
-def test_autocast_in_bfloat16(llama):
-    attached(llama, DROPPING)
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@families
+def test_lora_on_all_projections(family):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        build(family), peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    )
+    attached(model, DROPPING)
+    _, gradients = step_of(model, **batch_of())
+    adapters = {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert gradients.keys() == adapters
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert all(gradient.any() for gradient in gradients.values())
+    detach(model)
+
+
+@families
+def test_autocast_in_bfloat16(family):
+    model = build(family)
+    handle = attached(model, DROPPING)
     batch = batch_of()
-    loss, gradients = step_of(llama, **batch)
-    llama._layerskip_recipe.set_step(0, 100)
+    loss, gradients = step_of(model, **batch)
+    handle.set_step(0, 100)
     with torch.autocast("cpu", torch.bfloat16):
-        low_loss, low_gradients = step_of(llama, **batch)
+        low_loss, low_gradients = step_of(model, **batch)
     assert low_loss.dtype == torch.float32
     torch.testing.assert_close(low_loss, loss, rtol=0.02, atol=0.02)
     for name, gradient in gradients.items():
         distance = (low_gradients[name] - gradient).norm() / gradient.norm()
-        assert distance < 0.1, name
+        assert distance < 0.15, name  # a token near the middle may go to another expert
 
 
-def test_bfloat16_weights(llama):
-    attached(llama.bfloat16(), DROPPING)
-    loss, gradients = step_of(llama, **batch_of())
+@families
+def test_bfloat16_weights(family):
+    model = build(family)
+    attached(model.bfloat16(), DROPPING)
+    loss, gradients = step_of(model, **batch_of())
     assert all(g.dtype == torch.bfloat16 for g in gradients.values())
-    detach(llama)
-    attached(llama.float(), DROPPING)
-    expected, exact = step_of(llama, **batch_of())
+    detach(model)
+    attached(model.float(), DROPPING)
+    expected, exact = step_of(model, **batch_of())
     torch.testing.assert_close(loss.float(), expected, rtol=0.02, atol=0.02)
     for name, gradient in exact.items():
         assert (gradients[name].float() - gradient).norm() < 0.2 * gradient.norm(), name
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile itself
-def test_compiled(llama):
-    attached(llama, DROPPING)
-    plain = [step_of(llama, **batch_of(seed=seed)) for seed in range(3)]
-    llama._layerskip_recipe.set_step(0, 100)
-    compiled = torch.compile(llama, backend="aot_eager")
+@pytest.mark.parametrize(
+    "family",
+    [
+        family if family in COMPILED_OFTEN else pytest.param(family, marks=pytest.mark.long)
+        for family in FAMILIES
+    ],
+)
+def test_compiled(family):
+    torch.compiler.reset()  # or families share what may be compiled of code that they share
+    model = build(family)
+    handle = attached(model, DROPPING)
+    plain = [step_of(model, **batch_of(seed=seed)) for seed in range(3)]
+    handle.set_step(0, 100)
+    compiled = torch.compile(model, backend="aot_eager")
     for seed, (loss, gradients) in enumerate(plain):
-        llama.zero_grad()
+        model.zero_grad()
         compiled_loss = compiled(**batch_of(seed=seed)).loss
         compiled_loss.backward()
         torch.testing.assert_close(compiled_loss.detach(), loss)
-        same({n: p.grad for n, p in llama.named_parameters() if p.grad is not None}, gradients)
+        same({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, gradients)
 
 
 def test_tuple_output(llama):
