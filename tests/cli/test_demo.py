@@ -66,7 +66,8 @@ def test_one_document_with_the_rows_of_bench(run, folder, tmp_path):
     assert status == 0
     document = json.loads(out)
     assert document == json.loads(output.read_text())
-    assert list(document) == ["environment", "model", "tasks", "total"]
+    assert list(document) == ["environment", "model", "tasks", "total", "elapsed_s"]
+    assert document["elapsed_s"] > 0
     assert document["model"] == str(folder)
     assert [(t["task"], t["samples"]) for t in document["tasks"]] == [
         (task.name, len(task.texts)) for task in TASKS

@@ -1,6 +1,7 @@
 """`layerskip demo`: the main job, end to end, on the built-in model or one's own."""
 
 import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ HONEST_WORD = (
 TRY_IT = """
 On your own model:
   layerskip train --model MODEL --data ROWS.jsonl --output runs/mine --regime task \\
-      --fixed-exits 8 --exit-weighting linear --distillation-weight 1  # what a small budget needs
+      --exits 4,8 --exit-layer 4 --curriculum rotational --rotation 2 --p-max 0.05 \\
+      --exit-weighting linear --e-scale 1.5 --distillation-weight 1  # 4 and 8 of about 30 layers
   layerskip tune --model runs/mine --data PROMPTS.jsonl
   layerskip demo --model runs/mine"""
 MINUTES = 10.0
@@ -94,7 +96,7 @@ def command(
         options.check_pictures("--picture")
     if not trains and (minutes is not None or folder is not None):
         raise click.UsageError("--minutes and --folder belong to --train")
-    console = Console(highlight=False, quiet=as_json)
+    console, start = Console(highlight=False, quiet=as_json), time.monotonic()
     if trains:
         from layerskip.cli import demo_train
 
@@ -111,6 +113,7 @@ def command(
     else:
         document = _decode(flags, max_new_tokens, console)
     console.print(TRY_IT, markup=False, soft_wrap=True)
+    document["elapsed_s"] = time.monotonic() - start
     options.deliver(document, as_json=as_json, output=output)
     if picture is not None:
         replace(picture, draw_by_group(document["tasks"]))

@@ -84,7 +84,8 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
     Examples:
       layerskip train examples/topv2.yaml --max-minutes 60
       layerskip train --model smollm2-135m --data rows.jsonl --output runs/mine --regime task \\
-          --fixed-exits 8 --exit-weighting equal --max-steps 500
+          --exits 4,8 --exit-layer 4 --curriculum rotational --rotation 2 --p-max 0.05 \\
+          --exit-weighting linear --e-scale 1.5 --distillation-weight 1
       layerskip train examples/topv2.yaml --resume
     """
     for name in ("accelerate", "datasets"):
