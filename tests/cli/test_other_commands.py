@@ -81,6 +81,17 @@ def test_too_little_memory_is_said_with_what_to_do(capsys, monkeypatch, error):
     assert err == said
 
 
+def test_too_little_memory_to_train_is_said_with_what_to_do(capsys, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("layerskip.cli.train.train", fail)
+    settings = ("--model", "m", "--data", "d.jsonl", "--output", "o")
+    status, _, err = run(capsys, "train", *settings)
+    assert status == 1
+    assert err.startswith("layerskip: out of memory; try a smaller --batch-size")
+
+
 def test_python_runs_the_package():
     command = [sys.executable, "-m", "layerskip", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

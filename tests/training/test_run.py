@@ -637,3 +637,38 @@ def test_a_part_of_a_hub_data_set(settings, monkeypatch):
     named = {"data": "some/sums", "eval_data": "some/sums", "eval_split": "test"}
     run(settings, **named, data_config="main", max_steps=1)
     assert asked == [("some/sums", "main", "train"), ("some/sums", "main", "test")]
+
+
+def test_other_rows_to_evaluate_on_after_a_resume_are_said(settings, interrupted):
+    settings |= {"eval_rows": 4, "max_steps": 8}
+    interrupted(settings, 5)
+    with pytest.warns(UserWarning, match="rows to evaluate on may have been trained on"):
+        run(settings, resume=True, eval_rows=5)
+
+
+def test_an_exit_that_the_time_was_too_short_for_is_said(settings, monkeypatch):
+    # The curriculum opens exits from the last down: exit 2 of 4 after a quarter of the steps.
+    settings |= {"curriculum": "gradual", "exit_layer": 2, "max_steps": 40}
+    plain = LayerSkipTrainer.training_step
+
+    def ends(self, *args, **kwargs):
+        self.control.should_training_stop = self.state.global_step >= 4
+        return plain(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerSkipTrainer, "training_step", ends)
+        with pytest.warns(UserWarning, match="before exit 2 had a loss"):
+            run(settings)
+
+
+def test_a_home_folder_is_found(settings, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = TrainConfig(
+        model="~/model",
+        data="rows.jsonl",
+        output="~/out",
+        quantize_aware="difference",
+        difference_base="~/base",
+    )
+    found = (config.model, config.output, config.difference_base)
+    assert found == tuple(str(tmp_path / name) for name in ("model", "out", "base"))

@@ -255,3 +255,40 @@ def test_the_best_checkpoint_is_found_where_it_is(model_folder, tmp_path):
 def test_a_loss_that_would_have_no_effect_is_refused(model_folder, tmp_path):
     with pytest.raises(ValueError, match="its own loss: leave out label_smoothing_factor"):
         trainer_of(LayerSkipTrainer, model_folder, tmp_path, label_smoothing_factor=0.1)
+
+
+def test_checkpoints_of_an_earlier_run_go_first(model_folder, tmp_path):
+    for step in (900, 1000):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    often = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    trainer_of(LayerSkipTrainer, model_folder, tmp_path, **often).train()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
+
+
+def test_a_measure_of_ones_own_is_kept(model_folder, tmp_path):
+    trainer = trainer_of(LayerSkipTrainer, model_folder, tmp_path, prediction_loss_only=False)
+    trainer.compute_metrics = lambda prediction: {"accuracy": -1.0}
+    metrics = trainer.evaluate()
+    assert metrics["eval_accuracy"] == -1.0
+    assert metrics[f"eval_accuracy_exit_{trainer.attached.num_layers}"] >= 0.0
+
+
+def test_rows_without_labels_are_refused(model_folder, tmp_path):
+    trainer = trainer_of(LayerSkipTrainer, model_folder, tmp_path)
+    trainer.data_collator = lambda batch: {"input_ids": Collator(0)(batch)["input_ids"]}
+    with pytest.raises(ValueError, match="the batch has no labels"):
+        trainer.train()
+
+
+def test_checkpoints_are_pushed_from_their_place(model_folder, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda *_, **__: None)
+    monkeypatch.setattr(
+        Trainer,
+        "_push_from_checkpoint",
+        lambda trainer, folder: pushed.append((folder, Path(folder, "model.safetensors").exists())),
+    )
+    monkeypatch.setattr(Trainer, "push_to_hub", lambda *_, **__: None)
+    often = {"save_strategy": "steps", "save_steps": 2, "push_to_hub": True}
+    trainer_of(LayerSkipTrainer, model_folder, tmp_path, **often).train()
+    assert pushed == [(str(tmp_path / f"checkpoint-{step}"), True) for step in (2, 4)]

@@ -26,6 +26,11 @@ _COMMANDS = {
     "export": "write a checkpoint for other programs",
 }
 _NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory")  # as PyTorch says it
+_LESS_MEMORY = {
+    "train": "a smaller --batch-size with more --accumulation, a smaller --max-length,"
+    " --gradient-checkpointing or --lora-rank 16",
+    "": "--dtype bfloat16, --weights int8 or a smaller model",
+}
 
 
 class _ReaderLeftError(Exception):
@@ -106,7 +111,7 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if state["debug"]:
             raise
-        _say(_one_line(error))
+        _say(_one_line(error, arguments[0]))
         try:
             sys.stdout.flush()
         except OSError:  # a full disk
@@ -120,13 +125,13 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, command: str) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, ValueError | OSError | ImportError | click.ClickException) and text:
         return text
     no_memory = isinstance(error, RuntimeError) and _NO_MEMORY.search(text)
     if isinstance(error, MemoryError) or no_memory:
-        return "out of memory; try --dtype bfloat16, --weights int8 or a smaller model"
+        return f"out of memory; try {_LESS_MEMORY.get(command, _LESS_MEMORY[''])}"
     return f"{type(error).__name__}: {text} (--debug shows the traceback)"
 
 

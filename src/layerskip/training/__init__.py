@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from layerskip.training.fake_quantization import quantize_aware
     from layerskip.training.progress import Progress
     from layerskip.training.run import train
-    from layerskip.training.trainer import LayerSkipMixin, LayerSkipTrainer, RecipeCallback
+    from layerskip.training.recipe_callback import RecipeCallback
+    from layerskip.training.trainer import LayerSkipMixin, LayerSkipTrainer
 
 __all__ = [
     "LayerSkipMixin",
@@ -23,6 +24,7 @@ _FILES = {
     "TrainConfig": "config",
     "Progress": "progress",
     "quantize_aware": "fake_quantization",
+    "RecipeCallback": "recipe_callback",
     "train": "run",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -17,12 +18,37 @@ def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
 
     Only whole checkpoints have that name: an unfinished one lies in a folder of its own.
     """
-    found = [
+    found = _checkpoints(directory)
+    return str(max(found)[1]) if found else None
+
+
+def _checkpoints(directory: str | os.PathLike[str]) -> list[tuple[int, Path]]:
+    """Steps and folders."""
+    return [
         (int(number), path)
         for path in Path(directory).glob("checkpoint-*")
         if (number := path.name.removeprefix("checkpoint-")).isdigit() and path.is_dir()
     ]
-    return str(max(found)[1]) if found else None
+
+
+def remove_old_checkpoints(
+    directory: str | os.PathLike[str], keep: int, step: int, best: str | None = None
+) -> None:
+    """Remove checkpoints until `keep` are left, beginning with the oldest.
+
+    Those of steps after this one are of a run that was left for this one: they count as the oldest.
+    Steps tell what is old, since a clock may go back.
+
+    Args:
+        directory: of the run.
+        keep: how many stay, at least 1.
+        step: the last one that was written, which stays.
+        best: a checkpoint that stays as well, or None.
+    """
+    found = sorted(_checkpoints(directory), key=lambda of: (of[0] <= step, of[0]))
+    spare = [path for number, path in found if number != step and path != Path(best or "")]
+    for path in spare[: max(len(found) - keep, 0)]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def last_good(directory: str | os.PathLike[str]) -> str:

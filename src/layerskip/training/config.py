@@ -114,6 +114,9 @@ class TrainConfig:
     device: Literal["auto", "cpu"] = _setting("cpu = leave a GPU alone", "auto")
 
     def __post_init__(self) -> None:
+        for name in ("model", "tokenizer", "output", "difference_base"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, os.path.expanduser(path))
         counts = ("batch_size", "accumulation", "log_steps", "save_steps", "keep_checkpoints")
         for name in (*counts, "draft_tokens", "exit_layer"):
             value = getattr(self, name)
@@ -207,9 +210,6 @@ class TrainConfig:
         converted = {name: _convert(name, v, hints[name]) for name, v in values.items()}
         own = {item.name for item in fields(cls)}
         mine = {name: v for name, v in converted.items() if name in own}
-        for name in ("model", "tokenizer", "output"):
-            if name in mine:
-                mine[name] = os.path.expanduser(mine[name])
         missing = [n for n in ("model", "data", "output") if n not in mine]
         if missing:
             raise ValueError(f"{', '.join(missing)} must be given")

@@ -70,6 +70,11 @@ class Encoding:
         except _UNFILLED as error:
             is_there = isinstance(error, TypeError | AttributeError)  # and no text
             if is_named or is_there or not isinstance(row.get(self.text_field), str):
+                if not is_named and self.text_field in row and not is_there:
+                    kind = type(row[self.text_field]).__name__
+                    raise ValueError(
+                        f"{where}: its {self.text_field} is {kind}, not a text"
+                    ) from None
                 others = "" if is_named else f", 'messages', or {self.text_field!r}"
                 raise ValueError(
                     f"{where} has the fields {sorted(row)}; needed are those of {self.completion!r} "

@@ -125,7 +125,7 @@ def _make_savable(model: PreTrainedModel) -> None:
 
 def one_line(what: str, error: Exception) -> str:
     """What went wrong, with the first line of what another library says of it."""
-    return f"{what}: {str(error).splitlines()[0]}"
+    return f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]}"
 
 
 def with_adapter(model: PreTrainedModel, config: TrainConfig) -> Any:

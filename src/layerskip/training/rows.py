@@ -121,7 +121,9 @@ def _hub_rows(source: str, split: str, config: str | None) -> Iterator[Row]:
     try:
         rows = _package("datasets").load_dataset(source, config, split=split)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "Config name is missing" in reason:
+            reason += " (with data_config)"
         raise ValueError(
             f"{source} is no file, and as a data set of the hub it cannot be read: {reason}"
         ) from error

@@ -6,74 +6,28 @@ import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
 
 from layerskip.recipe import RecipeConfig, attach
-from layerskip.recipe.attached import AttachedRecipe
 from layerskip.recipe.exit_loss import IGNORED_LABEL
-from layerskip.training.checkpoints import INCOMPLETE, last_good, move_when_whole, unwritten
+from layerskip.training.checkpoints import (
+    INCOMPLETE,
+    last_good,
+    move_when_whole,
+    remove_old_checkpoints,
+    unwritten,
+)
 from layerskip.training.errors import NonFiniteLossError
 from layerskip.training.exit_totals import ExitTotals
 from layerskip.training.memory import peak_memory_bytes
+from layerskip.training.recipe_callback import RecipeCallback, check_arguments
 from layerskip.training.sampling import LengthGroupedSampler
 from layerskip.training.speed import TokenRate
-
-
-class _Steps(Protocol):
-    global_step: int
-    max_steps: int
-
-
-class RecipeCallback(TrainerCallback):
-    """Tells an attached recipe the training step; for a plain Trainer whose model has one.
-
-    Args:
-        attached: what `attach` returned.
-    """
-
-    def __init__(self, attached: AttachedRecipe) -> None:
-        self._attached = attached
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Refuse what takes the recipe off the model, silently."""
-        if getattr(args, "use_liger_kernel", False):
-            raise ValueError(
-                "use_liger_kernel puts another forward over the recipe's, which then does nothing; "
-                "leave it out: the recipe takes Liger's loss itself where it is installed"
-            )
-        check_arguments(args)
-
-    def on_step_begin(self, args: Any, state: _Steps, control: Any, **_: Any) -> None:
-        """Before the first batch of an optimizer step."""
-        self._attached.set_step(state.global_step, state.max_steps)
-        self._attached.last = None
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Refuse a step that came about without the exits' loss."""
-        if self._attached.last is None:
-            raise ValueError(
-                "the model was called without labels, so the recipe had no loss: leave out what "
-                "computes another, such as compute_loss_func"
-            )
-
-
-def check_arguments(args: Any) -> None:
-    """Raise ValueError where a Trainer's arguments take the labels or the forward from the model."""
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs in one process are not supported: start with "
-            "`torchrun` or `accelerate launch`, or choose one with CUDA_VISIBLE_DEVICES"
-        )
-    if args.label_smoothing_factor or getattr(args, "loss_type", None) not in (None, "nll"):
-        raise ValueError(
-            "the recipe computes its own loss: leave out label_smoothing_factor and TRL's loss_type"
-        )
 
 
 class LayerSkipMixin:
@@ -127,6 +81,7 @@ class LayerSkipMixin:
         self._train_totals = ExitTotals(layers, trainer.args.device)
         self._eval_totals = ExitTotals(layers, trainer.args.device)
         self._output_dir: str | None = None
+        self._is_to_be_pushed = False
         self._token_rate = TokenRate()
         trainer.add_callback(self._token_rate)
 
@@ -150,7 +105,11 @@ class LayerSkipMixin:
             )
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         losses = self.attached.last
-        assert losses is not None
+        if losses is None:
+            raise ValueError(
+                "the batch has no labels, so there is no loss: give the rows labels, or a collator"
+                " that makes them, such as DataCollatorForLanguageModeling(tokenizer, mlm=False)"
+            )
         self._train_totals.add(losses)
         self._token_rate.add(inputs["input_ids"].numel())
         loss = outputs["loss"]
@@ -224,7 +183,8 @@ class LayerSkipMixin:
             output.metrics[f"{prefix}_loss_exit_{exit_layer}"] = loss
             output.metrics[f"{prefix}_accuracy_exit_{exit_layer}"] = accuracy
         if last := exits.get(self.attached.num_layers):
-            output.metrics[f"{prefix}_loss"], output.metrics[f"{prefix}_accuracy"] = last
+            output.metrics[f"{prefix}_loss"] = last[0]
+            output.metrics.setdefault(f"{prefix}_accuracy", last[1])  # unless it is the user's own
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -282,12 +242,10 @@ class LayerSkipMixin:
         trainer = self._trainer
         with self._token_rate.paused():
             self._write_checkpoint(*args, **kwargs)
-            if trainer.args.should_save:
-                rotate_checkpoints(
-                    output_dir=trainer.args.output_dir,
-                    save_total_limit=trainer.args.save_total_limit,
-                    best_model_checkpoint=trainer.state.best_model_checkpoint,
-                    use_mtime=False,  # a clock may go back, steps do not
+            limit, state = trainer.args.save_total_limit, trainer.state
+            if trainer.args.should_save and limit is not None and limit > 0:
+                remove_old_checkpoints(
+                    trainer.args.output_dir, limit, state.global_step, state.best_model_checkpoint
                 )
             trainer.accelerator.wait_for_everyone()
 
@@ -303,13 +261,19 @@ class LayerSkipMixin:
             trainer.accelerator.wait_for_everyone()
             if trainer.args.should_save:
                 move_when_whole(unfinished / name, run / name)
+            if self._is_to_be_pushed:
+                super()._push_from_checkpoint(str(run / name))  # type: ignore[misc]
         except Exception as error:  # tokenizers has no class of its own for a full disk
             shutil.rmtree(unfinished, ignore_errors=True)
             raise unwritten(
                 f"the checkpoint of step {trainer.state.global_step}", run, error
             ) from error
         finally:
-            self._output_dir = None
+            self._output_dir, self._is_to_be_pushed = None, False
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Not before the checkpoint has its place: what is pushed is read in the background."""
+        self._is_to_be_pushed = True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The checkpoint's state, with the learning rate and weight decay that are asked for now."""

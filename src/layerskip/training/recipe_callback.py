@@ -1,0 +1,60 @@
+"""The callback that tells a recipe the training step, and what it refuses of a Trainer."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from transformers import TrainerCallback
+
+from layerskip.recipe.attached import AttachedRecipe
+
+
+class _Steps(Protocol):
+    global_step: int
+    max_steps: int
+
+
+class RecipeCallback(TrainerCallback):
+    """Tells an attached recipe the training step; for a plain Trainer whose model has one.
+
+    Args:
+        attached: what `attach` returned.
+    """
+
+    def __init__(self, attached: AttachedRecipe) -> None:
+        self._attached = attached
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Refuse what takes the recipe off the model, silently."""
+        if getattr(args, "use_liger_kernel", False):
+            raise ValueError(
+                "use_liger_kernel puts another forward over the recipe's, which then does nothing; "
+                "leave it out: the recipe takes Liger's loss itself where it is installed"
+            )
+        check_arguments(args)
+
+    def on_step_begin(self, args: Any, state: _Steps, control: Any, **_: Any) -> None:
+        """Before the first batch of an optimizer step."""
+        self._attached.set_step(state.global_step, state.max_steps)
+        self._attached.last = None
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Refuse a step that came about without the exits' loss."""
+        if self._attached.last is None:
+            raise ValueError(
+                "the model was called without labels, so the recipe had no loss: leave out what "
+                "computes another, such as compute_loss_func"
+            )
+
+
+def check_arguments(args: Any) -> None:
+    """Raise ValueError where a Trainer's arguments take the labels or the forward from the model."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process are not supported: start with "
+            "`torchrun` or `accelerate launch`, or choose one with CUDA_VISIBLE_DEVICES"
+        )
+    if args.label_smoothing_factor or getattr(args, "loss_type", None) not in (None, "nll"):
+        raise ValueError(
+            "the recipe computes its own loss: leave out label_smoothing_factor and TRL's loss_type"
+        )
