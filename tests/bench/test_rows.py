@@ -140,7 +140,7 @@ def test_identical_is_the_share_of_prompts():
 def test_drafts_that_are_not_told_have_rounds_but_no_rate():
     """Peers tell how many tokens a round gave, not how many they drafted."""
     answer = Run(steps=(Step((1,)), Step((2, 3, 4)), Step((5,))), text="", ttft_s=1.0, decode_s=1.0)
-    counts = acceptance([[answer]])
+    counts = acceptance([[answer]], is_own=False)
     assert (counts["rounds"], counts["mean_accepted_length"]) == (2, 2.0)
     assert (counts["acceptance_rate"], counts["accepted_by_position"]) == (None, [])
     assert (counts["drafted"], counts["accepted"]) == (None, None)
@@ -150,6 +150,8 @@ def test_no_draft_at_all_is_none_drafted():
     answer = Run(steps=(Step((1,)), Step((2,)), Step((5,))), text="", ttft_s=1.0, decode_s=1.0)
     counts = acceptance([[answer]])
     assert (counts["drafted"], counts["accepted"], counts["acceptance_rate"]) == (0, 0, None)
+    # A peer may have drafted all the same, and none of it was right.
+    assert acceptance([[answer]], is_own=False)["drafted"] is None
 
 
 def test_a_row_without_a_plain_one_has_the_same_figures():

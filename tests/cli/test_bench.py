@@ -93,6 +93,7 @@ def test_an_interrupt_loses_nothing(run, prompts, when, tmp_path, monkeypatch):
     document = json.loads(file.read_text())
     assert document["interrupted"] is True
     assert document["samples"] == (1 if when == "answering" else 2)
+    assert document["skipped_too_long"] == 1
     assert [row["quality"] for row in document["rows"]] == [{}, {}]
     assert document["rows"][0]["new_tokens"] > 0
     assert "interrupted: the prompts answered so far, not scored" in " ".join(out.split())

@@ -1,5 +1,6 @@
 """`layerskip chat`: history, commands, and Ctrl-C."""
 
+import functools
 import io
 import json
 import sys
@@ -36,6 +37,20 @@ def test_reset_and_quit_and_system(talk):
     lines = ["ab", "/reset", "ab", "", "/quit", "never read"]
     _, out, _ = talk(lines, "--system", "x", "--json")
     assert prompt_lengths(out) == [len("system: x\nuser: ab\nassistant: ")] * 2
+
+
+def test_every_turn_draws_apart(talk, monkeypatch):
+    seeds, answer = [], LayerSkipModel.answer
+
+    @functools.wraps(answer)
+    def seen(self, *arguments, **options):
+        seeds.append(options["seed"])
+        return answer(self, *arguments, **options)
+
+    monkeypatch.setattr(LayerSkipModel, "answer", seen)
+    talk(["ab", "/reset", "ab"], "--temperature", 1, "--seed", 7, "--json")
+    talk(["ab"], "--json")
+    assert seeds == [7, 8, None]
 
 
 def test_answers_stream_and_go_to_a_file(talk, tmp_path):

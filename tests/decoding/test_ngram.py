@@ -213,6 +213,7 @@ def test_sampled_tokens_that_follow_a_draft_have_the_models_distribution(monkeyp
     sampling = Sampling(temperature=0.7, top_k=2)
     monkeypatch.setattr(NgramLength, "choose", lambda *_, **__: 0)
     monkeypatch.setattr(DraftLength, "follow", lambda self, chances: len(chances))
+    monkeypatch.setattr(DraftLength, "proven", True)
     likely = ids(decoder, prompt, PLAIN, n=3)[2]
     monkeypatch.setattr(NgramIndex, "propose", lambda self, n, drafted=(): (5, [likely] * n))
     made = steps(decoder, prompt, following(1), n=4, sampling=sampling, seed=0)

@@ -104,7 +104,7 @@ def test_a_draft_text_is_searched_in_auto_or_where_it_is_named():
     for mode, source, message in (
         ("auto", "early-exit", "a draft text is searched for n-grams"),
         ("self-speculative", None, "a draft text is searched for n-grams"),
-        ("plain", None, "plain decoding has no exit layer"),
+        ("plain", None, "plain decoding drafts nothing"),
     ):
         with pytest.raises(ValueError, match=message):
             text_of(mode, source, draft_text=(7, 8))
@@ -129,12 +129,12 @@ def test_the_exit_by_default_is_never_before_the_first_layer():
         (("auto", L + 1, None), SILENT, "exit layer 13 is out of range"),
         (("auto", -1, None), SILENT, "exit layer -1 is out of range"),
         (("auto", None, -1), SILENT, "draft tokens is -1"),
-        (("plain", 3, None), SILENT, "plain decoding has no exit layer"),
-        (("plain", None, 0), SILENT, "plain decoding has no exit layer and no draft tokens"),
-        (("early-exit", 3, 2), SILENT, "early exit has no draft tokens"),
+        (("plain", 3, None), SILENT, "plain decoding drafts nothing"),
+        (("plain", None, 0), SILENT, "plain decoding drafts nothing"),
+        (("early-exit", 3, 2), SILENT, "early exit drafts nothing"),
         (("auto", 3, None, "n-gram"), SILENT, "drafts from n-grams have no exit layer"),
         (("auto", None, None, "n-gram", None, (1,)), SILENT, "or draft vocabulary"),
-        (("early-exit", None, None, None, True), SILENT, "early exit has no draft tokens"),
+        (("early-exit", None, None, None, True), SILENT, "early exit drafts nothing"),
         (("auto", None, None), Settings(exit_layer=L + 1), "assistant_early_exit is 13.*12 layers"),
     ],
 )

@@ -51,6 +51,11 @@ def test_the_list_s_head_is_made_once_and_prompts_add_their_own_rows(monkeypatch
         ids(decoder, [1, 2, 5], plan)
         ids(decoder, [7, 8, 5, 2], plan)
     assert made == [3, 2, 2, 2]
+    # Several lists in turns, as rows of a comparison have them, are made once each.
+    for _ in range(2):
+        for kept in ((1, 2, 5), (1, 2, 5, 9), (1, 2, 5, 9, 11)):
+            ids(decoder, [1, 2, 5], short(speculative(1, 2), kept))
+    assert made == [3, 2, 2, 2, 4, 5]
 
 
 def test_the_weight_in_onednn_layout_gives_the_same_rows():

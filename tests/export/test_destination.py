@@ -91,6 +91,18 @@ def test_a_folder_with_other_things_in_it_is_never_replaced(inside, saved, tmp_p
     assert (tmp_path / "out" / inside).exists()
 
 
+def test_a_folder_that_cannot_be_renamed_is_refused_before_the_work(saved, tmp_path, monkeypatch):
+    source = open_source(saved("llama2"))
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(ExportError, match="name a new folder in it"):
+        to_hf(source, Path("."))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
+    with pytest.raises(ExportError, match="name a new folder in it"):
+        to_hf(source, Path("out"))
+
+
 def test_an_empty_folder_is_filled(saved, tmp_path, monkeypatch):
     rename = Path.rename
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from tiny_tokenizers import PLAIN_BYTES, SPLITS, TEXTS, byte_level, checkpoint, sentencepiece, split
 from tokenizers import AddedToken, Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 import tiny_models
+from layerskip.cli import lens
 from layerskip.export import open_source, to_gguf
 from layerskip.model import UnsupportedModelError, load, open_files
 
@@ -142,3 +144,10 @@ def test_more_tokens_than_rows_are_refused(tmp_path):
     tiny_models.build("llama2", vocab_size=len(wrapped) - 1).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match=f"has {len(wrapped)} tokens, the embedding"):
         to_gguf(open_source(tmp_path), tmp_path / "m.gguf")
+
+
+def test_a_continuation_looked_at_stands_behind_its_prompt_without_a_space():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=sentencepiece(prefix=True))
+    ids = tokenizer.encode("in 18")
+    behind = lens._behind(tokenizer, "in 18", ids, "68")
+    assert tokenizer.decode([*ids, *behind], skip_special_tokens=True).endswith("in 1868")

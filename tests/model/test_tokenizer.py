@@ -9,7 +9,9 @@ import torch
 from transformers import AutoTokenizer
 
 from layerskip.model import UnsupportedModelError, gguf_tokenizer, load, tokenizer
-from layerskip.model.weights import GgufFile
+from layerskip.model.weights import GgufFile, read_json, write_json
+from layerskip.training import TrainConfig
+from layerskip.training.loading import load_tokenizer
 from tiny_models import build, reference
 
 MODEL = {"vocab_size": 270}
@@ -85,17 +87,26 @@ def test_what_the_file_does_not_say_follows_from_the_name(name, begins, tmp_path
     assert own.tokenize("  ") == ["\u0120\u0120"]
 
 
-def test_an_end_of_turn_is_known_by_its_name():
-    class Named:
-        def __init__(self, **fields):
-            self.fields = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+class Named:
+    """A file of these fields."""
 
-        def field(self, key, default=None):
-            return self.fields.get(key, default)
+    def __init__(self, **fields):
+        self.fields = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
 
+    def field(self, key, default=None):
+        return self.fields.get(key, default)
+
+
+def test_ends_are_known_by_their_names_too():
     tokens = {"tokens": ["a", "</s>", "<|im_end|>", "<|end|>"], "token_type": [1, 3, 3, 1]}
     assert gguf_tokenizer.end_tokens(Named(eos_token_id=1, **tokens)) == [1, 2]
-    assert gguf_tokenizer.end_tokens(Named(eos_token_id=1, eot_token_id=3, **tokens)) == [1, 3]
+    assert gguf_tokenizer.end_tokens(Named(eos_token_id=1, eot_token_id=3, **tokens)) == [1, 3, 2]
+
+
+def test_a_special_token_that_is_none_is_left_out():
+    fields = {"tokens": ["a", "b"], "bos_token_id": 1, "padding_token_id": 2**32 - 1}
+    assert gguf_tokenizer.special_token_ids(Named(eos_token_id=2, **fields)) == {"bos_token_id": 1}
+    assert gguf_tokenizer.end_tokens(Named(eos_token_id=2, **fields)) == []
 
 
 def test_files_of_the_folder_come_before_the_gguf_file(file):
@@ -135,3 +146,17 @@ def test_a_generic_tokenizer_is_the_same_without_the_code_of_models(file, tmp_pa
     assert saved.chat_template == chosen.chat_template
     command = [sys.executable, "-c", _WHAT_IS_IMPORTED, str(tmp_path / "saved")]
     assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "GPT2TokenizerFast"])
+def test_digits_stay_apart_whatever_the_class_is_called(kind, file, tmp_path):
+    """transformers 5 builds this class anew, without the digits of tokenizer.json."""
+    inside = tokenizer.load(file.parent, GgufFile(file))
+    inside.save_pretrained(str(tmp_path / "saved"))
+    settings = tmp_path / "saved" / "tokenizer_config.json"
+    write_json(settings, {**read_json(settings), "tokenizer_class": kind})
+    text = "a  57\n\n2."
+    assert tokenizer.load(tmp_path / "saved").encode(text) == inside.encode(text)
+    config = TrainConfig(model=str(tmp_path / "saved"), data="x", output="y")
+    write_json(tmp_path / "saved" / "config.json", {"model_type": "llama"})
+    assert load_tokenizer(config).encode(text) == inside.encode(text)

@@ -107,6 +107,7 @@ def bench(
     own = OwnSystem(model, settings, stop=stop, ignore_eos=config.ignore_eos)
     n_samples = len(task.samples)
     task, prompts = _that_fit(model, task, new_tokens)
+    n_skipped = n_samples - len(prompts)
     gguf_weights = config.gguf_weights or _gguf_weights(model)
     bandwidths: list[float] = []
     device = model.decoder.device
@@ -160,7 +161,7 @@ def bench(
         "n_layers": len(model.decoder.layers),
         "task": task.name,
         "samples": len(prompts),
-        "skipped_too_long": n_samples - len(prompts),
+        "skipped_too_long": n_skipped,
         "prompt_tokens_mean": statistics.mean(map(len, prompts)),
         "max_new_tokens": new_tokens,
         "ignore_eos": config.ignore_eos,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import layerskip
-from layerskip.model import Decoder
+from layerskip.model import Decoder, native
 from layerskip.model.machine import cpu_name
 
 
@@ -40,7 +40,7 @@ def environment(
         "cpus": _usable_cpus(),
         "memory_bytes": _memory_bytes(),
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
-        "threads": torch.get_num_threads(),
+        "threads": native.usable() if kernels == "compiled" else torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "weights": weights,
         "kernels": kernels,

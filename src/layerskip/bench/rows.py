@@ -51,7 +51,7 @@ def row(
     figures = {
         **speed(runs),
         **(comparison(runs, plain) if plain else _NOTHING_TO_COMPARE),
-        **(acceptance(runs) if drafting else _NO_DRAFTS),
+        **(acceptance(runs, is_own=entry.system.name == "layerskip") if drafting else _NO_DRAFTS),
         "identical_to_plain": _identical(runs, plain) if plain else None,
         "quality": quality([of_prompt[0].text for of_prompt in runs]) if quality else {},
         "peak_memory_bytes": _highest(runs),
@@ -169,12 +169,17 @@ _NO_DRAFTS: dict[str, Any] = {
 }
 
 
-def acceptance(runs: Runs) -> dict[str, Any]:
-    """Counts over the rounds of the first repetition; None where drafts are not told."""
+def acceptance(runs: Runs, *, is_own: bool = True) -> dict[str, Any]:
+    """Counts over the rounds of the first repetition; None where drafts are not told.
+
+    Args:
+        runs: of one entry.
+        is_own: whether this package drafted; others tell of drafts, if at all, when some were accepted.
+    """
     first = [of_prompt[0] for of_prompt in runs]
     rounds = [step for run in first for step in run.steps[1:]]
     drafted, accepted = (sum(getattr(s, n) for s in rounds) for n in ("drafted", "accepted"))
-    told = drafted > 0 or all(len(step.tokens) == 1 for step in rounds)
+    told = is_own or drafted > 0
     return {
         "rounds": len(rounds),
         "drafted": drafted if told else None,

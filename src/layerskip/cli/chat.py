@@ -46,7 +46,7 @@ def command(
         show.show_legend()
     opening = [] if system is None else [{"role": "system", "content": system}]
     messages = list(opening)
-    results = []
+    results: list[dict[str, Any]] = []
     try:
         while (text := _next_line(interactive)) is not None:
             if not text.strip():
@@ -57,8 +57,10 @@ def command(
                 messages = list(opening)
                 continue
             messages.append({"role": "user", "content": text})
+            seed = flags["seed"]
+            drawn_apart = {**flags, "seed": None if seed is None else seed + len(results)}
             try:
-                result = _answer(model, messages, flags, stats, show_draft, quiet=as_json)
+                result = _answer(model, messages, drawn_apart, stats, show_draft, quiet=as_json)
             except PromptError as error:
                 print(f"layerskip: {error} (/reset forgets the conversation)", file=sys.stderr)
                 messages.pop()

@@ -159,10 +159,23 @@ def _look(
     if continuation is None:
         answer = model.answer(ids, **decoding).complete()
     else:
-        answer = model.tokenizer.encode(continuation, add_special_tokens=False)
+        answer = _behind(model.tokenizer, prompt, ids, continuation)
     start = len(ids) - PROMPT_TAIL if positions is None else min(positions.start, len(ids))
     report = report_on(model, name, ids, answer, exits=layers, start=max(start, 1))
     return report if positions is None else report.part(positions)
+
+
+def _behind(tokenizer: Any, prompt: Any, ids: list[int], text: str) -> list[int]:
+    """Token ids of a text behind a prompt: SentencePiece puts a space before a first word."""
+    if isinstance(prompt, str):
+        whole: list[int] = tokenizer.encode(prompt + text)
+        if whole[: len(ids)] == ids:
+            return whole[len(ids) :]
+    line, alone, behind = (
+        tokenizer.encode(words, add_special_tokens=False) for words in ("\n", text, f"\n{text}")
+    )
+    found: list[int] = behind[len(line) :] if behind[: len(line)] == line else alone
+    return found
 
 
 def _head(report: Report) -> Report:

@@ -207,6 +207,8 @@ def _what_is_used(choice: Choice, file: Path) -> str:
         return "self-speculative decoding uses it from now on, and mode auto its exit"
     if choice.exit_layer is None and read_json(file).get("assistant_early_exit") is not None:
         return "its exit stays for the other machines or weights that it was tuned for"
+    if choice.mode == "plain":
+        return "mode auto drafts from n-grams alone from now on, as far as they pay"
     return "mode auto uses it from now on"
 
 

@@ -118,6 +118,11 @@ class DraftLength:
         return self._rests.begins()
 
     @property
+    def proven(self) -> bool:
+        """Whether one of its drafts was ever right."""
+        return self._proven
+
+    @property
     def rests(self) -> bool:
         """Whether the next round is not going to be drafted here."""
         return self._rests.resting

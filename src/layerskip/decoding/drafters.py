@@ -149,14 +149,15 @@ class EarlyExitDrafter:
         if refused:
             tokens, q = tokens[:, :-1], q[:-1]
         else:
-            tokens = torch.cat([last, tokens, last.new_tensor([behind] * len(last))], dim=1)
-            newest, tokens = tokens[:, -1 - len(behind) :], tokens[:, 1:]
+            newest = tokens[:, -1:] if tokens.shape[1] else last
+            if behind:
+                more = last.new_tensor([behind] * len(last))
+                newest, tokens = torch.cat([newest, more], 1), torch.cat([tokens, more], 1)
             hidden = self.decoder.run(self.decoder.embed(newest), 0, self.exit_layer, cache)
             states = torch.cat([states, hidden], dim=1)
-            cache.lengths += newest.shape[1]
         return Draft(
             tokens=tokens,
-            probabilities=self._whole(q, tokens[:, len(q) :]),
+            probabilities=self._whole(q, tokens[:, len(q) :]) if q else None,
             states=states,
             start=self.exit_layer,
             source=self.source,
@@ -202,10 +203,8 @@ class EarlyExitDrafter:
         states = states or [decoder.embed(last[:, :0])]
         return torch.cat(states, dim=1), torch.cat(tokens, dim=1)[:, 1:], chosen_from
 
-    def _whole(self, chosen_from: list[Tensor], behind: Tensor) -> Tensor | None:
+    def _whole(self, chosen_from: list[Tensor], behind: Tensor) -> Tensor:
         """The distributions over all tokens, made once a round."""
-        if not chosen_from:
-            return None
         q = torch.cat(chosen_from, dim=1)
         whole = q if self.head is None else self.head.spread(q)
         if not behind.shape[1]:

@@ -182,6 +182,10 @@ def speculate(
     hidden = decoder.run(draft.states, draft.start, len(decoder.layers), cache)
     drafted, q = draft.tokens, draft.probabilities
     seen = None if history is None else history.before(drafted)
+    if not drafted.shape[1]:  # a plain step, which most rounds are where little can be drafted
+        following = next_token(decoder, hidden, sampling, generator, seen)
+        cache.lengths += 1
+        return draft, following, [[token, 0] for token in following[:, 0].tolist()]
     accepted, following = accept(drafted, q, decoder, hidden, sampling, generator, seen)
     # One synchronisation with the device a round.
     rows: list[list[int]] = torch.cat([drafted, following, accepted[:, None]], dim=1).tolist()

@@ -39,6 +39,7 @@ class LayerSkipModel:
         self.decoder: Decoder = checkpoint.decoder
         self.tokenizer: Any = checkpoint.tokenizer
         self.settings = checkpoint.settings
+        self._last_text: tuple[str, tuple[int, ...]] = ("", ())
 
     @classmethod
     def from_pretrained(
@@ -265,7 +266,10 @@ class LayerSkipModel:
         if not wanted:
             return None if wanted is None else ()
         if isinstance(wanted, str) and self.tokenizer is not None:
-            return tuple(self.tokenizer.encode(wanted, add_special_tokens=False, verbose=False))
+            if self._last_text[0] != wanted:  # a text may be long, and prompts many
+                ids = self.tokenizer.encode(wanted, add_special_tokens=False, verbose=False)
+                self._last_text = wanted, tuple(ids)
+            return self._last_text[1]
         ids, size = tuple(self.tokenize(wanted)), self.decoder.architecture.vocab_size
         if min(ids) < 0 or max(ids) >= size:
             raise ValueError(f"a draft text has to be a text, or token ids of 0 to {size - 1}")
@@ -285,7 +289,8 @@ class LayerSkipModel:
         if self.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer; give the prompt as token ids")
         if isinstance(prompt, str):
-            encoded: list[int] = self.tokenizer.encode(prompt)
+            # Quiet: what is too long is said where it cannot be answered.
+            encoded: list[int] = self.tokenizer.encode(prompt, verbose=False)
             return encoded
         if not all(
             isinstance(part, Mapping) and {"role", "content"} <= set(part) for part in prompt
@@ -303,7 +308,7 @@ class LayerSkipModel:
             )
         except (TemplateError, TypeError) as error:  # no system message, turns, text alone, ...
             raise ValueError(f"the chat template refuses these messages: {error}") from error
-        templated: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        templated: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return templated
 
 

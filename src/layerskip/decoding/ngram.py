@@ -37,12 +37,11 @@ class NgramIndex:
         begin = len(self.tokens)
         self.tokens += tokens
         end = len(self.tokens)
-        for n, after in self._after.items():
-            # Runs that something follows: the newest is left out, or it would find itself.
-            first = min(max(begin, n), end)
-            tail = self.tokens[max(first - n, 0) :]
-            runs = zip(*(tail[i : i + end - first] for i in range(n)), strict=True)
-            after.update(zip(runs, range(first, end), strict=True))
+        # Runs that something follows: the newest is left out, or it would find itself.
+        for place in range(max(begin, MIN_MATCH), end):
+            for n, after in self._after.items():
+                if n <= place:
+                    after[tuple(self.tokens[place - n : place])] = place
 
     def propose(self, limit: int, drafted: Sequence[int] = ()) -> tuple[int, list[int]]:
         """What followed the longest earlier match of the last tokens.
@@ -211,7 +210,7 @@ class NgramDrafter:
         assert self.length is not None
         assert self.otherwise is not None
         draft = self.otherwise.length
-        if draft is None:
+        if draft is None or not draft.proven:
             return []
         tokens, evidence = self._propose(room, drafted)
         return tokens[: self.length.follow(evidence, draft)]

@@ -173,6 +173,8 @@ def _check(
         known_sources = ", ".join(DRAFT_SOURCES)
         raise ValueError(f"drafts from {draft_from!r} are unknown; there are: {known_sources}")
     if mode == "plain" and (exit_layer is not None or drafting):
-        raise ValueError("plain decoding has no exit layer and no draft tokens; leave them out")
+        raise ValueError(
+            "plain decoding drafts nothing; leave out the exit layer and all that is about drafts"
+        )
     if mode == "early-exit" and drafting:
-        raise ValueError("early exit has no draft tokens; leave them out")
+        raise ValueError("early exit drafts nothing; leave out all that is about drafts")

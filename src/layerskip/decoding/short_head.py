@@ -14,10 +14,11 @@ from torch import Tensor
 
 from layerskip.model import Decoder, GoesOn, KVCache
 
-# The last list of each decoder and its head: answers of one model share it.
-_MADE: "weakref.WeakKeyDictionary[Decoder, tuple[tuple[int, ...], ShortHead]]" = (
+# The last lists of each decoder and their heads: answers of one model share them.
+_MADE: "weakref.WeakKeyDictionary[Decoder, dict[tuple[int, ...], ShortHead]]" = (
     weakref.WeakKeyDictionary()
 )
+_KEPT = 4
 
 
 class ShortHead:
@@ -44,14 +45,16 @@ class ShortHead:
     ) -> "ShortHead | None":
         """The head for a list of tokens and those of a prompt; None, the whole one, without a list.
 
-        The list's part is made once as long as it stays the same.
+        The list's part is made once, as long as few others are asked for in between.
         """
         if token_ids is None:
             return None
-        made = _MADE.get(decoder)
-        if made is None or (made[0] is not token_ids and made[0] != token_ids):
-            made = _MADE[decoder] = (token_ids, cls(decoder, token_ids))
-        return made[1].also(decoder, prompt)
+        made = _MADE.setdefault(decoder, {})
+        head = made.pop(token_ids, None) or cls(decoder, token_ids)
+        made[token_ids] = head  # the newest is the last
+        while len(made) > _KEPT:
+            del made[next(iter(made))]
+        return head.also(decoder, prompt)
 
     def also(self, decoder: Decoder, token_ids: Iterable[int]) -> "ShortHead":
         """The same with more tokens, whose rows alone are new: a second, small product.

@@ -72,6 +72,11 @@ def check_new_folder(path: Path, *, overwrite: bool) -> bool:
         raise ExportError(
             f"there is no folder {path.parent} to write {path.name} into; make it first"
         )
+    if path.exists() and (path.resolve() == Path.cwd() or path.is_mount()):
+        raise ExportError(
+            f"{path} is where you are, or another disk, and cannot be put in place when it is whole:"
+            " name a new folder in it"
+        )
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not overwrite:
         raise ExportError(f"{path} exists; choose another name or say --overwrite")

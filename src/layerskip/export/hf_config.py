@@ -9,6 +9,7 @@ import torch
 from layerskip.export.source import Source
 from layerskip.model import UnsupportedModelError, rotary, settings
 from layerskip.model.architecture import Rope
+from layerskip.model.gguf_tokenizer import special_token_ids
 from layerskip.model.rounding import Rounding, recorded
 from layerskip.model.weights import GgufFile, read_json
 
@@ -55,22 +56,13 @@ def generation_config(
         ends = list(source.files.settings.end_tokens)
         fields = {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
         if isinstance(source.files.tensors, GgufFile):
-            fields = _special_tokens(source.files.tensors) | fields
+            fields = special_token_ids(source.files.tensors) | fields
     if source.exit_layer is not None:
         for key in _OF_THE_WHOLE_MODEL:
             fields.pop(key, None)
     if roundings is not None:
         fields[settings.KEY] = recorded(fields.get(settings.KEY), roundings)
     return {key: value for key, value in fields.items() if key != settings.KEY or value}
-
-
-def _special_tokens(file: GgufFile) -> dict[str, int]:
-    ids = {
-        "bos_token_id": file.field("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": file.field("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": file.field("tokenizer.ggml.padding_token_id"),
-    }
-    return {key: int(value) for key, value in ids.items() if value is not None}
 
 
 def _from_gguf(source: Source, file: GgufFile) -> dict[str, Any]:
@@ -105,7 +97,7 @@ def _from_gguf(source: Source, file: GgufFile) -> dict[str, Any]:
         rope_parameters=_rope_parameters(source),
         tie_word_embeddings=source.files.tied,
         architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]],
-        **{"bos_token_id": None, "eos_token_id": None} | _special_tokens(file),
+        **{"bos_token_id": None, "eos_token_id": None} | special_token_ids(file),
         **own,
     )
     fields: dict[str, Any] = json.loads(made.to_json_string(use_diff=True))

@@ -38,7 +38,20 @@ _OTHER_NAMES = {
     **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell"), "smollm"),
 }
 _WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is a token is not merged, and BOS comes first
-_ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+# Control tokens that end an answer whatever else the file names, as in llama.cpp.
+_ENDS = (
+    *(
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<end_of_turn>",
+        "<end_of_utterance>",
+        "<EOT>",
+        "_<EOT>",
+    ),
+    *("<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<|return|>", "<|call|>"),
+)
+_SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding"}  # ours: the file's
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # types of tokens
 
 
@@ -72,9 +85,8 @@ def from_gguf(file: GgufFile) -> Any:
             backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
         elif type_ == _USER_DEFINED:
             backend.add_tokens([AddedToken(token, normalized=False)])
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    known = {f"{ours}_token": _field(file, f"{theirs}_token_id") for ours, theirs in names.items()}
-    special = {ours: tokens[int(i)] for ours, i in known.items() if i is not None}
+    ids = {**special_token_ids(file), "unk_token_id": _token_id(file, "unknown", tokens)}
+    special = {name.removesuffix("_id"): tokens[i] for name, i in ids.items() if i is not None}
     if bool(_field(file, "add_bos_token", begins)) and "bos_token" in special:
         _begin_and_end(backend, special, ends=bool(_field(file, "add_eos_token", False)))
     return PreTrainedTokenizerFast(
@@ -86,17 +98,25 @@ def from_gguf(file: GgufFile) -> Any:
 
 
 def end_tokens(file: GgufFile) -> list[int]:
-    """End of text, of turn, and of message, as far as the file names them.
+    """End of text, of turn, and of message, as far as the file names them, and tokens known for it."""
+    tokens: list[str] = _field(file, "tokens", [])
+    named = (_token_id(file, end, tokens) for end in ("eos", "eot", "eom"))
+    kinds = zip(tokens, _field(file, "token_type", []), strict=False)
+    known = (i for i, kind in enumerate(kinds) if kind[0] in _ENDS and kind[1] == _CONTROL)
+    return list(dict.fromkeys(i for i in (*named, *known) if i is not None))
 
-    Where it names no end of turn, that is a control token known for it, as in llama.cpp.
-    """
-    ids = [_field(file, f"{end}_token_id") for end in ("eos", "eot", "eom")]
-    if ids[1] is None:
-        kinds = zip(_field(file, "tokens", []), _field(file, "token_type", []), strict=False)
-        ids += [
-            i for i, kind in enumerate(kinds) if kind[0] in _ENDS_OF_TURN and kind[1] == _CONTROL
-        ]
-    return list(dict.fromkeys(int(i) for i in ids if i is not None))
+
+def special_token_ids(file: GgufFile) -> dict[str, int]:
+    """By the names of a model's configuration; an id that is no token's is left out, as in llama.cpp."""
+    tokens: list[str] = _field(file, "tokens", [])
+    ids = {name: _token_id(file, theirs, tokens) for name, theirs in _SPECIAL.items()}
+    return {f"{name}_token_id": i for name, i in ids.items() if i is not None}
+
+
+def _token_id(file: GgufFile, name: str, tokens: list[str]) -> int | None:
+    number = _field(file, f"{name}_token_id")
+    is_one = number is not None and int(number) >= 0 and (not tokens or int(number) < len(tokens))
+    return int(number) if is_one else None
 
 
 def _field(file: GgufFile, name: str, default: Any = None) -> Any:
@@ -147,7 +167,7 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> Tokenizer:
     model = models.BPE(
         vocab,
         [parts for _, parts in merges],
-        unk_token=tokens[int(_field(file, "unknown_token_id", 0))],
+        unk_token=tokens[_token_id(file, "unknown", tokens) or 0],
         fuse_unk=True,
         byte_fallback=True,
     )

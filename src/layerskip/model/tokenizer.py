@@ -1,6 +1,7 @@
 """The checkpoint's own tokenizer and chat template, through transformers."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ _FILES_BESIDE = (
 )
 # Classes without code of their own: nothing in the model's config changes what they do.
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# Classes that transformers 5 builds anew, without steps of tokenizer.json such as splitting digits.
+_REBUILT = ("GPT2Tokenizer", "GPT2TokenizerFast")
 
 
 def load(path: Path, gguf_file: GgufFile | None = None) -> Any:
@@ -39,15 +42,20 @@ def load(path: Path, gguf_file: GgufFile | None = None) -> Any:
 def _class_for(path: Path) -> Any:
     """AutoTokenizer, but where it would only choose a generic class: it imports all of modelling."""
     named = path / "tokenizer_config.json"
-    if (path / "tokenizer.json").is_file() and named.is_file():
-        fields = read_json(named)
-        if fields.get("tokenizer_class") in _GENERIC and "auto_map" not in fields:
-            from transformers import PreTrainedTokenizerFast
+    if (path / "tokenizer.json").is_file() and named.is_file() and is_as_written(read_json(named)):
+        from transformers import PreTrainedTokenizerFast
 
-            return PreTrainedTokenizerFast
+        return PreTrainedTokenizerFast
     from transformers import AutoTokenizer
 
     return AutoTokenizer
+
+
+def is_as_written(settings: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer is what its tokenizer.json says, by its tokenizer_config.json."""
+    kind = settings.get("tokenizer_class")
+    is_complete = settings.get("eos_token") is not None  # the class would know one without that
+    return "auto_map" not in settings and (kind in _GENERIC or (kind in _REBUILT and is_complete))
 
 
 def write(path: Path, folder: Path, gguf_file: GgufFile | None = None) -> None:

@@ -22,6 +22,8 @@ from layerskip.model.gguf_header import GgufHeader
 from layerskip.model.packed import nibbles
 from layerskip.model.quantize import Quantized
 
+_AT_ONCE = 4096  # rows read from GGUF: a whole matrix would be there twice
+
 
 class CheckpointError(ValueError):
     """Files that are missing, damaged or do not fit together; the message says which and what to do."""
@@ -150,19 +152,19 @@ class GgufFile:
     def read(self, name: str) -> Tensor:
         """One tensor as float32."""
         tensor = self._tensors[name]
-        codes = self.quantized(name) if len(tensor.shape) == 2 else None
-        if codes is not None:
+        if len(tensor.shape) == 2 and (codes := self.quantized(name)) is not None:
             return codes.dequantize()  # the same numbers, sooner
+        values = torch.empty(self.shape(name))
+        data = np.atleast_2d(tensor.data)
+        rows = values.view(len(data), -1).numpy()
         try:
             with damage_named(self.path):
-                values = gguf.quants.dequantize(tensor.data, tensor.kind)
+                for i in range(0, len(rows), _AT_ONCE):
+                    rows[i : i + _AT_ONCE] = gguf.dequantize(data[i : i + _AT_ONCE], tensor.kind)
         except NotImplementedError as error:
-            kind = tensor.kind.name
-            raise UnsupportedModelError(
-                f"{name} is stored as {kind}, which cannot be read"
-            ) from error
-        values = np.ascontiguousarray(values, dtype=np.float32)
-        return torch.from_numpy(values.reshape(self.shape(name)).copy())
+            problem = f"{name} is stored as {tensor.kind.name}, which cannot be read"
+            raise UnsupportedModelError(problem) from error
+        return values
 
     def quantized(self, name: str) -> Quantized | None:
         """A Q8_0, Q4_0 or Q4_1 matrix as it is stored; None for other kinds.
@@ -175,9 +177,8 @@ class GgufFile:
         blocks = torch.from_numpy(self.blocks(name).copy())  # [out, bytes]
         n_halves = 2 if kind == "Q4_1" else 1
         size = gguf.GGML_QUANT_SIZES[self._tensors[name].kind][1]
-        halves, codes = blocks.unflatten(1, (-1, size)).split(
-            [2 * n_halves, size - 2 * n_halves], -1
-        )
+        parts = [2 * n_halves, size - 2 * n_halves]
+        halves, codes = blocks.unflatten(1, (-1, size)).split(parts, -1)
         scales, *offsets = halves.contiguous().view(torch.float16).unbind(-1)
         if kind == "Q8_0":  # signed bytes
             return Quantized(8, codes.flatten(1) ^ 128, scales, None)

@@ -7,8 +7,8 @@ if TYPE_CHECKING:
     from layerskip.training.config import TrainConfig
     from layerskip.training.fake_quantization import quantize_aware
     from layerskip.training.progress import Progress
-    from layerskip.training.run import train
     from layerskip.training.recipe_callback import RecipeCallback
+    from layerskip.training.run import train
     from layerskip.training.trainer import LayerSkipMixin, LayerSkipTrainer
 
 __all__ = [

@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from layerskip.model.families import check_not_quantized
+from layerskip.model.tokenizer import is_as_written
 from layerskip.training.config import TrainConfig
 from layerskip.training.source import pretrained, pretrained_weights
 
@@ -20,7 +28,9 @@ def load_tokenizer(config: TrainConfig) -> Any:
     source = config.tokenizer or config.model
     folder, _ = pretrained(source)  # has its tokenizer unpacked
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **_NO_CODE)
+        as_written = is_as_written(get_tokenizer_config(folder, **_NO_CODE))
+        kind = PreTrainedTokenizerFast if as_written else AutoTokenizer
+        tokenizer = kind.from_pretrained(folder, **_NO_CODE)
     except (OSError, ValueError) as error:
         raise ValueError(one_line(f"no tokenizer in {source}", error)) from error
     if tokenizer.pad_token_id is None:

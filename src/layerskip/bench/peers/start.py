@@ -8,13 +8,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from layerskip.bench.measure import Setting
 from layerskip.bench.peers.job import Job
 from layerskip.bench.peers.process import PEERS, PeerProcess
 from layerskip.decoding import LayerSkipModel
-from layerskip.model import resolve
+from layerskip.model import native, resolve
 
 
 @contextlib.contextmanager
@@ -54,7 +52,7 @@ def start_peers(
                 gguf=str(Path(folder) / "model.gguf"),
                 dtype=str(model.decoder.dtype).removeprefix("torch."),
                 device=str(model.decoder.device),
-                threads=torch.get_num_threads(),
+                threads=native.usable(),  # as many as the kernels take here
                 context=context,
                 end_tokens=() if ignore_eos else sorted(model.end_tokens),
                 stop=tuple(stop),

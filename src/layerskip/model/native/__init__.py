@@ -3,6 +3,7 @@
 from layerskip.model.native.build import NoCompilerError, prepare
 from layerskip.model.native.decoder import NativeDecoder, supports
 from layerskip.model.native.panels import PanelEmbedding, PanelMatrix
+from layerskip.model.native.threads import usable
 from layerskip.model.native.timing import row_costs
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "prepare",
     "row_costs",
     "supports",
+    "usable",
 ]

@@ -183,22 +183,24 @@ class NativeDecoder(Decoder):
         tokens = torch.empty(n, rows, 1, dtype=torch.long)
         probabilities = torch.empty(n, rows)
         ids, confidences = tokens.numpy().reshape(-1), probabilities.numpy().reshape(-1)
+        settled = cache.lengths.numpy()
+        state, width = states.data_ptr(), rows * states.shape[2] * states.itemsize
+        confidence = None if goes_on is None else probabilities.data_ptr()
         heads, turns = exit_._head_pointers(), self._turn_tables(cache.capacity)
         where = (rows, exit_layer, cache.slots.data_ptr(), cache.capacity, turns.pointers)
         norm, lengths = self._final_norm_weight.data_ptr(), cache.lengths.data_ptr()
         which = None if token_ids is None else token_ids.data_ptr()
         threads, made, newest = usable(self._narrowest), 0, last
         while made < n:
-            hidden = self.embed(newest).float()
-            newest, state = tokens[made], states[made]
+            hidden, newest = self.embed(newest).float(), tokens[made]
             self._library.layerskip_step(
-                *(self._model_pointer, hidden.data_ptr(), state.data_ptr(), lengths),
+                *(self._model_pointer, hidden.data_ptr(), state + made * width, lengths),
                 *(*where, heads, len(heads), norm, which),
                 newest.data_ptr(),
-                None if goes_on is None else probabilities[made].data_ptr(),
+                None if confidence is None else confidence + made * rows * probabilities.itemsize,
                 threads,
             )
-            cache.lengths += 1
+            settled += 1
             made += 1
             if goes_on is not None and not goes_on(
                 int(ids[made - 1]), float(confidences[made - 1])

@@ -15,6 +15,7 @@ import torch
 
 from layerskip.model.native.build import target
 from layerskip.model.native.panels import PanelMatrix
+from layerskip.model.native.threads import usable
 from layerskip.model.quantize import GROUP, Quantized
 from layerskip.model.weights import replace
 
@@ -32,7 +33,7 @@ def row_costs(kind: str) -> tuple[float, ...]:
     Args:
         kind: "float32", "bfloat16", "int8" or "int4".
     """
-    return _row_costs(kind, torch.get_num_threads())
+    return _row_costs(kind, usable())
 
 
 @functools.cache
