@@ -14,6 +14,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from layerskip.model.source import BUILTIN_MODELS, DerivedModel
 from layerskip.recipe import RecipeConfig
 from layerskip.training import Progress, TrainConfig, train
 from layerskip.training.callbacks import read_log
@@ -100,6 +101,12 @@ def shown(folder: Path) -> str:
     """A folder's name for a result: below the repository where it lies there."""
     here = folder.absolute()  # a link to another disk counts as what it is called
     return str(here.relative_to(ROOT) if here.is_relative_to(ROOT) else folder)
+
+
+def version(model: str) -> str | None:
+    """Which built-in model a name means, which is made anew now and then; None for all others."""
+    known = BUILTIN_MODELS.get(model)
+    return known.sha256 if isinstance(known, DerivedModel) else None
 
 
 def trained(config: TrainConfig, tokens_of_epoch: int, *, again: bool = False) -> dict[str, Any]:

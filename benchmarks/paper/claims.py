@@ -35,7 +35,8 @@ class Claim:
     def finding(self, rows: Sequence[Row]) -> Finding | None:
         """What its rule says of an experiment's rows; None = not measured.
 
-        Variants that learnt unequal numbers of rows, or were measured on other texts, are not compared.
+        Variants that learnt unequal numbers of rows, on other kinds of machines, or were measured on
+        other texts, are not compared.
         """
         by_variant = {row["variant"]: row for row in rows}
         if not rows or any(name not in by_variant for name in self.needs):
@@ -43,7 +44,8 @@ class Claim:
         needed = [by_variant[name] for name in self.needs]
         learnt = {row["trained"].get("rows") for row in needed if "trained" in row}
         corpora = {json.dumps(row.get("corpus"), sort_keys=True) for row in needed}
-        if len(learnt) > 1 or len(corpora) > 1:
+        machines = {row.get("environment", {}).get("cpu_capability") for row in needed}
+        if max(map(len, (learnt, corpora, machines))) > 1:
             return None
         return self.judge(*needed or rows)
 

@@ -33,7 +33,7 @@ from layerskip.decoding.clock import device_clock
 from layerskip.decoding.drafters import Draft, EarlyExitDrafter, no_draft
 from layerskip.decoding.sampling import next_token
 from layerskip.model import Decoder, KVCache
-from paper.checkpoints import TINY, new_model, shown, told, write_rows
+from paper.checkpoints import TINY, new_model, shown, told, version, write_rows
 from paper.corpus import STANDARD_LIBRARY, Corpus, functions
 from paper.record import Record, numbers, options_of
 
@@ -69,6 +69,7 @@ def main() -> None:
                 )
                 folder = Path(options.model)
                 row |= {"model": shown(folder), "trained": told(folder), "task": options.task}
+                row |= {"version": version(options.model)}
                 record.add(variant, row, model.decoder.kernels)
 
 

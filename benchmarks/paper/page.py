@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.bench.report import markdown_table
+from paper.checkpoints import version
 from paper.claims import CLAIMS, NOT_MEASURED, verdict
 from paper.record import RESULTS, ROOT
 from paper.tables import TABLES
@@ -120,7 +121,9 @@ def _origins(rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
         machine = (
             f"{here['cpu']}, {here['cpu_capability']}, {here['threads']} threads, {here['dtype']}"
         )
-        head = [row["variant"], row["model"], amount, _recipe(learnt or {})]
+        earlier = version(row["model"]) != row.get("version")
+        model = f"{row['model']} (an earlier one)" if earlier else row["model"]
+        head = [row["variant"], model, amount, _recipe(learnt or {})]
         lines.append([*head, f"`{here['command']}`", here["commit"], here["date"], machine])
     return lines
 

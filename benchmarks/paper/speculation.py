@@ -17,7 +17,7 @@ from pathlib import Path
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import load_task
-from paper.checkpoints import TINY, new_model, shown, told, write_rows
+from paper.checkpoints import TINY, new_model, shown, told, version, write_rows
 from paper.corpus import STANDARD_LIBRARY, Corpus, functions
 from paper.measures import drafting
 from paper.record import Record, numbers, options_of
@@ -53,7 +53,7 @@ def main() -> None:
         repeats=options.repeats,
     )
     row |= {"model": shown(folder), "task": task_name, "trained": told(folder)}
-    row |= {"layers": len(model.decoder.layers)}
+    row |= {"layers": len(model.decoder.layers), "version": version(model_name)}
     record.add(variant, row, model.decoder.kernels)
 
 

@@ -15,7 +15,7 @@ _TITLES = {
 }
 
 _ONLY_IN_REPORTS = frozenset(
-    ["ms/token", "first token", "mean of prompts", "peak memory", "bandwidth"]
+    ["ms/token", "first token", "mean of prompts", "with prompt", "peak memory", "bandwidth"]
 )
 
 
@@ -81,6 +81,7 @@ def table(document: dict[str, Any], *, brief_of: str | None = None) -> list[list
         "mean of prompts": [
             _number(row.get("speedup_mean_of_prompts"), ".2f", unit="x") for row in rows
         ],
+        "with prompt": [_number(row.get("speedup_with_prompt"), ".2f", unit="x") for row in rows],
         "vs layerskip": [_number(row.get("vs_layerskip_plain"), ".2f", unit="x") for row in rows],
         "accepted": [_number(row["acceptance_rate"], ".0%") for row in rows],
         "tokens a round": [_number(row["mean_accepted_length"], ".2f") for row in rows],

@@ -124,7 +124,15 @@ def comparison(runs: Runs, plain: Runs) -> dict[str, Any]:
     for name, ratio in (("speedup", of_totals), ("speedup_mean_of_prompts", mean_of_prompts)):
         found[name] = float(ratio(columns)) if timed.any() else None
         found[f"{name}_interval"] = bootstrap_interval(columns, ratio)
+    found["speedup_with_prompt"] = _whole_answers_s(plain) / _whole_answers_s(runs)
     return found
+
+
+def _whole_answers_s(runs: Runs) -> float:
+    """Seconds of all answers, each with its prompt's pass; of each the median over the repetitions."""
+    return sum(
+        statistics.median(run.ttft_s + run.decode_s for run in of_prompt) for of_prompt in runs
+    )
 
 
 def bootstrap_interval(
@@ -158,6 +166,7 @@ _NOTHING_TO_COMPARE: dict[str, Any] = {
     "speedup_interval": None,
     "speedup_mean_of_prompts": None,
     "speedup_mean_of_prompts_interval": None,
+    "speedup_with_prompt": None,
 }
 _NO_DRAFTS: dict[str, Any] = {
     "rounds": 0,
