@@ -116,6 +116,17 @@ def test_rounds_are_printed(run):
     assert "E 3" in text
 
 
+def test_prompts_that_cannot_be_answered_are_left_out(run, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("abc", "x" * 2000, "de")))
+    status, _, err = run("lens", "--data", file, *SHORT, "--json")
+    assert status == 0
+    assert "1 prompts, empty or too long, were left out" in err
+    file.write_text(json.dumps({"prompt": "x" * 2000}) + "\n")
+    status, _, err = run("lens", "--data", file, *SHORT, "--json")
+    assert (status, "shorten the prompt" in err) == (1, True)
+
+
 def test_agreement_over_a_file_of_prompts(run, tmp_path):
     pytest.importorskip("matplotlib")
     prompts = tmp_path / "prompts.txt"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from layerskip import __version__, cli
+from layerskip.cli import options
 from layerskip.model import source
 
 COMMANDS = ["demo", "pull", "generate", "chat", "tune", "bench", "eval", "export", "lens", "train"]
@@ -46,7 +47,8 @@ def test_version_and_unknown_command(capsys):
 def test_pull_of_what_is_there_prints_the_folder(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv(source.CACHE_VARIABLE, str(tmp_path))
     (tmp_path / "smollm2-135m").mkdir()
-    (tmp_path / "smollm2-135m" / "model.gguf").touch()
+    for name in ("model.gguf", *source.FILES_BESIDE):
+        (tmp_path / "smollm2-135m" / name).touch()
     assert run(capsys, "pull", "smollm2-135m") == (0, f"{tmp_path / 'smollm2-135m'}\n", "")
     result = json.loads(run(capsys, "pull", "smollm2-135m", "--json")[1])
     assert result == {
@@ -98,3 +100,25 @@ def test_python_runs_the_package():
     command = [sys.executable, "-m", "layerskip", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"layerskip, version {__version__}\n"
+
+
+def test_closed_streams_are_no_traceback():
+    command = f"{sys.executable} -m layerskip"
+    done = subprocess.run(f"{command} --version <&- >&- 2>&-", shell=True, check=False)
+    assert done.returncode == 0
+    how = {"shell": True, "capture_output": True, "text": True, "check": False}
+    done = subprocess.run(f"{command} pull nothing <&- >&-", **how)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    done = subprocess.run(f"{command} pull nothing 2>&-", **how)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_a_result_that_cannot_be_written_is_named_and_printed(capsys, tmp_path):
+    with pytest.raises(OSError, match=r"gone.r\.json could not be written: No such file"):
+        options.deliver({"a": 1}, as_json=True, output=tmp_path / "gone" / "r.json")
+    assert json.loads(capsys.readouterr().out) == {"a": 1}
+
+
+def test_half_an_emoji_in_a_result_is_json_all_the_same(tmp_path):
+    options.deliver({"path": "x\udce9"}, as_json=False, output=tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text()) == {"path": "x\udce9"}

@@ -11,9 +11,10 @@ from scripted import END, OTHER_END, TOKENIZER, encode, scripted_model
 from tiny_decoders import PLAIN, ids, random_prompt, speculative, tiny_decoder
 from tokenizers.processors import TemplateProcessing
 
+import tiny_checkpoint
 import tiny_models
 from layerskip import LayerSkipModel
-from layerskip.decoding import Sampling, generate
+from layerskip.decoding import PromptError, Sampling, generate
 from layerskip.model import Settings
 
 SPECULATIVE = {"mode": "self-speculative", "exit_layer": 2, "draft_tokens": 4}
@@ -362,3 +363,21 @@ def test_options_of_loading_are_checked(tmp_path, option, message):
 def test_a_missing_gpu_is_said(tmp_path):
     with pytest.raises(ValueError, match="cuda is not available here; use cpu"):
         LayerSkipModel.from_pretrained(tmp_path, device="cuda")
+
+
+@pytest.mark.parametrize("prompt", [[1, 2], [[1, 2], [3, 4, 5]]], ids=["one", "batch"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_whose_numbers_are_none_is_refused(prompt, temperature, tmp_path):
+    model = LayerSkipModel.from_pretrained(
+        tiny_checkpoint.save(tmp_path), dtype="float32", compile=False
+    )
+    model.decoder.final_norm.weight.fill_(1.0)
+    model.decoder.layers[-1].mlp_norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="computes numbers that are none"):
+        model.generate(prompt, temperature=temperature, max_new_tokens=4)
+
+
+def test_half_an_emoji_is_no_prompt(tmp_path):
+    model = LayerSkipModel.from_pretrained(tiny_checkpoint.save(tmp_path), compile=False)
+    with pytest.raises(PromptError, match="cannot be made tokens of"):
+        model.tokenize("x \ud83d")

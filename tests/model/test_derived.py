@@ -144,6 +144,8 @@ def test_a_damaged_base_is_to_be_removed(cache, made):
     damaged = bytearray((made[0] / "model.gguf").read_bytes())
     damaged[-1] ^= 1
     (cache / BASE / "model.gguf").write_bytes(damaged)
+    for name in source.FILES_BESIDE:
+        (cache / BASE / name).touch()
     with pytest.raises(SourceError, match=rf"model\.gguf has the sha256 .*remove .*{BASE} and try"):
         pull(NAME)
     assert left_in(cache) == [BASE]

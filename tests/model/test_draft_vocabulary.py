@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from layerskip.model import CheckpointError, load
+from layerskip.model import load
 from layerskip.model.draft_vocabulary import MOST, worth_drafting
 from layerskip.model.settings import text_of_ids
 from tiny_models import COSTS, reference
@@ -60,12 +60,17 @@ def test_list_and_costs_travel(tmp_path):
         ({"draft_vocabulary": "1 2 x"}, "draft_vocabulary in .* has to be token ids"),
         ({"draft_vocabulary": "1 999999"}, "draft_vocabulary in .* has to be token ids"),
         ({"draft_vocabulary": [1]}, "draft_vocabulary in .* has to be token ids"),
-        ({"costs": [{"passes": "1.0"}]}, "the costs in .* cannot be read .*; tune again"),
+        ({"draft_text": "1 -2"}, "draft_text in .* has to be token ids"),
+        ({"costs": [{"passes": "1.0"}]}, "costs in .* cannot be read .*: tune again"),
+        ({"costs": [COSTS.to_dict() | {"new": 1}]}, "tune again"),
         ({"costs": [COSTS.to_dict() | {"head": 0}]}, "costs are above 0"),
         ({"costs": 7}, "tune again"),
         ({"costs": [COSTS.to_dict(), 7]}, "tune again"),
     ],
 )
-def test_what_cannot_be_read_is_named(own, message, tmp_path):
-    with pytest.raises(CheckpointError, match=message):
-        loaded(tmp_path, own)
+def test_what_cannot_be_read_is_named_and_done_without(own, message, tmp_path):
+    """It only makes answers faster, and tune writes it anew."""
+    with pytest.warns(UserWarning, match=message):
+        settings = loaded(tmp_path, own)
+    assert (settings.draft_vocabulary, settings.draft_text) == (None, None)
+    assert set(settings.costs) <= {COSTS}

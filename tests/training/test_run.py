@@ -672,3 +672,14 @@ def test_a_home_folder_is_found(settings, monkeypatch, tmp_path):
     )
     found = (config.model, config.output, config.difference_base)
     assert found == tuple(str(tmp_path / name) for name in ("model", "out", "base"))
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_at_once(settings, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot be written to: choose another --output"):
+        run(settings, output=str(tmp_path / "file" / "out"))
+
+
+def test_a_resume_without_a_checkpoint_says_that_it_begins_anew(settings):
+    with pytest.warns(UserWarning, match="there is no checkpoint in .*: beginning anew"):
+        run(settings, resume=True, max_steps=1)

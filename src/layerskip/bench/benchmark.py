@@ -146,10 +146,12 @@ def bench(
             task = dataclasses.replace(task, samples=task.samples[: len(prompts)])
     bandwidth = statistics.median(bandwidths)
     scored = not config.ignore_eos and not interrupted
+    failure = None
     try:
         rows = list(_rows(entries, task, bandwidth, scored=scored, progress=progress))
-    except KeyboardInterrupt:
-        interrupted = True
+    except (KeyboardInterrupt, Exception) as error:  # what was measured is kept
+        interrupted = isinstance(error, KeyboardInterrupt)
+        failure = None if interrupted else f"{type(error).__name__}: {error}"
         rows = list(_rows(entries, task, bandwidth, scored=False, progress=progress))
     weight_bytes = model.decoder.weight_bytes
     return {
@@ -172,6 +174,7 @@ def bench(
         "ceiling_tokens_per_s": bandwidth / weight_bytes,
         "gguf_weights": gguf_weights if "llama.cpp" in config.peers else None,
         "interrupted": interrupted,
+        "not_scored": failure,
         "rows": rows,
     }
 

@@ -185,11 +185,11 @@ def measure(
                     if run := attempt(index, prompt, max_new_tokens):
                         measured[index][at].append(run)
                 answered = max(answered, at + 1)
+        between()
     except KeyboardInterrupt:
         if not answered:
             raise
         raise MeasuringInterrupted(found(answered)) from None
-    between()
     return found(len(prompts))
 
 

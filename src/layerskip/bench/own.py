@@ -189,9 +189,10 @@ def settings_of(
         )
         return dataclasses.replace(found, draft_vocabulary=min(vocabulary, len(known_tokens)))
 
-    default = setting("self-speculative")
-    exits: Sequence[int | None] = exit_layers or [default.exit_layer]
-    lengths: Sequence[int | None] = draft_tokens or [default.draft_tokens]
+    exits: Sequence[int | None] = exit_layers or [setting("self-speculative").exit_layer]
+    lengths: Sequence[int | None] = draft_tokens or [
+        setting("self-speculative", exits[0]).draft_tokens
+    ]
     found = [setting("plain")]
     if "early-exit" in modes:
         found += [setting("early-exit", e) for e in exits]

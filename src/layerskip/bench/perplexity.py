@@ -27,6 +27,21 @@ from layerskip.training.rows import open_text, read_rows
 WIKITEXT, HUB_CONFIG = "wikitext2", "wikitext-2-v1"
 
 
+def stride_of(model: LayerSkipModel, window: int, stride: int | None) -> tuple[int, int]:
+    """Window and stride in tokens, as far as the model's context goes; half a window is the default.
+
+    Raises:
+        ValueError: the stride is out of range.
+    """
+    window = min(window, model.decoder.architecture.max_context)
+    stride = max(1, window // 2) if stride is None else stride
+    if not 1 <= stride <= window:
+        raise ValueError(
+            f"stride is {stride}, it has to be from 1 to the window of {window} tokens"
+        )
+    return window, stride
+
+
 def perplexity(
     model: LayerSkipModel,
     text: str,
@@ -53,12 +68,7 @@ def perplexity(
     """
     if model.tokenizer is None:
         raise ValueError("perplexity of a text needs a tokenizer, and this checkpoint has none")
-    window = min(window, model.decoder.architecture.max_context)
-    stride = max(1, window // 2) if stride is None else stride
-    if not 1 <= stride <= window:
-        raise ValueError(
-            f"stride is {stride}, it has to be from 1 to the window of {window} tokens"
-        )
+    window, stride = stride_of(model, window, stride)
     tokenizer = model.tokenizer
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)

@@ -79,6 +79,12 @@ def layerskip_command() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program and exit: 0 on success, 2 for a usage error, 1 for a failure."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):  # what a code page has not is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     for stream in (sys.stdin, sys.stdout):
         if os.name == "nt" and isinstance(stream, io.TextIOWrapper) and not stream.isatty():
             stream.reconfigure(

@@ -169,13 +169,15 @@ def command(
     with bars() as progress:
         document = bench(model, task, config, source=flags["model"], progress=progress)
     document |= {"n_shot": task.n_shot, "seed": seed}
-    options.deliver(document, as_json=as_json, output=output)
     try:
+        options.deliver(document, as_json=as_json, output=output)
         if report is not None:
             write_report(document, report)
-    finally:
+    finally:  # what was measured is told, even where it cannot be written
         if not as_json:
             _show(document)
+    if document["not_scored"] is not None:
+        raise ValueError(f"the answers could not be judged ({document['not_scored']})")
     if document["interrupted"]:
         raise KeyboardInterrupt
 

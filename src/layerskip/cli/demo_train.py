@@ -92,9 +92,12 @@ def run(
         _write(rows, folder / "rows.jsonl")
         _write(held_out, folder / "held-out.jsonl")
         steps = _train(flags, sorted(before.agreement), minutes, folder)
-    except BaseException:  # Ctrl-C as well
-        # It was empty, and half a run is of no use: the next one can begin.
-        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException as error:  # Ctrl-C as well
+        # It was empty, and half a run is of no use: the next one can begin. But a failure names what
+        # it leaves: checkpoints, or a result that could not be drawn.
+        left = any(folder.glob("checkpoint-*")) or any(folder.glob("*.safetensors"))
+        if isinstance(error, KeyboardInterrupt) or not left:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
     after = _look("after training", {**flags, "model": str(folder)}, held_out, length, console)
     groups = [before.group, after.group]

@@ -14,7 +14,7 @@ from rich.table import Table
 from layerskip.bench import evaluation
 from layerskip.bench.environment import environment_of
 from layerskip.bench.exit_plot import plot_exits
-from layerskip.bench.perplexity import perplexity, read_text
+from layerskip.bench.perplexity import perplexity, read_text, stride_of
 from layerskip.cli import options
 from layerskip.cli.progress import Report, bars
 from layerskip.decoding import MODES, LayerSkipModel
@@ -150,6 +150,10 @@ def command(
     exits = list(range(1, n_layers + 1)) if isinstance(exit_layers, str) else exit_layers
     rows = evaluation.rows_of(model, modes, exits, draft_tokens, draft_from)
     facts: dict[str, Any] = {}
+    for name, content in contents.items():  # before the tasks, which may take hours
+        if not content:
+            raise ValueError(f"{name} is empty: there is nothing to predict")
+        stride_of(model, window, stride)
     with bars() as report:
         if names:  # first, since a wrong name of a task is to be found before any long work
             facts = _add_tasks(model, rows, names, flags, report)
@@ -168,8 +172,8 @@ def command(
         "tasks": facts,
         "rows": [row.to_dict() for row in rows],
     }
-    options.deliver(result, as_json=as_json, output=output)
     try:
+        options.deliver(result, as_json=as_json, output=output)
         if plot is not None:
             replace(plot, plot_exits(rows, n_layers))
     finally:

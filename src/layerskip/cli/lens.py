@@ -12,7 +12,7 @@ from rich.console import Console
 from layerskip.cli import lens_table, options
 from layerskip.cli.progress import track
 from layerskip.cli.prompts import read_prompts
-from layerskip.decoding import Generation, LayerSkipModel
+from layerskip.decoding import Generation, LayerSkipModel, PromptError
 from layerskip.lens import Agreement, Report, report_on
 from layerskip.lens.page import agreement_page, report_page
 from layerskip.model.weights import replace
@@ -123,8 +123,8 @@ def command(
     else:
         agreement = _agreement(model, prompts, layers, decoding)
         document = {"model": name, "agreement": agreement.to_dict()}
-    options.deliver(document, as_json=as_json, output=output)
     try:
+        options.deliver(document, as_json=as_json, output=output)
         if html is not None:
             page = report_page(report) if data is None else agreement_page(agreement, name)
             replace(html, page.encode())
@@ -132,7 +132,7 @@ def command(
             replace(png, picture.draw_report(report if positions else _head(report)))
         elif png is not None:
             replace(png, picture.draw_agreement(agreement, name))
-    finally:  # what could be looked at is shown, even where it cannot be drawn
+    finally:  # what could be looked at is shown, even where it cannot be written or drawn
         if data is None:
             lens_table.show_report(console, report, all_positions=positions is not None)
         else:
@@ -187,6 +187,16 @@ def _head(report: Report) -> Report:
 def _agreement(
     model: LayerSkipModel, prompts: list[Any], layers: list[int] | None, decoding: dict[str, Any]
 ) -> Agreement:
-    bar = track(prompts, "looking")
-    found = (_look(model, "", prompt, None, layers, None, decoding).agreement for prompt in bar)
+    found, left_out = list[Agreement](), 0
+    for prompt in track(prompts, "looking"):
+        try:
+            found.append(_look(model, "", prompt, None, layers, None, decoding).agreement)
+        except PromptError:
+            if len(prompts) == 1:
+                raise
+            left_out += 1
+    if not found:
+        raise ValueError("none of these prompts can be answered: they are empty or too long")
+    if left_out:
+        click.echo(f"layerskip: {left_out} prompts, empty or too long, were left out", err=True)
     return functools.reduce(operator.add, found)

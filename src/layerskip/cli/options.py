@@ -280,11 +280,16 @@ def deliver(result: Any, *, as_json: bool, output: Path | None) -> None:
         command = shlex.join(["layerskip", *sys.argv[1:]])
         result = {**result, "environment": {"command": command, **result["environment"]}}
     text = json_text(result)
-    if output is not None:
-        replace(output, text.encode())
-    if as_json:
-        sys.stdout.write(text)
-        sys.stdout.flush()  # a full disk or a reader that has left is met here, not at the very end
+    try:
+        if output is not None:
+            # Half an emoji in a path or an answer is no UTF-8, but \udXXX is JSON.
+            replace(output, text.encode(errors="backslashreplace"))
+    except OSError as error:
+        raise OSError(f"{output} could not be written: {error.strerror or error}") from error
+    finally:
+        if as_json:
+            sys.stdout.write(text)
+            sys.stdout.flush()  # a full disk or a reader that has left is met here, not at the end
 
 
 def _is_special(path: Path) -> bool:

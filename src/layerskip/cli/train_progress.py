@@ -46,8 +46,12 @@ class TrainProgress:
         )
         shown = [f"{k} {v:.4g}" for k, v in report.logs.items() if self._figures(k)]
         shown += _of_exits(report.logs) if self._shows_exits else []
-        if shown:
+        if not shown:
+            return
+        try:
             self._console.print(f"step {report.step}/{report.total_steps}: {', '.join(shown)}")
+        except (OSError, SystemExit):  # whoever read it has left; training goes on
+            self._console.quiet = True
 
 
 def _of_exits(logs: Mapping[str, float]) -> list[str]:

@@ -132,24 +132,23 @@ def command(
             grid=grid,
             progress=progress,
         )
-    file = None
-    if writes:
-        file = write_settings(
-            folder,
-            tuning.choice,
-            end_tokens=sorted(model.end_tokens),
-            record=tuning.record(),
-            costs=tuning.step_costs,
-            draft_vocabulary=tuning.draft_vocabulary,
-            draft_text=tuning.draft_text if keep_draft_text else None,
-        )
-    pictures = []
+    file, pictures = None, []
     try:
+        if writes:
+            file = write_settings(
+                folder,
+                tuning.choice,
+                end_tokens=sorted(model.end_tokens),
+                record=tuning.record(),
+                costs=tuning.step_costs,
+                draft_vocabulary=tuning.draft_vocabulary,
+                draft_text=tuning.draft_text if keep_draft_text else None,
+            )
         if report is not None:
             from layerskip.tuning.plots import plot_tuning
 
             pictures = plot_tuning(tuning, report)
-    finally:  # what was measured is told, even where it cannot be drawn
+    finally:  # what was measured is told, even where it cannot be written or drawn
         result = {
             "model": flags["model"],
             "data": data,
@@ -157,9 +156,11 @@ def command(
             "written_to": None if file is None else str(file),
             "pictures": [str(picture) for picture in pictures],
         }
-        options.deliver(result, as_json=as_json, output=output)
-        if not as_json:
-            _show(tuning, file, pictures, dry_run=dry_run, is_folder=folder.is_dir())
+        try:
+            options.deliver(result, as_json=as_json, output=output)
+        finally:
+            if not as_json:
+                _show(tuning, file, pictures, dry_run=dry_run, is_folder=folder.is_dir())
 
 
 def _prompts(

@@ -8,7 +8,14 @@ from torch import Tensor
 from layerskip.decoding.draft_costs import DraftCosts
 from layerskip.decoding.draft_length import BatchLength
 from layerskip.decoding.drafters import EarlyExitDrafter
-from layerskip.decoding.generate import PREFILL_CHUNK, Ending, Step, check_prompt, speculate
+from layerskip.decoding.generate import (
+    PREFILL_CHUNK,
+    Ending,
+    Step,
+    check_numbers,
+    check_prompt,
+    speculate,
+)
 from layerskip.decoding.policy import Plan
 from layerskip.decoding.sampling import Sampling, next_token, seeded_generator
 from layerskip.decoding.short_head import ShortHead
@@ -141,6 +148,7 @@ class Batch:
                     ends[row] = hidden[row, end : end + 1]
         self._cache.lengths.copy_(lengths)
         hidden = torch.stack([ends[row] for row in range(len(ends))])
+        check_numbers(hidden)
         return next_token(decoder, hidden, self._sampling, self._generator)
 
     def _drop_ended(self, last: Tensor) -> Tensor:

@@ -193,6 +193,15 @@ def speculate(
     return draft, following, rows
 
 
+def check_numbers(hidden: Tensor) -> None:
+    """Raise ValueError where a prompt's last states are no numbers: nothing after them would be."""
+    if not bool(torch.isfinite(hidden).all()):
+        raise ValueError(
+            "this model computes numbers that are none (nan or infinite): take another dtype, such as"
+            " bfloat16 in place of float16, or its weights are damaged"
+        )
+
+
 def check_prompt(decoder: Decoder, prompt: Sequence[int]) -> None:
     """Raise PromptError where a prompt cannot be continued."""
     a = decoder.architecture
@@ -302,6 +311,7 @@ class _Session:
         for chunk in self.prompt.split(PREFILL_CHUNK, dim=1):
             hidden = self.decoder.run(self.decoder.embed(chunk), 0, n_layers, self.cache)
             self.cache.lengths += chunk.shape[1]
+        check_numbers(hidden[:, -1:])
         return self._settle(hidden[:, -1:])
 
     def _settle(self, hidden: Tensor) -> Tensor:

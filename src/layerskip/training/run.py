@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import random
 import shutil
 import warnings
@@ -211,6 +212,9 @@ def _evaluation(trainer: LayerSkipTrainer) -> dict[str, Any]:
 
 
 def _resume_from(config: TrainConfig, output: Path) -> str | None:
+    inside = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not inside.is_dir() or not os.access(inside, os.W_OK):
+        raise ValueError(f"{output} cannot be written to: choose another --output")
     checkpoint = last_checkpoint(output) if output.exists() else None
     if checkpoint is not None:
         if config.resume:
@@ -223,6 +227,8 @@ def _resume_from(config: TrainConfig, output: Path) -> str | None:
         raise ValueError(
             f"{output} has a checkpoint, which training would replace: choose another --output"
         )
+    if config.resume:
+        warnings.warn(f"there is no checkpoint in {output}: beginning anew", stacklevel=2)
     return None
 
 
