@@ -30,7 +30,7 @@ from layerskip.bench.tasks import load_task
 from layerskip.decoding import Sampling
 from layerskip.decoding.accept import accept_greedy
 from layerskip.decoding.clock import device_clock
-from layerskip.decoding.drafters import Draft, EarlyExitDrafter, no_draft
+from layerskip.decoding.drafters import Draft, EarlyExitDrafter
 from layerskip.decoding.sampling import next_token
 from layerskip.model import Decoder, KVCache
 from paper.checkpoints import TINY, new_model, shown, told, version, write_rows
@@ -95,7 +95,7 @@ class RecomputingDrafter(EarlyExitDrafter):
     def draft(self, last: Tensor, n: int, cache: KVCache, history: Any, generator: Any) -> Draft:
         """See `EarlyExitDrafter`, whose own extra pass over the last token gives the last draft here."""
         if n == 0:
-            return no_draft(self.decoder, last)
+            return Draft(last[:, :0], None, self.decoder.embed(last), start=0, source=self.source)
         shorter = super().draft(last, n - 1, cache, history, generator)
         state = shorter.states[:, -1:]
         chosen = next_token(self.decoder, state, self.sampling, generator)

@@ -14,6 +14,7 @@ from layerskip.decoding.generate import (
     Step,
     check_numbers,
     check_prompt,
+    plain_step,
     speculate,
 )
 from layerskip.decoding.policy import Plan
@@ -100,11 +101,8 @@ class Batch:
             if self._drafter is not None:
                 steps, last = self._round(self._drafter, last)
             else:
-                hidden = self._decoder.run(
-                    self._decoder.embed(last), 0, layers or whole, self._cache
-                )
-                self._cache.lengths += 1
-                last = next_token(self._decoder, hidden, self._sampling, self._generator)
+                how = (self._cache, self._sampling, self._generator)
+                last = plain_step(self._decoder, last, layers or whole, *how)
                 steps = [Step((token,)) for token in last[:, 0].tolist()]
 
     def _round(self, drafter: EarlyExitDrafter, last: Tensor) -> tuple[list[Step], Tensor]:

@@ -23,7 +23,8 @@ class Draft:
         probabilities: [B, d, V] float32, the distributions that they were drawn from; None if
             greedy or d = 0.
         states: [B, d + 1, D], the hidden states that enter layer `start` at the position before each
-            drafted token and at the last drafted token: what verification starts from.
+            drafted token and at the last drafted token: what verification starts from. None = a plain
+            step, since nothing was drafted.
         start: how many layers have seen these positions: E where the early exit drafted, else 0.
         source: the drafter that was asked, or "model" where none was.
         followed: the last so many tokens were not drafted by `source`, but follow it as n-grams.
@@ -32,21 +33,16 @@ class Draft:
 
     tokens: Tensor
     probabilities: Tensor | None
-    states: Tensor
+    states: Tensor | None
     start: int
     source: str
     followed: int = 0
     refused: int = 0
 
 
-def no_draft(decoder: Decoder, last: Tensor) -> Draft:
-    """Nothing is drafted: a plain step.
-
-    Args:
-        decoder: the model.
-        last: [B, 1], the newest settled token.
-    """
-    return Draft(last[:, :0], None, decoder.embed(last), start=0, source="model")
+def no_draft(last: Tensor) -> Draft:
+    """Nothing is drafted after the newest settled tokens [B, 1]: a plain step."""
+    return Draft(last[:, :0], None, None, start=0, source="model")
 
 
 class Drafter(Protocol):
@@ -129,7 +125,7 @@ class EarlyExitDrafter:
         """See `Drafter`; the first E layers see the last drafted token too."""
         length, follow = self.length, self.follow
         if length is not None and not length.begins():
-            return no_draft(self.decoder, last)
+            return no_draft(last)
         ids, behind, refused = list[int](), list[int](), False
 
         def goes_on(token: int, confidence: float) -> bool:

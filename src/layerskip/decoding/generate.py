@@ -150,6 +150,26 @@ def _until_the_end(
             return
 
 
+def plain_step(
+    decoder: Decoder,
+    last: Tensor,
+    n_layers: int,
+    cache: KVCache,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+    history: TokenHistory | None = None,
+) -> Tensor:
+    """Plain decoding: the newest tokens [B, 1] through the first n layers, and those after them."""
+    if sampling.greedy and history is None:
+        following = decoder.step(last, n_layers, cache)
+    else:
+        hidden = decoder.run(decoder.embed(last), 0, n_layers, cache)
+        seen = None if history is None else history.before(last[:, :0])
+        following = next_token(decoder, hidden, sampling, generator, seen)
+    cache.lengths += 1
+    return following
+
+
 def speculate(
     decoder: Decoder,
     drafter: Drafter,
@@ -178,14 +198,15 @@ def speculate(
     """
     settled = cache.lengths.clone()
     draft = drafter.draft(last, n, cache, history, generator)
+    if draft.states is None:  # as most rounds are where little can be drafted
+        following = plain_step(
+            decoder, last, len(decoder.layers), cache, sampling, generator, history
+        )
+        return draft, following, [[token, 0] for token in following[:, 0].tolist()]
     cache.lengths.copy_(settled)
     hidden = decoder.run(draft.states, draft.start, len(decoder.layers), cache)
     drafted, q = draft.tokens, draft.probabilities
     seen = None if history is None else history.before(drafted)
-    if not drafted.shape[1]:  # a plain step, which most rounds are where little can be drafted
-        following = next_token(decoder, hidden, sampling, generator, seen)
-        cache.lengths += 1
-        return draft, following, [[token, 0] for token in following[:, 0].tolist()]
     accepted, following = accept(drafted, q, decoder, hidden, sampling, generator, seen)
     # One synchronisation with the device a round.
     rows: list[list[int]] = torch.cat([drafted, following, accepted[:, None]], dim=1).tolist()
@@ -255,9 +276,10 @@ class _Session:
         token = self._prefill(n_layers)
         while True:
             yield Step((int(token),))
-            hidden = self.decoder.run(self.decoder.embed(token), 0, n_layers, self.cache)
-            self.cache.lengths += 1
-            token = self._settle(hidden)
+            how = (self.sampling, self.generator, self.history)
+            token = plain_step(self.decoder, token, n_layers, self.cache, *how)
+            if self.history is not None:
+                self.history.extend(token)
 
     def _self_speculative(self, draft_tokens: int, limit: int) -> Iterator[Step]:
         """Rounds of `speculate`."""
@@ -312,12 +334,8 @@ class _Session:
             hidden = self.decoder.run(self.decoder.embed(chunk), 0, n_layers, self.cache)
             self.cache.lengths += chunk.shape[1]
         check_numbers(hidden[:, -1:])
-        return self._settle(hidden[:, -1:])
-
-    def _settle(self, hidden: Tensor) -> Tensor:
-        """The model's own choice after everything settled so far, [1, 1]."""
         seen = None if self.history is None else self.history.before(self.prompt[:, :0])
-        token = next_token(self.decoder, hidden, self.sampling, self.generator, seen)
+        token = next_token(self.decoder, hidden[:, -1:], self.sampling, self.generator, seen)
         if self.history is not None:
             self.history.extend(token)
         return token

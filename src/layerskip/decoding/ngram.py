@@ -183,7 +183,7 @@ class NgramDrafter:
         self._drafted = bool(proposal)
         if not proposal:
             if self.otherwise is None:
-                return no_draft(self.decoder, last)
+                return no_draft(last)
             return self.otherwise.draft(last, n, cache, history, generator)
         drafted = last.new_tensor([proposal])
         q = None

@@ -179,6 +179,13 @@ class Decoder:
         chosen = most_likely(logits)
         return chosen, logits.float().softmax(dim=-1).gather(-1, chosen[..., None])[..., 0]
 
+    def step(self, last: Tensor, stop: int, cache: KVCache) -> Tensor:
+        """A greedy step: the newest tokens [B, 1] through layers [0, stop), and what the exit chooses.
+
+        The cache's lengths are left as they are, as by `run`.
+        """
+        return self.choose(self.run(self.embed(last), 0, stop, cache))
+
     def draft(
         self,
         last: Tensor,

@@ -161,6 +161,23 @@ class NativeDecoder(Decoder):
         assert probabilities is not None
         return chosen, probabilities.view(hidden.shape[:2])
 
+    def step(self, last: Tensor, stop: int, cache: KVCache) -> Tensor:
+        """See `Decoder`; in one call."""
+        if self.architecture.logit_cap is not None or not stop:
+            return super().step(last, stop, cache)
+        self._check_layers(0, stop)
+        cache.check_room(1)
+        hidden = self.embed(last).float()
+        chosen, state = torch.empty_like(last), torch.empty_like(hidden)
+        heads, turns = self._head_pointers(), self._turn_tables(cache.capacity)
+        self._library.layerskip_step(
+            *(self._model_pointer, hidden.data_ptr(), state.data_ptr(), cache.lengths.data_ptr()),
+            *(len(last), stop, cache.slots.data_ptr(), cache.capacity, turns.pointers),
+            *(heads, len(heads), self._final_norm_weight.data_ptr(), None),
+            *(chosen.data_ptr(), None, usable(self._narrowest)),
+        )
+        return chosen
+
     def draft(
         self,
         last: Tensor,
