@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from layerskip.model.source import BUILTIN_MODELS, DerivedModel
 from layerskip.recipe import RecipeConfig
 from layerskip.training import Progress, TrainConfig, train
 from layerskip.training.callbacks import read_log
+from layerskip.training.checkpoints import last_checkpoint
 from layerskip.training.data import Encoding
 from layerskip.training.progress import hidden_bars
 
@@ -123,6 +124,8 @@ def trained(config: TrainConfig, tokens_of_epoch: int, *, again: bool = False) -
     output = Path(config.output)
     if again:
         shutil.rmtree(output, ignore_errors=True)
+    if last_checkpoint(output) is None:
+        config = replace(config, resume=False)
     record = output / "train.json"
     wanted = json.loads(json.dumps(config.as_flat_dict()))
     if record.is_file() and json.loads(record.read_text()) != wanted:

@@ -77,6 +77,7 @@ class ScriptedDecoder:
         return both
 
     choose = Decoder.choose
+    step = Decoder.step
     draft = Decoder.draft
     choose_with_probability = Decoder.choose_with_probability
 

@@ -1,6 +1,7 @@
 """Exports appear whole or not at all, and nothing of the user's is lost."""
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def test_a_folder_that_cannot_be_renamed_is_refused_before_the_work(saved, tmp_p
     with pytest.raises(ExportError, match="name a new folder in it"):
         to_hf(source, Path("."))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "out")
     with pytest.raises(ExportError, match="name a new folder in it"):
         to_hf(source, Path("out"))
 

@@ -19,7 +19,11 @@ from layerskip import LayerSkipModel
 from layerskip.training import LayerSkipTrainer, TrainConfig, train
 from layerskip.training.callbacks import read_log
 from layerskip.training.checkpoints import last_checkpoint
-from layerskip.training.errors import NonFiniteLossError, UnwrittenCheckpointError
+from layerskip.training.errors import (
+    NonFiniteLossError,
+    TrainingWarning,
+    UnwrittenCheckpointError,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -407,7 +411,7 @@ def test_a_full_disk_at_the_tokenizer_loses_nothing(settings, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(PreTrainedTokenizerFast, "save_pretrained", full_at(name))
             with pytest.raises(UnwrittenCheckpointError) as error:
-                run(settings, resume=True)
+                run(settings, resume=folder.exists())
         assert str(error.value).startswith(f"{message} could not be written to {folder} (No space")
         assert f"good checkpoint is {last_checkpoint(folder)}. Make room" in str(error.value)
         assert "\n" not in str(error.value)
@@ -642,7 +646,7 @@ def test_a_part_of_a_hub_data_set(settings, monkeypatch):
 def test_other_rows_to_evaluate_on_after_a_resume_are_said(settings, interrupted):
     settings |= {"eval_rows": 4, "max_steps": 8}
     interrupted(settings, 5)
-    with pytest.warns(UserWarning, match="rows to evaluate on may have been trained on"):
+    with pytest.warns(TrainingWarning, match="rows to evaluate on may have been trained on"):
         run(settings, resume=True, eval_rows=5)
 
 
@@ -657,7 +661,7 @@ def test_an_exit_that_the_time_was_too_short_for_is_said(settings, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(LayerSkipTrainer, "training_step", ends)
-        with pytest.warns(UserWarning, match="before exit 2 had a loss"):
+        with pytest.warns(TrainingWarning, match="before exit 2 had a loss"):
             run(settings)
 
 
@@ -681,5 +685,5 @@ def test_a_place_that_cannot_be_written_to_is_refused_at_once(settings, tmp_path
 
 
 def test_a_resume_without_a_checkpoint_says_that_it_begins_anew(settings):
-    with pytest.warns(UserWarning, match="there is no checkpoint in .*: beginning anew"):
+    with pytest.warns(TrainingWarning, match="there is no checkpoint in .*: beginning anew"):
         run(settings, resume=True, max_steps=1)

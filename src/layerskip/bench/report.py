@@ -135,6 +135,8 @@ def conditions(document: dict[str, Any]) -> list[str]:
         )
     if document["ignore_eos"]:
         phrases.insert(1, "answers go on past their end, and are not scored")
+    if document.get("not_scored"):
+        phrases.insert(1, f"the answers could not be judged ({document['not_scored']})")
     if document["interrupted"]:
         phrases.insert(1, "interrupted: the prompts answered so far, not scored")
     if any(row["system"] == "llama.cpp" and "error" not in row for row in document["rows"]):

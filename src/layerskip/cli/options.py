@@ -1,9 +1,11 @@
 """Flags that several commands share, and what they stand for."""
 
+import codecs
 import contextlib
 import functools
 import importlib.util
 import inspect
+import json
 import os
 import re
 import shlex
@@ -284,11 +286,14 @@ def deliver(result: Any, *, as_json: bool, output: Path | None) -> None:
         if output is not None:
             # Half an emoji in a path or an answer is no UTF-8, but \udXXX is JSON.
             replace(output, text.encode(errors="backslashreplace"))
+    except BrokenPipeError:  # a pipe whose reader has left
+        raise
     except OSError as error:
         raise OSError(f"{output} could not be written: {error.strerror or error}") from error
     finally:
         if as_json:
-            sys.stdout.write(text)
+            is_utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+            sys.stdout.write(text if is_utf8 else json.dumps(result, indent=2) + "\n")
             sys.stdout.flush()  # a full disk or a reader that has left is met here, not at the end
 
 

@@ -8,6 +8,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from layerskip.training import Progress as Report
 
 
+class _Console(Console):
+    """On stderr; where whoever read that has left, it is silent, and the training goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """See `Console`, which would end the program."""
+        self.quiet = True
+
+
 class TrainProgress:
     """A context in which the object, called with a run's progress, shows it.
 
@@ -20,7 +28,7 @@ class TrainProgress:
     def __init__(self, *, is_shown: bool, figures: Callable[[str], bool] | None = None) -> None:
         self._shows_exits = figures is None
         self._figures = figures or (lambda name: "_exit_" not in name)
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = _Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -46,12 +54,8 @@ class TrainProgress:
         )
         shown = [f"{k} {v:.4g}" for k, v in report.logs.items() if self._figures(k)]
         shown += _of_exits(report.logs) if self._shows_exits else []
-        if not shown:
-            return
-        try:
+        if shown:
             self._console.print(f"step {report.step}/{report.total_steps}: {', '.join(shown)}")
-        except (OSError, SystemExit):  # whoever read it has left; training goes on
-            self._console.quiet = True
 
 
 def _of_exits(logs: Mapping[str, float]) -> list[str]:

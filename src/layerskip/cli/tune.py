@@ -189,12 +189,9 @@ def _show(
     if file is not None:
         console.print(f"Written to {file}; {_what_is_used(choice, file)}.", soft_wrap=True)
     else:
-        assert dry_run or not is_folder
-        why = (
-            "(--dry-run)"
-            if dry_run
-            else "since settings are kept in a checkpoint folder, and this model is none"
-        )
+        why = "since settings are kept in a checkpoint folder, and this model is none"
+        if is_folder:
+            why = "(--dry-run)" if dry_run else "since that failed"
         lost = ""
         if choice.mode == "auto":
             lost = ", without the costs and the tokens worth drafting that auto was told of here"

@@ -267,10 +267,11 @@ class LayerSkipModel:
         if not wanted:
             return None if wanted is None else ()
         if isinstance(wanted, str) and self.tokenizer is not None:
-            if self._last_text[0] != wanted:  # a text may be long, and prompts many
-                ids = self.tokenizer.encode(wanted, add_special_tokens=False, verbose=False)
-                self._last_text = wanted, tuple(ids)
-            return self._last_text[1]
+            known = self._last_text
+            if known[0] != wanted:  # a text may be long, and prompts many
+                encoded = self.tokenizer.encode(wanted, add_special_tokens=False, verbose=False)
+                known = self._last_text = wanted, tuple(encoded)
+            return known[1]
         ids, size = tuple(self.tokenize(wanted)), self.decoder.architecture.vocab_size
         if min(ids) < 0 or max(ids) >= size:
             raise ValueError(f"a draft text has to be a text, or token ids of 0 to {size - 1}")

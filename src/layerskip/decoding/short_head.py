@@ -15,7 +15,7 @@ from torch import Tensor
 from layerskip.model import Decoder, GoesOn, KVCache
 
 # The last lists of each decoder and their heads: answers of one model share them.
-_MADE: "weakref.WeakKeyDictionary[Decoder, dict[tuple[int, ...], ShortHead]]" = (
+_MADE: "weakref.WeakKeyDictionary[Decoder, tuple[tuple[tuple[int, ...], ShortHead], ...]]" = (
     weakref.WeakKeyDictionary()
 )
 _KEPT = 4
@@ -49,11 +49,11 @@ class ShortHead:
         """
         if token_ids is None:
             return None
-        made = _MADE.setdefault(decoder, {})
-        head = made.pop(token_ids, None) or cls(decoder, token_ids)
-        made[token_ids] = head  # the newest is the last
-        while len(made) > _KEPT:
-            del made[next(iter(made))]
+        made = _MADE.get(decoder, ())
+        head = next((h for ids, h in made if ids is token_ids or ids == token_ids), None)
+        if head is None:
+            head = cls(decoder, token_ids)
+            _MADE[decoder] = ((token_ids, head), *made)[:_KEPT]
         return head.also(decoder, prompt)
 
     def also(self, decoder: Decoder, token_ids: Iterable[int]) -> "ShortHead":

@@ -72,7 +72,7 @@ def check_new_folder(path: Path, *, overwrite: bool) -> bool:
         raise ExportError(
             f"there is no folder {path.parent} to write {path.name} into; make it first"
         )
-    if path.exists() and (path.resolve() == Path.cwd() or path.is_mount()):
+    if path.exists() and (path.resolve() == Path.cwd() or os.path.ismount(path)):
         raise ExportError(
             f"{path} is where you are, or another disk, and cannot be put in place when it is whole:"
             " name a new folder in it"

@@ -12,6 +12,10 @@ from layerskip.model.packed import Packed, pack
 from layerskip.model.quantize import GROUP, quantize
 
 
+class SlowWeightsWarning(UserWarning):
+    """8- or 4-bit weights on a device that has no product with them."""
+
+
 class Linear(Protocol):
     """`x @ weight.T + bias`, and `+ residual` in the same call where one is given."""
 
@@ -187,7 +191,8 @@ def _has_nibble_product(device: torch.device) -> bool:
     x = torch.randn(2, 2 * GROUP, generator=chance).bfloat16().to(device)
     trouble = _trouble(weight, x)
     if trouble is not None:
-        warnings.warn(f"8- and 4-bit weights are slow on {device}: {trouble}", stacklevel=2)
+        what = f"8- and 4-bit weights are slow on {device}: {trouble}"
+        warnings.warn(what, SlowWeightsWarning, stacklevel=2)
     return trouble is None
 
 

@@ -74,6 +74,10 @@ class StepCosts:
         return cls(**{**fields, "passes": passes})
 
 
+class SettingsWarning(UserWarning):
+    """A setting that cannot be read, and that is done without."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """What `generation_config.json` says about decoding.
@@ -161,6 +165,7 @@ def _token_ids(
         warnings.warn(
             f"{key} in {file} has to be token ids of 0 to {vocab_size - 1} with spaces between them;"
             " going on without: tune again",
+            SettingsWarning,
             stacklevel=2,
         )
         return None
@@ -169,14 +174,29 @@ def _token_ids(
 
 def costs_of(own: dict[str, Any], file: Path) -> tuple[StepCosts, ...]:
     """The costs under our key in `generation_config.json`; a warning says which cannot be read."""
-    found = own.get("costs") or []
     costs = []
-    for fields in found if isinstance(found, list) else [found]:
-        try:
-            costs.append(StepCosts.from_dict(fields))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+    for fields in entries_of(own):
+        found = readable_costs(fields)
+        if isinstance(found, StepCosts):
+            costs.append(found)
+        else:
             warnings.warn(
-                f"costs in {file} cannot be read ({error}); going on without: tune again",
+                f"costs in {file} cannot be read ({found}); going on without: tune again",
+                SettingsWarning,
                 stacklevel=2,
             )
     return tuple(costs)
+
+
+def entries_of(own: dict[str, Any]) -> list[Any]:
+    """The costs as they stand under our key, of which some may be unreadable here."""
+    found = own.get("costs") or []
+    return found if isinstance(found, list) else [found]
+
+
+def readable_costs(fields: Any) -> StepCosts | Exception:
+    """Costs, or why they are none: damaged, or of another version."""
+    try:
+        return StepCosts.from_dict(fields)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return error

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import warnings
+from pathlib import Path
 
 import torch
 from transformers import SchedulerType
 
+from layerskip.model.weights import json_text, read_json
 from layerskip.recipe import RecipeConfig
 from layerskip.training.config import TrainConfig
+from layerskip.training.errors import TrainingWarning
 from layerskip.training.loading import model_config
 
 _OTHER_SCHEDULERS = (  # with settings of their own and without a default, or led by evaluations
@@ -17,6 +22,20 @@ _OTHER_SCHEDULERS = (  # with settings of their own and without a default, or le
     "cosine_warmup_with_min_lr",
     "reduce_lr_on_plateau",
     "greedy",
+)
+
+# What decides which rows are held back to evaluate on, beside the rows themselves.
+_HELD_BACK_BY = (
+    "data",
+    "data_config",
+    "split",
+    "prompt",
+    "completion",
+    "text_field",
+    "completion_only",
+    "max_length",
+    "eval_rows",
+    "seed",
 )
 
 
@@ -77,3 +96,16 @@ def _with_loss(recipe: RecipeConfig, num_layers: int) -> list[int]:
     in_turn = () if recipe.curriculum == "none" else recipe.candidates(num_layers)
     first = 2 if recipe.exit_weighting == "paper" else 1  # whose weight is not 0
     return sorted({e for e in (*recipe.fixed_exits, *in_turn) if first <= e < num_layers})
+
+
+def warn_of_other_rows(settings: Path, config: TrainConfig) -> None:
+    """Before a resume, whose rows to evaluate on should be those that were held back from the start."""
+    before = read_json(settings) if settings.exists() else {}
+    now = json.loads(json_text(config.as_flat_dict()))
+    if config.eval_rows and any(before.get(name, now[name]) != now[name] for name in _HELD_BACK_BY):
+        warnings.warn(
+            f"one of {', '.join(_HELD_BACK_BY)} is another than before the interruption: rows to"
+            " evaluate on may have been trained on",
+            TrainingWarning,
+            stacklevel=2,
+        )

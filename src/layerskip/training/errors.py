@@ -7,3 +7,7 @@ class NonFiniteLossError(ValueError):
 
 class UnwrittenCheckpointError(OSError):
     """A checkpoint could not be written; those before it are untouched."""
+
+
+class TrainingWarning(UserWarning):
+    """A run does something else than was probably meant."""

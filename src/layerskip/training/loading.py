@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils.hub import cached_file
 
 from layerskip.model.families import check_not_quantized
 from layerskip.model.tokenizer import is_as_written
@@ -28,7 +29,10 @@ def load_tokenizer(config: TrainConfig) -> Any:
     source = config.tokenizer or config.model
     folder, _ = pretrained(source)  # has its tokenizer unpacked
     try:
-        as_written = is_as_written(get_tokenizer_config(folder, **_NO_CODE))
+        is_there = cached_file(
+            folder, "tokenizer.json", _raise_exceptions_for_missing_entries=False
+        )
+        as_written = is_there and is_as_written(get_tokenizer_config(folder, **_NO_CODE))
         kind = PreTrainedTokenizerFast if as_written else AutoTokenizer
         tokenizer = kind.from_pretrained(folder, **_NO_CODE)
     except (OSError, ValueError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import random
@@ -20,14 +19,20 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import align_special_tokens
 
-from layerskip.model.weights import json_text, read_json, replace
+from layerskip.model.weights import json_text, replace
 from layerskip.recipe import RecipeConfig, attach, detach
 from layerskip.recipe.schedule import enabled_exits
 from layerskip.training.callbacks import JsonLinesLog, TimeBudget, read_log, time_spent
 from layerskip.training.checkpoints import INCOMPLETE, last_checkpoint, unwritten
-from layerskip.training.checks import check_installed, check_layers, uses_gpu
+from layerskip.training.checks import (
+    check_installed,
+    check_layers,
+    uses_gpu,
+    warn_of_other_rows,
+)
 from layerskip.training.config import TrainConfig
 from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows
+from layerskip.training.errors import TrainingWarning
 from layerskip.training.fake_quantization import DIFFERENCE, QuantizeAware, quantize_aware
 from layerskip.training.loading import (
     check_positions,
@@ -43,20 +48,6 @@ from layerskip.training.progress import Progress, Watch, hidden_bars
 from layerskip.training.result import save_result
 from layerskip.training.rows import Row, local_files, read_rows
 from layerskip.training.trainer import LayerSkipTrainer
-
-# What decides which rows are held back to evaluate on, beside the rows themselves.
-_HELD_BACK_BY = (
-    "data",
-    "data_config",
-    "split",
-    "prompt",
-    "completion",
-    "text_field",
-    "completion_only",
-    "max_length",
-    "eval_rows",
-    "seed",
-)
 
 
 @dataclass(frozen=True)
@@ -124,7 +115,7 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
     if trainer.is_world_process_zero():
         shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
         if resume_from is not None:
-            _warn_of_other_rows(output / "train.json", config)
+            warn_of_other_rows(output / "train.json", config)
         replace(output / "train.json", json_text(config.as_flat_dict()).encode())
     metrics = _run(trainer, config, resume_from)
     _warn_of_no_loss(trainer, config.effective_recipe, exit_layer)
@@ -176,18 +167,6 @@ def _run(trainer: LayerSkipTrainer, config: TrainConfig, resume_from: str | None
     return dict(trainer.train(resume_from_checkpoint=resume_from).metrics)
 
 
-def _warn_of_other_rows(settings: Path, config: TrainConfig) -> None:
-    """Before a resume, whose rows to evaluate on should be those that were held back from the start."""
-    before = read_json(settings) if settings.exists() else {}
-    now = json.loads(json_text(config.as_flat_dict()))
-    if config.eval_rows and any(before.get(name, now[name]) != now[name] for name in _HELD_BACK_BY):
-        warnings.warn(
-            f"one of {', '.join(_HELD_BACK_BY)} is another than before the interruption: rows to"
-            " evaluate on may have been trained on",
-            stacklevel=2,
-        )
-
-
 def _warn_of_no_loss(trainer: LayerSkipTrainer, recipe: RecipeConfig, exit_layer: int) -> None:
     """Where the time was over before the gradual curriculum came to the exit that is to draft."""
     state, layers = trainer.state, trainer.attached.num_layers
@@ -199,6 +178,7 @@ def _warn_of_no_loss(trainer: LayerSkipTrainer, recipe: RecipeConfig, exit_layer
         warnings.warn(
             f"training ended at step {state.global_step} of {state.max_steps}, before exit {exit_layer}"
             " had a loss: name it in fixed_exits, or set max_steps to what the time is enough for",
+            TrainingWarning,
             stacklevel=2,
         )
 
@@ -228,7 +208,8 @@ def _resume_from(config: TrainConfig, output: Path) -> str | None:
             f"{output} has a checkpoint, which training would replace: choose another --output"
         )
     if config.resume:
-        warnings.warn(f"there is no checkpoint in {output}: beginning anew", stacklevel=2)
+        what = f"there is no checkpoint in {output}: beginning anew"
+        warnings.warn(what, TrainingWarning, stacklevel=2)
     return None
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.model import StepCosts
-from layerskip.model.settings import FILE, KEY, costs_of, text_of_ids
+from layerskip.model.settings import FILE, KEY, entries_of, readable_costs, text_of_ids
 from layerskip.model.weights import json_text, read_json, replace
 from layerskip.tuning.choose import Choice
 
@@ -50,13 +50,17 @@ def write_settings(
     fields.pop("_from_model_config", None)
     own = fields.get(KEY)
     own = {**(own if isinstance(own, dict) else {}), "tuning": dict(record)}
-    others: list[StepCosts] = []
+    others = []
     if costs is not None:
         same = [(costs.kind, threads) for threads in (costs.threads, 0)]
-        # Costs that name no machine are used on none.
-        known = [c for c in costs_of(own, file) if c.machine]
-        others = [c for c in known if (c.kind, c.threads) not in same]
-        own["costs"] = [c.to_dict() for c in (*others, costs)]
+        for entry in entries_of(own):
+            known = readable_costs(entry)
+            if not isinstance(known, StepCosts):  # another version may read them
+                others.append(entry)
+            # Costs that name no machine are used on none.
+            elif known.machine and (known.kind, known.threads) not in same:
+                others.append(known.to_dict())
+        own["costs"] = [*others, costs.to_dict()]
     if choice.exit_layer is not None or not others:
         chosen = {
             "assistant_early_exit": choice.exit_layer,
