@@ -310,17 +310,24 @@ constexpr int rows_of(int kind) {
   const bool quantized = kind == INT8 || kind == INT4;
   return PARTS > 1 ? TILES / 2 : quantized ? TILES * 3 / 4 : TILES;
 }
-// Vectors of 16-bit weights, and groups of quantized ones, that are fetched before they are needed.
-#ifdef __znver5__
-constexpr bool ONE_STREAM = true;  // Zen 5 reads memory fastest where panel follows panel, fetched far ahead
+// Whether memory is read fastest panel after panel, as one stream of a thread, or several at a time; and
+// how many vectors of 16-bit weights, and groups of quantized ones, are fetched before they are needed.
+#if defined(__znver5__)
+constexpr bool ONE_STREAM = true, ONE_QUANTIZED_STREAM = true;
 constexpr int AHEAD = 64, GROUPS_AHEAD = 32;
+constexpr int NEARNESS = 3;  // of quantized weights: into the nearest cache
+#elif defined(__znver4__)
+constexpr bool ONE_STREAM = false, ONE_QUANTIZED_STREAM = true;
+constexpr int AHEAD = 4, GROUPS_AHEAD = 24;
+constexpr int NEARNESS = 2;  // the second: fetches into the nearest wait for one another
 #else
-constexpr bool ONE_STREAM = false;
+constexpr bool ONE_STREAM = false, ONE_QUANTIZED_STREAM = false;
 constexpr int AHEAD = 4, GROUPS_AHEAD = 12;
+constexpr int NEARNESS = 3;
 #endif
 constexpr int panels_of(int kind, int rows) {
-  if (ONE_STREAM) return 1;
   const bool quantized = kind == INT8 || kind == INT4;  // these keep two sums each
+  if (quantized ? ONE_QUANTIZED_STREAM : ONE_STREAM) return 1;
   const int sums = rows * PARTS;
   if (quantized && sums > 2) return sums > TILES * 3 / 8 ? 1 : TILES * 3 / 4 / sums;
   const int tiles = quantized ? TILES / 2 : TILES;
@@ -351,8 +358,8 @@ inline void add_group(const Matrix &w, int64_t panel, int64_t g, const char *inp
 #pragma GCC unroll 16
     for (int p = 0; p < P; p++) {
       const Words weights = load<Words>(base + ((p * groups + g) * PACKED + k) * LANES);
-      if constexpr ((ONE_STREAM || R > 2) && PART == 0)
-        __builtin_prefetch(base + ((p * groups + g + GROUPS_AHEAD) * PACKED + k) * LANES);
+      if constexpr ((ONE_QUANTIZED_STREAM || R > 2) && PART == 0)
+        __builtin_prefetch(base + ((p * groups + g + GROUPS_AHEAD) * PACKED + k) * LANES, 0, NEARNESS);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         const uint32_t *codes = (const uint32_t *)(inputs + r * stride) + at * (GROUP / 4);
