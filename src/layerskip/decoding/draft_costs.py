@@ -16,10 +16,10 @@ _BESIDE_PRODUCTS = 0.03
 # Passes over 1, 2, ... positions in PyTorch, by the bits that a weight is kept in, as one machine had
 # them (benchmarks/results/kernels-zen4.json): two rows of float32 take nearly twice the time.
 PASSES_IN_PYTORCH = {
-    32: (1.0, 1.75, 2.14, 1.52, 1.53, 1.64, 1.63, 1.62, 1.65),
-    16: (1.0, 1.05, 1.05, 1.05, 1.05, 1.07, 1.15, 1.24, 1.29),
-    8: (1.0, 1.22, 1.41, 1.54, 2.41, 2.41, 2.45, 2.5, 2.74),
-    4: (1.0, 1.21, 1.26, 1.38, 2.05, 2.12, 2.28, 2.44, 2.65),
+    32: (1.0, 1.77, 2.24, 1.52, 1.54, 1.78, 1.67, 1.55, 1.59),
+    16: (1.0, 1.03, 1.03, 1.03, 1.03, 1.03, 1.04, 1.04, 1.08),
+    8: (1.0, 1.1, 1.22, 1.44, 2.22, 2.29, 2.31, 2.32, 2.59),
+    4: (1.0, 1.1, 1.3, 1.46, 1.98, 1.98, 2.03, 2.07, 2.25),
 }
 _ROW_COST_ON_A_GPU = 0.01
 # What one more position adds to attention over a long context, as a share of what one takes: keys and

@@ -61,7 +61,7 @@ BUILTIN_MODELS: dict[str, BuiltinModel | DerivedModel] = {
     "smollm2-135m-layerskip": DerivedModel(
         base="smollm2-135m",
         difference="smollm2-135m-layerskip.safetensors",
-        sha256="d9b4d2b4296b8a2b9fe94d0664adb03e70f20b577e6fa30df5eefa14f3e8fc14",
+        sha256="29c78a6a0583a9c130486169247a130b62e7d550ecbe5078ae3639c5e764a44b",
     ),
 }
 DEFAULT_MODEL = "smollm2-135m-layerskip"
