@@ -255,7 +255,11 @@ def test_no_color_is_heeded(capsys, monkeypatch, no_color, shown):
         ),
         (["--prompt", "abc", "--exit-layer", "0"], 2, "--exit-layer"),
         (["--prompt", "abc", "--mode", "fast"], 2, "'fast' is not one of"),
-        (["--prompt", "abc", "--mode", "plain", "--draft-tokens", "2"], 1, "plain decoding has no"),
+        (
+            ["--prompt", "abc", "--mode", "plain", "--draft-tokens", "2"],
+            1,
+            "plain decoding drafts nothing",
+        ),
         (
             ["--prompt", "abc", "--weights", "3bit"],
             2,

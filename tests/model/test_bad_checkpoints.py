@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layerskip.model import CheckpointError, UnsupportedModelError, load
+from layerskip.model.settings import SettingsWarning
 from tiny_models import COSTS, build, reference
 
 
@@ -142,13 +143,20 @@ def test_folder_without_usable_weights(tmp_path, names, words):
         '{"eos_token_id": [1, "end"]}',
         '{"eos_token_id": {}}',
         '{"eos_token_id": -1}',
-        json.dumps({"layerskip": {"costs": [{**COSTS.to_dict(), "overhead": "much"}]}}),
-        json.dumps({"layerskip": {"costs": [{**COSTS.to_dict(), "draft_tokens_scored": "all"}]}}),
     ],
 )
 def test_generation_config_with_nonsense(folder, content):
     (folder / "generation_config.json").write_text(content)
     refuse(folder, CheckpointError, "generation_config.json")
+
+
+@pytest.mark.parametrize("field", ["overhead", "draft_tokens_scored"])
+def test_costs_with_nonsense_are_done_without(folder, field):
+    costs = [{**COSTS.to_dict(), field: "much"}]
+    content = json.dumps({"layerskip": {"costs": costs}})
+    (folder / "generation_config.json").write_text(content)
+    with pytest.warns(SettingsWarning, match=r"generation_config\.json cannot be read"):
+        assert load(folder, dtype=torch.float32).settings.costs == ()
 
 
 def test_tokenizer_that_cannot_be_read(folder):
