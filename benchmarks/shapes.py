@@ -32,36 +32,11 @@ from layerskip.model.assembly import build
 from layerskip.model.families import from_config
 from layerskip.model.quantize import Quantized
 
+# Vocabulary, hidden size, width of the MLP, layers, heads, heads of keys and values, tied head.
 SHAPES = {
-    "smollm2-135m": LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-    ),
-    "llama-3.2-1b": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-    ),
-    "llama-3-8b": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-    ),
+    "smollm2-135m": (49152, 576, 1536, 30, 9, 3, True),
+    "llama-3.2-1b": (128256, 2048, 8192, 16, 32, 8, True),
+    "llama-3-8b": (128256, 4096, 14336, 32, 32, 8, False),
 }
 PROMPT_TOKENS = 128
 POSITIONS = (1, 2, 4, 5, 8, 16)
@@ -88,7 +63,7 @@ def main() -> None:
     rows = []
     for shape in options.shapes.split(","):
         for weights in options.weights.split(","):
-            decoder = random_decoder(SHAPES[shape], weights, torch.device(options.device))
+            decoder = random_decoder(config_of(shape), weights, torch.device(options.device))
             exit_layer = max(1, round(options.exit_share * len(decoder.layers)))
             figures = measure(
                 decoder, exit_layer, options.draft_tokens, options.new_tokens, options.rounds
@@ -99,6 +74,21 @@ def main() -> None:
     if options.device != "cpu":
         here["device"] = torch.cuda.get_device_name(options.device)
     deliver({"environment": here, "prompt_tokens": PROMPT_TOKENS, "rows": rows}, options.output)
+
+
+def config_of(shape: str) -> LlamaConfig:
+    """A Llama of a shape."""
+    vocabulary, hidden, ffn, layers, heads, kv_heads, tied = SHAPES[shape]
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=8192,
+        tie_word_embeddings=tied,
+    )
 
 
 class RandomTensors:

@@ -124,9 +124,9 @@ class _NibbleProduct:
     """PyTorch's product of bfloat16 with 4-bit weights, in a layout of its own for CPUs and for CUDA.
 
     On CUDA it is the one behind torchao's weight-only int4. Its numbers are (code - 8) * scale + zero,
-    with scale and zero in bfloat16. An 8-bit code is 16 * high + low, so a matrix of
-    them is one in 4 bits and of twice the width, for twice the input: beside the low halves stand the
-    high ones with 16 times the scale.
+    with scale and zero in bfloat16. An 8-bit code is 16 * high + low, so a matrix of them is one in 4
+    bits and of twice the width, for twice the input: beside the low halves stand the high ones with 16
+    times the scale.
     """
 
     _LINES = 16  # the layout has outputs in multiples of it

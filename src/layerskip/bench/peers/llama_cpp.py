@@ -45,7 +45,7 @@ class Peer:
             n_threads=self._job.threads,
             n_threads_batch=self._job.threads,
             n_gpu_layers=0 if self._job.device == "cpu" else -1,
-            flash_attn=True,  # llama.cpp's own default is to decide, and it takes it on a CPU
+            flash_attn=True,  # which llama-cpp-python leaves off unless it is asked
             draft_model=draft_model,
             # Implied by a draft; but only if it is said, there is room for more than 512 positions.
             logits_all=draft_model is not None,
