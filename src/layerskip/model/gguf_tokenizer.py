@@ -40,8 +40,20 @@ _OTHER_NAMES = {
 _WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is a token is not merged, and BOS comes first
 # Control tokens that end an answer whatever else the file names, as in llama.cpp.
 _ENDS = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <end_of_turn> <end_of_utterance> <EOT> _<EOT>"
-    " <|endoftext|> <|end_of_text|> <|eom_id|> <|return|> <|call|>".split()
+    [
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<end_of_turn>",
+        "<end_of_utterance>",
+        "<EOT>",
+        "_<EOT>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|eom_id|>",
+        "<|return|>",
+        "<|call|>",
+    ]
 )
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding"}  # ours: the file's
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # types of tokens
