@@ -393,6 +393,33 @@ def test_compiled(family):
         same({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, gradients)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.compile itself
+def test_every_layer_of_every_step_is_compiled():
+    """torch.compile gives a function up that needs too many versions, one a layer or a step."""
+    torch.compiler.reset()
+    layers, ran = 2 * torch._dynamo.config.recompile_limit, []
+
+    def backend(graph, _):
+        products = sum("linear" in str(node.target) for node in graph.graph.nodes)
+
+        def run(*inputs):
+            ran.append(products)
+            return graph.forward(*inputs)
+
+        return run
+
+    model = build("llama", num_hidden_layers=layers)
+    handle = attached(model, DROPPING)
+    compiled = torch.compile(model, backend=backend)
+    for step in range(layers):
+        handle.set_step(step, 100)
+        kept = ~handle._draw((batch_of()["input_ids"],), {}).all(1)
+        handle.set_step(step, 100)
+        ran.clear()
+        compiled(**batch_of()).loss.backward()
+        assert ran.count(7) == kept.sum()  # q, k, v, o, gate, up, down
+
+
 def test_tuple_output(llama):
     attached(llama, ALL)
     outputs = llama(**batch_of(), return_dict=False)

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from layerskip.recipe.anatomy import Anatomy
+from layerskip.recipe.compiling import compiled_below, not_compiled
 from layerskip.recipe.config import RecipeConfig
 from layerskip.recipe.exit_loss import IGNORED_LABEL, ExitLosses, exit_losses
 from layerskip.recipe.forward_pass import ForwardPass
@@ -26,9 +27,6 @@ from layerskip.recipe.layer_dropout import draw_skipped_rows
 from layerskip.recipe.schedule import exit_weights, skip_rates
 
 HANDLE = "_layerskip_recipe"
-_disable: Any = torch.compiler.disable  # torch leaves it untyped
-# torch.compile steps around a replaced forward and compiles what it calls, layer by layer.
-_graph_break = functools.partial(_disable, recursive=False)
 
 
 class AttachedRecipe:
@@ -123,7 +121,7 @@ class AttachedRecipe:
             )
         return self._step
 
-    @_graph_break
+    @compiled_below
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward: its own, but in training with layer dropout and the exits' loss."""
         labels = shifted_labels(kwargs.get("labels"), kwargs.get("shift_labels"))
@@ -142,6 +140,7 @@ class AttachedRecipe:
                 return self._plain_forward(*args, **{**kwargs, **self._without_balancing()})
             return self._forward_with_losses(this, args, kwargs, labels, weights)
 
+    @compiled_below
     def _forward_with_losses(
         self,
         this: ForwardPass,
@@ -171,6 +170,7 @@ class AttachedRecipe:
         result = type(outputs)(loss=loss, **rest)
         return result.to_tuple() if as_tuple else result
 
+    @not_compiled  # type: ignore[untyped-decorator]
     def _losses(
         self,
         this: ForwardPass,
@@ -182,7 +182,7 @@ class AttachedRecipe:
         fused = None
         if self.recipe.fused_loss and not distillation_weight:
             fused = fused_loss(self._anatomy, labels.device)
-        return _disable(exit_losses)(  # type: ignore[no-any-return]
+        return exit_losses(
             this.states,
             labels,
             weights,
@@ -195,6 +195,7 @@ class AttachedRecipe:
             fused=fused,
         )
 
+    @not_compiled  # type: ignore[untyped-decorator]
     def _draw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         rates = self.skip_rates
         micro_batch, self._micro_batch = self._micro_batch, self._micro_batch + 1
@@ -233,7 +234,7 @@ class AttachedRecipe:
                 self._others = this.others
                 self._pass = ForwardPass(this.skipped, others=this.others, is_running=False)
 
-    @_graph_break
+    @compiled_below
     def _layer_forward(
         self, number: int, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerskip.recipe.compiling import compiled_below, not_compiled
 from layerskip.recipe.expert_balance import balancing_loss
 from layerskip.recipe.layer_dropout import run_on_kept_rows, skip_layer
 
@@ -34,6 +35,7 @@ class ForwardPass:
     others: int | None = None
     is_running: bool = True
 
+    @compiled_below
     def run_layer(
         self, number: int, layer: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -56,6 +58,7 @@ class ForwardPass:
             self.states[number + 1] = output[0] if isinstance(output, tuple) else output
         return output
 
+    @not_compiled
     def note_routing(self, number: int, logits: Tensor) -> None:
         """Keep the logits [tokens, experts] with which layer `number` chose experts."""
         if self.is_running:

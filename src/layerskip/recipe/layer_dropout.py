@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerskip.recipe.compiling import compiled_below, not_compiled
+
 # What a decoder layer gets per row has at least (row, token) dimensions; what is one-dimensional is
 # about tokens (cache positions, cumulative lengths). Rotary tables are [rows, tokens, head size];
 # with two dimensions they are the same for all rows, even where B == T.
@@ -52,6 +54,7 @@ def draw_skipped_rows(
     return (uniform < torch.tensor(rates, dtype=torch.float64)).T.contiguous()
 
 
+@compiled_below
 def run_on_kept_rows(
     layer: Callable[..., Any],
     skipped: Tensor,
@@ -91,6 +94,7 @@ def run_on_kept_rows(
     return (merged, *output[1:]) if isinstance(output, tuple) else merged
 
 
+@not_compiled
 def _kept_rows(value: Any, kept: Tensor, batch: int, dimensions: int) -> Any:
     """The kept rows of every tensor in a nested argument; what has no rows stays as it is."""
     if isinstance(value, Tensor):
@@ -103,6 +107,7 @@ def _kept_rows(value: Any, kept: Tensor, batch: int, dimensions: int) -> Any:
     return value
 
 
+@not_compiled
 def _refuse_unsliceable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for name, what in _REFUSED.items():
         if kwargs.get(name) is not None:
@@ -129,6 +134,7 @@ class _PassThrough(torch.autograd.Function):
         return (grad, *(torch.zeros_like(p) for p in ctx.parameters))
 
 
+@not_compiled
 def skip_layer(hidden: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """What a layer does that all rows skip: nothing, and its parameters get a gradient of zero.
 
