@@ -170,7 +170,7 @@ class AttachedRecipe:
         result = type(outputs)(loss=loss, **rest)
         return result.to_tuple() if as_tuple else result
 
-    @not_compiled  # type: ignore[untyped-decorator]
+    @not_compiled
     def _losses(
         self,
         this: ForwardPass,
@@ -195,7 +195,7 @@ class AttachedRecipe:
             fused=fused,
         )
 
-    @not_compiled  # type: ignore[untyped-decorator]
+    @not_compiled
     def _draw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         rates = self.skip_rates
         micro_batch, self._micro_batch = self._micro_batch, self._micro_batch + 1

@@ -4,11 +4,22 @@ Compiled too, the recipe's code would be compiled anew for every layer, draw and
 torch.compile gives up and runs all of it, layers included, as it stands.
 """
 
-import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
-not_compiled: Any = torch.compiler.disable  # torch leaves it untyped
-# The function runs as it stands, and what it calls may be compiled again.
-compiled_below: Any = functools.partial(torch.compiler.disable, recursive=False)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_disable: Any = torch.compiler.disable  # torch leaves it untyped
+
+
+def not_compiled(function: _Function) -> _Function:
+    """Neither the function nor what it calls is compiled."""
+    disabled: _Function = _disable(function)
+    return disabled
+
+
+def compiled_below(function: _Function) -> _Function:
+    """The function runs as it stands; what it calls may be compiled."""
+    disabled: _Function = _disable(function, recursive=False)
+    return disabled
