@@ -96,12 +96,13 @@ class RandomTensors:
 
     rotary_layout = "halves"
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, device: torch.device) -> None:
         self.paths: list[Path] = []
         with torch.device("meta"):
             named = LlamaForCausalLM(config).state_dict()
         self._shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
-        self._chance = torch.Generator().manual_seed(0)
+        self._device = device
+        self._chance = torch.Generator(device).manual_seed(0)
 
     def names(self) -> set[str]:
         """See `Tensors`."""
@@ -117,7 +118,7 @@ class RandomTensors:
 
     def read(self, name: str) -> Tensor:
         """See `Tensors`."""
-        size = torch.empty(self._shapes[name], dtype=torch.bfloat16)
+        size = torch.empty(self._shapes[name], dtype=torch.bfloat16, device=self._device)
         return size.normal_(0.0, 0.02, generator=self._chance)
 
     def quantized(self, name: str) -> Quantized | None:
@@ -129,7 +130,7 @@ def random_decoder(config: LlamaConfig, weights: str, device: torch.device) -> D
     """A decoder of a shape, in bfloat16, with the fastest kernels that there are."""
     return build(
         from_config(config.to_dict()),
-        RandomTensors(config),
+        RandomTensors(config, device),
         tied=config.tie_word_embeddings,
         dtype=torch.bfloat16,
         device=device,

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from engine import commit, deliver
+from torch.autograd import DeviceType
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -34,6 +35,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from layerskip.bench.environment import environment
+from layerskip.model.machine import leave_out_cudnn_attention
 from layerskip.recipe import RecipeConfig
 from layerskip.training import LayerSkipTrainer
 from layerskip.training.data import Collator, Encoding, encode_rows
@@ -161,11 +163,15 @@ class StepClock(TrainerCallback):
         """Milliseconds of a profiled step, by what the operations are for."""
         self._profiler.stop()
         parts: dict[str, float] = {}
+        on_gpu = torch.cuda.is_available()
         for event in self._profiler.key_averages(group_by_input_shape=True):
-            # A kernel on a GPU is an event of its own beside the operation that started it.
-            on_gpu = event.self_device_time_total if torch.cuda.is_available() else 0.0
+            # A kernel on a GPU is an event of its own too, without shapes: its time is counted with
+            # the operation that started it.
+            if event.device_type != DeviceType.CPU:
+                continue
             part = part_of(event.key, event.input_shapes, vocabulary)
-            milliseconds = (on_gpu or event.self_cpu_time_total) / 1e3 / PROFILED_STEPS
+            took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            milliseconds = took / 1e3 / PROFILED_STEPS
             parts[part] = parts.get(part, 0.0) + milliseconds
         return dict(sorted(parts.items()))
 
@@ -194,6 +200,7 @@ def part_of(operation: str, shapes: Sequence[Any], vocabulary: int) -> str:
 def run_variant(options: argparse.Namespace) -> dict[str, Any]:
     """Train a few steps in this process."""
     torch.set_num_threads(options.threads)
+    leave_out_cudnn_attention(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     keep_freed_memory()
     with hidden_bars(), tempfile.TemporaryDirectory() as folder:
         trainer, clock, rows = make_trainer(options, folder)

@@ -52,7 +52,24 @@ def test_the_result_in_one_line(train, tmp_path):
     ("arguments", "said"),
     [
         (("--regime", "task"), ["--rotation has no effect with --curriculum gradual"]),
-        (("--variant", "LD"), ["--rotation has no effect with --variant LD"]),
+        (
+            ("--variant", "LD", "--e-scale", 2),
+            [f"--{name} has no effect with --variant LD" for name in ("rotation", "e-scale")],
+        ),
+        (
+            ("--variant", "EE", "--p-max", 0.1, "--regime", "task"),
+            [
+                "--rotation has no effect with --curriculum gradual",
+                "--p-max has no effect with --variant EE",
+            ],
+        ),
+        (
+            ("--p-max", 0, "--dropout-every", 2, "--exit-weighting", "equal", "--e-scale", 2),
+            [
+                "--dropout-every has no effect with --p-max 0",
+                "--e-scale has no effect with --exit-weighting equal",
+            ],
+        ),
         (
             ("--curriculum", "none", "--exits", "2,3"),
             [f"--{name} has no effect with --curriculum none" for name in ("rotation", "exits")],

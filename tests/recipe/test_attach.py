@@ -233,6 +233,20 @@ def test_the_decoder_itself_is_what_it_was_in_evaluation(llama):
     assert torch.equal(llama.eval().model(ids).last_hidden_state, expected)
 
 
+def test_the_decoder_itself_is_what_it_was_in_training(llama):
+    """Whoever computes a loss of its own from its states must not get rows that skipped layers."""
+    batch = {"input_ids": batch_of()["input_ids"]}
+    expected = llama.model(**batch).last_hidden_state
+    handle = attach(llama, DROPPING)
+    torch.testing.assert_close(llama.model(**batch).last_hidden_state, expected)
+    handle.set_step(0, 100)
+    llama(**batch_of()).loss.backward()
+    assert handle._pass.skipped.any()
+    torch.testing.assert_close(llama.model(**batch).last_hidden_state, expected)
+    with pytest.raises(ValueError, match="LayerSkipMixin"):
+        llama(**batch_of(), fused_lm_head=True)
+
+
 def test_evaluation_between_accumulated_batches_changes_nothing(llama):
     handle = attached(llama, DROPPING)
     batch = batch_of()

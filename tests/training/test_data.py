@@ -219,14 +219,25 @@ def test_completions_only_have_labels(tokenizer):
     assert row["labels"][:4] == [-100] * 4
     assert row["labels"][4:] == row["input_ids"][4:]
     whole = Encoding(tokenizer=tokenizer, completion_only=False)("x", ROWS[0])
-    assert whole["labels"] == whole["input_ids"]
+    # The first token is predicted from nothing.
+    assert whole["labels"] == [-100, *whole["input_ids"][1:]]
 
 
 def test_templates_and_running_text(tokenizer):
     encode = Encoding(tokenizer=tokenizer, prompt="{a} plus {b} is", completion="{c}")
     assert encode("x", {"a": 1, "b": 2, "c": 3}) == Encoding(tokenizer=tokenizer)("x", ROWS[0])
     text = Encoding(tokenizer=tokenizer)("x", {"text": "1 plus 2"})
-    assert text["labels"] == text["input_ids"] == [*tokenizer("1 plus 2")["input_ids"], 2]
+    assert text["input_ids"] == [*tokenizer("1 plus 2")["input_ids"], 2]
+    assert text["labels"] == [-100, *text["input_ids"][1:]]
+
+
+def test_a_field_of_text_that_is_named_goes_before_all_others(tokenizer):
+    encode = Encoding(tokenizer=tokenizer, text_field="body")
+    messages = [{"role": "user", "content": "1"}, {"role": "model", "content": "2"}]
+    row = {"prompt": "1", "completion": "2", "messages": messages, "body": "1 plus 2"}
+    assert encode("x", row) == Encoding(tokenizer=tokenizer)("x", {"text": "1 plus 2"})
+    with pytest.raises(ValueError, match=r"row 7 has the fields .*'body' is missing"):
+        encode("row 7", ROWS[0])
 
 
 @pytest.mark.parametrize("templates", [{"completion": "{lable}"}, {"prompt": "{txt}"}])
@@ -250,6 +261,19 @@ def test_the_answer_of_a_conversation_has_labels(tokenizer):
     assert tokenizer.decode([x for x in row["labels"] if x != -100]) == "3 </s>"
     with pytest.raises(ValueError, match="x: the chat template"):
         Encoding(tokenizer=tokenizer)("x", {"messages": [1, 2]})
+    with pytest.raises(ValueError, match="x: the last message is of the role 'user'"):
+        Encoding(tokenizer=tokenizer)("x", {"messages": [*messages, messages[0]]})
+
+
+def test_a_conversation_has_its_tools(tokenizer):
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ tool.name }} {% endfor %}"
+        "{% for message in messages %}{{ message.content }} {% endfor %}"
+    )
+    messages = [{"role": "user", "content": "1 plus 2"}, {"role": "model", "content": "3"}]
+    row = {"messages": messages, "tools": [{"name": "plus"}]}
+    ids = Encoding(tokenizer=tokenizer)("x", row)["input_ids"]
+    assert tokenizer.decode(ids) == "plus 1 plus 2 3"
 
 
 def test_what_is_missing_is_said(tokenizer):
@@ -270,6 +294,25 @@ def test_rows_without_a_label_are_counted(tokenizer):
     rows = [("1", long), ("2", {"prompt": "1 is ", "completion": "1"}), ("3", long)]
     with pytest.warns(LeftOutWarning, match="2 of 3 rows of x are left out: .* max_length = 6"):
         assert len(encode_rows(rows, encode, "x")) == 1
+
+
+def test_what_is_cut_is_said_and_running_text_is_divided(tokenizer):
+    encode = Encoding(tokenizer=tokenizer, max_length=4)
+    rows = [("1", {"text": "1 plus 2 is 3 plus"}), ("2", {"text": "1"})]
+    with pytest.warns(LeftOutWarning, match=r"1 of 2 rows of x .*max_length = 4 .*: 3 tokens are"):
+        cut = encode_rows(rows, encode, "x")
+    assert [len(row["input_ids"]) for row in cut] == [4, 2]
+    whole = encode_rows(rows, encode, "x", to_pack=True)
+    assert [len(row["input_ids"]) for row in whole] == [7, 2]
+    packed = pack_rows(whole, 4)
+    assert [row["position_ids"] for row in packed] == [[0, 1, 2, 3], [0, 1, 2], [0, 1]]
+    assert [token for row in packed for token in row["input_ids"]] == [
+        token for row in whole for token in row["input_ids"]
+    ]
+    assert packed[1]["labels"] == [-100, *packed[1]["input_ids"][1:]]
+    asked = [("1", {"prompt": "1 plus", "completion": "2 is 3 plus"})]
+    with pytest.warns(LeftOutWarning, match="1 of 1 rows"):
+        assert len(encode_rows(asked, encode, "x", to_pack=True)[0]["input_ids"]) == 4
 
 
 def test_packing_and_padding():

@@ -252,6 +252,19 @@ def test_the_best_checkpoint_is_found_where_it_is(model_folder, tmp_path):
     assert state["best_model_checkpoint"] == str(best)
 
 
+def test_the_highest_loss_is_not_the_best(model_folder, tmp_path):
+    best = {"metric_for_best_model": "eval_loss_exit_2"}
+    with pytest.raises(ValueError, match="set greater_is_better=False"):
+        trainer_of(LayerSkipTrainer, model_folder, tmp_path, **best)
+    trainer_of(LayerSkipTrainer, model_folder, tmp_path, **best, greater_is_better=False)
+
+
+def test_exits_that_the_recipe_names_are_looked_at(model_folder, tmp_path):
+    recipe = RecipeConfig(rotation=1, exits=(3,), fixed_exits=(2,), exit_weighting="equal")
+    trainer = trainer_of(LayerSkipTrainer, model_folder, tmp_path, recipe)
+    assert {2, 3} < set(trainer.eval_exits)
+
+
 def test_a_loss_that_would_have_no_effect_is_refused(model_folder, tmp_path):
     with pytest.raises(ValueError, match="its own loss: leave out label_smoothing_factor"):
         trainer_of(LayerSkipTrainer, model_folder, tmp_path, label_smoothing_factor=0.1)

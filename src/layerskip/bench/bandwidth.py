@@ -10,12 +10,14 @@ from layerskip.decoding.clock import device_clock
 from layerskip.model import Decoder
 
 
-def read_bandwidth(device: torch.device, *, n_bytes: int = 2**30, passes: int = 5) -> float:
+def read_bandwidth(device: torch.device, *, n_bytes: int | None = None, passes: int = 5) -> float:
     """Bytes per second at which this machine reads memory: a sum over much more than its caches hold.
 
     The median of several passes, with the threads that PyTorch uses at this moment. The memory is given
     back afterwards.
     """
+    if n_bytes is None:  # of a GPU enough for its launch and the waiting not to count
+        n_bytes = 2**32 if device.type == "cuda" else 2**30
     memory = torch.ones(n_bytes // 4, dtype=torch.float32, device=device)
     now = device_clock(device)
     memory.sum()

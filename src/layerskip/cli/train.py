@@ -55,15 +55,26 @@ def _help(field: Any) -> str:
 
 def _without_effect(given: Mapping[str, Any], recipe: RecipeConfig) -> list[str]:
     """A line for each flag that the recipe does not look at."""
+    of_dropout = ("dropout_over_layers", "dropout_over_steps", "dropout_every")
+    of_curriculum = ("rotation", "exits", "exit_every")
+    of_exits = ("fixed_exits", "exit_weighting", "e_scale", "distillation_weight")
+    unused: dict[str, str] = {}
     if recipe.variant == "LD":
-        unused, cause = ["curriculum", "rotation", "exits", "exit_every"], "--variant LD"
-    else:
-        unused = {"rotational": [], "none": ["rotation", "exits", "exit_every"]}.get(
-            recipe.curriculum, ["rotation"]
-        )
-        cause = f"--curriculum {recipe.curriculum}"
-    flags = [f"--{name.replace('_', '-')}" for name in unused if name in given]
-    return [f"{flag} has no effect with {cause}" for flag in flags]
+        unused |= dict.fromkeys(("curriculum", *of_curriculum, *of_exits), "--variant LD")
+    elif recipe.curriculum != "rotational":
+        names = of_curriculum if recipe.curriculum == "none" else ("rotation",)
+        unused |= dict.fromkeys(names, f"--curriculum {recipe.curriculum}")
+    if recipe.variant == "EE":
+        unused |= dict.fromkeys(("p_max", *of_dropout), "--variant EE")
+    elif recipe.p_max == 0:
+        unused |= dict.fromkeys(of_dropout, "--p-max 0")
+    if recipe.exit_weighting == "equal":
+        unused.setdefault("e_scale", "--exit-weighting equal")
+    return [
+        f"--{name.replace('_', '-')} has no effect with {cause}"
+        for name, cause in unused.items()
+        if name in given
+    ]
 
 
 @click.command("train")

@@ -59,10 +59,11 @@ class TrainProgress:
 
 
 def _of_exits(logs: Mapping[str, float]) -> list[str]:
-    """Loss and token accuracy of each exit: "exit 8 0.31 (91%)"."""
-    exits = sorted(
-        int(key.removeprefix("loss_exit_")) for key in logs if key.startswith("loss_exit_")
-    )
-    return [
-        f"exit {e} {logs[f'loss_exit_{e}']:.3g} ({logs[f'accuracy_exit_{e}']:.0%})" for e in exits
-    ]
+    """Loss and token accuracy of each exit: "exit 8 0.31 (91%)", in evaluation "eval exit 8 ..."."""
+    said = []
+    for kind in ("", "eval_"):
+        loss, accuracy = f"{kind}loss_exit_", f"{kind}accuracy_exit_"
+        for e in sorted(int(key.removeprefix(loss)) for key in logs if key.startswith(loss)):
+            figures = f"{logs[f'{loss}{e}']:.3g} ({logs[f'{accuracy}{e}']:.0%})"
+            said.append(f"{kind.replace('_', ' ')}exit {e} {figures}")
+    return said

@@ -11,7 +11,7 @@ from torch import Tensor
 from layerskip.decoding.draft_length import DraftLength
 from layerskip.decoding.sampling import Sampling, TokenHistory, pick
 from layerskip.decoding.short_head import ShortHead
-from layerskip.model import Decoder, GoesOn, KVCache
+from layerskip.model import Decoder, GoesOn, KVCache, read_draft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +194,7 @@ class EarlyExitDrafter:
             if q is not None:
                 chosen_from.append(q)
             p = logits.float().softmax(dim=-1) if q is None else q
-            if goes_on is not None and not goes_on(int(tokens[-1]), confidence(p)):
+            if goes_on is not None and not goes_on(*read_draft(tokens[-1], confidence(p))):
                 break
         states = states or [decoder.embed(last[:, :0])]
         return torch.cat(states, dim=1), torch.cat(tokens, dim=1)[:, 1:], chosen_from
@@ -208,13 +208,13 @@ class EarlyExitDrafter:
         return torch.cat([whole, certain(behind, whole.shape[-1])], dim=1)
 
 
-def confidence(p: Tensor) -> float:
+def confidence(p: Tensor) -> Tensor:
     """How sure an exit is: the highest of its probabilities [1, 1, V], not that of what was drawn.
 
     Whether a token counts as drafted may depend on the distribution, but not on what was drawn from
     it, or tokens that are kept would not be distributed as q.
     """
-    return float(p.amax())
+    return p.amax()
 
 
 def certain(tokens: Tensor, vocab_size: int) -> Tensor:

@@ -3,7 +3,7 @@
 from layerskip.model.architecture import Architecture
 from layerskip.model.cache import KVCache
 from layerskip.model.checkpoint import Checkpoint, Files, load, open_files
-from layerskip.model.decoder import Decoder, GoesOn, most_likely
+from layerskip.model.decoder import Decoder, GoesOn, most_likely, read_draft
 from layerskip.model.families import FAMILIES, UnsupportedModelError
 from layerskip.model.merge import merge
 from layerskip.model.settings import Settings, StepCosts
@@ -28,5 +28,6 @@ __all__ = [
     "most_likely",
     "open_files",
     "pull",
+    "read_draft",
     "resolve",
 ]

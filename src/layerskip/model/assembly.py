@@ -17,6 +17,7 @@ from layerskip.model.architecture import Architecture
 from layerskip.model.decoder import Decoder, Layer
 from layerskip.model.families import FAMILIES
 from layerskip.model.linear import Linear
+from layerskip.model.machine import leave_out_cudnn_attention
 from layerskip.model.mlp import Experts, GatedMLP, PlainMLP
 from layerskip.model.norm import HeadNorm, LayerNorm, Norm, ProjectionNorm, RMSNorm
 from layerskip.model.taker import Change, Taker
@@ -50,6 +51,7 @@ def build(
     a = architecture
     names = FAMILIES[a.family].names
     place = torch.device(device)
+    leave_out_cudnn_attention(place)
     kind: type[Decoder] = Decoder
     if compiled and native.supports(a, dtype, place):
         kind = native.NativeDecoder

@@ -54,8 +54,9 @@ class KVCache:
         used = min(-(-longest // _TILE) * _TILE, self.capacity)
         shape = (*slots.shape[:2], len(lengths), *slots.shape[3:])
         self.slots, self.lengths = _zeros(shape, slots.dtype, slots.device), lengths
+        rows = rows.to(slots.device)
         for layer, kept in zip(slots, self.slots, strict=True):
-            kept[..., :used, :] = layer[:, rows.to(slots.device), :, :used]
+            kept[..., :used, :] = layer[:, rows, :, :used]
 
     def check_room(self, n: int) -> int:
         """Where the longest row would end with n more positions; ValueError where that is too far."""

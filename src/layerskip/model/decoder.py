@@ -221,7 +221,7 @@ class Decoder:
             else:
                 chosen, probability = exit_.choose_with_probability(states[-1])
             tokens.append(chosen if token_ids is None else token_ids[chosen])
-            if goes_on is not None and not goes_on(*_read(tokens[-1], probability)):
+            if goes_on is not None and not goes_on(*read_draft(tokens[-1], probability)):
                 break
         states = states or [self.embed(last[:, :0])]
         return torch.cat(states, dim=1), torch.cat(tokens, dim=1)[:, 1:]
@@ -307,7 +307,7 @@ def _capped_attention(
     return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
 
 
-def _read(token: Tensor, probability: Tensor) -> tuple[int, float]:
+def read_draft(token: Tensor, probability: Tensor) -> tuple[int, float]:
     """A token and its probability, both waited for at once."""
     found = torch.stack((token.flatten()[0].double(), probability.flatten()[0].double())).tolist()
     return int(found[0]), found[1]

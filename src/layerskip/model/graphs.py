@@ -6,11 +6,13 @@ caches are made over memory that graphs were recorded for. What changes from cal
 device: a pass knows its positions by a tensor, and attention reads up to the next power of two.
 """
 
+import contextlib
 import dataclasses
+import gc
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any
 
@@ -41,6 +43,8 @@ def recorder(device: torch.device) -> Record:
     pool = torch.cuda.graph_pool_handle()
     with torch.cuda.device(device):
         aside = torch.cuda.Stream()  # one for all: memory is shared by stream
+    capture = partial(torch.cuda.graph, pool=pool, stream=aside, capture_error_mode="thread_local")
+    anchor: list[torch.cuda.CUDAGraph] = []  # the pool would end with the last graph that has it
 
     def record(function: Callable[[], Outputs]) -> tuple[Callable[[], object], Outputs]:
         graph = torch.cuda.CUDAGraph()
@@ -50,13 +54,29 @@ def recorder(device: torch.device) -> Record:
             with torch.cuda.stream(aside):  # what is chosen or made once is not to be recorded
                 function()
             torch.cuda.current_stream().wait_stream(aside)
-            with torch.cuda.graph(
-                graph, pool=pool, stream=aside, capture_error_mode="thread_local"
-            ):
-                outputs = function()
+            with _no_garbage_collected():
+                if not anchor:
+                    first = torch.cuda.CUDAGraph()
+                    with capture(first):
+                        torch.zeros(1, device=device)
+                    anchor.append(first)
+                with capture(graph):
+                    outputs = function()
         return partial(_replay, graph, device), outputs
 
     return record
+
+
+@contextlib.contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """Graphs of a decoder that has gone may be garbage, and to let go of one would end a capture."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _replay(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
@@ -107,8 +127,9 @@ class Recordings:
                     made = self._made[key] = _Recording(self._recorder.record, function, inputs)
                 except RuntimeError as error:
                     self._recorder.record = None
+                    cause = error.__context__ or error  # ending a failed capture fails too
                     warnings.warn(
-                        f"going on without CUDA graphs, more slowly: {error}", stacklevel=2
+                        f"going on without CUDA graphs, more slowly: {cause}", stacklevel=2
                     )
                     return function(*inputs)
             return made(*inputs)

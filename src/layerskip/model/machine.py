@@ -34,6 +34,17 @@ def cpu_instructions() -> str:
     return _cpu_line("flags") or _cpu_line("Features") or platform.processor()
 
 
+def leave_out_cudnn_attention(device: torch.device) -> None:
+    """Have attention on CUDA use PyTorch's other kernels, in all of this process.
+
+    From some versions on cuDNN's come first on an H100. They are planned anew for every shape, which
+    takes tens of milliseconds, and nearly every pass over a growing context has another shape; so have
+    layers that some rows of a batch skip.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 @functools.cache
 def machine(device: torch.device) -> str:
     """A name for a GPU, or for a processor and its instructions: machines with one name cost alike."""

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from layerskip.model.quantize import GROUP, Quantized
 
-_BLOCK_WEIGHTS = 2**19  # unpacked at a time: what fits into a processor's cache
+# Unpacked at a time: what fits into a processor's cache; a GPU needs much work a launch.
+_BLOCK_WEIGHTS = {"cpu": 2**19, "cuda": 2**25}
 _BLOCK_ROWS = 64  # a multiple of what kernels lay out together
 
 
@@ -48,7 +49,8 @@ class Packed:
     def blocks(self) -> Iterator["Packed"]:
         """All rows in order, some at a time, so that unpacking them needs little memory."""
         n_out, n_in = self.shape
-        step = max(1, _BLOCK_WEIGHTS // n_in // _BLOCK_ROWS) * _BLOCK_ROWS
+        at_a_time = _BLOCK_WEIGHTS.get(self.codes.device.type, _BLOCK_WEIGHTS["cpu"])
+        step = max(1, at_a_time // n_in // _BLOCK_ROWS) * _BLOCK_ROWS
         return (self.rows(slice(start, start + step)) for start in range(0, n_out, step))
 
     def unpack(self) -> Quantized:

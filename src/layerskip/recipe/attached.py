@@ -149,6 +149,11 @@ class AttachedRecipe:
         labels: Tensor,
         weights: dict[int, float],
     ) -> Any:
+        if kwargs.get("fused_lm_head"):
+            raise ValueError(
+                "this trainer computes the loss itself (fused_lm_head): give it LayerSkipMixin, as in"
+                " class Mine(LayerSkipMixin, SFTTrainer)"
+            )
         num_items = kwargs.pop("num_items_in_batch", None)
         if isinstance(num_items, Tensor):
             num_items = num_items.to(labels.device)
@@ -239,8 +244,8 @@ class AttachedRecipe:
         self, number: int, plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """The forward of layer `number`, from 0: its own, but for the rows that skip it."""
-        # A pass that is over is kept for what is computed again in backward, so in training alone.
-        if self._pass is None or not (self._pass.is_running or self._model.training):
+        # A pass that is over is kept for what is computed again in backward, and for nothing else.
+        if self._pass is None or not (self._pass.is_running or _is_in_backward()):
             return plain(*args, **kwargs)
         layer = self._anatomy.layers[number]
         return self._pass.run_layer(number, layer, plain, *args, **kwargs)
@@ -285,6 +290,10 @@ class AttachedRecipe:
         for hook in self._hooks:
             hook.remove()
         delattr(self._model, HANDLE)
+
+
+def _is_in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _class_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:

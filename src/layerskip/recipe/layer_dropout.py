@@ -79,7 +79,10 @@ def run_on_kept_rows(
         ValueError: for an argument that cannot be sliced by row.
     """
     _refuse_unsliceable(args, kwargs)
-    kept = torch.nonzero(~skipped).flatten().to(hidden.device)
+    kept = torch.nonzero(~skipped).flatten()
+    if hidden.device.type == "cuda":  # else the host would wait for all work before
+        kept = kept.pin_memory()
+    kept = kept.to(hidden.device, non_blocking=True)
     batch = hidden.shape[0]
     output = layer(
         hidden.index_select(0, kept),

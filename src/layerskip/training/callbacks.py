@@ -38,6 +38,11 @@ class JsonLinesLog(TrainerCallback):
         lines = "".join(json.dumps(log) + "\n" for log in kept if state.global_step)
         replace(self._path, lines.encode())
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Have the last steps logged too, which may be fewer than there are between two logs."""
+        if control.should_training_stop:
+            control.should_log = True
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Write a line."""
         if not state.is_world_process_zero:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import string
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +17,16 @@ from layerskip.training.rows import Row
 
 
 class LeftOutWarning(UserWarning):
-    """Rows that nothing can be learnt from."""
+    """Rows, or parts of rows, that nothing is learnt from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
     """How a row becomes tokens and labels.
 
-    A row with `messages` goes through the chat template; one with the fields of `completion` is
-    prompt and completion; any other must have the field of running text. Where templates are named
-    that are not the defaults, every row must have their fields.
+    A row with `messages` goes through the chat template, with its `tools` where it has some; one with
+    the fields of `completion` is prompt and completion; any other must have the field of running text.
+    Where templates or a field of text are named that are not the defaults, every row must have them.
 
     Attributes:
         tokenizer: of transformers.
@@ -45,6 +45,10 @@ class Encoding:
     max_length: int = 1024
 
     def __call__(self, where: str, row: Mapping[str, Any]) -> dict[str, list[int]]:
+        """Tokens and labels of a row, cut at `max_length`; see `whole`."""
+        return _part(self.whole(where, row), 0, self.max_length)
+
+    def whole(self, where: str, row: Mapping[str, Any]) -> dict[str, list[int]]:
         """Tokens and labels of a row.
 
         Raises:
@@ -55,16 +59,25 @@ class Encoding:
         except (TypeError, UnicodeError) as error:  # such as half of an emoji
             raise ValueError(f"{where} cannot be made tokens of: {error}") from error
         labels = list(ids)
+        labels[:1] = [IGNORED_LABEL]  # predicted from nothing, and not to be counted either
         if self.completion_only:
             labels[:prompt] = [IGNORED_LABEL] * prompt
-        return {"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]}
+        return {"input_ids": ids, "labels": labels}
 
     def _ids(self, where: str, row: Mapping[str, Any]) -> tuple[int, list[int]]:
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
         # Where a template is named, a field that is misspelt must not pass for a row of another kind.
         is_named = (self.prompt, self.completion) != (Encoding.prompt, Encoding.completion)
+        if not is_named and self.text_field != Encoding.text_field:
+            if not isinstance(text := row.get(self.text_field), str):
+                kind = type(text).__name__ if self.text_field in row else "missing"
+                raise ValueError(
+                    f"{where} has the fields {sorted(row)}; {self.text_field!r} is {kind}, a text is"
+                    " needed"
+                )
+            return 0, self.tokenizer(text)["input_ids"] + end
         if not is_named and row.get("messages") is not None:  # parquet has the column in all rows
-            return self._chat(where, row["messages"])
+            return self._chat(where, row["messages"], row.get("tools"))
         try:
             completion = _FILLED.vformat(self.completion, (), row)
         except _UNFILLED as error:
@@ -110,17 +123,25 @@ class Encoding:
     def _leads_with_a_space(self) -> bool:
         return str((self.tokenizer.tokenize("x") or [""])[0]).startswith("\u2581")
 
-    def _chat(self, where: str, messages: Any) -> tuple[int, list[int]]:
+    def _chat(self, where: str, messages: Any, tools: Any) -> tuple[int, list[int]]:
+        template = functools.partial(
+            self.tokenizer.apply_chat_template, tools=tools or None, tokenize=False
+        )
         try:
-            template = self.tokenizer.apply_chat_template
-            whole = template(messages, tokenize=False)
-            asked = template(messages[:-1], tokenize=False, add_generation_prompt=True)
+            role = messages[-1]["role"]
+            whole = template(messages)
+            asked = template(messages[:-1], add_generation_prompt=True)
         except Exception as error:  # a template raises whatever its author chose
             raise ValueError(
                 f"{where}: the chat template does not take its messages: {error}"
             ) from error
+        if role in ("user", "system", "tool"):
+            raise ValueError(f"{where}: the last message is of the role {role!r}, not an answer")
         if not whole.startswith(asked):
-            raise ValueError(f"{where}: the last message is not an answer to those before it")
+            raise ValueError(
+                f"{where}: the last message is not an answer to those before it, as the chat template"
+                " writes them; prompt and completion as texts need no template"
+            )
         before = self.tokenizer(asked, add_special_tokens=False)["input_ids"]
         after = self._behind(asked, before, whole[len(asked) :], special=False)
         return len(before), before + after
@@ -144,17 +165,31 @@ def _why(error: Exception) -> str:
     return "" if isinstance(error, KeyError) else f" ({error})"
 
 
-def encode_rows(rows: Iterable[Row], encoding: Encoding, source: str) -> list[dict[str, list[int]]]:
-    """Encode all rows; those whose labels were all cut off are left out, with a `LeftOutWarning`.
+def encode_rows(
+    rows: Iterable[Row], encoding: Encoding, source: str, *, to_pack: bool = False
+) -> list[dict[str, list[int]]]:
+    """Encode all rows; a `LeftOutWarning` says what is cut off, and which rows are left out for it.
+
+    Args:
+        rows: where each stands, and the row.
+        encoding: says where rows are cut.
+        source: what to call them.
+        to_pack: running text is left whole, for `pack_rows` to divide.
 
     Raises:
         ValueError: for a bad row, no rows at all, or none with a label.
     """
-    encoded = [encoding(where, row) for where, row in rows]
+    encoded = [encoding.whole(where, row) for where, row in rows]
     if not encoded:
         raise ValueError(f"{source} has no rows")
-    # The first token is predicted from nothing, so its label does not count.
-    labelled = [row for row in encoded if any(x != IGNORED_LABEL for x in row["labels"][1:])]
+    lost: list[int] = []  # tokens of each row that is cut
+    for number, row in enumerate(encoded):
+        beyond = len(row["input_ids"]) - encoding.max_length
+        if beyond > 0 and not (to_pack and _is_running_text(row)):
+            encoded[number] = _part(row, 0, encoding.max_length)
+            if _has_label(encoded[number]):
+                lost.append(beyond)
+    labelled = [row for row in encoded if _has_label(row)]
     if not labelled:
         raise ValueError(
             f"no row of {source} has a label within max_length = {encoding.max_length} tokens: "
@@ -167,17 +202,38 @@ def encode_rows(rows: Iterable[Row], encoding: Encoding, source: str) -> list[di
             LeftOutWarning,
             stacklevel=2,
         )
+    if lost:
+        warnings.warn(
+            f"{len(lost)} of {len(encoded)} rows of {source} are longer than max_length ="
+            f" {encoding.max_length} tokens and cut there: {sum(lost)} tokens are lost",
+            LeftOutWarning,
+            stacklevel=2,
+        )
     return labelled
 
 
-def pack_rows(rows: Sequence[Mapping[str, list[int]]], length: int) -> list[dict[str, list[int]]]:
-    """Put whole documents one after the other into rows of at most `length` tokens.
+def _has_label(row: Mapping[str, list[int]]) -> bool:
+    """The first token is predicted from nothing, so its label does not count."""
+    return any(label != IGNORED_LABEL for label in row["labels"][1:])
 
-    `position_ids` start again with each document, from which transformers keeps attention within
-    it; the first token of a document has no label, or the one before it would have to predict it.
+
+def _part(row: Mapping[str, list[int]], begin: int, end: int) -> dict[str, list[int]]:
+    return {name: values[begin:end] for name, values in row.items()}
+
+
+def _is_running_text(row: Mapping[str, list[int]]) -> bool:
+    return IGNORED_LABEL not in row["labels"][1:]
+
+
+def pack_rows(rows: Sequence[Mapping[str, list[int]]], length: int) -> list[dict[str, list[int]]]:
+    """Put documents one after the other into rows of at most `length` tokens.
+
+    A longer document comes in several parts, each a document of its own. `position_ids` start again
+    with each document, from which transformers keeps attention within it; the first token of a
+    document has no label, or the one before it would have to predict it.
     """
     packed: list[dict[str, list[int]]] = []
-    for row in rows:
+    for row in _parts(rows, length):
         tokens = len(row["input_ids"])
         if not packed or len(packed[-1]["input_ids"]) + tokens > length:
             packed.append({"input_ids": [], "labels": [], "position_ids": []})
@@ -185,6 +241,16 @@ def pack_rows(rows: Sequence[Mapping[str, list[int]]], length: int) -> list[dict
         packed[-1]["labels"] += [IGNORED_LABEL, *row["labels"][1:]]
         packed[-1]["position_ids"] += range(tokens)
     return packed
+
+
+def _parts(
+    rows: Iterable[Mapping[str, list[int]]], length: int
+) -> Iterator[Mapping[str, list[int]]]:
+    for row in rows:
+        for begin in range(0, len(row["input_ids"]), length):
+            part = _part(row, begin, begin + length)
+            if len(part["input_ids"]) > 1:  # a single token predicts nothing
+                yield part
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from layerskip.training.config import TrainConfig
 from layerskip.training.source import pretrained, pretrained_weights
 
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # else transformers would ask
-_SHORT_ROWS = 512  # tokens; attention that keeps its weights needs little memory up to here
+_SHORT_ROWS = 512  # tokens; up to here attention that keeps its weights is faster on a CPU
+_KEPT_BYTES = 2 * 2**30  # of such weights, at most
 
 
 def load_tokenizer(config: TrainConfig) -> Any:
@@ -100,9 +101,17 @@ def load_model(config: TrainConfig) -> PreTrainedModel:
     """The model in float32, as published or from random weights; ValueError if it cannot be had."""
     model = _random_model(config.model) if config.from_scratch else pretrained_model(config.model)
     _make_savable(model)
-    if config.max_length <= _SHORT_ROWS and not torch.cuda.is_available():
+    is_short = config.max_length <= _SHORT_ROWS and _kept_bytes(model, config) <= _KEPT_BYTES
+    if is_short and not torch.cuda.is_available():
         model.set_attn_implementation("eager")  # faster a step than the CPU's flash kernel
     return model
+
+
+def _kept_bytes(model: PreTrainedModel, config: TrainConfig) -> int:
+    """What attention keeps for backward where it keeps its weights, of a batch of the longest rows."""
+    shape: Any = model.config.get_text_config()
+    heads, layers = shape.num_attention_heads, shape.num_hidden_layers
+    return int(4 * config.batch_size * heads * layers * config.max_length**2)
 
 
 def _random_model(name: str) -> PreTrainedModel:

@@ -43,7 +43,8 @@ class RecipeCallback(TrainerCallback):
         if self._attached.last is None:
             raise ValueError(
                 "the model was called without labels, so the recipe had no loss: leave out what "
-                "computes another, such as compute_loss_func"
+                "computes another, such as compute_loss_func, and give a trainer that computes its own "
+                "(TRL's) LayerSkipMixin"
             )
 
 
@@ -53,6 +54,12 @@ def check_arguments(args: Any) -> None:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process are not supported: start with "
             "`torchrun` or `accelerate launch`, or choose one with CUDA_VISIBLE_DEVICES"
+        )
+    metric = getattr(args, "metric_for_best_model", None) or ""
+    if "loss_exit_" in metric and args.greater_is_better:
+        raise ValueError(
+            f"the best {metric} is the lowest, but transformers takes it for the highest: set "
+            "greater_is_better=False"
         )
     if args.label_smoothing_factor or getattr(args, "loss_type", None) not in (None, "nll"):
         raise ValueError(

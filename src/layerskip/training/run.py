@@ -242,11 +242,11 @@ def _load_data(
         completion_only=config.completion_only,
         max_length=config.max_length,
     )
-    rows = encode_rows(train_rows, encoding, config.data)
+    rows = encode_rows(train_rows, encoding, config.data, to_pack=config.packing)
     held_out: list[dict[str, list[int]]] = []
     if eval_rows is not None:
         assert config.eval_data is not None
-        held_out = encode_rows(eval_rows, encoding, config.eval_data)
+        held_out = encode_rows(eval_rows, encoding, config.eval_data, to_pack=config.packing)
     elif config.eval_rows:
         if config.eval_rows >= len(rows):
             raise ValueError(f"eval_rows is {config.eval_rows}, but there are {len(rows)} rows")
@@ -325,6 +325,8 @@ def _trainer(
         recipe=config.effective_recipe,
         eval_exits=config.eval_exits,
     )
+    if config.eval_exits is None and config.exit_layer is not None:  # the one that will draft
+        trainer.eval_exits = tuple(sorted({*trainer.eval_exits, config.exit_layer}))
     trainer.remove_callback(PrinterCallback)  # prints to stdout where there is no progress bar
     if config.max_minutes is not None:
         trainer.add_callback(TimeBudget(config.max_minutes))

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
+from layerskip.model.machine import leave_out_cudnn_attention
 from layerskip.recipe import RecipeConfig, attach
 from layerskip.recipe.exit_loss import IGNORED_LABEL
 from layerskip.training.checkpoints import (
@@ -41,7 +42,7 @@ class LayerSkipMixin:
     Args:
         recipe: the settings.
         eval_exits: exits looked at in evaluation, beside the last layer; None = about eight, evenly
-            spread, and the recipe's fixed ones.
+            spread, and those that the recipe names.
         args, kwargs: the trainer's own.
 
     Raises:
@@ -59,6 +60,7 @@ class LayerSkipMixin:
         super().__init__(*args, **kwargs)
         trainer = self._trainer
         check_arguments(trainer.args)
+        leave_out_cudnn_attention(trainer.args.device)  # rows that skip layers change the shapes
         if getattr(trainer, "compute_loss_func", None) is not None:
             raise ValueError(
                 "the recipe computes its own loss: compute_loss_func would have no effect; leave it out"
@@ -71,7 +73,7 @@ class LayerSkipMixin:
         layers = self.attached.num_layers
         if eval_exits is None:
             spread = range(max(1, layers // 8), layers, max(1, layers // 8))
-            eval_exits = {*spread, *recipe.fixed_exits}
+            eval_exits = {*spread, *recipe.fixed_exits, *(recipe.exits or ())}
         self.eval_exits = tuple(sorted(eval_exits))
         if outside := [e for e in self.eval_exits if not 1 <= e <= layers]:
             raise ValueError(f"eval_exits names {outside}; an exit is 1 to {layers}")
@@ -127,8 +129,10 @@ class LayerSkipMixin:
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own; a gradient that is not finite is no step either, though the loss was."""
         norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[misc]
-        # With float16 there is a scaler, which leaves such steps out.
-        if self._trainer.accelerator.scaler is None:
+        accelerator = self._trainer.accelerator
+        # With float16 there is a scaler, which leaves such steps out; DeepSpeed has its own.
+        is_scaled = accelerator.scaler is not None or accelerator.distributed_type == "DEEPSPEED"
+        if norm is not None and not is_scaled:
             self._must_be_finite("the norm of the gradient", float(norm))
         return norm
 
@@ -228,9 +232,9 @@ class LayerSkipMixin:
         """
         loader: Any = super().get_train_dataloader()  # type: ignore[misc]
         batches: Any = loader.batch_sampler
-        inner = getattr(batches, "batch_sampler", None)
-        if inner is not None and not hasattr(batches, "sampler"):
-            batches.sampler = inner.sampler
+        sampler = getattr(getattr(batches, "batch_sampler", None), "sampler", None)
+        if sampler is not None and not hasattr(batches, "sampler"):
+            batches.sampler = sampler
         return loader
 
     def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:

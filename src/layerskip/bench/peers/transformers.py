@@ -13,6 +13,7 @@ from layerskip.bench.peers.job import PROMPT_LOOKUP_TOKENS, Job
 from layerskip.bench.peers.recorder import Recorder
 from layerskip.decoding.clock import device_clock
 from layerskip.model import open_files, tokenizer
+from layerskip.model.machine import leave_out_cudnn_attention
 from layerskip.model.weights import GgufFile
 
 # What transformers does unless it is told otherwise: up to 20 tokens, as long as the exit is so sure.
@@ -42,6 +43,7 @@ class Peer:
         torch.set_num_threads(job.threads)
         self._job = job
         self._device = torch.device(job.device)
+        leave_out_cudnn_attention(self._device)  # it would plan anew for every token
         self._memory = PeakMemory(self._device)
         self._model = _load(Path(job.model), job.dtype).to(self._device).eval()
         self._tokenizer = None if job.tokenizer is None else tokenizer.load(Path(job.tokenizer))
