@@ -311,23 +311,33 @@ constexpr int rows_of(int kind) {
   return PARTS > 1 ? TILES / 2 : quantized ? TILES * 3 / 4 : TILES;
 }
 // Whether memory is read fastest panel after panel, as one stream of a thread, or several at a time; and
-// how many vectors of 16-bit weights, and groups of quantized ones, are fetched before they are needed.
+// how many vectors of whole weights, and groups of quantized ones, are fetched before they are needed.
+// The more rows, the longer arithmetic takes, and the farther ahead memory has to be, to go on meanwhile.
 #if defined(__znver5__)
-constexpr bool ONE_STREAM = true, ONE_QUANTIZED_STREAM = true;
-constexpr int AHEAD = 64, GROUPS_AHEAD = 32;
-constexpr int NEARNESS = 3;  // of quantized weights: into the nearest cache
+constexpr bool one_stream(int) { return true; }
+constexpr bool ONE_QUANTIZED_STREAM = true;
+constexpr int ahead(int) { return 64; }
+constexpr int GROUPS_AHEAD = 32;
+constexpr int nearness(int) { return 3; }  // into the nearest cache
+constexpr int QUANTIZED_NEARNESS = 3;
 #elif defined(__znver4__)
-constexpr bool ONE_STREAM = false, ONE_QUANTIZED_STREAM = true;
-constexpr int AHEAD = 4, GROUPS_AHEAD = 24;
-constexpr int NEARNESS = 2;  // the second: fetches into the nearest wait for one another
+constexpr bool one_stream(int rows) { return rows > 2; }
+constexpr bool ONE_QUANTIZED_STREAM = true;
+constexpr int ahead(int rows) { return rows > 2 ? 128 : 4; }
+constexpr int GROUPS_AHEAD = 24;
+constexpr int nearness(int rows) { return rows > 2 ? 2 : 3; }  // fetches into the nearest wait for one another
+constexpr int QUANTIZED_NEARNESS = 2;
 #else
-constexpr bool ONE_STREAM = false, ONE_QUANTIZED_STREAM = false;
-constexpr int AHEAD = 4, GROUPS_AHEAD = 12;
-constexpr int NEARNESS = 3;
+constexpr bool one_stream(int) { return false; }
+constexpr bool ONE_QUANTIZED_STREAM = false;
+constexpr int ahead(int) { return 4; }
+constexpr int GROUPS_AHEAD = 12;
+constexpr int nearness(int) { return 3; }
+constexpr int QUANTIZED_NEARNESS = 3;
 #endif
 constexpr int panels_of(int kind, int rows) {
   const bool quantized = kind == INT8 || kind == INT4;  // these keep two sums each
-  if (quantized ? ONE_QUANTIZED_STREAM : ONE_STREAM) return 1;
+  if (quantized ? ONE_QUANTIZED_STREAM : one_stream(kind == FLOAT32 ? rows / 2 : rows)) return 1;
   const int sums = rows * PARTS;
   if (quantized && sums > 2) return sums > TILES * 3 / 8 ? 1 : TILES * 3 / 4 / sums;
   const int tiles = quantized ? TILES / 2 : TILES;
@@ -359,7 +369,7 @@ inline void add_group(const Matrix &w, int64_t panel, int64_t g, const char *inp
     for (int p = 0; p < P; p++) {
       const Words weights = load<Words>(base + ((p * groups + g) * PACKED + k) * LANES);
       if constexpr ((ONE_QUANTIZED_STREAM || R > 2) && PART == 0)
-        __builtin_prefetch(base + ((p * groups + g + GROUPS_AHEAD) * PACKED + k) * LANES, 0, NEARNESS);
+        __builtin_prefetch(base + ((p * groups + g + GROUPS_AHEAD) * PACKED + k) * LANES, 0, QUANTIZED_NEARNESS);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         const uint32_t *codes = (const uint32_t *)(inputs + r * stride) + at * (GROUP / 4);
@@ -426,7 +436,7 @@ inline void tile(const Matrix &w, int64_t panel, const char *inputs, int64_t str
 #pragma GCC unroll 16
       for (int p = 0; p < P; p++) {
         const float *at = base + (p * n + k) * LANES;
-        if (R > 2) __builtin_prefetch(at + 2 * AHEAD * LANES);
+        if (R > 2) __builtin_prefetch(at + 2 * ahead(R / 2) * LANES, 0, nearness(R / 2));
         add_column<R>(load_panel(at), inputs, stride, k, sums[p]);
       }
   } else if constexpr (KIND == BFLOAT16) {
@@ -435,7 +445,7 @@ inline void tile(const Matrix &w, int64_t panel, const char *inputs, int64_t str
 #pragma GCC unroll 16
       for (int p = 0; p < P; p++) {
         const uint32_t *at = base + (p * (n / 2) + k) * LANES;
-        __builtin_prefetch(at + AHEAD * LANES);
+        __builtin_prefetch(at + ahead(R) * LANES, 0, nearness(R));
 #if defined(VECTORS_OF_16) && defined(__AVX512BF16__)
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++)
@@ -835,7 +845,7 @@ struct Pass {
   }
 
   // Queries of one sequence that share keys and values are answered together, some at a time. Where
-  // there are few of them, threads share the positions too.
+  // there are few of them, threads share the positions too: each reads its part of them once, in order.
   void attend(const Layer &layer, int64_t index) const {
     const int64_t hd = m.head_dim, groups = m.heads / m.kv_heads, queries = positions * groups;
     const int64_t blocks = (queries + TOGETHER - 1) / TOGETHER, of_one = queries * (hd + 2);
@@ -853,20 +863,27 @@ struct Pass {
         for (int64_t q = 0; q < some.last - some.first; q++) joined[q].end(hd);
       }
     } else {
-      // In turns, since chunks that a sequence or window does not reach are no work.
-      for (int64_t i = thread; i < batch * m.kv_heads * chunks * blocks; i += threads) {
-        const int64_t block = i % blocks, chunk = i / blocks % chunks, of = i / blocks / chunks;
-        const Share some = share(queries, block, blocks);
-        float *to = partial + (of * chunks + chunk) * of_one + some.first * (hd + 2);
-        answer(layer, index, of / m.kv_heads, of % m.kv_heads, some, chunk, to);
+      const int64_t first = first_chunk(layer), reached = chunks - first;
+      // Blocks of a chunk go to one thread, unless there are so few chunks that some thread would idle.
+      const int64_t splits = batch * m.kv_heads * reached < 4 * threads ? blocks : 1, at_once = blocks / splits;
+      const int64_t units = batch * m.kv_heads * reached * splits;
+      // Of several sequences in turns, since chunks that one does not reach are no work.
+      const Share mine = batch > 1 ? Share{thread, units} : share(units, thread, threads);
+      for (int64_t i = mine.first; i < mine.last; i += batch > 1 ? threads : 1) {
+        const int64_t chunk = first + i / splits % reached, of = i / splits / reached;
+        for (int64_t j = 0; j < at_once; j++) {
+          const Share some = share(queries, i % splits + j, blocks);
+          float *to = partial + (of * chunks + chunk) * of_one + some.first * (hd + 2);
+          answer(layer, index, of / m.kv_heads, of % m.kv_heads, some, chunk, to);
+        }
       }
       team.wait(threads);
-      const Share mine = share(batch * m.kv_heads * queries, thread, threads);
-      for (int64_t i = mine.first; i < mine.last; i++) {
+      const Share own = share(batch * m.kv_heads * queries, thread, threads);
+      for (int64_t i = own.first; i < own.last; i++) {
         const int64_t q = i % queries, of = i / queries;
         Joined joined;
         joined.begin(attended_of(of / m.kv_heads, of % m.kv_heads, q), hd);
-        for (int64_t chunk = 0; chunk < chunks; chunk++)
+        for (int64_t chunk = first; chunk < chunks; chunk++)
           joined.take(partial + (of * chunks + chunk) * of_one + q * (hd + 2), hd);
         joined.end(hd);
       }
@@ -916,6 +933,12 @@ struct Pass {
       answer<BFLOAT16>(layer, index, b, kv, some, chunk, parts);
   }
 
+  // Numbers that hold a query's weights of a chunk: two weights each where pairs are multiplied.
+  template <int KIND>
+  static constexpr int64_t weights_of() {
+    return KIND == BFLOAT16 && PAIRS ? CHUNK / 2 : CHUNK;
+  }
+
   // The parts of some queries: softmax(q K / sqrt(head_dim)) V over one chunk of positions.
   template <int KIND>
   void answer(const Layer &layer, int64_t index, int64_t b, int64_t kv, const Share &some, int64_t chunk,
@@ -937,25 +960,28 @@ struct Pass {
     const Matrix keys{KIND, last * LANES, hd, slot(index, 0, b, kv), nullptr, nullptr, nullptr};
     const float scale = 1.0f / std::sqrt((float)hd);
     multiply(keys, first, last, queries, n, {scores - start, CHUNK, last * LANES, false, scale, nullptr});
+    if (QUANTIZED_NEARNESS == 2) {  // the keys of the next chunk, meanwhile
+      const char *next = slot(index, 0, b, kv) + (start + CHUNK) * hd * element();
+      for (int64_t at = 0; at < CHUNK * hd * element(); at += 64) __builtin_prefetch(next + at, 0, QUANTIZED_NEARNESS);
+    }
     // Values are taken in whole pairs, or tiles, of positions: what is not seen weighs 0.
     const Seen whole{all.begin / PAIRED * PAIRED - start, (all.end + PAIRED - 1) / PAIRED * PAIRED - start};
     const char *values = slot(index, 1, b, kv) + start * hd * element();
+    constexpr int64_t of_query = weights_of<KIND>();
+    alignas(64) float rounded[of_query < CHUNK ? TOGETHER * of_query : 1];
+    float *weights = of_query < CHUNK ? rounded : scores;
+    for (int64_t i = 0; i < n; i++)
+      soften<KIND>(scores + i * CHUNK, weights + i * of_query, whole,
+                   seen(layer, b, (some.first + i) / groups, chunk).from(start), parts + i * of_one + hd);
 #ifdef MATRIX_UNIT
     if (KIND == BFLOAT16 && has_matrix_unit()) {
-      alignas(64) uint16_t weights[TOGETHER * CHUNK];
-      for (int64_t i = 0; i < n; i++)
-        soften(scores + i * CHUNK, weights + i * CHUNK, whole,
-               seen(layer, b, (some.first + i) / groups, chunk).from(start), parts + i * of_one + hd);
       const Tiled tiled{values + whole.begin * hd * 2, LANES * 4, PAIRED * hd * 2, hd * 4};
-      return product_in_tiles(tiled, 0, hd / LANES, (whole.end - whole.begin) / DEEP, (const char *)(weights + whole.begin),
-                              CHUNK * 2, n, {parts, of_one, hd, false, 1.0f, nullptr});
+      return product_in_tiles(tiled, 0, hd / LANES, (whole.end - whole.begin) / DEEP,
+                              (const char *)(rounded + whole.begin / 2), CHUNK * 2, n, {parts, of_one, hd, false, 1.0f, nullptr});
     }
 #endif
-    for (int64_t i = 0; i < n; i++)
-      soften(scores + i * CHUNK, nullptr, whole,
-             seen(layer, b, (some.first + i) / groups, chunk).from(start), parts + i * of_one + hd);
     for (int64_t i = 0; i < n; i += QUERIES)
-      weigh_values<KIND, QUERIES>(values, whole, n - i, scores + i * CHUNK, parts + i * of_one);
+      weigh_values<KIND, QUERIES>(values, whole, n - i, weights + i * of_query, parts + i * of_one);
   }
 
   // Positions [begin, end).
@@ -967,6 +993,12 @@ struct Pass {
     }
     Seen from(int64_t start) const { return {begin - start, end - start}; }
   };
+  // The first chunk that any row sees.
+  int64_t first_chunk(const Layer &layer) const {
+    int64_t shortest = lengths[0];
+    for (int64_t b = 1; b < batch; b++) shortest = lengths[b] < shortest ? lengths[b] : shortest;
+    return layer.window && shortest >= layer.window ? (shortest + 1 - layer.window) / CHUNK : 0;
+  }
   // Those that a row of sequence b sees in a chunk.
   Seen seen(const Layer &layer, int64_t b, int64_t row, int64_t chunk) const {
     const int64_t end = lengths[b] + row + 1, begin = layer.window && end > layer.window ? end - layer.window : 0;
@@ -974,9 +1006,10 @@ struct Pass {
     return {begin > start ? begin : start, end < stop ? end : stop};
   }
 
-  // Scores over `whole` to weights e^(score - top), 0 where nothing is seen; then top and their sum. With
-  // `rounded`, they are written there in bfloat16, and the sum is of these.
-  void soften(float *scores, uint16_t *rounded, Seen whole, Seen seen, float *top_and_total) const {
+  // Scores over `whole` to weights e^(score - top), 0 where nothing is seen; then top and their sum. Where
+  // pairs are multiplied they are in bfloat16, and the sum is of these.
+  template <int KIND>
+  void soften(float *scores, float *weights, Seen whole, Seen seen, float *top_and_total) const {
     if (seen.end < seen.begin) seen.end = seen.begin = whole.begin;
     for (int64_t s = whole.begin; s < seen.begin; s++) scores[s] = -INFINITY;
     for (int64_t s = seen.end; s < whole.end; s++) scores[s] = -INFINITY;
@@ -986,12 +1019,12 @@ struct Pass {
     for (int64_t s = whole.begin; s < whole.end; s += WIDTH) {
       const Vec score = load<Vec>(scores + s);
       Vec weight = score > -INFINITY ? exponential(score - top) : Vec{};
-      if (rounded) {
+      if constexpr (weights_of<KIND>() < CHUNK) {
         const Halves halves = to_bfloat16(weight);
-        store<Halves>(rounded + s, halves);
+        store<Halves>(weights + s / 2, halves);
         weight = from_bfloat16(halves);
       } else {
-        store<Vec>(scores + s, weight);
+        store<Vec>(weights + s, weight);
       }
       total += weight;
     }
@@ -1020,6 +1053,20 @@ struct Pass {
       for (int j = 0; j < N; j++) sums[i][j] = Vec{};
     for (int64_t s = whole.begin; s < whole.end; s += 2) {
       const char *at = values + (s * m.head_dim + (KIND == FLOAT32 ? k : 2 * k)) * element();
+#if defined(VECTORS_OF_16) && defined(__AVX512BF16__)
+      if constexpr (KIND == BFLOAT16) {
+        Words pairs[N];
+#pragma GCC unroll 16
+        for (int j = 0; j < N; j++) pairs[j] = load<Words>(at + j * WIDTH * 4);
+#pragma GCC unroll 16
+        for (int i = 0; i < Q; i++) {
+          const uint32_t two = load<uint32_t>(weights + i * weights_of<KIND>() + s / 2);
+#pragma GCC unroll 16
+          for (int j = 0; j < N; j++) sums[i][j] = dot2(sums[i][j], pairs[j], two);
+        }
+        continue;
+      }
+#endif
 #pragma GCC unroll 2
       for (int second = 0; second < 2; second++) {
         Vec v[N];
@@ -1132,7 +1179,7 @@ void run(const Model *m, const float *hidden, float *x, const int64_t *lengths, 
   int64_t longest = 0;
   for (int64_t b = 0; b < batch; b++) longest = lengths[b] > longest ? lengths[b] : longest;
   const int64_t chunks = (longest + positions + CHUNK - 1) / CHUNK, queries = rows * (m->heads / m->kv_heads);
-  const bool few = queries / TOGETHER * m->kv_heads < 2 * threads && chunks > 1;
+  const bool few = queries <= 16 * TOGETHER && chunks > 1;
   const Buffer<float> partial(few ? m->kv_heads * chunks * queries * (hd + 2) : 1);
   memcpy(x, hidden, rows * m->hidden * sizeof(float));
   Team team;
