@@ -199,6 +199,24 @@ def test_long_contexts_have_the_same_bits_however_threads_share_them(case, kind,
     assert torch.equal(outcomes[0], outcomes[1])
 
 
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["llama3.2", "qwen3-sliding"])
+def test_long_contexts_of_several_lengths_together(case, kind, n, tmp_path):
+    decoder = compiled(saved(case, tmp_path), kind)
+    tokens, lengths = tiny_models.token_ids(case, 3, 400), (390, 130, 260)
+    together, alone = decoder.new_cache(400, 3), []
+    decoder.run(decoder.embed(tokens), 0, LAYERS, together)
+    together.lengths = torch.tensor(lengths)
+    for row, length in enumerate(lengths):
+        cache = decoder.new_cache(400)
+        decoder.run(decoder.embed(tokens[row : row + 1, :length]), 0, LAYERS, cache)
+        cache.lengths += length
+        alone.append(decoder.run(decoder.embed(tokens[row : row + 1, :n]), 0, LAYERS, cache))
+    passed = decoder.run(decoder.embed(tokens[:, :n]), 0, LAYERS, together)
+    assert torch.equal(passed, torch.cat(alone))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["llama3.2", "mistral", "qwen3-sliding"])
 def test_self_speculative_equals_plain_in_every_type(case, kind, tmp_path):
