@@ -62,6 +62,12 @@ def test_tasks_have_goals_of_their_own(task, wanted):
     assert by_goal({"m": measured})["auto / plain"]["wanted"] == wanted
 
 
+def test_the_built_in_checkpoint_is_to_be_faster():
+    measured = part(own(90.0, 216.0)) | {"model": "smollm2-135m-layerskip"}
+    line = by_goal({"m": measured})["auto / plain"]
+    assert (line["wanted"], line["met"]) == (2.5, False)
+
+
 def test_four_bits_have_no_goal_over_plain_and_only_16_bits_a_ceiling():
     lines = by_goal({"m topv2 int4": part(own(90.0, 135.0), weights="int4")})
     assert lines["auto / plain"]["met"] is None

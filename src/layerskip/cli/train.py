@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import click
+import torch
 
 from layerskip.cli import options
 from layerskip.recipe import RecipeConfig
@@ -115,6 +116,8 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
             click.echo(f"layerskip: {line}", err=True)
     with options.warnings_in_one_line(), TrainProgress(is_shown=is_first) as progress:
         result = train(settings, progress)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads may abort a process that just ends
     if not is_first:
         return
     if as_json:

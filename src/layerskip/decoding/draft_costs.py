@@ -16,10 +16,10 @@ _BESIDE_PRODUCTS = 0.03
 # Passes over 1, 2, ... positions in PyTorch, by the bits that a weight is kept in, as one machine had
 # them (benchmarks/results/kernels-zen4.json): two rows of float32 take nearly twice the time.
 PASSES_IN_PYTORCH = {
-    32: (1.0, 1.77, 2.24, 1.52, 1.54, 1.78, 1.67, 1.55, 1.59),
-    16: (1.0, 1.03, 1.03, 1.03, 1.03, 1.03, 1.04, 1.04, 1.08),
-    8: (1.0, 1.1, 1.22, 1.44, 2.22, 2.29, 2.31, 2.32, 2.59),
-    4: (1.0, 1.1, 1.3, 1.46, 1.98, 1.98, 2.03, 2.07, 2.25),
+    32: (1.0, 1.73, 2.18, 1.42, 1.31, 1.34, 1.34, 1.35, 1.37),
+    16: (1.0, 1.09, 1.01, 1.0, 1.01, 1.02, 1.07, 1.12, 1.18),
+    8: (1.0, 1.15, 1.31, 1.44, 2.21, 2.27, 2.29, 2.31, 2.56),
+    4: (1.0, 1.01, 1.05, 1.18, 1.73, 1.81, 1.8, 1.79, 1.99),
 }
 _ROW_COST_ON_A_GPU = 0.01
 # What one more position adds to attention over a long context, as a share of what one takes: keys and

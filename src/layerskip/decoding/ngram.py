@@ -38,10 +38,11 @@ class NgramIndex:
         self.tokens += tokens
         end = len(self.tokens)
         # Runs that something follows: the newest is left out, or it would find itself.
-        for place in range(max(begin, MIN_MATCH), end):
-            for n, after in self._after.items():
-                if n <= place:
-                    after[tuple(self.tokens[place - n : place])] = place
+        for n, after in self._after.items():
+            first = max(begin, n)
+            new = self.tokens[first - n : end - 1]
+            runs = zip(*(new[i:] for i in range(n)), strict=False)
+            after.update(zip(runs, range(first, end), strict=False))
 
     def propose(self, limit: int, drafted: Sequence[int] = ()) -> tuple[int, list[int]]:
         """What followed the longest earlier match of the last tokens.
