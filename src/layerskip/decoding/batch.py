@@ -77,7 +77,9 @@ class Batch:
             if plan.adaptive:
                 assert plan.draft_tokens is not None
                 share = 1.0 if head is None else head.share
-                costs = DraftCosts.of(decoder, plan.exit_layer, share, plan.costs)
+                costs = DraftCosts.of(
+                    decoder, plan.exit_layer, share, plan.costs, rows=len(prompts)
+                )
                 self._length = BatchLength(costs, plan.draft_tokens)
 
     def leave(self, prompt: int) -> None:

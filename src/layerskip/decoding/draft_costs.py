@@ -37,7 +37,7 @@ class DraftCosts:
         layers: the first E layers over one token; 0 where there is no exit.
         head: the draft's exit over one token.
         passes: all layers and the head over 1, 2, ... positions; beyond its end every further
-            position adds what the last one added.
+            position adds what those of the second half added on average.
         overhead: of a round that drafts by early exit, beside its parts.
     """
 
@@ -54,12 +54,14 @@ class DraftCosts:
         head_share: float = 1.0,
         measured: StepCosts | None = None,
         context: int = 0,
+        rows: int = 1,
     ) -> "DraftCosts":
         """Costs of drafting with the first E layers (0 = none) and a share of the head's tokens.
 
         Without a measurement they are shares of the bytes read, and a pass over more positions costs
         what more rows cost this machine's compiled kernels, or an estimate. `context` is how many
-        positions attention looks back on, whose keys and values are read beside the weights.
+        positions attention looks back on, whose keys and values are read beside the weights. Passes over
+        several prompts, `rows` of them, reach beyond what was measured: there they grow as estimated.
         """
         depth = exit_layer / len(decoder.layers)
         if measured is None:
@@ -75,7 +77,7 @@ class DraftCosts:
             costs = cls(
                 layers=layers * exit_layer / measured.exit_layer,
                 head=measured.head * head_share,
-                passes=measured.passes,
+                passes=measured.passes if rows == 1 else _longer(measured.passes, _passes(decoder)),
                 overhead=measured.overhead,
             )
         return costs._with_attention(_attention_share(decoder, context), depth)
@@ -98,8 +100,9 @@ class DraftCosts:
         known = len(self.passes)
         if positions <= known:
             return self.passes[positions - 1]
-        last = self.passes[-1] - self.passes[-2] if known > 1 else 0.0
-        return self.passes[-1] + (positions - known) * max(last, 0.0)
+        middle = (known - 1) // 2
+        each = (self.passes[-1] - self.passes[middle]) / max(known - 1 - middle, 1)
+        return self.passes[-1] + (positions - known) * max(each, 0.0)
 
     def rows(self, positions: int, more: int) -> float:
         """What more positions add to a pass over so many."""
@@ -152,6 +155,14 @@ def _attention_share(decoder: Decoder, context: int) -> float:
     )
     keys_values = 2 * a.n_kv_heads * a.head_dim * decoder.dtype.itemsize * positions
     return keys_values / (keys_values + decoder.weight_bytes)
+
+
+def _longer(passes: tuple[float, ...], estimated: tuple[float, ...]) -> tuple[float, ...]:
+    """Passes, and behind their end the estimated ones in proportion."""
+    if len(estimated) <= len(passes):
+        return passes
+    factor = passes[-1] / estimated[len(passes) - 1]
+    return passes + tuple(factor * cost for cost in estimated[len(passes) :])
 
 
 def _passes(decoder: Decoder) -> tuple[float, ...]:

@@ -228,10 +228,10 @@ class LayerSkipModel:
             n_layers=len(self.decoder.layers),
         )
         left_open = mode == "auto" and draft_from is None and not (adaptive or draft_text)
+        if plan.adaptive and (plan.costs is None or together > 1):
+            time_rows(self.decoder)  # before the answer's clock starts
         if together > 1 and left_open and repetition_penalty == 1.0:
             plan = for_batch(plan, self.decoder, self.settings, together)
-        if plan.adaptive and plan.costs is None:
-            time_rows(self.decoder)  # before the answer's clock starts
         sampling = Sampling(
             temperature=temperature,
             top_k=top_k,

@@ -147,7 +147,7 @@ def for_batch(plan: Plan, decoder: Decoder, settings: Settings, rows: int) -> Pl
     if plan.exit_layer is None:
         return Plan(mode="plain")
     share = len(plan.draft_vocabulary or ()) / decoder.architecture.vocab_size or 1.0
-    costs = DraftCosts.of(decoder, plan.exit_layer, share, settings.measured)
+    costs = DraftCosts.of(decoder, plan.exit_layer, share, settings.measured, rows=rows)
     assert plan.draft_tokens is not None
     if not costs.batch_draft_tokens(rows, plan.draft_tokens, BELIEF):
         return Plan(mode="plain")
