@@ -71,6 +71,27 @@ def test_measured_costs_come_first_and_fit_other_exits_and_heads():
     assert (costs.passes, costs.overhead) == ((1.0, 1.2, 1.3), 0.05)
 
 
+def test_passes_over_several_prompts_go_on_as_estimated(monkeypatch):
+    """Three positions were measured, at twice what they are estimated to take."""
+    monkeypatch.setattr(draft_costs, "_passes", lambda _: (1.0, 0.6, 0.65, 0.8, 1.1))
+    measured = StepCosts(
+        dtype="float32",
+        weights="16bit",
+        device="cpu",
+        kernels="none",
+        exit_layer=2,
+        draft_step=0.5,
+        draft_tokens_scored=75,
+        head=0.4,
+        passes=(1.0, 1.2, 1.3),
+        overhead=0.05,
+    )
+    decoder = ScriptedDecoder([1], vocab_size=300)
+    assert DraftCosts.of(decoder, 1, measured=measured).passes == (1.0, 1.2, 1.3)
+    costs = DraftCosts.of(decoder, 1, measured=measured, rows=2)
+    assert costs.passes == pytest.approx((1.0, 1.2, 1.3, 1.6, 2.2))
+
+
 def test_keys_and_values_of_a_long_context_cost_as_weights_do():
     decoder = tiny_decoder("llama3.1")
     a = decoder.architecture
@@ -84,6 +105,8 @@ def test_keys_and_values_of_a_long_context_cost_as_weights_do():
 
 
 def test_passes_go_on_as_they_ended():
+    noisy = DraftCosts(layers=0.0, head=0.0, passes=(1.0, 1.0, 1.1, 1.6, 1.5))
+    assert noisy.over(7) == pytest.approx(1.9)  # 0.2 a position in the second half
     costs = DraftCosts(layers=0.0, head=0.0, passes=(1.0, 1.5, 1.75))
     assert [costs.over(n) for n in (1, 2, 3, 4, 6)] == [1.0, 1.5, 1.75, 2.0, 2.5]
     assert DraftCosts(layers=0.0, head=0.0, passes=(1.0,)).over(9) == 1.0

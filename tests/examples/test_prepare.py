@@ -223,7 +223,10 @@ def test_all_rows_are_ones_to_train_on(data, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint.save(tmp_path / "model"))
     encode = Encoding(tokenizer=tokenizer, max_length=2 * MOST_CHARACTERS)
     for where, row in read_rows(str(tmp_path / "a" / "train.jsonl")):
-        labels = [x for x in encode(where, row)["labels"] if x != IGNORED_LABEL]
+        encoded = encode(where, row)
+        labels = [x for x in encoded["labels"] if x != IGNORED_LABEL]
+        if "text" in row:  # whose first token nothing predicts
+            labels = [encoded["input_ids"][0], *labels]
         learnt = row.get("completion") or row.get("text")
         expected = learnt or row["messages"][-1]["content"]
         assert tokenizer.decode(labels, skip_special_tokens=True).rstrip("\n") == expected
