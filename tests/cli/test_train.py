@@ -41,6 +41,7 @@ def test_json_is_all_there_is_on_stdout(train, tmp_path):
     ]
     assert "loss" in lines[0]
     assert "learning_rate" in lines[0]
+    assert "eval exit 1 " in err
 
 
 def test_the_result_in_one_line(train, tmp_path):

@@ -24,6 +24,7 @@ from layerskip.training.errors import (
     TrainingWarning,
     UnwrittenCheckpointError,
 )
+from layerskip.training.loading import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -374,6 +375,23 @@ def test_bad_input_is_one_line_before_training(settings, changes, message):
         run(settings, **changes)
     assert "\n" not in str(error.value)
     assert last_checkpoint(settings["output"]) is None
+
+
+def test_the_last_steps_are_logged_too(settings):
+    result = run(settings, max_steps=5, log_steps=3)
+    logs = read_log(result.output / "train_log.jsonl")
+    assert [log["step"] for log in logs if "loss" in log] == [3, 5]
+
+
+def test_the_exit_that_will_draft_is_evaluated(settings):
+    result = run(settings, eval_rows=4, exit_layer=2, fixed_exits=[2], curriculum="none")
+    assert "eval_loss_exit_2" in result.metrics
+
+
+@pytest.mark.parametrize(("batch_size", "kind"), [(4, "eager"), (10_000, "sdpa")])
+def test_attention_keeps_its_weights_where_they_are_few(settings, batch_size, kind):
+    config = TrainConfig.from_mapping({**settings, "max_length": 128, "batch_size": batch_size})
+    assert load_model(config).config._attn_implementation == kind
 
 
 def test_what_does_not_fit_is_said_before_the_rows_are_read(settings, monkeypatch):
