@@ -6,9 +6,22 @@ from scripted import ScriptedDecoder
 from tiny_decoders import LAYERS, tiny_decoder
 
 from layerskip.decoding import draft_costs
-from layerskip.decoding.draft_costs import PASSES_IN_PYTORCH as MEASURED
+from layerskip.decoding.draft_costs import PASSES_IN_PYTORCH as MEASURED_PASSES
 from layerskip.decoding.draft_costs import DraftCosts
 from layerskip.model import StepCosts
+
+MEASURED = StepCosts(
+    dtype="float32",
+    weights="16bit",
+    device="cpu",
+    kernels="pytorch",
+    exit_layer=2,
+    draft_step=0.5,
+    draft_tokens_scored=75,
+    head=0.4,
+    passes=(1.0, 1.2, 1.3),
+    overhead=0.05,
+)
 
 
 def test_costs_are_shares_of_the_bytes_read():
@@ -31,11 +44,11 @@ def test_costs_are_shares_of_the_bytes_read():
     ],
 )
 def test_in_pytorch_positions_cost_what_a_machine_had(weights, dtype, bits, monkeypatch):
-    monkeypatch.setattr(draft_costs, "PASSES_IN_PYTORCH", MEASURED)
+    monkeypatch.setattr(draft_costs, "PASSES_IN_PYTORCH", MEASURED_PASSES)
     decoder = ScriptedDecoder([1])
     decoder.weights, decoder.dtype = weights, dtype
     costs = DraftCosts.of(decoder, 1)
-    assert costs.passes == MEASURED[bits]
+    assert costs.passes == MEASURED_PASSES[bits]
     # More is verified at a time where that is cheap, and nothing is gained by waiting.
     assert all(costs.over(n) <= n for n in range(1, 20))
     assert all(costs.rows(n, 1) >= 0.0 for n in range(1, 20))
@@ -52,20 +65,8 @@ def test_positions_cost_what_rows_cost_the_compiled_kernels(weights, kind, monke
 
 
 def test_measured_costs_come_first_and_fit_other_exits_and_heads():
-    measured = StepCosts(
-        dtype="float32",
-        weights="16bit",
-        device="cpu",
-        kernels="pytorch",
-        exit_layer=2,
-        draft_step=0.5,
-        draft_tokens_scored=75,
-        head=0.4,
-        passes=(1.0, 1.2, 1.3),
-        overhead=0.05,
-    )
     # Of 0.5 a quarter of the head, 0.1, is the draft's own head: two layers take 0.4.
-    costs = DraftCosts.of(ScriptedDecoder([1], vocab_size=300), 1, 0.5, measured)
+    costs = DraftCosts.of(ScriptedDecoder([1], vocab_size=300), 1, 0.5, MEASURED)
     assert costs.layers == pytest.approx(0.2)
     assert costs.head == pytest.approx(0.2)
     assert (costs.passes, costs.overhead) == ((1.0, 1.2, 1.3), 0.05)
@@ -74,21 +75,9 @@ def test_measured_costs_come_first_and_fit_other_exits_and_heads():
 def test_passes_over_several_prompts_go_on_as_estimated(monkeypatch):
     """Three positions were measured, at twice what they are estimated to take."""
     monkeypatch.setattr(draft_costs, "_passes", lambda _: (1.0, 0.6, 0.65, 0.8, 1.1))
-    measured = StepCosts(
-        dtype="float32",
-        weights="16bit",
-        device="cpu",
-        kernels="none",
-        exit_layer=2,
-        draft_step=0.5,
-        draft_tokens_scored=75,
-        head=0.4,
-        passes=(1.0, 1.2, 1.3),
-        overhead=0.05,
-    )
     decoder = ScriptedDecoder([1], vocab_size=300)
-    assert DraftCosts.of(decoder, 1, measured=measured).passes == (1.0, 1.2, 1.3)
-    costs = DraftCosts.of(decoder, 1, measured=measured, rows=2)
+    assert DraftCosts.of(decoder, 1, measured=MEASURED).passes == (1.0, 1.2, 1.3)
+    costs = DraftCosts.of(decoder, 1, measured=MEASURED, rows=2)
     assert costs.passes == pytest.approx((1.0, 1.2, 1.3, 1.6, 2.2))
 
 

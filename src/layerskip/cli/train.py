@@ -58,7 +58,7 @@ def _without_effect(given: Mapping[str, Any], recipe: RecipeConfig) -> list[str]
     """A line for each flag that the recipe does not look at."""
     of_dropout = ("dropout_over_layers", "dropout_over_steps", "dropout_every")
     of_curriculum = ("rotation", "exits", "exit_every")
-    of_exits = ("fixed_exits", "exit_weighting", "e_scale", "distillation_weight")
+    of_exits = ("exit_weighting", "e_scale", "distillation_weight")
     unused: dict[str, str] = {}
     if recipe.variant == "LD":
         unused |= dict.fromkeys(("curriculum", *of_curriculum, *of_exits), "--variant LD")

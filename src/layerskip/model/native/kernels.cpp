@@ -320,6 +320,7 @@ constexpr int ahead(int) { return 64; }
 constexpr int GROUPS_AHEAD = 32;
 constexpr int nearness(int) { return 3; }  // into the nearest cache
 constexpr int QUANTIZED_NEARNESS = 3;
+constexpr bool FETCHES_KEYS = false;  // of the next positions, while these are looked at
 #elif defined(__znver4__)
 constexpr bool one_stream(int rows) { return rows > 2; }
 constexpr bool ONE_QUANTIZED_STREAM = true;
@@ -327,6 +328,7 @@ constexpr int ahead(int rows) { return rows > 2 ? 128 : 4; }
 constexpr int GROUPS_AHEAD = 24;
 constexpr int nearness(int rows) { return rows > 2 ? 2 : 3; }  // fetches into the nearest wait for one another
 constexpr int QUANTIZED_NEARNESS = 2;
+constexpr bool FETCHES_KEYS = true;
 #else
 constexpr bool one_stream(int) { return false; }
 constexpr bool ONE_QUANTIZED_STREAM = false;
@@ -334,6 +336,7 @@ constexpr int ahead(int) { return 4; }
 constexpr int GROUPS_AHEAD = 12;
 constexpr int nearness(int) { return 3; }
 constexpr int QUANTIZED_NEARNESS = 3;
+constexpr bool FETCHES_KEYS = false;
 #endif
 constexpr int panels_of(int kind, int rows) {
   const bool quantized = kind == INT8 || kind == INT4;  // these keep two sums each
@@ -868,8 +871,9 @@ struct Pass {
       const int64_t splits = batch * m.kv_heads * reached < 4 * threads ? blocks : 1, at_once = blocks / splits;
       const int64_t units = batch * m.kv_heads * reached * splits;
       // Of several sequences in turns, since chunks that one does not reach are no work.
-      const Share mine = batch > 1 ? Share{thread, units} : share(units, thread, threads);
-      for (int64_t i = mine.first; i < mine.last; i += batch > 1 ? threads : 1) {
+      const bool in_turns = batch > 1;
+      const Share mine = in_turns ? Share{thread, units} : share(units, thread, threads);
+      for (int64_t i = mine.first; i < mine.last; i += in_turns ? threads : 1) {
         const int64_t chunk = first + i / splits % reached, of = i / splits / reached;
         for (int64_t j = 0; j < at_once; j++) {
           const Share some = share(queries, i % splits + j, blocks);
@@ -889,6 +893,13 @@ struct Pass {
       }
     }
     team.wait(threads);
+  }
+
+  // Into the second cache.
+  void fetch_keys(int64_t index, int64_t b, int64_t kv, int64_t chunk) const {
+    const int64_t bytes = CHUNK * m.head_dim * element();
+    const char *keys = slot(index, 0, b, kv) + chunk * bytes;
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(keys + at, 0, 2);
   }
 
   // Query q of those that share head kv of sequence b: all heads of one position follow one another.
@@ -960,10 +971,7 @@ struct Pass {
     const Matrix keys{KIND, last * LANES, hd, slot(index, 0, b, kv), nullptr, nullptr, nullptr};
     const float scale = 1.0f / std::sqrt((float)hd);
     multiply(keys, first, last, queries, n, {scores - start, CHUNK, last * LANES, false, scale, nullptr});
-    if (QUANTIZED_NEARNESS == 2) {  // the keys of the next chunk, meanwhile
-      const char *next = slot(index, 0, b, kv) + (start + CHUNK) * hd * element();
-      for (int64_t at = 0; at < CHUNK * hd * element(); at += 64) __builtin_prefetch(next + at, 0, QUANTIZED_NEARNESS);
-    }
+    if (FETCHES_KEYS && partial) fetch_keys(index, b, kv, chunk + 1);  // a prompt's are near as they are
     // Values are taken in whole pairs, or tiles, of positions: what is not seen weighs 0.
     const Seen whole{all.begin / PAIRED * PAIRED - start, (all.end + PAIRED - 1) / PAIRED * PAIRED - start};
     const char *values = slot(index, 1, b, kv) + start * hd * element();
@@ -1179,7 +1187,7 @@ void run(const Model *m, const float *hidden, float *x, const int64_t *lengths, 
   int64_t longest = 0;
   for (int64_t b = 0; b < batch; b++) longest = lengths[b] > longest ? lengths[b] : longest;
   const int64_t chunks = (longest + positions + CHUNK - 1) / CHUNK, queries = rows * (m->heads / m->kv_heads);
-  const bool few = queries <= 16 * TOGETHER && chunks > 1;
+  const bool few = queries <= 16 * QUERIES && chunks > 1;
   const Buffer<float> partial(few ? m->kv_heads * chunks * queries * (hd + 2) : 1);
   memcpy(x, hidden, rows * m->hidden * sizeof(float));
   Team team;
