@@ -128,7 +128,8 @@ def trained(config: TrainConfig, tokens_of_epoch: int, *, again: bool = False) -
         config = replace(config, resume=False)
     record = output / "train.json"
     wanted = json.loads(json.dumps(config.as_flat_dict()))
-    if record.is_file() and json.loads(record.read_text()) != wanted:
+    # Whether it goes on is no setting of what it learns: the first start says no, the next ones yes.
+    if record.is_file() and json.loads(record.read_text()) | {"resume": config.resume} != wanted:
         raise SystemExit(f"{output} was trained with other settings; --again trains anew")
     if not (output / "model.safetensors").is_file():
         train(config, watch=_lines(output.name))

@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import shutil
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import paper.checkpoints
 import pytest
@@ -87,3 +90,31 @@ def test_minutes_that_are_over_begin_no_variant(run, tmp_path):
     with pytest.raises(FileNotFoundError):
         run("pretrain", "--minutes", "0")
     assert not list((tmp_path / "work").glob("*/model.safetensors"))
+
+
+def test_an_interrupted_variant_goes_on(run, monkeypatch):
+    started = []
+    learn = paper.checkpoints.train
+
+    def stopped(config, **more):
+        started.append(config)
+        (Path(config.output) / "checkpoint-1").mkdir(parents=True)
+        written = json.dumps(config.as_flat_dict())
+        (Path(config.output) / "train.json").write_text(written)
+        raise KeyboardInterrupt
+
+    def goes_on(config, **more):
+        started.append(config)
+        shutil.rmtree(config.output)
+        return learn(replace(config, resume=False), **more)
+
+    few = ("--variants", "baseline")
+    monkeypatch.setattr(paper.checkpoints, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run("pretrain", *few)
+    monkeypatch.setattr(paper.checkpoints, "train", goes_on)
+    monkeypatch.setattr(
+        paper.checkpoints, "last_checkpoint", lambda folder: folder / "checkpoint-1"
+    )
+    assert len(run("pretrain", *few)["rows"]) == 1
+    assert [config.resume for config in started] == [False, True]
