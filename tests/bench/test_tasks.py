@@ -283,9 +283,9 @@ def test_bad_requests_say_what_is_wrong(name, options, message, data):
     ("rows", "options", "message"),
     [
         ([], {}, "holds no prompts"),
-        ([{"prompt": "x"}, {"question": "x"}], {}, r"mine.jsonl:2 has no `prompt`"),
-        ([{"prompt": ["x"]}], {}, "has no `prompt`"),
-        ([{"messages": []}], {}, "has no `prompt`"),
+        ([{"prompt": "x"}, {"question": "x"}], {}, r"mine.jsonl:2 needs `prompt`"),
+        ([{"prompt": ["x"]}], {}, "needs `prompt`"),
+        ([{"messages": []}], {}, "needs `prompt`"),
         ([{"prompt": "x", "references": [1]}], {}, "references that are no texts"),
         ([{"prompt": "x", "reference": 7}], {}, "mine.jsonl:1 has references that are no texts"),
         ([{"prompt": "x"}], {"n_shot": 1}, "shots are for named tasks"),

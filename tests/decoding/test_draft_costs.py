@@ -1,5 +1,7 @@
 """What a round costs, by numbers that can be followed by hand."""
 
+import dataclasses
+
 import pytest
 import torch
 from scripted import ScriptedDecoder
@@ -77,7 +79,7 @@ def test_passes_over_several_prompts_go_on_as_estimated(monkeypatch):
     monkeypatch.setattr(draft_costs, "_passes", lambda _: (1.0, 0.6, 0.65, 0.8, 1.1))
     decoder = ScriptedDecoder([1], vocab_size=300)
     assert DraftCosts.of(decoder, 1, measured=MEASURED).passes == (1.0, 1.2, 1.3)
-    costs = DraftCosts.of(decoder, 1, measured=MEASURED, rows=2)
+    costs = DraftCosts.of(decoder, 1, measured=MEASURED, contexts=(0, 0))
     assert costs.passes == pytest.approx((1.0, 1.2, 1.3, 1.6, 2.2))
 
 
@@ -85,12 +87,39 @@ def test_keys_and_values_of_a_long_context_cost_as_weights_do():
     decoder = tiny_decoder("llama3.1")
     a = decoder.architecture
     context = decoder.weight_bytes // (2 * a.n_layers * a.n_kv_heads * a.head_dim * 4)
-    near, far = DraftCosts.of(decoder, 1, 0.5), DraftCosts.of(decoder, 1, 0.5, context=context)
+    near, far = DraftCosts.of(decoder, 1, 0.5), DraftCosts.of(decoder, 1, 0.5, None, [context])
     half = pytest.approx  # of a step is attention, within a position's rounding
     assert far.head == half(near.head / 2, rel=0.05)
     assert far.layers == half(near.layers / 2 + 0.5 / LAYERS, rel=0.05)
     row = draft_costs._ATTENTION_ROW
-    assert far.passes == half((1.0, 0.5 * 1.06 + 0.5 * (1 + row)), rel=0.05)
+    assert [far.over(n) for n in (1, 2)] == half([1.0, 0.5 * 1.06 + 0.5 * (1 + row)], rel=0.05)
+
+
+def test_a_context_that_was_measured_does_not_count_again():
+    decoder = tiny_decoder("llama3.1")
+    a = decoder.architecture
+    context = decoder.weight_bytes // (2 * a.n_layers * a.n_kv_heads * a.head_dim * 4)
+    behind = dataclasses.replace(MEASURED, context=context)
+    same = DraftCosts.of(decoder, 1, 0.5, behind, [context])
+    assert same == DraftCosts.of(decoder, 1, 0.5, MEASURED)
+    assert same == DraftCosts.of(decoder, 1, 0.5, behind, [context // 2])
+    # As many bytes again, beside weights and what was measured.
+    assert DraftCosts.of(decoder, 1, 0.5, behind, [2 * context]).attention == pytest.approx(
+        1 / 3, rel=0.05
+    )
+
+
+def test_each_prompt_of_a_batch_reads_its_own_context():
+    decoder = tiny_decoder("llama3.1")
+    a = decoder.architecture
+    context = decoder.weight_bytes // (2 * a.n_layers * a.n_kv_heads * a.head_dim * 4)
+    costs = DraftCosts.of(decoder, 1, 0.5, MEASURED, [context] * 3)
+    assert costs.attention == pytest.approx(3 / 4, rel=0.05)
+    products = DraftCosts.of(decoder, 1, 0.5, MEASURED, [0] * 3)
+    row = draft_costs._ATTENTION_ROW
+    for positions, attention in ((3, 1.0), (6, 1.0 + row), (9, 1.0 + 2 * row)):
+        expected = products.over(positions) / 4 + 3 / 4 * attention
+        assert costs.over(positions) == pytest.approx(expected, rel=0.05)
 
 
 def test_passes_go_on_as_they_ended():

@@ -245,6 +245,22 @@ def test_an_interrupted_answer_has_the_text_of_its_tokens(monkeypatch):
     assert "".join(piece.text for piece in answer) == "def"
 
 
+def test_an_answer_interrupted_inside_a_character_has_the_text_before_it():
+    model = scripted_model([*encode("ab"), *encode("\N{EURO SIGN}")[:2]])
+    answer = model.answer([0], mode="plain", max_new_tokens=4)
+    for step in answer._loop:
+        answer.take(step)
+    assert len(answer.generation.token_ids) == 4
+    assert answer.generation.text == "ab"
+
+
+def test_a_draft_text_with_tokens_that_the_model_lacks():
+    model = scripted_model([1], vocab_size=80)
+    assert max(encode("zz")) >= 80
+    with pytest.raises(ValueError, match="token ids of 0 to 79"):
+        model.answer([0], draft_from="n-gram", draft_text="zz")
+
+
 def test_bad_draft_vocabularies(model):
     model.settings = Settings(end_tokens=(10**6,), exit_layer=1)  # no such token
     assert model.generate([5], draft_vocabulary=20, max_new_tokens=3).token_ids

@@ -170,14 +170,14 @@ def measured(*passes):
 def test_a_batch_drafts_where_its_verification_is_cheap(passes, rows, drafts):
     settings = dataclasses.replace(TUNED, costs=(measured(*passes),))
     alone = choose("auto", None, None, settings=settings, n_layers=L)
-    plan = for_batch(alone, ScriptedDecoder([1]), settings, rows)
+    plan = for_batch(alone, ScriptedDecoder([1]), settings, [0] * rows)
     assert plan == (dataclasses.replace(alone, draft_from="early-exit") if drafts else PLAIN)
     assert plan.adaptive == drafts
 
 
 def test_a_batch_without_an_exit_is_plain():
     alone = choose("auto", None, None, settings=SILENT, n_layers=L)
-    assert for_batch(alone, ScriptedDecoder([1]), SILENT, 2) == PLAIN
+    assert for_batch(alone, ScriptedDecoder([1]), SILENT, [8, 8]) == PLAIN
 
 
 def test_options_choose_the_same_plan_again():

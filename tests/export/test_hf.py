@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import tiny_models
 from layerskip.export import hf, open_source, to_gguf, to_hf
 from layerskip.model import CheckpointError, UnsupportedModelError
+from layerskip.model.merge import older_rope
 from tiny_models import token_ids
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}  # float32
@@ -46,6 +47,22 @@ def test_a_gguf_file_becomes_the_model_that_it_was_made_from(case, saved, theirs
     # GGUF has no word for Mistral; without a window it is a Llama.
     named = "LlamaForCausalLM" if case == "mistral-unlimited" else own
     assert config["architectures"] == [named]
+
+
+def test_older_programs_read_the_rotary_base_and_its_scaling(saved, tmp_path):
+    to_gguf(open_source(saved("llama3.1")), tmp_path / "m.gguf", weights="f32")
+    to_hf(open_source(tmp_path / "m.gguf"), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    now = config["rope_parameters"]
+    assert config["rope_theta"] == now["rope_theta"] != 10_000.0
+    assert config["rope_scaling"] == {k: v for k, v in now.items() if k != "rope_theta"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    assert loaded.rope_parameters == now
+    assert older_rope({"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}) == {
+        "rope_theta": 1e5
+    }
+    assert older_rope({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}) == {}
+    assert older_rope({"model_type": "gpt2"}) == {}
 
 
 def test_quantized_weights_become_the_numbers_that_they_stand_for(theirs, ours, tmp_path):

@@ -6,7 +6,7 @@ import gguf
 import pytest
 import torch
 from tiny_tokenizers import PLAIN_BYTES, SPLITS, TEXTS, byte_level, checkpoint, sentencepiece, split
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import tiny_models
@@ -131,6 +131,58 @@ def test_an_unknown_way_to_split_is_refused(tmp_path):
     ):
         to_gguf(open_source(tmp_path), tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
+
+
+def _lowercase(tokenizer):
+    tokenizer.normalizer = normalizers.Lowercase()
+
+
+def _by_digits(tokenizer):
+    tokenizer.pre_tokenizer = pre_tokenizers.Digits(individual_digits=True)
+
+
+def _without_bytes(tokenizer):
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(SPLITS["qwen2"])[:1])
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "change", "message"),
+    [
+        (byte_level(PLAIN_BYTES), _lowercase, "normalizer has a step Lowercase"),
+        (sentencepiece(prefix=True), _lowercase, "normalizer has a step Lowercase"),
+        (sentencepiece(prefix=False), _by_digits, "pre_tokenizer has a step Digits"),
+        (byte_level(SPLITS["qwen2"]), _without_bytes, "splits a text has no known name"),
+    ],
+)
+def test_what_gguf_cannot_say_is_refused(tokenizer, change, message, tmp_path):
+    change(tokenizer)
+    checkpoint(tmp_path, tokenizer, unk_token="<unk>")
+    with pytest.raises(UnsupportedModelError, match=message):
+        to_gguf(open_source(tmp_path), tmp_path / "m.gguf")
+
+
+def test_composed_letters_are_taken_as_they_are(tmp_path):
+    tokenizer = byte_level(SPLITS["qwen2"])
+    tokenizer.normalizer = normalizers.NFC()
+    wrapped = checkpoint(tmp_path / "model", tokenizer)
+    to_gguf(open_source(tmp_path / "model"), tmp_path / "m.gguf")
+    again_as_before(tmp_path / "m.gguf", wrapped)
+
+
+@pytest.mark.parametrize("around", ["<s> $A", "$A </s>", "<s> $A </s>", "$A"])
+def test_tokens_around_a_text(around, tmp_path):
+    tokenizer = byte_level(PLAIN_BYTES)
+    ids = [(name, tokenizer.token_to_id(name)) for name in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=ids)
+    wrapped = checkpoint(tmp_path / "model", tokenizer)
+    model = tiny_models.build("llama2", vocab_size=len(wrapped))
+    model.generation_config.eos_token_id = 1
+    model.save_pretrained(tmp_path / "model")
+    to_gguf(open_source(tmp_path / "model"), tmp_path / "m.gguf")
+    found = fields(tmp_path / "m.gguf")
+    assert found["tokenizer.ggml.add_bos_token"] is around.startswith("<s>")
+    assert found["tokenizer.ggml.add_eos_token"] is around.endswith("</s>")
+    again_as_before(tmp_path / "m.gguf", wrapped)
 
 
 def test_other_kinds_of_tokenizers_are_refused(tmp_path):

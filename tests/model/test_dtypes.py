@@ -5,6 +5,8 @@ import torch
 
 from layerskip.model import load
 from layerskip.model.linear import DenseLinear, PackedLinear, linear
+from layerskip.model.mlp import Experts
+from layerskip.model.norm import HeadNorm
 from tiny_models import LAYERS, ONE_OF_EACH, build, reference, token_ids
 
 DTYPES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # and half a unit in the last place
@@ -96,3 +98,19 @@ def test_norms_with_an_offset_keep_small_weights_in_16_bits(case, compiled, tmp_
     norm, x = decoder.layers[1].attention_norm, torch.randn(3, len(weight))
     assert torch.equal(norm.weight, 1 + weight)
     assert norm(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_experts_are_added_up_before_the_residual():
+    """Each alone is less than half a step of a residual of 128 in bfloat16; all eight are not."""
+    x = torch.ones(3, 4, dtype=torch.bfloat16)
+    router = linear(torch.zeros(8, 4, dtype=torch.bfloat16), None)
+    small = [lambda rows: torch.full_like(rows, 3.2) for _ in range(8)]
+    experts = Experts(router, small, top_k=8, normalized=True)
+    assert (experts(x, 128 * x) == 131).all()
+
+
+def test_query_and_key_norms_round_once(dtype):
+    weight = 1 + torch.randn(3, 8) / 16  # float32, as of Gemma
+    x = torch.randn(5, 4 * 8).to(dtype)
+    exact = torch.nn.functional.rms_norm(x.float().view(5, 4, 8)[:, :3], (8,), None, 1e-6) * weight
+    assert torch.equal(HeadNorm(weight, 1e-6)(x).view(5, 4, 8)[:, :3], exact.to(dtype))

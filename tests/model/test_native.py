@@ -394,8 +394,10 @@ def test_kernels_that_never_can_be_loaded_are_as_none(empty_cache, monkeypatch):
     monkeypatch.setattr(
         shutil, "copyfile", lambda _, to: Path(to).write_bytes(b"for another machine")
     )
+    said = []
     with pytest.raises(NoCompilerError, match="cannot be loaded"):
-        prepare()
+        prepare(said.append)
+    assert said == ["compiling kernels for this machine (once)"]
 
 
 @pytest.mark.parametrize(("case", "dtype"), [("gpt-neox", "float32"), ("llama2", "float16")])

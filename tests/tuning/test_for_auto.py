@@ -6,7 +6,7 @@ import scripted
 
 from layerskip.model import Settings
 from layerskip.tuning.costs import Costs
-from layerskip.tuning.for_auto import draft_vocabulary, step_costs
+from layerskip.tuning.for_auto import draft_text, draft_vocabulary, step_costs, text_without
 
 
 def test_costs_in_plain_steps_at_the_middle_context():
@@ -32,5 +32,15 @@ def test_tokens_of_the_texts_come_before_those_of_the_checkpoint():
     settings = Settings(end_tokens=(scripted.END,), draft_vocabulary=(50, 8, 51))
     model = scripted.scripted_model([1], settings=settings)
     assert draft_vocabulary([[8, 9, 9], [9, 8]], model) == (scripted.END, 9, 8, 50, 51)
+    unknown = scripted.scripted_model([1], settings=Settings(end_tokens=(scripted.END, 10**6)))
+    assert draft_vocabulary([[8, 8]], unknown)[:2] == (scripted.END, 8)
     bare = scripted.scripted_model([1])
     assert draft_vocabulary([[299, 1]], bare) == (scripted.END, 1, 299, 0, *range(2, 75))
+
+
+def test_a_text_less_answers_that_are_in_it():
+    first, second, short = tuple(range(10)), tuple(range(20, 30)), (7, 8)
+    text = draft_text([first, short, second, first], None)
+    assert text == (*first, *short, *second)
+    assert text_without([second, first, short], (50, *text, 51, *first, 52)) == (50, 7, 8, 51, 52)
+    assert text_without([first], None) is None

@@ -38,7 +38,7 @@ def by_pair(predictions):
 
 def test_the_price_of_a_round_is_its_parts():
     c = costs()
-    assert c.round_s(1, 0).tolist() == [0.5 + 3.0 + 0.25, 1.5 + 3.0 + 0.25]
+    assert c.round_s(1, 0).tolist() == [4.0, 5.0]  # a plain step
     assert c.round_s(1, 2).tolist() == [1.5 + 1.0 + 4.0 + 0.25, 2.5 + 1.0 + 4.0 + 0.25]
     assert c.round_s(2, 1).tolist() == [2.5 + 2.5 + 0.25, 3.5 + 2.5 + 0.25]
 
@@ -85,9 +85,9 @@ def test_a_draft_that_reaches_beyond_the_answer_is_paid_in_full():
     found = by_pair(predict(costs(), [c], 2))
     assert found[1, 2].tokens_per_s == pytest.approx(1 / 6.75)
     assert found[1, 2].acceptance_rate == 1.0
-    # Without room for a draft the round verifies a single position.
+    # Without room for a draft the round is a plain step.
     alone = by_pair(predict(costs(), [continuation({1: [True], 2: [True]}, limit=2)], 2))
-    assert alone[1, 2].tokens_per_s == pytest.approx(1 / 3.75)
+    assert alone[1, 2].tokens_per_s == pytest.approx(1 / 4)
     assert alone[1, 2].acceptance_rate is None
 
 

@@ -105,6 +105,21 @@ def test_mode_auto_is_chosen_where_it_drafts_further_than_the_pair(monkeypatch):
     assert auto["draft_tokens"] == 12
 
 
+def test_answers_of_an_earlier_tuning_are_not_searched(monkeypatch):
+    options = {"max_new_tokens": 31, "max_draft_tokens": 2}
+    model = timed_model(monkeypatch)
+    once = tune(model, PROMPTS, **options)
+    taught = model.with_settings(Settings(draft_text=(7, 8, 9, *once.draft_text)))
+    tried = []
+    make = LayerSkipModel.with_settings
+    monkeypatch.setattr(
+        LayerSkipModel, "with_settings", lambda self, to: tried.append(to) or make(self, to)
+    )
+    again = tune(taught, PROMPTS, **options)
+    assert {settings.draft_text for settings in tried} == {(7, 8, 9)}
+    assert again.draft_text == (7, 8, 9, *once.draft_text)
+
+
 def test_the_shortest_drafts_alone(monkeypatch):
     tuning = tune(timed_model(monkeypatch), PROMPTS, max_new_tokens=41, max_draft_tokens=1)
     assert {row["draft_tokens"] for row in tuning.confirmed[1:]} == {1}
@@ -197,3 +212,9 @@ def test_a_prompt_longer_than_the_context_is_left_out():
     decoder = scripted.ScriptedDecoder(range(9), max_context=400)
     with pytest.raises(ValueError, match="1 of 2 prompts fit into the context"):
         tune(model_of(decoder), [[1], [1] * 500])
+
+
+@pytest.mark.parametrize("option", [{"max_new_tokens": 1}, {"max_draft_tokens": 0}])
+def test_options_that_leave_nothing_to_tune(monkeypatch, option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is ., tuning needs"):
+        tune(timed_model(monkeypatch), PROMPTS, **option)

@@ -128,9 +128,10 @@ def bench(
         stop=stop,
         ignore_eos=config.ignore_eos,
         gguf_weights=gguf_weights,
+        progress=lambda done, total: progress("starting peers", done, total),
     ) as peers:
         systems: list[System] = [own, *peers]
-        interrupted = False
+        interrupted, repeats = False, config.repeats
         try:
             entries = measure(
                 systems,
@@ -142,6 +143,8 @@ def bench(
             )
         except MeasuringInterrupted as error:  # what there is, is told
             entries, interrupted = error.entries, True
+            made = [len(runs) for entry in entries if not entry.error for runs in entry.runs]
+            repeats = min(made, default=repeats)
             prompts = prompts[: max(len(entry.runs) for entry in entries)]
             task = dataclasses.replace(task, samples=task.samples[: len(prompts)])
     bandwidth = statistics.median(bandwidths)
@@ -167,7 +170,7 @@ def bench(
         "prompt_tokens_mean": statistics.mean(map(len, prompts)),
         "max_new_tokens": new_tokens,
         "ignore_eos": config.ignore_eos,
-        "repeats": config.repeats,
+        "repeats": repeats,
         "peak_memory_scope": own.memory.scope,
         "weight_bytes": weight_bytes,
         "read_bandwidth_bytes_per_s": bandwidth,
@@ -209,6 +212,7 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     plain = {e.system.name: e.runs for e in entries if e.setting.mode == "plain" and not e.error}
     for number, entry in enumerate(entries, 1):
+        progress("scoring", number - 1, len(entries))
         others = entry.system.name != OwnSystem.name
         yield row(
             entry,

@@ -87,7 +87,7 @@ def main() -> None:
     if sys.platform == "linux":
         _enter_namespaces(folder, job["file_bytes"])
     _limit(job)
-    _forbid_spawning()
+    _refuse_what_asks_no_hook()
     sys.addaudithook(_guard(os.path.realpath(folder)))
     module = types.ModuleType("program")  # dataclasses and pickle look their module up by its name
     sys.modules["program"] = module
@@ -155,14 +155,17 @@ def _place_of(open_folder: int) -> str:
     return os.path.realpath(f"/proc/self/fd/{open_folder}")
 
 
-def _forbid_spawning() -> None:
-    """What `multiprocessing` starts processes with, which Python before 3.14 asks no hook about."""
+def _refuse_what_asks_no_hook() -> None:
+    """What `multiprocessing` starts processes with before Python 3.14, and named pipes and devices."""
     import _posixsubprocess
 
-    def refuse(*_: Any) -> int:
-        raise PermissionError("starting a process is not allowed")
+    def refuse(*_: Any, **__: Any) -> int:
+        raise PermissionError("this is not allowed")
 
     _posixsubprocess.fork_exec = refuse
+    for module in (os, sys.modules["posix"]):  # which make files, and ask no hook either
+        for name in ("mkfifo", "mknod"):
+            setattr(module, name, refuse)
 
 
 def _enter_namespaces(folder: str, file_bytes: int) -> None:

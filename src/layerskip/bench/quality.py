@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from layerskip.bench.sandbox import runs_to_end
+from layerskip.model import native
 
 if TYPE_CHECKING:
     from layerskip.bench.tasks import Sample
@@ -107,7 +107,7 @@ def pass_at_1(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, floa
     The samples' fields are those of HumanEval or MBPP; the tests run in `sandbox.runs_to_end`.
     """
     programs = [program(sample, text) for sample, text in zip(samples, texts, strict=True)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(native.usable()) as pool:
         return {"pass@1": fmean(pool.map(_passes, programs))}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from layerskip.bench import quality
 from layerskip.bench.catalogue import FORMS, Form
+from layerskip.bench.prompts import NEEDED, prompt_of
 
 T = TypeVar("T")
 
@@ -149,7 +150,7 @@ def _named(
         raise ValueError(f"{name} takes no shots: leave n_shot out, or 0")
     if judged:
         quality.check_can_judge(form.metrics)
-    rows = [row for row in form.data.rows("test", data) if form.prompt(row) is not None]
+    rows = list(_asked(name, form, data))
     others = form.data.rows(form.shot_split, data) if shots else []
     if shots > len(others):
         raise ValueError(f"n_shot is {shots}; {name} has {len(others)} examples to show")
@@ -176,6 +177,20 @@ def _named(
         n_shot=shots,
         metrics=form.metrics,
     )
+
+
+def _asked(name: str, form: Form, data: str | None) -> Iterator[Mapping[str, Any]]:
+    """The rows that ask something."""
+    for number, row in enumerate(form.data.rows("test", data), 1):
+        try:
+            prompt = form.prompt(row)
+        except (KeyError, IndexError, TypeError) as error:
+            lacks = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{name}, row {number}: not as docs/tasks.md has it ({lacks})"
+            ) from error
+        if prompt is not None:
+            yield row
 
 
 def _question(text: str) -> tuple[Mapping[str, str], ...]:
@@ -206,13 +221,14 @@ def _own(name: str, samples: int | None, seed: int, judged: bool) -> Task:
 
 
 def _own_sample(where: str, row: Mapping[str, Any]) -> Sample:
-    prompt, given = _own_prompt(row)
-    if not prompt:
-        raise ValueError(f"{where} has no `prompt` (a text) and no `messages` (role and content)")
-    given = row.get("references", row.get("reference", row.get("completion", given)))
-    if given is None:
-        given = ()
-    references = tuple(given) if isinstance(given, list | tuple) else (given,)
+    asked, given = prompt_of(row)
+    if not asked:
+        raise ValueError(f"{where} needs {NEEDED}")
+    prompt = asked if isinstance(asked, str) else tuple(asked)
+    found = row.get("references", row.get("reference", row.get("completion", given)))
+    if found is None:
+        found = ()
+    references = tuple(found) if isinstance(found, list | tuple) else (found,)
     if not all(isinstance(reference, str) for reference in references):
         raise ValueError(f"{where} has references that are no texts")
     return Sample(
@@ -222,17 +238,6 @@ def _own_sample(where: str, row: Mapping[str, Any]) -> Sample:
         category=None if row.get("category") is None else str(row["category"]),
         fields=dict(row),
     )
-
-
-def _own_prompt(row: Mapping[str, Any]) -> tuple[str | tuple[Mapping[str, str], ...], Any]:
-    """Prompt and references; a conversation that ends with an answer is asked without it."""
-    messages = row.get("messages")
-    if isinstance(messages, list) and all(isinstance(one, Mapping) for one in messages):
-        if messages and messages[-1].get("role") == "assistant":
-            return tuple(messages[:-1]), messages[-1].get("content", "")
-        return tuple(messages), ()
-    prompt = row.get("prompt", str(row.get("text", "")).rstrip("\n"))
-    return (prompt if isinstance(prompt, str) else ""), ()
 
 
 def _own_metrics(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:

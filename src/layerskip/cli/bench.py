@@ -1,12 +1,14 @@
 """`layerskip bench`: modes, and peers, side by side on a task."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from layerskip.bench.benchmark import BenchConfig, bench
@@ -151,6 +153,7 @@ def command(
           --output results/spec_bench.json
       layerskip bench --task humaneval --peers transformers,llama.cpp --gguf-weights q8_0
     """
+    _note_idle_flags(flags["modes"], flags["peers"])
     options.check_output(output)
     options.check_report(report)
     flags["exit_layers"] = flags["exit_layers"] or ()
@@ -182,6 +185,17 @@ def command(
         raise KeyboardInterrupt
 
 
+def _note_idle_flags(modes: Sequence[str], peers: Sequence[str]) -> None:
+    note = options.note_without_effect
+    if "self-speculative" not in modes:
+        idle = ("draft_tokens", "draft_from", "draft_vocabulary", "adaptive")
+        note(idle, "self-speculative is not among the --modes, and auto decides by itself")
+        if "early-exit" not in modes:
+            note(("exit_layers",), "none of the --modes takes it")
+    if "llama.cpp" not in peers:
+        note(("gguf_weights",), "llama.cpp is not among the --peers")
+
+
 def _show(document: dict[str, Any]) -> None:
     console = Console(highlight=False)
     narrow = console.width < WIDE
@@ -203,7 +217,7 @@ def _table(lines: list[list[str]], title: str, *, narrow: bool) -> Table:
     """A table without its heading's words cut; `narrow` breaks lines wherever there is a space."""
     heading, *rest = lines
     shown = Table(
-        title=title,
+        title=escape(title),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -219,5 +233,5 @@ def _table(lines: list[list[str]], title: str, *, narrow: bool) -> Table:
             max_width=longest if narrow and i else None,
         )
     for line in rest:
-        shown.add_row(*line)
+        shown.add_row(*map(escape, line))
     return shown

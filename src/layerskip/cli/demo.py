@@ -117,7 +117,7 @@ def command(
     options.deliver(document, as_json=as_json, output=output)
     if picture is not None:
         replace(picture, draw_by_group(document["tasks"]))
-        console.print(f"Drawn: {picture}", soft_wrap=True)
+        console.print(f"Drawn: {picture}", soft_wrap=True, markup=False)
 
 
 def _decode(flags: dict[str, Any], max_new_tokens: int | None, console: Console) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.bar import Bar
+from rich.markup import escape
 from rich.table import Table
 
 from layerskip.bench.measure import Entry
@@ -36,7 +37,7 @@ def title_of(flags: dict[str, Any], model: LayerSkipModel) -> str:
 
 def table(groups: Sequence[Group], title: str, total: Group | None = None) -> Table:
     """A line a group, and one for all where it is given: plain decoding, auto, how they compare."""
-    shown = Table(title=title)
+    shown = Table(title=escape(title))
     headings = ("task", "plain tokens/s", "auto tokens/s", "speedup", "acceptance", "identical")
     for heading in headings:
         shown.add_column(heading, justify="left" if heading == "task" else "right")

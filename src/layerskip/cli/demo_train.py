@@ -93,10 +93,10 @@ def run(
         _write(held_out, folder / "held-out.jsonl")
         steps = _train(flags, sorted(before.agreement), minutes, folder)
     except BaseException as error:  # Ctrl-C as well
-        # It was empty, and half a run is of no use: the next one can begin. But a failure names what
-        # it leaves: checkpoints, or a result that could not be drawn.
-        left = any(folder.glob("checkpoint-*")) or any(folder.glob("*.safetensors"))
-        if isinstance(error, KeyboardInterrupt) or not left:
+        # It was empty, and half a run is of no use: the next one can begin. But a result stays that
+        # could not be drawn, and a failure names the checkpoints that it leaves.
+        started = any(folder.glob("checkpoint-*")) and not isinstance(error, KeyboardInterrupt)
+        if not (started or any(folder.glob("*.safetensors"))):
             shutil.rmtree(folder, ignore_errors=True)
         raise
     after = _look("after training", {**flags, "model": str(folder)}, held_out, length, console)
@@ -106,7 +106,7 @@ def run(
     console.print(table(groups, after.title))
     console.print(bars(groups))
     console.print(HONEST_WORD, soft_wrap=True)
-    console.print(f"The checkpoint is in {folder}.", soft_wrap=True)
+    console.print(f"The checkpoint is in {folder}.", soft_wrap=True, markup=False)
     return {
         "environment": after.environment,
         "model": flags["model"],

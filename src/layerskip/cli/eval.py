@@ -4,11 +4,13 @@ import contextlib
 import importlib.util
 import io
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from layerskip.bench import evaluation
@@ -136,6 +138,7 @@ def command(
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if not names and not texts:
         raise click.UsageError("give --tasks or --perplexity")
+    _note_idle_flags(names, texts, modes)
     options.check_output(output)
     options.check_output(plot, "--plot")
     if plot is not None:
@@ -181,6 +184,19 @@ def command(
             _print_table(rows, flags["model"])
 
 
+def _note_idle_flags(tasks: Sequence[str], texts: Sequence[str], modes: Sequence[str]) -> None:
+    note = options.note_without_effect
+    if not tasks:
+        idle = ("include_path", "limit", "num_fewshot", "apply_chat_template", "max_length")
+        note(idle, "there are no --tasks")
+    if not texts:
+        note(("window", "stride", "max_words"), "there is no --perplexity")
+    if not {*modes} & {*evaluation.DRAFTING}:
+        note(("draft_tokens", "draft_from"), "no --mode here drafts")
+    if {*modes} == {"plain"}:
+        note(("exit_layers",), "plain decoding runs all layers")
+
+
 def _add_perplexity(
     model: LayerSkipModel,
     rows: list[evaluation.Row],
@@ -224,7 +240,7 @@ def _add_tasks(
 
 
 def _print_table(rows: list[evaluation.Row], model: str) -> None:
-    table = Table(title=model)
+    table = Table(title=escape(model))
     for heading in ("task", "metric", "mode", "E", "value", "± stderr"):
         table.add_column(heading, justify="right" if heading in ("E", "value") else "left")
     panels = dict.fromkeys((t, m) for row in rows for t in row.results for m in row.results[t])
@@ -232,7 +248,7 @@ def _print_table(rows: list[evaluation.Row], model: str) -> None:
         for i, row in enumerate(row for row in rows if name in row.results.get(task, {})):
             metric = row.results[task][name]
             table.add_row(
-                task if i == 0 else "",
+                escape(task) if i == 0 else "",
                 f"{name} {ARROWS[metric.higher_is_better]}" if i == 0 else "",
                 row.mode,
                 str(row.plan.exit_layer or ""),

@@ -98,11 +98,9 @@ def command(
         raise click.UsageError("--data excludes --prompt, --continuation, and --positions")
     if samples is not None and data is None:
         raise click.UsageError("--samples needs --data")
-    asked = click.get_current_context().get_parameter_source
-    given = [name for name in _DECODING if asked(name) is click.core.ParameterSource.COMMANDLINE]
-    if continuation is not None and given:
-        flag = given[0].replace("_", "-")
-        raise click.UsageError(f"--continuation is the answer; --{flag} would have no effect")
+    idle = options.given([*_DECODING, "max_new_tokens"])
+    if continuation is not None and idle:
+        raise click.UsageError(f"--continuation is the answer; {idle[0]} would have no effect")
     for flag, file in (("--output", output), ("--png", png), ("--html", html)):
         options.check_output(file, flag)
     if png is not None:
@@ -114,7 +112,7 @@ def command(
         prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     model = options.load_model(flags)
     decoding = {name: flags[name] for name in _DECODING} | {"max_new_tokens": max_new_tokens}
-    name = Path(flags["model"]).name
+    name = flags["model"]
     console = Console(highlight=False, quiet=as_json)
     if data is None:
         with options.waiting("looking"):

@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -245,9 +245,8 @@ def warnings_in_one_line() -> Iterator[None]:
 
 def fetch(name: str) -> Path:
     """Pull a built-in model and say so on stderr."""
-    console = Console(stderr=True, highlight=False)
-    with console.status(name) if console.is_terminal else contextlib.nullcontext():
-        return pull(name, lambda line: console.print(f"{name}: {line} ..."))
+    with waiting(name):
+        return pull(name, lambda line: say(f"{name}: {line}"))
 
 
 def fetch_if_builtin(name: str) -> None:
@@ -258,7 +257,20 @@ def fetch_if_builtin(name: str) -> None:
 
 def say(what: str) -> None:
     """A line on stderr about something that takes long."""
-    Console(stderr=True, highlight=False).print(f"{what} ...")
+    click.echo(f"{what} ...", err=True)
+
+
+def given(names: Sequence[str]) -> list[str]:
+    """Those of the flags that stand on the command line, as they are written there."""
+    source = click.get_current_context().get_parameter_source
+    on_it = [name for name in names if source(name) is click.core.ParameterSource.COMMANDLINE]
+    return ["--" + name.replace("_", "-") for name in on_it]
+
+
+def note_without_effect(names: Sequence[str], why: str) -> None:
+    """A line on stderr for each of these flags that was given and changes nothing."""
+    for flag in given(names):
+        click.echo(f"layerskip: {flag} has no effect: {why}", err=True)
 
 
 def decoding_arguments(flags: dict[str, Any]) -> dict[str, Any]:
@@ -269,8 +281,9 @@ def decoding_arguments(flags: dict[str, Any]) -> dict[str, Any]:
 
 def waiting(what: str) -> contextlib.AbstractContextManager[Any]:
     """A spinner on stderr, where that is a terminal."""
-    console = Console(stderr=True)
-    return console.status(what) if console.is_terminal else contextlib.nullcontext()
+    if not sys.stderr.isatty():  # rich also takes $FORCE_COLOR for a terminal
+        return contextlib.nullcontext()
+    return Console(stderr=True).status(what)
 
 
 def deliver(result: Any, *, as_json: bool, output: Path | None) -> None:

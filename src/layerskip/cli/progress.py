@@ -17,6 +17,7 @@ Report = Callable[[str, int, int], None]
 def bars() -> Iterator[Report]:
     """A bar for every stretch of work that is reported."""
     console = Console(file=sys.stderr)  # this very file, whatever stands for stderr meanwhile
+    # No thread draws it: it would take time from what is being timed.
     shown = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -24,16 +25,17 @@ def bars() -> Iterator[Report]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        auto_refresh=False,
         redirect_stdout=False,
         redirect_stderr=False,
-        disable=not console.is_terminal,
+        disable=not sys.stderr.isatty(),
     )
     known: dict[str, Any] = {}
 
     def report(what: str, done: int, total: int) -> None:
         if what not in known:
             known[what] = shown.add_task(what)
-        shown.update(known[what], completed=done, total=total)
+        shown.update(known[what], completed=done, total=total, refresh=True)
 
     with shown:
         yield report
@@ -42,4 +44,4 @@ def bars() -> Iterator[Report]:
 def track(things: Sequence[Any], what: str) -> Iterable[Any]:
     """The things, with a bar of how many there have been."""
     console = Console(stderr=True)
-    return rich_track(things, what, console=console, disable=not console.is_terminal)
+    return rich_track(things, what, console=console, disable=not sys.stderr.isatty())

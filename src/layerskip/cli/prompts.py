@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from layerskip.bench.prompts import NEEDED, prompt_of
+
 
 def read_prompts(file: Path) -> list[Any]:
     """The prompts of a file, each a text or a list of messages, at least one.
 
     Args:
-        file: .jsonl with a field "prompt" or "messages" in each line, else one prompt a line.
+        file: .jsonl with a field "prompt" or "messages" in each line (a conversation that ends with an
+            answer is asked without it), else one prompt a line.
 
     Raises:
         ValueError: the file cannot be read, a line is no prompt, or there is none.
@@ -36,7 +39,7 @@ def _prompts(file: Path) -> Iterator[Any]:
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: no JSON ({error})") from error
-        found = isinstance(row, dict) and (row.get("prompt") or row.get("messages"))
-        if not isinstance(found, (str, list)):
-            raise ValueError(f'{file}, line {number}: a field "prompt" or "messages" is needed')
-        yield found
+        prompt, _ = prompt_of(row) if isinstance(row, dict) else ("", None)
+        if not prompt:
+            raise ValueError(f"{file}, line {number}: {NEEDED} is needed")
+        yield prompt

@@ -187,7 +187,8 @@ def _show(
     choice = tuning.choice
     console.print(f"[bold]{choice.reason[0].upper()}{choice.reason[1:]}.[/bold]")
     if file is not None:
-        console.print(f"Written to {file}; {_what_is_used(choice, file)}.", soft_wrap=True)
+        written = f"Written to {file}; {_what_is_used(choice, file)}."
+        console.print(written, soft_wrap=True, markup=False)
     else:
         why = "since settings are kept in a checkpoint folder, and this model is none"
         if is_folder:
@@ -197,7 +198,7 @@ def _show(
             lost = ", without the costs and the tokens worth drafting that auto was told of here"
         console.print(f"Nothing was written {why}. As flags: {choice.flags}{lost}", soft_wrap=True)
     for picture in pictures:
-        console.print(f"Drawn: {picture}", soft_wrap=True)
+        console.print(f"Drawn: {picture}", soft_wrap=True, markup=False)
 
 
 def _what_is_used(choice: Choice, file: Path) -> str:

@@ -143,7 +143,8 @@ class Answer:
         """Make the text of the tokens that nobody has needed yet."""
         if self._text is None or not self._unread:
             return ""
-        read = self._text.push(*self._unread)
+        # One by one: where the answer is given up inside a character, all before it is text.
+        read = "".join([self._text.push(token) for token in self._unread])
         self._unread.clear()
         return read
 

@@ -77,9 +77,8 @@ class Batch:
             if plan.adaptive:
                 assert plan.draft_tokens is not None
                 share = 1.0 if head is None else head.share
-                costs = DraftCosts.of(
-                    decoder, plan.exit_layer, share, plan.costs, rows=len(prompts)
-                )
+                contexts = [len(prompt) for prompt in prompts]
+                costs = DraftCosts.of(decoder, plan.exit_layer, share, plan.costs, contexts)
                 self._length = BatchLength(costs, plan.draft_tokens)
 
     def leave(self, prompt: int) -> None:

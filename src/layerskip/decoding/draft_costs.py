@@ -5,6 +5,7 @@ Nothing is timed while an answer is made, so the same prompt is always decoded i
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 from layerskip.model import Decoder, StepCosts
 from layerskip.model.native import row_costs
@@ -36,15 +37,19 @@ class DraftCosts:
     Attributes:
         layers: the first E layers over one token; 0 where there is no exit.
         head: the draft's exit over one token.
-        passes: all layers and the head over 1, 2, ... positions; beyond its end every further
-            position adds what those of the second half added on average.
+        passes: all layers and the head over 1, 2, ... positions, less `attention`; beyond its end
+            every further position adds what those of the second half added on average.
         overhead: of a round that drafts by early exit, beside its parts.
+        attention: over the context, for one position of each prompt.
+        prompts: how many share a pass.
     """
 
     layers: float
     head: float
     passes: tuple[float, ...]
     overhead: float = 0.0
+    attention: float = 0.0
+    prompts: int = 1
 
     @classmethod
     def of(
@@ -53,15 +58,15 @@ class DraftCosts:
         exit_layer: int,
         head_share: float = 1.0,
         measured: StepCosts | None = None,
-        context: int = 0,
-        rows: int = 1,
+        contexts: Sequence[int] = (0,),
     ) -> "DraftCosts":
         """Costs of drafting with the first E layers (0 = none) and a share of the head's tokens.
 
         Without a measurement they are shares of the bytes read, and a pass over more positions costs
-        what more rows cost this machine's compiled kernels, or an estimate. `context` is how many
-        positions attention looks back on, whose keys and values are read beside the weights. Passes over
-        several prompts, `rows` of them, reach beyond what was measured: there they grow as estimated.
+        what more rows cost this machine's compiled kernels, or an estimate. `contexts` has for each
+        prompt how many positions attention looks back on, whose keys and values are read beside the
+        weights; of a measurement only those count that it was made without. Passes over several prompts
+        reach beyond what was measured: there they grow as estimated.
         """
         depth = exit_layer / len(decoder.layers)
         if measured is None:
@@ -77,32 +82,32 @@ class DraftCosts:
             costs = cls(
                 layers=layers * exit_layer / measured.exit_layer,
                 head=measured.head * head_share,
-                passes=measured.passes if rows == 1 else _longer(measured.passes, _passes(decoder)),
+                passes=measured.passes
+                if len(contexts) == 1
+                else _longer(measured.passes, _passes(decoder)),
                 overhead=measured.overhead,
             )
-        return costs._with_attention(_attention_share(decoder, context), depth)
-
-    def _with_attention(self, share: float, depth: float) -> "DraftCosts":
-        """The same where attention takes a share of a plain step, and so much of it drafts."""
+        share = _attention_share(decoder, contexts, 0 if measured is None else measured.context)
         rest = 1.0 - share
-        return DraftCosts(
-            layers=rest * self.layers + share * depth,
-            head=rest * self.head,
-            passes=tuple(
-                rest * cost + share * (1.0 + i * _ATTENTION_ROW)
-                for i, cost in enumerate(self.passes)
-            ),
-            overhead=rest * self.overhead,
+        return cls(
+            layers=rest * costs.layers + share * depth,
+            head=rest * costs.head,
+            passes=tuple(rest * cost for cost in costs.passes),
+            overhead=rest * costs.overhead,
+            attention=share,
+            prompts=len(contexts),
         )
 
     def over(self, positions: int) -> float:
         """A pass of all layers and the head over 1 or more positions."""
+        further = max(positions - self.prompts, 0) / self.prompts  # of each prompt
+        attention = self.attention * (1.0 + further * _ATTENTION_ROW)
         known = len(self.passes)
         if positions <= known:
-            return self.passes[positions - 1]
+            return self.passes[positions - 1] + attention
         middle = (known - 1) // 2
         each = (self.passes[-1] - self.passes[middle]) / max(known - 1 - middle, 1)
-        return self.passes[-1] + (positions - known) * max(each, 0.0)
+        return self.passes[-1] + (positions - known) * max(each, 0.0) + attention
 
     def rows(self, positions: int, more: int) -> float:
         """What more positions add to a pass over so many."""
@@ -147,14 +152,20 @@ def time_rows(decoder: Decoder) -> None:
     _passes(decoder)
 
 
-def _attention_share(decoder: Decoder, context: int) -> float:
-    """Keys and values of a context, as a share of all bytes that a step reads."""
+def _attention_share(decoder: Decoder, contexts: Sequence[int], counted: int) -> float:
+    """Keys and values of some contexts, less one that counts elsewhere, of all bytes a step reads."""
+    read = sum(_keys_values(decoder, context) for context in contexts)
+    more = max(read - _keys_values(decoder, counted), 0)
+    return more / (read + decoder.weight_bytes)
+
+
+def _keys_values(decoder: Decoder, context: int) -> int:
+    """Bytes of keys and values that one position sees."""
     a = decoder.architecture
     positions = sum(
         context if window is None else min(context, window) for window in a.sliding_windows
     )
-    keys_values = 2 * a.n_kv_heads * a.head_dim * decoder.dtype.itemsize * positions
-    return keys_values / (keys_values + decoder.weight_bytes)
+    return 2 * a.n_kv_heads * a.head_dim * decoder.dtype.itemsize * positions
 
 
 def _longer(passes: tuple[float, ...], estimated: tuple[float, ...]) -> tuple[float, ...]:

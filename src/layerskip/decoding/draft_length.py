@@ -218,7 +218,7 @@ class BatchLength:
             return 0
         best = self._costs.batch_draft_tokens(rows, self._most, self._right / self._seen)
         self._rests.learn(best > 0)
-        return best or 1
+        return best or min(1, self._most)
 
     def learn(self, drafted: int, accepted: Sequence[int]) -> None:
         """Take note of a round: what comes after a row's first miss was never judged."""

@@ -66,7 +66,7 @@ class Drafter(Protocol):
 
         Args:
             last: [B, 1], the newest settled token, which no layer has seen yet.
-            n: how many tokens to draft at most, 0 or more.
+            n: how many tokens to draft at most; 0 makes a plain step.
             cache: its lengths may be moved on; the caller sets them back.
             history: for the repetition penalty, or None.
             generator: source of randomness for sampling.
@@ -124,7 +124,7 @@ class EarlyExitDrafter:
     ) -> Draft:
         """See `Drafter`; the first E layers see the last drafted token too."""
         length, follow = self.length, self.follow
-        if length is not None and not length.begins():
+        if (length is not None and not length.begins()) or not n:
             return no_draft(last)
         ids, behind, refused = list[int](), list[int](), False
 
@@ -180,23 +180,22 @@ class EarlyExitDrafter:
             draft = decoder.draft if head is None else partial(head.draft, decoder)
             return *draft(last, n, self.exit_layer, cache, goes_on=goes_on), []
         states, tokens, chosen_from = list[Tensor](), [last], list[Tensor]()
+        seen = None if history is None else history.before(last[:, :0])
         for _ in range(n):
             states.append(decoder.run(decoder.embed(tokens[-1]), 0, self.exit_layer, cache))
             cache.lengths += 1
-            seen = None
-            if history is not None:
-                seen = history.before(torch.cat(tokens, dim=1)[:, 1:])[:, -1:]
-            if seen is not None and head is not None:
-                seen = seen[..., head.token_ids]
-            logits = sampling.penalize((head or decoder).logits(states[-1]), seen)
+            known = seen if seen is None or head is None else seen[..., head.token_ids]
+            logits = sampling.penalize((head or decoder).logits(states[-1]), known)
             chosen, q = pick(logits, sampling, generator)
             tokens.append(chosen if head is None else head.token_ids[chosen])
+            if seen is not None:
+                seen.scatter_(2, tokens[-1][..., None], True)
             if q is not None:
                 chosen_from.append(q)
-            p = logits.float().softmax(dim=-1) if q is None else q
-            if goes_on is not None and not goes_on(*read_draft(tokens[-1], confidence(p))):
-                break
-        states = states or [decoder.embed(last[:, :0])]
+            if goes_on is not None:
+                p = logits.float().softmax(dim=-1) if q is None else q
+                if not goes_on(*read_draft(tokens[-1], confidence(p))):
+                    break
         return torch.cat(states, dim=1), torch.cat(tokens, dim=1)[:, 1:], chosen_from
 
     def _whole(self, chosen_from: list[Tensor], behind: Tensor) -> Tensor:

@@ -313,7 +313,7 @@ class _Session:
         if plan.adaptive:
             share = 1.0 if head is None else head.share
             costs = DraftCosts.of(
-                decoder, plan.exit_layer or 0, share, plan.costs, context=len(prompt)
+                decoder, plan.exit_layer or 0, share, plan.costs, contexts=[len(prompt)]
             )
         if plan.draft_from != "n-gram":
             assert plan.exit_layer is not None

@@ -138,7 +138,7 @@ class LayerSkipModel:
             return self.answer(prompt, **options).complete()
         seed = options.pop("seed", None)
         seeds = [None if seed is None else seed + i for i in range(len(prompt))]
-        options["together"] = len(prompt)
+        options["together"] = [len(self.tokenize(x)) for x in prompt]
         answers = [self.answer(x, seed=s, **options) for x, s in zip(prompt, seeds, strict=True)]
         prompts = [answer.prompt for answer in answers]
         first, longest = answers[0], answers[0].loop_options["max_new_tokens"]
@@ -179,7 +179,7 @@ class LayerSkipModel:
         seed: int | None = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
-        together: int = 1,
+        together: Sequence[int] = (),
     ) -> Answer:
         """Begin an answer that is computed while it is iterated over.
 
@@ -208,7 +208,8 @@ class LayerSkipModel:
             seed: makes sampling repeatable, in auto on one machine; each prompt of a list draws apart.
             stop: texts, or names of special tokens, that end the answer; they are not part of it.
             ignore_eos: go on after an end token.
-            together: how many prompts are going to be answered in one batch with this one.
+            together: of all prompts that are going to be answered in one batch with this one, and of
+                this one, how many tokens they have.
 
         Raises:
             ValueError: the prompt or an option cannot be used; the message says why.
@@ -228,9 +229,9 @@ class LayerSkipModel:
             n_layers=len(self.decoder.layers),
         )
         left_open = mode == "auto" and draft_from is None and not (adaptive or draft_text)
-        if plan.adaptive and (plan.costs is None or together > 1):
+        if plan.adaptive and (plan.costs is None or len(together) > 1):
             time_rows(self.decoder)  # before the answer's clock starts
-        if together > 1 and left_open and repetition_penalty == 1.0:
+        if len(together) > 1 and left_open and repetition_penalty == 1.0:
             plan = for_batch(plan, self.decoder, self.settings, together)
         sampling = Sampling(
             temperature=temperature,
@@ -267,13 +268,14 @@ class LayerSkipModel:
         if not wanted:
             return None if wanted is None else ()
         if isinstance(wanted, str) and self.tokenizer is not None:
-            known = self._last_text
-            if known[0] != wanted:  # a text may be long, and prompts many
+            if self._last_text[0] != wanted:  # a text may be long, and prompts many
                 encoded = self.tokenizer.encode(wanted, add_special_tokens=False, verbose=False)
-                known = self._last_text = wanted, tuple(encoded)
-            return known[1]
-        ids, size = tuple(self.tokenize(wanted)), self.decoder.architecture.vocab_size
-        if min(ids) < 0 or max(ids) >= size:
+                self._last_text = wanted, tuple(encoded)
+            ids = self._last_text[1]
+        else:
+            ids = tuple(self.tokenize(wanted))
+        size = self.decoder.architecture.vocab_size
+        if ids and not 0 <= min(ids) <= max(ids) < size:
             raise ValueError(f"a draft text has to be a text, or token ids of 0 to {size - 1}")
         return ids
 

@@ -1,6 +1,7 @@
 """Which way to decode: mode, exit layer and draft length, from what was asked and what is known."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, cast, get_args
 
 from layerskip.decoding.draft_costs import DraftCosts
@@ -135,21 +136,21 @@ def choose(
     )
 
 
-def for_batch(plan: Plan, decoder: Decoder, settings: Settings, rows: int) -> Plan:
+def for_batch(plan: Plan, decoder: Decoder, settings: Settings, contexts: Sequence[int]) -> Plan:
     """What `auto` does for several prompts at once: early exits draft, or plain where that is best.
 
     Args:
         plan: what it does for one.
         decoder: whose costs count.
         settings: of the checkpoint.
-        rows: how many prompts.
+        contexts: how many tokens each prompt has.
     """
     if plan.exit_layer is None:
         return Plan(mode="plain")
     share = len(plan.draft_vocabulary or ()) / decoder.architecture.vocab_size or 1.0
-    costs = DraftCosts.of(decoder, plan.exit_layer, share, settings.measured, rows=rows)
+    costs = DraftCosts.of(decoder, plan.exit_layer, share, settings.measured, contexts)
     assert plan.draft_tokens is not None
-    if not costs.batch_draft_tokens(rows, plan.draft_tokens, BELIEF):
+    if not costs.batch_draft_tokens(len(contexts), plan.draft_tokens, BELIEF):
         return Plan(mode="plain")
     return dataclasses.replace(plan, draft_from="early-exit", draft_text=None)
 

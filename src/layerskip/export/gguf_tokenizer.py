@@ -7,6 +7,7 @@ tokenizer itself, whatever files it came from.
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import gguf
@@ -59,19 +60,41 @@ def add(writer: gguf.GGUFWriter, source: Source) -> None:
 
 
 def _add_byte_level(writer: gguf.GGUFWriter, described: dict[str, Any]) -> None:
+    # llama.cpp has no NFC, and few texts have letters apart from their accents.
+    _refuse_others(described, "normalizer", lambda step: step["type"] == "NFC")
     if not _merges(described):
         raise UnsupportedModelError("this tokenizer merges no bytes, which llama.cpp cannot read")
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_split_name(described.get("pre_tokenizer")))
+    writer.add_tokenizer_pre(_split_name(described))
     writer.add_token_merges(
         # A space inside a part would look like the one between the parts.
         [" ".join(part.replace(" ", "Ġ") for part in merge) for merge in _merges(described)]
     )
 
 
-def _split_name(pre_tokenizer: dict[str, Any] | None) -> str:
-    parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+def _steps(described: dict[str, Any], part: str) -> list[dict[str, Any]]:
+    """What a normalizer or pre_tokenizer does, in turn."""
+    found = described.get(part) or {}
+    steps: list[dict[str, Any]] = found.get(f"{part.replace('_', '')}s", [found] if found else [])
+    return steps
+
+
+def _refuse_others(
+    described: dict[str, Any], part: str, is_known: Callable[[dict[str, Any]], bool]
+) -> None:
+    """Refuse a tokenizer that does more to a text than llama.cpp would."""
+    for step in _steps(described, part):
+        if not is_known(step):
+            raise UnsupportedModelError(
+                f"this tokenizer's {part} has a step {step['type']}, which GGUF cannot say"
+            )
+
+
+def _split_name(described: dict[str, Any]) -> str:
+    parts = _steps(described, "pre_tokenizer")
     shape: tuple[str, ...] = ()
+    if all(part["type"] != "ByteLevel" for part in parts):
+        shape += ("no bytes",)
     for part in parts:
         match part:
             case {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"}:
@@ -95,6 +118,8 @@ def _split_name(pre_tokenizer: dict[str, Any] | None) -> str:
 def _add_sentencepiece(
     writer: gguf.GGUFWriter, described: dict[str, Any], tokens: list[str]
 ) -> None:
+    _refuse_others(described, "normalizer", _is_of_sentencepiece)
+    _refuse_others(described, "pre_tokenizer", _is_of_sentencepiece)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_add_space_prefix(_prefixes_a_space(described))
@@ -106,12 +131,19 @@ def _add_sentencepiece(
     writer.add_token_scores([-float(ranks.get(token, len(ranks))) for token in tokens])
 
 
+def _is_of_sentencepiece(step: dict[str, Any]) -> bool:
+    """Whether a step writes spaces as SentencePiece does, or splits at those left, of which none is."""
+    at_spaces = step.get("pattern") == {"String": " "}
+    return step["type"] in ("Prepend", "Metaspace") or (
+        step["type"] in ("Replace", "Split") and at_spaces
+    )
+
+
 def _prefixes_a_space(described: dict[str, Any]) -> bool:
-    normalizer, pre_tokenizer = described.get("normalizer"), described.get("pre_tokenizer")
-    steps = (normalizer or {}).get("normalizers", [normalizer])
-    if any(step and step["type"] == "Prepend" for step in steps):
+    if any(step["type"] == "Prepend" for step in _steps(described, "normalizer")):
         return True
-    return str((pre_tokenizer or {}).get("prepend_scheme", "never")) != "never"
+    steps = _steps(described, "pre_tokenizer")
+    return any(step.get("prepend_scheme", "never") != "never" for step in steps)
 
 
 def _merges(described: dict[str, Any]) -> list[list[str]]:
@@ -163,9 +195,10 @@ def _add_special_tokens(writer: gguf.GGUFWriter, source: Source, tokenizer: Any)
             getattr(writer, f"add_{name}_token_id")(token)
     ends = list(source.files.settings.end_tokens)
     _add_ends(writer, ends, first=tokenizer.eos_token_id)
-    empty = tokenizer.encode("")
-    writer.add_add_bos_token(bool(empty) and empty[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(len(empty) > 1 and empty[-1] == tokenizer.eos_token_id)
+    bare, whole = (tokenizer.encode("a", add_special_tokens=added) for added in (False, True))
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    writer.add_add_bos_token(whole[0] == begin and bare[0] != begin)
+    writer.add_add_eos_token(whole[-1] == end and bare[-1] != end)
 
 
 def _add_ends(writer: gguf.GGUFWriter, ends: list[int], first: int | None) -> None:

@@ -10,6 +10,7 @@ from layerskip.export.source import Source
 from layerskip.model import UnsupportedModelError, rotary, settings
 from layerskip.model.architecture import Rope
 from layerskip.model.gguf_tokenizer import special_token_ids
+from layerskip.model.merge import older_rope
 from layerskip.model.rounding import Rounding, recorded
 from layerskip.model.weights import GgufFile, read_json
 
@@ -101,7 +102,7 @@ def _from_gguf(source: Source, file: GgufFile) -> dict[str, Any]:
         **own,
     )
     fields: dict[str, Any] = json.loads(made.to_json_string(use_diff=True))
-    return fields
+    return fields | older_rope(fields)
 
 
 def _rope_parameters(source: Source) -> dict[str, Any]:

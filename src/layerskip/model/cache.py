@@ -50,13 +50,11 @@ class KVCache:
         lay them out.
         """
         slots, lengths = self.slots, self.lengths[rows.to(self.lengths.device)]
-        longest = int(lengths.max()) if len(lengths) else 0
-        used = min(-(-longest // _TILE) * _TILE, self.capacity)
         shape = (*slots.shape[:2], len(lengths), *slots.shape[3:])
         self.slots, self.lengths = _zeros(shape, slots.dtype, slots.device), lengths
-        rows = rows.to(slots.device)
-        for layer, kept in zip(slots, self.slots, strict=True):
-            kept[..., :used, :] = layer[:, rows, :, :used]
+        for i, (row, length) in enumerate(zip(rows.tolist(), lengths.tolist(), strict=True)):
+            used = min(-(-length // _TILE) * _TILE, self.capacity)
+            self.slots[:, :, i, :, :used] = slots[:, :, row, :, :used]
 
     def check_room(self, n: int) -> int:
         """Where the longest row would end with n more positions; ValueError where that is too far."""

@@ -91,8 +91,11 @@ def from_gguf(file: GgufFile) -> Any:
             backend.add_tokens([AddedToken(token, normalized=False)])
     ids = {**special_token_ids(file), "unk_token_id": _token_id(file, "unknown", tokens)}
     special = {name.removesuffix("_id"): tokens[i] for name, i in ids.items() if i is not None}
-    if bool(_field(file, "add_bos_token", begins)) and "bos_token" in special:
-        _begin_and_end(backend, special, ends=bool(_field(file, "add_eos_token", False)))
+    adds = {
+        "bos_token": bool(_field(file, "add_bos_token", begins)),
+        "eos_token": bool(_field(file, "add_eos_token", False)),
+    }
+    _begin_and_end(backend, {x: special[x] for x, added in adds.items() if added and x in special})
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
@@ -187,12 +190,16 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _begin_and_end(backend: Tokenizer, special: dict[str, str], *, ends: bool) -> None:
+def _begin_and_end(backend: Tokenizer, added: dict[str, str]) -> None:
+    """Let every text have these tokens, "bos_token" and "eos_token", around it."""
     from tokenizers.processors import TemplateProcessing
 
-    names = [special["bos_token"], *([special["eos_token"]] if ends else [])]
+    if not added:
+        return
+    one = [added.get("bos_token"), "$A", added.get("eos_token")]
+    single = [part for part in one if part]
     backend.post_processor = TemplateProcessing(
-        single=[names[0], "$A", *names[1:]],
-        pair=[names[0], "$A", *names[1:], f"{names[0]}:1", "$B:1", *(f"{x}:1" for x in names[1:])],
-        special_tokens=[(name, backend.token_to_id(name)) for name in names],
+        single=single,
+        pair=[*single, *(f"{part}:1".replace("$A", "$B") for part in single)],
+        special_tokens=[(name, backend.token_to_id(name)) for name in added.values()],
     )

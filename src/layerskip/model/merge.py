@@ -94,9 +94,23 @@ def _check_fits(file: Any, base: Files, path: Path) -> None:
             )
 
 
+def older_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers before version 5, and programs that read its files, call `rope_parameters`.
+
+    They would turn by a base of 10,000 and without scaling, and say nothing.
+    """
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" not in rope:  # each kind of layer has its own: those models came with version 5
+        return {}
+    fields: dict[str, Any] = {"rope_theta": rope.pop("rope_theta")}
+    if rope.get("rope_type", "default") != "default":
+        fields["rope_scaling"] = rope
+    return fields
+
+
 def _write(folder: Path, header: Header, base: Files, file: Any) -> None:
     config = {key: value for key, value in header.config.items() if key != "auto_map"}  # no code
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config | older_rope(config))
     write_json(folder / "generation_config.json", header.generation_config)
     base.write_tokenizer(folder)
     state, there = {}, set(file.keys())

@@ -55,7 +55,7 @@ class PlainMLP:
 class Experts:
     """A mixture of experts: each row is answered by the `top_k` MLPs that the router prefers.
 
-    An expert computes the rows that were sent to it and no others. Which ones they are has to be known
+    An expert computes the rows that were sent to it and no others. How many they are has to be known
     on the host, so an accelerator waits once a layer.
     """
 
@@ -76,9 +76,14 @@ class Experts:
         shares, chosen = probabilities.topk(self.top_k, dim=-1)
         if self.normalized:
             shares = shares / shares.sum(-1, keepdim=True)
-        shares = shares.to(x.dtype)
-        out = torch.zeros_like(x) if residual is None else residual.clone()
-        for expert in chosen.unique().tolist():
-            rows, rank = torch.where(chosen == expert)
-            out.index_add_(0, rows, self.experts[expert](x[rows]) * shares[rows, rank, None])
-        return out
+        shares, chosen = shares.to(x.dtype).flatten(), chosen.flatten()
+        order = chosen.argsort(stable=True)  # by expert, and of each the rows in their order
+        counts = chosen.bincount(minlength=len(self.experts)).tolist()
+        out = torch.zeros_like(
+            x
+        )  # the residual comes last: in 16 bits it would swallow small parts
+        for expert, sent in zip(self.experts, order.split(counts), strict=True):
+            if len(sent):
+                rows = sent // self.top_k
+                out.index_add_(0, rows, expert(x[rows]) * shares[sent, None])
+        return out if residual is None else residual + out

@@ -47,7 +47,8 @@ class HeadNorm:
         """[N, (H + 2 KV) * head_dim] to the same."""
         n, head_dim = self.weight.shape
         heads = qkv.view(qkv.shape[0], -1, head_dim)
-        normed = F.rms_norm(heads[:, :n], (head_dim,), None, self.eps) * self.weight
+        normed = F.rms_norm(heads[:, :n].to(self.weight.dtype), (head_dim,), None, self.eps)
+        normed = normed * self.weight
         return torch.cat([normed.to(qkv.dtype), heads[:, n:]], dim=1).view(qkv.shape)
 
 

@@ -35,6 +35,7 @@ class StepCosts:
         head: final norm, whole head and choice, for one token.
         passes: all layers and the head over 1, 2, ... positions; the first is 1.
         overhead: of a round, beside its parts.
+        context: positions that attention looked back on meanwhile; 0 is few, or not known.
     """
 
     dtype: str
@@ -49,6 +50,7 @@ class StepCosts:
     overhead: float
     machine: str = ""
     threads: int = 0
+    context: int = 0
 
     @property
     def kind(self) -> tuple[str, ...]:

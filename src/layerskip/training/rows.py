@@ -118,8 +118,12 @@ def _expanded(source: str) -> str:
 
 
 def _hub_rows(source: str, split: str, config: str | None) -> Iterator[Row]:
+    from layerskip.training.progress import hidden_bars  # and with it transformers
+
     try:
-        rows = _package("datasets").load_dataset(source, config, split=split)
+        datasets = _package("datasets")
+        with hidden_bars():
+            rows = datasets.load_dataset(source, config, split=split)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if "Config name is missing" in reason:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from layerskip.bench.measure import Run
-from layerskip.decoding import Generation, Step, exit_states
+from layerskip.decoding import Generation, Step, walk_exits
 from layerskip.decoding.drafters import EarlyExitDrafter
 from layerskip.model import Decoder
 
@@ -61,13 +61,18 @@ def read_agreement(
     tokens = answer.token_ids
     limit = min(limit, decoder.architecture.max_context - len(prompt) + 1)
     known, capacity = [*prompt, *tokens[:-1]], len(prompt) + limit - 1
-    states = exit_states(decoder, known, exits, capacity)  # as the answer's own cache
     expected = torch.tensor(tokens[1:], device=decoder.device)
-    agreement = {}
-    for exit_layer, hidden in states.items():
-        rows = hidden[:, len(prompt) :].split(_ROWS, dim=1)
-        said = torch.cat([decoder.logits(part).argmax(dim=-1)[0] for part in rows])
-        agreement[exit_layer] = (said == expected).tolist()
+    agreement: dict[int, list[bool]] = {exit_layer: [] for exit_layer in sorted(set(exits))}
+    ids = torch.tensor([known], device=decoder.device)
+    for first, exit_layer, hidden in walk_exits(
+        decoder, ids, exits, capacity
+    ):  # as the answer's cache
+        if first + hidden.shape[1] <= len(prompt):
+            continue
+        marks = agreement[exit_layer]
+        for rows in hidden[:, max(len(prompt) - first, 0) :].split(_ROWS, dim=1):
+            said = decoder.logits(rows).argmax(dim=-1)[0]
+            marks += (said == expected[len(marks) : len(marks) + len(said)]).tolist()
     return Continuation(
         prompt_tokens=len(prompt),
         token_ids=tokens,
@@ -97,7 +102,8 @@ def replay(continuation: Continuation, exit_layer: int, draft_tokens: int) -> li
         drafted = continuation.draft_length(produced, draft_tokens)
         accepted = min(agrees[produced - 1], drafted)
         tokens = answer[produced : produced + accepted + 1]
-        step = Step(tokens, drafted=drafted, accepted=accepted, source=EarlyExitDrafter.source)
+        source = EarlyExitDrafter.source if drafted else Step.source  # without drafts: a plain step
+        step = Step(tokens, drafted=drafted, accepted=accepted, source=source)
         rounds.append(step.first(n - produced))
         produced += len(rounds[-1].tokens)
     return rounds

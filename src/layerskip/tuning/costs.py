@@ -62,7 +62,9 @@ class Costs:
     round_overhead_s: NDArray[np.float64]
 
     def round_s(self, exit_layer: int, drafted: int) -> NDArray[np.float64]:
-        """A round that drafts so many tokens (0 or more), at each context length, [C]."""
+        """A round that drafts so many tokens, at each context length, [C]; of none: a plain step."""
+        if not drafted:
+            return self.plain_s
         x = self.exits.index(exit_layer)
         draft = self.first_draft_s[:, x] + (drafted - 1) * self.draft_step_s[:, x]
         return np.maximum(draft, 0.0) + self.verify_s[:, x, drafted] + self.round_overhead_s

@@ -14,6 +14,7 @@ from layerskip.model.machine import machine
 from layerskip.tuning.costs import Costs
 
 _LEAST = 1e-3  # of a plain step: differences of medians can come out at nothing
+_LEAST_OF_AN_ANSWER = 8  # tokens: what is shorter stands in other answers, too
 _SHARE_OF_VOCABULARY = 4  # a quarter: its first tokens, for a checkpoint that has no list yet
 
 
@@ -37,13 +38,27 @@ def step_costs(costs: Costs, exit_layer: int, model: LayerSkipModel) -> StepCost
         head=max(float(costs.head_s[middle]) / plain, _LEAST),
         passes=tuple(float(seconds / verify[0]) for seconds in verify),
         overhead=max(float(costs.round_overhead_s[middle]) / plain, 0.0),
+        context=costs.contexts[middle],
     )
 
 
 def draft_text(answers: Iterable[Sequence[int]], known: Sequence[int] | None) -> tuple[int, ...]:
-    """Some answers, each once, and before them the text that the checkpoint has already."""
+    """Some answers, each once, and before them a text that has none of them."""
     once = dict.fromkeys(map(tuple, answers))
     return tuple(itertools.chain(known or (), *once))[:MOST_OF_TEXT]
+
+
+def text_without(
+    answers: Iterable[Sequence[int]], known: Sequence[int] | None
+) -> tuple[int, ...] | None:
+    """A draft text less these answers, which tuning on the same prompts may have put there before."""
+    if known is None:
+        return None
+    text = "".join(map(chr, known))  # a letter for each token, since texts can be searched
+    for answer in answers:
+        if len(answer) >= _LEAST_OF_AN_ANSWER:
+            text = text.replace("".join(map(chr, answer)), "")
+    return tuple(map(ord, text))
 
 
 def draft_vocabulary(
@@ -61,7 +76,7 @@ def draft_vocabulary(
         counts,
         row_share=row / model.decoder.weight_bytes,
         vocab_size=a.vocab_size,
-        always=sorted(model.end_tokens),
+        always=sorted(token for token in model.end_tokens if token < a.vocab_size),
     )
     known = model.settings.draft_vocabulary or range(a.vocab_size // _SHARE_OF_VOCABULARY)
     return None if seen is None else tuple(dict.fromkeys([*seen, *known]))[:MOST]

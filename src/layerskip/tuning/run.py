@@ -14,7 +14,7 @@ from layerskip.model import StepCosts
 from layerskip.tuning.acceptance import Continuation, agreement_rate, read_agreement, replay
 from layerskip.tuning.choose import Choice, choose, choose_auto
 from layerskip.tuning.costs import Costs, measure_costs
-from layerskip.tuning.for_auto import draft_text, draft_vocabulary, step_costs
+from layerskip.tuning.for_auto import draft_text, draft_vocabulary, step_costs, text_without
 from layerskip.tuning.predict import Prediction, predict, predict_plain
 
 CANDIDATES = 3  # predictions that are confirmed by real runs
@@ -121,6 +121,12 @@ def tune(
         ValueError: an argument that cannot be used, or too few prompts with an answer.
     """
     layers = _exits(model, exits)
+    for name, value, least in (
+        ("max_new_tokens", max_new_tokens, 2),
+        ("max_draft_tokens", max_draft_tokens, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}, tuning needs {least} or more")
     context = model.decoder.architecture.max_context
     tokenized = [ids for ids in map(model.tokenize, prompts) if 0 < len(ids) < context]
     continuations: list[Continuation] = []
@@ -173,6 +179,7 @@ def tune(
         best = [prediction for prediction, _ in measured[:CANDIDATES]]
     confirmed = run_for_real(best, "confirming the best by real runs")
     vocabulary = draft_vocabulary(texts, model)
+    other_text = text_without((c.token_ids for c in continuations), model.settings.draft_text)
     fixed = choose(confirmed)
     lengths: dict[int, int] = {}  # of each exit the best, the best exit first
     for prediction in best:
@@ -180,7 +187,7 @@ def tune(
     if fixed.exit_layer is not None and fixed.draft_tokens is not None:
         lengths = {fixed.exit_layer: fixed.draft_tokens}
     plain_entry, *entries = measure(
-        _auto_systems(model, costs, lengths, vocabulary, stop),
+        _auto_systems(model, costs, lengths, vocabulary, other_text, stop),
         useful,
         max_new_tokens=max_new_tokens,
         progress=lambda done, total: progress("trying mode auto", done, total),
@@ -203,7 +210,7 @@ def tune(
         choice=choice,
         step_costs=step_costs(costs, exit_layer, model),
         draft_vocabulary=vocabulary,
-        draft_text=draft_text((c.token_ids for c in continuations), model.settings.draft_text),
+        draft_text=draft_text((c.token_ids for c in continuations), other_text),
     )
 
 
@@ -212,11 +219,12 @@ def _auto_systems(
     costs: Costs,
     draft_tokens: Mapping[int, int],
     vocabulary: tuple[int, ...] | None,
+    text: tuple[int, ...] | None,
     stop: Sequence[str],
 ) -> list[OwnSystem]:
     """Plain decoding, auto with n-grams alone, and auto with each exit, as settings would tell it.
 
-    `draft_tokens` has a length for each exit, the best exit first.
+    `draft_tokens` has a length for each exit, the best exit first; `text` is the draft text.
     """
     systems: list[OwnSystem] = []
     best = next(iter(draft_tokens))
@@ -227,6 +235,7 @@ def _auto_systems(
             draft_tokens=None if exit_layer is None else draft_tokens[exit_layer],
             costs=(step_costs(costs, exit_layer or best, model),),
             draft_vocabulary=vocabulary,
+            draft_text=text,
         )
         taught = model.with_settings(settings)
         plain, auto = settings_of(taught, modes=("auto",))

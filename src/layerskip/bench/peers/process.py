@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -59,6 +60,8 @@ class PeerProcess:
             stderr=self._log,
             text=True,
             encoding="utf-8",
+            # No module of the working folder takes a package's place.
+            env=os.environ | {"PYTHONSAFEPATH": "1"},
         )
         try:
             self._ask(dataclasses.asdict(self._job))

@@ -5,7 +5,7 @@ import dataclasses
 import importlib
 import importlib.util
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from layerskip.bench.measure import Setting
@@ -26,6 +26,7 @@ def start_peers(
     stop: Sequence[str],
     ignore_eos: bool,
     gguf_weights: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[list[PeerProcess]]:
     """Start a process for each peer; all of them end with the context.
 
@@ -41,6 +42,7 @@ def start_peers(
         stop: texts that end an answer.
         ignore_eos: answers go on after an end token.
         gguf_weights: how llama.cpp's file keeps weights, see `export.GGUF_WEIGHTS`.
+        progress: told how many have started, and of how many.
     """
     with contextlib.ExitStack() as stack:
         peers = []
@@ -59,12 +61,14 @@ def start_peers(
             )
             if model.tokenizer is not None:
                 model.tokenizer.save_pretrained(folder)
-        for name in names:
+        for number, name in enumerate(names):
+            progress(number, len(names))
             failure = _prepare(name, job, gguf_weights)
             peer = PeerProcess(
                 name, dataclasses.replace(job, settings=_settings(name, drafts)), failure
             )
             peers.append(stack.enter_context(peer))
+            progress(number + 1, len(names))
         yield peers
 
 

@@ -39,18 +39,19 @@ def prepare(announce: Callable[[str], None] = lambda text: None) -> None:
             loaded.
     """
     library_file = target()
-    if not library_file.is_file():
-        announce("compiling kernels for this machine (once)")
-        _compile(library_file)
-    try:
-        _loaded(library_file)
-    except OSError:  # cut off, or made where other libraries are
-        announce("compiling kernels again, as those there cannot be loaded")
-        _compile(library_file)
+    if library_file.is_file():
         try:
             _loaded(library_file)
-        except OSError as error:
-            raise NoCompilerError(f"the compiled kernels cannot be loaded: {error}") from error
+            return
+        except OSError:  # cut off, or made where other libraries are
+            announce("compiling kernels again, as those there cannot be loaded")
+    else:
+        announce("compiling kernels for this machine (once)")
+    _compile(library_file)
+    try:
+        _loaded(library_file)
+    except OSError as error:
+        raise NoCompilerError(f"the compiled kernels cannot be loaded: {error}") from error
 
 
 @functools.cache
