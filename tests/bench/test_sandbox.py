@@ -167,9 +167,10 @@ attempts = {
     ),
     "climb": lambda: open("../outside", "w"),
     "go elsewhere": lambda: os.chdir(full),
+    "named pipe": lambda: os.mkfifo(os.path.join(full, "pipe")),
     "child": lambda: multiprocessing.get_context("spawn").Process(target=print).start(),
 }
-confined._forbid_spawning()
+confined._refuse_what_asks_no_hook()
 sys.addaudithook(confined._guard(os.path.realpath(".")))
 done = []
 for name, attempt in attempts.items():

@@ -101,6 +101,15 @@ def test_every_task_loads_and_is_the_same_each_time(name, data):
     assert TASKS[name]
 
 
+def test_rows_of_another_form_are_named(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_text('{"q": "x"}\n')
+    with pytest.raises(
+        ValueError, match=r"gsm8k, row 1: not as docs/tasks.md has it \(KeyError: 'ques"
+    ):
+        load_task("gsm8k", data=str(tmp_path), n_shot=0)
+
+
 def test_prompts_of_topv2(data):
     task = load_task("topv2", data=data)
     assert len(task.samples) == 28

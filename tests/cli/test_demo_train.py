@@ -94,6 +94,16 @@ def test_after_ctrl_c_it_can_begin_anew(demo, tmp_path, monkeypatch):
     assert demo()[0] == 0
 
 
+def test_a_result_stays_whatever_happens_behind_it(demo, tmp_path, monkeypatch):
+    def interrupted(*_):
+        (tmp_path / "runs" / "demo" / "model.safetensors").write_bytes(b"trained")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo_train, "_train", interrupted)
+    assert demo()[0] == 130
+    assert (tmp_path / "runs" / "demo" / "model.safetensors").read_bytes() == b"trained"
+
+
 def test_a_gguf_file_is_refused_first(demo, tmp_path, monkeypatch):
     monkeypatch.delattr(demo_train, "_look")
     status, out, err = demo("--model", tmp_path / "m.gguf", model=False)

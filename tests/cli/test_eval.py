@@ -51,6 +51,26 @@ def test_table_over_all_exits(run, text, tmp_path):
     assert len(json.loads(output.read_text())["rows"]) == 4
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--draft-tokens", 4], "--draft-tokens has no effect: no --mode here drafts"),
+        (["--mode", "plain", "--exit-layers", 2], "--exit-layers has no effect: plain decoding"),
+        (["--limit", 3], "--limit has no effect: there are no --tasks"),
+    ],
+)
+def test_flags_that_change_nothing_are_named(run, text, flags, said):
+    status, _, err = run("eval", "--perplexity", text, "--window", 8, *flags)
+    assert (status, err.count("\n")) == (0, 1)
+    assert err.startswith(f"layerskip: {said}")
+
+
+def test_names_are_shown_as_they_are(run, tmp_path):
+    file = tmp_path / "notes[draft].txt"
+    file.write_text("Some words.")
+    assert "notes[draft].txt" in run("eval", "--perplexity", file, "--window", 8)[1]
+
+
 def test_quantized_weights_are_on_record(run, text):
     arguments = ["--perplexity", text, "--exit-layers", "4", "--window", "8", "--json"]
     results = []

@@ -112,6 +112,20 @@ def test_a_file_of_prompts_gives_a_list(run, tmp_path):
     assert set(tmp_path.iterdir()) == {prompts, output}
 
 
+def test_a_conversation_that_ends_with_an_answer_is_asked_without_it(run, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    asked = [{"role": "user", "content": "abc"}]
+    rows = [{"messages": asked}, {"messages": [*asked, {"role": "assistant", "content": "d"}]}]
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    flags = ("--prompts", prompts, "--json", "--max-new-tokens", 3)
+    first, second = json.loads(run("generate", *flags)[1])
+    assert (first["text"], first["prompt_tokens"]) == (second["text"], second["prompt_tokens"])
+    prompts.write_text(json.dumps({"messages": [{"role": "user"}]}))
+    status, _, err = run("generate", *flags)
+    assert status == 1
+    assert "prompts.jsonl, line 1: `prompt` (a text) or `messages` (role and content)" in err
+
+
 def test_a_text_file_has_one_prompt_a_line(run, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("ab\n\nabcd\n")
@@ -287,8 +301,8 @@ def test_bad_input_is_one_clear_line(run, arguments, status, words):
     ("row", "words"),
     [
         ("{", "line 2: no JSON"),
-        ('{"text": "x"}', 'line 2: a field "prompt"'),
-        ('{"prompt": 7}', 'line 2: a field "prompt"'),
+        ('{"text": "x"}', 'line 2: `prompt` (a text)'),
+        ('{"prompt": 7}', 'line 2: `prompt` (a text)'),
     ],
 )
 def test_a_bad_row_is_named_by_its_line(run, tmp_path, row, words):

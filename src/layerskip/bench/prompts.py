@@ -16,7 +16,7 @@ def prompt_of(row: Mapping[str, Any]) -> tuple[str | list[Mapping[str, Any]], st
         if messages and messages[-1]["role"] == "assistant":
             return messages[:-1], messages[-1]["content"]
         return messages, None
-    prompt = row.get("prompt", str(row.get("text", "")).rstrip("\n"))
+    prompt = row.get("prompt")
     return (prompt if isinstance(prompt, str) else ""), None
 
 

@@ -189,7 +189,7 @@ def _note_idle_flags(modes: Sequence[str], peers: Sequence[str]) -> None:
     note = options.note_without_effect
     if "self-speculative" not in modes:
         idle = ("draft_tokens", "draft_from", "draft_vocabulary", "adaptive")
-        note(idle, "self-speculative is not among the --modes, and auto decides by itself")
+        note(idle, "self-speculative is not among the --modes")
         if "early-exit" not in modes:
             note(("exit_layers",), "none of the --modes takes it")
     if "llama.cpp" not in peers:

@@ -98,7 +98,7 @@ def command(
         raise click.UsageError("--data excludes --prompt, --continuation, and --positions")
     if samples is not None and data is None:
         raise click.UsageError("--samples needs --data")
-    idle = options.given([*_DECODING, "max_new_tokens"])
+    idle = options.given(_DECODING)
     if continuation is not None and idle:
         raise click.UsageError(f"--continuation is the answer; {idle[0]} would have no effect")
     for flag, file in (("--output", output), ("--png", png), ("--html", html)):
