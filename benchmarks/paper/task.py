@@ -5,8 +5,8 @@
     LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.task \\
         --checkpoint recipe=runs/topv2 --checkpoint control=runs/topv2-control
 
-Training is that of examples/topv2.yaml (`recipe`), the same without the recipe (`control`), or with the
-paper's settings (`paper`, of examples/task.yaml); a checkpoint that is there already can be
+Training is that of examples/topv2.yaml (`recipe`), the same with more exits (`four exits`) or without
+the recipe (`control`), or with the paper's settings (`paper`, of examples/task.yaml); a checkpoint that is there already can be
 named instead. Exact match, agreement and acceptance are those of benchmarks/topv2.py.
 """
 
@@ -32,6 +32,8 @@ ALIKE = "topv2.yaml"
 # The example that a variant's settings come from, and what it changes of them.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "recipe": (ALIKE, {}),
+    # As the paper's: exits a quarter, a half and three quarters up, and the one that drafts fastest.
+    "four exits": (ALIKE, {"exits": [4, 8, 15, 22], "rotation": 4}),
     "control": (ALIKE, {**CONTROL, "fixed_exits": [], "distillation_weight": 0.0}),
     "paper": ("task.yaml", {"max_length": 192}),
 }
