@@ -26,6 +26,7 @@ from topv2 import DRAFT_TOKENS, answer, drafts_by_exit
 from layerskip import LayerSkipModel
 from layerskip.bench.perplexity import WIKITEXT, perplexity, read_text
 from layerskip.bench.tasks import TASKS, Task, load_task
+from layerskip.model import open_files, resolve
 from layerskip.training.callbacks import read_log
 
 EXITS = (4, 6, 8, 10, 12, 15, 20)
@@ -59,6 +60,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """
     tasks = held_out_tasks(options.held_out, options.rows)
     text = read_text(options.text, options.words)
+    if options.control:
+        open_files(resolve(options.control))  # what is missing is said before an hour of measuring
     model = LayerSkipModel.from_pretrained(options.checkpoint, dtype=options.dtype)
     result: dict[str, Any] = {
         "environment": environment(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import ROOT, deliver, environment, verify_cost
+from engine import ROOT, deliver, dtype_of, environment, verify_cost
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import Task, load_task
@@ -43,7 +43,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = LayerSkipModel.from_pretrained(options.model)
     result: dict[str, Any] = {
-        "environment": environment("benchmarks/curves.py", "bfloat16", model.decoder.kernels),
+        "environment": environment("benchmarks/curves.py", dtype_of(model), model.decoder.kernels),
         "model": options.model,
         "context": context_curve(model, options.rounds),
         "batch": batch_curve(model, options.task, options.rounds),

@@ -10,6 +10,7 @@ ceiling is the bytes of weights that one step reads over the read bandwidth meas
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -200,11 +201,16 @@ def deliver(result: dict[str, Any], output: Path | None) -> None:
 def environment(script: str, dtype: str, kernels: str | None = None) -> dict[str, Any]:
     """What the figures depend on, the commit and the command included; `kernels` as of the decoder."""
     return {
-        "command": " ".join(["python", script, *sys.argv[1:]]),
+        "command": shlex.join(["python", *script.split(), *sys.argv[1:]]),
         "commit": commit(),
         **machine.environment(dtype=getattr(torch, dtype)),
         "kernels": kernels,
     }
+
+
+def dtype_of(model: LayerSkipModel) -> str:
+    """Of its weights: which one is the default depends on the machine."""
+    return str(model.decoder.dtype).removeprefix("torch.")
 
 
 def commit() -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import deliver, environment
+from engine import deliver, dtype_of, environment
 from paper.measures import answers
 
 from layerskip import LayerSkipModel
@@ -47,7 +47,9 @@ def main() -> None:
     recorded = answers(model, task, exits, task.max_new_tokens)
     costs = {e: DraftCosts.of(model.decoder, e, HEAD_SHARE) for e in exits}
     result = {
-        "environment": environment("benchmarks/exit_choice.py", "bfloat16", model.decoder.kernels),
+        "environment": environment(
+            "benchmarks/exit_choice.py", dtype_of(model), model.decoder.kernels
+        ),
         "model": options.model,
         "task": options.task,
         "answers": len(recorded),

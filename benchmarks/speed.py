@@ -41,7 +41,8 @@ Part = tuple[str, list[str]]
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
-    result = _begun(options.output, environment("benchmarks/speed.py", "bfloat16"))
+    here = environment("benchmarks/speed.py", "bfloat16")
+    result = {"environment": here, "parts": {}} if options.again else _begun(options.output, here)
     parts = list(_parts(options))
     for number, (name, command) in enumerate(parts, 1):
         before = result["parts"].get(name, {})
@@ -87,8 +88,6 @@ def _options() -> argparse.Namespace:
     ):
         if unknown := sorted(set(given) - set(known)):
             parser.error(f"there is no {kind} {unknown[0]!r}; there are: {', '.join(known)}")
-    if options.again:
-        options.output.unlink(missing_ok=True)
     return options
 
 

@@ -29,6 +29,7 @@ from rich.progress import track
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import Task, load_task
 from layerskip.decoding import Generation
+from layerskip.model import open_files, resolve
 from layerskip.model.quantize import WEIGHTS
 from layerskip.tuning.acceptance import agreement_rate, read_agreement, replay
 
@@ -52,11 +53,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.add_control and (options.recipe or not options.output):
+        parser.error("--add-control needs the --output file of its recipe, and no other checkpoint")
     task = load_task("topv2", samples=options.rows, seed=0)
     if options.add_control:
         result = json.loads(options.output.read_text())
-        if result["rows"] != len(task.samples):
-            parser.error(f"{options.output} has {result['rows']} rows, not {len(task.samples)}")
+        asked = (len(task.samples), options.dtype)
+        if (found := (result["rows"], result["environment"]["dtype"])) != asked:
+            parser.error(f"{options.output} is of {found}, not of {asked}")
         result["control"] = _control(options.add_control, task, options.dtype)
     elif options.recipe:
         result = _measured(options, task)
@@ -67,6 +71,8 @@ def main() -> None:
 
 def _measured(options: argparse.Namespace, task: Task) -> dict[str, Any]:
     began = time.monotonic()
+    if options.control:
+        open_files(resolve(options.control))  # what is missing is said before an hour of measuring
     result: dict[str, Any] = {"rows": len(task.samples), "draft_tokens": DRAFT_TOKENS}
     model = LayerSkipModel.from_pretrained(
         options.recipe, dtype=options.dtype, weights=options.weights

@@ -13,6 +13,7 @@ of further steps, in milliseconds of the threads that started the work.
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -56,7 +57,7 @@ WARM_UP_STEPS = PROFILED_STEPS = 2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--data", default="$LAYERSKIP_DATA/topv2/*_train.tsv.xz")
+    parser.add_argument("--data", default="$LAYERSKIP_DATA/topv2/*_train.tsv*")
     parser.add_argument("--prompt", default="{utterance}\n")
     parser.add_argument("--completion", default="{semantic_parse}")
     parser.add_argument("--all-labels", action="store_true", help="loss on prompts too")
@@ -82,7 +83,7 @@ def main() -> None:
                 device="cuda" if torch.cuda.is_available() else "cpu",
             ),
             "threads": options.threads,
-            "command": " ".join(["python", "benchmarks/training.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "benchmarks/training.py", *sys.argv[1:]]),
             "commit": commit(),
         },
         "batch_size": options.batch_size,

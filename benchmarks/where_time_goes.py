@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from engine import deliver, environment
+from engine import deliver, dtype_of, environment
 from torch import Tensor
 
 from layerskip import LayerSkipModel
@@ -44,17 +44,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    lines, kernels = [], ""
+    lines = []
     for weights in options.weights.split(","):
         model = LayerSkipModel.from_pretrained(options.model, weights=weights)
-        kernels = model.decoder.kernels
         for name in options.task.split(","):
             task = load_task(name, samples=options.samples, seed=0)
             n = min(options.max_new_tokens, task.max_new_tokens)
             prompts = [sample.prompt for sample in task.samples]
             lines.append({"task": name, "weights": weights, **profile(model, prompts, n)})
             print(name, weights, file=sys.stderr, flush=True)
-    here = environment("benchmarks/where_time_goes.py", "bfloat16", kernels)
+    here = environment("benchmarks/where_time_goes.py", dtype_of(model), model.decoder.kernels)
     deliver({"environment": here, "model": options.model, "lines": lines}, options.output)
 
 

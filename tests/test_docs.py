@@ -23,9 +23,13 @@ def commands(text):
         if language not in ("", "sh", "bash"):
             continue
         for line in block.replace("\\\n", " ").splitlines():
-            found = re.search(r"^(?:\S+=\S+ |\S+/)*layerskip (.*)", line)
+            found = re.search(r"(?:^|\| )(?:\S+=\S+ |\S+/)*layerskip (.*)", line)
             if found:
                 yield shlex.split(found[1], comments=True)
+
+
+def test_the_pages_have_commands_to_check():
+    assert sum(len(list(commands(page.read_text()))) for page in PAGES) > 50
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -30,7 +30,7 @@ from layerskip.bench.tasks import load_task
 from layerskip.decoding import Sampling
 from layerskip.decoding.accept import accept_greedy
 from layerskip.decoding.clock import device_clock
-from layerskip.decoding.drafters import Draft, EarlyExitDrafter
+from layerskip.decoding.drafters import Draft, EarlyExitDrafter, no_draft
 from layerskip.decoding.sampling import next_token
 from layerskip.model import Decoder, KVCache
 from paper.checkpoints import TINY, new_model, shown, told, version, write_rows
@@ -95,11 +95,15 @@ class RecomputingDrafter(EarlyExitDrafter):
     def draft(self, last: Tensor, n: int, cache: KVCache, history: Any, generator: Any) -> Draft:
         """See `EarlyExitDrafter`, whose own extra pass over the last token gives the last draft here."""
         if n == 0:
-            return Draft(last[:, :0], None, self.decoder.embed(last), start=0, source=self.source)
-        shorter = super().draft(last, n - 1, cache, history, generator)
-        state = shorter.states[:, -1:]
+            return no_draft(last)
+        if n == 1:
+            state = self.decoder.run(self.decoder.embed(last), 0, self.exit_layer, cache)
+            drafted = last[:, :0]
+        else:
+            shorter = super().draft(last, n - 1, cache, history, generator)
+            state, drafted = shorter.states[:, -1:], shorter.tokens
         chosen = next_token(self.decoder, state, self.sampling, generator)
-        tokens = torch.cat([shorter.tokens, chosen], dim=1)
+        tokens = torch.cat([drafted, chosen], dim=1)
         states = self.decoder.embed(torch.cat([last, tokens], dim=1))
         return Draft(tokens, None, states, start=0, source=self.source)
 
@@ -130,7 +134,8 @@ def answer(
         n = min(draft_tokens, new_tokens - len(tokens) - 1)
         draft = drafter.draft(last, n, cache, None, None)
         cache.lengths.copy_(settled)
-        hidden = decoder.run(draft.states, draft.start, layers, cache)
+        states = decoder.embed(last) if draft.states is None else draft.states
+        hidden = decoder.run(states, draft.start, layers, cache)
         accepted, following = accept_greedy(draft.tokens, decoder.choose(hidden))
         last = following[:, None]
         count = int(accepted)

@@ -28,22 +28,22 @@ scripts are in [benchmarks/paper](../benchmarks/paper); each begins with its com
 
 Every variant was trained once, with one seed: small differences may be chance. "Recipe" is what the \
 last table of each section says; only that of pretraining is the paper's own, the others are what a \
-budget of minutes needed (few exits, of which one has a loss at every step, and distillation). "Not \
-seen at this scale" does not say that the paper is wrong, nor "seen again" that its figures hold here. \
-Exits, rounds and the other words are in the [glossary](glossary.md); L is the number of layers, E the \
-layers run, d the draft tokens."""
+budget of minutes needed (few exits, of which one may have a loss at every step, and distillation). \
+"Not seen at this scale" does not say that the paper is wrong, nor "seen again" that its figures hold \
+here. Exits, rounds and the other words are in the [glossary](glossary.md); L is the number of layers, \
+E the layers run, d the draft tokens."""
 NOTES = {
     "pretrain": "Code and docstrings of Python's standard library. After 300 steps no variant has "
     "converged: the last layer's gains over the baseline say how soon each of them learns, not where it "
-    "would end. Runs of other days were made by other commits. Baseline and LD+EE were trained on another "
-    "kind of machine before ([file](../benchmarks/results/paper/pretrain-avx2.json)): their last layers "
-    "came to 501.3 and 326.5 there, 2.6 and 5.6% more than here. So a variant that is nearer than that to "
-    "another one may be so by chance, as the gradual curriculum is to the rotational one.",
+    "would end. Runs of other days were made by other commits. Baseline and LD+EE were trained on "
+    "another kind of machine before ([file](../benchmarks/results/paper/pretrain-avx2.json)): their "
+    "last layers came to 501.3 and 326.5 there, 2.6 and 5.6% more than here. So a variant that is nearer "
+    "than that to another one may be so by chance, as the gradual curriculum is to the rotational one.",
     "continual": "Half of the text is the validation part of the corpus whose test part is asked, the "
     "other half code.",
     "task": "The recipe, two light exits, was chosen after heavier ones had cost the last layer more "
-    "([what each costs](recipe.md)). Four exits are for the claims that compare exits; they were trained "
-    "on fewer rows.",
+    "([what each costs](recipe.md)). Four exits are for the claims that compare exits; they were "
+    "trained on fewer rows.",
 }
 TITLES = {
     "pretrain": "Pretraining from scratch",

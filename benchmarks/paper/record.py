@@ -21,7 +21,7 @@ def options_of(
 ) -> argparse.ArgumentParser:
     """A parser with what all experiments share."""
     parser = argparse.ArgumentParser(prog=f"python -m paper.{experiment}", description=description)
-    parser.add_argument("--output", type=Path, default=RESULTS / f"{experiment}.json")
+    parser.add_argument("--output", type=Path, help=f"default: {experiment}.json in {RESULTS.name}")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "paper" / experiment)
     parser.add_argument("--minutes", type=float, help=minutes_help)
     parser.add_argument("--threads", type=int, default=2)
@@ -57,6 +57,9 @@ class Record:
             raise SystemExit(f"there is no variant {unknown[0]!r}; there are: {', '.join(known)}")
         torch.set_num_threads(options.threads)
         self.experiment, self.options = experiment, options
+        if options.output is None:  # a tiny setting never takes the place of what was measured
+            folder = options.work if options.smoke else RESULTS
+            options.output = folder / f"{experiment}.json"
         decisive = {k: v for k, v in vars(options).items() if k not in _HOW}
         settings = json.loads(json.dumps(decisive, default=str))
         self.document: dict[str, Any] = {"experiment": experiment, "smoke": options.smoke}

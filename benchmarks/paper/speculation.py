@@ -39,6 +39,7 @@ def main() -> None:
         new_model(folder, corpus.train, 300, TINY, weights=True)
     variant = f"{shown(folder)} on {task_name}"
     if not record.lacks(variant):
+        print(f"speculation: {variant} was measured already; --again measures it anew")
         return
     model = LayerSkipModel.from_pretrained(model_name, dtype=options.dtype)
     task = load_task(str(prompts) if task_name == OWN_TASK else task_name, samples=options.samples)

@@ -6,8 +6,9 @@
         --checkpoint recipe=runs/topv2 --checkpoint control=runs/topv2-control
 
 Training is that of examples/topv2.yaml (`recipe`), the same with more exits (`four exits`) or without
-the recipe (`control`), or with the paper's settings (`paper`, of examples/task.yaml); a checkpoint that is there already can be
-named instead. Exact match, agreement and acceptance are those of benchmarks/topv2.py.
+the recipe (`control`), or with the paper's settings (`paper`, of examples/task.yaml); a checkpoint that
+is there already can be named instead. Exact match, agreement and acceptance are those of
+benchmarks/topv2.py.
 """
 
 import argparse

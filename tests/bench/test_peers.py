@@ -207,3 +207,10 @@ def test_llama_cpp_gives_our_tokens(smollm2, smollm2_folder):
             run = peer.answer(setting, prompt, 12)
             assert run.token_ids == ours, setting
             assert len(run.steps[0].tokens) == 1
+
+
+def test_a_peer_is_timed_by_the_clock_that_waits_for_the_device(folder, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(transformers, "device_clock", lambda device: lambda: next(ticks))
+    run = transformers.Peer(job(folder)).answer(PLAIN, [5, 6, 7], 4)
+    assert (run.ttft_s, run.decode_s) == (1, 3)

@@ -186,3 +186,19 @@ def test_a_task_is_needed(run):
     status, _, err = run("bench")
     assert status == 2
     assert "--task" in err
+
+
+def test_answers_that_cannot_be_judged_are_kept_and_it_is_said(run, prompts, tmp_path, monkeypatch):
+    def fails(self, answers):
+        raise RuntimeError("no judge today")
+
+    monkeypatch.setattr(Task, "quality", fails)
+    file = tmp_path / "bench.json"
+    flags = ("--modes", "plain", "--max-new-tokens", 4, "--output", file)
+    status, _, err = run("bench", "--task", prompts, *flags)
+    said = "the answers could not be judged (RuntimeError: no judge today)"
+    assert (status, err.strip()) == (1, f"layerskip: {said}")
+    document = json.loads(file.read_text())
+    assert document["not_scored"] == "RuntimeError: no judge today"
+    assert not document["interrupted"]
+    assert document["rows"][0]["new_tokens"] > 0

@@ -301,8 +301,8 @@ def test_bad_input_is_one_clear_line(run, arguments, status, words):
     ("row", "words"),
     [
         ("{", "line 2: no JSON"),
-        ('{"text": "x"}', 'line 2: `prompt` (a text)'),
-        ('{"prompt": 7}', 'line 2: `prompt` (a text)'),
+        ('{"text": "x"}', "line 2: `prompt` (a text)"),
+        ('{"prompt": 7}', "line 2: `prompt` (a text)"),
     ],
 )
 def test_a_bad_row_is_named_by_its_line(run, tmp_path, row, words):
@@ -341,7 +341,20 @@ def test_a_failed_write_leaves_the_old_file(run, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_ends_cleanly(folder):
-    program = "from layerskip.cli import main; main()"
+    program = """
+import time
+from layerskip.decoding.stream import TextStream
+
+push = TextStream.push
+
+def slow(self, *tokens):
+    time.sleep(0.05)
+    return push(self, *tokens)
+
+TextStream.push = slow
+from layerskip.cli import main
+main()
+"""
     arguments = ["generate", "--model", folder, "--prompt", "abc", "--ignore-eos"]
     process = subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments), "--max-new-tokens", "500"],
@@ -351,8 +364,7 @@ def test_ctrl_c_ends_cleanly(folder):
     process.stdout.read(1)  # the answer has begun
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
-    if process.returncode != 0:  # else the answer was complete before the signal came
-        assert (process.returncode, err.strip()) == (130, b"layerskip: interrupted")
+    assert (process.returncode, err.strip()) == (130, b"layerskip: interrupted")
 
 
 def test_every_option_of_an_answer_is_passed_on(run):
@@ -361,3 +373,11 @@ def test_every_option_of_an_answer_is_passed_on(run):
     assert set(options.decoding_arguments(flags)) == wanted - {"self", "prompt", "together"}
     run("generate", "--prompt", "abc", "--max-new-tokens", 1, "--threads", 2)
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("command", ["generate", "lens"])
+def test_without_a_prompt_nobody_waits_at_a_terminal(run, command, monkeypatch):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    status, out, err = run(command)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "give a prompt" in err

@@ -57,6 +57,27 @@ def test_greedy_rows_are_those_of_each_prompt_alone(case, plan):
         assert any(len(set(counts)) > 1 for counts in zip(*accepted, strict=False))
 
 
+@pytest.mark.parametrize("case", ["llama2", "smollm2"])  # a head of its own, and a tied one
+def test_a_draft_vocabulary_has_the_tokens_of_all_prompts(case):
+    decoder = tiny_decoder(case)
+    prompts = [random_prompt(decoder, n, seed=n) for n in (1, 9, 4)]
+    plan = dataclasses.replace(speculative(1, 4), draft_vocabulary=tuple(range(40)))
+    together, drafted = [[] for _ in prompts], set()
+    for prompt, step in batch(decoder, prompts, plan).steps():
+        together[prompt] += step.tokens
+        drafted |= {*step.tokens[: step.accepted], *step.rejected}
+    assert together == [ids(decoder, prompt, PLAIN) for prompt in prompts]
+    assert drafted
+    assert drafted <= {*range(40), *(token for prompt in prompts for token in prompt)}
+
+
+def test_an_adaptive_batch_may_be_told_not_to_draft():
+    decoder = tiny_decoder("llama2")
+    prompts = [random_prompt(decoder, n) for n in (2, 5)]
+    made = batch(decoder, prompts, dataclasses.replace(speculative(1, 0), adaptive=True))
+    assert {step.drafted for _, step in made.steps()} == {0}
+
+
 @pytest.mark.parametrize("plan", [PLAIN, speculative(2, 5)], ids=str)
 def test_rows_end_at_their_own_end_tokens_and_the_others_go_on(plan):
     decoder = tiny_decoder("llama3.1")

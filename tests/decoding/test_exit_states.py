@@ -29,3 +29,9 @@ def test_all_exits_in_one_pass_are_those_of_one_pass_each():
         alone = exit_states(decoder, tokens, [e])[e]
         assert states.shape == (1, len(tokens), decoder.architecture.hidden_size)
         torch.testing.assert_close(states, alone, rtol=0, atol=0)
+
+
+def test_tokens_outside_the_vocabulary():
+    decoder = tiny_decoder("llama2")
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        exit_states(decoder, [1, decoder.architecture.vocab_size], [1])

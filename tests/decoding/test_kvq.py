@@ -8,6 +8,7 @@ import torch
 from tiny_decoders import LAYERS, PLAIN, random_prompt, speculative, tiny_decoder
 
 from layerskip.decoding import Plan, Sampling, generate
+from layerskip.decoding.batch import Batch
 from layerskip.decoding.generate import PREFILL_CHUNK
 from layerskip.model import Decoder, KVCache
 
@@ -150,3 +151,25 @@ def test_one_synchronisation_a_round(sampling, penalty, monkeypatch):
     for _ in made:
         assert reads == ["tolist"]
         reads.clear()
+
+
+@pytest.mark.parametrize("draft_from", ["early-exit", "both"])
+def test_adaptive_drafts_run_no_layer_twice(work, draft_from):
+    settled = 7
+    plan = dataclasses.replace(speculative(1, 6), adaptive=True, draft_from=draft_from)
+    made = loop(settled, plan, n=60, case="llama3.1")
+    next(made)
+    work.take()
+    for step in made:
+        seen = collections.Counter((layer, at) for layer, ats in work.take()[0] for at in ats)
+        assert set(seen.values()) == {1}
+        assert {at for _, at in seen} == {*range(settled, settled + step.drafted + 1)}
+        settled += step.accepted + 1
+
+
+def test_prompts_of_a_batch_have_one_row_of_logits_each(work):
+    decoder = tiny_decoder("mistral")
+    prompts = [random_prompt(decoder, n) for n in (9, 30)]
+    made = Batch(decoder, prompts, plan=PLAIN, sampling=Sampling(), max_new_tokens=2)
+    next(made.steps())
+    assert work.take()[1] == [1]

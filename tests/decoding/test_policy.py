@@ -132,6 +132,7 @@ def test_the_exit_by_default_is_never_before_the_first_layer():
         (("plain", 3, None), SILENT, "plain decoding drafts nothing"),
         (("plain", None, 0), SILENT, "plain decoding drafts nothing"),
         (("early-exit", 3, 2), SILENT, "early exit drafts nothing"),
+        (("auto", None, None, "text"), SILENT, "drafts from 'text' are unknown"),
         (("auto", 3, None, "n-gram"), SILENT, "drafts from n-grams have no exit layer"),
         (("auto", None, None, "n-gram", None, (1,)), SILENT, "or draft vocabulary"),
         (("early-exit", None, None, None, True), SILENT, "early exit drafts nothing"),

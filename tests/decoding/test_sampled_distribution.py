@@ -14,6 +14,7 @@ from tiny_decoders import PLAIN, ids, speculative, steps, tiny_decoder
 
 from layerskip.decoding import Sampling, accept, drafters
 from layerskip.decoding.accept import accept_sampled
+from layerskip.decoding.batch import Batch
 from layerskip.model import StepCosts
 
 VOCABULARY = 5
@@ -128,6 +129,26 @@ def test_the_penalty_of_what_stands_there_is_in_the_distribution(decoder, plan):
     sampling = dataclasses.replace(SAMPLING, repetition_penalty=2.0)
     counts = count_continuations(decoder, plan, SAMPLES, sampling)
     assert p_value(counts, probabilities(decoder, sampling)) > LEAST_P_VALUE
+
+
+@pytest.mark.parametrize("name", ["fixed", "short head", "all together"])
+def test_all_truncations_at_once_are_in_the_distribution(decoder, name):
+    sampling = Sampling(temperature=0.8, top_k=4, min_p=0.05, repetition_penalty=1.5)
+    counts = count_continuations(decoder, PLANS[name], SAMPLES, sampling)
+    assert p_value(counts, probabilities(decoder, sampling)) > LEAST_P_VALUE
+
+
+@pytest.mark.parametrize("name", ["plain", "fixed", "short head"])
+def test_rows_of_a_batch_are_distributed_as_the_model_says(decoder, expected, name):
+    counts, rows = torch.zeros([VOCABULARY] * N_TOKENS, dtype=torch.int64), SAMPLES // 3
+    how = {"plan": PLANS[name], "sampling": SAMPLING, "max_new_tokens": N_TOKENS}
+    for seed in range(3):
+        found = [[] for _ in range(rows)]
+        for row, step in Batch(decoder, [PROMPT] * rows, seed=seed, **how).steps():
+            found[row] += step.tokens
+        for tokens in found:
+            counts[tuple(tokens)] += 1
+    assert p_value(counts, expected) > LEAST_P_VALUE
 
 
 @pytest.mark.parametrize("name", ["n-grams", "short head", "both"])

@@ -356,3 +356,9 @@ def test_sentencepiece_of_gguf_without_a_score_for_each_token(file):
     refuse(
         file, CheckpointError, "has 1 scores and 2 types for 2 tokens; convert or export it again"
     )
+
+
+def test_attention_to_later_positions(tmp_path):
+    reference("gemma3").save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", use_bidirectional_attention=True)
+    refuse(tmp_path, UnsupportedModelError, "attention to later positions")

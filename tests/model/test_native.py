@@ -16,6 +16,7 @@ from tiny_decoders import PLAIN, ids, random_prompt, speculative, steps
 
 import tiny_models
 from layerskip import LayerSkipModel
+from layerskip.decoding import Plan, Sampling
 from layerskip.decoding.short_head import ShortHead
 from layerskip.model import load
 from layerskip.model.native import (
@@ -230,6 +231,26 @@ def test_self_speculative_equals_plain_in_every_type(case, kind, tmp_path):
             assert [token for step in made for token in step.tokens] == plain, (exit_layer, d)
             outcomes |= {(step.drafted, step.accepted) for step in made}
     assert any(0 < accepted < drafted for drafted, accepted in outcomes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_all_drafts_together_equal_plain_in_every_type(kind, penalty, tmp_path):
+    decoder = compiled(saved("llama3.2", tmp_path), kind)
+    sampling = Sampling(repetition_penalty=penalty)
+    plan = Plan(
+        mode="self-speculative",
+        exit_layer=1,
+        draft_tokens=12,
+        draft_from="both",
+        adaptive=True,
+        draft_vocabulary=tuple(range(60)),
+        trained=True,
+    )
+    for seed in range(3):
+        prompt = random_prompt(decoder, 6, seed) * 3
+        plain = ids(decoder, prompt, PLAIN, 60, sampling)
+        assert ids(decoder, prompt, plan, 60, sampling) == plain
 
 
 @pytest.mark.parametrize("case", ["llama3.2", "qwen3-sliding"])

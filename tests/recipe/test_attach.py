@@ -202,6 +202,7 @@ def test_the_recipes_own_settings_of_the_loss_are_used(llama):
     llama.lm_head.register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape))
     loss, last = llama(**batch).loss.detach(), handle.last
     assert max(shape[0] for shape in sizes if len(shape) == 2) <= 8
+    assert {shape[1] for shape in sizes if len(shape) == 3} == {1}  # the model's own: one position
     assert (last.divergence_sums[:-1] > 0).all()
     expected = (last.loss_sums + 0.5 * last.divergence_sums).mean() / last.tokens
     torch.testing.assert_close(loss, expected)
@@ -500,6 +501,13 @@ def test_other_models_are_refused():
 def test_layers_that_are_not_found(llama):
     llama.model.layers = llama.model.layers[:2]
     with pytest.raises(ValueError, match="its list of 4 layers is not found"):
+        attach(llama, ALL)
+
+
+def test_a_final_norm_that_is_not_found_is_refused(llama):
+    llama.model.other = llama.model.norm
+    del llama.model.norm
+    with pytest.raises(ValueError, match="final norm is not found"):
         attach(llama, ALL)
 
 

@@ -54,7 +54,7 @@ from layerskip.training.memory import peak_memory_bytes
 
 cpu = torch.device("cpu")
 before = peak_memory_bytes(cpu)
-block = torch.ones(before // 4 + 2**24)
+block = torch.ones(2**24)
 highest = peak_memory_bytes(cpu)
 del block
 print(before, highest, peak_memory_bytes(cpu))
@@ -68,3 +68,24 @@ def test_the_highest_memory_counts():
     before, highest, after = map(int, done.stdout.split())
     assert highest >= before + 50 * 2**20
     assert after >= highest
+
+
+_PARENT = """
+import subprocess, sys
+
+block = bytearray(2**30)
+block[::4096] = b"x" * len(block[::4096])
+child = (
+    "import torch; from layerskip.training.memory import peak_memory_bytes;"
+    " print(peak_memory_bytes(torch.device('cpu')))"
+)
+print(subprocess.run([sys.executable, "-c", child], capture_output=True, text=True).stdout)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others do not count it")
+def test_the_peak_of_who_started_the_process_does_not_count():
+    done = subprocess.run(
+        [sys.executable, "-c", _PARENT], capture_output=True, text=True, check=True
+    )
+    assert 0 < int(done.stdout) < 2**30

@@ -279,6 +279,32 @@ def test_killed_runs_resume_bit_for_bit(settings, tmp_path):
     assert_same_weights(whole.output, out)
 
 
+_KILLED = """
+import os, signal, torch
+plain = torch.save
+def cut(values, path, *args, **kwargs):
+    plain(values, path, *args, **kwargs)
+    if "checkpoint-3" in str(path):
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = cut
+"""
+
+
+def test_a_run_that_is_killed_in_the_middle_of_a_checkpoint(settings, tmp_path):
+    whole = run(settings, save_steps=1)
+    out = tmp_path / "killed"
+    arguments = json.dumps({**settings, "save_steps": 1, "output": str(out)})
+    done = subprocess.run([sys.executable, "-c", _KILLED + _SCRIPT, arguments], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (out / ".incomplete" / "checkpoint-3").is_dir()
+    assert last_checkpoint(out).endswith("checkpoint-2")
+    run(settings, save_steps=5, output=str(out), resume=True)
+    assert_same_weights(whole.output, out)
+    assert not (out / "checkpoint-3").exists()
+    assert not (out / ".incomplete").exists()
+
+
 def test_a_full_disk_loses_nothing(settings, monkeypatch):
     out = Path(settings["output"])
     plain = torch.save
@@ -331,7 +357,18 @@ def test_tensorboard_is_told_of_every_exit(settings):
 
 
 def test_from_scratch_and_gradient_checkpointing(settings, model_folder):
-    run(settings, from_scratch=True, regime="pretrain", rotation=3, gradient_checkpointing=True)
+    how = {"regime": "pretrain", "rotation": 3, "gradient_checkpointing": True}
+    result = run(settings, from_scratch=True, seed=5, learning_rate=1e-9, **how)
+    made, before = weights(result.output), weights(model_folder)
+    assert made.keys() == before.keys()
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert (made[name] - before[name]).abs().max() > 1e-2
+
+
+def test_a_line_of_the_log_that_a_crash_cut_off_is_left_out(tmp_path):
+    file = tmp_path / "log.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_log(file) == [{"step": 1}]
 
 
 def test_seeds_repeat_a_run(settings, tmp_path):

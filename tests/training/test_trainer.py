@@ -305,3 +305,11 @@ def test_checkpoints_are_pushed_from_their_place(model_folder, tmp_path, monkeyp
     often = {"save_strategy": "steps", "save_steps": 2, "push_to_hub": True}
     trainer_of(LayerSkipTrainer, model_folder, tmp_path, **often).train()
     assert pushed == [(str(tmp_path / f"checkpoint-{step}"), True) for step in (2, 4)]
+
+
+def test_several_gpus_in_one_process_are_refused(model_folder, tmp_path):
+    plain = trainer_of(Trainer, model_folder, tmp_path)
+    plain.add_callback(RecipeCallback(attach(plain.model, RECIPE)))
+    plain.args._n_gpu = 2
+    with pytest.raises(ValueError, match="2 GPUs in one process are not supported"):
+        plain.callback_handler.call_event("on_train_begin", plain.args, plain.state, plain.control)

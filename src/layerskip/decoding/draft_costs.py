@@ -79,12 +79,13 @@ class DraftCosts:
         else:
             scored = measured.draft_tokens_scored / decoder.architecture.vocab_size
             layers = max(measured.draft_step - measured.head * scored, 0.0)
+            passes = measured.passes
+            if len(contexts) > 1:
+                passes = _longer(passes, _passes(decoder))
             costs = cls(
                 layers=layers * exit_layer / measured.exit_layer,
                 head=measured.head * head_share,
-                passes=measured.passes
-                if len(contexts) == 1
-                else _longer(measured.passes, _passes(decoder)),
+                passes=passes,
                 overhead=measured.overhead,
             )
         share = _attention_share(decoder, contexts, 0 if measured is None else measured.context)

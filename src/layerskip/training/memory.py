@@ -5,18 +5,25 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
+from pathlib import Path
 
 import torch
 
 # Options of glibc's mallopt (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _NEVER = 2**31 - 1
+_STATUS = Path("/proc/self/status")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Highest memory so far: allocated on a GPU, resident in the process on a CPU; 0 = unknown."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    with contextlib.suppress(
+        OSError, StopIteration
+    ):  # Linux, where ru_maxrss starts at the parent's
+        lines = _STATUS.read_text().splitlines()
+        return 1024 * int(next(x for x in lines if x.startswith("VmHWM")).split()[1])
     try:
         import resource
     except ImportError:  # Windows
