@@ -37,8 +37,9 @@ NOTES = {
     "converged: the last layer's gains over the baseline say how soon each of them learns, not where it "
     "would end. Runs of other days were made by other commits. Baseline and LD+EE were trained on "
     "another kind of machine before ([file](../benchmarks/results/paper/pretrain-avx2.json)): their "
-    "last layers came to 501.3 and 326.5 there, 2.6 and 5.6% more than here. So a variant that is nearer "
-    "than that to another one may be so by chance, as the gradual curriculum is to the rotational one.",
+    "last layers came to 501.3 and 326.5 there, 2.6 and 5.6% more than here. So a variant that is "
+    "nearer than that to another one may be so by chance, as the gradual curriculum is to the "
+    "rotational one.",
     "continual": "Half of the text is the validation part of the corpus whose test part is asked, the "
     "other half code.",
     "task": "The recipe, two light exits, was chosen after heavier ones had cost the last layer more "
