@@ -112,6 +112,16 @@ def test_a_file_of_prompts_gives_a_list(run, tmp_path):
     assert set(tmp_path.iterdir()) == {prompts, output}
 
 
+def test_prompts_of_a_file_may_be_lists(run, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    message = {"role": "user", "content": "abc"}
+    rows = [{"prompt": [5, 6]}, {"prompt": [message]}, {"prompt": "abc", "messages": []}]
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    results = json.loads(run("generate", "--prompts", prompts, "--json", "--max-new-tokens", 2)[1])
+    counts = [r["prompt_tokens"] for r in results]
+    assert counts == [2, len("user: abc\nassistant: "), 3]
+
+
 def test_a_conversation_that_ends_with_an_answer_is_asked_without_it(run, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     asked = [{"role": "user", "content": "abc"}]

@@ -118,8 +118,11 @@ def test_each_prompt_of_a_batch_reads_its_own_context():
     products = DraftCosts.of(decoder, 1, 0.5, MEASURED, [0] * 3)
     row = draft_costs._ATTENTION_ROW
     for positions, attention in ((3, 1.0), (6, 1.0 + row), (9, 1.0 + 2 * row)):
-        expected = products.over(positions) / 4 + 3 / 4 * attention
-        assert costs.over(positions) == pytest.approx(expected, rel=0.05)
+        expected = products.over(positions, 3) / 4 + 3 / 4 * attention
+        assert costs.over(positions, 3) == pytest.approx(expected, rel=0.05)
+    # Of two that have ended nothing is read any more.
+    expected = products.over(3) / 4 + 1 / 4 * (1.0 + 2 * row)
+    assert costs.over(3, 1) == pytest.approx(expected, rel=0.05)
 
 
 def test_passes_go_on_as_they_ended():

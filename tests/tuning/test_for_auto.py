@@ -44,3 +44,4 @@ def test_a_text_less_answers_that_are_in_it():
     assert text == (*first, *short, *second)
     assert text_without([second, first, short], (50, *text, 51, *first, 52)) == (50, 7, 8, 51, 52)
     assert text_without([first], None) is None
+    assert draft_text([short, first], text) == text  # each is there already

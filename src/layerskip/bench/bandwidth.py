@@ -16,9 +16,8 @@ def read_bandwidth(device: torch.device, *, n_bytes: int | None = None, passes: 
     The median of several passes, with the threads that PyTorch uses at this moment. The memory is given
     back afterwards.
     """
-    if (
-        n_bytes is None
-    ):  # of a GPU enough for its launch and the waiting not to count, if it is there
+    if n_bytes is None:
+        # Of a GPU enough for its launch and the waiting not to count, where there is so much.
         n_bytes = 2**30
         if device.type == "cuda":
             n_bytes = min(2**32, torch.cuda.mem_get_info(device)[0] // 2)

@@ -38,9 +38,6 @@ class PeakMemory:
 
     def read(self) -> int | None:
         """Bytes; None where the system does not tell."""
-        if self._device.type != "cuda" and self.scope == "row":
-            line = next(x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM"))
-            return int(line.split()[1]) * 1024
         return peak_memory_bytes(self._device) or None
 
     @staticmethod

@@ -12,8 +12,8 @@ def prompt_of(row: Mapping[str, Any]) -> tuple[str | list[Mapping[str, Any]], st
     A conversation that ends with an answer is asked without it.
     """
     messages = row.get("messages")
-    if isinstance(messages, list) and all(map(_is_message, messages)):
-        if messages and messages[-1]["role"] == "assistant":
+    if messages and isinstance(messages, list) and all(map(_is_message, messages)):
+        if messages[-1]["role"] == "assistant":
             return messages[:-1], messages[-1]["content"]
         return messages, None
     prompt = row.get("prompt")

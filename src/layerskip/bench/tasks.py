@@ -222,7 +222,8 @@ def _own(name: str, samples: int | None, seed: int, judged: bool) -> Task:
 
 def _own_sample(where: str, row: Mapping[str, Any]) -> Sample:
     asked, given = prompt_of(row)
-    asked = asked or str(row.get("text", "")).rstrip("\n")  # of a .txt file
+    if "prompt" not in row and isinstance(row.get("text"), str):  # of a .txt file
+        asked = asked or row["text"].rstrip("\n")
     if not asked:
         raise ValueError(f"{where} needs {NEEDED}")
     prompt = asked if isinstance(asked, str) else tuple(asked)

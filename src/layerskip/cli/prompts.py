@@ -9,7 +9,7 @@ from layerskip.bench.prompts import NEEDED, prompt_of
 
 
 def read_prompts(file: Path) -> list[Any]:
-    """The prompts of a file, each a text or a list of messages, at least one.
+    """The prompts of a file, each a text or a list of messages or token ids, at least one.
 
     Args:
         file: .jsonl with a field "prompt" or "messages" in each line (a conversation that ends with an
@@ -39,7 +39,8 @@ def _prompts(file: Path) -> Iterator[Any]:
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: no JSON ({error})") from error
-        prompt, _ = prompt_of(row) if isinstance(row, dict) else ("", None)
-        if not prompt:
+        fields = row if isinstance(row, dict) else {}
+        prompt: Any = prompt_of(fields)[0] or fields.get("prompt")
+        if not isinstance(prompt, str | list) or not prompt:
             raise ValueError(f"{file}, line {number}: {NEEDED} is needed")
         yield prompt

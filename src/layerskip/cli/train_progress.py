@@ -1,5 +1,6 @@
 """How a training run is shown on stderr: a bar on a terminal, a line for every log elsewhere."""
 
+import sys
 from collections.abc import Callable, Mapping
 
 from rich.console import Console
@@ -36,7 +37,7 @@ class TrainProgress:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
-            disable=not (is_shown and self._console.is_terminal),
+            disable=not (is_shown and sys.stderr.isatty()),
         )
         self._task = self._bar.add_task("loading model and data", total=None)
 

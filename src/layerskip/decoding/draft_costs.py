@@ -40,8 +40,8 @@ class DraftCosts:
         passes: all layers and the head over 1, 2, ... positions, less `attention`; beyond its end
             every further position adds what those of the second half added on average.
         overhead: of a round that drafts by early exit, beside its parts.
-        attention: over the context, for one position of each prompt.
-        prompts: how many share a pass.
+        attention: over the contexts, for one position of each prompt.
+        prompts: how many these are.
     """
 
     layers: float
@@ -99,10 +99,10 @@ class DraftCosts:
             prompts=len(contexts),
         )
 
-    def over(self, positions: int) -> float:
-        """A pass of all layers and the head over 1 or more positions."""
-        further = max(positions - self.prompts, 0) / self.prompts  # of each prompt
-        attention = self.attention * (1.0 + further * _ATTENTION_ROW)
+    def over(self, positions: int, prompts: int = 1) -> float:
+        """A pass of all layers and the head over 1 or more positions, of so many prompts."""
+        further = positions / prompts - 1.0  # of each prompt
+        attention = self.attention * prompts / self.prompts * (1.0 + further * _ATTENTION_ROW)
         known = len(self.passes)
         if positions <= known:
             return self.passes[positions - 1] + attention
@@ -137,12 +137,12 @@ class DraftCosts:
         A pass over n tokens of each of B prompts is one over n * B positions. A drafted token whose
         predecessors are right is right with the probability `acceptance`, below 1.
         """
-        step = self.over(rows)
+        step = self.over(rows, rows)
         best, longest = _LEAST_GAIN / step, 0
         for d in range(1, most + 1):
             tokens = (1 - acceptance ** (d + 1)) / (1 - acceptance)
             drafting = (self.layers * (d + 1) + self.head * d) * step
-            time = drafting + (1 - self.layers) * self.over(rows * (d + 1)) + self.overhead
+            time = drafting + (1 - self.layers) * self.over(rows * (d + 1), rows) + self.overhead
             if tokens / time > best:
                 best, longest = tokens / time, d
         return longest

@@ -204,7 +204,7 @@ class BatchLength:
     Where nothing is worth it one token is tried now and then, after longer and longer rests.
 
     Args:
-        costs: in units of a plain step of one row.
+        costs: in units of a plain step.
         most: tokens of a draft.
     """
 

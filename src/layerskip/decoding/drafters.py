@@ -145,7 +145,7 @@ class EarlyExitDrafter:
         if refused:
             tokens, q = tokens[:, :-1], q[:-1]
         else:
-            newest = tokens[:, -1:] if tokens.shape[1] else last
+            newest = tokens[:, -1:]
             if behind:
                 more = last.new_tensor([behind] * len(last))
                 newest, tokens = torch.cat([newest, more], 1), torch.cat([tokens, more], 1)

@@ -268,10 +268,11 @@ class LayerSkipModel:
         if not wanted:
             return None if wanted is None else ()
         if isinstance(wanted, str) and self.tokenizer is not None:
-            if self._last_text[0] != wanted:  # a text may be long, and prompts many
+            known = self._last_text
+            if known[0] != wanted:  # a text may be long, and prompts many
                 encoded = self.tokenizer.encode(wanted, add_special_tokens=False, verbose=False)
-                self._last_text = wanted, tuple(encoded)
-            ids = self._last_text[1]
+                known = self._last_text = wanted, tuple(encoded)
+            ids = known[1]
         else:
             ids = tuple(self.tokenize(wanted))
         size = self.decoder.architecture.vocab_size

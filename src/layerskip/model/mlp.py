@@ -79,9 +79,8 @@ class Experts:
         shares, chosen = shares.to(x.dtype).flatten(), chosen.flatten()
         order = chosen.argsort(stable=True)  # by expert, and of each the rows in their order
         counts = chosen.bincount(minlength=len(self.experts)).tolist()
-        out = torch.zeros_like(
-            x
-        )  # the residual comes last: in 16 bits it would swallow small parts
+        # The residual comes last: in 16 bits it would swallow small parts.
+        out = torch.zeros_like(x)
         for expert, sent in zip(self.experts, order.split(counts), strict=True):
             if len(sent):
                 rows = sent // self.top_k

@@ -73,6 +73,8 @@ class StepCosts:
             raise ValueError("costs are above 0")
         if not math.isfinite(fields["overhead"]):
             raise ValueError("the overhead is no number")
+        if not isinstance(fields.get("context", 0), int) or fields.get("context", 0) < 0:
+            raise ValueError("the context is no number of positions")
         return cls(**{**fields, "passes": passes})
 
 

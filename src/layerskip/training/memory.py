@@ -19,9 +19,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Highest memory so far: allocated on a GPU, resident in the process on a CPU; 0 = unknown."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    with contextlib.suppress(
-        OSError, StopIteration
-    ):  # Linux, where ru_maxrss starts at the parent's
+    # Linux, where ru_maxrss begins with the peak of who started this process.
+    with contextlib.suppress(OSError, StopIteration):
         lines = _STATUS.read_text().splitlines()
         return 1024 * int(next(x for x in lines if x.startswith("VmHWM")).split()[1])
     try:

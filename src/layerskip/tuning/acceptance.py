@@ -64,9 +64,8 @@ def read_agreement(
     expected = torch.tensor(tokens[1:], device=decoder.device)
     agreement: dict[int, list[bool]] = {exit_layer: [] for exit_layer in sorted(set(exits))}
     ids = torch.tensor([known], device=decoder.device)
-    for first, exit_layer, hidden in walk_exits(
-        decoder, ids, exits, capacity
-    ):  # as the answer's cache
+    # The capacity is that of the answer's own cache.
+    for first, exit_layer, hidden in walk_exits(decoder, ids, exits, capacity):
         if first + hidden.shape[1] <= len(prompt):
             continue
         marks = agreement[exit_layer]

@@ -43,8 +43,9 @@ def step_costs(costs: Costs, exit_layer: int, model: LayerSkipModel) -> StepCost
 
 
 def draft_text(answers: Iterable[Sequence[int]], known: Sequence[int] | None) -> tuple[int, ...]:
-    """Some answers, each once, and before them a text that has none of them."""
-    once = dict.fromkeys(map(tuple, answers))
+    """A text, and behind it some answers that it has not, each once."""
+    text = _letters(known or ())
+    once = dict.fromkeys(tuple(answer) for answer in answers if _letters(answer) not in text)
     return tuple(itertools.chain(known or (), *once))[:MOST_OF_TEXT]
 
 
@@ -54,11 +55,16 @@ def text_without(
     """A draft text less these answers, which tuning on the same prompts may have put there before."""
     if known is None:
         return None
-    text = "".join(map(chr, known))  # a letter for each token, since texts can be searched
+    text = _letters(known)
     for answer in answers:
         if len(answer) >= _LEAST_OF_AN_ANSWER:
-            text = text.replace("".join(map(chr, answer)), "")
+            text = text.replace(_letters(answer), "")
     return tuple(map(ord, text))
+
+
+def _letters(tokens: Sequence[int]) -> str:
+    """A letter for each token, since texts can be searched."""
+    return "".join(map(chr, tokens))
 
 
 def draft_vocabulary(

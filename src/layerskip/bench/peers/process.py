@@ -60,7 +60,7 @@ class PeerProcess:
             stderr=self._log,
             text=True,
             encoding="utf-8",
-            # No module of the working folder takes a package's place.
+            # No module of the working folder takes a package's place (from Python 3.11 on).
             env=os.environ | {"PYTHONSAFEPATH": "1"},
         )
         try:
