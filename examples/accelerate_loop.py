@@ -15,7 +15,7 @@ from datasets import load_dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
     get_cosine_schedule_with_warmup,
 )
 
@@ -43,15 +43,17 @@ def main() -> None:
     attached = attach(model, recipe)  # before the model is wrapped
 
     rows = load_dataset("json", data_files=options.data, split="train")
-    rows = rows.map(
-        lambda row: tokenizer(row["text"], truncation=True, max_length=512),
-        remove_columns=rows.column_names,
-    )
+
+    def encode(row: dict[str, str]) -> dict[str, list[int]]:
+        encoded = tokenizer(row["text"] + tokenizer.eos_token, truncation=True, max_length=512)
+        return {**encoded, "labels": encoded["input_ids"]}
+
+    rows = rows.map(encode, remove_columns=rows.column_names)
     loader = torch.utils.data.DataLoader(
         rows,
         options.batch_size,
         shuffle=True,
-        collate_fn=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        collate_fn=DataCollatorForSeq2Seq(tokenizer),
     )
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import causal_lms
 from layerskip import LayerSkipModel
 from layerskip.training import LayerSkipTrainer, TrainConfig, train
 from layerskip.training.callbacks import read_log
@@ -143,6 +144,31 @@ def test_resume_is_bit_for_bit(settings, tmp_path, interrupted, changes):
     assert_same_weights(whole.output, half)
     steps = [log["step"] for log in read_log(half / "train_log.jsonl") if "loss" in log]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_are_resumed_as_well(settings, model_folder, tmp_path, interrupted, family):
+    """A checkpoint has each by itself, the model has them together."""
+    folder = tmp_path / "mixture"
+    shutil.copytree(
+        model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "*config*")
+    )
+    shutil.copy(Path(model_folder) / "tokenizer_config.json", folder)
+    vocabulary = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
+    causal_lms.build(family, vocab_size=vocabulary).save_pretrained(folder)
+    changes = {"model": str(folder), "max_steps": 12, "save_steps": 5}
+    whole = run(settings, **changes)
+    half = tmp_path / "half"
+    interrupted(settings, 8, **changes, output=str(half))
+    run(settings, **changes, output=str(half), resume=True)
+    assert_same_weights(whole.output, half)
+
+
+def test_a_resume_saves_as_often_as_it_is_told_to(settings, interrupted):
+    interrupted(settings, 4, max_steps=8, save_steps=3, keep_checkpoints=9)
+    run(settings, max_steps=8, save_steps=2, keep_checkpoints=9, resume=True)
+    found = Path(settings["output"]).glob("checkpoint-*")
+    assert {path.name for path in found} == {f"checkpoint-{step}" for step in (3, 4, 6, 8)}
 
 
 def test_a_resume_goes_on_with_the_learning_rate_and_weight_decay_of_now(

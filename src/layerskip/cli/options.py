@@ -228,14 +228,15 @@ def load_model(flags: dict[str, Any]) -> LayerSkipModel:
 
 
 @contextlib.contextmanager
-def warnings_in_one_line() -> Iterator[None]:
-    """Our own warnings without the place in the code that they come from."""
+def warnings_in_one_line(*, is_shown: bool = True) -> Iterator[None]:
+    """Our own warnings without the place in the code that they come from, or none of them."""
     with warnings.catch_warnings():
         plain = warnings.showwarning
 
         def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
             if category.__module__.startswith("layerskip."):
-                click.echo(f"layerskip: {message}", err=True)
+                if is_shown:
+                    click.echo(f"layerskip: {message}", err=True)
             else:
                 plain(message, category, *place, **more)
 

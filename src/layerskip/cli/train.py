@@ -63,7 +63,9 @@ def _without_effect(given: Mapping[str, Any], recipe: RecipeConfig) -> list[str]
     if recipe.variant == "LD":
         unused |= dict.fromkeys(("curriculum", *of_curriculum, *of_exits), "--variant LD")
     elif recipe.curriculum != "rotational":
-        names = of_curriculum if recipe.curriculum == "none" else ("rotation",)
+        names: tuple[str, ...] = ("rotation",)
+        if recipe.curriculum == "none":
+            names = of_curriculum if recipe.fixed_exits else (*of_curriculum, *of_exits)
         unused |= dict.fromkeys(names, f"--curriculum {recipe.curriculum}")
     if recipe.variant == "EE":
         unused |= dict.fromkeys(("p_max", *of_dropout), "--variant EE")
@@ -114,7 +116,10 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
     if is_first:
         for line in _without_effect(given, settings.effective_recipe):
             click.echo(f"layerskip: {line}", err=True)
-    with options.warnings_in_one_line(), TrainProgress(is_shown=is_first) as progress:
+    with (
+        options.warnings_in_one_line(is_shown=is_first),
+        TrainProgress(is_shown=is_first) as progress,
+    ):
         result = train(settings, progress)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # its threads may abort a process that just ends

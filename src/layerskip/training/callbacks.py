@@ -31,7 +31,9 @@ class JsonLinesLog(TrainerCallback):
         self._attached = attached
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the file, or go on with it."""
+        """Start the file, or go on with it, and as often as the arguments say."""
+        # How often is said now: after a resume Trainer has what its checkpoint says.
+        state.compute_steps(args, state.max_steps)
         if not state.is_world_process_zero:
             return
         kept = [log for log in read_log(self._path) if log["step"] <= state.global_step]

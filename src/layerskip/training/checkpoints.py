@@ -7,6 +7,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
 from layerskip.model.weights import flush
 from layerskip.training.errors import UnwrittenCheckpointError
 
@@ -29,6 +33,21 @@ def _checkpoints(directory: str | os.PathLike[str]) -> list[tuple[int, Path]]:
         for path in Path(directory).glob("checkpoint-*")
         if (number := path.name.removeprefix("checkpoint-")).isdigit() and path.is_dir()
     ]
+
+
+def load_renamed(model: nn.Module, checkpoint: Path) -> None:
+    """Load a checkpoint once more, as any checkpoint is, where some of its weights have other names.
+
+    transformers writes experts one by one, as they were published, and has them together in memory.
+    """
+    stored: set[str] = set()
+    for file in checkpoint.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            stored.update(opened.keys())
+    here = model.state_dict().keys()
+    if isinstance(model, PreTrainedModel) and stored - here and here - stored:
+        dtype = next(model.parameters()).dtype
+        model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=dtype).state_dict())
 
 
 def remove_old_checkpoints(

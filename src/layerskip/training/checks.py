@@ -91,7 +91,8 @@ def check_layers(config: TrainConfig) -> int:
 
 def _with_loss(recipe: RecipeConfig, num_layers: int) -> list[int]:
     """The exits before the last layer that have a loss at some step, ascending."""
-    if recipe.variant == "LD":
+    weighs_nothing = recipe.e_scale == 0 and recipe.exit_weighting != "equal"
+    if recipe.variant == "LD" or weighs_nothing:
         return []
     in_turn = () if recipe.curriculum == "none" else recipe.candidates(num_layers)
     first = 2 if recipe.exit_weighting == "paper" else 1  # whose weight is not 0

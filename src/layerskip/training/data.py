@@ -64,6 +64,11 @@ class Encoding:
             labels[:prompt] = [IGNORED_LABEL] * prompt
         return {"input_ids": ids, "labels": labels}
 
+    def _running(self, text: str, end: list[int]) -> list[int]:
+        """Text without a prompt; of an empty one there is nothing to learn, not even that it ends."""
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids + end if text else []
+
     def _ids(self, where: str, row: Mapping[str, Any]) -> tuple[int, list[int]]:
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
         # Where a template is named, a field that is misspelt must not pass for a row of another kind.
@@ -75,7 +80,7 @@ class Encoding:
                     f"{where} has the fields {sorted(row)}; {self.text_field!r} is {kind}, a text is"
                     " needed"
                 )
-            return 0, self.tokenizer(text)["input_ids"] + end
+            return 0, self._running(text, end)
         if not is_named and row.get("messages") is not None:  # parquet has the column in all rows
             return self._chat(where, row["messages"], row.get("tools"))
         try:
@@ -93,7 +98,7 @@ class Encoding:
                     f"{where} has the fields {sorted(row)}; needed are those of {self.completion!r} "
                     f"and {self.prompt!r}{others}{_why(error)}"
                 ) from None
-            return 0, self.tokenizer(row[self.text_field])["input_ids"] + end
+            return 0, self._running(row[self.text_field], end)
         try:
             prompt = _FILLED.vformat(self.prompt, (), row)
         except _UNFILLED as error:

@@ -102,7 +102,7 @@ def load_model(config: TrainConfig) -> PreTrainedModel:
     model = _random_model(config.model) if config.from_scratch else pretrained_model(config.model)
     _make_savable(model)
     is_short = config.max_length <= _SHORT_ROWS and _kept_bytes(model, config) <= _KEPT_BYTES
-    if is_short and not torch.cuda.is_available():
+    if is_short and (config.device == "cpu" or not torch.cuda.is_available()):
         model.set_attn_implementation("eager")  # faster a step than the CPU's flash kernel
     return model
 
@@ -117,7 +117,7 @@ def _kept_bytes(model: PreTrainedModel, config: TrainConfig) -> int:
 def _random_model(name: str) -> PreTrainedModel:
     config = model_config(name)
     try:
-        model = AutoModelForCausalLM.from_config(config, **_NO_CODE)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **_NO_CODE)
     except (OSError, ValueError) as error:
         raise ValueError(one_line(f"the model {name} could not be loaded", error)) from error
     made: PreTrainedModel = model.float()

@@ -9,7 +9,7 @@ import random
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
     align_special_tokens(model, tokenizer)
     use_cache = model.config.use_cache
     output.mkdir(parents=True, exist_ok=True)
-    trainer = _trainer(config, model, tokenizer, train_rows, eval_rows)
+    trainer = _trainer(config, model, tokenizer, train_rows, eval_rows, exit_layer)
     trainer.add_callback(JsonLinesLog(output / "train_log.jsonl", trainer.attached))
     if watch is not None:
         trainer.add_callback(Watch(watch))
@@ -272,13 +272,18 @@ def _is_bfloat16_fast(on_gpu: bool) -> bool:
 
 
 def _trainer(
-    config: TrainConfig, model: Any, tokenizer: Any, train_rows: Any, eval_rows: Any
+    config: TrainConfig,
+    model: Any,
+    tokenizer: Any,
+    train_rows: Any,
+    eval_rows: Any,
+    exit_layer: int,
 ) -> LayerSkipTrainer:
     use_gpu = uses_gpu(config)
-    # Named only where it is wanted: the field has another name in newer versions of transformers.
-    checkpointing: dict[str, Any] = (
-        {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
-    )
+    # Newer versions of transformers have another name for it.
+    names = {field.name for field in fields(TrainingArguments)}
+    name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names)
+    checkpointing: dict[str, Any] = {name: True} if config.gradient_checkpointing else {}
     precision = config.precision
     if precision == "auto":
         precision = "bfloat16" if _is_bfloat16_fast(use_gpu) else "float32"
@@ -325,8 +330,8 @@ def _trainer(
         recipe=config.effective_recipe,
         eval_exits=config.eval_exits,
     )
-    if config.eval_exits is None and config.exit_layer is not None:  # the one that will draft
-        trainer.eval_exits = tuple(sorted({*trainer.eval_exits, config.exit_layer}))
+    if config.eval_exits is None:  # the one that will draft is looked at in any case
+        trainer.eval_exits = tuple(sorted({*trainer.eval_exits, exit_layer}))
     trainer.remove_callback(PrinterCallback)  # prints to stdout where there is no progress bar
     if config.max_minutes is not None:
         trainer.add_callback(TimeBudget(config.max_minutes))

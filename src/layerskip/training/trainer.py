@@ -19,6 +19,7 @@ from layerskip.recipe.exit_loss import IGNORED_LABEL
 from layerskip.training.checkpoints import (
     INCOMPLETE,
     last_good,
+    load_renamed,
     move_when_whole,
     remove_old_checkpoints,
     unwritten,
@@ -135,6 +136,13 @@ class LayerSkipMixin:
         if norm is not None and not is_scaled:
             self._must_be_finite("the norm of the gradient", float(norm))
         return norm
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The class's own, which leaves out weights that a checkpoint has under other names."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model=model)  # type: ignore[misc]
+        trainer = self._trainer
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            load_renamed(model or trainer.model, Path(resume_from_checkpoint))
 
     def _must_be_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
