@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -350,18 +351,20 @@ def test_a_failed_write_leaves_the_old_file(run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_ctrl_c_ends_cleanly(folder):
-    program = """
-import time
-from layerskip.decoding.stream import TextStream
+def test_ctrl_c_ends_cleanly(folder, tmp_path):
+    begun = tmp_path / "begun"
+    program = f"""
+import pathlib, time
+from layerskip.decoding.answer import Answer
 
-push = TextStream.push
+note = Answer._note
 
-def slow(self, *tokens):
+def slow(self, step):
+    note(self, step)
+    pathlib.Path({str(begun)!r}).touch()
     time.sleep(0.05)
-    return push(self, *tokens)
 
-TextStream.push = slow
+Answer._note = slow
 from layerskip.cli import main
 main()
 """
@@ -371,7 +374,8 @@ main()
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    process.stdout.read(1)  # the answer has begun
+    while not begun.exists() and process.poll() is None:
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert (process.returncode, err.strip()) == (130, b"layerskip: interrupted")

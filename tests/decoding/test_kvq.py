@@ -11,6 +11,7 @@ from layerskip.decoding import Plan, Sampling, generate
 from layerskip.decoding.batch import Batch
 from layerskip.decoding.generate import PREFILL_CHUNK
 from layerskip.model import Decoder, KVCache
+from tiny_models import COSTS
 
 
 @dataclasses.dataclass
@@ -156,7 +157,8 @@ def test_one_synchronisation_a_round(sampling, penalty, monkeypatch):
 @pytest.mark.parametrize("draft_from", ["early-exit", "both"])
 def test_adaptive_drafts_run_no_layer_twice(work, draft_from):
     settled = 7
-    plan = dataclasses.replace(speculative(1, 6), adaptive=True, draft_from=draft_from)
+    cheap = dataclasses.replace(COSTS, draft_step=1e-3, head=1e-3, passes=(1.0, 1.001))
+    plan = dataclasses.replace(speculative(1, 6), adaptive=True, draft_from=draft_from, costs=cheap)
     made = loop(settled, plan, n=60, case="llama3.1")
     next(made)
     work.take()

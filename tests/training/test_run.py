@@ -281,6 +281,7 @@ def test_progress_is_told_and_nothing_is_printed(settings, capfd):
     assert (logging.is_progress_bar_enabled(), are_progress_bars_disabled()) == before
 
 
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: sums depend on how many there are
 _SCRIPT = """
 import json, sys
 from layerskip.training import TrainConfig, train
@@ -293,7 +294,7 @@ def test_killed_runs_resume_bit_for_bit(settings, tmp_path):
     whole = run(settings, **changed)
     out = tmp_path / "killed"
     arguments = json.dumps({**settings, **changed, "output": str(out)})
-    process = subprocess.Popen([sys.executable, "-c", _SCRIPT, arguments])
+    process = subprocess.Popen([sys.executable, "-c", _SCRIPT, arguments], env=ONE_THREAD)
     try:
         while last_checkpoint(out) is None and process.poll() is None:
             time.sleep(0.01)
@@ -321,7 +322,8 @@ def test_a_run_that_is_killed_in_the_middle_of_a_checkpoint(settings, tmp_path):
     whole = run(settings, save_steps=1)
     out = tmp_path / "killed"
     arguments = json.dumps({**settings, "save_steps": 1, "output": str(out)})
-    done = subprocess.run([sys.executable, "-c", _KILLED + _SCRIPT, arguments], check=False)
+    command = [sys.executable, "-c", _KILLED + _SCRIPT, arguments]
+    done = subprocess.run(command, check=False, env=ONE_THREAD)
     assert done.returncode == -signal.SIGKILL
     assert (out / ".incomplete" / "checkpoint-3").is_dir()
     assert last_checkpoint(out).endswith("checkpoint-2")
