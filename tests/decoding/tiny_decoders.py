@@ -66,6 +66,15 @@ def speculative(exit_layer, draft_tokens):
 
 
 PLAIN = Plan(mode="plain")
+ALL_DRAFTS = Plan(
+    mode="self-speculative",
+    exit_layer=2,
+    draft_tokens=6,
+    draft_from="both",
+    adaptive=True,
+    draft_vocabulary=tuple(range(60)),
+    trained=True,
+)
 
 
 def steps(decoder, prompt, plan, n=24, sampling=GREEDY, **options):

@@ -8,23 +8,13 @@ import gc
 
 import pytest
 import torch
-from tiny_decoders import PLAIN, ids, random_prompt, speculative, tiny_decoder
+from tiny_decoders import ALL_DRAFTS, PLAIN, ids, random_prompt, speculative, tiny_decoder
 
-from layerskip.decoding import Plan
 from layerskip.model import graphs, load
 from layerskip.model.graphs import GraphDecoder, Recorder, Recordings
 from tiny_models import CASES, build
 
 EXPERTS = ("mixtral", "qwen3_moe")
-ADAPTIVE = Plan(
-    mode="self-speculative",
-    exit_layer=2,
-    draft_tokens=6,
-    draft_from="both",
-    adaptive=True,
-    draft_vocabulary=tuple(range(60)),
-    trained=True,
-)
 
 
 class _Recorder:
@@ -75,7 +65,7 @@ def test_answers_are_those_without_recordings(case):
     for length in (1, 17, 240):  # the last one crosses a power of two
         prompt = random_prompt(decoder, length)
         plain = ids(decoder, prompt, PLAIN, n=40)
-        for plan in (PLAIN, speculative(2, 3), ADAPTIVE):
+        for plan in (PLAIN, speculative(2, 3), ALL_DRAFTS):
             assert ids(recorded, prompt, plan, n=40) == plain, (length, plan)
     assert recorded.stand_in.replayed > 10 * recorded.stand_in.recorded > 0
 
@@ -206,6 +196,6 @@ def test_cuda_graphs_give_what_passes_give(tmp_path):
     assert recorded.kernels == "graphs"
     for length in (17, 240):
         prompt = random_prompt(plain, length)
-        for plan in (PLAIN, speculative(2, 3), ADAPTIVE):
+        for plan in (PLAIN, speculative(2, 3), ALL_DRAFTS):
             assert ids(recorded, prompt, plan, n=40) == ids(plain, prompt, PLAIN, n=40)
     assert any(recorded._free[0].recordings._made.values())

@@ -1,6 +1,7 @@
 """The compiled kernels: right numbers, and the same bits for any number of rows."""
 
 import ctypes
+import dataclasses
 import itertools
 import os
 import platform
@@ -12,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_decoders import PLAIN, ids, random_prompt, speculative, steps
+from tiny_decoders import ALL_DRAFTS, PLAIN, ids, random_prompt, speculative, steps
 
 import tiny_models
 from layerskip import LayerSkipModel
-from layerskip.decoding import Plan, Sampling
+from layerskip.decoding import Sampling
 from layerskip.decoding.short_head import ShortHead
 from layerskip.model import load
 from layerskip.model.native import (
@@ -238,15 +239,7 @@ def test_self_speculative_equals_plain_in_every_type(case, kind, tmp_path):
 def test_all_drafts_together_equal_plain_in_every_type(kind, penalty, tmp_path):
     decoder = compiled(saved("llama3.2", tmp_path), kind)
     sampling = Sampling(repetition_penalty=penalty)
-    plan = Plan(
-        mode="self-speculative",
-        exit_layer=1,
-        draft_tokens=12,
-        draft_from="both",
-        adaptive=True,
-        draft_vocabulary=tuple(range(60)),
-        trained=True,
-    )
+    plan = dataclasses.replace(ALL_DRAFTS, exit_layer=1, draft_tokens=12)
     sources = set()
     for seed in range(3):
         prompt = random_prompt(decoder, 6, seed) * 3

@@ -100,9 +100,7 @@ def older_rope(config: dict[str, Any]) -> dict[str, Any]:
     They would turn by a base of 10,000 and without scaling, and say nothing.
     """
     rope = dict(config.get("rope_parameters") or {})
-    if (
-        "rope_theta" not in rope
-    ):  # none, or one for each kind of layer, for which there was no one word
+    if "rope_theta" not in rope:  # none, or one for each kind of layer: there was no one word
         return {}
     fields: dict[str, Any] = {"rope_theta": rope.pop("rope_theta")}
     if rope.get("rope_type", "default") != "default":

@@ -12,6 +12,7 @@ from transformers import SchedulerType
 
 from layerskip.model.weights import json_text, read_json
 from layerskip.recipe import RecipeConfig
+from layerskip.recipe.schedule import exit_scale
 from layerskip.training.config import TrainConfig
 from layerskip.training.errors import TrainingWarning
 from layerskip.training.loading import model_config
@@ -91,12 +92,15 @@ def check_layers(config: TrainConfig) -> int:
 
 def _with_loss(recipe: RecipeConfig, num_layers: int) -> list[int]:
     """The exits before the last layer that have a loss at some step, ascending."""
-    weighs_nothing = recipe.e_scale == 0 and recipe.exit_weighting != "equal"
-    if recipe.variant == "LD" or weighs_nothing:
+    if recipe.variant == "LD":
         return []
     in_turn = () if recipe.curriculum == "none" else recipe.candidates(num_layers)
-    first = 2 if recipe.exit_weighting == "paper" else 1  # whose weight is not 0
-    return sorted({e for e in (*recipe.fixed_exits, *in_turn) if first <= e < num_layers})
+
+    def has_weight(exit_layer: int) -> bool:
+        return exit_scale(exit_layer - 1, num_layers, recipe.exit_weighting, recipe.e_scale) > 0
+
+    exits = {e for e in (*recipe.fixed_exits, *in_turn) if e < num_layers}
+    return sorted(filter(has_weight, exits))
 
 
 def warn_of_other_rows(settings: Path, config: TrainConfig) -> None:

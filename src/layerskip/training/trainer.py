@@ -138,7 +138,7 @@ class LayerSkipMixin:
         return norm
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The class's own, which leaves out weights that a checkpoint has under other names."""
+        """The class's own, and then what it leaves out: weights under other names in the checkpoint."""
         super()._load_from_checkpoint(resume_from_checkpoint, model=model)  # type: ignore[misc]
         trainer = self._trainer
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
