@@ -82,9 +82,10 @@ def main() -> None:
 
     trained = accelerator.unwrap_model(model)
     detach(trained)
+    weights = accelerator.get_state_dict(model)  # all take part where each holds a part of them
     if accelerator.is_main_process:
         trained.generation_config.assistant_early_exit = options.exit_layer
-        trained.save_pretrained(options.output)
+        trained.save_pretrained(options.output, state_dict=weights)
         tokenizer.save_pretrained(options.output)
     # In this order: all are done, then what communicates goes, then the group that it does so over.
     accelerator.wait_for_everyone()

@@ -36,6 +36,9 @@ def test_all_files_of_a_split_in_alphabetical_order(tmp_path, monkeypatch):
     assert SET.rows("test", str(tmp_path)) == expected
     monkeypatch.setenv("LAYERSKIP_DATA", str(tmp_path))
     assert SET.rows("test") == expected
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.setenv("LAYERSKIP_DATA", f"~/{tmp_path.name}")
+    assert SET.rows("test") == SET.rows("test", f"~/{tmp_path.name}") == expected
 
 
 def test_a_file_that_is_there_in_two_forms_is_read_once(tmp_path):

@@ -7,7 +7,6 @@ import pytest
 
 from layerskip.bench.measure import (
     WARM_UP_TOKENS,
-    MeasuringInterrupted,
     Run,
     Setting,
     SystemFailedError,
@@ -21,8 +20,11 @@ A, B, C = (Setting(mode=name) for name in "abc")
 class Diary:
     """A system that writes down what it is asked, into a list that several share."""
 
-    def __init__(self, settings, asked, name="system", fails=lambda setting, prompt, n: False):
+    def __init__(
+        self, settings, asked, name="system", fails=lambda setting, prompt, n: False, rehearsals=0
+    ):
         self.name, self.settings, self.asked, self.fails = name, settings, asked, fails
+        self.rehearsals = rehearsals
 
     def answer(self, setting, prompt, max_new_tokens):
         self.asked.append((setting.mode, prompt, max_new_tokens))
@@ -47,6 +49,24 @@ def test_all_take_turns_and_another_one_begins_each_time():
     numbers = [[run.token_ids[0] for run in of_prompt] for of_prompt in entries[0].runs]
     assert numbers == [[4, 12], [9, 14]]
     assert len(asked) == len(entries) * (1 + 2 * 2)
+
+
+def test_who_needs_rehearsals_answers_everything_before():
+    asked, told = [], []
+    slow = Diary([A, B], asked, rehearsals=2)
+    entries = measure(
+        [slow, Diary([C], asked, name="other")],
+        [[1], [2]],
+        max_new_tokens=40,
+        progress=lambda done, total: told.append((done, total)),
+        between=lambda: asked.append("measured"),
+    )
+    begin = asked.index("measured")
+    warm_up = [[(mode, [1], WARM_UP_TOKENS)] for mode in "abc"]
+    whole = [[(mode, [n], 40) for n in (1, 2, 1, 2)] for mode in "ab"]
+    assert asked[:begin] == [*warm_up[0], *whole[0], *warm_up[1], *whole[1], *warm_up[2]]
+    assert [len(entry.runs) for entry in entries] == [2, 2, 2]
+    assert told == [(n, 17) for n in range(1, 18)]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])
@@ -117,19 +137,25 @@ def test_tokens_after_the_first_step_are_decoded():
     assert (run.token_ids, run.decoded_tokens) == ([1, 2, 3, 4, 5, 6], 4)
 
 
-def test_an_interrupt_leaves_the_prompts_that_all_have_answered():
-    """Ctrl-C at the eighth call: a warm-up of each, two prompts of both, and half of the third."""
-    asked = []
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, MemoryError])
+def test_what_ends_it_leaves_the_prompts_that_all_have_answered(ending):
+    """At the eighth call: a warm-up of each, two prompts of both, and half of the third."""
+    asked, so_far = [], []
 
-    def interrupts(setting, prompt, n):
+    def ends(setting, prompt, n):
         if len(asked) == 8:
-            raise KeyboardInterrupt
+            raise ending
         return False
 
-    with pytest.raises(MeasuringInterrupted) as interrupted:
-        measure([Diary([A, B], asked, fails=interrupts)], [[1], [2], [3]], max_new_tokens=2)
-    assert [len(entry.runs) for entry in interrupted.value.entries] == [2, 2]
+    def run():
+        system = Diary([A, B], asked, fails=ends)
+        measure([system], [[1], [2], [3]], max_new_tokens=2, so_far=so_far)
+
+    with pytest.raises(ending):
+        run()
+    assert [len(entry.runs) for entry in so_far] == [2, 2]
+    so_far.clear()
     asked[:] = [None] * 5  # before the first prompt is over there is nothing
-    with pytest.raises(KeyboardInterrupt) as nothing:
-        measure([Diary([A, B], asked, fails=interrupts)], [[1], [2], [3]], max_new_tokens=2)
-    assert not isinstance(nothing.value, MeasuringInterrupted)
+    with pytest.raises(ending):
+        run()
+    assert so_far == []

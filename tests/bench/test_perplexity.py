@@ -99,6 +99,9 @@ def test_texts_are_read_and_cut_after_words(tmp_path, monkeypatch):
     monkeypatch.setenv("LAYERSKIP_DATA", str(tmp_path))
     assert read_text("wikitext2") == " = Title = \n \n some words\n"
     assert read_text("wikitext2", max_words=4) == " = Title = \n \n some"
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.setenv("LAYERSKIP_DATA", f"~/{tmp_path.name}")
+    assert read_text("wikitext2") == " = Title = \n \n some words\n"
     with pytest.raises(ValueError, match=r"no\.txt cannot be read"):
         read_text(str(tmp_path / "no.txt"))
 

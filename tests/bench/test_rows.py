@@ -70,6 +70,15 @@ def test_answers_of_other_lengths_are_compared_by_the_token():
     assert comparison([[run(20, 2)]], [[run(5, 1)]])["speedup"] == pytest.approx(2)
 
 
+def test_prompts_count_with_as_many_tokens_as_plain_has():
+    """0.5 s and 20 tokens in 2 s, against 0.5 s and 5 tokens in 1 s: 20 would be 4 s."""
+    found = comparison([[run(5, 1)]], [[run(20, 2)]])
+    assert found["speedup_with_prompt"] == pytest.approx((0.5 + 2) / (0.5 + 4))
+    ended = comparison([[run(5, 1)], [run(0, 0)]], [[run(20, 2)], [run(20, 2)]])
+    assert ended["speedup_with_prompt"] == found["speedup_with_prompt"]
+    assert comparison([[run(0, 0)]], [[run(20, 2)]])["speedup_with_prompt"] is None
+
+
 def test_the_interval_is_paired_by_prompt():
     """Prompts differ a hundredfold, the ratio does not: an interval of no width."""
     ours = [[run(10, 10.0**i)] for i in range(4)]

@@ -256,6 +256,17 @@ def test_own_file_with_references(tmp_path):
     assert found["rouge1"] == pytest.approx((1 + 1 + 2 / 3) / 3)
 
 
+def test_a_field_that_is_null_hides_no_other(tmp_path):
+    row = {"prompt": "x", "references": None, "reference": "y"}
+    assert load_task(own(tmp_path, row)).samples[0].references == ("y",)
+
+
+def test_home_is_where_a_tilde_says(tmp_path, monkeypatch):
+    own(tmp_path, {"prompt": "x"})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_task("~/mine.jsonl").samples[0].prompt == "x"
+
+
 def test_where_no_prompt_with_a_reference_is_left_nothing_is_judged(tmp_path):
     pytest.importorskip("rouge_score")
     task = load_task(own(tmp_path, {"prompt": "1", "reference": "a"}, {"prompt": "2"}))

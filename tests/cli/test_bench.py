@@ -196,9 +196,28 @@ def test_answers_that_cannot_be_judged_are_kept_and_it_is_said(run, prompts, tmp
     file = tmp_path / "bench.json"
     flags = ("--modes", "plain", "--max-new-tokens", 4, "--output", file)
     status, _, err = run("bench", "--task", prompts, *flags)
-    said = "the answers could not be judged (RuntimeError: no judge today)"
+    said = "could not judge the answers (RuntimeError: no judge today)"
     assert (status, err.strip()) == (1, f"layerskip: {said}")
     document = json.loads(file.read_text())
     assert document["not_scored"] == "RuntimeError: no judge today"
     assert not document["interrupted"]
     assert document["rows"][0]["new_tokens"] > 0
+
+
+def test_an_error_leaves_what_was_measured(run, prompts, tmp_path, monkeypatch):
+    answer, calls = OwnSystem.answer, []
+
+    def fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:  # a warm-up, the first prompt, and the second
+            raise MemoryError("no room")
+        return answer(*arguments)
+
+    monkeypatch.setattr(OwnSystem, "answer", fails)
+    file = tmp_path / "bench.json"
+    flags = ("--modes", "plain", "--max-new-tokens", 4, "--output", file)
+    status, _, err = run("bench", "--task", prompts, *flags)
+    said = "measuring ended early (MemoryError: no room)"
+    assert (status, err.strip()) == (1, f"layerskip: {said}")
+    document = json.loads(file.read_text())
+    assert (document["interrupted"], document["samples"]) == (True, 1)

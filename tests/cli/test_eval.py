@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import tiny_tasks
+from layerskip.cli import eval as evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lm_eval", "ignore:::datasets", "ignore:::dill")
 
@@ -29,7 +30,10 @@ def test_one_document_with_tasks_and_perplexity_at_every_exit(run, tasks, text, 
     status, out, err = run("eval", *arguments, "--apply-chat-template")
     assert (status, err) == (0, "")
     result = json.loads(out)
-    assert set(result) == {"environment", "model", "layers", "seed", "tasks", "rows"}
+    assert set(result) == {
+        *("environment", "model", "layers", "seed", "tasks", "interrupted", "rows"),
+    }
+    assert result["interrupted"] is False
     assert result["environment"]["dtype"] == "float32"
     assert result["tasks"]["tiny_choice"] == {"documents": 2, "num_fewshot": 1}
     early, last, plain = result["rows"]
@@ -39,6 +43,28 @@ def test_one_document_with_tasks_and_perplexity_at_every_exit(run, tasks, text, 
     assert last["results"] == plain["results"]
     assert early["results"]["text.txt"] != plain["results"]["text.txt"]
     assert (tmp_path / "exits.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("ending", "status"), [(KeyboardInterrupt, 130), (MemoryError, 1)])
+def test_what_ends_it_leaves_what_there_is(run, text, tmp_path, monkeypatch, ending, status):
+    other, output, calls = tmp_path / "other.txt", tmp_path / "result.json", []
+    other.write_text("Other words to be predicted.")
+    perplexity = evaluate.perplexity
+
+    def ends(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise ending
+        return perplexity(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "perplexity", ends)
+    flags = ("--perplexity", text, "--perplexity", other, "--exit-layers", 2, "--output", output)
+    got, out, err = run("eval", *flags)
+    assert (got, err.strip().count("\n")) == (status, 0)
+    assert "token_perplexity" in out
+    result = json.loads(output.read_text())
+    assert result["interrupted"] is True
+    assert [list(row["results"]) for row in result["rows"]] == [["text.txt"]]
 
 
 def test_table_over_all_exits(run, text, tmp_path):

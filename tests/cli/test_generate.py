@@ -1,5 +1,6 @@
 """`layerskip generate`: results, streams, files of prompts, and bad input."""
 
+import errno
 import inspect
 import io
 import json
@@ -14,7 +15,7 @@ import torch
 
 from layerskip import LayerSkipModel, cli
 from layerskip.cli import generate, options, show
-from layerskip.decoding import Piece
+from layerskip.decoding import Answer, Piece
 
 SPECULATIVE = ("--mode", "self-speculative", "--exit-layer", 3, "--draft-tokens", 2)
 FIELDS = """
@@ -177,7 +178,7 @@ def test_a_link_stays_and_what_is_no_file_is_written_to(run, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["generate --ignore-eos --json", "lens"])  # and a table
-def test_a_reader_that_leaves_is_no_failure(command, folder, tmp_path):
+def test_a_reader_that_leaves_is_no_error_and_no_success(command, folder, tmp_path):
     program = "from layerskip.cli import main; main()"
     file = tmp_path / "result.json"
     arguments = [*command.split(), "--model", folder, "--prompt", "abc", "--output", file]
@@ -190,7 +191,7 @@ def test_a_reader_that_leaves_is_no_failure(command, folder, tmp_path):
         check=False,
     )
     os.close(writer)
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.returncode, done.stderr) == (141, b"")
     assert json.loads(file.read_text())
 
 
@@ -224,6 +225,21 @@ def test_standard_input_is_one_prompt(run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("ab\ncd\n"))
     result = json.loads(run("generate", "--json", "--max-new-tokens", 2)[1])
     assert result["prompt_tokens"] == len("ab\ncd")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffab\n"))  # as some editors begin a file
+    result = json.loads(run("generate", "--json", "--max-new-tokens", 2)[1])
+    assert result["prompt_tokens"] == len("ab")
+
+
+def test_lines_of_standard_input_end_as_those_of_files_do(folder):
+    program = "from layerskip.cli import main; main()"
+    arguments = ["generate", "--model", folder, "--json", "--max-new-tokens", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        input=b"ab\r\ncd\r\n",
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["prompt_tokens"] == len("ab\ncd")
 
 
 def test_chat_applies_the_template(run):
@@ -292,6 +308,9 @@ def test_no_color_is_heeded(capsys, monkeypatch, no_color, shown):
         ),
         (["--prompt", "abc", "--bogus"], 2, "No such option"),
         (["--prompt", "abc", "--temperature", "-1"], 2, "--temperature"),
+        (["--prompt", "abc", "--temperature", "inf"], 2, "inf is no number that can be used"),
+        (["--prompt", "abc", "--top-p", "nan"], 2, "nan is no number that can be used"),
+        (["--prompt", "abc", "--stop", "\ud83d"], 1, "a stop string cannot be made tokens of"),
         (["--prompt", ""], 1, "the prompt is empty"),
         (["--prompt", "abc" * 200], 1, "this model's context holds 512"),
         (["--prompt", "abc", "--device", "abacus"], 1, "the device 'abacus' is unknown"),
@@ -349,6 +368,64 @@ def test_a_failed_write_leaves_the_old_file(run, tmp_path, monkeypatch):
     assert (status, output.read_text()) == (1, "old")
     assert "No space left on device" in err
     assert list(tmp_path.iterdir()) == [output]
+
+
+def test_answers_that_cannot_be_stored_are_printed(run, tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(options, "replace", full_disk)
+    flags = ("--prompt", "abc", "--max-new-tokens", 3, "--output", tmp_path / "a.json")
+    status, out, err = run("generate", *flags)
+    assert (status, err.count("\n")) == (1, 1)
+    assert json.loads(out)["new_tokens"] == 3
+
+
+def test_ctrl_c_leaves_the_answer_as_far_as_it_came(run, monkeypatch):
+    note, calls = Answer._note, []
+
+    def interrupted(self, step):
+        note(self, step)
+        calls.append(step)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Answer, "_note", interrupted)
+    flags = ("--prompt", "abc", "--mode", "plain", "--ignore-eos", "--json")
+    status, out, err = run("generate", *flags)
+    assert (status, err.strip()) == (130, "layerskip: interrupted")
+    result = json.loads(out)
+    assert (result["new_tokens"], result["finish_reason"]) == (3, "interrupted")
+
+
+def test_without_a_tokenizer_token_ids_are_shown(run, folder, tmp_path, monkeypatch):
+    file = tmp_path / "ids.jsonl"
+    file.write_text('{"prompt": [5, 6, 7]}\n')
+    load = options.load_model
+
+    def without(flags):
+        model = load(flags)
+        model.tokenizer = None
+        return model
+
+    monkeypatch.setattr(options, "load_model", without)
+    flags = ("--prompts", file, "--max-new-tokens", 3, "--ignore-eos")
+    shown = run("generate", *flags)[1]
+    assert [int(token) for token in shown.split()] == json.loads(
+        run("generate", *flags, "--json")[1]
+    )[0]["token_ids"]
+
+
+def test_a_file_of_json_is_no_list_of_prompts(run, tmp_path):
+    file = tmp_path / "prompts.json"
+    file.write_text('[\n{"prompt": "abc"}\n]\n')
+    status, _, err = run("generate", "--prompts", file)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "name it .jsonl" in err
+    file = file.rename(tmp_path / "PROMPTS.JSONL")
+    file.write_text('{"prompt": "abc"}\n')
+    answers = json.loads(run("generate", "--prompts", file, "--json", "--max-new-tokens", 1)[1])
+    assert answers[0]["prompt_tokens"] == 3
 
 
 def test_ctrl_c_ends_cleanly(folder, tmp_path):

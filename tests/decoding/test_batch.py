@@ -188,6 +188,21 @@ def test_rows_that_stay_move_what_is_settled_alone():
         assert not cache.slots[:, :, now, :, tiles:].any()
 
 
+def test_rows_move_up_in_place_where_room_is_memory():
+    cache = tiny_decoder("llama3.1").new_cache(4096, 4)
+    cache._is_lazy = False  # as on a GPU
+    cache.slots.copy_(torch.rand_like(cache.slots))
+    before, place = cache.slots.clone(), cache.slots.data_ptr()
+    cache.lengths += torch.tensor([5, 40, 33, 7])
+    cache.keep_rows(torch.tensor([0, 2, 3]))
+    assert (cache.lengths.tolist(), cache.slots.data_ptr()) == ([5, 33, 7], place)
+    for now, (row, tiles) in enumerate([(0, 32), (2, 64), (3, 32)]):
+        assert torch.equal(cache.slots[:, :, now, :, :tiles], before[:, :, row, :, :tiles])
+    cache.keep_rows(torch.tensor([2, 0]))  # another order is none to move up in
+    assert cache.lengths.tolist() == [7, 5]
+    assert torch.equal(cache.slots[:, :, 0, :, :32], before[:, :, 3, :, :32])
+
+
 def test_longrope_prompts_on_both_sides_of_its_switch_are_answered_as_each_alone(tmp_path):
     tiny_models.build("phi4-mini").save_pretrained(tmp_path)
     model = LayerSkipModel.from_pretrained(tmp_path, dtype="float32")

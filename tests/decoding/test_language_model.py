@@ -1,8 +1,10 @@
 """`LayerSkipModel`: the kinds of prompt, options, seeds, threads, and what an answer leaves behind."""
 
 import concurrent.futures
+import contextlib
 import copy
 import itertools
+from unittest import mock
 
 import numpy
 import pytest
@@ -15,7 +17,9 @@ import tiny_checkpoint
 import tiny_models
 from layerskip import LayerSkipModel
 from layerskip.decoding import PromptError, Sampling, generate
+from layerskip.decoding.placement import device_of
 from layerskip.model import Settings
+from layerskip.model.assembly import fast_dtype
 
 SPECULATIVE = {"mode": "self-speculative", "exit_layer": 2, "draft_tokens": 4}
 
@@ -290,7 +294,7 @@ def weights_of(decoder):
 
 
 @pytest.mark.parametrize("fails_at", [0, 1, 2, 5, 9])
-def test_an_exception_leaves_the_model_usable(model, fails_at, monkeypatch):
+def test_an_exception_leaves_the_model_usable(model, fails_at):
     options = {"max_new_tokens": 12, **SPECULATIVE}
     before = model.generate([5], **options).token_ids
     weights, state = weights_of(model.decoder), dict(vars(model.decoder))
@@ -302,10 +306,11 @@ def test_an_exception_leaves_the_model_usable(model, fails_at, monkeypatch):
             raise RuntimeError("out of memory")
         return run(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(model.decoder, "run", failing)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            model.generate([5], **options)
+    with (
+        mock.patch.object(model.decoder, "run", failing),
+        pytest.raises(RuntimeError, match="out of memory"),
+    ):
+        model.generate([5], **options)
     assert vars(model.decoder) == state
     assert all(map(torch.equal, weights_of(model.decoder), weights))
     assert model.generate([5], **options).token_ids == before
@@ -397,3 +402,23 @@ def test_half_an_emoji_is_no_prompt(tmp_path):
     model = LayerSkipModel.from_pretrained(tiny_checkpoint.save(tmp_path), compile=False)
     with pytest.raises(PromptError, match="cannot be made tokens of"):
         model.tokenize("x \ud83d")
+
+
+def test_a_gpu_is_named_by_its_number(monkeypatch):
+    """Which one "cuda" is depends on the thread that asks."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert device_of("cuda") == torch.device("cuda:3")
+    assert device_of("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="cuda:4 is not available"):
+        device_of("cuda:4")
+
+
+def test_a_gpu_without_bfloat16_has_float16(monkeypatch):
+    architecture, gpu = tiny_decoder("llama3.1").architecture, torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    for has_it, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        asked = mock.Mock(return_value=has_it)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", asked)
+        assert fast_dtype(architecture, gpu) == dtype
+        asked.assert_called_with(including_emulation=False)

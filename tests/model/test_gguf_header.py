@@ -4,8 +4,9 @@ import gguf
 import numpy as np
 import pytest
 
+from layerskip.model.files import CheckpointError
 from layerskip.model.gguf_header import GgufHeader
-from layerskip.model.weights import CheckpointError, GgufFile
+from layerskip.model.weights import GgufFile
 
 
 @pytest.fixture

@@ -166,6 +166,26 @@ def test_long_contexts_are_not_recorded(monkeypatch):
     assert recorded.stand_in.recorded < exits_alone
 
 
+def test_what_decoding_does_not_run_is_not_recorded():
+    recorded = recording(tiny_decoder("llama3.1"))
+    cache, hidden = recorded.new_cache(8), recorded.embed(torch.tensor([[3]]))
+    for _ in range(3):
+        recorded.run(hidden, 1, 3, cache)  # from one exit to the next
+    assert not recorded.stand_in.recorded
+    for _ in range(3):
+        recorded.run(hidden, 1, 4, cache)
+    assert recorded.stand_in.recorded == 1
+
+
+def test_more_room_than_recordings_reach_is_not_kept(monkeypatch):
+    monkeypatch.setattr(graphs, "_LONGEST", 64)
+    recorded = recording(tiny_decoder("llama3.1", max_position_embeddings=4096))
+    for capacity, kept in ((40, 1), (2000, 0)):
+        recorded.new_cache(capacity)
+        gc.collect()
+        assert len(recorded._free) == kept
+
+
 def test_copies_with_other_heads_share_no_memory():
     recorded = recording(tiny_decoder("llama3.1"))
     recorded.new_cache(40)

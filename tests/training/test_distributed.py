@@ -43,8 +43,10 @@ def run(model_folder, output, kind):
     return json.loads((output / "result.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one(model_folder, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2_with_the_exit_apart"])
+@pytest.mark.parametrize("folder", ["model_folder", "tied_model_folder"])
+def test_two_processes_train_as_one(request, tmp_path, kind, folder):
+    model_folder = request.getfixturevalue(folder)
     result = run(model_folder, tmp_path, kind)
     assert result["losses"] == pytest.approx(one_process(model_folder), rel=1e-5)
     if kind == "ddp":  # the last batch is filled up for the second process with rows that were seen

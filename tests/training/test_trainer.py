@@ -1,6 +1,8 @@
+import contextlib
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from layerskip.recipe import RecipeConfig, attach
 from layerskip.training import LayerSkipMixin, LayerSkipTrainer, RecipeCallback, speed
 from layerskip.training.data import Collator
+from layerskip.training.recipe_callback import check_sharding
 from trainer_setup import arguments, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -313,3 +316,32 @@ def test_several_gpus_in_one_process_are_refused(model_folder, tmp_path):
     plain.args._n_gpu = 2
     with pytest.raises(ValueError, match="2 GPUs in one process are not supported"):
         plain.callback_handler.call_event("on_train_begin", plain.args, plain.state, plain.control)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"fsdp": 1}, "set fsdp_version: 2"),
+        ({"stage": 3}, "take stage 2"),
+        ({"fsdp": 2, "fp16": True}, "use bfloat16"),
+        ({"stage": 2, "fp16": True}, "use bfloat16"),
+        ({"fsdp": 2}, None),
+        ({"stage": 2}, None),
+        ({"fp16": True}, None),
+    ],
+)
+def test_ways_to_divide_weights_that_the_loss_cannot_have_are_refused(given, said):
+    fsdp, stage = given.get("fsdp"), given.get("stage")
+    plugins = SimpleNamespace(
+        fsdp_plugin=fsdp and SimpleNamespace(fsdp_version=fsdp),
+        deepspeed_plugin=stage and SimpleNamespace(zero_stage=stage),
+    )
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(state=plugins),
+        is_fsdp_enabled=fsdp is not None,
+        is_deepspeed_enabled=stage is not None,
+        args=SimpleNamespace(fp16=given.get("fp16", False)),
+    )
+    refused = contextlib.nullcontext() if said is None else pytest.raises(ValueError, match=said)
+    with refused:
+        check_sharding(trainer)

@@ -1,5 +1,6 @@
 """Run by test_distributed.py under torchrun: some steps with each process on its own rows."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -76,13 +77,17 @@ def resume(model, output):
     return [], {}, {}
 
 
-def fsdp2(model, output):
+def fsdp2(model, output, exit_apart=False):
     """By hand: Accelerate has FSDP for accelerators only."""
     torch.distributed.init_process_group("gloo")
-    handle = attach(model, DROPPING)
+    handle = attach(model, dataclasses.replace(DROPPING, chunk_tokens=4 if exit_apart else None))
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
+    if exit_apart:  # as Accelerate has it
+        tied = model.lm_head.weight is model.model.embed_tokens.weight
+        parts = [model.model.norm, *[model.model.embed_tokens] * tied, model.lm_head]
+        fully_shard(parts, mesh=mesh, reshard_after_forward=False)
     fully_shard(model, mesh=mesh)
     rank = torch.distributed.get_rank()
     losses = train_by_hand(model, handle, own=[rank], processes=2)
@@ -93,9 +98,17 @@ def fsdp2(model, output):
     return total.tolist(), {}, {}
 
 
+def fsdp2_with_the_exit_apart(model, output):
+    """Norm and head are a group of their own, whose processes have chunks in different numbers."""
+    return fsdp2(model, output, exit_apart=True)
+
+
+KINDS = {one.__name__: one for one in (ddp, fsdp2, fsdp2_with_the_exit_apart, resume)}
+
+
 def main(model_folder, output, kind):
     model = AutoModelForCausalLM.from_pretrained(model_folder).train()
-    losses, metrics, expected = {"ddp": ddp, "fsdp2": fsdp2, "resume": resume}[kind](model, output)
+    losses, metrics, expected = KINDS[kind](model, output)
     if torch.distributed.get_rank() == 0:
         result = json.dumps({"losses": losses, "metrics": metrics, "expected": expected})
         Path(output, "result.json").write_text(result)

@@ -185,6 +185,25 @@ def test_what_cannot_be_written_is_refused_before(folder, monkeypatch):
         check_writable(folder)
 
 
+def test_who_may_read_a_file_stays(folder):
+    file = folder / "generation_config.json"
+    file.write_text("{}")
+    file.chmod(0o600)
+    write(folder)
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 0.0, -1.0])
+def test_costs_are_numbers_above_0(number):
+    good = costs("16bit", 0.1)
+    assert StepCosts.from_dict(good.to_dict()) == good
+    for field in ("head", "draft_step"):
+        with pytest.raises(ValueError, match="above 0"):
+            StepCosts.from_dict(good.to_dict() | {field: number})
+    with pytest.raises(ValueError, match="above 0"):
+        StepCosts.from_dict(good.to_dict() | {"passes": f"1.0 {number}"})
+
+
 def test_others_may_read_the_file(folder):
     other = folder / "other.json"
     other.write_text("{}")

@@ -29,7 +29,10 @@ def read_bandwidth(device: torch.device, *, n_bytes: int | None = None, passes: 
         start = now()
         memory.sum()
         times.append(now() - start)
-    return memory.nbytes / statistics.median(times)
+    del memory
+    if device.type == "cuda":  # PyTorch would keep it from other processes, such as peers
+        torch.cuda.empty_cache()
+    return n_bytes / statistics.median(times)
 
 
 def weight_bytes_read(

@@ -7,11 +7,11 @@ from typing import Any
 
 from layerskip.bench.bandwidth import read_bandwidth
 from layerskip.bench.environment import environment_of
-from layerskip.bench.measure import Entry, MeasuringInterrupted, Setting, System, measure
+from layerskip.bench.measure import Entry, Setting, System, measure
 from layerskip.bench.own import BENCH_MODES, OwnSystem, settings_of
 from layerskip.bench.peers import PEERS, start_peers
 from layerskip.bench.rows import row
-from layerskip.bench.tasks import Task
+from layerskip.bench.tasks import Sample, Task
 from layerskip.decoding import LayerSkipModel
 
 GGUF_OF_WEIGHTS = {"int8": "q8_0", "int4": "q4_1"}
@@ -80,7 +80,8 @@ def bench(
 ) -> dict[str, Any]:
     """Measure all rows; docs/bench.md says what every figure means.
 
-    Ctrl-C after the first prompt gives the figures of the prompts so far (`interrupted`), not scored.
+    What ends it after the first prompt, Ctrl-C or an error, leaves the figures of the prompts so far
+    (`interrupted`), not scored.
 
     Args:
         model: the checkpoint, loaded.
@@ -131,7 +132,8 @@ def bench(
         progress=lambda done, total: progress("starting peers", done, total),
     ) as peers:
         systems: list[System] = [own, *peers]
-        interrupted, repeats = False, config.repeats
+        interrupted, repeats, failure = False, config.repeats, None
+        so_far: list[Entry] = []
         try:
             entries = measure(
                 systems,
@@ -140,21 +142,25 @@ def bench(
                 repeats=config.repeats,
                 progress=lambda done, total: progress("answering", done, total),
                 between=lambda: bandwidths.append(read_bandwidth(device)),
+                so_far=so_far,
             )
-        except MeasuringInterrupted as error:  # what there is, is told
-            entries, interrupted = error.entries, True
+        except (KeyboardInterrupt, Exception) as error:  # what there is, is told
+            if not so_far:
+                raise
+            entries, interrupted = so_far, True
+            if not isinstance(error, KeyboardInterrupt):
+                failure = _in_words(error)
             made = [len(runs) for entry in entries if not entry.error for runs in entry.runs]
             repeats = min(made, default=repeats)
             prompts = prompts[: max(len(entry.runs) for entry in entries)]
             task = dataclasses.replace(task, samples=task.samples[: len(prompts)])
     bandwidth = statistics.median(bandwidths)
     scored = not config.ignore_eos and not interrupted
-    failure = None
     try:
         rows = list(_rows(entries, task, bandwidth, scored=scored, progress=progress))
     except (KeyboardInterrupt, Exception) as error:  # what was measured is kept
         interrupted = isinstance(error, KeyboardInterrupt)
-        failure = None if interrupted else f"{type(error).__name__}: {error}"
+        failure = None if interrupted else _in_words(error)
         rows = list(_rows(entries, task, bandwidth, scored=False, progress=progress))
     weight_bytes = model.decoder.weight_bytes
     return {
@@ -182,6 +188,10 @@ def bench(
     }
 
 
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def _gguf_weights(model: LayerSkipModel) -> str:
     """What is nearest to how our own decoder keeps its weights."""
     decoder = model.decoder
@@ -191,7 +201,7 @@ def _gguf_weights(model: LayerSkipModel) -> str:
 def _that_fit(model: LayerSkipModel, task: Task, new_tokens: int) -> tuple[Task, list[list[int]]]:
     """The samples whose prompt and answer fit into the context, and their token ids."""
     room = model.decoder.architecture.max_context - new_tokens
-    pairs = [(sample, model.tokenize(sample.prompt)) for sample in task.samples]
+    pairs = [(sample, _ids(model, sample)) for sample in task.samples]
     fitting = [(sample, ids) for sample, ids in pairs if 0 < len(ids) <= room]
     if not fitting:
         raise ValueError(
@@ -200,6 +210,13 @@ def _that_fit(model: LayerSkipModel, task: Task, new_tokens: int) -> tuple[Task,
         )
     task = dataclasses.replace(task, samples=tuple(sample for sample, _ in fitting))
     return task, [ids for _, ids in fitting]
+
+
+def _ids(model: LayerSkipModel, sample: Sample) -> list[int]:
+    try:
+        return model.tokenize(sample.prompt)
+    except ValueError as error:
+        raise ValueError(f"{sample.id}: {error}") from error
 
 
 def _rows(

@@ -69,10 +69,17 @@ class Run:
 
 
 class System(Protocol):
-    """Something that answers prompts, in one or several settings."""
+    """Something that answers prompts, in one or several settings.
+
+    Attributes:
+        name: of its rows.
+        settings: those it takes part in.
+        rehearsals: how often it has to answer all prompts before it is as fast as it will be.
+    """
 
     name: str
     settings: Sequence[Setting]
+    rehearsals: int
 
     def answer(self, setting: Setting, prompt: Sequence[int], max_new_tokens: int) -> Run:
         """Continue a prompt greedily.
@@ -98,18 +105,6 @@ class Entry:
     error: str | None = None
 
 
-class MeasuringInterrupted(KeyboardInterrupt):
-    """Ctrl-C while prompts were answered.
-
-    Attributes:
-        entries: as `measure` returns them, of the prompts that all had answered.
-    """
-
-    def __init__(self, entries: list[Entry]) -> None:
-        super().__init__()
-        self.entries = entries
-
-
 def measure(
     systems: Sequence[System],
     prompts: Sequence[Sequence[int]],
@@ -118,14 +113,15 @@ def measure(
     repeats: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
     between: Callable[[], None] = lambda: None,
+    so_far: list[Entry] | None = None,
 ) -> list[Entry]:
     """Answer every prompt with every system in every setting.
 
-    After a warm-up of each, all entries take turns on one prompt before the next prompt begins, in an
-    order that changes from prompt to prompt and from repetition to repetition, so that everybody follows
-    everybody else about as often. So a machine that drifts, or one entry that suffers from its
-    predecessor, hurts all alike. Where another system's turn comes, its predecessor's threads are given
-    the time to fall asleep.
+    After a warm-up of each, and the rehearsals of those that need any, all entries take turns on one
+    prompt before the next prompt begins, in an order that changes from prompt to prompt and from
+    repetition to repetition, so that everybody follows everybody else about as often. So a machine that
+    drifts, or one entry that suffers from its predecessor, hurts all alike. Where another system's turn
+    comes, its predecessor's threads are given the time to fall asleep.
 
     Args:
         systems: who takes part.
@@ -134,17 +130,17 @@ def measure(
         repeats: how often all prompts are gone through.
         progress: called after every answer, with how many there have been, and are if nothing fails.
         between: called before each repetition and after the last, outside of what is timed.
+        so_far: where Ctrl-C or an error ends it, is filled with the entries of the prompts that all had
+            answered.
 
     Returns:
         One entry for each system and setting, in order.
-
-    Raises:
-        MeasuringInterrupted: after the first prompt; before, KeyboardInterrupt.
     """
     entries = [Entry(system, setting, []) for system in systems for setting in system.settings]
     failures: dict[int, str] = {}
     measured: list[list[list[Run]]] = [[[] for _ in prompts] for _ in entries]
-    done, total = 0, len(entries) * (1 + len(prompts) * repeats)
+    rehearsals = sum(entry.system.rehearsals for entry in entries) * len(prompts)
+    done, total = 0, len(entries) * (1 + len(prompts) * repeats) + rehearsals
 
     def attempt(index: int, prompt: Sequence[int], n: int) -> Run | None:
         nonlocal done
@@ -159,6 +155,9 @@ def measure(
 
     for index in range(len(entries)):
         attempt(index, prompts[0], min(WARM_UP_TOKENS, max_new_tokens))
+        for prompt in [*prompts] * entries[index].system.rehearsals:
+            if index not in failures:
+                attempt(index, prompt, max_new_tokens)
 
     def found(answered: int) -> list[Entry]:
         return [
@@ -186,10 +185,10 @@ def measure(
                         measured[index][at].append(run)
                 answered = max(answered, at + 1)
         between()
-    except KeyboardInterrupt:
-        if not answered:
-            raise
-        raise MeasuringInterrupted(found(answered)) from None
+    except (KeyboardInterrupt, Exception):
+        if so_far is not None and answered:
+            so_far += found(answered)
+        raise
     return found(len(prompts))
 
 

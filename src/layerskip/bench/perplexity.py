@@ -161,7 +161,7 @@ def _read(path: Path) -> str:
 
 
 def _wikitext() -> str:
-    folder = Path(os.environ.get(DATA_VARIABLE, "")) / WIKITEXT
+    folder = Path(os.environ.get(DATA_VARIABLE, "")).expanduser() / WIKITEXT
     if DATA_VARIABLE in os.environ and (files := sorted(folder.glob("test.txt*"))):
         return _read(files[0])
     try:

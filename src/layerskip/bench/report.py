@@ -6,7 +6,7 @@ from typing import Any
 
 from layerskip.bench.plots import draw
 from layerskip.bench.rows import name_of
-from layerskip.model.weights import replace
+from layerskip.model.files import replace
 
 _TITLES = {
     "speedup.png": "Speed over plain decoding of the same system; lines are 95% intervals",
@@ -135,7 +135,7 @@ def conditions(document: dict[str, Any]) -> list[str]:
         )
     if document["ignore_eos"]:
         phrases.insert(1, "answers go on past their end, and are not scored")
-    if document.get("not_scored"):
+    if document.get("not_scored") and not document["interrupted"]:
         phrases.insert(1, f"the answers could not be judged ({document['not_scored']})")
     if document["interrupted"]:
         phrases.insert(1, "interrupted: the prompts answered so far, not scored")

@@ -124,15 +124,21 @@ def comparison(runs: Runs, plain: Runs) -> dict[str, Any]:
     for name, ratio in (("speedup", of_totals), ("speedup_mean_of_prompts", mean_of_prompts)):
         found[name] = float(ratio(columns)) if timed.any() else None
         found[f"{name}_interval"] = bootstrap_interval(columns, ratio)
-    found["speedup_with_prompt"] = _whole_answers_s(plain) / _whole_answers_s(runs)
+    longer = np.divide(plain_tokens, tokens, out=np.ones_like(seconds), where=timed)
+    whole, plain_whole = (
+        _first_tokens_s(runs) + seconds * longer,
+        _first_tokens_s(plain) + plain_seconds,
+    )
+    alike = timed | ((tokens == 0) & (plain_tokens == 0))
+    found["speedup_with_prompt"] = (
+        float(plain_whole[alike].sum() / whole[alike].sum()) if alike.any() else None
+    )
     return found
 
 
-def _whole_answers_s(runs: Runs) -> float:
-    """Seconds of all answers, each with its prompt's pass; of each the median over the repetitions."""
-    return sum(
-        statistics.median(run.ttft_s + run.decode_s for run in of_prompt) for of_prompt in runs
-    )
+def _first_tokens_s(runs: Runs) -> NDArray[np.float64]:
+    """Seconds to each prompt's first token, the median over the repetitions."""
+    return np.array([statistics.median(run.ttft_s for run in of_prompt) for of_prompt in runs])
 
 
 def bootstrap_interval(

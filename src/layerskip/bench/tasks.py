@@ -131,7 +131,7 @@ def load_task(
 
 def check_task(name: str) -> None:
     """Raise ValueError where a name is no task and no file: before a model is loaded for it."""
-    if name not in FORMS and not Path(name).is_file():
+    if name not in FORMS and not Path(name).expanduser().is_file():
         raise ValueError(f"{name!r} is no file and no task; the tasks are {', '.join(TASKS)}")
 
 
@@ -183,13 +183,15 @@ def _asked(name: str, form: Form, data: str | None) -> Iterator[Mapping[str, Any
     """The rows that ask something."""
     for number, row in enumerate(form.data.rows("test", data), 1):
         try:
-            prompt = form.prompt(row)
+            asks = form.prompt(row) is not None
+            if asks:  # all else that will be wanted of it
+                form.references(row), form.category(row)
         except (KeyError, IndexError, TypeError) as error:
             lacks = f"{type(error).__name__}: {error}"
             raise ValueError(
                 f"{name}, row {number}: not as docs/tasks.md has it ({lacks})"
             ) from error
-        if prompt is not None:
+        if asks:
             yield row
 
 
@@ -227,9 +229,8 @@ def _own_sample(where: str, row: Mapping[str, Any]) -> Sample:
     if not asked:
         raise ValueError(f"{where} needs {NEEDED}")
     prompt = asked if isinstance(asked, str) else tuple(asked)
-    found = row.get("references", row.get("reference", row.get("completion", given)))
-    if found is None:
-        found = ()
+    named = (row.get(name) for name in ("references", "reference", "completion"))
+    found: Any = next((one for one in (*named, given) if one is not None), ())
     references = tuple(found) if isinstance(found, list | tuple) else (found,)
     if not all(isinstance(reference, str) for reference in references):
         raise ValueError(f"{where} has references that are no texts")

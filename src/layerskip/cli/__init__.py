@@ -33,6 +33,9 @@ _LESS_MEMORY = {
 }
 
 
+_READER_LEFT = 141  # what a shell says of a program that ends so
+
+
 class _ReaderLeftError(Exception):
     """Whoever read our output has left."""
 
@@ -78,10 +81,15 @@ def layerskip_command() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the program and exit: 0 on success, 2 for a usage error, 1 for a failure."""
+    """Run the program and exit: 0 on success, 2 for a usage error, 1 for a failure.
+
+    130 is Ctrl-C, and 141 that whoever read the output has left before its end.
+    """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        sys.stdin.reconfigure(newline=None)  # lines end as those of files do
     for stream in (sys.stdin, sys.stdout):
         if os.name == "nt" and isinstance(stream, io.TextIOWrapper) and not stream.isatty():
             stream.reconfigure(
@@ -111,9 +119,11 @@ def run(arguments: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         _say("interrupted")
         return 130
-    except _ReaderLeftError:  # that is no failure of ours
+    except (
+        _ReaderLeftError
+    ):  # no failure of ours, but no success either: something may be left undone
         _drop_output()
-        return 0
+        return _READER_LEFT
     except Exception as error:
         if state["debug"]:
             raise

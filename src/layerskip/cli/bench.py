@@ -16,7 +16,7 @@ from layerskip.bench.own import BENCH_MODES
 from layerskip.bench.peers import PEERS
 from layerskip.bench.report import categories, conditions, table, write_report
 from layerskip.bench.tasks import check_task, load_task
-from layerskip.cli import options
+from layerskip.cli import options, values
 from layerskip.cli.progress import bars
 from layerskip.decoding.policy import DRAFT_SOURCES
 
@@ -58,7 +58,7 @@ def _list_of(kind: Any) -> Any:
 )
 @click.option(
     "--exit-layers",
-    callback=options.layers,
+    callback=values.layers,
     metavar="4,8,12-20",
     help="Exit layers for early exit and for drafts. Default: the checkpoint's, else a quarter.",
 )
@@ -179,8 +179,11 @@ def command(
     finally:  # what was measured is told, even where it cannot be written
         if not as_json:
             _show(document)
-    if document["not_scored"] is not None:
-        raise ValueError(f"the answers could not be judged ({document['not_scored']})")
+    if (failure := document["not_scored"]) is not None:
+        ended = (
+            "measuring ended early" if document["interrupted"] else "could not judge the answers"
+        )
+        raise ValueError(f"{ended} ({failure})")
     if document["interrupted"]:
         raise KeyboardInterrupt
 

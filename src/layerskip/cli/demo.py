@@ -15,7 +15,7 @@ from layerskip.cli.demo_figures import bars, group_of, table, title_of, together
 from layerskip.cli.demo_tasks import TASKS
 from layerskip.cli.demo_view import compare
 from layerskip.decoding import LayerSkipModel
-from layerskip.model.weights import replace
+from layerskip.model.files import replace
 
 HONEST_WORD = (
     "This checkpoint names no exit layer. Early layers that were not trained with layer dropout and"

@@ -17,11 +17,11 @@ from layerskip.bench import evaluation
 from layerskip.bench.environment import environment_of
 from layerskip.bench.exit_plot import plot_exits
 from layerskip.bench.perplexity import perplexity, read_text, stride_of
-from layerskip.cli import options
+from layerskip.cli import options, values
 from layerskip.cli.progress import Report, bars
 from layerskip.decoding import MODES, LayerSkipModel
 from layerskip.decoding.policy import DRAFT_SOURCES
-from layerskip.model.weights import replace
+from layerskip.model.files import replace
 
 ARROWS = {True: "↑", False: "↓", None: ""}
 
@@ -29,7 +29,7 @@ ARROWS = {True: "↑", False: "↓", None: ""}
 def _exit_layers(
     ctx: click.Context, param: click.Parameter, text: str | None
 ) -> list[int] | str | None:
-    return text if text == "all" else options.layers(ctx, param, text)
+    return text if text == "all" else values.layers(ctx, param, text)
 
 
 @click.command("eval")
@@ -157,13 +157,19 @@ def command(
         if not content:
             raise ValueError(f"{name} is empty: there is nothing to predict")
         stride_of(model, window, stride)
-    with bars() as report:
-        if names:  # first, since a wrong name of a task is to be found before any long work
-            facts = _add_tasks(model, rows, names, flags, report)
-        for name, content in contents.items():
-            _add_perplexity(
-                model, rows, called[name], content, window, stride, flags["batch_size"], report
-            )
+    ended: BaseException | None = None
+    try:
+        with bars() as report:
+            if names:  # first, since a wrong name of a task is to be found before any long work
+                facts = _add_tasks(model, rows, names, flags, report)
+            for name, content in contents.items():
+                _add_perplexity(
+                    model, rows, called[name], content, window, stride, flags["batch_size"], report
+                )
+    except (KeyboardInterrupt, Exception) as error:  # what there is, is told
+        if not any(row.results for row in rows):
+            raise
+        ended = error
     result = {
         "environment": environment_of(
             model.decoder,
@@ -173,6 +179,7 @@ def command(
         "layers": n_layers,
         "seed": flags["seed"],
         "tasks": facts,
+        "interrupted": ended is not None,
         "rows": [row.to_dict() for row in rows],
     }
     try:
@@ -182,6 +189,8 @@ def command(
     finally:
         if not as_json:
             _print_table(rows, flags["model"])
+    if ended is not None:
+        raise ended
 
 
 def _note_idle_flags(tasks: Sequence[str], texts: Sequence[str], modes: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import click
 
 from layerskip.cli import options, show
 from layerskip.cli.progress import track
-from layerskip.cli.prompts import read_prompts
+from layerskip.cli.prompts import read_prompts, read_stdin
 from layerskip.decoding import Answer, Generation, LayerSkipModel, PromptError
 
 
@@ -57,22 +57,36 @@ def command(
         show.show_legend()
     several = prompts_file is not None
     generations: list[Generation] = []
+    answer: Answer | None = None
     try:
         for i, one in enumerate(track(prompts, "answering") if quiet else prompts):
             seed = arguments["seed"]
-            apart = {**arguments, "seed": None if seed is None else seed + i}
+            apart = {**arguments, "seed": None if seed is None else (seed + i) % 2**64}
             answer = _begin(model, one, apart, i + 1 if several else None)
             if not quiet:
                 if i:
                     print()
-                show.show_pieces(answer, show_draft=show_draft)
+                show.show_pieces(answer, show_draft=show_draft, as_ids=model.tokenizer is None)
             generations.append(answer.complete())
+            answer = None
             if stats:
                 show.show_stats(generations[-1])
     finally:  # Ctrl-C and whatever goes wrong later leave the answers so far
+        if answer is not None and answer.generation.token_ids:
+            generations.append(answer.generation)
         results = [generation.to_dict() for generation in generations]
         if quiet and results:
-            options.deliver(results if several else results[0], as_json=as_json, output=output)
+            _deliver(results if several else results[0], as_json, output)
+
+
+def _deliver(result: Any, as_json: bool, output: Path | None) -> None:
+    """As everywhere; but nobody has seen these answers, so they are printed if they cannot be stored."""
+    try:
+        options.deliver(result, as_json=as_json, output=output)
+    except OSError:
+        if not as_json:
+            options.deliver(result, as_json=True, output=None)
+        raise
 
 
 def _begin(
@@ -91,7 +105,7 @@ def _prompts(prompt: str | None, file: Path | None, chat: bool) -> list[Any]:
     else:
         if prompt is None and sys.stdin.isatty():
             raise click.UsageError("give a prompt with --prompt or --prompts, or on standard input")
-        prompts = [sys.stdin.read().removesuffix("\n") if prompt is None else prompt]
+        prompts = [read_stdin() if prompt is None else prompt]
     if not chat:
         return prompts
     return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]

@@ -9,13 +9,13 @@ from typing import Any
 import click
 from rich.console import Console
 
-from layerskip.cli import lens_table, options
+from layerskip.cli import lens_table, options, values
 from layerskip.cli.progress import track
-from layerskip.cli.prompts import read_prompts
+from layerskip.cli.prompts import read_prompts, read_stdin
 from layerskip.decoding import Generation, LayerSkipModel, PromptError
 from layerskip.lens import Agreement, Report, report_on
 from layerskip.lens.page import agreement_page, report_page
-from layerskip.model.weights import replace
+from layerskip.model.files import replace
 
 PROMPT_TAIL = 16  # positions of the prompt that are looked at where none were asked for
 PICTURE_POSITIONS = 16
@@ -28,7 +28,7 @@ def _positions(_: click.Context, __: click.Parameter, value: str | None) -> rang
     """`all`, or the first and the last, such as 10-30."""
     if value is None:
         return None
-    first, last = (1, sys.maxsize - 1) if value == "all" else options.span(value)
+    first, last = (1, sys.maxsize - 1) if value == "all" else values.span(value)
     if not 1 <= first <= last:
         raise click.BadParameter(f"{value!r} is neither 'all' nor positions such as 10-30")
     return range(first, last + 1)
@@ -46,7 +46,7 @@ def _positions(_: click.Context, __: click.Parameter, value: str | None) -> rang
 @click.option("--chat", is_flag=True, help="Wrap each prompt in the model's chat template.")
 @click.option("--continuation", help="Look at this text after the prompt, not at an answer.")
 @click.option(
-    "--layers", callback=options.layers, metavar="4,8,12-20", help="Exit layers. Default: all."
+    "--layers", callback=values.layers, metavar="4,8,12-20", help="Exit layers. Default: all."
 )
 @click.option(
     "--positions",
@@ -140,7 +140,7 @@ def command(
 def _prompt(given: str | None) -> str:
     if given is None and sys.stdin.isatty():
         raise click.UsageError("give a prompt with --prompt or --data, or on standard input")
-    return sys.stdin.read().removesuffix("\n") if given is None else given
+    return read_stdin() if given is None else given
 
 
 def _look(
@@ -165,13 +165,16 @@ def _look(
 
 def _behind(tokenizer: Any, prompt: Any, ids: list[int], text: str) -> list[int]:
     """Token ids of a text behind a prompt: SentencePiece puts a space before a first word."""
-    if isinstance(prompt, str):
-        whole: list[int] = tokenizer.encode(prompt + text)
-        if whole[: len(ids)] == ids:
-            return whole[len(ids) :]
-    line, alone, behind = (
-        tokenizer.encode(words, add_special_tokens=False) for words in ("\n", text, f"\n{text}")
-    )
+    try:
+        if isinstance(prompt, str):
+            whole: list[int] = tokenizer.encode(prompt + text)
+            if whole[: len(ids)] == ids:
+                return whole[len(ids) :]
+        line, alone, behind = (
+            tokenizer.encode(words, add_special_tokens=False) for words in ("\n", text, f"\n{text}")
+        )
+    except (TypeError, UnicodeError) as error:  # such as half of an emoji
+        raise ValueError(f"the continuation cannot be made tokens of: {error}") from error
     found: list[int] = behind[len(line) :] if behind[: len(line)] == line else alone
     return found
 

@@ -7,7 +7,6 @@ import importlib.util
 import inspect
 import json
 import os
-import re
 import shlex
 import sys
 import warnings
@@ -17,11 +16,13 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 
+from layerskip.cli.values import Number, draft_text, vocabulary_size
 from layerskip.decoding import DRAFT_SOURCES, MODES, LayerSkipModel
+from layerskip.model.files import json_text, replace
 from layerskip.model.quantize import WEIGHTS
 from layerskip.model.source import BUILTIN_MODELS, DEFAULT_MODEL, is_pulled, pull
-from layerskip.model.weights import json_text, replace
 
 Command = Callable[..., Any]
 
@@ -33,42 +34,6 @@ def _stack(*options: Callable[[Command], Command]) -> Callable[[Command], Comman
 def _note_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value and ctx.obj is not None:
         ctx.obj["debug"] = True
-
-
-def layers(_: click.Context, __: click.Parameter, value: str | None) -> list[int] | None:
-    """A callback that reads layers such as 4,8,12-20; ascending, each once."""
-    if value is None:
-        return None
-    found: set[int] = set()
-    for part in value.split(","):
-        first, last = span(part)
-        if not 1 <= first <= last:
-            raise click.BadParameter(f"{value!r} is no list of layers; an example: 4,8,10-12")
-        found |= set(range(first, last + 1))
-    return sorted(found)
-
-
-def span(text: str) -> tuple[int, int]:
-    """Of 4 and 12-20 the first and the last; of other things an empty one."""
-    match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", text)
-    return (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-
-
-def _vocabulary_size(ctx: click.Context, param: click.Parameter, text: Any) -> int | None:
-    """A number of tokens; 0 for "none", which draws no line."""
-    if text is None or text == "none":
-        return None if text is None else 0
-    return int(click.IntRange(min=1).convert(text, param, ctx))
-
-
-def _draft_text(ctx: click.Context, param: click.Parameter, name: Any) -> str | None:
-    """The text of a file; "" for "none"."""
-    if name is None or name == "none":
-        return None if name is None else ""
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"{name} cannot be read: {error}") from error
 
 
 debug_option = click.option(
@@ -152,14 +117,14 @@ decoding_options = _stack(
     mode_options,
     click.option(
         "--draft-vocabulary",
-        callback=_vocabulary_size,
+        callback=vocabulary_size,
         metavar="N|none",
         help="The early exit drafts only the first N tokens of the checkpoint's list (else of the"
         " vocabulary), and the prompt's; none: all. Default: in auto the whole list.",
     ),
     click.option(
         "--draft-text",
-        callback=_draft_text,
+        callback=draft_text,
         metavar="FILE|none",
         help="A text that is like the answers: searched for n-grams beside prompt and answer. Default:"
         " in auto the checkpoint's.",
@@ -169,7 +134,7 @@ decoding_options = _stack(
     ),
     click.option(
         "--temperature",
-        type=click.FloatRange(min=0.0),
+        type=Number(min=0.0),
         default=0.0,
         show_default=True,
         help="0 is greedy.",
@@ -177,17 +142,17 @@ decoding_options = _stack(
     click.option("--top-k", type=click.IntRange(min=1), help="Keep the k most likely tokens."),
     click.option(
         "--top-p",
-        type=click.FloatRange(min=0.0, min_open=True, max=1.0),
+        type=Number(min=0.0, min_open=True, max=1.0),
         help="Keep the most likely tokens up to this probability.",
     ),
     click.option(
         "--min-p",
-        type=click.FloatRange(min=0.0, max=1.0),
+        type=Number(min=0.0, max=1.0),
         help="Keep tokens of at least this share of the highest probability.",
     ),
     click.option(
         "--repetition-penalty",
-        type=click.FloatRange(min=0.0, min_open=True),
+        type=Number(min=0.0, min_open=True),
         default=1.0,
         show_default=True,
     ),
@@ -284,7 +249,7 @@ def waiting(what: str) -> contextlib.AbstractContextManager[Any]:
     """A spinner on stderr, where that is a terminal."""
     if not sys.stderr.isatty():  # rich also takes $FORCE_COLOR for a terminal
         return contextlib.nullcontext()
-    return Console(stderr=True).status(what)
+    return Console(stderr=True).status(escape(what))
 
 
 def deliver(result: Any, *, as_json: bool, output: Path | None) -> None:

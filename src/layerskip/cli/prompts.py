@@ -1,6 +1,7 @@
 """Files of prompts."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,16 @@ def read_prompts(file: Path) -> list[Any]:
     return prompts
 
 
+def read_stdin() -> str:
+    """Standard input as one prompt, less a byte order mark and one line break at its end."""
+    return sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
+
+
 def _prompts(file: Path) -> Iterator[Any]:
+    if file.suffix.lower() == ".json":
+        raise ValueError(
+            f"{file} may be one JSON document: name it .jsonl, with a prompt in each line"
+        )
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")  # alone: JSON may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
@@ -32,7 +42,7 @@ def _prompts(file: Path) -> Iterator[Any]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        if file.suffix != ".jsonl":
+        if file.suffix.lower() != ".jsonl":
             yield line
             continue
         try:

@@ -11,12 +11,16 @@ from layerskip.decoding import Generation, Piece
 DRAFTED_COLOUR = "green"
 
 
-def show_pieces(pieces: Iterable[Piece], *, show_draft: bool) -> None:
-    """Write an answer to stdout as it arrives, marked by origin where that was asked for."""
+def show_pieces(pieces: Iterable[Piece], *, show_draft: bool, as_ids: bool = False) -> None:
+    """Write an answer to stdout as it arrives, marked by origin where that was asked for.
+
+    Where there is no tokenizer, and so no text, `as_ids` writes token ids.
+    """
     coloured = show_draft and has_colours(Console())
     for piece in pieces:
-        marked = show_draft and piece.drafted and piece.text
-        sys.stdout.write(_marked(piece.text, coloured) if marked else piece.text)
+        text = f"{piece.token_id} " if as_ids and piece.token_id is not None else piece.text
+        marked = show_draft and piece.drafted and text
+        sys.stdout.write(_marked(text, coloured) if marked else text)
         sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stdout.flush()

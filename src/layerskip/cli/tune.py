@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from layerskip.cli import options
+from layerskip.cli import options, values
 from layerskip.cli.progress import bars
 from layerskip.decoding import LayerSkipModel
-from layerskip.model.weights import read_json
+from layerskip.model.files import read_json
 from layerskip.tuning.choose import Choice, name_of_auto
 from layerskip.tuning.prompts import PROMPTS
 from layerskip.tuning.run import MAX_DRAFT_TOKENS, Tuning, tune
@@ -55,7 +55,7 @@ _COLUMNS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # draft lengths that a terminal ha
 )
 @click.option(
     "--exit-layers",
-    callback=options.layers,
+    callback=values.layers,
     metavar="4,8,10-12",
     help="Consider these alone, such as 4,8,10-12. Default: all.",
 )

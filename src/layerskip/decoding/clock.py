@@ -7,12 +7,16 @@ import torch
 
 
 def device_clock(device: torch.device) -> Callable[[], float]:
-    """A function that returns seconds, read after all work queued on the device is done."""
+    """A function that returns seconds, read after all work that its thread has queued is done.
+
+    It waits for a stream and not for the whole device: that would break off a CUDA graph that another
+    thread is recording, and wait for everybody else's work too.
+    """
     if device.type != "cuda":
         return time.perf_counter
 
     def now() -> float:
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
         return time.perf_counter()
 
     return now

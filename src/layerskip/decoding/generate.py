@@ -12,7 +12,13 @@ from layerskip.decoding.draft_length import DraftLength, NgramLength, Pace
 from layerskip.decoding.drafters import Draft, Drafter, EarlyExitDrafter
 from layerskip.decoding.ngram import DraftText, NgramDrafter
 from layerskip.decoding.policy import Plan
-from layerskip.decoding.sampling import Sampling, TokenHistory, next_token, seeded_generator
+from layerskip.decoding.sampling import (
+    NO_NUMBERS,
+    Sampling,
+    TokenHistory,
+    next_token,
+    seeded_generator,
+)
 from layerskip.decoding.short_head import ShortHead
 from layerskip.model import Decoder, KVCache
 
@@ -217,10 +223,7 @@ def speculate(
 def check_numbers(hidden: Tensor) -> None:
     """Raise ValueError where a prompt's last states are no numbers: nothing after them would be."""
     if not bool(torch.isfinite(hidden).all()):
-        raise ValueError(
-            "this model computes numbers that are none (nan or infinite): take another dtype, such as"
-            " bfloat16 in place of float16, or its weights are damaged"
-        )
+        raise ValueError(NO_NUMBERS)
 
 
 def check_prompt(decoder: Decoder, prompt: Sequence[int]) -> None:

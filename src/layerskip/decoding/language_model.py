@@ -74,7 +74,7 @@ class LayerSkipModel:
         place = device_of(device)
         name = str(name_or_path)
         checkpoint = load(
-            resolve(name),
+            resolve(name, announce),
             dtype=dtype_of(dtype),
             device=place,
             weights=weights,
@@ -270,7 +270,7 @@ class LayerSkipModel:
         if isinstance(wanted, str) and self.tokenizer is not None:
             known = self._last_text
             if known[0] != wanted:  # a text may be long, and prompts many
-                encoded = self.tokenizer.encode(wanted, add_special_tokens=False, verbose=False)
+                encoded = self._encode(wanted, add_special_tokens=False)
                 known = self._last_text = wanted, tuple(encoded)
             ids = known[1]
         else:
@@ -284,23 +284,23 @@ class LayerSkipModel:
         """Token ids of a prompt.
 
         Raises:
-            ValueError: it is no prompt, or it needs a tokenizer or chat template that is not there.
+            PromptError: it is no prompt, or it needs a tokenizer or chat template that is not there.
         """
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
-            raise ValueError("a prompt is a text, token ids, or messages with role and content")
+            raise PromptError("a prompt is a text, token ids, or messages with role and content")
         ids = [int(part) for part in prompt if isinstance(part, Integral)]
         if len(ids) == len(prompt) and not isinstance(prompt, str):
             return ids
         if self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer; give the prompt as token ids")
+            raise PromptError("this checkpoint has no tokenizer; give the prompt as token ids")
         if isinstance(prompt, str):
             return self._encode(prompt, add_special_tokens=True)
         if not all(
             isinstance(part, Mapping) and {"role", "content"} <= set(part) for part in prompt
         ):
-            raise ValueError("a prompt is a text, token ids, or messages with role and content")
+            raise PromptError("a prompt is a text, token ids, or messages with role and content")
         if not self.tokenizer.chat_template:
-            raise ValueError("this checkpoint has no chat template; give the prompt as a text")
+            raise PromptError("this checkpoint has no chat template; give the prompt as a text")
         from jinja2 import TemplateError  # PyTorch brings it, and so it is there
 
         try:
@@ -310,7 +310,7 @@ class LayerSkipModel:
                 add_generation_prompt=True,
             )
         except (TemplateError, TypeError) as error:  # no system message, turns, text alone, ...
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
+            raise PromptError(f"the chat template refuses these messages: {error}") from error
         return self._encode(text, add_special_tokens=False)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -320,7 +320,7 @@ class LayerSkipModel:
                 text, add_special_tokens=add_special_tokens, verbose=False
             )
         except (TypeError, UnicodeError) as error:  # such as half of an emoji
-            raise PromptError(f"the prompt cannot be made tokens of: {error}") from error
+            raise PromptError(f"this text cannot be made tokens of: {error}") from error
         return ids
 
 

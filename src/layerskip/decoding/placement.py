@@ -19,6 +19,8 @@ def device_of(device: str | torch.device) -> torch.device:
         raise ValueError(f"the device {device} is not available here; use cpu")
     if place.type not in ("cpu", "cuda"):
         raise ValueError(f"the device {device!r} is not supported; use cpu or cuda")
+    if str(place) == "cuda":  # another thread's current one is another
+        return torch.device("cuda", torch.cuda.current_device())
     return place
 
 

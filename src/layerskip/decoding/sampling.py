@@ -12,6 +12,10 @@ from torch import Tensor
 from layerskip.model import Decoder, most_likely
 
 _MOST_SETS = 256  # tokens, which most sets of top-p do not have
+NO_NUMBERS = (
+    "this model computes numbers that are none (nan or infinite): take another dtype, such as bfloat16"
+    " in place of float16, or its weights are damaged"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,13 +154,19 @@ def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
 
     The token where the running sum passes a random share of the whole: one random number a row, where
     PyTorch's `multinomial` takes one for every token.
+
+    Raises:
+        ValueError: weights are no numbers, or all 0; on a GPU, where looking would wait for it, the
+            token is then any.
     """
     sums = weights.cumsum(dim=-1, dtype=torch.float64)
     whole = sums[:, -1:].contiguous()
+    if whole.device.type == "cpu" and not bool((whole > 0).all()):
+        raise ValueError(NO_NUMBERS)
     share = torch.rand(whole.shape, dtype=torch.float64, device=weights.device, generator=generator)
     passed = torch.searchsorted(sums, share * whole, right=True)
     # A share that is rounded up to the whole is the last token that has a weight.
-    return torch.minimum(passed, torch.searchsorted(sums, whole))
+    return torch.minimum(passed, torch.searchsorted(sums, whole)).clamp_(max=weights.shape[-1] - 1)
 
 
 def likeliest(decoder: Decoder, hidden: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:

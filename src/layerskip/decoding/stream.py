@@ -9,7 +9,10 @@ CONTEXT = 8  # tokens of settled text that are decoded again with a new one, or 
 
 def stop_tokens(tokenizer: Any, stop: Sequence[str]) -> frozenset[int]:
     """The tokens that are a stop string by themselves; of special ones no text shows any."""
-    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in stop]
+    try:
+        encoded = [tokenizer.encode(text, add_special_tokens=False) for text in stop]
+    except (TypeError, UnicodeError) as error:  # such as half of an emoji
+        raise ValueError(f"a stop string cannot be made tokens of: {error}") from error
     alone = ((ids[0], text) for ids, text in zip(encoded, stop, strict=True) if len(ids) == 1)
     return frozenset(token for token, text in alone if text in tokenizer.decode([token]))
 

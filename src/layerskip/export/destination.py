@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from layerskip.model.weights import flush
+from layerskip.model.files import flush
 
 
 class ExportError(ValueError):

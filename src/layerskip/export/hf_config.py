@@ -9,10 +9,11 @@ import torch
 from layerskip.export.source import Source
 from layerskip.model import UnsupportedModelError, rotary, settings
 from layerskip.model.architecture import Rope
+from layerskip.model.files import read_json
 from layerskip.model.gguf_tokenizer import special_token_ids
 from layerskip.model.merge import older_rope
 from layerskip.model.rounding import Rounding, recorded
-from layerskip.model.weights import GgufFile, read_json
+from layerskip.model.weights import GgufFile
 
 _OF_THE_WHOLE_MODEL = ("assistant_early_exit", settings.KEY)  # means nothing to a draft model
 _FACTORS_TOLERANCE = 1e-3  # relative; the factors in GGUF files are float32

@@ -5,10 +5,10 @@ from layerskip.model.cache import KVCache
 from layerskip.model.checkpoint import Checkpoint, Files, load, open_files
 from layerskip.model.decoder import Decoder, GoesOn, most_likely, read_draft
 from layerskip.model.families import FAMILIES, UnsupportedModelError
+from layerskip.model.files import CheckpointError
 from layerskip.model.merge import merge
 from layerskip.model.settings import Settings, StepCosts
 from layerskip.model.source import SourceError, pull, resolve
-from layerskip.model.weights import CheckpointError
 
 __all__ = [
     "FAMILIES",

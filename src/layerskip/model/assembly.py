@@ -83,12 +83,15 @@ def fast_dtype(
 ) -> torch.dtype:
     """bfloat16 on a GPU, on a CPU with AVX-512, and wherever `build` would take the compiled kernels,
     which read such weights at the speed of memory; else float32, as PyTorch is slow with it there.
+    A GPU that has no bfloat16 takes float16.
     """
     dtype = torch.bfloat16
-    is_fast = (
-        device.type == "cuda"
-        or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        or (compiled and native.supports(architecture, dtype, device))
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            has_it = torch.cuda.is_bf16_supported(including_emulation=False)
+        return dtype if has_it else torch.float16
+    is_fast = torch.backends.cpu.get_cpu_capability().startswith("AVX512") or (
+        compiled and native.supports(architecture, dtype, device)
     )
     return dtype if is_fast else torch.float32
 

@@ -40,6 +40,7 @@ class KVCache:
         shape = (a.n_layers, 2, batch_size, a.n_kv_heads, capacity, a.head_dim)
         # Others' slots may be larger, and hold what nobody reads before it is written.
         self.slots = _zeros(shape, dtype, torch.device(device)) if slots is None else slots
+        self._is_lazy = self.slots.device.type == "cpu"  # see `_zeros`
         self.capacity = capacity
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
 
@@ -47,14 +48,18 @@ class KVCache:
         """Forget all rows but these, [n] int64; they are renumbered in this order.
 
         Of each row only what is settled is moved, in whole tiles of positions, as the compiled kernels
-        lay them out.
+        lay them out. Where room costs memory before it is used, rows move up in place.
         """
         slots, lengths = self.slots, self.lengths[rows.to(self.lengths.device)]
         shape = (*slots.shape[:2], len(lengths), *slots.shape[3:])
-        self.slots, self.lengths = _zeros(shape, slots.dtype, slots.device), lengths
-        for i, (row, length) in enumerate(zip(rows.tolist(), lengths.tolist(), strict=True)):
+        kept: list[int] = rows.tolist()
+        stays = not self._is_lazy and kept == sorted({*kept})
+        place = slots[:, :, : len(kept)] if stays else _zeros(shape, slots.dtype, slots.device)
+        for i, (row, length) in enumerate(zip(kept, lengths.tolist(), strict=True)):
             used = min(-(-length // _TILE) * _TILE, self.capacity)
-            self.slots[:, :, i, :, :used] = slots[:, :, row, :, :used]
+            if not (stays and row == i):
+                place[:, :, i, :, :used] = slots[:, :, row, :, :used]
+        self.slots, self.lengths = place, lengths
 
     def check_room(self, n: int) -> int:
         """Where the longest row would end with n more positions; ValueError where that is too far."""

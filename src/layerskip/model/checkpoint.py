@@ -15,18 +15,11 @@ import torch
 from layerskip.model import assembly, families, gguf_tokenizer, tokenizer
 from layerskip.model.architecture import Architecture
 from layerskip.model.decoder import Decoder
+from layerskip.model.files import CheckpointError, json_text, read_json, replace
 from layerskip.model.rounding import warn_of_rounding
 from layerskip.model.settings import Settings, read_settings
 from layerskip.model.source import cache_folder
-from layerskip.model.weights import (
-    CheckpointError,
-    GgufFile,
-    SafetensorsFiles,
-    Tensors,
-    json_text,
-    read_json,
-    replace,
-)
+from layerskip.model.weights import GgufFile, SafetensorsFiles, Tensors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from layerskip.model.families import UnsupportedModelError
-from layerskip.model.weights import CheckpointError, GgufFile
+from layerskip.model.files import CheckpointError
+from layerskip.model.weights import GgufFile
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

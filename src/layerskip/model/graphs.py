@@ -27,6 +27,9 @@ MOST_POSITIONS = 32  # of a pass that is recorded: plain steps, drafts and their
 _LONGEST = 4096  # beyond so many slots attention without a mask is what takes the time
 _SHORTEST = 256
 _ROOM = 1024  # capacities of memory are multiples of it
+# Held while anything is recorded: where one recording begins it waits for the whole device, which would
+# break off another one.
+_RECORDING = threading.Lock()
 
 Outputs = tuple[Tensor, ...]
 Record = Callable[[Callable[[], Outputs]], tuple[Callable[[], object], Outputs]]
@@ -49,7 +52,8 @@ def recorder(device: torch.device) -> Record:
     def record(function: Callable[[], Outputs]) -> tuple[Callable[[], object], Outputs]:
         graph = torch.cuda.CUDAGraph()
         # The current stream is set again even where a failed capture leaves another.
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+        here = torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device))
+        with _RECORDING, here[0], here[1]:
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):  # what is chosen or made once is not to be recorded
                 function()
@@ -213,7 +217,9 @@ class GraphDecoder(Decoder):
         if memory is None or memory.slots is not cache.slots or not 0 < t <= MOST_POSITIONS:
             return super().run(hidden, start, stop, cache)
         end, capacity = cache.check_room(t), cache.capacity
-        if start >= stop or end > _LONGEST:
+        if start >= stop or end > _LONGEST or self._recorder.record is None:
+            return super().run(hidden, start, stop, cache)
+        if start and stop < len(self.layers):  # no decoding does that, only looking into the model
             return super().run(hidden, start, stop, cache)
         self._check_layers(start, stop)
         slots = memory.slots[start:stop]
@@ -262,7 +268,10 @@ class GraphDecoder(Decoder):
 
 
 def _give_back(decoder: "weakref.ref[GraphDecoder]", memory: _Memory) -> None:
-    """A cache has gone: the next one may have its memory. One is kept, the last."""
+    """A cache has gone: the next one may have its memory. One is kept, the last.
+
+    But none with much more room than recordings reach, which every answer would fill with zeros.
+    """
     alive = decoder()
-    if alive is not None:
+    if alive is not None and memory.slots.shape[-2] <= _LONGEST + _ROOM:
         alive._free = [memory]

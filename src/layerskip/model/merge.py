@@ -12,8 +12,9 @@ from layerskip.model import difference, row_order
 from layerskip.model.checkpoint import Files, open_files
 from layerskip.model.difference import Header
 from layerskip.model.digest import sha256_of
+from layerskip.model.files import CheckpointError, flush, write_json
 from layerskip.model.source import BUILTIN_MODELS, resolve
-from layerskip.model.weights import CheckpointError, damage_named, flush, write_json
+from layerskip.model.weights import damage_named
 
 _DTYPES = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
 

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from layerskip.model.files import read_json
 from layerskip.model.settings import FILE, KEY
-from layerskip.model.weights import Tensors, read_json
+from layerskip.model.weights import Tensors
 
 TRAINED = "quantization-aware training"
 CALIBRATED = "calibration"

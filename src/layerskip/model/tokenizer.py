@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.model.families import UnsupportedModelError
+from layerskip.model.files import CheckpointError, read_json, write_json
 from layerskip.model.gguf_tokenizer import from_gguf
-from layerskip.model.weights import CheckpointError, GgufFile, read_json, write_json
+from layerskip.model.weights import GgufFile
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _FILES_BESIDE = (

@@ -1,8 +1,6 @@
 """Checkpoint files as named tensors: safetensors as transformers saves them, and GGUF."""
 
 import contextlib
-import json
-import os
 import re
 import struct
 from collections.abc import Iterator
@@ -18,15 +16,12 @@ from torch import Tensor
 from layerskip.model import families
 from layerskip.model.architecture import Architecture, Rope
 from layerskip.model.families import FAMILIES, UnsupportedModelError
+from layerskip.model.files import CheckpointError, read_json
 from layerskip.model.gguf_header import GgufHeader
 from layerskip.model.packed import nibbles
 from layerskip.model.quantize import Quantized
 
 _AT_ONCE = 4096  # rows read from GGUF: a whole matrix would be there twice
-
-
-class CheckpointError(ValueError):
-    """Files that are missing, damaged or do not fit together; the message says which and what to do."""
 
 
 class Tensors(Protocol):
@@ -282,57 +277,6 @@ def _gguf_known_as(name: str) -> str:
 def missing(name: str) -> CheckpointError:
     """The error for a tensor that a checkpoint should have."""
     return CheckpointError(f"the checkpoint has no tensor {name}; fetch or save it again")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: the file cannot be read or is no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return value
-
-
-def json_text(value: Any) -> str:
-    """JSON in lines for people to read."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """A JSON object into a file, in lines for people to read."""
-    path.write_text(json_text(value), encoding="utf-8")
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write a file so that it appears whole or not at all: beside it first, then renamed.
-
-    A link goes on pointing to its file, and what is no ordinary file, a pipe or a device, is written to.
-    """
-    if path.exists() and not path.is_file():
-        path.write_bytes(content)
-        return
-    path = path.resolve()
-    beside = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        flush(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def flush(path: Path) -> None:
-    """See that a file, or all files of a folder, are on the disk, before they get their final name."""
-    for inside in path.rglob("*") if path.is_dir() else [path]:
-        if inside.is_file() and os.name != "nt":  # which flushes no file that was opened to be read
-            with inside.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

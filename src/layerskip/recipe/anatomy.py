@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -59,21 +60,29 @@ class Anatomy:
         """Modules of a layer that choose experts, and where in their output the logits are."""
         model: Any = self.model
         decoder = model.get_decoder()
-        recorder = decoder._can_record_outputs.get("router_logits")
-        if recorder is None:
-            return []
-        kind = getattr(recorder, "target_class", recorder)
-        index = getattr(recorder, "index", 0)
-        return [(module, index) for module in layer.modules() if isinstance(module, kind)]
+        given = (decoder._can_record_outputs or {}).get("router_logits")
+        found = []
+        for recorder in given if isinstance(given, list | tuple) else [given] if given else []:
+            kind: Any = getattr(recorder, "target_class", recorder)
+            index, part = getattr(recorder, "index", 0), getattr(recorder, "layer_name", None)
+            within = f".{part.strip('.')}." if part else "."
+            for name, module in layer.named_modules():
+                if kind and isinstance(module, kind) and within in f".{name}.":
+                    found.append((module, index))
+        return found
 
     @property
     def has_logits_to_keep(self) -> bool:
         """Whether the model can be asked for the logits of the last positions only."""
         return "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The final norm of hidden states."""
+        return _called(self.norm, hidden)
+
     def shared_exit(self, hidden: Tensor) -> Tensor:
         """g: hidden states [N, D] that leave any layer -> logits [N, V] as the model has."""
-        logits: Tensor = self.head(self.norm(hidden))
+        logits = _called(self.head, self.normed(hidden))
         if self.logits_factor != 1:
             logits = logits * self.logits_factor
         if cap := self.logits_cap:
@@ -93,8 +102,14 @@ class Anatomy:
         return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
     def exit_parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters of the shared exit."""
+        """The trainable parameters of the shared exit, whole: FSDP2 may hold them in parts.
+
+        They stay whole until backward is over, which FSDP2 takes care of at its end.
+        """
         parts = (self.norm, self.head)
+        for part in parts:
+            if is_sharded(part):
+                part.unshard()
         return [p for part in parts for p in part.parameters() if p.requires_grad]
 
     def probe_inputs(self) -> dict[str, Tensor]:
@@ -122,9 +137,44 @@ class Anatomy:
             for module, mode in modes:
                 module.training = mode
 
+    @contextmanager
+    def plain_attention(self) -> Iterator[None]:
+        """PyTorch's attention for a while, where the model has flash attention.
+
+        That takes 16 bits alone, which it gets from autocast when it trains, and a GPU.
+        """
+        chosen = self.model.config._attn_implementation
+        is_flash = isinstance(chosen, str) and "flash" in chosen
+        if is_flash:
+            self.model.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            if is_flash:
+                self.model.set_attn_implementation(chosen)
+
     def refuse(self, why: str) -> NoReturn:
         """Raise ValueError: the recipe does not work for this model."""
         raise ValueError(f"the recipe does not fit {type(self.model).__name__}: {why}")
+
+
+def is_sharded(module: nn.Module) -> TypeGuard[Any]:
+    """Whether FSDP2 has made it, or it among others, a group of its own."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule  # which takes a while
+
+    return isinstance(module, FSDPModule)
+
+
+def _called(module: nn.Module, hidden: Tensor) -> Tensor:
+    """What a part of the exit makes of hidden states, without FSDP2's hooks.
+
+    They would gather its weights anew for every chunk of tokens, and processes whose chunks are not as
+    many would wait for each other for ever.
+    """
+    result: Tensor = (module.forward if is_sharded(module) else module)(hidden)
+    return result
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:

@@ -256,6 +256,7 @@ class AttachedRecipe:
             self._pass.note_routing(number, logits)
 
     def _install(self) -> None:
+        setattr(self._model, HANDLE, self)
         self._plain_forward = self._replace(self._model, self._forward)
         for number, layer in enumerate(self._anatomy.layers):
             plain = layer.__dict__.get("forward", functools.partial(_class_forward, layer))
@@ -264,7 +265,8 @@ class AttachedRecipe:
                 for router, index in self._anatomy.routers(layer):
                     note = functools.partial(self._note_routing, number, index)
                     self._hooks.append(router.register_forward_hook(note))
-        setattr(self._model, HANDLE, self)
+        if self._anatomy.is_balanced_mixture and not self._hooks:
+            self._anatomy.refuse("its routers are not found: leave output_router_logits out")
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         plain: Callable[..., Any] = module.forward

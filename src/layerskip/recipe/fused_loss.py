@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from layerskip.recipe.anatomy import Anatomy
+from layerskip.recipe.anatomy import Anatomy, is_sharded
 
 FusedLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 DEVICES = ("cuda",)  # where its kernels run
@@ -26,7 +26,8 @@ def fused_loss(anatomy: Anatomy, device: torch.device) -> FusedLoss | None:
         nats, a scalar with gradient, and the first choice of every token, int [N].
     """
     head = anatomy.head
-    is_plain = type(head) is nn.Linear and "forward" not in vars(head)
+    kind = type(head).__bases__[-1] if is_sharded(head) else type(head)  # FSDP2 puts its own before
+    is_plain = kind is nn.Linear and "forward" not in vars(head)
     is_plain = is_plain and not hasattr(head.weight, "ds_id")  # DeepSpeed ZeRO-3
     if device.type not in DEVICES or not is_plain or anatomy.logits_factor != 1:
         return None
@@ -39,7 +40,7 @@ def fused_loss(anatomy: Anatomy, device: torch.device) -> FusedLoss | None:
 
     def loss(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         result = fused(
-            anatomy.norm(hidden),
+            anatomy.normed(hidden),
             head.weight,
             labels,
             bias=head.bias,

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from layerskip.model.weights import replace
+from layerskip.model.files import replace
 from layerskip.recipe.attached import AttachedRecipe
 from layerskip.training.checkpoints import unwritten
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from layerskip.model.weights import flush
+from layerskip.model.files import flush
 from layerskip.training.errors import UnwrittenCheckpointError
 
 INCOMPLETE = ".incomplete"

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import SchedulerType
 
-from layerskip.model.weights import json_text, read_json
+from layerskip.model.files import json_text, read_json
 from layerskip.recipe import RecipeConfig
 from layerskip.recipe.schedule import exit_scale
 from layerskip.training.config import TrainConfig

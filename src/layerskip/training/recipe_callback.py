@@ -65,3 +65,22 @@ def check_arguments(args: Any) -> None:
         raise ValueError(
             "the recipe computes its own loss: leave out label_smoothing_factor and TRL's loss_type"
         )
+
+
+def check_sharding(trainer: Any) -> None:
+    """Raise ValueError where devices divide weights in a way that the exits' loss cannot have."""
+    state = trainer.accelerator.state
+    fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+    if trainer.is_fsdp_enabled and getattr(fsdp, "fsdp_version", 2) == 1:
+        raise ValueError(
+            "FSDP version 1 leaves no whole weights to the early exit loss: set fsdp_version: 2"
+        )
+    if trainer.is_deepspeed_enabled and getattr(deepspeed, "zero_stage", 0) == 3:
+        raise ValueError(
+            "DeepSpeed ZeRO stage 3 leaves no whole weights to the early exit loss: take stage 2"
+        )
+    if trainer.args.fp16 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(
+            "the early exit loss takes its gradients before they are scaled, which float16 without"
+            " autocast cannot hold: use bfloat16 with FSDP2 and DeepSpeed"
+        )

@@ -8,8 +8,8 @@ from typing import Any
 
 from layerskip.model import settings
 from layerskip.model.draft_text import most_repeated
+from layerskip.model.files import flush
 from layerskip.model.rounding import TRAINED, Rounding, recorded
-from layerskip.model.weights import flush
 from layerskip.training.checkpoints import INCOMPLETE
 from layerskip.training.config import TrainConfig
 from layerskip.training.draft_vocabulary import draft_vocabulary, labels_of

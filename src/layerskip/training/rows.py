@@ -124,7 +124,7 @@ def _hub_rows(source: str, split: str, config: str | None) -> Iterator[Row]:
         datasets = _package("datasets")
         with hidden_bars():
             rows = datasets.load_dataset(source, config, split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last: a data set that needs a script
         reason = " ".join(str(error).split()) or type(error).__name__
         if "Config name is missing" in reason:
             reason += " (with data_config)"

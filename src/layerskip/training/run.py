@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import align_special_tokens
 
-from layerskip.model.weights import json_text, replace
+from layerskip.model.files import json_text, replace
 from layerskip.recipe import RecipeConfig, attach, detach
 from layerskip.recipe.schedule import enabled_exits
 from layerskip.training.callbacks import JsonLinesLog, TimeBudget, read_log, time_spent
@@ -161,6 +161,11 @@ def _run(trainer: LayerSkipTrainer, config: TrainConfig, resume_from: str | None
         wanted = config.max_steps or math.ceil(config.epochs * epoch)
         is_over = config.max_minutes is not None and time_spent(state) >= 60 * config.max_minutes
         if is_over or state.global_step >= wanted:
+            if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+                raise ValueError(
+                    f"{resume_from} is that of the last step: go on with --resume on one device and"
+                    " without FSDP or DeepSpeed, which have nothing to prepare here"
+                )
             trainer._load_from_checkpoint(resume_from)
             trainer.state.global_step = state.global_step
             return {}

@@ -48,6 +48,6 @@ def check_files(name: str) -> None:
 def pretrained_weights(name: str) -> tuple[str, dict[str, Any]]:
     """The same for a model: the weights of a GGUF file are unpacked, since packed ones do not train."""
     folder, arguments = pretrained(name)
-    if arguments and hasattr(transformers, "GgufConfig"):
+    if arguments:
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return folder, arguments

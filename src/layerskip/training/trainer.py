@@ -27,7 +27,7 @@ from layerskip.training.checkpoints import (
 from layerskip.training.errors import NonFiniteLossError
 from layerskip.training.exit_totals import ExitTotals
 from layerskip.training.memory import peak_memory_bytes
-from layerskip.training.recipe_callback import RecipeCallback, check_arguments
+from layerskip.training.recipe_callback import RecipeCallback, check_arguments, check_sharding
 from layerskip.training.sampling import LengthGroupedSampler
 from layerskip.training.speed import TokenRate
 
@@ -61,6 +61,7 @@ class LayerSkipMixin:
         super().__init__(*args, **kwargs)
         trainer = self._trainer
         check_arguments(trainer.args)
+        check_sharding(trainer)
         leave_out_cudnn_attention(trainer.args.device)  # rows that skip layers change the shapes
         if getattr(trainer, "compute_loss_func", None) is not None:
             raise ValueError(
@@ -106,6 +107,10 @@ class LayerSkipMixin:
             return super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+        if (
+            num_items_in_batch is not None
+        ):  # FSDP2 would round numbers that are not whole to 16 bits
+            num_items_in_batch = num_items_in_batch.long()
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         losses = self.attached.last
         if losses is None:

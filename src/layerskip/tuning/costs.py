@@ -100,7 +100,9 @@ def measure_costs(
         ValueError: the model's context is too short for the measurement.
     """
     # What the real step loops settle at most, the warm-up included, and a last draft in full.
-    reach = (sweeps + 1) * _WHOLE_ROUNDS * (_LONG_DRAFT + 1) + max_draft_tokens + 2
+    warm_ups = 2 if decoder.kernels == "graphs" else 1  # they are recorded at the second
+    sweeps_of_all = warm_ups + sweeps
+    reach = sweeps_of_all * _WHOLE_ROUNDS * (_LONG_DRAFT + 1) + max_draft_tokens + 2
     room = decoder.architecture.max_context - reach
     if room < 1:
         raise ValueError(
@@ -113,12 +115,13 @@ def measure_costs(
     for i, context in enumerate(places):
         filled = [text[j % len(text)] for j in range(context)]
         workbench = _Workbench(decoder, filled, exits, max_draft_tokens, reach)
-        for sweep in range(sweeps + 1):  # the first one warms up and does not count
-            workbench.sweep(order)
-            if sweep == 0:
+        for sweep in range(sweeps_of_all):
+            if sweep == warm_ups:  # what was before does not count
                 workbench.times.clear()
-            progress(i * (sweeps + 1) + sweep + 1, len(places) * (sweeps + 1))
+            workbench.sweep(order)
+            progress(i * sweeps_of_all + sweep + 1, len(places) * sweeps_of_all)
         parts.append(workbench.summary())
+        del workbench  # its caches make room for the next one's
     columns = {name: np.array([part[name] for part in parts]) for name in parts[0]}
     return Costs(contexts=places, exits=list(exits), **columns)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.model import StepCosts
+from layerskip.model.files import json_text, read_json, replace
 from layerskip.model.settings import FILE, KEY, entries_of, readable_costs, text_of_ids
-from layerskip.model.weights import json_text, read_json, replace
 from layerskip.tuning.choose import Choice
 
 

@@ -114,8 +114,7 @@ def _load(path: Path, dtype: str) -> Any:
     tensors = open_files(path).tensors
     if isinstance(tensors, GgufFile):
         path, options["gguf_file"] = tensors.path.parent, tensors.path.name
-        if hasattr(transformers, "GgufConfig"):
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return transformers.AutoModelForCausalLM.from_pretrained(str(path), **options)
 
 

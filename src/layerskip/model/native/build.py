@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
+from layerskip.model.files import flush
 from layerskip.model.machine import cpu_instructions
 from layerskip.model.source import cache_folder
-from layerskip.model.weights import flush
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-O2", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")

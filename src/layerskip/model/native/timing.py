@@ -13,11 +13,11 @@ import time
 import numpy as np
 import torch
 
+from layerskip.model.files import replace
 from layerskip.model.native.build import target
 from layerskip.model.native.panels import PanelMatrix
 from layerskip.model.native.threads import usable
 from layerskip.model.quantize import GROUP, Quantized
-from layerskip.model.weights import replace
 
 _ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 _ROUNDS, _MOST_ROUNDS = 4, 24

@@ -1,0 +1,57 @@
+"""What flags take: lists of layers, numbers, and the texts of files."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def layers(_: click.Context, __: click.Parameter, value: str | None) -> list[int] | None:
+    """A callback that reads layers such as 4,8,12-20; ascending, each once."""
+    if value is None:
+        return None
+    found: set[int] = set()
+    for part in value.split(","):
+        first, last = span(part)
+        if not 1 <= first <= last:
+            raise click.BadParameter(f"{value!r} is no list of layers; an example: 4,8,10-12")
+        found |= set(range(first, last + 1))
+    return sorted(found)
+
+
+def span(text: str) -> tuple[int, int]:
+    """Of 4 and 12-20 the first and the last; of other things an empty one."""
+    match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", text)
+    return (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+
+
+def vocabulary_size(ctx: click.Context, param: click.Parameter, text: Any) -> int | None:
+    """A number of tokens; 0 for "none", which draws no line."""
+    if text is None or text == "none":
+        return None if text is None else 0
+    return int(click.IntRange(min=1).convert(text, param, ctx))
+
+
+def draft_text(ctx: click.Context, param: click.Parameter, name: Any) -> str | None:
+    """The text of a file; "" for "none"."""
+    if name is None or name == "none":
+        return None if name is None else ""
+    try:
+        return Path(name).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{name} cannot be read: {error}") from error
+
+
+class Number(click.FloatRange):
+    """One in a range, which nan and infinity are in none of."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """See `click.ParamType`."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no number that can be used", param, ctx)
+        return number
