@@ -431,8 +431,10 @@ def test_a_file_of_json_is_no_list_of_prompts(run, tmp_path):
 def test_ctrl_c_ends_cleanly(folder, tmp_path):
     begun = tmp_path / "begun"
     program = f"""
-import pathlib, time
+import pathlib, signal, time
 from layerskip.decoding.answer import Answer
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
 
 note = Answer._note
 

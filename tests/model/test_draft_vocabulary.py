@@ -63,7 +63,7 @@ def test_list_and_costs_travel(tmp_path):
         ({"draft_text": "1 -2"}, "draft_text in .* has to be token ids"),
         ({"costs": [{"passes": "1.0"}]}, "costs in .* cannot be read .*: tune again"),
         ({"costs": [COSTS.to_dict() | {"new": 1}]}, "tune again"),
-        ({"costs": [COSTS.to_dict() | {"head": 0}]}, "costs are above 0"),
+        ({"costs": [COSTS.to_dict() | {"head": 0}]}, "costs are numbers above 0"),
         ({"costs": 7}, "tune again"),
         ({"costs": [COSTS.to_dict(), 7]}, "tune again"),
     ],

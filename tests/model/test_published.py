@@ -116,7 +116,7 @@ def test_narrow_checkpoint_equals_transformers(name, folder):
 @checkpoints
 def test_hub_id_brings_the_known_exit_layer(name, folder, monkeypatch):
     hub_id = f"facebook/layerskip-{name}"
-    monkeypatch.setattr("layerskip.decoding.language_model.resolve", lambda _: folder)
+    monkeypatch.setattr("layerskip.decoding.language_model.resolve", lambda *_: folder)
     model = LayerSkipModel.from_pretrained(hub_id, dtype="float32")
     answer = model.generate([1, 5, 9], max_new_tokens=10, ignore_eos=True)
     known = PUBLISHED[hub_id]

@@ -161,7 +161,7 @@ def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
     """
     sums = weights.cumsum(dim=-1, dtype=torch.float64)
     whole = sums[:, -1:].contiguous()
-    if whole.device.type == "cpu" and not bool((whole > 0).all()):
+    if whole.device.type == "cpu" and not (whole.numpy() > 0).all():
         raise ValueError(NO_NUMBERS)
     share = torch.rand(whole.shape, dtype=torch.float64, device=weights.device, generator=generator)
     passed = torch.searchsorted(sums, share * whole, right=True)
