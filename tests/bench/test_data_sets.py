@@ -87,7 +87,7 @@ def test_what_cannot_be_reached_says_how_to_get_it(tmp_path, monkeypatch):
     for part in (
         "sums (test) is not here",
         "https://example.org/sums",
-        "$LAYERSKIP_DATA/sums/*_test.jsonl*",
+        "$LAYERSKIP_DATA/sums/*_test.jsonl*, with LAYERSKIP_DATA naming the folder above",
         "pip install 'layerskip[bench]'",
         "somebody/sums",
         "no route",

@@ -46,7 +46,7 @@ class DataSet:
         """
         from layerskip.training.rows import read_rows
 
-        root = os.path.expanduser(data or os.environ.get(DATA_VARIABLE, ""))
+        root = os.path.expanduser(data or os.environ.get(DATA_VARIABLE, "")) or None
         if split not in self.files:
             raise ValueError(f"{self.folder} has no {split} split")
         files = self._files(Path(root, self.folder), split) if root else []

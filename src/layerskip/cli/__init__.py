@@ -119,9 +119,7 @@ def run(arguments: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         _say("interrupted")
         return 130
-    except (
-        _ReaderLeftError
-    ):  # no failure of ours, but no success either: something may be left undone
+    except _ReaderLeftError:  # no failure of ours, but something may be left undone
         _drop_output()
         return _READER_LEFT
     except Exception as error:
