@@ -188,17 +188,22 @@ def test_a_task_is_needed(run):
     assert "--task" in err
 
 
+def what_a_failure_leaves(run, prompts, tmp_path, said):
+    """The document of a run that ends with these words."""
+    file = tmp_path / "bench.json"
+    flags = ("--modes", "plain", "--max-new-tokens", 4, "--output", file)
+    status, _, err = run("bench", "--task", prompts, *flags)
+    assert (status, err.strip()) == (1, f"layerskip: {said}")
+    return json.loads(file.read_text())
+
+
 def test_answers_that_cannot_be_judged_are_kept_and_it_is_said(run, prompts, tmp_path, monkeypatch):
     def fails(self, answers):
         raise RuntimeError("no judge today")
 
     monkeypatch.setattr(Task, "quality", fails)
-    file = tmp_path / "bench.json"
-    flags = ("--modes", "plain", "--max-new-tokens", 4, "--output", file)
-    status, _, err = run("bench", "--task", prompts, *flags)
     said = "could not judge the answers (RuntimeError: no judge today)"
-    assert (status, err.strip()) == (1, f"layerskip: {said}")
-    document = json.loads(file.read_text())
+    document = what_a_failure_leaves(run, prompts, tmp_path, said)
     assert document["not_scored"] == "RuntimeError: no judge today"
     assert not document["interrupted"]
     assert document["rows"][0]["new_tokens"] > 0
@@ -214,10 +219,6 @@ def test_an_error_leaves_what_was_measured(run, prompts, tmp_path, monkeypatch):
         return answer(*arguments)
 
     monkeypatch.setattr(OwnSystem, "answer", fails)
-    file = tmp_path / "bench.json"
-    flags = ("--modes", "plain", "--max-new-tokens", 4, "--output", file)
-    status, _, err = run("bench", "--task", prompts, *flags)
     said = "measuring ended early (MemoryError: no room)"
-    assert (status, err.strip()) == (1, f"layerskip: {said}")
-    document = json.loads(file.read_text())
+    document = what_a_failure_leaves(run, prompts, tmp_path, said)
     assert (document["interrupted"], document["samples"]) == (True, 1)

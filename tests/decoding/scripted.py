@@ -27,6 +27,7 @@ class ScriptedDecoder:
 
     device, dtype, weights = torch.device("cpu"), torch.float32, "16bit"
     kernels = "pytorch"
+    rehearsals = 0
     head = SimpleNamespace(weight_bytes=1)
     weight_bytes = 5
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from layerskip.training import LayerSkipTrainer, TrainConfig, callbacks, train
+from layerskip.training import run as training_run
 from layerskip.training.callbacks import read_log
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -94,6 +95,22 @@ def test_a_run_whose_time_is_over_takes_no_further_step(run):
     assert again.steps == first.steps
     later = load_file(Path(again.output) / "model.safetensors")
     assert all(torch.equal(weights[name], later[name]) for name in weights)
+
+
+def test_a_run_that_is_over_has_nothing_to_prepare_for_weights_in_parts(run, monkeypatch):
+    run(max_minutes=5 / 60)
+    make = training_run._trainer
+
+    def sharded(*settings):
+        trainer = make(*settings)
+        trainer.is_fsdp_enabled = True
+        return trainer
+
+    monkeypatch.setattr(training_run, "_trainer", sharded)
+    with pytest.raises(
+        ValueError, match="that of the last step: go on with --resume on one device"
+    ):
+        run(max_minutes=5 / 60, resume=True)
 
 
 def test_more_minutes_go_on_with_a_run_that_has_used_its_own(run):

@@ -36,8 +36,7 @@ class OwnSystem:
         watch: Callable[[Setting, Answer], None] = lambda setting, answer: None,
     ) -> None:
         self.settings = settings
-        # Passes are recorded when their shape comes a second time.
-        self.rehearsals = 2 if model.decoder.kernels == "graphs" else 0
+        self.rehearsals = model.decoder.rehearsals
         self.memory = PeakMemory(model.decoder.device)
         self._model, self._stop, self._ignore_eos = model, tuple(stop), ignore_eos
         self._watch = watch

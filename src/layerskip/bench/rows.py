@@ -125,10 +125,8 @@ def comparison(runs: Runs, plain: Runs) -> dict[str, Any]:
         found[name] = float(ratio(columns)) if timed.any() else None
         found[f"{name}_interval"] = bootstrap_interval(columns, ratio)
     longer = np.divide(plain_tokens, tokens, out=np.ones_like(seconds), where=timed)
-    whole, plain_whole = (
-        _first_tokens_s(runs) + seconds * longer,
-        _first_tokens_s(plain) + plain_seconds,
-    )
+    whole = _first_tokens_s(runs) + seconds * longer
+    plain_whole = _first_tokens_s(plain) + plain_seconds
     alike = timed | ((tokens == 0) & (plain_tokens == 0))
     found["speedup_with_prompt"] = (
         float(plain_whole[alike].sum() / whole[alike].sum()) if alike.any() else None

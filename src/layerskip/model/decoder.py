@@ -50,9 +50,11 @@ class Decoder:
         device: where the weights are.
         weights: how they are kept, a key of `quantize.WEIGHTS`.
         kernels: what runs the layers: "pytorch", "compiled" (see `native`) or "graphs" (see `graphs`).
+        rehearsals: how often a pass has to run before it is as fast as it will be.
     """
 
     kernels = "pytorch"
+    rehearsals = 0
 
     def __init__(
         self,

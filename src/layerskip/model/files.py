@@ -48,11 +48,12 @@ def replace(path: Path, content: bytes) -> None:
         return
     path = path.resolve()
     beside = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    is_new = not path.exists()
     try:
-        beside.touch(exist_ok=False)
-        if path.exists():
-            shutil.copymode(path, beside)
+        beside.touch(mode=0o666 if is_new else 0o600, exist_ok=False)
         beside.write_bytes(content)
+        if not is_new:  # last, since the old file may be one that is only read
+            shutil.copymode(path, beside)
         flush(beside)
         os.replace(beside, path)
     finally:

@@ -52,8 +52,11 @@ def recorder(device: torch.device) -> Record:
     def record(function: Callable[[], Outputs]) -> tuple[Callable[[], object], Outputs]:
         graph = torch.cuda.CUDAGraph()
         # The current stream is set again even where a failed capture leaves another.
-        here = torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device))
-        with _RECORDING, here[0], here[1]:
+        with (
+            _RECORDING,
+            torch.cuda.device(device),
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+        ):
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):  # what is chosen or made once is not to be recorded
                 function()
@@ -177,6 +180,7 @@ class GraphDecoder(Decoder):
     """The same decoder, for one row and few positions replayed."""
 
     kernels = "graphs"
+    rehearsals = 2  # the second is recorded
     recorder = staticmethod(recorder)
 
     def __init__(self, architecture: Architecture, **parts: Any) -> None:

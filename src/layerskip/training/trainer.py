@@ -107,9 +107,7 @@ class LayerSkipMixin:
             return super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        if (
-            num_items_in_batch is not None
-        ):  # FSDP2 would round numbers that are not whole to 16 bits
+        if isinstance(num_items_in_batch, Tensor):  # FSDP2 would round it to 16 bits as a float
             num_items_in_batch = num_items_in_batch.long()
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         losses = self.attached.last

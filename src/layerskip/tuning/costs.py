@@ -100,7 +100,7 @@ def measure_costs(
         ValueError: the model's context is too short for the measurement.
     """
     # What the real step loops settle at most, the warm-up included, and a last draft in full.
-    warm_ups = 2 if decoder.kernels == "graphs" else 1  # they are recorded at the second
+    warm_ups = max(1, decoder.rehearsals)
     sweeps_of_all = warm_ups + sweeps
     reach = sweeps_of_all * _WHOLE_ROUNDS * (_LONG_DRAFT + 1) + max_draft_tokens + 2
     room = decoder.architecture.max_context - reach
