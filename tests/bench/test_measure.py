@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from layerskip.bench.measure import (
+    SWITCH_S,
     WARM_UP_TOKENS,
     Run,
     Setting,
@@ -92,6 +93,18 @@ def test_systems_take_turns_with_each_other():
     order = "".join(name for name, _, _ in asked)
     assert order == "abc" + "abc" + "bca" + "cab"
     assert {n for _, _, n in asked} == {5}  # no warm-up is longer than an answer
+
+
+def test_threads_of_a_system_come_to_rest_before_another_one_answers(monkeypatch):
+    slept, asked = [], []
+    monkeypatch.setattr("layerskip.bench.measure.time.sleep", slept.append)
+    measure([Diary([A, B], [])], [[1], [2], [3]], max_new_tokens=1)
+    assert slept == []
+    two = [Diary([A], asked), Diary([B], asked, name="other")]
+    measure(two, [[1], [2], [3]], max_new_tokens=1)
+    answers = [name for name, _, _ in asked[2:]]  # after the warm-up
+    assert slept == [SWITCH_S] * sum(a != b for a, b in itertools.pairwise(answers))
+    assert slept
 
 
 def test_callbacks():

@@ -78,6 +78,35 @@ def test_one_document_with_the_rows_of_the_contract(run, prompts):
     assert drafting["mean_accepted_length"] * drafting["rounds"] == drafting["new_tokens"] - 2
 
 
+def test_flags_reach_the_rows(run, prompts):
+    flags = ("--modes", "self-speculative", *FLAGS, "--exit-layers", 2, "--draft-tokens", 2)
+    more = ("--draft-from", "both", "--draft-vocabulary", 20, "--adaptive", "--ablation")
+    status, out, _ = run("bench", "--task", prompts, "--json", *flags, *more)
+    assert status == 0
+    names = ("draft_from", "draft_vocabulary", "adaptive", "draft_tokens", "label")
+    assert [[row[name] for name in names] for row in json.loads(out)["rows"][1:]] == [
+        ["both", None, False, 2, None],
+        ["both", 20, False, 2, None],
+        ["both", None, True, 12, None],
+        ["n-gram", None, False, 5, "without adaptive"],  # auto has n-grams alone here
+    ]
+
+
+def test_flags_reach_the_prompts(run, monkeypatch):
+    asked = []
+
+    def load_task(name, **options):
+        asked.append((name, options))
+        raise ValueError("seen")
+
+    monkeypatch.setattr("layerskip.cli.bench.load_task", load_task)
+    monkeypatch.setattr("layerskip.cli.bench.check_task", lambda name: None)
+    flags = ("--n-shot", 2, "--seed", 7, "--samples", 9)
+    assert run("bench", "--task", "topv2", *flags)[0] == 1
+    [(name, options)] = asked
+    assert (name, options["n_shot"], options["seed"], options["samples"]) == ("topv2", 2, 7, 9)
+
+
 @pytest.mark.parametrize("when", ["answering", "scoring"])
 def test_an_interrupt_loses_nothing(run, prompts, when, tmp_path, monkeypatch):
     calls = []

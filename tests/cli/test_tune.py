@@ -125,6 +125,21 @@ def test_json_is_one_document(tune, own, tmp_path):
     assert {p["exit_layer"] for p in result["predictions"]} == {1, 2}
     assert [row["mode"] for row in result["confirmed"]] == ["plain"] + ["self-speculative"] * 3
     assert sorted(result["pictures"]) == sorted(map(str, report.iterdir()))
+    assert result["grid"] is None
+
+
+def test_a_grid_runs_every_pair_of_the_prompts_of_a_seed(tune, tmp_path):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"q {n}"}) + "\n" for n in range(40)))
+    found = []
+    for seed in (0, 0, 1):
+        status, out, _ = tune("--grid", "--json", "--dry-run", "--data", data, "--seed", seed)
+        assert status == 0
+        found.append(json.loads(out))
+    pairs = [(row["exit_layer"], row["draft_tokens"]) for row in found[0]["grid"][1:]]
+    assert sorted(pairs) == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    agreements = [[row["agreement"] for row in result["exits"]] for result in found]
+    assert agreements[0] == agreements[1] != agreements[2]
 
 
 def test_quantized_weights_are_on_record(tune):

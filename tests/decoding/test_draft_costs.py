@@ -95,6 +95,14 @@ def test_keys_and_values_of_a_long_context_cost_as_weights_do():
     assert [far.over(n) for n in (1, 2)] == half([1.0, 0.5 * 1.06 + 0.5 * (1 + row)], rel=0.05)
 
 
+def test_a_window_bounds_what_a_long_context_costs():
+    decoder = tiny_decoder("mistral")
+    window, near, far = (
+        DraftCosts.of(decoder, 1, 0.5, None, [context]).attention for context in (5, 4, 500)
+    )
+    assert near < window == far
+
+
 def test_a_context_that_was_measured_does_not_count_again():
     decoder = tiny_decoder("llama3.1")
     a = decoder.architecture

@@ -176,6 +176,29 @@ def test_a_batch_drafts_where_its_verification_is_cheap(passes, rows, drafts):
     assert plan.adaptive == drafts
 
 
+def test_a_batch_drafts_where_its_head_is_short():
+    settings = dataclasses.replace(
+        TUNED, costs=(dataclasses.replace(measured(1.0, 1.3), head=0.9),)
+    )
+    alone = choose("auto", None, None, settings=settings, n_layers=L)
+    short = dataclasses.replace(alone, draft_vocabulary=(0, 1))
+    decoder = ScriptedDecoder([1])
+    assert (
+        for_batch(dataclasses.replace(alone, draft_vocabulary=None), decoder, settings, [0] * 2)
+        == PLAIN
+    )
+    assert for_batch(short, decoder, settings, [0] * 2).draft_vocabulary == (0, 1)
+
+
+def test_a_batch_of_long_prompts_is_plain_where_half_the_layers_draft():
+    """A draft reads the keys and values of its layers for every token."""
+    cost = dataclasses.replace(measured(1.0, 1.3), exit_layer=2)
+    settings = dataclasses.replace(TUNED, exit_layer=2, costs=(cost,))
+    alone = choose("auto", None, None, settings=settings, n_layers=L)
+    assert for_batch(alone, ScriptedDecoder([1]), settings, [0] * 2) != PLAIN
+    assert for_batch(alone, ScriptedDecoder([1]), settings, [10_000] * 2) == PLAIN
+
+
 def test_a_batch_without_an_exit_is_plain():
     alone = choose("auto", None, None, settings=SILENT, n_layers=L)
     assert for_batch(alone, ScriptedDecoder([1]), SILENT, [8, 8]) == PLAIN

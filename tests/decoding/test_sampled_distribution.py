@@ -138,7 +138,7 @@ def test_all_truncations_at_once_are_in_the_distribution(decoder, name):
     assert p_value(counts, probabilities(decoder, sampling)) > LEAST_P_VALUE
 
 
-@pytest.mark.parametrize("name", ["plain", "fixed", "short head"])
+@pytest.mark.parametrize("name", ["plain", "fixed", "short head", "adaptive"])
 def test_rows_of_a_batch_are_distributed_as_the_model_says(decoder, expected, name):
     counts, rows = torch.zeros([VOCABULARY] * N_TOKENS, dtype=torch.int64), SAMPLES // 3
     how = {"plan": PLANS[name], "sampling": SAMPLING, "max_new_tokens": N_TOKENS}

@@ -119,11 +119,26 @@ def test_llama_cpp_s_kind_of_4_bits_keeps_it(calibrated, tmp_path):
     torch.testing.assert_close(found, made.tensors[name], rtol=0, atol=1e-6)
 
 
-def test_what_it_costs_is_measured_on_other_windows(calibrated):
-    _, made = calibrated
+def test_what_it_costs_is_measured_on_other_windows(folder, calibrated, tmp_path):
+    source, made = calibrated
     assert made.rounding.method == "calibration"
-    assert made.rounding.nll_change != 0.0
-    assert abs(made.rounding.nll_change) < 0.5
+    tokens = source.files.tokenizer().encode(TEXT)
+    to_hf(source, tmp_path / "out", calibrated=made)
+    from transformers import AutoModelForCausalLM
+
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for path in (folder, tmp_path / "out")
+    )
+    size = before.config.max_position_embeddings
+    count = min(len(tokens) // min(size, 512), 40)
+    windows = torch.tensor(tokens[: count * min(size, 512)]).view(count, -1)[4::5]
+    with torch.no_grad():
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            parameter = after.get_parameter(name)
+            parameter.copy_(quantize(parameter, 8).dequantize())
+        changed, plain = (model(windows, labels=windows).loss.item() for model in (after, before))
+    assert made.rounding.nll_change == pytest.approx(changed / plain - 1, abs=1e-4)
 
 
 def test_the_command(folder, tmp_path, capsys, monkeypatch):

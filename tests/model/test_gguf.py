@@ -150,6 +150,28 @@ def test_a_family_that_is_not_read_from_gguf_is_refused(tmp_path, name):
         load(tmp_path / "m.gguf", dtype=torch.float32)
 
 
+@pytest.mark.parametrize(
+    "name", ["rope.freq_base", "attention.key_length", "attention.head_count_kv"]
+)
+def test_what_a_file_may_leave_out(tmp_path, name):
+    """Older ones do, where the value is llama.cpp's default."""
+    model, tokens = reference("llama2"), token_ids("llama2", 1, 40)
+    gguf_files.write(tmp_path / "whole.gguf", model)
+    gguf_files.write(tmp_path / "less.gguf", model, leave_out=[f"llama.{name}"])
+    whole, less = (
+        logits_of(load(tmp_path / file, dtype=torch.float32).decoder, tokens)
+        for file in ("whole.gguf", "less.gguf")
+    )
+    assert torch.equal(whole, less)
+
+
+def test_a_factor_of_no_scaling_has_no_effect(tmp_path):
+    fields = {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}
+    gguf_files.write(tmp_path / "m.gguf", reference("llama2"), extra_fields=fields)
+    (rope, *_) = load(tmp_path / "m.gguf", dtype=torch.float32).decoder.architecture.ropes
+    assert (rope.kind, rope.factor) == ("default", 1.0)
+
+
 @pytest.mark.parametrize("key", ["llama.rope.scaling.factor", "llama.rope.scale_linear"])
 def test_a_factor_alone_is_linear_scaling(tmp_path, key):
     gguf_files.write(tmp_path / "m.gguf", reference("llama2"), extra_fields={key: 4.0})

@@ -63,8 +63,25 @@ def test_unknown_regime():
         ({"rotation": 9}, "rotation is 9, but there are 8 exits"),
         ({"exits": (2, 4), "rotation": 3}, "use at most 2"),
         ({"exit_every": 9}, "exit_every is 9"),
+        ({"dropout_every": 9}, "dropout_every is 9, but the model has 8 layers"),
+        ({"e_scale": 0}, "e_scale is 0: no exit before the last layer would have a loss"),
+        ({"e_scale": 0, "curriculum": "none", "fixed_exits": (4,)}, "e_scale is 0"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         RecipeConfig(**changes).check_layers(8)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dropout_every": 8},
+        {"dropout_every": 9, "p_max": 0},
+        {"e_scale": 0, "exit_weighting": "equal"},
+        {"e_scale": 0, "variant": "LD"},
+        {"e_scale": 0, "curriculum": "none"},  # a control
+    ],
+)
+def test_what_fits_the_model_is_not_refused(changes):
+    RecipeConfig(**changes).check_layers(8)

@@ -18,6 +18,15 @@ def test_flat_names_reach_the_recipe():
     assert config.effective_learning_rate == 1e-4
 
 
+@pytest.mark.parametrize(
+    ("regime", "rate"),
+    [("pretrain", 8e-4), ("continual", 3e-5), ("domain", 1e-4), ("task", 1e-4)],
+)
+def test_the_learning_rate_is_the_regime_s(regime, rate):
+    assert make(regime=regime).effective_learning_rate == rate
+    assert make(regime=regime, learning_rate=0.5).effective_learning_rate == 0.5
+
+
 def test_yaml(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(

@@ -4,6 +4,8 @@ import gzip
 import json
 import lzma
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
@@ -272,8 +274,43 @@ def test_a_conversation_has_its_tools(tokenizer):
     )
     messages = [{"role": "user", "content": "1 plus 2"}, {"role": "model", "content": "3"}]
     row = {"messages": messages, "tools": [{"name": "plus"}]}
-    ids = Encoding(tokenizer=tokenizer)("x", row)["input_ids"]
+    encode = Encoding(tokenizer=tokenizer)
+    ids = encode("x", row)["input_ids"]
     assert tokenizer.decode(ids) == "plus 1 plus 2 3"
+    assert encode("x", {**row, "tools": '[{"name": "plus"}]'})["input_ids"] == ids
+    with pytest.raises(ValueError, match="x: its tools are not JSON"):
+        encode("x", {**row, "tools": "[{"})
+
+
+def test_what_only_other_rows_of_a_table_have_is_not_there(tokenizer, tmp_path):
+    """A parquet file has every field in every row."""
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{% for name in tool %}{{ name }} {% endfor %}{% endfor %}"
+        "{% for message in messages %}{{ message.content }} "
+        "{% if 'calls' in message %}plus {% endif %}{% endfor %}"
+    )
+    asked = {"role": "user", "content": "1"}
+    rows = [
+        {"messages": [asked, {"role": "model", "content": "2"}], "tools": [{"is": {"3": "4"}}]},
+        {
+            "messages": [asked, {"role": "model", "content": "2", "calls": ["5"]}],
+            "tools": [{"user": {"6": "7"}}],
+        },
+    ]
+    table = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    encode = Encoding(tokenizer=tokenizer)
+    found = [encode(where, row) for where, row in read_rows(str(table))]
+    assert found == [encode("x", row) for row in rows]
+    texts = [tokenizer.decode(row["input_ids"]) for row in found]
+    assert texts == ["is 1 2", "user 1 2 plus"]
+
+
+def test_files_of_all_folders_below(tmp_path):
+    for name in ("a/b", "a", "."):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name / "rows.jsonl", JSON_LINES)
+    assert len(list(read_rows(str(tmp_path / "**" / "*.jsonl")))) == 3 * len(ROWS)
 
 
 def test_what_is_missing_is_said(tokenizer):
@@ -326,6 +363,7 @@ def test_packing_and_padding():
     assert batch["position_ids"][1].tolist() == [0, 1, 2, 3, 0]
     assert batch["labels"][1, 4] == -100
     assert Collator(0)([*packed, *pack_rows(rows[:1], 6)])["position_ids"][2, 3:].tolist() == [0, 0]
+    assert [len(row["input_ids"]) for row in pack_rows([rows[0]] * 3, 6)] == [6, 3]
     padded = Collator(0)(rows)
     assert padded["attention_mask"].sum(1).tolist() == [3, 2, 4]
     assert padded["input_ids"].shape == (3, 4)
@@ -359,6 +397,8 @@ def test_length_groups_are_the_same_each_time_and_differ_by_epoch():
         [lengths[row] for row in first[i : i + 8]] for i in range(0, 400, 8)
     )]  # fmt: skip
     assert sum(spread) / len(spread) < 10
+    assert first == list(LengthGroupedSampler(lengths, 8, seed=3))
+    assert first != list(LengthGroupedSampler(lengths, 8, seed=4))
     sampler.set_epoch(1)
     assert list(sampler) != first
 

@@ -11,15 +11,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import causal_lms
 from layerskip import LayerSkipModel
 from layerskip.training import LayerSkipTrainer, TrainConfig, train
 from layerskip.training.callbacks import read_log
 from layerskip.training.checkpoints import last_checkpoint
+from layerskip.training.checks import check_layers
+from layerskip.training.data import LeftOutWarning
 from layerskip.training.errors import (
     NonFiniteLossError,
     TrainingWarning,
@@ -75,13 +84,13 @@ def test_what_labels_repeat_is_kept_where_that_is_asked_for(settings, tmp_path):
 def test_the_result_is_an_ordinary_checkpoint(settings):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    result = run(settings, eval_rows=10, fixed_exits=[2], accumulation=2)
+    result = run(settings, eval_rows=10, fixed_exits=[2], accumulation=2, draft_tokens=7)
     assert (result.steps, result.exit_layer) == (6, 2)
     model = AutoModelForCausalLM.from_pretrained(result.output)
     tokenizer = AutoTokenizer.from_pretrained(result.output)
     generation = json.loads((result.output / "generation_config.json").read_text())
     assert generation["assistant_early_exit"] == 2
-    assert generation["num_assistant_tokens"] == 4
+    assert generation["num_assistant_tokens"] == 7
     assert model.generation_config.assistant_early_exit == 2
     assert model.generation_config.layerskip == generation["layerskip"]
     assert "draft_text" not in generation["layerskip"]  # rows stay where they are unless asked for
@@ -514,6 +523,44 @@ def test_a_result_that_cannot_be_written_leaves_the_checkpoint(settings, monkeyp
     assert run(settings, max_steps=4, resume=True).steps == 4
 
 
+def test_weights_come_to_the_result_last(settings, monkeypatch):
+    """Killed in between, a folder must not look like a checkpoint that lacks its tokenizer."""
+    move = Path.replace
+
+    def fails(path, target):
+        if path.name == "tokenizer.json":
+            raise OSError(28, "No space left on device")
+        return move(path, target)
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(UnwrittenCheckpointError):
+        run(settings, max_steps=2)
+    assert not list(Path(settings["output"]).glob("*.safetensors"))
+    monkeypatch.undo()
+    assert run(settings, max_steps=2, resume=True).steps == 2
+    assert (Path(settings["output"]) / "model.safetensors").exists()
+
+
+@pytest.fixture
+def prepared(settings, monkeypatch):
+    """The trainer that settings make, before it trains."""
+
+    def trainer_of(**changes):
+        seen = []
+
+        def train(self, **_):
+            seen.append(self)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LayerSkipTrainer, "train", train)
+            with pytest.raises(KeyboardInterrupt):
+                run(settings, **changes)
+        return seen[0]
+
+    return trainer_of
+
+
 @pytest.mark.parametrize(
     ("changes", "name", "value"),
     [
@@ -523,19 +570,37 @@ def test_a_result_that_cannot_be_written_leaves_the_checkpoint(settings, monkeyp
         ({"compile": True}, "args.torch_compile", True),
         ({"eval_exits": [2], "eval_rows": 4}, "eval_exits", (2,)),
         ({"max_grad_norm": 0.5}, "args.max_grad_norm", 0.5),
+        ({"lora_rank": 4}, "model.peft_config", {"default": (4, 8)}),
+        ({"lora_rank": 4, "lora_alpha": 3}, "model.peft_config", {"default": (4, 3)}),
     ],
 )
-def test_settings_reach_the_trainer(settings, monkeypatch, changes, name, value):
-    seen = []
+def test_settings_reach_the_trainer(prepared, changes, name, value):
+    found = operator.attrgetter(name)(prepared(**changes))
+    if name == "model.peft_config":
+        found = {adapter: (config.r, config.lora_alpha) for adapter, config in found.items()}
+    assert found == value
 
-    def train(self, **_):
-        seen.append(self)
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(LayerSkipTrainer, "train", train)
-    with pytest.raises(KeyboardInterrupt):
-        run(settings, **changes)
-    assert operator.attrgetter(name)(seen[0]) == value
+@pytest.mark.parametrize(("capability", "is_fast"), [("AVX512", True), ("AVX2", False)])
+def test_bfloat16_is_for_cpus_that_are_fast_at_it(prepared, monkeypatch, capability, is_fast):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert prepared(precision="auto").args.bf16 is is_fast
+
+
+def test_settings_reach_the_rows(prepared, settings, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    data = tmp_path / "rows.jsonl"
+    fields = {"data": str(data), "prompt": "user {a} is", "completion": "{b}"}
+    data.write_text('{"a": "1 plus 2", "b": "3"}\n' * 4)
+    prompt, completion = tokenizer.encode("user 1 plus 2 is"), [*tokenizer.encode("3"), 2]
+    [row, *_] = prepared(**fields).train_dataset
+    assert row["input_ids"] == [*prompt, *completion]
+    assert row["labels"] == [-100] * len(prompt) + completion
+    [row, *_] = prepared(**fields, completion_only=False).train_dataset
+    assert row["labels"][1:] == row["input_ids"][1:] == [*prompt, *completion][1:]
+    with pytest.warns(LeftOutWarning, match="longer than max_length = 2 tokens"):
+        [row, *_] = prepared(data=str(data), text_field="a", max_length=2).train_dataset
+    assert row["input_ids"] == tokenizer.encode("1 plus")
 
 
 def test_training_in_bfloat16(settings):
@@ -666,6 +731,10 @@ def test_what_is_trained_on_is_no_evaluation(settings):
         run(settings, eval_data=settings["data"])
     with pytest.raises(ValueError, match="eval_split is for data sets of the hub"):
         run(settings, eval_data=settings["data"], eval_split="test")
+    data = Path(settings["data"])
+    same = str(data.parent / ".." / data.parent.name / data.name)
+    with pytest.raises(ValueError, match="of eval_data is trained on; give other rows"):
+        run(settings, data=str(data.parent / "*.jsonl"), eval_data=same)
 
 
 @pytest.mark.parametrize(
@@ -674,6 +743,22 @@ def test_what_is_trained_on_is_no_evaluation(settings):
 )
 def test_the_exit_for_decoding_is_one_that_was_trained(settings, changes, expected):
     assert run(settings, max_steps=1, **changes).exit_layer == expected
+
+
+@pytest.mark.parametrize(
+    ("layers", "recipe", "expected"),
+    [
+        (12, {"curriculum": "all"}, 3),
+        (16, {"curriculum": "all", "exit_weighting": "linear"}, 4),
+        (12, {"curriculum": "all", "exits": (2, 4)}, 2),  # of two as near, the one that costs less
+        (12, {"curriculum": "none"}, 3),
+    ],
+)
+def test_the_exit_for_decoding_is_near_a_quarter_of_the_layers(layers, recipe, expected, tmp_path):
+    config = LlamaConfig(num_hidden_layers=layers)
+    config.save_pretrained(tmp_path)
+    found = TrainConfig.from_mapping({"model": str(tmp_path), "data": "d", "output": "o", **recipe})
+    assert check_layers(found) == expected
 
 
 def test_tokens_that_the_model_does_not_embed_are_said(settings, model_folder, tmp_path):
@@ -702,12 +787,13 @@ def test_settings_that_name_a_temperature_without_sampling_can_be_saved(
 ):
     shutil.copytree(model_folder, tmp_path / "model")
     file = tmp_path / "model" / "generation_config.json"
-    own = {"layerskip": {"tuning": {"speedup": 2.0}}}
+    of_before = ("costs", "draft_text", "draft_vocabulary", "tuning")
+    own = {"layerskip": {name: {"of": "before"} for name in of_before}}
     file.write_text(json.dumps({**json.loads(file.read_text()), "temperature": 0.9, **own}))
     result = run(settings, model=str(tmp_path / "model"), max_steps=2, fixed_exits=[2])
     written = json.loads((result.output / "generation_config.json").read_text())
     assert (written["assistant_early_exit"], written["temperature"]) == (2, 0.9)
-    assert "tuning" not in written.get("layerskip", {})
+    assert not any(value == {"of": "before"} for value in written.get("layerskip", {}).values())
     file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token_id": -1}))
     with pytest.raises(ValueError, match=r"will not write this model's generation_config\.json"):
         run(settings, model=str(tmp_path / "model"), output=str(tmp_path / "other"))
@@ -770,3 +856,65 @@ def test_a_place_that_cannot_be_written_to_is_refused_at_once(settings, tmp_path
 def test_a_resume_without_a_checkpoint_says_that_it_begins_anew(settings):
     with pytest.warns(TrainingWarning, match="there is no checkpoint in .*: beginning anew"):
         run(settings, resume=True, max_steps=1)
+
+
+def test_packing_is_for_models_that_keep_documents_apart(settings, model_folder, tmp_path):
+    """OPT counts positions, but lets a document see what was packed before it."""
+    config = OPTConfig(
+        vocab_size=48, hidden_size=16, ffn_dim=24, num_hidden_layers=4, num_attention_heads=2,
+        max_position_embeddings=64, word_embed_proj_dim=16,
+    )  # fmt: skip
+    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "opt")
+    changes = {"model": str(tmp_path / "opt"), "max_steps": 1, "max_length": 24}
+    assert run(settings, **changes, output=str(tmp_path / "rows")).steps == 1
+    with pytest.raises(ValueError, match="packing needs attention that ends where positions start"):
+        run(settings, **changes, packing=True)
+
+
+def test_decoding_stops_where_the_answers_of_a_template_end(settings, model_folder, tmp_path):
+    """The end token of the tokenizer is that of a base model, and the template has another."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.chat_template = tokenizer.chat_template.replace("</s>", "<pad> is")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    turns = [{"role": "user", "content": "1 plus 2"}, {"role": "model", "content": "3"}]
+    data = tmp_path / "turns.jsonl"
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    ends = {}
+    for rows in (str(data), settings["data"]):
+        output = tmp_path / Path(rows).stem
+        changes = {"data": rows, "tokenizer": str(tmp_path / "chat"), "output": str(output)}
+        run(settings, max_steps=1, **changes)
+        ends[rows] = json.loads((output / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == {str(data): [2, 0], settings["data"]: 2}
+
+
+def test_a_folder_is_for_one_run_at_a_time(settings):
+    output = Path(settings["output"])
+    output.mkdir()
+    with FileLock(output / ".lock"), pytest.raises(ValueError, match="another run is writing into"):
+        run(settings)
+    assert {path.name for path in output.iterdir()} <= {".lock"}
+    assert run(settings, max_steps=1).steps == 1
+    assert not (output / ".lock").exists()
+
+
+def test_a_run_goes_on_as_it_was_begun(settings, interrupted):
+    interrupted(settings, 3, lora_rank=2)
+    for changes in ({}, {"lora_rank": 3}, {"lora_rank": 2, "lora_alpha": 3}):
+        with pytest.raises(ValueError, match="begun with lora_rank 2, lora_alpha None: it goes on"):
+            run(settings, resume=True, **changes)
+    with pytest.warns(TrainingWarning, match="batch_size or accumulation is another than before"):
+        run(settings, resume=True, lora_rank=2, batch_size=2)
+
+
+def test_a_picture_that_cannot_be_written_costs_no_result(settings, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("layerskip.training.run.plot_run", full)
+    with pytest.warns(
+        TrainingWarning, match="the result is whole, but its pictures .*No space left"
+    ):
+        result = run(settings, max_steps=1)
+    assert weights(result.output)

@@ -9,8 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from layerskip.recipe import RecipeConfig, attach
+from layerskip.recipe.exit_loss import ExitLosses
 from layerskip.training import LayerSkipMixin, LayerSkipTrainer, RecipeCallback, speed
 from layerskip.training.data import Collator
+from layerskip.training.exit_totals import ExitTotals
 from layerskip.training.recipe_callback import check_sharding
 from trainer_setup import arguments, rows
 
@@ -71,6 +73,27 @@ def test_the_curriculum_counts_optimizer_steps(model_folder, tmp_path):
     trainer.train()
     exits = [(1, 4), (2, 4), (3, 4), (1, 4)]
     assert seen == [(e, micro) for e in exits for micro in (1, 2)]
+
+
+def test_totals_are_those_of_all_batches():
+    totals = ExitTotals(4, torch.device("cpu"))
+    none = torch.zeros(2)
+    for tokens, exits, loss_sums, correct in (
+        (10, (2, 4), [20.0, 5.0], [3, 9]),
+        (30, (3, 4), [60.0, 15.0], [6, 21]),
+    ):
+        totals.add(
+            ExitLosses(
+                torch.tensor(0.0),
+                exits,
+                torch.tensor(loss_sums),
+                torch.tensor(correct),
+                none,
+                tokens,
+            )
+        )
+    assert totals.take(lambda sums: sums) == {2: (2.0, 0.3), 3: (2.0, 0.2), 4: (0.5, 0.75)}
+    assert totals.take(lambda sums: sums) == {}
 
 
 def test_evaluation_reports_every_exit_of_all_tokens(model_folder, tmp_path):

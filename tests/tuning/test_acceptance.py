@@ -100,6 +100,18 @@ def test_agreement_is_read_at_the_right_positions():
     assert c.agreement[4] == [True] * 11
 
 
+def test_agreement_is_read_at_the_right_positions_of_what_takes_several_parts():
+    """A prompt that is longer than one pass, and an answer that is longer than one product."""
+    answer, prompt = list(range(40, 120)), [1] * 520
+    model = scripted.scripted_model(
+        answer, misses={3, 4, 9, 70}, prompt_tokens=len(prompt), tokenizer=None, max_context=700
+    )
+    given = model.generate(prompt, max_new_tokens=80)
+    c = read_agreement(model.decoder, prompt, given, [2], 80)
+    assert [i + 1 for i, mark in enumerate(c.agreement[2]) if not mark] == [3, 4, 9, 70]
+    assert len(c.agreement[2]) == 79
+
+
 def test_the_context_bounds_drafts_like_max_new_tokens():
     model = scripted.scripted_model(range(40, 60), prompt_tokens=5, tokenizer=None, max_context=12)
     given = model.generate([1] * 5, max_new_tokens=50)

@@ -184,6 +184,11 @@ class RecipeConfig:
                 "no exit before the last layer would have a loss: name others in exits or fixed_exits"
                 + (", or another exit_weighting" if first == 2 else "")
             )
+        has_exits = self.curriculum != "none" or bool(self.fixed_exits)
+        if has_exits and self.e_scale == 0 and self.exit_weighting != "equal":
+            raise ValueError(
+                "e_scale is 0: no exit before the last layer would have a loss; variant 'LD' says so"
+            )
         if self.curriculum != "rotational":
             return
         if self.rotation > candidates:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import warnings
-from pathlib import Path
 
 import torch
 from transformers import SchedulerType
 
-from layerskip.model.files import json_text, read_json
 from layerskip.recipe import RecipeConfig
 from layerskip.recipe.schedule import exit_scale
 from layerskip.training.config import TrainConfig
-from layerskip.training.errors import TrainingWarning
 from layerskip.training.loading import model_config
 
 _OTHER_SCHEDULERS = (  # with settings of their own and without a default, or led by evaluations
@@ -23,20 +18,6 @@ _OTHER_SCHEDULERS = (  # with settings of their own and without a default, or le
     "cosine_warmup_with_min_lr",
     "reduce_lr_on_plateau",
     "greedy",
-)
-
-# What decides which rows are held back to evaluate on, beside the rows themselves.
-_HELD_BACK_BY = (
-    "data",
-    "data_config",
-    "split",
-    "prompt",
-    "completion",
-    "text_field",
-    "completion_only",
-    "max_length",
-    "eval_rows",
-    "seed",
 )
 
 
@@ -101,16 +82,3 @@ def _with_loss(recipe: RecipeConfig, num_layers: int) -> list[int]:
 
     exits = {e for e in (*recipe.fixed_exits, *in_turn) if e < num_layers}
     return sorted(filter(has_weight, exits))
-
-
-def warn_of_other_rows(settings: Path, config: TrainConfig) -> None:
-    """Before a resume, whose rows to evaluate on should be those that were held back from the start."""
-    before = read_json(settings) if settings.exists() else {}
-    now = json.loads(json_text(config.as_flat_dict()))
-    if config.eval_rows and any(before.get(name, now[name]) != now[name] for name in _HELD_BACK_BY):
-        warnings.warn(
-            f"one of {', '.join(_HELD_BACK_BY)} is another than before the interruption: rows to"
-            " evaluate on may have been trained on",
-            TrainingWarning,
-            stacklevel=2,
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import string
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -82,7 +83,7 @@ class Encoding:
                 )
             return 0, self._running(text, end)
         if not is_named and row.get("messages") is not None:  # parquet has the column in all rows
-            return self._chat(where, row["messages"], row.get("tools"))
+            return self._chat(where, _given(row["messages"]), _tools(where, row.get("tools")))
         try:
             completion = _FILLED.vformat(self.completion, (), row)
         except _UNFILLED as error:
@@ -150,6 +151,37 @@ class Encoding:
         before = self.tokenizer(asked, add_special_tokens=False)["input_ids"]
         after = self._behind(asked, before, whole[len(asked) :], special=False)
         return len(before), before + after
+
+
+def _given(value: Any) -> Any:
+    """Without fields that are None: a table has each in all rows, whatever a row was written with."""
+    if isinstance(value, Mapping):
+        return {name: _given(part) for name, part in value.items() if part is not None}
+    return [_given(part) for part in value] if isinstance(value, list) else value
+
+
+def _tools(where: str, tools: Any) -> Any:
+    """What a row may call: a list, or its JSON, as tables have it."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: its tools are not JSON: {error.msg}") from None
+    return _given(tools)
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that the chat template puts behind an answer; None where there is none."""
+    answer = "an answer 7391"
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # there is no template, or it wants other turns
+        return None
+    special = {*tokenizer.all_special_ids}
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    behind = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+    return next((token for token in behind if token in special), None)
 
 
 class _Filled(string.Formatter):

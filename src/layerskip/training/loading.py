@@ -18,11 +18,13 @@ from transformers.utils.hub import cached_file
 from layerskip.model.families import check_not_quantized
 from layerskip.model.tokenizer import is_as_written
 from layerskip.training.config import TrainConfig
+from layerskip.training.data import end_of_turn
 from layerskip.training.source import pretrained, pretrained_weights
 
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # else transformers would ask
 _SHORT_ROWS = 512  # tokens; up to here attention that keeps its weights is faster on a CPU
 _KEPT_BYTES = 2 * 2**30  # of such weights, at most
+_BEHIND_AN_ANSWER = 4  # tokens of a template, the one that ends it and such as a line break
 
 
 def load_tokenizer(config: TrainConfig) -> Any:
@@ -71,6 +73,51 @@ def check_positions(model: PreTrainedModel, *datasets: Any) -> None:
             f"a row has {longest} tokens, but this model knows {known} positions: max_length {known}"
             " cuts rows there"
         )
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel) -> None:
+    """Raise ValueError where a packed document would see what stands before it.
+
+    Positions that start again are the only sign of a document's beginning, and not every model heeds
+    it. So two rows that differ in their first document alone have to agree in the second.
+    """
+    ids = torch.arange(1, 9).repeat(2, 1)
+    ids[1, :4] += 4
+    positions = torch.arange(4).repeat(2)[None]
+    embedding: Any = model.get_input_embeddings()
+    known = len(embedding.weight)
+    is_training = model.training
+    model.eval()
+    try:
+        given: dict[str, Any] = {"position_ids": positions, "use_cache": False}
+        one, other = (model(input_ids=row[None] % known, **given).logits[0, 4:] for row in ids)
+        is_apart = torch.allclose(one, other, rtol=1e-4, atol=1e-4 * one.abs().max().item())
+    except TypeError:  # it takes no positions
+        is_apart = False
+    finally:
+        model.train(is_training)
+    if not is_apart:
+        raise ValueError(
+            "packing needs attention that ends where positions start again, which this model has not:"
+            " leave packing off"
+        )
+
+
+def add_end_of_turn(model: PreTrainedModel, tokenizer: Any, rows: Any) -> None:
+    """Where rows teach that an answer ends with a token of the chat template, decoding is to stop there.
+
+    A base model's end token is another one than that of its template (Qwen 2.5): what was trained on
+    conversations would never come to an end.
+    """
+    settings = model.generation_config
+    end = end_of_turn(tokenizer)
+    if end is None or settings is None:
+        return
+    known = settings.eos_token_id
+    ends = known if isinstance(known, list) else [] if known is None else [known]
+    if end not in ends and any(end in labels[-_BEHIND_AN_ANSWER:] for labels in rows["labels"]):
+        settings.eos_token_id = [*ends, end]
 
 
 def model_config(model: str) -> Any:

@@ -110,7 +110,7 @@ def local_files(source: str) -> list[str]:
     source = _expanded(source)
     if source.startswith("$"):
         raise ValueError(f"{source}: set this environment variable to the folder of the data")
-    return [source] if Path(source).exists() else sorted(glob.glob(source))
+    return [source] if Path(source).exists() else sorted(glob.glob(source, recursive=True))
 
 
 def _expanded(source: str) -> str:

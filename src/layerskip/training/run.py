@@ -23,22 +23,21 @@ from layerskip.model.files import json_text, replace
 from layerskip.recipe import RecipeConfig, attach, detach
 from layerskip.recipe.schedule import enabled_exits
 from layerskip.training.callbacks import JsonLinesLog, TimeBudget, read_log, time_spent
-from layerskip.training.checkpoints import INCOMPLETE, last_checkpoint, unwritten
-from layerskip.training.checks import (
-    check_installed,
-    check_layers,
-    uses_gpu,
-    warn_of_other_rows,
-)
+from layerskip.training.checkpoints import INCOMPLETE, unwritten
+from layerskip.training.checks import check_installed, check_layers, uses_gpu
 from layerskip.training.config import TrainConfig
 from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows
 from layerskip.training.errors import TrainingWarning
 from layerskip.training.fake_quantization import DIFFERENCE, QuantizeAware, quantize_aware
+from layerskip.training.folder import SETTINGS, alone_in, where_to_begin
 from layerskip.training.loading import (
+    add_end_of_turn,
+    check_packing,
     check_positions,
     check_tokens,
     load_model,
     load_tokenizer,
+    one_line,
     pretrained_model,
     with_adapter,
 )
@@ -88,7 +87,7 @@ def train(config: TrainConfig, watch: Callable[[Progress], None] | None = None) 
 
 def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> TrainResult:
     output = Path(config.output)
-    resume_from = _resume_from(config, output)
+    resume_from = where_to_begin(config, output)
     set_seed(config.seed)
     keep_freed_memory()
     tokenizer = load_tokenizer(config)
@@ -98,6 +97,8 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
     model = load_model(config)
     attach(model, config.effective_recipe)  # tries whether it fits, before the rows take long
     detach(model)
+    if config.packing:
+        check_packing(model)
     train_rows, eval_rows = _load_data(config, tokenizer, *sources)
     check_tokens(model, tokenizer.pad_token_id or 0, train_rows, eval_rows)
     check_positions(model, train_rows, eval_rows)
@@ -106,37 +107,51 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
     on_grid = _on_grid(config, model)
     # Trainer does both where it trains; where a run goes on that has ended already, it does not.
     align_special_tokens(model, tokenizer)
+    add_end_of_turn(model, tokenizer, train_rows)
     use_cache = model.config.use_cache
-    output.mkdir(parents=True, exist_ok=True)
-    trainer = _trainer(config, model, tokenizer, train_rows, eval_rows, exit_layer)
-    trainer.add_callback(JsonLinesLog(output / "train_log.jsonl", trainer.attached))
-    if watch is not None:
-        trainer.add_callback(Watch(watch))
-    if trainer.is_world_process_zero():
-        shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
-        if resume_from is not None:
-            warn_of_other_rows(output / "train.json", config)
-        replace(output / "train.json", json_text(config.as_flat_dict()).encode())
-    metrics = _run(trainer, config, resume_from)
-    _warn_of_no_loss(trainer, config.effective_recipe, exit_layer)
-    if eval_rows:
-        metrics |= _evaluation(trainer)
-    nll_change = None
-    if on_grid is not None:
-        on_grid.remove()
+    with alone_in(output):
+        trainer = _trainer(config, model, tokenizer, train_rows, eval_rows, exit_layer)
+        trainer.add_callback(JsonLinesLog(output / "train_log.jsonl", trainer.attached))
+        if watch is not None:
+            trainer.add_callback(Watch(watch))
+        if trainer.is_world_process_zero():
+            shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
+            replace(output / SETTINGS, json_text(config.as_flat_dict()).encode())
+        metrics = _run(trainer, config, resume_from)
+        _warn_of_no_loss(trainer, config.effective_recipe, exit_layer)
         if eval_rows:
-            metrics |= trainer.evaluate(metric_key_prefix="unrounded")
-            nll_change = metrics["eval_loss"] / metrics["unrounded_loss"] - 1
-    detach(model)
-    model.config.use_cache = use_cache  # which Trainer turned off
+            metrics |= _evaluation(trainer)
+        nll_change = None
+        if on_grid is not None:
+            on_grid.remove()
+            if eval_rows:
+                metrics |= trainer.evaluate(metric_key_prefix="unrounded")
+                nll_change = metrics["eval_loss"] / metrics["unrounded_loss"] - 1
+        detach(model)
+        model.config.use_cache = use_cache  # which Trainer turned off
+        _write(trainer, config, exit_layer, output, nll_change)
+    return TrainResult(output, trainer.state.global_step, metrics, exit_layer)
+
+
+def _write(
+    trainer: LayerSkipTrainer,
+    config: TrainConfig,
+    exit_layer: int,
+    output: Path,
+    nll_change: float | None,
+) -> None:
+    """The result, then pictures, for which nothing that was learnt is given up."""
     try:
         save_result(trainer, config, exit_layer, output, nll_change)
     except Exception as error:  # tokenizers has no class of its own for a full disk
         shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
         raise unwritten(f"the result of step {trainer.state.global_step}", output, error) from error
     if trainer.is_world_process_zero():
-        plot_run(read_log(output / "train_log.jsonl"), output)
-    return TrainResult(output, trainer.state.global_step, metrics, exit_layer)
+        try:
+            plot_run(read_log(output / "train_log.jsonl"), output)
+        except OSError as error:
+            what = one_line("the result is whole, but its pictures could not be written", error)
+            warnings.warn(what, TrainingWarning, stacklevel=2)
 
 
 def _on_grid(config: TrainConfig, model: Any) -> QuantizeAware | None:
@@ -196,28 +211,6 @@ def _evaluation(trainer: LayerSkipTrainer) -> dict[str, Any]:
     return dict(trainer.evaluate())
 
 
-def _resume_from(config: TrainConfig, output: Path) -> str | None:
-    inside = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not inside.is_dir() or not os.access(inside, os.W_OK):
-        raise ValueError(f"{output} cannot be written to: choose another --output")
-    checkpoint = last_checkpoint(output) if output.exists() else None
-    if checkpoint is not None:
-        if config.resume:
-            return checkpoint
-        raise ValueError(
-            f"{output} has checkpoints of an earlier run ({Path(checkpoint).name}): go on with "
-            "--resume, or choose another --output"
-        )
-    if any(output.glob("*.safetensors")):
-        raise ValueError(
-            f"{output} has a checkpoint, which training would replace: choose another --output"
-        )
-    if config.resume:
-        what = f"there is no checkpoint in {output}: beginning anew"
-        warnings.warn(what, TrainingWarning, stacklevel=2)
-    return None
-
-
 def _find_data(config: TrainConfig) -> tuple[Iterator[Row], Iterator[Row] | None]:
     """Rows to train on, and to evaluate on where those have a source of their own; none is read yet."""
     for name, is_given, source in (
@@ -230,6 +223,10 @@ def _find_data(config: TrainConfig) -> tuple[Iterator[Row], Iterator[Row] | None
     rows = read_rows(config.data, config.split, config.data_config, config.text_field)
     if config.eval_data is None:
         return rows, None
+    trained_on = {os.path.realpath(file) for file in local_files(config.data)}
+    for file in local_files(config.eval_data):
+        if os.path.realpath(file) in trained_on:
+            raise ValueError(f"{file} of eval_data is trained on; give other rows, or eval_rows")
     split = config.eval_split or config.split
     part = config.data_config if config.eval_data == config.data else None
     return rows, read_rows(config.eval_data, split, part, config.text_field)
