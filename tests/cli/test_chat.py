@@ -39,6 +39,24 @@ def test_reset_and_quit_and_system(talk):
     assert prompt_lengths(out) == [len("system: x\nuser: ab\nassistant: ")] * 2
 
 
+def test_variables_of_the_template(talk, run, tmp_path):
+    # The tiny template knows none; what reaches it is seen by what it refuses.
+    for variables, words in (("{", "no JSON"), ("[1]", "has no names")):
+        status, _, err = talk(["ab"], "--chat-template-kwargs", variables)
+        assert (status, words in err) == (2, True)
+    status, out, _ = talk(["ab"], "--json", "--chat-template-kwargs", '{"documents": []}')
+    assert (status, prompt_lengths(out)) == (0, [len("user: ab\nassistant: ")])
+
+
+def test_an_answer_that_is_cut_where_nobody_asked_for_it_says_so(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab\n"))
+    _, _, err = run("chat")
+    assert err == "(cut after 256 tokens; --max-new-tokens allows more)\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab\n"))
+    _, _, err = run("chat", "--max-new-tokens", 3)
+    assert err == ""
+
+
 def test_every_turn_draws_apart(talk, monkeypatch):
     seeds, answer = [], LayerSkipModel.answer
 
@@ -90,10 +108,10 @@ def test_a_conversation_that_is_too_long_can_be_reset(talk):
 def test_what_was_answered_is_not_lost_where_a_later_answer_fails(talk, monkeypatch, tmp_path):
     real, output = chat._answer, tmp_path / "answers.json"
 
-    def fails_at_the_second(model, messages, *arguments, **options):
-        if len(messages) > 1:
+    def fails_at_the_second(model, asked, *arguments, **options):
+        if len(asked["messages"]) > 1:
             raise KeyboardInterrupt
-        return real(model, messages, *arguments, **options)
+        return real(model, asked, *arguments, **options)
 
     monkeypatch.setattr(chat, "_answer", fails_at_the_second)
     status, _, err = talk(["ab", "cd"], "--output", output)

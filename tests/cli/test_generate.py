@@ -242,6 +242,46 @@ def test_lines_of_standard_input_end_as_those_of_files_do(folder):
     assert json.loads(done.stdout)["prompt_tokens"] == len("ab\ncd")
 
 
+def test_a_conversation_of_a_file_has_its_tools_and_variables(run, tmp_path, folder, monkeypatch):
+    seen, tokenize = [], LayerSkipModel.tokenize
+
+    def noted(self, prompt):
+        seen.append(prompt)
+        return tokenize(self, prompt)
+
+    monkeypatch.setattr(LayerSkipModel, "tokenize", noted)
+    messages = [{"role": "user", "content": "ab"}]
+    rows = [
+        {"messages": messages, "tools": [{"name": "f"}]},
+        {"messages": messages, "chat_template_kwargs": {"mood": "a"}},
+        {"prompt": "ab"},
+    ]
+    file = tmp_path / "asked.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few = ("--max-new-tokens", 1, "--json")
+    assert run("generate", "--prompts", file, *few)[0] == 0
+    assert seen == [*rows[:2], "ab"]
+    seen.clear()
+    more = ("--chat-template-kwargs", '{"mood": "b", "x": 1}')
+    status, _, err = run("generate", "--prompts", file, *few, *more)
+    assert (status, err) == (0, "")
+    assert [row["chat_template_kwargs"] for row in seen[:2]] == [
+        {"mood": "b", "x": 1},
+        {"mood": "a", "x": 1},
+    ]
+    _, _, err = run("generate", "--prompt", "ab", *few, *more)
+    assert "--chat-template-kwargs has no effect: no prompt is a conversation" in err
+
+
+def test_flags_of_sampling_without_a_temperature_are_named(run):
+    flags = ("--max-new-tokens", 1, "--top-k", 3, "--top-p", 0.5, "--seed", 1)
+    _, _, err = run("generate", "--prompt", "ab", *flags)
+    assert [line.split()[1] for line in err.splitlines()] == ["--top-k", "--top-p", "--seed"]
+    assert "without --temperature the likeliest token is taken" in err
+    _, _, err = run("generate", "--prompt", "ab", *flags, "--temperature", 1)
+    assert err == ""
+
+
 def test_chat_applies_the_template(run):
     result = json.loads(
         run("generate", "--chat", "--prompt", "abc", "--json", "--max-new-tokens", 1)[1]

@@ -102,6 +102,8 @@ def test_special_tokens_stand_once():
         single=[begin, "$A"], special_tokens=[(begin, OTHER_END)]
     )
     assert model.tokenize("hey") == [OTHER_END, *encode("hey")]
+    model.tokenizer.bos_token = begin
+    assert model.tokenize(f"{begin}hey") == [OTHER_END, *encode("hey")]  # one is enough
     assert model.tokenize(MESSAGES) == encode("user:hi;assistant:")
 
 
@@ -220,6 +222,26 @@ def test_time_to_the_first_token_is_each_answers_own(model, monkeypatch):
     monkeypatch.setattr("layerskip.decoding.answer.device_clock", lambda _: lambda: next(ticks))
     answers = model.generate([[5], [6], [7]], max_new_tokens=9, repetition_penalty=1.1)
     assert [answer.ttft_s for answer in answers] == [1, 1, 1]
+
+
+def test_a_conversation_may_have_tools_and_variables_of_the_template():
+    model = chatting_model([0])
+    model.tokenizer.chat_template = (
+        "{% for tool in tools or [] %}[{{ tool.name }}]{% endfor %}{{ mood or '' }}"
+        "{% for m in messages %}{{ m.content or m.tool_calls }};{% endfor %}"
+    )
+    asked = {"messages": MESSAGES, "tools": [{"name": "f"}], "chat_template_kwargs": {"mood": "!"}}
+    assert model.tokenize(asked) == encode("[f]!hi;")
+    assert model.tokenize({"messages": MESSAGES}) == model.tokenize(MESSAGES) == encode("hi;")
+    called = [*MESSAGES, {"role": "assistant", "tool_calls": "f()"}]
+    assert model.tokenize(called) == encode("hi;f();")
+    one, other = model.generate([asked, {"messages": MESSAGES}], max_new_tokens=1)
+    assert (one.prompt_tokens, other.prompt_tokens) == (7, 3)
+    for wrong in ({"messages": MESSAGES, "tool": []}, {"messages": "hi"}, {"messages": []}, {}):
+        with pytest.raises(
+            ValueError, match=r"a prompt is a text, token ids, messages .* or a dict"
+        ):
+            model.tokenize(wrong)
 
 
 def test_messages_that_the_template_refuses():

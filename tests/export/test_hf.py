@@ -58,6 +58,12 @@ def test_older_programs_read_the_rotary_base_and_its_scaling(saved, tmp_path):
     assert config["rope_scaling"] == {k: v for k, v in now.items() if k != "rope_theta"}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
     assert loaded.rope_parameters == now
+    to_hf(
+        open_source(saved("llama3.1")), tmp_path / "copy"
+    )  # of a folder that transformers 5 wrote
+    copied = json.loads((tmp_path / "copy" / "config.json").read_text())
+    for name in ("rope_parameters", "rope_theta", "rope_scaling"):
+        assert copied[name] == config[name]
     assert older_rope({"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}) == {
         "rope_theta": 1e5
     }

@@ -161,3 +161,21 @@ def test_digits_stay_apart_whatever_the_class_is_called(kind, file, tmp_path):
     config = TrainConfig(model=str(tmp_path / "saved"), data="x", output="y")
     write_json(tmp_path / "saved" / "config.json", {"model_type": "llama"})
     assert load_tokenizer(config).encode(text) == inside.encode(text)
+
+
+def test_a_list_of_special_tokens_is_written_for_both_versions_of_transformers(file, tmp_path):
+    """5 saves the list under a name under which 4 wants a dict."""
+    own = load(file, dtype=torch.float32).tokenizer
+    own.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    (tmp_path / "model").mkdir()
+    own.save_pretrained(tmp_path / "model")
+    assert read_json(tmp_path / "model" / "tokenizer_config.json")["extra_special_tokens"] == [
+        "<turn>"
+    ]
+    (tmp_path / "out").mkdir()
+    tokenizer.write(tmp_path / "model", tmp_path / "out")
+    fields = read_json(tmp_path / "out" / "tokenizer_config.json")
+    assert fields["additional_special_tokens"] == ["<turn>"]
+    assert "extra_special_tokens" not in fields
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert set(again.all_special_ids) == set(own.all_special_ids)

@@ -12,7 +12,7 @@ import tiny_models
 from layerskip import LayerSkipModel
 from layerskip.model import StepCosts
 from layerskip.model.machine import machine
-from layerskip.model.settings import read_settings
+from layerskip.model.settings import SettingsWarning, read_settings
 from layerskip.tuning.choose import Choice
 from layerskip.tuning.settings import check_writable, write_settings
 
@@ -208,3 +208,17 @@ def test_others_may_read_the_file(folder):
     other = folder / "other.json"
     other.write_text("{}")
     assert stat.S_IMODE(write(folder).stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
+
+
+def test_what_only_transformers_would_heed_is_named(folder):
+    file = folder / "generation_config.json"
+    harmless = {"repetition_penalty": 1.0, "bad_words_ids": None, "suppress_tokens": []}
+    file.write_text(json.dumps({"eos_token_id": 2, "temperature": 0.7, "top_p": 0.9, **harmless}))
+    read_settings(folder, {}, vocab_size=99)
+    file.write_text(json.dumps({**harmless, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3}))
+    with pytest.warns(
+        SettingsWarning,
+        match=r"repetition_penalty 1.1, no_repeat_ngram_size 3 in .*json has no effect here unless"
+        r" --repetition-penalty says so",
+    ):
+        read_settings(folder, {}, vocab_size=99)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from layerskip.bench import quality
 from layerskip.bench.catalogue import FORMS, Form
 from layerskip.bench.prompts import NEEDED, prompt_of
+from layerskip.decoding.prompt import Prompt
 
 T = TypeVar("T")
 
@@ -25,14 +26,14 @@ class Sample:
 
     Attributes:
         id: of the data set, or where it stands in a file ("mine.jsonl:3").
-        prompt: what `LayerSkipModel.tokenize` takes: a text, or chat messages.
+        prompt: what `LayerSkipModel.tokenize` takes: a text, or a conversation.
         references: answers to compare with; any of them is right.
         category: of the data set, for results by category.
         fields: the row it was made of, for scoring (the tests of HumanEval, ...).
     """
 
     id: str
-    prompt: str | tuple[Mapping[str, str], ...]
+    prompt: Prompt
     references: tuple[str, ...] = ()
     category: str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -228,7 +229,6 @@ def _own_sample(where: str, row: Mapping[str, Any]) -> Sample:
         asked = asked or row["text"].rstrip("\n")
     if not asked:
         raise ValueError(f"{where} needs {NEEDED}")
-    prompt = asked if isinstance(asked, str) else tuple(asked)
     named = (row.get(name) for name in ("references", "reference", "completion"))
     found: Any = next((one for one in (*named, given) if one is not None), ())
     references = tuple(found) if isinstance(found, list | tuple) else (found,)
@@ -236,7 +236,7 @@ def _own_sample(where: str, row: Mapping[str, Any]) -> Sample:
         raise ValueError(f"{where} has references that are no texts")
     return Sample(
         id=str(row.get("id", where)),
-        prompt=prompt,
+        prompt=asked,
         references=references,
         category=None if row.get("category") is None else str(row["category"]),
         fields=dict(row),

@@ -14,9 +14,11 @@ _HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops 
 
 @click.command("chat")
 @click.option("--system", help="A system message at the head of the conversation.")
+@options.template_option
 @options.answering_options
 def command(
     system: str | None,
+    chat_template_kwargs: dict[str, Any] | None,
     stats: bool,
     show_draft: bool,
     as_json: bool,
@@ -32,8 +34,10 @@ def command(
     Examples:
       layerskip chat
       layerskip chat --system "Answer in one sentence." --temperature 0.7 --seed 1 --stats
+      layerskip chat --model Qwen/Qwen3-0.6B --chat-template-kwargs '{"enable_thinking": false}'
     """
     options.check_output(output)
+    options.note_idle_sampling(flags)
     model = options.load_model(flags)
     if not model.has_chat_template:
         raise ValueError(
@@ -59,8 +63,9 @@ def command(
             messages.append({"role": "user", "content": text})
             seed = flags["seed"]
             drawn_apart = {**flags, "seed": None if seed is None else seed + len(results)}
+            asked = {"messages": messages, "chat_template_kwargs": chat_template_kwargs}
             try:
-                result = _answer(model, messages, drawn_apart, stats, show_draft, quiet=as_json)
+                result = _answer(model, asked, drawn_apart, stats, show_draft, quiet=as_json)
             except PromptError as error:
                 print(f"layerskip: {error} (/reset forgets the conversation)", file=sys.stderr)
                 messages.pop()
@@ -73,13 +78,13 @@ def command(
 
 def _answer(
     model: LayerSkipModel,
-    messages: list[dict[str, str]],
+    asked: dict[str, Any],
     flags: dict[str, Any],
     stats: bool,
     show_draft: bool,
     quiet: bool,
 ) -> dict[str, Any]:
-    answer = model.answer(messages, **options.decoding_arguments(flags))
+    answer = model.answer(asked, **options.decoding_arguments(flags))
     try:
         if quiet:
             answer.complete()
@@ -88,6 +93,8 @@ def _answer(
     except KeyboardInterrupt:  # the part that was written stays in the conversation
         print("\n(stopped)", file=sys.stderr)
     generation = answer.generation
+    if not quiet:
+        options.note_cut(generation)
     if stats:
         show.show_stats(generation)
     return generation.to_dict()

@@ -3,7 +3,7 @@
 import dataclasses
 
 from layerskip.decoding import LayerSkipModel
-from layerskip.decoding.language_model import Prompt
+from layerskip.decoding.prompt import Prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

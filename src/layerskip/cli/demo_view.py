@@ -14,7 +14,7 @@ from layerskip.bench.measure import Entry, Setting, measure
 from layerskip.bench.own import OwnSystem, settings_of
 from layerskip.cli.show import DRAFTED_COLOUR
 from layerskip.decoding import Answer, LayerSkipModel
-from layerskip.decoding.language_model import Prompt
+from layerskip.decoding.prompt import Prompt
 
 MODES = ("plain", "auto")  # from left to right
 REFRESH_S = 0.1

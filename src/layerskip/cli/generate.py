@@ -10,6 +10,7 @@ from layerskip.cli import options, show
 from layerskip.cli.progress import track
 from layerskip.cli.prompts import read_prompts, read_stdin
 from layerskip.decoding import Answer, Generation, LayerSkipModel, PromptError
+from layerskip.decoding.prompt import with_variables
 
 
 @click.command("generate")
@@ -24,11 +25,13 @@ from layerskip.decoding import Answer, Generation, LayerSkipModel, PromptError
     help='A file of prompts: .jsonl with a field "prompt" or "messages", else one prompt a line.',
 )
 @click.option("--chat", is_flag=True, help="Wrap each prompt in the model's chat template.")
+@options.template_option
 @options.answering_options
 def command(
     prompt: str | None,
     prompts_file: Path | None,
     chat: bool,
+    chat_template_kwargs: dict[str, Any] | None,
     stats: bool,
     show_draft: bool,
     as_json: bool,
@@ -49,7 +52,8 @@ def command(
     if prompt is not None and prompts_file is not None:
         raise click.UsageError("--prompt and --prompts exclude each other")
     options.check_output(output)
-    prompts = _prompts(prompt, prompts_file, chat)
+    options.note_idle_sampling(flags)
+    prompts = _prompts(prompt, prompts_file, chat, chat_template_kwargs)
     model = options.load_model(flags)
     arguments = options.decoding_arguments(flags)
     quiet = as_json or output is not None
@@ -69,6 +73,8 @@ def command(
                 show.show_pieces(answer, show_draft=show_draft, as_ids=model.tokenizer is None)
             generations.append(answer.complete())
             answer = None
+            if not quiet:
+                options.note_cut(generations[-1])
             if stats:
                 show.show_stats(generations[-1])
     finally:  # Ctrl-C and whatever goes wrong later leave the answers so far
@@ -99,13 +105,21 @@ def _begin(
         raise error if number is None else PromptError(f"prompt {number}: {error}") from None
 
 
-def _prompts(prompt: str | None, file: Path | None, chat: bool) -> list[Any]:
+def _prompts(
+    prompt: str | None, file: Path | None, chat: bool, variables: dict[str, Any] | None
+) -> list[Any]:
     if file is not None:
         prompts = read_prompts(file)
     else:
         if prompt is None and sys.stdin.isatty():
             raise click.UsageError("give a prompt with --prompt or --prompts, or on standard input")
         prompts = [read_stdin() if prompt is None else prompt]
-    if not chat:
+    if chat:
+        asked = ([{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts)
+        prompts = list(asked)
+    if not variables:
         return prompts
-    return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    told = [with_variables(one, variables) for one in prompts]
+    if told == prompts:
+        options.note_without_effect(("chat_template_kwargs",), "no prompt is a conversation")
+    return told

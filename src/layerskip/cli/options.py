@@ -18,8 +18,8 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from layerskip.cli.values import Number, draft_text, vocabulary_size
-from layerskip.decoding import DRAFT_SOURCES, MODES, LayerSkipModel
+from layerskip.cli.values import Number, draft_text, json_object, vocabulary_size
+from layerskip.decoding import DRAFT_SOURCES, MODES, Generation, LayerSkipModel
 from layerskip.model.files import json_text, replace
 from layerskip.model.quantize import WEIGHTS
 from layerskip.model.source import BUILTIN_MODELS, DEFAULT_MODEL, is_pulled, pull
@@ -174,6 +174,12 @@ view_options = _stack(
         help="Colour the answer by where each token came from (brackets where there is no colour).",
     ),
 )
+template_option = click.option(
+    "--chat-template-kwargs",
+    metavar="JSON",
+    callback=json_object,
+    help="Variables of the chat template, such as '{\"enable_thinking\": false}'.",
+)
 answering_options = _stack(
     model_options, decoding_options, view_options, result_options, debug_option
 )
@@ -237,6 +243,21 @@ def note_without_effect(names: Sequence[str], why: str) -> None:
     """A line on stderr for each of these flags that was given and changes nothing."""
     for flag in given(names):
         click.echo(f"layerskip: {flag} has no effect: {why}", err=True)
+
+
+def note_idle_sampling(flags: dict[str, Any]) -> None:
+    """A line on stderr for each flag of sampling where nothing is drawn."""
+    if not flags["temperature"]:
+        names = ("top_k", "top_p", "min_p", "seed")
+        note_without_effect(names, "without --temperature the likeliest token is taken")
+
+
+def note_cut(generation: Generation) -> None:
+    """A line on stderr where an answer was cut at a length that nobody asked for."""
+    if generation.finish_reason == "length" and not given(("max_new_tokens",)):
+        click.echo(
+            f"(cut after {generation.new_tokens} tokens; --max-new-tokens allows more)", err=True
+        )
 
 
 def decoding_arguments(flags: dict[str, Any]) -> dict[str, Any]:

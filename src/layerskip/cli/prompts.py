@@ -10,7 +10,7 @@ from layerskip.bench.prompts import NEEDED, prompt_of
 
 
 def read_prompts(file: Path) -> list[Any]:
-    """The prompts of a file, each a text or a list of messages or token ids, at least one.
+    """The prompts of a file, each a text, a list of token ids or a conversation, at least one.
 
     Args:
         file: .jsonl with a field "prompt" or "messages" in each line (a conversation that ends with an
@@ -51,6 +51,6 @@ def _prompts(file: Path) -> Iterator[Any]:
             raise ValueError(f"{file}, line {number}: no JSON ({error})") from error
         fields = row if isinstance(row, dict) else {}
         prompt: Any = prompt_of(fields)[0] or fields.get("prompt")
-        if not isinstance(prompt, str | list) or not prompt:
+        if not isinstance(prompt, str | list | dict) or not prompt:
             raise ValueError(f"{file}, line {number}: {NEEDED} is needed")
         yield prompt

@@ -1,5 +1,6 @@
 """What flags take: lists of layers, numbers, and the texts of files."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -42,6 +43,19 @@ def draft_text(ctx: click.Context, param: click.Parameter, name: Any) -> str | N
         return Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise click.BadParameter(f"{name} cannot be read: {error}") from error
+
+
+def json_object(
+    ctx: click.Context, param: click.Parameter, text: str | None
+) -> dict[str, Any] | None:
+    """A callback that reads names and values from JSON."""
+    try:
+        found = None if text is None else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise click.BadParameter(f"no JSON: {error}") from error
+    if text is not None and not isinstance(found, dict):
+        raise click.BadParameter(f'{text} has no names; an example: {{"enable_thinking": false}}')
+    return found
 
 
 class Number(click.FloatRange):

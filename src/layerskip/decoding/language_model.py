@@ -2,9 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,18 +12,15 @@ import torch
 from layerskip.decoding.answer import Answer
 from layerskip.decoding.batch import Batch, alike, can_batch
 from layerskip.decoding.draft_costs import time_rows
-from layerskip.decoding.generate import PromptError
 from layerskip.decoding.generation import Generation
 from layerskip.decoding.placement import device_of, dtype_of, prepared
 from layerskip.decoding.policy import choose, for_batch
+from layerskip.decoding.prompt import Prompt, encode, is_batch, tokenize
 from layerskip.decoding.sampling import Sampling
 from layerskip.model import Checkpoint, Decoder, Settings, load, resolve
 from layerskip.model.machine import machine
 from layerskip.model.published import with_defaults
 from layerskip.model.quantize import bits_of
-
-Message = Mapping[str, str]
-Prompt = str | Sequence[int] | Sequence[Message]
 
 
 class LayerSkipModel:
@@ -125,7 +121,8 @@ class LayerSkipModel:
 
         Args:
             prompt: a text (tokenized as it stands), a list of token ids, a list of chat messages
-                (dicts with role and content; the chat template is applied), or a list of those.
+                (dicts with role and content; the chat template is applied), a dict of `messages`,
+                `tools` and `chat_template_kwargs`, or a list of those.
             options: see `answer`.
 
         Returns:
@@ -134,7 +131,7 @@ class LayerSkipModel:
         Raises:
             ValueError: the prompt or an option cannot be used; the message says why.
         """
-        if not _is_batch(prompt):
+        if not is_batch(prompt):
             return self.answer(prompt, **options).complete()
         seed = options.pop("seed", None)
         seeds = [None if seed is None else seed + i for i in range(len(prompt))]
@@ -270,7 +267,7 @@ class LayerSkipModel:
         if isinstance(wanted, str) and self.tokenizer is not None:
             known = self._last_text
             if known[0] != wanted:  # a text may be long, and prompts many
-                encoded = self._encode(wanted, add_special_tokens=False)
+                encoded = encode(wanted, self.tokenizer, add_special_tokens=False)
                 known = self._last_text = wanted, tuple(encoded)
             ids = known[1]
         else:
@@ -281,51 +278,5 @@ class LayerSkipModel:
         return ids
 
     def tokenize(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt.
-
-        Raises:
-            PromptError: it is no prompt, or it needs a tokenizer or chat template that is not there.
-        """
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
-            raise PromptError("a prompt is a text, token ids, or messages with role and content")
-        ids = [int(part) for part in prompt if isinstance(part, Integral)]
-        if len(ids) == len(prompt) and not isinstance(prompt, str):
-            return ids
-        if self.tokenizer is None:
-            raise PromptError("this checkpoint has no tokenizer; give the prompt as token ids")
-        if isinstance(prompt, str):
-            return self._encode(prompt, add_special_tokens=True)
-        if not all(
-            isinstance(part, Mapping) and {"role", "content"} <= set(part) for part in prompt
-        ):
-            raise PromptError("a prompt is a text, token ids, or messages with role and content")
-        if not self.tokenizer.chat_template:
-            raise PromptError("this checkpoint has no chat template; give the prompt as a text")
-        from jinja2 import TemplateError  # PyTorch brings it, and so it is there
-
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(part) for part in prompt if isinstance(part, Mapping)],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        except (TemplateError, TypeError) as error:  # no system message, turns, text alone, ...
-            raise PromptError(f"the chat template refuses these messages: {error}") from error
-        return self._encode(text, add_special_tokens=False)
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Quietly: what is too long is said where it cannot be answered."""
-        try:
-            ids: list[int] = self.tokenizer.encode(
-                text, add_special_tokens=add_special_tokens, verbose=False
-            )
-        except (TypeError, UnicodeError) as error:  # such as half of an emoji
-            raise PromptError(f"this text cannot be made tokens of: {error}") from error
-        return ids
-
-
-def _is_batch(prompt: Any) -> bool:
-    """A list of prompts: of texts, of lists of ids, or of lists of messages."""
-    return isinstance(prompt, list | tuple) and isinstance(
-        next(iter(prompt), None), str | list | tuple
-    )
+        """Token ids of a prompt; see `prompt.tokenize`."""
+        return tokenize(prompt, self.tokenizer)

@@ -36,6 +36,7 @@ def config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
         fields["num_hidden_layers"] = n_layers
         if fields.get("layer_types"):
             fields["layer_types"] = fields["layer_types"][:n_layers]
+        fields |= older_rope(fields)
     name = str(dtype).removeprefix("torch.")
     fields["dtype"] = name
     if "torch_dtype" in fields:  # the older name of the same field

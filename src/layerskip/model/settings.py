@@ -78,6 +78,23 @@ class StepCosts:
         return cls(**{**fields, "passes": passes})
 
 
+# Fields of generation_config.json that change greedy answers too -> the value that changes nothing.
+_NOT_APPLIED: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "num_beams": 1,
+}
+
+
 class SettingsWarning(UserWarning):
     """A setting that cannot be read, and that is done without."""
 
@@ -126,6 +143,7 @@ def read_settings(path: Path, config: dict[str, Any], vocab_size: int) -> Settin
             f"eos_token_id is {ends} in {file} (or config.json), token ids are needed"
         )
     ends = [token for token in ends if token < vocab_size]  # others never come
+    _warn_of_what_has_no_effect(fields, file)
     own = fields.get(KEY)
     own = own if isinstance(own, dict) else {}
     vocabulary = _token_ids(own, "draft_vocabulary", vocab_size, file)
@@ -139,6 +157,22 @@ def read_settings(path: Path, config: dict[str, Any], vocab_size: int) -> Settin
         draft_text=_token_ids(own, "draft_text", vocab_size, file),
         costs=costs_of(own, file),
     )
+
+
+def _warn_of_what_has_no_effect(fields: dict[str, Any], file: Path) -> None:
+    """What changes even a greedy answer of transformers, and no answer here."""
+    found = [
+        f"{name} {fields[name]}"
+        for name, off in _NOT_APPLIED.items()
+        if fields.get(name, off) not in (off, None, [], {})
+    ]
+    if found:
+        unless = " unless --repetition-penalty says so" if "repetition" in found[0] else ""
+        warnings.warn(
+            f"{', '.join(found)} in {file} has no effect here{unless}: answers of transformers differ",
+            SettingsWarning,
+            stacklevel=2,
+        )
 
 
 def text_of_ids(token_ids: Iterable[int]) -> str:

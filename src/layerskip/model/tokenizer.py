@@ -73,10 +73,14 @@ def write(path: Path, folder: Path, gguf_file: GgufFile | None = None) -> None:
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
         fields = read_json(settings)
-        changes: dict[str, str] = {}
+        changes: dict[str, Any] = {}
+        if isinstance(
+            fields.get("extra_special_tokens"), list
+        ):  # of transformers 5, and so is this
+            changes = {"additional_special_tokens": fields.pop("extra_special_tokens")}
         if fields.get("tokenizer_class") == "TokenizersBackend":
             # transformers 5 writes its own new name; both 4 and 5 know the older one.
-            changes = {"tokenizer_class": "PreTrainedTokenizerFast"}
+            changes["tokenizer_class"] = "PreTrainedTokenizerFast"
         code = fields.pop("auto_map", None)  # none travels with a checkpoint
         if changes or code is not None:
             write_json(settings, fields | changes)

@@ -25,9 +25,10 @@ class LeftOutWarning(UserWarning):
 class Encoding:
     """How a row becomes tokens and labels.
 
-    A row with `messages` goes through the chat template, with its `tools` where it has some; one with
-    the fields of `completion` is prompt and completion; any other must have the field of running text.
-    Where templates or a field of text are named that are not the defaults, every row must have them.
+    A row with `messages` goes through the chat template, with its `tools` and `chat_template_kwargs`
+    where it has some; one with the fields of `completion` is prompt and completion; any other must have
+    the field of running text. Where templates or a field of text are named that are not the defaults,
+    every row must have them.
 
     Attributes:
         tokenizer: of transformers.
@@ -83,7 +84,9 @@ class Encoding:
                 )
             return 0, self._running(text, end)
         if not is_named and row.get("messages") is not None:  # parquet has the column in all rows
-            return self._chat(where, _given(row["messages"]), _tools(where, row.get("tools")))
+            variables = {**(_given(row.get("chat_template_kwargs")) or {})}
+            variables["tools"] = _tools(where, row.get("tools")) or None
+            return self._chat(where, _given(row["messages"]), variables)
         try:
             completion = _FILLED.vformat(self.completion, (), row)
         except _UNFILLED as error:
@@ -129,9 +132,11 @@ class Encoding:
     def _leads_with_a_space(self) -> bool:
         return str((self.tokenizer.tokenize("x") or [""])[0]).startswith("\u2581")
 
-    def _chat(self, where: str, messages: Any, tools: Any) -> tuple[int, list[int]]:
+    def _chat(
+        self, where: str, messages: Any, variables: Mapping[str, Any]
+    ) -> tuple[int, list[int]]:
         template = functools.partial(
-            self.tokenizer.apply_chat_template, tools=tools or None, tokenize=False
+            self.tokenizer.apply_chat_template, tokenize=False, **variables
         )
         try:
             role = messages[-1]["role"]

@@ -1,0 +1,102 @@
+"""What can be asked: a text, token ids, or a conversation; and the tokens that it becomes."""
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+from layerskip.decoding.generate import PromptError
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
+
+CONVERSATION = ("messages", "tools", "chat_template_kwargs")
+_WHAT_IT_IS = (
+    "a prompt is a text, token ids, messages with role and content, or a dict of messages, tools and"
+    " chat_template_kwargs"
+)
+
+
+def tokenize(prompt: Prompt, tokenizer: Any) -> list[int]:
+    """Token ids of a prompt.
+
+    Args:
+        prompt: a text, which is tokenized as it stands; token ids; messages (dicts with role and
+            content), which the chat template makes a text of; or a dict of `messages` and, as far as
+            the template has a use for them, `tools` and `chat_template_kwargs`.
+        tokenizer: of transformers; None where there is none.
+
+    Raises:
+        PromptError: it is no prompt, or it needs a tokenizer or chat template that is not there.
+    """
+    if not isinstance(prompt, Sequence | Mapping) or isinstance(prompt, bytes | bytearray):
+        raise PromptError(_WHAT_IT_IS)
+    ids = [int(part) for part in prompt if isinstance(part, Integral)]
+    if len(ids) == len(prompt) and not isinstance(prompt, str | Mapping):
+        return ids
+    if tokenizer is None:
+        raise PromptError("this checkpoint has no tokenizer; give the prompt as token ids")
+    if isinstance(prompt, str):
+        begin = tokenizer.bos_token
+        has_begin = bool(begin) and prompt.startswith(begin)  # and needs no second one
+        return encode(prompt, tokenizer, add_special_tokens=not has_begin)
+    return encode(_rendered(prompt, tokenizer), tokenizer, add_special_tokens=False)
+
+
+def encode(text: str, tokenizer: Any, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of a text; quietly, since what is too long is said where it cannot be answered."""
+    try:
+        ids: list[int] = tokenizer.encode(
+            text, add_special_tokens=add_special_tokens, verbose=False
+        )
+    except (TypeError, UnicodeError) as error:  # such as half of an emoji
+        raise PromptError(f"this text cannot be made tokens of: {error}") from error
+    return ids
+
+
+def is_message(one: Any) -> bool:
+    """Whether it has a role and something said; a call of a tool may be all that is said."""
+    return (
+        isinstance(one, Mapping) and "role" in one and not {"content", "tool_calls"}.isdisjoint(one)
+    )
+
+
+def with_variables(prompt: Prompt, variables: Mapping[str, Any]) -> Prompt:
+    """A conversation with further `chat_template_kwargs`, its own going first; others as they are."""
+    given: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"messages": prompt}
+    messages: Any = given.get("messages")
+    if isinstance(messages, str) or not all(map(is_message, messages or [None])):
+        return prompt
+    own = given.get("chat_template_kwargs") or {}
+    return {**given, "chat_template_kwargs": {**variables, **own}}
+
+
+def is_batch(prompt: Any) -> bool:
+    """A list of prompts: of texts, of lists of ids, or of conversations."""
+    first = next(iter(prompt), None) if isinstance(prompt, list | tuple) else None
+    return isinstance(first, str | list | tuple) or (
+        isinstance(first, Mapping) and "messages" in first
+    )
+
+
+def _rendered(prompt: Sequence[Any] | Mapping[str, Any], tokenizer: Any) -> str:
+    """A conversation as the model's own text, up to where its answer begins."""
+    given: dict[str, Any] = dict(prompt) if isinstance(prompt, Mapping) else {"messages": prompt}
+    messages: Any = given.get("messages")
+    is_list = isinstance(messages, Sequence) and not isinstance(messages, str) and messages
+    if not is_list or not all(map(is_message, messages)) or set(given) - set(CONVERSATION):
+        raise PromptError(_WHAT_IT_IS)
+    if not tokenizer.chat_template:
+        raise PromptError("this checkpoint has no chat template; give the prompt as a text")
+    from jinja2 import TemplateError  # PyTorch brings it, and so it is there
+
+    try:
+        text: str = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=given.get("tools") or None,
+            tokenize=False,
+            add_generation_prompt=True,
+            **(given.get("chat_template_kwargs") or {}),
+        )
+    except (TemplateError, TypeError) as error:  # no system message, turns, text alone, ...
+        raise PromptError(f"the chat template refuses these messages: {error}") from error
+    return text
