@@ -58,15 +58,17 @@ def test_an_answer_that_is_cut_where_nobody_asked_for_it_says_so(run, monkeypatc
 
 
 def test_every_turn_draws_apart(talk, monkeypatch):
-    seeds, answer = [], LayerSkipModel.answer
+    seeds, prefixes, answer = [], set(), LayerSkipModel.answer
 
     @functools.wraps(answer)
     def seen(self, *arguments, **options):
         seeds.append(options["seed"])
+        prefixes.add(options["prefix"])
         return answer(self, *arguments, **options)
 
     monkeypatch.setattr(LayerSkipModel, "answer", seen)
     talk(["ab", "/reset", "ab"], "--temperature", 1, "--seed", 7, "--json")
+    assert len(prefixes) == 1  # what the turns share is computed once
     talk(["ab"], "--json")
     assert seeds == [7, 8, None]
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from layerskip.cli import options, show
-from layerskip.decoding import LayerSkipModel, PromptError
+from layerskip.decoding import LayerSkipModel, Prefix, PromptError
 
 _HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"
 
@@ -51,6 +51,7 @@ def command(
     opening = [] if system is None else [{"role": "system", "content": system}]
     messages = list(opening)
     results: list[dict[str, Any]] = []
+    prefix = Prefix()
     try:
         while (text := _next_line(interactive)) is not None:
             if not text.strip():
@@ -65,7 +66,9 @@ def command(
             drawn_apart = {**flags, "seed": None if seed is None else seed + len(results)}
             asked = {"messages": messages, "chat_template_kwargs": chat_template_kwargs}
             try:
-                result = _answer(model, asked, drawn_apart, stats, show_draft, quiet=as_json)
+                result = _answer(
+                    model, asked, prefix, drawn_apart, stats, show_draft, quiet=as_json
+                )
             except PromptError as error:
                 print(f"layerskip: {error} (/reset forgets the conversation)", file=sys.stderr)
                 messages.pop()
@@ -79,12 +82,13 @@ def command(
 def _answer(
     model: LayerSkipModel,
     asked: dict[str, Any],
+    prefix: Prefix,
     flags: dict[str, Any],
     stats: bool,
     show_draft: bool,
     quiet: bool,
 ) -> dict[str, Any]:
-    answer = model.answer(asked, **options.decoding_arguments(flags))
+    answer = model.answer(asked, prefix=prefix, **options.decoding_arguments(flags))
     try:
         if quiet:
             answer.complete()

@@ -6,6 +6,7 @@ from layerskip.decoding.generate import PromptError, Step, generate
 from layerskip.decoding.generation import Generation
 from layerskip.decoding.language_model import LayerSkipModel
 from layerskip.decoding.policy import DRAFT_SOURCES, MODES, Plan
+from layerskip.decoding.prefix import Prefix
 from layerskip.decoding.sampling import Sampling
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "LayerSkipModel",
     "Piece",
     "Plan",
+    "Prefix",
     "PromptError",
     "Sampling",
     "Step",

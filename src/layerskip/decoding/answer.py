@@ -9,6 +9,7 @@ from layerskip.decoding.clock import device_clock
 from layerskip.decoding.generate import Ending, Step, generate
 from layerskip.decoding.generation import FinishReason, Generation
 from layerskip.decoding.policy import Plan
+from layerskip.decoding.prefix import Prefix
 from layerskip.decoding.sampling import Sampling
 from layerskip.decoding.stream import TextStream, stop_tokens
 
@@ -44,6 +45,7 @@ class Answer:
         ignore_eos: bool,
         seed: int | None,
         continues: bool,
+        prefix: Prefix | None = None,
     ) -> None:
         self.plan, self.sampling, self.prompt = plan, sampling, prompt
         self._clock = device_clock(model.decoder.device)
@@ -71,7 +73,7 @@ class Answer:
             "end_tokens": self._end_tokens,
             "seed": seed,
         }
-        self._loop = generate(model.decoder, prompt, **self.loop_options)
+        self._loop = generate(model.decoder, prompt, prefix=prefix, **self.loop_options)
 
     def __iter__(self) -> Iterator[Piece]:
         yield from self._rest_of_a_step()

@@ -18,6 +18,7 @@ from layerskip.decoding.generate import (
     speculate,
 )
 from layerskip.decoding.policy import Plan
+from layerskip.decoding.prefix import turn_alike
 from layerskip.decoding.sampling import Sampling, next_token, seeded_generator
 from layerskip.decoding.short_head import ShortHead
 from layerskip.model import Decoder
@@ -169,4 +170,4 @@ def can_batch(plan: Plan, sampling: Sampling) -> bool:
 def alike(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> bool:
     """Whether all together turn as each would alone: LongRoPE has factors for two lengths."""
     ends = [len(p) + Ending.of(decoder, p, max_new_tokens, ()).limit - 1 for p in prompts]
-    return all(rope is None or rope.alike(ends) for rope in set(decoder.architecture.ropes))
+    return turn_alike(decoder, *ends)

@@ -12,6 +12,7 @@ from layerskip.decoding.draft_length import DraftLength, NgramLength, Pace
 from layerskip.decoding.drafters import Draft, Drafter, EarlyExitDrafter
 from layerskip.decoding.ngram import DraftText, NgramDrafter
 from layerskip.decoding.policy import Plan
+from layerskip.decoding.prefix import Prefix
 from layerskip.decoding.sampling import (
     NO_NUMBERS,
     Sampling,
@@ -84,10 +85,12 @@ def generate(
     max_new_tokens: int,
     end_tokens: Collection[int] = (),
     seed: int | None = None,
+    prefix: Prefix | None = None,
 ) -> Generator[Step]:
     """Continue a prompt, step by step, until an end token, `max_new_tokens` or the context's end.
 
-    The first step comes from the prompt's own pass. An end token is the last token yielded.
+    The first step comes from the prompt's own pass. An end token is the last token yielded. What the
+    prompt shares with the text that `prefix` keeps is not computed again.
 
     Raises:
         PromptError: the prompt is empty, longer than the context, or has an id that is no token.
@@ -95,7 +98,7 @@ def generate(
     """
     check_prompt(decoder, prompt)
     ending = Ending.of(decoder, prompt, max_new_tokens, end_tokens)
-    return _until_the_end(decoder, prompt, plan, sampling, ending, seed)
+    return _until_the_end(decoder, prompt, plan, sampling, ending, seed, prefix)
 
 
 @dataclasses.dataclass
@@ -146,11 +149,20 @@ def _until_the_end(
     sampling: Sampling,
     ending: Ending,
     seed: int | None,
+    prefix: Prefix | None,
 ) -> Generator[Step]:
     capacity = len(prompt) + ending.limit - 1  # no layer sees the last new token
-    ends = ending.end_tokens
-    session = _Session(decoder, prompt, plan, sampling, ends, capacity=capacity, seed=seed)
+    n_layers = (plan.mode == "early-exit" and plan.exit_layer) or len(decoder.layers)
+    if prefix is None:
+        cache = decoder.new_cache(capacity)
+    else:
+        cache = prefix.cache_for(decoder, prompt, capacity, n_layers)
+    session = _Session(decoder, prompt, plan, sampling, ending.end_tokens, cache=cache, seed=seed)
+    known = list(prompt)
     for step in session.steps(ending.limit):
+        known += step.tokens
+        if prefix is not None:
+            prefix.keep(cache, known, n_layers)
         yield ending.cut(step)
         if ending.reached:
             return
@@ -253,13 +265,13 @@ class _Session:
         sampling: Sampling,
         end_tokens: Collection[int],
         *,
-        capacity: int,
+        cache: KVCache,
         seed: int | None,
     ) -> None:
         self.decoder, self.plan, self.sampling = decoder, plan, sampling
         self.end_tokens = end_tokens  # nothing is drafted beyond them
         self.prompt = torch.tensor([list(prompt)], device=decoder.device)
-        self.cache = decoder.new_cache(capacity)
+        self.cache = cache
         self.history = (
             TokenHistory(self.prompt, decoder.architecture.vocab_size)
             if sampling.repetition_penalty != 1.0
@@ -332,8 +344,10 @@ class _Session:
 
     def _prefill(self, n_layers: int) -> Tensor:
         """Run the prompt through the first n layers and choose the token after it, [1, 1]."""
-        hidden = self.prompt
-        for chunk in self.prompt.split(PREFILL_CHUNK, dim=1):
+        hidden = self.prompt[
+            :, int(self.cache.lengths) :
+        ]  # of those before there are keys and values
+        for chunk in hidden.split(PREFILL_CHUNK, dim=1):
             hidden = self.decoder.run(self.decoder.embed(chunk), 0, n_layers, self.cache)
             self.cache.lengths += chunk.shape[1]
         check_numbers(hidden[:, -1:])

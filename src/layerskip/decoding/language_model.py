@@ -15,6 +15,7 @@ from layerskip.decoding.draft_costs import time_rows
 from layerskip.decoding.generation import Generation
 from layerskip.decoding.placement import device_of, dtype_of, prepared
 from layerskip.decoding.policy import choose, for_batch
+from layerskip.decoding.prefix import Prefix
 from layerskip.decoding.prompt import Prompt, encode, is_batch, tokenize
 from layerskip.decoding.sampling import Sampling
 from layerskip.model import Checkpoint, Decoder, Settings, load, resolve
@@ -177,6 +178,7 @@ class LayerSkipModel:
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
         together: Sequence[int] = (),
+        prefix: Prefix | None = None,
     ) -> Answer:
         """Begin an answer that is computed while it is iterated over.
 
@@ -207,6 +209,8 @@ class LayerSkipModel:
             ignore_eos: go on after an end token.
             together: of all prompts that are going to be answered in one batch with this one, and of
                 this one, how many tokens they have.
+            prefix: keeps what the next prompt may share with this text, and has what this one shares
+                with the last; one for each conversation.
 
         Raises:
             ValueError: the prompt or an option cannot be used; the message says why.
@@ -247,6 +251,7 @@ class LayerSkipModel:
             ignore_eos=ignore_eos,
             seed=seed,
             continues=isinstance(prompt, str),
+            prefix=prefix,
         )
 
     def _draft_vocabulary(self, wanted: int | Sequence[int] | None) -> tuple[int, ...] | None:

@@ -61,6 +61,12 @@ class KVCache:
                 place[:, :, i, :, :used] = slots[:, :, row, :, :used]
         self.slots, self.lengths = place, lengths
 
+    def take(self, other: "KVCache", length: int) -> None:
+        """Copy the first positions of another cache, in whole tiles (see `keep_rows`)."""
+        used = min(-(-length // _TILE) * _TILE, self.capacity, other.capacity)
+        self.slots[..., :used, :] = other.slots[..., :used, :]
+        self.lengths.fill_(length)
+
     def check_room(self, n: int) -> int:
         """Where the longest row would end with n more positions; ValueError where that is too far."""
         lengths: list[int] = self.lengths.tolist()

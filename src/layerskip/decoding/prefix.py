@@ -1,0 +1,74 @@
+"""What a prompt shares with the text before it, as every turn of a conversation does: computed once."""
+
+from collections.abc import Sequence
+
+import torch
+
+from layerskip.model import Decoder, KVCache
+
+_LEAST_ROOM = 1024  # positions: what follows most often fits without another cache
+
+
+class Prefix:
+    """The cache of the last answer, for the next prompt as far as both texts begin alike.
+
+    Given to one answer after another (`LayerSkipModel.answer(prompt, prefix=prefix)`), it changes none
+    of them: keys and values do not depend on what comes later. It holds the memory of one cache.
+    """
+
+    def __init__(self) -> None:
+        self._decoder: Decoder | None = None
+        self._cache: KVCache | None = None
+        self._text: list[int] = []  # the cache holds keys and values of all but the last token
+        self._n_layers = 0  # in so many layers
+
+    def cache_for(
+        self, decoder: Decoder, prompt: Sequence[int], capacity: int, n_layers: int
+    ) -> KVCache:
+        """A cache for an answer; its length says how many tokens of the prompt it holds already.
+
+        At least the last one is left, after which the answer begins.
+
+        Args:
+            decoder: that will run.
+            prompt: its token ids.
+            capacity: positions of prompt and answer.
+            n_layers: layers that will run over the prompt.
+        """
+        before, shared = self._cache, 0
+        if self._decoder is decoder and n_layers <= self._n_layers:
+            shared = _length_of_beginning(self._text[:-1], prompt[:-1])
+        self._decoder, self._cache, self._text = decoder, None, []
+        room = min(_room(capacity), max(capacity, decoder.architecture.max_context))
+        room = room if turn_alike(decoder, capacity, room) else capacity
+        if before is not None and shared and turn_alike(decoder, before.capacity, room):
+            if before.capacity >= capacity:
+                before.lengths.fill_(shared)
+                return before
+            cache = decoder.new_cache(room)
+            cache.take(before, shared)
+            return cache
+        del before  # its memory may be that of the next
+        return decoder.new_cache(room)
+
+    def keep(self, cache: KVCache, text: list[int], n_layers: int) -> None:
+        """Remember an answer's cache and text: prompt and answer, whose last token no layer has seen.
+
+        The list may grow with the answer.
+        """
+        self._cache, self._text, self._n_layers = cache, text, n_layers
+
+
+def _room(capacity: int) -> int:
+    return max(_LEAST_ROOM, 1 << (capacity - 1).bit_length())
+
+
+def turn_alike(decoder: Decoder, *capacities: int) -> bool:
+    """Whether keys are turned alike in caches of these capacities: LongRoPE has factors for two."""
+    return all(rope is None or rope.alike(capacities) for rope in set(decoder.architecture.ropes))
+
+
+def _length_of_beginning(one: Sequence[int], other: Sequence[int]) -> int:
+    n = min(len(one), len(other))
+    differ = (torch.tensor(one[:n]) != torch.tensor(other[:n])).nonzero()
+    return int(differ[0]) if len(differ) else n

@@ -1,0 +1,144 @@
+"""A conversation computes its beginning once, and answers as if it computed all of it."""
+
+import pytest
+import torch
+from tiny_decoders import random_prompt, tiny_decoder
+
+import tiny_models
+from layerskip import LayerSkipModel
+from layerskip.decoding import Prefix
+from layerskip.model import Checkpoint, Settings, load
+
+MODES = {
+    "plain": {"mode": "plain"},
+    "early-exit": {"mode": "early-exit", "exit_layer": 2},
+    "self-speculative": {"mode": "self-speculative", "exit_layer": 2, "draft_tokens": 3},
+    "n-gram": {"mode": "self-speculative", "draft_tokens": 3, "draft_from": "n-gram"},
+}
+modes = pytest.mark.parametrize("options", MODES.values(), ids=MODES.keys())
+
+
+def model_of(decoder):
+    return LayerSkipModel(
+        Checkpoint(path=None, decoder=decoder, tokenizer=None, settings=Settings())
+    )
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """How many tokens went into each decoder's passes."""
+    counts = []
+
+    def watch(decoder):
+        embed = type(decoder).embed
+
+        def counted(self, tokens):
+            counts.append(tokens.shape[1])
+            return embed(self, tokens)
+
+        monkeypatch.setattr(type(decoder), "embed", counted)
+        return counts
+
+    return watch
+
+
+def turns(model, options, prefix, n=3, **more):
+    """A conversation: each prompt is the last one, its answer, and something new."""
+    prompt, made = random_prompt(model.decoder, 40), []
+    for turn in range(n):
+        how = {**options, **more, "max_new_tokens": 10 + turn, "seed": turn}
+        answer = model.answer(prompt, prefix=prefix, **how).complete()
+        made.append(answer.token_ids)
+        prompt = [*prompt, *answer.token_ids, *random_prompt(model.decoder, 5, seed=turn)]
+    return made
+
+
+@modes
+@pytest.mark.parametrize("case", ["llama3.1", "mistral", "gemma2"])
+def test_answers_are_those_of_whole_prompts(case, options):
+    model = model_of(tiny_decoder(case))
+    assert turns(model, options, Prefix()) == turns(model, options, None)
+
+
+@pytest.mark.parametrize("more", [{"repetition_penalty": 1.4}, {"temperature": 1.0}])
+def test_what_looks_at_the_prompt_or_draws_is_the_same(more):
+    model = model_of(tiny_decoder("llama3.1"))
+    for options in (MODES["plain"], MODES["self-speculative"]):
+        assert turns(model, options, Prefix(), **more) == turns(model, options, None, **more)
+
+
+@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@modes
+def test_in_compiled_kernels_too_where_a_cache_grows(tmp_path, dtype, options, monkeypatch):
+    monkeypatch.setattr("layerskip.decoding.prefix._LEAST_ROOM", 1)  # a larger one after each turn
+    tiny_models.build("llama3.1").save_pretrained(tmp_path)
+    model = model_of(load(tmp_path, dtype=dtype, compiled=True).decoder)
+    assert turns(model, options, Prefix(), n=5) == turns(model, options, None, n=5)
+
+
+@pytest.mark.parametrize("least", [1, 1024])
+def test_only_what_is_new_is_computed(embedded, least, monkeypatch):
+    monkeypatch.setattr("layerskip.decoding.prefix._LEAST_ROOM", least)
+    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
+    prompt = random_prompt(model.decoder, 40)
+    counts = embedded(model.decoder)
+    answer = model.answer(prompt, prefix=prefix, max_new_tokens=10, mode="plain").complete()
+    assert counts[0] == 40
+    counts.clear()
+    longer = [*prompt, *answer.token_ids, 3, 4]
+    model.answer(longer, prefix=prefix, max_new_tokens=1, mode="plain").complete()
+    assert counts == [3]  # the answer's last token and what is new
+    counts.clear()
+    other = [*longer[:30], (longer[30] + 1) % 90, *longer[31:]]
+    model.answer(other, prefix=prefix, max_new_tokens=1, mode="plain").complete()
+    assert counts == [len(other) - 30]
+    counts.clear()
+    model.answer(other, prefix=prefix, max_new_tokens=1, mode="plain").complete()
+    assert counts == [1]  # of the same prompt its last token, after which the answer begins
+
+
+def test_fewer_layers_leave_nothing_for_more(embedded):
+    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
+    prompt = random_prompt(model.decoder, 40)
+    counts = embedded(model.decoder)
+    for options, computed in (("early-exit", 40), ("plain", 40), ("early-exit", 1)):
+        counts.clear()
+        model.answer(prompt, prefix=prefix, max_new_tokens=1, **MODES[options]).complete()
+        assert counts == [computed]
+
+
+@modes
+def test_an_answer_that_was_given_up_leaves_what_is_settled(options):
+    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
+    prompt = random_prompt(model.decoder, 40)
+    given_up = model.answer(prompt, prefix=prefix, max_new_tokens=20, **options)
+    said = [next(iter(given_up)).token_id for _ in range(4)]
+    del given_up
+    follow = [*prompt, *said, 5, 6]
+    answer = model.answer(follow, prefix=prefix, max_new_tokens=12, **options).complete()
+    assert answer.token_ids == model.generate(follow, max_new_tokens=12, **options).token_ids
+
+
+def test_a_prompt_that_never_began_leaves_nothing(embedded):
+    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
+    prompt = random_prompt(model.decoder, 40)
+    model.answer(prompt, prefix=prefix)
+    counts = embedded(model.decoder)
+    model.answer(prompt, prefix=prefix, max_new_tokens=1, mode="plain").complete()
+    assert counts == [40]
+
+
+def test_longrope_s_two_sides_share_nothing(tmp_path):
+    """Keys of a longer context are turned by other factors."""
+    tiny_models.build("phi4-mini").save_pretrained(tmp_path)
+    model = model_of(load(tmp_path, dtype=torch.float32).decoder)
+    prompt = random_prompt(model.decoder, 40)
+    for options in (MODES["plain"], MODES["self-speculative"]):
+        found = {}
+        for prefix in (Prefix(), None):
+            short = model.answer(prompt, prefix=prefix, max_new_tokens=10, **options).complete()
+            longer = [*prompt, *short.token_ids, 3, 4]
+            long = model.answer(longer, prefix=prefix, max_new_tokens=30, **options).complete()
+            found[prefix is None] = short.token_ids, long.token_ids
+        assert found[True] == found[False]
