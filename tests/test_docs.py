@@ -74,7 +74,7 @@ def test_every_option_and_field_of_an_answer_is_explained():
     fields = Generation.to_dict(mock.MagicMock())
     expected = [
         *(name for name in loading if name != "name_or_path"),
-        *(name for name in options if name not in ("self", "prompt", "together")),
+        *(name for name in options if name not in ("self", "prompt", "together", "prefix")),
         *fields,
     ]
     assert rows == expected

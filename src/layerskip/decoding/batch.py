@@ -13,12 +13,12 @@ from layerskip.decoding.generate import (
     Ending,
     Step,
     check_numbers,
-    check_prompt,
     plain_step,
     speculate,
 )
 from layerskip.decoding.policy import Plan
 from layerskip.decoding.prefix import turn_alike
+from layerskip.decoding.prompt import check_prompt
 from layerskip.decoding.sampling import Sampling, next_token, seeded_generator
 from layerskip.decoding.short_head import ShortHead
 from layerskip.model import Decoder

@@ -13,6 +13,7 @@ from layerskip.decoding.drafters import Draft, Drafter, EarlyExitDrafter
 from layerskip.decoding.ngram import DraftText, NgramDrafter
 from layerskip.decoding.policy import Plan
 from layerskip.decoding.prefix import Prefix
+from layerskip.decoding.prompt import check_prompt
 from layerskip.decoding.sampling import (
     NO_NUMBERS,
     Sampling,
@@ -24,10 +25,6 @@ from layerskip.decoding.short_head import ShortHead
 from layerskip.model import Decoder, KVCache
 
 PREFILL_CHUNK = 512  # positions a pass: bounds the memory of scores and masks for long prompts
-
-
-class PromptError(ValueError):
-    """A prompt that cannot be continued: empty, too long, or with ids outside the vocabulary."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,9 +154,9 @@ def _until_the_end(
         cache = decoder.new_cache(capacity)
     else:
         cache = prefix.cache_for(decoder, prompt, capacity, n_layers)
-    session = _Session(decoder, prompt, plan, sampling, ending.end_tokens, cache=cache, seed=seed)
+    session = _Session(decoder, prompt, plan, sampling, ending, cache=cache, seed=seed)
     known = list(prompt)
-    for step in session.steps(ending.limit):
+    for step in session.steps():
         known += step.tokens
         if prefix is not None:
             prefix.keep(cache, known, n_layers)
@@ -238,22 +235,6 @@ def check_numbers(hidden: Tensor) -> None:
         raise ValueError(NO_NUMBERS)
 
 
-def check_prompt(decoder: Decoder, prompt: Sequence[int]) -> None:
-    """Raise PromptError where a prompt cannot be continued."""
-    a = decoder.architecture
-    if not prompt:
-        raise PromptError("the prompt is empty; it needs at least one token")
-    if len(prompt) > a.max_context:
-        raise PromptError(
-            f"the prompt has {len(prompt)} tokens, this model's context holds {a.max_context};"
-            " shorten the prompt"
-        )
-    if min(prompt) < 0 or max(prompt) >= a.vocab_size:
-        raise PromptError(
-            f"the prompt has a token id outside the vocabulary (0 to {a.vocab_size - 1})"
-        )
-
-
 class _Session:
     """The state of one generation: one cache, one history, one source of randomness."""
 
@@ -263,13 +244,13 @@ class _Session:
         prompt: Sequence[int],
         plan: Plan,
         sampling: Sampling,
-        end_tokens: Collection[int],
+        ending: Ending,
         *,
         cache: KVCache,
         seed: int | None,
     ) -> None:
         self.decoder, self.plan, self.sampling = decoder, plan, sampling
-        self.end_tokens = end_tokens  # nothing is drafted beyond them
+        self.ending = ending  # nothing is drafted beyond it
         self.prompt = torch.tensor([list(prompt)], device=decoder.device)
         self.cache = cache
         self.history = (
@@ -279,11 +260,11 @@ class _Session:
         )
         self.generator = None if sampling.greedy else seeded_generator(decoder.device, seed)
 
-    def steps(self, limit: int) -> Iterator[Step]:
-        """Yield steps without end; `limit` only keeps drafts from reaching beyond it."""
+    def steps(self) -> Iterator[Step]:
+        """Yield steps without end; each has to go through `Ending.cut` before the next one."""
         if self.plan.mode == "self-speculative":
             assert self.plan.draft_tokens is not None
-            return self._self_speculative(self.plan.draft_tokens, limit)
+            return self._self_speculative(self.plan.draft_tokens)
         return self._one_by_one(self.plan.exit_layer or len(self.decoder.layers))
 
     def _one_by_one(self, n_layers: int) -> Iterator[Step]:
@@ -296,7 +277,7 @@ class _Session:
             if self.history is not None:
                 self.history.extend(token)
 
-    def _self_speculative(self, draft_tokens: int, limit: int) -> Iterator[Step]:
+    def _self_speculative(self, draft_tokens: int) -> Iterator[Step]:
         """Rounds of `speculate`."""
         decoder, cache = self.decoder, self.cache
         drafter = self._drafter()
@@ -304,9 +285,8 @@ class _Session:
         first = int(last)
         drafter.settle([first], 0)
         yield Step((first,))
-        produced = 1
         while True:
-            n = min(draft_tokens, limit - produced - 1)
+            n = min(draft_tokens, self.ending.room - 1)
             draft, last, rows = speculate(
                 decoder, drafter, last, n, cache, self.sampling, self.generator, self.history
             )
@@ -315,7 +295,6 @@ class _Session:
             if self.history is not None:
                 self.history.extend(torch.tensor([tokens], device=decoder.device))
             drafter.settle(tokens, count)
-            produced += len(tokens)
             rejected = tuple(drafted[count:])
             more = (draft.followed, draft.refused)
             yield Step(tokens, len(drafted), count, draft.source, rejected, *more)
@@ -334,12 +313,12 @@ class _Session:
             assert plan.exit_layer is not None
             length = None if costs is None else DraftLength(costs, pace, plan.trained)
             early_exit = EarlyExitDrafter(
-                decoder, plan.exit_layer, self.sampling, head, length, self.end_tokens
+                decoder, plan.exit_layer, self.sampling, head, length, self.ending.end_tokens
             )
             if plan.draft_from == "early-exit":
                 return early_exit
         ngrams = None if costs is None else NgramLength(costs, pace)
-        text, ends = DraftText.of(plan.draft_text), self.end_tokens
+        text, ends = DraftText.of(plan.draft_text), self.ending.end_tokens
         return NgramDrafter(decoder, self.sampling, prompt, early_exit, ngrams, ends, text)
 
     def _prefill(self, n_layers: int) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-from layerskip.decoding.generate import PromptError
+from layerskip.model import Decoder
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
@@ -14,6 +14,10 @@ _WHAT_IT_IS = (
     "a prompt is a text, token ids, messages with role and content, or a dict of messages, tools and"
     " chat_template_kwargs"
 )
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be continued: empty, too long, or with ids outside the vocabulary."""
 
 
 def tokenize(prompt: Prompt, tokenizer: Any) -> list[int]:
@@ -51,6 +55,22 @@ def encode(text: str, tokenizer: Any, *, add_special_tokens: bool) -> list[int]:
     except (TypeError, UnicodeError) as error:  # such as half of an emoji
         raise PromptError(f"this text cannot be made tokens of: {error}") from error
     return ids
+
+
+def check_prompt(decoder: Decoder, prompt: Sequence[int]) -> None:
+    """Raise PromptError where a prompt cannot be continued."""
+    a = decoder.architecture
+    if not prompt:
+        raise PromptError("the prompt is empty; it needs at least one token")
+    if len(prompt) > a.max_context:
+        raise PromptError(
+            f"the prompt has {len(prompt)} tokens, this model's context holds {a.max_context};"
+            " shorten the prompt"
+        )
+    if min(prompt) < 0 or max(prompt) >= a.vocab_size:
+        raise PromptError(
+            f"the prompt has a token id outside the vocabulary (0 to {a.vocab_size - 1})"
+        )
 
 
 def is_message(one: Any) -> bool:
