@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from layerskip.bench.evaluation import Metric, Row, rows_of, scoring_exit
+from layerskip.bench.exit_plot import plot_exits
 from layerskip.decoding import Plan
 from layerskip.model import Settings
 
@@ -76,3 +77,8 @@ def test_rows_for_json():
             }
         },
     }
+
+
+def test_a_picture_needs_a_figure():
+    with pytest.raises(ValueError, match="have given no figure that could be drawn"):
+        plot_exits([Row(Plan(mode="plain"))], 30)

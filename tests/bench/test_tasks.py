@@ -231,11 +231,11 @@ def test_own_file_without_references(tmp_path):
     messages = [{"role": "user", "content": "Hello"}]
     answered = [*messages, {"role": "assistant", "content": "Hi"}]
     task = load_task(own(tmp_path, {"prompt": "one", "reference": None}, {"messages": messages}))
-    assert [sample.prompt for sample in task.samples] == ["one", tuple(messages)]
+    assert [sample.prompt for sample in task.samples] == ["one", messages]
     assert [sample.id for sample in task.samples] == ["mine.jsonl:1", "mine.jsonl:2"]
     assert task.quality(["a", "b"]) == {}
     (sample,) = load_task(own(tmp_path, {"messages": answered})).samples
-    assert sample.prompt == tuple(messages)
+    assert sample.prompt == messages
     assert sample.references == ("Hi",)
 
 

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import differences
 from layerskip import cli, merge
 from layerskip.export import open_source, to_difference
+from layerskip.export.calibrate import _of_exits
 from layerskip.export.compensate import compensated, levels_of
 from layerskip.model.difference import BLOCK, decode, encode
 
@@ -61,6 +62,25 @@ def test_without_correlation_it_is_the_nearest_level(change, bits):
     made = by_inputs(change, torch.eye(change.shape[1]), bits)
     nearest = by_itself(change, bits)
     torch.testing.assert_close(made, nearest, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("exit_layer", [None, 2, 4])
+def test_the_head_sees_what_leaves_its_exit_and_the_last_layer(exit_layer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(
+        differences.base(tmp_path / "base", "llama2"), dtype=torch.float32
+    )
+    windows = torch.arange(3, 43).view(2, 20)
+    left = []
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.register_forward_hook(lambda module, args, out: left.append(out))
+        model(windows)
+        hidden = [out if torch.is_tensor(out) else out[0] for out in left]
+        seen = [model.model.norm(hidden[-1])]
+        seen += [model.model.norm(hidden[exit_layer - 1])] if exit_layer == 2 else []
+        expected = sum(x.flatten(0, 1).T @ x.flatten(0, 1) for x in seen)
+        found = _of_exits(model, windows, exit_layer)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
 def logits(folder, tokens):

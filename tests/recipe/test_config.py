@@ -64,8 +64,8 @@ def test_unknown_regime():
         ({"exits": (2, 4), "rotation": 3}, "use at most 2"),
         ({"exit_every": 9}, "exit_every is 9"),
         ({"dropout_every": 9}, "dropout_every is 9, but the model has 8 layers"),
-        ({"e_scale": 0}, "e_scale is 0: no exit before the last layer would have a loss"),
-        ({"e_scale": 0, "curriculum": "none", "fixed_exits": (4,)}, "e_scale is 0"),
+        ({"e_scale": 0}, "no exit before the last .* would have a loss: e_scale is 0"),
+        ({"e_scale": 0, "curriculum": "none", "fixed_exits": (4,)}, ": e_scale is 0"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(changes, message):

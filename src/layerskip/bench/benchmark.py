@@ -3,6 +3,7 @@
 import dataclasses
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from layerskip.bench.bandwidth import read_bandwidth
@@ -110,51 +111,22 @@ def bench(
     task, prompts = _that_fit(model, task, new_tokens)
     n_skipped = n_samples - len(prompts)
     gguf_weights = config.gguf_weights or _gguf_weights(model)
-    bandwidths: list[float] = []
-    device = model.decoder.device
     with start_peers(
         model,
         config.peers,
         source=source,
-        drafts=[
-            (s.exit_layer, s.draft_tokens)
-            for s in settings
-            if s
-            == Setting(
-                mode="self-speculative", exit_layer=s.exit_layer, draft_tokens=s.draft_tokens
-            )
-            if s.exit_layer and s.draft_tokens  # what transformers knows too
-        ],
+        drafts=_pairs_of_transformers(settings),
         context=max(map(len, prompts)) + new_tokens,
         stop=stop,
         ignore_eos=config.ignore_eos,
         gguf_weights=gguf_weights,
         progress=lambda done, total: progress("starting peers", done, total),
     ) as peers:
-        systems: list[System] = [own, *peers]
-        interrupted, repeats, failure = False, config.repeats, None
-        so_far: list[Entry] = []
-        try:
-            entries = measure(
-                systems,
-                prompts,
-                max_new_tokens=new_tokens,
-                repeats=config.repeats,
-                progress=lambda done, total: progress("answering", done, total),
-                between=lambda: bandwidths.append(read_bandwidth(device)),
-                so_far=so_far,
-            )
-        except (KeyboardInterrupt, Exception) as error:  # what there is, is told
-            if not so_far:
-                raise
-            entries, interrupted = so_far, True
-            if not isinstance(error, KeyboardInterrupt):
-                failure = _in_words(error)
-            made = [len(runs) for entry in entries if not entry.error for runs in entry.runs]
-            repeats = min(made, default=repeats)
-            prompts = prompts[: max(len(entry.runs) for entry in entries)]
-            task = dataclasses.replace(task, samples=task.samples[: len(prompts)])
-    bandwidth = statistics.median(bandwidths)
+        measured = _measured([own, *peers], prompts, new_tokens, config, model, progress)
+    prompts = prompts[: measured.answered]
+    task = dataclasses.replace(task, samples=task.samples[: measured.answered])
+    entries, bandwidth = measured.entries, measured.bandwidth
+    interrupted, failure = measured.interrupted, measured.failure
     scored = not config.ignore_eos and not interrupted
     try:
         rows = list(_rows(entries, task, bandwidth, scored=scored, progress=progress))
@@ -176,7 +148,7 @@ def bench(
         "prompt_tokens_mean": statistics.mean(map(len, prompts)),
         "max_new_tokens": new_tokens,
         "ignore_eos": config.ignore_eos,
-        "repeats": repeats,
+        "repeats": measured.repeats,
         "peak_memory_scope": own.memory.scope,
         "weight_bytes": weight_bytes,
         "read_bandwidth_bytes_per_s": bandwidth,
@@ -186,6 +158,73 @@ def bench(
         "not_scored": failure,
         "rows": rows,
     }
+
+
+@dataclasses.dataclass
+class _Measured:
+    """Answers of all systems.
+
+    Attributes:
+        entries: a system and setting each.
+        bandwidth: of memory meanwhile, bytes a second.
+        answered: prompts that all have answered.
+        repeats: how often.
+        interrupted: whether Ctrl-C or an error ended it before all were.
+        failure: the error.
+    """
+
+    entries: list[Entry]
+    bandwidth: float
+    answered: int
+    repeats: int
+    interrupted: bool = False
+    failure: str | None = None
+
+
+def _measured(
+    systems: Sequence[System],
+    prompts: list[list[int]],
+    new_tokens: int,
+    config: BenchConfig,
+    model: LayerSkipModel,
+    progress: Callable[[str, int, int], None],
+) -> _Measured:
+    bandwidths: list[float] = []
+    so_far: list[Entry] = []
+    try:
+        entries = measure(
+            systems,
+            prompts,
+            max_new_tokens=new_tokens,
+            repeats=config.repeats,
+            progress=lambda done, total: progress("answering", done, total),
+            between=lambda: bandwidths.append(read_bandwidth(model.decoder.device)),
+            so_far=so_far,
+        )
+    except (KeyboardInterrupt, Exception) as error:  # what there is, is told
+        if not so_far:
+            raise
+        made = [len(runs) for entry in so_far if not entry.error for runs in entry.runs]
+        return _Measured(
+            so_far,
+            statistics.median(bandwidths),
+            answered=max(len(entry.runs) for entry in so_far),
+            repeats=min(made, default=config.repeats),
+            interrupted=True,
+            failure=None if isinstance(error, KeyboardInterrupt) else _in_words(error),
+        )
+    return _Measured(entries, statistics.median(bandwidths), len(prompts), config.repeats)
+
+
+def _pairs_of_transformers(settings: Sequence[Setting]) -> list[tuple[int, int]]:
+    """(E, d) of the early exits without anything that transformers does not know."""
+    early_exit = partial(Setting, mode="self-speculative")
+    return [
+        (s.exit_layer, s.draft_tokens)
+        for s in settings
+        if s.exit_layer and s.draft_tokens
+        if s == early_exit(exit_layer=s.exit_layer, draft_tokens=s.draft_tokens)
+    ]
 
 
 def _in_words(error: BaseException) -> str:

@@ -24,6 +24,7 @@ def plot_exits(rows: Sequence[Row], n_layers: int) -> bytes:
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: there are no results.
     """
     try:
         from matplotlib.figure import Figure
@@ -32,6 +33,8 @@ def plot_exits(rows: Sequence[Row], n_layers: int) -> bytes:
     panels = list(
         dict.fromkeys((t, m) for row in rows for t in row.results for m in row.results[t])
     )
+    if not panels:
+        raise ValueError("the tasks have given no figure that could be drawn")
     columns = min(COLUMNS, len(panels))
     height = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.2 * columns, 3.2 * height), layout="constrained")

@@ -147,7 +147,8 @@ def read_text(source: str, max_words: int | None = None) -> str:
     Raises:
         ValueError: it cannot be read.
     """
-    text = _wikitext() if source == WIKITEXT and not Path(source).exists() else _read(Path(source))
+    path = Path(source).expanduser()
+    text = _wikitext() if source == WIKITEXT and not path.exists() else _read(path)
     if max_words is not None:
         words = re.finditer(r"\S+", text)
         ends = [match.end() for _, match in zip(range(max_words), words, strict=False)]

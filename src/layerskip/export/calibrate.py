@@ -121,9 +121,8 @@ def calibrate_difference(
         return (before + change).to(torch.bfloat16).float()  # as merged
 
     with torch.no_grad():
-        exits = {source.files.settings.exit_layer or len(model.model.layers)}
         head = model.get_output_embeddings()
-        hessian = _of_exits(model, windows, exits)
+        hessian = _of_exits(model, windows, source.files.settings.exit_layer)
         if head.weight is model.get_input_embeddings().weight:
             # Its rows are looked up as well, where an error in any direction counts.
             hessian.diagonal().add_(hessian.diagonal().mean())
@@ -133,14 +132,15 @@ def calibrate_difference(
     return made
 
 
-def _of_exits(model: Any, windows: Tensor, exits: set[int]) -> Tensor:
-    """Sum of x xT over what the head gets from the last layer and from other exits."""
+def _of_exits(model: Any, windows: Tensor, exit_layer: int | None) -> Tensor:
+    """Sum of x xT over what the head gets from the last layer and from the exit, where there is one."""
     total = torch.zeros(model.config.hidden_size, model.config.hidden_size)
-    layers = len(model.model.layers)
     for window in windows:
         found = model.model(window[None], use_cache=False, output_hidden_states=True)
-        states = [model.model.norm(found.hidden_states[e]) for e in exits - {layers}]
-        for x in (found.last_hidden_state[0], *(state[0] for state in states)):
+        seen = [found.last_hidden_state[0]]
+        if exit_layer not in (None, len(model.model.layers)):
+            seen.append(model.model.norm(found.hidden_states[exit_layer])[0])
+        for x in seen:
             total += x.T @ x
     return total
 

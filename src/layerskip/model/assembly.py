@@ -17,7 +17,7 @@ from layerskip.model.architecture import Architecture
 from layerskip.model.decoder import Decoder, Layer
 from layerskip.model.families import FAMILIES
 from layerskip.model.linear import Linear
-from layerskip.model.machine import leave_out_cudnn_attention
+from layerskip.model.machine import has_fast_bfloat16, leave_out_cudnn_attention
 from layerskip.model.mlp import Experts, GatedMLP, PlainMLP
 from layerskip.model.norm import HeadNorm, LayerNorm, Norm, ProjectionNorm, RMSNorm
 from layerskip.model.taker import Change, Taker
@@ -86,14 +86,9 @@ def fast_dtype(
     A GPU that has no bfloat16 takes float16.
     """
     dtype = torch.bfloat16
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            has_it = torch.cuda.is_bf16_supported(including_emulation=False)
-        return dtype if has_it else torch.float16
-    is_fast = torch.backends.cpu.get_cpu_capability().startswith("AVX512") or (
-        compiled and native.supports(architecture, dtype, device)
-    )
-    return dtype if is_fast else torch.float32
+    if has_fast_bfloat16(device) or (compiled and native.supports(architecture, dtype, device)):
+        return dtype
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def _scaled(factor: float) -> Change | None:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
+from layerskip.recipe.schedule import exit_scale
+
 Variant = Literal["LD+EE", "LD", "EE"]
 
 # LayerSkip (arXiv 2404.16710), the settings of its experiments. Several models share a
@@ -177,25 +179,34 @@ class RecipeConfig:
             )
         if self.variant == "LD":
             return
-        first = 2 if self.exit_weighting == "paper" else 1  # whose weight is not 0
-        early = [e for e in self.candidates(num_layers) if first <= e < num_layers]
-        if num_layers > 1 and self.curriculum != "none" and not early and not self.fixed_exits:
+        is_control = num_layers == 1 or (self.curriculum == "none" and not self.fixed_exits)
+        if not is_control and not self.exits_with_loss(num_layers):
             raise ValueError(
-                "no exit before the last layer would have a loss: name others in exits or fixed_exits"
-                + (", or another exit_weighting" if first == 2 else "")
+                "no exit before the last layer would have a loss: "
+                + (
+                    "e_scale is 0, which variant 'LD' says"
+                    if self.e_scale == 0 and self.exit_weighting != "equal"
+                    else "name others in exits or fixed_exits"
+                    + (", or another exit_weighting" if self.exit_weighting == "paper" else "")
+                )
             )
-        has_exits = self.curriculum != "none" or bool(self.fixed_exits)
-        if has_exits and self.e_scale == 0 and self.exit_weighting != "equal":
-            raise ValueError(
-                "e_scale is 0: no exit before the last layer would have a loss; variant 'LD' says so"
-            )
-        if self.curriculum != "rotational":
-            return
-        if self.rotation > candidates:
+        if self.curriculum == "rotational" and self.rotation > candidates:
             raise ValueError(
                 f"rotation is {self.rotation}, but there are {candidates} exits to rotate over: "
                 f"some steps would have none; use at most {candidates}"
             )
+
+    def exits_with_loss(self, num_layers: int) -> list[int]:
+        """The exits before the last layer that have a loss at some step, ascending."""
+        if self.variant == "LD":
+            return []
+        in_turn = () if self.curriculum == "none" else self.candidates(num_layers)
+
+        def has_weight(exit_layer: int) -> bool:
+            return exit_scale(exit_layer - 1, num_layers, self.exit_weighting, self.e_scale) > 0
+
+        exits = {e for e in (*self.fixed_exits, *in_turn) if e < num_layers}
+        return sorted(filter(has_weight, exits))
 
     def candidates(self, num_layers: int) -> tuple[int, ...]:
         """The exits the curriculum chooses from, ascending."""

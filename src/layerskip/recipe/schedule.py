@@ -7,8 +7,10 @@ l runs from 0 to L-1, a step t from 0 to T-1. The exit after layer l is E = l + 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from layerskip.recipe.config import RecipeConfig
+if TYPE_CHECKING:
+    from layerskip.recipe.config import RecipeConfig
 
 
 def dropout_over_layers(layer: int, num_layers: int, shape: str = "exponential") -> float:

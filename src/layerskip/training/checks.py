@@ -7,8 +7,6 @@ import importlib.util
 import torch
 from transformers import SchedulerType
 
-from layerskip.recipe import RecipeConfig
-from layerskip.recipe.schedule import exit_scale
 from layerskip.training.config import TrainConfig
 from layerskip.training.loading import model_config
 
@@ -56,7 +54,7 @@ def check_layers(config: TrainConfig) -> int:
     recipe.check_layers(num_layers)
     if outside := [e for e in config.eval_exits or () if not 1 <= e <= num_layers]:
         raise ValueError(f"eval_exits names {outside}; an exit is 1 to {num_layers}")
-    early = _with_loss(recipe, num_layers)
+    early = recipe.exits_with_loss(num_layers)
     always = [e for e in early if e in recipe.fixed_exits]
     quarter = max(1, round(num_layers / 4))
     nearest = min(early or [quarter], key=lambda e: (abs(e - quarter), e))
@@ -69,16 +67,3 @@ def check_layers(config: TrainConfig) -> int:
             f"{', '.join(map(str, early))}: name it in fixed_exits or exits too"
         )
     return chosen
-
-
-def _with_loss(recipe: RecipeConfig, num_layers: int) -> list[int]:
-    """The exits before the last layer that have a loss at some step, ascending."""
-    if recipe.variant == "LD":
-        return []
-    in_turn = () if recipe.curriculum == "none" else recipe.candidates(num_layers)
-
-    def has_weight(exit_layer: int) -> bool:
-        return exit_scale(exit_layer - 1, num_layers, recipe.exit_weighting, recipe.e_scale) > 0
-
-    exits = {e for e in (*recipe.fixed_exits, *in_turn) if e < num_layers}
-    return sorted(filter(has_weight, exits))

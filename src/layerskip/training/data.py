@@ -312,18 +312,12 @@ class Collator:
         """
         width = max(len(row["input_ids"]) for row in rows)
         gaps = [width - len(row["input_ids"]) for row in rows]
+        fills = {"input_ids": self.pad_token_id, "labels": IGNORED_LABEL, "position_ids": 0}
         batch = {
-            "input_ids": [
-                [*r["input_ids"], *[self.pad_token_id] * g] for r, g in zip(rows, gaps, strict=True)
-            ],
-            "labels": [
-                [*r["labels"], *[IGNORED_LABEL] * g] for r, g in zip(rows, gaps, strict=True)
-            ],
+            name: [[*row[name], *[fill] * gap] for row, gap in zip(rows, gaps, strict=True)]
+            for name, fill in fills.items()
+            if name in rows[0]
         }
-        if "position_ids" in rows[0]:
-            batch["position_ids"] = [
-                [*r["position_ids"], *[0] * g] for r, g in zip(rows, gaps, strict=True)
-            ]
-        else:
+        if "position_ids" not in batch:
             batch["attention_mask"] = [[1] * (width - g) + [0] * g for g in gaps]
         return {name: torch.tensor(values) for name, values in batch.items()}

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import TrainerCallback
 
 from layerskip.recipe.attached import AttachedRecipe
-
-
-class _Steps(Protocol):
-    global_step: int
-    max_steps: int
 
 
 class RecipeCallback(TrainerCallback):
@@ -33,7 +28,7 @@ class RecipeCallback(TrainerCallback):
             )
         check_arguments(args)
 
-    def on_step_begin(self, args: Any, state: _Steps, control: Any, **_: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Before the first batch of an optimizer step."""
         self._attached.set_step(state.global_step, state.max_steps)
         self._attached.last = None

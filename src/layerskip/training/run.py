@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import align_special_tokens
 
 from layerskip.model.files import json_text, replace
+from layerskip.model.machine import has_fast_bfloat16
 from layerskip.recipe import RecipeConfig, attach, detach
 from layerskip.recipe.schedule import enabled_exits
 from layerskip.training.callbacks import JsonLinesLog, TimeBudget, read_log, time_spent
@@ -266,13 +267,6 @@ def _dataset(rows: list[dict[str, list[int]]]) -> Any:
     return datasets.Dataset.from_list(rows)
 
 
-def _is_bfloat16_fast(on_gpu: bool) -> bool:
-    """Without AVX-512 a CPU's products in bfloat16 take tens of times as long as in float32."""
-    if on_gpu:
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-
-
 def _trainer(
     config: TrainConfig,
     model: Any,
@@ -288,7 +282,8 @@ def _trainer(
     checkpointing: dict[str, Any] = {name: True} if config.gradient_checkpointing else {}
     precision = config.precision
     if precision == "auto":
-        precision = "bfloat16" if _is_bfloat16_fast(use_gpu) else "float32"
+        device = torch.device("cuda" if use_gpu else "cpu")
+        precision = "bfloat16" if has_fast_bfloat16(device) else "float32"
     warms_up_to_constant = config.scheduler == "constant" and config.warmup_steps > 0
     has_tensorboard = importlib.util.find_spec("tensorboard") is not None
     arguments = TrainingArguments(

@@ -127,25 +127,8 @@ def tune(
     ):
         if value < least:
             raise ValueError(f"{name} is {value}, tuning needs {least} or more")
-    context = model.decoder.architecture.max_context
-    tokenized = [ids for ids in map(model.tokenize, prompts) if 0 < len(ids) < context]
-    continuations: list[Continuation] = []
-    texts: list[list[int]] = []
-    useful: list[list[int]] = []
-    for i, prompt in enumerate(tokenized, 1):
-        answer = model.generate(prompt, mode="plain", max_new_tokens=max_new_tokens, stop=stop)
-        if answer.new_tokens >= 2:
-            useful.append(prompt)
-            texts.append([*prompt, *answer.token_ids])
-            continuations.append(
-                read_agreement(model.decoder, prompt, answer, layers, max_new_tokens)
-            )
-        progress("reading what every exit says", i, len(tokenized))
-    if len(useful) < 2:
-        raise ValueError(
-            f"{len(useful)} of {len(prompts)} prompts fit into the context and have an answer of two"
-            " tokens or more; tuning needs two such prompts at least"
-        )
+    useful, continuations = _read_answers(model, prompts, layers, max_new_tokens, stop, progress)
+    texts = [[*prompt, *c.token_ids] for prompt, c in zip(useful, continuations, strict=True)]
     costs = measure_costs(
         model.decoder,
         max(texts, key=len),
@@ -181,11 +164,7 @@ def tune(
     vocabulary = draft_vocabulary(texts, model)
     other_text = text_without((c.token_ids for c in continuations), model.settings.draft_text)
     fixed = choose(confirmed)
-    lengths: dict[int, int] = {}  # of each exit the best, the best exit first
-    for prediction in best:
-        lengths.setdefault(prediction.exit_layer, prediction.draft_tokens)
-    if fixed.exit_layer is not None and fixed.draft_tokens is not None:
-        lengths = {fixed.exit_layer: fixed.draft_tokens}
+    lengths = _best_lengths(best, fixed)
     plain_entry, *entries = measure(
         _auto_systems(model, costs, lengths, vocabulary, other_text, stop),
         useful,
@@ -212,6 +191,45 @@ def tune(
         draft_vocabulary=vocabulary,
         draft_text=draft_text((c.token_ids for c in continuations), other_text),
     )
+
+
+def _read_answers(
+    model: LayerSkipModel,
+    prompts: Sequence[Any],
+    layers: Sequence[int],
+    max_new_tokens: int,
+    stop: Sequence[str],
+    progress: Progress,
+) -> tuple[list[list[int]], list[Continuation]]:
+    """The prompts that can be tuned with, as token ids, and what every exit says along their answers."""
+    context = model.decoder.architecture.max_context
+    tokenized = [ids for ids in map(model.tokenize, prompts) if 0 < len(ids) < context]
+    useful: list[list[int]] = []
+    continuations: list[Continuation] = []
+    for i, prompt in enumerate(tokenized, 1):
+        answer = model.generate(prompt, mode="plain", max_new_tokens=max_new_tokens, stop=stop)
+        if answer.new_tokens >= 2:
+            useful.append(prompt)
+            continuations.append(
+                read_agreement(model.decoder, prompt, answer, layers, max_new_tokens)
+            )
+        progress("reading what every exit says", i, len(tokenized))
+    if len(useful) < 2:
+        raise ValueError(
+            f"{len(useful)} of {len(prompts)} prompts fit into the context and have an answer of two"
+            " tokens or more; tuning needs two such prompts at least"
+        )
+    return useful, continuations
+
+
+def _best_lengths(best: Sequence[Prediction], fixed: Choice) -> dict[int, int]:
+    """Of each exit worth trying in mode auto its draft length, the best exit first."""
+    if fixed.exit_layer is not None and fixed.draft_tokens is not None:
+        return {fixed.exit_layer: fixed.draft_tokens}
+    lengths: dict[int, int] = {}
+    for prediction in best:
+        lengths.setdefault(prediction.exit_layer, prediction.draft_tokens)
+    return lengths
 
 
 def _auto_systems(
