@@ -41,6 +41,7 @@ SHAPES = {
 PROMPT_TOKENS = 128
 POSITIONS = (1, 2, 4, 5, 8, 16)
 ACCEPTANCE = (0.6, 0.75, 0.9)
+_COIN = torch.Generator().manual_seed(0)  # of the whole run: each repetition tosses anew
 
 
 def main() -> None:
@@ -197,11 +198,10 @@ def tokens_per_s(decoder: Decoder, plan: Plan, new_tokens: int, chance: float) -
 @contextlib.contextmanager
 def scripted(chance: float) -> Iterator[None]:
     """Rounds accept what a coin says, after all the work of finding out what they should."""
-    coin = torch.Generator().manual_seed(0)
 
     def tossed(drafted: Tensor, *what: Any) -> tuple[Tensor, Tensor]:
         _, following = accept(drafted, *what)
-        stands = torch.rand(drafted.shape, generator=coin) < chance
+        stands = torch.rand(drafted.shape, generator=_COIN) < chance
         return stands.cumprod(dim=1).sum(dim=1).to(drafted.device), following
 
     with mock.patch("layerskip.decoding.generate.accept", tossed):

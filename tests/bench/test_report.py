@@ -5,7 +5,13 @@ import copy
 import pytest
 
 from layerskip.bench.plots import draw_by_group
-from layerskip.bench.report import categories, conditions, table, write_report
+from layerskip.bench.report import (
+    categories,
+    conditions,
+    markdown_table,
+    table,
+    write_report,
+)
 
 pytest.importorskip("matplotlib")
 
@@ -189,3 +195,8 @@ def test_picture_of_groups():
         for name, speed in (("parse", 80.0), ("code", None))  # None: no answer had a second token
     ]
     assert draw_by_group(groups).startswith(b"\x89PNG")
+
+
+def test_a_table_shows_texts_as_they_are():
+    lines = [["a", "b"], ["x|<img src=y>\nz", "1 & 2"]]
+    assert markdown_table(lines).splitlines()[-1] == "| x\\|&lt;img src=y> z | 1 &amp; 2 |"

@@ -79,6 +79,16 @@ def test_prompts_count_with_as_many_tokens_as_plain_has():
     assert comparison([[run(0, 0)]], [[run(20, 2)]])["speedup_with_prompt"] is None
 
 
+def test_tokens_of_a_first_step_are_counted_once():
+    """Its first step gives 11 of 16 tokens: 0.65 s against 0.15 + 0.15."""
+    plain = [[run(15, 0.6, ttft=0.05)]]
+    steps = (Step(tuple(range(11))), *(Step((i,)) for i in range(5)))
+    peer = [[Run(steps=steps, text="", ttft_s=0.15, decode_s=0.15)]]
+    assert comparison(peer, plain)["speedup_with_prompt"] == pytest.approx(0.65 / 0.30)
+    assert speed(peer)["tokens_per_s_with_prompt"] == pytest.approx(16 / 0.30)
+    assert speed(peer)["tokens_per_s"] == pytest.approx(5 / 0.15)
+
+
 def test_the_interval_is_paired_by_prompt():
     """Prompts differ a hundredfold, the ratio does not: an interval of no width."""
     ours = [[run(10, 10.0**i)] for i in range(4)]

@@ -169,7 +169,17 @@ attempts = {
     "go elsewhere": lambda: os.chdir(full),
     "named pipe": lambda: os.mkfifo(os.path.join(full, "pipe")),
     "child": lambda: multiprocessing.get_context("spawn").Process(target=print).start(),
+    "module anew": lambda: sys.modules.pop("posix") and __import__("posix"),
+    "starter anew": lambda: (
+        sys.modules.pop("_posixsubprocess") and __import__("_posixsubprocess")
+    ),
+    "shared memory": lambda: __import__("_posixshmem"),
+    "another's limits": lambda: __import__("resource").prlimit(os.getppid(), 7, (9, 9)),
+    "another's priority": lambda: os.setpriority(os.PRIO_PROCESS, os.getppid(), 19),
+    "attributes": lambda: os.setxattr(full, "user.x", b"x"),
 }
+if sys.platform == "darwin":
+    del attempts["another's limits"], attempts["attributes"]
 confined._refuse_what_asks_no_hook()
 sys.addaudithook(confined._guard(os.path.realpath(".")))
 done = []
@@ -209,6 +219,9 @@ print(json.dumps({{
     "writes inside": works(lambda: open("small", "w").close()),
     "writes much": works(lambda: open("large", "wb", 0).write(bytes(1 << 20)) == 1 << 20 or 1 / 0),
     "kills": works(lambda: os.kill({os.getpid()}, 0)),
+    "mounts": confined.ctypes.CDLL(None).mount(
+        None, b"/", None, 0x1000 | 32, None  # MS_BIND | MS_REMOUNT: to be written again
+    ) == 0,
 }}), flush=True)
 """
         found = run_layer(folder, code)
@@ -221,6 +234,7 @@ print(json.dumps({{
         "writes inside": True,
         "writes much": True,
         "kills": False,
+        "mounts": False,
     }
     assert not outside.exists()
     assert not list(folder.iterdir())

@@ -503,7 +503,7 @@ main()
 def test_every_option_of_an_answer_is_passed_on(run):
     wanted = set(inspect.signature(LayerSkipModel.answer).parameters)
     flags = {option.name: None for option in generate.command.params if option.name != "prompt"}
-    assert set(options.decoding_arguments(flags)) == wanted - {"self", "prompt", "together"}
+    assert set(options.decoding_arguments(flags)) == wanted - {"self", "prompt", "together", "prefix"}
     run("generate", "--prompt", "abc", "--max-new-tokens", 1, "--threads", 2)
     assert torch.get_num_threads() == 2
 
@@ -514,3 +514,26 @@ def test_without_a_prompt_nobody_waits_at_a_terminal(run, command, monkeypatch):
     status, out, err = run(command)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "give a prompt" in err
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_obeys_no_answer(capsys, monkeypatch, is_terminal):
+    text = "a\x1b]52;c;eA==\x07b\tc\n\x9b2J"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    show.show_pieces([Piece(text=text)], show_draft=False)
+    shown = "a\\x1b]52;c;eA==\\x07b\tc\n\\x9b2J" if is_terminal else text
+    assert capsys.readouterr().out == shown + "\n"
+
+
+def test_no_message_is_obeyed_either(run):
+    status, _, err = run("generate", "--prompt", "ab", "--stop", "x", "--mode", "\x1b]0;title\x07")
+    assert status == 2
+    assert "\x1b" not in err
+
+
+def test_a_folder_in_the_place_of_a_built_in_model_is_said(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "smollm2-135m").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--max-new-tokens", "1", "--dtype", "float32", "--model", "smollm2-135m"]
+    assert cli.run(["generate", "--prompt", "ab", *flags]) == 0
+    assert "smollm2-135m is taken from the folder of that name here" in capsys.readouterr().err

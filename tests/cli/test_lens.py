@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import layerskip.lens
+from layerskip.lens import lens as lens_module
 
 SHORT = ("--max-new-tokens", 6)
 SPECULATIVE = ("--mode", "self-speculative", "--exit-layer", 3, "--draft-tokens", 2)
@@ -190,3 +191,17 @@ def test_where_drafts_come_from_is_heeded(run):
     _, out, _ = run("lens", "--prompt", "abcabc", *SHORT, *drafting[:-1])
     assert "E=" not in out
     assert "rounds, d=" in out
+
+
+def test_an_answer_is_looked_at_in_a_cache_as_large_as_it_was_made_in(run, monkeypatch):
+    """Some rotary embeddings turn by how long a text may become."""
+    capacities, walk = [], lens_module.walk_exits
+
+    def seen(decoder, tokens, exits, capacity):
+        capacities.append(capacity)
+        return walk(decoder, tokens, exits, capacity)
+
+    monkeypatch.setattr(lens_module, "walk_exits", seen)
+    assert run("lens", "--prompt", "abc", "--max-new-tokens", 12)[0] == 0
+    assert run("lens", "--prompt", "abc", "--continuation", "de")[0] == 0
+    assert capacities == [3 + 12 - 1, None]

@@ -505,7 +505,9 @@ def run():
 expected = run()
 child = os.fork()
 if child == 0:
-    os._exit(0 if torch.equal(run(), expected) else 1)
+    same = torch.equal(run(), expected)
+    torch.set_num_threads(2)  # which the child's kernels do not heed
+    os._exit(0 if same and torch.equal(run(), expected) else 1)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
@@ -527,15 +529,115 @@ def test_a_forked_process_does_not_wait_for_its_parents_threads(tmp_path):
         ({"cpu.max": "250000 100000"}, None, 3),
         ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, None, 4),
         ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None, 8),
+        # Of a service, whose group lies deeper, and the least of all above it counts.
+        ({"own": "0::/a/b.service", "a/b.service/cpu.max": "200000 100000"}, None, 2),
+        ({"own": "0::/a/b.service", "a/cpu.max": "300000 100000"}, None, 3),
+        (
+            {
+                "own": "0::/a/b.service",
+                "a/cpu.max": "300000 100000",
+                "a/b.service/cpu.max": "max 100000",
+            },
+            None,
+            3,
+        ),
+        (
+            {
+                "own": "7:memory:/m\n4:cpu,cpuacct:/a",
+                "cpu/a/cpu.cfs_quota_us": "200000",
+                "cpu/a/cpu.cfs_period_us": "100000",
+            },
+            None,
+            2,
+        ),
     ],
 )
 def test_threads_are_no_more_than_there_are_processors_for(
     files, panels, expected, tmp_path, monkeypatch
 ):
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(text + "\n")
     monkeypatch.setattr(threads, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(threads, "_OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(threads, "_processors", lambda: 8)
     monkeypatch.setattr(threads, "_quota", threads._quota.__wrapped__)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     assert threads.usable(panels) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux's")
+def test_threads_are_no_more_than_the_processors_that_are_left(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert threads.usable() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+_DEFAULTS = """
+import pathlib, sys, torch
+from layerskip import LayerSkipModel
+
+def answer(model):
+    how = {"max_new_tokens": 12, "ignore_eos": True}
+    drafted = {"mode": "self-speculative", "exit_layer": 2, "draft_tokens": 3}
+    options = ({}, drafted, {**drafted, "adaptive": True}, {"temperature": 1.0, "seed": 1})
+    return [model.generate([5, 6, 7], **how, **more).token_ids for more in options]
+
+def load():
+    return LayerSkipModel.from_pretrained(sys.argv[1], dtype="float32", compile=True)
+
+before = load()
+expected = answer(before)
+for name in ("float64", "bfloat16"):
+    torch.set_default_dtype(getattr(torch, name))
+    assert answer(before) == answer(load()) == expected, name
+"""
+
+
+def test_what_c_writes_into_is_not_what_pytorch_makes_by_default(tmp_path):
+    """Another default dtype would have C write beyond its memory."""
+    command = [sys.executable, "-c", _DEFAULTS, str(saved("llama2", tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_would_be_read_or_written_elsewhere_is_refused(tmp_path):
+    decoder = compiled(saved("llama2", tmp_path), "float32")
+    for token in (-1, decoder.architecture.vocab_size):
+        with pytest.raises(IndexError, match="outside of 0 to"):
+            decoder.embed(torch.tensor([[token]]))
+    narrow = decoder.embed(torch.tensor([[5, 6]], dtype=torch.int32))
+    assert torch.equal(narrow, decoder.embed(torch.tensor([[5, 6]])))
+    two, cache = torch.tensor([[5], [6]]), decoder.new_cache(8)
+    for call in (
+        lambda: decoder.run(decoder.embed(two), 0, LAYERS, cache),
+        lambda: decoder.step(two, LAYERS, cache),
+        lambda: decoder.draft(two, 2, 2, cache),
+    ):
+        with pytest.raises(ValueError, match="the KV cache has 1 rows, 2 are given"):
+            call()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="of users and groups")
+def test_libraries_that_somebody_else_may_have_made_are_not_loaded(
+    empty_cache, tmp_path, monkeypatch
+):
+    folder = tmp_path / "kernels"
+    prepare()
+    for path in (folder, folder / "made.so"):
+        path.chmod(path.stat().st_mode | 0o022)
+    prepare()
+    assert not any(path.stat().st_mode & 0o022 for path in (folder, folder / "made.so"))
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    if me != 0:  # root may have made what others load
+        with pytest.raises(NoCompilerError, match="is of another user: set LAYERSKIP_CACHE"):
+            prepare()
+    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path)
+    assert build._folder() == folder / str(me + 1)
+    monkeypatch.setattr(os, "geteuid", lambda: me)
+    assert build._folder() == folder

@@ -41,6 +41,7 @@ class Pip:
     def run(self, command, **options):
         self.calls.append(command)
         assert options["stdin"] == subprocess.DEVNULL  # no question that nobody sees
+        assert options["env"]["PYTHONSAFEPATH"] == "1"  # a pip.py of the working folder is not pip
         if self.returncode == 0:
             target = Path(command[command.index("--dest") + 1])
             (target / self.wheel.name).write_bytes(self.wheel.read_bytes())

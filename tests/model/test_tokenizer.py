@@ -1,5 +1,6 @@
 """Tokenizers out of folders and GGUF files."""
 
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from layerskip.model import UnsupportedModelError, gguf_tokenizer, load, tokenizer
-from layerskip.model.files import read_json, write_json
+from layerskip.model.files import CheckpointError, read_json, write_json
 from layerskip.model.weights import GgufFile
 from layerskip.training import TrainConfig
 from layerskip.training.loading import load_tokenizer
@@ -179,3 +180,25 @@ def test_a_list_of_special_tokens_is_written_for_both_versions_of_transformers(f
     assert "extra_special_tokens" not in fields
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert set(again.all_special_ids) == set(own.all_special_ids)
+
+
+def test_a_link_out_of_the_folder_is_not_followed(file, tmp_path):
+    """It would carry another file of the machine into what is passed on."""
+    inside, hub = tmp_path / "model", tmp_path / "hub" / "snapshots" / "abc"
+    for folder in (inside, hub, tmp_path / "hub" / "blobs"):
+        folder.mkdir(parents=True)
+    tokenizer.load(file.parent, GgufFile(file)).save_pretrained(str(inside))
+    secret = tmp_path / "secret"
+    secret.write_text("a token")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(inside / name, tmp_path / "hub" / "blobs" / name)
+        (hub / name).symlink_to(tmp_path / "hub" / "blobs" / name)
+    (tmp_path / "copy").mkdir()
+    tokenizer.write(hub, tmp_path / "copy")
+    assert (tmp_path / "copy" / "tokenizer.json").is_file()
+    (inside / "merges.txt").symlink_to(secret)
+    with pytest.raises(
+        CheckpointError, match=r"merges\.txt is a link to .*, outside of its folder"
+    ):
+        tokenizer.write(inside, tmp_path / "copy")
+    assert not (tmp_path / "copy" / "merges.txt").exists()

@@ -918,3 +918,17 @@ def test_a_picture_that_cannot_be_written_costs_no_result(settings, monkeypatch)
     ):
         result = run(settings, max_steps=1)
     assert weights(result.output)
+
+
+def test_files_that_transformers_would_add_are_refused(settings, model_folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    (model / "adapter_config.json").write_text('{"base_model_name_or_path": "another"}')
+    with pytest.raises(ValueError, match="has an adapter beside its weights: merge it"):
+        run(settings, model=str(model))
+    (model / "adapter_config.json").unlink()
+    (model / "model.safetensors").rename(tmp_path / "x.safetensors")
+    index = {"weight_map": {"lm_head.weight": "../x.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="names files outside of its folder"):
+        run(settings, model=str(model))

@@ -31,7 +31,8 @@ _NEW_MOUNTS, _NEW_IPC, _NEW_USER, _NEW_PIDS, _NEW_NETWORK = (
 )
 _PRIVATE, _RECURSIVE, _NO_SETUID, _NO_DEVICES = 1 << 18, 1 << 14, 2, 4
 _MOUNT_SETATTR, _AT_RECURSIVE, _READ_ONLY, _CURRENT_FOLDER = 442, 0x8000, 1, -100
-_KILL_WITH_PARENT = 1
+_KILL_WITH_PARENT, _NO_NEW_RIGHTS = 1, 38
+_CAPABILITIES_VERSION = 0x20080522
 _GRACE_S = 5.0
 
 # Events of sys.audit: https://docs.python.org/3/library/audit_events.html
@@ -45,7 +46,10 @@ _REFUSED = (
     "os.fork",
     "os.kill",
     "os.posix_spawn",
+    "os.removexattr",
+    "os.setxattr",
     "os.system",
+    "resource.prlimit",
     "socket.",
     "sqlite3.",
     "subprocess.",
@@ -72,6 +76,8 @@ _FOLDERS = {
     "os.symlink": (2,),
     "os.utime": (3,),
 }
+# Made anew, they would have again what `_refuse_what_asks_no_hook` takes away.
+_NOT_IMPORTED = ("_posixshmem", "_posixsubprocess", "posix")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -139,7 +145,7 @@ def _guard(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
                 paths += [os.path.join(place, os.fsdecode(path)) for path in paths]
             if not all(map(inside, paths)):
                 raise PermissionError(f"{event} outside the program's folder")
-        elif event.startswith(_REFUSED):
+        elif event.startswith(_REFUSED) or (event == "import" and arguments[0] in _NOT_IMPORTED):
             raise PermissionError(f"{event} is not allowed")
 
     return hook
@@ -156,16 +162,19 @@ def _place_of(open_folder: int) -> str:
 
 
 def _refuse_what_asks_no_hook() -> None:
-    """What `multiprocessing` starts processes with before Python 3.14, and named pipes and devices."""
+    """What `multiprocessing` starts processes with before Python 3.14, named pipes and devices, and what
+    reaches other processes."""
     import _posixsubprocess
 
     def refuse(*_: Any, **__: Any) -> int:
         raise PermissionError("this is not allowed")
 
     _posixsubprocess.fork_exec = refuse
-    for module in (os, sys.modules["posix"]):  # which make files, and ask no hook either
-        for name in ("mkfifo", "mknod"):
-            setattr(module, name, refuse)
+    taken = ("mkfifo", "mknod", "pidfd_open", "pidfd_send_signal", "setpriority")
+    for module in (os, signal, sys.modules["posix"], sys.modules["_signal"]):
+        for name in taken:
+            if hasattr(module, name):
+                setattr(module, name, refuse)
 
 
 def _enter_namespaces(folder: str, file_bytes: int) -> None:
@@ -193,6 +202,9 @@ def _enter_namespaces(folder: str, file_bytes: int) -> None:
     options = f"size={file_bytes}".encode()
     libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", _NO_SETUID | _NO_DEVICES, options)
     os.chdir(folder)
+    # In its own namespace it could mount all that again.
+    libc.prctl(_NO_NEW_RIGHTS, 1, 0, 0, 0)
+    libc.capset((ctypes.c_uint32 * 2)(_CAPABILITIES_VERSION, 0), (ctypes.c_uint32 * 6)())
 
 
 if __name__ == "__main__":

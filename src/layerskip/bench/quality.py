@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from layerskip.bench.sandbox import runs_to_end
+from layerskip.bench.sandbox import has_namespaces, runs_to_end
 from layerskip.model import native
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ Metrics = Callable[[Sequence["Sample"], Sequence[str]], dict[str, float]]
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+
+
+class ConfinementWarning(UserWarning):
+    """Generated code runs less confined than elsewhere."""
 
 
 def check_can_judge(metrics: Metrics | None) -> None:
@@ -34,6 +39,13 @@ def check_can_judge(metrics: Metrics | None) -> None:
         raise ValueError(
             "pass@1 cannot be judged: a confined Python process does not start here"
             " (are memory or processes limited?)"
+        )
+    if metrics is pass_at_1 and not has_namespaces():
+        warnings.warn(
+            "generated code is confined by Python's own hook alone here, which stops accidents and no"
+            " attack (docs/tasks.md)",
+            ConfinementWarning,
+            stacklevel=2,
         )
 
 

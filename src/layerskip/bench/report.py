@@ -15,7 +15,14 @@ _TITLES = {
 }
 
 _ONLY_IN_REPORTS = frozenset(
-    ["ms/token", "first token", "mean of prompts", "with prompt", "peak memory", "bandwidth"]
+    [
+        "ms/token, median",
+        "first token",
+        "mean of prompts",
+        "with prompt",
+        "peak memory",
+        "bandwidth",
+    ]
 )
 
 
@@ -73,7 +80,7 @@ def table(document: dict[str, Any], *, brief_of: str | None = None) -> list[list
     columns: dict[str, list[str]] = {
         "mode": [name_of(row, system=several) for row in rows],
         "tokens/s": [_number(row["tokens_per_s"], ".1f") for row in rows],
-        "ms/token": [_number(row["ms_per_token_median"], ".1f") for row in rows],
+        "ms/token, median": [_number(row["ms_per_token_median"], ".1f") for row in rows],
         "first token": [_number(row["ttft_s"], ".0f", scale=1e3, unit=" ms") for row in rows],
         "speedup (95%)": [
             _number(row.get("speedup"), ".2f", unit="x") + _interval(row) for row in rows
@@ -159,12 +166,19 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     """A heading and its lines in Markdown; all columns but the first are numbers."""
     heading, *rest = lines
     marks = ["---", *["---:"] * (len(heading) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [heading, marks, *rest])
+    written = (map(escaped, heading), marks, *(map(escaped, line) for line in rest))
+    return "\n".join("| " + " | ".join(line) + " |" for line in written)
+
+
+def escaped(text: str) -> str:
+    """A text that others wrote, such as a category's name, as Markdown shows it and nothing more."""
+    line = " ".join(text.split())
+    return line.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def _failures(document: dict[str, Any]) -> list[str]:
     failed = [row for row in document["rows"] if "error" in row]
-    lines = [f"- {name_of(row, system=True)}: {row['error']}" for row in failed]
+    lines = [f"- {name_of(row, system=True)}: {escaped(row['error'])}" for row in failed]
     return ["\n".join(["Without figures:", "", *lines])] if lines else []
 
 

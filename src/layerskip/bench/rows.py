@@ -92,16 +92,18 @@ def speed(runs: Runs) -> dict[str, Any]:
     tokens, seconds = _decoding(runs)
     timed = tokens > 0
     total = float(tokens.sum() / seconds.sum()) if timed.any() else None
+    new_tokens = _new_tokens(runs).sum()
     a_token = float(np.median(seconds[timed] / tokens[timed])) if timed.any() else None
     return {
         "tokens_per_s": total,
+        "tokens_per_s_with_prompt": float(new_tokens / (_first_tokens_s(runs) + seconds).sum()),
         "ms_per_token": None if total is None else 1e3 / total,
         "tokens_per_s_median": None if a_token is None else 1 / a_token,
         "ms_per_token_median": None if a_token is None else 1e3 * a_token,
         "ttft_s": statistics.median(
             statistics.median(run.ttft_s for run in of_prompt) for of_prompt in runs
         ),
-        "new_tokens": sum(len(of_prompt[0].token_ids) for of_prompt in runs),
+        "new_tokens": int(new_tokens),
     }
 
 
@@ -124,7 +126,9 @@ def comparison(runs: Runs, plain: Runs) -> dict[str, Any]:
     for name, ratio in (("speedup", of_totals), ("speedup_mean_of_prompts", mean_of_prompts)):
         found[name] = float(ratio(columns)) if timed.any() else None
         found[f"{name}_interval"] = bootstrap_interval(columns, ratio)
-    longer = np.divide(plain_tokens, tokens, out=np.ones_like(seconds), where=timed)
+    # What plain's answer has beyond as many tokens as this row's first step gave.
+    left = np.maximum(_new_tokens(plain) - (_new_tokens(runs) - tokens), 0)
+    longer = np.divide(left, tokens, out=np.ones_like(seconds), where=timed)
     whole = _first_tokens_s(runs) + seconds * longer
     plain_whole = _first_tokens_s(plain) + plain_seconds
     alike = timed | ((tokens == 0) & (plain_tokens == 0))
@@ -132,6 +136,10 @@ def comparison(runs: Runs, plain: Runs) -> dict[str, Any]:
         float(plain_whole[alike].sum() / whole[alike].sum()) if alike.any() else None
     )
     return found
+
+
+def _new_tokens(runs: Runs) -> NDArray[np.float64]:
+    return np.array([float(len(of_prompt[0].token_ids)) for of_prompt in runs])
 
 
 def _first_tokens_s(runs: Runs) -> NDArray[np.float64]:

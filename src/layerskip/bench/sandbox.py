@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -44,7 +45,7 @@ def runs_to_end(program: str, limits: Limits | None = None) -> bool:
     outside its folder (see `confined.py` for how, and docs/tasks.md for what holds where). At the
     end, or when time is up, its whole process group is killed. An early exit of any status is no
     end: only the line after the program's last one reports it, with a word that is drawn for this
-    run.
+    run, and that a program made to find it can find.
 
     This keeps accidents and ordinary mischief away from the machine. It is no wall against a
     program that is written to break out: for that, run everything in a container.
@@ -58,6 +59,12 @@ def runs_to_end(program: str, limits: Limits | None = None) -> bool:
     word = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="layerskip-", ignore_cleanup_errors=True) as folder:
         return _report_of(program, word, limits, folder) == word.encode()
+
+
+@functools.cache
+def has_namespaces() -> bool:
+    """Whether the kernel itself confines programs here, beside Python's hook: see docs/tasks.md."""
+    return sys.platform == "linux" and runs_to_end("import os\nassert os.getpid() == 1")
 
 
 def _report_of(program: str, word: str, limits: Limits, folder: str) -> bytes:

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 import layerskip
+from layerskip.cli.terminal import harmless
 
 _COMMANDS = {
     "demo": "plain decoding and mode auto side by side on a real model",
@@ -150,4 +151,4 @@ def _one_line(error: Exception, command: str) -> str:
 
 
 def _say(line: str) -> None:
-    print(f"layerskip: {line}", file=sys.stderr)
+    print(f"layerskip: {harmless(line)}", file=sys.stderr)

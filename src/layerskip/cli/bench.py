@@ -160,15 +160,16 @@ def command(
     config = BenchConfig(**{f.name: flags[f.name] for f in dataclasses.fields(BenchConfig)})
     check_task(task_name)
     model = options.load_model(flags)
-    task = load_task(
-        task_name,
-        samples=samples,
-        n_shot=n_shot,
-        seed=seed,
-        data=data,
-        chat=model.has_chat_template,
-        judged=not config.ignore_eos,
-    )
+    with options.warnings_in_one_line():
+        task = load_task(
+            task_name,
+            samples=samples,
+            n_shot=n_shot,
+            seed=seed,
+            data=data,
+            chat=model.has_chat_template,
+            judged=not config.ignore_eos,
+        )
     with bars() as progress:
         document = bench(model, task, config, source=flags["model"], progress=progress)
     document |= {"n_shot": task.n_shot, "seed": seed}

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from layerskip.cli import options, show
+from layerskip.cli.terminal import harmless
 from layerskip.decoding import LayerSkipModel, Prefix, PromptError
 
 _HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"
@@ -70,7 +71,8 @@ def command(
                     model, asked, prefix, drawn_apart, stats, show_draft, quiet=as_json
                 )
             except PromptError as error:
-                print(f"layerskip: {error} (/reset forgets the conversation)", file=sys.stderr)
+                said = harmless(str(error))
+                print(f"layerskip: {said} (/reset forgets the conversation)", file=sys.stderr)
                 messages.pop()
                 continue
             messages.append({"role": "assistant", "content": result["text"]})

@@ -13,6 +13,7 @@ from rich.text import Text
 from layerskip.bench.measure import Entry, Setting, measure
 from layerskip.bench.own import OwnSystem, settings_of
 from layerskip.cli.show import DRAFTED_COLOUR
+from layerskip.cli.terminal import harmless
 from layerskip.decoding import Answer, LayerSkipModel
 from layerskip.decoding.prompt import Prompt
 
@@ -108,7 +109,7 @@ class SideBySide:
             self._begin()
         column = self._columns[MODES.index(setting.mode)]
         for piece in answer:
-            text = piece.text if column.text else piece.text.lstrip("\n")
+            text = harmless(piece.text if column.text else piece.text.lstrip("\n"))
             column.text.append(text, DRAFTED_COLOUR if piece.drafted else None)
             if self._live is not None and time.monotonic() - self._drawn_at > REFRESH_S:
                 with answer.paused():

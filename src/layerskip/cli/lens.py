@@ -154,12 +154,16 @@ def _look(
 ) -> Report:
     ids = model.tokenize(prompt)
     answer: Generation | list[int]
+    capacity = None
     if continuation is None:
         answer = model.answer(ids, **decoding).complete()
+        room = len(ids) + decoding["max_new_tokens"] - 1  # as it was answered with
+        capacity = min(room, model.decoder.architecture.max_context)
     else:
         answer = _behind(model.tokenizer, prompt, ids, continuation)
     start = len(ids) - PROMPT_TAIL if positions is None else min(positions.start, len(ids))
-    report = report_on(model, name, ids, answer, exits=layers, start=max(start, 1))
+    how: dict[str, Any] = {"exits": layers, "start": max(start, 1), "capacity": capacity}
+    report = report_on(model, name, ids, answer, **how)
     return report if positions is None else report.part(positions)
 
 

@@ -18,6 +18,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
+from layerskip.cli.terminal import harmless
 from layerskip.cli.values import Number, draft_text, json_object, vocabulary_size
 from layerskip.decoding import DRAFT_SOURCES, MODES, Generation, LayerSkipModel
 from layerskip.model.files import json_text, replace
@@ -192,6 +193,8 @@ def load_model(flags: dict[str, Any]) -> LayerSkipModel:
 
         torch.set_num_threads(flags["threads"])
     name = flags["model"]
+    if name in BUILTIN_MODELS and Path(name).exists():
+        click.echo(f"layerskip: {name} is taken from the folder of that name here", err=True)
     fetch_if_builtin(name)
     how = {field: flags[field] for field in ("dtype", "weights", "device", "compile")}
     with waiting(f"loading {name}"), warnings_in_one_line():
@@ -207,7 +210,7 @@ def warnings_in_one_line(*, is_shown: bool = True) -> Iterator[None]:
         def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
             if category.__module__.startswith("layerskip."):
                 if is_shown:
-                    click.echo(f"layerskip: {message}", err=True)
+                    click.echo(f"layerskip: {harmless(str(message))}", err=True)
             else:
                 plain(message, category, *place, **more)
 

@@ -38,7 +38,13 @@ _COLUMNS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # draft lengths that a terminal ha
     show_default=True,
     help="Prompts, of those there are.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Which samples are drawn.")
+@click.option(
+    "--seed",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Which samples are drawn; layerskip bench draws others, unless told so.",
+)
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=2),

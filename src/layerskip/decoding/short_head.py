@@ -18,7 +18,7 @@ from layerskip.model import Decoder, GoesOn, KVCache
 _MADE: "weakref.WeakKeyDictionary[Decoder, tuple[tuple[tuple[int, ...], ShortHead], ...]]" = (
     weakref.WeakKeyDictionary()
 )
-_KEPT = 4
+_KEPT = 8
 
 
 class ShortHead:

@@ -95,6 +95,7 @@ def look(
     exits: Collection[int] | None = None,
     start: int = 1,
     top: int = TOP,
+    capacity: int | None = None,
 ) -> Lens:
     """Look at a text through every layer, in one pass over it.
 
@@ -105,6 +106,7 @@ def look(
         exits: exit layers to look at, each 1 to L; None for all. The whole model is always added.
         start: the first position to look at, 1 or more.
         top: how many tokens to keep of each prediction.
+        capacity: of the cache that the answer was made with, which some rotary embeddings go by.
 
     Raises:
         ValueError: the text is shorter than two tokens or longer than the context, or an exit is none
@@ -123,7 +125,7 @@ def look(
     # The prediction of a position comes from the state one before it; the last token predicts nothing.
     tokens = torch.tensor([list(token_ids[:-1])], device=decoder.device)
     pieces: dict[int, list[Tensor]] = {e: [] for e in wanted}
-    for first, e, hidden in walk_exits(decoder, tokens, wanted):
+    for first, e, hidden in walk_exits(decoder, tokens, wanted, capacity):
         pieces[e].append(hidden[:, max(start - 1 - first, 0) :])
     states = {e: torch.cat(pieces[e], dim=1) for e in wanted}
     answer = torch.cat(

@@ -89,6 +89,7 @@ def report_on(
     *,
     exits: Collection[int] | None = None,
     start: int = 1,
+    capacity: int | None = None,
 ) -> Report:
     """Look at an answer through a model's layers.
 
@@ -99,6 +100,7 @@ def report_on(
         answer: made by the model, or any token ids, at least one.
         exits: see `look`.
         start: see `look`; not beyond the first token of the answer.
+        capacity: see `look`.
 
     Raises:
         ValueError: the answer is empty; or see `look`.
@@ -107,7 +109,8 @@ def report_on(
     new = answer.token_ids if isinstance(answer, Generation) else answer
     if not new:
         raise ValueError("the answer is empty; the lens needs at least one token of it")
-    lens = look(model.decoder, [*prompt, *new], prompt_tokens=len(prompt), exits=exits, start=start)
+    how: dict[str, Any] = {"exits": exits, "start": start, "capacity": capacity}
+    lens = look(model.decoder, [*prompt, *new], prompt_tokens=len(prompt), **how)
     speculative = generation is not None and generation.mode == "self-speculative"
     return Report(
         model=name,

@@ -42,7 +42,7 @@ class KVCache:
         self.slots = _zeros(shape, dtype, torch.device(device)) if slots is None else slots
         self._is_lazy = self.slots.device.type == "cpu"  # see `_zeros`
         self.capacity = capacity
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
 
     def keep_rows(self, rows: Tensor) -> None:
         """Forget all rows but these, [n] int64; they are renumbered in this order.

@@ -58,6 +58,7 @@ _ENDS = frozenset(
 )
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding"}  # ours: the file's
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # types of tokens
+_LONGEST_MERGED = 1024  # characters; each cut of a token is looked up
 
 
 def from_gguf(file: GgufFile) -> Any:
@@ -168,7 +169,7 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> Tokenizer:
         )
     scored = zip(tokens, scores, types, strict=True)
     for token, score, type_ in scored:
-        if type_ == _NORMAL:
+        if type_ == _NORMAL and len(token) <= _LONGEST_MERGED:
             cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
             merges += [(score, parts) for parts in cuts if parts[0] in vocab and parts[1] in vocab]
     merges.sort(key=lambda merge: -merge[0])

@@ -31,7 +31,7 @@ def cpu_instructions() -> str:
 
     What is compiled for one processor may lie in a cache folder that another one shares.
     """
-    return _cpu_line("flags") or _cpu_line("Features") or platform.processor()
+    return _cpu_line("flags") or _cpu_line("Features") or cpu_name()
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -81,7 +81,7 @@ def frequencies(rope: Rope | None, head_dim: int, *, is_long: bool = False) -> T
     `is_long` takes LongRoPE's factors for contexts above the original one.
     """
     if rope is None:
-        return torch.zeros(head_dim // 2)
+        return torch.zeros(head_dim // 2, dtype=torch.float32)
     dim = rope.turned(head_dim)
     exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
     freqs = _scaled(rope, 1.0 / (rope.theta**exponents), is_long)
@@ -90,7 +90,7 @@ def frequencies(rope: Rope | None, head_dim: int, *, is_long: bool = False) -> T
 
 def magnitudes(rope: Rope | None, head_dim: int) -> Tensor:
     """What each of the `head_dim / 2` complex pairs of queries and keys is multiplied by."""
-    result = torch.ones(head_dim // 2)
+    result = torch.ones(head_dim // 2, dtype=torch.float32)
     if rope is not None:
         result[: rope.turned(head_dim) // 2] = rope.magnitude
     return result

@@ -185,8 +185,15 @@ def _download(requirement: str, target: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--progress-bar=off", "--disable-pip-version-check"]
     command += ["--dest", str(target), requirement]
-    done = subprocess.run(  # no input: nobody would see what pip asks
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,  # nobody would see what pip asks
+        capture_output=True,
+        text=True,
+        check=False,
+        # A pip.py of the working folder is not pip; before Python 3.11 that folder is always searched.
+        env=os.environ | {"PYTHONSAFEPATH": "1"},
+        cwd=target if sys.version_info < (3, 11) else None,
     )
     wheels = list(target.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:

@@ -59,6 +59,15 @@ def is_as_written(settings: Mapping[str, Any]) -> bool:
     return "auto_map" not in settings and (kind in _GENERIC or (kind in _REBUILT and is_complete))
 
 
+def _check_within(file: Path) -> None:
+    """Refuse a link that would carry another file of this machine into what is to be passed on."""
+    folder, real = file.parent.resolve(), file.resolve()
+    # The hub's cache has links from snapshots/REVISION to blobs.
+    of_the_hub = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    if not real.is_relative_to(of_the_hub):
+        raise CheckpointError(f"{file} is a link to {real}, outside of its folder: it is refused")
+
+
 def write(path: Path, folder: Path, gguf_file: GgufFile | None = None) -> None:
     """Copy a checkpoint's tokenizer files into a folder, or save the tokenizer of its GGUF file there.
 
@@ -69,6 +78,7 @@ def write(path: Path, folder: Path, gguf_file: GgufFile | None = None) -> None:
     if not set(found) & set(_TOKENIZER_FILES) and (tokenizer := load(path, gguf_file)) is not None:
         tokenizer.save_pretrained(str(folder))
     for name in found:
+        _check_within(path / name)
         shutil.copyfile(path / name, folder / name)
     settings = folder / "tokenizer_config.json"
     if settings.is_file():

@@ -9,6 +9,7 @@ import transformers
 
 from layerskip.model.checkpoint import check_no_adapter
 from layerskip.model.source import BUILTIN_MODELS, BuiltinModel, pull
+from layerskip.model.weights import SafetensorsFiles
 
 
 def pretrained(name: str) -> tuple[str, dict[str, Any]]:
@@ -38,6 +39,13 @@ def check_files(name: str) -> None:
     """
     path = Path(name)
     check_no_adapter(path)
+    if (path / "adapter_config.json").is_file():  # put on by transformers, not by decoding
+        raise ValueError(
+            f"{name} has an adapter beside its weights: merge it (peft's merge_and_unload), or take"
+            " adapter_config.json away"
+        )
+    if (path / "model.safetensors.index.json").is_file():
+        SafetensorsFiles(path)  # refuses files outside of the folder, which transformers would read
     kinds = {file.suffix for file in path.iterdir()} if path.is_dir() else {path.suffix}
     if ".gguf" in kinds and ".safetensors" not in kinds:
         raise ValueError(

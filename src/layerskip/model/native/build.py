@@ -14,10 +14,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from layerskip.model.files import flush
 from layerskip.model.machine import cpu_instructions
+from layerskip.model.native import threads
 from layerskip.model.source import cache_folder
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -39,7 +38,8 @@ def prepare(announce: Callable[[str], None] = lambda text: None) -> None:
             loaded.
     """
     library_file = target()
-    if library_file.is_file():
+    _check_owner(library_file)
+    if os.path.isfile(library_file):
         try:
             _loaded(library_file)
             return
@@ -59,7 +59,7 @@ def library() -> ctypes.CDLL:
     """The compiled kernels; raises what `prepare` raises."""
     prepare()
     if hasattr(os, "register_at_fork"):  # a child would wait for threads that its parent has
-        os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
+        os.register_at_fork(after_in_child=threads.stay_alone)
     return _loaded(target())
 
 
@@ -89,8 +89,8 @@ def _loaded(path: Path) -> ctypes.CDLL:
     ]
     loaded.layerskip_rows.argtypes = [pointer, pointer, whole, pointer]
     loaded.layerskip_large_pages.argtypes = [pointer, whole]
-    for name in ("rows", "large_pages"):
-        getattr(loaded, f"layerskip_{name}").restype = None
+    loaded.layerskip_rows.restype = ctypes.c_int
+    loaded.layerskip_large_pages.restype = None
     for name in ("run", "product", "choose", "step"):
         getattr(loaded, f"layerskip_{name}").restype = _check
     return loaded
@@ -109,7 +109,7 @@ def _compiler() -> tuple[str, ...]:
     if named := os.environ.get("CXX"):
         return tuple(shlex.split(named))
     if sys.platform == "darwin":
-        raise NoCompilerError("Apple's compiler has no OpenMP; name another (g++, clang++) in CXX")
+        raise NoCompilerError("Apple's compiler has no OpenMP; name another (g++) in CXX")
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise NoCompilerError("there is no C++ compiler (g++ or clang++)")
@@ -125,12 +125,42 @@ def target() -> Path:
         program = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
         what += f"\0{program}\0{program.stat().st_size}\0{program.stat().st_mtime_ns}"
     name = hashlib.sha256(_SOURCE.read_bytes() + what.encode()).hexdigest()[:16]
-    return cache_folder() / "kernels" / f"{name}.so"
+    return _folder() / f"{name}.so"
+
+
+def _folder() -> Path:
+    """Where libraries are kept; in another user's cache a folder of this one's own."""
+    folder = cache_folder() / "kernels"
+    if os.name == "posix":
+        with contextlib.suppress(OSError):
+            if folder.stat().st_uid != os.geteuid():
+                return folder / str(os.geteuid())
+    return folder
+
+
+def _check_owner(library_file: Path) -> None:
+    """Refuse a library that somebody else has made, or may replace: it would run as this user."""
+    for path in (library_file.parent, library_file):
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise NoCompilerError(f"{path} cannot be looked at ({error.strerror})") from error
+        if os.name == "posix" and found.st_uid not in (0, os.geteuid()):
+            raise NoCompilerError(
+                f"{path} is of another user: set LAYERSKIP_CACHE to another folder"
+            )
+        if os.name == "posix" and found.st_mode & 0o022:
+            with contextlib.suppress(OSError):  # of a umask that leaves things to a group
+                path.chmod(found.st_mode & ~0o022)
 
 
 def _compile(target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):
+            target.parent.chmod(0o755)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
             command = [*_compiler(), *_FLAGS, str(_SOURCE), "-o", str(made)]

@@ -14,6 +14,7 @@ from layerskip.model.linear import Matrix
 from layerskip.model.mlp import GatedMLP
 from layerskip.model.native.build import library
 from layerskip.model.native.panels import (
+    FLOATS,
     KINDS,
     LANES,
     MatrixStruct,
@@ -121,7 +122,7 @@ class NativeDecoder(Decoder):
         if start == stop or not hidden.numel():
             return hidden
         b, t, _ = hidden.shape
-        cache.check_room(t)
+        _check_fit(b, t, cache)
         hidden = hidden.float().contiguous()
         out = torch.empty_like(hidden)
         turns = self._turn_tables(cache.capacity)
@@ -166,7 +167,7 @@ class NativeDecoder(Decoder):
         if self.architecture.logit_cap is not None or not stop:
             return super().step(last, stop, cache)
         self._check_layers(0, stop)
-        cache.check_room(1)
+        _check_fit(len(last), 1, cache)
         hidden = self.embed(last).float()
         chosen, state = torch.empty_like(last), torch.empty_like(hidden)
         heads, turns = self._head_pointers(), self._turn_tables(cache.capacity)
@@ -193,12 +194,12 @@ class NativeDecoder(Decoder):
         if self.architecture.logit_cap is not None or not isinstance(exit_, NativeDecoder):
             return super().draft(last, n, exit_layer, cache, short, token_ids, goes_on)
         self._check_layers(0, exit_layer)
-        cache.check_room(n)
         rows = len(last)
+        _check_fit(rows, n, cache)
         # Written row by row of a draft: what little Python does for a token counts beside a few layers.
-        states = torch.empty(n, rows, self.architecture.hidden_size)
-        tokens = torch.empty(n, rows, 1, dtype=torch.long)
-        probabilities = torch.empty(n, rows)
+        states = torch.empty(n, rows, self.architecture.hidden_size, **FLOATS)
+        tokens = torch.empty(n, rows, 1, dtype=torch.int64, device="cpu")
+        probabilities = torch.empty(n, rows, **FLOATS)
         ids, confidences = tokens.numpy().reshape(-1), probabilities.numpy().reshape(-1)
         settled = cache.lengths.numpy()
         state, width = states.data_ptr(), rows * states.shape[2] * states.itemsize
@@ -288,3 +289,10 @@ class _Held:
 def _weight(norm: object) -> Tensor:
     assert isinstance(norm, RMSNorm | HeadNorm)
     return norm.weight.float().contiguous()
+
+
+def _check_fit(rows: int, n: int, cache: KVCache) -> None:
+    """Raise ValueError where C would write beyond the cache: n positions more of so many rows."""
+    if rows != len(cache.lengths):
+        raise ValueError(f"the KV cache has {len(cache.lengths)} rows, {rows} are given")
+    cache.check_room(n)

@@ -522,7 +522,8 @@ __attribute__((noinline)) void product(const Matrix &w, int64_t first, int64_t l
 // 16-bit weights on a CPU's matrix unit (AMX): 32 inputs of a panel are one of its tiles as they lie,
 // and sixteen rows of inputs another. Its sums are formed in another order than those of vectors, so a
 // machine that has the unit uses it for single rows too.
-#if defined(VECTORS_OF_16) && defined(__AMX_BF16__) && defined(__linux__)
+// Its inputs are pairs of bfloat16, which is how they lie where vectors multiply such pairs too.
+#if defined(VECTORS_OF_16) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define MATRIX_UNIT
 constexpr int WIDE = 4, DEEP = 2 * LANES;  // panels, inputs of a tile
 
@@ -1291,9 +1292,11 @@ int layerskip_step(const Model *m, const float *hidden, float *x, const int64_t 
   });
 }
 
-// out [n, w.in]: what some rows of the matrix stand for, as an embedding looks them up.
-void layerskip_rows(const Matrix *w, const int64_t *index, int64_t n, float *out) {
+// out [n, w.in]: what some rows of the matrix stand for, as an embedding looks them up. Whether all are there.
+int layerskip_rows(const Matrix *w, const int64_t *index, int64_t n, float *out) {
   const int64_t in = w->in, groups = in / GROUP;
+  for (int64_t i = 0; i < n; i++)
+    if (index[i] < 0 || index[i] >= w->out) return 0;
   for (int64_t i = 0; i < n; i++) {
     const int64_t panel = index[i] / LANES, lane = index[i] % LANES;
     float *to = out + i * in;
@@ -1317,6 +1320,7 @@ void layerskip_rows(const Matrix *w, const int64_t *index, int64_t n, float *out
       }
     }
   }
+  return 1;
 }
 
 // Memory that is read in long runs is found faster in large pages.

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from layerskip.model.native.threads import usable
 from layerskip.model.quantize import GROUP, Quantized
 
 LANES = 16
+# What C writes floats into, whatever PyTorch would make by default.
+FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 _MOVED_ROWS = 64 * LANES
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _INT8, _INT4 = 2, 3
@@ -82,7 +85,7 @@ class PanelMatrix:
     ) -> Tensor:
         """The product with the RMS norm of x, [N, in] to [N, out], float32; threads: None = all."""
         x = x.float().contiguous()
-        y = torch.empty(x.shape[0], self.shape[0])
+        y = x.new_empty(x.shape[0], self.shape[0])
         self._library.layerskip_product(
             ctypes.byref(self.struct),
             _pointer(norm),
@@ -95,12 +98,14 @@ class PanelMatrix:
         return y
 
     def look_up(self, index: Tensor) -> Tensor:
-        """Rows by number, [...] int64 to [..., in] float32."""
-        index = index.contiguous()
-        rows = torch.empty(*index.shape, self.shape[1])
-        self._library.layerskip_rows(
+        """Rows by number, [...] to [..., in] float32; IndexError where there is none of that number."""
+        index = index.to(torch.int64).contiguous()
+        rows = torch.empty(*index.shape, self.shape[1], **FLOATS)
+        are_there = self._library.layerskip_rows(
             ctypes.byref(self.struct), index.data_ptr(), index.numel(), rows.data_ptr()
         )
+        if not are_there:
+            raise IndexError(f"a row number is outside of 0 to {self.shape[0] - 1}")
         return rows
 
     def rows(self, index: Tensor) -> "PanelMatrix":
@@ -148,8 +153,8 @@ def choose(
         [N] int64, and [N] float32 or None. No outputs are written down.
     """
     x = x.float().contiguous()
-    chosen = torch.empty(x.shape[0], dtype=torch.long)
-    probabilities = torch.empty(x.shape[0]) if confident else None
+    chosen = torch.empty(x.shape[0], dtype=torch.int64, device="cpu")
+    probabilities = x.new_empty(x.shape[0]) if confident else None
     library().layerskip_choose(
         *(parts, len(parts)),
         *(_pointer(norm), eps, x.data_ptr(), x.shape[0]),
@@ -188,7 +193,7 @@ def _panels(parts: Iterable[Tensor], out: int) -> Tensor:
     for words in parts:
         rows, n, k = words.shape
         if laid is None:
-            laid = torch.empty(-(-out // LANES), n, LANES, k, dtype=words.dtype)
+            laid = words.new_empty(-(-out // LANES), n, LANES, k)
             library().layerskip_large_pages(laid.data_ptr(), laid.nbytes)
         to = laid[begin:]
         if k * words.itemsize == 4 and words.storage_offset() % k == 0:

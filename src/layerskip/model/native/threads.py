@@ -1,12 +1,17 @@
 """How many threads the kernels work with."""
 
+import contextlib
 import functools
 import math
-from pathlib import Path
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 import torch
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+_is_forked = False
 
 
 def usable(panels: int | None = None) -> int:
@@ -17,25 +22,52 @@ def usable(panels: int | None = None) -> int:
     Args:
         panels: of the narrowest product; None = enough for all.
     """
-    most = min(torch.get_num_threads(), _quota())
+    most = 1 if _is_forked else min(torch.get_num_threads(), _processors(), _quota())
     return most if panels is None else max(1, min(most, panels))
+
+
+def stay_alone() -> None:
+    """In a forked child: the threads of its parent are none of its own, and cannot be started again."""
+    global _is_forked
+    _is_forked = True
+    torch.set_num_threads(1)
+
+
+def _processors() -> int:
+    """Those that this process may run on, as taskset and schedulers of jobs leave them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @functools.cache
 def _quota() -> int:
-    """Processors that a control group may use at a time, rounded up; as many as you like without one."""
-    try:  # version 2
-        limit, period = (_CGROUPS / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:  # version 1
-            limit, period = (
-                (_CGROUPS / "cpu" / f"cpu.cfs_{name}_us").read_text()
-                for name in ("quota", "period")
-            )
-        except OSError:
-            limit, period = "max", "1"
+    """Processors that control groups may use at a time, rounded up; as many as you like without one."""
+    shares = [_share(*limit) for limit in _limits()]
+    return math.ceil(min((share for share in shares if share > 0), default=1 << 16))
+
+
+def _share(limit: str, period: str) -> float:
     try:
-        share = int(limit) / int(period)
+        return int(limit) / int(period)
     except ValueError:  # "max"
-        share = -1.0
-    return math.ceil(share) if share > 0 else 1 << 16
+        return -1.0
+
+
+def _limits() -> Iterator[tuple[str, str]]:
+    """Time and period of the process's group and all above it, of both versions of control groups."""
+    paths = {"/"}
+    with contextlib.suppress(OSError, ValueError):
+        for line in _OWN_CGROUPS.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds == "" or "cpu" in kinds.split(","):
+                paths |= {path, *map(str, PurePosixPath(path).parents)}
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):
+            limit, period = (_CGROUPS / path.lstrip("/") / "cpu.max").read_text().split()
+            yield limit, period
+        folder = _CGROUPS / "cpu" / path.lstrip("/")
+        with contextlib.suppress(OSError):
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            quota, period = ((folder / name).read_text() for name in names)
+            yield quota, period
