@@ -1,9 +1,9 @@
-"""How soon each turn of a conversation begins, with what its turns share computed once and computed anew.
+"""How soon each turn of a conversation begins: what its turns share computed once, and computed anew.
 
     python benchmarks/conversation.py --output benchmarks/results/conversation.json
 
-A long text is asked about, then "And what else?" again and again. Both ways take turns; answers are those
-of plain decoding, and have to be the same.
+A long text is asked about, then "And what else?" again and again. Both ways take turns; their answers
+are those of plain decoding, and have to be the same.
 """
 
 import argparse
