@@ -35,9 +35,11 @@ def main() -> None:
     text = " ".join(TEXT.read_text(encoding="utf-8").split()[:WORDS])
     first = {"role": "user", "content": f"Summarize this: {text}"}
     made = [
-        {name: conversation(model, first, prefix, options.turns) for name, prefix in ways}
+        {
+            "anew": conversation(model, first, None, options.turns),
+            "once": conversation(model, first, Prefix(), options.turns),
+        }
         for _ in range(options.rounds)
-        for ways in [(("anew", None), ("once", Prefix()))]
     ]
     for one in made:
         assert one["anew"]["token_ids"] == one["once"]["token_ids"]

@@ -137,7 +137,7 @@ def _row(part: Part, system: str, mode: str, by: str = "tokens_per_s") -> dict[s
         row
         for row in part["rows"]
         if (row["system"], row["mode"], row["label"]) == (system, mode, None)
-        and row.get("tokens_per_s")
+        and row.get(by)  # which older files do not have
     ]
     return max(found, key=lambda row: row[by], default=None)
 
@@ -146,7 +146,7 @@ def _ratio(
     row: dict[str, Any] | None, other: dict[str, Any] | None, by: str = "tokens_per_s"
 ) -> float | None:
     """Tokens a second over another's: both answered the same prompts in turns."""
-    return row[by] / other[by] if row and other else None
+    return row[by] / other[by] if row and other and row.get(by) else None
 
 
 def _line(

@@ -1,6 +1,7 @@
 """Metrics against numbers counted by hand."""
 
 import shutil
+import warnings
 from decimal import Decimal
 
 import pytest
@@ -73,6 +74,16 @@ def test_where_no_program_can_run_that_is_said_and_not_called_0(monkeypatch):
     monkeypatch.setattr(sandbox.sys, "executable", shutil.which("false"))
     with pytest.raises(ValueError, match="does not start here"):
         quality.check_can_judge(quality.pass_at_1)
+
+
+@pytest.mark.parametrize("has_namespaces", [True, False])
+def test_where_the_kernel_confines_no_program_that_is_said(has_namespaces, monkeypatch, recwarn):
+    monkeypatch.setattr(quality, "has_namespaces", lambda: has_namespaces)
+    warnings.simplefilter("always")
+    quality.check_can_judge(quality.pass_at_1)
+    said = [str(w.message) for w in recwarn if w.category is quality.ConfinementWarning]
+    assert len(said) == (not has_namespaces)
+    assert all("confined by Python's own hook alone" in text for text in said)
 
 
 def test_pass_at_1_of_humaneval_and_mbpp():

@@ -9,6 +9,7 @@ import pytest
 
 from layerskip import LayerSkipModel
 from layerskip.cli import chat, show
+from layerskip.decoding import Prefix
 
 
 @pytest.fixture
@@ -39,13 +40,19 @@ def test_reset_and_quit_and_system(talk):
     assert prompt_lengths(out) == [len("system: x\nuser: ab\nassistant: ")] * 2
 
 
-def test_variables_of_the_template(talk, run, tmp_path):
-    # The tiny template knows none; what reaches it is seen by what it refuses.
+def test_variables_of_the_template(talk, monkeypatch):
     for variables, words in (("{", "no JSON"), ("[1]", "has no names")):
         status, _, err = talk(["ab"], "--chat-template-kwargs", variables)
         assert (status, words in err) == (2, True)
-    status, out, _ = talk(["ab"], "--json", "--chat-template-kwargs", '{"documents": []}')
+    seen, tokenize = [], LayerSkipModel.tokenize
+    monkeypatch.setattr(
+        LayerSkipModel, "tokenize", lambda self, asked: seen.append(asked) or tokenize(self, asked)
+    )
+    status, out, _ = talk(["ab"], "--json", "--chat-template-kwargs", '{"mood": 3}')
     assert (status, prompt_lengths(out)) == (0, [len("user: ab\nassistant: ")])
+    assert seen[0]["chat_template_kwargs"] == {"mood": 3}
+    status, _, err = talk(["ab"], "--chat-template-kwargs", '{"tokenize": true}')
+    assert (status, "names tokenize, no variable of a template (/reset" in err) == (0, True)
 
 
 def test_an_answer_that_is_cut_where_nobody_asked_for_it_says_so(run, monkeypatch):
@@ -55,6 +62,9 @@ def test_an_answer_that_is_cut_where_nobody_asked_for_it_says_so(run, monkeypatc
     monkeypatch.setattr(sys, "stdin", io.StringIO("ab\n"))
     _, _, err = run("chat", "--max-new-tokens", 3)
     assert err == ""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a" * 400 + "\n"))
+    _, _, err = run("chat")  # of a context of 512
+    assert err.endswith(" tokens; the context is full)\n")
 
 
 def test_every_turn_draws_apart(talk, monkeypatch):
@@ -68,7 +78,8 @@ def test_every_turn_draws_apart(talk, monkeypatch):
 
     monkeypatch.setattr(LayerSkipModel, "answer", seen)
     talk(["ab", "/reset", "ab"], "--temperature", 1, "--seed", 7, "--json")
-    assert len(prefixes) == 1  # what the turns share is computed once
+    (prefix,) = prefixes  # what the turns share is computed once
+    assert isinstance(prefix, Prefix)
     talk(["ab"], "--json")
     assert seeds == [7, 8, None]
 

@@ -503,7 +503,12 @@ main()
 def test_every_option_of_an_answer_is_passed_on(run):
     wanted = set(inspect.signature(LayerSkipModel.answer).parameters)
     flags = {option.name: None for option in generate.command.params if option.name != "prompt"}
-    assert set(options.decoding_arguments(flags)) == wanted - {"self", "prompt", "together", "prefix"}
+    assert set(options.decoding_arguments(flags)) == wanted - {
+        "self",
+        "prompt",
+        "together",
+        "prefix",
+    }
     run("generate", "--prompt", "abc", "--max-new-tokens", 1, "--threads", 2)
     assert torch.get_num_threads() == 2
 
@@ -526,8 +531,9 @@ def test_a_terminal_obeys_no_answer(capsys, monkeypatch, is_terminal):
 
 
 def test_no_message_is_obeyed_either(run):
-    status, _, err = run("generate", "--prompt", "ab", "--stop", "x", "--mode", "\x1b]0;title\x07")
-    assert status == 2
+    status, _, err = run("bench", "--task", "a\x1b]0;title\x07.jsonl")
+    assert status == 1
+    assert "a\\x1b]0;title\\x07.jsonl" in err.replace("\\\\", "\\")
     assert "\x1b" not in err
 
 

@@ -237,6 +237,11 @@ def test_a_conversation_may_have_tools_and_variables_of_the_template():
     assert model.tokenize(called) == encode("hi;f();")
     one, other = model.generate([asked, {"messages": MESSAGES}], max_new_tokens=1)
     assert (one.prompt_tokens, other.prompt_tokens) == (7, 3)
+    asked["tools"], asked["chat_template_kwargs"] = '[{"name": "f"}]', '{"mood": "!"}'
+    assert model.tokenize(asked) == encode("[f]!hi;")
+    for more in ({"tools": "["}, {"tools": [1]}, {"chat_template_kwargs": {"tokenize": True}}):
+        with pytest.raises(PromptError, match="the chat template refuses these messages: "):
+            model.tokenize({**asked, **more})
     for wrong in ({"messages": MESSAGES, "tool": []}, {"messages": "hi"}, {"messages": []}, {}):
         with pytest.raises(
             ValueError, match=r"a prompt is a text, token ids, messages .* or a dict"

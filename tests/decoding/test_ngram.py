@@ -1,6 +1,9 @@
 """Drafts from the text itself."""
 
+import copy
 import dataclasses
+import gc
+import weakref
 from collections import Counter
 
 import pytest
@@ -8,7 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from tiny_decoders import GREEDY, LAYERS, PLAIN, ids, random_prompt, steps, tiny_decoder
+from tiny_decoders import (
+    ALL_DRAFTS,
+    GREEDY,
+    LAYERS,
+    PLAIN,
+    ids,
+    random_prompt,
+    steps,
+    tiny_decoder,
+)
 
 from layerskip.decoding import Plan, Sampling, Step
 from layerskip.decoding.draft_costs import DraftCosts
@@ -223,3 +235,18 @@ def test_sampled_tokens_that_follow_a_draft_have_the_models_distribution(monkeyp
     assert any(step.followed for step in made)
     plain = answers(decoder, prompt, PLAIN, sampling, 4)
     assert_same_distribution(plain, answers(decoder, prompt, following(1), sampling, 4))
+
+
+def test_an_answer_leaves_nothing_for_the_garbage_collector():
+    """A cycle would keep the decoder and an index of the prompt until it happens to come by."""
+    gc.collect()
+    gc.disable()
+    try:
+        decoder = copy.copy(tiny_decoder("llama3.1"))
+        prompt = random_prompt(decoder, 20)
+        assert steps(decoder, prompt, ALL_DRAFTS, 12)
+        left = weakref.ref(decoder)
+        del decoder
+        assert left() is None
+    finally:
+        gc.enable()

@@ -1,5 +1,8 @@
 """A conversation computes its beginning once, and answers as if it computed all of it."""
 
+import importlib
+from unittest import mock
+
 import pytest
 import torch
 from tiny_decoders import random_prompt, tiny_decoder
@@ -71,15 +74,15 @@ def test_what_looks_at_the_prompt_or_draws_is_the_same(more):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @modes
 def test_in_compiled_kernels_too_where_a_cache_grows(tmp_path, dtype, options, monkeypatch):
-    monkeypatch.setattr("layerskip.decoding.prefix._LEAST_ROOM", 1)  # a larger one after each turn
+    monkeypatch.setattr("layerskip.decoding.prefix._ROOM", 0)  # a larger one after each turn
     tiny_models.build("llama3.1").save_pretrained(tmp_path)
     model = model_of(load(tmp_path, dtype=dtype, compiled=True).decoder)
     assert turns(model, options, Prefix(), n=5) == turns(model, options, None, n=5)
 
 
-@pytest.mark.parametrize("least", [1, 1024])
-def test_only_what_is_new_is_computed(embedded, least, monkeypatch):
-    monkeypatch.setattr("layerskip.decoding.prefix._LEAST_ROOM", least)
+@pytest.mark.parametrize("room", [0, 1024])
+def test_only_what_is_new_is_computed(embedded, room, monkeypatch):
+    monkeypatch.setattr("layerskip.decoding.prefix._ROOM", room)
     model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
     prompt = random_prompt(model.decoder, 40)
     counts = embedded(model.decoder)
@@ -118,6 +121,54 @@ def test_an_answer_that_was_given_up_leaves_what_is_settled(options):
     follow = [*prompt, *said, 5, 6]
     answer = model.answer(follow, prefix=prefix, max_new_tokens=12, **options).complete()
     assert answer.token_ids == model.generate(follow, max_new_tokens=12, **options).token_ids
+
+
+def test_one_answer_at_a_time_has_the_cache():
+    """What was unfinished would write where the next one writes."""
+    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
+    prompt = random_prompt(model.decoder, 40)
+    options = {"prefix": prefix, "max_new_tokens": 12, "mode": "plain"}
+    first = model.answer(prompt, **options)
+    next(iter(first))
+    second = model.answer([*prompt, 5], **options)
+    next(iter(second))
+    with pytest.raises(ValueError, match="another answer has begun with the same prefix"):
+        first.complete()
+    alone = model.generate([*prompt, 5], max_new_tokens=12, mode="plain")
+    assert second.complete().token_ids == alone.token_ids
+    third = model.answer([*prompt, 5, 6], **options).complete()
+    assert third.token_ids == model.generate([*prompt, 5, 6], max_new_tokens=12).token_ids
+
+
+def test_another_model_has_no_part_in_it():
+    one, other = (model_of(tiny_decoder(case)) for case in ("llama3.1", "llama2"))
+    prefix, prompt = Prefix(), random_prompt(one.decoder, 40)
+    for model in (one, other, one, other):
+        found = model.answer(prompt, prefix=prefix, max_new_tokens=9).complete()
+        assert found.token_ids == model.generate(prompt, max_new_tokens=9).token_ids
+
+
+def test_an_answer_that_fails_leaves_nothing(embedded):
+    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
+    prompt = random_prompt(model.decoder, 40)
+    counts = embedded(model.decoder)
+    answer = model.answer(prompt, prefix=prefix, max_new_tokens=9, mode="plain")
+    fails = mock.Mock(side_effect=ValueError("no numbers"))
+    loop = importlib.import_module("layerskip.decoding.generate")  # a function has that name too
+    with (
+        mock.patch.object(loop, "plain_step", fails),
+        pytest.raises(ValueError, match="no numbers"),
+    ):
+        answer.complete()
+    counts.clear()
+    model.answer(prompt, prefix=prefix, max_new_tokens=1, mode="plain").complete()
+    assert counts == [40]
+
+
+def test_a_list_of_prompts_has_no_common_prefix():
+    model = model_of(tiny_decoder("llama3.1"))
+    with pytest.raises(ValueError, match="a prefix is for one prompt after another"):
+        model.generate([[5, 6], [7]], prefix=Prefix())
 
 
 def test_a_prompt_that_never_began_leaves_nothing(embedded):

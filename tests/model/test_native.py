@@ -560,21 +560,46 @@ def test_threads_are_no_more_than_there_are_processors_for(
         (tmp_path / name).write_text(text + "\n")
     monkeypatch.setattr(threads, "_CGROUPS", tmp_path)
     monkeypatch.setattr(threads, "_OWN_CGROUPS", tmp_path / "own")
-    monkeypatch.setattr(threads, "_processors", lambda: 8)
+    monkeypatch.setattr(threads, "processors", lambda: 8)
     monkeypatch.setattr(threads, "_quota", threads._quota.__wrapped__)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     assert threads.usable(panels) == expected
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux's")
-def test_threads_are_no_more_than_the_processors_that_are_left(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    before = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, {min(before)})
-        assert threads.usable() == 1
-    finally:
-        os.sched_setaffinity(0, before)
+_THREADS = """
+import os, torch
+from layerskip.model.native import usable
+from layerskip.model.native.build import library
+
+library()
+torch.set_num_threads(2)
+bound = usable()
+left = {min(os.sched_getaffinity(0))}
+os.sched_setaffinity(0, left)
+print(bound, usable())
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or (os.cpu_count() or 1) < 2, reason="of two processors"
+)
+@pytest.mark.parametrize("bind", ["", "true"])
+def test_threads_are_no_more_than_the_processors_that_are_left(bind):
+    """Where OpenMP binds threads to processors, the first one sees but its own."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("there is one processor")
+    environment = {**os.environ, "OMP_PROC_BIND": bind or "false", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", _THREADS],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    bound, left = done.stdout.split()
+    assert bound == "2"
+    assert bind or left == "1"
 
 
 _DEFAULTS = """
@@ -584,7 +609,8 @@ from layerskip import LayerSkipModel
 def answer(model):
     how = {"max_new_tokens": 12, "ignore_eos": True}
     drafted = {"mode": "self-speculative", "exit_layer": 2, "draft_tokens": 3}
-    options = ({}, drafted, {**drafted, "adaptive": True}, {"temperature": 1.0, "seed": 1})
+    drawn = {"temperature": 1.0, "seed": 1}
+    options = ({}, drafted, {**drafted, "adaptive": True}, drawn, {**drafted, **drawn})
     return [model.generate([5, 6, 7], **how, **more).token_ids for more in options]
 
 def load():
@@ -623,21 +649,28 @@ def test_what_would_be_read_or_written_elsewhere_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="of users and groups")
-def test_libraries_that_somebody_else_may_have_made_are_not_loaded(
-    empty_cache, tmp_path, monkeypatch
-):
+def test_libraries_that_others_may_write_to_are_compiled_again(empty_cache, tmp_path):
     folder = tmp_path / "kernels"
     prepare()
     for path in (folder, folder / "made.so"):
-        path.chmod(path.stat().st_mode | 0o022)
+        path.chmod(0o777)
+        prepare()
+        assert not any(path.stat().st_mode & 0o022 for path in folder.iterdir())
+    assert folder.stat().st_mode & 0o777 == 0o755
+    assert len(empty_cache) == 3
+
+
+@pytest.mark.skipif(os.name != "posix", reason="of users and groups")
+def test_libraries_of_other_users_are_not_loaded(empty_cache, tmp_path, monkeypatch):
     prepare()
-    assert not any(path.stat().st_mode & 0o022 for path in (folder, folder / "made.so"))
-    me = os.geteuid()
-    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
-    if me != 0:  # root may have made what others load
-        with pytest.raises(NoCompilerError, match="is of another user: set LAYERSKIP_CACHE"):
-            prepare()
+    folder, me = tmp_path / "kernels", os.geteuid()
     monkeypatch.setattr(build, "cache_folder", lambda: tmp_path)
-    assert build._folder() == folder / str(me + 1)
-    monkeypatch.setattr(os, "geteuid", lambda: me)
     assert build._folder() == folder
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    if me == 0:  # whose files everybody trusts
+        prepare()
+        assert build._folder() == folder
+        return
+    with pytest.raises(NoCompilerError, match="is of another user: set LAYERSKIP_CACHE"):
+        prepare()
+    assert build._folder() == folder / str(me + 1)

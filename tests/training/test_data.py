@@ -278,8 +278,14 @@ def test_a_conversation_has_its_tools(tokenizer):
     ids = encode("x", row)["input_ids"]
     assert tokenizer.decode(ids) == "plus 1 plus 2 3"
     assert encode("x", {**row, "tools": '[{"name": "plus"}]'})["input_ids"] == ids
-    with pytest.raises(ValueError, match="x: its tools are not JSON"):
-        encode("x", {**row, "tools": "[{"})
+    for fields, words in (
+        ({"tools": "[{"}, "tools is no JSON"),
+        ({"tools": '{"name": "plus"}'}, "tools is to be a list"),
+        ({"chat_template_kwargs": "1"}, "chat_template_kwargs is to have names"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "names tokenize, no variable"),
+    ):
+        with pytest.raises(ValueError, match=f"x: .*{words}"):
+            encode("x", {**row, **fields})
 
 
 def test_what_only_other_rows_of_a_table_have_is_not_there(tokenizer, tmp_path):

@@ -218,7 +218,7 @@ def test_what_only_transformers_would_heed_is_named(folder):
     file.write_text(json.dumps({**harmless, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3}))
     with pytest.warns(
         SettingsWarning,
-        match=r"repetition_penalty 1.1, no_repeat_ngram_size 3 in .*json has no effect here unless"
-        r" --repetition-penalty says so",
+        match=r"names repetition_penalty 1.1, no_repeat_ngram_size 3, which transformers .* does not"
+        r" \(--repetition-penalty applies that\)",
     ):
         read_settings(folder, {}, vocab_size=99)

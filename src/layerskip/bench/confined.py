@@ -203,8 +203,10 @@ def _enter_namespaces(folder: str, file_bytes: int) -> None:
     libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", _NO_SETUID | _NO_DEVICES, options)
     os.chdir(folder)
     # In its own namespace it could mount all that again.
-    libc.prctl(_NO_NEW_RIGHTS, 1, 0, 0, 0)
-    libc.capset((ctypes.c_uint32 * 2)(_CAPABILITIES_VERSION, 0), (ctypes.c_uint32 * 6)())
+    none = (ctypes.c_uint32 * 6)()
+    kept = libc.capset((ctypes.c_uint32 * 2)(_CAPABILITIES_VERSION, 0), none)
+    if kept or libc.prctl(_NO_NEW_RIGHTS, 1, 0, 0, 0):
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,6 @@ def _prompts(
     if not variables:
         return prompts
     told = [with_variables(one, variables) for one in prompts]
-    if told == prompts:
+    if all(one is before for one, before in zip(told, prompts, strict=True)):
         options.note_without_effect(("chat_template_kwargs",), "no prompt is a conversation")
     return told

@@ -257,10 +257,11 @@ def note_idle_sampling(flags: dict[str, Any]) -> None:
 
 def note_cut(generation: Generation) -> None:
     """A line on stderr where an answer was cut at a length that nobody asked for."""
-    if generation.finish_reason == "length" and not given(("max_new_tokens",)):
-        click.echo(
-            f"(cut after {generation.new_tokens} tokens; --max-new-tokens allows more)", err=True
-        )
+    if generation.finish_reason != "length" or given(("max_new_tokens",)):
+        return
+    n, asked = generation.new_tokens, click.get_current_context().params["max_new_tokens"]
+    more = "--max-new-tokens allows more" if n == asked else "the context is full"
+    click.echo(f"(cut after {n} tokens; {more})", err=True)
 
 
 def decoding_arguments(flags: dict[str, Any]) -> dict[str, Any]:

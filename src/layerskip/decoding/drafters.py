@@ -87,11 +87,6 @@ class EarlyExitDrafter:
         head: the exit, if it is not the decoder's own.
         length: decides how far to draft; None = as far as is asked for. For one row only.
         end_tokens: where a draft that decides its own length ends; there is nothing behind them.
-
-    Attributes:
-        follow: given the drafted tokens and how many more there may be, what shall stand behind them.
-            It ends the draft, and goes through the first E layers together with the last drafted token.
-            None = nothing ever does.
     """
 
     source = "early-exit"
@@ -107,7 +102,6 @@ class EarlyExitDrafter:
     ) -> None:
         self.decoder, self.exit_layer, self.sampling = decoder, exit_layer, sampling
         self.head, self.length, self.end_tokens = head, length, end_tokens
-        self.follow: Follow | None = None
 
     def settle(self, tokens: Sequence[int], accepted: int) -> None:
         """The cache has the tokens; how many were right teaches how far to draft."""
@@ -121,9 +115,15 @@ class EarlyExitDrafter:
         cache: KVCache,
         history: TokenHistory | None,
         generator: torch.Generator | None,
+        follow: Follow | None = None,
     ) -> Draft:
-        """See `Drafter`; the first E layers see the last drafted token too."""
-        length, follow = self.length, self.follow
+        """See `Drafter`; the first E layers see the last drafted token too.
+
+        `follow` is given the drafted tokens and how many more there may be, and tells what shall stand
+        behind them. It ends the draft, and goes through the first E layers together with the last
+        drafted token. None = nothing ever does.
+        """
+        length = self.length
         if (length is not None and not length.begins()) or not n:
             return no_draft(last)
         ids, behind, refused = list[int](), list[int](), False
@@ -218,5 +218,6 @@ def confidence(p: Tensor) -> Tensor:
 
 def certain(tokens: Tensor, vocab_size: int) -> Tensor:
     """The distributions [B, d, V] that tokens [B, d] are drawn from where nothing else could be."""
-    nowhere = torch.zeros(*tokens.shape, vocab_size, device=tokens.device)
+    shape = (*tokens.shape, vocab_size)
+    nowhere = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
     return nowhere.scatter_(2, tokens[..., None], 1.0)

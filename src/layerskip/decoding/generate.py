@@ -153,16 +153,23 @@ def _until_the_end(
     if prefix is None:
         cache = decoder.new_cache(capacity)
     else:
-        cache = prefix.cache_for(decoder, prompt, capacity, n_layers)
+        cache = prefix.cache_for(decoder, prompt, capacity, n_layers, ending)
     session = _Session(decoder, prompt, plan, sampling, ending, cache=cache, seed=seed)
     known = list(prompt)
-    for step in session.steps():
-        known += step.tokens
-        if prefix is not None:
-            prefix.keep(cache, known, n_layers)
-        yield ending.cut(step)
-        if ending.reached:
-            return
+    try:
+        for step in session.steps():
+            known += step.tokens
+            if prefix is not None:
+                prefix.keep(decoder, cache, known, n_layers, ending)
+            yield ending.cut(step)
+            if ending.reached:
+                return
+            if prefix is not None:
+                prefix.check(ending)
+    except Exception:
+        if prefix is not None:  # there may be no numbers behind what is settled
+            prefix.forget()
+        raise
 
 
 def plain_step(
@@ -323,10 +330,8 @@ class _Session:
 
     def _prefill(self, n_layers: int) -> Tensor:
         """Run the prompt through the first n layers and choose the token after it, [1, 1]."""
-        hidden = self.prompt[
-            :, int(self.cache.lengths) :
-        ]  # of those before there are keys and values
-        for chunk in hidden.split(PREFILL_CHUNK, dim=1):
+        left = self.prompt[:, int(self.cache.lengths) :]  # the cache may hold its beginning
+        for chunk in left.split(PREFILL_CHUNK, dim=1):
             hidden = self.decoder.run(self.decoder.embed(chunk), 0, n_layers, self.cache)
             self.cache.lengths += chunk.shape[1]
         check_numbers(hidden[:, -1:])

@@ -134,6 +134,8 @@ class LayerSkipModel:
         """
         if not is_batch(prompt):
             return self.answer(prompt, **options).complete()
+        if options.get("prefix") is not None:
+            raise ValueError("a prefix is for one prompt after another, not for a list of them")
         seed = options.pop("seed", None)
         seeds = [None if seed is None else seed + i for i in range(len(prompt))]
         options["together"] = [len(self.tokenize(x)) for x in prompt]

@@ -157,8 +157,6 @@ class NgramDrafter:
         self.otherwise, self.length, self.end_tokens = otherwise, length, end_tokens
         self.index = NgramIndex(prompt)
         self._drafted = False
-        if otherwise is not None and length is not None:
-            otherwise.follow = self._follow
 
     def settle(self, tokens: Sequence[int], accepted: int) -> None:
         """The answer is searched too."""
@@ -185,7 +183,8 @@ class NgramDrafter:
         if not proposal:
             if self.otherwise is None:
                 return no_draft(last)
-            return self.otherwise.draft(last, n, cache, history, generator)
+            follow = None if self.length is None else self._follow
+            return self.otherwise.draft(last, n, cache, history, generator, follow)
         drafted = last.new_tensor([proposal])
         q = None
         if not self.sampling.greedy:

@@ -6,14 +6,16 @@ import torch
 
 from layerskip.model import Decoder, KVCache
 
-_LEAST_ROOM = 1024  # positions: what follows most often fits without another cache
+_ROOM = 1024  # positions more than are asked for: what follows most often fits into the same cache
 
 
 class Prefix:
     """The cache of the last answer, for the next prompt as far as both texts begin alike.
 
     Given to one answer after another (`LayerSkipModel.answer(prompt, prefix=prefix)`), it changes none
-    of them: keys and values do not depend on what comes later. It holds the memory of one cache.
+    of them beyond rounding: keys and values do not depend on what comes later. One answer at a time: the
+    next one takes the cache, and what was unfinished cannot go on. It holds the memory of one cache, of
+    two while a longer text moves to a larger one.
     """
 
     def __init__(self) -> None:
@@ -21,9 +23,10 @@ class Prefix:
         self._cache: KVCache | None = None
         self._text: list[int] = []  # the cache holds keys and values of all but the last token
         self._n_layers = 0  # in so many layers
+        self._taken_by: object = None
 
     def cache_for(
-        self, decoder: Decoder, prompt: Sequence[int], capacity: int, n_layers: int
+        self, decoder: Decoder, prompt: Sequence[int], capacity: int, n_layers: int, answer: object
     ) -> KVCache:
         """A cache for an answer; its length says how many tokens of the prompt it holds already.
 
@@ -34,12 +37,14 @@ class Prefix:
             prompt: its token ids.
             capacity: positions of prompt and answer.
             n_layers: layers that will run over the prompt.
+            answer: which takes the cache, for `keep`.
         """
         before, shared = self._cache, 0
         if self._decoder is decoder and n_layers <= self._n_layers:
             shared = _length_of_beginning(self._text[:-1], prompt[:-1])
-        self._decoder, self._cache, self._text = decoder, None, []
-        room = min(_room(capacity), max(capacity, decoder.architecture.max_context))
+        self.forget()
+        self._taken_by = answer
+        room = min(capacity + _ROOM, max(capacity, decoder.architecture.max_context))
         room = room if turn_alike(decoder, capacity, room) else capacity
         if before is not None and shared and turn_alike(decoder, before.capacity, room):
             if before.capacity >= capacity:
@@ -51,16 +56,28 @@ class Prefix:
         del before  # its memory may be that of the next
         return decoder.new_cache(room)
 
-    def keep(self, cache: KVCache, text: list[int], n_layers: int) -> None:
+    def keep(
+        self, decoder: Decoder, cache: KVCache, text: list[int], n_layers: int, answer: object
+    ) -> None:
         """Remember an answer's cache and text: prompt and answer, whose last token no layer has seen.
 
         The list may grow with the answer.
+
+        Raises:
+            ValueError: another answer has taken the cache.
         """
-        self._cache, self._text, self._n_layers = cache, text, n_layers
+        self.check(answer)
+        self._decoder, self._cache, self._text, self._n_layers = decoder, cache, text, n_layers
 
+    def check(self, answer: object) -> None:
+        """Raise ValueError where another answer has taken the cache of this one."""
+        if self._taken_by is not answer:
+            raise ValueError("another answer has begun with the same prefix: finish one at a time")
 
-def _room(capacity: int) -> int:
-    return max(_LEAST_ROOM, 1 << (capacity - 1).bit_length())
+    def forget(self) -> None:
+        """Keep nothing, as after an answer that failed."""
+        self._decoder = self._cache = None
+        self._text = []
 
 
 def turn_alike(decoder: Decoder, *capacities: int) -> bool:

@@ -5,6 +5,7 @@ from numbers import Integral
 from typing import Any
 
 from layerskip.model import Decoder
+from layerskip.model.conversation import template_arguments
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
@@ -40,9 +41,15 @@ def tokenize(prompt: Prompt, tokenizer: Any) -> list[int]:
     if tokenizer is None:
         raise PromptError("this checkpoint has no tokenizer; give the prompt as token ids")
     if isinstance(prompt, str):
-        begin = tokenizer.bos_token
-        has_begin = bool(begin) and prompt.startswith(begin)  # and needs no second one
-        return encode(prompt, tokenizer, add_special_tokens=not has_begin)
+        ids = encode(prompt, tokenizer, add_special_tokens=True)
+        begin = tokenizer.bos_token_id
+        if (
+            tokenizer.bos_token
+            and prompt.startswith(tokenizer.bos_token)
+            and ids[:2] == [begin] * 2
+        ):
+            del ids[0]  # which the text has itself
+        return ids
     return encode(_rendered(prompt, tokenizer), tokenizer, add_special_tokens=False)
 
 
@@ -84,9 +91,11 @@ def with_variables(prompt: Prompt, variables: Mapping[str, Any]) -> Prompt:
     """A conversation with further `chat_template_kwargs`, its own going first; others as they are."""
     given: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"messages": prompt}
     messages: Any = given.get("messages")
-    if isinstance(messages, str) or not all(map(is_message, messages or [None])):
+    if not isinstance(messages, list | tuple) or not all(map(is_message, messages or [None])):
         return prompt
     own = given.get("chat_template_kwargs") or {}
+    if not isinstance(own, Mapping):  # which is said where it is used
+        return prompt
     return {**given, "chat_template_kwargs": {**variables, **own}}
 
 
@@ -112,11 +121,14 @@ def _rendered(prompt: Sequence[Any] | Mapping[str, Any], tokenizer: Any) -> str:
     try:
         text: str = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
-            tools=given.get("tools") or None,
             tokenize=False,
             add_generation_prompt=True,
-            **(given.get("chat_template_kwargs") or {}),
+            **template_arguments(given),
         )
-    except (TemplateError, TypeError) as error:  # no system message, turns, text alone, ...
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+    ) as error:  # no system message, turns, text alone, ...
         raise PromptError(f"the chat template refuses these messages: {error}") from error
     return text

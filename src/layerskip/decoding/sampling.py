@@ -82,7 +82,7 @@ class Sampling:
         if logits.device.type != "cpu" or len(rows) == 1:
             return self._probabilities(logits)
         # A row at a time stays in the caches, and its memory is used again.
-        found = torch.empty(rows.shape)
+        found = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
         for row, probabilities in zip(rows.split(1), found.split(1), strict=True):
             probabilities.copy_(self._probabilities(row))
         return found.view(logits.shape)

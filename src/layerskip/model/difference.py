@@ -155,7 +155,7 @@ def encode(change: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def decode(codes: Tensor, scales: Tensor, n_in: int, bits: int) -> Tensor:
     """The numbers that codes and scales of `encode` stand for, [out, in] float32."""
-    above = torch.tensor(LEVELS[bits])
+    above = torch.tensor(LEVELS[bits], dtype=torch.float32)
     every_byte = torch.arange(256)[:, None] >> torch.arange(0, 8, bits) & 2**bits - 1  # its codes
     levels = torch.cat([-above.flip(0), above])[every_byte]
     of_row = levels[codes.int()].flatten(1)[:, :n_in]
@@ -217,4 +217,6 @@ def _rank(blocks: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 
 def _magnitudes(blocks: Tensor, scales: Tensor, bits: int) -> Tensor:
-    return torch.tensor(LEVELS[bits], device=blocks.device)[_rank(blocks, scales, bits)]
+    return torch.tensor(LEVELS[bits], dtype=torch.float32, device=blocks.device)[
+        _rank(blocks, scales, bits)
+    ]

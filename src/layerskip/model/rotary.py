@@ -101,7 +101,7 @@ def _scaled(rope: Rope, freqs: Tensor, is_long: bool) -> Tensor:
     if is_long and rope.long_factors is not None:
         factors = rope.long_factors
     if factors is not None:
-        freqs = freqs / torch.tensor(factors)
+        freqs = freqs / torch.tensor(factors, dtype=torch.float32)
     if rope.kind == "linear":
         return freqs / rope.factor
     if rope.kind == "llama3":

@@ -166,13 +166,15 @@ def _warn_of_what_has_no_effect(fields: dict[str, Any], file: Path) -> None:
         for name, off in _NOT_APPLIED.items()
         if fields.get(name, off) not in (off, None, [], {})
     ]
-    if found:
-        unless = " unless --repetition-penalty says so" if "repetition" in found[0] else ""
-        warnings.warn(
-            f"{', '.join(found)} in {file} has no effect here{unless}: answers of transformers differ",
-            SettingsWarning,
-            stacklevel=2,
-        )
+    if not found:
+        return
+    own = " (--repetition-penalty applies that)" if "repetition_penalty" in fields else ""
+    warnings.warn(
+        f"{file} names {', '.join(found)}, which transformers applies to greedy answers too and"
+        f" layerskip does not{own}",
+        SettingsWarning,
+        stacklevel=2,
+    )
 
 
 def text_of_ids(token_ids: Iterable[int]) -> str:

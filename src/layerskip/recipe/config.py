@@ -181,15 +181,12 @@ class RecipeConfig:
             return
         is_control = num_layers == 1 or (self.curriculum == "none" and not self.fixed_exits)
         if not is_control and not self.exits_with_loss(num_layers):
-            raise ValueError(
-                "no exit before the last layer would have a loss: "
-                + (
-                    "e_scale is 0, which variant 'LD' says"
-                    if self.e_scale == 0 and self.exit_weighting != "equal"
-                    else "name others in exits or fixed_exits"
-                    + (", or another exit_weighting" if self.exit_weighting == "paper" else "")
-                )
-            )
+            advice = "name others in exits or fixed_exits"
+            if self.exit_weighting == "paper":
+                advice += ", or another exit_weighting"
+            if self.e_scale == 0 and self.exit_weighting != "equal":
+                advice = "e_scale is 0 (for layer dropout alone, say variant 'LD')"
+            raise ValueError(f"no exit before the last layer would have a loss: {advice}")
         if self.curriculum == "rotational" and self.rotation > candidates:
             raise ValueError(
                 f"rotation is {self.rotation}, but there are {candidates} exits to rotate over: "

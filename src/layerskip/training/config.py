@@ -247,6 +247,11 @@ class TrainConfig:
         }
 
 
+def default_alpha(rank: int) -> int:
+    """What an adapter's product is scaled by, over its rank, where nothing else is said."""
+    return 2 * rank
+
+
 def _convert(name: str, value: Any, hint: Any) -> Any:
     """A value of YAML or a flag as what a field holds."""
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)

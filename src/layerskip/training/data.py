@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import string
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerskip.model.conversation import template_arguments
 from layerskip.recipe.exit_loss import IGNORED_LABEL
 from layerskip.training.rows import Row
 
@@ -84,9 +84,7 @@ class Encoding:
                 )
             return 0, self._running(text, end)
         if not is_named and row.get("messages") is not None:  # parquet has the column in all rows
-            variables = {**(_given(row.get("chat_template_kwargs")) or {})}
-            variables["tools"] = _tools(where, row.get("tools")) or None
-            return self._chat(where, _given(row["messages"]), variables)
+            return self._chat(where, row)
         try:
             completion = _FILLED.vformat(self.completion, (), row)
         except _UNFILLED as error:
@@ -132,12 +130,13 @@ class Encoding:
     def _leads_with_a_space(self) -> bool:
         return str((self.tokenizer.tokenize("x") or [""])[0]).startswith("\u2581")
 
-    def _chat(
-        self, where: str, messages: Any, variables: Mapping[str, Any]
-    ) -> tuple[int, list[int]]:
-        template = functools.partial(
-            self.tokenizer.apply_chat_template, tokenize=False, **variables
-        )
+    def _chat(self, where: str, row: Mapping[str, Any]) -> tuple[int, list[int]]:
+        messages = row["messages"]
+        try:
+            given = template_arguments(row)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        template = functools.partial(self.tokenizer.apply_chat_template, tokenize=False, **given)
         try:
             role = messages[-1]["role"]
             whole = template(messages)
@@ -158,23 +157,6 @@ class Encoding:
         return len(before), before + after
 
 
-def _given(value: Any) -> Any:
-    """Without fields that are None: a table has each in all rows, whatever a row was written with."""
-    if isinstance(value, Mapping):
-        return {name: _given(part) for name, part in value.items() if part is not None}
-    return [_given(part) for part in value] if isinstance(value, list) else value
-
-
-def _tools(where: str, tools: Any) -> Any:
-    """What a row may call: a list, or its JSON, as tables have it."""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: its tools are not JSON: {error.msg}") from None
-    return _given(tools)
-
-
 def end_of_turn(tokenizer: Any) -> int | None:
     """The special token that the chat template puts behind an answer; None where there is none."""
     answer = "an answer 7391"
@@ -185,6 +167,8 @@ def end_of_turn(tokenizer: Any) -> int | None:
         return None
     special = {*tokenizer.all_special_ids}
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if answer not in text:
+        return None
     behind = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
     return next((token for token in behind if token in special), None)
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from layerskip.model.files import json_text, read_json
 from layerskip.training.checkpoints import last_checkpoint
-from layerskip.training.config import TrainConfig
+from layerskip.training.config import TrainConfig, default_alpha
 from layerskip.training.errors import TrainingWarning
 
 SETTINGS = "train.json"
@@ -32,7 +34,6 @@ _HELD_BACK_BY = (
     "eval_rows",
     "seed",
 )
-_STEP = ("batch_size", "accumulation")  # the rows of one
 _ADAPTER = ("lora_rank", "lora_alpha")
 
 
@@ -40,12 +41,9 @@ def where_to_begin(config: TrainConfig, output: Path) -> str | None:
     """The checkpoint to go on from; None at the beginning.
 
     Raises:
-        ValueError: the folder cannot be written to, holds what would be replaced, or is of a run that
-            these settings cannot go on with.
+        ValueError: the folder holds what would be replaced, or is of a run that these settings cannot
+            go on with.
     """
-    inside = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not inside.is_dir() or not os.access(inside, os.W_OK):
-        raise ValueError(f"{output} cannot be written to: choose another --output")
     checkpoint = last_checkpoint(output) if output.exists() else None
     if checkpoint is not None:
         if not config.resume:
@@ -70,20 +68,20 @@ def _compare(config: TrainConfig, file: Path) -> None:
     before = read_json(file) if file.exists() else {}
     now = json.loads(json_text(config.as_flat_dict()))
 
-    def differ(names: tuple[str, ...]) -> bool:
-        return any(before.get(name, now[name]) != now[name] for name in names)
-
-    if differ(_ADAPTER):  # what was learnt would be lost, or scaled by another factor
-        was = ", ".join(f"{name} {before.get(name)}" for name in _ADAPTER)
+    before = now | before
+    if _adapter_of(before) != _adapter_of(
+        now
+    ):  # what was learnt would be lost, or scaled otherwise
+        was = ", ".join(f"{name} {before[name]}" for name in _ADAPTER)
         raise ValueError(f"this run was begun with {was}: it goes on with the same alone")
-    if differ(_STEP):
+    if _rows_of_a_step(before) != _rows_of_a_step(now):
         warnings.warn(
-            f"{' or '.join(_STEP)} is another than before the interruption: rows are counted in steps,"
+            "a step has another number of rows than before the interruption: rows are counted in steps,"
             " so some come again or are left out",
             TrainingWarning,
             stacklevel=3,
         )
-    if config.eval_rows and differ(_HELD_BACK_BY):
+    if config.eval_rows and any(before[name] != now[name] for name in _HELD_BACK_BY):
         warnings.warn(
             f"one of {', '.join(_HELD_BACK_BY)} is another than before the interruption: rows to"
             " evaluate on may have been trained on",
@@ -92,25 +90,48 @@ def _compare(config: TrainConfig, file: Path) -> None:
         )
 
 
+def _adapter_of(settings: dict[str, Any]) -> tuple[int | None, float | None]:
+    rank, alpha = (settings[name] for name in _ADAPTER)
+    return rank, alpha or (rank and default_alpha(rank))
+
+
+def _rows_of_a_step(settings: dict[str, Any]) -> int:
+    return int(settings["batch_size"] * settings["accumulation"])
+
+
 @contextmanager
 def alone_in(output: Path) -> Iterator[None]:
     """Hold a folder, which is made where there is none, against other runs; for all processes of one.
 
+    A file system without locks holds nothing, and a warning says so.
+
     Raises:
-        ValueError: another run holds it.
+        ValueError: another run holds it, or it cannot be written to.
     """
+    inside = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not inside.is_dir() or not os.access(inside, os.W_OK):
+        raise ValueError(f"{output} cannot be written to: choose another --output")
+    is_new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     if os.environ.get("RANK", "0") != "0":  # the first process of a run holds it for all
         yield
         return
-    file = output / _LOCK
+    lock = FileLock(output / _LOCK, blocking=False)
     try:
-        with FileLock(file, blocking=False):
-            try:
-                yield
-            finally:
-                file.unlink(missing_ok=True)
+        lock.acquire()
     except Timeout:
         raise ValueError(
             f"another run is writing into {output}: wait for its end, or choose another --output"
         ) from None
+    except (OSError, NotImplementedError) as error:
+        what = f"{output} cannot be locked ({error}): no other run may write into it"
+        warnings.warn(what, TrainingWarning, stacklevel=3)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows does not remove what is held
+            (output / _LOCK).unlink()
+        lock.release()
+        if is_new:
+            with contextlib.suppress(OSError):  # nothing came of it
+                output.rmdir()

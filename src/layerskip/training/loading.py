@@ -17,7 +17,7 @@ from transformers.utils.hub import cached_file
 
 from layerskip.model.families import check_not_quantized
 from layerskip.model.tokenizer import is_as_written
-from layerskip.training.config import TrainConfig
+from layerskip.training.config import TrainConfig, default_alpha
 from layerskip.training.data import end_of_turn
 from layerskip.training.source import pretrained, pretrained_weights
 
@@ -207,7 +207,7 @@ def with_adapter(model: PreTrainedModel, config: TrainConfig) -> Any:
         model,
         peft.LoraConfig(
             r=config.lora_rank,
-            lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+            lora_alpha=config.lora_alpha or default_alpha(config.lora_rank),
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         ),

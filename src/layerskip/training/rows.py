@@ -79,10 +79,21 @@ def _parquet(path: Path) -> Iterator[Row]:
         with _OPENERS.get(path.suffix, open)(path, "rb") as file:
             batches = parquet.ParquetFile(file).iter_batches(_ROWS_AT_ONCE)
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-            yield from ((f"{path.name}:{i}", row) for i, row in enumerate(rows, 1))
+            yield from ((f"{path.name}:{i}", _given(row)) for i, row in enumerate(rows, 1))
     except (*_DAMAGE, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read as parquet: {reason}") from error
+
+
+def _given(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without parts of fields that are None: a table has each part in all rows."""
+
+    def parts(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: parts(part) for name, part in value.items() if part is not None}
+        return [parts(part) for part in value] if isinstance(value, list) else value
+
+    return {name: parts(value) for name, value in row.items()}
 
 
 @contextmanager
@@ -131,7 +142,7 @@ def _hub_rows(source: str, split: str, config: str | None) -> Iterator[Row]:
         raise ValueError(
             f"{source} is no file, and as a data set of the hub it cannot be read: {reason}"
         ) from error
-    return ((f"{source}:{i}", row) for i, row in enumerate(rows, 1))
+    return ((f"{source}:{i}", _given(row)) for i, row in enumerate(rows, 1))
 
 
 def _package(name: str) -> Any:

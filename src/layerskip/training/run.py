@@ -82,12 +82,14 @@ def train(config: TrainConfig, watch: Callable[[Progress], None] | None = None) 
         ValueError: for settings that do not fit each other, the data or the model: before training.
         NonFiniteLossError, UnwrittenCheckpointError: what stopped training; checkpoints are kept.
     """
-    with hidden_bars():
-        return _train(config, watch)
-
-
-def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> TrainResult:
     output = Path(config.output)
+    with hidden_bars(), alone_in(output):
+        return _train(config, output, watch)
+
+
+def _train(
+    config: TrainConfig, output: Path, watch: Callable[[Progress], None] | None
+) -> TrainResult:
     resume_from = where_to_begin(config, output)
     set_seed(config.seed)
     keep_freed_memory()
@@ -110,27 +112,26 @@ def _train(config: TrainConfig, watch: Callable[[Progress], None] | None) -> Tra
     align_special_tokens(model, tokenizer)
     add_end_of_turn(model, tokenizer, train_rows)
     use_cache = model.config.use_cache
-    with alone_in(output):
-        trainer = _trainer(config, model, tokenizer, train_rows, eval_rows, exit_layer)
-        trainer.add_callback(JsonLinesLog(output / "train_log.jsonl", trainer.attached))
-        if watch is not None:
-            trainer.add_callback(Watch(watch))
-        if trainer.is_world_process_zero():
-            shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
-            replace(output / SETTINGS, json_text(config.as_flat_dict()).encode())
-        metrics = _run(trainer, config, resume_from)
-        _warn_of_no_loss(trainer, config.effective_recipe, exit_layer)
+    trainer = _trainer(config, model, tokenizer, train_rows, eval_rows, exit_layer)
+    trainer.add_callback(JsonLinesLog(output / "train_log.jsonl", trainer.attached))
+    if watch is not None:
+        trainer.add_callback(Watch(watch))
+    if trainer.is_world_process_zero():
+        shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
+        replace(output / SETTINGS, json_text(config.as_flat_dict()).encode())
+    metrics = _run(trainer, config, resume_from)
+    _warn_of_no_loss(trainer, config.effective_recipe, exit_layer)
+    if eval_rows:
+        metrics |= _evaluation(trainer)
+    nll_change = None
+    if on_grid is not None:
+        on_grid.remove()
         if eval_rows:
-            metrics |= _evaluation(trainer)
-        nll_change = None
-        if on_grid is not None:
-            on_grid.remove()
-            if eval_rows:
-                metrics |= trainer.evaluate(metric_key_prefix="unrounded")
-                nll_change = metrics["eval_loss"] / metrics["unrounded_loss"] - 1
-        detach(model)
-        model.config.use_cache = use_cache  # which Trainer turned off
-        _write(trainer, config, exit_layer, output, nll_change)
+            metrics |= trainer.evaluate(metric_key_prefix="unrounded")
+            nll_change = metrics["eval_loss"] / metrics["unrounded_loss"] - 1
+    detach(model)
+    model.config.use_cache = use_cache  # which Trainer turned off
+    _write(trainer, config, exit_layer, output, nll_change)
     return TrainResult(output, trainer.state.global_step, metrics, exit_layer)
 
 
@@ -141,7 +142,7 @@ def _write(
     output: Path,
     nll_change: float | None,
 ) -> None:
-    """The result, then pictures, for which nothing that was learnt is given up."""
+    """Write the result, then pictures: where those cannot be written, a warning says so."""
     try:
         save_result(trainer, config, exit_layer, output, nll_change)
     except Exception as error:  # tokenizers has no class of its own for a full disk

@@ -60,7 +60,9 @@ def library() -> ctypes.CDLL:
     prepare()
     if hasattr(os, "register_at_fork"):  # a child would wait for threads that its parent has
         os.register_at_fork(after_in_child=threads.stay_alone)
-    return _loaded(target())
+    loaded = _loaded(target())
+    threads.processors = loaded.layerskip_processors
+    return loaded
 
 
 @functools.cache
@@ -89,7 +91,9 @@ def _loaded(path: Path) -> ctypes.CDLL:
     ]
     loaded.layerskip_rows.argtypes = [pointer, pointer, whole, pointer]
     loaded.layerskip_large_pages.argtypes = [pointer, whole]
-    loaded.layerskip_rows.restype = ctypes.c_int
+    loaded.layerskip_processors.argtypes = []
+    for name in ("rows", "processors"):
+        getattr(loaded, f"layerskip_{name}").restype = ctypes.c_int
     loaded.layerskip_large_pages.restype = None
     for name in ("run", "product", "choose", "step"):
         getattr(loaded, f"layerskip_{name}").restype = _check
@@ -131,15 +135,26 @@ def target() -> Path:
 def _folder() -> Path:
     """Where libraries are kept; in another user's cache a folder of this one's own."""
     folder = cache_folder() / "kernels"
-    if os.name == "posix":
-        with contextlib.suppress(OSError):
-            if folder.stat().st_uid != os.geteuid():
-                return folder / str(os.geteuid())
+    with contextlib.suppress(OSError):
+        if not _is_trusted(folder.stat()):
+            return folder / str(os.geteuid())
     return folder
 
 
+def _is_trusted(found: os.stat_result) -> bool:
+    """Whether this user or root made it."""
+    return os.name != "posix" or found.st_uid in (0, os.geteuid())
+
+
 def _check_owner(library_file: Path) -> None:
-    """Refuse a library that somebody else has made, or may replace: it would run as this user."""
+    """Refuse a library that somebody else has made, or could have: it would run as this user.
+
+    Where it is this user's, and a umask let others write to it, they may do so no longer, and it is
+    compiled anew.
+
+    Raises:
+        NoCompilerError: it is refused; the message says which file or folder is in the way.
+    """
     for path in (library_file.parent, library_file):
         try:
             found = path.stat()
@@ -147,20 +162,24 @@ def _check_owner(library_file: Path) -> None:
             continue
         except OSError as error:
             raise NoCompilerError(f"{path} cannot be looked at ({error.strerror})") from error
-        if os.name == "posix" and found.st_uid not in (0, os.geteuid()):
+        if not _is_trusted(found):
             raise NoCompilerError(
                 f"{path} is of another user: set LAYERSKIP_CACHE to another folder"
             )
-        if os.name == "posix" and found.st_mode & 0o022:
-            with contextlib.suppress(OSError):  # of a umask that leaves things to a group
-                path.chmod(found.st_mode & ~0o022)
+        if os.name != "posix" or not found.st_mode & 0o022:
+            continue
+        try:
+            path.chmod(found.st_mode & ~0o022)
+        except OSError as error:
+            raise NoCompilerError(
+                f"others may write to {path}: set LAYERSKIP_CACHE to another folder"
+            ) from error
+        library_file.unlink(missing_ok=True)
 
 
 def _compile(target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError):
-            target.parent.chmod(0o755)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
             command = [*_compiler(), *_FLAGS, str(_SOURCE), "-o", str(made)]

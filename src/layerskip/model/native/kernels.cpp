@@ -1323,6 +1323,9 @@ int layerskip_rows(const Matrix *w, const int64_t *index, int64_t n, float *out)
   return 1;
 }
 
+// As many as this process may run on. A thread that OpenMP has bound to one of them would see that one alone.
+int layerskip_processors() { return omp_get_num_procs(); }
+
 // Memory that is read in long runs is found faster in large pages.
 void layerskip_large_pages(void *memory, int64_t bytes) {
 #ifdef __linux__

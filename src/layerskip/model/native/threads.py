@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -12,6 +12,9 @@ import torch
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _is_forked = False
+# Those that this process may run on, as taskset and schedulers of jobs leave them. The kernels tell once
+# they are loaded: the system says which ones a thread may run on, and OpenMP may have bound it to one.
+processors: Callable[[], int] = lambda: os.cpu_count() or 1  # noqa: E731
 
 
 def usable(panels: int | None = None) -> int:
@@ -22,7 +25,7 @@ def usable(panels: int | None = None) -> int:
     Args:
         panels: of the narrowest product; None = enough for all.
     """
-    most = 1 if _is_forked else min(torch.get_num_threads(), _processors(), _quota())
+    most = 1 if _is_forked else min(torch.get_num_threads(), processors(), _quota())
     return most if panels is None else max(1, min(most, panels))
 
 
@@ -31,13 +34,6 @@ def stay_alone() -> None:
     global _is_forked
     _is_forked = True
     torch.set_num_threads(1)
-
-
-def _processors() -> int:
-    """Those that this process may run on, as taskset and schedulers of jobs leave them."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import torch
 
 from layerskip.model.files import replace
 from layerskip.model.native.build import target
-from layerskip.model.native.panels import PanelMatrix
+from layerskip.model.native.panels import FLOATS, PanelMatrix
 from layerskip.model.native.threads import usable
 from layerskip.model.quantize import GROUP, Quantized
 
@@ -67,7 +67,7 @@ def _timed(matrix: PanelMatrix) -> tuple[tuple[float, ...], bool]:
     They are taken in turns, forwards and backwards; more rows are never cheaper, and n rows never cost
     more than n single ones.
     """
-    inputs = torch.ones(max(_ROWS), matrix.shape[1])
+    inputs = torch.ones(max(_ROWS), matrix.shape[1], **FLOATS)
     seconds = np.full((2, len(_ROWS)), np.inf)  # the least, and the next
     steady = False
     for turn in range(_MOST_ROUNDS):
