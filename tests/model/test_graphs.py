@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_decoders import ALL_DRAFTS, PLAIN, ids, random_prompt, speculative, tiny_decoder
 
+from layerskip.decoding import Prefix
 from layerskip.model import graphs, load
 from layerskip.model.graphs import GraphDecoder, Recorder, Recordings
 from tiny_models import CASES, build
@@ -219,3 +220,18 @@ def test_cuda_graphs_give_what_passes_give(tmp_path):
         for plan in (PLAIN, speculative(2, 3), ALL_DRAFTS):
             assert ids(recorded, prompt, plan, n=40) == ids(plain, prompt, PLAIN, n=40)
     assert any(recorded._free[0].recordings._made.values())
+
+
+@pytest.mark.parametrize("room", [0, 1024])
+def test_turns_of_a_conversation_go_on_in_recorded_memory(room, monkeypatch):
+    """In the same one, or in larger memory that the beginning is copied into."""
+    monkeypatch.setattr("layerskip.decoding.prefix._ROOM", room)
+    decoder = tiny_decoder("llama3.1")
+    recorded, prefix = recording(decoder), Prefix()
+    for plan in (PLAIN, speculative(2, 3), ALL_DRAFTS):
+        prompt = random_prompt(decoder, 90)
+        for turn in range(3):
+            expected = ids(decoder, prompt, plan, n=40)
+            assert ids(recorded, prompt, plan, n=40, prefix=prefix) == expected, (turn, plan)
+            prompt = [*prompt, *expected, *random_prompt(decoder, 3, seed=turn)]
+    assert recorded.stand_in.replayed > recorded.stand_in.recorded > 0
