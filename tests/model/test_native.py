@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import torch
 from tiny_decoders import ALL_DRAFTS, PLAIN, ids, random_prompt, speculative, steps
 
 import tiny_models
-from layerskip import LayerSkipModel
+from layerskip import LayerSkipModel, cli
 from layerskip.decoding import Sampling
+from layerskip.decoding.placement import KernelsWarning
 from layerskip.decoding.short_head import ShortHead
 from layerskip.model import load
 from layerskip.model.native import (
@@ -441,7 +443,7 @@ def test_a_compiler_that_refuses_leaves_nothing(empty_cache, monkeypatch, tmp_pa
     assert list((tmp_path / "kernels").iterdir()) == []
 
 
-def test_without_a_compiler_pytorch_runs_or_one_line_says_so(monkeypatch, tmp_path):
+def test_without_a_compiler_pytorch_runs_and_one_line_says_so(monkeypatch, tmp_path, capsys):
     def missing():
         raise NoCompilerError("there is no C++ compiler (g++ or clang++)")
 
@@ -449,12 +451,14 @@ def test_without_a_compiler_pytorch_runs_or_one_line_says_so(monkeypatch, tmp_pa
     folder = saved("llama2", tmp_path)
     with pytest.raises(ValueError, match=r"no C\+\+ compiler .*; install one, or load without"):
         LayerSkipModel.from_pretrained(folder, compile=True)
-    said: list[str] = []
-    model = LayerSkipModel.from_pretrained(folder, announce=said.append)
+    with pytest.warns(KernelsWarning, match=r"going on without .*, more slowly: there is no C\+\+"):
+        model = LayerSkipModel.from_pretrained(folder)
     assert not isinstance(model.decoder, NativeDecoder)
-    assert said == [
-        "going on without compiled kernels, more slowly: there is no C++ compiler (g++ or clang++)"
-    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.run(["generate", "--model", str(folder), "--prompt", "x"]) == 1  # no tokenizer
+    err = capsys.readouterr().err
+    assert "\nlayerskip: going on without compiled kernels, more slowly: there is no C++" in err
 
 
 def test_a_compiler_that_is_not_there(monkeypatch, tmp_path):

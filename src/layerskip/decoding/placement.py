@@ -1,5 +1,6 @@
 """Where a model runs and in which dtype, from what a caller names."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,10 @@ def device_of(device: str | torch.device) -> torch.device:
     if str(place) == "cuda":  # another thread's current one is another
         return torch.device("cuda", torch.cuda.current_device())
     return place
+
+
+class KernelsWarning(UserWarning):
+    """PyTorch runs the layers, since the compiled kernels are not to be had."""
 
 
 def prepared(
@@ -48,7 +53,8 @@ def prepared(
     except native.NoCompilerError as error:
         if wanted:
             raise ValueError(f"{error}; install one, or load without compile") from error
-        announce(f"going on without compiled kernels, more slowly: {error}")
+        what = f"going on without compiled kernels, more slowly: {error}"
+        warnings.warn(what, KernelsWarning, stacklevel=2)
         return False
     return True
 
