@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import deliver, environment
+from engine import deliver, environment, run
 from topv2 import DRAFT_TOKENS, answer, drafts_by_exit
 
 from layerskip import LayerSkipModel
@@ -149,4 +149,4 @@ def _json_of(path: Path) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

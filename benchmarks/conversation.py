@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import deliver, dtype_of, environment
+from engine import deliver, dtype_of, environment, run
 
 from layerskip import LayerSkipModel
 from layerskip.decoding import Prefix
 
-TEXT = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
-WORDS = 1400
+TEXT = Path(__file__).resolve().parents[1] / "LICENSE"
 NEW_TOKENS = 24
 
 
@@ -32,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = LayerSkipModel.from_pretrained(options.model)
-    text = " ".join(TEXT.read_text(encoding="utf-8").split()[:WORDS])
+    text = " ".join(TEXT.read_text(encoding="utf-8").split())
     first = {"role": "user", "content": f"Summarize this: {text}"}
     made = [
         {
@@ -83,4 +82,4 @@ def conversation(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import ROOT, deliver, dtype_of, environment, verify_cost
+from engine import ROOT, deliver, dtype_of, environment, run, verify_cost
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import Task, load_task
@@ -159,4 +159,4 @@ def draw(results: Mapping[str, Mapping[str, Any]], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import deliver, environment
+from engine import deliver, environment, run
 
 from layerskip import LayerSkipModel, merge
 from layerskip.bench.perplexity import perplexity, read_text
@@ -80,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

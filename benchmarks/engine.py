@@ -28,6 +28,7 @@ from layerskip import LayerSkipModel
 from layerskip.bench import environment as machine
 from layerskip.bench.bandwidth import read_bandwidth
 from layerskip.model import Decoder, KVCache, pull
+from layerskip.model.files import replace
 
 K = TypeVar("K", bound=Hashable)
 ROOT = Path(__file__).parent.parent
@@ -195,7 +196,7 @@ def deliver(result: dict[str, Any], output: Path | None) -> None:
     print(text)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text + "\n")
+        replace(output, f"{text}\n".encode())
 
 
 def environment(script: str, dtype: str, kernels: str | None = None) -> dict[str, Any]:
@@ -214,15 +215,24 @@ def dtype_of(model: LayerSkipModel) -> str:
 
 
 def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip()
+    """The commit, with a "+" where files of the code differ from it; "" without git."""
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        head = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        code = ["src", "benchmarks/*.py", "benchmarks/paper/*.py", "examples"]
+        changed = head and git(["git", "diff", "--quiet", "HEAD", "--", *code]).returncode
+    except FileNotFoundError:
+        return ""
+    return f"{head}+" if changed else head
+
+
+def run(main: Callable[[], None]) -> None:
+    """A script: what cannot be measured is one line, as in the commands."""
+    try:
+        main()
+    except (ValueError, OSError, ImportError, subprocess.CalledProcessError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

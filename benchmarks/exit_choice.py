@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import deliver, dtype_of, environment
+from engine import deliver, dtype_of, environment, run
 from paper.measures import answers
 
 from layerskip import LayerSkipModel
@@ -133,4 +133,4 @@ def replay_time(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

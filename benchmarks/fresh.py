@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import deliver, environment
+from engine import deliver, dtype_of, environment, run
 
 from layerskip import LayerSkipModel
 from layerskip.bench.memory import PeakMemory
@@ -49,7 +49,10 @@ def main() -> None:
     else:
         print(peak(options))
         return
-    result["environment"] = environment("benchmarks/fresh.py", "bfloat16")
+    torch.set_num_threads(options.threads)
+    model = LayerSkipModel.from_pretrained(options.model)
+    how = dtype_of(model), model.decoder.kernels
+    result["environment"] = environment("benchmarks/fresh.py", *how)
     deliver(result, options.output)
 
 
@@ -99,4 +102,4 @@ def peak(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from engine import deliver, environment, in_turns, verify
+from engine import deliver, environment, in_turns, run, verify
 
 from layerskip import LayerSkipModel
 
@@ -50,4 +50,4 @@ def compare(name: str, kind: str, rounds: int) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

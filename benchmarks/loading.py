@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import deliver, environment
+from engine import deliver, environment, run
 from safetensors.torch import save_file
 
 CONFIG: dict[str, Any] = {
@@ -144,4 +144,4 @@ def allocated() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from engine import deliver, environment
+from engine import deliver, environment, run
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -222,4 +222,4 @@ def pass_ms(decoder: Decoder, n: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from curves import draw
-from engine import ROOT, environment
+from engine import ROOT, environment, run
 from fresh import LAYERSKIP
 from speed_goals import goal_table, report
 
@@ -193,4 +193,4 @@ def _write(output: Path, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

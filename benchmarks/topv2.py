@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import deliver, environment
+from engine import deliver, environment, run
 from rich.progress import track
 
 from layerskip import LayerSkipModel
@@ -156,4 +156,4 @@ def exact_match(task: Task, answers: list[Generation]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

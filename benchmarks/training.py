@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import commit, deliver
+from engine import commit, deliver, run
 from torch.autograd import DeviceType
 from transformers import (
     AutoModelForCausalLM,
@@ -268,4 +268,4 @@ def make_trainer(options: argparse.Namespace, folder: str) -> tuple[Any, StepClo
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

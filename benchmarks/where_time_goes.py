@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from engine import deliver, dtype_of, environment
+from engine import deliver, dtype_of, environment, run
 from torch import Tensor
 
 from layerskip import LayerSkipModel
@@ -137,4 +137,4 @@ def timed(decoder: Decoder, spent: dict[str, float]) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,6 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from engine import run
+
 from layerskip import LayerSkipModel
 from layerskip.bench.perplexity import read_text
 from paper.checkpoints import TINY, new_model, tokens_of, write_rows
@@ -125,4 +127,4 @@ def _rows(options: argparse.Namespace, corpus: Corpus, tokenizer: Any) -> tuple[
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

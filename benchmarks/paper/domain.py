@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from engine import run
+
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import load_task
 from paper.checkpoints import TINY, new_model, tokens_of, write_rows
@@ -133,4 +135,4 @@ def _until(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

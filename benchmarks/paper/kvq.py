@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from engine import run
 from torch import Tensor
 
 from layerskip import LayerSkipModel
@@ -187,4 +188,4 @@ def compared(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

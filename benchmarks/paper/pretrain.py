@@ -13,6 +13,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from engine import run
+
 from layerskip import LayerSkipModel
 from layerskip.training import TrainConfig
 from paper.checkpoints import (
@@ -144,4 +146,4 @@ def _config(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -16,6 +16,9 @@ class Finding:
     figures: str
 
 
+_ROUNDING = 1e-9  # 0.859 - 0.829 is more than 0.03
+
+
 def perplexities(exits: Sequence[Row]) -> dict[int, float]:
     """Exit -> perplexity a token; one too large for a number is infinite."""
     values = {row["exit_layer"]: row["token_perplexity"] for row in exits}
@@ -94,7 +97,9 @@ def only_after(before: Row, control: Row, after: Row) -> Finding:
 def with_a_loss(row: Row, kind: str, field: str) -> dict[int, float]:
     """Exit -> a figure, of the exits that had a loss in training: the others say nothing of it."""
     recipe = row["trained"].get("recipe", {})
-    named = {*recipe.get("fixed_exits", ()), *(recipe.get("exits") or range(row["layers"]))}
+    in_turn = recipe.get("exits") or range(row["layers"])
+    named = {*recipe.get("fixed_exits", ())}
+    named |= {*(() if recipe.get("curriculum") == "none" else in_turn)}
     return {one["exit_layer"]: one[field] or 0.0 for one in row[kind] if one["exit_layer"] in named}
 
 
@@ -116,14 +121,18 @@ def task_acceptance(row: Row) -> Finding:
 
 def cost_of_the_recipe(recipe: Row, control: Row) -> Finding:
     ours, theirs = recipe["exact_match"], control["exact_match"]
-    return Finding(theirs - ours <= 0.03, f"{ours:.1%} against {theirs:.1%} of the control")
+    return Finding(
+        theirs - ours <= 0.03 + _ROUNDING, f"{ours:.1%} against {theirs:.1%} of the control"
+    )
 
 
 def early_exact_match(row: Row) -> Finding:
     matches = with_a_loss(row, "exits", "exact_match")
     at = _nearest(matches, row["layers"] * 3 / 4)
     early, last = matches[at], row["exact_match"]
-    return Finding(early >= last - 0.01, f"E = {at}: {early:.1%}, last layer: {last:.1%}")
+    return Finding(
+        early >= last - 0.01 - _ROUNDING, f"E = {at}: {early:.1%}, last layer: {last:.1%}"
+    )
 
 
 def saved(*rows: Row) -> Finding:

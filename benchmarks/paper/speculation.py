@@ -15,6 +15,8 @@ task `held-out` are functions of the standard library's held-out files, to be co
 import argparse
 from pathlib import Path
 
+from engine import run
+
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import load_task
 from paper.checkpoints import TINY, new_model, shown, told, version, write_rows
@@ -82,4 +84,4 @@ def _prompts(corpus: Corpus) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,6 +17,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from engine import run
 from topv2 import answer, exact_match, trained_with_recipe
 
 from layerskip import LayerSkipModel
@@ -64,7 +65,11 @@ SMOKE_TRAINING = {
 
 def main() -> None:
     options = _options()
-    given = dict(pair.split("=", 1) for pair in options.checkpoint)
+    given = dict(pair.partition("=")[::2] for pair in options.checkpoint)
+    if unknown := {*given} - {*VARIANTS}:
+        raise ValueError(
+            f"--checkpoint names {min(unknown)}, no variant: say {next(iter(VARIANTS))}=FOLDER"
+        )
     record = Record("task", options, VARIANTS)
     if options.smoke:
         _made_up(options.work, Path(options.model))
@@ -178,4 +183,4 @@ def _made_up(work: Path, model: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
