@@ -1,4 +1,5 @@
-"""Task files of lm-evaluation-harness with local data: a choice, a text to rate, an answer to write."""
+"""Task files of lm-evaluation-harness with local data: a choice, a text to rate, an answer to write,
+and one to rate."""
 
 import json
 
@@ -37,6 +38,17 @@ doc_to_target: "{{{{question}}}}"
 metric_list:
   - {{metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}}
 """
+TOLD = """
+task: told_answer
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{question}}}}"
+doc_to_target: " {{{{choices[0]}}}}"
+metric_list:
+  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
+"""
 ROWS = [
     {"question": "Is water wet?", "choices": ["yes", "no", "sometimes"], "answer": 0},
     {"question": "Is the moon a cheese, and if not, why?", "choices": ["a", "b"], "answer": 1},
@@ -49,6 +61,7 @@ def write(folder):
     """Write the task files and their data."""
     data = folder / "rows.json"
     data.write_text("\n".join(map(json.dumps, ROWS)))
-    for name, text in (("choice", CHOICE), ("writing", WRITING), ("rating", RATING)):
+    texts = {"choice": CHOICE, "writing": WRITING, "rating": RATING, "told": TOLD}
+    for name, text in texts.items():
         (folder / f"{name}.yaml").write_text(text.format(data=data, cache=folder / "cache"))
     return folder

@@ -133,29 +133,12 @@ def test_all_rows_of_local_tasks(model, tasks):
     assert plain.to_dict()["acceptance_rate"] is None
 
 
-TOLD = """
-task: tiny_told
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
-test_split: test
-output_type: loglikelihood
-doc_to_text: "{{{{question}}}}"
-doc_to_target: " {{{{choices[0]}}}}"
-metric_list:
-  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
-"""
-
-
-def test_options_of_tasks_change_what_is_asked(model, tmp_path):
-    tasks = tiny_tasks.write(tmp_path)
-    fields = {"data": tasks / "rows.json", "cache": tasks / "cache"}
-    (tasks / "told.yaml").write_text(TOLD.format(**fields))
-
+def test_options_of_tasks_change_what_is_asked(model, tasks):
     def found(**changes):
         [row] = rows_of(model, ["early-exit"], [4])
         options = {"num_fewshot": 2, "seed": 0, **changes}
-        evaluate_tasks(model, [row], ["tiny_told"], include_path=tasks, **options)
-        return row.results["tiny_told"]["perplexity"].value
+        evaluate_tasks(model, [row], ["told_answer"], include_path=tasks, **options)
+        return row.results["told_answer"]["perplexity"].value
 
     whole = found()
     assert found(batch_size=1) == pytest.approx(whole)

@@ -1,8 +1,7 @@
 """What a prompt shares with the text before it, as every turn of a conversation does: computed once."""
 
 from collections.abc import Sequence
-
-import torch
+from itertools import takewhile
 
 from layerskip.model import Decoder, KVCache
 
@@ -41,7 +40,8 @@ class Prefix:
         """
         before, shared = self._cache, 0
         if self._decoder is decoder and n_layers <= self._n_layers:
-            shared = _length_of_beginning(self._text[:-1], prompt[:-1])
+            pairs = zip(self._text[:-1], prompt[:-1], strict=False)
+            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         self.forget()
         self._taken_by = answer
         room = min(capacity + _ROOM, max(capacity, decoder.architecture.max_context))
@@ -83,9 +83,3 @@ class Prefix:
 def turn_alike(decoder: Decoder, *capacities: int) -> bool:
     """Whether keys are turned alike in caches of these capacities: LongRoPE has factors for two."""
     return all(rope is None or rope.alike(capacities) for rope in set(decoder.architecture.ropes))
-
-
-def _length_of_beginning(one: Sequence[int], other: Sequence[int]) -> int:
-    n = min(len(one), len(other))
-    differ = (torch.tensor(one[:n]) != torch.tensor(other[:n])).nonzero()
-    return int(differ[0]) if len(differ) else n

@@ -42,12 +42,8 @@ def tokenize(prompt: Prompt, tokenizer: Any) -> list[int]:
         raise PromptError("this checkpoint has no tokenizer; give the prompt as token ids")
     if isinstance(prompt, str):
         ids = encode(prompt, tokenizer, add_special_tokens=True)
-        begin = tokenizer.bos_token_id
-        if (
-            tokenizer.bos_token
-            and prompt.startswith(tokenizer.bos_token)
-            and ids[:2] == [begin] * 2
-        ):
+        begin = tokenizer.bos_token
+        if begin and prompt.startswith(begin) and ids[:2] == [tokenizer.bos_token_id] * 2:
             del ids[0]  # which the text has itself
         return ids
     return encode(_rendered(prompt, tokenizer), tokenizer, add_special_tokens=False)
@@ -125,10 +121,6 @@ def _rendered(prompt: Sequence[Any] | Mapping[str, Any], tokenizer: Any) -> str:
             add_generation_prompt=True,
             **template_arguments(given),
         )
-    except (
-        TemplateError,
-        TypeError,
-        ValueError,
-    ) as error:  # no system message, turns, text alone, ...
+    except (TemplateError, TypeError, ValueError) as error:  # no system message, turns, ...
         raise PromptError(f"the chat template refuses these messages: {error}") from error
     return text

@@ -18,7 +18,7 @@ from layerskip.model import Decoder, GoesOn, KVCache
 _MADE: "weakref.WeakKeyDictionary[Decoder, tuple[tuple[tuple[int, ...], ShortHead], ...]]" = (
     weakref.WeakKeyDictionary()
 )
-_KEPT = 8
+_KEPT = 8  # a benchmark has rows of several lists in turns
 
 
 class ShortHead:

@@ -168,7 +168,7 @@ def _warn_of_what_has_no_effect(fields: dict[str, Any], file: Path) -> None:
     ]
     if not found:
         return
-    own = " (--repetition-penalty applies that)" if "repetition_penalty" in fields else ""
+    own = " (--repetition-penalty applies that)" if found[0].startswith("repetition") else ""
     warnings.warn(
         f"{file} names {', '.join(found)}, which transformers applies to greedy answers too and"
         f" layerskip does not{own}",
