@@ -62,7 +62,7 @@ def main() -> None:
 
 def context_curve(model: LayerSkipModel, rounds: int) -> list[dict[str, float]]:
     """Tokens a second at each length that the model has, and those of the prompt's pass."""
-    text = model.tokenizer.encode((ROOT / "LICENSE").read_text(), verbose=False)
+    text = model.tokenizer.encode((ROOT / "LICENSE").read_text(encoding="utf-8"), verbose=False)
     text = list(itertools.islice(itertools.cycle(text), max(CONTEXTS)))
     lengths = [n for n in CONTEXTS if n <= model.decoder.architecture.max_context]
 

@@ -56,7 +56,7 @@ def main() -> None:
             dequantize=True
         ),  # 16-bit weights on both sides
     ).eval()
-    prompt = model.tokenizer.encode((ROOT / "LICENSE").read_text())[:PROMPT_TOKENS]
+    prompt = model.tokenizer.encode((ROOT / "LICENSE").read_text(encoding="utf-8"))[:PROMPT_TOKENS]
     speeds, bandwidth = speed_of_both(model, reference, prompt, options.rounds)
     weight_bytes = model.decoder.weight_bytes
     ceiling = bandwidth / weight_bytes
@@ -199,12 +199,14 @@ def deliver(result: dict[str, Any], output: Path | None) -> None:
         replace(output, f"{text}\n".encode())
 
 
-def environment(script: str, dtype: str, kernels: str | None = None) -> dict[str, Any]:
+def environment(
+    script: str, dtype: str, kernels: str | None = None, device: str = "cpu"
+) -> dict[str, Any]:
     """What the figures depend on, the commit and the command included; `kernels` as of the decoder."""
     return {
         "command": shlex.join(["python", *script.split(), *sys.argv[1:]]),
         "commit": commit(),
-        **machine.environment(dtype=getattr(torch, dtype)),
+        **machine.environment(dtype=getattr(torch, dtype), device=device),
         "kernels": kernels,
     }
 

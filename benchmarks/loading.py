@@ -139,7 +139,7 @@ def loaded(folder: Path, weights: str, compiled: bool) -> dict[str, Any]:
 
 
 def allocated() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 

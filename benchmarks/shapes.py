@@ -71,9 +71,7 @@ def main() -> None:
             )
             rows.append({"shape": shape, "weights": weights, **figures})
             del decoder
-    here = environment("benchmarks/shapes.py", "bfloat16", rows[-1]["kernels"])
-    if options.device != "cpu":
-        here["device"] = torch.cuda.get_device_name(options.device)
+    here = environment("benchmarks/shapes.py", "bfloat16", rows[-1]["kernels"], options.device)
     deliver({"environment": here, "prompt_tokens": PROMPT_TOKENS, "rows": rows}, options.output)
 
 

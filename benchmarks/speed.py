@@ -100,7 +100,7 @@ def _begun(output: Path, here: dict[str, Any]) -> dict[str, Any]:
     new: dict[str, Any] = {"environment": here, "parts": {}}
     if not output.is_file():
         return new
-    old: dict[str, Any] = json.loads(output.read_text())
+    old: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     for key in sorted(here.keys() - {"command", "date"}):
         if old["environment"].get(key) != here[key]:
             sys.exit(f"{output} was measured with another {key}; --again measures all anew")
@@ -167,7 +167,7 @@ def _run(command: list[str]) -> dict[str, Any]:
         if done.returncode or not file.is_file():
             lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
             return {**head, "error": lines[-1]}
-        document = json.loads(file.read_text())
+        document = json.loads(file.read_text(encoding="utf-8"))
         document["environment"].pop("command", None)  # has the file, which is gone
         return {**head, **document}
 
@@ -183,13 +183,15 @@ def _write(output: Path, result: dict[str, Any]) -> None:
     result["goals"] = goal_table(result["parts"])
     output.parent.mkdir(parents=True, exist_ok=True)
     beside = output.with_suffix(".part")
-    beside.write_text(json.dumps(result, indent=2) + "\n")
+    beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     beside.replace(output)
     drawn = {p["model"]: p for p in result["parts"].values() if "verify_ms" in p}
     picture = output.with_suffix(".png")
     if drawn:
         draw(drawn, picture)
-    output.with_suffix(".md").write_text(report(result, picture.name if drawn else None))
+    output.with_suffix(".md").write_text(
+        report(result, picture.name if drawn else None), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

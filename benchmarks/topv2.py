@@ -57,7 +57,7 @@ def main() -> None:
         parser.error("--add-control needs the --output file of its recipe, and no other checkpoint")
     task = load_task("topv2", samples=options.rows, seed=0)
     if options.add_control:
-        result = json.loads(options.output.read_text())
+        result = json.loads(options.output.read_text(encoding="utf-8"))
         asked = (len(task.samples), options.dtype)
         if (found := (result["rows"], result["environment"]["dtype"])) != asked:
             parser.error(f"{options.output} is of {found}, not of {asked}")

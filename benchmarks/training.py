@@ -13,7 +13,6 @@ of further steps, in milliseconds of the threads that started the work.
 import argparse
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import commit, deliver, run
+from engine import deliver, environment, run
 from torch.autograd import DeviceType
 from transformers import (
     AutoModelForCausalLM,
@@ -35,7 +34,6 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from layerskip.bench.environment import environment
 from layerskip.model.machine import leave_out_cudnn_attention
 from layerskip.recipe import RecipeConfig
 from layerskip.training import LayerSkipTrainer
@@ -45,7 +43,6 @@ from layerskip.training.progress import hidden_bars
 from layerskip.training.rows import read_rows
 from layerskip.training.source import pretrained, pretrained_weights
 
-ROOT = Path(__file__).parent.parent
 RECIPES = {
     "plain": None,
     "rotational 8": RecipeConfig.preset("task", curriculum="rotational", rotation=8),
@@ -79,12 +76,12 @@ def main() -> None:
     result = {
         "environment": {
             **environment(
-                dtype=getattr(torch, options.precision),
-                device="cuda" if torch.cuda.is_available() else "cpu",
+                "benchmarks/training.py",
+                options.precision,
+                "pytorch",
+                "cuda" if torch.cuda.is_available() else "cpu",
             ),
             "threads": options.threads,
-            "command": shlex.join(["python", "benchmarks/training.py", *sys.argv[1:]]),
-            "commit": commit(),
         },
         "batch_size": options.batch_size,
         "tokens_of_a_batch": rounds[0]["plain"]["tokens"],

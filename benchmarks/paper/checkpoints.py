@@ -14,6 +14,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from layerskip.model.files import read_json
 from layerskip.model.source import BUILTIN_MODELS, DerivedModel
 from layerskip.recipe import RecipeConfig
 from layerskip.training import Progress, TrainConfig, train
@@ -129,7 +130,7 @@ def trained(config: TrainConfig, tokens_of_epoch: int, *, again: bool = False) -
     record = output / "train.json"
     wanted = json.loads(json.dumps(config.as_flat_dict()))
     # Whether it goes on is no setting of what it learns: the first start says no, the next ones yes.
-    if record.is_file() and json.loads(record.read_text()) | {"resume": config.resume} != wanted:
+    if record.is_file() and read_json(record) | {"resume": config.resume} != wanted:
         raise SystemExit(f"{output} was trained with other settings; --again trains anew")
     if not (output / "model.safetensors").is_file():
         train(config, watch=_lines(output.name))
@@ -149,13 +150,13 @@ def told(folder: Path) -> dict[str, Any]:
     record, tokens = folder / "train.json", folder / TOKENS
     if not record.is_file():
         return {}
-    settings = json.loads(record.read_text())
+    settings = json.loads(record.read_text(encoding="utf-8"))
     steps = read_log(folder / "train_log.jsonl")[-1]["step"]
     return {
         "checkpoint": shown(folder),
         "steps": steps,
         "rows": steps * settings["batch_size"] * settings["accumulation"],
-        **(json.loads(tokens.read_text()) if tokens.is_file() else {}),
+        **(json.loads(tokens.read_text(encoding="utf-8")) if tokens.is_file() else {}),
         "regime": settings["regime"],
         "learning_rate": settings["learning_rate"],
         "recipe": {field.name: settings[field.name] for field in fields(RecipeConfig)},

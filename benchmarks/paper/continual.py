@@ -106,7 +106,7 @@ def _prepared(options: argparse.Namespace, corpus: Corpus) -> Any:
     """The model's tokenizer; for a smoke run a tiny model and a text are made first."""
     if options.smoke:
         options.work.mkdir(parents=True, exist_ok=True)
-        Path(options.text).write_text(first_words(corpus.held_out, 2_000))
+        Path(options.text).write_text(first_words(corpus.held_out, 2_000), encoding="utf-8")
         return new_model(Path(options.model), corpus.train, 300, TINY, weights=True)
     return tokenizer_of(options.model)
 

@@ -73,7 +73,10 @@ def read(folder: Path) -> dict[str, list[Any]]:
     found = {}
     for name in TITLES:
         file = folder / f"{name}.json"
-        if file.is_file() and not (document := json.loads(file.read_text()))["smoke"]:
+        if (
+            file.is_file()
+            and not (document := json.loads(file.read_text(encoding="utf-8")))["smoke"]
+        ):
             found[name] = document["rows"]
     return found
 

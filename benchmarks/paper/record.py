@@ -66,7 +66,7 @@ class Record:
         self.document |= {"settings": settings, "rows": []}
         self._fresh: set[str] = set()
         if options.output.is_file():
-            old = json.loads(options.output.read_text())
+            old = json.loads(options.output.read_text(encoding="utf-8"))
             other = [k for k in ("experiment", "smoke", "settings") if old[k] != self.document[k]]
             if other and not options.again:
                 sys.exit(
@@ -89,7 +89,7 @@ class Record:
         output: Path = self.options.output
         output.parent.mkdir(parents=True, exist_ok=True)
         beside = output.with_suffix(".part")
-        beside.write_text(json.dumps(self.document, indent=2) + "\n")
+        beside.write_text(json.dumps(self.document, indent=2) + "\n", encoding="utf-8")
         beside.replace(output)
         print(f"{self.experiment}: {variant} is measured, {output}", flush=True)
 

@@ -134,3 +134,10 @@ def test_an_exit_layer_that_is_not_there_is_one_line(export, tmp_path):
     status, _, err = export("--to", "hf-draft", "--exit-layer", "9", tmp_path / "out")
     assert status == 1
     assert err == "layerskip: the exit layer is 9, this model has exits 1 to 4\n"
+
+
+def test_the_result_is_not_written_over_what_was_exported(export, tmp_path):
+    made = tmp_path / "made.gguf"
+    status, _, err = export("--to", "gguf", made, "--output", made)
+    assert (status, "PATH and --output are both" in err) == (2, True)
+    assert not made.exists()

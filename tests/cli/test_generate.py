@@ -543,3 +543,28 @@ def test_a_folder_in_the_place_of_a_built_in_model_is_said(folder, tmp_path, mon
     flags = ["--max-new-tokens", "1", "--dtype", "float32", "--model", "smollm2-135m"]
     assert cli.run(["generate", "--prompt", "ab", *flags]) == 0
     assert "smollm2-135m is taken from the folder of that name here" in capsys.readouterr().err
+
+
+def test_no_output_takes_the_place_of_what_is_read_or_of_another_output(run, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("abc\n")
+    text = ("eval", "--perplexity", prompts)
+    for flags in (
+        ("generate", "--prompts", prompts, "--output", prompts),
+        ("lens", "--data", prompts, "--output", tmp_path / "." / "prompts.txt"),
+        (*text, "--output", prompts),
+        (*text, "--output", tmp_path / "a", "--plot", tmp_path / "a"),
+        ("bench", "--task", prompts, "--output", prompts),
+        ("tune", "--data", prompts, "--output", prompts),
+        ("demo", "--output", tmp_path / "a", "--picture", tmp_path / "a"),
+    ):
+        status, _, err = run(*flags)
+        assert (status, "would replace what this call reads or writes" in err) == (2, True), flags
+    assert prompts.read_text() == "abc\n"
+    assert list(tmp_path.iterdir()) == [prompts]
+
+
+def test_standard_input_that_is_no_text_is_named(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
+    status, _, err = run("generate")
+    assert (status, "standard input is no text in utf-8" in err) == (1, True)

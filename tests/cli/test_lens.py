@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import layerskip.cli.lens as lens_command
 import layerskip.lens
 from layerskip.lens import lens as lens_module
 
@@ -205,3 +206,22 @@ def test_an_answer_is_looked_at_in_a_cache_as_large_as_it_was_made_in(run, monke
     assert run("lens", "--prompt", "abc", "--max-new-tokens", 12)[0] == 0
     assert run("lens", "--prompt", "abc", "--continuation", "de")[0] == 0
     assert capacities == [3 + 12 - 1, None]
+
+
+def test_ctrl_c_leaves_what_was_looked_at(run, tmp_path, monkeypatch):
+    file, output = tmp_path / "prompts.txt", tmp_path / "lens.json"
+    file.write_text("abc\nde\nfgh\n")
+    plain, calls = lens_command._look, []
+
+    def look(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(*given)
+
+    monkeypatch.setattr(lens_command, "_look", look)
+    status, out, err = run("lens", "--data", file, *SHORT, "--output", output)
+    assert (status, err.strip()) == (130, "layerskip: interrupted")
+    assert "2 prompts" in out
+    document = json.loads(output.read_text())
+    assert (document["agreement"]["prompts"], document["interrupted"]) == (2, True)

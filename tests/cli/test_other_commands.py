@@ -46,6 +46,7 @@ def test_version_and_unknown_command(capsys):
 
 def test_pull_of_what_is_there_prints_the_folder(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv(source.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(source, "_check", lambda *_: None)
     (tmp_path / "smollm2-135m").mkdir()
     for name in ("model.gguf", *source.FILES_BESIDE):
         (tmp_path / "smollm2-135m" / name).touch()

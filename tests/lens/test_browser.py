@@ -3,6 +3,9 @@
 import io
 
 import pytest
+
+pytest.importorskip("fcntl")  # Windows has none
+
 from browser import CHROMIUM, Browser
 from reports import NASTY, nasty_report, scripted_report
 

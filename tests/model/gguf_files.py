@@ -105,6 +105,7 @@ def write(
 
 
 _ADD = {
+    bool: GGUFWriter.add_bool,
     str: GGUFWriter.add_string,
     int: GGUFWriter.add_uint32,
     float: GGUFWriter.add_float32,

@@ -362,3 +362,21 @@ def test_attention_to_later_positions(tmp_path):
     reference("gemma3").save_pretrained(tmp_path)
     change_json(tmp_path / "config.json", use_bidirectional_attention=True)
     refuse(tmp_path, UnsupportedModelError, "attention to later positions")
+
+
+def test_attention_that_is_said_not_to_be_causal(tmp_path, file):
+    reference("llama2").save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", is_causal=False)
+    refuse(tmp_path, UnsupportedModelError, "attention to later positions")
+    gguf_files.write(file, reference("llama2"), extra_fields={"llama.attention.causal": False})
+    refuse(file, UnsupportedModelError, "attention to later positions")
+
+
+def test_norms_of_queries_and_keys_are_the_familys(folder, tmp_path_factory):
+    change_tensors(folder, lambda t: [t.pop(name) for name in [*t] if "q_norm" in name])
+    refuse(folder, CheckpointError, "has no tensor model.layers.0.self_attn.q_norm.weight")
+    other = tmp_path_factory.mktemp("llama")
+    reference("llama2").save_pretrained(other)
+    name = "model.layers.0.self_attn.q_norm.weight"
+    change_tensors(other, lambda t: t.update({name: torch.ones(16)}))
+    refuse(other, UnsupportedModelError, name)

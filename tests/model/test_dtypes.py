@@ -90,7 +90,9 @@ def test_logits_are_near_float32(case, dtype, tmp_path):
 @pytest.mark.parametrize(
     ("case", "compiled"), [("gemma2", False), ("gemma3", False), ("gemma2-uncapped", True)]
 )
-def test_norms_with_an_offset_keep_small_weights_in_16_bits(case, compiled, tmp_path):
+def test_norms_with_an_offset_keep_small_weights_in_16_bits(case, compiled, tmp_path, request):
+    if compiled:
+        request.getfixturevalue("compiled_kernels")
     model = build(case)
     weight = model.model.layers[1].input_layernorm.weight.data.fill_(2.0**-10)
     model.save_pretrained(tmp_path)
@@ -107,6 +109,19 @@ def test_experts_are_added_up_before_the_residual():
     small = [lambda rows: torch.full_like(rows, 3.2) for _ in range(8)]
     experts = Experts(router, small, top_k=8, normalized=True)
     assert (experts(x, 128 * x) == 131).all()
+
+
+def test_shares_of_experts_are_not_rounded():
+    x = torch.arange(1.0, 257)[None].bfloat16()
+    share = torch.tensor([1.0, 0.0]).softmax(0)[0]
+    experts = Experts(
+        lambda rows: torch.tensor([[1.0, 0.0]]).expand(len(rows), 2),
+        [lambda rows: rows, torch.zeros_like],
+        top_k=2,
+        normalized=True,
+    )
+    assert torch.equal(experts(x), (x * share).bfloat16())
+    assert not torch.equal(experts(x), x * share.bfloat16())
 
 
 def test_query_and_key_norms_round_once(dtype):

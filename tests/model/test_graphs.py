@@ -235,3 +235,12 @@ def test_turns_of_a_conversation_go_on_in_recorded_memory(room, monkeypatch):
             assert ids(recorded, prompt, plan, n=40, prefix=prefix) == expected, (turn, plan)
             prompt = [*prompt, *expected, *random_prompt(decoder, 3, seed=turn)]
     assert recorded.stand_in.replayed > recorded.stand_in.recorded > 0
+
+
+def test_memory_that_is_not_kept_is_not_recorded_over(monkeypatch):
+    monkeypatch.setattr(graphs, "_LONGEST", 64)
+    recorded = recording(tiny_decoder("llama3.1", max_position_embeddings=4096))
+    cache, hidden = recorded.new_cache(2000), recorded.embed(torch.tensor([[3]]))
+    for _ in range(3):
+        recorded.run(hidden, 0, len(recorded.layers), cache)
+    assert not recorded.stand_in.recorded

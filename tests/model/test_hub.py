@@ -1,5 +1,6 @@
 """Loading by hub id from a server that speaks the hub's protocol, in a process of its own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,11 +15,11 @@ from tiny_models import reference
 BROKEN_AT = 10_600_000  # bytes; what arrived before is kept in pieces of 10 MiB
 FETCH = """
 import sys
-from layerskip.model.source import SourceError, resolve
+from layerskip.model.source import resolve
 for name in sys.argv[1:]:
     try:
         print(resolve(name))
-    except SourceError as error:
+    except ValueError as error:
         print("refused:", error)
 """
 
@@ -77,3 +78,21 @@ def test_repository_is_fetched_over_a_connection_that_breaks(repository, tmp_pat
         assert again == fetched
         assert "offline" in other.lower()
         assert len(hub.requests) == before
+
+
+def test_what_could_not_be_used_is_not_fetched(repository, tmp_path):
+    unknown, quantized = tmp_path / "unknown", tmp_path / "quantized"
+    for folder, change in (
+        (unknown, {"model_type": "mamba"}),
+        (quantized, {"quantization_config": {"quant_method": "gptq"}}),
+    ):
+        folder.mkdir()
+        config = json.loads((repository / "config.json").read_text()) | change
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "model.safetensors").write_text("gigabytes")
+    with HubServer({"owner/unknown": unknown, "owner/quantized": quantized}) as hub:
+        names = ("owner/unknown", "owner/quantized")
+        one, other = fetch(hub, tmp_path, *names)
+        assert one.startswith("refused: the architecture 'mamba' is not supported")
+        assert other == "refused: weights quantized by 'gptq' are not supported"
+        assert hub.fetched() == ["config.json"]

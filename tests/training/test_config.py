@@ -39,9 +39,10 @@ def test_yaml(tmp_path):
     path.write_text("- a\n")
     with pytest.raises(ValueError, match="name: value"):
         TrainConfig.from_yaml(path)
-    path.write_text("a: [")
-    with pytest.raises(ValueError, match="is not YAML"):
-        TrainConfig.from_yaml(path)
+    for content in (b"a: [", "model: m".encode("utf-16"), b"seed: 2024-13-45"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.yaml is not YAML"):
+            TrainConfig.from_yaml(path)
 
 
 def test_every_setting_has_a_help_text():
@@ -58,6 +59,11 @@ def test_flat_dict_makes_the_same_configuration():
     ("values", "message"),
     [
         ({"learning_rate": "nan"}, "learning_rate is nan"),
+        ({"weight_decay": "nan"}, "weight_decay is nan; it must be a number, 0 or above"),
+        ({"weight_decay": -1}, "weight_decay is -1"),
+        ({"max_grad_norm": -1}, "max_grad_norm is -1"),
+        ({"max_minutes": "inf"}, "max_minutes is inf"),
+        ({"exits": True}, "exits is True, not a list of numbers"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast', not a value of float"),
         ({"max_steps": 0}, "max_steps is 0"),
         ({"max_steps": 1.5}, "max_steps is 1.5, not a value of int"),

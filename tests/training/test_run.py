@@ -13,7 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -933,3 +933,111 @@ def test_files_that_transformers_would_add_are_refused(settings, model_folder, t
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="names files outside of its folder"):
         run(settings, model=str(model))
+
+
+def changed_model(folder, target, change):
+    """A copy of a model whose tensors were changed in place."""
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return str(target)
+
+
+def test_a_model_that_lacks_weights_is_not_made_up(settings, model_folder, tmp_path):
+    name = "model.layers.2.mlp.up_proj.weight"
+    lacking = changed_model(model_folder, tmp_path / "lacking", lambda t: t.pop(name))
+    with pytest.raises(ValueError, match=f"lacks {name}, which its config.json asks for"):
+        run(settings, model=lacking)
+    other = changed_model(
+        model_folder, tmp_path / "other", lambda t: t.update({name: torch.ones(3, 4)})
+    )
+    with pytest.raises(ValueError, match=f"has another shape of {name}"):
+        run(settings, model=other)
+    more = changed_model(
+        model_folder, tmp_path / "more", lambda t: t.update({"value_head": torch.ones(3)})
+    )
+    with pytest.warns(TrainingWarning, match="knows nothing of, such as value_head: they are left"):
+        run(settings, model=more, max_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", 900, "model.safetensors is damaged or incomplete"),
+        ("tokenizer.json", 25, "no tokenizer in .*model: Unterminated string"),
+        ("config.json", 25, "no model in "),
+        ("tokenizer_config.json", "[]", "no tokenizer in "),
+    ],
+)
+def test_a_broken_model_is_named(settings, model_folder, tmp_path, name, content, message):
+    shutil.copytree(model_folder, tmp_path / "model")
+    file = tmp_path / "model" / name
+    is_cut = isinstance(content, int)
+    file.write_bytes(file.read_bytes()[:content] if is_cut else content.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        run(settings, model=str(tmp_path / "model"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "keep", "message"),
+    [
+        ("optimizer.pt", None, r"optimizer\* is missing"),
+        ("scheduler.pt", None, r"scheduler\* is missing"),
+        ("rng_state.pth", None, r"rng_state\* is missing"),
+        ("model.safetensors", None, "model.safetensors is missing"),
+        ("trainer_state.json", None, "trainer_state.json cannot be read"),
+        ("trainer_state.json", 10, "trainer_state.json cannot be read"),
+        ("optimizer.pt", 2000, "optimizer.pt is cut off or damaged"),
+        ("rng_state.pth", 0, "rng_state.pth is cut off or damaged"),
+        ("model.safetensors", 2000, "model.safetensors is cut off or damaged"),
+    ],
+)
+def test_no_run_goes_on_from_a_part_of_a_checkpoint(
+    settings, interrupted, monkeypatch, name, keep, message
+):
+    interrupted(settings, 6)
+    file = Path(settings["output"], "checkpoint-4", name)
+    content = file.read_bytes()
+    file.unlink()
+    if keep is not None:
+        file.write_bytes(content[:keep])
+    with monkeypatch.context() as patch:  # before anything takes long
+        patch.delattr("layerskip.training.run.load_tokenizer")
+        with pytest.raises(ValueError, match=f"{message}.*; remove .*checkpoint-4, and --resume"):
+            run(settings, resume=True)
+    shutil.rmtree(file.parent)
+    assert run(settings, resume=True).steps == 6
+
+
+def test_tensorboard_that_cannot_be_written_costs_no_step(settings, monkeypatch):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    with pytest.warns(TrainingWarning, match="TensorBoard's files .*No space left") as said:
+        result = run(settings)
+    assert len([w for w in said if "TensorBoard" in str(w.message)]) == 1
+    assert [log["step"] for log in read_log(result.output / "train_log.jsonl")][:3] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("name", ["config.json", "pytorch_model.bin", "tokenizer.json", "x.gguf"])
+def test_files_of_another_model_are_not_replaced(settings, name):
+    output = Path(settings["output"])
+    output.mkdir()
+    (output / name).write_text("mine")
+    with pytest.raises(ValueError, match="has a checkpoint, which training would replace"):
+        run(settings)
+    assert (output / name).read_text() == "mine"
+
+
+def test_several_gpus_in_one_process_are_refused_at_once(settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delattr("layerskip.training.run.load_model")
+    with pytest.raises(ValueError, match="2 GPUs in one process are not supported: start with"):
+        run(settings, device="auto")

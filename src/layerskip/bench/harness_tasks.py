@@ -105,6 +105,8 @@ def _load(manager: Any, names: list[str], num_fewshot: int | None, seed: int) ->
             f"the data of a task cannot be had: {error}; without a network, give task files with"
             " local data by --include-path"
         ) from error
+    except (TypeError, ValueError, KeyError) as error:  # as for a field that there is not
+        raise ValueError(f"one of {', '.join(names)} cannot be loaded: {error}") from error
     unsafe = [name for name, task in loaded["tasks"].items() if task.get_config("unsafe_code")]
     if unsafe:
         raise ValueError(

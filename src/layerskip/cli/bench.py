@@ -154,7 +154,7 @@ def command(
       layerskip bench --task humaneval --peers transformers,llama.cpp --gguf-weights q8_0
     """
     _note_idle_flags(flags["modes"], flags["peers"])
-    options.check_output(output)
+    options.check_outputs({"--output": output}, beside=(flags["model"], task_name))
     options.check_report(report)
     flags["exit_layers"] = flags["exit_layers"] or ()
     config = BenchConfig(**{f.name: flags[f.name] for f in dataclasses.fields(BenchConfig)})

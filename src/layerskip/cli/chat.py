@@ -37,7 +37,7 @@ def command(
       layerskip chat --system "Answer in one sentence." --temperature 0.7 --seed 1 --stats
       layerskip chat --model Qwen/Qwen3-0.6B --chat-template-kwargs '{"enable_thinking": false}'
     """
-    options.check_output(output)
+    options.check_outputs({"--output": output}, beside=(flags["model"],))
     options.note_idle_sampling(flags)
     model = options.load_model(flags)
     if not model.has_chat_template:

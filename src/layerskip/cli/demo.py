@@ -14,6 +14,7 @@ from layerskip.cli import options
 from layerskip.cli.demo_figures import bars, group_of, table, title_of, together
 from layerskip.cli.demo_tasks import TASKS
 from layerskip.cli.demo_view import compare
+from layerskip.cli.values import Number
 from layerskip.decoding import LayerSkipModel
 from layerskip.model.files import replace
 
@@ -57,7 +58,7 @@ FOLDER = Path("runs/demo-train")
 )
 @click.option(
     "--minutes",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0.0, min_open=True),
     help=f"With --train: how long.  [default: {MINUTES:g}]",
 )
 @click.option(
@@ -90,8 +91,8 @@ def command(
       layerskip demo --max-new-tokens 128 --output demo.json
       layerskip demo --train --minutes 10
     """
-    options.check_output(output)
-    options.check_output(picture, "--picture")
+    files = {"--output": output, "--picture": picture}
+    options.check_outputs(files, beside=(flags["model"],))
     if picture is not None:
         options.check_pictures("--picture")
     if not trains and (minutes is not None or folder is not None):

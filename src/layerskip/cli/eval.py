@@ -139,8 +139,7 @@ def command(
     if not names and not texts:
         raise click.UsageError("give --tasks or --perplexity")
     _note_idle_flags(names, texts, modes)
-    options.check_output(output)
-    options.check_output(plot, "--plot")
+    options.check_outputs({"--output": output, "--plot": plot}, beside=(flags["model"], *texts))
     if plot is not None:
         options.check_pictures("--plot")
     if names and importlib.util.find_spec("lm_eval") is None:

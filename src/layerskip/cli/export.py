@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from layerskip.cli.options import (
-    check_output,
+    check_outputs,
     debug_option,
     deliver,
     fetch_if_builtin,
@@ -116,7 +116,9 @@ def command(
       layerskip export --model my-checkpoint --to difference --base smollm2-135m \\
         --calibrate like-my-prompts.txt my.safetensors
     """
-    check_output(output)
+    check_outputs({"--output": output}, beside=(model, calibration))
+    if output is not None and output.resolve() == path.resolve():
+        raise click.UsageError(f"PATH and --output are both {path}: name another file")
     _check_usage(path, to_format, weights, calibration, exit_layer, base)
     of_difference = {name: int(n) for name, n in (("bits", bits), ("draft_bits", draft_bits)) if n}
     if of_difference and to_format != "difference":

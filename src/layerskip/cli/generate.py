@@ -51,7 +51,7 @@ def command(
     """
     if prompt is not None and prompts_file is not None:
         raise click.UsageError("--prompt and --prompts exclude each other")
-    options.check_output(output)
+    options.check_outputs({"--output": output}, beside=(flags["model"], prompts_file))
     options.note_idle_sampling(flags)
     prompts = _prompts(prompt, prompts_file, chat, chat_template_kwargs)
     model = options.load_model(flags)

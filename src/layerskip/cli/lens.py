@@ -101,8 +101,8 @@ def command(
     idle = options.given(_DECODING)
     if continuation is not None and idle:
         raise click.UsageError(f"--continuation is the answer; {idle[0]} would have no effect")
-    for flag, file in (("--output", output), ("--png", png), ("--html", html)):
-        options.check_output(file, flag)
+    files = {"--output": output, "--png": png, "--html": html}
+    options.check_outputs(files, beside=(flags["model"], data))
     if png is not None:
         from layerskip.lens import (
             picture,  # refuses before any long work where it has no matplotlib
@@ -114,13 +114,18 @@ def command(
     decoding = {name: flags[name] for name in _DECODING} | {"max_new_tokens": max_new_tokens}
     name = flags["model"]
     console = Console(highlight=False, quiet=as_json)
+    ended: BaseException | None = None
     if data is None:
         with options.waiting("looking"):
             report = _look(model, name, prompts[0], continuation, layers, positions, decoding)
         document = report.to_dict()
     else:
-        agreement = _agreement(model, prompts, layers, decoding)
-        document = {"model": name, "agreement": agreement.to_dict()}
+        agreement, ended = _agreement(model, prompts, layers, decoding)
+        document = {
+            "model": name,
+            "agreement": agreement.to_dict(),
+            "interrupted": ended is not None,
+        }
     try:
         options.deliver(document, as_json=as_json, output=output)
         if html is not None:
@@ -135,6 +140,8 @@ def command(
             lens_table.show_report(console, report, all_positions=positions is not None)
         else:
             lens_table.show_agreement(console, agreement)
+    if ended is not None:
+        raise ended
 
 
 def _prompt(given: str | None) -> str:
@@ -191,17 +198,23 @@ def _head(report: Report) -> Report:
 
 def _agreement(
     model: LayerSkipModel, prompts: list[Any], layers: list[int] | None, decoding: dict[str, Any]
-) -> Agreement:
-    found, left_out = list[Agreement](), 0
-    for prompt in track(prompts, "looking"):
-        try:
-            found.append(_look(model, "", prompt, None, layers, None, decoding).agreement)
-        except PromptError:
-            if len(prompts) == 1:
-                raise
-            left_out += 1
+) -> tuple[Agreement, BaseException | None]:
+    """Over all prompts, or over those before Ctrl-C or an error, which then comes with it."""
+    found, left_out, ended = list[Agreement](), 0, None
+    try:
+        for prompt in track(prompts, "looking"):
+            try:
+                found.append(_look(model, "", prompt, None, layers, None, decoding).agreement)
+            except PromptError:
+                if len(prompts) == 1:
+                    raise
+                left_out += 1
+    except (KeyboardInterrupt, Exception) as error:
+        if not found:
+            raise
+        ended = error
     if not found:
         raise ValueError("none of these prompts can be answered: they are empty or too long")
     if left_out:
         click.echo(f"layerskip: {left_out} prompts, empty or too long, were left out", err=True)
-    return functools.reduce(operator.add, found)
+    return functools.reduce(operator.add, found), ended

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ model_options = _stack(
         help="How weights are kept; int8 and int4 quantize them while they are loaded.",
     ),
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."),
-    click.option("--threads", type=click.IntRange(min=1), help="CPU threads to use."),
+    click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads to use."),
     click.option(
         "--compile/--no-compile",
         default=None,
@@ -306,15 +306,30 @@ def _is_special(path: Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
-def check_output(output: Path | None, flag: str = "--output") -> None:
-    """Refuse an output file that cannot be written before any long work starts."""
-    if output is None or _is_special(output):
-        return
-    folder = output.resolve().parent
-    if not folder.is_dir():
-        raise click.UsageError(f"the folder of {flag} {output} does not exist")
-    if not os.access(folder, os.W_OK):
-        raise click.UsageError(f"the folder of {flag} {output} cannot be written to")
+def check_outputs(
+    outputs: Mapping[str, Path | None], beside: Iterable[str | Path | None] = ()
+) -> None:
+    """Refuse output files that cannot be written, before any long work starts.
+
+    Args:
+        outputs: flag -> its file, each another one.
+        beside: what this call reads; those that are files are not to be replaced.
+    """
+    given = [Path(file) for file in beside if file is not None]
+    taken = {file.resolve() for file in given if file.is_file()}
+    for flag, output in outputs.items():
+        if output is None or _is_special(output):
+            continue
+        place = output.resolve()
+        if not place.parent.is_dir():
+            raise click.UsageError(f"the folder of {flag} {output} does not exist")
+        if not os.access(place.parent, os.W_OK):
+            raise click.UsageError(f"the folder of {flag} {output} cannot be written to")
+        if place in taken:
+            raise click.UsageError(
+                f"{flag} {output} would replace what this call reads or writes: name another file"
+            )
+        taken.add(place)
 
 
 def check_report(folder: Path | None) -> None:
@@ -322,7 +337,7 @@ def check_report(folder: Path | None) -> None:
     if folder is not None:
         check_pictures("--report")
         inside = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        check_output(inside / "report", "--report")
+        check_outputs({"--report": inside / "report"})
 
 
 def check_pictures(flag: str) -> None:

@@ -26,8 +26,17 @@ def read_prompts(file: Path) -> list[Any]:
 
 
 def read_stdin() -> str:
-    """Standard input as one prompt, less a byte order mark and one line break at its end."""
-    return sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
+    """Standard input as one prompt, less a byte order mark and one line break at its end.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    try:
+        return sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"standard input is no text in {error.encoding} ({error.reason})"
+        ) from error
 
 
 def _prompts(file: Path) -> Iterator[Any]:

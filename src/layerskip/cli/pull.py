@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from layerskip.cli.options import check_output, debug_option, deliver, fetch, result_options
-from layerskip.model.source import BUILTIN_MODELS, is_pulled
+from layerskip.cli.options import check_outputs, debug_option, deliver, fetch, result_options
+from layerskip.model.source import BUILTIN_MODELS, discard_if_damaged, is_pulled
 
 
 @click.command("pull")
@@ -24,7 +24,8 @@ def command(name: str, as_json: bool, output: Path | None) -> None:
       layerskip pull smollm2-135m-layerskip
       LAYERSKIP_CACHE=/data/models layerskip pull smollm2-135m
     """
-    check_output(output)
+    check_outputs({"--output": output})
+    discard_if_damaged(name)
     known = is_pulled(name)
     folder = fetch(name)
     if not as_json:

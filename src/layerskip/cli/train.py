@@ -16,6 +16,7 @@ from layerskip.recipe import RecipeConfig
 try:
     from layerskip.cli.train_progress import TrainProgress
     from layerskip.training import TrainConfig, train
+    from layerskip.training.checkpoints import last_good
 except ImportError as error:
     raise ImportError(
         f"training needs {error.name}; run: pip install 'layerskip[train]'"
@@ -120,7 +121,12 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
         options.warnings_in_one_line(is_shown=is_first),
         TrainProgress(is_shown=is_first) as progress,
     ):
-        result = train(settings, progress)
+        try:
+            result = train(settings, progress)
+        except KeyboardInterrupt:
+            if is_first:
+                click.echo(f"layerskip: {last_good(settings.output)}; --resume goes on", err=True)
+            raise
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # its threads may abort a process that just ends
     if not is_first:

@@ -115,7 +115,7 @@ def command(
       layerskip tune --model smollm2-135m --dry-run --output tuning.json
       layerskip tune --model my-checkpoint --data topv2 --grid --exit-layers 2,4,8 --samples 5
     """
-    options.check_output(output)
+    options.check_outputs({"--output": output}, beside=(flags["model"], data))
     options.check_report(report)
     folder = Path(flags["model"]).expanduser()
     writes = folder.is_dir() and not dry_run

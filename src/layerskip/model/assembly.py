@@ -176,20 +176,19 @@ class _LayerBuilder:
 
     def _qk_norm(self) -> Norm | None:
         a, hd = self.a, self.a.head_dim
-        is_by_head = self.family.qk_norm == "head"
-        query_name = f"{self.prefix}{self.names.query_norm}.weight"
-        queries = self.take.optional(
-            query_name,
-            (hd if is_by_head else self.n_queries,),
-            _norm_weight(a, self.query_scale),
-            _norm_dtype(a),
-        )
-        if queries is None:
+        if self.family.qk_norm is None:
             return None
-        key_name = f"{self.prefix}{self.names.key_norm}.weight"
-        size = (hd if is_by_head else self.n_keys,)
-        keys = self.take(key_name, size, _norm_weight(a), _norm_dtype(a))
-        queries, keys = self._turnable(queries), self._turnable(keys)
+        is_by_head = self.family.qk_norm == "head"
+
+        def weight_of(name: str, size: int, scale: float = 1.0) -> Tensor:
+            file_name = f"{self.prefix}{name}.weight"
+            shape = (hd if is_by_head else size,)
+            return self._turnable(
+                self.take(file_name, shape, _norm_weight(a, scale), _norm_dtype(a))
+            )
+
+        queries = weight_of(self.names.query_norm, self.n_queries, self.query_scale)
+        keys = weight_of(self.names.key_norm, self.n_keys)
         if not is_by_head:
             return ProjectionNorm(queries, keys, a.norm_eps)
         weight = torch.cat([queries.expand(a.n_heads, hd), keys.expand(a.n_kv_heads, hd)])

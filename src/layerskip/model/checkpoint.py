@@ -195,17 +195,18 @@ def _config(folder: Path) -> dict[str, Any]:
     with _unusable_named(path):  # before transformers makes something for each of them
         families.check_n_layers(int(stored.get("num_hidden_layers", 1)))
     depends_on = importlib.metadata.version("transformers").encode() + b"\0" + path.read_bytes()
-    cached = cache_folder() / "configs" / f"{hashlib.sha256(depends_on).hexdigest()[:32]}.json"
-    with contextlib.suppress(CheckpointError):  # not there, or damaged
-        return read_json(cached)
+    name = f"{hashlib.sha256(depends_on).hexdigest()[:32]}.json"
+    with contextlib.suppress(OSError, CheckpointError):  # no cache, not there, or damaged
+        return read_json(cache_folder() / "configs" / name)
     from transformers import AutoConfig
 
     with _unusable_named(path):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         filled: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        replace(cached, json_text(filled).encode())
+        configs = cache_folder() / "configs"
+        configs.mkdir(parents=True, exist_ok=True)
+        replace(configs / name, json_text(filled).encode())
     return filled
 
 

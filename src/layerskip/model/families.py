@@ -59,11 +59,12 @@ class Family:
             has them. None: this package neither reads nor writes GGUF files of the family.
         names: what the files call each part.
         norm_offset: added to the weights of norms; 1 where files hold w of a norm with (1 + w).
-        qk_norm: Q/K norms, where there are any, are over each head or over the whole projection.
+        qk_norm: Q/K norms are over each head or over the whole projection; None: there are none.
         qkv_by_head: the fused QKV tensor holds Q, K and V of one head after those of another.
         is_gated: the MLP multiplies its activation with a second projection.
         norm_bias: norms subtract the mean and have a bias.
         scales_embedding: embeddings are multiplied by sqrt(D).
+        caps_attention: scores have a soft cap, if the config names one.
         normalizes_experts: always, or where the config's `norm_topk_prob` says so.
     """
 
@@ -71,11 +72,12 @@ class Family:
     window: Literal["all", "named"] | None = None
     names: Names = Names()
     norm_offset: float = 0.0
-    qk_norm: Literal["head", "projection"] = "head"
+    qk_norm: Literal["head", "projection"] | None = None
     qkv_by_head: bool = False
     is_gated: bool = True
     norm_bias: bool = False
     scales_embedding: bool = False
+    caps_attention: bool = False
     normalizes_experts: bool = False
 
 
@@ -89,16 +91,18 @@ FAMILIES = {
     "llama": Family(gguf_rotary="interleaved"),
     "mistral": Family(window="all"),
     "qwen2": Family(window="named", gguf_rotary="halves"),
-    "qwen3": Family(window="named", gguf_rotary="halves"),
+    "qwen3": Family(window="named", gguf_rotary="halves", qk_norm="head"),
     "gemma2": Family(
         window="named",
         names=_GEMMA,
+        caps_attention=True,
         norm_offset=1.0,
         scales_embedding=True,
     ),
     "gemma3_text": Family(
         window="named",
         names=_GEMMA,
+        qk_norm="head",
         norm_offset=1.0,
         scales_embedding=True,
     ),
@@ -127,7 +131,7 @@ FAMILIES = {
             expert_down="w2",
         ),
     ),
-    "qwen3_moe": Family(window="all"),
+    "qwen3_moe": Family(window="all", qk_norm="head"),
     "gpt_neox": Family(  # Pythia
         qkv_by_head=True,
         is_gated=False,
@@ -190,6 +194,19 @@ def check_not_quantized(config: Mapping[str, Any]) -> None:
         raise UnsupportedModelError(f"weights quantized {how} are not supported")
 
 
+def check(config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError for a transformers config of a model that this decoder cannot run."""
+    family_of(str(config.get("model_type")))
+    check_not_quantized(config)
+    check_causal(config)
+
+
+def check_causal(config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError where a transformers config says that positions see later ones."""
+    if config.get("use_bidirectional_attention") or config.get("is_causal") is False:
+        raise UnsupportedModelError("attention to later positions is not supported")
+
+
 def from_config(config: Mapping[str, Any]) -> Architecture:
     """Read a transformers config, as `PreTrainedConfig.to_dict()` gives it.
 
@@ -197,16 +214,14 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
         UnsupportedModelError: the architecture, its activation or its rotary scaling is unknown, or
             its weights are quantized.
     """
-    name = family_of(str(config.get("model_type")))
+    check(config)
+    name = str(config["model_type"])
     family = FAMILIES[name]
     activation = config.get("hidden_activation") or config.get("hidden_act", "silu")
     if activation not in _ACTIVATIONS:
         raise UnsupportedModelError(
             f"the activation {activation!r} is not supported (only {', '.join(_ACTIVATIONS)})"
         )
-    check_not_quantized(config)
-    if config.get("use_bidirectional_attention"):
-        raise UnsupportedModelError("attention to later positions is not supported")
     n_layers, n_heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
     check_n_layers(n_layers)
     hidden_size = int(config["hidden_size"])
@@ -225,7 +240,7 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
         ropes=_ropes(config, n_layers),
         activation=_ACTIVATIONS[activation],
         attention_scale=_attention_scale(config),
-        attention_cap=_number(config, "attn_logit_softcapping"),
+        attention_cap=_number(config, "attn_logit_softcapping") if family.caps_attention else None,
         logit_cap=_number(config, "final_logit_softcapping"),
         embedding_scale=(
             math.sqrt(hidden_size)

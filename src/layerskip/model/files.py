@@ -56,6 +56,10 @@ def replace(path: Path, content: bytes) -> None:
             shutil.copymode(path, beside)
         flush(beside)
         os.replace(beside, path)
+    except OSError as error:
+        if error.errno is not None:  # a full disk would name no file, and others the one beside
+            error.filename = str(path)
+        raise
     finally:
         beside.unlink(missing_ok=True)
 

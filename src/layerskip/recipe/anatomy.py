@@ -146,7 +146,8 @@ class Anatomy:
         chosen = self.model.config._attn_implementation
         is_flash = isinstance(chosen, str) and "flash" in chosen
         if is_flash:
-            self.model.set_attn_implementation("sdpa")
+            has_sdpa = self.model._supports_sdpa  # Gemma 2 has not
+            self.model.set_attn_implementation("sdpa" if has_sdpa else "eager")
         try:
             yield
         finally:

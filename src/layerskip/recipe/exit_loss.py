@@ -247,9 +247,9 @@ def _chunk_step(
         correct += (_highest(log_p) == targets[rows]).sum(1)
         q = log_p[-1].exp() if work.distillation_weight > 0 else None
         if q is not None:
-            q_log_q = torch.vdot(q.flatten(), log_p[-1].flatten())
+            q_log_q = torch.dot(q.flatten(), log_p[-1].flatten())
             for index in range(exits - 1):
-                q_log_p = torch.vdot(q.flatten(), log_p[index].flatten())
+                q_log_p = torch.dot(q.flatten(), log_p[index].flatten())
                 divergence_sums[index] += q_log_q - q_log_p
         if slope is not None:
             slope[:, rows] = _slope(log_p, q, wanted, weights, work.distillation_weight)

@@ -82,7 +82,8 @@ def run_on_kept_rows(
     kept = torch.nonzero(~skipped).flatten()
     if hidden.device.type == "cuda":  # else the host would wait for all work before
         kept = kept.pin_memory()
-    kept = kept.to(hidden.device, non_blocking=True)
+    # Elsewhere memory that is not pinned may be given away before it was read.
+    kept = kept.to(hidden.device, non_blocking=hidden.device.type == "cuda")
     batch = hidden.shape[0]
     output = layer(
         hidden.index_select(0, kept),

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 
 from layerskip.model.files import replace
 from layerskip.recipe.attached import AttachedRecipe
 from layerskip.training.checkpoints import unwritten
+from layerskip.training.errors import TrainingWarning
 
 
 class JsonLinesLog(TrainerCallback):
@@ -59,6 +63,35 @@ class JsonLinesLog(TrainerCallback):
             raise unwritten(
                 f"the log of step {state.global_step}", self._path.parent, error
             ) from error
+
+
+class Board(TensorBoardCallback):
+    """TensorBoard's own files of the figures; where they cannot be written, training goes on."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Open the files."""
+        with self._optional():
+            super().on_train_begin(*args, **kwargs)
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Write the figures."""
+        with self._optional():
+            super().on_log(*args, **kwargs)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Close the files."""
+        with self._optional():
+            super().on_train_end(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _optional(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.tb_writer = None
+            self._SummaryWriter: Any = None  # nor is another one made
+            what = f"TensorBoard's files can be written no longer ({error.strerror or error})"
+            warnings.warn(what, TrainingWarning, stacklevel=3)
 
 
 class TimeBudget(TrainerCallback, ExportableState):

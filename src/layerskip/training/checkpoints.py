@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
 
-from layerskip.model.files import flush
+from layerskip.model.files import CheckpointError, flush, read_json
 from layerskip.training.errors import UnwrittenCheckpointError
 
 INCOMPLETE = ".incomplete"
@@ -33,6 +35,38 @@ def _checkpoints(directory: str | os.PathLike[str]) -> list[tuple[int, Path]]:
         for path in Path(directory).glob("checkpoint-*")
         if (number := path.name.removeprefix("checkpoint-")).isdigit() and path.is_dir()
     ]
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Refuse a checkpoint that a run would go on from with less than it had: Trainer begins anew there.
+
+    A folder is written whole, but parts of it may have been removed or cut since.
+
+    Raises:
+        ValueError: naming what is missing or damaged.
+    """
+    names = {path.name for path in checkpoint.iterdir()}
+    try:
+        read_json(checkpoint / TRAINER_STATE_NAME)
+        if any(name.startswith("global_step") for name in names):  # DeepSpeed's own form
+            return
+        for part in ("optimizer", "scheduler", "rng_state"):
+            if not any(name.startswith(part) for name in names):
+                raise CheckpointError(f"{checkpoint / part}* is missing")
+        if not any("model" in name for name in names):  # of FSDP a folder, of LoRA an adapter's
+            raise CheckpointError(f"{checkpoint / 'model.safetensors'} is missing")
+        for path in checkpoint.glob("*.pt*"):
+            if not zipfile.is_zipfile(path):  # whose end is its list of contents
+                raise CheckpointError(f"{path} is cut off or damaged")
+        for path in checkpoint.glob("*.safetensors"):
+            try:
+                safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path} is cut off or damaged ({error})") from error
+    except CheckpointError as error:
+        raise ValueError(
+            f"{error}; remove {checkpoint}, and --resume goes on from the one before"
+        ) from error
 
 
 def load_renamed(model: nn.Module, checkpoint: Path) -> None:

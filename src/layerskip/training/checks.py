@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 from transformers import SchedulerType
 
 from layerskip.training.config import TrainConfig
 from layerskip.training.loading import model_config
+from layerskip.training.recipe_callback import check_gpus
 
 _OTHER_SCHEDULERS = (  # with settings of their own and without a default, or led by evaluations
     "warmup_stable_decay",
@@ -31,6 +33,8 @@ def check_installed(config: TrainConfig) -> None:
         raise ValueError(
             f"there is no scheduler {config.scheduler!r}; there are: {', '.join(known)}"
         )
+    if uses_gpu(config) and "LOCAL_RANK" not in os.environ:
+        check_gpus(torch.cuda.device_count())
     if config.lora_rank is not None and importlib.util.find_spec("peft") is None:
         raise ValueError("lora_rank needs `peft`: pip install 'layerskip[train]'")
     if config.precision == "float16" and not uses_gpu(config):

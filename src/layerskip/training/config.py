@@ -122,16 +122,20 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        for name in ("max_steps", "max_minutes", "eval_steps", "lora_rank", "lora_alpha"):
+        for name in ("max_steps", "eval_steps", "lora_rank", "lora_alpha"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
         if self.eval_rows < 0:
             raise ValueError(f"eval_rows is {self.eval_rows}; it must be 0 or above")
-        for name in ("epochs", "learning_rate"):
+        for name in ("epochs", "learning_rate", "max_minutes"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}; it must be a number above 0")
+        for name in ("weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} is {value}; it must be a number, 0 or above")
         if self.max_steps is not None and self.epochs != type(self).epochs:
             raise ValueError("epochs and max_steps both say when to end; give one of them")
         recipe = self.effective_recipe
@@ -230,7 +234,7 @@ class TrainConfig:
 
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # no UTF-8, or no such date
             raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path} must have lines of the form 'name: value'")
@@ -259,6 +263,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     try:
         if get_origin(kind) is tuple:
             items = value.replace(",", " ").split() if isinstance(value, str) else value
+            if isinstance(items, bool):  # what YAML makes of yes
+                raise ValueError
             items = [items] if isinstance(items, int) else items
             return tuple(map(_whole, items))
         if kind is bool:

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from layerskip.model.files import json_text, read_json
-from layerskip.training.checkpoints import last_checkpoint
+from layerskip.training.checkpoints import check_whole, last_checkpoint
 from layerskip.training.config import TrainConfig, default_alpha
 from layerskip.training.errors import TrainingWarning
 
@@ -34,6 +34,7 @@ _HELD_BACK_BY = (
     "eval_rows",
     "seed",
 )
+_OF_A_MODEL = ("*.safetensors", "*.bin", "*.gguf", "config.json", "tokenizer*", "adapter*")
 _ADAPTER = ("lora_rank", "lora_alpha")
 
 
@@ -51,9 +52,10 @@ def where_to_begin(config: TrainConfig, output: Path) -> str | None:
                 f"{output} has checkpoints of an earlier run ({Path(checkpoint).name}): go on with "
                 "--resume, or choose another --output"
             )
+        check_whole(Path(checkpoint))
         _compare(config, output / SETTINGS)
         return checkpoint
-    if any(output.glob("*.safetensors")):
+    if any(found for name in _OF_A_MODEL for found in output.glob(name)):
         raise ValueError(
             f"{output} has a checkpoint, which training would replace: choose another --output"
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,10 +18,11 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
-from layerskip.model.families import check_not_quantized
+from layerskip.model.families import check_causal, check_not_quantized
 from layerskip.model.tokenizer import is_as_written
 from layerskip.training.config import TrainConfig, default_alpha
 from layerskip.training.data import end_of_turn
+from layerskip.training.errors import TrainingWarning
 from layerskip.training.source import pretrained, pretrained_weights
 
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # else transformers would ask
@@ -31,15 +35,13 @@ def load_tokenizer(config: TrainConfig) -> Any:
     """The tokenizer, with a token to pad with where it has one at all; ValueError without one."""
     source = config.tokenizer or config.model
     folder, _ = pretrained(source)  # has its tokenizer unpacked
-    try:
+    with _failures_named(f"no tokenizer in {source}"):
         is_there = cached_file(
             folder, "tokenizer.json", _raise_exceptions_for_missing_entries=False
         )
         as_written = is_there and is_as_written(get_tokenizer_config(folder, **_NO_CODE))
         kind = PreTrainedTokenizerFast if as_written else AutoTokenizer
         tokenizer = kind.from_pretrained(folder, **_NO_CODE)
-    except (OSError, ValueError) as error:
-        raise ValueError(one_line(f"no tokenizer in {source}", error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -123,25 +125,42 @@ def add_end_of_turn(model: PreTrainedModel, tokenizer: Any, rows: Any) -> None:
 def model_config(model: str) -> Any:
     """The configuration of a model to train; ValueError if it cannot be had or trained."""
     folder, arguments = pretrained(model)
-    try:
+    with _failures_named(f"no model in {model}"):
         config = AutoConfig.from_pretrained(folder, **_NO_CODE, **arguments)
-    except (OSError, ValueError) as error:
-        raise ValueError(one_line(f"no model in {model}", error)) from error
     check_not_quantized(config.to_dict())
+    check_causal(config.get_text_config().to_dict())
     return config
 
 
 def pretrained_model(name: str) -> PreTrainedModel:
-    """A folder's, hub id's or built-in name's model in float32; ValueError if it cannot be had."""
+    """A folder's, hub id's or built-in name's model in float32; ValueError if it cannot be had whole.
+
+    transformers makes up what a checkpoint lacks or has in another shape; that is refused.
+    """
     folder, arguments = pretrained_weights(name)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, **_NO_CODE, **arguments
+    with _failures_named(f"the model {name} could not be loaded"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # else a report of many lines would name them
+            **_NO_CODE,
+            **arguments,
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(one_line(f"the model {name} could not be loaded", error)) from error
-    loaded: PreTrainedModel = model.float()
-    return loaded
+    model, found = loaded
+    other_shape = [key for key, *_ in found["mismatched_keys"]]
+    for keys, what in ((found["missing_keys"], "lacks"), (other_shape, "has another shape of")):
+        if keys:
+            raise ValueError(
+                f"{name} {what} {min(keys)}, which its config.json asks for ({len(keys)} such"
+                " weights): save or fetch it again"
+            )
+    if extra := found["unexpected_keys"]:
+        what = f"{name} has weights that its config.json knows nothing of, such as {min(extra)}"
+        warnings.warn(f"{what}: they are left out", TrainingWarning, stacklevel=2)
+    whole: PreTrainedModel = model.float()
+    return whole
 
 
 def load_model(config: TrainConfig) -> PreTrainedModel:
@@ -163,10 +182,8 @@ def _kept_bytes(model: PreTrainedModel, config: TrainConfig) -> int:
 
 def _random_model(name: str) -> PreTrainedModel:
     config = model_config(name)
-    try:
+    with _failures_named(f"the model {name} could not be made"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **_NO_CODE)
-    except (OSError, ValueError) as error:
-        raise ValueError(one_line(f"the model {name} could not be loaded", error)) from error
     made: PreTrainedModel = model.float()
     return made
 
@@ -191,6 +208,21 @@ def _make_savable(model: PreTrainedModel) -> None:
             raise ValueError(
                 f"transformers will not write this model's generation_config.json again: {reason}"
             ) from error
+
+
+@contextmanager
+def _failures_named(what: str) -> Iterator[None]:
+    """Readers of files raise whatever they like; each becomes a ValueError of one line."""
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "memory" in str(
+            error
+        ):  # of a CPU's allocator, or CUDA's
+            raise
+        raise ValueError(one_line(what, error)) from error
 
 
 def one_line(what: str, error: Exception) -> str:

@@ -43,13 +43,18 @@ class RecipeCallback(TrainerCallback):
             )
 
 
-def check_arguments(args: Any) -> None:
-    """Raise ValueError where a Trainer's arguments take the labels or the forward from the model."""
-    if args.n_gpu > 1:
+def check_gpus(count: int) -> None:
+    """Raise ValueError where a Trainer would drive several GPUs in one process."""
+    if count > 1:
         raise ValueError(
-            f"{args.n_gpu} GPUs in one process are not supported: start with "
+            f"{count} GPUs in one process are not supported: start with "
             "`torchrun` or `accelerate launch`, or choose one with CUDA_VISIBLE_DEVICES"
         )
+
+
+def check_arguments(args: Any) -> None:
+    """Raise ValueError where a Trainer's arguments take the labels or the forward from the model."""
+    check_gpus(args.n_gpu)
     metric = getattr(args, "metric_for_best_model", None) or ""
     if "loss_exit_" in metric and args.greater_is_better:
         raise ValueError(

@@ -23,7 +23,7 @@ from layerskip.model.files import json_text, replace
 from layerskip.model.machine import has_fast_bfloat16
 from layerskip.recipe import RecipeConfig, attach, detach
 from layerskip.recipe.schedule import enabled_exits
-from layerskip.training.callbacks import JsonLinesLog, TimeBudget, read_log, time_spent
+from layerskip.training.callbacks import Board, JsonLinesLog, TimeBudget, read_log, time_spent
 from layerskip.training.checkpoints import INCOMPLETE, unwritten
 from layerskip.training.checks import check_installed, check_layers, uses_gpu
 from layerskip.training.config import TrainConfig
@@ -114,6 +114,8 @@ def _train(
     use_cache = model.config.use_cache
     trainer = _trainer(config, model, tokenizer, train_rows, eval_rows, exit_layer)
     trainer.add_callback(JsonLinesLog(output / "train_log.jsonl", trainer.attached))
+    if importlib.util.find_spec("tensorboard") is not None:
+        trainer.add_callback(Board())
     if watch is not None:
         trainer.add_callback(Watch(watch))
     if trainer.is_world_process_zero():
@@ -286,7 +288,6 @@ def _trainer(
         device = torch.device("cuda" if use_gpu else "cpu")
         precision = "bfloat16" if has_fast_bfloat16(device) else "float32"
     warms_up_to_constant = config.scheduler == "constant" and config.warmup_steps > 0
-    has_tensorboard = importlib.util.find_spec("tensorboard") is not None
     arguments = TrainingArguments(
         output_dir=config.output,
         per_device_train_batch_size=config.batch_size,
@@ -308,7 +309,7 @@ def _trainer(
         logging_nan_inf_filter=False,
         save_steps=config.save_steps,
         save_total_limit=config.keep_checkpoints,
-        report_to=["tensorboard"] if has_tensorboard else [],
+        report_to=[],
         prediction_loss_only=True,
         train_sampling_strategy="random" if config.packing else "group_by_length",
         remove_unused_columns=False,

@@ -44,8 +44,10 @@ def check_files(name: str) -> None:
             f"{name} has an adapter beside its weights: merge it (peft's merge_and_unload), or take"
             " adapter_config.json away"
         )
-    if (path / "model.safetensors.index.json").is_file():
-        SafetensorsFiles(path)  # refuses files outside of the folder, which transformers would read
+    named = ("model.safetensors", "model.safetensors.index.json")
+    if any((path / name).is_file() for name in named):
+        # Refuses what is damaged, and files outside of the folder, which transformers would read.
+        SafetensorsFiles(path)
     kinds = {file.suffix for file in path.iterdir()} if path.is_dir() else {path.suffix}
     if ".gguf" in kinds and ".safetensors" not in kinds:
         raise ValueError(

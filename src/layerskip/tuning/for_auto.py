@@ -31,7 +31,7 @@ def step_costs(costs: Costs, exit_layer: int, model: LayerSkipModel) -> StepCost
         device=model.decoder.device.type,
         kernels=model.decoder.kernels,
         machine=machine(model.decoder.device),
-        threads=torch.get_num_threads(),
+        threads=torch.get_num_threads() if model.decoder.device.type == "cpu" else 0,
         exit_layer=exit_layer,
         draft_step=max(float(costs.draft_step_s[middle, x]) / plain, _LEAST),
         draft_tokens_scored=model.decoder.architecture.vocab_size,

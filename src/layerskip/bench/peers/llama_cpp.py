@@ -37,7 +37,7 @@ class Peer:
         self._drafting = self._load(self._drafts)
 
     def _load(self, draft_model: Any) -> Any:
-        from llama_cpp import Llama
+        from llama_cpp import LLAMA_SPLIT_MODE_NONE, Llama
 
         return Llama(
             self._gguf,
@@ -45,6 +45,8 @@ class Peer:
             n_threads=self._job.threads,
             n_threads_batch=self._job.threads,
             n_gpu_layers=0 if self._job.device == "cpu" else -1,
+            split_mode=LLAMA_SPLIT_MODE_NONE,  # else it takes all GPUs that there are
+            main_gpu=torch.device(self._job.device).index or 0,
             flash_attn=True,  # which llama-cpp-python leaves off unless it is asked
             draft_model=draft_model,
             # Implied by a draft; but only if it is said, there is room for more than 512 positions.

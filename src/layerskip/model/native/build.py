@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import os
@@ -134,7 +135,10 @@ def target() -> Path:
 
 def _folder() -> Path:
     """Where libraries are kept; in another user's cache a folder of this one's own."""
-    folder = cache_folder() / "kernels"
+    try:
+        folder = cache_folder() / "kernels"
+    except OSError as error:
+        raise NoCompilerError(str(error)) from error
     with contextlib.suppress(OSError):
         if not _is_trusted(folder.stat()):
             return folder / str(os.geteuid())
@@ -169,27 +173,40 @@ def _check_owner(library_file: Path) -> None:
         if os.name != "posix" or not found.st_mode & 0o022:
             continue
         try:
-            path.chmod(found.st_mode & ~0o022)
+            _keep_from_others(path)
+            library_file.unlink(missing_ok=True)
         except OSError as error:
             raise NoCompilerError(
                 f"others may write to {path}: set LAYERSKIP_CACHE to another folder"
             ) from error
-        library_file.unlink(missing_ok=True)
+
+
+def _keep_from_others(path: Path) -> None:
+    """Whatever the umask is, others may not write to it; OSError where the file system cannot say so."""
+    if os.name != "posix":
+        return
+    path.chmod(path.stat().st_mode & ~0o022)
+    if path.stat().st_mode & 0o022:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), str(path))
 
 
 def _compile(target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _keep_from_others(target.parent)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
             command = [*_compiler(), *_FLAGS, str(_SOURCE), "-o", str(made)]
             try:
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                done = subprocess.run(
+                    command, capture_output=True, text=True, errors="replace", check=False
+                )
             except OSError as error:
                 raise NoCompilerError(f"{command[0]} cannot be run: {error.strerror}") from error
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["no message"])[0]
                 raise NoCompilerError(f"{command[0]} refuses: {reason}")
+            _keep_from_others(made)
             flush(made)
             made.replace(target)
     except OSError as error:

@@ -28,6 +28,8 @@
 #endif
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 #include <omp.h>
 #include <sched.h>
@@ -126,6 +128,8 @@ inline Vec fused(Vec a, Vec b, Vec c) {
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(VECTORS_OF_8)
   return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON) && defined(__aarch64__)  // which GCC before 12 does not make of the loop
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   Vec sums;
   for (int i = 0; i < WIDTH; i++) sums[i] = __builtin_fmaf(a[i], b[i], c[i]);
