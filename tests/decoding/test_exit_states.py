@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny_decoders import GREEDY, LAYERS, random_prompt, tiny_decoder
 
-from layerskip.decoding import Plan, exit_states, generate
+from exit_states import exit_states
+from layerskip.decoding import Plan, generate
 from layerskip.decoding.generate import PREFILL_CHUNK
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny_models
-from layerskip.decoding import exit_states
+from exit_states import exit_states
 from layerskip.model import load
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from exit_states import exit_states
 from layerskip import LayerSkipModel
-from layerskip.decoding import exit_states
 from layerskip.export import open_source, to_gguf, to_hf
 from layerskip.model import load
 

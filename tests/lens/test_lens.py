@@ -6,7 +6,8 @@ from reports import hand_made_lens, scripted_report
 from scripted import ScriptedDecoder
 from tiny_decoders import LAYERS, ids, random_prompt, tiny_decoder
 
-from layerskip.decoding import Plan, exit_states
+from exit_states import exit_states
+from layerskip.decoding import Plan
 from layerskip.decoding.generate import PREFILL_CHUNK
 from layerskip.lens import Agreement, lens, look
 

@@ -8,7 +8,6 @@ import torch
 from torch.nn import functional
 
 from layerskip.recipe.exit_loss import exit_losses
-from layerskip.recipe.expert_balance import balancing_loss
 
 ROWS, TOKENS, HIDDEN, VOCABULARY = 3, 7, 8, 23
 WEIGHTS = {2: 0.2, 3: 0.3, 5: 0.5}
@@ -170,14 +169,6 @@ def test_an_exit_adds_no_more_than_the_gradient_of_its_labelled_states(monkeypat
     run_with = {"chunk_tokens": 32, "vocabulary": vocabulary}
     exit_losses(states, labels, weights, head, [head.weight], **run_with)
     assert sizes == [8 * 4 * hidden] * 16
-
-
-def test_balancing_loss_is_transformers():
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    torch.manual_seed(0)
-    logits = tuple(torch.randn(10, 4) for _ in range(3))
-    torch.testing.assert_close(balancing_loss(logits, 2), load_balancing_loss_func(logits, 4, 2))
 
 
 def test_a_batch_without_items_has_no_loss():

@@ -1,7 +1,7 @@
 """Decoding: plain, by early exit, and self-speculative."""
 
 from layerskip.decoding.answer import Answer, Piece
-from layerskip.decoding.exit_states import exit_states, walk_exits
+from layerskip.decoding.exit_states import walk_exits
 from layerskip.decoding.generate import Step, generate
 from layerskip.decoding.generation import Generation
 from layerskip.decoding.language_model import LayerSkipModel
@@ -22,7 +22,6 @@ __all__ = [
     "PromptError",
     "Sampling",
     "Step",
-    "exit_states",
     "generate",
     "walk_exits",
 ]

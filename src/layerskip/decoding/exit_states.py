@@ -1,6 +1,6 @@
 """What every exit has to go on: one pass over known tokens, read between the layers."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -10,48 +10,23 @@ from layerskip.model import Decoder
 
 
 @torch.inference_mode()
-def exit_states(
-    decoder: Decoder,
-    token_ids: Sequence[int],
-    exits: Collection[int],
-    capacity: int | None = None,
-) -> dict[int, Tensor]:
-    """Run all tokens through the layers once and keep the hidden states at some exits.
-
-    `decoder.logits(states[E])` is what early exit at E says at each position: row t predicts token
-    t + 1. Apply it to parts of long texts; logits of all positions at once are large.
-
-    Args:
-        decoder: the model.
-        token_ids: T tokens, at most the context.
-        exits: layers run, each 0 (the embedding) to L.
-        capacity: of the cache, T or more, which some rotary embeddings go by; None = T.
-
-    Returns:
-        Exit -> [1, T, D], before the final norm, in ascending order of exits.
-    """
-    parts: dict[int, list[Tensor]] = {e: [] for e in sorted(set(exits))}
-    tokens = torch.tensor([list(token_ids)], device=decoder.device)
-    for _, e, hidden in walk_exits(decoder, tokens, exits, capacity):
-        parts[e].append(hidden)
-    return {e: torch.cat(states, dim=1) for e, states in parts.items()}
-
-
-@torch.inference_mode()
 def walk_exits(
     decoder: Decoder, tokens: Tensor, exits: Collection[int], capacity: int | None = None
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """`exit_states` piece by piece, for who cannot keep them all.
+    """Run all tokens through the layers once and look at the hidden states at some exits.
+
+    `decoder.logits(hidden)` is what early exit there says at each position: row t predicts token t + 1.
+    Apply it to parts of long texts; logits of all positions at once are large.
 
     Args:
         decoder: the model.
         tokens: [B, T]. Rows may be padded on the right: no position sees those after it.
         exits: layers run, each 0 (the embedding) to L.
-        capacity: see `exit_states`.
+        capacity: of the cache, T or more, which some rotary embeddings go by; None = T.
 
     Yields:
-        The first position, the exit, and the hidden states [B, t, D] of t positions there; for each
-        piece of the positions all exits in ascending order.
+        The first position, the exit, and the hidden states [B, t, D] of t positions there, before the
+        final norm; for each piece of the positions all exits in ascending order.
 
     Raises:
         ValueError: an id that is no token.

@@ -1,10 +1,10 @@
 """A plain transformers checkpoint: safetensors, config, tokenizer and generation settings."""
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -69,14 +69,13 @@ def to_hf(
         settings = hf_config.generation_config(source, _roundings(weights, calibrated))
         write_json(folder / "generation_config.json", settings)
         source.files.write_tokenizer(folder)
-        shards = list(_shards(n_bytes))
-        weight_map = {}
-        for number, shard in enumerate(shards, start=1):
-            file = (
-                "model.safetensors"
-                if len(shards) == 1
-                else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            )
+        split = split_state_dict_into_shards_factory(
+            n_bytes,
+            get_storage_size=lambda size: size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=SHARD_BYTES,
+        )
+        for file, shard in split.filename_to_tensors.items():
             state: dict[str, Tensor] = {}
             for name in shard:
                 if name in changed:
@@ -89,9 +88,8 @@ def to_hf(
                 progress(written, len(names))
             save_file(state, folder / file, metadata={"format": "pt"})
             (folder / file).chmod((folder / "config.json").stat().st_mode)
-            weight_map.update(dict.fromkeys(shard, file))
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": sum(n_bytes.values())}, "weight_map": weight_map}
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             write_json(folder / "model.safetensors.index.json", index)
     return Written(
         path=path,
@@ -112,19 +110,6 @@ def _roundings(weights: str | None, calibrated: Calibrated | None) -> dict[str, 
     if calibrated is not None:
         return {"int4": calibrated.rounding}
     return {} if weights in ("f16", "bf16") else None
-
-
-def _shards(n_bytes: dict[str, int]) -> Iterator[list[str]]:
-    """Names in order, cut where a file would grow over `SHARD_BYTES`."""
-    shard: list[str] = []
-    size = 0
-    for name, more in n_bytes.items():
-        if shard and size + more > SHARD_BYTES:
-            yield shard
-            shard, size = [], 0
-        shard.append(name)
-        size += more
-    yield shard
 
 
 def _check(folder: Path, shapes: dict[str, tuple[int, ...]], *, tied: bool) -> None:

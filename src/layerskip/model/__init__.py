@@ -1,10 +1,10 @@
 """The lean decoder used for inference, and the files it is made from."""
 
-from layerskip.model.architecture import Architecture
+from layerskip.model.architecture import Architecture, UnsupportedModelError
 from layerskip.model.cache import KVCache
 from layerskip.model.checkpoint import Checkpoint, Files, load, open_files
 from layerskip.model.decoder import Decoder, GoesOn, most_likely, read_draft
-from layerskip.model.families import FAMILIES, UnsupportedModelError
+from layerskip.model.families import FAMILIES
 from layerskip.model.files import CheckpointError
 from layerskip.model.merge import merge
 from layerskip.model.settings import Settings, StepCosts

@@ -8,6 +8,10 @@ RopeKind = Literal["default", "linear", "llama3"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 
+class UnsupportedModelError(ValueError):
+    """The checkpoint needs something that the decoder does not have; the message names it."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
     """Rotary position embedding: base, and how the frequencies are scaled for long contexts.

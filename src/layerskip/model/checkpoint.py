@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from layerskip.model import assembly, families, gguf_tokenizer, tokenizer
-from layerskip.model.architecture import Architecture
+from layerskip.model.architecture import Architecture, UnsupportedModelError
 from layerskip.model.decoder import Decoder
 from layerskip.model.files import CheckpointError, json_text, read_json, replace
 from layerskip.model.rounding import warn_of_rounding
@@ -154,7 +154,7 @@ def check_no_adapter(folder: Path) -> None:
     if file.is_file() and not (folder / "config.json").is_file():
         base = read_json(file).get("base_model_name_or_path")
         named = f", {base}," if base else ""
-        raise families.UnsupportedModelError(
+        raise UnsupportedModelError(
             f"{folder} is a LoRA adapter; merge it into its base{named} first (peft's merge_and_unload)"
         )
 
@@ -215,7 +215,7 @@ def _unusable_named(path: Path) -> Iterator[None]:
     """Turn a complaint about values into one line that names the file they are from."""
     try:
         yield
-    except (CheckpointError, families.UnsupportedModelError):
+    except (CheckpointError, UnsupportedModelError):
         raise
     except Exception as error:  # transformers validates with error types of its own
         reason = " ".join(str(error).split())

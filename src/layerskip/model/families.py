@@ -10,11 +10,13 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from layerskip.model.architecture import Activation, Architecture, Mixture, Rope
-
-
-class UnsupportedModelError(ValueError):
-    """The checkpoint needs something that the decoder does not have; the message names it."""
+from layerskip.model.architecture import (
+    Activation,
+    Architecture,
+    Mixture,
+    UnsupportedModelError,
+)
+from layerskip.model.ropes import ropes_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,7 +239,7 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
         norm_eps=float(config["rms_norm_eps" if "rms_norm_eps" in config else "layer_norm_eps"]),
         max_context=int(config["max_position_embeddings"]),
         sliding_windows=_windows(config, family.window, n_layers),
-        ropes=_ropes(config, n_layers),
+        ropes=ropes_of(config, n_layers),
         activation=_ACTIVATIONS[activation],
         attention_scale=_attention_scale(config),
         attention_cap=_number(config, "attn_logit_softcapping") if family.caps_attention else None,
@@ -287,57 +289,4 @@ def _mixture(config: Mapping[str, Any], family: Family, n_layers: int) -> Mixtur
         ffn_size=int(config.get("moe_intermediate_size") or config["intermediate_size"]),
         normalized=family.normalizes_experts or bool(config.get("norm_topk_prob")),
         layers=frozenset(i for i in range(n_layers) if (i + 1) % every == 0 and i not in plain),
-    )
-
-
-def _ropes(config: Mapping[str, Any], n_layers: int) -> tuple[Rope | None, ...]:
-    """One for all layers, one for each kind of layer (Gemma 3), or none in some (SmolLM3)."""
-    fields = dict(config.get("rope_parameters") or {})
-    by_kind = {kind: _rope(own, config) for kind, own in fields.items() if isinstance(own, Mapping)}
-    if by_kind:
-        return tuple(by_kind[kind] for kind in config["layer_types"])
-    turns = config.get("no_rope_layers") or (True,) * n_layers  # 0 where a layer has none
-    rope = _rope(fields, config)
-    return tuple(rope if turn else None for turn in turns[:n_layers])
-
-
-def _rope(fields: Mapping[str, Any], config: Mapping[str, Any]) -> Rope:
-    kind = fields.get("rope_type", "default")
-    plain = Rope(
-        theta=float(fields.get("rope_theta", 10_000.0)),
-        fraction=float(fields.get("partial_rotary_factor", 1.0)),
-    )
-    if kind == "default":
-        return plain
-    if kind == "linear":
-        return dataclasses.replace(plain, kind="linear", factor=float(fields["factor"]))
-    if kind == "llama3":
-        return dataclasses.replace(
-            plain,
-            kind="llama3",
-            factor=float(fields["factor"]),
-            low_freq_factor=float(fields["low_freq_factor"]),
-            high_freq_factor=float(fields["high_freq_factor"]),
-            original_max_positions=int(fields["original_max_position_embeddings"]),
-        )
-    if kind == "longrope":
-        return _longrope(plain, fields, config["max_position_embeddings"])
-    raise UnsupportedModelError(
-        f"rotary scaling {kind!r} is not supported (default, linear, llama3 and longrope are)"
-    )
-
-
-def _longrope(plain: Rope, fields: Mapping[str, Any], max_positions: int) -> Rope:
-    """LongRoPE (arXiv 2402.13753); the magnitude is its section 3.3 where the config names none."""
-    original = int(fields["original_max_position_embeddings"])
-    stretch = float(fields.get("factor") or max_positions / original)
-    magnitude = fields.get("attention_factor")
-    if magnitude is None:
-        magnitude = math.sqrt(1 + max(math.log(stretch), 0.0) / math.log(original))
-    return dataclasses.replace(
-        plain,
-        original_max_positions=original,
-        frequency_factors=tuple(map(float, fields["short_factor"])),
-        long_factors=tuple(map(float, fields["long_factor"])),
-        magnitude=float(magnitude),
     )

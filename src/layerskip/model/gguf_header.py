@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from layerskip.model.families import UnsupportedModelError
+from layerskip.model.architecture import UnsupportedModelError
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _SCALARS = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from layerskip.model.families import UnsupportedModelError
+from layerskip.model.architecture import UnsupportedModelError
 from layerskip.model.files import CheckpointError
 from layerskip.model.weights import GgufFile
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import platformdirs
 
 from layerskip.model import families
+from layerskip.model.architecture import UnsupportedModelError
 from layerskip.model.digest import sha256_of
 from layerskip.model.files import CheckpointError, flush, read_json, write_json
 
@@ -288,7 +289,7 @@ def _from_hub(name: str) -> Path:
         if config.is_file():  # before gigabytes come that could not be used
             families.check(read_json(config))
         folder = Path(fetch(allow_patterns=_HUB_FILES))
-    except (families.UnsupportedModelError, CheckpointError):
+    except (UnsupportedModelError, CheckpointError):
         raise
     except Exception as error:  # the hub's own errors, and those of the HTTP library of its version
         raise SourceError(

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from layerskip.model.architecture import UnsupportedModelError
 from layerskip.model.embedding import DenseEmbedding, Embedding, QuantizedEmbedding
-from layerskip.model.families import UnsupportedModelError
 from layerskip.model.files import CheckpointError
 from layerskip.model.linear import Linear, Matrix, QuantizedLinear, linear
 from layerskip.model.native import PanelEmbedding, PanelMatrix

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layerskip.model.families import UnsupportedModelError
+from layerskip.model.architecture import UnsupportedModelError
 from layerskip.model.files import CheckpointError, read_json, write_json
 from layerskip.model.gguf_tokenizer import from_gguf
 from layerskip.model.weights import GgufFile

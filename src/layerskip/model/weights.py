@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from layerskip.model import families
-from layerskip.model.architecture import Architecture, Rope
-from layerskip.model.families import FAMILIES, UnsupportedModelError
+from layerskip.model.architecture import Architecture, Rope, UnsupportedModelError
+from layerskip.model.families import FAMILIES
 from layerskip.model.files import CheckpointError, read_json
 from layerskip.model.gguf_header import GgufHeader
 from layerskip.model.packed import nibbles

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from layerskip.recipe.compiling import compiled_below, not_compiled
-from layerskip.recipe.expert_balance import balancing_loss
 from layerskip.recipe.layer_dropout import run_on_kept_rows, skip_layer
 
 
@@ -67,11 +66,16 @@ class ForwardPass:
     def balancing_loss(self, mask: Tensor | None, rows: int, top_k: int) -> Tensor:
         """Load balancing loss of the experts over the tokens each layer routed, without padding.
 
+        transformers' own, which takes every layer to have routed the whole batch only with a mask.
+
         Args:
             mask: int [B, T], 0 = padding; another kind of mask is taken as no padding.
             rows: B.
             top_k: experts a token is sent to.
         """
+        # Takes a while to import, and most models have no experts.
+        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
         routed: Sequence[Tensor] = [logits for _, logits in self.router_logits]
         if mask is not None and mask.ndim == 2:
             kept = torch.ones(1, rows, dtype=torch.bool)
@@ -81,4 +85,7 @@ class ForwardPass:
                 logits[mask[kept[number % len(kept)].to(mask.device)].flatten() > 0]
                 for number, logits in self.router_logits
             ]
-        return balancing_loss(routed, top_k)
+        floats = tuple(logits.float() for logits in routed)
+        over_all: Any = load_balancing_loss_func  # whose types know one layer alone
+        loss: Tensor = over_all(floats, floats[0].shape[-1], top_k)
+        return loss

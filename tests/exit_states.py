@@ -1,0 +1,14 @@
+"""Hidden states of a whole text at some exits."""
+
+import torch
+
+from layerskip.decoding import walk_exits
+
+
+def exit_states(decoder, token_ids, exits):
+    """Exit -> [1, T, D], before the final norm, in ascending order of exits."""
+    parts = {e: [] for e in sorted(set(exits))}
+    tokens = torch.tensor([list(token_ids)], device=decoder.device)
+    for _, e, hidden in walk_exits(decoder, tokens, exits):
+        parts[e].append(hidden)
+    return {e: torch.cat(states, dim=1) for e, states in parts.items()}
