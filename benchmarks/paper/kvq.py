@@ -182,7 +182,6 @@ def compared(
         "new_tokens": new_tokens,
         "ms_per_token": medians,
         "ms_per_token_of_repeats": ms,
-        "saved": 1 - medians[WITH] / medians[WITHOUT],
         "identical_to_plain": {n: same[n] / (len(prompts) * repeats) for n in drafters},
     }
 

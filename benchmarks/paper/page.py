@@ -39,8 +39,8 @@ NOTES = {
     "other files say, on two kinds of CPU with AVX-512. Baseline and LD+EE were trained before at yet "
     "another commit on a CPU without it ([file](../benchmarks/results/paper/pretrain-avx2.json)): their "
     "last layers came to 501.3 and 326.5 there, 2.6 and 5.6% more than here, and exit 6 of the baseline "
-    "to 14.7% more. So a variant that is nearer than that to another one may be so by chance, as the "
-    "gradual curriculum is to the rotational one, and LD+EE to EE at exit 6.",
+    "to 14.7% more. Where variants are nearer to each other than that, the verdict says that it may be "
+    "chance.",
     "continual": "Half of the text is the validation part of the corpus whose test part is asked, the "
     "other half code.",
     "task": "The recipe, two light exits, was chosen after heavier ones had cost the last layer more: "
@@ -113,7 +113,7 @@ def _claims(experiments: Mapping[str, Sequence[Any]]) -> list[list[str]]:
     for claim in CLAIMS:
         finding = claim.finding(experiments.get(claim.experiment, ()))
         figures = finding.figures if finding else ""
-        lines.append([claim.paper, claim.rule, figures, verdict(finding)])
+        lines.append([claim.paper, claim.rule, figures, verdict(finding, claim.spread)])
     if all(line[-1] == NOT_MEASURED for line in lines[1:]):
         return [[cell for i, cell in enumerate(line) if i != 2] for line in lines]
     return lines

@@ -1,11 +1,9 @@
 """The tables of each experiment's rows, in Markdown."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from layerskip.bench.report import markdown_table
-
-Row = Mapping[str, Any]
+from paper.rules import Row, share_saved
 
 
 def pretrain(rows: Sequence[Row]) -> list[str]:
@@ -56,11 +54,19 @@ def task(rows: Sequence[Row]) -> list[str]:
 
 def kvq(rows: Sequence[Row]) -> list[str]:
     """Milliseconds a token with and without reuse."""
-    lines = [["pair", "with reuse, ms a token", "without", "saved", "plain decoding's answers"]]
+    lines = [
+        [
+            "pair",
+            "with reuse, ms a token",
+            "without",
+            "saved (median of repetitions)",
+            "plain decoding's answers",
+        ]
+    ]
     for row in rows:
         ms = [f"{row['ms_per_token'][name]:.2f}" for name in ("with", "without")]
         same = _share(min(row["identical_to_plain"].values()))
-        lines.append([f"{row['task']}, {row['variant']}", *ms, _share(row["saved"]), same])
+        lines.append([f"{row['task']}, {row['variant']}", *ms, _share(share_saved(row)), same])
     return [markdown_table(lines)]
 
 

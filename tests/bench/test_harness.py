@@ -149,6 +149,16 @@ def test_options_of_tasks_change_what_is_asked(model, tasks):
     assert len({*seeds}) > 1  # other examples
 
 
+def test_a_template_without_a_place_for_the_system_is_asked_without_it(model, monkeypatch):
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}<{{ m['content'] }}>{% endfor %}"
+    )
+    monkeypatch.setattr(model.tokenizer, "chat_template", template)
+    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    assert ours(model, Plan(mode="plain")).apply_chat_template(messages) == "<b>"
+
+
 def test_choice_is_the_likelier_text(model, tasks):
     """Accuracy counted by hand from likelihoods of whole texts."""
     from layerskip.bench.likelihood import Passage, score_passages

@@ -193,3 +193,17 @@ def test_longrope_s_two_sides_share_nothing(tmp_path):
             long = model.answer(longer, prefix=prefix, max_new_tokens=30, **options).complete()
             found[prefix is None] = short.token_ids, long.token_ids
         assert found[True] == found[False]
+
+
+def test_an_answer_that_was_overtaken_leaves_what_another_has(embedded):
+    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
+    prompt = random_prompt(model.decoder, 40)
+    options = {"prefix": prefix, "mode": "plain"}
+    first = model.answer(prompt, max_new_tokens=9, **options)
+    next(iter(first))
+    second = model.answer(prompt, max_new_tokens=3, **options).complete()
+    with pytest.raises(ValueError, match="another answer has begun"):
+        first.complete()
+    counts = embedded(model.decoder)
+    model.answer([*prompt, *second.token_ids, 5], max_new_tokens=1, **options).complete()
+    assert counts == [2]  # what was answered last, and what is new

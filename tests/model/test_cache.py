@@ -108,3 +108,18 @@ def test_writing_touches_its_own_layer_and_positions_only(lengths):
     assert cache.slots.data_ptr() == place
     for part in (keys, values):
         assert part.untyped_storage().data_ptr() == cache.slots.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("lengths", [(2, 2), (0, 3)], ids=["even", "ragged"])
+def test_what_overflows_in_float16_does_not_outlast_a_mask(lengths):
+    """A rejected draft's values stay in their slots, with weight 0; times NaN that is NaN."""
+    cache = KVCache(
+        ARCHITECTURE, batch_size=2, capacity=CAPACITY, dtype=torch.float16, device="cpu"
+    )
+    cache.lengths.copy_(torch.tensor(lengths))
+    states = torch.full((2, 2, 2, HEADS, HEAD_DIM), 3.0)
+    states[:, 1, 0, 0, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    keys, values = cache.span(2, 1, LAYERS).write(1, states.half())
+    assert keys.isfinite().all()
+    assert values.isfinite().all()
+    assert cache.slots[1].count_nonzero() == states.numel() - 2 * 3

@@ -1,5 +1,6 @@
 """lm-evaluation-harness over every way of decoding, through its public interface `LM`."""
 
+import functools
 import hashlib
 from array import array
 from collections.abc import Collection, Mapping, Sequence
@@ -108,13 +109,19 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Messages as the model's own text."""
-        text: str = self.tokenizer.apply_chat_template(
-            chat_history,
+        """Messages as the model's own text; those of the system are left out where it has no place."""
+        from jinja2 import TemplateError  # PyTorch brings it, and so it is there
+
+        render = functools.partial(
+            self.tokenizer.apply_chat_template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        try:
+            text: str = render(chat_history)
+        except TemplateError:  # as the harness itself does
+            text = render([message for message in chat_history if message["role"] != "system"])
         return text
 
     def loglikelihood(

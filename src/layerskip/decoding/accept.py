@@ -71,7 +71,8 @@ def accept_sampled(
         return torch.zeros(b, dtype=torch.long, device=p.device), draw(p[:, 0], generator)[:, 0]
     p_drafted = p[:, :-1].gather(2, drafted[..., None])[..., 0]
     q_drafted = q.gather(2, drafted[..., None])[..., 0]
-    chance = torch.rand(b, d, dtype=p.dtype, device=p.device, generator=generator)
+    # In float64: of 2^24 numbers one would accept the least probable token of an n-gram.
+    chance = torch.rand(b, d, dtype=torch.float64, device=p.device, generator=generator)
     accepted = _leading(chance * q_drafted < p_drafted)
     own = _at(p, accepted)
     # After a full acceptance there is no draft to correct: the residual is p itself.

@@ -55,6 +55,7 @@ class Step:
         """The step cut to its first n tokens, where the answer ends inside it.
 
         Drafts beyond the end count neither as right nor as wrong: there is no answer to be right about.
+        A round that the model's own token ends counts whole.
         """
         if n >= len(self.tokens):
             return self
@@ -168,7 +169,7 @@ def _until_the_end(
                 prefix.check(ending)
     except Exception:
         if prefix is not None:  # there may be no numbers behind what is settled
-            prefix.forget()
+            prefix.forget(ending)
         raise
 
 

@@ -53,7 +53,7 @@ class Generation:
 
     @property
     def drafted(self) -> int:
-        """Tokens drafted in all rounds; those beyond the answer's end are not counted."""
+        """Tokens drafted in all rounds; those behind an end in an accepted draft are not counted."""
         return sum(step.drafted for step in self.steps)
 
     @property

@@ -42,8 +42,8 @@ class Prefix:
         if self._decoder is decoder and n_layers <= self._n_layers:
             pairs = zip(self._text[:-1], prompt[:-1], strict=False)
             shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        self.forget()
         self._taken_by = answer
+        self.forget(answer)
         room = min(capacity + _ROOM, max(capacity, decoder.architecture.max_context))
         room = room if turn_alike(decoder, capacity, room) else capacity
         if before is not None and shared and turn_alike(decoder, before.capacity, room):
@@ -74,10 +74,11 @@ class Prefix:
         if self._taken_by is not answer:
             raise ValueError("another answer has begun with the same prefix: finish one at a time")
 
-    def forget(self) -> None:
-        """Keep nothing, as after an answer that failed."""
-        self._decoder = self._cache = None
-        self._text = []
+    def forget(self, answer: object) -> None:
+        """Keep nothing of an answer, as where it failed; what another has taken since stays."""
+        if self._taken_by is answer:
+            self._decoder = self._cache = None
+            self._text = []
 
 
 def turn_alike(decoder: Decoder, *capacities: int) -> bool:

@@ -164,6 +164,9 @@ class Span:
         """
         index = layer - self.first_layer
         slots = self.writable[index]
+        if slots.dtype == torch.float16:
+            # A draft may overflow, and be rejected: a mask hides what it left only if it is finite.
+            keys_values = keys_values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         if self.even:
             slots.copy_(keys_values.permute(2, 0, 3, 1, 4))
         else:
