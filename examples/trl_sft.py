@@ -46,6 +46,7 @@ def main() -> None:
             save_strategy="no",
             report_to=[],
             bf16=False,
+            loss_type="nll",  # the recipe's own takes its place; some versions default to another
             prediction_loss_only=True,
         ),
         train_dataset=rows["train"],

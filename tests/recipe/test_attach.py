@@ -609,3 +609,19 @@ def test_routers_are_found_in_the_ways_that_transformers_names_them():
     ):
         attach(model, ALL)
     attach(model, ALL)  # nothing of the refused one was left
+
+
+@pytest.mark.parametrize("stands_for", ["zero-3", "fsdp 1"])
+def test_weights_that_are_held_elsewhere_are_refused(llama, stands_for):
+    """DeepSpeed marks them; FSDP 1 lends a module tensors that are no parameters of it."""
+    handle = attached(llama, ALL)
+    norm = llama.model.norm
+    if stands_for == "zero-3":
+        norm.weight.ds_id = 1
+    else:
+        lent = norm.weight.detach().clone().requires_grad_()
+        del norm.weight
+        norm.weight = lent
+    handle.set_step(0, 10)
+    with pytest.raises(ValueError, match="no whole weights of their own"):
+        llama.train()(**batch_of())

@@ -1041,3 +1041,19 @@ def test_several_gpus_in_one_process_are_refused_at_once(settings, monkeypatch):
     monkeypatch.delattr("layerskip.training.run.load_model")
     with pytest.raises(ValueError, match="2 GPUs in one process are not supported: start with"):
         run(settings, device="auto")
+
+
+def test_fsdp_divides_what_adapters_and_grids_need_whole(settings, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for changes in ({"lora_rank": 2}, {"quantize_aware": "int8"}):
+        with pytest.raises(ValueError, match="needs whole weights, which FSDP divides"):
+            run(settings, **changes)
+
+
+def test_a_result_without_weights_is_none(settings, monkeypatch):
+    def nothing(self, folder, _internal_call=False):
+        os.makedirs(folder, exist_ok=True)
+
+    monkeypatch.setattr(LayerSkipTrainer, "save_model", nothing)
+    with pytest.raises(UnwrittenCheckpointError, match="the Trainer wrote no weights"):
+        run(settings, max_steps=1, save_steps=100)

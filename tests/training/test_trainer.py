@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
+import causal_lms
 from layerskip.recipe import RecipeConfig, attach
 from layerskip.recipe.exit_loss import ExitLosses
 from layerskip.training import LayerSkipMixin, LayerSkipTrainer, RecipeCallback, speed
@@ -345,7 +346,9 @@ def test_several_gpus_in_one_process_are_refused(model_folder, tmp_path):
     ("given", "said"),
     [
         ({"fsdp": 1}, "set fsdp_version: 2"),
-        ({"stage": 3}, "take stage 2"),
+        ({"tp": 2}, "tensor, context and sequence parallelism"),
+        ({"parallel": {"cp_size": 2}}, "tensor, context and sequence parallelism"),
+        ({"regional": True}, "regional compilation runs a copy"),
         ({"fsdp": 2, "fp16": True}, "use bfloat16"),
         ({"stage": 2, "fp16": True}, "use bfloat16"),
         ({"fsdp": 2}, None),
@@ -357,14 +360,50 @@ def test_ways_to_divide_weights_that_the_loss_cannot_have_are_refused(given, sai
     fsdp, stage = given.get("fsdp"), given.get("stage")
     plugins = SimpleNamespace(
         fsdp_plugin=fsdp and SimpleNamespace(fsdp_version=fsdp),
-        deepspeed_plugin=stage and SimpleNamespace(zero_stage=stage),
+        dynamo_plugin=SimpleNamespace(use_regional_compilation=given.get("regional", False)),
     )
+    parallel = SimpleNamespace(**given["parallel"]) if "parallel" in given else None
     trainer = SimpleNamespace(
         accelerator=SimpleNamespace(state=plugins),
         is_fsdp_enabled=fsdp is not None,
         is_deepspeed_enabled=stage is not None,
-        args=SimpleNamespace(fp16=given.get("fp16", False)),
+        args=SimpleNamespace(fp16=given.get("fp16", False), parallelism_config=parallel),
+        get_tp_size=lambda: given.get("tp", 1),
     )
     refused = contextlib.nullcontext() if said is None else pytest.raises(ValueError, match=said)
     with refused:
         check_sharding(trainer)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("loss_type", "chunked_nll", 'set TRL\'s loss_type, .* to "nll"'),
+        ("activation_offloading", True, "activation_offloading waits for a backward pass"),
+        ("deepspeed_plugin", SimpleNamespace(zero_stage=3), "take stage 2"),
+    ],
+)
+def test_arguments_that_the_loss_cannot_have_are_refused_of_a_plain_trainer_too(
+    model_folder, tmp_path, name, value, said
+):
+    plain = trainer_of(Trainer, model_folder, tmp_path)
+    plain.add_callback(RecipeCallback(attach(plain.model, RECIPE)))
+    setattr(plain.args, name, value)
+    with pytest.raises(ValueError, match=said):
+        plain.callback_handler.call_event("on_train_begin", plain.args, plain.state, plain.control)
+
+
+def test_the_best_experts_are_loaded_as_well(tmp_path):
+    """transformers writes them one by one, and has them together in memory."""
+    folder = tmp_path / "checkpoint-1"
+    causal_lms.build("mixtral").save_pretrained(folder)
+    trainer = trainer_of(LayerSkipTrainer, folder, tmp_path)
+    model = trainer.model
+    wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer.state.best_model_checkpoint = str(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    trainer._load_best_model()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name

@@ -110,6 +110,15 @@ class Anatomy:
         for part in parts:
             if is_sharded(part):
                 part.unshard()
+            weight, own = getattr(part, "weight", None), list(part.parameters())
+            is_lent = isinstance(weight, Tensor) and weight.requires_grad
+            if any(hasattr(p, "ds_id") for p in own) or (
+                is_lent and not any(p.requires_grad for p in own)
+            ):
+                self.refuse(
+                    "final norm or head have no whole weights of their own, as in DeepSpeed ZeRO stage 3"
+                    " and FSDP version 1: take stage 2, or FSDP2"
+                )
         return [p for part in parts for p in part.parameters() if p.requires_grad]
 
     def probe_inputs(self) -> dict[str, Tensor]:

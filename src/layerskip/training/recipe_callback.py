@@ -63,21 +63,39 @@ def check_arguments(args: Any) -> None:
         )
     if args.label_smoothing_factor or getattr(args, "loss_type", None) not in (None, "nll"):
         raise ValueError(
-            "the recipe computes its own loss: leave out label_smoothing_factor and TRL's loss_type"
+            "the recipe computes its own loss: leave out label_smoothing_factor, and set TRL's"
+            ' loss_type, whose default is another one in some versions, to "nll"'
+        )
+    if getattr(args, "activation_offloading", False):
+        raise ValueError(
+            "activation_offloading waits for a backward pass that the exits' loss does not make: leave"
+            " it out, gradient checkpointing saves memory too"
+        )
+    deepspeed = getattr(args, "deepspeed_plugin", None)
+    if getattr(deepspeed, "zero_stage", 0) == 3:
+        raise ValueError(
+            "DeepSpeed ZeRO stage 3 leaves no whole weights to the early exit loss: take stage 2"
         )
 
 
 def check_sharding(trainer: Any) -> None:
     """Raise ValueError where devices divide weights in a way that the exits' loss cannot have."""
     state = trainer.accelerator.state
-    fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+    fsdp, parallel = getattr(state, "fsdp_plugin", None), trainer.args.parallelism_config
+    sizes = [getattr(parallel, f"{kind}_size", 1) for kind in ("tp", "cp", "sp")]
+    if max(*sizes, trainer.get_tp_size()) > 1:
+        raise ValueError(
+            "tensor, context and sequence parallelism divide what the exits' loss needs whole: divide"
+            " the data alone (DDP) or the weights too (FSDP2)"
+        )
+    if getattr(getattr(state, "dynamo_plugin", None), "use_regional_compilation", False):
+        raise ValueError(
+            "regional compilation runs a copy of the model that has no recipe: leave it out,"
+            " torch_compile compiles the layers"
+        )
     if trainer.is_fsdp_enabled and getattr(fsdp, "fsdp_version", 2) == 1:
         raise ValueError(
             "FSDP version 1 leaves no whole weights to the early exit loss: set fsdp_version: 2"
-        )
-    if trainer.is_deepspeed_enabled and getattr(deepspeed, "zero_stage", 0) == 3:
-        raise ValueError(
-            "DeepSpeed ZeRO stage 3 leaves no whole weights to the early exit loss: take stage 2"
         )
     if trainer.args.fp16 and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError(

@@ -39,10 +39,14 @@ def save_result(
         if trainer.is_world_process_zero():
             model.save_pretrained(unfinished)
     else:
+        if trainer.is_fsdp_enabled:  # else weights in parts, Accelerate's default, are not written
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(str(unfinished))
         model = trainer.accelerator.unwrap_model(trainer.model)
     if not trainer.is_world_process_zero():
         return
+    if not any(unfinished.glob("*.safetensors")):
+        raise OSError("the Trainer wrote no weights")
     if model.generation_config is not None:
         # Plain transformers reads both; they are not among the checked fields of every version.
         model.generation_config.assistant_early_exit = exit_layer

@@ -147,6 +147,13 @@ class LayerSkipMixin:
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             load_renamed(model or trainer.model, Path(resume_from_checkpoint))
 
+    def _load_best_model(self) -> None:
+        """The same for the best checkpoint, at the end."""
+        super()._load_best_model()  # type: ignore[misc]
+        trainer = self._trainer
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            load_renamed(trainer.model, Path(trainer.state.best_model_checkpoint))
+
     def _must_be_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             raise NonFiniteLossError(
