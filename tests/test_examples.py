@@ -53,7 +53,7 @@ def test_scripts(model_folder, tmp_path, script, launcher, steps):
             "ACCELERATE_USE_CPU": "true",
             "CUDA_VISIBLE_DEVICES": "",
         },
-        capture_output=True, text=True, timeout=600, check=False,
+        capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     # gloo's own threads now and then abort a process that has already ended its work.
     assert done.returncode == 0 or launcher, done.stderr[-3000:]

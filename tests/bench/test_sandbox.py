@@ -12,7 +12,7 @@ import pytest
 from layerskip.bench import confined
 from layerskip.bench.sandbox import Limits, runs_to_end
 
-QUICK = Limits(cpu_s=1, wall_s=30)
+QUICK = Limits(cpu_s=5, wall_s=30)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +214,7 @@ def works(attempt):
         return False
 print(json.dumps({{
     "alone": os.getpid() == 1,
+    "only reads": bool(os.statvfs("/").f_flag & os.ST_RDONLY),
     "connects": works(lambda: socket.create_connection(("127.0.0.1", {server.getsockname()[1]}))),
     "writes outside": works(lambda: open({str(outside)!r}, "w")),
     "writes inside": works(lambda: open("small", "w").close()),
@@ -225,10 +226,9 @@ print(json.dumps({{
 }}), flush=True)
 """
         found = run_layer(folder, code)
-    if not found["alone"]:
-        pytest.skip("this user may not have namespaces here")
+    if not found.pop("alone") or not found.pop("only reads"):
+        pytest.skip("this user may not have namespaces here, or none with other mounts")
     assert found == {
-        "alone": True,
         "connects": False,
         "writes outside": False,
         "writes inside": True,

@@ -86,9 +86,10 @@ def test_other_settings_are_refused_unless_begun_anew(run):
         run("pretrain", "--variants", "LD+EEE")
 
 
-def test_minutes_that_are_over_begin_no_variant(run, tmp_path):
-    with pytest.raises(FileNotFoundError):
+def test_minutes_that_are_over_begin_no_variant(run, tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match=r"pretrain\.json"):  # of what it did not write
         run("pretrain", "--minutes", "0")
+    assert "the minutes are over" in capsys.readouterr().out
     assert not list((tmp_path / "work").glob("*/model.safetensors"))
 
 

@@ -35,7 +35,7 @@ def test_all_figures_of_a_shape(weights, tied, compiled_kernels, monkeypatch):
 
 
 @pytest.mark.parametrize(("chance", "tokens_a_round"), [(0.0, 1.0), (0.5, 1.875), (1.0, 4.0)])
-def test_the_script_decides_how_many_tokens_stand(chance, tokens_a_round):
+def test_the_script_decides_how_many_tokens_stand(chance, tokens_a_round, compiled_kernels):
     decoder = shapes.random_decoder(TINY, "16bit", torch.device("cpu"))
     plan = Plan(mode="self-speculative", exit_layer=1, draft_tokens=3)
     how = {"plan": plan, "sampling": Sampling(), "max_new_tokens": 400}

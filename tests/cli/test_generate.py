@@ -182,6 +182,7 @@ def test_a_reader_that_leaves_is_no_error_and_no_success(command, folder, tmp_pa
     program = "from layerskip.cli import main; main()"
     file = tmp_path / "result.json"
     arguments = [*command.split(), "--model", folder, "--prompt", "abc", "--output", file]
+    arguments.append("--no-compile")
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
@@ -207,6 +208,7 @@ def test_a_full_disk_behind_stdout_is_one_line(folder):
         "--max-new-tokens",
         "3",
         "--json",
+        "--no-compile",
     ]
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -487,7 +489,7 @@ Answer._note = slow
 from layerskip.cli import main
 main()
 """
-    arguments = ["generate", "--model", folder, "--prompt", "abc", "--ignore-eos"]
+    arguments = ["generate", "--model", folder, "--prompt", "abc", "--ignore-eos", "--no-compile"]
     process = subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments), "--max-new-tokens", "500"],
         stdout=subprocess.PIPE,

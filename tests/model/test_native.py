@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,11 @@ def build_for(request, tmp_path_factory):
     request.getfixturevalue("compiled_kernels")
     if request.param == "native":
         return None
-    if platform.machine() != "x86_64" or "avx2" not in Path("/proc/cpuinfo").read_text():
+    flags = re.search(r"^flags.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    needed = {"avx2", "fma", "f16c"}
+    if request.param == "x86-64-v4":
+        needed |= {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+    if platform.machine() != "x86_64" or flags is None or not needed <= set(flags[0].split()):
         pytest.skip("this CPU cannot run them")
     made = tmp_path_factory.mktemp("kernels") / f"{request.param}.so"
     flags = [flag.replace("-march=native", f"-march={request.param}") for flag in build._FLAGS]
@@ -543,7 +548,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_forked_process_does_not_wait_for_its_parents_threads(tmp_path):
     command = [sys.executable, "-c", _FORK, str(saved("llama2", tmp_path))]
-    assert subprocess.run(command, timeout=120, check=False).returncode == 0
+    assert subprocess.run(command, timeout=1800, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -595,9 +600,10 @@ def test_threads_are_no_more_than_there_are_processors_for(
 
 _THREADS = """
 import os, torch
-from layerskip.model.native import usable
+from layerskip.model.native import threads, usable
 from layerskip.model.native.build import library
 
+threads._quota = lambda: 99  # whatever a container leaves
 library()
 torch.set_num_threads(2)
 bound = usable()
@@ -621,7 +627,7 @@ def test_threads_are_no_more_than_the_processors_that_are_left(bind):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1800,
         check=True,
     )
     bound, left = done.stdout.split()
@@ -654,7 +660,7 @@ for name in ("float64", "bfloat16"):
 def test_what_c_writes_into_is_not_what_pytorch_makes_by_default(tmp_path):
     """Another default dtype would have C write beyond its memory."""
     command = [sys.executable, "-c", _DEFAULTS, str(saved("llama2", tmp_path))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -39,6 +39,7 @@ def test_a_run_that_is_killed_while_it_replaces_one_leaves_whole_ones(tmp_path, 
             move_when_whole(
                 write(tmp_path / ".incomplete" / "checkpoint-4"), tmp_path / "checkpoint-4"
             )
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     for found in tmp_path.glob("checkpoint-*"):
         assert sorted(path.name for path in found.iterdir()) == sorted(FILES)
     shutil.rmtree(tmp_path / ".incomplete")

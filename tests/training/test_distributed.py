@@ -33,7 +33,7 @@ def in_two_processes(*command):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.run(
         [sys.executable, *torchrun, *map(str, command)],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
+        env=environment, capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
 
 
