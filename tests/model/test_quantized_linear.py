@@ -152,8 +152,11 @@ def test_codes_are_arranged_for_the_product_on_cuda(bits, centred, n_out, n_in, 
 
 def test_a_device_has_the_product_where_it_gives_what_it_should(monkeypatch):
     has_product = linear._has_nibble_product
-    assert has_product(torch.device("cpu"))
-    assert not has_product(torch.device("mps"))
+    assert has_product(torch.device("cpu"), torch.bfloat16)
+    assert not has_product(torch.device("cpu"), torch.float32)
+    assert not has_product(torch.device("mps"), torch.bfloat16)
+    with pytest.warns(linear.SlowWeightsWarning, match="is for bfloat16 alone"):
+        assert not has_product(torch.device("cuda"), torch.float16)
     weight, x, real = pack(grid(4, False)), random(2, 96).bfloat16(), linear._NibbleProduct
     assert linear._trouble(weight, x) is None
     monkeypatch.setattr(linear, "_NibbleProduct", lambda weight: lambda x: 1.1 * real(weight)(x))
