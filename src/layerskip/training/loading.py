@@ -218,9 +218,8 @@ def _failures_named(what: str) -> Iterator[None]:
     except (ImportError, MemoryError):
         raise
     except Exception as error:
-        if isinstance(error, RuntimeError) and "memory" in str(
-            error
-        ):  # of a CPU's allocator, or CUDA's
+        # Too little of it, on a CPU or a GPU, is no fault of the files.
+        if isinstance(error, RuntimeError) and "memory" in str(error):
             raise
         raise ValueError(one_line(what, error)) from error
 
