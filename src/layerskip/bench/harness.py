@@ -80,8 +80,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
     @property
     def eot_token_id(self) -> int:
         """The tokenizer's end-of-text token."""
-        token: int = self.tokenizer.eos_token_id
-        return token
+        return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
@@ -101,10 +100,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
         if add_special_tokens is None:
             prefix = self.tokenizer.decode([self.prefix_token_id])
             add_special_tokens = not (prefix and string.startswith(prefix))
-        ids: list[int] = self.tokenizer.encode(
-            string, add_special_tokens=add_special_tokens, verbose=False
-        )
-        return ids
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -128,8 +124,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
         self, requests: list[Any], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
         """(log-likelihood, whether greedy decoding would say it) of continuations after contexts."""
-        scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return scored
+        return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **_: Any

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.decoding import walk_exits
@@ -68,9 +68,8 @@ def score_passages(
     for i, passage in enumerate(passages):
         if passage.scored:
             same_input[passage.tokens[:-1]].append(i)
-    rows = sorted(
-        same_input, key=len, reverse=True
-    )  # the largest first: what fits is known at once
+    # The largest first: what fits is known at once.
+    rows = sorted(same_input, key=len, reverse=True)
     done = len(passages) - sum(map(len, same_input.values()))
     for batch in _batches(decoder, rows, batch_size):
         members = [same_input[row] for row in batch]

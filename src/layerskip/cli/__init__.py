@@ -64,8 +64,7 @@ class _Commands(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module = importlib.import_module(f"layerskip.cli.{cmd_name}")
-        command: click.Command = module.command
-        return command
+        return module.command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -93,9 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdin.reconfigure(newline=None)  # lines end as those of files do
     for stream in (sys.stdin, sys.stdout):
         if os.name == "nt" and isinstance(stream, io.TextIOWrapper) and not stream.isatty():
-            stream.reconfigure(
-                encoding="utf-8"
-            )  # files and pipes have the system's code page there
+            stream.reconfigure(encoding="utf-8")  # they have the system's code page there
     for stream in (sys.stdout, sys.stderr):  # what a code page has not is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

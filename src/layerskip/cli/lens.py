@@ -104,9 +104,8 @@ def command(
     files = {"--output": output, "--png": png, "--html": html}
     options.check_outputs(files, beside=(flags["model"], data))
     if png is not None:
-        from layerskip.lens import (
-            picture,  # refuses before any long work where it has no matplotlib
-        )
+        # Refuses before any long work where it has no matplotlib.
+        from layerskip.lens import picture
     prompts = [_prompt(prompt)] if data is None else read_prompts(data)[:samples]
     if chat:
         prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
@@ -186,8 +185,7 @@ def _behind(tokenizer: Any, prompt: Any, ids: list[int], text: str) -> list[int]
         )
     except (TypeError, UnicodeError) as error:  # such as half of an emoji
         raise ValueError(f"the continuation cannot be made tokens of: {error}") from error
-    found: list[int] = behind[len(line) :] if behind[: len(line)] == line else alone
-    return found
+    return behind[len(line) :] if behind[: len(line)] == line else alone
 
 
 def _head(report: Report) -> Report:

@@ -305,9 +305,8 @@ class NgramLength:
             self._judge(self._of_followed[: self._followed], accepted)
 
     def _judge(self, evidence: Sequence[int], accepted: int) -> None:
-        for i, at in enumerate(
-            evidence[: accepted + 1]
-        ):  # what comes after a miss was never judged
+        # What comes after a miss was never judged.
+        for i, at in enumerate(evidence[: accepted + 1]):
             self._judged[at] += 1
             self._accepted[at] += i < accepted
 

@@ -94,10 +94,9 @@ class TextStream:
         return piece
 
     def _decode(self, tokens: Iterable[int]) -> str:
-        text: str = self._tokenizer.decode(
+        return self._tokenizer.decode(
             list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return text
 
     def _release(self, piece: str) -> str:
         pending = self._held + piece

@@ -96,5 +96,4 @@ def _factor(hessian: Tensor) -> Tensor:
     diagonal[unseen] = 1
     diagonal += DAMPING * diagonal.mean()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True).float()
-    return factor
+    return torch.linalg.cholesky(inverse, upper=True).float()

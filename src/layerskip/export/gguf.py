@@ -161,5 +161,4 @@ def _data(source: Source, name: str, kind: Kind) -> "np.ndarray[Any, Any]":
     tensor = row_order.read(source.files, name, order)
     if kind is Kind.F16:
         tensor = cast(tensor, torch.float16, name)
-    data: np.ndarray[Any, Any] = gguf.quants.quantize(tensor.float().contiguous().numpy(), kind)
-    return data
+    return gguf.quants.quantize(tensor.float().contiguous().numpy(), kind)

@@ -75,8 +75,7 @@ def _add_byte_level(writer: gguf.GGUFWriter, described: dict[str, Any]) -> None:
 def _steps(described: dict[str, Any], part: str) -> list[dict[str, Any]]:
     """What a normalizer or pre_tokenizer does, in turn."""
     found = described.get(part) or {}
-    steps: list[dict[str, Any]] = found.get(f"{part.replace('_', '')}s", [found] if found else [])
-    return steps
+    return found.get(f"{part.replace('_', '')}s", [found] if found else [])
 
 
 def _refuse_others(

@@ -25,10 +25,9 @@ class Symbols:
         return visible(twice[len(once) :]) or f"#{token_id}"
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(
+        return self._tokenizer.decode(
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        return text
 
 
 def visible(text: str) -> str:

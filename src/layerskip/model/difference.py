@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.model.files import CheckpointError
@@ -159,8 +159,7 @@ def decode(codes: Tensor, scales: Tensor, n_in: int, bits: int) -> Tensor:
     every_byte = torch.arange(256)[:, None] >> torch.arange(0, 8, bits) & 2**bits - 1  # its codes
     levels = torch.cat([-above.flip(0), above])[every_byte]
     of_row = levels[codes.int()].flatten(1)[:, :n_in]
-    values: Tensor = scales.float().repeat_interleave(BLOCK, dim=1)[:, :n_in].mul_(of_row)
-    return values
+    return scales.float().repeat_interleave(BLOCK, dim=1)[:, :n_in].mul_(of_row)
 
 
 def rounded(change: Tensor, bits: int) -> Tensor:
@@ -197,14 +196,12 @@ def _scales(blocks: Tensor, inside: Tensor, bits: int) -> Tensor:
     for _ in range(_ROUNDS):
         levels = _magnitudes(blocks, scales, bits) * inside
         scales = (blocks.abs() * levels).sum(-1) / levels.square().sum(-1)  # least squares
-    halves: Tensor = scales.to(torch.float16)
-    return halves
+    return scales.to(torch.float16)
 
 
 def _blocks(rows: Tensor) -> Tensor:
     """[out, in] to [out, ceil(in / 64), 64], with zeros behind the end of a row."""
-    padded: Tensor = F.pad(rows, (0, -rows.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    return padded
+    return F.pad(rows, (0, -rows.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
 
 
 def _rank(blocks: Tensor, scales: Tensor, bits: int) -> Tensor:

@@ -3,7 +3,7 @@
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.model.linear import Matrix, QuantizedLinear, linear

@@ -5,7 +5,7 @@ import warnings
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F  # noqa: N812  (the name everybody knows)
+import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.model.packed import Packed, pack
@@ -165,8 +165,7 @@ class _NibbleProduct:
 
 def _arranged_for_cpu(codes: Tensor) -> Tensor:
     """4-bit codes [out, in] uint8 as the product on a CPU reads them."""
-    arranged: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
-    return arranged
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
 
 
 def _arranged_for_cuda(codes: Tensor) -> Tensor:
@@ -174,8 +173,7 @@ def _arranged_for_cuda(codes: Tensor) -> Tensor:
     n_in = codes.shape[1]
     tiles = next(n for n in (8, 4, 2) if n_in % (16 * n) == 0)  # groups of 32: 2 always fits
     pairs = codes[:, ::2] << 4 | codes[:, 1::2]
-    arranged: Tensor = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)
-    return arranged
+    return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)
 
 
 @functools.cache

@@ -18,10 +18,8 @@ def cpu_name() -> str:
         asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
         with contextlib.suppress(OSError):
             return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-    maker, part = (
-        _cpu_line("CPU implementer"),
-        _cpu_line("CPU part"),
-    )  # all that Linux says of an ARM
+    # All that Linux says of an ARM.
+    maker, part = _cpu_line("CPU implementer"), _cpu_line("CPU part")
     arm = f"ARM {maker} {part}" if maker else ""
     return _cpu_line("model name") or arm or platform.processor() or "unknown"
 

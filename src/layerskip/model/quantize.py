@@ -38,22 +38,19 @@ class Quantized:
     @property
     def shape(self) -> torch.Size:
         """[out, in]."""
-        shape: torch.Size = self.codes.shape
-        return shape
+        return self.codes.shape
 
     def float_offsets(self) -> Tensor:
         """The offsets in float32, [out, in / GROUP]."""
         if self.offsets is None:
-            centred: Tensor = self.scales.float() * -(2 ** (self.bits - 1))
-            return centred
+            return self.scales.float() * -(2 ** (self.bits - 1))
         return self.offsets.float()
 
     def dequantize(self) -> Tensor:
         """The numbers that the codes stand for, [out, in] float32."""
         codes = self.codes.unflatten(1, (-1, GROUP)).float()
         groups = codes.mul_(self.scales.float()[..., None]).add_(self.float_offsets()[..., None])
-        values: Tensor = groups.flatten(1)
-        return values
+        return groups.flatten(1)
 
     def by_rows(self, change: Callable[[Tensor], Tensor]) -> "Quantized":
         """The same with its rows selected or reordered."""
@@ -130,8 +127,7 @@ def _groups(weight: Tensor, bits: int) -> Tensor:
     if bits not in BITS:
         raise ValueError(f"weights of {bits} bits are not supported; there are 8 and 4")
     check_groups(weight.shape)
-    groups: Tensor = weight.float().unflatten(1, (-1, GROUP))
-    return groups
+    return weight.float().unflatten(1, (-1, GROUP))
 
 
 def _grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -84,9 +84,8 @@ def write(path: Path, folder: Path, gguf_file: GgufFile | None = None) -> None:
     if settings.is_file():
         fields = read_json(settings)
         changes: dict[str, Any] = {}
-        if isinstance(
-            fields.get("extra_special_tokens"), list
-        ):  # of transformers 5, and so is this
+        # A list there is transformers 5's, and so is the name below.
+        if isinstance(fields.get("extra_special_tokens"), list):
             changes = {"additional_special_tokens": fields.pop("extra_special_tokens")}
         if fields.get("tokenizer_class") == "TokenizersBackend":
             # transformers 5 writes its own new name; both 4 and 5 know the older one.

@@ -78,9 +78,8 @@ class SafetensorsFiles:
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing; fetch the checkpoint again")
             with damage_named(path):
-                path.open(
-                    "rb"
-                ).close()  # of one that may not be read, safetensors says it is not there
+                # Of a file that may not be read, safetensors says that it is not there.
+                path.open("rb").close()
                 handle = safe_open(path, framework="pt")
                 self._files.update(dict.fromkeys(handle.keys(), (handle, path)))
 

@@ -36,15 +36,13 @@ class Anatomy:
     def norm(self) -> nn.Module:
         """The final norm."""
         model: Any = self.model  # transformers leaves its lookups untyped
-        norm: nn.Module = getattr(model.get_decoder(), self.norm_name)
-        return norm
+        return getattr(model.get_decoder(), self.norm_name)
 
     @property
     def head(self) -> nn.Module:
         """The LM head."""
         model: Any = self.model  # transformers leaves its lookups untyped
-        head: nn.Module = model.get_output_embeddings()
-        return head
+        return model.get_output_embeddings()
 
     @property
     def vocabulary(self) -> int:
@@ -183,8 +181,7 @@ def _called(module: nn.Module, hidden: Tensor) -> Tensor:
     They would gather its weights anew for every chunk of tokens, and processes whose chunks are not as
     many would wait for each other for ever.
     """
-    result: Tensor = (module.forward if is_sharded(module) else module)(hidden)
-    return result
+    return (module.forward if is_sharded(module) else module)(hidden)
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:

@@ -15,11 +15,9 @@ _disable: Any = torch.compiler.disable  # torch leaves it untyped
 
 def not_compiled(function: _Function) -> _Function:
     """Neither the function nor what it calls is compiled."""
-    disabled: _Function = _disable(function)
-    return disabled
+    return _disable(function)
 
 
 def compiled_below(function: _Function) -> _Function:
     """The function runs as it stands; what it calls may be compiled."""
-    disabled: _Function = _disable(function, recursive=False)
-    return disabled
+    return _disable(function, recursive=False)

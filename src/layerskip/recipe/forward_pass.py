@@ -87,5 +87,4 @@ class ForwardPass:
             ]
         floats = tuple(logits.float() for logits in routed)
         over_all: Any = load_balancing_loss_func  # whose types know one layer alone
-        loss: Tensor = over_all(floats, floats[0].shape[-1], top_k)
-        return loss
+        return over_all(floats, floats[0].shape[-1], top_k)

@@ -150,5 +150,4 @@ def skip_layer(hidden: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         parameters: the layer's trainable parameters.
     """
     apply: Any = _PassThrough.apply  # torch leaves it untyped
-    result: Tensor = apply(hidden, *parameters)
-    return result
+    return apply(hidden, *parameters)

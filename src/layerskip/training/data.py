@@ -123,8 +123,7 @@ class Encoding:
             ]
             if whole[: len(ids)] == ids:
                 return whole[len(ids) :]
-        alone: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return alone
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @functools.cached_property
     def _leads_with_a_space(self) -> bool:

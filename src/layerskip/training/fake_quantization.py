@@ -190,8 +190,7 @@ def _product_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _straight_through(weight: Tensor, values: Tensor) -> Tensor:
-    result: Tensor = _StraightThrough.apply(weight, values)
-    return result
+    return _StraightThrough.apply(weight, values)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -71,9 +71,8 @@ def _compare(config: TrainConfig, file: Path) -> None:
     now = json.loads(json_text(config.as_flat_dict()))
 
     before = now | before
-    if _adapter_of(before) != _adapter_of(
-        now
-    ):  # what was learnt would be lost, or scaled otherwise
+    # With another adapter what was learnt would be lost, or scaled otherwise.
+    if _adapter_of(before) != _adapter_of(now):
         was = ", ".join(f"{name} {before[name]}" for name in _ADAPTER)
         raise ValueError(f"this run was begun with {was}: it goes on with the same alone")
     if _rows_of_a_step(before) != _rows_of_a_step(now):

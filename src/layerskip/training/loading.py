@@ -159,8 +159,7 @@ def pretrained_model(name: str) -> PreTrainedModel:
     if extra := found["unexpected_keys"]:
         what = f"{name} has weights that its config.json knows nothing of, such as {min(extra)}"
         warnings.warn(f"{what}: they are left out", TrainingWarning, stacklevel=2)
-    whole: PreTrainedModel = model.float()
-    return whole
+    return model.float()
 
 
 def load_model(config: TrainConfig) -> PreTrainedModel:
@@ -184,8 +183,7 @@ def _random_model(name: str) -> PreTrainedModel:
     config = model_config(name)
     with _failures_named(f"the model {name} could not be made"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **_NO_CODE)
-    made: PreTrainedModel = model.float()
-    return made
+    return model.float()
 
 
 def _make_savable(model: PreTrainedModel) -> None:

@@ -226,8 +226,7 @@ class LayerSkipMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
-        summed: Tensor = self._trainer.accelerator.reduce(values.clone(), reduction="sum")
-        return summed
+        return self._trainer.accelerator.reduce(values.clone(), reduction="sum")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Batches grouped by length are the same after a resume, in any epoch."""

@@ -25,9 +25,7 @@ from layerskip.decoding.generate import PREFILL_CHUNK
 from layerskip.model import Decoder
 
 SWEEPS = 5
-_LONG_DRAFT = (
-    6  # a draft call of so many tokens, against one of a single token, gives a step's cost
-)
+_LONG_DRAFT = 6  # a call of so many tokens against one of a single token gives a step's cost
 _ANCHORS = 4  # exits at which every length of verification is measured
 _PLAIN_STEPS = 8  # a sweep: the denominator of every speedup deserves more samples
 _WHOLE_ROUNDS = 2  # a sweep, of each exit and draft length that whole rounds are measured at
@@ -159,8 +157,7 @@ class _Workbench:
         self.settled = self.cache.lengths.clone()
         plans = {_Work("plain"): Plan(mode="plain")} | {
             _Work("round", e, d): Plan(mode="self-speculative", exit_layer=e, draft_tokens=d)
-            for e in self.anchors[1:3]
-            or self.anchors  # two are enough: each has a cache of its own
+            for e in self.anchors[1:3] or self.anchors  # two: each has a cache of its own
             for d in self.draft_lengths
         }
         self.loops = {

@@ -74,8 +74,7 @@ def start_peers(
 
 def _settings(name: str, drafts: Sequence[tuple[int, int]]) -> list[Setting]:
     module = importlib.import_module(PEERS[name].module)
-    settings: list[Setting] = module.settings(drafts)
-    return settings
+    return module.settings(drafts)
 
 
 def _prepare(name: str, job: Job, gguf_weights: str) -> str | None:
