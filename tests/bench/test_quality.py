@@ -76,13 +76,13 @@ def test_where_no_program_can_run_that_is_said_and_not_called_0(monkeypatch):
         quality.check_can_judge(quality.pass_at_1)
 
 
-@pytest.mark.parametrize("has_namespaces", [True, False])
-def test_where_the_kernel_confines_no_program_that_is_said(has_namespaces, monkeypatch, recwarn):
-    monkeypatch.setattr(quality, "has_namespaces", lambda: has_namespaces)
+@pytest.mark.parametrize("kernel_confines", [True, False])
+def test_where_the_kernel_confines_no_program_that_is_said(kernel_confines, monkeypatch, recwarn):
+    monkeypatch.setattr(quality, "kernel_confines", lambda: kernel_confines)
     warnings.simplefilter("always")
     quality.check_can_judge(quality.pass_at_1)
     said = [str(w.message) for w in recwarn if w.category is quality.ConfinementWarning]
-    assert len(said) == (not has_namespaces)
+    assert len(said) == (not kernel_confines)
     assert all("confined by Python's own hook alone" in text for text in said)
 
 

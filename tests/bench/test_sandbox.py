@@ -206,6 +206,7 @@ def test_namespaces_alone_cut_off_network_and_files(tmp_path):
         code = f"""
 import socket
 confined._enter_namespaces(os.getcwd(), 1 << 20)
+confined._give_up_privileges()
 def works(attempt):
     try:
         attempt()
@@ -238,3 +239,54 @@ print(json.dumps({{
     }
     assert not outside.exists()
     assert not list(folder.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="seccomp and Landlock are Linux's")
+def test_the_kernel_refuses_what_asks_no_hook(tmp_path):
+    """What a program that reaches the C library tries, where it may have no namespaces."""
+    outside = tmp_path / "outside"
+    outside.write_text("as it was")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    code = f"""
+import ctypes, signal, socket, threading
+libc = ctypes.CDLL(None)
+outside = {os.fsencode(outside)!r}
+confined._give_up_privileges()
+confined._ask_the_kernel(os.getcwd())
+ran = []
+thread = threading.Thread(target=ran.append, args=(1,))
+thread.start()
+thread.join()
+calls = {{
+    "socket": lambda: libc.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0),
+    "fork": libc.fork,
+    "program": lambda: libc.execv(b"/bin/true", (ctypes.c_char_p * 2)(b"true", None)),
+    "kill": lambda: libc.kill(os.getppid(), 0),
+    "rights": lambda: libc.chmod(outside, 0o600),
+}}
+files = {{
+    "write": lambda: libc.open(outside, os.O_WRONLY),
+    "create": lambda: libc.open(outside + b"2", os.O_WRONLY | os.O_CREAT, 0o600),
+    "remove": lambda: libc.unlink(outside),
+    "move away": lambda: libc.rename(outside, b"here"),
+}}
+open("mine", "w").close()
+os.rename("mine", "moved")
+os.remove("moved")
+open(os.devnull, "w").close()
+signal.raise_signal(0)
+print(json.dumps({{
+    "by kernel": sorted(confined.by_kernel),
+    "threads": len(ran),
+    "calls": [n for n, call in calls.items() if "calls" in confined.by_kernel and call() != -1],
+    "files": [n for n, call in files.items() if "files" in confined.by_kernel and call() != -1],
+}}))
+"""
+    found = run_layer(folder, code)
+    if not found["by kernel"]:
+        pytest.skip("this kernel has neither, or this machine's calls are not known")
+    assert found["threads"] == 1
+    assert found["calls"] == []
+    assert found["files"] == []
+    assert outside.read_text() == "as it was"

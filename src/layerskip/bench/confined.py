@@ -1,12 +1,15 @@
 """Started by `sandbox.py` as a program: gives up its rights, then runs what is in job.json.
 
-Three layers, each of which holds where another does not:
+Four layers, each of which holds where another does not:
 
 1. limits of the process (processor time, memory, size of files, open files): Linux, macOS but for
    memory;
 2. an audit hook, which Python asks before it opens a file for writing, starts a process, or touches
    a socket: everywhere, but only what goes through Python;
-3. namespaces of its own: no network, no other process in sight, all file systems read-only and a
+3. what the kernel refuses a process that asks for it: sockets, other programs and processes
+   (seccomp), and files to be written outside the folder (Landlock, Linux 5.13): Linux, on x86-64
+   and ARM64;
+4. namespaces of its own: no network, no other process in sight, all file systems read-only and a
    temporary one in place of the working folder: Linux, where an ordinary user may have them.
 """
 
@@ -14,12 +17,16 @@ import contextlib
 import ctypes
 import json
 import os
+import platform
 import resource
 import signal
+import struct
 import sys
 import types
 from collections.abc import Callable
 from typing import Any
+
+by_kernel: set[str] = set()  # what the kernel has agreed to: "namespaces", "calls", "files"
 
 # Linux, from its headers <sched.h>, <sys/mount.h>, <sys/prctl.h>, <asm/unistd.h>.
 _NEW_MOUNTS, _NEW_IPC, _NEW_USER, _NEW_PIDS, _NEW_NETWORK = (
@@ -29,11 +36,58 @@ _NEW_MOUNTS, _NEW_IPC, _NEW_USER, _NEW_PIDS, _NEW_NETWORK = (
     0x20000000,
     0x40000000,
 )
-_PRIVATE, _RECURSIVE, _NO_SETUID, _NO_DEVICES = 1 << 18, 1 << 14, 2, 4
+_PRIVATE, _RECURSIVE, _NO_SETUID, _NO_DEVICES, _NO_PROGRAMS = 1 << 18, 1 << 14, 2, 4, 8
 _MOUNT_SETATTR, _AT_RECURSIVE, _READ_ONLY, _CURRENT_FOLDER = 442, 0x8000, 1, -100
-_KILL_WITH_PARENT, _NO_NEW_RIGHTS = 1, 38
+_KILL_WITH_PARENT, _NO_NEW_RIGHTS, _SET_SECCOMP, _FILTER = 1, 38, 22, 2
 _CAPABILITIES_VERSION = 0x20080522
 _GRACE_S = 5.0
+
+# Calls that are refused, by their numbers on x86-64 and ARM64 (<asm/unistd.h>; None: it has no such).
+_ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+_CALLS: dict[str, tuple[int | None, int | None]] = {
+    "socket": (41, 198),
+    "socketpair": (53, 199),
+    "fork": (57, None),
+    "vfork": (58, None),
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "tkill": (200, 130),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "pidfd_send_signal": (424, 424),
+    "pidfd_open": (434, 434),
+    "pidfd_getfd": (438, 438),
+    "setpriority": (141, 140),
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "shmget": (29, 194),
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "mq_open": (240, 180),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "perf_event_open": (298, 241),
+    "bpf": (321, 280),
+    "userfaultfd": (323, 282),
+    "io_uring_setup": (425, 425),
+}
+# These may name the process itself; "clone" may make a thread, and "clone3" cannot be looked into.
+_KILL, _TGKILL, _PRLIMIT, _CLONE, _CLONE3 = (62, 129), (234, 131), (302, 261), (56, 220), (435, 435)
+_LOAD, _EQUAL, _AT_LEAST, _HAS_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # <linux/bpf_common.h>
+_ALLOW, _KILL_PROCESS, _NOT_PERMITTED, _NOT_THERE = 0x7FFF0000, 0x80000000, 0x50001, 0x50026
+_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # where struct seccomp_data has them
+
+# <linux/landlock.h>
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+_WRITE, _REMOVE, _MAKE, _MOVE, _TRUNCATE = 1 << 1, 3 << 4, 127 << 6, 1 << 13, 1 << 14
 
 # Events of sys.audit: https://docs.python.org/3/library/audit_events.html
 _REFUSED = (
@@ -92,6 +146,8 @@ def main() -> None:
     signal.setitimer(signal.ITIMER_REAL, job["wall_s"] + _GRACE_S)
     if sys.platform == "linux":
         _enter_namespaces(folder, job["file_bytes"])
+        _give_up_privileges()
+        _ask_the_kernel(folder)
     _limit(job)
     _refuse_what_asks_no_hook()
     sys.addaudithook(_guard(os.path.realpath(folder)))
@@ -198,15 +254,94 @@ def _enter_namespaces(folder: str, file_bytes: int) -> None:
     libc.prctl(_KILL_WITH_PARENT, signal.SIGKILL)
     libc.mount(None, b"/", None, _PRIVATE | _RECURSIVE, None)
     read_only = (ctypes.c_uint64 * 4)(_READ_ONLY, 0, 0, 0)
-    libc.syscall(_MOUNT_SETATTR, _CURRENT_FOLDER, b"/", _AT_RECURSIVE, read_only, 32)
+    if libc.syscall(_MOUNT_SETATTR, _CURRENT_FOLDER, b"/", _AT_RECURSIVE, read_only, 32) == 0:
+        by_kernel.add("namespaces")
     options = f"size={file_bytes}".encode()
     libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", _NO_SETUID | _NO_DEVICES, options)
+    # Not everywhere may it be mounted anew; the old one then still names other processes.
+    libc.mount(
+        b"proc", b"/proc", b"proc", _READ_ONLY | _NO_SETUID | _NO_DEVICES | _NO_PROGRAMS, None
+    )
     os.chdir(folder)
-    # In its own namespace it could mount all that again.
+
+
+def _give_up_privileges() -> None:
+    """Root of its own namespace could mount everything again, and root of a container some of it."""
+    libc = ctypes.CDLL(None, use_errno=True)
     none = (ctypes.c_uint32 * 6)()
     kept = libc.capset((ctypes.c_uint32 * 2)(_CAPABILITIES_VERSION, 0), none)
     if kept or libc.prctl(_NO_NEW_RIGHTS, 1, 0, 0, 0):
         os._exit(1)
+
+
+def _ask_the_kernel(folder: str) -> None:
+    """Have Landlock and seccomp refuse what they can, where the kernel has them."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if platform.machine() in _ARCHITECTURES and sys.maxsize > 1 << 32:
+        if _only_writes_into(folder, libc):
+            by_kernel.add("files")
+        filters = _refused_calls(*_ARCHITECTURES[platform.machine()])
+        code = ctypes.create_string_buffer(b"".join(filters))
+        program = struct.pack("HP", len(filters), ctypes.addressof(code))  # struct sock_fprog
+        if libc.prctl(_SET_SECCOMP, _FILTER, program, 0, 0) == 0:
+            by_kernel.add("calls")
+
+
+def _only_writes_into(folder: str, libc: ctypes.CDLL) -> bool:
+    version = libc.syscall(_CREATE_RULESET, None, 0, 1)
+    if version < 1:
+        return False
+    on_files = _WRITE | (_TRUNCATE if version >= 3 else 0)
+    writes = on_files | _REMOVE | _MAKE | (_MOVE if version >= 2 else 0)
+    rules = libc.syscall(_CREATE_RULESET, struct.pack("Q", writes), 8, 0)
+    for path, rights in ((folder, writes), (os.devnull, on_files)):
+        place = os.open(path, os.O_PATH)
+        libc.syscall(_ADD_RULE, rules, 1, struct.pack("=Qi", rights, place), 0)
+        os.close(place)
+    done: int = libc.syscall(_RESTRICT_SELF, rules, 0)
+    os.close(rules)
+    return done == 0
+
+
+def _refused_calls(column: int, architecture: int) -> list[bytes]:
+    """A seccomp filter: instructions (operation, jump if true, jump if false, value)."""
+
+    def instruction(operation: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+        return struct.pack("HBBI", operation, if_true, if_false, value)
+
+    def only_with(number: int, argument: int) -> list[bytes]:
+        return [
+            instruction(_EQUAL, number, 0, 4),
+            instruction(_LOAD, _FIRST_ARGUMENT),
+            instruction(_EQUAL, argument, 1, 0),
+            instruction(_RETURN, _NOT_PERMITTED),
+            instruction(_LOAD, _NUMBER),
+        ]
+
+    filters = [
+        instruction(_LOAD, _ARCHITECTURE),
+        instruction(_EQUAL, architecture, 1, 0),
+        instruction(_RETURN, _KILL_PROCESS),
+        instruction(_LOAD, _NUMBER),
+    ]
+    if column == 0:  # x32, which has numbers of its own
+        filters += [instruction(_AT_LEAST, 1 << 30, 0, 1), instruction(_RETURN, _KILL_PROCESS)]
+    for numbers in _CALLS.values():
+        if (number := numbers[column]) is not None:
+            filters += [instruction(_EQUAL, number, 0, 1), instruction(_RETURN, _NOT_PERMITTED)]
+    for call, argument in ((_KILL, os.getpid()), (_TGKILL, os.getpid()), (_PRLIMIT, 0)):
+        filters += only_with(call[column], argument)
+    # The C library makes threads by "clone" where it is told that there is no "clone3".
+    filters += [
+        instruction(_EQUAL, _CLONE3[column], 0, 1),
+        instruction(_RETURN, _NOT_THERE),
+        instruction(_EQUAL, _CLONE[column], 0, 3),
+        instruction(_LOAD, _FIRST_ARGUMENT),
+        instruction(_HAS_BIT, 0x00010000, 1, 0),  # CLONE_THREAD
+        instruction(_RETURN, _NOT_PERMITTED),
+        instruction(_RETURN, _ALLOW),
+    ]
+    return filters
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from decimal import Decimal
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from layerskip.bench.sandbox import has_namespaces, runs_to_end
+from layerskip.bench.sandbox import kernel_confines, runs_to_end
 from layerskip.model import native
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def check_can_judge(metrics: Metrics | None) -> None:
             "pass@1 cannot be judged: a confined Python process does not start here"
             " (are memory or processes limited?)"
         )
-    if metrics is pass_at_1 and not has_namespaces():
+    if metrics is pass_at_1 and not kernel_confines():
         warnings.warn(
             "generated code is confined by Python's own hook alone here, which stops accidents and no"
             " attack (docs/tasks.md)",

@@ -62,10 +62,12 @@ def runs_to_end(program: str, limits: Limits | None = None) -> bool:
 
 
 @functools.cache
-def has_namespaces() -> bool:
+def kernel_confines() -> bool:
     """Whether the kernel itself confines programs here, beside Python's hook: see docs/tasks.md."""
-    confined = "import os\nassert os.getpid() == 1 and os.statvfs('/').f_flag & os.ST_RDONLY"
-    return sys.platform == "linux" and runs_to_end(confined)
+    asked = (
+        "from __main__ import by_kernel\nassert by_kernel & {'namespaces'} or len(by_kernel) == 2"
+    )
+    return sys.platform == "linux" and runs_to_end(asked)
 
 
 def _report_of(program: str, word: str, limits: Limits, folder: str) -> bytes:
