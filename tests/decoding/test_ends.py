@@ -22,6 +22,10 @@ from layerskip.decoding import PromptError, generate
 MODES = [
     {"mode": "plain"},
     *({"exit_layer": LAYERS - 1, "draft_tokens": d} for d in (0, 1, 3, 8)),
+    *(
+        {"mode": "self-speculative", "exit_layer": LAYERS - 1, "draft_tokens": d}
+        for d in (0, 1, 3, 8)
+    ),
 ]
 MISSES = (5, 6, 11)
 
@@ -222,7 +226,9 @@ def test_a_full_context_with_a_real_decoder(plan):
 def test_prompts_that_cannot_be_continued(prompt, message):
     model = scripted_model(encode("a"))
     with pytest.raises(PromptError, match=message):
-        model.generate(prompt)
+        model.answer(prompt)
+    with pytest.raises(PromptError, match=f"prompt 2: .*{message}"):
+        model.generate([[0], prompt])
     with pytest.raises(PromptError, match=message):
         next(generate(model.decoder, prompt, plan=PLAIN, sampling=GREEDY, max_new_tokens=1))
 

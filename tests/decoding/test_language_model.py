@@ -3,7 +3,10 @@
 import concurrent.futures
 import contextlib
 import copy
+import inspect
 import itertools
+import os
+import weakref
 from unittest import mock
 
 import numpy
@@ -16,10 +19,13 @@ from tokenizers.processors import TemplateProcessing
 import tiny_checkpoint
 import tiny_models
 from layerskip import LayerSkipModel
-from layerskip.decoding import PromptError, Sampling, generate
+from layerskip.decoding import Answer, PromptError, Sampling, batch, generate
 from layerskip.decoding.placement import device_of
+from layerskip.decoding.sampling import nth_seed, seeded_generator
+from layerskip.decoding.stream import TextStream
 from layerskip.model import Settings
 from layerskip.model.assembly import fast_dtype
+from layerskip.model.native import threads
 
 SPECULATIVE = {"mode": "self-speculative", "exit_layer": 2, "draft_tokens": 4}
 
@@ -74,6 +80,68 @@ def test_answers_to_a_list_are_those_to_each(model):
     options = {"max_new_tokens": 12, **SPECULATIVE}
     alone = [model.generate(prompt, **options).token_ids for prompt in prompts]
     assert [each.token_ids for each in model.generate(prompts, **options)] == alone
+
+
+def test_a_long_list_is_answered_in_groups(model, monkeypatch):
+    """Of like length, in the caller's order, and none larger than what memory was reckoned for."""
+    monkeypatch.setattr(batch, "MOST_ROWS", 2)
+    prompts = [random_prompt(model.decoder, n, seed=n) for n in (3, 9, 1, 12, 4)]
+    groups, init = [], batch.Batch.__init__
+
+    def seen(self, decoder, prompts, **options):
+        groups.append(([len(prompt) for prompt in prompts], options["seed"]))
+        init(self, decoder, prompts, **options)
+
+    monkeypatch.setattr(batch.Batch, "__init__", seen)
+    options = {"max_new_tokens": 12, **SPECULATIVE}
+    alone = [model.generate(prompt, **options).token_ids for prompt in prompts]
+    assert [each.token_ids for each in model.generate(prompts, **options)] == alone
+    assert [lengths for lengths, _ in groups] == [[9, 12], [3, 4], [1]]
+    groups.clear()
+    options |= {"temperature": 1.0, "seed": 7}
+    made = [[each.token_ids for each in model.generate(prompts, **options)] for _ in range(2)]
+    assert made[0] == made[1]
+    assert [seed for _, seed in groups[:3]] == [8, 7, 9]  # of each group's first answer
+
+
+def test_costs_are_weighed_for_the_rows_of_a_group(monkeypatch):
+    monkeypatch.setattr(batch, "MOST_ROWS", 2)
+    seen, model = [], scripted_model(encode("ab"))
+
+    def for_batch(plan, decoder, settings, contexts):
+        seen.append(contexts)
+        return plan
+
+    monkeypatch.setattr("layerskip.decoding.language_model.for_batch", for_batch)
+    model.generate([[0], [0] * 5, [0] * 3], max_new_tokens=1)
+    assert seen == [(5, 3)] * 2  # the shortest prompt is alone in its group
+
+
+def test_a_list_of_no_prompts(model):
+    assert model.generate([]) == []
+    with pytest.raises(PromptError, match="the prompt is empty"):
+        model.answer([])
+
+
+def test_prompts_of_a_list_are_tokenized_once(monkeypatch):
+    model = scripted_model(encode("ab"))
+    texts, encoded = [], model.tokenizer.encode
+
+    def seen(text, **options):
+        texts.append(text)
+        return encoded(text, **options)
+
+    monkeypatch.setattr(model.tokenizer, "encode", seen)
+    model.generate(["one", "two"], max_new_tokens=2)
+    assert texts == ["one", "two"]
+
+
+@pytest.mark.parametrize("bad", ["", 5, [0, 10**6]])
+def test_a_bad_prompt_of_a_list_is_named(bad, monkeypatch):
+    model = scripted_model(encode("ab"))
+    monkeypatch.setattr(model.decoder, "run", None)
+    with pytest.raises(PromptError, match=r"^prompt 3: "):
+        model.generate(["one", "two", bad, ""])
 
 
 @pytest.mark.parametrize(
@@ -151,6 +219,22 @@ def test_end_tokens_come_from_the_settings_else_from_the_tokenizer():
         ({"exit_layer": 9}, "exit layer"),
         ({"stop": [""]}, "stop string"),
         ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"seed": 1.0}, "seed is 1.0, it has to be an integer"),
+        ({"max_new_tokens": "5"}, "max_new_tokens is '5', it has to be an integer"),
+        ({"max_new_tokens": None}, "max_new_tokens is None, it has to be an integer"),
+        ({"max_new_tokens": True}, "max_new_tokens is True"),
+        ({"draft_tokens": 2.5}, "draft_tokens is 2.5"),
+        ({"exit_layer": "2"}, "exit_layer is '2'"),
+        ({"top_k": 1.5, "temperature": 1.0}, "top_k is 1.5"),
+        ({"temperature": "hot"}, "temperature is 'hot', it has to be a number"),
+        ({"temperature": None}, "temperature is None"),
+        ({"top_p": "0.9"}, "top_p is '0.9'"),
+        ({"min_p": [0.1]}, r"min_p is \[0.1\]"),
+        ({"repetition_penalty": False}, "repetition_penalty is False"),
+        ({"draft_vocabulary": 1.5}, "draft_vocabulary is 1.5"),
+        ({"draft_vocabulary": ["a"]}, "draft_vocabulary is"),
+        ({"stop": 5}, "a stop string has to be a text"),
+        ({"stop": [5]}, "a stop string has to be a text"),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(option, message, monkeypatch):
@@ -158,6 +242,32 @@ def test_bad_options_are_refused_before_anything_runs(option, message, monkeypat
     monkeypatch.setattr(model.decoder, "run", None)
     with pytest.raises(ValueError, match=message):
         model.answer([0], **option)
+
+
+def test_numbers_of_other_libraries_are_taken(model):
+    plain = {"max_new_tokens": 6, "exit_layer": 2, "draft_tokens": 3, "top_k": 9, "seed": 4}
+    others = {name: numpy.int64(value) for name, value in plain.items()}
+    others["max_new_tokens"] = torch.tensor(6)
+    options = {"mode": "self-speculative", "draft_vocabulary": 30, "temperature": 1.0}
+    wanted = model.generate([5, 6], **plain, **options)
+    options |= {"draft_vocabulary": numpy.arange(30), "temperature": numpy.float32(1.0)}
+    made = model.generate([5, 6], **others, **options)
+    assert made.token_ids == wanted.token_ids
+    assert type(made.exit_layer) is type(made.draft_tokens) is int
+
+
+@pytest.mark.parametrize("call", [LayerSkipModel.generate, LayerSkipModel.stream])
+def test_signatures_show_the_options(call):
+    """Whoever passes them on has the names and defaults of who takes them."""
+    takes = inspect.signature(LayerSkipModel.answer).parameters
+    passes = inspect.signature(call).parameters
+    assert list(passes) == list(takes)
+    assert {name: passes[name].default for name in passes} == {
+        name: takes[name].default for name in takes
+    }
+    assert passes["max_new_tokens"].default == 256
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_tokens'"):
+        scripted_model(encode("ab")).generate([0], max_tokens=3)
 
 
 def test_pieces_say_where_each_token_came_from():
@@ -178,6 +288,33 @@ def test_rows_of_a_list_are_drawn_apart_where_they_are_answered_one_by_one(model
     assert made == [one.token_ids for one in model.generate([[1, 2, 3]] * 3, seed=4, **options)]
     assert len({tuple(ids) for ids in made}) == 3
     assert made[0] == model.generate([1, 2, 3], seed=4, **options).token_ids
+
+
+def test_the_seed_behind_the_last_is_the_first():
+    assert [nth_seed(2**64 - 1, i) for i in range(3)] == [2**64 - 1, 0, 1]
+    assert nth_seed(7) == 7
+    assert nth_seed(None, 3) is None
+    for seed in (2**64, -(2**63) - 1):
+        with pytest.raises(ValueError, match="it has to fit into 64 bits"):
+            nth_seed(seed, 1)
+
+
+@pytest.mark.parametrize("seed", [-1, -5, -(2**63)])
+def test_a_negative_seed_draws_what_pytorch_draws(seed):
+    own, plain = seeded_generator(torch.device("cpu"), nth_seed(seed)), torch.Generator()
+    assert torch.equal(
+        torch.rand(4, generator=own), torch.rand(4, generator=plain.manual_seed(seed))
+    )
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.1], ids=["together", "one by one"])
+def test_the_last_seed_is_good_for_a_list(model, penalty):
+    options = {"temperature": 1.0, "repetition_penalty": penalty, "max_new_tokens": 4}
+    made = model.generate([[1, 2]] * 3, seed=2**64 - 1, mode="plain", **options)
+    assert len(made) == 3
+    if penalty != 1.0:
+        alone = model.generate([1, 2], seed=1, mode="plain", **options)
+        assert made[2].token_ids == alone.token_ids
 
 
 @pytest.mark.parametrize("mode", [{"mode": "plain"}, {"mode": "early-exit"}, SPECULATIVE])
@@ -222,6 +359,14 @@ def test_time_to_the_first_token_is_each_answers_own(model, monkeypatch):
     monkeypatch.setattr("layerskip.decoding.answer.device_clock", lambda _: lambda: next(ticks))
     answers = model.generate([[5], [6], [7]], max_new_tokens=9, repetition_penalty=1.1)
     assert [answer.ttft_s for answer in answers] == [1, 1, 1]
+
+
+def test_time_to_the_first_token_of_a_batch_is_that_of_its_pass(model, monkeypatch):
+    """Not of the other prompts' tokenizing and planning."""
+    ticks = itertools.count()
+    monkeypatch.setattr("layerskip.decoding.answer.device_clock", lambda _: lambda: next(ticks))
+    answers = model.generate([[5], [6], [7]], max_new_tokens=2, mode="plain")
+    assert [answer.ttft_s for answer in answers] == [3, 3, 3]
 
 
 def test_a_conversation_may_have_tools_and_variables_of_the_template():
@@ -359,6 +504,76 @@ def test_an_abandoned_answer_leaves_the_model_usable(model, n_pieces):
     assert model.generate([5], **options).token_ids == before
 
 
+@pytest.mark.parametrize("options", [{"mode": "plain"}, SPECULATIVE])
+@pytest.mark.parametrize("n_pieces", [0, 1, 3])
+def test_a_closed_answer_computes_no_more_and_lets_its_cache_go(model, n_pieces, options):
+    caches, new_cache = weakref.WeakSet(), model.decoder.new_cache
+
+    def seen(*arguments):
+        cache = new_cache(*arguments)
+        caches.add(cache)
+        return cache
+
+    with mock.patch.object(model.decoder, "new_cache", seen):
+        answer = model.answer([5], max_new_tokens=12, **options)
+        pieces = iter(answer)
+        said = [next(pieces).token_id for _ in range(n_pieces)]
+        assert len(caches) == min(n_pieces, 1)
+        answer.close()
+        answer.close()
+    assert len(caches) == 0
+    with mock.patch.object(model.decoder, "run", None):
+        assert answer.generation.token_ids == said
+        assert answer.generation.finish_reason == "interrupted"
+        answer.complete()
+    assert model.generate([5], max_new_tokens=12, **options).new_tokens == 12
+
+
+def test_a_stream_that_is_closed_closes_its_answer(monkeypatch):
+    model, closed = scripted_model(encode("abcdef")), []
+    close = Answer.close
+    monkeypatch.setattr(Answer, "close", lambda self: closed.append(close(self)))
+    stream = model.stream([0], mode="plain", max_new_tokens=6)
+    assert next(stream) == "a"
+    assert closed == []
+    stream.close()
+    assert closed == [None]
+    assert list(model.stream([0], mode="plain", max_new_tokens=6)) == list("abcdef")
+
+
+@pytest.mark.parametrize("fails_at", range(12))
+@pytest.mark.parametrize("ends", ["pieces", "complete"])
+@pytest.mark.parametrize("stop", [(), ("Z",)])
+def test_ctrl_c_while_text_is_made_loses_and_doubles_nothing(fails_at, ends, stop, monkeypatch):
+    text = "abcdefghijkl"
+    model, calls = scripted_model(encode(text), misses={4}), itertools.count()
+    answer = model.answer([0], max_new_tokens=len(text), stop=stop, **SPECULATIVE)
+    decode = TextStream._decode
+
+    def interrupted(self, tokens):
+        if next(calls) == fails_at:
+            raise KeyboardInterrupt
+        return decode(self, tokens)
+
+    monkeypatch.setattr(TextStream, "_decode", interrupted)
+    said = ""
+    for _ in range(2):  # the second time nothing interrupts
+        with contextlib.suppress(KeyboardInterrupt):
+            if ends == "complete":
+                answer.complete()
+            for piece in answer:
+                said += piece.text
+        with contextlib.suppress(KeyboardInterrupt):
+            made = answer.generation
+            assert made.token_ids == encode(text)[: made.new_tokens]
+            assert [token for step in made.steps for token in step.tokens] == made.token_ids
+    made = answer.generation
+    assert (made.token_ids, made.text) == (encode(text), text)
+    assert [token for step in made.steps for token in step.tokens] == made.token_ids
+    if ends == "pieces":
+        assert said == text
+
+
 @pytest.mark.parametrize("plan", [PLAIN, speculative(2, 4)])
 def test_inference_mode_is_the_loop_s_own(plan):
     """Between two steps the caller may train something."""
@@ -373,6 +588,55 @@ def test_inference_mode_is_the_loop_s_own(plan):
     with torch.no_grad():
         for _ in generate(decoder, [5], **options):
             assert not torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("prompt", [[5, 6], [[5], [6, 7]]], ids=["one", "batch"])
+@pytest.mark.parametrize("mode", [{"mode": "plain"}, SPECULATIVE])
+def test_autocast_of_the_caller_is_not_the_loop_s(model, prompt, mode, monkeypatch):
+    """It would make bfloat16 of the products of a float32 model."""
+    run, seen = model.decoder.run, set()
+
+    def watched(*arguments):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return run(*arguments)
+
+    monkeypatch.setattr(model.decoder, "run", watched)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.generate(prompt, max_new_tokens=6, **mode)
+        assert torch.is_autocast_enabled("cpu")
+        next(iter(model.answer([5, 6], max_new_tokens=6, **mode)))
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == {False}
+
+
+DEFAULT_DEVICE_CASES = {
+    "plain": {"mode": "plain"},
+    "early-exit": {"mode": "early-exit", "exit_layer": 2},
+    "self-speculative": SPECULATIVE,
+    "auto": {"exit_layer": 2, "draft_vocabulary": 40},
+    "n-gram": {"mode": "self-speculative", "draft_from": "n-gram", "draft_text": [5, 6, 7, 5, 6]},
+    "sampled": {**SPECULATIVE, "temperature": 0.9, "top_p": 0.9, "top_k": 40, "min_p": 0.01},
+    "penalty": {**SPECULATIVE, "repetition_penalty": 1.3},
+}
+
+
+@pytest.mark.parametrize("case", DEFAULT_DEVICE_CASES)
+@pytest.mark.parametrize("compiled", [False, True], ids=["pytorch", "compiled"])
+def test_the_default_device_is_the_caller_s(case, compiled, tmp_path, request):
+    """What it makes is none of the loop's: "meta" has no numbers at all."""
+    if compiled:
+        request.getfixturevalue("compiled_kernels")
+    tiny_models.reference("llama3.2").save_pretrained(tmp_path)
+    model = LayerSkipModel.from_pretrained(tmp_path, dtype="float32", compile=compiled)
+    options = {"max_new_tokens": 16, "seed": 1, **DEFAULT_DEVICE_CASES[case]}
+    prompts = [random_prompt(model.decoder, n) for n in (9, 3, 6)]
+    found = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            one = model.generate(prompts[0], **options).token_ids
+            several = [made.token_ids for made in model.generate(prompts, **options)]
+            found.append([one, *several])
+    assert found[0] == found[1]
 
 
 def test_gradients_are_not_recorded_in_the_loop(monkeypatch):
@@ -405,6 +669,18 @@ def test_options_of_loading_are_checked(tmp_path, option, message):
     tiny_models.reference("llama2").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         LayerSkipModel.from_pretrained(tmp_path, **option)
+
+
+def test_whatever_runs_a_cpu_model_its_forked_children_work_alone(monkeypatch):
+    """PyTorch's threads are gone in a child as those of the kernels are."""
+    registered = []
+    monkeypatch.setattr(
+        os, "register_at_fork", lambda **told: registered.append(told), raising=False
+    )
+    threads.heed_forks.cache_clear()
+    for _ in range(2):
+        scripted_model(encode("ab"))
+    assert registered == [{"after_in_child": threads.stay_alone}]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

@@ -24,8 +24,9 @@ from tiny_decoders import (
 
 from layerskip.decoding import Plan, Sampling, Step
 from layerskip.decoding.draft_costs import DraftCosts
-from layerskip.decoding.draft_length import DraftLength, NgramLength, Pace
+from layerskip.decoding.draft_length import DraftLength, NgramLength, by_match
 from layerskip.decoding.ngram import MAX_MATCH, MIN_MATCH, DraftText, NgramDrafter, NgramIndex
+from layerskip.decoding.pace import Pace
 from layerskip.model import StepCosts
 
 SAMPLES = 1500
@@ -120,6 +121,18 @@ def test_the_draft_text_is_searched_where_it_promises_more():
     assert drafted([*prompt, 3, 5, 6, 4, 1, 2, 3, 5, 6, 4], text) == [1, 2, 3]  # a match of five
 
 
+def test_what_was_proposed_is_judged_where_nothing_was_drafted():
+    decoder = tiny_decoder("llama2")
+    length = NgramLength(DraftCosts(layers=0.0, head=0.0, passes=(1.0, 9.0)), Pace())
+    drafter = NgramDrafter(decoder, GREEDY, [1, 2, 3, 4, 1, 2], length=length)
+    assert length.expected(by_match(2, 1)) == pytest.approx(0.3)
+    assert not drafter.draft(
+        torch.tensor([[2]]), 3, decoder.new_cache(16), None, None
+    ).tokens.numel()
+    drafter.settle([3], 0)
+    assert length.expected(by_match(2, 1)) == pytest.approx(1.6 / 3)
+
+
 def test_a_draft_text_is_indexed_once():
     assert DraftText.of(None) is None
     assert DraftText.of((1, 2, 3)) is DraftText.of((1, 2, 3))
@@ -177,7 +190,7 @@ def following(exit_layer):
 
 @pytest.mark.parametrize(("exit_layer", "upper"), [(1, 0.02), (LAYERS - 1, 0.02), (1, 0.3)])
 def test_ngrams_follow_a_draft_and_the_answer_stays(exit_layer, upper, monkeypatch):
-    monkeypatch.setattr(DraftLength, "_drafting_on", lambda self, limit: 0.0)
+    monkeypatch.setattr(DraftLength, "_drafting_on", lambda *_: 0.0)
     decoder = tiny_decoder("llama3.1", upper=upper)
     followed = 0
     for seed in range(3):

@@ -1,6 +1,7 @@
 """A conversation computes its beginning once, and answers as if it computed all of it."""
 
 import importlib
+import threading
 from unittest import mock
 
 import pytest
@@ -138,6 +139,92 @@ def test_one_answer_at_a_time_has_the_cache():
     assert second.complete().token_ids == alone.token_ids
     third = model.answer([*prompt, 5, 6], **options).complete()
     assert third.token_ids == model.generate([*prompt, 5, 6], max_new_tokens=12).token_ids
+
+
+@pytest.mark.parametrize("options", [MODES["plain"], MODES["self-speculative"]])
+def test_an_answer_that_another_thread_is_computing_writes_to_a_cache_of_its_own(
+    options, monkeypatch
+):
+    """It finds out that another has begun only after its step."""
+    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
+    prompt = random_prompt(model.decoder, 40)
+    alone = model.generate([*prompt, 5], max_new_tokens=12, **options).token_ids
+    begun, goes_on = threading.Event(), threading.Event()
+    run = model.decoder.run
+
+    def held_up(*arguments):
+        if threading.current_thread() is thread:
+            begun.set()
+            assert goes_on.wait(60)
+        return run(*arguments)
+
+    def finish_first():
+        with pytest.raises(ValueError, match="another answer has begun with the same prefix"):
+            first.complete()
+        refused.append(first)
+
+    first = model.answer(prompt, prefix=prefix, max_new_tokens=12, **options)
+    next(iter(first))
+    monkeypatch.setattr(model.decoder, "run", held_up)
+    refused, thread = [], threading.Thread(target=finish_first)
+    thread.start()
+    assert begun.wait(60)
+    second = model.answer([*prompt, 5], prefix=prefix, max_new_tokens=12, **options)
+    next(iter(second))
+    goes_on.set()
+    thread.join()
+    assert refused == [first]
+    assert second.complete().token_ids == alone
+    follow = [*prompt, 5, *alone, 6]
+    third = model.answer(follow, prefix=prefix, max_new_tokens=12, **options).complete()
+    assert third.token_ids == model.generate(follow, max_new_tokens=12, **options).token_ids
+
+
+def test_what_is_settled_is_copied_from_a_cache_that_is_written_to(embedded):
+    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
+    prompt = random_prompt(model.decoder, 40)
+    first = model.answer(prompt, prefix=prefix, max_new_tokens=9, mode="plain")
+    next(iter(first))
+    before = prefix._cache
+    prefix.resume(prefix._taken_by)  # as where its next step has begun
+    counts = embedded(model.decoder)
+    second = model.answer([*prompt, 5], prefix=prefix, max_new_tokens=9, mode="plain")
+    next(iter(second))
+    assert counts == [1]
+    assert prefix._cache is not before
+    assert int(before.lengths) == 40
+
+
+def test_an_answer_that_the_garbage_collector_ends_inside_the_lock(monkeypatch):
+    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
+    prompt = random_prompt(model.decoder, 40)
+    first = model.answer(prompt, prefix=prefix, max_new_tokens=9, mode="plain")
+    next(iter(first))
+    new_cache = model.decoder.new_cache
+
+    def collected(*arguments):
+        first.close()
+        return new_cache(*arguments)
+
+    monkeypatch.setattr(model.decoder, "new_cache", collected)
+    second = model.answer([9, *prompt], prefix=prefix, max_new_tokens=9, mode="plain")
+    assert second.complete().new_tokens == 9
+
+
+def test_ctrl_c_inside_a_step_leaves_the_cache_to_the_next_answer(monkeypatch):
+    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
+    prompt = random_prompt(model.decoder, 40)
+    first = model.answer(prompt, prefix=prefix, max_new_tokens=9, mode="plain")
+    said = next(iter(first)).token_id
+    cache = prefix._cache
+    with monkeypatch.context() as patch:
+        patch.setattr(model.decoder, "run", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            first.complete()
+    follow = [*prompt, said, 5]
+    second = model.answer(follow, prefix=prefix, max_new_tokens=9, mode="plain").complete()
+    assert second.token_ids == model.generate(follow, max_new_tokens=9, mode="plain").token_ids
+    assert prefix._cache is cache
 
 
 def test_another_model_has_no_part_in_it():

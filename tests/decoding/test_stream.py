@@ -1,5 +1,7 @@
 """Tokens to text: characters split over tokens, and stop strings wherever they fall."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -162,3 +164,26 @@ def test_a_space_that_stands_first_is_kept_where_a_text_goes_on():
 def test_special_tokens_by_name():
     assert stop_tokens(TOKENIZER, ("<end>", "<end> ")) == {END}
     assert stop_tokens(TOKENIZER, ()) == frozenset()
+
+
+@pytest.mark.parametrize("fails_at", range(20))
+def test_a_push_that_is_broken_off_can_be_made_again(fails_at):
+    """Whichever of its decodings Ctrl-C comes into."""
+    text = "aé漢🙂b" * 2
+    stream, calls = TextStream(TOKENIZER), itertools.count()
+    decode = stream._decode
+
+    def interrupted(tokens):
+        if next(calls) == fails_at:
+            raise KeyboardInterrupt
+        return decode(tokens)
+
+    stream._decode = interrupted
+    pieces = []
+    for token in encode(text):
+        try:
+            pieces.append(stream.push(token))
+        except KeyboardInterrupt:
+            pieces.append(stream.push(token))
+    assert next(calls) > fails_at
+    assert "".join([*pieces, stream.finish()]) == stream.text == text

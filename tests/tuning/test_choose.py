@@ -1,5 +1,7 @@
 """The choice, from written rows."""
 
+import dataclasses
+
 import pytest
 
 from layerskip.tuning.choose import choose, choose_auto
@@ -75,7 +77,8 @@ def test_auto_is_chosen_where_it_is_certainly_faster_and_faster_than_the_pair(
     choice = choose_auto(pairs, rows, {4: 1})
     assert (choice.mode, choice.exit_layer) == (mode, exit_layer)
     if mode != "auto":
-        assert choice is pairs
+        assert dataclasses.replace(choice, reason="") == dataclasses.replace(pairs, reason="")
+        assert choice.reason.startswith(f"{pairs.reason}; mode auto with ")  # what runs else
     elif exit_layer is None:
         assert (choice.draft_tokens, choice.flags) == (None, "--draft-from n-gram")
         assert choice.reason.startswith("mode auto with n-grams is best here: 1.")

@@ -86,7 +86,8 @@ def accept_sampled(
 def _leading(stands: Tensor) -> Tensor:
     """How many entries of each row are true before the first false one, [B, d] to [B]."""
     if stands.device.type == "cpu":  # where looking costs less than the operations below
-        return torch.tensor([[*row, False].index(False) for row in stands.numpy().tolist()])
+        leading = [[*row, False].index(False) for row in stands.numpy().tolist()]
+        return torch.tensor(leading, device="cpu")
     return stands.cumprod(dim=1).sum(dim=1)
 
 

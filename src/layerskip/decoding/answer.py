@@ -2,15 +2,17 @@
 
 import contextlib
 import dataclasses
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from layerskip.decoding.clock import device_clock
-from layerskip.decoding.generate import Ending, Step, generate
+from layerskip.decoding.generate import generate
 from layerskip.decoding.generation import FinishReason, Generation
 from layerskip.decoding.policy import Plan
 from layerskip.decoding.prefix import Prefix
 from layerskip.decoding.sampling import Sampling
+from layerskip.decoding.step import Ending, Step
 from layerskip.decoding.stream import TextStream, stop_tokens
 
 if TYPE_CHECKING:
@@ -56,10 +58,10 @@ class Answer:
             self._end_tokens |= stop_tokens(model.tokenizer, stop)
         elif stop:
             raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
-        self._unread: list[int] = []  # tokens whose text nobody has needed yet
+        self._unread = deque[int]()  # tokens whose text nobody has needed yet
         self._limit = Ending.of(model.decoder, prompt, max_new_tokens, ()).limit
-        self._started = self._clock()
-        self._paused_s = 0.0
+        self.begin()
+        self._arrived = self._started  # when the last step came
         self._times: list[float] = []
         self._tokens: list[int] = []
         self._steps: list[Step] = []
@@ -75,17 +77,29 @@ class Answer:
         }
         self._loop = generate(model.decoder, prompt, prefix=prefix, **self.loop_options)
 
+    def begin(self) -> None:
+        """Start its clock, as where it has waited for its turn."""
+        self._started, self._paused_s = self._clock(), 0.0
+
+    def close(self) -> None:
+        """Compute no more of it and let its cache go: `generation` is what has come.
+
+        Not while another thread is computing it.
+        """
+        self._loop.close()
+
     def __iter__(self) -> Iterator[Piece]:
         yield from self._rest_of_a_step()
         for step in self._steps_left():
+            self._arrive(step)
             yield from self._pieces(step)
         if rest := self.finish():
             yield Piece(text=rest)
 
     def _steps_left(self) -> Iterator[Step]:
         """The loop's steps, until whoever takes them has met a stop string."""
-        if not self._steps:  # it may have waited for its turn
-            self._started, self._paused_s = self._clock(), 0.0
+        if not self._steps:
+            self.begin()
         for step in () if self.stopped else self._loop:
             yield step
             if self.stopped:
@@ -102,6 +116,7 @@ class Answer:
 
         No text is made that is not needed yet: a token's takes as long as drafting it may.
         """
+        self._arrive(step)
         if self._text is not None and self._text.may_stop:
             text = self._text.copy()
             text.push(*step.tokens)
@@ -114,21 +129,27 @@ class Answer:
             self._unread += step.tokens
         self._note(step)
         self._tokens += step.tokens
+        self._broken_off = None
+
+    def _arrive(self, step: Step) -> None:
+        """None of its tokens is taken yet; whatever breaks off before one is leaves it to come."""
+        self._arrived = self._clock() - self._paused_s
+        self._broken_off = step, 0
 
     def _note(self, step: Step) -> None:
-        self._times.append(self._clock() - self._paused_s)
+        self._times.append(self._arrived)
         self._steps.append(step)
 
     def _pieces(self, step: Step, taken: int = 0) -> Iterator[Piece]:
         """Token by token, so that an answer that is given up has what was taken of it and no more."""
-        if not taken:
-            self._note(step)
         text = self._read()
         for token in step.tokens[taken:]:
-            self._tokens.append(token)
+            text += self._text.push(token) if self._text else ""  # first: it takes the longest
+            if not taken:
+                self._note(step)
             taken += 1
+            self._tokens.append(token)
             self._steps[-1] = step.first(taken)
-            text += self._text.push(token) if self._text else ""
             self._broken_off = None if self.stopped else (step, taken)
             yield Piece(text=text, token_id=token, drafted=taken <= step.accepted)
             if self.stopped:
@@ -143,11 +164,11 @@ class Answer:
 
     def _read(self) -> str:
         """Make the text of the tokens that nobody has needed yet."""
-        if self._text is None or not self._unread:
-            return ""
-        # One by one: where the answer is given up inside a character, all before it is text.
-        read = "".join([self._text.push(token) for token in self._unread])
-        self._unread.clear()
+        read = ""
+        while self._text is not None and self._unread:
+            # One by one: where the answer is given up inside a character, all before it is text.
+            read += self._text.push(self._unread[0])
+            self._unread.popleft()
         return read
 
     @contextlib.contextmanager

@@ -10,9 +10,8 @@ from layerskip.decoding.draft_length import BatchLength
 from layerskip.decoding.drafters import EarlyExitDrafter
 from layerskip.decoding.generate import (
     PREFILL_CHUNK,
-    Ending,
-    Step,
     check_numbers,
+    outside_autocast,
     plain_step,
     speculate,
 )
@@ -21,7 +20,10 @@ from layerskip.decoding.prefix import turn_alike
 from layerskip.decoding.prompt import check_prompt
 from layerskip.decoding.sampling import Sampling, next_token, seeded_generator
 from layerskip.decoding.short_head import ShortHead
+from layerskip.decoding.step import Ending, Step
 from layerskip.model import Decoder
+
+MOST_ROWS = 64  # of a batch: what a list of any length takes no more memory than
 
 
 class Batch:
@@ -89,14 +91,19 @@ class Batch:
     @torch.inference_mode()
     def steps(self) -> Iterator[tuple[int, Step]]:
         """Yield which prompt, and its next step, until all have ended."""
+        for steps in outside_autocast(self._decoder.device, self._rounds()):
+            for prompt, step in zip(self._rows, steps, strict=True):
+                if not self._endings[prompt].reached:
+                    yield prompt, self._endings[prompt].cut(step)
+
+    def _rounds(self) -> Iterator[list[Step]]:
+        """The next step of every row; those that have ended meanwhile leave before the next round."""
         whole = len(self._decoder.layers)
         layers = self._plan.exit_layer if self._plan.mode == "early-exit" else whole
         last = self._prefill(layers or whole)
         steps = [Step((token,)) for token in last[:, 0].tolist()]
         while True:
-            for prompt, step in zip(self._rows, steps, strict=True):
-                if not self._endings[prompt].reached:
-                    yield prompt, self._endings[prompt].cut(step)
+            yield steps
             last = self._drop_ended(last)
             if not self._rows:
                 return
@@ -131,7 +138,7 @@ class Batch:
         Padding is on the right, where no token of the prompt sees it, and is written over later.
         """
         decoder = self._decoder
-        lengths = torch.tensor([len(prompt) for prompt in self._prompts])
+        lengths = torch.tensor([len(prompt) for prompt in self._prompts], device="cpu")
         width = int(lengths.max())
         padded = torch.tensor(
             [[*prompt, *[0] * (width - len(prompt))] for prompt in self._prompts],
@@ -157,7 +164,7 @@ class Batch:
         if len(going) == len(self._rows):
             return last
         self._rows = [self._rows[i] for i in going]
-        index = torch.tensor(going, dtype=torch.long)
+        index = torch.tensor(going, dtype=torch.long, device="cpu")
         self._cache.keep_rows(index)
         return last[index.to(last.device)]
 
@@ -165,6 +172,15 @@ class Batch:
 def can_batch(plan: Plan, sampling: Sampling) -> bool:
     """Whether prompts can be continued together: what looks at one text alone cannot."""
     return plan.draft_from == "early-exit" and sampling.repetition_penalty == 1.0
+
+
+def grouped(lengths: Sequence[int]) -> list[list[int]]:
+    """Which prompts of these lengths are continued together: `MOST_ROWS` at most, the longest first.
+
+    Those of a group stay in their order.
+    """
+    longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [sorted(longest[at : at + MOST_ROWS]) for at in range(0, len(longest), MOST_ROWS)]
 
 
 def alike(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> bool:

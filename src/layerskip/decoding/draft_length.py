@@ -12,72 +12,19 @@ import operator
 from collections.abc import Iterable, Sequence
 
 from layerskip.decoding.draft_costs import DraftCosts
+from layerskip.decoding.pace import Balance, Pace, Rests
 
 _BINS = 10
-# Rounds that the first guesses weigh as much as.
+# Tokens that the first guesses weigh as much as.
 _PRIOR = 4.0
 # How often what followed a match of 0, 1, 2, ... tokens follows again, before anything is learned.
 _NGRAM_BELIEFS = (0.0, 0.1, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _NGRAM_PRIOR = 2.0
 # How often a draft of an early exit that was ever right is right, before anything else is learned.
 BELIEF, _BELIEF_WEIGHT = 0.8, 2.0
-_MEMORY = 0.95  # of tokens and times, a round
+_MEMORY = 0.95  # of a batch's drafts, a round
 _SURE = 0.8  # that all tokens of a draft are right: so sure, a trained exit needs no proof
-_FIRST_REST, _LONGEST_REST = 4, 64
-
-
-class Pace:
-    """Tokens and time of rounds, the newer ones weighing more; it begins as some plain ones."""
-
-    def __init__(self, plain_rounds: float = _PRIOR) -> None:
-        self._tokens = self._time = self._rounds = plain_rounds
-
-    @property
-    def rate(self) -> float:
-        """Tokens a unit of time. Plain decoding is always there: at least one."""
-        return max(1.0, self._tokens / self._time)
-
-    @property
-    def pays(self) -> bool:
-        """Whether these rounds are no slower than plain decoding."""
-        return self._tokens >= self._time
-
-    def gain(self, rate: float) -> float:
-        """What a round brings beyond its time at this rate, in tokens; 0 where there was none."""
-        return (self._tokens - rate * self._time) / self._rounds if self._rounds else 0.0
-
-    def learn(self, tokens: int, time: float) -> None:
-        """Take note of a round."""
-        self._tokens = _MEMORY * self._tokens + tokens
-        self._time = _MEMORY * self._time + time
-        self._rounds = _MEMORY * self._rounds + 1
-
-
-class Rests:
-    """Rounds in which a source of drafts is not asked, longer each time that asking did not pay."""
-
-    def __init__(self) -> None:
-        self._rest, self._left = _FIRST_REST, 0
-
-    def begins(self) -> bool:
-        """Whether it is asked this time."""
-        if self._left:
-            self._left -= 1
-            return False
-        return True
-
-    @property
-    def resting(self) -> bool:
-        """Whether it will not be asked."""
-        return self._left > 0
-
-    def learn(self, paid: bool) -> None:
-        """Take note of whether asking has paid lately."""
-        if paid:
-            self._rest = _FIRST_REST
-        else:
-            self._left = self._rest
-            self._rest = min(2 * self._rest, _LONGEST_REST)
+_AHEAD = 8  # tokens, of which one that does not pay alone may be the first
 
 
 class DraftLength:
@@ -97,7 +44,7 @@ class DraftLength:
         # The same over all drafts, whatever their confidence.
         self._right, self._seen = BELIEF * _BELIEF_WEIGHT, _BELIEF_WEIGHT
         self._proven, self._trained = False, trained  # whether a draft was ever accepted
-        self._own, self._rests = Pace(), Rests()
+        self._balance, self._rests = Balance(), Rests()
         # What is compared with n-grams: rounds that were drafted here, and no others.
         self._drafting = Pace(plain_rounds=0.0)
         self._begin()
@@ -106,6 +53,7 @@ class DraftLength:
         self._confidences: list[float] = []
         self._scored = self._followed = 0
         self._survival = 1.0
+        self._refused: float | None = None
 
     @property
     def drafted(self) -> int:
@@ -133,11 +81,18 @@ class DraftLength:
         return float("-inf") if self.rests else self._drafting.gain(self._pace.rate)
 
     def keeps(self, confidence: float) -> bool:
-        """Whether a token of a draft whose highest probability is this is worth its cost."""
+        """Whether a token of a draft whose highest probability is this is worth its cost.
+
+        Alone, or with those that are drafted after it: two rows may be dear where four are not.
+        """
         self._scored += 1
         bin_ = _bin(confidence)
         survival = self._survival * self._accepted[bin_] / self._judged[bin_]
-        if survival < self._pace.rate * self._costs.token(self.drafted):
+        gain = survival - self._pace.rate * self._costs.token(self.drafted)
+        if gain < 0 and self._goes_on(survival):
+            gain += self._drafting_on(survival, self.drafted + 1, _AHEAD)
+        if gain < 0:
+            self._refused = confidence
             return False
         self._survival = survival
         self._confidences.append(confidence)
@@ -146,8 +101,10 @@ class DraftLength:
     @property
     def ends(self) -> bool:
         """Whether the draft ends here, before another token is scored."""
-        believed = self._proven or (self._trained and self._survival >= _SURE)
-        return bool(self._confidences) and not believed
+        return bool(self._confidences) and not self._goes_on(self._survival)
+
+    def _goes_on(self, survival: float) -> bool:
+        return self._proven or (self._trained and survival >= _SURE)
 
     def follow(self, chances: Sequence[float]) -> int:
         """How many further tokens stand behind this draft, in place of drafting on; 0 = draft on.
@@ -160,7 +117,7 @@ class DraftLength:
         if not self._proven:
             return 0
         rate, drafted, survival, tokens = self._pace.rate, self.drafted, self._survival, 0.0
-        best, self._followed = self._drafting_on(len(chances)), 0
+        best, self._followed = self._drafting_on(survival, drafted, len(chances)), 0
         for n, chance in enumerate(chances, 1):
             survival *= chance
             tokens += survival
@@ -169,33 +126,43 @@ class DraftLength:
                 best, self._followed = gain, n
         return self._followed
 
-    def _drafting_on(self, limit: int) -> float:
-        """What more tokens of this draft bring beyond their time's worth, accepted as others were."""
-        share, rate = self._right / self._seen, self._pace.rate
-        survival, gain, best = self._survival, 0.0, 0.0
-        for n in range(limit):
+    def _drafting_on(self, survival: float, drafted: int, limit: int) -> float:
+        """What more tokens behind such a draft bring beyond their time's worth, right as others were."""
+        share, rate, gain, best = self._right / self._seen, self._pace.rate, 0.0, 0.0
+        for n in range(drafted, drafted + limit):
             survival *= share
-            gain += survival - rate * self._costs.token(self.drafted + n)
+            gain += survival - rate * self._costs.token(n)
             best = max(best, gain)
         return best
 
-    def learn(self, accepted: int) -> None:
-        """Take note of a round whose first `accepted` tokens were accepted."""
+    def learn(self, accepted: int, refused_was_right: bool | None = None) -> None:
+        """Take note of a round whose first `accepted` tokens were accepted.
+
+        Args:
+            accepted: of those that were kept, and of what followed them.
+            refused_was_right: whether the token that was not kept would have been accepted, where the
+                round shows it; else a confidence that is thought too low would never be tried again.
+        """
+        if self._refused is not None and refused_was_right is not None:
+            self._judge(self._refused, refused_was_right)
         if not self._scored:
             self._pace.learn(1, 1.0)
             return
         judged = self._confidences[: accepted + 1]  # what comes after a miss was never judged
         for i, confidence in enumerate(judged):
-            self._judged[_bin(confidence)] += 1
-            self._accepted[_bin(confidence)] += i < accepted
+            self._judge(confidence, i < accepted)
             self._right += i < accepted
             self._seen += 1
-        self._proven = self._proven or accepted > 0
         time = self._costs.round(self.drafted, self._scored)
         time += self._costs.rows(self.drafted + 1, self._followed)
-        for pace in (self._pace, self._own, self._drafting):
-            pace.learn(accepted + 1, time)
-        self._rests.learn(self._own.pays)
+        for account in (self._pace, self._balance, self._drafting):
+            account.learn(accepted + 1, time)
+        self._rests.learn(self._balance.pays)
+
+    def _judge(self, confidence: float, was_right: bool) -> None:
+        self._judged[_bin(confidence)] += 1
+        self._accepted[_bin(confidence)] += was_right
+        self._proven = self._proven or was_right
 
 
 class BatchLength:
@@ -253,7 +220,7 @@ class NgramLength:
         beliefs = (*_NGRAM_BELIEFS, *((i + 0.5) / _BINS for i in range(_BINS)))
         self._accepted = [_NGRAM_PRIOR * belief for belief in beliefs]
         self._judged = [_NGRAM_PRIOR] * len(beliefs)
-        self._own, self._rests = Pace(), Rests()
+        self._balance, self._rests = Balance(), Rests()
         self._evidence: Sequence[int] = ()
         self._drafted = self._followed = 0
         self._of_followed: Sequence[int] = ()
@@ -282,16 +249,19 @@ class NgramLength:
             self._drafted = 0
         return self._drafted
 
+    def judge(self, right: int, settled: int) -> None:
+        """Take note of how many of the proposed tokens came next, drafted or not, of those that did."""
+        self._judge(self._evidence[:settled], right)
+
     def learn(self, accepted: int) -> None:
         """Take note of a round that was drafted here, or of a plain step where nothing was."""
         if not self._drafted:
             self._pace.learn(1, 1.0)
             return
-        self._judge(self._evidence[: self._drafted], accepted)
         time = self._costs.over(self._drafted + 1)
         self._pace.learn(accepted + 1, time)
-        self._own.learn(accepted + 1, time)
-        self._rests.learn(self._own.pays)
+        self._balance.learn(accepted + 1, time)
+        self._rests.learn(self._balance.pays)
 
     def follow(self, evidence: Sequence[int], draft: DraftLength) -> int:
         """How many tokens stand behind an early exit's draft, whose last ones match; 0 = none."""

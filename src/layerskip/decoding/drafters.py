@@ -102,11 +102,15 @@ class EarlyExitDrafter:
     ) -> None:
         self.decoder, self.exit_layer, self.sampling = decoder, exit_layer, sampling
         self.head, self.length, self.end_tokens = head, length, end_tokens
+        self._refused: list[int] = []  # the token that was left out of the last draft, if one was
 
     def settle(self, tokens: Sequence[int], accepted: int) -> None:
         """The cache has the tokens; how many were right teaches how far to draft."""
-        if self.length is not None:
-            self.length.learn(accepted)
+        if self.length is None:
+            return
+        # A sampled token says little of whether another one would have been accepted.
+        shown = self._refused and self.sampling.greedy and accepted == self.length.drafted
+        self.length.learn(accepted, tokens[accepted] in self._refused if shown else None)
 
     def draft(
         self,
@@ -123,15 +127,15 @@ class EarlyExitDrafter:
         behind them. It ends the draft, and goes through the first E layers together with the last
         drafted token. None = nothing ever does.
         """
-        length = self.length
+        length, self._refused = self.length, []
         if (length is not None and not length.begins()) or not n:
             return no_draft(last)
-        ids, behind, refused = list[int](), list[int](), False
+        ids, behind = list[int](), list[int]()
 
         def goes_on(token: int, confidence: float) -> bool:
-            nonlocal behind, refused
+            nonlocal behind
             if length is not None and not length.keeps(confidence):
-                refused = True
+                self._refused.append(token)
                 return False
             ids.append(token)
             if token in self.end_tokens:
@@ -142,7 +146,7 @@ class EarlyExitDrafter:
 
         asked = None if length is None and follow is None else goes_on
         states, tokens, q = self._chosen(last, n, cache, history, generator, asked)
-        if refused:
+        if self._refused:
             tokens, q = tokens[:, :-1], q[:-1]
         else:
             newest = tokens[:, -1:]
@@ -158,7 +162,7 @@ class EarlyExitDrafter:
             start=self.exit_layer,
             source=self.source,
             followed=len(behind),
-            refused=int(refused),
+            refused=len(self._refused),
         )
 
     def _chosen(

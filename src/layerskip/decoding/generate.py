@@ -1,16 +1,17 @@
 """The step loop: plain, early exit, and self-speculative decoding of one prompt."""
 
-import dataclasses
 from collections.abc import Collection, Generator, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from layerskip.decoding.accept import accept
 from layerskip.decoding.draft_costs import DraftCosts
-from layerskip.decoding.draft_length import DraftLength, NgramLength, Pace
+from layerskip.decoding.draft_length import DraftLength, NgramLength
 from layerskip.decoding.drafters import Draft, Drafter, EarlyExitDrafter
 from layerskip.decoding.ngram import DraftText, NgramDrafter
+from layerskip.decoding.pace import Pace
 from layerskip.decoding.policy import Plan
 from layerskip.decoding.prefix import Prefix
 from layerskip.decoding.prompt import check_prompt
@@ -22,56 +23,12 @@ from layerskip.decoding.sampling import (
     seeded_generator,
 )
 from layerskip.decoding.short_head import ShortHead
+from layerskip.decoding.step import Ending, Step
 from layerskip.model import Decoder, KVCache
 
+_T = TypeVar("_T")
+
 PREFILL_CHUNK = 512  # positions a pass: bounds the memory of scores and masks for long prompts
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What one pass of the loop settled.
-
-    Attributes:
-        tokens: the new tokens, at least one; the first `accepted` of them were drafted.
-        drafted: how many tokens were drafted in this round, as far as the answer goes.
-        accepted: how many leading drafted tokens the model agreed with.
-        source: the drafter that was asked, or "model" where none was.
-        rejected: the other drafted tokens: the one that the model corrected, and those after it.
-        followed: the last so many drafted tokens were n-grams behind an early exit's draft.
-        refused: how many more tokens were drafted and left out as unsure.
-        beyond: how many more an early exit drafted, for what would have come after the answer's end.
-    """
-
-    tokens: tuple[int, ...]
-    drafted: int = 0
-    accepted: int = 0
-    source: str = "model"
-    rejected: tuple[int, ...] = ()
-    followed: int = 0
-    refused: int = 0
-    beyond: int = 0
-
-    def first(self, n: int) -> "Step":
-        """The step cut to its first n tokens, where the answer ends inside it.
-
-        Drafts beyond the end count neither as right nor as wrong: there is no answer to be right about.
-        A round that the model's own token ends counts whole.
-        """
-        if n >= len(self.tokens):
-            return self
-        drafted, accepted = min(self.drafted, n), min(self.accepted, n)
-        followed = max(self.followed - (self.drafted - drafted), 0)
-        early = self.source != "n-gram"
-        beyond = self.beyond + early * (self.drafted - self.followed - (drafted - followed))
-        return Step(
-            self.tokens[:n],
-            drafted,
-            accepted,
-            self.source,
-            followed=followed,
-            refused=self.refused,
-            beyond=beyond,
-        )
 
 
 def generate(
@@ -99,46 +56,6 @@ def generate(
     return _until_the_end(decoder, prompt, plan, sampling, ending, seed, prefix)
 
 
-@dataclasses.dataclass
-class Ending:
-    """Where one answer ends, and how far it is.
-
-    Attributes:
-        limit: new tokens at most.
-        end_tokens: tokens that end it.
-        room: new tokens that it may still have.
-        reached: whether it has ended.
-    """
-
-    limit: int
-    end_tokens: Collection[int]
-    room: int
-    reached: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        decoder: Decoder,
-        prompt: Sequence[int],
-        max_new_tokens: int,
-        end_tokens: Collection[int],
-    ) -> "Ending":
-        """The ending of a prompt's answer; raises ValueError where max_new_tokens is below 1."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}, it has to be 1 or above")
-        # The last new token is never run through the model, so it needs no place in the context.
-        limit = min(max_new_tokens, decoder.architecture.max_context - len(prompt) + 1)
-        return cls(limit=limit, end_tokens=end_tokens, room=limit)
-
-    def cut(self, step: Step) -> Step:
-        """As much of the next step as belongs to the answer."""
-        ends = (i for i, token in enumerate(step.tokens, 1) if token in self.end_tokens)
-        kept = step.first(min(next(ends, self.limit), self.room))
-        self.room -= len(kept.tokens)
-        self.reached = self.reached or kept.tokens[-1] in self.end_tokens or self.room == 0
-        return kept
-
-
 @torch.inference_mode()
 def _until_the_end(
     decoder: Decoder,
@@ -158,7 +75,7 @@ def _until_the_end(
     session = _Session(decoder, prompt, plan, sampling, ending, cache=cache, seed=seed)
     known = list(prompt)
     try:
-        for step in session.steps():
+        for step in outside_autocast(decoder.device, session.steps()):
             known += step.tokens
             if prefix is not None:
                 prefix.keep(decoder, cache, known, n_layers, ending)
@@ -166,11 +83,21 @@ def _until_the_end(
             if ending.reached:
                 return
             if prefix is not None:
-                prefix.check(ending)
-    except Exception:
-        if prefix is not None:  # there may be no numbers behind what is settled
-            prefix.forget(ending)
+                prefix.resume(ending)
+    except BaseException as error:
+        if prefix is not None:  # after a failure there may be no numbers behind what is settled
+            prefix.leave(ending, keeps=not isinstance(error, Exception))
         raise
+
+
+def outside_autocast(device: torch.device, steps: Iterator[_T]) -> Iterator[_T]:
+    """The same steps, computed in the model's own dtype where the caller's autocast takes another."""
+    while True:
+        with torch.autocast(device.type, enabled=False):
+            step = next(steps, None)
+        if step is None:
+            return
+        yield step
 
 
 def plain_step(
@@ -233,7 +160,7 @@ def speculate(
     accepted, following = accept(drafted, q, decoder, hidden, sampling, generator, seen)
     # One synchronisation with the device a round.
     rows: list[list[int]] = torch.cat([drafted, following, accepted[:, None]], dim=1).tolist()
-    cache.lengths += torch.tensor([row[-1] for row in rows]) + 1
+    cache.lengths += torch.tensor([row[-1] for row in rows], device="cpu") + 1
     return draft, following, rows
 
 

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from layerskip.decoding.generate import Step
 from layerskip.decoding.policy import Mode
+from layerskip.decoding.step import Step
 
 FinishReason = Literal["stop", "length", "interrupted"]
 

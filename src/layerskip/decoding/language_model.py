@@ -1,7 +1,9 @@
 """`LayerSkipModel`: a checkpoint that answers."""
 
+import contextlib
 import copy
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,16 +12,26 @@ from typing import Any, overload
 import torch
 
 from layerskip.decoding.answer import Answer
-from layerskip.decoding.batch import Batch, alike, can_batch
+from layerskip.decoding.arguments import integer, number, optional, takes_options_of
+from layerskip.decoding.batch import Batch, alike, can_batch, grouped
 from layerskip.decoding.draft_costs import time_rows
 from layerskip.decoding.generation import Generation
 from layerskip.decoding.placement import device_of, dtype_of, prepared
 from layerskip.decoding.policy import choose, for_batch
 from layerskip.decoding.prefix import Prefix
-from layerskip.decoding.prompt import Prompt, encode, is_batch, tokenize
-from layerskip.decoding.sampling import Sampling
+from layerskip.decoding.prompt import (
+    Prompt,
+    Tokenized,
+    check_prompt,
+    encode,
+    is_batch,
+    named,
+    tokenize,
+)
+from layerskip.decoding.sampling import Sampling, nth_seed
 from layerskip.model import Checkpoint, Decoder, Settings, load, resolve
 from layerskip.model.machine import machine
+from layerskip.model.native import threads
 from layerskip.model.published import with_defaults
 from layerskip.model.quantize import bits_of
 
@@ -38,6 +50,8 @@ class LayerSkipModel:
         self.tokenizer: Any = checkpoint.tokenizer
         self.settings = checkpoint.settings
         self._last_text: tuple[str, tuple[int, ...]] = ("", ())
+        if self.decoder.device.type == "cpu":
+            threads.heed_forks()
 
     @classmethod
     def from_pretrained(
@@ -104,64 +118,9 @@ class LayerSkipModel:
         """Whether messages can be prompts."""
         return self.tokenizer is not None and bool(self.tokenizer.chat_template)
 
-    @overload
-    def generate(self, prompt: Prompt, **options: Any) -> Generation: ...
-
-    @overload
-    def generate(
-        self, prompt: Sequence[str] | Sequence[Sequence[int]], **options: Any
-    ) -> list[Generation]: ...
-
-    def generate(self, prompt: Any, **options: Any) -> Any:
-        """Answer a prompt, or a list of prompts together.
-
-        A list is decoded as one batch, whose rows end one by one; in float32 each greedy answer is that
-        of its prompt alone. What looks at one text (repetition penalty, drafts from n-grams) is answered
-        one after the other; where mode auto may choose, drafts come from the early exit alone, or it is
-        plain.
-
-        Args:
-            prompt: a text (tokenized as it stands), a list of token ids, a list of chat messages
-                (dicts with role and content; the chat template is applied), a dict of `messages`,
-                `tools` and `chat_template_kwargs`, or a list of those.
-            options: see `answer`.
-
-        Returns:
-            A `Generation`, or a list of them for a list of prompts.
-
-        Raises:
-            ValueError: the prompt or an option cannot be used; the message says why.
-        """
-        if not is_batch(prompt):
-            return self.answer(prompt, **options).complete()
-        if options.get("prefix") is not None:
-            raise ValueError("a prefix is for one prompt after another, not for a list of them")
-        seed = options.pop("seed", None)
-        seeds = [None if seed is None else seed + i for i in range(len(prompt))]
-        options["together"] = [len(self.tokenize(x)) for x in prompt]
-        answers = [self.answer(x, seed=s, **options) for x, s in zip(prompt, seeds, strict=True)]
-        prompts = [answer.prompt for answer in answers]
-        first, longest = answers[0], answers[0].loop_options["max_new_tokens"]
-        if not can_batch(first.plan, first.sampling) or not alike(self.decoder, prompts, longest):
-            return [answer.complete() for answer in answers]
-        batch = Batch(self.decoder, prompts, **first.loop_options)
-        for row, step in batch.steps():
-            answers[row].take(step)
-            if answers[row].stopped:
-                batch.leave(row)
-        for answer in answers:
-            answer.finish()
-        return [answer.generation for answer in answers]
-
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
-        """Yield the answer's text piece by piece; options as for `answer`."""
-        if self.tokenizer is None:
-            raise ValueError("streaming text needs a tokenizer, and this checkpoint has none")
-        return (piece.text for piece in self.answer(prompt, **options) if piece.text)
-
     def answer(
         self,
-        prompt: Prompt,
+        prompt: Prompt | Tokenized,
         *,
         mode: str = "auto",
         exit_layer: int | None = None,
@@ -179,13 +138,12 @@ class LayerSkipModel:
         seed: int | None = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
-        together: Sequence[int] = (),
         prefix: Prefix | None = None,
     ) -> Answer:
         """Begin an answer that is computed while it is iterated over.
 
         Args:
-            prompt: one prompt, as for `generate`.
+            prompt: one prompt, as for `generate`, or one whose tokens are known.
             mode: "auto", "plain", "early-exit" or "self-speculative" (see `policy.choose`).
             exit_layer: E, how many layers have run when the model exits, 1 ... L.
             draft_tokens: d, how many tokens are drafted in a round, 0 or more; the most where drafts are
@@ -209,21 +167,25 @@ class LayerSkipModel:
             seed: makes sampling repeatable, in auto on one machine; each prompt of a list draws apart.
             stop: texts, or names of special tokens, that end the answer; they are not part of it.
             ignore_eos: go on after an end token.
-            together: of all prompts that are going to be answered in one batch with this one, and of
-                this one, how many tokens they have.
             prefix: keeps what the next prompt may share with this text, and has what this one shares
                 with the last; one for each conversation.
 
         Raises:
             ValueError: the prompt or an option cannot be used; the message says why.
         """
-        if seed is not None and not -(2**63) <= seed < 2**64:
-            raise ValueError(f"seed is {seed}, it has to fit into 64 bits")
-        ids = self.tokenize(prompt)
+        sampling = Sampling(
+            temperature=number("temperature", temperature),
+            top_k=optional(integer, "top_k", top_k),
+            top_p=optional(number, "top_p", top_p),
+            min_p=optional(number, "min_p", min_p),
+            repetition_penalty=number("repetition_penalty", repetition_penalty),
+        )
+        max_new_tokens, seed = integer("max_new_tokens", max_new_tokens), nth_seed(seed)
+        asked = self._tokenized(prompt)
         plan = choose(
             mode,
-            exit_layer,
-            draft_tokens,
+            optional(integer, "exit_layer", exit_layer),
+            optional(integer, "draft_tokens", draft_tokens),
             draft_from,
             adaptive,
             self._draft_vocabulary(draft_vocabulary),
@@ -232,37 +194,108 @@ class LayerSkipModel:
             n_layers=len(self.decoder.layers),
         )
         left_open = mode == "auto" and draft_from is None and not (adaptive or draft_text)
-        if plan.adaptive and (plan.costs is None or len(together) > 1):
+        if plan.adaptive and (plan.costs is None or len(asked.together) > 1):
             time_rows(self.decoder)  # before the answer's clock starts
-        if len(together) > 1 and left_open and repetition_penalty == 1.0:
-            plan = for_batch(plan, self.decoder, self.settings, together)
-        sampling = Sampling(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-        )
+        if len(asked.together) > 1 and left_open and repetition_penalty == 1.0:
+            plan = for_batch(plan, self.decoder, self.settings, asked.together)
         return Answer(
             self,
-            ids,
+            asked.ids,
             plan,
             sampling,
             max_new_tokens=max_new_tokens,
             stop=[stop] if isinstance(stop, str) else stop or (),
             ignore_eos=ignore_eos,
             seed=seed,
-            continues=isinstance(prompt, str),
+            continues=asked.continues,
             prefix=prefix,
         )
 
-    def _draft_vocabulary(self, wanted: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    @overload
+    def generate(self, prompt: Prompt, **options: Any) -> Generation: ...
+
+    @overload
+    def generate(
+        self, prompt: Sequence[str] | Sequence[Sequence[int]], **options: Any
+    ) -> list[Generation]: ...
+
+    @takes_options_of(answer)
+    def generate(self, prompt: Any, **options: Any) -> Any:
+        """Answer a prompt, or a list of prompts together.
+
+        A list is decoded in batches of `batch.MOST_ROWS` prompts, whose rows end one by one; in float32
+        each greedy answer is that of its prompt alone. What looks at one text (repetition penalty,
+        drafts from n-grams) is answered one after the other; where mode auto may choose, drafts come
+        from the early exit alone, or it is plain.
+
+        Args:
+            prompt: a text (tokenized as it stands), a list of token ids, a list of chat messages
+                (dicts with role and content; the chat template is applied), a dict of `messages`,
+                `tools` and `chat_template_kwargs`, or a list of those.
+            options: see `answer`.
+
+        Returns:
+            A `Generation`, or a list of them for a list of prompts.
+
+        Raises:
+            ValueError: the prompt or an option cannot be used; the message says why.
+        """
+        if not is_batch(prompt):
+            return self.answer(prompt, **options).complete()
+        if options.get("prefix") is not None:
+            raise ValueError("a prefix is for one prompt after another, not for a list of them")
+        seed = options.pop("seed", None)
+        asked, answers = list[Tokenized](), list[Answer]()
+        for i, one in enumerate(prompt, 1):
+            with named(i):
+                asked.append(self._tokenized(one))
+                check_prompt(self.decoder, asked[-1].ids)
+        groups = grouped([len(one.ids) for one in asked])
+        together = {i: tuple(len(asked[j].ids) for j in group) for group in groups for i in group}
+        for i, one in enumerate(asked):
+            row = dataclasses.replace(one, together=together[i])
+            answers.append(self.answer(row, seed=nth_seed(seed, i), **options))
+        for group in groups:
+            self._complete([answers[i] for i in group])
+        return [answer.generation for answer in answers]
+
+    def _complete(self, answers: Sequence[Answer]) -> None:
+        """Compute some answers, as one batch where that can be."""
+        first, prompts = answers[0], [answer.prompt for answer in answers]
+        longest = first.loop_options["max_new_tokens"]
+        if not can_batch(first.plan, first.sampling) or not alike(self.decoder, prompts, longest):
+            for answer in answers:
+                answer.complete()
+            return
+        for answer in answers:
+            answer.begin()
+        batch = Batch(self.decoder, prompts, **first.loop_options)
+        for row, step in batch.steps():
+            answers[row].take(step)
+            if answers[row].stopped:
+                batch.leave(row)
+        for answer in answers:
+            answer.finish()
+
+    @takes_options_of(answer)
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+        """Yield the answer's text piece by piece; options as for `answer`."""
+        if self.tokenizer is None:
+            raise ValueError("streaming text needs a tokenizer, and this checkpoint has none")
+        return _texts(self.answer(prompt, **options))
+
+    def _draft_vocabulary(self, wanted: Any) -> tuple[int, ...] | None:
         """Token ids; () = all, None = left open."""
-        if wanted is None or wanted == 0:
-            return None if wanted is None else ()
+        if wanted is None:
+            return None
         size = self.decoder.architecture.vocab_size
-        known = self.settings.draft_vocabulary or range(size)
-        ids = known[: max(wanted, 0)] if isinstance(wanted, int) else wanted
+        try:
+            ids = [operator.index(token) for token in wanted]
+        except TypeError:
+            n = integer("draft_vocabulary", wanted)
+            if not n:
+                return ()
+            ids = list((self.settings.draft_vocabulary or range(size))[: max(n, 0)])
         if not ids or min(ids) < 0 or max(ids) >= size:
             raise ValueError(f"the draft vocabulary has to be 1 or more tokens, of 0 to {size - 1}")
         return tuple(sorted({*ids, *(token for token in self.end_tokens if token < size)}))
@@ -287,3 +320,13 @@ class LayerSkipModel:
     def tokenize(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; see `prompt.tokenize`."""
         return tokenize(prompt, self.tokenizer)
+
+    def _tokenized(self, prompt: Prompt | Tokenized) -> Tokenized:
+        if isinstance(prompt, Tokenized):
+            return prompt
+        return Tokenized(self.tokenize(prompt), continues=isinstance(prompt, str))
+
+
+def _texts(answer: Answer) -> Iterator[str]:
+    with contextlib.closing(answer):
+        yield from (piece.text for piece in answer if piece.text)

@@ -1,6 +1,7 @@
 """Drafts from the text itself: what followed the last tokens where they stood before."""
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Collection, Sequence
 
@@ -156,11 +157,16 @@ class NgramDrafter:
         self.decoder, self.sampling, self.text = decoder, sampling, text
         self.otherwise, self.length, self.end_tokens = otherwise, length, end_tokens
         self.index = NgramIndex(prompt)
+        self._proposed: list[int] = []
         self._drafted = False
 
     def settle(self, tokens: Sequence[int], accepted: int) -> None:
         """The answer is searched too."""
         self.index.extend(tokens)
+        if self.length is not None:  # what was not drafted is judged too, and costs nothing
+            pairs = zip(self._proposed, tokens, strict=False)
+            right = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+            self.length.judge(right, len(tokens))
         if not self._drafted and self.otherwise is not None:
             self.otherwise.settle(tokens, accepted)
             draft = self.otherwise.length
@@ -203,6 +209,7 @@ class NgramDrafter:
         tokens, evidence = self._propose(n, text=rival is None or rival.rests)
         if self.length is None:
             return tokens
+        self._proposed = tokens
         return tokens[: self.length.choose(evidence, rival.gain if rival else 0.0)]
 
     def _follow(self, drafted: list[int], room: int) -> list[int]:

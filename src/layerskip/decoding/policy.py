@@ -88,9 +88,11 @@ def choose(
     Raises:
         ValueError: an unknown mode, a value out of range, or values that contradict each other.
     """
-    drafting = bool(adaptive or draft_vocabulary or draft_text)
-    drafting = drafting or not (draft_tokens is None is draft_from)
-    _check(mode, exit_layer, draft_tokens, draft_from, drafting, n_layers)
+    check_options(
+        mode, exit_layer, draft_tokens, draft_from, adaptive, draft_vocabulary, draft_text
+    )
+    if exit_layer is not None and not 1 <= exit_layer <= n_layers:
+        raise ValueError(f"exit layer {exit_layer} is out of range: this model has 1 to {n_layers}")
     if mode == "plain":
         return Plan(mode="plain")
     known = exit_layer if exit_layer is not None else settings.exit_layer
@@ -98,15 +100,7 @@ def choose(
     if draft_from is None:
         alone = auto and known is None and not draft_vocabulary
         draft_from = "n-gram" if alone else "both" if auto else "early-exit"
-    if draft_from == "n-gram":
-        if exit_layer is not None or draft_vocabulary:
-            raise ValueError(
-                "drafts from n-grams have no exit layer or draft vocabulary; leave them out, or draft"
-                " from both"
-            )
-    elif draft_text and draft_from == "early-exit":
-        raise ValueError("a draft text is searched for n-grams; draft from n-grams, or from both")
-    elif known is not None and known > n_layers:
+    if draft_from != "n-gram" and known is not None and known > n_layers:
         raise ValueError(
             f"the checkpoint's assistant_early_exit is {known}, but it has {n_layers} layers;"
             " name an exit layer"
@@ -155,27 +149,42 @@ def for_batch(plan: Plan, decoder: Decoder, settings: Settings, contexts: Sequen
     return dataclasses.replace(plan, draft_from="early-exit", draft_text=None)
 
 
-def _check(
+def check_options(
     mode: str,
     exit_layer: int | None,
     draft_tokens: int | None,
     draft_from: str | None,
-    drafting: bool,
-    n_layers: int,
+    adaptive: bool | None,
+    draft_vocabulary: object,
+    draft_text: object,
 ) -> None:
-    """Refuse what no checkpoint can make sense of."""
+    """Refuse what no checkpoint can make sense of; arguments as of `choose`, but no model is needed.
+
+    Of a draft vocabulary and a draft text it matters alone whether there is one.
+
+    Raises:
+        ValueError: an unknown mode or source of drafts, or values that contradict each other.
+    """
     if mode not in ("auto", *MODES):
         raise ValueError(f"the mode {mode!r} is unknown; there are: auto, {', '.join(MODES)}")
-    if exit_layer is not None and not 1 <= exit_layer <= n_layers:
-        raise ValueError(f"exit layer {exit_layer} is out of range: this model has 1 to {n_layers}")
     if draft_tokens is not None and draft_tokens < 0:
         raise ValueError(f"draft tokens is {draft_tokens}, it has to be 0 or above")
     if draft_from not in (None, *DRAFT_SOURCES):
         known_sources = ", ".join(DRAFT_SOURCES)
         raise ValueError(f"drafts from {draft_from!r} are unknown; there are: {known_sources}")
+    drafting = bool(adaptive or draft_vocabulary or draft_text)
+    drafting = drafting or not (draft_tokens is None is draft_from)
     if mode == "plain" and (exit_layer is not None or drafting):
         raise ValueError(
             "plain decoding drafts nothing; leave out the exit layer and all that is about drafts"
         )
     if mode == "early-exit" and drafting:
         raise ValueError("early exit drafts nothing; leave out all that is about drafts")
+    if draft_from == "n-gram" and (exit_layer is not None or draft_vocabulary):
+        raise ValueError(
+            "drafts from n-grams have no exit layer or draft vocabulary; leave them out, or draft"
+            " from both"
+        )
+    from_exit_alone = draft_from == "early-exit" or (draft_from is None and mode != "auto")
+    if draft_text and from_exit_alone:
+        raise ValueError("a draft text is searched for n-grams; draft from n-grams, or from both")

@@ -1,6 +1,8 @@
 """What can be asked: a text, token ids, or a conversation; and the tokens that it becomes."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -19,6 +21,31 @@ _WHAT_IT_IS = (
 
 class PromptError(ValueError):
     """A prompt that cannot be continued: empty, too long, or with ids outside the vocabulary."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenized:
+    """A prompt whose tokens are known.
+
+    Attributes:
+        ids: the tokens.
+        continues: whether the answer's text goes on where the prompt's ends.
+        together: how many tokens each of the prompts has, this one among them, that are going to be
+            answered in one batch.
+    """
+
+    ids: list[int]
+    continues: bool
+    together: tuple[int, ...] = ()
+
+
+@contextlib.contextmanager
+def named(number: int) -> Iterator[None]:
+    """Say of several prompts, counted from 1, which one cannot be used."""
+    try:
+        yield
+    except PromptError as error:
+        raise PromptError(f"prompt {number}: {error}") from error.__cause__
 
 
 def tokenize(prompt: Prompt, tokenizer: Any) -> list[int]:
@@ -96,7 +123,9 @@ def with_variables(prompt: Prompt, variables: Mapping[str, Any]) -> Prompt:
 
 
 def is_batch(prompt: Any) -> bool:
-    """A list of prompts: of texts, of lists of ids, or of conversations."""
+    """A list of prompts: of texts, of lists of ids, or of conversations; or of none at all."""
+    if isinstance(prompt, list | tuple) and not prompt:
+        return True
     first = next(iter(prompt), None) if isinstance(prompt, list | tuple) else None
     return isinstance(first, str | list | tuple) or (
         isinstance(first, Mapping) and "messages" in first

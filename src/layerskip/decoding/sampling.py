@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layerskip.decoding.arguments import integer
 from layerskip.model import Decoder, most_likely
 
 _MOST_SETS = 256  # tokens, which most sets of top-p do not have
@@ -202,6 +203,22 @@ def pick(
         return most_likely(logits), None
     probabilities = sampling.probabilities(logits)
     return draw(probabilities[:, 0], generator), probabilities
+
+
+def nth_seed(seed: int | None, i: int = 0) -> int | None:
+    """The seed of the i-th of several answers, from 0; behind the last one the first follows.
+
+    A negative seed draws what the one with the same 64 bits draws.
+
+    Raises:
+        ValueError: a seed that is no integer of 64 bits.
+    """
+    if seed is None:
+        return None
+    seed = integer("seed", seed)
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed is {seed}, it has to fit into 64 bits")
+    return (seed + i) % 2**64
 
 
 def seeded_generator(device: torch.device, seed: int | None) -> torch.Generator:

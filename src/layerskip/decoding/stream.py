@@ -1,7 +1,7 @@
 """Tokens to text as they arrive, and the end at a stop string."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 CONTEXT = 8  # tokens of settled text that are decoded again with a new one, or one or two more
@@ -36,7 +36,8 @@ class TextStream:
     def __init__(
         self, tokenizer: Any, stop: Sequence[str] = (), before: Sequence[int] = ()
     ) -> None:
-        if any(not isinstance(text, str) or not text for text in stop):
+        texts = stop if isinstance(stop, Collection) else [stop]
+        if any(not isinstance(text, str) or not text for text in texts):
             raise ValueError("a stop string has to be a text that is not empty")
         self.text = ""
         self.stopped = False
@@ -69,14 +70,17 @@ class TextStream:
 
     def push(self, *tokens: int) -> str:
         """Add tokens and return the text that is released, often but not always a piece for each."""
-        self._tokens.extend(tokens)
-        now = self._decode(self._tokens[self._context :])
-        if len(now) <= len(self._before) or now.endswith("\N{REPLACEMENT CHARACTER}"):
+        known = [*self._tokens[self._context :], *tokens]
+        now, next_context = self._decode(known), self._context
+        before, piece = now, now[len(self._before) :]
+        is_whole = bool(piece) and not now.endswith("\N{REPLACEMENT CHARACTER}")
+        if is_whole and len(known) > CONTEXT:
+            next_context = self._decoded
+            before = self._decode(known[self._decoded - self._context :])
+        self._tokens.extend(tokens)  # only now, as decoding may be broken off and tried again
+        if not is_whole:
             return ""
-        piece, self._before = now[len(self._before) :], now
-        if len(self._tokens) - self._context > CONTEXT:
-            self._context, self._before = self._decoded, self._decode(self._tokens[self._decoded :])
-        self._decoded = len(self._tokens)
+        self._context, self._before, self._decoded = next_context, before, len(self._tokens)
         return self._release(piece)
 
     def finish(self) -> str:

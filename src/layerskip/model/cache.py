@@ -87,8 +87,8 @@ class KVCache:
             alike = torch.arange(start, end, device=slots.device)
             positions, written = alike.repeat(len(self.lengths), 1), slice(start, end)
         else:
-            positions, written = self.lengths[:, None] + torch.arange(n), None
-            positions = positions.to(slots.device, non_blocking=True)
+            positions = self.lengths[:, None] + torch.arange(n, device="cpu")
+            positions, written = positions.to(slots.device, non_blocking=True), None
         return Span.over(slots, positions, end, first_layer, written)
 
 

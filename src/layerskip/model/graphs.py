@@ -96,11 +96,13 @@ class Recorder:
 
     Attributes:
         record: see `Record`; None where it has failed.
+        pauses: whether nothing new is recorded until the next answer, since memory was short.
         lock: held while a recording is used, whose inputs and results have one place each.
     """
 
     def __init__(self, record: Record) -> None:
         self.record: Record | None = record
+        self.pauses = False
         self.lock = threading.RLock()
 
 
@@ -125,16 +127,22 @@ class Recordings:
         """
         key = (key, *((x.shape, x.dtype) for x in inputs))
         with self._recorder.lock:
-            if self._recorder.record is None or key not in self._made:
+            recorder = self._recorder
+            if recorder.record is None or key not in self._made:
                 self._made[key] = None  # a shape that comes once is not worth it
                 return function(*inputs)
             made = self._made[key]
+            if made is None and recorder.pauses:
+                return function(*inputs)
             if made is None:
                 try:
-                    made = self._made[key] = _Recording(self._recorder.record, function, inputs)
+                    made = self._made[key] = _Recording(recorder.record, function, inputs)
                 except RuntimeError as error:
-                    self._recorder.record = None
                     cause = error.__context__ or error  # ending a failed capture fails too
+                    if isinstance(cause, torch.OutOfMemoryError):
+                        recorder.pauses = True
+                    else:
+                        recorder.record = None
                     warnings.warn(
                         f"going on without CUDA graphs, more slowly: {cause}", stacklevel=2
                     )
@@ -195,13 +203,15 @@ class GraphDecoder(Decoder):
         """See `Decoder`; a cache of one row takes over the memory of the last one that has gone."""
         if batch_size != 1:
             return super().new_cache(capacity, batch_size)
+        room = -(-capacity // _ROOM) * _ROOM
         with self._recorder.lock:
-            memory = self._free.pop() if self._free else None
-        if memory is not None and memory.slots.shape[-2] >= capacity:
+            memory = next((m for m in self._free if m.slots.shape[-2] >= capacity), None)
+            if memory is not None or _is_kept(room):
+                self._free.clear()  # of what is too small: another is going to take its place
+            self._recorder.pauses = False
+        if memory is not None:
             memory.slots.zero_()  # a masked slot still enters the weighted sum
         else:
-            memory = None  # before another one is made
-            room = -(-capacity // _ROOM) * _ROOM
             with torch.inference_mode(False):  # whoever uses it next
                 memory = _Memory(super().new_cache(room).slots, Recordings(self._recorder))
         cache = KVCache(
@@ -221,7 +231,8 @@ class GraphDecoder(Decoder):
         if memory is None or memory.slots is not cache.slots or not 0 < t <= MOST_POSITIONS:
             return super().run(hidden, start, stop, cache)
         end, capacity = cache.check_room(t), cache.capacity
-        is_worth_it = end <= _LONGEST and _is_kept(memory) and self._recorder.record is not None
+        kept = _is_kept(memory.slots.shape[-2])
+        is_worth_it = end <= _LONGEST and kept and self._recorder.record is not None
         if start >= stop or not is_worth_it:
             return super().run(hidden, start, stop, cache)
         if start and stop < len(self.layers):  # no decoding does that, only looking into the model
@@ -275,13 +286,13 @@ class GraphDecoder(Decoder):
 def _give_back(decoder: "weakref.ref[GraphDecoder]", memory: _Memory) -> None:
     """A cache has gone: the next one may have its memory. One is kept, the last."""
     alive = decoder()
-    if alive is not None and _is_kept(memory):
+    if alive is not None and _is_kept(memory.slots.shape[-2]):
         alive._free = [memory]
 
 
-def _is_kept(memory: _Memory) -> bool:
-    """Whether another answer may have it, for which alone it is worth recording.
+def _is_kept(positions: int) -> bool:
+    """Whether another answer may have memory of so many, for which alone it is worth recording.
 
     None with much more room than recordings reach, which every answer would fill with zeros.
     """
-    return memory.slots.shape[-2] <= _LONGEST + _ROOM
+    return positions <= _LONGEST + _ROOM

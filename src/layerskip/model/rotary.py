@@ -56,8 +56,8 @@ class Rotary:
         key = kind, self._is_long(kind, capacity)
         table = self._tables.get(key)
         if table is None or len(table) < capacity:
-            positions = torch.arange(1 << (capacity - 1).bit_length())[None]
             freqs = self._frequencies(*key)
+            positions = torch.arange(1 << (capacity - 1).bit_length(), device=freqs.device)[None]
             table = turns(positions, freqs, 1, 0, self._magnitudes[kind])[0, :, 0].contiguous()
             self._tables[key] = table
         return table
@@ -81,16 +81,16 @@ def frequencies(rope: Rope | None, head_dim: int, *, is_long: bool = False) -> T
     `is_long` takes LongRoPE's factors for contexts above the original one.
     """
     if rope is None:
-        return torch.zeros(head_dim // 2, dtype=torch.float32)
+        return torch.zeros(head_dim // 2, dtype=torch.float32, device="cpu")
     dim = rope.turned(head_dim)
-    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").float() / dim
     freqs = _scaled(rope, 1.0 / (rope.theta**exponents), is_long)
     return torch.nn.functional.pad(freqs, (0, (head_dim - dim) // 2))
 
 
 def magnitudes(rope: Rope | None, head_dim: int) -> Tensor:
     """What each of the `head_dim / 2` complex pairs of queries and keys is multiplied by."""
-    result = torch.ones(head_dim // 2, dtype=torch.float32)
+    result = torch.ones(head_dim // 2, dtype=torch.float32, device="cpu")
     if rope is not None:
         result[: rope.turned(head_dim) // 2] = rope.magnitude
     return result
@@ -101,7 +101,7 @@ def _scaled(rope: Rope, freqs: Tensor, is_long: bool) -> Tensor:
     if is_long and rope.long_factors is not None:
         factors = rope.long_factors
     if factors is not None:
-        freqs = freqs / torch.tensor(factors, dtype=torch.float32)
+        freqs = freqs / torch.tensor(factors, dtype=torch.float32, device="cpu")
     if rope.kind == "linear":
         return freqs / rope.factor
     if rope.kind == "llama3":
