@@ -68,9 +68,10 @@ def build_for(request, tmp_path_factory):
 
 @pytest.fixture
 def machine(build_for, monkeypatch):
-    """Matrices are that CPU's, in this test alone."""
+    """Matrices and decoders are that CPU's, in this test alone."""
     if build_for is not None:
         monkeypatch.setattr(panels, "library", lambda: build_for)
+        monkeypatch.setattr("layerskip.model.native.decoder.library", lambda: build_for)
 
 
 def matrix_of(kind, n_out, n_in, *, biased=False):
@@ -141,6 +142,56 @@ def test_grids_of_gguf_files(machine, kind):
     expected = x @ weight.dequantize().T
     assert (matrix(x) - expected).norm() / expected.norm() < TOLERANCE[kind]
     assert torch.equal(matrix.look_up(torch.arange(48)), weight.dequantize())
+
+
+def test_scales_of_every_float16(machine):
+    """Where the CPU takes subnormal float32 for 0, too."""
+    scales = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)[:, None]
+    codes = torch.ones(2**16, 32, dtype=torch.uint8)
+    matrix = PanelMatrix(Quantized(8, codes, scales, torch.zeros_like(scales)))
+    expected = scales.float().expand(-1, 32)
+    for flush in (False, True):
+        torch.set_flush_denormal(flush)
+        try:
+            found = matrix.look_up(torch.arange(2**16))
+        finally:
+            torch.set_flush_denormal(False)
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+# As the bits of float32: NaN of a computation, of memory that is all ones, infinity.
+NO_NUMBERS = {"nan": 0x7FC00000, "ones": -1, "inf": 0x7F800000}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", NO_NUMBERS.values(), ids=NO_NUMBERS)
+def test_an_input_that_is_no_number_shows_in_all_outputs(machine, kind, bits):
+    matrix, _, _ = matrix_of(kind, 48, 64)
+    for place in (0, 15, 16, 30, 63):
+        x = torch.randn(3, 64, generator=torch.manual_seed(place))
+        x.view(torch.int32)[1, place] = bits
+        finite = matrix(x).isfinite()
+        assert finite[[0, 2]].all()
+        assert not finite[1].any()
+
+
+@pytest.mark.parametrize(
+    "part", ["input_layernorm", *(f"self_attn.{x}_proj" for x in "qkv"), "mlp.gate_proj"]
+)
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [*itertools.product(("float32", "bfloat16"), ("nan", "inf")), ("int8", "nan")],
+)
+def test_damaged_weights_are_said_to_be(machine, part, kind, number, tmp_path):
+    model = tiny_models.build("llama2")
+    weight = model.get_parameter(f"model.layers.1.{part}.weight")
+    weight.data.view(-1)[5] = float(number)
+    model.save_pretrained(tmp_path)
+    how = {"weights": kind} if kind == "int8" else {"dtype": kind}
+    for compile_ in (True, False):
+        loaded = LayerSkipModel.from_pretrained(tmp_path, **how, compile=compile_)
+        with pytest.raises(ValueError, match="weights are damaged"):
+            loaded.generate([5, 6, 7], max_new_tokens=2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -227,6 +278,28 @@ def test_long_contexts_of_several_lengths_together(case, kind, n, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_seen_may_be_no_number(machine, kind, tmp_path):
+    """As of a draft that is rejected."""
+    model = tiny_models.build("llama2")
+    model.get_input_embeddings().weight.data[90] = float("nan")
+    model.save_pretrained(tmp_path)
+    decoder = compiled(tmp_path, kind)
+    plain, drafted = decoder.new_cache(8), decoder.new_cache(8)
+
+    def run(cache, *tokens):
+        hidden = decoder.run(decoder.embed(torch.tensor([tokens])), 0, LAYERS, cache)
+        cache.lengths += len(tokens)
+        return hidden
+
+    expected = run(plain, 5, 6)
+    found = run(drafted, 5, 6, 90, 8)
+    assert torch.equal(found[:, :2], expected)
+    assert not found[:, 2:].isfinite().any()
+    drafted.lengths -= 2
+    assert torch.equal(run(drafted, 7), run(plain, 7))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["llama3.2", "mistral", "qwen3-sliding"])
 def test_self_speculative_equals_plain_in_every_type(case, kind, tmp_path):
     decoder = compiled(saved(case, tmp_path), kind)
@@ -292,6 +365,16 @@ def test_the_choice_is_the_highest_logit(cap, kind, tmp_path):
         assert torch.equal(chosen, scores.argmax(-1))
         assert torch.equal(exit_.choose(hidden), chosen)
         torch.testing.assert_close(probabilities, scores.softmax(-1).amax(-1))
+
+
+@pytest.mark.parametrize("vocab_size", [96, 101, 1003])
+def test_capped_logits_have_the_same_bits_alone_and_together(vocab_size, tmp_path):
+    changes = {"final_logit_softcapping": 3.0, "vocab_size": vocab_size}
+    decoder = compiled(saved("gemma2-uncapped", tmp_path, **changes), "float32")
+    hidden = torch.randn(1, 9, 64, generator=torch.manual_seed(0))
+    alone = torch.cat([decoder.logits(position) for position in hidden.split(1, dim=1)], dim=1)
+    for n in range(1, 10):
+        assert torch.equal(decoder.logits(hidden[:, :n]), alone[:, :n]), n
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -489,6 +572,36 @@ def test_without_a_compiler_pytorch_runs_and_one_line_says_so(monkeypatch, tmp_p
     assert "\nlayerskip: going on without compiled kernels, more slowly: there is no C++" in err
 
 
+def test_no_compiler_has_fast_math_on(monkeypatch, tmp_path):
+    """The order of sums would be the compiler's: CXX is overruled, and what is left is refused."""
+    command = [*build._compiler(), "-ffast-math", *build._FLAGS, str(build._SOURCE)]
+    subprocess.run([*command, "-E", "-o", os.devnull], check=True)
+    assert build._FLAGS.index("-fno-fast-math") < build._FLAGS.index("-ffp-contract=off")
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-ffast-math"))
+    with pytest.raises(NoCompilerError, match=r"refuses: .*error: .*fast-math is on"):
+        build._compile(tmp_path / "kernels.so")
+
+
+def test_warnings_are_not_why_a_compiler_refuses(monkeypatch, tmp_path):
+    def run(command, **options):
+        return subprocess.CompletedProcess(command, 1, "", "a warning\nkernels.cpp:1: error: no")
+
+    monkeypatch.setattr(build.subprocess, "run", run)
+    with pytest.raises(NoCompilerError, match=r"refuses: kernels\.cpp:1: error: no"):
+        build._compile(tmp_path / "kernels.so")
+
+
+def test_a_name_of_a_compiler_that_cannot_be_read(monkeypatch):
+    find = build._compiler.__wrapped__
+    monkeypatch.setenv("CXX", "g++ '-O2")
+    with pytest.raises(NoCompilerError, match="CXX is no command: No closing quotation"):
+        find()
+    monkeypatch.delenv("CXX")
+    unnamed = find()
+    monkeypatch.setenv("CXX", " ")
+    assert find() == unnamed
+
+
 def test_a_compiler_that_is_not_there(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "'not there/g++' -v")
     monkeypatch.setattr(build, "_compiler", build._compiler.__wrapped__)
@@ -681,6 +794,64 @@ def test_what_would_be_read_or_written_elsewhere_is_refused(tmp_path):
             call()
 
 
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_token_ids_of_any_whole_numbers(cap, tmp_path):
+    folder = saved("gemma2-uncapped", tmp_path, final_logit_softcapping=cap)
+    decoder = compiled(folder, "float32")
+    last, cache = torch.tensor([[7], [9]]), decoder.new_cache(8, 2)
+    few = torch.tensor([3, 50, 8])
+    short = decoder.with_short_head(few)
+    expected = decoder.step(last, LAYERS, cache)
+    drafted = decoder.draft(last, 2, 2, cache, short, few)[1]
+    cache.lengths -= 2
+    narrow = last.int()
+    assert torch.equal(decoder.step(narrow, LAYERS, cache), expected)
+    apart = torch.stack([few, few], dim=1).int()[:, 0]
+    assert torch.equal(decoder.draft(narrow, 2, 2, cache, short, apart)[1], drafted)
+
+
+def test_caches_and_states_of_other_decoders_are_refused(tmp_path):
+    decoder = compiled(saved("llama2", tmp_path / "llama2"), "float32")
+    other = compiled(saved("llama-mqa", tmp_path / "mqa"), "float32")
+    tokens = torch.tensor([[5]])
+
+    def changed(**parts):
+        cache = decoder.new_cache(8)
+        vars(cache).update(parts)
+        return cache
+
+    slots = decoder.new_cache(8).slots
+    for cache in (
+        other.new_cache(8),
+        super(NativeDecoder, decoder).new_cache(8),  # no whole tiles
+        changed(capacity=64),
+        changed(slots=slots.half()),
+        changed(slots=slots.transpose(0, 1).contiguous().transpose(0, 1)),
+        changed(slots=slots.to("meta")),
+        changed(lengths=torch.zeros(1, dtype=torch.int32)),
+        changed(lengths=torch.zeros(1, device="meta", dtype=torch.int64)),
+    ):
+        for call in (
+            lambda cache: decoder.run(decoder.embed(tokens), 0, LAYERS, cache),
+            lambda cache: decoder.step(tokens, LAYERS, cache),
+            lambda cache: decoder.draft(tokens, 2, 2, cache),
+        ):
+            with pytest.raises(ValueError, match="is not one of this decoder's `new_cache`"):
+                call(cache)
+    for hidden in (torch.zeros(1, 1, 32), torch.zeros(1, 1, 64, device="meta")):
+        for use in (
+            lambda states: decoder.run(states, 0, LAYERS, decoder.new_cache(8)),
+            decoder.logits,
+            decoder.choose,
+        ):
+            with pytest.raises(ValueError, match=r"inputs are \[N, 64\] on the CPU"):
+                use(hidden)
+    few = torch.tensor([3, 50, 8])
+    short = decoder.with_short_head(few)
+    with pytest.raises(ValueError, match="2 token ids are not one for each logit"):
+        decoder.draft(tokens, 2, 2, decoder.new_cache(8), short, few[:2])
+
+
 @pytest.mark.skipif(os.name != "posix", reason="of users and groups")
 def test_libraries_that_others_may_write_to_are_compiled_again(empty_cache, tmp_path):
     folder = tmp_path / "kernels"
@@ -691,6 +862,19 @@ def test_libraries_that_others_may_write_to_are_compiled_again(empty_cache, tmp_
         assert not any(path.stat().st_mode & 0o022 for path in folder.iterdir())
     assert folder.stat().st_mode & 0o777 == 0o755
     assert len(empty_cache) == 3
+
+
+@pytest.mark.skipif(os.name != "posix", reason="of users and groups")
+def test_what_took_the_place_of_the_compiled_library_is_not_loaded(empty_cache, monkeypatch):
+    compile_it = build._compile
+
+    def exchanged(target):
+        compile_it(target)
+        monkeypatch.setattr(build, "_is_trusted", lambda found: False)
+
+    monkeypatch.setattr(build, "_compile", exchanged)
+    with pytest.raises(NoCompilerError, match="is of another user: set LAYERSKIP_CACHE"):
+        prepare()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="of users and groups")

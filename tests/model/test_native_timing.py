@@ -1,8 +1,12 @@
 """What more rows cost this machine is timed once, and read from the cache from then on."""
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from layerskip.model.native import timing
 from layerskip.model.native.timing import row_costs
@@ -50,3 +54,24 @@ def test_a_damaged_file_is_made_again(damaged, file_of):
 def test_a_cache_that_cannot_be_written_is_no_matter(file_of):
     file_of("int8").mkdir()
     assert len(row_costs("int8")) == 16
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int4"])
+def test_timed_on_the_cpu_whatever_the_default_device_is(kind, file_of):
+    with torch.device("meta"):
+        assert len(row_costs(kind)) == 16
+
+
+def test_two_threads_do_not_time_against_each_other(file_of, monkeypatch):
+    timed, alone = timing._timed, threading.Lock()
+
+    def slow(matrix):
+        assert alone.acquire(blocking=False)
+        time.sleep(0.05)
+        alone.release()
+        return timed(matrix)
+
+    monkeypatch.setattr(timing, "_timed", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(row_costs, ["float32", "float32"])
+    assert first is second

@@ -21,7 +21,12 @@ from layerskip.model.native import threads
 from layerskip.model.source import cache_folder
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_FLAGS = ("-O2", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+# Behind the arguments of CXX. Some compilers have fast-math on unless they are told; switching it off
+# may let them contract again, which is therefore forbidden after it.
+_FLAGS = (
+    *("-O2", "-march=native", "-fno-fast-math", "-ffp-contract=off"),
+    *("-std=c++17", "-fopenmp", "-shared", "-fPIC"),
+)
 
 
 class NoCompilerError(RuntimeError):
@@ -49,6 +54,7 @@ def prepare(announce: Callable[[str], None] = lambda text: None) -> None:
     else:
         announce("compiling kernels for this machine (once)")
     _compile(library_file)
+    _check_owner(library_file)  # that took seconds, in which its folder may have become another
     try:
         _loaded(library_file)
     except OSError as error:
@@ -59,8 +65,7 @@ def prepare(announce: Callable[[str], None] = lambda text: None) -> None:
 def library() -> ctypes.CDLL:
     """The compiled kernels; raises what `prepare` raises."""
     prepare()
-    if hasattr(os, "register_at_fork"):  # a child would wait for threads that its parent has
-        os.register_at_fork(after_in_child=threads.stay_alone)
+    threads.heed_forks()
     loaded = _loaded(target())
     threads.processors = loaded.layerskip_processors
     return loaded
@@ -111,8 +116,12 @@ def _compiler() -> tuple[str, ...]:
     """The compiler's program, and arguments that come with it."""
     if os.name == "nt":
         raise NoCompilerError("on Windows the kernels are not compiled")
-    if named := os.environ.get("CXX"):
-        return tuple(shlex.split(named))
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise NoCompilerError(f"CXX is no command: {error}") from error
+    if named:
+        return tuple(named)
     if sys.platform == "darwin":
         raise NoCompilerError("Apple's compiler has no OpenMP; name another (g++) in CXX")
     compiler = shutil.which("g++") or shutil.which("clang++")
@@ -204,7 +213,8 @@ def _compile(target: Path) -> None:
             except OSError as error:
                 raise NoCompilerError(f"{command[0]} cannot be run: {error.strerror}") from error
             if done.returncode:
-                reason = (done.stderr.strip().splitlines() or ["no message"])[0]
+                said = done.stderr.strip().splitlines() or ["no message"]
+                reason = next((line for line in said if "error:" in line), said[0])
                 raise NoCompilerError(f"{command[0]} refuses: {reason}")
             _keep_from_others(made)
             flush(made)

@@ -22,6 +22,7 @@ from layerskip.model.native.panels import (
     choose,
     fits,
     pointers_to,
+    readable,
 )
 from layerskip.model.native.threads import usable
 from layerskip.model.norm import HeadNorm, RMSNorm
@@ -121,9 +122,9 @@ class NativeDecoder(Decoder):
         self._check_layers(start, stop)
         if start == stop or not hidden.numel():
             return hidden
-        b, t, _ = hidden.shape
-        _check_fit(b, t, cache)
-        hidden = hidden.float().contiguous()
+        b, t, d = hidden.shape
+        self._check_fit(b, t, cache)
+        hidden = readable(hidden.reshape(b * t, d), self.architecture.hidden_size)
         out = torch.empty_like(hidden)
         turns = self._turn_tables(cache.capacity)
         self._library.layerskip_run(
@@ -137,7 +138,7 @@ class NativeDecoder(Decoder):
             turns.pointers,
             usable(self._narrowest),
         )
-        return out
+        return out.view(b, t, d)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Decoder`; float32."""
@@ -167,9 +168,10 @@ class NativeDecoder(Decoder):
         if self.architecture.logit_cap is not None or not stop:
             return super().step(last, stop, cache)
         self._check_layers(0, stop)
-        _check_fit(len(last), 1, cache)
+        self._check_fit(len(last), 1, cache)
         hidden = self.embed(last).float()
-        chosen, state = torch.empty_like(last), torch.empty_like(hidden)
+        chosen = torch.empty(last.shape, dtype=torch.int64, device="cpu")
+        state = torch.empty_like(hidden)
         heads, turns = self._head_pointers(), self._turn_tables(cache.capacity)
         self._library.layerskip_step(
             *(self._model_pointer, hidden.data_ptr(), state.data_ptr(), cache.lengths.data_ptr()),
@@ -195,7 +197,11 @@ class NativeDecoder(Decoder):
             return super().draft(last, n, exit_layer, cache, short, token_ids, goes_on)
         self._check_layers(0, exit_layer)
         rows = len(last)
-        _check_fit(rows, n, cache)
+        self._check_fit(rows, n, cache)
+        if token_ids is not None:
+            token_ids = token_ids.to("cpu", torch.int64).contiguous()
+            if len(token_ids) != sum(head.shape[0] for head in exit_._panels):
+                raise ValueError(f"{len(token_ids)} token ids are not one for each logit")
         # Written row by row of a draft: what little Python does for a token counts beside a few layers.
         states = torch.empty(n, rows, self.architecture.hidden_size, **FLOATS)
         tokens = torch.empty(n, rows, 1, dtype=torch.int64, device="cpu")
@@ -225,6 +231,21 @@ class NativeDecoder(Decoder):
             ):
                 break
         return states[:made].transpose(0, 1), tokens[:made, :, 0].T
+
+    def _check_fit(self, rows: int, n: int, cache: KVCache) -> None:
+        """Raise ValueError where C would reach beyond the cache: n positions more of so many rows."""
+        a, slots, lengths = self.architecture, cache.slots, cache.lengths
+        if rows != len(lengths):
+            raise ValueError(f"the KV cache has {len(lengths)} rows, {rows} are given")
+        shape = (a.n_layers, 2, rows, a.n_kv_heads, cache.capacity, a.head_dim)
+        if (
+            slots.shape != shape
+            or cache.capacity % (2 * LANES)
+            or not _is_laid_out(slots, self.dtype)
+            or not _is_laid_out(lengths, torch.int64)
+        ):
+            raise ValueError("the KV cache is not one of this decoder's `new_cache`")
+        cache.check_room(n)
 
     def _head_pointers(self) -> ctypes.Array[ctypes.c_void_p]:
         if self._pointers is None or self._pointers[0] is not self.heads:  # a copy has others
@@ -291,8 +312,5 @@ def _weight(norm: object) -> Tensor:
     return norm.weight.float().contiguous()
 
 
-def _check_fit(rows: int, n: int, cache: KVCache) -> None:
-    """Raise ValueError where C would write beyond the cache: n positions more of so many rows."""
-    if rows != len(cache.lengths):
-        raise ValueError(f"the KV cache has {len(cache.lengths)} rows, {rows} are given")
-    cache.check_room(n)
+def _is_laid_out(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()

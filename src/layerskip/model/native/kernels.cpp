@@ -14,6 +14,10 @@
 // Keys are kept in panels of 16 positions in the same way; values row by row, in bfloat16 two positions
 // at a time: [position / 2][head_dim][2].
 
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error fast-math is on, with which the same sums would not have the same bits everywhere
+#endif
+
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -112,6 +116,15 @@ inline float maximum(Vec v) {
   return most;
 #endif
 }
+inline int32_t maximum(Ints v) {
+#ifdef VECTORS_OF_16
+  return _mm512_reduce_max_epi32((__m512i)v);
+#else
+  int32_t most = v[0];
+  for (int i = 1; i < WIDTH; i++) most = v[i] > most ? v[i] : most;
+  return most;
+#endif
+}
 inline int32_t sum(Ints v) {
 #ifdef VECTORS_OF_16
   return _mm512_reduce_add_epi32((__m512i)v);
@@ -136,16 +149,20 @@ inline Vec fused(Vec a, Vec b, Vec c) {
   return sums;
 #endif
 }
+// Damaged weights have to be noticed, so NaN stays NaN through all that follows. Of two numbers one of which
+// is NaN, these give the second.
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
-inline Vec magnitude(Vec v) { return (Vec)((Words)v & 0x7fffffffu); }
+// As whole numbers, magnitudes are in the same order, with NaN above all others.
+inline Ints magnitude(Vec v) { return (Ints)v & 0x7fffffff; }
+inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
 
 // e^x to about 2 units in the last place; 2^n from the exponent bits, 2^f on [-1/2, 1/2] a polynomial.
 inline Vec exponential(Vec x) {
-  x = smaller(larger(x, spread(-87.0f)), spread(88.0f));
+  x = smaller(spread(88.0f), larger(spread(-87.0f), x));
   const Vec t = x * 1.44269504f;
   const Vec shifted = t + 12582912.0f;  // rounds to a whole number, which the low bits then hold
-  const Ints n = (Ints)shifted - (Ints)spread(12582912.0f);
+  const Words biased = (Words)shifted - (Words)spread(12582912.0f) + 127u;  // n, as an exponent is written
   const Vec f = t - (shifted - 12582912.0f);
   Vec p = spread(1.535336188e-4f);
   p = fused(p, f, spread(1.339887440e-3f));
@@ -154,7 +171,7 @@ inline Vec exponential(Vec x) {
   p = fused(p, f, spread(2.402264791e-1f));
   p = fused(p, f, spread(6.931472028e-1f));
   p = fused(p, f, spread(1.0f));
-  return (Vec)((Ints)p + (n << 23));
+  return p * (Vec)(biased << 23);
 }
 
 inline Vec activate(int32_t activation, Vec x) {
@@ -163,20 +180,26 @@ inline Vec activate(int32_t activation, Vec x) {
   return x - x / (exponential(u) + 1.0f);                     // x (1 + tanh(u / 2)) / 2
 }
 
-inline Halves to_bfloat16(Vec v) {  // to nearest, ties to even
+inline Halves round_to_bfloat16(Vec v) {  // to nearest, ties to even; NaN with low bits may become a number
   const Words bits = (Words)v;
   return __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, Halves);
 }
+inline Halves to_bfloat16(Vec v) { return round_to_bfloat16(v == v ? v : spread(NAN)); }
 inline Vec from_bfloat16(Halves v) { return (Vec)(__builtin_convertvector(v, Words) << 16); }
 inline Vec from_float16(const void *p) {
 #ifdef VECTORS_OF_16
   return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 #elif defined(VECTORS_OF_8)
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
-#else  // a finite number's exponent and mantissa, moved to their places; older compilers have no _Float16
-  const Words bits = __builtin_convertvector(load<Halves>((const uint16_t *)p), Words);
-  const Vec size = (Vec)((bits & 0x7fffu) << 13) * 0x1p112f;
-  return (Vec)((Words)size | (bits & 0x8000u) << 16);
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)p)));
+#else  // exponent and mantissa, moved to their places; older compilers have no _Float16
+  const Ints bits = __builtin_convertvector(load<Halves>((const uint16_t *)p), Ints);
+  const Ints size = (bits & 0x7fff) << 13;
+  // The smallest have no leading 1: it is lent to them, since a CPU may take subnormal float32 for 0.
+  const Ints small = (Ints)((Vec)(size + (113 << 23)) - 0x1p-14f);
+  const Ints large = size + (112 << 23) + ((size >= 31 << 23) & 112 << 23);  // infinite, or NaN
+  return (Vec)((size < 1 << 23 ? small : large) | (Ints)((Words)bits >> 15 << 31));
 #endif
 }
 
@@ -253,12 +276,14 @@ inline void encode(int32_t kind, int64_t n, int64_t first, int64_t last, char *r
     constexpr int VECTORS = GROUP / WIDTH;
     float *steps = (float *)(row + n);
     for (int64_t k = first; k < last; k += GROUP) {
-      Vec inputs[VECTORS], most{};
+      Vec inputs[VECTORS];
+      Ints most{};
       for (int i = 0; i < VECTORS; i++) {
         inputs[i] = at(k + i * WIDTH);
         most = larger(most, magnitude(inputs[i]));
       }
-      const float step = maximum(most) / 127.0f;
+      const int32_t highest = maximum(most);
+      const float step = load<float>(&highest) / 127.0f;  // NaN where an input is
       const float inverse = step > 0 ? 1.0f / step : 0.0f;
       const Vec magic = spread(12582912.0f);
       Ints total{};
@@ -281,6 +306,17 @@ inline Share share(int64_t n, int thread, int threads) {
 }
 
 // ---- products -----------------------------------------------------------------------------------
+
+// The matrix that begins with a panel of another.
+inline Matrix from_panel(Matrix w, int64_t panel) {
+  const int64_t begin = panel * LANES, bits = w.kind == FLOAT32 ? 32 : w.kind == BFLOAT16 ? 16 : w.kind == INT8 ? 8 : 4;
+  w.data = (const char *)w.data + begin * w.in * bits / 8;
+  if (w.scales) w.scales = (const uint16_t *)w.scales + begin * w.in / GROUP;
+  if (w.offsets) w.offsets = (const uint16_t *)w.offsets + begin * w.in / GROUP;
+  if (w.bias) w.bias += begin;
+  w.out -= begin;
+  return w;
+}
 
 // Where the sums of a product go: out = sums * scale + bias, or added to what is there.
 struct Sink {
@@ -637,7 +673,7 @@ class Team {
       round_.store(round + 1, std::memory_order_release);
       return;
     }
-    for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
+    for (uint32_t spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
       if (spins > 2000) sched_yield();
 #ifdef __x86_64__
       __builtin_ia32_pause();
@@ -798,10 +834,12 @@ struct Pass {
         const int64_t b = row / positions, at = position(row);
         float *v = qkv + (row * all + head) * hd;
         if (head < m.heads + m.kv_heads) turn(v, layer, head, at);
-        if (head >= m.heads + m.kv_heads)
+        if (head >= m.heads + m.kv_heads) {
           put_value(slot(index, 1, b, head - m.heads - m.kv_heads), v, at);
-        else if (head >= m.heads)
+        } else if (head >= m.heads) {
+          if (!fits_cache(v + m.kv_heads * hd)) v[0] = NAN;  // the values that belong to the key
           put_key(slot(index, 0, b, head - m.heads), v, at);
+        }
       }
     }
     team.wait(threads);
@@ -824,6 +862,14 @@ struct Pass {
     }
   }
 
+  // Whether values are finite in the cache. Where they are not, as of a draft to be rejected, it has 0 in their
+  // place and NaN in the key: queries that see the position get NaN, others never 0 times infinity.
+  bool fits_cache(const float *v) const {
+    Ints most{};
+    for (int64_t k = 0; k < m.head_dim; k += WIDTH) most = larger(most, magnitude(load<Vec>(v + k)));
+    return maximum(most) < (m.cache_kind == FLOAT32 ? 0x7f800000 : 0x7f7f8000);  // rounded, this is infinite
+  }
+
   void put_key(char *keys, const float *v, int64_t at) const {
     const int64_t hd = m.head_dim, lane = at % LANES;
     keys += at / LANES * LANES * hd * element();
@@ -840,14 +886,16 @@ struct Pass {
 
   void put_value(char *values, const float *v, int64_t at) const {
     const int64_t hd = m.head_dim;
+    const bool fits = fits_cache(v);
     if (m.cache_kind == FLOAT32) {
-      memcpy(values + at * hd * 4, v, hd * 4);
+      char *to = values + at * hd * 4;
+      fits ? memcpy(to, v, hd * 4) : memset(to, 0, hd * 4);
       return;
     }
     uint16_t *to = (uint16_t *)values + at / 2 * hd * 2 + at % 2;
     for (int64_t k = 0; k < hd; k += WIDTH) {
       uint16_t rounded[WIDTH];
-      store<Halves>(rounded, to_bfloat16(load<Vec>(v + k)));
+      store<Halves>(rounded, round_to_bfloat16(fits ? load<Vec>(v + k) : Vec{}));
       for (int64_t j = 0; j < WIDTH; j++) to[(k + j) * 2] = rounded[j];
     }
   }
@@ -973,9 +1021,10 @@ struct Pass {
       encode(KIND, hd, 0, hd, queries + i * stride, [=](int64_t k) { return load<Vec>(q + k); });
     }
     const int64_t start = chunk * CHUNK, first = all.begin / LANES, last = (all.end + LANES - 1) / LANES;
-    const Matrix keys{KIND, last * LANES, hd, slot(index, 0, b, kv), nullptr, nullptr, nullptr};
+    const Matrix keys = from_panel({KIND, last * LANES, hd, slot(index, 0, b, kv), nullptr, nullptr, nullptr}, first);
     const float scale = 1.0f / std::sqrt((float)hd);
-    multiply(keys, first, last, queries, n, {scores - start, CHUNK, last * LANES, false, scale, nullptr});
+    float *from_first = scores + (first * LANES - start);
+    multiply(keys, 0, last - first, queries, n, {from_first, CHUNK, keys.out, false, scale, nullptr});
     if (FETCHES_KEYS && partial) fetch_keys(index, b, kv, chunk + 1);  // a prompt's are near as they are
     // Values are taken in whole pairs, or tiles, of positions: what is not seen weighs 0.
     const Seen whole{all.begin / PAIRED * PAIRED - start, (all.end + PAIRED - 1) / PAIRED * PAIRED - start};
@@ -1031,9 +1080,9 @@ struct Pass {
     const float top = maximum(most);
     for (int64_t s = whole.begin; s < whole.end; s += WIDTH) {
       const Vec score = load<Vec>(scores + s);
-      Vec weight = score > -INFINITY ? exponential(score - top) : Vec{};
+      Vec weight = score == -INFINITY ? Vec{} : exponential(score - top);
       if constexpr (weights_of<KIND>() < CHUNK) {
-        const Halves halves = to_bfloat16(weight);
+        const Halves halves = round_to_bfloat16(weight);  // NaN of bfloat16 keys has no low bits
         store<Halves>(weights + s / 2, halves);
         weight = from_bfloat16(halves);
       } else {
@@ -1242,7 +1291,8 @@ void choose(const Matrix *const *parts, int64_t n_parts, const float *norm, floa
       for (int64_t p = mine.first; p < mine.last; p += NEAR / LANES) {
         const int64_t last = mine.last - p < NEAR / LANES ? mine.last : p + NEAR / LANES;
         const int64_t first = p * LANES, end = last * LANES < w.out ? last * LANES : w.out;
-        multiply(w, p, last, inputs.get(), rows, {outputs - first, NEAR, w.out, false, 1.0f, w.bias});
+        const Matrix from = from_panel(w, p);
+        multiply(from, 0, last - p, inputs.get(), rows, {outputs, NEAR, from.out, false, 1.0f, from.bias});
         for (int64_t row = 0; row < rows; row++)
           best[row].take(best_of(outputs + row * NEAR, end - first, probabilities != nullptr, best[row].top), first);
       }

@@ -84,7 +84,7 @@ class PanelMatrix:
         self, x: Tensor, norm: Tensor | None, eps: float, threads: int | None = None
     ) -> Tensor:
         """The product with the RMS norm of x, [N, in] to [N, out], float32; threads: None = all."""
-        x = x.float().contiguous()
+        x = readable(x, self.shape[1])
         y = x.new_empty(x.shape[0], self.shape[0])
         self._library.layerskip_product(
             ctypes.byref(self.struct),
@@ -99,7 +99,7 @@ class PanelMatrix:
 
     def look_up(self, index: Tensor) -> Tensor:
         """Rows by number, [...] to [..., in] float32; IndexError where there is none of that number."""
-        index = index.to(torch.int64).contiguous()
+        index = index.to("cpu", torch.int64).contiguous()
         rows = torch.empty(*index.shape, self.shape[1], **FLOATS)
         are_there = self._library.layerskip_rows(
             ctypes.byref(self.struct), index.data_ptr(), index.numel(), rows.data_ptr()
@@ -152,7 +152,8 @@ def choose(
     Returns:
         [N] int64, and [N] float32 or None. No outputs are written down.
     """
-    x = x.float().contiguous()
+    first = ctypes.cast(parts, ctypes.POINTER(ctypes.POINTER(MatrixStruct)))[0]
+    x = readable(x, first.contents.in_)
     chosen = torch.empty(x.shape[0], dtype=torch.int64, device="cpu")
     probabilities = x.new_empty(x.shape[0]) if confident else None
     library().layerskip_choose(
@@ -161,6 +162,15 @@ def choose(
         *(chosen.data_ptr(), _pointer(probabilities), threads),
     )
     return chosen, probabilities
+
+
+def readable(x: Tensor, n_inputs: int) -> Tensor:
+    """Rows [N, in] as C reads them, in float32; ValueError where they are not there or not so wide."""
+    if x.shape[1:] != (n_inputs,) or x.device.type != "cpu":
+        raise ValueError(
+            f"inputs are [N, {n_inputs}] on the CPU; these are {list(x.shape)} on {x.device}"
+        )
+    return x.float().contiguous()
 
 
 def pointers_to(parts: Sequence[PanelMatrix]) -> ctypes.Array[ctypes.c_void_p]:

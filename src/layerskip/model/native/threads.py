@@ -37,6 +37,13 @@ def stay_alone() -> None:
 
 
 @functools.cache
+def heed_forks() -> None:
+    """Let children that are forked from now on work alone, without the threads of their parent."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=stay_alone)
+
+
+@functools.cache
 def _quota() -> int:
     """Processors that control groups may use at a time, rounded up; as many as you like without one."""
     shares = [_share(*limit) for limit in _limits()]

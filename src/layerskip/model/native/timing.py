@@ -8,6 +8,7 @@ How far it pays to draft depends on little else as much.
 import contextlib
 import functools
 import json
+import threading
 import time
 
 import numpy as np
@@ -24,6 +25,7 @@ _ROUNDS, _MOST_ROUNDS = 4, 24
 _STEADY = 1.05  # of a least time that was reached twice: how far the two may differ
 _INPUTS = 2048
 _BYTES, _BYTES_A_THREAD, _MOST_BYTES = 1 << 26, 1 << 24, 1 << 29  # more than caches hold
+_TIMING = threading.Lock()  # two that time at once take each other's processors
 _BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 
 
@@ -33,7 +35,8 @@ def row_costs(kind: str) -> tuple[float, ...]:
     Args:
         kind: "float32", "bfloat16", "int8" or "int4".
     """
-    return _row_costs(kind, usable())
+    with _TIMING:
+        return _row_costs(kind, usable())
 
 
 @functools.cache
@@ -56,9 +59,10 @@ def _matrix(kind: str, n_bytes: int) -> PanelMatrix:
     bits = _BITS[kind]
     shape = n_bytes * 8 // bits // _INPUTS, _INPUTS
     if bits > 8:
-        return PanelMatrix(torch.ones(shape, dtype=getattr(torch, kind)))
-    scales = torch.ones(shape[0], _INPUTS // GROUP, dtype=torch.float16)
-    return PanelMatrix(Quantized(bits, torch.ones(shape, dtype=torch.uint8), scales, None))
+        return PanelMatrix(torch.ones(shape, dtype=getattr(torch, kind), device="cpu"))
+    scales = torch.ones(shape[0], _INPUTS // GROUP, dtype=torch.float16, device="cpu")
+    codes = torch.ones(shape, dtype=torch.uint8, device="cpu")
+    return PanelMatrix(Quantized(bits, codes, scales, None))
 
 
 def _timed(matrix: PanelMatrix) -> tuple[tuple[float, ...], bool]:
