@@ -1,6 +1,7 @@
 """Weights rounded to 4 bits with errors that make up for each other."""
 
 import json
+import shutil
 import warnings
 
 import gguf
@@ -153,6 +154,11 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     )  # what is in the way is said before it begins
     assert cli.run([*arguments, "--calibrate", str(text), str(out)]) == 1
     assert "out exists; choose another name or say --overwrite" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        little = shutil.disk_usage(tmp_path)._replace(free=1000)
+        patch.setattr("shutil.disk_usage", lambda folder: little)
+        assert cli.run([*arguments, "--calibrate", str(text), str(tmp_path / "other")]) == 1
+    assert "has 0.00 GB free; free some space" in capsys.readouterr().err
     fields = json.loads((out / "generation_config.json").read_text())
     assert fields["layerskip"]["weights"]["int4"]["method"] == "calibration"
     # Cast to 16 bits, its weights are off the grid: what was measured is not said of them.

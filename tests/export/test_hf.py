@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 import tiny_models
 from layerskip.export import hf, open_source, to_gguf, to_hf
 from layerskip.model import CheckpointError, UnsupportedModelError
-from layerskip.model.merge import older_rope
 from tiny_models import token_ids
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}  # float32
@@ -55,20 +54,16 @@ def test_older_programs_read_the_rotary_base_and_its_scaling(saved, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     now = config["rope_parameters"]
     assert config["rope_theta"] == now["rope_theta"] != 10_000.0
-    assert config["rope_scaling"] == {k: v for k, v in now.items() if k != "rope_theta"}
+    scaling = {k: v for k, v in now.items() if k != "rope_theta"}
+    assert config["rope_scaling"] == scaling | {"type": "llama3"}
+    assert config["torch_dtype"] == config["dtype"] == "float32"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
-    assert loaded.rope_parameters == now
-    to_hf(
-        open_source(saved("llama3.1")), tmp_path / "copy"
-    )  # of a folder that transformers 5 wrote
+    assert loaded.rope_parameters == now | {"type": "llama3"}
+    # Of a folder that transformers 5 wrote:
+    to_hf(open_source(saved("llama3.1")), tmp_path / "copy")
     copied = json.loads((tmp_path / "copy" / "config.json").read_text())
-    for name in ("rope_parameters", "rope_theta", "rope_scaling"):
+    for name in ("rope_parameters", "rope_theta", "rope_scaling", "torch_dtype"):
         assert copied[name] == config[name]
-    assert older_rope({"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}) == {
-        "rope_theta": 1e5
-    }
-    assert older_rope({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}) == {}
-    assert older_rope({"model_type": "gpt2"}) == {}
 
 
 def test_quantized_weights_become_the_numbers_that_they_stand_for(theirs, ours, tmp_path):
@@ -220,3 +215,12 @@ def test_layers_that_the_configuration_does_not_name_are_refused(saved, tmp_path
         CheckpointError, match=f"has layer {layers - 1}, its .* {layers - 1} layers"
     ):
         to_hf(open_source(folder), tmp_path / "out")
+
+
+def test_a_config_names_no_kernels(saved, tmp_path):
+    """The comparison with transformers' model would fetch and run them."""
+    shutil.copytree(saved("llama2"), tmp_path / "in")
+    file = tmp_path / "in" / "config.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps(fields | {"_attn_implementation": "kernels-community/none"}))
+    assert to_hf(open_source(tmp_path / "in"), tmp_path / "out").tensors

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 from exported_cases import WRITTEN
-from tiny_tokenizers import SPLITS, TEXTS, byte_level, checkpoint, sentencepiece
+from tiny_tokenizers import (
+    LLAMA3,
+    SPLITS,
+    TEXTS,
+    byte_level,
+    checkpoint,
+    sentencepiece,
+    split,
+    whole_words,
+)
 
 import tiny_models
 from layerskip.export import open_source, to_gguf
@@ -54,6 +63,15 @@ def test_tokens_are_those_of_transformers(name, opened, tmp_path):
     else:
         prefix = name == "sentencepiece"
         wrapped = checkpoint(tmp_path, sentencepiece(prefix=prefix), unk_token="<unk>")
-    model = opened(tmp_path, vocab_only=True)
+    same_tokens(opened(tmp_path, vocab_only=True), wrapped)
+
+
+@pytest.mark.parametrize("ignore_merges", [True, False])
+def test_words_that_are_tokens_are_merged_or_not_as_before(ignore_merges, opened, tmp_path):
+    wrapped = checkpoint(tmp_path, whole_words(split(LLAMA3), ignore_merges))
+    same_tokens(opened(tmp_path, vocab_only=True), wrapped)
+
+
+def same_tokens(model, wrapped):
     for text in TEXTS:
         assert model.tokenize(text.encode(), special=True) == wrapped.encode(text)

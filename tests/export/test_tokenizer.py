@@ -5,13 +5,23 @@ import itertools
 import gguf
 import pytest
 import torch
-from tiny_tokenizers import PLAIN_BYTES, SPLITS, TEXTS, byte_level, checkpoint, sentencepiece, split
+from tiny_tokenizers import (
+    LLAMA3,
+    PLAIN_BYTES,
+    SPLITS,
+    TEXTS,
+    byte_level,
+    checkpoint,
+    sentencepiece,
+    split,
+    whole_words,
+)
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import tiny_models
 from layerskip.cli import lens
-from layerskip.export import open_source, to_gguf
+from layerskip.export import ExportError, open_source, to_gguf, to_hf
 from layerskip.model import UnsupportedModelError, load, open_files
 
 
@@ -28,6 +38,23 @@ def test_byte_level_tokens_are_the_same(name, tmp_path):
     found = fields(tmp_path / "m.gguf")
     assert found["tokenizer.ggml.pre"] == name
     again_as_before(tmp_path / "m.gguf", wrapped)
+
+
+@pytest.mark.parametrize(("ignore_merges", "name"), [(True, "llama-bpe"), (False, "smaug-bpe")])
+def test_words_that_are_tokens_are_merged_or_not_as_before(ignore_merges, name, tmp_path):
+    wrapped = checkpoint(tmp_path / "model", whole_words(split(LLAMA3), ignore_merges))
+    assert ("Ġcarrycarry" in wrapped.tokenize("they carrycarry on")) is ignore_merges
+    to_gguf(open_source(tmp_path / "model"), tmp_path / "m.gguf")
+    assert fields(tmp_path / "m.gguf")["tokenizer.ggml.pre"] == name
+    again_as_before(tmp_path / "m.gguf", wrapped)
+
+
+def test_whole_words_that_llama_cpp_would_merge_are_refused(tmp_path):
+    checkpoint(tmp_path, whole_words(PLAIN_BYTES))
+    with pytest.raises(
+        UnsupportedModelError, match=r"leaves words that are tokens, llama\.cpp's gpt-2"
+    ):
+        to_gguf(open_source(tmp_path), tmp_path / "m.gguf")
 
 
 def again_as_before(file, wrapped, texts=TEXTS):
@@ -68,6 +95,13 @@ def test_named_templates_travel(tmp_path):
     found = fields(tmp_path / "m.gguf")
     assert found["tokenizer.chat_template"] == "{{ 1 }}"
     assert found["tokenizer.chat_template.tool_use"] == "{{ 2 }}"
+    assert open_files(tmp_path / "m.gguf").tokenizer().chat_template == named
+    for _ in range(2):  # the folder is a checkpoint alone, which may be replaced
+        to_hf(open_source(tmp_path / "m.gguf"), tmp_path / "out", overwrite=True)
+        assert open_files(tmp_path / "out").tokenizer().chat_template == named
+    (tmp_path / "out" / "additional_chat_templates" / "notes.txt").touch()
+    with pytest.raises(ExportError, match="not just a checkpoint"):
+        to_hf(open_source(tmp_path / "m.gguf"), tmp_path / "out", overwrite=True)
 
 
 def merged_by_score(found, text):

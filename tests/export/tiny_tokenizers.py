@@ -20,6 +20,7 @@ TEXTS = [
     "a\n\n\n b",
     "é½  ",
     "Hello <|end|> there<think>x",
+    "they carrycarry on",
 ]
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -40,7 +41,7 @@ def split(regex):
 SPLITS = {
     "gpt-2": PLAIN_BYTES,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(True), PLAIN_BYTES]),
-    "llama-bpe": split(LLAMA3),
+    "smaug-bpe": split(LLAMA3),
     "qwen2": split(LLAMA3.replace("{1,3}", "")),
 }
 
@@ -57,6 +58,15 @@ def byte_level(pre_tokenizer, vocab_size=320):
     )
     tokenizer.train_from_iterator([TEXT] * 3, trainer)
     return tokenizer
+
+
+def whole_words(pre_tokenizer, ignore_merges=True):
+    """`byte_level` with a token that no merges make."""
+    described = json.loads(byte_level(pre_tokenizer).to_str())
+    model = described["model"]
+    model["vocab"]["Ġ" + "carry" * 2] = len(model["vocab"])
+    model["ignore_merges"] = ignore_merges
+    return Tokenizer.from_str(json.dumps(described))
 
 
 def sentencepiece(*, prefix):

@@ -257,6 +257,30 @@ def test_unsupported_quantization(folder, fields, how):
     refuse(folder, UnsupportedModelError, f"weights quantized {how} are not supported")
 
 
+def test_weights_that_the_config_names(folder):
+    change_json(folder / "config.json", transformers_weights="other.safetensors.index.json")
+    refuse(folder, UnsupportedModelError, "names its weights (other.safetensors.index.json)")
+
+
+def test_a_config_nested_without_end(folder):
+    (folder / "config.json").write_text('{"a":' + "[" * 100_000)
+    refuse(folder, CheckpointError, "config.json cannot be read")
+
+
+def test_a_sliding_window_below_none(tmp_path):
+    reference("mistral").save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", sliding_window=-1)
+    refuse(tmp_path, CheckpointError, "config.json cannot be used: a sliding window is -1")
+
+
+@pytest.mark.parametrize(("window", "seen"), [(0, None), (None, None), (2**40, 2**31 - 1), (5, 5)])
+def test_sliding_windows_fit_into_32_bits(tmp_path, window, seen):
+    reference("mistral").save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", sliding_window=window)
+    decoder = load(tmp_path, dtype=torch.float32).decoder
+    assert set(decoder.architecture.sliding_windows) == {seen}
+
+
 @pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
 @pytest.mark.parametrize("base", ["some/base", None])
 def test_adapter_without_its_base(tmp_path, weights, base):

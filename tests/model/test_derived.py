@@ -73,6 +73,12 @@ def test_pulled_model_is_a_checkpoint(cache):
     assert model.generate("a  7", mode="auto", max_new_tokens=8).token_ids == plain.token_ids
 
 
+def test_what_an_older_merge_wrote_is_made_again(cache, monkeypatch):
+    pull(NAME)
+    monkeypatch.setattr(source, "_MERGED", source._MERGED + 1)
+    assert not source.is_pulled(NAME)
+
+
 def test_second_pull_does_no_work(cache, monkeypatch):
     first = pull(NAME)
     monkeypatch.delattr(source, "_derive")

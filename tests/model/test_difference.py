@@ -78,6 +78,19 @@ def test_what_did_not_change_is_exactly_zero(bits):
 
 
 @bits
+def test_a_few_rows_at_a_time_are_coded_as_all_at_once(bits, monkeypatch):
+    """So a large matrix needs little more memory than itself."""
+    change = gaussian(70, 101)
+    change[3], change[:, 64:] = 0.0, change[:, 64:] * 100
+    in_parts = []
+    for rows in (10_000, 16):
+        monkeypatch.setattr(difference, "_ROWS_IN_CACHE", rows)
+        in_parts.append(encode(change, bits))
+    for whole, parts in zip(*in_parts, strict=True):
+        assert torch.equal(whole, parts)
+
+
+@bits
 @pytest.mark.parametrize("width", [63, 65, 101, 130])
 def test_the_end_of_a_row_is_a_block_of_its_own(width, bits):
     change = gaussian(16, width)

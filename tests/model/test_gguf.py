@@ -113,6 +113,14 @@ def test_folder_with_one_file_is_that_file(tmp_path):
     assert torch.equal(folder, file)
 
 
+def test_what_says_the_default_may_be_said(tmp_path):
+    fields = {"attention.scale": 0.25, "attention.value_length": 16, "attention.sliding_window": 4}
+    fields["attention.sliding_window_pattern"] = [True] * 4
+    fields = {f"llama.{name}": value for name, value in fields.items()}
+    gguf_files.write(tmp_path / "m.gguf", reference("llama2"), extra_fields=fields)
+    load(tmp_path / "m.gguf", dtype=torch.float32)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -120,6 +128,13 @@ def test_folder_with_one_file_is_that_file(tmp_path):
         ({"llama.expert_count": 8}, "mixtures of experts"),
         ({"split.count": 3}, "one part of several"),
         ({"llama.block_count": 4_000_000_000}, "n_layers is 4000000000"),
+        ({"llama.attention.scale": 0.5}, "attention scaled by 0.5"),
+        ({"llama.attention.value_length": 8}, "values of another length"),
+        (
+            {"llama.attention.sliding_window": 4}
+            | {"llama.attention.sliding_window_pattern": [True, False, True, False]},
+            "a sliding window of some layers",
+        ),
     ],
 )
 def test_what_a_file_may_not_say(tmp_path, fields, message):

@@ -82,3 +82,18 @@ def test_a_name_that_comes_twice_is_refused(file):
     file.write_bytes(content.replace(b"number.small", b"number.large"))
     with pytest.raises(CheckpointError, match=r"holds number\.large twice"):
         GgufFile(file)
+
+
+def test_tensors_that_overlap_are_refused(file):
+    """Some bytes could be said to be any number of large tensors."""
+    content = bytearray(file.read_bytes())
+    (_, _, _, first), (_, _, _, second) = [
+        (t.name, t.tensor_type, t.shape, int(t.field.parts[-1][0]))
+        for t in gguf.GGUFReader(file).tensors[:2]
+    ]
+    at = content.index(b"half") + len("half") + 4 + 8 + 4
+    assert int.from_bytes(content[at : at + 8], "little") == second != first
+    content[at : at + 8] = (first + 64).to_bytes(8, "little")
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="tensors overlap"):
+        GgufHeader(file)

@@ -55,6 +55,9 @@ def repository(tmp_path_factory):
     for name in ("pytorch_model.bin", "modeling_tiny.py", "consolidated.safetensors"):
         (folder / name).write_text("never fetch me")
     (folder / "original" / "params.json").write_text("{}")
+    for name in ("adapter/adapter_config.json", "additional_chat_templates/tool_use.jinja"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_text("{}")
     return folder
 
 
@@ -66,7 +69,10 @@ def test_repository_is_fetched_over_a_connection_that_breaks(repository, tmp_pat
         for name in ("config.json", "generation_config.json", "model.safetensors"):
             assert (Path(fetched) / name).read_bytes() == (repository / name).read_bytes()
         # Nothing else, no pickle and no code.
-        assert hub.fetched() == ["config.json", "generation_config.json", "model.safetensors"]
+        assert hub.fetched() == sorted(
+            ["config.json", "generation_config.json", "model.safetensors", "tool_use.jinja"]
+        )
+        assert (Path(fetched) / "additional_chat_templates" / "tool_use.jinja").is_file()
         assert f"bytes={10 * 2**20}-" in [wanted for *_, wanted in hub.requests]  # it resumed
         assert gated.startswith("refused: owner/gated cannot be fetched from the hub: ")
         assert "Access to model owner/gated is restricted" in gated

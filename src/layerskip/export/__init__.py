@@ -1,7 +1,7 @@
 """A checkpoint for other programs, or its first layers as a draft model, or its difference to a base."""
 
-from layerskip.export.calibrate import Calibrated, calibrate
-from layerskip.export.destination import ExportError, check_new_folder
+from layerskip.export.calibrate import Calibrated, calibrate, least_bytes
+from layerskip.export.destination import ExportError, check_new_folder, check_room
 from layerskip.export.difference import to_difference
 from layerskip.export.gguf import GGUF_WEIGHTS, to_gguf
 from layerskip.export.hf import HF_WEIGHTS, to_hf
@@ -17,6 +17,8 @@ __all__ = [
     "Written",
     "calibrate",
     "check_new_folder",
+    "check_room",
+    "least_bytes",
     "open_source",
     "to_difference",
     "to_gguf",

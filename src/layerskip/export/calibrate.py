@@ -6,6 +6,7 @@ rounded (`compensate`), and hands on what it computes with rounded weights.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from layerskip.export import hf_config
 from layerskip.export.compensate import compensated, levels_of
 from layerskip.export.source import Source
 from layerskip.export.written import Progress
-from layerskip.model import difference, row_order
+from layerskip.model import difference, families, row_order
 from layerskip.model.quantize import EMBEDDING_BITS, check_groups, on_grid
 from layerskip.model.rounding import CALIBRATED, Rounding
 from layerskip.model.weights import missing
@@ -81,13 +82,22 @@ def calibrate(
     return Calibrated(made, Rounding(CALIBRATED, round(after / before - 1, 4)))
 
 
+def least_bytes(source: Source) -> int:
+    """What a checkpoint takes at least whose layers have matrices of `calibrate`, in float32."""
+    shapes = {name: source.files.tensors.shape(name) for name in source.names}
+    return sum(
+        math.prod(shape) * (4 if ".layers." in name and len(shape) == 2 else 2)
+        for name, shape in shapes.items()
+    )
+
+
 def calibrate_difference(
     source: Source,
     base: Source,
     tokens: Sequence[int],
     bits_of: Callable[[str], int],
     progress: Progress = lambda done, total: None,
-) -> dict[str, Tensor]:
+) -> dict[str, dict[str, Tensor]]:
     """What training changed, on the levels of a difference, so that outputs change little.
 
     The head sees what leaves the last layer and, where the checkpoint names one, its exit layer.
@@ -100,22 +110,22 @@ def calibrate_difference(
         progress: called with the layers done and their number.
 
     Returns:
-        name -> change, float32, of every matrix in a layer and of the head that gets so few bits that
-        it is not left to the nearest level.
+        name -> the file's tensors for its change (`difference.to_stored`), of every matrix in a layer
+        and of the head that gets so few bits that it is not left to the nearest level.
 
     Raises:
         ValueError: the text is too short.
     """
     windows = _windows(source, tokens)
     model = _model(source)
-    made: dict[str, Tensor] = {}
+    made: dict[str, dict[str, Tensor]] = {}
 
     def rounded(name: str, weight: Tensor, hessian: Tensor) -> Tensor:
         before = row_order.read(base.files, name, "halves").float()
         change, bits = weight - before, bits_of(name)
         if bits <= MOST_COMPENSATED_BITS:
             change = compensated(change, hessian, levels_of(bits), difference.BLOCK)
-            made[name] = change
+            made[name] = difference.to_stored(name, change, bits)
         else:
             change = difference.rounded(change, bits)
         return (before + change).to(torch.bfloat16).float()  # as merged
@@ -166,7 +176,9 @@ def _model(source: Source) -> Any:
 
     fields = hf_config.config(source, torch.float32)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, trust_remote_code=False, **families.OWN_KERNELS
+    )
     names = set(source.names)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

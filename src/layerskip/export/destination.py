@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from layerskip.model.files import flush
+from layerskip.model.older_names import TEMPLATES
 
 
 class ExportError(ValueError):
@@ -47,7 +48,7 @@ def new_file(path: Path, *, n_bytes: int, overwrite: bool) -> Iterator[Path]:
 def new_folder(path: Path, *, n_bytes: int, overwrite: bool) -> Iterator[Path]:
     """An empty folder to fill, which becomes `path` when the block ends well; as `new_file`.
 
-    A folder that is replaced has to be a checkpoint without folders in it: nothing else is deleted.
+    A folder that is replaced has to hold a checkpoint alone: nothing else is deleted.
     """
     taken = check_new_folder(path, overwrite=overwrite)
     temporary = _beside(path)
@@ -113,14 +114,27 @@ _PARTS_OF_A_CHECKPOINT = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|"
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
     r"|chat_template)\.json|(merges|vocab)\.txt|tokenizer\.model|chat_template\.jinja"
+    rf"|{TEMPLATES}/[^/]+\.jinja"
 )
 
 
 def _is_only_a_checkpoint(path: Path) -> bool:
     return (path / "config.json").is_file() and all(
-        inside.is_file() and _PARTS_OF_A_CHECKPOINT.fullmatch(inside.name)
-        for inside in path.iterdir()
+        inside.is_file() and _PARTS_OF_A_CHECKPOINT.fullmatch(inside.relative_to(path).as_posix())
+        for inside in path.rglob("*")
+        if inside != path / TEMPLATES
     )
+
+
+def check_room(path: Path, n_bytes: int) -> None:
+    """Raise ExportError where a disk has no room for so many bytes at `path`."""
+    folder = path.absolute().parent
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise ExportError(
+            f"{path} needs {n_bytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free;"
+            " free some space or choose another place"
+        )
 
 
 @contextlib.contextmanager
@@ -128,12 +142,7 @@ def _failures_named(path: Path, n_bytes: int) -> Iterator[None]:
     folder = path.absolute().parent
     if not folder.is_dir():
         raise ExportError(f"the folder {folder} does not exist; make it first")
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes:
-        raise ExportError(
-            f"{path} needs {n_bytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free;"
-            " free some space or choose another place"
-        )
+    check_room(path, n_bytes)
     try:
         yield
     except (OSError, SafetensorError) as error:

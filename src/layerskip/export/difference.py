@@ -80,7 +80,7 @@ def to_difference(
         config=hf_config.config(source, torch.bfloat16),
         generation_config=hf_config.generation_config(source, roundings={}),
     )
-    calibrated: dict[str, Tensor] = {}
+    calibrated: dict[str, dict[str, Tensor]] = {}
     state: dict[str, Tensor] = {}
     squares, of_errors = defaultdict[str, float](float), defaultdict[str, float](float)  # by kind
     with new_file(path, n_bytes=_n_bytes(source, bits_of), overwrite=overwrite) as temporary:
@@ -91,7 +91,7 @@ def to_difference(
         for done, name in enumerate(names, start=1):
             change = row_order.read(source.files, name, "halves").float()
             change = change - row_order.read(origin.files, name, "halves").float()
-            stored = difference.to_stored(name, calibrated.get(name, change), bits_of(name))
+            stored = calibrated.get(name) or difference.to_stored(name, change, bits_of(name))
             if not all(tensor.isfinite().all() for tensor in stored.values()):
                 raise CheckpointError(f"the difference of {name} is too large, or no number")
             back = difference.from_stored(tuple(change.shape), list(stored.values()), bits_of(name))

@@ -15,7 +15,7 @@ from gguf import TokenType
 
 from layerskip.export.source import Source
 from layerskip.model import UnsupportedModelError
-from layerskip.model.gguf_tokenizer import SPLITS
+from layerskip.model.gguf_tokenizer import ALL_MERGED, SPLITS, WHOLE_WORDS
 from layerskip.model.weights import GgufFile
 
 _MORE_ENDS = ("eot", "eom")  # llama.cpp has three places for tokens that end an answer
@@ -111,7 +111,17 @@ def _split_name(described: dict[str, Any]) -> str:
             "the way this tokenizer splits a text has no known name in llama.cpp; known are those"
             f" named {', '.join(SPLITS.values())}"
         )
-    return SPLITS[shape]
+    name = SPLITS[shape]
+    is_whole = bool(described["model"].get("ignore_merges"))
+    if is_whole == (name in WHOLE_WORDS):
+        return name
+    for other, splits_like in ALL_MERGED.items():
+        if splits_like == name:
+            return other
+    raise UnsupportedModelError(
+        f"this tokenizer {'leaves' if is_whole else 'merges'} words that are tokens, llama.cpp's {name}"
+        " does not; GGUF cannot say that"
+    )
 
 
 def _add_sentencepiece(

@@ -13,8 +13,8 @@ from layerskip.export.calibrate import Calibrated
 from layerskip.export.destination import new_folder
 from layerskip.export.source import Source, cast
 from layerskip.export.written import Progress, Written
-from layerskip.model import CheckpointError, row_order
-from layerskip.model.files import write_json
+from layerskip.model import CheckpointError, families, row_order
+from layerskip.model.files import share_weights, write_json
 from layerskip.model.rounding import Rounding
 
 HF_WEIGHTS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -87,17 +87,17 @@ def to_hf(
                 written += 1
                 progress(written, len(names))
             save_file(state, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod((folder / "config.json").stat().st_mode)
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             write_json(folder / "model.safetensors.index.json", index)
+        share_weights(folder)
     return Written(
         path=path,
         format="hf" if source.exit_layer is None else "hf-draft",
         exit_layer=source.exit_layer,
         layers=source.architecture.n_layers,
         tied_head=source.files.tied,
-        bytes=sum(file.stat().st_size for file in path.iterdir()),
+        bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         tensors=len(names),
         stored_as=dict(Counter(_NAMES[dtype] for dtype in dtypes.values())),
         carried_over=carried_over,
@@ -122,7 +122,9 @@ def _check(folder: Path, shapes: dict[str, tuple[int, ...]], *, tied: bool) -> N
 
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False, **families.OWN_KERNELS
+        )
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if tied:
         expected.pop("lm_head.weight")

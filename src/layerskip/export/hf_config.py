@@ -7,11 +7,10 @@ from typing import Any
 import torch
 
 from layerskip.export.source import Source
-from layerskip.model import UnsupportedModelError, rotary, settings
+from layerskip.model import UnsupportedModelError, older_names, rotary, settings
 from layerskip.model.architecture import Rope
 from layerskip.model.files import read_json
 from layerskip.model.gguf_tokenizer import special_token_ids
-from layerskip.model.merge import older_rope
 from layerskip.model.rounding import Rounding, recorded
 from layerskip.model.weights import GgufFile
 
@@ -36,12 +35,8 @@ def config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
         fields["num_hidden_layers"] = n_layers
         if fields.get("layer_types"):
             fields["layer_types"] = fields["layer_types"][:n_layers]
-        fields |= older_rope(fields)
-    name = str(dtype).removeprefix("torch.")
-    fields["dtype"] = name
-    if "torch_dtype" in fields:  # the older name of the same field
-        fields["torch_dtype"] = name
-    return fields
+    fields["dtype"] = str(dtype).removeprefix("torch.")
+    return fields | older_names.of_config(fields)
 
 
 def generation_config(
@@ -104,7 +99,7 @@ def _from_gguf(source: Source, file: GgufFile) -> dict[str, Any]:
         **own,
     )
     fields: dict[str, Any] = json.loads(made.to_json_string(use_diff=True))
-    return fields | older_rope(fields)
+    return fields
 
 
 def _rope_parameters(source: Source) -> dict[str, Any]:

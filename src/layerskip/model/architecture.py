@@ -6,6 +6,7 @@ from typing import Literal
 
 RopeKind = Literal["default", "linear", "llama3"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
+_MOST_POSITIONS = 2**31 - 1  # that the compiled kernels count
 
 
 class UnsupportedModelError(ValueError):
@@ -64,7 +65,7 @@ class Architecture:
 
     Attributes:
         family: the row of `FAMILIES`.
-        sliding_windows: how many positions layer l sees (its own included), None for all of them.
+        sliding_windows: how many positions layer l sees (its own included), None or 0 for all of them.
         ropes: the rotary embedding of layer l, None where it has none.
         attention_scale: queries times keys are multiplied by it, None for 1 / sqrt(head_dim).
         attention_cap: c, where scores s become c * tanh(s / c).
@@ -107,6 +108,10 @@ class Architecture:
         turned = {rope.turned(self.head_dim) for rope in self.ropes if rope is not None}
         if odd := [n for n in (self.head_dim, *turned) if n % 2]:
             raise ValueError(f"head_dim is {odd[0]}, rotary pairs need an even number")
+        if any(window is not None and window < 0 for window in self.sliding_windows):
+            raise ValueError(f"a sliding window is {min(w for w in self.sliding_windows if w)}")
+        windows = tuple(min(w, _MOST_POSITIONS) if w else None for w in self.sliding_windows)
+        object.__setattr__(self, "sliding_windows", windows)
         for name in ("sliding_windows", "ropes"):
             if len(getattr(self, name)) != self.n_layers:
                 raise ValueError(f"{name} are of {len(getattr(self, name))} layers, not all")

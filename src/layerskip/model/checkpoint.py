@@ -159,6 +159,19 @@ def check_no_adapter(folder: Path) -> None:
         )
 
 
+def check_no_adapter_beside(folder: Path) -> None:
+    """Refuse an adapter beside weights: transformers would put it on, be it a pickle; we do not.
+
+    Raises:
+        UnsupportedModelError: there is one.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise UnsupportedModelError(
+            f"{folder} has an adapter beside its weights: merge it (peft's merge_and_unload), or take"
+            " adapter_config.json away"
+        )
+
+
 def _gguf_in(path: Path) -> Path | None:
     """The GGUF file to read, or None where the folder holds safetensors."""
     if path.is_file():

@@ -139,18 +139,21 @@ def encode(change: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         codes [out, ceil(in * bits / 8)] uint8, the first in the lowest bits of a byte, what is left
         over in a row's last byte meaning nothing; and scales [out, ceil(in / 64)] float16.
     """
-    n_out, n_in = change.shape
-    blocks = _blocks(change)
-    scales = _scales(blocks, _blocks(torch.ones(1, n_in)), bits)  # 0 behind the end of a row
-    rank = _rank(blocks, scales.float(), bits)
+    n_in = change.shape[1]
+    inside = _blocks(torch.ones(1, n_in))  # 0 behind the end of a row
     half = len(LEVELS[bits])
-    codes = torch.where(blocks < 0, half - 1 - rank, half + rank).to(torch.uint8)
     n_bytes, in_byte = -(-n_in * bits // 8), 8 // bits
-    of_byte = codes.flatten(1)[:, : n_bytes * in_byte].unflatten(1, (n_bytes, in_byte))
-    packed = torch.zeros(n_out, n_bytes, dtype=torch.uint8)
-    for place in range(in_byte):
-        packed |= of_byte[..., place] << bits * place
-    return packed, scales
+    packed, scales = [], []
+    for rows in change.split(_ROWS_IN_CACHE):
+        blocks = _blocks(rows)
+        scales.append(_scales(blocks, inside, bits))
+        rank = _rank(blocks, scales[-1].float(), bits)
+        codes = torch.where(blocks < 0, half - 1 - rank, half + rank).to(torch.uint8)
+        of_byte = codes.flatten(1)[:, : n_bytes * in_byte].unflatten(1, (n_bytes, in_byte))
+        packed.append(torch.zeros(len(rows), n_bytes, dtype=torch.uint8))
+        for place in range(in_byte):
+            packed[-1] |= of_byte[..., place] << bits * place
+    return torch.cat(packed), torch.cat(scales)
 
 
 def decode(codes: Tensor, scales: Tensor, n_in: int, bits: int) -> Tensor:

@@ -18,6 +18,10 @@ from layerskip.model.architecture import (
 )
 from layerskip.model.ropes import ropes_of
 
+# Given to transformers with any config: what computes attention and experts is transformers' own choice.
+# A config may name compiled code of the hub there.
+OWN_KERNELS: Mapping[str, Any] = {"attn_implementation": None, "experts_implementation": None}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Names:
@@ -201,6 +205,13 @@ def check(config: Mapping[str, Any]) -> None:
     family_of(str(config.get("model_type")))
     check_not_quantized(config)
     check_causal(config)
+    check_weights_unnamed(config)
+
+
+def check_weights_unnamed(config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError where a transformers config names the file of the weights."""
+    if named := config.get("transformers_weights"):
+        raise UnsupportedModelError(f"a config that names its weights ({named}) is not supported")
 
 
 def check_causal(config: Mapping[str, Any]) -> None:

@@ -1,11 +1,15 @@
 """Files of JSON, and files that appear whole or not at all."""
 
 import json
+import math
 import os
+import re
 import secrets
 import shutil
 from pathlib import Path
 from typing import Any
+
+_OBEYED = re.compile(r"[\x7f-\x9f]")  # control characters that JSON leaves as they are
 
 
 class CheckpointError(ValueError):
@@ -20,16 +24,28 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: nested too deeply
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return value
 
 
-def json_text(value: Any) -> str:
-    """JSON in lines for people to read."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+def json_text(value: Any, *, ascii_only: bool = False) -> str:
+    """JSON in lines for people to read: without what JSON has not, or a terminal would obey.
+
+    Numbers that are none are null, and control characters are written as their codes.
+    """
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=ascii_only, allow_nan=False) + "\n"
+    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -64,9 +80,31 @@ def replace(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
+def check_within(path: Path, within: Path | None = None) -> None:
+    """Refuse a link out of its folder: whoever made the folder would choose what is read or replaced.
+
+    `within` is that folder where it is not the one that the file lies in.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    folder, real = (within or path.parent).resolve(), path.resolve()
+    # The hub's cache has links from snapshots/REVISION to blobs.
+    of_the_hub = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    if not real.is_relative_to(of_the_hub):
+        raise CheckpointError(f"{path} is a link to {real}, outside of its folder: it is refused")
+
+
 def flush(path: Path) -> None:
     """See that a file, or all files of a folder, are on the disk, before they get their final name."""
     for inside in path.rglob("*") if path.is_dir() else [path]:
         if inside.is_file() and os.name != "nt":  # which flushes no file that was opened to be read
             with inside.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def share_weights(folder: Path) -> None:
+    """Let those who read a folder's JSON read its safetensors, which are made for their owner alone."""
+    for weights in folder.rglob("*.safetensors"):
+        for beside in sorted(weights.parent.glob("*.json"))[:1]:
+            shutil.copymode(beside, weights)

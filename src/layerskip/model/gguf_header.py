@@ -5,6 +5,7 @@ longer than all of the weights.
 """
 
 import dataclasses
+import itertools
 import math
 import mmap
 import struct
@@ -96,6 +97,12 @@ class GgufHeader:
         self.tensors: dict[str, StoredTensor] = self._unique(
             (name, self._tensor(start + offset, kind, shape)) for name, kind, shape, offset in infos
         )
+        # A small file could be any number of large tensors.
+        held = sorted(
+            (offset, offset + self.tensors[name].data.nbytes) for name, *_, offset in infos
+        )
+        if any(begin < end for (_, end), (begin, _) in itertools.pairwise(held)):
+            raise ValueError("tensors overlap")
 
     def _unpack(self, layout: str) -> tuple[Any, ...]:
         values = struct.unpack_from(layout, self._file, self._at)

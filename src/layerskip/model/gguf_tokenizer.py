@@ -7,6 +7,7 @@ guess would give other tokens without a word.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from layerskip.model.architecture import UnsupportedModelError
@@ -38,7 +39,8 @@ _OTHER_NAMES = {
     "deepseek-r1-qwen": "qwen2",
     **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell"), "smollm"),
 }
-_WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is a token is not merged, and BOS comes first
+WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is a token is not merged, and BOS comes first
+ALL_MERGED = {"smaug-bpe": "llama-bpe"}  # splits like the other, of which neither holds
 # Control tokens that end an answer whatever else the file names, as in llama.cpp.
 _ENDS = frozenset(
     [
@@ -76,10 +78,11 @@ def from_gguf(file: GgufFile) -> Any:
     tokens: list[str] = _field(file, "tokens", [])
     name = str(_field(file, "pre", "default"))
     split = _OTHER_NAMES.get(name, name)
+    is_whole, split = split in WHOLE_WORDS, ALL_MERGED.get(split, split)
     if kind == "llama":
         backend, begins = _sentencepiece(file, tokens), True
     elif kind == "gpt2" and split in SPLITS.values():
-        backend, begins = _byte_level(file, tokens, split), split in _WHOLE_WORDS
+        backend, begins = _byte_level(file, tokens, split, is_whole), is_whole
     else:
         what = f"that splits texts as {name}" if kind == "gpt2" else f"of the kind {kind}"
         raise UnsupportedModelError(
@@ -101,9 +104,18 @@ def from_gguf(file: GgufFile) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
-        chat_template=file.field("tokenizer.chat_template"),
+        chat_template=_chat_template(file),
         **({"bos_token": None, "eos_token": None} | special),
     )
+
+
+def _chat_template(file: GgufFile) -> str | dict[str, str] | None:
+    """The template, or several by name; names that could be no file's are passed over."""
+    key = "tokenizer.chat_template"
+    names = [name for name in file.field(f"{key}s", []) if re.fullmatch(r"\w+", name)]
+    templates = {"default": file.field(key)} | {n: file.field(f"{key}.{n}") for n in names}
+    known = {name: text for name, text in templates.items() if text is not None}
+    return known if known.keys() - {"default"} else known.get("default")
 
 
 def end_tokens(file: GgufFile) -> list[int]:
@@ -132,7 +144,7 @@ def _field(file: GgufFile, name: str, default: Any = None) -> Any:
     return file.field(f"tokenizer.ggml.{name}", default)
 
 
-def _byte_level(file: GgufFile, tokens: list[str], split: str) -> Tokenizer:
+def _byte_level(file: GgufFile, tokens: list[str], split: str, is_whole: bool) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     merges = []
@@ -140,7 +152,7 @@ def _byte_level(file: GgufFile, tokens: list[str], split: str) -> Tokenizer:
         space = merge.index(" ", 1)
         merges.append((merge[:space], merge[space + 1 :]))
     vocab = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=split in _WHOLE_WORDS))
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=is_whole))
     shape = next(shape for shape, name in SPLITS.items() if name == split)
     steps: list[Any] = []
     if shape[0] == "split":

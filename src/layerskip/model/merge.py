@@ -8,11 +8,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from layerskip.model import difference, row_order
+from layerskip.model import difference, older_names, row_order
 from layerskip.model.checkpoint import Files, open_files
 from layerskip.model.difference import Header
 from layerskip.model.digest import sha256_of
-from layerskip.model.files import CheckpointError, flush, write_json
+from layerskip.model.files import CheckpointError, flush, share_weights, write_json
 from layerskip.model.source import BUILTIN_MODELS, resolve
 from layerskip.model.weights import damage_named
 
@@ -95,23 +95,9 @@ def _check_fits(file: Any, base: Files, path: Path) -> None:
             )
 
 
-def older_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """What transformers before version 5, and programs that read its files, call `rope_parameters`.
-
-    They would turn by a base of 10,000 and without scaling, and say nothing.
-    """
-    rope = dict(config.get("rope_parameters") or {})
-    if "rope_theta" not in rope:  # none, or one for each kind of layer: there was no one word
-        return {}
-    fields: dict[str, Any] = {"rope_theta": rope.pop("rope_theta")}
-    if rope.get("rope_type", "default") != "default":
-        fields["rope_scaling"] = rope
-    return fields
-
-
 def _write(folder: Path, header: Header, base: Files, file: Any) -> None:
     config = {key: value for key, value in header.config.items() if key != "auto_map"}  # no code
-    write_json(folder / "config.json", config | older_rope(config))
+    write_json(folder / "config.json", config | older_names.of_config(config))
     write_json(folder / "generation_config.json", header.generation_config)
     base.write_tokenizer(folder)
     state, there = {}, set(file.keys())
@@ -120,6 +106,5 @@ def _write(folder: Path, header: Header, base: Files, file: Any) -> None:
         bits = difference.bits_stored(name, there)
         stored = [file.get_tensor(part) for part in difference.layout(name, shape, bits)]
         state[name] = (before + difference.from_stored(shape, stored, bits)).to(torch.bfloat16)
-    weights = folder / "model.safetensors"
-    save_file(state, weights, metadata={"format": "pt"})
-    weights.chmod((folder / "config.json").stat().st_mode)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    share_weights(folder)

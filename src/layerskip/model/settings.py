@@ -1,6 +1,7 @@
 """The settings that travel with a checkpoint, in `generation_config.json`.
 
-What transformers has a field for is in that field. The rest is under the key `layerskip`:
+What transformers has a field for is in that field. The rest is under the key `layerskip`: `exit_layer`,
+for models that transformers cannot draft with, whose `generate` would fail with its own field;
 `draft_vocabulary`, token ids in one text, the most useful first; `draft_text`, token ids of what answers
 repeat; `costs`, a list of `StepCosts`.
 """
@@ -16,6 +17,7 @@ from layerskip.model.files import CheckpointError, read_json
 
 FILE = "generation_config.json"
 KEY = "layerskip"
+EXIT = "exit_layer"  # under that key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,8 @@ class SettingsWarning(UserWarning):
 class Settings:
     """What `generation_config.json` says about decoding.
 
-    `exit_layer` is `assistant_early_exit`, `draft_tokens` is `num_assistant_tokens`.
+    `exit_layer` is `assistant_early_exit`, or where that is not there ours; `draft_tokens` is
+    `num_assistant_tokens`.
     `draft_vocabulary` are the tokens that an early exit drafts, the most useful first; None = all.
     `draft_text` is searched for n-grams, beside prompt and answer.
     `costs` were measured, one for each kind of weights and machine that the model was tuned with.
@@ -151,12 +154,23 @@ def read_settings(path: Path, config: dict[str, Any], vocab_size: int) -> Settin
         vocabulary += tuple(token for token in ends if token not in vocabulary)
     return Settings(
         end_tokens=tuple(ends),
-        exit_layer=_positive_int(fields, "assistant_early_exit", file),
+        exit_layer=exit_layer_of(fields, file),
         draft_tokens=_positive_int(fields, "num_assistant_tokens", file),
         draft_vocabulary=vocabulary,
         draft_text=_token_ids(own, "draft_text", vocab_size, file),
         costs=costs_of(own, file),
     )
+
+
+def exit_layer_of(fields: dict[str, Any], file: Path) -> int | None:
+    """The exit that the fields of `generation_config.json` name, transformers' own field before ours.
+
+    Raises:
+        CheckpointError: it is no whole number above 0.
+    """
+    own = fields.get(KEY)
+    named = _positive_int(fields, "assistant_early_exit", file)
+    return named or _positive_int(own if isinstance(own, dict) else {}, EXIT, file)
 
 
 def _warn_of_what_has_no_effect(fields: dict[str, Any], file: Path) -> None:

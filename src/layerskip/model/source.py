@@ -22,7 +22,10 @@ from layerskip.model.files import CheckpointError, flush, read_json, write_json
 
 CACHE_VARIABLE = "LAYERSKIP_CACHE"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
-_NOT_HUB_FILES = ["*/*", "consolidated*"]  # other formats, and the same weights once more
+# Other formats, and the same weights once more; of folders, only additional_chat_templates is left.
+_NOT_HUB_FILES = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "*/*/*", "consolidated*"]
+# In the name of a merged model's folder: another number where `merge` writes other files.
+_MERGED = 2
 
 
 class SourceError(ValueError):
@@ -180,7 +183,7 @@ def pull(name: str, report: Callable[[str], None] = lambda line: None) -> Path:
 def _folder(name: str) -> Path:
     """Where a built-in model is kept; a derived one of another version of the package, elsewhere."""
     model = BUILTIN_MODELS[name]
-    version = f"-{model.sha256[:8]}" if isinstance(model, DerivedModel) else ""
+    version = f"-{model.sha256[:8]}-{_MERGED}" if isinstance(model, DerivedModel) else ""
     return cache_folder() / f"{name}{version}"
 
 

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from layerskip.model import older_names
 from layerskip.model.architecture import UnsupportedModelError
-from layerskip.model.files import CheckpointError, read_json, write_json
+from layerskip.model.files import CheckpointError, check_within, read_json
 from layerskip.model.gguf_tokenizer import from_gguf
 from layerskip.model.weights import GgufFile
 
@@ -59,37 +60,20 @@ def is_as_written(settings: Mapping[str, Any]) -> bool:
     return "auto_map" not in settings and (kind in _GENERIC or (kind in _REBUILT and is_complete))
 
 
-def _check_within(file: Path) -> None:
-    """Refuse a link that would carry another file of this machine into what is to be passed on."""
-    folder, real = file.parent.resolve(), file.resolve()
-    # The hub's cache has links from snapshots/REVISION to blobs.
-    of_the_hub = folder.parent.parent if folder.parent.name == "snapshots" else folder
-    if not real.is_relative_to(of_the_hub):
-        raise CheckpointError(f"{file} is a link to {real}, outside of its folder: it is refused")
-
-
 def write(path: Path, folder: Path, gguf_file: GgufFile | None = None) -> None:
     """Copy a checkpoint's tokenizer files into a folder, or save the tokenizer of its GGUF file there.
 
     Raises:
         CheckpointError: a tokenizer is there but cannot be read.
     """
-    found = [name for name in (*_TOKENIZER_FILES, *_FILES_BESIDE) if (path / name).is_file()]
+    templates = sorted(path.glob(f"{older_names.TEMPLATES}/*.jinja"))
+    names = (*_TOKENIZER_FILES, *_FILES_BESIDE, *(str(t.relative_to(path)) for t in templates))
+    found = [name for name in names if (path / name).is_file()]
     if not set(found) & set(_TOKENIZER_FILES) and (tokenizer := load(path, gguf_file)) is not None:
         tokenizer.save_pretrained(str(folder))
     for name in found:
-        _check_within(path / name)
+        # Another file of this machine is not to be passed on.
+        check_within(path / name, path)
+        (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path / name, folder / name)
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        fields = read_json(settings)
-        changes: dict[str, Any] = {}
-        # A list there is transformers 5's, and so is the name below.
-        if isinstance(fields.get("extra_special_tokens"), list):
-            changes = {"additional_special_tokens": fields.pop("extra_special_tokens")}
-        if fields.get("tokenizer_class") == "TokenizersBackend":
-            # transformers 5 writes its own new name; both 4 and 5 know the older one.
-            changes["tokenizer_class"] = "PreTrainedTokenizerFast"
-        code = fields.pop("auto_map", None)  # none travels with a checkpoint
-        if changes or code is not None:
-            write_json(settings, fields | changes)
+    older_names.amend_tokenizer_config(folder)

@@ -1,6 +1,7 @@
 """Checkpoint files as named tensors: safetensors as transformers saves them, and GGUF."""
 
 import contextlib
+import math
 import re
 import struct
 from collections.abc import Iterator
@@ -225,6 +226,22 @@ class GgufFile:
         if int(self.field(f"{name}.rope.dimension_count", head_dim)) != head_dim:
             raise UnsupportedModelError(
                 "rotary embedding of a part of each head in a GGUF file is not supported"
+            )
+        scale = float(self.field(f"{name}.attention.scale") or head_dim**-0.5)  # 0 is the default
+        if not math.isclose(scale, head_dim**-0.5, rel_tol=1e-5):
+            raise UnsupportedModelError(
+                f"attention scaled by {scale:.4g} in a GGUF file is not supported"
+            )
+        if int(self.field(f"{name}.attention.value_length", head_dim)) != head_dim:
+            raise UnsupportedModelError(
+                "values of another length than keys in a GGUF file are not supported"
+            )
+        pattern = self.field(
+            f"{name}.attention.sliding_window_pattern", 0
+        )  # 0 and True: everywhere
+        if window and not (all(pattern) if isinstance(pattern, list) else pattern == 0):
+            raise UnsupportedModelError(
+                "a sliding window of some layers in a GGUF file is not supported"
             )
         rope = Rope(
             theta=float(self.field(f"{name}.rope.freq_base", 10_000.0)),
