@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from layerskip.recipe.exit_loss import exit_losses
+from layerskip.recipe.exit_loss import exit_losses, rows_of_chunk
 
 ROWS, TOKENS, HIDDEN, VOCABULARY = 3, 7, 8, 23
 WEIGHTS = {2: 0.2, 3: 0.3, 5: 0.5}
@@ -68,6 +68,13 @@ def test_loss_and_gradients(distillation_weight, chunk, cap):
     torch.testing.assert_close(losses.loss, expected)
     for actual, wanted in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_large_vocabularies_do_not_make_small_chunks_on_a_gpu():
+    assert rows_of_chunk(49_152, "cpu") == 1365
+    assert rows_of_chunk(256_000, "cpu") == 262
+    assert rows_of_chunk(256_000, "cuda") == 2048
+    assert rows_of_chunk(1000, "cuda") == 67_108
 
 
 def run(states, labels, shared_exit, parameters, **options):

@@ -1,4 +1,5 @@
 import pytest
+import yaml
 
 from layerskip.training import TrainConfig
 
@@ -146,3 +147,13 @@ def test_a_home_folder_is_spelled_out(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     config = make(model="~/model", output="~/out")
     assert (config.model, config.output) == ("/home/somebody/model", "/home/somebody/out")
+
+
+@pytest.mark.parametrize("name", ["exits", "seed", "resume", "regime"])
+def test_aliases_of_yaml_make_no_long_message(tmp_path, name):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
+    values = yaml.safe_load("\n".join(lines))
+    with pytest.raises(ValueError, match=f"^{name} is \\[") as caught:
+        make(**{name: values["a29"]})
+    assert len(str(caught.value)) < 500

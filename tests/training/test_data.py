@@ -129,6 +129,8 @@ def test_quotation_marks_in_tab_separated_text_are_text(tmp_path):
     ("name", "text", "message"),
     [
         ("a.jsonl", '{"text": "x"}\n{"text"\n', "a.jsonl:2 is not JSON"),
+        ("a.jsonl", '{"text": "x"}\n' + "[" * 100_000, "a.jsonl:2 is nested too deeply"),
+        ("a.json", "[" * 100_000, "a.json is nested too deeply"),
         ("a.jsonl", "[1]\n", "a.jsonl:1 is not an object"),
         ("a.json", '{"a": 1}', "must hold a list"),
         ("a.tsv", "a\tb\n1\t2\n1\n", "a.tsv:3 does not have the 2 columns"),

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import gguf_files
 import pytest
 import torch
 from filelock import FileLock
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 import causal_lms
+import tiny_models
 from layerskip import LayerSkipModel
 from layerskip.training import LayerSkipTrainer, TrainConfig, train
 from layerskip.training.callbacks import read_log
@@ -34,7 +36,7 @@ from layerskip.training.errors import (
     TrainingWarning,
     UnwrittenCheckpointError,
 )
-from layerskip.training.loading import load_model
+from layerskip.training.loading import load_model, pretrained_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -633,14 +635,10 @@ def test_float16_without_a_gpu_is_refused_and_not_float32(settings):
 
 
 def test_a_full_disk_at_the_log_names_the_step(settings, monkeypatch):
-    plain_open = Path.open
+    def full(path, flags):
+        raise OSError(28, "No space left on device")
 
-    def full(path, mode="r", *how, **more):
-        if path.name == "train_log.jsonl" and mode == "a":
-            raise OSError(28, "No space left on device")
-        return plain_open(path, mode, *how, **more)
-
-    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr("layerskip.training.callbacks._open_no_link", full)
     with pytest.raises(
         UnwrittenCheckpointError, match=r"log of step 3 .*checkpoint-2\. .*go on with --resume"
     ):
@@ -1057,3 +1055,79 @@ def test_a_result_without_weights_is_none(settings, monkeypatch):
     monkeypatch.setattr(LayerSkipTrainer, "save_model", nothing)
     with pytest.raises(UnwrittenCheckpointError, match="the Trainer wrote no weights"):
         run(settings, max_steps=1, save_steps=100)
+
+
+@pytest.mark.parametrize("name", ["train_log.jsonl", "train.json", ".lock", "loss_per_exit.png"])
+def test_a_link_out_of_the_output_folder_is_not_written_through(settings, tmp_path, name):
+    own = tmp_path / "profile"
+    own.write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(own)
+    with pytest.raises(ValueError, match=r"is a link to .*profile, outside of its folder"):
+        run(settings)
+    assert own.read_text() == "mine"
+
+
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="this system follows links")
+def test_a_log_that_becomes_a_link_is_not_appended_to(settings, tmp_path):
+    own = tmp_path / "profile"
+    own.write_text("mine")
+    log = tmp_path / "out" / "train_log.jsonl"
+
+    def swap(progress):
+        if log.exists() and not log.is_symlink():
+            log.unlink()
+            log.symlink_to(own)
+
+    with pytest.raises(UnwrittenCheckpointError, match="the log of step"):
+        train(TrainConfig.from_mapping(settings), swap)
+    assert own.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("from_scratch", [True, False])
+def test_a_config_names_no_kernels(settings, model_folder, tmp_path, name, from_scratch):
+    """transformers would fetch compiled code from the hub and run it."""
+    model = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    fields = json.loads((model / "config.json").read_text())
+    named = {name: "kernels-community/none", "experts_implementation": "none/none"}
+    (model / "config.json").write_text(json.dumps(fields | named))
+    changes = {"model": str(model), "max_length": 1024, "from_scratch": from_scratch}
+    loaded = load_model(TrainConfig.from_mapping({**settings, **changes}))
+    assert loaded.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("file", ["config.json", "config.5.0.0.json"])
+def test_a_config_names_no_other_weights(settings, model_folder, tmp_path, file):
+    model = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    fields = json.loads((model / "config.json").read_text())
+    other = {"transformers_weights": "other.safetensors.index.json"}
+    if file != "config.json":  # that transformers reads in its place
+        (model / "config.json").write_text(json.dumps({**fields, "configuration_files": [file]}))
+    (model / file).write_text(json.dumps({**fields, **other}))
+    config = TrainConfig.from_mapping({**settings, "model": str(model)})
+    with pytest.raises(ValueError, match=r"^a config that names its weights \(other\."):
+        load_model(config)
+
+
+def test_adapters_on_the_hub_are_refused(settings, monkeypatch):
+    asked = []
+
+    def find(name):
+        asked.append(name)
+        return "adapter_config.json"
+
+    monkeypatch.setattr("layerskip.training.source.find_adapter_config_file", find)
+    with pytest.raises(ValueError, match=r"^owner/name on the hub is or has an adapter: merge it"):
+        run(settings, model="owner/name")
+    assert asked == ["owner/name"]
+
+
+def test_a_built_in_gguf_file_is_unpacked(tmp_path, monkeypatch):
+    model = tiny_models.build("llama2")
+    fields = {"llama.vocab_size": model.config.vocab_size}
+    gguf_files.write(tmp_path / "model.gguf", model, extra_fields=fields)
+    monkeypatch.setattr("layerskip.training.source.pull", lambda name: tmp_path)
+    loaded = pretrained_model("smollm2-135m").state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(loaded[name], tensor)

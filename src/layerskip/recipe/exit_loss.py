@@ -26,6 +26,9 @@ from layerskip.recipe.fused_loss import FusedLoss
 IGNORED_LABEL = -100
 # Logits that exist at one time, in elements: 128 MB in bfloat16, and their gradient is as large.
 CHUNK_ELEMENTS = 2**26
+# Rows of a chunk at least on a GPU, whatever the vocabulary: with fewer, writing the head's gradient,
+# once a chunk, would take longer than its products. With 128,000 tokens that is 524 MB in bfloat16.
+LEAST_ROWS_ON_A_GPU = 2048
 # Of them those that are worked on at a time in float32: in the caches of a CPU, or 64 MB.
 NEAR_ELEMENTS, NEAR_ELEMENTS_ON_A_GPU = 2**20, 2**24
 
@@ -93,8 +96,8 @@ def exit_losses(
     targets = flat_labels[positions]
     items = len(targets) if num_items is None else num_items
     divisor = items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
-    rows = chunk_tokens or max(1, CHUNK_ELEMENTS // vocabulary)
     kind = labels.device.type
+    rows = chunk_tokens or rows_of_chunk(vocabulary, kind)
     # The gradients taken here have not been scaled yet, and most are too small for float16.
     halves = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     work = _Work(
@@ -120,6 +123,12 @@ def exit_losses(
         divergence_sums=divergence_sums,
         tokens=len(targets),
     )
+
+
+def rows_of_chunk(vocabulary: int, device_type: str) -> int:
+    """How many rows of logits exist at one time, those of all exits together."""
+    least = 1 if device_type == "cpu" else LEAST_ROWS_ON_A_GPU
+    return max(least, CHUNK_ELEMENTS // vocabulary)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -57,12 +58,17 @@ class JsonLinesLog(TrainerCallback):
         if "loss" in logs:
             line["skip_rates"] = [round(rate, 6) for rate in self._attached.skip_rates]
         try:
-            with self._path.open("a", encoding="utf-8") as file:
+            with open(self._path, "a", encoding="utf-8", opener=_open_no_link) as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise unwritten(
                 f"the log of step {state.global_step}", self._path.parent, error
             ) from error
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    """Open a file of the run's own, which no link made since its beginning leads away from."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 class Board(TensorBoardCallback):

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 
-from layerskip.model.files import CheckpointError, flush, read_json
+from layerskip.model.files import CheckpointError, flush, read_json, share_weights
 from layerskip.training.errors import UnwrittenCheckpointError
 
 INCOMPLETE = ".incomplete"
@@ -26,6 +26,11 @@ def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
     """
     found = _checkpoints(directory)
     return str(max(found)[1]) if found else None
+
+
+def count_checkpoints(directory: str | os.PathLike[str]) -> int:
+    """How many checkpoints a run has."""
+    return len(_checkpoints(directory))
 
 
 def _checkpoints(directory: str | os.PathLike[str]) -> list[tuple[int, Path]]:
@@ -81,7 +86,10 @@ def load_renamed(model: nn.Module, checkpoint: Path) -> None:
     here = model.state_dict().keys()
     if isinstance(model, PreTrainedModel) and stored - here and here - stored:
         dtype = next(model.parameters()).dtype
-        model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=dtype).state_dict())
+        again = type(model).from_pretrained(
+            checkpoint, config=model.config, dtype=dtype, use_safetensors=True
+        )
+        model.load_state_dict(again.state_dict())
 
 
 def remove_old_checkpoints(
@@ -123,6 +131,7 @@ def unwritten(
 
 def move_when_whole(unfinished: Path, final: Path) -> None:
     """Flush a folder's files to the disk, then give it its name in one step."""
+    share_weights(unfinished)
     flush(unfinished)
     with tempfile.TemporaryDirectory(dir=unfinished.parent) as replaced:
         if final.exists():  # the same step again, after a resume from an earlier one

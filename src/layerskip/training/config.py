@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import reprlib
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
@@ -267,21 +268,28 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
                 raise ValueError
             items = [items] if isinstance(items, int) else items
             return tuple(map(_whole, items))
-        if kind is bool:
-            if isinstance(value, bool):
-                return value
-            return {"true": True, "false": False}[str(value).lower()]
-        if isinstance(value, (bool, list, dict)) and kind in (int, float, str):
+        if kind is bool and isinstance(value, bool):
+            return value
+        if isinstance(value, (bool, list, dict)) and kind in (bool, int, float, str):
             raise ValueError
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
         if kind in (int, float, str):
             return _whole(value) if kind is int else kind(value)
     except (ValueError, TypeError, KeyError, OverflowError):
         wanted = "a list of numbers" if get_origin(kind) is tuple else f"a value of {kind.__name__}"
-        raise ValueError(f"{name} is {value!r}, not {wanted}") from None
+        raise ValueError(f"{name} is {_shown(value)}, not {wanted}") from None
     choices = get_args(kind)
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it can be {', '.join(map(repr, choices))}")
+        raise ValueError(f"{name} is {_shown(value)}; it can be {', '.join(map(repr, choices))}")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value in few words: aliases of YAML make lists of lists without end out of some lines."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 2, 100, 100
+    return short.repr(value)
 
 
 def _whole(value: Any) -> int:

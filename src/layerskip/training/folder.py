@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from layerskip.model.files import json_text, read_json
+from layerskip.model.files import check_within, json_text, read_json
 from layerskip.training.checkpoints import check_whole, last_checkpoint
 from layerskip.training.config import TrainConfig, default_alpha
 from layerskip.training.errors import TrainingWarning
@@ -107,13 +107,15 @@ def alone_in(output: Path) -> Iterator[None]:
     A file system without locks holds nothing, and a warning says so.
 
     Raises:
-        ValueError: another run holds it, or it cannot be written to.
+        ValueError: another run holds it, it cannot be written to, or a link leads out of it.
     """
     inside = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not inside.is_dir() or not os.access(inside, os.W_OK):
         raise ValueError(f"{output} cannot be written to: choose another --output")
     is_new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
+    for path in output.iterdir():  # what is written may have any of these names
+        check_within(path)
     if os.environ.get("RANK", "0") != "0":  # the first process of a run holds it for all
         yield
         return

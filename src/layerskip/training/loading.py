@@ -18,7 +18,12 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
-from layerskip.model.families import check_causal, check_not_quantized
+from layerskip.model.families import (
+    OWN_KERNELS,
+    check_causal,
+    check_not_quantized,
+    check_weights_unnamed,
+)
 from layerskip.model.tokenizer import is_as_written
 from layerskip.training.config import TrainConfig, default_alpha
 from layerskip.training.data import end_of_turn
@@ -127,6 +132,7 @@ def model_config(model: str) -> Any:
     folder, arguments = pretrained(model)
     with _failures_named(f"no model in {model}"):
         config = AutoConfig.from_pretrained(folder, **_NO_CODE, **arguments)
+    check_weights_unnamed(config.to_dict())
     check_not_quantized(config.to_dict())
     check_causal(config.get_text_config().to_dict())
     return config
@@ -138,14 +144,17 @@ def pretrained_model(name: str) -> PreTrainedModel:
     transformers makes up what a checkpoint lacks or has in another shape; that is refused.
     """
     folder, arguments = pretrained_weights(name)
+    config = model_config(name)
     with _failures_named(f"the model {name} could not be loaded"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,  # the one that was looked at
             dtype=torch.float32,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # else a report of many lines would name them
             **_NO_CODE,
+            **OWN_KERNELS,
             **arguments,
         )
     model, found = loaded
@@ -182,7 +191,9 @@ def _kept_bytes(model: PreTrainedModel, config: TrainConfig) -> int:
 def _random_model(name: str) -> PreTrainedModel:
     config = model_config(name)
     with _failures_named(f"the model {name} could not be made"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **_NO_CODE)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, **_NO_CODE, **OWN_KERNELS
+        )
     return model.float()
 
 

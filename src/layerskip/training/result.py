@@ -6,10 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from layerskip.model import settings
+import torch
+
+from layerskip.model import older_names, settings
 from layerskip.model.draft_text import most_repeated
-from layerskip.model.files import flush
+from layerskip.model.files import flush, read_json, share_weights, write_json
 from layerskip.model.rounding import TRAINED, Rounding, recorded
+from layerskip.recipe.anatomy import find_anatomy
 from layerskip.training.checkpoints import INCOMPLETE
 from layerskip.training.config import TrainConfig
 from layerskip.training.draft_vocabulary import draft_vocabulary, labels_of
@@ -43,21 +46,27 @@ def save_result(
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(str(unfinished))
         model = trainer.accelerator.unwrap_model(trainer.model)
+    # By all processes, which share the weights in FSDP.
+    exits_in_transformers = _exits_in_transformers(model, exit_layer)
     if not trainer.is_world_process_zero():
         return
     if not any(unfinished.glob("*.safetensors")):
         raise OSError("the Trainer wrote no weights")
     if model.generation_config is not None:
-        # Plain transformers reads both; they are not among the checked fields of every version.
-        model.generation_config.assistant_early_exit = exit_layer
+        # Plain transformers reads it; it is not among the checked fields of every version.
         model.generation_config.num_assistant_tokens = config.draft_tokens
         # By this mark transformers skips, when it reads the file, what it has no field of its own for.
         model.generation_config._from_model_config = False
         _record_rounding(model.generation_config, config, nll_change)
         _add_what_to_draft(model, trainer, config)
+        _name_exit(model.generation_config, exit_layer, exits_in_transformers)
         model.generation_config.save_pretrained(unfinished)
     tokenizer: Any = trainer.processing_class
     tokenizer.save_pretrained(unfinished)
+    written = read_json(unfinished / "config.json")
+    write_json(unfinished / "config.json", written | older_names.of_config(written))
+    older_names.amend_tokenizer_config(unfinished)
+    share_weights(unfinished)
     flush(unfinished)
     # The weights last: a folder is a checkpoint only with them.
     for path in sorted(unfinished.iterdir(), key=lambda path: (".safetensors" in path.name, path)):
@@ -66,6 +75,38 @@ def save_result(
             shutil.rmtree(target)
         path.replace(target)
     unfinished.rmdir()
+
+
+def _exits_in_transformers(model: Any, exit_layer: int) -> bool:
+    """Whether transformers runs fewer layers where the configuration names fewer, as it does to draft.
+
+    GPT-NeoX and GPT-2 run them all, behind a cache for fewer, and `generate` would fail.
+    """
+    anatomy = find_anatomy(model)
+    inputs, ran = anatomy.probe_inputs(), []
+    hooks = [layer.register_forward_hook(lambda *_: ran.append(1)) for layer in anatomy.layers]
+    named = getattr(model, model.base_model_prefix).config
+    n_layers, named.num_hidden_layers = named.num_hidden_layers, exit_layer
+    try:
+        with torch.no_grad(), anatomy.evaluating(), anatomy.plain_attention():
+            model(**inputs, use_cache=False)
+    except Exception:  # whatever it is, it would come in `generate` too
+        return False
+    finally:
+        named.num_hidden_layers = n_layers
+        for hook in hooks:
+            hook.remove()
+    return len(ran) == exit_layer
+
+
+def _name_exit(generation_config: Any, exit_layer: int, exits_in_transformers: bool) -> None:
+    """In transformers' own field, unless that would fail by it; then among what is ours."""
+    own = dict(getattr(generation_config, settings.KEY, None) or {})
+    own.pop(settings.EXIT, None)
+    if not exits_in_transformers:
+        own[settings.EXIT] = exit_layer
+    setattr(generation_config, settings.KEY, own)
+    generation_config.assistant_early_exit = exit_layer if exits_in_transformers else None
 
 
 def _record_rounding(generation_config: Any, config: TrainConfig, nll_change: float | None) -> None:

@@ -160,6 +160,8 @@ def _json_lines(file: TextIO, name: str) -> Iterator[Row]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{name}:{number} is not JSON: {error.msg}") from None
+        except RecursionError:
+            raise ValueError(f"{name}:{number} is nested too deeply") from None
         yield f"{name}:{number}", _fields_of(row, f"{name}:{number}")
 
 
@@ -168,6 +170,8 @@ def _json(file: TextIO, name: str) -> Iterator[Row]:
         rows = json.load(file)
     except json.JSONDecodeError as error:
         raise ValueError(f"{name}:{error.lineno} is not JSON: {error.msg}") from None
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply") from None
     if not isinstance(rows, list):
         raise ValueError(f"{name} must hold a list of rows")
     for number, row in enumerate(rows, 1):

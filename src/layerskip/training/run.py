@@ -46,6 +46,7 @@ from layerskip.training.memory import keep_freed_memory
 from layerskip.training.plots import plot_run
 from layerskip.training.progress import Progress, Watch, hidden_bars
 from layerskip.training.result import save_result
+from layerskip.training.room import warn_of_little_room
 from layerskip.training.rows import Row, local_files, read_rows
 from layerskip.training.trainer import LayerSkipTrainer
 
@@ -120,6 +121,7 @@ def _train(
         trainer.add_callback(Watch(watch))
     if trainer.is_world_process_zero():
         shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
+        warn_of_little_room(model, output, config.keep_checkpoints)
         replace(output / SETTINGS, json_text(config.as_flat_dict()).encode())
     metrics = _run(trainer, config, resume_from)
     _warn_of_no_loss(trainer, config.effective_recipe, exit_layer)

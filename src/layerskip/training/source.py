@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from layerskip.model.checkpoint import check_no_adapter
+from layerskip.model.architecture import UnsupportedModelError
+from layerskip.model.checkpoint import check_no_adapter, check_no_adapter_beside
 from layerskip.model.source import BUILTIN_MODELS, BuiltinModel, pull
 from layerskip.model.weights import SafetensorsFiles
 
@@ -23,6 +26,8 @@ def pretrained(name: str) -> tuple[str, dict[str, Any]]:
     """
     if name not in BUILTIN_MODELS or Path(name).exists():
         check_files(name)
+        if not Path(name).exists():
+            _check_no_adapter_on_the_hub(name)
         return name, {}
     is_gguf = isinstance(BUILTIN_MODELS[name], BuiltinModel)
     return str(pull(name)), {"gguf_file": "model.gguf"} if is_gguf else {}
@@ -39,11 +44,7 @@ def check_files(name: str) -> None:
     """
     path = Path(name)
     check_no_adapter(path)
-    if (path / "adapter_config.json").is_file():  # put on by transformers, not by decoding
-        raise ValueError(
-            f"{name} has an adapter beside its weights: merge it (peft's merge_and_unload), or take"
-            " adapter_config.json away"
-        )
+    check_no_adapter_beside(path)
     named = ("model.safetensors", "model.safetensors.index.json")
     if any((path / name).is_file() for name in named):
         # Refuses what is damaged, and files outside of the folder, which transformers would read.
@@ -52,6 +53,18 @@ def check_files(name: str) -> None:
     if ".gguf" in kinds and ".safetensors" not in kinds:
         raise ValueError(
             f"GGUF files cannot be trained: make a folder of {name} first, with layerskip export --to hf"
+        )
+
+
+def _check_no_adapter_on_the_hub(name: str) -> None:
+    """transformers would load the base that an adapter names, and the adapter even from a pickle."""
+    found = None
+    # Where there is no such repository, loading it says so.
+    with contextlib.suppress(OSError, ValueError):
+        found = find_adapter_config_file(name)
+    if found is not None:
+        raise UnsupportedModelError(
+            f"{name} on the hub is or has an adapter: merge it first (peft's merge_and_unload)"
         )
 
 
