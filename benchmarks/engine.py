@@ -200,32 +200,26 @@ def deliver(result: dict[str, Any], output: Path | None) -> None:
 
 
 def environment(
-    script: str, dtype: str, kernels: str | None = None, device: str = "cpu"
+    script: str,
+    dtype: str,
+    kernels: str | None = None,
+    device: str = "cpu",
+    weights: str = "16bit",
 ) -> dict[str, Any]:
-    """What the figures depend on, the commit and the command included; `kernels` as of the decoder."""
-    return {
-        "command": shlex.join(["python", *script.split(), *sys.argv[1:]]),
-        "commit": commit(),
-        **machine.environment(dtype=getattr(torch, dtype), device=device),
-        "kernels": kernels,
-    }
+    """What the figures depend on, the commit and the command included.
+
+    `kernels` and `weights` are those of the decoder; without kernels there are several, or none.
+    """
+    here = machine.environment(
+        dtype=getattr(torch, dtype), weights=weights, device=device, kernels=kernels or "pytorch"
+    )
+    command = shlex.join(["python", *script.split(), *sys.argv[1:]])
+    return {"command": command, "commit": machine.commit(), **here, "kernels": kernels}
 
 
 def dtype_of(model: LayerSkipModel) -> str:
     """Of its weights: which one is the default depends on the machine."""
     return str(model.decoder.dtype).removeprefix("torch.")
-
-
-def commit() -> str:
-    """The commit, with a "+" where files of the code differ from it; "" without git."""
-    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=False)
-    try:
-        head = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-        code = ["src", "benchmarks/*.py", "benchmarks/paper/*.py", "examples"]
-        changed = head and git(["git", "diff", "--quiet", "HEAD", "--", *code]).returncode
-    except FileNotFoundError:
-        return ""
-    return f"{head}+" if changed else head
 
 
 def run(main: Callable[[], None]) -> None:

@@ -71,7 +71,13 @@ def main() -> None:
             )
             rows.append({"shape": shape, "weights": weights, **figures})
             del decoder
-    here = environment("benchmarks/shapes.py", "bfloat16", rows[-1]["kernels"], options.device)
+    here = environment(
+        "benchmarks/shapes.py",
+        "bfloat16",
+        rows[-1]["kernels"],
+        options.device,
+        weights=options.weights,
+    )
     deliver({"environment": here, "prompt_tokens": PROMPT_TOKENS, "rows": rows}, options.output)
 
 

@@ -77,9 +77,9 @@ def _measured(options: argparse.Namespace, task: Task) -> dict[str, Any]:
     model = LayerSkipModel.from_pretrained(
         options.recipe, dtype=options.dtype, weights=options.weights
     )
-    kernels = model.decoder.kernels
-    result["environment"] = environment("benchmarks/topv2.py", options.dtype, kernels)
-    result["environment"]["weights"] = options.weights
+    result["environment"] = environment(
+        "benchmarks/topv2.py", options.dtype, model.decoder.kernels, weights=options.weights
+    )
     exits = [int(text) for text in options.exits.split(",")]
     result["recipe"] = trained_with_recipe(model, task, exits)
     if options.control:

@@ -48,7 +48,12 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     tokens = len(model.tokenizer.encode(text, add_special_tokens=False, verbose=False))
     result = {
-        "environment": environment("benchmarks/weights.py", options.dtype, model.decoder.kernels),
+        "environment": environment(
+            "benchmarks/weights.py",
+            options.dtype,
+            model.decoder.kernels,
+            weights=",".join(WEIGHTS),
+        ),
         "model": options.model,
         "task": "wikitext2",
         "tokens": tokens,

@@ -53,7 +53,12 @@ def main() -> None:
             prompts = [sample.prompt for sample in task.samples]
             lines.append({"task": name, "weights": weights, **profile(model, prompts, n)})
             print(name, weights, file=sys.stderr, flush=True)
-    here = environment("benchmarks/where_time_goes.py", dtype_of(model), model.decoder.kernels)
+    here = environment(
+        "benchmarks/where_time_goes.py",
+        dtype_of(model),
+        model.decoder.kernels,
+        weights=options.weights,
+    )
     deliver({"environment": here, "model": options.model, "lines": lines}, options.output)
 
 

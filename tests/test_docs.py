@@ -1,6 +1,7 @@
 """What the pages say is what the code has."""
 
 import inspect
+import json
 import re
 import shlex
 from pathlib import Path
@@ -74,10 +75,25 @@ def test_every_option_and_field_of_an_answer_is_explained():
     fields = Generation.to_dict(mock.MagicMock())
     expected = [
         *(name for name in loading if name != "name_or_path"),
-        *(name for name in options if name not in ("self", "prompt", "together", "prefix")),
+        *(name for name in options if name not in ("self", "prompt", "prefix")),
         *fields,
     ]
     assert rows == expected
+
+
+def test_every_default_of_an_answer_is_right():
+    text = (ROOT / "docs" / "api.md").read_text()
+    table = text.split("| option | default |")[1].split("\n\n")[0]
+    shown = dict(re.findall(r"^\| `(\w+)` \| (.*?) ?\|", table, re.MULTILINE))
+    for name, parameter in inspect.signature(LayerSkipModel.generate).parameters.items():
+        if name in ("self", "prompt", "prefix"):
+            continue
+        try:
+            default = json.loads(shown[name].strip("`"))
+        except json.JSONDecodeError:  # none, or in words
+            assert parameter.default in (None, ()), name
+        else:
+            assert parameter.default == default, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

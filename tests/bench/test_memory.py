@@ -1,12 +1,15 @@
 """Peak memory: what was needed since the mark was set back."""
 
 import mmap
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 
-from layerskip.bench.environment import environment
+import layerskip
+from layerskip.bench.environment import commit, environment
 from layerskip.bench.memory import PeakMemory
 
 MIB = 2**20
@@ -41,3 +44,39 @@ def test_environment_says_what_figures_depend_on():
     assert found["no-such-package"] is None
     assert found["cpus"] >= 1
     assert found["memory_bytes"] is None or found["memory_bytes"] > 100 * MIB
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_is_that_of_our_own_checkout(monkeypatch, tmp_path):
+    def found(root, name):
+        package = root / "src" / "layerskip"
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "__init__.py").touch()
+        (root / "pyproject.toml").write_text(f'name = "{name}"')
+        monkeypatch.setattr(layerskip, "__file__", str(package / "__init__.py"))
+        commit.cache_clear()
+        return commit()
+
+    def git(*words):
+        author = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+        command = ["git", "-C", tmp_path, *author, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        assert found(tmp_path, "layerskip") == ""  # no checkout
+        git("init")
+        assert found(tmp_path, "layerskip") == ""  # without a commit
+        git("add", ".")
+        git("commit", "--message", "first")
+        head = git("rev-parse", "--short", "HEAD")
+        monkeypatch.setenv("GIT_DIR", str(tmp_path / "another"))
+        assert found(tmp_path, "layerskip") == head
+        assert environment(dtype=torch.float32)["commit"] == head
+        (tmp_path / "src" / "layerskip" / "__init__.py").write_text("x = 1")
+        assert found(tmp_path, "layerskip") == f"{head}+"
+        assert found(tmp_path, "somebody-elses") == ""
+        assert "commit" not in environment(dtype=torch.float32)
+        monkeypatch.setenv("PATH", "")
+        assert found(tmp_path, "layerskip") == ""
+    finally:
+        commit.cache_clear()

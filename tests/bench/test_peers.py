@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import itertools
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,13 @@ def test_a_peer_that_cannot_start_is_rows_with_the_reason(stand_in, context, rea
     assert [entry.error for entry in entries] == [reason] * 2
 
 
+def test_no_module_of_the_working_folder_takes_a_packages_place(stand_in, tmp_path, monkeypatch):
+    (tmp_path / "numpy.py").write_text("raise SystemExit('not numpy')")
+    monkeypatch.chdir(tmp_path)
+    with stand_in() as peer:
+        assert peer.answer(PLAIN, [1], 4).text == "plain"
+
+
 # --- libraries
 
 
@@ -166,6 +175,23 @@ def test_transformers_gives_our_tokens_in_every_row(folder, model):
     peer = transformers.Peer(job(folder, end_tokens=[ours[4]]))
     for setting in job(folder).settings:
         assert peer.answer(setting, prompt, 12).token_ids == ours[: ours.index(ours[4]) + 1]
+
+
+def test_transformers_reads_nothing_but_the_weights(folder, tmp_path):
+    """No kernels that the config names, no other weights, and no adapter."""
+    own = Path(shutil.copytree(folder, tmp_path / "model"))
+    fields = json.loads((own / "config.json").read_text())
+    fields["_attn_implementation"] = "kernels-community/none"
+    (own / "config.json").write_text(json.dumps(fields))
+    assert transformers.Peer(job(own))._model.config._attn_implementation == "sdpa"
+    (own / "adapter_config.json").write_text('{"base_model_name_or_path": "another"}')
+    with pytest.raises(ValueError, match="has an adapter beside its weights: merge it"):
+        transformers.Peer(job(own))
+    (own / "adapter_config.json").unlink()
+    fields["transformers_weights"] = "other.safetensors"
+    (own / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="names its weights"):
+        transformers.Peer(job(own))
 
 
 def norm_bytes(model):

@@ -6,8 +6,10 @@ import pytest
 
 from layerskip.bench.plots import draw_by_group
 from layerskip.bench.report import (
+    as_text,
     categories,
     conditions,
+    markdown,
     markdown_table,
     table,
     write_report,
@@ -200,3 +202,12 @@ def test_picture_of_groups():
 def test_a_table_shows_texts_as_they_are():
     lines = [["a", "b"], ["x|<img src=y>\nz", "1 & 2"]]
     assert markdown_table(lines).splitlines()[-1] == "| x\\|&lt;img src=y> z | 1 &amp; 2 |"
+
+
+def test_a_report_shows_names_of_others_as_they_are():
+    row = a_row("plain", categories={"![x](http://a/b)|*_`": {"acceptance_rate": None}})
+    document = {**DOCUMENT, "task": "[a](b)", "rows": [row]}
+    text = markdown(document, [])
+    assert text.startswith("# Benchmark of mine on \\[a\\](b)\n")
+    assert "| mode | !\\[x\\](http://a/b)\\|\\*\\_\\` |" in text
+    assert as_text("a\\|b") == "a\\\\\\|b"

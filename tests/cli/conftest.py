@@ -18,6 +18,12 @@ def no_terminal(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """Where there is one, every command would name it."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
 @pytest.fixture
 def run(folder, capsys):
     """Run a command in this process on the tiny checkpoint: (exit status, stdout, stderr)."""

@@ -166,6 +166,18 @@ def test_table_report_and_file(run, prompts, tmp_path):
     assert "# Benchmark of" in (report / "report.md").read_text()
 
 
+def test_a_terminal_obeys_no_category(run, tmp_path):
+    names = ("\x1b]52;c;x\x07", "[/b]")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": "abc", "category": name}) for name in names))
+    flags = ("--modes", "plain", "--max-new-tokens", 3)
+    status, out, err = run("bench", "--task", path, *flags)
+    assert (status, err) == (0, "")
+    assert "\x1b" not in out
+    assert "\\x1b]52;c;x\\x07" in out
+    assert "[/b]" in out
+
+
 def test_peers_stand_beside_our_rows(run, prompts):
     """transformers really runs; llama.cpp is absent or cannot read a tiny model: a row either way."""
     flags = ("--peers", "transformers,llama.cpp", "--samples", 1, "--modes", "self-speculative")

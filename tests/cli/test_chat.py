@@ -52,7 +52,8 @@ def test_variables_of_the_template(talk, monkeypatch):
     assert (status, prompt_lengths(out)) == (0, [len("user: ab\nassistant: ")])
     assert seen[0]["chat_template_kwargs"] == {"mood": 3}
     status, _, err = talk(["ab"], "--chat-template-kwargs", '{"tokenize": true}')
-    assert (status, "names tokenize, no variable of a template (/reset" in err) == (0, True)
+    assert (status, "names tokenize, no variable of a template (/reset" in err) == (1, True)
+    assert err.endswith("layerskip: none of the turns could be answered\n")
 
 
 def test_an_answer_that_is_cut_where_nobody_asked_for_it_says_so(run, monkeypatch):

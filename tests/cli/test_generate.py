@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
 
 from layerskip import LayerSkipModel, cli
-from layerskip.cli import generate, options, show
+from layerskip.cli import generate, machine, options, show
 from layerskip.decoding import Answer, Piece
 
 SPECULATIVE = ("--mode", "self-speculative", "--exit-layer", 3, "--draft-tokens", 2)
@@ -340,7 +341,7 @@ def test_no_color_is_heeded(capsys, monkeypatch, no_color, shown):
         (["--prompt", "abc", "--mode", "fast"], 2, "'fast' is not one of"),
         (
             ["--prompt", "abc", "--mode", "plain", "--draft-tokens", "2"],
-            1,
+            2,
             "plain decoding drafts nothing",
         ),
         (
@@ -369,10 +370,63 @@ def test_bad_input_is_one_clear_line(run, arguments, status, words):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["generate", "chat", "lens"])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--mode", "plain", "--exit-layer", 2), "plain decoding drafts nothing"),
+        (("--mode", "early-exit", "--draft-tokens", 2), "early exit drafts nothing"),
+        (("--draft-from", "n-gram", "--exit-layer", 4), "n-grams have no exit layer"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_told_before_a_model_is_loaded(
+    run, monkeypatch, command, flags, words
+):
+    monkeypatch.setattr(options, "load_model", lambda flags: pytest.fail("loaded"))
+    status, out, err = run(command, *flags)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert words in err
+
+
+def test_a_gpu_that_stays_idle_is_named(run, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    flags = ("--prompt", "abc", "--max-new-tokens", 2, "--json")
+    _, out, err = run("generate", *flags)
+    assert err == "layerskip: a GPU is here: --device cuda uses it\n"
+    assert json.loads(out)["new_tokens"] == 2
+    assert run("generate", *flags, "--device", "cpu")[2] == ""
+
+
+@pytest.mark.parametrize(
+    ("weights", "device", "dtype", "said"),
+    [
+        ("int8", "cuda", torch.bfloat16, True),
+        ("int8", "cuda", torch.float16, False),
+        ("int4", "cuda", torch.bfloat16, False),
+        ("int8", "cpu", torch.bfloat16, False),
+    ],
+)
+def test_8_bits_that_save_no_memory_are_told_of(capsys, weights, device, dtype, said):
+    decoder = types.SimpleNamespace(weights=weights, device=torch.device(device), dtype=dtype)
+    machine.note_large_weights(decoder)
+    assert ("takes more memory than 16bit" in capsys.readouterr().err) == said
+
+
+def test_threads_are_no_more_than_a_container_has(run, monkeypatch):
+    asked, flags = [], ("--prompt", "abc", "--max-new-tokens", 2)
+    monkeypatch.setattr("layerskip.model.native.usable", lambda: 1)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4)
+    monkeypatch.setattr("torch.set_num_threads", asked.append)
+    run("generate", *flags)
+    run("generate", *flags, "--threads", 3)
+    assert asked == [1, 3]
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
         ("{", "line 2: no JSON"),
+        ("[" * 100_000, "line 2: nested too deeply"),
         ('{"text": "x"}', "line 2: `prompt` (a text)"),
         ('{"prompt": 7}', "line 2: `prompt` (a text)"),
     ],

@@ -1,14 +1,18 @@
 """Help, version and `pull`."""
 
 import json
+import logging
 import subprocess
 import sys
+import warnings
 
+import click
 import pytest
 import torch
 
 from layerskip import __version__, cli
 from layerskip.cli import options
+from layerskip.cli.terminal import HarmlessRecord
 from layerskip.model import source
 
 COMMANDS = ["demo", "pull", "generate", "chat", "tune", "bench", "eval", "export", "lens", "train"]
@@ -34,7 +38,23 @@ def test_the_program_lists_its_commands(capsys):
     status, out, _ = run(capsys, "--help")
     assert status == 0
     assert all(command in out for command in COMMANDS)
-    assert run(capsys) == (2, out, "")
+    assert run(capsys) == (2, out, "layerskip: name a command, such as layerskip demo\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("bench", {"--modes", "--mode"}),
+        ("bench", {"--exit-layers", "--exit-layer"}),
+        ("eval", {"--exit-layers", "--exit-layer"}),
+        ("tune", {"--exit-layers", "--exit-layer"}),
+        ("lens", {"--layers", "--exit-layers"}),
+    ],
+)
+def test_lists_go_by_the_names_of_other_commands_too(command, names):
+    context = click.Context(cli.layerskip_command)
+    parameters = cli.layerskip_command.get_command(context, command).params
+    assert sum(names == {*parameter.opts} for parameter in parameters) == 1
 
 
 def test_version_and_unknown_command(capsys):
@@ -123,3 +143,20 @@ def test_a_result_that_cannot_be_written_is_named_and_printed(capsys, tmp_path):
 def test_half_an_emoji_in_a_result_is_json_all_the_same(tmp_path):
     options.deliver({"path": "x\udce9"}, as_json=False, output=tmp_path / "r.json")
     assert json.loads((tmp_path / "r.json").read_text()) == {"path": "x\udce9"}
+
+
+def test_warnings_and_logs_of_libraries_reach_no_terminal_as_they_are(monkeypatch):
+    seen = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *place, **_: seen.append(message))
+    with options.warnings_in_one_line():
+        warnings.showwarning(UserWarning("a\x1b]2;b"), UserWarning, "file", 1)
+    record = HarmlessRecord("transformers", logging.WARNING, "file", 1, "%s", ("a\x1b]2;b",), None)
+    assert [*seen, record.getMessage()] == ["a\\x1b]2;b"] * 2
+    monkeypatch.setattr(sys, "argv", ["layerskip", "--version"])
+    before = logging.getLogRecordFactory()
+    try:
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert logging.getLogRecordFactory() is HarmlessRecord
+    finally:
+        logging.setLogRecordFactory(before)

@@ -7,6 +7,7 @@ import pytest
 
 from layerskip import LayerSkipModel, cli
 from layerskip.cli import tune as tune_command
+from layerskip.tuning import effort as effort_module
 from layerskip.tuning import run as run_module
 from layerskip.tuning.choose import choose_auto
 from layerskip.tuning.prompts import PROMPTS
@@ -156,11 +157,33 @@ def test_a_gguf_file_gets_its_settings_as_flags(tune, own, tmp_path, monkeypatch
         tune_command.options, "load_model", lambda flags: real({**flags, "model": str(own)})
     )
     before = settings_of(own)
-    status, out, _ = tune(model=tmp_path / "model.gguf")
+    status, out, err = tune(model=tmp_path / "model.gguf")
     assert status == 0
+    assert err.startswith("layerskip: nothing will be written: settings are kept in a checkpoint f")
+    assert err.count("\n") == 1
     text = " ".join(out.split())
     assert "this model is none. As flags: --mode self-speculative --exit-layer" in text
     assert settings_of(own) == before
+
+
+def test_how_long_it_takes_is_told_before(tune, own, monkeypatch):
+    tried = effort_module._plain_step_s(LayerSkipModel.from_pretrained(own), ["", "abc"])
+    assert tried > 0
+    monkeypatch.setattr(effort_module, "_plain_step_s", lambda model, prompts: 30.0)
+    monkeypatch.setattr(effort_module, "FEW_EXITS", 1)
+    status, _, err = tune("--dry-run")
+    assert status == 0
+    assert "a plain step takes 30000 ms here, tuning about " in err
+    assert "exits" not in err
+    asked = []
+
+    def stopped(model, prompts, *, exits, sweeps, **_):
+        asked.append((exits, sweeps))
+        raise ValueError("seen")
+
+    monkeypatch.setattr(tune_command, "tune", stopped)
+    cli.run(["tune", "--model", str(own), "--dry-run"])
+    assert asked == [([1], effort_module.FEW_SWEEPS)]
 
 
 def test_where_n_grams_gain_auto_drafts_from_them_alone(tune, own, monkeypatch):

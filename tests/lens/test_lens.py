@@ -55,6 +55,22 @@ def test_pieces_of_long_texts_fit_together(monkeypatch):
         torch.testing.assert_close(seen.answer_probabilities, part.answer_probabilities)
 
 
+@pytest.mark.parametrize("start", [5, PREFILL_CHUNK + 3])
+def test_what_is_not_looked_at_is_not_kept(monkeypatch, start):
+    decoder = tiny_decoder("llama3.1", max_position_embeddings=1024)
+    cat, kept = torch.cat, []
+
+    def seen(parts, dim=0):
+        kept.extend(part for part in parts if part.ndim == 3)  # hidden states
+        return cat(parts, dim=dim)
+
+    monkeypatch.setattr(torch, "cat", seen)
+    look(decoder, random_prompt(decoder, PREFILL_CHUNK + 60), prompt_tokens=5, start=start)
+    monkeypatch.undo()
+    assert len(kept) == LAYERS * (2 if start == 5 else 1)
+    assert all(part.untyped_storage().nbytes() == part.nbytes for part in kept)
+
+
 def test_of_equal_logits_the_one_that_decoding_takes_comes_first():
     class Flat(ScriptedDecoder):
         def logits(self, hidden):

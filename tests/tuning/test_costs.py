@@ -66,7 +66,9 @@ def test_contexts_are_kept_inside_the_models_own():
     )
     assert found.contexts[0] == 10
     assert 10 < found.contexts[1] < 120
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    total = seen[-1][1]
+    assert seen == [(done, total) for done in range(1, total + 1)]
+    assert total % 4 == 0 < total // 4  # two contexts, a warm-up and a sweep
     assert isinstance(found.to_dict()["verify_s"][0][0][0], float)
 
 
@@ -74,6 +76,6 @@ def test_the_cache_is_left_as_deep_as_it_was():
     decoder = TimedDecoder(range(40, 60), max_context=400)
     workbench = costs_module._Workbench(decoder, [5] * 20, [1, 2], 4, 80)
     before = workbench.settled.clone()
-    workbench.sweep(random.Random(0))
+    assert len(list(workbench.sweep(random.Random(0)))) == len(workbench.works)
     assert workbench.settled.equal(before)
     assert workbench.cache.lengths.equal(before)

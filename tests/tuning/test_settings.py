@@ -66,6 +66,20 @@ def test_this_package_and_transformers_read_them_back(folder):
     assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == 2
 
 
+def test_where_transformers_cannot_draft_the_exit_is_ours(tmp_path):
+    """transformers runs all layers of GPT-NeoX, behind a cache for E."""
+    tiny_models.reference("gpt-neox").save_pretrained(tmp_path)
+    write(tmp_path)
+    assert "assistant_early_exit" not in fields_of(tmp_path)
+    assert fields_of(tmp_path)["layerskip"] == {"exit_layer": 2, "tuning": RECORD}
+    model = LayerSkipModel.from_pretrained(tmp_path, dtype="float32")
+    assert (model.settings.exit_layer, model.settings.draft_tokens) == (2, 3)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False).numel()
+    write(tmp_path, PLAIN, {"mode": "plain"})
+    assert read_settings(tmp_path, {}, vocab_size=99).exit_layer is None
+
+
 def test_plain_removes_the_fields_that_would_say_otherwise(folder):
     write(folder)
     write(folder, PLAIN, {"mode": "plain"})
@@ -222,3 +236,19 @@ def test_what_only_transformers_would_heed_is_named(folder):
         r" \(--repetition-penalty applies that\)",
     ):
         read_settings(folder, {}, vocab_size=99)
+
+
+def test_a_link_out_of_the_folder_is_not_written_through(folder, tmp_path_factory):
+    own = tmp_path_factory.mktemp("home") / "profile"
+    own.write_text("{}")
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").symlink_to(own)
+    for call in (check_writable, write):
+        with pytest.raises(ValueError, match="outside of its folder"):
+            call(folder)
+    assert own.read_text() == "{}"
+    (folder / "generation_config.json").unlink()
+    (folder / "inside.json").write_text("{}")
+    (folder / "generation_config.json").symlink_to(folder / "inside.json")
+    write(folder)
+    assert json.loads((folder / "inside.json").read_text())["assistant_early_exit"] == 2

@@ -1,10 +1,13 @@
 """What measured figures depend on: hardware, versions, threads, precision."""
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
+import subprocess
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +15,9 @@ import torch
 import layerskip
 from layerskip.model import Decoder, native
 from layerskip.model.machine import cpu_name
+
+# In a checkout: what decides on figures. Its other files, such as results, may differ.
+_CODE = ("src", "benchmarks/*.py", "benchmarks/paper/*.py", "examples")
 
 
 def environment(
@@ -32,6 +38,7 @@ def environment(
         packages: installed distributions whose versions matter beside PyTorch's.
     """
     place = torch.device(device)
+    made_from = commit()
     return {
         "date": datetime.date.today().isoformat(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -46,6 +53,7 @@ def environment(
         "kernels": kernels,
         "python": platform.python_version(),
         "layerskip": layerskip.__version__,
+        **({"commit": made_from} if made_from else {}),
         "torch": torch.__version__,
         **({"cuda": torch.version.cuda} if place.type == "cuda" else {}),
         **{package: _version(package) for package in packages},
@@ -61,6 +69,40 @@ def environment_of(decoder: Decoder, packages: Iterable[str] = ("transformers",)
         kernels=decoder.kernels,
         packages=packages,
     )
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of layerskip's own checkout, with a "+" where its code differs from it; else "".
+
+    An installed layerskip has none: a repository that happens to be around it says nothing of it.
+    """
+    package = Path(layerskip.__file__).resolve().parent
+    root = package.parents[1]
+    if package.parent.name != "src" or not (root / ".git").exists() or not _is_ours(root):
+        return ""
+    # Such as GIT_DIR in a hook, which would have another repository answer.
+    others = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", *words]
+        return subprocess.run(
+            command, cwd=root, env=others, capture_output=True, text=True, check=False
+        )
+
+    try:
+        head = git("rev-parse", "--short", "HEAD").stdout.strip()
+        changed = head and git("diff", "--quiet", "HEAD", "--", *_CODE).returncode
+    except OSError:  # there is no git
+        return ""
+    return f"{head}+" if changed else head
+
+
+def _is_ours(root: Path) -> bool:
+    try:
+        return b'name = "layerskip"' in (root / "pyproject.toml").read_bytes()
+    except OSError:
+        return False
 
 
 def _usable_cpus() -> int | None:

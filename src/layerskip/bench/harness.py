@@ -10,6 +10,7 @@ from layerskip.bench.evaluation import Row, scoring_exit
 from layerskip.bench.likelihood import Passage, Progress, Score, score_passages
 from layerskip.bench.perplexity import windows
 from layerskip.decoding import LayerSkipModel, Plan
+from layerskip.decoding.sampling import nth_seed
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -165,7 +166,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
                 self.tok_encode(context)[-room:],
                 **options,
                 **self.row.plan.options,
-                seed=self._seed + i,
+                seed=nth_seed(self._seed, i),
             )
             generation = answer.complete()
             self.row.drafted += generation.drafted

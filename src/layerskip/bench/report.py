@@ -1,6 +1,7 @@
 """A benchmark's document as a Markdown report with pictures."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,14 @@ def markdown(document: dict[str, Any], pictures: Sequence[str]) -> str:
         pictures: names of PNG files beside it.
     """
     parts = [
-        f"# Benchmark of {document['model']} on {document['task']}",
+        f"# Benchmark of {as_text(document['model'])} on {as_text(document['task'])}",
         _conditions(document),
-        markdown_table(table(document)),
-        *(markdown_table(lines) for lines in [categories(document)] if len(lines) > 1),
+        markdown_table(table(document), escape=as_text),
+        *(
+            markdown_table(lines, escape=as_text)
+            for lines in [categories(document)]
+            if len(lines) > 1
+        ),
         *(f"![{_TITLES[picture]}]({picture})" for picture in pictures),
         *_failures(document),
         "Every figure is defined in the documentation of `layerskip bench` (docs/bench.md).",
@@ -159,26 +164,36 @@ def _conditions(document: dict[str, Any]) -> str:
         if e.get(name)
     ]
     lines = [*conditions(document), ", ".join(versions), f"{e['system']}, {e['date']}"]
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """A heading and its lines in Markdown; all columns but the first are numbers."""
-    heading, *rest = lines
-    marks = ["---", *["---:"] * (len(heading) - 1)]
-    written = (map(escaped, heading), marks, *(map(escaped, line) for line in rest))
-    return "\n".join("| " + " | ".join(line) + " |" for line in written)
+    return "\n".join(f"- {as_text(line)}" for line in lines)
 
 
 def escaped(text: str) -> str:
-    """A text that others wrote, such as a category's name, as Markdown shows it and nothing more."""
+    """A text in Markdown as one cell or line of it, without HTML."""
     line = " ".join(text.split())
     return line.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
+def as_text(text: str) -> str:
+    """A text that others wrote, such as a category's name, as Markdown shows it and nothing more."""
+    return escaped(re.sub(r"[\\`*_\[\]]", r"\\\g<0>", text))
+
+
+def markdown_table(lines: Sequence[Sequence[str]], escape: Callable[[str], str] = escaped) -> str:
+    """A heading and its lines in Markdown; all columns but the first are numbers.
+
+    Args:
+        lines: cells.
+        escape: what is done to each; `as_text` for those that are no Markdown.
+    """
+    heading, *rest = lines
+    marks = ["---", *["---:"] * (len(heading) - 1)]
+    written = (map(escape, heading), marks, *(map(escape, line) for line in rest))
+    return "\n".join("| " + " | ".join(line) + " |" for line in written)
+
+
 def _failures(document: dict[str, Any]) -> list[str]:
     failed = [row for row in document["rows"] if "error" in row]
-    lines = [f"- {name_of(row, system=True)}: {escaped(row['error'])}" for row in failed]
+    lines = [f"- {name_of(row, system=True)}: {as_text(row['error'])}" for row in failed]
     return ["\n".join(["Without figures:", "", *lines])] if lines else []
 
 

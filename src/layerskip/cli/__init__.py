@@ -3,6 +3,7 @@
 import errno
 import importlib
 import io
+import logging
 import os
 import re
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import click
 
 import layerskip
-from layerskip.cli.terminal import harmless
+from layerskip.cli.terminal import HarmlessRecord, harmless
 
 _COMMANDS = {
     "demo": "plain decoding and mode auto side by side on a real model",
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdin, sys.stdout):
         if os.name == "nt" and isinstance(stream, io.TextIOWrapper) and not stream.isatty():
             stream.reconfigure(encoding="utf-8")  # they have the system's code page there
+    logging.setLogRecordFactory(HarmlessRecord)
     for stream in (sys.stdout, sys.stderr):  # what a code page has not is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -108,6 +110,7 @@ def run(arguments: Sequence[str]) -> int:
         )
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
+        _say("name a command, such as layerskip demo")
         return 2
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "layerskip"

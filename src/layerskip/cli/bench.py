@@ -18,6 +18,7 @@ from layerskip.bench.report import categories, conditions, table, write_report
 from layerskip.bench.tasks import check_task, load_task
 from layerskip.cli import options, values
 from layerskip.cli.progress import bars
+from layerskip.cli.terminal import harmless
 from layerskip.decoding.policy import DRAFT_SOURCES
 
 WIDE = 110  # columns of a terminal that has room for every figure on one line
@@ -50,6 +51,8 @@ def _list_of(kind: Any) -> Any:
 @click.option("--seed", default=0, show_default=True, help="Which prompts are drawn.")
 @click.option(
     "--modes",
+    "--mode",
+    "modes",
     callback=_list_of(click.Choice(BENCH_MODES)),
     default=",".join(BENCH_MODES),
     show_default=True,
@@ -58,6 +61,8 @@ def _list_of(kind: Any) -> Any:
 )
 @click.option(
     "--exit-layers",
+    "--exit-layer",
+    "exit_layers",
     callback=values.layers,
     metavar="4,8,12-20",
     help="Exit layers for early exit and for drafts. Default: the checkpoint's, else a quarter.",
@@ -213,15 +218,16 @@ def _show(document: dict[str, Any]) -> None:
         console.print(_table(by_category, "speedup (acceptance) by category", narrow=narrow))
     for row in document["rows"]:
         if "error" in row:
-            console.print(f"{row['system']} {row['mode']}: {row['error']}", markup=False)
-    console.print("; ".join(conditions(document)), style="dim", markup=False)
+            failed = f"{row['system']} {row['mode']}: {row['error']}"
+            console.print(harmless(failed), markup=False)
+    console.print(harmless("; ".join(conditions(document))), style="dim", markup=False)
 
 
 def _table(lines: list[list[str]], title: str, *, narrow: bool) -> Table:
     """A table without its heading's words cut; `narrow` breaks lines wherever there is a space."""
-    heading, *rest = lines
+    heading, *rest = [[harmless(cell) for cell in line] for line in lines]  # categories are data's
     shown = Table(
-        title=escape(title),
+        title=escape(harmless(title)),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -231,7 +237,7 @@ def _table(lines: list[list[str]], title: str, *, narrow: bool) -> Table:
         words = [word for cell in (name, *(line[i] for line in rest)) for word in cell.split()]
         longest = max(map(len, words))
         shown.add_column(
-            name,
+            escape(name),
             justify="right" if i else "left",
             min_width=longest,
             max_width=longest if narrow and i else None,

@@ -6,9 +6,10 @@ from typing import Any
 
 import click
 
-from layerskip.cli import options, show
+from layerskip.cli import options, show, values
 from layerskip.cli.terminal import harmless
 from layerskip.decoding import LayerSkipModel, Prefix, PromptError
+from layerskip.decoding.sampling import nth_seed
 
 _HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"
 
@@ -37,6 +38,7 @@ def command(
       layerskip chat --system "Answer in one sentence." --temperature 0.7 --seed 1 --stats
       layerskip chat --model Qwen/Qwen3-0.6B --chat-template-kwargs '{"enable_thinking": false}'
     """
+    values.check_decoding(flags)
     options.check_outputs({"--output": output}, beside=(flags["model"],))
     options.note_idle_sampling(flags)
     model = options.load_model(flags)
@@ -52,6 +54,7 @@ def command(
     opening = [] if system is None else [{"role": "system", "content": system}]
     messages = list(opening)
     results: list[dict[str, Any]] = []
+    refused = 0
     prefix = Prefix()
     try:
         while (text := _next_line(interactive)) is not None:
@@ -63,8 +66,7 @@ def command(
                 messages = list(opening)
                 continue
             messages.append({"role": "user", "content": text})
-            seed = flags["seed"]
-            drawn_apart = {**flags, "seed": None if seed is None else seed + len(results)}
+            drawn_apart = {**flags, "seed": nth_seed(flags["seed"], len(results))}
             asked = {"messages": messages, "chat_template_kwargs": chat_template_kwargs}
             try:
                 result = _answer(
@@ -74,11 +76,14 @@ def command(
                 said = harmless(str(error))
                 print(f"layerskip: {said} (/reset forgets the conversation)", file=sys.stderr)
                 messages.pop()
+                refused += 1
                 continue
             messages.append({"role": "assistant", "content": result["text"]})
             results.append(result)
     finally:  # Ctrl-C and whatever goes wrong later leave the answers so far
         options.deliver(results, as_json=as_json, output=output if results else None)
+    if refused and not (results or interactive):  # a script has nothing but the status to go by
+        raise ValueError("none of the turns could be answered")
 
 
 def _answer(

@@ -45,6 +45,8 @@ def _exit_layers(
 )
 @click.option(
     "--exit-layers",
+    "--exit-layer",
+    "exit_layers",
     metavar="4,8,12-20",
     callback=_exit_layers,
     help="Exit layers, or all. Default of early-exit: the quarters of the layers.",

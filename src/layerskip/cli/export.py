@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from layerskip.cli import machine
 from layerskip.cli.options import (
     check_outputs,
     debug_option,
@@ -23,6 +24,8 @@ from layerskip.export import (
     Written,
     calibrate,
     check_new_folder,
+    check_room,
+    least_bytes,
     open_source,
     to_difference,
     to_gguf,
@@ -125,6 +128,7 @@ def command(
         raise click.UsageError("--bits and --draft-bits go with --to difference")
     for name in filter(None, (model, base)):
         fetch_if_builtin(name)
+    machine.set_threads()
     source = open_source(model, exit_layer)
     if to_format == "hf-draft" and exit_layer is None:
         chosen = source.files.settings.exit_layer
@@ -133,6 +137,7 @@ def command(
         source = open_source(model, chosen)
     if calibration is not None and to_format == "hf":  # which rounds for minutes before it writes
         check_new_folder(path, overwrite=overwrite)
+        check_room(path, least_bytes(source))
     write = _writer(to_format, weights, base, of_difference)
     with bars() as report:
         if calibration is not None:

@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
-from layerskip.cli import options, show
+from layerskip.cli import options, show, values
 from layerskip.cli.progress import track
 from layerskip.cli.prompts import read_prompts, read_stdin
 from layerskip.decoding import Answer, Generation, LayerSkipModel, PromptError
 from layerskip.decoding.prompt import with_variables
+from layerskip.decoding.sampling import nth_seed
 
 
 @click.command("generate")
@@ -51,6 +52,7 @@ def command(
     """
     if prompt is not None and prompts_file is not None:
         raise click.UsageError("--prompt and --prompts exclude each other")
+    values.check_decoding(flags)
     options.check_outputs({"--output": output}, beside=(flags["model"], prompts_file))
     options.note_idle_sampling(flags)
     prompts = _prompts(prompt, prompts_file, chat, chat_template_kwargs)
@@ -64,8 +66,7 @@ def command(
     answer: Answer | None = None
     try:
         for i, one in enumerate(track(prompts, "answering") if quiet else prompts):
-            seed = arguments["seed"]
-            apart = {**arguments, "seed": None if seed is None else (seed + i) % 2**64}
+            apart = {**arguments, "seed": nth_seed(arguments["seed"], i)}
             answer = _begin(model, one, apart, i + 1 if several else None)
             if not quiet:
                 if i:

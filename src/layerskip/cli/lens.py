@@ -46,7 +46,12 @@ def _positions(_: click.Context, __: click.Parameter, value: str | None) -> rang
 @click.option("--chat", is_flag=True, help="Wrap each prompt in the model's chat template.")
 @click.option("--continuation", help="Look at this text after the prompt, not at an answer.")
 @click.option(
-    "--layers", callback=values.layers, metavar="4,8,12-20", help="Exit layers. Default: all."
+    "--layers",
+    "--exit-layers",
+    "layers",
+    callback=values.layers,
+    metavar="4,8,12-20",
+    help="Exit layers. Default: all.",
 )
 @click.option(
     "--positions",
@@ -98,6 +103,7 @@ def command(
         raise click.UsageError("--data excludes --prompt, --continuation, and --positions")
     if samples is not None and data is None:
         raise click.UsageError("--samples needs --data")
+    values.check_decoding(flags)
     idle = options.given(_DECODING)
     if continuation is not None and idle:
         raise click.UsageError(f"--continuation is the answer; {idle[0]} would have no effect")

@@ -5,7 +5,6 @@ import contextlib
 import functools
 import importlib.util
 import inspect
-import json
 import os
 import shlex
 import sys
@@ -18,6 +17,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
+from layerskip.cli import machine
 from layerskip.cli.terminal import harmless
 from layerskip.cli.values import Number, draft_text, json_object, vocabulary_size
 from layerskip.decoding import DRAFT_SOURCES, MODES, Generation, LayerSkipModel
@@ -188,17 +188,18 @@ answering_options = _stack(
 
 def load_model(flags: dict[str, Any]) -> LayerSkipModel:
     """The model that the flags of `model_options` describe, with a word on stderr while it loads."""
-    if flags["threads"] is not None:
-        import torch
-
-        torch.set_num_threads(flags["threads"])
+    machine.set_threads(flags["threads"])
+    if not given(("device",)):
+        machine.note_idle_gpu()
     name = flags["model"]
     if name in BUILTIN_MODELS and Path(name).exists():
         click.echo(f"layerskip: {name} is taken from the folder of that name here", err=True)
     fetch_if_builtin(name)
     how = {field: flags[field] for field in ("dtype", "weights", "device", "compile")}
     with waiting(f"loading {name}"), warnings_in_one_line():
-        return LayerSkipModel.from_pretrained(name, **how, announce=say)
+        model = LayerSkipModel.from_pretrained(name, **how, announce=say)
+    machine.note_large_weights(model.decoder)
+    return model
 
 
 @contextlib.contextmanager
@@ -212,7 +213,7 @@ def warnings_in_one_line(*, is_shown: bool = True) -> Iterator[None]:
                 if is_shown:
                     click.echo(f"layerskip: {harmless(str(message))}", err=True)
             else:
-                plain(message, category, *place, **more)
+                plain(harmless(str(message)), category, *place, **more)
 
         warnings.showwarning = show
         yield
@@ -297,7 +298,7 @@ def deliver(result: Any, *, as_json: bool, output: Path | None) -> None:
     finally:
         if as_json:
             is_utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
-            sys.stdout.write(text if is_utf8 else json.dumps(result, indent=2) + "\n")
+            sys.stdout.write(text if is_utf8 else json_text(result, ascii_only=True))
             sys.stdout.flush()  # a full disk or a reader that has left is met here, not at the end
 
 

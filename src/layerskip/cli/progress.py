@@ -2,12 +2,15 @@
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress import track as rich_track
+
+REDRAWN_S = 0.5  # more often would take time from what is being timed
 
 Report = Callable[[str, int, int], None]
 """What is being done, how much of it is, and of how much."""
@@ -31,11 +34,15 @@ def bars() -> Iterator[Report]:
         disable=not sys.stderr.isatty(),
     )
     known: dict[str, Any] = {}
+    drawn = 0.0
 
     def report(what: str, done: int, total: int) -> None:
+        nonlocal drawn
+        is_due = what not in known or done == total or time.monotonic() - drawn > REDRAWN_S
         if what not in known:
             known[what] = shown.add_task(what)
-        shown.update(known[what], completed=done, total=total, refresh=True)
+        shown.update(known[what], completed=done, total=total, refresh=is_due)
+        drawn = time.monotonic() if is_due else drawn
 
     with shown:
         yield report

@@ -58,6 +58,8 @@ def _prompts(file: Path) -> Iterator[Any]:
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: no JSON ({error})") from error
+        except RecursionError:
+            raise ValueError(f"{file}, line {number}: nested too deeply") from None
         fields = row if isinstance(row, dict) else {}
         prompt: Any = prompt_of(fields)[0] or fields.get("prompt")
         if not isinstance(prompt, str | list | dict) or not prompt:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import click
 import torch
 
-from layerskip.cli import options
+from layerskip.cli import machine, options
 from layerskip.recipe import RecipeConfig
 
 try:
@@ -113,6 +113,7 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from None
+    machine.set_threads()
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, accelerate launch
     if is_first:
         for line in _without_effect(given, settings.effective_recipe):

@@ -12,14 +12,18 @@ from rich.text import Text
 
 from layerskip.cli import options, values
 from layerskip.cli.progress import bars
+from layerskip.cli.terminal import harmless
 from layerskip.decoding import LayerSkipModel
 from layerskip.model.files import read_json
+from layerskip.model.settings import exit_layer_of
 from layerskip.tuning.choose import Choice, name_of_auto
+from layerskip.tuning.effort import Effort, effort_for
 from layerskip.tuning.prompts import PROMPTS
 from layerskip.tuning.run import MAX_DRAFT_TOKENS, Tuning, tune
 from layerskip.tuning.settings import check_writable, write_settings
 
 MAX_NEW_TOKENS = 64  # of a task that allows more: enough to see a speed, and soon done
+LONG_S = 60.0  # whoever waits longer is told so before
 _COLUMNS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # draft lengths that a terminal has room for
 
 
@@ -61,9 +65,11 @@ _COLUMNS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # draft lengths that a terminal ha
 )
 @click.option(
     "--exit-layers",
+    "--exit-layer",
+    "exit_layers",
     callback=values.layers,
     metavar="4,8,10-12",
-    help="Consider these alone, such as 4,8,10-12. Default: all.",
+    help="Consider these alone, such as 4,8,10-12. Default: all, of a slow model about 8.",
 )
 @click.option(
     "--grid",
@@ -121,22 +127,34 @@ def command(
     writes = folder.is_dir() and not dry_run
     if writes:
         check_writable(folder)
+    elif not dry_run:
+        click.echo(
+            "layerskip: nothing will be written: settings are kept in a checkpoint folder, and"
+            f" {harmless(flags['model'])} is none; what is chosen is told as flags",
+            err=True,
+        )
     if data is not None:
         from layerskip.bench.tasks import check_task
 
         check_task(data)
     model = options.load_model(flags)
     prompts, stop, longest = _prompts(model, data, samples, seed)
+    wanted: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens or min(longest, MAX_NEW_TOKENS),
+        "max_draft_tokens": max_draft_tokens,
+        "grid": grid,
+    }
+    found = effort_for(model, prompts, exits=exit_layers, **wanted)
+    _note_effort(found, is_cut=exit_layers is None and found.exits is not None)
     with bars() as progress:
         tuning = tune(
             model,
             prompts,
-            max_new_tokens=max_new_tokens or min(longest, MAX_NEW_TOKENS),
-            max_draft_tokens=max_draft_tokens,
-            exits=exit_layers,
+            exits=found.exits,
+            sweeps=found.sweeps,
             stop=stop,
-            grid=grid,
             progress=progress,
+            **wanted,
         )
     file, pictures = None, []
     try:
@@ -167,6 +185,22 @@ def command(
         finally:
             if not as_json:
                 _show(tuning, file, pictures, dry_run=dry_run, is_folder=folder.is_dir())
+
+
+def _note_effort(found: Effort, *, is_cut: bool) -> None:
+    """A line on stderr where tuning takes minutes."""
+    if found.seconds < LONG_S:
+        return
+    line = (
+        f"layerskip: a plain step takes {1e3 * found.step_s:.0f} ms here, tuning about"
+        f" {found.seconds / 60:.0f} minutes; fewer --samples or --max-new-tokens take less"
+    )
+    if is_cut:
+        line += (
+            f"; exits {', '.join(map(str, found.exits or ()))} alone are considered (--exit-layers"
+            " names others)"
+        )
+    click.echo(line, err=True)
 
 
 def _prompts(
@@ -210,7 +244,7 @@ def _show(
 def _what_is_used(choice: Choice, file: Path) -> str:
     if choice.mode == "self-speculative":
         return "self-speculative decoding uses it from now on, and mode auto its exit"
-    if choice.exit_layer is None and read_json(file).get("assistant_early_exit") is not None:
+    if choice.exit_layer is None and exit_layer_of(read_json(file), file) is not None:
         return "its exit stays for the other machines or weights that it was tuned for"
     if choice.mode == "plain":
         return "mode auto drafts from n-grams alone from now on, as far as they pay"

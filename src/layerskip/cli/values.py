@@ -1,5 +1,6 @@
-"""What flags take: lists of layers, numbers, and the texts of files."""
+"""What flags take: lists of layers, numbers, texts of files; and what goes together."""
 
+import inspect
 import json
 import math
 import re
@@ -7,6 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from layerskip.decoding.policy import check_options
+
+
+def check_decoding(flags: dict[str, Any]) -> None:
+    """Refuse flags of decoding that contradict each other whatever the model is, before it is loaded."""
+    names = inspect.signature(check_options).parameters
+    given: dict[str, Any] = {name: flags.get(name) for name in names}
+    try:
+        check_options(**given)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def layers(_: click.Context, __: click.Parameter, value: str | None) -> list[int] | None:

@@ -126,7 +126,9 @@ def look(
     tokens = torch.tensor([list(token_ids[:-1])], device=decoder.device)
     pieces: dict[int, list[Tensor]] = {e: [] for e in wanted}
     for first, e, hidden in walk_exits(decoder, tokens, wanted, capacity):
-        pieces[e].append(hidden[:, max(start - 1 - first, 0) :])
+        unseen = max(start - 1 - first, 0)
+        if unseen < hidden.shape[1]:  # a copy, since a view would keep the whole chunk
+            pieces[e].append(hidden[:, unseen:].clone())
     states = {e: torch.cat(pieces[e], dim=1) for e in wanted}
     answer = torch.cat(
         [decoder.logits(part).argmax(-1) for part in states[wanted[-1]].split(CHUNK, dim=1)], dim=1

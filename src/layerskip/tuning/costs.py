@@ -10,7 +10,7 @@ import dataclasses
 import random
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ from layerskip.model import Decoder
 
 SWEEPS = 5
 _LONG_DRAFT = 6  # a call of so many tokens against one of a single token gives a step's cost
-_ANCHORS = 4  # exits at which every length of verification is measured
+ANCHORS = 4  # exits at which every length of verification is measured
 _PLAIN_STEPS = 8  # a sweep: the denominator of every speedup deserves more samples
 _WHOLE_ROUNDS = 2  # a sweep, of each exit and draft length that whole rounds are measured at
 _GREEDY = Sampling()
@@ -92,7 +92,7 @@ def measure_costs(
         exits: layers run, each 1 ... L - 1.
         max_draft_tokens: verification is measured up to this many positions and one more.
         sweeps: how often everything is measured.
-        progress: called with sweeps done and sweeps in all.
+        progress: called after each part with the parts timed and those in all, of all sweeps.
 
     Raises:
         ValueError: the model's context is too short for the measurement.
@@ -110,14 +110,16 @@ def measure_costs(
     places = sorted({min(c, room) for c in contexts})
     order = random.Random(0)
     parts = []
-    for i, context in enumerate(places):
+    done = 0
+    for context in places:
         filled = [text[j % len(text)] for j in range(context)]
         workbench = _Workbench(decoder, filled, exits, max_draft_tokens, reach)
         for sweep in range(sweeps_of_all):
             if sweep == warm_ups:  # what was before does not count
                 workbench.times.clear()
-            workbench.sweep(order)
-            progress(i * sweeps_of_all + sweep + 1, len(places) * sweeps_of_all)
+            for _ in workbench.sweep(order):
+                done += 1
+                progress(done, len(places) * sweeps_of_all * len(workbench.works))
         parts.append(workbench.summary())
         del workbench  # its caches make room for the next one's
     columns = {name: np.array([part[name] for part in parts]) for name in parts[0]}
@@ -149,7 +151,7 @@ class _Workbench:
         self.times: dict[_Work, list[float]] = defaultdict(list)
         self.draft_lengths = (1, max(2, min(_LONG_DRAFT, max_draft_tokens)))
         self.longest = max(max_draft_tokens, self.draft_lengths[1]) + 1
-        places = np.linspace(0, len(exits) - 1, min(_ANCHORS, len(exits)))
+        places = np.linspace(0, len(exits) - 1, min(ANCHORS, len(exits)))
         self.anchors = [exits[round(i)] for i in places]
         self.cache = decoder.new_cache(len(text) + self.longest + self.draft_lengths[1])
         self.newest = torch.tensor([text[-1:]], device=decoder.device)
@@ -166,6 +168,10 @@ class _Workbench:
         }
         for loop in self.loops.values():
             next(loop)  # the prompt's pass
+        pairs = [_Work("pair", e, d, d + 1) for e in exits for d in self.draft_lengths]
+        pairs += [_Work("pair", e, 1, n) for e in self.anchors for n in range(1, self.longest + 1)]
+        rounds = [work for work in self.loops if work.kind == "round"] * _WHOLE_ROUNDS
+        self.works = [*pairs, *rounds, *[_Work("head"), _Work("plain")] * _PLAIN_STEPS]
 
     @torch.inference_mode()
     def _fill(self, text: list[int]) -> None:
@@ -174,14 +180,9 @@ class _Workbench:
             self.decoder.run(hidden, 0, len(self.decoder.layers), self.cache)
             self.cache.lengths += chunk.shape[1]
 
-    def sweep(self, order: random.Random) -> None:
-        """Time everything once, in a new order."""
-        pairs = [_Work("pair", e, d, d + 1) for e in self.exits for d in self.draft_lengths]
-        pairs += [_Work("pair", e, 1, n) for e in self.anchors for n in range(1, self.longest + 1)]
-        rounds = [work for work in self.loops if work.kind == "round"] * _WHOLE_ROUNDS
-        works = [*pairs, *rounds, *[_Work("head"), _Work("plain")] * _PLAIN_STEPS]
-        order.shuffle(works)
-        for work in works:
+    def sweep(self, order: random.Random) -> Iterator[_Work]:
+        """Time everything once, in a new order; what has been timed is told at once."""
+        for work in order.sample(self.works, len(self.works)):
             if work.kind == "pair":
                 self._pair(work)
             elif work.kind == "head":
@@ -190,6 +191,7 @@ class _Workbench:
                 started = self.clock()
                 next(self.loops[work])
                 self.times[work].append(self.clock() - started)
+            yield work
 
     @torch.inference_mode()
     def _pair(self, work: _Work) -> None:

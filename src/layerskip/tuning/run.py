@@ -13,7 +13,7 @@ from layerskip.decoding.generation import accepted_by_position
 from layerskip.model import StepCosts
 from layerskip.tuning.acceptance import Continuation, agreement_rate, read_agreement, replay
 from layerskip.tuning.choose import Choice, choose, choose_auto
-from layerskip.tuning.costs import Costs, measure_costs
+from layerskip.tuning.costs import SWEEPS, Costs, measure_costs
 from layerskip.tuning.for_auto import draft_text, draft_vocabulary, step_costs, text_without
 from layerskip.tuning.predict import Prediction, predict, predict_plain
 
@@ -103,6 +103,7 @@ def tune(
     exits: Sequence[int] | None = None,
     stop: Sequence[str] = (),
     grid: bool = False,
+    sweeps: int = SWEEPS,
     progress: Progress = lambda what, done, total: None,
 ) -> Tuning:
     """Find the fastest exit layer and draft length for these prompts on this machine.
@@ -115,6 +116,7 @@ def tune(
         exits: layers run, each 1 ... L - 1; None considers all.
         stop: texts that end an answer.
         grid: also run every pair for real, and confirm the best of those instead.
+        sweeps: how often every part is timed; see `effort_for` for what slow models are worth.
         progress: called while it works.
 
     Raises:
@@ -135,6 +137,7 @@ def tune(
         contexts=_contexts(continuations),
         exits=layers,
         max_draft_tokens=max_draft_tokens,
+        sweeps=sweeps,
         progress=lambda done, total: progress("timing the parts of a round", done, total),
     )
     predictions = predict(costs, continuations, max_draft_tokens)

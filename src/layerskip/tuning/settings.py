@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.model import StepCosts
-from layerskip.model.files import json_text, read_json, replace
-from layerskip.model.settings import FILE, KEY, entries_of, readable_costs, text_of_ids
+from layerskip.model.files import check_within, json_text, read_json, replace
+from layerskip.model.settings import EXIT, FILE, KEY, entries_of, readable_costs, text_of_ids
 from layerskip.tuning.choose import Choice
 
 
@@ -23,9 +23,10 @@ def write_settings(
 ) -> Path:
     """Write `assistant_early_exit` and `num_assistant_tokens`, and how they were found.
 
-    Where no exit was chosen both fields are removed, so that mode auto drafts from n-grams alone;
-    but not where there are costs of other weights or another machine, which the exit may pay with: auto
-    goes by the costs. All other fields stay. The file appears whole or not at all.
+    Where transformers cannot draft with the model, the exit is under `layerskip` instead. Where none was
+    chosen both fields are removed, so that mode auto drafts from n-grams alone; but not where there are
+    costs of other weights or another machine, which the exit may pay with: auto goes by the costs. All
+    other fields stay. The file appears whole or not at all.
 
     Args:
         folder: a checkpoint.
@@ -42,9 +43,11 @@ def write_settings(
         The file written.
 
     Raises:
-        ValueError: the file there is no JSON object, or the folder cannot be written to.
+        ValueError: the file there is no JSON object or a link out of the folder, or the folder cannot be
+            written to.
     """
     file = folder / FILE
+    check_within(file)
     fields = read_json(file) if file.is_file() else _special_tokens(folder, end_tokens)
     # By this mark transformers says that the file only repeats config.json, and skips what is new in it.
     fields.pop("_from_model_config", None)
@@ -62,14 +65,15 @@ def write_settings(
                 others.append(known.to_dict())
         own["costs"] = [*others, costs.to_dict()]
     if choice.exit_layer is not None or not others:
-        chosen = {
-            "assistant_early_exit": choice.exit_layer,
-            "num_assistant_tokens": choice.draft_tokens,
-        }
-        for key, value in chosen.items():
+        for key in ("assistant_early_exit", "num_assistant_tokens"):
             fields.pop(key, None)
-            if value is not None:
-                fields[key] = value
+        own.pop(EXIT, None)
+        if choice.exit_layer is not None and _runs_all_layers(folder):
+            own[EXIT] = choice.exit_layer
+        elif choice.exit_layer is not None:
+            fields["assistant_early_exit"] = choice.exit_layer
+        if choice.draft_tokens is not None:
+            fields["num_assistant_tokens"] = choice.draft_tokens
     if draft_vocabulary:
         own["draft_vocabulary"] = text_of_ids(draft_vocabulary)
     if draft_text:
@@ -86,17 +90,29 @@ def check_writable(folder: Path) -> None:
     """Refuse a folder that could not be written to, before any long work starts.
 
     Raises:
-        ValueError: it cannot be written to, or what is there already is no JSON object.
+        ValueError: it cannot be written to, or what is there already is no JSON object, or a link out of
+            it.
     """
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{folder} cannot be written to; --dry-run tunes without writing")
+    check_within(folder / FILE)
     if (folder / FILE).is_file():
         read_json(folder / FILE)
 
 
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def _runs_all_layers(folder: Path) -> bool:
+    """Whether transformers does, though it is told of fewer to draft: its `generate` would fail then."""
+    return _config(folder).get("model_type") == "gpt_neox"
+
+
 def _special_tokens(folder: Path, end_tokens: Sequence[int]) -> dict[str, Any]:
     """What transformers takes from `config.json` while there is no file of settings."""
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = _config(folder)
     names = ("bos_token_id", "pad_token_id")
     fields = {name: config[name] for name in names if config.get(name) is not None}
     if end_tokens:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,15 @@ PEERS = {
 }
 
 
+# `python -m layerskip.bench.peers`, but no module of the working folder takes a package's place.
+_START = f"""
+import sys
+sys.path = [path for path in sys.path if path]
+import runpy
+runpy.run_module("{__package__}", run_name="__main__", alter_sys=True)
+"""
+
+
 class PeerProcess:
     """A system that runs elsewhere. Enter it to start it; a peer that cannot start fails when asked.
 
@@ -56,14 +64,12 @@ class PeerProcess:
             return self
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __package__, PEERS[self.name].module],
+            [sys.executable, "-c", _START, PEERS[self.name].module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
             encoding="utf-8",
-            # No module of the working folder takes a package's place (from Python 3.11 on).
-            env=os.environ | {"PYTHONSAFEPATH": "1"},
         )
         try:
             self._ask(dataclasses.asdict(self._job))

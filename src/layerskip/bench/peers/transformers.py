@@ -13,6 +13,8 @@ from layerskip.bench.peers.job import PROMPT_LOOKUP_TOKENS, Job
 from layerskip.bench.peers.recorder import Recorder
 from layerskip.decoding.clock import device_clock
 from layerskip.model import open_files, tokenizer
+from layerskip.model.checkpoint import check_no_adapter_beside
+from layerskip.model.families import OWN_KERNELS, check_weights_unnamed
 from layerskip.model.machine import leave_out_cudnn_attention
 from layerskip.model.weights import GgufFile
 
@@ -110,12 +112,23 @@ class _Streamer:
 def _load(path: Path, dtype: str) -> Any:
     import transformers
 
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": False}
+    options: dict[str, Any] = {"trust_remote_code": False}
     tensors = open_files(path).tensors
     if isinstance(tensors, GgufFile):
         path, options["gguf_file"] = tensors.path.parent, tensors.path.name
+    check_no_adapter_beside(path)
+    config = transformers.AutoConfig.from_pretrained(str(path), **options)
+    check_weights_unnamed(config.to_dict())
+    if isinstance(tensors, GgufFile):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    return transformers.AutoModelForCausalLM.from_pretrained(str(path), **options)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        str(path),
+        config=config,  # the one that was looked at
+        dtype=getattr(torch, dtype),
+        use_safetensors=True,
+        **OWN_KERNELS,
+        **options,
+    )
 
 
 def _bytes_of_a_pass(model: Any) -> int:
