@@ -50,7 +50,7 @@ def test_transformers_answers_with_a_model_that_it_cannot_draft_with(family, tra
 
 
 def test_transformers_drafts_with_a_model_that_exits(trained):
-    folder = trained("qwen3")
+    folder = trained("llama")
     answers_in_transformers(folder)
     fields = json.loads((folder / "generation_config.json").read_text())
     assert fields["assistant_early_exit"] == 2
