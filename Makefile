@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes that run the tests, each with a thread.
+WORKERS ?= 2
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.installed-dev
 
@@ -11,10 +13,10 @@ demo: $(INSTALLED)        ## fetch SmolLM2-135M and answer three kinds of prompt
 	$(BIN)/layerskip demo
 
 test: $(DEV_INSTALLED)        ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-all: $(DEV_INSTALLED)    ## the test suite with the long exactness runs
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m ""
 
 lint: $(DEV_INSTALLED)        ## lint, format check, types, import directions
 	$(BIN)/ruff check .

@@ -17,7 +17,8 @@ SAMPLINGS = [GREEDY, Sampling(temperature=1.0, repetition_penalty=1.2)]
 
 def storages_alive():
     """Bytes of every block of memory that a tensor refers to, by address."""
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    kinds = (torch.Tensor, torch.nn.Parameter)  # those of a compiler, which others leave, have none
+    tensors = [thing for thing in gc.get_objects() if type(thing) in kinds]
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
