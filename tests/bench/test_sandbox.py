@@ -176,10 +176,11 @@ attempts = {
     "shared memory": lambda: __import__("_posixshmem"),
     "another's limits": lambda: __import__("resource").prlimit(os.getppid(), 7, (9, 9)),
     "another's priority": lambda: os.setpriority(os.PRIO_PROCESS, os.getppid(), 19),
+    "another's processors": lambda: os.sched_setaffinity(os.getppid(), {0}),
     "attributes": lambda: os.setxattr(full, "user.x", b"x"),
 }
 if sys.platform == "darwin":
-    del attempts["another's limits"], attempts["attributes"]
+    del attempts["another's limits"], attempts["another's processors"], attempts["attributes"]
 confined._refuse_what_asks_no_hook()
 sys.addaudithook(confined._guard(os.path.realpath(".")))
 done = []
@@ -267,6 +268,7 @@ calls = {{
 }}
 files = {{
     "write": lambda: libc.open(outside, os.O_WRONLY),
+    "empty": lambda: libc.truncate(outside, 0),
     "create": lambda: libc.open(outside + b"2", os.O_WRONLY | os.O_CREAT, 0o600),
     "remove": lambda: libc.unlink(outside),
     "move away": lambda: libc.rename(outside, b"here"),

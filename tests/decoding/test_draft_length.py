@@ -65,6 +65,10 @@ def test_a_dear_second_position_is_drafted_where_further_ones_are_cheap():
     assert drafted(DraftLength(blocks, trained=True), [0.95] * 4) == 4
     # One that drafts a single token until one is right cannot count on more.
     assert drafted(DraftLength(blocks), [0.95] * 4) == 0
+    # Nor can one on more than the round has room for.
+    short = DraftLength(blocks, trained=True)
+    assert short.begins(1)
+    assert not short.keeps(0.95)
     # Nor does a dear position pay where the next ones are dear too.
     slope = DraftCosts(layers=0.1, head=0.1, passes=(1.0, 1.92, 2.84, 3.76))
     assert drafted(DraftLength(slope, trained=True), [0.95] * 4) == 0

@@ -27,7 +27,6 @@ def test_transformers_reads_the_same_model(case, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert _without_type(again.config.rope_parameters) == model.config.rope_parameters
     tokens = tiny_models.token_ids(case, 1, 40)
-    found = tiny_models.reference_logits(again, tokens)
     again.set_attn_implementation("eager")
     found = tiny_models.reference_logits(again, tokens)
     assert torch.equal(found, tiny_models.reference_logits(model, tokens))

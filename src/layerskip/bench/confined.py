@@ -29,18 +29,14 @@ from typing import Any
 by_kernel: set[str] = set()  # what the kernel has agreed to: "namespaces", "calls", "files"
 
 # Linux, from its headers <sched.h>, <sys/mount.h>, <sys/prctl.h>, <asm/unistd.h>.
-_NEW_MOUNTS, _NEW_IPC, _NEW_USER, _NEW_PIDS, _NEW_NETWORK = (
-    0x00020000,
-    0x08000000,
-    0x10000000,
-    0x20000000,
-    0x40000000,
-)
+_NEW_MOUNTS, _NEW_IPC, _NEW_USER = 0x00020000, 0x08000000, 0x10000000
+_NEW_PIDS, _NEW_NETWORK = 0x20000000, 0x40000000
 _PRIVATE, _RECURSIVE, _NO_SETUID, _NO_DEVICES, _NO_PROGRAMS = 1 << 18, 1 << 14, 2, 4, 8
 _MOUNT_SETATTR, _AT_RECURSIVE, _READ_ONLY, _CURRENT_FOLDER = 442, 0x8000, 1, -100
 _KILL_WITH_PARENT, _NO_NEW_RIGHTS, _SET_SECCOMP, _FILTER = 1, 38, 22, 2
 _CAPABILITIES_VERSION = 0x20080522
 _GRACE_S = 5.0
+_LIBC = ctypes.CDLL(None)
 
 # Calls that are refused, by their numbers on x86-64 and ARM64 (<asm/unistd.h>; None: it has no such).
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
@@ -61,6 +57,11 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
     "pidfd_open": (434, 434),
     "pidfd_getfd": (438, 438),
     "setpriority": (141, 140),
+    "ioprio_set": (251, 30),
+    "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119),
+    "sched_setaffinity": (203, 122),
+    "sched_setattr": (314, 274),
     "chmod": (90, None),
     "fchmod": (91, 52),
     "fchmodat": (268, 53),
@@ -226,7 +227,8 @@ def _refuse_what_asks_no_hook() -> None:
         raise PermissionError("this is not allowed")
 
     _posixsubprocess.fork_exec = refuse
-    taken = ("mkfifo", "mknod", "pidfd_open", "pidfd_send_signal", "setpriority")
+    taken = ["mkfifo", "mknod", "pidfd_open", "pidfd_send_signal", "setpriority"]
+    taken += ["sched_setaffinity", "sched_setparam", "sched_setscheduler"]
     for module in (os, signal, sys.modules["posix"], sys.modules["_signal"]):
         for name in taken:
             if hasattr(module, name):
@@ -235,9 +237,8 @@ def _refuse_what_asks_no_hook() -> None:
 
 def _enter_namespaces(folder: str, file_bytes: int) -> None:
     """Cut off network, other processes and file systems, as far as the kernel lets this user."""
-    libc = ctypes.CDLL(None, use_errno=True)
     user, group = os.getuid(), os.getgid()
-    if libc.unshare(_NEW_USER | _NEW_MOUNTS | _NEW_IPC | _NEW_PIDS | _NEW_NETWORK) != 0:
+    if _LIBC.unshare(_NEW_USER | _NEW_MOUNTS | _NEW_IPC | _NEW_PIDS | _NEW_NETWORK) != 0:
         return
     for name, text in (
         ("setgroups", "deny"),
@@ -251,15 +252,15 @@ def _enter_namespaces(folder: str, file_bytes: int) -> None:
     if child:
         os.waitpid(child, 0)
         os._exit(0)
-    libc.prctl(_KILL_WITH_PARENT, signal.SIGKILL)
-    libc.mount(None, b"/", None, _PRIVATE | _RECURSIVE, None)
+    _LIBC.prctl(_KILL_WITH_PARENT, signal.SIGKILL)
+    _LIBC.mount(None, b"/", None, _PRIVATE | _RECURSIVE, None)
     read_only = (ctypes.c_uint64 * 4)(_READ_ONLY, 0, 0, 0)
-    if libc.syscall(_MOUNT_SETATTR, _CURRENT_FOLDER, b"/", _AT_RECURSIVE, read_only, 32) == 0:
+    if _LIBC.syscall(_MOUNT_SETATTR, _CURRENT_FOLDER, b"/", _AT_RECURSIVE, read_only, 32) == 0:
         by_kernel.add("namespaces")
     options = f"size={file_bytes}".encode()
-    libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", _NO_SETUID | _NO_DEVICES, options)
+    _LIBC.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", _NO_SETUID | _NO_DEVICES, options)
     # Not everywhere may it be mounted anew; the old one then still names other processes.
-    libc.mount(
+    _LIBC.mount(
         b"proc", b"/proc", b"proc", _READ_ONLY | _NO_SETUID | _NO_DEVICES | _NO_PROGRAMS, None
     )
     os.chdir(folder)
@@ -267,40 +268,38 @@ def _enter_namespaces(folder: str, file_bytes: int) -> None:
 
 def _give_up_privileges() -> None:
     """Root of its own namespace could mount everything again, and root of a container some of it."""
-    libc = ctypes.CDLL(None, use_errno=True)
     none = (ctypes.c_uint32 * 6)()
-    kept = libc.capset((ctypes.c_uint32 * 2)(_CAPABILITIES_VERSION, 0), none)
-    if kept or libc.prctl(_NO_NEW_RIGHTS, 1, 0, 0, 0):
+    kept = _LIBC.capset((ctypes.c_uint32 * 2)(_CAPABILITIES_VERSION, 0), none)
+    if kept or _LIBC.prctl(_NO_NEW_RIGHTS, 1, 0, 0, 0):
         os._exit(1)
 
 
 def _ask_the_kernel(folder: str) -> None:
     """Have Landlock and seccomp refuse what they can, where the kernel has them."""
-    libc = ctypes.CDLL(None, use_errno=True)
     if platform.machine() in _ARCHITECTURES and sys.maxsize > 1 << 32:
-        if _only_writes_into(folder, libc):
+        if _only_writes_into(folder):
             by_kernel.add("files")
         filters = _refused_calls(*_ARCHITECTURES[platform.machine()])
         code = ctypes.create_string_buffer(b"".join(filters))
         program = struct.pack("HP", len(filters), ctypes.addressof(code))  # struct sock_fprog
-        if libc.prctl(_SET_SECCOMP, _FILTER, program, 0, 0) == 0:
+        if _LIBC.prctl(_SET_SECCOMP, _FILTER, program, 0, 0) == 0:
             by_kernel.add("calls")
 
 
-def _only_writes_into(folder: str, libc: ctypes.CDLL) -> bool:
-    version = libc.syscall(_CREATE_RULESET, None, 0, 1)
+def _only_writes_into(folder: str) -> bool:
+    version = _LIBC.syscall(_CREATE_RULESET, None, 0, 1)
     if version < 1:
         return False
     on_files = _WRITE | (_TRUNCATE if version >= 3 else 0)
     writes = on_files | _REMOVE | _MAKE | (_MOVE if version >= 2 else 0)
-    rules = libc.syscall(_CREATE_RULESET, struct.pack("Q", writes), 8, 0)
+    rules = _LIBC.syscall(_CREATE_RULESET, struct.pack("Q", writes), 8, 0)
     for path, rights in ((folder, writes), (os.devnull, on_files)):
         place = os.open(path, os.O_PATH)
-        libc.syscall(_ADD_RULE, rules, 1, struct.pack("=Qi", rights, place), 0)
+        _LIBC.syscall(_ADD_RULE, rules, 1, struct.pack("=Qi", rights, place), 0)
         os.close(place)
-    done: int = libc.syscall(_RESTRICT_SELF, rules, 0)
+    done: int = _LIBC.syscall(_RESTRICT_SELF, rules, 0)
     os.close(rules)
-    return done == 0
+    return done == 0 and version >= 3  # before that files could still be emptied
 
 
 def _refused_calls(column: int, architecture: int) -> list[bytes]:

@@ -77,9 +77,9 @@ def commit() -> str:
 
     An installed layerskip has none: a repository that happens to be around it says nothing of it.
     """
-    package = Path(layerskip.__file__).resolve().parent
-    root = package.parents[1]
-    if package.parent.name != "src" or not (root / ".git").exists() or not _is_ours(root):
+    source = Path(layerskip.__file__).resolve().parents[1]
+    root = source.parent
+    if source.name != "src" or not (root / ".git").exists() or not _is_ours(root):
         return ""
     # Such as GIT_DIR in a hook, which would have another repository answer.
     others = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}

@@ -35,7 +35,7 @@ def check_can_judge(metrics: Metrics | None) -> None:
     """
     if metrics in (rouge, first_line_rouge, match_and_rouge):
         rouge_scorer()
-    if metrics is pass_at_1 and not runs_to_end(""):
+    if metrics is pass_at_1 and not runs_to_end("import datetime, random, threading"):
         raise ValueError(
             "pass@1 cannot be judged: a confined Python process does not start here"
             " (are memory or processes limited?)"

@@ -19,6 +19,7 @@ from layerskip.bench.exit_plot import plot_exits
 from layerskip.bench.perplexity import perplexity, read_text, stride_of
 from layerskip.cli import options, values
 from layerskip.cli.progress import Report, bars
+from layerskip.cli.terminal import harmless
 from layerskip.decoding import MODES, LayerSkipModel
 from layerskip.decoding.policy import DRAFT_SOURCES
 from layerskip.model.files import replace
@@ -250,7 +251,7 @@ def _add_tasks(
 
 
 def _print_table(rows: list[evaluation.Row], model: str) -> None:
-    table = Table(title=escape(model))
+    table = Table(title=escape(harmless(model)))
     for heading in ("task", "metric", "mode", "E", "value", "± stderr"):
         table.add_column(heading, justify="right" if heading in ("E", "value") else "left")
     panels = dict.fromkeys((t, m) for row in rows for t in row.results for m in row.results[t])
@@ -258,8 +259,8 @@ def _print_table(rows: list[evaluation.Row], model: str) -> None:
         for i, row in enumerate(row for row in rows if name in row.results.get(task, {})):
             metric = row.results[task][name]
             table.add_row(
-                escape(task) if i == 0 else "",
-                f"{name} {ARROWS[metric.higher_is_better]}" if i == 0 else "",
+                escape(harmless(task)) if i == 0 else "",  # these two are a task file's words
+                f"{escape(harmless(name))} {ARROWS[metric.higher_is_better]}" if i == 0 else "",
                 row.mode,
                 str(row.plan.exit_layer or ""),
                 f"{metric.value:.4g}",

@@ -47,8 +47,6 @@ def _positions(_: click.Context, __: click.Parameter, value: str | None) -> rang
 @click.option("--continuation", help="Look at this text after the prompt, not at an answer.")
 @click.option(
     "--layers",
-    "--exit-layers",
-    "layers",
     callback=values.layers,
     metavar="4,8,12-20",
     help="Exit layers. Default: all.",

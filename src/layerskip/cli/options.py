@@ -159,7 +159,7 @@ decoding_options = _stack(
     ),
     click.option(
         "--seed",
-        type=int,
+        type=click.IntRange(-(2**63), 2**64 - 1),
         help="Makes sampling repeatable; each prompt draws apart.",
     ),
     click.option(

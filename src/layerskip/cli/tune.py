@@ -127,16 +127,16 @@ def command(
     writes = folder.is_dir() and not dry_run
     if writes:
         check_writable(folder)
-    elif not dry_run:
+    if data is not None:
+        from layerskip.bench.tasks import check_task
+
+        check_task(data)
+    if not writes and not dry_run:
         click.echo(
             "layerskip: nothing will be written: settings are kept in a checkpoint folder, and"
             f" {harmless(flags['model'])} is none; what is chosen is told as flags",
             err=True,
         )
-    if data is not None:
-        from layerskip.bench.tasks import check_task
-
-        check_task(data)
     model = options.load_model(flags)
     prompts, stop, longest = _prompts(model, data, samples, seed)
     wanted: dict[str, Any] = {
@@ -144,7 +144,8 @@ def command(
         "max_draft_tokens": max_draft_tokens,
         "grid": grid,
     }
-    found = effort_for(model, prompts, exits=exit_layers, **wanted)
+    with options.waiting("trying a plain step"):
+        found = effort_for(model, prompts, exits=exit_layers, **wanted)
     _note_effort(found, is_cut=exit_layers is None and found.exits is not None)
     with bars() as progress:
         tuning = tune(
@@ -188,12 +189,12 @@ def command(
 
 
 def _note_effort(found: Effort, *, is_cut: bool) -> None:
-    """A line on stderr where tuning takes minutes."""
-    if found.seconds < LONG_S:
+    """A line on stderr where tuning takes long, or leaves something out for that."""
+    if found.seconds < LONG_S and not is_cut:
         return
     line = (
         f"layerskip: a plain step takes {1e3 * found.step_s:.0f} ms here, tuning about"
-        f" {found.seconds / 60:.0f} minutes; fewer --samples or --max-new-tokens take less"
+        f" {found.seconds:.0f} s; fewer --samples or --max-new-tokens take less"
     )
     if is_cut:
         line += (

@@ -22,8 +22,11 @@ def integer(name: str, value: Any) -> int:
 
 def number(name: str, value: Any) -> float:
     """A number of any library; ValueError where it is none, as truth values are not."""
-    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
-        return float(value)
+    try:
+        if not isinstance(value, bool | np.bool_ | str | bytes):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
     raise ValueError(f"{name} is {value!r}, it has to be a number")
 
 

@@ -43,10 +43,11 @@ class DraftLength:
         self._judged = [_PRIOR] * _BINS
         # The same over all drafts, whatever their confidence.
         self._right, self._seen = BELIEF * _BELIEF_WEIGHT, _BELIEF_WEIGHT
-        self._proven, self._trained = False, trained  # whether a draft was ever accepted
+        self._proven, self._trained = False, trained  # whether a token was ever right
         self._balance, self._rests = Balance(), Rests()
         # What is compared with n-grams: rounds that were drafted here, and no others.
         self._drafting = Pace(plain_rounds=0.0)
+        self._most = 0
         self._begin()
 
     def _begin(self) -> None:
@@ -60,9 +61,10 @@ class DraftLength:
         """Tokens kept in this round."""
         return len(self._confidences)
 
-    def begins(self) -> bool:
-        """Whether this round drafts at all: not for a while after drafting has not paid."""
+    def begins(self, most: int = _AHEAD) -> bool:
+        """Whether this round drafts at all, `most` tokens: not for a while after it has not paid."""
         self._begin()
+        self._most = most
         return self._rests.begins()
 
     @property
@@ -90,7 +92,8 @@ class DraftLength:
         survival = self._survival * self._accepted[bin_] / self._judged[bin_]
         gain = survival - self._pace.rate * self._costs.token(self.drafted)
         if gain < 0 and self._goes_on(survival):
-            gain += self._drafting_on(survival, self.drafted + 1, _AHEAD)
+            ahead = min(_AHEAD, self._most - self.drafted - 1)
+            gain += self._drafting_on(survival, self.drafted + 1, ahead)
         if gain < 0:
             self._refused = confidence
             return False

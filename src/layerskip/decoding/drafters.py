@@ -128,7 +128,7 @@ class EarlyExitDrafter:
         drafted token. None = nothing ever does.
         """
         length, self._refused = self.length, []
-        if (length is not None and not length.begins()) or not n:
+        if (length is not None and not length.begins(n)) or not n:
             return no_draft(last)
         ids, behind = list[int](), list[int]()
 

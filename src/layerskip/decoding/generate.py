@@ -1,5 +1,6 @@
 """The step loop: plain, early exit, and self-speculative decoding of one prompt."""
 
+import contextlib
 from collections.abc import Collection, Generator, Iterator, Sequence
 from typing import TypeVar
 
@@ -93,7 +94,8 @@ def _until_the_end(
 def outside_autocast(device: torch.device, steps: Iterator[_T]) -> Iterator[_T]:
     """The same steps, computed in the model's own dtype where the caller's autocast takes another."""
     while True:
-        with torch.autocast(device.type, enabled=False):
+        is_on = torch.is_autocast_enabled(device.type)
+        with torch.autocast(device.type, enabled=False) if is_on else contextlib.nullcontext():
             step = next(steps, None)
         if step is None:
             return

@@ -50,15 +50,16 @@ class Prefix:
             self._forget()
             room = min(capacity + _ROOM, max(capacity, decoder.architecture.max_context))
             room = room if turn_alike(decoder, capacity, room) else capacity
-            if before is not None and shared and turn_alike(decoder, before.capacity, room):
-                if before.capacity >= capacity and not is_written:
-                    before.lengths.fill_(shared)
-                    return before
-                cache = decoder.new_cache(room)
-                cache.take(before, shared)  # a step writes behind what is settled
-                return cache
-            del before  # its memory may be that of the next
-            return decoder.new_cache(room)
+            if not shared or not (before and turn_alike(decoder, before.capacity, room)):
+                before = None  # its memory may be that of the next
+            elif before.capacity >= capacity and not is_written:
+                before.lengths.fill_(shared)
+                return before
+        # Without the lock, since a decoder may wait for others before it makes one.
+        cache = decoder.new_cache(room)
+        if before is not None:
+            cache.take(before, shared)  # a step writes behind what is settled
+        return cache
 
     def keep(
         self, decoder: Decoder, cache: KVCache, text: list[int], n_layers: int, answer: object

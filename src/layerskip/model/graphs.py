@@ -139,7 +139,7 @@ class Recordings:
                     made = self._made[key] = _Recording(recorder.record, function, inputs)
                 except RuntimeError as error:
                     cause = error.__context__ or error  # ending a failed capture fails too
-                    if isinstance(cause, torch.OutOfMemoryError):
+                    if any(isinstance(e, torch.OutOfMemoryError) for e in (error, cause)):
                         recorder.pauses = True
                     else:
                         recorder.record = None

@@ -236,9 +236,8 @@ class GgufFile:
             raise UnsupportedModelError(
                 "values of another length than keys in a GGUF file are not supported"
             )
-        pattern = self.field(
-            f"{name}.attention.sliding_window_pattern", 0
-        )  # 0 and True: everywhere
+        # 0, or True for each layer: everywhere.
+        pattern = self.field(f"{name}.attention.sliding_window_pattern", 0)
         if window and not (all(pattern) if isinstance(pattern, list) else pattern == 0):
             raise UnsupportedModelError(
                 "a sliding window of some layers in a GGUF file is not supported"

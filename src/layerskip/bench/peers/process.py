@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -70,6 +71,7 @@ class PeerProcess:
             stderr=self._log,
             text=True,
             encoding="utf-8",
+            env=os.environ | {"PYTHONSAFEPATH": "1"},  # of what it starts, from Python 3.11 on
         )
         try:
             self._ask(dataclasses.asdict(self._job))
