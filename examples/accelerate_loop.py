@@ -84,6 +84,7 @@ def main() -> None:
     detach(trained)
     weights = accelerator.get_state_dict(model)  # all take part where each holds a part of them
     if accelerator.is_main_process:
+        # With GPT-NeoX, GPT-2 and OPT transformers cannot draft, and its generate fails by this field.
         trained.generation_config.assistant_early_exit = options.exit_layer
         trained.save_pretrained(options.output, state_dict=weights)
         tokenizer.save_pretrained(options.output)

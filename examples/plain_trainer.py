@@ -70,6 +70,7 @@ def main() -> None:
     detach(model)  # 3: an ordinary model again
 
     model.config.use_cache = True  # Trainer turned it off
+    # With GPT-NeoX, GPT-2 and OPT transformers cannot draft, and its generate fails by this field.
     model.generation_config.assistant_early_exit = options.exit_layer
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)

@@ -136,7 +136,7 @@ def test_the_exit_by_default_is_never_before_the_first_layer():
         (("auto", 3, None, "n-gram"), SILENT, "drafts from n-grams have no exit layer"),
         (("auto", None, None, "n-gram", None, (1,)), SILENT, "or draft vocabulary"),
         (("early-exit", None, None, None, True), SILENT, "early exit drafts nothing"),
-        (("auto", None, None), Settings(exit_layer=L + 1), "assistant_early_exit is 13.*12 layers"),
+        (("auto", None, None), Settings(exit_layer=L + 1), "exit layer is 13.*12 layers"),
     ],
 )
 def test_contradictions_are_refused(asked, settings, message):

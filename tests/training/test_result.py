@@ -70,6 +70,8 @@ def test_older_programs_read_the_rotary_base(trained):
 
 def test_those_who_may_read_the_config_may_read_the_weights(trained):
     folder = trained("llama", lora_rank=2, max_steps=2, save_steps=1)
+    fields = json.loads((folder / "generation_config.json").read_text())
+    assert fields["assistant_early_exit"] == 2
     (checkpoint,) = folder.glob("checkpoint-1")
     for weights, beside in [
         (folder / "model.safetensors", "config.json"),

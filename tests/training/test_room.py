@@ -30,11 +30,10 @@ def test_a_disk_with_too_little_room_is_told_of(model, tmp_path, monkeypatch, th
         usage = shutil.disk_usage(tmp_path)._replace(free=n)
         monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: usage)
 
-    with monkeypatch.context():
-        free(needed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            warn_of_little_room(model, tmp_path, keep=2)
-        free(needed - 1)
-        with pytest.warns(TrainingWarning, match=r"may take 0\.0 GB.*keep_checkpoints is 2"):
-            warn_of_little_room(model, tmp_path, keep=2)
+    free(needed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_little_room(model, tmp_path, keep=2)
+    free(needed - 1)
+    with pytest.warns(TrainingWarning, match=r"may take 0\.0 GB.*keep_checkpoints is 2"):
+        warn_of_little_room(model, tmp_path, keep=2)

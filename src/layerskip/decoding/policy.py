@@ -102,8 +102,7 @@ def choose(
         draft_from = "n-gram" if alone else "both" if auto else "early-exit"
     if draft_from != "n-gram" and known is not None and known > n_layers:
         raise ValueError(
-            f"the checkpoint's assistant_early_exit is {known}, but it has {n_layers} layers;"
-            " name an exit layer"
+            f"the checkpoint's exit layer is {known}, but it has {n_layers} layers; name another"
         )
     exit_at = known if known is not None else max(1, n_layers // 4)
     if mode == "early-exit":

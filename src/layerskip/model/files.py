@@ -1,5 +1,6 @@
 """Files of JSON, and files that appear whole or not at all."""
 
+import contextlib
 import json
 import math
 import os
@@ -107,4 +108,5 @@ def share_weights(folder: Path) -> None:
     """Let those who read a folder's JSON read its safetensors, which are made for their owner alone."""
     for weights in folder.rglob("*.safetensors"):
         for beside in sorted(weights.parent.glob("*.json"))[:1]:
-            shutil.copymode(beside, weights)
+            with contextlib.suppress(OSError):  # some file systems have no rights to give
+                shutil.copymode(beside, weights)

@@ -12,7 +12,7 @@ from layerskip.model.files import read_json, write_json
 
 TEMPLATES = "additional_chat_templates"  # a folder: those with a name, each in a file
 # Rotary base, and the part of a head that is turned.
-_NAMES = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
+_NAMES = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct"))
 _USUAL_NAMES = ("rope_theta", "partial_rotary_factor")
 
 

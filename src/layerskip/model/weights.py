@@ -198,6 +198,24 @@ class GgufFile:
             raise CheckpointError(f"{self.path} has no field {key}; fetch or convert it again")
         return value
 
+    def _check_attention(self, name: str, head_dim: int, window: int | None) -> None:
+        """Refuse what would have every position attend otherwise than it does here."""
+        scale = float(self.field(f"{name}.attention.scale") or head_dim**-0.5)  # 0 is the default
+        if not math.isclose(scale, head_dim**-0.5, rel_tol=1e-5):
+            raise UnsupportedModelError(
+                f"attention scaled by {scale:.4g} in a GGUF file is not supported"
+            )
+        if int(self.field(f"{name}.attention.value_length", head_dim)) != head_dim:
+            raise UnsupportedModelError(
+                "values of another length than keys in a GGUF file are not supported"
+            )
+        # 0, or True for each layer: everywhere.
+        pattern = self.field(f"{name}.attention.sliding_window_pattern", 0)
+        if window and not (all(pattern) if isinstance(pattern, list) else pattern == 0):
+            raise UnsupportedModelError(
+                "a sliding window of some layers in a GGUF file is not supported"
+            )
+
     def architecture(self) -> Architecture:
         """The architecture that the metadata describes."""
         name = str(self.field("general.architecture"))
@@ -227,21 +245,7 @@ class GgufFile:
             raise UnsupportedModelError(
                 "rotary embedding of a part of each head in a GGUF file is not supported"
             )
-        scale = float(self.field(f"{name}.attention.scale") or head_dim**-0.5)  # 0 is the default
-        if not math.isclose(scale, head_dim**-0.5, rel_tol=1e-5):
-            raise UnsupportedModelError(
-                f"attention scaled by {scale:.4g} in a GGUF file is not supported"
-            )
-        if int(self.field(f"{name}.attention.value_length", head_dim)) != head_dim:
-            raise UnsupportedModelError(
-                "values of another length than keys in a GGUF file are not supported"
-            )
-        # 0, or True for each layer: everywhere.
-        pattern = self.field(f"{name}.attention.sliding_window_pattern", 0)
-        if window and not (all(pattern) if isinstance(pattern, list) else pattern == 0):
-            raise UnsupportedModelError(
-                "a sliding window of some layers in a GGUF file is not supported"
-            )
+        self._check_attention(name, head_dim, window)
         rope = Rope(
             theta=float(self.field(f"{name}.rope.freq_base", 10_000.0)),
             kind="linear" if scaling == "linear" and factor != 1.0 else "default",

@@ -32,7 +32,7 @@ class JsonLinesLog(TrainerCallback):
     """
 
     def __init__(self, path: Path, attached: AttachedRecipe) -> None:
-        self._path = path
+        self._path = path.resolve()
         self._attached = attached
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -24,6 +24,8 @@ def save_result(
     config: TrainConfig,
     exit_layer: int,
     output: Path,
+    *,
+    transformers_can_exit: bool,
     nll_change: float | None = None,
 ) -> None:
     """Write the result beside its place and move it there, so that no half of it is ever found.
@@ -33,6 +35,7 @@ def save_result(
         config: the settings.
         exit_layer: that drafts, for those who load it.
         output: the folder.
+        transformers_can_exit: see `transformers_can_exit`.
         nll_change: what the grid of quantization-aware training costs, as in `Rounding`.
     """
     unfinished = output / INCOMPLETE
@@ -46,8 +49,6 @@ def save_result(
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(str(unfinished))
         model = trainer.accelerator.unwrap_model(trainer.model)
-    # By all processes, which share the weights in FSDP.
-    exits_in_transformers = _exits_in_transformers(model, exit_layer)
     if not trainer.is_world_process_zero():
         return
     if not any(unfinished.glob("*.safetensors")):
@@ -59,7 +60,7 @@ def save_result(
         model.generation_config._from_model_config = False
         _record_rounding(model.generation_config, config, nll_change)
         _add_what_to_draft(model, trainer, config)
-        _name_exit(model.generation_config, exit_layer, exits_in_transformers)
+        _name_exit(model.generation_config, exit_layer, transformers_can_exit)
         model.generation_config.save_pretrained(unfinished)
     tokenizer: Any = trainer.processing_class
     tokenizer.save_pretrained(unfinished)
@@ -77,10 +78,14 @@ def save_result(
     unfinished.rmdir()
 
 
-def _exits_in_transformers(model: Any, exit_layer: int) -> bool:
+def transformers_can_exit(model: Any, exit_layer: int) -> bool:
     """Whether transformers runs fewer layers where the configuration names fewer, as it does to draft.
 
     GPT-NeoX and GPT-2 run them all, behind a cache for fewer, and `generate` would fail.
+
+    Args:
+        model: as it was loaded, whole and without a recipe.
+        exit_layer: the layers to run.
     """
     anatomy = find_anatomy(model)
     inputs, ran = anatomy.probe_inputs(), []
@@ -99,14 +104,14 @@ def _exits_in_transformers(model: Any, exit_layer: int) -> bool:
     return len(ran) == exit_layer
 
 
-def _name_exit(generation_config: Any, exit_layer: int, exits_in_transformers: bool) -> None:
+def _name_exit(generation_config: Any, exit_layer: int, transformers_can_exit: bool) -> None:
     """In transformers' own field, unless that would fail by it; then among what is ours."""
     own = dict(getattr(generation_config, settings.KEY, None) or {})
     own.pop(settings.EXIT, None)
-    if not exits_in_transformers:
+    if not transformers_can_exit:
         own[settings.EXIT] = exit_layer
     setattr(generation_config, settings.KEY, own)
-    generation_config.assistant_early_exit = exit_layer if exits_in_transformers else None
+    generation_config.assistant_early_exit = exit_layer if transformers_can_exit else None
 
 
 def _record_rounding(generation_config: Any, config: TrainConfig, nll_change: float | None) -> None:

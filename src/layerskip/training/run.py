@@ -45,7 +45,7 @@ from layerskip.training.loading import (
 from layerskip.training.memory import keep_freed_memory
 from layerskip.training.plots import plot_run
 from layerskip.training.progress import Progress, Watch, hidden_bars
-from layerskip.training.result import save_result
+from layerskip.training.result import save_result, transformers_can_exit
 from layerskip.training.room import warn_of_little_room
 from layerskip.training.rows import Row, local_files, read_rows
 from layerskip.training.trainer import LayerSkipTrainer
@@ -101,6 +101,7 @@ def _train(
     model = load_model(config)
     attach(model, config.effective_recipe)  # tries whether it fits, before the rows take long
     detach(model)
+    can_exit = transformers_can_exit(model, exit_layer)
     if config.packing:
         check_packing(model)
     train_rows, eval_rows = _load_data(config, tokenizer, *sources)
@@ -135,7 +136,8 @@ def _train(
             nll_change = metrics["eval_loss"] / metrics["unrounded_loss"] - 1
     detach(model)
     model.config.use_cache = use_cache  # which Trainer turned off
-    _write(trainer, config, exit_layer, output, nll_change)
+    settings = {"transformers_can_exit": can_exit, "nll_change": nll_change}
+    _write(trainer, config, exit_layer, output, settings)
     return TrainResult(output, trainer.state.global_step, metrics, exit_layer)
 
 
@@ -144,11 +146,11 @@ def _write(
     config: TrainConfig,
     exit_layer: int,
     output: Path,
-    nll_change: float | None,
+    settings: dict[str, Any],
 ) -> None:
     """Write the result, then pictures: where those cannot be written, a warning says so."""
     try:
-        save_result(trainer, config, exit_layer, output, nll_change)
+        save_result(trainer, config, exit_layer, output, **settings)
     except Exception as error:  # tokenizers has no class of its own for a full disk
         shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
         raise unwritten(f"the result of step {trainer.state.global_step}", output, error) from error

@@ -126,6 +126,7 @@ def tune(
     for name, value, least in (
         ("max_new_tokens", max_new_tokens, 2),
         ("max_draft_tokens", max_draft_tokens, 1),
+        ("sweeps", sweeps, 1),
     ):
         if value < least:
             raise ValueError(f"{name} is {value}, tuning needs {least} or more")
