@@ -48,7 +48,6 @@ def test_the_program_lists_its_commands(capsys):
         ("bench", {"--exit-layers", "--exit-layer"}),
         ("eval", {"--exit-layers", "--exit-layer"}),
         ("tune", {"--exit-layers", "--exit-layer"}),
-        ("lens", {"--layers", "--exit-layers"}),
     ],
 )
 def test_lists_go_by_the_names_of_other_commands_too(command, names):
