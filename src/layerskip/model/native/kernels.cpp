@@ -370,10 +370,15 @@ constexpr int nearness(int rows) { return rows > 2 ? 2 : 3; }  // fetches into t
 constexpr int QUANTIZED_NEARNESS = 2;
 constexpr bool FETCHES_KEYS = true;
 #else
-constexpr bool one_stream(int) { return false; }
+#ifdef __znver3__
+constexpr bool ONE_QUANTIZED_STREAM = true;
+constexpr int GROUPS_AHEAD = 24;
+#else
 constexpr bool ONE_QUANTIZED_STREAM = false;
-constexpr int ahead(int) { return 4; }
 constexpr int GROUPS_AHEAD = 12;
+#endif
+constexpr bool one_stream(int) { return false; }
+constexpr int ahead(int rows) { return PARTS > 1 && rows > 3 ? 64 : 4; }  // these have one panel at a time
 constexpr int nearness(int) { return 3; }
 constexpr int QUANTIZED_NEARNESS = 3;
 constexpr bool FETCHES_KEYS = false;
@@ -459,7 +464,13 @@ inline void add_column(const Column &weights, const char *inputs, int64_t stride
   for (int r = 0; r < R; r++) {
     const Vec input = spread(((const float *)(inputs + r * stride))[k]);
 #pragma GCC unroll 16
-    for (int i = 0; i < PARTS; i++) sums[r][i] = fused(weights.of[i], input, sums[r][i]);
+    for (int i = 0; i < PARTS; i++) {
+      Vec total = fused(weights.of[i], input, sums[r][i]);
+#ifdef VECTORS_OF_8
+      if constexpr (R < TILES / PARTS) asm("" : "+x"(total));  // as in `dot4`; with all of them a compiler does better
+#endif
+      sums[r][i] = total;
+    }
   }
 }
 
@@ -494,14 +505,16 @@ inline void tile(const Matrix &w, int64_t panel, const char *inputs, int64_t str
         for (int r = 0; r < R; r++)
           sums[p][r][0] = dot2(sums[p][r][0], load<Words>(at), ((const uint32_t *)(inputs + r * stride))[k]);
 #else
-        Column low, high;
+        // One input after the other, of weights that are read twice: both at once need more registers
+        // than there are, and sums that wait in memory make every row slower.
+        Column column;
 #pragma GCC unroll 16
-        for (int i = 0; i < PARTS; i++) {
-          const Words weights = load<Words>(at + i * WIDTH);
-          low.of[i] = (Vec)(weights << 16), high.of[i] = (Vec)(weights & 0xffff0000u);
-        }
-        add_column<R>(low, inputs, stride, 2 * k, sums[p]);
-        add_column<R>(high, inputs, stride, 2 * k + 1, sums[p]);
+        for (int i = 0; i < PARTS; i++) column.of[i] = (Vec)(load<Words>(at + i * WIDTH) << 16);
+        add_column<R>(column, inputs, stride, unknown(2 * k), sums[p]);
+        const uint32_t *again = at + unknown(0);
+#pragma GCC unroll 16
+        for (int i = 0; i < PARTS; i++) column.of[i] = (Vec)(load<Words>(again + i * WIDTH) & 0xffff0000u);
+        add_column<R>(column, inputs, stride, unknown(2 * k + 1), sums[p]);
 #endif
       }
   } else {
