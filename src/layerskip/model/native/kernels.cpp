@@ -404,7 +404,7 @@ template <int KIND, int P, int R, int PART = 0>
 inline void add_group(const Matrix &w, int64_t panel, int64_t g, const char *inputs, int64_t stride,
                       Vec (&sums)[P][R][PARTS]) {
   constexpr int PACKED = KIND == INT8 ? 8 : 4;  // words of a group in a lane
-  constexpr int OFF = taken_off(KIND);
+  constexpr int OFF = taken_off(KIND), CENTRE = KIND == INT8 ? 128 : 8;  // of the grid, where there are no offsets
   const int64_t groups = w.in / GROUP, begin = panel * groups * LANES + PART * WIDTH;
   const uint32_t *base = (const uint32_t *)w.data + panel * groups * PACKED * LANES + PART * WIDTH;
   const uint16_t *scales = (const uint16_t *)w.scales + begin;
@@ -432,7 +432,7 @@ inline void add_group(const Matrix &w, int64_t panel, int64_t g, const char *inp
 #pragma GCC unroll 16
   for (int p = 0; p < P; p++) {
     const Vec scale = from_float16(scales + (p * groups + g) * LANES);
-    Vec offset = scale * (OFF - (KIND == INT8 ? 128.0f : 8.0f));
+    Vec offset = scale * (float)(OFF - CENTRE);
     if (offsets) {
       offset = from_float16(offsets + (p * groups + g) * LANES);
       if constexpr (OFF != 0) offset += scale * (float)OFF;
@@ -442,7 +442,7 @@ inline void add_group(const Matrix &w, int64_t panel, int64_t g, const char *inp
       const float *steps = (const float *)(inputs + r * stride + w.in) + 2 * g;
       const Vec dot = __builtin_convertvector(settled<KIND>(dots[p][r]), Vec);
       sums[p][r][PART] = fused(dot, scale * steps[0], sums[p][r][PART]);
-      sums[p][r][PART] = fused(offset, spread(steps[1]), sums[p][r][PART]);
+      if (OFF != CENTRE || offsets) sums[p][r][PART] = fused(offset, spread(steps[1]), sums[p][r][PART]);
     }
   }
   if constexpr (PART + 1 < PARTS) add_group<KIND, P, R, PART + 1>(w, panel, g, inputs, stride, sums);
