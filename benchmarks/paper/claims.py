@@ -25,7 +25,8 @@ class Claim:
         rule: when it counts as seen again.
         judge: the rows of `needs`, in order, to a finding; None where they lack what it needs.
         needs: variants; () = the judge is given all rows, at least one.
-        spread: what the same training has differed by, as a share: a smaller gap may be chance.
+        spread: what the same training, or measurement, has differed by, as a share: a smaller gap may be
+            chance.
     """
 
     experiment: str
@@ -63,6 +64,8 @@ def verdict(finding: Finding | None, spread: float = 0.0) -> str:
 
 # The same variants, trained at another commit on another machine: of the last layer and of exit 6.
 _SPREAD, _SPREAD_AT_EXITS = 0.056, 0.147
+# Half of the interval over prompts of the fastest rounds, as a share of their speedup.
+_SPREAD_OF_SPEEDS = 0.087
 
 
 CLAIMS = (
@@ -220,6 +223,7 @@ CLAIMS = (
         rule="the fastest d is from 4 to 12 for every checkpoint that gains from drafts (changed"
         " afterwards: it was every checkpoint)",
         judge=rules.long_drafts,
+        spread=_SPREAD_OF_SPEEDS,
     ),
     Claim(
         experiment="speculation",

@@ -162,12 +162,21 @@ def from_scratch(*rows: Row) -> Finding | None:
 
 def long_drafts(*rows: Row) -> Finding | None:
     """Of checkpoints that drafting pays for at all."""
-    best_rows = [max(row["timed"], key=_speedup) for row in rows]
-    fastest = [row["draft_tokens"] for row in best_rows if _speedup(row) > 1]
-    if not fastest:
+    pairs = [(_fastest(row, range(4, 13)), _fastest(row, range(1, 4))) for row in rows]
+    pairs = [pair for pair in pairs if max(map(_speedup, pair)) > 1]
+    if not pairs:
         return None
-    figures = "fastest: " + ", ".join(f"d = {d}" for d in fastest)
-    return Finding(all(4 <= d <= 12 for d in fastest), figures)
+    figures = ", ".join(
+        f"{_speedup(long):.2f}x at d = {long['draft_tokens']},"
+        f" {_speedup(short):.2f}x at d = {short['draft_tokens']}"
+        for long, short in pairs
+    )
+    gains = [_speedup(long) / _speedup(short) - 1 for long, short in pairs]
+    return Finding(min(gains) > 0, f"fastest: {figures}", min(map(abs, gains)))
+
+
+def _fastest(row: Row, lengths: range) -> Row:
+    return max((one for one in row["timed"] if one["draft_tokens"] in lengths), key=_speedup)
 
 
 def lossless(*rows: Row) -> Finding:

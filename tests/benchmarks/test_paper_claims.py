@@ -245,3 +245,10 @@ def test_a_gap_that_the_same_training_has_had_may_be_chance():
             assert verdict(claim.finding(rows), claim.spread) == "seen again, perhaps by chance"
         elif claim.needs == ("LD+EE", "LD", "EE"):  # 30 against 50
             assert verdict(claim.finding(rows), claim.spread) == SEEN
+
+
+def test_drafts_that_are_hardly_faster_may_be_so_by_chance():
+    (claim,) = [claim for claim in CLAIMS if claim.paper.startswith("Drafts are long")]
+    for best, said in ((6, "seen again, perhaps by chance"), (12, SEEN), (1, NOT_SEEN)):
+        finding = claim.finding([row("tuned", **drafts(1.4, best=best))])
+        assert verdict(finding, claim.spread) == said, best
