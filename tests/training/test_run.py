@@ -383,6 +383,30 @@ def test_lora_is_merged_and_kept_beside(settings, model_folder):
     torch.testing.assert_close(merged(tokens).logits, both(tokens).logits, rtol=1e-5, atol=1e-6)
 
 
+def test_weights_under_an_adapter_stay_in_the_16_bits_they_have(settings, model_folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model_folder).bfloat16()
+    shutil.copytree(model_folder, tmp_path / "base")
+    base.save_pretrained(tmp_path / "base")
+    changes = {"model": str(tmp_path / "base"), "lora_rank": 4}
+    in_float32 = weights(run(settings, **changes, output=str(tmp_path / "float32")).output)
+    assert {w.dtype for w in in_float32.values()} == {torch.float32}
+
+    folder = run(settings, **changes, precision="bfloat16", packing=True, max_length=24).output
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert {w.dtype for w in adapter.values()} == {torch.float32}
+    trained, before = weights(folder), weights(tmp_path / "base")
+    assert {w.dtype for w in trained.values()} == {torch.bfloat16}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    for name, weight in trained.items():
+        a, b = (adapter.get(f"base_model.model.{name[:-7]}.lora_{x}.weight") for x in "AB")
+        change = 2 * (b @ a) if a is not None else 0  # the default scale is twice the rank
+        exactly = before[name].float() + change
+        assert (weight - exactly).abs().le(exactly.abs() * 2**-8 + 1e-9).all()  # rounded once
+    assert any(not torch.equal(trained[name], before[name]) for name in before)
+
+
 def test_tensorboard_is_told_of_every_exit(settings):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

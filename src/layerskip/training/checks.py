@@ -9,6 +9,7 @@ import torch
 from transformers import SchedulerType
 
 from layerskip.training.config import TrainConfig
+from layerskip.training.device import uses_gpu
 from layerskip.training.loading import model_config
 from layerskip.training.recipe_callback import check_gpus
 
@@ -19,11 +20,6 @@ _OTHER_SCHEDULERS = (  # with settings of their own and without a default, or le
     "reduce_lr_on_plateau",
     "greedy",
 )
-
-
-def uses_gpu(config: TrainConfig) -> bool:
-    """Whether the run is to be on a GPU."""
-    return config.device != "cpu" and torch.cuda.is_available()
 
 
 def check_installed(config: TrainConfig) -> None:

@@ -94,7 +94,7 @@ class TrainConfig:
         "what the difference will be added to (default: the model)", None
     )
     precision: Literal["float32", "bfloat16", "float16", "auto"] = _setting(
-        "precision of the arithmetic; weights are kept in float32. auto: bfloat16 where that is fast",
+        "precision of the arithmetic; trained weights are in float32. auto: bfloat16 where that is fast",
         "float32",
     )
     gradient_checkpointing: bool = _setting("less memory, more time", False)

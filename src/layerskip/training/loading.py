@@ -27,6 +27,7 @@ from layerskip.model.families import (
 from layerskip.model.tokenizer import is_as_written
 from layerskip.training.config import TrainConfig, default_alpha
 from layerskip.training.data import end_of_turn
+from layerskip.training.device import arithmetic, uses_gpu
 from layerskip.training.errors import TrainingWarning
 from layerskip.training.source import pretrained, pretrained_weights
 
@@ -138,10 +139,14 @@ def model_config(model: str) -> Any:
     return config
 
 
-def pretrained_model(name: str) -> PreTrainedModel:
-    """A folder's, hub id's or built-in name's model in float32; ValueError if it cannot be had whole.
+def pretrained_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A folder's, hub id's or built-in name's model; ValueError if it cannot be had whole.
 
     transformers makes up what a checkpoint lacks or has in another shape; that is refused.
+
+    Args:
+        name: of the model.
+        dtype: of its weights.
     """
     folder, arguments = pretrained_weights(name)
     config = model_config(name)
@@ -149,7 +154,7 @@ def pretrained_model(name: str) -> PreTrainedModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,  # the one that was looked at
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # else a report of many lines would name them
@@ -168,17 +173,30 @@ def pretrained_model(name: str) -> PreTrainedModel:
     if extra := found["unexpected_keys"]:
         what = f"{name} has weights that its config.json knows nothing of, such as {min(extra)}"
         warnings.warn(f"{what}: they are left out", TrainingWarning, stacklevel=2)
-    return model.float()
+    return model.float() if dtype == torch.float32 else model
 
 
 def load_model(config: TrainConfig) -> PreTrainedModel:
-    """The model in float32, as published or from random weights; ValueError if it cannot be had."""
-    model = _random_model(config.model) if config.from_scratch else pretrained_model(config.model)
+    """The model, as published or from random weights; ValueError if it cannot be had."""
+    if config.from_scratch:
+        model = _random_model(config.model)
+    else:
+        model = pretrained_model(config.model, _weights_dtype(config))
     _make_savable(model)
     is_short = config.max_length <= _SHORT_ROWS and _kept_bytes(model, config) <= _KEPT_BYTES
-    if is_short and (config.device == "cpu" or not torch.cuda.is_available()):
+    if is_short and not uses_gpu(config):
         model.set_attn_implementation("eager")  # faster a step than the CPU's flash kernel
     return model
+
+
+def _weights_dtype(config: TrainConfig) -> torch.dtype:
+    """Float32, in which small updates are not lost. Weights under an adapter get none.
+
+    They stay in the 16 bits that the checkpoint has them in, where products are in those too.
+    """
+    published = model_config(config.model).get_text_config().dtype
+    is_frozen = config.lora_rank is not None
+    return arithmetic(config) if is_frozen and published == arithmetic(config) else torch.float32
 
 
 def _kept_bytes(model: PreTrainedModel, config: TrainConfig) -> int:
@@ -252,3 +270,18 @@ def with_adapter(model: PreTrainedModel, config: TrainConfig) -> Any:
             task_type="CAUSAL_LM",
         ),
     )
+
+
+def merged(model: Any) -> PreTrainedModel:
+    """A model without its adapter, which is added to the weights: in float32, and rounded once."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in list(model.modules()):
+        if isinstance(module, LoraLayer):
+            weights: Any = module.get_base_layer()
+            dtype = weights.weight.dtype
+            weights.float()
+            module.merge()
+            weights.to(dtype)
+    plain: PreTrainedModel = model.unload()
+    return plain

@@ -16,6 +16,7 @@ from layerskip.recipe.anatomy import find_anatomy
 from layerskip.training.checkpoints import INCOMPLETE
 from layerskip.training.config import TrainConfig
 from layerskip.training.draft_vocabulary import draft_vocabulary, labels_of
+from layerskip.training.loading import merged
 from layerskip.training.trainer import LayerSkipTrainer
 
 
@@ -41,7 +42,7 @@ def save_result(
     unfinished = output / INCOMPLETE
     if config.lora_rank is not None:
         trainer.save_model(str(unfinished / "adapter"))
-        model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        model = merged(trainer.accelerator.unwrap_model(trainer.model))
         if trainer.is_world_process_zero():
             model.save_pretrained(unfinished)
     else:

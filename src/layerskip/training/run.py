@@ -20,14 +20,14 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import align_special_tokens
 
 from layerskip.model.files import json_text, replace
-from layerskip.model.machine import has_fast_bfloat16
 from layerskip.recipe import RecipeConfig, attach, detach
 from layerskip.recipe.schedule import enabled_exits
 from layerskip.training.callbacks import Board, JsonLinesLog, TimeBudget, read_log, time_spent
 from layerskip.training.checkpoints import INCOMPLETE, unwritten
-from layerskip.training.checks import check_installed, check_layers, uses_gpu
+from layerskip.training.checks import check_installed, check_layers
 from layerskip.training.config import TrainConfig
 from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows
+from layerskip.training.device import arithmetic, uses_gpu
 from layerskip.training.errors import TrainingWarning
 from layerskip.training.fake_quantization import DIFFERENCE, QuantizeAware, quantize_aware
 from layerskip.training.folder import SETTINGS, alone_in, where_to_begin
@@ -287,10 +287,6 @@ def _trainer(
     names = {field.name for field in fields(TrainingArguments)}
     name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names)
     checkpointing: dict[str, Any] = {name: True} if config.gradient_checkpointing else {}
-    precision = config.precision
-    if precision == "auto":
-        device = torch.device("cuda" if use_gpu else "cpu")
-        precision = "bfloat16" if has_fast_bfloat16(device) else "float32"
     warms_up_to_constant = config.scheduler == "constant" and config.warmup_steps > 0
     arguments = TrainingArguments(
         output_dir=config.output,
@@ -304,8 +300,8 @@ def _trainer(
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        bf16=precision == "bfloat16",
-        fp16=precision == "float16",
+        bf16=arithmetic(config) == torch.bfloat16,
+        fp16=arithmetic(config) == torch.float16,
         torch_compile=config.compile,
         eval_strategy="steps" if config.eval_steps and eval_rows is not None else "no",
         eval_steps=config.eval_steps,
