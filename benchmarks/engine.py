@@ -28,7 +28,7 @@ from layerskip import LayerSkipModel
 from layerskip.bench import environment as machine
 from layerskip.bench.bandwidth import read_bandwidth
 from layerskip.model import Decoder, KVCache, pull
-from layerskip.model.files import replace
+from layerskip.model.files.writing import replace
 
 K = TypeVar("K", bound=Hashable)
 ROOT = Path(__file__).parent.parent

@@ -30,7 +30,7 @@ from speed_goals import goal_table, report
 from layerskip.bench.catalogue import FORMS
 from layerskip.bench.peers import PEERS
 from layerskip.model import open_files, resolve
-from layerskip.model.published import with_defaults
+from layerskip.model.files.published import with_defaults
 from layerskip.model.quantize import WEIGHTS
 
 MOST_NEW_TOKENS = 128  # a task may ask for less

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from layerskip.model.files import read_json
-from layerskip.model.source import BUILTIN_MODELS, DerivedModel
+from layerskip.model.files.source import BUILTIN_MODELS, DerivedModel
+from layerskip.model.files.writing import read_json
 from layerskip.recipe import RecipeConfig
 from layerskip.training import Progress, TrainConfig, train
 from layerskip.training.callbacks import read_log

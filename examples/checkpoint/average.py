@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from layerskip.model.rounding import recorded
-from layerskip.model.settings import KEY
+from layerskip.model.files.rounding import recorded
+from layerskip.model.files.settings import KEY
 from layerskip.training.loading import pretrained_model
 
 

@@ -13,7 +13,7 @@ import torch
 from layerskip import __version__, cli
 from layerskip.cli import options
 from layerskip.cli.terminal import HarmlessRecord
-from layerskip.model import source
+from layerskip.model.files import source
 
 COMMANDS = ["demo", "pull", "generate", "chat", "tune", "bench", "eval", "export", "lens", "train"]
 

@@ -17,8 +17,8 @@ from layerskip.decoding import LayerSkipModel
 from layerskip.export import calibrate, open_source, to_gguf, to_hf
 from layerskip.export.compensate import compensated
 from layerskip.model import load
+from layerskip.model.files.rounding import RoundingWarning
 from layerskip.model.quantize import quantize
-from layerskip.model.rounding import RoundingWarning
 
 TEXT = "The grid has sixteen points, and every weight has to stand on one of them. " * 60
 

@@ -14,7 +14,7 @@ import differences
 import tiny_models
 from layerskip import CheckpointError, LayerSkipModel, merge
 from layerskip.export import ExportError, open_source, to_difference
-from layerskip.model.difference import BLOCK
+from layerskip.model.files.difference import BLOCK
 
 
 @pytest.fixture(scope="module")

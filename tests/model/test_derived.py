@@ -11,8 +11,9 @@ import torch
 import differences
 from layerskip import LayerSkipModel, SourceError, cli, pull
 from layerskip.export import open_source, to_difference
-from layerskip.model import resolve, source, tokenizer
-from layerskip.model.weights import GgufFile
+from layerskip.model import resolve
+from layerskip.model.files import source, tokenizer
+from layerskip.model.files.weights import GgufFile
 from layerskip.training.source import pretrained, pretrained_weights
 
 BASE, NAME = "tiny", "tiny-trained"
@@ -117,7 +118,7 @@ def test_the_base_is_fetched_first(cache, monkeypatch):
     "owner",
     [
         pytest.param((source, "_check"), id="check"),
-        pytest.param((sys.modules["layerskip.model.merge"], "save_file"), id="weights"),
+        pytest.param((sys.modules["layerskip.model.files.merge"], "save_file"), id="weights"),
         pytest.param((tokenizer, "write"), id="tokenizer"),
         pytest.param((source, "_move_into_place"), id="moving into place"),
     ],

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from layerskip.model import CheckpointError, difference
-from layerskip.model.difference import LEVELS, Header, bits_stored, decode, encode, layout
+from layerskip.model import CheckpointError
+from layerskip.model.files import difference
+from layerskip.model.files.difference import LEVELS, Header, bits_stored, decode, encode, layout
 
 bits = pytest.mark.parametrize("bits", sorted(LEVELS))
 WIDTHS = [1, 3, 48, 63, 64, 65, 101, 640]  # of a row: with and without a shorter last block

@@ -4,9 +4,9 @@ import gguf
 import numpy as np
 import pytest
 
-from layerskip.model.files import CheckpointError
-from layerskip.model.gguf_header import GgufHeader
-from layerskip.model.weights import GgufFile
+from layerskip.model.files.gguf_header import GgufHeader
+from layerskip.model.files.weights import GgufFile
+from layerskip.model.files.writing import CheckpointError
 
 
 @pytest.fixture

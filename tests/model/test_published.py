@@ -5,8 +5,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerskip import LayerSkipModel
-from layerskip.model import Settings, families, load, published
-from layerskip.model.published import PUBLISHED
+from layerskip.model import Settings, families, load
+from layerskip.model.files import published
+from layerskip.model.files.published import PUBLISHED
 
 _LLAMA2 = {
     "hidden_size": 4096,

@@ -13,9 +13,9 @@ import tiny_models
 from layerskip.decoding.short_head import ShortHead
 from layerskip.model import UnsupportedModelError, load, rotary
 from layerskip.model.embedding import DenseEmbedding, QuantizedEmbedding
+from layerskip.model.files.weights import GgufFile
 from layerskip.model.linear import DenseLinear, QuantizedLinear
 from layerskip.model.quantize import quantize
-from layerskip.model.weights import GgufFile
 from tiny_models import LAYERS, ONE_OF_EACH, token_ids
 
 BITS = {"int8": 8, "int4": 4}

@@ -4,10 +4,10 @@ import pytest
 
 from layerskip import LayerSkipModel, pull
 from layerskip.cli.demo_tasks import TASKS
-from layerskip.model.difference import Header
-from layerskip.model.digest import sha256_of
-from layerskip.model.source import BUILTIN_MODELS, DEFAULT_MODEL, DIFFERENCES, DerivedModel
-from layerskip.model.weights import damage_named
+from layerskip.model.files.difference import Header
+from layerskip.model.files.digest import sha256_of
+from layerskip.model.files.source import BUILTIN_MODELS, DEFAULT_MODEL, DIFFERENCES, DerivedModel
+from layerskip.model.files.weights import damage_named
 
 DERIVED = {name: m for name, m in BUILTIN_MODELS.items() if isinstance(m, DerivedModel)}
 MOST_BYTES = 40_000_000

@@ -14,7 +14,8 @@ import huggingface_hub
 import pytest
 import torch
 
-from layerskip.model import SourceError, load, pull, resolve, source, tokenizer
+from layerskip.model import SourceError, load, pull, resolve
+from layerskip.model.files import source, tokenizer
 from tiny_models import build
 
 NAME, MEMBER = "tiny", "tiny_package/weights.gguf"

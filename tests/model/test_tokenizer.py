@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from layerskip.model import UnsupportedModelError, gguf_tokenizer, load, tokenizer
-from layerskip.model.files import CheckpointError, read_json, write_json
-from layerskip.model.weights import GgufFile
+from layerskip.model import UnsupportedModelError, load
+from layerskip.model.files import gguf_tokenizer, tokenizer
+from layerskip.model.files.weights import GgufFile
+from layerskip.model.files.writing import CheckpointError, read_json, write_json
 from layerskip.training import TrainConfig
 from layerskip.training.loading import load_tokenizer
 from tiny_models import build, reference
@@ -130,7 +131,7 @@ def test_checkpoints_without_a_tokenizer(tmp_path):
 _WHAT_IS_IMPORTED = """
 import sys
 from pathlib import Path
-from layerskip.model import tokenizer
+from layerskip.model.files import tokenizer
 tokenizer.load(Path(sys.argv[1]))
 print("transformers.configuration_utils" in sys.modules)
 """

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from causal_lms import batch_of, build
 from layerskip import merge
 from layerskip.export import open_source, to_difference
-from layerskip.model import difference
+from layerskip.model.files import difference
 from layerskip.model.quantize import quantize
 from layerskip.recipe import RecipeConfig, attach, detach
 from layerskip.training import TrainConfig, fake_quantization, quantize_aware, train

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import tiny_models
 from layerskip import LayerSkipModel
 from layerskip.model import StepCosts
+from layerskip.model.files.settings import SettingsWarning, read_settings
 from layerskip.model.machine import machine
-from layerskip.model.settings import SettingsWarning, read_settings
 from layerskip.tuning.choose import Choice
 from layerskip.tuning.settings import check_writable, write_settings
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from layerskip.bench.plots import draw
 from layerskip.bench.rows import name_of
-from layerskip.model.files import replace
+from layerskip.model.files.writing import replace
 
 _TITLES = {
     "speedup.png": "Speed over plain decoding of the same system; lines are 95% intervals",

@@ -16,7 +16,7 @@ from layerskip.cli.demo_tasks import TASKS
 from layerskip.cli.demo_view import compare
 from layerskip.cli.values import Number
 from layerskip.decoding import LayerSkipModel
-from layerskip.model.files import replace
+from layerskip.model.files.writing import replace
 
 HONEST_WORD = (
     "This checkpoint names no exit layer. Early layers that were not trained with layer dropout and"

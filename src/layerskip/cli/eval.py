@@ -22,7 +22,7 @@ from layerskip.cli.progress import Report, bars
 from layerskip.cli.terminal import harmless
 from layerskip.decoding import MODES, LayerSkipModel
 from layerskip.decoding.policy import DRAFT_SOURCES
-from layerskip.model.files import replace
+from layerskip.model.files.writing import replace
 
 ARROWS = {True: "↑", False: "↓", None: ""}
 

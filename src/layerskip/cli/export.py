@@ -31,8 +31,8 @@ from layerskip.export import (
     to_gguf,
     to_hf,
 )
-from layerskip.model.difference import BITS, LEVELS
-from layerskip.model.source import BUILTIN_MODELS, DEFAULT_MODEL
+from layerskip.model.files.difference import BITS, LEVELS
+from layerskip.model.files.source import BUILTIN_MODELS, DEFAULT_MODEL
 
 _FORMATS = ("hf", "hf-draft", "gguf", "difference")
 _BITS = click.Choice([str(bits) for bits in LEVELS])

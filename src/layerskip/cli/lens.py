@@ -15,7 +15,7 @@ from layerskip.cli.prompts import read_prompts, read_stdin
 from layerskip.decoding import Generation, LayerSkipModel, PromptError
 from layerskip.lens import Agreement, Report, report_on
 from layerskip.lens.page import agreement_page, report_page
-from layerskip.model.files import replace
+from layerskip.model.files.writing import replace
 
 PROMPT_TAIL = 16  # positions of the prompt that are looked at where none were asked for
 PICTURE_POSITIONS = 16

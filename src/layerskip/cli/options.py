@@ -21,9 +21,9 @@ from layerskip.cli import machine
 from layerskip.cli.terminal import harmless
 from layerskip.cli.values import Number, draft_text, json_object, vocabulary_size
 from layerskip.decoding import DRAFT_SOURCES, MODES, Generation, LayerSkipModel
-from layerskip.model.files import json_text, replace
+from layerskip.model.files.source import BUILTIN_MODELS, DEFAULT_MODEL, is_pulled, pull
+from layerskip.model.files.writing import json_text, replace
 from layerskip.model.quantize import WEIGHTS
-from layerskip.model.source import BUILTIN_MODELS, DEFAULT_MODEL, is_pulled, pull
 
 Command = Callable[..., Any]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from layerskip.cli.options import check_outputs, debug_option, deliver, fetch, result_options
-from layerskip.model.source import BUILTIN_MODELS, discard_if_damaged, is_pulled
+from layerskip.model.files.source import BUILTIN_MODELS, discard_if_damaged, is_pulled
 
 
 @click.command("pull")

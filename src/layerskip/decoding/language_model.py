@@ -30,9 +30,9 @@ from layerskip.decoding.prompt import (
 )
 from layerskip.decoding.sampling import Sampling, nth_seed
 from layerskip.model import Checkpoint, Decoder, Settings, load, resolve
+from layerskip.model.files.published import with_defaults
 from layerskip.model.machine import machine
 from layerskip.model.native import threads
-from layerskip.model.published import with_defaults
 from layerskip.model.quantize import bits_of
 
 

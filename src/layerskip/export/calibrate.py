@@ -19,10 +19,11 @@ from layerskip.export import hf_config
 from layerskip.export.compensate import compensated, levels_of
 from layerskip.export.source import Source
 from layerskip.export.written import Progress
-from layerskip.model import difference, families, row_order
+from layerskip.model import families, row_order
+from layerskip.model.files import difference
+from layerskip.model.files.rounding import CALIBRATED, Rounding
+from layerskip.model.files.weights import missing
 from layerskip.model.quantize import EMBEDDING_BITS, check_groups, on_grid
-from layerskip.model.rounding import CALIBRATED, Rounding
-from layerskip.model.weights import missing
 
 WINDOW = 512  # tokens; a longer text gives more of them
 WINDOWS = 40  # at most

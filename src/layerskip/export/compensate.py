@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from layerskip.model import difference
+from layerskip.model.files import difference
 from layerskip.model.quantize import GROUP, quantize
 
 DAMPING = 0.01  # of the Hessian's mean diagonal, as in the paper

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from layerskip.model.files import flush
-from layerskip.model.older_names import TEMPLATES
+from layerskip.model.files.older_names import TEMPLATES
+from layerskip.model.files.writing import flush
 
 
 class ExportError(ValueError):

@@ -14,9 +14,10 @@ from layerskip.export.calibrate import MOST_COMPENSATED_BITS, calibrate_differen
 from layerskip.export.destination import new_file
 from layerskip.export.source import Source, layer_of, open_source
 from layerskip.export.written import Progress, Written
-from layerskip.model import CheckpointError, difference, row_order
-from layerskip.model.difference import Header
-from layerskip.model.digest import sha256_of
+from layerskip.model import CheckpointError, row_order
+from layerskip.model.files import difference
+from layerskip.model.files.difference import Header
+from layerskip.model.files.digest import sha256_of
 
 
 def to_difference(

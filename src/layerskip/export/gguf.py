@@ -16,7 +16,7 @@ from layerskip.export.destination import new_file
 from layerskip.export.source import Source, cast
 from layerskip.export.written import Progress, Written
 from layerskip.model import UnsupportedModelError, families, row_order
-from layerskip.model.weights import GgufFile
+from layerskip.model.files.weights import GgufFile
 
 _FILE_TYPES = {
     Kind.F32: LlamaFileType.ALL_F32,

@@ -10,7 +10,7 @@ from gguf import GGUFValueType, LlamaFileType
 from layerskip.export.source import Source
 from layerskip.model import UnsupportedModelError, rotary
 from layerskip.model.architecture import Rope
-from layerskip.model.weights import GgufFile
+from layerskip.model.files.weights import GgufFile
 
 _NOT_CARRIED = (
     "general.architecture",

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from layerskip.export.source import Source
-from layerskip.model import UnsupportedModelError, older_names, rotary, settings
+from layerskip.model import UnsupportedModelError, rotary
 from layerskip.model.architecture import Rope
-from layerskip.model.files import read_json
-from layerskip.model.gguf_tokenizer import special_token_ids
-from layerskip.model.rounding import Rounding, recorded
-from layerskip.model.weights import GgufFile
+from layerskip.model.files import older_names, settings
+from layerskip.model.files.gguf_tokenizer import special_token_ids
+from layerskip.model.files.rounding import Rounding, recorded
+from layerskip.model.files.weights import GgufFile
+from layerskip.model.files.writing import read_json
 
 _OF_THE_WHOLE_MODEL = ("assistant_early_exit", settings.KEY)  # means nothing to a draft model
 _FACTORS_TOLERANCE = 1e-3  # relative; the factors in GGUF files are float32

@@ -1,14 +1,14 @@
-"""The lean decoder used for inference, and the files it is made from."""
+"""The lean decoder used for inference, the files it is made from, and its kernels."""
 
 from layerskip.model.architecture import Architecture, UnsupportedModelError
 from layerskip.model.cache import KVCache
 from layerskip.model.checkpoint import Checkpoint, Files, load, open_files
 from layerskip.model.decoder import Decoder, GoesOn, most_likely, read_draft
 from layerskip.model.families import FAMILIES
-from layerskip.model.files import CheckpointError
-from layerskip.model.merge import merge
-from layerskip.model.settings import Settings, StepCosts
-from layerskip.model.source import SourceError, pull, resolve
+from layerskip.model.files.merge import merge
+from layerskip.model.files.settings import Settings, StepCosts
+from layerskip.model.files.source import SourceError, pull, resolve
+from layerskip.model.files.writing import CheckpointError
 
 __all__ = [
     "FAMILIES",

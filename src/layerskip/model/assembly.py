@@ -16,12 +16,12 @@ from layerskip.model import graphs, native, rotary
 from layerskip.model.architecture import Architecture
 from layerskip.model.decoder import Decoder, Layer
 from layerskip.model.families import FAMILIES
+from layerskip.model.files.weights import Tensors
 from layerskip.model.linear import Linear
 from layerskip.model.machine import has_fast_bfloat16, leave_out_cudnn_attention
 from layerskip.model.mlp import Experts, GatedMLP, PlainMLP
 from layerskip.model.norm import HeadNorm, LayerNorm, Norm, ProjectionNorm, RMSNorm
 from layerskip.model.taker import Change, Taker
-from layerskip.model.weights import Tensors
 
 
 def build(

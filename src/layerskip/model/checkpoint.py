@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from layerskip.model import assembly, families, gguf_tokenizer, tokenizer
+from layerskip.model import assembly, families
 from layerskip.model.architecture import Architecture, UnsupportedModelError
 from layerskip.model.decoder import Decoder
-from layerskip.model.files import CheckpointError, json_text, read_json, replace
-from layerskip.model.rounding import warn_of_rounding
-from layerskip.model.settings import Settings, read_settings
-from layerskip.model.source import cache_folder
-from layerskip.model.weights import GgufFile, SafetensorsFiles, Tensors
+from layerskip.model.files import gguf_tokenizer, tokenizer
+from layerskip.model.files.rounding import warn_of_rounding
+from layerskip.model.files.settings import Settings, read_settings
+from layerskip.model.files.source import cache_folder
+from layerskip.model.files.weights import GgufFile, SafetensorsFiles, Tensors
+from layerskip.model.files.writing import CheckpointError, json_text, read_json, replace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

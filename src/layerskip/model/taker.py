@@ -8,12 +8,12 @@ from torch import Tensor
 
 from layerskip.model.architecture import UnsupportedModelError
 from layerskip.model.embedding import DenseEmbedding, Embedding, QuantizedEmbedding
-from layerskip.model.files import CheckpointError
+from layerskip.model.files.weights import Tensors, missing
+from layerskip.model.files.writing import CheckpointError
 from layerskip.model.linear import Linear, Matrix, QuantizedLinear, linear
 from layerskip.model.native import PanelEmbedding, PanelMatrix
 from layerskip.model.packed import pack
 from layerskip.model.quantize import EMBEDDING_BITS, GROUP, Quantized, bits_of, quantize, stack
-from layerskip.model.weights import Tensors, missing
 
 Change = Callable[[Tensor], Tensor]
 """What is done to a tensor's rows before it is cast."""

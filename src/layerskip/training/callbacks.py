@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 
-from layerskip.model.files import replace
+from layerskip.model.files.writing import replace
 from layerskip.recipe.attached import AttachedRecipe
 from layerskip.training.checkpoints import unwritten
 from layerskip.training.errors import TrainingWarning

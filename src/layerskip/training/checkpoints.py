@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 
-from layerskip.model.files import CheckpointError, flush, read_json, share_weights
+from layerskip.model.files.writing import CheckpointError, flush, read_json, share_weights
 from layerskip.training.errors import UnwrittenCheckpointError
 
 INCOMPLETE = ".incomplete"

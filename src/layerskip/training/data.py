@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip.model.conversation import template_arguments
+from layerskip.model.files.conversation import template_arguments
 from layerskip.recipe.exit_loss import IGNORED_LABEL
 from layerskip.training.rows import Row
 

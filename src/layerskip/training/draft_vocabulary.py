@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from layerskip.model.draft_text import sampled
 from layerskip.model.draft_vocabulary import worth_drafting
+from layerskip.model.files.draft_text import sampled
 from layerskip.recipe.exit_loss import IGNORED_LABEL
 
 

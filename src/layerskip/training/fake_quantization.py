@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from layerskip.model import difference
+from layerskip.model.files import difference
 from layerskip.model.quantize import EMBEDDING_BITS, bits_of, check_groups, on_grid
 from layerskip.recipe.anatomy import Anatomy, find_anatomy, transformers_model
 

@@ -24,7 +24,7 @@ from layerskip.model.families import (
     check_not_quantized,
     check_weights_unnamed,
 )
-from layerskip.model.tokenizer import is_as_written
+from layerskip.model.files.tokenizer import is_as_written
 from layerskip.training.config import TrainConfig, default_alpha
 from layerskip.training.data import end_of_turn
 from layerskip.training.device import arithmetic, uses_gpu

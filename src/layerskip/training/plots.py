@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerskip.model.files import replace
+from layerskip.model.files.writing import replace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from layerskip.model import older_names, settings
-from layerskip.model.draft_text import most_repeated
-from layerskip.model.files import flush, read_json, share_weights, write_json
-from layerskip.model.rounding import TRAINED, Rounding, recorded
+from layerskip.model.files import older_names, settings
+from layerskip.model.files.draft_text import most_repeated
+from layerskip.model.files.rounding import TRAINED, Rounding, recorded
+from layerskip.model.files.writing import flush, read_json, share_weights, write_json
 from layerskip.recipe.anatomy import find_anatomy
 from layerskip.training.checkpoints import INCOMPLETE
 from layerskip.training.config import TrainConfig

@@ -11,8 +11,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from layerskip.model.architecture import UnsupportedModelError
 from layerskip.model.checkpoint import check_no_adapter, check_no_adapter_beside
-from layerskip.model.source import BUILTIN_MODELS, BuiltinModel, pull
-from layerskip.model.weights import SafetensorsFiles
+from layerskip.model.files.source import BUILTIN_MODELS, BuiltinModel, pull
+from layerskip.model.files.weights import SafetensorsFiles
 
 
 def pretrained(name: str) -> tuple[str, dict[str, Any]]:

@@ -8,8 +8,8 @@ import torch
 
 from layerskip.decoding import LayerSkipModel
 from layerskip.model import StepCosts
-from layerskip.model.draft_text import MOST as MOST_OF_TEXT
 from layerskip.model.draft_vocabulary import MOST, worth_drafting
+from layerskip.model.files.draft_text import MOST as MOST_OF_TEXT
 from layerskip.model.machine import machine
 from layerskip.tuning.costs import Costs
 

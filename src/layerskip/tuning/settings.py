@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.model import StepCosts
-from layerskip.model.files import check_within, json_text, read_json, replace
-from layerskip.model.settings import EXIT, FILE, KEY, entries_of, readable_costs, text_of_ids
+from layerskip.model.files.settings import EXIT, FILE, KEY, entries_of, readable_costs, text_of_ids
+from layerskip.model.files.writing import check_within, json_text, read_json, replace
 from layerskip.tuning.choose import Choice
 
 

@@ -10,7 +10,7 @@ from layerskip.bench.measure import Run, Setting
 from layerskip.bench.peers.job import PROMPT_LOOKUP_TOKENS, PROMPT_LOOKUP_TOKENS_ON_A_CPU, Job
 from layerskip.bench.peers.recorder import Recorder
 from layerskip.decoding.clock import device_clock
-from layerskip.model import tokenizer
+from layerskip.model.files import tokenizer
 
 
 def settings(drafts: Sequence[tuple[int, int]]) -> list[Setting]:

@@ -12,11 +12,12 @@ from layerskip.bench.memory import PeakMemory
 from layerskip.bench.peers.job import PROMPT_LOOKUP_TOKENS, Job
 from layerskip.bench.peers.recorder import Recorder
 from layerskip.decoding.clock import device_clock
-from layerskip.model import open_files, tokenizer
+from layerskip.model import open_files
 from layerskip.model.checkpoint import check_no_adapter_beside
 from layerskip.model.families import OWN_KERNELS, check_weights_unnamed
+from layerskip.model.files import tokenizer
+from layerskip.model.files.weights import GgufFile
 from layerskip.model.machine import leave_out_cudnn_attention
-from layerskip.model.weights import GgufFile
 
 # What transformers does unless it is told otherwise: up to 20 tokens, as long as the exit is so sure.
 DEFAULT_DRAFT_TOKENS, DEFAULT_CONFIDENCE = 20, 0.4

@@ -15,10 +15,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from layerskip.model.files import flush
+from layerskip.model.files.source import cache_folder
+from layerskip.model.files.writing import flush
 from layerskip.model.machine import cpu_instructions
 from layerskip.model.native import threads
-from layerskip.model.source import cache_folder
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 # Behind the arguments of CXX. Some compilers have fast-math on unless they are told; switching it off

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import torch
 
-from layerskip.model.files import replace
+from layerskip.model.files.writing import replace
 from layerskip.model.native.build import target
 from layerskip.model.native.panels import FLOATS, PanelMatrix
 from layerskip.model.native.threads import usable

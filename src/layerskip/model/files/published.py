@@ -7,7 +7,7 @@ for summarization and no draft length.
 
 import dataclasses
 
-from layerskip.model.settings import Settings
+from layerskip.model.files.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layerskip.model import older_names
 from layerskip.model.architecture import UnsupportedModelError
-from layerskip.model.files import CheckpointError, check_within, read_json
-from layerskip.model.gguf_tokenizer import from_gguf
-from layerskip.model.weights import GgufFile
+from layerskip.model.files import older_names
+from layerskip.model.files.gguf_tokenizer import from_gguf
+from layerskip.model.files.weights import GgufFile
+from layerskip.model.files.writing import CheckpointError, check_within, read_json
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _FILES_BESIDE = (

