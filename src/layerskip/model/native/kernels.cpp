@@ -734,11 +734,13 @@ inline auto normed(const float *from, const float *norm, int64_t n, float eps) {
   };
 }
 
-// Queries whose sums over values are in registers together, of each so many vectors of outputs.
+// Queries whose sums over values are in registers together, of each so many vectors of outputs: with
+// fewer than eight sums, one waits for the last addition to it.
+constexpr int QUERIES = 6;
 #ifdef VECTORS_OF_16
-constexpr int QUERIES = 6, OUTPUTS = 4;
+constexpr int outputs_of(int) { return 4; }
 #else
-constexpr int QUERIES = 6, OUTPUTS = 2;
+constexpr int outputs_of(int queries) { return (8 + queries - 1) / queries; }
 #endif
 // Queries that share one reading of keys and values, and positions that are read at a time: those of a
 // head stay in the near cache while queries pass. A query's sums over these are joined in their order.
@@ -1111,16 +1113,27 @@ struct Pass {
   void weigh_values(const char *values, Seen whole, int64_t n, const float *weights, float *parts) const {
     if constexpr (Q > 0) {
       if (n < Q) return weigh_values<KIND, Q - 1>(values, whole, n, weights, parts);
-      int64_t k = 0;
-      for (; k + OUTPUTS * WIDTH <= m.head_dim; k += OUTPUTS * WIDTH)
-        weigh<KIND, Q, OUTPUTS>(values, whole, k, weights, parts);
-      for (; k < m.head_dim; k += WIDTH) weigh<KIND, Q, 1>(values, whole, k, weights, parts);
+      weigh_outputs<KIND, Q, outputs_of(Q)>(values, whole, weights, parts, 0);
+    }
+  }
+
+  // Of Q queries, all vectors of outputs from one on, in tiles of nearly the same width.
+  template <int KIND, int Q, int N>
+  void weigh_outputs(const char *values, Seen whole, const float *weights, float *parts, int64_t first) const {
+    if constexpr (N > 0) {
+      for (int64_t left = m.head_dim / WIDTH - first; left > 0; left -= N, first += N) {
+        const int64_t tiles = (left + outputs_of(Q) - 1) / outputs_of(Q);
+        if ((left + tiles - 1) / tiles < N) return weigh_outputs<KIND, Q, N - 1>(values, whole, weights, parts, first);
+        weigh<KIND, Q, N>(values, whole, first * WIDTH, weights, parts);
+      }
     }
   }
 
   // Of Q queries, N vectors of outputs
   template <int KIND, int Q, int N>
   void weigh(const char *values, Seen whole, int64_t k, const float *weights, float *parts) const {
+    // With sums in all registers, pairs are read twice, as weights are.
+    constexpr bool full = Q * N == TILES;
     Vec sums[Q][N];
 #pragma GCC unroll 16
     for (int i = 0; i < Q; i++)
@@ -1150,7 +1163,7 @@ struct Pass {
           if constexpr (KIND == FLOAT32) {
             v[j] = load<Vec>(at + (second * m.head_dim + j * WIDTH) * 4);
           } else {
-            const Words pairs = load<Words>(at + j * WIDTH * 4);
+            const Words pairs = load<Words>(at + (full ? unknown(j * WIDTH * 4) : j * WIDTH * 4));
             v[j] = (Vec)(second ? pairs & 0xffff0000u : pairs << 16);
           }
         }
@@ -1158,7 +1171,13 @@ struct Pass {
         for (int i = 0; i < Q; i++) {
           const Vec weight = spread(weights[i * CHUNK + s + second]);
 #pragma GCC unroll 16
-          for (int j = 0; j < N; j++) sums[i][j] = fused(v[j], weight, sums[i][j]);
+          for (int j = 0; j < N; j++) {
+            Vec total = fused(v[j], weight, sums[i][j]);
+#ifdef VECTORS_OF_8
+            if constexpr (full) asm("" : "+x"(total));  // as in `dot4`
+#endif
+            sums[i][j] = total;
+          }
         }
       }
     }
