@@ -11,6 +11,7 @@ DEV_INSTALLED := $(VENV)/.installed-dev
 
 demo: $(INSTALLED)        ## fetch SmolLM2-135M and answer three kinds of prompts, plain and auto side by side
 	$(BIN)/layerskip demo
+	@echo "To type these commands: . $(BIN)/activate; to train, first: pip install -e '.[train]'"
 
 test: $(DEV_INSTALLED)        ## the test suite
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

@@ -97,7 +97,7 @@ def config_of(shape: str) -> LlamaConfig:
 
 
 class RandomTensors:
-    """A checkpoint of random weights that are made when they are read: `model.weights.Tensors`."""
+    """A checkpoint of random weights that are made when they are read: `model.files.weights.Tensors`."""
 
     rotary_layout = "halves"
 

@@ -46,7 +46,14 @@ NOTES = {
     "task": "The recipe, two light exits, was chosen after heavier ones had cost the last layer more: "
     "the best of six settings, judged on these 500 rows ([what each costs](recipe.md)), against one "
     "control. 13% of the test's utterances are among those to train on ([the data set is "
-    "so](tasks.md)). Four exits are for the claims that compare exits; they were trained on fewer rows.",
+    "so](tasks.md)). Four exits are for the claims that compare exits; they were trained on fewer rows. "
+    "Recipe and control were trained by `layerskip train`, with the commands in "
+    "[topv2-light-exits.json](../benchmarks/results/topv2-light-exits.json), four exits by the script.",
+    "kvq": "The milliseconds are medians over all repetitions, each way for itself. What was saved is "
+    "the median of what each repetition saved, in which both ways took turns: where a machine is "
+    "restless the two need not agree.",
+    "speculation": "The checkpoint from scratch is that of [an earlier training](../benchmarks/results/"
+    "paper/pretrain-avx2.json) of LD+EE than the one that the table of perplexities has.",
 }
 TITLES = {
     "pretrain": "Pretraining from scratch",

@@ -182,9 +182,10 @@ def test_peers_stand_beside_our_rows(run, prompts):
     """transformers really runs; llama.cpp is absent or cannot read a tiny model: a row either way."""
     flags = ("--peers", "transformers,llama.cpp", "--samples", 1, "--modes", "self-speculative")
     small = ("--max-new-tokens", 6, "--draft-tokens", 2, "--exit-layers", 3)
-    status, out, _ = run("bench", "--task", prompts, "--json", *flags, *small)
+    status, out, err = run("bench", "--task", prompts, "--json", *flags, *small)
     assert status == 0
     rows = json.loads(out)["rows"]
+    assert err.count("layerskip: not measured: ") == sum("error" in row for row in rows)
     named = [(row["system"], row["mode"]) for row in rows]
     assert named == [
         ("layerskip", "plain"),

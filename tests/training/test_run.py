@@ -653,9 +653,11 @@ def test_a_finished_result_is_not_overwritten(settings):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
-def test_float16_without_a_gpu_is_refused_and_not_float32(settings):
+def test_what_needs_a_gpu_is_refused_without_one(settings):
     with pytest.raises(ValueError, match="float16 needs a GPU"):
         run(settings, precision="float16")
+    with pytest.raises(ValueError, match="the device cuda is not available here; use auto or cpu"):
+        run(settings, device="cuda")
 
 
 def test_a_full_disk_at_the_log_names_the_step(settings, monkeypatch):

@@ -1,6 +1,7 @@
 """`layerskip bench`: modes, and peers, side by side on a task."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,10 @@ def command(
     finally:  # what was measured is told, even where it cannot be written
         if not as_json:
             _show(document)
+        for row in document["rows"]:
+            if "error" in row:
+                failed = f"{row['system']} {row['mode']}: {row['error']}"
+                print(f"layerskip: not measured: {harmless(failed)}", file=sys.stderr)
     if (failure := document["not_scored"]) is not None:
         ended = (
             "measuring ended early" if document["interrupted"] else "could not judge the answers"
@@ -216,10 +221,6 @@ def _show(document: dict[str, Any]) -> None:
         )
     if len(by_category := categories(document)) > 1:
         console.print(_table(by_category, "speedup (acceptance) by category", narrow=narrow))
-    for row in document["rows"]:
-        if "error" in row:
-            failed = f"{row['system']} {row['mode']}: {row['error']}"
-            console.print(harmless(failed), markup=False)
     console.print(harmless("; ".join(conditions(document))), style="dim", markup=False)
 
 

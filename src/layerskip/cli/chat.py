@@ -10,8 +10,12 @@ from layerskip.cli import options, show, values
 from layerskip.cli.terminal import harmless
 from layerskip.decoding import LayerSkipModel, Prefix, PromptError
 from layerskip.decoding.sampling import nth_seed
+from layerskip.model.files.source import DEFAULT_MODEL
 
 _HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"
+_NO_TALKER = (
+    f"{DEFAULT_MODEL} was taught commands, summaries and Python; to talk, take --model smollm2-135m"
+)
 
 
 @click.command("chat")
@@ -49,6 +53,8 @@ def command(
     interactive = sys.stdin.isatty()
     if interactive:
         print(_HELP, file=sys.stderr)
+        if flags["model"] == DEFAULT_MODEL:
+            print(_NO_TALKER, file=sys.stderr)
     if show_draft and not as_json:
         show.show_legend()
     opening = [] if system is None else [{"role": "system", "content": system}]

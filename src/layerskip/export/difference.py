@@ -1,4 +1,4 @@
-"""What training changed in a checkpoint, as one small file (see `model.difference`)."""
+"""What training changed in a checkpoint, as one small file (see `model.files.difference`)."""
 
 import math
 from collections import Counter, defaultdict

@@ -29,6 +29,8 @@ def check_installed(config: TrainConfig) -> None:
         raise ValueError(
             f"there is no scheduler {config.scheduler!r}; there are: {', '.join(known)}"
         )
+    if config.device == "cuda" and not uses_gpu(config):
+        raise ValueError("the device cuda is not available here; use auto or cpu")
     if uses_gpu(config) and "LOCAL_RANK" not in os.environ:
         check_gpus(torch.cuda.device_count())
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # as Accelerate tells its processes

@@ -112,7 +112,9 @@ class TrainConfig:
     )
     resume: bool = _setting("go on from the last checkpoint in --output", False)
     seed: int = _setting("seed of everything random", 0)
-    device: Literal["auto", "cpu"] = _setting("cpu = leave a GPU alone", "auto")
+    device: Literal["auto", "cpu", "cuda"] = _setting(
+        "auto = a GPU where there is one; cpu = leave it alone", "auto"
+    )
 
     def __post_init__(self) -> None:
         for name in ("model", "tokenizer", "output", "difference_base"):
