@@ -4,6 +4,7 @@ import mmap
 import os
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -45,6 +46,16 @@ def test_environment_says_what_figures_depend_on():
     assert found["no-such-package"] is None
     assert found["cpus"] >= 1
     assert found["memory_bytes"] is None or found["memory_bytes"] > 100 * MIB
+
+
+@pytest.mark.parametrize("model", ["family 25, model 17, stepping 1", ""])
+def test_environment_tells_processors_of_one_name_apart(model, monkeypatch):
+    module = sys.modules[environment.__module__]
+    monkeypatch.setattr(module, "cpu_name", lambda: "AMD EPYC")
+    monkeypatch.setattr(module, "cpu_model", lambda: model)
+    found = environment(dtype=torch.bfloat16)
+    assert (found["cpu"], found.get("cpu_model", "")) == ("AMD EPYC", model)
+    assert ("cpu_model" in found) == bool(model)
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

@@ -6,6 +6,8 @@ from unittest import mock
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.nn import functional
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -625,3 +627,23 @@ def test_weights_that_are_held_elsewhere_are_refused(llama, stands_for):
     handle.set_step(0, 10)
     with pytest.raises(ValueError, match="no whole weights of their own"):
         llama.train()(**batch_of())
+
+
+@pytest.fixture
+def accelerator():
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)  # else it is that of the tests to come
+
+
+def test_a_model_that_accelerate_unwraps_keeps_the_recipe(accelerator):
+    """Without its autocast, `forward` is bound to the model like a method, which it was not before."""
+    model = build("llama")
+    before = model(**batch_of()).loss
+    handle = attached(model)
+    prepared = accelerator.prepare(model.train())
+    plain = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    plain(**batch_of()).loss.backward()
+    assert handle.last.exits == tuple(range(1, LAYERS + 1))
+    detach(plain)
+    assert "forward" not in plain.__dict__
+    assert torch.equal(plain.eval()(**batch_of()).loss, before)

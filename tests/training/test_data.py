@@ -43,6 +43,7 @@ COMMAS = "prompt,completion\n1 plus 2 is,3\n2 plus 2 is,4\n"
     [
         ("a.jsonl", JSON_LINES),
         ("a.json", json.dumps(ROWS)),
+        ("a.json", "\n".join(map(json.dumps, ROWS))),
         ("a.csv", COMMAS),
         ("a.tsv", COMMAS.replace(",", "\t")),
     ],
@@ -440,6 +441,16 @@ def test_a_beginning_stands_once(tokenizer):
             for one in (tokenizer, plain)
         )
         assert ids == [tokenizer.eos_token_id] * added + without
+
+
+def test_a_table_may_mix_kinds_of_rows(tmp_path, tokenizer):
+    mixed = [{"text": "1 plus 2"}, {"prompt": "1 plus 2 is", "completion": "3"}]
+    columns = ("text", "prompt", "completion")
+    filled = [{name: row.get(name) for name in columns} for row in mixed]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(filled), tmp_path / "a.parquet")
+    encode = Encoding(tokenizer=tokenizer)
+    read = [encode(where, row) for where, row in read_rows(str(tmp_path / "a.parquet"))]
+    assert read == [encode("x", row) for row in mixed]
 
 
 def test_a_column_of_messages_may_be_empty_where_there_is_a_prompt(tokenizer):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import causal_lms
 from layerskip import LayerSkipModel
 from layerskip.training import TrainConfig, train
+from layerskip.training.errors import TrainingWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -40,7 +41,12 @@ def answers_in_transformers(folder):
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2"])
 def test_transformers_answers_with_a_model_that_it_cannot_draft_with(family, trained):
     """It tells the model of fewer layers, and this one runs them all."""
-    folder = trained(family, {"num_key_value_heads": 4})  # which our reading of the config heeds
+    changes = {"num_key_value_heads": 4}  # which our reading of the config heeds
+    if family == "gpt2":
+        with pytest.warns(TrainingWarning, match="nothing will draft with the result: .* of gpt2,"):
+            folder = trained(family, changes)
+    else:
+        folder = trained(family, changes)
     answers_in_transformers(folder)
     fields = json.loads((folder / "generation_config.json").read_text())
     assert "assistant_early_exit" not in fields

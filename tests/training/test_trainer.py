@@ -116,6 +116,17 @@ def test_a_plain_trainer_with_the_callback_does_the_same(model_folder, tmp_path)
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("max_steps", [4, 30])
+def test_rows_that_teach_nothing_end_the_run(model_folder, tmp_path, max_steps):
+    ignored = [{**row, "labels": [-100] * len(row["labels"])} for row in rows()]
+    trainer = trainer_of(LayerSkipTrainer, model_folder, tmp_path, max_steps=max_steps)
+    trainer.train_dataset = ignored
+    with pytest.raises(ValueError, match=f"the first {min(10, max_steps)} steps had a label"):
+        trainer.train()
+    trainer.train_dataset = ignored[:2] + rows()[:4]
+    trainer.train()
+
+
 def test_group_by_length_is_ours(model_folder, tmp_path):
     from datasets import Dataset
 

@@ -14,7 +14,7 @@ import torch
 
 import layerskip
 from layerskip.model import Decoder, native
-from layerskip.model.machine import cpu_name
+from layerskip.model.machine import cpu_model, cpu_name
 
 # In a checkout: what decides on figures. Its other files, such as results, may differ.
 _CODE = ("src", "benchmarks/*.py", "benchmarks/paper/*.py", "examples")
@@ -38,11 +38,12 @@ def environment(
         packages: installed distributions whose versions matter beside PyTorch's.
     """
     place = torch.device(device)
-    made_from = commit()
+    made_from, model = commit(), cpu_model()
     return {
         "date": datetime.date.today().isoformat(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
+        **({"cpu_model": model} if model else {}),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpus": _usable_cpus(),
         "memory_bytes": _memory_bytes(),

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+_CPU_INFO = Path("/proc/cpuinfo")
+
 
 @functools.cache
 def cpu_name() -> str:
@@ -22,6 +24,18 @@ def cpu_name() -> str:
     maker, part = _cpu_line("CPU implementer"), _cpu_line("CPU part")
     arm = f"ARM {maker} {part}" if maker else ""
     return _cpu_line("model name") or arm or platform.processor() or "unknown"
+
+
+def cpu_model() -> str:
+    """Family, model and stepping of an x86 processor, as far as Linux tells; "" where it does not.
+
+    A name such as "AMD EPYC" alone stands for Zen 3, 4 and 5.
+    """
+    fields = {"family": "cpu family", "model": "model", "stepping": "stepping"}
+    found = {word: _cpu_line(field) for word, field in fields.items()}
+    if not found["family"]:  # POWER has a line "model" of its own
+        return ""
+    return ", ".join(f"{word} {number}" for word, number in found.items() if number.isdecimal())
 
 
 def cpu_instructions() -> str:
@@ -66,7 +80,8 @@ def machine(device: torch.device) -> str:
 @functools.cache
 def _cpu_line(field: str) -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = _CPU_INFO.read_text().splitlines()
     except OSError:  # macOS, Windows
         return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
+    pairs = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in pairs if name.strip() == field), "")

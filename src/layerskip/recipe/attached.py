@@ -275,6 +275,8 @@ class AttachedRecipe:
         # The signature stays: Trainer reads from it which columns and loss arguments a model takes.
         @functools.wraps(plain)
         def replacement(*args: Any, **kwargs: Any) -> Any:
+            if args and args[0] is module:  # Accelerate, taking its own off, binds it like a method
+                args = args[1:]
             return (forward if self._attached else plain)(*args, **kwargs)
 
         module.forward = replacement
@@ -285,7 +287,8 @@ class AttachedRecipe:
         self._attached = False
         for module, before, replacement in self._replaced:
             # Something put around it since (Accelerate's autocast) stays, and finds the plain one.
-            if module.__dict__.get("forward") is replacement:
+            found = module.__dict__.get("forward")
+            if getattr(found, "__func__", found) is replacement:
                 del module.forward
                 if before is not None:
                     module.forward = before

@@ -112,10 +112,25 @@ def remove_old_checkpoints(
         shutil.rmtree(path, ignore_errors=True)
 
 
-def last_good(directory: str | os.PathLike[str]) -> str:
-    """What a message of failure says of the checkpoints that are kept."""
-    last = last_checkpoint(directory)
-    return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+def last_good(directory: str | os.PathLike[str], failed_step: int | None = None) -> str:
+    """What a message of failure says of the checkpoints that are kept.
+
+    Args:
+        directory: of the run.
+        failed_step: whose figures are not finite, or None. Then a checkpoint is good if a step behind
+            it was taken; that of the step before may be what went wrong.
+    """
+    found = sorted(_checkpoints(directory))
+    doubtful = [path for step, path in found if failed_step is not None and step >= failed_step - 1]
+    good = [path for _, path in found if path not in doubtful]
+    if good:
+        said = f"the last good checkpoint is {good[-1]}"
+    else:
+        said = f"there is no {'good ' if doubtful else ''}checkpoint yet"
+    if doubtful:
+        names = ", ".join(path.name for path in doubtful)
+        said += f" ({names} may have been bad already: remove it before you --resume)"
+    return said
 
 
 def unwritten(

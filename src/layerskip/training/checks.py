@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 
 import torch
 from transformers import SchedulerType
 
+from layerskip.model.families import FAMILIES
 from layerskip.training.config import TrainConfig
 from layerskip.training.device import uses_gpu
+from layerskip.training.errors import TrainingWarning
 from layerskip.training.loading import model_config
 from layerskip.training.recipe_callback import check_gpus
 
@@ -41,6 +44,17 @@ def check_installed(config: TrainConfig) -> None:
         raise ValueError("lora_rank needs `peft`: pip install 'layerskip[train]'")
     if config.precision == "float16" and not uses_gpu(config):
         raise ValueError("precision float16 needs a GPU; take bfloat16, float32 or auto")
+
+
+def warn_of_no_decoder(model_type: str) -> None:
+    """Warn where layerskip has no decoder for what transformers cannot draft with either."""
+    if model_type not in FAMILIES:
+        warnings.warn(
+            f"nothing will draft with the result: transformers runs all layers of {model_type}, and"
+            " layerskip's decoder does not know it",
+            TrainingWarning,
+            stacklevel=2,
+        )
 
 
 def check_layers(config: TrainConfig) -> int:

@@ -21,8 +21,8 @@ from layerskip.training.errors import TrainingWarning
 SETTINGS = "train.json"
 _LOCK = ".lock"
 
-# What decides which rows are held back to evaluate on, beside the rows themselves.
-_HELD_BACK_BY = (
+# What decides which rows a step has, and which are held back to evaluate on.
+_ROWS_BY = (
     "data",
     "data_config",
     "split",
@@ -31,6 +31,7 @@ _HELD_BACK_BY = (
     "text_field",
     "completion_only",
     "max_length",
+    "packing",
     "eval_rows",
     "seed",
 )
@@ -82,10 +83,12 @@ def _compare(config: TrainConfig, file: Path) -> None:
             TrainingWarning,
             stacklevel=3,
         )
-    if config.eval_rows and any(before[name] != now[name] for name in _HELD_BACK_BY):
+    if others := [name for name in _ROWS_BY if before[name] != now[name]]:
+        so = "rows come again or are left out"
+        if config.eval_rows:
+            so += ", and rows to evaluate on may have been trained on"
         warnings.warn(
-            f"one of {', '.join(_HELD_BACK_BY)} is another than before the interruption: rows to"
-            " evaluate on may have been trained on",
+            f"{', '.join(others)}: another than before the interruption, so {so}",
             TrainingWarning,
             stacklevel=3,
         )

@@ -8,6 +8,8 @@ from transformers import TrainerCallback
 
 from layerskip.recipe.attached import AttachedRecipe
 
+_PATIENCE = 10  # steps without a label, at the beginning
+
 
 class RecipeCallback(TrainerCallback):
     """Tells an attached recipe the training step; for a plain Trainer whose model has one.
@@ -18,9 +20,11 @@ class RecipeCallback(TrainerCallback):
 
     def __init__(self, attached: AttachedRecipe) -> None:
         self._attached = attached
+        self._unlabelled: int | None = 0  # steps so far; None once there was a label
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Refuse what takes the recipe off the model, silently."""
+        self._unlabelled = 0
         if getattr(args, "use_liger_kernel", False):
             raise ValueError(
                 "use_liger_kernel puts another forward over the recipe's, which then does nothing; "
@@ -34,12 +38,20 @@ class RecipeCallback(TrainerCallback):
         self._attached.last = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Refuse a step that came about without the exits' loss."""
+        """Refuse a step that came about without the exits' loss, and training without labels."""
         if self._attached.last is None:
             raise ValueError(
                 "the model was called without labels, so the recipe had no loss: leave out what "
                 "computes another, such as compute_loss_func, and give a trainer that computes its own "
                 "(TRL's) LayerSkipMixin"
+            )
+        if self._unlabelled is None:
+            return
+        self._unlabelled = None if self._attached.last.tokens else self._unlabelled + 1
+        if self._unlabelled == min(_PATIENCE, state.max_steps):
+            raise ValueError(
+                f"no row of the first {self._unlabelled} steps had a label to learn (all are -100): are"
+                " prompts longer than the rows are cut, or is there no completion?"
             )
 
 

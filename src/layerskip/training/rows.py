@@ -7,6 +7,7 @@ import functools
 import glob
 import gzip
 import importlib
+import io
 import itertools
 import json
 import lzma
@@ -86,14 +87,15 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _given(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Without parts of fields that are None: a table has each part in all rows."""
+    """Without fields that are None, and parts of fields: a table has each of them in all rows."""
 
     def parts(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {name: parts(part) for name, part in value.items() if part is not None}
         return [parts(part) for part in value] if isinstance(value, list) else value
 
-    return {name: parts(value) for name, value in row.items()}
+    given: Mapping[str, Any] = parts(row)
+    return given
 
 
 @contextmanager
@@ -166,9 +168,13 @@ def _json_lines(file: TextIO, name: str) -> Iterator[Row]:
 
 
 def _json(file: TextIO, name: str) -> Iterator[Row]:
+    text = file.read()
     try:
-        rows = json.load(file)
+        rows = json.loads(text)
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # lines of JSON, under the other name that they have
+            yield from _json_lines(io.StringIO(text), name)
+            return
         raise ValueError(f"{name}:{error.lineno} is not JSON: {error.msg}") from None
     except RecursionError:
         raise ValueError(f"{name} is nested too deeply") from None

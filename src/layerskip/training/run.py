@@ -24,7 +24,7 @@ from layerskip.recipe import RecipeConfig, attach, detach
 from layerskip.recipe.schedule import enabled_exits
 from layerskip.training.callbacks import Board, JsonLinesLog, TimeBudget, read_log, time_spent
 from layerskip.training.checkpoints import INCOMPLETE, unwritten
-from layerskip.training.checks import check_installed, check_layers
+from layerskip.training.checks import check_installed, check_layers, warn_of_no_decoder
 from layerskip.training.config import TrainConfig
 from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows
 from layerskip.training.device import arithmetic, uses_gpu
@@ -107,6 +107,8 @@ def _train(
     train_rows, eval_rows = _load_data(config, tokenizer, *sources)
     check_tokens(model, tokenizer.pad_token_id or 0, train_rows, eval_rows)
     check_positions(model, train_rows, eval_rows)
+    if not can_exit:
+        warn_of_no_decoder(model.config.model_type)
     if config.lora_rank is not None:
         model = with_adapter(model, config)
     on_grid = _on_grid(config, model)

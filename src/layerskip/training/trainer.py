@@ -156,10 +156,11 @@ class LayerSkipMixin:
 
     def _must_be_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
+            step = self._trainer.state.global_step + 1
             raise NonFiniteLossError(
-                f"{what} is {value} at step {self._trainer.state.global_step + 1}; training stopped "
-                f"before it was used, {last_good(self._trainer.args.output_dir)}. A lower learning "
-                "rate, warm-up steps or bfloat16 instead of float16 may help"
+                f"{what} is {value} at step {step}; training stopped before it was used,"
+                f" {last_good(self._trainer.args.output_dir, step)}. A lower learning rate, warm-up"
+                " steps or bfloat16 instead of float16 may help"
             )
 
     def prediction_step(
@@ -276,6 +277,10 @@ class LayerSkipMixin:
         name = f"checkpoint-{trainer.state.global_step}"
         unfinished = run / INCOMPLETE
         self._output_dir = str(unfinished)
+        if trainer.is_world_process_zero():
+            for path in unfinished.glob("checkpoint-*"):
+                if path.name != name:  # of a run that was killed
+                    shutil.rmtree(path, ignore_errors=True)
         try:
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
             self._name_the_best_as_it_will_be(unfinished / name, run / name)
