@@ -57,5 +57,5 @@ def no_draft_depends_on_the_machine(request, monkeypatch):
     """Rows cost little more than one, as where memory is all that takes time."""
     if request.node.get_closest_marker("real") is None:
         monkeypatch.setattr(draft_costs, "row_costs", lambda kind: (1.0, 1.0))
-        cheap = {32: (1.0, 1.06), 16: (1.0, 1.05), 8: (1.0, 1.15), 4: (1.0, 1.3)}
-        monkeypatch.setattr(draft_costs, "PASSES_IN_PYTORCH", cheap)
+        cheap = {"16bit": (1.0, 1.06), "int8": (1.0, 1.15), "int4": (1.0, 1.3)}
+        monkeypatch.setattr(draft_costs, "pass_costs", lambda decoder: cheap[decoder.weights])

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from layerskip.model.native import timing
+from layerskip.model import timing
+from layerskip.model.native import timing as native_timing
 from layerskip.model.native.timing import row_costs
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
@@ -17,24 +18,23 @@ pytestmark = pytest.mark.usefixtures("compiled_kernels")
 @pytest.fixture
 def file_of(tmp_path, monkeypatch):
     """An empty cache and little to time; gives the file of a kind."""
-    monkeypatch.setattr(timing, "target", lambda: tmp_path / "kernels.so")
-    monkeypatch.setattr(timing, "_BYTES", 1 << 16)
-    monkeypatch.setattr(timing, "_BYTES_A_THREAD", 0)
+    monkeypatch.setattr(native_timing, "target", lambda: tmp_path / "kernels.so")
+    monkeypatch.setattr(native_timing, "BYTES", 1 << 16)
+    monkeypatch.setattr(native_timing, "_BYTES_A_THREAD", 0)
     monkeypatch.setattr(timing, "_STEADY", float("inf"))  # so little takes any time
-    timing._row_costs.cache_clear()
-    yield lambda kind: tmp_path / f"kernels.{kind}.1.json"
-    timing._row_costs.cache_clear()
+    monkeypatch.setattr(timing, "_known", {})
+    return lambda kind: tmp_path / f"kernels.{kind}.1.json"
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
-def test_timed_once_and_kept(kind, file_of):
+def test_timed_once_and_kept(kind, file_of, monkeypatch):
     costs = row_costs(kind)
     assert len(costs) == 16
     assert costs[0] == 1.0
     assert list(costs) == sorted(costs)
     assert json.loads(file_of(kind).read_text()) == list(costs)
     file_of(kind).write_text(json.dumps([1.0, *[9.0] * 15]))
-    timing._row_costs.cache_clear()
+    monkeypatch.setattr(timing, "_known", {})
     assert row_costs(kind) == (1.0, *[9.0] * 15)
 
 
@@ -65,11 +65,11 @@ def test_timed_on_the_cpu_whatever_the_default_device_is(kind, file_of):
 def test_two_threads_do_not_time_against_each_other(file_of, monkeypatch):
     timed, alone = timing._timed, threading.Lock()
 
-    def slow(matrix):
+    def slow(product, may_fall):
         assert alone.acquire(blocking=False)
         time.sleep(0.05)
         alone.release()
-        return timed(matrix)
+        return timed(product, may_fall)
 
     monkeypatch.setattr(timing, "_timed", slow)
     with ThreadPoolExecutor(2) as pool:

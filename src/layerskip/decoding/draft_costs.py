@@ -10,18 +10,11 @@ from collections.abc import Sequence
 from layerskip.model import Decoder, StepCosts
 from layerskip.model.native import row_costs
 from layerskip.model.quantize import bits_of
+from layerskip.model.timing import pass_costs
 
 # What one more position adds to a pass, beside what the compiled kernels' products take: attention,
 # norms, and the choice of a token.
 _BESIDE_PRODUCTS = 0.03
-# Passes over 1, 2, ... positions in PyTorch, by the bits that a weight is kept in, as one machine had
-# them (benchmarks/results/kernels-zen4.json): two rows of float32 take nearly twice the time.
-PASSES_IN_PYTORCH = {
-    32: (1.0, 1.73, 2.18, 1.42, 1.31, 1.34, 1.34, 1.35, 1.37),
-    16: (1.0, 1.09, 1.01, 1.0, 1.01, 1.02, 1.07, 1.12, 1.18),
-    8: (1.0, 1.15, 1.31, 1.44, 2.21, 2.27, 2.29, 2.31, 2.56),
-    4: (1.0, 1.01, 1.05, 1.18, 1.73, 1.81, 1.8, 1.79, 1.99),
-}
 _ROW_COST_ON_A_GPU = 0.01
 # What one more position adds to attention over a long context, as a share of what one takes: keys and
 # values are loaded once for several, but each has arithmetic of its own. On Zen 4 it was 0.3 in bfloat16
@@ -63,7 +56,7 @@ class DraftCosts:
         """Costs of drafting with the first E layers (0 = none) and a share of the head's tokens.
 
         Without a measurement they are shares of the bytes read, and a pass over more positions costs
-        what more rows cost this machine's compiled kernels, or an estimate. `contexts` has for each
+        what this machine was timed to take, or on a GPU an estimate. `contexts` has for each
         prompt how many positions attention looks back on, whose keys and values are read beside the
         weights; of a measurement only those count that it was made without. Passes over several prompts
         reach beyond what was measured: there they grow as estimated.
@@ -180,8 +173,9 @@ def _longer(passes: tuple[float, ...], estimated: tuple[float, ...]) -> tuple[fl
 def _passes(decoder: Decoder) -> tuple[float, ...]:
     if decoder.device.type != "cpu":
         return 1.0, 1.0 + _ROW_COST_ON_A_GPU
-    bits = bits_of(decoder.weights)
     if decoder.kernels != "compiled":
-        return PASSES_IN_PYTORCH[bits or 8 * decoder.dtype.itemsize]
-    kind = decoder.weights if bits else str(decoder.dtype).removeprefix("torch.")
+        return pass_costs(decoder)
+    kind = (
+        decoder.weights if bits_of(decoder.weights) else str(decoder.dtype).removeprefix("torch.")
+    )
     return tuple(cost + i * _BESIDE_PRODUCTS for i, cost in enumerate(row_costs(kind)))

@@ -1,0 +1,202 @@
+"""What positions cost in PyTorch: timed once by the decoder's own layers, without a compiler."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_decoders import tiny_decoder
+
+import tiny_models
+from layerskip.model import load, timing
+from layerskip.model.native import build
+from layerskip.model.timing import pass_costs
+
+# Two rows cost nearly twice as much as one, and four less than three; from then on they cost little.
+SECONDS = {1: 1.0, 2: 1.75, 3: 2.25, 4: 1.5, 5: 1.5, 6: 1.5, 8: 2.0, 12: 2.0, 16: 3.0}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty cache; gives the folder for costs in PyTorch."""
+    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
+    monkeypatch.setattr(timing, "_known", {})
+    return tmp_path / "pytorch"
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    def refuse():
+        raise build.NoCompilerError
+
+    monkeypatch.setattr(build, "_compiler", refuse)
+    build.target.cache_clear()
+    yield
+    build.target.cache_clear()
+
+
+class Machine:
+    """A clock that products move on, and how often each number of rows was asked for."""
+
+    def __init__(self):
+        self.now, self.seconds, self.late, self.calls = 0.0, dict(SECONDS), {}, []
+
+    def perf_counter(self):
+        return self.now
+
+    def __call__(self, n):
+        """Some take longer in the n-th call of so many rows."""
+        self.calls.append(n)
+        self.now += self.seconds[n] + self.late.get((n, self.calls.count(n)), 0.0)
+
+
+@pytest.fixture
+def machine(folder, monkeypatch):
+    """Its products are what every decoder's layers take."""
+    machine = Machine()
+    monkeypatch.setattr(timing, "time", machine)
+    monkeypatch.setattr(timing, "_layers", lambda decoder: machine)
+    return machine
+
+
+def decoder(dtype=torch.float32, weights="16bit", architecture="tiny"):
+    return SimpleNamespace(dtype=dtype, weights=weights, architecture=architecture)
+
+
+def test_costs_are_the_least_times_in_units_of_one_row(machine):
+    machine.late = {(5, 1): 9.0, (1, 2): 0.5, (16, 3): 1.0}
+    costs = pass_costs(decoder())
+    assert costs[:6] == (1.0, 1.75, 2.25, 1.5, 1.5, 1.5)
+    assert costs[6] == 1.75  # between six and eight
+    assert costs[7:12] == (2.0,) * 5
+    assert (costs[13], costs[15]) == (2.5, 3.0)
+
+
+def test_rows_cost_no_less_than_one_and_no_more_than_single_ones(machine):
+    machine.seconds |= {2: 5.0, 4: 0.5}
+    assert pass_costs(decoder())[:4] == (1.0, 2.0, 2.25, 1.0)
+
+
+def test_compiled_kernels_never_take_less_for_more_rows(machine, folder):
+    costs = timing.timed_once("kernels.json", lambda: folder, lambda: machine)
+    assert costs[:6] == (1.0, 1.75, 2.25, 2.25, 2.25, 2.25)
+    assert list(costs) == sorted(costs)
+
+
+def test_kept_and_taken_from_there_by_the_next_process(machine, folder, monkeypatch):
+    costs = pass_costs(decoder())
+    (file,) = folder.iterdir()
+    assert json.loads(file.read_text()) == list(costs)
+    asked = len(machine.calls)
+    file.write_text(json.dumps([1.0, *[9.0] * 15]))
+    assert pass_costs(decoder()) == costs
+    monkeypatch.setattr(timing, "_known", {})
+    assert pass_costs(decoder()) == (1.0, *[9.0] * 15)
+    assert len(machine.calls) == asked
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    ["", "{", "3", "[" * 100_000, "[1.0, 9.0]", '["many"]', str([1.0] + [0.0] * 15), "\xff"],
+)
+def test_a_damaged_file_is_made_again(damaged, machine, folder, monkeypatch):
+    costs = pass_costs(decoder())
+    (file,) = folder.iterdir()
+    file.write_text(damaged, encoding="latin-1")
+    monkeypatch.setattr(timing, "_known", {})
+    assert pass_costs(decoder()) == costs
+    assert json.loads(file.read_text()) == list(costs)
+
+
+def test_times_of_a_busy_machine_hold_for_this_process_and_their_dips_are_chance(machine, folder):
+    machine.late = {(3, call): 0.2 * call for call in range(2, 99)}  # never again as in its first
+    costs = pass_costs(decoder())
+    assert costs[:6] == (1.0, 1.75, 2.25, 2.25, 2.25, 2.25)
+    assert not folder.exists()
+    asked = len(machine.calls)
+    assert pass_costs(decoder()) is costs
+    assert len(machine.calls) == asked
+
+
+def test_slow_products_of_a_busy_machine_are_given_up_on(machine, monkeypatch):
+    machine.late = {(3, call): 0.2 * call for call in range(2, 99)}
+    pass_costs(decoder())  # one turn takes longer than `_MOST_SECONDS`
+    assert machine.calls.count(1) == timing._ROUNDS
+    machine.calls.clear()
+    monkeypatch.setattr(timing, "_MOST_SECONDS", float("inf"))
+    pass_costs(decoder(architecture="another"))
+    assert machine.calls.count(1) == timing._MOST_ROUNDS
+
+
+def test_a_cache_that_cannot_be_written_is_no_matter(machine, folder):
+    folder.write_text("a file")
+    assert len(pass_costs(decoder())) == 16
+
+
+def test_nor_is_a_user_without_a_home(machine, monkeypatch):
+    def homeless():
+        raise OSError("no home")
+
+    monkeypatch.setattr(timing, "cache_folder", homeless)
+    first = pass_costs(decoder())
+    machine.seconds[2] = 1.0
+    assert pass_costs(decoder(torch.bfloat16)) != first  # each has its own all the same
+
+
+def test_every_kind_of_weights_has_its_own(machine, folder, monkeypatch):
+    """PyTorch's product with 4-bit weights is for bfloat16 alone: in float32 int8 costs otherwise."""
+    asked = [
+        decoder(torch.bfloat16, "int8"),
+        decoder(torch.float32, "int8"),
+        decoder(torch.float32, "int4"),
+        decoder(torch.float32),
+        decoder(torch.float16),
+        decoder(torch.float16, architecture="other shapes"),
+    ]
+    for i, one in enumerate(asked):
+        machine.seconds[2] = 1.0 + i / 8
+        assert pass_costs(one)[1] == 1.0 + i / 8
+    torch.set_num_threads(2)  # set back behind every test
+    machine.seconds[2] = 1.875
+    assert pass_costs(asked[0])[1] == 1.875
+    monkeypatch.setattr(timing, "_pytorch", lambda: "another version")
+    machine.seconds[2] = 1.9375
+    assert pass_costs(asked[0])[1] == 1.9375
+    assert len(list(folder.iterdir())) == 8
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "weights"),
+    [
+        ("llama3.1", torch.float32, "16bit"),
+        ("llama3.1", torch.float32, "int8"),
+        ("llama3.1", torch.bfloat16, "int4"),
+        ("mixtral", torch.float32, "16bit"),
+        ("mistral", torch.bfloat16, "16bit"),
+    ],
+)
+def test_the_layers_of_a_model_are_timed_without_a_compiler(
+    case, dtype, weights, folder, no_compiler, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(timing, "_STEADY", float("inf"))  # so little takes any time
+    tiny_models.build(case).save_pretrained(tmp_path / "model")
+    tiny = load(tmp_path / "model", dtype=dtype, weights=weights, compiled=False).decoder
+    with torch.device("meta"), torch.autocast("cpu", torch.float16):
+        costs = pass_costs(tiny)
+    assert len(costs) == 16
+    assert costs[0] == 1.0
+    (file,) = folder.iterdir()
+    assert file.name.endswith(f".{str(dtype)[6:]}.{weights}.1.json")
+
+
+def test_as_many_layers_as_caches_do_not_hold(monkeypatch):
+    tiny = tiny_decoder("llama3.1")
+    ran = []
+    monkeypatch.setattr(tiny, "run", lambda x, start, stop, cache: ran.append((x.shape, stop)))
+    product = timing._layers(tiny)
+    product(5)
+    layer = (tiny.weight_bytes - tiny.head.weight_bytes) // tiny_models.LAYERS
+    for n_bytes in (2 * layer, 1):
+        monkeypatch.setattr(timing, "BYTES", n_bytes)
+        timing._layers(tiny)(2)
+    assert ran == [((1, 5, 64), tiny_models.LAYERS), ((1, 2, 64), 2), ((1, 2, 64), 1)]
