@@ -56,6 +56,9 @@ def one_thread_for_tiny_models(request):
 def no_draft_depends_on_the_machine(request, monkeypatch):
     """Rows cost little more than one, as where memory is all that takes time."""
     if request.node.get_closest_marker("real") is None:
-        monkeypatch.setattr(draft_costs, "row_costs", lambda kind: (1.0, 1.0))
-        cheap = {"16bit": (1.0, 1.06), "int8": (1.0, 1.15), "int4": (1.0, 1.3)}
-        monkeypatch.setattr(draft_costs, "pass_costs", lambda decoder: cheap[decoder.weights])
+        pytorch = {"16bit": (1.0, 1.06), "int8": (1.0, 1.15), "int4": (1.0, 1.3)}
+
+        def costs(decoder):
+            return (1.0, 1.03) if decoder.kernels == "compiled" else pytorch[decoder.weights]
+
+        monkeypatch.setattr(draft_costs, "pass_costs", costs)

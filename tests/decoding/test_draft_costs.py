@@ -59,16 +59,6 @@ def test_they_are_timed_before_an_answer_begins(monkeypatch):
     assert asked == [model.decoder]
 
 
-@pytest.mark.parametrize(("weights", "kind"), [("16bit", "float32"), ("int8", "int8")])
-def test_positions_cost_what_rows_cost_the_compiled_kernels(weights, kind, monkeypatch):
-    rows = {"float32": (1.0, 1.0, 1.5), "int8": (1.0, 1.25, 1.5)}
-    monkeypatch.setattr(draft_costs, "row_costs", rows.__getitem__)
-    decoder = ScriptedDecoder([1])
-    decoder.weights, decoder.kernels = weights, "compiled"
-    expected = [cost + 0.03 * i for i, cost in enumerate(rows[kind])]
-    assert DraftCosts.of(decoder, 1).passes == pytest.approx(expected)
-
-
 def test_measured_costs_come_first_and_fit_other_exits_and_heads():
     # Of 0.5 a quarter of the head, 0.1, is the draft's own head: two layers take 0.4.
     costs = DraftCosts.of(ScriptedDecoder([1], vocab_size=300), 1, 0.5, MEASURED)

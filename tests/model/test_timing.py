@@ -1,6 +1,10 @@
-"""What positions cost in PyTorch: timed once by the decoder's own layers, without a compiler."""
+"""What positions cost: timed once by the decoder's own layers, with and without compiled kernels."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from time import sleep
 from types import SimpleNamespace
 
 import pytest
@@ -18,10 +22,10 @@ SECONDS = {1: 1.0, 2: 1.75, 3: 2.25, 4: 1.5, 5: 1.5, 6: 1.5, 8: 2.0, 12: 2.0, 16
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty cache; gives the folder for costs in PyTorch."""
+    """An empty cache; gives the folder for costs."""
     monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
     monkeypatch.setattr(timing, "_known", {})
-    return tmp_path / "pytorch"
+    return tmp_path / "passes"
 
 
 @pytest.fixture
@@ -55,12 +59,13 @@ def machine(folder, monkeypatch):
     """Its products are what every decoder's layers take."""
     machine = Machine()
     monkeypatch.setattr(timing, "time", machine)
-    monkeypatch.setattr(timing, "_layers", lambda decoder: machine)
+    monkeypatch.setattr(timing, "_layers", lambda decoder, threads: machine)
     return machine
 
 
-def decoder(dtype=torch.float32, weights="16bit", architecture="tiny"):
-    return SimpleNamespace(dtype=dtype, weights=weights, architecture=architecture)
+def decoder(dtype=torch.float32, weights="16bit", architecture="tiny", kernels="pytorch"):
+    fields = {"dtype": dtype, "weights": weights, "architecture": architecture, "kernels": kernels}
+    return SimpleNamespace(**fields)
 
 
 def test_costs_are_the_least_times_in_units_of_one_row(machine):
@@ -75,12 +80,6 @@ def test_costs_are_the_least_times_in_units_of_one_row(machine):
 def test_rows_cost_no_less_than_one_and_no_more_than_single_ones(machine):
     machine.seconds |= {2: 5.0, 4: 0.5}
     assert pass_costs(decoder())[:4] == (1.0, 2.0, 2.25, 1.0)
-
-
-def test_compiled_kernels_never_take_less_for_more_rows(machine, folder):
-    costs = timing.timed_once("kernels.json", lambda: folder, lambda: machine)
-    assert costs[:6] == (1.0, 1.75, 2.25, 2.25, 2.25, 2.25)
-    assert list(costs) == sorted(costs)
 
 
 def test_kept_and_taken_from_there_by_the_next_process(machine, folder, monkeypatch):
@@ -165,6 +164,19 @@ def test_every_kind_of_weights_has_its_own(machine, folder, monkeypatch):
     assert len(list(folder.iterdir())) == 8
 
 
+def test_compiled_kernels_have_their_own_costs_and_threads(machine, folder, monkeypatch):
+    monkeypatch.setattr(timing.build, "target", lambda: Path("kernels/abc.so"))
+    monkeypatch.setattr(timing.threads, "usable", lambda: 3)
+    costs = pass_costs(decoder())
+    machine.seconds[2] = 1.5
+    assert pass_costs(decoder(kernels="compiled")) != costs
+    names = sorted(file.name.split(".", 1)[1] for file in folder.iterdir())
+    assert names == ["float32.16bit.1.json", "float32.16bit.3.json"]
+    monkeypatch.setattr(timing.build, "target", lambda: Path("kernels/of_another_version.so"))
+    machine.seconds[2] = 1.25
+    assert pass_costs(decoder(kernels="compiled"))[1] == 1.25
+
+
 @pytest.mark.parametrize(
     ("case", "dtype", "weights"),
     [
@@ -189,14 +201,56 @@ def test_the_layers_of_a_model_are_timed_without_a_compiler(
     assert file.name.endswith(f".{str(dtype)[6:]}.{weights}.1.json")
 
 
+@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize(
+    ("dtype", "weights"),
+    [
+        (torch.float32, "16bit"),
+        (torch.bfloat16, "16bit"),
+        (torch.bfloat16, "int8"),
+        (torch.float32, "int4"),
+    ],
+)
+def test_the_layers_of_a_model_are_timed_in_the_compiled_kernels(
+    dtype, weights, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(timing, "_STEADY", float("inf"))
+    tiny_models.build("llama3.1").save_pretrained(tmp_path / "model")
+    tiny = load(tmp_path / "model", dtype=dtype, weights=weights, compiled=True).decoder
+    assert tiny.kernels == "compiled"
+    with torch.device("meta"), torch.autocast("cpu", torch.float16):
+        assert len(pass_costs(tiny)) == 16
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_two_threads_do_not_time_against_each_other(machine, monkeypatch):
+    timed, alone = timing._timed, Lock()
+
+    def slow(product):
+        assert alone.acquire(blocking=False)
+        sleep(0.05)
+        alone.release()
+        return timed(product)
+
+    monkeypatch.setattr(timing, "_timed", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(pass_costs, [decoder(), decoder()])
+    assert first is second
+
+
 def test_as_many_layers_as_caches_do_not_hold(monkeypatch):
     tiny = tiny_decoder("llama3.1")
     ran = []
     monkeypatch.setattr(tiny, "run", lambda x, start, stop, cache: ran.append((x.shape, stop)))
-    product = timing._layers(tiny)
+    product = timing._layers(tiny, 1)
     product(5)
     layer = (tiny.weight_bytes - tiny.head.weight_bytes) // tiny_models.LAYERS
     for n_bytes in (2 * layer, 1):
-        monkeypatch.setattr(timing, "BYTES", n_bytes)
-        timing._layers(tiny)(2)
-    assert ran == [((1, 5, 64), tiny_models.LAYERS), ((1, 2, 64), 2), ((1, 2, 64), 1)]
+        monkeypatch.setattr(timing, "_BYTES", n_bytes)
+        monkeypatch.setattr(timing, "_BYTES_A_THREAD", n_bytes // 2)
+        timing._layers(tiny, 1)(2)
+    timing._layers(tiny, 6)(2)  # whose caches hold more
+    monkeypatch.setattr(timing, "_BYTES_A_THREAD", layer)
+    timing._layers(tiny, 3)(2)
+    shape = (1, 2, 64)
+    assert ran == [((1, 5, 64), tiny_models.LAYERS), (shape, 2), (shape, 1), (shape, 1), (shape, 3)]

@@ -8,13 +8,8 @@ import functools
 from collections.abc import Sequence
 
 from layerskip.model import Decoder, StepCosts
-from layerskip.model.native import row_costs
-from layerskip.model.quantize import bits_of
 from layerskip.model.timing import pass_costs
 
-# What one more position adds to a pass, beside what the compiled kernels' products take: attention,
-# norms, and the choice of a token.
-_BESIDE_PRODUCTS = 0.03
 _ROW_COST_ON_A_GPU = 0.01
 # What one more position adds to attention over a long context, as a share of what one takes: keys and
 # values are loaded once for several, but each has arithmetic of its own. On Zen 4 it was 0.3 in bfloat16
@@ -173,9 +168,4 @@ def _longer(passes: tuple[float, ...], estimated: tuple[float, ...]) -> tuple[fl
 def _passes(decoder: Decoder) -> tuple[float, ...]:
     if decoder.device.type != "cpu":
         return 1.0, 1.0 + _ROW_COST_ON_A_GPU
-    if decoder.kernels != "compiled":
-        return pass_costs(decoder)
-    kind = (
-        decoder.weights if bits_of(decoder.weights) else str(decoder.dtype).removeprefix("torch.")
-    )
-    return tuple(cost + i * _BESIDE_PRODUCTS for i, cost in enumerate(row_costs(kind)))
+    return pass_costs(decoder)

@@ -4,7 +4,6 @@ from layerskip.model.native.build import NoCompilerError, prepare
 from layerskip.model.native.decoder import NativeDecoder, supports
 from layerskip.model.native.panels import PanelEmbedding, PanelMatrix
 from layerskip.model.native.threads import usable
-from layerskip.model.native.timing import row_costs
 
 __all__ = [
     "NativeDecoder",
@@ -12,7 +11,6 @@ __all__ = [
     "PanelEmbedding",
     "PanelMatrix",
     "prepare",
-    "row_costs",
     "supports",
     "usable",
 ]
