@@ -33,11 +33,8 @@ _MOST_ROWS = max(_ROWS)
 _ROUNDS, _MOST_ROUNDS = 4, 24
 _MOST_SECONDS = 4.0  # after the first rounds: slow products on a busy machine would take minutes
 _STEADY = 1.05  # of a least time that was reached twice: how far the two may differ
-_BYTES, _BYTES_A_THREAD, _MOST_BYTES = (
-    1 << 26,
-    1 << 24,
-    1 << 29,
-)  # of weights: more than caches hold
+# Of weights: more than caches hold, which grow with the threads.
+_BYTES, _BYTES_A_THREAD, _MOST_BYTES = 1 << 26, 1 << 24, 1 << 29
 _TIMING = threading.Lock()  # two that time at once take each other's processors
 _known: dict[str, Costs] = {}
 

@@ -735,7 +735,7 @@ inline auto normed(const float *from, const float *norm, int64_t n, float eps) {
 }
 
 // Queries whose sums over values are in registers together, of each so many vectors of outputs: with
-// fewer than eight sums, one waits for the last addition to it.
+// fewer than eight sums, one waits for the last addition to it. Of 16 numbers, a head has four or eight.
 constexpr int QUERIES = 6;
 #ifdef VECTORS_OF_16
 constexpr int outputs_of(int) { return 4; }
