@@ -36,7 +36,7 @@ _STEADY = 1.05  # of a least time that was reached twice: how far the two may di
 # Of weights: more than caches hold, which grow with the threads.
 _BYTES, _BYTES_A_THREAD, _MOST_BYTES = 1 << 26, 1 << 24, 1 << 29
 _TIMING = threading.Lock()  # two that time at once take each other's processors
-_known: dict[str, Costs] = {}
+_known: dict[tuple[object, ...], Costs] = {}
 
 
 def pass_costs(decoder: Decoder) -> Costs:
@@ -46,14 +46,15 @@ def pass_costs(decoder: Decoder) -> Costs:
     shapes. In PyTorch, on one thread with AVX2, five rows of float32 took twice the time of one in
     SmolLM2-135M's layers, and 5.6 times in a matrix of 8192 x 2048. Takes up to some seconds.
     """
-    n_threads, what = _runs_in(decoder)
-    dtype = str(decoder.dtype).removeprefix("torch.")
-    what = hashlib.sha256("\0".join((repr(decoder.architecture), what)).encode()).hexdigest()
-    name = f"{what[:16]}.{dtype}.{decoder.weights}.{n_threads}.json"
+    n_threads, software = _runs_in(decoder)
+    known_by = decoder.architecture, software, decoder.dtype, decoder.weights, n_threads
     with _TIMING:
-        if name not in _known:
-            _known[name] = _kept(name) or _timed_and_kept(name, decoder, n_threads)
-        return _known[name]
+        if known_by not in _known:
+            what = hashlib.sha256(f"{decoder.architecture!r}\0{software}".encode()).hexdigest()[:16]
+            dtype = str(decoder.dtype).removeprefix("torch.")
+            name = f"{what}.{dtype}.{decoder.weights}.{n_threads}.json"
+            _known[known_by] = _kept(name) or _timed_and_kept(name, decoder, n_threads)
+        return _known[known_by]
 
 
 def _runs_in(decoder: Decoder) -> tuple[int, str]:
