@@ -295,6 +295,20 @@ def test_the_generator_makes_it_repeatable():
     assert not torch.equal(first, other)
 
 
+def test_of_the_model_no_more_is_looked_at_than_decides():
+    looked_at = []
+
+    class Recorded:
+        def __getitem__(self, at):
+            looked_at.append(at)
+            return torch.tensor([0.0, 1.0]) if at[1] == 2 else torch.tensor([1.0, 0.0])
+
+    q = torch.tensor([[[1.0, 0.0]] * 4])
+    made = accept_sampled(torch.zeros(1, 4, dtype=torch.int64), q, Recorded())
+    assert [part.tolist() for part in made] == [[2], [1]]
+    assert looked_at == [(0, 0), (0, 1), (0, 2)]
+
+
 class Elsewhere(torch.Tensor):
     """A tensor of the CPU that says it is on another device."""
 
@@ -309,7 +323,16 @@ def test_an_accelerators_branch_gives_the_same(monkeypatch):
     for top_p, top_k in ((0.3, None), (0.9, 5), (0.999, None), (None, 3)):
         kinds = sampling.Sampling(temperature=0.8, top_p=top_p, top_k=top_k)
         found = kinds.probabilities(scores.as_subclass(Elsewhere))
-        assert found.tolist() == kinds.probabilities(scores).tolist()
+        expected = kinds.probabilities(scores)
+        assert ((found > 0) == (expected > 0)).all()
+        torch.testing.assert_close(found.as_subclass(torch.Tensor), expected, rtol=0, atol=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.rand(64, n, 5, generator=generator).softmax(-1) for n in (4, 3))
+    drafted = torch.randint(5, (64, 3), generator=generator)
+    least = torch.rand(64, 3, generator=generator) * 0.4
+    here, there = (judged(drafted, q, p, least) for judged in (accept._in_turn, accept._at_once))
+    assert all(map(torch.equal, here, there))
+    assert set(here[0].tolist()) == {0, 1, 2, 3}
     waited = []
     stream = SimpleNamespace(synchronize=lambda: waited.append("this thread's stream"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)

@@ -5,6 +5,8 @@ Both return (accepted, following): accepted [B] counts the leading drafted token
 that come out are distributed exactly as p, whatever q is (Leviathan et al., 2023, theorem 3.5).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ def accept(
     if sampling.greedy:
         accepted, following = accept_greedy(drafted, likeliest(decoder, hidden, sampling, seen))
     else:
-        p = sampling.probabilities(sampling.penalize(decoder.logits(hidden), seen))
+        p = Distributions(decoder.logits(hidden), sampling, seen)
         accepted, following = accept_sampled(drafted, q, p, generator)
     return accepted, following[:, None]
 
@@ -55,8 +57,31 @@ def accept_greedy(drafted: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
     return accepted, best.gather(1, accepted[:, None])[:, 0]
 
 
+class Distributions:
+    """The model's distributions after each of some positions, made where one is looked at.
+
+    On a CPU they are what takes the time, and behind the first rejected token nobody needs them.
+
+    Args:
+        logits: [B, T, V].
+        sampling: of the answers.
+        seen: as for `Sampling.penalize`.
+    """
+
+    def __init__(self, logits: Tensor, sampling: Sampling, seen: Tensor | None) -> None:
+        self._logits, self._sampling, self._seen = logits, sampling, seen
+
+    def __getitem__(self, at: Any) -> Tensor:
+        """Those of some rows and positions, as a tensor's [B, T] would be indexed; float32."""
+        seen = None if self._seen is None else self._seen[at]
+        return self._sampling.probabilities(self._sampling.penalize(self._logits[at], seen))
+
+
 def accept_sampled(
-    drafted: Tensor, q: Tensor | None, p: Tensor, generator: torch.Generator | None = None
+    drafted: Tensor,
+    q: Tensor | None,
+    p: Tensor | Distributions,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Accept token x with probability min(1, p(x) / q(x)); after a rejection draw from max(p - q, 0).
 
@@ -68,19 +93,51 @@ def accept_sampled(
     """
     b, d = drafted.shape
     if q is None or not d:
-        return torch.zeros(b, dtype=torch.long, device=p.device), draw(p[:, 0], generator)[:, 0]
-    p_drafted = p[:, :-1].gather(2, drafted[..., None])[..., 0]
+        nothing = torch.zeros(b, dtype=torch.long, device=drafted.device)
+        return nothing, draw(p[:, 0], generator)[:, 0]
     q_drafted = q.gather(2, drafted[..., None])[..., 0]
     # In float64: of 2^24 numbers one would accept the least probable token of an n-gram.
-    chance = torch.rand(b, d, dtype=torch.float64, device=p.device, generator=generator)
-    accepted = _leading(chance * q_drafted < p_drafted)
-    own = _at(p, accepted)
+    chance = torch.rand(b, d, dtype=torch.float64, device=q.device, generator=generator)
+    judged = _in_turn if drafted.device.type == "cpu" else _at_once
+    accepted, weights = judged(drafted, q, p, chance * q_drafted)
+    return accepted, draw(weights, generator)[:, 0]
+
+
+def _in_turn(
+    drafted: Tensor, q: Tensor, p: Tensor | Distributions, least: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How many tokens of each row stand, whose p(x) is above the least [B, d], and what to draw from.
+
+    Of the model's distributions none is looked at behind the first token that does not stand.
+    """
+    counts, weights = list[int](), list[Tensor]()
+    for row, (tokens, limits) in enumerate(zip(drafted.tolist(), least.tolist(), strict=True)):
+        count, own = 0, p[row, 0]
+        while count < len(tokens) and limits[count] < float(own[tokens[count]]):
+            count += 1
+            own = p[row, count]
+        counts.append(count)
+        weights.append(own if count == len(tokens) else _residual(own, q[row, count]))
+    return torch.tensor(counts, device="cpu"), torch.stack(weights)
+
+
+def _at_once(
+    drafted: Tensor, q: Tensor, p: Tensor | Distributions, least: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same on a device that is not to be waited for."""
+    d, found = drafted.shape[1], p[:, :]
+    accepted = _leading(least < found[:, :-1].gather(2, drafted[..., None])[..., 0])
     # After a full acceptance there is no draft to correct: the residual is p itself.
     corrected = (accepted < d)[:, None]
-    residual = (own - corrected * _at(q, accepted.clamp(max=d - 1))).clamp(min=0.0)
+    drawn_from = corrected * _at(q, accepted.clamp(max=d - 1))
+    return accepted, _residual(_at(found, accepted), drawn_from)
+
+
+def _residual(p: Tensor, q: Tensor) -> Tensor:
+    """What p [..., V] has above q, not normalised."""
+    above = (p - q).clamp_(min=0.0)
     # Where p and q are equal to the last bit, rounding alone can reject; p is the right answer then.
-    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, own)
-    return accepted, draw(residual, generator)[:, 0]
+    return torch.where(above.sum(-1, keepdim=True) > 0, above, p)
 
 
 def _leading(stands: Tensor) -> Tensor:

@@ -4,15 +4,18 @@ The order is that of transformers: repetition penalty, temperature, top-k, top-p
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from layerskip.decoding.arguments import integer
 from layerskip.model import Decoder, most_likely
 
-_MOST_SETS = 256  # tokens, which most sets of top-p do not have
+_Numbers = npt.NDArray[Any]
+_MOST_SETS = 1024  # tokens, which most sets of top-p do not have
 NO_NUMBERS = (
     "this model computes numbers that are none (nan or infinite): take another dtype, such as bfloat16"
     " in place of float16, or its weights are damaged"
@@ -79,30 +82,38 @@ class Sampling:
 
         Only for temperatures above 0. Never all zero: the most likely token is always kept.
         """
-        rows = logits.reshape(-1, logits.shape[-1])
-        if logits.device.type != "cpu" or len(rows) == 1:
-            return self._probabilities(logits)
+        rows = logits.float().reshape(-1, logits.shape[-1])
+        cuts_off = any(bound is not None for bound in (self.top_k, self.top_p, self.min_p))
+        if logits.device.type != "cpu" or (len(rows) == 1 and not cuts_off):
+            return self._dense(rows).view(logits.shape)
         # A row at a time stays in the caches, and its memory is used again.
-        found = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-        for row, probabilities in zip(rows.split(1), found.split(1), strict=True):
-            probabilities.copy_(self._probabilities(row))
+        found = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+        for row, probabilities in zip(rows, found, strict=True):
+            if cuts_off:
+                index, kept = self._sparse(row.numpy())
+                probabilities.numpy()[index] = kept
+            else:
+                probabilities.copy_(self._dense(row))
         return found.view(logits.shape)
 
-    def _probabilities(self, logits: Tensor) -> Tensor:
-        scores = logits.float()
-        # Counted from the best score, so that no temperature, however low, overflows at the top.
-        scores = scores - scores.amax(dim=-1, keepdim=True)
-        scores = scores / max(self.temperature, torch.finfo(torch.float32).tiny)
-        best = None
-        if self.top_k is not None and self.top_k < scores.shape[-1]:
-            best = _highest(scores, self.top_k)
-            outside = scores < best[..., -1:]
-            on_cpu = scores.device.type == "cpu"  # elsewhere nothing is waited for
-            if not on_cpu or int(outside.sum()) != outside.numel() - best.numel():
-                best = None  # others may be as high as the last of them
-            scores = scores.masked_fill(outside, float("-inf"))
+    def _dense(self, logits: Tensor) -> Tensor:
+        """All rows at once, without a look at what comes out: for devices that would be waited for."""
+        size = logits.shape[-1]
+        scores = (logits - logits.amax(dim=-1, keepdim=True)) / self._divisor
+        if self.top_k is not None and self.top_k < size:
+            least = scores.topk(self.top_k, dim=-1).values[..., -1:]
+            scores = scores.masked_fill(scores < least, float("-inf"))
         if self.top_p is not None and self.top_p < 1.0:
-            scores = _nucleus(scores, self.top_p, best)
+            ordered = scores.topk(size, dim=-1).values
+            mass = ordered.softmax(dim=-1)
+            before = mass.cumsum(dim=-1) - mass
+            count = (before < self.top_p).sum(dim=-1, keepdim=True).clamp(min=1)
+            least = ordered.gather(-1, count - 1)
+            # Of equal tokens at the edge the first ones, as many as are in the set.
+            above, ties = scores > least, scores == least
+            room = count - above.sum(dim=-1, keepdim=True)
+            kept = above | (ties & (ties.cumsum(dim=-1) <= room))
+            scores = scores.masked_fill(~kept, float("-inf"))
         probabilities = scores.softmax(dim=-1)
         if self.min_p:
             least = self.min_p * probabilities.amax(dim=-1, keepdim=True)
@@ -110,44 +121,54 @@ class Sampling:
             probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
         return probabilities
 
+    def _sparse(self, logits: _Numbers) -> tuple[_Numbers | slice, _Numbers]:
+        """Of one row [V], which tokens are kept, and their probabilities.
 
-def _nucleus(scores: Tensor, top_p: float, ordered: Tensor | None = None) -> Tensor:
-    """Scores [..., V], 0 the highest; -inf outside the smallest set whose probability reaches top_p.
+        As `_dense`, but what is cut off is not looked at again: on a CPU some operations over a whole
+        vocabulary take as long as a layer.
+        """
+        size, best = len(logits), logits.max()
+        if not np.isfinite(best):
+            return slice(None), np.full_like(logits, np.nan)
+        index: _Numbers | slice = slice(None)
+        if self.top_k is not None and self.top_k < size:
+            least = np.partition(logits, size - self.top_k)[size - self.top_k]
+            index = np.flatnonzero(logits >= least)
+        with np.errstate(over="ignore"):  # to -inf, where the temperature is low
+            scores = (logits[index] - best) / np.float32(self._divisor)
+        weights = np.exp(scores)
+        kept = weights >= (self.min_p or 0.0)
+        if self.top_p is not None and self.top_p < 1.0:
+            kept &= _nucleus(scores, self.top_p * weights.sum())
+        index = np.flatnonzero(kept) if isinstance(index, slice) else index[kept]
+        weights = weights[kept]
+        return index, weights / weights.sum()
 
-    `ordered`: the only scores above -inf, the highest first, where that is known.
+    @property
+    def _divisor(self) -> float:
+        """The temperature, as far as float32 can divide by it."""
+        return max(self.temperature, torch.finfo(torch.float32).tiny)
+
+
+def _nucleus(scores: _Numbers, wanted: float) -> _Numbers:
+    """Whether each of the scores [n], 0 the highest, is in the smallest set of them that weighs so much.
+
+    Weights are the scores' exponentials.
     """
-    size = scores.shape[-1]
-    if ordered is None:
-        wanted = top_p * scores.exp().sum(dim=-1, keepdim=True)
-        if scores.device.type == "cpu" and size > _MOST_SETS:
-            ordered = _highest(scores, _MOST_SETS)
-            if not bool((ordered.exp().sum(dim=-1, keepdim=True) > wanted).all()):
-                ordered = None
-        ordered = _highest(scores, size) if ordered is None else ordered
-    else:
-        wanted = top_p * ordered.exp().sum(dim=-1, keepdim=True)
-    mass = ordered.exp()
-    beyond = mass.cumsum(dim=-1) - mass >= wanted  # the mass before the token is enough
-    beyond[..., 0] = False  # also where top_p is too small for float32
-    count = (~beyond).sum(dim=-1, keepdim=True)
-    least = ordered.gather(-1, count - 1)
+    most = min(_MOST_SETS, len(scores))
+    ordered = np.sort(np.partition(scores, len(scores) - most)[len(scores) - most :])[::-1]
+    mass = np.exp(ordered)
+    if mass.sum() <= wanted:
+        ordered = np.sort(scores)[::-1]
+        mass = np.exp(ordered)
+    before = mass.cumsum(dtype=np.float64) - mass
+    count = max(1, int((before < wanted).sum()))
+    least = ordered[count - 1]
     kept = scores >= least
-    if scores.device.type != "cpu" or not torch.equal(kept.sum(dim=-1, keepdim=True), count):
-        # Of equal tokens at the edge the first ones, as many as are in the set.
-        above, ties = scores > least, scores == least
-        room = count - above.sum(dim=-1, keepdim=True)
-        kept = above | (ties & (ties.cumsum(dim=-1) <= room))
-    return scores.masked_fill(~kept, float("-inf"))
-
-
-def _highest(scores: Tensor, n: int) -> Tensor:
-    """The n highest scores of float32 [..., V], the highest first."""
-    if scores.device.type != "cpu":
-        return scores.topk(n, dim=-1).values
-    numbers = scores.numpy()  # NumPy sorts eight times as fast as PyTorch
-    if n < numbers.shape[-1]:
-        numbers = np.partition(numbers, numbers.shape[-1] - n, axis=-1)[..., -n:]
-    return torch.from_numpy(np.sort(numbers)).flip(-1)
+    spare = np.count_nonzero(kept) - count
+    if spare > 0:  # of equal ones at the edge the first, as many as are in the set
+        kept[np.flatnonzero(scores == least)[-spare:]] = False
+    return kept
 
 
 def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
