@@ -92,6 +92,42 @@ def test_flags_reach_the_rows(run, prompts):
     ]
 
 
+def test_sampled_answers_are_repeatable_and_not_compared(run, prompts):
+    def document(*more):
+        flags = ("--modes", "self-speculative", *FLAGS, "--temperature", 1.3, "--top-k", 9, *more)
+        status, out, err = run("bench", "--task", prompts, "--json", *flags)
+        assert (status, err) == (0, "")
+        return json.loads(out)
+
+    found = document()
+    assert found["sampling"] == {
+        "temperature": 1.3,
+        "top_k": 9,
+        "top_p": None,
+        "min_p": None,
+        "repetition_penalty": 1.0,
+    }
+    for row in found["rows"]:
+        assert row["identical_to_plain"] is None
+        assert [part["identical_to_plain"] for part in row["categories"].values()] == [None] * 2
+        assert row["speedup"] > 0
+    counts = [[row["accepted_by_position"] for row in d["rows"]] for d in (found, document())]
+    assert (
+        counts[0]
+        == counts[1]
+        != [row["accepted_by_position"] for row in document("--seed", 1)["rows"]]
+    )
+
+
+def test_sampling_and_what_does_not_go_with_it(run, prompts):
+    status, _, err = run("bench", "--task", prompts, "--temperature", 1, "--peers", "transformers")
+    assert (status, err.count("other systems answer greedily here")) == (2, 1)
+    small = ("--max-new-tokens", 2, "--modes", "plain")
+    status, out, err = run("bench", "--task", prompts, "--top-p", 0.5, *small)
+    assert (status, err.split()[:5]) == (0, ["layerskip:", "--top-p", "has", "no", "effect:"])
+    assert "2 new tokens, greedy, batch 1" in " ".join(out.split())
+
+
 def test_flags_reach_the_prompts(run, monkeypatch):
     asked = []
 

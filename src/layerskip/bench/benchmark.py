@@ -13,7 +13,7 @@ from layerskip.bench.own import BENCH_MODES, OwnSystem, settings_of
 from layerskip.bench.peers import PEERS, start_peers
 from layerskip.bench.rows import row
 from layerskip.bench.tasks import Sample, Task
-from layerskip.decoding import LayerSkipModel
+from layerskip.decoding import LayerSkipModel, Sampling
 
 GGUF_OF_WEIGHTS = {"int8": "q8_0", "int4": "q4_1"}
 GGUF_OF_DTYPE = {"torch.bfloat16": "bf16", "torch.float16": "f16", "torch.float32": "f32"}
@@ -35,12 +35,14 @@ class BenchConfig:
         repeats: how often all prompts are gone through.
         ignore_eos: every answer goes on to max_new_tokens, past end tokens and stop strings; such
             answers are not scored.
-        peers: of `PEERS`.
+        sampling: how tokens are chosen; drawn answers are not compared with one another.
+        seed: of what is drawn.
+        peers: of `PEERS`, which answer greedily.
         gguf_weights: how weights are kept in the GGUF file for llama.cpp; None takes what is nearest to
             the model's own.
 
     Raises:
-        ValueError: a mode or peer that does not exist, or a number below 1.
+        ValueError: a mode or peer that does not exist, a number below 1, or peers with sampling.
     """
 
     modes: Sequence[str] = BENCH_MODES
@@ -53,6 +55,8 @@ class BenchConfig:
     max_new_tokens: int | None = None
     repeats: int = 1
     ignore_eos: bool = False
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    seed: int = 0
     peers: Sequence[str] = ()
     gguf_weights: str | None = None
 
@@ -65,6 +69,10 @@ class BenchConfig:
                 raise ValueError(
                     f"there is no {name} {unknown[0]!r}; there are: {', '.join(known)}"
                 )
+        if self.peers and self.sampling != Sampling():
+            raise ValueError(
+                "other systems answer greedily here: leave out the peers, or what is about sampling"
+            )
         if self.repeats < 1:
             raise ValueError(f"repeats is {self.repeats}, it has to be 1 or above")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -106,7 +114,14 @@ def bench(
     )
     new_tokens = config.max_new_tokens or task.max_new_tokens
     stop = () if config.ignore_eos else task.stop
-    own = OwnSystem(model, settings, stop=stop, ignore_eos=config.ignore_eos)
+    own = OwnSystem(
+        model,
+        settings,
+        stop=stop,
+        ignore_eos=config.ignore_eos,
+        sampling=config.sampling,
+        seed=config.seed,
+    )
     n_samples = len(task.samples)
     task, prompts = _that_fit(model, task, new_tokens)
     n_skipped = n_samples - len(prompts)
@@ -125,15 +140,18 @@ def bench(
         measured = _measured([own, *peers], prompts, new_tokens, config, model, progress)
     prompts = prompts[: measured.answered]
     task = dataclasses.replace(task, samples=task.samples[: measured.answered])
-    entries, bandwidth = measured.entries, measured.bandwidth
+    made_rows = partial(
+        _rows, measured.entries, task, measured.bandwidth, config.sampling, progress=progress
+    )
+    bandwidth = measured.bandwidth
     interrupted, failure = measured.interrupted, measured.failure
     scored = not config.ignore_eos and not interrupted
     try:
-        rows = list(_rows(entries, task, bandwidth, scored=scored, progress=progress))
+        rows = list(made_rows(scored=scored))
     except (KeyboardInterrupt, Exception) as error:  # what was measured is kept
         interrupted = isinstance(error, KeyboardInterrupt)
         failure = None if interrupted else _in_words(error)
-        rows = list(_rows(entries, task, bandwidth, scored=False, progress=progress))
+        rows = list(made_rows(scored=False))
     weight_bytes = model.decoder.weight_bytes
     return {
         "environment": environment_of(
@@ -148,6 +166,7 @@ def bench(
         "prompt_tokens_mean": statistics.mean(map(len, prompts)),
         "max_new_tokens": new_tokens,
         "ignore_eos": config.ignore_eos,
+        "sampling": dataclasses.asdict(config.sampling),
         "repeats": measured.repeats,
         "peak_memory_scope": own.memory.scope,
         "weight_bytes": weight_bytes,
@@ -262,6 +281,7 @@ def _rows(
     entries: Sequence[Entry],
     task: Task,
     bandwidth: float,
+    sampling: Sampling,
     *,
     scored: bool,
     progress: Callable[[str, int, int], None],
@@ -277,5 +297,6 @@ def _rows(
             read_bandwidth=bandwidth,
             quality=task.quality if scored else None,
             categories=[sample.category for sample in task.samples],
+            drawn=not sampling.greedy,
         )
         progress("scoring", number, len(entries))

@@ -1,14 +1,16 @@
 """This package as one of the systems that are measured."""
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from layerskip.bench.bandwidth import weight_bytes_read
 from layerskip.bench.measure import Run, Setting
 from layerskip.bench.memory import PeakMemory
-from layerskip.decoding import Answer, LayerSkipModel
+from layerskip.decoding import Answer, LayerSkipModel, Sampling
 from layerskip.decoding.policy import Plan, choose
+from layerskip.decoding.sampling import nth_seed
 
 BENCH_MODES = ("plain", "early-exit", "self-speculative", "auto")
 
@@ -21,6 +23,8 @@ class OwnSystem:
         settings: how.
         stop: texts that end an answer.
         ignore_eos: go on after an end token.
+        sampling: how tokens are chosen.
+        seed: of what is drawn; each prompt draws apart, and all rows alike.
         watch: is handed each answer before it is computed, and may iterate over it to show it.
     """
 
@@ -33,12 +37,16 @@ class OwnSystem:
         *,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        sampling: Sampling | None = None,
+        seed: int = 0,
         watch: Callable[[Setting, Answer], None] = lambda setting, answer: None,
     ) -> None:
         self.settings = settings
         self.rehearsals = model.decoder.rehearsals
         self.memory = PeakMemory(model.decoder.device)
         self._model, self._stop, self._ignore_eos = model, tuple(stop), ignore_eos
+        self._sampling = dataclasses.asdict(sampling or Sampling())
+        self._seed = seed
         self._watch = watch
 
     def answer(self, setting: Setting, prompt: Sequence[int], max_new_tokens: int) -> Run:
@@ -50,6 +58,8 @@ class OwnSystem:
             max_new_tokens=max_new_tokens,
             stop=self._stop,
             ignore_eos=self._ignore_eos,
+            **self._sampling,
+            seed=nth_seed(self._seed, zlib.crc32(repr(list(prompt)).encode())),
         )
         self._watch(setting, answer)
         made = answer.complete()

@@ -1,5 +1,6 @@
 """A benchmark's document as a Markdown report with pictures."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from layerskip.bench.plots import draw
 from layerskip.bench.rows import name_of
+from layerskip.decoding import Sampling
 from layerskip.model.files.writing import replace
 
 _TITLES = {
@@ -136,7 +138,7 @@ def conditions(document: dict[str, Any]) -> list[str]:
     capability = "; ".join(filter(None, (e.get("cpu_model"), e["cpu_capability"])))
     phrases = [
         f"{document['samples']} prompts of {document['prompt_tokens_mean']:.0f} tokens on average",
-        f"at most {document['max_new_tokens']} new tokens, greedy, batch 1",
+        f"at most {document['max_new_tokens']} new tokens, {_sampling(document)}, batch 1",
         f"{document['repeats']} repetition{'s' * (document['repeats'] > 1)} after a warm-up",
         f"{e['dtype']}, {e['weights']} weights, {threads}, {e['cpu']} ({capability})",
         f"read bandwidth {document['read_bandwidth_bytes_per_s'] / 1e9:.0f} GB/s: at most"
@@ -155,6 +157,17 @@ def conditions(document: dict[str, Any]) -> list[str]:
     if any(row["system"] == "llama.cpp" and "error" not in row for row in document["rows"]):
         phrases.append(f"llama.cpp on {document['gguf_weights']} weights")
     return phrases
+
+
+def _sampling(document: dict[str, Any]) -> str:
+    """How tokens were chosen, in words; older documents do not say it."""
+    default = dataclasses.asdict(Sampling())
+    given = document.get("sampling", default)
+    changed = [name for name, value in given.items() if value != default[name]]
+    how = [f"{name} {given[name]}" for name in changed]
+    if not given["temperature"]:  # and so nothing is cut off either
+        how = ["greedy", *(name for name in how if name.startswith("repetition_penalty"))]
+    return ", ".join(how).replace("_", " ")
 
 
 def _conditions(document: dict[str, Any]) -> str:

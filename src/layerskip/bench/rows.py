@@ -23,6 +23,7 @@ def row(
     read_bandwidth: float | None = None,
     quality: Callable[[Sequence[str]], dict[str, float]] | None = None,
     categories: Sequence[str | None] = (),
+    drawn: bool = False,
 ) -> dict[str, Any]:
     """All figures of one entry.
 
@@ -33,6 +34,7 @@ def row(
         read_bandwidth: bytes per second of this machine.
         quality: from one text a prompt to metrics.
         categories: one a prompt; with more than one distinct name, figures are given for each too.
+        drawn: whether answers are sampled, so that those of two rows need not be the same.
     """
     drafting = entry.setting.draft_tokens is not None
     head = {
@@ -52,7 +54,7 @@ def row(
         **speed(runs),
         **(comparison(runs, plain) if plain else _NOTHING_TO_COMPARE),
         **(acceptance(runs, is_own=entry.system.name == "layerskip") if drafting else _NO_DRAFTS),
-        "identical_to_plain": _identical(runs, plain) if plain else None,
+        "identical_to_plain": _identical(runs, plain) if plain and not drawn else None,
         "quality": quality([of_prompt[0].text for of_prompt in runs]) if quality else {},
         "peak_memory_bytes": _highest(runs),
         "share_of_bandwidth": _share_of_bandwidth(runs, read_bandwidth),
@@ -64,7 +66,7 @@ def row(
         figures["identical_to_layerskip_plain"] = _identical(runs, layerskip_plain)
     if len(set(categories)) > 1:
         figures["categories"] = {
-            str(name): _category(runs, plain, drafting, [c == name for c in categories])
+            str(name): _category(runs, plain, drafting, drawn, [c == name for c in categories])
             for name in dict.fromkeys(categories)
         }
     return {**head, **figures}
@@ -214,7 +216,7 @@ def acceptance(runs: Runs, *, is_own: bool = True) -> dict[str, Any]:
 
 
 def _category(
-    runs: Runs, plain: Runs | None, drafting: bool, belongs: Sequence[bool]
+    runs: Runs, plain: Runs | None, drafting: bool, drawn: bool, belongs: Sequence[bool]
 ) -> dict[str, Any]:
     def part(some: Runs) -> Runs:
         return [x for x, is_in in zip(some, belongs, strict=True) if is_in]
@@ -223,7 +225,7 @@ def _category(
     figures: dict[str, Any] = {"samples": len(own), "tokens_per_s": speed(own)["tokens_per_s"]}
     if plain:
         figures |= comparison(own, part(plain))
-        figures["identical_to_plain"] = _identical(own, part(plain))
+        figures["identical_to_plain"] = None if drawn else _identical(own, part(plain))
     counts = acceptance(own) if drafting else _NO_DRAFTS
     return figures | {n: counts[n] for n in ("acceptance_rate", "mean_accepted_length")}
 

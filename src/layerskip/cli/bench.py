@@ -20,6 +20,7 @@ from layerskip.bench.tasks import check_task, load_task
 from layerskip.cli import options, values
 from layerskip.cli.progress import bars
 from layerskip.cli.terminal import harmless
+from layerskip.decoding import Sampling
 from layerskip.decoding.policy import DRAFT_SOURCES
 
 WIDE = 110  # columns of a terminal that has room for every figure on one line
@@ -49,7 +50,14 @@ def _list_of(kind: Any) -> Any:
     "--samples", type=click.IntRange(min=1), default=20, show_default=True, help="How many prompts."
 )
 @click.option("--n-shot", type=click.IntRange(min=0), help="Examples before each prompt.")
-@click.option("--seed", default=0, show_default=True, help="Which prompts are drawn.")
+@click.option(
+    "--seed",
+    type=click.IntRange(-(2**63), 2**64 - 1),
+    default=0,
+    show_default=True,
+    help="Which prompts are drawn, and which tokens with --temperature.",
+)
+@options.sampling_options
 @click.option(
     "--modes",
     "--mode",
@@ -148,8 +156,8 @@ def command(
 ) -> None:
     """Measure speed, acceptance, quality and identity of all modes on one task.
 
-    All rows answer the same prompts, greedily and one at a time, and take turns on each prompt. Figures
-    are defined in docs/bench.md.
+    All rows answer the same prompts, one at a time and greedily unless there is a --temperature, and
+    take turns on each prompt. Figures are defined in docs/bench.md.
 
     \b
     Examples:
@@ -158,12 +166,19 @@ def command(
       layerskip bench --task spec_bench --samples 60 --repeats 3 --report results/spec_bench \\
           --output results/spec_bench.json
       layerskip bench --task humaneval --peers transformers,llama.cpp --gguf-weights q8_0
+      layerskip bench --task spec_bench --temperature 0.7 --top-p 0.9 --modes auto
     """
     _note_idle_flags(flags["modes"], flags["peers"])
+    options.note_idle_sampling(flags)
     options.check_outputs({"--output": output}, beside=(flags["model"], task_name))
     options.check_report(report)
     flags["exit_layers"] = flags["exit_layers"] or ()
-    config = BenchConfig(**{f.name: flags[f.name] for f in dataclasses.fields(BenchConfig)})
+    flags["sampling"] = Sampling(**{f.name: flags[f.name] for f in dataclasses.fields(Sampling)})
+    known = {**flags, "seed": seed}
+    try:
+        config = BenchConfig(**{f.name: known[f.name] for f in dataclasses.fields(BenchConfig)})
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     check_task(task_name)
     model = options.load_model(flags)
     with options.warnings_in_one_line():

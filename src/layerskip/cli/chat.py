@@ -44,7 +44,7 @@ def command(
     """
     values.check_decoding(flags)
     options.check_outputs({"--output": output}, beside=(flags["model"],))
-    options.note_idle_sampling(flags)
+    options.note_idle_sampling(flags, "seed")
     model = options.load_model(flags)
     if not model.has_chat_template:
         raise ValueError(

@@ -54,7 +54,7 @@ def command(
         raise click.UsageError("--prompt and --prompts exclude each other")
     values.check_decoding(flags)
     options.check_outputs({"--output": output}, beside=(flags["model"], prompts_file))
-    options.note_idle_sampling(flags)
+    options.note_idle_sampling(flags, "seed")
     prompts = _prompts(prompt, prompts_file, chat, chat_template_kwargs)
     model = options.load_model(flags)
     arguments = options.decoding_arguments(flags)

@@ -114,25 +114,7 @@ mode_options = _stack(
         help="End a draft where another token is not worth its cost. Default: in auto.",
     ),
 )
-decoding_options = _stack(
-    mode_options,
-    click.option(
-        "--draft-vocabulary",
-        callback=vocabulary_size,
-        metavar="N|none",
-        help="The early exit drafts only the first N tokens of the checkpoint's list (else of the"
-        " vocabulary), and the prompt's; none: all. Default: in auto the whole list.",
-    ),
-    click.option(
-        "--draft-text",
-        callback=draft_text,
-        metavar="FILE|none",
-        help="A text that is like the answers: searched for n-grams beside prompt and answer. Default:"
-        " in auto the checkpoint's.",
-    ),
-    click.option(
-        "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N"
-    ),
+sampling_options = _stack(
     click.option(
         "--temperature",
         type=Number(min=0.0),
@@ -157,6 +139,27 @@ decoding_options = _stack(
         default=1.0,
         show_default=True,
     ),
+)
+decoding_options = _stack(
+    mode_options,
+    click.option(
+        "--draft-vocabulary",
+        callback=vocabulary_size,
+        metavar="N|none",
+        help="The early exit drafts only the first N tokens of the checkpoint's list (else of the"
+        " vocabulary), and the prompt's; none: all. Default: in auto the whole list.",
+    ),
+    click.option(
+        "--draft-text",
+        callback=draft_text,
+        metavar="FILE|none",
+        help="A text that is like the answers: searched for n-grams beside prompt and answer. Default:"
+        " in auto the checkpoint's.",
+    ),
+    click.option(
+        "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N"
+    ),
+    sampling_options,
     click.option(
         "--seed",
         type=click.IntRange(-(2**63), 2**64 - 1),
@@ -249,10 +252,10 @@ def note_without_effect(names: Sequence[str], why: str) -> None:
         click.echo(f"layerskip: {flag} has no effect: {why}", err=True)
 
 
-def note_idle_sampling(flags: dict[str, Any]) -> None:
-    """A line on stderr for each flag of sampling where nothing is drawn."""
+def note_idle_sampling(flags: dict[str, Any], *more: str) -> None:
+    """A line on stderr for each flag of sampling, and of these, where nothing is drawn."""
     if not flags["temperature"]:
-        names = ("top_k", "top_p", "min_p", "seed")
+        names = ("top_k", "top_p", "min_p", *more)
         note_without_effect(names, "without --temperature the likeliest token is taken")
 
 
