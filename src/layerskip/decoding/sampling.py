@@ -15,7 +15,6 @@ from layerskip.decoding.arguments import integer
 from layerskip.model import Decoder, most_likely
 
 _Numbers = npt.NDArray[Any]
-_MOST_SETS = 1024  # tokens, which most sets of top-p do not have
 NO_NUMBERS = (
     "this model computes numbers that are none (nan or infinite): take another dtype, such as bfloat16"
     " in place of float16, or its weights are damaged"
@@ -135,11 +134,10 @@ class Sampling:
             least = np.partition(logits, size - self.top_k)[size - self.top_k]
             index = np.flatnonzero(logits >= least)
         with np.errstate(over="ignore"):  # to -inf, where the temperature is low
-            scores = (logits[index] - best) / np.float32(self._divisor)
-        weights = np.exp(scores)
+            weights = np.exp((logits[index] - best) / np.float32(self._divisor))
         kept = weights >= (self.min_p or 0.0)
         if self.top_p is not None and self.top_p < 1.0:
-            kept &= _nucleus(scores, self.top_p * weights.sum())
+            kept &= _nucleus(weights, self.top_p)
         index = np.flatnonzero(kept) if isinstance(index, slice) else index[kept]
         weights = weights[kept]
         return index, weights / weights.sum()
@@ -150,24 +148,20 @@ class Sampling:
         return max(self.temperature, torch.finfo(torch.float32).tiny)
 
 
-def _nucleus(scores: _Numbers, wanted: float) -> _Numbers:
-    """Whether each of the scores [n], 0 the highest, is in the smallest set of them that weighs so much.
-
-    Weights are the scores' exponentials.
-    """
-    most = min(_MOST_SETS, len(scores))
-    ordered = np.sort(np.partition(scores, len(scores) - most)[len(scores) - most :])[::-1]
-    mass = np.exp(ordered)
-    if mass.sum() <= wanted:
-        ordered = np.sort(scores)[::-1]
-        mass = np.exp(ordered)
-    before = mass.cumsum(dtype=np.float64) - mass
-    count = max(1, int((before < wanted).sum()))
+def _nucleus(weights: _Numbers, top_p: float) -> _Numbers:
+    """Whether each of the weights [n] is in the smallest set of the highest that has top_p of all."""
+    whole = weights.sum(dtype=np.float64)
+    # What weighs less than an equal part of 1 - top_p weighs less than that with all that is below it.
+    # Half of it, since sums are rounded.
+    likely = weights[weights >= 0.5 * (1.0 - top_p) * whole / len(weights)]
+    ordered = np.sort(likely)[::-1]
+    before = ordered.cumsum(dtype=np.float64) - ordered
+    count = max(1, int((before < top_p * whole).sum()))
     least = ordered[count - 1]
-    kept = scores >= least
+    kept = weights >= least
     spare = np.count_nonzero(kept) - count
     if spare > 0:  # of equal ones at the edge the first, as many as are in the set
-        kept[np.flatnonzero(scores == least)[-spare:]] = False
+        kept[np.flatnonzero(weights == least)[-spare:]] = False
     return kept
 
 
