@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_decoders import LAYERS, PLAIN, random_prompt, speculative, tiny_decoder
 
-from layerskip.decoding import Plan, Sampling, generate
+from layerskip.decoding import Plan, Sampling, accept, generate
 from layerskip.decoding.batch import Batch
 from layerskip.decoding.generate import PREFILL_CHUNK
 from layerskip.model import Decoder, KVCache
@@ -147,6 +147,7 @@ def test_one_synchronisation_a_round(sampling, penalty, monkeypatch):
         return read
 
     monkeypatch.setattr(KVCache, "span", host_span)
+    monkeypatch.setattr(accept, "_in_turn", accept._at_once)  # which is what a device runs
     for name in (*READS, "to"):
         monkeypatch.setattr(torch.Tensor, name, recorded(name))
     for _ in made:
