@@ -127,19 +127,26 @@ class Sampling:
         vocabulary take as long as a layer.
         """
         size, best = len(logits), logits.max()
-        if not np.isfinite(best):
-            return slice(None), np.full_like(logits, np.nan)
         index: _Numbers | slice = slice(None)
+        if not np.isfinite(best):
+            return index, np.full_like(logits, np.nan)
         if self.top_k is not None and self.top_k < size:
             least = np.partition(logits, size - self.top_k)[size - self.top_k]
             index = np.flatnonzero(logits >= least)
+        weights = logits[index] - best
         with np.errstate(over="ignore"):  # to -inf, where the temperature is low
-            weights = np.exp((logits[index] - best) / np.float32(self._divisor))
-        kept = weights >= (self.min_p or 0.0)
-        if self.top_p is not None and self.top_p < 1.0:
-            kept &= _nucleus(weights, self.top_p)
-        index = np.flatnonzero(kept) if isinstance(index, slice) else index[kept]
-        weights = weights[kept]
+            weights /= self._divisor
+        np.exp(weights, out=weights)
+        whole, top_p = weights.sum(dtype=np.float64), 1.0 if self.top_p is None else self.top_p
+        # What weighs less than an equal part of 1 - top_p weighs less than that with all that is below
+        # it. Half of it, since sums are rounded. The best weighs 1.
+        least = max(0.5 * (1.0 - top_p) * whole / len(weights), self.min_p or 0.0)
+        if least > 0.0:
+            few = np.flatnonzero(weights >= least)
+            index, weights = few if isinstance(index, slice) else index[few], weights[few]
+            if top_p < 1.0:
+                few = _nucleus(weights, top_p * whole)
+                index, weights = index[few], weights[few]
         return index, weights / weights.sum()
 
     @property
@@ -148,20 +155,16 @@ class Sampling:
         return max(self.temperature, torch.finfo(torch.float32).tiny)
 
 
-def _nucleus(weights: _Numbers, top_p: float) -> _Numbers:
-    """Whether each of the weights [n] is in the smallest set of the highest that has top_p of all."""
-    whole = weights.sum(dtype=np.float64)
-    # What weighs less than an equal part of 1 - top_p weighs less than that with all that is below it.
-    # Half of it, since sums are rounded.
-    likely = weights[weights >= 0.5 * (1.0 - top_p) * whole / len(weights)]
-    ordered = np.sort(likely)[::-1]
+def _nucleus(weights: _Numbers, wanted: float) -> _Numbers:
+    """Which of the weights [n] are in the smallest set of the highest that weighs so much."""
+    ordered = np.sort(weights)[::-1]
     before = ordered.cumsum(dtype=np.float64) - ordered
-    count = max(1, int((before < top_p * whole).sum()))
+    count = max(1, int((before < wanted).sum()))
     least = ordered[count - 1]
-    kept = weights >= least
-    spare = np.count_nonzero(kept) - count
-    if spare > 0:  # of equal ones at the edge the first, as many as are in the set
-        kept[np.flatnonzero(weights == least)[-spare:]] = False
+    kept = np.flatnonzero(weights >= least)
+    if len(kept) > count:  # of equal ones at the edge the first, as many as are in the set
+        spare = np.flatnonzero(weights == least)[count - len(kept) :]
+        kept = np.setdiff1d(kept, spare, assume_unique=True)
     return kept
 
 
