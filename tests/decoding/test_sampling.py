@@ -109,6 +109,19 @@ def test_a_large_vocabulary_has_the_same_sets(scale):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_cut_off_is_the_same_for_few_tokens_and_for_all(seed):
+    """On a CPU tokens are left out one by one; logits in steps, so that many are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(4, 300, generator=generator) * (1 + seed % 4)).mul(4).round().div(4)
+    p, m, t = torch.rand(3, generator=generator).tolist()
+    for top_k, top_p, min_p in itertools.product((None, 1, 40), (None, p), (None, m * m)):
+        sampling = Sampling(temperature=0.2 + t, top_k=top_k, top_p=top_p, min_p=min_p)
+        found, expected = sampling.probabilities(logits), sampling._dense(logits)
+        assert torch.equal(found > 0, expected > 0), (top_k, top_p, min_p)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
 def test_draws_are_as_likely_as_their_weights():
     weights = torch.tensor([[0.0, 3.0, 0.0, 1.0, 0.0], [0.0, 0.0, 2.0, 0.0, 0.0]])
     generator = torch.Generator().manual_seed(0)

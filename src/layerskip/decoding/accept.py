@@ -88,7 +88,8 @@ def accept_sampled(
     Args:
         drafted: [B, d] int64, each drawn from its row of q.
         q: [B, d, V] float32, the distributions that the draft really used; None where d = 0.
-        p: [B, d + 1, V] float32, the model's, under the same temperature, top-k, top-p and min-p.
+        p: [B, d + 1, V] float32, or what gives its parts: the model's, under the same temperature,
+            top-k, top-p and min-p.
         generator: source of randomness, on the device of p.
     """
     b, d = drafted.shape

@@ -96,7 +96,7 @@ class Sampling:
         return found.view(logits.shape)
 
     def _dense(self, logits: Tensor) -> Tensor:
-        """All rows at once, without a look at what comes out: for devices that would be waited for."""
+        """All rows at once: where nothing is cut off, or a look at it would wait for the device."""
         size = logits.shape[-1]
         scores = (logits - logits.amax(dim=-1, keepdim=True)) / self._divisor
         if self.top_k is not None and self.top_k < size:
