@@ -82,7 +82,7 @@ class System(Protocol):
     rehearsals: int
 
     def answer(self, setting: Setting, prompt: Sequence[int], max_new_tokens: int) -> Run:
-        """Continue a prompt greedily.
+        """Continue a prompt, greedily unless the system was told otherwise.
 
         Raises:
             SystemFailedError: this system cannot, and the others should go on.

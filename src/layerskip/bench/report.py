@@ -161,13 +161,13 @@ def conditions(document: dict[str, Any]) -> list[str]:
 
 def _sampling(document: dict[str, Any]) -> str:
     """How tokens were chosen, in words; older documents do not say it."""
-    default = dataclasses.asdict(Sampling())
-    given = document.get("sampling", default)
-    changed = [name for name, value in given.items() if value != default[name]]
-    how = [f"{name} {given[name]}" for name in changed]
-    if not given["temperature"]:  # and so nothing is cut off either
-        how = ["greedy", *(name for name in how if name.startswith("repetition_penalty"))]
-    return ", ".join(how).replace("_", " ")
+    how, default = Sampling(**document.get("sampling", {})), Sampling()
+    names = [field.name for field in dataclasses.fields(how)]
+    if how.greedy:  # what would be cut off is not the likeliest
+        names = ["repetition_penalty"]
+    changed = [name for name in names if getattr(how, name) != getattr(default, name)]
+    words = [f"{name.replace('_', ' ')} {getattr(how, name)}" for name in changed]
+    return ", ".join(["greedy", *words] if how.greedy else words)
 
 
 def _conditions(document: dict[str, Any]) -> str:

@@ -52,7 +52,7 @@ def _list_of(kind: Any) -> Any:
 @click.option("--n-shot", type=click.IntRange(min=0), help="Examples before each prompt.")
 @click.option(
     "--seed",
-    type=click.IntRange(-(2**63), 2**64 - 1),
+    type=values.SEED,
     default=0,
     show_default=True,
     help="Which prompts are drawn, and which tokens with --temperature.",

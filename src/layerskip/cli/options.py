@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from layerskip.cli import machine
 from layerskip.cli.terminal import harmless
-from layerskip.cli.values import Number, draft_text, json_object, vocabulary_size
+from layerskip.cli.values import SEED, Number, draft_text, json_object, vocabulary_size
 from layerskip.decoding import DRAFT_SOURCES, MODES, Generation, LayerSkipModel
 from layerskip.model.files.source import BUILTIN_MODELS, DEFAULT_MODEL, is_pulled, pull
 from layerskip.model.files.writing import json_text, replace
@@ -162,7 +162,7 @@ decoding_options = _stack(
     sampling_options,
     click.option(
         "--seed",
-        type=click.IntRange(-(2**63), 2**64 - 1),
+        type=SEED,
         help="Makes sampling repeatable; each prompt draws apart.",
     ),
     click.option(

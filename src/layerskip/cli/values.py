@@ -71,6 +71,9 @@ def json_object(
     return found
 
 
+SEED = click.IntRange(-(2**63), 2**64 - 1)  # what PyTorch takes
+
+
 class Number(click.FloatRange):
     """One in a range, which nan and infinity are in none of."""
 
