@@ -83,6 +83,11 @@ def test_table_over_all_exits(run, text, tmp_path):
         (["--draft-tokens", 4], "--draft-tokens has no effect: no --mode here drafts"),
         (["--mode", "plain", "--exit-layers", 2], "--exit-layers has no effect: plain decoding"),
         (["--limit", 3], "--limit has no effect: there are no --tasks"),
+        (["--seed", 3], "--seed has no effect: there are no --tasks"),
+        (
+            ["--mode", "self-speculative", "--draft-from", "n-gram", "--exit-layers", 2],
+            "--exit-layers has no effect: drafts from n-grams have no exit",
+        ),
     ],
 )
 def test_flags_that_change_nothing_are_named(run, text, flags, said):

@@ -47,8 +47,14 @@ def test_greedy_over_all_patterns(d):
 
 def test_greedy_refuses_a_likely_token_that_is_not_the_most_likely():
     logits = torch.tensor([[[5.0, 5.001, -9.0], [0.0, 0.0, 0.0]]])
-    accepted, following = accept_greedy(torch.tensor([[0]]), most_likely(logits))
-    assert (accepted.tolist(), following.tolist()) == ([0], [1])
+    decoder = SimpleNamespace(
+        logits=lambda hidden: logits, choose=lambda hidden: most_likely(logits)
+    )
+    for penalty, seen in ((1.0, None), (2.0, torch.zeros_like(logits, dtype=torch.bool))):
+        how = Sampling(repetition_penalty=penalty)
+        drafted, q = torch.tensor([[0]]), logits[:, :1].softmax(-1)
+        accepted, following = accept.accept(drafted, q, decoder, None, how, None, seen)
+        assert (accepted.tolist(), following.tolist()) == ([0], [[1]])
 
 
 def test_greedy_ties_go_to_the_token_that_plain_decoding_takes():

@@ -139,7 +139,8 @@ def test_one_synchronisation_a_round(sampling, penalty, monkeypatch):
         original = getattr(torch.Tensor, name)
 
         def read(self, *args, **options):
-            copied = name == "to" and any(isinstance(x, torch.device) for x in args)
+            places = [x for x in (*args, *options.values()) if isinstance(x, str | torch.device)]
+            copied = name == "to" and bool(places)
             if copied or (name != "to" and not on_host):
                 reads.append(name)
             return original(self, *args, **options)
@@ -147,7 +148,17 @@ def test_one_synchronisation_a_round(sampling, penalty, monkeypatch):
         return read
 
     monkeypatch.setattr(KVCache, "span", host_span)
-    monkeypatch.setattr(accept, "_in_turn", accept._at_once)  # which is what a device runs
+
+    def made_anew(numbers, *args, **options):  # from Python's: on a device it would be a copy
+        if options.get("device", "cpu") != "cpu":
+            reads.append("tensor")
+        return tensor(numbers, *args, **options)
+
+    tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", made_anew)
+    # What a device runs.
+    monkeypatch.setattr(accept, "_in_turn", accept._at_once)
+    monkeypatch.setattr(Sampling, "probabilities", Sampling._dense)
     for name in (*READS, "to"):
         monkeypatch.setattr(torch.Tensor, name, recorded(name))
     for _ in made:

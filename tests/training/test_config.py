@@ -69,6 +69,7 @@ def test_flat_dict_makes_the_same_configuration():
         ({"max_steps": 0}, "max_steps is 0"),
         ({"max_steps": 1.5}, "max_steps is 1.5, not a value of int"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": -1}, "seed is -1; it must be in 0 to 4294967295"),
         ({"exits": "a"}, "exits is 'a', not a list of numbers"),
         ({"compile": "perhaps"}, "compile is 'perhaps', not a value of bool"),
         ({"precision": "int1"}, "precision is 'int1'; it can be 'float32'"),

@@ -114,7 +114,7 @@ def match_and_rouge(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str
 
 
 def pass_at_1(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
-    """Share of problems whose tests pass, one greedy answer each (Chen et al. 2021, n = k = 1).
+    """Share of problems whose tests pass, one answer each (Chen et al. 2021, n = k = 1).
 
     The samples' fields are those of HumanEval or MBPP; the tests run in `sandbox.runs_to_end`.
     """

@@ -168,7 +168,7 @@ def command(
       layerskip bench --task humaneval --peers transformers,llama.cpp --gguf-weights q8_0
       layerskip bench --task spec_bench --temperature 0.7 --top-p 0.9 --modes auto
     """
-    _note_idle_flags(flags["modes"], flags["peers"])
+    _note_idle_flags(flags["modes"], flags["draft_from"], flags["peers"])
     options.note_idle_sampling(flags)
     options.check_outputs({"--output": output}, beside=(flags["model"], task_name))
     options.check_report(report)
@@ -181,7 +181,7 @@ def command(
         raise click.UsageError(str(error)) from error
     check_task(task_name)
     model = options.load_model(flags)
-    with options.warnings_in_one_line():
+    with options.warnings_in_one_line(), options.waiting("loading the task"):
         task = load_task(
             task_name,
             samples=samples,
@@ -214,13 +214,16 @@ def command(
         raise KeyboardInterrupt
 
 
-def _note_idle_flags(modes: Sequence[str], peers: Sequence[str]) -> None:
+def _note_idle_flags(modes: Sequence[str], draft_from: Sequence[str], peers: Sequence[str]) -> None:
     note = options.note_without_effect
+    drafts = ("draft_tokens", "draft_from")
+    of_exits = ["draft_vocabulary", "adaptive"]
+    if "early-exit" not in modes:
+        of_exits.append("exit_layers")
     if "self-speculative" not in modes:
-        idle = ("draft_tokens", "draft_from", "draft_vocabulary", "adaptive")
-        note(idle, "self-speculative is not among the --modes")
-        if "early-exit" not in modes:
-            note(("exit_layers",), "none of the --modes takes it")
+        note((*drafts, *of_exits), "self-speculative is not among the --modes")
+    elif {*draft_from} == {"n-gram"}:
+        note(of_exits, "drafts from n-grams have no exit")
     if "llama.cpp" not in peers:
         note(("gguf_weights",), "llama.cpp is not among the --peers")
 

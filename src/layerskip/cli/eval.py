@@ -73,7 +73,13 @@ def _exit_layers(
     "--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples before a question."
 )
 @click.option("--apply-chat-template", is_flag=True, help="Wrap prompts in the chat template.")
-@click.option("--seed", type=int, default=1234, show_default=True, help="Of examples and sampling.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),  # what NumPy takes
+    default=1234,
+    show_default=True,
+    help="Of examples and sampling.",
+)
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
@@ -141,7 +147,7 @@ def command(
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if not names and not texts:
         raise click.UsageError("give --tasks or --perplexity")
-    _note_idle_flags(names, texts, modes)
+    _note_idle_flags(names, texts, modes, draft_from)
     options.check_outputs({"--output": output, "--plot": plot}, beside=(flags["model"], *texts))
     if plot is not None:
         options.check_pictures("--plot")
@@ -195,17 +201,21 @@ def command(
         raise ended
 
 
-def _note_idle_flags(tasks: Sequence[str], texts: Sequence[str], modes: Sequence[str]) -> None:
+def _note_idle_flags(
+    tasks: Sequence[str], texts: Sequence[str], modes: Sequence[str], draft_from: str | None
+) -> None:
     note = options.note_without_effect
     if not tasks:
-        idle = ("include_path", "limit", "num_fewshot", "apply_chat_template", "max_length")
-        note(idle, "there are no --tasks")
+        idle = "include_path limit num_fewshot apply_chat_template max_length seed"
+        note(idle.split(), "there are no --tasks")
     if not texts:
         note(("window", "stride", "max_words"), "there is no --perplexity")
     if not {*modes} & {*evaluation.DRAFTING}:
         note(("draft_tokens", "draft_from"), "no --mode here drafts")
     if {*modes} == {"plain"}:
         note(("exit_layers",), "plain decoding runs all layers")
+    elif draft_from == "n-gram" and "early-exit" not in modes:
+        note(("exit_layers",), "drafts from n-grams have no exit")
 
 
 def _add_perplexity(

@@ -229,8 +229,8 @@ class _Session:
             )
             *drafted, own, count = rows[0]
             tokens = (*drafted[:count], own)
-            if self.history is not None:
-                self.history.extend(torch.tensor([tokens], device=decoder.device))
+            if self.history is not None:  # by tokens that are on the device already
+                self.history.extend(torch.cat([draft.tokens[:, :count], last], dim=1))
             drafter.settle(tokens, count)
             rejected = tuple(drafted[count:])
             more = (draft.followed, draft.refused)

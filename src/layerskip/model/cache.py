@@ -87,8 +87,10 @@ class KVCache:
             alike = torch.arange(start, end, device=slots.device)
             positions, written = alike.repeat(len(self.lengths), 1), slice(start, end)
         else:
-            positions = self.lengths[:, None] + torch.arange(n, device="cpu")
-            positions, written = positions.to(slots.device, non_blocking=True), None
+            positions, written = self.lengths[:, None] + torch.arange(n, device="cpu"), None
+            pinned = slots.device.type == "cuda"  # else the host would wait for all work before
+            positions = positions.pin_memory() if pinned else positions
+            positions = positions.to(slots.device, non_blocking=pinned)
         return Span.over(slots, positions, end, first_layer, written)
 
 

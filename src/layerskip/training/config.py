@@ -129,6 +129,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
+        if not 0 <= self.seed < 2**32:  # what NumPy takes
+            raise ValueError(f"seed is {self.seed}; it must be in 0 to {2**32 - 1}")
         if self.eval_rows < 0:
             raise ValueError(f"eval_rows is {self.eval_rows}; it must be 0 or above")
         for name in ("epochs", "learning_rate", "max_minutes"):
