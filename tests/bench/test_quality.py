@@ -47,7 +47,6 @@ def test_numbers_match_by_value():
 
 
 def test_rouge_of_hand_counted_words():
-    pytest.importorskip("rouge_score")
     # Reference of 4 words, answer of 2 of them: precision 1, recall 1/2. Bigrams: 1 of 1, 1 of 3.
     found = quality.rouge(samples("the cat sat down"), ["cat sat"])
     assert found["rouge1"] == pytest.approx(2 / 3)
@@ -60,7 +59,6 @@ def test_rouge_of_hand_counted_words():
 
 
 def test_first_line_is_the_summary():
-    pytest.importorskip("rouge_score")
     perfect = {"rouge1": 1, "rouge2": 1, "rougeL": 1}
     assert quality.first_line_rouge(samples("a b"), ["\n a b\nand more"]) == perfect
 

@@ -15,8 +15,6 @@ from layerskip.bench.report import (
     write_report,
 )
 
-pytest.importorskip("matplotlib")
-
 
 def a_row(mode, **figures):
     return {

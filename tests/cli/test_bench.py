@@ -190,7 +190,6 @@ def test_quantized_weights(run, prompts, weights):
 
 
 def test_table_report_and_file(run, prompts, tmp_path):
-    pytest.importorskip("matplotlib")
     output, report = tmp_path / "r.json", tmp_path / "report"
     flags = ("--output", output, "--report", report, "--repeats", 2, "--ignore-eos")
     status, out, err = run(

@@ -84,7 +84,6 @@ def test_one_document_with_the_rows_of_bench(run, folder, tmp_path):
 
 
 def test_picture(run, tmp_path):
-    pytest.importorskip("matplotlib")
     file = tmp_path / "demo.png"
     status, out, _ = run("demo", "--no-compile", "--picture", file, *SHORT)
     assert status == 0

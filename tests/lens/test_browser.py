@@ -7,12 +7,12 @@ import pytest
 pytest.importorskip("fcntl")  # Windows has none
 
 from browser import CHROMIUM, Browser
+from PIL import Image
 from reports import NASTY, nasty_report, scripted_report
 
 from layerskip.lens import visible
 from layerskip.lens.page import report_page
 
-PIL = pytest.importorskip("PIL.Image")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 CARD = "document.getElementById('card')"
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
@@ -38,7 +38,7 @@ def cell(row, column):
 
 
 def pixels(png):
-    return PIL.open(io.BytesIO(png)).convert("RGB")
+    return Image.open(io.BytesIO(png)).convert("RGB")
 
 
 def number_of_colours(image):

@@ -2,17 +2,14 @@
 
 import io
 
-import pytest
+from PIL import Image
 from reports import hand_made_lens, nasty_report
 
 from layerskip.lens import Agreement
 
-pytest.importorskip("matplotlib")
-PIL = pytest.importorskip("PIL.Image")
-
 
 def colours(png):
-    image = PIL.open(io.BytesIO(png)).convert("RGB")
+    image = Image.open(io.BytesIO(png)).convert("RGB")
     return image.size, {colour for _, colour in image.getcolors(maxcolors=1 << 24)}
 
 

@@ -330,7 +330,8 @@ def test_a_layer_of_tuples_that_all_rows_skip(monkeypatch):
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers renamed
 @pytest.mark.parametrize("order", ["attach first", "PEFT first"])
 def test_lora(llama, order):
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj", "lm_head"])
     if order == "attach first":
         attached(llama, DROPPING)
@@ -347,7 +348,8 @@ def test_lora(llama, order):
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
 @families
 def test_lora_on_all_projections(family):
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = peft.get_peft_model(
         build(family), peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     )
@@ -525,7 +527,8 @@ def test_rows_that_are_not_independent_are_refused(llama):
 
 def test_layers_that_take_keys_from_other_layers_are_refused():
     """Each layer keeps other rows: keys of the rows that another layer kept are another's."""
-    transformers = pytest.importorskip("transformers", minversion="5.5")
+    import transformers
+
     config = transformers.Gemma4TextConfig(
         vocab_size=64,
         vocab_size_per_layer_input=64,

@@ -243,7 +243,8 @@ def test_models_without_a_grid_are_refused(family, changes, message):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_adapters_are_refused():
-    peft = pytest.importorskip("peft")
+    import peft
+
     adapted = peft.get_peft_model(model_of(), peft.LoraConfig(target_modules="all-linear"))
     with pytest.raises(ValueError, match="adapter cannot be trained on a grid"):
         quantize_aware(adapted, "int4")

@@ -50,17 +50,6 @@ class Taker:
         self._in_some_layer = {_without_number(n) for n in self._names}
         self.rotary_layout = tensors.rotary_layout
 
-    def optional(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        change: Change | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor | None:
-        """The tensor, in the decoder's dtype or another, or None where no layer has it."""
-        tensor = self._raw(name, shape)
-        return None if tensor is None else self._cast(change(tensor) if change else tensor, dtype)
-
     def __call__(
         self,
         name: str,
@@ -68,11 +57,9 @@ class Taker:
         change: Change | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """The tensor, which has to be there."""
-        tensor = self.optional(name, shape, change, dtype)
-        if tensor is None:
-            raise missing(name)
-        return tensor
+        """The tensor, which has to be there, in the decoder's dtype or another."""
+        tensor = self._needed(name, shape)
+        return self._cast(change(tensor) if change else tensor, dtype)
 
     def embedding(self, name: str, shape: tuple[int, int]) -> Embedding:
         """The token embedding, [V, D]."""
