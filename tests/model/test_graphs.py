@@ -5,12 +5,13 @@ all is tested but CUDA's own recording.
 """
 
 import gc
+import weakref
 
 import pytest
 import torch
 from tiny_decoders import ALL_DRAFTS, PLAIN, ids, random_prompt, speculative, tiny_decoder
 
-from layerskip.decoding import Prefix
+from layerskip.decoding import Prefix, Sampling
 from layerskip.model import graphs, load
 from layerskip.model.graphs import GraphDecoder, Recorder, Recordings
 from tiny_models import CASES, build
@@ -234,17 +235,63 @@ def test_experts_are_chosen_and_not_recorded():
     assert not graphs.supports(tiny_decoder("llama3.1").architecture, torch.device("cpu"))
 
 
+def test_a_failed_recording_lets_its_memory_go_before_passes_are_run():
+    kept = []
+
+    def short(function):
+        outputs = function()
+        kept.append(weakref.ref(outputs[0]))
+        raise torch.OutOfMemoryError("no room")
+
+    def work(x):
+        assert all(output() is None for output in kept)
+        return (2 * x,)
+
+    twice = Recordings(Recorder(short))
+    twice("double", work, torch.ones(3))
+    with pytest.warns(UserWarning, match="no room"):
+        assert twice("double", work, torch.ones(3))[0].tolist() == [2.0] * 3
+    assert kept
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_graphs_give_what_passes_give(tmp_path):
-    build("llama3.1").save_pretrained(tmp_path)
-    how = {"dtype": torch.float32, "device": "cuda"}
-    plain, recorded = (load(tmp_path, compiled=c, **how).decoder for c in (False, True))
-    assert recorded.kernels == "graphs"
-    for length in (17, 240):
-        prompt = random_prompt(plain, length)
-        for plan in (PLAIN, speculative(2, 3), ALL_DRAFTS):
-            assert ids(recorded, prompt, plan, n=40) == ids(plain, prompt, PLAIN, n=40)
-    assert any(recorded._free[0].recordings._made.values())
+class TestOnAGPU:
+    """CUDA's own recording."""
+
+    @pytest.fixture(params=["16bit", "int8", "int4"])
+    def both(self, request, tmp_path):
+        """The same decoder without recordings and with them."""
+        build("llama3.1", max_position_embeddings=4096).save_pretrained(tmp_path)
+        dtype = torch.float32 if request.param == "16bit" else torch.bfloat16
+        how = {"dtype": dtype, "device": "cuda", "weights": request.param}
+        plain, recorded = (load(tmp_path, compiled=c, **how).decoder for c in (False, True))
+        assert recorded.kernels == "graphs"
+        return plain, recorded
+
+    def test_answers(self, both):
+        plain, recorded = both
+        for length in (17, 240):
+            prompt = random_prompt(plain, length)
+            for plan in (PLAIN, speculative(2, 3), ALL_DRAFTS):
+                assert ids(recorded, prompt, plan, n=40) == ids(plain, prompt, plan, n=40)
+        assert any(recorded._free[0].recordings._made.values())
+
+    def test_sampled_answers(self, both):
+        plain, recorded = both
+        prompt = random_prompt(plain, 17)
+        for how in ({}, {"top_k": 9, "top_p": 0.9, "min_p": 0.01}, {"repetition_penalty": 1.2}):
+            options = {"sampling": Sampling(temperature=0.8, **how), "seed": 3, "n": 40}
+            for plan in (PLAIN, speculative(2, 3), ALL_DRAFTS):
+                assert ids(recorded, prompt, plan, **options) == ids(plain, prompt, plan, **options)
+
+    def test_recordings_outlive_others_and_the_cache_of_the_allocator(self, both):
+        """Memory that grows lets recordings go, of which others may have shared what they wrote to."""
+        plain, recorded = both
+        for length in (17, 1500, 90, 17):
+            prompt = random_prompt(plain, length)
+            for _ in range(3):
+                torch.cuda.empty_cache()
+                assert ids(recorded, prompt, PLAIN, n=60) == ids(plain, prompt, PLAIN, n=60)
 
 
 @pytest.mark.parametrize("room", [0, 1024])

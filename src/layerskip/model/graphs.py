@@ -57,14 +57,15 @@ def recorder(device: torch.device) -> Record:
             torch.cuda.device(device),
             torch.cuda.stream(torch.cuda.current_stream(device)),
         ):
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # what is chosen or made once is not to be recorded
-                function()
-            torch.cuda.current_stream().wait_stream(aside)
+            # What is chosen or made once is not to be recorded. But not on the stream of the captures:
+            # cuBLAS's scratch memory there has to be the pool's own, which stays. Any other would be
+            # freed with the first graph that ends, under those that still use it (PyTorch #193402).
+            function()
             with _no_garbage_collected():
                 if not anchor:
                     first = torch.cuda.CUDAGraph()
-                    with capture(first):
+                    # What it makes for all later graphs of the process is to be of ordinary tensors.
+                    with torch.inference_mode(False), capture(first):
                         torch.zeros(1, device=device)
                     anchor.append(first)
                 with capture(graph):
@@ -105,6 +106,15 @@ class Recorder:
         self.pauses = False
         self.lock = threading.RLock()
 
+    def fails(self, error: RuntimeError) -> None:
+        """Take note that something could not be recorded, and say so."""
+        cause = error.__context__ or error  # ending a failed capture fails too
+        if any(isinstance(e, torch.OutOfMemoryError) for e in (error, cause)):
+            self.pauses = True
+        else:
+            self.record = None
+        warnings.warn(f"going on without CUDA graphs, more slowly: {cause}", stacklevel=3)
+
 
 class Recordings:
     """Calls of functions of tensors, each recorded at its second call and replayed from then on.
@@ -138,16 +148,9 @@ class Recordings:
                 try:
                     made = self._made[key] = _Recording(recorder.record, function, inputs)
                 except RuntimeError as error:
-                    cause = error.__context__ or error  # ending a failed capture fails too
-                    if any(isinstance(e, torch.OutOfMemoryError) for e in (error, cause)):
-                        recorder.pauses = True
-                    else:
-                        recorder.record = None
-                    warnings.warn(
-                        f"going on without CUDA graphs, more slowly: {cause}", stacklevel=2
-                    )
-                    return function(*inputs)
-            return made(*inputs)
+                    recorder.fails(error)
+            # Not before the error is gone, which holds the memory of what was not recorded.
+            return function(*inputs) if made is None else made(*inputs)
 
 
 class _Recording:
