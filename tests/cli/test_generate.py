@@ -398,18 +398,27 @@ def test_a_gpu_that_stays_idle_is_named(run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("weights", "device", "dtype", "said"),
+    ("weights", "device", "dtype", "kernels", "said"),
     [
-        ("int8", "cuda", torch.bfloat16, True),
-        ("int8", "cuda", torch.float16, False),
-        ("int4", "cuda", torch.bfloat16, False),
-        ("int8", "cpu", torch.bfloat16, False),
+        ("int8", "cuda", "bfloat16", "graphs", "int8 takes more memory than 16bit"),
+        ("int8", "cuda", "float16", "graphs", ""),
+        ("int4", "cuda", "bfloat16", "pytorch", ""),
+        ("int8", "cpu", "float32", "compiled", ""),
+        ("int8", "cpu", "bfloat16", "pytorch", ""),
+        ("int4", "cpu", "float32", "pytorch", "kernels --weights int4 is slower than 16bit"),
+        ("16bit", "cpu", "float32", "pytorch", ""),
     ],
 )
-def test_8_bits_that_save_no_memory_are_told_of(capsys, weights, device, dtype, said):
-    decoder = types.SimpleNamespace(weights=weights, device=torch.device(device), dtype=dtype)
-    machine.note_large_weights(decoder)
-    assert ("takes more memory than 16bit" in capsys.readouterr().err) == said
+def test_weights_that_save_no_memory_or_time_are_told_of(
+    capsys, weights, device, dtype, kernels, said
+):
+    decoder = types.SimpleNamespace(
+        weights=weights, device=torch.device(device), dtype=getattr(torch, dtype), kernels=kernels
+    )
+    machine.note_weights(decoder)
+    err = capsys.readouterr().err
+    assert said in err
+    assert bool(said) == bool(err)
 
 
 def test_threads_are_no_more_than_a_container_has(run, monkeypatch):

@@ -48,17 +48,20 @@ def build_for(request, tmp_path_factory):
     request.getfixturevalue("compiled_kernels")
     if request.param == "native":
         return None
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip("of other CPUs")
     flags = re.search(r"^flags.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     needed = {"avx2", "fma", "f16c"}
     if request.param == "x86-64-v4":
         needed |= {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-    if platform.machine() != "x86_64" or flags is None or not needed <= set(flags[0].split()):
+    if flags is None or not needed <= set(flags[0].split()):
         pytest.skip("this CPU cannot run them")
     made = tmp_path_factory.mktemp("kernels") / f"{request.param}.so"
-    flags = [flag.replace("-march=native", f"-march={request.param}") for flag in build._FLAGS]
-    flags.append("-mfma")
+    command = [
+        word.replace("-march=native", f"-march={request.param}") for word in build._compiler()
+    ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "_FLAGS", flags)
+        patch.setattr(build, "_compiler", lambda: (*command, "-mfma"))
         try:
             build._compile(made)
         except NoCompilerError as error:
@@ -547,11 +550,34 @@ def test_too_little_memory_is_an_error():
         )
 
 
-def test_a_compiler_that_refuses_leaves_nothing(empty_cache, monkeypatch, tmp_path):
+def test_a_compiler_that_refuses_is_not_asked_again(empty_cache, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "_compiler", lambda: ("/refused/g++",))
-    with pytest.raises(NoCompilerError, match=r"refuses: kernels\.cpp:1: no such flag"):
-        prepare()
-    assert list((tmp_path / "kernels").iterdir()) == []
+    said = []
+    with pytest.raises(NoCompilerError, match=r"refuses: kernels\.cpp:1: no such flag$"):
+        prepare(said.append)
+    (left,) = (tmp_path / "kernels").iterdir()
+    with pytest.raises(NoCompilerError, match=rf"no such flag \(remove {re.escape(str(left))} to"):
+        prepare(said.append)
+    assert said == ["compiling kernels for this machine (once)"]
+    monkeypatch.setattr(build, "_compiler", lambda: ("g++",))
+    left.unlink()
+    prepare()
+
+
+def test_apples_compiler_takes_pytorchs_openmp(monkeypatch, tmp_path):
+    find = build._compiler.__wrapped__
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(shutil, "which", {"clang++": "/usr/bin/clang++"}.get)
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(NoCompilerError, match=r"no omp\.h in PyTorch; name another compiler"):
+        find()
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "omp.h").touch()
+    program, *arguments = find()
+    assert program == "/usr/bin/clang++"
+    assert str(tmp_path / "include") in arguments
+    assert "-lomp" not in arguments  # a second OpenMP in a process ends it
 
 
 def test_without_a_compiler_pytorch_runs_and_one_line_says_so(monkeypatch, tmp_path, capsys):
@@ -605,7 +631,7 @@ def test_a_name_of_a_compiler_that_cannot_be_read(monkeypatch):
 def test_a_compiler_that_is_not_there(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "'not there/g++' -v")
     monkeypatch.setattr(build, "_compiler", build._compiler.__wrapped__)
-    assert build._compiler() == ("not there/g++", "-v")
+    assert build._compiler() == ("not there/g++", "-v", "-fopenmp", build._NATIVE)
     with pytest.raises(NoCompilerError, match=r"^not there/g\+\+ cannot be run: No such file"):
         build._compile(tmp_path / "kernels.so")
 

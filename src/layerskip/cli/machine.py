@@ -28,9 +28,12 @@ def note_idle_gpu() -> None:
         click.echo("layerskip: a GPU is here: --device cuda uses it", err=True)
 
 
-def note_large_weights(decoder: Decoder) -> None:
-    """A line on stderr where quantized weights save no memory: a GPU has them in two layouts."""
-    on_gpu = decoder.device.type == "cuda" and decoder.dtype == torch.bfloat16
-    if on_gpu and decoder.weights == "int8":
+def note_weights(decoder: Decoder) -> None:
+    """A line on stderr where quantized weights save no memory, in two layouts on a GPU, or no time."""
+    on_gpu, in_bfloat16 = decoder.device.type == "cuda", decoder.dtype == torch.bfloat16
+    if on_gpu and in_bfloat16 and decoder.weights == "int8":
         line = "in bfloat16 on a GPU --weights int8 takes more memory than 16bit; int4 takes less"
+        click.echo(f"layerskip: {line}", err=True)
+    if decoder.weights != "16bit" and decoder.kernels == "pytorch" and not (on_gpu or in_bfloat16):
+        line = f"without the compiled kernels --weights {decoder.weights} is slower than 16bit"
         click.echo(f"layerskip: {line}", err=True)

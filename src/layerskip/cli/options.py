@@ -201,7 +201,7 @@ def load_model(flags: dict[str, Any]) -> LayerSkipModel:
     how = {field: flags[field] for field in ("dtype", "weights", "device", "compile")}
     with waiting(f"loading {name}"), warnings_in_one_line():
         model = LayerSkipModel.from_pretrained(name, **how, announce=say)
-    machine.note_large_weights(model.decoder)
+    machine.note_weights(model.decoder)
     return model
 
 

@@ -38,7 +38,8 @@ def show_legend() -> None:
 
 def has_colours(console: Console) -> bool:
     """Whether colours are seen there: it is a terminal that has them, and NO_COLOR is not set."""
-    return console.color_system is not None and not console.no_color
+    old = console.legacy_windows  # which shows them to what writes through rich alone
+    return console.color_system is not None and not (console.no_color or old)
 
 
 def _marked(text: str, coloured: bool) -> str:

@@ -113,7 +113,7 @@ class TrainConfig:
     resume: bool = _setting("go on from the last checkpoint in --output", False)
     seed: int = _setting("seed of everything random", 0)
     device: Literal["auto", "cpu", "cuda"] = _setting(
-        "auto = a GPU where there is one; cpu = leave it alone", "auto"
+        "auto = a CUDA GPU where there is one; cpu = leave it alone", "auto"
     )
 
     def __post_init__(self) -> None:

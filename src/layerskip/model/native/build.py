@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from layerskip.model.files.source import cache_folder
 from layerskip.model.files.writing import flush
 from layerskip.model.machine import cpu_instructions
@@ -23,14 +25,18 @@ from layerskip.model.native import threads
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 # Behind the arguments of CXX. Some compilers have fast-math on unless they are told; switching it off
 # may let them contract again, which is therefore forbidden after it.
-_FLAGS = (
-    *("-O2", "-march=native", "-fno-fast-math", "-ffp-contract=off"),
-    *("-std=c++17", "-fopenmp", "-shared", "-fPIC"),
-)
+_FLAGS = ("-O2", "-fno-fast-math", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC")
+# All that this CPU has. -march=native is nothing to GCC on some ARMs, and an error to some of Apple's.
+_NATIVE = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
+_APPLES = "-mcpu=apple-m1" if platform.machine() == "arm64" else _NATIVE
 
 
 class NoCompilerError(RuntimeError):
     """The kernels cannot be compiled here; the message says why."""
+
+
+class _RefusedError(NoCompilerError):
+    """The same, and so it will be the next time."""
 
 
 def prepare(announce: Callable[[str], None] = lambda text: None) -> None:
@@ -45,20 +51,35 @@ def prepare(announce: Callable[[str], None] = lambda text: None) -> None:
     """
     library_file = target()
     _check_owner(library_file)
+    refused, what = (
+        library_file.with_suffix(".refused"),
+        "compiling kernels for this machine (once)",
+    )
     if os.path.isfile(library_file):
         try:
             _loaded(library_file)
             return
         except OSError:  # cut off, or made where other libraries are
-            announce("compiling kernels again, as those there cannot be loaded")
-    else:
-        announce("compiling kernels for this machine (once)")
-    _compile(library_file)
-    _check_owner(library_file)  # that took seconds, in which its folder may have become another
+            what = "compiling kernels again, as those there cannot be loaded"
+    if os.path.isfile(refused):
+        why = refused.read_text(encoding="utf-8", errors="replace")
+        raise NoCompilerError(f"{why} (remove {refused} to try again)")
+    announce(what)
+    try:
+        _compile(library_file)
+        _check_owner(library_file)  # that took seconds, in which its folder may have become another
+        _load_new(library_file)
+    except _RefusedError as error:  # every start would take as long
+        with contextlib.suppress(OSError):
+            refused.write_text(str(error), encoding="utf-8", errors="replace")
+        raise
+
+
+def _load_new(library_file: Path) -> None:
     try:
         _loaded(library_file)
     except OSError as error:
-        raise NoCompilerError(f"the compiled kernels cannot be loaded: {error}") from error
+        raise _RefusedError(f"the compiled kernels cannot be loaded: {error}") from error
 
 
 @functools.cache
@@ -115,19 +136,35 @@ def _check(status: int) -> None:
 def _compiler() -> tuple[str, ...]:
     """The compiler's program, and arguments that come with it."""
     if os.name == "nt":
-        raise NoCompilerError("on Windows the kernels are not compiled")
+        raise NoCompilerError("on Windows the kernels are not compiled (under WSL they are)")
     try:
         named = shlex.split(os.environ.get("CXX", ""))
     except ValueError as error:
         raise NoCompilerError(f"CXX is no command: {error}") from error
     if named:
-        return tuple(named)
-    if sys.platform == "darwin":
-        raise NoCompilerError("Apple's compiler has no OpenMP; name another (g++) in CXX")
+        return (*named, "-fopenmp", _NATIVE)
+    if sys.platform == "darwin":  # where g++ is clang++ by another name
+        compiler = shutil.which("clang++")
+        headers = Path(torch.__file__).parent / "include"
+        if compiler is None or not (headers / "omp.h").is_file():
+            raise NoCompilerError(
+                "there is no clang++ (xcode-select --install), or no omp.h in PyTorch; name another"
+                " compiler with OpenMP in CXX, such as g++-15"
+            )
+        # PyTorch's OpenMP: its library, which is in the process already, has what is left undefined.
+        found = (
+            "-Xpreprocessor",
+            "-fopenmp",
+            "-isystem",
+            str(headers),
+            "-undefined",
+            "dynamic_lookup",
+        )
+        return (compiler, *found, _APPLES)
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise NoCompilerError("there is no C++ compiler (g++ or clang++)")
-    return (compiler,)
+    return (compiler, "-fopenmp", _NATIVE)
 
 
 @functools.cache
@@ -215,7 +252,7 @@ def _compile(target: Path) -> None:
             if done.returncode:
                 said = done.stderr.strip().splitlines() or ["no message"]
                 reason = next((line for line in said if "error:" in line), said[0])
-                raise NoCompilerError(f"{command[0]} refuses: {reason}")
+                raise _RefusedError(f"{command[0]} refuses: {reason}")
             _keep_from_others(made)
             flush(made)
             made.replace(target)

@@ -235,7 +235,12 @@ inline Ints dot4(Ints sums, Words weights, uint32_t inputs) {
   }
   asm("" : "+x"(total));  // added here: a compiler that adds later needs more registers than there are
   return (Ints)total;
+#elif defined(__ARM_FEATURE_DOTPROD)
+  if constexpr (KIND == INT8) weights ^= 0x80808080u;  // signed, as the inputs are
+  const int8x16_t codes = vreinterpretq_s8_u32((uint32x4_t)weights);
+  return (Ints)vdotq_s32((int32x4_t)sums, codes, vreinterpretq_s8_u32(vdupq_n_u32(inputs)));
 #else
+#pragma GCC unroll 4
   for (int j = 0; j < 4; j++)
     sums += (Ints)((weights >> (8 * j)) & 0xffu) * (int32_t)(int8_t)(inputs >> (8 * j));
   return sums;
@@ -249,7 +254,7 @@ inline Ints settled(Ints sums) {
   return sums;
 }
 // What `dot4` takes off a code.
-#ifdef VECTORS_OF_8
+#if defined(VECTORS_OF_8) || defined(__ARM_FEATURE_DOTPROD)
 constexpr int taken_off(int kind) { return kind == INT8 ? 128 : 0; }
 #else
 constexpr int taken_off(int) { return 0; }
@@ -688,15 +693,17 @@ class Team {
     }
     for (uint32_t spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
       if (spins > 2000) sched_yield();
-#ifdef __x86_64__
+#if defined(__x86_64__)
       __builtin_ia32_pause();
+#elif defined(__aarch64__)
+      asm volatile("isb" ::: "memory");  // about as long; `yield` is no pause on most of them
 #endif
     }
   }
 
  private:
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint32_t> round_{0};
+  alignas(128) std::atomic<int> arrived_{0};  // 128: a cache line of Apple's
+  alignas(128) std::atomic<uint32_t> round_{0};
 };
 
 struct Free {
