@@ -128,7 +128,7 @@ def test_what_is_missing_is_said_before_anything_else(demo, tmp_path, monkeypatc
     )
     status, out, err = demo()
     assert (status, out) == (1, "")
-    assert err == f"layerskip: --train needs {missing}; run: pip install 'layerskip[train]'\n"
+    assert err == f"layerskip: training needs {missing}; run: pip install 'layerskip[train]'\n"
     assert not (tmp_path / "runs").exists()
 
 

@@ -1,3 +1,4 @@
+import importlib.util
 import itertools
 import json
 import operator
@@ -110,6 +111,16 @@ def test_the_result_is_an_ordinary_checkpoint(settings):
     assert not (result.output / ".incomplete").exists()
     settings_used = json.loads((result.output / "train.json").read_text())
     assert TrainConfig.from_mapping(settings_used).effective_recipe.fixed_exits == (2,)
+
+
+def test_a_package_that_is_missing_is_named_with_what_brings_it(settings, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "datasets" else find(name)
+    )
+    with pytest.raises(ImportError, match=r"needs datasets; run: pip install 'layerskip\[train\]'"):
+        run(settings)
+    assert not Path(settings["output"]).exists()
 
 
 def test_training_learns(settings):

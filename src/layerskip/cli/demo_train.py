@@ -1,7 +1,6 @@
 """`layerskip demo --train`: some minutes of the recipe, and what they change."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 from collections.abc import Sequence
@@ -126,11 +125,10 @@ def run(
 
 def _check(model: str, folder: Path) -> None:
     """Refuse what would fail after minutes of work."""
-    for name in ("accelerate", "datasets"):
-        if importlib.util.find_spec(name) is None:
-            raise ImportError(f"--train needs {name}; run: pip install 'layerskip[train]'")
+    from layerskip.training.checks import check_packages
     from layerskip.training.source import check_files
 
+    check_packages()
     check_files(model)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another --folder, or remove it")

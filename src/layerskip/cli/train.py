@@ -1,6 +1,5 @@
 """`layerskip train`: the recipe on a checkpoint; its flags are the settings of `TrainConfig`."""
 
-import importlib.util
 import os
 import types
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ try:
     from layerskip.cli.train_progress import TrainProgress
     from layerskip.training import TrainConfig, train
     from layerskip.training.checkpoints import last_good
+    from layerskip.training.checks import check_packages
 except ImportError as error:
     raise ImportError(
         f"training needs {error.name}; run: pip install 'layerskip[train]'"
@@ -103,9 +103,7 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
           --exit-weighting linear --e-scale 1.5 --distillation-weight 1
       layerskip train examples/topv2.yaml --resume
     """
-    for name in ("accelerate", "datasets"):
-        if importlib.util.find_spec(name) is None:
-            raise ImportError(f"training needs {name}; run: pip install 'layerskip[train]'")
+    check_packages()
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         settings = (

@@ -25,6 +25,13 @@ _OTHER_SCHEDULERS = (  # with settings of their own and without a default, or le
 )
 
 
+def check_packages() -> None:
+    """Raise ImportError where a package is missing that every run needs."""
+    for name in ("accelerate", "datasets"):
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"training needs {name}; run: pip install 'layerskip[train]'")
+
+
 def check_installed(config: TrainConfig) -> None:
     """Raise ValueError where a schedule, a package or a GPU that the settings name is not there."""
     known = [kind.value for kind in SchedulerType if kind.value not in _OTHER_SCHEDULERS]

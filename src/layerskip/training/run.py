@@ -24,7 +24,12 @@ from layerskip.recipe import RecipeConfig, attach, detach
 from layerskip.recipe.schedule import enabled_exits
 from layerskip.training.callbacks import Board, JsonLinesLog, TimeBudget, read_log, time_spent
 from layerskip.training.checkpoints import INCOMPLETE, unwritten
-from layerskip.training.checks import check_installed, check_layers, warn_of_no_decoder
+from layerskip.training.checks import (
+    check_installed,
+    check_layers,
+    check_packages,
+    warn_of_no_decoder,
+)
 from layerskip.training.config import TrainConfig
 from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows
 from layerskip.training.device import arithmetic, uses_gpu
@@ -80,9 +85,11 @@ def train(config: TrainConfig, watch: Callable[[Progress], None] | None = None) 
         watch: is told how far the run is, in the first process.
 
     Raises:
+        ImportError: a package is missing.
         ValueError: for settings that do not fit each other, the data or the model: before training.
         NonFiniteLossError, UnwrittenCheckpointError: what stopped training; checkpoints are kept.
     """
+    check_packages()
     output = Path(config.output)
     with hidden_bars(), alone_in(output):
         return _train(config, output, watch)
