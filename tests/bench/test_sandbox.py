@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from layerskip.bench import confined
+from layerskip.bench import confined, sandbox
 from layerskip.bench.sandbox import Limits, runs_to_end
 
 QUICK = Limits(cpu_s=5, wall_s=30)
@@ -46,6 +46,8 @@ def test_a_program_that_runs_to_its_end(program):
         "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
         "import atexit, os; atexit.register(os._exit, 0); sys",
         "import numpy",
+        "import __main__; __main__._LIBC",
+        "import fcntl, sys; fcntl.fcntl(0, fcntl.F_GETFD) if sys.platform == 'linux' else 1 / 0",
         "def f(): f()\nf()",
     ],
 )
@@ -107,6 +109,40 @@ assert not done, done
     assert runs_to_end(program, QUICK)
     assert kept.read_text() == "as it was"
     assert list(tmp_path.iterdir()) == [kept]
+
+
+_NESTED = """
+import os
+for chain in range(12):
+    at = f"{chain}"
+    os.mkdir(at)
+    if chain:
+        os.rename(f"{chain - 1}", f"{chain}/0")
+    for _ in range(99):
+        os.mkdir("new")
+        os.rename(at, "new/0")
+        os.rename("new", at)
+open("0", "w").close()
+"""
+
+
+def test_folders_in_folders_are_removed_however_deep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(_NESTED, {})
+    assert {entry.name for entry in os.scandir(tmp_path)} == {"11", "0"}
+    sandbox._remove(str(tmp_path))
+    assert not tmp_path.exists()
+
+
+def test_terminals_are_not_read():
+    ours, theirs = os.openpty()
+    try:
+        opened = f"import os; os.open({os.ttyname(theirs)!r}, os.O_RDONLY | os.O_NOCTTY)"
+        assert not runs_to_end(opened, QUICK)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert runs_to_end("assert len(open('/dev/urandom', 'rb').read(4)) == 4", QUICK)
 
 
 def test_temporary_folders_and_processes_are_gone(tmp_path, monkeypatch):
@@ -265,6 +301,11 @@ calls = {{
     "program": lambda: libc.execv(b"/bin/true", (ctypes.c_char_p * 2)(b"true", None)),
     "kill": lambda: libc.kill(os.getppid(), 0),
     "rights": lambda: libc.chmod(outside, 0o600),
+    "attributes": lambda: libc.setxattr(outside, b"user.a", b"1", 1, 0),
+    "owner": lambda: libc.chown(outside, os.getuid(), os.getgid()),
+    "whose signal": lambda: libc.fcntl(os.pipe()[0], 8, os.getppid()),  # F_SETOWN
+    "which signal": lambda: libc.fcntl(os.pipe()[0], 10, 9),  # F_SETSIG
+    "whose, otherwise": lambda: libc.ioctl(os.pipe()[0], 0x8901, ctypes.byref(ctypes.c_int(1))),
 }}
 files = {{
     "write": lambda: libc.open(outside, os.O_WRONLY),
@@ -273,6 +314,7 @@ files = {{
     "remove": lambda: libc.unlink(outside),
     "move away": lambda: libc.rename(outside, b"here"),
 }}
+assert libc.fcntl(0, 1) != -1  # F_GETFD
 open("mine", "w").close()
 os.rename("mine", "moved")
 os.remove("moved")

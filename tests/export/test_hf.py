@@ -224,3 +224,16 @@ def test_a_config_names_no_kernels(saved, tmp_path):
     fields = json.loads(file.read_text())
     file.write_text(json.dumps(fields | {"_attn_implementation": "kernels-community/none"}))
     assert to_hf(open_source(tmp_path / "in"), tmp_path / "out").tensors
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_another_file_of_this_machine_is_not_passed_on(name, saved, tmp_path):
+    folder, secret = tmp_path / "model", tmp_path / "secret.json"
+    shutil.copytree(saved("llama2"), folder)
+    fields = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+    secret.write_text(json.dumps({**fields, "token": "secret"}))
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(CheckpointError, match=r"is a link to .*, outside of its folder"):
+        to_hf(open_source(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

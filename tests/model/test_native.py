@@ -906,14 +906,20 @@ def test_what_took_the_place_of_the_compiled_library_is_not_loaded(empty_cache, 
 @pytest.mark.skipif(os.name != "posix", reason="of users and groups")
 def test_libraries_of_other_users_are_not_loaded(empty_cache, tmp_path, monkeypatch):
     prepare()
-    folder, me = tmp_path / "kernels", os.geteuid()
+    folder, own = tmp_path / "kernels", tmp_path / "own"
     monkeypatch.setattr(build, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(build.platformdirs, "user_cache_dir", lambda name: str(own))
     assert build._folder() == folder
-    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
-    if me == 0:  # whose files everybody trusts
-        prepare()
-        assert build._folder() == folder
-        return
+    for others, found in (((tmp_path,), own / "kernels"), ((folder,), own / "kernels")):
+        owned = [path.stat() for path in others]
+        monkeypatch.setattr(
+            build,
+            "_is_trusted",
+            lambda stat, owned=owned: stat.st_ino not in {o.st_ino for o in owned},
+        )
+        assert build._folder() == found
+    monkeypatch.setattr(build, "_is_trusted", lambda stat: False)
+    own.mkdir()
+    assert build._folder() == folder
     with pytest.raises(NoCompilerError, match="is of another user: set LAYERSKIP_CACHE"):
         prepare()
-    assert build._folder() == folder / str(me + 1)

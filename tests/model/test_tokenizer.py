@@ -165,6 +165,46 @@ def test_digits_stay_apart_whatever_the_class_is_called(kind, file, tmp_path):
     assert load_tokenizer(config).encode(text) == inside.encode(text)
 
 
+def with_code(folder, marker, **more):
+    """A checkpoint that brings code, and names it so that transformers may forget it is not to run."""
+    (folder / "code.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    kinds = dict.fromkeys(("AutoProcessor", "AutoConfig", "AutoModelForCausalLM"), "code.Evil")
+    for name in ("tokenizer_config.json", "config.json"):
+        before = read_json(folder / name) if (folder / name).is_file() else {"model_type": "llama"}
+        write_json(folder / name, {**before, "auto_map": kinds, **more.get(name, {})})
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize(
+    "kind", ["AutoProcessor", "AutoTokenizer", "RagTokenizer", "LlamaForCausalLM", 7]
+)
+def test_classes_that_are_no_tokenizers_are_not_made(file, tmp_path, monkeypatch, name, kind):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder, marker = tmp_path / "saved", tmp_path / "ran"
+    tokenizer.load(file.parent, GgufFile(file)).save_pretrained(str(folder))
+    if name == "config.json":
+        settings = read_json(folder / "tokenizer_config.json")
+        write_json(folder / "tokenizer_config.json", {**settings, "tokenizer_class": None})
+    with_code(folder, marker, **{name: {"tokenizer_class": kind}})
+    with pytest.raises(CheckpointError, match="which is none"):
+        tokenizer.load(folder)
+    with pytest.raises(ValueError, match="which is none"):
+        load_tokenizer(TrainConfig(model=str(folder), data="x", output="y"))
+    assert not marker.exists()
+
+
+def test_transformers_asks_nobody_whether_code_may_run(file, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
+    folder, marker = tmp_path / "saved", tmp_path / "ran"
+    tokenizer.load(file.parent, GgufFile(file)).save_pretrained(str(folder))
+    with_code(folder, marker, **{"tokenizer_config.json": {"tokenizer_class": "AutoProcessor"}})
+    with tokenizer._no_questions(), pytest.raises(ValueError, match="custom code"):
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    assert not asked
+    assert not marker.exists()
+
+
 def test_a_list_of_special_tokens_is_written_for_both_versions_of_transformers(file, tmp_path):
     """5 saves the list under a name under which 4 wants a dict."""
     own = load(file, dtype=torch.float32).tokenizer

@@ -38,62 +38,40 @@ _CAPABILITIES_VERSION = 0x20080522
 _GRACE_S = 5.0
 _LIBC = ctypes.CDLL(None)
 
-# Calls that are refused, by their numbers on x86-64 and ARM64 (<asm/unistd.h>; None: it has no such).
+# Calls that are refused, by their numbers on x86-64 and ARM64 (<asm/unistd.h>; -: it has no such).
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-_CALLS: dict[str, tuple[int | None, int | None]] = {
-    "socket": (41, 198),
-    "socketpair": (53, 199),
-    "fork": (57, None),
-    "vfork": (58, None),
-    "execve": (59, 221),
-    "execveat": (322, 281),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "tkill": (200, 130),
-    "rt_sigqueueinfo": (129, 138),
-    "rt_tgsigqueueinfo": (297, 240),
-    "pidfd_send_signal": (424, 424),
-    "pidfd_open": (434, 434),
-    "pidfd_getfd": (438, 438),
-    "setpriority": (141, 140),
-    "ioprio_set": (251, 30),
-    "sched_setparam": (142, 118),
-    "sched_setscheduler": (144, 119),
-    "sched_setaffinity": (203, 122),
-    "sched_setattr": (314, 274),
-    "chmod": (90, None),
-    "fchmod": (91, 52),
-    "fchmodat": (268, 53),
-    "fchmodat2": (452, 452),
-    "shmget": (29, 194),
-    "semget": (64, 190),
-    "msgget": (68, 186),
-    "mq_open": (240, 180),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "perf_event_open": (298, 241),
-    "bpf": (321, 280),
-    "userfaultfd": (323, 282),
-    "io_uring_setup": (425, 425),
-}
+_CALLS = """
+socket 41 198 | socketpair 53 199 | fork 57 - | vfork 58 - | execve 59 221 | execveat 322 281 |
+ptrace 101 117 | process_vm_readv 310 270 | process_vm_writev 311 271 | tkill 200 130 |
+rt_sigqueueinfo 129 138 | rt_tgsigqueueinfo 297 240 | pidfd_send_signal 424 424 |
+pidfd_open 434 434 | pidfd_getfd 438 438 | setpriority 141 140 | ioprio_set 251 30 |
+sched_setparam 142 118 | sched_setscheduler 144 119 | sched_setaffinity 203 122 |
+sched_setattr 314 274 | chmod 90 - | fchmod 91 52 | fchmodat 268 53 | fchmodat2 452 452 |
+shmget 29 194 | semget 64 190 | msgget 68 186 | mq_open 240 180 | add_key 248 217 |
+request_key 249 218 | keyctl 250 219 | unshare 272 97 | setns 308 268 | perf_event_open 298 241 |
+bpf 321 280 | userfaultfd 323 282 | io_uring_setup 425 425 | setxattr 188 5 | lsetxattr 189 6 |
+fsetxattr 190 7 | removexattr 197 14 | lremovexattr 198 15 | fremovexattr 199 16 |
+setxattrat 463 463 | removexattrat 466 466 | chown 92 - | fchown 93 55 | lchown 94 - |
+fchownat 260 54
+"""
 # These may name the process itself; "clone" may make a thread, and "clone3" cannot be looked into.
 _KILL, _TGKILL, _PRLIMIT, _CLONE, _CLONE3 = (62, 129), (234, 131), (302, 261), (56, 220), (435, 435)
+# Who gets a signal when a file can be read, and which: any process, and one that ends it.
+_FCNTL, _IOCTL, _OWNERS = (72, 25), (16, 29), ((8, 10, 15), (0x8901, 0x8902))
 _LOAD, _EQUAL, _AT_LEAST, _HAS_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # <linux/bpf_common.h>
 _ALLOW, _KILL_PROCESS, _NOT_PERMITTED, _NOT_THERE = 0x7FFF0000, 0x80000000, 0x50001, 0x50026
-_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # where struct seccomp_data has them
+_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT, _SECOND_ARGUMENT = 0, 4, 16, 24  # in struct seccomp_data
 
 # <linux/landlock.h>
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _WRITE, _REMOVE, _MAKE, _MOVE, _TRUNCATE = 1 << 1, 3 << 4, 127 << 6, 1 << 13, 1 << 14
+_DEVICES, _SIGNALS_AND_SOCKETS = 1 << 15, 3  # settings of terminals; other processes
 
 # Events of sys.audit: https://docs.python.org/3/library/audit_events.html
 _REFUSED = (
     "_posixsubprocess.",
     "ctypes.",
+    *(["fcntl."] if sys.platform == "linux" else []),  # macOS has `_place_of` by it
     "os.chdir",
     "os.chmod",
     "os.chown",
@@ -133,6 +111,7 @@ _FOLDERS = {
 }
 # Made anew, they would have again what `_refuse_what_asks_no_hook` takes away.
 _NOT_IMPORTED = ("_posixshmem", "_posixsubprocess", "posix")
+_DEVICES_TO_READ = (os.devnull, "/dev/zero", "/dev/random", "/dev/urandom")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -151,6 +130,8 @@ def main() -> None:
         _ask_the_kernel(folder)
     _limit(job)
     _refuse_what_asks_no_hook()
+    # The C library, whose functions ask no hook once they were looked up.
+    del globals()["_LIBC"]
     sys.addaudithook(_guard(os.path.realpath(folder)))
     module = types.ModuleType("program")  # dataclasses and pickle look their module up by its name
     sys.modules["program"] = module
@@ -191,6 +172,9 @@ def _guard(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
             climbs = not isinstance(path, int) and os.pardir in os.fsdecode(path).split(os.sep)
             if writes and (climbs or not inside(path)):
                 raise PermissionError(f"{path} is outside the program's folder")
+            place = "" if isinstance(path, int) else os.path.realpath(os.fsdecode(path))
+            if place.startswith("/dev/") and place not in _DEVICES_TO_READ:
+                raise PermissionError(f"{path} is not to be read")  # such as terminals
             if os.path.isdir(path) and os.path.realpath(path) != folder and not inside(path):
                 raise PermissionError(f"the folder {path} is not to be opened")
         elif event.startswith(_CHANGES_PATHS):
@@ -263,6 +247,7 @@ def _enter_namespaces(folder: str, file_bytes: int) -> None:
     _LIBC.mount(
         b"proc", b"/proc", b"proc", _READ_ONLY | _NO_SETUID | _NO_DEVICES | _NO_PROGRAMS, None
     )
+    _LIBC.mount(b"tmpfs", b"/dev/pts", b"tmpfs", _READ_ONLY | _NO_DEVICES, None)  # no terminals
     os.chdir(folder)
 
 
@@ -292,7 +277,9 @@ def _only_writes_into(folder: str) -> bool:
         return False
     on_files = _WRITE | (_TRUNCATE if version >= 3 else 0)
     writes = on_files | _REMOVE | _MAKE | (_MOVE if version >= 2 else 0)
-    rules = _LIBC.syscall(_CREATE_RULESET, struct.pack("Q", writes), 8, 0)
+    writes |= _DEVICES if version >= 5 else 0
+    asked = struct.pack("QQQ", writes, 0, _SIGNALS_AND_SOCKETS)[: 24 if version >= 6 else 8]
+    rules = _LIBC.syscall(_CREATE_RULESET, asked, len(asked), 0)
     for path, rights in ((folder, writes), (os.devnull, on_files)):
         place = os.open(path, os.O_PATH)
         _LIBC.syscall(_ADD_RULE, rules, 1, struct.pack("=Qi", rights, place), 0)
@@ -317,6 +304,15 @@ def _refused_calls(column: int, architecture: int) -> list[bytes]:
             instruction(_LOAD, _NUMBER),
         ]
 
+    def never_with(number: int, arguments: tuple[int, ...]) -> list[bytes]:
+        refusals = [
+            part
+            for argument in arguments
+            for part in (instruction(_EQUAL, argument, 0, 1), instruction(_RETURN, _NOT_PERMITTED))
+        ]
+        looks = [instruction(_LOAD, _SECOND_ARGUMENT), *refusals, instruction(_LOAD, _NUMBER)]
+        return [instruction(_EQUAL, number, 0, len(looks)), *looks]
+
     filters = [
         instruction(_LOAD, _ARCHITECTURE),
         instruction(_EQUAL, architecture, 1, 0),
@@ -325,11 +321,16 @@ def _refused_calls(column: int, architecture: int) -> list[bytes]:
     ]
     if column == 0:  # x32, which has numbers of its own
         filters += [instruction(_AT_LEAST, 1 << 30, 0, 1), instruction(_RETURN, _KILL_PROCESS)]
-    for numbers in _CALLS.values():
-        if (number := numbers[column]) is not None:
-            filters += [instruction(_EQUAL, number, 0, 1), instruction(_RETURN, _NOT_PERMITTED)]
+    for line in _CALLS.split("|"):
+        if (number := line.split()[1 + column]) != "-":
+            filters += [
+                instruction(_EQUAL, int(number), 0, 1),
+                instruction(_RETURN, _NOT_PERMITTED),
+            ]
     for call, argument in ((_KILL, os.getpid()), (_TGKILL, os.getpid()), (_PRLIMIT, 0)):
         filters += only_with(call[column], argument)
+    for call, commands in zip((_FCNTL, _IOCTL), _OWNERS, strict=True):
+        filters += never_with(call[column], commands)
     # The C library makes threads by "clone" where it is told that there is no "clone3".
     filters += [
         instruction(_EQUAL, _CLONE3[column], 0, 1),

@@ -57,16 +57,32 @@ def runs_to_end(program: str, limits: Limits | None = None) -> bool:
         raise ValueError("generated code runs on Linux and macOS only: nothing limits it elsewhere")
     limits = limits or Limits()
     word = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="layerskip-", ignore_cleanup_errors=True) as folder:
+    folder = tempfile.mkdtemp(prefix="layerskip-")
+    try:
         return _report_of(program, word, limits, folder) == word.encode()
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(folder)
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder that a stranger filled: `shutil.rmtree` gives up where it is nested too deeply."""
+    while found := list(os.scandir(folder)):
+        for entry in found:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+                continue
+            os.chmod(entry.path, 0o700)
+            for inner in list(os.scandir(entry.path)):
+                os.rename(inner.path, os.path.join(folder, secrets.token_hex(16)))
+            os.rmdir(entry.path)
+    os.rmdir(folder)
 
 
 @functools.cache
 def kernel_confines() -> bool:
     """Whether the kernel itself confines programs here, beside Python's hook: see docs/tasks.md."""
-    asked = (
-        "from __main__ import by_kernel\nassert by_kernel & {'namespaces'} or len(by_kernel) == 2"
-    )
+    asked = "from __main__ import by_kernel\nassert 'calls' in by_kernel and len(by_kernel) > 1"
     return sys.platform == "linux" and runs_to_end(asked)
 
 

@@ -13,7 +13,7 @@ from layerskip.model.files import older_names, settings
 from layerskip.model.files.gguf_tokenizer import special_token_ids
 from layerskip.model.files.rounding import Rounding, recorded
 from layerskip.model.files.weights import GgufFile
-from layerskip.model.files.writing import read_json
+from layerskip.model.files.writing import check_within, read_json
 
 _OF_THE_WHOLE_MODEL = ("assistant_early_exit", settings.KEY)  # means nothing to a draft model
 _FACTORS_TOLERANCE = 1e-3  # relative; the factors in GGUF files are float32
@@ -29,7 +29,9 @@ def config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
     if isinstance(tensors, GgufFile):
         fields = _from_gguf(source, tensors)
     else:
-        fields = read_json(source.files.path / "config.json")
+        file = source.files.path / "config.json"
+        check_within(file)  # another file of this machine is not to be passed on
+        fields = read_json(file)
         fields.pop("auto_map", None)  # no code travels with a checkpoint
         fields["tie_word_embeddings"] = source.files.tied
         n_layers = source.architecture.n_layers
@@ -50,6 +52,7 @@ def generation_config(
     """
     path = source.files.path / settings.FILE
     if path.is_file():
+        check_within(path)
         fields = read_json(path)
     else:
         ends = list(source.files.settings.end_tokens)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
 from layerskip.model.families import (
@@ -24,7 +22,8 @@ from layerskip.model.families import (
     check_not_quantized,
     check_weights_unnamed,
 )
-from layerskip.model.files.tokenizer import is_as_written
+from layerskip.model.files.tokenizer import read
+from layerskip.model.files.writing import read_json
 from layerskip.training.config import TrainConfig, default_alpha
 from layerskip.training.data import end_of_turn
 from layerskip.training.device import arithmetic, uses_gpu
@@ -42,12 +41,10 @@ def load_tokenizer(config: TrainConfig) -> Any:
     source = config.tokenizer or config.model
     folder, _ = pretrained(source)  # has its tokenizer unpacked
     with _failures_named(f"no tokenizer in {source}"):
-        is_there = cached_file(
-            folder, "tokenizer.json", _raise_exceptions_for_missing_entries=False
-        )
-        as_written = is_there and is_as_written(get_tokenizer_config(folder, **_NO_CODE))
-        kind = PreTrainedTokenizerFast if as_written else AutoTokenizer
-        tokenizer = kind.from_pretrained(folder, **_NO_CODE)
+        names = ("tokenizer_config.json", "config.json", "tokenizer.json")
+        files = [cached_file(folder, n, _raise_exceptions_for_missing_entries=False) for n in names]
+        said = [read_json(Path(file)) if file else {} for file in files[:2]]
+        tokenizer = read(folder, *said, is_fast=files[2] is not None)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

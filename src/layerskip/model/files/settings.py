@@ -145,13 +145,13 @@ def read_settings(path: Path, config: dict[str, Any], vocab_size: int) -> Settin
         raise CheckpointError(
             f"eos_token_id is {ends} in {file} (or config.json), token ids are needed"
         )
-    ends = [token for token in ends if token < vocab_size]  # others never come
+    ends = [token for token in dict.fromkeys(ends) if token < vocab_size]  # others never come
     _warn_of_what_has_no_effect(fields, file)
     own = fields.get(KEY)
     own = own if isinstance(own, dict) else {}
     vocabulary = _token_ids(own, "draft_vocabulary", vocab_size, file)
     if vocabulary is not None:  # an answer's end can be drafted too
-        vocabulary += tuple(token for token in ends if token not in vocabulary)
+        vocabulary = tuple(dict.fromkeys((*vocabulary, *ends)))
     return Settings(
         end_tokens=tuple(ends),
         exit_layer=exit_layer_of(fields, file),

@@ -1,7 +1,9 @@
 """The checkpoint's own tokenizer and chat template, through transformers."""
 
+import contextlib
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ _FILES_BESIDE = (
 )
 # Classes without code of their own: nothing in the model's config changes what they do.
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# transformers would make any class of its own that is named, and call what it reads files with.
+_KINDS = re.compile(
+    r"(?!Auto|Rag)\w+Tokenizer(Fast)?|TokenizersBackend|PythonBackend|MistralCommonBackend"
+)
 # Classes that transformers 5 builds anew, without steps of tokenizer.json such as splitting digits.
 _REBUILT = ("GPT2Tokenizer", "GPT2TokenizerFast")
 
@@ -33,7 +39,9 @@ def load(path: Path, gguf_file: GgufFile | None = None) -> Any:
     """
     try:
         if any((path / name).is_file() for name in _TOKENIZER_FILES):
-            return _class_for(path).from_pretrained(str(path), trust_remote_code=False)
+            files = (path / "tokenizer_config.json", path / "config.json")
+            said = [read_json(file) if file.is_file() else {} for file in files]
+            return read(str(path), *said, is_fast=(path / "tokenizer.json").is_file())
         return None if gguf_file is None else from_gguf(gguf_file)
     except (UnsupportedModelError, CheckpointError):
         raise
@@ -41,16 +49,43 @@ def load(path: Path, gguf_file: GgufFile | None = None) -> Any:
         raise CheckpointError(f"the tokenizer of {path} cannot be read: {error}") from error
 
 
-def _class_for(path: Path) -> Any:
-    """AutoTokenizer, but where it would only choose a generic class: it imports all of modelling."""
-    named = path / "tokenizer_config.json"
-    if (path / "tokenizer.json").is_file() and named.is_file() and is_as_written(read_json(named)):
+def read(
+    source: str, settings: Mapping[str, Any], config: Mapping[str, Any], *, is_fast: bool
+) -> Any:
+    """The tokenizer of a folder or hub id, by transformers; no code of a checkpoint runs.
+
+    Args:
+        source: the folder or hub id.
+        settings: its tokenizer_config.json.
+        config: its config.json.
+        is_fast: whether it has a tokenizer.json.
+
+    Raises:
+        CheckpointError: it names a class that is no tokenizer.
+    """
+    if is_fast and is_as_written(settings):
         from transformers import PreTrainedTokenizerFast
 
-        return PreTrainedTokenizerFast
-    from transformers import AutoTokenizer
+        return PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False)
+    for kind in (settings.get("tokenizer_class"), config.get("tokenizer_class")):
+        if kind is not None and not _KINDS.fullmatch(str(kind)):
+            raise CheckpointError(f"the tokenizer_class of {source} is {kind!r}, which is none")
+    from transformers import AutoTokenizer  # which imports all of modelling
 
-    return AutoTokenizer
+    with _no_questions():
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _no_questions() -> Iterator[None]:
+    """Some classes forget that code is not to be trusted, and ask on the terminal: no is the answer."""
+    from transformers import dynamic_module_utils as asking
+
+    before, asking.TIME_OUT_REMOTE_CODE = asking.TIME_OUT_REMOTE_CODE, 0
+    try:
+        yield
+    finally:
+        asking.TIME_OUT_REMOTE_CODE = before
 
 
 def is_as_written(settings: Mapping[str, Any]) -> bool:

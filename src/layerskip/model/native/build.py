@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import platformdirs
 import torch
 
 from layerskip.model.files.source import cache_folder
@@ -180,15 +181,20 @@ def target() -> Path:
 
 
 def _folder() -> Path:
-    """Where libraries are kept; in another user's cache a folder of this one's own."""
+    """Where libraries are kept: in this user's own cache, where the one named is another user's.
+
+    Who owns a folder could exchange what lies in it between a look at it and its use.
+    """
     try:
-        folder = cache_folder() / "kernels"
+        named, own = cache_folder(), Path(platformdirs.user_cache_dir("layerskip"))
     except OSError as error:
         raise NoCompilerError(str(error)) from error
-    with contextlib.suppress(OSError):
-        if not _is_trusted(folder.stat()):
-            return folder / str(os.geteuid())
-    return folder
+    for cache in (named, own):
+        folder = cache / "kernels"
+        with contextlib.suppress(OSError):
+            if all(_is_trusted(path.stat()) for path in (cache, folder) if path.exists()):
+                return folder
+    return named / "kernels"  # which is refused
 
 
 def _is_trusted(found: os.stat_result) -> bool:
