@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,14 @@ def load_tokenizer(config: TrainConfig) -> Any:
     source = config.tokenizer or config.model
     folder, _ = pretrained(source)  # has its tokenizer unpacked
     with _failures_named(f"no tokenizer in {source}"):
-        names = ("tokenizer_config.json", "config.json", "tokenizer.json")
-        files = [cached_file(folder, n, _raise_exceptions_for_missing_entries=False) for n in names]
-        said = [read_json(Path(file)) if file else {} for file in files[:2]]
-        tokenizer = read(folder, *said, is_fast=files[2] is not None)
+
+        def file_of(name: str) -> str | None:
+            return cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
+
+        def said_by(name: str) -> Mapping[str, Any]:
+            return read_json(Path(file)) if (file := file_of(name)) else {}
+
+        tokenizer = read(folder, said_by, is_fast=file_of("tokenizer.json") is not None)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -3,7 +3,7 @@
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,11 @@ def load(path: Path, gguf_file: GgufFile | None = None) -> Any:
     """
     try:
         if any((path / name).is_file() for name in _TOKENIZER_FILES):
-            files = (path / "tokenizer_config.json", path / "config.json")
-            said = [read_json(file) if file.is_file() else {} for file in files]
-            return read(str(path), *said, is_fast=(path / "tokenizer.json").is_file())
+
+            def said_by(name: str) -> Mapping[str, Any]:
+                return read_json(path / name) if (path / name).is_file() else {}
+
+            return read(str(path), said_by, is_fast=(path / "tokenizer.json").is_file())
         return None if gguf_file is None else from_gguf(gguf_file)
     except (UnsupportedModelError, CheckpointError):
         raise
@@ -49,25 +51,23 @@ def load(path: Path, gguf_file: GgufFile | None = None) -> Any:
         raise CheckpointError(f"the tokenizer of {path} cannot be read: {error}") from error
 
 
-def read(
-    source: str, settings: Mapping[str, Any], config: Mapping[str, Any], *, is_fast: bool
-) -> Any:
+def read(source: str, said_by: Callable[[str], Mapping[str, Any]], *, is_fast: bool) -> Any:
     """The tokenizer of a folder or hub id, by transformers; no code of a checkpoint runs.
 
     Args:
         source: the folder or hub id.
-        settings: its tokenizer_config.json.
-        config: its config.json.
+        said_by: from the name of one of its files to the JSON object in it, empty where there is none.
         is_fast: whether it has a tokenizer.json.
 
     Raises:
         CheckpointError: it names a class that is no tokenizer.
     """
+    settings = said_by("tokenizer_config.json")
     if is_fast and is_as_written(settings):
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False)
-    for kind in (settings.get("tokenizer_class"), config.get("tokenizer_class")):
+    for kind in (said.get("tokenizer_class") for said in (settings, said_by("config.json"))):
         if kind is not None and not _KINDS.fullmatch(str(kind)):
             raise CheckpointError(f"the tokenizer_class of {source} is {kind!r}, which is none")
     from transformers import AutoTokenizer  # which imports all of modelling
