@@ -910,14 +910,9 @@ def test_libraries_of_other_users_are_not_loaded(empty_cache, tmp_path, monkeypa
     monkeypatch.setattr(build, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(build.platformdirs, "user_cache_dir", lambda name: str(own))
     assert build._folder() == folder
-    for others, found in (((tmp_path,), own / "kernels"), ((folder,), own / "kernels")):
-        owned = [path.stat() for path in others]
-        monkeypatch.setattr(
-            build,
-            "_is_trusted",
-            lambda stat, owned=owned: stat.st_ino not in {o.st_ino for o in owned},
-        )
-        assert build._folder() == found
+    for others in (tmp_path.stat(), folder.stat()):
+        monkeypatch.setattr(build, "_is_trusted", lambda found, others=others: found != others)
+        assert build._folder() == own / "kernels"
     monkeypatch.setattr(build, "_is_trusted", lambda stat: False)
     own.mkdir()
     assert build._folder() == folder

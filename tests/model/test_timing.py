@@ -25,9 +25,8 @@ def folder(tmp_path, monkeypatch):
     """An empty cache; gives the folder for costs."""
     monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
     monkeypatch.setattr(timing, "_known", {})
-    monkeypatch.setattr(
-        build, "target", build.target.__wrapped__
-    )  # other tests have that of theirs
+    # What it says of this folder is not to be kept for other tests.
+    monkeypatch.setattr(build, "target", build.target.__wrapped__)
     return tmp_path / "passes"
 
 

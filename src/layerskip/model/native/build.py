@@ -52,10 +52,8 @@ def prepare(announce: Callable[[str], None] = lambda text: None) -> None:
     """
     library_file = target()
     _check_owner(library_file)
-    refused, what = (
-        library_file.with_suffix(".refused"),
-        "compiling kernels for this machine (once)",
-    )
+    refused = library_file.with_suffix(".refused")
+    what = "compiling kernels for this machine (once)"
     if os.path.isfile(library_file):
         try:
             _loaded(library_file)
