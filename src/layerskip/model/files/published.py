@@ -9,23 +9,15 @@ import dataclasses
 
 from layerskip.model.files.settings import Settings
 
-
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """An exit layer E and a draft length d; None where no source gives one."""
-
-    exit_layer: int | None = None
-    draft_tokens: int | None = None
-
-
+# An exit layer E and a draft length d, as far as a source gives them.
 PUBLISHED = {
-    "facebook/layerskip-llama2-7B": Published(8, 12),  # the paper
-    "facebook/layerskip-llama2-13B": Published(15, 12),  # the paper
-    "facebook/layerskip-llama2-70B": Published(10),  # the article
-    "facebook/layerskip-codellama-7B": Published(),
-    "facebook/layerskip-codellama-34B": Published(),
-    "facebook/layerskip-llama3-8B": Published(4),  # the article
-    "facebook/layerskip-llama3.2-1B": Published(4),  # the article
+    "facebook/layerskip-llama2-7B": Settings(exit_layer=8, draft_tokens=12),  # the paper
+    "facebook/layerskip-llama2-13B": Settings(exit_layer=15, draft_tokens=12),  # the paper
+    "facebook/layerskip-llama2-70B": Settings(exit_layer=10),  # the article
+    "facebook/layerskip-codellama-7B": Settings(),
+    "facebook/layerskip-codellama-34B": Settings(),
+    "facebook/layerskip-llama3-8B": Settings(exit_layer=4),  # the article
+    "facebook/layerskip-llama3.2-1B": Settings(exit_layer=4),  # the article
 }
 
 
