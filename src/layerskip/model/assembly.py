@@ -97,22 +97,20 @@ def _scaled(factor: float) -> Change | None:
 
 
 def _norm(a: Architecture, take: Taker, name: str, scale: float = 1.0) -> Norm:
-    weight = take(f"{name}.weight", (a.hidden_size,), _norm_weight(a, scale), _norm_dtype(a))
+    weight = _norm_weight(a, take, name, a.hidden_size, scale)
     if not FAMILIES[a.family].norm_bias:
         return RMSNorm(weight, a.norm_eps)
     return LayerNorm(weight, take(f"{name}.bias", (a.hidden_size,), _scaled(scale)), a.norm_eps)
 
 
-def _norm_weight(a: Architecture, scale: float = 1.0) -> Change | None:
+def _norm_weight(a: Architecture, take: Taker, name: str, size: int, scale: float) -> Tensor:
+    """[size]; of 1 + w in float32, as transformers has it: w is small, 16 bits would round it away."""
     offset = FAMILIES[a.family].norm_offset
     if offset == 0.0:
-        return _scaled(scale)
-    return lambda weight: (weight.float() + offset) * scale
-
-
-def _norm_dtype(a: Architecture) -> torch.dtype | None:
-    """Of 1 + w float32, as transformers has it: w is small, and 16 bits would round it away."""
-    return torch.float32 if FAMILIES[a.family].norm_offset else None
+        return take(f"{name}.weight", (size,), _scaled(scale))
+    return take(
+        f"{name}.weight", (size,), lambda weight: (weight.float() + offset) * scale, torch.float32
+    )
 
 
 class _LayerBuilder:
@@ -181,11 +179,8 @@ class _LayerBuilder:
         is_by_head = self.family.qk_norm == "head"
 
         def weight_of(name: str, size: int, scale: float = 1.0) -> Tensor:
-            file_name = f"{self.prefix}{name}.weight"
-            shape = (hd if is_by_head else size,)
-            return self._turnable(
-                self.take(file_name, shape, _norm_weight(a, scale), _norm_dtype(a))
-            )
+            size = hd if is_by_head else size
+            return self._turnable(_norm_weight(a, self.take, self.prefix + name, size, scale))
 
         queries = weight_of(self.names.query_norm, self.n_queries, self.query_scale)
         keys = weight_of(self.names.key_norm, self.n_keys)
