@@ -48,7 +48,7 @@ def parts_of(name, mlp):
         for number, expert in enumerate(mlp.experts):
             yield from parts_of(f"{name}.{number}", expert)
     else:
-        yield f"{name}.in", mlp.gate_up if hasattr(mlp, "gate_up") else mlp.up
+        yield f"{name}.in", mlp.gate_up
         yield f"{name}.down", mlp.down
 
 

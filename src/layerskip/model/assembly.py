@@ -19,7 +19,7 @@ from layerskip.model.families import FAMILIES
 from layerskip.model.files.weights import Tensors
 from layerskip.model.linear import Linear
 from layerskip.model.machine import has_fast_bfloat16, leave_out_cudnn_attention
-from layerskip.model.mlp import Experts, GatedMLP, PlainMLP
+from layerskip.model.mlp import MLP, Experts
 from layerskip.model.norm import HeadNorm, LayerNorm, Norm, ProjectionNorm, RMSNorm
 from layerskip.model.taker import Change, Taker
 
@@ -205,8 +205,7 @@ class _LayerBuilder:
 
     def _one_mlp(self, inputs: Sequence[str], output: str, width: int) -> Linear:
         """A gated or plain MLP of a width; `inputs` and `output` are names of its projections."""
-        d, activation = self.a.hidden_size, self.a.activation
+        a, is_gated = self.a, self.family.is_gated
         down = self._added(output, width)
-        if self.family.is_gated:
-            return GatedMLP(self._linear(inputs, [width] * 2, d), down, activation)
-        return PlainMLP(self._linear(inputs, [width], d), down, activation)
+        gate_up = self._linear(inputs, [width, width] if is_gated else [width], a.hidden_size)
+        return MLP(gate_up, down, a.activation, is_gated=is_gated)

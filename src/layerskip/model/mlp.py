@@ -17,11 +17,16 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-class GatedMLP:
-    """down(activation(gate(x)) * up(x)); gate and up are one product."""
+class MLP:
+    """down(activation(up(x))), or gated down(activation(gate(x)) * up(x)).
 
-    def __init__(self, gate_up: Linear, down: Linear, activation: Activation) -> None:
-        self.gate_up, self.down = gate_up, down
+    `gate_up` is one product that gives gate and up side by side, or up alone.
+    """
+
+    def __init__(
+        self, gate_up: Linear, down: Linear, activation: Activation, *, is_gated: bool
+    ) -> None:
+        self.gate_up, self.down, self.is_gated = gate_up, down, is_gated
         self.activation = ACTIVATIONS[activation]
 
     @property
@@ -31,25 +36,10 @@ class GatedMLP:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, D] (and a residual [N, D]) to [N, D]."""
+        if not self.is_gated:
+            return self.down(self.activation(self.gate_up(x)), residual)
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(self.activation(gate) * up, residual)
-
-
-class PlainMLP:
-    """down(activation(up(x)))."""
-
-    def __init__(self, up: Linear, down: Linear, activation: Activation) -> None:
-        self.up, self.down = up, down
-        self.activation = ACTIVATIONS[activation]
-
-    @property
-    def weight_bytes(self) -> int:
-        """See `Linear`."""
-        return self.up.weight_bytes + self.down.weight_bytes
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[N, D] (and a residual [N, D]) to [N, D]."""
-        return self.down(self.activation(self.up(x)), residual)
 
 
 class Experts:

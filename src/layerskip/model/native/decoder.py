@@ -11,7 +11,7 @@ from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder, GoesOn, Layer
 from layerskip.model.families import FAMILIES
 from layerskip.model.linear import Matrix
-from layerskip.model.mlp import GatedMLP
+from layerskip.model.mlp import MLP
 from layerskip.model.native.build import library
 from layerskip.model.native.panels import (
     FLOATS,
@@ -298,7 +298,8 @@ class _Held:
             layer.qk_norm,
         )
         self._weights = [None if norm is None else _weight(norm) for norm in norms]
-        assert isinstance(layer.mlp, GatedMLP)
+        assert isinstance(layer.mlp, MLP)
+        assert layer.mlp.is_gated
         products = (layer.qkv, layer.attention_out, layer.mlp.gate_up, layer.mlp.down)
         self._matrices = [product for product in products if isinstance(product, PanelMatrix)]
 
