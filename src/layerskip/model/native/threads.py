@@ -46,19 +46,12 @@ def heed_forks() -> None:
 @functools.cache
 def _quota() -> int:
     """Processors that control groups may use at a time, rounded up; as many as you like without one."""
-    shares = [_share(*limit) for limit in _limits()]
-    return math.ceil(min((share for share in shares if share > 0), default=1 << 16))
+    limits = (share for share in _shares() if share > 0)  # version 1 says -1 for none
+    return math.ceil(min(limits, default=1 << 16))
 
 
-def _share(limit: str, period: str) -> float:
-    try:
-        return int(limit) / int(period)
-    except ValueError:  # "max"
-        return -1.0
-
-
-def _limits() -> Iterator[tuple[str, str]]:
-    """Time and period of the process's group and all above it, of both versions of control groups."""
+def _shares() -> Iterator[float]:
+    """Time by period of the process's group and all above it, of both versions of control groups."""
     paths = {"/"}
     with contextlib.suppress(OSError, ValueError):
         for line in _OWN_CGROUPS.read_text().splitlines():
@@ -66,11 +59,11 @@ def _limits() -> Iterator[tuple[str, str]]:
             if kinds == "" or "cpu" in kinds.split(","):
                 paths |= {path, *map(str, PurePosixPath(path).parents)}
     for path in paths:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number: there is no limit
             limit, period = (_CGROUPS / path.lstrip("/") / "cpu.max").read_text().split()
-            yield limit, period
+            yield int(limit) / int(period)
         folder = _CGROUPS / "cpu" / path.lstrip("/")
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
             quota, period = ((folder / name).read_text() for name in names)
-            yield quota, period
+            yield int(quota) / int(period)
