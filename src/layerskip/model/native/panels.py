@@ -64,7 +64,7 @@ class PanelMatrix:
         self,
         kind: int,
         shape: tuple[int, int],
-        panels: tuple[Tensor, Tensor | None, Tensor | None],
+        panels: Sequence[Tensor | None],
         bias: Tensor | None,
     ) -> None:
         self._library = library()
@@ -117,12 +117,7 @@ class PanelMatrix:
             some = (panels[rows // LANES, :, rows % LANES] for rows in index.split(_MOVED_ROWS))
             return _panels(some, len(index))
 
-        data, scales, offsets = self._held
-        held = (
-            picked(data),
-            None if scales is None else picked(scales),
-            None if offsets is None else picked(offsets),
-        )
+        held = [None if panels is None else picked(panels) for panels in self._held]
         matrix = PanelMatrix.__new__(PanelMatrix)
         bias = None if self._bias is None else self._bias[index]
         matrix._hold(self._kind, (len(index), self.shape[1]), held, bias)
