@@ -147,12 +147,22 @@ def test_ignoring_the_end():
         (None, False, [Step((1,))] * 3, 3 * 44),
         (3, False, [Step((1,))], 34),
         # Three drafted: layer 1 four times, the head three times; then layers 2-4 and the head.
-        (1, True, [Step((1, 2), 3, 1, "early-exit")], 4 * 10 + 3 * 4 + 30 + 4),
+        (1, True, [Step((1, 2), 3, 1, "early-exit", from_exit=3)], 4 * 10 + 3 * 4 + 30 + 4),
         # The same, and a fourth token that was left out as unsure: the head once more.
-        (1, True, [Step((1, 2), 3, 1, "early-exit", refused=1)], 4 * 10 + 4 * 4 + 30 + 4),
+        (
+            *(1, True, [Step((1, 2), 3, 1, "early-exit", from_exit=3, refused=1)]),
+            4 * 10 + 4 * 4 + 30 + 4,
+        ),
         # The answer ended with its second token: three were drafted all the same.
-        (1, True, [Step((1, 2, 3, 4), 3, 3, "early-exit").first(2)], 4 * 10 + 3 * 4 + 30 + 4),
-        (1, True, [Step((1, 2, 3), 4, 2, "early-exit", followed=1).first(1)], 4 * 10 + 3 * 4 + 34),
+        (
+            *(1, True, [Step((1, 2, 3, 4), 3, 3, "early-exit", from_exit=3).first(2)]),
+            4 * 10 + 3 * 4 + 30 + 4,
+        ),
+        # So were three of which the answer has one, with an n-gram behind them.
+        (
+            *(1, True, [Step((1, 2, 3), 4, 2, "early-exit", from_exit=3).first(1)]),
+            4 * 10 + 3 * 4 + 34,
+        ),
         # Nothing drafted: a plain pass in two parts.
         (1, True, [Step((1,), 0, 0, "early-exit")], 44),
         # Drafts from the text cost nothing: a pass.
@@ -167,7 +177,7 @@ def test_bytes_of_weights_that_are_read(exit_layer, drafting, steps, read):
 
 def test_a_draft_vocabulary_reads_a_part_of_the_head():
     decoder = model().decoder  # with 300 tokens; a head of 4 bytes
-    step = Step((1, 2), 3, 1, "early-exit")
+    step = Step((1, 2), 3, 1, "early-exit", from_exit=3)
     options = {"exit_layer": 1, "drafting": True, "draft_vocabulary": 100}
     assert weight_bytes_read(decoder, [step], **options) == 4 * 10 + 3 * 4 / 3 + 30 + 4
 

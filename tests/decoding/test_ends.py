@@ -121,7 +121,7 @@ def test_nothing_is_drafted_beyond_the_end(at, options):
     made = model.generate([0], exit_layer=LAYERS - 1, draft_from="early-exit", **options)
     assert made.token_ids == answer[: at + 1]
     assert max(step.accepted for step in made.steps) >= 3
-    assert [step.beyond for step in made.steps if step.beyond] == []
+    assert [step for step in made.steps if step.from_exit > step.drafted] == []
 
 
 def test_text_held_back_for_a_stop_string_comes_at_the_end():

@@ -46,12 +46,12 @@ def test_an_end_inside_an_accepted_draft_counts_what_was_kept():
     """Tokens 1-4 are drafted and right, but 2 is the end: two of two count, no own token follows."""
     model = scripted_model([*encode("ab"), END, *encode("cdefgh")])
     made = model.generate([0], mode="self-speculative", exit_layer=2, draft_tokens=4)
-    assert made.steps[-1] == Step(tuple(made.token_ids[1:]), 2, 2, "early-exit", beyond=2)
+    assert made.steps[-1] == Step(tuple(made.token_ids[1:]), 2, 2, "early-exit", from_exit=4)
     assert (made.rounds, made.accepted, made.mean_accepted_length) == (1, 2, 2.0)
     assert (made.acceptance_rate, made.accepted_by_position) == (1.0, [1.0, 1.0])
     model = scripted_model(encode("abSTOPcd"))
     made = model.generate([0], mode="self-speculative", exit_layer=2, draft_tokens=7, stop="STOP")
-    assert made.steps[-1] == Step(tuple(encode("bSTOP")), 5, 5, "early-exit", beyond=2)
+    assert made.steps[-1] == Step(tuple(encode("bSTOP")), 5, 5, "early-exit", from_exit=7)
 
 
 def test_an_end_that_is_the_models_own_leaves_the_round_whole():
@@ -59,18 +59,20 @@ def test_an_end_that_is_the_models_own_leaves_the_round_whole():
     model = scripted_model([*encode("ab"), END, *encode("cdefgh")], misses={2})
     made = model.generate([0], mode="self-speculative", exit_layer=2, draft_tokens=4)
     wrong = (END + 1, *encode("cd"))
-    assert made.steps[-1] == Step(tuple(made.token_ids[1:]), 4, 1, "early-exit", wrong)
+    own = tuple(made.token_ids[1:])
+    assert made.steps[-1] == Step(own, 4, 1, "early-exit", wrong, from_exit=4)
     assert made.acceptance_rate == 1 / 4
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_a_step_cut_short(n):
     """Three tokens, two of six drafted ones among them; the cut at the third token is none."""
-    step = Step((7, 8, 9), drafted=6, accepted=2, source="early-exit", rejected=(1, 2, 3, 4))
-    short = Step((7, 8)[:n], drafted=n, accepted=n, source="early-exit", beyond=6 - n)
+    early = {"source": "early-exit", "from_exit": 6}
+    step = Step((7, 8, 9), drafted=6, accepted=2, rejected=(1, 2, 3, 4), **early)
+    short = Step((7, 8)[:n], drafted=n, accepted=n, **early)
     assert step.first(n) == (step if n >= 3 else short)
     assert step.first(2).first(1) == step.first(1)
-    assert dataclasses.replace(step, source="n-gram").first(n).beyond == 0
+    assert dataclasses.replace(step, source="n-gram", from_exit=0).first(n).from_exit == 0
 
 
 @pytest.mark.parametrize("mode", [{"mode": "plain"}, {"mode": "early-exit", "exit_layer": 2}])

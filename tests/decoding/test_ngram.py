@@ -188,25 +188,32 @@ def following(exit_layer):
     )
 
 
+def followed(made):
+    """The steps in whose draft n-grams stand behind what an early exit drafted."""
+    return [step for step in made if step.source == "early-exit" and step.drafted > step.from_exit]
+
+
 @pytest.mark.parametrize(("exit_layer", "upper"), [(1, 0.02), (LAYERS - 1, 0.02), (1, 0.3)])
 def test_ngrams_follow_a_draft_and_the_answer_stays(exit_layer, upper, monkeypatch):
     monkeypatch.setattr(DraftLength, "_drafting_on", lambda *_: 0.0)
     decoder = tiny_decoder("llama3.1", upper=upper)
-    followed = 0
+    found = []
     for seed in range(3):
         prompt = random_prompt(decoder, 8, seed) * 3
         made = steps(decoder, prompt, following(exit_layer), n=60)
         assert [t for step in made for t in step.tokens] == ids(decoder, prompt, PLAIN, n=60)
         for step in made:
-            assert 0 <= step.followed <= step.drafted
-            assert not (step.followed and step.source == "n-gram")
-        followed += sum(step.followed for step in made)
-    assert followed > 0
+            assert 0 <= step.from_exit <= step.drafted
+            assert not (step.from_exit and step.source == "n-gram")
+        found += followed(made)
+    assert found
 
 
 def test_a_cut_step_has_what_is_left_of_the_tokens_that_followed():
-    step = Step((1, 2, 3, 4, 5), drafted=5, accepted=4, source="early-exit", followed=3)
-    assert [step.first(n).followed for n in (1, 2, 3, 4, 5)] == [0, 0, 1, 2, 3]
+    step = Step((1, 2, 3, 4, 5), drafted=5, accepted=4, source="early-exit", from_exit=2)
+    cuts = [step.first(n) for n in (1, 2, 3, 4, 5)]
+    assert [cut.drafted for cut in cuts] == [1, 2, 3, 4, 5]
+    assert [cut.from_exit for cut in cuts] == [2] * 5  # whose time was spent all the same
 
 
 def test_without_a_match_nothing_is_drafted():
@@ -245,7 +252,7 @@ def test_sampled_tokens_that_follow_a_draft_have_the_models_distribution(monkeyp
     likely = ids(decoder, prompt, PLAIN, n=3)[2]
     monkeypatch.setattr(NgramIndex, "propose", lambda self, n, drafted=(): (5, [likely] * n))
     made = steps(decoder, prompt, following(1), n=4, sampling=sampling, seed=0)
-    assert any(step.followed for step in made)
+    assert followed(made)
     plain = answers(decoder, prompt, PLAIN, sampling, 4)
     assert_same_distribution(plain, answers(decoder, prompt, following(1), sampling, 4))
 

@@ -75,15 +75,14 @@ def test_rounds_and_rates_of_a_written_agreement():
     c = Continuation(
         prompt_tokens=3, token_ids=list(range(8)), limit=9, agreement={1: marks, 2: [False] * 7}
     )
-    early = {"source": "early-exit"}
-    assert replay(c, 1, 2) == [
-        Step((1, 2, 3), drafted=2, accepted=2, **early),
-        Step((4, 5, 6), drafted=2, accepted=2, **early),
-        Step((7,), drafted=1, accepted=1, **early),
-    ]
-    assert replay(c, 1, 4)[0] == Step((1, 2, 3), drafted=4, accepted=2, **early)
+
+    def early(tokens, drafted, accepted):
+        return Step(tokens, drafted, accepted, "early-exit", from_exit=drafted)
+
+    assert replay(c, 1, 2) == [early((1, 2, 3), 2, 2), early((4, 5, 6), 2, 2), early((7,), 1, 1)]
+    assert replay(c, 1, 4)[0] == early((1, 2, 3), drafted=4, accepted=2)
     assert replay(c, 2, 4) == [
-        Step((i,), drafted=min(4, 9 - i - 1), accepted=0, **early) for i in range(1, 8)
+        early((i,), drafted=min(4, 9 - i - 1), accepted=0) for i in range(1, 8)
     ]
     assert agreement_rate([c], 1) == 6 / 7
     assert agreement_rate([c, c], 2) == 0

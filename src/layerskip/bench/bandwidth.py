@@ -65,9 +65,8 @@ def weight_bytes_read(
     share = min(draft_vocabulary or size, size) / size
     total = 0
     for step in steps:
-        n = 0 if step.source == "n-gram" else step.drafted - step.followed + step.beyond
-        scored = n + step.refused
-        total += (n + 1) * exit_at * layer + round(scored * head * share) + head
+        scored = step.from_exit + step.refused
+        total += (step.from_exit + 1) * exit_at * layer + round(scored * head * share) + head
         if drafting:
             total += (len(decoder.layers) - exit_at) * layer
     return total

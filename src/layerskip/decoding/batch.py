@@ -127,7 +127,7 @@ class Batch:
         if length is not None and n:
             length.learn(n, counts)
         steps = [
-            Step((*row[:count], row[-2]), n, count, draft.source, rejected=tuple(row[count:n]))
+            Step((*row[:count], row[-2]), n, count, draft.source, tuple(row[count:n]), from_exit=n)
             for row, count in zip(rows, counts, strict=True)
         ]
         return steps, following

@@ -27,8 +27,8 @@ class Draft:
             step, since nothing was drafted.
         start: how many layers have seen these positions: E where the early exit drafted, else 0.
         source: the drafter that was asked, or "model" where none was.
-        followed: the last so many tokens were not drafted by `source`, but follow it as n-grams.
-        refused: how many more tokens were drafted, and left out as unsure.
+        from_exit: how many of the tokens an early exit drafted; n-grams may follow them.
+        refused: how many more it drafted, which were left out as unsure.
     """
 
     tokens: Tensor
@@ -36,7 +36,7 @@ class Draft:
     states: Tensor | None
     start: int
     source: str
-    followed: int = 0
+    from_exit: int = 0
     refused: int = 0
 
 
@@ -161,7 +161,7 @@ class EarlyExitDrafter:
             states=states,
             start=self.exit_layer,
             source=self.source,
-            followed=len(behind),
+            from_exit=tokens.shape[1] - len(behind),
             refused=len(self._refused),
         )
 

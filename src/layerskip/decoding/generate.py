@@ -233,7 +233,7 @@ class _Session:
                 self.history.extend(torch.cat([draft.tokens[:, :count], last], dim=1))
             drafter.settle(tokens, count)
             rejected = tuple(drafted[count:])
-            more = (draft.followed, draft.refused)
+            more = (draft.from_exit, draft.refused)
             yield Step(tokens, len(drafted), count, draft.source, rejected, *more)
 
     def _drafter(self) -> Drafter:

@@ -16,9 +16,9 @@ class Step:
         accepted: how many leading drafted tokens the model agreed with.
         source: the drafter that was asked, or "model" where none was.
         rejected: the other drafted tokens: the one that the model corrected, and those after it.
-        followed: the last so many drafted tokens were n-grams behind an early exit's draft.
-        refused: how many more tokens were drafted and left out as unsure.
-        beyond: how many more an early exit drafted, for what would have come after the answer's end.
+        from_exit: how many tokens an early exit drafted, wherever the answer ends. What else was
+            drafted was n-grams, behind these or in their place.
+        refused: how many more it drafted, which were left out as unsure.
     """
 
     tokens: tuple[int, ...]
@@ -26,9 +26,8 @@ class Step:
     accepted: int = 0
     source: str = "model"
     rejected: tuple[int, ...] = ()
-    followed: int = 0
+    from_exit: int = 0
     refused: int = 0
-    beyond: int = 0
 
     def first(self, n: int) -> "Step":
         """The step cut to its first n tokens, where the answer ends inside it.
@@ -38,18 +37,12 @@ class Step:
         """
         if n >= len(self.tokens):
             return self
-        drafted, accepted = min(self.drafted, n), min(self.accepted, n)
-        followed = max(self.followed - (self.drafted - drafted), 0)
-        early = self.source != "n-gram"
-        beyond = self.beyond + early * (self.drafted - self.followed - (drafted - followed))
-        return Step(
-            self.tokens[:n],
-            drafted,
-            accepted,
-            self.source,
-            followed=followed,
-            refused=self.refused,
-            beyond=beyond,
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[:n],
+            drafted=min(self.drafted, n),
+            accepted=min(self.accepted, n),
+            rejected=(),
         )
 
 

@@ -102,7 +102,7 @@ def replay(continuation: Continuation, exit_layer: int, draft_tokens: int) -> li
         accepted = min(agrees[produced - 1], drafted)
         tokens = answer[produced : produced + accepted + 1]
         source = EarlyExitDrafter.source if drafted else Step.source  # without drafts: a plain step
-        step = Step(tokens, drafted=drafted, accepted=accepted, source=source)
+        step = Step(tokens, drafted, accepted, source, from_exit=drafted)
         rounds.append(step.first(n - produced))
         produced += len(rounds[-1].tokens)
     return rounds
