@@ -120,16 +120,11 @@ class Batch:
         length = self._length
         n = self._plan.draft_tokens if length is None else length.choose(len(self._rows))
         n = min(n, min(self._endings[prompt].room for prompt in self._rows) - 1)
-        draft, following, rows = speculate(
+        _, following, steps = speculate(
             self._decoder, drafter, last, n, self._cache, self._sampling, self._generator
         )
-        counts = [row[-1] for row in rows]
         if length is not None and n:
-            length.learn(n, counts)
-        steps = [
-            Step((*row[:count], row[-2]), n, count, draft.source, tuple(row[count:n]), from_exit=n)
-            for row, count in zip(rows, counts, strict=True)
-        ]
+            length.learn(n, [step.accepted for step in steps])
         return steps, following
 
     def _prefill(self, n_layers: int) -> Tensor:

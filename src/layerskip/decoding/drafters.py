@@ -11,6 +11,7 @@ from torch import Tensor
 from layerskip.decoding.draft_length import DraftLength
 from layerskip.decoding.sampling import Sampling, TokenHistory, pick
 from layerskip.decoding.short_head import ShortHead
+from layerskip.decoding.step import Step
 from layerskip.model import Decoder, GoesOn, KVCache, read_draft
 
 
@@ -38,6 +39,12 @@ class Draft:
     source: str
     from_exit: int = 0
     refused: int = 0
+
+    def step(self, row: Sequence[int]) -> Step:
+        """The step of a row: its d drafted tokens, the model's own, and how many drafted ones stand."""
+        *drafted, own, count = row
+        more = (tuple(drafted[count:]), self.from_exit, self.refused)
+        return Step((*drafted[:count], own), len(drafted), count, self.source, *more)
 
 
 def no_draft(last: Tensor) -> Draft:

@@ -131,7 +131,7 @@ def speculate(
     sampling: Sampling,
     generator: torch.Generator | None,
     history: TokenHistory | None = None,
-) -> tuple[Draft, Tensor, list[list[int]]]:
+) -> tuple[Draft, Tensor, list[Step]]:
     """One round: draft with layers [0, E), verify with [E, L), keep the agreeing prefix (section 4.3).
 
     Args:
@@ -145,8 +145,7 @@ def speculate(
         history: for the repetition penalty, or None.
 
     Returns:
-        The draft of d tokens, the model's own token after what is kept [B, 1], and of each row the d
-        drafted tokens, its own token, and how many of the drafted ones are kept.
+        The draft, the model's own token after what is kept [B, 1], and the step of each row.
     """
     settled = cache.lengths.clone()
     draft = drafter.draft(last, n, cache, history, generator)
@@ -154,7 +153,7 @@ def speculate(
         following = plain_step(
             decoder, last, len(decoder.layers), cache, sampling, generator, history
         )
-        return draft, following, [[token, 0] for token in following[:, 0].tolist()]
+        return draft, following, [draft.step([token, 0]) for token in following[:, 0].tolist()]
     cache.lengths.copy_(settled)
     hidden = decoder.run(draft.states, draft.start, len(decoder.layers), cache)
     drafted, q = draft.tokens, draft.probabilities
@@ -163,7 +162,7 @@ def speculate(
     # One synchronisation with the device a round.
     rows: list[list[int]] = torch.cat([drafted, following, accepted[:, None]], dim=1).tolist()
     cache.lengths += torch.tensor([row[-1] for row in rows], device="cpu") + 1
-    return draft, following, rows
+    return draft, following, [draft.step(row) for row in rows]
 
 
 def check_numbers(hidden: Tensor) -> None:
@@ -224,17 +223,13 @@ class _Session:
         yield Step((first,))
         while True:
             n = min(draft_tokens, self.ending.room - 1)
-            draft, last, rows = speculate(
+            draft, last, (step,) = speculate(
                 decoder, drafter, last, n, cache, self.sampling, self.generator, self.history
             )
-            *drafted, own, count = rows[0]
-            tokens = (*drafted[:count], own)
             if self.history is not None:  # by tokens that are on the device already
-                self.history.extend(torch.cat([draft.tokens[:, :count], last], dim=1))
-            drafter.settle(tokens, count)
-            rejected = tuple(drafted[count:])
-            more = (draft.from_exit, draft.refused)
-            yield Step(tokens, len(drafted), count, draft.source, rejected, *more)
+                self.history.extend(torch.cat([draft.tokens[:, : step.accepted], last], dim=1))
+            drafter.settle(step.tokens, step.accepted)
+            yield step
 
     def _drafter(self) -> Drafter:
         plan, decoder, pace = self.plan, self.decoder, Pace()
