@@ -389,7 +389,8 @@ def test_a_draft_is_passes_and_choices(cap, kind, tmp_path):
     cache.lengths += 2
     head = ShortHead.of(decoder, (5, 80, 9), [3])
     every = torch.arange(decoder.architecture.vocab_size)
-    drafts = (decoder.draft, every), (partial(head.draft, decoder), head.token_ids)
+    short = partial(decoder.draft, short=head.short, token_ids=head.token_ids)
+    drafts = (decoder.draft, every), (short, head.token_ids)
     for draft, ids_ in (*drafts, drafts[0]):
         states, drafted = draft(tokens, 3, 2, cache)
         assert cache.lengths.tolist() == [5, 5]

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -188,8 +187,9 @@ class EarlyExitDrafter:
         """
         decoder, head, sampling = self.decoder, self.head, self.sampling
         if sampling.greedy and history is None:
-            draft = decoder.draft if head is None else partial(head.draft, decoder)
-            return *draft(last, n, self.exit_layer, cache, goes_on=goes_on), []
+            short = None if head is None else head.short
+            ids = None if head is None else head.token_ids
+            return *decoder.draft(last, n, self.exit_layer, cache, short, ids, goes_on), []
         states, tokens, chosen_from = list[Tensor](), [last], list[Tensor]()
         seen = None if history is None else history.before(last[:, :0])
         for _ in range(n):

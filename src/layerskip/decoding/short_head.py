@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from layerskip.model import Decoder, GoesOn, KVCache
+from layerskip.model import Decoder
 
 # The last lists of each decoder and their heads: answers of one model share them.
 _MADE: "weakref.WeakKeyDictionary[Decoder, tuple[tuple[tuple[int, ...], ShortHead], ...]]" = (
@@ -30,6 +30,7 @@ class ShortHead:
 
     Attributes:
         token_ids: [n] int64, which token each logit is of.
+        short: the decoder with this head (see `Decoder.with_short_head`).
     """
 
     def __init__(self, decoder: Decoder, token_ids: Iterable[int]) -> None:
@@ -37,7 +38,7 @@ class ShortHead:
         self._known: tuple[frozenset[int], ...] = (known,)
         self.token_ids = torch.tensor(sorted(known), device=decoder.device)
         self._vocab_size = decoder.architecture.vocab_size
-        self._short = decoder.with_short_head(self.token_ids)
+        self.short = decoder.with_short_head(self.token_ids)
 
     @classmethod
     def of(
@@ -69,24 +70,12 @@ class ShortHead:
         more, both = ShortHead(decoder, new), copy.copy(self)
         both._known = (*self._known, new)
         both.token_ids = torch.cat([self.token_ids, more.token_ids])
-        both._short = self._short.beside(more._short)
+        both.short = self.short.beside(more.short)
         return both
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [B, T, D] to logits of the tokens kept [B, T, n]."""
-        return self._short.logits(hidden)
-
-    def draft(
-        self,
-        decoder: Decoder,
-        last: Tensor,
-        n: int,
-        exit_layer: int,
-        cache: KVCache,
-        goes_on: GoesOn | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`Decoder.draft` with this head as the exit; what it chooses are tokens, not places."""
-        return decoder.draft(last, n, exit_layer, cache, self._short, self.token_ids, goes_on)
+        return self.short.logits(hidden)
 
     @property
     def share(self) -> float:
