@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from layerskip.bench.environment import environment_of
@@ -139,43 +140,38 @@ def tune(
         exits=layers,
         max_draft_tokens=max_draft_tokens,
         sweeps=sweeps,
-        progress=lambda done, total: progress("timing the parts of a round", done, total),
+        progress=partial(progress, "timing the parts of a round"),
     )
     predictions = predict(costs, continuations, max_draft_tokens)
     plain = predict_plain(costs, continuations)
 
+    def measured(systems: Sequence[OwnSystem], what: str) -> list[Row]:
+        entries = measure(
+            systems, useful, max_new_tokens=max_new_tokens, progress=partial(progress, what)
+        )
+        return [row(entry, plain=entries[0].runs) for entry in entries]
+
     def run_for_real(some: Sequence[Prediction], what: str) -> list[Row]:
         system = OwnSystem(model, [Setting(mode="plain"), *map(_setting, some)], stop=stop)
-        entries = measure(
-            [system],
-            useful,
-            max_new_tokens=max_new_tokens,
-            progress=lambda done, total: progress(what, done, total),
-        )
         predicted = [plain, *(p.tokens_per_s for p in some)]
         return [
-            _with_prediction(row(entry, plain=entries[0].runs), tokens_per_s, plain)
-            for entry, tokens_per_s in zip(entries, predicted, strict=True)
+            _with_prediction(found, tokens_per_s, plain)
+            for found, tokens_per_s in zip(measured([system], what), predicted, strict=True)
         ]
 
     best, grid_rows = predictions[:CANDIDATES], None
     if grid:
         grid_rows = run_for_real(predictions, "running every pair")
         pairs = zip(predictions, grid_rows[1:], strict=True)
-        measured = sorted(pairs, key=lambda pair: float(pair[1]["speedup"]), reverse=True)
-        best = [prediction for prediction, _ in measured[:CANDIDATES]]
+        fastest = sorted(pairs, key=lambda pair: float(pair[1]["speedup"]), reverse=True)
+        best = [prediction for prediction, _ in fastest[:CANDIDATES]]
     confirmed = run_for_real(best, "confirming the best by real runs")
     vocabulary = draft_vocabulary(texts, model)
     other_text = text_without((c.token_ids for c in continuations), model.settings.draft_text)
     fixed = choose(confirmed)
     lengths = _best_lengths(best, fixed)
-    plain_entry, *entries = measure(
-        _auto_systems(model, costs, lengths, vocabulary, other_text, stop),
-        useful,
-        max_new_tokens=max_new_tokens,
-        progress=lambda done, total: progress("trying mode auto", done, total),
-    )
-    auto_rows = [row(entry, plain=plain_entry.runs) for entry in (plain_entry, *entries)]
+    systems = _auto_systems(model, costs, lengths, vocabulary, other_text, stop)
+    auto_rows = measured(systems, "trying mode auto")
     choice = choose_auto(fixed, auto_rows[1:], lengths)
     exit_layer = choice.exit_layer or fixed.exit_layer or best[0].exit_layer
     return Tuning(
