@@ -120,7 +120,7 @@ class Batch:
         length = self._length
         n = self._plan.draft_tokens if length is None else length.choose(len(self._rows))
         n = min(n, min(self._endings[prompt].room for prompt in self._rows) - 1)
-        _, following, steps = speculate(
+        following, steps = speculate(
             self._decoder, drafter, last, n, self._cache, self._sampling, self._generator
         )
         if length is not None and n:

@@ -10,7 +10,7 @@ from torch import Tensor
 from layerskip.decoding.accept import accept
 from layerskip.decoding.draft_costs import DraftCosts
 from layerskip.decoding.draft_length import DraftLength, NgramLength
-from layerskip.decoding.drafters import Draft, Drafter, EarlyExitDrafter
+from layerskip.decoding.drafters import Drafter, EarlyExitDrafter
 from layerskip.decoding.ngram import DraftText, NgramDrafter
 from layerskip.decoding.pace import Pace
 from layerskip.decoding.policy import Plan
@@ -119,6 +119,8 @@ def plain_step(
         seen = None if history is None else history.before(last[:, :0])
         following = next_token(decoder, hidden, sampling, generator, seen)
     cache.lengths += 1
+    if history is not None:
+        history.extend(following)
     return following
 
 
@@ -131,7 +133,7 @@ def speculate(
     sampling: Sampling,
     generator: torch.Generator | None,
     history: TokenHistory | None = None,
-) -> tuple[Draft, Tensor, list[Step]]:
+) -> tuple[Tensor, list[Step]]:
     """One round: draft with layers [0, E), verify with [E, L), keep the agreeing prefix (section 4.3).
 
     Args:
@@ -142,10 +144,10 @@ def speculate(
         cache: its lengths are moved on by what each row keeps.
         sampling: of the answers.
         generator: source of randomness for sampling.
-        history: for the repetition penalty, or None.
+        history: for the repetition penalty, of one row, which is moved on too; or None.
 
     Returns:
-        The draft, the model's own token after what is kept [B, 1], and the step of each row.
+        The model's own token after what is kept [B, 1], and the step of each row.
     """
     settled = cache.lengths.clone()
     draft = drafter.draft(last, n, cache, history, generator)
@@ -153,7 +155,7 @@ def speculate(
         following = plain_step(
             decoder, last, len(decoder.layers), cache, sampling, generator, history
         )
-        return draft, following, [draft.step([token, 0]) for token in following[:, 0].tolist()]
+        return following, [draft.step([token, 0]) for token in following[:, 0].tolist()]
     cache.lengths.copy_(settled)
     hidden = decoder.run(draft.states, draft.start, len(decoder.layers), cache)
     drafted, q = draft.tokens, draft.probabilities
@@ -162,7 +164,9 @@ def speculate(
     # One synchronisation with the device a round.
     rows: list[list[int]] = torch.cat([drafted, following, accepted[:, None]], dim=1).tolist()
     cache.lengths += torch.tensor([row[-1] for row in rows], device="cpu") + 1
-    return draft, following, [draft.step(row) for row in rows]
+    if history is not None:  # by tokens that are on the device already
+        history.extend(torch.cat([drafted[:, : rows[0][-1]], following], dim=1))
+    return following, [draft.step(row) for row in rows]
 
 
 def check_numbers(hidden: Tensor) -> None:
@@ -210,8 +214,6 @@ class _Session:
             yield Step((int(token),))
             how = (self.sampling, self.generator, self.history)
             token = plain_step(self.decoder, token, n_layers, self.cache, *how)
-            if self.history is not None:
-                self.history.extend(token)
 
     def _self_speculative(self, draft_tokens: int) -> Iterator[Step]:
         """Rounds of `speculate`."""
@@ -223,11 +225,9 @@ class _Session:
         yield Step((first,))
         while True:
             n = min(draft_tokens, self.ending.room - 1)
-            draft, last, (step,) = speculate(
+            last, (step,) = speculate(
                 decoder, drafter, last, n, cache, self.sampling, self.generator, self.history
             )
-            if self.history is not None:  # by tokens that are on the device already
-                self.history.extend(torch.cat([draft.tokens[:, : step.accepted], last], dim=1))
             drafter.settle(step.tokens, step.accepted)
             yield step
 
