@@ -1,6 +1,7 @@
 """The step loop: plain, early exit, and self-speculative decoding of one prompt."""
 
 import contextlib
+import dataclasses
 from collections.abc import Collection, Generator, Iterator, Sequence
 from typing import TypeVar
 
@@ -73,7 +74,11 @@ def _until_the_end(
         cache = decoder.new_cache(capacity)
     else:
         cache = prefix.cache_for(decoder, prompt, capacity, n_layers, ending)
-    session = _Session(decoder, prompt, plan, sampling, ending, cache=cache, seed=seed)
+    ids = torch.tensor([list(prompt)], device=decoder.device)
+    size = decoder.architecture.vocab_size
+    history = TokenHistory(ids, size) if sampling.repetition_penalty != 1.0 else None
+    generator = None if sampling.greedy else seeded_generator(decoder.device, seed)
+    session = _Session(decoder, plan, sampling, ending, ids, cache, history, generator)
     known = list(prompt)
     try:
         for step in outside_autocast(decoder.device, session.steps()):
@@ -175,30 +180,18 @@ def check_numbers(hidden: Tensor) -> None:
         raise ValueError(NO_NUMBERS)
 
 
+@dataclasses.dataclass
 class _Session:
     """The state of one generation: one cache, one history, one source of randomness."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        prompt: Sequence[int],
-        plan: Plan,
-        sampling: Sampling,
-        ending: Ending,
-        *,
-        cache: KVCache,
-        seed: int | None,
-    ) -> None:
-        self.decoder, self.plan, self.sampling = decoder, plan, sampling
-        self.ending = ending  # nothing is drafted beyond it
-        self.prompt = torch.tensor([list(prompt)], device=decoder.device)
-        self.cache = cache
-        self.history = (
-            TokenHistory(self.prompt, decoder.architecture.vocab_size)
-            if sampling.repetition_penalty != 1.0
-            else None
-        )
-        self.generator = None if sampling.greedy else seeded_generator(decoder.device, seed)
+    decoder: Decoder
+    plan: Plan
+    sampling: Sampling
+    ending: Ending  # nothing is drafted beyond it
+    prompt: Tensor  # [1, n]
+    cache: KVCache
+    history: TokenHistory | None
+    generator: torch.Generator | None
 
     def steps(self) -> Iterator[Step]:
         """Yield steps without end; each has to go through `Ending.cut` before the next one."""
