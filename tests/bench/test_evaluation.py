@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from layerskip.bench.evaluation import Metric, Row, rows_of, scoring_exit
+from layerskip.bench.evaluation import Metric, Row, rows_of
 from layerskip.bench.exit_plot import plot_exits
 from layerskip.decoding import Plan
 from layerskip.model import Settings
@@ -51,12 +51,6 @@ def test_auto_is_a_row_of_its_own_name():
         ("auto", True),
         ("self-speculative", False),
     ]
-
-
-def test_the_exit_with_the_last_word():
-    assert scoring_exit(Plan(mode="early-exit", exit_layer=3), 30) == 3
-    assert scoring_exit(Plan(mode="self-speculative", exit_layer=3, draft_tokens=2), 30) == 30
-    assert scoring_exit(Plan(mode="plain"), 30) == 30
 
 
 def test_rows_for_json():

@@ -204,6 +204,12 @@ def test_a_batch_without_an_exit_is_plain():
     assert for_batch(alone, ScriptedDecoder([1]), SILENT, [8, 8]) == PLAIN
 
 
+def test_the_exit_with_the_last_word():
+    assert early(3).final_exit(L) == 3
+    assert speculative(3, 2).final_exit(L) == L
+    assert PLAIN.final_exit(L) == L
+
+
 def test_options_choose_the_same_plan_again():
     for settings in (SILENT, TUNED, SHORT):
         plan = choose("auto", None, None, settings=settings, n_layers=L)

@@ -102,8 +102,3 @@ def rows_of(
             if all(row.plan != plan for row in found):
                 found.append(Row(plan, asked=mode))
     return found
-
-
-def scoring_exit(plan: Plan, n_layers: int) -> int:
-    """The exit that judges given tokens: E in early exit; the last layer where it has the last word."""
-    return plan.exit_layer if plan.mode == "early-exit" and plan.exit_layer else n_layers

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from layerskip.bench.evaluation import Row, scoring_exit
+from layerskip.bench.evaluation import Row
 from layerskip.bench.likelihood import Passage, Progress, Score, score_passages
 from layerskip.bench.perplexity import windows
 from layerskip.decoding import LayerSkipModel, Plan
@@ -76,7 +76,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
         self.row = row
         self._model, self._scores, self._progress = model, scores, progress
         self._max_length, self._seed = max_length, seed
-        self._exit = scoring_exit(row.plan, len(model.decoder.layers))
+        self._exit = row.plan.final_exit(len(model.decoder.layers))
 
     @property
     def eot_token_id(self) -> int:

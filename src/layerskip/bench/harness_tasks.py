@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from layerskip.bench.evaluation import Metric, Row, scoring_exit
+from layerskip.bench.evaluation import Metric, Row
 from layerskip.bench.harness import HarnessModel, SharedScores
 from layerskip.bench.likelihood import Progress
 from layerskip.decoding import LayerSkipModel
@@ -62,7 +62,7 @@ def evaluate_tasks(
     limit_length = model.decoder.architecture.max_context
     manager, names = _find(tasks, include_path)
     loaded = _load(manager, names, num_fewshot, seed)
-    exits = {scoring_exit(row.plan, len(model.decoder.layers)) for row in rows}
+    exits = {row.plan.final_exit(len(model.decoder.layers)) for row in rows}
     scores = SharedScores(model, exits, batch_size)
     found: dict[str, Any] = {}
     for row in rows:

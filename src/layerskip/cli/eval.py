@@ -228,7 +228,7 @@ def _add_perplexity(
     batch_size: int,
     report: Report,
 ) -> None:
-    exits = {id(row): evaluation.scoring_exit(row.plan, len(model.decoder.layers)) for row in rows}
+    exits = {id(row): row.plan.final_exit(len(model.decoder.layers)) for row in rows}
     found = perplexity(
         model,
         text,

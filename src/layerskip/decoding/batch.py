@@ -98,9 +98,8 @@ class Batch:
 
     def _rounds(self) -> Iterator[list[Step]]:
         """The next step of every row; those that have ended meanwhile leave before the next round."""
-        whole = len(self._decoder.layers)
-        layers = self._plan.exit_layer if self._plan.mode == "early-exit" else whole
-        last = self._prefill(layers or whole)
+        n_layers = self._plan.final_exit(len(self._decoder.layers))
+        last = self._prefill(n_layers)
         steps = [Step((token,)) for token in last[:, 0].tolist()]
         while True:
             yield steps
@@ -111,7 +110,7 @@ class Batch:
                 steps, last = self._round(self._drafter, last)
             else:
                 how = (self._cache, self._sampling, self._generator)
-                last = plain_step(self._decoder, last, layers or whole, *how)
+                last = plain_step(self._decoder, last, n_layers, *how)
                 steps = [Step((token,)) for token in last[:, 0].tolist()]
 
     def _round(self, drafter: EarlyExitDrafter, last: Tensor) -> tuple[list[Step], Tensor]:

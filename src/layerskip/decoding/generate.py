@@ -69,7 +69,7 @@ def _until_the_end(
     prefix: Prefix | None,
 ) -> Generator[Step]:
     capacity = len(prompt) + ending.limit - 1  # no layer sees the last new token
-    n_layers = (plan.mode == "early-exit" and plan.exit_layer) or len(decoder.layers)
+    n_layers = plan.final_exit(len(decoder.layers))
     if prefix is None:
         cache = decoder.new_cache(capacity)
     else:
@@ -78,7 +78,7 @@ def _until_the_end(
     size = decoder.architecture.vocab_size
     history = TokenHistory(ids, size) if sampling.repetition_penalty != 1.0 else None
     generator = None if sampling.greedy else seeded_generator(decoder.device, seed)
-    session = _Session(decoder, plan, sampling, ending, ids, cache, history, generator)
+    session = _Session(decoder, n_layers, plan, sampling, ending, ids, cache, history, generator)
     known = list(prompt)
     try:
         for step in outside_autocast(decoder.device, session.steps()):
@@ -185,6 +185,7 @@ class _Session:
     """The state of one generation: one cache, one history, one source of randomness."""
 
     decoder: Decoder
+    n_layers: int  # that a token goes through before it is settled
     plan: Plan
     sampling: Sampling
     ending: Ending  # nothing is drafted beyond it
@@ -198,21 +199,21 @@ class _Session:
         if self.plan.mode == "self-speculative":
             assert self.plan.draft_tokens is not None
             return self._self_speculative(self.plan.draft_tokens)
-        return self._one_by_one(self.plan.exit_layer or len(self.decoder.layers))
+        return self._one_by_one()
 
-    def _one_by_one(self, n_layers: int) -> Iterator[Step]:
+    def _one_by_one(self) -> Iterator[Step]:
         """Plain decoding, and early exit, which is the same with fewer layers."""
-        token = self._prefill(n_layers)
+        token = self._prefill()
         while True:
             yield Step((int(token),))
             how = (self.sampling, self.generator, self.history)
-            token = plain_step(self.decoder, token, n_layers, self.cache, *how)
+            token = plain_step(self.decoder, token, self.n_layers, self.cache, *how)
 
     def _self_speculative(self, draft_tokens: int) -> Iterator[Step]:
         """Rounds of `speculate`."""
         decoder, cache = self.decoder, self.cache
         drafter = self._drafter()
-        last = self._prefill(len(decoder.layers))
+        last = self._prefill()
         first = int(last)
         drafter.settle([first], 0)
         yield Step((first,))
@@ -246,11 +247,11 @@ class _Session:
         text, ends = DraftText.of(plan.draft_text), self.ending.end_tokens
         return NgramDrafter(decoder, self.sampling, prompt, early_exit, ngrams, ends, text)
 
-    def _prefill(self, n_layers: int) -> Tensor:
-        """Run the prompt through the first n layers and choose the token after it, [1, 1]."""
+    def _prefill(self) -> Tensor:
+        """Run the prompt through the layers and choose the token after it, [1, 1]."""
         left = self.prompt[:, int(self.cache.lengths) :]  # the cache may hold its beginning
         for chunk in left.split(PREFILL_CHUNK, dim=1):
-            hidden = self.decoder.run(self.decoder.embed(chunk), 0, n_layers, self.cache)
+            hidden = self.decoder.run(self.decoder.embed(chunk), 0, self.n_layers, self.cache)
             self.cache.lengths += chunk.shape[1]
         check_numbers(hidden[:, -1:])
         seen = None if self.history is None else self.history.before(self.prompt[:, :0])

@@ -39,6 +39,10 @@ class Plan:
     costs: StepCosts | None = dataclasses.field(default=None, repr=False)
     trained: bool = dataclasses.field(default=False, repr=False, compare=False)
 
+    def final_exit(self, n_layers: int) -> int:
+        """The exit that has the last word on every token: E in early exit, else the last layer, L."""
+        return self.exit_layer if self.mode == "early-exit" and self.exit_layer else n_layers
+
     @property
     def options(self) -> dict[str, Any]:
         """What `LayerSkipModel.answer` has to be told to decode so."""
