@@ -12,7 +12,7 @@ import operator
 from collections.abc import Iterable, Sequence
 
 from layerskip.decoding.draft_costs import DraftCosts
-from layerskip.decoding.pace import Balance, Pace, Rests
+from layerskip.decoding.pace import Pace, Rests
 
 _BINS = 10
 # Tokens that the first guesses weigh as much as.
@@ -44,7 +44,7 @@ class DraftLength:
         # The same over all drafts, whatever their confidence.
         self._right, self._seen = BELIEF * _BELIEF_WEIGHT, _BELIEF_WEIGHT
         self._proven, self._trained = False, trained  # whether a token was ever right
-        self._balance, self._rests = Balance(), Rests()
+        self._rests = Rests()
         # What is compared with n-grams: rounds that were drafted here, and no others.
         self._drafting = Pace(plain_rounds=0.0)
         self._most = 0
@@ -158,9 +158,8 @@ class DraftLength:
             self._seen += 1
         time = self._costs.round(self.drafted, self._scored)
         time += self._costs.rows(self.drafted + 1, self._followed)
-        for account in (self._pace, self._balance, self._drafting):
+        for account in (self._pace, self._rests, self._drafting):
             account.learn(accepted + 1, time)
-        self._rests.learn(self._balance.pays)
 
     def _judge(self, confidence: float, was_right: bool) -> None:
         self._judged[_bin(confidence)] += 1
@@ -187,7 +186,7 @@ class BatchLength:
         if not self._rests.begins():
             return 0
         best = self._costs.batch_draft_tokens(rows, self._most, self._right / self._seen)
-        self._rests.learn(best > 0)
+        self._rests.judge(best > 0)
         return best or min(1, self._most)
 
     def learn(self, drafted: int, accepted: Sequence[int]) -> None:
@@ -223,7 +222,7 @@ class NgramLength:
         beliefs = (*_NGRAM_BELIEFS, *((i + 0.5) / _BINS for i in range(_BINS)))
         self._accepted = [_NGRAM_PRIOR * belief for belief in beliefs]
         self._judged = [_NGRAM_PRIOR] * len(beliefs)
-        self._balance, self._rests = Balance(), Rests()
+        self._rests = Rests()
         self._evidence: Sequence[int] = ()
         self._drafted = self._followed = 0
         self._of_followed: Sequence[int] = ()
@@ -263,8 +262,7 @@ class NgramLength:
             return
         time = self._costs.over(self._drafted + 1)
         self._pace.learn(accepted + 1, time)
-        self._balance.learn(accepted + 1, time)
-        self._rests.learn(self._balance.pays)
+        self._rests.learn(accepted + 1, time)
 
     def follow(self, evidence: Sequence[int], draft: DraftLength) -> int:
         """How many tokens stand behind an early exit's draft, whose last ones match; 0 = none."""

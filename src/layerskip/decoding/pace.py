@@ -28,27 +28,12 @@ class Pace:
         self._rounds = _MEMORY * self._rounds + 1
 
 
-class Balance:
-    """What rounds brought beyond their time, the newer ones weighing more, in tokens."""
-
-    def __init__(self) -> None:
-        self._tokens = 0.0
-
-    @property
-    def pays(self) -> bool:
-        """Whether these rounds are no slower than plain decoding; old gains are soon forgotten."""
-        return self._tokens >= 0
-
-    def learn(self, tokens: int, time: float) -> None:
-        """Take note of a round."""
-        self._tokens = min(_MEMORY * self._tokens + tokens - time, _CREDIT)
-
-
 class Rests:
     """Rounds in which a source of drafts is not asked, longer each time that asking did not pay."""
 
     def __init__(self) -> None:
         self._rest, self._left = _FIRST_REST, 0
+        self._gained = 0.0  # tokens beyond its rounds' time, the newer ones weighing more
 
     def begins(self) -> bool:
         """Whether it is asked this time."""
@@ -62,7 +47,15 @@ class Rests:
         """Whether it will not be asked."""
         return self._left > 0
 
-    def learn(self, paid: bool) -> None:
+    def learn(self, tokens: int, time: float) -> None:
+        """Take note of a round. All pay while they are no slower than plain decoding.
+
+        Old gains are soon forgotten.
+        """
+        self._gained = min(_MEMORY * self._gained + tokens - time, _CREDIT)
+        self.judge(self._gained >= 0)
+
+    def judge(self, paid: bool) -> None:
         """Take note of whether asking has paid lately."""
         if paid:
             self._rest = _FIRST_REST
