@@ -59,30 +59,24 @@ class DraftCosts:
         depth = exit_layer / len(decoder.layers)
         if measured is None:
             whole = decoder.weight_bytes
-            costs = cls(
-                layers=(whole - decoder.head.weight_bytes) / whole * depth,
-                head=head_share * decoder.head.weight_bytes / whole,
-                passes=_passes(decoder),
-            )
+            layers = (whole - decoder.head.weight_bytes) / whole * depth
+            head = head_share * decoder.head.weight_bytes / whole
+            passes, overhead = _passes(decoder), 0.0
         else:
             scored = measured.draft_tokens_scored / decoder.architecture.vocab_size
-            layers = max(measured.draft_step - measured.head * scored, 0.0)
-            passes = measured.passes
+            timed = max(measured.draft_step - measured.head * scored, 0.0)
+            layers = timed * exit_layer / measured.exit_layer
+            head = measured.head * head_share
+            passes, overhead = measured.passes, measured.overhead
             if len(contexts) > 1:
                 passes = _longer(passes, _passes(decoder))
-            costs = cls(
-                layers=layers * exit_layer / measured.exit_layer,
-                head=measured.head * head_share,
-                passes=passes,
-                overhead=measured.overhead,
-            )
         share = _attention_share(decoder, contexts, 0 if measured is None else measured.context)
         rest = 1.0 - share
         return cls(
-            layers=rest * costs.layers + share * depth,
-            head=rest * costs.head,
-            passes=tuple(rest * cost for cost in costs.passes),
-            overhead=rest * costs.overhead,
+            layers=rest * layers + share * depth,
+            head=rest * head,
+            passes=tuple(rest * cost for cost in passes),
+            overhead=rest * overhead,
             attention=share,
             prompts=len(contexts),
         )
