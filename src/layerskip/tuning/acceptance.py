@@ -92,27 +92,17 @@ def replay(continuation: Continuation, exit_layer: int, draft_tokens: int) -> li
     Exact for greedy decoding up to rounding: where a pass over several positions gives the same top
     tokens as passes over one, these are the steps of a real run.
     """
-    agrees = _agreeing_from(continuation.agreement[exit_layer])
-    n = len(continuation.token_ids)
+    marks, n = continuation.agreement[exit_layer], len(continuation.token_ids)
     answer = (*continuation.token_ids, _UNKNOWN)
     rounds = []
     produced = 1
     while produced < n:
         drafted = continuation.draft_length(produced, draft_tokens)
-        accepted = min(agrees[produced - 1], drafted)
+        of_draft = marks[produced - 1 : produced - 1 + drafted]
+        accepted = [*of_draft, False].index(False)  # those before the first that is wrong
         tokens = answer[produced : produced + accepted + 1]
         source = EarlyExitDrafter.source if drafted else Step.source  # without drafts: a plain step
         step = Step(tokens, drafted, accepted, source, from_exit=drafted)
         rounds.append(step.first(n - produced))
         produced += len(rounds[-1].tokens)
     return rounds
-
-
-def _agreeing_from(marks: Sequence[bool]) -> list[int]:
-    """For each entry, how many true ones follow one another from there on."""
-    counts = [0] * len(marks)
-    following = 0
-    for i in range(len(marks) - 1, -1, -1):
-        following = following + 1 if marks[i] else 0
-        counts[i] = following
-    return counts
