@@ -195,35 +195,26 @@ class _Session:
     generator: torch.Generator | None
 
     def steps(self) -> Iterator[Step]:
-        """Yield steps without end; each has to go through `Ending.cut` before the next one."""
-        if self.plan.mode == "self-speculative":
-            assert self.plan.draft_tokens is not None
-            return self._self_speculative(self.plan.draft_tokens)
-        return self._one_by_one()
+        """Yield steps without end; each has to go through `Ending.cut` before the next one.
 
-    def _one_by_one(self) -> Iterator[Step]:
-        """Plain decoding, and early exit, which is the same with fewer layers."""
-        token = self._prefill()
-        while True:
-            yield Step((int(token),))
-            how = (self.sampling, self.generator, self.history)
-            token = plain_step(self.decoder, token, self.n_layers, self.cache, *how)
-
-    def _self_speculative(self, draft_tokens: int) -> Iterator[Step]:
-        """Rounds of `speculate`."""
-        decoder, cache = self.decoder, self.cache
-        drafter = self._drafter()
+        Those of early exit are plain steps of fewer layers.
+        """
+        decoder, plan = self.decoder, self.plan
+        how = (self.cache, self.sampling, self.generator, self.history)
+        drafter = self._drafter() if plan.mode == "self-speculative" else None
         last = self._prefill()
-        first = int(last)
-        drafter.settle([first], 0)
-        yield Step((first,))
+        step = Step((int(last),))
         while True:
-            n = min(draft_tokens, self.ending.room - 1)
-            last, (step,) = speculate(
-                decoder, drafter, last, n, cache, self.sampling, self.generator, self.history
-            )
-            drafter.settle(step.tokens, step.accepted)
+            if drafter is not None:
+                drafter.settle(step.tokens, step.accepted)
             yield step
+            if drafter is None:
+                last = plain_step(decoder, last, self.n_layers, *how)
+                step = Step((int(last),))
+            else:
+                assert plan.draft_tokens is not None
+                n = min(plan.draft_tokens, self.ending.room - 1)
+                last, (step,) = speculate(decoder, drafter, last, n, *how)
 
     def _drafter(self) -> Drafter:
         plan, decoder, pace = self.plan, self.decoder, Pace()
