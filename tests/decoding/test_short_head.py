@@ -23,10 +23,10 @@ def test_logits_of_the_kept_tokens_are_the_whole_heads(case):
     kept = [7, 3, 3, 50]
     head = ShortHead(decoder, kept)
     whole = decoder.logits(hidden)
-    torch.testing.assert_close(head.logits(hidden), whole[..., [3, 7, 50]])
+    torch.testing.assert_close(head.short.logits(hidden), whole[..., [3, 7, 50]])
     more = head.also(decoder, [9, 7, 2])
     assert more.token_ids.tolist() == [3, 7, 50, 2, 9]
-    torch.testing.assert_close(more.logits(hidden), whole[..., more.token_ids])
+    torch.testing.assert_close(more.short.logits(hidden), whole[..., more.token_ids])
     assert more.share == 5 / decoder.architecture.vocab_size
 
 

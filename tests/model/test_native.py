@@ -350,9 +350,9 @@ def test_decoder_is_near_that_of_pytorch(case, kind, tmp_path):
 def test_short_head(tmp_path):
     decoder = compiled(saved("llama3.2", tmp_path), "int4")
     hidden = torch.randn(1, 3, 64, generator=torch.manual_seed(0))
-    short = ShortHead.of(decoder, (0, 5, 90, 17), [3, 5])
-    assert sorted(short.token_ids.tolist()) == [0, 3, 5, 17, 90]
-    assert torch.equal(short.logits(hidden), decoder.logits(hidden)[..., short.token_ids])
+    head = ShortHead.of(decoder, (0, 5, 90, 17), [3, 5])
+    assert sorted(head.token_ids.tolist()) == [0, 3, 5, 17, 90]
+    assert torch.equal(head.short.logits(hidden), decoder.logits(hidden)[..., head.token_ids])
 
 
 @pytest.mark.parametrize("kind", KINDS)

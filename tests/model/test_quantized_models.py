@@ -111,10 +111,10 @@ def test_self_speculative_equals_plain(case, weights):
 def test_short_head_is_some_rows_of_the_head(case, weights):
     decoder = tiny_decoder(case, weights=weights, **CHANGES.get(case, {}))
     hidden = decoder.embed(torch.tensor([random_prompt(decoder, 5)]))
-    short = ShortHead(decoder, [7, 3, 50])
-    assert sorted(short.token_ids.tolist()) == [3, 7, 50]
-    expected = decoder.logits(hidden)[..., short.token_ids]
-    torch.testing.assert_close(short.logits(hidden), expected)
+    head = ShortHead(decoder, [7, 3, 50])
+    assert sorted(head.token_ids.tolist()) == [3, 7, 50]
+    expected = decoder.logits(hidden)[..., head.token_ids]
+    torch.testing.assert_close(head.short.logits(hidden), expected)
 
 
 def test_bytes_of_a_step(weights):

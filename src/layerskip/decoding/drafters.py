@@ -186,8 +186,8 @@ class EarlyExitDrafter:
             The states [B, m, D], the tokens [B, m], and what each was drawn from (none if greedy).
         """
         decoder, head, sampling = self.decoder, self.head, self.sampling
+        short = None if head is None else head.short
         if sampling.greedy and history is None:
-            short = None if head is None else head.short
             ids = None if head is None else head.token_ids
             return *decoder.draft(last, n, self.exit_layer, cache, short, ids, goes_on), []
         states, tokens, chosen_from = list[Tensor](), [last], list[Tensor]()
@@ -196,7 +196,7 @@ class EarlyExitDrafter:
             states.append(decoder.run(decoder.embed(tokens[-1]), 0, self.exit_layer, cache))
             cache.lengths += 1
             known = seen if seen is None or head is None else seen[..., head.token_ids]
-            logits = sampling.penalize((head or decoder).logits(states[-1]), known)
+            logits = sampling.penalize((short or decoder).logits(states[-1]), known)
             chosen, q = pick(logits, sampling, generator)
             tokens.append(chosen if head is None else head.token_ids[chosen])
             if seen is not None:

@@ -30,7 +30,7 @@ class ShortHead:
 
     Attributes:
         token_ids: [n] int64, which token each logit is of.
-        short: the decoder with this head (see `Decoder.with_short_head`).
+        short: the decoder with this head, whose logits are [B, T, n] (see `Decoder.with_short_head`).
     """
 
     def __init__(self, decoder: Decoder, token_ids: Iterable[int]) -> None:
@@ -72,10 +72,6 @@ class ShortHead:
         both.token_ids = torch.cat([self.token_ids, more.token_ids])
         both.short = self.short.beside(more.short)
         return both
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [B, T, D] to logits of the tokens kept [B, T, n]."""
-        return self.short.logits(hidden)
 
     @property
     def share(self) -> float:
