@@ -38,20 +38,13 @@ class LengthGroupedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
         order = torch.randperm(len(self), generator=generator).tolist()
-        stretch = self._batch_size * _BATCHES_SORTED_TOGETHER
-        batches: list[list[int]] = []
+        size = self._batch_size
+        stretch = size * _BATCHES_SORTED_TOGETHER
         for start in range(0, len(order), stretch):
-            together = sorted(order[start : start + stretch], key=lambda row: -self._lengths[row])
-            batches += [
-                together[i : i + self._batch_size]
-                for i in range(0, len(together), self._batch_size)
-            ]
+            together = slice(start, start + stretch)
+            order[together] = sorted(order[together], key=lambda row: -self._lengths[row])
+        n_whole = len(order) // size
+        for number in torch.randperm(n_whole, generator=generator).tolist():
+            yield from order[number * size : (number + 1) * size]
         # A short batch must stay the last one: the loader cuts the stream into equal batches.
-        whole, rest = (
-            batches[: len(order) // self._batch_size],
-            batches[len(order) // self._batch_size :],
-        )
-        for number in torch.randperm(len(whole), generator=generator).tolist():
-            yield from whole[number]
-        for batch in rest:
-            yield from batch
+        yield from order[n_whole * size :]
