@@ -79,7 +79,7 @@ def quantize_aware(
         else:
             check_groups(weight.shape)
             grids[module] = _grid_of_bits(bits if module in linears else EMBEDDING_BITS)
-    return QuantizeAware(plain_model, linears, embedding, head, grids)
+    return QuantizeAware(plain_model, head, grids)
 
 
 def _grid_of_bits(bits: int) -> Grid:
@@ -103,19 +103,16 @@ def _grid_around(before: Mapping[str, Tensor], name: str, weight: Tensor) -> Gri
 class QuantizeAware:
     """Rounding on a model; `quantize_aware` makes it."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        linears: list[nn.Linear],
-        embedding: nn.Embedding,
-        head: nn.Linear,
-        grids: Mapping[nn.Module, Grid],
-    ) -> None:
-        self._modules = [*linears, embedding, head]
-        for linear in linears:
-            _replace(linear, functools.partial(_linear_forward, linear, grids[linear]))
-        _replace(embedding, functools.partial(_embedding_forward, embedding, grids[embedding]))
-        _replace(head, functools.partial(self._head_forward, head, grids[head]))
+    def __init__(self, model: nn.Module, head: nn.Linear, grids: Mapping[nn.Module, Grid]) -> None:
+        self._modules = list(grids)
+        for module, grid in grids.items():
+            forward: Any = _linear_forward
+            if isinstance(module, nn.Embedding):
+                forward = _embedding_forward
+            elif module is head:
+                forward = self._head_forward
+            replacement = functools.partial(forward, module, grid)
+            module.forward = functools.wraps(module.forward)(replacement)
         # The exit loss calls the head once for every chunk of tokens: it is rounded once a pass.
         self._in_pass = False
         self._head_values: Tensor | None = None
@@ -158,10 +155,6 @@ def _linears(anatomy: Anatomy) -> Iterator[nn.Linear]:
                     f"a {type(module).__name__} in layer {number} is no linear layer; "
                     "quantize_aware trains models whose layers have no other matrices"
                 )
-
-
-def _replace(module: nn.Module, forward: Callable[..., Tensor]) -> None:
-    module.forward = functools.wraps(module.forward)(forward)
 
 
 def _linear_forward(linear: nn.Linear, grid: Grid, x: Tensor) -> Tensor:
