@@ -59,9 +59,12 @@ def save_result(
         model.generation_config.num_assistant_tokens = config.draft_tokens
         # By this mark transformers skips, when it reads the file, what it has no field of its own for.
         model.generation_config._from_model_config = False
-        _record_rounding(model.generation_config, config, nll_change)
-        _add_what_to_draft(model, trainer, config)
-        _name_exit(model.generation_config, exit_layer, transformers_can_exit)
+        own = _own_settings(model, trainer, config, nll_change)
+        # In transformers' own field, unless that would fail by it; then among what is ours.
+        model.generation_config.assistant_early_exit = exit_layer if transformers_can_exit else None
+        if not transformers_can_exit:
+            own[settings.EXIT] = exit_layer
+        setattr(model.generation_config, settings.KEY, own)
         model.generation_config.save_pretrained(unfinished)
     tokenizer: Any = trainer.processing_class
     tokenizer.save_pretrained(unfinished)
@@ -105,34 +108,23 @@ def transformers_can_exit(model: Any, exit_layer: int) -> bool:
     return len(ran) == exit_layer
 
 
-def _name_exit(generation_config: Any, exit_layer: int, transformers_can_exit: bool) -> None:
-    """In transformers' own field, unless that would fail by it; then among what is ours."""
-    own = dict(getattr(generation_config, settings.KEY, None) or {})
-    own.pop(settings.EXIT, None)
-    if not transformers_can_exit:
-        own[settings.EXIT] = exit_layer
-    setattr(generation_config, settings.KEY, own)
-    generation_config.assistant_early_exit = exit_layer if transformers_can_exit else None
+def _own_settings(
+    model: Any, trainer: LayerSkipTrainer, config: TrainConfig, nll_change: float | None
+) -> dict[str, Any]:
+    """What transformers has no field for.
 
-
-def _record_rounding(generation_config: Any, config: TrainConfig, nll_change: float | None) -> None:
-    """What was known of the model that training began with holds no longer."""
+    What was known of the model that training began with holds no longer.
+    """
     known: dict[str, Rounding] = {}
     if config.quantize_aware in ("int8", "int4"):
         known[config.quantize_aware] = Rounding(TRAINED, nll_change)
-    own = recorded(getattr(generation_config, settings.KEY, None), known)
-    setattr(generation_config, settings.KEY, own)
-
-
-def _add_what_to_draft(model: Any, trainer: LayerSkipTrainer, config: TrainConfig) -> None:
+    own = recorded(getattr(model.generation_config, settings.KEY, None), known)
+    for of_before in ("costs", "draft_text", "draft_vocabulary", "tuning", settings.EXIT):
+        own.pop(of_before, None)
     tokenizer: Any = trainer.processing_class
     rows: Any = trainer.train_dataset
-    found = draft_vocabulary(rows, model, tokenizer.eos_token_id)
-    own = dict(getattr(model.generation_config, settings.KEY, None) or {})
-    for of_before in ("costs", "draft_text", "draft_vocabulary", "tuning"):
-        own.pop(of_before, None)
-    if found is not None:
+    if (found := draft_vocabulary(rows, model, tokenizer.eos_token_id)) is not None:
         own["draft_vocabulary"] = settings.text_of_ids(found)
     if config.keep_draft_text and (text := most_repeated(labels_of(rows))):
         own["draft_text"] = settings.text_of_ids(text)
-    setattr(model.generation_config, settings.KEY, own)
+    return own
