@@ -134,30 +134,25 @@ class Anatomy:
         return {"input_ids": ids, "attention_mask": mask}
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Evaluation mode for a while; every module gets its own mode back."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.train(False)
-        try:
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+    def probing(self) -> Iterator[None]:
+        """For a while evaluation without gradients, in PyTorch's attention where the model has flash.
 
-    @contextmanager
-    def plain_attention(self) -> Iterator[None]:
-        """PyTorch's attention for a while, where the model has flash attention.
-
-        That takes 16 bits alone, which it gets from autocast when it trains, and a GPU.
+        Flash attention takes 16 bits alone, which it gets from autocast when it trains, and a GPU.
+        Afterwards every module gets its own mode back.
         """
         chosen = self.model.config._attn_implementation
         is_flash = isinstance(chosen, str) and "flash" in chosen
         if is_flash:
             has_sdpa = self.model._supports_sdpa  # Gemma 2 has not
             self.model.set_attn_implementation("sdpa" if has_sdpa else "eager")
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.train(False)
         try:
-            yield
+            with torch.no_grad():
+                yield
         finally:
+            for module, mode in modes:
+                module.training = mode
             if is_flash:
                 self.model.set_attn_implementation(chosen)
 

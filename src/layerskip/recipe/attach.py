@@ -82,7 +82,7 @@ def _probe(attached: AttachedRecipe) -> None:
     wanted = frozenset({attached.num_layers})
     turns = torch.tensor([[True, False, False], [False, False, True]])
     skipped = turns.repeat(attached.num_layers, 1)[: attached.num_layers]
-    with torch.no_grad(), attached._anatomy.evaluating(), attached._anatomy.plain_attention():
+    with attached._anatomy.probing():
         with attached._running(ForwardPass(None, wanted)) as whole:
             inputs = {**inputs, **attached._without_balancing(), "use_cache": False}
             logits = attached._plain_forward(**inputs).logits[0]

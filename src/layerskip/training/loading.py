@@ -20,6 +20,7 @@ from layerskip.model.families import (
 )
 from layerskip.model.files.tokenizer import read
 from layerskip.model.files.writing import read_json
+from layerskip.recipe.anatomy import find_anatomy
 from layerskip.training.config import TrainConfig, default_alpha
 from layerskip.training.data import end_of_turn
 from layerskip.training.device import arithmetic, uses_gpu
@@ -80,7 +81,6 @@ def check_positions(model: PreTrainedModel, *datasets: Any) -> None:
         )
 
 
-@torch.no_grad()
 def check_packing(model: PreTrainedModel) -> None:
     """Raise ValueError where a packed document would see what stands before it.
 
@@ -92,16 +92,13 @@ def check_packing(model: PreTrainedModel) -> None:
     positions = torch.arange(4).repeat(2)[None]
     embedding: Any = model.get_input_embeddings()
     known = len(embedding.weight)
-    is_training = model.training
-    model.eval()
+    given: dict[str, Any] = {"position_ids": positions, "use_cache": False}
     try:
-        given: dict[str, Any] = {"position_ids": positions, "use_cache": False}
-        one, other = (model(input_ids=row[None] % known, **given).logits[0, 4:] for row in ids)
+        with find_anatomy(model).probing():
+            one, other = (model(input_ids=row[None] % known, **given).logits[0, 4:] for row in ids)
         is_apart = torch.allclose(one, other, rtol=1e-4, atol=1e-4 * one.abs().max().item())
     except TypeError:  # it takes no positions
         is_apart = False
-    finally:
-        model.train(is_training)
     if not is_apart:
         raise ValueError(
             "packing needs attention that ends where positions start again, which this model has not:"

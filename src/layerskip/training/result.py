@@ -6,8 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from layerskip.model.files import older_names, settings
 from layerskip.model.files.draft_text import most_repeated
 from layerskip.model.files.rounding import TRAINED, Rounding, recorded
@@ -97,7 +95,7 @@ def transformers_can_exit(model: Any, exit_layer: int) -> bool:
     named = getattr(model, model.base_model_prefix).config
     n_layers, named.num_hidden_layers = named.num_hidden_layers, exit_layer
     try:
-        with torch.no_grad(), anatomy.evaluating(), anatomy.plain_attention():
+        with anatomy.probing():
             model(**inputs, use_cache=False)
     except Exception:  # whatever it is, it would come in `generate` too
         return False
