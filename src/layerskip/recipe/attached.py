@@ -44,8 +44,7 @@ class AttachedRecipe:
         self.last: ExitLosses | None = None
         self._model = model
         self._anatomy = anatomy
-        self._pass: ForwardPass | None = None
-        self._others: int | None = None  # see `ForwardPass`
+        self._pass = ForwardPass(None, is_running=False)  # the one that runs, or the latest
         self._step: int | None = None
         self._total_steps: int | None = None
         self._micro_batch = 0
@@ -131,8 +130,8 @@ class AttachedRecipe:
             with self._running(ForwardPass(None, frozenset(exits))) as this:
                 return self._forward_with_losses(this, args, kwargs, labels, weights)
         if not (self._model.training and torch.is_grad_enabled()):
-            with self._running(None):
-                return self._plain_forward(*args, **kwargs)
+            self._pass = ForwardPass(None, others=self._pass.others, is_running=False)
+            return self._plain_forward(*args, **kwargs)
         weights = {} if labels is None else self.exit_weights
         with self._running(ForwardPass(self._draw(args, kwargs), frozenset(weights))) as this:
             if labels is None:
@@ -227,17 +226,14 @@ class AttachedRecipe:
         return {"output_router_logits": False} if self._anatomy.is_balanced_mixture else {}
 
     @contextmanager
-    def _running(self, this: ForwardPass | None) -> Iterator[ForwardPass]:
+    def _running(self, this: ForwardPass) -> Iterator[ForwardPass]:
         """States are collected while the pass runs; the draw stays for replays in backward."""
+        this.others = self._pass.others
         self._pass = this
-        if this is not None:
-            this.others = self._others
         try:
-            yield this  # type: ignore[misc]
+            yield this
         finally:
-            if this is not None:
-                self._others = this.others
-                self._pass = ForwardPass(this.skipped, others=this.others, is_running=False)
+            self._pass = ForwardPass(this.skipped, others=this.others, is_running=False)
 
     @compiled_below
     def _layer_forward(
@@ -245,13 +241,13 @@ class AttachedRecipe:
     ) -> Any:
         """The forward of layer `number`, from 0: its own, but for the rows that skip it."""
         # A pass that is over is kept for what is computed again in backward, and for nothing else.
-        if self._pass is None or not (self._pass.is_running or _is_in_backward()):
+        if not (self._pass.is_running or _is_in_backward()):
             return plain(*args, **kwargs)
         layer = self._anatomy.layers[number]
         return self._pass.run_layer(number, layer, plain, *args, **kwargs)
 
     def _note_routing(self, number: int, index: int, _: nn.Module, __: Any, output: Any) -> None:
-        if self._pass is not None:
+        if self._pass.is_running:
             logits = output[index] if isinstance(output, tuple) else output
             self._pass.note_routing(number, logits)
 

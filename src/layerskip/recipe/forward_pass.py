@@ -60,8 +60,7 @@ class ForwardPass:
     @not_compiled
     def note_routing(self, number: int, logits: Tensor) -> None:
         """Keep the logits [tokens, experts] with which layer `number` chose experts."""
-        if self.is_running:
-            self.router_logits.append((number, logits))
+        self.router_logits.append((number, logits))
 
     def balancing_loss(self, mask: Tensor | None, rows: int, top_k: int) -> Tensor:
         """Load balancing loss of the experts over the tokens each layer routed, without padding.
