@@ -42,7 +42,7 @@ def attach(model: nn.Module, recipe: RecipeConfig) -> AttachedRecipe:
         raise ValueError("the model already has a recipe attached; detach it first")
     anatomy = find_anatomy(plain_model)
     recipe.check_layers(len(anatomy.layers))
-    attached = AttachedRecipe(plain_model, anatomy, recipe)
+    attached = AttachedRecipe(anatomy, recipe)
     try:
         attached._install()
         _probe(attached)

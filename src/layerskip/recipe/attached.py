@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from layerskip.recipe.anatomy import Anatomy
 from layerskip.recipe.compiling import compiled_below, not_compiled
@@ -38,11 +37,10 @@ class AttachedRecipe:
         last: losses of the latest training pass, None before the first.
     """
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, recipe: RecipeConfig) -> None:
+    def __init__(self, anatomy: Anatomy, recipe: RecipeConfig) -> None:
         self.recipe = recipe
         self.num_layers = len(anatomy.layers)
         self.last: ExitLosses | None = None
-        self._model = model
         self._anatomy = anatomy
         self._pass = ForwardPass(None, is_running=False)  # the one that runs, or the latest
         self._step: int | None = None
@@ -104,7 +102,7 @@ class AttachedRecipe:
         before = self.last
         try:
             with torch.no_grad():
-                (model or self._model)(**inputs)
+                (model or self._anatomy.model)(**inputs)
             losses = self.last
             assert losses is not None
             return losses
@@ -129,7 +127,7 @@ class AttachedRecipe:
             weights = dict.fromkeys(exits, 1 / len(exits))
             with self._running(ForwardPass(None, frozenset(exits))) as this:
                 return self._forward_with_losses(this, args, kwargs, labels, weights)
-        if not (self._model.training and torch.is_grad_enabled()):
+        if not (self._anatomy.model.training and torch.is_grad_enabled()):
             self._pass = ForwardPass(None, others=self._pass.others, is_running=False)
             return self._plain_forward(*args, **kwargs)
         weights = {} if labels is None else self.exit_weights
@@ -165,7 +163,7 @@ class AttachedRecipe:
         self.last = losses
         loss = losses.loss
         if this.router_logits:
-            config, mask = self._model.config, kwargs.get("attention_mask")
+            config, mask = self._anatomy.model.config, kwargs.get("attention_mask")
             balance = this.balancing_loss(mask, labels.shape[0], config.num_experts_per_tok)
             # Of several batches of a step each adds its share, as to the loss.
             share = 1.0 if num_items is None else losses.tokens / num_items
@@ -252,8 +250,8 @@ class AttachedRecipe:
             self._pass.note_routing(number, logits)
 
     def _install(self) -> None:
-        setattr(self._model, HANDLE, self)
-        self._plain_forward = self._replace(self._model, self._forward)
+        setattr(self._anatomy.model, HANDLE, self)
+        self._plain_forward = self._replace(self._anatomy.model, self._forward)
         for number, layer in enumerate(self._anatomy.layers):
             plain = layer.__dict__.get("forward", functools.partial(_class_forward, layer))
             self._replace(layer, functools.partial(self._layer_forward, number, plain))
@@ -290,7 +288,7 @@ class AttachedRecipe:
                     module.forward = before
         for hook in self._hooks:
             hook.remove()
-        delattr(self._model, HANDLE)
+        delattr(self._anatomy.model, HANDLE)
 
 
 def _is_in_backward() -> bool:
