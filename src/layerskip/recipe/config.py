@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 from layerskip.recipe.schedule import exit_scale
-
-Variant = Literal["LD+EE", "LD", "EE"]
 
 # LayerSkip (arXiv 2404.16710), the settings of its experiments. Several models share a
 # regime there; taken are: 1.5B (24 layers) from scratch, Llama2-7B, Llama1-7B on code, 1.5B on
@@ -25,6 +23,11 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "domain": {"p_max": 0.1, "e_scale": 1.0, "curriculum": "rotational", "rotation": 16},
     "task": {"p_max": 0.2, "e_scale": 1.0, "curriculum": "gradual"},
 }
+
+
+def setting(help_text: str, default: Any = MISSING) -> Any:
+    """A field of a dataclass of settings, with its help on the command line."""
+    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,46 +62,38 @@ class RecipeConfig:
         seed: of the rows that are skipped; the same on every device.
     """
 
-    variant: Variant = field(
-        default="LD+EE", metadata={"help": "both parts, layer dropout only, or exit loss only"}
+    variant: Literal["LD+EE", "LD", "EE"] = setting(
+        "both parts, layer dropout only, or exit loss only", "LD+EE"
     )
-    p_max: float = field(default=0.1, metadata={"help": "rate at which the last layer is skipped"})
-    dropout_over_layers: Literal["exponential", "linear", "uniform"] = field(
-        default="exponential", metadata={"help": "how the skip rate grows over the layers"}
+    p_max: float = setting("rate at which the last layer is skipped", 0.1)
+    dropout_over_layers: Literal["exponential", "linear", "uniform"] = setting(
+        "how the skip rate grows over the layers", "exponential"
     )
-    dropout_over_steps: Literal["none", "exponential"] = field(
-        default="none", metadata={"help": "how the skip rate grows over training"}
+    dropout_over_steps: Literal["none", "exponential"] = setting(
+        "how the skip rate grows over training", "none"
     )
-    dropout_every: int = field(default=1, metadata={"help": "only every n-th layer is skipped"})
-    curriculum: Literal["rotational", "gradual", "all", "none"] = field(
-        default="rotational", metadata={"help": "which exits have a loss at a step"}
+    dropout_every: int = setting("only every n-th layer is skipped", 1)
+    curriculum: Literal["rotational", "gradual", "all", "none"] = setting(
+        "which exits have a loss at a step", "rotational"
     )
-    rotation: int = field(default=8, metadata={"help": "R: every R-th exit has a loss at a step"})
-    exits: tuple[int, ...] | None = field(
-        default=None, metadata={"help": "exits the curriculum chooses from (default: every layer)"}
+    rotation: int = setting("R: every R-th exit has a loss at a step", 8)
+    exits: tuple[int, ...] | None = setting(
+        "exits the curriculum chooses from (default: every layer)", None
     )
-    exit_every: int = field(
-        default=1, metadata={"help": "the curriculum chooses from every n-th layer"}
+    exit_every: int = setting("the curriculum chooses from every n-th layer", 1)
+    fixed_exits: tuple[int, ...] = setting(
+        "exits with a loss at every step, beside the last layer", ()
     )
-    fixed_exits: tuple[int, ...] = field(
-        default=(), metadata={"help": "exits with a loss at every step, beside the last layer"}
+    exit_weighting: Literal["paper", "linear", "equal"] = setting(
+        "how the exits' losses are weighted over the layers", "paper"
     )
-    exit_weighting: Literal["paper", "linear", "equal"] = field(
-        default="paper", metadata={"help": "how the exits' losses are weighted over the layers"}
+    e_scale: float = setting("weight of early exits against the last layer", 0.2)
+    distillation_weight: float = setting(
+        "weight of KL to the last layer in each earlier exit's loss", 0.0
     )
-    e_scale: float = field(
-        default=0.2, metadata={"help": "weight of early exits against the last layer"}
-    )
-    distillation_weight: float = field(
-        default=0.0, metadata={"help": "weight of KL to the last layer in each earlier exit's loss"}
-    )
-    chunk_tokens: int | None = field(
-        default=None, metadata={"help": "tokens whose logits exist at one time"}
-    )
-    fused_loss: bool = field(
-        default=True, metadata={"help": "use Liger's kernels where they are installed and fit"}
-    )
-    seed: int = field(default=0, metadata={"help": "seed of the rows that layer dropout skips"})
+    chunk_tokens: int | None = setting("tokens whose logits exist at one time", None)
+    fused_loss: bool = setting("use Liger's kernels where they are installed and fit", True)
+    seed: int = setting("seed of the rows that layer dropout skips", 0)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

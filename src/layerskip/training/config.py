@@ -8,11 +8,11 @@ import os
 import reprlib
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from layerskip.recipe import RecipeConfig
+from layerskip.recipe.config import RecipeConfig, setting
 
 # The paper's; continual pretraining of Llama2-7B. From scratch without layer dropout it used half.
 _LEARNING_RATES = {"pretrain": 8e-4, "continual": 3e-5, "domain": 1e-4, "task": 1e-4}
@@ -29,10 +29,6 @@ _INSTEAD_OF = {
 }
 
 
-def _setting(help_text: str, default: Any = MISSING) -> Any:
-    return field(default=default, metadata={"help": help_text})
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """What `train` does. Wrong values raise ValueError when it is made.
@@ -41,78 +37,78 @@ class TrainConfig:
     together, as the command line and YAML have them.
     """
 
-    model: str = _setting(
+    model: str = setting(
         "folder, hub id or built-in name of the model, or of a configuration with --from-scratch"
     )
-    data: str = _setting(
+    data: str = setting(
         "hub id, or file(s): jsonl, json, csv, tsv, txt, parquet; .gz and .xz; may be a pattern"
     )
-    output: str = _setting("folder of the result, its checkpoints and logs")
-    regime: Literal["pretrain", "continual", "domain", "task"] = _setting(
+    output: str = setting("folder of the result, its checkpoints and logs")
+    regime: Literal["pretrain", "continual", "domain", "task"] = setting(
         "preset of the recipe", "continual"
     )
     recipe: RecipeConfig | None = None
-    tokenizer: str | None = _setting(
+    tokenizer: str | None = setting(
         "folder or hub id of the tokenizer (default: the model's)", None
     )
-    from_scratch: bool = _setting("start from random weights of the model's configuration", False)
-    eval_data: str | None = _setting("rows to evaluate on, as --data", None)
-    eval_split: str | None = _setting(
+    from_scratch: bool = setting("start from random weights of the model's configuration", False)
+    eval_data: str | None = setting("rows to evaluate on, as --data", None)
+    eval_split: str | None = setting(
         "split of a hub data set in --eval-data (default: that of --split)", None
     )
-    eval_rows: int = _setting("rows taken from --data for evaluation where there is no other", 0)
-    data_config: str | None = _setting("which part of a hub data set that has several", None)
-    split: str = _setting("split of a hub data set", "train")
-    prompt: str = _setting("prompt made of a row's fields, as in $'{utterance}\\n'", "{prompt}")
-    completion: str = _setting("completion made of a row's fields", "{completion}")
-    text_field: str = _setting("field of running text, where rows have no completion", "text")
-    completion_only: bool = _setting("loss on completions only, not on prompts", True)
-    max_length: int = _setting("tokens of a row at most; what is longer is cut", 1024)
-    packing: bool = _setting("several documents a row, without attention across them", False)
-    batch_size: int = _setting("rows of a batch on one device", 8)
-    accumulation: int = _setting("batches of one optimizer step", 1)
-    epochs: float = _setting("passes over the data", 1.0)
-    max_steps: int | None = _setting("optimizer steps, instead of --epochs", None)
-    max_minutes: float | None = _setting(
+    eval_rows: int = setting("rows taken from --data for evaluation where there is no other", 0)
+    data_config: str | None = setting("which part of a hub data set that has several", None)
+    split: str = setting("split of a hub data set", "train")
+    prompt: str = setting("prompt made of a row's fields, as in $'{utterance}\\n'", "{prompt}")
+    completion: str = setting("completion made of a row's fields", "{completion}")
+    text_field: str = setting("field of running text, where rows have no completion", "text")
+    completion_only: bool = setting("loss on completions only, not on prompts", True)
+    max_length: int = setting("tokens of a row at most; what is longer is cut", 1024)
+    packing: bool = setting("several documents a row, without attention across them", False)
+    batch_size: int = setting("rows of a batch on one device", 8)
+    accumulation: int = setting("batches of one optimizer step", 1)
+    epochs: float = setting("passes over the data", 1.0)
+    max_steps: int | None = setting("optimizer steps, instead of --epochs", None)
+    max_minutes: float | None = setting(
         "end after so long; the learning rate schedule fits into it", None
     )
-    learning_rate: float | None = _setting("peak learning rate (default: the regime's)", None)
-    scheduler: str = _setting("learning rate schedule, as in transformers", "cosine")
-    warmup_steps: int = _setting("steps in which the learning rate rises", 0)
-    weight_decay: float = _setting("weight decay of AdamW", 0.0)
-    max_grad_norm: float = _setting("gradients are clipped to this length; 0 = not", 1.0)
-    lora_rank: int | None = _setting(
+    learning_rate: float | None = setting("peak learning rate (default: the regime's)", None)
+    scheduler: str = setting("learning rate schedule, as in transformers", "cosine")
+    warmup_steps: int = setting("steps in which the learning rate rises", 0)
+    weight_decay: float = setting("weight decay of AdamW", 0.0)
+    max_grad_norm: float = setting("gradients are clipped to this length; 0 = not", 1.0)
+    lora_rank: int | None = setting(
         "train a LoRA adapter of this rank instead of all weights", None
     )
-    lora_alpha: int | None = _setting("LoRA scale (default: twice the rank)", None)
-    quantize_aware: Literal["int8", "int4", "difference"] | None = _setting(
+    lora_alpha: int | None = setting("LoRA scale (default: twice the rank)", None)
+    quantize_aware: Literal["int8", "int4", "difference"] | None = setting(
         "train for inference with weights in so many bits, or for export as a difference: they are"
         " rounded to that grid as they are used",
         None,
     )
-    difference_base: str | None = _setting(
+    difference_base: str | None = setting(
         "what the difference will be added to (default: the model)", None
     )
-    precision: Literal["float32", "bfloat16", "float16", "auto"] = _setting(
+    precision: Literal["float32", "bfloat16", "float16", "auto"] = setting(
         "precision of the arithmetic; trained weights are in float32. auto: bfloat16 where that is fast",
         "float32",
     )
-    gradient_checkpointing: bool = _setting("less memory, more time", False)
-    compile: bool = _setting("compile the layers", False)
-    eval_exits: tuple[int, ...] | None = _setting("exits looked at in evaluation", None)
-    eval_steps: int | None = _setting("evaluate every so many steps (default: at the end)", None)
-    log_steps: int = _setting("log every so many steps", 10)
-    save_steps: int = _setting("write a checkpoint every so many steps", 500)
-    keep_checkpoints: int = _setting("checkpoints that are kept", 2)
-    exit_layer: int | None = _setting("exit written into the result for decoding", None)
-    draft_tokens: int = _setting("draft tokens written into the result for decoding", 4)
-    keep_draft_text: bool = _setting(
+    gradient_checkpointing: bool = setting("less memory, more time", False)
+    compile: bool = setting("compile the layers", False)
+    eval_exits: tuple[int, ...] | None = setting("exits looked at in evaluation", None)
+    eval_steps: int | None = setting("evaluate every so many steps (default: at the end)", None)
+    log_steps: int = setting("log every so many steps", 10)
+    save_steps: int = setting("write a checkpoint every so many steps", 500)
+    keep_checkpoints: int = setting("checkpoints that are kept", 2)
+    exit_layer: int | None = setting("exit written into the result for decoding", None)
+    draft_tokens: int = setting("draft tokens written into the result for decoding", 4)
+    keep_draft_text: bool = setting(
         "write what labels repeat, some whole rows, into the result: it is searched for n-grams",
         False,
     )
-    resume: bool = _setting("go on from the last checkpoint in --output", False)
-    seed: int = _setting("seed of everything random", 0)
-    device: Literal["auto", "cpu", "cuda"] = _setting(
+    resume: bool = setting("go on from the last checkpoint in --output", False)
+    seed: int = setting("seed of everything random", 0)
+    device: Literal["auto", "cpu", "cuda"] = setting(
         "auto = a CUDA GPU where there is one; cpu = leave it alone", "auto"
     )
 
