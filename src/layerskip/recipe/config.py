@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, Literal, get_args, get_type_hints
+from dataclasses import MISSING, dataclass, field, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from layerskip.recipe.schedule import exit_scale
 
@@ -96,15 +96,10 @@ class RecipeConfig:
     seed: int = setting("seed of the rows that layer dropout skips", 0)
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for item in fields(self):
-            choices = get_args(hints[item.name])
-            value = getattr(self, item.name)
-            named = bool(choices) and all(isinstance(choice, str) for choice in choices)
-            if named and value not in choices:
-                raise ValueError(
-                    f"{item.name} is {value!r}; it can be {', '.join(map(repr, choices))}"
-                )
+        for name, hint in get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), get_args(hint)
+            if get_origin(hint) is Literal and value not in choices:
+                raise ValueError(f"{name} is {value!r}; it can be {', '.join(map(repr, choices))}")
         if not 0 <= self.p_max < 1:
             raise ValueError(f"p_max is {self.p_max}; a rate below 1 is needed, 0 turns it off")
         for name in ("e_scale", "distillation_weight"):
