@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,10 @@ from layerskip.training.recipe_callback import RecipeCallback, check_arguments, 
 from layerskip.training.sampling import LengthGroupedSampler
 from layerskip.training.speed import TokenRate
 
+_Trainer: Any = object  # stands for the Trainer below the mixin, whose attributes are untyped
 
-class LayerSkipMixin:
+
+class LayerSkipMixin(_Trainer):  # type: ignore[misc]
     """Gives a transformers Trainer, or a class derived from it such as TRL's SFTTrainer, the recipe.
 
     `class Mine(LayerSkipMixin, SFTTrainer): ...`. The model trains with layer dropout and the
@@ -59,19 +61,18 @@ class LayerSkipMixin:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        trainer = self._trainer
-        check_arguments(trainer.args)
-        check_sharding(trainer)
-        leave_out_cudnn_attention(trainer.args.device)  # rows that skip layers change the shapes
-        if getattr(trainer, "compute_loss_func", None) is not None:
+        check_arguments(self.args)
+        check_sharding(self)
+        leave_out_cudnn_attention(self.args.device)  # rows that skip layers change the shapes
+        if getattr(self, "compute_loss_func", None) is not None:
             raise ValueError(
                 "the recipe computes its own loss: compute_loss_func would have no effect; leave it out"
             )
-        if getattr(trainer, "model_init", None) is not None:
+        if getattr(self, "model_init", None) is not None:
             raise ValueError(
                 "model_init would make a model without the recipe; give the model itself"
             )
-        self.attached = attach(trainer.model, recipe)
+        self.attached = attach(self.model, recipe)
         layers = self.attached.num_layers
         if eval_exits is None:
             spread = range(max(1, layers // 8), layers, max(1, layers // 8))
@@ -80,19 +81,14 @@ class LayerSkipMixin:
         if outside := [e for e in self.eval_exits if not 1 <= e <= layers]:
             raise ValueError(f"eval_exits names {outside}; an exit is 1 to {layers}")
         # The loss is divided by the items given to it, whatever the class below does with its own.
-        trainer.model_accepts_loss_kwargs = True
-        trainer.add_callback(RecipeCallback(self.attached))
-        self._train_totals = ExitTotals(layers, trainer.args.device)
-        self._eval_totals = ExitTotals(layers, trainer.args.device)
+        self.model_accepts_loss_kwargs = True
+        self.add_callback(RecipeCallback(self.attached))
+        self._train_totals = ExitTotals(layers, self.args.device)
+        self._eval_totals = ExitTotals(layers, self.args.device)
         self._output_dir: str | None = None
         self._is_to_be_pushed = False
         self._token_rate = TokenRate()
-        trainer.add_callback(self._token_rate)
-
-    @property
-    def _trainer(self) -> Any:
-        """This object as the Trainer it is mixed into, whose attributes are untyped."""
-        return self
+        self.add_callback(self._token_rate)
 
     def compute_loss(
         self,
@@ -102,9 +98,8 @@ class LayerSkipMixin:
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """In training the recipe's loss; in evaluation whatever the class below computes."""
-        trainer = self._trainer
-        if not trainer.model.training:
-            return super().compute_loss(  # type: ignore[misc]
+        if not self.model.training:
+            return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         if isinstance(num_items_in_batch, Tensor):  # FSDP2 would round it to 16 bits as a float
@@ -120,20 +115,20 @@ class LayerSkipMixin:
         self._token_rate.add(inputs["input_ids"].numel())
         loss = outputs["loss"]
         # DDP averages gradients over processes, while the items are those of all of them.
-        if trainer.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * trainer.accelerator.num_processes
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward; raises NonFiniteLossError before a step is taken with it."""
-        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        loss: Tensor = super().training_step(*args, **kwargs)
         self._must_be_finite("the loss", loss.item())
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own; a gradient that is not finite is no step either, though the loss was."""
-        norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[misc]
-        accelerator = self._trainer.accelerator
+        norm = super()._get_grad_norm(*args, **kwargs)
+        accelerator = self.accelerator
         # With float16 there is a scaler, which leaves such steps out; DeepSpeed has its own.
         is_scaled = accelerator.scaler is not None or accelerator.distributed_type == "DEEPSPEED"
         if norm is not None and not is_scaled:
@@ -142,24 +137,22 @@ class LayerSkipMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The class's own, and then what it leaves out: weights under other names in the checkpoint."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model=model)  # type: ignore[misc]
-        trainer = self._trainer
-        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            load_renamed(model or trainer.model, Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model=model)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            load_renamed(model or self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """The same for the best checkpoint, at the end."""
-        super()._load_best_model()  # type: ignore[misc]
-        trainer = self._trainer
-        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            load_renamed(trainer.model, Path(trainer.state.best_model_checkpoint))
+        super()._load_best_model()
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            load_renamed(self.model, Path(self.state.best_model_checkpoint))
 
     def _must_be_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
-            step = self._trainer.state.global_step + 1
+            step = self.state.global_step + 1
             raise NonFiniteLossError(
                 f"{what} is {value} at step {step}; training stopped before it was used,"
-                f" {last_good(self._trainer.args.output_dir, step)}. A lower learning rate, warm-up"
+                f" {last_good(self.args.output_dir, step)}. A lower learning rate, warm-up"
                 " steps or bfloat16 instead of float16 may help"
             )
 
@@ -171,13 +164,11 @@ class LayerSkipMixin:
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
         """Loss and accuracy of every exit in `eval_exits`; the loss returned is the last layer's."""
-        trainer = self._trainer
-        plain: Callable[..., tuple[Any, Any, Any]]
-        plain = super().prediction_step  # type: ignore[misc]
+        plain = super().prediction_step
         if inputs.get("labels") is None:
             return plain(model, inputs, prediction_loss_only, ignore_keys)
-        prepared = self._without_repeated_rows(trainer._prepare_inputs(inputs))
-        with trainer.compute_loss_context_manager():
+        prepared = self._without_repeated_rows(self._prepare_inputs(inputs))
+        with self.compute_loss_context_manager():
             losses = self.attached.evaluate(self.eval_exits, prepared, model)
         self._eval_totals.add(losses)
         if not prediction_loss_only:
@@ -186,12 +177,11 @@ class LayerSkipMixin:
 
     def _without_repeated_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Of several processes' last batches, which are filled up from the beginning, the new rows."""
-        trainer = self._trainer
-        data = trainer.accelerator.gradient_state
-        if trainer.args.world_size == 1 or not data.end_of_dataloader or data.remainder <= 0:
+        data = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not data.end_of_dataloader or data.remainder <= 0:
             return batch
         rows = len(batch["labels"])
-        own = min(max(data.remainder - trainer.args.process_index * rows, 0), rows)
+        own = min(max(data.remainder - self.args.process_index * rows, 0), rows)
         labels = batch["labels"].clone()
         labels[own:] = IGNORED_LABEL
         return {**batch, "labels": labels}
@@ -199,7 +189,7 @@ class LayerSkipMixin:
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own, with loss and accuracy of every exit among the metrics."""
         with self._token_rate.paused():
-            output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+            output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         exits = self._eval_totals.take(self._sum_over_processes)
         for exit_layer, (loss, accuracy) in exits.items():
@@ -218,29 +208,26 @@ class LayerSkipMixin:
             ).items():
                 logs[f"loss_exit_{exit_layer}"] = loss
                 logs[f"accuracy_exit_{exit_layer}"] = accuracy
-            logs["tokens_per_s"] = self._token_rate.take(
-                self._sum_over_processes, self._trainer.args.device
-            )
+            logs["tokens_per_s"] = self._token_rate.take(self._sum_over_processes, self.args.device)
             logs["skip_rate_mean"] = sum(self.attached.skip_rates) / self.attached.num_layers
             logs["skip_rate_last"] = self.attached.skip_rates[-1]
-            logs["peak_memory_bytes"] = peak_memory_bytes(self._trainer.args.device)
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+            logs["peak_memory_bytes"] = peak_memory_bytes(self.args.device)
+        super().log(logs, *args, **kwargs)
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
-        return self._trainer.accelerator.reduce(values.clone(), reduction="sum")
+        return self.accelerator.reduce(values.clone(), reduction="sum")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Batches grouped by length are the same after a resume, in any epoch."""
-        trainer = self._trainer
-        dataset = trainer.train_dataset if train_dataset is None else train_dataset
-        if getattr(trainer.args, "train_sampling_strategy", None) != "group_by_length":
-            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
-        batch = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
-        seed = trainer.args.data_seed if trainer.args.data_seed is not None else trainer.args.seed
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if getattr(self.args, "train_sampling_strategy", None) != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         of_datasets = hasattr(dataset, "column_names")  # else any sequence of rows
         column = dataset["input_ids"] if of_datasets else (row["input_ids"] for row in dataset)
         lengths = [len(ids) for ids in column]
-        return LengthGroupedSampler(lengths, batch * trainer.args.world_size, seed)
+        return LengthGroupedSampler(lengths, batch * self.args.world_size, seed)
 
     def get_train_dataloader(self) -> Any:
         """The class's own; after a resume its sampler is told the epoch in several processes too.
@@ -248,7 +235,7 @@ class LayerSkipMixin:
         accelerate looks for it behind the batches that are skipped, one level deep, where several
         processes have one level more.
         """
-        loader: Any = super().get_train_dataloader()  # type: ignore[misc]
+        loader: Any = super().get_train_dataloader()
         batches: Any = loader.batch_sampler
         sampler = getattr(getattr(batches, "batch_sampler", None), "sampler", None)
         if sampler is not None and not hasattr(batches, "sampler"):
@@ -256,43 +243,41 @@ class LayerSkipMixin:
         return loader
 
     def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:
-        directory: str = super()._get_output_dir(*args, **kwargs)  # type: ignore[misc]
+        directory: str = super()._get_output_dir(*args, **kwargs)
         return self._output_dir or directory
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Write a checkpoint beside the others and move it there when it is whole."""
-        trainer = self._trainer
         with self._token_rate.paused():
             self._write_checkpoint(*args, **kwargs)
-            limit, state = trainer.args.save_total_limit, trainer.state
-            if trainer.args.should_save and limit is not None and limit > 0:
+            limit, state = self.args.save_total_limit, self.state
+            if self.args.should_save and limit is not None and limit > 0:
                 remove_old_checkpoints(
-                    trainer.args.output_dir, limit, state.global_step, state.best_model_checkpoint
+                    self.args.output_dir, limit, state.global_step, state.best_model_checkpoint
                 )
-            trainer.accelerator.wait_for_everyone()
+            self.accelerator.wait_for_everyone()
 
     def _write_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        trainer = self._trainer
-        run = Path(trainer.args.output_dir)
-        name = f"checkpoint-{trainer.state.global_step}"
+        run = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
         unfinished = run / INCOMPLETE
         self._output_dir = str(unfinished)
-        if trainer.is_world_process_zero():
+        if self.is_world_process_zero():
             for path in unfinished.glob("checkpoint-*"):
                 if path.name != name:  # of a run that was killed
                     shutil.rmtree(path, ignore_errors=True)
         try:
-            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+            super()._save_checkpoint(*args, **kwargs)
             self._name_the_best_as_it_will_be(unfinished / name, run / name)
-            trainer.accelerator.wait_for_everyone()
-            if trainer.args.should_save:
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
                 move_when_whole(unfinished / name, run / name)
             if self._is_to_be_pushed:
-                super()._push_from_checkpoint(str(run / name))  # type: ignore[misc]
+                super()._push_from_checkpoint(str(run / name))
         except Exception as error:  # tokenizers has no class of its own for a full disk
             shutil.rmtree(unfinished, ignore_errors=True)
             raise unwritten(
-                f"the checkpoint of step {trainer.state.global_step}", run, error
+                f"the checkpoint of step {self.state.global_step}", run, error
             ) from error
         finally:
             self._output_dir, self._is_to_be_pushed = None, False
@@ -303,27 +288,26 @@ class LayerSkipMixin:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The checkpoint's state, with the learning rate and weight decay that are asked for now."""
-        trainer = self._trainer
         asked = [
             {name: group[name] for name in ("initial_lr", "weight_decay") if name in group}
-            for group in trainer.optimizer.param_groups
+            for group in self.optimizer.param_groups
         ]
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if not isinstance(trainer.lr_scheduler, LambdaLR):  # others have no factor of the peak
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if not isinstance(self.lr_scheduler, LambdaLR):  # others have no factor of the peak
             return
-        for group, settings in zip(trainer.optimizer.param_groups, asked, strict=True):
+        for group, settings in zip(self.optimizer.param_groups, asked, strict=True):
             if settings["initial_lr"] != group["initial_lr"]:
                 group["lr"] *= settings["initial_lr"] / group["initial_lr"]
             group.update(settings)
-        trainer.lr_scheduler.base_lrs = [settings["initial_lr"] for settings in asked]
-        trainer.lr_scheduler._last_lr = [group["lr"] for group in trainer.optimizer.param_groups]
+        self.lr_scheduler.base_lrs = [settings["initial_lr"] for settings in asked]
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _name_the_best_as_it_will_be(self, unfinished: Path, final: Path) -> None:
-        state = self._trainer.state
+        state = self.state
         if state.best_model_checkpoint != str(unfinished):
             return
         state.best_model_checkpoint = str(final)
-        if self._trainer.args.should_save:
+        if self.args.should_save:
             state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
 
 
