@@ -164,7 +164,7 @@ class AttachedRecipe:
         loss = losses.loss
         if this.router_logits:
             config, mask = self._anatomy.model.config, kwargs.get("attention_mask")
-            balance = this.balancing_loss(mask, labels.shape[0], config.num_experts_per_tok)
+            balance = this.balancing_loss(mask, config.num_experts_per_tok)
             # Of several batches of a step each adds its share, as to the loss.
             share = 1.0 if num_items is None else losses.tokens / num_items
             loss = loss + config.router_aux_loss_coef * share * balance.to(loss.device)

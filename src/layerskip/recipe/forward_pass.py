@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from layerskip.recipe.compiling import compiled_below, not_compiled
@@ -62,28 +61,24 @@ class ForwardPass:
         """Keep the logits [tokens, experts] with which layer `number` chose experts."""
         self.router_logits.append((number, logits))
 
-    def balancing_loss(self, mask: Tensor | None, rows: int, top_k: int) -> Tensor:
+    def balancing_loss(self, mask: Tensor | None, top_k: int) -> Tensor:
         """Load balancing loss of the experts over the tokens each layer routed, without padding.
 
         transformers' own, which takes every layer to have routed the whole batch only with a mask.
 
         Args:
             mask: int [B, T], 0 = padding; another kind of mask is taken as no padding.
-            rows: B.
             top_k: experts a token is sent to.
         """
         # Takes a while to import, and most models have no experts.
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-        routed: Sequence[Tensor] = [logits for _, logits in self.router_logits]
-        if mask is not None and mask.ndim == 2:
-            kept = torch.ones(1, rows, dtype=torch.bool)
-            if self.skipped is not None:
-                kept = ~self.skipped
-            routed = [
-                logits[mask[kept[number % len(kept)].to(mask.device)].flatten() > 0]
-                for number, logits in self.router_logits
-            ]
-        floats = tuple(logits.float() for logits in routed)
+        routed: list[Tensor] = []
+        for number, logits in self.router_logits:
+            chosen = logits
+            if mask is not None and mask.ndim == 2:
+                kept = mask if self.skipped is None else mask[~self.skipped[number].to(mask.device)]
+                chosen = logits[kept.flatten() > 0]
+            routed.append(chosen.float())
         over_all: Any = load_balancing_loss_func  # whose types know one layer alone
-        return over_all(floats, floats[0].shape[-1], top_k)
+        return over_all(tuple(routed), routed[0].shape[-1], top_k)
