@@ -1,8 +1,9 @@
 """This package as one of the systems that are measured."""
 
 import dataclasses
+import functools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from layerskip.bench.bandwidth import weight_bytes_read
@@ -110,34 +111,25 @@ def ablation_of(model: LayerSkipModel) -> list[Setting]:
 
     Rows that would decode in the same way are one.
     """
+    in_auto = functools.partial(
+        choose, "auto", None, None, settings=model.settings, n_layers=len(model.decoder.layers)
+    )
     found: dict[Plan, Setting] = {}
     for label, switches in _ABLATION.items():
-        arguments = {**switches, "draft_vocabulary": () if "draft_vocabulary" in switches else None}
-        source = arguments.pop("draft_from", None)
-        if source == "early-exit" and model.settings.exit_layer is None:
+        if switches.get("draft_from") == "early-exit" and model.settings.exit_layer is None:
             continue
-        plan = choose(
-            "auto",
-            None,
-            None,
-            source,
-            **arguments,
-            settings=model.settings,
-            n_layers=len(model.decoder.layers),
+        # All tokens are 0 of them to `answer`, and () to `choose`.
+        all_tokens = {"draft_vocabulary": ()} if "draft_vocabulary" in switches else {}
+        plan = in_auto(**(switches | all_tokens))
+        setting = dataclasses.replace(
+            _setting_of("auto", plan), label=label, switches=tuple(switches.items())
         )
-        found.setdefault(plan, _setting_of("auto", plan, label=label, switches=switches))
-    whole = choose("auto", None, None, settings=model.settings, n_layers=len(model.decoder.layers))
-    found.pop(whole, None)
+        found.setdefault(plan, setting)
+    found.pop(in_auto(), None)
     return list(found.values())
 
 
-def _setting_of(
-    mode: str,
-    plan: Plan,
-    *,
-    label: str | None = None,
-    switches: Mapping[str, Any] | None = None,
-) -> Setting:
+def _setting_of(mode: str, plan: Plan) -> Setting:
     vocabulary = plan.draft_vocabulary
     return Setting(
         mode=mode,
@@ -146,8 +138,6 @@ def _setting_of(
         draft_from=plan.draft_from,
         adaptive=plan.adaptive,
         draft_vocabulary=None if vocabulary is None else len(vocabulary),
-        label=label,
-        switches=tuple((switches or {}).items()),
     )
 
 
