@@ -137,20 +137,19 @@ def bench(
         gguf_weights=gguf_weights,
         progress=lambda done, total: progress("starting peers", done, total),
     ) as peers:
-        measured = _measured([own, *peers], prompts, new_tokens, config, model, progress)
-    prompts = prompts[: measured.answered]
-    task = dataclasses.replace(task, samples=task.samples[: measured.answered])
-    made_rows = partial(
-        _rows, measured.entries, task, measured.bandwidth, config.sampling, progress=progress
-    )
-    bandwidth = measured.bandwidth
-    interrupted, failure = measured.interrupted, measured.failure
+        entries, bandwidth, ended = _measured(
+            [own, *peers], prompts, new_tokens, config, model, progress
+        )
+    answered = max(len(entry.runs) for entry in entries)
+    prompts = prompts[:answered]
+    task = dataclasses.replace(task, samples=task.samples[:answered])
+    made_rows = partial(_rows, entries, task, bandwidth, config.sampling, progress=progress)
+    interrupted, failure = ended is not None, _in_words(ended)
     scored = not config.ignore_eos and not interrupted
     try:
         rows = list(made_rows(scored=scored))
     except (KeyboardInterrupt, Exception) as error:  # what was measured is kept
-        interrupted = isinstance(error, KeyboardInterrupt)
-        failure = None if interrupted else _in_words(error)
+        interrupted, failure = isinstance(error, KeyboardInterrupt), _in_words(error)
         rows = list(made_rows(scored=False))
     weight_bytes = model.decoder.weight_bytes
     return {
@@ -167,7 +166,7 @@ def bench(
         "max_new_tokens": new_tokens,
         "ignore_eos": config.ignore_eos,
         "sampling": dataclasses.asdict(config.sampling),
-        "repeats": measured.repeats,
+        "repeats": min(len(runs) for entry in entries for runs in entry.runs),
         "peak_memory_scope": own.memory.scope,
         "weight_bytes": weight_bytes,
         "read_bandwidth_bytes_per_s": bandwidth,
@@ -179,27 +178,6 @@ def bench(
     }
 
 
-@dataclasses.dataclass
-class _Measured:
-    """Answers of all systems.
-
-    Attributes:
-        entries: a system and setting each.
-        bandwidth: of memory meanwhile, bytes a second.
-        answered: prompts that all have answered.
-        repeats: how often.
-        interrupted: whether Ctrl-C or an error ended it before all were.
-        failure: the error.
-    """
-
-    entries: list[Entry]
-    bandwidth: float
-    answered: int
-    repeats: int
-    interrupted: bool = False
-    failure: str | None = None
-
-
 def _measured(
     systems: Sequence[System],
     prompts: list[list[int]],
@@ -207,11 +185,16 @@ def _measured(
     config: BenchConfig,
     model: LayerSkipModel,
     progress: Callable[[str, int, int], None],
-) -> _Measured:
+) -> tuple[list[Entry], float, BaseException | None]:
+    """Answers of all systems, the memory's bandwidth meanwhile in bytes a second, and what ended it.
+
+    The last is Ctrl-C or an error; the answers are then those to the prompts that all had answered.
+    """
     bandwidths: list[float] = []
     so_far: list[Entry] = []
+    ended: BaseException | None = None
     try:
-        entries = measure(
+        so_far = measure(
             systems,
             prompts,
             max_new_tokens=new_tokens,
@@ -223,16 +206,8 @@ def _measured(
     except (KeyboardInterrupt, Exception) as error:  # what there is, is told
         if not so_far:
             raise
-        made = [len(runs) for entry in so_far if not entry.error for runs in entry.runs]
-        return _Measured(
-            so_far,
-            statistics.median(bandwidths),
-            answered=max(len(entry.runs) for entry in so_far),
-            repeats=min(made, default=config.repeats),
-            interrupted=True,
-            failure=None if isinstance(error, KeyboardInterrupt) else _in_words(error),
-        )
-    return _Measured(entries, statistics.median(bandwidths), len(prompts), config.repeats)
+        ended = error
+    return so_far, statistics.median(bandwidths), ended
 
 
 def _pairs_of_transformers(settings: Sequence[Setting]) -> list[tuple[int, int]]:
@@ -246,8 +221,9 @@ def _pairs_of_transformers(settings: Sequence[Setting]) -> list[tuple[int, int]]
     ]
 
 
-def _in_words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+def _in_words(error: BaseException | None) -> str | None:
+    """What went wrong; None of Ctrl-C, and where nothing did."""
+    return f"{type(error).__name__}: {error}" if isinstance(error, Exception) else None
 
 
 def _gguf_weights(model: LayerSkipModel) -> str:
