@@ -77,13 +77,10 @@ def _spec_bench_category(row: Row) -> str:
 
 
 _SPEC_BENCH = ("translation", "summarization", "qa", "math_reasoning", "rag")
+_FILES_BY_SPLIT = {split: f"{split}*.jsonl*" for split in ("train", "validation", "test")}
 _CNN_DAILYMAIL = DataSet(
     folder="cnn_dailymail",
-    files={
-        "train": "train*.jsonl*",
-        "validation": "validation*.jsonl*",
-        "test": "test*.jsonl*",
-    },
+    files=_FILES_BY_SPLIT,
     hub="abisee/cnn_dailymail",
     config="3.0.0",
     origin="https://huggingface.co/datasets/abisee/cnn_dailymail",
@@ -161,11 +158,7 @@ FORMS: Mapping[str, Form] = {
         description="one-sentence summaries of news articles (XSum): 0-shot, ROUGE",
         data=DataSet(
             folder="xsum",
-            files={
-                "train": "train*.jsonl*",
-                "validation": "validation*.jsonl*",
-                "test": "test*.jsonl*",
-            },
+            files=_FILES_BY_SPLIT,
             hub="EdinburghNLP/xsum",
             origin="https://github.com/EdinburghNLP/XSum",
         ),
