@@ -14,12 +14,13 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from engine import ROOT, deliver, dtype_of, environment, run, verify_cost
+from engine import ROOT, deliver, dtype_of, environment, in_turns, run, verify_cost
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import Task, load_task
@@ -73,10 +74,13 @@ def context_curve(model: LayerSkipModel, rounds: int) -> list[dict[str, float]]:
 
     speeds(lengths[0])
     runs = [[speeds(context) for context in lengths] for _ in range(rounds)]
-    return [
-        {"context": context, "tokens_per_s": tokens, "prompt_tokens_per_s": prompt_tokens}
-        for context, (tokens, prompt_tokens) in zip(lengths, _medians(runs), strict=True)
-    ]
+    curve = []
+    for context, found in zip(lengths, zip(*runs, strict=True), strict=True):
+        tokens, prompt_tokens = (statistics.median(figure) for figure in zip(*found, strict=True))
+        curve.append(
+            {"context": context, "tokens_per_s": tokens, "prompt_tokens_per_s": prompt_tokens}
+        )
+    return curve
 
 
 def batch_curve(model: LayerSkipModel, name: str, rounds: int) -> list[dict[str, Any]]:
@@ -87,10 +91,10 @@ def batch_curve(model: LayerSkipModel, name: str, rounds: int) -> list[dict[str,
     points = [(size, mode) for size in BATCHES for mode in modes]
     for point in points[: len(modes)]:
         _throughput(model, task, *point)
-    runs = [[(_throughput(model, task, *point),) for point in points] for _ in range(rounds)]
+    speeds = {point: partial(_throughput, model, task, *point) for point in points}
     return [
         {"batch": size, "mode": mode, "tokens_per_s": speed}
-        for (size, mode), (speed,) in zip(points, _medians(runs), strict=True)
+        for (size, mode), speed in in_turns(speeds, rounds, warm_ups=0).items()
     ]
 
 
@@ -104,14 +108,6 @@ def _throughput(model: LayerSkipModel, task: Task, size: int, mode: str) -> floa
         answers = model.generate(some, mode=mode, max_new_tokens=limit, stop=task.stop)
         tokens += sum(made.new_tokens for made in answers)
     return tokens / (time.perf_counter() - begin)
-
-
-def _medians(runs: Sequence[Sequence[tuple[float, ...]]]) -> list[tuple[float, ...]]:
-    """Of each point's figures, over the rounds."""
-    return [
-        tuple(statistics.median(figure) for figure in zip(*of_point, strict=True))
-        for of_point in zip(*runs, strict=True)
-    ]
 
 
 def verify_curves(

@@ -93,18 +93,17 @@ def speed_of_both(
         return answer.tokens_per_s
 
     def theirs() -> float:
-        times = [timed(lambda n=n: reference_answer(reference, prompt, n)) for n in (1, NEW_TOKENS)]
-        return (NEW_TOKENS - 1) / (times[1] - times[0])
+        first_ms, whole_ms = (
+            ms_of(reference_answer, reference, prompt, n) for n in (1, NEW_TOKENS)
+        )
+        return 1e3 * (NEW_TOKENS - 1) / (whole_ms - first_ms)
 
     figures = {
         "layerskip plain": ours,
         "transformers generate": theirs,
         "bandwidth": lambda: read_bandwidth(model.decoder.device),
     }
-    for run in figures.values():
-        run()
-    runs = [{name: run() for name, run in figures.items()} for _ in range(rounds)]
-    medians = {name: statistics.median(r[name] for r in runs) for name in figures}
+    medians = in_turns(figures, rounds)
     return medians, medians.pop("bandwidth")
 
 
@@ -133,7 +132,8 @@ def verify_cost(
 ) -> dict[str, float]:
     """Milliseconds of all layers and the head over n positions, after 192 others, in turns."""
     cache = decoder.new_cache(256)
-    return in_turns({str(n): partial(verify, decoder, cache, n) for n in positions}, 8 * rounds)
+    passes = {str(n): partial(ms_of, verify, decoder, cache, n) for n in positions}
+    return in_turns(passes, 8 * rounds)
 
 
 def verify(decoder: Decoder, cache: KVCache, n: int) -> None:
@@ -161,7 +161,7 @@ def step_parts(decoder: Decoder, rounds: int) -> dict[str, float]:
     }
     if decoder.kernels == "pytorch":
         parts["products in the layers"] = lambda: layer_products(decoder)
-    times = in_turns(parts, 8 * rounds)
+    times = in_turns({name: partial(ms_of, part) for name, part in parts.items()}, 8 * rounds)
     times["all else"] = times["whole step"] - times["layers"] - times["norm and head"]
     return times
 
@@ -176,18 +176,20 @@ def layer_products(decoder: Decoder) -> None:
         w.mlp.down(wide)
 
 
-def in_turns(parts: Mapping[K, Callable[[], Any]], rounds: int) -> dict[K, float]:
-    """Median milliseconds of each part; one of each, then the next round."""
-    for part in parts.values():
-        part()
-    runs = [{name: timed(part) * 1e3 for name, part in parts.items()} for _ in range(rounds)]
-    return {name: statistics.median(r[name] for r in runs) for name in parts}
+def in_turns(
+    figures: Mapping[K, Callable[[], float]], rounds: int, *, warm_ups: int = 1
+) -> dict[K, float]:
+    """Median of each figure; one of each, then the next round. Those of the warm-up do not count."""
+    for figure in [*figures.values()] * warm_ups:
+        figure()
+    runs = [{name: figure() for name, figure in figures.items()} for _ in range(rounds)]
+    return {name: statistics.median(r[name] for r in runs) for name in figures}
 
 
-def timed(work: Callable[[], Any]) -> float:
+def ms_of(work: Callable[..., Any], *arguments: Any) -> float:
     start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    work(*arguments)
+    return 1e3 * (time.perf_counter() - start)
 
 
 def deliver(result: dict[str, Any], output: Path | None) -> None:

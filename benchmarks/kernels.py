@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from engine import deliver, environment, in_turns, run, verify
+from engine import deliver, environment, in_turns, ms_of, run, verify
 
 from layerskip import LayerSkipModel
 
@@ -41,7 +41,7 @@ def compare(name: str, kind: str, rounds: int) -> dict[str, dict[str, float]]:
         decoder = LayerSkipModel.from_pretrained(name, compile=compiled, **how).decoder
         cache = decoder.new_cache(256)
         for n in POSITIONS:
-            passes[decoder.kernels, n] = partial(verify, decoder, cache, n)
+            passes[decoder.kernels, n] = partial(ms_of, verify, decoder, cache, n)
     times = in_turns(passes, rounds)
     return {
         kernels: {str(n): ms for (by, n), ms in times.items() if by == kernels}

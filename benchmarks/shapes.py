@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from engine import deliver, environment, run
+from engine import deliver, environment, in_turns, run
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -160,10 +160,7 @@ def measure(
         },
         **{f"pass {n}": partial(pass_ms, decoder, n) for n in POSITIONS},
     }
-    for work in [*works.values()] * 2:  # on a GPU a shape is recorded when it comes again
-        work()
-    runs = [{name: work() for name, work in works.items()} for _ in range(rounds)]
-    found = {name: statistics.median(run[name] for run in runs) for name in works}
+    found = in_turns(works, rounds, warm_ups=2)  # on a GPU a shape is recorded when it comes again
     ceiling = found["bandwidth"] / decoder.weight_bytes
     return {
         "layers": len(decoder.layers),
