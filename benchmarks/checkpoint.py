@@ -14,13 +14,11 @@ training and the mixture's own record are put into the result, for the card.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from engine import deliver, environment, run
+from engine import deliver, environment, parsed, run
 from topv2 import DRAFT_TOKENS, answer, drafts_by_exit
 
 from layerskip import LayerSkipModel
@@ -41,15 +39,8 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=20000, help="of the text to predict")
     parser.add_argument("--text", default=WIKITEXT, help="text file, or wikitext2")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    try:
-        result = measure(options)
-    except ValueError as error:
-        sys.exit(f"checkpoint.py: {error}")
-    deliver(result, options.output)
+    options = parsed(parser, writes_always=True)
+    deliver(measure(options), options.output)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

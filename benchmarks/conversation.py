@@ -11,8 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
-from engine import deliver, dtype_of, environment, run
+from engine import deliver, dtype_of, environment, parsed, run
 
 from layerskip import LayerSkipModel
 from layerskip.decoding import Prefix
@@ -26,10 +25,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parsed(parser)
     model = LayerSkipModel.from_pretrained(options.model)
     text = " ".join(TEXT.read_text(encoding="utf-8").split())
     first = {"role": "user", "content": f"Summarize this: {text}"}

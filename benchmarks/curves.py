@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import ROOT, deliver, dtype_of, environment, in_turns, run, verify_cost
+from engine import ROOT, deliver, dtype_of, environment, in_turns, parsed, run, verify_cost
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import Task, load_task
@@ -37,11 +37,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--task", default="topv2", help="prompts of the batches")
     parser.add_argument("--weights", default="16bit,int8,int4")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parsed(parser)
     model = LayerSkipModel.from_pretrained(options.model)
     result: dict[str, Any] = {
         "environment": environment("benchmarks/curves.py", dtype_of(model), model.decoder.kernels),

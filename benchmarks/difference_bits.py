@@ -14,8 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from engine import deliver, environment, run
+from engine import deliver, environment, parsed, run
 
 from layerskip import LayerSkipModel, merge
 from layerskip.bench.perplexity import perplexity, read_text
@@ -33,10 +32,7 @@ def main() -> None:
     parser.add_argument("--text", default="wikitext2", help="or a text file")
     parser.add_argument("--words", type=int, default=2000)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parsed(parser)
     text = read_text(options.text, options.words)
     source = open_source(options.checkpoint)
     exit_layer = source.files.settings.exit_layer

@@ -39,12 +39,9 @@ VERIFY_POSITIONS = (1, 2, 4, 6, 8, 12, 16)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--no-compile", action="store_true", help="PyTorch runs the layers")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parsed(parser)
     folder = pull("smollm2-135m")
     compiled = False if options.no_compile else None
     model = LayerSkipModel.from_pretrained(folder, dtype=options.dtype, compile=compiled)
@@ -190,6 +187,18 @@ def ms_of(work: Callable[..., Any], *arguments: Any) -> float:
     start = time.perf_counter()
     work(*arguments)
     return 1e3 * (time.perf_counter() - start)
+
+
+def parsed(parser: argparse.ArgumentParser, *, writes_always: bool = False) -> argparse.Namespace:
+    """The command line of a script, --threads and --output included; the threads are set.
+
+    `writes_always`: a file has to be named.
+    """
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, required=writes_always)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options
 
 
 def deliver(result: dict[str, Any], output: Path | None) -> None:

@@ -12,11 +12,9 @@ prompt, chosen with hindsight, which no choice inside the answer is likely to be
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-from engine import deliver, dtype_of, environment, run
+from engine import deliver, dtype_of, environment, parsed, run
 from paper.measures import answers
 
 from layerskip import LayerSkipModel
@@ -37,10 +35,7 @@ def main() -> None:
     parser.add_argument("--task", default="topv2")
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--exits", default="4,5,6,7,8,9,10,12,15")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parsed(parser)
     exits = [int(text) for text in options.exits.split(",")]
     model = LayerSkipModel.from_pretrained(options.model)
     task = load_task(options.task, samples=options.rows, seed=0)

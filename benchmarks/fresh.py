@@ -15,11 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-import torch
-from engine import deliver, dtype_of, environment, run
+from engine import deliver, dtype_of, environment, parsed, run
 
 from layerskip import LayerSkipModel
 from layerskip.bench.memory import PeakMemory
@@ -37,10 +35,8 @@ def main() -> None:
     parser.add_argument("what", choices=["start-up", "memory", "peak"], help="peak: for itself")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--task", default="topv2")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--mode", default="plain")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    options = parsed(parser)
     if options.what == "start-up":
         result = start_up(str(resolve(options.model)), options.threads)
     elif options.what == "memory":
@@ -49,7 +45,6 @@ def main() -> None:
     else:
         print(peak(options))
         return
-    torch.set_num_threads(options.threads)
     model = LayerSkipModel.from_pretrained(options.model)
     how = dtype_of(model), model.decoder.kernels
     result["environment"] = environment("benchmarks/fresh.py", *how)
@@ -88,7 +83,6 @@ def peaks(options: argparse.Namespace, mode: str) -> float:
 
 def peak(options: argparse.Namespace) -> int:
     """Bytes resident at most while prompts are answered, from after loading on."""
-    torch.set_num_threads(options.threads)
     model = LayerSkipModel.from_pretrained(options.model)
     task = load_task(options.task, samples=PROMPTS, chat=model.has_chat_template)
     memory = PeakMemory(model.decoder.device)

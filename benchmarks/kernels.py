@@ -8,10 +8,9 @@ SmolLM2-135M after 192 positions, both decoders in turns in one process, medians
 
 import argparse
 from functools import partial
-from pathlib import Path
 
 import torch
-from engine import deliver, environment, in_turns, ms_of, run, verify
+from engine import deliver, environment, in_turns, ms_of, parsed, run, verify
 
 from layerskip import LayerSkipModel
 
@@ -23,10 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parsed(parser)
     found = {kind: compare(options.model, kind, options.rounds) for kind in KINDS}
     here = environment("benchmarks/kernels.py", "bfloat16")
     deliver({"environment": here, "model": options.model, "ms": found}, options.output)

@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from engine import deliver, environment, in_turns, run
+from engine import deliver, environment, in_turns, parsed, run
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -49,16 +49,13 @@ def main() -> None:
     parser.add_argument("--shapes", default="smollm2-135m,llama-3.2-1b", help=", ".join(SHAPES))
     parser.add_argument("--weights", default="16bit,int8,int4")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--exit-share", type=float, default=1 / 8, help="E as a share of the layers"
     )
     parser.add_argument("--draft-tokens", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parsed(parser)
     if options.device == "cpu":
         native.prepare()
     rows = []

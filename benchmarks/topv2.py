@@ -19,11 +19,9 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-from engine import deliver, environment, run
+from engine import deliver, environment, parsed, run
 from rich.progress import track
 
 from layerskip import LayerSkipModel
@@ -49,10 +47,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--weights", default="16bit", choices=WEIGHTS, help="of the recipe")
     parser.add_argument("--exits", default=",".join(map(str, EXITS)))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parsed(parser)
     if options.add_control and (options.recipe or not options.output):
         parser.error("--add-control needs the --output file of its recipe, and no other checkpoint")
     task = load_task("topv2", samples=options.rows, seed=0)

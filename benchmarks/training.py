@@ -19,11 +19,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from engine import deliver, environment, run
+from engine import deliver, environment, parsed, run
 from torch.autograd import DeviceType
 from transformers import (
     AutoModelForCausalLM,
@@ -62,10 +61,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path)
     parser.add_argument("--variant", choices=RECIPES, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parsed(parser)
     if options.variant:
         print(json.dumps(run_variant(options)))
         return
@@ -74,15 +71,12 @@ def main() -> None:
         rounds.append({name: in_own_process(name) for name in names})
         names = [*names[1:], names[0]]  # another one begins
     result = {
-        "environment": {
-            **environment(
-                "benchmarks/training.py",
-                options.precision,
-                "pytorch",
-                "cuda" if torch.cuda.is_available() else "cpu",
-            ),
-            "threads": options.threads,
-        },
+        "environment": environment(
+            "benchmarks/training.py",
+            options.precision,
+            "pytorch",
+            "cuda" if torch.cuda.is_available() else "cpu",
+        ),
         "batch_size": options.batch_size,
         "tokens_of_a_batch": rounds[0]["plain"]["tokens"],
         "labelled_tokens_of_a_batch": rounds[0]["plain"]["labelled_tokens"],
@@ -197,7 +191,6 @@ def part_of(operation: str, shapes: Sequence[Any], vocabulary: int) -> str:
 
 def run_variant(options: argparse.Namespace) -> dict[str, Any]:
     """Train a few steps in this process."""
-    torch.set_num_threads(options.threads)
     leave_out_cudnn_attention(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     keep_freed_memory()
     with hidden_bars(), tempfile.TemporaryDirectory() as folder:

@@ -9,11 +9,9 @@ The same tokens for each, in windows of 1,024; `relative_change` is that of the 
 import argparse
 import json
 import math
-from pathlib import Path
 from typing import Any
 
-import torch
-from engine import deliver, environment, run
+from engine import deliver, environment, parsed, run
 
 from layerskip import LayerSkipModel
 from layerskip.bench.perplexity import perplexity, read_text
@@ -25,10 +23,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--words", type=int, default=4000)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parsed(parser)
     text = read_text("wikitext2", options.words)
     rows: list[dict[str, Any]] = []
     for weights in WEIGHTS:

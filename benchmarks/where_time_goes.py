@@ -15,12 +15,10 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-from engine import deliver, dtype_of, environment, run
+from engine import deliver, dtype_of, environment, parsed, run
 from torch import Tensor
 
 from layerskip import LayerSkipModel
@@ -40,10 +38,7 @@ def main() -> None:
     parser.add_argument("--weights", default=",".join(WEIGHTS), help="several with commas")
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parsed(parser)
     lines = []
     for weights in options.weights.split(","):
         model = LayerSkipModel.from_pretrained(options.model, weights=weights)
