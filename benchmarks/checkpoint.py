@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import deliver, environment, parsed, run
+from engine import deliver, environment_of, parsed, run
 from topv2 import DRAFT_TOKENS, answer, drafts_by_exit
 
 from layerskip import LayerSkipModel
@@ -55,9 +55,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         open_files(resolve(options.control))  # what is missing is said before an hour of measuring
     model = LayerSkipModel.from_pretrained(options.checkpoint, dtype=options.dtype)
     result: dict[str, Any] = {
-        "environment": environment(
-            "benchmarks/checkpoint.py", options.dtype, model.decoder.kernels
-        ),
+        "environment": environment_of("benchmarks/checkpoint.py", model),
         "draft_tokens": DRAFT_TOKENS,
         "text": {"name": options.text, "words": len(text.split())},
         "mixture": _json_of(options.held_out / "mixture.json"),

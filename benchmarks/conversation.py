@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from engine import deliver, dtype_of, environment, parsed, run
+from engine import deliver, environment_of, parsed, run
 
 from layerskip import LayerSkipModel
 from layerskip.decoding import Prefix
@@ -49,9 +49,7 @@ def main() -> None:
                 ]
                 for name in ("anew", "once")
             },
-            "environment": environment(
-                "benchmarks/conversation.py", dtype_of(model), model.decoder.kernels
-            ),
+            "environment": environment_of("benchmarks/conversation.py", model),
         },
         options.output,
     )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import ROOT, deliver, dtype_of, environment, in_turns, parsed, run, verify_cost
+from engine import ROOT, deliver, environment_of, in_turns, parsed, run, verify_cost
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import Task, load_task
@@ -41,7 +41,7 @@ def main() -> None:
     options = parsed(parser)
     model = LayerSkipModel.from_pretrained(options.model)
     result: dict[str, Any] = {
-        "environment": environment("benchmarks/curves.py", dtype_of(model), model.decoder.kernels),
+        "environment": environment_of("benchmarks/curves.py", model),
         "model": options.model,
         "context": context_curve(model, options.rounds),
         "batch": batch_curve(model, options.task, options.rounds),

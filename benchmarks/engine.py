@@ -59,7 +59,7 @@ def main() -> None:
     ceiling = bandwidth / weight_bytes
     plain, theirs = speeds["layerskip plain"], speeds["transformers generate"]
     result = {
-        "environment": environment("benchmarks/engine.py", options.dtype, model.decoder.kernels),
+        "environment": environment_of("benchmarks/engine.py", model),
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": NEW_TOKENS,
         "tokens_per_s": speeds,
@@ -228,9 +228,13 @@ def environment(
     return {"command": command, "commit": machine.commit(), **here, "kernels": kernels}
 
 
-def dtype_of(model: LayerSkipModel) -> str:
-    """Of its weights: which one is the default depends on the machine."""
-    return str(model.decoder.dtype).removeprefix("torch.")
+def environment_of(
+    script: str, model: LayerSkipModel, weights: str | None = None
+) -> dict[str, Any]:
+    """`environment` of a model; `weights` are named where it was measured in several."""
+    decoder = model.decoder
+    dtype = str(decoder.dtype).removeprefix("torch.")  # the default depends on the machine
+    return environment(script, dtype, decoder.kernels, weights=weights or decoder.weights)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from engine import deliver, dtype_of, environment, parsed, run
+from engine import deliver, environment_of, parsed, run
 from paper.measures import answers
 
 from layerskip import LayerSkipModel
@@ -42,9 +42,7 @@ def main() -> None:
     recorded = answers(model, task, exits, task.max_new_tokens)
     costs = {e: DraftCosts.of(model.decoder, e, HEAD_SHARE) for e in exits}
     result = {
-        "environment": environment(
-            "benchmarks/exit_choice.py", dtype_of(model), model.decoder.kernels
-        ),
+        "environment": environment_of("benchmarks/exit_choice.py", model),
         "model": options.model,
         "task": options.task,
         "answers": len(recorded),

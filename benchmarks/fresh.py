@@ -17,7 +17,7 @@ import tempfile
 import time
 from typing import Any
 
-from engine import deliver, dtype_of, environment, parsed, run
+from engine import deliver, environment_of, parsed, run
 
 from layerskip import LayerSkipModel
 from layerskip.bench.memory import PeakMemory
@@ -46,8 +46,7 @@ def main() -> None:
         print(peak(options))
         return
     model = LayerSkipModel.from_pretrained(options.model)
-    how = dtype_of(model), model.decoder.kernels
-    result["environment"] = environment("benchmarks/fresh.py", *how)
+    result["environment"] = environment_of("benchmarks/fresh.py", model)
     deliver(result, options.output)
 
 

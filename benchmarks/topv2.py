@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from engine import deliver, environment, parsed, run
+from engine import deliver, environment_of, parsed, run
 from rich.progress import track
 
 from layerskip import LayerSkipModel
@@ -72,9 +72,7 @@ def _measured(options: argparse.Namespace, task: Task) -> dict[str, Any]:
     model = LayerSkipModel.from_pretrained(
         options.recipe, dtype=options.dtype, weights=options.weights
     )
-    result["environment"] = environment(
-        "benchmarks/topv2.py", options.dtype, model.decoder.kernels, weights=options.weights
-    )
+    result["environment"] = environment_of("benchmarks/topv2.py", model)
     exits = [int(text) for text in options.exits.split(",")]
     result["recipe"] = trained_with_recipe(model, task, exits)
     if options.control:
@@ -86,8 +84,7 @@ def _measured(options: argparse.Namespace, task: Task) -> dict[str, Any]:
 def _control(checkpoint: str, task: Task, dtype: str) -> dict[str, Any]:
     model = LayerSkipModel.from_pretrained(checkpoint, dtype=dtype)
     found = exact_match(task, answer(model, task, mode="plain"))
-    here = environment("benchmarks/topv2.py", dtype, model.decoder.kernels)
-    return {"exact_match": found, "environment": here}
+    return {"exact_match": found, "environment": environment_of("benchmarks/topv2.py", model)}
 
 
 def trained_with_recipe(

@@ -11,7 +11,7 @@ import json
 import math
 from typing import Any
 
-from engine import deliver, environment, parsed, run
+from engine import deliver, environment_of, parsed, run
 
 from layerskip import LayerSkipModel
 from layerskip.bench.perplexity import perplexity, read_text
@@ -43,12 +43,7 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     tokens = len(model.tokenizer.encode(text, add_special_tokens=False, verbose=False))
     result = {
-        "environment": environment(
-            "benchmarks/weights.py",
-            options.dtype,
-            model.decoder.kernels,
-            weights=",".join(WEIGHTS),
-        ),
+        "environment": environment_of("benchmarks/weights.py", model, ",".join(WEIGHTS)),
         "model": options.model,
         "task": "wikitext2",
         "tokens": tokens,

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
-from engine import deliver, dtype_of, environment, parsed, run
+from engine import deliver, environment_of, parsed, run
 from torch import Tensor
 
 from layerskip import LayerSkipModel
@@ -48,12 +48,7 @@ def main() -> None:
             prompts = [sample.prompt for sample in task.samples]
             lines.append({"task": name, "weights": weights, **profile(model, prompts, n)})
             print(name, weights, file=sys.stderr, flush=True)
-    here = environment(
-        "benchmarks/where_time_goes.py",
-        dtype_of(model),
-        model.decoder.kernels,
-        weights=options.weights,
-    )
+    here = environment_of("benchmarks/where_time_goes.py", model, options.weights)
     deliver({"environment": here, "model": options.model, "lines": lines}, options.output)
 
 
