@@ -203,11 +203,15 @@ def parsed(parser: argparse.ArgumentParser, *, writes_always: bool = False) -> a
 
 def deliver(result: dict[str, Any], output: Path | None) -> None:
     """Print a result, and write it to a file where one is named."""
-    text = json.dumps(result, indent=2)
-    print(text)
+    print(json.dumps(result, indent=2))
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        replace(output, f"{text}\n".encode())
+        write(result, output)
+
+
+def write(result: dict[str, Any], output: Path) -> None:
+    """Write a result so that its file appears whole or not at all."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    replace(output, f"{json.dumps(result, indent=2)}\n".encode())
 
 
 def environment(

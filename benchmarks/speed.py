@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from curves import draw
-from engine import ROOT, environment, run
+from engine import ROOT, environment, run, write
 from fresh import LAYERSKIP
 from speed_goals import goal_table, report
 
@@ -181,10 +181,7 @@ def _shown(command: list[str]) -> str:
 def _write(output: Path, result: dict[str, Any]) -> None:
     """The result whole, then what is made of it."""
     result["goals"] = goal_table(result["parts"])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_suffix(".part")
-    beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    beside.replace(output)
+    write(result, output)
     drawn = {p["model"]: p for p in result["parts"].values() if "verify_ms" in p}
     picture = output.with_suffix(".png")
     if drawn:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import ROOT, environment
+from engine import ROOT, environment, write
 
 RESULTS = ROOT / "benchmarks" / "results" / "paper"
 # What does not decide what a row is, or is said in the row itself.
@@ -86,12 +86,8 @@ class Record:
         others = [old for old in self.document["rows"] if old["variant"] != variant]
         self.document["rows"] = [*others, {"variant": variant, **row, "environment": here}]
         self._fresh.add(variant)
-        output: Path = self.options.output
-        output.parent.mkdir(parents=True, exist_ok=True)
-        beside = output.with_suffix(".part")
-        beside.write_text(json.dumps(self.document, indent=2) + "\n", encoding="utf-8")
-        beside.replace(output)
-        print(f"{self.experiment}: {variant} is measured, {output}", flush=True)
+        write(self.document, self.options.output)
+        print(f"{self.experiment}: {variant} is measured, {self.options.output}", flush=True)
 
 
 class Deadline:
