@@ -26,6 +26,7 @@ from layerskip.training.progress import hidden_bars
 BEGIN, END = "<s>", "</s>"
 TOKENS = "tokens.json"  # how many a run has learnt
 LINE_EVERY_S = 30.0
+# Of a smoke run: the shape of its model, and how little it learns.
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -34,6 +35,7 @@ TINY = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
+BRIEF = {"steps": 2, "batch_size": 2, "length": 64, "most_bytes": 200_000, "precision": "float32"}
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> Path:

@@ -12,7 +12,6 @@ minutes; `paper` has the paper's settings; `control` learns the same rows withou
 import argparse
 import glob
 import os
-import random
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from engine import run
 
 from layerskip import LayerSkipModel
 from layerskip.bench.perplexity import read_text
-from paper.checkpoints import TINY, new_model, tokens_of, write_rows
+from paper.checkpoints import BRIEF, TINY, new_model
 from paper.corpus import STANDARD_LIBRARY, Corpus, first_words, pieces
 from paper.finetuning import BEFORE, CONTROL, add_options, each_variant, tokenizer_of
 from paper.measures import exits_of
@@ -40,17 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "control": CONTROL,
     "paper": {"learning_rate": 3e-5},
 }
-SMOKE_EXITS = {"fixed_exits": [1], "exit_weighting": "linear", "exits": [2, 3], "rotation": 2}
-SMOKE = {
-    "steps": 2,
-    "batch_size": 2,
-    "length": 64,
-    "test_words": 100,
-    "exits": [2, 4],
-    "most_bytes": 200_000,
-    "precision": "float32",
-    "dtype": "float32",
-}
+SMOKE = {**BRIEF, "test_words": 100, "exits": [2, 4], "dtype": "float32"}
 
 
 def main() -> None:
@@ -58,7 +47,7 @@ def main() -> None:
     record = Record("continual", options, VARIANTS)
     corpus = Corpus.of([STANDARD_LIBRARY], options.most_bytes)
     tokenizer = _prepared(options, corpus)
-    data, tokens = _rows(options, corpus, tokenizer)
+    rows = _rows(options, corpus, tokenizer)
     tests = {
         "text": read_text(options.test, options.test_words or None),
         "code": first_words(corpus.held_out, (options.test_words or 20_000) // 4),
@@ -69,8 +58,7 @@ def main() -> None:
         found = {name: exits_of(model, text, options.length, exits) for name, text in tests.items()}
         return {"corpus": corpus.describe(), **found}
 
-    variants = VARIANTS | ({"recipe": SMOKE_EXITS} if options.smoke else {})
-    each_variant(record, variants, "continual", data, tokens, measure)
+    each_variant(record, VARIANTS, "continual", rows, tokenizer, measure)
 
 
 def _options() -> argparse.Namespace:
@@ -111,19 +99,16 @@ def _prepared(options: argparse.Namespace, corpus: Corpus) -> Any:
     return tokenizer_of(options.model)
 
 
-def _rows(options: argparse.Namespace, corpus: Corpus, tokenizer: Any) -> tuple[Path, int]:
-    """Text and code in equal parts, as many rows as are learnt; the file and its tokens."""
+def _rows(options: argparse.Namespace, corpus: Corpus, tokenizer: Any) -> list[dict[str, str]]:
+    """Text and code in equal parts, as many rows as are learnt."""
     half = options.steps * options.batch_size // 2
     found = sorted(glob.glob(os.path.expandvars(options.text)))
     text = [read_text((found or [options.text])[0])]
-    rows = [
+    return [
         row
         for texts in (text, corpus.train)
         for row in islice(pieces(texts, tokenizer, options.length), half)
     ]
-    random.Random(0).shuffle(rows)
-    data = write_rows(options.work / "rows.jsonl", rows)
-    return data, tokens_of(rows, tokenizer, options.length)
 
 
 if __name__ == "__main__":

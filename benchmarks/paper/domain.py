@@ -13,7 +13,6 @@ speedup of self-speculative decoding over plain decoding of the same checkpoint,
 
 import argparse
 import importlib.util
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from engine import run
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import load_task
-from paper.checkpoints import TINY, new_model, tokens_of, write_rows
+from paper.checkpoints import BRIEF, TINY, new_model, tokens_of, write_rows
 from paper.corpus import STANDARD_LIBRARY, Corpus, functions, pieces
 from paper.finetuning import BEFORE, CONTROL, add_options, each_variant, tokenizer_of
 from paper.measures import drafting
@@ -42,19 +41,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "control": CONTROL,
     "paper": {"learning_rate": 1e-4},
 }
-SMOKE_EXITS = {"fixed_exits": [1], "exit_weighting": "linear", "exits": [2, 3], "rotation": 2}
 SMOKE = {
-    "steps": 2,
-    "batch_size": 2,
-    "length": 64,
+    **BRIEF,
     "samples": 2,
     "exits": [1, 2],
     "timed_exits": [1],
     "draft_tokens": [2],
     "max_new_tokens": 8,
     "source": [STANDARD_LIBRARY],
-    "most_bytes": 200_000,
-    "precision": "float32",
     "dtype": "float32",
 }
 
@@ -68,7 +62,7 @@ def main() -> None:
         write_rows(Path(options.task), functions(corpus.held_out))
     else:
         tokenizer = tokenizer_of(options.model)
-    data, tokens = _rows(options, corpus, tokenizer)
+    rows = _rows(options, corpus, tokenizer)
     task = load_task(options.task, samples=options.samples)
 
     def measure(model: LayerSkipModel, source: str) -> dict[str, Any]:
@@ -83,8 +77,7 @@ def main() -> None:
         )
         return {"corpus": corpus.describe(), **found}
 
-    variants = VARIANTS | ({"recipe": SMOKE_EXITS} if options.smoke else {})
-    each_variant(record, variants, "domain", data, tokens, measure)
+    each_variant(record, VARIANTS, "domain", rows, tokenizer, measure)
 
 
 def _options() -> argparse.Namespace:
@@ -112,17 +105,14 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _rows(options: argparse.Namespace, corpus: Corpus, tokenizer: Any) -> tuple[Path, int]:
-    """Functions and running text, about as many tokens of each; the file and its tokens."""
+def _rows(options: argparse.Namespace, corpus: Corpus, tokenizer: Any) -> list[dict[str, str]]:
+    """Functions and running text, about as many tokens of each."""
     half = options.steps * options.batch_size * options.length // 2
-    rows = [
+    return [
         row
         for source in (functions(corpus.train), pieces(corpus.train, tokenizer, options.length))
         for row in _until(half, source, tokenizer, options.length)
     ]
-    random.Random(0).shuffle(rows)
-    data = write_rows(options.work / "rows.jsonl", rows)
-    return data, tokens_of(rows, tokenizer, options.length)
 
 
 def _until(

@@ -1,6 +1,7 @@
 """What the experiments that begin with a pretrained checkpoint have in common."""
 
 import argparse
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from transformers import AutoTokenizer
 from layerskip import LayerSkipModel
 from layerskip.training import TrainConfig
 from layerskip.training.source import pretrained
-from paper.checkpoints import trained
+from paper.checkpoints import tokens_of, trained, write_rows
 from paper.record import Record
 
 BEFORE = "before"
 CONTROL: dict[str, Any] = {"variant": "EE", "curriculum": "none"}  # the last layer's loss alone
+# Those of a smoke run, whose model has 4 layers.
+SMOKE_EXITS = {"fixed_exits": [1], "exit_weighting": "linear", "exits": [2, 3], "rotation": 2}
 
 
 def add_options(parser: argparse.ArgumentParser, *, steps: int, learning_rate: float) -> None:
@@ -38,8 +41,8 @@ def each_variant(
     record: Record,
     variants: dict[str, dict[str, Any]],
     regime: str,
-    data: Path,
-    tokens: int,
+    rows: list[dict[str, str]],
+    tokenizer: Any,
     measure: Callable[[LayerSkipModel, str], dict[str, Any]],
 ) -> None:
     """Train and measure what the record lacks of the variants asked for.
@@ -48,11 +51,16 @@ def each_variant(
         record: with the options of `add_options`.
         variants: what each changes of the paper's recipe for the regime; `BEFORE` is not trained.
         regime: of `RecipeConfig.preset`.
-        data: rows to learn from.
-        tokens: of one pass over them.
+        rows: to learn from, in any order.
+        tokenizer: of the model.
         measure: model and its name to figures.
     """
     options = record.options
+    random.Random(0).shuffle(rows)
+    data = write_rows(options.work / "rows.jsonl", rows)
+    tokens = tokens_of(rows, tokenizer, options.length)
+    if options.smoke:
+        variants = variants | {"recipe": SMOKE_EXITS}
     for variant in options.variants:
         if not record.lacks(variant):
             continue

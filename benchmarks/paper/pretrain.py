@@ -18,6 +18,7 @@ from engine import run
 from layerskip import LayerSkipModel
 from layerskip.training import TrainConfig
 from paper.checkpoints import (
+    BRIEF,
     TINY,
     new_model,
     parameters_of,
@@ -49,15 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "LD+EE gradual": {"curriculum": "gradual"},
     "LD+EE all exits": {"curriculum": "all"},
 }
-SMOKE = {
-    "steps": 2,
-    "batch_size": 2,
-    "length": 64,
-    "vocabulary": 300,
-    "held_out_words": 100,
-    "most_bytes": 200_000,
-    "precision": "float32",
-}
+SMOKE = {**BRIEF, "vocabulary": 300, "held_out_words": 100}
 
 
 def main() -> None:

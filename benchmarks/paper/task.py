@@ -27,7 +27,7 @@ from layerskip.bench.tasks import draw, load_task
 from layerskip.training import TrainConfig
 from layerskip.training.rows import read_rows
 from paper.checkpoints import TINY, new_model, tokens_of, told, trained
-from paper.finetuning import CONTROL, tokenizer_of
+from paper.finetuning import CONTROL, SMOKE_EXITS, tokenizer_of
 from paper.record import ROOT, Record, numbers, options_of
 
 ALIKE = "topv2.yaml"
@@ -51,11 +51,8 @@ SMOKE = {
     "checkpoint": [],
 }
 SMOKE_TRAINING = {
-    "fixed_exits": [1],
-    "exit_weighting": "linear",
+    **SMOKE_EXITS,
     "exit_layer": 1,
-    "exits": [2, 3],
-    "rotation": 2,
     "batch_size": 2,
     "precision": "float32",
     "eval_rows": 0,
