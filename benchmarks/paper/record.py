@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -88,17 +87,3 @@ class Record:
         self._fresh.add(variant)
         write(self.document, self.options.output)
         print(f"{self.experiment}: {variant} is measured, {self.options.output}", flush=True)
-
-
-class Deadline:
-    """Minutes from now on; None = no end."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self._end = None if minutes is None else time.monotonic() + 60 * minutes
-
-    def is_over(self) -> bool:
-        """Whether they have passed; says so."""
-        over = self._end is not None and time.monotonic() >= self._end
-        if over:
-            print("the minutes are over; the same command goes on", flush=True)
-        return over
