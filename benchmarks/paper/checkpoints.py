@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from engine import ROOT
-from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from layerskip.model.files.source import BUILTIN_MODELS, DerivedModel
+from layerskip.model.files.weights import SafetensorsFiles
 from layerskip.model.files.writing import read_json
 from layerskip.recipe import RecipeConfig
 from layerskip.training import Progress, TrainConfig, train
@@ -93,12 +93,8 @@ def new_model(
 
 def parameters_of(folder: Path) -> int:
     """Weights of a checkpoint, shared ones counted once."""
-    total = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            names = list(tensors.keys())
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
-    return total
+    tensors = SafetensorsFiles(folder)
+    return sum(math.prod(tensors.shape(name)) for name in tensors.names())
 
 
 def shown(folder: Path) -> str:
