@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,6 @@ import torch
 from engine import deliver, environment, run
 from safetensors.torch import save_file
 
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "vocab_size": 128_256,
-    "max_position_embeddings": 131_072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500_000.0,
-    "tie_word_embeddings": True,
-    "eos_token_id": 128_001,
-}
 SHARD_LAYERS = 4
 WAYS = {
     "16bit": [],
@@ -66,36 +51,25 @@ def main() -> None:
 
 def write_checkpoint(folder: Path) -> None:
     """Sharded safetensors, written a few layers at a time."""
-    d, ffn, kv = CONFIG["hidden_size"], CONFIG["intermediate_size"], 512
-    shapes = {
-        "self_attn.q_proj": (d, d),
-        "self_attn.k_proj": (kv, d),
-        "self_attn.v_proj": (kv, d),
-        "self_attn.o_proj": (d, d),
-        "mlp.gate_proj": (ffn, d),
-        "mlp.up_proj": (ffn, d),
-        "mlp.down_proj": (d, ffn),
-        "input_layernorm": (d,),
-        "post_attention_layernorm": (d,),
-    }
-    ends = {"model.embed_tokens.weight": (CONFIG["vocab_size"], d), "model.norm.weight": (d,)}
-    shards = [ends]
-    for first in range(0, CONFIG["num_hidden_layers"], SHARD_LAYERS):
-        layers = range(first, first + SHARD_LAYERS)
-        shards.append(
-            {f"model.layers.{i}.{n}.weight": s for i in layers for n, s in shapes.items()}
-        )
+    # Here alone: with them comes all of transformers' Llama, which is not to be in what is measured.
+    from shapes import RandomTensors, config_of
+
+    from layerskip.export.source import layer_of
+
+    config = config_of("llama-3.2-1b")
+    tensors = RandomTensors(config, torch.device("cpu"))
+    shards = defaultdict[int, list[str]](list)
+    for name in sorted(tensors.names() - {"lm_head.weight"}):  # which is the embedding
+        layer = layer_of(name)
+        shards[0 if layer is None else 1 + layer // SHARD_LAYERS].append(name)
     weight_map = {}
-    for number, shard in enumerate(shards):
-        name = f"model-{number}.safetensors"
-        save_file(
-            {n: torch.empty(s, dtype=torch.bfloat16).normal_(0, 0.02) for n, s in shard.items()},
-            folder / name,
-        )
-        weight_map.update(dict.fromkeys(shard, name))
+    for number, names in shards.items():
+        file = f"model-{number}.safetensors"
+        save_file({name: tensors.read(name) for name in names}, folder / file)
+        weight_map.update(dict.fromkeys(names, file))
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    config.save_pretrained(folder)
 
 
 def in_a_process(folder: Path, how: list[str]) -> dict[str, Any]:
