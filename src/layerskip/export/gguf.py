@@ -1,6 +1,7 @@
 """A GGUF file: llama.cpp's names, row order, metadata and block formats, through the `gguf` package."""
 
 import contextlib
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def to_gguf(
     n_bytes = 0 if factors is None else factors.nbytes
     for name in names:
         shape, kind = tensors.shape(name), kinds[name]
-        size = _n_bytes(shape, kind)
+        size = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
         writer.add_tensor_info(known_as[name], shape, np.dtype(np.float32), size, raw_dtype=kind)
         n_bytes += size
     with (
@@ -145,11 +146,6 @@ def _file_type(kinds: dict[str, Kind]) -> LlamaFileType:
     matrices = Counter(kind for kind in kinds.values() if kind != Kind.F32)
     most = matrices.most_common(1)
     return _FILE_TYPES.get(most[0][0], LlamaFileType.GUESSED) if most else LlamaFileType.ALL_F32
-
-
-def _n_bytes(shape: tuple[int, ...], kind: Kind) -> int:
-    block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    return int(np.prod(shape)) // block_size * block_bytes
 
 
 def _data(source: Source, name: str, kind: Kind) -> "np.ndarray[Any, Any]":
