@@ -19,8 +19,7 @@ from layerskip.model.files.writing import share_weights, write_json
 
 HF_WEIGHTS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SHARD_BYTES = 2_000_000_000  # what is in memory at a time
-_STORED_AS = {"F16": torch.float16, "BF16": torch.bfloat16}  # every other kind is read as float32
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_STORED_AS = {dtype: name.upper() for name, dtype in HF_WEIGHTS.items()}
 
 
 def to_hf(
@@ -50,12 +49,9 @@ def to_hf(
     if weights is not None and weights not in HF_WEIGHTS:
         raise ValueError(f"weights is {weights!r}; of an hf checkpoint: {', '.join(HF_WEIGHTS)}")
     tensors, names = source.files.tensors, source.names
-    dtypes = {
-        name: HF_WEIGHTS[weights]
-        if weights
-        else _STORED_AS.get(tensors.stored_as(name), torch.float32)
-        for name in names
-    }
+    kinds = {name: weights or tensors.stored_as(name).lower() for name in names}
+    # What is stored in another kind, such as quantized blocks, is read as float32.
+    dtypes = {name: HF_WEIGHTS.get(kind, torch.float32) for name, kind in kinds.items()}
     changed = {} if calibrated is None else calibrated.tensors
     dtypes.update(dict.fromkeys(changed, torch.float32))
     n_bytes = {
@@ -83,7 +79,7 @@ def to_hf(
                 else:
                     tensor = row_order.read(source.files, name, "halves")
                     state[name] = cast(tensor, dtypes[name], name).contiguous()
-                    carried_over += tensors.stored_as(name) == _NAMES[dtypes[name]]
+                    carried_over += tensors.stored_as(name) == _STORED_AS[dtypes[name]]
                 written += 1
                 progress(written, len(names))
             save_file(state, folder / file, metadata={"format": "pt"})
@@ -99,7 +95,7 @@ def to_hf(
         tied_head=source.files.tied,
         bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         tensors=len(names),
-        stored_as=dict(Counter(_NAMES[dtype] for dtype in dtypes.values())),
+        stored_as=dict(Counter(_STORED_AS[dtype] for dtype in dtypes.values())),
         carried_over=carried_over,
         nll_change=None if calibrated is None else calibrated.rounding.nll_change,
     )
