@@ -176,20 +176,14 @@ def settings_of(
         e: int | None = None,
         d: int | None = None,
         source: str | None = None,
-        *,
-        adaptive: bool = False,
-        vocabulary: int | None = None,
+        adaptive: bool | None = None,
     ) -> Setting:
-        known: dict[str, Any] = {"settings": model.settings, "n_layers": len(model.decoder.layers)}
-        plan = choose(mode, e, d, source, adaptive or None, **known)
-        found = _setting_of(mode, plan)
-        if vocabulary is None:
-            return found
-        known_tokens = model.settings.draft_vocabulary or range(
-            model.decoder.architecture.vocab_size
-        )
-        return dataclasses.replace(found, draft_vocabulary=min(vocabulary, len(known_tokens)))
+        n_layers = len(model.decoder.layers)
+        plan = choose(mode, e, d, source, adaptive, settings=model.settings, n_layers=n_layers)
+        return _setting_of(mode, plan)
 
+    known = model.settings.draft_vocabulary or range(model.decoder.architecture.vocab_size)
+    sizes = (None, *(min(n, len(known)) for n in draft_vocabulary))  # None: all tokens
     exits: Sequence[int | None] = exit_layers or [setting("self-speculative").exit_layer]
     lengths: Sequence[int | None] = draft_tokens or [
         setting("self-speculative", exits[0]).draft_tokens
@@ -203,8 +197,9 @@ def settings_of(
             found += [setting(mode, None, d, "n-gram") for d in lengths]
         for source in draft_from:
             for e in exits if source != "n-gram" else ():
-                for vocabulary in (None, *draft_vocabulary):
-                    found += [setting(mode, e, d, source, vocabulary=vocabulary) for d in lengths]
+                for size in sizes:
+                    rows = (setting(mode, e, d, source) for d in lengths)
+                    found += [dataclasses.replace(row, draft_vocabulary=size) for row in rows]
                 if adaptive:
                     found.append(setting(mode, e, None, source, adaptive=True))
     if "auto" in modes:
