@@ -1,5 +1,6 @@
 """`layerskip generate`: answer one prompt or a file of prompts."""
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import click
 from layerskip.cli import options, show, values
 from layerskip.cli.progress import track
 from layerskip.cli.prompts import read_prompts, read_stdin
-from layerskip.decoding import Answer, Generation, LayerSkipModel, PromptError
-from layerskip.decoding.prompt import with_variables
+from layerskip.decoding import Answer, Generation
+from layerskip.decoding.prompt import named, with_variables
 from layerskip.decoding.sampling import nth_seed
 
 
@@ -67,7 +68,8 @@ def command(
     try:
         for i, one in enumerate(track(prompts, "answering") if quiet else prompts):
             apart = {**arguments, "seed": nth_seed(arguments["seed"], i)}
-            answer = _begin(model, one, apart, i + 1 if several else None)
+            with named(i + 1) if several else contextlib.nullcontext():
+                answer = model.answer(one, **apart)
             if not quiet:
                 if i:
                     print()
@@ -94,16 +96,6 @@ def _deliver(result: Any, as_json: bool, output: Path | None) -> None:
         if not as_json:
             options.deliver(result, as_json=True, output=None)
         raise
-
-
-def _begin(
-    model: LayerSkipModel, prompt: Any, arguments: dict[str, Any], number: int | None
-) -> Answer:
-    """Begin an answer; of several prompts, the one that cannot be used is named."""
-    try:
-        return model.answer(prompt, **arguments)
-    except PromptError as error:
-        raise error if number is None else PromptError(f"prompt {number}: {error}") from None
 
 
 def _prompts(
