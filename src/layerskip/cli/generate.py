@@ -1,7 +1,6 @@
 """`layerskip generate`: answer one prompt or a file of prompts."""
 
 import contextlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import click
 
 from layerskip.cli import options, show, values
 from layerskip.cli.progress import track
-from layerskip.cli.prompts import read_prompts, read_stdin
+from layerskip.cli.prompts import asked_prompts
 from layerskip.decoding import Answer, Generation
 from layerskip.decoding.prompt import named, with_variables
 from layerskip.decoding.sampling import nth_seed
@@ -56,7 +55,8 @@ def command(
     values.check_decoding(flags)
     options.check_outputs({"--output": output}, beside=(flags["model"], prompts_file))
     options.note_idle_sampling(flags, "seed")
-    prompts = _prompts(prompt, prompts_file, chat, chat_template_kwargs)
+    prompts = asked_prompts(prompt, prompts_file, "--prompts", chat=chat)
+    prompts = _with_variables(prompts, chat_template_kwargs)
     model = options.load_model(flags)
     arguments = options.decoding_arguments(flags)
     quiet = as_json or output is not None
@@ -98,18 +98,8 @@ def _deliver(result: Any, as_json: bool, output: Path | None) -> None:
         raise
 
 
-def _prompts(
-    prompt: str | None, file: Path | None, chat: bool, variables: dict[str, Any] | None
-) -> list[Any]:
-    if file is not None:
-        prompts = read_prompts(file)
-    else:
-        if prompt is None and sys.stdin.isatty():
-            raise click.UsageError("give a prompt with --prompt or --prompts, or on standard input")
-        prompts = [read_stdin() if prompt is None else prompt]
-    if chat:
-        asked = ([{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts)
-        prompts = list(asked)
+def _with_variables(prompts: list[Any], variables: dict[str, Any] | None) -> list[Any]:
+    """The prompts with variables of the template; a line on stderr where none has a use for them."""
     if not variables:
         return prompts
     told = [with_variables(one, variables) for one in prompts]

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from layerskip.cli import lens_table, options, values
 from layerskip.cli.progress import track
-from layerskip.cli.prompts import read_prompts, read_stdin
+from layerskip.cli.prompts import asked_prompts
 from layerskip.decoding import Generation, LayerSkipModel, PromptError
 from layerskip.lens import Agreement, Report, report_on
 from layerskip.lens.page import agreement_page, report_page
@@ -110,9 +110,7 @@ def command(
     if png is not None:
         # Refuses before any long work where it has no matplotlib.
         from layerskip.lens import picture
-    prompts = [_prompt(prompt)] if data is None else read_prompts(data)[:samples]
-    if chat:
-        prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    prompts = asked_prompts(prompt, data, "--data", chat=chat)[:samples]
     model = options.load_model(flags)
     decoding = {name: flags[name] for name in _DECODING} | {"max_new_tokens": max_new_tokens}
     name = flags["model"]
@@ -145,12 +143,6 @@ def command(
             lens_table.show_agreement(console, agreement)
     if ended is not None:
         raise ended
-
-
-def _prompt(given: str | None) -> str:
-    if given is None and sys.stdin.isatty():
-        raise click.UsageError("give a prompt with --prompt or --data, or on standard input")
-    return read_stdin() if given is None else given
 
 
 def _look(

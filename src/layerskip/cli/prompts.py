@@ -1,4 +1,4 @@
-"""Files of prompts."""
+"""Prompts from the command line, from a file, and from standard input."""
 
 import json
 import sys
@@ -6,31 +6,42 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
+
 from layerskip.bench.prompts import NEEDED, prompt_of
 
 
-def read_prompts(file: Path) -> list[Any]:
-    """The prompts of a file, each a text, a list of token ids or a conversation, at least one.
+def asked_prompts(prompt: str | None, file: Path | None, flag: str, *, chat: bool) -> list[Any]:
+    """What a command is asked, each a text, a list of token ids or a conversation, at least one.
 
     Args:
+        prompt: of --prompt. Without it and without a file, standard input is one prompt, less a byte
+            order mark and one line break at its end.
         file: .jsonl with a field "prompt" or "messages" in each line (a conversation that ends with an
             answer is asked without it), else one prompt a line.
+        flag: that names such a file.
+        chat: whether texts are asked in a conversation.
 
     Raises:
-        ValueError: the file cannot be read, a line is no prompt, or there is none.
+        click.UsageError: there is no prompt, and nobody should wait for one at a terminal.
+        ValueError: file or standard input cannot be read, a line is no prompt, or there is none.
     """
-    prompts = list(_prompts(file))
-    if not prompts:
-        raise ValueError(f"{file} holds no prompt")
-    return prompts
+    if file is not None:
+        prompts = list(_in_file(file))
+        if not prompts:
+            raise ValueError(f"{file} holds no prompt")
+    elif prompt is not None:
+        prompts = [prompt]
+    elif sys.stdin.isatty():
+        raise click.UsageError(f"give a prompt with --prompt or {flag}, or on standard input")
+    else:
+        prompts = [_standard_input()]
+    if not chat:
+        return prompts
+    return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
 
 
-def read_stdin() -> str:
-    """Standard input as one prompt, less a byte order mark and one line break at its end.
-
-    Raises:
-        ValueError: it is no text.
-    """
+def _standard_input() -> str:
     try:
         return sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -39,7 +50,7 @@ def read_stdin() -> str:
         ) from error
 
 
-def _prompts(file: Path) -> Iterator[Any]:
+def _in_file(file: Path) -> Iterator[Any]:
     if file.suffix.lower() == ".json":
         raise ValueError(
             f"{file} may be one JSON document: name it .jsonl, with a prompt in each line"
