@@ -141,8 +141,7 @@ def _list_of(kind: Any) -> Any:
     metavar="FOLDER",
     help="Write report.md and its pictures there.",
 )
-@options.result_options
-@options.debug_option
+@options.common_options
 def command(
     task_name: str,
     data: str | None,

@@ -20,7 +20,6 @@ _NO_TALKER = (
 
 @click.command("chat")
 @click.option("--system", help="A system message at the head of the conversation.")
-@options.template_option
 @options.answering_options
 def command(
     system: str | None,

@@ -66,8 +66,7 @@ FOLDER = Path("runs/demo-train")
     type=click.Path(file_okay=False, path_type=Path),
     help=f"With --train: where the checkpoint goes.  [default: {FOLDER}]",
 )
-@options.result_options
-@options.debug_option
+@options.common_options
 def command(
     max_new_tokens: int | None,
     picture: Path | None,

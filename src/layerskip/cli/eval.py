@@ -115,8 +115,7 @@ def _exit_layers(
     help="Draw every metric over the exits.",
 )
 @options.model_options
-@options.result_options
-@options.debug_option
+@options.common_options
 def command(
     tasks: str | None,
     texts: tuple[str, ...],

@@ -11,10 +11,10 @@ import click
 from layerskip.cli import machine
 from layerskip.cli.options import (
     check_outputs,
-    debug_option,
+    common_options,
     deliver,
     fetch_if_builtin,
-    result_options,
+    model_option,
 )
 from layerskip.cli.progress import Report, bars
 from layerskip.export import (
@@ -32,7 +32,6 @@ from layerskip.export import (
     to_hf,
 )
 from layerskip.model.files.difference import BITS, LEVELS
-from layerskip.model.files.source import BUILTIN_MODELS, DEFAULT_MODEL
 
 _FORMATS = ("hf", "hf-draft", "gguf", "difference")
 _BITS = click.Choice([str(bits) for bits in LEVELS])
@@ -42,12 +41,7 @@ _INT4 = "int4"
 
 @click.command("export")
 @click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
-@click.option(
-    "--model",
-    default=DEFAULT_MODEL,
-    show_default=True,
-    help=f"A checkpoint folder, a GGUF file, a hub id, or one of: {', '.join(BUILTIN_MODELS)}.",
-)
+@model_option
 @click.option("--to", "to_format", type=click.Choice(_FORMATS), required=True)
 @click.option(
     "--weights",
@@ -87,8 +81,7 @@ _INT4 = "int4"
     " the exit layer that the checkpoint names.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint or file that is there.")
-@result_options
-@debug_option
+@common_options
 def command(
     path: Path,
     model: str,

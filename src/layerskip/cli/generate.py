@@ -26,7 +26,6 @@ from layerskip.decoding.sampling import nth_seed
     help='A file of prompts: .jsonl with a field "prompt" or "messages", else one prompt a line.',
 )
 @click.option("--chat", is_flag=True, help="Wrap each prompt in the model's chat template.")
-@options.template_option
 @options.answering_options
 def command(
     prompt: str | None,

@@ -65,8 +65,7 @@ def _positions(_: click.Context, __: click.Parameter, value: str | None) -> rang
     "--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True, metavar="N"
 )
 @options.model_options
-@options.result_options
-@options.debug_option
+@options.common_options
 def command(
     prompt: str | None,
     data: Path | None,

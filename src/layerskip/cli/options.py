@@ -45,21 +45,26 @@ debug_option = click.option(
     callback=_note_debug,
     help="Show the traceback of a failure.",
 )
-result_options = _stack(
-    click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document."),
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as one JSON document."
+)
+common_options = _stack(
+    json_option,
     click.option(
         "--output",
         type=click.Path(dir_okay=False, path_type=Path),
         help="Write the result as one JSON document to a file.",
     ),
+    debug_option,
+)
+model_option = click.option(
+    "--model",
+    default=DEFAULT_MODEL,
+    show_default=True,
+    help=f"A checkpoint folder, a GGUF file, a hub id, or one of: {', '.join(BUILTIN_MODELS)}.",
 )
 model_options = _stack(
-    click.option(
-        "--model",
-        default=DEFAULT_MODEL,
-        show_default=True,
-        help=f"A checkpoint folder, a GGUF file, a hub id, or one of: {', '.join(BUILTIN_MODELS)}.",
-    ),
+    model_option,
     click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -185,7 +190,7 @@ template_option = click.option(
     help="Variables of the chat template, such as '{\"enable_thinking\": false}'.",
 )
 answering_options = _stack(
-    model_options, decoding_options, view_options, result_options, debug_option
+    template_option, model_options, decoding_options, view_options, common_options
 )
 
 
@@ -305,11 +310,6 @@ def deliver(result: Any, *, as_json: bool, output: Path | None) -> None:
             sys.stdout.flush()  # a full disk or a reader that has left is met here, not at the end
 
 
-def _is_special(path: Path) -> bool:
-    """Whether this is a pipe or a device."""
-    return path.exists() and not path.is_file() and not path.is_dir()
-
-
 def check_outputs(
     outputs: Mapping[str, Path | None], beside: Iterable[str | Path | None] = ()
 ) -> None:
@@ -322,8 +322,8 @@ def check_outputs(
     given = [Path(file) for file in beside if file is not None]
     taken = {file.resolve() for file in given if file.is_file()}
     for flag, output in outputs.items():
-        if output is None or _is_special(output):
-            continue
+        if output is None or (output.exists() and not (output.is_file() or output.is_dir())):
+            continue  # a pipe or a device is written to
         place = output.resolve()
         if not place.parent.is_dir():
             raise click.UsageError(f"the folder of {flag} {output} does not exist")

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import click
 
-from layerskip.cli.options import check_outputs, debug_option, deliver, fetch, result_options
+from layerskip.cli.options import check_outputs, common_options, deliver, fetch
 from layerskip.model.files.source import BUILTIN_MODELS, discard_if_damaged, is_pulled
 
 
 @click.command("pull")
 @click.argument("name", metavar="NAME", type=click.Choice(list(BUILTIN_MODELS)))
-@result_options
-@debug_option
+@common_options
 def command(name: str, as_json: bool, output: Path | None) -> None:
     """Fetch a built-in model and print the folder it is in.
 

@@ -86,7 +86,7 @@ def _without_effect(given: Mapping[str, Any], recipe: RecipeConfig) -> list[str]
     "config", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @_flags
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+@options.json_option
 @options.debug_option
 def command(config: Path | None, as_json: bool, **flags: Any) -> None:
     """Train a checkpoint so that its early layers can answer.

@@ -87,8 +87,7 @@ _COLUMNS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # draft lengths that a terminal ha
     type=click.Path(file_okay=False, path_type=Path),
     help="A folder for pictures: the map of predictions, and more.",
 )
-@options.result_options
-@options.debug_option
+@options.common_options
 def command(
     data: str | None,
     samples: int,
