@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 import layerskip
-from layerskip.cli.terminal import HarmlessRecord, harmless
+from layerskip.cli.terminal import HarmlessRecord, tell
 
 _COMMANDS = {
     "demo": "plain decoding and mode auto side by side on a real model",
@@ -110,15 +110,15 @@ def run(arguments: Sequence[str]) -> int:
         )
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
-        _say("name a command, such as layerskip demo")
+        tell("name a command, such as layerskip demo")
         return 2
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "layerskip"
         message = " ".join(error.format_message().split()).rstrip(".")
-        _say(f"{message} (see {command} --help)")
+        tell(f"{message} (see {command} --help)")
         return 2
     except (click.Abort, KeyboardInterrupt):
-        _say("interrupted")
+        tell("interrupted")
         return 130
     except _ReaderLeftError:  # no failure of ours, but something may be left undone
         _drop_output()
@@ -126,7 +126,7 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if state["debug"]:
             raise
-        _say(_one_line(error, arguments[0]))
+        tell(_one_line(error, arguments[0]))
         try:
             sys.stdout.flush()
         except OSError:  # a full disk
@@ -148,7 +148,3 @@ def _one_line(error: Exception, command: str) -> str:
     if isinstance(error, MemoryError) or no_memory:
         return f"out of memory; try {_LESS_MEMORY.get(command, _LESS_MEMORY[''])}"
     return f"{type(error).__name__}: {text} (--debug shows the traceback)"
-
-
-def _say(line: str) -> None:
-    print(f"layerskip: {harmless(line)}", file=sys.stderr)

@@ -1,7 +1,6 @@
 """`layerskip bench`: modes, and peers, side by side on a task."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from layerskip.bench.report import categories, conditions, table, write_report
 from layerskip.bench.tasks import check_task, load_task
 from layerskip.cli import options, values
 from layerskip.cli.progress import bars
-from layerskip.cli.terminal import harmless
+from layerskip.cli.terminal import harmless, tell
 from layerskip.decoding import Sampling
 from layerskip.decoding.policy import DRAFT_SOURCES
 
@@ -202,8 +201,7 @@ def command(
             _show(document)
         for row in document["rows"]:
             if "error" in row:
-                failed = f"{row['system']} {row['mode']}: {row['error']}"
-                print(f"layerskip: not measured: {harmless(failed)}", file=sys.stderr)
+                tell(f"not measured: {row['system']} {row['mode']}: {row['error']}")
     if (failure := document["not_scored"]) is not None:
         ended = (
             "measuring ended early" if document["interrupted"] else "could not judge the answers"

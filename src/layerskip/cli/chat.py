@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from layerskip.cli import options, show, values
-from layerskip.cli.terminal import harmless
+from layerskip.cli.terminal import tell
 from layerskip.decoding import LayerSkipModel, Prefix, PromptError
 from layerskip.decoding.sampling import nth_seed
 from layerskip.model.files.source import DEFAULT_MODEL
@@ -78,8 +78,7 @@ def command(
                     model, asked, prefix, drawn_apart, stats, show_draft, quiet=as_json
                 )
             except PromptError as error:
-                said = harmless(str(error))
-                print(f"layerskip: {said} (/reset forgets the conversation)", file=sys.stderr)
+                tell(f"{error} (/reset forgets the conversation)")
                 messages.pop()
                 refused += 1
                 continue

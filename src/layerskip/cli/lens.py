@@ -12,6 +12,7 @@ from rich.console import Console
 from layerskip.cli import lens_table, options, values
 from layerskip.cli.progress import track
 from layerskip.cli.prompts import asked_prompts
+from layerskip.cli.terminal import tell
 from layerskip.decoding import Generation, LayerSkipModel, PromptError
 from layerskip.lens import Agreement, Report, report_on
 from layerskip.lens.page import agreement_page, report_page
@@ -209,5 +210,5 @@ def _agreement(
     if not found:
         raise ValueError("none of these prompts can be answered: they are empty or too long")
     if left_out:
-        click.echo(f"layerskip: {left_out} prompts, empty or too long, were left out", err=True)
+        tell(f"{left_out} prompts, empty or too long, were left out")
     return functools.reduce(operator.add, found), ended

@@ -2,9 +2,9 @@
 
 import warnings
 
-import click
 import torch
 
+from layerskip.cli.terminal import tell
 from layerskip.model import Decoder, native
 
 
@@ -25,15 +25,13 @@ def note_idle_gpu() -> None:
         warnings.simplefilter("ignore")  # of a driver that is too old: then there is none to name
         is_here = torch.cuda.is_available()
     if is_here:
-        click.echo("layerskip: a GPU is here: --device cuda uses it", err=True)
+        tell("a GPU is here: --device cuda uses it")
 
 
 def note_weights(decoder: Decoder) -> None:
     """A line on stderr where quantized weights save no memory, in two layouts on a GPU, or no time."""
     on_gpu, in_bfloat16 = decoder.device.type == "cuda", decoder.dtype == torch.bfloat16
     if on_gpu and in_bfloat16 and decoder.weights == "int8":
-        line = "in bfloat16 on a GPU --weights int8 takes more memory than 16bit; int4 takes less"
-        click.echo(f"layerskip: {line}", err=True)
+        tell("in bfloat16 on a GPU --weights int8 takes more memory than 16bit; int4 takes less")
     if decoder.weights != "16bit" and decoder.kernels == "pytorch" and not (on_gpu or in_bfloat16):
-        line = f"without the compiled kernels --weights {decoder.weights} is slower than 16bit"
-        click.echo(f"layerskip: {line}", err=True)
+        tell(f"without the compiled kernels --weights {decoder.weights} is slower than 16bit")

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from layerskip.cli import machine
-from layerskip.cli.terminal import harmless
+from layerskip.cli.terminal import harmless, tell
 from layerskip.cli.values import SEED, Number, draft_text, json_object, vocabulary_size
 from layerskip.decoding import DRAFT_SOURCES, MODES, Generation, LayerSkipModel
 from layerskip.model.files.source import BUILTIN_MODELS, DEFAULT_MODEL, is_pulled, pull
@@ -201,7 +201,7 @@ def load_model(flags: dict[str, Any]) -> LayerSkipModel:
         machine.note_idle_gpu()
     name = flags["model"]
     if name in BUILTIN_MODELS and Path(name).exists():
-        click.echo(f"layerskip: {name} is taken from the folder of that name here", err=True)
+        tell(f"{name} is taken from the folder of that name here")
     fetch_if_builtin(name)
     how = {field: flags[field] for field in ("dtype", "weights", "device", "compile")}
     with waiting(f"loading {name}"), warnings_in_one_line():
@@ -219,7 +219,7 @@ def warnings_in_one_line(*, is_shown: bool = True) -> Iterator[None]:
         def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
             if category.__module__.startswith("layerskip."):
                 if is_shown:
-                    click.echo(f"layerskip: {harmless(str(message))}", err=True)
+                    tell(str(message))
             else:
                 plain(harmless(str(message)), category, *place, **more)
 
@@ -254,7 +254,7 @@ def given(names: Sequence[str]) -> list[str]:
 def note_without_effect(names: Sequence[str], why: str) -> None:
     """A line on stderr for each of these flags that was given and changes nothing."""
     for flag in given(names):
-        click.echo(f"layerskip: {flag} has no effect: {why}", err=True)
+        tell(f"{flag} has no effect: {why}")
 
 
 def note_idle_sampling(flags: dict[str, Any], *more: str) -> None:

@@ -10,6 +10,7 @@ import click
 import torch
 
 from layerskip.cli import machine, options
+from layerskip.cli.terminal import tell
 from layerskip.recipe import RecipeConfig
 
 try:
@@ -115,7 +116,7 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, accelerate launch
     if is_first:
         for line in _without_effect(given, settings.effective_recipe):
-            click.echo(f"layerskip: {line}", err=True)
+            tell(line)
     with (
         options.warnings_in_one_line(is_shown=is_first),
         TrainProgress(is_shown=is_first) as progress,
@@ -124,7 +125,7 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
             result = train(settings, progress)
         except KeyboardInterrupt:
             if is_first:
-                click.echo(f"layerskip: {last_good(settings.output)}; --resume goes on", err=True)
+                tell(f"{last_good(settings.output)}; --resume goes on")
             raise
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # its threads may abort a process that just ends

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from layerskip.cli import options, values
 from layerskip.cli.progress import bars
-from layerskip.cli.terminal import harmless
+from layerskip.cli.terminal import tell
 from layerskip.decoding import LayerSkipModel
 from layerskip.model.files.settings import exit_layer_of
 from layerskip.model.files.writing import read_json
@@ -131,10 +131,9 @@ def command(
 
         check_task(data)
     if not writes and not dry_run:
-        click.echo(
-            "layerskip: nothing will be written: settings are kept in a checkpoint folder, and"
-            f" {harmless(flags['model'])} is none; what is chosen is told as flags",
-            err=True,
+        tell(
+            "nothing will be written: settings are kept in a checkpoint folder, and"
+            f" {flags['model']} is none; what is chosen is told as flags"
         )
     model = options.load_model(flags)
     prompts, stop, longest = _prompts(model, data, samples, seed)
@@ -192,7 +191,7 @@ def _note_effort(found: Effort, *, is_cut: bool) -> None:
     if found.seconds < LONG_S and not is_cut:
         return
     line = (
-        f"layerskip: a plain step takes {1e3 * found.step_s:.0f} ms here, tuning about"
+        f"a plain step takes {1e3 * found.step_s:.0f} ms here, tuning about"
         f" {found.seconds:.0f} s; fewer --samples or --max-new-tokens take less"
     )
     if is_cut:
@@ -200,7 +199,7 @@ def _note_effort(found: Effort, *, is_cut: bool) -> None:
             f"; exits {', '.join(map(str, found.exits or ()))} alone are considered (--exit-layers"
             " names others)"
         )
-    click.echo(line, err=True)
+    tell(line)
 
 
 def _prompts(
