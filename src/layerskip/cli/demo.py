@@ -100,8 +100,7 @@ def command(
     if trains:
         from layerskip.cli import demo_train
 
-        source = click.get_current_context().get_parameter_source("model")
-        if source is click.core.ParameterSource.DEFAULT:
+        if not options.given(("model",)):
             flags["model"] = demo_train.MODEL
         document = demo_train.run(
             flags,
