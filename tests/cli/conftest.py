@@ -25,13 +25,22 @@ def no_gpu(monkeypatch):
 
 
 @pytest.fixture
-def run(folder, capsys):
-    """Run a command in this process on the tiny checkpoint: (exit status, stdout, stderr)."""
+def program(capsys):
+    """Run the program in this process: (exit status, stdout, stderr)."""
 
-    def call(command, *arguments, model=True):
-        flags = ["--model", str(folder), "--dtype", "float32"] if model else []
-        status = cli.run([command, *map(str, arguments), *flags])
+    def call(*arguments):
+        status = cli.run([*map(str, arguments)])
         out = capsys.readouterr()
         return status, out.out, out.err
+
+    return call
+
+
+@pytest.fixture
+def run(program, folder):
+    """The same, a command on the tiny checkpoint in float32, unless its flags say otherwise."""
+
+    def call(command, *arguments):
+        return program(command, "--model", folder, "--dtype", "float32", *arguments)
 
     return call

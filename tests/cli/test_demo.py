@@ -8,7 +8,7 @@ import shutil
 import pytest
 from rich.console import Console
 
-from layerskip import LayerSkipModel, cli
+from layerskip import LayerSkipModel
 from layerskip.cli import demo_tasks, demo_view
 from layerskip.cli.demo_tasks import TASKS
 
@@ -52,10 +52,10 @@ def test_lines_a_table_bars_and_words(run):
     assert "layerskip train" in out
 
 
-def test_a_trained_checkpoint_says_where_it_exits(trained_folder, capsys):
-    flags = ("--model", trained_folder, "--dtype", "float32", "--no-compile", *SHORT)
-    assert cli.run(["demo", *map(str, flags)]) == 0
-    out = words(capsys.readouterr().out)
+def test_a_trained_checkpoint_says_where_it_exits(trained_folder, run):
+    status, out, _ = run("demo", "--model", trained_folder, "--no-compile", *SHORT)
+    assert status == 0
+    out = words(out)
     assert "early exit after 1 of 4 layers" in out
     assert "not trained" not in out
 
@@ -199,10 +199,11 @@ def test_who_begins_changes_from_prompt_to_prompt(model, monkeypatch):
 
 
 @pytest.mark.real
-def test_demo_on_the_real_model(capsys, monkeypatch):
+def test_demo_on_the_real_model(program, monkeypatch):
     monkeypatch.setattr("layerskip.cli.demo.TASKS", TASKS[1:2])
     flags = ("--max-new-tokens", "6", "--dtype", "float32", "--model", "smollm2-135m", "--json")
-    assert cli.run(["demo", *flags]) == 0
-    document = json.loads(capsys.readouterr().out)
+    status, out, _ = program("demo", *flags)
+    assert status == 0
+    document = json.loads(out)
     assert [row["mode"] for row in document["total"]] == ["plain", "auto"]
     assert [row["identical_to_plain"] for row in document["total"]] == [1.0, 1.0]

@@ -24,10 +24,10 @@ def demo(run, tmp_path, monkeypatch):
     monkeypatch.setattr(demo_train, "HELD_OUT", 2)
     monkeypatch.setattr(demo_train, "LOG_STEPS", 1)
 
-    def call(*flags, **how):
+    def call(*flags):
         folder = ("--folder", tmp_path / "runs" / "demo")
         short = ("--minutes", 1e-6, "--max-new-tokens", 6)
-        return run("demo", "--train", "--no-compile", *short, *folder, *flags, **how)
+        return run("demo", "--train", "--no-compile", *short, *folder, *flags)
 
     return call
 
@@ -106,7 +106,7 @@ def test_a_result_stays_whatever_happens_behind_it(demo, tmp_path, monkeypatch):
 
 def test_a_gguf_file_is_refused_first(demo, tmp_path, monkeypatch):
     monkeypatch.delattr(demo_train, "_look")
-    status, out, err = demo("--model", tmp_path / "m.gguf", model=False)
+    status, out, err = demo("--model", tmp_path / "m.gguf")
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert "GGUF files cannot be trained" in err
     assert not (tmp_path / "runs").exists()

@@ -1,12 +1,13 @@
 """`layerskip export` end to end on the tiny checkpoint."""
 
+import functools
 import json
 import shutil
 
 import pytest
 
 import tiny_models
-from layerskip import cli, merge
+from layerskip import merge
 from layerskip.decoding import LayerSkipModel
 
 
@@ -25,13 +26,8 @@ def source(folder, tmp_path_factory):
 
 
 @pytest.fixture
-def export(source, capsys):
-    def call(*arguments):
-        status = cli.run(["export", "--model", str(source), *map(str, arguments)])
-        out = capsys.readouterr()
-        return status, out.out, out.err
-
-    return call
+def export(source, program):
+    return functools.partial(program, "export", "--model", source)
 
 
 @pytest.mark.parametrize(

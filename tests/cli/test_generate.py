@@ -14,7 +14,7 @@ import types
 import pytest
 import torch
 
-from layerskip import LayerSkipModel, cli
+from layerskip import LayerSkipModel
 from layerskip.cli import generate, machine, options, show
 from layerskip.decoding import Answer, Piece
 
@@ -449,9 +449,9 @@ def test_a_bad_row_is_named_by_its_line(run, tmp_path, row, words):
 
 
 @pytest.mark.parametrize("model", ["no-such-model", "/no/such/folder", "no/such/file.gguf"])
-def test_a_model_that_is_nowhere(capsys, model):
-    assert cli.run(["generate", "--prompt", "abc", "--model", model]) == 1
-    err = capsys.readouterr().err
+def test_a_model_that_is_nowhere(run, model):
+    status, _, err = run("generate", "--prompt", "abc", "--model", model)
+    assert status == 1
     assert model in err
     assert err.count("\n") == 1
 
@@ -602,12 +602,13 @@ def test_no_message_is_obeyed_either(run):
     assert "\x1b" not in err
 
 
-def test_a_folder_in_the_place_of_a_built_in_model_is_said(folder, tmp_path, monkeypatch, capsys):
+def test_a_folder_in_the_place_of_a_built_in_model_is_said(run, folder, tmp_path, monkeypatch):
     (tmp_path / "smollm2-135m").symlink_to(folder)
     monkeypatch.chdir(tmp_path)
-    flags = ["--max-new-tokens", "1", "--dtype", "float32", "--model", "smollm2-135m"]
-    assert cli.run(["generate", "--prompt", "ab", *flags]) == 0
-    assert "smollm2-135m is taken from the folder of that name here" in capsys.readouterr().err
+    flags = ("--prompt", "ab", "--max-new-tokens", 1, "--model", "smollm2-135m")
+    status, _, err = run("generate", *flags)
+    assert status == 0
+    assert "smollm2-135m is taken from the folder of that name here" in err
 
 
 def test_no_output_takes_the_place_of_what_is_read_or_of_another_output(run, tmp_path):

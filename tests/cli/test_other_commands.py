@@ -18,15 +18,9 @@ from layerskip.model.files import source
 COMMANDS = ["demo", "pull", "generate", "chat", "tune", "bench", "eval", "export", "lens", "train"]
 
 
-def run(capsys, *arguments):
-    status = cli.run(arguments)
-    out = capsys.readouterr()
-    return status, out.out, out.err
-
-
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_examples(capsys, command):
-    status, out, _ = run(capsys, command, "--help")
+def test_every_command_has_help_with_examples(program, command):
+    status, out, _ = program(command, "--help")
     assert status == 0
     assert "Examples:" in out
     assert f"layerskip {command}" in out
@@ -34,11 +28,11 @@ def test_every_command_has_help_with_examples(capsys, command):
     assert "--output" in out
 
 
-def test_the_program_lists_its_commands(capsys):
-    status, out, _ = run(capsys, "--help")
+def test_the_program_lists_its_commands(program):
+    status, out, _ = program("--help")
     assert status == 0
     assert all(command in out for command in COMMANDS)
-    assert run(capsys) == (2, out, "layerskip: name a command, such as layerskip demo\n")
+    assert program() == (2, out, "layerskip: name a command, such as layerskip demo\n")
 
 
 @pytest.mark.parametrize(
@@ -56,21 +50,21 @@ def test_lists_go_by_the_names_of_other_commands_too(command, names):
     assert sum(names == {*parameter.opts} for parameter in parameters) == 1
 
 
-def test_version_and_unknown_command(capsys):
-    assert run(capsys, "--version")[1].strip().endswith(__version__)
-    status, _, err = run(capsys, "fly")
+def test_version_and_unknown_command(program):
+    assert program("--version")[1].strip().endswith(__version__)
+    status, _, err = program("fly")
     assert status == 2
     assert "No such command 'fly'" in err
 
 
-def test_pull_of_what_is_there_prints_the_folder(capsys, tmp_path, monkeypatch):
+def test_pull_of_what_is_there_prints_the_folder(program, tmp_path, monkeypatch):
     monkeypatch.setenv(source.CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(source, "_check", lambda *_: None)
     (tmp_path / "smollm2-135m").mkdir()
     for name in ("model.gguf", *source.FILES_BESIDE):
         (tmp_path / "smollm2-135m" / name).touch()
-    assert run(capsys, "pull", "smollm2-135m") == (0, f"{tmp_path / 'smollm2-135m'}\n", "")
-    result = json.loads(run(capsys, "pull", "smollm2-135m", "--json")[1])
+    assert program("pull", "smollm2-135m") == (0, f"{tmp_path / 'smollm2-135m'}\n", "")
+    result = json.loads(program("pull", "smollm2-135m", "--json")[1])
     assert result == {
         "name": "smollm2-135m",
         "folder": str(tmp_path / "smollm2-135m"),
@@ -78,8 +72,8 @@ def test_pull_of_what_is_there_prints_the_folder(capsys, tmp_path, monkeypatch):
     }
 
 
-def test_pull_of_something_else_is_refused(capsys):
-    status, _, err = run(capsys, "pull", "gpt-5")
+def test_pull_of_something_else_is_refused(program):
+    status, _, err = program("pull", "gpt-5")
     assert status == 2
     assert "'gpt-5' is not one of 'smollm2-135m'" in err
 
@@ -92,12 +86,12 @@ def test_pull_of_something_else_is_refused(capsys):
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     ],
 )
-def test_too_little_memory_is_said_with_what_to_do(capsys, monkeypatch, error):
+def test_too_little_memory_is_said_with_what_to_do(program, monkeypatch, error):
     def fail(name):
         raise error
 
     monkeypatch.setattr("layerskip.cli.options.load_model", fail)
-    status, _, err = run(capsys, "generate", "--prompt", "abc")
+    status, _, err = program("generate", "--prompt", "abc")
     assert status == 1
     assert err == (
         "layerskip: out of memory; try --dtype bfloat16, a smaller model or, on a CPU,"
@@ -105,13 +99,13 @@ def test_too_little_memory_is_said_with_what_to_do(capsys, monkeypatch, error):
     )
 
 
-def test_too_little_memory_to_train_is_said_with_what_to_do(capsys, monkeypatch):
+def test_too_little_memory_to_train_is_said_with_what_to_do(program, monkeypatch):
     def fail(*_):
         raise MemoryError
 
     monkeypatch.setattr("layerskip.cli.train.train", fail)
     settings = ("--model", "m", "--data", "d.jsonl", "--output", "o")
-    status, _, err = run(capsys, "train", *settings)
+    status, _, err = program("train", *settings)
     assert status == 1
     assert err.startswith("layerskip: out of memory; try a smaller --batch-size")
 

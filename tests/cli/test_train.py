@@ -10,17 +10,16 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 
 
 @pytest.fixture
-def train(run, folder, tmp_path):
+def train(program, folder, tmp_path):
     """Train a few steps: (exit status, stdout, stderr)."""
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(f'{{"prompt": "{n}+1=", "completion": "{n + 1}"}}\n' for n in range(9)))
 
     def call(*arguments):
-        return run(
+        return program(
             *("train", "--model", folder, "--data", data, "--output", tmp_path / "out"),
             *("--rotation", 2, "--max-steps", 4, "--batch-size", 2, "--log-steps", 2),
             *("--device", "cpu", *arguments),
-            model=False,
         )
 
     return call
@@ -112,8 +111,8 @@ def test_flags_go_before_yaml(train, tmp_path):
     assert (used["p_max"], used["fixed_exits"]) == (0.2, [2])
 
 
-def test_every_setting_has_a_flag_of_its_name(run):
-    _, out, _ = run("train", "--help", model=False)
+def test_every_setting_has_a_flag_of_its_name(program):
+    _, out, _ = program("train", "--help")
     for name in TrainConfig.settings():
         assert f"--{name.replace('_', '-')}" in out
 

@@ -22,12 +22,9 @@ def own(folder, tmp_path):
 
 
 @pytest.fixture
-def tune(own, capsys):
+def tune(own, run):
     def call(*arguments, model=own):
-        flags = ["--model", str(model), "--dtype", "float32", *map(str, [*FEW, *arguments])]
-        status = cli.run(["tune", *flags])
-        out = capsys.readouterr()
-        return status, out.out, out.err
+        return run("tune", "--model", model, *FEW, *arguments)
 
     return call
 
