@@ -178,20 +178,19 @@ def test_a_link_stays_and_what_is_no_file_is_written_to(run, tmp_path):
     assert pipe.is_fifo()
 
 
+def in_a_process(*arguments, **how):
+    """The program in a process of its own, with streams of its own."""
+    command = [sys.executable, "-m", "layerskip", *map(str, arguments)]
+    return subprocess.run(command, check=False, **how)
+
+
 @pytest.mark.parametrize("command", ["generate --ignore-eos --json", "lens"])  # and a table
 def test_a_reader_that_leaves_is_no_error_and_no_success(command, folder, tmp_path):
-    program = "from layerskip.cli import main; main()"
     file = tmp_path / "result.json"
-    arguments = [*command.split(), "--model", folder, "--prompt", "abc", "--output", file]
-    arguments.append("--no-compile")
+    flags = ("--model", folder, "--prompt", "abc", "--output", file, "--no-compile")
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        stdout=writer,
-        stderr=subprocess.PIPE,
-        check=False,
-    )
+    done = in_a_process(*command.split(), *flags, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
     assert json.loads(file.read_text())
@@ -199,26 +198,9 @@ def test_a_reader_that_leaves_is_no_error_and_no_success(command, folder, tmp_pa
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
 def test_a_full_disk_behind_stdout_is_one_line(folder):
-    program = "from layerskip.cli import main; main()"
-    arguments = [
-        "generate",
-        "--model",
-        folder,
-        "--prompt",
-        "abc",
-        "--max-new-tokens",
-        "3",
-        "--json",
-        "--no-compile",
-    ]
+    flags = ("--model", folder, "--prompt", "abc", "--max-new-tokens", 3, "--json", "--no-compile")
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-c", program, *map(str, arguments)],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
+        done = in_a_process("generate", *flags, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "No space left on device" in done.stderr
@@ -234,14 +216,9 @@ def test_standard_input_is_one_prompt(run, monkeypatch):
 
 
 def test_lines_of_standard_input_end_as_those_of_files_do(folder):
-    program = "from layerskip.cli import main; main()"
-    arguments = ["generate", "--model", folder, "--json", "--max-new-tokens", "1"]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        input=b"ab\r\ncd\r\n",
-        capture_output=True,
-        check=True,
-    )
+    flags = ("--model", folder, "--json", "--max-new-tokens", 1)
+    done = in_a_process("generate", *flags, input=b"ab\r\ncd\r\n", capture_output=True)
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["prompt_tokens"] == len("ab\ncd")
 
 
