@@ -1,5 +1,7 @@
 """A tiny checkpoint, and commands that run on it."""
 
+import itertools
+
 import pytest
 
 import tiny_checkpoint
@@ -44,3 +46,20 @@ def run(program, folder):
         return program(command, "--model", folder, "--dtype", "float32", *arguments)
 
     return call
+
+
+@pytest.fixture
+def raise_at(monkeypatch):
+    """Have the n-th call of a function or method raise: Ctrl-C, or whatever goes wrong."""
+
+    def replace(owner, name, n, error):
+        plain, numbers = getattr(owner, name), itertools.count(1)
+
+        def counted(*arguments, **options):
+            if next(numbers) == n:
+                raise error
+            return plain(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    return replace

@@ -151,21 +151,9 @@ def test_flags_reach_the_prompts(run, monkeypatch):
 
 
 @pytest.mark.parametrize("when", ["answering", "scoring"])
-def test_an_interrupt_loses_nothing(run, prompts, when, tmp_path, monkeypatch):
-    calls = []
-
-    def interrupt(call):
-        def counted(*arguments, **options):
-            calls.append(call)
-            if len(calls) == (6 if when == "answering" else 1):
-                raise KeyboardInterrupt
-            return call(*arguments, **options)
-
-        return counted
-
-    target = {"answering": OwnSystem.answer, "scoring": Task.quality}[when]
-    owner = {"answering": OwnSystem, "scoring": Task}[when]
-    monkeypatch.setattr(owner, target.__name__, interrupt(target))
+def test_an_interrupt_loses_nothing(run, prompts, when, tmp_path, raise_at):
+    call = {"answering": (OwnSystem, "answer", 6), "scoring": (Task, "quality", 1)}[when]
+    raise_at(*call, KeyboardInterrupt)
     file = tmp_path / "bench.json"
     flags = ("--modes", "plain,self-speculative", *FLAGS, "--exit-layers", 2, "--draft-tokens", 2)
     status, out, err = run("bench", "--task", prompts, "--output", file, *flags)
@@ -293,16 +281,9 @@ def test_answers_that_cannot_be_judged_are_kept_and_it_is_said(run, prompts, tmp
     assert document["rows"][0]["new_tokens"] > 0
 
 
-def test_an_error_leaves_what_was_measured(run, prompts, tmp_path, monkeypatch):
-    answer, calls = OwnSystem.answer, []
-
-    def fails(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:  # a warm-up, the first prompt, and the second
-            raise MemoryError("no room")
-        return answer(*arguments)
-
-    monkeypatch.setattr(OwnSystem, "answer", fails)
+def test_an_error_leaves_what_was_measured(run, prompts, tmp_path, raise_at):
+    # After a warm-up and the first prompt.
+    raise_at(OwnSystem, "answer", 3, MemoryError("no room"))
     said = "measuring ended early (MemoryError: no room)"
     document = what_a_failure_leaves(run, prompts, tmp_path, said)
     assert (document["interrupted"], document["samples"]) == (True, 1)

@@ -46,18 +46,10 @@ def test_one_document_with_tasks_and_perplexity_at_every_exit(run, tasks, text, 
 
 
 @pytest.mark.parametrize(("ending", "status"), [(KeyboardInterrupt, 130), (MemoryError, 1)])
-def test_what_ends_it_leaves_what_there_is(run, text, tmp_path, monkeypatch, ending, status):
-    other, output, calls = tmp_path / "other.txt", tmp_path / "result.json", []
+def test_what_ends_it_leaves_what_there_is(run, text, tmp_path, raise_at, ending, status):
+    other, output = tmp_path / "other.txt", tmp_path / "result.json"
     other.write_text("Other words to be predicted.")
-    perplexity = evaluate.perplexity
-
-    def ends(*arguments, **options):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise ending
-        return perplexity(*arguments, **options)
-
-    monkeypatch.setattr(evaluate, "perplexity", ends)
+    raise_at(evaluate, "perplexity", 2, ending)
     flags = ("--perplexity", text, "--perplexity", other, "--exit-layers", 2, "--output", output)
     got, out, err = run("eval", *flags)
     assert (got, err.strip().count("\n")) == (status, 0)

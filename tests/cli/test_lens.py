@@ -206,18 +206,10 @@ def test_an_answer_is_looked_at_in_a_cache_as_large_as_it_was_made_in(run, monke
     assert capacities == [3 + 12 - 1, None]
 
 
-def test_ctrl_c_leaves_what_was_looked_at(run, tmp_path, monkeypatch):
+def test_ctrl_c_leaves_what_was_looked_at(run, tmp_path, raise_at):
     file, output = tmp_path / "prompts.txt", tmp_path / "lens.json"
     file.write_text("abc\nde\nfgh\n")
-    plain, calls = lens_command._look, []
-
-    def look(*given):
-        calls.append(given)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return plain(*given)
-
-    monkeypatch.setattr(lens_command, "_look", look)
+    raise_at(lens_command, "_look", 3, KeyboardInterrupt)
     status, out, err = run("lens", "--data", file, *SHORT, "--output", output)
     assert (status, err.strip()) == (130, "layerskip: interrupted")
     assert "2 prompts" in out
