@@ -6,12 +6,19 @@ import pytest
 import torch
 from hypothesis import settings
 
+import tiny_checkpoint
 from layerskip import LayerSkipModel
 from layerskip.decoding import draft_costs
 from layerskip.model import native, pull
 
 settings.register_profile("layerskip", deadline=None)  # no test depends on a time
 settings.load_profile("layerskip")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The tiny checkpoint; do not change it. Tests of others have a fixture of this name themselves."""
+    return tiny_checkpoint.save(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

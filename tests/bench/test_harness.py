@@ -2,7 +2,6 @@
 
 import pytest
 
-import tiny_checkpoint
 import tiny_tasks
 from layerskip import LayerSkipModel
 from layerskip.bench.evaluation import Row, rows_of
@@ -30,11 +29,6 @@ def instances(kind, arguments):
     from lm_eval.api.instance import Instance
 
     return [Instance(kind, {}, a, i) for i, a in enumerate(arguments)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_checkpoint.save(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tiny_checkpoint
 from layerskip import LayerSkipModel
 from layerskip.bench import perplexity as module
 from layerskip.bench.likelihood import Score
@@ -19,8 +18,7 @@ VOCABULARY = 259
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tiny_checkpoint.save(tmp_path_factory.mktemp("tiny"))
+def model(folder):
     return LayerSkipModel.from_pretrained(folder, dtype="float32")
 
 

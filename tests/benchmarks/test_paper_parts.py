@@ -8,7 +8,6 @@ import pytest
 import torch
 from paper.corpus import Corpus, first_words, functions, pieces
 
-import tiny_checkpoint
 from layerskip import LayerSkipModel
 from layerskip.decoding.drafters import EarlyExitDrafter
 from layerskip.model import Decoder
@@ -85,8 +84,7 @@ def test_the_first_words_are_of_several_texts():
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tiny_checkpoint.save(tmp_path_factory.mktemp("tiny"))
+def model(folder):
     return LayerSkipModel.from_pretrained(folder, dtype="float32")
 
 

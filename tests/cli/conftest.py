@@ -1,16 +1,10 @@
-"""A tiny checkpoint, and commands that run on it."""
+"""Commands that run in this process, on the tiny checkpoint."""
 
 import itertools
 
 import pytest
 
-import tiny_checkpoint
 from layerskip import cli
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    return tiny_checkpoint.save(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(autouse=True)

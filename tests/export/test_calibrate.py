@@ -65,11 +65,6 @@ def test_without_correlation_it_is_nearest_rounding(weight):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_checkpoint.save(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
 def calibrated(folder):
     source = open_source(folder)
     return source, calibrate(source, source.files.tokenizer().encode(TEXT))
