@@ -184,3 +184,9 @@ def token_ids(case, *shape, seed=0):
 def reference_logits(model, tokens):
     """Logits [B, T, V] of one full forward pass, without any cache."""
     return model(tokens, use_cache=False).logits
+
+
+def logits_of(decoder, tokens):
+    """Our decoder's logits [B, T, V] of the same."""
+    cache = decoder.new_cache(tokens.shape[1], batch_size=tokens.shape[0])
+    return decoder.logits(decoder.run(decoder.embed(tokens), 0, LAYERS, cache))

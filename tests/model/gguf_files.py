@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 
+from layerskip.model import rotary
+
 KINDS = [
     getattr(GGMLQuantizationType, name) for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 ]
@@ -111,6 +113,20 @@ _ADD = {
     float: GGUFWriter.add_float32,
     list: GGUFWriter.add_array,
 }
+
+
+def layer_products(decoder, state):
+    """Every product of a decoder's layers with its weight in what `write` returned, heads of 32."""
+    for i, layer in enumerate(decoder.layers):
+        q, k, v, out = (state[f"model.layers.{i}.self_attn.{x}_proj.weight"] for x in "qkvo")
+        gate, up, down = (
+            state[f"model.layers.{i}.mlp.{x}_proj.weight"] for x in ("gate", "up", "down")
+        )
+        qkv = torch.cat([rotary.interleave(q, 32, 32), rotary.interleave(k, 32, 32), v])
+        yield layer.qkv, qkv
+        yield layer.attention_out, out
+        yield layer.mlp.gate_up, torch.cat([gate, up])
+        yield layer.mlp.down, down
 
 
 def _write_tokenizer(writer, pre_tokenizer, vocab_size):

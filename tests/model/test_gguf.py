@@ -7,10 +7,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from layerskip.model import load, rotary
+from layerskip.model import load
 from layerskip.model.families import FAMILIES
 from layerskip.model.linear import DenseLinear
-from tiny_models import LAYERS, build, reference, reference_logits, token_ids
+from tiny_models import build, logits_of, reference, reference_logits, token_ids
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}  # float32
 CASES = {  # case, and the architecture that names it in the file
@@ -28,11 +28,6 @@ CASES = {  # case, and the architecture that names it in the file
 def fitting(case):
     """A case with rows that are whole blocks of 32, which the quantized kinds need."""
     return build(case, hidden_size=96 if case == "smollm2" else 64, head_dim=32)
-
-
-def logits_of(decoder, tokens):
-    cache = decoder.new_cache(tokens.shape[1], batch_size=tokens.shape[0])
-    return decoder.logits(decoder.run(decoder.embed(tokens), 0, LAYERS, cache))
 
 
 @pytest.fixture(params=gguf_files.KINDS, ids=lambda kind: kind.name)
@@ -59,25 +54,13 @@ def test_loaded_weights_are_the_dequantized_ones(case, kind, tmp_path):
     assert torch.equal(decoder.embedding.weight, state["model.embed_tokens.weight"])
     assert torch.equal(decoder.head.weight, state["lm_head.weight"])
     assert torch.equal(decoder.final_norm.weight, state["model.norm.weight"])
+    for product, expected in gguf_files.layer_products(decoder, state):
+        assert isinstance(product, DenseLinear)
+        assert torch.equal(product.weight, expected)
     for i, layer in enumerate(decoder.layers):
-        part = {
-            name.removeprefix(f"model.layers.{i}.").removesuffix(".weight"): tensor
-            for name, tensor in state.items()
-            if name.startswith(f"model.layers.{i}.")
-        }
-        q, k, v = (part[f"self_attn.{name}_proj"] for name in "qkv")
-        qkv = torch.cat([rotary.interleave(q, 32, 32), rotary.interleave(k, 32, 32), v])
-        gate_up = torch.cat([part["mlp.gate_proj"], part["mlp.up_proj"]])
-        for product, expected in [
-            (layer.qkv, qkv),
-            (layer.attention_out, part["self_attn.o_proj"]),
-            (layer.mlp.gate_up, gate_up),
-            (layer.mlp.down, part["mlp.down_proj"]),
-        ]:
-            assert isinstance(product, DenseLinear)
-            assert torch.equal(product.weight, expected)
-        assert torch.equal(layer.attention_norm.weight, part["input_layernorm"])
-        assert torch.equal(layer.mlp_norm.weight, part["post_attention_layernorm"])
+        name = f"model.layers.{i}"
+        assert torch.equal(layer.attention_norm.weight, state[f"{name}.input_layernorm.weight"])
+        assert torch.equal(layer.mlp_norm.weight, state[f"{name}.post_attention_layernorm.weight"])
 
 
 def test_frequency_factors_are_the_llama3_scaling(tmp_path):

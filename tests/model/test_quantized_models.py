@@ -16,7 +16,7 @@ from layerskip.model.embedding import DenseEmbedding, QuantizedEmbedding
 from layerskip.model.files.weights import GgufFile
 from layerskip.model.linear import DenseLinear, QuantizedLinear
 from layerskip.model.quantize import quantize
-from tiny_models import LAYERS, ONE_OF_EACH, token_ids
+from tiny_models import LAYERS, ONE_OF_EACH, logits_of, token_ids
 
 BITS = {"int8": 8, "int4": 4}
 # Widths that are no groups of 32 in `tiny_models.CASES`.
@@ -65,11 +65,6 @@ def dense(decoder):
         yield
     finally:
         QuantizedLinear.__call__, decoder.embedding = kept, embedding
-
-
-def logits_of(decoder, tokens):
-    cache = decoder.new_cache(tokens.shape[1], batch_size=tokens.shape[0])
-    return decoder.logits(decoder.run(decoder.embed(tokens), 0, LAYERS, cache))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -174,21 +169,8 @@ def test_stored_codes_are_taken_over(kind, tmp_path):
         vocabulary = [quantize(v, 8).dequantize() for v in vocabulary]
     assert torch.equal(decoder.embedding.weight.dequantize(), vocabulary[0])
     assert torch.equal(decoder.head.weight.dequantize(), vocabulary[1])
-    for i, layer in enumerate(decoder.layers):
-        part = {
-            name.removeprefix(f"model.layers.{i}.").removesuffix(".weight"): tensor
-            for name, tensor in state.items()
-        }
-        q, k, v = (part[f"self_attn.{name}_proj"] for name in "qkv")
-        qkv = torch.cat([rotary.interleave(q, 32, 32), rotary.interleave(k, 32, 32), v])
-        gate_up = torch.cat([part["mlp.gate_proj"], part["mlp.up_proj"]])
-        for product, expected in [
-            (layer.qkv, qkv),
-            (layer.attention_out, part["self_attn.o_proj"]),
-            (layer.mlp.gate_up, gate_up),
-            (layer.mlp.down, part["mlp.down_proj"]),
-        ]:
-            assert torch.equal(product.weight.dequantize(), expected)
+    for product, expected in gguf_files.layer_products(decoder, state):
+        assert torch.equal(product.weight.dequantize(), expected)
 
 
 def test_projections_stored_in_different_kinds_become_one(tmp_path):
