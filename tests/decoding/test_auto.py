@@ -4,17 +4,16 @@ import itertools
 from collections import Counter
 
 import pytest
-from tiny_decoders import LAYERS, PLAIN, ids, random_prompt, steps, tiny_decoder
+from tiny_decoders import LAYERS, PLAIN, ids, random_prompt, speculative, steps, tiny_decoder
 
-from layerskip.decoding import Plan, Sampling
+from layerskip.decoding import Sampling
 
 SAMPLES = 1500
 
 
 def combined(exit_layer=1, draft_from="both", adaptive=True, vocabulary=tuple(range(30)), d=12):
-    return Plan(
-        mode="self-speculative",
-        exit_layer=None if draft_from == "n-gram" else exit_layer,
+    return speculative(
+        None if draft_from == "n-gram" else exit_layer,
         draft_tokens=d,
         draft_from=draft_from,
         adaptive=adaptive,

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny_decoders import LAYERS, PLAIN, ids, random_prompt, steps, tiny_decoder
+from tiny_decoders import LAYERS, PLAIN, ids, random_prompt, speculative, steps, tiny_decoder
 
-from layerskip.decoding import Plan, Sampling
+from layerskip.decoding import Sampling
 from layerskip.decoding.draft_costs import DraftCosts
 from layerskip.decoding.draft_length import (
     DraftLength,
@@ -308,13 +308,7 @@ def test_a_drafter_that_is_always_wrong_costs_at_most_three_in_a_hundred(
 
 
 def adaptive(exit_layer, draft_from="early-exit"):
-    return Plan(
-        mode="self-speculative",
-        exit_layer=exit_layer,
-        draft_tokens=12,
-        draft_from=draft_from,
-        adaptive=True,
-    )
+    return speculative(exit_layer, draft_tokens=12, draft_from=draft_from, adaptive=True)
 
 
 @pytest.mark.parametrize("draft_from", ["early-exit", "both"])

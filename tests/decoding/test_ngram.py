@@ -18,11 +18,12 @@ from tiny_decoders import (
     PLAIN,
     ids,
     random_prompt,
+    speculative,
     steps,
     tiny_decoder,
 )
 
-from layerskip.decoding import Plan, Sampling, Step
+from layerskip.decoding import Sampling, Step
 from layerskip.decoding.draft_costs import DraftCosts
 from layerskip.decoding.draft_length import DraftLength, NgramLength, by_match
 from layerskip.decoding.ngram import MAX_MATCH, MIN_MATCH, DraftText, NgramDrafter, NgramIndex
@@ -33,12 +34,7 @@ SAMPLES = 1500
 
 
 def ngram(draft_tokens, draft_from="n-gram", exit_layer=None):
-    return Plan(
-        mode="self-speculative",
-        exit_layer=exit_layer,
-        draft_tokens=draft_tokens,
-        draft_from=draft_from,
-    )
+    return speculative(exit_layer, draft_tokens, draft_from=draft_from)
 
 
 def reference(tokens, limit):
@@ -178,9 +174,8 @@ def following(exit_layer):
         passes=(1.0, 1.0),
         overhead=0.0,
     )
-    return Plan(
-        mode="self-speculative",
-        exit_layer=exit_layer,
+    return speculative(
+        exit_layer,
         draft_tokens=9,
         draft_from="both",
         adaptive=True,

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 from scripted import ScriptedDecoder
+from tiny_decoders import PLAIN, speculative
 
 from layerskip.decoding import MODES, Plan
 from layerskip.decoding.policy import (
@@ -19,19 +20,13 @@ SILENT = Settings()
 TUNED = Settings(exit_layer=5, draft_tokens=7)
 EXIT_ONLY = Settings(exit_layer=5)
 SHORT = Settings(exit_layer=5, draft_vocabulary=(9, 3, 4))
-PLAIN = Plan(mode="plain")
 MOST = MOST_DRAFT_TOKENS
 
 
-def speculative(exit_layer, draft_tokens):
-    return Plan(mode="self-speculative", exit_layer=exit_layer, draft_tokens=draft_tokens)
-
-
 def auto(exit_layer, draft_tokens, draft_vocabulary=None):
-    return Plan(
-        mode="self-speculative",
-        exit_layer=exit_layer,
-        draft_tokens=draft_tokens,
+    return speculative(
+        exit_layer,
+        draft_tokens,
         draft_from="n-gram" if exit_layer is None else "both",
         adaptive=True,
         draft_vocabulary=draft_vocabulary,

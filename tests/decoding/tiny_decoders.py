@@ -61,13 +61,12 @@ def random_prompt(decoder, length, seed=0):
     return torch.randint(decoder.architecture.vocab_size, (length,), generator=generator).tolist()
 
 
-def speculative(exit_layer, draft_tokens):
-    return Plan(mode="self-speculative", exit_layer=exit_layer, draft_tokens=draft_tokens)
+def speculative(exit_layer, draft_tokens, **more):
+    return Plan(mode="self-speculative", exit_layer=exit_layer, draft_tokens=draft_tokens, **more)
 
 
 PLAIN = Plan(mode="plain")
-ALL_DRAFTS = Plan(
-    mode="self-speculative",
+ALL_DRAFTS = speculative(
     exit_layer=2,
     draft_tokens=6,
     draft_from="both",
