@@ -3,15 +3,13 @@
 import pytest
 from where_time_goes import profile
 
-import tiny_checkpoint
 from layerskip import LayerSkipModel
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_parts_add_up(tmp_path, compiled, request):
+def test_parts_add_up(folder, compiled, request):
     if compiled:
         request.getfixturevalue("compiled_kernels")
-    folder = tiny_checkpoint.save(tmp_path)
     model = LayerSkipModel.from_pretrained(folder, dtype="float32", compile=compiled)
     plain = model.decoder.run
     found = profile(model, ["abcabcabcabcabc", "to be or not to be"], 40)
@@ -25,9 +23,7 @@ def test_parts_add_up(tmp_path, compiled, request):
     assert model.decoder.run == plain  # nothing stays watched
 
 
-def test_answers_of_one_token_are_refused(tmp_path):
-    model = LayerSkipModel.from_pretrained(
-        tiny_checkpoint.save(tmp_path), dtype="float32", compile=False
-    )
+def test_answers_of_one_token_are_refused(folder):
+    model = LayerSkipModel.from_pretrained(folder, dtype="float32", compile=False)
     with pytest.raises(SystemExit, match="one token"):
         profile(model, ["a"], 1)

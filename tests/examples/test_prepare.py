@@ -15,7 +15,6 @@ from own_answers import MAX_NEW_TOKENS, own_answers, random_questions
 from prepare import prepare
 from transformers import AutoTokenizer
 
-import tiny_checkpoint
 from layerskip import LayerSkipModel
 from layerskip.recipe.exit_loss import IGNORED_LABEL
 from layerskip.training.data import Encoding
@@ -218,9 +217,9 @@ def test_running_text_is_prompt_and_completion_as_they_follow():
     assert running_text(row) == {"text": "a b\n c\n\nSummary: i", "category": "x"}
 
 
-def test_all_rows_are_ones_to_train_on(data, tmp_path):
+def test_all_rows_are_ones_to_train_on(data, folder, tmp_path):
     prepare(tmp_path / "a", 200, data=data)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint.save(tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     encode = Encoding(tokenizer=tokenizer, max_length=2 * MOST_CHARACTERS)
     for where, row in read_rows(str(tmp_path / "a" / "train.jsonl")):
         encoded = encode(where, row)
@@ -316,8 +315,7 @@ def test_what_cannot_be_prepared_is_said(options, message, data, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_own_answers_are_the_models_and_end_by_themselves(tmp_path, monkeypatch):
-    folder = tiny_checkpoint.save(tmp_path / "model")
+def test_own_answers_are_the_models_and_end_by_themselves(folder, monkeypatch):
     model = LayerSkipModel.from_pretrained(folder, dtype="float32")
     monkeypatch.setattr(model.tokenizer, "chat_template", "{{ messages[0]['content'] }}")
     first = model.generate(
