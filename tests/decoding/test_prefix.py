@@ -6,12 +6,11 @@ from unittest import mock
 
 import pytest
 import torch
-from tiny_decoders import random_prompt, tiny_decoder
+from tiny_decoders import model_of, random_prompt, tiny_decoder
 
 import tiny_models
-from layerskip import LayerSkipModel
 from layerskip.decoding import Prefix
-from layerskip.model import Checkpoint, Settings, load
+from layerskip.model import load
 
 MODES = {
     "plain": {"mode": "plain"},
@@ -20,12 +19,6 @@ MODES = {
     "n-gram": {"mode": "self-speculative", "draft_tokens": 3, "draft_from": "n-gram"},
 }
 modes = pytest.mark.parametrize("options", MODES.values(), ids=MODES.keys())
-
-
-def model_of(decoder):
-    return LayerSkipModel(
-        Checkpoint(path=None, decoder=decoder, tokenizer=None, settings=Settings())
-    )
 
 
 @pytest.fixture

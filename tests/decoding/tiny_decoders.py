@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 import tiny_models
+from layerskip import LayerSkipModel
 from layerskip.decoding import Plan, Sampling, generate
-from layerskip.model import load
+from layerskip.model import Checkpoint, Settings, load
 
 LAYERS = tiny_models.LAYERS
 FAMILIES = ("llama2", "llama3.1", "smollm2", "mistral", "qwen2", "qwen2-sliding", "qwen3")
@@ -54,6 +55,13 @@ def _scaled(layer, factor):
     }
     parts = {name: _Scaled(getattr(layer, name), factor) for name in last.values()}
     return dataclasses.replace(layer, **parts)
+
+
+def model_of(decoder, **settings):
+    """A `LayerSkipModel` around a decoder, which has no files and no tokenizer."""
+    return LayerSkipModel(
+        Checkpoint(path=None, decoder=decoder, tokenizer=None, settings=Settings(**settings))
+    )
 
 
 def random_prompt(decoder, length, seed=0):

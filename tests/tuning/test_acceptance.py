@@ -6,9 +6,7 @@ import pytest
 import scripted
 import tiny_decoders
 
-from layerskip import LayerSkipModel
 from layerskip.decoding import Plan, Step
-from layerskip.model import Checkpoint, Settings
 from layerskip.tuning.acceptance import Continuation, agreement_rate, read_agreement, replay
 
 EXITS = [1, 2, 3]
@@ -21,8 +19,7 @@ def rounds(steps):
 
 def tiny_model(case="llama3.1", end_tokens=()):
     decoder = tiny_decoders.tiny_decoder(case)
-    settings = Settings(end_tokens=tuple(end_tokens))
-    return LayerSkipModel(Checkpoint(path=None, decoder=decoder, tokenizer=None, settings=settings))
+    return tiny_decoders.model_of(decoder, end_tokens=tuple(end_tokens))
 
 
 def read(model, prompt, limit):

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import scripted
-import tiny_decoders
+from tiny_decoders import model_of, random_prompt, tiny_decoder
 
 from layerskip import LayerSkipModel
-from layerskip.model import Checkpoint, Settings
+from layerskip.model import Settings
 from layerskip.tuning.choose import Choice
 from layerskip.tuning.plots import plot_tuning
 from layerskip.tuning.run import tune
@@ -19,13 +19,6 @@ def timed_model(monkeypatch, *, misses=(), **times):
     decoder = TimedDecoder(range(40, 100), misses=misses, prompt_tokens=6, max_context=400, **times)
     decoder.keep_time(monkeypatch)
     return model_of(decoder)
-
-
-def model_of(decoder, **settings):
-    checkpoint = Checkpoint(
-        path=None, decoder=decoder, tokenizer=None, settings=Settings(**settings)
-    )
-    return LayerSkipModel(checkpoint)
 
 
 PROMPTS = [[1] * 6, [2] * 6, [3] * 6]
@@ -147,9 +140,9 @@ def test_the_grid_runs_every_pair_as_predicted(monkeypatch):
 
 
 def test_a_tuning_of_a_real_decoder_is_one_valid_document_with_pictures(tmp_path):
-    decoder = tiny_decoders.tiny_decoder("llama3.1")
+    decoder = tiny_decoder("llama3.1")
     model = model_of(decoder)
-    prompts = [tiny_decoders.random_prompt(decoder, 5 + i, i) for i in range(3)]
+    prompts = [random_prompt(decoder, 5 + i, i) for i in range(3)]
     said = []
     tuning = tune(
         model,
