@@ -14,7 +14,7 @@ demo: $(INSTALLED)        ## fetch SmolLM2-135M and answer three kinds of prompt
 	@echo "To type these commands: . $(BIN)/activate; to train, first: pip install -e '.[train]'"
 
 test: $(DEV_INSTALLED)        ## the test suite
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 20
 
 test-all: $(DEV_INSTALLED)    ## the test suite with the long exactness runs
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m ""

@@ -137,14 +137,13 @@ def bench(
         gguf_weights=gguf_weights,
         progress=lambda done, total: progress("starting peers", done, total),
     ) as peers:
-        entries, bandwidth, ended = _measured(
+        entries, bandwidth, interrupted, failure = _measured(
             [own, *peers], prompts, new_tokens, config, model, progress
         )
     answered = max(len(entry.runs) for entry in entries)
     prompts = prompts[:answered]
     task = dataclasses.replace(task, samples=task.samples[:answered])
     made_rows = partial(_rows, entries, task, bandwidth, config.sampling, progress=progress)
-    interrupted, failure = ended is not None, _in_words(ended)
     scored = not config.ignore_eos and not interrupted
     try:
         rows = list(made_rows(scored=scored))
@@ -185,14 +184,16 @@ def _measured(
     config: BenchConfig,
     model: LayerSkipModel,
     progress: Callable[[str, int, int], None],
-) -> tuple[list[Entry], float, BaseException | None]:
+) -> tuple[list[Entry], float, bool, str | None]:
     """Answers of all systems, the memory's bandwidth meanwhile in bytes a second, and what ended it.
 
-    The last is Ctrl-C or an error; the answers are then those to the prompts that all had answered.
+    The last two say whether Ctrl-C or an error did, and the error; the answers are then those to the
+    prompts that all had answered.
     """
     bandwidths: list[float] = []
     so_far: list[Entry] = []
-    ended: BaseException | None = None
+    interrupted = False
+    failure: str | None = None
     try:
         so_far = measure(
             systems,
@@ -206,8 +207,8 @@ def _measured(
     except (KeyboardInterrupt, Exception) as error:  # what there is, is told
         if not so_far:
             raise
-        ended = error
-    return so_far, statistics.median(bandwidths), ended
+        interrupted, failure = True, _in_words(error)
+    return so_far, statistics.median(bandwidths), interrupted, failure
 
 
 def _pairs_of_transformers(settings: Sequence[Setting]) -> list[tuple[int, int]]:
@@ -221,8 +222,8 @@ def _pairs_of_transformers(settings: Sequence[Setting]) -> list[tuple[int, int]]
     ]
 
 
-def _in_words(error: BaseException | None) -> str | None:
-    """What went wrong; None of Ctrl-C, and where nothing did."""
+def _in_words(error: BaseException) -> str | None:
+    """What went wrong; None of Ctrl-C."""
     return f"{type(error).__name__}: {error}" if isinstance(error, Exception) else None
 
 

@@ -116,7 +116,10 @@ def plain_step(
     generator: torch.Generator | None,
     history: TokenHistory | None = None,
 ) -> Tensor:
-    """Plain decoding: the newest tokens [B, 1] through the first n layers, and those after them."""
+    """Plain decoding: the newest tokens [B, 1] through the first n layers, and those after them.
+
+    The cache's lengths and a history are moved on, as by `speculate`.
+    """
     if sampling.greedy and history is None:
         following = decoder.step(last, n_layers, cache)
     else:
