@@ -15,6 +15,7 @@ from causal_lms import FAMILIES, LAYERS, batch_of, build
 from layerskip.recipe import RecipeConfig, attach, detach
 from layerskip.recipe.anatomy import find_anatomy
 from layerskip.recipe.forward_pass import ForwardPass
+from layerskip.recipe.layer_dropout import draw_skipped_rows
 
 ALL = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.0)
 DROPPING = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.6)
@@ -99,9 +100,13 @@ def test_the_last_exit_alone_is_plain_training(family):
 def test_gradient_checkpointing_replays_the_same_rows(family):
     model = build(family)
     attached(model, DROPPING)
-    batch = batch_of()
+    batch, calls = batch_of(), []
+    for layer in find_anatomy(model).layers:
+        next(layer.children()).register_forward_hook(lambda *_: calls.append(1))
     loss, gradients = step_of(model, **batch)
+    layers_run = len(calls)
     for reentrant in (False, True):
+        calls.clear()
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
         model.enable_input_require_grads()
@@ -109,9 +114,31 @@ def test_gradient_checkpointing_replays_the_same_rows(family):
         attached_handle.set_step(0, 100)
         checkpointed_loss, checkpointed = step_of(model, **batch)
         torch.testing.assert_close(checkpointed_loss, loss)
+        assert len(calls) == 2 * layers_run
         if family not in ("mixtral", "qwen3_moe") or not reentrant:
             # The reentrant kind has no gradient for the routers' balance, in transformers too.
             same(checkpointed, gradients)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("items", [0, torch.tensor(0)])
+def test_a_step_without_a_label_teaches_a_mixture_nothing(family, items):
+    model = build(family, output_router_logits=True)
+    attached(model, DROPPING)
+    batch = batch_of()
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    loss, gradients = step_of(model, **batch, num_items_in_batch=items)
+    assert loss == 0
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+def test_the_default_device_decides_nothing(llama):
+    """Rows are drawn on the host, whatever device scripts make their tensors on."""
+    rows = {"rows": 8, "seed": 3, "step": 5, "micro_batch": 0}
+    expected = draw_skipped_rows([0.5] * LAYERS, **rows)
+    with torch.device("meta"):
+        assert torch.equal(draw_skipped_rows([0.5] * LAYERS, **rows), expected)
+        attach(llama, DROPPING)
 
 
 @families
@@ -332,16 +359,30 @@ def test_a_layer_of_tuples_that_all_rows_skip(monkeypatch):
 def test_lora(llama, order):
     import peft
 
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj", "lm_head"])
+    targets = ["q_proj", "down_proj", "lm_head"]
+    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
     if order == "attach first":
-        attached(llama, DROPPING)
+        handle = attached(llama, DROPPING)
         model = peft.get_peft_model(llama, config)
     else:
         model = peft.get_peft_model(llama, config)
-        attached(model, DROPPING)
+        handle = attached(model, DROPPING)
     _, gradients = step_of(model, **batch_of())
+    assert handle._pass.skipped.any()
     assert len(gradients) == 2 * (2 * LAYERS + 1)
-    assert any(g.any() for n, g in gradients.items() if "lm_head" in n)
+    assert all(gradient.any() for gradient in gradients.values())
+    model.zero_grad()
+    row_by_row(model, handle, DROPPING, batch_of()).backward()
+    same(gradients, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    # With layers that are computed again in backward, in 16 bits.
+    steps = []
+    for _ in range(2):
+        handle.set_step(0, 100)
+        with torch.autocast("cpu", torch.bfloat16):
+            steps.append(step_of(model, **batch_of())[1])
+        enable = getattr(llama, "activation_checkpointing_enable", None)
+        (enable or llama.gradient_checkpointing_enable)({"use_reentrant": False})
+    same(steps[1], steps[0])
     detach(model)
 
 

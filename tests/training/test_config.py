@@ -77,6 +77,7 @@ def test_flat_dict_makes_the_same_configuration():
         ({"learning_rte": 1}, "no setting 'learning_rte'; did you mean 'learning_rate'"),
         ({"eval_data": "x", "eval_rows": 3}, "contradict"),
         ({"max_steps": 9, "epochs": 3}, "epochs and max_steps both say when to end"),
+        ({"max_steps": 9, "epochs": 1}, "epochs and max_steps both say when to end"),
         ({"variant": "LD", "fixed_exits": [2]}, "variant LD gives no exit a loss"),
         ({"eval_rows": -5}, "eval_rows is -5"),
         ({"draft_tokens": 0}, "draft_tokens is 0"),
@@ -106,7 +107,7 @@ def test_the_seed_is_that_of_the_skipped_rows_too():
     ("lines", "flags", "expected"),
     [
         ("max-steps: 1000", {"epochs": 3}, {"max_steps": None, "epochs": 3}),
-        ("epochs: 3", {"max_steps": 9}, {"max_steps": 9, "epochs": 1}),
+        ("epochs: 3", {"max_steps": 9}, {"max_steps": 9, "epochs": None}),
         ("eval_rows: 9", {"eval_data": "x"}, {"eval_rows": 0, "eval_data": "x"}),
         (
             "eval_data: x\neval_split: test",

@@ -132,6 +132,8 @@ def test_quotation_marks_in_tab_separated_text_are_text(tmp_path):
         ("a.jsonl", '{"text": "x"}\n{"text"\n', "a.jsonl:2 is not JSON"),
         ("a.jsonl", '{"text": "x"}\n' + "[" * 100_000, "a.jsonl:2 is nested too deeply"),
         ("a.json", "[" * 100_000, "a.json is nested too deeply"),
+        ("a.jsonl", '{"text": "x"}\n{"a": ' + "1" * 5000 + "}", "a.jsonl:2 is not JSON"),
+        ("a.json", '[{"a": ' + "1" * 5000 + "}]", "a.json is not JSON"),
         ("a.jsonl", "[1]\n", "a.jsonl:1 is not an object"),
         ("a.json", '{"a": 1}', "must hold a list"),
         ("a.tsv", "a\tb\n1\t2\n1\n", "a.tsv:3 does not have the 2 columns"),
@@ -147,6 +149,15 @@ def test_quotation_marks_in_tab_separated_text_are_text(tmp_path):
 def test_bad_rows_are_named_by_their_line(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message):
         list(read_rows(write(tmp_path / name, text)))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path, compressed):
+    whole = b'{"text": "x"}\n' * 1500 + b'{"text": "caf\xe9"}\n' + b'{"text": "x"}\n' * 10
+    path = tmp_path / ("a.jsonl.gz" if compressed else "a.jsonl")
+    path.write_bytes(gzip.compress(whole) if compressed else whole)
+    with pytest.raises(ValueError, match=rf"{path.name}:1501 is no text in UTF-8"):
+        list(read_rows(str(path)))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv", "a.json"])

@@ -509,18 +509,33 @@ def test_attention_keeps_its_weights_where_they_are_few(settings, batch_size, ki
 
 
 def test_what_does_not_fit_is_said_before_the_rows_are_read(settings, monkeypatch):
-    def attach(*_):
+    def refuse(*_):
         raise ValueError("this model's layers do not work so")
 
-    def encode_rows(*_):
+    def encode_rows(*_, **__):
         raise AssertionError
 
-    monkeypatch.setattr("layerskip.training.run.attach", attach)
     monkeypatch.setattr("layerskip.training.run.encode_rows", encode_rows)
-    with pytest.raises(ValueError, match="layers do not work so"):
-        run(settings)
+    for part, changes in (
+        ("attach", {}),
+        ("quantize_aware", {"quantize_aware": "int8"}),
+        ("with_adapter", {"lora_rank": 2}),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"layerskip.training.run.{part}", refuse)
+            with pytest.raises(ValueError, match="layers do not work so"):
+                run(settings, **changes)
     with pytest.raises(ValueError, match=r"held_out\.jsonl does not exist"):
         run(settings, eval_data="held_out.jsonl")
+
+
+def test_rows_to_evaluate_on_are_looked_at_first(settings, tmp_path):
+    """They are the fewer: what is wrong with them is said before the others take long."""
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.jsonl").write_text('{"question": "1 + 1"}\n')
+    files = {"data": str(tmp_path / "train.jsonl"), "eval_data": str(tmp_path / "held_out.jsonl")}
+    with pytest.raises(ValueError, match=r"held_out\.jsonl:1"):
+        run(settings, **files)
 
 
 def test_a_full_disk_at_the_tokenizer_loses_nothing(settings, monkeypatch):

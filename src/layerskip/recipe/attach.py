@@ -80,7 +80,7 @@ def _probe(attached: AttachedRecipe) -> None:
     if not inputs:
         return
     wanted = frozenset({attached.num_layers})
-    turns = torch.tensor([[True, False, False], [False, False, True]])
+    turns = torch.tensor([[True, False, False], [False, False, True]], device="cpu")
     skipped = turns.repeat(attached.num_layers, 1)[: attached.num_layers]
     with attached._anatomy.probing():
         with attached._running(ForwardPass(None, wanted)) as whole:

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from layerskip.recipe.anatomy import Anatomy
 from layerskip.recipe.compiling import compiled_below, not_compiled
 from layerskip.recipe.config import RecipeConfig
-from layerskip.recipe.exit_loss import IGNORED_LABEL, ExitLosses, exit_losses
+from layerskip.recipe.exit_loss import IGNORED_LABEL, ExitLosses, at_least_one, exit_losses
 from layerskip.recipe.forward_pass import ForwardPass
 from layerskip.recipe.fused_loss import fused_loss
 from layerskip.recipe.layer_dropout import draw_skipped_rows
@@ -166,7 +166,7 @@ class AttachedRecipe:
             config, mask = self._anatomy.model.config, kwargs.get("attention_mask")
             balance = this.balancing_loss(mask, config.num_experts_per_tok)
             # Of several batches of a step each adds its share, as to the loss.
-            share = 1.0 if num_items is None else losses.tokens / num_items
+            share = 1.0 if num_items is None else losses.tokens / at_least_one(num_items)
             loss = loss + config.router_aux_loss_coef * share * balance.to(loss.device)
         rest = {name: value for name, value in outputs.items() if name != "loss"}
         result = type(outputs)(loss=loss, **rest)
@@ -216,7 +216,7 @@ class AttachedRecipe:
         Named as a tensor: a number lets some models (Gemma 4) drop the other positions' states early.
         """
         if self._anatomy.has_logits_to_keep:
-            kwargs = {**kwargs, "logits_to_keep": torch.tensor([-1])}
+            kwargs = {**kwargs, "logits_to_keep": torch.tensor([-1], device="cpu")}
         return {"use_cache": False, **kwargs, **self._without_balancing()}
 
     def _without_balancing(self) -> dict[str, Any]:

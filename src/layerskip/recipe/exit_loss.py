@@ -6,7 +6,7 @@ them at a time, and the gradient of a chunk is taken at once, in the forward pas
 logits can go. (Checkpointing the chunk would save the same memory and run the head twice.) A chunk
 holds all exits of its tokens: the more exits, the fewer tokens, so the logits' memory does not grow
 with them, and the head's gradient, as large as the head, is written as seldom as may be. What every
-exit adds is the gradient of its labelled hidden states.
+exit adds is the gradient of its hidden states, [B, T, D] in backward.
 """
 
 from __future__ import annotations
@@ -94,8 +94,7 @@ def exit_losses(
     flat_labels = labels.flatten()
     positions = torch.nonzero(flat_labels != IGNORED_LABEL).flatten()
     targets = flat_labels[positions]
-    items = len(targets) if num_items is None else num_items
-    divisor = items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
+    divisor = at_least_one(len(targets) if num_items is None else num_items)
     kind = labels.device.type
     rows = chunk_tokens or rows_of_chunk(vocabulary, kind)
     # The gradients taken here have not been scaled yet, and most are too small for float16.
@@ -123,6 +122,11 @@ def exit_losses(
         divergence_sums=divergence_sums,
         tokens=len(targets),
     )
+
+
+def at_least_one(items: Tensor | float) -> Tensor | float:
+    """What sums are divided by: where nothing has a label they are 0, and so is the quotient."""
+    return items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
 
 
 def rows_of_chunk(vocabulary: int, device_type: str) -> int:

@@ -50,8 +50,9 @@ def draw_skipped_rows(
     # Odd multipliers keep neighbouring (seed, step, micro_batch) apart; 2**63 is the seed's limit.
     mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro_batch * 0x94D049BB133111EB
     generator.manual_seed(mixed % 2**63)
-    uniform = torch.rand(rows, len(rates), generator=generator, dtype=torch.float64)
-    return (uniform < torch.tensor(rates, dtype=torch.float64)).T.contiguous()
+    on_host: Any = {"dtype": torch.float64, "device": "cpu"}  # whatever the default device is
+    uniform = torch.rand(rows, len(rates), generator=generator, **on_host)
+    return (uniform < torch.tensor(rates, **on_host)).T.contiguous()
 
 
 @compiled_below

@@ -67,7 +67,7 @@ class TrainConfig:
     packing: bool = setting("several documents a row, without attention across them", False)
     batch_size: int = setting("rows of a batch on one device", 8)
     accumulation: int = setting("batches of one optimizer step", 1)
-    epochs: float = setting("passes over the data", 1.0)
+    epochs: float | None = setting("passes over the data (default: 1)", None)
     max_steps: int | None = setting("optimizer steps, instead of --epochs", None)
     max_minutes: float | None = setting(
         "end after so long; the learning rate schedule fits into it", None
@@ -137,7 +137,7 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}; it must be a number, 0 or above")
-        if self.max_steps is not None and self.epochs != type(self).epochs:
+        if self.max_steps is not None and self.epochs is not None:
             raise ValueError("epochs and max_steps both say when to end; give one of them")
         recipe = self.effective_recipe
         if recipe.variant == "LD" and recipe.fixed_exits:
@@ -180,6 +180,11 @@ class TrainConfig:
     def effective_recipe(self) -> RecipeConfig:
         """The recipe given, or the regime's; with the seed of the run."""
         return replace(self.recipe or RecipeConfig.preset(self.regime), seed=self.seed)
+
+    @property
+    def effective_epochs(self) -> float:
+        """The passes over the data given, or one."""
+        return self.epochs or 1.0
 
     @property
     def effective_learning_rate(self) -> float:
@@ -246,7 +251,7 @@ class TrainConfig:
         return cls.from_mapping({**kept, **given})
 
     def as_flat_dict(self) -> dict[str, Any]:
-        """The flat names that `from_mapping` takes, with every value that is in force."""
+        """The flat names that `from_mapping` takes, each with its value; None = not given."""
         return asdict(self.effective_recipe) | {
             name: value for name, value in asdict(self).items() if name != "recipe"
         }

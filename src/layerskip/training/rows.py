@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import glob
@@ -14,7 +15,6 @@ import lzma
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -98,7 +98,7 @@ def _given(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return given
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     """A text file to read, compressed (.gz, .xz) or not, with a byte order mark or without.
 
@@ -110,8 +110,24 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
             path, "rt", encoding="utf-8-sig", newline=newline
         ) as file:
             yield file
-    except (*_DAMAGE, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:  # its position is one in a part of the file
+        line = _first_line_that_is_no_text(path)
+        raise ValueError(f"{path.name}:{line} is no text in UTF-8: {error.reason}") from error
+    except (*_DAMAGE, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as text: {error}") from error
+
+
+def _first_line_that_is_no_text(path: Path) -> int:
+    """Number of the line that stopped the reading of a file."""
+
+    def is_text(line: bytes) -> bool:
+        with contextlib.suppress(UnicodeDecodeError):
+            line.decode()
+            return True
+        return False
+
+    with _OPENERS.get(path.suffix, open)(path, "rb") as file:
+        return 1 + sum(1 for _ in itertools.takewhile(is_text, file))
 
 
 def local_files(source: str) -> list[str]:
@@ -160,8 +176,9 @@ def _json_lines(file: TextIO, name: str) -> Iterator[Row]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name}:{number} is not JSON: {error.msg}") from None
+        except ValueError as error:  # a number of too many digits is one of no class of its own
+            reason = getattr(error, "msg", error)
+            raise ValueError(f"{name}:{number} is not JSON: {reason}") from None
         except RecursionError:
             raise ValueError(f"{name}:{number} is nested too deeply") from None
         yield f"{name}:{number}", _fields_of(row, f"{name}:{number}")
@@ -176,6 +193,8 @@ def _json(file: TextIO, name: str) -> Iterator[Row]:
             yield from _json_lines(io.StringIO(text), name)
             return
         raise ValueError(f"{name}:{error.lineno} is not JSON: {error.msg}") from None
+    except ValueError as error:  # a number of too many digits
+        raise ValueError(f"{name} is not JSON: {error}") from None
     except RecursionError:
         raise ValueError(f"{name} is nested too deeply") from None
     if not isinstance(rows, list):

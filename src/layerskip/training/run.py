@@ -101,24 +101,25 @@ def _train(
     resume_from = where_to_begin(config, output)
     set_seed(config.seed)
     keep_freed_memory()
-    tokenizer = load_tokenizer(config)
     check_installed(config)
+    tokenizer = load_tokenizer(config)
     exit_layer = check_layers(config)
     sources = _find_data(config)
     model = load_model(config)
-    attach(model, config.effective_recipe)  # tries whether it fits, before the rows take long
+    # Whatever may not fit the model is tried before the rows take long.
+    attach(model, config.effective_recipe)
     detach(model)
     can_exit = transformers_can_exit(model, exit_layer)
     if config.packing:
         check_packing(model)
+    if config.lora_rank is not None:
+        model = with_adapter(model, config)
+    on_grid = _on_grid(config, model)
     train_rows, eval_rows = _load_data(config, tokenizer, *sources)
     check_tokens(model, tokenizer.pad_token_id or 0, train_rows, eval_rows)
     check_positions(model, train_rows, eval_rows)
     if not can_exit:
         warn_of_no_decoder(model.config.model_type)
-    if config.lora_rank is not None:
-        model = with_adapter(model, config)
-    on_grid = _on_grid(config, model)
     # Trainer does both where it trains; where a run goes on that has ended already, it does not.
     align_special_tokens(model, tokenizer)
     add_end_of_turn(model, tokenizer, train_rows)
@@ -190,7 +191,7 @@ def _run(trainer: LayerSkipTrainer, config: TrainConfig, resume_from: str | None
         state = TrainerState.load_from_json(str(Path(resume_from) / TRAINER_STATE_NAME))
         accumulation = trainer.args.gradient_accumulation_steps
         epoch = max(1, -(-len(trainer.get_train_dataloader()) // accumulation))  # steps of one
-        wanted = config.max_steps or math.ceil(config.epochs * epoch)
+        wanted = config.max_steps or math.ceil(config.effective_epochs * epoch)
         is_over = config.max_minutes is not None and time_spent(state) >= 60 * config.max_minutes
         if is_over or state.global_step >= wanted:
             if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -261,12 +262,12 @@ def _load_data(
         completion_only=config.completion_only,
         max_length=config.max_length,
     )
-    rows = encode_rows(train_rows, encoding, config.data, to_pack=config.packing)
     held_out: list[dict[str, list[int]]] = []
-    if eval_rows is not None:
+    if eval_rows is not None:  # the fewer, whose faults are found soon
         assert config.eval_data is not None
         held_out = encode_rows(eval_rows, encoding, config.eval_data, to_pack=config.packing)
-    elif config.eval_rows:
+    rows = encode_rows(train_rows, encoding, config.data, to_pack=config.packing)
+    if eval_rows is None and config.eval_rows:
         if config.eval_rows >= len(rows):
             raise ValueError(f"eval_rows is {config.eval_rows}, but there are {len(rows)} rows")
         random.Random(config.seed).shuffle(rows)
@@ -302,7 +303,7 @@ def _trainer(
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
-        num_train_epochs=config.epochs,
+        num_train_epochs=config.effective_epochs,
         max_steps=config.max_steps or -1,
         learning_rate=config.effective_learning_rate,
         lr_scheduler_type="constant_with_warmup" if warms_up_to_constant else config.scheduler,
