@@ -108,7 +108,8 @@ def test_an_exit_says_what_it_likes_itself(model):
 def test_all_rows_of_local_tasks(model, tasks):
     rows = rows_of(model, ["plain", "early-exit", "self-speculative"], [1, 4], 2)
     names = ["tiny_*"]
-    facts = evaluate_tasks(model, rows, names, include_path=tasks, limit=3)
+    facts = {}
+    evaluate_tasks(model, rows, names, facts, include_path=tasks, limit=3)
     assert facts["tiny_choice"] == {"documents": 3, "num_fewshot": 0}
     assert [(row.plan.mode, row.plan.exit_layer) for row in rows] == [
         ("plain", None),
@@ -131,7 +132,7 @@ def test_options_of_tasks_change_what_is_asked(model, tasks):
     def found(**changes):
         [row] = rows_of(model, ["early-exit"], [4])
         options = {"num_fewshot": 2, "seed": 0, **changes}
-        evaluate_tasks(model, [row], ["told_answer"], include_path=tasks, **options)
+        evaluate_tasks(model, [row], ["told_answer"], {}, include_path=tasks, **options)
         return row.results["told_answer"]["perplexity"].value
 
     whole = found()
@@ -168,7 +169,7 @@ def test_choice_is_the_likelier_text(model, tasks):
             nats = [score[e].log_likelihood for score in scores]
             right[e] += nats.index(max(nats)) == row["answer"]
     rows = [Row(Plan(mode="early-exit", exit_layer=e)) for e in right]
-    evaluate_tasks(model, rows, ["tiny_choice"], include_path=tasks)
+    evaluate_tasks(model, rows, ["tiny_choice"], {}, include_path=tasks)
     accuracies = [row.results["tiny_choice"]["acc"].value for row in rows]
     assert accuracies == [n / len(tiny_tasks.ROWS) for n in right.values()]
 

@@ -11,6 +11,7 @@ import pytest
 from scripted import END, TOKENIZER, encode
 
 import tiny_models
+from causal_lms import build
 from layerskip import LayerSkipModel
 from layerskip.bench.measure import Setting, SystemFailedError, measure
 from layerskip.bench.peers import PEERS, PeerProcess, llama_cpp, start_peers, transformers
@@ -54,6 +55,18 @@ def test_tokens_of_one_step_may_come_one_by_one():
     run = finished(made)
     assert [len(step.tokens) for step in run.steps] == [1, 2, 1]
     assert (run.ttft_s, run.decode_s) == (1, 3)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_of_a_mixture_the_experts_that_answer_are_read(family):
+    model = build(family)
+    of_experts = [p.nbytes for name, p in model.named_parameters() if ".experts." in name]
+    config = model.config
+    n_experts = getattr(config, "num_local_experts", None) or config.num_experts
+    unread = sum(of_experts) * (1 - config.num_experts_per_tok / n_experts)
+    whole = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    assert of_experts
+    assert transformers._bytes_of_a_pass(model) == pytest.approx(whole - unread, abs=1)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,15 @@ def test_tokens_of_a_first_step_are_counted_once():
     assert speed(peer)["tokens_per_s"] == pytest.approx(5 / 0.15)
 
 
+def test_an_answer_of_one_step_counts():
+    """Its first step gives all 16 tokens: 0.65 s against 0.15, beside 0.65 against 0.30."""
+    plain = [[run(15, 0.6, ttft=0.05)]] * 2
+    whole = Run(steps=(Step(tuple(range(16))),), text="", ttft_s=0.15, decode_s=0.0)
+    parts = (Step(tuple(range(11))), *(Step((i,)) for i in range(5)))
+    peer = [[whole], [Run(steps=parts, text="", ttft_s=0.15, decode_s=0.15)]]
+    assert comparison(peer, plain)["speedup_with_prompt"] == pytest.approx(1.3 / 0.45)
+
+
 def test_the_interval_is_paired_by_prompt():
     """Prompts differ a hundredfold, the ratio does not: an interval of no width."""
     ours = [[run(10, 10.0**i)] for i in range(4)]

@@ -187,6 +187,8 @@ attempts = {
     "append": lambda: open(outside, "a"),
     "make a folder": lambda: outside.mkdir(),
     "database": lambda: sqlite3.connect(outside),
+    "history": lambda: __import__("readline").write_history_file(outside),
+    "keys and values": lambda: __import__("dbm.gnu").gnu.open(str(outside), "c"),
     "socket": lambda: socket.socket(),
     "fork": lambda: os.fork(),
     "command": lambda: os.system("true"),
@@ -224,7 +226,7 @@ for name, attempt in attempts.items():
     try:
         attempt()
         done.append(name)
-    except PermissionError:
+    except (PermissionError, ImportError):
         pass
 open("inside", "w").close()
 assert os.listdir(full) == ["kept"]

@@ -7,6 +7,7 @@ import pytest
 
 import tiny_tasks
 from layerskip.cli import eval as evaluate
+from layerskip.cli import options
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lm_eval", "ignore:::datasets", "ignore:::dill")
 
@@ -57,6 +58,27 @@ def test_what_ends_it_leaves_what_there_is(run, text, tmp_path, raise_at, ending
     result = json.loads(output.read_text())
     assert result["interrupted"] is True
     assert [list(row["results"]) for row in result["rows"]] == [["text.txt"]]
+
+
+def test_a_task_that_was_interrupted_leaves_its_facts(run, tasks, tmp_path, raise_at):
+    import lm_eval
+
+    output = tmp_path / "result.json"
+    raise_at(lm_eval, "evaluate", 2, KeyboardInterrupt)
+    flags = ("--tasks", "tiny_choice", "--include-path", tasks, "--limit", 2, "--output", output)
+    status, _, _ = run("eval", *flags, "--exit-layers", "1,2")
+    result = json.loads(output.read_text())
+    assert (status, result["interrupted"]) == (130, True)
+    assert [list(row["results"]) for row in result["rows"]] == [["tiny_choice"], []]
+    assert result["tasks"] == {"tiny_choice": {"documents": 2, "num_fewshot": 0}}
+
+
+def test_a_result_that_cannot_be_written_costs_no_picture(run, text, tmp_path, raise_at):
+    plot = tmp_path / "exits.png"
+    raise_at(options, "deliver", 1, OSError("No space left on device"))
+    status, out, err = run("eval", "--perplexity", text, "--exit-layers", 2, "--plot", plot)
+    assert (status, "No space left" in err, "token_perplexity" in out) == (1, True, True)
+    assert plot.exists()
 
 
 def test_table_over_all_exits(run, text, tmp_path):

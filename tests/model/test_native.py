@@ -479,6 +479,9 @@ def empty_cache(tmp_path, monkeypatch):
         commands.append(command)
         if "refused" in command[0]:
             return subprocess.CompletedProcess(command, 1, "", "kernels.cpp:1: no such flag\nmore")
+        if "killed" in command[0]:
+            said = "g++: fatal error: Killed signal terminated program cc1plus"
+            return subprocess.CompletedProcess(command, 1, "", said)
         shutil.copyfile(real, command[-1])
         return subprocess.CompletedProcess(command, 0, "", "")
 
@@ -562,6 +565,16 @@ def test_a_compiler_that_refuses_is_not_asked_again(empty_cache, monkeypatch, tm
     assert said == ["compiling kernels for this machine (once)"]
     monkeypatch.setattr(build, "_compiler", lambda: ("g++",))
     left.unlink()
+    prepare()
+
+
+def test_a_compiler_that_was_stopped_is_asked_again(empty_cache, monkeypatch, tmp_path):
+    """Without memory or room on the disk, which may be there the next time."""
+    monkeypatch.setattr(build, "_compiler", lambda: ("/killed/g++",))
+    with pytest.raises(NoCompilerError, match="terminated program"):
+        prepare()
+    assert not any((tmp_path / "kernels").iterdir())
+    monkeypatch.setattr(build, "_compiler", lambda: ("g++",))
     prepare()
 
 

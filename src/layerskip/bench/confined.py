@@ -73,6 +73,7 @@ _REFUSED = (
     "ctypes.",
     *(["fcntl."] if sys.platform == "linux" else []),  # macOS has `_place_of` by it
     "os.chdir",
+    "os.chflags",
     "os.chmod",
     "os.chown",
     "os.exec",
@@ -109,8 +110,8 @@ _FOLDERS = {
     "os.symlink": (2,),
     "os.utime": (3,),
 }
-# Made anew, they would have again what `_refuse_what_asks_no_hook` takes away.
-_NOT_IMPORTED = ("_posixshmem", "_posixsubprocess", "posix")
+# They open files unasked, or would have again what `_refuse_what_asks_no_hook` takes away.
+_NOT_IMPORTED = ("_dbm", "_gdbm", "_posixshmem", "_posixsubprocess", "posix", "readline")
 _DEVICES_TO_READ = (os.devnull, "/dev/zero", "/dev/random", "/dev/urandom")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -187,7 +188,8 @@ def _guard(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
             if not all(map(inside, paths)):
                 raise PermissionError(f"{event} outside the program's folder")
         elif event.startswith(_REFUSED) or (event == "import" and arguments[0] in _NOT_IMPORTED):
-            raise PermissionError(f"{event} is not allowed")
+            kind = ImportError if event == "import" else PermissionError  # some go on without
+            raise kind(f"{event} is not allowed")
 
     return hook
 

@@ -48,7 +48,7 @@ def environment(
         "cpus": _usable_cpus(),
         "memory_bytes": _memory_bytes(),
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
-        "threads": native.usable() if kernels == "compiled" else torch.get_num_threads(),
+        "threads": native.threads_of(kernels),
         "dtype": str(dtype).removeprefix("torch."),
         "weights": weights,
         "kernels": kernels,

@@ -20,6 +20,7 @@ def evaluate_tasks(
     model: LayerSkipModel,
     rows: Sequence[Row],
     tasks: Sequence[str],
+    facts: dict[str, dict[str, Any]],
     *,
     include_path: Path | None = None,
     limit: int | None = None,
@@ -29,7 +30,7 @@ def evaluate_tasks(
     batch_size: int = 8,
     max_length: int | None = None,
     progress: Progress = lambda what, done, total: None,
-) -> dict[str, dict[str, Any]]:
+) -> None:
     """Run the harness's tasks for every row and write the figures into its `results`.
 
     Tasks that run generated code are refused, as the harness does by default.
@@ -38,6 +39,7 @@ def evaluate_tasks(
         model: needs a tokenizer.
         rows: ways of decoding.
         tasks: names or patterns ("mmlu_*").
+        facts: is given, with the first row, how many documents and examples each task had.
         include_path: folder of further task files; where it has all tasks, no others are looked at.
         limit: documents a task.
         num_fewshot: examples before each question; None leaves it to the task.
@@ -46,9 +48,6 @@ def evaluate_tasks(
         batch_size: rows a pass where likelihoods are computed.
         max_length: tokens of context; None takes the model's.
         progress: called after every batch.
-
-    Returns:
-        Task -> how many documents and examples it had.
 
     Raises:
         ValueError: no tokenizer or chat template, an unknown task, or data that cannot be had.
@@ -88,10 +87,9 @@ def evaluate_tasks(
             better = found["higher_is_better"].get(task, {})
             if metrics := read_metrics(figures, better):
                 row.results[task] = metrics
-    return {
-        task: {"documents": found["n-samples"].get(task, {}).get("effective"), "num_fewshot": shots}
-        for task, shots in found["n-shot"].items()
-    }
+        for task, shots in found["n-shot"].items():
+            documents = found["n-samples"].get(task, {}).get("effective")
+            facts[task] = {"documents": documents, "num_fewshot": shots}
 
 
 def _load(manager: Any, names: list[str], num_fewshot: int | None, seed: int) -> Any:

@@ -133,7 +133,7 @@ def comparison(runs: Runs, plain: Runs) -> dict[str, Any]:
     longer = np.divide(left, tokens, out=np.ones_like(seconds), where=timed)
     whole = _first_tokens_s(runs) + seconds * longer
     plain_whole = _first_tokens_s(plain) + plain_seconds
-    alike = timed | ((tokens == 0) & (plain_tokens == 0))
+    alike = timed | ((tokens == 0) & (left == 0))
     found["speedup_with_prompt"] = (
         float(plain_whole[alike].sum() / whole[alike].sum()) if alike.any() else None
     )

@@ -1,5 +1,6 @@
 """`layerskip bench`: modes, and peers, side by side on a task."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -192,16 +193,13 @@ def command(
     with bars() as progress:
         document = bench(model, task, config, source=flags["model"], progress=progress)
     document |= {"n_shot": task.n_shot, "seed": seed}
-    try:
-        options.deliver(document, as_json=as_json, output=output)
+    with contextlib.ExitStack() as told:  # backwards, and each where another cannot be written
+        told.callback(_tell_of_errors, document["rows"])
+        if not as_json:
+            told.callback(_show, document)
+        told.callback(options.deliver, document, as_json=as_json, output=output)
         if report is not None:
             write_report(document, report)
-    finally:  # what was measured is told, even where it cannot be written
-        if not as_json:
-            _show(document)
-        for row in document["rows"]:
-            if "error" in row:
-                tell(f"not measured: {row['system']} {row['mode']}: {row['error']}")
     if (failure := document["not_scored"]) is not None:
         ended = (
             "measuring ended early" if document["interrupted"] else "could not judge the answers"
@@ -209,6 +207,12 @@ def command(
         raise ValueError(f"{ended} ({failure})")
     if document["interrupted"]:
         raise KeyboardInterrupt
+
+
+def _tell_of_errors(rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows:
+        if "error" in row:
+            tell(f"not measured: {row['system']} {row['mode']}: {row['error']}")
 
 
 def _note_idle_flags(modes: Sequence[str], draft_from: Sequence[str], peers: Sequence[str]) -> None:

@@ -168,7 +168,7 @@ def command(
     try:
         with bars() as report:
             if names:  # first, since a wrong name of a task is to be found before any long work
-                facts = _add_tasks(model, rows, names, flags, report)
+                _add_tasks(model, rows, names, facts, flags, report)
             for name, content in contents.items():
                 _add_perplexity(
                     model, rows, called[name], content, window, stride, flags["batch_size"], report
@@ -189,13 +189,12 @@ def command(
         "interrupted": ended is not None,
         "rows": [row.to_dict() for row in rows],
     }
-    try:
-        options.deliver(result, as_json=as_json, output=output)
+    with contextlib.ExitStack() as told:  # backwards, and each where another cannot be written
+        if not as_json:
+            told.callback(_print_table, rows, flags["model"])
+        told.callback(options.deliver, result, as_json=as_json, output=output)
         if plot is not None:
             replace(plot, plot_exits(rows, n_layers))
-    finally:
-        if not as_json:
-            _print_table(rows, flags["model"])
     if ended is not None:
         raise ended
 
@@ -245,9 +244,10 @@ def _add_tasks(
     model: LayerSkipModel,
     rows: list[evaluation.Row],
     names: list[str],
+    facts: dict[str, Any],
     flags: dict[str, Any],
     report: Report,
-) -> dict[str, Any]:
+) -> None:
     report("loading lm-evaluation-harness and its tasks", 0, 1)
     # It prints and logs all along; what goes wrong is raised.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -256,7 +256,7 @@ def _add_tasks(
         report("loading lm-evaluation-harness and its tasks", 1, 1)
         settings = "include_path limit num_fewshot apply_chat_template seed batch_size max_length"
         chosen = {name: flags[name] for name in settings.split()}
-        return evaluate_tasks(model, rows, names, **chosen, progress=report)
+        evaluate_tasks(model, rows, names, facts, **chosen, progress=report)
 
 
 def _print_table(rows: list[evaluation.Row], model: str) -> None:

@@ -1,5 +1,6 @@
 """`layerskip lens`: what every layer would have said, as a table, a picture, and a page."""
 
+import contextlib
 import functools
 import operator
 import sys
@@ -127,20 +128,20 @@ def command(
             "agreement": agreement.to_dict(),
             "interrupted": ended is not None,
         }
-    try:
-        options.deliver(document, as_json=as_json, output=output)
+    with contextlib.ExitStack() as told:  # backwards, and each where another cannot be written
+        if data is None:
+            show = functools.partial(lens_table.show_report, all_positions=positions is not None)
+            told.callback(show, console, report)
+        else:
+            told.callback(lens_table.show_agreement, console, agreement)
+        told.callback(options.deliver, document, as_json=as_json, output=output)
         if html is not None:
             page = report_page(report) if data is None else agreement_page(agreement, name)
-            replace(html, page.encode())
+            told.callback(replace, html, page.encode())
         if png is not None and data is None:
             replace(png, picture.draw_report(report if positions else _head(report)))
         elif png is not None:
             replace(png, picture.draw_agreement(agreement, name))
-    finally:  # what could be looked at is shown, even where it cannot be written or drawn
-        if data is None:
-            lens_table.show_report(console, report, all_positions=positions is not None)
-        else:
-            lens_table.show_agreement(console, agreement)
     if ended is not None:
         raise ended
 

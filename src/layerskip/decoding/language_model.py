@@ -95,7 +95,7 @@ class LayerSkipModel:
         settings = with_defaults(name, checkpoint.settings).measured_for(
             *(str(decoder.dtype).removeprefix("torch."), decoder.weights),
             *(place.type, decoder.kernels, machine(decoder.device)),
-            threads=torch.get_num_threads(),
+            threads=threads.threads_of(decoder.kernels),
         )
         return cls(dataclasses.replace(checkpoint, settings=settings))
 

@@ -59,9 +59,9 @@ def pass_costs(decoder: Decoder) -> Costs:
 
 def _runs_in(decoder: Decoder) -> tuple[int, str]:
     """Threads, and what a pass depends on beside them and the model."""
-    if decoder.kernels == "compiled":
-        return threads.usable(), build.target().stem  # a hash of sources, compiler and processor
-    return torch.get_num_threads(), _pytorch()
+    # The name of the library is a hash of sources, compiler and processor.
+    software = build.target().stem if decoder.kernels == "compiled" else _pytorch()
+    return threads.threads_of(decoder.kernels), software
 
 
 @functools.cache

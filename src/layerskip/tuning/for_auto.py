@@ -4,13 +4,12 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-import torch
-
 from layerskip.decoding import LayerSkipModel
 from layerskip.model import StepCosts
 from layerskip.model.draft_vocabulary import MOST, worth_drafting
 from layerskip.model.files.draft_text import MOST as MOST_OF_TEXT
 from layerskip.model.machine import machine
+from layerskip.model.native import threads_of
 from layerskip.tuning.costs import Costs
 
 _LEAST = 1e-3  # of a plain step: differences of medians can come out at nothing
@@ -31,7 +30,7 @@ def step_costs(costs: Costs, exit_layer: int, model: LayerSkipModel) -> StepCost
         device=model.decoder.device.type,
         kernels=model.decoder.kernels,
         machine=machine(model.decoder.device),
-        threads=torch.get_num_threads() if model.decoder.device.type == "cpu" else 0,
+        threads=threads_of(model.decoder.kernels) if model.decoder.device.type == "cpu" else 0,
         exit_layer=exit_layer,
         draft_step=max(float(costs.draft_step_s[middle, x]) / plain, _LEAST),
         draft_tokens_scored=model.decoder.architecture.vocab_size,

@@ -133,9 +133,18 @@ def _load(path: Path, dtype: str) -> Any:
 
 
 def _bytes_of_a_pass(model: Any) -> int:
-    """Bytes of weights for one token: all but the embedding, unless it is the head as well."""
+    """Bytes of weights for one token: all but the embedding, unless it is the head as well.
+
+    Of a mixture's experts those that answer for a token.
+    """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    everything = sum(parameter.nbytes for parameter in model.parameters())
+    config = model.config.get_text_config()
+    n_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    share = config.num_experts_per_tok / n_experts if n_experts else 1
+    everything = sum(
+        parameter.nbytes * (share if ".experts." in name else 1)
+        for name, parameter in model.named_parameters()
+    )
     return int(everything if embedding is head else everything - embedding.nbytes)
 
 

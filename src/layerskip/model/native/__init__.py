@@ -3,7 +3,7 @@
 from layerskip.model.native.build import NoCompilerError, prepare
 from layerskip.model.native.decoder import NativeDecoder, supports
 from layerskip.model.native.panels import PanelEmbedding, PanelMatrix
-from layerskip.model.native.threads import usable
+from layerskip.model.native.threads import threads_of, usable
 
 __all__ = [
     "NativeDecoder",
@@ -12,5 +12,6 @@ __all__ = [
     "PanelMatrix",
     "prepare",
     "supports",
+    "threads_of",
     "usable",
 ]

@@ -19,7 +19,7 @@ import platformdirs
 import torch
 
 from layerskip.model.files.source import cache_folder
-from layerskip.model.files.writing import flush
+from layerskip.model.files.writing import flush, replace
 from layerskip.model.machine import cpu_instructions
 from layerskip.model.native import threads
 
@@ -38,6 +38,10 @@ class NoCompilerError(RuntimeError):
 
 class _RefusedError(NoCompilerError):
     """The same, and so it will be the next time."""
+
+
+# Said by compilers whom something else stopped, which may be gone the next time.
+_PASSING = ("terminated program", "No space left", "annot allocate memory", "out of memory")
 
 
 def prepare(announce: Callable[[str], None] = lambda text: None) -> None:
@@ -70,7 +74,7 @@ def prepare(announce: Callable[[str], None] = lambda text: None) -> None:
         _load_new(library_file)
     except _RefusedError as error:  # every start would take as long
         with contextlib.suppress(OSError):
-            refused.write_text(str(error), encoding="utf-8", errors="replace")
+            replace(refused, str(error).encode(errors="replace"))
         raise
 
 
@@ -256,7 +260,10 @@ def _compile(target: Path) -> None:
             if done.returncode:
                 said = done.stderr.strip().splitlines() or ["no message"]
                 reason = next((line for line in said if "error:" in line), said[0])
-                raise _RefusedError(f"{command[0]} refuses: {reason}")
+                passes = done.returncode < 0 or any(sign in done.stderr for sign in _PASSING)
+                raise (NoCompilerError if passes else _RefusedError)(
+                    f"{command[0]} refuses: {reason}"
+                )
             _keep_from_others(made)
             flush(made)
             made.replace(target)

@@ -29,6 +29,11 @@ def usable(panels: int | None = None) -> int:
     return most if panels is None else max(1, min(most, panels))
 
 
+def threads_of(kernels: str) -> int:
+    """Threads of a pass on a CPU: those of the compiled kernels, or of PyTorch."""
+    return usable() if kernels == "compiled" else torch.get_num_threads()
+
+
 def stay_alone() -> None:
     """In a forked child: the threads of its parent are none of its own, and cannot be started again."""
     global _is_forked
