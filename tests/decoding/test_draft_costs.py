@@ -150,5 +150,6 @@ def test_the_draft_length_of_a_batch():
     assert free.batch_draft_tokens(4, 1, 0.8) == 1
     assert free.batch_draft_tokens(4, 2, 0.8) == 2
     assert free.batch_draft_tokens(4, 20, 0.8) == 6
+    assert free.batch_draft_tokens(4, 10**10, 0.8) == 6  # nor are those looked at that cannot win
     assert free.batch_draft_tokens(4, 20, 0.1) == 0
     assert DraftCosts(layers=0.1, head=0.0, passes=(1.0, 2.0)).batch_draft_tokens(4, 5, 0.8) == 0

@@ -228,6 +228,7 @@ def test_end_tokens_come_from_the_settings_else_from_the_tokenizer():
         ({"top_k": 1.5, "temperature": 1.0}, "top_k is 1.5"),
         ({"temperature": "hot"}, "temperature is 'hot', it has to be a number"),
         ({"temperature": None}, "temperature is None"),
+        ({"temperature": 10**400}, "temperature is 1000"),
         ({"top_p": "0.9"}, "top_p is '0.9'"),
         ({"min_p": [0.1]}, r"min_p is \[0.1\]"),
         ({"repetition_penalty": False}, "repetition_penalty is False"),
@@ -423,8 +424,8 @@ def test_an_interrupted_answer_has_the_text_of_its_tokens(monkeypatch):
 
 def test_an_answer_interrupted_inside_a_character_has_the_text_before_it():
     model = scripted_model([*encode("ab"), *encode("\N{EURO SIGN}")[:2]])
-    answer = model.answer([0], mode="plain", max_new_tokens=4)
-    for step in answer._loop:
+    answer = model.answer([0], mode="plain", max_new_tokens=5)
+    for step in itertools.islice(answer._loop, 4):
         answer.take(step)
     assert len(answer.generation.token_ids) == 4
     assert answer.generation.text == "ab"
@@ -527,6 +528,51 @@ def test_a_closed_answer_computes_no_more_and_lets_its_cache_go(model, n_pieces,
         assert answer.generation.finish_reason == "interrupted"
         answer.complete()
     assert model.generate([5], max_new_tokens=12, **options).new_tokens == 12
+
+
+def test_an_answer_that_is_left_at_its_stop_string_lets_its_cache_go():
+    model = scripted_model(encode("abSTOPcd"))
+    caches, new_cache = weakref.WeakSet(), model.decoder.new_cache
+
+    def seen(*arguments):
+        cache = new_cache(*arguments)
+        caches.add(cache)
+        return cache
+
+    with mock.patch.object(model.decoder, "new_cache", seen):
+        answer = model.answer([0], stop=["STOP"], mode="plain")
+        for _ in answer:
+            if answer.stopped:
+                break
+        assert answer.complete().text == "ab"
+    assert len(caches) == 0
+
+
+@pytest.mark.parametrize(("tokens", "end"), [(2, "length"), (3, "stop")])
+def test_an_answer_that_is_left_at_its_last_token_has_its_text(tokens, end):
+    """What could have begun a stop string is text where nothing more comes."""
+    answer = scripted_model([*encode("aS"), END]).answer([0], stop=["STOP"], max_new_tokens=tokens)
+    pieces = iter(answer)
+    said = "".join(next(pieces).text for _ in range(tokens))
+    assert (answer.generation.text, answer.generation.finish_reason) == ("aS", end)
+    assert said + "".join(piece.text for piece in pieces) == "aS"
+
+
+@pytest.mark.parametrize("prompt", [[5], [[5], [6]]], ids=["one", "batch"])
+def test_a_draft_that_is_no_number_is_refused(model, prompt, monkeypatch):
+    """A hidden state may overflow behind a token that is drafted, and refused."""
+    plain, calls = type(model.decoder).logits, itertools.count(1)
+
+    def logits(self, hidden):
+        found = plain(self, hidden)
+        is_second_draft = hidden.shape[1] == 1 and next(calls) == 3
+        return found.fill_(float("nan")) if is_second_draft else found
+
+    monkeypatch.setattr(type(model.decoder), "logits", logits)
+    options = {"temperature": 0.7, "seed": 1, "max_new_tokens": 6, "draft_vocabulary": 0}
+    answers = model.generate(prompt, **options, **SPECULATIVE)
+    assert next(calls) > 4
+    assert {g.new_tokens for g in (answers if len(prompt) > 1 else [answers])} == {6}
 
 
 def test_a_stream_that_is_closed_closes_its_answer(monkeypatch):

@@ -102,6 +102,15 @@ def test_the_end_of_a_row_is_a_block_of_its_own(width, bits):
     assert torch.equal(codes[:, whole * bits // 8 :], last_codes)
 
 
+@bits
+def test_the_default_device_is_the_caller_s(bits):
+    change = gaussian(8, 130)
+    expected = back(change, bits)
+    with torch.device("meta"):
+        assert torch.equal(back(change, bits), expected)
+        assert difference.scales_of(change[:, :64], bits).device.type == "cpu"
+
+
 # --- the file's tensors
 
 

@@ -456,6 +456,20 @@ def test_full_cache_is_refused(tmp_path):
         decoder.run(decoder.embed(torch.zeros(1, 33, dtype=torch.long)), 0, LAYERS, cache)
 
 
+@pytest.mark.parametrize("needed", [97, 101])
+def test_longrope_goes_by_the_capacity_asked_for(needed, tmp_path):
+    """Whole tiles of positions reach beyond the original context where the answer does not."""
+    tiny_models.build("phi4-mini", original_max_position_embeddings=100).save_pretrained(tmp_path)
+    states = []
+    for compiled in (False, True):
+        decoder = load(tmp_path, dtype=torch.float32, compiled=compiled).decoder
+        cache = decoder.new_cache(needed)
+        states.append(
+            decoder.run(decoder.embed(torch.tensor([random_prompt(decoder, 90)])), 0, LAYERS, cache)
+        )
+    torch.testing.assert_close(states[1], states[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("compiled_or_not", [True, False])
 def test_layers_that_are_not_there_are_refused(compiled_or_not, tmp_path):
     decoder = load(saved("llama2", tmp_path), dtype=torch.float32, compiled=compiled_or_not).decoder

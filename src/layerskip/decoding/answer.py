@@ -100,11 +100,12 @@ class Answer:
         """The loop's steps, until whoever takes them has met a stop string."""
         if not self._steps:
             self.begin()
-        for step in () if self.stopped else self._loop:
-            yield step
-            if self.stopped:
-                self._loop.close()
+        while not self.stopped:
+            step = next(self._loop, None)
+            if step is None:
                 return
+            yield step
+        self._loop.close()
 
     @property
     def stopped(self) -> bool:
@@ -204,9 +205,13 @@ class Answer:
         reason: FinishReason = (
             "stop" if self.stopped or ended else "length" if whole else "interrupted"
         )
+        text = self._text
+        if text is not None and (ended or whole) and not self.stopped:  # nothing more can come
+            text = text.copy()
+            text.finish()
         first, last = (self._times[0], self._times[-1]) if self._times else (self._started,) * 2
         return Generation(
-            text=self._text.text if self._text else "",
+            text=text.text if text else "",
             token_ids=list(self._tokens),
             finish_reason=reason,
             prompt_tokens=len(self.prompt),

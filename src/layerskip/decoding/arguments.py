@@ -25,7 +25,7 @@ def number(name: str, value: Any) -> float:
     try:
         if not isinstance(value, bool | np.bool_ | str | bytes):
             return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError(f"{name} is {value!r}, it has to be a number")
 

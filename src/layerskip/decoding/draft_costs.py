@@ -127,6 +127,8 @@ class DraftCosts:
             time = drafting + (1 - self.layers) * self.over(rows * (d + 1), rows) + self.overhead
             if tokens / time > best:
                 best, longest = tokens / time, d
+            if 1 / (1 - acceptance) / time <= best:  # as many tokens as there can be
+                break
         return longest
 
 

@@ -197,6 +197,8 @@ class EarlyExitDrafter:
             cache.lengths += 1
             known = seen if seen is None or head is None else seen[..., head.token_ids]
             logits = sampling.penalize((short or decoder).logits(states[-1]), known)
+            if not sampling.greedy:  # a draft that has overflowed is refused: any q will do
+                logits = logits.nan_to_num()
             chosen, q = pick(logits, sampling, generator)
             tokens.append(chosen if head is None else head.token_ids[chosen])
             if seen is not None:

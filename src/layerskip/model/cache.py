@@ -56,14 +56,15 @@ class KVCache:
         stays = not self._is_lazy and kept == sorted({*kept})
         place = slots[:, :, : len(kept)] if stays else _zeros(shape, slots.dtype, slots.device)
         for i, (row, length) in enumerate(zip(kept, lengths.tolist(), strict=True)):
-            used = min(-(-length // _TILE) * _TILE, self.capacity)
+            used = min(-(-length // _TILE) * _TILE, slots.shape[-2])
             if not (stays and row == i):
                 place[:, :, i, :, :used] = slots[:, :, row, :, :used]
         self.slots, self.lengths = place, lengths
 
     def take(self, other: "KVCache", length: int) -> None:
         """Copy the first positions of another cache, in whole tiles (see `keep_rows`)."""
-        used = min(-(-length // _TILE) * _TILE, self.capacity, other.capacity)
+        room = min(self.slots.shape[-2], other.slots.shape[-2])
+        used = min(-(-length // _TILE) * _TILE, room)
         self.slots[..., :used, :] = other.slots[..., :used, :]
         self.lengths.fill_(length)
 

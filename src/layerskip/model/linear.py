@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -185,9 +185,9 @@ def _has_nibble_product(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda":
         return device.type == "cpu" and dtype == torch.bfloat16
     if dtype == torch.bfloat16:
-        chance = torch.Generator().manual_seed(0)
-        weight = pack(quantize(torch.randn(16, 2 * GROUP, generator=chance), 4), device)
-        x = torch.randn(2, 2 * GROUP, generator=chance).bfloat16().to(device)
+        chance: Any = {"generator": torch.Generator().manual_seed(0), "device": "cpu"}
+        weight = pack(quantize(torch.randn(16, 2 * GROUP, **chance), 4), device)
+        x = torch.randn(2, 2 * GROUP, **chance).bfloat16().to(device)
         trouble = _trouble(weight, x)
     else:
         trouble = "PyTorch's product with them is for bfloat16 alone"

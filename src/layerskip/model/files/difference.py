@@ -140,7 +140,7 @@ def encode(change: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         over in a row's last byte meaning nothing; and scales [out, ceil(in / 64)] float16.
     """
     n_in = change.shape[1]
-    inside = _blocks(torch.ones(1, n_in))  # 0 behind the end of a row
+    inside = _blocks(torch.ones(1, n_in, device=change.device))  # 0 behind the end of a row
     half = len(LEVELS[bits])
     n_bytes, in_byte = -(-n_in * bits // 8), 8 // bits
     packed, scales = [], []
@@ -150,7 +150,7 @@ def encode(change: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         rank = _rank(blocks, scales[-1].float(), bits)
         codes = torch.where(blocks < 0, half - 1 - rank, half + rank).to(torch.uint8)
         of_byte = codes.flatten(1)[:, : n_bytes * in_byte].unflatten(1, (n_bytes, in_byte))
-        packed.append(torch.zeros(len(rows), n_bytes, dtype=torch.uint8))
+        packed.append(torch.zeros(len(rows), n_bytes, dtype=torch.uint8, device=codes.device))
         for place in range(in_byte):
             packed[-1] |= of_byte[..., place] << bits * place
     return torch.cat(packed), torch.cat(scales)
@@ -158,8 +158,10 @@ def encode(change: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def decode(codes: Tensor, scales: Tensor, n_in: int, bits: int) -> Tensor:
     """The numbers that codes and scales of `encode` stand for, [out, in] float32."""
-    above = torch.tensor(LEVELS[bits], dtype=torch.float32)
-    every_byte = torch.arange(256)[:, None] >> torch.arange(0, 8, bits) & 2**bits - 1  # its codes
+    place = codes.device
+    above = torch.tensor(LEVELS[bits], dtype=torch.float32, device=place)
+    shifts = torch.arange(0, 8, bits, device=place)
+    every_byte = torch.arange(256, device=place)[:, None] >> shifts & 2**bits - 1  # its codes
     levels = torch.cat([-above.flip(0), above])[every_byte]
     of_row = levels[codes.int()].flatten(1)[:, :n_in]
     return scales.float().repeat_interleave(BLOCK, dim=1)[:, :n_in].mul_(of_row)
@@ -179,7 +181,7 @@ def rounded(change: Tensor, bits: int) -> Tensor:
 
 def scales_of(block: Tensor, bits: int) -> Tensor:
     """The scales that `encode` gives the rows of a block [out, n], in float32 [out]."""
-    return _scales(block, torch.ones(1, block.shape[1]), bits).float()
+    return _scales(block, torch.ones(1, block.shape[1], device=block.device), bits).float()
 
 
 def nearest(values: Tensor, scales: Tensor, bits: int) -> Tensor:

@@ -114,8 +114,10 @@ class NativeDecoder(Decoder):
         self._turns: _Turns | None = None  # of the last cache's capacity
 
     def new_cache(self, capacity: int, batch_size: int = 1) -> KVCache:
-        """See `Decoder`; the capacity is rounded up to whole tiles of positions."""
-        return super().new_cache(-(-capacity // (2 * LANES)) * 2 * LANES, batch_size)
+        """See `Decoder`; its slots are whole tiles of positions."""
+        cache = super().new_cache(-(-capacity // (2 * LANES)) * 2 * LANES, batch_size)
+        cache.capacity = capacity  # by which LongRoPE chooses its factors
+        return cache
 
     def run(self, hidden: Tensor, start: int, stop: int, cache: KVCache) -> Tensor:
         """See `Decoder`."""
@@ -134,7 +136,7 @@ class NativeDecoder(Decoder):
             cache.lengths.data_ptr(),
             *(b, t, start, stop),
             cache.slots.data_ptr(),
-            cache.capacity,
+            cache.slots.shape[-2],
             turns.pointers,
             usable(self._narrowest),
         )
@@ -175,7 +177,7 @@ class NativeDecoder(Decoder):
         heads, turns = self._head_pointers(), self._turn_tables(cache.capacity)
         self._library.layerskip_step(
             *(self._model_pointer, hidden.data_ptr(), state.data_ptr(), cache.lengths.data_ptr()),
-            *(len(last), stop, cache.slots.data_ptr(), cache.capacity, turns.pointers),
+            *(len(last), stop, cache.slots.data_ptr(), cache.slots.shape[-2], turns.pointers),
             *(heads, len(heads), self._final_norm_weight.data_ptr(), None),
             *(chosen.data_ptr(), None, usable(self._narrowest)),
         )
@@ -211,7 +213,8 @@ class NativeDecoder(Decoder):
         state, width = states.data_ptr(), rows * states.shape[2] * states.itemsize
         confidence = None if goes_on is None else probabilities.data_ptr()
         heads, turns = exit_._head_pointers(), self._turn_tables(cache.capacity)
-        where = (rows, exit_layer, cache.slots.data_ptr(), cache.capacity, turns.pointers)
+        slots = cache.slots
+        where = (rows, exit_layer, slots.data_ptr(), slots.shape[-2], turns.pointers)
         norm, lengths = self._final_norm_weight.data_ptr(), cache.lengths.data_ptr()
         which = None if token_ids is None else token_ids.data_ptr()
         threads, made, newest = usable(self._narrowest), 0, last
@@ -237,10 +240,11 @@ class NativeDecoder(Decoder):
         a, slots, lengths = self.architecture, cache.slots, cache.lengths
         if rows != len(lengths):
             raise ValueError(f"the KV cache has {len(lengths)} rows, {rows} are given")
-        shape = (a.n_layers, 2, rows, a.n_kv_heads, cache.capacity, a.head_dim)
+        room = slots.shape[-2]
         if (
-            slots.shape != shape
-            or cache.capacity % (2 * LANES)
+            slots.shape != (a.n_layers, 2, rows, a.n_kv_heads, room, a.head_dim)
+            or room % (2 * LANES)
+            or room < cache.capacity
             or not _is_laid_out(slots, self.dtype)
             or not _is_laid_out(lengths, torch.int64)
         ):
