@@ -15,6 +15,7 @@ from layerskip.cli.options import (
     deliver,
     fetch_if_builtin,
     model_option,
+    warnings_in_one_line,
 )
 from layerskip.cli.progress import Report, bars
 from layerskip.export import (
@@ -132,7 +133,7 @@ def command(
         check_new_folder(path, overwrite=overwrite)
         check_room(path, least_bytes(source))
     write = _writer(to_format, weights, base, of_difference)
-    with bars() as report:
+    with bars() as report, warnings_in_one_line():
         if calibration is not None:
             write = functools.partial(write, **_calibrated(to_format, source, calibration, report))
         writing = functools.partial(report, f"writing {path}")

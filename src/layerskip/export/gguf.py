@@ -56,6 +56,9 @@ def to_gguf(
     Raises:
         ExportError: the file cannot be written.
         ValueError: the source is damaged, or GGUF has no words for a part of it.
+
+    Warns:
+        TokenizerWarning: some texts have other tokens by the file than by the source.
     """
     if weights is not None and weights not in GGUF_WEIGHTS:
         raise ValueError(f"weights is {weights!r}; of a GGUF file: {', '.join(GGUF_WEIGHTS)}")
