@@ -12,8 +12,9 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import LlamaFileType
 
-from layerskip.export import gguf_metadata, gguf_tokenizer
+from layerskip.export import gguf_metadata, gguf_tokenizer, hf_config
 from layerskip.export.destination import new_file
+from layerskip.export.hf import check_tensors
 from layerskip.export.source import Source, cast
 from layerskip.export.written import Progress, Written
 from layerskip.model import UnsupportedModelError, families, row_order
@@ -65,6 +66,8 @@ def to_gguf(
     if path.suffix != ".gguf":
         raise ValueError(f"{path} does not end in .gguf; give the file such a name")
     tensors, names = source.files.tensors, source.names
+    if not isinstance(tensors, GgufFile):  # whose fields are carried over with its tensors
+        _check(source)
     architecture = _architecture(source)
     known_as = _names_in_file(names, architecture, source.architecture.n_layers)
     kinds = {name: _kind(source, name, GGUF_WEIGHTS.get(weights or "")) for name in names}
@@ -106,6 +109,14 @@ def to_gguf(
         stored_as=dict(Counter(kind.name for kind in kinds.values())),
         carried_over=sum(tensors.stored_as(name) == kinds[name].name for name in names),
     )
+
+
+def _check(source: Source) -> None:
+    """Refuse tensors that do not fit the config: llama.cpp would not load them."""
+    from transformers import AutoConfig
+
+    fields = hf_config.config(source, torch.float32)
+    check_tensors(source, AutoConfig.for_model(**fields))
 
 
 def _architecture(source: Source) -> str:
