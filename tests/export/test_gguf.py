@@ -20,8 +20,8 @@ READ_BY_TRANSFORMERS += ["qwen2-tied", "qwen3"]
 
 
 def fitting(case, folder):
-    """Save a case with rows that are whole blocks of 32."""
-    model = tiny_models.build(case, hidden_size=64, head_dim=32, intermediate_size=96)
+    """Save a case with rows that are whole blocks of 32, and heads as wide as its hidden states."""
+    model = tiny_models.build(case, hidden_size=128, head_dim=32, intermediate_size=96)
     model.save_pretrained(folder)
     return model
 
@@ -156,6 +156,22 @@ def test_windows_that_gguf_cannot_say_are_refused(case, saved, tmp_path):
     with pytest.raises(UnsupportedModelError, match="different attention windows"):
         to_gguf(open_source(saved(case)), tmp_path / "m.gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("qwen2", tiny_models.CASES["llama3.1"][1], "rotary embedding has no place"),
+        ("qwen3", tiny_models.CASES["llama3.1"][1], "rotary embedding has no place"),
+        ("qwen3", {"attention_bias": True}, "this qwen3 model has biases in its attention"),
+        ("qwen2", {"head_dim": 32}, "has 4 heads of 32 beside a hidden size of 64"),
+    ],
+)
+def test_what_llama_cpp_does_not_load_of_qwen_is_refused(case, changes, message, tmp_path):
+    tiny_models.build(case, **changes).save_pretrained(tmp_path / "in")
+    with pytest.raises(UnsupportedModelError, match=rf"{message}.*--to hf"):
+        to_gguf(open_source(tmp_path / "in"), tmp_path / "m.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_a_family_that_is_not_exported_is_named(saved, monkeypatch):
