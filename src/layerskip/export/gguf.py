@@ -29,6 +29,7 @@ _FILE_TYPES = {
     Kind.Q4_1: LlamaFileType.MOSTLY_Q4_1,
 }
 GGUF_WEIGHTS = {kind.name.lower(): kind for kind in _FILE_TYPES}
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _ROPE_FACTORS = "rope_freqs.weight"
 _METADATA_BYTES = 50_000_000  # room for a large vocabulary
 
@@ -43,9 +44,9 @@ def to_gguf(
 ) -> Written:
     """Write a GGUF file for llama.cpp, one tensor in memory at a time.
 
-    Vectors stay F32. In the 4-bit kinds the head (the embedding where it is tied) is Q8_0, as in
-    llama.cpp's own files, and a matrix whose rows are not whole blocks is F16. A tensor that is stored
-    in the wanted kind already is carried over byte by byte.
+    Vectors stay F32. In the 4-bit kinds embedding and head are Q8_0, as int4 has them, and a matrix
+    whose rows are not whole blocks is F16. A tensor that is stored in the wanted kind already is carried
+    over byte by byte.
 
     Args:
         source: from `open_source`.
@@ -148,8 +149,7 @@ def _kind(source: Source, name: str, wanted: Kind | None) -> Kind:
         stored = tensors.stored_as(name)
         kept = stored in ("F32", "F16", "BF16") or isinstance(tensors, GgufFile)
         return Kind[stored] if kept and stored in Kind.__members__ else Kind.F32
-    head = "model.embed_tokens.weight" if source.files.tied else "lm_head.weight"
-    if name == head and wanted in (Kind.Q4_0, Kind.Q4_1):
+    if name in _VOCABULARY and wanted in (Kind.Q4_0, Kind.Q4_1):
         wanted = Kind.Q8_0
     block_size, _ = gguf.GGML_QUANT_SIZES[wanted]
     return wanted if shape[-1] % block_size == 0 else Kind.F16
