@@ -206,6 +206,14 @@ def test_rotary_factors_of_no_llama_are_refused(tmp_path):
         to_hf(open_source(tmp_path / "m.gguf"), tmp_path / "out")
 
 
+def test_rotary_factors_beside_linear_scaling_are_refused(tmp_path):
+    model = tiny_models.reference("llama-linear")
+    factors = torch.ones(8).numpy()  # of a llama3 scaling by 1
+    gguf_files.write(tmp_path / "m.gguf", model, extra_tensors={"rope_freqs.weight": factors})
+    with pytest.raises(UnsupportedModelError, match="factors and linear scaling; transformers has"):
+        to_hf(open_source(tmp_path / "m.gguf"), tmp_path / "out")
+
+
 def test_other_weights_are_refused(saved, tmp_path):
     with pytest.raises(ValueError, match="f32, f16, bf16"):
         to_hf(open_source(saved("llama2")), tmp_path / "out", weights="q8_0")

@@ -109,6 +109,11 @@ def _from_gguf(source: Source, file: GgufFile) -> dict[str, Any]:
 def _rope_parameters(source: Source) -> dict[str, Any]:
     rope = source.rope
     if rope.frequency_factors is not None:
+        if rope.kind != "default":
+            raise UnsupportedModelError(
+                f"this GGUF file has rotary frequency factors and {rope.kind} scaling; transformers has"
+                " no config for both"
+            )
         rope = _llama3(rope, source.architecture.head_dim)
     fields: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
     if rope.kind != "default":
