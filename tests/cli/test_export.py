@@ -147,3 +147,12 @@ def test_the_result_is_not_written_over_what_was_exported(export, tmp_path):
     status, _, err = export("--to", "gguf", made, "--output", made)
     assert (status, "PATH and --output are both" in err) == (2, True)
     assert not made.exists()
+
+
+def test_the_result_is_not_written_over_the_base_of_a_difference(export, tmp_path):
+    base = tmp_path / "base.gguf"
+    base.write_text("base")
+    arguments = ["--to", "difference", "--base", base, tmp_path / "x.safetensors"]
+    status, _, err = export(*arguments, "--output", base)
+    assert (status, "would replace what this call reads or writes" in err) == (2, True)
+    assert base.read_text() == "base"

@@ -113,7 +113,7 @@ def command(
       layerskip export --model my-checkpoint --to difference --base smollm2-135m \\
         --calibrate like-my-prompts.txt my.safetensors
     """
-    check_outputs({"--output": output}, beside=(model, calibration))
+    check_outputs({"--output": output}, beside=(model, base, calibration))
     if output is not None and output.resolve() == path.resolve():
         raise click.UsageError(f"PATH and --output are both {path}: name another file")
     _check_usage(path, to_format, weights, calibration, exit_layer, base)
