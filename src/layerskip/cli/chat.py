@@ -120,7 +120,7 @@ def _next_line(interactive: bool) -> str | None:
     try:
         if interactive:  # on stderr, as stdout may be a file of answers
             print("> ", end="", file=sys.stderr, flush=True)
-        return input()
+        return input().removeprefix("\ufeff")  # a byte order mark before the first
     except EOFError:
         if interactive:
             print(file=sys.stderr)
