@@ -40,6 +40,13 @@ def test_reset_and_quit_and_system(talk):
     assert prompt_lengths(out) == [len("system: x\nuser: ab\nassistant: ")] * 2
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_turn(talk):
+    _, out, _ = talk(["\ufeffab"], "--json")
+    assert prompt_lengths(out) == [len("user: ab\nassistant: ")]
+    _, out, _ = talk(["\ufeff/quit", "never read"], "--json")
+    assert prompt_lengths(out) == []
+
+
 def test_variables_of_the_template(talk, monkeypatch):
     for variables, words in (("{", "no JSON"), ("[1]", "has no names")):
         status, _, err = talk(["ab"], "--chat-template-kwargs", variables)

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from tiny_tokenizers import checkpoint, metaspace
 
 import tiny_models
 from layerskip import merge
@@ -64,6 +65,15 @@ def test_it_says_what_it_wrote(export, tmp_path):
     arguments = ["--overwrite", "--output", tmp_path / "result.json"]
     assert export("--to", "gguf", tmp_path / "out.gguf", *arguments)[0] == 0
     assert json.loads((tmp_path / "result.json").read_text())["format"] == "gguf"
+
+
+@pytest.mark.filterwarnings("always:GGUF cannot say")
+def test_what_gguf_cannot_say_of_a_tokenizer_is_one_line(program, tmp_path):
+    checkpoint(tmp_path / "model", metaspace("first"), unk_token="<unk>")
+    flags = ("--model", tmp_path / "model", "--to", "gguf")
+    status, _, err = program("export", *flags, tmp_path / "m.gguf")
+    assert (status, len(err.splitlines())) == (0, 1)
+    assert err.startswith("layerskip: GGUF cannot say when this tokenizer puts a space")
 
 
 def test_a_difference_to_itself(export, source, tmp_path):
@@ -137,3 +147,12 @@ def test_the_result_is_not_written_over_what_was_exported(export, tmp_path):
     status, _, err = export("--to", "gguf", made, "--output", made)
     assert (status, "PATH and --output are both" in err) == (2, True)
     assert not made.exists()
+
+
+def test_the_result_is_not_written_over_the_base_of_a_difference(export, tmp_path):
+    base = tmp_path / "base.gguf"
+    base.write_text("base")
+    arguments = ["--to", "difference", "--base", base, tmp_path / "x.safetensors"]
+    status, _, err = export(*arguments, "--output", base)
+    assert (status, "would replace what this call reads or writes" in err) == (2, True)
+    assert base.read_text() == "base"

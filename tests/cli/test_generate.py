@@ -594,6 +594,8 @@ def test_no_output_takes_the_place_of_what_is_read_or_of_another_output(run, tmp
     text = ("eval", "--perplexity", prompts)
     for flags in (
         ("generate", "--prompts", prompts, "--output", prompts),
+        ("generate", "--prompt", "a", "--draft-text", prompts, "--output", prompts),
+        ("chat", "--draft-text", prompts, "--output", prompts),
         ("lens", "--data", prompts, "--output", tmp_path / "." / "prompts.txt"),
         (*text, "--output", prompts),
         (*text, "--output", tmp_path / "a", "--plot", tmp_path / "a"),

@@ -111,8 +111,13 @@ def test_llama_cpp_s_kind_of_4_bits_keeps_it(calibrated, tmp_path):
     file = tmp_path / "out.gguf"
     (tmp_path / "out" / "tokenizer.json").unlink()  # llama.cpp has no name for this tokenizer
     to_gguf(open_source(tmp_path / "out"), file, weights="q4_1")
-    found = open_source(file).files.tensors.read(name)
-    torch.testing.assert_close(found, made.tensors[name], rtol=0, atol=1e-6)
+    tensors = open_source(file).files.tensors
+    torch.testing.assert_close(tensors.read(name), made.tensors[name], rtol=0, atol=1e-6)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        expected = quantize(source.files.tensors.read(name), 8).dequantize()  # as int4 has them
+        assert tensors.stored_as(name) == "Q8_0"
+        # A step of 8 bits: gguf divides by a scale that is not rounded yet.
+        torch.testing.assert_close(tensors.read(name), expected, rtol=0, atol=0.01)
 
 
 def test_what_it_costs_is_measured_on_other_windows(folder, calibrated, tmp_path):

@@ -340,9 +340,12 @@ def test_no_code_comes_with_a_difference(place):
     base, file = place
     with safe_open(file, framework="pt") as opened:
         config = json.loads(opened.metadata()["config"])
-    rewritten(file, config=json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "x.Y"}}))
+    named = {"auto_map": {"AutoModelForCausalLM": "x.Y"}, "_attn_implementation": "none/none"}
+    named |= {"experts_implementation": "none/none", "transformers_weights": "other.safetensors"}
+    rewritten(file, config=json.dumps(config | named))
     merge(file, file.parent / "out", base=base)
-    assert "auto_map" not in json.loads((file.parent / "out" / "config.json").read_text())
+    written = json.loads((file.parent / "out" / "config.json").read_text())
+    assert not named.keys() & written.keys()
 
 
 def test_what_is_there_is_not_replaced(place):

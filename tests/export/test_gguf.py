@@ -20,8 +20,8 @@ READ_BY_TRANSFORMERS += ["qwen2-tied", "qwen3"]
 
 
 def fitting(case, folder):
-    """Save a case with rows that are whole blocks of 32."""
-    model = tiny_models.build(case, hidden_size=64, head_dim=32, intermediate_size=96)
+    """Save a case with rows that are whole blocks of 32, and heads as wide as its hidden states."""
+    model = tiny_models.build(case, hidden_size=128, head_dim=32, intermediate_size=96)
     model.save_pretrained(folder)
     return model
 
@@ -60,11 +60,12 @@ def test_every_byte_is_that_of_another_converter(case, weights, tmp_path):
     kind, arch = GGUF_WEIGHTS[weights], model.config.model_type
     gguf_files.write(tmp_path / "other.gguf", model, kind=kind, architecture=arch)
     found, expected = tensors_of(tmp_path / "ours.gguf"), tensors_of(tmp_path / "other.gguf")
-    if weights.startswith("q4"):  # the head, or the embedding that it is tied to, is finer
-        head = "token_embd.weight" if case == "qwen2-tied" else "output.weight"
-        matrix = model.get_output_embeddings().weight.detach().numpy()
-        q8_0 = gguf.quants.quantize(matrix, gguf.GGMLQuantizationType.Q8_0)
-        expected[head] = ("Q8_0", q8_0.tobytes())
+    if weights.startswith("q4"):  # embedding and head are finer
+        finer = {"token_embd.weight": model.model.embed_tokens, "output.weight": model.lm_head}
+        for name in finer.keys() & expected.keys():
+            matrix = finer[name].weight.detach().numpy()
+            q8_0 = gguf.quants.quantize(matrix, gguf.GGMLQuantizationType.Q8_0)
+            expected[name] = ("Q8_0", q8_0.tobytes())
     assert found == expected
 
 
@@ -156,6 +157,22 @@ def test_windows_that_gguf_cannot_say_are_refused(case, saved, tmp_path):
     with pytest.raises(UnsupportedModelError, match="different attention windows"):
         to_gguf(open_source(saved(case)), tmp_path / "m.gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("qwen2", tiny_models.CASES["llama3.1"][1], "rotary embedding has no place"),
+        ("qwen3", tiny_models.CASES["llama3.1"][1], "rotary embedding has no place"),
+        ("qwen3", {"attention_bias": True}, "this qwen3 model has biases in its attention"),
+        ("qwen2", {"head_dim": 32}, "has 4 heads of 32 beside a hidden size of 64"),
+    ],
+)
+def test_what_llama_cpp_does_not_load_of_qwen_is_refused(case, changes, message, tmp_path):
+    tiny_models.build(case, **changes).save_pretrained(tmp_path / "in")
+    with pytest.raises(UnsupportedModelError, match=rf"{message}.*--to hf"):
+        to_gguf(open_source(tmp_path / "in"), tmp_path / "m.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_a_family_that_is_not_exported_is_named(saved, monkeypatch):

@@ -157,17 +157,19 @@ def test_settings_travel_with_the_whole_model_and_not_with_a_draft(tmp_path):
 def test_no_code_travels_with_a_checkpoint(tmp_path):
     tiny_models.build("llama2").save_pretrained(tmp_path / "in")
     config = tmp_path / "in" / "config.json"
-    config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModelForCausalLM": "x.Y"}})
-    )
+    named = {"auto_map": {"AutoModelForCausalLM": "x.Y"}, "experts_implementation": "none/none"}
+    named |= dict.fromkeys(("attn_implementation", "_attn_implementation"), "none/none")
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
     to_hf(open_source(tmp_path / "in"), tmp_path / "out")
-    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not named.keys() & written.keys()
 
 
+@pytest.mark.parametrize("write", [to_hf, to_gguf])
 @pytest.mark.parametrize(
     "name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight", "model.extra.weight"]
 )
-def test_tensors_that_do_not_fit_are_named(name, tmp_path):
+def test_tensors_that_do_not_fit_are_named(name, write, tmp_path):
     tiny_models.build("llama2").save_pretrained(tmp_path / "in")
     state = load_file(tmp_path / "in" / "model.safetensors")
     if name in state:
@@ -176,7 +178,21 @@ def test_tensors_that_do_not_fit_are_named(name, tmp_path):
         state[name] = torch.ones(3)
     save_file(state, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=name.removeprefix("model.layers.1.")):
-        to_hf(open_source(tmp_path / "in"), tmp_path / "out")
+        write(open_source(tmp_path / "in"), tmp_path / "out.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("write", [to_hf, to_gguf])
+@pytest.mark.parametrize(
+    ("field", "tensor"), [("vocab_size", "lm_head"), ("intermediate_size", r"mlp\.down_proj")]
+)
+def test_a_config_of_other_sizes_is_refused(field, tensor, write, saved, tmp_path):
+    shutil.copytree(saved("llama2"), tmp_path / "in")
+    file = tmp_path / "in" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {field: config[field] + 32}))
+    with pytest.raises(CheckpointError, match=rf"{tensor}\.weight is .*, transformers expects"):
+        write(open_source(tmp_path / "in"), tmp_path / "out.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -188,6 +204,14 @@ def test_rotary_factors_of_no_llama_are_refused(tmp_path):
         extra_tensors={"rope_freqs.weight": factors},
     )
     with pytest.raises(UnsupportedModelError, match="rotary frequency factors"):
+        to_hf(open_source(tmp_path / "m.gguf"), tmp_path / "out")
+
+
+def test_rotary_factors_beside_linear_scaling_are_refused(tmp_path):
+    model = tiny_models.reference("llama-linear")
+    factors = torch.ones(8).numpy()  # of a llama3 scaling by 1
+    gguf_files.write(tmp_path / "m.gguf", model, extra_tensors={"rope_freqs.weight": factors})
+    with pytest.raises(UnsupportedModelError, match="factors and linear scaling; transformers has"):
         to_hf(open_source(tmp_path / "m.gguf"), tmp_path / "out")
 
 

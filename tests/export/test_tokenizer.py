@@ -12,6 +12,7 @@ from tiny_tokenizers import (
     TEXTS,
     byte_level,
     checkpoint,
+    metaspace,
     sentencepiece,
     split,
     whole_words,
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 import tiny_models
 from layerskip.cli import lens
 from layerskip.export import ExportError, open_source, to_gguf, to_hf
+from layerskip.export.gguf_tokenizer import TokenizerWarning
 from layerskip.model import UnsupportedModelError, load, open_files
 
 
@@ -86,6 +88,23 @@ def test_sentencepiece_tokens_are_the_same(prefix, tmp_path):
     # llama.cpp takes as many scores as there are tokens, whether they are there or not.
     assert len(found["tokenizer.ggml.scores"]) == len(found["tokenizer.ggml.tokens"])
     again_as_before(tmp_path / "m.gguf", wrapped)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_a_space_that_gguf_cannot_place_is_warned_of(scheme, tmp_path):
+    wrapped = checkpoint(tmp_path / "model", metaspace(scheme), unk_token="<unk>")
+    with pytest.warns(TokenizerWarning, match="begins with a space or follows a special token"):
+        to_gguf(open_source(tmp_path / "model"), tmp_path / "m.gguf")
+    assert fields(tmp_path / "m.gguf")["tokenizer.ggml.add_space_prefix"] is True
+    again = open_files(tmp_path / "m.gguf").tokenizer()
+    assert again.encode("the ships") == wrapped.encode("the ships")
+    assert again.encode(" the ships") != wrapped.encode(" the ships")
+
+
+def test_a_space_that_is_nowhere_is_not_warned_of(tmp_path):
+    wrapped = checkpoint(tmp_path / "model", metaspace("never"), unk_token="<unk>")
+    to_gguf(open_source(tmp_path / "model"), tmp_path / "m.gguf")
+    again_as_before(tmp_path / "m.gguf", wrapped, ["the ships", " the ships", ""])
 
 
 def test_named_templates_travel(tmp_path):

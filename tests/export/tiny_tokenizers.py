@@ -104,6 +104,14 @@ def sentencepiece(*, prefix):
     return tokenizer
 
 
+def metaspace(scheme):
+    """As transformers makes a Llama 2 tokenizer anew: the pre-tokenizer writes the spaces."""
+    tokenizer = sentencepiece(prefix=False)
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    return tokenizer
+
+
 def checkpoint(folder, tokenizer, *, spare=0, **names):
     names = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "{{ 1 }}"} | names
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)

@@ -42,7 +42,8 @@ def command(
       layerskip chat --model Qwen/Qwen3-0.6B --chat-template-kwargs '{"enable_thinking": false}'
     """
     values.check_decoding(flags)
-    options.check_outputs({"--output": output}, beside=(flags["model"],))
+    read = (flags["model"], values.draft_text_file())
+    options.check_outputs({"--output": output}, beside=read)
     options.note_idle_sampling(flags, "seed")
     model = options.load_model(flags)
     if not model.has_chat_template:
@@ -119,7 +120,7 @@ def _next_line(interactive: bool) -> str | None:
     try:
         if interactive:  # on stderr, as stdout may be a file of answers
             print("> ", end="", file=sys.stderr, flush=True)
-        return input()
+        return input().removeprefix("\ufeff")  # a byte order mark before the first
     except EOFError:
         if interactive:
             print(file=sys.stderr)

@@ -15,6 +15,7 @@ from layerskip.cli.options import (
     deliver,
     fetch_if_builtin,
     model_option,
+    warnings_in_one_line,
 )
 from layerskip.cli.progress import Report, bars
 from layerskip.export import (
@@ -112,7 +113,7 @@ def command(
       layerskip export --model my-checkpoint --to difference --base smollm2-135m \\
         --calibrate like-my-prompts.txt my.safetensors
     """
-    check_outputs({"--output": output}, beside=(model, calibration))
+    check_outputs({"--output": output}, beside=(model, base, calibration))
     if output is not None and output.resolve() == path.resolve():
         raise click.UsageError(f"PATH and --output are both {path}: name another file")
     _check_usage(path, to_format, weights, calibration, exit_layer, base)
@@ -132,7 +133,7 @@ def command(
         check_new_folder(path, overwrite=overwrite)
         check_room(path, least_bytes(source))
     write = _writer(to_format, weights, base, of_difference)
-    with bars() as report:
+    with bars() as report, warnings_in_one_line():
         if calibration is not None:
             write = functools.partial(write, **_calibrated(to_format, source, calibration, report))
         writing = functools.partial(report, f"writing {path}")

@@ -52,7 +52,8 @@ def command(
     if prompt is not None and prompts_file is not None:
         raise click.UsageError("--prompt and --prompts exclude each other")
     values.check_decoding(flags)
-    options.check_outputs({"--output": output}, beside=(flags["model"], prompts_file))
+    read = (flags["model"], prompts_file, values.draft_text_file())
+    options.check_outputs({"--output": output}, beside=read)
     options.note_idle_sampling(flags, "seed")
     prompts = asked_prompts(prompt, prompts_file, "--prompts", chat=chat)
     prompts = _with_variables(prompts, chat_template_kwargs)

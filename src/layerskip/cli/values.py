@@ -11,6 +11,8 @@ import click
 
 from layerskip.decoding.policy import check_options
 
+_DRAFT_TEXT_FILE = "layerskip.draft_text_file"
+
 
 def check_decoding(flags: dict[str, Any]) -> None:
     """Refuse flags of decoding that contradict each other whatever the model is, before it is loaded."""
@@ -49,13 +51,19 @@ def vocabulary_size(ctx: click.Context, param: click.Parameter, text: Any) -> in
 
 
 def draft_text(ctx: click.Context, param: click.Parameter, name: Any) -> str | None:
-    """The text of a file; "" for "none"."""
+    """The text of a file, which `draft_text_file` names later; "" for "none"."""
     if name is None or name == "none":
         return None if name is None else ""
+    ctx.meta[_DRAFT_TEXT_FILE] = name
     try:
         return Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise click.BadParameter(f"{name} cannot be read: {error}") from error
+
+
+def draft_text_file() -> str | None:
+    """The file that --draft-text named, which no output is to replace."""
+    return click.get_current_context().meta.get(_DRAFT_TEXT_FILE)
 
 
 def json_object(

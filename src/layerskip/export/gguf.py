@@ -12,8 +12,9 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import LlamaFileType
 
-from layerskip.export import gguf_metadata, gguf_tokenizer
+from layerskip.export import gguf_metadata, gguf_tokenizer, hf_config
 from layerskip.export.destination import new_file
+from layerskip.export.hf import check_tensors
 from layerskip.export.source import Source, cast
 from layerskip.export.written import Progress, Written
 from layerskip.model import UnsupportedModelError, families, row_order
@@ -28,6 +29,7 @@ _FILE_TYPES = {
     Kind.Q4_1: LlamaFileType.MOSTLY_Q4_1,
 }
 GGUF_WEIGHTS = {kind.name.lower(): kind for kind in _FILE_TYPES}
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _ROPE_FACTORS = "rope_freqs.weight"
 _METADATA_BYTES = 50_000_000  # room for a large vocabulary
 
@@ -42,9 +44,9 @@ def to_gguf(
 ) -> Written:
     """Write a GGUF file for llama.cpp, one tensor in memory at a time.
 
-    Vectors stay F32. In the 4-bit kinds the head (the embedding where it is tied) is Q8_0, as in
-    llama.cpp's own files, and a matrix whose rows are not whole blocks is F16. A tensor that is stored
-    in the wanted kind already is carried over byte by byte.
+    Vectors stay F32. In the 4-bit kinds embedding and head are Q8_0, as int4 has them, and a matrix
+    whose rows are not whole blocks is F16. A tensor that is stored in the wanted kind already is carried
+    over byte by byte.
 
     Args:
         source: from `open_source`.
@@ -56,12 +58,17 @@ def to_gguf(
     Raises:
         ExportError: the file cannot be written.
         ValueError: the source is damaged, or GGUF has no words for a part of it.
+
+    Warns:
+        TokenizerWarning: some texts have other tokens by the file than by the source.
     """
     if weights is not None and weights not in GGUF_WEIGHTS:
         raise ValueError(f"weights is {weights!r}; of a GGUF file: {', '.join(GGUF_WEIGHTS)}")
     if path.suffix != ".gguf":
         raise ValueError(f"{path} does not end in .gguf; give the file such a name")
     tensors, names = source.files.tensors, source.names
+    if not isinstance(tensors, GgufFile):  # whose fields are carried over with its tensors
+        _check(source)
     architecture = _architecture(source)
     known_as = _names_in_file(names, architecture, source.architecture.n_layers)
     kinds = {name: _kind(source, name, GGUF_WEIGHTS.get(weights or "")) for name in names}
@@ -105,6 +112,14 @@ def to_gguf(
     )
 
 
+def _check(source: Source) -> None:
+    """Refuse tensors that do not fit the config: llama.cpp would not load them."""
+    from transformers import AutoConfig
+
+    fields = hf_config.config(source, torch.float32)
+    check_tensors(source, AutoConfig.for_model(**fields))
+
+
 def _architecture(source: Source) -> str:
     family = source.architecture.family
     return "llama" if family == "mistral" else family  # llama.cpp has no name for Mistral
@@ -134,8 +149,7 @@ def _kind(source: Source, name: str, wanted: Kind | None) -> Kind:
         stored = tensors.stored_as(name)
         kept = stored in ("F32", "F16", "BF16") or isinstance(tensors, GgufFile)
         return Kind[stored] if kept and stored in Kind.__members__ else Kind.F32
-    head = "model.embed_tokens.weight" if source.files.tied else "lm_head.weight"
-    if name == head and wanted in (Kind.Q4_0, Kind.Q4_1):
+    if name in _VOCABULARY and wanted in (Kind.Q4_0, Kind.Q4_1):
         wanted = Kind.Q8_0
     block_size, _ = gguf.GGML_QUANT_SIZES[wanted]
     return wanted if shape[-1] % block_size == 0 else Kind.F16

@@ -24,7 +24,7 @@ def add(writer: gguf.GGUFWriter, source: Source, file_type: LlamaFileType) -> No
     """Add all metadata but the tokenizer's; of a GGUF source, its own fields, the tokenizer's included.
 
     Raises:
-        UnsupportedModelError: layers have different attention windows.
+        UnsupportedModelError: GGUF, or llama.cpp's loader of the family, has no place for a part of it.
     """
     if isinstance(source.files.tensors, GgufFile):
         for key, value, types in source.files.tensors.fields():
@@ -67,6 +67,7 @@ def _add_architecture(writer: gguf.GGUFWriter, source: Source) -> None:
             f"the layers of this {a.family} model have different attention windows, which GGUF"
             " cannot say for its family; export it with --to hf"
         )
+    _check_qwen(source)
     writer.add_vocab_size(a.vocab_size)
     writer.add_context_length(a.max_context)
     writer.add_embedding_length(a.hidden_size)
@@ -85,10 +86,27 @@ def _add_architecture(writer: gguf.GGUFWriter, source: Source) -> None:
         writer.add_sliding_window(window)
 
 
+def _check_qwen(source: Source) -> None:
+    """Refuse what llama.cpp's loaders of Qwen have no tensor for, or one of another shape."""
+    a = source.architecture
+    if a.family == "qwen2" and a.n_heads * a.head_dim != a.hidden_size:
+        what = f"{a.n_heads} heads of {a.head_dim} beside a hidden size of {a.hidden_size}"
+    elif a.family == "qwen3" and "model.layers.0.self_attn.o_proj.bias" in source.files.names():
+        what = "biases in its attention"
+    else:
+        return
+    raise UnsupportedModelError(
+        f"this {a.family} model has {what}, which llama.cpp does not read in its family;"
+        " export it with --to hf"
+    )
+
+
 def rope_factors(source: Source) -> "np.ndarray[Any, np.dtype[np.float32]] | None":
     """What divides the rotary frequencies, [head_dim / 2], where plain or linear scaling is not all."""
     rope, head_dim = source.rope, source.architecture.head_dim
-    if rope.long_factors is not None or rope.fraction != 1.0:
+    has_factors = rope.kind == "llama3" or rope.frequency_factors is not None
+    is_qwen = source.architecture.family in ("qwen2", "qwen3")  # llama.cpp has none for them
+    if rope.long_factors is not None or rope.fraction != 1.0 or (has_factors and is_qwen):
         raise UnsupportedModelError(
             "this model's rotary embedding has no place in a GGUF file of its family;"
             " export it with --to hf"

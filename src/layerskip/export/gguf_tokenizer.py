@@ -7,6 +7,7 @@ tokenizer itself, whatever files it came from.
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +22,18 @@ from layerskip.model.files.weights import GgufFile
 _MORE_ENDS = ("eot", "eom")  # llama.cpp has three places for tokens that end an answer
 
 
+class TokenizerWarning(UserWarning):
+    """Some texts have other tokens by the file than by its source."""
+
+
 def add(writer: gguf.GGUFWriter, source: Source) -> None:
     """Add the tokenizer's metadata; a GGUF source's own has been carried over with its other fields.
 
     Raises:
         UnsupportedModelError: llama.cpp has no such tokenizer, or no name for how it splits a text.
+
+    Warns:
+        TokenizerWarning: GGUF cannot say when it puts a space before a text.
     """
     if isinstance(source.files.tensors, GgufFile):
         return
@@ -152,7 +160,16 @@ def _prefixes_a_space(described: dict[str, Any]) -> bool:
     if any(step["type"] == "Prepend" for step in _steps(described, "normalizer")):
         return True
     steps = _steps(described, "pre_tokenizer")
-    return any(step.get("prepend_scheme", "never") != "never" for step in steps)
+    if all(step.get("prepend_scheme", "never") == "never" for step in steps):
+        return False
+    # Metaspace puts none before a space, and some only at the very beginning: GGUF has one bit.
+    warnings.warn(
+        "GGUF cannot say when this tokenizer puts a space before a text: by the file, a text that begins"
+        " with a space or follows a special token may have other tokens (docs/export.md)",
+        TokenizerWarning,
+        stacklevel=5,  # whoever calls `to_gguf`
+    )
+    return True
 
 
 def _merges(described: dict[str, Any]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -46,6 +47,8 @@ def to_hf(
         ExportError: the folder cannot be written.
         ValueError: the source is damaged, or transformers has no config for it.
     """
+    from transformers import AutoConfig
+
     if weights is not None and weights not in HF_WEIGHTS:
         raise ValueError(f"weights is {weights!r}; of an hf checkpoint: {', '.join(HF_WEIGHTS)}")
     tensors, names = source.files.tensors, source.names
@@ -61,7 +64,7 @@ def to_hf(
     written, carried_over = 0, 0
     with new_folder(path, n_bytes=sum(n_bytes.values()), overwrite=overwrite) as folder:
         write_json(folder / "config.json", config)
-        _check(folder, {name: tensors.shape(name) for name in names}, tied=source.files.tied)
+        check_tensors(source, AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
         settings = hf_config.generation_config(source, _roundings(weights, calibrated))
         write_json(folder / "generation_config.json", settings)
         source.files.write_tokenizer(folder)
@@ -108,21 +111,21 @@ def _roundings(weights: str | None, calibrated: Calibrated | None) -> dict[str, 
     return {} if weights in ("f16", "bf16") else None
 
 
-def _check(folder: Path, shapes: dict[str, tuple[int, ...]], *, tied: bool) -> None:
-    """Compare with the model that transformers makes of the config, before anything large is written.
+def check_tensors(source: Source, config: Any) -> None:
+    """Compare with the model that transformers makes of a config, before anything large is written.
 
     Raises:
         CheckpointError: transformers would miss a tensor, have no use for one, or expect another shape.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, trust_remote_code=False, **families.OWN_KERNELS
         )
+    shapes = {name: source.files.tensors.shape(name) for name in source.names}
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if tied:
+    if source.files.tied:
         expected.pop("lm_head.weight")
     for name in sorted(expected.keys() | shapes.keys()):
         if expected.get(name) != shapes.get(name):

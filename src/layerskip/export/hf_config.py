@@ -9,6 +9,7 @@ import torch
 from layerskip.export.source import Source
 from layerskip.model import UnsupportedModelError, rotary
 from layerskip.model.architecture import Rope
+from layerskip.model.families import NOT_PASSED_ON
 from layerskip.model.files import older_names, settings
 from layerskip.model.files.gguf_tokenizer import special_token_ids
 from layerskip.model.files.rounding import Rounding, recorded
@@ -31,8 +32,8 @@ def config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
     else:
         file = source.files.path / "config.json"
         check_within(file)  # another file of this machine is not to be passed on
-        fields = read_json(file)
-        fields.pop("auto_map", None)  # no code travels with a checkpoint
+        stored = read_json(file)
+        fields = {key: value for key, value in stored.items() if key not in NOT_PASSED_ON}
         fields["tie_word_embeddings"] = source.files.tied
         n_layers = source.architecture.n_layers
         fields["num_hidden_layers"] = n_layers
@@ -109,6 +110,11 @@ def _from_gguf(source: Source, file: GgufFile) -> dict[str, Any]:
 def _rope_parameters(source: Source) -> dict[str, Any]:
     rope = source.rope
     if rope.frequency_factors is not None:
+        if rope.kind != "default":
+            raise UnsupportedModelError(
+                f"this GGUF file has rotary frequency factors and {rope.kind} scaling; transformers has"
+                " no config for both"
+            )
         rope = _llama3(rope, source.architecture.head_dim)
     fields: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
     if rope.kind != "default":

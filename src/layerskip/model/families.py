@@ -21,6 +21,12 @@ from layerskip.model.ropes import ropes_of
 # Given to transformers with any config: what computes attention and experts is transformers' own choice.
 # A config may name compiled code of the hub there.
 OWN_KERNELS: Mapping[str, Any] = {"attn_implementation": None, "experts_implementation": None}
+# Fields of a config that name code or other weights: they travel with no checkpoint.
+NOT_PASSED_ON = (
+    *("auto_map", "transformers_weights"),
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from layerskip.model import row_order
 from layerskip.model.checkpoint import Files, open_files
+from layerskip.model.families import NOT_PASSED_ON
 from layerskip.model.files import difference, older_names
 from layerskip.model.files.difference import Header
 from layerskip.model.files.digest import sha256_of
@@ -97,7 +98,7 @@ def _check_fits(file: Any, base: Files, path: Path) -> None:
 
 
 def _write(folder: Path, header: Header, base: Files, file: Any) -> None:
-    config = {key: value for key, value in header.config.items() if key != "auto_map"}  # no code
+    config = {key: value for key, value in header.config.items() if key not in NOT_PASSED_ON}
     write_json(folder / "config.json", config | older_names.of_config(config))
     write_json(folder / "generation_config.json", header.generation_config)
     base.write_tokenizer(folder)
