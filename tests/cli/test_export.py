@@ -72,8 +72,9 @@ def test_what_gguf_cannot_say_of_a_tokenizer_is_one_line(program, tmp_path):
     checkpoint(tmp_path / "model", metaspace("first"), unk_token="<unk>")
     flags = ("--model", tmp_path / "model", "--to", "gguf")
     status, _, err = program("export", *flags, tmp_path / "m.gguf")
-    assert (status, len(err.splitlines())) == (0, 1)
-    assert err.startswith("layerskip: GGUF cannot say when this tokenizer puts a space")
+    said = [line for line in err.splitlines() if line.startswith("layerskip: ")]
+    assert (status, len(said)) == (0, 1)
+    assert "GGUF cannot say when this tokenizer puts a space" in said[0]
 
 
 def test_a_difference_to_itself(export, source, tmp_path):
