@@ -505,17 +505,24 @@ def test_an_abandoned_answer_leaves_the_model_usable(model, n_pieces):
     assert model.generate([5], **options).token_ids == before
 
 
-@pytest.mark.parametrize("options", [{"mode": "plain"}, SPECULATIVE])
-@pytest.mark.parametrize("n_pieces", [0, 1, 3])
-def test_a_closed_answer_computes_no_more_and_lets_its_cache_go(model, n_pieces, options):
-    caches, new_cache = weakref.WeakSet(), model.decoder.new_cache
+@contextlib.contextmanager
+def caches_of(decoder):
+    """The caches that a decoder makes meanwhile, as long as somebody holds them."""
+    caches, new_cache = weakref.WeakSet(), decoder.new_cache
 
     def seen(*arguments):
         cache = new_cache(*arguments)
         caches.add(cache)
         return cache
 
-    with mock.patch.object(model.decoder, "new_cache", seen):
+    with mock.patch.object(decoder, "new_cache", seen):
+        yield caches
+
+
+@pytest.mark.parametrize("options", [{"mode": "plain"}, SPECULATIVE])
+@pytest.mark.parametrize("n_pieces", [0, 1, 3])
+def test_a_closed_answer_computes_no_more_and_lets_its_cache_go(model, n_pieces, options):
+    with caches_of(model.decoder) as caches:
         answer = model.answer([5], max_new_tokens=12, **options)
         pieces = iter(answer)
         said = [next(pieces).token_id for _ in range(n_pieces)]
@@ -532,14 +539,7 @@ def test_a_closed_answer_computes_no_more_and_lets_its_cache_go(model, n_pieces,
 
 def test_an_answer_that_is_left_at_its_stop_string_lets_its_cache_go():
     model = scripted_model(encode("abSTOPcd"))
-    caches, new_cache = weakref.WeakSet(), model.decoder.new_cache
-
-    def seen(*arguments):
-        cache = new_cache(*arguments)
-        caches.add(cache)
-        return cache
-
-    with mock.patch.object(model.decoder, "new_cache", seen):
+    with caches_of(model.decoder) as caches:
         answer = model.answer([0], stop=["STOP"], mode="plain")
         for _ in answer:
             if answer.stopped:
