@@ -347,6 +347,20 @@ def test_decoder_is_near_that_of_pytorch(case, kind, tmp_path):
     assert (logits[0] - logits[1]).norm() / logits[1].norm() < 0.05
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_share_memory_so_that_it_comes_in_large_pages(kind, tmp_path):
+    decoder = compiled(saved("llama3.2", tmp_path), kind)
+    held = [
+        panels
+        for layer in decoder.layers
+        for product in (layer.qkv, layer.attention_out, layer.mlp.gate_up, layer.mlp.down)
+        for panels in product._held
+        if panels is not None
+    ]
+    assert len(held) >= 2 * len(decoder.layers)
+    assert len({panels.untyped_storage().data_ptr() for panels in held}) == 1
+
+
 def test_short_head(tmp_path):
     decoder = compiled(saved("llama3.2", tmp_path), "int4")
     hidden = torch.randn(1, 3, 64, generator=torch.manual_seed(0))

@@ -10,6 +10,7 @@ from layerskip.model.architecture import UnsupportedModelError
 from layerskip.model.embedding import DenseEmbedding, Embedding, QuantizedEmbedding
 from layerskip.model.files.weights import Tensors, missing
 from layerskip.model.files.writing import CheckpointError
+from layerskip.model.large_pages import LargePages
 from layerskip.model.linear import Linear, Matrix, QuantizedLinear, linear
 from layerskip.model.native import PanelEmbedding, PanelMatrix
 from layerskip.model.packed import pack
@@ -42,7 +43,7 @@ class Taker:
         *,
         in_panels: bool = False,
     ) -> None:
-        self._in_panels = in_panels
+        self._in_panels, self._pages = in_panels, LargePages()
         self._tensors, self._dtype, self._device = tensors, dtype, device
         self._bits = bits_of(weights)
         self._names = tensors.names()
@@ -65,7 +66,7 @@ class Taker:
         """The token embedding, [V, D]."""
         weight = self._vocabulary(name, shape)
         if self._in_panels:
-            return PanelEmbedding(PanelMatrix(weight))
+            return PanelEmbedding(PanelMatrix(weight, pages=self._pages))
         if isinstance(weight, Quantized):
             return QuantizedEmbedding(pack(weight, self._device), self._dtype)
         return DenseEmbedding(weight)
@@ -145,7 +146,7 @@ class Taker:
     def _product(self, weight: Tensor | Quantized, bias: Tensor | None) -> Matrix:
         """A finished matrix, laid out for the machine."""
         if self._in_panels:
-            return PanelMatrix(weight, bias)
+            return PanelMatrix(weight, bias, self._pages)
         if isinstance(weight, Quantized):
             return QuantizedLinear(pack(weight, self._device), bias, self._dtype)
         return linear(weight, bias)

@@ -120,11 +120,9 @@ def _loaded(path: Path) -> ctypes.CDLL:
         *(pointer, pointer, ctypes.c_int),  # chosen, probabilities, threads
     ]
     loaded.layerskip_rows.argtypes = [pointer, pointer, whole, pointer]
-    loaded.layerskip_large_pages.argtypes = [pointer, whole]
     loaded.layerskip_processors.argtypes = []
     for name in ("rows", "processors"):
         getattr(loaded, f"layerskip_{name}").restype = ctypes.c_int
-    loaded.layerskip_large_pages.restype = None
     for name in ("run", "product", "choose", "step"):
         getattr(loaded, f"layerskip_{name}").restype = _check
     return loaded

@@ -26,7 +26,6 @@
 #include <memory>
 #include <new>
 #ifdef __linux__
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -1418,13 +1417,4 @@ int layerskip_rows(const Matrix *w, const int64_t *index, int64_t n, float *out)
 
 // As many as this process may run on. A thread that OpenMP has bound to one of them would see that one alone.
 int layerskip_processors() { return omp_get_num_procs(); }
-
-// Memory that is read in long runs is found faster in large pages.
-void layerskip_large_pages(void *memory, int64_t bytes) {
-#ifdef __linux__
-  const uintptr_t page = 1 << 21, begin = ((uintptr_t)memory + page - 1) / page * page;
-  const uintptr_t end = ((uintptr_t)memory + bytes) / page * page;
-  if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
-#endif
-}
 }

@@ -2,11 +2,13 @@
 
 import ctypes
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from layerskip.model.large_pages import LargePages, in_large_pages
 from layerskip.model.native.build import library
 from layerskip.model.native.threads import usable
 from layerskip.model.quantize import GROUP, Quantized
@@ -39,6 +41,7 @@ class PanelMatrix:
     Args:
         weight: [out, in] in float32, bfloat16 or on the grid; `in` in a multiple of 32.
         bias: [out], or None.
+        pages: where the panels are to lie; None = in memory of their own.
 
     Attributes:
         shape: [out, in].
@@ -46,18 +49,24 @@ class PanelMatrix:
         struct: what the kernels are given; valid as long as this object lives.
     """
 
-    def __init__(self, weight: Tensor | Quantized, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight: Tensor | Quantized,
+        bias: Tensor | None = None,
+        pages: LargePages | None = None,
+    ) -> None:
+        laid_out = partial(_panels, out=weight.shape[0], pages=pages)
         scales = offsets = None
         if isinstance(weight, Quantized):
             kind = _INT8 if weight.bits == 8 else _INT4
-            data = _panels([_words(weight)], weight.shape[0])
-            scales = _panels([weight.scales[..., None]], weight.shape[0])
+            data = laid_out([_words(weight)])
+            scales = laid_out([weight.scales[..., None]])
             if weight.offsets is not None:
-                offsets = _panels([weight.offsets[..., None]], weight.shape[0])
+                offsets = laid_out([weight.offsets[..., None]])
         else:
             kind = KINDS[weight.dtype]
             together = 1 if weight.dtype == torch.float32 else 2
-            data = _panels([weight.unflatten(1, (-1, together))], weight.shape[0])
+            data = laid_out([weight.unflatten(1, (-1, together))])
         self._hold(kind, (weight.shape[0], weight.shape[1]), (data, scales, offsets), bias)
 
     def _hold(
@@ -188,7 +197,7 @@ class PanelEmbedding:
         return self._matrix if token_ids is None else self._matrix.rows(token_ids)
 
 
-def _panels(parts: Iterable[Tensor], out: int) -> Tensor:
+def _panels(parts: Iterable[Tensor], out: int, pages: LargePages | None = None) -> Tensor:
     """Rows [n, k] of the parts, `out` in all, to [panels, n, 16, k]; zeros fill up the last panel.
 
     All parts but the last have a multiple of 16 rows.
@@ -198,8 +207,8 @@ def _panels(parts: Iterable[Tensor], out: int) -> Tensor:
     for words in parts:
         rows, n, k = words.shape
         if laid is None:
-            laid = words.new_empty(-(-out // LANES), n, LANES, k)
-            library().layerskip_large_pages(laid.data_ptr(), laid.nbytes)
+            empty = pages.empty if pages else in_large_pages
+            laid = empty((-(-out // LANES), n, LANES, k), words.dtype)
         to = laid[begin:]
         if k * words.itemsize == 4 and words.storage_offset() % k == 0:
             words, to = words.view(torch.int32), to.view(torch.int32)  # moved as one number
