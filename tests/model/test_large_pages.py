@@ -63,9 +63,8 @@ def test_the_kernel_is_asked_for_large_pages() -> None:
         pytest.skip("this kernel has no large pages")
     one = in_large_pages((2**24,), torch.uint8)
     pages = LargePages()
-    pieces = [
-        pages.empty((2**20,), torch.uint8) for _ in range(8)
-    ]  # too small for one of their own
+    small = (2**20,)  # half of a page
+    pieces = [pages.empty(small, torch.uint8) for _ in range(8)]
     assert "hg" in flags_of(one)
     assert "hg" in flags_of(pieces[4])
 

@@ -43,7 +43,7 @@ class Taker:
         *,
         in_panels: bool = False,
     ) -> None:
-        self._in_panels, self._pages = in_panels, LargePages()
+        self._pages = LargePages() if in_panels else None
         self._tensors, self._dtype, self._device = tensors, dtype, device
         self._bits = bits_of(weights)
         self._names = tensors.names()
@@ -65,7 +65,7 @@ class Taker:
     def embedding(self, name: str, shape: tuple[int, int]) -> Embedding:
         """The token embedding, [V, D]."""
         weight = self._vocabulary(name, shape)
-        if self._in_panels:
+        if self._pages is not None:
             return PanelEmbedding(PanelMatrix(weight, pages=self._pages))
         if isinstance(weight, Quantized):
             return QuantizedEmbedding(pack(weight, self._device), self._dtype)
@@ -145,7 +145,7 @@ class Taker:
 
     def _product(self, weight: Tensor | Quantized, bias: Tensor | None) -> Matrix:
         """A finished matrix, laid out for the machine."""
-        if self._in_panels:
+        if self._pages is not None:
             return PanelMatrix(weight, bias, self._pages)
         if isinstance(weight, Quantized):
             return QuantizedLinear(pack(weight, self._device), bias, self._dtype)
