@@ -58,6 +58,14 @@ def test_rouge_of_hand_counted_words():
     assert quality.rouge(samples(("x", "a b"), "c"), ["a b", "d"])["rouge2"] == 0.5
 
 
+def test_rouge_of_other_scripts():
+    perfect = {"exact_match": 1, "rouge1": 1, "rouge2": 1, "rougeL": 1}
+    for text in ("Столица Франции", "東京は首都", "Größe und Maß", "the cat_sat 2"):
+        assert quality.match_and_rouge(samples(text), [text]) == perfect
+    assert quality.match_and_rouge(samples("Привет 7"), ["Совсем 7"])["rouge1"] == 0.5
+    assert quality.match_and_rouge(samples("東京 a"), ["東西 a"])["rouge1"] == pytest.approx(2 / 3)
+
+
 def test_first_line_is_the_summary():
     perfect = {"rouge1": 1, "rouge2": 1, "rougeL": 1}
     assert quality.first_line_rouge(samples("a b"), ["\n a b\nand more"]) == perfect

@@ -134,6 +134,20 @@ def test_folders_in_folders_are_removed_however_deep(tmp_path, monkeypatch):
     assert not tmp_path.exists()
 
 
+def test_folders_that_their_program_closed_are_removed(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b" / "c").mkdir(parents=True)
+    (tmp_path / "a" / "b").chmod(0)
+    rename = os.rename
+
+    def as_an_ordinary_user(old, new):  # whose folder cannot move unless it may be written to
+        assert os.stat(old).st_mode & 0o200
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", as_an_ordinary_user)
+    sandbox._remove(str(tmp_path))
+    assert not tmp_path.exists()
+
+
 def test_terminals_are_not_read():
     ours, theirs = os.openpty()
     try:

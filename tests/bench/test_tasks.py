@@ -110,6 +110,28 @@ def test_rows_of_another_form_are_named(tmp_path):
         load_task("gsm8k", data=str(tmp_path), n_shot=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "row", "message"),
+    [
+        ("humaneval", "HumanEval.jsonl", {"prompt": "x", "test": "y"}, "humaneval, row 1: .*setup"),
+        ("mbpp", "mbpp.jsonl", {"task_id": "Mbpp/2"}, "a row's task_id is 'Mbpp/2'; it must be a"),
+    ],
+)
+def test_what_judging_wants_is_looked_for_before_anything_runs(tmp_path, name, file, row, message):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / file).write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=message):
+        load_task(name, data=str(tmp_path), n_shot=0)
+
+
+def test_examples_of_another_form_are_named(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "x", "answer": "#### 1"}\n')
+    (tmp_path / "gsm8k" / "train.jsonl").write_text('{"question": "x"}\n')
+    with pytest.raises(ValueError, match=r"gsm8k, the examples to show: .*KeyError: 'answer'"):
+        load_task("gsm8k", data=str(tmp_path), n_shot=1)
+
+
 def test_prompts_of_topv2(data):
     task = load_task("topv2", data=data)
     assert len(task.samples) == 28

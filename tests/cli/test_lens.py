@@ -122,7 +122,8 @@ def test_prompts_that_cannot_be_answered_are_left_out(run, tmp_path):
     file.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("abc", "x" * 2000, "de")))
     status, _, err = run("lens", "--data", file, *SHORT, "--json")
     assert status == 0
-    assert "1 prompts, empty or too long, were left out" in err
+    assert "1 prompts were left out; the last: " in err
+    assert "shorten the prompt" in err
     file.write_text(json.dumps({"prompt": "x" * 2000}) + "\n")
     status, _, err = run("lens", "--data", file, *SHORT, "--json")
     assert (status, "shorten the prompt" in err) == (1, True)

@@ -93,6 +93,23 @@ def test_cells_hold_what_the_layers_say():
     assert below["answer"] < 0.01 < below["top"][0][1]
 
 
+class Twins:
+    """Stands in for a tokenizer whose tokens all look alike, as halves of characters do."""
+
+    eos_token_id = None
+
+    def decode(self, ids, **_):
+        return "\N{REPLACEMENT CHARACTER}" * len(ids)
+
+
+def test_tokens_that_look_alike_are_not_taken_for_one_another():
+    report = scripted_report(range(10, 18), misses={2}, tokenizer=Twins())
+    data = json.loads(Reader(report_page(report)).texts["script"][0])
+    answer, below = (data["cells"][row][3]["top"][0][0] for row in (0, 1))
+    assert answer != below
+    assert data["symbols"][answer] == data["symbols"][below]
+
+
 def test_rounds_are_told(page):
     """Three drafted and two right, then two drafted and both right, in two rounds of three tokens."""
     text = " ".join(re.sub(r"<[^>]+>", "", page).split())

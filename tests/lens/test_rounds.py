@@ -1,5 +1,8 @@
 """Rounds of scripted answers, counted by hand."""
 
+import dataclasses
+
+import pytest
 from reports import scripted_report
 from scripted import END, scripted_model
 
@@ -26,6 +29,17 @@ def test_an_end_inside_a_draft_leaves_no_own_token():
     assert list(rounds(made.steps, 1)) == [
         Round(position=2, accepted=(11, END), rejected=(), own=None)
     ]
+
+
+@pytest.mark.parametrize(
+    ("from_exit", "names"), [(3, "layers 1 to 2"), (2, "layers 1 to 2 and n-grams"), (0, "n-grams")]
+)
+def test_who_drafted(from_exit, names):
+    report = scripted_report(range(10, 18), draft_tokens=3)
+    (step,) = (step for step in report.generation.steps if step.drafted == 3)
+    steps = [dataclasses.replace(step, from_exit=from_exit)]
+    changed = dataclasses.replace(report.generation, steps=steps)
+    assert dataclasses.replace(report, generation=changed).drafters == names
 
 
 def test_report_as_json():

@@ -85,4 +85,8 @@ class DataSet:
 
 
 def _id(row: Row) -> int:
-    return int(row["task_id"])
+    number: Any = row.get("task_id")
+    try:
+        return int(number)
+    except (TypeError, ValueError):
+        raise ValueError(f"a row's task_id is {number!r}; it must be a number") from None

@@ -77,12 +77,15 @@ def number_match(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, f
     return {"exact_match": fmean(hits)}
 
 
-def rouge(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
+def rouge(
+    samples: Sequence[Sample], texts: Sequence[str], tokenizer: Any = None
+) -> dict[str, float]:
     """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L by `rouge-score`, without stemming.
 
-    Of several references the one with the best F1 counts, each measure by itself.
+    Of several references the one with the best F1 counts, each measure by itself. Without a
+    tokenizer words are those of published figures: of the letters a to z and digits.
     """
-    scorer = rouge_scorer()
+    scorer = rouge_scorer(tokenizer)
     scores = [
         scorer.score_multi(list(sample.references), text)
         for sample, text in zip(samples, texts, strict=True)
@@ -95,7 +98,17 @@ def first_line_rouge(samples: Sequence[Sample], texts: Sequence[str]) -> dict[st
     return rouge(samples, [text.strip().partition("\n")[0] for text in texts])
 
 
-def rouge_scorer() -> Any:
+class _Words:
+    """Words of any script for `rouge-score`; Chinese and Japanese by the character."""
+
+    _CHARACTER = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    _WORD = re.compile(rf"[{_CHARACTER}]|[^\W_{_CHARACTER}]+")
+
+    def tokenize(self, text: str) -> list[str]:
+        return self._WORD.findall(text.lower())
+
+
+def rouge_scorer(tokenizer: Any = None) -> Any:
     """The scorer of `rouge-score`.
 
     Raises:
@@ -105,12 +118,12 @@ def rouge_scorer() -> Any:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise ValueError("ROUGE needs `rouge-score`: pip install 'layerskip[bench]'") from None
-    return RougeScorer(_ROUGE)
+    return RougeScorer(_ROUGE, tokenizer=tokenizer)
 
 
 def match_and_rouge(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
-    """Exact match and ROUGE, for references of an unknown kind."""
-    return exact_match(samples, texts) | rouge(samples, texts)
+    """Exact match and ROUGE, for references of an unknown kind and language."""
+    return exact_match(samples, texts) | rouge(samples, texts, _Words())
 
 
 def pass_at_1(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:

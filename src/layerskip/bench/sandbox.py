@@ -74,6 +74,8 @@ def _remove(folder: str) -> None:
                 continue
             os.chmod(entry.path, 0o700)
             for inner in list(os.scandir(entry.path)):
+                if inner.is_dir(follow_symlinks=False):
+                    os.chmod(inner.path, 0o700)  # its ".." changes
                 os.rename(inner.path, os.path.join(folder, secrets.token_hex(16)))
             os.rmdir(entry.path)
     os.rmdir(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -156,7 +157,8 @@ def _named(
     if shots > len(others):
         raise ValueError(f"n_shot is {shots}; {name} has {len(others)} examples to show")
     shown = draw(others, shots, seed)
-    before = "".join(f"{form.prompt(row)}{form.answer(row)}" for row in shown if form.answer)
+    with _fitting(f"{name}, the examples to show"):
+        before = "".join(f"{form.prompt(row)}{form.answer(row)}" for row in shown if form.answer)
 
     def sample(position: int, row: Mapping[str, Any]) -> Sample:
         text = f"{before}{form.prompt(row)}"
@@ -183,17 +185,24 @@ def _named(
 def _asked(name: str, form: Form, data: str | None) -> Iterator[Mapping[str, Any]]:
     """The rows that ask something."""
     for number, row in enumerate(form.data.rows("test", data), 1):
-        try:
+        with _fitting(f"{name}, row {number}"):
             asks = form.prompt(row) is not None
             if asks:  # all else that will be wanted of it
                 form.references(row), form.category(row)
-        except (KeyError, IndexError, TypeError) as error:
-            lacks = f"{type(error).__name__}: {error}"
-            raise ValueError(
-                f"{name}, row {number}: not as docs/tasks.md has it ({lacks})"
-            ) from error
+                if form.metrics is quality.pass_at_1:
+                    quality.program(Sample(id="", prompt="", fields=row), "")
         if asks:
             yield row
+
+
+@contextlib.contextmanager
+def _fitting(what: str) -> Iterator[None]:
+    """Say which rows are not of their task's form."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError) as error:
+        lacks = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{what}: not as docs/tasks.md has it ({lacks})") from error
 
 
 def _question(text: str) -> tuple[Mapping[str, str], ...]:

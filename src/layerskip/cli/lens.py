@@ -15,6 +15,7 @@ from layerskip.cli.progress import track
 from layerskip.cli.prompts import asked_prompts
 from layerskip.cli.terminal import tell
 from layerskip.decoding import Generation, LayerSkipModel, PromptError
+from layerskip.decoding.prompt import Tokenized
 from layerskip.lens import Agreement, Report, report_on
 from layerskip.lens.page import agreement_page, report_page
 from layerskip.model.files.writing import replace
@@ -159,7 +160,8 @@ def _look(
     answer: Generation | list[int]
     capacity = None
     if continuation is None:
-        answer = model.answer(ids, **decoding).complete()
+        asked = Tokenized(ids, continues=isinstance(prompt, str))
+        answer = model.answer(asked, **decoding).complete()
         room = len(ids) + decoding["max_new_tokens"] - 1  # as it was answered with
         capacity = min(room, model.decoder.architecture.max_context)
     else:
@@ -195,21 +197,21 @@ def _agreement(
     model: LayerSkipModel, prompts: list[Any], layers: list[int] | None, decoding: dict[str, Any]
 ) -> tuple[Agreement, BaseException | None]:
     """Over all prompts, or over those before Ctrl-C or an error, which then comes with it."""
-    found, left_out, ended = list[Agreement](), 0, None
+    found, left_out, ended = list[Agreement](), list[PromptError](), None
     try:
         for prompt in track(prompts, "looking"):
             try:
                 found.append(_look(model, "", prompt, None, layers, None, decoding).agreement)
-            except PromptError:
+            except PromptError as error:
                 if len(prompts) == 1:
                     raise
-                left_out += 1
+                left_out.append(error)
     except (KeyboardInterrupt, Exception) as error:
         if not found:
             raise
         ended = error
     if not found:
-        raise ValueError("none of these prompts can be answered: they are empty or too long")
+        raise ValueError(f"none of these prompts can be answered; the last: {left_out[-1]}")
     if left_out:
-        tell(f"{left_out} prompts, empty or too long, were left out")
+        tell(f"{len(left_out)} prompts were left out; the last: {left_out[-1]}")
     return functools.reduce(operator.add, found), ended

@@ -79,10 +79,10 @@ def _origins(rounds: tuple[Round, ...]) -> dict[int, str]:
 
 def _data(report: Report) -> dict[str, Any]:
     """What the page's script shows of a cell: symbols once, then (symbol, probability) by number."""
-    lens, numbers = report.lens, dict[str, int]()
+    lens, numbers = report.lens, dict[int, int]()  # tokens that look alike stay apart
 
     def number(token: int) -> int:
-        return numbers.setdefault(report.symbols[token], len(numbers))
+        return numbers.setdefault(token, len(numbers))
 
     cells = [
         [
@@ -94,7 +94,7 @@ def _data(report: Report) -> dict[str, Any]:
         ]
         for row in reversed(range(len(lens.exits)))
     ]
-    return {"cells": cells, "symbols": list(numbers)}
+    return {"cells": cells, "symbols": [report.symbols[token] for token in numbers]}
 
 
 def _render(template: str, **variables: Any) -> str:

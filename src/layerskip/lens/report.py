@@ -35,9 +35,13 @@ class Report:
     def drafters(self) -> str:
         """Who drafted, in words; empty where nobody did."""
         assert self.generation is not None
-        sources = {step.source for step in self.generation.steps if step.drafted}
-        names = {"early-exit": f"layers 1 to {self.generation.exit_layer}", "n-gram": "n-grams"}
-        return " and ".join(name for source, name in names.items() if source in sources)
+        drafting = [step for step in self.generation.steps if step.drafted]
+        exit_layer = self.generation.exit_layer
+        names = {
+            f"layers 1 to {exit_layer}": any(step.from_exit for step in drafting),
+            "n-grams": any(step.drafted > step.from_exit for step in drafting),
+        }
+        return " and ".join(name for name, drafted in names.items() if drafted)
 
     def part(self, positions: range) -> "Report":
         """The report on some positions; see `Lens.part`. Agreement stays that of the whole answer."""
