@@ -312,10 +312,10 @@ train(TrainConfig.from_mapping(json.loads(sys.argv[1])))
 
 
 def test_killed_runs_resume_bit_for_bit(settings, tmp_path):
-    changed = {"max_steps": 200, "save_steps": 1, "keep_checkpoints": 2}
+    changed = {"max_steps": 200, "save_steps": 500, "keep_checkpoints": 2}
     whole = run(settings, **changed)
     out = tmp_path / "killed"
-    arguments = json.dumps({**settings, **changed, "output": str(out)})
+    arguments = json.dumps({**settings, **changed, "save_steps": 1, "output": str(out)})
     process = subprocess.Popen([sys.executable, "-c", _SCRIPT, arguments], env=ONE_THREAD)
     try:
         while last_checkpoint(out) is None and process.poll() is None:
@@ -1040,34 +1040,35 @@ def test_a_broken_model_is_named(settings, model_folder, tmp_path, name, content
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "keep", "message"),
-    [
-        ("optimizer.pt", None, r"optimizer\* is missing"),
-        ("scheduler.pt", None, r"scheduler\* is missing"),
-        ("rng_state.pth", None, r"rng_state\* is missing"),
-        ("model.safetensors", None, "model.safetensors is missing"),
-        ("trainer_state.json", None, "trainer_state.json cannot be read"),
-        ("trainer_state.json", 10, "trainer_state.json cannot be read"),
-        ("optimizer.pt", 2000, "optimizer.pt is cut off or damaged"),
-        ("rng_state.pth", 0, "rng_state.pth is cut off or damaged"),
-        ("model.safetensors", 2000, "model.safetensors is cut off or damaged"),
-    ],
-)
-def test_no_run_goes_on_from_a_part_of_a_checkpoint(
-    settings, interrupted, monkeypatch, name, keep, message
-):
+DAMAGE = [  # file, bytes that are left of it, what is said
+    ("optimizer.pt", None, r"optimizer\* is missing"),
+    ("scheduler.pt", None, r"scheduler\* is missing"),
+    ("rng_state.pth", None, r"rng_state\* is missing"),
+    ("model.safetensors", None, "model.safetensors is missing"),
+    ("trainer_state.json", None, "trainer_state.json cannot be read"),
+    ("trainer_state.json", 10, "trainer_state.json cannot be read"),
+    ("optimizer.pt", 2000, "optimizer.pt is cut off or damaged"),
+    ("rng_state.pth", 0, "rng_state.pth is cut off or damaged"),
+    ("model.safetensors", 2000, "model.safetensors is cut off or damaged"),
+]
+
+
+def test_no_run_goes_on_from_a_part_of_a_checkpoint(settings, interrupted, monkeypatch):
     interrupted(settings, 6)
-    file = Path(settings["output"], "checkpoint-4", name)
-    content = file.read_bytes()
-    file.unlink()
-    if keep is not None:
-        file.write_bytes(content[:keep])
+    checkpoint = Path(settings["output"], "checkpoint-4")
     with monkeypatch.context() as patch:  # before anything takes long
         patch.delattr("layerskip.training.run.load_tokenizer")
-        with pytest.raises(ValueError, match=f"{message}.*; remove .*checkpoint-4, and --resume"):
-            run(settings, resume=True)
-    shutil.rmtree(file.parent)
+        for name, keep, message in DAMAGE:
+            file = checkpoint / name
+            content = file.read_bytes()
+            file.unlink()
+            if keep is not None:
+                file.write_bytes(content[:keep])
+            said = f"{message}.*; remove .*checkpoint-4, and --resume"
+            with pytest.raises(ValueError, match=said):
+                run(settings, resume=True)
+            file.write_bytes(content)
+    shutil.rmtree(checkpoint)
     assert run(settings, resume=True).steps == 6
 
 

@@ -49,18 +49,14 @@ class Row:
         """What it is called."""
         return self.asked or self.plan.mode
 
-    @property
-    def drafts(self) -> bool:
-        """Whether answers are drafted and verified."""
-        return self.plan.mode == "self-speculative"
-
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
+        drafts = self.plan.mode == "self-speculative"
         return {
             "mode": self.mode,
             "exit_layer": self.plan.exit_layer,
             "draft_tokens": self.plan.draft_tokens,
-            "draft_from": self.plan.draft_from if self.drafts else None,
+            "draft_from": self.plan.draft_from if drafts else None,
             "adaptive": self.plan.adaptive,
             "acceptance_rate": self.accepted / self.drafted if self.drafted else None,
             "results": {

@@ -50,10 +50,11 @@ def row(
     if entry.error is not None:
         return {**head, "error": entry.error}
     runs = entry.runs
+    is_own = entry.system.name == "layerskip"
     figures = {
         **speed(runs),
-        **(comparison(runs, plain) if plain else _NOTHING_TO_COMPARE),
-        **(acceptance(runs, is_own=entry.system.name == "layerskip") if drafting else _NO_DRAFTS),
+        **(comparison(runs, plain) if plain else comparison([], [])),
+        **(acceptance(runs, is_own=is_own) if drafting else acceptance([])),
         "identical_to_plain": _identical(runs, plain) if plain and not drawn else None,
         "quality": quality([of_prompt[0].text for of_prompt in runs]) if quality else {},
         "peak_memory_bytes": _highest(runs),
@@ -175,23 +176,6 @@ def bootstrap_interval(
     return [float(low), float(high)]
 
 
-_NOTHING_TO_COMPARE: dict[str, Any] = {
-    "speedup": None,
-    "speedup_interval": None,
-    "speedup_mean_of_prompts": None,
-    "speedup_mean_of_prompts_interval": None,
-    "speedup_with_prompt": None,
-}
-_NO_DRAFTS: dict[str, Any] = {
-    "rounds": 0,
-    "drafted": 0,
-    "accepted": 0,
-    "acceptance_rate": None,
-    "accepted_by_position": [],
-    "mean_accepted_length": None,
-}
-
-
 def acceptance(runs: Runs, *, is_own: bool = True) -> dict[str, Any]:
     """Counts over the rounds of the first repetition; None where drafts are not told.
 
@@ -226,7 +210,7 @@ def _category(
     if plain:
         figures |= comparison(own, part(plain))
         figures["identical_to_plain"] = None if drawn else _identical(own, part(plain))
-    counts = acceptance(own) if drafting else _NO_DRAFTS
+    counts = acceptance(own if drafting else [])
     return figures | {n: counts[n] for n in ("acceptance_rate", "mean_accepted_length")}
 
 

@@ -116,19 +116,17 @@ class TrainConfig:
         for name in ("model", "tokenizer", "output", "difference_base"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, os.path.expanduser(path))
-        counts = ("batch_size", "accumulation", "log_steps", "save_steps", "keep_checkpoints")
-        for name in (*counts, "draft_tokens", "exit_layer"):
+        counts = (
+            "batch_size accumulation max_steps log_steps save_steps eval_steps keep_checkpoints"
+        )
+        counts += " draft_tokens exit_layer lora_rank lora_alpha"
+        least = dict.fromkeys(counts.split(), 1) | {"eval_rows": 0, "warmup_steps": 0}
+        for name, smallest in (least | {"max_length": 2}).items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        for name in ("max_steps", "eval_steps", "lora_rank", "lora_alpha"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; it must be above 0")
+            if value is not None and value < smallest:
+                raise ValueError(f"{name} is {value}; it must be at least {smallest}")
         if not 0 <= self.seed < 2**32:  # what NumPy takes
             raise ValueError(f"seed is {self.seed}; it must be in 0 to {2**32 - 1}")
-        if self.eval_rows < 0:
-            raise ValueError(f"eval_rows is {self.eval_rows}; it must be 0 or above")
         for name in ("epochs", "learning_rate", "max_minutes"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -142,8 +140,6 @@ class TrainConfig:
         recipe = self.effective_recipe
         if recipe.variant == "LD" and recipe.fixed_exits:
             raise ValueError("variant LD gives no exit a loss: leave out fixed_exits")
-        if self.max_length < 2:
-            raise ValueError(f"max_length is {self.max_length}; a row needs at least 2 tokens")
         if self.eval_data is not None and self.eval_rows:
             raise ValueError("eval_data and eval_rows contradict each other; give one of them")
         if not self.eval_rows and self.eval_data is None:
@@ -152,8 +148,6 @@ class TrainConfig:
                     raise ValueError(
                         f"{name} needs rows to evaluate on: give eval_rows or eval_data"
                     )
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be 0 or above")
         if self.eval_split is not None and self.eval_data is None:
             raise ValueError("eval_split needs eval_data")
         if self.eval_data == self.data and self.eval_split in (None, self.split):

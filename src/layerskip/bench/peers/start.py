@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from layerskip.bench.measure import Setting
 from layerskip.bench.peers.job import Job
 from layerskip.bench.peers.process import PEERS, PeerProcess
 from layerskip.decoding import LayerSkipModel
@@ -64,17 +63,11 @@ def start_peers(
         for number, name in enumerate(names):
             progress(number, len(names))
             failure = _prepare(name, job, gguf_weights)
-            peer = PeerProcess(
-                name, dataclasses.replace(job, settings=_settings(name, drafts)), failure
-            )
+            settings = importlib.import_module(PEERS[name].module).settings(drafts)
+            peer = PeerProcess(name, dataclasses.replace(job, settings=settings), failure)
             peers.append(stack.enter_context(peer))
             progress(number + 1, len(names))
         yield peers
-
-
-def _settings(name: str, drafts: Sequence[tuple[int, int]]) -> list[Setting]:
-    module = importlib.import_module(PEERS[name].module)
-    return module.settings(drafts)
 
 
 def _prepare(name: str, job: Job, gguf_weights: str) -> str | None:
