@@ -124,6 +124,12 @@ def test_what_judging_wants_is_looked_for_before_anything_runs(tmp_path, name, f
         load_task(name, data=str(tmp_path), n_shot=0)
 
 
+def test_rows_without_their_tests_can_be_asked_where_nothing_is_judged(tmp_path):
+    (tmp_path / "humaneval").mkdir()
+    (tmp_path / "humaneval" / "HumanEval.jsonl").write_text('{"prompt": "x"}')
+    assert len(load_task("humaneval", data=str(tmp_path), judged=False).samples) == 1
+
+
 def test_examples_of_another_form_are_named(tmp_path):
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "x", "answer": "#### 1"}\n')

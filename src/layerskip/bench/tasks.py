@@ -152,7 +152,7 @@ def _named(
         raise ValueError(f"{name} takes no shots: leave n_shot out, or 0")
     if judged:
         quality.check_can_judge(form.metrics)
-    rows = list(_asked(name, form, data))
+    rows = list(_asked(name, form, data, judged))
     others = form.data.rows(form.shot_split, data) if shots else []
     if shots > len(others):
         raise ValueError(f"n_shot is {shots}; {name} has {len(others)} examples to show")
@@ -182,14 +182,14 @@ def _named(
     )
 
 
-def _asked(name: str, form: Form, data: str | None) -> Iterator[Mapping[str, Any]]:
+def _asked(name: str, form: Form, data: str | None, judged: bool) -> Iterator[Mapping[str, Any]]:
     """The rows that ask something."""
     for number, row in enumerate(form.data.rows("test", data), 1):
         with _fitting(f"{name}, row {number}"):
             asks = form.prompt(row) is not None
             if asks:  # all else that will be wanted of it
                 form.references(row), form.category(row)
-                if form.metrics is quality.pass_at_1:
+                if judged and form.metrics is quality.pass_at_1:
                     quality.program(Sample(id="", prompt="", fields=row), "")
         if asks:
             yield row

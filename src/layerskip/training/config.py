@@ -116,12 +116,11 @@ class TrainConfig:
         for name in ("model", "tokenizer", "output", "difference_base"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, os.path.expanduser(path))
-        counts = (
-            "batch_size accumulation max_steps log_steps save_steps eval_steps keep_checkpoints"
-        )
-        counts += " draft_tokens exit_layer lora_rank lora_alpha"
-        least = dict.fromkeys(counts.split(), 1) | {"eval_rows": 0, "warmup_steps": 0}
-        for name, smallest in (least | {"max_length": 2}).items():
+        steps = ("max_steps", "log_steps", "save_steps", "eval_steps")
+        others = ("batch_size", "accumulation", "keep_checkpoints", "lora_rank", "lora_alpha")
+        least = dict.fromkeys((*steps, *others, "draft_tokens", "exit_layer"), 1)
+        least |= {"eval_rows": 0, "warmup_steps": 0, "max_length": 2}
+        for name, smallest in least.items():
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise ValueError(f"{name} is {value}; it must be at least {smallest}")
