@@ -118,10 +118,10 @@ class RandomTensors:
         """See `Tensors`."""
         return "BF16"
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """See `Tensors`."""
         size = torch.empty(self._shapes[name], dtype=torch.bfloat16, device=self._device)
-        return size.normal_(0.0, 0.02, generator=self._chance)
+        return size.normal_(0.0, 0.02, generator=self._chance).to(dtype or size.dtype)
 
     def quantized(self, name: str) -> Quantized | None:
         """See `Tensors`."""

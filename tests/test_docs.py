@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import get_args, get_type_hints
 from unittest import mock
 
 import click
@@ -66,6 +67,24 @@ def test_flags_in_sentences_and_tables_exist(page):
 def test_every_setting_is_explained():
     rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "recipe.md").read_text(), re.MULTILINE)
     assert sorted(rows) == sorted(TrainConfig.settings())
+
+
+def test_the_presets_are_those_of_the_table():
+    text = (ROOT / "docs" / "recipe.md").read_text()
+    table = text.split("| regime | for |")[1].split("\n\n")[0].splitlines()[2:]
+    of_pages = {}
+    for line in table:
+        regime, _, *figures = (cell.strip() for cell in line.strip("|").split("|"))
+        of_pages[regime] = figures
+    for regime, figures in of_pages.items():
+        config = TrainConfig(model="m", data="d", output="o", regime=regime)
+        recipe = config.effective_recipe
+        rotation = f" {recipe.rotation}" if recipe.curriculum == "rotational" else ""
+        over_steps = {"none": "1"}.get(recipe.dropout_over_steps, recipe.dropout_over_steps)
+        assert figures[2:4] == [recipe.curriculum + rotation, over_steps]
+        in_numbers = [float(figures[i]) for i in (0, 1, 4)]
+        assert in_numbers == [recipe.p_max, recipe.e_scale, config.effective_learning_rate]
+    assert [*of_pages] == [*get_args(get_type_hints(TrainConfig)["regime"])]
 
 
 def test_every_option_and_field_of_an_answer_is_explained():

@@ -37,24 +37,27 @@ def arguments(folder, **changes):
     return TrainingArguments(output_dir=str(folder), **{**defaults, **changes})
 
 
-def train_by_hand(model, handle, own, processes=1, steps=3):
+def train_by_hand(model, handle, own, processes=1, steps=3, accumulation=1):
     """Some steps as Trainer's: AdamW, clipping, linear decay. Loss of each step, own rows only.
 
-    Every step has two batches of four rows; `own` says which this process takes. Each counts its
-    micro-batches by itself, so both batches skip the same rows.
+    Every step has eight rows, of which two processes take four each, in `accumulation` batches; `own`
+    says which processes' rows these are. Each counts its micro-batches by itself, so both skip the
+    same rows.
     """
     settings = arguments("unused")
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=0.0)
     data, losses = rows(), []
     for step in range(steps):
-        batches = [Collator(0)(data[start : start + 4]) for start in (8 * step, 8 * step + 4)]
+        of_step, size = data[8 * step : 8 * step + 8], 4 // accumulation
+        batches = [Collator(0)(of_step[start : start + size]) for start in range(0, 8, size)]
         items = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
         total = 0.0
         for number in own:
             handle.set_step(step, steps)
-            loss = model(**batches[number], num_items_in_batch=items).loss
-            (processes * loss).backward()  # gradients are averaged over processes
-            total += loss.item()
+            for batch in batches[number::2]:  # as processes take them: in turns
+                loss = model(**batch, num_items_in_batch=items).loss
+                (processes * loss).backward()  # gradients are averaged over processes
+                total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * (steps - step) / steps

@@ -1,10 +1,12 @@
 """`layerskip train` in this process, on the tiny checkpoint."""
 
+import io
 import json
 
 import pytest
 
-from layerskip.training import TrainConfig
+from layerskip.cli.train_progress import TrainProgress
+from layerskip.training import Progress, TrainConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -41,6 +43,18 @@ def test_json_is_all_there_is_on_stdout(train, tmp_path):
     assert "loss" in lines[0]
     assert "learning_rate" in lines[0]
     assert "eval exit 1 " in err
+
+
+def test_a_terminal_has_a_bar(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with TrainProgress(is_shown=True) as progress:
+        progress(Progress(step=3, total_steps=4, logs={"loss": 0.5}))
+    assert "step 3/4: loss 0.5" in terminal.getvalue()
+    assert "training" in terminal.getvalue()
+    assert "3/4" in terminal.getvalue().replace("step 3/4", "")
 
 
 def test_the_result_in_one_line(train, tmp_path):
@@ -83,6 +97,20 @@ def test_flags_without_effect_are_said(train, arguments, said):
     assert [line for line in err.splitlines() if "no effect" in line] == [
         f"layerskip: {line}" for line in said
     ]
+
+
+@pytest.mark.parametrize("is_control", [False, True])
+def test_settings_of_a_file_without_effect_are_said(train, tmp_path, is_control):
+    """Where flags turn off what the file has settings for, as a control does, only flags are said."""
+    config = tmp_path / "a.yaml"
+    first = "rotational" if is_control else "none"
+    config.write_text(f"curriculum: {first}\nexits: [2, 3]\n")
+    flags = ("--curriculum", "none", "--p-max", 0) if is_control else ()
+    status, _, err = train(config, *flags)
+    assert status == 0, err
+    said = [line for line in err.splitlines() if "no effect" in line]
+    names = ("rotation",) if is_control else ("rotation", "exits")  # the first is a flag here
+    assert said == [f"layerskip: --{n} has no effect with --curriculum none" for n in names]
 
 
 def test_a_flag_takes_the_place_of_what_contradicts_it_in_the_file(train, tmp_path):

@@ -9,6 +9,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from layerskip.model import load
 from layerskip.model.families import FAMILIES
+from layerskip.model.files.weights import GgufFile
 from layerskip.model.linear import DenseLinear
 from tiny_models import build, logits_of, reference, reference_logits, token_ids
 
@@ -61,6 +62,18 @@ def test_loaded_weights_are_the_dequantized_ones(case, kind, tmp_path):
         name = f"model.layers.{i}"
         assert torch.equal(layer.attention_norm.weight, state[f"{name}.input_layernorm.weight"])
         assert torch.equal(layer.mlp_norm.weight, state[f"{name}.post_attention_layernorm.weight"])
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_some_rows_are_read_at_a_time(kind, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr("layerskip.model.files.weights._AT_ONCE", 5 * 64 + 1)  # five rows
+    path = tmp_path / "model.gguf"
+    state = gguf_files.write(path, fitting("qwen3"), kind=kind, architecture="qwen3")
+    tensors = GgufFile(path)
+    for name, expected in state.items():
+        found = tensors.read(name, dtype)
+        assert found.dtype == (dtype or torch.float32)
+        assert torch.equal(found, expected.to(found.dtype))
 
 
 def test_frequency_factors_are_the_llama3_scaling(tmp_path):

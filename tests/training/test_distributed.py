@@ -14,9 +14,9 @@ from layerskip.training.callbacks import read_log
 from trainer_setup import DROPPING, train_by_hand
 
 
-def one_process(model_folder):
+def one_process(model_folder, accumulation=1):
     model = AutoModelForCausalLM.from_pretrained(model_folder).train()
-    return train_by_hand(model, attach(model, DROPPING), own=[0, 1])
+    return train_by_hand(model, attach(model, DROPPING), own=[0, 1], accumulation=accumulation)
 
 
 HERE = Path(__file__).parent
@@ -53,6 +53,11 @@ def test_two_processes_train_as_one(request, tmp_path, kind, folder):
         for exit_layer in (1, 4):
             loss = result["metrics"][f"eval_loss_exit_{exit_layer}"]
             assert loss == pytest.approx(result["expected"][str(exit_layer)], rel=1e-5)
+
+
+def test_two_processes_accumulate_as_one(model_folder, tmp_path):
+    result = run(model_folder, tmp_path, "ddp_accumulating")
+    assert result["losses"] == pytest.approx(one_process(model_folder, 2), rel=1e-5)
 
 
 def test_two_processes_resume_with_the_rows_that_were_to_come(model_folder, tmp_path):

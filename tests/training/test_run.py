@@ -706,6 +706,11 @@ def test_the_last_evaluation_is_made_once(settings):
     assert [line["step"] for line in log if "eval_loss" in line] == [3, 6]
 
 
+def test_a_rate_that_does_not_come_to_its_peak_is_said(settings):
+    with pytest.warns(TrainingWarning, match="warmup_steps is 6, but there are 6 steps"):
+        run(settings, warmup_steps=6)
+
+
 def test_a_constant_rate_is_warmed_up(settings):
     run(settings, scheduler="constant", warmup_steps=4, log_steps=1)
     log = read_log(Path(settings["output"]) / "train_log.jsonl")
@@ -870,6 +875,13 @@ def test_other_rows_to_evaluate_on_after_a_resume_are_said(settings, interrupted
     interrupted(settings, 5)
     with pytest.warns(TrainingWarning, match="rows to evaluate on may have been trained on"):
         run(settings, resume=True, eval_rows=5)
+
+
+def test_another_model_after_a_resume_is_said(settings, interrupted, model_folder, tmp_path):
+    interrupted(settings, 3)
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    with pytest.warns(TrainingWarning, match="^model: another .* weights are those of the check"):
+        run(settings, resume=True, model=str(other))
 
 
 def test_other_rows_after_a_resume_are_said(settings, interrupted):

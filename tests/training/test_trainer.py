@@ -127,6 +127,42 @@ def test_rows_that_teach_nothing_end_the_run(model_folder, tmp_path, max_steps):
     trainer.train()
 
 
+def test_a_step_has_the_labels_of_all_its_batches(model_folder, tmp_path):
+    first, second = rows(2)
+    ignored = {**second, "labels": [-100] * len(second["labels"])}
+    trainer = trainer_of(
+        LayerSkipTrainer,
+        model_folder,
+        tmp_path,
+        max_steps=1,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+    )
+    trainer.train_dataset = [first, ignored]
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_rows_may_be_embeddings(model_folder, tmp_path):
+    losses = []
+    for embedded in (False, True):
+        trainer = trainer_of(LayerSkipTrainer, model_folder, tmp_path, max_steps=1)
+        embed = trainer.model.get_input_embeddings()
+
+        def collate(batch, embed=embed, embedded=embedded):
+            made = Collator(0)(batch)
+            if embedded:
+                made["inputs_embeds"] = embed(made.pop("input_ids")).detach()
+            return made
+
+        trainer.data_collator = collate
+        trainer.train()
+        log = next(log for log in trainer.state.log_history if "loss" in log)
+        assert log["tokens_per_s"] > 0
+        losses.append((log["loss"], log["loss_exit_2"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_group_by_length_is_ours(model_folder, tmp_path):
     from datasets import Dataset
 

@@ -19,10 +19,10 @@ from trainer_setup import DROPPING, arguments, rows, train_by_hand
 EVAL_ROWS = 10  # no multiple of what two processes take at a time
 
 
-def ddp(model, output):
+def ddp(model, output, **changes):
     trainer = LayerSkipTrainer(
         model=model,
-        args=arguments(output, max_steps=3),
+        args=arguments(output, max_steps=3, **changes),
         data_collator=Collator(0),
         train_dataset=rows(),
         eval_dataset=rows(EVAL_ROWS),
@@ -34,6 +34,11 @@ def ddp(model, output):
     whole = trainer.attached.evaluate((1,), Collator(0)(rows(EVAL_ROWS)), model)
     expected = dict(zip(whole.exits, (whole.loss_sums / whole.tokens).tolist(), strict=True))
     return [log["loss"] for log in trainer.state.log_history if "loss" in log], metrics, expected
+
+
+def ddp_accumulating(model, output):
+    """Gradients wait for one another after the second batch alone."""
+    return ddp(model, output, per_device_train_batch_size=2, gradient_accumulation_steps=2)
 
 
 class Recording(LayerSkipTrainer):
@@ -103,7 +108,9 @@ def fsdp2_with_the_exit_apart(model, output):
     return fsdp2(model, output, exit_apart=True)
 
 
-KINDS = {one.__name__: one for one in (ddp, fsdp2, fsdp2_with_the_exit_apart, resume)}
+KINDS = {
+    one.__name__: one for one in (ddp, ddp_accumulating, fsdp2, fsdp2_with_the_exit_apart, resume)
+}
 
 
 def main(model_folder, output, kind):

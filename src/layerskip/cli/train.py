@@ -18,6 +18,7 @@ try:
     from layerskip.training import TrainConfig, train
     from layerskip.training.checkpoints import last_good
     from layerskip.training.checks import check_packages
+    from layerskip.training.config import read_settings
 except ImportError as error:
     raise ImportError(
         f"training needs {error.name}; run: pip install 'layerskip[train]'"
@@ -56,8 +57,15 @@ def _help(field: Any) -> str:
     return f"{text}  [default: {field.default}]" if is_plain and "default" not in text else text
 
 
-def _without_effect(given: Mapping[str, Any], recipe: RecipeConfig) -> list[str]:
-    """A line for each flag that the recipe does not look at."""
+def _without_effect(
+    given: Mapping[str, Any], of_file: Mapping[str, Any], recipe: RecipeConfig
+) -> list[str]:
+    """A line for each setting that the recipe does not look at: of flags, and of the file's own.
+
+    A flag may turn off what the file has settings for, as a control does.
+    """
+    deciding = ("regime", "variant", "curriculum", "fixed_exits", "p_max", "exit_weighting")
+    asked = given if any(name in given for name in deciding) else {**of_file, **given}
     of_dropout = ("dropout_over_layers", "dropout_over_steps", "dropout_every")
     of_curriculum = ("rotation", "exits", "exit_every")
     of_exits = ("exit_weighting", "e_scale", "distillation_weight")
@@ -78,7 +86,7 @@ def _without_effect(given: Mapping[str, Any], recipe: RecipeConfig) -> list[str]
     return [
         f"--{name.replace('_', '-')} has no effect with {cause}"
         for name, cause in unused.items()
-        if name in given
+        if name in asked
     ]
 
 
@@ -107,6 +115,7 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
     check_packages()
     given = {name: value for name, value in flags.items() if value is not None}
     try:
+        of_file = read_settings(config) if config else {}
         settings = (
             TrainConfig.from_yaml(config, **given) if config else TrainConfig.from_mapping(given)
         )
@@ -115,7 +124,7 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
     machine.set_threads()
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, accelerate launch
     if is_first:
-        for line in _without_effect(given, settings.effective_recipe):
+        for line in _without_effect(given, of_file, settings.effective_recipe):
             tell(line)
     with (
         options.warnings_in_one_line(is_shown=is_first),

@@ -59,8 +59,9 @@ class Taker:
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """The tensor, which has to be there, in the decoder's dtype or another."""
-        tensor = self._needed(name, shape)
-        return self._cast(change(tensor) if change else tensor, dtype)
+        if change is None:
+            return self._cast(self._needed(name, shape, dtype or self._dtype), dtype)
+        return self._cast(change(self._needed(name, shape)), dtype)
 
     def embedding(self, name: str, shape: tuple[int, int]) -> Embedding:
         """The token embedding, [V, D]."""
@@ -116,7 +117,8 @@ class Taker:
         biases = self._biases(names, sizes)
         bias = self._cast(finished(biases)) if biases else None
         if self._bits is None or not is_quantized:
-            weight = self._cast(finished([self._needed(*part) for part in parts]))
+            dtype = None if is_scaled else self._dtype  # at once: what is stored may be larger
+            weight = self._cast(finished([self._needed(*part, dtype) for part in parts]))
             return self._product(weight, bias)
         if is_scaled:  # off the grid that a file may have
             values = finished([self._needed(*part) for part in parts])
@@ -176,16 +178,20 @@ class Taker:
         n_rows = max(1, _ROUNDED_WEIGHTS // weight.shape[1])
         return stack([quantize(some, bits) for some in weight.split(n_rows)])
 
-    def _needed(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self._raw(name, shape)
+    def _needed(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        tensor = self._raw(name, shape, dtype)
         if tensor is None:
             raise missing(name)
         return tensor
 
-    def _raw(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+    def _raw(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor | None:
         if not self._is_there(name):
             return None
-        tensor = self._tensors.read(name)
+        tensor = self._tensors.read(name, dtype)
         self._check(name, tensor.shape, shape)
         return tensor
 

@@ -64,6 +64,17 @@ def warn_of_no_decoder(model_type: str) -> None:
         )
 
 
+def warn_of_long_warmup(warmup_steps: int, steps: int) -> None:
+    """Warn where the run is over before the learning rate has come to its peak."""
+    if warmup_steps >= steps:
+        warnings.warn(
+            f"warmup_steps is {warmup_steps}, but there are {steps} steps: the learning rate does not"
+            " come to its peak",
+            TrainingWarning,
+            stacklevel=2,
+        )
+
+
 def check_layers(config: TrainConfig) -> int:
     """Compare exits with the model's layers; the exit for decoding.
 

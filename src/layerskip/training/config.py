@@ -229,15 +229,7 @@ class TrainConfig:
         Raises:
             ValueError: where the file is no mapping of settings.
         """
-        import yaml  # type: ignore[import-untyped, unused-ignore]
-
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, ValueError) as error:  # no UTF-8, or no such date
-            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must have lines of the form 'name: value'")
-        values = {str(name).replace("-", "_"): value for name, value in values.items()}
+        values = read_settings(path)
         given = {name: v for name, v in changes.items() if v is not None}
         replaced = set().union(*(_INSTEAD_OF.get(name, ()) for name in given))
         kept = {name: v for name, v in values.items() if name not in replaced}
@@ -248,6 +240,23 @@ class TrainConfig:
         return asdict(self.effective_recipe) | {
             name: value for name, value in asdict(self).items() if name != "recipe"
         }
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that a YAML file names, as they stand there.
+
+    Raises:
+        ValueError: where the file is no mapping.
+    """
+    import yaml  # type: ignore[import-untyped, unused-ignore]
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:  # no UTF-8, or no such date
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must have lines of the form 'name: value'")
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
 def default_alpha(rank: int) -> int:

@@ -83,6 +83,13 @@ def _compare(config: TrainConfig, file: Path) -> None:
             TrainingWarning,
             stacklevel=3,
         )
+    if others := [name for name in ("model", "tokenizer") if before[name] != now[name]]:
+        warnings.warn(
+            f"{', '.join(others)}: another than before the interruption, but the weights are those of"
+            " the checkpoint",
+            TrainingWarning,
+            stacklevel=3,
+        )
     if others := [name for name in _ROWS_BY if before[name] != now[name]]:
         so = "rows come again or are left out"
         if config.eval_rows:

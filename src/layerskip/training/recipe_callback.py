@@ -21,6 +21,7 @@ class RecipeCallback(TrainerCallback):
     def __init__(self, attached: AttachedRecipe) -> None:
         self._attached = attached
         self._unlabelled: int | None = 0  # steps so far; None once there was a label
+        self._labels = 0  # of the step's batches before the last
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Refuse what takes the recipe off the model, silently."""
@@ -36,6 +37,11 @@ class RecipeCallback(TrainerCallback):
         """Before the first batch of an optimizer step."""
         self._attached.set_step(state.global_step, state.max_steps)
         self._attached.last = None
+        self._labels = 0
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After each batch of an optimizer step but the last."""
+        self._labels += self._attached.last.tokens if self._attached.last else 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Refuse a step that came about without the exits' loss, and training without labels."""
@@ -47,7 +53,8 @@ class RecipeCallback(TrainerCallback):
             )
         if self._unlabelled is None:
             return
-        self._unlabelled = None if self._attached.last.tokens else self._unlabelled + 1
+        labels = self._labels + self._attached.last.tokens
+        self._unlabelled = None if labels else self._unlabelled + 1
         if self._unlabelled == min(_PATIENCE, state.max_steps):
             raise ValueError(
                 f"no row of the first {self._unlabelled} steps had a label to learn (all are -100): are"

@@ -28,6 +28,7 @@ from layerskip.training.checks import (
     check_installed,
     check_layers,
     check_packages,
+    warn_of_long_warmup,
     warn_of_no_decoder,
 )
 from layerskip.training.config import TrainConfig
@@ -143,7 +144,8 @@ def _train(
         on_grid.remove()
         if eval_rows:
             metrics |= trainer.evaluate(metric_key_prefix="unrounded")
-            nll_change = metrics["eval_loss"] / metrics["unrounded_loss"] - 1
+            if metrics["unrounded_loss"]:  # 0 where rows leave no doubt
+                nll_change = metrics["eval_loss"] / metrics["unrounded_loss"] - 1
     detach(model)
     model.config.use_cache = use_cache  # which Trainer turned off
     settings = {"transformers_can_exit": can_exit, "nll_change": nll_change}
@@ -187,11 +189,12 @@ def _run(trainer: LayerSkipTrainer, config: TrainConfig, resume_from: str | None
 
     The last is also the step at which the time was over.
     """
+    rows: Any = trainer.train_dataset
+    epoch = -(-len(rows) // (config.batch_size * config.accumulation * trainer.args.world_size))
+    wanted = config.max_steps or math.ceil(config.effective_epochs * epoch)
+    warn_of_long_warmup(config.warmup_steps, wanted)
     if resume_from is not None:
         state = TrainerState.load_from_json(str(Path(resume_from) / TRAINER_STATE_NAME))
-        accumulation = trainer.args.gradient_accumulation_steps
-        epoch = max(1, -(-len(trainer.get_train_dataloader()) // accumulation))  # steps of one
-        wanted = config.max_steps or math.ceil(config.effective_epochs * epoch)
         is_over = config.max_minutes is not None and time_spent(state) >= 60 * config.max_minutes
         if is_over or state.global_step >= wanted:
             if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:

@@ -75,7 +75,7 @@ class LayerSkipMixin(_Trainer):  # type: ignore[misc]
         self.attached = attach(self.model, recipe)
         layers = self.attached.num_layers
         if eval_exits is None:
-            spread = range(max(1, layers // 8), layers, max(1, layers // 8))
+            spread = range(step := max(1, round(layers / 8)), layers, step)
             eval_exits = {*spread, *recipe.fixed_exits, *(recipe.exits or ())}
         self.eval_exits = tuple(sorted(eval_exits))
         if outside := [e for e in self.eval_exits if not 1 <= e <= layers]:
@@ -112,7 +112,9 @@ class LayerSkipMixin(_Trainer):  # type: ignore[misc]
                 " that makes them, such as DataCollatorForLanguageModeling(tokenizer, mlm=False)"
             )
         self._train_totals.add(losses)
-        self._token_rate.add(inputs["input_ids"].numel())
+        given = inputs.get("input_ids")
+        given = inputs["inputs_embeds"][..., 0] if given is None else given
+        self._token_rate.add(given.numel())
         loss = outputs["loss"]
         # DDP averages gradients over processes, while the items are those of all of them.
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:

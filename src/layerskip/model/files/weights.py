@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import gguf
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from layerskip.model.files.writing import CheckpointError, read_json
 from layerskip.model.packed import nibbles
 from layerskip.model.quantize import Quantized
 
-_AT_ONCE = 4096  # rows read from GGUF: a whole matrix would be there twice
+_AT_ONCE = 2**19  # weights read from GGUF: of a whole matrix there would be several copies
 
 
 class Tensors(Protocol):
@@ -47,8 +48,8 @@ class Tensors(Protocol):
         """How a tensor is stored: F32, F16, BF16, or a quantized kind such as Q4_1."""
         ...
 
-    def read(self, name: str) -> Tensor:
-        """One tensor in a floating dtype, on the CPU."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor on the CPU, in a floating dtype: this one, else as it is stored."""
         ...
 
     def quantized(self, name: str) -> Quantized | None:
@@ -96,12 +97,12 @@ class SafetensorsFiles:
         """From the file's header."""
         return str(self._files[name][0].get_slice(name).get_dtype())
 
-    def read(self, name: str) -> Tensor:
-        """One tensor as it is stored."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor, as it is stored where no dtype is wanted."""
         handle, path = self._files[name]
         with damage_named(path):
             tensor: Tensor = handle.get_tensor(name)
-        return tensor
+        return tensor.to(dtype or tensor.dtype)
 
     def quantized(self, name: str) -> Quantized | None:
         """None: all tensors here are floating."""
@@ -147,40 +148,26 @@ class GgufFile:
         """One tensor as it is stored, quantized blocks as bytes; mapped from the file, not copied."""
         return self._tensors[name].data
 
-    def read(self, name: str) -> Tensor:
-        """One tensor as float32."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor, as float32 where no dtype is wanted."""
         tensor = self._tensors[name]
-        if len(tensor.shape) == 2 and (codes := self.quantized(name)) is not None:
-            return codes.dequantize()  # the same numbers, sooner
-        values = torch.empty(self.shape(name), dtype=torch.float32, device="cpu")
+        values = torch.empty(tensor.shape, dtype=dtype or torch.float32, device="cpu")
         data = np.atleast_2d(tensor.data)
-        rows = values.view(len(data), -1).numpy()
+        rows = values.view(len(data), -1)
+        n = max(1, _AT_ONCE // max(1, rows.shape[1]))
         try:
             with damage_named(self.path):
-                for i in range(0, len(rows), _AT_ONCE):
-                    rows[i : i + _AT_ONCE] = gguf.dequantize(data[i : i + _AT_ONCE], tensor.kind)
+                for i in range(0, len(rows), n):
+                    rows[i : i + n] = _numbers(data[i : i + n], tensor.kind)
         except NotImplementedError as error:
             problem = f"{name} is stored as {tensor.kind.name}, which cannot be read"
             raise UnsupportedModelError(problem) from error
         return values
 
     def quantized(self, name: str) -> Quantized | None:
-        """A Q8_0, Q4_0 or Q4_1 matrix as it is stored; None for other kinds.
-
-        A block is `GROUP` codes after their scale and, in Q4_1, their offset.
-        """
-        kind = self.stored_as(name)
-        if kind not in ("Q8_0", "Q4_0", "Q4_1"):
-            return None
-        blocks = torch.from_numpy(self.blocks(name).copy())  # [out, bytes]
-        n_halves = 2 if kind == "Q4_1" else 1
-        size = gguf.GGML_QUANT_SIZES[self._tensors[name].kind][1]
-        parts = [2 * n_halves, size - 2 * n_halves]
-        halves, codes = blocks.unflatten(1, (-1, size)).split(parts, -1)
-        scales, *offsets = halves.contiguous().view(torch.float16).unbind(-1)
-        if kind == "Q8_0":  # signed bytes
-            return Quantized(8, codes.flatten(1) ^ 128, scales, None)
-        return Quantized(4, nibbles(codes.flatten(1)), scales, offsets[0] if offsets else None)
+        """A Q8_0, Q4_0 or Q4_1 matrix as it is stored; None for other kinds."""
+        tensor = self._tensors[name]
+        return _codes(tensor.data, tensor.kind) if tensor.kind in _ON_OUR_GRID else None
 
     def field(self, key: str, default: Any = None) -> Any:
         """A metadata value, or the default."""
@@ -266,6 +253,30 @@ class GgufFile:
             sliding_windows=(int(window) if window else None,) * n_layers,
             ropes=(rope,) * n_layers,
         )
+
+
+_ON_OUR_GRID = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1)
+
+
+def _numbers(data: "np.ndarray[Any, Any]", kind: GGMLQuantizationType) -> Tensor:
+    """What rows as they are stored stand for, in float32."""
+    if kind in _ON_OUR_GRID:
+        return _codes(data, kind).dequantize()  # the same numbers, sooner
+    # What is stored as float32 is the file's own memory, which is not to be written to.
+    return torch.from_numpy(np.require(gguf.dequantize(data, kind), requirements="W"))
+
+
+def _codes(data: "np.ndarray[Any, Any]", kind: GGMLQuantizationType) -> Quantized:
+    """Rows of blocks: `GROUP` codes after their scale and, in Q4_1, their offset."""
+    blocks = torch.from_numpy(data.copy())  # [out, bytes]
+    n_halves = 2 if kind == GGMLQuantizationType.Q4_1 else 1
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    parts = [2 * n_halves, size - 2 * n_halves]
+    halves, codes = blocks.unflatten(1, (-1, size)).split(parts, -1)
+    scales, *offsets = halves.contiguous().view(torch.float16).unbind(-1)
+    if kind == GGMLQuantizationType.Q8_0:  # signed bytes
+        return Quantized(8, codes.flatten(1) ^ 128, scales, None)
+    return Quantized(4, nibbles(codes.flatten(1)), scales, offsets[0] if offsets else None)
 
 
 _ROPE_FACTORS = "rope_freqs.weight"
