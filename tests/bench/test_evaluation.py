@@ -73,6 +73,12 @@ def test_rows_for_json():
     }
 
 
+def test_names_with_dollars_are_no_formulas():
+    row = Row(Plan(mode="plain"))
+    row.results["cost_$100_vs_$200.txt"] = {"words_$_$": Metric(1.0)}
+    assert plot_exits([row], 30).startswith(b"\x89PNG")
+
+
 def test_a_picture_needs_a_figure():
     with pytest.raises(ValueError, match="have given no figure that could be drawn"):
         plot_exits([Row(Plan(mode="plain"))], 30)

@@ -1,7 +1,10 @@
 """Our model in lm-evaluation-harness against the harness's own on the same checkpoint, in float32."""
 
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
+import tiny_checkpoint
 import tiny_tasks
 from layerskip import LayerSkipModel
 from layerskip.bench.evaluation import Row, rows_of
@@ -85,6 +88,38 @@ def test_greedy_answers_are_those_of_the_harness(model, theirs, until):
         lm = ours(model, plan)
         assert lm.generate_until(requests) == expected
         assert (lm.row.drafted > 0) == (plan.mode == "self-speculative")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_texts_begin_as_with_the_harness(tmp_path):
+    """Where the tokenizer begins texts with a token, and some have it already."""
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_checkpoint.save(tmp_path))
+    begins = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begins
+    tokenizer.save_pretrained(tmp_path)
+    theirs = HFLM(pretrained=str(tmp_path), device="cpu", dtype="float32", batch_size=2)
+    lm = ours(LayerSkipModel.from_pretrained(tmp_path, dtype="float32"), Plan(mode="plain"))
+    pairs = [*PAIRS[:4], ("<s>Is water wet?", " yes")]
+    requests = instances("loglikelihood", pairs)
+    expected = theirs.loglikelihood(requests, disable_tqdm=True)
+    for found, known in zip(lm.loglikelihood(requests), expected, strict=True):
+        assert found[0] == pytest.approx(known[0], abs=1e-4, rel=1e-5)
+    begun = lm.tok_encode("Is")
+    assert begun[0] == tokenizer.bos_token_id
+    assert lm.tok_encode("<s>Is") == begun
+    wishes = {"until": [], "max_gen_toks": 8, "do_sample": False}
+    requests = instances("generate_until", [(q, wishes) for q, _ in pairs if q])
+    assert lm.generate_until(requests) == theirs.generate_until(requests, disable_tqdm=True)
+
+
+def test_a_tokenizer_without_begin_and_end_tokens(model):
+    lm = ours(model, Plan(mode="plain"))
+    lm.tokenizer = PreTrainedTokenizerFast(tokenizer_object=model.tokenizer.backend_tokenizer)
+    assert lm.tok_encode("Is") == model.tokenizer.encode("Is")
+    with pytest.raises(ValueError, match="needs a begin or end token"):
+        lm.loglikelihood_rolling(instances("loglikelihood_rolling", [("Is",)]))
 
 
 def test_an_exit_says_what_it_likes_itself(model):

@@ -109,6 +109,20 @@ def test_a_difference_to_itself(export, source, tmp_path):
             ["--to", "difference", "--base", "b", "--weights", "f16", "x.safetensors"],
             "a difference has --bits",
         ),
+        (
+            [
+                "--to",
+                "difference",
+                "--base",
+                "b",
+                "--bits",
+                "4",
+                "--calibrate",
+                "t.txt",
+                "x.safetensors",
+            ],
+            "--calibrate changes nothing in 4 bits",
+        ),
         (["--to", "hf", "--bits", "2", "out"], "--bits and --draft-bits go with --to difference"),
         (
             ["--to", "difference", "--base", "b", "--bits", "3", "x.safetensors"],

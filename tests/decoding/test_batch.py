@@ -11,6 +11,7 @@ from tiny_decoders import (
     GREEDY,
     LAYERS,
     PLAIN,
+    counted,
     ids,
     random_prompt,
     speculative,
@@ -21,7 +22,7 @@ import tiny_models
 from layerskip import LayerSkipModel
 from layerskip.decoding import Plan, PromptError, Sampling
 from layerskip.decoding import generate as generate_steps
-from layerskip.decoding.batch import Batch, alike
+from layerskip.decoding.batch import Batch, alike, grouped
 from layerskip.decoding.generate import PREFILL_CHUNK
 
 EARLY = Plan(mode="early-exit", exit_layer=2)
@@ -169,6 +170,24 @@ def test_an_adaptive_batch_drafts_as_far_as_it_pays(upper):
         assert max(drafted[-40:]) == 1
     else:
         assert set(drafted[2:]) == {6}
+
+
+def test_prompts_of_very_different_lengths_are_not_continued_together():
+    """What the others lack to the longest would be run as well."""
+    assert grouped([20] * 8 + [4000] + [20] * 8) == [[0, 8], [1, 2, 3, 4, 5, 6, 7, *range(9, 17)]]
+    assert grouped([20, 200, 2, 90]) == [[0, 1, 2, 3]]  # that costs little here
+    assert grouped([3000, 900, 1000]) == [[0, 1, 2]]
+    assert grouped([]) == []
+
+
+def test_costs_of_a_batch_follow_its_contexts(monkeypatch):
+    contexts = counted(monkeypatch)
+    decoder = tiny_decoder("llama3.1")
+    prompts = [random_prompt(decoder, n, seed=n) for n in (3, 8)]
+    answers(batch(decoder, prompts, ADAPTIVE, n=100), 2)
+    assert contexts[0] == [3, 8]
+    assert len(contexts) == 2
+    assert max(contexts[1]) >= 8 + 64
 
 
 def test_a_bad_prompt_is_refused():

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from tiny_decoders import LAYERS, PLAIN, ids, random_prompt, speculative, steps, tiny_decoder
+from tiny_decoders import (
+    LAYERS,
+    PLAIN,
+    counted,
+    ids,
+    random_prompt,
+    speculative,
+    steps,
+    tiny_decoder,
+)
 
 from layerskip.decoding import Sampling
 from layerskip.decoding.draft_costs import DraftCosts
@@ -320,6 +329,16 @@ def test_greedy_is_plain(exit_layer, draft_from, upper):
         prompt = random_prompt(decoder, 7, seed)
         plan = adaptive(exit_layer, draft_from)
         assert ids(decoder, prompt, plan, n=40) == ids(decoder, prompt, PLAIN, n=40)
+
+
+@pytest.mark.parametrize("draft_from", ["early-exit", "both"])
+def test_costs_follow_the_context(draft_from, monkeypatch):
+    contexts = counted(monkeypatch)
+    decoder = tiny_decoder("llama3.1")
+    ids(decoder, random_prompt(decoder, 7), adaptive(1, draft_from), n=100)
+    assert contexts[0] == [7]
+    assert len(contexts) == 2
+    assert contexts[1][0] >= 7 + 64
 
 
 def test_lengths_differ_and_sampling_works():

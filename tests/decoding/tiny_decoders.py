@@ -10,6 +10,7 @@ import torch
 import tiny_models
 from layerskip import LayerSkipModel
 from layerskip.decoding import Plan, Sampling, generate
+from layerskip.decoding.draft_costs import DraftCosts
 from layerskip.model import Checkpoint, Settings, load
 
 LAYERS = tiny_models.LAYERS
@@ -62,6 +63,18 @@ def model_of(decoder, **settings):
     return LayerSkipModel(
         Checkpoint(path=None, decoder=decoder, tokenizer=None, settings=Settings(**settings))
     )
+
+
+def counted(monkeypatch):
+    """The contexts that costs of drafting are made for from now on."""
+    contexts, made = [], DraftCosts.of
+
+    def of(cls, *given):
+        contexts.append(given[4])
+        return made(*given)
+
+    monkeypatch.setattr(DraftCosts, "of", classmethod(of))
+    return contexts
 
 
 def random_prompt(decoder, length, seed=0):

@@ -9,7 +9,7 @@ import torch
 from exported_cases import EXPORTED, WRITTEN
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import tiny_models
 from layerskip.export import hf, open_source, to_gguf, to_hf
@@ -152,6 +152,16 @@ def test_settings_travel_with_the_whole_model_and_not_with_a_draft(tmp_path):
         assert fields.get("assistant_early_exit") == early_exit
         assert fields["num_assistant_tokens"] == 4
         assert fields["eos_token_id"] == 2
+
+
+def test_special_tokens_travel_where_the_config_alone_names_them(tmp_path):
+    tiny_models.build("llama2", pad_token_id=0, bos_token_id=1).save_pretrained(tmp_path / "in")
+    (tmp_path / "in" / "generation_config.json").unlink()
+    to_hf(open_source(tmp_path / "in"), tmp_path / "out")
+    ends = [GenerationConfig.from_pretrained(tmp_path / name) for name in ("in", "out")]
+    before, after = ((e.pad_token_id, e.bos_token_id, e.eos_token_id) for e in ends)
+    assert after == (0, 1, 2)
+    assert before == after
 
 
 def test_no_code_travels_with_a_checkpoint(tmp_path):

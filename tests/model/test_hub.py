@@ -41,6 +41,7 @@ def fetch(hub, folder, *names, **environment):
         text=True,
         check=True,
     )
+    assert "Fetching" not in done.stderr  # which is no terminal
     return done.stdout.splitlines()
 
 

@@ -165,11 +165,21 @@ def test_stored_codes_are_taken_over(kind, tmp_path):
     weights = "int8" if kind == "Q8_0" else "int4"
     decoder = load(path, dtype=torch.float32, weights=weights).decoder
     vocabulary = state["model.embed_tokens.weight"], state["lm_head.weight"]
-    if kind != "Q8_0":  # these are in 8 bits in any case
+    if kind == "Q4_1":  # these are in 8 bits in any case, without offsets
         vocabulary = [quantize(v, 8).dequantize() for v in vocabulary]
     assert torch.equal(decoder.embedding.weight.dequantize(), vocabulary[0])
     assert torch.equal(decoder.head.weight.dequantize(), vocabulary[1])
     for product, expected in gguf_files.layer_products(decoder, state):
+        assert torch.equal(product.weight.dequantize(), expected)
+
+
+def test_4_bits_centred_on_zero_are_exact_in_8(tmp_path):
+    model, path = fitting(), tmp_path / "model.gguf"
+    state = gguf_files.write(path, model, kind=GGMLQuantizationType.Q4_0)
+    decoder = load(path, dtype=torch.float32, weights="int8").decoder
+    assert torch.equal(decoder.head.weight.dequantize(), state["lm_head.weight"])
+    for product, expected in gguf_files.layer_products(decoder, state):
+        assert product.weight.bits == 8
         assert torch.equal(product.weight.dequantize(), expected)
 
 

@@ -47,9 +47,9 @@ def plot_exits(rows: Sequence[Row], n_layers: int) -> bytes:
                 points[row.plan.exit_layer or n_layers] = row.results[task][metric]
         for mode, points in by_mode.items():
             _draw(axes, mode, points)
-        axes.set(
-            title=task, xlabel="exit layer (layers run)", ylabel=metric, xlim=(0, n_layers + 1)
-        )
+        axes.set_title(task, parse_math=False)  # names may have dollars
+        axes.set_ylabel(metric, parse_math=False)
+        axes.set(xlabel="exit layer (layers run)", xlim=(0, n_layers + 1))
         axes.legend(fontsize="small")
     return png(figure)
 

@@ -86,8 +86,17 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has no context."""
+        token = self._prefix_token
+        if token is None:
+            raise ValueError(
+                "a text without context needs a begin or end token, and this tokenizer names none"
+            )
+        return token
+
+    @property
+    def _prefix_token(self) -> int | None:
         bos: int | None = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
+        return self.tokenizer.eos_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
@@ -99,7 +108,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
     ) -> list[int]:
         """Token ids; a text that begins with the prefix token already gets no second one."""
         if add_special_tokens is None:
-            prefix = self.tokenizer.decode([self.prefix_token_id])
+            token = self._prefix_token
+            prefix = None if token is None else self.tokenizer.decode([token])
             add_special_tokens = not (prefix and string.startswith(prefix))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
 

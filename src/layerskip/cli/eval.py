@@ -146,13 +146,16 @@ def command(
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if not names and not texts:
         raise click.UsageError("give --tasks or --perplexity")
+    if texts and stride is not None and stride > window:
+        raise click.UsageError(f"--stride {stride} is more than the --window of {window} tokens")
     _note_idle_flags(names, texts, modes, draft_from)
     options.check_outputs({"--output": output, "--plot": plot}, beside=(flags["model"], *texts))
     if plot is not None:
         options.check_pictures("--plot")
     if names and importlib.util.find_spec("lm_eval") is None:
         raise ImportError("--tasks needs lm-evaluation-harness; run: pip install 'layerskip[eval]'")
-    contents = {text: read_text(text, max_words) for text in texts}
+    with options.waiting("reading what perplexity is asked of"):
+        contents = {text: read_text(text, max_words) for text in texts}
     short = Counter(Path(text).name for text in contents)
     called = {text: Path(text).name if short[Path(text).name] == 1 else text for text in contents}
     model = options.load_model(flags)

@@ -32,6 +32,7 @@ from layerskip.export import (
     to_gguf,
     to_hf,
 )
+from layerskip.export.calibrate import MOST_COMPENSATED_BITS
 from layerskip.model.files.difference import BITS, LEVELS
 
 _FORMATS = ("hf", "hf-draft", "gguf", "difference")
@@ -120,6 +121,9 @@ def command(
     of_difference = {name: int(n) for name, n in (("bits", bits), ("draft_bits", draft_bits)) if n}
     if of_difference and to_format != "difference":
         raise click.UsageError("--bits and --draft-bits go with --to difference")
+    least = min(int(one or bits or BITS) for one in (bits, draft_bits))
+    if calibration is not None and least > MOST_COMPENSATED_BITS:
+        raise click.UsageError(f"--calibrate changes nothing in {least} bits")
     for name in filter(None, (model, base)):
         fetch_if_builtin(name)
     machine.set_threads()

@@ -199,12 +199,12 @@ def load_model(flags: dict[str, Any]) -> LayerSkipModel:
     machine.set_threads(flags["threads"])
     if not given(("device",)):
         machine.note_idle_gpu()
-    name = flags["model"]
-    if name in BUILTIN_MODELS and Path(name).exists():
+    is_here = Path(name := flags["model"]).exists()
+    if name in BUILTIN_MODELS and is_here:
         tell(f"{name} is taken from the folder of that name here")
     fetch_if_builtin(name)
     how = {field: flags[field] for field in ("dtype", "weights", "device", "compile")}
-    with waiting(f"loading {name}"), warnings_in_one_line():
+    with waiting(f"loading {name}", is_here or name in BUILTIN_MODELS), warnings_in_one_line():
         model = LayerSkipModel.from_pretrained(name, **how, announce=say)
     machine.note_weights(model.decoder)
     return model
@@ -279,9 +279,9 @@ def decoding_arguments(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if name in known}
 
 
-def waiting(what: str) -> contextlib.AbstractContextManager[Any]:
-    """A spinner on stderr, where that is a terminal."""
-    if not sys.stderr.isatty():  # rich also takes $FORCE_COLOR for a terminal
+def waiting(what: str, is_shown: bool = True) -> contextlib.AbstractContextManager[Any]:
+    """A spinner on stderr, where that is a terminal and nothing else (the hub) has bars there."""
+    if not (is_shown and sys.stderr.isatty()):  # rich also takes $FORCE_COLOR for a terminal
         return contextlib.nullcontext()
     return Console(stderr=True).status(escape(what))
 

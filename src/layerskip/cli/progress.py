@@ -22,7 +22,7 @@ def bars() -> Iterator[Report]:
     console = Console(file=sys.stderr)  # this very file, whatever stands for stderr meanwhile
     # No thread draws it: it would take time from what is being timed.
     shown = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

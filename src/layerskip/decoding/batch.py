@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from layerskip.decoding.draft_costs import DraftCosts
+from layerskip.decoding.draft_costs import DraftCosts, outgrown
 from layerskip.decoding.draft_length import BatchLength
 from layerskip.decoding.drafters import EarlyExitDrafter
 from layerskip.decoding.generate import (
@@ -24,6 +24,9 @@ from layerskip.decoding.step import Ending, Step
 from layerskip.model import Decoder
 
 MOST_ROWS = 64  # of a batch: what a list of any length takes no more memory than
+# Positions that prompts of a batch may lack to the longest, if that is more than half: running these
+# takes about as long as a batch of their own.
+_PADDING = 8 * PREFILL_CHUNK
 
 
 class Batch:
@@ -79,9 +82,8 @@ class Batch:
             self._drafter = EarlyExitDrafter(decoder, plan.exit_layer, sampling, head)
             if plan.adaptive:
                 assert plan.draft_tokens is not None
-                share = 1.0 if head is None else head.share
-                contexts = [len(prompt) for prompt in prompts]
-                costs = DraftCosts.of(decoder, plan.exit_layer, share, plan.costs, contexts)
+                self._head_share = 1.0 if head is None else head.share
+                costs = self._costs([len(prompt) for prompt in prompts])
                 self._length = BatchLength(costs, plan.draft_tokens)
 
     def leave(self, prompt: int) -> None:
@@ -117,6 +119,8 @@ class Batch:
         """Draft, verify, and keep what each row agrees with, as for one prompt."""
         assert self._plan.draft_tokens is not None
         length = self._length
+        if length is not None and outgrown(self._counted, int(self._cache.lengths.max())):
+            length.costs = self._costs(self._cache.lengths.tolist())
         n = self._plan.draft_tokens if length is None else length.choose(len(self._rows))
         n = min(n, min(self._endings[prompt].room for prompt in self._rows) - 1)
         following, steps = speculate(
@@ -125,6 +129,12 @@ class Batch:
         if length is not None and n:
             length.learn(n, [step.accepted for step in steps])
         return steps, following
+
+    def _costs(self, contexts: Sequence[int]) -> DraftCosts:
+        """What drafting costs over contexts of these lengths."""
+        plan, self._counted = self._plan, max(contexts)
+        share = self._head_share
+        return DraftCosts.of(self._decoder, plan.exit_layer or 0, share, plan.costs, contexts)
 
     def _prefill(self, n_layers: int) -> Tensor:
         """Run the padded prompts through the first n layers and choose what follows each, [B, 1].
@@ -169,12 +179,21 @@ def can_batch(plan: Plan, sampling: Sampling) -> bool:
 
 
 def grouped(lengths: Sequence[int]) -> list[list[int]]:
-    """Which prompts of these lengths are continued together: `MOST_ROWS` at most, the longest first.
+    """Which prompts of these lengths are continued together, the longest first.
 
-    Those of a group stay in their order.
+    They are `MOST_ROWS` at most, and none of a length that would be little but padding. Those of a
+    group stay in their order.
     """
-    longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return [sorted(longest[at : at + MOST_ROWS]) for at in range(0, len(longest), MOST_ROWS)]
+    groups = list[list[int]]()
+    width = total = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        total += lengths[i]
+        padding = width * (len(groups[-1]) + 1) - total if groups else 0
+        if not groups or len(groups[-1]) == MOST_ROWS or padding > max(total, _PADDING):
+            groups.append([])
+            width = total = lengths[i]
+        groups[-1].append(i)
+    return [sorted(group) for group in groups]
 
 
 def alike(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> bool:

@@ -5,7 +5,7 @@ Nothing is timed while an answer is made, so the same prompt is always decoded i
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from layerskip.model import Decoder, StepCosts
 from layerskip.model.timing import pass_costs
@@ -16,6 +16,7 @@ _ROW_COST_ON_A_GPU = 0.01
 # and 0.6 in 8 bits, whose plain steps leave more of the memory's time to attention.
 _ATTENTION_ROW = 0.5
 _LEAST_GAIN = 1.03  # of a batch: below that drafting is not worth a try
+_GROWTH = 64  # positions, of which no attention takes a time that counts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,9 +133,17 @@ class DraftCosts:
         return longest
 
 
-def time_rows(decoder: Decoder) -> None:
-    """Time what a decoder's drafts will be weighed by, where this machine has not done so before."""
-    _passes(decoder)
+def outgrown(counted: int, context: int) -> bool:
+    """Whether a context has grown so much since its positions were counted that costs are others now."""
+    return context - counted >= max(counted // 4, _GROWTH)
+
+
+def time_rows(decoder: Decoder, announce: Callable[[str], None] = lambda text: None) -> None:
+    """Time what a decoder's drafts will be weighed by, where this machine has not done so before.
+
+    `announce` is told before that begins.
+    """
+    _passes(decoder, announce)
 
 
 def _attention_share(decoder: Decoder, contexts: Sequence[int], counted: int) -> float:
@@ -161,7 +170,9 @@ def _longer(passes: tuple[float, ...], estimated: tuple[float, ...]) -> tuple[fl
     return passes + tuple(factor * cost for cost in estimated[len(passes) :])
 
 
-def _passes(decoder: Decoder) -> tuple[float, ...]:
+def _passes(
+    decoder: Decoder, announce: Callable[[str], None] = lambda text: None
+) -> tuple[float, ...]:
     if decoder.device.type != "cpu":
         return 1.0, 1.0 + _ROW_COST_ON_A_GPU
-    return pass_costs(decoder)
+    return pass_costs(decoder, announce)

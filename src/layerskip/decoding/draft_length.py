@@ -31,13 +31,13 @@ class DraftLength:
     """Decides token by token how far an early exit drafts, and learns from every round.
 
     Args:
-        costs: in units of a plain step.
+        costs: in units of a plain step; others may take their place as the context grows.
         pace: of all rounds of this answer; who owns it tells it of those without an early exit.
         trained: whether the exit was trained to draft. Others draft one token until one was right.
     """
 
     def __init__(self, costs: DraftCosts, pace: Pace | None = None, trained: bool = False) -> None:
-        self._costs, self._pace = costs, pace or Pace()
+        self.costs, self._pace = costs, pace or Pace()
         # Accepted and judged drafts by the draft's confidence; at first the confidence is believed.
         self._accepted = [_PRIOR * (i + 0.5) / _BINS for i in range(_BINS)]
         self._judged = [_PRIOR] * _BINS
@@ -90,7 +90,7 @@ class DraftLength:
         self._scored += 1
         bin_ = _bin(confidence)
         survival = self._survival * self._accepted[bin_] / self._judged[bin_]
-        gain = survival - self._pace.rate * self._costs.token(self.drafted)
+        gain = survival - self._pace.rate * self.costs.token(self.drafted)
         if gain < 0 and self._goes_on(survival):
             ahead = min(_AHEAD, self._most - self.drafted - 1)
             gain += self._drafting_on(survival, self.drafted + 1, ahead)
@@ -124,7 +124,7 @@ class DraftLength:
         for n, chance in enumerate(chances, 1):
             survival *= chance
             tokens += survival
-            gain = tokens - rate * self._costs.rows(drafted + 1, n)
+            gain = tokens - rate * self.costs.rows(drafted + 1, n)
             if gain > best:
                 best, self._followed = gain, n
         return self._followed
@@ -134,7 +134,7 @@ class DraftLength:
         share, rate, gain, best = self._right / self._seen, self._pace.rate, 0.0, 0.0
         for n in range(drafted, drafted + limit):
             survival *= share
-            gain += survival - rate * self._costs.token(n)
+            gain += survival - rate * self.costs.token(n)
             best = max(best, gain)
         return best
 
@@ -156,8 +156,8 @@ class DraftLength:
             self._judge(confidence, i < accepted)
             self._right += i < accepted
             self._seen += 1
-        time = self._costs.round(self.drafted, self._scored)
-        time += self._costs.rows(self.drafted + 1, self._followed)
+        time = self.costs.round(self.drafted, self._scored)
+        time += self.costs.rows(self.drafted + 1, self._followed)
         for account in (self._pace, self._rests, self._drafting):
             account.learn(accepted + 1, time)
 
@@ -173,19 +173,19 @@ class BatchLength:
     Where nothing is worth it one token is tried now and then, after longer and longer rests.
 
     Args:
-        costs: in units of a plain step.
+        costs: in units of a plain step; others may take their place as contexts grow.
         most: tokens of a draft.
     """
 
     def __init__(self, costs: DraftCosts, most: int) -> None:
-        self._costs, self._most, self._rests = costs, most, Rests()
+        self.costs, self._most, self._rests = costs, most, Rests()
         self._right, self._seen = BELIEF * _BELIEF_WEIGHT, _BELIEF_WEIGHT
 
     def choose(self, rows: int) -> int:
         """The length of this round's drafts, for so many rows."""
         if not self._rests.begins():
             return 0
-        best = self._costs.batch_draft_tokens(rows, self._most, self._right / self._seen)
+        best = self.costs.batch_draft_tokens(rows, self._most, self._right / self._seen)
         self._rests.judge(best > 0)
         return best or min(1, self._most)
 
@@ -213,12 +213,13 @@ class NgramLength:
     the same number were right is learned. Every further token counts only if all before it were right.
 
     Args:
-        costs: in units of a plain step; drafting is free, only verification costs.
+        costs: in units of a plain step; drafting is free, only verification costs. Others may take
+            their place as the context grows.
         pace: of all rounds of this answer, shared with the early exit's `DraftLength`.
     """
 
     def __init__(self, costs: DraftCosts, pace: Pace) -> None:
-        self._costs, self._pace = costs, pace
+        self.costs, self._pace = costs, pace
         beliefs = (*_NGRAM_BELIEFS, *((i + 0.5) / _BINS for i in range(_BINS)))
         self._accepted = [_NGRAM_PRIOR * belief for belief in beliefs]
         self._judged = [_NGRAM_PRIOR] * len(beliefs)
@@ -244,7 +245,7 @@ class NgramLength:
         for n, chance in enumerate(self._chances(evidence), 1):
             survival *= chance
             tokens += survival
-            gain = tokens - rate * self._costs.over(n + 1)
+            gain = tokens - rate * self.costs.over(n + 1)
             if gain > best:
                 best, self._drafted = gain, n
         if self._drafted and not self._rests.begins():
@@ -260,7 +261,7 @@ class NgramLength:
         if not self._drafted:
             self._pace.learn(1, 1.0)
             return
-        time = self._costs.over(self._drafted + 1)
+        time = self.costs.over(self._drafted + 1)
         self._pace.learn(accepted + 1, time)
         self._rests.learn(accepted + 1, time)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layerskip.decoding.accept import accept
-from layerskip.decoding.draft_costs import DraftCosts
+from layerskip.decoding.draft_costs import DraftCosts, outgrown
 from layerskip.decoding.draft_length import DraftLength, NgramLength
 from layerskip.decoding.drafters import Drafter, EarlyExitDrafter
 from layerskip.decoding.ngram import DraftText, NgramDrafter
@@ -196,6 +196,9 @@ class _Session:
     cache: KVCache
     history: TokenHistory | None
     generator: torch.Generator | None
+    lengths: list[DraftLength | NgramLength] = dataclasses.field(default_factory=list)
+    head_share: float = 1.0  # of the draft's head
+    counted: int = 0  # positions of the context that costs are those of
 
     def steps(self) -> Iterator[Step]:
         """Yield steps without end; each has to go through `Ending.cut` before the next one.
@@ -216,6 +219,7 @@ class _Session:
                 step = Step((int(last),))
             else:
                 assert plan.draft_tokens is not None
+                self._count_context()
                 n = min(plan.draft_tokens, self.ending.room - 1)
                 last, (step,) = speculate(decoder, drafter, last, n, *how)
 
@@ -225,21 +229,35 @@ class _Session:
         head = ShortHead.of(decoder, plan.draft_vocabulary, prompt)
         costs = early_exit = None
         if plan.adaptive:
-            share = 1.0 if head is None else head.share
-            costs = DraftCosts.of(
-                decoder, plan.exit_layer or 0, share, plan.costs, contexts=[len(prompt)]
-            )
+            self.head_share = 1.0 if head is None else head.share
+            costs = self._costs(len(prompt))
         if plan.draft_from != "n-gram":
             assert plan.exit_layer is not None
             length = None if costs is None else DraftLength(costs, pace, plan.trained)
+            self.lengths += [] if length is None else [length]
             early_exit = EarlyExitDrafter(
                 decoder, plan.exit_layer, self.sampling, head, length, self.ending.end_tokens
             )
             if plan.draft_from == "early-exit":
                 return early_exit
         ngrams = None if costs is None else NgramLength(costs, pace)
+        self.lengths += [] if ngrams is None else [ngrams]
         text, ends = DraftText.of(plan.draft_text), self.ending.end_tokens
         return NgramDrafter(decoder, self.sampling, prompt, early_exit, ngrams, ends, text)
+
+    def _costs(self, context: int) -> DraftCosts:
+        """What drafting costs over a context of that length."""
+        plan, self.counted = self.plan, context
+        exit_layer = plan.exit_layer or 0
+        return DraftCosts.of(self.decoder, exit_layer, self.head_share, plan.costs, [context])
+
+    def _count_context(self) -> None:
+        """Lengths of drafts go by what they cost over the context as it has become."""
+        context = int(self.cache.lengths)
+        if self.lengths and outgrown(self.counted, context):
+            costs = self._costs(context)
+            for length in self.lengths:
+                length.costs = costs
 
     def _prefill(self) -> Tensor:
         """Run the prompt through the layers and choose the token after it, [1, 1]."""

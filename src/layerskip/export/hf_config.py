@@ -56,10 +56,12 @@ def generation_config(
         check_within(path)
         fields = read_json(path)
     else:
-        ends = list(source.files.settings.end_tokens)
-        fields = {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
-        if isinstance(source.files.tensors, GgufFile):
-            fields = special_token_ids(source.files.tensors) | fields
+        tensors, ends = source.files.tensors, source.files.settings.end_tokens
+        if isinstance(tensors, GgufFile):
+            known: Mapping[str, Any] = special_token_ids(tensors)
+        else:
+            known = read_json(source.files.path / "config.json")
+        fields = settings.special_tokens(known, ends)
     if source.exit_layer is not None:
         for key in _OF_THE_WHOLE_MODEL:
             fields.pop(key, None)

@@ -52,6 +52,10 @@ class Quantized:
         groups = codes.mul_(self.scales.float()[..., None]).add_(self.float_offsets()[..., None])
         return groups.flatten(1)
 
+    def in_8_bits(self) -> "Quantized":
+        """The same numbers on the grid of 8 bits, of a grid of 4 that is centred on zero."""
+        return Quantized(8, self.codes + (128 - 8), self.scales, None)
+
     def by_rows(self, change: Callable[[Tensor], Tensor]) -> "Quantized":
         """The same with its rows selected or reordered."""
         offsets = None if self.offsets is None else change(self.offsets)

@@ -159,10 +159,12 @@ class Taker:
         return self._quantized(name, shape, EMBEDDING_BITS)
 
     def _quantized(self, name: str, shape: tuple[int, int], bits: int) -> Quantized:
-        """A matrix as it is stored, where that is in these bits; else rounded to them."""
+        """A matrix as it is stored, where that is on the grid of these bits; else rounded to it."""
         if not self._is_there(name):
             raise missing(name)
         stored = self._tensors.quantized(name)
+        if stored is not None and (stored.bits, bits, stored.offsets) == (4, 8, None):
+            stored = stored.in_8_bits()
         if stored is None or stored.bits != bits:
             return self._rounded(name, self._needed(name, shape), bits)
         self._check(name, stored.shape, shape)

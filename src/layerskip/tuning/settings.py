@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.model import StepCosts
-from layerskip.model.files.settings import EXIT, FILE, KEY, entries_of, readable_costs, text_of_ids
+from layerskip.model.files.settings import (
+    EXIT,
+    FILE,
+    KEY,
+    entries_of,
+    readable_costs,
+    special_tokens,
+    text_of_ids,
+)
 from layerskip.model.files.writing import check_within, json_text, read_json, replace
 from layerskip.tuning.choose import Choice
 
@@ -48,7 +56,7 @@ def write_settings(
     """
     file = folder / FILE
     check_within(file)
-    fields = read_json(file) if file.is_file() else _special_tokens(folder, end_tokens)
+    fields = read_json(file) if file.is_file() else special_tokens(_config(folder), end_tokens)
     # By this mark transformers says that the file only repeats config.json, and skips what is new in it.
     fields.pop("_from_model_config", None)
     own = fields.get(KEY)
@@ -110,13 +118,3 @@ def _config(folder: Path) -> dict[str, Any]:
 def _runs_all_layers(folder: Path) -> bool:
     """Whether transformers does, though it is told of fewer to draft: its `generate` would fail then."""
     return _config(folder).get("model_type") == "gpt_neox"
-
-
-def _special_tokens(folder: Path, end_tokens: Sequence[int]) -> dict[str, Any]:
-    """What transformers takes from `config.json` while there is no file of settings."""
-    config = _config(folder)
-    names = ("bos_token_id", "pad_token_id")
-    fields = {name: config[name] for name in names if config.get(name) is not None}
-    if end_tokens:
-        fields["eos_token_id"] = end_tokens[0] if len(end_tokens) == 1 else list(end_tokens)
-    return fields

@@ -9,7 +9,7 @@ repeat; `costs`, a list of `StepCosts`.
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +254,11 @@ def readable_costs(fields: Any) -> StepCosts | Exception:
         return StepCosts.from_dict(fields)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         return error
+
+
+def special_tokens(config: Mapping[str, Any], end_tokens: Collection[int]) -> dict[str, Any]:
+    """What transformers takes from `config.json` while there is no file of settings."""
+    names = ("bos_token_id", "pad_token_id")
+    fields = {name: config[name] for name in names if config.get(name) is not None}
+    ends = list(end_tokens)
+    return fields | ({"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {})

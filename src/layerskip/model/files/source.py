@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import os
 import shutil
@@ -10,8 +11,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -288,10 +290,11 @@ def _from_hub(name: str) -> Path:
         huggingface_hub.snapshot_download, name, ignore_patterns=_NOT_HUB_FILES
     )
     try:
-        config = Path(fetch(allow_patterns=["config.json"]), "config.json")
-        if config.is_file():  # before gigabytes come that could not be used
-            families.check(read_json(config))
-        folder = Path(fetch(allow_patterns=_HUB_FILES))
+        with _bars_on_a_terminal():
+            config = Path(fetch(allow_patterns=["config.json"]), "config.json")
+            if config.is_file():  # before gigabytes come that could not be used
+                families.check(read_json(config))
+            folder = Path(fetch(allow_patterns=_HUB_FILES))
     except (UnsupportedModelError, CheckpointError):
         raise
     except Exception as error:  # the hub's own errors, and those of the HTTP library of its version
@@ -305,6 +308,20 @@ def _from_hub(name: str) -> Path:
             " fetched from there; of GGUF files, download one and name the file"
         )
     return folder
+
+
+@contextlib.contextmanager
+def _bars_on_a_terminal() -> Iterator[None]:
+    """The hub draws its progress bars anywhere else, too."""
+    utils: Any = importlib.import_module("huggingface_hub.utils")
+    hides = not sys.stderr.isatty() and not utils.are_progress_bars_disabled()
+    if hides:
+        utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hides:
+            utils.enable_progress_bars()
 
 
 def _reason(error: Exception) -> str:
