@@ -65,7 +65,7 @@ def no_draft_depends_on_the_machine(request, monkeypatch):
     if request.node.get_closest_marker("real") is None:
         pytorch = {"16bit": (1.0, 1.06), "int8": (1.0, 1.15), "int4": (1.0, 1.3)}
 
-        def costs(decoder, announce=None):
+        def costs(decoder):
             return (1.0, 1.03) if decoder.kernels == "compiled" else pytorch[decoder.weights]
 
         monkeypatch.setattr(draft_costs, "pass_costs", costs)

@@ -99,7 +99,7 @@ def test_texts_begin_as_with_the_harness(tmp_path):
     begins = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
     tokenizer.backend_tokenizer.post_processor = begins
     tokenizer.save_pretrained(tmp_path)
-    theirs = HFLM(pretrained=str(tmp_path), device="cpu", dtype="float32", batch_size=2)
+    theirs = HFLM(pretrained=str(tmp_path), device="cpu", dtype="float32", batch_size=1)
     lm = ours(LayerSkipModel.from_pretrained(tmp_path, dtype="float32"), Plan(mode="plain"))
     pairs = [*PAIRS[:4], ("<s>Is water wet?", " yes")]
     requests = instances("loglikelihood", pairs)

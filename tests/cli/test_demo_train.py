@@ -9,7 +9,11 @@ from layerskip import LayerSkipModel
 from layerskip.cli import demo_train
 from layerskip.training import python_functions
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning",
+    "ignore::DeprecationWarning",
+    "ignore:warmup_steps is 10",  # runs here have one step
+)
 
 
 @pytest.fixture

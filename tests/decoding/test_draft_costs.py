@@ -38,7 +38,7 @@ def test_costs_are_shares_of_the_bytes_read():
 def test_in_pytorch_positions_cost_what_they_were_timed_to(monkeypatch):
     """Whatever more rows cost the compiled kernels; nothing is added to whole passes."""
     timed = {torch.float32: (1.0, 1.75, 1.5), torch.bfloat16: (1.0, 1.125, 1.25)}
-    monkeypatch.setattr(draft_costs, "pass_costs", lambda decoder, *_: timed[decoder.dtype])
+    monkeypatch.setattr(draft_costs, "pass_costs", lambda decoder: timed[decoder.dtype])
     decoder = ScriptedDecoder([1])
     decoder.weights = "int8"
     for decoder.dtype in timed:
@@ -51,12 +51,12 @@ def test_in_pytorch_positions_cost_what_they_were_timed_to(monkeypatch):
 
 def test_they_are_timed_before_an_answer_begins(monkeypatch):
     asked = []
-    monkeypatch.setattr(draft_costs, "pass_costs", lambda *given: asked.append(given))
+    monkeypatch.setattr(draft_costs, "pass_costs", lambda decoder: asked.append(decoder))
     model = scripted_model([1])
     model.answer([5], mode="plain")
     assert not asked
     model.answer([5])
-    assert asked == [(model.decoder, model._announce)]
+    assert asked == [model.decoder]
 
 
 def test_a_context_has_grown_when_it_is_a_quarter_longer():

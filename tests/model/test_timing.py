@@ -81,21 +81,6 @@ def test_rows_cost_no_less_than_one_and_no_more_than_single_ones(machine):
     assert pass_costs(decoder())[:4] == (1.0, 2.0, 2.25, 1.0)
 
 
-def test_it_is_said_before_it_takes_time(machine, folder, monkeypatch):
-    said = []
-
-    def announce(text):
-        assert not machine.calls
-        said.append(text)
-
-    pass_costs(decoder(), announce)
-    assert len(said) == 1
-    pass_costs(decoder(), announce)
-    monkeypatch.setattr(timing, "_known", {})
-    pass_costs(decoder(), announce)  # from the folder
-    assert len(said) == 1
-
-
 def test_kept_and_taken_from_there_by_the_next_process(machine, folder, monkeypatch):
     costs = pass_costs(decoder())
     (file,) = folder.iterdir()

@@ -5,7 +5,7 @@ Nothing is timed while an answer is made, so the same prompt is always decoded i
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from layerskip.model import Decoder, StepCosts
 from layerskip.model.timing import pass_costs
@@ -138,12 +138,9 @@ def outgrown(counted: int, context: int) -> bool:
     return context - counted >= max(counted // 4, _GROWTH)
 
 
-def time_rows(decoder: Decoder, announce: Callable[[str], None] = lambda text: None) -> None:
-    """Time what a decoder's drafts will be weighed by, where this machine has not done so before.
-
-    `announce` is told before that begins.
-    """
-    _passes(decoder, announce)
+def time_rows(decoder: Decoder) -> None:
+    """Time what a decoder's drafts will be weighed by, where this machine has not done so before."""
+    _passes(decoder)
 
 
 def _attention_share(decoder: Decoder, contexts: Sequence[int], counted: int) -> float:
@@ -170,9 +167,7 @@ def _longer(passes: tuple[float, ...], estimated: tuple[float, ...]) -> tuple[fl
     return passes + tuple(factor * cost for cost in estimated[len(passes) :])
 
 
-def _passes(
-    decoder: Decoder, announce: Callable[[str], None] = lambda text: None
-) -> tuple[float, ...]:
+def _passes(decoder: Decoder) -> tuple[float, ...]:
     if decoder.device.type != "cpu":
         return 1.0, 1.0 + _ROW_COST_ON_A_GPU
-    return pass_costs(decoder, announce)
+    return pass_costs(decoder)

@@ -253,8 +253,7 @@ class _Session:
 
     def _count_context(self) -> None:
         """Lengths of drafts go by what they cost over the context as it has become."""
-        context = int(self.cache.lengths)
-        if self.lengths and outgrown(self.counted, context):
+        if self.lengths and outgrown(self.counted, context := int(self.cache.lengths)):
             costs = self._costs(context)
             for length in self.lengths:
                 length.costs = costs

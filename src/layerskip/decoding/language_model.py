@@ -49,7 +49,6 @@ class LayerSkipModel:
         self.decoder: Decoder = checkpoint.decoder
         self.tokenizer: Any = checkpoint.tokenizer
         self.settings = checkpoint.settings
-        self._announce: Callable[[str], None] = lambda text: None
         self._last_text: tuple[str, tuple[int, ...]] = ("", ())
         if self.decoder.device.type == "cpu":
             threads.heed_forks()
@@ -98,9 +97,7 @@ class LayerSkipModel:
             *(place.type, decoder.kernels, machine(decoder.device)),
             threads=threads.threads_of(decoder.kernels),
         )
-        model = cls(dataclasses.replace(checkpoint, settings=settings))
-        model._announce = announce
-        return model
+        return cls(dataclasses.replace(checkpoint, settings=settings))
 
     def with_settings(self, settings: Settings) -> "LayerSkipModel":
         """The same model decoding by other settings; nothing is copied."""
@@ -198,7 +195,7 @@ class LayerSkipModel:
         )
         left_open = mode == "auto" and draft_from is None and not (adaptive or draft_text)
         if plan.adaptive and (plan.costs is None or len(asked.together) > 1):
-            time_rows(self.decoder, self._announce)  # before the answer's clock starts
+            time_rows(self.decoder)  # before the answer's clock starts
         if len(asked.together) > 1 and left_open and repetition_penalty == 1.0:
             plan = for_batch(plan, self.decoder, self.settings, asked.together)
         return Answer(

@@ -39,13 +39,12 @@ _TIMING = threading.Lock()  # two that time at once take each other's processors
 _known: dict[tuple[object, ...], Costs] = {}
 
 
-def pass_costs(decoder: Decoder, announce: Callable[[str], None] = lambda text: None) -> Costs:
+def pass_costs(decoder: Decoder) -> Costs:
     """Passes over 1, 2, ... 16 positions on a CPU, in units of one's: as kept, else timed and kept.
 
     Those of the decoder's own first layers, more of them than caches hold: what rows cost depends on the
     shapes. In PyTorch, on one thread with AVX2, five rows of float32 took twice the time of one in
-    SmolLM2-135M's layers, and 5.6 times in a matrix of 8192 x 2048. Takes up to some seconds, before
-    which `announce` is told so.
+    SmolLM2-135M's layers, and 5.6 times in a matrix of 8192 x 2048. Takes up to some seconds.
     """
     n_threads, software = _runs_in(decoder)
     known_by = decoder.architecture, software, decoder.dtype, decoder.weights, n_threads
@@ -54,10 +53,7 @@ def pass_costs(decoder: Decoder, announce: Callable[[str], None] = lambda text: 
             what = hashlib.sha256(f"{decoder.architecture!r}\0{software}".encode()).hexdigest()[:16]
             dtype = str(decoder.dtype).removeprefix("torch.")
             name = f"{what}.{dtype}.{decoder.weights}.{n_threads}.json"
-            kept = _kept(name)
-            if kept is None:
-                announce("timing passes over several tokens, once on this machine")
-            _known[known_by] = kept or _timed_and_kept(name, decoder, n_threads)
+            _known[known_by] = _kept(name) or _timed_and_kept(name, decoder, n_threads)
         return _known[known_by]
 
 
