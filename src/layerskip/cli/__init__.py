@@ -1,7 +1,6 @@
 """The command line: one file a command; each parses, calls the library, and prints."""
 
 import errno
-import gc
 import importlib
 import io
 import logging
@@ -65,12 +64,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        # What modules make stays, and there are hundreds of them to look through again and again.
-        gc.disable()
-        try:
-            module = importlib.import_module(f"layerskip.cli.{cmd_name}")
-        finally:
-            gc.enable()
+        module = importlib.import_module(f"layerskip.cli.{cmd_name}")
         return module.command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -23,7 +23,7 @@ from layerskip.model.files.writing import CheckpointError, read_json
 from layerskip.model.packed import nibbles
 from layerskip.model.quantize import Quantized
 
-_AT_ONCE = 2**19  # weights read from GGUF: of a whole matrix there would be several copies
+_AT_ONCE = 2**22  # weights read from GGUF: of a whole matrix there would be several copies
 
 
 class Tensors(Protocol):
