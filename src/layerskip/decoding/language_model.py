@@ -223,7 +223,7 @@ class LayerSkipModel:
     def generate(self, prompt: Any, **options: Any) -> Any:
         """Answer a prompt, or a list of prompts together.
 
-        A list is decoded in batches of `batch.MOST_ROWS` prompts, whose rows end one by one; in float32
+        A list is decoded in batches (see `batch.grouped`), whose rows end one by one; in float32
         each greedy answer is that of its prompt alone. What looks at one text (repetition penalty,
         drafts from n-grams) is answered one after the other; where mode auto may choose, drafts come
         from the early exit alone, or it is plain.

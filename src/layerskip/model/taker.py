@@ -163,7 +163,7 @@ class Taker:
         if not self._is_there(name):
             raise missing(name)
         stored = self._tensors.quantized(name)
-        if stored is not None and (stored.bits, bits, stored.offsets) == (4, 8, None):
+        if stored is not None and stored.offsets is None and (stored.bits, bits) == (4, 8):
             stored = stored.in_8_bits()
         if stored is None or stored.bits != bits:
             return self._rounded(name, self._needed(name, shape), bits)
