@@ -237,7 +237,7 @@ def environment_of(
 ) -> dict[str, Any]:
     """`environment` of a model; `weights` are named where it was measured in several."""
     decoder = model.decoder
-    dtype = str(decoder.dtype).removeprefix("torch.")  # the default depends on the machine
+    dtype = decoder.dtype_name  # the default depends on the machine
     return environment(script, dtype, decoder.kernels, weights=weights or decoder.weights)
 
 

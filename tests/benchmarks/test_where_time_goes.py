@@ -4,6 +4,12 @@ import pytest
 from where_time_goes import profile
 
 from layerskip import LayerSkipModel
+from layerskip.bench.tasks import Sample, Task
+
+
+def task(*prompts):
+    samples = tuple(Sample(id=prompt, prompt=prompt) for prompt in prompts)
+    return Task(name="two", samples=samples, max_new_tokens=40)
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -12,7 +18,7 @@ def test_parts_add_up(folder, compiled, request):
         request.getfixturevalue("compiled_kernels")
     model = LayerSkipModel.from_pretrained(folder, dtype="float32", compile=compiled)
     plain = model.decoder.run
-    found = profile(model, ["abcabcabcabcabc", "to be or not to be"], 40)
+    found = profile(model, task("abcabcabcabcabc", "to be or not to be"), 40)
     parts = found["auto_plain_steps_a_token"]
     assert set(parts) == {"draft", "layers", "head", "rest"}
     assert sum(parts.values()) == pytest.approx(1 / found["speedup"])
@@ -26,4 +32,4 @@ def test_parts_add_up(folder, compiled, request):
 def test_answers_of_one_token_are_refused(folder):
     model = LayerSkipModel.from_pretrained(folder, dtype="float32", compile=False)
     with pytest.raises(SystemExit, match="one token"):
-        profile(model, ["a"], 1)
+        profile(model, task("a"), 1)

@@ -59,7 +59,8 @@ def test_variables_of_the_template(talk, monkeypatch):
     assert (status, prompt_lengths(out)) == (0, [len("user: ab\nassistant: ")])
     assert seen[0]["chat_template_kwargs"] == {"mood": 3}
     status, _, err = talk(["ab"], "--chat-template-kwargs", '{"tokenize": true}')
-    assert (status, "names tokenize, no variable of a template (/reset" in err) == (1, True)
+    assert (status, "names tokenize, no variable of a template" in err) == (1, True)
+    assert "/reset" not in err  # which forgets turns, and there are none
     assert err.endswith("layerskip: none of the turns could be answered\n")
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 
 import pytest
+import torch
 
 from layerskip import LayerSkipModel
 from layerskip.cli import demo_train
@@ -133,6 +134,15 @@ def test_what_is_missing_is_said_before_anything_else(demo, tmp_path, monkeypatc
     status, out, err = demo()
     assert (status, out) == (1, "")
     assert err == f"layerskip: training needs {missing}; run: pip install 'layerskip[train]'\n"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_several_gpus_are_refused_first(demo, tmp_path, monkeypatch):
+    monkeypatch.delattr(demo_train, "_look")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    status, out, err = demo("--device", "cuda:1")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "CUDA_VISIBLE_DEVICES" in err
     assert not (tmp_path / "runs").exists()
 
 

@@ -5,17 +5,20 @@ import inspect
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import types
 
+import click
 import pytest
 import torch
 
 from layerskip import LayerSkipModel
-from layerskip.cli import generate, machine, options, show
+from layerskip.bench.prompts import prompt_of
+from layerskip.cli import generate, machine, options, outputs, show
 from layerskip.decoding import Answer, Piece
 
 SPECULATIVE = ("--mode", "self-speculative", "--exit-layer", 3, "--draft-tokens", 2)
@@ -123,6 +126,8 @@ def test_prompts_of_a_file_may_be_lists(run, tmp_path):
     results = json.loads(run("generate", "--prompts", prompts, "--json", "--max-new-tokens", 2)[1])
     counts = [r["prompt_tokens"] for r in results]
     assert counts == [2, len("user: abc\nassistant: "), 3]
+    row = {"prompt": [message], "tools": [{"name": "look"}], "source": "mine"}
+    assert prompt_of(row) == ({"messages": [message], "tools": row["tools"]}, None)
 
 
 def test_a_conversation_that_ends_with_an_answer_is_asked_without_it(run, tmp_path):
@@ -456,7 +461,7 @@ def test_answers_that_cannot_be_stored_are_printed(run, tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(options, "replace", full_disk)
+    monkeypatch.setattr(outputs, "replace", full_disk)
     flags = ("--prompt", "abc", "--max-new-tokens", 3, "--output", tmp_path / "a.json")
     status, out, err = run("generate", *flags)
     assert (status, err.count("\n")) == (1, 1)
@@ -545,12 +550,10 @@ main()
 def test_every_option_of_an_answer_is_passed_on(run):
     wanted = set(inspect.signature(LayerSkipModel.answer).parameters)
     flags = {option.name: None for option in generate.command.params if option.name != "prompt"}
-    assert set(options.decoding_arguments(flags)) == wanted - {
-        "self",
-        "prompt",
-        "together",
-        "prefix",
-    }
+    assert set(options.decoding_arguments(flags)) == wanted - {"self", "prompt", "prefix"}
+
+
+def test_threads_are_set_for_the_answer(run):
     run("generate", "--prompt", "abc", "--max-new-tokens", 1, "--threads", 2)
     assert torch.get_num_threads() == 2
 
@@ -607,6 +610,22 @@ def test_no_output_takes_the_place_of_what_is_read_or_of_another_output(run, tmp
         assert (status, "would replace what this call reads or writes" in err) == (2, True), flags
     assert prompts.read_text() == "abc\n"
     assert list(tmp_path.iterdir()) == [prompts]
+
+
+def test_a_result_does_not_replace_what_makes_the_checkpoint(folder, tmp_path):
+    own = shutil.copytree(folder, tmp_path / "own")
+    (own / "bench.json").write_text("{}")  # of an earlier call
+    outputs.check_outputs({"--output": own / "bench.json"}, beside=(own,))
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors"):
+        with pytest.raises(click.UsageError, match="would replace"):
+            outputs.check_outputs({"--output": own / name}, beside=(str(own),))
+
+
+@pytest.mark.parametrize("flags", [("generate", "--prompt", "a"), ("chat",)])
+def test_drafts_that_nobody_is_shown(run, flags, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    _, _, err = run(*flags, "--json", "--show-draft", "--max-new-tokens", 2)
+    assert "--show-draft has no effect" in err
 
 
 def test_standard_input_that_is_no_text_is_named(run, monkeypatch):

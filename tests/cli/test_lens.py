@@ -162,13 +162,15 @@ def test_agreement_over_a_file_of_prompts(run, tmp_path):
         (("--positions", "50-60"), 1, "positions 50 to 60 are not there"),
         (("--continuation", ""), 1, "the answer is empty"),
         (("--continuation", "x", "--exit-layer", "2"), 2, "--exit-layer would have no effect"),
+        (("--continuation", "x", "--max-new-tokens", "2"), 2, "--max-new-tokens would have no"),
         (("--samples", "2"), 2, "--samples needs --data"),
         (("--html", "/nowhere/a.html"), 2, "the folder of --html /nowhere/a.html does not exist"),
         (("--data", __file__), 2, "--data excludes --prompt"),
     ],
 )
 def test_bad_input(run, flags, status, words):
-    result, out, err = run("lens", "--prompt", "abc", *SHORT, *flags)
+    short = () if "--continuation" in flags else SHORT
+    result, out, err = run("lens", "--prompt", "abc", *short, *flags)
     assert (result, out) == (status, "")
     assert words in err
     assert len(err.splitlines()) == 1

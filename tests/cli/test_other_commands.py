@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from layerskip import __version__, cli
-from layerskip.cli import options
+from layerskip.cli import options, outputs
 from layerskip.cli.terminal import HarmlessRecord
 from layerskip.model.files import source
 
@@ -129,12 +129,12 @@ def test_closed_streams_are_no_traceback():
 
 def test_a_result_that_cannot_be_written_is_named_and_printed(capsys, tmp_path):
     with pytest.raises(OSError, match=r"gone.r\.json could not be written: No such file"):
-        options.deliver({"a": 1}, as_json=True, output=tmp_path / "gone" / "r.json")
+        outputs.deliver({"a": 1}, as_json=True, output=tmp_path / "gone" / "r.json")
     assert json.loads(capsys.readouterr().out) == {"a": 1}
 
 
 def test_half_an_emoji_in_a_result_is_json_all_the_same(tmp_path):
-    options.deliver({"path": "x\udce9"}, as_json=False, output=tmp_path / "r.json")
+    outputs.deliver({"path": "x\udce9"}, as_json=False, output=tmp_path / "r.json")
     assert json.loads((tmp_path / "r.json").read_text()) == {"path": "x\udce9"}
 
 

@@ -101,8 +101,9 @@ def test_where_plain_is_best_it_says_so_and_auto_has_no_exit(tune, own, monkeypa
 def test_a_dry_run_writes_nothing(tune, own, monkeypatch):
     monkeypatch.setattr(run_module, "choose", always(1.5))
     before = {path: path.read_bytes() for path in own.iterdir()}
-    status, out, _ = tune("--dry-run")
+    status, out, err = tune("--dry-run", "--keep-draft-text")
     assert status == 0
+    assert "--keep-draft-text has no effect: nothing is written into a checkpoint" in err
     assert (
         "Nothing was written (--dry-run). As flags: --mode self-speculative --exit-layer"
         in " ".join(out.split())

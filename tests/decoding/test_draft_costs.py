@@ -8,7 +8,7 @@ from scripted import ScriptedDecoder, scripted_model
 from tiny_decoders import LAYERS, tiny_decoder
 
 from layerskip.decoding import draft_costs
-from layerskip.decoding.draft_costs import DraftCosts, outgrown
+from layerskip.decoding.draft_costs import ContextCosts, DraftCosts
 from layerskip.model import StepCosts
 
 MEASURED = StepCosts(
@@ -46,7 +46,6 @@ def test_in_pytorch_positions_cost_what_they_were_timed_to(monkeypatch):
         assert costs.passes == timed[decoder.dtype]
         # More is verified at a time where that is cheap, and nothing is gained by waiting.
         assert all(costs.over(n) <= n for n in range(1, 20))
-        assert all(costs.rows(n, 1) >= 0.0 for n in range(1, 20))
 
 
 def test_they_are_timed_before_an_answer_begins(monkeypatch):
@@ -60,10 +59,16 @@ def test_they_are_timed_before_an_answer_begins(monkeypatch):
 
 
 def test_a_context_has_grown_when_it_is_a_quarter_longer():
-    assert not outgrown(1000, 1249)
-    assert outgrown(1000, 1250)
-    assert not outgrown(4, 67)  # what attention takes there does not count
-    assert outgrown(4, 68)
+    costs = ContextCosts(ScriptedDecoder([1]), 1, None, MEASURED)
+    counted = costs.over([9, 1000])
+    assert costs.grown([1249]) is None
+    grown = costs.grown([30, 1250])
+    assert grown == DraftCosts.of(ScriptedDecoder([1]), 1, 1.0, MEASURED, [30, 1250])
+    assert grown != counted
+    assert costs.grown([1251]) is None  # it has just been counted
+    costs.over([4])
+    assert costs.grown([67]) is None  # what attention takes there does not count
+    assert costs.grown([68]) is not None
 
 
 def test_measured_costs_come_first_and_fit_other_exits_and_heads():

@@ -113,27 +113,25 @@ READS = (
 )
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_p=0.9)])
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_one_synchronisation_a_round(sampling, penalty, monkeypatch):
-    """Python looks at the numbers of a device tensor once a round, however many tokens are drafted.
+@pytest.fixture
+def reads(monkeypatch):
+    """Names of the calls by which Python looks at numbers of a device tensor, on a CPU that runs what
+    a device would.
 
-    `KVCache.lengths` is on the host by design, so that what `span` reads there costs nothing; what it
+    `KVCache.lengths` is on the host by design, so that what is read there costs nothing; what `span`
     copies to the device would wait for it.
     """
-    sampling = dataclasses.replace(sampling, repetition_penalty=penalty)
-    made = loop(7, speculative(2, 5), sampling=sampling)
-    next(made)
-    reads, on_host = [], []
-    span = KVCache.span
+    reads, in_span, on_host = [], [], set()
+    span, tensor = KVCache.span, torch.tensor
 
     def host_span(self, *args):
         assert self.lengths.device.type == "cpu"
-        on_host.append(True)
+        on_host.add(id(self.lengths))
+        in_span.append(True)
         try:
             return span(self, *args)
         finally:
-            on_host.pop()
+            in_span.pop()
 
     def recorded(name):
         original = getattr(torch.Tensor, name)
@@ -141,29 +139,54 @@ def test_one_synchronisation_a_round(sampling, penalty, monkeypatch):
         def read(self, *args, **options):
             places = [x for x in (*args, *options.values()) if isinstance(x, str | torch.device)]
             copied = name == "to" and bool(places)
-            if copied or (name != "to" and not on_host):
+            if copied or (name != "to" and not in_span and id(self) not in on_host):
                 reads.append(name)
             return original(self, *args, **options)
 
         return read
-
-    monkeypatch.setattr(KVCache, "span", host_span)
 
     def made_anew(numbers, *args, **options):  # from Python's: on a device it would be a copy
         if options.get("device", "cpu") != "cpu":
             reads.append("tensor")
         return tensor(numbers, *args, **options)
 
-    tensor = torch.tensor
+    monkeypatch.setattr(KVCache, "span", host_span)
     monkeypatch.setattr(torch, "tensor", made_anew)
     # What a device runs.
     monkeypatch.setattr(accept, "_in_turn", accept._at_once)
     monkeypatch.setattr(Sampling, "probabilities", Sampling._dense)
     for name in (*READS, "to"):
         monkeypatch.setattr(torch.Tensor, name, recorded(name))
+    return reads
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_p=0.9)])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_one_synchronisation_a_round(reads, sampling, penalty):
+    """However many tokens are drafted, as long as their number is fixed."""
+    sampling = dataclasses.replace(sampling, repetition_penalty=penalty)
+    made = loop(7, speculative(2, 5), sampling=sampling)
+    next(made)
+    reads.clear()
     for _ in made:
         assert reads == ["tolist"]
         reads.clear()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.3)])
+def test_a_draft_that_ends_by_itself_looks_at_each_token_once(reads, sampling):
+    """What an exit is unsure of is not drafted, and nobody knows before the device has said it."""
+    cheap = dataclasses.replace(COSTS, draft_step=1e-3, head=1e-3, passes=(1.0, 1.001))
+    plan = dataclasses.replace(speculative(1, 6), adaptive=True, costs=cheap)
+    made = loop(7, plan, n=60, sampling=sampling, case="llama3.1", upper=0.02)
+    next(made)
+    reads.clear()
+    longest = 0
+    for step in made:
+        assert reads == ["tolist"] * (step.from_exit + step.refused + 1)
+        longest = max(longest, len(reads))
+        reads.clear()
+    assert longest > 2
 
 
 @pytest.mark.parametrize("draft_from", ["early-exit", "both"])

@@ -501,7 +501,6 @@ def test_an_abandoned_answer_leaves_the_model_usable(model, n_pieces):
     pieces.close()
     made = answer.generation
     assert made.token_ids == before[:n_pieces]
-    assert made.rounds >= 0
     assert model.generate([5], **options).token_ids == before
 
 

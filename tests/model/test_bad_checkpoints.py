@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from layerskip.model import CheckpointError, UnsupportedModelError, load
+from layerskip.model import CheckpointError, UnsupportedModelError, families, load
 from layerskip.model.files.settings import SettingsWarning
 from tiny_models import COSTS, build, reference
 
@@ -209,6 +209,19 @@ def test_wrong_shape(folder, name):
     refuse(folder, CheckpointError, name, "shape")
 
 
+def test_heads_that_no_memory_holds(tmp_path):
+    """Shapes are compared before anything of the config's sizes is made."""
+    reference("llama2").save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", head_dim=2**40)
+    refuse(tmp_path, CheckpointError, "q_proj.weight", "shape")
+
+
+def test_half_an_emoji_in_a_config_is_no_reason_to_stop(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path / "cache"))
+    change_json(folder / "config.json", of_no_use="\ud83d")
+    assert load(folder, dtype=torch.float32)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -241,6 +254,33 @@ def test_unsupported_rotary_scaling(folder, kind):
     rope = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 2.0}
     change_json(folder / "config.json", rope_parameters=rope)
     refuse(folder, UnsupportedModelError, repr(kind), "llama3")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "'dynamic'"),
+        ({"hidden_act": "relu2"}, "'relu2'"),
+    ],
+)
+def test_what_a_stored_config_says_is_refused_before_weights_are_there(fields, words):
+    with pytest.raises(UnsupportedModelError, match=words):
+        families.check({"model_type": "qwen3", **fields})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"rope_scaling": None},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        {"model_type": "phi3", "rope_scaling": {"type": "su"}},  # an older word for LongRoPE
+    ],
+)
+def test_what_a_stored_config_may_say(fields):
+    families.check({"model_type": "qwen3", **fields})
 
 
 @pytest.mark.parametrize(
@@ -291,12 +331,27 @@ def test_adapter_without_its_base(tmp_path, weights, base):
     refuse(tmp_path, UnsupportedModelError, f"{tmp_path} is a LoRA adapter; merge it into {named}")
 
 
+def test_adapter_beside_weights(folder):
+    """transformers would put it on, so what answers here would be another model."""
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    refuse(folder, UnsupportedModelError, f"{folder} has an adapter beside its weights")
+
+
 # --- GGUF
 
 
 @pytest.fixture
 def file(tmp_path):
     return tmp_path / "model.gguf"
+
+
+def test_tensor_of_gguf_without_a_number_in_it(file):
+    gguf_files.write(file, reference("llama2"))
+    content = bytearray(file.read_bytes())
+    size = content.index(b"output_norm.weight") + len("output_norm.weight") + 4  # of a vector
+    content[size : size + 8] = bytes(8)
+    file.write_bytes(content)
+    refuse(file, CheckpointError, "model.gguf", "damaged or incomplete")
 
 
 @pytest.mark.parametrize("keep", [0, 3, 40, 2000, -100], ids=lambda n: f"[:{n}]")

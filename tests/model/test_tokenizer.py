@@ -101,9 +101,15 @@ class Named:
 
 
 def test_ends_are_known_by_their_names_too():
-    tokens = {"tokens": ["a", "</s>", "<|im_end|>", "<|end|>"], "token_type": [1, 3, 3, 1]}
-    assert gguf_tokenizer.end_tokens(Named(eos_token_id=1, **tokens)) == [1, 2]
-    assert gguf_tokenizer.end_tokens(Named(eos_token_id=1, eot_token_id=3, **tokens)) == [1, 3, 2]
+    """Of any type: finetunes have added them as tokens of the user's."""
+    tokens = {"tokens": ["a", "</s>", "<|im_end|>", "b", "<|end|>"], "token_type": [1, 3, 3, 1, 4]}
+    assert gguf_tokenizer.end_tokens(Named(eos_token_id=1, **tokens)) == [1, 2, 4]
+    assert gguf_tokenizer.end_tokens(Named(eos_token_id=1, eot_token_id=3, **tokens)) == [
+        1,
+        3,
+        2,
+        4,
+    ]
 
 
 def test_a_special_token_that_is_none_is_left_out():
@@ -237,6 +243,18 @@ def test_a_link_out_of_the_folder_is_not_followed(file, tmp_path):
     (tmp_path / "copy").mkdir()
     tokenizer.write(hub, tmp_path / "copy")
     assert (tmp_path / "copy" / "tokenizer.json").is_file()
+    shared = tmp_path / "cache" / "blobs" / "ab" / "abc"
+    repository = tmp_path / "cache" / "models--owner--name"
+    snapshot, blob = repository / "snapshots" / "abc", repository / "blobs" / "123"
+    for folder in (shared.parent, snapshot, blob.parent):
+        folder.mkdir(parents=True)
+    shared.write_text("{}")
+    blob.symlink_to(shared)
+    (snapshot / "tokenizer.json").symlink_to(blob)
+    tokenizer.write(
+        snapshot, tmp_path / "copy"
+    )  # as the hub's cache has what many repositories have
+    assert (tmp_path / "copy" / "tokenizer.json").read_text() == "{}"
     (inside / "merges.txt").symlink_to(secret)
     with pytest.raises(
         CheckpointError, match=r"merges\.txt is a link to .*, outside of its folder"

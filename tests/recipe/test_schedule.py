@@ -19,18 +19,18 @@ from layerskip.recipe.schedule import (
 
 def test_rate_over_layers():
     # L = 5: 2^(l/4) - 1
-    rates = [dropout_over_layers(layer, 5) for layer in range(5)]
+    rates = [dropout_over_layers(layer, 5, "exponential") for layer in range(5)]
     assert rates == pytest.approx([0, 0.189207, 0.414214, 0.681793, 1], abs=1e-6)
     assert [dropout_over_layers(layer, 5, "linear") for layer in (0, 1, 4)] == [0, 0.25, 1]
     assert dropout_over_layers(0, 5, "uniform") == 1
-    assert dropout_over_layers(0, 1) == 0
+    assert dropout_over_layers(0, 1, "exponential") == 0
 
 
 def test_rate_over_steps():
     # T = 5: 2^(t/4) - 1, and it stays at 1 should training go on
     rates = [dropout_over_steps(step, 5, "exponential") for step in (0, 2, 4, 9)]
     assert rates == pytest.approx([0, 0.414214, 1, 1], abs=1e-6)
-    assert dropout_over_steps(3, None) == 1
+    assert dropout_over_steps(3, None, "none") == 1
     assert dropout_over_steps(0, 1, "exponential") == 1
     with pytest.raises(ValueError, match="number of training steps"):
         dropout_over_steps(3, None, "exponential")

@@ -357,7 +357,7 @@ def test_a_measure_of_ones_own_is_kept(model_folder, tmp_path):
     trainer.compute_metrics = lambda prediction: {"accuracy": -1.0}
     metrics = trainer.evaluate()
     assert metrics["eval_accuracy"] == -1.0
-    assert metrics[f"eval_accuracy_exit_{trainer.attached.num_layers}"] >= 0.0
+    assert f"eval_accuracy_exit_{trainer.attached.num_layers}" in metrics
 
 
 def test_rows_without_labels_are_refused(model_folder, tmp_path):

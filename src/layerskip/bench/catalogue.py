@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from layerskip.bench import quality
-from layerskip.bench.data_sets import DataSet
+from layerskip.bench.data_sets import DataSet, Row
 
-Row = Mapping[str, Any]
 ARTICLE_WORDS = 128  # of an article that is to be continued
 
 

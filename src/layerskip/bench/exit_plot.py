@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from layerskip.bench.evaluation import Metric, Row
-from layerskip.training.plots import png
+from layerskip.training.plots import new_figure, png
 
 COLUMNS = 2
 
@@ -26,10 +26,6 @@ def plot_exits(rows: Sequence[Row], n_layers: int) -> bytes:
         ImportError: matplotlib is not installed.
         ValueError: there are no results.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("a plot needs matplotlib: pip install 'layerskip[plot]'") from error
     panels = list(
         dict.fromkeys((t, m) for row in rows for t in row.results for m in row.results[t])
     )
@@ -37,7 +33,7 @@ def plot_exits(rows: Sequence[Row], n_layers: int) -> bytes:
         raise ValueError("the tasks have given no figure that could be drawn")
     columns = min(COLUMNS, len(panels))
     height = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.2 * columns, 3.2 * height), layout="constrained")
+    figure = new_figure(4.2 * columns, 3.2 * height)
     for index, (task, metric) in enumerate(panels, 1):
         axes = figure.add_subplot(height, columns, index)
         by_mode: dict[str, dict[int, Metric]] = {}

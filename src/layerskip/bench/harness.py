@@ -8,7 +8,7 @@ from typing import Any
 
 from layerskip.bench.evaluation import Row
 from layerskip.bench.likelihood import Passage, Progress, Score, score_passages
-from layerskip.bench.perplexity import windows
+from layerskip.bench.perplexity import prefix_token, windows
 from layerskip.decoding import LayerSkipModel, Plan
 from layerskip.decoding.sampling import nth_seed
 
@@ -86,17 +86,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has no context."""
-        token = self._prefix_token
+        token = prefix_token(self.tokenizer)
         if token is None:
             raise ValueError(
                 "a text without context needs a begin or end token, and this tokenizer names none"
             )
         return token
-
-    @property
-    def _prefix_token(self) -> int | None:
-        bos: int | None = self.tokenizer.bos_token_id
-        return self.tokenizer.eos_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
@@ -108,7 +103,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
     ) -> list[int]:
         """Token ids; a text that begins with the prefix token already gets no second one."""
         if add_special_tokens is None:
-            token = self._prefix_token
+            token = prefix_token(self.tokenizer)
             prefix = None if token is None else self.tokenizer.decode([token])
             add_special_tokens = not (prefix and string.startswith(prefix))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)

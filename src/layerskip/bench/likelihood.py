@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.decoding import walk_exits
+from layerskip.decoding.prefix import turn_alike
 from layerskip.model import Decoder
 
 Progress = Callable[[str, int, int], None]  # what is done, how many of how many
@@ -91,11 +92,10 @@ def _batches(
 
     They share a cache as wide as the longest, and a rotary embedding may depend on that (LongRoPE).
     """
-    ropes = {rope for rope in decoder.architecture.ropes if rope is not None}
     first = 0
     for end in range(1, len(rows) + 1):
         sizes = [len(row) for row in rows[first : end + 1]]
-        if len(sizes) > batch_size or end == len(rows) or not all(r.alike(sizes) for r in ropes):
+        if len(sizes) > batch_size or end == len(rows) or not turn_alike(decoder, *sizes):
             yield rows[first:end]
             first = end
 

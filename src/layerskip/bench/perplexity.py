@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from layerskip.bench.data_sets import DATA_VARIABLE
 from layerskip.bench.evaluation import Metric
@@ -40,6 +41,12 @@ def stride_of(model: LayerSkipModel, window: int, stride: int | None) -> tuple[i
             f"stride is {stride}, it has to be from 1 to the window of {window} tokens"
         )
     return window, stride
+
+
+def prefix_token(tokenizer: Any) -> int | None:
+    """What stands before a text that has no context: the begin token, else the end token, if any."""
+    begin: int | None = tokenizer.bos_token_id
+    return tokenizer.eos_token_id if begin is None else begin
 
 
 def perplexity(
@@ -70,7 +77,7 @@ def perplexity(
         raise ValueError("perplexity of a text needs a tokenizer, and this checkpoint has none")
     window, stride = stride_of(model, window, stride)
     tokenizer = model.tokenizer
-    prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    prefix = prefix_token(tokenizer)
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     passages = list(windows([*([] if prefix is None else [prefix]), *ids], window, stride))
     if not passages:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip.bench.rows import name_of
-from layerskip.training.plots import png, write_figures
+from layerskip.training.plots import new_figure, png, write_figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,9 +58,7 @@ def draw_by_group(groups: Sequence[dict[str, Any]]) -> bytes:
 
 
 def _new(height: float = 5.0) -> "tuple[Figure, Axes]":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, height), layout="constrained")
+    figure = new_figure(8, height)
     return figure, figure.add_subplot()
 
 

@@ -13,7 +13,7 @@ def prompt_of(row: Mapping[str, Any]) -> tuple[Prompt, str | None]:
 
     A conversation that ends with an answer is asked without it.
     """
-    messages, answer = row.get("messages"), None
+    messages, answer = row.get("messages") or row.get("prompt"), None
     if messages and isinstance(messages, list) and all(map(is_message, messages)):
         if messages[-1]["role"] == "assistant":
             messages, answer = messages[:-1], messages[-1].get("content")

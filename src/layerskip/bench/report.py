@@ -150,9 +150,10 @@ def conditions(document: dict[str, Any]) -> list[str]:
         )
     if document["ignore_eos"]:
         phrases.insert(1, "answers go on past their end, and are not scored")
-    if document.get("not_scored") and not document["interrupted"]:
+    interrupted = document.get("interrupted", False)  # older documents do not say it
+    if document.get("not_scored") and not interrupted:
         phrases.insert(1, f"the answers could not be judged ({document['not_scored']})")
-    if document["interrupted"]:
+    if interrupted:
         phrases.insert(1, "interrupted: the prompts answered so far, not scored")
     if any(row["system"] == "llama.cpp" and "error" not in row for row in document["rows"]):
         phrases.append(f"llama.cpp on {document['gguf_weights']} weights")

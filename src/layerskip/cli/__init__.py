@@ -31,6 +31,7 @@ _NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory")  # as PyTorch says 
 _LESS_MEMORY = {
     "train": "a smaller --batch-size with more --accumulation, a smaller --max-length,"
     " --gradient-checkpointing or --lora-rank 16",
+    "export": "a machine with more memory, or a smaller model",
     "": "--dtype bfloat16, a smaller model or, on a CPU, --weights int8",
 }
 

@@ -17,11 +17,12 @@ from layerskip.bench.own import BENCH_MODES
 from layerskip.bench.peers import PEERS
 from layerskip.bench.report import categories, conditions, table, write_report
 from layerskip.bench.tasks import check_task, load_task
-from layerskip.cli import options, values
+from layerskip.cli import options, outputs, values
 from layerskip.cli.progress import bars
 from layerskip.cli.terminal import harmless, tell
 from layerskip.decoding import Sampling
 from layerskip.decoding.policy import DRAFT_SOURCES
+from layerskip.export import GGUF_WEIGHTS
 
 WIDE = 110  # columns of a terminal that has room for every figure on one line
 
@@ -132,7 +133,7 @@ def _list_of(kind: Any) -> Any:
 )
 @click.option(
     "--gguf-weights",
-    type=click.Choice(["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"]),
+    type=click.Choice(list(GGUF_WEIGHTS)),
     help="Precision of the file that llama.cpp gets. Default: that of --weights and --dtype.",
 )
 @click.option(
@@ -169,8 +170,8 @@ def command(
     """
     _note_idle_flags(flags["modes"], flags["draft_from"], flags["peers"])
     options.note_idle_sampling(flags)
-    options.check_outputs({"--output": output}, beside=(flags["model"], task_name))
-    options.check_report(report)
+    outputs.check_outputs({"--output": output}, beside=(flags["model"], task_name))
+    outputs.check_report(report)
     flags["exit_layers"] = flags["exit_layers"] or ()
     flags["sampling"] = Sampling(**{f.name: flags[f.name] for f in dataclasses.fields(Sampling)})
     known = {**flags, "seed": seed}
@@ -197,7 +198,7 @@ def command(
         told.callback(_tell_of_errors, document["rows"])
         if not as_json:
             told.callback(_show, document)
-        told.callback(options.deliver, document, as_json=as_json, output=output)
+        told.callback(outputs.deliver, document, as_json=as_json, output=output)
         if report is not None:
             write_report(document, report)
     if (failure := document["not_scored"]) is not None:
@@ -255,7 +256,7 @@ def _table(lines: list[list[str]], title: str, *, narrow: bool) -> Table:
     )
     for i, name in enumerate(heading):
         words = [word for cell in (name, *(line[i] for line in rest)) for word in cell.split()]
-        longest = max(map(len, words))
+        longest = max(map(len, words), default=0)
         shown.add_column(
             escape(name),
             justify="right" if i else "left",

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from layerskip.cli import options, show, values
+from layerskip.cli import options, outputs, show, values
 from layerskip.cli.terminal import tell
 from layerskip.decoding import LayerSkipModel, Prefix, PromptError
 from layerskip.decoding.sampling import nth_seed
@@ -43,7 +43,7 @@ def command(
     """
     values.check_decoding(flags)
     read = (flags["model"], values.draft_text_file())
-    options.check_outputs({"--output": output}, beside=read)
+    outputs.check_outputs({"--output": output}, beside=read)
     options.note_idle_sampling(flags, "seed")
     model = options.load_model(flags)
     if not model.has_chat_template:
@@ -55,7 +55,9 @@ def command(
         print(_HELP, file=sys.stderr)
         if flags["model"] == DEFAULT_MODEL:
             print(_NO_TALKER, file=sys.stderr)
-    if show_draft and not as_json:
+    if as_json:
+        options.note_without_effect(("show_draft",), "a document has no colours")
+    elif show_draft:
         show.show_legend()
     opening = [] if system is None else [{"role": "system", "content": system}]
     messages = list(opening)
@@ -79,14 +81,17 @@ def command(
                     model, asked, prefix, drawn_apart, stats, show_draft, quiet=as_json
                 )
             except PromptError as error:
-                tell(f"{error} (/reset forgets the conversation)")
                 messages.pop()
+                begun = len(messages) > len(
+                    opening
+                )  # else there is nothing that could be forgotten
+                tell(f"{error} (/reset forgets the conversation)" if begun else f"{error}")
                 refused += 1
                 continue
             messages.append({"role": "assistant", "content": result["text"]})
             results.append(result)
     finally:  # Ctrl-C and whatever goes wrong later leave the answers so far
-        options.deliver(results, as_json=as_json, output=output if results else None)
+        outputs.deliver(results, as_json=as_json, output=output if results else None)
     if refused and not (results or interactive):  # a script has nothing but the status to go by
         raise ValueError("none of the turns could be answered")
 

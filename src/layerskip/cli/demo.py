@@ -10,7 +10,7 @@ from rich.console import Console
 
 from layerskip.bench.environment import environment_of
 from layerskip.bench.plots import draw_by_group
-from layerskip.cli import options
+from layerskip.cli import options, outputs
 from layerskip.cli.demo_figures import bars, group_of, table, title_of, together
 from layerskip.cli.demo_tasks import TASKS
 from layerskip.cli.demo_view import compare
@@ -91,9 +91,9 @@ def command(
       layerskip demo --train --minutes 10
     """
     files = {"--output": output, "--picture": picture}
-    options.check_outputs(files, beside=(flags["model"],))
+    outputs.check_outputs(files, beside=(flags["model"],))
     if picture is not None:
-        options.check_pictures("--picture")
+        outputs.check_pictures("--picture")
     if not trains and (minutes is not None or folder is not None):
         raise click.UsageError("--minutes and --folder belong to --train")
     console, start = Console(highlight=False, quiet=as_json), time.monotonic()
@@ -113,7 +113,7 @@ def command(
         document = _decode(flags, max_new_tokens, console)
     console.print(TRY_IT, markup=False, soft_wrap=True)
     document["elapsed_s"] = time.monotonic() - start
-    options.deliver(document, as_json=as_json, output=output)
+    outputs.deliver(document, as_json=as_json, output=output)
     if picture is not None:
         replace(picture, draw_by_group(document["tasks"]))
         console.print(f"Drawn: {picture}", soft_wrap=True, markup=False)

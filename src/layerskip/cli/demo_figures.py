@@ -31,8 +31,8 @@ def together(groups: Sequence[Sequence[Entry]]) -> list[Entry]:
 
 def title_of(flags: dict[str, Any], model: LayerSkipModel) -> str:
     """What was measured, in a line."""
-    dtype = str(model.decoder.dtype).removeprefix("torch.")
-    return f"{flags['model']}, {dtype}, {flags['weights']}, greedy, one prompt at a time"
+    kept = f"{model.decoder.dtype_name}, {flags['weights']}"
+    return f"{flags['model']}, {kept}, greedy, one prompt at a time"
 
 
 def table(groups: Sequence[Group], title: str, total: Group | None = None) -> Table:

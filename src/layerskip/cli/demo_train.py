@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -76,7 +77,7 @@ def run(
         ImportError: an optional package is missing.
         ValueError: the folder is in use, or the model cannot be trained so.
     """
-    _check(flags["model"], folder)
+    _check(flags, folder)
     rows, held_out = demo_functions.split(
         demo_functions.read(python_functions.standard_library()), HELD_OUT
     )
@@ -123,13 +124,16 @@ def run(
     }
 
 
-def _check(model: str, folder: Path) -> None:
+def _check(flags: dict[str, Any], folder: Path) -> None:
     """Refuse what would fail after minutes of work."""
     from layerskip.training.checks import check_packages
+    from layerskip.training.recipe_callback import check_gpus
     from layerskip.training.source import check_files
 
     check_packages()
-    check_files(model)
+    check_files(flags["model"])
+    if flags["device"] != "cpu":
+        check_gpus(torch.cuda.device_count())
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another --folder, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
@@ -210,7 +214,7 @@ def _train(flags: dict[str, Any], exits: list[int], minutes: float, folder: Path
         max_length=256,
         log_steps=LOG_STEPS,
         save_steps=1_000_000,  # the result alone is wanted
-        device="cpu" if flags["device"] == "cpu" else "auto",
+        device="cpu" if flags["device"] == "cpu" else "auto",  # of one GPU: see `_check`
     )
     with TrainProgress(is_shown=True, figures=_is_shown) as progress:
         steps = train(config, progress).steps

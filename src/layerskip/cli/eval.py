@@ -17,7 +17,7 @@ from layerskip.bench import evaluation
 from layerskip.bench.environment import environment_of
 from layerskip.bench.exit_plot import plot_exits
 from layerskip.bench.perplexity import perplexity, read_text, stride_of
-from layerskip.cli import options, values
+from layerskip.cli import options, outputs, values
 from layerskip.cli.progress import Report, bars
 from layerskip.cli.terminal import harmless
 from layerskip.decoding import MODES, LayerSkipModel
@@ -149,9 +149,9 @@ def command(
     if texts and stride is not None and stride > window:
         raise click.UsageError(f"--stride {stride} is more than the --window of {window} tokens")
     _note_idle_flags(names, texts, modes, draft_from)
-    options.check_outputs({"--output": output, "--plot": plot}, beside=(flags["model"], *texts))
+    outputs.check_outputs({"--output": output, "--plot": plot}, beside=(flags["model"], *texts))
     if plot is not None:
-        options.check_pictures("--plot")
+        outputs.check_pictures("--plot")
     if names and importlib.util.find_spec("lm_eval") is None:
         raise ImportError("--tasks needs lm-evaluation-harness; run: pip install 'layerskip[eval]'")
     with options.waiting("reading what perplexity is asked of"):
@@ -195,7 +195,7 @@ def command(
     with contextlib.ExitStack() as told:  # backwards, and each where another cannot be written
         if not as_json:
             told.callback(_print_table, rows, flags["model"])
-        told.callback(options.deliver, result, as_json=as_json, output=output)
+        told.callback(outputs.deliver, result, as_json=as_json, output=output)
         if plot is not None:
             replace(plot, plot_exits(rows, n_layers))
     if ended is not None:

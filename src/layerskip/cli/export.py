@@ -10,13 +10,12 @@ import click
 
 from layerskip.cli import machine
 from layerskip.cli.options import (
-    check_outputs,
     common_options,
-    deliver,
     fetch_if_builtin,
     model_option,
     warnings_in_one_line,
 )
+from layerskip.cli.outputs import check_outputs, deliver
 from layerskip.cli.progress import Report, bars
 from layerskip.export import (
     GGUF_WEIGHTS,

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from layerskip.cli import options, show, values
+from layerskip.cli import options, outputs, show, values
 from layerskip.cli.progress import track
 from layerskip.cli.prompts import asked_prompts
 from layerskip.decoding import Answer, Generation
@@ -53,14 +53,16 @@ def command(
         raise click.UsageError("--prompt and --prompts exclude each other")
     values.check_decoding(flags)
     read = (flags["model"], prompts_file, values.draft_text_file())
-    options.check_outputs({"--output": output}, beside=read)
+    outputs.check_outputs({"--output": output}, beside=read)
     options.note_idle_sampling(flags, "seed")
     prompts = asked_prompts(prompt, prompts_file, "--prompts", chat=chat)
     prompts = _with_variables(prompts, chat_template_kwargs)
     model = options.load_model(flags)
     arguments = options.decoding_arguments(flags)
     quiet = as_json or output is not None
-    if show_draft and not quiet:
+    if quiet:
+        options.note_without_effect(("show_draft",), "a document has no colours")
+    elif show_draft:
         show.show_legend()
     several = prompts_file is not None
     generations: list[Generation] = []
@@ -91,10 +93,10 @@ def command(
 def _deliver(result: Any, as_json: bool, output: Path | None) -> None:
     """As everywhere; but nobody has seen these answers, so they are printed if they cannot be stored."""
     try:
-        options.deliver(result, as_json=as_json, output=output)
+        outputs.deliver(result, as_json=as_json, output=output)
     except OSError:
         if not as_json:
-            options.deliver(result, as_json=True, output=None)
+            outputs.deliver(result, as_json=True, output=None)
         raise
 
 

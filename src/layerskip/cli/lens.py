@@ -10,12 +10,13 @@ from typing import Any
 import click
 from rich.console import Console
 
-from layerskip.cli import lens_table, options, values
+from layerskip.cli import lens_table, options, outputs, values
 from layerskip.cli.progress import track
 from layerskip.cli.prompts import asked_prompts
 from layerskip.cli.terminal import tell
 from layerskip.decoding import Generation, LayerSkipModel, PromptError
 from layerskip.decoding.prompt import Tokenized
+from layerskip.decoding.step import Ending
 from layerskip.lens import Agreement, Report, report_on
 from layerskip.lens.page import agreement_page, report_page
 from layerskip.model.files.writing import replace
@@ -104,11 +105,11 @@ def command(
     if samples is not None and data is None:
         raise click.UsageError("--samples needs --data")
     values.check_decoding(flags)
-    idle = options.given(_DECODING)
+    idle = options.given((*_DECODING, "max_new_tokens"))
     if continuation is not None and idle:
         raise click.UsageError(f"--continuation is the answer; {idle[0]} would have no effect")
     files = {"--output": output, "--png": png, "--html": html}
-    options.check_outputs(files, beside=(flags["model"], data))
+    outputs.check_outputs(files, beside=(flags["model"], data))
     if png is not None:
         # Refuses before any long work where it has no matplotlib.
         from layerskip.lens import picture
@@ -135,7 +136,7 @@ def command(
             told.callback(show, console, report)
         else:
             told.callback(lens_table.show_agreement, console, agreement)
-        told.callback(options.deliver, document, as_json=as_json, output=output)
+        told.callback(outputs.deliver, document, as_json=as_json, output=output)
         if html is not None:
             page = report_page(report) if data is None else agreement_page(agreement, name)
             told.callback(replace, html, page.encode())
@@ -162,8 +163,8 @@ def _look(
     if continuation is None:
         asked = Tokenized(ids, continues=isinstance(prompt, str))
         answer = model.answer(asked, **decoding).complete()
-        room = len(ids) + decoding["max_new_tokens"] - 1  # as it was answered with
-        capacity = min(room, model.decoder.architecture.max_context)
+        # As it was answered with.
+        capacity = Ending.of(model.decoder, ids, decoding["max_new_tokens"]).capacity
     else:
         answer = _behind(model.tokenizer, prompt, ids, continuation)
     start = len(ids) - PROMPT_TAIL if positions is None else min(positions.start, len(ids))

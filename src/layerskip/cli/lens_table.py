@@ -60,7 +60,7 @@ def show_agreement(console: Console, agreement: Agreement) -> None:
 def _block(report: Report, console: Console) -> Table:
     lens, symbols = report.lens, report.symbols
     agrees, settled = lens.agrees.tolist(), lens.settled
-    rates = dict(zip(report.agreement.exits, report.agreement.rates, strict=True))
+    rates = report.agreement.rate_of
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("layer", justify="right")
     table.add_column("agrees", justify="right")

@@ -1,15 +1,11 @@
 """Flags that several commands share, and what they stand for."""
 
-import codecs
 import contextlib
 import functools
-import importlib.util
 import inspect
-import os
-import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,6 @@ from layerskip.cli.terminal import harmless, tell
 from layerskip.cli.values import SEED, Number, draft_text, json_object, vocabulary_size
 from layerskip.decoding import DRAFT_SOURCES, MODES, Generation, LayerSkipModel
 from layerskip.model.files.source import BUILTIN_MODELS, DEFAULT_MODEL, is_pulled, pull
-from layerskip.model.files.writing import json_text, replace
 from layerskip.model.quantize import WEIGHTS
 
 Command = Callable[..., Any]
@@ -284,67 +279,3 @@ def waiting(what: str, is_shown: bool = True) -> contextlib.AbstractContextManag
     if not (is_shown and sys.stderr.isatty()):  # rich also takes $FORCE_COLOR for a terminal
         return contextlib.nullcontext()
     return Console(stderr=True).status(escape(what))
-
-
-def deliver(result: Any, *, as_json: bool, output: Path | None) -> None:
-    """Print the result as JSON, write it to a file, or both; the file appears whole or not at all.
-
-    What was measured says by which command.
-    """
-    if isinstance(result, dict) and "environment" in result:
-        command = shlex.join(["layerskip", *sys.argv[1:]])
-        result = {**result, "environment": {"command": command, **result["environment"]}}
-    text = json_text(result)
-    try:
-        if output is not None:
-            # Half an emoji in a path or an answer is no UTF-8, but \udXXX is JSON.
-            replace(output, text.encode(errors="backslashreplace"))
-    except BrokenPipeError:  # a pipe whose reader has left
-        raise
-    except OSError as error:
-        raise OSError(f"{output} could not be written: {error.strerror or error}") from error
-    finally:
-        if as_json:
-            is_utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
-            sys.stdout.write(text if is_utf8 else json_text(result, ascii_only=True))
-            sys.stdout.flush()  # a full disk or a reader that has left is met here, not at the end
-
-
-def check_outputs(
-    outputs: Mapping[str, Path | None], beside: Iterable[str | Path | None] = ()
-) -> None:
-    """Refuse output files that cannot be written, before any long work starts.
-
-    Args:
-        outputs: flag -> its file, each another one.
-        beside: what this call reads; those that are files are not to be replaced.
-    """
-    given = [Path(file) for file in beside if file is not None]
-    taken = {file.resolve() for file in given if file.is_file()}
-    for flag, output in outputs.items():
-        if output is None or (output.exists() and not (output.is_file() or output.is_dir())):
-            continue  # a pipe or a device is written to
-        place = output.resolve()
-        if not place.parent.is_dir():
-            raise click.UsageError(f"the folder of {flag} {output} does not exist")
-        if not os.access(place.parent, os.W_OK):
-            raise click.UsageError(f"the folder of {flag} {output} cannot be written to")
-        if place in taken:
-            raise click.UsageError(
-                f"{flag} {output} would replace what this call reads or writes: name another file"
-            )
-        taken.add(place)
-
-
-def check_report(folder: Path | None) -> None:
-    """The same for a folder of pictures, which is made where it does not exist, and its pictures."""
-    if folder is not None:
-        check_pictures("--report")
-        inside = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        check_outputs({"--report": inside / "report"})
-
-
-def check_pictures(flag: str) -> None:
-    """Refuse to draw where matplotlib is not installed, before any long work starts."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError(f"{flag} needs matplotlib; run: pip install 'layerskip[plot]'")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from layerskip.cli.options import check_outputs, common_options, deliver, fetch
+from layerskip.cli.options import common_options, fetch
+from layerskip.cli.outputs import check_outputs, deliver
 from layerskip.model.files.source import BUILTIN_MODELS, discard_if_damaged, is_pulled
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import click
 import torch
 
-from layerskip.cli import machine, options
+from layerskip.cli import machine, options, outputs
 from layerskip.cli.terminal import tell
 from layerskip.recipe import RecipeConfig
 
@@ -147,6 +147,6 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
             "exit_layer": result.exit_layer,
             "metrics": result.metrics,
         }
-        options.deliver(document, as_json=True, output=None)
+        outputs.deliver(document, as_json=True, output=None)
     else:
         click.echo(f"{result.output}: {result.steps} steps, exit layer {result.exit_layer}")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from layerskip.cli import options, values
+from layerskip.cli import options, outputs, values
 from layerskip.cli.progress import bars
 from layerskip.cli.terminal import tell
 from layerskip.decoding import LayerSkipModel
@@ -120,12 +120,14 @@ def command(
       layerskip tune --model smollm2-135m --dry-run --output tuning.json
       layerskip tune --model my-checkpoint --data topv2 --grid --exit-layers 2,4,8 --samples 5
     """
-    options.check_outputs({"--output": output}, beside=(flags["model"], data))
-    options.check_report(report)
+    outputs.check_outputs({"--output": output}, beside=(flags["model"], data))
+    outputs.check_report(report)
     folder = Path(flags["model"]).expanduser()
     writes = folder.is_dir() and not dry_run
     if writes:
         check_writable(folder)
+    else:
+        options.note_without_effect(("keep_draft_text",), "nothing is written into a checkpoint")
     if data is not None:
         from layerskip.bench.tasks import check_task
 
@@ -180,7 +182,7 @@ def command(
             "pictures": [str(picture) for picture in pictures],
         }
         try:
-            options.deliver(result, as_json=as_json, output=output)
+            outputs.deliver(result, as_json=as_json, output=output)
         finally:
             if not as_json:
                 _show(tuning, file, pictures, dry_run=dry_run, is_folder=folder.is_dir())
@@ -280,7 +282,7 @@ def _cell(speedup: float, best: float) -> Text:
 
 def _costs(tuning: Tuning) -> str:
     costs = tuning.costs
-    middle = len(costs.contexts) // 2
+    middle = costs.middle
     x = costs.exits.index(tuning.predictions[0].exit_layer)
     verify = costs.verify_s[middle, x]
     n = len(verify)

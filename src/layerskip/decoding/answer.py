@@ -59,7 +59,7 @@ class Answer:
         elif stop:
             raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
         self._unread = deque[int]()  # tokens whose text nobody has needed yet
-        self._limit = Ending.of(model.decoder, prompt, max_new_tokens, ()).limit
+        self._limit = Ending.of(model.decoder, prompt, max_new_tokens).limit
         self.begin()
         self._arrived = self._started  # when the last step came
         self._times: list[float] = []

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from layerskip.decoding.draft_costs import DraftCosts, outgrown
+from layerskip.decoding.draft_costs import ContextCosts
 from layerskip.decoding.draft_length import BatchLength
 from layerskip.decoding.drafters import EarlyExitDrafter
 from layerskip.decoding.generate import (
@@ -70,7 +70,7 @@ class Batch:
             Ending.of(decoder, prompt, max_new_tokens, end_tokens) for prompt in prompts
         ]
         self._rows = list(range(len(prompts)))  # prompts that are still being continued
-        capacity = max(len(p) + e.limit - 1 for p, e in zip(prompts, self._endings, strict=True))
+        capacity = max(ending.capacity for ending in self._endings)
         self._cache = decoder.new_cache(capacity, len(prompts))
         self._generator = seeded_generator(decoder.device, seed)
         self._drafter: EarlyExitDrafter | None = None
@@ -82,8 +82,8 @@ class Batch:
             self._drafter = EarlyExitDrafter(decoder, plan.exit_layer, sampling, head)
             if plan.adaptive:
                 assert plan.draft_tokens is not None
-                self._head_share = 1.0 if head is None else head.share
-                costs = self._costs([len(prompt) for prompt in prompts])
+                self._costs = ContextCosts(decoder, plan.exit_layer, head, plan.costs)
+                costs = self._costs.over([len(prompt) for prompt in prompts])
                 self._length = BatchLength(costs, plan.draft_tokens)
 
     def leave(self, prompt: int) -> None:
@@ -119,8 +119,8 @@ class Batch:
         """Draft, verify, and keep what each row agrees with, as for one prompt."""
         assert self._plan.draft_tokens is not None
         length = self._length
-        if length is not None and outgrown(self._counted, int(self._cache.lengths.max())):
-            length.costs = self._costs(self._cache.lengths.tolist())
+        if length is not None and (now := self._costs.grown(self._cache.lengths.tolist())):
+            length.costs = now
         n = self._plan.draft_tokens if length is None else length.choose(len(self._rows))
         n = min(n, min(self._endings[prompt].room for prompt in self._rows) - 1)
         following, steps = speculate(
@@ -129,12 +129,6 @@ class Batch:
         if length is not None and n:
             length.learn(n, [step.accepted for step in steps])
         return steps, following
-
-    def _costs(self, contexts: Sequence[int]) -> DraftCosts:
-        """What drafting costs over contexts of these lengths."""
-        plan, self._counted = self._plan, max(contexts)
-        share = self._head_share
-        return DraftCosts.of(self._decoder, plan.exit_layer or 0, share, plan.costs, contexts)
 
     def _prefill(self, n_layers: int) -> Tensor:
         """Run the padded prompts through the first n layers and choose what follows each, [B, 1].
@@ -198,5 +192,5 @@ def grouped(lengths: Sequence[int]) -> list[list[int]]:
 
 def alike(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> bool:
     """Whether all together turn as each would alone: LongRoPE has factors for two lengths."""
-    ends = [len(p) + Ending.of(decoder, p, max_new_tokens, ()).limit - 1 for p in prompts]
-    return turn_alike(decoder, *ends)
+    sizes = [Ending.of(decoder, prompt, max_new_tokens).capacity for prompt in prompts]
+    return turn_alike(decoder, *sizes)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
+from layerskip.decoding.short_head import ShortHead
 from layerskip.model import Decoder, StepCosts
 from layerskip.model.timing import pass_costs
 
@@ -133,9 +134,32 @@ class DraftCosts:
         return longest
 
 
-def outgrown(counted: int, context: int) -> bool:
-    """Whether a context has grown so much since its positions were counted that costs are others now."""
-    return context - counted >= max(counted // 4, _GROWTH)
+class ContextCosts:
+    """`DraftCosts` over contexts that grow.
+
+    Args: those of `DraftCosts.of`, without contexts, and the draft's head.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        exit_layer: int | None,
+        head: ShortHead | None,
+        measured: StepCosts | None,
+    ) -> None:
+        share = 1.0 if head is None else head.share
+        self._over = functools.partial(DraftCosts.of, decoder, exit_layer or 0, share, measured)
+        self._counted = 0
+
+    def over(self, contexts: Sequence[int]) -> DraftCosts:
+        """The costs over contexts of these lengths."""
+        self._counted = max(contexts)
+        return self._over(contexts)
+
+    def grown(self, contexts: Sequence[int]) -> DraftCosts | None:
+        """The same where they have grown so much since then that costs are others now, else None."""
+        more = max(contexts) - self._counted
+        return self.over(contexts) if more >= max(self._counted // 4, _GROWTH) else None
 
 
 def time_rows(decoder: Decoder) -> None:

@@ -131,7 +131,7 @@ class EarlyExitDrafter:
 
         `follow` is given the drafted tokens and how many more there may be, and tells what shall stand
         behind them. It ends the draft, and goes through the first E layers together with the last
-        drafted token. None = nothing ever does.
+        drafted token. None = nothing ever does, as behind a draft that does not choose its length.
         """
         length, self._refused = self.length, []
         if (length is not None and not length.begins(n)) or not n:
@@ -140,7 +140,8 @@ class EarlyExitDrafter:
 
         def goes_on(token: int, confidence: float) -> bool:
             nonlocal behind
-            if length is not None and not length.keeps(confidence):
+            assert length is not None
+            if not length.keeps(confidence):
                 self._refused.append(token)
                 return False
             ids.append(token)
@@ -148,9 +149,9 @@ class EarlyExitDrafter:
                 return False
             if follow is not None and len(ids) < n:
                 behind = follow(ids, n - len(ids))
-            return not behind and not (length is not None and length.ends)
+            return not behind and not length.ends
 
-        asked = None if length is None and follow is None else goes_on
+        asked = None if length is None else goes_on
         states, tokens, q = self._chosen(last, n, cache, history, generator, asked)
         if self._refused:
             tokens, q = tokens[:, :-1], q[:-1]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layerskip.decoding.accept import accept
-from layerskip.decoding.draft_costs import DraftCosts, outgrown
+from layerskip.decoding.draft_costs import ContextCosts, DraftCosts
 from layerskip.decoding.draft_length import DraftLength, NgramLength
 from layerskip.decoding.drafters import Drafter, EarlyExitDrafter
 from layerskip.decoding.ngram import DraftText, NgramDrafter
@@ -68,12 +68,11 @@ def _until_the_end(
     seed: int | None,
     prefix: Prefix | None,
 ) -> Generator[Step]:
-    capacity = len(prompt) + ending.limit - 1  # no layer sees the last new token
     n_layers = plan.final_exit(len(decoder.layers))
     if prefix is None:
-        cache = decoder.new_cache(capacity)
+        cache = decoder.new_cache(ending.capacity)
     else:
-        cache = prefix.cache_for(decoder, prompt, capacity, n_layers, ending)
+        cache = prefix.cache_for(decoder, prompt, ending.capacity, n_layers, ending)
     ids = torch.tensor([list(prompt)], device=decoder.device)
     size = decoder.architecture.vocab_size
     history = TokenHistory(ids, size) if sampling.repetition_penalty != 1.0 else None
@@ -197,8 +196,6 @@ class _Session:
     history: TokenHistory | None
     generator: torch.Generator | None
     lengths: list[DraftLength | NgramLength] = dataclasses.field(default_factory=list)
-    head_share: float = 1.0  # of the draft's head
-    counted: int = 0  # positions of the context that costs are those of
 
     def steps(self) -> Iterator[Step]:
         """Yield steps without end; each has to go through `Ending.cut` before the next one.
@@ -207,7 +204,14 @@ class _Session:
         """
         decoder, plan = self.decoder, self.plan
         how = (self.cache, self.sampling, self.generator, self.history)
-        drafter = self._drafter() if plan.mode == "self-speculative" else None
+        drafter, costs = None, None
+        if plan.mode == "self-speculative":
+            prompt = self.prompt[0].tolist()
+            head = ShortHead.of(decoder, plan.draft_vocabulary, prompt)
+            if plan.adaptive:
+                costs = ContextCosts(decoder, plan.exit_layer, head, plan.costs)
+            now = None if costs is None else costs.over([len(prompt)])
+            drafter = self._drafter(prompt, head, now)
         last = self._prefill()
         step = Step((int(last),))
         while True:
@@ -219,18 +223,17 @@ class _Session:
                 step = Step((int(last),))
             else:
                 assert plan.draft_tokens is not None
-                self._count_context()
+                if costs is not None and (now := costs.grown(self.cache.lengths.tolist())):
+                    for length in self.lengths:
+                        length.costs = now
                 n = min(plan.draft_tokens, self.ending.room - 1)
                 last, (step,) = speculate(decoder, drafter, last, n, *how)
 
-    def _drafter(self) -> Drafter:
-        plan, decoder, pace = self.plan, self.decoder, Pace()
-        prompt = self.prompt[0].tolist()
-        head = ShortHead.of(decoder, plan.draft_vocabulary, prompt)
-        costs = early_exit = None
-        if plan.adaptive:
-            self.head_share = 1.0 if head is None else head.share
-            costs = self._costs(len(prompt))
+    def _drafter(
+        self, prompt: list[int], head: ShortHead | None, costs: DraftCosts | None
+    ) -> Drafter:
+        """What drafts; with costs it chooses how far."""
+        plan, decoder, pace, early_exit = self.plan, self.decoder, Pace(), None
         if plan.draft_from != "n-gram":
             assert plan.exit_layer is not None
             length = None if costs is None else DraftLength(costs, pace, plan.trained)
@@ -244,19 +247,6 @@ class _Session:
         self.lengths += [] if ngrams is None else [ngrams]
         text, ends = DraftText.of(plan.draft_text), self.ending.end_tokens
         return NgramDrafter(decoder, self.sampling, prompt, early_exit, ngrams, ends, text)
-
-    def _costs(self, context: int) -> DraftCosts:
-        """What drafting costs over a context of that length."""
-        plan, self.counted = self.plan, context
-        exit_layer = plan.exit_layer or 0
-        return DraftCosts.of(self.decoder, exit_layer, self.head_share, plan.costs, [context])
-
-    def _count_context(self) -> None:
-        """Lengths of drafts go by what they cost over the context as it has become."""
-        if self.lengths and outgrown(self.counted, context := int(self.cache.lengths)):
-            costs = self._costs(context)
-            for length in self.lengths:
-                length.costs = costs
 
     def _prefill(self) -> Tensor:
         """Run the prompt through the layers and choose the token after it, [1, 1]."""

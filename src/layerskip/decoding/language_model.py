@@ -31,9 +31,9 @@ from layerskip.decoding.prompt import (
 from layerskip.decoding.sampling import Sampling, nth_seed
 from layerskip.model import Checkpoint, Decoder, Settings, load, resolve
 from layerskip.model.files.published import with_defaults
-from layerskip.model.machine import machine
 from layerskip.model.native import threads
 from layerskip.model.quantize import bits_of
+from layerskip.model.timing import costs_kind
 
 
 class LayerSkipModel:
@@ -93,9 +93,7 @@ class LayerSkipModel:
         )
         decoder = checkpoint.decoder
         settings = with_defaults(name, checkpoint.settings).measured_for(
-            *(str(decoder.dtype).removeprefix("torch."), decoder.weights),
-            *(place.type, decoder.kernels, machine(decoder.device)),
-            threads=threads.threads_of(decoder.kernels),
+            *costs_kind(decoder), threads=threads.threads_of(decoder.kernels)
         )
         return cls(dataclasses.replace(checkpoint, settings=settings))
 

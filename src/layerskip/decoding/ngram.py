@@ -217,7 +217,8 @@ class NgramDrafter:
         assert self.length is not None
         assert self.otherwise is not None
         draft = self.otherwise.length
-        if draft is None or not draft.proven:
+        assert draft is not None
+        if not draft.proven:
             return []
         tokens, evidence = self._propose(room, drafted)
         return tokens[: self.length.follow(evidence, draft)]

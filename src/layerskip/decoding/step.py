@@ -52,12 +52,14 @@ class Ending:
 
     Attributes:
         limit: new tokens at most.
+        capacity: positions that the layers see at most, of prompt and answer.
         end_tokens: tokens that end it.
         room: new tokens that it may still have.
         reached: whether it has ended.
     """
 
     limit: int
+    capacity: int
     end_tokens: Collection[int]
     room: int
     reached: bool = False
@@ -68,14 +70,15 @@ class Ending:
         decoder: Decoder,
         prompt: Sequence[int],
         max_new_tokens: int,
-        end_tokens: Collection[int],
+        end_tokens: Collection[int] = (),
     ) -> "Ending":
         """The ending of a prompt's answer; raises ValueError where max_new_tokens is below 1."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, it has to be 1 or above")
         # The last new token is never run through the model, so it needs no place in the context.
         limit = min(max_new_tokens, decoder.architecture.max_context - len(prompt) + 1)
-        return cls(limit=limit, end_tokens=end_tokens, room=limit)
+        capacity = len(prompt) + limit - 1
+        return cls(limit=limit, capacity=capacity, end_tokens=end_tokens, room=limit)
 
     def cut(self, step: Step) -> Step:
         """As much of the next step as belongs to the answer."""

@@ -18,7 +18,7 @@ from layerskip.export.hf import check_tensors
 from layerskip.export.source import Source, cast
 from layerskip.export.written import Progress, Written
 from layerskip.model import UnsupportedModelError, families, row_order
-from layerskip.model.files.weights import GgufFile
+from layerskip.model.files.weights import ROPE_FACTORS, GgufFile
 
 _FILE_TYPES = {
     Kind.F32: LlamaFileType.ALL_F32,
@@ -30,7 +30,6 @@ _FILE_TYPES = {
 }
 GGUF_WEIGHTS = {kind.name.lower(): kind for kind in _FILE_TYPES}
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
-_ROPE_FACTORS = "rope_freqs.weight"
 _METADATA_BYTES = 50_000_000  # room for a large vocabulary
 
 
@@ -79,7 +78,7 @@ def to_gguf(
     gguf_tokenizer.add(writer, source)
     if factors is not None:
         writer.add_tensor_info(
-            _ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes, raw_dtype=Kind.F32
+            ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes, raw_dtype=Kind.F32
         )
     n_bytes = 0 if factors is None else factors.nbytes
     for name in names:

@@ -54,6 +54,11 @@ class Agreement:
         return [n / self.positions for n in self.agreeing]
 
     @property
+    def rate_of(self) -> dict[int, float]:
+        """The same by exit."""
+        return dict(zip(self.exits, self.rates, strict=True))
+
+    @property
     def settled_by(self) -> list[float]:
         """Share of positions that are settled at the exit or before it, for each exit."""
         return [n / self.positions for n in itertools.accumulate(self.settling)]

@@ -45,7 +45,7 @@ class _Grid:
             }
             for column, position in enumerate(lens.positions)
         ]
-        rates = dict(zip(report.agreement.exits, report.agreement.rates, strict=True))
+        rates = report.agreement.rate_of
         self.rows = [
             {
                 "exit": e,

@@ -50,7 +50,7 @@ def draw_report(report: Report) -> bytes:
         axes.axvline(lens.prompt_tokens - lens.positions.start, color="tab:blue", linewidth=1.5)
     axes.set_yticks([row + 0.5 for row in range(n_rows)], [str(e) for e in lens.exits], fontsize=8)
     axes.set(ylabel="layer", xlim=(0, n_columns), ylim=(0, n_rows), xticks=[])
-    rates = dict(zip(report.agreement.exits, report.agreement.rates, strict=True))
+    rates = report.agreement.rate_of
     bars.barh([row + 0.5 for row in range(n_rows)], [rates[e] for e in lens.exits], color=AGREES)
     bars.set(xlim=(0, 1), xticks=[0, 1])
     bars.set_xticklabels(["0", "100%"], fontsize=8)

@@ -113,6 +113,7 @@ def load(
 def open_files(path: Path) -> Files:
     """Open what `load` loads, without reading weights; raises what `load` raises."""
     check_no_adapter(path)
+    check_no_adapter_beside(path)
     gguf_path = _gguf_in(path)
     tensors: Tensors
     if gguf_path is not None:
@@ -217,7 +218,8 @@ def _config(folder: Path) -> dict[str, Any]:
     with _unusable_named(path):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         filled: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
+    # A cache that cannot be written is no reason to stop, nor is half an emoji, which is no UTF-8.
+    with contextlib.suppress(OSError, UnicodeEncodeError):
         configs = cache_folder() / "configs"
         configs.mkdir(parents=True, exist_ok=True)
         replace(configs / name, json_text(filled).encode())

@@ -90,6 +90,11 @@ class Decoder:
         return self.heads[0]
 
     @property
+    def dtype_name(self) -> str:
+        """Such as "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes that one step of all layers and the head has to read (the embedding is a look-up)."""
         products = [p for w in self.layers for p in (w.qkv, w.attention_out, w.mlp)]

@@ -16,7 +16,7 @@ from layerskip.model.architecture import (
     Mixture,
     UnsupportedModelError,
 )
-from layerskip.model.ropes import ropes_of
+from layerskip.model.ropes import check_ropes, ropes_of
 
 # Given to transformers with any config: what computes attention and experts is transformers' own choice.
 # A config may name compiled code of the hub there.
@@ -212,6 +212,16 @@ def check(config: Mapping[str, Any]) -> None:
     check_not_quantized(config)
     check_causal(config)
     check_weights_unnamed(config)
+    check_ropes(config)
+    activation = _activation(config)
+    if activation not in _ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"the activation {activation!r} is not supported (only {', '.join(_ACTIVATIONS)})"
+        )
+
+
+def _activation(config: Mapping[str, Any]) -> str:
+    return str(config.get("hidden_activation") or config.get("hidden_act", "silu"))
 
 
 def check_weights_unnamed(config: Mapping[str, Any]) -> None:
@@ -236,11 +246,6 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
     check(config)
     name = str(config["model_type"])
     family = FAMILIES[name]
-    activation = config.get("hidden_activation") or config.get("hidden_act", "silu")
-    if activation not in _ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"the activation {activation!r} is not supported (only {', '.join(_ACTIVATIONS)})"
-        )
     n_layers, n_heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
     check_n_layers(n_layers)
     hidden_size = int(config["hidden_size"])
@@ -257,7 +262,7 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
         max_context=int(config["max_position_embeddings"]),
         sliding_windows=_windows(config, family.window, n_layers),
         ropes=ropes_of(config, n_layers),
-        activation=_ACTIVATIONS[activation],
+        activation=_ACTIVATIONS[_activation(config)],
         attention_scale=_attention_scale(config),
         attention_cap=_number(config, "attn_logit_softcapping") if family.caps_attention else None,
         logit_cap=_number(config, "final_logit_softcapping"),

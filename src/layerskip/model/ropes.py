@@ -7,6 +7,8 @@ from typing import Any
 
 from layerskip.model.architecture import Rope, UnsupportedModelError
 
+_KINDS = ("default", "linear", "llama3", "longrope")
+
 
 def ropes_of(config: Mapping[str, Any], n_layers: int) -> tuple[Rope | None, ...]:
     """One for all layers, one for each kind of layer (Gemma 3), or none in some (SmolLM3)."""
@@ -17,6 +19,23 @@ def ropes_of(config: Mapping[str, Any], n_layers: int) -> tuple[Rope | None, ...
     turns = config.get("no_rope_layers") or (True,) * n_layers  # 0 where a layer has none
     rope = _rope(fields, config)
     return tuple(rope if turn else None for turn in turns[:n_layers])
+
+
+def check_ropes(config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError where a config as it is stored names a scaling that is unknown here.
+
+    Older ones have it under another name, and other words for LongRoPE in Phi-3.
+    """
+    fields = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for own in (fields, *(part for part in fields.values() if isinstance(part, Mapping))):
+        kind = own.get("rope_type") or own.get("type") or "default"
+        if kind not in _KINDS and config.get("model_type") != "phi3":
+            raise _unknown(kind)
+
+
+def _unknown(kind: object) -> UnsupportedModelError:
+    known = f"{', '.join(_KINDS[:-1])} and {_KINDS[-1]}"
+    return UnsupportedModelError(f"rotary scaling {kind!r} is not supported ({known} are)")
 
 
 def _rope(fields: Mapping[str, Any], config: Mapping[str, Any]) -> Rope:
@@ -40,9 +59,7 @@ def _rope(fields: Mapping[str, Any], config: Mapping[str, Any]) -> Rope:
         )
     if kind == "longrope":
         return _longrope(plain, fields, config["max_position_embeddings"])
-    raise UnsupportedModelError(
-        f"rotary scaling {kind!r} is not supported (default, linear, llama3 and longrope are)"
-    )
+    raise _unknown(kind)
 
 
 def _longrope(plain: Rope, fields: Mapping[str, Any], max_positions: int) -> Rope:

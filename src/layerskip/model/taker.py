@@ -103,11 +103,12 @@ class Taker:
         parts = [(f"{name}.weight", (size, n_in)) for name, size in zip(names, sizes, strict=True)]
 
         is_scaled = any(scale != 1.0 for scale in scales)
-        # Their numbers are put into order, not the rows themselves: each is copied once.
-        order = None if arranged is None else arranged(torch.arange(sum(rows)))
 
         def ordered(stacked: Tensor) -> Tensor:
-            return stacked if order is None else stacked[order.to(stacked.device)]
+            if arranged is None:
+                return stacked
+            # Their numbers are put into order, not the rows themselves: each is copied once.
+            return stacked[arranged(torch.arange(sum(rows))).to(stacked.device)]
 
         def finished(tensors: list[Tensor]) -> Tensor:
             if not is_scaled:
@@ -124,7 +125,7 @@ class Taker:
             values = finished([self._needed(*part) for part in parts])
             return self._product(self._rounded(parts[0][0], values, self._bits), bias)
         codes = stack([self._quantized(*part, self._bits) for part in parts])
-        return self._product(codes if order is None else codes.by_rows(ordered), bias)
+        return self._product(codes if arranged is None else codes.by_rows(ordered), bias)
 
     def finish(self) -> None:
         """Refuse tensors that were not used."""

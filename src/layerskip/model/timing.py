@@ -39,6 +39,12 @@ _TIMING = threading.Lock()  # two that time at once take each other's processors
 _known: dict[tuple[object, ...], Costs] = {}
 
 
+def costs_kind(decoder: Decoder) -> tuple[str, ...]:
+    """The `StepCosts.kind` of what is measured with a decoder here."""
+    here = decoder.kernels, machine(decoder.device)
+    return decoder.dtype_name, decoder.weights, decoder.device.type, *here
+
+
 def pass_costs(decoder: Decoder) -> Costs:
     """Passes over 1, 2, ... 16 positions on a CPU, in units of one's: as kept, else timed and kept.
 
@@ -51,8 +57,7 @@ def pass_costs(decoder: Decoder) -> Costs:
     with _TIMING:
         if known_by not in _known:
             what = hashlib.sha256(f"{decoder.architecture!r}\0{software}".encode()).hexdigest()[:16]
-            dtype = str(decoder.dtype).removeprefix("torch.")
-            name = f"{what}.{dtype}.{decoder.weights}.{n_threads}.json"
+            name = f"{what}.{decoder.dtype_name}.{decoder.weights}.{n_threads}.json"
             _known[known_by] = _kept(name) or _timed_and_kept(name, decoder, n_threads)
         return _known[known_by]
 

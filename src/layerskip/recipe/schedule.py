@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from layerskip.recipe.config import RecipeConfig
 
 
-def dropout_over_layers(layer: int, num_layers: int, shape: str = "exponential") -> float:
+def dropout_over_layers(layer: int, num_layers: int, shape: str) -> float:
     """D(l): 0 at the first layer and 1 at the last; `uniform` is 1 everywhere.
 
     Exponential: `D(l) = exp(l ln2 / (L-1)) - 1`. The only layer of a one-layer model
@@ -27,7 +27,7 @@ def dropout_over_layers(layer: int, num_layers: int, shape: str = "exponential")
     return depth if shape == "linear" else math.exp(depth * math.log(2)) - 1
 
 
-def dropout_over_steps(step: int, total_steps: int | None, shape: str = "none") -> float:
+def dropout_over_steps(step: int, total_steps: int | None, shape: str) -> float:
     """S(t): 1, or `exp(t ln2 / (T-1)) - 1` where the rate grows over training.
 
     Raises:
@@ -57,9 +57,7 @@ def skip_rates(
     )
 
 
-def exit_scale(
-    layer: int, num_layers: int, weighting: str = "paper", e_scale: float = 1.0
-) -> float:
+def exit_scale(layer: int, num_layers: int, weighting: str, e_scale: float) -> float:
     """e(l): the weight of the exit after layer l, before normalisation.
 
     The paper's is `e_scale * sum_{i=0..l} i`, and for the last layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -43,9 +44,7 @@ def plot_run(logs: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
     Returns:
         The files written; none where the log has nothing to draw or matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    if importlib.util.find_spec("matplotlib") is None:
         return []
     pictures = {}
     losses, accuracies = exit_series(logs, "loss"), exit_series(logs, "eval_accuracy")
@@ -53,7 +52,7 @@ def plot_run(logs: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
     if not accuracies:
         accuracies, of = exit_series(logs, "accuracy"), "in training"
     if losses:
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = new_figure(8, 5)
         axes = figure.add_subplot()
         for place, (exit_layer, (steps, values)) in enumerate(losses.items()):
             shade = place / max(len(losses) - 1, 1)
@@ -62,7 +61,7 @@ def plot_run(logs: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
         axes.legend(fontsize="small", ncols=2)
         pictures["loss_per_exit.png"] = figure
     if accuracies:
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = new_figure(8, 5)
         axes = figure.add_subplot()
         last = [values[-1] for _, values in accuracies.values()]
         axes.plot(list(accuracies), last, marker="o")
@@ -70,6 +69,15 @@ def plot_run(logs: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
         axes.set_title(f"Token accuracy of each exit, {of}")
         pictures["accuracy_over_layers.png"] = figure
     return write_figures(pictures, directory)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches; ImportError where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib; run: pip install 'layerskip[plot]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def write_figures(figures: Mapping[str, Figure], directory: Path) -> list[Path]:

@@ -13,6 +13,7 @@ import torch
 from layerskip.bench.measure import Run
 from layerskip.decoding import Generation, Step, walk_exits
 from layerskip.decoding.drafters import EarlyExitDrafter
+from layerskip.decoding.step import Ending
 from layerskip.model import Decoder
 
 _UNKNOWN = -1  # what the model would say after the answer's end; always cut off
@@ -59,13 +60,13 @@ def read_agreement(
         limit: the `max_new_tokens` of the answer.
     """
     tokens = answer.token_ids
-    limit = min(limit, decoder.architecture.max_context - len(prompt) + 1)
-    known, capacity = [*prompt, *tokens[:-1]], len(prompt) + limit - 1
+    ending = Ending.of(decoder, prompt, limit)
+    known = [*prompt, *tokens[:-1]]
     expected = torch.tensor(tokens[1:], device=decoder.device)
     agreement: dict[int, list[bool]] = {exit_layer: [] for exit_layer in sorted(set(exits))}
     ids = torch.tensor([known], device=decoder.device)
     # The capacity is that of the answer's own cache.
-    for first, exit_layer, hidden in walk_exits(decoder, ids, exits, capacity):
+    for first, exit_layer, hidden in walk_exits(decoder, ids, exits, ending.capacity):
         if first + hidden.shape[1] <= len(prompt):
             continue
         marks = agreement[exit_layer]
@@ -75,7 +76,7 @@ def read_agreement(
     return Continuation(
         prompt_tokens=len(prompt),
         token_ids=tokens,
-        limit=limit,
+        limit=ending.limit,
         agreement=agreement,
     )
 

@@ -54,12 +54,9 @@ def choose(rows: Sequence[Mapping[str, Any]]) -> Choice:
         rows: as of `bench.rows.row`, plain decoding first, then at least one other.
     """
     plain, *others = rows
-    certain = [row for row in others if is_certain(row)]
-    fastest = max(certain or others, key=lambda row: float(row["speedup"]))
-    low, high = fastest["speedup_interval"]
+    fastest, gain = _fastest(others)
     pair = f"E={fastest['exit_layer']}, d={fastest['draft_tokens']}"
-    gain = f"{fastest['speedup']:.2f}x of plain decoding (95% interval {low:.2f} to {high:.2f})"
-    if not certain:
+    if not is_certain(fastest):
         return Choice(
             mode="plain",
             exit_layer=None,
@@ -75,7 +72,7 @@ def choose(rows: Sequence[Mapping[str, Any]]) -> Choice:
         draft_tokens=fastest["draft_tokens"],
         tokens_per_s=fastest["tokens_per_s"],
         speedup=fastest["speedup"],
-        speedup_interval=[low, high],
+        speedup_interval=list(fastest["speedup_interval"]),
         reason=f"self-speculative decoding with {pair} is best here: {gain}",
     )
 
@@ -90,12 +87,9 @@ def choose_auto(
         rows: of mode auto, n-grams alone first, then with early exits.
         draft_tokens: the best draft length of each of these exits, for who drafts a fixed one.
     """
-    certain = [row for row in rows if is_certain(row)]
-    fastest = max(certain or rows, key=lambda row: float(row["speedup"]))
+    fastest, gain = _fastest(rows)
     exit_layer = fastest["exit_layer"]
-    low, high = fastest["speedup_interval"]
-    gain = f"{fastest['speedup']:.2f}x of plain decoding (95% interval {low:.2f} to {high:.2f})"
-    if not certain or fastest["speedup"] < pairs.speedup:
+    if not is_certain(fastest) or fastest["speedup"] < pairs.speedup:
         # It is what runs unless told otherwise, so whoever reads this should know.
         auto = f"mode auto with {name_of_auto(exit_layer)} comes to {gain}"
         return dataclasses.replace(pairs, reason=f"{pairs.reason}; {auto}")
@@ -110,9 +104,18 @@ def choose_auto(
         draft_tokens=None if exit_layer is None else draft_tokens[exit_layer],
         tokens_per_s=fastest["tokens_per_s"],
         speedup=fastest["speedup"],
-        speedup_interval=[low, high],
+        speedup_interval=list(fastest["speedup_interval"]),
         reason=f"mode auto with {name_of_auto(exit_layer)} is best here: {gain}; {fixed}",
     )
+
+
+def _fastest(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], str]:
+    """The fastest of those that certainly gain, else of all, and its gain in words."""
+    certain = [row for row in rows if is_certain(row)]
+    row = max(certain or rows, key=lambda row: float(row["speedup"]))
+    low, high = row["speedup_interval"]
+    gain = f"{row['speedup']:.2f}x of plain decoding (95% interval {low:.2f} to {high:.2f})"
+    return row, gain
 
 
 def name_of_auto(exit_layer: int | None) -> str:

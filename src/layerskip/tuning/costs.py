@@ -59,6 +59,11 @@ class Costs:
     verify_s: NDArray[np.float64]
     round_overhead_s: NDArray[np.float64]
 
+    @property
+    def middle(self) -> int:
+        """Which of the contexts stands for all where one has to."""
+        return len(self.contexts) // 2
+
     def round_s(self, exit_layer: int, drafted: int) -> NDArray[np.float64]:
         """A round that drafts so many tokens, at each context length, [C]; of none: a plain step."""
         if not drafted:

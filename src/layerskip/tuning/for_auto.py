@@ -8,8 +8,8 @@ from layerskip.decoding import LayerSkipModel
 from layerskip.model import StepCosts
 from layerskip.model.draft_vocabulary import MOST, worth_drafting
 from layerskip.model.files.draft_text import MOST as MOST_OF_TEXT
-from layerskip.model.machine import machine
 from layerskip.model.native import threads_of
+from layerskip.model.timing import costs_kind
 from layerskip.tuning.costs import Costs
 
 _LEAST = 1e-3  # of a plain step: differences of medians can come out at nothing
@@ -22,15 +22,16 @@ def step_costs(costs: Costs, exit_layer: int, model: LayerSkipModel) -> StepCost
 
     A pass over n positions is taken to grow with n as the verification from that exit does.
     """
-    middle, x = len(costs.contexts) // 2, costs.exits.index(exit_layer)
+    middle, x = costs.middle, costs.exits.index(exit_layer)
     plain, verify = float(costs.plain_s[middle]), costs.verify_s[middle, x]
+    dtype, weights, device, kernels, machine = costs_kind(model.decoder)
     return StepCosts(
-        dtype=str(model.decoder.dtype).removeprefix("torch."),
-        weights=model.decoder.weights,
-        device=model.decoder.device.type,
-        kernels=model.decoder.kernels,
-        machine=machine(model.decoder.device),
-        threads=threads_of(model.decoder.kernels) if model.decoder.device.type == "cpu" else 0,
+        dtype=dtype,
+        weights=weights,
+        device=device,
+        kernels=kernels,
+        machine=machine,
+        threads=threads_of(kernels) if device == "cpu" else 0,
         exit_layer=exit_layer,
         draft_step=max(float(costs.draft_step_s[middle, x]) / plain, _LEAST),
         draft_tokens_scored=model.decoder.architecture.vocab_size,

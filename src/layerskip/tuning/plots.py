@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from layerskip.training.plots import write_figures
+from layerskip.training.plots import new_figure, write_figures
 from layerskip.tuning.choose import name_of_auto
 from layerskip.tuning.run import Tuning
 
@@ -31,12 +31,6 @@ def plot_tuning(tuning: Tuning, directory: Path) -> list[Path]:
     return write_figures(figures, directory)
 
 
-def _figure(height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(8, height), dpi=150, layout="constrained")
-
-
 def _map(tuning: Tuning) -> Figure:
     """Predicted speedup of every exit layer (down) and draft length (across)."""
     exits = tuning.costs.exits
@@ -46,7 +40,7 @@ def _map(tuning: Tuning) -> Figure:
         speedups[exits.index(p.exit_layer), p.draft_tokens - 1] = p.speedup
     # Colours part at 1, where plain decoding is: red is slower, blue is faster.
     reach = max(abs(speedups - 1.0).max(), 0.05)
-    figure = _figure(max(3.0, 1.5 + 0.25 * len(exits)))
+    figure = new_figure(8, max(3.0, 1.5 + 0.25 * len(exits)))
     axes = figure.add_subplot()
     image = axes.imshow(speedups, cmap="RdBu", vmin=1 - reach, vmax=1 + reach, aspect="auto")
     figure.colorbar(image, label="predicted speedup over plain decoding")
@@ -82,8 +76,8 @@ def _title(tuning: Tuning) -> str:
 def _agreement(tuning: Tuning) -> Figure:
     """How often each exit names the model's next token, and what its draft step costs."""
     costs = tuning.costs
-    middle = len(costs.contexts) // 2
-    figure = _figure(4.5)
+    middle = costs.middle
+    figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     axes.plot(costs.exits, [row["agreement"] for row in tuning.exits], "o-", label="agreement")
     step = costs.draft_step_s[middle] / costs.plain_s[middle]
@@ -98,7 +92,7 @@ def _agreement(tuning: Tuning) -> Figure:
 def _predicted_and_measured(tuning: Tuning) -> Figure:
     assert tuning.grid is not None
     rows = tuning.grid[1:]
-    figure = _figure(6.5)
+    figure = new_figure(8, 6.5)
     axes = figure.add_subplot()
     predicted = [row["predicted_speedup"] for row in rows]
     measured = [row["speedup"] for row in rows]

@@ -51,7 +51,7 @@ def start_peers(
                 model=str(resolve(source)),
                 tokenizer=None if model.tokenizer is None else folder,
                 gguf=str(Path(folder) / "model.gguf"),
-                dtype=str(model.decoder.dtype).removeprefix("torch."),
+                dtype=model.decoder.dtype_name,
                 device=str(model.decoder.device),
                 threads=native.usable(),  # as many as the kernels take here
                 context=context,

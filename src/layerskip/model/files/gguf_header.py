@@ -137,6 +137,8 @@ class GgufHeader:
         name = self._string()
         (n_dimensions,) = self._unpack("<I")
         shape = self._unpack(f"<{n_dimensions}Q")[::-1]
+        if 0 in shape:
+            raise ValueError(f"{name} has the shape {shape}")
         kind, offset = self._unpack("<IQ")
         try:
             return name, GGMLQuantizationType(kind), shape, offset

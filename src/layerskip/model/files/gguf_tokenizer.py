@@ -41,7 +41,7 @@ _OTHER_NAMES = {
 }
 WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is a token is not merged, and BOS comes first
 ALL_MERGED = {"smaug-bpe": "llama-bpe"}  # splits like the other, of which neither holds
-# Control tokens that end an answer whatever else the file names, as in llama.cpp.
+# Tokens that end an answer and are no text, whatever else the file says of them, as in llama.cpp.
 _ENDS = frozenset(
     [
         "<|eot_id|>",
@@ -68,6 +68,7 @@ def from_gguf(file: GgufFile) -> Any:
 
     Raises:
         UnsupportedModelError: it is of another kind, or splits texts in a way that is not known here.
+        CheckpointError: its pieces do not fit together.
     """
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
@@ -89,8 +90,10 @@ def from_gguf(file: GgufFile) -> Any:
             f"{file.path} has a tokenizer {what}, which is not read from GGUF; take the checkpoint in"
             " safetensors, or put its tokenizer.json beside the file and name the folder"
         )
+    named = {tokens[i] for i in end_tokens(file)}
     for token, type_ in zip(tokens, _field(file, "token_type", []), strict=False):
-        if type_ == _CONTROL:
+        is_end = token in _ENDS or (type_ == _USER_DEFINED and token in named)
+        if type_ == _CONTROL or is_end:
             backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
         elif type_ == _USER_DEFINED:
             backend.add_tokens([AddedToken(token, normalized=False)])
@@ -122,8 +125,7 @@ def end_tokens(file: GgufFile) -> list[int]:
     """End of text, of turn, and of message, as far as the file names them, and tokens known for it."""
     tokens: list[str] = _field(file, "tokens", [])
     named = (_token_id(file, end, tokens) for end in ("eos", "eot", "eom"))
-    kinds = zip(tokens, _field(file, "token_type", []), strict=False)
-    known = (i for i, kind in enumerate(kinds) if kind[0] in _ENDS and kind[1] == _CONTROL)
+    known = (i for i, token in enumerate(tokens) if token in _ENDS)
     return list(dict.fromkeys(i for i in (*named, *known) if i is not None))
 
 

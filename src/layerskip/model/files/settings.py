@@ -67,7 +67,7 @@ class StepCosts:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "StepCosts":
-        """What `to_dict` gave; raises KeyError, TypeError or ValueError for anything else."""
+        """What `to_dict` gave; raises AttributeError, KeyError, TypeError or ValueError for others."""
         passes = tuple(float(cost) for cost in fields["passes"].split())
         names = ("draft_step", "draft_tokens_scored", "head", "exit_layer")
         numbers = (*passes, *(fields[name] for name in names))

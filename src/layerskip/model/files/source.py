@@ -99,6 +99,7 @@ def resolve(name: str, announce: Callable[[str], None] = lambda line: None) -> P
 
     Raises:
         SourceError: nothing by that name can be found or fetched.
+        UnsupportedModelError, CheckpointError: what a hub has is nothing that could be loaded.
     """
     if name in BUILTIN_MODELS and not Path(name).exists():
         return pull(name, announce)
@@ -155,6 +156,7 @@ def pull(name: str, report: Callable[[str], None] = lambda line: None) -> Path:
 
     Raises:
         SourceError: the name is unknown, the download fails, or a hash differs.
+        OSError: as of `cache_folder`.
     """
     if name not in BUILTIN_MODELS:
         raise SourceError(f"{name!r} is no built-in model; there are: {', '.join(BUILTIN_MODELS)}")

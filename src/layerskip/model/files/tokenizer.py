@@ -36,6 +36,7 @@ def load(path: Path, gguf_file: GgufFile | None = None) -> Any:
 
     Raises:
         CheckpointError: a tokenizer is there but cannot be read.
+        UnsupportedModelError: it is of a kind that is not known here.
     """
     try:
         if any((path / name).is_file() for name in _TOKENIZER_FILES):
@@ -99,7 +100,7 @@ def write(path: Path, folder: Path, gguf_file: GgufFile | None = None) -> None:
     """Copy a checkpoint's tokenizer files into a folder, or save the tokenizer of its GGUF file there.
 
     Raises:
-        CheckpointError: a tokenizer is there but cannot be read.
+        CheckpointError, UnsupportedModelError: as of `load`; or a file lies outside the folder.
     """
     templates = sorted(path.glob(f"{older_names.TEMPLATES}/*.jinja"))
     names = (*_TOKENIZER_FILES, *_FILES_BESIDE, *(str(t.relative_to(path)) for t in templates))

@@ -134,7 +134,7 @@ class GgufFile:
 
     def names(self) -> set[str]:
         """All names, in transformers' words."""
-        return set(self._tensors) - {_ROPE_FACTORS}
+        return set(self._tensors) - {ROPE_FACTORS}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """From the file's header, in transformers' order."""
@@ -204,7 +204,12 @@ class GgufFile:
             )
 
     def architecture(self) -> Architecture:
-        """The architecture that the metadata describes."""
+        """The architecture that the metadata describes.
+
+        Raises:
+            UnsupportedModelError: a kind of model, or a part of one, that is not known here.
+            CheckpointError: fields or tensors are missing or do not fit.
+        """
         name = str(self.field("general.architecture"))
         if int(self.field(f"{name}.expert_count", 0)):
             raise UnsupportedModelError("mixtures of experts in GGUF files are not supported")
@@ -218,7 +223,7 @@ class GgufFile:
             raise UnsupportedModelError(
                 f"rotary scaling {scaling!r} in a GGUF file is not supported"
             )
-        factors = self._tensors.get(_ROPE_FACTORS)
+        factors = self._tensors.get(ROPE_FACTORS)
         embedding = self._tensors.get("model.embed_tokens.weight")
         if embedding is None:
             raise missing("model.embed_tokens.weight")
@@ -279,7 +284,7 @@ def _codes(data: "np.ndarray[Any, Any]", kind: GGMLQuantizationType) -> Quantize
     return Quantized(4, nibbles(codes.flatten(1)), scales, offsets[0] if offsets else None)
 
 
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 _GGUF_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",

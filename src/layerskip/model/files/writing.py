@@ -90,9 +90,15 @@ def check_within(path: Path, within: Path | None = None) -> None:
         CheckpointError: it is one.
     """
     folder, real = (within or path.parent).resolve(), path.resolve()
-    # The hub's cache has links from snapshots/REVISION to blobs.
-    of_the_hub = folder.parent.parent if folder.parent.name == "snapshots" else folder
-    if not real.is_relative_to(of_the_hub):
+    allowed = [folder]
+    if folder.parent.name == "snapshots":
+        # The hub's cache has links from snapshots/REVISION to the repository's blobs, and from some of
+        # these to blobs that repositories share.
+        repository = folder.parent.parent
+        allowed.append(repository)
+        if repository.name.startswith("models--"):
+            allowed.append(repository.parent / "blobs")
+    if not any(real.is_relative_to(inside) for inside in allowed):
         raise CheckpointError(f"{path} is a link to {real}, outside of its folder: it is refused")
 
 
