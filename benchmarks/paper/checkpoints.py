@@ -13,9 +13,9 @@ from engine import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from layerskip.model.files.json_files import read_json
 from layerskip.model.files.source import BUILTIN_MODELS, DerivedModel
 from layerskip.model.files.weights import SafetensorsFiles
-from layerskip.model.files.writing import read_json
 from layerskip.recipe import RecipeConfig
 from layerskip.training import Progress, TrainConfig, train
 from layerskip.training.callbacks import read_log

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from layerskip.model.files.gguf_header import GgufHeader
+from layerskip.model.files.json_files import CheckpointError
 from layerskip.model.files.weights import GgufFile
-from layerskip.model.files.writing import CheckpointError
 
 
 @pytest.fixture

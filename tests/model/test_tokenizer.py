@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 
 from layerskip.model import UnsupportedModelError, load
 from layerskip.model.files import gguf_tokenizer, tokenizer
+from layerskip.model.files.json_files import CheckpointError, read_json, write_json
 from layerskip.model.files.weights import GgufFile
-from layerskip.model.files.writing import CheckpointError, read_json, write_json
+from layerskip.model.files.writing import check_within
 from layerskip.training import TrainConfig
 from layerskip.training.loading import load_tokenizer
 from tiny_models import build, reference
@@ -255,6 +256,8 @@ def test_a_link_out_of_the_folder_is_not_followed(file, tmp_path):
         snapshot, tmp_path / "copy"
     )  # as the hub's cache has what many repositories have
     assert (tmp_path / "copy" / "tokenizer.json").read_text() == "{}"
+    with pytest.raises(CheckpointError, match="outside of its folder"):  # it is not ours to change
+        check_within(snapshot / "tokenizer.json")
     (inside / "merges.txt").symlink_to(secret)
     with pytest.raises(
         CheckpointError, match=r"merges\.txt is a link to .*, outside of its folder"

@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from layerskip.model.files.writing import json_text, replace
+from layerskip.model.files.json_files import json_text
+from layerskip.model.files.writing import replace
 
 _OF_A_CHECKPOINT = re.compile(
     r"(\w*config|special_tokens_map|added_tokens|vocab|.*\.index)\.json|tokenizer.*|.*\.(safetensors|gguf)"

@@ -14,8 +14,8 @@ from layerskip.cli import options, outputs, values
 from layerskip.cli.progress import bars
 from layerskip.cli.terminal import tell
 from layerskip.decoding import LayerSkipModel
+from layerskip.model.files.json_files import read_json
 from layerskip.model.files.settings import exit_layer_of
-from layerskip.model.files.writing import read_json
 from layerskip.tuning.choose import Choice, name_of_auto
 from layerskip.tuning.effort import Effort, effort_for
 from layerskip.tuning.prompts import PROMPTS

@@ -15,8 +15,9 @@ from layerskip.export.destination import new_folder
 from layerskip.export.source import Source, cast
 from layerskip.export.written import Progress, Written
 from layerskip.model import CheckpointError, families, row_order
+from layerskip.model.files.json_files import write_json
 from layerskip.model.files.rounding import Rounding
-from layerskip.model.files.writing import share_weights, write_json
+from layerskip.model.files.writing import share_weights
 
 HF_WEIGHTS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SHARD_BYTES = 2_000_000_000  # what is in memory at a time

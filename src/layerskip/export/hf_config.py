@@ -12,9 +12,10 @@ from layerskip.model.architecture import Rope
 from layerskip.model.families import NOT_PASSED_ON
 from layerskip.model.files import older_names, settings
 from layerskip.model.files.gguf_tokenizer import special_token_ids
+from layerskip.model.files.json_files import read_json
 from layerskip.model.files.rounding import Rounding, recorded
 from layerskip.model.files.weights import GgufFile
-from layerskip.model.files.writing import check_within, read_json
+from layerskip.model.files.writing import check_within
 
 _OF_THE_WHOLE_MODEL = ("assistant_early_exit", settings.KEY)  # means nothing to a draft model
 _FACTORS_TOLERANCE = 1e-3  # relative; the factors in GGUF files are float32
@@ -31,7 +32,7 @@ def config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
         fields = _from_gguf(source, tensors)
     else:
         file = source.files.path / "config.json"
-        check_within(file)  # another file of this machine is not to be passed on
+        check_within(file, is_read=True)  # another file of this machine is not to be passed on
         stored = read_json(file)
         fields = {key: value for key, value in stored.items() if key not in NOT_PASSED_ON}
         fields["tie_word_embeddings"] = source.files.tied

@@ -5,10 +5,10 @@ from layerskip.model.cache import KVCache
 from layerskip.model.checkpoint import Checkpoint, Files, load, open_files
 from layerskip.model.decoder import Decoder, GoesOn, most_likely, read_draft
 from layerskip.model.families import FAMILIES
+from layerskip.model.files.json_files import CheckpointError
 from layerskip.model.files.merge import merge
 from layerskip.model.files.settings import Settings, StepCosts
 from layerskip.model.files.source import SourceError, pull, resolve
-from layerskip.model.files.writing import CheckpointError
 
 __all__ = [
     "FAMILIES",

@@ -16,11 +16,12 @@ from layerskip.model import assembly, families
 from layerskip.model.architecture import Architecture, UnsupportedModelError
 from layerskip.model.decoder import Decoder
 from layerskip.model.files import gguf_tokenizer, tokenizer
+from layerskip.model.files.json_files import CheckpointError, json_text, read_json
 from layerskip.model.files.rounding import warn_of_rounding
 from layerskip.model.files.settings import Settings, read_settings
 from layerskip.model.files.source import cache_folder
 from layerskip.model.files.weights import GgufFile, SafetensorsFiles, Tensors
-from layerskip.model.files.writing import CheckpointError, json_text, read_json, replace
+from layerskip.model.files.writing import replace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

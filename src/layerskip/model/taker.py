@@ -8,8 +8,8 @@ from torch import Tensor
 
 from layerskip.model.architecture import UnsupportedModelError
 from layerskip.model.embedding import DenseEmbedding, Embedding, QuantizedEmbedding
+from layerskip.model.files.json_files import CheckpointError
 from layerskip.model.files.weights import Tensors, missing
-from layerskip.model.files.writing import CheckpointError
 from layerskip.model.large_pages import LargePages
 from layerskip.model.linear import Linear, Matrix, QuantizedLinear, linear
 from layerskip.model.native import PanelEmbedding, PanelMatrix

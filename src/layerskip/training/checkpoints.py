@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 
-from layerskip.model.files.writing import CheckpointError, flush, read_json, share_weights
+from layerskip.model.files.json_files import CheckpointError, read_json
+from layerskip.model.files.writing import flush, share_weights
 from layerskip.training.errors import UnwrittenCheckpointError
 
 INCOMPLETE = ".incomplete"

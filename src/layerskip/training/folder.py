@@ -13,7 +13,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from layerskip.model.files.writing import check_within, json_text, read_json
+from layerskip.model.files.json_files import json_text, read_json
+from layerskip.model.files.writing import check_within
 from layerskip.training.checkpoints import check_whole, last_checkpoint
 from layerskip.training.config import TrainConfig, default_alpha
 from layerskip.training.errors import TrainingWarning

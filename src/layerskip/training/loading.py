@@ -18,8 +18,8 @@ from layerskip.model.families import (
     check_not_quantized,
     check_weights_unnamed,
 )
+from layerskip.model.files.json_files import read_json
 from layerskip.model.files.tokenizer import read
-from layerskip.model.files.writing import read_json
 from layerskip.recipe.anatomy import find_anatomy
 from layerskip.training.config import TrainConfig, default_alpha
 from layerskip.training.data import end_of_turn

@@ -8,8 +8,9 @@ from typing import Any
 
 from layerskip.model.files import older_names, settings
 from layerskip.model.files.draft_text import most_repeated
+from layerskip.model.files.json_files import read_json, write_json
 from layerskip.model.files.rounding import TRAINED, Rounding, recorded
-from layerskip.model.files.writing import flush, read_json, share_weights, write_json
+from layerskip.model.files.writing import flush, share_weights
 from layerskip.recipe.anatomy import find_anatomy
 from layerskip.training.checkpoints import INCOMPLETE
 from layerskip.training.config import TrainConfig

@@ -19,7 +19,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import align_special_tokens
 
-from layerskip.model.files.writing import json_text, replace
+from layerskip.model.files.json_files import json_text
+from layerskip.model.files.writing import replace
 from layerskip.recipe import RecipeConfig, attach, detach
 from layerskip.recipe.schedule import enabled_exits
 from layerskip.training.callbacks import Board, JsonLinesLog, TimeBudget, read_log, time_spent

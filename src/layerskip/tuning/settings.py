@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.model import StepCosts
+from layerskip.model.files.json_files import json_text, read_json
 from layerskip.model.files.settings import (
     EXIT,
     FILE,
@@ -15,7 +16,7 @@ from layerskip.model.files.settings import (
     special_tokens,
     text_of_ids,
 )
-from layerskip.model.files.writing import check_within, json_text, read_json, replace
+from layerskip.model.files.writing import check_within, replace
 from layerskip.tuning.choose import Choice
 
 

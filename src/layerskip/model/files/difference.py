@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerskip.model.files.writing import CheckpointError
+from layerskip.model.files.json_files import CheckpointError
 
 BITS = 2  # of a weight, unless told otherwise
 BLOCK = 64  # weights of a row that share a scale

@@ -11,8 +11,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from layerskip.model.architecture import UnsupportedModelError
+from layerskip.model.files.json_files import CheckpointError
 from layerskip.model.files.weights import GgufFile
-from layerskip.model.files.writing import CheckpointError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

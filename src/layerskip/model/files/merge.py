@@ -14,9 +14,10 @@ from layerskip.model.families import NOT_PASSED_ON
 from layerskip.model.files import difference, older_names
 from layerskip.model.files.difference import Header
 from layerskip.model.files.digest import sha256_of
+from layerskip.model.files.json_files import CheckpointError, write_json
 from layerskip.model.files.source import BUILTIN_MODELS, resolve
 from layerskip.model.files.weights import damage_named
-from layerskip.model.files.writing import CheckpointError, flush, share_weights, write_json
+from layerskip.model.files.writing import flush, share_weights
 
 _DTYPES = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layerskip.model.files.writing import read_json, write_json
+from layerskip.model.files.json_files import read_json, write_json
 
 TEMPLATES = "additional_chat_templates"  # a folder: those with a name, each in a file
 # Rotary base, and the part of a head that is turned.

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from layerskip.model.files.json_files import read_json
 from layerskip.model.files.settings import FILE, KEY
 from layerskip.model.files.weights import Tensors
-from layerskip.model.files.writing import read_json
 
 TRAINED = "quantization-aware training"
 CALIBRATED = "calibration"

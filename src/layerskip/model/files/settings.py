@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from layerskip.model.files.writing import CheckpointError, read_json
+from layerskip.model.files.json_files import CheckpointError, read_json
 
 FILE = "generation_config.json"
 KEY = "layerskip"

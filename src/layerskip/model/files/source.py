@@ -20,7 +20,8 @@ import platformdirs
 from layerskip.model import families
 from layerskip.model.architecture import UnsupportedModelError
 from layerskip.model.files.digest import sha256_of
-from layerskip.model.files.writing import CheckpointError, flush, read_json, write_json
+from layerskip.model.files.json_files import CheckpointError, read_json, write_json
+from layerskip.model.files.writing import flush
 
 CACHE_VARIABLE = "LAYERSKIP_CACHE"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]

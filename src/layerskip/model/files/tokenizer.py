@@ -10,8 +10,9 @@ from typing import Any
 from layerskip.model.architecture import UnsupportedModelError
 from layerskip.model.files import older_names
 from layerskip.model.files.gguf_tokenizer import from_gguf
+from layerskip.model.files.json_files import CheckpointError, read_json
 from layerskip.model.files.weights import GgufFile
-from layerskip.model.files.writing import CheckpointError, check_within, read_json
+from layerskip.model.files.writing import check_within
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _FILES_BESIDE = (
@@ -109,7 +110,7 @@ def write(path: Path, folder: Path, gguf_file: GgufFile | None = None) -> None:
         tokenizer.save_pretrained(str(folder))
     for name in found:
         # Another file of this machine is not to be passed on.
-        check_within(path / name, path)
+        check_within(path / name, path, is_read=True)
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path / name, folder / name)
     older_names.amend_tokenizer_config(folder)

@@ -19,7 +19,7 @@ from layerskip.model import families
 from layerskip.model.architecture import Architecture, Rope, UnsupportedModelError
 from layerskip.model.families import FAMILIES
 from layerskip.model.files.gguf_header import GgufHeader
-from layerskip.model.files.writing import CheckpointError, read_json
+from layerskip.model.files.json_files import CheckpointError, read_json
 from layerskip.model.packed import nibbles
 from layerskip.model.quantize import Quantized
 

@@ -1,57 +1,12 @@
-"""Files of JSON, and files that appear whole or not at all."""
+"""Files that appear whole or not at all."""
 
 import contextlib
-import json
-import math
 import os
-import re
 import secrets
 import shutil
 from pathlib import Path
-from typing import Any
 
-_OBEYED = re.compile(r"[\x7f-\x9f]")  # control characters that JSON leaves as they are
-
-
-class CheckpointError(ValueError):
-    """Files that are missing, damaged or do not fit together; the message says which and what to do."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: the file cannot be read or is no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # the last: nested too deeply
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return value
-
-
-def json_text(value: Any, *, ascii_only: bool = False) -> str:
-    """JSON in lines for people to read: without what JSON has not, or a terminal would obey.
-
-    Numbers that are none are null, and control characters are written as their codes.
-    """
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=ascii_only, allow_nan=False) + "\n"
-    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """A JSON object into a file, in lines for people to read."""
-    path.write_text(json_text(value), encoding="utf-8")
+from layerskip.model.files.json_files import CheckpointError
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -81,10 +36,13 @@ def replace(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
-def check_within(path: Path, within: Path | None = None) -> None:
+def check_within(path: Path, within: Path | None = None, *, is_read: bool = False) -> None:
     """Refuse a link out of its folder: whoever made the folder would choose what is read or replaced.
 
-    `within` is that folder where it is not the one that the file lies in.
+    Args:
+        path: of the file.
+        within: that folder where it is not the one that the file lies in.
+        is_read: whether it is going to be read and not replaced, so that it may be other folders', too.
 
     Raises:
         CheckpointError: it is one.
@@ -96,7 +54,7 @@ def check_within(path: Path, within: Path | None = None) -> None:
         # these to blobs that repositories share.
         repository = folder.parent.parent
         allowed.append(repository)
-        if repository.name.startswith("models--"):
+        if is_read and repository.name.startswith("models--"):
             allowed.append(repository.parent / "blobs")
     if not any(real.is_relative_to(inside) for inside in allowed):
         raise CheckpointError(f"{path} is a link to {real}, outside of its folder: it is refused")
