@@ -16,12 +16,12 @@ from layerskip.model import assembly, families
 from layerskip.model.architecture import Architecture, UnsupportedModelError
 from layerskip.model.decoder import Decoder
 from layerskip.model.files import gguf_tokenizer, tokenizer
-from layerskip.model.files.json_files import CheckpointError, json_text, read_json
+from layerskip.model.files.json_files import CheckpointError, read_json
 from layerskip.model.files.rounding import warn_of_rounding
 from layerskip.model.files.settings import Settings, read_settings
 from layerskip.model.files.source import cache_folder
 from layerskip.model.files.weights import GgufFile, SafetensorsFiles, Tensors
-from layerskip.model.files.writing import replace
+from layerskip.model.files.writing import replace_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,7 +223,7 @@ def _config(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, UnicodeEncodeError):
         configs = cache_folder() / "configs"
         configs.mkdir(parents=True, exist_ok=True)
-        replace(configs / name, json_text(filled).encode())
+        replace_json(configs / name, filled)
     return filled
 
 

@@ -19,8 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import align_special_tokens
 
-from layerskip.model.files.json_files import json_text
-from layerskip.model.files.writing import replace
+from layerskip.model.files.writing import replace_json
 from layerskip.recipe import RecipeConfig, attach, detach
 from layerskip.recipe.schedule import enabled_exits
 from layerskip.training.callbacks import Board, JsonLinesLog, TimeBudget, read_log, time_spent
@@ -135,7 +134,7 @@ def _train(
     if trainer.is_world_process_zero():
         shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
         warn_of_little_room(model, output, config.keep_checkpoints)
-        replace(output / SETTINGS, json_text(config.as_flat_dict()).encode())
+        replace_json(output / SETTINGS, config.as_flat_dict())
     metrics = _run(trainer, config, resume_from)
     _warn_of_no_loss(trainer, config.effective_recipe, exit_layer)
     if eval_rows:

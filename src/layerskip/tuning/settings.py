@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.model import StepCosts
-from layerskip.model.files.json_files import json_text, read_json
+from layerskip.model.files.json_files import read_json
 from layerskip.model.files.settings import (
     EXIT,
     FILE,
@@ -16,7 +16,7 @@ from layerskip.model.files.settings import (
     special_tokens,
     text_of_ids,
 )
-from layerskip.model.files.writing import check_within, replace
+from layerskip.model.files.writing import check_within, replace_json
 from layerskip.tuning.choose import Choice
 
 
@@ -91,7 +91,7 @@ def write_settings(
         own["draft_text"] = text_of_ids(draft_text)
     fields[KEY] = own
     try:
-        replace(file, json_text(fields).encode())
+        replace_json(file, fields)
     except OSError as error:
         raise ValueError(f"{file} cannot be written: {error}") from error
     return file

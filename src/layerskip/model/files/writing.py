@@ -5,8 +5,9 @@ import os
 import secrets
 import shutil
 from pathlib import Path
+from typing import Any
 
-from layerskip.model.files.json_files import CheckpointError
+from layerskip.model.files.json_files import CheckpointError, json_text
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -34,6 +35,11 @@ def replace(path: Path, content: bytes) -> None:
         raise
     finally:
         beside.unlink(missing_ok=True)
+
+
+def replace_json(path: Path, value: dict[str, Any]) -> None:
+    """The same with a JSON object, in lines for people to read."""
+    replace(path, json_text(value).encode())
 
 
 def check_within(path: Path, within: Path | None = None, *, is_read: bool = False) -> None:
