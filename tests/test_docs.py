@@ -16,7 +16,7 @@ from layerskip.cli import layerskip_command
 from layerskip.training import TrainConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands(text):
@@ -48,7 +48,14 @@ def test_flags_in_the_pages_exist(page):
 
 
 # Of llama.cpp and of the scripts in benchmarks/.
-FLAGS_OF_OTHERS = {"--shares", "--spec-type", "--draft-max", "--trained-on", "--control"}
+FLAGS_OF_OTHERS = {
+    "--shares",
+    "--spec-type",
+    "--spec-draft-n-max",
+    "--draft-max",
+    "--trained-on",
+    "--control",
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
