@@ -196,6 +196,22 @@ full = pathlib.Path(os.getcwd()).parent / "full"
 full.mkdir()
 (full / "kept").touch()
 parent = os.open(full, os.O_RDONLY)
+
+
+def another_interpreter():
+    for name in ("_interpreters", "_xxsubinterpreters"):
+        try:
+            found = __import__(name)
+        except ImportError:
+            continue
+        try:
+            made = found.create()
+        except Exception as error:  # of a kind that its version has
+            raise PermissionError from error
+        return made
+    raise PermissionError("there is no such module")
+
+
 attempts = {
     "write": lambda: outside.write_text("x"),
     "append": lambda: open(outside, "a"),
@@ -230,9 +246,13 @@ attempts = {
     "another's priority": lambda: os.setpriority(os.PRIO_PROCESS, os.getppid(), 19),
     "another's processors": lambda: os.sched_setaffinity(os.getppid(), {0}),
     "attributes": lambda: os.setxattr(full, "user.x", b"x"),
+    "times of an open file": lambda: os.utime(os.open(full / "kept", os.O_RDONLY)),
+    "memory that is not counted": lambda: os.memfd_create("x"),
+    "an interpreter without the hook": another_interpreter,
 }
 if sys.platform == "darwin":
-    del attempts["another's limits"], attempts["another's processors"], attempts["attributes"]
+    for name in ("another's limits", "another's processors", "attributes", "memory that is not counted"):
+        del attempts[name]
 confined._refuse_what_asks_no_hook()
 sys.addaudithook(confined._guard(os.path.realpath(".")))
 done = []

@@ -42,9 +42,9 @@ TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-2, "int8": 2e-2, "int4": 2e-2}
 MANY = 33
 
 
-@pytest.fixture(scope="module", params=["native", "x86-64-v4", "x86-64-v3", "x86-64-v2"])
+@pytest.fixture(scope="module", params=["native", "cascadelake", "x86-64-v3", "x86-64-v2"])
 def build_for(request, tmp_path_factory):
-    """The kernels of this CPU (None), and as older ones have them: AVX-512 without VNNI, AVX2, SSE."""
+    """The kernels of this CPU (None), and as others have them: AVX-512 without bfloat16, AVX2, SSE."""
     request.getfixturevalue("compiled_kernels")
     if request.param == "native":
         return None
@@ -52,8 +52,8 @@ def build_for(request, tmp_path_factory):
         pytest.skip("of other CPUs")
     flags = re.search(r"^flags.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     needed = {"avx2", "fma", "f16c"}
-    if request.param == "x86-64-v4":
-        needed |= {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+    if request.param == "cascadelake":
+        needed |= {f"avx512{part}" for part in ("f", "bw", "cd", "dq", "vl", "_vnni")}
     if flags is None or not needed <= set(flags[0].split()):
         pytest.skip("this CPU cannot run them")
     made = tmp_path_factory.mktemp("kernels") / f"{request.param}.so"
@@ -183,14 +183,14 @@ def test_an_input_that_is_no_number_shows_in_all_outputs(machine, kind, bits):
 )
 @pytest.mark.parametrize(
     ("kind", "number"),
-    [*itertools.product(("float32", "bfloat16"), ("nan", "inf")), ("int8", "nan")],
+    list(itertools.product(("float32", "bfloat16", "int8", "int4"), ("nan", "inf", "-inf"))),
 )
 def test_damaged_weights_are_said_to_be(machine, part, kind, number, tmp_path):
     model = tiny_models.build("llama2")
     weight = model.get_parameter(f"model.layers.1.{part}.weight")
     weight.data.view(-1)[5] = float(number)
     model.save_pretrained(tmp_path)
-    how = {"weights": kind} if kind == "int8" else {"dtype": kind}
+    how = {"weights": kind} if kind.startswith("int") else {"dtype": kind}
     for compile_ in (True, False):
         loaded = LayerSkipModel.from_pretrained(tmp_path, **how, compile=compile_)
         with pytest.raises(ValueError, match="weights are damaged"):
@@ -620,6 +620,10 @@ def test_apples_compiler_takes_pytorchs_openmp(monkeypatch, tmp_path):
     assert program == "/usr/bin/clang++"
     assert str(tmp_path / "include") in arguments
     assert "-lomp" not in arguments  # a second OpenMP in a process ends it
+    monkeypatch.setenv("CXX", "clang++")  # as many shells have it
+    assert find() == (program, *arguments)
+    monkeypatch.setenv("CXX", "g++-15")
+    assert find()[:2] == ("g++-15", "-fopenmp")
 
 
 def test_without_a_compiler_pytorch_runs_and_one_line_says_so(monkeypatch, tmp_path, capsys):

@@ -64,7 +64,7 @@ def machine(folder, monkeypatch):
 
 def decoder(dtype=torch.float32, weights="16bit", architecture="tiny", kernels="pytorch"):
     fields = {"dtype": dtype, "weights": weights, "architecture": architecture, "kernels": kernels}
-    return SimpleNamespace(**fields)
+    return SimpleNamespace(**fields, dtype_name=str(dtype)[6:])
 
 
 def test_costs_are_the_least_times_in_units_of_one_row(machine):

@@ -306,6 +306,16 @@ def test_evaluate_gives_each_exit(llama):
         handle.evaluate((1,), {"input_ids": batch["input_ids"]})
 
 
+def test_evaluate_has_the_models_own_dropout_off_too():
+    model = build("gpt2", resid_pdrop=0.5)
+    handle = attached(model, DROPPING)
+    model.transformer.h[1].eval()
+    losses = [handle.evaluate((2,), batch_of()).loss_sums for _ in range(2)]
+    assert torch.equal(*losses)
+    modes = [layer.training for layer in model.transformer.h]
+    assert (modes[:2], model.training) == ([True, False], True)  # as they were
+
+
 @families
 def test_packed_sequences(family):
     """Two documents in a row, told apart by their positions, train as two rows."""

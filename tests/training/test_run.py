@@ -890,6 +890,30 @@ def test_other_rows_after_a_resume_are_said(settings, interrupted):
         run(settings, resume=True, seed=2)
 
 
+def test_other_rows_under_the_same_name_after_a_resume_are_said(settings, interrupted, tmp_path):
+    data = tmp_path / "grows.jsonl"
+    shutil.copyfile(settings["data"], data)
+    settings |= {"data": str(data), "max_steps": 8}
+    interrupted(settings, 3)
+    with data.open("a") as file:
+        file.write(json.dumps({"prompt": "3 plus 4 is", "completion": " 7"}) + "\n")
+    with pytest.warns(TrainingWarning, match="^the rows are others than before the interruption"):
+        run(settings, resume=True)
+
+
+def test_weights_under_an_adapter_are_in_float32_where_products_are_in_float16(
+    settings, model_folder, tmp_path
+):
+    """The gradients of exits are too small for float16, so norm and head work in float32."""
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(model_folder, tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(model_folder).half().save_pretrained(tmp_path / "base")
+    changes = {"model": str(tmp_path / "base"), "lora_rank": 4, "precision": "float16"}
+    model = load_model(TrainConfig.from_mapping(settings | changes))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
 def test_an_exit_that_the_time_was_too_short_for_is_said(settings, monkeypatch):
     # The curriculum opens exits from the last down: exit 2 of 4 after a quarter of the steps.
     settings |= {"curriculum": "gradual", "exit_layer": 2, "max_steps": 40}

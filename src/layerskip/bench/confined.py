@@ -52,7 +52,7 @@ request_key 249 218 | keyctl 250 219 | unshare 272 97 | setns 308 268 | perf_eve
 bpf 321 280 | userfaultfd 323 282 | io_uring_setup 425 425 | setxattr 188 5 | lsetxattr 189 6 |
 fsetxattr 190 7 | removexattr 197 14 | lremovexattr 198 15 | fremovexattr 199 16 |
 setxattrat 463 463 | removexattrat 466 466 | chown 92 - | fchown 93 55 | lchown 94 - |
-fchownat 260 54
+fchownat 260 54 | memfd_create 319 279
 """
 # These may name the process itself; "clone" may make a thread, and "clone3" cannot be looked into.
 _KILL, _TGKILL, _PRLIMIT, _CLONE, _CLONE3 = (62, 129), (234, 131), (302, 261), (56, 220), (435, 435)
@@ -69,25 +69,18 @@ _DEVICES, _SIGNALS_AND_SOCKETS = 1 << 15, 3  # settings of terminals; other proc
 
 # Events of sys.audit: https://docs.python.org/3/library/audit_events.html
 _REFUSED = (
-    "_posixsubprocess.",
-    "ctypes.",
+    *("_posixsubprocess.", "cpython.PyInterpreterState_New", "ctypes.", "os.chdir", "os.chflags"),
+    *("os.chmod", "os.chown", "os.exec", "os.fork", "os.kill", "os.posix_spawn", "os.removexattr"),
+    *(
+        "os.setxattr",
+        "os.system",
+        "resource.prlimit",
+        "socket.",
+        "sqlite3.",
+        "subprocess.",
+        "syslog.",
+    ),
     *(["fcntl."] if sys.platform == "linux" else []),  # macOS has `_place_of` by it
-    "os.chdir",
-    "os.chflags",
-    "os.chmod",
-    "os.chown",
-    "os.exec",
-    "os.fork",
-    "os.kill",
-    "os.posix_spawn",
-    "os.removexattr",
-    "os.setxattr",
-    "os.system",
-    "resource.prlimit",
-    "socket.",
-    "sqlite3.",
-    "subprocess.",
-    "syslog.",
 )
 _CHANGES_PATHS = (
     "os.link",
@@ -185,6 +178,8 @@ def _guard(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
             ]:
                 place = _place_of(open_folder)
                 paths += [os.path.join(place, os.fsdecode(path)) for path in paths]
+            if event == "os.utime" and isinstance(arguments[0], int):
+                paths.append(_place_of(arguments[0]))
             if not all(map(inside, paths)):
                 raise PermissionError(f"{event} outside the program's folder")
         elif event.startswith(_REFUSED) or (event == "import" and arguments[0] in _NOT_IMPORTED):
@@ -205,15 +200,15 @@ def _place_of(open_folder: int) -> str:
 
 
 def _refuse_what_asks_no_hook() -> None:
-    """What `multiprocessing` starts processes with before Python 3.14, named pipes and devices, and what
-    reaches other processes."""
+    """What `multiprocessing` starts processes with before Python 3.14, named pipes and devices, memory
+    that is not counted, and what reaches other processes."""
     import _posixsubprocess
 
     def refuse(*_: Any, **__: Any) -> int:
         raise PermissionError("this is not allowed")
 
     _posixsubprocess.fork_exec = refuse
-    taken = ["mkfifo", "mknod", "pidfd_open", "pidfd_send_signal", "setpriority"]
+    taken = ["memfd_create", "mkfifo", "mknod", "pidfd_open", "pidfd_send_signal", "setpriority"]
     taken += ["sched_setaffinity", "sched_setparam", "sched_setscheduler"]
     for module in (os, signal, sys.modules["posix"], sys.modules["_signal"]):
         for name in taken:

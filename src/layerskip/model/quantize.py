@@ -152,7 +152,9 @@ def _codes(groups: Tensor, scales: Tensor, lowest: Tensor, bits: int) -> Tensor:
 
 
 def _half(values: Tensor) -> Tensor:
+    """In 16 bits; what is infinite is no number, which damaged weights are known by."""
     limit = torch.finfo(torch.float16).max
+    values = torch.where(values.isinf(), torch.nan, values)
     return values.clamp(-limit, limit).to(torch.float16)
 
 

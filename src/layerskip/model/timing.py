@@ -64,14 +64,17 @@ def pass_costs(decoder: Decoder) -> Costs:
 
 def _runs_in(decoder: Decoder) -> tuple[int, str]:
     """Threads, and what a pass depends on beside them and the model."""
-    # The name of the library is a hash of sources, compiler and processor.
+    here = machine(
+        torch.device("cpu")
+    )  # memory is as fast as the machine has it, whatever runs on it
+    # The name of the library is a hash of sources, compiler and instructions.
     software = build.target().stem if decoder.kernels == "compiled" else _pytorch()
-    return threads.threads_of(decoder.kernels), software
+    return threads.threads_of(decoder.kernels), f"{here}\0{software}"
 
 
 @functools.cache
 def _pytorch() -> str:
-    here = torch.__version__, torch.backends.cpu.get_cpu_capability(), machine(torch.device("cpu"))
+    here = torch.__version__, torch.backends.cpu.get_cpu_capability()
     files = sorted(Path(__file__).parent.glob("*.py"))
     sources = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return "\0".join((*here, sources))

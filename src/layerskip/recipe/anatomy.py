@@ -135,17 +135,26 @@ class Anatomy:
 
     @contextmanager
     def probing(self) -> Iterator[None]:
-        """For a while evaluation without gradients, in PyTorch's attention where the model has flash.
+        """The same in PyTorch's attention where the model has flash.
 
         Flash attention takes 16 bits alone, which it gets from autocast when it trains, and a GPU.
-        Afterwards every module gets its own mode back.
         """
         chosen = self.model.config._attn_implementation
         is_flash = isinstance(chosen, str) and "flash" in chosen
         if is_flash:
             has_sdpa = self.model._supports_sdpa  # Gemma 2 has not
             self.model.set_attn_implementation("sdpa" if has_sdpa else "eager")
-        modes = [(module, module.training) for module in self.model.modules()]
+        try:
+            with self.evaluating():
+                yield
+        finally:
+            if is_flash:
+                self.model.set_attn_implementation(chosen)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """For a while evaluation without gradients; every module gets its own mode back afterwards."""
+        modes = [(module, module.training) for module in self.model.modules() if module.training]
         self.model.train(False)
         try:
             with torch.no_grad():
@@ -153,8 +162,6 @@ class Anatomy:
         finally:
             for module, mode in modes:
                 module.training = mode
-            if is_flash:
-                self.model.set_attn_implementation(chosen)
 
     def refuse(self, why: str) -> NoReturn:
         """Raise ValueError: the recipe does not work for this model."""

@@ -88,7 +88,7 @@ class AttachedRecipe:
     def evaluate(
         self, exits: Iterable[int], batch: Mapping[str, Any], model: nn.Module | None = None
     ) -> ExitLosses:
-        """Each exit's loss and accuracy on a batch with labels: no layer dropout, no gradient.
+        """Each exit's loss and accuracy on a batch with labels: no dropout of any kind, no gradient.
 
         Args:
             exits: exits to look at; the last layer is always added.
@@ -101,7 +101,7 @@ class AttachedRecipe:
         self._to_evaluate = tuple(sorted({*exits, self.num_layers}))
         before = self.last
         try:
-            with torch.no_grad():
+            with self._anatomy.evaluating():
                 (model or self._anatomy.model)(**inputs)
             losses = self.last
             assert losses is not None

@@ -174,7 +174,7 @@ class _ExitLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, work: _Work, *given: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         states, parameters = given[: len(work.weights)], given[len(work.weights) :]
-        weights = torch.tensor(work.weights, device=work.targets.device)
+        weights = torch.tensor(work.weights, dtype=torch.float32, device=work.targets.device)
         loss_sums, divergence_sums = torch.zeros_like(weights), torch.zeros_like(weights)
         correct = torch.zeros_like(weights, dtype=torch.long)
         needed = work.needs_gradient

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import warnings
@@ -14,12 +15,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from layerskip.model.files.json_files import json_text, read_json
-from layerskip.model.files.writing import check_within
+from layerskip.model.files.writing import check_within, replace_json
 from layerskip.training.checkpoints import check_whole, last_checkpoint
 from layerskip.training.config import TrainConfig, default_alpha
 from layerskip.training.errors import TrainingWarning
 
-SETTINGS = "train.json"
+SETTINGS, _ROWS = "train.json", "rows.json"
 _LOCK = ".lock"
 
 # What decides which rows a step has, and which are held back to evaluate on.
@@ -69,10 +70,7 @@ def where_to_begin(config: TrainConfig, output: Path) -> str | None:
 
 def _compare(config: TrainConfig, file: Path) -> None:
     """What the run was begun with, and what it is to go on with."""
-    before = read_json(file) if file.exists() else {}
-    now = json.loads(json_text(config.as_flat_dict()))
-
-    before = now | before
+    before, now = _settings_of(config, file)
     # With another adapter what was learnt would be lost, or scaled otherwise.
     if _adapter_of(before) != _adapter_of(now):
         was = ", ".join(f"{name} {before[name]}" for name in _ADAPTER)
@@ -100,6 +98,53 @@ def _compare(config: TrainConfig, file: Path) -> None:
             TrainingWarning,
             stacklevel=3,
         )
+
+
+def keep_settings(
+    config: TrainConfig, output: Path, train_rows: Any, eval_rows: Any, *, resumes: bool
+) -> None:
+    """Write down what a run is, and which rows it has, and say where they are others on resume.
+
+    The names that data have may stay while the rows behind them change: a file grows, a pattern finds
+    one more, a data set of the hub moves on, a tokenizer is another one.
+
+    Args:
+        config: of the run.
+        output: its folder.
+        train_rows: `datasets.Dataset` with `input_ids`.
+        eval_rows: such rows held back, or None.
+        resumes: whether it goes on from a checkpoint.
+    """
+    rows = {"train": train_rows, "held_back": eval_rows}
+    now = {name: None if own is None else _identity(own) for name, own in rows.items()}
+    file = output / _ROWS
+    before, settings = _settings_of(config, output / SETTINGS)
+    is_said = any(before[name] != settings[name] for name in (*_ROWS_BY, "model", "tokenizer"))
+    if resumes and not is_said and file.is_file() and read_json(file) != now:
+        warnings.warn(
+            "the rows are others than before the interruption, or in other tokens: some come again or"
+            " are left out, and rows to evaluate on may have been trained on",
+            TrainingWarning,
+            stacklevel=2,
+        )
+    replace_json(output / SETTINGS, config.as_flat_dict())
+    replace_json(file, now)
+
+
+def _identity(rows: Any) -> dict[str, Any]:
+    """How many rows these are, and a hash of their tokens in order."""
+    column = rows.data.column("input_ids")
+    tokens, lengths = hashlib.sha256(), hashlib.sha256()
+    for chunk in column.chunks:
+        tokens.update(chunk.flatten().to_numpy(zero_copy_only=False).astype("int64").tobytes())
+        lengths.update(chunk.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+    return {"rows": len(rows), "sha256": [tokens.hexdigest(), lengths.hexdigest()]}
+
+
+def _settings_of(config: TrainConfig, file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings in a file, as far as they are there else these, and these."""
+    now = json.loads(json_text(config.as_flat_dict()))
+    return now | (read_json(file) if file.exists() else {}), now
 
 
 def _adapter_of(settings: dict[str, Any]) -> tuple[int | None, float | None]:

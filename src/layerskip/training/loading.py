@@ -186,11 +186,12 @@ def load_model(config: TrainConfig) -> PreTrainedModel:
 def _weights_dtype(config: TrainConfig) -> torch.dtype:
     """Float32, in which small updates are not lost. Weights under an adapter get none.
 
-    They stay in the 16 bits that the checkpoint has them in, where products are in those too.
+    They stay in bfloat16 where the checkpoint has them in it and products are in it too. In float16 the
+    exits' gradients would be too small, so head and norm have to be in float32 there.
     """
     published = model_config(config.model).get_text_config().dtype
-    is_frozen = config.lora_rank is not None
-    return arithmetic(config) if is_frozen and published == arithmetic(config) else torch.float32
+    stays = config.lora_rank is not None and published == arithmetic(config) == torch.bfloat16
+    return torch.bfloat16 if stays else torch.float32
 
 
 def _kept_bytes(model: PreTrainedModel, config: TrainConfig) -> int:

@@ -19,7 +19,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import align_special_tokens
 
-from layerskip.model.files.writing import replace_json
 from layerskip.recipe import RecipeConfig, attach, detach
 from layerskip.recipe.schedule import enabled_exits
 from layerskip.training.callbacks import Board, JsonLinesLog, TimeBudget, read_log, time_spent
@@ -36,7 +35,7 @@ from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows
 from layerskip.training.device import arithmetic, uses_gpu
 from layerskip.training.errors import TrainingWarning
 from layerskip.training.fake_quantization import DIFFERENCE, QuantizeAware, quantize_aware
-from layerskip.training.folder import SETTINGS, alone_in, where_to_begin
+from layerskip.training.folder import alone_in, keep_settings, where_to_begin
 from layerskip.training.loading import (
     add_end_of_turn,
     check_packing,
@@ -134,7 +133,7 @@ def _train(
     if trainer.is_world_process_zero():
         shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
         warn_of_little_room(model, output, config.keep_checkpoints)
-        replace_json(output / SETTINGS, config.as_flat_dict())
+        keep_settings(config, output, train_rows, eval_rows, resumes=resume_from is not None)
     metrics = _run(trainer, config, resume_from)
     _warn_of_no_loss(trainer, config.effective_recipe, exit_layer)
     if eval_rows:

@@ -41,7 +41,11 @@ class _RefusedError(NoCompilerError):
 
 
 # Said by compilers whom something else stopped, which may be gone the next time.
-_PASSING = ("terminated program", "No space left", "annot allocate memory", "out of memory")
+_PASSING = (
+    *("terminated program", "No space left", "annot allocate memory", "out of memory"),
+    *("temporarily unavailable", "Too many open files", "nput/output error", "quota exceeded"),
+    *("tale file handle", "'omp.h' file not found"),  # the last is there once it is installed
+)
 
 
 def prepare(announce: Callable[[str], None] = lambda text: None) -> None:
@@ -142,10 +146,11 @@ def _compiler() -> tuple[str, ...]:
         named = shlex.split(os.environ.get("CXX", ""))
     except ValueError as error:
         raise NoCompilerError(f"CXX is no command: {error}") from error
-    if named:
-        return (*named, "-fopenmp", _NATIVE)
+    own = shutil.which("clang++") if sys.platform == "darwin" else None
+    if named and not (own and [shutil.which(word) for word in named] == [own]):
+        return (*named, "-fopenmp", _APPLES)
     if sys.platform == "darwin":  # where g++ is clang++ by another name
-        compiler = shutil.which("clang++")
+        compiler = own
         headers = Path(torch.__file__).parent / "include"
         if compiler is None or not (headers / "omp.h").is_file():
             raise NoCompilerError(

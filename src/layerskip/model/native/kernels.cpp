@@ -43,6 +43,9 @@ constexpr int LANES = 16, GROUP = 32;
 #if defined(__x86_64__) && !defined(__FMA__)
 #error this processor has no fused multiply-add
 #endif
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error this processor puts the high bytes of a number first
+#endif
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)  // without VNNI bytes are multiplied in vectors of 8
 #define VECTORS_OF_16
 constexpr int WIDTH = 16;  // numbers in a vector of this machine
