@@ -6,7 +6,7 @@ import json
 import pytest
 
 from layerskip.cli.train_progress import TrainProgress
-from layerskip.training import Progress, TrainConfig
+from layerskip.training import LayerSkipTrainer, Progress, TrainConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -143,6 +143,32 @@ def test_every_setting_has_a_flag_of_its_name(program):
     _, out, _ = program("train", "--help")
     for name in TrainConfig.settings():
         assert f"--{name.replace('_', '-')}" in out
+
+
+def test_ctrl_c_names_the_checkpoint_to_go_on_from(train, raise_at, tmp_path):
+    raise_at(LayerSkipTrainer, "training_step", 4, KeyboardInterrupt)
+    status, out, err = train("--save-steps", 2)
+    assert (status, out) == (130, "")
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    assert [line for line in err.splitlines() if line][-2:] == [
+        f"layerskip: the last good checkpoint is {checkpoint}; --resume goes on",
+        "layerskip: interrupted",
+    ]
+    status, out, _ = train("--save-steps", 2, "--resume")
+    assert (status, out) == (0, f"{tmp_path / 'out'}: 4 steps, exit layer 2\n")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--lora-rank", 2)])
+def test_generate_runs_the_result(train, program, tmp_path, arguments):
+    assert train(*arguments)[0] == 0
+    asked = ("--prompt", "1+1=", "--max-new-tokens", 4, "--ignore-eos", "--json")
+    how = ("--mode", "self-speculative", "--no-compile", "--dtype", "float32")
+    status, out, err = program("generate", "--model", tmp_path / "out", *asked, *how)
+    assert status == 0, err
+    answer = json.loads(out)
+    assert (answer["exit_layer"], answer["new_tokens"]) == (2, 4)
+    plain = program("generate", "--model", tmp_path / "out", *asked, *how[2:], "--mode", "plain")[1]
+    assert json.loads(plain)["token_ids"] == answer["token_ids"]
 
 
 @pytest.mark.parametrize(

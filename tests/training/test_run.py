@@ -381,6 +381,21 @@ def test_a_loss_that_is_not_finite_stops_training(settings):
     assert run(settings, learning_rate=1e-3, **how | {"max_steps": 4}, resume=True).steps == 4
 
 
+def test_a_good_checkpoint_stays_where_only_one_is_kept(settings):
+    """What the weights of the newest are worth the next step shows, so the one before goes after it."""
+    how = {"max_grad_norm": 0, "warmup_steps": 2, "save_steps": 1, "keep_checkpoints": 1}
+    with pytest.raises(
+        NonFiniteLossError, match=r"is \S+checkpoint-1 \(checkpoint-2 may have been"
+    ):
+        run(settings, learning_rate=1e30, max_steps=50, **how)
+    left = sorted(path.name for path in Path(settings["output"]).glob("checkpoint-*"))
+    assert left == ["checkpoint-1", "checkpoint-2"]
+    shutil.rmtree(settings["output"])
+    run(settings, max_steps=4, **how)
+    left = [path.name for path in Path(settings["output"]).glob("checkpoint-*")]
+    assert left == ["checkpoint-4"]
+
+
 def test_lora_is_merged_and_kept_beside(settings, model_folder):
     import peft
     from transformers import AutoModelForCausalLM
@@ -491,6 +506,36 @@ def test_bad_input_is_one_line_before_training(settings, changes, message):
     assert last_checkpoint(settings["output"]) is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "content", "message"),
+    [
+        ({"completion": "{answer}"}, None, "sums.jsonl:1 has the fields"),
+        ({}, "", "rows.jsonl has no rows"),
+        ({"eval_data": "held-out.jsonl"}, None, "held-out.jsonl has no rows"),
+    ],
+)
+def test_rows_that_cannot_be_are_said_before_weights_are_loaded(
+    settings, changes, content, message, tmp_path, monkeypatch
+):
+    monkeypatch.delattr("layerskip.training.run.load_model")
+    monkeypatch.chdir(tmp_path)
+    Path("held-out.jsonl").touch()
+    if content is not None:
+        Path("rows.jsonl").write_text(content)
+        changes = {**changes, "data": "rows.jsonl"}
+    with pytest.raises(ValueError, match=message):
+        run(settings, **changes)
+
+
+def test_threads_are_set(settings):
+    before = torch.get_num_threads()
+    try:
+        run(settings, threads=before + 1, max_steps=1)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_last_steps_are_logged_too(settings):
     result = run(settings, max_steps=5, log_steps=3)
     logs = read_log(result.output / "train_log.jsonl")
@@ -515,7 +560,7 @@ def test_what_does_not_fit_is_said_before_the_rows_are_read(settings, monkeypatc
     def encode_rows(*_, **__):
         raise AssertionError
 
-    monkeypatch.setattr("layerskip.training.run.encode_rows", encode_rows)
+    monkeypatch.setattr("layerskip.training.run_rows.encode_rows", encode_rows)
     for part, changes in (
         ("attach", {}),
         ("quantize_aware", {"quantize_aware": "int8"}),
@@ -532,9 +577,10 @@ def test_what_does_not_fit_is_said_before_the_rows_are_read(settings, monkeypatc
 def test_rows_to_evaluate_on_are_looked_at_first(settings, tmp_path):
     """They are the fewer: what is wrong with them is said before the others take long."""
     for name in ("train", "held_out"):
-        (tmp_path / f"{name}.jsonl").write_text('{"question": "1 + 1"}\n')
+        rows = {"prompt": "1 + 1", "completion": " 2"}, {"question": "1 + 1"}
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     files = {"data": str(tmp_path / "train.jsonl"), "eval_data": str(tmp_path / "held_out.jsonl")}
-    with pytest.raises(ValueError, match=r"held_out\.jsonl:1"):
+    with pytest.raises(ValueError, match=r"held_out\.jsonl:2"):
         run(settings, **files)
 
 
@@ -753,7 +799,7 @@ def test_quantized_weights_are_refused_before_the_data_are_read(
     file = tmp_path / "model" / "config.json"
     fields = {**json.loads(file.read_text()), "quantization_config": {"quant_method": "gptq"}}
     file.write_text(json.dumps(fields))
-    monkeypatch.delattr("layerskip.training.run._load_data")
+    monkeypatch.delattr("layerskip.training.run.load_rows")
     with pytest.raises(ValueError, match=r"^weights quantized by 'gptq' are not supported$"):
         run(settings, model=str(tmp_path / "model"), **changes)
 

@@ -360,6 +360,11 @@ def test_a_measure_of_ones_own_is_kept(model_folder, tmp_path):
     assert f"eval_accuracy_exit_{trainer.attached.num_layers}" in metrics
 
 
+def test_a_learning_rate_that_is_no_number_is_refused(model_folder, tmp_path):
+    with pytest.raises(ValueError, match="learning_rate is nan; it must be a number"):
+        trainer_of(LayerSkipTrainer, model_folder, tmp_path, learning_rate=float("nan"))
+
+
 def test_rows_without_labels_are_refused(model_folder, tmp_path):
     trainer = trainer_of(LayerSkipTrainer, model_folder, tmp_path)
     trainer.data_collator = lambda batch: {"input_ids": Collator(0)(batch)["input_ids"]}

@@ -111,13 +111,21 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = setting(
         "auto = a CUDA GPU where there is one; cpu = leave it alone", "auto"
     )
+    threads: int | None = setting("CPU threads to use; default: PyTorch's own number", None)
 
     def __post_init__(self) -> None:
         for name in ("model", "tokenizer", "output", "difference_base"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, os.path.expanduser(path))
         steps = ("max_steps", "log_steps", "save_steps", "eval_steps")
-        others = ("batch_size", "accumulation", "keep_checkpoints", "lora_rank", "lora_alpha")
+        others = (
+            "batch_size",
+            "accumulation",
+            "keep_checkpoints",
+            "lora_rank",
+            "lora_alpha",
+            "threads",
+        )
         least = dict.fromkeys((*steps, *others, "draft_tokens", "exit_layer"), 1)
         least |= {"eval_rows": 0, "warmup_steps": 0, "max_length": 2}
         for name, smallest in least.items():

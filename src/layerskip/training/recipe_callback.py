@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import TrainerCallback
@@ -74,6 +75,8 @@ def check_gpus(count: int) -> None:
 def check_arguments(args: Any) -> None:
     """Raise ValueError where a Trainer's arguments take the labels or the forward from the model."""
     check_gpus(args.n_gpu)
+    if not math.isfinite(args.learning_rate):
+        raise ValueError(f"learning_rate is {args.learning_rate}; it must be a number")
     metric = getattr(args, "metric_for_best_model", None) or ""
     if "loss_exit_" in metric and args.greater_is_better:
         raise ValueError(

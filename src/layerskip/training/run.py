@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
-import random
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from layerskip.training.checks import (
     warn_of_no_decoder,
 )
 from layerskip.training.config import TrainConfig
-from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows
+from layerskip.training.data import Collator
 from layerskip.training.device import arithmetic, uses_gpu
 from layerskip.training.errors import TrainingWarning
 from layerskip.training.fake_quantization import DIFFERENCE, QuantizeAware, quantize_aware
@@ -52,7 +50,7 @@ from layerskip.training.plots import plot_run
 from layerskip.training.progress import Progress, Watch, hidden_bars
 from layerskip.training.result import save_result, transformers_can_exit
 from layerskip.training.room import warn_of_little_room
-from layerskip.training.rows import Row, local_files, read_rows
+from layerskip.training.run_rows import encoding_of, find_rows, load_rows
 from layerskip.training.trainer import LayerSkipTrainer
 
 
@@ -100,11 +98,14 @@ def _train(
 ) -> TrainResult:
     resume_from = where_to_begin(config, output)
     set_seed(config.seed)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     keep_freed_memory()
     check_installed(config)
     tokenizer = load_tokenizer(config)
     exit_layer = check_layers(config)
-    sources = _find_data(config)
+    encoding = encoding_of(config, tokenizer)
+    sources = find_rows(config, encoding)
     model = load_model(config)
     # Whatever may not fit the model is tried before the rows take long.
     attach(model, config.effective_recipe)
@@ -115,7 +116,7 @@ def _train(
     if config.lora_rank is not None:
         model = with_adapter(model, config)
     on_grid = _on_grid(config, model)
-    train_rows, eval_rows = _load_data(config, tokenizer, *sources)
+    train_rows, eval_rows = load_rows(config, encoding, *sources)
     check_tokens(model, tokenizer.pad_token_id or 0, train_rows, eval_rows)
     check_positions(model, train_rows, eval_rows)
     if not can_exit:
@@ -229,61 +230,6 @@ def _evaluation(trainer: LayerSkipTrainer) -> dict[str, Any]:
         if "eval_loss" in log and log["step"] == trainer.state.global_step:
             return {name: value for name, value in log.items() if name.startswith("eval_")}
     return dict(trainer.evaluate())
-
-
-def _find_data(config: TrainConfig) -> tuple[Iterator[Row], Iterator[Row] | None]:
-    """Rows to train on, and to evaluate on where those have a source of their own; none is read yet."""
-    for name, is_given, source in (
-        ("data_config", config.data_config is not None, config.data),
-        ("split", config.split != "train", config.data),
-        ("eval_split", config.eval_split is not None, config.eval_data),
-    ):
-        if is_given and source is not None and local_files(source):
-            raise ValueError(f"{name} is for data sets of the hub; {source} is a file")
-    rows = read_rows(config.data, config.split, config.data_config, config.text_field)
-    if config.eval_data is None:
-        return rows, None
-    trained_on = {os.path.realpath(file) for file in local_files(config.data)}
-    for file in local_files(config.eval_data):
-        if os.path.realpath(file) in trained_on:
-            raise ValueError(f"{file} of eval_data is trained on; give other rows, or eval_rows")
-    split = config.eval_split or config.split
-    part = config.data_config if config.eval_data == config.data else None
-    return rows, read_rows(config.eval_data, split, part, config.text_field)
-
-
-def _load_data(
-    config: TrainConfig, tokenizer: Any, train_rows: Iterator[Row], eval_rows: Iterator[Row] | None
-) -> tuple[Any, Any]:
-    """Encoded rows to train on, and to evaluate on or None."""
-    encoding = Encoding(
-        tokenizer=tokenizer,
-        prompt=config.prompt,
-        completion=config.completion,
-        text_field=config.text_field,
-        completion_only=config.completion_only,
-        max_length=config.max_length,
-    )
-    held_out: list[dict[str, list[int]]] = []
-    if eval_rows is not None:  # the fewer, whose faults are found soon
-        assert config.eval_data is not None
-        held_out = encode_rows(eval_rows, encoding, config.eval_data, to_pack=config.packing)
-    rows = encode_rows(train_rows, encoding, config.data, to_pack=config.packing)
-    if eval_rows is None and config.eval_rows:
-        if config.eval_rows >= len(rows):
-            raise ValueError(f"eval_rows is {config.eval_rows}, but there are {len(rows)} rows")
-        random.Random(config.seed).shuffle(rows)
-        rows, held_out = rows[config.eval_rows :], rows[: config.eval_rows]
-    if config.packing:
-        rows = pack_rows(rows, config.max_length)
-        held_out = pack_rows(held_out, config.max_length)
-    return _dataset(rows), _dataset(held_out) if held_out else None
-
-
-def _dataset(rows: list[dict[str, list[int]]]) -> Any:
-    import datasets
-
-    return datasets.Dataset.from_list(rows)
 
 
 def _trainer(

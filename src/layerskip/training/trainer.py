@@ -251,13 +251,23 @@ class LayerSkipMixin(_Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Write a checkpoint beside the others and move it there when it is whole."""
         with self._token_rate.paused():
+            # Before the new one is there: what its weights are worth the next steps will show.
+            self._remove_old_checkpoints()
             self._write_checkpoint(*args, **kwargs)
-            limit, state = self.args.save_total_limit, self.state
-            if self.args.should_save and limit is not None and limit > 0:
-                remove_old_checkpoints(
-                    self.args.output_dir, limit, state.global_step, state.best_model_checkpoint
-                )
             self.accelerator.wait_for_everyone()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The class's own; checkpoints that are one too many until then are removed at the end."""
+        result = super().train(*args, **kwargs)
+        self._remove_old_checkpoints()
+        return result
+
+    def _remove_old_checkpoints(self) -> None:
+        limit, state = self.args.save_total_limit, self.state
+        if self.args.should_save and limit is not None and limit > 0:
+            remove_old_checkpoints(
+                self.args.output_dir, limit, state.global_step, state.best_model_checkpoint
+            )
 
     def _write_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         run = Path(self.args.output_dir)
