@@ -52,6 +52,12 @@ _LONGROPE = {
     "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0],
     "long_factor": [1.0, 1.5, 3.0, 6.0, 12.0, 24.0],
 }
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 # Every case is one model type and what it changes; together they cross all that families differ in.
 CASES = {
     "llama2": ("llama", {"num_key_value_heads": 4}),
@@ -62,6 +68,7 @@ CASES = {
         "llama",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
     ),
+    "llama-yarn": ("llama", {"rope_parameters": _YARN}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-mqa": ("llama", {"num_key_value_heads": 1, "vocab_size": 101}),
     "llama-narrow-heads": ("llama", {"head_dim": 10}),

@@ -249,7 +249,7 @@ def test_unsupported_activation(folder):
     refuse(folder, UnsupportedModelError, "'relu2'", "silu")
 
 
-@pytest.mark.parametrize("kind", ["yarn", "dynamic"])
+@pytest.mark.parametrize("kind", ["ntk", "mrope"])
 def test_unsupported_rotary_scaling(folder, kind):
     rope = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 2.0}
     change_json(folder / "config.json", rope_parameters=rope)
@@ -259,8 +259,8 @@ def test_unsupported_rotary_scaling(folder, kind):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "'dynamic'"),
+        ({"rope_scaling": {"type": "ntk", "factor": 4.0}}, "'ntk'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "mrope"}}}, "'mrope'"),
         ({"hidden_act": "relu2"}, "'relu2'"),
     ],
 )
@@ -275,6 +275,7 @@ def test_what_a_stored_config_says_is_refused_before_weights_are_there(fields, w
         {},
         {"rope_scaling": None},
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
         {"model_type": "phi3", "rope_scaling": {"type": "su"}},  # an older word for LongRoPE
     ],

@@ -17,6 +17,7 @@ COMPILED = [
     "llama3.1",
     "llama3.2",
     "llama-linear",
+    "llama-yarn",
     "llama-biases",
     "llama-mqa",
     "mistral",

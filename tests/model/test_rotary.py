@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from layerskip.model import families, rotary
+from layerskip.model import families, ropes, rotary
 from layerskip.model.architecture import Rope
 from tiny_models import CASES, reference
 
@@ -55,6 +55,40 @@ def test_llama3_frequencies_equal_those_of_transformers(factor, high):
     plain = rotary.frequencies(Rope(theta=500_000.0), 128)
     kinds = {torch.isclose(f, p, rtol=1e-6).item() for f, p in zip(found, plain, strict=True)}
     assert kinds == {True, False}  # some were kept, some were scaled
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"attn_factor": 0.8782, "beta_fast": 16, "beta_slow": 2},  # the first is not transformers'
+        {"attention_factor": 1.25, "truncate": False},
+        {"mscale": 1.0, "mscale_all_dim": 0.707},
+        {"factor": None},
+        {"factor": 1.0},
+    ],
+)
+def test_yarn_equals_transformers(more):
+    fields = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
+    fields |= {"original_max_position_embeddings": 32_768, **more}
+    config = Config(Rope())
+    config.rope_parameters = fields
+    expected, scale = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    sizes = ("head_dim", "hidden_size", "num_attention_heads", "max_position_embeddings")
+    described = {name: getattr(Config, name) for name in sizes}
+    (rope,) = ropes.ropes_of(described | {"rope_parameters": fields}, 1)
+    torch.testing.assert_close(rotary.frequencies(rope, 128), expected, rtol=5e-7, atol=0.0)
+    assert rope.magnitude == pytest.approx(scale)
+
+
+def test_dynamic_scaling_changes_nothing_within_the_context():
+    fields = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    config = Config(Rope())
+    config.rope_parameters = fields
+    expected, scale = ROPE_INIT_FUNCTIONS["dynamic"](config, "cpu", seq_len=131_072)
+    (rope,) = ropes.ropes_of({"rope_parameters": fields}, 1)
+    assert torch.equal(rotary.frequencies(rope, 128), expected)
+    assert rope.magnitude == scale == 1.0
 
 
 def test_frequency_factors_say_the_same_as_llama3_scaling():

@@ -106,7 +106,7 @@ def rope_factors(source: Source) -> "np.ndarray[Any, np.dtype[np.float32]] | Non
     rope, head_dim = source.rope, source.architecture.head_dim
     has_factors = rope.kind == "llama3" or rope.frequency_factors is not None
     is_qwen = source.architecture.family in ("qwen2", "qwen3")  # llama.cpp has none for them
-    if rope.long_factors is not None or rope.fraction != 1.0 or (has_factors and is_qwen):
+    if rope.magnitude != 1.0 or rope.fraction != 1.0 or (has_factors and is_qwen):
         raise UnsupportedModelError(
             "this model's rotary embedding has no place in a GGUF file of its family;"
             " export it with --to hf"

@@ -132,7 +132,7 @@ def open_files(path: Path) -> Files:
         head, embedding = f"{names.head}.weight", f"{names.embedding}.weight"
         tied = bool(config.get("tie_word_embeddings"))
         if tied and {head, embedding} <= tensors.names():  # the numbers say more than the config
-            tied = torch.equal(tensors.read(head), tensors.read(embedding))
+            tied = torch.equal(tensors.read(head).float(), tensors.read(embedding).float())
         if not tied and head not in tensors.names():
             raise CheckpointError(
                 f"{path} has no tensor {head}, and its config ties no head to the embedding"

@@ -7,7 +7,7 @@ from typing import Any
 
 from layerskip.model.architecture import Rope, UnsupportedModelError
 
-_KINDS = ("default", "linear", "llama3", "longrope")
+_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 def ropes_of(config: Mapping[str, Any], n_layers: int) -> tuple[Rope | None, ...]:
@@ -44,7 +44,10 @@ def _rope(fields: Mapping[str, Any], config: Mapping[str, Any]) -> Rope:
         theta=float(fields.get("rope_theta", 10_000.0)),
         fraction=float(fields.get("partial_rotary_factor", 1.0)),
     )
-    if kind == "default":
+    if kind in (
+        "default",
+        "dynamic",
+    ):  # which turns as the other up to the longest context there is
         return plain
     if kind == "linear":
         return dataclasses.replace(plain, kind="linear", factor=float(fields["factor"]))
@@ -57,9 +60,42 @@ def _rope(fields: Mapping[str, Any], config: Mapping[str, Any]) -> Rope:
             high_freq_factor=float(fields["high_freq_factor"]),
             original_max_positions=int(fields["original_max_position_embeddings"]),
         )
+    if kind == "yarn":
+        return _yarn(plain, fields, config)
     if kind == "longrope":
         return _longrope(plain, fields, config["max_position_embeddings"])
     raise _unknown(kind)
+
+
+def _yarn(plain: Rope, fields: Mapping[str, Any], config: Mapping[str, Any]) -> Rope:
+    """YaRN (arXiv 2309.00071, section 3.2): pairs that turn often stay as they are, slow ones are
+    slowed down by `factor`, and those between are blended."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    dim = plain.turned(int(config.get("head_dim") or hidden // heads))
+    original = int(fields["original_max_position_embeddings"])
+    factor = float(fields.get("factor") or config["max_position_embeddings"] / original)
+
+    def pair_that_turns(times: float) -> float:
+        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(plain.theta))
+
+    low = pair_that_turns(fields.get("beta_fast") or 32)
+    high = pair_that_turns(fields.get("beta_slow") or 1)
+    if fields.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    span = high - low or 0.001
+    slowed = [min(max((pair - low) / span, 0.0), 1.0) for pair in range(dim // 2)]
+    magnitude = fields.get("attention_factor")
+    if magnitude is None:
+        one, other = fields.get("mscale"), fields.get("mscale_all_dim")
+        scales = (one, other) if one and other else (1.0, 0.0)
+        grown = [0.1 * scale * math.log(max(factor, 1.0)) + 1.0 for scale in scales]
+        magnitude = grown[0] / grown[1]
+    return dataclasses.replace(
+        plain,
+        frequency_factors=tuple(1.0 / (share / factor + 1.0 - share) for share in slowed),
+        magnitude=float(magnitude),
+    )
 
 
 def _longrope(plain: Rope, fields: Mapping[str, Any], max_positions: int) -> Rope:
