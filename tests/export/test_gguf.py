@@ -164,7 +164,7 @@ def test_windows_that_gguf_cannot_say_are_refused(case, saved, tmp_path):
     [
         ("qwen2", tiny_models.CASES["llama3.1"][1], "rotary embedding has no place"),
         ("qwen3", tiny_models.CASES["llama3.1"][1], "rotary embedding has no place"),
-        ("llama", tiny_models.CASES["llama-yarn"][1], "rotary embedding has no place"),
+        ("llama-yarn", {}, "rotary embedding has no place"),
         ("qwen3", {"attention_bias": True}, "this qwen3 model has biases in its attention"),
         ("qwen2", {"head_dim": 32}, "has 4 heads of 32 beside a hidden size of 64"),
     ],
