@@ -64,9 +64,8 @@ def weight_bytes_read(
         draft_vocabulary: tokens that the early exit may draft; None means all.
     """
     head = decoder.head.weight_bytes
-    layer = (decoder.weight_bytes - head) // len(
-        decoder.layers
-    )  # on average: some of a mixture differ
+    # On average: some layers of a mixture may have none.
+    layer = (decoder.weight_bytes - head) // len(decoder.layers)
     exit_at = len(decoder.layers) if exit_layer is None else exit_layer
     size = decoder.architecture.vocab_size
     share = min(draft_vocabulary or size, size) / size

@@ -82,10 +82,8 @@ def command(
                 )
             except PromptError as error:
                 messages.pop()
-                begun = len(messages) > len(
-                    opening
-                )  # else there is nothing that could be forgotten
-                tell(f"{error} (/reset forgets the conversation)" if begun else f"{error}")
+                can_forget = len(messages) > len(opening)
+                tell(f"{error} (/reset forgets the conversation)" if can_forget else f"{error}")
                 refused += 1
                 continue
             messages.append({"role": "assistant", "content": result["text"]})

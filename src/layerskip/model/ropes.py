@@ -44,10 +44,7 @@ def _rope(fields: Mapping[str, Any], config: Mapping[str, Any]) -> Rope:
         theta=float(fields.get("rope_theta", 10_000.0)),
         fraction=float(fields.get("partial_rotary_factor", 1.0)),
     )
-    if kind in (
-        "default",
-        "dynamic",
-    ):  # which turns as the other up to the longest context there is
+    if kind in ("default", "dynamic"):  # alike up to the longest context that there is
         return plain
     if kind == "linear":
         return dataclasses.replace(plain, kind="linear", factor=float(fields["factor"]))

@@ -64,9 +64,7 @@ def pass_costs(decoder: Decoder) -> Costs:
 
 def _runs_in(decoder: Decoder) -> tuple[int, str]:
     """Threads, and what a pass depends on beside them and the model."""
-    here = machine(
-        torch.device("cpu")
-    )  # memory is as fast as the machine has it, whatever runs on it
+    here = machine(torch.device("cpu"))
     # The name of the library is a hash of sources, compiler and instructions.
     software = build.target().stem if decoder.kernels == "compiled" else _pytorch()
     return threads.threads_of(decoder.kernels), f"{here}\0{software}"

@@ -135,7 +135,7 @@ class Anatomy:
 
     @contextmanager
     def probing(self) -> Iterator[None]:
-        """The same in PyTorch's attention where the model has flash.
+        """`evaluating`, in PyTorch's attention where the model has flash.
 
         Flash attention takes 16 bits alone, which it gets from autocast when it trains, and a GPU.
         """
