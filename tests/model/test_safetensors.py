@@ -41,6 +41,22 @@ def test_head_that_a_tied_checkpoint_repeats_is_in_memory_once(tmp_path):
     assert check("llama3.2", tmp_path).tied
 
 
+@pytest.mark.parametrize(
+    ("case", "stored", "known_as"),
+    [
+        ("llama3.2", "model.embed_tokens.weight", "lm_head.weight"),  # either stands for both
+        ("gpt-neox", "embed_out.weight", "lm_head.weight"),  # its name in memory
+    ],
+)
+def test_other_names_that_transformers_reads(case, stored, known_as, tmp_path):
+    reference(case).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors[known_as] = tensors.pop(stored)
+    save_file(tensors, file, metadata={"format": "pt"})
+    check(case, tmp_path)
+
+
 def test_old_buffers_of_rotary_frequencies_are_skipped(tmp_path):
     reference("llama2").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"

@@ -34,6 +34,9 @@ class Checkpoint:
     settings: Settings
 
 
+_HEAD = "lm_head.weight"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Files:
     """What `open_files` returns: everything but the weights, which `tensors` reads one at a time.
@@ -122,15 +125,20 @@ def open_files(path: Path) -> Files:
         with _unusable_named(file.path):
             architecture = file.architecture()
             config: dict[str, Any] = {"eos_token_id": gguf_tokenizer.end_tokens(file)}
-        tied = "lm_head.weight" not in tensors.names()
+        tied = _HEAD not in tensors.names()
     else:
         config = _config(path)
         with _unusable_named(path / "config.json"):
             architecture = families.from_config(config)
-        tensors = SafetensorsFiles(path)
+        tensors = files = SafetensorsFiles(path)
         names = families.FAMILIES[architecture.family].names
         head, embedding = f"{names.head}.weight", f"{names.embedding}.weight"
         tied = bool(config.get("tie_word_embeddings"))
+        found = files.names()
+        if head not in found and _HEAD in found:  # in memory transformers has it so in every family
+            files.rename(_HEAD, head)
+        if tied and embedding not in found and head in files.names():  # either may stand for both
+            files.rename(head, embedding)
         if tied and {head, embedding} <= tensors.names():  # the numbers say more than the config
             tied = torch.equal(tensors.read(head).float(), tensors.read(embedding).float())
         if not tied and head not in tensors.names():

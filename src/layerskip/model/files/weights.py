@@ -83,7 +83,12 @@ class SafetensorsFiles:
                 # Of a file that may not be read, safetensors says that it is not there.
                 path.open("rb").close()
                 handle = safe_open(path, framework="pt")
-                self._files.update(dict.fromkeys(handle.keys(), (handle, path)))
+                names = handle.keys()
+                self._files.update({name: (handle, path, name) for name in names})
+
+    def rename(self, stored: str, known_as: str) -> None:
+        """Have a tensor under another name than the file has."""
+        self._files[known_as] = self._files.pop(stored)
 
     def names(self) -> set[str]:
         """All names in all files."""
@@ -91,17 +96,19 @@ class SafetensorsFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """From the file's header."""
-        return tuple(self._files[name][0].get_slice(name).get_shape())
+        handle, _, stored = self._files[name]
+        return tuple(handle.get_slice(stored).get_shape())
 
     def stored_as(self, name: str) -> str:
         """From the file's header."""
-        return str(self._files[name][0].get_slice(name).get_dtype())
+        handle, _, stored = self._files[name]
+        return str(handle.get_slice(stored).get_dtype())
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor, as it is stored where no dtype is wanted."""
-        handle, path = self._files[name]
+        handle, path, stored = self._files[name]
         with damage_named(path):
-            tensor: Tensor = handle.get_tensor(name)
+            tensor: Tensor = handle.get_tensor(stored)
         return tensor.to(dtype or tensor.dtype)
 
     def quantized(self, name: str) -> Quantized | None:
