@@ -20,6 +20,8 @@ from layerskip import LayerSkipModel
 from layerskip.bench.prompts import prompt_of
 from layerskip.cli import generate, machine, options, outputs, show
 from layerskip.decoding import Answer, Piece
+from layerskip.model import native
+from layerskip.model.native import build
 
 SPECULATIVE = ("--mode", "self-speculative", "--exit-layer", 3, "--draft-tokens", 2)
 FIELDS = """
@@ -551,6 +553,42 @@ def test_every_option_of_an_answer_is_passed_on(run):
     wanted = set(inspect.signature(LayerSkipModel.answer).parameters)
     flags = {option.name: None for option in generate.command.params if option.name != "prompt"}
     assert set(options.decoding_arguments(flags)) == wanted - {"self", "prompt", "prefix"}
+
+
+def test_compiling_the_kernels_says_so_once(run, compiled_kernels, monkeypatch, tmp_path):
+    """It takes some seconds, of which nobody should think that the program hangs."""
+    real = build.target()
+    monkeypatch.setattr(build, "target", lambda: tmp_path / "kernels" / "made.so")
+
+    def compiled(command, **_):
+        shutil.copyfile(real, command[-1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(build.subprocess, "run", compiled)
+    asked = ("generate", "--prompt", "abc", "--max-new-tokens", 2)
+    assert run(*asked)[2].splitlines()[0] == "compiling kernels for this machine (once) ..."
+    assert "compiling" not in run(*asked)[2]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "--prompt", "abc"),
+        ("bench", "--task", "PROMPTS", "--modes", "plain", "--samples", 2),
+        ("tune", "--data", "PROMPTS", "--dry-run", "--samples", 2),
+        ("eval", "--perplexity", "PROMPTS"),
+        ("lens", "--prompt", "abc"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_no_command_that_decodes_needs_kernels(run, command, monkeypatch, tmp_path):
+    monkeypatch.delattr(native, "prepare")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("to be or not\n\nto be, that is\n")
+    words = [prompts if word == "PROMPTS" else word for word in command]
+    more = () if command[0] == "eval" else ("--max-new-tokens", 4)
+    status, _, err = run(*words, *more, "--no-compile")
+    assert status == 0, err
 
 
 def test_threads_are_set_for_the_answer(run):

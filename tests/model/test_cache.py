@@ -25,9 +25,9 @@ ARCHITECTURE = Architecture(
 )
 
 
-def new_cache(rows):
+def new_cache(rows, capacity=CAPACITY):
     return KVCache(
-        ARCHITECTURE, batch_size=rows, capacity=CAPACITY, dtype=torch.float32, device="cpu"
+        ARCHITECTURE, batch_size=rows, capacity=capacity, dtype=torch.float32, device="cpu"
     )
 
 
@@ -70,6 +70,16 @@ def test_cache_is_a_list_for_every_row(history):
             held = cache.slots[layer, :, row, :, : len(positions)]
             if positions:
                 assert torch.equal(held, torch.stack(positions, dim=2) + layer)
+
+
+def test_attention_looks_at_what_there_is_and_not_at_what_there_could_be():
+    """Its cost follows the context's length, however large the cache is."""
+    for capacity in (64, 4096):
+        cache = new_cache(1, capacity)
+        cache.lengths += 10
+        span = cache.span(1, 0, LAYERS)
+        keys, values = span.write(0, torch.zeros(1, 1, 2, HEADS, HEAD_DIM))
+        assert keys.shape[2] == values.shape[2] == 11
 
 
 @given(
