@@ -1,6 +1,7 @@
 """`layerskip generate`: results, streams, files of prompts, and bad input."""
 
 import errno
+import gzip
 import inspect
 import io
 import json
@@ -143,7 +144,7 @@ def test_a_conversation_that_ends_with_an_answer_is_asked_without_it(run, tmp_pa
     prompts.write_text(json.dumps({"messages": [{"role": "user"}]}))
     status, _, err = run("generate", *flags)
     assert status == 1
-    assert "prompts.jsonl, line 1: `prompt` (a text) or `messages` (role and content)" in err
+    assert "prompts.jsonl:1: `prompt` (a text) or `messages` (role and content)" in err
 
 
 def test_a_text_file_has_one_prompt_a_line(run, tmp_path):
@@ -151,6 +152,16 @@ def test_a_text_file_has_one_prompt_a_line(run, tmp_path):
     prompts.write_text("ab\n\nabcd\n")
     results = json.loads(run("generate", "--prompts", prompts, "--json", "--max-new-tokens", 2)[1])
     assert [r["prompt_tokens"] for r in results] == [2, 4]
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.txt"])
+def test_files_of_prompts_may_be_compressed(run, tmp_path, name):
+    prompts = tmp_path / f"{name}.gz"
+    with gzip.open(prompts, "wt") as file:
+        rows = '{"prompt": "abc"}\n\n{"prompt": "de"}\n'
+        file.write(rows if "jsonl" in name else "abc\n\nde\n")
+    results = json.loads(run("generate", "--prompts", prompts, "--json", "--max-new-tokens", 2)[1])
+    assert [r["prompt_tokens"] for r in results] == [3, 2]
 
 
 def test_only_line_breaks_part_lines(run, tmp_path):
@@ -418,10 +429,10 @@ def test_threads_are_no_more_than_a_container_has(run, monkeypatch):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ("{", "line 2: no JSON"),
-        ("[" * 100_000, "line 2: nested too deeply"),
-        ('{"text": "x"}', "line 2: `prompt` (a text)"),
-        ('{"prompt": 7}', "line 2: `prompt` (a text)"),
+        ("{", "prompts.jsonl:2 is not JSON"),
+        ("[" * 100_000, "prompts.jsonl:2 is nested too deeply"),
+        ('{"text": "x"}', "prompts.jsonl:2: `prompt` (a text)"),
+        ('{"prompt": 7}', "prompts.jsonl:2: `prompt` (a text)"),
     ],
 )
 def test_a_bad_row_is_named_by_its_line(run, tmp_path, row, words):

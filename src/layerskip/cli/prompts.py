@@ -1,6 +1,5 @@
 """Prompts from the command line, from a file, and from standard input."""
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import click
 
 from layerskip.bench.prompts import NEEDED, prompt_of
+from layerskip.training.rows import COMPRESSED, json_lines, open_text
 
 
 def asked_prompts(prompt: str | None, file: Path | None, flag: str, *, chat: bool) -> list[Any]:
@@ -17,7 +17,7 @@ def asked_prompts(prompt: str | None, file: Path | None, flag: str, *, chat: boo
     Args:
         prompt: of --prompt. Without it and without a file, standard input is one prompt, less a byte
             order mark and one line break at its end.
-        file: .jsonl with a field "prompt" or "messages" in each line (a conversation that ends with an
+        file: compressed (.gz, .xz) or not, .jsonl with a field "prompt" or "messages" in each line (a conversation that ends with an
             answer is asked without it), else one prompt a line.
         flag: that names such a file.
         chat: whether texts are asked in a conversation.
@@ -51,28 +51,17 @@ def _standard_input() -> str:
 
 
 def _in_file(file: Path) -> Iterator[Any]:
-    if file.suffix.lower() == ".json":
+    plain = file.with_suffix("") if file.suffix in COMPRESSED else file
+    if plain.suffix.lower() == ".json":
         raise ValueError(
             f"{file} may be one JSON document: name it .jsonl, with a prompt in each line"
         )
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # alone: JSON may hold U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if file.suffix.lower() != ".jsonl":
-            yield line
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: no JSON ({error})") from error
-        except RecursionError:
-            raise ValueError(f"{file}, line {number}: nested too deeply") from None
-        fields = row if isinstance(row, dict) else {}
-        prompt: Any = prompt_of(fields)[0] or fields.get("prompt")
-        if not isinstance(prompt, str | list | dict) or not prompt:
-            raise ValueError(f"{file}, line {number}: {NEEDED} is needed")
-        yield prompt
+    with open_text(file) as lines:
+        if plain.suffix.lower() != ".jsonl":
+            yield from (line.rstrip("\n") for line in lines if line.strip())
+            return
+        for where, row in json_lines(lines, plain.name):
+            prompt: Any = prompt_of(row)[0] or row.get("prompt")
+            if not isinstance(prompt, str | list | dict) or not prompt:
+                raise ValueError(f"{where}: {NEEDED} is needed")
+            yield prompt

@@ -63,7 +63,7 @@ def _file_rows(path: Path, text_field: str) -> Iterator[Row]:
 
 def _text_rows(path: Path, plain: Path, text_field: str) -> Iterator[Row]:
     readers: dict[str, Callable[[TextIO, str], Iterator[Row]]] = {
-        ".jsonl": _json_lines,
+        ".jsonl": json_lines,
         ".json": _json,
         ".csv": _table,
         ".tsv": _table,
@@ -170,7 +170,8 @@ def _package(name: str) -> Any:
         raise ValueError("this needs `datasets`: pip install 'layerskip[train]'") from None
 
 
-def _json_lines(file: TextIO, name: str) -> Iterator[Row]:
+def json_lines(file: TextIO, name: str) -> Iterator[Row]:
+    """The objects of a file with one in each line; raises ValueError for others, named by their line."""
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -190,7 +191,7 @@ def _json(file: TextIO, name: str) -> Iterator[Row]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # lines of JSON, under the other name that they have
-            yield from _json_lines(io.StringIO(text), name)
+            yield from json_lines(io.StringIO(text), name)
             return
         raise ValueError(f"{name}:{error.lineno} is not JSON: {error.msg}") from None
     except ValueError as error:  # a number of too many digits
