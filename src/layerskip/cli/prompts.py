@@ -17,8 +17,8 @@ def asked_prompts(prompt: str | None, file: Path | None, flag: str, *, chat: boo
     Args:
         prompt: of --prompt. Without it and without a file, standard input is one prompt, less a byte
             order mark and one line break at its end.
-        file: compressed (.gz, .xz) or not, .jsonl with a field "prompt" or "messages" in each line (a conversation that ends with an
-            answer is asked without it), else one prompt a line.
+        file: compressed (.gz, .xz) or not; .jsonl with a field "prompt" or "messages" in each line (a
+            conversation that ends with an answer is asked without it), else one prompt a line.
         flag: that names such a file.
         chat: whether texts are asked in a conversation.
 
