@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from tiny_decoders import ALL_DRAFTS, PLAIN, ids, random_prompt, speculative, tiny_decoder
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layerskip.decoding import Prefix, Sampling
 from layerskip.model import graphs, load
@@ -100,6 +101,19 @@ def test_answers_at_the_same_time_have_memory_of_their_own():
     assert recorded.new_cache(40).slots.data_ptr() == kept
 
 
+def test_answers_at_the_same_time_find_their_recordings_again():
+    recorded = recording(tiny_decoder("llama3.1"))
+    caches = [recorded.new_cache(40) for _ in range(graphs._KEPT + 1)]
+    places = [cache.slots.data_ptr() for cache in caches]
+    caches.clear()
+    gc.collect()
+    assert len(recorded._free) == graphs._KEPT
+    caches = [recorded.new_cache(40) for _ in range(graphs._KEPT)]
+    again = [cache.slots.data_ptr() for cache in caches]
+    assert len(set(again)) == graphs._KEPT
+    assert set(again) < set(places)
+
+
 def test_a_longer_context_gets_larger_memory():
     recorded = recording(tiny_decoder("llama3.1", max_position_embeddings=4096))
     assert recorded.new_cache(40).slots.shape[-2] == 1024
@@ -149,12 +163,15 @@ def test_where_recording_fails_passes_are_run(recorder, message):
     assert made == ids(decoder, prompt, PLAIN)
 
 
-def test_where_memory_is_short_the_next_answer_tries_again():
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no room"), RuntimeError("CUDA error: out of memory")]
+)
+def test_where_memory_is_short_the_next_answer_tries_again(error):
     class Short(_Recorder):
         def __call__(self, function):
             if not self.tried:
                 self.tried = True
-                raise torch.OutOfMemoryError("no room")
+                raise error
             return super().__call__(function)
 
         tried = False
@@ -162,7 +179,7 @@ def test_where_memory_is_short_the_next_answer_tries_again():
     decoder = tiny_decoder("llama3.1")
     recorded, prompt = recording(decoder, Short()), random_prompt(decoder, 9)
     plain = ids(decoder, prompt, PLAIN)
-    with pytest.warns(UserWarning, match="without CUDA graphs, more slowly: no room"):
+    with pytest.warns(UserWarning, match=f"without CUDA graphs, more slowly: {error}"):
         assert ids(recorded, prompt, speculative(2, 3)) == plain
     assert not recorded.stand_in.recorded
     assert ids(recorded, prompt, speculative(2, 3)) == plain
@@ -204,13 +221,13 @@ def test_more_room_than_recordings_reach_is_not_kept(monkeypatch):
     recorded = recording(tiny_decoder("llama3.1", max_position_embeddings=4096))
     recorded.new_cache(2000)
     gc.collect()
-    assert recorded._free == []
+    assert not recorded._free
     recorded.new_cache(40)
     gc.collect()
     (kept,) = recorded._free
     recorded.new_cache(2000)
     gc.collect()
-    assert recorded._free == [kept]  # a longer answer in between costs no recordings
+    assert list(recorded._free) == [kept]  # a longer answer in between costs no recordings
 
 
 def test_copies_with_other_heads_share_no_memory():
@@ -266,7 +283,10 @@ class TestOnAGPU:
         how = {"dtype": dtype, "device": "cuda", "weights": request.param}
         plain, recorded = (load(tmp_path, compiled=c, **how).decoder for c in (False, True))
         assert recorded.kernels == "graphs"
-        return plain, recorded
+        # Recorded attention is masked, plain one is not: of random logits in 16 bits two kernels that
+        # round differently would choose differently now and then.
+        with sdpa_kernel(SDPBackend.MATH):
+            yield plain, recorded
 
     def test_answers(self, both):
         plain, recorded = both

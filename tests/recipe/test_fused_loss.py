@@ -95,6 +95,26 @@ def test_models_that_go_without(calls, monkeypatch):
     assert calls == []
 
 
+def test_sums_are_in_float32_and_products_in_autocasts_type(monkeypatch):
+    """Autocast does not reach every product of the kernels in all their versions."""
+    seen = []
+
+    def stand_in(
+        input, weight, target, bias=None, reduction="mean", softcap=None,
+        return_predicted_tokens=False, accum_dtype=None,
+    ):  # fmt: skip
+        seen.append((input.dtype, accum_dtype))
+        logits = functional.linear(input, weight.to(input.dtype)).float()
+        loss = functional.cross_entropy(logits, target, reduction=reduction)
+        return SimpleNamespace(loss=loss, predicted_tokens=logits.argmax(-1))
+
+    install(monkeypatch, stand_in)
+    step_of(build("llama"))
+    with torch.autocast("cpu", torch.bfloat16):
+        step_of(build("llama"))
+    assert set(seen) == {(dtype, torch.float32) for dtype in (torch.float32, torch.bfloat16)}
+
+
 def test_versions_without_first_choices_are_not_used(monkeypatch):
     install(monkeypatch, lambda input, weight, target: pytest.fail("was called"))
     step_of(build("llama"))

@@ -12,6 +12,7 @@ import gc
 import threading
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from layerskip.model.decoder import Decoder
 MOST_POSITIONS = 32  # of a pass that is recorded: plain steps, drafts and their verification
 _LONGEST = 4096  # beyond so many slots attention without a mask is what takes the time
 _SHORTEST = 256
+_KEPT = 4  # memories of caches that have gone
 _ROOM = 1024  # capacities of memory are multiples of it
 # Held while anything is recorded: where one recording begins it waits for the whole device, which would
 # break off another one.
@@ -109,7 +111,12 @@ class Recorder:
     def fails(self, error: RuntimeError) -> None:
         """Take note that something could not be recorded, and say so."""
         cause = error.__context__ or error  # ending a failed capture fails too
-        if any(isinstance(e, torch.OutOfMemoryError) for e in (error, cause)):
+        # Making what was recorded ready to run reports it as another class of error.
+        of_memory = (
+            isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e)
+            for e in (error, cause)
+        )
+        if any(of_memory):
             self.pauses = True
         else:
             self.record = None
@@ -200,17 +207,20 @@ class GraphDecoder(Decoder):
         self._recorder = Recorder(self.recorder(self.device))
         self._exits: Recordings | None = Recordings(self._recorder)
         self._in_use = weakref.WeakKeyDictionary[KVCache, _Memory]()
-        self._free: list[_Memory] = []  # one at most
+        self._free = deque[_Memory](maxlen=_KEPT)
 
     def new_cache(self, capacity: int, batch_size: int = 1) -> KVCache:
-        """See `Decoder`; a cache of one row takes over the memory of the last one that has gone."""
+        """See `Decoder`; a cache of one row takes over the memory of one that has gone."""
         if batch_size != 1:
             return super().new_cache(capacity, batch_size)
         room = -(-capacity // _ROOM) * _ROOM
         with self._recorder.lock:
-            memory = next((m for m in self._free if m.slots.shape[-2] >= capacity), None)
-            if memory is not None or _is_kept(room):
-                self._free.clear()  # of what is too small: another is going to take its place
+            free = list(self._free)
+            memory = next((m for m in free if m.slots.shape[-2] >= capacity), None)
+            if memory is not None:
+                self._free.remove(memory)
+            elif free and _is_kept(room):
+                self._free.remove(free[0])  # which is too small: another is going to take its place
             self._recorder.pauses = False
         if memory is not None:
             memory.slots.zero_()  # a masked slot still enters the weighted sum
@@ -282,15 +292,19 @@ class GraphDecoder(Decoder):
     def _other(self, copied: "Decoder", exits: Recordings | None) -> "Decoder":
         """A copy with another head, whose recordings go when it goes, and no memory."""
         assert isinstance(copied, GraphDecoder)
-        copied._exits, copied._in_use, copied._free = exits, weakref.WeakKeyDictionary(), []
+        copied._exits, copied._in_use = exits, weakref.WeakKeyDictionary()
+        copied._free = deque(maxlen=_KEPT)
         return copied
 
 
 def _give_back(decoder: "weakref.ref[GraphDecoder]", memory: _Memory) -> None:
-    """A cache has gone: the next one may have its memory. One is kept, the last."""
+    """A cache has gone: another may have its memory. Some are kept, for answers at the same time.
+
+    This may happen at any place of any thread, so nothing is waited for.
+    """
     alive = decoder()
     if alive is not None and _is_kept(memory.slots.shape[-2]):
-        alive._free = [memory]
+        alive._free.append(memory)
 
 
 def _is_kept(positions: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,18 +36,26 @@ def fused_loss(anatomy: Anatomy, device: torch.device) -> FusedLoss | None:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
     except ImportError:
         return None
-    if "return_predicted_tokens" not in inspect.signature(fused).parameters:
+    known = inspect.signature(fused).parameters
+    if "return_predicted_tokens" not in known:
         return None
+    # Of the head's gradient, a sum over many pieces; else that of the weights, 16 bits with FSDP.
+    accumulated: dict[str, Any] = {"accum_dtype": torch.float32} if "accum_dtype" in known else {}
 
     def loss(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        kind = hidden.device.type
+        states = anatomy.normed(hidden)
+        if torch.is_autocast_enabled(kind):  # which does not reach all products in there
+            states = states.to(torch.get_autocast_dtype(kind))
         result = fused(
-            anatomy.normed(hidden),
+            states,
             head.weight,
             labels,
             bias=head.bias,
             reduction="sum",
             softcap=anatomy.logits_cap,
             return_predicted_tokens=True,
+            **accumulated,
         )
         return result.loss, result.predicted_tokens
 

@@ -8,6 +8,7 @@ A general compressor would take hardly a twentieth off: codes come up about equa
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Collection
@@ -31,6 +32,7 @@ LEVELS = {
 FORMAT, VERSION = "layerskip-difference", "1"
 _CODES = {1: "codes1", 2: "codes", 4: "codes4"}
 _ROWS_IN_CACHE = 256  # at a time
+_WEIGHTS_AT_ONCE = 2**25  # on a GPU
 _ROUNDS = 3  # of choosing codes for a scale, and the best scale for those codes
 
 
@@ -159,7 +161,7 @@ def encode(change: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def decode(codes: Tensor, scales: Tensor, n_in: int, bits: int) -> Tensor:
     """The numbers that codes and scales of `encode` stand for, [out, in] float32."""
     place = codes.device
-    above = torch.tensor(LEVELS[bits], dtype=torch.float32, device=place)
+    above = _levels(bits, place)
     shifts = torch.arange(0, 8, bits, device=place)
     every_byte = torch.arange(256, device=place)[:, None] >> shifts & 2**bits - 1  # its codes
     levels = torch.cat([-above.flip(0), above])[every_byte]
@@ -172,7 +174,9 @@ def rounded(change: Tensor, bits: int) -> Tensor:
     n_in = change.shape[1]
     inside = _blocks(torch.ones(1, n_in, device=change.device))
     parts = []
-    for rows in change.float().split(_ROWS_IN_CACHE):
+    # On a GPU every piece costs launches, and nothing has to stay in a cache.
+    n_rows = _ROWS_IN_CACHE if change.device.type == "cpu" else max(1, _WEIGHTS_AT_ONCE // n_in)
+    for rows in change.float().split(n_rows):
         blocks = _blocks(rows)
         scales = _scales(blocks, inside, bits).float()
         parts.append(_nearest(blocks, scales, bits).flatten(1)[:, :n_in])
@@ -219,6 +223,11 @@ def _rank(blocks: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 
 def _magnitudes(blocks: Tensor, scales: Tensor, bits: int) -> Tensor:
-    return torch.tensor(LEVELS[bits], dtype=torch.float32, device=blocks.device)[
-        _rank(blocks, scales, bits)
-    ]
+    return _levels(bits, blocks.device)[_rank(blocks, scales, bits)]
+
+
+@functools.cache
+def _levels(bits: int, place: torch.device) -> Tensor:
+    """The levels above zero, on a device once."""
+    with torch.inference_mode(False):  # whoever asks first
+        return torch.tensor(LEVELS[bits], dtype=torch.float32, device=place)
