@@ -121,7 +121,8 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    machine.set_threads(settings.threads)
+    if settings.threads is None:  # else `train` sets them
+        machine.set_threads()
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, accelerate launch
     if is_first:
         for line in _without_effect(given, of_file, settings.effective_recipe):
