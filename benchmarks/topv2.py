@@ -112,7 +112,7 @@ def drafts_by_exit(
     """What each exit would have drafted of the model's own greedy answers; [] where they are empty."""
     limit = task.max_new_tokens
     continuations = [
-        read_agreement(model.decoder, model.tokenize(sample.prompt), made, exits, limit)
+        read_agreement(model.decoder, model.tokenize(sample.prompt), made.token_ids, exits, limit)
         for sample, made in track(list(zip(task.samples, answers, strict=True)), "agreement")
         if made.new_tokens > 1
     ]

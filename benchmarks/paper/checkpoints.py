@@ -48,7 +48,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> Path:
 def tokens_of(rows: Iterable[Mapping[str, str]], tokenizer: Any, max_length: int) -> int:
     """How many tokens one pass over the rows is, those cut off left out."""
     encoding = Encoding(tokenizer=tokenizer, max_length=max_length)
-    return sum(len(encoding("row", row)["input_ids"]) for row in rows)
+    return sum(min(len(encoding("row", row)["input_ids"]), max_length) for row in rows)
 
 
 def new_model(

@@ -83,7 +83,9 @@ def answers(
             continue
         made = model.generate(prompt, mode="plain", max_new_tokens=max_new_tokens, stop=task.stop)
         if made.new_tokens > 1:
-            found.append(read_agreement(model.decoder, prompt, made, exits, max_new_tokens))
+            found.append(
+                read_agreement(model.decoder, prompt, made.token_ids, exits, max_new_tokens)
+            )
     if not found:
         raise ValueError(f"no prompt of {task.name} was answered with more than one token")
     return found

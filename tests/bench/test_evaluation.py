@@ -54,9 +54,10 @@ def test_auto_is_a_row_of_its_own_name():
 
 
 def test_rows_for_json():
-    row = Row(Plan(mode="self-speculative", exit_layer=3, draft_tokens=2), drafted=8, accepted=6)
+    plan = Plan(mode="self-speculative", exit_layer=3, draft_tokens=2)
+    row = Row(plan, "self-speculative", drafted=8, accepted=6)
     row.results["a"] = {"acc": Metric(0.5, float("nan"), True), "ppl": Metric(float("inf"))}
-    assert Row(Plan(mode="plain")).to_dict()["draft_from"] is None
+    assert Row(Plan(mode="plain"), "plain").to_dict()["draft_from"] is None
     assert row.to_dict() == {
         "mode": "self-speculative",
         "exit_layer": 3,
@@ -74,11 +75,11 @@ def test_rows_for_json():
 
 
 def test_names_with_dollars_are_no_formulas():
-    row = Row(Plan(mode="plain"))
+    row = Row(Plan(mode="plain"), "plain")
     row.results["cost_$100_vs_$200.txt"] = {"words_$_$": Metric(1.0)}
     assert plot_exits([row], 30).startswith(b"\x89PNG")
 
 
 def test_a_picture_needs_a_figure():
     with pytest.raises(ValueError, match="have given no figure that could be drawn"):
-        plot_exits([Row(Plan(mode="plain"))], 30)
+        plot_exits([Row(Plan(mode="plain"), "plain")], 30)

@@ -48,7 +48,7 @@ def ours(model, plan, exits=(1, 2, 4)):
     scores = SharedScores(model, exits, batch_size=4)
     return HarnessModel(
         model,
-        Row(plan),
+        Row(plan, plan.mode),
         scores,
         max_length=model.decoder.architecture.max_context,
         seed=0,
@@ -179,6 +179,16 @@ def test_options_of_tasks_change_what_is_asked(model, tasks):
     assert len({*seeds}) > 1  # other examples
 
 
+def test_all_rows_are_asked_with_the_same_examples(model, tasks):
+    """Early exit at the last layer is plain decoding: only other examples could tell them apart."""
+    rows = rows_of(model, ["plain", "early-exit"], [4])
+    for seed in range(3):
+        options = {"include_path": tasks, "num_fewshot": 2, "seed": seed}
+        evaluate_tasks(model, rows, ["told_answer"], {}, **options)
+        plain, last = (row.results["told_answer"]["perplexity"].value for row in rows)
+        assert last == plain
+
+
 def test_a_template_without_a_place_for_the_system_is_asked_without_it(model, monkeypatch):
     template = (
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}"
@@ -203,7 +213,7 @@ def test_choice_is_the_likelier_text(model, tasks):
         for e in right:
             nats = [score[e].log_likelihood for score in scores]
             right[e] += nats.index(max(nats)) == row["answer"]
-    rows = [Row(Plan(mode="early-exit", exit_layer=e)) for e in right]
+    rows = [Row(Plan(mode="early-exit", exit_layer=e), "early-exit") for e in right]
     evaluate_tasks(model, rows, ["tiny_choice"], {}, include_path=tasks)
     accuracies = [row.results["tiny_choice"]["acc"].value for row in rows]
     assert accuracies == [n / len(tiny_tasks.ROWS) for n in right.values()]

@@ -204,7 +204,10 @@ def test_a_failure_is_a_row_with_its_reason():
     figures = row(entry([], error="not installed", name="peer"), plain=None)
     assert figures["error"] == "not installed"
     assert (figures["system"], figures["mode"]) == ("peer", "plain")
-    assert "tokens_per_s" not in figures
+    whole = row(entry([[run(10, 1)]]), plain=[[run(10, 1)]])
+    assert figures.keys() - whole.keys() == {"error"}
+    assert {"tokens_per_s", "speedup", "acceptance_rate", "quality"} <= figures.keys()
+    assert not any(figures[name] for name in ("tokens_per_s", "speedup", "quality"))
 
 
 def test_memory_and_share_of_bandwidth():

@@ -214,6 +214,24 @@ def test_a_reader_that_leaves_is_no_error_and_no_success(command, folder, tmp_pa
     assert json.loads(file.read_text())
 
 
+@pytest.mark.parametrize("flags", [(), ("--help",), ("--version",), ("generate", "--help")])
+def test_a_reader_of_a_help_text_may_leave(flags):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = in_a_process(*flags, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+def test_a_full_disk_behind_a_help_text_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = in_a_process(stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
 def test_a_full_disk_behind_stdout_is_one_line(folder):
     flags = ("--model", folder, "--prompt", "abc", "--max-new-tokens", 3, "--json", "--no-compile")
@@ -351,7 +369,8 @@ def test_no_color_is_heeded(capsys, monkeypatch, no_color, shown):
         (["--prompt", "abc", "--stop", "\ud83d"], 1, "a stop string cannot be made tokens of"),
         (["--prompt", ""], 1, "the prompt is empty"),
         (["--prompt", "abc" * 200], 1, "this model's context holds 512"),
-        (["--prompt", "abc", "--device", "abacus"], 1, "the device 'abacus' is unknown"),
+        (["--prompt", "abc", "--device", "abacus"], 2, "the device 'abacus' is unknown"),
+        (["--prompt", "abc", "--stop", ""], 2, "an empty text stops nothing"),
         (["--prompt", "abc", "--output", "no/such/folder/x.json"], 2, "does not exist"),
         (["--prompt", "abc", "--prompts", __file__], 2, "exclude each other"),
         (["--prompts", "no-such-file"], 2, "does not exist"),

@@ -1,5 +1,6 @@
 """`layerskip lens`: one document, files, tables that fit, rounds, and bad input."""
 
+import importlib.util
 import io
 import json
 import sys
@@ -7,7 +8,6 @@ import sys
 import pytest
 
 import layerskip.cli.lens as lens_command
-import layerskip.lens
 from layerskip.lens import lens as lens_module
 
 SHORT = ("--max-new-tokens", 6)
@@ -177,9 +177,10 @@ def test_bad_input(run, flags, status, words):
 
 
 def test_a_picture_without_matplotlib_says_what_to_install(run, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "layerskip.lens.picture", raising=False)
-    monkeypatch.delattr(layerskip.lens, "picture", raising=False)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
     status, _, err = run("lens", "--prompt", "abc", "--png", tmp_path / "a.png")
     assert status == 1
     assert "pip install 'layerskip[plot]'" in err

@@ -32,7 +32,11 @@ def test_the_program_lists_its_commands(program):
     status, out, _ = program("--help")
     assert status == 0
     assert all(command in out for command in COMMANDS)
-    assert program() == (2, out, "layerskip: name a command, such as layerskip demo\n")
+    assert program() == (
+        2,
+        out,
+        "layerskip: name a command, such as layerskip demo (see layerskip --help)\n",
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import tiny_models
 from layerskip import cli
 from layerskip.decoding import LayerSkipModel
 from layerskip.export import calibrate, open_source, to_gguf, to_hf
-from layerskip.export.compensate import compensated
+from layerskip.export.gptq import compensated
 from layerskip.model import load
 from layerskip.model.files.rounding import RoundingWarning
 from layerskip.model.quantize import quantize

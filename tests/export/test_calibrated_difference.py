@@ -9,7 +9,7 @@ import differences
 from layerskip import cli, merge
 from layerskip.export import open_source, to_difference
 from layerskip.export.calibrate import _of_exits
-from layerskip.export.compensate import compensated, levels_of
+from layerskip.export.gptq import compensated, levels_of
 from layerskip.model.files.difference import BLOCK, decode, encode
 
 TEXT = "What training changed is little, and most of it can be said in two bits a weight. " * 60

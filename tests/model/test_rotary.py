@@ -1,5 +1,7 @@
 """Rotary frequencies and turns against transformers' own functions, float32."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -89,6 +91,19 @@ def test_dynamic_scaling_changes_nothing_within_the_context():
     (rope,) = ropes.ropes_of({"rope_parameters": fields}, 1)
     assert torch.equal(rotary.frequencies(rope, 128), expected)
     assert rope.magnitude == scale == 1.0
+
+
+def test_only_longrope_has_turns_of_its_own_for_long_contexts():
+    tiny = families.from_config(reference("llama3.1").config.to_dict())
+    long = Rope(original_max_positions=64, long_factors=(2.0,) * (tiny.head_dim // 2))
+    for rope, is_longer in ((Rope(original_max_positions=64), False), (long, True)):
+        a = dataclasses.replace(tiny, ropes=(rope,) * tiny.n_layers)
+        own = rotary.Rotary(a, torch.device("cpu"))
+        short, longer = own.table(0, 64), own.table(0, 128)
+        assert torch.equal(own.turns(0, torch.arange(64)[None], 128)[0, :, 0], longer[:64])
+        assert torch.equal(short, longer[:64]) != is_longer
+        assert own.lengths(128) == (is_longer,)
+        assert rope.alike([64, 128]) != is_longer
 
 
 def test_frequency_factors_say_the_same_as_llama3_scaling():

@@ -1177,6 +1177,18 @@ def test_files_of_another_model_are_not_replaced(settings, name):
     assert (output / name).read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["train.json", "train_log.jsonl", "rows.json"])
+@pytest.mark.parametrize("field", ["data", "eval_data"])
+def test_rows_that_the_run_would_replace_are_refused(settings, name, field):
+    output = Path(settings["output"])
+    output.mkdir()
+    (output / name).write_text('{"prompt": "1+1=", "completion": "2"}')
+    asked = settings | {field: str(output / name)}
+    with pytest.raises(ValueError, match=f"training replaces .*{name}"):
+        run(asked)
+    assert "1+1=" in (output / name).read_text()
+
+
 def test_several_gpus_in_one_process_are_refused_at_once(settings, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -24,7 +24,7 @@ def tiny_model(case="llama3.1", end_tokens=()):
 
 def read(model, prompt, limit):
     answer = model.generate(prompt, mode="plain", max_new_tokens=limit)
-    return read_agreement(model.decoder, prompt, answer, EXITS, limit)
+    return read_agreement(model.decoder, prompt, answer.token_ids, EXITS, limit)
 
 
 @pytest.mark.parametrize("case", ["llama3.1", "smollm2", "qwen3"])
@@ -90,7 +90,7 @@ def test_agreement_is_read_at_the_right_positions():
     answer = list(range(40, 60))
     model = scripted.scripted_model(answer, misses={3, 4, 9}, prompt_tokens=5, tokenizer=None)
     given = model.generate([1] * 5, max_new_tokens=12)
-    c = read_agreement(model.decoder, [1] * 5, given, [2, 4], 12)
+    c = read_agreement(model.decoder, [1] * 5, given.token_ids, [2, 4], 12)
     assert given.token_ids == answer[:12]
     assert [i + 1 for i, mark in enumerate(c.agreement[2]) if not mark] == [3, 4, 9]
     assert c.agreement[4] == [True] * 11
@@ -103,7 +103,7 @@ def test_agreement_is_read_at_the_right_positions_of_what_takes_several_parts():
         answer, misses={3, 4, 9, 70}, prompt_tokens=len(prompt), tokenizer=None, max_context=700
     )
     given = model.generate(prompt, max_new_tokens=80)
-    c = read_agreement(model.decoder, prompt, given, [2], 80)
+    c = read_agreement(model.decoder, prompt, given.token_ids, [2], 80)
     assert [i + 1 for i, mark in enumerate(c.agreement[2]) if not mark] == [3, 4, 9, 70]
     assert len(c.agreement[2]) == 79
 
@@ -111,7 +111,7 @@ def test_agreement_is_read_at_the_right_positions_of_what_takes_several_parts():
 def test_the_context_bounds_drafts_like_max_new_tokens():
     model = scripted.scripted_model(range(40, 60), prompt_tokens=5, tokenizer=None, max_context=12)
     given = model.generate([1] * 5, max_new_tokens=50)
-    c = read_agreement(model.decoder, [1] * 5, given, [2], 50)
+    c = read_agreement(model.decoder, [1] * 5, given.token_ids, [2], 50)
     assert (len(c.token_ids), c.limit) == (8, 8)
     plan = Plan(mode="self-speculative", exit_layer=2, draft_tokens=5)
     assert replay(c, 2, 5) == rounds(tiny_decoders.steps(model.decoder, [1] * 5, plan, 50))

@@ -128,15 +128,6 @@ def test_plain_for_one_kind_of_weights_leaves_the_exit_to_others(folder):
     assert "assistant_early_exit" not in fields_of(folder)
 
 
-def test_costs_that_name_no_machine_keep_no_exit(folder):
-    """They are used nowhere, so the exit cannot pay with them."""
-    nowhere = dataclasses.replace(costs("int8", 0.1), machine="")
-    write_settings(folder, CHOICE, end_tokens=[2], record=RECORD, costs=nowhere)
-    write_settings(folder, PLAIN, end_tokens=[2], record=RECORD, costs=costs("16bit", 0.1))
-    assert "assistant_early_exit" not in fields_of(folder)
-    assert [c["weights"] for c in fields_of(folder)["layerskip"]["costs"]] == ["16bit"]
-
-
 def test_each_kind_of_weights_keeps_the_costs_it_was_tuned_with(folder):
     def written(*each):
         for found in each:

@@ -33,21 +33,16 @@ class Row:
 
     Attributes:
         plan: what is run.
-        asked: the mode that was asked for, which may be "auto"; None = the plan's.
+        mode: that was asked for, which may be "auto".
         drafted: draft tokens over all answers that were generated.
         accepted: those that the model agreed with.
     """
 
     plan: Plan
+    mode: str
     results: dict[str, dict[str, Metric]] = dataclasses.field(default_factory=dict)
     drafted: int = 0
     accepted: int = 0
-    asked: str | None = None
-
-    @property
-    def mode(self) -> str:
-        """What it is called."""
-        return self.asked or self.plan.mode
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -96,5 +91,5 @@ def rows_of(
         for e in exits if has_exits else [None]:
             plan = choose(mode, e, *drafts, settings=model.settings, n_layers=n_layers)
             if all(row.plan != plan for row in found):
-                found.append(Row(plan, asked=mode))
+                found.append(Row(plan, mode))
     return found

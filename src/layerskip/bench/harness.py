@@ -112,7 +112,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Messages as the model's own text; those of the system are left out where it has no place."""
-        from jinja2 import TemplateError  # PyTorch brings it, and so it is there
+        from jinja2 import TemplateError
 
         render = functools.partial(
             self.tokenizer.apply_chat_template,
@@ -167,13 +167,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
                     f"a task asks for {options['max_new_tokens']} new tokens, which leaves no room"
                     f" for a prompt in a context of {self._max_length}"
                 )
-            answer = self._model.answer(
+            generation = self._model.generate(
                 self.tok_encode(context)[-room:],
                 **options,
                 **self.row.plan.options,
                 seed=nth_seed(self._seed, i),
             )
-            generation = answer.complete()
             self.row.drafted += generation.drafted
             self.row.accepted += generation.accepted
             texts.append(generation.text)

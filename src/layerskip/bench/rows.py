@@ -10,6 +10,16 @@ from numpy.typing import NDArray
 from layerskip.bench.measure import Entry, Run
 from layerskip.decoding.generation import accepted_by_position
 
+# Null where a system failed.
+_OF_EVERY_ROW = (
+    "tokens_per_s",
+    "ms_per_token",
+    "speedup",
+    "acceptance_rate",
+    "mean_accepted_length",
+    "identical_to_plain",
+    "peak_memory_bytes",
+)
 BOOTSTRAP_SAMPLES = 2000
 _DRAWN_AT_ONCE = 2_000_000  # prompts, all samples together
 Runs = Sequence[Sequence[Run]]  # by prompt, then by repetition
@@ -48,7 +58,7 @@ def row(
         "label": entry.setting.label,
     }
     if entry.error is not None:
-        return {**head, "error": entry.error}
+        return {**head, **dict.fromkeys(_OF_EVERY_ROW), "quality": {}, "error": entry.error}
     runs = entry.runs
     is_own = entry.system.name == "layerskip"
     figures = {

@@ -1,5 +1,6 @@
 """The command line: one file a command; each parses, calls the library, and prints."""
 
+import contextlib
 import errno
 import importlib
 import io
@@ -7,7 +8,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -43,21 +44,41 @@ class _ReaderLeftError(Exception):
     """Whoever read our output has left."""
 
 
+@contextlib.contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        on_windows = os.name == "nt" and error.errno == errno.EINVAL
+        if not (isinstance(error, BrokenPipeError) or on_windows):
+            raise
+        raise _ReaderLeftError from error  # click would end the whole program here
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        raise _ReaderLeftError from error  # rich has met it in a table
+
+
 class _Commands(click.Group):
     """Imports a command's module only when it is called, so that --help answers at once."""
 
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        with _reader_may_leave():  # of the text of --help or --version
+            try:
+                return super().make_context(info_name, args, parent, **extra)
+            except click.exceptions.NoArgsIsHelpError as error:
+                print(error.format_message(), flush=True)
+                raise click.UsageError("name a command, such as layerskip demo") from None
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _reader_may_leave():
             return super().invoke(ctx)
-        except OSError as error:
-            on_windows = os.name == "nt" and error.errno == errno.EINVAL
-            if not (isinstance(error, BrokenPipeError) or on_windows):
-                raise
-            raise _ReaderLeftError from error  # click would end the whole program here
-        except SystemExit as error:
-            if not isinstance(error.__context__, BrokenPipeError):
-                raise
-            raise _ReaderLeftError from error  # rich has met it in a table
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -109,10 +130,6 @@ def run(arguments: Sequence[str]) -> int:
         status = layerskip_command.main(
             list(arguments), prog_name="layerskip", standalone_mode=False, obj=state
         )
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        tell("name a command, such as layerskip demo")
-        return 2
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "layerskip"
         message = " ".join(error.format_message().split()).rstrip(".")
@@ -127,7 +144,7 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if state["debug"]:
             raise
-        tell(_one_line(error, arguments[0]))
+        tell(_one_line(error, arguments[0] if arguments else ""))
         try:
             sys.stdout.flush()
         except OSError:  # a full disk

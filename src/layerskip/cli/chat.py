@@ -106,7 +106,8 @@ def _answer(
     answer = model.answer(asked, prefix=prefix, **options.decoding_arguments(flags))
     try:
         if quiet:
-            answer.complete()
+            with options.waiting("answering"):
+                answer.complete()
         else:
             show.show_pieces(answer, show_draft=show_draft)
     except KeyboardInterrupt:  # the part that was written stays in the conversation

@@ -1,6 +1,5 @@
 """`layerskip demo`: the main job, end to end, on the built-in model or one's own."""
 
-import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -122,7 +121,7 @@ def command(
 def _decode(flags: dict[str, Any], max_new_tokens: int | None, console: Console) -> dict[str, Any]:
     """The three tasks; the document of `--json`."""
     model = options.load_model(flags)
-    with options.waiting("decoding") if console.quiet else contextlib.nullcontext():
+    with options.waiting("decoding", not console.is_terminal or console.quiet):
         entries = [
             compare(
                 model,

@@ -78,9 +78,10 @@ def run(
         ValueError: the folder is in use, or the model cannot be trained so.
     """
     _check(flags, folder)
-    rows, held_out = demo_functions.split(
-        demo_functions.read(python_functions.standard_library()), HELD_OUT
-    )
+    with options.waiting("reading this Python's library"):
+        rows, held_out = demo_functions.split(
+            demo_functions.read(python_functions.standard_library()), HELD_OUT
+        )
     console.print(
         f"{len(rows)} functions of this Python's library to train on; {len(held_out)} others, from"
         " files of their own, to look at before and after.",
@@ -177,7 +178,7 @@ def _agreement(
     model: LayerSkipModel, prompts: Sequence[str], plain: Entry, exits: list[int], length: int
 ) -> dict[int, float | None]:
     found = [
-        read_agreement(model.decoder, model.tokenize(prompt), runs[0], exits, length)
+        read_agreement(model.decoder, model.tokenize(prompt), runs[0].token_ids, exits, length)
         for prompt, runs in zip(prompts, plain.runs, strict=True)
         if len(runs[0].token_ids) > 1
     ]

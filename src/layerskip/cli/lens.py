@@ -15,7 +15,6 @@ from layerskip.cli.progress import track
 from layerskip.cli.prompts import asked_prompts
 from layerskip.cli.terminal import tell
 from layerskip.decoding import Generation, LayerSkipModel, PromptError
-from layerskip.decoding.prompt import Tokenized
 from layerskip.decoding.step import Ending
 from layerskip.lens import Agreement, Report, report_on
 from layerskip.lens.page import agreement_page, report_page
@@ -111,8 +110,7 @@ def command(
     files = {"--output": output, "--png": png, "--html": html}
     outputs.check_outputs(files, beside=(flags["model"], data))
     if png is not None:
-        # Refuses before any long work where it has no matplotlib.
-        from layerskip.lens import picture
+        outputs.check_pictures("--png")
     prompts = asked_prompts(prompt, data, "--data", chat=chat)[:samples]
     model = options.load_model(flags)
     decoding = {name: flags[name] for name in _DECODING} | {"max_new_tokens": max_new_tokens}
@@ -140,10 +138,14 @@ def command(
         if html is not None:
             page = report_page(report) if data is None else agreement_page(agreement, name)
             told.callback(replace, html, page.encode())
-        if png is not None and data is None:
-            replace(png, picture.draw_report(report if positions else _head(report)))
-        elif png is not None:
-            replace(png, picture.draw_agreement(agreement, name))
+        if png is not None:
+            from layerskip.lens.picture import draw_agreement, draw_report
+
+            if data is None:
+                drawn = draw_report(report if positions else _head(report))
+            else:
+                drawn = draw_agreement(agreement, name)
+            replace(png, drawn)
     if ended is not None:
         raise ended
 
@@ -157,15 +159,15 @@ def _look(
     positions: range | None,
     decoding: dict[str, Any],
 ) -> Report:
-    ids = model.tokenize(prompt)
     answer: Generation | list[int]
     capacity = None
     if continuation is None:
-        asked = Tokenized(ids, continues=isinstance(prompt, str))
-        answer = model.answer(asked, **decoding).complete()
+        made = model.answer(prompt, **decoding)
+        ids, answer = list(made.prompt), made.complete()
         # As it was answered with.
         capacity = Ending.of(model.decoder, ids, decoding["max_new_tokens"]).capacity
     else:
+        ids = model.tokenize(prompt)
         answer = _behind(model.tokenizer, prompt, ids, continuation)
     start = len(ids) - PROMPT_TAIL if positions is None else min(positions.start, len(ids))
     how: dict[str, Any] = {"exits": layers, "start": max(start, 1), "capacity": capacity}

@@ -15,8 +15,17 @@ from rich.markup import escape
 
 from layerskip.cli import machine
 from layerskip.cli.terminal import harmless, tell
-from layerskip.cli.values import SEED, Number, draft_text, json_object, vocabulary_size
+from layerskip.cli.values import (
+    SEED,
+    Number,
+    device,
+    draft_text,
+    json_object,
+    stop_texts,
+    vocabulary_size,
+)
 from layerskip.decoding import DRAFT_SOURCES, MODES, Generation, LayerSkipModel
+from layerskip.decoding.placement import DTYPES
 from layerskip.model.files.source import BUILTIN_MODELS, DEFAULT_MODEL, is_pulled, pull
 from layerskip.model.quantize import WEIGHTS
 
@@ -62,7 +71,7 @@ model_options = _stack(
     model_option,
     click.option(
         "--dtype",
-        type=click.Choice(["float32", "bfloat16", "float16"]),
+        type=click.Choice(list(DTYPES)),
         help="Default: bfloat16 where that is fast (GPU, AVX-512, compiled kernels), else float32.",
     ),
     click.option(
@@ -72,7 +81,13 @@ model_options = _stack(
         show_default=True,
         help="How weights are kept; int8 and int4 quantize them while they are loaded.",
     ),
-    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."),
+    click.option(
+        "--device",
+        default="cpu",
+        show_default=True,
+        callback=device,
+        help="cpu, cuda, cuda:1, ...",
+    ),
     click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads to use."),
     click.option(
         "--compile/--no-compile",
@@ -166,7 +181,11 @@ decoding_options = _stack(
         help="Makes sampling repeatable; each prompt draws apart.",
     ),
     click.option(
-        "--stop", multiple=True, metavar="TEXT", help="End the answer here; may be repeated."
+        "--stop",
+        multiple=True,
+        metavar="TEXT",
+        callback=stop_texts,
+        help="End the answer here; may be repeated.",
     ),
     click.option("--ignore-eos", is_flag=True, help="Go on after an end token."),
 )

@@ -1,10 +1,9 @@
 """`layerskip train`: the recipe on a checkpoint; its flags are the settings of `TrainConfig`."""
 
 import os
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 import torch
@@ -18,7 +17,7 @@ try:
     from layerskip.training import TrainConfig, train
     from layerskip.training.checkpoints import last_good
     from layerskip.training.checks import check_packages
-    from layerskip.training.config import read_settings
+    from layerskip.training.config import plain_type, read_settings
 except ImportError as error:
     raise ImportError(
         f"training needs {error.name}; run: pip install 'layerskip[train]'"
@@ -29,7 +28,7 @@ def _flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """One flag for every setting, with its help and its default as the dataclasses have them."""
     hints = get_type_hints(RecipeConfig) | get_type_hints(TrainConfig)
     for name, field in reversed(TrainConfig.settings().items()):
-        kind = _plain_type(hints[name])
+        kind = plain_type(hints[name])
         flag = "--" + name.replace("_", "-")
         attributes: dict[str, Any] = {"default": None, "help": _help(field)}
         if kind is bool:
@@ -42,13 +41,6 @@ def _flags(command: Callable[..., Any]) -> Callable[..., Any]:
             attributes["metavar"] = "E,E,..."
         command = click.option(flag, name, **attributes)(command)
     return command
-
-
-def _plain_type(hint: Any) -> Any:
-    """The type without `| None`."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return next(kind for kind in get_args(hint) if kind is not type(None))
-    return hint
 
 
 def _help(field: Any) -> str:

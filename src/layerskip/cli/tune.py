@@ -138,7 +138,8 @@ def command(
             f" {flags['model']} is none; what is chosen is told as flags"
         )
     model = options.load_model(flags)
-    prompts, stop, longest = _prompts(model, data, samples, seed)
+    with options.waiting("loading the prompts"):
+        prompts, stop, longest = _prompts(model, data, samples, seed)
     wanted: dict[str, Any] = {
         "max_new_tokens": max_new_tokens or min(longest, MAX_NEW_TOKENS),
         "max_draft_tokens": max_draft_tokens,

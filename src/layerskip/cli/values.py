@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from layerskip.decoding.placement import device_of
 from layerskip.decoding.policy import check_options
 
 _DRAFT_TEXT_FILE = "layerskip.draft_text_file"
@@ -38,7 +39,7 @@ def layers(_: click.Context, __: click.Parameter, value: str | None) -> list[int
 
 
 def span(text: str) -> tuple[int, int]:
-    """Of 4 and 12-20 the first and the last; of other things an empty one."""
+    """First and last of "4" or "12-20"; (1, 0), which is empty, of anything else."""
     match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", text)
     return (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
 
@@ -66,6 +67,22 @@ def draft_text_file() -> str | None:
     return click.get_current_context().meta.get(_DRAFT_TEXT_FILE)
 
 
+def device(_: click.Context, __: click.Parameter, name: str) -> str:
+    """A callback that refuses the name of a device that is not here."""
+    try:
+        device_of(name)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return name
+
+
+def stop_texts(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...]:
+    """A callback that refuses an empty text, with which every answer would end at once."""
+    if "" in texts:
+        raise click.BadParameter("an empty text stops nothing")
+    return texts
+
+
 def json_object(
     ctx: click.Context, param: click.Parameter, text: str | None
 ) -> dict[str, Any] | None:
@@ -83,7 +100,7 @@ SEED = click.IntRange(-(2**63), 2**64 - 1)  # what PyTorch takes
 
 
 class Number(click.FloatRange):
-    """One in a range, which nan and infinity are in none of."""
+    """A finite number in a range."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None

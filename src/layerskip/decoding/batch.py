@@ -24,8 +24,8 @@ from layerskip.decoding.step import Ending, Step
 from layerskip.model import Decoder
 
 MOST_ROWS = 64  # of a batch: what a list of any length takes no more memory than
-# Positions that prompts of a batch may lack to the longest, if that is more than half: running these
-# takes about as long as a batch of their own.
+# Positions of padding that a batch may have even where that is above half of it: running them takes
+# about as long as a second batch.
 _PADDING = 8 * PREFILL_CHUNK
 
 

@@ -141,7 +141,7 @@ def _rendered(prompt: Sequence[Any] | Mapping[str, Any], tokenizer: Any) -> str:
         raise PromptError(_WHAT_IT_IS)
     if not tokenizer.chat_template:
         raise PromptError("this checkpoint has no chat template; give the prompt as a text")
-    from jinja2 import TemplateError  # PyTorch brings it, and so it is there
+    from jinja2 import TemplateError
 
     try:
         text: str = tokenizer.apply_chat_template(

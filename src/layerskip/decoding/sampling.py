@@ -16,7 +16,7 @@ from layerskip.model import Decoder, most_likely
 
 _Numbers = npt.NDArray[Any]
 NO_NUMBERS = (
-    "this model computes numbers that are none (nan or infinite): take another dtype, such as bfloat16"
+    "this model's results are not finite (nan or infinite): take another dtype, such as bfloat16"
     " in place of float16, or its weights are damaged"
 )
 

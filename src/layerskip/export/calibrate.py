@@ -1,7 +1,7 @@
 """Weights from a calibration text, in 4 bits or as a difference: which inputs each matrix sees.
 
 transformers' own model runs over the text once; each layer in turn notes its matrices' inputs, is
-rounded (`compensate`), and hands on what it computes with rounded weights.
+rounded (`gptq`), and hands on what it computes with rounded weights.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerskip.export import hf_config
-from layerskip.export.compensate import compensated, levels_of
+from layerskip.export.gptq import compensated, levels_of
 from layerskip.export.source import Source
 from layerskip.export.written import Progress
 from layerskip.model import families, row_order
@@ -52,12 +52,12 @@ def calibrate(
 ) -> Calibrated:
     """Round the matrices of all layers to 4 bits, and measure what that costs.
 
+    The cost is measured on held-out windows, with embedding and head in 8 bits, as inference has them.
+
     Args:
         source: a whole model.
         tokens: the calibration text; the first `WINDOW * WINDOWS` are used.
         progress: called with the layers done and their number.
-
-    The cost is that on held-out windows, with embedding and head in 8 bits, as inference has them.
 
     Raises:
         ValueError: the text is too short, or rows cannot be cut into groups.

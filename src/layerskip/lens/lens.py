@@ -62,7 +62,7 @@ class Lens:
         """What of a range of positions was looked at.
 
         Raises:
-            ValueError: nothing.
+            ValueError: none of these positions was looked at.
         """
         start = max(positions.start, self.positions.start)
         stop = min(positions.stop, self.positions.stop)

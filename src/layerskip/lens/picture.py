@@ -1,16 +1,14 @@
 """Pictures of a report and of agreement, as PNG."""
 
 import warnings
+from typing import TYPE_CHECKING
 
 from layerskip.lens.agreement import Agreement
 from layerskip.lens.report import Report
-from layerskip.training.plots import png
+from layerskip.training.plots import new_figure, png
 
-try:
-    from matplotlib.colors import LinearSegmentedColormap
+if TYPE_CHECKING:
     from matplotlib.figure import Figure
-except ImportError as error:
-    raise ImportError(f"pictures need {error.name}; run: pip install 'layerskip[plot]'") from error
 
 AGREES, DIFFERS = "#58b9aa", "#e9ac72"  # the page's colours, at their strongest
 LONGEST = 9  # characters of a token in a cell
@@ -18,11 +16,11 @@ LONGEST = 9  # characters of a token in a cell
 
 def draw_report(report: Report) -> bytes:
     """A table of what each layer says at each position of `report.lens`, coloured by probability."""
+    from matplotlib.colors import LinearSegmentedColormap
+
     lens = report.lens
     n_rows, n_columns = len(lens.exits), len(lens.positions)
-    figure = Figure(
-        figsize=(2.2 + 0.82 * n_columns, 1.6 + 0.25 * n_rows), layout="constrained", dpi=110
-    )
+    figure = new_figure(2.2 + 0.82 * n_columns, 1.6 + 0.25 * n_rows)
     axes, bars = figure.subplots(1, 2, sharey=True, width_ratios=[n_columns, 1.6])
     agrees, settled = lens.agrees, lens.settled
     for tone, shown in ((AGREES, agrees), (DIFFERS, ~agrees)):
@@ -69,7 +67,7 @@ def draw_report(report: Report) -> bytes:
 
 def draw_agreement(agreement: Agreement, model: str) -> bytes:
     """Agreement, and what is settled, over the layers."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained", dpi=110)
+    figure = new_figure(7, 4.2)
     axes = figure.add_subplot()
     axes.plot(agreement.exits, agreement.rates, "o-", color="#25a18e", label="agrees with the last")
     axes.plot(
@@ -92,7 +90,8 @@ def _cut(text: str) -> str:
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: "Figure") -> bytes:
+    figure.set_dpi(110)
     with warnings.catch_warnings():
         # Characters that the font lacks are drawn as boxes; no reason to alarm anybody.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")

@@ -36,8 +36,11 @@ class Rope:
 
     def alike(self, capacities: Sequence[int]) -> bool:
         """Whether caches that hold so many positions turn them alike."""
-        sides = {capacity > self.original_max_positions for capacity in capacities}
-        return self.long_factors is None or len(sides) == 1
+        return len({self.is_long(capacity) for capacity in capacities}) == 1
+
+    def is_long(self, capacity: int) -> bool:
+        """Whether a cache that holds so many positions takes the factors for long contexts."""
+        return self.long_factors is not None and capacity > self.original_max_positions
 
     def turned(self, head_dim: int) -> int:
         """How many dimensions of a head turn, counted from its first."""

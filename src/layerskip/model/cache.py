@@ -21,7 +21,7 @@ class KVCache:
 
     Attributes:
         capacity: S, how many positions a row can hold.
-        slots: [L, 2, B, KV heads, S, head_dim]; index 0 of the second axis holds keys, 1 values.
+        slots: [L, 2, B, KV heads, S or more, head_dim]; index 0 of the second axis holds keys, 1 values.
         lengths: [B] int64 on the host: how many positions of each row are settled. The next call of
             `Decoder.run` writes from there on. Set it back to forget positions.
     """

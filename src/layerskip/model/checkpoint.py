@@ -117,7 +117,6 @@ def load(
 def open_files(path: Path) -> Files:
     """Open what `load` loads, without reading weights; raises what `load` raises."""
     check_no_adapter(path)
-    check_no_adapter_beside(path)
     gguf_path = _gguf_in(path)
     tensors: Tensors
     if gguf_path is not None:
@@ -156,31 +155,26 @@ def open_files(path: Path) -> Files:
 
 
 def check_no_adapter(folder: Path) -> None:
-    """Refuse a folder with nothing but an adapter, as peft writes it.
+    """Refuse an adapter, as peft writes it, alone or beside weights.
+
+    transformers would put one that lies beside weights on, be it a pickle; we do not.
 
     Raises:
-        UnsupportedModelError: it is one; the message names its base where that is known.
+        UnsupportedModelError: there is one; where it is alone, its base is named if it is known.
     """
     file = folder / "adapter_config.json"
-    if file.is_file() and not (folder / "config.json").is_file():
-        base = read_json(file).get("base_model_name_or_path")
-        named = f", {base}," if base else ""
-        raise UnsupportedModelError(
-            f"{folder} is a LoRA adapter; merge it into its base{named} first (peft's merge_and_unload)"
-        )
-
-
-def check_no_adapter_beside(folder: Path) -> None:
-    """Refuse an adapter beside weights: transformers would put it on, be it a pickle; we do not.
-
-    Raises:
-        UnsupportedModelError: there is one.
-    """
-    if (folder / "adapter_config.json").is_file():
+    if not file.is_file():
+        return
+    if (folder / "config.json").is_file():
         raise UnsupportedModelError(
             f"{folder} has an adapter beside its weights: merge it (peft's merge_and_unload), or take"
             " adapter_config.json away"
         )
+    base = read_json(file).get("base_model_name_or_path")
+    named = f", {base}," if base else ""
+    raise UnsupportedModelError(
+        f"{folder} is a LoRA adapter; merge it into its base{named} first (peft's merge_and_unload)"
+    )
 
 
 def _gguf_in(path: Path) -> Path | None:

@@ -246,9 +246,8 @@ class GraphDecoder(Decoder):
         end, capacity = cache.check_room(t), cache.capacity
         kept = _is_kept(memory.slots.shape[-2])
         is_worth_it = end <= _LONGEST and kept and self._recorder.record is not None
-        if start >= stop or not is_worth_it:
-            return super().run(hidden, start, stop, cache)
-        if start and stop < len(self.layers):  # no decoding does that, only looking into the model
+        looks_inside = start > 0 and stop < len(self.layers)  # which no decoding does
+        if start >= stop or looks_inside or not is_worth_it:
             return super().run(hidden, start, stop, cache)
         self._check_layers(start, stop)
         slots = memory.slots[start:stop]
@@ -308,8 +307,8 @@ def _give_back(decoder: "weakref.ref[GraphDecoder]", memory: _Memory) -> None:
 
 
 def _is_kept(positions: int) -> bool:
-    """Whether another answer may have memory of so many, for which alone it is worth recording.
+    """Whether memory of this size is kept for later answers; only such memory is recorded.
 
-    None with much more room than recordings reach, which every answer would fill with zeros.
+    Much larger memory than recordings reach would be zeroed for each answer.
     """
     return positions <= _LONGEST + _ROOM

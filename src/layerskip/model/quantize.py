@@ -148,16 +148,16 @@ def _grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor | None, Tensor]:
 def _codes(groups: Tensor, scales: Tensor, lowest: Tensor, bits: int) -> Tensor:
     """The nearest codes, still in float32."""
     steps = groups - lowest[..., None]
-    return steps.div_(_no_zero(scales.float())[..., None]).round_().clamp_(0, 2**bits - 1)
+    return steps.div_(no_zero(scales.float())[..., None]).round_().clamp_(0, 2**bits - 1)
 
 
 def _half(values: Tensor) -> Tensor:
-    """In 16 bits; what is infinite is no number, which damaged weights are known by."""
+    """To float16, clamped; infinity becomes NaN, so that damaged weights still show."""
     limit = torch.finfo(torch.float16).max
     values = torch.where(values.isinf(), torch.nan, values)
     return values.clamp(-limit, limit).to(torch.float16)
 
 
-def _no_zero(scales: Tensor) -> Tensor:
+def no_zero(scales: Tensor) -> Tensor:
     """A group of equal values has the scale 0: any divisor gives the code of its offset."""
     return torch.where(scales == 0, torch.ones_like(scales), scales)

@@ -68,7 +68,7 @@ class Rotary:
 
     def _is_long(self, kind: int, capacity: int) -> bool:
         rope = self._ropes[kind]
-        return rope is not None and capacity > rope.original_max_positions
+        return rope is not None and rope.is_long(capacity)
 
     def _frequencies(self, kind: int, is_long: bool) -> Tensor:
         return (self._long if is_long else self._short)[kind]
@@ -105,9 +105,9 @@ def _scaled(rope: Rope, freqs: Tensor, is_long: bool) -> Tensor:
     if rope.kind == "linear":
         return freqs / rope.factor
     if rope.kind == "llama3":
-        turns = rope.original_max_positions * freqs / (2 * math.pi)  # full turns in the old context
+        full_turns = rope.original_max_positions * freqs / (2 * math.pi)  # in the old context
         span = rope.high_freq_factor - rope.low_freq_factor
-        keep = ((turns - rope.low_freq_factor) / span).clamp(0.0, 1.0)
+        keep = ((full_turns - rope.low_freq_factor) / span).clamp(0.0, 1.0)
         return keep * freqs + (1.0 - keep) * freqs / rope.factor
     return freqs
 

@@ -56,7 +56,8 @@ class RecipeConfig:
             used where the weights are equal.
         distillation_weight: weight of the KL divergence from the last layer's distribution (its
             gradient stopped) that is added to each earlier exit's loss; 0 = off.
-        chunk_tokens: tokens whose logits exist at one time; None chooses from the vocabulary.
+        chunk_tokens: rows of logits that exist at one time, those of all exits together; None chooses
+            from the vocabulary.
         fused_loss: use Liger's fused linear cross entropy where liger-kernel is installed, the
             model is on a GPU, its head is a plain linear layer and nothing is distilled.
         seed: of the rows that are skipped; the same on every device.
@@ -91,7 +92,9 @@ class RecipeConfig:
     distillation_weight: float = setting(
         "weight of KL to the last layer in each earlier exit's loss", 0.0
     )
-    chunk_tokens: int | None = setting("tokens whose logits exist at one time", None)
+    chunk_tokens: int | None = setting(
+        "rows of logits at one time, those of all exits together", None
+    )
     fused_loss: bool = setting("use Liger's kernels where they are installed and fit", True)
     seed: int = setting("seed of the rows that layer dropout skips", 0)
 

@@ -82,7 +82,8 @@ def exit_losses(
         parameters: the trainable parameters of `shared_exit`.
         num_items: what the summed loss is divided by; None = the labelled tokens of this batch.
         distillation_weight: weight of KL(last || exit) beside the labels for the earlier exits.
-        chunk_tokens: tokens a chunk; None chooses from the vocabulary.
+        chunk_tokens: rows of logits that exist at one time, those of all exits together; None chooses
+            from the vocabulary.
         vocabulary: V.
         fused: takes the place of `shared_exit` and the chunks, one exit after the other; it cannot
             distil.

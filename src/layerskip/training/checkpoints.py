@@ -44,7 +44,7 @@ def _checkpoints(directory: str | os.PathLike[str]) -> list[tuple[int, Path]]:
 
 
 def check_whole(checkpoint: Path) -> None:
-    """Refuse a checkpoint that a run would go on from with less than it had: Trainer begins anew there.
+    """Refuse a checkpoint without something that resuming needs: Trainer would start that part anew.
 
     A folder is written whole, but parts of it may have been removed or cut since.
 

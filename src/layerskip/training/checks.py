@@ -54,7 +54,7 @@ def check_installed(config: TrainConfig) -> None:
 
 
 def warn_of_no_decoder(model_type: str) -> None:
-    """Warn where layerskip has no decoder for what transformers cannot draft with either."""
+    """Warn where nothing can draft with the result: neither transformers nor layerskip."""
     if model_type not in FAMILIES:
         warnings.warn(
             f"nothing will draft with the result: transformers runs all layers of {model_type}, and"

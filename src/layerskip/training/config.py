@@ -272,10 +272,16 @@ def default_alpha(rank: int) -> int:
     return 2 * rank
 
 
+def plain_type(hint: Any) -> Any:
+    """The type of a setting without `| None`."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(kind for kind in get_args(hint) if kind is not type(None))
+    return hint
+
+
 def _convert(name: str, value: Any, hint: Any) -> Any:
     """A value of YAML or a flag as what a field holds."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    kind = next(k for k in kinds if k is not type(None))
+    kind = plain_type(hint)
     try:
         if get_origin(kind) is tuple:
             items = value.replace(",", " ").split() if isinstance(value, str) else value

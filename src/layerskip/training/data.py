@@ -36,7 +36,7 @@ class Encoding:
         completion: template of the completion.
         text_field: name of the field of running text.
         completion_only: prompts have no labels.
-        max_length: tokens kept.
+        max_length: tokens kept by whoever makes batches of rows.
     """
 
     tokenizer: Any
@@ -47,11 +47,7 @@ class Encoding:
     max_length: int = 1024
 
     def __call__(self, where: str, row: Mapping[str, Any]) -> dict[str, list[int]]:
-        """Tokens and labels of a row, cut at `max_length`; see `whole`."""
-        return _part(self.whole(where, row), 0, self.max_length)
-
-    def whole(self, where: str, row: Mapping[str, Any]) -> dict[str, list[int]]:
-        """Tokens and labels of a row.
+        """Tokens and labels of a whole row.
 
         Raises:
             ValueError: where the row has not the fields needed, named by where it stands.
@@ -204,7 +200,7 @@ def encode_rows(
     Raises:
         ValueError: for a bad row, no rows at all, or none with a label.
     """
-    encoded = [encoding.whole(where, row) for where, row in rows]
+    encoded = [encoding(where, row) for where, row in rows]
     if not encoded:
         raise ValueError(f"{source} has no rows")
     lost: list[int] = []  # tokens of each row that is cut

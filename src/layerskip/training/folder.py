@@ -19,8 +19,9 @@ from layerskip.model.files.writing import check_within, replace_json
 from layerskip.training.checkpoints import check_whole, last_checkpoint
 from layerskip.training.config import TrainConfig, default_alpha
 from layerskip.training.errors import TrainingWarning
+from layerskip.training.rows import local_files
 
-SETTINGS, _ROWS = "train.json", "rows.json"
+SETTINGS, LOG, _ROWS = "train.json", "train_log.jsonl", "rows.json"
 _LOCK = ".lock"
 
 # What decides which rows a step has, and which are held back to evaluate on.
@@ -48,6 +49,7 @@ def where_to_begin(config: TrainConfig, output: Path) -> str | None:
         ValueError: the folder holds what would be replaced, or is of a run that these settings cannot
             go on with.
     """
+    _check_data(config, output)
     checkpoint = last_checkpoint(output) if output.exists() else None
     if checkpoint is not None:
         if not config.resume:
@@ -66,6 +68,15 @@ def where_to_begin(config: TrainConfig, output: Path) -> str | None:
         what = f"there is no checkpoint in {output}: beginning anew"
         warnings.warn(what, TrainingWarning, stacklevel=2)
     return None
+
+
+def _check_data(config: TrainConfig, output: Path) -> None:
+    """Refuse rows in a file that the run writes."""
+    written = {(output / name).resolve() for name in (SETTINGS, LOG, _ROWS)}
+    for source in filter(None, (config.data, config.eval_data)):
+        for file in local_files(source):
+            if Path(file).resolve() in written:
+                raise ValueError(f"training replaces {file}: choose another --output")
 
 
 def _compare(config: TrainConfig, file: Path) -> None:

@@ -58,13 +58,13 @@ def hidden_bars() -> Iterator[None]:
     """For a while transformers and datasets show no progress bars of their own."""
     import datasets
 
-    ours = (logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled())
+    before = (logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled())
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if ours[0]:
+        if before[0]:
             logging.enable_progress_bar()
-        if not ours[1]:
+        if not before[1]:
             datasets.enable_progress_bars()

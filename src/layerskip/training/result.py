@@ -24,9 +24,8 @@ def save_result(
     config: TrainConfig,
     exit_layer: int,
     output: Path,
-    *,
-    transformers_can_exit: bool,
-    nll_change: float | None = None,
+    can_exit: bool,
+    nll_change: float | None,
 ) -> None:
     """Write the result beside its place and move it there, so that no half of it is ever found.
 
@@ -35,7 +34,7 @@ def save_result(
         config: the settings.
         exit_layer: that drafts, for those who load it.
         output: the folder.
-        transformers_can_exit: see `transformers_can_exit`.
+        can_exit: whether transformers drafts with this model (`transformers_can_exit`).
         nll_change: what the grid of quantization-aware training costs, as in `Rounding`.
     """
     unfinished = output / INCOMPLETE
@@ -60,8 +59,8 @@ def save_result(
         model.generation_config._from_model_config = False
         own = _own_settings(model, trainer, config, nll_change)
         # In transformers' own field, unless that would fail by it; then among what is ours.
-        model.generation_config.assistant_early_exit = exit_layer if transformers_can_exit else None
-        if not transformers_can_exit:
+        model.generation_config.assistant_early_exit = exit_layer if can_exit else None
+        if not can_exit:
             own[settings.EXIT] = exit_layer
         setattr(model.generation_config, settings.KEY, own)
         model.generation_config.save_pretrained(unfinished)

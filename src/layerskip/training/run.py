@@ -33,7 +33,7 @@ from layerskip.training.data import Collator
 from layerskip.training.device import arithmetic, uses_gpu
 from layerskip.training.errors import TrainingWarning
 from layerskip.training.fake_quantization import DIFFERENCE, QuantizeAware, quantize_aware
-from layerskip.training.folder import alone_in, keep_settings, where_to_begin
+from layerskip.training.folder import LOG, alone_in, keep_settings, where_to_begin
 from layerskip.training.loading import (
     add_end_of_turn,
     check_packing,
@@ -126,7 +126,7 @@ def _train(
     add_end_of_turn(model, tokenizer, train_rows)
     use_cache = model.config.use_cache
     trainer = _trainer(config, model, tokenizer, train_rows, eval_rows, exit_layer)
-    trainer.add_callback(JsonLinesLog(output / "train_log.jsonl", trainer.attached))
+    trainer.add_callback(JsonLinesLog(output / LOG, trainer.attached))
     if importlib.util.find_spec("tensorboard") is not None:
         trainer.add_callback(Board())
     if watch is not None:
@@ -148,8 +148,7 @@ def _train(
                 nll_change = metrics["eval_loss"] / metrics["unrounded_loss"] - 1
     detach(model)
     model.config.use_cache = use_cache  # which Trainer turned off
-    settings = {"transformers_can_exit": can_exit, "nll_change": nll_change}
-    _write(trainer, config, exit_layer, output, settings)
+    _write(trainer, config, exit_layer, output, can_exit, nll_change)
     return TrainResult(output, trainer.state.global_step, metrics, exit_layer)
 
 
@@ -158,17 +157,18 @@ def _write(
     config: TrainConfig,
     exit_layer: int,
     output: Path,
-    settings: dict[str, Any],
+    can_exit: bool,
+    nll_change: float | None,
 ) -> None:
     """Write the result, then pictures: where those cannot be written, a warning says so."""
     try:
-        save_result(trainer, config, exit_layer, output, **settings)
+        save_result(trainer, config, exit_layer, output, can_exit, nll_change)
     except Exception as error:  # tokenizers has no class of its own for a full disk
         shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
         raise unwritten(f"the result of step {trainer.state.global_step}", output, error) from error
     if trainer.is_world_process_zero():
         try:
-            plot_run(read_log(output / "train_log.jsonl"), output)
+            plot_run(read_log(output / LOG), output)
         except OSError as error:
             what = one_line("the result is whole, but its pictures could not be written", error)
             warnings.warn(what, TrainingWarning, stacklevel=2)

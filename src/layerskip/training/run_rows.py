@@ -30,7 +30,7 @@ def first_checked(rows: Iterator[Row], encoding: Encoding, source: str) -> Itera
     first = next(rows, None)
     if first is None:
         raise ValueError(f"{source} has no rows")
-    encoding.whole(*first)
+    encoding(*first)
     return itertools.chain([first], rows)
 
 

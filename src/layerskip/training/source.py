@@ -10,7 +10,7 @@ import transformers
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from layerskip.model.architecture import UnsupportedModelError
-from layerskip.model.checkpoint import check_no_adapter, check_no_adapter_beside
+from layerskip.model.checkpoint import check_no_adapter
 from layerskip.model.files.source import BUILTIN_MODELS, BuiltinModel, pull
 from layerskip.model.files.weights import SafetensorsFiles
 
@@ -44,7 +44,6 @@ def check_files(name: str) -> None:
     """
     path = Path(name)
     check_no_adapter(path)
-    check_no_adapter_beside(path)
     named = ("model.safetensors", "model.safetensors.index.json")
     if any((path / name).is_file() for name in named):
         # Refuses what is damaged, and files outside of the folder, which transformers would read.

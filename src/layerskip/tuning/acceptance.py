@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from layerskip.bench.measure import Run
-from layerskip.decoding import Generation, Step, walk_exits
+from layerskip.decoding import Step, walk_exits
 from layerskip.decoding.drafters import EarlyExitDrafter
 from layerskip.decoding.step import Ending
 from layerskip.model import Decoder
@@ -46,7 +45,7 @@ class Continuation:
 def read_agreement(
     decoder: Decoder,
     prompt: Sequence[int],
-    answer: Generation | Run,
+    answer: list[int],
     exits: Sequence[int],
     limit: int,
 ) -> Continuation:
@@ -55,14 +54,13 @@ def read_agreement(
     Args:
         decoder: the model that gave the answer.
         prompt: its token ids.
-        answer: plain and greedy, of at least 2 tokens.
+        answer: token ids of a plain, greedy answer, at least 2.
         exits: layers run, each 1 to L.
         limit: the `max_new_tokens` of the answer.
     """
-    tokens = answer.token_ids
     ending = Ending.of(decoder, prompt, limit)
-    known = [*prompt, *tokens[:-1]]
-    expected = torch.tensor(tokens[1:], device=decoder.device)
+    known = [*prompt, *answer[:-1]]
+    expected = torch.tensor(answer[1:], device=decoder.device)
     agreement: dict[int, list[bool]] = {exit_layer: [] for exit_layer in sorted(set(exits))}
     ids = torch.tensor([known], device=decoder.device)
     # The capacity is that of the answer's own cache.
@@ -75,7 +73,7 @@ def read_agreement(
             marks += (said == expected[len(marks) : len(marks) + len(said)]).tolist()
     return Continuation(
         prompt_tokens=len(prompt),
-        token_ids=tokens,
+        token_ids=answer,
         limit=ending.limit,
         agreement=agreement,
     )

@@ -211,7 +211,7 @@ def _read_answers(
         if answer.new_tokens >= 2:
             useful.append(prompt)
             continuations.append(
-                read_agreement(model.decoder, prompt, answer, layers, max_new_tokens)
+                read_agreement(model.decoder, prompt, answer.token_ids, layers, max_new_tokens)
             )
         progress("reading what every exit says", i, len(tokenized))
     if len(useful) < 2:

@@ -69,12 +69,9 @@ def write_settings(
             known = readable_costs(entry)
             if not isinstance(known, StepCosts):  # another version may read them
                 others.append(entry)
-            # Costs that name no machine are used on none.
-            elif known.machine and (known.kind, known.threads) not in same:
+            elif (known.kind, known.threads) not in same:
                 others.append(known.to_dict())
         own["costs"] = [*others, costs.to_dict()]
-    if _runs_all_layers(folder) and (named := fields.pop("assistant_early_exit", None)):
-        own.setdefault(EXIT, named)  # as earlier versions left it there
     if choice.exit_layer is not None or not others:
         for key in ("assistant_early_exit", "num_assistant_tokens"):
             fields.pop(key, None)

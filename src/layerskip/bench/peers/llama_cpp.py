@@ -11,6 +11,7 @@ from layerskip.bench.peers.job import PROMPT_LOOKUP_TOKENS, PROMPT_LOOKUP_TOKENS
 from layerskip.bench.peers.recorder import Recorder
 from layerskip.decoding.clock import device_clock
 from layerskip.model.files import tokenizer
+from layerskip.model.files.gguf_header import GgufHeader
 
 
 def settings(drafts: Sequence[tuple[int, int]]) -> list[Setting]:
@@ -109,8 +110,6 @@ def _check_device(device: str) -> None:
 
 def _bytes_of_a_pass(gguf: str) -> int:
     """Bytes of weights for one token: all but the embedding, unless it is the head as well."""
-    from gguf import GGUFReader
-
-    sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(gguf).tensors}
+    sizes = {name: stored.data.nbytes for name, stored in GgufHeader(Path(gguf)).tensors.items()}
     embedding = sizes["token_embd.weight"] if "output.weight" in sizes else 0
     return sum(sizes.values()) - embedding

@@ -13,7 +13,7 @@ from layerskip.bench.peers.job import PROMPT_LOOKUP_TOKENS, Job
 from layerskip.bench.peers.recorder import Recorder
 from layerskip.decoding.clock import device_clock
 from layerskip.model import open_files
-from layerskip.model.checkpoint import check_no_adapter_beside
+from layerskip.model.checkpoint import check_no_adapter
 from layerskip.model.families import OWN_KERNELS, check_weights_unnamed
 from layerskip.model.files import tokenizer
 from layerskip.model.files.weights import GgufFile
@@ -117,7 +117,7 @@ def _load(path: Path, dtype: str) -> Any:
     tensors = open_files(path).tensors
     if isinstance(tensors, GgufFile):
         path, options["gguf_file"] = tensors.path.parent, tensors.path.name
-    check_no_adapter_beside(path)
+    check_no_adapter(path)
     config = transformers.AutoConfig.from_pretrained(str(path), **options)
     check_weights_unnamed(config.to_dict())
     if isinstance(tensors, GgufFile):

@@ -29,9 +29,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def json_text(value: Any, *, ascii_only: bool = False) -> str:
-    """JSON in lines for people to read: without what JSON has not, or a terminal would obey.
+    """Indented JSON: NaN and infinity become null, and control characters \\u escapes.
 
-    Numbers that are none are null, and control characters are written as their codes.
+    JSON has no such numbers, and a terminal would obey such characters.
     """
     text = json.dumps(_finite(value), indent=2, ensure_ascii=ascii_only, allow_nan=False) + "\n"
     return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

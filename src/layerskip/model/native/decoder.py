@@ -256,13 +256,13 @@ class NativeDecoder(Decoder):
             self._pointers = self.heads, pointers_to(self._panels)
         return self._pointers[1]
 
-    def _choice(self, hidden: Tensor, **options: bool) -> tuple[Tensor, Tensor | None]:
+    def _choice(self, hidden: Tensor, confident: bool = False) -> tuple[Tensor, Tensor | None]:
         b, t, d = hidden.shape
         norm, eps = self._final_norm_weight, self.architecture.norm_eps
         rows = hidden.reshape(b * t, d)
         threads = usable(self._narrowest)  # as many as the layers: teams of two sizes are made anew
         heads = self._head_pointers()
-        chosen, probabilities = choose(heads, rows, norm, eps, threads=threads, **options)
+        chosen, probabilities = choose(heads, rows, norm, eps, threads=threads, confident=confident)
         return chosen.view(b, t), probabilities
 
     @property

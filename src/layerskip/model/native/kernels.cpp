@@ -1271,6 +1271,20 @@ int status_of(F work) {
   }
 }
 
+// The one memory of a pass that grows with the context: each thread that calls keeps its own from pass to
+// pass, with room to spare, so that decoding on does not allocate.
+float *partial_sums(int64_t n) {
+  thread_local std::unique_ptr<Buffer<float>> kept;
+  thread_local int64_t room = 0;
+  if (n > room) {
+    kept.reset();
+    room = 0;
+    kept = std::make_unique<Buffer<float>>(2 * n);
+    room = 2 * n;
+  }
+  return kept->get();
+}
+
 void run(const Model *m, const float *hidden, float *x, const int64_t *lengths, int64_t batch, int64_t positions,
          int64_t start, int64_t stop, void *slots, int64_t capacity, const float *const *turns, int threads) {
   const int64_t rows = batch * positions, hd = m->head_dim;
@@ -1283,7 +1297,7 @@ void run(const Model *m, const float *hidden, float *x, const int64_t *lengths, 
   for (int64_t b = 0; b < batch; b++) longest = lengths[b] > longest ? lengths[b] : longest;
   const int64_t chunks = (longest + positions + CHUNK - 1) / CHUNK, queries = rows * (m->heads / m->kv_heads);
   const bool few = queries <= 16 * QUERIES && chunks > 1;
-  const Buffer<float> partial(few ? m->kv_heads * chunks * queries * (hd + 2) : 1);
+  float *const partial = few ? partial_sums(m->kv_heads * chunks * queries * (hd + 2)) : nullptr;
   memcpy(x, hidden, rows * m->hidden * sizeof(float));
   Team team;
 #pragma omp parallel num_threads(threads)
@@ -1291,7 +1305,7 @@ void run(const Model *m, const float *hidden, float *x, const int64_t *lengths, 
     const int thread = omp_get_thread_num();
     const Pass pass{*m, x, lengths, batch, positions, rows, (char *)slots, capacity, turns, team, thread,
                     omp_get_num_threads(), qkv.get(), attended.get(), gate_up.get(), projected.get(),
-                    few ? partial.get() : nullptr, chunks, inputs.get(), gated.get()};
+                    partial, chunks, inputs.get(), gated.get()};
     for (int64_t layer = start; layer < stop; layer++) pass.run(m->layers[layer], layer);
   }
 }

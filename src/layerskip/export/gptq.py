@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerskip.model.files import difference
-from layerskip.model.quantize import GROUP, quantize
+from layerskip.model.quantize import GROUP, no_zero, quantize
 
 DAMPING = 0.01  # of the Hessian's mean diagonal, as in the paper
 _TOP = 15
@@ -27,7 +27,7 @@ def four_bits(group: Tensor) -> Rounding:
     """
     grid = quantize(group, 4)
     scales, offsets = grid.scales.float()[:, 0], grid.float_offsets()[:, 0]
-    divisors = torch.where(scales == 0, torch.ones_like(scales), scales)
+    divisors = no_zero(scales)
     least, greatest = group.argmin(1), group.argmax(1)
 
     def rounded(column: Tensor, number: int) -> Tensor:
