@@ -49,7 +49,10 @@ NOTES = {
     "control. 13% of the test's utterances are among those to train on ([the data set is "
     "so](tasks.md)). Four exits are for the claims that compare exits; they were trained on fewer rows. "
     "Recipe and control were trained by `layerskip train`, with the commands in "
-    "[topv2-light-exits.json](../benchmarks/results/topv2-light-exits.json), four exits by the script.",
+    "[topv2-light-exits.json](../benchmarks/results/topv2-light-exits.json), four exits by the script. "
+    "On another machine a checkpoint of more rows came to 2.18x at E = 4 and 2.06x at E = 8 with d = 4 "
+    "([report](../benchmarks/results/speed-topv2-trained.md)): how much is gained depends on how fast "
+    "weights are read there.",
     "kvq": "The milliseconds are medians over all repetitions, each way for itself. What was saved is "
     "the median of what each repetition saved, in which both ways took turns: where a machine is "
     "restless the two need not agree.",

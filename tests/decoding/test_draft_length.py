@@ -230,12 +230,12 @@ def test_n_grams_learn_by_the_length_of_the_match_drafted_or_not():
     assert any(chosen(length, 4, right=0) for _ in range(200))
 
 
-def proven():
+def proven(most=12):
     """A draft after one that was right: one token with a chance of 0.95 and more is kept."""
     length = DraftLength(ROWS)
     drafted(length, [0.95])
     length.learn(1)
-    assert length.begins()
+    assert length.begins(most)
     assert length.keeps(0.95)
     return length
 
@@ -248,8 +248,27 @@ def test_likely_tokens_follow_a_draft_while_each_is_worth_its_row():
 
 def test_drafting_on_goes_first_where_it_promises_more():
     """A token brings 1.14 in its time's worth: drafting on 0.96 x 0.87 - 0.33, a row 0.11."""
-    assert proven().follow([0.6]) == 0  # 0.96 x 0.6 - 0.11
-    assert proven().follow([0.7]) == 1
+    assert proven(most=2).follow([0.6]) == 0  # 0.96 x 0.6 - 0.11
+    assert proven(most=2).follow([0.7]) == 1
+
+
+def test_one_that_follows_for_sure_does_not_end_a_draft_that_would_go_on():
+    """Drafting on brings 1.7 tokens beyond its time in all, each that follows at most 0.84."""
+    assert proven().follow([0.99]) == 0
+    assert proven().follow([0.99] * 3) == 3
+
+
+def test_a_draft_ends_where_one_more_would_not_pay_if_it_were_right_as_often_as_others():
+    """Of drafts half are right: 0.48 of a token for 0.5 of a step is not scored, for 0.3 it is."""
+
+    def goes_on(layers):
+        length = DraftLength(DraftCosts(layers=layers, head=0.1, passes=(1.0,)), trained=True)
+        length._right, length._seen = 50.0, 100.0
+        drafted(length, [0.95])
+        return not length.ends
+
+    assert goes_on(0.2)
+    assert not goes_on(0.4)
 
 
 def test_what_followed_is_paid_for_and_learned():
@@ -258,11 +277,11 @@ def test_what_followed_is_paid_for_and_learned():
     ngrams = NgramLength(ROWS, pace)
     for _ in range(8):
         drafted(length, [0.95])
-        followed.append(ngrams.follow(by_match(7, 3), length))
+        followed.append(ngrams.follow(by_match(7, 8), length))
         length.learn(1)  # the draft was right, what followed was not
         ngrams.learn_followed(0)
         rates.append(pace.rate)
-    assert followed[:2] == [0, 3]
+    assert followed[:2] == [0, 8]
     assert followed[-1] == 0
     alone = DraftLength(ROWS, without := Pace())
     for _ in range(8):

@@ -24,6 +24,9 @@ _NGRAM_PRIOR = 2.0
 BELIEF, _BELIEF_WEIGHT = 0.8, 2.0
 _MEMORY = 0.95  # of a batch's drafts, a round
 _SURE = 0.8  # that all tokens of a draft are right: so sure, a trained exit needs no proof
+# Tokens that a trained exit may lose before it rests: one that was unsure at the first position has not
+# failed, and in a short answer it would hardly be asked again.
+_TRUST = 0.35
 _AHEAD = 8  # tokens, of which one that does not pay alone may be the first
 
 
@@ -44,7 +47,7 @@ class DraftLength:
         # The same over all drafts, whatever their confidence.
         self._right, self._seen = BELIEF * _BELIEF_WEIGHT, _BELIEF_WEIGHT
         self._proven, self._trained = False, trained  # whether a token was ever right
-        self._rests = Rests()
+        self._rests = Rests(_TRUST if trained else 0.0)
         # What is compared with n-grams: rounds that were drafted here, and no others.
         self._drafting = Pace(plain_rounds=0.0)
         self._most = 0
@@ -92,8 +95,7 @@ class DraftLength:
         survival = self._survival * self._accepted[bin_] / self._judged[bin_]
         gain = survival - self._pace.rate * self.costs.token(self.drafted)
         if gain < 0 and self._goes_on(survival):
-            ahead = min(_AHEAD, self._most - self.drafted - 1)
-            gain += self._drafting_on(survival, self.drafted + 1, ahead)
+            gain += self._drafting_on(survival, 1)
         if gain < 0:
             self._refused = confidence
             return False
@@ -104,7 +106,9 @@ class DraftLength:
     @property
     def ends(self) -> bool:
         """Whether the draft ends here, before another token is scored."""
-        return bool(self._confidences) and not self._goes_on(self._survival)
+        if not self._confidences:
+            return False
+        return not (self._goes_on(self._survival) and self._drafting_on(self._survival))
 
     def _goes_on(self, survival: float) -> bool:
         return self._proven or (self._trained and survival >= _SURE)
@@ -120,7 +124,7 @@ class DraftLength:
         if not self._proven:
             return 0
         rate, drafted, survival, tokens = self._pace.rate, self.drafted, self._survival, 0.0
-        best, self._followed = self._drafting_on(survival, drafted, len(chances)), 0
+        best, self._followed = self._drafting_on(survival), 0
         for n, chance in enumerate(chances, 1):
             survival *= chance
             tokens += survival
@@ -129,10 +133,14 @@ class DraftLength:
                 best, self._followed = gain, n
         return self._followed
 
-    def _drafting_on(self, survival: float, drafted: int, limit: int) -> float:
-        """What more tokens behind such a draft bring beyond their time's worth, right as others were."""
+    def _drafting_on(self, survival: float, asked: int = 0) -> float:
+        """What more tokens behind this draft, and those asked about now, bring beyond their time's worth.
+
+        They are thought to be right as often as others were; no more are looked at than may be drafted.
+        """
         share, rate, gain, best = self._right / self._seen, self._pace.rate, 0.0, 0.0
-        for n in range(drafted, drafted + limit):
+        first = self.drafted + asked
+        for n in range(first, min(first + _AHEAD, self._most)):
             survival *= share
             gain += survival - rate * self.costs.token(n)
             best = max(best, gain)

@@ -3,7 +3,7 @@
 _PLAIN_ROUNDS = 4.0  # that an answer is thought to have begun with
 _MEMORY = 0.95  # of tokens and times, a round
 _CREDIT = 8.0  # tokens that a source of drafts may lose again of what it once gained
-_FIRST_REST, _LONGEST_REST = 4, 64
+_FIRST_REST, _LONGEST_REST = 4, 32
 
 
 class Pace:
@@ -29,11 +29,15 @@ class Pace:
 
 
 class Rests:
-    """Rounds in which a source of drafts is not asked, longer each time that asking did not pay."""
+    """Rounds in which a source of drafts is not asked, longer each time that asking did not pay.
 
-    def __init__(self) -> None:
+    Args:
+        trust: tokens that it may lose before it is first left alone.
+    """
+
+    def __init__(self, trust: float = 0.0) -> None:
         self._rest, self._left = _FIRST_REST, 0
-        self._gained = 0.0  # tokens beyond its rounds' time, the newer ones weighing more
+        self._gained = trust  # tokens beyond its rounds' time, the newer ones weighing more
 
     def begins(self) -> bool:
         """Whether it is asked this time."""
