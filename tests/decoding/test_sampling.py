@@ -180,5 +180,5 @@ def test_values_out_of_range_are_refused_by_name(option, value):
 
 @pytest.mark.parametrize("bad", [float("nan"), 0.0])
 def test_what_is_no_distribution_gives_no_token(bad):
-    with pytest.raises(ValueError, match="numbers that are none"):
+    with pytest.raises(ValueError, match="results are not finite"):
         draw(torch.stack([torch.ones(7), torch.full((7,), bad)]), None)

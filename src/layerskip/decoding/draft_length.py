@@ -134,7 +134,7 @@ class DraftLength:
         return self._followed
 
     def _drafting_on(self, survival: float, asked: int = 0) -> float:
-        """What more tokens behind this draft, and those asked about now, bring beyond their time's worth.
+        """What more tokens behind this draft and those asked about bring beyond their time's worth.
 
         They are thought to be right as often as others were; no more are looked at than may be drafted.
         """
