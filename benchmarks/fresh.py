@@ -3,10 +3,10 @@
     python benchmarks/fresh.py start-up --model smollm2-135m
     LAYERSKIP_DATA=data python benchmarks/fresh.py memory --model runs/topv2 --task topv2
 
-Start-up is from the start of a process that answers one prompt with 16 tokens to its end: with the
-compiled kernels in the cache, and with none, so that they are compiled first; and by parts, in processes
-that do the same from Python. Memory is the peak that is resident while prompts of a task are answered,
-the weights included, each way in a process of its own.
+Start-up is from the start of a process to the end of its answer, 16 tokens: with the compiled kernels in
+the cache, and with none, so that they are compiled first; and by parts, in processes that do the same
+from Python. (Files before 2026-11-30 count the end of the process too.) Memory is the peak that is
+resident while prompts of a task are answered, the weights included, each way in a process of its own.
 """
 
 import argparse
@@ -60,15 +60,26 @@ def main() -> None:
 
 
 def start_up(model: str, threads: int) -> dict[str, Any]:
-    """Seconds of whole processes; the first run is left out, since it reads the files from the disk."""
+    """Seconds to whole answers; the first run is left out, since it reads the files from the disk."""
     command = [sys.executable, "-c", LAYERSKIP, "generate", "--model", model, "--prompt", "Hello"]
     command += ["--max-new-tokens", str(ANSWER_TOKENS), "--threads", str(threads)]
 
     def once(cache: str | None = None) -> float:
         moved = {"XDG_CACHE_HOME": cache, "LAYERSKIP_CACHE": cache} if cache else {}
-        begin = time.perf_counter()
-        subprocess.run(command, env=_environment() | moved, capture_output=True, check=True)
-        return time.perf_counter() - begin
+        begin = end = time.perf_counter()
+        with subprocess.Popen(
+            command,
+            bufsize=0,
+            env=_environment() | moved,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            assert process.stdout is not None
+            while process.stdout.read(4096):
+                end = time.perf_counter()
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
+        return end - begin
 
     once()
     cached = [once() for _ in range(RUNS)]
