@@ -1,6 +1,7 @@
 """Loading needs little more memory than the loaded weights, whatever the files' type."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,8 +59,8 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     ("dtype", "weights", "above"),
     [
-        ("bfloat16", "16bit", 0.15),
-        ("float32", "16bit", 0.15),
+        ("bfloat16", "16bit", 0.05),
+        ("float32", "16bit", 0.05),
         ("float32", "int8", 0.3),  # less is loaded: one matrix of the vocabulary is more beside it
         ("float32", "int4", 0.45),
     ],
@@ -68,7 +69,9 @@ def test_peak_is_near_the_loaded_size(folder, dtype, weights, above):
     assert len(list(folder.glob("*.safetensors"))) > 4
     source = str(Path(layerskip.__file__).parents[1])
     command = [sys.executable, "-c", MEASURE, str(folder), dtype, source, weights]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # What glibc keeps for later differs from run to run; so it gives every tensor back at once.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     measured = json.loads(done.stdout)
     assert measured["loaded"] > {"16bit": 150e6, "int8": 90e6, "int4": 70e6}[weights]
     assert measured["ratio"] <= 1 + above, measured
