@@ -208,6 +208,7 @@ def test_loading_says_what_is_not_known_or_is_much(folder, tmp_path):
     assert known(0.03) == known(None) == []
     (much,) = known(0.071)
     assert much.startswith("int4 costs this checkpoint 7%")
+    assert len(known(float("nan"))) == 1
     assert "\n" not in much + unknown
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 from unittest import mock
 
 import pytest
@@ -278,6 +279,17 @@ def test_the_decoder_itself_is_what_it_was_in_training(llama):
     torch.testing.assert_close(llama.model(**batch).last_hidden_state, expected)
     with pytest.raises(ValueError, match="LayerSkipMixin"):
         llama(**batch_of(), fused_lm_head=True)
+
+
+def test_labels_need_no_name(llama):
+    handle = attached(llama, DROPPING)
+    batch = batch_of()
+    named = llama(**batch)
+    handle.set_step(0, 100)
+    places = list(inspect.signature(llama.forward).parameters)
+    given = [batch.get(name) for name in places[: places.index("labels") + 1]]
+    assert torch.equal(llama(*given).loss, named.loss)
+    assert len(handle.last.exits) > 1
 
 
 def test_evaluation_between_accumulated_batches_changes_nothing(llama):

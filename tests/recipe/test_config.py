@@ -42,6 +42,7 @@ def test_a_preset_can_be_changed():
         ({"exits": (3, 3)}, "names an exit twice"),
         ({"exits": (0, 3)}, "from 1"),
         ({"exits": ()}, "exits is empty"),
+        ({"fixed_exits": 8}, r"it has to be a list of layers, as in \[8\]"),
         ({"exits": (3,), "exit_every": 2}, "give one of them"),
     ],
 )

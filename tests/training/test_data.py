@@ -53,6 +53,11 @@ def test_files_of_every_kind(tmp_path, name, text, compression):
     assert [dict(row) for _, row in rows] == ROWS
 
 
+def test_one_line_of_json_is_lines_too(tmp_path):
+    path = write(tmp_path / "a.json", '{"text": "x"}\n')
+    assert list(read_rows(path)) == [("a.json:1", {"text": "x"})]
+
+
 @pytest.mark.parametrize("compression", ["", ".gz", ".xz"])
 def test_text_files_and_parquet(tmp_path, compression):
     from datasets import Dataset
@@ -135,7 +140,7 @@ def test_quotation_marks_in_tab_separated_text_are_text(tmp_path):
         ("a.jsonl", '{"text": "x"}\n{"a": ' + "1" * 5000 + "}", "a.jsonl:2 is not JSON"),
         ("a.json", '[{"a": ' + "1" * 5000 + "}]", "a.json is not JSON"),
         ("a.jsonl", "[1]\n", "a.jsonl:1 is not an object"),
-        ("a.json", '{"a": 1}', "must hold a list"),
+        ("a.json", '{\n"a": 1}', "must hold a list"),
         ("a.tsv", "a\tb\n1\t2\n1\n", "a.tsv:3 does not have the 2 columns"),
         ("a.csv", "a,b\n1,2,3\n", "a.csv:2 does not have the 2 columns"),
         (

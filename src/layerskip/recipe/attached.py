@@ -8,6 +8,7 @@ taken out.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -121,27 +122,28 @@ class AttachedRecipe:
     @compiled_below
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward: its own, but in training with layer dropout and the exits' loss."""
+        # Labels may stand among arguments without a name.
+        kwargs = {**dict(zip(inspect.signature(self._plain_forward).parameters, args)), **kwargs}
         labels = shifted_labels(kwargs.get("labels"), kwargs.get("shift_labels"))
         if exits := self._to_evaluate:
             assert labels is not None
             weights = dict.fromkeys(exits, 1 / len(exits))
             with self._running(ForwardPass(None, frozenset(exits))) as this:
-                return self._forward_with_losses(this, args, kwargs, labels, weights)
+                return self._forward_with_losses(this, kwargs, labels, weights)
         if not (self._anatomy.model.training and torch.is_grad_enabled()):
             self._pass = ForwardPass(None, others=self._pass.others, is_running=False)
-            return self._plain_forward(*args, **kwargs)
+            return self._plain_forward(**kwargs)
         weights = {} if labels is None else self.exit_weights
-        with self._running(ForwardPass(self._draw(args, kwargs), frozenset(weights))) as this:
+        with self._running(ForwardPass(self._draw(kwargs), frozenset(weights))) as this:
             if labels is None:
                 kwargs.setdefault("use_cache", False)
-                return self._plain_forward(*args, **{**kwargs, **self._without_balancing()})
-            return self._forward_with_losses(this, args, kwargs, labels, weights)
+                return self._plain_forward(**{**kwargs, **self._without_balancing()})
+            return self._forward_with_losses(this, kwargs, labels, weights)
 
     @compiled_below
     def _forward_with_losses(
         self,
         this: ForwardPass,
-        args: tuple[Any, ...],
         kwargs: dict[str, Any],
         labels: Tensor,
         weights: dict[int, float],
@@ -157,7 +159,7 @@ class AttachedRecipe:
         kwargs.pop("labels", None)
         kwargs.pop("shift_labels", None)
         as_tuple = kwargs.pop("return_dict", None) is False
-        outputs = self._plain_forward(*args, **self._without_logits(kwargs), return_dict=True)
+        outputs = self._plain_forward(**self._without_logits(kwargs), return_dict=True)
         distillation_weight = 0.0 if self._to_evaluate else self.recipe.distillation_weight
         losses = self._losses(this, labels, weights, num_items, distillation_weight)
         self.last = losses
@@ -198,13 +200,13 @@ class AttachedRecipe:
         )
 
     @not_compiled
-    def _draw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    def _draw(self, kwargs: dict[str, Any]) -> Tensor | None:
         rates = self.skip_rates
         micro_batch, self._micro_batch = self._micro_batch, self._micro_batch + 1
         if not any(rates):
             return None
         named = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        inputs = next(v for v in (*named, *args) if isinstance(v, Tensor))
+        inputs = next(v for v in (*named, *kwargs.values()) if isinstance(v, Tensor))
         step = self._known_step()
         return draw_skipped_rows(
             rates, inputs.shape[0], seed=self.recipe.seed, step=step, micro_batch=micro_batch

@@ -208,14 +208,14 @@ class _ExitLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         of_states: list[Tensor | None] = []
         wanted = ctx.needs_input_grad[1:]  # of states, then of parameters
-        for needed, (shape, dtype), chunks in zip(wanted, ctx.states, gradients, strict=False):
+        for needed, (shape, dtype) in zip(wanted, ctx.states, strict=False):
+            chunks = gradients.pop(0)  # and gone, before there is room for the next exit's
             whole = torch.zeros(shape, dtype=dtype, device=grad.device) if needed else None
             if whole is not None and chunks:
                 scaled = torch.cat(chunks).mul_(grad).to(dtype)
                 whole.flatten(0, 1).index_copy_(0, ctx.positions, scaled)
             of_states.append(whole)
-        of_parameters = gradients[len(of_states) :]
-        return (None, *of_states, *(None if g is None else g.mul_(grad) for g in of_parameters))
+        return (None, *of_states, *(None if g is None else g.mul_(grad) for g in gradients))
 
 
 def _or_zeros(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:

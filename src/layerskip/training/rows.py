@@ -198,6 +198,9 @@ def _json(file: TextIO, name: str) -> Iterator[Row]:
         raise ValueError(f"{name} is not JSON: {error}") from None
     except RecursionError:
         raise ValueError(f"{name} is nested too deeply") from None
+    if isinstance(rows, dict) and "\n" not in text.strip():  # one line of JSON is lines too
+        yield from json_lines(io.StringIO(text), name)
+        return
     if not isinstance(rows, list):
         raise ValueError(f"{name} must hold a list of rows")
     for number, row in enumerate(rows, 1):

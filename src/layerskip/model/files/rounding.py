@@ -88,7 +88,7 @@ def _doubt(file: Path, weights: str) -> str | None:
             " --weights int4 --calibrate TEXT` measures it and makes it less"
         )
     change = found.get("nll_change")
-    if isinstance(change, float) and change > MOST_CHANGE:
+    if isinstance(change, float) and not change <= MOST_CHANGE:  # nor is it, where it is no number
         return (
             f"{weights} costs this checkpoint {change:.0%} negative log-likelihood on the text that it"
             " was measured with; --weights int8, or training with --quantize-aware, cost less"
