@@ -122,8 +122,11 @@ class AttachedRecipe:
     @compiled_below
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward: its own, but in training with layer dropout and the exits' loss."""
-        # Labels may stand among arguments without a name.
-        kwargs = {**dict(zip(inspect.signature(self._plain_forward).parameters, args)), **kwargs}
+        names = inspect.signature(self._plain_forward).parameters
+        kwargs = {
+            **dict(zip(names, args, strict=False)),
+            **kwargs,
+        }  # labels may come without a name
         labels = shifted_labels(kwargs.get("labels"), kwargs.get("shift_labels"))
         if exits := self._to_evaluate:
             assert labels is not None

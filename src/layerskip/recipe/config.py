@@ -121,7 +121,9 @@ class RecipeConfig:
             if value is None:
                 continue
             if isinstance(value, int):
-                raise ValueError(f"{name} is {value}; it has to be a list of layers, as in [{value}]")
+                raise ValueError(
+                    f"{name} is {value}; it has to be a list of layers, as in [{value}]"
+                )
             object.__setattr__(self, name, tuple(value))
             if len(set(value)) != len(value):
                 raise ValueError(f"{name} names an exit twice: {list(value)}")
