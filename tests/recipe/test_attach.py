@@ -48,7 +48,7 @@ def same(actual, expected, rtol=1e-4, atol=1e-5):
 def row_by_row(model, handle, recipe, batch):
     """The recipe's loss by the definition: each row alone, without the layers it skips."""
     handle.set_step(0, 100)
-    skipped = handle._draw((batch["input_ids"],), {})
+    skipped = handle._draw({"input_ids": batch["input_ids"]})
     logits = {e: [] for e in range(1, LAYERS + 1)}
     for row in range(len(batch["input_ids"])):
         inputs = {k: v[row : row + 1] for k, v in batch.items() if k != "labels"}
@@ -498,7 +498,7 @@ def test_every_layer_of_every_step_is_compiled():
     compiled = torch.compile(model, backend=backend)
     for step in range(layers):
         handle.set_step(step, 100)
-        kept = ~handle._draw((batch_of()["input_ids"],), {}).all(1)
+        kept = ~handle._draw({"input_ids": batch_of()["input_ids"]}).all(1)
         handle.set_step(step, 100)
         ran.clear()
         compiled(**batch_of()).loss.backward()

@@ -122,11 +122,9 @@ class AttachedRecipe:
     @compiled_below
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward: its own, but in training with layer dropout and the exits' loss."""
-        names = inspect.signature(self._plain_forward).parameters
-        kwargs = {
-            **dict(zip(names, args, strict=False)),
-            **kwargs,
-        }  # labels may come without a name
+        if args:  # labels may be among those without a name
+            named = inspect.signature(self._plain_forward).bind_partial(*args).arguments
+            kwargs = {**named, **kwargs}
         labels = shifted_labels(kwargs.get("labels"), kwargs.get("shift_labels"))
         if exits := self._to_evaluate:
             assert labels is not None

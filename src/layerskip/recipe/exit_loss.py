@@ -179,7 +179,10 @@ class _ExitLoss(torch.autograd.Function):
         loss_sums, divergence_sums = torch.zeros_like(weights), torch.zeros_like(weights)
         correct = torch.zeros_like(weights, dtype=torch.long)
         needed = work.needs_gradient
-        gradients = [list[Tensor]() for _ in states]  # of the labelled tokens, chunk by chunk
+        kept = torch.float32 if work.in_float32 else states[0].dtype
+        of_labelled = [
+            one.new_empty(len(work.targets), one.shape[-1], dtype=kept) for one in states if needed
+        ]
         sums: list[Tensor | None] = [None] * len(parameters)
         step_of = _chunk_step if work.fused is None else _fused_step
         for exits, rows in work.pieces():
@@ -189,13 +192,13 @@ class _ExitLoss(torch.autograd.Function):
             divergence_sums[exits] += step.divergence_sums
             correct[exits] += step.correct
             if needed and (of_states := step.gradients[0]) is not None:
-                for kept, gradient in zip(gradients[exits], of_states, strict=True):
-                    kept.append(gradient)
+                for whole, gradient in zip(of_labelled[exits], of_states, strict=True):
+                    whole[rows] = gradient
             for index, gradient in enumerate(step.gradients[1:]):
                 if gradient is not None:
                     total, more = sums[index], gradient.float()  # many chunks: 16 bits lose the sum
                     sums[index] = more if total is None else total.add_(more)
-        ctx.gradients = [*gradients, *map(_or_zeros, sums, parameters)] if needed else []
+        ctx.gradients = [*of_labelled, *map(_or_zeros, sums, parameters)] if needed else []
         ctx.positions, ctx.states = work.positions, [(one.shape, one.dtype) for one in states]
         ctx.mark_non_differentiable(loss_sums, correct, divergence_sums)
         distilled = work.distillation_weight * divergence_sums
@@ -209,10 +212,10 @@ class _ExitLoss(torch.autograd.Function):
         of_states: list[Tensor | None] = []
         wanted = ctx.needs_input_grad[1:]  # of states, then of parameters
         for needed, (shape, dtype) in zip(wanted, ctx.states, strict=False):
-            chunks = gradients.pop(0)  # and gone, before there is room for the next exit's
+            found = gradients.pop(0)  # and gone, before there is room for the next exit's
             whole = torch.zeros(shape, dtype=dtype, device=grad.device) if needed else None
-            if whole is not None and chunks:
-                scaled = torch.cat(chunks).mul_(grad).to(dtype)
+            if whole is not None:
+                scaled = found.mul_(grad).to(dtype)
                 whole.flatten(0, 1).index_copy_(0, ctx.positions, scaled)
             of_states.append(whole)
         return (None, *of_states, *(None if g is None else g.mul_(grad) for g in gradients))
