@@ -5,8 +5,9 @@
 
 Start-up is from the start of a process to the end of its answer, 16 tokens: with the compiled kernels in
 the cache, and with none, so that they are compiled first; and by parts, in processes that do the same
-from Python. (Files before 2026-11-30 count the end of the process too.) Memory is the peak that is
-resident while prompts of a task are answered, the weights included, each way in a process of its own.
+from Python. (Files older than start-up-parts-*.json count the end of the process too.) Memory is the
+peak that is resident while prompts of a task are answered, the weights included, each way in a process
+of its own.
 """
 
 import argparse
