@@ -335,6 +335,9 @@ def test_an_accelerators_branch_gives_the_same():
     p, q = (torch.rand(64, n, 5, generator=generator).softmax(-1) for n in (4, 3))
     drafted = torch.randint(5, (64, 3), generator=generator)
     least = torch.rand(64, 3, generator=generator) * 0.4
+    share = torch.rand(64, 1, generator=generator, dtype=torch.float64)
+    weights = torch.rand(64, 3000, generator=generator).double()
+    assert torch.equal(sampling._in_blocks(weights, share), sampling._at_once(weights, share))
     here, there = (judged(drafted, q, p, least) for judged in (accept._in_turn, accept._at_once))
     assert all(map(torch.equal, here, there))
     assert set(here[0].tolist()) == {0, 1, 2, 3}

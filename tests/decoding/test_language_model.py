@@ -560,14 +560,14 @@ def test_an_answer_that_is_left_at_its_last_token_has_its_text(tokens, end):
 @pytest.mark.parametrize("prompt", [[5], [[5], [6]]], ids=["one", "batch"])
 def test_a_draft_that_is_no_number_is_refused(model, prompt, monkeypatch):
     """A hidden state may overflow behind a token that is drafted, and refused."""
-    plain, calls = type(model.decoder).logits, itertools.count(1)
+    plain, calls = type(model.decoder).probabilities, itertools.count(1)
 
-    def logits(self, hidden):
-        found = plain(self, hidden)
+    def probabilities(self, hidden, temperature):
+        found = plain(self, hidden, temperature)
         is_second_draft = hidden.shape[1] == 1 and next(calls) == 3
         return found.fill_(float("nan")) if is_second_draft else found
 
-    monkeypatch.setattr(type(model.decoder), "logits", logits)
+    monkeypatch.setattr(type(model.decoder), "probabilities", probabilities)
     options = {"temperature": 0.7, "seed": 1, "max_new_tokens": 6, "draft_vocabulary": 0}
     answers = model.generate(prompt, **options, **SPECULATIVE)
     assert next(calls) > 4

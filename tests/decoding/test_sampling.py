@@ -1,6 +1,7 @@
 """The one definition of the next token's distribution."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as theirs
 
 from layerskip.decoding import Sampling
-from layerskip.decoding.sampling import TokenHistory, draw, pick
+from layerskip.decoding.sampling import TokenHistory, draw, next_token
+from layerskip.model import most_likely
 
 VOCABULARY = 50
 TEMPERATURES, TOP_KS = (0.3, 1.0, 1.7), (None, 1, 7, 50, 200)
@@ -147,20 +149,38 @@ def test_half_precision_logits_are_widened_before_the_softmax():
     torch.testing.assert_close(p.sum(), torch.tensor(1.0), rtol=0, atol=1e-5)
 
 
-def test_pick():
+def test_next_token():
     logits = random_logits(3)[:, None]
-    token, q = pick(logits, Sampling(), None)
-    assert q is None
-    assert torch.equal(token, logits.argmax(-1))
-    token, q = pick(logits, Sampling(temperature=1.0, top_k=1), torch.Generator().manual_seed(0))
-    assert torch.equal(token, logits.argmax(-1))
-    assert q.shape == (3, 1, VOCABULARY)
+    decoder = SimpleNamespace(
+        logits=lambda hidden: hidden,
+        choose=most_likely,
+        probabilities=lambda hidden, temperature: (hidden / temperature).softmax(dim=-1),
+    )
+    likeliest = logits.argmax(-1)
+    assert torch.equal(next_token(decoder, logits, Sampling(), None), likeliest)
+    for how in (Sampling(temperature=1.0, top_k=1), Sampling(temperature=1e-9)):
+        assert torch.equal(next_token(decoder, logits, how, torch.Generator()), likeliest)
     draws = [
-        pick(logits, Sampling(temperature=2.0), torch.Generator().manual_seed(seed))[0].tolist()
+        next_token(decoder, logits, Sampling(temperature=2.0), torch.Generator().manual_seed(seed))
         for seed in (1, 1, 2, 3, 4)
     ]
-    assert draws[0] == draws[1]
-    assert len({str(draw) for draw in draws}) > 1
+    assert torch.equal(draws[0], draws[1])
+    assert len({str(draw.tolist()) for draw in draws}) > 1
+
+
+@pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 2048, 3000])
+def test_a_draw_is_where_the_running_sum_passes_its_share(size, monkeypatch):
+    """Whatever the blocks are that sums are made of; some of them weigh nothing."""
+    generator = torch.Generator().manual_seed(size)
+    weights = torch.rand(4, size, generator=generator) ** 8
+    weights[1, 1:1024:2] = weights[2, 1024:2048] = weights[3, 1:] = 0.0
+    sums = weights.double().cumsum(dim=-1)
+    for share in (0.0, *torch.rand(50, generator=generator).tolist(), 1 - 2**-53):
+        monkeypatch.setattr(torch, "rand", lambda shape, share=share, **_: torch.full(shape, share))
+        for row, own, at in zip(weights, sums, draw(weights, None)[:, 0].tolist(), strict=True):
+            assert row[at] > 0
+            before = own[at - 1] if at else 0.0
+            assert before - 1e-5 * own[-1] <= share * own[-1] <= own[at] + 1e-5 * own[-1]
 
 
 @pytest.mark.parametrize(

@@ -384,6 +384,31 @@ def test_the_choice_is_the_highest_logit(cap, kind, tmp_path):
         torch.testing.assert_close(probabilities, scores.softmax(-1).amax(-1))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("cap", "vocab_size"), [(None, 96), (None, 1003), (3.0, 96)])
+def test_probabilities_are_the_softmax_of_the_logits(cap, vocab_size, kind, tmp_path):
+    changes = {"final_logit_softcapping": cap, "vocab_size": vocab_size}
+    decoder = compiled(saved("gemma2-uncapped", tmp_path, **changes), kind)
+    hidden = torch.randn(2, 5, decoder.architecture.hidden_size, generator=torch.manual_seed(0))
+    logits = decoder.logits(hidden)
+    few, more = torch.arange(50, 90), torch.tensor([3, 5])
+    short = decoder.with_short_head(few).beside(decoder.with_short_head(more))
+    for exit_, scores in ((decoder, logits), (short, logits[..., torch.cat([few, more])])):
+        for temperature in (0.3, 1.0, 2.0):
+            found = exit_.probabilities(hidden, temperature)
+            torch.testing.assert_close(found, (scores / temperature).softmax(-1))
+            alone = torch.cat(
+                [exit_.probabilities(one, temperature) for one in hidden.split(1, 1)], 1
+            )
+            assert torch.equal(found, alone)
+        best = torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).float()
+        assert torch.equal(exit_.probabilities(hidden, 1e-38).round(), best)
+    hidden[1, 3, 7] = float("nan")
+    found = decoder.probabilities(hidden)
+    assert found[1, 3].isnan().all()
+    assert not found[0].isnan().any()
+
+
 @pytest.mark.parametrize("vocab_size", [96, 101, 1003])
 def test_capped_logits_have_the_same_bits_alone_and_together(vocab_size, tmp_path):
     changes = {"final_logit_softcapping": 3.0, "vocab_size": vocab_size}

@@ -5,18 +5,17 @@ Both return (accepted, following): accepted [B] counts the leading drafted token
 that come out are distributed exactly as p, whatever q is (Leviathan et al., 2023, theorem 3.5).
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from layerskip.decoding.sampling import Sampling, draw, likeliest
+from layerskip.decoding.drawn_from import DrawnFrom
+from layerskip.decoding.sampling import Distributions, Sampling, draw, likeliest
 from layerskip.model import Decoder
 
 
 def accept(
     drafted: Tensor,
-    q: Tensor | None,
+    q: DrawnFrom | None,
     decoder: Decoder,
     hidden: Tensor,
     sampling: Sampling,
@@ -27,7 +26,7 @@ def accept(
 
     Args:
         drafted: [B, d] int64.
-        q: [B, d, V] float32, what they were drawn from; None if greedy or d = 0.
+        q: what they were drawn from; None if greedy or d = 0.
         decoder: the model, whose head judges.
         hidden: [B, d + 1, D], what the last layer gave for the positions before each drafted token, and
             after the last.
@@ -41,7 +40,7 @@ def accept(
     if sampling.greedy:
         accepted, following = accept_greedy(drafted, likeliest(decoder, hidden, sampling, seen))
     else:
-        p = Distributions(decoder.logits(hidden), sampling, seen)
+        p = sampling.distributions(decoder, hidden, seen)
         accepted, following = accept_sampled(drafted, q, p, generator)
     return accepted, following[:, None]
 
@@ -57,30 +56,9 @@ def accept_greedy(drafted: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
     return accepted, best.gather(1, accepted[:, None])[:, 0]
 
 
-class Distributions:
-    """The model's distributions after each of some positions, made where one is looked at.
-
-    On a CPU each takes longer than a layer of a small model, and behind the first rejected token nobody
-    needs them.
-
-    Args:
-        logits: [B, T, V].
-        sampling: of the answers.
-        seen: as for `Sampling.penalize`.
-    """
-
-    def __init__(self, logits: Tensor, sampling: Sampling, seen: Tensor | None) -> None:
-        self._logits, self._sampling, self._seen = logits, sampling, seen
-
-    def __getitem__(self, at: Any) -> Tensor:
-        """Those of some rows and positions, as a tensor's [B, T] would be indexed; float32."""
-        seen = None if self._seen is None else self._seen[at]
-        return self._sampling.probabilities(self._sampling.penalize(self._logits[at], seen))
-
-
 def accept_sampled(
     drafted: Tensor,
-    q: Tensor | None,
+    q: Tensor | DrawnFrom | None,
     p: Tensor | Distributions,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -88,7 +66,8 @@ def accept_sampled(
 
     Args:
         drafted: [B, d] int64, each drawn from its row of q.
-        q: [B, d, V] float32, the distributions that the draft really used; None where d = 0.
+        q: [B, d, V] float32, or what gives its parts: the distributions that the draft really used;
+            None where d = 0.
         p: [B, d + 1, V] float32, or what gives its parts: the model's, under the same temperature,
             top-k, top-p and min-p.
         generator: source of randomness, on the device of p.
@@ -97,16 +76,16 @@ def accept_sampled(
     if q is None or not d:
         nothing = torch.zeros(b, dtype=torch.long, device=drafted.device)
         return nothing, draw(p[:, 0], generator)[:, 0]
-    q_drafted = q.gather(2, drafted[..., None])[..., 0]
+    q_drafted = q.chances if isinstance(q, DrawnFrom) else q.gather(2, drafted[..., None])[..., 0]
     # In float64: of 2^24 numbers one would accept the least probable token of an n-gram.
-    chance = torch.rand(b, d, dtype=torch.float64, device=q.device, generator=generator)
+    chance = torch.rand(b, d, dtype=torch.float64, device=drafted.device, generator=generator)
     judged = _in_turn if drafted.device.type == "cpu" else _at_once
     accepted, weights = judged(drafted, q, p, chance * q_drafted)
     return accepted, draw(weights, generator)[:, 0]
 
 
 def _in_turn(
-    drafted: Tensor, q: Tensor, p: Tensor | Distributions, least: Tensor
+    drafted: Tensor, q: Tensor | DrawnFrom, p: Tensor | Distributions, least: Tensor
 ) -> tuple[Tensor, Tensor]:
     """How many tokens of each row stand, whose p(x) is above the least [B, d], and what to draw from.
 
@@ -124,10 +103,11 @@ def _in_turn(
 
 
 def _at_once(
-    drafted: Tensor, q: Tensor, p: Tensor | Distributions, least: Tensor
+    drafted: Tensor, q: Tensor | DrawnFrom, p: Tensor | Distributions, least: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same on a device that is not to be waited for."""
     d, found = drafted.shape[1], p[:, :]
+    q = q.whole if isinstance(q, DrawnFrom) else q
     accepted = _leading(least < found[:, :-1].gather(2, drafted[..., None])[..., 0])
     # After a full acceptance there is no draft to correct: the residual is p itself.
     corrected = (accepted < d)[:, None]

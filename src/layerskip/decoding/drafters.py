@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from layerskip.decoding.draft_length import DraftLength
-from layerskip.decoding.sampling import Sampling, TokenHistory, pick
+from layerskip.decoding.drawn_from import DrawnFrom
+from layerskip.decoding.sampling import Sampling, TokenHistory, draw
 from layerskip.decoding.short_head import ShortHead
 from layerskip.decoding.step import Step
-from layerskip.model import Decoder, GoesOn, KVCache, read_draft
+from layerskip.model import Decoder, GoesOn, KVCache, most_likely, read_draft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +21,7 @@ class Draft:
 
     Attributes:
         tokens: [B, d] int64.
-        probabilities: [B, d, V] float32, the distributions that they were drawn from; None if
-            greedy or d = 0.
+        drawn_from: the distributions that they were drawn from; None if greedy or d = 0.
         states: [B, d + 1, D], the hidden states that enter layer `start` at the position before each
             drafted token and at the last drafted token: what verification starts from. None = a plain
             step, since nothing was drafted.
@@ -32,7 +32,7 @@ class Draft:
     """
 
     tokens: Tensor
-    probabilities: Tensor | None
+    drawn_from: DrawnFrom | None
     states: Tensor | None
     start: int
     source: str
@@ -152,9 +152,9 @@ class EarlyExitDrafter:
             return not behind and not length.ends
 
         asked = None if length is None else goes_on
-        states, tokens, q = self._chosen(last, n, cache, history, generator, asked)
+        states, tokens, drawn = self._chosen(last, n, cache, history, generator, asked)
         if self._refused:
-            tokens, q = tokens[:, :-1], q[:-1]
+            tokens, drawn = tokens[:, :-1], drawn[:-1]
         else:
             newest = tokens[:, -1:]
             if behind:
@@ -164,7 +164,7 @@ class EarlyExitDrafter:
             states = torch.cat([states, hidden], dim=1)
         return Draft(
             tokens=tokens,
-            probabilities=self._whole(q, tokens[:, len(q) :]) if q else None,
+            drawn_from=self._drawn_from(tokens, drawn) if drawn else None,
             states=states,
             start=self.exit_layer,
             source=self.source,
@@ -180,45 +180,43 @@ class EarlyExitDrafter:
         history: TokenHistory | None,
         generator: torch.Generator | None,
         goes_on: GoesOn | None,
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
         """Up to n times the first E layers over the newest token, and what the exit makes of it.
 
         Returns:
-            The states [B, m, D], the tokens [B, m], and what each was drawn from (none if greedy).
+            The states [B, m, D], the tokens [B, m], and what each was drawn from [B, 1, n] and which
+            of those it is [B, 1] (none if greedy).
         """
         decoder, head, sampling = self.decoder, self.head, self.sampling
         short = None if head is None else head.short
         if sampling.greedy and history is None:
             ids = None if head is None else head.token_ids
             return *decoder.draft(last, n, self.exit_layer, cache, short, ids, goes_on), []
-        states, tokens, chosen_from = list[Tensor](), [last], list[Tensor]()
+        states, tokens, drawn = list[Tensor](), [last], list[tuple[Tensor, Tensor]]()
         seen = None if history is None else history.before(last[:, :0])
         for _ in range(n):
             states.append(decoder.run(decoder.embed(tokens[-1]), 0, self.exit_layer, cache))
             cache.lengths += 1
             known = seen if seen is None or head is None else seen[..., head.token_ids]
-            logits = sampling.penalize((short or decoder).logits(states[-1]), known)
-            if not sampling.greedy:  # a draft that has overflowed is refused: any q will do
-                logits = logits.nan_to_num()
-            chosen, q = pick(logits, sampling, generator)
+            exit_ = short or decoder
+            if sampling.greedy:
+                logits = sampling.penalize(exit_.logits(states[-1]), known)
+                chosen, p = most_likely(logits), logits.float().softmax(dim=-1)
+            else:
+                p = sampling.distributions(exit_, states[-1], known)[:, :]
+                p = p.nan_to_num(1.0)  # a draft that has overflowed is refused: any q will do
+                chosen = draw(p[:, 0], generator)
+                drawn.append((p, chosen))
             tokens.append(chosen if head is None else head.token_ids[chosen])
             if seen is not None:
                 seen.scatter_(2, tokens[-1][..., None], True)
-            if q is not None:
-                chosen_from.append(q)
-            if goes_on is not None:
-                p = logits.float().softmax(dim=-1) if q is None else q
-                if not goes_on(*read_draft(tokens[-1], confidence(p))):
-                    break
-        return torch.cat(states, dim=1), torch.cat(tokens, dim=1)[:, 1:], chosen_from
+            if goes_on is not None and not goes_on(*read_draft(tokens[-1], confidence(p))):
+                break
+        return torch.cat(states, dim=1), torch.cat(tokens, dim=1)[:, 1:], drawn
 
-    def _whole(self, chosen_from: list[Tensor], behind: Tensor) -> Tensor:
-        """The distributions over all tokens, made once a round."""
-        q = torch.cat(chosen_from, dim=1)
-        whole = q if self.head is None else self.head.spread(q)
-        if not behind.shape[1]:
-            return whole
-        return torch.cat([whole, certain(behind, whole.shape[-1])], dim=1)
+    def _drawn_from(self, tokens: Tensor, drawn: list[tuple[Tensor, Tensor]]) -> DrawnFrom:
+        exits, chosen = zip(*drawn, strict=True)
+        return DrawnFrom(tokens, self.decoder.architecture.vocab_size, exits, chosen, self.head)
 
 
 def confidence(p: Tensor) -> Tensor:
@@ -228,10 +226,3 @@ def confidence(p: Tensor) -> Tensor:
     it, or tokens that are kept would not be distributed as q.
     """
     return p.amax()
-
-
-def certain(tokens: Tensor, vocab_size: int) -> Tensor:
-    """The distributions [B, d, V] that tokens [B, d] are drawn from where nothing else could be."""
-    shape = (*tokens.shape, vocab_size)
-    nowhere = torch.zeros(shape, dtype=torch.float32, device=tokens.device)
-    return nowhere.scatter_(2, tokens[..., None], 1.0)

@@ -165,7 +165,7 @@ def speculate(
         return following, [draft.step([token, 0]) for token in following[:, 0].tolist()]
     cache.lengths.copy_(settled)
     hidden = decoder.run(draft.states, draft.start, len(decoder.layers), cache)
-    drafted, q = draft.tokens, draft.probabilities
+    drafted, q = draft.tokens, draft.drawn_from
     seen = None if history is None else history.before(drafted)
     accepted, following = accept(drafted, q, decoder, hidden, sampling, generator, seen)
     # One synchronisation with the device a round.

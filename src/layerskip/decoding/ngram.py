@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from layerskip.decoding.draft_length import DraftLength, NgramLength, by_match, by_share
-from layerskip.decoding.drafters import Draft, EarlyExitDrafter, certain, no_draft
+from layerskip.decoding.drafters import Draft, EarlyExitDrafter, no_draft
+from layerskip.decoding.drawn_from import DrawnFrom
 from layerskip.decoding.sampling import Sampling, TokenHistory
 from layerskip.model import Decoder, KVCache
 
@@ -194,10 +195,10 @@ class NgramDrafter:
         drafted = last.new_tensor([proposal])
         q = None
         if not self.sampling.greedy:
-            q = certain(drafted, self.decoder.architecture.vocab_size)
+            q = DrawnFrom(drafted, self.decoder.architecture.vocab_size)
         return Draft(
             tokens=drafted,
-            probabilities=q,
+            drawn_from=q,
             states=self.decoder.embed(torch.cat([last, drafted], dim=1)),
             start=0,
             source=self.source,

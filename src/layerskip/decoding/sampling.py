@@ -15,6 +15,7 @@ from layerskip.decoding.arguments import integer
 from layerskip.model import Decoder, most_likely
 
 _Numbers = npt.NDArray[Any]
+_BLOCK = 1024  # weights whose running sum is cheap
 NO_NUMBERS = (
     "this model's results are not finite (nan or infinite): take another dtype, such as bfloat16"
     " in place of float16, or its weights are damaged"
@@ -76,19 +77,29 @@ class Sampling:
             seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits
         )
 
+    def distributions(
+        self, decoder: Decoder, hidden: Tensor, seen: Tensor | None = None
+    ) -> "Tensor | Distributions":
+        """What is drawn from after hidden states [B, T, D]; `seen` as for `penalize`.
+
+        All at once [B, T, V] where that is one call of the decoder's, else as they are looked at.
+        """
+        if seen is None and not self._cuts_off:
+            return decoder.probabilities(hidden, self._divisor)
+        return Distributions(decoder.logits(hidden), self, seen)
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """The distribution that a token is drawn from, [..., V] to [..., V] in float32.
 
         Only for temperatures above 0. Never all zero: the most likely token is always kept.
         """
         rows = logits.float().reshape(-1, logits.shape[-1])
-        cuts_off = any(bound is not None for bound in (self.top_k, self.top_p, self.min_p))
-        if logits.device.type != "cpu" or (len(rows) == 1 and not cuts_off):
+        if logits.device.type != "cpu" or (len(rows) == 1 and not self._cuts_off):
             return self._dense(rows).view(logits.shape)
         # A row at a time stays in the caches, and its memory is used again.
         found = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
         for row, probabilities in zip(rows, found, strict=True):
-            if cuts_off:
+            if self._cuts_off:
                 index, kept = self._sparse(row.numpy())
                 probabilities.numpy()[index] = kept
             else:
@@ -150,9 +161,34 @@ class Sampling:
         return index, weights / weights.sum()
 
     @property
+    def _cuts_off(self) -> bool:
+        return any(bound is not None for bound in (self.top_k, self.top_p, self.min_p))
+
+    @property
     def _divisor(self) -> float:
         """The temperature, as far as float32 can divide by it."""
         return max(self.temperature, torch.finfo(torch.float32).tiny)
+
+
+class Distributions:
+    """The model's distributions after each of some positions, made where one is looked at.
+
+    On a CPU each may take longer than a layer of a small model, and behind the first rejected token
+    nobody needs them.
+
+    Args:
+        logits: [B, T, V].
+        sampling: of the answers.
+        seen: as for `Sampling.penalize`.
+    """
+
+    def __init__(self, logits: Tensor, sampling: Sampling, seen: Tensor | None) -> None:
+        self._logits, self._sampling, self._seen = logits, sampling, seen
+
+    def __getitem__(self, at: Any) -> Tensor:
+        """Those of some rows and positions, as a tensor's [B, T] would be indexed; float32."""
+        seen = None if self._seen is None else self._seen[at]
+        return self._sampling.probabilities(self._sampling.penalize(self._logits[at], seen))
 
 
 def _nucleus(weights: _Numbers, wanted: float) -> _Numbers:
@@ -178,14 +214,44 @@ def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
         ValueError: weights are no numbers, or all 0; on a GPU, where looking would wait for it, the
             token is then any.
     """
+    shape = len(weights), 1
+    share = torch.rand(shape, dtype=torch.float64, device=weights.device, generator=generator)
+    passed = _in_blocks if weights.device.type == "cpu" else _at_once
+    return passed(weights, share)
+
+
+def _at_once(weights: Tensor, share: Tensor) -> Tensor:
+    """Where the running sum of each row passes a share [B, 1] of the whole: [B, 1]."""
     sums = weights.cumsum(dim=-1, dtype=torch.float64)
     whole = sums[:, -1:].contiguous()
-    if whole.device.type == "cpu" and not (whole.numpy() > 0).all():
-        raise ValueError(NO_NUMBERS)
-    share = torch.rand(whole.shape, dtype=torch.float64, device=weights.device, generator=generator)
     passed = torch.searchsorted(sums, share * whole, right=True)
     # A share that is rounded up to the whole is the last token that has a weight.
     return torch.minimum(passed, torch.searchsorted(sums, whole)).clamp_(max=weights.shape[-1] - 1)
+
+
+def _in_blocks(weights: Tensor, share: Tensor) -> Tensor:
+    """The same on a CPU, of less than all: running sums of a vocabulary take as long as a layer."""
+    pairs = zip(weights.numpy(), share[:, 0].tolist(), strict=True)
+    return torch.tensor([[_in_block(row, its_share)] for row, its_share in pairs], device="cpu")
+
+
+def _in_block(weights: _Numbers, share: float) -> int:
+    whole = len(weights) // _BLOCK * _BLOCK
+    blocks = weights[:whole].reshape(-1, _BLOCK).sum(axis=1)
+    block, share = _passed(np.append(blocks, weights[whole:].sum()), share)
+    return block * _BLOCK + _passed(weights[block * _BLOCK :][:_BLOCK], share)[0]
+
+
+def _passed(weights: _Numbers, share: float) -> tuple[int, float]:
+    """Which of the weights is at a share of their sum, and at what share of it."""
+    sums = weights.cumsum(dtype=np.float64)
+    whole = sums[-1]
+    if not whole > 0:
+        raise ValueError(NO_NUMBERS)
+    wanted = share * whole
+    at = int(min(sums.searchsorted(wanted, side="right"), sums.searchsorted(whole)))
+    before = sums[at - 1] if at else 0.0
+    return at, float((wanted - before) / (sums[at] - before))
 
 
 def likeliest(decoder: Decoder, hidden: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
@@ -205,22 +271,7 @@ def next_token(
     """Choose one token after hidden states, [B, 1, D] to [B, 1]; `seen` as for `Sampling.penalize`."""
     if sampling.greedy:
         return likeliest(decoder, hidden, sampling, seen)
-    logits = sampling.penalize(decoder.logits(hidden), seen)
-    return pick(logits, sampling, generator)[0]
-
-
-def pick(
-    logits: Tensor, sampling: Sampling, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor | None]:
-    """Choose one token from logits [B, 1, V].
-
-    Returns:
-        The token [B, 1], and the distribution [B, 1, V] that it was drawn from (None if greedy).
-    """
-    if sampling.greedy:
-        return most_likely(logits), None
-    probabilities = sampling.probabilities(logits)
-    return draw(probabilities[:, 0], generator), probabilities
+    return draw(sampling.distributions(decoder, hidden, seen)[:, 0], generator)
 
 
 def nth_seed(seed: int | None, i: int = 0) -> int | None:

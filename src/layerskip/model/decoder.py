@@ -186,6 +186,12 @@ class Decoder:
         chosen = most_likely(logits)
         return chosen, logits.float().softmax(dim=-1).gather(-1, chosen[..., None])[..., 0]
 
+    def probabilities(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+        """The softmax of the logits by a temperature above 0, [B, T, D] to [B, T, V] float32."""
+        logits = self.logits(hidden).float()
+        # Before it is divided: a very low temperature overflows.
+        return ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
+
     def step(self, last: Tensor, stop: int, cache: KVCache) -> Tensor:
         """A greedy step: the newest tokens [B, 1] through layers [0, stop), and what the exit chooses.
 

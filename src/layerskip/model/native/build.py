@@ -116,6 +116,10 @@ def _loaded(path: Path) -> ctypes.CDLL:
         *(pointer, whole, pointer, ctypes.c_float, pointer),  # matrices, how many, norm, eps, x
         *(whole, pointer, pointer, ctypes.c_int),  # rows, chosen, probabilities, threads
     ]
+    loaded.layerskip_probabilities.argtypes = [
+        *(pointer, whole, pointer, ctypes.c_float, pointer),  # matrices, how many, norm, eps, x
+        *(whole, ctypes.c_float, pointer, ctypes.c_int),  # rows, temperature, out, threads
+    ]
     loaded.layerskip_step.argtypes = [
         *(pointer, pointer, pointer, pointer),  # model, hidden, out, lengths
         *(whole, whole),  # batch, stop
@@ -127,7 +131,7 @@ def _loaded(path: Path) -> ctypes.CDLL:
     loaded.layerskip_processors.argtypes = []
     for name in ("rows", "processors"):
         getattr(loaded, f"layerskip_{name}").restype = ctypes.c_int
-    for name in ("run", "product", "choose", "step"):
+    for name in ("run", "product", "choose", "probabilities", "step"):
         getattr(loaded, f"layerskip_{name}").restype = _check
     return loaded
 

@@ -165,6 +165,19 @@ class NativeDecoder(Decoder):
         assert probabilities is not None
         return chosen, probabilities.view(hidden.shape[:2])
 
+    def probabilities(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+        """See `Decoder`; in one call, by all threads."""
+        if self.architecture.logit_cap is not None:
+            return super().probabilities(hidden, temperature)
+        b, t, d = hidden.shape
+        rows, heads = readable(hidden.reshape(b * t, d), d), self._head_pointers()
+        out = torch.empty(b, t, sum(head.shape[0] for head in self._panels), **FLOATS)
+        self._library.layerskip_probabilities(
+            *(heads, len(heads), self._final_norm_weight.data_ptr(), self.architecture.norm_eps),
+            *(rows.data_ptr(), b * t, temperature, out.data_ptr(), usable(self._narrowest)),
+        )
+        return out
+
     def step(self, last: Tensor, stop: int, cache: KVCache) -> Tensor:
         """See `Decoder`; in one call."""
         if self.architecture.logit_cap is not None or not stop:

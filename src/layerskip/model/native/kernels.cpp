@@ -1364,6 +1364,55 @@ void choose(const Matrix *const *parts, int64_t n_parts, const float *norm, floa
   }
 }
 
+// Every thread has a share of each row, from the highest of its outputs to its probabilities.
+void probabilities(const Matrix *const *parts, int64_t n_parts, const float *norm, float eps, const float *x,
+                   int64_t rows, float temperature, float *out, int threads) {
+  const Buffer<char> inputs(rows * input_stride(parts[0]->kind, parts[0]->in));
+  const Buffer<float> tops(threads * rows), totals(threads * rows);
+  int64_t width = 0;
+  for (int64_t part = 0; part < n_parts; part++) width += parts[part]->out;
+  Team team;
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num(), size = omp_get_num_threads();
+    encode_normed(*parts[0], norm, eps, x, rows, inputs.get(), thread, size);
+    team.wait(size);
+    int64_t before = 0;
+    for (int64_t part = 0; part < n_parts; before += parts[part++]->out) {
+      const Matrix &w = *parts[part];
+      const Share mine = share((w.out + LANES - 1) / LANES, thread, size);
+      multiply(w, mine.first, mine.last, inputs.get(), rows, {out + before, width, w.out, false, 1.0f, w.bias});
+    }
+    team.wait(size);
+    const Share mine = share(width, thread, size);
+    const int64_t n = mine.last - mine.first;
+    for (int64_t row = 0; row < rows; row++)
+      tops.get()[row * threads + thread] = best_of(out + row * width + mine.first, n, false, INFINITY).top;
+    team.wait(size);
+    for (int64_t row = 0; row < rows; row++) {
+      float top = -INFINITY, *const v = out + row * width + mine.first;
+      for (int i = 0; i < size; i++) top = tops.get()[row * threads + i] > top ? tops.get()[row * threads + i] : top;
+      Vec total{};
+      int64_t k = 0;
+      for (; k + WIDTH <= n; k += WIDTH) {
+        const Vec weights = exponential((load<Vec>(v + k) - top) / temperature);
+        total += weights;
+        store<Vec>(v + k, weights);
+      }
+      float rest = 0;
+      for (; k < n; k++) rest += v[k] = std::exp((v[k] - top) / temperature);
+      totals.get()[row * threads + thread] = sum(total) + rest;
+    }
+    team.wait(size);
+    for (int64_t row = 0; row < rows; row++) {
+      float whole = 0, *const v = out + row * width + mine.first;
+      for (int i = 0; i < size; i++) whole += totals.get()[row * threads + i];
+      const float part = 1.0f / whole;
+      for (int64_t k = 0; k < n; k++) v[k] *= part;
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -1386,6 +1435,12 @@ int layerskip_product(const Matrix *w, const float *norm, float eps, const float
 int layerskip_choose(const Matrix *const *parts, int64_t n_parts, const float *norm, float eps, const float *x,
                       int64_t rows, int64_t *chosen, float *probabilities, int threads) {
   return status_of([=] { choose(parts, n_parts, norm, eps, x, rows, chosen, probabilities, threads); });
+}
+
+// out [rows, all outputs]: the softmax of norm(x) times some matrices, by a temperature above 0.
+int layerskip_probabilities(const Matrix *const *parts, int64_t n_parts, const float *norm, float eps,
+                             const float *x, int64_t rows, float temperature, float *out, int threads) {
+  return status_of([=] { probabilities(parts, n_parts, norm, eps, x, rows, temperature, out, threads); });
 }
 
 // One position of each sequence through layers [0, stop), and what the exit then chooses.
