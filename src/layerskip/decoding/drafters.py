@@ -201,7 +201,8 @@ class EarlyExitDrafter:
             exit_ = short or decoder
             if sampling.greedy:
                 logits = sampling.penalize(exit_.logits(states[-1]), known)
-                chosen, p = most_likely(logits), logits.float().softmax(dim=-1)
+                chosen = most_likely(logits)
+                p = logits if goes_on is None else logits.float().softmax(dim=-1)
             else:
                 p = sampling.distributions(exit_, states[-1], known)[:, :]
                 p = p.nan_to_num(1.0)  # a draft that has overflowed is refused: any q will do

@@ -170,7 +170,8 @@ class NativeDecoder(Decoder):
         if self.architecture.logit_cap is not None:
             return super().probabilities(hidden, temperature)
         b, t, d = hidden.shape
-        rows, heads = readable(hidden.reshape(b * t, d), d), self._head_pointers()
+        rows = readable(hidden.reshape(b * t, d), self.architecture.hidden_size)
+        heads = self._head_pointers()
         out = torch.empty(b, t, sum(head.shape[0] for head in self._panels), **FLOATS)
         self._library.layerskip_probabilities(
             *(heads, len(heads), self._final_norm_weight.data_ptr(), self.architecture.norm_eps),
