@@ -10,6 +10,7 @@ import tiny_checkpoint
 from layerskip import LayerSkipModel
 from layerskip.decoding import draft_costs
 from layerskip.model import native, pull
+from layerskip.model.timing import PassCosts
 
 settings.register_profile("layerskip", deadline=None)  # no test depends on a time
 settings.load_profile("layerskip")
@@ -72,6 +73,7 @@ def no_draft_depends_on_the_machine(request, monkeypatch):
         pytorch = {"16bit": (1.0, 1.06), "int8": (1.0, 1.15), "int4": (1.0, 1.3)}
 
         def costs(decoder):
-            return (1.0, 1.03) if decoder.kernels == "compiled" else pytorch[decoder.weights]
+            compiled = decoder.kernels == "compiled"
+            return PassCosts((1.0, 1.03) if compiled else pytorch[decoder.weights])
 
         monkeypatch.setattr(draft_costs, "pass_costs", costs)

@@ -31,7 +31,7 @@ from layerskip.bench.tasks import load_task
 from layerskip.decoding import Sampling
 from layerskip.decoding.accept import accept_greedy
 from layerskip.decoding.clock import device_clock
-from layerskip.decoding.drafters import Draft, EarlyExitDrafter, no_draft
+from layerskip.decoding.drafters import Draft, EarlyExitDrafter
 from layerskip.decoding.sampling import next_token
 from layerskip.model import Decoder, KVCache
 from paper.checkpoints import TINY, new_model, shown, told, version, write_rows
@@ -93,15 +93,18 @@ def _options() -> argparse.Namespace:
 class RecomputingDrafter(EarlyExitDrafter):
     """Drafts the same tokens, and leaves nothing for verification to start from."""
 
-    def draft(self, last: Tensor, n: int, cache: KVCache, history: Any, generator: Any) -> Draft:
+    def draft(
+        self, last: Tensor, n: int, cache: KVCache, history: Any, generator: Any
+    ) -> Draft | None:
         """See `EarlyExitDrafter`, whose own extra pass over the last token gives the last draft here."""
         if n == 0:
-            return no_draft(last)
+            return None
         if n == 1:
             state = self.decoder.run(self.decoder.embed(last), 0, self.exit_layer, cache)
             drafted = last[:, :0]
         else:
             shorter = super().draft(last, n - 1, cache, history, generator)
+            assert shorter is not None
             state, drafted = shorter.states[:, -1:], shorter.tokens
         chosen = next_token(self.decoder, state, self.sampling, generator)
         tokens = torch.cat([drafted, chosen], dim=1)
@@ -131,16 +134,15 @@ def answer(
     tokens = [int(last)]
     begin = clock()
     while len(tokens) < new_tokens:
-        settled = cache.lengths.clone()
         n = min(draft_tokens, new_tokens - len(tokens) - 1)
         draft = drafter.draft(last, n, cache, None, None)
-        cache.lengths.copy_(settled)
-        states = decoder.embed(last) if draft.states is None else draft.states
-        hidden = decoder.run(states, draft.start, layers, cache)
-        accepted, following = accept_greedy(draft.tokens, decoder.choose(hidden))
+        drafted = last[:, :0] if draft is None else draft.tokens
+        states, start = (decoder.embed(last), 0) if draft is None else (draft.states, draft.start)
+        hidden = decoder.run(states, start, layers, cache)
+        accepted, following = accept_greedy(drafted, decoder.choose(hidden))
         last = following[:, None]
         count = int(accepted)
-        tokens += [*draft.tokens[0, :count].tolist(), int(last)]
+        tokens += [*drafted[0, :count].tolist(), int(last)]
         cache.lengths += count + 1
     return tokens, clock() - begin
 

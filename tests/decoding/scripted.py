@@ -79,7 +79,7 @@ class ScriptedDecoder:
         return both
 
     choose = Decoder.choose
-    probabilities = Decoder.probabilities
+    distributions = Decoder.distributions
     step = Decoder.step
     draft = Decoder.draft
     choose_with_probability = Decoder.choose_with_probability

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from layerskip.decoding import Sampling, accept, sampling
 from layerskip.decoding.accept import accept_greedy, accept_sampled
-from layerskip.model import most_likely
+from layerskip.model import Distributions, most_likely, pick
 
 # --- greedy -------------------------------------------------------------------------------------
 
@@ -281,11 +281,14 @@ def test_all_zero_residual():
 
 
 def test_without_a_draft_the_token_is_drawn_from_p():
-    p = torch.tensor([[[0.1, 0.2, 0.7]]]).expand(2, 1, 3)
-    nothing = torch.zeros(2, 0, dtype=torch.int64)
-    accepted, following = run_rule(nothing, None, p, torch.zeros(2, 0))
-    assert accepted.tolist() == [0, 0]
-    torch.testing.assert_close(following, p[:, 0])
+    p = torch.tensor([[[0.1, 0.2, 0.7]]]).expand(4, 1, 3)
+    nothing = torch.zeros(4, 0, dtype=torch.int64)
+    shares = torch.tensor([[0.09], [0.11], [0.29], [0.31]], dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *shape, **options: shares.reshape(shape))
+        accepted, following = accept_sampled(nothing, None, p)
+    assert accepted.tolist() == [0, 0, 0, 0]
+    assert following.tolist() == [0, 1, 1, 2]
 
 
 def test_the_generator_makes_it_repeatable():
@@ -303,7 +306,10 @@ def test_the_generator_makes_it_repeatable():
 def test_of_the_model_no_more_is_looked_at_than_decides():
     looked_at = []
 
-    class Recorded:
+    class Recorded(Distributions):
+        def __init__(self):
+            pass
+
         def __getitem__(self, at):
             looked_at.append(at)
             return torch.tensor([0.0, 1.0]) if at[1] == 2 else torch.tensor([1.0, 0.0])
@@ -337,7 +343,8 @@ def test_an_accelerators_branch_gives_the_same():
     least = torch.rand(64, 3, generator=generator) * 0.4
     share = torch.rand(64, 1, generator=generator, dtype=torch.float64)
     weights = torch.rand(64, 3000, generator=generator).double()
-    assert torch.equal(sampling._in_blocks(weights, share), sampling._at_once(weights, share))
-    here, there = (judged(drafted, q, p, least) for judged in (accept._in_turn, accept._at_once))
+    assert torch.equal(pick(weights, share), pick(weights.as_subclass(Elsewhere), share))
+    how = drafted, q, Distributions(p), least
+    here, there = (judged(*how) for judged in (accept._in_turn, accept._at_once))
     assert all(map(torch.equal, here, there))
     assert set(here[0].tolist()) == {0, 1, 2, 3}

@@ -10,6 +10,7 @@ from tiny_decoders import LAYERS, tiny_decoder
 from layerskip.decoding import draft_costs
 from layerskip.decoding.draft_costs import ContextCosts, DraftCosts
 from layerskip.model import StepCosts
+from layerskip.model.timing import PassCosts
 
 MEASURED = StepCosts(
     dtype="float32",
@@ -38,7 +39,7 @@ def test_costs_are_shares_of_the_bytes_read():
 def test_in_pytorch_positions_cost_what_they_were_timed_to(monkeypatch):
     """Whatever more rows cost the compiled kernels; nothing is added to whole passes."""
     timed = {torch.float32: (1.0, 1.75, 1.5), torch.bfloat16: (1.0, 1.125, 1.25)}
-    monkeypatch.setattr(draft_costs, "pass_costs", lambda decoder: timed[decoder.dtype])
+    monkeypatch.setattr(draft_costs, "pass_costs", lambda decoder: PassCosts(timed[decoder.dtype]))
     decoder = ScriptedDecoder([1])
     decoder.weights = "int8"
     for decoder.dtype in timed:
@@ -81,7 +82,8 @@ def test_measured_costs_come_first_and_fit_other_exits_and_heads():
 
 def test_passes_over_several_prompts_go_on_as_estimated(monkeypatch):
     """Three positions were measured, at twice what they are estimated to take."""
-    monkeypatch.setattr(draft_costs, "_passes", lambda _: (1.0, 0.6, 0.65, 0.8, 1.1))
+    passes = 1.0, 0.6, 0.65, 0.8, 1.1
+    monkeypatch.setattr(draft_costs, "_of_machine", lambda _: PassCosts(passes))
     decoder = ScriptedDecoder([1], vocab_size=300)
     assert DraftCosts.of(decoder, 1, measured=MEASURED).passes == (1.0, 1.2, 1.3)
     costs = DraftCosts.of(decoder, 1, measured=MEASURED, contexts=(0, 0))
@@ -98,6 +100,24 @@ def test_keys_and_values_of_a_long_context_cost_as_weights_do():
     assert far.layers == half(near.layers / 2 + 0.5 / LAYERS, rel=0.05)
     row = draft_costs._ATTENTION_ROW
     assert [far.over(n) for n in (1, 2)] == half([1.0, 0.5 * 1.06 + 0.5 * (1 + row)], rel=0.05)
+
+
+def test_attention_takes_what_it_was_timed_to_behind_any_context(monkeypatch):
+    """Of a step of layers alone 512 positions took 0.3 more, and of one over four 0.6."""
+    decoder = tiny_decoder("llama3.1")
+    timed = PassCosts((1.0, 1.1, 1.2, 1.3), (0.3, 0.4, 0.5, 0.6), seconds=1e-2)
+    monkeypatch.setattr(draft_costs, "pass_costs", lambda decoder: timed)
+    of_layers = 1 - decoder.head.weight_bytes / decoder.weight_bytes
+    for context in (0, 512, 2048):
+        costs, more = (
+            DraftCosts.of(decoder, 1, contexts=(context,)),
+            of_layers * 0.3 * context / 512,
+        )
+        assert costs.over(1) == pytest.approx(1.0)
+        # Three more positions, and what little is done for a verification.
+        expected = 1.3 + draft_costs._VERIFYING_S / 1e-2 + more * (1 + 3 / 3)
+        assert costs.over(4) == pytest.approx(expected / (1 + more))
+        assert costs.overhead == pytest.approx(draft_costs._DRAFTING_S / 1e-2 / (1 + more))
 
 
 def test_a_window_bounds_what_a_long_context_costs():

@@ -7,6 +7,7 @@ from tiny_decoders import tiny_decoder
 from layerskip.decoding.accept import accept_sampled
 from layerskip.decoding.drawn_from import DrawnFrom
 from layerskip.decoding.short_head import ShortHead
+from layerskip.model import Distributions
 
 
 def drawn_from(rows, short):
@@ -19,6 +20,7 @@ def drawn_from(rows, short):
     chosen = tuple(torch.multinomial(q[:, 0], 1, generator=generator) for q in exits)
     behind = torch.randint(decoder.architecture.vocab_size, (rows, 3), generator=generator)
     tokens = torch.cat([*(ids[at] for at in chosen), behind], dim=1)
+    exits = tuple(map(Distributions, exits))
     return DrawnFrom(tokens, decoder.architecture.vocab_size, exits, chosen, head)
 
 
@@ -33,6 +35,8 @@ def test_parts_are_those_of_the_whole(rows, short):
     for row in range(rows):
         for i in range(5):
             assert torch.equal(drawn[row, i], whole[row, i])
+            chances = [drawn.chance(row, i, token) for token in range(drawn.vocab_size)]
+            assert chances == whole[row, i].tolist()
     assert torch.equal(drawn.chances[:, 2:], torch.ones(rows, 3))
 
 

@@ -8,10 +8,9 @@ import torch
 from tiny_decoders import LAYERS, PLAIN, random_prompt, speculative, tiny_decoder
 
 from layerskip.decoding import Plan, Sampling, accept, generate
-from layerskip.decoding import sampling as drawing
 from layerskip.decoding.batch import Batch
 from layerskip.decoding.generate import PREFILL_CHUNK
-from layerskip.model import Decoder, KVCache
+from layerskip.model import Decoder, KVCache, distributions
 from tiny_models import COSTS
 
 
@@ -155,7 +154,7 @@ def reads(monkeypatch):
     monkeypatch.setattr(torch, "tensor", made_anew)
     # What a device runs.
     monkeypatch.setattr(accept, "_in_turn", accept._at_once)
-    monkeypatch.setattr(drawing, "_in_blocks", drawing._at_once)
+    monkeypatch.setattr(distributions, "_in_blocks", distributions._at_once)
     monkeypatch.setattr(Sampling, "probabilities", Sampling._dense)
     for name in (*READS, "to"):
         monkeypatch.setattr(torch.Tensor, name, recorded(name))

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import copy
+import dataclasses
 import inspect
 import itertools
 import os
@@ -23,8 +24,9 @@ from layerskip.decoding import Answer, PromptError, Sampling, batch, generate
 from layerskip.decoding.placement import device_of
 from layerskip.decoding.sampling import nth_seed, seeded_generator
 from layerskip.decoding.stream import TextStream
-from layerskip.model import Settings
+from layerskip.model import Decoder, Settings
 from layerskip.model.assembly import fast_dtype
+from layerskip.model.native import decoder as native_decoder
 from layerskip.model.native import threads
 
 SPECULATIVE = {"mode": "self-speculative", "exit_layer": 2, "draft_tokens": 4}
@@ -557,17 +559,27 @@ def test_an_answer_that_is_left_at_its_last_token_has_its_text(tokens, end):
     assert said + "".join(piece.text for piece in pieces) == "aS"
 
 
+@pytest.mark.parametrize("compile", [False, True], ids=["PyTorch", "compiled"])
 @pytest.mark.parametrize("prompt", [[5], [[5], [6]]], ids=["one", "batch"])
-def test_a_draft_that_is_no_number_is_refused(model, prompt, monkeypatch):
+def test_a_draft_that_is_no_number_is_refused(prompt, compile, tmp_path, request, monkeypatch):
     """A hidden state may overflow behind a token that is drafted, and refused."""
-    plain, calls = type(model.decoder).probabilities, itertools.count(1)
+    if compile:
+        request.getfixturevalue("compiled_kernels")
+    tiny_models.reference("llama3.2").save_pretrained(tmp_path)
+    model = LayerSkipModel.from_pretrained(tmp_path, dtype="float32", compile=compile)
+    model.settings = Settings()
+    place, name = (native_decoder, "Drawing") if compile else (Decoder, "distributions")
+    plain, calls = getattr(place, name), itertools.count(1)
 
-    def probabilities(self, hidden, temperature):
-        found = plain(self, hidden, temperature)
+    def drawing(heads, pointers, draws, rows):
+        broken = dataclasses.replace(draws, temperature=float("nan"))
+        return plain(heads, pointers, broken if next(calls) == 2 else draws, rows)
+
+    def distributions(self, hidden, temperature):
         is_second_draft = hidden.shape[1] == 1 and next(calls) == 3
-        return found.fill_(float("nan")) if is_second_draft else found
+        return plain(self, hidden * float("nan") if is_second_draft else hidden, temperature)
 
-    monkeypatch.setattr(type(model.decoder), "probabilities", probabilities)
+    monkeypatch.setattr(place, name, drawing if compile else distributions)
     options = {"temperature": 0.7, "seed": 1, "max_new_tokens": 6, "draft_vocabulary": 0}
     answers = model.generate(prompt, **options, **SPECULATIVE)
     assert next(calls) > 4

@@ -24,6 +24,7 @@ from tiny_decoders import (
 )
 
 from layerskip.decoding import Sampling, Step
+from layerskip.decoding import ngram as ngrams
 from layerskip.decoding.draft_costs import DraftCosts
 from layerskip.decoding.draft_length import DraftLength, NgramLength, by_match
 from layerskip.decoding.ngram import MAX_MATCH, MIN_MATCH, DraftText, NgramDrafter, NgramIndex
@@ -66,6 +67,13 @@ def test_drafted_tokens_are_matched_and_continued_but_not_searched(tokens, draft
                 after = text[start + n :]
                 expected = n, [after[i % len(after)] for i in range(limit)]
     assert NgramIndex(tokens).propose(limit, drafted) == expected
+
+
+def test_the_places_that_are_compared_are_the_newest():
+    found = [1, 2, 3, 4, 5]
+    for others, expected in ((ngrams._PLACES - 1, (5, [6])), (ngrams._PLACES, (2, [7]))):
+        text = [*found, 6, *[9, 4, 5, 7] * others, *found]
+        assert NgramIndex(text).propose(1) == expected
 
 
 def test_nothing_is_proposed_beyond_an_end_token():
@@ -122,9 +130,7 @@ def test_what_was_proposed_is_judged_where_nothing_was_drafted():
     length = NgramLength(DraftCosts(layers=0.0, head=0.0, passes=(1.0, 9.0)), Pace())
     drafter = NgramDrafter(decoder, GREEDY, [1, 2, 3, 4, 1, 2], length=length)
     assert length.expected(by_match(2, 1)) == pytest.approx(0.3)
-    assert not drafter.draft(
-        torch.tensor([[2]]), 3, decoder.new_cache(16), None, None
-    ).tokens.numel()
+    assert drafter.draft(torch.tensor([[2]]), 3, decoder.new_cache(16), None, None) is None
     drafter.settle([3], 0)
     assert length.expected(by_match(2, 1)) == pytest.approx(1.6 / 3)
 

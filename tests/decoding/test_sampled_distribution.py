@@ -12,10 +12,12 @@ import torch
 from scipy import stats
 from tiny_decoders import PLAIN, ids, speculative, steps, tiny_decoder
 
-from layerskip.decoding import Sampling, accept, drafters
+import tiny_models
+from layerskip.decoding import Sampling, accept
 from layerskip.decoding.accept import accept_sampled
 from layerskip.decoding.batch import Batch
-from layerskip.model import StepCosts
+from layerskip.decoding.drawn_from import DrawnFrom
+from layerskip.model import Distributions, StepCosts, load
 
 VOCABULARY = 5
 PROMPT = [2, 0, 1, 2, 0]  # what followed 2, 0 is there for n-grams
@@ -82,6 +84,14 @@ def expected(decoder):
     return probabilities(decoder, SAMPLING)
 
 
+@pytest.fixture(scope="module")
+def compiled(compiled_kernels, tmp_path_factory):
+    """One that works out no more of a distribution than is asked for."""
+    folder = tmp_path_factory.mktemp("compiled")
+    tiny_models.build("llama3.2", vocab_size=VOCABULARY).save_pretrained(folder)
+    return load(folder, dtype=torch.float32, compiled=True).decoder
+
+
 def probabilities(decoder, sampling):
     """Probability of every continuation, [V] * N_TOKENS, by a full pass over each of them."""
     endings = list(itertools.product(range(VOCABULARY), repeat=N_TOKENS))
@@ -138,6 +148,27 @@ def test_all_truncations_at_once_are_in_the_distribution(decoder, name):
     assert p_value(counts, probabilities(decoder, sampling)) > LEAST_P_VALUE
 
 
+@plans
+def test_the_kernels_draw_what_the_model_says(compiled, plan):
+    sampling = Sampling(temperature=0.7)
+    p = compiled.distributions(torch.ones(1, 1, compiled.architecture.hidden_size))
+    assert p.looked_up
+    counts = count_continuations(compiled, plan, SAMPLES, sampling)
+    assert p_value(counts, probabilities(compiled, sampling)) > LEAST_P_VALUE
+
+
+@pytest.mark.parametrize("tries", [0, 1, 16])
+def test_what_p_has_above_q_is_drawn_in_so_many_tries(tries, monkeypatch):
+    monkeypatch.setattr(accept, "_TRIES", tries)
+    p = torch.tensor([[[0.1, 0.4, 0.3, 0.2, 0.0]]])
+    q = torch.tensor([[[0.5, 0.1, 0.3, 0.0, 0.1]]])
+    drawn = DrawnFrom(torch.tensor([[0]]), 5, (Distributions(q),), (torch.tensor([[0]]),))
+    generator = torch.Generator().manual_seed(0)
+    own = [accept._beyond(drawn, Distributions(p), 0, 0, generator) for _ in range(SAMPLES)]
+    assert set(own) == {1, 3}
+    assert stats.binomtest(own.count(1), SAMPLES, 0.6).pvalue > LEAST_P_VALUE
+
+
 @pytest.mark.parametrize("name", ["plain", "fixed", "short head", "adaptive"])
 def test_rows_of_a_batch_are_distributed_as_the_model_says(decoder, expected, name):
     counts, rows = torch.zeros([VOCABULARY] * N_TOKENS, dtype=torch.int64), SAMPLES // 2
@@ -175,14 +206,14 @@ def test_drafts_are_accepted_and_rejected_at_every_position(decoder):
 
 def test_an_adaptive_draft_may_not_look_at_what_was_drawn(decoder, expected, monkeypatch):
     """Kept for its own probability, a token would be likelier than the model says."""
-    draw, drawn = drafters.draw, []
+    draw, drawn = Distributions.draw, []
 
     def recorded(*arguments):
         drawn.append(draw(*arguments))
         return drawn[-1]
 
-    monkeypatch.setattr(drafters, "draw", recorded)
-    monkeypatch.setattr(drafters, "confidence", lambda q: q[..., int(drawn[-1])])
+    monkeypatch.setattr(Distributions, "draw", recorded)
+    monkeypatch.setattr(Distributions, "highest", lambda q, i: q.of(i, drawn[-1]))
     counts = count_continuations(decoder, ADAPTIVE, 2 * SAMPLES)
     assert p_value(counts, expected) < LEAST_P_VALUE / 1000
 

@@ -12,7 +12,7 @@ from transformers.generation import logits_process as theirs
 
 from layerskip.decoding import Sampling
 from layerskip.decoding.sampling import TokenHistory, draw, next_token
-from layerskip.model import most_likely
+from layerskip.model import Distributions, most_likely
 
 VOCABULARY = 50
 TEMPERATURES, TOP_KS = (0.3, 1.0, 1.7), (None, 1, 7, 50, 200)
@@ -137,7 +137,7 @@ def test_draws_are_as_likely_as_their_weights():
 @pytest.mark.parametrize(("share", "expected"), [(0.0, [1, 2]), (1.0, [3, 2]), (0.75, [3, 2])])
 def test_the_ends_of_a_draw_have_weights(share, expected, monkeypatch):
     weights = torch.tensor([[0.0, 3.0, 0.0, 1.0, 0.0], [0.0, 0.0, 2.0, 0.0, 0.0]])
-    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, share).double())
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, share).double())
     assert draw(weights, None)[:, 0].tolist() == expected
 
 
@@ -154,7 +154,7 @@ def test_next_token():
     decoder = SimpleNamespace(
         logits=lambda hidden: hidden,
         choose=most_likely,
-        probabilities=lambda hidden, temperature: (hidden / temperature).softmax(dim=-1),
+        distributions=lambda hidden, t: Distributions((hidden / t).softmax(dim=-1)),
     )
     likeliest = logits.argmax(-1)
     assert torch.equal(next_token(decoder, logits, Sampling(), None), likeliest)
@@ -176,7 +176,9 @@ def test_a_draw_is_where_the_running_sum_passes_its_share(size, monkeypatch):
     weights[1, 1:1024:2] = weights[2, 1024:2048] = weights[3, 1:] = 0.0
     sums = weights.double().cumsum(dim=-1)
     for share in (0.0, *torch.rand(50, generator=generator).tolist(), 1 - 2**-53):
-        monkeypatch.setattr(torch, "rand", lambda shape, share=share, **_: torch.full(shape, share))
+        monkeypatch.setattr(
+            torch, "rand", lambda *shape, share=share, **_: torch.full(shape, share)
+        )
         for row, own, at in zip(weights, sums, draw(weights, None)[:, 0].tolist(), strict=True):
             assert row[at] > 0
             before = own[at - 1] if at else 0.0

@@ -386,27 +386,66 @@ def test_the_choice_is_the_highest_logit(cap, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("cap", "vocab_size"), [(None, 96), (None, 1003), (3.0, 96)])
-def test_probabilities_are_the_softmax_of_the_logits(cap, vocab_size, kind, tmp_path):
+def test_distributions_are_the_softmax_of_the_logits(cap, vocab_size, kind, tmp_path):
     changes = {"final_logit_softcapping": cap, "vocab_size": vocab_size}
     decoder = compiled(saved("gemma2-uncapped", tmp_path, **changes), kind)
     hidden = torch.randn(2, 5, decoder.architecture.hidden_size, generator=torch.manual_seed(0))
     logits = decoder.logits(hidden)
-    few, more = torch.arange(50, 90), torch.tensor([3, 5])
+    few, more = torch.arange(20, 90), torch.tensor([3, 5])
     short = decoder.with_short_head(few).beside(decoder.with_short_head(more))
     for exit_, scores in ((decoder, logits), (short, logits[..., torch.cat([few, more])])):
         for temperature in (0.3, 1.0, 2.0):
-            found = exit_.probabilities(hidden, temperature)
-            torch.testing.assert_close(found, (scores / temperature).softmax(-1))
-            alone = torch.cat(
-                [exit_.probabilities(one, temperature) for one in hidden.split(1, 1)], 1
-            )
-            assert torch.equal(found, alone)
+            found, expected = exit_.distributions(hidden, temperature), (scores / temperature)
+            expected = expected.softmax(-1)
+            torch.testing.assert_close(found[:, :], expected)
+            torch.testing.assert_close(found[1, 2:4], expected[1, 2:4])
+            for i in range(5):
+                alone = exit_.distributions(hidden[:, i : i + 1], temperature)
+                assert torch.equal(found[:, i], alone[:, 0])
+                best = expected[:, i].argmax(-1, keepdim=True)
+                torch.testing.assert_close(found.of(i, best), expected[:, i].amax(-1, keepdim=True))
+                assert found.highest(i) <= expected[:, i].amax() * 1.0001
+                assert found.chance(1, i, 4) == pytest.approx(float(expected[1, i, 4]), rel=1e-4)
+        one = exit_.distributions(hidden[:1, :1])
+        torch.testing.assert_close(one.highest(0), scores[0, 0].softmax(-1).amax())
         best = torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).float()
-        assert torch.equal(exit_.probabilities(hidden, 1e-38).round(), best)
-    hidden[1, 3, 7] = float("nan")
-    found = decoder.probabilities(hidden)
-    assert found[1, 3].isnan().all()
+        assert torch.equal(exit_.distributions(hidden, 1e-38)[:, :].round(), best)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (255,), (256,), (257, 3), (700, 300, 5), (3, 1024)])
+def test_a_draw_is_where_the_running_sum_passes_its_share(sizes, tmp_path):
+    """Whatever the blocks, the parts of the head, and how many threads made them."""
+    decoder = compiled(saved("llama3.2", tmp_path, vocab_size=1100), "float32")
+    hidden = 4 * torch.randn(2, 3, 64, generator=torch.manual_seed(sum(sizes)))
+    ids, exit_ = torch.randperm(1100)[: sum(sizes)].split(sizes), None
+    for part in ids:
+        more = decoder.with_short_head(part)
+        exit_ = more if exit_ is None else exit_.beside(more)
+    found = exit_.distributions(hidden, 0.7)
+    shares = torch.cat([torch.rand(40, dtype=torch.float64), torch.tensor([0.0, 1 - 2**-53])])
+    for row, i in itertools.product(range(2), range(3)):
+        own = found[row, i].double()
+        sums = own.cumsum(0)
+        for share in shares.tolist():
+            token = found.pick(row, i, share)
+            assert own[token] > 0
+            before = float(sums[token - 1]) if token else 0.0
+            assert before - 1e-5 <= share * float(sums[-1]) <= float(sums[token]) + 1e-5
+            drawn = found.draw(i, torch.full((2, 1), share, dtype=torch.float64))
+            assert int(drawn[row]) == token
+
+
+def test_a_distribution_that_is_no_number_gives_no_token(tmp_path):
+    decoder = compiled(saved("llama3.2", tmp_path), "float32")
+    hidden = torch.randn(2, 3, 64, generator=torch.manual_seed(0))
+    hidden[1, 1, 7] = float("nan")
+    found = decoder.distributions(hidden)
+    assert found[1, 1].isnan().all()
     assert not found[0].isnan().any()
+    with pytest.raises(ValueError, match="results are not finite"):
+        found.pick(1, 1, 0.5)
+    share = torch.full((2, 1), 0.5, dtype=torch.float64)
+    assert found.draw(0, share).shape == (2, 1)
 
 
 @pytest.mark.parametrize("vocab_size", [96, 101, 1003])

@@ -1,5 +1,6 @@
 """What positions cost: timed once by the decoder's own layers, with and without compiled kernels."""
 
+import dataclasses
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,12 +44,16 @@ class Machine:
 
     def __init__(self):
         self.now, self.seconds, self.late, self.calls = 0.0, dict(SECONDS), {}, []
+        self.attention = 0.125
 
     def perf_counter(self):
         return self.now
 
-    def __call__(self, n):
-        """Some take longer in the n-th call of so many rows."""
+    def __call__(self, n, settled):
+        """Some take longer in the n-th call of so many rows; attention adds a quarter and more a row."""
+        if settled:
+            self.now += self.seconds[n] + 0.25 + self.attention * (n - 1)
+            return
         self.calls.append(n)
         self.now += self.seconds[n] + self.late.get((n, self.calls.count(n)), 0.0)
 
@@ -58,8 +63,13 @@ def machine(folder, monkeypatch):
     """Its products are what every decoder's layers take."""
     machine = Machine()
     monkeypatch.setattr(timing, "time", machine)
-    monkeypatch.setattr(timing, "_layers", lambda decoder, threads: machine)
+    monkeypatch.setattr(timing, "_layers", lambda decoder, threads: (machine, 3.0))
     return machine
+
+
+def damaged_by(**changes):
+    whole = {"passes": [1.0] * 16, "attention": [0.1] * 16, "seconds": 1.0}
+    return json.dumps(whole | changes)
 
 
 def decoder(dtype=torch.float32, weights="16bit", architecture="tiny", kernels="pytorch"):
@@ -70,32 +80,44 @@ def decoder(dtype=torch.float32, weights="16bit", architecture="tiny", kernels="
 def test_costs_are_the_least_times_in_units_of_one_row(machine):
     machine.late = {(5, 1): 9.0, (1, 2): 0.5, (16, 3): 1.0}
     costs = pass_costs(decoder())
-    assert costs[:6] == (1.0, 1.75, 2.25, 1.5, 1.5, 1.5)
-    assert costs[6] == 1.75  # between six and eight
-    assert costs[7:12] == (2.0,) * 5
-    assert (costs[13], costs[15]) == (2.5, 3.0)
+    assert costs.passes[:6] == (1.0, 1.75, 2.25, 1.5, 1.5, 1.5)
+    assert costs.passes[6] == 1.75  # between six and eight
+    assert costs.passes[7:12] == (2.0,) * 5
+    assert (costs.passes[13], costs.passes[15]) == (2.5, 3.0)
+    assert costs.attention == tuple(0.25 + 0.125 * more for more in range(16))
+    assert costs.seconds == 3.0  # three such products are a pass of all layers and the head
+
+
+def test_more_rows_cost_attention_no_less(machine):
+    machine.attention = -0.5
+    assert pass_costs(decoder()).attention == (0.25,) * 16
 
 
 def test_rows_cost_no_less_than_one_and_no_more_than_single_ones(machine):
     machine.seconds |= {2: 5.0, 4: 0.5}
-    assert pass_costs(decoder())[:4] == (1.0, 2.0, 2.25, 1.0)
+    assert pass_costs(decoder()).passes[:4] == (1.0, 2.0, 2.25, 1.0)
 
 
 def test_kept_and_taken_from_there_by_the_next_process(machine, folder, monkeypatch):
     costs = pass_costs(decoder())
     (file,) = folder.iterdir()
-    assert json.loads(file.read_text()) == list(costs)
+    assert json.loads(file.read_text()) == json.loads(json.dumps(dataclasses.asdict(costs)))
     asked = len(machine.calls)
-    file.write_text(json.dumps([1.0, *[9.0] * 15]))
+    other = timing.PassCosts((1.0, *[9.0] * 15), (0.5,) * 16, 0.125)
+    file.write_text(json.dumps(dataclasses.asdict(other)))
     assert pass_costs(decoder()) == costs
     monkeypatch.setattr(timing, "_known", {})
-    assert pass_costs(decoder()) == (1.0, *[9.0] * 15)
+    assert pass_costs(decoder()) == other
     assert len(machine.calls) == asked
 
 
 @pytest.mark.parametrize(
     "damaged",
-    ["", "{", "3", "[" * 100_000, "[1.0, 9.0]", '["many"]', str([1.0] + [0.0] * 15), "\xff"],
+    [
+        *("", "{", "3", "[" * 100_000, "[1.0, 9.0]", "{}", "\xff", damaged_by(passes=["many"])),
+        *(damaged_by(passes=[1.0] + [0.0] * 15), damaged_by(attention=[0.1] * 15)),
+        *(damaged_by(attention=[-0.1] * 16), damaged_by(seconds=0.0), damaged_by(seconds=None)),
+    ],
 )
 def test_a_damaged_file_is_made_again(damaged, machine, folder, monkeypatch):
     costs = pass_costs(decoder())
@@ -103,13 +125,13 @@ def test_a_damaged_file_is_made_again(damaged, machine, folder, monkeypatch):
     file.write_text(damaged, encoding="latin-1")
     monkeypatch.setattr(timing, "_known", {})
     assert pass_costs(decoder()) == costs
-    assert json.loads(file.read_text()) == list(costs)
+    assert json.loads(file.read_text()) == json.loads(json.dumps(dataclasses.asdict(costs)))
 
 
 def test_times_of_a_busy_machine_hold_for_this_process_and_their_dips_are_chance(machine, folder):
     machine.late = {(3, call): 0.2 * call for call in range(2, 99)}  # never again as in its first
     costs = pass_costs(decoder())
-    assert costs[:6] == (1.0, 1.75, 2.25, 2.25, 2.25, 2.25)
+    assert costs.passes[:6] == (1.0, 1.75, 2.25, 2.25, 2.25, 2.25)
     assert not folder.exists()
     asked = len(machine.calls)
     assert pass_costs(decoder()) is costs
@@ -128,7 +150,7 @@ def test_slow_products_of_a_busy_machine_are_given_up_on(machine, monkeypatch):
 
 def test_a_cache_that_cannot_be_written_is_no_matter(machine, folder):
     folder.write_text("a file")
-    assert len(pass_costs(decoder())) == 16
+    assert len(pass_costs(decoder()).passes) == 16
 
 
 def test_nor_is_a_user_without_a_home(machine, monkeypatch):
@@ -153,13 +175,13 @@ def test_every_kind_of_weights_has_its_own(machine, folder, monkeypatch):
     ]
     for i, one in enumerate(asked):
         machine.seconds[2] = 1.0 + i / 8
-        assert pass_costs(one)[1] == 1.0 + i / 8
+        assert pass_costs(one).passes[1] == 1.0 + i / 8
     torch.set_num_threads(2)  # set back behind every test
     machine.seconds[2] = 1.875
-    assert pass_costs(asked[0])[1] == 1.875
+    assert pass_costs(asked[0]).passes[1] == 1.875
     monkeypatch.setattr(timing, "_pytorch", lambda: "another version")
     machine.seconds[2] = 1.9375
-    assert pass_costs(asked[0])[1] == 1.9375
+    assert pass_costs(asked[0]).passes[1] == 1.9375
     assert len(list(folder.iterdir())) == 8
 
 
@@ -173,7 +195,7 @@ def test_compiled_kernels_have_their_own_costs_and_threads(machine, folder, monk
     assert names == ["float32.16bit.1.json", "float32.16bit.3.json"]
     monkeypatch.setattr(timing.build, "target", lambda: Path("kernels/of_another_version.so"))
     machine.seconds[2] = 1.25
-    assert pass_costs(decoder(kernels="compiled"))[1] == 1.25
+    assert pass_costs(decoder(kernels="compiled")).passes[1] == 1.25
 
 
 @pytest.mark.parametrize(
@@ -194,8 +216,9 @@ def test_the_layers_of_a_model_are_timed_without_a_compiler(
     tiny = load(tmp_path / "model", dtype=dtype, weights=weights, compiled=False).decoder
     with torch.device("meta"), torch.autocast("cpu", torch.float16):
         costs = pass_costs(tiny)
-    assert len(costs) == 16
-    assert costs[0] == 1.0
+    assert len(costs.passes) == len(costs.attention) == 16
+    assert costs.passes[0] == 1.0
+    assert costs.seconds > 0.0
     (file,) = folder.iterdir()
     assert file.name.endswith(f".{str(dtype)[6:]}.{weights}.1.json")
 
@@ -218,18 +241,18 @@ def test_the_layers_of_a_model_are_timed_in_the_compiled_kernels(
     tiny = load(tmp_path / "model", dtype=dtype, weights=weights, compiled=True).decoder
     assert tiny.kernels == "compiled"
     with torch.device("meta"), torch.autocast("cpu", torch.float16):
-        assert len(pass_costs(tiny)) == 16
+        assert len(pass_costs(tiny).passes) == 16
     assert len(list(folder.iterdir())) == 1
 
 
 def test_two_threads_do_not_time_against_each_other(machine, monkeypatch):
     timed, alone = timing._timed, Lock()
 
-    def slow(product):
+    def slow(*product):
         assert alone.acquire(blocking=False)
         sleep(0.05)
         alone.release()
-        return timed(product)
+        return timed(*product)
 
     monkeypatch.setattr(timing, "_timed", slow)
     with ThreadPoolExecutor(2) as pool:
@@ -240,16 +263,23 @@ def test_two_threads_do_not_time_against_each_other(machine, monkeypatch):
 def test_as_many_layers_as_caches_do_not_hold(monkeypatch):
     tiny = tiny_decoder("llama3.1")
     ran = []
-    monkeypatch.setattr(tiny, "run", lambda x, start, stop, cache: ran.append((x.shape, stop)))
-    product = timing._layers(tiny, 1)
-    product(5)
+
+    def run(x, start, stop, cache):
+        ran.append((x.shape, stop, int(cache.lengths)))
+
+    monkeypatch.setattr(tiny, "run", run)
+    product, share = timing._layers(tiny, 1)
+    product(5, 0)
     layer = (tiny.weight_bytes - tiny.head.weight_bytes) // tiny_models.LAYERS
+    assert share == pytest.approx(tiny.weight_bytes / (tiny_models.LAYERS * layer))
     for n_bytes in (2 * layer, 1):
         monkeypatch.setattr(timing, "_BYTES", n_bytes)
         monkeypatch.setattr(timing, "_BYTES_A_THREAD", n_bytes // 2)
-        timing._layers(tiny, 1)(2)
-    timing._layers(tiny, 6)(2)  # whose caches hold more
+        timing._layers(tiny, 1)[0](2, 0)
+    assert timing._layers(tiny, 1)[1] == pytest.approx(tiny.weight_bytes / layer)
+    timing._layers(tiny, 6)[0](2, timing.FAR)  # whose caches hold more
     monkeypatch.setattr(timing, "_BYTES_A_THREAD", layer)
-    timing._layers(tiny, 3)(2)
+    timing._layers(tiny, 3)[0](2, 0)
     shape = (1, 2, 64)
-    assert ran == [((1, 5, 64), tiny_models.LAYERS), (shape, 2), (shape, 1), (shape, 1), (shape, 3)]
+    assert ran[0] == ((1, 5, 64), tiny_models.LAYERS, 0)
+    assert ran[1:] == [(shape, 2, 0), (shape, 1, 0), (shape, 1, timing.FAR), (shape, 3, 0)]

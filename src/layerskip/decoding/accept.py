@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from layerskip.decoding.drawn_from import DrawnFrom
-from layerskip.decoding.sampling import Distributions, Sampling, draw, likeliest
-from layerskip.model import Decoder
+from layerskip.decoding.sampling import Sampling, draw, likeliest
+from layerskip.model import Decoder, Distributions, shares
+
+_TRIES = 16  # of which all fail so seldom that it may take its time
 
 
 def accept(
@@ -73,21 +75,65 @@ def accept_sampled(
         generator: source of randomness, on the device of p.
     """
     b, d = drafted.shape
+    p = p if isinstance(p, Distributions) else Distributions(p)
     if q is None or not d:
         nothing = torch.zeros(b, dtype=torch.long, device=drafted.device)
-        return nothing, draw(p[:, 0], generator)[:, 0]
+        return nothing, p.draw(0, shares(b, drafted.device, generator))[:, 0]
     q_drafted = q.chances if isinstance(q, DrawnFrom) else q.gather(2, drafted[..., None])[..., 0]
     # In float64: of 2^24 numbers one would accept the least probable token of an n-gram.
     chance = torch.rand(b, d, dtype=torch.float64, device=drafted.device, generator=generator)
+    least = chance * q_drafted
+    if isinstance(q, DrawnFrom) and p.looked_up:
+        return _looked_up(drafted, q, p, least, generator)
     judged = _in_turn if drafted.device.type == "cpu" else _at_once
-    accepted, weights = judged(drafted, q, p, chance * q_drafted)
+    accepted, weights = judged(drafted, q, p, least)
     return accepted, draw(weights, generator)[:, 0]
 
 
-def _in_turn(
-    drafted: Tensor, q: Tensor | DrawnFrom, p: Tensor | Distributions, least: Tensor
+def _looked_up(
+    drafted: Tensor,
+    q: DrawnFrom,
+    p: Distributions,
+    least: Tensor,
+    generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """How many tokens of each row stand, whose p(x) is above the least [B, d], and what to draw from.
+    """How many tokens of each row stand, whose p(x) is above the least [B, d], and the model's own [B].
+
+    Of distributions no more is looked at than some numbers.
+    """
+    counts, own = list[int](), list[int]()
+    for row, (tokens, limits) in enumerate(zip(drafted.tolist(), least.tolist(), strict=True)):
+        count = 0
+        while count < len(tokens) and limits[count] < p.chance(row, count, tokens[count]):
+            count += 1
+        counts.append(count)
+        if count < len(tokens):
+            own.append(_beyond(q, p, row, count, generator))
+        else:
+            own.append(p.pick(row, count, float(shares(1, drafted.device, generator))))
+    return torch.tensor(counts, device="cpu"), torch.tensor(own, device="cpu")
+
+
+def _beyond(
+    q: DrawnFrom, p: Distributions, row: int, i: int, generator: torch.Generator | None
+) -> int:
+    """A token drawn from what p has above q: one of p's, kept with the probability 1 - q / p.
+
+    One try of so many on average, over all tokens that are rejected or not.
+    """
+    tries = torch.rand(_TRIES, 2, dtype=torch.float64, generator=generator)
+    for share, at_least in tries.tolist():
+        token = p.pick(row, i, share)
+        # Not where q is no number, so that any token of p will do.
+        if not at_least * p.chance(row, i, token) <= q.chance(row, i, token):
+            return token
+    return int(draw(_residual(p[row, i], q[row, i])[None], generator))
+
+
+def _in_turn(
+    drafted: Tensor, q: Tensor | DrawnFrom, p: Distributions, least: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How many tokens of each row stand, as in `_looked_up`, and what to draw from, [B, V].
 
     Of the model's distributions none is looked at behind the first token that does not stand.
     """
@@ -103,7 +149,7 @@ def _in_turn(
 
 
 def _at_once(
-    drafted: Tensor, q: Tensor | DrawnFrom, p: Tensor | Distributions, least: Tensor
+    drafted: Tensor, q: Tensor | DrawnFrom, p: Distributions, least: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same on a device that is not to be waited for."""
     d, found = drafted.shape[1], p[:, :]

@@ -9,13 +9,15 @@ from collections.abc import Sequence
 
 from layerskip.decoding.short_head import ShortHead
 from layerskip.model import Decoder, StepCosts
-from layerskip.model.timing import pass_costs
+from layerskip.model.timing import FAR, PassCosts, pass_costs
 
 _ROW_COST_ON_A_GPU = 0.01
-# What one more position adds to attention over a long context, as a share of what one takes: keys and
-# values are loaded once for several, but each has arithmetic of its own. On Zen 4 it was 0.3 in bfloat16
-# and 0.6 in 8 bits, whose plain steps leave more of the memory's time to attention.
+# What one more position adds to attention over a long context, as a share of what one takes, where that
+# was not timed: keys and values are loaded once for several, but each has arithmetic of its own.
 _ATTENTION_ROW = 0.5
+# Seconds of what little is done for a draft and a verification beside their passes, which nothing reads
+# bytes for: a fused step does without. Of a small model it is a tenth of a step.
+_DRAFTING_S, _VERIFYING_S = 450e-6, 100e-6
 _LEAST_GAIN = 1.03  # of a batch: below that drafting is not worth a try
 _GROWTH = 64  # positions, of which no attention takes a time that counts
 
@@ -31,6 +33,7 @@ class DraftCosts:
             every further position adds what those of the second half added on average.
         overhead: of a round that drafts by early exit, beside its parts.
         attention: over the contexts, for one position of each prompt.
+        attention_row: what one more position adds to that, as a share of it.
         prompts: how many these are.
     """
 
@@ -39,6 +42,7 @@ class DraftCosts:
     passes: tuple[float, ...]
     overhead: float = 0.0
     attention: float = 0.0
+    attention_row: float = _ATTENTION_ROW
     prompts: int = 1
 
     @classmethod
@@ -55,24 +59,30 @@ class DraftCosts:
         Without a measurement they are shares of the bytes read, and a pass over more positions costs
         what this machine was timed to take, or on a GPU an estimate. `contexts` has for each
         prompt how many positions attention looks back on, whose keys and values are read beside the
-        weights; of a measurement only those count that it was made without. Passes over several prompts
-        reach beyond what was measured: there they grow as estimated.
+        weights, or take what this machine was timed to; of a measurement only those count that it was
+        made without. Passes over several prompts reach beyond what was measured: there they grow as
+        estimated.
         """
         depth = exit_layer / len(decoder.layers)
+        machine = _of_machine(decoder) if measured is None or len(contexts) > 1 else None
         if measured is None:
             whole = decoder.weight_bytes
             layers = (whole - decoder.head.weight_bytes) / whole * depth
             head = head_share * decoder.head.weight_bytes / whole
-            passes, overhead = _passes(decoder), 0.0
+            assert machine is not None
+            one, *more = machine.passes
+            passes = (one, *(cost + _VERIFYING_S / machine.seconds for cost in more))
+            overhead = _DRAFTING_S / machine.seconds
         else:
             scored = measured.draft_tokens_scored / decoder.architecture.vocab_size
             timed = max(measured.draft_step - measured.head * scored, 0.0)
             layers = timed * exit_layer / measured.exit_layer
             head = measured.head * head_share
             passes, overhead = measured.passes, measured.overhead
-            if len(contexts) > 1:
-                passes = _longer(passes, _passes(decoder))
-        share = _attention_share(decoder, contexts, 0 if measured is None else measured.context)
+            if machine is not None:
+                passes = _longer(passes, machine.passes)
+        counted = 0 if measured is None else measured.context
+        share, row = _attention(decoder, contexts, counted, None if measured else machine)
         rest = 1.0 - share
         return cls(
             layers=rest * layers + share * depth,
@@ -80,13 +90,14 @@ class DraftCosts:
             passes=tuple(rest * cost for cost in passes),
             overhead=rest * overhead,
             attention=share,
+            attention_row=row,
             prompts=len(contexts),
         )
 
     def over(self, positions: int, prompts: int = 1) -> float:
         """A pass of all layers and the head over 1 or more positions, of so many prompts."""
         further = positions / prompts - 1.0  # of each prompt
-        attention = self.attention * prompts / self.prompts * (1.0 + further * _ATTENTION_ROW)
+        attention = self.attention * prompts / self.prompts * (1.0 + further * self.attention_row)
         known = len(self.passes)
         if positions <= known:
             return self.passes[positions - 1] + attention
@@ -164,14 +175,25 @@ class ContextCosts:
 
 def time_rows(decoder: Decoder) -> None:
     """Time what a decoder's drafts will be weighed by, where this machine has not done so before."""
-    _passes(decoder)
+    _of_machine(decoder)
 
 
-def _attention_share(decoder: Decoder, contexts: Sequence[int], counted: int) -> float:
-    """Keys and values of some contexts, less one that counts elsewhere, of all bytes a step reads."""
+def _attention(
+    decoder: Decoder, contexts: Sequence[int], counted: int, machine: PassCosts | None
+) -> tuple[float, float]:
+    """What attention over some contexts, less one that counts elsewhere, has of a step, and each row.
+
+    By the machine's times, else by the bytes that are read.
+    """
     read = sum(_keys_values(decoder, context) for context in contexts)
     more = max(read - _keys_values(decoder, counted), 0)
-    return more / (read + decoder.weight_bytes)
+    times = machine and machine.attention
+    if not times or not times[0]:
+        return more / (read + decoder.weight_bytes), _ATTENTION_ROW
+    of_layers = 1.0 - decoder.head.weight_bytes / decoder.weight_bytes
+    took = times[0] * of_layers * more / _keys_values(decoder, FAR)
+    rows = len(times) - 1
+    return took / (1.0 + took), min((times[-1] - times[0]) / (rows * times[0]), 1.0)
 
 
 def _keys_values(decoder: Decoder, context: int) -> int:
@@ -191,7 +213,7 @@ def _longer(passes: tuple[float, ...], estimated: tuple[float, ...]) -> tuple[fl
     return passes + tuple(factor * cost for cost in estimated[len(passes) :])
 
 
-def _passes(decoder: Decoder) -> tuple[float, ...]:
+def _of_machine(decoder: Decoder) -> PassCosts:
     if decoder.device.type != "cpu":
-        return 1.0, 1.0 + _ROW_COST_ON_A_GPU
+        return PassCosts((1.0, 1.0 + _ROW_COST_ON_A_GPU))
     return pass_costs(decoder)

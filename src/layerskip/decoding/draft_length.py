@@ -248,6 +248,8 @@ class NgramLength:
             rival: what another way of this round brings beyond its time's worth, in tokens.
         """
         self._evidence, self._drafted, self._followed = evidence, 0, 0
+        if not evidence:
+            return 0
         rate, survival, tokens = self._pace.rate, 1.0, 1.0
         best = max(rival, 1.0 - rate)
         for n, chance in enumerate(self._chances(evidence), 1):

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from layerskip.decoding.draft_length import DraftLength
 from layerskip.decoding.drawn_from import DrawnFrom
-from layerskip.decoding.sampling import Sampling, TokenHistory, draw
+from layerskip.decoding.sampling import Sampling, TokenHistory
 from layerskip.decoding.short_head import ShortHead
 from layerskip.decoding.step import Step
-from layerskip.model import Decoder, GoesOn, KVCache, most_likely, read_draft
+from layerskip.model import Decoder, Distributions, Draws, GoesOn, KVCache, most_likely, read_draft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,17 +23,16 @@ class Draft:
         tokens: [B, d] int64.
         drawn_from: the distributions that they were drawn from; None if greedy or d = 0.
         states: [B, d + 1, D], the hidden states that enter layer `start` at the position before each
-            drafted token and at the last drafted token: what verification starts from. None = a plain
-            step, since nothing was drafted.
+            drafted token and at the last drafted token: what verification starts from.
         start: how many layers have seen these positions: E where the early exit drafted, else 0.
-        source: the drafter that was asked, or "model" where none was.
+        source: the drafter that was asked.
         from_exit: how many of the tokens an early exit drafted; n-grams may follow them.
         refused: how many more it drafted, which were left out as unsure.
     """
 
     tokens: Tensor
     drawn_from: DrawnFrom | None
-    states: Tensor | None
+    states: Tensor
     start: int
     source: str
     from_exit: int = 0
@@ -44,11 +43,6 @@ class Draft:
         *drafted, own, count = row
         more = (tuple(drafted[count:]), self.from_exit, self.refused)
         return Step((*drafted[:count], own), len(drafted), count, self.source, *more)
-
-
-def no_draft(last: Tensor) -> Draft:
-    """Nothing is drafted after the newest settled tokens [B, 1]: a plain step."""
-    return Draft(last[:, :0], None, None, start=0, source="model")
 
 
 class Drafter(Protocol):
@@ -67,13 +61,13 @@ class Drafter(Protocol):
         cache: KVCache,
         history: TokenHistory | None,
         generator: torch.Generator | None,
-    ) -> Draft:
-        """Draft up to n tokens after `last`.
+    ) -> Draft | None:
+        """Draft up to n tokens after `last`; None where no layer has run and nothing is drafted.
 
         Args:
             last: [B, 1], the newest settled token, which no layer has seen yet.
-            n: how many tokens to draft at most; 0 makes a plain step.
-            cache: its lengths may be moved on; the caller sets them back.
+            n: how many tokens to draft at most.
+            cache: its lengths are left as they are.
             history: for the repetition penalty, or None.
             generator: source of randomness for sampling.
         """
@@ -126,7 +120,7 @@ class EarlyExitDrafter:
         history: TokenHistory | None,
         generator: torch.Generator | None,
         follow: Follow | None = None,
-    ) -> Draft:
+    ) -> Draft | None:
         """See `Drafter`; the first E layers see the last drafted token too.
 
         `follow` is given the drafted tokens and how many more there may be, and tells what shall stand
@@ -135,7 +129,7 @@ class EarlyExitDrafter:
         """
         length, self._refused = self.length, []
         if (length is not None and not length.begins(n)) or not n:
-            return no_draft(last)
+            return None
         ids, behind = list[int](), list[int]()
 
         def goes_on(token: int, confidence: float) -> bool:
@@ -152,6 +146,7 @@ class EarlyExitDrafter:
             return not behind and not length.ends
 
         asked = None if length is None else goes_on
+        settled = cache.lengths.clone()
         states, tokens, drawn = self._chosen(last, n, cache, history, generator, asked)
         if self._refused:
             tokens, drawn = tokens[:, :-1], drawn[:-1]
@@ -162,6 +157,7 @@ class EarlyExitDrafter:
                 newest, tokens = torch.cat([newest, more], 1), torch.cat([tokens, more], 1)
             hidden = self.decoder.run(self.decoder.embed(newest), 0, self.exit_layer, cache)
             states = torch.cat([states, hidden], dim=1)
+        cache.lengths.copy_(settled)
         return Draft(
             tokens=tokens,
             drawn_from=self._drawn_from(tokens, drawn) if drawn else None,
@@ -180,19 +176,22 @@ class EarlyExitDrafter:
         history: TokenHistory | None,
         generator: torch.Generator | None,
         goes_on: GoesOn | None,
-    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    ) -> tuple[Tensor, Tensor, list[tuple[Distributions, Tensor]]]:
         """Up to n times the first E layers over the newest token, and what the exit makes of it.
 
         Returns:
-            The states [B, m, D], the tokens [B, m], and what each was drawn from [B, 1, n] and which
-            of those it is [B, 1] (none if greedy).
+            The states [B, m, D], the tokens [B, m], and what each was drawn from and which of the exit's
+            tokens it is [B, 1] (none if greedy).
         """
         decoder, head, sampling = self.decoder, self.head, self.sampling
         short = None if head is None else head.short
-        if sampling.greedy and history is None:
+        draws = sampling.draws(generator)
+        if history is None and (sampling.greedy or draws is not None):
             ids = None if head is None else head.token_ids
-            return *decoder.draft(last, n, self.exit_layer, cache, short, ids, goes_on), []
-        states, tokens, drawn = list[Tensor](), [last], list[tuple[Tensor, Tensor]]()
+            found = decoder.draft(last, n, self.exit_layer, cache, short, ids, goes_on, draws)
+            return *found, [] if draws is None else draws.drawn
+        draws = Draws(sampling.temperature, generator)
+        states, tokens = list[Tensor](), [last]
         seen = None if history is None else history.before(last[:, :0])
         for _ in range(n):
             states.append(decoder.run(decoder.embed(tokens[-1]), 0, self.exit_layer, cache))
@@ -202,28 +201,20 @@ class EarlyExitDrafter:
             if sampling.greedy:
                 logits = sampling.penalize(exit_.logits(states[-1]), known)
                 chosen = most_likely(logits)
-                p = logits if goes_on is None else logits.float().softmax(dim=-1)
+                p = Distributions(logits if goes_on is None else logits.float().softmax(dim=-1))
             else:
-                p = sampling.distributions(exit_, states[-1], known)[:, :]
-                p = p.nan_to_num(1.0)  # a draft that has overflowed is refused: any q will do
-                chosen = draw(p[:, 0], generator)
-                drawn.append((p, chosen))
+                # A draft that has overflowed is refused: any q will do.
+                p = sampling.distributions(exit_, states[-1], known).or_any()
+                chosen = draws.next(p, last)
             tokens.append(chosen if head is None else head.token_ids[chosen])
             if seen is not None:
                 seen.scatter_(2, tokens[-1][..., None], True)
-            if goes_on is not None and not goes_on(*read_draft(tokens[-1], confidence(p))):
+            # Whether a token counts as drafted may depend on the distribution, but not on what was drawn
+            # from it, or tokens that are kept would not be distributed as q.
+            if goes_on is not None and not goes_on(*read_draft(tokens[-1], p.highest(0))):
                 break
-        return torch.cat(states, dim=1), torch.cat(tokens, dim=1)[:, 1:], drawn
+        return torch.cat(states, dim=1), torch.cat(tokens, dim=1)[:, 1:], draws.drawn
 
-    def _drawn_from(self, tokens: Tensor, drawn: list[tuple[Tensor, Tensor]]) -> DrawnFrom:
+    def _drawn_from(self, tokens: Tensor, drawn: list[tuple[Distributions, Tensor]]) -> DrawnFrom:
         exits, chosen = zip(*drawn, strict=True)
         return DrawnFrom(tokens, self.decoder.architecture.vocab_size, exits, chosen, self.head)
-
-
-def confidence(p: Tensor) -> Tensor:
-    """How sure an exit is: the highest of its probabilities [1, 1, V], not that of what was drawn.
-
-    Whether a token counts as drafted may depend on the distribution, but not on what was drawn from
-    it, or tokens that are kept would not be distributed as q.
-    """
-    return p.amax()

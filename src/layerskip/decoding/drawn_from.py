@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from layerskip.decoding.short_head import ShortHead
+from layerskip.model import Distributions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,14 +20,14 @@ class DrawnFrom:
     Attributes:
         tokens: [B, d] int64, the drafted ones.
         vocab_size: V.
-        exits: of each of the first m tokens, which an early exit drafted, [B, 1, n] float32.
+        exits: of each of the first m tokens, which an early exit drafted, over n tokens.
         chosen: which of the n each is, [B, 1] int64.
         head: whose n tokens they are; None = all V.
     """
 
     tokens: Tensor
     vocab_size: int
-    exits: tuple[Tensor, ...] = ()
+    exits: tuple[Distributions, ...] = ()
     chosen: tuple[Tensor, ...] = ()
     head: ShortHead | None = None
 
@@ -35,10 +36,17 @@ class DrawnFrom:
         """How likely each drafted token was, [B, d] float32."""
         certain = torch.ones(self.tokens.shape, dtype=torch.float32, device=self.tokens.device)
         if self.exits:
-            chosen = torch.stack(self.chosen, dim=1)
-            found = torch.cat(self.exits, dim=1).gather(2, chosen)[..., 0]
-            certain[:, : len(self.exits)] = found
+            pairs = zip(self.exits, self.chosen, strict=True)
+            found = [exit_.of(0, chosen) for exit_, chosen in pairs]
+            certain[:, : len(self.exits)] = torch.cat(found, dim=1)
         return certain
+
+    def chance(self, row: int, i: int, token: int) -> float:
+        """How likely any token was in a row's i-th place."""
+        if i >= len(self.exits):
+            return float(token == self.tokens[row, i])
+        at = token if self.head is None else self.head.position(token)
+        return 0.0 if at is None else self.exits[i].chance(row, 0, at)
 
     def __getitem__(self, at: tuple[int, int]) -> Tensor:
         """The distribution of a row's i-th token, [V]."""
@@ -54,7 +62,7 @@ class DrawnFrom:
         certain = self._certain(self.tokens[:, len(self.exits) :])
         if not self.exits:
             return certain
-        q = torch.cat(self.exits, dim=1)
+        q = torch.cat([exit_[:, :] for exit_ in self.exits], dim=1)
         return torch.cat([q if self.head is None else self.head.spread(q), certain], dim=1)
 
     def _certain(self, tokens: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from layerskip.decoding.policy import Plan
 from layerskip.decoding.prefix import Prefix
 from layerskip.decoding.prompt import check_prompt
 from layerskip.decoding.sampling import (
-    NO_NUMBERS,
     Sampling,
     TokenHistory,
     next_token,
@@ -26,7 +25,7 @@ from layerskip.decoding.sampling import (
 )
 from layerskip.decoding.short_head import ShortHead
 from layerskip.decoding.step import Ending, Step
-from layerskip.model import Decoder, KVCache
+from layerskip.model import NO_NUMBERS, Decoder, KVCache
 
 _T = TypeVar("_T")
 
@@ -119,8 +118,9 @@ def plain_step(
 
     The cache's lengths and a history are moved on, as by `speculate`.
     """
-    if sampling.greedy and history is None:
-        following = decoder.step(last, n_layers, cache)
+    draws = sampling.draws(generator)
+    if history is None and (sampling.greedy or draws is not None):
+        following = decoder.step(last, n_layers, cache, draws)
     else:
         hidden = decoder.run(decoder.embed(last), 0, n_layers, cache)
         seen = None if history is None else history.before(last[:, :0])
@@ -156,14 +156,12 @@ def speculate(
     Returns:
         The model's own token after what is kept [B, 1], and the step of each row.
     """
-    settled = cache.lengths.clone()
     draft = drafter.draft(last, n, cache, history, generator)
-    if draft.states is None:  # as most rounds are where little can be drafted
+    if draft is None:  # as most rounds are where little can be drafted
         following = plain_step(
             decoder, last, len(decoder.layers), cache, sampling, generator, history
         )
-        return following, [draft.step([token, 0]) for token in following[:, 0].tolist()]
-    cache.lengths.copy_(settled)
+        return following, [Step((token,)) for token in following[:, 0].tolist()]
     hidden = decoder.run(draft.states, draft.start, len(decoder.layers), cache)
     drafted, q = draft.tokens, draft.drawn_from
     seen = None if history is None else history.before(drafted)

@@ -9,18 +9,22 @@ import torch
 from torch import Tensor
 
 from layerskip.decoding.draft_length import DraftLength, NgramLength, by_match, by_share
-from layerskip.decoding.drafters import Draft, EarlyExitDrafter, no_draft
+from layerskip.decoding.drafters import Draft, EarlyExitDrafter
 from layerskip.decoding.drawn_from import DrawnFrom
 from layerskip.decoding.sampling import Sampling, TokenHistory
 from layerskip.model import Decoder, KVCache
 
 MAX_MATCH, MIN_MATCH = 5, 2
+_PLACES = 32  # that are compared: some pairs stand everywhere
 _LEAST_LIKELY = 0.1
 _LEAST_OF_TWO = 0.7  # share of what came next: two tokens that stood so once are no match in prose
 
 
 class NgramIndex:
-    """Where each short run of tokens was last seen, in a text that grows.
+    """Where each pair of tokens was seen, in a text that grows.
+
+    Most steps of an answer find nothing, and a step of a small model is short: one look-up tells that
+    there is no match of any length.
 
     Attributes:
         tokens: the text so far: prompt and settled answer.
@@ -28,26 +32,26 @@ class NgramIndex:
 
     def __init__(self, tokens: Sequence[int] = ()) -> None:
         self.tokens: list[int] = []
-        # One table for each length: the n tokens -> the position after them.
-        self._after: dict[int, dict[tuple[int, ...], int]] = {
-            n: {} for n in range(MIN_MATCH, MAX_MATCH + 1)
-        }
+        # Of each pair that something follows, the position after the last one; the newest pair is left
+        # out, or it would find itself.
+        self._newest: dict[tuple[int, int], int] = {}
+        # Of each position, the one after the last such pair before it; 0 = there is none.
+        self._before = [0] * MIN_MATCH
         self.extend(tokens)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Add settled tokens; each costs as many look-ups as there are lengths."""
-        begin = len(self.tokens)
+        """Add settled tokens."""
         self.tokens += tokens
-        end = len(self.tokens)
-        # Runs that something follows: the newest is left out, or it would find itself.
-        for n, after in self._after.items():
-            first = max(begin, n)
-            new = self.tokens[first - n : end - 1]
-            runs = zip(*(new[i:] for i in range(n)), strict=False)
-            after.update(zip(runs, range(first, end), strict=False))
+        text, newest, before = self.tokens, self._newest, self._before
+        for end in range(len(before), len(text)):
+            pair = text[end - 2], text[end - 1]
+            before.append(newest.get(pair, 0))
+            newest[pair] = end
 
     def propose(self, limit: int, drafted: Sequence[int] = ()) -> tuple[int, list[int]]:
-        """What followed the longest earlier match of the last tokens.
+        """What followed the longest earlier match of the last tokens, the newest of equal ones.
+
+        It is looked for where the last two tokens stood most recently.
 
         Args:
             limit: tokens at most. What followed may reach the text's end before that; then the text
@@ -57,13 +61,23 @@ class NgramIndex:
         Returns:
             How many tokens match and what followed them; 0 and nothing where there is no match.
         """
-        tail = [*self.tokens[-MAX_MATCH:], *drafted][-MAX_MATCH:]
-        for n in range(len(tail), MIN_MATCH - 1, -1):
-            start = self._after[n].get(tuple(tail[-n:]))
-            if start is not None:
-                text = [*self.tokens[start : start + limit], *drafted]
-                return n, [text[i % len(text)] for i in range(limit)]
-        return 0, []
+        text = self.tokens
+        tail = [*text[-MAX_MATCH:], *drafted][-MAX_MATCH:]
+        start = self._newest.get((tail[-2], tail[-1]), 0) if len(tail) >= MIN_MATCH else 0
+        best = found = 0
+        for _ in range(_PLACES):
+            if not start or best == len(tail):
+                break
+            match = MIN_MATCH
+            while match < min(len(tail), start) and text[start - match - 1] == tail[-match - 1]:
+                match += 1
+            if match > best:
+                best, found = match, start
+            start = self._before[start]
+        if not best:
+            return 0, []
+        text = [*text[found : found + limit], *drafted]
+        return best, [text[i % len(text)] for i in range(limit)]
 
 
 class DraftText:
@@ -105,9 +119,7 @@ class DraftText:
         tokens, shares, tail = list[int](), list[float](), [*tail]
         together = 1.0
         while len(tokens) < limit:
-            longest = min(MAX_MATCH, len(tail))
-            runs = ((n, tuple(tail[-n:])) for n in range(longest, MIN_MATCH - 1, -1))
-            found = next((self._next[n][run] for n, run in runs if run in self._next[n]), None)
+            found = self._follows(tail)
             together *= 0.0 if found is None else found[1]
             if found is None or together < _LEAST_LIKELY:
                 break
@@ -115,6 +127,16 @@ class DraftText:
             shares.append(found[1])
             tail.append(found[0])
         return tokens, shares
+
+    def _follows(self, tail: Sequence[int]) -> tuple[int, float] | None:
+        """What came next after the longest match, and its share; None where there is no match."""
+        found = None
+        for n in range(MIN_MATCH, min(MAX_MATCH, len(tail)) + 1):
+            longer = self._next[n].get(tuple(tail[-n:]))
+            if longer is None and n > MIN_MATCH:  # pairs alone may be missing where more is there
+                break
+            found = longer or found
+        return found
 
 
 @functools.lru_cache(maxsize=4)
@@ -164,7 +186,7 @@ class NgramDrafter:
     def settle(self, tokens: Sequence[int], accepted: int) -> None:
         """The answer is searched too."""
         self.index.extend(tokens)
-        if self.length is not None:  # what was not drafted is judged too, and costs nothing
+        if self.length is not None and self._proposed:  # what was not drafted is judged too
             pairs = zip(self._proposed, tokens, strict=False)
             right = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
             self.length.judge(right, len(tokens))
@@ -183,13 +205,13 @@ class NgramDrafter:
         cache: KVCache,
         history: TokenHistory | None,
         generator: torch.Generator | None,
-    ) -> Draft:
+    ) -> Draft | None:
         """See `Drafter`; no layer runs here, since verification can run them all at once."""
         proposal = self._proposal(n)
         self._drafted = bool(proposal)
         if not proposal:
             if self.otherwise is None:
-                return no_draft(last)
+                return None
             follow = None if self.length is None else self._follow
             return self.otherwise.draft(last, n, cache, history, generator, follow)
         drafted = last.new_tensor([proposal])
@@ -211,7 +233,8 @@ class NgramDrafter:
         if self.length is None:
             return tokens
         self._proposed = tokens
-        return tokens[: self.length.choose(evidence, rival.gain if rival else 0.0)]
+        gain = rival.gain if rival and tokens else 0.0
+        return tokens[: self.length.choose(evidence, gain)]
 
     def _follow(self, drafted: list[int], room: int) -> list[int]:
         """What stands behind an early exit's draft, where that promises more than drafting on."""

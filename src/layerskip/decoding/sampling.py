@@ -12,14 +12,9 @@ import torch
 from torch import Tensor
 
 from layerskip.decoding.arguments import integer
-from layerskip.model import Decoder, most_likely
+from layerskip.model import Decoder, Distributions, Draws, most_likely, pick, shares
 
 _Numbers = npt.NDArray[Any]
-_BLOCK = 1024  # weights whose running sum is cheap
-NO_NUMBERS = (
-    "this model's results are not finite (nan or infinite): take another dtype, such as bfloat16"
-    " in place of float16, or its weights are damaged"
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +57,10 @@ class Sampling:
         """Whether the most likely token is always taken."""
         return self.temperature == 0.0
 
+    def draws(self, generator: torch.Generator | None) -> Draws | None:
+        """How a decoder draws by itself, without penalties; None where it cannot, or is greedy."""
+        return None if self.greedy or self._cuts_off else Draws(self._divisor, generator)
+
     def penalize(self, logits: Tensor, seen: Tensor | None) -> Tensor:
         """Apply the repetition penalty.
 
@@ -79,14 +78,11 @@ class Sampling:
 
     def distributions(
         self, decoder: Decoder, hidden: Tensor, seen: Tensor | None = None
-    ) -> "Tensor | Distributions":
-        """What is drawn from after hidden states [B, T, D]; `seen` as for `penalize`.
-
-        All at once [B, T, V] where that is one call of the decoder's, else as they are looked at.
-        """
+    ) -> Distributions:
+        """What is drawn from after hidden states [B, T, D]; `seen` as for `penalize`."""
         if seen is None and not self._cuts_off:
-            return decoder.probabilities(hidden, self._divisor)
-        return Distributions(decoder.logits(hidden), self, seen)
+            return decoder.distributions(hidden, self._divisor)
+        return _OfLogits(decoder.logits(hidden), self, seen)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The distribution that a token is drawn from, [..., V] to [..., V] in float32.
@@ -170,8 +166,8 @@ class Sampling:
         return max(self.temperature, torch.finfo(torch.float32).tiny)
 
 
-class Distributions:
-    """The model's distributions after each of some positions, made where one is looked at.
+class _OfLogits(Distributions):
+    """Distributions that are made where one is looked at.
 
     On a CPU each may take longer than a layer of a small model, and behind the first rejected token
     nobody needs them.
@@ -214,44 +210,7 @@ def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
         ValueError: weights are no numbers, or all 0; on a GPU, where looking would wait for it, the
             token is then any.
     """
-    shape = len(weights), 1
-    share = torch.rand(shape, dtype=torch.float64, device=weights.device, generator=generator)
-    passed = _in_blocks if weights.device.type == "cpu" else _at_once
-    return passed(weights, share)
-
-
-def _at_once(weights: Tensor, share: Tensor) -> Tensor:
-    """Where the running sum of each row passes a share [B, 1] of the whole: [B, 1]."""
-    sums = weights.cumsum(dim=-1, dtype=torch.float64)
-    whole = sums[:, -1:].contiguous()
-    passed = torch.searchsorted(sums, share * whole, right=True)
-    # A share that is rounded up to the whole is the last token that has a weight.
-    return torch.minimum(passed, torch.searchsorted(sums, whole)).clamp_(max=weights.shape[-1] - 1)
-
-
-def _in_blocks(weights: Tensor, share: Tensor) -> Tensor:
-    """The same on a CPU, of less than all: running sums of a vocabulary take as long as a layer."""
-    pairs = zip(weights.numpy(), share[:, 0].tolist(), strict=True)
-    return torch.tensor([[_in_block(row, its_share)] for row, its_share in pairs], device="cpu")
-
-
-def _in_block(weights: _Numbers, share: float) -> int:
-    whole = len(weights) // _BLOCK * _BLOCK
-    blocks = weights[:whole].reshape(-1, _BLOCK).sum(axis=1)
-    block, share = _passed(np.append(blocks, weights[whole:].sum()), share)
-    return block * _BLOCK + _passed(weights[block * _BLOCK :][:_BLOCK], share)[0]
-
-
-def _passed(weights: _Numbers, share: float) -> tuple[int, float]:
-    """Which of the weights is at a share of their sum, and at what share of it."""
-    sums = weights.cumsum(dtype=np.float64)
-    whole = sums[-1]
-    if not whole > 0:
-        raise ValueError(NO_NUMBERS)
-    wanted = share * whole
-    at = int(min(sums.searchsorted(wanted, side="right"), sums.searchsorted(whole)))
-    before = sums[at - 1] if at else 0.0
-    return at, float((wanted - before) / (sums[at] - before))
+    return pick(weights, shares(len(weights), weights.device, generator))
 
 
 def likeliest(decoder: Decoder, hidden: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
@@ -271,7 +230,8 @@ def next_token(
     """Choose one token after hidden states, [B, 1, D] to [B, 1]; `seen` as for `Sampling.penalize`."""
     if sampling.greedy:
         return likeliest(decoder, hidden, sampling, seen)
-    return draw(sampling.distributions(decoder, hidden, seen)[:, 0], generator)
+    share = shares(len(hidden), hidden.device, generator)
+    return sampling.distributions(decoder, hidden, seen).draw(0, share)
 
 
 def nth_seed(seed: int | None, i: int = 0) -> int | None:

@@ -78,6 +78,11 @@ class ShortHead:
         """Of the whole head's tokens."""
         return len(self.token_ids) / self._vocab_size
 
+    def position(self, token: int) -> int | None:
+        """Which logit is a token's; None where it is not kept."""
+        found = (self.token_ids == token).nonzero()
+        return int(found[0]) if len(found) else None
+
     def spread(self, probabilities: Tensor) -> Tensor:
         """Probabilities of the tokens kept [..., n] as those of all tokens [..., V]."""
         whole = probabilities.new_zeros(*probabilities.shape[:-1], self._vocab_size)

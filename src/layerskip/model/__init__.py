@@ -4,6 +4,7 @@ from layerskip.model.architecture import Architecture, UnsupportedModelError
 from layerskip.model.cache import KVCache
 from layerskip.model.checkpoint import Checkpoint, Files, load, open_files
 from layerskip.model.decoder import Decoder, GoesOn, most_likely, read_draft
+from layerskip.model.distributions import NO_NUMBERS, Distributions, Draws, pick, shares
 from layerskip.model.families import FAMILIES
 from layerskip.model.files.json_files import CheckpointError
 from layerskip.model.files.merge import merge
@@ -12,10 +13,13 @@ from layerskip.model.files.source import SourceError, pull, resolve
 
 __all__ = [
     "FAMILIES",
+    "NO_NUMBERS",
     "Architecture",
     "Checkpoint",
     "CheckpointError",
     "Decoder",
+    "Distributions",
+    "Draws",
     "Files",
     "GoesOn",
     "KVCache",
@@ -27,7 +31,9 @@ __all__ = [
     "merge",
     "most_likely",
     "open_files",
+    "pick",
     "pull",
     "read_draft",
     "resolve",
+    "shares",
 ]

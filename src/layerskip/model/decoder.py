@@ -15,6 +15,7 @@ from torch import Tensor
 
 from layerskip.model.architecture import Architecture
 from layerskip.model.cache import KVCache, Span
+from layerskip.model.distributions import Distributions, Draws
 from layerskip.model.embedding import Embedding
 from layerskip.model.linear import Linear, Matrix
 from layerskip.model.norm import Norm
@@ -186,18 +187,22 @@ class Decoder:
         chosen = most_likely(logits)
         return chosen, logits.float().softmax(dim=-1).gather(-1, chosen[..., None])[..., 0]
 
-    def probabilities(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-        """The softmax of the logits by a temperature above 0, [B, T, D] to [B, T, V] float32."""
+    def distributions(self, hidden: Tensor, temperature: float = 1.0) -> Distributions:
+        """The softmax of the logits by a temperature above 0, after hidden states [B, T, D]."""
         logits = self.logits(hidden).float()
         # Before it is divided: a very low temperature overflows.
-        return ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
+        scores = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+        return Distributions(scores.softmax(dim=-1))
 
-    def step(self, last: Tensor, stop: int, cache: KVCache) -> Tensor:
-        """A greedy step: the newest tokens [B, 1] through layers [0, stop), and what the exit chooses.
+    def step(self, last: Tensor, stop: int, cache: KVCache, draws: Draws | None = None) -> Tensor:
+        """A step: the newest tokens [B, 1] through layers [0, stop), and what the exit chooses or draws.
 
         The cache's lengths are left as they are, as by `run`.
         """
-        return self.choose(self.run(self.embed(last), 0, stop, cache))
+        hidden = self.run(self.embed(last), 0, stop, cache)
+        if draws is None:
+            return self.choose(hidden)
+        return draws.next(self.distributions(hidden, draws.temperature), last)
 
     def draft(
         self,
@@ -208,8 +213,9 @@ class Decoder:
         short: "Decoder | None" = None,
         token_ids: Tensor | None = None,
         goes_on: GoesOn | None = None,
+        draws: Draws | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """A greedy draft: the first layers over the newest token, and what the exit then chooses, anew.
+        """A draft: the first layers over the newest token, and what the exit then chooses, anew.
 
         Args:
             last: [B, 1] int64, the token that the draft begins after.
@@ -218,8 +224,10 @@ class Decoder:
             cache: as for `run`, but its lengths are moved on.
             short: whose exit it is (see `with_short_head`), if not this one's own.
             token_ids: [n] int64, which token each of its logits is of.
-            goes_on: told each token chosen and its probability, says whether another is; of one row
-                alone. None = n tokens.
+            goes_on: told each token chosen and the highest probability, says whether another is; of
+                one row alone. None = n tokens.
+            draws: draws them, each as one of the exit's; where it has overflowed any token will do,
+                since drafts are judged. None = greedy.
 
         Returns:
             The hidden states that left layer E [B, m, D], and the tokens chosen from each [B, m].
@@ -229,7 +237,10 @@ class Decoder:
             states.append(self.run(self.embed(tokens[-1]), 0, exit_layer, cache))
             cache.lengths += 1
             exit_ = short or self
-            if goes_on is None:  # nobody asks for probabilities
+            if draws is not None:
+                found = exit_.distributions(states[-1], draws.temperature).or_any()
+                chosen, probability = draws.next(found, last), found.highest(0)
+            elif goes_on is None:  # nobody asks for probabilities
                 chosen = exit_.choose(states[-1])
             else:
                 chosen, probability = exit_.choose_with_probability(states[-1])

@@ -116,22 +116,30 @@ def _loaded(path: Path) -> ctypes.CDLL:
         *(pointer, whole, pointer, ctypes.c_float, pointer),  # matrices, how many, norm, eps, x
         *(whole, pointer, pointer, ctypes.c_int),  # rows, chosen, probabilities, threads
     ]
-    loaded.layerskip_probabilities.argtypes = [
+    loaded.layerskip_soften.argtypes = [
         *(pointer, whole, pointer, ctypes.c_float, pointer),  # matrices, how many, norm, eps, x
-        *(whole, ctypes.c_float, pointer, ctypes.c_int),  # rows, temperature, out, threads
+        *(whole, ctypes.c_float, pointer),  # rows, temperature, out
+        *(pointer, pointer, ctypes.c_int),  # blocks, whole, threads
     ]
+    loaded.layerskip_draw.argtypes = [
+        *(pointer, whole, pointer, pointer),  # matrices, how many, outputs, blocks
+        *(ctypes.c_float, ctypes.c_float, ctypes.c_double),  # highest, temperature, share
+    ]
+    loaded.layerskip_draw.restype = whole
     loaded.layerskip_step.argtypes = [
         *(pointer, pointer, pointer, pointer),  # model, hidden, out, lengths
         *(whole, whole),  # batch, stop
         *(pointer, whole, pointer),  # slots, capacity, turns
         *(pointer, whole, pointer, pointer),  # matrices, how many, norm, token ids
-        *(pointer, pointer, ctypes.c_int),  # chosen, probabilities, threads
+        *(pointer, pointer, pointer),  # chosen, probabilities, shares
+        *(ctypes.c_float, pointer, pointer, pointer),  # temperature, outputs, blocks, whole
+        *(pointer, ctypes.c_int),  # drawn, threads
     ]
     loaded.layerskip_rows.argtypes = [pointer, pointer, whole, pointer]
     loaded.layerskip_processors.argtypes = []
     for name in ("rows", "processors"):
         getattr(loaded, f"layerskip_{name}").restype = ctypes.c_int
-    for name in ("run", "product", "choose", "probabilities", "step"):
+    for name in ("run", "product", "choose", "soften", "step"):
         getattr(loaded, f"layerskip_{name}").restype = _check
     return loaded
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from layerskip.model.architecture import Architecture
 from layerskip.model.cache import KVCache
 from layerskip.model.decoder import Decoder, GoesOn, Layer
+from layerskip.model.distributions import NO_NUMBERS, Distributions, Draws
 from layerskip.model.families import FAMILIES
 from layerskip.model.linear import Matrix
 from layerskip.model.mlp import MLP
@@ -24,6 +25,7 @@ from layerskip.model.native.panels import (
     pointers_to,
     readable,
 )
+from layerskip.model.native.softmax import BlockSoftmax, Drawing
 from layerskip.model.native.threads import usable
 from layerskip.model.norm import HeadNorm, RMSNorm
 
@@ -165,36 +167,41 @@ class NativeDecoder(Decoder):
         assert probabilities is not None
         return chosen, probabilities.view(hidden.shape[:2])
 
-    def probabilities(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+    def distributions(self, hidden: Tensor, temperature: float = 1.0) -> Distributions:
         """See `Decoder`; in one call, by all threads."""
         if self.architecture.logit_cap is not None:
-            return super().probabilities(hidden, temperature)
+            return super().distributions(hidden, temperature)
         b, t, d = hidden.shape
-        rows = readable(hidden.reshape(b * t, d), self.architecture.hidden_size)
-        heads = self._head_pointers()
-        out = torch.empty(b, t, sum(head.shape[0] for head in self._panels), **FLOATS)
-        self._library.layerskip_probabilities(
-            *(heads, len(heads), self._final_norm_weight.data_ptr(), self.architecture.norm_eps),
-            *(rows.data_ptr(), b * t, temperature, out.data_ptr(), usable(self._narrowest)),
+        rows, heads = (
+            readable(hidden.reshape(b * t, d), self.architecture.hidden_size),
+            self._head_pointers(),
         )
-        return out
+        found = BlockSoftmax(self._panels, heads, b, t, temperature)
+        self._library.layerskip_soften(
+            *(heads, len(heads), self._final_norm_weight.data_ptr(), self.architecture.norm_eps),
+            *(rows.data_ptr(), b * t, *found.arguments, usable(self._narrowest)),
+        )
+        return found
 
-    def step(self, last: Tensor, stop: int, cache: KVCache) -> Tensor:
+    def step(self, last: Tensor, stop: int, cache: KVCache, draws: Draws | None = None) -> Tensor:
         """See `Decoder`; in one call."""
         if self.architecture.logit_cap is not None or not stop:
-            return super().step(last, stop, cache)
+            return super().step(last, stop, cache, draws)
         self._check_layers(0, stop)
         self._check_fit(len(last), 1, cache)
         hidden = self.embed(last).float()
         chosen = torch.empty(last.shape, dtype=torch.int64, device="cpu")
         state = torch.empty_like(hidden)
         heads, turns = self._head_pointers(), self._turn_tables(cache.capacity)
+        drawing = Drawing(self._panels, heads, draws, len(last))
         self._library.layerskip_step(
             *(self._model_pointer, hidden.data_ptr(), state.data_ptr(), cache.lengths.data_ptr()),
             *(len(last), stop, cache.slots.data_ptr(), cache.slots.shape[-2], turns.pointers),
             *(heads, len(heads), self._final_norm_weight.data_ptr(), None),
-            *(chosen.data_ptr(), None, usable(self._narrowest)),
+            *(chosen.data_ptr(), None, *drawing.arguments, usable(self._narrowest)),
         )
+        if drawing.failed:
+            raise ValueError(NO_NUMBERS)
         return chosen
 
     def draft(
@@ -206,11 +213,12 @@ class NativeDecoder(Decoder):
         short: Decoder | None = None,
         token_ids: Tensor | None = None,
         goes_on: GoesOn | None = None,
+        draws: Draws | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Decoder`; one call a token."""
         exit_ = self if short is None else short
         if self.architecture.logit_cap is not None or not isinstance(exit_, NativeDecoder):
-            return super().draft(last, n, exit_layer, cache, short, token_ids, goes_on)
+            return super().draft(last, n, exit_layer, cache, short, token_ids, goes_on, draws)
         self._check_layers(0, exit_layer)
         rows = len(last)
         self._check_fit(rows, n, cache)
@@ -234,12 +242,13 @@ class NativeDecoder(Decoder):
         threads, made, newest = usable(self._narrowest), 0, last
         while made < n:
             hidden, newest = self.embed(newest).float(), tokens[made]
+            drawing = Drawing(exit_._panels, heads, draws, rows)
             self._library.layerskip_step(
                 *(self._model_pointer, hidden.data_ptr(), state + made * width, lengths),
                 *(*where, heads, len(heads), norm, which),
                 newest.data_ptr(),
                 None if confidence is None else confidence + made * rows * probabilities.itemsize,
-                threads,
+                *(*drawing.arguments, threads),
             )
             settled += 1
             made += 1

@@ -1364,53 +1364,108 @@ void choose(const Matrix *const *parts, int64_t n_parts, const float *norm, floa
   }
 }
 
-// Every thread has a share of each row, from the highest of its outputs to its probabilities.
-void probabilities(const Matrix *const *parts, int64_t n_parts, const float *norm, float eps, const float *x,
-                   int64_t rows, float temperature, float *out, int threads) {
+constexpr int64_t BLOCK = 256;  // outputs that are weighed, and drawn from, together
+
+// The highest of a row, or of a block of it, and the sum of e^((output - highest) / temperature).
+struct Weight {
+  float top, total;
+};
+
+inline Weight weigh(const float *v, int64_t n, float temperature) {
+  const float top = best_of(v, n, false, INFINITY).top;
+  Vec totals{};
+  int64_t k = 0;
+  for (; k + WIDTH <= n; k += WIDTH) totals += exponential((load<Vec>(v + k) - top) / temperature);
+  float total = sum(totals);
+  for (; k < n; k++) total += std::exp((v[k] - top) / temperature);
+  return {top, total};
+}
+
+void sizes_of(const Matrix *const *parts, int64_t n_parts, int64_t &width, int64_t &n_blocks) {
+  width = n_blocks = 0;
+  for (int64_t part = 0; part < n_parts; width += parts[part++]->out) n_blocks += (parts[part]->out + BLOCK - 1) / BLOCK;
+}
+
+// The outputs of rows as they are, and what each block of them weighs in the whole row's terms.
+void soften(const Matrix *const *parts, int64_t n_parts, const float *norm, float eps, const float *x, int64_t rows,
+            float temperature, float *out, float *blocks, Weight *whole, int threads) {
   const Buffer<char> inputs(rows * input_stride(parts[0]->kind, parts[0]->in));
-  const Buffer<float> tops(threads * rows), totals(threads * rows);
-  int64_t width = 0;
-  for (int64_t part = 0; part < n_parts; part++) width += parts[part]->out;
+  int64_t width, n_blocks;
+  sizes_of(parts, n_parts, width, n_blocks);
+  const Buffer<Weight> weights(rows * n_blocks);
   Team team;
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num(), size = omp_get_num_threads();
     encode_normed(*parts[0], norm, eps, x, rows, inputs.get(), thread, size);
     team.wait(size);
-    int64_t before = 0;
+    int64_t before = 0, block = 0;
     for (int64_t part = 0; part < n_parts; before += parts[part++]->out) {
       const Matrix &w = *parts[part];
-      const Share mine = share((w.out + LANES - 1) / LANES, thread, size);
-      multiply(w, mine.first, mine.last, inputs.get(), rows, {out + before, width, w.out, false, 1.0f, w.bias});
-    }
-    team.wait(size);
-    const Share mine = share(width, thread, size);
-    const int64_t n = mine.last - mine.first;
-    for (int64_t row = 0; row < rows; row++)
-      tops.get()[row * threads + thread] = best_of(out + row * width + mine.first, n, false, INFINITY).top;
-    team.wait(size);
-    for (int64_t row = 0; row < rows; row++) {
-      float top = -INFINITY, *const v = out + row * width + mine.first;
-      for (int i = 0; i < size; i++) top = tops.get()[row * threads + i] > top ? tops.get()[row * threads + i] : top;
-      Vec total{};
-      int64_t k = 0;
-      for (; k + WIDTH <= n; k += WIDTH) {
-        const Vec weights = exponential((load<Vec>(v + k) - top) / temperature);
-        total += weights;
-        store<Vec>(v + k, weights);
+      const int64_t of_part = (w.out + BLOCK - 1) / BLOCK;
+      const Share mine = share(of_part, thread, size);
+      for (int64_t i = mine.first; i < mine.last; i++) {
+        const int64_t first = i * BLOCK, n = w.out - first < BLOCK ? w.out - first : BLOCK;
+        const Matrix from = from_panel(w, first / LANES);
+        float *to = out + before + first;
+        multiply(from, 0, (n + LANES - 1) / LANES, inputs.get(), rows, {to, width, from.out, false, 1.0f, from.bias});
+        for (int64_t row = 0; row < rows; row++)
+          weights.get()[row * n_blocks + block + i] = weigh(to + row * width, n, temperature);
       }
-      float rest = 0;
-      for (; k < n; k++) rest += v[k] = std::exp((v[k] - top) / temperature);
-      totals.get()[row * threads + thread] = sum(total) + rest;
-    }
-    team.wait(size);
-    for (int64_t row = 0; row < rows; row++) {
-      float whole = 0, *const v = out + row * width + mine.first;
-      for (int i = 0; i < size; i++) whole += totals.get()[row * threads + i];
-      const float part = 1.0f / whole;
-      for (int64_t k = 0; k < n; k++) v[k] *= part;
+      block += of_part;
     }
   }
+  for (int64_t row = 0; row < rows; row++) {
+    const Weight *const from = weights.get() + row * n_blocks;
+    Weight all{-INFINITY, 0};
+    for (int64_t i = 0; i < n_blocks; i++) all.top = from[i].top > all.top ? from[i].top : all.top;
+    for (int64_t i = 0; i < n_blocks; i++)
+      all.total += blocks[row * n_blocks + i] = from[i].total * std::exp((from[i].top - all.top) / temperature);
+    whole[row] = all;
+  }
+}
+
+// Which of n weights, added up, passes a share of the whole; the share becomes that of the one found. -1: none.
+template <class F>
+int64_t passed(int64_t n, F weight, double &share) {
+  double whole = 0, before = 0;
+  for (int64_t i = 0; i < n; i++) whole += weight(i);
+  if (!(whole > 0)) return -1;
+  int64_t last = -1;  // that weighs anything: where rounding leaves none that passes
+  for (int64_t i = 0; i < n; i++) {
+    const double own = weight(i);
+    if (!(own > 0)) continue;
+    last = i;
+    if (before + own > share * whole) {
+      share = (share * whole - before) / own;
+      return i;
+    }
+    before += own;
+  }
+  share = 1;
+  return last;
+}
+
+// The output of a row where the weights, added up, pass a share of the whole; -1 where they are no numbers.
+int64_t draw(const Matrix *const *parts, int64_t n_parts, const float *v, const float *blocks, float top,
+             float temperature, double share) {
+  int64_t width, n_blocks, first = 0;
+  sizes_of(parts, n_parts, width, n_blocks);
+  int64_t block = passed(n_blocks, [=](int64_t i) { return blocks[i]; }, share);
+  if (block < 0) return -1;
+  for (int64_t part = 0; part < n_parts; first += parts[part++]->out) {
+    const int64_t left = parts[part]->out - block * BLOCK;
+    if (left > 0) {
+      const int64_t n = left < BLOCK ? left : BLOCK;
+      first += block * BLOCK;
+      float weights[BLOCK];
+      for (int64_t k = 0; k < n; k++) weights[k] = std::exp((v[first + k] - top) / temperature);
+      const int64_t at = passed(n, [&](int64_t i) { return weights[i]; }, share);
+      return at < 0 ? -1 : first + at;
+    }
+    block -= (parts[part]->out + BLOCK - 1) / BLOCK;
+  }
+  return -1;
 }
 
 }  // namespace
@@ -1437,20 +1492,45 @@ int layerskip_choose(const Matrix *const *parts, int64_t n_parts, const float *n
   return status_of([=] { choose(parts, n_parts, norm, eps, x, rows, chosen, probabilities, threads); });
 }
 
-// out [rows, all outputs]: the softmax of norm(x) times some matrices, by a temperature above 0.
-int layerskip_probabilities(const Matrix *const *parts, int64_t n_parts, const float *norm, float eps,
-                             const float *x, int64_t rows, float temperature, float *out, int threads) {
-  return status_of([=] { probabilities(parts, n_parts, norm, eps, x, rows, temperature, out, threads); });
+// For a softmax by a temperature above 0 of norm(x) times some matrices: out [rows, all outputs], the outputs; blocks
+// [rows, blocks], the sums of e^((output - highest) / temperature) over 256 of a matrix's outputs at a time; whole
+// [rows, 2], a row's highest output and the sum over all.
+int layerskip_soften(const Matrix *const *parts, int64_t n_parts, const float *norm, float eps, const float *x,
+                      int64_t rows, float temperature, float *out, float *blocks, float *whole, int threads) {
+  return status_of(
+      [=] { soften(parts, n_parts, norm, eps, x, rows, temperature, out, blocks, (Weight *)whole, threads); });
 }
 
-// One position of each sequence through layers [0, stop), and what the exit then chooses.
+// Of one row of what `layerskip_soften` found: the output where the probabilities, added up, pass a share of the
+// whole; -1 where they are no numbers.
+int64_t layerskip_draw(const Matrix *const *parts, int64_t n_parts, const float *outputs, const float *blocks,
+                       float highest, float temperature, double share) {
+  return draw(parts, n_parts, outputs, blocks, highest, temperature, share);
+}
+
+// One position of each sequence through layers [0, stop), and what the exit then chooses. Where there are shares, what
+// it draws there instead: outputs, blocks and whole are filled in as by `layerskip_soften`, drawn is as of
+// `layerskip_draw`, and probabilities are the highest. Where nothing can be drawn, the first output is chosen.
 int layerskip_step(const Model *m, const float *hidden, float *x, const int64_t *lengths, int64_t batch,
                     int64_t stop, void *slots, int64_t capacity, const float *const *turns,
                     const Matrix *const *parts, int64_t n_parts, const float *norm, const int64_t *token_ids,
-                    int64_t *chosen, float *probabilities, int threads) {
+                    int64_t *chosen, float *probabilities, const double *shares, float temperature, float *outputs,
+                    float *blocks, float *whole, int64_t *drawn, int threads) {
   return status_of([=] {
     run(m, hidden, x, lengths, batch, 1, 0, stop, slots, capacity, turns, threads);
-    choose(parts, n_parts, norm, m->eps, x, batch, chosen, probabilities, threads);
+    if (shares) {
+      soften(parts, n_parts, norm, m->eps, x, batch, temperature, outputs, blocks, (Weight *)whole, threads);
+      int64_t width, n_blocks;
+      sizes_of(parts, n_parts, width, n_blocks);
+      for (int64_t row = 0; row < batch; row++) {
+        drawn[row] = draw(parts, n_parts, outputs + row * width, blocks + row * n_blocks, whole[2 * row], temperature,
+                          shares[row]);
+        chosen[row] = drawn[row] < 0 ? 0 : drawn[row];
+        if (probabilities) probabilities[row] = 1.0f / whole[2 * row + 1];
+      }
+    } else {
+      choose(parts, n_parts, norm, m->eps, x, batch, chosen, probabilities, threads);
+    }
     if (token_ids)
       for (int64_t row = 0; row < batch; row++) chosen[row] = token_ids[chosen[row]];
   });

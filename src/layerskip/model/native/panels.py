@@ -168,6 +168,11 @@ def choose(
     return chosen, probabilities
 
 
+def pointer_to(tensor: Tensor, row: int, i: int) -> int:
+    """Where the numbers of a contiguous tensor [B, T, n] of floats begin, of one row and position."""
+    return tensor.data_ptr() + 4 * (row * tensor.shape[1] + i) * tensor.shape[2]
+
+
 def readable(x: Tensor, n_inputs: int) -> Tensor:
     """Rows [N, in] as C reads them, in float32; ValueError where they are not there or not so wide."""
     if x.shape[1:] != (n_inputs,) or x.device.type != "cpu":
