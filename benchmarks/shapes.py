@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from layerskip.bench.bandwidth import read_bandwidth
 from layerskip.decoding import Plan, Sampling, generate
-from layerskip.decoding.accept import accept
+from layerskip.decoding.accept import accept_greedy
 from layerskip.decoding.clock import device_clock
 from layerskip.model import Decoder, native
 from layerskip.model.assembly import build
@@ -200,12 +200,12 @@ def tokens_per_s(decoder: Decoder, plan: Plan, new_tokens: int, chance: float) -
 def scripted(chance: float) -> Iterator[None]:
     """Rounds accept what a coin says, after all the work of finding out what they should."""
 
-    def tossed(drafted: Tensor, *what: Any) -> tuple[Tensor, Tensor]:
-        _, following = accept(drafted, *what)
+    def tossed(drafted: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+        _, following = accept_greedy(drafted, best)
         stands = torch.rand(drafted.shape, generator=_COIN) < chance
         return stands.cumprod(dim=1).sum(dim=1).to(drafted.device), following
 
-    with mock.patch("layerskip.decoding.generate.accept", tossed):
+    with mock.patch("layerskip.decoding.generate.accept_greedy", tossed):
         yield
 
 

@@ -123,7 +123,8 @@ def timed(decoder: Decoder, spent: dict[str, float]) -> Iterator[None]:
         "draft": lambda *_, **__: "draft",
     }
     with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(kind, "step", Decoder.step))  # in its parts
+        for whole in ("step", "verify"):  # in their parts
+            patches.enter_context(mock.patch.object(kind, whole, getattr(Decoder, whole)))
         for method, name in names.items():
             patched = watched(getattr(kind, method), name)
             patches.enter_context(mock.patch.object(kind, method, patched))

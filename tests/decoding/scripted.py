@@ -81,6 +81,7 @@ class ScriptedDecoder:
     choose = Decoder.choose
     distributions = Decoder.distributions
     step = Decoder.step
+    verify = Decoder.verify
     draft = Decoder.draft
     choose_with_probability = Decoder.choose_with_probability
 

@@ -154,6 +154,7 @@ def reads(monkeypatch):
     monkeypatch.setattr(torch, "tensor", made_anew)
     # What a device runs.
     monkeypatch.setattr(accept, "_in_turn", accept._at_once)
+    monkeypatch.setattr(accept, "_compared_in_turn", accept._compared_at_once)
     monkeypatch.setattr(distributions, "_in_blocks", distributions._at_once)
     monkeypatch.setattr(Sampling, "probabilities", Sampling._dense)
     for name in (*READS, "to"):

@@ -54,6 +54,22 @@ def accept_greedy(drafted: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
         drafted: [B, d] int64.
         best: [B, d + 1] int64, the model's, at the positions of the drafted tokens and one after.
     """
+    compared = _compared_in_turn if drafted.device.type == "cpu" else _compared_at_once
+    return compared(drafted, best)
+
+
+def _compared_in_turn(drafted: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+    """Where looking costs less than operations."""
+    counts, following = list[int](), list[int]()
+    for tokens, own in zip(drafted.tolist(), best.tolist(), strict=True):
+        pairs = enumerate(zip(tokens, own, strict=False))
+        counts.append(next((i for i, (token, its) in pairs if token != its), len(tokens)))
+        following.append(own[counts[-1]])
+    return torch.tensor(counts, device="cpu"), torch.tensor(following, device="cpu")
+
+
+def _compared_at_once(drafted: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+    """The same on a device that is not to be waited for."""
     accepted = _leading(drafted == best[:, :-1])
     return accepted, best.gather(1, accepted[:, None])[:, 0]
 
@@ -170,9 +186,6 @@ def _residual(p: Tensor, q: Tensor) -> Tensor:
 
 def _leading(stands: Tensor) -> Tensor:
     """How many entries of each row are true before the first false one, [B, d] to [B]."""
-    if stands.device.type == "cpu":  # where looking costs less than the operations below
-        leading = [[*row, False].index(False) for row in stands.numpy().tolist()]
-        return torch.tensor(leading, device="cpu")
     return stands.cumprod(dim=1).sum(dim=1)
 
 

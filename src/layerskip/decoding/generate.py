@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from layerskip.decoding.accept import accept
+from layerskip.decoding.accept import accept, accept_greedy
 from layerskip.decoding.draft_costs import ContextCosts, DraftCosts
 from layerskip.decoding.draft_length import DraftLength, NgramLength
 from layerskip.decoding.drafters import Drafter, EarlyExitDrafter
@@ -162,10 +162,14 @@ def speculate(
             decoder, last, len(decoder.layers), cache, sampling, generator, history
         )
         return following, [Step((token,)) for token in following[:, 0].tolist()]
-    hidden = decoder.run(draft.states, draft.start, len(decoder.layers), cache)
     drafted, q = draft.tokens, draft.drawn_from
-    seen = None if history is None else history.before(drafted)
-    accepted, following = accept(drafted, q, decoder, hidden, sampling, generator, seen)
+    if sampling.greedy and history is None:
+        accepted, own = accept_greedy(drafted, decoder.verify(draft.states, draft.start, cache))
+        following = own[:, None]
+    else:
+        hidden = decoder.run(draft.states, draft.start, len(decoder.layers), cache)
+        seen = None if history is None else history.before(drafted)
+        accepted, following = accept(drafted, q, decoder, hidden, sampling, generator, seen)
     # One synchronisation with the device a round.
     rows: list[list[int]] = torch.cat([drafted, following, accepted[:, None]], dim=1).tolist()
     cache.lengths += torch.tensor([row[-1] for row in rows], device="cpu") + 1

@@ -204,6 +204,13 @@ class Decoder:
             return self.choose(hidden)
         return draws.next(self.distributions(hidden, draws.temperature), last)
 
+    def verify(self, states: Tensor, start: int, cache: KVCache) -> Tensor:
+        """The greedy choices [B, T] after states [B, T, D] that enter layer `start` of the last layers.
+
+        The cache's lengths are left as they are, as by `run`.
+        """
+        return self.choose(self.run(states, start, len(self.layers), cache))
+
     def draft(
         self,
         last: Tensor,

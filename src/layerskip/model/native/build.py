@@ -127,8 +127,9 @@ def _loaded(path: Path) -> ctypes.CDLL:
     ]
     loaded.layerskip_draw.restype = whole
     loaded.layerskip_step.argtypes = [
-        *(pointer, pointer, pointer, pointer),  # model, hidden, out, lengths
-        *(whole, whole),  # batch, stop
+        *(pointer, pointer, pointer),  # model, embedding, tokens
+        *(pointer, pointer, pointer),  # hidden, out, lengths
+        *(whole, whole, whole, whole),  # batch, positions, start, stop
         *(pointer, whole, pointer),  # slots, capacity, turns
         *(pointer, whole, pointer, pointer),  # matrices, how many, norm, token ids
         *(pointer, pointer, pointer),  # chosen, probabilities, shares
@@ -145,6 +146,8 @@ def _loaded(path: Path) -> ctypes.CDLL:
 
 
 def _check(status: int) -> None:
+    if status == 2:
+        raise IndexError("a token is outside of the vocabulary")
     if status:
         raise MemoryError("there is no memory for so many positions at once")
 

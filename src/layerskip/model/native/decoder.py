@@ -12,59 +12,24 @@ from layerskip.model.decoder import Decoder, GoesOn, Layer
 from layerskip.model.distributions import NO_NUMBERS, Distributions, Draws
 from layerskip.model.families import FAMILIES
 from layerskip.model.linear import Matrix
-from layerskip.model.mlp import MLP
 from layerskip.model.native.build import library
 from layerskip.model.native.panels import (
     FLOATS,
     KINDS,
     LANES,
-    MatrixStruct,
+    PanelEmbedding,
     PanelMatrix,
     choose,
     fits,
     pointers_to,
     readable,
 )
-from layerskip.model.native.softmax import BlockSoftmax, Drawing
+from layerskip.model.native.softmax import NO_DRAWING, BlockSoftmax, Drawing
+from layerskip.model.native.structs import HeldLayer, LayerStruct, ModelStruct, weight_of
 from layerskip.model.native.threads import usable
-from layerskip.model.norm import HeadNorm, RMSNorm
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _WIDEST_HEAD = 1024
-
-
-class _LayerStruct(ctypes.Structure):
-    """`Layer` of `kernels.cpp`."""
-
-    _fields_ = (
-        ("attention_norm", ctypes.c_void_p),
-        ("attention_post_norm", ctypes.c_void_p),
-        ("mlp_norm", ctypes.c_void_p),
-        ("mlp_post_norm", ctypes.c_void_p),
-        ("qk_norm", ctypes.c_void_p),
-        ("window", ctypes.c_int32),
-        ("rope", ctypes.c_int32),
-        ("qkv", MatrixStruct),
-        ("attention_out", MatrixStruct),
-        ("gate_up", MatrixStruct),
-        ("down", MatrixStruct),
-    )
-
-
-class _ModelStruct(ctypes.Structure):
-    """`Model` of `kernels.cpp`."""
-
-    _fields_ = (
-        ("hidden", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("ffn", ctypes.c_int64),
-        ("eps", ctypes.c_float),
-        ("cache_kind", ctypes.c_int32),
-        ("activation", ctypes.c_int32),
-        ("layers", ctypes.c_void_p),
-    )
 
 
 def supports(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
@@ -100,18 +65,20 @@ class NativeDecoder(Decoder):
         super().__init__(architecture, layers=layers, **parts)
         a = architecture
         self._library = library()
-        self._held = [_Held(layer) for layer in layers]
+        self._held = [HeldLayer(layer) for layer in layers]
         described = zip(self._held, a.sliding_windows, self.rotary.kinds, strict=True)
-        self._structs = (_LayerStruct * len(layers))(
+        self._structs = (LayerStruct * len(layers))(
             *(held.struct(window or 0, kind) for held, window, kind in described)
         )
-        self._model = _ModelStruct(
+        self._model = ModelStruct(
             *(a.hidden_size, a.n_heads, a.n_kv_heads, a.head_dim, a.ffn_size, a.norm_eps),
             *(KINDS[self.dtype], _ACTIVATIONS[a.activation], ctypes.addressof(self._structs)),
         )
+        looked_up = self.embedding if self.embedding_scale is None else None
+        self._embedding = looked_up.pointer if isinstance(looked_up, PanelEmbedding) else None
         self._narrowest = a.hidden_size // LANES
         self._model_pointer = ctypes.addressof(self._model)
-        self._final_norm_weight = _weight(self.final_norm)
+        self._final_norm_weight = weight_of(self.final_norm)
         self._pointers: tuple[tuple[Matrix, ...], ctypes.Array[ctypes.c_void_p]] | None = None
         self._turns: _Turns | None = None  # of the last cache's capacity
 
@@ -189,19 +156,40 @@ class NativeDecoder(Decoder):
             return super().step(last, stop, cache, draws)
         self._check_layers(0, stop)
         self._check_fit(len(last), 1, cache)
-        hidden = self.embed(last).float()
+        tokens, hidden = self._entering(last)
         chosen = torch.empty(last.shape, dtype=torch.int64, device="cpu")
         state = torch.empty_like(hidden)
         heads, turns = self._head_pointers(), self._turn_tables(cache.capacity)
         drawing = Drawing(self._panels, heads, draws, len(last))
         self._library.layerskip_step(
-            *(self._model_pointer, hidden.data_ptr(), state.data_ptr(), cache.lengths.data_ptr()),
-            *(len(last), stop, cache.slots.data_ptr(), cache.slots.shape[-2], turns.pointers),
+            *(self._model_pointer, self._embedding, tokens.data_ptr()),
+            *(hidden.data_ptr(), state.data_ptr(), cache.lengths.data_ptr()),
+            *(len(last), 1, 0, stop, cache.slots.data_ptr(), cache.slots.shape[-2], turns.pointers),
             *(heads, len(heads), self._final_norm_weight.data_ptr(), None),
             *(chosen.data_ptr(), None, *drawing.arguments, usable(self._narrowest)),
         )
         if drawing.failed:
             raise ValueError(NO_NUMBERS)
+        return chosen
+
+    def verify(self, states: Tensor, start: int, cache: KVCache) -> Tensor:
+        """See `Decoder`; in one call."""
+        stop = len(self.layers)
+        if self.architecture.logit_cap is not None or not start < stop or not states.numel():
+            return super().verify(states, start, cache)
+        self._check_layers(start, stop)
+        b, t, d = states.shape
+        self._check_fit(b, t, cache)
+        hidden = readable(states.reshape(b * t, d), self.architecture.hidden_size)
+        chosen, out = torch.empty(b, t, dtype=torch.int64, device="cpu"), torch.empty_like(hidden)
+        heads, turns = self._head_pointers(), self._turn_tables(cache.capacity)
+        self._library.layerskip_step(
+            *(self._model_pointer, None, None),
+            *(hidden.data_ptr(), out.data_ptr(), cache.lengths.data_ptr()),
+            *(b, t, start, stop, cache.slots.data_ptr(), cache.slots.shape[-2], turns.pointers),
+            *(heads, len(heads), self._final_norm_weight.data_ptr(), None),
+            *(chosen.data_ptr(), None, *NO_DRAWING, usable(self._narrowest)),
+        )
         return chosen
 
     def draft(
@@ -236,15 +224,16 @@ class NativeDecoder(Decoder):
         confidence = None if goes_on is None else probabilities.data_ptr()
         heads, turns = exit_._head_pointers(), self._turn_tables(cache.capacity)
         slots = cache.slots
-        where = (rows, exit_layer, slots.data_ptr(), slots.shape[-2], turns.pointers)
+        where = (rows, 1, 0, exit_layer, slots.data_ptr(), slots.shape[-2], turns.pointers)
         norm, lengths = self._final_norm_weight.data_ptr(), cache.lengths.data_ptr()
         which = None if token_ids is None else token_ids.data_ptr()
         threads, made, newest = usable(self._narrowest), 0, last
         while made < n:
-            hidden, newest = self.embed(newest).float(), tokens[made]
+            (entering, hidden), newest = self._entering(newest), tokens[made]
             drawing = Drawing(exit_._panels, heads, draws, rows)
             self._library.layerskip_step(
-                *(self._model_pointer, hidden.data_ptr(), state + made * width, lengths),
+                *(self._model_pointer, self._embedding, entering.data_ptr()),
+                *(hidden.data_ptr(), state + made * width, lengths),
                 *(*where, heads, len(heads), norm, which),
                 newest.data_ptr(),
                 None if confidence is None else confidence + made * rows * probabilities.itemsize,
@@ -257,6 +246,13 @@ class NativeDecoder(Decoder):
             ):
                 break
         return states[:made].transpose(0, 1), tokens[:made, :, 0].T
+
+    def _entering(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, 1] as the kernels read them, and hidden states, which those look up if they can."""
+        if self._embedding is None:
+            return tokens, self.embed(tokens).float()
+        tokens = tokens.to("cpu", torch.int64).contiguous()
+        return tokens, torch.empty(*tokens.shape, self.architecture.hidden_size, **FLOATS)
 
     def _check_fit(self, rows: int, n: int, cache: KVCache) -> None:
         """Raise ValueError where C would reach beyond the cache: n positions more of so many rows."""
@@ -311,33 +307,6 @@ class _Turns:
     def __init__(self, capacity: int, tables: list[Tensor]) -> None:
         self.capacity, self.tables = capacity, tables
         self.pointers = (ctypes.c_void_p * len(tables))(*(table.data_ptr() for table in tables))
-
-
-class _Held:
-    """One layer's vectors in float32, kept for the kernels."""
-
-    def __init__(self, layer: Layer) -> None:
-        norms = (
-            layer.attention_norm,
-            layer.attention_post_norm,
-            layer.mlp_norm,
-            layer.mlp_post_norm,
-            layer.qk_norm,
-        )
-        self._weights = [None if norm is None else _weight(norm) for norm in norms]
-        assert isinstance(layer.mlp, MLP)
-        assert layer.mlp.is_gated
-        products = (layer.qkv, layer.attention_out, layer.mlp.gate_up, layer.mlp.down)
-        self._matrices = [product for product in products if isinstance(product, PanelMatrix)]
-
-    def struct(self, window: int, rope: int) -> _LayerStruct:
-        pointers = [None if w is None else w.data_ptr() for w in self._weights]
-        return _LayerStruct(*pointers, window, rope, *(m.struct for m in self._matrices))
-
-
-def _weight(norm: object) -> Tensor:
-    assert isinstance(norm, RMSNorm | HeadNorm)
-    return norm.weight.float().contiguous()
 
 
 def _is_laid_out(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -25,6 +25,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 #ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -1260,12 +1261,16 @@ inline Best best_of(const float *v, int64_t n, bool sums, float known) {
   return best;
 }
 
-// 0, or 1 where there is not enough memory.
+// What the work returns, 0 if nothing, or 1 where there is not enough memory.
 template <class F>
 int status_of(F work) {
   try {
-    work();
-    return 0;
+    if constexpr (std::is_void_v<decltype(work())>) {
+      work();
+      return 0;
+    } else {
+      return work();
+    }
   } catch (const std::bad_alloc &) {
     return 1;
   }
@@ -1468,6 +1473,37 @@ int64_t draw(const Matrix *const *parts, int64_t n_parts, const float *v, const 
   return -1;
 }
 
+// What some rows of the matrix stand for. Whether all are there.
+bool look_up(const Matrix &w, const int64_t *index, int64_t n, float *out) {
+  const int64_t in = w.in, groups = in / GROUP;
+  for (int64_t i = 0; i < n; i++)
+    if (index[i] < 0 || index[i] >= w.out) return false;
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t panel = index[i] / LANES, lane = index[i] % LANES;
+    float *to = out + i * in;
+    for (int64_t k = 0; k < in; k++) {
+      if (w.kind == FLOAT32) {
+        to[k] = ((const float *)w.data)[(panel * in + k) * LANES + lane];
+      } else if (w.kind == BFLOAT16) {
+        const uint32_t bits = ((const uint16_t *)w.data)[((panel * in / 2 + k / 2) * LANES + lane) * 2 + k % 2];
+        const uint32_t widened = bits << 16;
+        memcpy(to + k, &widened, 4);
+      } else {
+        const int64_t each = w.kind == INT8 ? 4 : 8;
+        const uint8_t byte =
+            ((const uint8_t *)w.data)[((panel * in / each + k / each) * LANES + lane) * 4 + k % 4];
+        const int code = w.kind == INT8 ? byte : k % 8 < 4 ? byte & 15 : byte >> 4;
+        const int64_t group = (panel * groups + k / GROUP) * LANES + lane;
+        const float scale = from_float16(((const uint16_t *)w.scales)[group]);
+        const float offset = w.offsets ? from_float16(((const uint16_t *)w.offsets)[group])
+                                        : scale * (w.kind == INT8 ? -128.0f : -8.0f);
+        to[k] = code * scale + offset;
+      }
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 extern "C" {
@@ -1508,64 +1544,41 @@ int64_t layerskip_draw(const Matrix *const *parts, int64_t n_parts, const float 
   return draw(parts, n_parts, outputs, blocks, highest, temperature, share);
 }
 
-// One position of each sequence through layers [0, stop), and what the exit then chooses. Where there are shares, what
+// Positions of each sequence through layers [start, stop), and what the exit then chooses. Where there is an embedding,
+// they are tokens (2 where one is none) and hidden states are looked up first, else hidden states. Where there are shares, what
 // it draws there instead: outputs, blocks and whole are filled in as by `layerskip_soften`, drawn is as of
 // `layerskip_draw`, and probabilities are the highest. Where nothing can be drawn, the first output is chosen.
-int layerskip_step(const Model *m, const float *hidden, float *x, const int64_t *lengths, int64_t batch,
-                    int64_t stop, void *slots, int64_t capacity, const float *const *turns,
-                    const Matrix *const *parts, int64_t n_parts, const float *norm, const int64_t *token_ids,
-                    int64_t *chosen, float *probabilities, const double *shares, float temperature, float *outputs,
-                    float *blocks, float *whole, int64_t *drawn, int threads) {
+int layerskip_step(const Model *m, const Matrix *embedding, const int64_t *tokens, float *hidden, float *x,
+                    const int64_t *lengths, int64_t batch, int64_t positions, int64_t start, int64_t stop, void *slots,
+                    int64_t capacity, const float *const *turns, const Matrix *const *parts, int64_t n_parts,
+                    const float *norm, const int64_t *token_ids, int64_t *chosen, float *probabilities,
+                    const double *shares, float temperature, float *outputs, float *blocks, float *whole,
+                    int64_t *drawn, int threads) {
   return status_of([=] {
-    run(m, hidden, x, lengths, batch, 1, 0, stop, slots, capacity, turns, threads);
+    const int64_t rows = batch * positions;
+    if (embedding && !look_up(*embedding, tokens, rows, hidden)) return 2;
+    run(m, hidden, x, lengths, batch, positions, start, stop, slots, capacity, turns, threads);
     if (shares) {
-      soften(parts, n_parts, norm, m->eps, x, batch, temperature, outputs, blocks, (Weight *)whole, threads);
+      soften(parts, n_parts, norm, m->eps, x, rows, temperature, outputs, blocks, (Weight *)whole, threads);
       int64_t width, n_blocks;
       sizes_of(parts, n_parts, width, n_blocks);
-      for (int64_t row = 0; row < batch; row++) {
+      for (int64_t row = 0; row < rows; row++) {
         drawn[row] = draw(parts, n_parts, outputs + row * width, blocks + row * n_blocks, whole[2 * row], temperature,
                           shares[row]);
         chosen[row] = drawn[row] < 0 ? 0 : drawn[row];
         if (probabilities) probabilities[row] = 1.0f / whole[2 * row + 1];
       }
     } else {
-      choose(parts, n_parts, norm, m->eps, x, batch, chosen, probabilities, threads);
+      choose(parts, n_parts, norm, m->eps, x, rows, chosen, probabilities, threads);
     }
     if (token_ids)
-      for (int64_t row = 0; row < batch; row++) chosen[row] = token_ids[chosen[row]];
+      for (int64_t row = 0; row < rows; row++) chosen[row] = token_ids[chosen[row]];
+    return 0;
   });
 }
 
 // out [n, w.in]: what some rows of the matrix stand for, as an embedding looks them up. Whether all are there.
-int layerskip_rows(const Matrix *w, const int64_t *index, int64_t n, float *out) {
-  const int64_t in = w->in, groups = in / GROUP;
-  for (int64_t i = 0; i < n; i++)
-    if (index[i] < 0 || index[i] >= w->out) return 0;
-  for (int64_t i = 0; i < n; i++) {
-    const int64_t panel = index[i] / LANES, lane = index[i] % LANES;
-    float *to = out + i * in;
-    for (int64_t k = 0; k < in; k++) {
-      if (w->kind == FLOAT32) {
-        to[k] = ((const float *)w->data)[(panel * in + k) * LANES + lane];
-      } else if (w->kind == BFLOAT16) {
-        const uint32_t bits = ((const uint16_t *)w->data)[((panel * in / 2 + k / 2) * LANES + lane) * 2 + k % 2];
-        const uint32_t widened = bits << 16;
-        memcpy(to + k, &widened, 4);
-      } else {
-        const int64_t each = w->kind == INT8 ? 4 : 8;
-        const uint8_t byte =
-            ((const uint8_t *)w->data)[((panel * in / each + k / each) * LANES + lane) * 4 + k % 4];
-        const int code = w->kind == INT8 ? byte : k % 8 < 4 ? byte & 15 : byte >> 4;
-        const int64_t group = (panel * groups + k / GROUP) * LANES + lane;
-        const float scale = from_float16(((const uint16_t *)w->scales)[group]);
-        const float offset = w->offsets ? from_float16(((const uint16_t *)w->offsets)[group])
-                                        : scale * (w->kind == INT8 ? -128.0f : -8.0f);
-        to[k] = code * scale + offset;
-      }
-    }
-  }
-  return 1;
-}
+int layerskip_rows(const Matrix *w, const int64_t *index, int64_t n, float *out) { return look_up(*w, index, n, out); }
 
 // As many as this process may run on. A thread that OpenMP has bound to one of them would see that one alone.
 int layerskip_processors() { return omp_get_num_procs(); }

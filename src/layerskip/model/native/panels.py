@@ -192,6 +192,7 @@ class PanelEmbedding:
 
     def __init__(self, matrix: PanelMatrix) -> None:
         self._matrix = matrix
+        self.pointer = ctypes.addressof(matrix.struct)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """See `Embedding`."""

@@ -13,6 +13,7 @@ from layerskip.model.native.build import library
 from layerskip.model.native.panels import FLOATS, PanelMatrix, pointer_to
 
 _BLOCK = 256  # as in `kernels.cpp`
+NO_DRAWING = (None, 0.0, None, None, None, None)  # what `layerskip_step` is given where it chooses
 
 
 class BlockSoftmax(Distributions):
@@ -110,7 +111,7 @@ class Drawing:
         draws: Draws | None,
         rows: int,
     ) -> None:
-        self.arguments: tuple[int | float | None, ...] = (None, 0.0, None, None, None, None)
+        self.arguments: tuple[int | float | None, ...] = NO_DRAWING
         self._drawn = None
         if draws is not None:
             self._share = shares(rows, torch.device("cpu"), draws.generator)
