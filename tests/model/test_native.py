@@ -22,7 +22,7 @@ from layerskip import LayerSkipModel, cli
 from layerskip.decoding import Sampling
 from layerskip.decoding.placement import KernelsWarning
 from layerskip.decoding.short_head import ShortHead
-from layerskip.model import load
+from layerskip.model import Draws, load
 from layerskip.model.native import (
     NativeDecoder,
     NoCompilerError,
@@ -75,6 +75,7 @@ def machine(build_for, monkeypatch):
     if build_for is not None:
         monkeypatch.setattr(panels, "library", lambda: build_for)
         monkeypatch.setattr("layerskip.model.native.decoder.library", lambda: build_for)
+        monkeypatch.setattr("layerskip.model.native.softmax.library", lambda: build_for)
 
 
 def matrix_of(kind, n_out, n_in, *, biased=False):
@@ -386,7 +387,7 @@ def test_the_choice_is_the_highest_logit(cap, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("cap", "vocab_size"), [(None, 96), (None, 1003), (3.0, 96)])
-def test_distributions_are_the_softmax_of_the_logits(cap, vocab_size, kind, tmp_path):
+def test_distributions_are_the_softmax_of_the_logits(machine, cap, vocab_size, kind, tmp_path):
     changes = {"final_logit_softcapping": cap, "vocab_size": vocab_size}
     decoder = compiled(saved("gemma2-uncapped", tmp_path, **changes), kind)
     hidden = torch.randn(2, 5, decoder.architecture.hidden_size, generator=torch.manual_seed(0))
@@ -413,7 +414,7 @@ def test_distributions_are_the_softmax_of_the_logits(cap, vocab_size, kind, tmp_
 
 
 @pytest.mark.parametrize("sizes", [(1,), (255,), (256,), (257, 3), (700, 300, 5), (3, 1024)])
-def test_a_draw_is_where_the_running_sum_passes_its_share(sizes, tmp_path):
+def test_a_draw_is_where_the_running_sum_passes_its_share(machine, sizes, tmp_path):
     """Whatever the blocks, the parts of the head, and how many threads made them."""
     decoder = compiled(saved("llama3.2", tmp_path, vocab_size=1100), "float32")
     hidden = 4 * torch.randn(2, 3, 64, generator=torch.manual_seed(sum(sizes)))
@@ -433,6 +434,53 @@ def test_a_draw_is_where_the_running_sum_passes_its_share(sizes, tmp_path):
             assert before - 1e-5 <= share * float(sums[-1]) <= float(sums[token]) + 1e-5
             drawn = found.draw(i, torch.full((2, 1), share, dtype=torch.float64))
             assert int(drawn[row]) == token
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_verification_is_a_pass_and_a_choice(cap, kind, tmp_path):
+    decoder = compiled(saved("gemma2-uncapped", tmp_path, final_logit_softcapping=cap), kind)
+    cache, tokens = decoder.new_cache(12, 2), torch.tensor([[1, 2, 7, 9], [3, 4, 30, 8]])
+    decoder.run(decoder.embed(tokens), 0, LAYERS, cache)
+    cache.lengths += torch.tensor([4, 2])
+    for start, positions in itertools.product((0, 2, LAYERS), (1, 4)):
+        states = decoder.run(decoder.embed(tokens[:, :positions]), 0, start, cache)
+        expected = decoder.choose(decoder.run(states, start, LAYERS, cache))
+        assert torch.equal(decoder.verify(states, start, cache), expected)
+    assert decoder.verify(states[:, :0], 2, cache).shape == (2, 0)
+    assert cache.lengths.tolist() == [4, 2]
+    with pytest.raises(ValueError, match="layers"):
+        decoder.verify(states, -1, cache)
+
+
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_drawn_steps_and_drafts_are_passes_and_draws(cap, kind, short, tmp_path):
+    decoder = compiled(saved("gemma2-uncapped", tmp_path, final_logit_softcapping=cap), kind)
+    head = ShortHead.of(decoder, (5, 80, 9, 11), [3]) if short else None
+    exit_, ids_ = (decoder, torch.arange(96)) if head is None else (head.short, head.token_ids)
+    last, found = torch.tensor([[7], [30]]), []
+    for whole in (True, False):
+        cache, draws = decoder.new_cache(9, 2), Draws(0.7, torch.Generator().manual_seed(1))
+        if whole:
+            given = (None, None) if head is None else (head.short, head.token_ids)
+            states, tokens = decoder.draft(last, 3, 2, cache, *given, None, draws)
+            step = decoder.step(tokens[:, -1:], LAYERS, cache, draws)
+        else:
+            states, tokens = [], [last]
+            for _ in range(3):
+                states.append(decoder.run(decoder.embed(tokens[-1]), 0, 2, cache))
+                cache.lengths += 1
+                drawn = draws.next(exit_.distributions(states[-1], 0.7), last)
+                tokens.append(ids_[drawn])
+            states, tokens = torch.cat(states, 1), torch.cat(tokens, 1)[:, 1:]
+            hidden = decoder.run(decoder.embed(tokens[:, -1:]), 0, LAYERS, cache)
+            step = draws.next(decoder.distributions(hidden, 0.7), last)
+        chosen = torch.cat([which for _, which in draws.drawn])
+        chances = torch.cat([p.of(0, which) for p, which in draws.drawn])
+        found.append((states, tokens, step, chosen, chances))
+    assert all(map(torch.equal, *found))
 
 
 def test_a_distribution_that_is_no_number_gives_no_token(tmp_path):
