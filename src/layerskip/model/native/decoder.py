@@ -139,10 +139,8 @@ class NativeDecoder(Decoder):
         if self.architecture.logit_cap is not None:
             return super().distributions(hidden, temperature)
         b, t, d = hidden.shape
-        rows, heads = (
-            readable(hidden.reshape(b * t, d), self.architecture.hidden_size),
-            self._head_pointers(),
-        )
+        rows = readable(hidden.reshape(b * t, d), self.architecture.hidden_size)
+        heads = self._head_pointers()
         found = BlockSoftmax(self._panels, heads, b, t, temperature)
         self._library.layerskip_soften(
             *(heads, len(heads), self._final_norm_weight.data_ptr(), self.architecture.norm_eps),

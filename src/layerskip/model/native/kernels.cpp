@@ -1388,7 +1388,8 @@ inline Weight weigh(const float *v, int64_t n, float temperature) {
 
 void sizes_of(const Matrix *const *parts, int64_t n_parts, int64_t &width, int64_t &n_blocks) {
   width = n_blocks = 0;
-  for (int64_t part = 0; part < n_parts; width += parts[part++]->out) n_blocks += (parts[part]->out + BLOCK - 1) / BLOCK;
+  for (int64_t part = 0; part < n_parts; width += parts[part++]->out)
+    n_blocks += (parts[part]->out + BLOCK - 1) / BLOCK;
 }
 
 // The outputs of rows as they are, and what each block of them weighs in the whole row's terms.
@@ -1544,10 +1545,11 @@ int64_t layerskip_draw(const Matrix *const *parts, int64_t n_parts, const float 
   return draw(parts, n_parts, outputs, blocks, highest, temperature, share);
 }
 
-// Positions of each sequence through layers [start, stop), and what the exit then chooses. Where there is an embedding,
-// they are tokens (2 where one is none) and hidden states are looked up first, else hidden states. Where there are shares, what
-// it draws there instead: outputs, blocks and whole are filled in as by `layerskip_soften`, drawn is as of
-// `layerskip_draw`, and probabilities are the highest. Where nothing can be drawn, the first output is chosen.
+// Positions of each sequence through layers [start, stop), and what the exit then chooses. Where there is an embedding
+// their tokens are looked up in it first, which fills in the hidden states; 2 where a token is not there. Where there
+// are shares, what the exit draws there instead: outputs, blocks and whole are filled in as by `layerskip_soften`,
+// drawn is as of `layerskip_draw`, and probabilities are the highest. Where nothing can be drawn, the first output is
+// chosen.
 int layerskip_step(const Model *m, const Matrix *embedding, const int64_t *tokens, float *hidden, float *x,
                     const int64_t *lengths, int64_t batch, int64_t positions, int64_t start, int64_t stop, void *slots,
                     int64_t capacity, const float *const *turns, const Matrix *const *parts, int64_t n_parts,

@@ -65,10 +65,6 @@ class BlockSoftmax(Distributions):
         chances = [[self.chance(row, i, token)] for row, (token,) in enumerate(tokens.tolist())]
         return torch.tensor(chances, **FLOATS)
 
-    def highest(self, i: int) -> Tensor:
-        """See `Distributions`."""
-        return torch.tensor(1.0 / self._whole[:, i, 1].min(), **FLOATS)
-
     def draw(self, i: int, share: Tensor) -> Tensor:
         """See `Distributions`."""
         drawn = [[self.pick(row, i, part)] for row, (part,) in enumerate(share.tolist())]
@@ -127,4 +123,4 @@ class Drawing:
     @property
     def failed(self) -> bool:
         """Whether what a row was to be drawn from is no number."""
-        return self._drawn is not None and min(self._drawn.tolist()) < [0]
+        return self._drawn is not None and any(token < 0 for (token,) in self._drawn.tolist())
