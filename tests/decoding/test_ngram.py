@@ -27,7 +27,8 @@ from layerskip.decoding import Sampling, Step
 from layerskip.decoding import ngram as ngrams
 from layerskip.decoding.draft_costs import DraftCosts
 from layerskip.decoding.draft_length import DraftLength, NgramLength, by_match
-from layerskip.decoding.ngram import MAX_MATCH, MIN_MATCH, DraftText, NgramDrafter, NgramIndex
+from layerskip.decoding.draft_text import MAX_MATCH, MIN_MATCH, DraftText
+from layerskip.decoding.ngram import NgramDrafter, NgramIndex
 from layerskip.decoding.pace import Pace
 from layerskip.model import StepCosts
 
@@ -90,27 +91,9 @@ def test_growing_is_starting_with_all(tokens, cut):
     assert grown.propose(9) == NgramIndex(tokens).propose(9)
 
 
-def test_a_draft_text_says_what_most_often_came_next():
-    text = DraftText((1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3, 5, 9))
-    tokens, shares = text.propose([7, 1, 2], 9)
-    assert tokens[:2] == [3, 5]  # 3 of 3 times, then 2 of 3
-    assert shares[:2] == [pytest.approx(3 / 4), pytest.approx(2 / 4)]
-    assert text.propose([1, 2], 1)[0] == [3]
-    assert text.propose([8, 8], 9) == ([], [])
-    assert text.propose([2], 9) == ([], [])  # one token is no match
-
-
-def test_a_draft_text_is_followed_as_far_as_is_likely():
-    once = DraftText(range(50))  # each token came next once: half as likely as not
-    assert once.propose([2, 3, 4], 9)[0] == [5, 6, 7]  # an eighth; a sixteenth is under a tenth
-    assert once.propose([3, 4], 9) == ([], [])  # two tokens that stood so once are no match
-    often = DraftText([*range(50)] * 9)
-    assert often.propose([3, 4], 9)[0] == [*range(5, 14)]
-
-
 def test_the_draft_text_is_searched_where_it_promises_more():
     decoder = tiny_decoder("llama2")
-    prompt, text = [1, 2, 3, 5, 6, 4, 1, 2], DraftText([1, 2, 7, 7, 8] * 9)
+    prompt, text = [1, 2, 3, 5, 6, 4, 1, 2], DraftText.from_tokens([1, 2, 7, 7, 8] * 9)
 
     def drafted(prompt, text, **options):
         length = NgramLength(DraftCosts(layers=0.0, head=0.0, passes=(1.0, 1.01)), Pace())
@@ -133,11 +116,6 @@ def test_what_was_proposed_is_judged_where_nothing_was_drafted():
     assert drafter.draft(torch.tensor([[2]]), 3, decoder.new_cache(16), None, None) is None
     drafter.settle([3], 0)
     assert length.expected(by_match(2, 1)) == pytest.approx(1.6 / 3)
-
-
-def test_a_draft_text_is_indexed_once():
-    assert DraftText.of(None) is None
-    assert DraftText.of((1, 2, 3)) is DraftText.of((1, 2, 3))
 
 
 @pytest.mark.parametrize("draft_tokens", [0, 1, 4, 9])

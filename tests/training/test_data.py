@@ -143,6 +143,7 @@ def test_quotation_marks_in_tab_separated_text_are_text(tmp_path):
         ("a.json", '{\n"a": 1}', "must hold a list"),
         ("a.tsv", "a\tb\n1\t2\n1\n", "a.tsv:3 does not have the 2 columns"),
         ("a.csv", "a,b\n1,2,3\n", "a.csv:2 does not have the 2 columns"),
+        ("a.csv", 'a,b\n1,2\n\n"3\n4\n5"\n', "a.csv:4 does not have the 2 columns"),
         (
             "a.csv",
             'a,b\n1,"no end\n2,3\n',

@@ -32,6 +32,7 @@ from layerskip.training.callbacks import read_log
 from layerskip.training.checkpoints import last_checkpoint
 from layerskip.training.checks import check_layers
 from layerskip.training.data import LeftOutWarning
+from layerskip.training.device import _product_s, arithmetic
 from layerskip.training.errors import (
     NonFiniteLossError,
     TrainingWarning,
@@ -682,10 +683,26 @@ def test_settings_reach_the_trainer(prepared, changes, name, value):
     assert found == value
 
 
-@pytest.mark.parametrize(("capability", "is_fast"), [("AVX512", True), ("AVX2", False)])
-def test_bfloat16_is_for_cpus_that_are_fast_at_it(prepared, monkeypatch, capability, is_fast):
+@pytest.mark.parametrize(
+    ("capability", "bfloat16_s", "is_fast"),
+    [("AVX512", 1.0, True), ("AVX512", 3.0, False), ("AVX2", 1.0, False)],
+)
+def test_bfloat16_is_for_cpus_that_are_fast_at_it(
+    prepared, monkeypatch, capability, bfloat16_s, is_fast
+):
+    seconds = {torch.bfloat16: bfloat16_s, torch.float32: 2.0}
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("layerskip.training.device._product_s", seconds.__getitem__)
     assert prepared(precision="auto").args.bf16 is is_fast
+
+
+def test_the_faster_precision_is_timed():
+    """Whichever it is here: `auto` names the type whose products took less time."""
+    faster = min(torch.bfloat16, torch.float32, key=_product_s)
+    config = TrainConfig(model="m", data="d", output="o", precision="auto", device="cpu")
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        assert arithmetic(config) == faster
+    assert 0 < _product_s(torch.float32) < 60
 
 
 def test_settings_reach_the_rows(prepared, settings, tmp_path):

@@ -22,6 +22,7 @@ _COMMANDS = {
     "pull": "fetch a built-in model into the cache",
     "generate": "answer a prompt",
     "chat": "talk with a model",
+    "index": "make a table of a long text that drafts are looked up in",
     "tune": "find the fastest exit layer and draft length for your prompts here",
     "train": "teach a checkpoint's early layers to answer",
     "bench": "all modes, and other systems, side by side on a task",

@@ -168,8 +168,8 @@ decoding_options = _stack(
         "--draft-text",
         callback=draft_text,
         metavar="FILE|none",
-        help="A text that is like the answers: searched for n-grams beside prompt and answer. Default:"
-        " in auto the checkpoint's.",
+        help="A text that is like the answers, or what `layerskip index` made of one: searched for"
+        " n-grams beside prompt and answer. Default: in auto the checkpoint's.",
     ),
     click.option(
         "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N"

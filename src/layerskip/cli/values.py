@@ -11,6 +11,7 @@ import click
 
 from layerskip.decoding.placement import device_of
 from layerskip.decoding.policy import check_options
+from layerskip.model.files.settings import DRAFT_TEXT_FILE
 
 _DRAFT_TEXT_FILE = "layerskip.draft_text_file"
 
@@ -51,11 +52,14 @@ def vocabulary_size(ctx: click.Context, param: click.Parameter, text: Any) -> in
     return int(click.IntRange(min=1).convert(text, param, ctx))
 
 
-def draft_text(ctx: click.Context, param: click.Parameter, name: Any) -> str | None:
-    """The text of a file, which `draft_text_file` names later; "" for "none"."""
+def draft_text(ctx: click.Context, param: click.Parameter, name: Any) -> str | Path | None:
+    """The text of a file, which `draft_text_file` names later; the file, where it is of `index`; ""
+    for "none"."""
     if name is None or name == "none":
         return None if name is None else ""
     ctx.meta[_DRAFT_TEXT_FILE] = name
+    if Path(name).suffix == Path(DRAFT_TEXT_FILE).suffix:
+        return Path(name)
     try:
         return Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -11,8 +11,9 @@ from torch import Tensor
 from layerskip.decoding.accept import accept, accept_greedy
 from layerskip.decoding.draft_costs import ContextCosts, DraftCosts
 from layerskip.decoding.draft_length import DraftLength, NgramLength
+from layerskip.decoding.draft_text import DraftText
 from layerskip.decoding.drafters import Drafter, EarlyExitDrafter
-from layerskip.decoding.ngram import DraftText, NgramDrafter
+from layerskip.decoding.ngram import NgramDrafter
 from layerskip.decoding.pace import Pace
 from layerskip.decoding.policy import Plan
 from layerskip.decoding.prefix import Prefix
@@ -247,7 +248,8 @@ class _Session:
                 return early_exit
         ngrams = None if costs is None else NgramLength(costs, pace)
         self.lengths += [] if ngrams is None else [ngrams]
-        text, ends = DraftText.of(plan.draft_text), self.ending.end_tokens
+        vocab_size, ends = decoder.architecture.vocab_size, self.ending.end_tokens
+        text = DraftText.of(plan.draft_text, vocab_size)
         return NgramDrafter(decoder, self.sampling, prompt, early_exit, ngrams, ends, text)
 
     def _prefill(self) -> Tensor:

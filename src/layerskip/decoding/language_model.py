@@ -15,6 +15,7 @@ from layerskip.decoding.answer import Answer
 from layerskip.decoding.arguments import integer, number, optional, takes_options_of
 from layerskip.decoding.batch import Batch, alike, can_batch, grouped
 from layerskip.decoding.draft_costs import time_rows
+from layerskip.decoding.draft_text import DraftText
 from layerskip.decoding.generation import Generation
 from layerskip.decoding.placement import device_of, dtype_of, prepared
 from layerskip.decoding.policy import choose, for_batch
@@ -126,7 +127,7 @@ class LayerSkipModel:
         draft_from: str | None = None,
         adaptive: bool | None = None,
         draft_vocabulary: int | Sequence[int] | None = None,
-        draft_text: str | Sequence[int] | None = None,
+        draft_text: str | Path | Sequence[int] | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -154,8 +155,9 @@ class LayerSkipModel:
                 tokens, or how many: then the first of the checkpoint's list or, where it has none, of
                 the vocabulary, which byte-pair encodings sort by frequency. 0: all. None: in auto the
                 checkpoint's list, else all. Fewer make a cheaper draft, never another answer.
-            draft_text: a text that is like the answers, or its token ids, which is searched for n-grams
-                beside prompt and answer; "" or (): none. None: in auto the checkpoint's, else none.
+            draft_text: a text that is like the answers, its token ids, or a file that `DraftText.save`
+                has written, which is searched for n-grams beside prompt and answer; "" or (): none.
+                None: in auto the checkpoint's, else none.
             max_new_tokens: 1 or more.
             temperature: 0 is greedy. This and the next four: see `Sampling`.
             top_k: see `Sampling`.
@@ -298,8 +300,14 @@ class LayerSkipModel:
             raise ValueError(f"the draft vocabulary has to be 1 or more tokens, of 0 to {size - 1}")
         return tuple(sorted({*ids, *(token for token in self.end_tokens if token < size)}))
 
-    def _draft_text(self, wanted: str | Sequence[int] | None) -> tuple[int, ...] | None:
-        """Token ids; () = no text, None = left open."""
+    def _draft_text(
+        self, wanted: str | Path | Sequence[int] | None
+    ) -> Path | tuple[int, ...] | None:
+        """A file, or token ids; () = no text, None = left open."""
+        size = self.decoder.architecture.vocab_size
+        if isinstance(wanted, Path):
+            DraftText.of(wanted, size)  # says what is wrong with it
+            return wanted
         if not wanted:
             return None if wanted is None else ()
         if isinstance(wanted, str) and self.tokenizer is not None:
@@ -310,7 +318,6 @@ class LayerSkipModel:
             ids = known[1]
         else:
             ids = tuple(self.tokenize(wanted))
-        size = self.decoder.architecture.vocab_size
         if ids and not 0 <= min(ids) <= max(ids) < size:
             raise ValueError(f"a draft text has to be a text, or token ids of 0 to {size - 1}")
         return ids

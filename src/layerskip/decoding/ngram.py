@@ -1,23 +1,19 @@
 """Drafts from the text itself: what followed the last tokens where they stood before."""
 
-import functools
 import itertools
-from collections import Counter
 from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from layerskip.decoding.draft_length import DraftLength, NgramLength, by_match, by_share
+from layerskip.decoding.draft_text import MAX_MATCH, MIN_MATCH, DraftText
 from layerskip.decoding.drafters import Draft, EarlyExitDrafter
 from layerskip.decoding.drawn_from import DrawnFrom
 from layerskip.decoding.sampling import Sampling, TokenHistory
 from layerskip.model import Decoder, KVCache
 
-MAX_MATCH, MIN_MATCH = 5, 2
 _PLACES = 32  # that are compared: some pairs stand everywhere
-_LEAST_LIKELY = 0.1
-_LEAST_OF_TWO = 0.7  # share of what came next: two tokens that stood so once are no match in prose
 
 
 class NgramIndex:
@@ -78,76 +74,6 @@ class NgramIndex:
             return 0, []
         text = [*text[found : found + limit], *drafted]
         return best, [text[i % len(text)] for i in range(limit)]
-
-
-class DraftText:
-    """What most often came next in a text that is like the answers.
-
-    It travels with the checkpoint, and is searched where prompt and answer are (compare REST, arXiv
-    2311.08252, and llama.cpp's static lookup).
-
-    Args:
-        tokens: the text.
-    """
-
-    def __init__(self, tokens: Sequence[int]) -> None:
-        # For each length: the n tokens -> the one that came next, and its smoothed share.
-        self._next: dict[int, dict[tuple[int, ...], tuple[int, float]]] = {}
-        for n in range(MIN_MATCH, MAX_MATCH + 1):
-            seen: dict[tuple[int, ...], Counter[int]] = {}
-            runs = zip(*(tokens[i:] for i in range(n + 1)), strict=False)
-            for *run, after in runs:
-                seen.setdefault(tuple(run), Counter())[after] += 1
-            found = ((run, _most_common(counts)) for run, counts in seen.items())
-            least = _LEAST_OF_TWO if n == MIN_MATCH else 0.0
-            self._next[n] = {run: after for run, after in found if after[1] >= least}
-
-    @classmethod
-    def of(cls, tokens: tuple[int, ...] | None) -> "DraftText | None":
-        """The text of some tokens, made once as long as they stay the same."""
-        return None if tokens is None else _draft_text(tokens)
-
-    def propose(self, tail: Sequence[int], limit: int) -> tuple[list[int], list[float]]:
-        """What came next after the last tokens, and after that: tokens, and the share of each.
-
-        They end where all of them together are less likely than one in ten.
-
-        Args:
-            tail: the last tokens; no more than `MAX_MATCH` are looked at.
-            limit: tokens at most.
-        """
-        tokens, shares, tail = list[int](), list[float](), [*tail]
-        together = 1.0
-        while len(tokens) < limit:
-            found = self._follows(tail)
-            together *= 0.0 if found is None else found[1]
-            if found is None or together < _LEAST_LIKELY:
-                break
-            tokens.append(found[0])
-            shares.append(found[1])
-            tail.append(found[0])
-        return tokens, shares
-
-    def _follows(self, tail: Sequence[int]) -> tuple[int, float] | None:
-        """What came next after the longest match, and its share; None where there is no match."""
-        found = None
-        for n in range(MIN_MATCH, min(MAX_MATCH, len(tail)) + 1):
-            longer = self._next[n].get(tuple(tail[-n:]))
-            if longer is None and n > MIN_MATCH:  # pairs alone may be missing where more is there
-                break
-            found = longer or found
-        return found
-
-
-@functools.lru_cache(maxsize=4)
-def _draft_text(tokens: tuple[int, ...]) -> DraftText:
-    return DraftText(tokens)
-
-
-def _most_common(counts: Counter[int]) -> tuple[int, float]:
-    """The token, the first of equal ones; and its share, where one more would have been another."""
-    token, times = counts.most_common(1)[0]
-    return token, times / (counts.total() + 1)
 
 
 class NgramDrafter:

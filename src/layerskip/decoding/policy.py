@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from layerskip.decoding.draft_costs import DraftCosts
@@ -24,9 +25,9 @@ class Plan:
     the mode is self-speculative. `adaptive`: drafts end where another token is not worth its cost,
     `draft_tokens` at most (in a batch all rows' at once), and none are made for a while where they do
     not pay. `draft_vocabulary`: the tokens that the early exit may draft, beside those of the prompt;
-    None = all. `draft_text`: tokens of a text that is searched for n-grams beside prompt and answer, or
-    None. `costs`: what was measured; None = costs are estimated from bytes. `trained`: whether the
-    exit is the one that the checkpoint names.
+    None = all. `draft_text`: tokens of a text that is searched for n-grams beside prompt and answer, the
+    file of its table, or None. `costs`: what was measured; None = costs are estimated from bytes.
+    `trained`: whether the exit is the one that the checkpoint names.
     """
 
     mode: Mode
@@ -35,7 +36,7 @@ class Plan:
     draft_from: DraftFrom = "early-exit"
     adaptive: bool = False
     draft_vocabulary: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
-    draft_text: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
+    draft_text: Path | tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
     costs: StepCosts | None = dataclasses.field(default=None, repr=False)
     trained: bool = dataclasses.field(default=False, repr=False, compare=False)
 
@@ -65,7 +66,7 @@ def choose(
     draft_from: str | None = None,
     adaptive: bool | None = None,
     draft_vocabulary: tuple[int, ...] | None = None,
-    draft_text: tuple[int, ...] | None = None,
+    draft_text: Path | tuple[int, ...] | None = None,
     *,
     settings: Settings,
     n_layers: int,
@@ -85,7 +86,8 @@ def choose(
         draft_from: of `DRAFT_SOURCES`.
         adaptive: whether drafts decide their own length; None = in auto.
         draft_vocabulary: ids; () = all tokens; None = in auto the checkpoint's, else all.
-        draft_text: ids; () = no text; None = in auto the checkpoint's, else none.
+        draft_text: ids, or a file (see `DraftText`); () = no text; None = in auto the checkpoint's, of
+            which its file comes first, else none.
         settings: of the checkpoint.
         n_layers: L.
 
@@ -119,7 +121,7 @@ def choose(
     if auto and draft_vocabulary is None and draft_from != "n-gram":
         draft_vocabulary = settings.draft_vocabulary
     if auto and draft_text is None and draft_from != "early-exit":
-        draft_text = settings.draft_text
+        draft_text = settings.draft_text_file or settings.draft_text
     return Plan(
         mode="self-speculative",
         exit_layer=None if draft_from == "n-gram" else exit_at,

@@ -47,9 +47,9 @@ def cpu_instructions() -> str:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether PyTorch's products in bfloat16 are faster than in float32.
+    """Whether PyTorch has products in bfloat16 that a machine of this kind is made for.
 
-    On a CPU without AVX-512 they take tens of times as long.
+    On a CPU without AVX-512 they take tens of times as long as those in float32.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):

@@ -54,6 +54,13 @@ def read_rows(
     return _hub_rows(source, split, config)
 
 
+def is_table(file: str) -> bool:
+    """Whether each row of such a file is one of its own, and not all of it a text."""
+    path = Path(file)
+    plain = path.with_suffix("") if path.suffix in COMPRESSED else path
+    return plain.suffix in _SUFFIXES and plain.suffix != ".txt"
+
+
 def _file_rows(path: Path, text_field: str) -> Iterator[Row]:
     plain = path.with_suffix("") if path.suffix in COMPRESSED else path
     if plain.suffix not in _SUFFIXES:
@@ -231,7 +238,8 @@ def _table(file: TextIO, name: str) -> Iterator[Row]:
         except csv.Error as error:
             line = reader.line_num
             raise ValueError(f"{name} cannot be read after line {line}: {error}") from None
-        where = f"{name}:{reader.line_num}"
+        breaks = sum(text.count("\n") for text in row.values() if isinstance(text, str))
+        where = f"{name}:{reader.line_num - breaks}"  # the line that the row begins in
         if None in row or None in row.values():
             columns = len(reader.fieldnames or ())
             raise ValueError(f"{where} does not have the {columns} columns of the first line")

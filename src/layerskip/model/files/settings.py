@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.model.files.json_files import CheckpointError, read_json
+from layerskip.model.files.writing import check_within
 
 FILE = "generation_config.json"
+DRAFT_TEXT_FILE = "draft_text.table"  # no *.safetensors, which other tools would take for weights
 KEY = "layerskip"
 EXIT = "exit_layer"  # under that key
 
@@ -108,7 +110,8 @@ class Settings:
     `exit_layer` is `assistant_early_exit`, or where that is not there ours; `draft_tokens` is
     `num_assistant_tokens`.
     `draft_vocabulary` are the tokens that an early exit drafts, the most useful first; None = all.
-    `draft_text` is searched for n-grams, beside prompt and answer.
+    `draft_text` is searched for n-grams, beside prompt and answer; `draft_text_file`, which lies beside
+    the weights, holds the table of a longer one and takes its place.
     `costs` were measured, one for each kind of weights and machine that the model was tuned with.
     """
 
@@ -117,6 +120,7 @@ class Settings:
     draft_tokens: int | None = None
     draft_vocabulary: tuple[int, ...] | None = None
     draft_text: tuple[int, ...] | None = None
+    draft_text_file: Path | None = None
     costs: tuple[StepCosts, ...] = ()
 
     def measured_for(self, *kind: str, threads: int = 0) -> "Settings":
@@ -158,8 +162,17 @@ def read_settings(path: Path, config: dict[str, Any], vocab_size: int) -> Settin
         draft_tokens=_positive_int(fields, "num_assistant_tokens", file),
         draft_vocabulary=vocabulary,
         draft_text=_token_ids(own, "draft_text", vocab_size, file),
+        draft_text_file=_draft_text_file(path),
         costs=costs_of(own, file),
     )
+
+
+def _draft_text_file(path: Path) -> Path | None:
+    file = path / DRAFT_TEXT_FILE
+    if not file.is_file():
+        return None
+    check_within(file, is_read=True)
+    return file
 
 
 def exit_layer_of(fields: dict[str, Any], file: Path) -> int | None:
