@@ -258,6 +258,40 @@ def test_one_that_follows_for_sure_does_not_end_a_draft_that_would_go_on():
     assert proven().follow([0.99] * 3) == 3
 
 
+def test_a_text_stands_between_an_exits_tokens_where_it_is_about_as_sure():
+    """The exit is thought right in 87 of 100 places, and each of its tokens costs 0.2 of a step."""
+    length = proven()
+    assert length.instead([0.95, 0.9, 0.3, 0.99]) == 2
+    assert length.drafted == 3
+    assert proven().instead([0.5]) == 0
+    assert proven(most=2).instead([0.99] * 5) == 1  # one token is drafted already
+    dear = DraftLength(DraftCosts(layers=0.0, head=0.0, passes=(1.0, 9.0)))
+    dear._proven = True
+    assert dear.begins()
+    assert dear.instead([0.99]) == 0  # its row costs more than it brings
+
+
+def test_what_stands_between_is_no_experience_of_the_exit():
+    length = proven()
+    judged = sum(length._judged)
+    assert length.instead([0.99, 0.99]) == 2
+    length.learn(3)
+    assert sum(length._judged) == judged + 1
+
+
+def test_n_grams_between_are_judged_where_what_stands_before_them_was_right():
+    ngrams, sure = NgramLength(ROWS, Pace()), by_share([0.99])
+    for accepted, is_judged in ((0, False), (3, True), (1, True)):
+        assert ngrams.instead(sure * 2, proven()) == 2
+        before = list(ngrams._judged)
+        ngrams.learn_behind(accepted)
+        assert (ngrams._judged != before) == is_judged
+    right = ngrams.expected(sure)
+    for _ in range(2):  # told once, they are not judged again
+        ngrams.learn_behind(1)
+    assert ngrams.expected(sure) == right
+
+
 def test_a_draft_ends_where_one_more_would_not_pay_if_it_were_right_as_often_as_others():
     """Of drafts half are right: 0.48 of a token for 0.5 of a step is not scored, for 0.3 it is."""
 
@@ -279,7 +313,7 @@ def test_what_followed_is_paid_for_and_learned():
         drafted(length, [0.95])
         followed.append(ngrams.follow(by_match(7, 8), length))
         length.learn(1)  # the draft was right, what followed was not
-        ngrams.learn_followed(0)
+        ngrams.learn_behind(1)
         rates.append(pace.rate)
     assert followed[:2] == [0, 8]
     assert followed[-1] == 0

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gc
+import random
 import weakref
 from collections import Counter
 
@@ -28,6 +29,7 @@ from layerskip.decoding import ngram as ngrams
 from layerskip.decoding.draft_costs import DraftCosts
 from layerskip.decoding.draft_length import DraftLength, NgramLength, by_match
 from layerskip.decoding.draft_text import MAX_MATCH, MIN_MATCH, DraftText
+from layerskip.decoding.drafters import EarlyExitDrafter
 from layerskip.decoding.ngram import NgramDrafter, NgramIndex
 from layerskip.decoding.pace import Pace
 from layerskip.model import StepCosts
@@ -186,6 +188,43 @@ def test_ngrams_follow_a_draft_and_the_answer_stays(exit_layer, upper, monkeypat
             assert not (step.from_exit and step.source == "n-gram")
         found += followed(made)
     assert found
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+@pytest.mark.parametrize(("exit_layer", "upper"), [(1, 0.02), (LAYERS - 1, 0.02), (1, 0.3)])
+def test_a_text_stands_between_an_exits_tokens_and_the_answer_stays(
+    exit_layer, upper, is_right, monkeypatch
+):
+    """However many tokens it has at a place, and whether they are right."""
+    chance, begun = random.Random(0), []
+    plain = EarlyExitDrafter._chosen
+
+    def some(length, chances):
+        n = min(chance.randrange(4), len(chances), length._most - length.drafted)
+        length._confidences += [None] * n
+        length._between += n
+        return n
+
+    def counted(drafter, *args):
+        begun.append(drafter.length.drafted)
+        return plain(drafter, *args)
+
+    monkeypatch.setattr(DraftLength, "proven", True)
+    monkeypatch.setattr(DraftLength, "instead", some)
+    monkeypatch.setattr(EarlyExitDrafter, "_chosen", counted)
+    decoder = tiny_decoder("llama3.1", upper=upper)
+    between = 0
+    for seed in range(3):
+        prompt = random_prompt(decoder, 8, seed) * 2
+        answer = ids(decoder, prompt, PLAIN, n=40)
+        text = tuple(answer if is_right else [*answer[::2]] * 3)
+        plan = dataclasses.replace(following(exit_layer), draft_text=text)
+        made = steps(decoder, prompt, plan, n=40)
+        assert [t for step in made for t in step.tokens] == answer
+        assert all(0 <= step.from_exit <= step.drafted for step in made)
+        between += sum(step.drafted > step.from_exit > 0 for step in made)
+    assert between
+    assert max(begun) > 1  # an exit went on behind a text
 
 
 def test_a_cut_step_has_what_is_left_of_the_tokens_that_followed():

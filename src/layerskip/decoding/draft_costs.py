@@ -121,9 +121,14 @@ class DraftCosts:
         """Answers of `token`, which is asked for several times a drafted token."""
         return {}
 
-    def round(self, drafted: int, scored: int) -> float:
-        """A round whose early exit scored some tokens and kept `drafted` of them."""
-        drafting = self.layers * (drafted + 1) + self.head * scored
+    def round(self, drafted: int, scored: int, between: int = 0) -> float:
+        """A round whose early exit scored some tokens and kept `drafted`, with those of a text between.
+
+        The first layers go over those together with the token before them.
+        """
+        drafting = (
+            self.layers * (drafted + 1 - between + self.rows(1, between)) + self.head * scored
+        )
         return drafting + (1 - self.layers) * self.over(drafted + 1) + self.overhead
 
     def batch_draft_tokens(self, rows: int, most: int, acceptance: float) -> int:

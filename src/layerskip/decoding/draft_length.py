@@ -55,8 +55,10 @@ class DraftLength:
         self._begin()
 
     def _begin(self) -> None:
-        self._confidences: list[float] = []
-        self._scored = self._followed = 0
+        self._confidences: list[
+            float | None
+        ] = []  # None of what a text has between the exit's tokens
+        self._scored = self._between = self._followed = 0
         self._survival = 1.0
         self._refused: float | None = None
 
@@ -114,6 +116,34 @@ class DraftLength:
     def _goes_on(self, survival: float) -> bool:
         return self._proven or (self._trained and survival >= _SURE)
 
+    def instead(self, chances: Sequence[float]) -> int:
+        """How many tokens of a text stand in place of the exit's next ones: those are dearer.
+
+        The exit is thought to be right as often as it was. A wrong token takes all behind it along.
+
+        Args:
+            chances: of each to be accepted if all before it are.
+        """
+        if not self._proven:
+            return 0
+        rate, exits = self._pace.rate, self._right / self._seen
+        saved, taken = rate * (self.costs.layers + self.costs.head), 0
+        for chance in chances:
+            survival = self._survival * chance
+            room = min(self._most - self.drafted, _AHEAD)
+            at_stake = (1.0 - exits**room) / (
+                1.0 - exits
+            )  # this token, and those that may follow it
+            if (self._survival * exits - survival) * at_stake > saved:
+                break
+            if survival < rate * self.costs.rows(self.drafted + 1, 1) or self.drafted >= self._most:
+                break
+            self._survival = survival
+            self._confidences.append(None)
+            taken += 1
+        self._between += taken
+        return taken
+
     def follow(self, chances: Sequence[float]) -> int:
         """How many further tokens stand behind this draft, in place of drafting on; 0 = draft on.
 
@@ -157,15 +187,17 @@ class DraftLength:
         """
         if self._refused is not None and refused_was_right is not None:
             self._judge(self._refused, refused_was_right)
-        if not self._scored:
+        if not (self._scored or self._between):
             self._pace.learn(1, 1.0)
             return
         judged = self._confidences[: accepted + 1]  # what comes after a miss was never judged
         for i, confidence in enumerate(judged):
+            if confidence is None:
+                continue
             self._judge(confidence, i < accepted)
             self._right += i < accepted
             self._seen += 1
-        time = self.costs.round(self.drafted, self._scored)
+        time = self.costs.round(self.drafted, self._scored, self._between)
         time += self.costs.rows(self.drafted + 1, self._followed)
         for account in (self._pace, self._rests, self._drafting):
             account.learn(accepted + 1, time)
@@ -235,8 +267,9 @@ class NgramLength:
         self._judged = [_NGRAM_PRIOR] * len(beliefs)
         self._rests = Rests()
         self._evidence: Sequence[int] = ()
-        self._drafted = self._followed = 0
-        self._of_followed: Sequence[int] = ()
+        self._drafted = 0
+        # Where in an early exit's draft tokens stand that were proposed here, and what speaks for them.
+        self._behind: list[tuple[int, Sequence[int]]] = []
 
     def expected(self, evidence: Sequence[int]) -> float:
         """How many of the tokens are right, on average."""
@@ -249,7 +282,7 @@ class NgramLength:
             evidence: for each token proposed.
             rival: what another way of this round brings beyond its time's worth, in tokens.
         """
-        self._evidence, self._drafted, self._followed = evidence, 0, 0
+        self._evidence, self._drafted, self._behind = evidence, 0, []
         if not evidence:
             return 0
         rate, survival, tokens = self._pace.rate, 1.0, 1.0
@@ -279,14 +312,25 @@ class NgramLength:
 
     def follow(self, evidence: Sequence[int], draft: DraftLength) -> int:
         """How many tokens stand behind an early exit's draft, whose last ones match; 0 = none."""
-        self._of_followed = evidence
-        self._followed = draft.follow(self._chances(evidence))
-        return self._followed
+        n = draft.follow(self._chances(evidence))
+        self._behind.append((draft.drafted, evidence[:n]))
+        return n
 
-    def learn_followed(self, accepted: int) -> None:
-        """Take note of how many of them were accepted; below 0 the draft before them was not."""
-        if accepted >= 0:
-            self._judge(self._of_followed[: self._followed], accepted)
+    def instead(self, evidence: Sequence[int], draft: DraftLength) -> int:
+        """How many tokens stand between an early exit's tokens; 0 = none."""
+        begin, n = draft.drafted, draft.instead(self._chances(evidence))
+        self._behind.append((begin, evidence[:n]))
+        return n
+
+    def learn_behind(self, accepted: int) -> None:
+        """Take note of how much of an early exit's draft was accepted, with what stands behind it."""
+        for begin, evidence in self._behind:
+            is_judged = (
+                not begin and len(self._evidence) > 0
+            )  # as what was proposed for the first place
+            if accepted >= begin and not is_judged:
+                self._judge(evidence, accepted - begin)
+        self._behind = []
 
     def _judge(self, evidence: Sequence[int], accepted: int) -> None:
         # What comes after a miss was never judged.

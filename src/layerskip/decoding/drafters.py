@@ -74,7 +74,9 @@ class Drafter(Protocol):
         ...
 
 
-Follow = Callable[[list[int], int], list[int]]
+# Drafted tokens, and how many more there may be -> what a text has for these places, and whether the
+# draft ends with it; [] where the exit should go on.
+Follow = Callable[[list[int], int], tuple[list[int], bool]]
 
 
 class EarlyExitDrafter:
@@ -123,17 +125,17 @@ class EarlyExitDrafter:
     ) -> Draft | None:
         """See `Drafter`; the first E layers see the last drafted token too.
 
-        `follow` is given the drafted tokens and how many more there may be, and tells what shall stand
-        behind them. It ends the draft, and goes through the first E layers together with the last
-        drafted token. None = nothing ever does, as behind a draft that does not choose its length.
+        `follow` tells what a text has for the places behind the tokens so far: it goes through the first
+        E layers at once, together with the token before it. None = there is no text, as for a draft that
+        does not choose its length.
         """
         length, self._refused = self.length, []
         if (length is not None and not length.begins(n)) or not n:
             return None
-        ids, behind = list[int](), list[int]()
+        ids, text, from_text, is_over = list[int](), list[int](), 0, False
 
         def goes_on(token: int, confidence: float) -> bool:
-            nonlocal behind
+            nonlocal text, is_over
             assert length is not None
             if not length.keeps(confidence):
                 self._refused.append(token)
@@ -142,31 +144,52 @@ class EarlyExitDrafter:
             if token in self.end_tokens:
                 return False
             if follow is not None and len(ids) < n:
-                behind = follow(ids, n - len(ids))
-            return not behind and not length.ends
+                text, is_over = follow(ids, n - len(ids))
+            return not text and not length.ends
 
         asked = None if length is None else goes_on
         settled = cache.lengths.clone()
-        states, tokens, drawn = self._chosen(last, n, cache, history, generator, asked)
-        if self._refused:
-            tokens, drawn = tokens[:, :-1], drawn[:-1]
-        else:
-            newest = tokens[:, -1:]
-            if behind:
-                more = last.new_tensor([behind] * len(last))
-                newest, tokens = torch.cat([newest, more], 1), torch.cat([tokens, more], 1)
-            hidden = self.decoder.run(self.decoder.embed(newest), 0, self.exit_layer, cache)
-            states = torch.cat([states, hidden], dim=1)
+        states, tokens, drawn = list[Tensor](), [last[:, :0]], list[tuple[Distributions, Tensor]]()
+        newest = last  # what the first layers have not seen: a token, and what a text has behind it
+        if follow is not None:
+            text, is_over = follow(ids, n)
+        while True:
+            if text:
+                tokens.append(last.new_tensor([text] * len(last)))
+                newest = torch.cat([newest, tokens[-1]], dim=1)
+                ids, text, from_text = [*ids, *text], [], from_text + len(text)
+                assert length is not None
+                is_over = is_over or len(ids) == n or ids[-1] in self.end_tokens or length.ends
+            if is_over:
+                break
+            if newest.shape[1] > 1:
+                states.append(self._run(newest[:, :-1], cache))
+                cache.lengths += newest.shape[1] - 1
+            found, chosen, q = self._chosen(
+                newest[:, -1:], n - len(ids), cache, history, generator, asked
+            )
+            states.append(found)
+            tokens.append(chosen[:, :-1] if self._refused else chosen)
+            drawn += q[:-1] if self._refused else q
+            newest = chosen[:, -1:]
+            if not text:
+                break
+        if not self._refused:
+            states.append(self._run(newest, cache))
         cache.lengths.copy_(settled)
+        drafted = torch.cat(tokens, dim=1)
         return Draft(
-            tokens=tokens,
-            drawn_from=self._drawn_from(tokens, drawn) if drawn else None,
-            states=states,
+            tokens=drafted,
+            drawn_from=self._drawn_from(drafted, drawn) if drawn else None,
+            states=torch.cat(states, dim=1),
             start=self.exit_layer,
             source=self.source,
-            from_exit=tokens.shape[1] - len(behind),
+            from_exit=drafted.shape[1] - from_text,
             refused=len(self._refused),
         )
+
+    def _run(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        return self.decoder.run(self.decoder.embed(tokens), 0, self.exit_layer, cache)
 
     def _chosen(
         self,

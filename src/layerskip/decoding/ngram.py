@@ -118,9 +118,8 @@ class NgramDrafter:
             self.length.judge(right, len(tokens))
         if not self._drafted and self.otherwise is not None:
             self.otherwise.settle(tokens, accepted)
-            draft = self.otherwise.length
-            if self.length is not None and draft is not None:
-                self.length.learn_followed(accepted - draft.drafted)
+            if self.length is not None and self.otherwise.length is not None:
+                self.length.learn_behind(accepted)
         elif self.length is not None:
             self.length.learn(accepted)
 
@@ -155,41 +154,55 @@ class NgramDrafter:
     def _proposal(self, n: int) -> list[int]:
         rival: DraftLength | None = self.otherwise.length if self.otherwise else None
         # Where an early exit drafts, the draft text stands behind its tokens, not in their place.
-        tokens, evidence = self._propose(n, text=rival is None or rival.rests)
+        tokens, evidence = self._best(self._found(n, text=rival is None or rival.rests))
         if self.length is None:
             return tokens
         self._proposed = tokens
         gain = rival.gain if rival and tokens else 0.0
         return tokens[: self.length.choose(evidence, gain)]
 
-    def _follow(self, drafted: list[int], room: int) -> list[int]:
-        """What stands behind an early exit's draft, where that promises more than drafting on."""
+    def _follow(self, drafted: list[int], room: int) -> tuple[list[int], bool]:
+        """What stands between an early exit's tokens, or behind them all; see `Follow`."""
         assert self.length is not None
         assert self.otherwise is not None
         draft = self.otherwise.length
         assert draft is not None
         if not draft.proven:
-            return []
-        tokens, evidence = self._propose(room, drafted)
-        return tokens[: self.length.follow(evidence, draft)]
+            return [], False
+        found = self._found(room, drafted)
+        # Of a sampled draft the exit's tokens come first, since only they were drawn from something.
+        if self.sampling.greedy:
+            tokens, evidence = self._best(found, 1)
+            if n := self.length.instead(evidence, draft):
+                return tokens[:n], False
+        tokens, evidence = self._best(found)
+        n = self.length.follow(evidence, draft) if drafted else 0
+        return tokens[:n], n > 0
 
-    def _propose(
+    def _found(
         self, n: int, drafted: Sequence[int] = (), *, text: bool = True
-    ) -> tuple[list[int], list[int]]:
-        """Tokens, as far as one that ends the answer, and what speaks for each: of prompt and answer, or
-        of the draft text where that promises more."""
+    ) -> list[tuple[list[int], list[int]]]:
+        """Tokens, and what speaks for each, of prompt and answer, and of the draft text.
+
+        They go as far as one that ends the answer.
+        """
         match, tokens = self.index.propose(n, drafted)
         tokens = self._to_the_end(tokens)
-        evidence = by_match(match, len(tokens))
-        if self.text is None or not text:
-            return tokens, evidence
-        others, shares = self.text.propose([*self.index.tokens[-MAX_MATCH:], *drafted], n)
-        others = self._to_the_end(others)
-        of_others = by_share(shares[: len(others)])
-        better = self.length is not None and (
-            self.length.expected(of_others) > self.length.expected(evidence)
-        )
-        return (others, of_others) if better or not tokens else (tokens, evidence)
+        found = [(tokens, by_match(match, len(tokens)))]
+        if self.text is not None and text:
+            tokens, shares = self.text.propose([*self.index.tokens[-MAX_MATCH:], *drafted], n)
+            tokens = self._to_the_end(tokens)
+            found.append((tokens, by_share(shares[: len(tokens)])))
+        return found
+
+    def _best(
+        self, found: Sequence[tuple[list[int], list[int]]], n: int | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Those of which more are right, of the first n; without a length those of prompt and answer."""
+        length = self.length
+        if length is None:
+            return next((one for one in found if one[0]), found[0])
+        return max(found, key=lambda one: length.expected(one[1][:n]))
 
     def _to_the_end(self, tokens: list[int]) -> list[int]:
         ends = (i for i, token in enumerate(tokens, 1) if token in self.end_tokens)
