@@ -5,8 +5,9 @@
         --table commands.table --weights 16bit,int8 --output benchmarks/results/draft-texts.json
 
 Each prompt is answered in every way, one after the other, so that a machine whose speed goes up and
-down does so to all. Speeds are tokens after the first over their time, totals of all prompts. Without the
-table `auto` has the checkpoint's own draft text, if there is one; n-grams alone have prompt and answer.
+down does so to all. Speeds are tokens after the first over their time, totals of all prompts. `auto`
+without the table has the checkpoint's own draft text, if there is one, and n-grams once with it and once
+with prompt and answer alone.
 """
 
 import argparse
@@ -42,6 +43,7 @@ def main() -> None:
         "auto": {},
         "auto, table": {"draft_text": options.table},
         "n-grams": {**NGRAMS, "draft_text": ()},
+        "n-grams, own text": NGRAMS,
         "n-grams, table": {**NGRAMS, "draft_text": options.table},
     }
     lines = []
