@@ -51,7 +51,7 @@ def command(
     """Make a table of what comes next in a text, for drafts that cost no layer.
 
     PATH is the file that --draft-text takes, NAME.table, or a checkpoint's folder, whose table mode auto
-    then uses. A million tokens become some 30 MB, all of it read when it is first used.
+    then uses. A million tokens become 4 to 23 MB, read when they are first used.
 
     \b
     Examples:

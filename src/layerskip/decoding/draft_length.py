@@ -131,9 +131,7 @@ class DraftLength:
         for chance in chances:
             survival = self._survival * chance
             room = min(self._most - self.drafted, _AHEAD)
-            at_stake = (1.0 - exits**room) / (
-                1.0 - exits
-            )  # this token, and those that may follow it
+            at_stake = (1.0 - exits**room) / (1.0 - exits)  # this token, and those that may follow
             if (self._survival * exits - survival) * at_stake > saved:
                 break
             if survival < rate * self.costs.rows(self.drafted + 1, 1) or self.drafted >= self._most:
