@@ -55,9 +55,8 @@ class DraftLength:
         self._begin()
 
     def _begin(self) -> None:
-        self._confidences: list[
-            float | None
-        ] = []  # None of what a text has between the exit's tokens
+        # Of the tokens kept; None of those that a text has between the exit's.
+        self._confidences: list[float | None] = []
         self._scored = self._between = self._followed = 0
         self._survival = 1.0
         self._refused: float | None = None
@@ -323,10 +322,8 @@ class NgramLength:
     def learn_behind(self, accepted: int) -> None:
         """Take note of how much of an early exit's draft was accepted, with what stands behind it."""
         for begin, evidence in self._behind:
-            is_judged = (
-                not begin and len(self._evidence) > 0
-            )  # as what was proposed for the first place
-            if accepted >= begin and not is_judged:
+            # What was proposed for the first place is judged by whether it came next.
+            if accepted >= begin and (begin or not self._evidence):
                 self._judge(evidence, accepted - begin)
         self._behind = []
 

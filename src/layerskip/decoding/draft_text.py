@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from layerskip.model.files.writing import replace
 
-MAX_MATCH, MIN_MATCH = 5, 2
+MAX_MATCH, MIN_MATCH = 5, 2  # tokens of a run
 _LEAST_LIKELY = 0.1
 _LEAST_OF_TWO = 0.7  # share of what came next: two tokens that stood so once are no match in prose
 _FACTOR = 0x9E3779B97F4A7C15  # of the number of a run: odd, and its bits in no order
@@ -69,13 +69,12 @@ class DraftText:
         text = np.asarray(tokens, dtype=np.int32)
         single = text.astype(np.uint64) + np.uint64(1)
         runs, parts = single, []
-        for n in range(2, MAX_MATCH + 1):
+        for n in range(MIN_MATCH, MAX_MATCH + 1):
             if len(text) <= n:
                 break
             runs = runs[1:] * np.uint64(_FACTOR) + single[: len(text) - n + 1]
-            if n >= MIN_MATCH:
-                least = _LEAST_OF_TWO if n == MIN_MATCH else _LEAST_LIKELY
-                parts.append(_most_common(runs[:-1], text[n:], least))
+            least = _LEAST_OF_TWO if n == MIN_MATCH else _LEAST_LIKELY
+            parts.append(_most_common(runs[:-1], text[n:], least))
         if not parts:
             return cls(np.empty(0, np.uint64), np.empty(0, np.int32), np.empty(0, np.float32))
         found, after, shares = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -144,11 +143,11 @@ class DraftText:
         try:
             with safe_open(path, "np") as file:
                 about = file.metadata() or {}
-                columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                if about.get("kind") != _KIND or {*file.keys()} != _COLUMNS.keys():
+                    raise ValueError(f"{path} is no draft text: make one with `layerskip index`")
+                columns = {name: file.get_tensor(name) for name in _COLUMNS}
         except (OSError, SafetensorError) as error:
             raise ValueError(f"the draft text {path} cannot be read: {error}") from None
-        if about.get("kind") != _KIND or columns.keys() != _COLUMNS.keys():
-            raise ValueError(f"{path} is no draft text: make one with `layerskip index`")
         if about.get("vocab_size") != str(vocab_size):
             raise ValueError(
                 f"the draft text {path} is of a vocabulary of {about.get('vocab_size')} tokens, but this"
