@@ -575,6 +575,20 @@ def test_what_does_not_fit_is_said_before_the_rows_are_read(settings, monkeypatc
         run(settings, eval_data="held_out.jsonl")
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="Linux tells what is open")
+def test_rows_that_are_never_wanted_leave_no_file_open(settings, monkeypatch):
+    def refuse(*_):
+        raise ValueError("this model's layers do not work so")
+
+    monkeypatch.setattr("layerskip.training.run.attach", refuse)
+    with pytest.raises(ValueError, match="layers do not work so") as caught:
+        run(settings)
+    fds = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    opened = {os.path.realpath(fd) for fd in fds}
+    assert os.path.realpath(settings["data"]) not in opened
+    assert caught.value.__traceback__  # whose frames hold on to the rows
+
+
 def test_rows_to_evaluate_on_are_looked_at_first(settings, tmp_path):
     """They are the fewer: what is wrong with them is said before the others take long."""
     for name in ("train", "held_out"):

@@ -99,4 +99,5 @@ def _rows(file: str) -> Iterator[Row]:
         yield from read_rows(file)
         return
     with open_text(Path(file)) as opened:
-        yield file, {Encoding.text_field: opened.read()}
+        text = opened.read()
+    yield file, {Encoding.text_field: text}

@@ -14,7 +14,7 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,10 +48,15 @@ def read_rows(
     found = local_files(source)
     source = _expanded(source)
     if found:
-        return itertools.chain.from_iterable([_file_rows(Path(f), text_field) for f in found])
+        return _one_after_another([_file_rows(Path(f), text_field) for f in found])
     if Path(source).suffix in (*_SUFFIXES, *COMPRESSED):
         raise ValueError(f"the data file {source} does not exist")
     return _hub_rows(source, split, config)
+
+
+def _one_after_another(parts: Sequence[Iterator[Row]]) -> Iterator[Row]:
+    for part in parts:
+        yield from part
 
 
 def is_table(file: str) -> bool:

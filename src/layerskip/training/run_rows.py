@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import os
 import random
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 from layerskip.training.config import TrainConfig
 from layerskip.training.data import Encoding, encode_rows, pack_rows
@@ -25,13 +27,22 @@ def encoding_of(config: TrainConfig, tokenizer: Any) -> Encoding:
     )
 
 
-def first_checked(rows: Iterator[Row], encoding: Encoding, source: str) -> Iterator[Row]:
-    """The same rows; raises ValueError where there is none or the first is bad, before any long work."""
-    first = next(rows, None)
-    if first is None:
-        raise ValueError(f"{source} has no rows")
-    encoding(*first)
-    return itertools.chain([first], rows)
+def first_checked(
+    read: Callable[[], Iterator[Row]], encoding: Encoding, source: str
+) -> Iterator[Row]:
+    """The rows; raises ValueError where there is none or the first is bad, before any long work.
+
+    A file is opened again when its rows are wanted, so that none stays open if they never are.
+    """
+    files, rows = local_files(source), read()
+    is_read_again = bool(files) and all(map(os.path.isfile, files))  # which a pipe cannot be
+    closed: Any = contextlib.closing(cast(Any, rows)) if is_read_again else contextlib.nullcontext()
+    with closed:
+        first = next(rows, None)
+        if first is None:
+            raise ValueError(f"{source} has no rows")
+        encoding(*first)
+    return read() if is_read_again else itertools.chain([first], rows)
 
 
 def find_rows(
@@ -49,8 +60,10 @@ def find_rows(
     ):
         if is_given and source is not None and local_files(source):
             raise ValueError(f"{name} is for data sets of the hub; {source} is a file")
-    rows = read_rows(config.data, config.split, config.data_config, config.text_field)
-    rows = first_checked(rows, encoding, config.data)
+    read = functools.partial(
+        read_rows, config.data, config.split, config.data_config, config.text_field
+    )
+    rows = first_checked(read, encoding, config.data)
     if config.eval_data is None:
         return rows, None
     trained_on = {os.path.realpath(file) for file in local_files(config.data)}
@@ -59,8 +72,8 @@ def find_rows(
             raise ValueError(f"{file} of eval_data is trained on; give other rows, or eval_rows")
     split = config.eval_split or config.split
     part = config.data_config if config.eval_data == config.data else None
-    held_back = read_rows(config.eval_data, split, part, config.text_field)
-    return rows, first_checked(held_back, encoding, config.eval_data)
+    read = functools.partial(read_rows, config.eval_data, split, part, config.text_field)
+    return rows, first_checked(read, encoding, config.eval_data)
 
 
 def load_rows(
