@@ -27,7 +27,7 @@ def arithmetic(config: TrainConfig) -> torch.dtype:
         return _DTYPES[config.precision]
     if uses_gpu(config):
         is_fast = has_fast_bfloat16(torch.device("cuda"))
-    else:  # with AVX-512 it depends on the processor: some take half the time for it, some twice
+    else:  # with AVX-512 it depends on the processor
         is_fast = has_fast_bfloat16(torch.device("cpu")) and (
             _product_s(torch.bfloat16) < _product_s(torch.float32)
         )

@@ -61,13 +61,16 @@ def _one_after_another(parts: Sequence[Iterator[Row]]) -> Iterator[Row]:
 
 def is_table(file: str) -> bool:
     """Whether each row of such a file is one of its own, and not all of it a text."""
-    path = Path(file)
-    plain = path.with_suffix("") if path.suffix in COMPRESSED else path
-    return plain.suffix in _SUFFIXES and plain.suffix != ".txt"
+    suffix = _uncompressed(Path(file)).suffix
+    return suffix in _SUFFIXES and suffix != ".txt"
+
+
+def _uncompressed(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix in COMPRESSED else path
 
 
 def _file_rows(path: Path, text_field: str) -> Iterator[Row]:
-    plain = path.with_suffix("") if path.suffix in COMPRESSED else path
+    plain = _uncompressed(path)
     if plain.suffix not in _SUFFIXES:
         raise ValueError(f"{path} is of no known kind; known are {', '.join(_SUFFIXES)}")
     return _parquet(path) if plain.suffix == ".parquet" else _text_rows(path, plain, text_field)
