@@ -190,13 +190,10 @@ def test_ngrams_follow_a_draft_and_the_answer_stays(exit_layer, upper, monkeypat
     assert found
 
 
-@pytest.mark.parametrize("is_right", [True, False])
-@pytest.mark.parametrize(("exit_layer", "upper"), [(1, 0.02), (LAYERS - 1, 0.02), (1, 0.3)])
-def test_a_text_stands_between_an_exits_tokens_and_the_answer_stays(
-    exit_layer, upper, is_right, monkeypatch
-):
-    """However many tokens it has at a place, and whether they are right."""
-    chance, begun = random.Random(0), []
+@pytest.fixture
+def behind_texts(monkeypatch):
+    """A text stands between an exit's tokens where chance puts it; after how many the exit went on."""
+    chance, begun = random.Random(0), list[int]()
     plain = EarlyExitDrafter._chosen
 
     def some(length, chances):
@@ -212,6 +209,15 @@ def test_a_text_stands_between_an_exits_tokens_and_the_answer_stays(
     monkeypatch.setattr(DraftLength, "proven", True)
     monkeypatch.setattr(DraftLength, "instead", some)
     monkeypatch.setattr(EarlyExitDrafter, "_chosen", counted)
+    return begun
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+@pytest.mark.parametrize(("exit_layer", "upper"), [(1, 0.02), (LAYERS - 1, 0.02), (1, 0.3)])
+def test_a_text_stands_between_an_exits_tokens_and_the_answer_stays(
+    exit_layer, upper, is_right, behind_texts
+):
+    """However many tokens it has at a place, and whether they are right."""
     decoder = tiny_decoder("llama3.1", upper=upper)
     between = 0
     for seed in range(3):
@@ -224,7 +230,21 @@ def test_a_text_stands_between_an_exits_tokens_and_the_answer_stays(
         assert all(0 <= step.from_exit <= step.drafted for step in made)
         between += sum(step.drafted > step.from_exit > 0 for step in made)
     assert between
-    assert max(begun) > 1  # an exit went on behind a text
+    assert max(behind_texts) > 1  # an exit went on behind a text
+
+
+def test_an_exit_that_goes_on_behind_a_text_is_penalized_for_its_tokens(behind_texts):
+    """Else an exit that is the whole model would be wrong behind some."""
+    decoder, penalized = tiny_decoder("llama3.1", upper=0.0), Sampling(repetition_penalty=1.5)
+    for seed in range(6):
+        prompt = random_prompt(decoder, 4, seed)
+        answer = ids(decoder, prompt, PLAIN, n=40, sampling=penalized)
+        plan = dataclasses.replace(following(1), draft_text=tuple(answer))
+        made = steps(decoder, prompt, plan, n=40, sampling=penalized)
+        assert [t for step in made for t in step.tokens] == answer
+        assert any(step.drafted > step.from_exit > 0 for step in made)
+        assert all(step.accepted == step.drafted for step in made)
+    assert max(behind_texts) > 1
 
 
 def test_a_cut_step_has_what_is_left_of_the_tokens_that_followed():

@@ -531,6 +531,39 @@ def test_a_draft_is_passes_and_choices(cap, kind, tmp_path):
         cache.lengths -= 3
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_a_draft_begins_after_several_tokens(cap, kind, rows, tmp_path):
+    """They go through the layers as ever, and the exit is asked behind the last of them alone."""
+    decoder = compiled(saved("gemma2-uncapped", tmp_path, final_logit_softcapping=cap), kind)
+    unseen, found = torch.tensor([[7, 8, 9], [30, 31, 32]])[:rows], []
+    for ahead in (0, 2):
+        for generator in (None, torch.Generator().manual_seed(1)):
+            cache, told = decoder.new_cache(9, rows), list[tuple[int, float]]()
+            draws = None if generator is None else Draws(0.7, generator)
+            before = decoder.run(decoder.embed(unseen[:, :ahead]), 0, 2, cache)
+            cache.lengths += ahead
+
+            def goes_on(token, probability, told=told):
+                told.append((token, probability))
+                return len(told) < 3
+
+            states, tokens = decoder.draft(
+                *(unseen[:, ahead:], 4 if rows == 1 else 3, 2, cache),
+                draws=draws,
+                goes_on=goes_on if rows == 1 else None,
+            )
+            assert cache.lengths.tolist() == [5] * rows
+            assert tokens.shape == (rows, 3)
+            found.append((torch.cat([before, states], dim=1), tokens, told))
+    for one, other in zip(found[:2], found[2:], strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+        assert one[2] == other[2]
+    assert decoder.draft(unseen, 0, 2, cache)[1].shape == (rows, 0)
+
+
 @pytest.mark.parametrize("compiled_or_not", [True, False])
 def test_a_draft_goes_on_as_long_as_it_is_told_to(compiled_or_not, tmp_path):
     decoder = load(saved("llama2", tmp_path), dtype=torch.float32, compiled=compiled_or_not).decoder

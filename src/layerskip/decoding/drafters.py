@@ -162,11 +162,9 @@ class EarlyExitDrafter:
                 is_over = is_over or len(ids) == n or ids[-1] in self.end_tokens or length.ends
             if is_over:
                 break
-            if newest.shape[1] > 1:
-                states.append(self._run(newest[:, :-1], cache))
-                cache.lengths += newest.shape[1] - 1
+            before = torch.cat(tokens, dim=1)
             found, chosen, q = self._chosen(
-                newest[:, -1:], n - len(ids), cache, history, generator, asked
+                newest, before, n - len(ids), cache, history, generator, asked
             )
             states.append(found)
             tokens.append(chosen[:, :-1] if self._refused else chosen)
@@ -193,42 +191,53 @@ class EarlyExitDrafter:
 
     def _chosen(
         self,
-        last: Tensor,
+        newest: Tensor,
+        before: Tensor,
         n: int,
         cache: KVCache,
         history: TokenHistory | None,
         generator: torch.Generator | None,
         goes_on: GoesOn | None,
     ) -> tuple[Tensor, Tensor, list[tuple[Distributions, Tensor]]]:
-        """Up to n times the first E layers over the newest token, and what the exit makes of it.
+        """Up to n times the first E layers over the newest tokens, and what the exit makes of the last.
+
+        Args:
+            newest: [B, T], what those layers have not seen.
+            before: [B, k], the draft so far.
+            n: see `Drafter`, as the next three.
+            cache: its lengths are moved on.
+            history: without the draft.
+            generator: of what is drawn.
+            goes_on: see `Decoder.draft`.
 
         Returns:
-            The states [B, m, D], the tokens [B, m], and what each was drawn from and which of the exit's
-            tokens it is [B, 1] (none if greedy).
+            The states [B, T - 1 + m, D], the tokens [B, m], and what each was drawn from and which of
+            the exit's tokens it is [B, 1] (none if greedy).
         """
         decoder, head, sampling = self.decoder, self.head, self.sampling
         short = None if head is None else head.short
         draws = sampling.draws(generator)
         if history is None and (sampling.greedy or draws is not None):
             ids = None if head is None else head.token_ids
-            found = decoder.draft(last, n, self.exit_layer, cache, short, ids, goes_on, draws)
+            found = decoder.draft(newest, n, self.exit_layer, cache, short, ids, goes_on, draws)
             return *found, [] if draws is None else draws.drawn
         draws = Draws(sampling.temperature, generator)
-        states, tokens = list[Tensor](), [last]
-        seen = None if history is None else history.before(last[:, :0])
+        states, tokens = list[Tensor](), [newest]
+        seen = None if history is None else history.before(before)[:, -1:]
         for _ in range(n):
             states.append(decoder.run(decoder.embed(tokens[-1]), 0, self.exit_layer, cache))
-            cache.lengths += 1
+            cache.lengths += tokens[-1].shape[1]
+            state = states[-1][:, -1:]
             known = seen if seen is None or head is None else seen[..., head.token_ids]
             exit_ = short or decoder
             if sampling.greedy:
-                logits = sampling.penalize(exit_.logits(states[-1]), known)
+                logits = sampling.penalize(exit_.logits(state), known)
                 chosen = most_likely(logits)
                 p = Distributions(logits if goes_on is None else logits.float().softmax(dim=-1))
             else:
                 # A draft that has overflowed is refused: any q will do.
-                p = sampling.distributions(exit_, states[-1], known).or_any()
-                chosen = draws.next(p, last)
+                p = sampling.distributions(exit_, state, known).or_any()
+                chosen = draws.next(p, newest)
             tokens.append(chosen if head is None else head.token_ids[chosen])
             if seen is not None:
                 seen.scatter_(2, tokens[-1][..., None], True)
@@ -236,7 +245,7 @@ class EarlyExitDrafter:
             # from it, or tokens that are kept would not be distributed as q.
             if goes_on is not None and not goes_on(*read_draft(tokens[-1], p.highest(0))):
                 break
-        return torch.cat(states, dim=1), torch.cat(tokens, dim=1)[:, 1:], draws.drawn
+        return torch.cat(states, dim=1), torch.cat(tokens, dim=1)[:, newest.shape[1] :], draws.drawn
 
     def _drawn_from(self, tokens: Tensor, drawn: list[tuple[Distributions, Tensor]]) -> DrawnFrom:
         exits, chosen = zip(*drawn, strict=True)

@@ -222,10 +222,10 @@ class Decoder:
         goes_on: GoesOn | None = None,
         draws: Draws | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """A draft: the first layers over the newest token, and what the exit then chooses, anew.
+        """A draft: the first layers over the newest tokens, and what the exit then chooses, anew.
 
         Args:
-            last: [B, 1] int64, the token that the draft begins after.
+            last: [B, T] int64, what these layers have not seen; the draft begins after the last.
             n: how many tokens to choose at most.
             exit_layer: E.
             cache: as for `run`, but its lengths are moved on.
@@ -237,25 +237,26 @@ class Decoder:
                 since drafts are judged. None = greedy.
 
         Returns:
-            The hidden states that left layer E [B, m, D], and the tokens chosen from each [B, m].
+            The hidden states that left layer E [B, T - 1 + m, D], and the tokens [B, m] that were chosen
+            from the last m of them.
         """
         states, tokens = list[Tensor](), [last]
         for _ in range(n):
             states.append(self.run(self.embed(tokens[-1]), 0, exit_layer, cache))
-            cache.lengths += 1
-            exit_ = short or self
+            cache.lengths += tokens[-1].shape[1]
+            exit_, state = short or self, states[-1][:, -1:]
             if draws is not None:
-                found = exit_.distributions(states[-1], draws.temperature).or_any()
+                found = exit_.distributions(state, draws.temperature).or_any()
                 chosen, probability = draws.next(found, last), found.highest(0)
             elif goes_on is None:  # nobody asks for probabilities
-                chosen = exit_.choose(states[-1])
+                chosen = exit_.choose(state)
             else:
-                chosen, probability = exit_.choose_with_probability(states[-1])
+                chosen, probability = exit_.choose_with_probability(state)
             tokens.append(chosen if token_ids is None else token_ids[chosen])
             if goes_on is not None and not goes_on(*read_draft(tokens[-1], probability)):
                 break
         states = states or [self.embed(last[:, :0])]
-        return torch.cat(states, dim=1), torch.cat(tokens, dim=1)[:, 1:]
+        return torch.cat(states, dim=1), torch.cat(tokens, dim=1)[:, last.shape[1] :]
 
     def with_short_head(self, token_ids: Tensor) -> "Decoder":
         """The same decoder, whose logits are those of some tokens alone, [n] int64.

@@ -86,7 +86,7 @@ class Draws:
     drawn: list[tuple[Distributions, Tensor]] = dataclasses.field(default_factory=list)
 
     def next(self, found: Distributions, like: Tensor) -> Tensor:
-        """The next token of each row, [B, 1]; `like`: [B, 1], tokens of the same rows."""
+        """The next token of each row, [B, 1]; `like`: [B, T], of the same rows and device."""
         chosen = found.draw(0, shares(len(like), like.device, self.generator))
         self.drawn.append((found, chosen))
         return chosen

@@ -131,7 +131,8 @@ def _loaded(path: Path) -> ctypes.CDLL:
         *(pointer, pointer, pointer),  # hidden, out, lengths
         *(whole, whole, whole, whole),  # batch, positions, start, stop
         *(pointer, whole, pointer),  # slots, capacity, turns
-        *(pointer, whole, pointer, pointer),  # matrices, how many, norm, token ids
+        *(whole, pointer, whole),  # unscored, matrices, how many
+        *(pointer, pointer),  # norm, token ids
         *(pointer, pointer, pointer),  # chosen, probabilities, shares
         *(ctypes.c_float, pointer, pointer, pointer),  # temperature, outputs, blocks, whole
         *(pointer, ctypes.c_int),  # drawn, threads

@@ -163,7 +163,7 @@ class NativeDecoder(Decoder):
             *(self._model_pointer, self._embedding, tokens.data_ptr()),
             *(hidden.data_ptr(), state.data_ptr(), cache.lengths.data_ptr()),
             *(len(last), 1, 0, stop, cache.slots.data_ptr(), cache.slots.shape[-2], turns.pointers),
-            *(heads, len(heads), self._final_norm_weight.data_ptr(), None),
+            *(0, heads, len(heads), self._final_norm_weight.data_ptr(), None),
             *(chosen.data_ptr(), None, *drawing.arguments, usable(self._narrowest)),
         )
         if drawing.failed:
@@ -185,7 +185,7 @@ class NativeDecoder(Decoder):
             *(self._model_pointer, None, None),
             *(hidden.data_ptr(), out.data_ptr(), cache.lengths.data_ptr()),
             *(b, t, start, stop, cache.slots.data_ptr(), cache.slots.shape[-2], turns.pointers),
-            *(heads, len(heads), self._final_norm_weight.data_ptr(), None),
+            *(0, heads, len(heads), self._final_norm_weight.data_ptr(), None),
             *(chosen.data_ptr(), None, *NO_DRAWING, usable(self._narrowest)),
         )
         return chosen
@@ -203,17 +203,21 @@ class NativeDecoder(Decoder):
     ) -> tuple[Tensor, Tensor]:
         """See `Decoder`; one call a token."""
         exit_ = self if short is None else short
-        if self.architecture.logit_cap is not None or not isinstance(exit_, NativeDecoder):
+        rows, unseen = last.shape
+        if (
+            self.architecture.logit_cap is not None
+            or not isinstance(exit_, NativeDecoder)
+            or (unseen > 1 and (rows > 1 or not n))  # what is scored stands behind all that is not
+        ):
             return super().draft(last, n, exit_layer, cache, short, token_ids, goes_on, draws)
         self._check_layers(0, exit_layer)
-        rows = len(last)
-        self._check_fit(rows, n, cache)
+        self._check_fit(rows, unseen - 1 + n, cache)
         if token_ids is not None:
             token_ids = token_ids.to("cpu", torch.int64).contiguous()
             if len(token_ids) != sum(head.shape[0] for head in exit_._panels):
                 raise ValueError(f"{len(token_ids)} token ids are not one for each logit")
         # Written row by row of a draft: what little Python does for a token counts beside a few layers.
-        states = torch.empty(n, rows, self.architecture.hidden_size, **FLOATS)
+        states = torch.empty(unseen - 1 + n, rows, self.architecture.hidden_size, **FLOATS)
         tokens = torch.empty(n, rows, 1, dtype=torch.int64, device="cpu")
         probabilities = torch.empty(n, rows, **FLOATS)
         ids, confidences = tokens.numpy().reshape(-1), probabilities.numpy().reshape(-1)
@@ -222,31 +226,33 @@ class NativeDecoder(Decoder):
         confidence = None if goes_on is None else probabilities.data_ptr()
         heads, turns = exit_._head_pointers(), self._turn_tables(cache.capacity)
         slots = cache.slots
-        where = (rows, 1, 0, exit_layer, slots.data_ptr(), slots.shape[-2], turns.pointers)
+        where = (0, exit_layer, slots.data_ptr(), slots.shape[-2], turns.pointers)
         norm, lengths = self._final_norm_weight.data_ptr(), cache.lengths.data_ptr()
         which = None if token_ids is None else token_ids.data_ptr()
         threads, made, newest = usable(self._narrowest), 0, last
         while made < n:
             (entering, hidden), newest = self._entering(newest), tokens[made]
+            t = entering.shape[1]
             drawing = Drawing(exit_._panels, heads, draws, rows)
             self._library.layerskip_step(
                 *(self._model_pointer, self._embedding, entering.data_ptr()),
-                *(hidden.data_ptr(), state + made * width, lengths),
-                *(*where, heads, len(heads), norm, which),
+                *(hidden.data_ptr(), state, lengths, rows, t),
+                *(*where, t - 1, heads, len(heads), norm, which),
                 newest.data_ptr(),
                 None if confidence is None else confidence + made * rows * probabilities.itemsize,
                 *(*drawing.arguments, threads),
             )
-            settled += 1
+            settled += t
+            state += t * width
             made += 1
             if goes_on is not None and not goes_on(
                 int(ids[made - 1]), float(confidences[made - 1])
             ):
                 break
-        return states[:made].transpose(0, 1), tokens[:made, :, 0].T
+        return states[: unseen - 1 + made].transpose(0, 1), tokens[:made, :, 0].T
 
     def _entering(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B, 1] as the kernels read them, and hidden states, which those look up if they can."""
+        """Tokens [B, T] as the kernels read them, and hidden states, which those look up if they can."""
         if self._embedding is None:
             return tokens, self.embed(tokens).float()
         tokens = tokens.to("cpu", torch.int64).contiguous()

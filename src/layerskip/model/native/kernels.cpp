@@ -1545,23 +1545,24 @@ int64_t layerskip_draw(const Matrix *const *parts, int64_t n_parts, const float 
   return draw(parts, n_parts, outputs, blocks, highest, temperature, share);
 }
 
-// Positions of each sequence through layers [start, stop), and what the exit then chooses. Where there is an embedding
-// their tokens are looked up in it first, which fills in the hidden states; 2 where a token is not there. Where there
-// are shares, what the exit draws there instead: outputs, blocks and whole are filled in as by `layerskip_soften`,
+// Positions of each sequence through layers [start, stop), and what the exit then chooses from all rows behind the
+// first `unscored`. Where there is an embedding their tokens are looked up in it first, which fills in the hidden
+// states; 2 where a token is not there. Where there are shares, what the exit draws there instead: outputs, blocks and whole are filled in as by `layerskip_soften`,
 // drawn is as of `layerskip_draw`, and probabilities are the highest. Where nothing can be drawn, the first output is
 // chosen.
 int layerskip_step(const Model *m, const Matrix *embedding, const int64_t *tokens, float *hidden, float *x,
                     const int64_t *lengths, int64_t batch, int64_t positions, int64_t start, int64_t stop, void *slots,
-                    int64_t capacity, const float *const *turns, const Matrix *const *parts, int64_t n_parts,
-                    const float *norm, const int64_t *token_ids, int64_t *chosen, float *probabilities,
-                    const double *shares, float temperature, float *outputs, float *blocks, float *whole,
-                    int64_t *drawn, int threads) {
+                    int64_t capacity, const float *const *turns, int64_t unscored, const Matrix *const *parts,
+                    int64_t n_parts, const float *norm, const int64_t *token_ids, int64_t *chosen,
+                    float *probabilities, const double *shares, float temperature, float *outputs, float *blocks,
+                    float *whole, int64_t *drawn, int threads) {
   return status_of([=] {
-    const int64_t rows = batch * positions;
-    if (embedding && !look_up(*embedding, tokens, rows, hidden)) return 2;
+    if (embedding && !look_up(*embedding, tokens, batch * positions, hidden)) return 2;
     run(m, hidden, x, lengths, batch, positions, start, stop, slots, capacity, turns, threads);
+    const int64_t rows = batch * positions - unscored;
+    const float *scored = x + unscored * m->hidden;
     if (shares) {
-      soften(parts, n_parts, norm, m->eps, x, rows, temperature, outputs, blocks, (Weight *)whole, threads);
+      soften(parts, n_parts, norm, m->eps, scored, rows, temperature, outputs, blocks, (Weight *)whole, threads);
       int64_t width, n_blocks;
       sizes_of(parts, n_parts, width, n_blocks);
       for (int64_t row = 0; row < rows; row++) {
@@ -1571,7 +1572,7 @@ int layerskip_step(const Model *m, const Matrix *embedding, const int64_t *token
         if (probabilities) probabilities[row] = 1.0f / whole[2 * row + 1];
       }
     } else {
-      choose(parts, n_parts, norm, m->eps, x, rows, chosen, probabilities, threads);
+      choose(parts, n_parts, norm, m->eps, scored, rows, chosen, probabilities, threads);
     }
     if (token_ids)
       for (int64_t row = 0; row < rows; row++) chosen[row] = token_ids[chosen[row]];
