@@ -162,9 +162,8 @@ class EarlyExitDrafter:
                 is_over = is_over or len(ids) == n or ids[-1] in self.end_tokens or length.ends
             if is_over:
                 break
-            before = torch.cat(tokens, dim=1)
             found, chosen, q = self._chosen(
-                newest, before, n - len(ids), cache, history, generator, asked
+                newest, tokens, n - len(ids), cache, history, generator, asked
             )
             states.append(found)
             tokens.append(chosen[:, :-1] if self._refused else chosen)
@@ -192,7 +191,7 @@ class EarlyExitDrafter:
     def _chosen(
         self,
         newest: Tensor,
-        before: Tensor,
+        before: Sequence[Tensor],
         n: int,
         cache: KVCache,
         history: TokenHistory | None,
@@ -203,7 +202,7 @@ class EarlyExitDrafter:
 
         Args:
             newest: [B, T], what those layers have not seen.
-            before: [B, k], the draft so far.
+            before: the draft so far, in parts [B, k].
             n: see `Drafter`, as the next three.
             cache: its lengths are moved on.
             history: without the draft.
@@ -223,7 +222,7 @@ class EarlyExitDrafter:
             return *found, [] if draws is None else draws.drawn
         draws = Draws(sampling.temperature, generator)
         states, tokens = list[Tensor](), [newest]
-        seen = None if history is None else history.before(before)[:, -1:]
+        seen = None if history is None else history.before(torch.cat([*before], dim=1))[:, -1:]
         for _ in range(n):
             states.append(decoder.run(decoder.embed(tokens[-1]), 0, self.exit_layer, cache))
             cache.lengths += tokens[-1].shape[1]

@@ -1547,9 +1547,9 @@ int64_t layerskip_draw(const Matrix *const *parts, int64_t n_parts, const float 
 
 // Positions of each sequence through layers [start, stop), and what the exit then chooses from all rows behind the
 // first `unscored`. Where there is an embedding their tokens are looked up in it first, which fills in the hidden
-// states; 2 where a token is not there. Where there are shares, what the exit draws there instead: outputs, blocks and whole are filled in as by `layerskip_soften`,
-// drawn is as of `layerskip_draw`, and probabilities are the highest. Where nothing can be drawn, the first output is
-// chosen.
+// states; 2 where a token is not there. Where there are shares, what the exit draws there instead: outputs, blocks and
+// whole are filled in as by `layerskip_soften`, drawn is as of `layerskip_draw`, and probabilities are the highest. Where
+// nothing can be drawn, the first output is chosen.
 int layerskip_step(const Model *m, const Matrix *embedding, const int64_t *tokens, float *hidden, float *x,
                     const int64_t *lengths, int64_t batch, int64_t positions, int64_t start, int64_t stop, void *slots,
                     int64_t capacity, const float *const *turns, int64_t unscored, const Matrix *const *parts,
