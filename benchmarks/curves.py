@@ -82,7 +82,7 @@ def context_curve(model: LayerSkipModel, rounds: int) -> list[dict[str, float]]:
 
 def batch_curve(model: LayerSkipModel, name: str, rounds: int) -> list[dict[str, Any]]:
     """Tokens of all answers a second: plain, auto and, where there is an exit, self-speculative."""
-    task = load_task(name, samples=max(BATCHES), chat=model.has_chat_template)
+    task = load_task(name, samples=max(BATCHES), chat=model.has_chat_template, judged=False)
     trained = ["self-speculative"] if model.settings.exit_layer is not None else []
     modes = ("plain", *trained, "auto")
     points = [(size, mode) for size in BATCHES for mode in modes]

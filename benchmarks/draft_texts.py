@@ -50,7 +50,9 @@ def main() -> None:
     for weights in options.weights.split(","):
         model = LayerSkipModel.from_pretrained(options.model, weights=weights)
         for name in options.task.split(","):
-            task = load_task(name, samples=options.samples, seed=0, chat=model.has_chat_template)
+            task = load_task(
+                name, samples=options.samples, seed=0, chat=model.has_chat_template, judged=False
+            )
             most = min(task.max_new_tokens, options.max_new_tokens or task.max_new_tokens)
             line = {"weights": weights, "task": task.name, **measured(model, task, most, ways)}
             lines.append(line)

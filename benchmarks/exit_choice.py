@@ -38,7 +38,7 @@ def main() -> None:
     options = parsed(parser)
     exits = [int(text) for text in options.exits.split(",")]
     model = LayerSkipModel.from_pretrained(options.model)
-    task = load_task(options.task, samples=options.rows, seed=0)
+    task = load_task(options.task, samples=options.rows, seed=0, judged=False)
     recorded = answers(model, task, exits, task.max_new_tokens)
     costs = {e: DraftCosts.of(model.decoder, e, HEAD_SHARE) for e in exits}
     result = {

@@ -126,7 +126,7 @@ def peaks(options: argparse.Namespace, mode: str) -> float:
 def peak(options: argparse.Namespace) -> int:
     """Bytes resident at most while prompts are answered, from after loading on."""
     model = LayerSkipModel.from_pretrained(options.model)
-    task = load_task(options.task, samples=PROMPTS, chat=model.has_chat_template)
+    task = load_task(options.task, samples=PROMPTS, chat=model.has_chat_template, judged=False)
     memory = PeakMemory(model.decoder.device)
     memory.reset()
     for sample in task.samples:

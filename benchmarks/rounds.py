@@ -44,7 +44,7 @@ def main() -> None:
     for weights in options.weights.split(","):
         model = LayerSkipModel.from_pretrained(options.model, weights=weights)
         chat = model.has_chat_template
-        task = load_task(options.task, samples=options.samples, seed=0, chat=chat)
+        task = load_task(options.task, samples=options.samples, seed=0, chat=chat, judged=False)
         for temperature in map(float, options.temperature.split(",")):
             how = {"max_new_tokens": options.max_new_tokens, "temperature": temperature}
             prompts = [(sample.category or task.name, sample.prompt) for sample in task.samples]

@@ -71,6 +71,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--exit-layers", default="4,6,8", help="of fixed pairs, where E is trained")
     parser.add_argument("--draft-tokens", default="3,5", help="of fixed pairs")
     parser.add_argument("--ablation", default="16bit", help="the weights with rows without a part")
+    parser.add_argument("--allow-code-execution", action="store_true", help="for humaneval, mbpp")
     parser.add_argument("--curves", action="store_true")
     parser.add_argument("--again", action="store_true", help="measure all parts anew")
     parser.add_argument("--output", type=Path, required=True)
@@ -144,6 +145,8 @@ def _bench(options: argparse.Namespace, model: str, task: str, weights: str) -> 
         "peers": ",".join(peers),
     }
     command = ["-c", LAYERSKIP, "bench"]
+    if options.allow_code_execution:
+        command.append("--allow-code-execution")
     for name, value in flags.items():
         command += [f"--{name}", str(value)]
     return [*command, "--ablation"] if weights == options.ablation else command

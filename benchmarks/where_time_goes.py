@@ -43,7 +43,7 @@ def main() -> None:
         model = LayerSkipModel.from_pretrained(options.model, weights=weights)
         for name in options.task.split(","):
             chat = model.has_chat_template
-            task = load_task(name, samples=options.samples, seed=0, chat=chat)
+            task = load_task(name, samples=options.samples, seed=0, chat=chat, judged=False)
             found = profile(model, task, min(options.max_new_tokens, task.max_new_tokens))
             lines.append({"task": name, "weights": weights, **found})
             print(name, weights, file=sys.stderr, flush=True)

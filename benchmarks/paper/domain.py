@@ -1,7 +1,9 @@
 """Finetuning on a domain: SmolLM2 on Python code, then HumanEval as its own drafter.
 
-    LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.domain
-    LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.domain --variants control
+    LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.domain \\
+        --allow-code-execution
+    LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.domain \\
+        --allow-code-execution --variants control
 
 Rows to learn from are sources of the standard library and of installed packages: half of them functions
 with their signature and docstring as the prompt (without a loss) and the body as the completion, half
@@ -63,7 +65,11 @@ def main() -> None:
     else:
         tokenizer = tokenizer_of(options.model)
     rows = _rows(options, corpus, tokenizer)
-    task = load_task(options.task, samples=options.samples)
+    task = load_task(
+        options.task,
+        samples=options.samples,
+        allow_code_execution=options.allow_code_execution,
+    )
 
     def measure(model: LayerSkipModel, source: str) -> dict[str, Any]:
         found = drafting(
@@ -92,6 +98,7 @@ def _options() -> argparse.Namespace:
     add_options(parser, steps=50, learning_rate=4e-4)
     parser.add_argument("--source", type=listed, default=[STANDARD_LIBRARY, *found])
     parser.add_argument("--task", default="humaneval", help="as for `layerskip bench`")
+    parser.add_argument("--allow-code-execution", action="store_true", help="for humaneval, mbpp")
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--exits", type=numbers, default=[4, 6, 8, 12, 15, 20, 25])
     parser.add_argument("--timed-exits", type=numbers, default=[6, 8, 15])

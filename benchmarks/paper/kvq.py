@@ -51,7 +51,7 @@ def main() -> None:
         new_model(Path(options.model), corpus.train, 300, TINY, weights=True)
         write_rows(Path(options.task), functions(corpus.held_out))
     model = LayerSkipModel.from_pretrained(options.model, dtype=options.dtype)
-    task = load_task(options.task, samples=options.samples)
+    task = load_task(options.task, samples=options.samples, judged=False)
     room = model.decoder.architecture.max_context - options.max_new_tokens - 1
     prompts = [
         ids for sample in task.samples if 0 < len(ids := model.tokenize(sample.prompt)) < room

@@ -12,7 +12,10 @@ from engine import ROOT, environment, write
 
 RESULTS = ROOT / "benchmarks" / "results" / "paper"
 # What does not decide what a row is, or is said in the row itself.
-_HOW = {"output", "work", "again", "smoke", "threads", "variants", "minutes", "checkpoint"}
+_HOW = {
+    *("output", "work", "again", "smoke", "threads", "variants", "minutes", "checkpoint"),
+    "allow_code_execution",
+}
 
 
 def options_of(

@@ -3,7 +3,8 @@
     LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.speculation \\
         --model runs/topv2 --task topv2 --exits 4,8,15
     LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.speculation \\
-        --model runs/paper/domain/recipe --task humaneval --exits 4,8,15
+        --model runs/paper/domain/recipe --task humaneval --exits 4,8,15 \\
+        --allow-code-execution
     PYTHONPATH=benchmarks python -m paper.speculation \\
         --model runs/paper/pretrain/LD-EE --task held-out --exits 3,6,9
 
@@ -44,7 +45,11 @@ def main() -> None:
         print(f"speculation: {variant} was measured already; --again measures it anew")
         return
     model = LayerSkipModel.from_pretrained(model_name, dtype=options.dtype)
-    task = load_task(str(prompts) if task_name == OWN_TASK else task_name, samples=options.samples)
+    task = load_task(
+        str(prompts) if task_name == OWN_TASK else task_name,
+        samples=options.samples,
+        allow_code_execution=options.allow_code_execution,
+    )
     row = drafting(
         model,
         task,
@@ -66,6 +71,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="smollm2-135m", help="a trained checkpoint")
     parser.add_argument("--task", default=OWN_TASK, help=f"as for `layerskip bench`, or {OWN_TASK}")
+    parser.add_argument("--allow-code-execution", action="store_true", help="for humaneval, mbpp")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--exits", type=numbers, default=[4, 8, 15])
     parser.add_argument("--draft-tokens", type=numbers, default=list(range(1, 13)))

@@ -1,7 +1,6 @@
 """Metrics against numbers counted by hand."""
 
 import shutil
-import warnings
 from decimal import Decimal
 
 import pytest
@@ -76,27 +75,17 @@ def problem(**row):
 
 
 def test_where_no_program_can_run_that_is_said_and_not_called_0(monkeypatch):
-    quality.check_can_judge(quality.pass_at_1)
+    quality.check_can_judge(quality.pass_at_1, allow_code_execution=True)
     monkeypatch.setattr(sandbox.sys, "executable", shutil.which("false"))
     with pytest.raises(ValueError, match="does not start here"):
-        quality.check_can_judge(quality.pass_at_1)
-
-
-@pytest.mark.parametrize("kernel_confines", [True, False])
-def test_where_the_kernel_confines_no_program_that_is_said(kernel_confines, monkeypatch, recwarn):
-    monkeypatch.setattr(quality, "kernel_confines", lambda: kernel_confines)
-    warnings.simplefilter("always")
-    quality.check_can_judge(quality.pass_at_1)
-    said = [str(w.message) for w in recwarn if w.category is quality.ConfinementWarning]
-    assert len(said) == (not kernel_confines)
-    assert all("confined by Python's own hook alone" in text for text in said)
+        quality.check_can_judge(quality.pass_at_1, allow_code_execution=True)
 
 
 def test_pass_at_1_of_humaneval_and_mbpp():
     test = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 9"
     asked = problem(prompt="def square(x):", entry_point="square", test=test)
     answers = ["\n    return x * x", "\n    return x + x", "\n    exit(0)", ""]
-    assert quality.pass_at_1([asked] * 4, answers) == {"pass@1": 1 / 4}
+    assert quality.pass_at_1([asked] * 4, answers, allow_code_execution=True) == {"pass@1": 1 / 4}
     asked = problem(test_setup_code="n = 3", test_list=["assert f(n) == 4", "assert f(0) == 1"])
     answers = ["def f(x):\n    return x + 1", "def f(x):\n    return 4"]
-    assert quality.pass_at_1([asked] * 2, answers) == {"pass@1": 1 / 2}
+    assert quality.pass_at_1([asked] * 2, answers, allow_code_execution=True) == {"pass@1": 1 / 2}

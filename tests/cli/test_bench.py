@@ -40,6 +40,36 @@ def test_a_task_that_is_not_there_is_told_before_a_model_is_loaded(run, monkeypa
         assert "'humanevil' is no file and no task; the tasks are topv2" in err
 
 
+def test_generated_code_needs_consent_before_a_model_is_loaded(run, monkeypatch):
+    def load_model(flags):
+        raise ValueError("loading")
+
+    monkeypatch.setattr("layerskip.cli.options.load_model", load_model)
+    status, _, err = run("bench", "--task", "humaneval")
+    assert status == 1
+    assert "allow it with --allow-code-execution" in err
+    assert len(err.splitlines()) == 1
+    for flag in ("--allow-code-execution", "--ignore-eos"):
+        assert "loading" in run("bench", "--task", "humaneval", flag)[2]
+
+
+@pytest.mark.parametrize("isolation", ["bubblewrap", "rlimits"])
+def test_the_isolation_of_generated_code_is_reported(run, prompts, isolation, monkeypatch):
+    monkeypatch.setattr("layerskip.bench.sandbox.isolation", lambda: isolation)
+    row = {"prompt": "def f():", "test": "def check(f): f()", "entry_point": "f"}
+    folder = prompts.parent / "humaneval"
+    folder.mkdir()
+    (folder / "HumanEval.jsonl").write_text(json.dumps(row))
+    monkeypatch.setenv("LAYERSKIP_DATA", str(prompts.parent))
+    flags = ("--allow-code-execution", "--max-new-tokens", 2, "--modes", "plain", "--json")
+    status, out, err = run("bench", "--task", "humaneval", *flags)
+    assert status == 0
+    document = json.loads(out)
+    assert document["code_execution"] == isolation
+    assert document["rows"][0]["quality"] == {"pass@1": 0.0}
+    assert ("no security boundary" in err) == (isolation == "rlimits")
+
+
 @pytest.mark.parametrize(
     ("flags", "idle"),
     [
@@ -143,7 +173,7 @@ def test_flags_reach_the_prompts(run, monkeypatch):
         raise ValueError("seen")
 
     monkeypatch.setattr("layerskip.cli.bench.load_task", load_task)
-    monkeypatch.setattr("layerskip.cli.bench.check_task", lambda name: None)
+    monkeypatch.setattr("layerskip.cli.bench.check_task", lambda name, **options: None)
     flags = ("--n-shot", 2, "--seed", 7, "--samples", 9)
     assert run("bench", "--task", "topv2", *flags)[0] == 1
     [(name, options)] = asked

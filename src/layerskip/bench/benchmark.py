@@ -171,6 +171,7 @@ def bench(
         "read_bandwidth_bytes_per_s": bandwidth,
         "ceiling_tokens_per_s": bandwidth / weight_bytes,
         "gguf_weights": gguf_weights if "llama.cpp" in config.peers else None,
+        "code_execution": task.code_execution,
         "interrupted": interrupted,
         "not_scored": failure,
         "rows": rows,

@@ -109,7 +109,7 @@ def _load(manager: Any, names: list[str], num_fewshot: int | None, seed: int) ->
     if unsafe:
         raise ValueError(
             f"{', '.join(unsafe)} would run generated code; for HumanEval and MBPP there is"
-            " `layerskip bench`, which runs it confined"
+            " `layerskip bench --allow-code-execution`"
         )
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")

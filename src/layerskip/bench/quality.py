@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from layerskip.bench.sandbox import kernel_confines, runs_to_end
+from layerskip.bench.sandbox import check_allowed, runs_to_end
 from layerskip.model import native
 
 if TYPE_CHECKING:
@@ -23,29 +22,20 @@ _ROUGE = ("rouge1", "rouge2", "rougeL")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
-class ConfinementWarning(UserWarning):
-    """Generated code runs less confined than elsewhere."""
-
-
-def check_can_judge(metrics: Metrics | None) -> None:
-    """What is missing is said before an hour of measuring, not after it.
+def check_can_judge(metrics: Metrics | None, *, allow_code_execution: bool = False) -> None:
+    """Check that answers can be judged, before an hour of measuring and not after it.
 
     Raises:
-        ValueError: a package is not installed, or generated code cannot run here.
+        ValueError: a package is not installed, or generated code is not allowed or cannot run here.
     """
     if metrics in (rouge, first_line_rouge, match_and_rouge):
         rouge_scorer()
-    if metrics is pass_at_1 and not runs_to_end("import datetime, random, threading"):
+    if metrics is pass_at_1 and not runs_to_end(
+        "import datetime, random, threading", allow_code_execution=allow_code_execution
+    ):
         raise ValueError(
-            "pass@1 cannot be judged: a confined Python process does not start here"
+            "pass@1 cannot be judged: a limited Python process does not start here"
             " (are memory or processes limited?)"
-        )
-    if metrics is pass_at_1 and not kernel_confines():
-        warnings.warn(
-            "generated code is confined by Python's own hook alone here, which stops accidents and no"
-            " attack (docs/tasks.md)",
-            ConfinementWarning,
-            stacklevel=2,
         )
 
 
@@ -126,11 +116,20 @@ def match_and_rouge(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str
     return exact_match(samples, texts) | rouge(samples, texts, _Words())
 
 
-def pass_at_1(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
+def pass_at_1(
+    samples: Sequence[Sample], texts: Sequence[str], *, allow_code_execution: bool = False
+) -> dict[str, float]:
     """Share of problems whose tests pass, one answer each (Chen et al. 2021, n = k = 1).
 
-    The samples' fields are those of HumanEval or MBPP; the tests run in `sandbox.runs_to_end`.
+    Args:
+        samples: their fields are those of HumanEval or MBPP.
+        texts: one answer a sample.
+        allow_code_execution: the user's consent to run the answers, in `sandbox.runs_to_end`.
+
+    Raises:
+        ValueError: it is not allowed.
     """
+    check_allowed(allow_code_execution)
     programs = [program(sample, text) for sample, text in zip(samples, texts, strict=True)]
     with ThreadPoolExecutor(native.usable()) as pool:
         return {"pass@1": fmean(pool.map(_passes, programs))}
@@ -139,7 +138,7 @@ def pass_at_1(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, floa
 @functools.lru_cache(maxsize=8192)
 def _passes(program: str) -> bool:
     """Modes that answer alike are judged once, and alike."""
-    return runs_to_end(program)
+    return runs_to_end(program, allow_code_execution=True)  # `pass_at_1` has checked
 
 
 def program(sample: Sample, text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
-from layerskip.bench import quality
+from layerskip.bench import quality, sandbox
 from layerskip.bench.catalogue import FORMS, Form
 from layerskip.bench.prompts import NEEDED, prompt_of
 from layerskip.decoding.prompt import Prompt
@@ -19,6 +20,7 @@ T = TypeVar("T")
 
 TASKS: Mapping[str, str] = {name: form.description for name, form in FORMS.items()}
 _OWN_MAX_NEW_TOKENS = 256
+_ALLOWED_PASS_AT_1 = functools.partial(quality.pass_at_1, allow_code_execution=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,8 @@ class Task:
         n_shot: worked examples before each prompt.
         metrics: samples and answers -> a value a metric, from 0 to 1; None where nothing says
             which answer is right.
+        code_execution: how `metrics` isolates the code that it runs, "bubblewrap" or "rlimits";
+            None where it runs none.
     """
 
     name: str
@@ -60,6 +64,7 @@ class Task:
     stop: tuple[str, ...] = ()
     n_shot: int = 0
     metrics: quality.Metrics | None = None
+    code_execution: str | None = None
 
     def quality(self, texts: Sequence[str]) -> dict[str, float]:
         """How good the answers are.
@@ -96,6 +101,7 @@ def load_task(
     data: str | None = None,
     chat: bool = True,
     judged: bool = True,
+    allow_code_execution: bool = False,
 ) -> Task:
     """The task of a name, or of a file of prompts.
 
@@ -114,27 +120,36 @@ def load_task(
         chat: whether the model has a chat template; without one, questions to an assistant are
             asked as plain text.
         judged: whether answers will be judged, so that what this needs has to be there.
+        allow_code_execution: whether code that a model wrote may run, which pass@1 needs.
 
     Raises:
-        ValueError: there is no such task or file, its data are not to be had, it takes no shots, or
-            a number is out of range; the message says what to do.
+        ValueError: there is no such task or file, its data are not to be had, it takes no shots, a
+            number is out of range, or it has to run code and may not; the message says what to do.
     """
     if samples is not None and samples < 1:
         raise ValueError(f"samples is {samples}; at least 1 is needed")
     if n_shot is not None and n_shot < 0:
         raise ValueError(f"n_shot is {n_shot}; it cannot be negative")
     if name in FORMS:
-        return _named(name, FORMS[name], samples, n_shot, seed, data, chat, judged)
-    check_task(name)
+        return _named(
+            name, FORMS[name], samples, n_shot, seed, data, chat, judged, allow_code_execution
+        )
+    check_task(name, judged=False)
     if n_shot:
         raise ValueError(f"{name} is a file of prompts as they stand; shots are for named tasks")
     return _own(name, samples, seed, judged)
 
 
-def check_task(name: str) -> None:
-    """Raise ValueError where a name is no task and no file: before a model is loaded for it."""
+def check_task(name: str, *, judged: bool, allow_code_execution: bool = False) -> None:
+    """Check a task before a model is loaded for it.
+
+    Raises:
+        ValueError: its name is no task and no file, or it has to run code and may not.
+    """
     if name not in FORMS and not Path(name).expanduser().is_file():
         raise ValueError(f"{name!r} is no file and no task; the tasks are {', '.join(TASKS)}")
+    if judged and name in FORMS and FORMS[name].metrics is quality.pass_at_1:
+        sandbox.check_allowed(allow_code_execution)
 
 
 def _named(
@@ -146,12 +161,13 @@ def _named(
     data: str | None,
     chat: bool,
     judged: bool,
+    allow_code_execution: bool,
 ) -> Task:
     shots = form.shots if n_shot is None else n_shot
     if shots and form.answer is None:
         raise ValueError(f"{name} takes no shots: leave n_shot out, or 0")
     if judged:
-        quality.check_can_judge(form.metrics)
+        quality.check_can_judge(form.metrics, allow_code_execution=allow_code_execution)
     rows = list(_asked(name, form, data, judged))
     others = form.data.rows(form.shot_split, data) if shots else []
     if shots > len(others):
@@ -170,6 +186,12 @@ def _named(
             fields=dict(row),
         )
 
+    metrics, code_execution = form.metrics, None
+    if form.metrics is quality.pass_at_1:
+        metrics = None
+        if judged:
+            metrics = _ALLOWED_PASS_AT_1
+            code_execution = sandbox.isolation()
     numbered = list(enumerate(rows, 1))
     drawn = draw(numbered, samples, seed, group=lambda pair: form.category(pair[1]))
     return Task(
@@ -178,7 +200,8 @@ def _named(
         max_new_tokens=form.max_new_tokens,
         stop=form.stop,
         n_shot=shots,
-        metrics=form.metrics,
+        metrics=metrics,
+        code_execution=code_execution,
     )
 
 

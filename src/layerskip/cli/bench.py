@@ -16,6 +16,7 @@ from layerskip.bench.benchmark import BenchConfig, bench
 from layerskip.bench.own import BENCH_MODES
 from layerskip.bench.peers import PEERS
 from layerskip.bench.report import categories, conditions, table, write_report
+from layerskip.bench.sandbox import NO_BOUNDARY
 from layerskip.bench.tasks import check_task, load_task
 from layerskip.cli import options, outputs, values
 from layerskip.cli.progress import bars
@@ -125,6 +126,11 @@ def _list_of(kind: Any) -> Any:
     help="All answers go on to --max-new-tokens; they are not scored then.",
 )
 @click.option(
+    "--allow-code-execution",
+    is_flag=True,
+    help="Allow humaneval and mbpp to run the Python code that the model writes (docs/tasks.md).",
+)
+@click.option(
     "--peers",
     callback=_list_of(click.Choice(list(PEERS))),
     default="",
@@ -149,6 +155,7 @@ def command(
     samples: int,
     n_shot: int | None,
     seed: int,
+    allow_code_execution: bool,
     report: Path | None,
     as_json: bool,
     output: Path | None,
@@ -165,7 +172,7 @@ def command(
       layerskip bench --task prompts.jsonl --samples 5 --max-new-tokens 64 --json
       layerskip bench --task spec_bench --samples 60 --repeats 3 --report results/spec_bench \\
           --output results/spec_bench.json
-      layerskip bench --task humaneval --peers transformers,llama.cpp --gguf-weights q8_0
+      layerskip bench --task humaneval --allow-code-execution --peers transformers,llama.cpp
       layerskip bench --task spec_bench --temperature 0.7 --top-p 0.9 --modes auto
     """
     _note_idle_flags(flags["modes"], flags["draft_from"], flags["peers"])
@@ -179,7 +186,7 @@ def command(
         config = BenchConfig(**{f.name: known[f.name] for f in dataclasses.fields(BenchConfig)})
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    check_task(task_name)
+    check_task(task_name, judged=not config.ignore_eos, allow_code_execution=allow_code_execution)
     model = options.load_model(flags)
     with options.warnings_in_one_line(), options.waiting("loading the task"):
         task = load_task(
@@ -190,7 +197,10 @@ def command(
             data=data,
             chat=model.has_chat_template,
             judged=not config.ignore_eos,
+            allow_code_execution=allow_code_execution,
         )
+    if task.code_execution == "rlimits":
+        tell(NO_BOUNDARY)
     with bars() as progress:
         document = bench(model, task, config, source=flags["model"], progress=progress)
     document |= {"n_shot": task.n_shot, "seed": seed}

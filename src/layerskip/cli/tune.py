@@ -131,7 +131,7 @@ def command(
     if data is not None:
         from layerskip.bench.tasks import check_task
 
-        check_task(data)
+        check_task(data, judged=False)
     if not writes and not dry_run:
         tell(
             "nothing will be written: settings are kept in a checkpoint folder, and"
