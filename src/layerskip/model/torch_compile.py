@@ -37,8 +37,10 @@ class CompiledDecoder(Decoder):
         super().__init__(architecture, **parts)
         with torch.inference_mode(False):  # caches are created both inside and outside of it
             self._slots = super().new_cache(min(MAX_CONTEXT, architecture.max_context)).slots
+        # Inductor writes in place to an input, but would copy the whole of a sliced one.
+        self._layer_slots = self._slots.unbind(0)
         self._caches = weakref.WeakSet[KVCache]()  # those on the reserved memory: one at most
-        for tensor in (self._slots, *_tensors([self.layers, self.rotary])):
+        for tensor in _tensors([self._layer_slots, self.layers, self.rotary]):
             torch._dynamo.mark_static_address(tensor, guard=False)  # not copied before a replay
         # Each part of the layers is one compilation, for one position and for several.
         limits = torch._dynamo.config
@@ -80,7 +82,16 @@ class CompiledDecoder(Decoder):
         self, hidden: Tensor, start: int, stop: int, positions: Tensor, reach: int, capacity: int
     ) -> Tensor:
         """Run layers over [1, T] positions, of which none lies at `reach` or above."""
-        span = Span.over(self._slots[start:stop], positions, reach, start)
+        slots = self._layer_slots[start:stop]
+        span = Span(
+            positions=positions,
+            end=reach,
+            even=False,
+            first_layer=start,
+            writable=slots,
+            keys=tuple(layer[0, ..., :reach, :] for layer in slots),
+            values=tuple(layer[1, ..., :reach, :] for layer in slots),
+        )
         return self._through(hidden, start, stop, span, capacity)
 
 
