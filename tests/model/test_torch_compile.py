@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compilations():
-    """Forget them after the last test here: tests of the same shapes share them."""
+    """Forget compilations after the last test; tests of the same shapes share them."""
     yield
     torch._dynamo.reset()
 
