@@ -160,7 +160,7 @@ def measure(
         },
         **{f"pass {n}": partial(pass_ms, decoder, n) for n in POSITIONS},
     }
-    found = in_turns(works, rounds, warm_ups=2)  # on a GPU a shape is recorded when it comes again
+    found = in_turns(works, rounds, warm_ups=2)
     ceiling = found["bandwidth"] / decoder.weight_bytes
     return {
         "layers": len(decoder.layers),

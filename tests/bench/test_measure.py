@@ -21,11 +21,8 @@ A, B, C = (Setting(mode=name) for name in "abc")
 class Diary:
     """A system that writes down what it is asked, into a list that several share."""
 
-    def __init__(
-        self, settings, asked, name="system", fails=lambda setting, prompt, n: False, rehearsals=0
-    ):
+    def __init__(self, settings, asked, name="system", fails=lambda setting, prompt, n: False):
         self.name, self.settings, self.asked, self.fails = name, settings, asked, fails
-        self.rehearsals = rehearsals
 
     def answer(self, setting, prompt, max_new_tokens):
         self.asked.append((setting.mode, prompt, max_new_tokens))
@@ -50,24 +47,6 @@ def test_all_take_turns_and_another_one_begins_each_time():
     numbers = [[run.token_ids[0] for run in of_prompt] for of_prompt in entries[0].runs]
     assert numbers == [[4, 12], [9, 14]]
     assert len(asked) == len(entries) * (1 + 2 * 2)
-
-
-def test_who_needs_rehearsals_answers_everything_before():
-    asked, told = [], []
-    slow = Diary([A, B], asked, rehearsals=2)
-    entries = measure(
-        [slow, Diary([C], asked, name="other")],
-        [[1], [2]],
-        max_new_tokens=40,
-        progress=lambda done, total: told.append((done, total)),
-        between=lambda: asked.append("measured"),
-    )
-    begin = asked.index("measured")
-    warm_up = [[(mode, [1], WARM_UP_TOKENS)] for mode in "abc"]
-    whole = [[(mode, [n], 40) for n in (1, 2, 1, 2)] for mode in "ab"]
-    assert asked[:begin] == [*warm_up[0], *whole[0], *warm_up[1], *whole[1], *warm_up[2]]
-    assert [len(entry.runs) for entry in entries] == [2, 2, 2]
-    assert told == [(n, 17) for n in range(1, 18)]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])

@@ -414,8 +414,8 @@ def test_a_gpu_that_stays_idle_is_named(run, monkeypatch):
 @pytest.mark.parametrize(
     ("weights", "device", "dtype", "kernels", "said"),
     [
-        ("int8", "cuda", "bfloat16", "graphs", "int8 takes more memory than 16bit"),
-        ("int8", "cuda", "float16", "graphs", ""),
+        ("int8", "cuda", "bfloat16", "torch.compile", "int8 takes more memory than 16bit"),
+        ("int8", "cuda", "float16", "torch.compile", ""),
         ("int4", "cuda", "bfloat16", "pytorch", ""),
         ("int8", "cpu", "float32", "compiled", ""),
         ("int8", "cpu", "bfloat16", "pytorch", ""),

@@ -28,7 +28,6 @@ class ScriptedDecoder:
     device, dtype, weights = torch.device("cpu"), torch.float32, "16bit"
     dtype_name = "float32"
     kernels = "pytorch"
-    rehearsals = 0
     head = SimpleNamespace(weight_bytes=1)
     weight_bytes = 5
 

@@ -15,5 +15,5 @@ def test_the_clock_waits_for_the_device_before_it_reads(device, waits, monkeypat
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
     monkeypatch.setattr(clock.time, "perf_counter", lambda: happened.append("read") or 7.0)
     assert clock.device_clock(torch.device(device))() == 7.0
-    # Not for the whole device, which may be recording.
+    # Not for the whole device, which may be capturing a CUDA graph.
     assert happened == [*waits, "read"]

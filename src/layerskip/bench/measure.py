@@ -74,12 +74,10 @@ class System(Protocol):
     Attributes:
         name: of its rows.
         settings: those it takes part in.
-        rehearsals: how often it has to answer all prompts before it is as fast as it will be.
     """
 
     name: str
     settings: Sequence[Setting]
-    rehearsals: int
 
     def answer(self, setting: Setting, prompt: Sequence[int], max_new_tokens: int) -> Run:
         """Continue a prompt, greedily unless the system was told otherwise.
@@ -117,7 +115,7 @@ def measure(
 ) -> list[Entry]:
     """Answer every prompt with every system in every setting.
 
-    After a warm-up of each, and the rehearsals of those that need any, all entries take turns on one
+    After a warm-up of each, all entries take turns on one
     prompt before the next prompt begins, in an order that changes from prompt to prompt and from
     repetition to repetition, so that everybody follows everybody else about as often. So a machine that
     drifts, or one entry that suffers from its predecessor, hurts all alike. Where another system's turn
@@ -139,8 +137,7 @@ def measure(
     entries = [Entry(system, setting, []) for system in systems for setting in system.settings]
     failures: dict[int, str] = {}
     measured: list[list[list[Run]]] = [[[] for _ in prompts] for _ in entries]
-    rehearsals = sum(entry.system.rehearsals for entry in entries) * len(prompts)
-    done, total = 0, len(entries) * (1 + len(prompts) * repeats) + rehearsals
+    done, total = 0, len(entries) * (1 + len(prompts) * repeats)
 
     def attempt(index: int, prompt: Sequence[int], n: int) -> Run | None:
         nonlocal done
@@ -155,9 +152,6 @@ def measure(
 
     for index in range(len(entries)):
         attempt(index, prompts[0], min(WARM_UP_TOKENS, max_new_tokens))
-        for prompt in [*prompts] * entries[index].system.rehearsals:
-            if index not in failures:
-                attempt(index, prompt, max_new_tokens)
 
     def found(answered: int) -> list[Entry]:
         return [

@@ -43,7 +43,6 @@ class OwnSystem:
         watch: Callable[[Setting, Answer], None] = lambda setting, answer: None,
     ) -> None:
         self.settings = settings
-        self.rehearsals = model.decoder.rehearsals
         self.memory = PeakMemory(model.decoder.device)
         self._model, self._stop, self._ignore_eos = model, tuple(stop), ignore_eos
         self._sampling = dataclasses.asdict(sampling or Sampling())

@@ -92,8 +92,8 @@ model_options = _stack(
     click.option(
         "--compile/--no-compile",
         default=None,
-        help="Run in kernels compiled for this CPU, once, or as CUDA graphs on a GPU; default: where"
-        " that can be done.",
+        help="Run in kernels compiled for this CPU, once (the default where they are available), or"
+        " through torch.compile on a GPU.",
     ),
 )
 mode_options = _stack(

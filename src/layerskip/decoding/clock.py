@@ -9,8 +9,8 @@ import torch
 def device_clock(device: torch.device) -> Callable[[], float]:
     """A function that returns seconds, read after all work that its thread has queued is done.
 
-    It waits for a stream and not for the whole device: that would break off a CUDA graph that another
-    thread is recording, and wait for everybody else's work too.
+    It waits for a stream and not for the whole device: that would wait for other threads' work too, and
+    fail while one of them captures a CUDA graph.
     """
     if device.type != "cuda":
         return time.perf_counter

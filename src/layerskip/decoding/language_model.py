@@ -75,8 +75,8 @@ class LayerSkipModel:
                 they are loaded (docs/weights.md).
             device: "cpu", "cuda", "cuda:1", ...
             compile: run in kernels compiled for this CPU, which takes some seconds once and needs a C++
-                compiler, or on a GPU as recorded CUDA graphs; None: where that can be done, on a CPU in
-                float32 and bfloat16. The rest is PyTorch.
+                compiler, or on a GPU through `torch.compile`; None: the kernels on a CPU in float32
+                and bfloat16, where they are available. The rest is eager PyTorch.
             announce: told, in a few words, before something that takes long.
 
         Raises:

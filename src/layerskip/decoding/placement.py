@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from layerskip.model import Architecture, graphs, native
+from layerskip.model import Architecture, native, torch_compile
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,9 +36,12 @@ def prepared(
     announce: Callable[[str], None],
     architecture: Architecture,
 ) -> bool:
-    """Whether the compiled kernels, or on a GPU recorded graphs, are to be used, and are there."""
-    if wanted is False or graphs.supports(architecture, device):
-        return wanted is not False
+    """Return True if the compiled kernels, or on a GPU `torch.compile`, are to be used and available.
+
+    On a GPU `wanted` None means eager PyTorch, because `torch.compile` was not tested on one.
+    """
+    if wanted is False or torch_compile.supports(architecture, device):
+        return bool(wanted)
     dtype = torch.bfloat16 if dtype is None else dtype  # which they make the default
     if not native.supports(architecture, dtype, device):
         if wanted:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip.model import graphs, native, rotary
+from layerskip.model import native, rotary, torch_compile
 from layerskip.model.architecture import Architecture
 from layerskip.model.decoder import Decoder, Layer
 from layerskip.model.families import FAMILIES
@@ -40,7 +40,7 @@ def build(
     biases and the routers of mixtures stay in `dtype`, norms of 1 + w in float32. What a GGUF file
     holds in these very bits is taken over; where rows are scaled, it is rounded once more. `tied` says
     that the head is the embedding, though there may be a copy under its own name. `compiled` asks for
-    the kernels of `native`, or on a GPU for `graphs`, where they know the architecture.
+    the kernels of `native`, or on a GPU for `torch.compile`, where they support the architecture.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape than the architecture says.
@@ -55,8 +55,8 @@ def build(
     kind: type[Decoder] = Decoder
     if compiled and native.supports(a, dtype, place):
         kind = native.NativeDecoder
-    elif compiled and graphs.supports(a, place):
-        kind = graphs.GraphDecoder
+    elif compiled and torch_compile.supports(a, place):
+        kind = torch_compile.CompiledDecoder
     take = Taker(
         tensors, names.ignored, dtype, place, weights, in_panels=kind is native.NativeDecoder
     )

@@ -83,7 +83,7 @@ def load(
 
     `dtype` None is `assembly.fast_dtype`; `weights` says how the decoder keeps them, a key of
     `quantize.WEIGHTS`; `compiled`, whether it may run in the kernels of `native`, which have to be
-    prepared, or as `graphs` on a GPU; or what decides that.
+    prepared, or on a GPU through `torch_compile`; or what decides that.
 
     Raises:
         CheckpointError: files are missing, damaged, or do not fit together.

@@ -50,12 +50,11 @@ class Decoder:
         dtype: of hidden states and of the cache.
         device: where the weights are.
         weights: how they are kept, a key of `quantize.WEIGHTS`.
-        kernels: what runs the layers: "pytorch", "compiled" (see `native`) or "graphs" (see `graphs`).
-        rehearsals: how often a pass has to run before it is as fast as it will be.
+        kernels: what runs the layers: "pytorch", "compiled" (see `native`) or "torch.compile" (see
+            `torch_compile`).
     """
 
     kernels = "pytorch"
-    rehearsals = 0
 
     def __init__(
         self,

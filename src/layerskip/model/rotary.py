@@ -62,10 +62,6 @@ class Rotary:
             self._tables[key] = table
         return table
 
-    def lengths(self, capacity: int) -> tuple[bool, ...]:
-        """Of every kind, whether a cache of that capacity takes the factors for long contexts."""
-        return tuple(self._is_long(kind, capacity) for kind in range(self.n_kinds))
-
     def _is_long(self, kind: int, capacity: int) -> bool:
         rope = self._ropes[kind]
         return rope is not None and rope.is_long(capacity)

@@ -103,8 +103,7 @@ def measure_costs(
         ValueError: the model's context is too short for the measurement.
     """
     # What the real step loops settle at most, the warm-up included, and a last draft in full.
-    warm_ups = max(1, decoder.rehearsals)
-    sweeps_of_all = warm_ups + sweeps
+    sweeps_of_all = 1 + sweeps
     reach = sweeps_of_all * _WHOLE_ROUNDS * (_LONG_DRAFT + 1) + max_draft_tokens + 2
     room = decoder.architecture.max_context - reach
     if room < 1:
@@ -120,7 +119,7 @@ def measure_costs(
         filled = [text[j % len(text)] for j in range(context)]
         workbench = _Workbench(decoder, filled, exits, max_draft_tokens, reach)
         for sweep in range(sweeps_of_all):
-            if sweep == warm_ups:  # what was before does not count
+            if sweep == 1:  # the first one is a warm-up
                 workbench.times.clear()
             for _ in workbench.sweep(order):
                 done += 1

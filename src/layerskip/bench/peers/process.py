@@ -52,8 +52,6 @@ class PeerProcess:
     One line of JSON goes in for each answer and one comes out; see `__main__.py`.
     """
 
-    rehearsals = 0
-
     def __init__(self, name: str, job: Job, failure: str | None = None) -> None:
         """Describe a peer; with a reason why it cannot take part, no process will be started."""
         self.name, self.settings = name, job.settings
