@@ -10,7 +10,7 @@ import click
 import pytest
 import torch
 
-from layerskip import __version__, cli
+from layerskip import __version__, cli, paths
 from layerskip.cli import options, outputs
 from layerskip.cli.terminal import HarmlessRecord
 from layerskip.model.files import source
@@ -62,7 +62,7 @@ def test_version_and_unknown_command(program):
 
 
 def test_pull_of_what_is_there_prints_the_folder(program, tmp_path, monkeypatch):
-    monkeypatch.setenv(source.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(paths.CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(source, "_check", lambda *_: None)
     (tmp_path / "smollm2-135m").mkdir()
     for name in ("model.gguf", *source.FILES_BESIDE):

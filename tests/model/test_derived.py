@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import differences
-from layerskip import LayerSkipModel, SourceError, cli, pull
+from layerskip import LayerSkipModel, SourceError, cli, paths, pull
 from layerskip.export import open_source, to_difference
 from layerskip.model import resolve
 from layerskip.model.files import source, tokenizer
@@ -38,7 +38,7 @@ def made(tmp_path_factory):
 def cache(made, tmp_path, monkeypatch):
     """A cache with the base in it, and a derived model that is known."""
     base, file = made
-    monkeypatch.setenv(source.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(paths.CACHE_VARIABLE, str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / BASE).symlink_to(base)
     wheel = dict.fromkeys(("wheel_sha256", "member"), "")

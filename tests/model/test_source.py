@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 
+from layerskip import paths
 from layerskip.model import SourceError, load, pull, resolve
 from layerskip.model.files import source, tokenizer
 from tiny_models import build
@@ -243,13 +244,13 @@ def test_cache_folder_of_the_platform(value, monkeypatch):
         monkeypatch.delenv("LAYERSKIP_CACHE", raising=False)
     else:
         monkeypatch.setenv("LAYERSKIP_CACHE", value)
-    assert source.cache_folder().name == "layerskip"
-    assert source.cache_folder().is_absolute()
+    assert paths.cache_folder().name == "layerskip"
+    assert paths.cache_folder().is_absolute()
 
 
 def test_cache_folder_in_the_home_folder(monkeypatch):
     monkeypatch.setenv("LAYERSKIP_CACHE", "~/models")
-    assert source.cache_folder() == Path.home() / "models"
+    assert paths.cache_folder() == Path.home() / "models"
 
 
 # --- resolve
@@ -378,7 +379,7 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch, tmp_path):
 
     monkeypatch.setattr(source.platformdirs, "user_cache_dir", nobody)
     with pytest.raises(OSError, match="no home: set LAYERSKIP_CACHE"):
-        source.cache_folder()
+        paths.cache_folder()
     build("llama2").save_pretrained(tmp_path)
     assert load(tmp_path, dtype=torch.float32, compiled=False)  # which needs no cache
     with pytest.raises(OSError, match="no home"):

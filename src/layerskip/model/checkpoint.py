@@ -19,9 +19,9 @@ from layerskip.model.files import gguf_tokenizer, tokenizer
 from layerskip.model.files.json_files import CheckpointError, read_json
 from layerskip.model.files.rounding import warn_of_rounding
 from layerskip.model.files.settings import Settings, read_settings
-from layerskip.model.files.source import cache_folder
 from layerskip.model.files.weights import GgufFile, SafetensorsFiles, Tensors
 from layerskip.model.files.writing import replace_json
+from layerskip.paths import cache_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from layerskip.model.decoder import Decoder
-from layerskip.model.files.source import cache_folder
 from layerskip.model.files.writing import replace
 from layerskip.model.machine import machine
 from layerskip.model.native import build, threads
+from layerskip.paths import cache_folder
 
 Costs = tuple[float, ...]
 Product = Callable[[int, int], object]

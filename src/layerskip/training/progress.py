@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 
 @dataclass(frozen=True)
@@ -51,20 +49,3 @@ class Watch(TrainerCallback):
     def _tell(self, state: Any, logs: dict[str, float]) -> None:
         if state.is_world_process_zero:
             self._watch(Progress(state.global_step, state.max_steps, logs))
-
-
-@contextmanager
-def hidden_bars() -> Iterator[None]:
-    """For a while transformers and datasets show no progress bars of their own."""
-    import datasets
-
-    before = (logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled())
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if before[0]:
-            logging.enable_progress_bar()
-        if not before[1]:
-            datasets.enable_progress_bars()

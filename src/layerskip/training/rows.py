@@ -162,7 +162,6 @@ def _expanded(source: str) -> str:
 
 
 def _hub_rows(source: str, split: str, config: str | None) -> Iterator[Row]:
-    from layerskip.training.progress import hidden_bars  # and with it transformers
 
     try:
         datasets = _package("datasets")
@@ -266,3 +265,21 @@ def _paragraphs(file: TextIO, name: str, field: str) -> Iterator[Row]:
             lines = []
     if lines:
         yield f"{name}:{start}", {field: "".join(lines)}
+
+
+@contextlib.contextmanager
+def hidden_bars() -> Iterator[None]:
+    """For a while transformers and datasets show no progress bars of their own."""
+    import datasets
+    from transformers.utils import logging
+
+    before = (logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled())
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if before[0]:
+            logging.enable_progress_bar()
+        if not before[1]:
+            datasets.enable_progress_bars()

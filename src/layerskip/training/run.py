@@ -47,9 +47,10 @@ from layerskip.training.loading import (
 )
 from layerskip.training.memory import keep_freed_memory
 from layerskip.training.plots import plot_run
-from layerskip.training.progress import Progress, Watch, hidden_bars
+from layerskip.training.progress import Progress, Watch
 from layerskip.training.result import save_result, transformers_can_exit
 from layerskip.training.room import warn_of_little_room
+from layerskip.training.rows import hidden_bars
 from layerskip.training.run_rows import encoding_of, find_rows, load_rows
 from layerskip.training.trainer import LayerSkipTrainer
 

@@ -15,15 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from layerskip.model import families
 from layerskip.model.architecture import UnsupportedModelError
 from layerskip.model.files.digest import sha256_of
 from layerskip.model.files.json_files import CheckpointError, read_json, write_json
 from layerskip.model.files.writing import flush
+from layerskip.paths import cache_folder
 
-CACHE_VARIABLE = "LAYERSKIP_CACHE"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
 # Other formats, and the same weights once more; of folders, only additional_chat_templates is left.
 _NOT_HUB_FILES = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "*/*/*", "consolidated*"]
@@ -76,19 +74,6 @@ BUILTIN_MODELS: dict[str, BuiltinModel | DerivedModel] = {
 }
 DEFAULT_MODEL = "smollm2-135m-layerskip"
 DIFFERENCES = Path(__file__).parents[2] / "checkpoints"
-
-
-def cache_folder() -> Path:
-    """Where fetched models and compiled kernels are: `LAYERSKIP_CACHE`, else the platform's cache.
-
-    Raises:
-        OSError: there is neither, since nobody knows a home of this user.
-    """
-    set_by_user = os.environ.get(CACHE_VARIABLE)
-    try:
-        return Path(set_by_user or platformdirs.user_cache_dir("layerskip")).expanduser()
-    except RuntimeError:
-        raise OSError(f"this user has no home: set {CACHE_VARIABLE} to a folder") from None
 
 
 def resolve(name: str, announce: Callable[[str], None] = lambda line: None) -> Path:

@@ -18,10 +18,10 @@ from pathlib import Path
 import platformdirs
 import torch
 
-from layerskip.model.files.source import cache_folder
 from layerskip.model.files.writing import flush, replace
 from layerskip.model.machine import cpu_instructions
 from layerskip.model.native import threads
+from layerskip.paths import cache_folder
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 # Behind the arguments of CXX. Some compilers have fast-math on unless they are told; switching it off
