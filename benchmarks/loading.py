@@ -9,6 +9,7 @@ what was there before is set against the bytes of the loaded weights.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -54,14 +55,12 @@ def write_checkpoint(folder: Path) -> None:
     # Here alone: with them comes all of transformers' Llama, which is not to be in what is measured.
     from shapes import RandomTensors, config_of
 
-    from layerskip.export.source import layer_of
-
     config = config_of("llama-3.2-1b")
     tensors = RandomTensors(config, torch.device("cpu"))
     shards = defaultdict[int, list[str]](list)
     for name in sorted(tensors.names() - {"lm_head.weight"}):  # which is the embedding
-        layer = layer_of(name)
-        shards[0 if layer is None else 1 + layer // SHARD_LAYERS].append(name)
+        layer = re.search(r"\.layers\.(\d+)\.", name)
+        shards[1 + int(layer[1]) // SHARD_LAYERS if layer else 0].append(name)
     weight_map = {}
     for number, names in shards.items():
         file = f"model-{number}.safetensors"

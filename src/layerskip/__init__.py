@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layerskip.decoding import Generation, LayerSkipModel
-    from layerskip.model import CheckpointError, SourceError, UnsupportedModelError, merge, pull
+    from layerskip.model import CheckpointError, SourceError, UnsupportedModelError, pull
 
 __version__ = "0.1.0.dev0"
 
@@ -16,7 +16,6 @@ __all__ = [
     "SourceError",
     "UnsupportedModelError",
     "__version__",
-    "merge",
     "pull",
 ]
 

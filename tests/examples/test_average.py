@@ -8,15 +8,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import differences
+import weight_deltas
 from layerskip import LayerSkipModel
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("average")
-    base = differences.base(root / "base")
-    return base, differences.trained(base, root / "trained")
+    base = weight_deltas.base(root / "base")
+    return base, weight_deltas.trained(base, root / "trained")
 
 
 def test_a_share_of_what_training_changed_is_kept(folders, tmp_path):
@@ -53,6 +53,6 @@ def test_what_cannot_be_averaged_is_said(folders, tmp_path, share, output, messa
 
 
 def test_other_models_are_refused(folders, tmp_path):
-    other = differences.base(tmp_path / "other", case="llama2")
+    other = weight_deltas.base(tmp_path / "other", case="llama2")
     with pytest.raises(ValueError, match="of this shape"):
         averaging.average(folders[1], str(other), tmp_path / "out")

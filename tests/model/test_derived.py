@@ -1,18 +1,16 @@
-"""Built-in models that are a built-in base and a difference: pulled, found, interrupted, refused."""
+"""Built-in models that are a built-in base and a weight delta: pulled, found, interrupted, refused."""
 
 import hashlib
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import differences
+import weight_deltas
 from layerskip import LayerSkipModel, SourceError, cli, paths, pull
-from layerskip.export import open_source, to_difference
 from layerskip.model import resolve
-from layerskip.model.files import source, tokenizer
+from layerskip.model.files import merge, source, tokenizer
 from layerskip.model.files.weights import GgufFile
 from layerskip.training.source import pretrained, pretrained_weights
 
@@ -21,16 +19,16 @@ BASE, NAME = "tiny", "tiny-trained"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A base folder as `pull` leaves it, and a difference to it."""
+    """A base folder as `pull` leaves it, and a weight delta to it."""
     folder = tmp_path_factory.mktemp("made")
     base = folder / BASE
     base.mkdir()
-    differences.gguf_base(base / "model.gguf", folder / "plain")
+    weight_deltas.gguf_base(base / "model.gguf", folder / "plain")
     tokenizer.load(base, GgufFile(base / "model.gguf")).save_pretrained(str(base))
     (base / "generation_config.json").write_text("{}")
-    differences.trained(folder / "plain", folder / "trained")
+    weight_deltas.trained(folder / "plain", folder / "trained")
     file = folder / "x.safetensors"
-    to_difference(open_source(folder / "trained"), file, base=str(base))
+    weight_deltas.write(file, folder / "plain", folder / "trained")
     return base, file
 
 
@@ -88,13 +86,12 @@ def test_second_pull_does_no_work(cache, monkeypatch):
     assert not lines
 
 
-def test_another_difference_of_the_name_is_another_checkpoint(cache, made, monkeypatch, tmp_path):
+def test_another_delta_of_the_name_is_another_checkpoint(cache, made, monkeypatch, tmp_path):
     """A newer package may bring a better one; what an older one has made must not pass for it."""
     first = pull(NAME)
-    other = to_difference(
-        open_source(cache / BASE), tmp_path / "y.safetensors", base=str(cache / BASE)
-    )
-    register(monkeypatch, other.path)
+    plain = made[0].parent / "plain"
+    weight_deltas.write(tmp_path / "y.safetensors", plain, plain)
+    register(monkeypatch, tmp_path / "y.safetensors")
     assert not source.is_pulled(NAME)
     assert pull(NAME) != first
 
@@ -118,7 +115,7 @@ def test_the_base_is_fetched_first(cache, monkeypatch):
     "owner",
     [
         pytest.param((source, "_check"), id="check"),
-        pytest.param((sys.modules["layerskip.model.files.merge"], "save_file"), id="weights"),
+        pytest.param((merge, "save_file"), id="weights"),
         pytest.param((tokenizer, "write"), id="tokenizer"),
         pytest.param((source, "_move_into_place"), id="moving into place"),
     ],
@@ -179,7 +176,7 @@ def test_commands_take_its_name(cache, capsys, tmp_path):
     assert cli.run(["export", "--model", NAME, "--to", "hf", str(tmp_path / "out")]) == 0
     assert torch.equal(
         *(
-            differences.weights(folder)["model.norm.weight"]
+            weight_deltas.weights(folder)["model.norm.weight"]
             for folder in (tmp_path / "out", pull(NAME))
         )
     )

@@ -1,19 +1,20 @@
 """The checkpoint that travels with the package: the file itself, and what it does once it is merged."""
 
+import json
+
 import pytest
+from safetensors import safe_open
 
 from layerskip import LayerSkipModel, pull
 from layerskip.cli.demo_tasks import TASKS
-from layerskip.model.files.difference import Header
 from layerskip.model.files.digest import sha256_of
 from layerskip.model.files.source import BUILTIN_MODELS, DEFAULT_MODEL, DIFFERENCES, DerivedModel
-from layerskip.model.files.weights import damage_named
 
 DERIVED = {name: m for name, m in BUILTIN_MODELS.items() if isinstance(m, DerivedModel)}
 MOST_BYTES = 40_000_000
 
 
-def test_differences_are_the_files_that_the_package_knows():
+def test_weight_deltas_are_the_files_that_the_package_knows():
     files = {model.difference: model.sha256 for model in DERIVED.values()}
     assert {path.name for path in DIFFERENCES.glob("*.safetensors")} == set(files)
     assert {name: sha256_of([DIFFERENCES / name]) for name in files} == files
@@ -21,14 +22,13 @@ def test_differences_are_the_files_that_the_package_knows():
 
 
 @pytest.mark.parametrize("name", DERIVED)
-def test_difference_names_its_base_and_has_a_card(name):
-    from safetensors import safe_open
-
+def test_weight_delta_names_its_base_and_has_a_card(name):
     path = DIFFERENCES / DERIVED[name].difference
-    with damage_named(path):
-        header = Header.from_metadata(safe_open(path, framework="pt").metadata(), path)
-    assert header.base == DERIVED[name].base
-    assert header.generation_config["assistant_early_exit"] < header.config["num_hidden_layers"]
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["base"] == DERIVED[name].base
+    config, settings = (json.loads(metadata[key]) for key in ("config", "generation_config"))
+    assert settings["assistant_early_exit"] < config["num_hidden_layers"]
     assert path.with_suffix(".md").read_text(encoding="utf-8").startswith(f"# {name}\n")
 
 

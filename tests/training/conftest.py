@@ -6,7 +6,7 @@ import pytest
 import torch
 
 
-def make_model(folder, layers=4, ffn_size=48, tied=False):
+def make_model(folder, layers=4, tied=False):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -25,7 +25,7 @@ def make_model(folder, layers=4, ffn_size=48, tied=False):
     config = LlamaConfig(
         vocab_size=len(words),
         hidden_size=32,
-        intermediate_size=ffn_size,
+        intermediate_size=48,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -48,12 +48,6 @@ def model_folder(tmp_path_factory):
 def tied_model_folder(tmp_path_factory):
     """The same whose head is its embedding."""
     return str(make_model(tmp_path_factory.mktemp("tied"), tied=True))
-
-
-@pytest.fixture(scope="session")
-def wide_model_folder(tmp_path_factory):
-    """The same with rows that the grid of quantized weights can be laid on."""
-    return str(make_model(tmp_path_factory.mktemp("wide"), ffn_size=64))
 
 
 @pytest.fixture(scope="session")

@@ -564,7 +564,6 @@ def test_what_does_not_fit_is_said_before_the_rows_are_read(settings, monkeypatc
     monkeypatch.setattr("layerskip.training.run_rows.encode_rows", encode_rows)
     for part, changes in (
         ("attach", {}),
-        ("quantize_aware", {"quantize_aware": "int8"}),
         ("with_adapter", {"lora_rank": 2}),
     ):
         with monkeypatch.context() as patch:
@@ -922,7 +921,7 @@ def test_settings_that_name_a_temperature_without_sampling_can_be_saved(
 ):
     shutil.copytree(model_folder, tmp_path / "model")
     file = tmp_path / "model" / "generation_config.json"
-    of_before = ("costs", "draft_text", "draft_vocabulary", "tuning")
+    of_before = ("costs", "draft_text", "draft_vocabulary", "tuning", "weights")
     own = {"layerskip": {name: {"of": "before"} for name in of_before}}
     file.write_text(json.dumps({**json.loads(file.read_text()), "temperature": 0.9, **own}))
     result = run(settings, model=str(tmp_path / "model"), max_steps=2, fixed_exits=[2])
@@ -1012,11 +1011,8 @@ def test_a_home_folder_is_found(settings, monkeypatch, tmp_path):
         model="~/model",
         data="rows.jsonl",
         output="~/out",
-        quantize_aware="difference",
-        difference_base="~/base",
     )
-    found = (config.model, config.output, config.difference_base)
-    assert found == tuple(str(tmp_path / name) for name in ("model", "out", "base"))
+    assert (config.model, config.output) == (str(tmp_path / "model"), str(tmp_path / "out"))
 
 
 def test_a_place_that_cannot_be_written_to_is_refused_at_once(settings, tmp_path):
@@ -1229,11 +1225,10 @@ def test_several_gpus_in_one_process_are_refused_at_once(settings, monkeypatch):
         run(settings, device="auto")
 
 
-def test_fsdp_divides_what_adapters_and_grids_need_whole(settings, monkeypatch):
+def test_fsdp_divides_what_adapters_need_whole(settings, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    for changes in ({"lora_rank": 2}, {"quantize_aware": "int8"}):
-        with pytest.raises(ValueError, match="needs whole weights, which FSDP divides"):
-            run(settings, **changes)
+    with pytest.raises(ValueError, match="needs whole weights, which FSDP divides"):
+        run(settings, lora_rank=2)
 
 
 def test_a_result_without_weights_is_none(settings, monkeypatch):

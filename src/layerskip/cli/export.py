@@ -1,10 +1,9 @@
-"""`layerskip export`: a checkpoint for other programs, or its difference to another."""
+"""`layerskip export`: a checkpoint for other programs."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -20,6 +19,7 @@ from layerskip.cli.progress import Report, bars
 from layerskip.export import (
     GGUF_WEIGHTS,
     HF_WEIGHTS,
+    Calibrated,
     Source,
     Written,
     calibrate,
@@ -27,16 +27,11 @@ from layerskip.export import (
     check_room,
     least_bytes,
     open_source,
-    to_difference,
     to_gguf,
     to_hf,
 )
-from layerskip.export.calibrate import MOST_COMPENSATED_BITS
-from layerskip.model.files.difference import BITS, LEVELS
 
-_FORMATS = ("hf", "hf-draft", "gguf", "difference")
-_BITS = click.Choice([str(bits) for bits in LEVELS])
-_SUFFIXES = {"gguf": ".gguf", "difference": ".safetensors"}
+_FORMATS = ("hf", "hf-draft", "gguf")
 _INT4 = "int4"
 
 
@@ -55,8 +50,7 @@ _INT4 = "int4"
     "calibration",
     metavar="TEXT",
     help="A text file (or wikitext2), some 2,500 tokens or more, 20,000 are used: with --to hf --weights"
-    " int4, round the layers to 4 bits so that the errors make up for each other on such text; with --to"
-    " difference the same in its 1 or 2 bits.",
+    " int4, round the layers to 4 bits so that the errors make up for each other on such text.",
 )
 @click.option(
     "--exit-layer",
@@ -64,22 +58,6 @@ _INT4 = "int4"
     metavar="E",
     help="Export the first E layers, final norm and head: a draft model. Default of hf-draft: the"
     " exit layer that the checkpoint names.",
-)
-@click.option(
-    "--base",
-    metavar="MODEL",
-    help="Of a difference: what training began with, named as in --model.",
-)
-@click.option(
-    "--bits",
-    type=_BITS,
-    help=f"Of a difference: bits a weight.  [default: {BITS}]",
-)
-@click.option(
-    "--draft-bits",
-    type=_BITS,
-    help="Of a difference: bits of what drafts instead, which are embedding, head and the layers below"
-    " the exit layer that the checkpoint names.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint or file that is there.")
 @common_options
@@ -90,17 +68,13 @@ def command(
     weights: str | None,
     calibration: str | None,
     exit_layer: int | None,
-    base: str | None,
-    bits: str | None,
-    draft_bits: str | None,
     overwrite: bool,
     as_json: bool,
     output: Path | None,
 ) -> None:
     """Write a checkpoint that other programs load: the whole model, or its first layers as a draft.
 
-    PATH is the folder (hf, hf-draft) or the .gguf file to make. A difference is for layerskip itself:
-    what training changed in its base, in few bits a weight, as a .safetensors file.
+    PATH is the folder (hf, hf-draft) or the .gguf file to make.
 
     \b
     Examples:
@@ -109,22 +83,12 @@ def command(
       layerskip export --model my-checkpoint --to gguf --weights q8_0 my-model.gguf
       layerskip export --model my-checkpoint --to gguf --exit-layer 8 my-draft.gguf
       layerskip export --model my-checkpoint --to hf --weights int4 --calibrate text.txt my-int4
-      layerskip export --model my-checkpoint --to difference --base smollm2-135m my.safetensors
-      layerskip export --model my-checkpoint --to difference --base smollm2-135m \\
-        --calibrate like-my-prompts.txt my.safetensors
     """
-    check_outputs({"--output": output}, beside=(model, base, calibration))
+    check_outputs({"--output": output}, beside=(model, calibration))
     if output is not None and output.resolve() == path.resolve():
         raise click.UsageError(f"PATH and --output are both {path}: name another file")
-    _check_usage(path, to_format, weights, calibration, exit_layer, base)
-    of_difference = {name: int(n) for name, n in (("bits", bits), ("draft_bits", draft_bits)) if n}
-    if of_difference and to_format != "difference":
-        raise click.UsageError("--bits and --draft-bits go with --to difference")
-    least = min(int(one or bits or BITS) for one in (bits, draft_bits))
-    if calibration is not None and least > MOST_COMPENSATED_BITS:
-        raise click.UsageError(f"--calibrate changes nothing in {least} bits")
-    for name in filter(None, (model, base)):
-        fetch_if_builtin(name)
+    _check_usage(path, to_format, weights, calibration, exit_layer)
+    fetch_if_builtin(model)
     machine.set_threads()
     source = open_source(model, exit_layer)
     if to_format == "hf-draft" and exit_layer is None:
@@ -132,13 +96,15 @@ def command(
         if chosen is None:
             raise click.UsageError("this checkpoint names no exit layer; give --exit-layer")
         source = open_source(model, chosen)
-    if calibration is not None and to_format == "hf":  # which rounds for minutes before it writes
+    if calibration is not None:  # which rounds for minutes before it writes
         check_new_folder(path, overwrite=overwrite)
         check_room(path, least_bytes(source))
-    write = _writer(to_format, weights, base, of_difference)
+    write: Callable[..., Written] = functools.partial(
+        to_gguf if to_format == "gguf" else to_hf, weights=None if weights == _INT4 else weights
+    )
     with bars() as report, warnings_in_one_line():
         if calibration is not None:
-            write = functools.partial(write, **_calibrated(to_format, source, calibration, report))
+            write = functools.partial(write, calibrated=_calibrated(source, calibration, report))
         writing = functools.partial(report, f"writing {path}")
         written = write(source, path, overwrite=overwrite, progress=writing)
     result = dataclasses.asdict(written) | {"path": str(path), "source": model}
@@ -153,50 +119,31 @@ def _check_usage(
     weights: str | None,
     calibration: str | None,
     exit_layer: int | None,
-    base: str | None,
 ) -> None:
     """Refuse flags that do not go together."""
-    if to_format in ("hf", "difference") and exit_layer is not None:
+    if to_format == "hf" and exit_layer is not None:
         raise click.UsageError(
-            f"--to {to_format} is the whole model; --exit-layer goes with hf-draft or gguf"
+            "--to hf is the whole model; --exit-layer goes with hf-draft or gguf"
         )
-    if (to_format == "difference") != (base is not None):
-        raise click.UsageError("--to difference and --base MODEL go together")
-    if to_format != "difference" and (weights == _INT4) != (calibration is not None):
+    if (weights == _INT4) != (calibration is not None):
         raise click.UsageError("--weights int4 and --calibrate TEXT go together")
     if weights == _INT4 and to_format != "hf":
         raise click.UsageError("--weights int4 goes with --to hf; of gguf there is q4_1")
-    if to_format == "difference" and weights is not None:
-        raise click.UsageError("--weights goes with hf and gguf; a difference has --bits")
     if to_format != "gguf" and weights not in (None, _INT4, *HF_WEIGHTS):
         raise click.UsageError(f"--weights of {to_format} is one of: {', '.join(HF_WEIGHTS)}")
-    suffix = _SUFFIXES.get(to_format)
-    if suffix is not None and path.suffix != suffix:
-        raise click.UsageError(f"PATH {path} has to end in {suffix}")
+    if to_format == "gguf" and path.suffix != ".gguf":
+        raise click.UsageError(f"PATH {path} has to end in .gguf")
 
 
-def _writer(
-    to_format: str, weights: str | None, base: str | None, of_difference: dict[str, Any]
-) -> Callable[..., Written]:
-    if base is not None:
-        return functools.partial(to_difference, base=base, **of_difference)
-    return functools.partial(
-        to_gguf if to_format == "gguf" else to_hf, weights=None if weights == _INT4 else weights
-    )
-
-
-def _calibrated(to_format: str, source: Source, text: str, report: Report) -> dict[str, Any]:
-    """What a writer is told of the text: its tokens, or what they made of the weights."""
+def _calibrated(source: Source, text: str, report: Report) -> Calibrated:
+    """Read the text and round the layers by it."""
     from layerskip.bench.perplexity import read_text
 
     tokenizer = source.files.tokenizer()
     if tokenizer is None:
         raise ValueError("calibration on a text needs a tokenizer, and this checkpoint has none")
     tokens = tokenizer.encode(read_text(text), add_special_tokens=False, verbose=False)
-    if to_format == "difference":
-        return {"tokens": tokens}
-    made = calibrate(source, tokens, functools.partial(report, "rounding layers"))
-    return {"calibrated": made}
+    return calibrate(source, tokens, functools.partial(report, "rounding layers"))
 
 
 def _show(written: Written) -> None:
@@ -213,6 +160,3 @@ def _show(written: Written) -> None:
             f"with --weights int4: {w.nll_change:+.1%} negative log-likelihood on held-out parts of"
             " the text, against 16 bits"
         )
-    if w.relative_errors is not None:
-        errors = ", ".join(f"{kind} {error:.3f}" for kind, error in w.relative_errors.items())
-        click.echo(f"relative error of the difference: {errors}")

@@ -1,8 +1,7 @@
-"""A checkpoint for other programs, or its first layers as a draft model, or its difference to a base."""
+"""A checkpoint for other programs, or its first layers as a draft model."""
 
 from layerskip.export.calibrate import Calibrated, calibrate, least_bytes
 from layerskip.export.destination import ExportError, check_new_folder, check_room
-from layerskip.export.difference import to_difference
 from layerskip.export.gguf import GGUF_WEIGHTS, to_gguf
 from layerskip.export.hf import HF_WEIGHTS, to_hf
 from layerskip.export.source import Source, open_source
@@ -20,7 +19,6 @@ __all__ = [
     "check_room",
     "least_bytes",
     "open_source",
-    "to_difference",
     "to_gguf",
     "to_hf",
 ]

@@ -81,12 +81,6 @@ class Source:
         return [*first, *inner, *last]
 
 
-def layer_of(name: str) -> int | None:
-    """The layer that a tensor belongs to, from 0; None of embedding, final norm and head."""
-    match = _LAYER.fullmatch(name)
-    return int(match[1]) if match else None
-
-
 def open_source(model: str | Path, exit_layer: int | None = None) -> Source:
     """Open a checkpoint for export, without reading its weights.
 

@@ -13,8 +13,7 @@ class Written:
 
     `stored_as` counts tensors by how they are stored (F32, BF16, Q4_1, ...); `carried_over` counts
     those whose bytes are the source's own, neither cast nor quantized again. `nll_change` is what the
-    4 bits of a calibrated checkpoint cost, 0.02 = 2% more negative log-likelihood. `relative_errors` are
-    those of a difference by kind of tensor (q_proj, norm, ...), as norms: error / difference.
+    4 bits of a calibrated checkpoint cost, 0.02 = 2% more negative log-likelihood.
     """
 
     path: Path
@@ -27,4 +26,3 @@ class Written:
     stored_as: dict[str, int]
     carried_over: int
     nll_change: float | None = None
-    relative_errors: dict[str, float] | None = None

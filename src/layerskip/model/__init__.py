@@ -7,7 +7,6 @@ from layerskip.model.decoder import Decoder, GoesOn, most_likely, read_draft
 from layerskip.model.distributions import NO_NUMBERS, Distributions, Draws, pick, shares
 from layerskip.model.families import FAMILIES
 from layerskip.model.files.json_files import CheckpointError
-from layerskip.model.files.merge import merge
 from layerskip.model.files.settings import Settings, StepCosts
 from layerskip.model.files.source import SourceError, pull, resolve
 
@@ -28,7 +27,6 @@ __all__ = [
     "StepCosts",
     "UnsupportedModelError",
     "load",
-    "merge",
     "most_likely",
     "open_files",
     "pick",

@@ -19,8 +19,8 @@ def fused_loss(anatomy: Anatomy, device: torch.device) -> FusedLoss | None:
     """An exit's cross entropy by kernels that never hold its logits; None where there are none.
 
     They need the package liger-kernel, from 0.8 on, a GPU, and a head that is a plain linear layer
-    whose weights are all on this device, whose forward nobody replaced (training on a quantized grid
-    does), and whose logits are not scaled afterwards.
+    whose weights are all on this device, whose forward is not replaced, and whose logits are not scaled
+    afterwards.
 
     Returns:
         Called with hidden states [N, D] that leave a layer and labels [N], none ignored: the sum in

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layerskip.training.config import TrainConfig
-    from layerskip.training.fake_quantization import quantize_aware
     from layerskip.training.progress import Progress
     from layerskip.training.recipe_callback import RecipeCallback
     from layerskip.training.run import train
@@ -17,13 +16,11 @@ __all__ = [
     "Progress",
     "RecipeCallback",
     "TrainConfig",
-    "quantize_aware",
     "train",
 ]
 _FILES = {
     "TrainConfig": "config",
     "Progress": "progress",
-    "quantize_aware": "fake_quantization",
     "RecipeCallback": "recipe_callback",
     "train": "run",
 }

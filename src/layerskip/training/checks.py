@@ -43,10 +43,9 @@ def check_installed(config: TrainConfig) -> None:
         raise ValueError("the device cuda is not available here; use auto or cpu")
     if uses_gpu(config) and "LOCAL_RANK" not in os.environ:
         check_gpus(torch.cuda.device_count())
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # as Accelerate tells its processes
-        for name in ("lora_rank", "quantize_aware"):
-            if getattr(config, name) is not None:
-                raise ValueError(f"{name} needs whole weights, which FSDP divides: use it with DDP")
+    uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # as Accelerate tells its processes
+    if uses_fsdp and config.lora_rank is not None:
+        raise ValueError("lora_rank needs whole weights, which FSDP divides: use it with DDP")
     if config.lora_rank is not None and importlib.util.find_spec("peft") is None:
         raise ValueError("lora_rank needs `peft`: pip install 'layerskip[train]'")
     if config.precision == "float16" and not uses_gpu(config):

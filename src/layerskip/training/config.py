@@ -81,14 +81,6 @@ class TrainConfig:
         "train a LoRA adapter of this rank instead of all weights", None
     )
     lora_alpha: int | None = setting("LoRA scale (default: twice the rank)", None)
-    quantize_aware: Literal["int8", "int4", "difference"] | None = setting(
-        "train for inference with weights in so many bits, or for export as a difference: they are"
-        " rounded to that grid as they are used",
-        None,
-    )
-    difference_base: str | None = setting(
-        "what the difference will be added to (default: the model)", None
-    )
     precision: Literal["float32", "bfloat16", "float16", "auto"] = setting(
         "precision of the arithmetic; trained weights are in float32. auto: bfloat16 where that is fast",
         "float32",
@@ -114,7 +106,7 @@ class TrainConfig:
     threads: int | None = setting("CPU threads to use; default: PyTorch's own number", None)
 
     def __post_init__(self) -> None:
-        for name in ("model", "tokenizer", "output", "difference_base"):
+        for name in ("model", "tokenizer", "output"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, os.path.expanduser(path))
         steps = ("max_steps", "log_steps", "save_steps", "eval_steps")
@@ -165,17 +157,6 @@ class TrainConfig:
             raise ValueError("from_scratch and lora_rank contradict each other")
         if self.lora_alpha is not None and self.lora_rank is None:
             raise ValueError("lora_alpha needs lora_rank")
-        if self.quantize_aware is not None and self.lora_rank is not None:
-            raise ValueError(
-                "quantize_aware and lora_rank contradict each other: merging an adapter takes the "
-                "weights off the grid"
-            )
-        if self.quantize_aware is not None and self.compile:
-            raise ValueError("quantize_aware and compile contradict each other")
-        if self.from_scratch and self.quantize_aware == "difference":
-            raise ValueError("from_scratch has no weights that a difference could be added to")
-        if self.difference_base is not None and self.quantize_aware != "difference":
-            raise ValueError("difference_base needs quantize_aware difference")
 
     @property
     def effective_recipe(self) -> RecipeConfig:

@@ -9,7 +9,7 @@ from typing import Any
 from layerskip.model.files import older_names, settings
 from layerskip.model.files.draft_text import most_repeated
 from layerskip.model.files.json_files import read_json, write_json
-from layerskip.model.files.rounding import TRAINED, Rounding, recorded
+from layerskip.model.files.rounding import recorded
 from layerskip.model.files.writing import flush, share_weights
 from layerskip.recipe.anatomy import find_anatomy
 from layerskip.training.checkpoints import INCOMPLETE
@@ -25,7 +25,6 @@ def save_result(
     exit_layer: int,
     output: Path,
     can_exit: bool,
-    nll_change: float | None,
 ) -> None:
     """Write the result beside its place and move it there, so that no half of it is ever found.
 
@@ -35,7 +34,6 @@ def save_result(
         exit_layer: that drafts, for those who load it.
         output: the folder.
         can_exit: whether transformers drafts with this model (`transformers_can_exit`).
-        nll_change: what the grid of quantization-aware training costs, as in `Rounding`.
     """
     unfinished = output / INCOMPLETE
     if config.lora_rank is not None:
@@ -57,7 +55,7 @@ def save_result(
         model.generation_config.num_assistant_tokens = config.draft_tokens
         # By this mark transformers skips, when it reads the file, what it has no field of its own for.
         model.generation_config._from_model_config = False
-        own = _own_settings(model, trainer, config, nll_change)
+        own = _own_settings(model, trainer, config)
         # In transformers' own field, unless that would fail by it; then among what is ours.
         model.generation_config.assistant_early_exit = exit_layer if can_exit else None
         if not can_exit:
@@ -106,17 +104,12 @@ def transformers_can_exit(model: Any, exit_layer: int) -> bool:
     return len(ran) == exit_layer
 
 
-def _own_settings(
-    model: Any, trainer: LayerSkipTrainer, config: TrainConfig, nll_change: float | None
-) -> dict[str, Any]:
+def _own_settings(model: Any, trainer: LayerSkipTrainer, config: TrainConfig) -> dict[str, Any]:
     """What transformers has no field for.
 
     What was known of the model that training began with holds no longer.
     """
-    known: dict[str, Rounding] = {}
-    if config.quantize_aware in ("int8", "int4"):
-        known[config.quantize_aware] = Rounding(TRAINED, nll_change)
-    own = recorded(getattr(model.generation_config, settings.KEY, None), known)
+    own = recorded(getattr(model.generation_config, settings.KEY, None), {})
     for of_before in ("costs", "draft_text", "draft_vocabulary", "tuning", settings.EXIT):
         own.pop(of_before, None)
     tokenizer: Any = trainer.processing_class

