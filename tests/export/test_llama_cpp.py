@@ -1,9 +1,9 @@
-"""Tiny models and tokenizers of every kind in llama.cpp itself, where llama-cpp-python is installed."""
+"""Tiny models and tokenizers of every kind in llama.cpp itself."""
 
-import numpy as np
 import pytest
 import torch
 from exported_cases import WRITTEN
+from llama_server import Llama
 from tiny_tokenizers import (
     LLAMA3,
     SPLITS,
@@ -18,28 +18,18 @@ from tiny_tokenizers import (
 import tiny_models
 from layerskip.export import open_source, to_gguf
 
-llama_cpp = pytest.importorskip("llama_cpp")
+pytest.importorskip("xllamacpp")
 
 
 @pytest.fixture
 def opened(tmp_path):
     """Export a checkpoint folder in float32 and open it in llama.cpp."""
-    models = []
 
-    def open_(folder, exit_layer=None, **options):
+    def open_(folder, exit_layer=None):
         to_gguf(open_source(folder, exit_layer), tmp_path / "m.gguf", weights="f32")
-        f32 = llama_cpp.GGML_TYPE_F32
-        cache = {"type_k": f32, "type_v": f32, "flash_attn": False}
-        models.append(
-            llama_cpp.Llama(
-                str(tmp_path / "m.gguf"), n_threads=1, verbose=False, **cache, **options
-            )
-        )
-        return models[-1]
+        return Llama(tmp_path / "m.gguf", n_ctx=64, exact=True)
 
-    yield open_
-    for model in models:
-        model.close()
+    return open_
 
 
 @pytest.mark.parametrize("exit_layer", [None, 2])
@@ -50,10 +40,9 @@ def test_logits_are_ours(case, exit_layer, opened, ours, tmp_path):
     tiny_models.build(case, vocab_size=rows).save_pretrained(tmp_path)
     n = 5 if case == "mistral" else 40  # its window, which llama.cpp does not have
     tokens = torch.randint(len(wrapped), (n,), generator=torch.Generator().manual_seed(1))
-    model = opened(tmp_path, exit_layer, n_ctx=64, logits_all=True)
-    model.eval(tokens.tolist())
-    found = torch.tensor(np.array(model.scores[:n]))
-    torch.testing.assert_close(found, ours(tmp_path, tokens, exit_layer), rtol=0.0, atol=1e-3)
+    found = opened(tmp_path, exit_layer).log_probs(tokens.tolist(), rows)
+    expected = ours(tmp_path, tokens, exit_layer).log_softmax(-1)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", [*SPLITS, "sentencepiece", "sentencepiece without a prefix"])
@@ -63,15 +52,15 @@ def test_tokens_are_those_of_transformers(name, opened, tmp_path):
     else:
         prefix = name == "sentencepiece"
         wrapped = checkpoint(tmp_path, sentencepiece(prefix=prefix), unk_token="<unk>")
-    same_tokens(opened(tmp_path, vocab_only=True), wrapped)
+    same_tokens(opened(tmp_path), wrapped)
 
 
 @pytest.mark.parametrize("ignore_merges", [True, False])
 def test_words_that_are_tokens_are_merged_or_not_as_before(ignore_merges, opened, tmp_path):
     wrapped = checkpoint(tmp_path, whole_words(split(LLAMA3), ignore_merges))
-    same_tokens(opened(tmp_path, vocab_only=True), wrapped)
+    same_tokens(opened(tmp_path), wrapped)
 
 
 def same_tokens(model, wrapped):
     for text in TEXTS:
-        assert model.tokenize(text.encode(), special=True) == wrapped.encode(text)
+        assert model.tokenize(text) == wrapped.encode(text)

@@ -155,7 +155,8 @@ def bench(
         "environment": environment_of(
             model.decoder,
             packages=["transformers", *(PEERS[name].distribution for name in config.peers)],
-        ),
+        )
+        | {f"{peer.name} build": peer.build for peer in peers if peer.build},
         "model": source,
         "n_layers": len(model.decoder.layers),
         "task": task.name,

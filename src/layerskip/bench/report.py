@@ -175,10 +175,11 @@ def _conditions(document: dict[str, Any]) -> str:
     e = document["environment"]
     versions = [
         f"{name} {e[name]}"
-        for name in ("layerskip", "torch", "transformers", "llama-cpp-python", "python")
+        for name in ("layerskip", "torch", "transformers", "xllamacpp", "llama-cpp-python", "python")
         if e.get(name)
     ]
-    lines = [*conditions(document), ", ".join(versions), f"{e['system']}, {e['date']}"]
+    builds = [f"{name}: {value}" for name, value in e.items() if name.endswith(" build")]
+    lines = [*conditions(document), ", ".join(versions), *builds, f"{e['system']}, {e['date']}"]
     return "\n".join(f"- {as_text(line)}" for line in lines)
 
 

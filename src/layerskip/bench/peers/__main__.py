@@ -27,7 +27,7 @@ def main(module: str, requests: TextIO, replies: TextIO) -> None:
                 job = Job.from_dict(request)
                 settings = list(job.settings)
                 peer = importlib.import_module(module).Peer(job)
-                reply: dict[str, Any] = {}
+                reply: dict[str, Any] = {"build": getattr(peer, "build", None)}
             else:
                 setting = settings[request["setting"]]
                 run = peer.answer(setting, request["prompt"], request["max_new_tokens"])

@@ -24,15 +24,20 @@ def settings(drafts: Sequence[tuple[int, int]]) -> list[Setting]:
 
 
 class Peer:
-    """llama.cpp on a GGUF file of the same weights; keys and values are kept in float16."""
+    """llama.cpp on a GGUF file of the same weights; keys and values are kept in float16.
+
+    Attributes:
+        build: llama.cpp's CPU features and backends.
+    """
 
     def __init__(self, job: Job) -> None:
         assert job.gguf is not None
         self._job, self._gguf = job, job.gguf
         self._tokenizer = None if job.tokenizer is None else tokenizer.load(Path(job.tokenizer))
-        self._bytes_of_a_pass = _bytes_of_a_pass(job.gguf)
+        self._bytes_of_a_pass = bytes_of_a_pass(job.gguf)
         self._drafts = _CountedDrafts()
         _check_device(job.device)
+        self.build = _build()
         self._plain = self._load(None)
         # With a draft, llama-cpp-python keeps logits for every position; plain decoding does not.
         self._drafting = self._load(self._drafts)
@@ -97,6 +102,13 @@ class _CountedDrafts:
         return self._lookups[self.tokens](input_ids, **options)
 
 
+def _build() -> str:
+    from llama_cpp import llama_print_system_info
+
+    features = llama_print_system_info().decode().split("|")
+    return ", ".join(part.strip() for part in features if part.strip())
+
+
 def _check_device(device: str) -> None:
     """A build for the CPU alone would run there, and stand beside rows of a GPU."""
     from llama_cpp import llama_supports_gpu_offload
@@ -108,7 +120,7 @@ def _check_device(device: str) -> None:
         )
 
 
-def _bytes_of_a_pass(gguf: str) -> int:
+def bytes_of_a_pass(gguf: str) -> int:
     """Bytes of weights for one token: all but the embedding, unless it is the head as well."""
     sizes = {name: stored.data.nbytes for name, stored in GgufHeader(Path(gguf)).tensors.items()}
     embedding = sizes["token_embd.weight"] if "output.weight" in sizes else 0

@@ -1,6 +1,7 @@
 """A peer's process, from the outside: asked for one answer at a time, so that it takes its turn."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -23,16 +24,28 @@ class PeerKind:
     distribution: str
 
 
+# The first one that is installed is llama.cpp's.
+_LLAMA_CPP = (
+    PeerKind(
+        module="layerskip.bench.peers.llama_server",
+        package="xllamacpp",
+        distribution="xllamacpp",
+    ),
+    PeerKind(
+        module="layerskip.bench.peers.llama_cpp",
+        package="llama_cpp",
+        distribution="llama-cpp-python",
+    ),
+)
+
 PEERS = {
     "transformers": PeerKind(
         module="layerskip.bench.peers.transformers",
         package="transformers",
         distribution="transformers",
     ),
-    "llama.cpp": PeerKind(
-        module="layerskip.bench.peers.llama_cpp",
-        package="llama_cpp",
-        distribution="llama-cpp-python",
+    "llama.cpp": next(
+        (kind for kind in _LLAMA_CPP if importlib.util.find_spec(kind.package)), _LLAMA_CPP[0]
     ),
 }
 
@@ -50,11 +63,15 @@ class PeerProcess:
     """A system that runs elsewhere. Enter it to start it; a peer that cannot start fails when asked.
 
     One line of JSON goes in for each answer and one comes out; see `__main__.py`.
+
+    Attributes:
+        build: the library's build flags, once it has started; None where it does not name them.
     """
 
     def __init__(self, name: str, job: Job, failure: str | None = None) -> None:
         """Describe a peer; with a reason why it cannot take part, no process will be started."""
         self.name, self.settings = name, job.settings
+        self.build: str | None = None
         self._job, self._failure = job, failure
         self._process: subprocess.Popen[str] | None = None
 
@@ -72,7 +89,7 @@ class PeerProcess:
             env=os.environ | {"PYTHONSAFEPATH": "1"},  # of what it starts, from Python 3.11 on
         )
         try:
-            self._ask(dataclasses.asdict(self._job))
+            self.build = self._ask(dataclasses.asdict(self._job))["build"]
         except SystemFailedError as error:
             self._failure = str(error)
         return self

@@ -74,7 +74,7 @@ def _prepare(name: str, job: Job, gguf_weights: str) -> str | None:
     """Make what a peer needs on top of the checkpoint; returns why it cannot take part, or None."""
     kind = PEERS[name]
     if importlib.util.find_spec(kind.package) is None:
-        return f"{kind.distribution} is not installed; run: pip install 'layerskip[peers]'"
+        return f"{kind.distribution} is not installed; run: pip install 'layerskip[baselines]'"
     if name == "llama.cpp":
         from layerskip.export import open_source, to_gguf
 
