@@ -25,10 +25,10 @@ import transformers
 from torch import Tensor
 
 from layerskip import LayerSkipModel
-from layerskip.bench import environment as machine
-from layerskip.bench.bandwidth import read_bandwidth
+from layerskip.bench import machine as machine
+from layerskip.bench.machine import read_bandwidth
+from layerskip.fileio import replace
 from layerskip.model import Decoder, KVCache, pull
-from layerskip.model.files.writing import replace
 
 K = TypeVar("K", bound=Hashable)
 ROOT = Path(__file__).parent.parent

@@ -20,7 +20,7 @@ from paper.measures import answers
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import load_task
 from layerskip.decoding.draft_costs import DraftCosts
-from layerskip.tuning.acceptance import Continuation, agreement_rate
+from layerskip.tune.predict import Continuation, agreement_rate
 
 LENGTHS = range(1, 9)
 PRIORS = (5, 20, 80)  # tokens that an exit's average weighs as much as

@@ -23,7 +23,7 @@ from typing import Any
 from engine import deliver, environment_of, parsed, run
 
 from layerskip import LayerSkipModel
-from layerskip.bench.memory import PeakMemory
+from layerskip.bench.machine import PeakMemory
 from layerskip.bench.tasks import load_task
 from layerskip.model import resolve
 

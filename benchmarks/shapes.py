@@ -23,14 +23,14 @@ from engine import deliver, environment, in_turns, parsed, run
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from layerskip.bench.bandwidth import read_bandwidth
+from layerskip.bench.machine import read_bandwidth
 from layerskip.decoding import Plan, Sampling, generate
 from layerskip.decoding.accept import accept_greedy
-from layerskip.decoding.clock import device_clock
 from layerskip.model import Decoder, native
-from layerskip.model.assembly import build
 from layerskip.model.families import from_config
+from layerskip.model.loader import build
 from layerskip.model.quantize import Quantized
+from layerskip.model.step_timing import device_clock
 
 # Vocabulary, hidden size, width of the MLP, layers, heads, heads of keys and values, tied head.
 SHAPES = {

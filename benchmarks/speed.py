@@ -27,10 +27,10 @@ from engine import ROOT, environment, run, write
 from fresh import LAYERSKIP
 from speed_goals import goal_table, report
 
-from layerskip.bench.catalogue import FORMS
-from layerskip.bench.peers import PEERS
+from layerskip.bench.baselines import PEERS
+from layerskip.bench.tasks import FORMS
 from layerskip.model import open_files, resolve
-from layerskip.model.files.published import with_defaults
+from layerskip.model.checkpoint import with_defaults
 from layerskip.model.quantize import WEIGHTS
 
 MOST_NEW_TOKENS = 128  # a task may ask for less

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from layerskip.bench.report import conditions, markdown_table, table
-from layerskip.model.files.source import DEFAULT_MODEL
+from layerskip.model.hub import DEFAULT_MODEL
 
 Part = Mapping[str, Any]
 

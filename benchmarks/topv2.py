@@ -29,7 +29,7 @@ from layerskip.bench.tasks import Task, load_task
 from layerskip.decoding import Generation
 from layerskip.model import open_files, resolve
 from layerskip.model.quantize import WEIGHTS
-from layerskip.tuning.acceptance import agreement_rate, read_agreement, replay
+from layerskip.tune.predict import agreement_rate, read_agreement, replay
 
 EXITS = (4, 6, 8, 10, 12, 15, 20)
 DRAFT_TOKENS = 4

@@ -33,14 +33,13 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from layerskip.model.machine import leave_out_cudnn_attention
+from layerskip.data.readers import read_rows
+from layerskip.model.hardware import leave_out_cudnn_attention
 from layerskip.recipe import RecipeConfig
 from layerskip.training import LayerSkipTrainer
+from layerskip.training.callbacks import hidden_bars, keep_freed_memory, peak_memory_bytes
 from layerskip.training.data import Collator, Encoding, encode_rows
-from layerskip.training.memory import keep_freed_memory, peak_memory_bytes
-from layerskip.training.progress import hidden_bars
-from layerskip.training.rows import read_rows
-from layerskip.training.source import pretrained, pretrained_weights
+from layerskip.training.loading import pretrained, pretrained_weights
 
 RECIPES = {
     "plain": None,

@@ -10,7 +10,7 @@ import tiny_checkpoint
 from layerskip import LayerSkipModel
 from layerskip.decoding import draft_costs
 from layerskip.model import native, pull
-from layerskip.model.timing import PassCosts
+from layerskip.model.step_timing import PassCosts
 
 settings.register_profile("layerskip", deadline=None)  # no test depends on a time
 settings.load_profile("layerskip")

@@ -65,9 +65,9 @@ def test_directions_between_rooms_are_held():
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("model/cache.py", "import layerskip.decoding.accept"),
-        ("model/rotary.py", "import layerskip.recipe.schedule"),
-        ("recipe/schedule.py", "import layerskip.model.cache"),
+        ("model/kv_cache.py", "import layerskip.decoding.accept"),
+        ("model/decoder.py", "import layerskip.recipe.schedule"),
+        ("recipe/schedule.py", "import layerskip.model.kv_cache"),
         ("decoding/accept.py", "import layerskip.cli"),
         ("decoding/accept.py", "import rich"),
         ("decoding/sampling.py", "def later():\n    import transformers"),

@@ -3,7 +3,7 @@
 import scripted
 
 from layerskip.decoding import answer
-from layerskip.tuning import costs
+from layerskip.tune import costs
 
 
 class TimedDecoder(scripted.ScriptedDecoder):

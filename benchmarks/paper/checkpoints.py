@@ -13,15 +13,14 @@ from engine import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from layerskip.model.files.json_files import read_json
-from layerskip.model.files.source import BUILTIN_MODELS, DerivedModel
-from layerskip.model.files.weights import SafetensorsFiles
+from layerskip.fileio import read_json
+from layerskip.model.hub import BUILTIN_MODELS, DerivedModel
+from layerskip.model.weights import SafetensorsFiles
 from layerskip.recipe import RecipeConfig
 from layerskip.training import Progress, TrainConfig, train
-from layerskip.training.callbacks import read_log
-from layerskip.training.checkpoints import last_checkpoint
+from layerskip.training.callbacks import hidden_bars, read_log
+from layerskip.training.checkpointing import last_checkpoint
 from layerskip.training.data import Encoding
-from layerskip.training.progress import hidden_bars
 
 BEGIN, END = "<s>", "</s>"
 TOKENS = "tokens.json"  # how many a run has learnt

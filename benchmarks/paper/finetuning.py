@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from layerskip import LayerSkipModel
 from layerskip.training import TrainConfig
-from layerskip.training.source import pretrained
+from layerskip.training.loading import pretrained
 from paper.checkpoints import tokens_of, trained, write_rows
 from paper.record import Record
 

@@ -30,10 +30,10 @@ from layerskip import LayerSkipModel
 from layerskip.bench.tasks import load_task
 from layerskip.decoding import Sampling
 from layerskip.decoding.accept import accept_greedy
-from layerskip.decoding.clock import device_clock
 from layerskip.decoding.drafters import Draft, EarlyExitDrafter
 from layerskip.decoding.sampling import next_token
 from layerskip.model import Decoder, KVCache
+from layerskip.model.step_timing import device_clock
 from paper.checkpoints import TINY, new_model, shown, told, version, write_rows
 from paper.corpus import STANDARD_LIBRARY, Corpus, functions
 from paper.record import Record, numbers, options_of

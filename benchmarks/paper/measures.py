@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from layerskip import LayerSkipModel
-from layerskip.bench.benchmark import BenchConfig, bench
+from layerskip.bench.bench import BenchConfig, bench
 from layerskip.bench.perplexity import perplexity
 from layerskip.bench.tasks import Task
-from layerskip.tuning.acceptance import Continuation, agreement_rate, read_agreement, replay
+from layerskip.tune.predict import Continuation, agreement_rate, read_agreement, replay
 
 
 def exits_of(

@@ -21,11 +21,10 @@ from engine import run
 from topv2 import answer, exact_match, trained_with_recipe
 
 from layerskip import LayerSkipModel
-from layerskip.bench.benchmark import BenchConfig, bench
-from layerskip.bench.data_sets import DATA_VARIABLE
+from layerskip.bench.bench import BenchConfig, bench
 from layerskip.bench.tasks import draw, load_task
+from layerskip.data.readers import DATA_VARIABLE, read_rows
 from layerskip.training import TrainConfig
-from layerskip.training.rows import read_rows
 from paper.checkpoints import TINY, new_model, tokens_of, told, trained
 from paper.finetuning import CONTROL, SMOKE_EXITS, tokenizer_of
 from paper.record import ROOT, Record, numbers, options_of

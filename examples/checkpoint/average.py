@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from layerskip.model.files.rounding import recorded
-from layerskip.model.files.settings import KEY
+from layerskip.model.checkpoint import KEY, recorded
 from layerskip.training.loading import pretrained_model
 
 

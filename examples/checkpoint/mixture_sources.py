@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerskip.bench.catalogue import FORMS
-from layerskip.bench.data_sets import DataSet
+from layerskip.bench.tasks import FORMS
+from layerskip.data.readers import DataSet
 
 Rows = list[dict[str, Any]]
 # Prompt and completion together: 300 tokens at 3.2 characters, which even code rarely falls below.

@@ -5,7 +5,7 @@ import lzma
 
 import pytest
 
-from layerskip.bench.data_sets import DataSet
+from layerskip.data.readers import DataSet
 
 SET = DataSet(
     folder="sums",

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from layerskip.bench.evaluation import Metric, Row, rows_of
-from layerskip.bench.exit_plot import plot_exits
+from layerskip.bench.bench import Metric, Row, rows_of
+from layerskip.bench.report import plot_exits
 from layerskip.decoding import Plan
 from layerskip.model import Settings
 

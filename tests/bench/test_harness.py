@@ -7,12 +7,8 @@ from transformers import PreTrainedTokenizerFast
 import tiny_checkpoint
 import tiny_tasks
 from layerskip import LayerSkipModel
-from layerskip.bench.evaluation import Row, rows_of
-from layerskip.bench.harness import (
-    HarnessModel,
-    SharedScores,
-    generation_options,
-)
+from layerskip.bench.bench import Row, rows_of
+from layerskip.bench.harness import HarnessModel, SharedScores, generation_options
 from layerskip.bench.harness_tasks import evaluate_tasks, read_metrics
 from layerskip.decoding import Plan
 
@@ -201,7 +197,7 @@ def test_a_template_without_a_place_for_the_system_is_asked_without_it(model, mo
 
 def test_choice_is_the_likelier_text(model, tasks):
     """Accuracy counted by hand from likelihoods of whole texts."""
-    from layerskip.bench.likelihood import Passage, score_passages
+    from layerskip.bench.quality import Passage, score_passages
 
     right = {1: 0, 4: 0}
     for row in tiny_tasks.ROWS:

@@ -5,7 +5,7 @@ import torch
 from tiny_decoders import LAYERS, random_prompt, tiny_decoder
 
 from exit_states import exit_states
-from layerskip.bench.likelihood import Passage, Score, score_passages
+from layerskip.bench.quality import Passage, Score, score_passages
 from layerskip.decoding.generate import PREFILL_CHUNK
 from layerskip.model import Decoder
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import layerskip
-from layerskip.bench.environment import commit, environment
-from layerskip.bench.memory import PeakMemory
+from layerskip.bench.machine import PeakMemory, commit, environment
 
 MIB = 2**20
 

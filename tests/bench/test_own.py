@@ -5,8 +5,8 @@ import types
 import pytest
 from scripted import LAYERS, encode, scripted_model
 
-from layerskip.bench.bandwidth import read_bandwidth, weight_bytes_read
-from layerskip.bench.own import OwnSystem, settings_of
+from layerskip.bench.machine import read_bandwidth, weight_bytes_read
+from layerskip.bench.systems import OwnSystem, settings_of
 from layerskip.decoding import Step
 from layerskip.model import Settings
 
@@ -184,7 +184,5 @@ def test_a_draft_vocabulary_reads_a_part_of_the_head():
 
 def test_read_bandwidth_counts_bytes_over_the_time_of_a_pass(monkeypatch):
     times = iter([0.0, 2.0, 10.0, 11.0, 20.0, 24.0])
-    monkeypatch.setattr(
-        "layerskip.bench.bandwidth.device_clock", lambda device: lambda: next(times)
-    )
+    monkeypatch.setattr("layerskip.bench.machine.device_clock", lambda device: lambda: next(times))
     assert read_bandwidth(model().decoder.device, n_bytes=4096, passes=3) == 4096 / 2.0

@@ -14,11 +14,10 @@ from tiny_tokenizers import SPLITS, byte_level, checkpoint
 import tiny_models
 from causal_lms import build
 from layerskip import LayerSkipModel
+from layerskip.bench.baselines import PEERS, PeerProcess, llama_cpp, start_peers, transformers
+from layerskip.bench.baselines.process import PROMPT_LOOKUP_TOKENS, Job, PeerKind
+from layerskip.bench.baselines.transformers import Recorder
 from layerskip.bench.measure import Setting, SystemFailedError, measure
-from layerskip.bench.peers import PEERS, PeerProcess, llama_cpp, start_peers, transformers
-from layerskip.bench.peers.job import PROMPT_LOOKUP_TOKENS, Job
-from layerskip.bench.peers.process import PeerKind
-from layerskip.bench.peers.recorder import Recorder
 from stand_in_peer import CRASH, FAIL
 
 PLAIN, LOOKUP = Setting(mode="plain"), Setting(mode="prompt-lookup", draft_tokens=3)

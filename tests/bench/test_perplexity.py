@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from layerskip import LayerSkipModel
 from layerskip.bench import perplexity as module
-from layerskip.bench.likelihood import Score
 from layerskip.bench.perplexity import perplexity, read_text, windows
+from layerskip.bench.quality import Score
 
 TEXT = "To be, or not to be: that is the question."
 VOCABULARY = 259

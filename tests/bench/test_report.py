@@ -4,11 +4,11 @@ import copy
 
 import pytest
 
-from layerskip.bench.plots import draw_by_group
 from layerskip.bench.report import (
     as_text,
     categories,
     conditions,
+    draw_by_group,
     markdown,
     markdown_table,
     table,

@@ -7,8 +7,8 @@ import pytest
 from scripted import encode, scripted_model
 
 from layerskip.bench.measure import Entry, Run, Setting, measure
-from layerskip.bench.own import OwnSystem
 from layerskip.bench.rows import acceptance, bootstrap_interval, comparison, row, speed
+from layerskip.bench.systems import OwnSystem
 from layerskip.decoding import Step
 
 PLAIN = Setting(mode="plain")

@@ -9,8 +9,7 @@ from collections import Counter
 import pytest
 
 from layerskip.bench import sandbox
-from layerskip.bench.catalogue import FORMS
-from layerskip.bench.tasks import TASKS, Sample, Task, draw, load_task
+from layerskip.bench.tasks import FORMS, TASKS, Sample, Task, draw, load_task
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from layerskip.bench.own import OwnSystem
+from layerskip.bench.systems import OwnSystem
 from layerskip.bench.tasks import Task
 
 FLAGS = ("--max-new-tokens", 10, "--draft-tokens", "2,3", "--exit-layers", "2,3")
@@ -17,7 +17,7 @@ CONTRACT = """
 @pytest.fixture(autouse=True)
 def known_bandwidth(monkeypatch):
     """Reading gigabytes is not what is tested here."""
-    monkeypatch.setattr("layerskip.bench.benchmark.read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr("layerskip.bench.bench.read_bandwidth", lambda device: 1e9)
 
 
 @pytest.fixture
@@ -33,7 +33,9 @@ def prompts(tmp_path):
 
 
 def test_a_task_that_is_not_there_is_told_before_a_model_is_loaded(run, monkeypatch):
-    monkeypatch.setattr("layerskip.cli.options.load_model", lambda flags: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "layerskip.cli.config_flags.load_model", lambda flags: pytest.fail("loaded")
+    )
     for command, flag in (("bench", "--task"), ("tune", "--data")):
         status, _, err = run(command, flag, "humanevil")
         assert status == 1
@@ -44,7 +46,7 @@ def test_generated_code_needs_consent_before_a_model_is_loaded(run, monkeypatch)
     def load_model(flags):
         raise ValueError("loading")
 
-    monkeypatch.setattr("layerskip.cli.options.load_model", load_model)
+    monkeypatch.setattr("layerskip.cli.config_flags.load_model", load_model)
     status, _, err = run("bench", "--task", "humaneval")
     assert status == 1
     assert "allow it with --allow-code-execution" in err

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from layerskip import LayerSkipModel
-from layerskip.cli import demo_tasks, demo_view
-from layerskip.cli.demo_tasks import TASKS
+from layerskip.cli import demo as demo_tasks
+from layerskip.cli import demo as demo_view
+from layerskip.cli.demo import TASKS
 
 SHORT = ("--max-new-tokens", 8)
 

@@ -7,7 +7,7 @@ import pytest
 
 import tiny_tasks
 from layerskip.cli import eval as evaluate
-from layerskip.cli import outputs
+from layerskip.cli import output as outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lm_eval", "ignore:::datasets", "ignore:::dill")
 

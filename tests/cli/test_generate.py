@@ -18,8 +18,20 @@ import pytest
 import torch
 
 from layerskip import LayerSkipModel
-from layerskip.bench.prompts import prompt_of
-from layerskip.cli import generate, machine, options, outputs, show
+from layerskip.cli import (
+    config_flags as options,
+)
+from layerskip.cli import (
+    generate,
+    show,
+)
+from layerskip.cli import (
+    output as machine,
+)
+from layerskip.cli import (
+    output as outputs,
+)
+from layerskip.data.readers import prompt_of
 from layerskip.decoding import Answer, Piece
 from layerskip.model import native
 from layerskip.model.native import build

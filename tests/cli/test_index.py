@@ -7,7 +7,7 @@ import pytest
 
 from layerskip.decoding import LayerSkipModel
 from layerskip.decoding.draft_text import DraftText
-from layerskip.model.files.settings import DRAFT_TEXT_FILE
+from layerskip.model.checkpoint import DRAFT_TEXT_FILE
 
 
 @pytest.fixture

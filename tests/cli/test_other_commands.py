@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from layerskip import __version__, cli, paths
-from layerskip.cli import options, outputs
-from layerskip.cli.terminal import HarmlessRecord
-from layerskip.model.files import source
+from layerskip.cli import config_flags as options
+from layerskip.cli import output as outputs
+from layerskip.cli.output import HarmlessRecord
+from layerskip.model import hub as source
 
 COMMANDS = ["demo", "pull", "generate", "chat", "tune", "bench", "eval", "export", "lens", "train"]
 
@@ -94,7 +95,7 @@ def test_too_little_memory_is_said_with_what_to_do(program, monkeypatch, error):
     def fail(name):
         raise error
 
-    monkeypatch.setattr("layerskip.cli.options.load_model", fail)
+    monkeypatch.setattr("layerskip.cli.config_flags.load_model", fail)
     status, _, err = program("generate", "--prompt", "abc")
     assert status == 1
     assert err == (

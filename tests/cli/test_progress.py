@@ -2,8 +2,8 @@ import io
 
 import pytest
 
-from layerskip.cli.options import waiting
-from layerskip.cli.progress import bars, track
+from layerskip.cli.config_flags import waiting
+from layerskip.cli.output import bars, track
 
 TERMINAL_OR_NOT = pytest.mark.parametrize("is_terminal", [True, False])
 

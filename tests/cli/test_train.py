@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from layerskip.cli.train_progress import TrainProgress
+from layerskip.cli.train import TrainProgress
 from layerskip.training import LayerSkipTrainer, Progress, TrainConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

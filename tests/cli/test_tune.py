@@ -7,10 +7,10 @@ import pytest
 
 from layerskip import LayerSkipModel, cli
 from layerskip.cli import tune as tune_command
-from layerskip.tuning import effort as effort_module
-from layerskip.tuning import run as run_module
-from layerskip.tuning.choose import choose_auto
-from layerskip.tuning.prompts import PROMPTS
+from layerskip.data.readers import PROMPTS
+from layerskip.tune import tune as effort_module
+from layerskip.tune import tune as run_module
+from layerskip.tune.tune import choose_auto
 
 FEW = ("--samples", 3, "--max-new-tokens", 8, "--max-draft-tokens", 2, "--exit-layers", "1-2")
 

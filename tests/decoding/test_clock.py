@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from layerskip.decoding import clock
+from layerskip.model import step_timing as clock
 
 
 @pytest.mark.parametrize(("device", "waits"), [("cuda", ["this thread's stream"]), ("cpu", [])])

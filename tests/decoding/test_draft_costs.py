@@ -10,7 +10,7 @@ from tiny_decoders import LAYERS, tiny_decoder
 from layerskip.decoding import draft_costs
 from layerskip.decoding.draft_costs import ContextCosts, DraftCosts
 from layerskip.model import StepCosts
-from layerskip.model.timing import PassCosts
+from layerskip.model.step_timing import PassCosts
 
 MEASURED = StepCosts(
     dtype="float32",

@@ -15,12 +15,7 @@ from tiny_decoders import (
 
 from layerskip.decoding import Sampling
 from layerskip.decoding.draft_costs import DraftCosts
-from layerskip.decoding.draft_length import (
-    DraftLength,
-    NgramLength,
-    by_match,
-    by_share,
-)
+from layerskip.decoding.draft_length import DraftLength, NgramLength, by_match, by_share
 from layerskip.decoding.drafters import EarlyExitDrafter
 from layerskip.decoding.pace import Pace
 

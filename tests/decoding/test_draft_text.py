@@ -12,7 +12,7 @@ from tiny_decoders import tiny_decoder
 from layerskip.decoding.draft_text import MAX_MATCH, MIN_MATCH, DraftText
 from layerskip.decoding.language_model import LayerSkipModel
 from layerskip.model import Checkpoint, Settings
-from layerskip.model.files.settings import DRAFT_TEXT_FILE
+from layerskip.model.checkpoint import DRAFT_TEXT_FILE
 
 VOCABULARY = 64
 

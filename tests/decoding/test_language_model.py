@@ -25,9 +25,9 @@ from layerskip.decoding.placement import device_of
 from layerskip.decoding.sampling import nth_seed, seeded_generator
 from layerskip.decoding.stream import TextStream
 from layerskip.model import Decoder, Settings
-from layerskip.model.assembly import fast_dtype
-from layerskip.model.native import decoder as native_decoder
-from layerskip.model.native import threads
+from layerskip.model.loader import fast_dtype
+from layerskip.model.native import build as threads
+from layerskip.model.native import native_decoder as native_decoder
 
 SPECULATIVE = {"mode": "self-speculative", "exit_layer": 2, "draft_tokens": 4}
 

@@ -7,12 +7,7 @@ from scripted import ScriptedDecoder
 from tiny_decoders import PLAIN, speculative
 
 from layerskip.decoding import MODES, Plan
-from layerskip.decoding.policy import (
-    DEFAULT_DRAFT_TOKENS,
-    MOST_DRAFT_TOKENS,
-    choose,
-    for_batch,
-)
+from layerskip.decoding.policy import DEFAULT_DRAFT_TOKENS, MOST_DRAFT_TOKENS, choose, for_batch
 from layerskip.model import Settings, StepCosts
 
 L = 12

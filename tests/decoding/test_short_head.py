@@ -62,7 +62,7 @@ def test_the_list_s_head_is_made_once_and_prompts_add_their_own_rows(monkeypatch
 def test_the_weight_in_onednn_layout_gives_the_same_rows():
     decoder = tiny_decoder("llama2")
     packed = torch.randn(64, 32, dtype=torch.bfloat16)
-    from layerskip.model.linear import linear
+    from layerskip.model.quantize import linear
 
     x, index = torch.randn(2, 32, dtype=torch.bfloat16), torch.tensor([5, 60, 0])
     whole, rows = linear(packed), linear(packed).rows(index)

@@ -16,9 +16,9 @@ from prepare import prepare
 from transformers import AutoTokenizer
 
 from layerskip import LayerSkipModel
+from layerskip.data.readers import read_rows
 from layerskip.recipe.exit_loss import IGNORED_LABEL
 from layerskip.training.data import Encoding
-from layerskip.training.rows import read_rows
 
 WORDS = "the mill was built of red brick by a family of bakers who sold it after the war to a club"
 LONG = f"{WORDS} and the club sold it again in 1950 ."

@@ -15,9 +15,9 @@ import tiny_models
 from layerskip import cli
 from layerskip.decoding import LayerSkipModel
 from layerskip.export import calibrate, open_source, to_gguf, to_hf
-from layerskip.export.gptq import compensated
+from layerskip.export.calibrate import compensated
 from layerskip.model import load
-from layerskip.model.files.rounding import RoundingWarning
+from layerskip.model.checkpoint import RoundingWarning
 from layerskip.model.quantize import quantize
 
 TEXT = "The grid has sixteen points, and every weight has to stand on one of them. " * 60

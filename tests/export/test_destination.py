@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from layerskip.export import ExportError, destination, open_source, to_gguf, to_hf
+from layerskip.export import ExportError, open_source, to_gguf, to_hf
+from layerskip.export import source as destination
 
 
 @pytest.fixture(params=["hf", "gguf"])

@@ -14,7 +14,7 @@ def colours(png):
 
 
 def test_report():
-    from layerskip.lens.picture import AGREES, draw_report
+    from layerskip.lens.report import AGREES, draw_report
 
     report = nasty_report()
     size, found = colours(draw_report(report))
@@ -24,7 +24,7 @@ def test_report():
 
 
 def test_agreement():
-    from layerskip.lens.picture import draw_agreement
+    from layerskip.lens.report import draw_agreement
 
     agreement = Agreement.of(hand_made_lens([[7, 7, 7, 7], [1, 7, 7, 7]]))
     _, found = colours(draw_agreement(agreement, "a $model$"))

@@ -6,7 +6,8 @@ import pytest
 from reports import scripted_report
 from scripted import END, scripted_model
 
-from layerskip.lens import Round, rounds
+from layerskip.lens import Round
+from layerskip.lens import lens as rounds
 
 
 def test_rounds_of_a_known_pattern():

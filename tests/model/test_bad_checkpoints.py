@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layerskip.model import CheckpointError, UnsupportedModelError, families, load
-from layerskip.model.files.settings import SettingsWarning
+from layerskip.model.checkpoint import SettingsWarning
 from tiny_models import COSTS, build, reference
 
 

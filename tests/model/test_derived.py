@@ -9,10 +9,11 @@ import torch
 
 import weight_deltas
 from layerskip import LayerSkipModel, SourceError, cli, paths, pull
-from layerskip.model import resolve
-from layerskip.model.files import merge, source, tokenizer
-from layerskip.model.files.weights import GgufFile
-from layerskip.training.source import pretrained, pretrained_weights
+from layerskip.model import hub as merge
+from layerskip.model import hub as source
+from layerskip.model import resolve, tokenizer
+from layerskip.model.weights import GgufFile
+from layerskip.training.loading import pretrained, pretrained_weights
 
 BASE, NAME = "tiny", "tiny-trained"
 

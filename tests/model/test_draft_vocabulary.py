@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from layerskip.model import load
+from layerskip.model.checkpoint import text_of_ids
 from layerskip.model.draft_vocabulary import MOST, worth_drafting
-from layerskip.model.files.settings import text_of_ids
 from tiny_models import COSTS, reference
 
 

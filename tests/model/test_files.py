@@ -3,7 +3,7 @@
 import json
 import math
 
-from layerskip.model.files.json_files import json_text
+from layerskip.fileio import json_text
 
 
 def test_numbers_that_are_none_are_null():

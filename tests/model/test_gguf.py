@@ -9,8 +9,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from layerskip.model import load
 from layerskip.model.families import FAMILIES
-from layerskip.model.files.weights import GgufFile
-from layerskip.model.linear import DenseLinear
+from layerskip.model.quantize import DenseLinear
+from layerskip.model.weights import GgufFile
 from tiny_models import build, logits_of, reference, reference_logits, token_ids
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}  # float32
@@ -66,7 +66,7 @@ def test_loaded_weights_are_the_dequantized_ones(case, kind, tmp_path):
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_some_rows_are_read_at_a_time(kind, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr("layerskip.model.files.weights._AT_ONCE", 5 * 64 + 1)  # five rows
+    monkeypatch.setattr("layerskip.model.weights._AT_ONCE", 5 * 64 + 1)  # five rows
     path = tmp_path / "model.gguf"
     state = gguf_files.write(path, fitting("qwen3"), kind=kind, architecture="qwen3")
     tensors = GgufFile(path)

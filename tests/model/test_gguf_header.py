@@ -4,9 +4,8 @@ import gguf
 import numpy as np
 import pytest
 
-from layerskip.model.files.gguf_header import GgufHeader
-from layerskip.model.files.json_files import CheckpointError
-from layerskip.model.files.weights import GgufFile
+from layerskip.fileio import CheckpointError
+from layerskip.model.weights import GgufFile, GgufHeader
 
 
 @pytest.fixture

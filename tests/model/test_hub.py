@@ -15,7 +15,7 @@ from tiny_models import reference
 BROKEN_AT = 10_600_000  # bytes; what arrived before is kept in pieces of 10 MiB
 FETCH = """
 import sys
-from layerskip.model.files.source import resolve
+from layerskip.model.hub import resolve
 for name in sys.argv[1:]:
     try:
         print(resolve(name))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerskip.model.large_pages import LargePages, in_large_pages
+from layerskip.model.native.packed import LargePages, in_large_pages
 
 SMAPS = Path("/proc/self/smaps")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from layerskip.model import machine
+from layerskip.model import hardware as machine
 
 ZEN_4 = """processor\t: 0
 vendor_id\t: AuthenticAMD

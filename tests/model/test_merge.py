@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weight_deltas
 from layerskip import LayerSkipModel
-from layerskip.model.files.merge import LEVELS, decode, merge
+from layerskip.model.hub import LEVELS, decode, merge
 
 
 @pytest.mark.parametrize("width", [1, 48, 63, 64, 65, 101, 640])  # with and without shorter blocks

@@ -28,9 +28,13 @@ from layerskip.model.native import (
     NoCompilerError,
     PanelMatrix,
     build,
-    panels,
     prepare,
-    threads,
+)
+from layerskip.model.native import (
+    build as threads,
+)
+from layerskip.model.native import (
+    packed as panels,
 )
 from layerskip.model.quantize import Quantized, quantize
 from tiny_models import LAYERS
@@ -74,8 +78,8 @@ def machine(build_for, monkeypatch):
     """Matrices and decoders are that CPU's, in this test alone."""
     if build_for is not None:
         monkeypatch.setattr(panels, "library", lambda: build_for)
-        monkeypatch.setattr("layerskip.model.native.decoder.library", lambda: build_for)
-        monkeypatch.setattr("layerskip.model.native.softmax.library", lambda: build_for)
+        monkeypatch.setattr("layerskip.model.native.native_decoder.library", lambda: build_for)
+        monkeypatch.setattr("layerskip.model.native.native_decoder.library", lambda: build_for)
 
 
 def matrix_of(kind, n_out, n_in, *, biased=False):

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny_checkpoint
 import tiny_models
-from layerskip.model import CheckpointError
-from layerskip.model.files import older_names, tokenizer
-from layerskip.model.files.writing import share_weights
+from layerskip.fileio import share_weights
+from layerskip.model import CheckpointError, tokenizer
+from layerskip.model import tokenizer as older_names
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
 

@@ -6,8 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerskip import LayerSkipModel
 from layerskip.model import Settings, families, load
-from layerskip.model.files import published
-from layerskip.model.files.published import PUBLISHED
+from layerskip.model import checkpoint as published
+from layerskip.model.checkpoint import PUBLISHED
 
 _LLAMA2 = {
     "hidden_size": 4096,

@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from layerskip.model import linear
-from layerskip.model.embedding import QuantizedEmbedding
-from layerskip.model.linear import QuantizedLinear
-from layerskip.model.packed import pack
-from layerskip.model.quantize import GROUP, Quantized, quantize
+from layerskip.model import quantize as linear
+from layerskip.model.decoder import QuantizedEmbedding
+from layerskip.model.quantize import GROUP, Quantized, QuantizedLinear, pack, quantize
 
 BITS = pytest.mark.parametrize("bits", [8, 4])
 

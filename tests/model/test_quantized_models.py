@@ -11,11 +11,11 @@ from tiny_decoders import PLAIN, ids, random_prompt, speculative, tiny_decoder
 
 import tiny_models
 from layerskip.decoding.short_head import ShortHead
-from layerskip.model import UnsupportedModelError, load, rotary
-from layerskip.model.embedding import DenseEmbedding, QuantizedEmbedding
-from layerskip.model.files.weights import GgufFile
-from layerskip.model.linear import DenseLinear, QuantizedLinear
-from layerskip.model.quantize import quantize
+from layerskip.model import UnsupportedModelError, load
+from layerskip.model import decoder as rotary
+from layerskip.model.decoder import DenseEmbedding, QuantizedEmbedding
+from layerskip.model.quantize import DenseLinear, QuantizedLinear, quantize
+from layerskip.model.weights import GgufFile
 from tiny_models import LAYERS, ONE_OF_EACH, logits_of, token_ids
 
 BITS = {"int8": 8, "int4": 4}

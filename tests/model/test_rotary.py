@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from layerskip.model import families, ropes, rotary
+from layerskip.model import architecture as ropes
+from layerskip.model import decoder as rotary
+from layerskip.model import families
 from layerskip.model.architecture import Rope
 from tiny_models import CASES, reference
 

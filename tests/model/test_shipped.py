@@ -6,9 +6,9 @@ import pytest
 from safetensors import safe_open
 
 from layerskip import LayerSkipModel, pull
-from layerskip.cli.demo_tasks import TASKS
-from layerskip.model.files.digest import sha256_of
-from layerskip.model.files.source import BUILTIN_MODELS, DEFAULT_MODEL, DIFFERENCES, DerivedModel
+from layerskip.cli.demo import TASKS
+from layerskip.fileio import sha256_of
+from layerskip.model.hub import BUILTIN_MODELS, DEFAULT_MODEL, DIFFERENCES, DerivedModel
 
 DERIVED = {name: m for name, m in BUILTIN_MODELS.items() if isinstance(m, DerivedModel)}
 MOST_BYTES = 40_000_000

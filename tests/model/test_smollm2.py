@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from layerskip.model import load
 from layerskip.model.families import FAMILIES
-from layerskip.model.files.weights import GgufFile
 from layerskip.model.quantize import quantize
+from layerskip.model.weights import GgufFile
 
 pytestmark = pytest.mark.real
 

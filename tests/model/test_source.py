@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from layerskip import paths
-from layerskip.model import SourceError, load, pull, resolve
-from layerskip.model.files import source, tokenizer
+from layerskip.model import SourceError, load, pull, resolve, tokenizer
+from layerskip.model import hub as source
 from tiny_models import build
 
 NAME, MEMBER = "tiny", "tiny_package/weights.gguf"

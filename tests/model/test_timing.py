@@ -13,9 +13,10 @@ import torch
 from tiny_decoders import tiny_decoder
 
 import tiny_models
-from layerskip.model import load, timing
+from layerskip.model import load
+from layerskip.model import step_timing as timing
 from layerskip.model.native import build
-from layerskip.model.timing import pass_costs
+from layerskip.model.step_timing import pass_costs
 
 # Two rows cost nearly twice as much as one, and four less than three; from then on they cost little.
 SECONDS = {1: 1.0, 2: 1.75, 3: 2.25, 4: 1.5, 5: 1.5, 6: 1.5, 8: 2.0, 12: 2.0, 16: 3.0}

@@ -9,11 +9,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from layerskip.model import UnsupportedModelError, load
-from layerskip.model.files import gguf_tokenizer, tokenizer
-from layerskip.model.files.json_files import CheckpointError, read_json, write_json
-from layerskip.model.files.weights import GgufFile
-from layerskip.model.files.writing import check_within
+from layerskip.fileio import CheckpointError, check_within, read_json, write_json
+from layerskip.model import UnsupportedModelError, load, tokenizer
+from layerskip.model import tokenizer as gguf_tokenizer
+from layerskip.model.weights import GgufFile
 from layerskip.training import TrainConfig
 from layerskip.training.loading import load_tokenizer
 from tiny_models import build, reference

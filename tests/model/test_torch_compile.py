@@ -12,7 +12,8 @@ from tiny_decoders import ALL_DRAFTS, PLAIN, ids, random_prompt, tiny_decoder
 
 from layerskip.decoding import Prefix
 from layerskip.decoding.placement import prepared
-from layerskip.model import assembly, load, torch_compile
+from layerskip.model import load, torch_compile
+from layerskip.model import loader as assembly
 from layerskip.model.torch_compile import CompiledDecoder
 from tiny_models import build
 

@@ -14,9 +14,9 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from causal_lms import FAMILIES, LAYERS, batch_of, build
 from layerskip.recipe import RecipeConfig, attach, detach
-from layerskip.recipe.anatomy import find_anatomy
-from layerskip.recipe.forward_pass import ForwardPass
+from layerskip.recipe.attach import ForwardPass
 from layerskip.recipe.layer_dropout import draw_skipped_rows
+from layerskip.recipe.model_parts import find_anatomy
 
 ALL = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.0)
 DROPPING = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.6)

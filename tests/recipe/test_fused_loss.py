@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional
 
 from causal_lms import batch_of, build
-from layerskip.recipe import RecipeConfig, attach, detach, fused_loss
+from layerskip.recipe import RecipeConfig, attach, detach
+from layerskip.recipe import exit_loss as fused_loss
 
 NAME = "liger_kernel.transformers.functional"
 DROPPING = RecipeConfig(curriculum="all", exit_weighting="linear", p_max=0.5)

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from layerskip.training.checkpoints import last_checkpoint, move_when_whole
+from layerskip.training.checkpointing import last_checkpoint, move_when_whole
 
 FILES = ("model.safetensors", "optimizer.pt", "trainer_state.json")
 

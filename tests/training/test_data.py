@@ -12,9 +12,15 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from layerskip.training.data import Collator, Encoding, LeftOutWarning, encode_rows, pack_rows
-from layerskip.training.rows import read_rows
-from layerskip.training.sampling import LengthGroupedSampler
+from layerskip.data.readers import read_rows
+from layerskip.training.data import (
+    Collator,
+    Encoding,
+    LeftOutWarning,
+    LengthGroupedSampler,
+    encode_rows,
+    pack_rows,
+)
 
 ROWS = [{"prompt": "1 plus 2 is", "completion": "3"}, {"prompt": "2 plus 2 is", "completion": "4"}]
 

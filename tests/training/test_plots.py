@@ -1,4 +1,4 @@
-from layerskip.training import plots
+from layerskip import figures as plots
 
 LOGS = [
     {"step": 10, "loss": 2.5, "loss_exit_2": 3.0, "accuracy_exit_2": 0.1},

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import causal_lms
 from layerskip import LayerSkipModel
+from layerskip.errors import TrainingWarning
 from layerskip.training import TrainConfig, train
-from layerskip.training.errors import TrainingWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 

@@ -6,9 +6,9 @@ import warnings
 import pytest
 import torch
 
-from layerskip.training import room
-from layerskip.training.errors import TrainingWarning
-from layerskip.training.room import warn_of_little_room
+from layerskip.errors import TrainingWarning
+from layerskip.training import checkpointing as room
+from layerskip.training.checkpointing import warn_of_little_room
 
 
 @pytest.fixture

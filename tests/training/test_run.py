@@ -27,18 +27,13 @@ from transformers import (
 import causal_lms
 import tiny_models
 from layerskip import LayerSkipModel
+from layerskip.errors import NonFiniteLossError, TrainingWarning, UnwrittenCheckpointError
 from layerskip.training import LayerSkipTrainer, TrainConfig, train
 from layerskip.training.callbacks import read_log
-from layerskip.training.checkpoints import last_checkpoint
-from layerskip.training.checks import check_layers
+from layerskip.training.checkpointing import last_checkpoint
 from layerskip.training.data import LeftOutWarning
-from layerskip.training.device import _product_s, arithmetic
-from layerskip.training.errors import (
-    NonFiniteLossError,
-    TrainingWarning,
-    UnwrittenCheckpointError,
-)
-from layerskip.training.loading import load_model, pretrained_model
+from layerskip.training.loading import _product_s, arithmetic, load_model, pretrained_model
+from layerskip.training.run import check_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -561,7 +556,7 @@ def test_what_does_not_fit_is_said_before_the_rows_are_read(settings, monkeypatc
     def encode_rows(*_, **__):
         raise AssertionError
 
-    monkeypatch.setattr("layerskip.training.run_rows.encode_rows", encode_rows)
+    monkeypatch.setattr("layerskip.training.run.encode_rows", encode_rows)
     for part, changes in (
         ("attach", {}),
         ("with_adapter", {"lora_rank": 2}),
@@ -631,7 +626,7 @@ def test_a_result_that_cannot_be_written_leaves_the_checkpoint(settings, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("layerskip.training.result.flush", full)
+        patch.setattr("layerskip.training.run.flush", full)
         with pytest.raises(UnwrittenCheckpointError, match=r"No space left.*go on with --resume"):
             run(settings, max_steps=4)
     assert last_checkpoint(settings["output"]).endswith("checkpoint-4")
@@ -705,7 +700,7 @@ def test_bfloat16_is_for_cpus_that_are_fast_at_it(
 ):
     seconds = {torch.bfloat16: bfloat16_s, torch.float32: 2.0}
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr("layerskip.training.device._product_s", seconds.__getitem__)
+    monkeypatch.setattr("layerskip.training.loading._product_s", seconds.__getitem__)
     assert prepared(precision="auto").args.bf16 is is_fast
 
 
@@ -1300,7 +1295,7 @@ def test_adapters_on_the_hub_are_refused(settings, monkeypatch):
         asked.append(name)
         return "adapter_config.json"
 
-    monkeypatch.setattr("layerskip.training.source.find_adapter_config_file", find)
+    monkeypatch.setattr("layerskip.training.loading.find_adapter_config_file", find)
     with pytest.raises(ValueError, match=r"^owner/name on the hub is or has an adapter: merge it"):
         run(settings, model="owner/name")
     assert asked == ["owner/name"]
@@ -1310,7 +1305,7 @@ def test_a_built_in_gguf_file_is_unpacked(tmp_path, monkeypatch):
     model = tiny_models.build("llama2")
     fields = {"llama.vocab_size": model.config.vocab_size}
     gguf_files.write(tmp_path / "model.gguf", model, extra_fields=fields)
-    monkeypatch.setattr("layerskip.training.source.pull", lambda name: tmp_path)
+    monkeypatch.setattr("layerskip.training.loading.pull", lambda name: tmp_path)
     loaded = pretrained_model("smollm2-135m").state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded[name], tensor)

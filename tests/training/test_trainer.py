@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 import causal_lms
 from layerskip.recipe import RecipeConfig, attach
 from layerskip.recipe.exit_loss import ExitLosses
-from layerskip.training import LayerSkipMixin, LayerSkipTrainer, RecipeCallback, speed
+from layerskip.training import LayerSkipMixin, LayerSkipTrainer, RecipeCallback
+from layerskip.training import callbacks as speed
+from layerskip.training.callbacks import check_sharding
 from layerskip.training.data import Collator
-from layerskip.training.exit_totals import ExitTotals
-from layerskip.training.recipe_callback import check_sharding
+from layerskip.training.trainer import ExitTotals
 from trainer_setup import arguments, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

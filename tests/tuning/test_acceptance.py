@@ -7,7 +7,7 @@ import scripted
 import tiny_decoders
 
 from layerskip.decoding import Plan, Step
-from layerskip.tuning.acceptance import Continuation, agreement_rate, read_agreement, replay
+from layerskip.tune.predict import Continuation, agreement_rate, read_agreement, replay
 
 EXITS = [1, 2, 3]
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from layerskip.tuning.choose import choose, choose_auto
+from layerskip.tune.tune import choose, choose_auto
 
 
 def row(speedup, interval, e=None, d=None):

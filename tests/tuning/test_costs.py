@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from layerskip.tuning import costs as costs_module
-from layerskip.tuning.costs import measure_costs
+from layerskip.tune import costs as costs_module
+from layerskip.tune.costs import measure_costs
 from timed import TimedDecoder
 
 LAYER, ROW, HEAD = 8.0, 0.25, 2.0

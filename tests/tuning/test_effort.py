@@ -5,9 +5,9 @@ import types
 import pytest
 
 from layerskip.model import Settings
-from layerskip.tuning import effort as effort_module
-from layerskip.tuning.costs import SWEEPS
-from layerskip.tuning.effort import FEW_SWEEPS, effort_for
+from layerskip.tune import tune as effort_module
+from layerskip.tune.costs import SWEEPS
+from layerskip.tune.tune import FEW_SWEEPS, effort_for
 
 HOW = {"max_new_tokens": 64, "max_draft_tokens": 16}
 

@@ -5,8 +5,8 @@ import pytest
 import scripted
 
 from layerskip.model import Settings
-from layerskip.tuning.costs import Costs
-from layerskip.tuning.for_auto import draft_text, draft_vocabulary, step_costs, text_without
+from layerskip.tune.costs import Costs
+from layerskip.tune.tune import draft_text, draft_vocabulary, step_costs, text_without
 
 
 def test_costs_in_plain_steps_at_the_middle_context():

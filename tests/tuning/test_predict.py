@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from layerskip.tuning.acceptance import Continuation
-from layerskip.tuning.costs import Costs
-from layerskip.tuning.predict import predict, predict_plain
+from layerskip.tune.costs import Costs
+from layerskip.tune.predict import Continuation, predict, predict_plain
 
 
 def costs(**changes):

@@ -8,9 +8,8 @@ from tiny_decoders import model_of, random_prompt, tiny_decoder
 
 from layerskip import LayerSkipModel
 from layerskip.model import Settings
-from layerskip.tuning.choose import Choice
-from layerskip.tuning.plots import plot_tuning
-from layerskip.tuning.run import tune
+from layerskip.tune.plots import plot_tuning
+from layerskip.tune.tune import Choice, tune
 from timed import TimedDecoder
 
 
@@ -35,7 +34,7 @@ PLAIN = Choice(
 
 def test_a_draft_that_is_always_right_is_chosen_as_predicted(monkeypatch):
     """Plain: 4.5 s a token. E=1, d: (d+1) layers and d heads, then 3 layers and a head, d+1 tokens."""
-    monkeypatch.setattr("layerskip.tuning.run.choose_auto", lambda pairs, rows, lengths: pairs)
+    monkeypatch.setattr("layerskip.tune.tune.choose_auto", lambda pairs, rows, lengths: pairs)
     tuning = tune(timed_model(monkeypatch), PROMPTS, max_new_tokens=31, max_draft_tokens=4)
     choice = tuning.choice
     assert [row["exit_layer"] for row in tuning.auto] == [None, None, 1]
@@ -71,7 +70,7 @@ def test_plain_is_chosen_where_drafts_are_wrong(monkeypatch):
 
 
 def test_mode_auto_is_tried_where_no_pair_gains(monkeypatch):
-    monkeypatch.setattr("layerskip.tuning.run.choose", lambda rows: PLAIN)
+    monkeypatch.setattr("layerskip.tune.tune.choose", lambda rows: PLAIN)
     model = timed_model(monkeypatch)
     tuning = tune(model, PROMPTS, max_new_tokens=41, max_draft_tokens=4)
     alone, *early = tuning.auto[1:]

@@ -11,10 +11,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import tiny_models
 from layerskip import LayerSkipModel
 from layerskip.model import StepCosts
-from layerskip.model.files.settings import SettingsWarning, read_settings
-from layerskip.model.machine import machine
-from layerskip.tuning.choose import Choice
-from layerskip.tuning.settings import check_writable, write_settings
+from layerskip.model.checkpoint import SettingsWarning, read_settings
+from layerskip.model.hardware import machine
+from layerskip.tune.tune import Choice, check_writable, write_settings
 
 CHOICE = Choice(
     mode="self-speculative",

@@ -6,9 +6,9 @@ from array import array
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from layerskip.bench.evaluation import Row
-from layerskip.bench.likelihood import Passage, Progress, Score, score_passages
+from layerskip.bench.bench import Row
 from layerskip.bench.perplexity import prefix_token, windows
+from layerskip.bench.quality import Passage, Progress, Score, score_passages
 from layerskip.decoding import LayerSkipModel, Plan
 from layerskip.decoding.sampling import nth_seed
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from layerskip.bench.evaluation import Metric, Row
+from layerskip.bench.bench import Metric, Row
 from layerskip.bench.harness import HarnessModel, SharedScores
-from layerskip.bench.likelihood import Progress
+from layerskip.bench.quality import Progress
 from layerskip.decoding import LayerSkipModel
 
 BOOTSTRAP_SAMPLES = 1000  # for metrics whose standard error has no formula

@@ -19,11 +19,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerskip.bench.data_sets import DATA_VARIABLE
-from layerskip.bench.evaluation import Metric
-from layerskip.bench.likelihood import Passage, Score, score_passages
+from layerskip.bench.bench import Metric
+from layerskip.bench.quality import Passage, Score, score_passages
+from layerskip.data.readers import DATA_VARIABLE, open_text, read_rows
 from layerskip.decoding import LayerSkipModel
-from layerskip.training.rows import open_text, read_rows
 
 WIKITEXT, HUB_CONFIG = "wikitext2", "wikitext-2-v1"
 

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 import layerskip
-from layerskip.cli.terminal import HarmlessRecord, tell
+from layerskip.cli.output import HarmlessRecord, tell
 
 _COMMANDS = {
     "demo": "plain decoding and mode auto side by side on a real model",

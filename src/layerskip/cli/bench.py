@@ -12,15 +12,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from layerskip.bench.benchmark import BenchConfig, bench
-from layerskip.bench.own import BENCH_MODES
-from layerskip.bench.peers import PEERS
+from layerskip.bench.baselines import PEERS
+from layerskip.bench.bench import BenchConfig, bench
 from layerskip.bench.report import categories, conditions, table, write_report
 from layerskip.bench.sandbox import NO_BOUNDARY
+from layerskip.bench.systems import BENCH_MODES
 from layerskip.bench.tasks import check_task, load_task
-from layerskip.cli import options, outputs, values
-from layerskip.cli.progress import bars
-from layerskip.cli.terminal import harmless, tell
+from layerskip.cli import config_flags as options
+from layerskip.cli import config_flags as values
+from layerskip.cli import output as outputs
+from layerskip.cli.output import bars, harmless, tell
 from layerskip.decoding import Sampling
 from layerskip.decoding.policy import DRAFT_SOURCES
 from layerskip.export import GGUF_WEIGHTS

@@ -6,11 +6,14 @@ from typing import Any
 
 import click
 
-from layerskip.cli import options, outputs, show, values
-from layerskip.cli.terminal import tell
+from layerskip.cli import config_flags as options
+from layerskip.cli import config_flags as values
+from layerskip.cli import output as outputs
+from layerskip.cli import show
+from layerskip.cli.output import tell
 from layerskip.decoding import LayerSkipModel, Prefix, PromptError
 from layerskip.decoding.sampling import nth_seed
-from layerskip.model.files.source import DEFAULT_MODEL
+from layerskip.model.hub import DEFAULT_MODEL
 
 _HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"
 _NO_TALKER = (

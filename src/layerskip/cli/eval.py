@@ -13,16 +13,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from layerskip.bench import evaluation
-from layerskip.bench.environment import environment_of
-from layerskip.bench.exit_plot import plot_exits
+from layerskip.bench import bench as evaluation
+from layerskip.bench.machine import environment_of
 from layerskip.bench.perplexity import perplexity, read_text, stride_of
-from layerskip.cli import options, outputs, values
-from layerskip.cli.progress import Report, bars
-from layerskip.cli.terminal import harmless
+from layerskip.bench.report import plot_exits
+from layerskip.cli import config_flags as options
+from layerskip.cli import config_flags as values
+from layerskip.cli import output as outputs
+from layerskip.cli.output import Report, bars, harmless
 from layerskip.decoding import MODES, LayerSkipModel
 from layerskip.decoding.policy import DRAFT_SOURCES
-from layerskip.model.files.writing import replace
+from layerskip.fileio import replace
 
 ARROWS = {True: "↑", False: "↓", None: ""}
 

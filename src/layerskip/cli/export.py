@@ -7,15 +7,14 @@ from pathlib import Path
 
 import click
 
-from layerskip.cli import machine
-from layerskip.cli.options import (
+from layerskip.cli import output as machine
+from layerskip.cli.config_flags import (
     common_options,
     fetch_if_builtin,
     model_option,
     warnings_in_one_line,
 )
-from layerskip.cli.outputs import check_outputs, deliver
-from layerskip.cli.progress import Report, bars
+from layerskip.cli.output import Report, bars, check_outputs, deliver
 from layerskip.export import (
     GGUF_WEIGHTS,
     HF_WEIGHTS,

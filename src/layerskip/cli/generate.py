@@ -6,8 +6,11 @@ from typing import Any
 
 import click
 
-from layerskip.cli import options, outputs, show, values
-from layerskip.cli.progress import track
+from layerskip.cli import config_flags as options
+from layerskip.cli import config_flags as values
+from layerskip.cli import output as outputs
+from layerskip.cli import show
+from layerskip.cli.output import track
 from layerskip.cli.prompts import asked_prompts
 from layerskip.decoding import Answer, Generation
 from layerskip.decoding.prompt import named, with_variables

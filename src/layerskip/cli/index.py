@@ -5,15 +5,14 @@ from pathlib import Path
 
 import click
 
-from layerskip.cli.options import common_options, fetch_if_builtin, model_option
-from layerskip.cli.outputs import check_outputs, deliver
-from layerskip.cli.progress import track
+from layerskip.cli.config_flags import common_options, fetch_if_builtin, model_option
+from layerskip.cli.output import check_outputs, deliver, track
+from layerskip.data.readers import Row, is_table, local_files, open_text, read_rows
 from layerskip.decoding.draft_text import DraftText
 from layerskip.model import open_files, resolve
-from layerskip.model.files.settings import DRAFT_TEXT_FILE
+from layerskip.model.checkpoint import DRAFT_TEXT_FILE
 from layerskip.recipe.exit_loss import IGNORED_LABEL
 from layerskip.training.data import Encoding
-from layerskip.training.rows import Row, is_table, local_files, open_text, read_rows
 
 _SUFFIX = Path(DRAFT_TEXT_FILE).suffix
 

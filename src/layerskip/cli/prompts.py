@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from layerskip.bench.prompts import NEEDED, prompt_of
-from layerskip.training.rows import COMPRESSED, json_lines, open_text
+from layerskip.data.readers import COMPRESSED, NEEDED, json_lines, open_text, prompt_of
 
 
 def asked_prompts(prompt: str | None, file: Path | None, flag: str, *, chat: bool) -> list[Any]:

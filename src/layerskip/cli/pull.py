@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
-from layerskip.cli.options import common_options, fetch
-from layerskip.cli.outputs import check_outputs, deliver
-from layerskip.model.files.source import BUILTIN_MODELS, discard_if_damaged, is_pulled
+from layerskip.cli.config_flags import common_options, fetch
+from layerskip.cli.output import check_outputs, deliver
+from layerskip.model.hub import BUILTIN_MODELS, discard_if_damaged, is_pulled
 
 
 @click.command("pull")

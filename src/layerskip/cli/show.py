@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import click
 from rich.console import Console
 
-from layerskip.cli.terminal import harmless
+from layerskip.cli.output import harmless
 from layerskip.decoding import Generation, Piece
 
 DRAFTED_COLOUR = "green"

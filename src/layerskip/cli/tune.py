@@ -10,17 +10,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from layerskip.cli import options, outputs, values
-from layerskip.cli.progress import bars
-from layerskip.cli.terminal import tell
+from layerskip.cli import config_flags as options
+from layerskip.cli import config_flags as values
+from layerskip.cli import output as outputs
+from layerskip.cli.output import bars, tell
+from layerskip.data.readers import PROMPTS
 from layerskip.decoding import LayerSkipModel
-from layerskip.model.files.json_files import read_json
-from layerskip.model.files.settings import exit_layer_of
-from layerskip.tuning.choose import Choice, name_of_auto
-from layerskip.tuning.effort import Effort, effort_for
-from layerskip.tuning.prompts import PROMPTS
-from layerskip.tuning.run import MAX_DRAFT_TOKENS, Tuning, tune
-from layerskip.tuning.settings import check_writable, write_settings
+from layerskip.fileio import read_json
+from layerskip.model.checkpoint import exit_layer_of
+from layerskip.tune.tune import (
+    MAX_DRAFT_TOKENS,
+    Choice,
+    Effort,
+    Tuning,
+    check_writable,
+    effort_for,
+    name_of_auto,
+    tune,
+    write_settings,
+)
 
 MAX_NEW_TOKENS = 64  # of a task that allows more: enough to see a speed, and soon done
 LONG_S = 60.0  # whoever waits longer is told so before
@@ -171,7 +179,7 @@ def command(
                 draft_text=tuning.draft_text if keep_draft_text else None,
             )
         if report is not None:
-            from layerskip.tuning.plots import plot_tuning
+            from layerskip.tune.plots import plot_tuning
 
             pictures = plot_tuning(tuning, report)
     finally:  # what was measured is told, even where it cannot be written or drawn

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from layerskip.decoding.clock import device_clock
 from layerskip.decoding.generate import generate
 from layerskip.decoding.generation import FinishReason, Generation
 from layerskip.decoding.policy import Plan
@@ -14,6 +13,7 @@ from layerskip.decoding.prefix import Prefix
 from layerskip.decoding.sampling import Sampling
 from layerskip.decoding.step import Ending, Step
 from layerskip.decoding.stream import TextStream, stop_tokens
+from layerskip.model.step_timing import device_clock
 
 if TYPE_CHECKING:
     from layerskip.decoding.language_model import LayerSkipModel

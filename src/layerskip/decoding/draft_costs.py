@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from layerskip.decoding.short_head import ShortHead
 from layerskip.model import Decoder, StepCosts
-from layerskip.model.timing import FAR, PassCosts, pass_costs
+from layerskip.model.step_timing import FAR, PassCosts, pass_costs
 
 _ROW_COST_ON_A_GPU = 0.01
 # What one more position adds to attention over a long context, as a share of what one takes, where that

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from layerskip.model.files.writing import replace
+from layerskip.fileio import replace
 
 MAX_MATCH, MIN_MATCH = 5, 2  # tokens of a run
 _LEAST_LIKELY = 0.1

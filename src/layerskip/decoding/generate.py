@@ -18,12 +18,7 @@ from layerskip.decoding.pace import Pace
 from layerskip.decoding.policy import Plan
 from layerskip.decoding.prefix import Prefix
 from layerskip.decoding.prompt import check_prompt
-from layerskip.decoding.sampling import (
-    Sampling,
-    TokenHistory,
-    next_token,
-    seeded_generator,
-)
+from layerskip.decoding.sampling import Sampling, TokenHistory, next_token, seeded_generator
 from layerskip.decoding.short_head import ShortHead
 from layerskip.decoding.step import Ending, Step
 from layerskip.model import NO_NUMBERS, Decoder, KVCache

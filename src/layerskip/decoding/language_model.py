@@ -31,10 +31,10 @@ from layerskip.decoding.prompt import (
 )
 from layerskip.decoding.sampling import Sampling, nth_seed
 from layerskip.model import Checkpoint, Decoder, Settings, load, resolve
-from layerskip.model.files.published import with_defaults
-from layerskip.model.native import threads
+from layerskip.model.checkpoint import with_defaults
+from layerskip.model.native import build as threads
 from layerskip.model.quantize import bits_of
-from layerskip.model.timing import costs_kind
+from layerskip.model.step_timing import costs_kind
 
 
 class LayerSkipModel:

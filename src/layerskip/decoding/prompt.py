@@ -7,7 +7,7 @@ from numbers import Integral
 from typing import Any
 
 from layerskip.model import Decoder
-from layerskip.model.files.conversation import template_arguments
+from layerskip.model.tokenizer import template_arguments
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]

@@ -1,11 +1,16 @@
 """A checkpoint for other programs, or its first layers as a draft model."""
 
 from layerskip.export.calibrate import Calibrated, calibrate, least_bytes
-from layerskip.export.destination import ExportError, check_new_folder, check_room
 from layerskip.export.gguf import GGUF_WEIGHTS, to_gguf
 from layerskip.export.hf import HF_WEIGHTS, to_hf
-from layerskip.export.source import Source, open_source
-from layerskip.export.written import Written
+from layerskip.export.source import (
+    ExportError,
+    Source,
+    Written,
+    check_new_folder,
+    check_room,
+    open_source,
+)
 
 __all__ = [
     "GGUF_WEIGHTS",

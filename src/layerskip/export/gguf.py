@@ -10,15 +10,126 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import LlamaFileType
+from gguf import GGUFValueType, LlamaFileType
 
-from layerskip.export import gguf_metadata, gguf_tokenizer, hf_config
-from layerskip.export.destination import new_file
+from layerskip.export import gguf_tokenizer, hf_config
 from layerskip.export.hf import check_tensors
-from layerskip.export.source import Source, cast
-from layerskip.export.written import Progress, Written
-from layerskip.model import UnsupportedModelError, families, row_order
-from layerskip.model.files.weights import ROPE_FACTORS, GgufFile
+from layerskip.export.source import Progress, Source, Written, cast, new_file
+from layerskip.model import UnsupportedModelError, families
+from layerskip.model import checkpoint as row_order
+from layerskip.model import decoder as rotary
+from layerskip.model.architecture import Rope
+from layerskip.model.weights import ROPE_FACTORS, GgufFile
+
+_NOT_CARRIED = (
+    "general.architecture",
+    "general.alignment",
+    "general.file_type",
+    "general.size_label",
+)
+
+
+def add(writer: gguf.GGUFWriter, source: Source, file_type: LlamaFileType) -> None:
+    """Add all metadata but the tokenizer's; of a GGUF source, its own fields, the tokenizer's included.
+
+    Raises:
+        UnsupportedModelError: GGUF, or llama.cpp's loader of the family, has no place for a part of it.
+    """
+    if isinstance(source.files.tensors, GgufFile):
+        for key, value, types in source.files.tensors.fields():
+            if key not in _NOT_CARRIED and value != []:
+                writer.add_key_value(key, value, types[0], _of_elements(types))
+        writer.kv_data[0].pop(f"{writer.arch}.block_count")
+        if "general.quantization_version" not in writer.kv_data[0]:
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    else:
+        _add_general(writer, source)
+        _add_architecture(writer, source)
+    writer.add_block_count(source.architecture.n_layers)
+    writer.add_file_type(file_type)
+
+
+def _of_elements(types: list[GGUFValueType]) -> GGUFValueType | None:
+    return types[-1] if types[0] == GGUFValueType.ARRAY else None
+
+
+def _add_general(writer: gguf.GGUFWriter, source: Source) -> None:
+    writer.add_type("model")
+    path = source.files.path.absolute()
+    if path.parent.name == "snapshots":  # of the hub's cache: models--owner--name/snapshots/commit
+        path = Path(path.parent.parent.name.rsplit("--", 1)[-1])
+    name = path.name
+    writer.add_name(name if source.exit_layer is None else f"{name} to layer {source.exit_layer}")
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_architecture(writer: gguf.GGUFWriter, source: Source) -> None:
+    a, rope = source.architecture, source.rope
+    if a.activation != "silu":
+        raise UnsupportedModelError(
+            f"this {a.family} model has the activation {a.activation}, which GGUF cannot say for its"
+            " family; export it with --to hf"
+        )
+    windows = set(a.sliding_windows)
+    if len(windows) > 1:
+        raise UnsupportedModelError(
+            f"the layers of this {a.family} model have different attention windows, which GGUF"
+            " cannot say for its family; export it with --to hf"
+        )
+    _check_qwen(source)
+    writer.add_vocab_size(a.vocab_size)
+    writer.add_context_length(a.max_context)
+    writer.add_embedding_length(a.hidden_size)
+    writer.add_feed_forward_length(a.ffn_size)
+    writer.add_head_count(a.n_heads)
+    writer.add_head_count_kv(a.n_kv_heads)
+    writer.add_key_length(a.head_dim)
+    writer.add_value_length(a.head_dim)
+    writer.add_layer_norm_rms_eps(a.norm_eps)
+    writer.add_rope_dimension_count(a.head_dim)
+    writer.add_rope_freq_base(rope.theta)
+    if rope.kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope.factor)
+    if window := windows.pop():
+        writer.add_sliding_window(window)
+
+
+def _check_qwen(source: Source) -> None:
+    """Refuse what llama.cpp's loaders of Qwen have no tensor for, or one of another shape."""
+    a = source.architecture
+    if a.family == "qwen2" and a.n_heads * a.head_dim != a.hidden_size:
+        what = f"{a.n_heads} heads of {a.head_dim} beside a hidden size of {a.hidden_size}"
+    elif a.family == "qwen3" and "model.layers.0.self_attn.o_proj.bias" in source.files.names():
+        what = "biases in its attention"
+    else:
+        return
+    raise UnsupportedModelError(
+        f"this {a.family} model has {what}, which llama.cpp does not read in its family;"
+        " export it with --to hf"
+    )
+
+
+def rope_factors(source: Source) -> "np.ndarray[Any, np.dtype[np.float32]] | None":
+    """What divides the rotary frequencies, [head_dim / 2], where plain or linear scaling is not all."""
+    rope, head_dim = source.rope, source.architecture.head_dim
+    has_factors = rope.kind == "llama3" or rope.frequency_factors is not None
+    is_qwen = source.architecture.family in ("qwen2", "qwen3")  # llama.cpp has none for them
+    if rope.magnitude != 1.0 or rope.fraction != 1.0 or (has_factors and is_qwen):
+        raise UnsupportedModelError(
+            "this model's rotary embedding has no place in a GGUF file of its family;"
+            " export it with --to hf"
+        )
+    if rope.frequency_factors is not None:
+        return np.array(rope.frequency_factors, dtype=np.float32)
+    if rope.kind != "llama3":
+        return None
+    plain = rotary.frequencies(Rope(theta=rope.theta), head_dim)
+    factors: np.ndarray[Any, np.dtype[np.float32]] = (
+        plain / rotary.frequencies(rope, head_dim)
+    ).numpy()
+    return factors
+
 
 _FILE_TYPES = {
     Kind.F32: LlamaFileType.ALL_F32,
@@ -71,10 +182,10 @@ def to_gguf(
     architecture = _architecture(source)
     known_as = _names_in_file(names, architecture, source.architecture.n_layers)
     kinds = {name: _kind(source, name, GGUF_WEIGHTS.get(weights or "")) for name in names}
-    factors = gguf_metadata.rope_factors(source)
+    factors = rope_factors(source)
 
     writer = gguf.GGUFWriter(None, architecture)
-    gguf_metadata.add(writer, source, _file_type(kinds))
+    add(writer, source, _file_type(kinds))
     gguf_tokenizer.add(writer, source)
     if factors is not None:
         writer.add_tensor_info(

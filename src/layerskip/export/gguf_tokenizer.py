@@ -16,8 +16,8 @@ from gguf import TokenType
 
 from layerskip.export.source import Source
 from layerskip.model import UnsupportedModelError
-from layerskip.model.files.gguf_tokenizer import ALL_MERGED, SPLITS, WHOLE_WORDS
-from layerskip.model.files.weights import GgufFile
+from layerskip.model.tokenizer import ALL_MERGED, SPLITS, WHOLE_WORDS
+from layerskip.model.weights import GgufFile
 
 _MORE_ENDS = ("eot", "eom")  # llama.cpp has three places for tokens that end an answer
 

@@ -11,13 +11,11 @@ from torch import Tensor
 
 from layerskip.export import hf_config
 from layerskip.export.calibrate import Calibrated
-from layerskip.export.destination import new_folder
-from layerskip.export.source import Source, cast
-from layerskip.export.written import Progress, Written
-from layerskip.model import CheckpointError, families, row_order
-from layerskip.model.files.json_files import write_json
-from layerskip.model.files.rounding import Rounding
-from layerskip.model.files.writing import share_weights
+from layerskip.export.source import Progress, Source, Written, cast, new_folder
+from layerskip.fileio import share_weights, write_json
+from layerskip.model import CheckpointError, families
+from layerskip.model import checkpoint as row_order
+from layerskip.model.checkpoint import Rounding
 
 HF_WEIGHTS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SHARD_BYTES = 2_000_000_000  # what is in memory at a time

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 
 from layerskip.export.source import Source
-from layerskip.model import UnsupportedModelError, rotary
+from layerskip.fileio import check_within, read_json
+from layerskip.model import UnsupportedModelError
+from layerskip.model import checkpoint as settings
+from layerskip.model import decoder as rotary
+from layerskip.model import tokenizer as older_names
 from layerskip.model.architecture import Rope
+from layerskip.model.checkpoint import Rounding, recorded
 from layerskip.model.families import NOT_PASSED_ON
-from layerskip.model.files import older_names, settings
-from layerskip.model.files.gguf_tokenizer import special_token_ids
-from layerskip.model.files.json_files import read_json
-from layerskip.model.files.rounding import Rounding, recorded
-from layerskip.model.files.weights import GgufFile
-from layerskip.model.files.writing import check_within
+from layerskip.model.tokenizer import special_token_ids
+from layerskip.model.weights import GgufFile
 
 _OF_THE_WHOLE_MODEL = ("assistant_early_exit", settings.KEY)  # means nothing to a draft model
 _FACTORS_TOLERANCE = 1e-3  # relative; the factors in GGUF files are float32

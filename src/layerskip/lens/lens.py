@@ -1,13 +1,51 @@
 """What every layer would have said: the shared exit applied between the layers of one pass."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+import functools
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerskip.decoding import walk_exits
+from layerskip.decoding import Step, walk_exits
 from layerskip.model import Decoder
+
+_VISIBLE = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
+
+
+class Symbols:
+    """What to write for a token; `symbols[id]`."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """A tokenizer as transformers has it, or None: then a token is its number."""
+        self._tokenizer = tokenizer
+        self._symbol = functools.cache(self._make)
+
+    def __getitem__(self, token_id: int) -> str:
+        return self._symbol(token_id)
+
+    def _make(self, token_id: int) -> str:
+        if self._tokenizer is None:
+            return f"#{token_id}"
+        # Twice, less once: some tokenizers drop the space before the first token.
+        once, twice = (self._decode([token_id] * n) for n in (1, 2))
+        return visible(twice[len(once) :]) or f"#{token_id}"
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+
+def visible(text: str) -> str:
+    """The text with a sign in the place of every character that would not be seen.
+
+    This covers what turns the direction of writing and what terminals obey.
+    """
+    return "".join(_VISIBLE.get(c) or (c if c.isprintable() else f"\\u{ord(c):04x}") for c in text)
+
 
 CHUNK = 64  # positions whose logits are in memory at once
 TOP = 5
@@ -172,3 +210,124 @@ def _exits(asked: Collection[int] | None, n_layers: int) -> tuple[int, ...]:
         if not 1 <= e <= n_layers:
             raise ValueError(f"exit layer {e} is out of range: this model has 1 to {n_layers}")
     return tuple(sorted({*asked, n_layers}))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Counts over the positions of answers; those of several texts add up.
+
+    Attributes:
+        exits: X exit layers, ascending; the last is the whole model.
+        prompts: how many texts were looked at.
+        positions: how many positions, all texts together.
+        agreeing: for each exit, positions where its top token is the last layer's.
+        settling: for each exit, positions that it settles: from it on, and not before, every exit looked
+            at agrees with the last layer.
+    """
+
+    exits: tuple[int, ...]
+    prompts: int
+    positions: int
+    agreeing: tuple[int, ...]
+    settling: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lens: Lens) -> "Agreement":
+        """Count over the positions of the answer that the lens looked at."""
+        answer = lens.part(lens.answer_positions)
+        return cls(
+            exits=answer.exits,
+            prompts=1,
+            positions=len(answer.positions),
+            agreeing=tuple(answer.agrees.sum(dim=1).tolist()),
+            settling=tuple(answer.settled.count(e) for e in answer.exits),
+        )
+
+    def __add__(self, other: "Agreement") -> "Agreement":
+        assert self.exits == other.exits
+        return Agreement(
+            exits=self.exits,
+            prompts=self.prompts + other.prompts,
+            positions=self.positions + other.positions,
+            agreeing=tuple(map(sum, zip(self.agreeing, other.agreeing, strict=True))),
+            settling=tuple(map(sum, zip(self.settling, other.settling, strict=True))),
+        )
+
+    @property
+    def rates(self) -> list[float]:
+        """Share of positions where the exit agrees with the last layer, for each exit."""
+        return [n / self.positions for n in self.agreeing]
+
+    @property
+    def rate_of(self) -> dict[int, float]:
+        """The same by exit."""
+        return dict(zip(self.exits, self.rates, strict=True))
+
+    @property
+    def settled_by(self) -> list[float]:
+        """Share of positions that are settled at the exit or before it, for each exit."""
+        return [n / self.positions for n in itertools.accumulate(self.settling)]
+
+    @property
+    def mean_settled_layer(self) -> float:
+        """The mean of the layers at which positions settle."""
+        return sum(e * n for e, n in zip(self.exits, self.settling, strict=True)) / self.positions
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: totals, and an entry a layer."""
+        return {
+            "prompts": self.prompts,
+            "positions": self.positions,
+            "mean_settled_layer": self.mean_settled_layer,
+            "layers": [
+                {"exit_layer": e, "agreement": rate, "settled_by": settled}
+                for e, rate, settled in zip(self.exits, self.rates, self.settled_by, strict=True)
+            ],
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Round:
+    """One draft and its verification.
+
+    Attributes:
+        position: of its first token in the text, prompt included.
+        accepted: drafted tokens that the model agreed with.
+        rejected: the other drafted tokens; the first of them is the one that was corrected.
+        own: the model's own token after the accepted ones, in the place of the first rejected one
+            where there is one; None where the answer ends inside the draft.
+    """
+
+    position: int
+    accepted: tuple[int, ...]
+    rejected: tuple[int, ...]
+    own: int | None
+
+    @property
+    def corrected(self) -> bool:
+        """Whether the model's own token replaced a drafted one."""
+        return bool(self.rejected)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**dataclasses.asdict(self), "corrected": self.corrected}
+
+
+def rounds(steps: Iterable[Step], prompt_tokens: int) -> Iterator[Round]:
+    """The rounds of an answer; the first step, the prompt's own pass, is none.
+
+    Args:
+        steps: of a `Generation` in mode self-speculative.
+        prompt_tokens: how many tokens the prompt has.
+    """
+    position = prompt_tokens
+    for i, step in enumerate(steps):
+        if i > 0:
+            own = step.tokens[step.accepted :]
+            yield Round(
+                position=position,
+                accepted=step.tokens[: step.accepted],
+                rejected=step.rejected,
+                own=own[0] if own else None,
+            )
+        position += len(step.tokens)

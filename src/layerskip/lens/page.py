@@ -9,9 +9,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from layerskip.lens.agreement import Agreement
+from layerskip.lens.lens import Agreement, Round
 from layerskip.lens.report import Report
-from layerskip.lens.rounds import Round
 
 
 def report_page(report: Report) -> str:

@@ -2,24 +2,331 @@
 
 Letters: B batch, T positions in this call, N = B * T, D hidden size, V vocabulary, H heads,
 KV key-value heads, G = H / KV, S cache capacity, L layers.
+
+Rotary position embedding as one complex multiplication for queries, keys and values together.
+
+Queries and keys are kept in the interleaved layout: dimensions (2i, 2i+1) of a head are the real and
+imaginary part of one complex number, which position t turns by the angle t * frequency_i. Values are
+turned by zero, and so are the dimensions and layers without rotary embedding: one product serves the
+whole fused QKV row of every family.
 """
 
 import copy
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layerskip.model.architecture import Architecture
-from layerskip.model.cache import KVCache, Span
+from layerskip.model.architecture import Activation, Architecture, Rope
 from layerskip.model.distributions import Distributions, Draws
-from layerskip.model.embedding import Embedding
-from layerskip.model.linear import Linear, Matrix
-from layerskip.model.norm import Norm
-from layerskip.model.rotary import Rotary
+from layerskip.model.kv_cache import KVCache, Span
+from layerskip.model.quantize import Linear, Matrix, Packed, QuantizedLinear, linear
+
+Norm = Callable[[Tensor], Tensor]
+"""[N, D] to [N, D]."""
+
+
+class RMSNorm:
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension; weights may be float32 for any x."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self.weight, self.eps = weight, eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., D] to the same."""
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(
+            x.dtype
+        )
+
+
+class LayerNorm:
+    """(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias, over the last dimension."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
+        self.weight, self.bias, self.eps = weight, bias, eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., D] to the same."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class HeadNorm:
+    """RMS norm of each query and key head in a fused QKV row; values pass.
+
+    `weight` is [H + KV, head_dim].
+    """
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self.weight, self.eps = weight, eps
+
+    def __call__(self, qkv: Tensor) -> Tensor:
+        """[N, (H + 2 KV) * head_dim] to the same."""
+        n, head_dim = self.weight.shape
+        heads = qkv.view(qkv.shape[0], -1, head_dim)
+        normed = F.rms_norm(heads[:, :n].to(self.weight.dtype), (head_dim,), None, self.eps)
+        normed = normed * self.weight
+        return torch.cat([normed.to(qkv.dtype), heads[:, n:]], dim=1).view(qkv.shape)
+
+
+class ProjectionNorm:
+    """RMS norm over all queries and one over all keys in a fused QKV row; values pass."""
+
+    def __init__(self, queries: Tensor, keys: Tensor, eps: float) -> None:
+        self.queries, self.keys = RMSNorm(queries, eps), RMSNorm(keys, eps)
+
+    def __call__(self, qkv: Tensor) -> Tensor:
+        """[N, (H + 2 KV) * head_dim] to the same."""
+        n_keys = self.keys.weight.numel()
+        queries, keys, values = qkv.split([self.queries.weight.numel(), n_keys, n_keys], dim=-1)
+        return torch.cat([self.queries(queries), self.keys(keys), values], dim=-1)
+
+
+class Rotary:
+    """The turns of all layers; layers with the same rotary embedding are of one kind.
+
+    Attributes:
+        kinds: the kind of every layer.
+    """
+
+    def __init__(self, architecture: Architecture, device: torch.device) -> None:
+        a = architecture
+        self._ropes = list(dict.fromkeys(a.ropes))
+        self.kinds = tuple(self._ropes.index(rope) for rope in a.ropes)
+        self._heads = a.n_heads + a.n_kv_heads, a.n_kv_heads
+        self._short = [frequencies(rope, a.head_dim).to(device) for rope in self._ropes]
+        self._long = [
+            frequencies(rope, a.head_dim, is_long=True).to(device) for rope in self._ropes
+        ]
+        self._magnitudes = [magnitudes(rope, a.head_dim).to(device) for rope in self._ropes]
+        self._tables: dict[tuple[int, bool], Tensor] = {}
+
+    @property
+    def n_kinds(self) -> int:
+        """How many kinds of rotary embedding the layers have."""
+        return len(self._ropes)
+
+    def turns(self, kind: int, positions: Tensor, capacity: int) -> Tensor:
+        """See the function `turns`.
+
+        `capacity` is how far the cache's positions may reach: a whole generation uses LongRoPE's
+        factors for short contexts or those for long ones, since keys are kept turned.
+        """
+        freqs = self._frequencies(kind, self._is_long(kind, capacity))
+        return turns(positions, freqs, *self._heads, self._magnitudes[kind])
+
+    def table(self, kind: int, capacity: int) -> Tensor:
+        """The turns of queries and keys at every position of a cache, made once and kept.
+
+        Returns:
+            [at least `capacity`, head_dim / 2], complex64.
+        """
+        key = kind, self._is_long(kind, capacity)
+        table = self._tables.get(key)
+        if table is None or len(table) < capacity:
+            freqs = self._frequencies(*key)
+            positions = torch.arange(1 << (capacity - 1).bit_length(), device=freqs.device)[None]
+            table = turns(positions, freqs, 1, 0, self._magnitudes[kind])[0, :, 0].contiguous()
+            self._tables[key] = table
+        return table
+
+    def _is_long(self, kind: int, capacity: int) -> bool:
+        rope = self._ropes[kind]
+        return rope is not None and rope.is_long(capacity)
+
+    def _frequencies(self, kind: int, is_long: bool) -> Tensor:
+        return (self._long if is_long else self._short)[kind]
+
+
+def frequencies(rope: Rope | None, head_dim: int, *, is_long: bool = False) -> Tensor:
+    """Angle per position for each of the `head_dim / 2` complex pairs, float32; 0 where none turns.
+
+    The `llama3` scaling keeps short wavelengths, divides long ones by `factor`, and blends between.
+    `is_long` takes LongRoPE's factors for contexts above the original one.
+    """
+    if rope is None:
+        return torch.zeros(head_dim // 2, dtype=torch.float32, device="cpu")
+    dim = rope.turned(head_dim)
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").float() / dim
+    freqs = _scaled(rope, 1.0 / (rope.theta**exponents), is_long)
+    return torch.nn.functional.pad(freqs, (0, (head_dim - dim) // 2))
+
+
+def magnitudes(rope: Rope | None, head_dim: int) -> Tensor:
+    """What each of the `head_dim / 2` complex pairs of queries and keys is multiplied by."""
+    result = torch.ones(head_dim // 2, dtype=torch.float32, device="cpu")
+    if rope is not None:
+        result[: rope.turned(head_dim) // 2] = rope.magnitude
+    return result
+
+
+def _scaled(rope: Rope, freqs: Tensor, is_long: bool) -> Tensor:
+    factors = rope.frequency_factors
+    if is_long and rope.long_factors is not None:
+        factors = rope.long_factors
+    if factors is not None:
+        freqs = freqs / torch.tensor(factors, dtype=torch.float32, device="cpu")
+    if rope.kind == "linear":
+        return freqs / rope.factor
+    if rope.kind == "llama3":
+        full_turns = rope.original_max_positions * freqs / (2 * math.pi)  # in the old context
+        span = rope.high_freq_factor - rope.low_freq_factor
+        keep = ((full_turns - rope.low_freq_factor) / span).clamp(0.0, 1.0)
+        return keep * freqs + (1.0 - keep) * freqs / rope.factor
+    return freqs
+
+
+def turns(
+    positions: Tensor, freqs: Tensor, n_turned: int, n_still: int, magnitudes: Tensor
+) -> Tensor:
+    """Complex numbers that turn the heads of a fused QKV row.
+
+    Args:
+        positions: [B, T], the position of every row.
+        freqs: [head_dim / 2], from `frequencies`.
+        n_turned: heads that turn with the position (queries and keys).
+        n_still: heads that do not (values).
+        magnitudes: [head_dim / 2], from `magnitudes`; 1 but for LongRoPE.
+
+    Returns:
+        [B, T, n_turned + n_still, head_dim / 2], complex64.
+    """
+    angles = positions[..., None, None].float() * freqs
+    turned = torch.polar(magnitudes.expand_as(angles), angles)
+    b, t = positions.shape
+    still = torch.ones((), dtype=turned.dtype, device=turned.device).expand(
+        b, t, n_still, freqs.numel()
+    )
+    return torch.cat([turned.expand(b, t, n_turned, -1), still], dim=2)
+
+
+def interleave(rows: Tensor, head_dim: int, turned: int) -> Tensor:
+    """Reorder Q or K rows from two halves (i, i + turned/2) to neighbours (2i, 2i+1).
+
+    Works on weights [heads * head_dim, D], biases [heads * head_dim] and norms [head_dim]. What lies
+    beyond the first `turned` dimensions of a head stays where it is.
+    """
+    heads = rows.reshape(-1, head_dim, *rows.shape[1:])
+    halves = heads[:, :turned].unflatten(1, (2, turned // 2))
+    neighbours = halves.transpose(1, 2).flatten(1, 2)
+    return torch.cat([neighbours, heads[:, turned:]], dim=1).reshape(rows.shape)
+
+
+class Embedding(Protocol):
+    """A row of numbers for every token."""
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Token ids [B, T] to their rows, [B, T, D]."""
+        ...
+
+    def head(self, token_ids: Tensor | None = None) -> Matrix:
+        """The same matrix as a head, for all tokens or some, [n] int64."""
+        ...
+
+
+class DenseEmbedding:
+    """The weight as the checkpoint has it, [V, D]."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """See `Embedding`."""
+        return F.embedding(tokens, self.weight)
+
+    def head(self, token_ids: Tensor | None = None) -> Matrix:
+        """See `Embedding`."""
+        return linear(self.weight if token_ids is None else self.weight[token_ids])
+
+
+class QuantizedEmbedding:
+    """A quantized weight, [V, D]; the rows that are asked for become numbers in `dtype`."""
+
+    def __init__(self, weight: Packed, dtype: torch.dtype) -> None:
+        self.weight, self._dtype = weight, dtype
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """See `Embedding`."""
+        values = self.weight.rows(tokens.flatten()).dequantize()
+        return values.to(self._dtype).view(*tokens.shape, self.weight.shape[1])
+
+    def head(self, token_ids: Tensor | None = None) -> Matrix:
+        """See `Embedding`."""
+        weight = self.weight if token_ids is None else self.weight.rows(token_ids)
+        return QuantizedLinear(weight, None, self._dtype)
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
+
+
+class MLP:
+    """down(activation(up(x))), or gated down(activation(gate(x)) * up(x)).
+
+    `gate_up` is one product that gives gate and up side by side, or up alone.
+    """
+
+    def __init__(
+        self, gate_up: Linear, down: Linear, activation: Activation, *, is_gated: bool
+    ) -> None:
+        self.gate_up, self.down, self.is_gated = gate_up, down, is_gated
+        self.activation = ACTIVATIONS[activation]
+
+    @property
+    def weight_bytes(self) -> int:
+        """See `Linear`."""
+        return self.gate_up.weight_bytes + self.down.weight_bytes
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N, D] (and a residual [N, D]) to [N, D]."""
+        if not self.is_gated:
+            return self.down(self.activation(self.gate_up(x)), residual)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(self.activation(gate) * up, residual)
+
+
+class Experts:
+    """A mixture of experts: each row is answered by the `top_k` MLPs that the router prefers.
+
+    An expert computes the rows that were sent to it and no others. How many they are has to be known
+    on the host, so an accelerator waits once a layer.
+    """
+
+    def __init__(
+        self, router: Linear, experts: Sequence[Linear], top_k: int, normalized: bool
+    ) -> None:
+        self.router, self.experts = router, experts
+        self.top_k, self.normalized = top_k, normalized
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that one row has to read: the router and `top_k` experts."""
+        return self.router.weight_bytes + self.top_k * self.experts[0].weight_bytes
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N, D] (and a residual [N, D]) to [N, D]."""
+        probabilities = self.router(x).softmax(-1, dtype=torch.float32)
+        shares, chosen = probabilities.topk(self.top_k, dim=-1)
+        if self.normalized:
+            shares = shares / shares.sum(-1, keepdim=True)
+        shares, chosen = shares.flatten(), chosen.flatten()
+        order = chosen.argsort(stable=True)  # by expert, and of each the rows in their order
+        counts = chosen.bincount(minlength=len(self.experts)).tolist()
+        # The residual comes last: in 16 bits it would swallow small parts.
+        out = torch.zeros_like(x)
+        for expert, sent in zip(self.experts, order.split(counts), strict=True):
+            if len(sent):
+                rows = sent // self.top_k
+                out.index_add_(0, rows, (expert(x[rows]) * shares[sent, None]).to(x.dtype))
+        return out if residual is None else residual + out
+
 
 GoesOn = Callable[[int, float], bool]  # of a draft's newest token and its probability
 

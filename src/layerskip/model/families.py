@@ -15,8 +15,9 @@ from layerskip.model.architecture import (
     Architecture,
     Mixture,
     UnsupportedModelError,
+    check_ropes,
+    ropes_of,
 )
-from layerskip.model.ropes import check_ropes, ropes_of
 
 # Given to transformers with any config: what computes attention and experts is transformers' own choice.
 # A config may name compiled code of the hub there.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from layerskip.model.architecture import Architecture
-from layerskip.model.cache import KVCache, Span
 from layerskip.model.decoder import Decoder
+from layerskip.model.kv_cache import KVCache, Span
 
 MAX_POSITIONS = 32  # of a compiled pass: decoding steps, drafts and verification
 MAX_CONTEXT = 4096

@@ -1,6 +1,6 @@
 """The training recipe of LayerSkip: layer dropout and early exit loss for transformers models."""
 
 from layerskip.recipe.attach import attach, detach
-from layerskip.recipe.config import RecipeConfig
+from layerskip.recipe.schedule import RecipeConfig
 
 __all__ = ["RecipeConfig", "attach", "detach"]

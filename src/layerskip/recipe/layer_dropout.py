@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip.recipe.compiling import compiled_below, not_compiled
+from layerskip.recipe.model_parts import compiled_below, not_compiled
 
 # What a decoder layer gets per row has at least (row, token) dimensions; what is one-dimensional is
 # about tokens (cache positions, cumulative lengths). Rotary tables are [rows, tokens, head size];

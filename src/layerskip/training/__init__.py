@@ -4,9 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from layerskip.training.callbacks import Progress, RecipeCallback
     from layerskip.training.config import TrainConfig
-    from layerskip.training.progress import Progress
-    from layerskip.training.recipe_callback import RecipeCallback
     from layerskip.training.run import train
     from layerskip.training.trainer import LayerSkipMixin, LayerSkipTrainer
 

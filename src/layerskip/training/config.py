@@ -12,7 +12,7 @@ from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from layerskip.recipe.config import RecipeConfig, setting
+from layerskip.recipe.schedule import RecipeConfig, setting
 
 # The paper's; continual pretraining of Llama2-7B. From scratch without layer dropout it used half.
 _LEARNING_RATES = {"pretrain": 8e-4, "continual": 3e-5, "domain": 1e-4, "task": 1e-4}

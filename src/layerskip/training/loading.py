@@ -2,30 +2,176 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
+from layerskip.errors import TrainingWarning
+from layerskip.fileio import read_json
+from layerskip.model.architecture import UnsupportedModelError
+from layerskip.model.checkpoint import check_no_adapter
+from layerskip.model.datastore import sampled
+from layerskip.model.draft_vocabulary import worth_drafting
 from layerskip.model.families import (
     OWN_KERNELS,
     check_causal,
     check_not_quantized,
     check_weights_unnamed,
 )
-from layerskip.model.files.json_files import read_json
-from layerskip.model.files.tokenizer import read
-from layerskip.recipe.anatomy import find_anatomy
+from layerskip.model.hardware import has_fast_bfloat16
+from layerskip.model.hub import BUILTIN_MODELS, BuiltinModel, pull
+from layerskip.model.tokenizer import read
+from layerskip.model.weights import SafetensorsFiles
+from layerskip.recipe.exit_loss import IGNORED_LABEL
+from layerskip.recipe.model_parts import find_anatomy
 from layerskip.training.config import TrainConfig, default_alpha
 from layerskip.training.data import end_of_turn
-from layerskip.training.device import arithmetic, uses_gpu
-from layerskip.training.errors import TrainingWarning
-from layerskip.training.source import pretrained, pretrained_weights
+
+_PRODUCT = (1024, 768, 2048)  # rows, columns in, columns out: a batch's product in a small model
+_TIMES = 5
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def uses_gpu(config: TrainConfig) -> bool:
+    """Whether the run is to be on a GPU."""
+    return config.device != "cpu" and torch.cuda.is_available()
+
+
+def arithmetic(config: TrainConfig) -> torch.dtype:
+    """The type of a run's products: what `precision` names, or `auto` comes to on this machine."""
+    if config.precision != "auto":
+        return _DTYPES[config.precision]
+    if uses_gpu(config):
+        is_fast = has_fast_bfloat16(torch.device("cuda"))
+    else:  # with AVX-512 it depends on the processor
+        is_fast = has_fast_bfloat16(torch.device("cpu")) and (
+            _product_s(torch.bfloat16) < _product_s(torch.float32)
+        )
+    return torch.bfloat16 if is_fast else torch.float32
+
+
+@functools.cache
+def _product_s(dtype: torch.dtype) -> float:
+    """Seconds of a product of matrices on the CPU, the least of some, once a process."""
+    rows, columns, outputs = _PRODUCT
+    x, weight = torch.ones(rows, columns, dtype=dtype), torch.ones(outputs, columns, dtype=dtype)
+    seconds = []
+    for _ in range(_TIMES):
+        start = time.perf_counter()
+        functional.linear(x, weight)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def pretrained(name: str) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` of transformers' configurations takes for this name.
+
+    Returns:
+        The folder or hub id, and further keyword arguments.
+
+    Raises:
+        ValueError: it is what `check_files` refuses, or a built-in model that cannot be fetched.
+    """
+    if name not in BUILTIN_MODELS or Path(name).exists():
+        check_files(name)
+        if not Path(name).exists():
+            _check_no_adapter_on_the_hub(name)
+        return name, {}
+    is_gguf = isinstance(BUILTIN_MODELS[name], BuiltinModel)
+    return str(pull(name)), {"gguf_file": "model.gguf"} if is_gguf else {}
+
+
+def check_files(name: str) -> None:
+    """Refuse files that can be decoded, or made so, but not trained: GGUF files and adapters alone.
+
+    Args:
+        name: of a model; a built-in one or a hub id passes.
+
+    Raises:
+        ValueError: it is such a file or folder; the message says what to do.
+    """
+    path = Path(name)
+    check_no_adapter(path)
+    named = ("model.safetensors", "model.safetensors.index.json")
+    if any((path / name).is_file() for name in named):
+        # Refuses what is damaged, and files outside of the folder, which transformers would read.
+        SafetensorsFiles(path)
+    kinds = {file.suffix for file in path.iterdir()} if path.is_dir() else {path.suffix}
+    if ".gguf" in kinds and ".safetensors" not in kinds:
+        raise ValueError(
+            f"GGUF files cannot be trained: make a folder of {name} first, with layerskip export --to hf"
+        )
+
+
+def _check_no_adapter_on_the_hub(name: str) -> None:
+    """transformers would load the base that an adapter names, and the adapter even from a pickle."""
+    found = None
+    # Where there is no such repository, loading it says so.
+    with contextlib.suppress(OSError, ValueError):
+        found = find_adapter_config_file(name)
+    if found is not None:
+        raise UnsupportedModelError(
+            f"{name} on the hub is or has an adapter: merge it first (peft's merge_and_unload)"
+        )
+
+
+def pretrained_weights(name: str) -> tuple[str, dict[str, Any]]:
+    """The same for a model: the weights of a GGUF file are unpacked, since packed ones do not train."""
+    folder, arguments = pretrained(name)
+    if arguments:
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return folder, arguments
+
+
+def draft_vocabulary(
+    rows: Iterable[Mapping[str, Sequence[int]]], model: Any, end_token: int | None
+) -> tuple[int, ...] | None:
+    """Count the labels and keep the tokens that are worth their row of the head.
+
+    Args:
+        rows: encoded rows, with `labels`.
+        model: a transformers model, for the size of its vocabulary and weights.
+        end_token: kept in any case, where there is one.
+
+    Returns:
+        Token ids, the most frequent first; None where a list would save too little.
+    """
+    counts = Counter(label for row in rows for label in row["labels"])
+    counts.pop(IGNORED_LABEL, None)
+    config = model.config.get_text_config()
+    weights = sum(weight.numel() for weight in model.parameters())
+    if not config.tie_word_embeddings:
+        weights -= config.vocab_size * config.hidden_size  # the embedding is looked up, not read
+    return worth_drafting(
+        counts,
+        row_share=config.hidden_size / max(weights, 1),
+        vocab_size=config.vocab_size,
+        always=() if end_token is None else (end_token,),
+    )
+
+
+def labels_of(rows: Any) -> list[list[int]]:
+    """What the rows teach to say that a draft text is made from.
+
+    Args:
+        rows: encoded rows, with `labels`: a list or a data set, of which no other row is read.
+    """
+    chosen = (rows[i]["labels"] for i in sampled(len(rows)))
+    return [[label for label in labels if label != IGNORED_LABEL] for labels in chosen]
+
 
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # else transformers would ask
 _SHORT_ROWS = 512  # tokens; up to here attention that keeps its weights is faster on a CPU

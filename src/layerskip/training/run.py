@@ -2,55 +2,358 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
+import itertools
 import math
+import os
+import random
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import TrainingArguments, set_seed
+from transformers import SchedulerType, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import align_special_tokens
 
+from layerskip.data.readers import Row, hidden_bars, local_files, read_rows
+from layerskip.errors import TrainingWarning
+from layerskip.figures import plot_run
+from layerskip.fileio import flush, read_json, share_weights, write_json
+from layerskip.model import checkpoint as settings
+from layerskip.model import tokenizer as older_names
+from layerskip.model.checkpoint import recorded
+from layerskip.model.datastore import most_repeated
+from layerskip.model.families import FAMILIES
 from layerskip.recipe import RecipeConfig, attach, detach
+from layerskip.recipe.model_parts import find_anatomy
 from layerskip.recipe.schedule import enabled_exits
-from layerskip.training.callbacks import Board, JsonLinesLog, TimeBudget, read_log, time_spent
-from layerskip.training.checkpoints import INCOMPLETE, unwritten
-from layerskip.training.checks import (
-    check_installed,
-    check_layers,
-    check_packages,
-    warn_of_long_warmup,
-    warn_of_no_decoder,
+from layerskip.training.callbacks import (
+    Board,
+    JsonLinesLog,
+    Progress,
+    TimeBudget,
+    Watch,
+    check_gpus,
+    keep_freed_memory,
+    read_log,
+    time_spent,
+)
+from layerskip.training.checkpointing import (
+    INCOMPLETE,
+    LOG,
+    alone_in,
+    keep_settings,
+    unwritten,
+    warn_of_little_room,
+    where_to_begin,
 )
 from layerskip.training.config import TrainConfig
-from layerskip.training.data import Collator
-from layerskip.training.device import arithmetic, uses_gpu
-from layerskip.training.errors import TrainingWarning
-from layerskip.training.folder import LOG, alone_in, keep_settings, where_to_begin
+from layerskip.training.data import Collator, Encoding, encode_rows, pack_rows
 from layerskip.training.loading import (
     add_end_of_turn,
+    arithmetic,
     check_packing,
     check_positions,
     check_tokens,
+    draft_vocabulary,
+    labels_of,
     load_model,
     load_tokenizer,
+    merged,
+    model_config,
     one_line,
+    uses_gpu,
     with_adapter,
 )
-from layerskip.training.memory import keep_freed_memory
-from layerskip.training.plots import plot_run
-from layerskip.training.progress import Progress, Watch
-from layerskip.training.result import save_result, transformers_can_exit
-from layerskip.training.room import warn_of_little_room
-from layerskip.training.rows import hidden_bars
-from layerskip.training.run_rows import encoding_of, find_rows, load_rows
 from layerskip.training.trainer import LayerSkipTrainer
+
+_OTHER_SCHEDULERS = (  # with settings of their own and without a default, or led by evaluations
+    "warmup_stable_decay",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "reduce_lr_on_plateau",
+    "greedy",
+)
+
+
+def check_packages() -> None:
+    """Raise ImportError where a package is missing that every run needs."""
+    for name in ("accelerate", "datasets"):
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"training needs {name}; run: pip install 'layerskip[train]'")
+
+
+def check_installed(config: TrainConfig) -> None:
+    """Raise ValueError where a schedule, a package or a GPU that the settings name is not there."""
+    known = [kind.value for kind in SchedulerType if kind.value not in _OTHER_SCHEDULERS]
+    if config.scheduler not in known:
+        raise ValueError(
+            f"there is no scheduler {config.scheduler!r}; there are: {', '.join(known)}"
+        )
+    if config.device == "cuda" and not uses_gpu(config):
+        raise ValueError("the device cuda is not available here; use auto or cpu")
+    if uses_gpu(config) and "LOCAL_RANK" not in os.environ:
+        check_gpus(torch.cuda.device_count())
+    uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # as Accelerate tells its processes
+    if uses_fsdp and config.lora_rank is not None:
+        raise ValueError("lora_rank needs whole weights, which FSDP divides: use it with DDP")
+    if config.lora_rank is not None and importlib.util.find_spec("peft") is None:
+        raise ValueError("lora_rank needs `peft`: pip install 'layerskip[train]'")
+    if config.precision == "float16" and not uses_gpu(config):
+        raise ValueError("precision float16 needs a GPU; take bfloat16, float32 or auto")
+
+
+def warn_of_no_decoder(model_type: str) -> None:
+    """Warn where nothing can draft with the result: neither transformers nor layerskip."""
+    if model_type not in FAMILIES:
+        warnings.warn(
+            f"nothing will draft with the result: transformers runs all layers of {model_type}, and"
+            " layerskip's decoder does not know it",
+            TrainingWarning,
+            stacklevel=2,
+        )
+
+
+def warn_of_long_warmup(warmup_steps: int, steps: int) -> None:
+    """Warn where the run is over before the learning rate has come to its peak."""
+    if warmup_steps >= steps:
+        warnings.warn(
+            f"warmup_steps is {warmup_steps}, but there are {steps} steps: the learning rate does not"
+            " come to its peak",
+            TrainingWarning,
+            stacklevel=2,
+        )
+
+
+def check_layers(config: TrainConfig) -> int:
+    """Compare exits with the model's layers; the exit for decoding.
+
+    That is the one given, the first that always has a loss, or of those with a loss the nearest to L/4.
+
+    Raises:
+        ValueError: where the model has no such layers, or the exit for decoding has no loss though
+            others have.
+    """
+    text_config = model_config(config.model).get_text_config()
+    num_layers = getattr(text_config, "num_hidden_layers", None)
+    if num_layers is None:
+        raise ValueError(f"the model {config.model} does not say how many layers it has")
+    recipe = config.effective_recipe
+    recipe.check_layers(num_layers)
+    if outside := [e for e in config.eval_exits or () if not 1 <= e <= num_layers]:
+        raise ValueError(f"eval_exits names {outside}; an exit is 1 to {num_layers}")
+    early = recipe.exits_with_loss(num_layers)
+    always = [e for e in early if e in recipe.fixed_exits]
+    quarter = max(1, round(num_layers / 4))
+    nearest = min(early or [quarter], key=lambda e: (abs(e - quarter), e))
+    chosen: int = config.exit_layer or (always[0] if always else nearest)
+    if not 1 <= chosen < max(num_layers, 2):
+        raise ValueError(f"exit_layer is {chosen}; it must be 1 to {num_layers - 1}")
+    if early and chosen not in early:  # a run without any is a control, to be measured at that exit
+        raise ValueError(
+            f"exit_layer is {chosen}, but the exits that have a loss are "
+            f"{', '.join(map(str, early))}: name it in fixed_exits or exits too"
+        )
+    return chosen
+
+
+def encoding_of(config: TrainConfig, tokenizer: Any) -> Encoding:
+    """How rows of a run are encoded."""
+    return Encoding(
+        tokenizer=tokenizer,
+        prompt=config.prompt,
+        completion=config.completion,
+        text_field=config.text_field,
+        completion_only=config.completion_only,
+        max_length=config.max_length,
+    )
+
+
+def first_checked(
+    read: Callable[[], Iterator[Row]], encoding: Encoding, source: str
+) -> Iterator[Row]:
+    """The rows; raises ValueError where there is none or the first is bad, before any long work.
+
+    A file is opened again when its rows are wanted, so that none stays open if they never are.
+    """
+    files, rows = local_files(source), read()
+    is_read_again = bool(files) and all(map(os.path.isfile, files))  # which a pipe cannot be
+    closed: Any = contextlib.closing(cast(Any, rows)) if is_read_again else contextlib.nullcontext()
+    with closed:
+        first = next(rows, None)
+        if first is None:
+            raise ValueError(f"{source} has no rows")
+        encoding(*first)
+    return read() if is_read_again else itertools.chain([first], rows)
+
+
+def find_rows(
+    config: TrainConfig, encoding: Encoding
+) -> tuple[Iterator[Row], Iterator[Row] | None]:
+    """Rows to train on, and to evaluate on where those have a source of their own.
+
+    Raises:
+        ValueError: a source is not there or has no rows, or its first one is bad.
+    """
+    for name, is_given, source in (
+        ("data_config", config.data_config is not None, config.data),
+        ("split", config.split != "train", config.data),
+        ("eval_split", config.eval_split is not None, config.eval_data),
+    ):
+        if is_given and source is not None and local_files(source):
+            raise ValueError(f"{name} is for data sets of the hub; {source} is a file")
+    read = functools.partial(
+        read_rows, config.data, config.split, config.data_config, config.text_field
+    )
+    rows = first_checked(read, encoding, config.data)
+    if config.eval_data is None:
+        return rows, None
+    trained_on = {os.path.realpath(file) for file in local_files(config.data)}
+    for file in local_files(config.eval_data):
+        if os.path.realpath(file) in trained_on:
+            raise ValueError(f"{file} of eval_data is trained on; give other rows, or eval_rows")
+    split = config.eval_split or config.split
+    part = config.data_config if config.eval_data == config.data else None
+    read = functools.partial(read_rows, config.eval_data, split, part, config.text_field)
+    return rows, first_checked(read, encoding, config.eval_data)
+
+
+def load_rows(
+    config: TrainConfig,
+    encoding: Encoding,
+    train_rows: Iterator[Row],
+    eval_rows: Iterator[Row] | None,
+) -> tuple[Any, Any]:
+    """Encoded rows to train on, and to evaluate on or None."""
+    held_out: list[dict[str, list[int]]] = []
+    if eval_rows is not None:  # the fewer, whose faults are found soon
+        assert config.eval_data is not None
+        held_out = encode_rows(eval_rows, encoding, config.eval_data, to_pack=config.packing)
+    rows = encode_rows(train_rows, encoding, config.data, to_pack=config.packing)
+    if eval_rows is None and config.eval_rows:
+        if config.eval_rows >= len(rows):
+            raise ValueError(f"eval_rows is {config.eval_rows}, but there are {len(rows)} rows")
+        random.Random(config.seed).shuffle(rows)
+        rows, held_out = rows[config.eval_rows :], rows[: config.eval_rows]
+    if config.packing:
+        rows = pack_rows(rows, config.max_length)
+        held_out = pack_rows(held_out, config.max_length)
+    return _dataset(rows), _dataset(held_out) if held_out else None
+
+
+def _dataset(rows: list[dict[str, list[int]]]) -> Any:
+    import datasets
+
+    return datasets.Dataset.from_list(rows)
+
+
+def save_result(
+    trainer: LayerSkipTrainer,
+    config: TrainConfig,
+    exit_layer: int,
+    output: Path,
+    can_exit: bool,
+) -> None:
+    """Write the result beside its place and move it there, so that no half of it is ever found.
+
+    Args:
+        trainer: whose training is over.
+        config: the settings.
+        exit_layer: that drafts, for those who load it.
+        output: the folder.
+        can_exit: whether transformers drafts with this model (`transformers_can_exit`).
+    """
+    unfinished = output / INCOMPLETE
+    if config.lora_rank is not None:
+        trainer.save_model(str(unfinished / "adapter"))
+        model = merged(trainer.accelerator.unwrap_model(trainer.model))
+        if trainer.is_world_process_zero():
+            model.save_pretrained(unfinished)
+    else:
+        if trainer.is_fsdp_enabled:  # else weights in parts, Accelerate's default, are not written
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        trainer.save_model(str(unfinished))
+        model = trainer.accelerator.unwrap_model(trainer.model)
+    if not trainer.is_world_process_zero():
+        return
+    if not any(unfinished.glob("*.safetensors")):
+        raise OSError("the Trainer wrote no weights")
+    if model.generation_config is not None:
+        # Plain transformers reads it; it is not among the checked fields of every version.
+        model.generation_config.num_assistant_tokens = config.draft_tokens
+        # By this mark transformers skips, when it reads the file, what it has no field of its own for.
+        model.generation_config._from_model_config = False
+        own = _own_settings(model, trainer, config)
+        # In transformers' own field, unless that would fail by it; then among what is ours.
+        model.generation_config.assistant_early_exit = exit_layer if can_exit else None
+        if not can_exit:
+            own[settings.EXIT] = exit_layer
+        setattr(model.generation_config, settings.KEY, own)
+        model.generation_config.save_pretrained(unfinished)
+    tokenizer: Any = trainer.processing_class
+    tokenizer.save_pretrained(unfinished)
+    written = read_json(unfinished / "config.json")
+    write_json(unfinished / "config.json", written | older_names.of_config(written))
+    older_names.amend_tokenizer_config(unfinished)
+    share_weights(unfinished)
+    flush(unfinished)
+    # The weights last: a folder is a checkpoint only with them.
+    for path in sorted(unfinished.iterdir(), key=lambda path: (".safetensors" in path.name, path)):
+        target = output / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    unfinished.rmdir()
+
+
+def transformers_can_exit(model: Any, exit_layer: int) -> bool:
+    """Whether transformers runs fewer layers where the configuration names fewer, as it does to draft.
+
+    GPT-NeoX and GPT-2 run them all, behind a cache for fewer, and `generate` would fail.
+
+    Args:
+        model: as it was loaded, whole and without a recipe.
+        exit_layer: the layers to run.
+    """
+    anatomy = find_anatomy(model)
+    inputs, ran = anatomy.probe_inputs(), []
+    hooks = [layer.register_forward_hook(lambda *_: ran.append(1)) for layer in anatomy.layers]
+    named = getattr(model, model.base_model_prefix).config
+    n_layers, named.num_hidden_layers = named.num_hidden_layers, exit_layer
+    try:
+        with anatomy.probing():
+            model(**inputs, use_cache=False)
+    except Exception:  # whatever it is, it would come in `generate` too
+        return False
+    finally:
+        named.num_hidden_layers = n_layers
+        for hook in hooks:
+            hook.remove()
+    return len(ran) == exit_layer
+
+
+def _own_settings(model: Any, trainer: LayerSkipTrainer, config: TrainConfig) -> dict[str, Any]:
+    """What transformers has no field for.
+
+    What was known of the model that training began with holds no longer.
+    """
+    own = recorded(getattr(model.generation_config, settings.KEY, None), {})
+    for of_before in ("costs", "draft_text", "draft_vocabulary", "tuning", settings.EXIT):
+        own.pop(of_before, None)
+    tokenizer: Any = trainer.processing_class
+    rows: Any = trainer.train_dataset
+    if (found := draft_vocabulary(rows, model, tokenizer.eos_token_id)) is not None:
+        own["draft_vocabulary"] = settings.text_of_ids(found)
+    if config.keep_draft_text and (text := most_repeated(labels_of(rows))):
+        own["draft_text"] = settings.text_of_ids(text)
+    return own
 
 
 @dataclass(frozen=True)

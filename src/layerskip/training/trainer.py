@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from layerskip.model.machine import leave_out_cudnn_attention
+from layerskip.errors import NonFiniteLossError
+from layerskip.model.hardware import leave_out_cudnn_attention
 from layerskip.recipe import RecipeConfig, attach
-from layerskip.recipe.exit_loss import IGNORED_LABEL
-from layerskip.training.checkpoints import (
+from layerskip.recipe.exit_loss import IGNORED_LABEL, ExitLosses
+from layerskip.training.callbacks import (
+    RecipeCallback,
+    TokenRate,
+    check_arguments,
+    check_sharding,
+    peak_memory_bytes,
+)
+from layerskip.training.checkpointing import (
     INCOMPLETE,
     last_good,
     load_renamed,
@@ -24,12 +33,43 @@ from layerskip.training.checkpoints import (
     remove_old_checkpoints,
     unwritten,
 )
-from layerskip.training.errors import NonFiniteLossError
-from layerskip.training.exit_totals import ExitTotals
-from layerskip.training.memory import peak_memory_bytes
-from layerskip.training.recipe_callback import RecipeCallback, check_arguments, check_sharding
-from layerskip.training.sampling import LengthGroupedSampler
-from layerskip.training.speed import TokenRate
+from layerskip.training.data import LengthGroupedSampler
+
+
+class ExitTotals:
+    """Sums over batches, on the device: which exits have a loss changes from step to step.
+
+    Args:
+        num_layers: L.
+        device: where the sums are kept.
+    """
+
+    def __init__(self, num_layers: int, device: torch.device) -> None:
+        # rows: cross entropy in nats, correct tokens, labelled tokens; columns: exits 0 to L
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs lack
+        self._sums = torch.zeros(3, num_layers + 1, dtype=dtype, device=device)
+
+    def add(self, losses: ExitLosses) -> None:
+        """Add a batch."""
+        exits = list(losses.exits)
+        self._sums[0, exits] += losses.loss_sums.to(self._sums.device)
+        self._sums[1, exits] += losses.correct.to(self._sums.device)
+        self._sums[2, exits] += losses.tokens
+
+    def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[int, tuple[float, float]]:
+        """Mean loss (nats a token) and accuracy of each exit since the last call; starts anew.
+
+        Args:
+            reduce: sums a tensor over the processes.
+        """
+        sums = reduce(self._sums).tolist()
+        self._sums = torch.zeros_like(self._sums)
+        return {
+            exit_layer: (loss / tokens, correct / tokens)
+            for exit_layer, (loss, correct, tokens) in enumerate(zip(*sums, strict=True))
+            if tokens
+        }
+
 
 _Trainer: Any = object  # stands for the Trainer below the mixin, whose attributes are untyped
 

@@ -1,9 +1,8 @@
 """The layers compiled for the CPU at hand: the fast path of `model` (see `kernels.cpp`)."""
 
-from layerskip.model.native.build import NoCompilerError, prepare
-from layerskip.model.native.decoder import NativeDecoder, supports
-from layerskip.model.native.panels import PanelEmbedding, PanelMatrix
-from layerskip.model.native.threads import threads_of, usable
+from layerskip.model.native.build import NoCompilerError, prepare, threads_of, usable
+from layerskip.model.native.native_decoder import NativeDecoder, supports
+from layerskip.model.native.packed import PanelEmbedding, PanelMatrix
 
 __all__ = [
     "NativeDecoder",

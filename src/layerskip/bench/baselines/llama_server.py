@@ -1,0 +1,172 @@
+"""llama.cpp's server, through xllamacpp: plain, and with its drafts by n-gram lookup."""
+
+import http.client
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerskip.bench.baselines.llama_cpp import bytes_of_a_pass, settings
+from layerskip.bench.baselines.process import PROMPT_LOOKUP_TOKENS, Job
+from layerskip.bench.baselines.transformers import Recorder
+from layerskip.bench.measure import Run, Setting
+from layerskip.model import tokenizer
+
+__all__ = ["Peer", "settings"]
+
+LOOKUP_NGRAM = 2  # tokens; LlamaPromptLookupDecoding and transformers search for as many by default
+
+
+class Peer:
+    """llama.cpp on a GGUF file of the same weights; keys and values are kept in float16.
+
+    Attributes:
+        build: llama.cpp's build number, compiler and CPU features.
+    """
+
+    def __init__(self, job: Job) -> None:
+        assert job.gguf is not None
+        self._job = job
+        self._tokenizer = None if job.tokenizer is None else tokenizer.load(Path(job.tokenizer))
+        self._bytes_of_a_pass = bytes_of_a_pass(job.gguf)
+        _check_device(job.device)
+        self.build = _build()
+        # The draft length is fixed when a server starts. The servers share the mapped file.
+        lengths = dict.fromkeys(setting.draft_tokens for setting in job.settings)
+        self._servers = {length: _start(job, length) for length in lengths}
+
+    def answer(self, setting: Setting, prompt: Sequence[int], max_new_tokens: int) -> Run:
+        """See `System`."""
+        server = self._servers[setting.draft_tokens]
+        seconds = 0.0
+        recorder = Recorder(
+            lambda: seconds,  # the server's own clock, without HTTP
+            self._tokenizer,
+            stop=self._job.stop,
+            end_tokens=self._job.end_tokens,
+            max_new_tokens=max_new_tokens,
+        )
+        generated: list[int] = []
+        started = 0.0
+        while not recorder.ended:  # the server also ends at the GGUF file's own end tokens
+            request = {
+                "prompt": [*prompt, *generated],
+                "n_predict": max_new_tokens - len(generated),
+                "stop": list(self._job.stop),
+                "samplers": ["top_k"],
+                "top_k": 1,
+                "cache_prompt": bool(generated),
+                "return_tokens": True,
+                "timings_per_token": True,
+            }
+            for seconds, token, new_step in _tokens(server, request):
+                seconds += started
+                generated.append(token)
+                recorder.add([token], new_step=new_step)
+            started = seconds
+        return recorder.run(
+            peak_memory_bytes=None,  # all servers are in this process
+            bytes_of_a_pass=None if setting.draft_tokens else self._bytes_of_a_pass,
+        )
+
+
+def _start(job: Job, draft_tokens: int | None) -> Any:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = job.gguf
+    params.n_ctx = job.context + PROMPT_LOOKUP_TOKENS
+    params.fit_params = False  # it would change the context to what fits
+    params.n_parallel = 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job.threads
+    params.n_gpu_layers = 0 if job.device == "cpu" else 999
+    params.split_mode = xllamacpp.llama_split_mode.LLAMA_SPLIT_MODE_NONE
+    params.main_gpu = torch.device(job.device).index or 0
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    params.cache_ram_mib = 0  # no prompt is kept for later requests
+    params.ui = False
+    params.verbosity = 1  # errors
+    if draft_tokens is not None:
+        kinds = xllamacpp.common_speculative_type
+        params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
+        params.speculative.ngram_simple.size_n = LOOKUP_NGRAM
+        params.speculative.ngram_simple.size_m = draft_tokens
+    return xllamacpp.Server(params)
+
+
+def _tokens(server: Any, request: dict[str, Any]) -> Iterator[tuple[float, int, bool]]:
+    """Yield (seconds since the start, token id, first of its forward pass) of an answer.
+
+    The server sends no event for a token whose text ends inside a character. The token ids are then
+    asked for once more, untimed, and such a token comes with the next event.
+    """
+    events = list(_events(_post(server, request | {"stream": True})))
+    tokens = [token for event in events for token in event["tokens"]]
+    if len(tokens) < events[-1]["timings"]["predicted_n"]:
+        tokens = json.loads(_post(server, request))["tokens"]
+    n_sent = n_accepted = left_in_pass = 0
+    for event in events:
+        timings = event["timings"]
+        seconds = (timings["prompt_ms"] + timings["predicted_ms"]) / 1000
+        newly_accepted = timings.get("draft_n_accepted", 0) - n_accepted
+        n_accepted += newly_accepted
+        for token in tokens[n_sent : timings["predicted_n"]]:
+            new_step = not left_in_pass
+            if new_step:  # it gives the accepted tokens and one more
+                left_in_pass, newly_accepted = newly_accepted, 0
+            else:
+                left_in_pass -= 1
+            yield seconds, token, new_step
+        n_sent = timings["predicted_n"]
+
+
+def _events(body: bytes) -> Iterator[dict[str, Any]]:
+    for line in body.splitlines():
+        kind, _, document = line.partition(b": ")
+        if kind == b"error":
+            raise RuntimeError(document.decode())
+        if kind == b"data":
+            yield json.loads(document)
+
+
+def _post(server: Any, request: dict[str, Any]) -> bytes:
+    address = server.listening_address.removeprefix("http://")
+    connection = http.client.HTTPConnection(address)
+    try:
+        connection.request("POST", "/completion", json.dumps(request))
+        response = connection.getresponse()
+        body = response.read()
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise RuntimeError(body.decode())
+    return body
+
+
+def _build() -> str:
+    import xllamacpp
+
+    info = xllamacpp.BUILD_INFO
+    features = [part.strip() for part in xllamacpp.get_system_info().split("|")]
+    return ", ".join(
+        [
+            f"build {info['build_number']} ({info['commit']})",
+            info["compiler"],
+            info["build_target"],
+            *filter(None, features),
+        ]
+    )
+
+
+def _check_device(device: str) -> None:
+    """A build for the CPU alone would run there, and stand beside rows of a GPU."""
+    import xllamacpp
+
+    kinds = [found["type"].name for found in xllamacpp.get_device_info()]
+    if device != "cpu" and not any(kind.endswith("_GPU") for kind in kinds):
+        raise ValueError(
+            "this build of xllamacpp runs on the CPU alone; install one for the GPU, see"
+            " https://github.com/xorbitsai/xllamacpp#installation"
+        )

@@ -1,0 +1,1 @@
+"""Readers of rows, prompts and texts, shared by training, bench, tune and the commands."""

