@@ -33,11 +33,10 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from layerskip.data.readers import read_rows
-from layerskip.model.hardware import leave_out_cudnn_attention
+from layerskip.data.readers import hidden_bars, read_rows
+from layerskip.model.hardware import keep_freed_memory, leave_out_cudnn_attention, peak_memory_bytes
 from layerskip.recipe import RecipeConfig
 from layerskip.training import LayerSkipTrainer
-from layerskip.training.callbacks import hidden_bars, keep_freed_memory, peak_memory_bytes
 from layerskip.training.data import Collator, Encoding, encode_rows
 from layerskip.training.loading import pretrained, pretrained_weights
 

@@ -13,12 +13,13 @@ from engine import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from layerskip.data.readers import hidden_bars
 from layerskip.fileio import read_json
 from layerskip.model.hub import BUILTIN_MODELS, DerivedModel
 from layerskip.model.weights import SafetensorsFiles
 from layerskip.recipe import RecipeConfig
 from layerskip.training import Progress, TrainConfig, train
-from layerskip.training.callbacks import hidden_bars, read_log
+from layerskip.training.callbacks import read_log
 from layerskip.training.checkpointing import last_checkpoint
 from layerskip.training.data import Encoding
 

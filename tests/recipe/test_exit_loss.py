@@ -135,7 +135,7 @@ def test_logits_exist_for_one_chunk_at_a_time_and_chunks_are_even():
 _PEAK = """
 import torch
 from layerskip.recipe.exit_loss import exit_losses
-from layerskip.training.callbacks import peak_memory_bytes
+from layerskip.model.hardware import peak_memory_bytes
 
 tokens, hidden, vocabulary = 512, 32, 16384
 head = torch.nn.Linear(hidden, vocabulary, bias=False)

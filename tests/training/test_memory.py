@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from layerskip.training import callbacks as memory
+from layerskip.model import hardware as memory
 
 _RESIDENT = """
 import resource, sys, torch
 torch.set_num_threads(1)  # Linux counts the pages of each processor with some slack
-from layerskip.training.callbacks import keep_freed_memory
+from layerskip.model.hardware import keep_freed_memory
 
 def resident():
     with open("/proc/self/statm") as file:
@@ -52,7 +52,7 @@ def test_other_systems_and_libraries_are_left_alone(monkeypatch):
 _HIGHEST = """
 import torch
 torch.set_num_threads(1)
-from layerskip.training.callbacks import peak_memory_bytes
+from layerskip.model.hardware import peak_memory_bytes
 
 cpu = torch.device("cpu")
 before = peak_memory_bytes(cpu)
@@ -78,7 +78,7 @@ import subprocess, sys
 block = bytearray(2**30)
 block[::4096] = b"x" * len(block[::4096])
 child = (
-    "import torch; from layerskip.training.callbacks import peak_memory_bytes;"
+    "import torch; from layerskip.model.hardware import peak_memory_bytes;"
     " print(peak_memory_bytes(torch.device('cpu')))"
 )
 print(subprocess.run([sys.executable, "-c", child], capture_output=True, text=True).stdout)

@@ -17,10 +17,9 @@ import torch
 import layerskip
 from layerskip.decoding import Step
 from layerskip.model import Decoder, native
-from layerskip.model.hardware import cpu_model, cpu_name
+from layerskip.model.hardware import cpu_model, cpu_name, peak_memory_bytes
 from layerskip.model.native.packed import in_large_pages
 from layerskip.model.step_timing import device_clock
-from layerskip.training.callbacks import peak_memory_bytes
 
 Scope = Literal["row", "process", "unknown"]
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")

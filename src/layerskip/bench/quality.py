@@ -6,11 +6,11 @@ import dataclasses
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor
 from layerskip.bench.sandbox import check_allowed, runs_to_end
 from layerskip.decoding import walk_exits
 from layerskip.decoding.prefix import turn_alike
+from layerskip.decoding.prompt import Prompt
 from layerskip.model import Decoder, native
 
 Progress = Callable[[str, int, int], None]  # what is done, how many of how many
@@ -151,10 +152,26 @@ def _compare(decoder: Decoder, states: Tensor, target: Tensor) -> tuple[Tensor, 
     return F.cross_entropy(logits, target, reduction="none"), logits.argmax(-1) == target
 
 
-if TYPE_CHECKING:
-    from layerskip.bench.tasks import Sample
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One prompt.
 
-Metrics = Callable[[Sequence["Sample"], Sequence[str]], dict[str, float]]
+    Attributes:
+        id: of the data set, or where it stands in a file ("mine.jsonl:3").
+        prompt: what `LayerSkipModel.tokenize` takes: a text, or a conversation.
+        references: answers to compare with; any of them is right.
+        category: of the data set, for results by category.
+        fields: the row it was made of, for scoring (the tests of HumanEval, ...).
+    """
+
+    id: str
+    prompt: Prompt
+    references: tuple[str, ...] = ()
+    category: str | None = None
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+Metrics = Callable[[Sequence[Sample], Sequence[str]], dict[str, float]]
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")

@@ -7,14 +7,14 @@ import functools
 import random
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
 from layerskip.bench import quality, sandbox
+from layerskip.bench.quality import Sample
 from layerskip.data.readers import NEEDED, DataSet, DataSetRow, prompt_of
-from layerskip.decoding.prompt import Prompt
 
 ARTICLE_WORDS = 128  # of an article that is to be continued
 
@@ -227,25 +227,6 @@ T = TypeVar("T")
 TASKS: Mapping[str, str] = {name: form.description for name, form in FORMS.items()}
 _OWN_MAX_NEW_TOKENS = 256
 _ALLOWED_PASS_AT_1 = functools.partial(quality.pass_at_1, allow_code_execution=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One prompt.
-
-    Attributes:
-        id: of the data set, or where it stands in a file ("mine.jsonl:3").
-        prompt: what `LayerSkipModel.tokenize` takes: a text, or a conversation.
-        references: answers to compare with; any of them is right.
-        category: of the data set, for results by category.
-        fields: the row it was made of, for scoring (the tests of HumanEval, ...).
-    """
-
-    id: str
-    prompt: Prompt
-    references: tuple[str, ...] = ()
-    category: str | None = None
-    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ __all__ = [
 ]
 _FILES = {
     "TrainConfig": "config",
-    "Progress": "progress",
-    "RecipeCallback": "recipe_callback",
+    "Progress": "callbacks",
+    "RecipeCallback": "callbacks",
     "train": "run",
 }
 

@@ -31,6 +31,7 @@ from layerskip.model import tokenizer as older_names
 from layerskip.model.checkpoint import recorded
 from layerskip.model.datastore import most_repeated
 from layerskip.model.families import FAMILIES
+from layerskip.model.hardware import keep_freed_memory
 from layerskip.recipe import RecipeConfig, attach, detach
 from layerskip.recipe.model_parts import find_anatomy
 from layerskip.recipe.schedule import enabled_exits
@@ -41,7 +42,6 @@ from layerskip.training.callbacks import (
     TimeBudget,
     Watch,
     check_gpus,
-    keep_freed_memory,
     read_log,
     time_spent,
 )

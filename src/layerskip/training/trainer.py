@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from layerskip.errors import NonFiniteLossError
-from layerskip.model.hardware import leave_out_cudnn_attention
+from layerskip.model.hardware import leave_out_cudnn_attention, peak_memory_bytes
 from layerskip.recipe import RecipeConfig, attach
 from layerskip.recipe.exit_loss import IGNORED_LABEL, ExitLosses
 from layerskip.training.callbacks import (
@@ -23,7 +23,6 @@ from layerskip.training.callbacks import (
     TokenRate,
     check_arguments,
     check_sharding,
-    peak_memory_bytes,
 )
 from layerskip.training.checkpointing import (
     INCOMPLETE,

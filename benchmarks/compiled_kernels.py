@@ -1,6 +1,6 @@
 """The compiled kernels against PyTorch's own, on the same weights: ms of a pass over n positions.
 
-    python benchmarks/kernels.py --output benchmarks/results/kernels.json
+    python benchmarks/compiled_kernels.py --output benchmarks/results/kernels.json
 
 SmolLM2-135M after 192 positions, both decoders in turns in one process, medians. The products of 8- and
 4-bit weights in PyTorch are its product with 4-bit weights (bfloat16 alone); see docs/weights.md.
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     options = parsed(parser)
     found = {kind: compare(options.model, kind, options.rounds) for kind in KINDS}
-    here = environment("benchmarks/kernels.py", "bfloat16")
+    here = environment("benchmarks/compiled_kernels.py", "bfloat16")
     deliver({"environment": here, "model": options.model, "ms": found}, options.output)
 
 
