@@ -175,7 +175,14 @@ def _conditions(document: dict[str, Any]) -> str:
     e = document["environment"]
     versions = [
         f"{name} {e[name]}"
-        for name in ("layerskip", "torch", "transformers", "xllamacpp", "llama-cpp-python", "python")
+        for name in (
+            "layerskip",
+            "torch",
+            "transformers",
+            "xllamacpp",
+            "llama-cpp-python",
+            "python",
+        )
         if e.get(name)
     ]
     builds = [f"{name}: {value}" for name, value in e.items() if name.endswith(" build")]
