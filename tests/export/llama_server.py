@@ -45,12 +45,13 @@ class Llama:
         answer = self._complete(ids, n)
         return answer["tokens"], answer["timings"].get("draft_n", 0)
 
-    def log_probs(self, ids, vocab_size):
-        """Return the log-probabilities [T, V] after each of the tokens."""
+    def log_probs(self, ids, vocab_size, last=None):
+        """Return the log-probabilities [T, V] after each of the tokens, or of the last ones."""
         # The server leaves out the probabilities before half a character: have it sample a letter.
         letter = {"logit_bias": [[self.tokenize("a")[-1], 1e6]]}
-        rows = torch.full((len(ids), vocab_size), -torch.inf)
-        for row, n in zip(rows, range(1, len(ids) + 1), strict=True):
+        lengths = range(1, len(ids) + 1)[-(last or len(ids)) :]
+        rows = torch.full((len(lengths), vocab_size), -torch.inf)
+        for row, n in zip(rows, lengths, strict=True):
             answer = self._complete(ids[:n], 1, n_probs=vocab_size, **letter)
             for token in answer["completion_probabilities"][0]["top_logprobs"]:
                 row[token["id"]] = token["logprob"]

@@ -60,8 +60,7 @@ def test_llama_cpp_gives_the_same_greedy_text(weights, exported, answers):
     for prompt, (ids, answer) in zip(PROMPTS, answers, strict=True):
         assert model.tokenize(prompt) == ids
         tokens, _ = model.generate(ids, NEW_TOKENS)
-        assert tokens == answer[: len(tokens)]
-        assert len(tokens) == NEW_TOKENS or tokens[-1] == 0  # its end token
+        assert tokens == answer
 
 
 def test_llama_cpp_drafts_with_an_exported_draft(exported, answers):
@@ -79,9 +78,9 @@ def test_llama_cpp_reads_every_kind_as_we_do(weights, exported):
     ids, n_layers = ours.tokenizer.encode(PROMPTS[0]), len(ours.decoder.layers)
     states = exit_states(ours.decoder, ids, [n_layers])[n_layers]
     with torch.inference_mode():
-        expected = ours.decoder.logits(states)[0].log_softmax(-1)
-    found = Llama(path, n_ctx=256).log_probs(ids, expected.shape[-1])
-    divergence = (expected.exp() * (expected - found)).sum(-1)  # nats, at every position
+        expected = ours.decoder.logits(states)[0, -5:].log_softmax(-1)
+    found = Llama(path, n_ctx=256).log_probs(ids, expected.shape[-1], last=5)
+    divergence = (expected.exp() * (expected - found)).sum(-1)  # nats, at the last positions
     # llama.cpp rounds activations to 8 bits before it multiplies them with quantized weights, and
     # to the file's 16 bits otherwise. A matrix in the wrong place or order costs several nats.
     assert divergence.median() < (0.002 if weights == "bf16" else 0.05)

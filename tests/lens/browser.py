@@ -25,8 +25,16 @@ class Browser:
     def __init__(self, profile):
         command_read, self._commands = os.pipe()
         self._answers, answer_write = os.pipe()
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--hide-scrollbars",
+        ]
+        flags += ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
         flags += [
+            "--disable-sync",
             "--disable-dev-shm-usage",
             "--remote-debugging-pipe",
             f"--user-data-dir={profile}",
