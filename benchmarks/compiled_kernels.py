@@ -10,7 +10,7 @@ import argparse
 from functools import partial
 
 import torch
-from engine import deliver, environment, in_turns, ms_of, parsed, run, verify
+from engine import deliver, environment, interleaved, ms_of, parsed, run, verify
 
 from layerskip import LayerSkipModel
 
@@ -38,7 +38,7 @@ def compare(name: str, kind: str, rounds: int) -> dict[str, dict[str, float]]:
         cache = decoder.new_cache(256)
         for n in POSITIONS:
             passes[decoder.kernels, n] = partial(ms_of, verify, decoder, cache, n)
-    times = in_turns(passes, rounds)
+    times = interleaved(passes, rounds)
     return {
         kernels: {str(n): ms for (by, n), ms in times.items() if by == kernels}
         for kernels in ("compiled", "pytorch")

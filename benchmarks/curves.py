@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import ROOT, deliver, environment_of, in_turns, parsed, run, verify_cost
+from engine import ROOT, deliver, environment_of, interleaved, parsed, run, verify_cost
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import Task, load_task
@@ -91,7 +91,7 @@ def batch_curve(model: LayerSkipModel, name: str, rounds: int) -> list[dict[str,
     speeds = {point: partial(_throughput, model, task, *point) for point in points}
     return [
         {"batch": size, "mode": mode, "tokens_per_s": speed}
-        for (size, mode), speed in in_turns(speeds, rounds, warm_ups=0).items()
+        for (size, mode), speed in interleaved(speeds, rounds, warm_ups=0).items()
     ]
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from layerskip import Generation, LayerSkipModel
 from layerskip.bench.rows import bootstrap_interval
 from layerskip.bench.tasks import Task, load_task
-from layerskip.decoding.draft_text import DraftText
+from layerskip.decoding.draft_text import Datastore
 from layerskip.model.quantize import WEIGHTS
 
 NGRAMS = {"draft_from": "n-gram"}
@@ -57,7 +57,7 @@ def main() -> None:
             line = {"weights": weights, "task": task.name, **measured(model, task, most, ways)}
             lines.append(line)
             print(weights, task.name, line["ways"], file=sys.stderr, flush=True)
-    runs = len(DraftText.load(options.table, model.decoder.architecture.vocab_size))
+    runs = len(Datastore.load(options.table, model.decoder.architecture.vocab_size))
     here = environment_of("benchmarks/draft_texts.py", model, options.weights)
     deliver(
         {"environment": here, "model": options.model, "runs": runs, "lines": lines}, options.output

@@ -100,7 +100,7 @@ def speed_of_both(
         "transformers generate": theirs,
         "bandwidth": lambda: read_bandwidth(model.decoder.device),
     }
-    medians = in_turns(figures, rounds)
+    medians = interleaved(figures, rounds)
     return medians, medians.pop("bandwidth")
 
 
@@ -130,7 +130,7 @@ def verify_cost(
     """Milliseconds of all layers and the head over n positions, after 192 others, in turns."""
     cache = decoder.new_cache(256)
     passes = {str(n): partial(ms_of, verify, decoder, cache, n) for n in positions}
-    return in_turns(passes, 8 * rounds)
+    return interleaved(passes, 8 * rounds)
 
 
 def verify(decoder: Decoder, cache: KVCache, n: int) -> None:
@@ -158,7 +158,7 @@ def step_parts(decoder: Decoder, rounds: int) -> dict[str, float]:
     }
     if decoder.kernels == "pytorch":
         parts["products in the layers"] = lambda: layer_products(decoder)
-    times = in_turns({name: partial(ms_of, part) for name, part in parts.items()}, 8 * rounds)
+    times = interleaved({name: partial(ms_of, part) for name, part in parts.items()}, 8 * rounds)
     times["all else"] = times["whole step"] - times["layers"] - times["norm and head"]
     return times
 
@@ -173,7 +173,7 @@ def layer_products(decoder: Decoder) -> None:
         w.mlp.down(wide)
 
 
-def in_turns(
+def interleaved(
     figures: Mapping[K, Callable[[], float]], rounds: int, *, warm_ups: int = 1
 ) -> dict[K, float]:
     """Median of each figure; one of each, then the next round. Those of the warm-up do not count."""

@@ -23,7 +23,7 @@ from layerskip.bench.tasks import load_task
 from layerskip.decoding import Plan, Step
 from layerskip.decoding.draft_costs import DraftCosts
 from layerskip.decoding.generate import generate
-from layerskip.decoding.short_head import ShortHead
+from layerskip.decoding.short_head import ReducedHead
 from layerskip.model.quantize import WEIGHTS
 
 AROUND = 8  # plain steps to each side
@@ -63,7 +63,7 @@ def compared(
     seconds: dict[str, Counter[str]] = defaultdict(Counter)
     rounds: dict[Kind, list[tuple[float, float]]] = defaultdict(list)
     for number, (category, prompt) in enumerate([prompts[0], *prompts]):
-        made, plan, context = in_turns(model, prompt, how | {"seed": number})
+        made, plan, context = interleaved(model, prompt, how | {"seed": number})
         if not number:
             continue
         for mode, steps in made.items():
@@ -100,7 +100,7 @@ def compared(
     }
 
 
-def in_turns(
+def interleaved(
     model: LayerSkipModel, prompt: Any, how: dict[str, Any]
 ) -> tuple[dict[str, Timed], Plan, int]:
     """The steps of both answers after the prompt's own pass, and seconds; auto's plan; the prompt."""
@@ -127,7 +127,7 @@ class Thought:
 
     def __init__(self, model: LayerSkipModel, plan: Plan, context: int) -> None:
         decoder = model.decoder
-        head = ShortHead.of(decoder, plan.draft_vocabulary, ())
+        head = ReducedHead.of(decoder, plan.draft_vocabulary, ())
         share = 1.0 if head is None else head.share
         self._costs = DraftCosts.of(decoder, plan.exit_layer or 0, share, plan.costs, (context,))
 

@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from engine import deliver, environment, in_turns, parsed, run
+from engine import deliver, environment, interleaved, parsed, run
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -160,7 +160,7 @@ def measure(
         },
         **{f"pass {n}": partial(pass_ms, decoder, n) for n in POSITIONS},
     }
-    found = in_turns(works, rounds, warm_ups=2)
+    found = interleaved(works, rounds, warm_ups=2)
     ceiling = found["bandwidth"] / decoder.weight_bytes
     return {
         "layers": len(decoder.layers),

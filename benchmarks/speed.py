@@ -27,7 +27,7 @@ from engine import ROOT, environment, run, write
 from fresh import LAYERSKIP
 from speed_goals import goal_table, report
 
-from layerskip.bench.baselines import PEERS
+from layerskip.bench.baselines import BASELINES
 from layerskip.bench.tasks import FORMS
 from layerskip.model import open_files, resolve
 from layerskip.model.checkpoint import with_defaults
@@ -67,7 +67,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=MOST_NEW_TOKENS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--weights", type=_listed, default=list(WEIGHTS))
-    parser.add_argument("--peers", type=_listed, default=list(PEERS), help='"" for none')
+    parser.add_argument("--peers", type=_listed, default=list(BASELINES), help='"" for none')
     parser.add_argument("--exit-layers", default="4,6,8", help="of fixed pairs, where E is trained")
     parser.add_argument("--draft-tokens", default="3,5", help="of fixed pairs")
     parser.add_argument("--ablation", default="16bit", help="the weights with rows without a part")
@@ -80,7 +80,7 @@ def _options() -> argparse.Namespace:
         parser.error("--task is needed once for each --model")
     for kind, given, known in (
         ("weights", options.weights, WEIGHTS),
-        ("peer", options.peers, PEERS),
+        ("peer", options.peers, BASELINES),
         (
             "task",
             [t for tasks in options.task for t in _listed(tasks) if not Path(t).is_file()],

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch._inductor.config as inductor
-from engine import deliver, environment, in_turns, ms_of, parsed, run, verify
+from engine import deliver, environment, interleaved, ms_of, parsed, run, verify
 from transformers import PreTrainedModel, StaticCache
 
 from layerskip import LayerSkipModel
@@ -45,7 +45,9 @@ def compare(name: str, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
         seconds[str(n)] = 1e-3 * ms_of(passes["torch.compile", n])
         cache = ours.new_cache(BEFORE + n)
         passes["layerskip", n] = lambda cache=cache, n=n: verify(ours, cache, n)
-    times = in_turns({key: lambda p=p: ms_of(p) for key, p in passes.items()}, rounds, warm_ups=3)
+    times = interleaved(
+        {key: lambda p=p: ms_of(p) for key, p in passes.items()}, rounds, warm_ups=3
+    )
     systems = {system for system, _ in passes}
     ms = {s: {str(n): found for (by, n), found in times.items() if by == s} for s in systems}
     return {"ms": ms, "seconds_to_compile": {"torch.compile": seconds}}

@@ -2,13 +2,13 @@
 
 import torch
 
-from layerskip.decoding import walk_exits
+from layerskip.decoding import iter_exit_hidden_states
 
 
 def exit_states(decoder, token_ids, exits):
     """Exit -> [1, T, D], before the final norm, in ascending order of exits."""
     parts = {e: [] for e in sorted(set(exits))}
     tokens = torch.tensor([list(token_ids)], device=decoder.device)
-    for _, e, hidden in walk_exits(decoder, tokens, exits):
+    for _, e, hidden in iter_exit_hidden_states(decoder, tokens, exits):
         parts[e].append(hidden)
     return {e: torch.cat(states, dim=1) for e, states in parts.items()}

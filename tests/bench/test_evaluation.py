@@ -7,12 +7,12 @@ import pytest
 from layerskip.bench.bench import Metric, Row, rows_of
 from layerskip.bench.report import plot_exits
 from layerskip.decoding import Plan
-from layerskip.model import Settings
+from layerskip.model import CheckpointSettings
 
 
 def model(n_layers=30, **settings):
     decoder = SimpleNamespace(layers=[None] * n_layers)
-    return SimpleNamespace(decoder=decoder, settings=Settings(**settings))
+    return SimpleNamespace(decoder=decoder, settings=CheckpointSettings(**settings))
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,14 @@ import pytest
 from scripted import LAYERS, encode, scripted_model
 
 from layerskip.bench.machine import read_bandwidth, weight_bytes_read
-from layerskip.bench.systems import OwnSystem, settings_of
+from layerskip.bench.systems import LayerSkipSystem, settings_of
 from layerskip.decoding import Step
-from layerskip.model import Settings
+from layerskip.model import CheckpointSettings
 
 
 def model(answer="abcdef", end_tokens=(), **settings):
     made = scripted_model(
-        encode(answer), settings=Settings(end_tokens=tuple(end_tokens), **settings)
+        encode(answer), settings=CheckpointSettings(end_tokens=tuple(end_tokens), **settings)
     )
     made.decoder.weight_bytes, made.decoder.head = 44, types.SimpleNamespace(weight_bytes=4)
     return made
@@ -56,8 +56,8 @@ def test_who_watches_sees_each_answer_and_changes_none():
         seen.append((setting.mode, [piece.token_id for piece in answer]))
 
     settings = settings_of(model(), modes=("plain", "auto"))
-    shown = OwnSystem(model(), settings, watch=watch)
-    hidden = OwnSystem(model(), settings)
+    shown = LayerSkipSystem(model(), settings, watch=watch)
+    hidden = LayerSkipSystem(model(), settings)
     for setting in settings:
         run = shown.answer(setting, [0], 7)
         assert run.token_ids == hidden.answer(setting, [0], 7).token_ids
@@ -100,7 +100,7 @@ def test_an_ablation_takes_parts_away_and_leaves_parts_alone():
         ("early exit and short head", 2, 5, "early-exit", False, 2),
         ("early exit and adaptive", 2, 12, "early-exit", True, None),
     ]
-    system = OwnSystem(made, found)
+    system = LayerSkipSystem(made, found)
     for setting in found:
         assert system.answer(setting, [0], 9).text == "abcdefabc"
     texted = settings_of(model(exit_layer=2, draft_text=(1, 2, 3)), modes=(), ablation=True)[1:]
@@ -123,7 +123,7 @@ def test_an_exit_that_is_not_there_is_refused():
 def test_answers_are_those_of_the_model():
     made = model(exit_layer=2, draft_tokens=3)
     settings = settings_of(made, draft_from=("early-exit", "both"), adaptive=False)
-    system = OwnSystem(made, settings, stop=["d"])
+    system = LayerSkipSystem(made, settings, stop=["d"])
     for setting in settings:
         run = system.answer(setting, [0], 9)
         assert (run.text, run.token_ids) == ("abc", encode("abcd"))
@@ -135,8 +135,8 @@ def test_answers_are_those_of_the_model():
 def test_ignoring_the_end():
     made = model(end_tokens=encode("c"))
     setting = settings_of(made)[0]
-    assert OwnSystem(made, [setting]).answer(setting, [0], 8).token_ids == encode("abc")
-    run = OwnSystem(made, [setting], ignore_eos=True).answer(setting, [0], 8)
+    assert LayerSkipSystem(made, [setting]).answer(setting, [0], 8).token_ids == encode("abc")
+    run = LayerSkipSystem(made, [setting], ignore_eos=True).answer(setting, [0], 8)
     assert run.token_ids == encode("abcdefab")
 
 

@@ -14,7 +14,13 @@ from tiny_tokenizers import SPLITS, byte_level, checkpoint
 import tiny_models
 from causal_lms import build
 from layerskip import LayerSkipModel
-from layerskip.bench.baselines import PEERS, PeerProcess, llama_cpp, start_peers, transformers
+from layerskip.bench.baselines import (
+    BASELINES,
+    BaselineProcess,
+    llama_cpp,
+    start_baselines,
+    transformers,
+)
 from layerskip.bench.baselines.process import PROMPT_LOOKUP_TOKENS, Job, PeerKind
 from layerskip.bench.baselines.transformers import Recorder
 from layerskip.bench.measure import Setting, SystemFailedError, measure
@@ -97,12 +103,12 @@ def test_answers_end_by_our_rules(rules, tokens, text):
 def stand_in(monkeypatch):
     """A peer in a process, at hand under the name "stand-in"."""
     kind = PeerKind(module="stand_in_peer", package="json", distribution="stand-in")
-    monkeypatch.setitem(PEERS, "stand-in", kind)
+    monkeypatch.setitem(BASELINES, "stand-in", kind)
     paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "src")]
     monkeypatch.setenv("PYTHONPATH", ":".join(paths))
 
     def start(**changes):
-        return PeerProcess("stand-in", dataclasses.replace(JOB, **changes))
+        return BaselineProcess("stand-in", dataclasses.replace(JOB, **changes))
 
     return start
 
@@ -214,7 +220,7 @@ def norm_bytes(model):
 
 
 def peers_of(model, folder, names, context=32, ignore_eos=True):
-    return start_peers(
+    return start_baselines(
         model,
         names,
         source=str(folder),
@@ -227,8 +233,8 @@ def peers_of(model, folder, names, context=32, ignore_eos=True):
 
 
 def test_a_peer_that_is_not_installed_says_how_to_install_it(folder, model, monkeypatch):
-    missing = dataclasses.replace(PEERS["llama.cpp"], package="no_such_package")
-    monkeypatch.setitem(PEERS, "llama.cpp", missing)
+    missing = dataclasses.replace(BASELINES["llama.cpp"], package="no_such_package")
+    monkeypatch.setitem(BASELINES, "llama.cpp", missing)
     with peers_of(model, folder, ["llama.cpp"]) as peers:
         entries = measure(peers, [[5]], max_new_tokens=2)
     reason = f"{missing.distribution} is not installed; run: pip install 'layerskip[baselines]'"
@@ -236,7 +242,7 @@ def test_a_peer_that_is_not_installed_says_how_to_install_it(folder, model, monk
 
 
 with_llama_cpp = pytest.mark.skipif(
-    importlib.util.find_spec(PEERS["llama.cpp"].package) is None, reason="no llama.cpp"
+    importlib.util.find_spec(BASELINES["llama.cpp"].package) is None, reason="no llama.cpp"
 )
 
 

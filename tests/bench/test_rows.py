@@ -8,7 +8,7 @@ from scripted import encode, scripted_model
 
 from layerskip.bench.measure import Entry, Run, Setting, measure
 from layerskip.bench.rows import acceptance, bootstrap_interval, comparison, row, speed
-from layerskip.bench.systems import OwnSystem
+from layerskip.bench.systems import LayerSkipSystem
 from layerskip.decoding import Step
 
 PLAIN = Setting(mode="plain")
@@ -135,7 +135,7 @@ def scripted_entries():
     model = scripted_model(encode("abcdefghijkl"), misses={3, 4})
     model.decoder.weight_bytes, model.decoder.head = 0, types.SimpleNamespace(weight_bytes=0)
     early = Setting(mode="early-exit", exit_layer=2)
-    system = OwnSystem(model, [PLAIN, early, DRAFTING])
+    system = LayerSkipSystem(model, [PLAIN, early, DRAFTING])
     return measure([system], [[0], [7]], max_new_tokens=12, repeats=2)
 
 

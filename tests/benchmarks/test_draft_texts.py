@@ -5,7 +5,7 @@ from draft_texts import measured
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import load_task
-from layerskip.decoding.draft_text import DraftText
+from layerskip.decoding.draft_text import Datastore
 
 
 def test_every_way_answers_as_plain_decoding_does(folder, tmp_path):
@@ -16,7 +16,7 @@ def test_every_way_answers_as_plain_decoding_does(folder, tmp_path):
     answers = [model.generate(s.prompt, mode="plain", max_new_tokens=24) for s in task.samples]
     table, vocab_size = tmp_path / "a.table", model.decoder.architecture.vocab_size
     tokens = [token for answer in answers for token in answer.token_ids]
-    DraftText.from_tokens(tokens * 3).save(table, vocab_size)
+    Datastore.from_tokens(tokens * 3).save(table, vocab_size)
     ngrams = {"draft_from": "n-gram"}
     ways = {"plain": {"mode": "plain"}, "n-grams": ngrams, "table": {**ngrams, "draft_text": table}}
     found = measured(model, task, 24, ways)

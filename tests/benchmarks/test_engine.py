@@ -5,7 +5,7 @@ from engine import environment
 
 
 def test_weights_and_threads_are_those_of_the_decoder(monkeypatch):
-    monkeypatch.setattr("layerskip.model.native.build.usable", lambda: 77)
+    monkeypatch.setattr("layerskip.model.native.build.num_threads_to_use", lambda: 77)
     found = environment("benchmarks/x.py", "bfloat16", "compiled", weights="int8")
     assert (found["kernels"], found["weights"], found["threads"]) == ("compiled", "int8", 77)
     assert found["command"].startswith("python benchmarks/x.py")

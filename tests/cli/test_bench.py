@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from layerskip.bench.systems import OwnSystem
+from layerskip.bench.systems import LayerSkipSystem
 from layerskip.bench.tasks import Task
 
 FLAGS = ("--max-new-tokens", 10, "--draft-tokens", "2,3", "--exit-layers", "2,3")
@@ -184,7 +184,7 @@ def test_flags_reach_the_prompts(run, monkeypatch):
 
 @pytest.mark.parametrize("when", ["answering", "scoring"])
 def test_an_interrupt_loses_nothing(run, prompts, when, tmp_path, raise_at):
-    call = {"answering": (OwnSystem, "answer", 6), "scoring": (Task, "quality", 1)}[when]
+    call = {"answering": (LayerSkipSystem, "answer", 6), "scoring": (Task, "quality", 1)}[when]
     raise_at(*call, KeyboardInterrupt)
     file = tmp_path / "bench.json"
     flags = ("--modes", "plain,self-speculative", *FLAGS, "--exit-layers", 2, "--draft-tokens", 2)
@@ -315,7 +315,7 @@ def test_answers_that_cannot_be_judged_are_kept_and_it_is_said(run, prompts, tmp
 
 def test_an_error_leaves_what_was_measured(run, prompts, tmp_path, raise_at):
     # After a warm-up and the first prompt.
-    raise_at(OwnSystem, "answer", 3, MemoryError("no room"))
+    raise_at(LayerSkipSystem, "answer", 3, MemoryError("no room"))
     said = "measuring ended early (MemoryError: no room)"
     document = what_a_failure_leaves(run, prompts, tmp_path, said)
     assert (document["interrupted"], document["samples"]) == (True, 1)

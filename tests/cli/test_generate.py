@@ -449,7 +449,7 @@ def test_weights_that_save_no_memory_or_time_are_told_of(
 
 def test_threads_are_no_more_than_a_container_has(run, monkeypatch):
     asked, flags = [], ("--prompt", "abc", "--max-new-tokens", 2)
-    monkeypatch.setattr("layerskip.model.native.usable", lambda: 1)
+    monkeypatch.setattr("layerskip.model.native.num_threads_to_use", lambda: 1)
     monkeypatch.setattr("torch.get_num_threads", lambda: 4)
     monkeypatch.setattr("torch.set_num_threads", asked.append)
     run("generate", *flags)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from layerskip.decoding import LayerSkipModel
-from layerskip.decoding.draft_text import DraftText
+from layerskip.decoding.draft_text import Datastore
 from layerskip.model.checkpoint import DRAFT_TEXT_FILE
 
 
@@ -52,7 +52,7 @@ def test_of_rows_the_completions_are_taken_unless_prompts_are_asked_for(index, t
         status, out, _ = index(table, *data, *flags, "--json")
         assert status == 0
         result = json.loads(out)
-        text = DraftText.load(table, model.decoder.architecture.vocab_size)
+        text = Datastore.load(table, model.decoder.architecture.vocab_size)
         assert result == {"path": str(table), "tokens": result["tokens"], "runs": len(text)}
         for tail in known:
             assert text.propose(model.tokenize(tail)[-3:], 1)[0]

@@ -198,13 +198,13 @@ def test_where_drafts_come_from_is_heeded(run):
 
 def test_an_answer_is_looked_at_in_a_cache_as_large_as_it_was_made_in(run, monkeypatch):
     """Some rotary embeddings turn by how long a text may become."""
-    capacities, walk = [], lens_module.walk_exits
+    capacities, walk = [], lens_module.iter_exit_hidden_states
 
     def seen(decoder, tokens, exits, capacity):
         capacities.append(capacity)
         return walk(decoder, tokens, exits, capacity)
 
-    monkeypatch.setattr(lens_module, "walk_exits", seen)
+    monkeypatch.setattr(lens_module, "iter_exit_hidden_states", seen)
     assert run("lens", "--prompt", "abc", "--max-new-tokens", 12)[0] == 0
     assert run("lens", "--prompt", "abc", "--continuation", "de")[0] == 0
     assert capacities == [3 + 12 - 1, None]

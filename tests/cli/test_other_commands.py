@@ -13,7 +13,7 @@ import torch
 from layerskip import __version__, cli, paths
 from layerskip.cli import config_flags as options
 from layerskip.cli import output as outputs
-from layerskip.cli.output import HarmlessRecord
+from layerskip.cli.output import EscapedRecord
 from layerskip.model import hub as source
 
 COMMANDS = ["demo", "pull", "generate", "chat", "tune", "bench", "eval", "export", "lens", "train"]
@@ -148,13 +148,13 @@ def test_warnings_and_logs_of_libraries_reach_no_terminal_as_they_are(monkeypatc
     monkeypatch.setattr(warnings, "showwarning", lambda message, *place, **_: seen.append(message))
     with options.warnings_in_one_line():
         warnings.showwarning(UserWarning("a\x1b]2;b"), UserWarning, "file", 1)
-    record = HarmlessRecord("transformers", logging.WARNING, "file", 1, "%s", ("a\x1b]2;b",), None)
+    record = EscapedRecord("transformers", logging.WARNING, "file", 1, "%s", ("a\x1b]2;b",), None)
     assert [*seen, record.getMessage()] == ["a\\x1b]2;b"] * 2
     monkeypatch.setattr(sys, "argv", ["layerskip", "--version"])
     before = logging.getLogRecordFactory()
     try:
         with pytest.raises(SystemExit):
             cli.main()
-        assert logging.getLogRecordFactory() is HarmlessRecord
+        assert logging.getLogRecordFactory() is EscapedRecord
     finally:
         logging.setLogRecordFactory(before)

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from layerskip import LayerSkipModel
-from layerskip.model import Architecture, Checkpoint, Decoder, KVCache, Settings
+from layerskip.model import Architecture, Checkpoint, CheckpointSettings, Decoder, KVCache
 from layerskip.model.architecture import Rope
 
 LAYERS = 4
@@ -130,6 +130,6 @@ def scripted_model(answer, *, tokenizer=TOKENIZER, end_tokens=(END,), settings=N
             path=Path(),
             decoder=ScriptedDecoder(answer, **script),
             tokenizer=tokenizer,
-            settings=settings or Settings(end_tokens=tuple(end_tokens)),
+            settings=settings or CheckpointSettings(end_tokens=tuple(end_tokens)),
         )
     )

@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from tiny_decoders import tiny_decoder
 
-from layerskip.decoding.draft_text import MAX_MATCH, MIN_MATCH, DraftText
+from layerskip.decoding.draft_text import MAX_MATCH, MIN_MATCH, Datastore
 from layerskip.decoding.language_model import LayerSkipModel
-from layerskip.model import Checkpoint, Settings
+from layerskip.model import Checkpoint, CheckpointSettings
 from layerskip.model.checkpoint import DRAFT_TEXT_FILE
 
 VOCABULARY = 64
 
 
 def test_a_draft_text_says_what_most_often_came_next():
-    text = DraftText.from_tokens((1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3, 5, 9))
+    text = Datastore.from_tokens((1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3, 5, 9))
     tokens, shares = text.propose([7, 1, 2], 9)
     assert tokens[:2] == [3, 5]  # 3 of 3 times, then 2 of 3
     assert shares[:2] == [pytest.approx(3 / 4), pytest.approx(2 / 4)]
@@ -28,10 +28,10 @@ def test_a_draft_text_says_what_most_often_came_next():
 
 
 def test_a_draft_text_is_followed_as_far_as_is_likely():
-    once = DraftText.from_tokens(range(50))  # each token came next once: half as likely as not
+    once = Datastore.from_tokens(range(50))  # each token came next once: half as likely as not
     assert once.propose([2, 3, 4], 9)[0] == [5, 6, 7]  # an eighth; a sixteenth is under a tenth
     assert once.propose([3, 4], 9) == ([], [])  # two tokens that stood so once are no match
-    often = DraftText.from_tokens([*range(50)] * 9)
+    often = Datastore.from_tokens([*range(50)] * 9)
     assert often.propose([3, 4], 9)[0] == [*range(5, 14)]
 
 
@@ -46,7 +46,7 @@ def test_the_next_token_is_a_most_common_one_behind_the_longest_match(tokens, ta
             break
         if share >= (0.7 if n == MIN_MATCH else 0.1):
             expected = after, share
-    found, shares = DraftText.from_tokens(tokens).propose(tail, 1)
+    found, shares = Datastore.from_tokens(tokens).propose(tail, 1)
     if expected is None:
         assert (found, shares) == ([], [])
     else:
@@ -57,25 +57,25 @@ def test_the_next_token_is_a_most_common_one_behind_the_longest_match(tokens, ta
 
 @pytest.mark.parametrize("tokens", [(), (5,), (5, 6), (5, 6, 7)])
 def test_a_text_may_be_too_short_to_say_anything(tokens):
-    assert DraftText.from_tokens(tokens).propose([5, 6], 3) == ([], [])
+    assert Datastore.from_tokens(tokens).propose([5, 6], 3) == ([], [])
 
 
 def test_a_draft_text_is_indexed_once():
-    assert DraftText.of(None, 9) is None
-    assert DraftText.of((1, 2, 3), 9) is DraftText.of((1, 2, 3), 9)
+    assert Datastore.of(None, 9) is None
+    assert Datastore.of((1, 2, 3), 9) is Datastore.of((1, 2, 3), 9)
 
 
 def test_a_table_says_in_a_file_what_it_said(tmp_path):
     tokens = [*range(9), *range(3, 12), *range(9)] * 3
-    text, file = DraftText.from_tokens(tokens), tmp_path / "a.table"
+    text, file = Datastore.from_tokens(tokens), tmp_path / "a.table"
     text.save(file, VOCABULARY)
-    again = DraftText.of(file, VOCABULARY)
-    assert again is DraftText.of(file, VOCABULARY)  # read once
+    again = Datastore.of(file, VOCABULARY)
+    assert again is Datastore.of(file, VOCABULARY)  # read once
     for begin in range(9):
         tail = tokens[begin : begin + 5]
         assert again.propose(tail, 9) == text.propose(tail, 9) != ([], [])
-    DraftText.from_tokens([1, 2, 3, 4] * 9).save(file, VOCABULARY)
-    assert DraftText.of(file, VOCABULARY).propose([3, 4], 2)[0] == [
+    Datastore.from_tokens([1, 2, 3, 4] * 9).save(file, VOCABULARY)
+    assert Datastore.of(file, VOCABULARY).propose([3, 4], 2)[0] == [
         1,
         2,
     ]  # and again where it changed
@@ -83,9 +83,9 @@ def test_a_table_says_in_a_file_what_it_said(tmp_path):
 
 def test_a_table_of_another_vocabulary_is_refused(tmp_path):
     file = tmp_path / "a.table"
-    DraftText.from_tokens([1, 2, 3, 4] * 9).save(file, VOCABULARY)
+    Datastore.from_tokens([1, 2, 3, 4] * 9).save(file, VOCABULARY)
     with pytest.raises(ValueError, match="of a vocabulary of 64 tokens, but this model has 65"):
-        DraftText.of(file, VOCABULARY + 1)
+        Datastore.of(file, VOCABULARY + 1)
 
 
 @pytest.mark.parametrize(
@@ -103,13 +103,13 @@ def test_a_table_of_another_vocabulary_is_refused(tmp_path):
 )
 def test_a_damaged_table_is_named(tmp_path, damage):
     file = tmp_path / "a.table"
-    DraftText.from_tokens([1, 2, 3, 4] * 9).save(file, VOCABULARY)
+    Datastore.from_tokens([1, 2, 3, 4] * 9).save(file, VOCABULARY)
     columns = load_file(file)
     for name, change in damage.items():
         columns[name] = change(columns[name])
     save_file(columns, file, {"kind": "layerskip draft text", "vocab_size": str(VOCABULARY)})
     with pytest.raises(ValueError, match=r"a\.table is damaged: make it again"):
-        DraftText.of(file, VOCABULARY)
+        Datastore.of(file, VOCABULARY)
 
 
 def test_what_is_no_table_is_named(tmp_path):
@@ -119,21 +119,23 @@ def test_what_is_no_table_is_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"other\.table is no draft text: make one with `layerskip"
     ):
-        DraftText.of(other, VOCABULARY)
+        Datastore.of(other, VOCABULARY)
     for file in (text, tmp_path / "nothing.table"):
         with pytest.raises(ValueError, match=rf"the draft text .*{file.name} cannot be read"):
-            DraftText.of(file, VOCABULARY)
+            Datastore.of(file, VOCABULARY)
 
 
 def test_a_table_drafts_and_the_answer_stays(tmp_path):
     decoder = tiny_decoder("llama2")
     file, vocab_size = tmp_path / DRAFT_TEXT_FILE, decoder.architecture.vocab_size
-    settings = Settings(draft_text=(1, 2, 3), draft_text_file=file)  # the file comes first
+    settings = CheckpointSettings(
+        draft_text=(1, 2, 3), draft_text_file=file
+    )  # the file comes first
     model = LayerSkipModel(
         Checkpoint(path=tmp_path, decoder=decoder, tokenizer=None, settings=settings)
     )
     plain = model.generate([3, 4, 5], mode="plain", max_new_tokens=24)
-    DraftText.from_tokens([*plain.token_ids, 0] * 9).save(file, vocab_size)
+    Datastore.from_tokens([*plain.token_ids, 0] * 9).save(file, vocab_size)
     for options in ({}, {"draft_text": file, "draft_from": "n-gram"}):
         answer = model.generate([3, 4, 5], max_new_tokens=24, **options)
         assert answer.token_ids == plain.token_ids

@@ -6,14 +6,14 @@ from tiny_decoders import tiny_decoder
 
 from layerskip.decoding.accept import accept_sampled
 from layerskip.decoding.drawn_from import DrawnFrom
-from layerskip.decoding.short_head import ShortHead
+from layerskip.decoding.short_head import ReducedHead
 from layerskip.model import Distributions
 
 
 def drawn_from(rows, short):
     """Two tokens of an early exit with tokens of n-grams behind them."""
     decoder = tiny_decoder("llama2")
-    head = ShortHead(decoder, [9, 4, 1]).also(decoder, [30, 0]) if short else None
+    head = ReducedHead(decoder, [9, 4, 1]).also(decoder, [30, 0]) if short else None
     ids = head.token_ids if short else torch.arange(decoder.architecture.vocab_size)
     generator = torch.Generator().manual_seed(0)
     exits = tuple(torch.randn(rows, 1, len(ids), generator=generator).softmax(-1) for _ in range(2))

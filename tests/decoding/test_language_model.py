@@ -24,7 +24,7 @@ from layerskip.decoding import Answer, PromptError, Sampling, batch, generate
 from layerskip.decoding.placement import device_of
 from layerskip.decoding.sampling import nth_seed, seeded_generator
 from layerskip.decoding.stream import TextStream
-from layerskip.model import Decoder, Settings
+from layerskip.model import CheckpointSettings, Decoder
 from layerskip.model.loader import fast_dtype
 from layerskip.model.native import build as threads
 from layerskip.model.native import native_decoder as native_decoder
@@ -37,7 +37,7 @@ def model(tmp_path):
     """A checkpoint without tokenizer, by the public way; it has no end token, so it fills its room."""
     tiny_models.reference("llama3.2").save_pretrained(tmp_path)
     model = LayerSkipModel.from_pretrained(tmp_path, dtype="float32")
-    model.settings = Settings()
+    model.settings = CheckpointSettings()
     return model
 
 
@@ -196,7 +196,7 @@ def test_without_a_tokenizer_there_are_ids_and_no_text(model):
 
 
 def test_settings_of_the_checkpoint_are_the_default():
-    settings = Settings(end_tokens=(END,), exit_layer=3, draft_tokens=2)
+    settings = CheckpointSettings(end_tokens=(END,), exit_layer=3, draft_tokens=2)
     model = scripted_model(encode("abcdef"), settings=settings)
     made = model.generate([0], max_new_tokens=6)
     assert (made.mode, made.exit_layer, made.draft_tokens) == ("self-speculative", 3, 12)
@@ -441,7 +441,7 @@ def test_a_draft_text_with_tokens_that_the_model_lacks():
 
 
 def test_bad_draft_vocabularies(model):
-    model.settings = Settings(end_tokens=(10**6,), exit_layer=1)  # no such token
+    model.settings = CheckpointSettings(end_tokens=(10**6,), exit_layer=1)  # no such token
     assert model.generate([5], draft_vocabulary=20, max_new_tokens=3).token_ids
     with pytest.raises(ValueError, match="1 or more tokens"):
         model.generate([5], draft_vocabulary=-1)
@@ -568,7 +568,7 @@ def test_a_draft_that_is_no_number_is_refused(prompt, compile, tmp_path, request
         request.getfixturevalue("compiled_kernels")
     tiny_models.reference("llama3.2").save_pretrained(tmp_path)
     model = LayerSkipModel.from_pretrained(tmp_path, dtype="float32", compile=compile)
-    model.settings = Settings()
+    model.settings = CheckpointSettings()
     place, name = (native_decoder, "Drawing") if compile else (Decoder, "distributions")
     plain, calls = getattr(place, name), itertools.count(1)
 
@@ -735,10 +735,10 @@ def test_whatever_runs_a_cpu_model_its_forked_children_work_alone(monkeypatch):
     monkeypatch.setattr(
         os, "register_at_fork", lambda **told: registered.append(told), raising=False
     )
-    threads.heed_forks.cache_clear()
+    threads.disable_threads_after_fork.cache_clear()
     for _ in range(2):
         scripted_model(encode("ab"))
-    assert registered == [{"after_in_child": threads.stay_alone}]
+    assert registered == [{"after_in_child": threads.run_single_threaded}]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

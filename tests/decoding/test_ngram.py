@@ -28,7 +28,7 @@ from layerskip.decoding import Sampling, Step
 from layerskip.decoding import ngram as ngrams
 from layerskip.decoding.draft_costs import DraftCosts
 from layerskip.decoding.draft_length import DraftLength, NgramLength, by_match
-from layerskip.decoding.draft_text import MAX_MATCH, MIN_MATCH, DraftText
+from layerskip.decoding.draft_text import MAX_MATCH, MIN_MATCH, Datastore
 from layerskip.decoding.drafters import EarlyExitDrafter
 from layerskip.decoding.ngram import NgramDrafter, NgramIndex
 from layerskip.decoding.pace import Pace
@@ -95,7 +95,7 @@ def test_growing_is_starting_with_all(tokens, cut):
 
 def test_the_draft_text_is_searched_where_it_promises_more():
     decoder = tiny_decoder("llama2")
-    prompt, text = [1, 2, 3, 5, 6, 4, 1, 2], DraftText.from_tokens([1, 2, 7, 7, 8] * 9)
+    prompt, text = [1, 2, 3, 5, 6, 4, 1, 2], Datastore.from_tokens([1, 2, 7, 7, 8] * 9)
 
     def drafted(prompt, text, **options):
         length = NgramLength(DraftCosts(layers=0.0, head=0.0, passes=(1.0, 1.01)), Pace())

@@ -8,13 +8,13 @@ from tiny_decoders import PLAIN, speculative
 
 from layerskip.decoding import MODES, Plan
 from layerskip.decoding.policy import DEFAULT_DRAFT_TOKENS, MOST_DRAFT_TOKENS, choose, for_batch
-from layerskip.model import Settings, StepCosts
+from layerskip.model import CheckpointSettings, StepCosts
 
 L = 12
-SILENT = Settings()
-TUNED = Settings(exit_layer=5, draft_tokens=7)
-EXIT_ONLY = Settings(exit_layer=5)
-SHORT = Settings(exit_layer=5, draft_vocabulary=(9, 3, 4))
+SILENT = CheckpointSettings()
+TUNED = CheckpointSettings(exit_layer=5, draft_tokens=7)
+EXIT_ONLY = CheckpointSettings(exit_layer=5)
+SHORT = CheckpointSettings(exit_layer=5, draft_vocabulary=(9, 3, 4))
 MOST = MOST_DRAFT_TOKENS
 
 
@@ -37,7 +37,7 @@ def early(exit_layer):
     [
         # auto: n-grams, and the early exit where the checkpoint or the caller names one
         (("auto", None, None), SILENT, auto(None, MOST)),
-        (("auto", None, None), Settings(draft_tokens=17), auto(None, 17)),
+        (("auto", None, None), CheckpointSettings(draft_tokens=17), auto(None, 17)),
         (("auto", None, None), TUNED, auto(5, MOST)),
         (("auto", None, None), EXIT_ONLY, auto(5, MOST)),
         (("auto", None, None), SHORT, auto(5, MOST, (9, 3, 4))),
@@ -59,7 +59,7 @@ def early(exit_layer):
         # plain, whatever the checkpoint says
         (("plain", None, None), SILENT, PLAIN),
         (("plain", None, None), TUNED, PLAIN),
-        (("plain", None, None), Settings(exit_layer=L + 1), PLAIN),
+        (("plain", None, None), CheckpointSettings(exit_layer=L + 1), PLAIN),
         # early exit
         (("early-exit", None, None), SILENT, early(L // 4)),
         (("early-exit", None, None), TUNED, early(5)),
@@ -70,7 +70,7 @@ def early(exit_layer):
         (("self-speculative", None, None), TUNED, speculative(5, 7)),
         (("self-speculative", L, 0), TUNED, speculative(L, 0)),
         # what the caller names replaces what the checkpoint has wrong
-        (("self-speculative", 4, None), Settings(exit_layer=L + 1), speculative(4, 5)),
+        (("self-speculative", 4, None), CheckpointSettings(exit_layer=L + 1), speculative(4, 5)),
     ],
 )
 def test_plans(asked, settings, plan):
@@ -126,7 +126,7 @@ def test_the_exit_by_default_is_never_before_the_first_layer():
         (("auto", 3, None, "n-gram"), SILENT, "drafts from n-grams have no exit layer"),
         (("auto", None, None, "n-gram", None, (1,)), SILENT, "or draft vocabulary"),
         (("early-exit", None, None, None, True), SILENT, "early exit drafts nothing"),
-        (("auto", None, None), Settings(exit_layer=L + 1), "exit layer is 13.*12 layers"),
+        (("auto", None, None), CheckpointSettings(exit_layer=L + 1), "exit layer is 13.*12 layers"),
     ],
 )
 def test_contradictions_are_refused(asked, settings, message):

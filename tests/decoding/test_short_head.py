@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_decoders import LAYERS, PLAIN, ids, random_prompt, speculative, steps, tiny_decoder
 
-from layerskip.decoding.short_head import ShortHead
+from layerskip.decoding.short_head import ReducedHead
 
 SAMPLES = 1500
 
@@ -21,7 +21,7 @@ def test_logits_of_the_kept_tokens_are_the_whole_heads(case):
     decoder = tiny_decoder(case)
     hidden = decoder.embed(torch.tensor([random_prompt(decoder, 5)]))
     kept = [7, 3, 3, 50]
-    head = ShortHead(decoder, kept)
+    head = ReducedHead(decoder, kept)
     whole = decoder.logits(hidden)
     torch.testing.assert_close(head.short.logits(hidden), whole[..., [3, 7, 50]])
     more = head.also(decoder, [9, 7, 2])
@@ -31,7 +31,7 @@ def test_logits_of_the_kept_tokens_are_the_whole_heads(case):
 
 
 def test_probabilities_are_spread_over_all_tokens():
-    head = ShortHead(tiny_decoder("llama2"), [4, 1]).also(tiny_decoder("llama2"), [0])
+    head = ReducedHead(tiny_decoder("llama2"), [4, 1]).also(tiny_decoder("llama2"), [0])
     spread = head.spread(torch.tensor([[0.5, 0.2, 0.3]]))
     assert spread.shape == (1, tiny_decoder("llama2").architecture.vocab_size)
     assert spread[0, [0, 1, 4]].tolist() == pytest.approx([0.3, 0.5, 0.2])

@@ -11,7 +11,7 @@ import tiny_models
 from layerskip import LayerSkipModel
 from layerskip.decoding import Plan, Sampling, generate
 from layerskip.decoding.draft_costs import DraftCosts
-from layerskip.model import Checkpoint, Settings, load
+from layerskip.model import Checkpoint, CheckpointSettings, load
 
 LAYERS = tiny_models.LAYERS
 FAMILIES = ("llama2", "llama3.1", "smollm2", "mistral", "qwen2", "qwen2-sliding", "qwen3")
@@ -61,7 +61,9 @@ def _scaled(layer, factor):
 def model_of(decoder, **settings):
     """A `LayerSkipModel` around a decoder, which has no files and no tokenizer."""
     return LayerSkipModel(
-        Checkpoint(path=None, decoder=decoder, tokenizer=None, settings=Settings(**settings))
+        Checkpoint(
+            path=None, decoder=decoder, tokenizer=None, settings=CheckpointSettings(**settings)
+        )
     )
 
 

@@ -21,12 +21,12 @@ import tiny_models
 from layerskip import LayerSkipModel, cli
 from layerskip.decoding import Sampling
 from layerskip.decoding.placement import KernelsWarning
-from layerskip.decoding.short_head import ShortHead
+from layerskip.decoding.short_head import ReducedHead
 from layerskip.model import Draws, load
 from layerskip.model.native import (
     NativeDecoder,
     NoCompilerError,
-    PanelMatrix,
+    PackedMatrix,
     build,
     prepare,
 )
@@ -89,9 +89,9 @@ def matrix_of(kind, n_out, n_in, *, biased=False):
     bias = torch.randn(n_out, generator=generator) if biased else None
     if kind.startswith("int"):
         weight = quantize(values, int(kind[3:]))
-        return PanelMatrix(weight, bias), weight.dequantize(), bias
+        return PackedMatrix(weight, bias), weight.dequantize(), bias
     weight = values.to(getattr(torch, kind))
-    return PanelMatrix(weight, bias), weight.float(), bias
+    return PackedMatrix(weight, bias), weight.float(), bias
 
 
 def as_stored(kind, n_out=48, n_in=64):
@@ -134,7 +134,7 @@ def test_largest_codes_do_not_overflow(machine, kind, rows):
     bits = int(kind[3:])
     codes = torch.full((16, 64), 2**bits - 1, dtype=torch.uint8)
     codes[1::2] = 0
-    matrix = PanelMatrix(Quantized(bits, codes, torch.ones(16, 2).half(), None))
+    matrix = PackedMatrix(Quantized(bits, codes, torch.ones(16, 2).half(), None))
     x = torch.ones(rows, 64)
     x[:, 1::4] = -1
     expected = x @ (codes.float() - 2 ** (bits - 1)).T
@@ -146,7 +146,7 @@ def test_largest_codes_do_not_overflow(machine, kind, rows):
 def test_grids_of_gguf_files(machine, kind):
     weight = as_stored(kind)
     x = torch.randn(5, 64, generator=torch.manual_seed(0))
-    matrix = PanelMatrix(weight)
+    matrix = PackedMatrix(weight)
     expected = x @ weight.dequantize().T
     assert (matrix(x) - expected).norm() / expected.norm() < TOLERANCE[kind]
     assert torch.equal(matrix.look_up(torch.arange(48)), weight.dequantize())
@@ -156,7 +156,7 @@ def test_scales_of_every_float16(machine):
     """Where the CPU takes subnormal float32 for 0, too."""
     scales = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)[:, None]
     codes = torch.ones(2**16, 32, dtype=torch.uint8)
-    matrix = PanelMatrix(Quantized(8, codes, scales, torch.zeros_like(scales)))
+    matrix = PackedMatrix(Quantized(8, codes, scales, torch.zeros_like(scales)))
     expected = scales.float().expand(-1, 32)
     for flush in (False, True):
         torch.set_flush_denormal(flush)
@@ -168,11 +168,11 @@ def test_scales_of_every_float16(machine):
 
 
 # As the bits of float32: NaN of a computation, of memory that is all ones, infinity.
-NO_NUMBERS = {"nan": 0x7FC00000, "ones": -1, "inf": 0x7F800000}
+NON_FINITE_MESSAGE = {"nan": 0x7FC00000, "ones": -1, "inf": 0x7F800000}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bits", NO_NUMBERS.values(), ids=NO_NUMBERS)
+@pytest.mark.parametrize("bits", NON_FINITE_MESSAGE.values(), ids=NON_FINITE_MESSAGE)
 def test_an_input_that_is_no_number_shows_in_all_outputs(machine, kind, bits):
     matrix, _, _ = matrix_of(kind, 48, 64)
     for place in (0, 15, 16, 30, 63):
@@ -369,7 +369,7 @@ def test_weights_share_memory_so_that_it_comes_in_large_pages(kind, tmp_path):
 def test_short_head(tmp_path):
     decoder = compiled(saved("llama3.2", tmp_path), "int4")
     hidden = torch.randn(1, 3, 64, generator=torch.manual_seed(0))
-    head = ShortHead.of(decoder, (0, 5, 90, 17), [3, 5])
+    head = ReducedHead.of(decoder, (0, 5, 90, 17), [3, 5])
     assert sorted(head.token_ids.tolist()) == [0, 3, 5, 17, 90]
     assert torch.equal(head.short.logits(hidden), decoder.logits(hidden)[..., head.token_ids])
 
@@ -462,7 +462,7 @@ def test_verification_is_a_pass_and_a_choice(cap, kind, tmp_path):
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_drawn_steps_and_drafts_are_passes_and_draws(cap, kind, short, tmp_path):
     decoder = compiled(saved("gemma2-uncapped", tmp_path, final_logit_softcapping=cap), kind)
-    head = ShortHead.of(decoder, (5, 80, 9, 11), [3]) if short else None
+    head = ReducedHead.of(decoder, (5, 80, 9, 11), [3]) if short else None
     exit_, ids_ = (decoder, torch.arange(96)) if head is None else (head.short, head.token_ids)
     last, found = torch.tensor([[7], [30]]), []
     for whole in (True, False):
@@ -517,7 +517,7 @@ def test_a_draft_is_passes_and_choices(cap, kind, tmp_path):
     cache, tokens = decoder.new_cache(9, 2), torch.tensor([[7], [30]])
     decoder.run(decoder.embed(torch.tensor([[1, 2], [3, 4]])), 0, LAYERS, cache)
     cache.lengths += 2
-    head = ShortHead.of(decoder, (5, 80, 9), [3])
+    head = ReducedHead.of(decoder, (5, 80, 9), [3])
     every = torch.arange(decoder.architecture.vocab_size)
     short = partial(decoder.draft, short=head.short, token_ids=head.token_ids)
     drafts = (decoder.draft, every), (short, head.token_ids)
@@ -596,7 +596,7 @@ def test_the_first_of_equal_logits_is_chosen_in_any_part(threads):
     weight = torch.zeros(5003, 32)
     weight[:, 0] = torch.arange(5003) % 41 * 0.25
     weight[4100, 1] = 1000.0
-    parts = [PanelMatrix(weight[:2030].contiguous()), PanelMatrix(weight[2030:].contiguous())]
+    parts = [PackedMatrix(weight[:2030].contiguous()), PackedMatrix(weight[2030:].contiguous())]
     x = torch.zeros(3, 32)
     x[:, 0], x[1, 1], x[2, 0] = 1.0, 1.0, -1.0
     chosen, probabilities = panels.choose(
@@ -724,7 +724,7 @@ def test_what_the_kernels_do_not_know_is_refused_where_they_are_asked_for(case, 
 
 
 def test_too_little_memory_is_an_error():
-    matrix, x = PanelMatrix(torch.ones(16, 32)), torch.ones(1, 32)
+    matrix, x = PackedMatrix(torch.ones(16, 32)), torch.ones(1, 32)
     with pytest.raises(MemoryError, match="no memory for so many positions"):
         build.library().layerskip_product(
             *(ctypes.byref(matrix.struct), None, 0.0, x.data_ptr(), 1 << 45, x.data_ptr(), 1)
@@ -929,7 +929,7 @@ def test_threads_are_no_more_than_there_are_processors_for(
     monkeypatch.setattr(threads, "processors", lambda: 8)
     monkeypatch.setattr(threads, "_quota", threads._quota.__wrapped__)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    assert threads.usable(panels) == expected
+    assert threads.num_threads_to_use(panels) == expected
 
 
 _THREADS = """

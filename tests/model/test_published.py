@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerskip import LayerSkipModel
-from layerskip.model import Settings, families, load
+from layerskip.model import CheckpointSettings, families, load
 from layerskip.model import checkpoint as published
 from layerskip.model.checkpoint import PUBLISHED
 
@@ -129,6 +129,6 @@ def test_hub_id_brings_the_known_exit_layer(name, folder, monkeypatch):
 
 
 def test_a_checkpoint_that_names_an_exit_layer_itself_is_left_alone():
-    own = Settings(exit_layer=5)
+    own = CheckpointSettings(exit_layer=5)
     assert published.with_defaults("facebook/layerskip-llama2-7B", own) == own
-    assert published.with_defaults("somebody/else", Settings()) == Settings()
+    assert published.with_defaults("somebody/else", CheckpointSettings()) == CheckpointSettings()

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 from tiny_decoders import PLAIN, ids, random_prompt, speculative, tiny_decoder
 
 import tiny_models
-from layerskip.decoding.short_head import ShortHead
+from layerskip.decoding.short_head import ReducedHead
 from layerskip.model import UnsupportedModelError, load
 from layerskip.model import decoder as rotary
 from layerskip.model.decoder import DenseEmbedding, QuantizedEmbedding
@@ -106,7 +106,7 @@ def test_self_speculative_equals_plain(case, weights):
 def test_short_head_is_some_rows_of_the_head(case, weights):
     decoder = tiny_decoder(case, weights=weights, **CHANGES.get(case, {}))
     hidden = decoder.embed(torch.tensor([random_prompt(decoder, 5)]))
-    head = ShortHead(decoder, [7, 3, 50])
+    head = ReducedHead(decoder, [7, 3, 50])
     assert sorted(head.token_ids.tolist()) == [3, 7, 50]
     expected = decoder.logits(hidden)[..., head.token_ids]
     torch.testing.assert_close(head.short.logits(hidden), expected)

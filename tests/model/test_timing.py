@@ -188,7 +188,7 @@ def test_every_kind_of_weights_has_its_own(machine, folder, monkeypatch):
 
 def test_compiled_kernels_have_their_own_costs_and_threads(machine, folder, monkeypatch):
     monkeypatch.setattr(timing.build, "target", lambda: Path("kernels/abc.so"))
-    monkeypatch.setattr(timing.threads, "usable", lambda: 3)
+    monkeypatch.setattr(timing.threads, "num_threads_to_use", lambda: 3)
     costs = pass_costs(decoder())
     machine.seconds[2] = 1.5
     assert pass_costs(decoder(kernels="compiled")) != costs

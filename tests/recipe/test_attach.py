@@ -16,7 +16,7 @@ from causal_lms import FAMILIES, LAYERS, batch_of, build
 from layerskip.recipe import RecipeConfig, attach, detach
 from layerskip.recipe.attach import ForwardPass
 from layerskip.recipe.layer_dropout import draw_skipped_rows
-from layerskip.recipe.model_parts import find_anatomy
+from layerskip.recipe.model_parts import find_model_parts
 
 ALL = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.0)
 DROPPING = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.6)
@@ -102,7 +102,7 @@ def test_gradient_checkpointing_replays_the_same_rows(family):
     model = build(family)
     attached(model, DROPPING)
     batch, calls = batch_of(), []
-    for layer in find_anatomy(model).layers:
+    for layer in find_model_parts(model).layers:
         next(layer.children()).register_forward_hook(lambda *_: calls.append(1))
     loss, gradients = step_of(model, **batch)
     layers_run = len(calls)
@@ -652,7 +652,7 @@ def test_flash_attention_is_tried_as_plain_attention(llama, monkeypatch, has_sdp
 
 def test_routers_are_found_in_the_ways_that_transformers_names_them():
     model = build("mixtral")
-    anatomy = find_anatomy(model)
+    anatomy = find_model_parts(model)
     layer, decoder = anatomy.layers[0], type(model.get_decoder())
     (router, index), *others = anatomy.routers(layer)
     assert not others

@@ -8,7 +8,7 @@ import torch
 
 from layerskip.errors import TrainingWarning
 from layerskip.training import checkpointing as room
-from layerskip.training.checkpointing import warn_of_little_room
+from layerskip.training.checkpointing import warn_low_disk_space
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_a_disk_with_too_little_room_is_told_of(model, tmp_path, monkeypatch, th
     free(needed)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_little_room(model, tmp_path, keep=2)
+        warn_low_disk_space(model, tmp_path, keep=2)
     free(needed - 1)
     with pytest.warns(TrainingWarning, match=r"may take 0\.0 GB.*keep_checkpoints is 2"):
-        warn_of_little_room(model, tmp_path, keep=2)
+        warn_low_disk_space(model, tmp_path, keep=2)

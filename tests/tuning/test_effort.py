@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from layerskip.model import Settings
+from layerskip.model import CheckpointSettings
 from layerskip.tune import tune as effort_module
 from layerskip.tune.costs import SWEEPS
 from layerskip.tune.tune import FEW_SWEEPS, effort_for
@@ -15,7 +15,7 @@ HOW = {"max_new_tokens": 64, "max_draft_tokens": 16}
 def model_of(n_layers, exit_layer=None):
     return types.SimpleNamespace(
         decoder=types.SimpleNamespace(layers=range(n_layers)),
-        settings=Settings(exit_layer=exit_layer),
+        settings=CheckpointSettings(exit_layer=exit_layer),
     )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scripted
 
-from layerskip.model import Settings
+from layerskip.model import CheckpointSettings
 from layerskip.tune.costs import Costs
 from layerskip.tune.tune import draft_text, draft_vocabulary, step_costs, text_without
 
@@ -29,10 +29,12 @@ def test_costs_in_plain_steps_at_the_middle_context():
 
 
 def test_tokens_of_the_texts_come_before_those_of_the_checkpoint():
-    settings = Settings(end_tokens=(scripted.END,), draft_vocabulary=(50, 8, 51))
+    settings = CheckpointSettings(end_tokens=(scripted.END,), draft_vocabulary=(50, 8, 51))
     model = scripted.scripted_model([1], settings=settings)
     assert draft_vocabulary([[8, 9, 9], [9, 8]], model) == (scripted.END, 9, 8, 50, 51)
-    unknown = scripted.scripted_model([1], settings=Settings(end_tokens=(scripted.END, 10**6)))
+    unknown = scripted.scripted_model(
+        [1], settings=CheckpointSettings(end_tokens=(scripted.END, 10**6))
+    )
     assert draft_vocabulary([[8, 8]], unknown)[:2] == (scripted.END, 8)
     bare = scripted.scripted_model([1])
     assert draft_vocabulary([[299, 1]], bare) == (scripted.END, 1, 299, 0, *range(2, 75))

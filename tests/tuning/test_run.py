@@ -7,7 +7,7 @@ import scripted
 from tiny_decoders import model_of, random_prompt, tiny_decoder
 
 from layerskip import LayerSkipModel
-from layerskip.model import Settings
+from layerskip.model import CheckpointSettings
 from layerskip.tune.plots import plot_tuning
 from layerskip.tune.tune import Choice, tune
 from timed import TimedDecoder
@@ -101,7 +101,7 @@ def test_answers_of_an_earlier_tuning_are_not_searched(monkeypatch):
     options = {"max_new_tokens": 31, "max_draft_tokens": 2}
     model = timed_model(monkeypatch)
     once = tune(model, PROMPTS, **options)
-    taught = model.with_settings(Settings(draft_text=(7, 8, 9, *once.draft_text)))
+    taught = model.with_settings(CheckpointSettings(draft_text=(7, 8, 9, *once.draft_text)))
     tried = []
     make = LayerSkipModel.with_settings
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Settings written into a checkpoint and read back, by this package and by transformers."""
+"""CheckpointSettings written into a checkpoint and read back, by this package and by transformers."""
 
 import dataclasses
 import json
@@ -216,10 +216,14 @@ def test_others_may_read_the_file(folder):
 
 def test_what_only_transformers_would_heed_is_named(folder):
     file = folder / "generation_config.json"
-    harmless = {"repetition_penalty": 1.0, "bad_words_ids": None, "suppress_tokens": []}
-    file.write_text(json.dumps({"eos_token_id": 2, "temperature": 0.7, "top_p": 0.9, **harmless}))
+    escape_control_chars = {"repetition_penalty": 1.0, "bad_words_ids": None, "suppress_tokens": []}
+    file.write_text(
+        json.dumps({"eos_token_id": 2, "temperature": 0.7, "top_p": 0.9, **escape_control_chars})
+    )
     read_settings(folder, {}, vocab_size=99)
-    file.write_text(json.dumps({**harmless, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3}))
+    file.write_text(
+        json.dumps({**escape_control_chars, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3})
+    )
     with pytest.warns(
         SettingsWarning,
         match=r"names repetition_penalty 1.1, no_repeat_ngram_size 3, which transformers .* does not"

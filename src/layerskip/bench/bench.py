@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from layerskip.bench.baselines import PEERS, start_peers
+from layerskip.bench.baselines import BASELINES, start_baselines
 from layerskip.bench.machine import environment_of, read_bandwidth
 from layerskip.bench.measure import Entry, Setting, System, measure
 from layerskip.bench.rows import row
-from layerskip.bench.systems import BENCH_MODES, OwnSystem, settings_of
+from layerskip.bench.systems import BENCH_MODES, LayerSkipSystem, settings_of
 from layerskip.bench.tasks import Sample, Task
 from layerskip.decoding import LayerSkipModel, Plan, Sampling
 from layerskip.decoding.policy import choose
@@ -125,7 +125,7 @@ class BenchConfig:
             answers are not scored.
         sampling: how tokens are chosen; drawn answers are not compared with one another.
         seed: of what is drawn.
-        peers: of `PEERS`, which answer greedily.
+        peers: of `BASELINES`, which answer greedily.
         gguf_weights: how weights are kept in the GGUF file for llama.cpp; None takes what is nearest to
             the model's own.
 
@@ -151,7 +151,7 @@ class BenchConfig:
     def __post_init__(self) -> None:
         for name, given, known in (
             ("mode", self.modes, BENCH_MODES),
-            ("peer", self.peers, tuple(PEERS)),
+            ("peer", self.peers, tuple(BASELINES)),
         ):
             if unknown := sorted(set(given) - set(known)):
                 raise ValueError(
@@ -202,7 +202,7 @@ def bench(
     )
     new_tokens = config.max_new_tokens or task.max_new_tokens
     stop = () if config.ignore_eos else task.stop
-    own = OwnSystem(
+    own = LayerSkipSystem(
         model,
         settings,
         stop=stop,
@@ -214,7 +214,7 @@ def bench(
     task, prompts = _that_fit(model, task, new_tokens)
     n_skipped = n_samples - len(prompts)
     gguf_weights = config.gguf_weights or _gguf_weights(model)
-    with start_peers(
+    with start_baselines(
         model,
         config.peers,
         source=source,
@@ -242,7 +242,7 @@ def bench(
     return {
         "environment": environment_of(
             model.decoder,
-            packages=["transformers", *(PEERS[name].distribution for name in config.peers)],
+            packages=["transformers", *(BASELINES[name].distribution for name in config.peers)],
         )
         | {f"{peer.name} build": peer.build for peer in peers if peer.build},
         "model": source,
@@ -356,11 +356,11 @@ def _rows(
     plain = {e.system.name: e.runs for e in entries if e.setting.mode == "plain" and not e.error}
     for number, entry in enumerate(entries, 1):
         progress("scoring", number - 1, len(entries))
-        others = entry.system.name != OwnSystem.name
+        others = entry.system.name != LayerSkipSystem.name
         yield row(
             entry,
             plain=plain.get(entry.system.name),
-            layerskip_plain=plain[OwnSystem.name] if others else None,
+            layerskip_plain=plain[LayerSkipSystem.name] if others else None,
             read_bandwidth=bandwidth,
             quality=task.quality if scored else None,
             categories=[sample.category for sample in task.samples],

@@ -161,7 +161,7 @@ def environment(
         "cpus": _usable_cpus(),
         "memory_bytes": _memory_bytes(),
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
-        "threads": native.threads_of(kernels),
+        "threads": native.num_threads_of(kernels),
         "dtype": str(dtype).removeprefix("torch."),
         "weights": weights,
         "kernels": kernels,

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.bench.sandbox import check_allowed, runs_to_end
-from layerskip.decoding import walk_exits
-from layerskip.decoding.prefix import turn_alike
+from layerskip.decoding import iter_exit_hidden_states
+from layerskip.decoding.prefix import same_rope_scaling
 from layerskip.decoding.prompt import Prompt
 from layerskip.model import Decoder, native
 
@@ -105,7 +105,7 @@ def _batches(
     first = 0
     for end in range(1, len(rows) + 1):
         sizes = [len(row) for row in rows[first : end + 1]]
-        if len(sizes) > batch_size or end == len(rows) or not turn_alike(decoder, *sizes):
+        if len(sizes) > batch_size or end == len(rows) or not same_rope_scaling(decoder, *sizes):
             yield rows[first:end]
             first = end
 
@@ -130,7 +130,7 @@ def _score_batch(
     row, position, target = (column.to(decoder.device) for column in torch.tensor(wanted).T)
     nats = {e: torch.zeros(len(wanted)) for e in exits}
     hits = {e: torch.zeros(len(wanted), dtype=torch.bool) for e in exits}
-    for start, e, hidden in walk_exits(decoder, tokens.to(decoder.device), exits):
+    for start, e, hidden in iter_exit_hidden_states(decoder, tokens.to(decoder.device), exits):
         inside = (position >= start) & (position < start + hidden.shape[1])
         for some in inside.nonzero()[:, 0].split(HEAD_CHUNK):
             states = hidden[row[some], position[some] - start]
@@ -286,7 +286,7 @@ def pass_at_1(
     """
     check_allowed(allow_code_execution)
     programs = [program(sample, text) for sample, text in zip(samples, texts, strict=True)]
-    with ThreadPoolExecutor(native.usable()) as pool:
+    with ThreadPoolExecutor(native.num_threads_to_use()) as pool:
         return {"pass@1": fmean(pool.map(_passes, programs))}
 
 

@@ -15,7 +15,7 @@ from layerskip.decoding.sampling import nth_seed
 BENCH_MODES = ("plain", "early-exit", "self-speculative", "auto")
 
 
-class OwnSystem:
+class LayerSkipSystem:
     """`LayerSkipModel` in all settings that were asked for.
 
     Args:

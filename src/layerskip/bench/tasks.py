@@ -20,7 +20,7 @@ ARTICLE_WORDS = 128  # of an article that is to be continued
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
+class TaskSpec:
     """What a named task is made of.
 
     Attributes:
@@ -92,8 +92,8 @@ _CNN_DAILYMAIL = DataSet(
 )
 _MBPP_SPLITS = {"prompt": range(1, 11), "test": range(11, 511)}
 
-FORMS: Mapping[str, Form] = {
-    "topv2": Form(
+FORMS: Mapping[str, TaskSpec] = {
+    "topv2": TaskSpec(
         description="semantic parsing of commands (TOPv2): exact match",
         data=DataSet(
             folder="topv2",
@@ -108,7 +108,7 @@ FORMS: Mapping[str, Form] = {
         metrics=quality.exact_match,
         category=lambda row: str(row["domain"]),
     ),
-    "humaneval": Form(
+    "humaneval": TaskSpec(
         description="Python functions from their docstrings (HumanEval): pass@1",
         data=DataSet(
             folder="humaneval",
@@ -123,7 +123,7 @@ FORMS: Mapping[str, Form] = {
         stop=("\ndef ", "\nclass ", "\nif ", "\nprint(", "\n#", "\n@", "\n```"),
         metrics=quality.pass_at_1,
     ),
-    "mbpp": Form(
+    "mbpp": TaskSpec(
         description="short Python programs from a sentence and tests (MBPP): 3-shot, pass@1",
         data=DataSet(
             folder="mbpp",
@@ -141,7 +141,7 @@ FORMS: Mapping[str, Form] = {
         stop=("[DONE]",),
         metrics=quality.pass_at_1,
     ),
-    "cnn_dm": Form(
+    "cnn_dm": TaskSpec(
         description="summaries of news articles (CNN/DailyMail): 1-shot, ROUGE",
         data=_CNN_DAILYMAIL,
         prompt=lambda row: f"Article: {row['article']}\nSummary:",
@@ -153,13 +153,13 @@ FORMS: Mapping[str, Form] = {
         references=lambda row: (row["highlights"],),
         metrics=quality.rouge,
     ),
-    "cnn_dm_lm": Form(
+    "cnn_dm_lm": TaskSpec(
         description=f"news articles continued after {ARTICLE_WORDS} words (CNN/DailyMail)",
         data=_CNN_DAILYMAIL,
         prompt=_beginning,
         max_new_tokens=256,
     ),
-    "xsum": Form(
+    "xsum": TaskSpec(
         description="one-sentence summaries of news articles (XSum): 0-shot, ROUGE",
         data=DataSet(
             folder="xsum",
@@ -176,7 +176,7 @@ FORMS: Mapping[str, Form] = {
         references=lambda row: (row["summary"],),
         metrics=quality.first_line_rouge,
     ),
-    "gsm8k": Form(
+    "gsm8k": TaskSpec(
         description="word problems of school mathematics (GSM8K): 5-shot, the final number",
         data=DataSet(
             folder="gsm8k",
@@ -193,7 +193,7 @@ FORMS: Mapping[str, Form] = {
         references=lambda row: (row["answer"],),
         metrics=quality.number_match,
     ),
-    "mt_bench": Form(
+    "mt_bench": TaskSpec(
         description="first questions of conversations (MT-Bench)",
         data=DataSet(
             folder="mt_bench",
@@ -207,7 +207,7 @@ FORMS: Mapping[str, Form] = {
         category=lambda row: str(row["category"]),
         chat=True,
     ),
-    "spec_bench": Form(
+    "spec_bench": TaskSpec(
         description="the field's prompts for speculative decoding in six categories (Spec-Bench)",
         data=DataSet(
             folder="spec_bench",
@@ -341,7 +341,7 @@ def check_task(name: str, *, judged: bool, allow_code_execution: bool = False) -
 
 def _named(
     name: str,
-    form: Form,
+    form: TaskSpec,
     samples: int | None,
     n_shot: int | None,
     seed: int,
@@ -392,7 +392,9 @@ def _named(
     )
 
 
-def _asked(name: str, form: Form, data: str | None, judged: bool) -> Iterator[Mapping[str, Any]]:
+def _asked(
+    name: str, form: TaskSpec, data: str | None, judged: bool
+) -> Iterator[Mapping[str, Any]]:
     """The rows that ask something."""
     for number, row in enumerate(form.data.rows("test", data), 1):
         with _fitting(f"{name}, row {number}"):

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 import layerskip
-from layerskip.cli.output import HarmlessRecord, tell
+from layerskip.cli.output import EscapedRecord, log_stderr
 
 _COMMANDS = {
     "demo": "plain decoding and mode auto side by side on a real model",
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdin, sys.stdout):
         if os.name == "nt" and isinstance(stream, io.TextIOWrapper) and not stream.isatty():
             stream.reconfigure(encoding="utf-8")  # they have the system's code page there
-    logging.setLogRecordFactory(HarmlessRecord)
+    logging.setLogRecordFactory(EscapedRecord)
     for stream in (sys.stdout, sys.stderr):  # what a code page has not is no reason to stop
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -137,10 +137,10 @@ def run(arguments: Sequence[str]) -> int:
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "layerskip"
         message = " ".join(error.format_message().split()).rstrip(".")
-        tell(f"{message} (see {command} --help)")
+        log_stderr(f"{message} (see {command} --help)")
         return 2
     except (click.Abort, KeyboardInterrupt):
-        tell("interrupted")
+        log_stderr("interrupted")
         return 130
     except _ReaderLeftError:  # no failure of ours, but something may be left undone
         _drop_output()
@@ -148,7 +148,7 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if state["debug"]:
             raise
-        tell(_one_line(error, arguments[0] if arguments else ""))
+        log_stderr(_one_line(error, arguments[0] if arguments else ""))
         try:
             sys.stdout.flush()
         except OSError:  # a full disk

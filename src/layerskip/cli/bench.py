@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from layerskip.bench.baselines import PEERS
+from layerskip.bench.baselines import BASELINES
 from layerskip.bench.bench import BenchConfig, bench
 from layerskip.bench.report import categories, conditions, table, write_report
 from layerskip.bench.sandbox import NO_BOUNDARY
@@ -21,7 +21,7 @@ from layerskip.bench.tasks import check_task, load_task
 from layerskip.cli import config_flags as options
 from layerskip.cli import config_flags as values
 from layerskip.cli import output as outputs
-from layerskip.cli.output import bars, harmless, tell
+from layerskip.cli.output import bars, escape_control_chars, log_stderr
 from layerskip.decoding import Sampling
 from layerskip.decoding.policy import DRAFT_SOURCES
 from layerskip.export import GGUF_WEIGHTS
@@ -133,7 +133,7 @@ def _list_of(kind: Any) -> Any:
 )
 @click.option(
     "--peers",
-    callback=_list_of(click.Choice(list(PEERS))),
+    callback=_list_of(click.Choice(list(BASELINES))),
     default="",
     metavar="PEER,...",
     help=f"Other systems on the same weights: {', '.join(PEERS)}.",
@@ -201,7 +201,7 @@ def command(
             allow_code_execution=allow_code_execution,
         )
     if task.code_execution == "rlimits":
-        tell(NO_BOUNDARY)
+        log_stderr(NO_BOUNDARY)
     with bars() as progress:
         document = bench(model, task, config, source=flags["model"], progress=progress)
     document |= {"n_shot": task.n_shot, "seed": seed}
@@ -224,7 +224,7 @@ def command(
 def _tell_of_errors(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         if "error" in row:
-            tell(f"not measured: {row['system']} {row['mode']}: {row['error']}")
+            log_stderr(f"not measured: {row['system']} {row['mode']}: {row['error']}")
 
 
 def _note_idle_flags(modes: Sequence[str], draft_from: Sequence[str], peers: Sequence[str]) -> None:
@@ -252,14 +252,16 @@ def _show(document: dict[str, Any]) -> None:
         )
     if len(by_category := categories(document)) > 1:
         console.print(_table(by_category, "speedup (acceptance) by category", narrow=narrow))
-    console.print(harmless("; ".join(conditions(document))), style="dim", markup=False)
+    console.print(escape_control_chars("; ".join(conditions(document))), style="dim", markup=False)
 
 
 def _table(lines: list[list[str]], title: str, *, narrow: bool) -> Table:
     """A table without its heading's words cut; `narrow` breaks lines wherever there is a space."""
-    heading, *rest = [[harmless(cell) for cell in line] for line in lines]  # categories are data's
+    heading, *rest = [
+        [escape_control_chars(cell) for cell in line] for line in lines
+    ]  # categories are data's
     shown = Table(
-        title=escape(harmless(title)),
+        title=escape(escape_control_chars(title)),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,

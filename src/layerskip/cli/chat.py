@@ -10,7 +10,7 @@ from layerskip.cli import config_flags as options
 from layerskip.cli import config_flags as values
 from layerskip.cli import output as outputs
 from layerskip.cli import show
-from layerskip.cli.output import tell
+from layerskip.cli.output import log_stderr
 from layerskip.decoding import LayerSkipModel, Prefix, PromptError
 from layerskip.decoding.sampling import nth_seed
 from layerskip.model.hub import DEFAULT_MODEL
@@ -86,7 +86,9 @@ def command(
             except PromptError as error:
                 messages.pop()
                 can_forget = len(messages) > len(opening)
-                tell(f"{error} (/reset forgets the conversation)" if can_forget else f"{error}")
+                log_stderr(
+                    f"{error} (/reset forgets the conversation)" if can_forget else f"{error}"
+                )
                 refused += 1
                 continue
             messages.append({"role": "assistant", "content": result["text"]})

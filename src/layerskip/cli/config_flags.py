@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from layerskip.cli import output as machine
-from layerskip.cli.output import harmless, tell
+from layerskip.cli.output import escape_control_chars, log_stderr
 from layerskip.decoding import DRAFT_SOURCES, MODES, Generation, LayerSkipModel
 from layerskip.decoding.placement import DTYPES, device_of
 from layerskip.decoding.policy import check_options
@@ -314,7 +314,7 @@ def load_model(flags: dict[str, Any]) -> LayerSkipModel:
         machine.note_idle_gpu()
     is_here = Path(name := flags["model"]).exists()
     if name in BUILTIN_MODELS and is_here:
-        tell(f"{name} is taken from the folder of that name here")
+        log_stderr(f"{name} is taken from the folder of that name here")
     fetch_if_builtin(name)
     how = {field: flags[field] for field in ("dtype", "weights", "device", "compile")}
     with waiting(f"loading {name}", is_here or name in BUILTIN_MODELS), warnings_in_one_line():
@@ -332,9 +332,9 @@ def warnings_in_one_line(*, is_shown: bool = True) -> Iterator[None]:
         def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
             if category.__module__.startswith("layerskip."):
                 if is_shown:
-                    tell(str(message))
+                    log_stderr(str(message))
             else:
-                plain(harmless(str(message)), category, *place, **more)
+                plain(escape_control_chars(str(message)), category, *place, **more)
 
         warnings.showwarning = show
         yield
@@ -367,7 +367,7 @@ def given(names: Sequence[str]) -> list[str]:
 def note_without_effect(names: Sequence[str], why: str) -> None:
     """A line on stderr for each of these flags that was given and changes nothing."""
     for flag in given(names):
-        tell(f"{flag} has no effect: {why}")
+        log_stderr(f"{flag} has no effect: {why}")
 
 
 def note_idle_sampling(flags: dict[str, Any], *more: str) -> None:

@@ -23,11 +23,11 @@ from layerskip.bench.machine import environment_of
 from layerskip.bench.measure import Entry, Setting, measure
 from layerskip.bench.report import OTHER, OWN, draw_by_group
 from layerskip.bench.rows import row
-from layerskip.bench.systems import OwnSystem, settings_of
+from layerskip.bench.systems import LayerSkipSystem, settings_of
 from layerskip.cli import config_flags as options
 from layerskip.cli import output as outputs
 from layerskip.cli.config_flags import Number
-from layerskip.cli.output import harmless
+from layerskip.cli.output import escape_control_chars
 from layerskip.cli.show import DRAFTED_COLOUR
 from layerskip.decoding import Answer, LayerSkipModel
 from layerskip.decoding.prompt import Prompt
@@ -214,7 +214,7 @@ def compare(
         What was measured of each of `MODES`.
     """
     with SideBySide(console, name, texts) as view:
-        system = OwnSystem(model, settings_of(model, modes=MODES), watch=view.watch)
+        system = LayerSkipSystem(model, settings_of(model, modes=MODES), watch=view.watch)
         return measure(
             [system],
             [model.tokenize(prompt) for prompt in prompts],
@@ -272,14 +272,14 @@ class SideBySide:
         self._shows = not self._shows
 
     def watch(self, setting: Setting, answer: Answer) -> None:
-        """For `watch` of `OwnSystem`: compute an answer and show it; drawing takes none of its time."""
+        """For `watch` of `LayerSkipSystem`: compute an answer and show it; drawing takes none of its time."""
         if not self._shows or self._console.quiet:
             return
         if not self._columns:
             self._begin()
         column = self._columns[MODES.index(setting.mode)]
         for piece in answer:
-            text = harmless(piece.text if column.text else piece.text.lstrip("\n"))
+            text = escape_control_chars(piece.text if column.text else piece.text.lstrip("\n"))
             column.text.append(text, DRAFTED_COLOUR if piece.drafted else None)
             if self._live is not None and time.monotonic() - self._drawn_at > REFRESH_S:
                 with answer.paused():

@@ -20,7 +20,7 @@ from layerskip.bench.report import plot_exits
 from layerskip.cli import config_flags as options
 from layerskip.cli import config_flags as values
 from layerskip.cli import output as outputs
-from layerskip.cli.output import Report, bars, harmless
+from layerskip.cli.output import Report, bars, escape_control_chars
 from layerskip.decoding import MODES, LayerSkipModel
 from layerskip.decoding.policy import DRAFT_SOURCES
 from layerskip.fileio import replace
@@ -264,7 +264,7 @@ def _add_tasks(
 
 
 def _print_table(rows: list[evaluation.Row], model: str) -> None:
-    table = Table(title=escape(harmless(model)))
+    table = Table(title=escape(escape_control_chars(model)))
     for heading in ("task", "metric", "mode", "E", "value", "± stderr"):
         table.add_column(heading, justify="right" if heading in ("E", "value") else "left")
     panels = dict.fromkeys((t, m) for row in rows for t in row.results for m in row.results[t])
@@ -272,7 +272,9 @@ def _print_table(rows: list[evaluation.Row], model: str) -> None:
         for i, row in enumerate(row for row in rows if name in row.results.get(task, {})):
             metric = row.results[task][name]
             table.add_row(
-                escape(harmless(task)) if i == 0 else "",  # these two are a task file's words
+                escape(escape_control_chars(task))
+                if i == 0
+                else "",  # these two are a task file's words
                 f"{escape(harmless(name))} {ARROWS[metric.higher_is_better]}" if i == 0 else "",
                 row.mode,
                 str(row.plan.exit_layer or ""),

@@ -19,8 +19,8 @@ from layerskip.export import (
     GGUF_WEIGHTS,
     HF_WEIGHTS,
     Calibrated,
+    ExportReport,
     Source,
-    Written,
     calibrate,
     check_new_folder,
     check_room,
@@ -98,7 +98,7 @@ def command(
     if calibration is not None:  # which rounds for minutes before it writes
         check_new_folder(path, overwrite=overwrite)
         check_room(path, least_bytes(source))
-    write: Callable[..., Written] = functools.partial(
+    write: Callable[..., ExportReport] = functools.partial(
         to_gguf if to_format == "gguf" else to_hf, weights=None if weights == _INT4 else weights
     )
     with bars() as report, warnings_in_one_line():
@@ -145,7 +145,7 @@ def _calibrated(source: Source, text: str, report: Report) -> Calibrated:
     return calibrate(source, tokens, functools.partial(report, "rounding layers"))
 
 
-def _show(written: Written) -> None:
+def _show(written: ExportReport) -> None:
     w = written
     kinds = ", ".join(
         f"{count} {kind}" for kind, count in sorted(w.stored_as.items(), key=lambda item: -item[1])

@@ -8,7 +8,7 @@ import click
 from layerskip.cli.config_flags import common_options, fetch_if_builtin, model_option
 from layerskip.cli.output import check_outputs, deliver, track
 from layerskip.data.readers import Row, is_table, local_files, open_text, read_rows
-from layerskip.decoding.draft_text import DraftText
+from layerskip.decoding.draft_text import Datastore
 from layerskip.model import open_files, resolve
 from layerskip.model.checkpoint import DRAFT_TEXT_FILE
 from layerskip.recipe.exit_loss import IGNORED_LABEL
@@ -75,7 +75,7 @@ def command(
     for file in track(files, "reading"):
         for where, row in _rows(file):
             text += [label for label in encoding(where, row)["labels"] if label != IGNORED_LABEL]
-    found = DraftText.from_tokens(text)
+    found = Datastore.from_tokens(text)
     if not len(found):
         raise ValueError("nothing in this text ever came next: give more of it")
     found.save(table, vocab_size)

@@ -17,7 +17,7 @@ from rich.text import Text
 from layerskip.cli import config_flags as options
 from layerskip.cli import config_flags as values
 from layerskip.cli import output as outputs
-from layerskip.cli.output import tell, track
+from layerskip.cli.output import log_stderr, track
 from layerskip.cli.prompts import asked_prompts
 from layerskip.cli.show import has_colours
 from layerskip.decoding import Generation, LayerSkipModel, PromptError
@@ -352,5 +352,5 @@ def _agreement(
     if not found:
         raise ValueError(f"none of these prompts can be answered; the last: {left_out[-1]}")
     if left_out:
-        tell(f"{len(left_out)} prompts were left out; the last: {left_out[-1]}")
+        log_stderr(f"{len(left_out)} prompts were left out; the last: {left_out[-1]}")
     return functools.reduce(operator.add, found), ended

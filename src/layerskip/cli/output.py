@@ -27,22 +27,22 @@ from layerskip.model import Decoder, native
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
-def harmless(text: str) -> str:
+def escape_control_chars(text: str) -> str:
     """The text with the codes of control characters in their place."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
-def tell(line: str) -> None:
+def log_stderr(line: str) -> None:
     """A line of ours on stderr, beside what is asked for."""
     print(f"layerskip: {harmless(line)}", file=sys.stderr)
 
 
-class HarmlessRecord(logging.LogRecord):
+class EscapedRecord(logging.LogRecord):
     """A line of a library's log, which may repeat what a checkpoint says."""
 
     def getMessage(self) -> str:  # noqa: N802 - logging's own name
         """The message."""
-        return harmless(super().getMessage())
+        return escape_control_chars(super().getMessage())
 
 
 def set_threads(asked: int | None = None) -> None:
@@ -51,7 +51,7 @@ def set_threads(asked: int | None = None) -> None:
     PyTorch counts the processors alone. With more threads than its share a container is stopped for the
     rest of each period, and all threads wait for those that are.
     """
-    threads = native.usable() if asked is None else asked
+    threads = native.num_threads_to_use() if asked is None else asked
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
 
@@ -62,16 +62,18 @@ def note_idle_gpu() -> None:
         warnings.simplefilter("ignore")  # of a driver that is too old: then there is none to name
         is_here = torch.cuda.is_available()
     if is_here:
-        tell("a GPU is here: --device cuda uses it")
+        log_stderr("a GPU is here: --device cuda uses it")
 
 
 def note_weights(decoder: Decoder) -> None:
     """A line on stderr where quantized weights save no memory, in two layouts on a GPU, or no time."""
     on_gpu, in_bfloat16 = decoder.device.type == "cuda", decoder.dtype == torch.bfloat16
     if on_gpu and in_bfloat16 and decoder.weights == "int8":
-        tell("in bfloat16 on a GPU --weights int8 takes more memory than 16bit; int4 takes less")
+        log_stderr(
+            "in bfloat16 on a GPU --weights int8 takes more memory than 16bit; int4 takes less"
+        )
     if decoder.weights != "16bit" and decoder.kernels == "pytorch" and not (on_gpu or in_bfloat16):
-        tell(f"without the compiled kernels --weights {decoder.weights} is slower than 16bit")
+        log_stderr(f"without the compiled kernels --weights {decoder.weights} is slower than 16bit")
 
 
 REDRAWN_S = 0.5  # more often would take time from what is being timed

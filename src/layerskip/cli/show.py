@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import click
 from rich.console import Console
 
-from layerskip.cli.output import harmless
+from layerskip.cli.output import escape_control_chars
 from layerskip.decoding import Generation, Piece
 
 DRAFTED_COLOUR = "green"
@@ -21,7 +21,7 @@ def show_pieces(pieces: Iterable[Piece], *, show_draft: bool, as_ids: bool = Fal
     is_seen = sys.stdout.isatty()
     for piece in pieces:
         text = f"{piece.token_id} " if as_ids and piece.token_id is not None else piece.text
-        text = harmless(text) if is_seen else text
+        text = escape_control_chars(text) if is_seen else text
         marked = show_draft and piece.drafted and text
         sys.stdout.write(_marked(text, coloured) if marked else text)
         sys.stdout.flush()

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from layerskip.cli import config_flags as options
 from layerskip.cli import output as machine
 from layerskip.cli import output as outputs
-from layerskip.cli.output import tell
+from layerskip.cli.output import log_stderr
 from layerskip.recipe import RecipeConfig
 from layerskip.training import Progress as Report
 
@@ -185,7 +185,7 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, accelerate launch
     if is_first:
         for line in _without_effect(given, of_file, settings.effective_recipe):
-            tell(line)
+            log_stderr(line)
     with (
         options.warnings_in_one_line(is_shown=is_first),
         TrainProgress(is_shown=is_first) as progress,
@@ -194,7 +194,7 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
             result = train(settings, progress)
         except KeyboardInterrupt:
             if is_first:
-                tell(f"{last_good(settings.output)}; --resume goes on")
+                log_stderr(f"{last_good(settings.output)}; --resume goes on")
             raise
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # its threads may abort a process that just ends

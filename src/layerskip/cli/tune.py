@@ -13,7 +13,7 @@ from rich.text import Text
 from layerskip.cli import config_flags as options
 from layerskip.cli import config_flags as values
 from layerskip.cli import output as outputs
-from layerskip.cli.output import bars, tell
+from layerskip.cli.output import bars, log_stderr
 from layerskip.data.readers import PROMPTS
 from layerskip.decoding import LayerSkipModel
 from layerskip.fileio import read_json
@@ -141,7 +141,7 @@ def command(
 
         check_task(data, judged=False)
     if not writes and not dry_run:
-        tell(
+        log_stderr(
             "nothing will be written: settings are kept in a checkpoint folder, and"
             f" {flags['model']} is none; what is chosen is told as flags"
         )
@@ -210,7 +210,7 @@ def _note_effort(found: Effort, *, is_cut: bool) -> None:
             f"; exits {', '.join(map(str, found.exits or ()))} alone are considered (--exit-layers"
             " names others)"
         )
-    tell(line)
+    log_stderr(line)
 
 
 def _prompts(
@@ -237,7 +237,7 @@ def _show(
     choice = tuning.choice
     console.print(f"[bold]{choice.reason[0].upper()}{choice.reason[1:]}.[/bold]")
     if file is not None:
-        written = f"Written to {file}; {_what_is_used(choice, file)}."
+        written = f"ExportReport to {file}; {_what_is_used(choice, file)}."
         console.print(written, soft_wrap=True, markup=False)
     else:
         why = "since settings are kept in a checkpoint folder, and this model is none"

@@ -1,7 +1,7 @@
 """Decoding: plain, by early exit, and self-speculative."""
 
 from layerskip.decoding.answer import Answer, Piece
-from layerskip.decoding.exit_states import walk_exits
+from layerskip.decoding.exit_states import iter_exit_hidden_states
 from layerskip.decoding.generate import generate
 from layerskip.decoding.generation import Generation
 from layerskip.decoding.language_model import LayerSkipModel
@@ -24,5 +24,5 @@ __all__ = [
     "Sampling",
     "Step",
     "generate",
-    "walk_exits",
+    "iter_exit_hidden_states",
 ]

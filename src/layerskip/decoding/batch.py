@@ -16,10 +16,10 @@ from layerskip.decoding.generate import (
     speculate,
 )
 from layerskip.decoding.policy import Plan
-from layerskip.decoding.prefix import turn_alike
+from layerskip.decoding.prefix import same_rope_scaling
 from layerskip.decoding.prompt import check_prompt
 from layerskip.decoding.sampling import Sampling, next_token, seeded_generator
-from layerskip.decoding.short_head import ShortHead
+from layerskip.decoding.short_head import ReducedHead
 from layerskip.decoding.step import Ending, Step
 from layerskip.model import Decoder
 
@@ -78,7 +78,7 @@ class Batch:
         if plan.mode == "self-speculative":
             assert plan.exit_layer is not None
             seen = {token for prompt in prompts for token in prompt}
-            head = ShortHead.of(decoder, plan.draft_vocabulary, seen)
+            head = ReducedHead.of(decoder, plan.draft_vocabulary, seen)
             self._drafter = EarlyExitDrafter(decoder, plan.exit_layer, sampling, head)
             if plan.adaptive:
                 assert plan.draft_tokens is not None
@@ -193,4 +193,4 @@ def grouped(lengths: Sequence[int]) -> list[list[int]]:
 def alike(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> bool:
     """Whether all together turn as each would alone: LongRoPE has factors for two lengths."""
     sizes = [Ending.of(decoder, prompt, max_new_tokens).capacity for prompt in prompts]
-    return turn_alike(decoder, *sizes)
+    return same_rope_scaling(decoder, *sizes)

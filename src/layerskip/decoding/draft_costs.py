@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from layerskip.decoding.short_head import ShortHead
+from layerskip.decoding.short_head import ReducedHead
 from layerskip.model import Decoder, StepCosts
 from layerskip.model.step_timing import FAR, PassCosts, pass_costs
 
@@ -160,7 +160,7 @@ class ContextCosts:
         self,
         decoder: Decoder,
         exit_layer: int | None,
-        head: ShortHead | None,
+        head: ReducedHead | None,
         measured: StepCosts | None,
     ) -> None:
         share = 1.0 if head is None else head.share

@@ -29,7 +29,7 @@ _KIND = "layerskip draft text"
 _COLUMNS = {"runs": np.uint64, "after": np.int32, "shares": np.float32}
 
 
-class DraftText:
+class Datastore:
     """What most often came next in a text.
 
     Args:
@@ -47,7 +47,7 @@ class DraftText:
         return len(self._runs)
 
     @staticmethod
-    def of(text: Path | tuple[int, ...] | None, vocab_size: int) -> DraftText | None:
+    def of(text: Path | tuple[int, ...] | None, vocab_size: int) -> Datastore | None:
         """The table of some tokens, or in a file: made or read once as long as they stay the same.
 
         Raises:
@@ -64,7 +64,7 @@ class DraftText:
         return _of_file(text, vocab_size, changed)
 
     @classmethod
-    def from_tokens(cls, tokens: Sequence[int]) -> DraftText:
+    def from_tokens(cls, tokens: Sequence[int]) -> Datastore:
         """Count what came next in a text; a million tokens take a second or two."""
         text = np.asarray(tokens, dtype=np.int32)
         single = text.astype(np.uint64) + np.uint64(1)
@@ -134,7 +134,7 @@ class DraftText:
         replace(path, save(columns, {"kind": _KIND, "vocab_size": str(vocab_size)}))
 
     @classmethod
-    def load(cls, path: Path, vocab_size: int) -> DraftText:
+    def load(cls, path: Path, vocab_size: int) -> Datastore:
         """Read what `save` has written.
 
         Raises:
@@ -168,13 +168,13 @@ class DraftText:
 
 
 @functools.lru_cache(maxsize=4)
-def _of_tokens(tokens: tuple[int, ...]) -> DraftText:
-    return DraftText.from_tokens(tokens)
+def _of_tokens(tokens: tuple[int, ...]) -> Datastore:
+    return Datastore.from_tokens(tokens)
 
 
 @functools.lru_cache(maxsize=2)
-def _of_file(path: Path, vocab_size: int, changed: int) -> DraftText:
-    return DraftText.load(path, vocab_size)
+def _of_file(path: Path, vocab_size: int, changed: int) -> Datastore:
+    return Datastore.load(path, vocab_size)
 
 
 def _most_common(

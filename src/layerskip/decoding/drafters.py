@@ -10,7 +10,7 @@ from torch import Tensor
 from layerskip.decoding.draft_length import DraftLength
 from layerskip.decoding.drawn_from import DrawnFrom
 from layerskip.decoding.sampling import Sampling, TokenHistory
-from layerskip.decoding.short_head import ShortHead
+from layerskip.decoding.short_head import ReducedHead
 from layerskip.decoding.step import Step
 from layerskip.model import Decoder, Distributions, Draws, GoesOn, KVCache, most_likely, read_draft
 
@@ -98,7 +98,7 @@ class EarlyExitDrafter:
         decoder: Decoder,
         exit_layer: int,
         sampling: Sampling,
-        head: ShortHead | None = None,
+        head: ReducedHead | None = None,
         length: DraftLength | None = None,
         end_tokens: Collection[int] = (),
     ) -> None:

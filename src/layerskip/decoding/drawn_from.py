@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from layerskip.decoding.short_head import ShortHead
+from layerskip.decoding.short_head import ReducedHead
 from layerskip.model import Distributions
 
 
@@ -29,7 +29,7 @@ class DrawnFrom:
     vocab_size: int
     exits: tuple[Distributions, ...] = ()
     chosen: tuple[Tensor, ...] = ()
-    head: ShortHead | None = None
+    head: ReducedHead | None = None
 
     @property
     def chances(self) -> Tensor:

@@ -10,7 +10,7 @@ from layerskip.model import Decoder
 
 
 @torch.inference_mode()
-def walk_exits(
+def iter_exit_hidden_states(
     decoder: Decoder, tokens: Tensor, exits: Collection[int], capacity: int | None = None
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Run all tokens through the layers once and look at the hidden states at some exits.

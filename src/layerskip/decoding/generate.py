@@ -11,7 +11,7 @@ from torch import Tensor
 from layerskip.decoding.accept import accept, accept_greedy
 from layerskip.decoding.draft_costs import ContextCosts, DraftCosts
 from layerskip.decoding.draft_length import DraftLength, NgramLength
-from layerskip.decoding.draft_text import DraftText
+from layerskip.decoding.draft_text import Datastore
 from layerskip.decoding.drafters import Drafter, EarlyExitDrafter
 from layerskip.decoding.ngram import NgramDrafter
 from layerskip.decoding.pace import Pace
@@ -19,9 +19,9 @@ from layerskip.decoding.policy import Plan
 from layerskip.decoding.prefix import Prefix
 from layerskip.decoding.prompt import check_prompt
 from layerskip.decoding.sampling import Sampling, TokenHistory, next_token, seeded_generator
-from layerskip.decoding.short_head import ShortHead
+from layerskip.decoding.short_head import ReducedHead
 from layerskip.decoding.step import Ending, Step
-from layerskip.model import NO_NUMBERS, Decoder, KVCache
+from layerskip.model import NON_FINITE_MESSAGE, Decoder, KVCache
 
 _T = TypeVar("_T")
 
@@ -177,7 +177,7 @@ def speculate(
 def check_numbers(hidden: Tensor) -> None:
     """Raise ValueError where a prompt's last states are no numbers: nothing after them would be."""
     if not bool(torch.isfinite(hidden).all()):
-        raise ValueError(NO_NUMBERS)
+        raise ValueError(NON_FINITE_MESSAGE)
 
 
 @dataclasses.dataclass
@@ -205,7 +205,7 @@ class _Session:
         drafter, costs = None, None
         if plan.mode == "self-speculative":
             prompt = self.prompt[0].tolist()
-            head = ShortHead.of(decoder, plan.draft_vocabulary, prompt)
+            head = ReducedHead.of(decoder, plan.draft_vocabulary, prompt)
             if plan.adaptive:
                 costs = ContextCosts(decoder, plan.exit_layer, head, plan.costs)
             now = None if costs is None else costs.over([len(prompt)])
@@ -228,7 +228,7 @@ class _Session:
                 last, (step,) = speculate(decoder, drafter, last, n, *how)
 
     def _drafter(
-        self, prompt: list[int], head: ShortHead | None, costs: DraftCosts | None
+        self, prompt: list[int], head: ReducedHead | None, costs: DraftCosts | None
     ) -> Drafter:
         """What drafts; with costs it chooses how far."""
         plan, decoder, pace, early_exit = self.plan, self.decoder, Pace(), None
@@ -244,7 +244,7 @@ class _Session:
         ngrams = None if costs is None else NgramLength(costs, pace)
         self.lengths += [] if ngrams is None else [ngrams]
         vocab_size, ends = decoder.architecture.vocab_size, self.ending.end_tokens
-        text = DraftText.of(plan.draft_text, vocab_size)
+        text = Datastore.of(plan.draft_text, vocab_size)
         return NgramDrafter(decoder, self.sampling, prompt, early_exit, ngrams, ends, text)
 
     def _prefill(self) -> Tensor:

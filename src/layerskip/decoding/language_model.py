@@ -15,7 +15,7 @@ from layerskip.decoding.answer import Answer
 from layerskip.decoding.arguments import integer, number, optional, takes_options_of
 from layerskip.decoding.batch import Batch, alike, can_batch, grouped
 from layerskip.decoding.draft_costs import time_rows
-from layerskip.decoding.draft_text import DraftText
+from layerskip.decoding.draft_text import Datastore
 from layerskip.decoding.generation import Generation
 from layerskip.decoding.placement import device_of, dtype_of, prepared
 from layerskip.decoding.policy import choose, for_batch
@@ -30,7 +30,7 @@ from layerskip.decoding.prompt import (
     tokenize,
 )
 from layerskip.decoding.sampling import Sampling, nth_seed
-from layerskip.model import Checkpoint, Decoder, Settings, load, resolve
+from layerskip.model import Checkpoint, CheckpointSettings, Decoder, load, resolve
 from layerskip.model.checkpoint import with_defaults
 from layerskip.model.native import build as threads
 from layerskip.model.quantize import bits_of
@@ -52,7 +52,7 @@ class LayerSkipModel:
         self.settings = checkpoint.settings
         self._last_text: tuple[str, tuple[int, ...]] = ("", ())
         if self.decoder.device.type == "cpu":
-            threads.heed_forks()
+            threads.disable_threads_after_fork()
 
     @classmethod
     def from_pretrained(
@@ -94,11 +94,11 @@ class LayerSkipModel:
         )
         decoder = checkpoint.decoder
         settings = with_defaults(name, checkpoint.settings).measured_for(
-            *costs_kind(decoder), threads=threads.threads_of(decoder.kernels)
+            *costs_kind(decoder), threads=threads.num_threads_of(decoder.kernels)
         )
         return cls(dataclasses.replace(checkpoint, settings=settings))
 
-    def with_settings(self, settings: Settings) -> "LayerSkipModel":
+    def with_settings(self, settings: CheckpointSettings) -> "LayerSkipModel":
         """The same model decoding by other settings; nothing is copied."""
         other = copy.copy(self)
         other.settings = settings
@@ -155,7 +155,7 @@ class LayerSkipModel:
                 tokens, or how many: then the first of the checkpoint's list or, where it has none, of
                 the vocabulary, which byte-pair encodings sort by frequency. 0: all. None: in auto the
                 checkpoint's list, else all. Fewer make a cheaper draft, never another answer.
-            draft_text: a text that is like the answers, its token ids, or a file that `DraftText.save`
+            draft_text: a text that is like the answers, its token ids, or a file that `Datastore.save`
                 has written, which is searched for n-grams beside prompt and answer; "" or (): none.
                 None: in auto the checkpoint's, else none.
             max_new_tokens: 1 or more.
@@ -306,7 +306,7 @@ class LayerSkipModel:
         """A file, or token ids; () = no text, None = left open."""
         size = self.decoder.architecture.vocab_size
         if isinstance(wanted, Path):
-            DraftText.of(wanted, size)  # says what is wrong with it
+            Datastore.of(wanted, size)  # says what is wrong with it
             return wanted
         if not wanted:
             return None if wanted is None else ()

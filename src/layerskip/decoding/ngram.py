@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from layerskip.decoding.draft_length import DraftLength, NgramLength, by_match, by_share
-from layerskip.decoding.draft_text import MAX_MATCH, MIN_MATCH, DraftText
+from layerskip.decoding.draft_text import MAX_MATCH, MIN_MATCH, Datastore
 from layerskip.decoding.drafters import Draft, EarlyExitDrafter
 from layerskip.decoding.drawn_from import DrawnFrom
 from layerskip.decoding.sampling import Sampling, TokenHistory
@@ -101,7 +101,7 @@ class NgramDrafter:
         otherwise: EarlyExitDrafter | None = None,
         length: NgramLength | None = None,
         end_tokens: Collection[int] = (),
-        text: DraftText | None = None,
+        text: Datastore | None = None,
     ) -> None:
         self.decoder, self.sampling, self.text = decoder, sampling, text
         self.otherwise, self.length, self.end_tokens = otherwise, length, end_tokens

@@ -7,7 +7,7 @@ from typing import Any, Literal, cast, get_args
 
 from layerskip.decoding.draft_costs import DraftCosts
 from layerskip.decoding.draft_length import BELIEF
-from layerskip.model import Decoder, Settings, StepCosts
+from layerskip.model import CheckpointSettings, Decoder, StepCosts
 
 Mode = Literal["plain", "early-exit", "self-speculative"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -68,7 +68,7 @@ def choose(
     draft_vocabulary: tuple[int, ...] | None = None,
     draft_text: Path | tuple[int, ...] | None = None,
     *,
-    settings: Settings,
+    settings: CheckpointSettings,
     n_layers: int,
 ) -> Plan:
     """Settle on a plan.
@@ -86,7 +86,7 @@ def choose(
         draft_from: of `DRAFT_SOURCES`.
         adaptive: whether drafts decide their own length; None = in auto.
         draft_vocabulary: ids; () = all tokens; None = in auto the checkpoint's, else all.
-        draft_text: ids, or a file (see `DraftText`); () = no text; None = in auto the checkpoint's, of
+        draft_text: ids, or a file (see `Datastore`); () = no text; None = in auto the checkpoint's, of
             which its file comes first, else none.
         settings: of the checkpoint.
         n_layers: L.
@@ -135,7 +135,9 @@ def choose(
     )
 
 
-def for_batch(plan: Plan, decoder: Decoder, settings: Settings, contexts: Sequence[int]) -> Plan:
+def for_batch(
+    plan: Plan, decoder: Decoder, settings: CheckpointSettings, contexts: Sequence[int]
+) -> Plan:
     """What `auto` does for several prompts at once: early exits draft, or plain where that is best.
 
     Args:

@@ -49,8 +49,8 @@ class Prefix:
             self._taken_by, self._in_step = answer, True
             self._forget()
             room = min(capacity + _ROOM, max(capacity, decoder.architecture.max_context))
-            room = room if turn_alike(decoder, capacity, room) else capacity
-            if not shared or not (before and turn_alike(decoder, before.capacity, room)):
+            room = room if same_rope_scaling(decoder, capacity, room) else capacity
+            if not shared or not (before and same_rope_scaling(decoder, before.capacity, room)):
                 before = None  # its memory may be that of the next
             elif before.capacity >= capacity and not is_written:
                 before.lengths.fill_(shared)
@@ -102,6 +102,6 @@ class Prefix:
         self._text = []
 
 
-def turn_alike(decoder: Decoder, *capacities: int) -> bool:
+def same_rope_scaling(decoder: Decoder, *capacities: int) -> bool:
     """Whether keys are turned alike in caches of these capacities: LongRoPE has factors for two."""
     return all(rope is None or rope.alike(capacities) for rope in set(decoder.architecture.ropes))

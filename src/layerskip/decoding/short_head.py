@@ -21,7 +21,7 @@ _MADE: "weakref.WeakKeyDictionary[Decoder, tuple[tuple[tuple[int, ...], ShortHea
 _KEPT = 8  # a benchmark has rows of several lists in turns
 
 
-class ShortHead:
+class ReducedHead:
     """The shared exit cut down to some tokens.
 
     Args:
@@ -43,7 +43,7 @@ class ShortHead:
     @classmethod
     def of(
         cls, decoder: Decoder, token_ids: tuple[int, ...] | None, prompt: Iterable[int]
-    ) -> "ShortHead | None":
+    ) -> "ReducedHead | None":
         """The head for a list of tokens and those of a prompt; None, the whole one, without a list.
 
         The list's part is made once, as long as few others are asked for in between.
@@ -57,7 +57,7 @@ class ShortHead:
             _MADE[decoder] = ((token_ids, head), *made)[:_KEPT]
         return head.also(decoder, prompt)
 
-    def also(self, decoder: Decoder, token_ids: Iterable[int]) -> "ShortHead":
+    def also(self, decoder: Decoder, token_ids: Iterable[int]) -> "ReducedHead":
         """The same with more tokens, whose rows alone are new: a second, small product.
 
         Args:
@@ -67,7 +67,7 @@ class ShortHead:
         new = frozenset(token_ids).difference(*self._known)
         if not new:
             return self
-        more, both = ShortHead(decoder, new), copy.copy(self)
+        more, both = ReducedHead(decoder, new), copy.copy(self)
         both._known = (*self._known, new)
         both.token_ids = torch.cat([self.token_ids, more.token_ids])
         both.short = self.short.beside(more.short)

@@ -5,8 +5,8 @@ from layerskip.export.gguf import GGUF_WEIGHTS, to_gguf
 from layerskip.export.hf import HF_WEIGHTS, to_hf
 from layerskip.export.source import (
     ExportError,
+    ExportReport,
     Source,
-    Written,
     check_new_folder,
     check_room,
     open_source,
@@ -17,8 +17,8 @@ __all__ = [
     "HF_WEIGHTS",
     "Calibrated",
     "ExportError",
+    "ExportReport",
     "Source",
-    "Written",
     "calibrate",
     "check_new_folder",
     "check_room",

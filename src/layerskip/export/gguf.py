@@ -14,7 +14,7 @@ from gguf import GGUFValueType, LlamaFileType
 
 from layerskip.export import gguf_tokenizer, hf_config
 from layerskip.export.hf import check_tensors
-from layerskip.export.source import Progress, Source, Written, cast, new_file
+from layerskip.export.source import ExportReport, Progress, Source, cast, new_file
 from layerskip.model import UnsupportedModelError, families
 from layerskip.model import checkpoint as row_order
 from layerskip.model import decoder as rotary
@@ -151,7 +151,7 @@ def to_gguf(
     weights: str | None = None,
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
-) -> Written:
+) -> ExportReport:
     """Write a GGUF file for llama.cpp, one tensor in memory at a time.
 
     Vectors stay F32. In the 4-bit kinds embedding and head are Q8_0, as int4 has them, and a matrix
@@ -209,7 +209,7 @@ def to_gguf(
         for done, name in enumerate(names, start=1):
             writer.write_tensor_data(_data(source, name, kinds[name]))
             progress(done, len(names))
-    return Written(
+    return ExportReport(
         path=path,
         format="gguf",
         exit_layer=source.exit_layer,

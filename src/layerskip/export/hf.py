@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerskip.export import hf_config
 from layerskip.export.calibrate import Calibrated
-from layerskip.export.source import Progress, Source, Written, cast, new_folder
+from layerskip.export.source import ExportReport, Progress, Source, cast, new_folder
 from layerskip.fileio import share_weights, write_json
 from layerskip.model import CheckpointError, families
 from layerskip.model import checkpoint as row_order
@@ -30,7 +30,7 @@ def to_hf(
     calibrated: Calibrated | None = None,
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
-) -> Written:
+) -> ExportReport:
     """Write a checkpoint that transformers, vLLM and others load without this package.
 
     Args:
@@ -89,7 +89,7 @@ def to_hf(
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             write_json(folder / "model.safetensors.index.json", index)
         share_weights(folder)
-    return Written(
+    return ExportReport(
         path=path,
         format="hf" if source.exit_layer is None else "hf-draft",
         exit_layer=source.exit_layer,

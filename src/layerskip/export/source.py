@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]  # tensors written, and of how many
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Written:
+class ExportReport:
     """A finished export.
 
     `stored_as` counts tensors by how they are stored (F32, BF16, Q4_1, ...); `carried_over` counts

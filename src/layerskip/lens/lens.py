@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip.decoding import Step, walk_exits
+from layerskip.decoding import Step, iter_exit_hidden_states
 from layerskip.model import Decoder
 
 _VISIBLE = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
@@ -163,7 +163,7 @@ def look(
     # The prediction of a position comes from the state one before it; the last token predicts nothing.
     tokens = torch.tensor([list(token_ids[:-1])], device=decoder.device)
     pieces: dict[int, list[Tensor]] = {e: [] for e in wanted}
-    for first, e, hidden in walk_exits(decoder, tokens, wanted, capacity):
+    for first, e, hidden in iter_exit_hidden_states(decoder, tokens, wanted, capacity):
         unseen = max(start - 1 - first, 0)
         if unseen < hidden.shape[1]:  # a copy, since a view would keep the whole chunk
             pieces[e].append(hidden[:, unseen:].clone())

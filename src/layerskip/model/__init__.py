@@ -2,26 +2,33 @@
 
 from layerskip.fileio import CheckpointError
 from layerskip.model.architecture import Architecture, UnsupportedModelError
-from layerskip.model.checkpoint import Checkpoint, Files, Settings, StepCosts, load, open_files
+from layerskip.model.checkpoint import (
+    Checkpoint,
+    CheckpointSettings,
+    Files,
+    StepCosts,
+    load,
+    open_files,
+)
 from layerskip.model.decoder import Decoder, GoesOn, most_likely, read_draft
-from layerskip.model.distributions import NO_NUMBERS, Distributions, Draws, pick, shares
+from layerskip.model.distributions import NON_FINITE_MESSAGE, Distributions, Draws, pick, shares
 from layerskip.model.families import FAMILIES
 from layerskip.model.hub import SourceError, pull, resolve
 from layerskip.model.kv_cache import KVCache
 
 __all__ = [
     "FAMILIES",
-    "NO_NUMBERS",
+    "NON_FINITE_MESSAGE",
     "Architecture",
     "Checkpoint",
     "CheckpointError",
+    "CheckpointSettings",
     "Decoder",
     "Distributions",
     "Draws",
     "Files",
     "GoesOn",
     "KVCache",
-    "Settings",
     "SourceError",
     "StepCosts",
     "UnsupportedModelError",

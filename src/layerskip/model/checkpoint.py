@@ -213,7 +213,7 @@ class SettingsWarning(UserWarning):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class CheckpointSettings:
     """What `generation_config.json` says about decoding.
 
     `exit_layer` is `assistant_early_exit`, or where that is not there ours; `draft_tokens` is
@@ -232,7 +232,7 @@ class Settings:
     draft_text_file: Path | None = None
     costs: tuple[StepCosts, ...] = ()
 
-    def measured_for(self, *kind: str, threads: int = 0) -> "Settings":
+    def measured_for(self, *kind: str, threads: int = 0) -> "CheckpointSettings":
         """The same without costs that were measured for another `StepCosts.kind` or other threads."""
         costs = [c for c in self.costs if c.kind == kind and c.threads in (0, threads)]
         costs.sort(key=lambda c: c.threads, reverse=True)
@@ -244,7 +244,7 @@ class Settings:
         return self.costs[0] if self.costs else None
 
 
-def read_settings(path: Path, config: dict[str, Any], vocab_size: int) -> Settings:
+def read_settings(path: Path, config: dict[str, Any], vocab_size: int) -> CheckpointSettings:
     """`generation_config.json` where there is one; the end token falls back on the config's.
 
     Raises:
@@ -265,7 +265,7 @@ def read_settings(path: Path, config: dict[str, Any], vocab_size: int) -> Settin
     vocabulary = _token_ids(own, "draft_vocabulary", vocab_size, file)
     if vocabulary is not None:  # an answer's end can be drafted too
         vocabulary = tuple(dict.fromkeys((*vocabulary, *ends)))
-    return Settings(
+    return CheckpointSettings(
         end_tokens=tuple(ends),
         exit_layer=exit_layer_of(fields, file),
         draft_tokens=_positive_int(fields, "num_assistant_tokens", file),
@@ -388,17 +388,19 @@ def special_tokens(config: Mapping[str, Any], end_tokens: Collection[int]) -> di
 
 # An exit layer E and a draft length d, as far as a source gives them.
 PUBLISHED = {
-    "facebook/layerskip-llama2-7B": Settings(exit_layer=8, draft_tokens=12),  # the paper
-    "facebook/layerskip-llama2-13B": Settings(exit_layer=15, draft_tokens=12),  # the paper
-    "facebook/layerskip-llama2-70B": Settings(exit_layer=10),  # the article
-    "facebook/layerskip-codellama-7B": Settings(),
-    "facebook/layerskip-codellama-34B": Settings(),
-    "facebook/layerskip-llama3-8B": Settings(exit_layer=4),  # the article
-    "facebook/layerskip-llama3.2-1B": Settings(exit_layer=4),  # the article
+    "facebook/layerskip-llama2-7B": CheckpointSettings(exit_layer=8, draft_tokens=12),  # the paper
+    "facebook/layerskip-llama2-13B": CheckpointSettings(
+        exit_layer=15, draft_tokens=12
+    ),  # the paper
+    "facebook/layerskip-llama2-70B": CheckpointSettings(exit_layer=10),  # the article
+    "facebook/layerskip-codellama-7B": CheckpointSettings(),
+    "facebook/layerskip-codellama-34B": CheckpointSettings(),
+    "facebook/layerskip-llama3-8B": CheckpointSettings(exit_layer=4),  # the article
+    "facebook/layerskip-llama3.2-1B": CheckpointSettings(exit_layer=4),  # the article
 }
 
 
-def with_defaults(name: str, settings: Settings) -> Settings:
+def with_defaults(name: str, settings: CheckpointSettings) -> CheckpointSettings:
     """A checkpoint's settings; what they leave open of a published one is filled in.
 
     Args:
@@ -419,7 +421,7 @@ class Checkpoint:
     path: Path
     decoder: Decoder
     tokenizer: Any
-    settings: Settings
+    settings: CheckpointSettings
 
 
 _HEAD = "lm_head.weight"
@@ -438,7 +440,7 @@ class Files:
     tensors: Tensors
     config: dict[str, Any]
     tied: bool
-    settings: Settings
+    settings: CheckpointSettings
 
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer, or None (see `tokenizer.load`)."""

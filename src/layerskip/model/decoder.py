@@ -24,7 +24,7 @@ from torch import Tensor
 
 from layerskip.model.architecture import Activation, Architecture, Rope
 from layerskip.model.distributions import Distributions, Draws
-from layerskip.model.kv_cache import KVCache, Span
+from layerskip.model.kv_cache import CacheView, KVCache
 from layerskip.model.quantize import Linear, Matrix, Packed, QuantizedLinear, linear
 
 Norm = Callable[[Tensor], Tensor]
@@ -446,7 +446,9 @@ class Decoder:
         span = cache.span(hidden.shape[1], start, stop)
         return self._through(hidden, start, stop, span, cache.capacity)
 
-    def _through(self, hidden: Tensor, start: int, stop: int, span: Span, capacity: int) -> Tensor:
+    def _through(
+        self, hidden: Tensor, start: int, stop: int, span: CacheView, capacity: int
+    ) -> Tensor:
         """`run` over a span of a cache that may hold `capacity` positions."""
         a = self.architecture
         b, t, d = hidden.shape
@@ -581,7 +583,7 @@ class Decoder:
         return both
 
     def _layer(
-        self, x: Tensor, index: int, span: Span, turn: Tensor, mask: Tensor | None
+        self, x: Tensor, index: int, span: CacheView, turn: Tensor, mask: Tensor | None
     ) -> Tensor:
         """One layer over hidden states [N, D]."""
         w = self.layers[index]
@@ -593,7 +595,7 @@ class Decoder:
         return _add(between, w.mlp, normed, w.mlp_post_norm)
 
     def _attention(
-        self, qkv: Tensor, index: int, span: Span, turn: Tensor, mask: Tensor | None
+        self, qkv: Tensor, index: int, span: CacheView, turn: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Grouped-query attention: [N, (H + 2 KV) * head_dim] to [N, H * head_dim].
 

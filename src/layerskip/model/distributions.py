@@ -10,7 +10,7 @@ from torch import Tensor
 
 _Numbers = npt.NDArray[Any]
 _BLOCK = 1024  # weights whose running sum is cheap
-NO_NUMBERS = (
+NON_FINITE_MESSAGE = (
     "this model's results are not finite (nan or infinite): take another dtype, such as bfloat16"
     " in place of float16, or its weights are damaged"
 )
@@ -132,7 +132,7 @@ def _passed(weights: _Numbers, share: float) -> tuple[int, float]:
     sums = weights.cumsum(dtype=np.float64)
     whole = sums[-1]
     if not whole > 0:
-        raise ValueError(NO_NUMBERS)
+        raise ValueError(NON_FINITE_MESSAGE)
     wanted = share * whole
     at = int(min(sums.searchsorted(wanted, side="right"), sums.searchsorted(whole)))
     before = sums[at - 1] if at else 0.0

@@ -76,7 +76,7 @@ class KVCache:
             raise ValueError(f"the KV cache holds {self.capacity} positions, {end} are needed")
         return end
 
-    def span(self, n: int, first_layer: int, last_layer: int) -> "Span":
+    def span(self, n: int, first_layer: int, last_layer: int) -> "CacheView":
         """The next n positions of every row, in layers [first_layer, last_layer).
 
         Raises:
@@ -92,7 +92,7 @@ class KVCache:
             pinned = slots.device.type == "cuda"  # else the host would wait for all work before
             positions = positions.pin_memory() if pinned else positions
             positions = positions.to(slots.device, non_blocking=pinned)
-        return Span.over(slots, positions, end, first_layer, written)
+        return CacheView.over(slots, positions, end, first_layer, written)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -107,7 +107,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class Span:
+class CacheView:
     """Positions that one call of `Decoder.run` computes, and the slots that it may touch.
 
     All views of all layers are made at once: on a CPU, making them one by one costs as much as the
@@ -139,7 +139,7 @@ class Span:
         end: int,
         first_layer: int,
         written: slice | None = None,
-    ) -> "Span":
+    ) -> "CacheView":
         """Positions in the slots of some layers [layers, 2, B, KV heads, S, head_dim].
 
         `written` is where they are, if that is the same in all rows. Only that of the positions has to

@@ -33,7 +33,7 @@ from layerskip.model.decoder import (
 )
 from layerskip.model.families import FAMILIES
 from layerskip.model.hardware import has_fast_bfloat16, leave_out_cudnn_attention
-from layerskip.model.native import PanelEmbedding, PanelMatrix
+from layerskip.model.native import PackedEmbedding, PackedMatrix
 from layerskip.model.native.packed import LargePages
 from layerskip.model.quantize import (
     EMBEDDING_BITS,
@@ -55,7 +55,7 @@ Change = Callable[[Tensor], Tensor]
 _ROUNDED_WEIGHTS = 2**19  # at a time: rounding needs several float32 copies
 
 
-class Taker:
+class WeightLoader:
     """Reads tensors, checks their shapes, and remembers which were used.
 
     Args:
@@ -101,7 +101,7 @@ class Taker:
         """The token embedding, [V, D]."""
         weight = self._vocabulary(name, shape)
         if self._pages is not None:
-            return PanelEmbedding(PanelMatrix(weight, pages=self._pages))
+            return PackedEmbedding(PackedMatrix(weight, pages=self._pages))
         if isinstance(weight, Quantized):
             return QuantizedEmbedding(pack(weight, self._device), self._dtype)
         return DenseEmbedding(weight)
@@ -183,7 +183,7 @@ class Taker:
     def _product(self, weight: Tensor | Quantized, bias: Tensor | None) -> Matrix:
         """A finished matrix, laid out for the machine."""
         if self._pages is not None:
-            return PanelMatrix(weight, bias, self._pages)
+            return PackedMatrix(weight, bias, self._pages)
         if isinstance(weight, Quantized):
             return QuantizedLinear(pack(weight, self._device), bias, self._dtype)
         return linear(weight, bias)
@@ -298,7 +298,7 @@ def build(
         kind = native.NativeDecoder
     elif compiled and torch_compile.supports(a, place):
         kind = torch_compile.CompiledDecoder
-    take = Taker(
+    take = WeightLoader(
         tensors, names.ignored, dtype, place, weights, in_panels=kind is native.NativeDecoder
     )
     vocabulary = a.vocab_size, a.hidden_size
@@ -337,14 +337,14 @@ def _scaled(factor: float) -> Change | None:
     return None if factor == 1.0 else lambda tensor: tensor.float() * factor
 
 
-def _norm(a: Architecture, take: Taker, name: str, scale: float = 1.0) -> Norm:
+def _norm(a: Architecture, take: WeightLoader, name: str, scale: float = 1.0) -> Norm:
     weight = _norm_weight(a, take, name, a.hidden_size, scale)
     if not FAMILIES[a.family].norm_bias:
         return RMSNorm(weight, a.norm_eps)
     return LayerNorm(weight, take(f"{name}.bias", (a.hidden_size,), _scaled(scale)), a.norm_eps)
 
 
-def _norm_weight(a: Architecture, take: Taker, name: str, size: int, scale: float) -> Tensor:
+def _norm_weight(a: Architecture, take: WeightLoader, name: str, size: int, scale: float) -> Tensor:
     """[size]; of 1 + w in float32, as transformers has it: w is small, 16 bits would round it away."""
     offset = FAMILIES[a.family].norm_offset
     if offset == 0.0:
@@ -357,7 +357,7 @@ def _norm_weight(a: Architecture, take: Taker, name: str, size: int, scale: floa
 class _LayerBuilder:
     """Takes the parts of one layer."""
 
-    def __init__(self, a: Architecture, take: Taker, index: int) -> None:
+    def __init__(self, a: Architecture, take: WeightLoader, index: int) -> None:
         self.a, self.take, self.index = a, take, index
         self.family = FAMILIES[a.family]
         self.names = self.family.names
@@ -384,7 +384,7 @@ class _LayerBuilder:
         return None if name is None else _norm(self.a, self.take, self.prefix + name)
 
     def _linear(self, names: Sequence[str], rows: Sequence[int], n_in: int, **how: Any) -> Linear:
-        """See `Taker.linear`; names without the layer's part."""
+        """See `WeightLoader.linear`; names without the layer's part."""
         return self.take.linear([self.prefix + name for name in names], rows, n_in, **how)
 
     def _added(self, name: str, n_in: int) -> Linear:

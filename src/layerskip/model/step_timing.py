@@ -104,7 +104,7 @@ def _runs_in(decoder: Decoder) -> tuple[int, str]:
     here = machine(torch.device("cpu"))
     # The name of the library is a hash of sources, compiler and instructions.
     software = build.target().stem if decoder.kernels == "compiled" else _pytorch()
-    return threads.threads_of(decoder.kernels), f"{here}\0{software}"
+    return threads.num_threads_of(decoder.kernels), f"{here}\0{software}"
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layerskip.model.architecture import Architecture
 from layerskip.model.decoder import Decoder
-from layerskip.model.kv_cache import KVCache, Span
+from layerskip.model.kv_cache import CacheView, KVCache
 
 MAX_POSITIONS = 32  # of a compiled pass: decoding steps, drafts and verification
 MAX_CONTEXT = 4096
@@ -83,7 +83,7 @@ class CompiledDecoder(Decoder):
     ) -> Tensor:
         """Run layers over [1, T] positions, of which none lies at `reach` or above."""
         slots = self._layer_slots[start:stop]
-        span = Span(
+        span = CacheView(
             positions=positions,
             end=reach,
             even=False,

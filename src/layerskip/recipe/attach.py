@@ -33,9 +33,9 @@ from layerskip.recipe.exit_loss import (
 )
 from layerskip.recipe.layer_dropout import draw_skipped_rows, run_on_kept_rows, skip_layer
 from layerskip.recipe.model_parts import (
-    Anatomy,
+    ModelParts,
     compiled_below,
-    find_anatomy,
+    find_model_parts,
     not_compiled,
     transformers_model,
 )
@@ -126,7 +126,7 @@ class AttachedRecipe:
         last: losses of the latest training pass, None before the first.
     """
 
-    def __init__(self, anatomy: Anatomy, recipe: RecipeConfig) -> None:
+    def __init__(self, anatomy: ModelParts, recipe: RecipeConfig) -> None:
         self.recipe = recipe
         self.num_layers = len(anatomy.layers)
         self.last: ExitLosses | None = None
@@ -420,7 +420,7 @@ def attach(model: nn.Module, recipe: RecipeConfig) -> AttachedRecipe:
     plain_model = transformers_model(model)
     if hasattr(plain_model, HANDLE):
         raise ValueError("the model already has a recipe attached; detach it first")
-    anatomy = find_anatomy(plain_model)
+    anatomy = find_model_parts(plain_model)
     recipe.check_layers(len(anatomy.layers))
     attached = AttachedRecipe(anatomy, recipe)
     try:

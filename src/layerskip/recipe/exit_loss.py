@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from layerskip.recipe.model_parts import Anatomy, is_sharded
+from layerskip.recipe.model_parts import ModelParts, is_sharded
 
 FusedLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 DEVICES = ("cuda",)  # where its kernels run
 
 
-def fused_loss(anatomy: Anatomy, device: torch.device) -> FusedLoss | None:
+def fused_loss(anatomy: ModelParts, device: torch.device) -> FusedLoss | None:
     """An exit's cross entropy by kernels that never hold its logits; None where there are none.
 
     They need the package liger-kernel, from 0.8 on, a GPU, and a head that is a plain linear layer

@@ -38,7 +38,7 @@ _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelParts:
     """The parts of a causal LM that the recipe needs.
 
     Attributes:
@@ -222,7 +222,7 @@ def transformers_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def find_anatomy(model: PreTrainedModel) -> Anatomy:
+def find_model_parts(model: PreTrainedModel) -> ModelParts:
     """Find layers, final norm and head.
 
     Raises:
@@ -240,7 +240,7 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     norm_name = next((n for n, _ in _children(decoder, _FINAL_NORMS)), None)
     if norm_name is None:
         raise ValueError(f"the recipe does not fit {name}: its final norm is not found")
-    return Anatomy(model, layers, norm_name)
+    return ModelParts(model, layers, norm_name)
 
 
 def _children(module: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:

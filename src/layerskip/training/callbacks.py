@@ -42,7 +42,7 @@ class Progress:
     logs: dict[str, float]
 
 
-class Watch(TrainerCallback):
+class ProgressCallback(TrainerCallback):
     """Hands a Trainer's progress to a function, on the first process.
 
     Args:
@@ -271,7 +271,7 @@ def _open_no_link(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
-class Board(TensorBoardCallback):
+class OptionalTensorBoard(TensorBoardCallback):
     """TensorBoard's own files of the figures; where they cannot be written, training goes on."""
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:

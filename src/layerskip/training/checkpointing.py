@@ -38,7 +38,7 @@ _CHECKPOINT_BYTES = 12  # of a trained parameter: itself and two moments of Adam
 _RESULT_BYTES = 4
 
 
-def warn_of_little_room(model: nn.Module, output: Path, keep: int) -> None:
+def warn_low_disk_space(model: nn.Module, output: Path, keep: int) -> None:
     """Warn where the disk seems to have less room than checkpoints and result will take.
 
     It is no error: what a file system calls free may be less or more than it takes, with quotas,
@@ -211,7 +211,7 @@ def _rows_of_a_step(settings: dict[str, Any]) -> int:
 
 
 @contextmanager
-def alone_in(output: Path) -> Iterator[None]:
+def lock_output_dir(output: Path) -> Iterator[None]:
     """Hold a folder, which is made where there is none, against other runs; for all processes of one.
 
     A file system without locks holds nothing, and a warning says so.

@@ -1,4 +1,4 @@
-"""Settings of a training run: a frozen dataclass whose fields are the flags and YAML keys."""
+"""CheckpointSettings of a training run: a frozen dataclass whose fields are the flags and YAML keys."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ from layerskip.model.hub import BUILTIN_MODELS, BuiltinModel, pull
 from layerskip.model.tokenizer import read
 from layerskip.model.weights import SafetensorsFiles
 from layerskip.recipe.exit_loss import IGNORED_LABEL
-from layerskip.recipe.model_parts import find_anatomy
+from layerskip.recipe.model_parts import find_model_parts
 from layerskip.training.config import TrainConfig, default_alpha
 from layerskip.training.data import end_of_turn
 
@@ -240,7 +240,7 @@ def check_packing(model: PreTrainedModel) -> None:
     known = len(embedding.weight)
     given: dict[str, Any] = {"position_ids": positions, "use_cache": False}
     try:
-        with find_anatomy(model).probing():
+        with find_model_parts(model).probing():
             one, other = (model(input_ids=row[None] % known, **given).logits[0, 4:] for row in ids)
         is_apart = torch.allclose(one, other, rtol=1e-4, atol=1e-4 * one.abs().max().item())
     except TypeError:  # it takes no positions

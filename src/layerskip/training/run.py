@@ -33,14 +33,14 @@ from layerskip.model.datastore import most_repeated
 from layerskip.model.families import FAMILIES
 from layerskip.model.hardware import keep_freed_memory
 from layerskip.recipe import RecipeConfig, attach, detach
-from layerskip.recipe.model_parts import find_anatomy
+from layerskip.recipe.model_parts import find_model_parts
 from layerskip.recipe.schedule import enabled_exits
 from layerskip.training.callbacks import (
-    Board,
     JsonLinesLog,
+    OptionalTensorBoard,
     Progress,
+    ProgressCallback,
     TimeBudget,
-    Watch,
     check_gpus,
     read_log,
     time_spent,
@@ -48,10 +48,10 @@ from layerskip.training.callbacks import (
 from layerskip.training.checkpointing import (
     INCOMPLETE,
     LOG,
-    alone_in,
     keep_settings,
+    lock_output_dir,
     unwritten,
-    warn_of_little_room,
+    warn_low_disk_space,
     where_to_begin,
 )
 from layerskip.training.config import TrainConfig
@@ -322,7 +322,7 @@ def transformers_can_exit(model: Any, exit_layer: int) -> bool:
         model: as it was loaded, whole and without a recipe.
         exit_layer: the layers to run.
     """
-    anatomy = find_anatomy(model)
+    anatomy = find_model_parts(model)
     inputs, ran = anatomy.probe_inputs(), []
     hooks = [layer.register_forward_hook(lambda *_: ran.append(1)) for layer in anatomy.layers]
     named = getattr(model, model.base_model_prefix).config
@@ -391,7 +391,7 @@ def train(config: TrainConfig, watch: Callable[[Progress], None] | None = None) 
     """
     check_packages()
     output = Path(config.output)
-    with hidden_bars(), alone_in(output):
+    with hidden_bars(), lock_output_dir(output):
         return _train(config, output, watch)
 
 
@@ -429,12 +429,12 @@ def _train(
     trainer = _trainer(config, model, tokenizer, train_rows, eval_rows, exit_layer)
     trainer.add_callback(JsonLinesLog(output / LOG, trainer.attached))
     if importlib.util.find_spec("tensorboard") is not None:
-        trainer.add_callback(Board())
+        trainer.add_callback(OptionalTensorBoard())
     if watch is not None:
-        trainer.add_callback(Watch(watch))
+        trainer.add_callback(ProgressCallback(watch))
     if trainer.is_world_process_zero():
         shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
-        warn_of_little_room(model, output, config.keep_checkpoints)
+        warn_low_disk_space(model, output, config.keep_checkpoints)
         keep_settings(config, output, train_rows, eval_rows, resumes=resume_from is not None)
     metrics = _run(trainer, config, resume_from)
     _warn_of_no_loss(trainer, config.effective_recipe, exit_layer)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from layerskip.decoding import Step, walk_exits
+from layerskip.decoding import Step, iter_exit_hidden_states
 from layerskip.decoding.drafters import EarlyExitDrafter
 from layerskip.decoding.step import Ending
 from layerskip.model import Decoder
@@ -70,7 +70,7 @@ def read_agreement(
     agreement: dict[int, list[bool]] = {exit_layer: [] for exit_layer in sorted(set(exits))}
     ids = torch.tensor([known], device=decoder.device)
     # The capacity is that of the answer's own cache.
-    for first, exit_layer, hidden in walk_exits(decoder, ids, exits, ending.capacity):
+    for first, exit_layer, hidden in iter_exit_hidden_states(decoder, ids, exits, ending.capacity):
         if first + hidden.shape[1] <= len(prompt):
             continue
         marks = agreement[exit_layer]

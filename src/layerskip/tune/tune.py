@@ -14,7 +14,7 @@ import numpy as np
 from layerskip.bench.machine import environment_of
 from layerskip.bench.measure import Setting, measure
 from layerskip.bench.rows import row
-from layerskip.bench.systems import OwnSystem, settings_of
+from layerskip.bench.systems import LayerSkipSystem, settings_of
 from layerskip.decoding import LayerSkipModel
 from layerskip.decoding.generation import accepted_by_position
 from layerskip.fileio import check_within, read_json, replace_json
@@ -30,7 +30,7 @@ from layerskip.model.checkpoint import (
 )
 from layerskip.model.datastore import MOST as MOST_OF_TEXT
 from layerskip.model.draft_vocabulary import MOST, worth_drafting
-from layerskip.model.native import threads_of
+from layerskip.model.native import num_threads_of
 from layerskip.model.step_timing import costs_kind
 from layerskip.tune.costs import ANCHORS, SWEEPS, Costs, measure_costs
 from layerskip.tune.predict import (
@@ -247,7 +247,7 @@ def step_costs(costs: Costs, exit_layer: int, model: LayerSkipModel) -> StepCost
         device=device,
         kernels=kernels,
         machine=machine,
-        threads=threads_of(kernels) if device == "cpu" else 0,
+        threads=num_threads_of(kernels) if device == "cpu" else 0,
         exit_layer=exit_layer,
         draft_step=max(float(costs.draft_step_s[middle, x]) / plain, _LEAST),
         draft_tokens_scored=model.decoder.architecture.vocab_size,
@@ -529,14 +529,14 @@ def tune(
     predictions = predict(costs, continuations, max_draft_tokens)
     plain = predict_plain(costs, continuations)
 
-    def measured(systems: Sequence[OwnSystem], what: str) -> list[Row]:
+    def measured(systems: Sequence[LayerSkipSystem], what: str) -> list[Row]:
         entries = measure(
             systems, useful, max_new_tokens=max_new_tokens, progress=partial(progress, what)
         )
         return [row(entry, plain=entries[0].runs) for entry in entries]
 
     def run_for_real(some: Sequence[Prediction], what: str) -> list[Row]:
-        system = OwnSystem(model, [Setting(mode="plain"), *map(_setting, some)], stop=stop)
+        system = LayerSkipSystem(model, [Setting(mode="plain"), *map(_setting, some)], stop=stop)
         predicted = [plain, *(p.tokens_per_s for p in some)]
         return [
             _with_prediction(found, tokens_per_s, plain)
@@ -623,12 +623,12 @@ def _auto_systems(
     vocabulary: tuple[int, ...] | None,
     text: tuple[int, ...] | None,
     stop: Sequence[str],
-) -> list[OwnSystem]:
+) -> list[LayerSkipSystem]:
     """Plain decoding, auto with n-grams alone, and auto with each exit, as settings would tell it.
 
     `draft_tokens` has a length for each exit, the best exit first; `text` is the draft text.
     """
-    systems: list[OwnSystem] = []
+    systems: list[LayerSkipSystem] = []
     best = next(iter(draft_tokens))
     for exit_layer in (None, *draft_tokens):
         settings = dataclasses.replace(
@@ -641,7 +641,7 @@ def _auto_systems(
         )
         taught = model.with_settings(settings)
         plain, auto = settings_of(taught, modes=("auto",))
-        systems.append(OwnSystem(taught, [auto] if systems else [plain, auto], stop=stop))
+        systems.append(LayerSkipSystem(taught, [auto] if systems else [plain, auto], stop=stop))
     return systems
 
 

@@ -1,5 +1,5 @@
 """Other systems on the same checkpoint and the same prompts, each in a process of its own."""
 
-from layerskip.bench.baselines.process import PEERS, PeerProcess, start_peers
+from layerskip.bench.baselines.process import BASELINES, BaselineProcess, start_baselines
 
-__all__ = ["PEERS", "PeerProcess", "start_peers"]
+__all__ = ["BASELINES", "BaselineProcess", "start_baselines"]

@@ -80,7 +80,7 @@ _LLAMA_CPP = (
     ),
 )
 
-PEERS = {
+BASELINES = {
     "transformers": PeerKind(
         module="layerskip.bench.baselines.transformers",
         package="transformers",
@@ -101,7 +101,7 @@ runpy.run_module("{__package__}", run_name="__main__", alter_sys=True)
 """
 
 
-class PeerProcess:
+class BaselineProcess:
     """A system that runs elsewhere. Enter it to start it; a peer that cannot start fails when asked.
 
     One line of JSON goes in for each answer and one comes out; see `__main__.py`.
@@ -117,12 +117,12 @@ class PeerProcess:
         self._job, self._failure = job, failure
         self._process: subprocess.Popen[str] | None = None
 
-    def __enter__(self) -> "PeerProcess":
+    def __enter__(self) -> "BaselineProcess":
         if self._failure is not None:
             return self
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, PEERS[self.name].module],
+            [sys.executable, "-c", _START, BASELINES[self.name].module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -182,7 +182,7 @@ class PeerProcess:
 
 
 @contextlib.contextmanager
-def start_peers(
+def start_baselines(
     model: LayerSkipModel,
     names: Sequence[str],
     *,
@@ -193,7 +193,7 @@ def start_peers(
     ignore_eos: bool,
     gguf_weights: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[list[PeerProcess]]:
+) -> Iterator[list[BaselineProcess]]:
     """Start a process for each peer; all of them end with the context.
 
     A peer that cannot take part (not installed, a file that it cannot read) is in the list as well, and
@@ -201,7 +201,7 @@ def start_peers(
 
     Args:
         model: this package's own, whose precision, device and end tokens hold for all.
-        names: of `PEERS`.
+        names: of `BASELINES`.
         source: the checkpoint's name.
         drafts: pairs (E, d) of self-speculative decoding to compare with.
         context: tokens of the longest prompt and its answer.
@@ -220,7 +220,7 @@ def start_peers(
                 gguf=str(Path(folder) / "model.gguf"),
                 dtype=model.decoder.dtype_name,
                 device=str(model.decoder.device),
-                threads=native.usable(),  # as many as the kernels take here
+                threads=native.num_threads_to_use(),  # as many as the kernels take here
                 context=context,
                 end_tokens=() if ignore_eos else sorted(model.end_tokens),
                 stop=tuple(stop),
@@ -230,8 +230,8 @@ def start_peers(
         for number, name in enumerate(names):
             progress(number, len(names))
             failure = _prepare(name, job, gguf_weights)
-            settings = importlib.import_module(PEERS[name].module).settings(drafts)
-            peer = PeerProcess(name, dataclasses.replace(job, settings=settings), failure)
+            settings = importlib.import_module(BASELINES[name].module).settings(drafts)
+            peer = BaselineProcess(name, dataclasses.replace(job, settings=settings), failure)
             peers.append(stack.enter_context(peer))
             progress(number + 1, len(names))
         yield peers
@@ -239,7 +239,7 @@ def start_peers(
 
 def _prepare(name: str, job: Job, gguf_weights: str) -> str | None:
     """Make what a peer needs on top of the checkpoint; returns why it cannot take part, or None."""
-    kind = PEERS[name]
+    kind = BASELINES[name]
     if importlib.util.find_spec(kind.package) is None:
         return f"{kind.distribution} is not installed; run: pip install 'layerskip[baselines]'"
     if name == "llama.cpp":

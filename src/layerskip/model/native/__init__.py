@@ -1,16 +1,21 @@
 """The layers compiled for the CPU at hand: the fast path of `model` (see `kernels.cpp`)."""
 
-from layerskip.model.native.build import NoCompilerError, prepare, threads_of, usable
+from layerskip.model.native.build import (
+    NoCompilerError,
+    num_threads_of,
+    num_threads_to_use,
+    prepare,
+)
 from layerskip.model.native.native_decoder import NativeDecoder, supports
-from layerskip.model.native.packed import PanelEmbedding, PanelMatrix
+from layerskip.model.native.packed import PackedEmbedding, PackedMatrix
 
 __all__ = [
     "NativeDecoder",
     "NoCompilerError",
-    "PanelEmbedding",
-    "PanelMatrix",
+    "PackedEmbedding",
+    "PackedMatrix",
+    "num_threads_of",
+    "num_threads_to_use",
     "prepare",
     "supports",
-    "threads_of",
-    "usable",
 ]

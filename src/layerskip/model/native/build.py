@@ -31,7 +31,7 @@ _is_forked = False
 processors: Callable[[], int] = lambda: os.cpu_count() or 1  # noqa: E731
 
 
-def usable(panels: int | None = None) -> int:
+def num_threads_to_use(panels: int | None = None) -> int:
     """PyTorch's threads, but no more than a container's share of the processors, or than there is work.
 
     All threads wait for each other several times a layer: where one is held up, all are.
@@ -43,12 +43,12 @@ def usable(panels: int | None = None) -> int:
     return most if panels is None else max(1, min(most, panels))
 
 
-def threads_of(kernels: str) -> int:
+def num_threads_of(kernels: str) -> int:
     """Threads of a pass on a CPU: those of the compiled kernels, or of PyTorch."""
-    return usable() if kernels == "compiled" else torch.get_num_threads()
+    return num_threads_to_use() if kernels == "compiled" else torch.get_num_threads()
 
 
-def stay_alone() -> None:
+def run_single_threaded() -> None:
     """In a forked child: the threads of its parent are none of its own, and cannot be started again."""
     global _is_forked
     _is_forked = True
@@ -56,10 +56,10 @@ def stay_alone() -> None:
 
 
 @functools.cache
-def heed_forks() -> None:
+def disable_threads_after_fork() -> None:
     """Let children that are forked from now on work alone, without the threads of their parent."""
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=stay_alone)
+        os.register_at_fork(after_in_child=run_single_threaded)
 
 
 @functools.cache
@@ -158,7 +158,7 @@ def _load_new(library_file: Path) -> None:
 def library() -> ctypes.CDLL:
     """The compiled kernels; raises what `prepare` raises."""
     prepare()
-    heed_forks()
+    disable_threads_after_fork()
     loaded = _loaded(target())
     global processors
     processors = loaded.layerskip_processors

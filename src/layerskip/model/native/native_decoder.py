@@ -10,17 +10,17 @@ from torch import Tensor
 
 from layerskip.model.architecture import Architecture
 from layerskip.model.decoder import MLP, Decoder, GoesOn, HeadNorm, Layer, RMSNorm
-from layerskip.model.distributions import NO_NUMBERS, Distributions, Draws, shares
+from layerskip.model.distributions import NON_FINITE_MESSAGE, Distributions, Draws, shares
 from layerskip.model.families import FAMILIES
 from layerskip.model.kv_cache import KVCache
-from layerskip.model.native.build import library, usable
+from layerskip.model.native.build import library, num_threads_to_use
 from layerskip.model.native.packed import (
     FLOATS,
     KINDS,
     LANES,
     MatrixStruct,
-    PanelEmbedding,
-    PanelMatrix,
+    PackedEmbedding,
+    PackedMatrix,
     choose,
     fits,
     pointer_to,
@@ -79,7 +79,7 @@ class HeldLayer:
         assert isinstance(layer.mlp, MLP)
         assert layer.mlp.is_gated
         products = (layer.qkv, layer.attention_out, layer.mlp.gate_up, layer.mlp.down)
-        self._matrices = [product for product in products if isinstance(product, PanelMatrix)]
+        self._matrices = [product for product in products if isinstance(product, PackedMatrix)]
 
     def struct(self, window: int, rope: int) -> LayerStruct:
         """Where the layer's parts are; valid as long as it lives."""
@@ -118,7 +118,7 @@ class BlockSoftmax(Distributions):
 
     def __init__(
         self,
-        heads: Sequence[PanelMatrix],
+        heads: Sequence[PackedMatrix],
         pointers: ctypes.Array[ctypes.c_void_p],
         rows: int,
         positions: int,
@@ -164,7 +164,7 @@ class BlockSoftmax(Distributions):
             *(self._whole[row, i, 0], self._temperature, share),
         )
         if found < 0:
-            raise ValueError(NO_NUMBERS)
+            raise ValueError(NON_FINITE_MESSAGE)
         return found
 
 
@@ -183,7 +183,7 @@ class Drawing:
 
     def __init__(
         self,
-        heads: Sequence[PanelMatrix],
+        heads: Sequence[PackedMatrix],
         pointers: ctypes.Array[ctypes.c_void_p],
         draws: Draws | None,
         rows: int,
@@ -233,7 +233,7 @@ def supports(architecture: Architecture, dtype: torch.dtype, device: torch.devic
 class NativeDecoder(Decoder):
     """The same decoder, whose results do not depend on how many positions a pass has.
 
-    Its parts are `PanelMatrix` and RMS norms, as `supports` makes sure; hidden states and logits are
+    Its parts are `PackedMatrix` and RMS norms, as `supports` makes sure; hidden states and logits are
     float32. The keys of its cache are laid out in panels, which nobody else can read.
     """
 
@@ -254,7 +254,7 @@ class NativeDecoder(Decoder):
             *(KINDS[self.dtype], _ACTIVATIONS[a.activation], ctypes.addressof(self._structs)),
         )
         looked_up = self.embedding if self.embedding_scale is None else None
-        self._embedding = looked_up.pointer if isinstance(looked_up, PanelEmbedding) else None
+        self._embedding = looked_up.pointer if isinstance(looked_up, PackedEmbedding) else None
         self._narrowest = a.hidden_size // LANES
         self._model_pointer = ctypes.addressof(self._model)
         self._final_norm_weight = weight_of(self.final_norm)
@@ -286,7 +286,7 @@ class NativeDecoder(Decoder):
             cache.slots.data_ptr(),
             cache.slots.shape[-2],
             turns.pointers,
-            usable(self._narrowest),
+            num_threads_to_use(self._narrowest),
         )
         return out.view(b, t, d)
 
@@ -295,7 +295,7 @@ class NativeDecoder(Decoder):
         b, t, d = hidden.shape
         norm, eps = self._final_norm_weight, self.architecture.norm_eps
         rows = hidden.reshape(b * t, d)
-        threads = usable(self._narrowest)
+        threads = num_threads_to_use(self._narrowest)
         products = [head.normed_product(rows, norm, eps, threads) for head in self._panels]
         return self._capped([product.view(b, t, product.shape[1]) for product in products])
 
@@ -323,7 +323,7 @@ class NativeDecoder(Decoder):
         found = BlockSoftmax(self._panels, heads, b, t, temperature)
         self._library.layerskip_soften(
             *(heads, len(heads), self._final_norm_weight.data_ptr(), self.architecture.norm_eps),
-            *(rows.data_ptr(), b * t, *found.arguments, usable(self._narrowest)),
+            *(rows.data_ptr(), b * t, *found.arguments, num_threads_to_use(self._narrowest)),
         )
         return found
 
@@ -343,10 +343,10 @@ class NativeDecoder(Decoder):
             *(hidden.data_ptr(), state.data_ptr(), cache.lengths.data_ptr()),
             *(len(last), 1, 0, stop, cache.slots.data_ptr(), cache.slots.shape[-2], turns.pointers),
             *(0, heads, len(heads), self._final_norm_weight.data_ptr(), None),
-            *(chosen.data_ptr(), None, *drawing.arguments, usable(self._narrowest)),
+            *(chosen.data_ptr(), None, *drawing.arguments, num_threads_to_use(self._narrowest)),
         )
         if drawing.failed:
-            raise ValueError(NO_NUMBERS)
+            raise ValueError(NON_FINITE_MESSAGE)
         return chosen
 
     def verify(self, states: Tensor, start: int, cache: KVCache) -> Tensor:
@@ -365,7 +365,7 @@ class NativeDecoder(Decoder):
             *(hidden.data_ptr(), out.data_ptr(), cache.lengths.data_ptr()),
             *(b, t, start, stop, cache.slots.data_ptr(), cache.slots.shape[-2], turns.pointers),
             *(0, heads, len(heads), self._final_norm_weight.data_ptr(), None),
-            *(chosen.data_ptr(), None, *NO_DRAWING, usable(self._narrowest)),
+            *(chosen.data_ptr(), None, *NO_DRAWING, num_threads_to_use(self._narrowest)),
         )
         return chosen
 
@@ -408,7 +408,7 @@ class NativeDecoder(Decoder):
         where = (0, exit_layer, slots.data_ptr(), slots.shape[-2], turns.pointers)
         norm, lengths = self._final_norm_weight.data_ptr(), cache.lengths.data_ptr()
         which = None if token_ids is None else token_ids.data_ptr()
-        threads, made, newest = usable(self._narrowest), 0, last
+        threads, made, newest = num_threads_to_use(self._narrowest), 0, last
         while made < n:
             (entering, hidden), newest = self._entering(newest), tokens[made]
             t = entering.shape[1]
@@ -462,14 +462,16 @@ class NativeDecoder(Decoder):
         b, t, d = hidden.shape
         norm, eps = self._final_norm_weight, self.architecture.norm_eps
         rows = hidden.reshape(b * t, d)
-        threads = usable(self._narrowest)  # as many as the layers: teams of two sizes are made anew
+        threads = num_threads_to_use(
+            self._narrowest
+        )  # as many as the layers: teams of two sizes are made anew
         heads = self._head_pointers()
         chosen, probabilities = choose(heads, rows, norm, eps, threads=threads, confident=confident)
         return chosen.view(b, t), probabilities
 
     @property
-    def _panels(self) -> list[PanelMatrix]:
-        return [head for head in self.heads if isinstance(head, PanelMatrix)]
+    def _panels(self) -> list[PackedMatrix]:
+        return [head for head in self.heads if isinstance(head, PackedMatrix)]
 
     def _turn_tables(self, capacity: int) -> "_Turns":
         """For each kind of rotary embedding the turns of every position of the cache.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip.model.native.build import library, usable
+from layerskip.model.native.build import library, num_threads_to_use
 from layerskip.model.quantize import GROUP, Quantized
 
 _PAGE = 2**21
@@ -77,7 +77,7 @@ class MatrixStruct(ctypes.Structure):
     )
 
 
-class PanelMatrix:
+class PackedMatrix:
     """A weight matrix with its product: `Matrix` of `linear.py`.
 
     Args:
@@ -144,7 +144,7 @@ class PanelMatrix:
             x.data_ptr(),
             x.shape[0],
             y.data_ptr(),
-            threads or usable(),
+            threads or num_threads_to_use(),
         )
         return y
 
@@ -159,7 +159,7 @@ class PanelMatrix:
             raise IndexError(f"a row number is outside of 0 to {self.shape[0] - 1}")
         return rows
 
-    def rows(self, index: Tensor) -> "PanelMatrix":
+    def rows(self, index: Tensor) -> "PackedMatrix":
         """See `Matrix`. A few are moved at a time: no memory is needed but that of the result."""
 
         def picked(panels: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class PanelMatrix:
             return _panels(some, len(index))
 
         held = [None if panels is None else picked(panels) for panels in self._held]
-        matrix = PanelMatrix.__new__(PanelMatrix)
+        matrix = PackedMatrix.__new__(PackedMatrix)
         bias = None if self._bias is None else self._bias[index]
         matrix._hold(self._kind, (len(index), self.shape[1]), held, bias)
         return matrix
@@ -224,15 +224,15 @@ def readable(x: Tensor, n_inputs: int) -> Tensor:
     return x.float().contiguous()
 
 
-def pointers_to(parts: Sequence[PanelMatrix]) -> ctypes.Array[ctypes.c_void_p]:
+def pointers_to(parts: Sequence[PackedMatrix]) -> ctypes.Array[ctypes.c_void_p]:
     """Where the matrices are described; valid as long as they live."""
     return (ctypes.c_void_p * len(parts))(*(ctypes.addressof(part.struct) for part in parts))
 
 
-class PanelEmbedding:
+class PackedEmbedding:
     """A matrix in panels as token embedding: `Embedding` of `embedding.py`; rows are float32."""
 
-    def __init__(self, matrix: PanelMatrix) -> None:
+    def __init__(self, matrix: PackedMatrix) -> None:
         self._matrix = matrix
         self.pointer = ctypes.addressof(matrix.struct)
 
@@ -240,7 +240,7 @@ class PanelEmbedding:
         """See `Embedding`."""
         return self._matrix.look_up(tokens)
 
-    def head(self, token_ids: Tensor | None = None) -> PanelMatrix:
+    def head(self, token_ids: Tensor | None = None) -> PackedMatrix:
         """See `Embedding`; the whole is not copied."""
         return self._matrix if token_ids is None else self._matrix.rows(token_ids)
 
