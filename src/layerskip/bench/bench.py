@@ -12,7 +12,8 @@ from layerskip.bench.machine import environment_of, read_bandwidth
 from layerskip.bench.measure import Entry, Setting, System, measure
 from layerskip.bench.rows import row
 from layerskip.bench.systems import BENCH_MODES, LayerSkipSystem, settings_of
-from layerskip.bench.tasks import Sample, Task
+from layerskip.bench.quality import Sample
+from layerskip.bench.tasks import Task
 from layerskip.decoding import LayerSkipModel, Plan, Sampling
 from layerskip.decoding.policy import choose
 

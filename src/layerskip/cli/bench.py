@@ -136,7 +136,7 @@ def _list_of(kind: Any) -> Any:
     callback=_list_of(click.Choice(list(BASELINES))),
     default="",
     metavar="PEER,...",
-    help=f"Other systems on the same weights: {', '.join(PEERS)}.",
+    help=f"Other systems on the same weights: {', '.join(BASELINES)}.",
 )
 @click.option(
     "--gguf-weights",

@@ -272,7 +272,7 @@ class SideBySide:
         self._shows = not self._shows
 
     def watch(self, setting: Setting, answer: Answer) -> None:
-        """For `watch` of `LayerSkipSystem`: compute an answer and show it; drawing takes none of its time."""
+        """Compute an answer and show it (`watch` of `LayerSkipSystem`); drawing is not counted."""
         if not self._shows or self._console.quiet:
             return
         if not self._columns:

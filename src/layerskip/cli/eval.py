@@ -271,11 +271,13 @@ def _print_table(rows: list[evaluation.Row], model: str) -> None:
     for task, name in panels:
         for i, row in enumerate(row for row in rows if name in row.results.get(task, {})):
             metric = row.results[task][name]
+
+            def shown(word: str) -> str:  # task files come from others
+                return escape(escape_control_chars(word))
+
             table.add_row(
-                escape(escape_control_chars(task))
-                if i == 0
-                else "",  # these two are a task file's words
-                f"{escape(harmless(name))} {ARROWS[metric.higher_is_better]}" if i == 0 else "",
+                shown(task) if i == 0 else "",
+                f"{shown(name)} {ARROWS[metric.higher_is_better]}" if i == 0 else "",
                 row.mode,
                 str(row.plan.exit_layer or ""),
                 f"{metric.value:.4g}",

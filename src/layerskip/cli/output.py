@@ -34,7 +34,7 @@ def escape_control_chars(text: str) -> str:
 
 def log_stderr(line: str) -> None:
     """A line of ours on stderr, beside what is asked for."""
-    print(f"layerskip: {harmless(line)}", file=sys.stderr)
+    print(f"layerskip: {escape_control_chars(line)}", file=sys.stderr)
 
 
 class EscapedRecord(logging.LogRecord):

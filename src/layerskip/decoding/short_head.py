@@ -15,7 +15,7 @@ from torch import Tensor
 from layerskip.model import Decoder
 
 # The last lists of each decoder and their heads: answers of one model share them.
-_MADE: "weakref.WeakKeyDictionary[Decoder, tuple[tuple[tuple[int, ...], ShortHead], ...]]" = (
+_MADE: "weakref.WeakKeyDictionary[Decoder, tuple[tuple[tuple[int, ...], ReducedHead], ...]]" = (
     weakref.WeakKeyDictionary()
 )
 _KEPT = 8  # a benchmark has rows of several lists in turns
