@@ -70,7 +70,7 @@ def build_for(request, tmp_path_factory):
             build._compile(made)
         except NoCompilerError as error:
             pytest.skip(str(error))
-    return build._loaded(made)
+    return build._load(made)
 
 
 @pytest.fixture
