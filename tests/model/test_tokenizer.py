@@ -137,7 +137,7 @@ def test_checkpoints_without_a_tokenizer(tmp_path):
 _WHAT_IS_IMPORTED = """
 import sys
 from pathlib import Path
-from layerskip.model.files import tokenizer
+from layerskip.model import tokenizer
 tokenizer.load(Path(sys.argv[1]))
 print("transformers.configuration_utils" in sys.modules)
 """

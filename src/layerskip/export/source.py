@@ -19,6 +19,7 @@ from layerskip.model import (
     CheckpointError,
     Files,
     UnsupportedModelError,
+    families,
     open_files,
     resolve,
 )
@@ -184,7 +185,7 @@ def _failures_named(path: Path, n_bytes: int) -> Iterator[None]:
         raise ExportError(f"{path} could not be written: {error}") from error
 
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = tuple(name for name, family in families.FAMILIES.items() if family.is_exported)
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from layerskip.fileio import CheckpointError, flush, read_json, sha256_of, share_weights, write_json
 from layerskip.model import checkpoint, families, tokenizer
 from layerskip.model.architecture import UnsupportedModelError
-from layerskip.model.weights import GgufFile, SafetensorsFiles
+from layerskip.model.weights import GgufFile, SafetensorsFiles, check_finite
 from layerskip.paths import cache_folder
 
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
@@ -350,6 +350,7 @@ def merge(delta_file: Path, folder: Path, base: Path) -> None:
         base: the folder of the base, which has the tokenizer.
 
     Raises:
+        CheckpointError: a sum is NaN or Inf.
         OSError: the folder cannot be written.
     """
     files = checkpoint.open_files(base)
@@ -369,6 +370,7 @@ def merge(delta_file: Path, folder: Path, base: Path) -> None:
                 codes, scales = (delta.get_tensor(f"{name}.{part}") for part in ("codes", "scales"))
                 difference = decode(codes, scales, weight.shape[1])
             state[name] = (weight + difference).to(torch.bfloat16)
+            check_finite(name, state[name])
     try:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:  # of a full disk

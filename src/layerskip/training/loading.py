@@ -22,7 +22,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from layerskip.errors import TrainingWarning
 from layerskip.fileio import read_json
 from layerskip.model.architecture import UnsupportedModelError
-from layerskip.model.checkpoint import check_no_adapter
+from layerskip.model.checkpoint import check_folder
 from layerskip.model.datastore import sampled
 from layerskip.model.draft_vocabulary import worth_drafting
 from layerskip.model.families import (
@@ -32,7 +32,7 @@ from layerskip.model.families import (
     check_weights_unnamed,
 )
 from layerskip.model.hardware import has_fast_bfloat16
-from layerskip.model.hub import BUILTIN_MODELS, BuiltinModel, pull
+from layerskip.model.hub import BUILTIN_MODELS, BuiltinModel, kind_of, pull
 from layerskip.model.tokenizer import read
 from layerskip.model.weights import SafetensorsFiles
 from layerskip.recipe.exit_loss import IGNORED_LABEL
@@ -85,9 +85,9 @@ def pretrained(name: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: it is what `check_files` refuses, or a built-in model that cannot be fetched.
     """
-    if name not in BUILTIN_MODELS or Path(name).exists():
+    if (kind := kind_of(name)) != "builtin":
         check_files(name)
-        if not Path(name).exists():
+        if kind == "hub":
             _check_no_adapter_on_the_hub(name)
         return name, {}
     is_gguf = isinstance(BUILTIN_MODELS[name], BuiltinModel)
@@ -104,7 +104,7 @@ def check_files(name: str) -> None:
         ValueError: it is such a file or folder; the message says what to do.
     """
     path = Path(name)
-    check_no_adapter(path)
+    check_folder(path)
     named = ("model.safetensors", "model.safetensors.index.json")
     if any((path / name).is_file() for name in named):
         # Refuses what is damaged, and files outside of the folder, which transformers would read.
