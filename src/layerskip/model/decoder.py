@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.model.architecture import Activation, Architecture, Rope
-from layerskip.model.distributions import Distributions, Draws
 from layerskip.model.kv_cache import CacheView, KVCache
 from layerskip.model.quantize import Linear, Matrix, Packed, QuantizedLinear, linear
 
@@ -328,7 +327,10 @@ class Experts:
         return out if residual is None else residual + out
 
 
-GoesOn = Callable[[int, float], bool]  # of a draft's newest token and its probability
+NON_FINITE_MESSAGE = (
+    "this model's results are not finite (NaN or infinite): take another dtype, such as bfloat16"
+    " in place of float16, or its weights are damaged"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,7 +395,7 @@ class Decoder:
 
     @property
     def head(self) -> Matrix:
-        """The matrix of the shared exit, or the first of them (see `beside`)."""
+        """The matrix of the shared exit, or the first of them (see `concat_heads`)."""
         return self.heads[0]
 
     @property
@@ -485,98 +487,42 @@ class Decoder:
         cap = self.architecture.logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def choose(self, hidden: Tensor) -> Tensor:
-        """The greedy choice of the shared exit: [B, T, D] to which logit is highest, [B, T] int64."""
-        return most_likely(self.logits(hidden))
+    def greedy_tokens(self, hidden: Tensor) -> Tensor:
+        """Return the argmax of the logits, [B, T, D] to [B, T] int64."""
+        return argmax(self.logits(hidden))
 
-    def choose_with_probability(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """`choose`, and the softmax probability of the choice, [B, T] float32."""
-        logits = self.logits(hidden)
-        chosen = most_likely(logits)
-        return chosen, logits.float().softmax(dim=-1).gather(-1, chosen[..., None])[..., 0]
-
-    def distributions(self, hidden: Tensor, temperature: float = 1.0) -> Distributions:
-        """The softmax of the logits by a temperature above 0, after hidden states [B, T, D]."""
-        logits = self.logits(hidden).float()
-        # Before it is divided: a very low temperature overflows.
-        scores = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-        return Distributions(scores.softmax(dim=-1))
-
-    def step(self, last: Tensor, stop: int, cache: KVCache, draws: Draws | None = None) -> Tensor:
-        """A step: the newest tokens [B, 1] through layers [0, stop), and what the exit chooses or draws.
-
-        The cache's lengths are left as they are, as by `run`.
-        """
-        hidden = self.run(self.embed(last), 0, stop, cache)
-        if draws is None:
-            return self.choose(hidden)
-        return draws.next(self.distributions(hidden, draws.temperature), last)
-
-    def verify(self, states: Tensor, start: int, cache: KVCache) -> Tensor:
-        """The greedy choices [B, T] after states [B, T, D] that enter layer `start` of the last layers.
-
-        The cache's lengths are left as they are, as by `run`.
-        """
-        return self.choose(self.run(states, start, len(self.layers), cache))
-
-    def draft(
-        self,
-        last: Tensor,
-        n: int,
-        exit_layer: int,
-        cache: KVCache,
-        short: "Decoder | None" = None,
-        token_ids: Tensor | None = None,
-        goes_on: GoesOn | None = None,
-        draws: Draws | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """A draft: the first layers over the newest tokens, and what the exit then chooses, anew.
+    def greedy_step(
+        self, tokens: Tensor, stop: int, cache: KVCache, *, with_confidence: bool = False
+    ) -> tuple[Tensor, Tensor, float]:
+        """Run tokens through layers [0, stop) and choose the next one greedily at the shared exit.
 
         Args:
-            last: [B, T] int64, what these layers have not seen; the draft begins after the last.
-            n: how many tokens to choose at most.
-            exit_layer: E.
-            cache: as for `run`, but its lengths are moved on.
-            short: whose exit it is (see `with_short_head`), if not this one's own.
-            token_ids: [n] int64, which token each of its logits is of.
-            goes_on: told each token chosen and the highest probability, says whether another is; of
-                one row alone. None = n tokens.
-            draws: draws them, each as one of the exit's; where it has overflowed any token will do,
-                since drafts are judged. None = greedy.
+            tokens: [B, T] int64, those that follow the cache.
+            stop: how many layers run: E for a draft, L for a plain step.
+            cache: its lengths are left to the caller, as by `run`.
+            with_confidence: compute the highest softmax probability, of one row.
 
         Returns:
-            The hidden states that left layer E [B, T - 1 + m, D], and the tokens [B, m] that were chosen
-            from the last m of them.
+            The hidden states that leave layer `stop` [B, T, D], the next tokens [B, 1], and the
+            probability of the first row's (1.0 where it is not computed).
         """
-        states, tokens = list[Tensor](), [last]
-        for _ in range(n):
-            states.append(self.run(self.embed(tokens[-1]), 0, exit_layer, cache))
-            cache.lengths += tokens[-1].shape[1]
-            exit_, state = short or self, states[-1][:, -1:]
-            if draws is not None:
-                found = exit_.distributions(state, draws.temperature).or_any()
-                chosen, probability = draws.next(found, last), found.highest(0)
-            elif goes_on is None:  # nobody asks for probabilities
-                chosen = exit_.choose(state)
-            else:
-                chosen, probability = exit_.choose_with_probability(state)
-            tokens.append(chosen if token_ids is None else token_ids[chosen])
-            if goes_on is not None and not goes_on(*read_draft(tokens[-1], probability)):
-                break
-        states = states or [self.embed(last[:, :0])]
-        return torch.cat(states, dim=1), torch.cat(tokens, dim=1)[:, last.shape[1] :]
+        hidden = self.run(self.embed(tokens), 0, stop, cache)
+        if not with_confidence:
+            return hidden, self.greedy_tokens(hidden[:, -1:]), 1.0
+        logits = self.logits(hidden[:, -1:])
+        return hidden, argmax(logits), float(logits[0, 0].float().softmax(dim=-1).amax())
 
-    def with_short_head(self, token_ids: Tensor) -> "Decoder":
+    def with_reduced_head(self, token_ids: Tensor) -> "Decoder":
         """The same decoder, whose logits are those of some tokens alone, [n] int64.
 
         Only the head's rows for them are new.
         """
-        short = copy.copy(self)
+        reduced = copy.copy(self)
         rows = self.embedding.head(token_ids) if self.tied else self.head.rows(token_ids)
-        short.heads = (rows,)
-        return short
+        reduced.heads = (rows,)
+        return reduced
 
-    def beside(self, other: "Decoder") -> "Decoder":
+    def concat_heads(self, other: "Decoder") -> "Decoder":
         """The same decoder, whose logits are followed by another's; nothing is copied."""
         both = copy.copy(self)
         both.heads = (*self.heads, *other.heads)
@@ -621,8 +567,8 @@ class Decoder:
         return out.reshape(b * t, a.n_heads * head_dim)
 
 
-def most_likely(logits: Tensor) -> Tensor:
-    """The first of the highest logits, [B, T, V] to [B, T] int64."""
+def argmax(logits: Tensor) -> Tensor:
+    """Return the first of the highest logits, [B, T, V] to [B, T] int64."""
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
         # NumPy's argmax was eight times as fast as PyTorch's over five rows of a vocabulary.
         return torch.from_numpy(logits.numpy().argmax(axis=-1))
@@ -645,9 +591,3 @@ def _capped_attention(
     if mask is not None:
         scores = scores + mask
     return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
-
-
-def read_draft(token: Tensor, probability: Tensor) -> tuple[int, float]:
-    """A token and its probability, both waited for at once."""
-    found = torch.stack((token.flatten()[0].double(), probability.flatten()[0].double())).tolist()
-    return int(found[0]), found[1]

@@ -9,7 +9,7 @@ from layerskip.model import Decoder, KVCache
 _ROOM = 1024  # positions more than are asked for: what follows most often fits into the same cache
 
 
-class Prefix:
+class PrefixCache:
     """The cache of the last answer, for the next prompt as far as both texts begin alike.
 
     Given to one answer after another (`LayerSkipModel.answer(prompt, prefix=prefix)`), it changes none
