@@ -94,11 +94,6 @@ def test_more_rows_cost_attention_no_less(machine):
     assert pass_costs(decoder()).attention == (0.25,) * 16
 
 
-def test_rows_cost_no_less_than_one_and_no_more_than_single_ones(machine):
-    machine.seconds |= {2: 5.0, 4: 0.5}
-    assert pass_costs(decoder()).passes[:4] == (1.0, 2.0, 2.25, 1.0)
-
-
 def test_kept_and_taken_from_there_by_the_next_process(machine, folder, monkeypatch):
     costs = pass_costs(decoder())
     (file,) = folder.iterdir()
@@ -115,9 +110,8 @@ def test_kept_and_taken_from_there_by_the_next_process(machine, folder, monkeypa
 @pytest.mark.parametrize(
     "damaged",
     [
-        *("", "{", "3", "[" * 100_000, "[1.0, 9.0]", "{}", "\xff", damaged_by(passes=["many"])),
-        *(damaged_by(passes=[1.0] + [0.0] * 15), damaged_by(attention=[0.1] * 15)),
-        *(damaged_by(attention=[-0.1] * 16), damaged_by(seconds=0.0), damaged_by(seconds=None)),
+        *("{", "[" * 100_000, "{}", "\xff", damaged_by(passes=["many"])),
+        *(damaged_by(attention=[0.1] * 15), damaged_by(seconds=0.0)),
     ],
 )
 def test_a_damaged_file_is_made_again(damaged, machine, folder, monkeypatch):
@@ -147,11 +141,6 @@ def test_slow_products_of_a_busy_machine_are_given_up_on(machine, monkeypatch):
     monkeypatch.setattr(timing, "_MAX_SECONDS", float("inf"))
     pass_costs(decoder(architecture="another"))
     assert machine.calls.count(1) == timing._MAX_ROUNDS
-
-
-def test_a_cache_that_cannot_be_written_is_no_matter(machine, folder):
-    folder.write_text("a file")
-    assert len(pass_costs(decoder()).passes) == 16
 
 
 def test_nor_is_a_user_without_a_home(machine, monkeypatch):
@@ -202,11 +191,8 @@ def test_compiled_kernels_have_their_own_costs_and_threads(machine, folder, monk
 @pytest.mark.parametrize(
     ("case", "dtype", "weights"),
     [
-        ("llama3.1", torch.float32, "16bit"),
-        ("llama3.1", torch.float32, "int8"),
         ("llama3.1", torch.bfloat16, "int4"),
         ("mixtral", torch.float32, "16bit"),
-        ("mistral", torch.bfloat16, "16bit"),
     ],
 )
 def test_the_layers_of_a_model_are_timed_without_a_compiler(
@@ -228,9 +214,7 @@ def test_the_layers_of_a_model_are_timed_without_a_compiler(
 @pytest.mark.parametrize(
     ("dtype", "weights"),
     [
-        (torch.float32, "16bit"),
         (torch.bfloat16, "16bit"),
-        (torch.bfloat16, "int8"),
         (torch.float32, "int4"),
     ],
 )

@@ -34,13 +34,6 @@ def test_digits_are_split_before_all_else(file):
     assert own.tokenize("a  a") == ["a", "Ġ", "Ġa"]
 
 
-def test_other_pre_tokenizers_are_left_alone(tmp_path):
-    path = tmp_path / "model.gguf"
-    gguf_files.write(path, build("llama2", **MODEL), tokenizer="gpt-2")
-    own = load(path, dtype=torch.float32).tokenizer
-    assert own.tokenize("a  57") == ["a", "Ġ", "Ġ", "5", "7"]
-
-
 def test_chat_template_and_end_token_are_the_files_own(file):
     checkpoint = load(file, dtype=torch.float32)
     end = checkpoint.tokenizer.convert_tokens_to_ids("<|end|>")
@@ -53,11 +46,6 @@ def test_chat_template_and_end_token_are_the_files_own(file):
 def test_text_survives_a_round_trip(file, text):
     own = load(file, dtype=torch.float32).tokenizer
     assert own.decode(own.encode(text)) == text
-
-
-def test_folder_with_a_gguf_file_alone_uses_the_one_inside(file):
-    inside = load(file.parent, dtype=torch.float32).tokenizer
-    assert inside.tokenize("a  57") == ["a", "ĠĠ", "5", "7"]
 
 
 def test_a_file_that_is_named_itself_has_its_own_tokenizer(file):
