@@ -72,7 +72,7 @@ def decoder(request, variant, tmp_path_factory):
     return decoder
 
 
-@pytest.mark.parametrize("case", ["llama-narrow-heads", "gemma2", "olmo2", "mixtral", "gpt-neox"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in COMPILED])
 def test_unsupported_by_the_kernels_means_pytorch(case, tmp_path):
     assert not isinstance(checkpoint(case, tmp_path, compiled=True).decoder, NativeDecoder)
 

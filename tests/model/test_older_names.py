@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny_checkpoint
 import tiny_models
 from layerskip.fileio import share_weights
-from layerskip.model import CheckpointError, tokenizer
+from layerskip.model import tokenizer
 from layerskip.model import tokenizer as older_names
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}

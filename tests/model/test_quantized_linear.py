@@ -49,13 +49,6 @@ def test_four_bits_lie_as_in_ggml():
     assert packed[16:].tolist() == [j | j << 4 for j in range(16)]
 
 
-def test_blocks_of_a_large_weight_are_all_of_it():
-    weight = quantize(random(1200, 1024), 8)
-    blocks = list(pack(weight).blocks())
-    assert len(blocks) > 2
-    assert torch.equal(torch.cat([b.codes for b in blocks]), weight.codes)
-
-
 @BITS
 @pytest.mark.parametrize(
     ("centred", "n_out", "n", "dtype"),
@@ -92,14 +85,6 @@ def test_large_weights_are_multiplied_in_blocks(bits):
     x = random(3, 1024, seed=1)
     found = QuantizedLinear(pack(weight), None, torch.float32)(x)
     torch.testing.assert_close(found, x @ weight.dequantize().T, rtol=1e-4, atol=1e-4)
-
-
-@BITS
-def test_float32_rows_do_not_depend_on_how_many_there_are(bits):
-    product = QuantizedLinear(pack(grid(bits, centred=False)), None, torch.float32)
-    x = random(8, 96)
-    alone = torch.cat([product(row[None]) for row in x])
-    torch.testing.assert_close(product(x), alone, rtol=1e-5, atol=1e-5)
 
 
 @BITS

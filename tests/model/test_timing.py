@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Lock
 from time import sleep
 from types import SimpleNamespace
@@ -89,11 +88,6 @@ def test_costs_are_the_least_times_in_units_of_one_row(machine):
     assert costs.seconds == 3.0  # three such products are a pass of all layers and the head
 
 
-def test_more_rows_cost_attention_no_less(machine):
-    machine.attention = -0.5
-    assert pass_costs(decoder()).attention == (0.25,) * 16
-
-
 def test_kept_and_taken_from_there_by_the_next_process(machine, folder, monkeypatch):
     costs = pass_costs(decoder())
     (file,) = folder.iterdir()
@@ -173,19 +167,6 @@ def test_every_kind_of_weights_has_its_own(machine, folder, monkeypatch):
     machine.seconds[2] = 1.9375
     assert pass_costs(asked[0]).passes[1] == 1.9375
     assert len(list(folder.iterdir())) == 8
-
-
-def test_compiled_kernels_have_their_own_costs_and_threads(machine, folder, monkeypatch):
-    monkeypatch.setattr(timing.build, "target", lambda: Path("kernels/abc.so"))
-    monkeypatch.setattr(timing.build, "num_threads_to_use", lambda: 3)
-    costs = pass_costs(decoder())
-    machine.seconds[2] = 1.5
-    assert pass_costs(decoder(kernels="compiled")) != costs
-    names = sorted(file.name.split(".", 1)[1] for file in folder.iterdir())
-    assert names == ["float32.16bit.1.json", "float32.16bit.3.json"]
-    monkeypatch.setattr(timing.build, "target", lambda: Path("kernels/of_another_version.so"))
-    machine.seconds[2] = 1.25
-    assert pass_costs(decoder(kernels="compiled")).passes[1] == 1.25
 
 
 @pytest.mark.parametrize(
