@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_decoders import tiny_decoder
 
 import tiny_models
 from layerskip.model import load
@@ -226,8 +225,8 @@ def test_two_threads_do_not_time_against_each_other(machine, monkeypatch):
     assert first is second
 
 
-def test_as_many_layers_as_caches_do_not_hold(monkeypatch):
-    tiny = tiny_decoder("llama3.1")
+def test_as_many_layers_as_caches_do_not_hold(monkeypatch, tmp_path):
+    tiny = tiny_models.checkpoint("llama3.1", tmp_path).decoder
     ran = []
 
     def run(x, start, stop, cache):
