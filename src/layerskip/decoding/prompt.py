@@ -111,7 +111,7 @@ def is_message(one: Any) -> bool:
 
 
 def with_variables(prompt: Prompt, variables: Mapping[str, Any]) -> Prompt:
-    """Return a conversation with further `chat_template_kwargs` (its own win); other prompts as they are."""
+    """Return a conversation with further `chat_template_kwargs`, of which its own take precedence."""
     given: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"messages": prompt}
     messages: Any = given.get("messages")
     if not isinstance(messages, list | tuple) or not all(map(is_message, messages or [None])):
@@ -123,7 +123,7 @@ def with_variables(prompt: Prompt, variables: Mapping[str, Any]) -> Prompt:
 
 
 def is_batch(prompt: Any) -> bool:
-    """Return whether this is a list of prompts (texts, lists of ids, conversations), or an empty list."""
+    """Return whether this is a list of prompts: texts, lists of ids, conversations, or nothing."""
     if isinstance(prompt, list | tuple) and not prompt:
         return True
     first = next(iter(prompt), None) if isinstance(prompt, list | tuple) else None
