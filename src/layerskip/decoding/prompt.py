@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+from layerskip.data.readers import CONVERSATION, is_message
 from layerskip.model import Decoder
 from layerskip.model.tokenizer import template_arguments
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
 
-CONVERSATION = ("messages", "tools", "chat_template_kwargs")
 _WHAT_IT_IS = (
     "a prompt is a text, token ids, messages with role and content, or a dict of messages, tools and"
     " chat_template_kwargs"
@@ -101,13 +101,6 @@ def check_prompt(decoder: Decoder, prompt: Sequence[int]) -> None:
         raise PromptError(
             f"the prompt has a token id outside the vocabulary (0 to {a.vocab_size - 1})"
         )
-
-
-def is_message(one: Any) -> bool:
-    """Whether it has a role and something said; a call of a tool may be all that is said."""
-    return (
-        isinstance(one, Mapping) and "role" in one and not {"content", "tool_calls"}.isdisjoint(one)
-    )
 
 
 def with_variables(prompt: Prompt, variables: Mapping[str, Any]) -> Prompt:
