@@ -397,4 +397,4 @@ def waiting(what: str, is_shown: bool = True) -> contextlib.AbstractContextManag
     """A spinner on stderr, where that is a terminal and nothing else (the hub) has bars there."""
     if not (is_shown and sys.stderr.isatty()):  # rich also takes $FORCE_COLOR for a terminal
         return contextlib.nullcontext()
-    return Console(stderr=True).status(escape(what))
+    return Console(stderr=True).status(escape(escape_control_chars(what)))
