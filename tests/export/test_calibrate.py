@@ -216,9 +216,7 @@ def test_loading_says_what_is_not_known_or_is_much(folder, tmp_path):
     ("kind", "kinds", "is_doubted"),
     [
         ("Q4_1", {}, False),
-        ("Q4_0", {"blk.1.ffn_down.weight": "Q4_1", "token_embd.weight": "Q8_0"}, False),
         ("Q4_1", {"blk.1.ffn_down.weight": "Q8_0"}, True),
-        ("F16", {}, True),
     ],
 )
 def test_of_gguf_files_those_are_doubted_that_are_rounded(tmp_path, kind, kinds, is_doubted):

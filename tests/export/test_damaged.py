@@ -1,8 +1,10 @@
 """Damaged or hostile sources: refused with one line, and nothing is left behind."""
 
+import io
 import json
 import math
 import shutil
+import sys
 
 import gguf_files
 import numpy as np
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_models
 from layerskip import cli
+from layerskip.cli.output import bars
 from layerskip.export import open_source, to_gguf, to_hf
 from layerskip.model import CheckpointError
 
@@ -171,3 +174,13 @@ def test_a_setting_that_cannot_be_read_is_one_line(copied, tmp_path, capsys):
     assert cli.run([str(word) for word in command]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("layerskip: costs in ")
+
+
+def test_a_progress_bar_shows_control_characters_as_codes(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with bars() as report:
+        report("writing o\x1b]0;owned\x07", 1, 2)
+    assert "\x1b]0;" not in terminal.getvalue()
+    assert "\\x1b]0;owned\\x07" in terminal.getvalue()
