@@ -1,4 +1,4 @@
-"""Texts and prompts of files, and the bounds of every read (rows: tests/training/test_data.py)."""
+"""Texts and prompts of files, and the bounds of every read."""
 
 import gzip
 import json
