@@ -22,8 +22,9 @@ from engine import deliver, environment_of, parsed, run
 from topv2 import DRAFT_TOKENS, answer, drafts_by_exit
 
 from layerskip import LayerSkipModel
-from layerskip.bench.perplexity import WIKITEXT, perplexity, read_text
+from layerskip.bench.perplexity import perplexity
 from layerskip.bench.tasks import TASKS, Task, load_task
+from layerskip.data.readers import WIKITEXT, read_text
 from layerskip.model import open_files, resolve
 from layerskip.training.callbacks import read_log
 
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--control", help="checkpoint to compare with, such as one without it")
     parser.add_argument("--rows", type=int, default=200, help="of each task")
     parser.add_argument("--words", type=int, default=20000, help="of the text to predict")
-    parser.add_argument("--text", default=WIKITEXT, help="text file, or wikitext2")
+    parser.add_argument("--text", default=WIKITEXT.folder, help="text file, or wikitext2")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     options = parsed(parser, writes_always=True)
     deliver(measure(options), options.output)

@@ -14,7 +14,8 @@ from typing import Any
 from engine import deliver, environment_of, parsed, run
 
 from layerskip import LayerSkipModel
-from layerskip.bench.perplexity import perplexity, read_text
+from layerskip.bench.perplexity import perplexity
+from layerskip.data.readers import read_text
 from layerskip.model.quantize import WEIGHTS
 
 

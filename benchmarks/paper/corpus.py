@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerskip.bench.perplexity import read_text
+from layerskip.data.readers import read_text
 from layerskip.training import python_functions
 from layerskip.training.python_functions import python_files
 
