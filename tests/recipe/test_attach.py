@@ -15,7 +15,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from causal_lms import FAMILIES, LAYERS, batch_of, build
 from layerskip.recipe import RecipeConfig, attach, detach
 from layerskip.recipe.attach import ForwardPass
-from layerskip.recipe.layer_dropout import draw_skipped_rows
+from layerskip.recipe.layer_dropout import sample_skipped_rows
 from layerskip.recipe.model_parts import find_model_parts
 
 ALL = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.0)
@@ -56,7 +56,7 @@ def row_by_row(model, handle, recipe, batch):
         with handle._running(ForwardPass(only_row, frozenset(logits))) as this:
             handle._plain_forward(**inputs, use_cache=False, **handle._without_balancing())
             for exit_layer in logits:
-                logits[exit_layer].append(handle._anatomy.shared_exit(this.states[exit_layer]))
+                logits[exit_layer].append(handle._parts.shared_exit(this.states[exit_layer]))
     labels = batch["labels"][:, 1:].flatten()
     losses = [
         functional.cross_entropy(torch.cat(rows)[:, :-1].flatten(0, 1), labels)
@@ -136,9 +136,9 @@ def test_a_step_without_a_label_teaches_a_mixture_nothing(family, items):
 def test_the_default_device_decides_nothing(llama):
     """Rows are drawn on the host, whatever device scripts make their tensors on."""
     rows = {"rows": 8, "seed": 3, "step": 5, "micro_batch": 0}
-    expected = draw_skipped_rows([0.5] * LAYERS, **rows)
+    expected = sample_skipped_rows([0.5] * LAYERS, **rows)
     with torch.device("meta"):
-        assert torch.equal(draw_skipped_rows([0.5] * LAYERS, **rows), expected)
+        assert torch.equal(sample_skipped_rows([0.5] * LAYERS, **rows), expected)
         attach(llama, DROPPING)
 
 

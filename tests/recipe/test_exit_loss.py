@@ -62,7 +62,7 @@ def test_loss_and_gradients(distillation_weight, chunk, cap):
         num_items=11.0,
         distillation_weight=distillation_weight,
         chunk_tokens=chunk,
-        vocabulary=VOCABULARY,
+        vocab_size=VOCABULARY,
     )
     gradients = torch.autograd.grad(2 * losses.loss, leaves)
     torch.testing.assert_close(losses.loss, expected)
@@ -79,7 +79,7 @@ def test_large_vocabularies_do_not_make_small_chunks_on_a_gpu():
 
 def run(states, labels, shared_exit, parameters, **options):
     return exit_losses(
-        states, labels, WEIGHTS, shared_exit, parameters, vocabulary=VOCABULARY, **options
+        states, labels, WEIGHTS, shared_exit, parameters, vocab_size=VOCABULARY, **options
     )
 
 
@@ -144,7 +144,7 @@ for exits in (1, 24):
     states = {e: torch.randn(1, tokens, hidden, requires_grad=True) for e in range(exits)}
     losses = exit_losses(
         states, labels, dict.fromkeys(states, 1 / exits), head, [head.weight],
-        chunk_tokens=128, vocabulary=vocabulary,
+        chunk_tokens=128, vocab_size=vocabulary,
     )
     losses.loss.backward()
     print(peak_memory_bytes(torch.device("cpu")) // 1024)
@@ -188,7 +188,7 @@ def test_a_batch_without_items_has_no_loss():
         shared_exit,
         parameters,
         num_items=torch.tensor(0),
-        vocabulary=VOCABULARY,
+        vocab_size=VOCABULARY,
     )
     losses.loss.backward()
     assert losses.loss == 0
@@ -211,7 +211,7 @@ def test_the_heads_gradient_is_not_summed_in_16_bits():
             lambda h: h @ head.T,
             [head],
             chunk_tokens=chunk,
-            vocabulary=VOCABULARY,
+            vocab_size=VOCABULARY,
         ).loss.backward()
         gradients.append(head.grad.float())
     torch.testing.assert_close(*gradients, rtol=0.02, atol=1e-3)
@@ -223,11 +223,11 @@ def test_small_gradients_survive_float16():
     tiny = {2: 1e-7, 3: 1e-7, 5: 1 - 2e-7}
     wanted = [states[2], *parameters]
     expected = torch.autograd.grad(
-        exit_losses(states, labels, tiny, shared_exit, parameters, vocabulary=VOCABULARY).loss,
+        exit_losses(states, labels, tiny, shared_exit, parameters, vocab_size=VOCABULARY).loss,
         wanted,
     )
     with torch.autocast("cpu", dtype=torch.float16):
         loss = exit_losses(
-            states, labels, tiny, shared_exit, parameters, vocabulary=VOCABULARY
+            states, labels, tiny, shared_exit, parameters, vocab_size=VOCABULARY
         ).loss
     torch.testing.assert_close(torch.autograd.grad(loss, wanted), expected, rtol=1e-5, atol=0)

@@ -19,7 +19,7 @@ def install(monkeypatch, function):
     for part in ("liger_kernel", "liger_kernel.transformers", NAME):
         monkeypatch.setitem(sys.modules, part, ModuleType(part))
     sys.modules[NAME].liger_fused_linear_cross_entropy = function
-    monkeypatch.setattr(fused_loss, "DEVICES", ("cpu",))
+    monkeypatch.setattr(fused_loss, "FUSED_DEVICES", ("cpu",))
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_models_that_go_without(calls, monkeypatch):
     model = build("llama")
     model.lm_head = torch.nn.Sequential(model.lm_head)
     step_of(model)
-    monkeypatch.setattr(fused_loss, "DEVICES", ("cuda",))
+    monkeypatch.setattr(fused_loss, "FUSED_DEVICES", ("cuda",))
     step_of(build("llama"))
     assert calls == []
 

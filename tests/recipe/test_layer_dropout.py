@@ -3,13 +3,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip.recipe.layer_dropout import draw_skipped_rows, run_on_kept_rows, skip_layer
+from layerskip.recipe.layer_dropout import sample_skipped_rows, run_on_kept_rows, skip_layer
 
 RATES = (0.0, 0.3, 0.6, 1.0)
 
 
 def draw(rows=8, **changes):
-    return draw_skipped_rows(RATES, rows, **{"seed": 0, "step": 0, "micro_batch": 0, **changes})
+    return sample_skipped_rows(RATES, rows, **{"seed": 0, "step": 0, "micro_batch": 0, **changes})
 
 
 def test_a_draw_depends_on_its_arguments_alone():
