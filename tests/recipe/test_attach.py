@@ -48,7 +48,7 @@ def same(actual, expected, rtol=1e-4, atol=1e-5):
 def row_by_row(model, handle, recipe, batch):
     """The recipe's loss by the definition: each row alone, without the layers it skips."""
     handle.set_step(0, 100)
-    skipped = handle._draw({"input_ids": batch["input_ids"]})
+    skipped = handle._sample_skipped({"input_ids": batch["input_ids"]})
     logits = {e: [] for e in range(1, LAYERS + 1)}
     for row in range(len(batch["input_ids"])):
         inputs = {k: v[row : row + 1] for k, v in batch.items() if k != "labels"}
@@ -369,7 +369,7 @@ def test_a_layer_of_tuples_that_all_rows_skip(monkeypatch):
     )
     model = GPTNeoForCausalLM(config)
     handle = attached(model, DROPPING)
-    monkeypatch.setattr(handle, "_draw", lambda *_: torch.ones(4, 1, dtype=torch.bool))
+    monkeypatch.setattr(handle, "_sample_skipped", lambda *_: torch.ones(4, 1, dtype=torch.bool))
     ids = torch.arange(5, 14)[None]
     loss, _ = step_of(model, input_ids=ids, labels=ids)
     exits = handle.last.loss_sums / handle.last.tokens  # every exit says what the embedding says
@@ -498,7 +498,7 @@ def test_every_layer_of_every_step_is_compiled():
     compiled = torch.compile(model, backend=backend)
     for step in range(layers):
         handle.set_step(step, 100)
-        kept = ~handle._draw({"input_ids": batch_of()["input_ids"]}).all(1)
+        kept = ~handle._sample_skipped({"input_ids": batch_of()["input_ids"]}).all(1)
         handle.set_step(step, 100)
         ran.clear()
         compiled(**batch_of()).loss.backward()

@@ -2,7 +2,7 @@
 
 import tiny_models
 from layerskip.recipe.exit_loss import IGNORED_LABEL
-from layerskip.training.loading import draft_vocabulary, labels_of
+from layerskip.training.run import draft_vocabulary, labels_of
 
 
 def test_labels_are_counted_and_prompts_are_not():

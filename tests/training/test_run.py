@@ -32,7 +32,7 @@ from layerskip.training import LayerSkipTrainer, TrainConfig, train
 from layerskip.training.callbacks import read_log
 from layerskip.training.checkpointing import last_checkpoint
 from layerskip.training.data import LeftOutWarning
-from layerskip.training.loading import _product_s, arithmetic, load_model, pretrained_model
+from layerskip.training.loading import _matmul_s, arithmetic, load_model, pretrained_model
 from layerskip.training.run import check_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -700,17 +700,17 @@ def test_bfloat16_is_for_cpus_that_are_fast_at_it(
 ):
     seconds = {torch.bfloat16: bfloat16_s, torch.float32: 2.0}
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr("layerskip.training.loading._product_s", seconds.__getitem__)
+    monkeypatch.setattr("layerskip.training.loading._matmul_s", seconds.__getitem__)
     assert prepared(precision="auto").args.bf16 is is_fast
 
 
 def test_the_faster_precision_is_timed():
     """Whichever it is here: `auto` names the type whose products took less time."""
-    faster = min(torch.bfloat16, torch.float32, key=_product_s)
+    faster = min(torch.bfloat16, torch.float32, key=_matmul_s)
     config = TrainConfig(model="m", data="d", output="o", precision="auto", device="cpu")
     if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         assert arithmetic(config) == faster
-    assert 0 < _product_s(torch.float32) < 60
+    assert 0 < _matmul_s(torch.float32) < 60
 
 
 def test_settings_reach_the_rows(prepared, settings, tmp_path):
