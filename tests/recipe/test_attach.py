@@ -15,13 +15,13 @@ from transformers.utils.output_capturing import OutputRecorder
 from causal_lms import FAMILIES, LAYERS, batch_of, build
 from layerskip.recipe import RecipeConfig, attach, detach
 from layerskip.recipe.attach import ForwardPass
-from layerskip.recipe.layer_dropout import sample_skipped_rows
 from layerskip.recipe.model_parts import find_model_parts
 
 ALL = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.0)
 DROPPING = RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.6)
-COMPILED_OFTEN = ("llama", "gpt2", "mixtral")  # each takes ten seconds
 families = pytest.mark.parametrize("family", FAMILIES)
+# Full attention, a sliding window and soft caps, learned positions, a mixture of experts.
+kinds = pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
 
 
 def attached(model, recipe=ALL, step=0):
@@ -66,10 +66,10 @@ def row_by_row(model, handle, recipe, batch):
 
 
 @families
-@pytest.mark.parametrize("padding", ["left", "right"])
-def test_a_batch_trains_as_its_rows_alone(family, padding):
+def test_a_batch_trains_as_its_rows_alone(family):
     model = build(family, output_router_logits=False)
     handle = attached(model, DROPPING)
+    padding = "left" if family in ("llama", "gpt2", "phi3") else "right"
     batch = batch_of(padding=padding)
     loss, gradients = step_of(model, **batch)
     assert handle._pass.skipped.any()
@@ -97,7 +97,7 @@ def test_the_last_exit_alone_is_plain_training(family):
     torch.testing.assert_close(with_items, model(**batch, num_items_in_batch=items).loss)
 
 
-@families
+@kinds
 def test_gradient_checkpointing_replays_the_same_rows(family):
     model = build(family)
     attached(model, DROPPING)
@@ -133,15 +133,6 @@ def test_a_step_without_a_label_teaches_a_mixture_nothing(family, items):
     assert not any(gradient.any() for gradient in gradients.values())
 
 
-def test_the_default_device_decides_nothing(llama):
-    """Rows are drawn on the host, whatever device scripts make their tensors on."""
-    rows = {"rows": 8, "seed": 3, "step": 5, "micro_batch": 0}
-    expected = sample_skipped_rows([0.5] * LAYERS, **rows)
-    with torch.device("meta"):
-        assert torch.equal(sample_skipped_rows([0.5] * LAYERS, **rows), expected)
-        attach(llama, DROPPING)
-
-
 @families
 def test_attach_and_detach_leave_no_trace(family):
     model = build(family).eval()
@@ -168,7 +159,7 @@ def test_checkpoints_are_the_plain_ones(llama, tmp_path):
         assert torch.equal(value, llama.state_dict()[name])
 
 
-@pytest.mark.parametrize("exit_layer", range(1, LAYERS + 1))
+@pytest.mark.parametrize("exit_layer", [1, 2, LAYERS])
 def test_an_exit_trains_exactly_the_layers_below_it(llama, exit_layer, monkeypatch):
     handle = attached(llama)
     weights = {e: float(e == exit_layer) for e in range(1, LAYERS + 1)}
@@ -300,22 +291,16 @@ def test_evaluation_between_accumulated_batches_changes_nothing(llama):
     handle.set_step(0, 100)
     first = llama(**batch).loss.item()
     llama.eval()(**batch)
-    handle.evaluate((2,), batch)
+    losses = handle.evaluate((2,), batch)
+    assert losses.exits == (2, LAYERS)
+    with torch.no_grad():
+        torch.testing.assert_close(losses.loss_sums[-1] / losses.tokens, llama(**batch).loss)
+    with pytest.raises(ValueError, match="no labels"):
+        handle.evaluate((1,), {"input_ids": batch["input_ids"]})
     second = llama.train()(**batch).loss.item()
     assert [first, second] == expected
     handle.set_step(0, 100)
     assert llama(**batch).loss.item() == first
-
-
-def test_evaluate_gives_each_exit(llama):
-    handle = attached(llama.eval(), DROPPING)
-    batch = batch_of()
-    losses = handle.evaluate((1, 3), batch)
-    assert losses.exits == (1, 3, LAYERS)
-    mean = losses.loss_sums[-1] / losses.tokens
-    torch.testing.assert_close(mean, llama(**batch).loss.detach())
-    with pytest.raises(ValueError, match="no labels"):
-        handle.evaluate((1,), {"input_ids": batch["input_ids"]})
 
 
 def test_evaluate_has_the_models_own_dropout_off_too():
@@ -328,7 +313,7 @@ def test_evaluate_has_the_models_own_dropout_off_too():
     assert (modes[:2], model.training) == ([True, False], True)  # as they were
 
 
-@families
+@kinds
 def test_packed_sequences(family):
     """Two documents in a row, told apart by their positions, train as two rows."""
     model = build(family, output_router_logits=False)
@@ -347,12 +332,6 @@ def test_packed_sequences(family):
     loss, _ = step_of(model, **packed)
     assert handle._pass.skipped.any()
     torch.testing.assert_close(loss, row_by_row(model, handle, DROPPING, packed).detach())
-
-
-def test_one_row_that_is_skipped(llama):
-    handle = attached(llama, RecipeConfig(p_max=0.999, curriculum="none"))
-    step_of(llama, **batch_of(rows=1))
-    assert handle._pass.skipped[-1].all()
 
 
 def test_a_layer_of_tuples_that_all_rows_skip(monkeypatch):
@@ -409,7 +388,7 @@ def test_lora(llama, order):
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
-@families
+@kinds
 def test_lora_on_all_projections(family):
     import peft
 
@@ -425,7 +404,7 @@ def test_lora_on_all_projections(family):
     detach(model)
 
 
-@families
+@kinds
 def test_autocast_in_bfloat16(family):
     model = build(family)
     handle = attached(model, DROPPING)
@@ -441,7 +420,7 @@ def test_autocast_in_bfloat16(family):
         assert distance < 0.15, name  # a token near the middle may go to another expert
 
 
-@families
+@kinds
 def test_bfloat16_weights(family):
     model = build(family)
     attached(model.bfloat16(), DROPPING)
@@ -458,13 +437,10 @@ def test_bfloat16_weights(family):
 @pytest.mark.filterwarnings("ignore")  # of torch.compile itself
 @pytest.mark.parametrize(
     "family",
-    [
-        family if family in COMPILED_OFTEN else pytest.param(family, marks=pytest.mark.long)
-        for family in FAMILIES
-    ],
+    ["llama", *(pytest.param(f, marks=pytest.mark.long) for f in FAMILIES if f != "llama")],
 )
 def test_compiled(family):
-    torch.compiler.reset()  # or families share what may be compiled of code that they share
+    torch.compiler.reset()  # families share code, and a limit of its compiled versions
     model = build(family)
     handle = attached(model, DROPPING)
     plain = [step_of(model, **batch_of(seed=seed)) for seed in range(3)]
@@ -568,13 +544,11 @@ def test_other_models_are_refused():
         attach(BertModel(config), ALL)
 
 
-def test_layers_that_are_not_found(llama):
+def test_parts_that_are_not_found(llama):
     llama.model.layers = llama.model.layers[:2]
     with pytest.raises(ValueError, match="its list of 4 layers is not found"):
         attach(llama, ALL)
-
-
-def test_a_final_norm_that_is_not_found_is_refused(llama):
+    llama = build("llama")
     llama.model.other = llama.model.norm
     del llama.model.norm
     with pytest.raises(ValueError, match="final norm is not found"):
@@ -617,12 +591,6 @@ def test_what_goes_wrong_in_the_trial_is_a_refusal(llama):
         attach(llama, ALL)
     hook.remove()
     attach(llama, ALL)
-
-
-def test_a_copy_made_before_attaching_is_untouched(llama):
-    other = copy.deepcopy(llama)
-    attach(llama, ALL)
-    other(**batch_of())
 
 
 def test_a_copy_made_while_attached_is_refused(llama):
