@@ -137,7 +137,7 @@ class LayerSkipMixin(_Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """In training the recipe's loss; in evaluation whatever the class below computes."""
+        """Return the recipe's loss in training, and that of the trainer in evaluation."""
         if not self.model.training:
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
@@ -258,7 +258,9 @@ class LayerSkipMixin(_Trainer):  # type: ignore[misc]
             batches.sampler = sampler
         return loader
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Train; weights with other names in the checkpoint are loaded too (see `load_renamed`)."""
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         checkpoint = resume_from_checkpoint
@@ -266,7 +268,7 @@ class LayerSkipMixin(_Trainer):  # type: ignore[misc]
             checkpoint = last_checkpoint(self.args.output_dir)
         if checkpoint and not is_sharded:
             load_renamed(self.model, Path(checkpoint))
-        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         if best and not is_sharded:
             load_renamed(self.model, Path(best))
