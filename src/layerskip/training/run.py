@@ -84,192 +84,6 @@ _OTHER_SCHEDULERS = (  # need settings of their own, or evaluations
 )
 
 
-def check_packages() -> None:
-    """Raise ImportError for a missing package that every run needs."""
-    for name in ("accelerate", "datasets"):
-        if importlib.util.find_spec(name) is None:
-            raise ImportError(f"training needs {name}; run: pip install 'layerskip[train]'")
-
-
-def check_installed(config: TrainConfig) -> None:
-    """Raise ValueError for a schedule, package or GPU of the settings that is not available."""
-    schedulers = [kind.value for kind in SchedulerType if kind.value not in _OTHER_SCHEDULERS]
-    if config.scheduler not in schedulers:
-        raise ValueError(
-            f"there is no scheduler {config.scheduler!r}; there are: {', '.join(schedulers)}"
-        )
-    if config.device == "cuda" and not uses_gpu(config):
-        raise ValueError("the device cuda is not available here; use auto or cpu")
-    if uses_gpu(config) and "LOCAL_RANK" not in os.environ:
-        check_gpus(torch.cuda.device_count())
-    uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if uses_fsdp and config.lora_rank is not None:
-        raise ValueError("lora_rank needs whole weights, which FSDP divides: use it with DDP")
-    if config.lora_rank is not None and importlib.util.find_spec("peft") is None:
-        raise ValueError("lora_rank needs `peft`: pip install 'layerskip[train]'")
-    if config.precision == "float16" and not uses_gpu(config):
-        raise ValueError("precision float16 needs a GPU; take bfloat16, float32 or auto")
-
-
-def check_layers(config: TrainConfig) -> int:
-    """Check exits against the model's layers, and return the exit for decoding.
-
-    By default it is the first fixed exit, or of those with a loss the one nearest to L/4.
-
-    Raises:
-        ValueError: the model has no such layers, or the exit for decoding has no loss and others have.
-    """
-    text_config = model_config(config.model).get_text_config()
-    num_layers = getattr(text_config, "num_hidden_layers", None)
-    if num_layers is None:
-        raise ValueError(f"the model {config.model} does not say how many layers it has")
-    recipe = config.effective_recipe
-    recipe.check_layers(num_layers)
-    if outside := [e for e in config.eval_exits or () if not 1 <= e <= num_layers]:
-        raise ValueError(f"eval_exits names {outside}; an exit is 1 to {num_layers}")
-    early = recipe.exits_with_loss(num_layers)
-    fixed = [e for e in early if e in recipe.fixed_exits]
-    quarter = max(1, round(num_layers / 4))
-    nearest = min(early or [quarter], key=lambda e: (abs(e - quarter), e))
-    exit_layer: int = config.exit_layer or (fixed[0] if fixed else nearest)
-    if not 1 <= exit_layer < max(num_layers, 2):
-        raise ValueError(f"exit_layer is {exit_layer}; it must be 1 to {num_layers - 1}")
-    if early and exit_layer not in early:  # without any early exit, the run is a control
-        raise ValueError(
-            f"exit_layer is {exit_layer}, but the exits that have a loss are "
-            f"{', '.join(map(str, early))}: name it in fixed_exits or exits too"
-        )
-    return exit_layer
-
-
-def save_result(
-    trainer: LayerSkipTrainer,
-    config: TrainConfig,
-    exit_layer: int,
-    output: Path,
-    can_exit: bool,
-) -> None:
-    """Write the result into a folder of its own, and move its files when they are complete.
-
-    Args:
-        trainer: after training.
-        config: the settings.
-        exit_layer: default exit of the result.
-        output: the folder.
-        can_exit: True where transformers can draft with this model (`transformers_can_exit`).
-    """
-    unfinished = output / INCOMPLETE
-    if config.lora_rank is not None:
-        trainer.save_model(str(unfinished / "adapter"))
-        model = merged(trainer.accelerator.unwrap_model(trainer.model))
-        if trainer.is_world_process_zero():
-            model.save_pretrained(unfinished)
-    else:
-        if trainer.is_fsdp_enabled:  # sharded weights, Accelerate's default, are no checkpoint
-            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        trainer.save_model(str(unfinished))
-        model = trainer.accelerator.unwrap_model(trainer.model)
-    if not trainer.is_world_process_zero():
-        return
-    if not any(unfinished.glob("*.safetensors")):
-        raise OSError("the Trainer wrote no weights")
-    if model.generation_config is not None:
-        generation_config = model.generation_config
-        generation_config.num_assistant_tokens = config.draft_tokens
-        # With this mark transformers would drop our settings when it reads the file.
-        generation_config._from_model_config = False
-        own_settings = _own_settings(model, trainer, config)
-        # In transformers' field, unless transformers cannot draft with this model.
-        generation_config.assistant_early_exit = exit_layer if can_exit else None
-        if not can_exit:
-            own_settings[settings.EXIT] = exit_layer
-        setattr(generation_config, settings.KEY, own_settings)
-        generation_config.save_pretrained(unfinished)
-    tokenizer: Any = trainer.processing_class
-    tokenizer.save_pretrained(unfinished)
-    model_fields = read_json(unfinished / "config.json")
-    write_json(unfinished / "config.json", model_fields | older_names.of_config(model_fields))
-    older_names.amend_tokenizer_config(unfinished)
-    share_weights(unfinished)
-    flush(unfinished)
-    # Weights last: without them the folder does not pass for a checkpoint.
-    for path in sorted(unfinished.iterdir(), key=lambda path: (".safetensors" in path.name, path)):
-        target = output / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        path.replace(target)
-    unfinished.rmdir()
-
-
-def transformers_can_exit(model: Any, exit_layer: int) -> bool:
-    """Return True where transformers runs as many layers as the configuration names, as it drafts.
-
-    GPT-NeoX and GPT-2 run all of them, with a cache for fewer, and `generate` would fail.
-
-    Args:
-        model: without a recipe.
-        exit_layer: the layers to run.
-    """
-    parts = find_model_parts(model)
-    inputs, calls = parts.probe_inputs(), []
-    hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in parts.layers]
-    base_config = getattr(model, model.base_model_prefix).config
-    num_layers, base_config.num_hidden_layers = base_config.num_hidden_layers, exit_layer
-    try:
-        with parts.probing():
-            model(**inputs, use_cache=False)
-    except Exception:  # `generate` would raise it too
-        return False
-    finally:
-        base_config.num_hidden_layers = num_layers
-        for hook in hooks:
-            hook.remove()
-    return len(calls) == exit_layer
-
-
-def _own_settings(model: Any, trainer: LayerSkipTrainer, config: TrainConfig) -> dict[str, Any]:
-    """Return layerskip's own generation settings; those measured before the training are dropped."""
-    own_settings = recorded(getattr(model.generation_config, settings.KEY, None), {})
-    for name in ("costs", "draft_text", "draft_vocabulary", "tuning", settings.EXIT):
-        own_settings.pop(name, None)
-    tokenizer: Any = trainer.processing_class
-    rows: Any = trainer.train_dataset
-    if (vocabulary := draft_vocabulary(rows, model, tokenizer.eos_token_id)) is not None:
-        own_settings["draft_vocabulary"] = settings.text_of_ids(vocabulary)
-    if config.keep_draft_text:
-        labels = (rows[i]["labels"] for i in sampled(len(rows)))
-        if text := most_repeated([[x for x in row if x != IGNORED_LABEL] for row in labels]):
-            own_settings["draft_text"] = settings.text_of_ids(text)
-    return own_settings
-
-
-def draft_vocabulary(
-    rows: Iterable[Mapping[str, Sequence[int]]], model: Any, end_token: int | None
-) -> tuple[int, ...] | None:
-    """Return the tokens of a reduced-vocabulary head, the most frequent labels.
-
-    Args:
-        rows: encoded rows, with `labels`.
-        model: a transformers model, for the sizes of its vocabulary and weights.
-        end_token: always included, unless None.
-
-    Returns:
-        Token ids, the most frequent first; None where they would save too little.
-    """
-    counts = Counter(label for row in rows for label in row["labels"])
-    counts.pop(IGNORED_LABEL, None)
-    config = model.config.get_text_config()
-    weights = sum(weight.numel() for weight in model.parameters())
-    if not config.tie_word_embeddings:
-        weights -= config.vocab_size * config.hidden_size  # decoding reads one row of the embedding
-    return worth_drafting(
-        counts,
-        row_share=config.hidden_size / max(weights, 1),
-        vocab_size=config.vocab_size,
-        always=() if end_token is None else (end_token,),
-    )
-
-
 @dataclass(frozen=True)
 class TrainResult:
     """Result of a run.
@@ -320,7 +134,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 def _train(
@@ -380,82 +194,88 @@ def _train(
     return TrainResult(output, trainer.state.global_step, metrics, exit_layer)
 
 
-def _write(
-    trainer: LayerSkipTrainer,
-    config: TrainConfig,
-    exit_layer: int,
-    output: Path,
-    can_exit: bool,
-) -> None:
-    """Write the result and plots of the log."""
-    try:
-        save_result(trainer, config, exit_layer, output, can_exit)
-    except Exception as error:  # the tokenizers library raises Exception for a full disk
-        shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
-        raise unwritten(f"the result of step {trainer.state.global_step}", output, error) from error
-    if trainer.is_world_process_zero():
-        try:
-            plot_run(read_log(output / LOG), output)
-        except OSError as error:
-            _warn(one_line("the result is whole, but its pictures could not be written", error))
+def check_packages() -> None:
+    """Raise ImportError for a missing package that every run needs."""
+    for name in ("accelerate", "datasets"):
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"training needs {name}; run: pip install 'layerskip[train]'")
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, TrainingWarning, stacklevel=3)
+def check_installed(config: TrainConfig) -> None:
+    """Raise ValueError for a schedule, package or GPU of the settings that is not available."""
+    schedulers = [kind.value for kind in SchedulerType if kind.value not in _OTHER_SCHEDULERS]
+    if config.scheduler not in schedulers:
+        raise ValueError(
+            f"there is no scheduler {config.scheduler!r}; there are: {', '.join(schedulers)}"
+        )
+    if config.device == "cuda" and not uses_gpu(config):
+        raise ValueError("the device cuda is not available here; use auto or cpu")
+    if uses_gpu(config) and "LOCAL_RANK" not in os.environ:
+        check_gpus(torch.cuda.device_count())
+    uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if uses_fsdp and config.lora_rank is not None:
+        raise ValueError("lora_rank needs whole weights, which FSDP divides: use it with DDP")
+    if config.lora_rank is not None and importlib.util.find_spec("peft") is None:
+        raise ValueError("lora_rank needs `peft`: pip install 'layerskip[train]'")
+    if config.precision == "float16" and not uses_gpu(config):
+        raise ValueError("precision float16 needs a GPU; take bfloat16, float32 or auto")
 
 
-def _run(trainer: LayerSkipTrainer, config: TrainConfig, resume_from: str | None) -> dict[str, Any]:
-    """Train, unless the checkpoint is that of the last step: Trainer would take one more.
+def check_layers(config: TrainConfig) -> int:
+    """Check exits against the model's layers, and return the exit for decoding.
 
-    The last step is also the one at which the time was over.
+    By default it is the first fixed exit, or of those with a loss the one nearest to L/4.
+
+    Raises:
+        ValueError: the model has no such layers, or the exit for decoding has no loss and others have.
     """
-    rows: Any = trainer.train_dataset
-    epoch = -(-len(rows) // (config.batch_size * config.accumulation * trainer.args.world_size))
-    total_steps = config.max_steps or math.ceil(config.effective_epochs * epoch)
-    if config.warmup_steps >= total_steps:
-        _warn(
-            f"warmup_steps is {config.warmup_steps}, but there are {total_steps} steps: the learning"
-            " rate does not come to its peak"
+    text_config = model_config(config.model).get_text_config()
+    num_layers = getattr(text_config, "num_hidden_layers", None)
+    if num_layers is None:
+        raise ValueError(f"the model {config.model} does not say how many layers it has")
+    recipe = config.effective_recipe
+    recipe.check_layers(num_layers)
+    if outside := [e for e in config.eval_exits or () if not 1 <= e <= num_layers]:
+        raise ValueError(f"eval_exits names {outside}; an exit is 1 to {num_layers}")
+    early = recipe.exits_with_loss(num_layers)
+    fixed = [e for e in early if e in recipe.fixed_exits]
+    quarter = max(1, round(num_layers / 4))
+    nearest = min(early or [quarter], key=lambda e: (abs(e - quarter), e))
+    exit_layer: int = config.exit_layer or (fixed[0] if fixed else nearest)
+    if not 1 <= exit_layer < max(num_layers, 2):
+        raise ValueError(f"exit_layer is {exit_layer}; it must be 1 to {num_layers - 1}")
+    if early and exit_layer not in early:  # without any early exit, the run is a control
+        raise ValueError(
+            f"exit_layer is {exit_layer}, but the exits that have a loss are "
+            f"{', '.join(map(str, early))}: name it in fixed_exits or exits too"
         )
-    if resume_from is not None:
-        state = TrainerState.load_from_json(str(Path(resume_from) / TRAINER_STATE_NAME))
-        is_over = config.max_minutes is not None and time_spent(state) >= 60 * config.max_minutes
-        if is_over or state.global_step >= total_steps:
-            if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-                raise ValueError(
-                    f"{resume_from} is that of the last step: go on with --resume on one device and"
-                    " without FSDP or DeepSpeed, which have nothing to prepare here"
-                )
-            trainer._load_from_checkpoint(resume_from)
-            model: Any = trainer.model
-            load_renamed(model, Path(resume_from))
-            trainer.state.global_step = state.global_step
-            return {}
-    return dict(trainer.train(resume_from_checkpoint=resume_from).metrics)
+    return exit_layer
 
 
-def _warn_of_untrained_exit(
-    trainer: LayerSkipTrainer, recipe: RecipeConfig, exit_layer: int
-) -> None:
-    """Warn if the time was over before the gradual curriculum reached the exit for decoding."""
-    state, layers = trainer.state, trainer.attached.num_layers
-    if recipe.curriculum != "gradual" or exit_layer not in recipe.candidates(layers):
-        return
-    if recipe.variant == "LD" or not 0 < state.global_step < state.max_steps:
-        return
-    if exit_layer not in enabled_exits(recipe, layers, state.global_step - 1, state.max_steps):
-        _warn(
-            f"training ended at step {state.global_step} of {state.max_steps}, before exit {exit_layer}"
-            " had a loss: name it in fixed_exits, or set max_steps to what the time is enough for"
-        )
+def transformers_can_exit(model: Any, exit_layer: int) -> bool:
+    """Return True where transformers runs as many layers as the configuration names, as it drafts.
 
+    GPT-NeoX and GPT-2 run all of them, with a cache for fewer, and `generate` would fail.
 
-def _evaluation(trainer: LayerSkipTrainer) -> dict[str, Any]:
-    """Evaluate after the last step, unless `eval_steps` did so."""
-    for log in reversed(trainer.state.log_history):
-        if "eval_loss" in log and log["step"] == trainer.state.global_step:
-            return {name: value for name, value in log.items() if name.startswith("eval_")}
-    return dict(trainer.evaluate())
+    Args:
+        model: without a recipe.
+        exit_layer: the layers to run.
+    """
+    parts = find_model_parts(model)
+    inputs, calls = parts.probe_inputs(), []
+    hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in parts.layers]
+    base_config = getattr(model, model.base_model_prefix).config
+    num_layers, base_config.num_hidden_layers = base_config.num_hidden_layers, exit_layer
+    try:
+        with parts.probing():
+            model(**inputs, use_cache=False)
+    except Exception:  # `generate` would raise it too
+        return False
+    finally:
+        base_config.num_hidden_layers = num_layers
+        for hook in hooks:
+            hook.remove()
+    return len(calls) == exit_layer
 
 
 def _trainer(
@@ -519,3 +339,183 @@ def _trainer(
     if config.max_minutes is not None:
         trainer.add_callback(TimeBudget(config.max_minutes))
     return trainer
+
+
+def _run(trainer: LayerSkipTrainer, config: TrainConfig, resume_from: str | None) -> dict[str, Any]:
+    """Train, unless the checkpoint is that of the last step: Trainer would take one more.
+
+    The last step is also the one at which the time was over.
+    """
+    rows: Any = trainer.train_dataset
+    epoch = -(-len(rows) // (config.batch_size * config.accumulation * trainer.args.world_size))
+    total_steps = config.max_steps or math.ceil(config.effective_epochs * epoch)
+    if config.warmup_steps >= total_steps:
+        _warn(
+            f"warmup_steps is {config.warmup_steps}, but there are {total_steps} steps: the learning"
+            " rate does not come to its peak"
+        )
+    if resume_from is not None:
+        state = TrainerState.load_from_json(str(Path(resume_from) / TRAINER_STATE_NAME))
+        is_over = config.max_minutes is not None and time_spent(state) >= 60 * config.max_minutes
+        if is_over or state.global_step >= total_steps:
+            if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+                raise ValueError(
+                    f"{resume_from} is that of the last step: go on with --resume on one device and"
+                    " without FSDP or DeepSpeed, which have nothing to prepare here"
+                )
+            trainer._load_from_checkpoint(resume_from)
+            model: Any = trainer.model
+            load_renamed(model, Path(resume_from))
+            trainer.state.global_step = state.global_step
+            return {}
+    return dict(trainer.train(resume_from_checkpoint=resume_from).metrics)
+
+
+def _warn_of_untrained_exit(
+    trainer: LayerSkipTrainer, recipe: RecipeConfig, exit_layer: int
+) -> None:
+    """Warn if the time was over before the gradual curriculum reached the exit for decoding."""
+    state, layers = trainer.state, trainer.attached.num_layers
+    if recipe.curriculum != "gradual" or exit_layer not in recipe.candidates(layers):
+        return
+    if recipe.variant == "LD" or not 0 < state.global_step < state.max_steps:
+        return
+    if exit_layer not in enabled_exits(recipe, layers, state.global_step - 1, state.max_steps):
+        _warn(
+            f"training ended at step {state.global_step} of {state.max_steps}, before exit {exit_layer}"
+            " had a loss: name it in fixed_exits, or set max_steps to what the time is enough for"
+        )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, TrainingWarning, stacklevel=3)
+
+
+def _evaluation(trainer: LayerSkipTrainer) -> dict[str, Any]:
+    """Evaluate after the last step, unless `eval_steps` did so."""
+    for log in reversed(trainer.state.log_history):
+        if "eval_loss" in log and log["step"] == trainer.state.global_step:
+            return {name: value for name, value in log.items() if name.startswith("eval_")}
+    return dict(trainer.evaluate())
+
+
+def _write(
+    trainer: LayerSkipTrainer,
+    config: TrainConfig,
+    exit_layer: int,
+    output: Path,
+    can_exit: bool,
+) -> None:
+    """Write the result and plots of the log."""
+    try:
+        save_result(trainer, config, exit_layer, output, can_exit)
+    except Exception as error:  # the tokenizers library raises Exception for a full disk
+        shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
+        raise unwritten(f"the result of step {trainer.state.global_step}", output, error) from error
+    if trainer.is_world_process_zero():
+        try:
+            plot_run(read_log(output / LOG), output)
+        except OSError as error:
+            _warn(one_line("the result is whole, but its pictures could not be written", error))
+
+
+def save_result(
+    trainer: LayerSkipTrainer,
+    config: TrainConfig,
+    exit_layer: int,
+    output: Path,
+    can_exit: bool,
+) -> None:
+    """Write the result into a folder of its own, and move its files when they are complete.
+
+    Args:
+        trainer: after training.
+        config: the settings.
+        exit_layer: default exit of the result.
+        output: the folder.
+        can_exit: True where transformers can draft with this model (`transformers_can_exit`).
+    """
+    unfinished = output / INCOMPLETE
+    if config.lora_rank is not None:
+        trainer.save_model(str(unfinished / "adapter"))
+        model = merged(trainer.accelerator.unwrap_model(trainer.model))
+        if trainer.is_world_process_zero():
+            model.save_pretrained(unfinished)
+    else:
+        if trainer.is_fsdp_enabled:  # sharded weights, Accelerate's default, are no checkpoint
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        trainer.save_model(str(unfinished))
+        model = trainer.accelerator.unwrap_model(trainer.model)
+    if not trainer.is_world_process_zero():
+        return
+    if not any(unfinished.glob("*.safetensors")):
+        raise OSError("the Trainer wrote no weights")
+    if model.generation_config is not None:
+        generation_config = model.generation_config
+        generation_config.num_assistant_tokens = config.draft_tokens
+        # With this mark transformers would drop our settings when it reads the file.
+        generation_config._from_model_config = False
+        own_settings = _own_settings(model, trainer, config)
+        # In transformers' field, unless transformers cannot draft with this model.
+        generation_config.assistant_early_exit = exit_layer if can_exit else None
+        if not can_exit:
+            own_settings[settings.EXIT] = exit_layer
+        setattr(generation_config, settings.KEY, own_settings)
+        generation_config.save_pretrained(unfinished)
+    tokenizer: Any = trainer.processing_class
+    tokenizer.save_pretrained(unfinished)
+    model_fields = read_json(unfinished / "config.json")
+    write_json(unfinished / "config.json", model_fields | older_names.of_config(model_fields))
+    older_names.amend_tokenizer_config(unfinished)
+    share_weights(unfinished)
+    flush(unfinished)
+    # Weights last: without them the folder does not pass for a checkpoint.
+    for path in sorted(unfinished.iterdir(), key=lambda path: (".safetensors" in path.name, path)):
+        target = output / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    unfinished.rmdir()
+
+
+def _own_settings(model: Any, trainer: LayerSkipTrainer, config: TrainConfig) -> dict[str, Any]:
+    """Return layerskip's own generation settings; those measured before the training are dropped."""
+    own_settings = recorded(getattr(model.generation_config, settings.KEY, None), {})
+    for name in ("costs", "draft_text", "draft_vocabulary", "tuning", settings.EXIT):
+        own_settings.pop(name, None)
+    tokenizer: Any = trainer.processing_class
+    rows: Any = trainer.train_dataset
+    if (vocabulary := draft_vocabulary(rows, model, tokenizer.eos_token_id)) is not None:
+        own_settings["draft_vocabulary"] = settings.text_of_ids(vocabulary)
+    if config.keep_draft_text:
+        labels = (rows[i]["labels"] for i in sampled(len(rows)))
+        if text := most_repeated([[x for x in row if x != IGNORED_LABEL] for row in labels]):
+            own_settings["draft_text"] = settings.text_of_ids(text)
+    return own_settings
+
+
+def draft_vocabulary(
+    rows: Iterable[Mapping[str, Sequence[int]]], model: Any, end_token: int | None
+) -> tuple[int, ...] | None:
+    """Return the tokens of a reduced-vocabulary head, the most frequent labels.
+
+    Args:
+        rows: encoded rows, with `labels`.
+        model: a transformers model, for the sizes of its vocabulary and weights.
+        end_token: always included, unless None.
+
+    Returns:
+        Token ids, the most frequent first; None where they would save too little.
+    """
+    counts = Counter(label for row in rows for label in row["labels"])
+    counts.pop(IGNORED_LABEL, None)
+    config = model.config.get_text_config()
+    weights = sum(weight.numel() for weight in model.parameters())
+    if not config.tie_word_embeddings:
+        weights -= config.vocab_size * config.hidden_size  # decoding reads one row of the embedding
+    return worth_drafting(
+        counts,
+        row_share=config.hidden_size / max(weights, 1),
+        vocab_size=config.vocab_size,
+        always=() if end_token is None else (end_token,),
+    )
