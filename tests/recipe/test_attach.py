@@ -611,6 +611,7 @@ def test_weights_that_are_held_elsewhere_are_refused(llama, stands_for):
 
 @pytest.fixture
 def accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)  # that of earlier tests
     yield Accelerator(cpu=True, mixed_precision="bf16")
     AcceleratorState._reset_state(reset_partial_state=True)  # else it is that of the tests to come
 

@@ -203,7 +203,7 @@ def test_only_our_own_line_is_on_stderr(model, data_file, tmp_path):
     """transformers would log a report of missing weights, and doubts about the config."""
     change_weights(model, lambda t: t.pop(NAME))
     rope = {"rope_type": "linear", "factor": 0.5, "rope_theta": 1e4}
-    change_json(model / "config.json", rope_parameters=rope, use_return_dict=False)
+    change_json(model / "config.json", rope_parameters=rope)
     change_json(model / "generation_config.json", eos_token_id=10**6)
     command = [Path(sys.executable).with_name("layerskip"), "train", "--model", model]
     command += ["--data", data_file, "--output", tmp_path / "out", "--regime", "task"]

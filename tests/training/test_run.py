@@ -286,12 +286,28 @@ def test_a_plot_that_cannot_be_written_costs_no_result(settings, monkeypatch):
 
 def test_a_loss_that_is_not_finite_ends_the_run(settings):
     """The checkpoint before it may have bad weights already."""
-    message = r"at step 3; .* is \S+checkpoint-1 \(checkpoint-2 may have been bad already: remove"
+    message = r"loss is \w+ at step 3: .* is \S+checkpoint-1 \(checkpoint-2 may have been bad already: remove"
     changes = {"max_grad_norm": 0, "warmup_steps": 2, "max_steps": 50, "save_steps": 1}
     with pytest.raises(NonFiniteLossError, match=message):
         run(settings, learning_rate=1e30, **changes)
     shutil.rmtree(Path(settings["output"], "checkpoint-2"))
     assert run(settings, learning_rate=1e-3, **changes | {"max_steps": 4}, resume=True).steps == 4
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(settings, monkeypatch):
+    """At the last step, too, which is logged in any case: no loss comes after it."""
+    plain = LayerSkipTrainer.training_step
+
+    def step(self, model, *arguments, **options):
+        loss = plain(self, model, *arguments, **options)
+        if self.state.global_step == 4:
+            next(model.parameters()).grad[0, 0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(LayerSkipTrainer, "training_step", step)
+    with pytest.raises(NonFiniteLossError, match=r"norm of the gradient is nan at step 5: .*-2"):
+        run(settings, max_steps=5, log_steps=3)
+    assert not (Path(settings["output"]) / "model.safetensors").exists()
 
 
 def test_lora_is_merged_and_saved_beside(settings, model_folder):

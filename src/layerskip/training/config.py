@@ -208,7 +208,8 @@ class TrainConfig:
             raise ValueError(f"{', '.join(missing)} must be given")
         run_names = {field.name for field in fields(cls)}
         run_settings = {name: v for name, v in converted.items() if name in run_names}
-        recipe_settings = {name: v for name, v in converted.items() if name not in run_names}
+        recipe_names = {field.name for field in fields(RecipeConfig)}  # `seed` is of both
+        recipe_settings = {name: v for name, v in converted.items() if name in recipe_names}
         recipe = RecipeConfig.preset(converted.get("regime", cls.regime), **recipe_settings)
         return cls(recipe=recipe, **run_settings)
 

@@ -164,14 +164,16 @@ class LayerSkipMixin(_Trainer):  # type: ignore[misc]
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run forward and backward; raise NonFiniteLossError before the optimizer uses such a loss."""
         loss: Tensor = super().training_step(*args, **kwargs)
-        if not math.isfinite(value := loss.item()):
-            step = self.state.global_step + 1
+        self._check_finite("loss", loss.item(), self.state.global_step + 1)
+        return loss
+
+    def _check_finite(self, name: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
             raise NonFiniteLossError(
-                f"the loss is {value} at step {step}; training stopped before it was used,"
+                f"the {name} is {value} at step {step}: training stopped,"
                 f" {last_good(self.args.output_dir, step)}. A lower learning rate, warm-up"
                 " steps or bfloat16 instead of float16 may help"
             )
-        return loss
 
     def prediction_step(
         self,
@@ -220,6 +222,9 @@ class LayerSkipMixin(_Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the exits' losses, skip rates, speed and memory to a training log."""
         if "loss" in logs:
+            if not self.args.fp16:  # its scaler skips steps whose gradient overflows
+                norm = logs.get("grad_norm", 0.0)
+                self._check_finite("norm of the gradient", norm, self.state.global_step)
             for exit_layer, (loss, accuracy) in self._train_totals.take(
                 self._sum_over_processes
             ).items():
