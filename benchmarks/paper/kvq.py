@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import run
+from common import run
 from torch import Tensor
 
 from layerskip import LayerSkipModel

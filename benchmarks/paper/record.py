@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import ROOT, environment, write
+from common import ROOT, environment, write
 
 RESULTS = ROOT / "benchmarks" / "results" / "paper"
 # What does not decide what a row is, or is said in the row itself.

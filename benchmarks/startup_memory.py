@@ -1,13 +1,12 @@
-"""What only a fresh process shows: how long it takes to a first answer, and how much memory it needs.
+"""Measure start-up time and peak memory in fresh processes.
 
-    python benchmarks/fresh.py start-up --model smollm2-135m
-    LAYERSKIP_DATA=data python benchmarks/fresh.py memory --model runs/topv2 --task topv2
+    python benchmarks/startup_memory.py start-up --model smollm2-135m
+    LAYERSKIP_DATA=data python benchmarks/startup_memory.py memory --model runs/topv2 --task topv2
 
-Start-up is from the start of a process to the end of its answer, 16 tokens: with the compiled kernels in
-the cache, and with none, so that they are compiled first; and by parts, in processes that do the same
-from Python. (Files older than start-up-parts-*.json count the end of the process too.) Memory is the
-peak that is resident while prompts of a task are answered, the weights included, each way in a process
-of its own.
+Start-up is the time from the start of a process to its last output byte, for 16 tokens: with compiled
+kernels in the cache, with an empty cache (kernels are compiled first), and by part in processes that do
+the same from Python. Memory is the peak resident set while prompts of a task are decoded, weights
+included, in one process per mode.
 """
 
 import argparse
@@ -20,7 +19,7 @@ import tempfile
 import time
 from typing import Any
 
-from engine import deliver, environment_of, parsed, run
+from common import deliver, environment_of, parse, run
 
 from layerskip import LayerSkipModel
 from layerskip.bench.machine import PeakMemory
@@ -42,11 +41,11 @@ PARTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["start-up", "memory", "peak"], help="peak: for itself")
+    parser.add_argument("what", choices=["start-up", "memory", "peak"], help="peak is internal")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--task", default="topv2")
     parser.add_argument("--mode", default="plain")
-    options = parsed(parser)
+    options = parse(parser)
     if options.what == "start-up":
         result = start_up(str(resolve(options.model)), options.threads)
     elif options.what == "memory":
@@ -56,22 +55,22 @@ def main() -> None:
         print(peak(options))
         return
     model = LayerSkipModel.from_pretrained(options.model)
-    result["environment"] = environment_of("benchmarks/fresh.py", model)
+    result["environment"] = environment_of("benchmarks/startup_memory.py", model)
     deliver(result, options.output)
 
 
 def start_up(model: str, threads: int) -> dict[str, Any]:
-    """Seconds to whole answers; the first run is left out, since it reads the files from the disk."""
+    """Seconds to a complete output; the first run, which reads files from disk, is not counted."""
     command = [sys.executable, "-c", LAYERSKIP, "generate", "--model", model, "--prompt", "Hello"]
     command += ["--max-new-tokens", str(ANSWER_TOKENS), "--threads", str(threads)]
 
     def once(cache: str | None = None) -> float:
-        moved = {"XDG_CACHE_HOME": cache, "LAYERSKIP_CACHE": cache} if cache else {}
+        cache_env = {"XDG_CACHE_HOME": cache, "LAYERSKIP_CACHE": cache} if cache else {}
         begin = end = time.perf_counter()
         with subprocess.Popen(
             command,
             bufsize=0,
-            env=_environment() | moved,
+            env=_environment() | cache_env,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         ) as process:
@@ -95,7 +94,7 @@ def start_up(model: str, threads: int) -> dict[str, Any]:
 
 
 def start_parts(model: str, threads: int) -> dict[str, float]:
-    """Median seconds of each of PARTS, and of the process's end."""
+    """Median seconds of each of PARTS, and of process exit."""
     lines = ["import sys, time"]
     for statement in PARTS.values():
         lines += [statement, "print(time.time())"]
@@ -103,38 +102,38 @@ def start_parts(model: str, threads: int) -> dict[str, float]:
     runs = []
     for _ in range(RUNS):
         marks = [time.time()]
-        said = subprocess.check_output(command, env=_environment(), text=True)
-        marks += [*map(float, said.split()), time.time()]
+        printed = subprocess.check_output(command, env=_environment(), text=True)
+        marks += [*map(float, printed.split()), time.time()]
         runs.append([after - before for before, after in itertools.pairwise(marks)])
     medians = (statistics.median(seconds) for seconds in zip(*runs, strict=True))
     return dict(zip([*PARTS, "the end"], medians, strict=True))
 
 
 def _environment() -> dict[str, str]:
-    """Modules of a checkout are compiled once, as pip does it, whatever is set here."""
+    """Let Python cache bytecode, as pip does for installed packages."""
     return os.environ | {"PYTHONDONTWRITEBYTECODE": ""}
 
 
 def peaks(options: argparse.Namespace, mode: str) -> float:
-    """Median of several processes."""
+    """Median peak over several processes."""
     command = [sys.executable, __file__, "peak", "--mode", mode, "--threads", str(options.threads)]
     command += ["--model", options.model, "--task", options.task]
-    found = [subprocess.check_output(command, text=True).splitlines()[-1] for _ in range(RUNS)]
-    return statistics.median(int(line) for line in found)
+    peaks = [subprocess.check_output(command, text=True).splitlines()[-1] for _ in range(RUNS)]
+    return statistics.median(map(int, peaks))
 
 
 def peak(options: argparse.Namespace) -> int:
-    """Bytes resident at most while prompts are answered, from after loading on."""
+    """Peak resident bytes while prompts are decoded, counted after loading."""
     model = LayerSkipModel.from_pretrained(options.model)
     task = load_task(options.task, samples=PROMPTS, chat=model.has_chat_template, judged=False)
     memory = PeakMemory(model.decoder.device)
     memory.reset()
     for sample in task.samples:
         model.generate(sample.prompt, mode=options.mode, max_new_tokens=NEW_TOKENS, stop=task.stop)
-    found = memory.read()
-    if memory.scope != "row" or found is None:
-        raise SystemExit("this system does not tell the peak since a process has loaded its model")
-    return found
+    peak_bytes = memory.read()
+    if memory.scope != "row" or peak_bytes is None:
+        raise SystemExit("this system cannot reset the peak memory of a process")
+    return peak_bytes
 
 
 if __name__ == "__main__":

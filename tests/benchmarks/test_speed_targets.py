@@ -1,7 +1,7 @@
-"""The goal table of benchmarks/speed.py, from rows as `bench` writes them."""
+"""The targets of benchmarks/speed.py, from rows as `bench` writes them."""
 
 import pytest
-from speed_goals import goal_table, report
+from speed_targets import target_table, report
 
 
 def row(system, mode, tokens_per_s, *, label=None, exit_layer=None, **figures):
@@ -32,7 +32,7 @@ def part(rows, *, weights="16bit", task="topv2"):
 
 
 def by_goal(parts):
-    return {line["goal"]: line for line in goal_table(parts)}
+    return {line["goal"]: line for line in target_table(parts)}
 
 
 def test_a_trained_checkpoint_is_held_against_its_peers():
@@ -131,6 +131,6 @@ def test_the_report_has_a_line_for_each_goal_and_names_what_failed():
     }
     machine = {"command": "python speed.py", "commit": "abc", "date": "2026-11-25"}
     machine |= {"cpu": "a CPU", "threads": 2, "torch": "2.13"}
-    text = report({"environment": machine, "goals": goal_table(parts), "parts": parts}, None)
+    text = report({"environment": machine, "goals": target_table(parts), "parts": parts}, None)
     assert "| peak memory, auto / plain | memory m | at most 1.02 | 1.01 | yes |" in text
     assert "no such file" in text

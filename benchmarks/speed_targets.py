@@ -1,4 +1,4 @@
-"""Goals for speed, and how far the documents of `speed.py` reach them. Pure functions."""
+"""Define the speed targets, and compare the results of `speed.py` with them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,8 +10,7 @@ Part = Mapping[str, Any]
 
 SHARE_OF_CEILING = 0.8
 OVER_LLAMA_CPP = 1.0  # plain over plain, same precision
-AUTO_OVER_PLAIN = 2.2  # on a trained checkpoint, in 16 and 8 bits
-# Reports before 2026-11-26 had 2.2 for all tasks, those of the day after still for the built-in one.
+AUTO_OVER_PLAIN = 2.2  # trained checkpoints, unquantized and int8
 AUTO_OVER_PLAIN_IN = {"humaneval": 1.9, "mbpp": 1.9, "cnn_dm": None}
 BUILT_IN_OVER_PLAIN_IN = {**AUTO_OVER_PLAIN_IN, "topv2": 2.5}
 AUTO_OVER_LLAMA_CPP = 2.0  # over its plain decoding, and over its prompt lookup
@@ -23,14 +22,14 @@ START_UP_S = 4.0
 SUMMARIES = ("cnn_dm", "xsum")
 
 
-def goal_table(parts: Mapping[str, Part]) -> list[dict[str, Any]]:
-    """A line for each goal and case: what is `wanted`, what is `reached`, and whether that is `met`.
+def target_table(parts: Mapping[str, Part]) -> list[dict[str, Any]]:
+    """Return one entry for each target and case, with `wanted`, `reached` and `met`.
 
-    `wanted` is None for a figure that is only reported; `at_most` says that less is better. What was not
-    measured has no line.
+    `wanted` is None for a figure that is only reported; `at_most` marks upper limits. Figures that were
+    not measured have no entry.
 
     Args:
-        parts: of `speed.py`, by name; those with an `error` are passed over.
+        parts: the parts of a `speed.py` result by name; those with an `error` are skipped.
     """
     well = {name: part for name, part in parts.items() if "error" not in part}
     benches = {name: part for name, part in well.items() if "rows" in part}
@@ -55,30 +54,30 @@ def goal_table(parts: Mapping[str, Part]) -> list[dict[str, Any]]:
 
 
 def report(result: Mapping[str, Any], picture: str | None) -> str:
-    """The result in Markdown.
+    """Format a result as Markdown.
 
     Args:
-        result: what `speed.py` writes.
-        picture: the file with the curves, beside the report.
+        result: the document written by `speed.py`.
+        picture: file name of the plotted curves, beside the report.
     """
     e = result["environment"]
-    heading = ["goal", "case", "wanted", "reached", "met"]
+    heading = ["figure", "case", "target", "measured", "met"]
     lines = [[*_cells(goal)] for goal in result["goals"]]
     texts = [
         "# Speed",
         f"`{e['command']}`, commit {e['commit']}, {e['date']}; {e['cpu']}, {e['threads']} threads,"
         f" PyTorch {e['torch']}",
-        "## Goals",
+        "## Targets",
         markdown_table([heading, *lines]),
-        "The share of the ceiling counts weights alone: with long prompts, keys and values come on top.",
+        "The share of the ceiling counts weights only, not the KV cache of long prompts.",
         *([f"![Curves]({picture})"] if picture else []),
     ]
     for name, part in result["parts"].items():
         if "error" in part:
             texts += [f"## {name}", f"`{part['command']}` failed: {part['error']}"]
         elif "rows" in part:
-            said = "\n".join(f"- {phrase}" for phrase in conditions(part))
-            texts += [f"## {name}", f"`{part['command']}`", said, markdown_table(table(part))]
+            setup = "\n".join(f"- {phrase}" for phrase in conditions(part))
+            texts += [f"## {name}", f"`{part['command']}`", setup, markdown_table(table(part))]
             texts += [
                 f"{row['system']} {row['mode']}: {row['error']}"
                 for row in part["rows"]
@@ -88,7 +87,7 @@ def report(result: Mapping[str, Any], picture: str | None) -> str:
 
 
 def _auto_speedups(benches: Mapping[str, Part]) -> dict[str, float]:
-    """Of `auto` on every task, and on each kind of prompts that a task consists of."""
+    """Speedups of mode auto by task, and by category where a task has several."""
     speedups = {}
     for name, part in benches.items():
         if row := _row(part, "layerskip", "auto"):
@@ -99,7 +98,7 @@ def _auto_speedups(benches: Mapping[str, Part]) -> dict[str, float]:
 
 
 def _of_bench(part: Part) -> Iterator[tuple[str, float | None, float | None]]:
-    """Goal, wanted, reached."""
+    """Yield name, target and measured value."""
     plain, auto = (_row(part, "layerskip", mode) for mode in ("plain", "auto"))
     llama = _row(part, "llama.cpp", "plain")
     lookup = _row(part, "llama.cpp", "prompt-lookup")
@@ -110,7 +109,7 @@ def _of_bench(part: Part) -> Iterator[tuple[str, float | None, float | None]]:
     yield "plain / llama.cpp plain", OVER_LLAMA_CPP, _ratio(plain, llama)
     if not auto:
         return
-    if auto["exit_layer"] is not None:  # the checkpoint is trained to draft
+    if auto["exit_layer"] is not None:  # trained to draft by early exit
         is_built_in = part.get("model") == DEFAULT_MODEL
         goals = BUILT_IN_OVER_PLAIN_IN if is_built_in else AUTO_OVER_PLAIN_IN
         wanted = goals.get(part["task"], AUTO_OVER_PLAIN)
@@ -127,25 +126,24 @@ def _of_bench(part: Part) -> Iterator[tuple[str, float | None, float | None]]:
         yield goal, AUTO_ON_SUMMARIES, category.get("speedup")
 
 
-# Its first step gives several tokens at once, which the speed after that step leaves out.
+# The first step of transformers' early exit yields several tokens, so compare whole outputs.
 _WHOLE = "tokens_per_s_with_prompt"
 
 
 def _row(part: Part, system: str, mode: str, by: str = "tokens_per_s") -> dict[str, Any] | None:
-    """The fastest row of a system in a mode, rows of an ablation left out."""
-    found = [
+    """Return the fastest row of a system in a mode, without ablation rows."""
+    rows = [
         row
         for row in part["rows"]
-        if (row["system"], row["mode"], row["label"]) == (system, mode, None)
-        and row.get(by)  # which older files do not have
+        if (row["system"], row["mode"], row["label"]) == (system, mode, None) and row.get(by)
     ]
-    return max(found, key=lambda row: row[by], default=None)
+    return max(rows, key=lambda row: row[by], default=None)
 
 
 def _ratio(
     row: dict[str, Any] | None, other: dict[str, Any] | None, by: str = "tokens_per_s"
 ) -> float | None:
-    """Tokens a second over another's: both answered the same prompts in turns."""
+    """Ratio of tokens/s; the rows were interleaved on the same prompts."""
     return row[by] / other[by] if row and other and row.get(by) else None
 
 
