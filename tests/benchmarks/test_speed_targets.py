@@ -1,7 +1,7 @@
 """The targets of benchmarks/speed.py, from rows as `bench` writes them."""
 
 import pytest
-from speed_targets import target_table, report
+from speed_targets import report, target_table
 
 
 def row(system, mode, tokens_per_s, *, label=None, exit_layer=None, **figures):
