@@ -1,4 +1,4 @@
-"""The file of an experiment: one row a variant, written as soon as it is measured."""
+"""The result file of an experiment: one row per variant, written when it is measured."""
 
 import argparse
 import json
@@ -77,7 +77,7 @@ class Record:
             self.document = self.document if other else old
 
     def lacks(self, variant: str) -> bool:
-        """Whether a variant is still to be measured."""
+        """Return True if a variant has not been measured."""
         if self.options.again and variant not in self._fresh:
             return True
         return variant not in {row["variant"] for row in self.document["rows"]}

@@ -11,9 +11,9 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Finding:
-    """What a rule found: whether it holds, and the figures it looked at.
+    """Result of a criterion, with the figures that it compared.
 
-    `gap`: how far apart the two figures were that decided, as a share; None = that is not known.
+    `gap`: relative difference of the two deciding figures; None = unknown.
     """
 
     holds: bool
@@ -35,7 +35,7 @@ def _nearest(values: Mapping[int, Any], layer: float) -> int:
 
 
 def lower_in_the_middle(some: Sequence[Row], others: Sequence[Row]) -> Finding:
-    """Whether all exits from L/4 to 3L/4 have a lower perplexity."""
+    """Check that all exits from L/4 to 3L/4 have a lower perplexity."""
     ours, theirs = perplexities(some), perplexities(others)
     layers = max(ours)
     middle = [e for e in ours if layers / 4 <= e <= 3 * layers / 4]
@@ -68,7 +68,7 @@ def both_parts(both: Row, dropout: Row, loss: Row) -> Finding:
 
 
 def best(rows: Sequence[Row], at_least: float) -> Finding:
-    """Whether self-speculative decoding gets so fast at some (E, d)."""
+    """Check that self-speculative decoding reaches a speedup at some (E, d)."""
     row = max(rows, key=_speedup)
     low, high = row["speedup_interval"] or (0.0, 0.0)
     figures = (
