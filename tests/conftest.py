@@ -8,7 +8,7 @@ from hypothesis import settings
 
 import tiny_checkpoint
 from layerskip import LayerSkipModel
-from layerskip.decoding import draft_costs
+from layerskip.decoding import controller
 from layerskip.model import native, pull
 from layerskip.model.step_timing import PassCosts
 
@@ -76,4 +76,4 @@ def no_draft_depends_on_the_machine(request, monkeypatch):
             compiled = decoder.kernels == "compiled"
             return PassCosts((1.0, 1.03) if compiled else pytorch[decoder.weights])
 
-        monkeypatch.setattr(draft_costs, "pass_costs", costs)
+        monkeypatch.setattr(controller, "pass_costs", costs)

@@ -102,7 +102,7 @@ def test_only_longrope_has_turns_of_its_own_for_long_contexts():
         a = dataclasses.replace(tiny, ropes=(rope,) * tiny.n_layers)
         own = rotary.Rotary(a, torch.device("cpu"))
         short, longer = own.table(0, 64), own.table(0, 128)
-        assert torch.equal(own.turns(0, torch.arange(64)[None], 128)[0, :, 0], longer[:64])
+        assert torch.equal(own.freqs_cis(0, torch.arange(64)[None], 128)[0, :, 0], longer[:64])
         assert torch.equal(short, longer[:64]) != is_longer
         assert rope.alike([64, 128]) != is_longer
 
@@ -123,7 +123,7 @@ def test_turns_equal_transformers_far_beyond_the_original_context(case):
     # At position 131,071 one float32 rounding of the angle is 0.008.
     tolerance = {"rtol": 0.0, "atol": 2e-2}
     for layer, rope in enumerate(a.ropes):
-        turns = own.turns(own.kinds[layer], positions, capacity=131_072)
+        turns = own.freqs_cis(own.kinds[layer], positions, capacity=131_072)
         turned, still = turns.split([a.n_heads + a.n_kv_heads, a.n_kv_heads], dim=2)
         pairs = 0
         if rope is not None:

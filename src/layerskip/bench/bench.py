@@ -10,9 +10,9 @@ from typing import Any
 from layerskip.bench.baselines import BASELINES, start_baselines
 from layerskip.bench.machine import environment_of, read_bandwidth
 from layerskip.bench.measure import Entry, Setting, System, measure
+from layerskip.bench.quality import Sample
 from layerskip.bench.rows import row
 from layerskip.bench.systems import BENCH_MODES, LayerSkipSystem, settings_of
-from layerskip.bench.quality import Sample
 from layerskip.bench.tasks import Task
 from layerskip.decoding import LayerSkipModel, Plan, Sampling
 from layerskip.decoding.policy import choose

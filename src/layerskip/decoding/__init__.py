@@ -1,28 +1,33 @@
-"""Decoding: plain, by early exit, and self-speculative."""
+"""Decoding: plain, by early exit, and self-speculative. Read `reference.py` first."""
 
-from layerskip.decoding.answer import Answer, Piece
-from layerskip.decoding.exit_states import iter_exit_hidden_states
-from layerskip.decoding.generate import generate
-from layerskip.decoding.generation import Generation
+from layerskip.decoding.config import DRAFT_SOURCES, MODES, DecodingConfig
+from layerskip.decoding.drafters import Candidate, Draft, Drafter, register_drafter
+from layerskip.decoding.generate import Step, generate, iter_exit_hidden_states
 from layerskip.decoding.language_model import LayerSkipModel
-from layerskip.decoding.policy import DRAFT_SOURCES, MODES, Plan
-from layerskip.decoding.prefix import Prefix
+from layerskip.decoding.prefix_cache import PrefixCache
 from layerskip.decoding.prompt import PromptError
 from layerskip.decoding.sampling import Sampling
-from layerskip.decoding.step import Step
+from layerskip.decoding.streaming import Answer, Generation, Piece
+
+Prefix = PrefixCache  # its name until 0.1
 
 __all__ = [
     "DRAFT_SOURCES",
     "MODES",
     "Answer",
+    "Candidate",
+    "DecodingConfig",
+    "Draft",
+    "Drafter",
     "Generation",
     "LayerSkipModel",
     "Piece",
-    "Plan",
     "Prefix",
+    "PrefixCache",
     "PromptError",
     "Sampling",
     "Step",
     "generate",
     "iter_exit_hidden_states",
+    "register_drafter",
 ]

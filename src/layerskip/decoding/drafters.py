@@ -1,251 +1,487 @@
-"""Where drafts come from."""
+"""Sources of drafts. Each proposes tokens and knows neither the others nor what its tokens cost.
 
+The early exit is the paper's drafter (section 4.3). N-grams of prompt and answer (prompt lookup) and a
+retrieval datastore (REST, arXiv 2311.08252) run no layer. A further drafter is one class with the
+methods of `Drafter` and one call of `register_drafter`.
+"""
+
+import copy
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from layerskip.decoding.draft_length import DraftLength
-from layerskip.decoding.drawn_from import DrawnFrom
-from layerskip.decoding.sampling import Sampling, TokenHistory
-from layerskip.decoding.short_head import ReducedHead
-from layerskip.decoding.step import Step
-from layerskip.model import Decoder, Distributions, Draws, GoesOn, KVCache, most_likely, read_draft
+from layerskip.decoding.datastore import MAX_MATCH, MIN_MATCH, Datastore
+from layerskip.decoding.sampling import Sampler
+from layerskip.model import Decoder, KVCache, argmax
+
+# Probability that the token after a match of 2, 3, ... tokens follows again, before any is verified.
+_NGRAM_CONFIDENCE = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+_SHARE_POWER = 1.5  # a share of 6 in 10 in one text is one of about 5 in 10 in another
+_MAX_POSITIONS = 32  # compared for one proposal: some pairs stand everywhere
 
 
 @dataclasses.dataclass(frozen=True)
-class Draft:
-    """Proposed tokens, and what verification needs to know of how they came about.
+class Candidate:
+    """Tokens proposed to follow a draft.
 
     Attributes:
-        tokens: [B, d] int64.
-        drawn_from: the distributions that they were drawn from; None if greedy or d = 0.
-        states: [B, d + 1, D], the hidden states that enter layer `start` at the position before each
-            drafted token and at the last drafted token: what verification starts from.
-        start: how many layers have seen these positions: E where the early exit drafted, else 0.
-        source: the drafter that was asked.
-        from_exit: how many of the tokens an early exit drafted; n-grams may follow them.
-        refused: how many more it drafted, which were left out as unsure.
+        tokens: [B, n] int64; n = 0 where there is no proposal.
+        confidences: n numbers from 0 to 1, the drafter's own guess that each is accepted if all before
+            it are. With sampling they may depend on q, but not on the token sampled from it, or the
+            tokens that a controller keeps would not be distributed as q.
+        probs: n distributions q [B, V] that the tokens were sampled from; None for point masses.
     """
 
     tokens: Tensor
-    drawn_from: DrawnFrom | None
-    states: Tensor
-    start: int
-    source: str
-    from_exit: int = 0
-    refused: int = 0
+    confidences: Sequence[float]
+    probs: Sequence[Tensor] | None = None
 
-    def step(self, row: Sequence[int]) -> Step:
-        """The step of a row: its d drafted tokens, the model's own, and how many drafted ones stand."""
-        *drafted, own, count = row
-        more = (tuple(drafted[count:]), self.from_exit, self.refused)
-        return Step((*drafted[:count], own), len(drafted), count, self.source, *more)
+    def __len__(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens of the first row."""
+        return [int(token) for token in self.tokens[0].tolist()]
+
+
+class Draft:
+    """The tokens drafted in one round, and how far the first layers have run over them.
+
+    Args:
+        last: [B, 1], the newest committed tokens, which no layer has seen yet.
+        cache: the KV cache; `hidden_states` sets its lengths back.
+        context: all committed tokens of prompt and answer, of one row.
+
+    Attributes:
+        parts: the drafted tokens, in tensors [B, n].
+        token_ids: those of the first row, as far as `extend` was told to read them.
+        sources: name of the drafter of each token.
+        confidences: see `Candidate`.
+        probs: see `Candidate`; None for a point mass.
+        states: hidden states [B, n, D] that left layer E, in order.
+        pending: tokens [B, n] that the first layers have not seen, in order.
+        discarded: number of proposed tokens that were left out for too little confidence.
+    """
+
+    def __init__(self, last: Tensor, cache: KVCache, context: Sequence[int] = ()) -> None:
+        self.last, self.cache, self.context = last, cache, context
+        self.parts: list[Tensor] = []
+        self.token_ids: list[int] = []
+        self.sources: list[str] = []
+        self.confidences: list[float] = []
+        self.probs: list[Tensor | None] = []
+        self.states: list[Tensor] = []
+        self.pending: list[Tensor] = [last]
+        self.discarded = 0
+        self._committed = cache.lengths.clone()
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    @property
+    def tokens(self) -> Tensor:
+        """The drafted tokens, [B, d]."""
+        return torch.cat(self.parts, dim=1) if self.parts else self.last[:, :0]
+
+    def extend(self, candidate: Candidate, n: int, source: str) -> None:
+        """Append the first n tokens of a candidate."""
+        tokens = candidate.tokens[:, :n]
+        self.parts.append(tokens)
+        self.pending.append(tokens)
+        self.sources += [source] * n
+        self.confidences += candidate.confidences[:n]
+        self.probs += [None] * n if candidate.probs is None else candidate.probs[:n]
+
+    def take_pending(self) -> Tensor:
+        """Return the tokens that the first layers have not seen [B, n]; they are about to."""
+        tokens = self.pending[0] if len(self.pending) == 1 else torch.cat(self.pending, dim=1)
+        self.pending = []
+        return tokens
+
+    def add_states(self, hidden: Tensor) -> None:
+        """Note hidden states [B, n, D] that left layer E, whose keys and values are in the cache."""
+        self.states.append(hidden)
+        self.cache.lengths += hidden.shape[1]
+
+    def hidden_states(self, decoder: Decoder, exit_layer: int | None) -> tuple[Tensor, int]:
+        """Return what verification starts from, and set the cache back to the committed tokens.
+
+        Returns:
+            The hidden states [B, d + 1, D] of `last` and of each drafted token, and the number of
+            layers that have run on them: E where the early exit drafted, else 0.
+        """
+        if not self.states or exit_layer is None:
+            self.cache.lengths.copy_(self._committed)
+            return decoder.embed(self.take_pending()), 0
+        if self.pending:  # the last drafted tokens
+            hidden = decoder.embed(self.take_pending())
+            self.states.append(decoder.run(hidden, 0, exit_layer, self.cache))
+        self.cache.lengths.copy_(self._committed)
+        return torch.cat(self.states, dim=1), exit_layer
+
+    def all_probs(self, vocab_size: int) -> Tensor | None:
+        """Return the distributions q [B, d, V], one-hot for point masses; None where all are."""
+        if all(q is None for q in self.probs):
+            return None
+        rows = []
+        for i, q in enumerate(self.probs):
+            if q is None:
+                token = self.tokens[:, i : i + 1]
+                q = torch.zeros(len(token), vocab_size, dtype=torch.float32, device=token.device)
+                q.scatter_(1, token, 1.0)
+            rows.append(q)
+        return torch.stack(rows, dim=1)
 
 
 class Drafter(Protocol):
-    """Proposes tokens."""
+    """Proposes tokens.
 
-    def settle(self, tokens: Sequence[int], accepted: int) -> None:
-        """Learn what the answer has become, and how many of the last drafts it has.
+    Attributes:
+        name: as in `draft_from` and in results.
+        num_layers: layers that a proposal runs for each token, E or 0.
+        head_share: share of the head's rows that it multiplies with.
+    """
 
-        Called with every token once, before the next draft.
-        """
+    name: str
+    num_layers: int
+    head_share: float
 
-    def draft(
-        self,
-        last: Tensor,
-        n: int,
-        cache: KVCache,
-        history: TokenHistory | None,
-        generator: torch.Generator | None,
-    ) -> Draft | None:
-        """Draft up to n tokens after `last`; None where no layer has run and nothing is drafted.
+    def propose(self, draft: Draft, max_tokens: int) -> Candidate:
+        """Propose up to `max_tokens` tokens that follow a draft.
 
-        Args:
-            last: [B, 1], the newest settled token, which no layer has seen yet.
-            n: how many tokens to draft at most.
-            cache: its lengths are left as they are.
-            history: for the repetition penalty, or None.
-            generator: source of randomness for sampling.
+        A drafter with layers proposes one at a time, since each costs a pass.
         """
         ...
 
+    def update(self, tokens: Sequence[int]) -> None:
+        """Learn the tokens that were committed; called once for each, before the next proposal."""
+        ...
 
-# Drafted tokens, and how many more there may be -> what a text has for these places, and whether the
-# draft ends with it; [] where the exit should go on.
-Follow = Callable[[list[int], int], tuple[list[int], bool]]
 
-
-class EarlyExitDrafter:
-    """Drafts with the first E layers and an exit (section 4.3 of the paper).
+class EarlyExit:
+    """Drafts with the first E layers and the shared exit (section 4.3 of the paper).
 
     Args:
         decoder: the model.
         exit_layer: E.
-        sampling: of the answer.
-        head: the exit, if it is not the decoder's own.
-        length: decides how far to draft; None = as far as is asked for. For one row only.
-        end_tokens: where a draft that decides its own length ends; there is nothing behind them.
+        sampler: of the generation; the draft is sampled as the answer is.
+        head: a reduced-vocabulary head; None = the whole one.
+        with_confidence: compute the confidence of greedy tokens, for an adaptive controller.
     """
 
-    source = "early-exit"
+    name = "early-exit"
 
     def __init__(
         self,
         decoder: Decoder,
         exit_layer: int,
-        sampling: Sampling,
-        head: ReducedHead | None = None,
-        length: DraftLength | None = None,
-        end_tokens: Collection[int] = (),
+        sampler: Sampler,
+        head: "ReducedHead | None" = None,
+        *,
+        with_confidence: bool = False,
     ) -> None:
-        self.decoder, self.exit_layer, self.sampling = decoder, exit_layer, sampling
-        self.head, self.length, self.end_tokens = head, length, end_tokens
-        self._refused: list[int] = []  # the token that was left out of the last draft, if one was
+        self.num_layers, self.head_share = exit_layer, 1.0 if head is None else head.share
+        self._decoder, self._sampler, self._head = decoder, sampler, head
+        self._exit = decoder if head is None else head.decoder
+        self._with_confidence = with_confidence
 
-    def settle(self, tokens: Sequence[int], accepted: int) -> None:
-        """The cache has the tokens; how many were right teaches how far to draft."""
-        if self.length is None:
-            return
-        # A sampled token says little of whether another one would have been accepted.
-        shown = self._refused and self.sampling.greedy and accepted == self.length.drafted
-        self.length.learn(accepted, tokens[accepted] in self._refused if shown else None)
+    def update(self, tokens: Sequence[int]) -> None:
+        """Do nothing: the cache has the tokens."""
 
-    def draft(
-        self,
-        last: Tensor,
-        n: int,
-        cache: KVCache,
-        history: TokenHistory | None,
-        generator: torch.Generator | None,
-        follow: Follow | None = None,
-    ) -> Draft | None:
-        """See `Drafter`; the first E layers see the last drafted token too.
-
-        `follow` tells what a text has for the places behind the tokens so far: it goes through the first
-        E layers at once, together with the token before it. None = there is no text, as for a draft that
-        does not choose its length.
-        """
-        length, self._refused = self.length, []
-        if (length is not None and not length.begins(n)) or not n:
-            return None
-        ids, text, from_text, is_over = list[int](), list[int](), 0, False
-
-        def goes_on(token: int, confidence: float) -> bool:
-            nonlocal text, is_over
-            assert length is not None
-            if not length.keeps(confidence):
-                self._refused.append(token)
-                return False
-            ids.append(token)
-            if token in self.end_tokens:
-                return False
-            if follow is not None and len(ids) < n:
-                text, is_over = follow(ids, n - len(ids))
-            return not text and not length.ends
-
-        asked = None if length is None else goes_on
-        settled = cache.lengths.clone()
-        states, tokens, drawn = list[Tensor](), [last[:, :0]], list[tuple[Distributions, Tensor]]()
-        newest = last  # what the first layers have not seen: a token, and what a text has behind it
-        if follow is not None:
-            text, is_over = follow(ids, n)
-        while True:
-            if text:
-                tokens.append(last.new_tensor([text] * len(last)))
-                newest = torch.cat([newest, tokens[-1]], dim=1)
-                ids, text, from_text = [*ids, *text], [], from_text + len(text)
-                assert length is not None
-                is_over = is_over or len(ids) == n or ids[-1] in self.end_tokens or length.ends
-            if is_over:
-                break
-            found, chosen, q = self._chosen(
-                newest, tokens, n - len(ids), cache, history, generator, asked
+    def propose(self, draft: Draft, max_tokens: int) -> Candidate:
+        """See `Drafter`."""
+        tokens, sampler = draft.take_pending(), self._sampler
+        if sampler.greedy and sampler.history is None:
+            hidden, chosen, confidence = self._exit.greedy_step(
+                tokens, self.num_layers, draft.cache, with_confidence=self._with_confidence
             )
-            states.append(found)
-            tokens.append(chosen[:, :-1] if self._refused else chosen)
-            drawn += q[:-1] if self._refused else q
-            newest = chosen[:, -1:]
-            if not text:
-                break
-        if not self._refused:
-            states.append(self._run(newest, cache))
-        cache.lengths.copy_(settled)
-        drafted = torch.cat(tokens, dim=1)
-        return Draft(
-            tokens=drafted,
-            drawn_from=self._drawn_from(drafted, drawn) if drawn else None,
-            states=torch.cat(states, dim=1),
-            start=self.exit_layer,
-            source=self.source,
-            from_exit=drafted.shape[1] - from_text,
-            refused=len(self._refused),
-        )
+            draft.add_states(hidden)
+            return Candidate(self._token_ids(chosen), [confidence])
+        hidden = self._decoder.run(self._decoder.embed(tokens), 0, self.num_layers, draft.cache)
+        draft.add_states(hidden)
+        logits = self._exit.logits(hidden[:, -1:])
+        if sampler.history is not None:
+            seen = sampler.history.before(draft.tokens)[:, -1:]
+            logits = sampler.sampling.penalize(
+                logits, seen if self._head is None else seen[..., self._head.token_ids]
+            )
+        if sampler.greedy:
+            confidence = (
+                float(logits.float().softmax(dim=-1).amax()) if self._with_confidence else 1.0
+            )
+            return Candidate(self._token_ids(argmax(logits)), [confidence])
+        # Drafts are verified, so that where the exit has overflowed any distribution is right.
+        probs = sampler.sampling.probabilities(logits)[:, 0].nan_to_num(1.0)
+        chosen = sampler.sample(probs)[:, None]
+        confidence = float(probs.amax()) if self._with_confidence else 1.0
+        q = probs if self._head is None else self._head.scatter(probs)
+        return Candidate(self._token_ids(chosen), [confidence], [q])
 
-    def _run(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        return self.decoder.run(self.decoder.embed(tokens), 0, self.exit_layer, cache)
+    def _token_ids(self, chosen: Tensor) -> Tensor:
+        return chosen if self._head is None else self._head.token_ids[chosen]
 
-    def _chosen(
-        self,
-        newest: Tensor,
-        before: Sequence[Tensor],
-        n: int,
-        cache: KVCache,
-        history: TokenHistory | None,
-        generator: torch.Generator | None,
-        goes_on: GoesOn | None,
-    ) -> tuple[Tensor, Tensor, list[tuple[Distributions, Tensor]]]:
-        """Up to n times the first E layers over the newest tokens, and what the exit makes of the last.
+
+class NgramIndex:
+    """Positions of each pair of tokens in a text that grows.
+
+    Most steps of an answer match nothing, and a step of a small model is short: one look-up tells that
+    there is no match of any length.
+
+    Attributes:
+        tokens: the text so far.
+    """
+
+    def __init__(self, tokens: Sequence[int] = ()) -> None:
+        self.tokens: list[int] = []
+        # The position after the last occurrence of a pair that something follows. The newest pair is
+        # left out, since it would match itself.
+        self._newest: dict[tuple[int, int], int] = {}
+        # For each position, the one after the previous occurrence of the same pair; 0 = none.
+        self._previous = [0] * MIN_MATCH
+        self.extend(tokens)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append tokens."""
+        self.tokens += tokens
+        text, newest, previous = self.tokens, self._newest, self._previous
+        for end in range(len(previous), len(text)):
+            pair = text[end - 2], text[end - 1]
+            previous.append(newest.get(pair, 0))
+            newest[pair] = end
+
+    def propose(self, limit: int, drafted: Sequence[int] = ()) -> tuple[int, list[int]]:
+        """Return the length of the longest match of the last tokens, and what followed it.
+
+        Of equally long matches the newest counts, among the last `_MAX_POSITIONS` of the last pair.
 
         Args:
-            newest: [B, T], what those layers have not seen.
-            before: the draft so far, in parts [B, k].
-            n: see `Drafter`, as the next three.
-            cache: its lengths are moved on.
-            history: without the draft.
-            generator: of what is drawn.
-            goes_on: see `Decoder.draft`.
-
-        Returns:
-            The states [B, T - 1 + m, D], the tokens [B, m], and what each was drawn from and which of
-            the exit's tokens it is [B, 1] (none if greedy).
+            limit: maximum number of tokens. What followed may reach the end of the text before; then
+                the text is periodic, and so is the proposal.
+            drafted: tokens behind the text.
         """
-        decoder, head, sampling = self.decoder, self.head, self.sampling
-        short = None if head is None else head.short
-        draws = sampling.draws(generator)
-        if history is None and (sampling.greedy or draws is not None):
-            ids = None if head is None else head.token_ids
-            found = decoder.draft(newest, n, self.exit_layer, cache, short, ids, goes_on, draws)
-            return *found, [] if draws is None else draws.drawn
-        draws = Draws(sampling.temperature, generator)
-        states, tokens = list[Tensor](), [newest]
-        seen = None if history is None else history.before(torch.cat([*before], dim=1))[:, -1:]
-        for _ in range(n):
-            states.append(decoder.run(decoder.embed(tokens[-1]), 0, self.exit_layer, cache))
-            cache.lengths += tokens[-1].shape[1]
-            state = states[-1][:, -1:]
-            known = seen if seen is None or head is None else seen[..., head.token_ids]
-            exit_ = short or decoder
-            if sampling.greedy:
-                logits = sampling.penalize(exit_.logits(state), known)
-                chosen = most_likely(logits)
-                p = Distributions(logits if goes_on is None else logits.float().softmax(dim=-1))
-            else:
-                # A draft that has overflowed is refused: any q will do.
-                p = sampling.distributions(exit_, state, known).or_any()
-                chosen = draws.next(p, newest)
-            tokens.append(chosen if head is None else head.token_ids[chosen])
-            if seen is not None:
-                seen.scatter_(2, tokens[-1][..., None], True)
-            # Whether a token counts as drafted may depend on the distribution, but not on what was drawn
-            # from it, or tokens that are kept would not be distributed as q.
-            if goes_on is not None and not goes_on(*read_draft(tokens[-1], p.highest(0))):
+        text = self.tokens
+        tail = [*text[-MAX_MATCH:], *drafted][-MAX_MATCH:]
+        start = self._newest.get((tail[-2], tail[-1]), 0) if len(tail) >= MIN_MATCH else 0
+        best_length = best_start = 0
+        for _ in range(_MAX_POSITIONS):
+            if not start or best_length == len(tail):
                 break
-        return torch.cat(states, dim=1), torch.cat(tokens, dim=1)[:, newest.shape[1] :], draws.drawn
+            length = MIN_MATCH
+            while length < min(len(tail), start) and text[start - length - 1] == tail[-length - 1]:
+                length += 1
+            if length > best_length:
+                best_length, best_start = length, start
+            start = self._previous[start]
+        if not best_length:
+            return 0, []
+        following = [*text[best_start : best_start + limit], *drafted]
+        return best_length, [following[i % len(following)] for i in range(limit)]
 
-    def _drawn_from(self, tokens: Tensor, drawn: list[tuple[Distributions, Tensor]]) -> DrawnFrom:
-        exits, chosen = zip(*drawn, strict=True)
-        return DrawnFrom(tokens, self.decoder.architecture.vocab_size, exits, chosen, self.head)
+
+class _Lookup:
+    """What drafters have in common that look tokens up: proposals end at an end token.
+
+    Args:
+        eos_token_ids: nothing is drafted beyond them.
+    """
+
+    num_layers, head_share = 0, 0.0
+
+    def __init__(self, eos_token_ids: Collection[int] = ()) -> None:
+        self._eos_token_ids = eos_token_ids
+
+    def _candidate(self, draft: Draft, tokens: list[int], confidences: list[float]) -> Candidate:
+        ends = (i for i, token in enumerate(tokens, 1) if token in self._eos_token_ids)
+        n = next(ends, len(tokens))
+        return Candidate(draft.last.new_tensor([tokens[:n]], dtype=torch.int64), confidences[:n])
+
+
+class Ngram(_Lookup):
+    """Proposes what followed the last tokens where they stood before, in prompt or answer.
+
+    Args:
+        prompt: its tokens.
+        eos_token_ids: nothing is drafted beyond them.
+    """
+
+    name = "n-gram"
+
+    def __init__(self, prompt: Sequence[int], eos_token_ids: Collection[int] = ()) -> None:
+        super().__init__(eos_token_ids)
+        self.index = NgramIndex(prompt)
+
+    def update(self, tokens: Sequence[int]) -> None:
+        """See `Drafter`: the answer is searched too."""
+        self.index.extend(tokens)
+
+    def propose(self, draft: Draft, max_tokens: int) -> Candidate:
+        """See `Drafter`."""
+        match, tokens = self.index.propose(max_tokens, draft.token_ids)
+        longest = len(_NGRAM_CONFIDENCE) - 1
+        confidences = [
+            _NGRAM_CONFIDENCE[min(match - MIN_MATCH + i, longest)] for i in range(len(tokens))
+        ]
+        return self._candidate(draft, tokens, confidences)
+
+
+class DatastoreLookup(_Lookup):
+    """Proposes what most often followed the last tokens in a datastore of texts like the answers."""
+
+    name = "datastore"
+
+    def __init__(self, datastore: Datastore, eos_token_ids: Collection[int] = ()) -> None:
+        super().__init__(eos_token_ids)
+        self._datastore = datastore
+
+    def update(self, tokens: Sequence[int]) -> None:
+        """Do nothing: the datastore does not grow."""
+
+    def propose(self, draft: Draft, max_tokens: int) -> Candidate:
+        """See `Drafter`."""
+        tail = [*draft.context[-MAX_MATCH:], *draft.token_ids]
+        tokens, shares = self._datastore.propose(tail, max_tokens)
+        return self._candidate(draft, tokens, [share**_SHARE_POWER for share in shares])
+
+
+class ReducedHead:
+    """The shared exit with the rows of some tokens alone (FR-Spec, arXiv 2502.14856).
+
+    On a small model the head costs as much as many layers. Only drafts use it; verification uses the
+    whole vocabulary. Tokens outside have probability 0 in q, which is what acceptance sees.
+
+    Args:
+        decoder: whose final norm and head these are.
+        token_ids: the tokens kept, in any order; repeated ones count once.
+
+    Attributes:
+        token_ids: [n] int64, the token of each logit.
+        decoder: the decoder with this head, whose logits are [B, T, n].
+    """
+
+    def __init__(self, decoder: Decoder, token_ids: Iterable[int]) -> None:
+        kept = frozenset(token_ids)
+        self._kept: tuple[frozenset[int], ...] = (kept,)
+        self.token_ids = torch.tensor(sorted(kept), device=decoder.device)
+        self._vocab_size = decoder.architecture.vocab_size
+        self.decoder = decoder.with_reduced_head(self.token_ids)
+
+    @classmethod
+    def of(
+        cls, decoder: Decoder, token_ids: tuple[int, ...] | None, prompt: Iterable[int]
+    ) -> "ReducedHead | None":
+        """Return the head for a list of tokens and those of a prompt; None without a list.
+
+        The list's part is made once for each decoder (the last `_MAX_HEADS` of them).
+        """
+        if token_ids is None:
+            return None
+        heads = _HEADS.get(decoder, ())
+        head = next((h for ids, h in heads if ids is token_ids or ids == token_ids), None)
+        if head is None:
+            head = cls(decoder, token_ids)
+            _HEADS[decoder] = ((token_ids, head), *heads)[:_MAX_HEADS]
+        return head.extend(decoder, prompt)
+
+    def extend(self, decoder: Decoder, token_ids: Iterable[int]) -> "ReducedHead":
+        """Return a head with more tokens, whose rows alone are new: a second, small product.
+
+        Args:
+            decoder: the whole one, which this head was made from.
+            token_ids: those that are in it already add nothing.
+        """
+        new = frozenset(token_ids).difference(*self._kept)
+        if not new:
+            return self
+        more, both = ReducedHead(decoder, new), copy.copy(self)
+        both._kept = (*self._kept, new)
+        both.token_ids = torch.cat([self.token_ids, more.token_ids])
+        both.decoder = self.decoder.concat_heads(more.decoder)
+        return both
+
+    @property
+    def share(self) -> float:
+        """The number of its tokens over the vocabulary's."""
+        return len(self.token_ids) / self._vocab_size
+
+    def scatter(self, probabilities: Tensor) -> Tensor:
+        """Spread probabilities of the tokens kept [..., n] over all tokens [..., V]."""
+        whole = probabilities.new_zeros(*probabilities.shape[:-1], self._vocab_size)
+        whole[..., self.token_ids] = probabilities
+        return whole
+
+
+# Answers of one model share the heads of its last few draft vocabularies.
+_HEADS: "weakref.WeakKeyDictionary[Decoder, tuple[tuple[tuple[int, ...], ReducedHead], ...]]" = (
+    weakref.WeakKeyDictionary()
+)
+_MAX_HEADS = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrafterInputs:
+    """What a drafter of one generation can be made from.
+
+    Attributes:
+        decoder: the model.
+        sampler: of the generation.
+        prompts: token ids of each row.
+        exit_layer: E, or None.
+        head: a reduced-vocabulary head, or None.
+        datastore: token ids or a table's file, or None.
+        eos_token_ids: tokens that end the answer.
+        adaptive: whether a controller asks for confidences.
+    """
+
+    decoder: Decoder
+    sampler: Sampler
+    prompts: Sequence[Sequence[int]]
+    exit_layer: int | None = None
+    head: ReducedHead | None = None
+    datastore: Path | tuple[int, ...] | None = None
+    eos_token_ids: Collection[int] = ()
+    adaptive: bool = False
+
+
+DRAFTERS: dict[str, Callable[[DrafterInputs], list[Drafter]]] = {}
+
+
+def register_drafter(name: str, make: Callable[[DrafterInputs], list[Drafter]]) -> None:
+    """Add a source of drafts: `draft_from=name` (or "name+early-exit", ...) uses what `make` returns."""
+    DRAFTERS[name] = make
+
+
+def make_drafters(sources: Sequence[str], inputs: DrafterInputs) -> list[Drafter]:
+    """Return the drafters of some sources, in their order."""
+    return [drafter for source in sources for drafter in DRAFTERS[source](inputs)]
+
+
+def _early_exit(inputs: DrafterInputs) -> list[Drafter]:
+    assert inputs.exit_layer is not None
+    return [
+        EarlyExit(
+            inputs.decoder,
+            inputs.exit_layer,
+            inputs.sampler,
+            inputs.head,
+            with_confidence=inputs.adaptive,
+        )
+    ]
+
+
+def _ngram(inputs: DrafterInputs) -> list[Drafter]:
+    (prompt,) = inputs.prompts
+    drafters: list[Drafter] = [Ngram(prompt, inputs.eos_token_ids)]
+    datastore = Datastore.of(inputs.datastore, inputs.decoder.architecture.vocab_size)
+    if datastore is not None:
+        drafters.append(DatastoreLookup(datastore, inputs.eos_token_ids))
+    return drafters
+
+
+register_drafter("early-exit", _early_exit)
+register_drafter("n-gram", _ngram)

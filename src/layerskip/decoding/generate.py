@@ -1,4 +1,7 @@
-"""The step loop: plain, early exit, and self-speculative decoding of one prompt."""
+"""The decoding loop: plain, early exit and self-speculative decoding of one prompt.
+
+`speculate` is one round of the paper's section 4.3; `reference.py` has the same without a cache.
+"""
 
 import contextlib
 import dataclasses
@@ -8,90 +11,252 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from layerskip.decoding.accept import accept, accept_greedy
-from layerskip.decoding.draft_costs import ContextCosts, DraftCosts
-from layerskip.decoding.draft_length import DraftLength, NgramLength
-from layerskip.decoding.draft_text import Datastore
-from layerskip.decoding.drafters import Drafter, EarlyExitDrafter
-from layerskip.decoding.ngram import NgramDrafter
-from layerskip.decoding.pace import Pace
-from layerskip.decoding.policy import Plan
-from layerskip.decoding.prefix import Prefix
+from layerskip.decoding.accept import accept_greedy, accept_sampled
+from layerskip.decoding.config import DecodingConfig
+from layerskip.decoding.controller import (
+    ContextCosts,
+    Controller,
+    DraftController,
+    FixedController,
+)
+from layerskip.decoding.drafters import (
+    Draft,
+    Drafter,
+    DrafterInputs,
+    ReducedHead,
+    make_drafters,
+)
+from layerskip.decoding.prefix_cache import PrefixCache
 from layerskip.decoding.prompt import check_prompt
-from layerskip.decoding.sampling import Sampling, TokenHistory, next_token, seeded_generator
-from layerskip.decoding.short_head import ReducedHead
-from layerskip.decoding.step import Ending, Step
-from layerskip.model import NON_FINITE_MESSAGE, Decoder, KVCache
+from layerskip.decoding.sampling import Sampler
+from layerskip.model import NON_FINITE_MESSAGE, Decoder, KVCache, StepCosts
 
 _T = TypeVar("_T")
 
 PREFILL_CHUNK = 512  # positions a pass: bounds the memory of scores and masks for long prompts
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The tokens that one pass or round added to an answer.
+
+    Attributes:
+        tokens: at least one; the first `accepted` of them were drafted.
+        drafted: number of drafted tokens, as far as the answer goes.
+        accepted: number of leading drafted tokens that the model agreed with.
+        sources: the drafter of each drafted token.
+        rejected: the other drafted tokens: the one that the model corrected, and those after it.
+        discarded: number of further tokens that the early exit proposed with too little confidence.
+    """
+
+    tokens: tuple[int, ...]
+    drafted: int = 0
+    accepted: int = 0
+    sources: tuple[str, ...] = ()
+    rejected: tuple[int, ...] = ()
+    discarded: int = 0
+
+    @property
+    def source(self) -> str:
+        """The drafter of the first drafted token, or "model" where nothing was drafted."""
+        if self.sources:
+            return self.sources[0]
+        return "early-exit" if self.discarded else "model"
+
+    @property
+    def from_exit(self) -> int:
+        """Number of tokens that the early exit drafted, wherever the answer ends."""
+        return self.sources.count("early-exit")
+
+    def first(self, n: int) -> "Step":
+        """Return the step cut to its first n tokens, where the answer ends inside it.
+
+        Drafted tokens beyond the end count neither as accepted nor as rejected.
+        """
+        if n >= len(self.tokens):
+            return self
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[:n],
+            drafted=min(self.drafted, n),
+            accepted=min(self.accepted, n),
+            rejected=(),
+        )
+
+
+@dataclasses.dataclass
+class StoppingCriteria:
+    """The end of one answer, and how far away it is.
+
+    Attributes:
+        max_new_tokens: limit that `max_new_tokens` and the context allow.
+        capacity: positions of prompt and answer that the layers see at most.
+        eos_token_ids: tokens that end it.
+        remaining: number of new tokens that it may still have.
+        finished: True once it has ended.
+    """
+
+    max_new_tokens: int
+    capacity: int
+    eos_token_ids: Collection[int]
+    remaining: int
+    finished: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        decoder: Decoder,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        eos_token_ids: Collection[int] = (),
+    ) -> "StoppingCriteria":
+        """Return the criteria of a prompt's answer."""
+        # The last new token is never run through the model, so it needs no position.
+        limit = min(max_new_tokens, decoder.architecture.max_context - len(prompt) + 1)
+        return cls(limit, len(prompt) + limit - 1, eos_token_ids, remaining=limit)
+
+    def truncate(self, step: Step) -> Step:
+        """Return as much of the next step as belongs to the answer."""
+        ends = (i for i, token in enumerate(step.tokens, 1) if token in self.eos_token_ids)
+        kept = step.first(min(next(ends, self.max_new_tokens), self.remaining))
+        self.remaining -= len(kept.tokens)
+        is_end = kept.tokens[-1] in self.eos_token_ids or self.remaining == 0
+        self.finished = self.finished or is_end
+        return kept
+
+
 def generate(
     decoder: Decoder,
     prompt: Sequence[int],
+    config: DecodingConfig,
     *,
-    plan: Plan,
-    sampling: Sampling,
-    max_new_tokens: int,
-    end_tokens: Collection[int] = (),
-    seed: int | None = None,
-    prefix: Prefix | None = None,
+    eos_token_ids: Collection[int] = (),
+    measured: StepCosts | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> Generator[Step]:
     """Continue a prompt, step by step, until an end token, `max_new_tokens` or the context's end.
 
-    The first step comes from the prompt's own pass. An end token is the last token yielded. What the
-    prompt shares with the text that `prefix` keeps is not computed again.
+    The first step comes from the prompt's own pass. An end token is the last token yielded.
+
+    Args:
+        decoder: the model.
+        prompt: token ids.
+        config: resolved (see `DecodingConfig.resolve`).
+        eos_token_ids: tokens that end the answer.
+        measured: costs that `layerskip tune` has measured, for adaptive drafts.
+        prefix_cache: what it shares with the prompt is not computed again.
 
     Raises:
-        PromptError: the prompt is empty, longer than the context, or has an id that is no token.
-        ValueError: max_new_tokens is below 1.
+        PromptError: the prompt is empty, longer than the context, or has an id outside the vocabulary.
     """
     check_prompt(decoder, prompt)
-    ending = Ending.of(decoder, prompt, max_new_tokens, end_tokens)
-    return _until_the_end(decoder, prompt, plan, sampling, ending, seed, prefix)
+    criteria = StoppingCriteria.of(decoder, prompt, config.max_new_tokens, eos_token_ids)
+    return _until_the_end(decoder, prompt, config, criteria, measured, prefix_cache)
 
 
 @torch.inference_mode()
 def _until_the_end(
     decoder: Decoder,
     prompt: Sequence[int],
-    plan: Plan,
-    sampling: Sampling,
-    ending: Ending,
-    seed: int | None,
-    prefix: Prefix | None,
+    config: DecodingConfig,
+    criteria: StoppingCriteria,
+    measured: StepCosts | None,
+    prefix_cache: PrefixCache | None,
 ) -> Generator[Step]:
-    n_layers = plan.final_exit(len(decoder.layers))
-    if prefix is None:
-        cache = decoder.new_cache(ending.capacity)
+    n_layers = config.num_layers_to_run(len(decoder.layers))
+    if prefix_cache is None:
+        cache = decoder.new_cache(criteria.capacity)
     else:
-        cache = prefix.cache_for(decoder, prompt, ending.capacity, n_layers, ending)
-    ids = torch.tensor([list(prompt)], device=decoder.device)
-    size = decoder.architecture.vocab_size
-    history = TokenHistory(ids, size) if sampling.repetition_penalty != 1.0 else None
-    generator = None if sampling.greedy else seeded_generator(decoder.device, seed)
-    session = _Session(decoder, n_layers, plan, sampling, ending, ids, cache, history, generator)
-    known = list(prompt)
+        cache = prefix_cache.cache_for(decoder, prompt, criteria.capacity, n_layers, criteria)
+    context = list(prompt)
+    steps = _steps(decoder, context, config, criteria, measured, cache)
     try:
-        for step in outside_autocast(decoder.device, session.steps()):
-            known += step.tokens
-            if prefix is not None:
-                prefix.keep(decoder, cache, known, n_layers, ending)
-            yield ending.cut(step)
-            if ending.reached:
+        for step in outside_autocast(decoder.device, steps):
+            if prefix_cache is not None:
+                prefix_cache.keep(decoder, cache, context, n_layers, criteria)
+            yield criteria.truncate(step)
+            if criteria.finished:
                 return
-            if prefix is not None:
-                prefix.resume(ending)
+            if prefix_cache is not None:
+                prefix_cache.resume(criteria)
     except BaseException as error:
-        if prefix is not None:  # after a failure there may be no numbers behind what is settled
-            prefix.leave(ending, keeps=not isinstance(error, Exception))
+        if prefix_cache is not None:  # after a failure the cache may hold anything
+            prefix_cache.leave(criteria, keeps=not isinstance(error, Exception))
         raise
 
 
+def _steps(
+    decoder: Decoder,
+    context: list[int],
+    config: DecodingConfig,
+    criteria: StoppingCriteria,
+    measured: StepCosts | None,
+    cache: KVCache,
+) -> Iterator[Step]:
+    """Yield steps without end; `context` has the prompt, and grows by their tokens."""
+    prompt = torch.tensor([context], device=decoder.device)
+    size = decoder.architecture.vocab_size
+    sampler = Sampler(config, decoder.device, config.seed, prompt, size)
+    n_layers = config.num_layers_to_run(len(decoder.layers))
+    drafters: list[Drafter] = []
+    controller: Controller | None = None
+    if config.mode == "self-speculative":
+        drafters, controller = _drafting(decoder, context, config, criteria, measured, sampler)
+    last = prefill(decoder, prompt, n_layers, cache, sampler)
+    step = Step((int(last),))
+    while True:
+        context += step.tokens
+        for drafter in drafters:
+            drafter.update(step.tokens)
+        yield step
+        if controller is None:
+            last = plain_step(decoder, last, n_layers, cache, sampler)
+            step = Step((int(last),))
+        else:
+            assert config.draft_tokens is not None
+            draft = Draft(last, cache, context)
+            n = min(config.draft_tokens, criteria.remaining - 1)
+            last, (step,) = speculate(decoder, controller, draft, n, sampler, config.exit_layer)
+
+
+def _drafting(
+    decoder: Decoder,
+    prompt: Sequence[int],
+    config: DecodingConfig,
+    criteria: StoppingCriteria,
+    measured: StepCosts | None,
+    sampler: Sampler,
+) -> tuple[list[Drafter], Controller]:
+    """Return the drafters of a config, and the controller that chooses among them."""
+    ends = criteria.eos_token_ids
+    head = ReducedHead.of(decoder, _ids(config.draft_vocabulary), prompt)
+    assert not isinstance(config.datastore, str)
+    inputs = DrafterInputs(
+        decoder=decoder,
+        sampler=sampler,
+        prompts=[prompt],
+        exit_layer=config.exit_layer,
+        head=head,
+        datastore=config.datastore,
+        eos_token_ids=ends,
+        adaptive=bool(config.adaptive),
+    )
+    drafters = make_drafters(config.draft_sources, inputs)
+    if not config.adaptive:
+        return drafters, FixedController(drafters)
+    share = 1.0 if head is None else head.share
+    costs = ContextCosts(decoder, config.exit_layer, share, measured)
+    controller = DraftController(drafters, costs, greedy=sampler.greedy, eos_token_ids=ends)
+    return drafters, controller
+
+
+def _ids(draft_vocabulary: int | tuple[int, ...] | None) -> tuple[int, ...] | None:
+    assert not isinstance(draft_vocabulary, int)  # `resolve` has made tokens of it
+    return draft_vocabulary
+
+
 def outside_autocast(device: torch.device, steps: Iterator[_T]) -> Iterator[_T]:
-    """The same steps, computed in the model's own dtype where the caller's autocast takes another."""
+    """Compute steps in the model's own dtype where the caller's autocast takes another."""
     while True:
         is_on = torch.is_autocast_enabled(device.type)
         with torch.autocast(device.type, enabled=False) if is_on else contextlib.nullcontext():
@@ -101,161 +266,142 @@ def outside_autocast(device: torch.device, steps: Iterator[_T]) -> Iterator[_T]:
         yield step
 
 
-def plain_step(
-    decoder: Decoder,
-    last: Tensor,
-    n_layers: int,
-    cache: KVCache,
-    sampling: Sampling,
-    generator: torch.Generator | None,
-    history: TokenHistory | None = None,
+def prefill(
+    decoder: Decoder, prompt: Tensor, n_layers: int, cache: KVCache, sampler: Sampler
 ) -> Tensor:
-    """Plain decoding: the newest tokens [B, 1] through the first n layers, and those after them.
+    """Run a prompt [1, n] through layers [0, n_layers) and choose the token after it, [1, 1].
 
-    The cache's lengths and a history are moved on, as by `speculate`.
+    The cache may hold the beginning of the prompt; the last token is always left.
     """
-    draws = sampling.draws(generator)
-    if history is None and (sampling.greedy or draws is not None):
-        following = decoder.step(last, n_layers, cache, draws)
+    for chunk in prompt[:, int(cache.lengths) :].split(PREFILL_CHUNK, dim=1):
+        hidden = decoder.run(decoder.embed(chunk), 0, n_layers, cache)
+        cache.lengths += chunk.shape[1]
+    check_finite(hidden[:, -1:])
+    token = sampler.next_tokens(decoder, hidden[:, -1:])
+    sampler.commit(token)
+    return token
+
+
+def plain_step(
+    decoder: Decoder, last: Tensor, n_layers: int, cache: KVCache, sampler: Sampler
+) -> Tensor:
+    """Run the newest tokens [B, 1] through layers [0, n_layers) and choose the next ones, [B, 1]."""
+    if sampler.greedy and sampler.history is None:
+        _, following, _ = decoder.greedy_step(last, n_layers, cache)
     else:
         hidden = decoder.run(decoder.embed(last), 0, n_layers, cache)
-        seen = None if history is None else history.before(last[:, :0])
-        following = next_token(decoder, hidden, sampling, generator, seen)
+        following = sampler.next_tokens(decoder, hidden)
     cache.lengths += 1
-    if history is not None:
-        history.extend(following)
+    sampler.commit(following)
     return following
 
 
 def speculate(
     decoder: Decoder,
-    drafter: Drafter,
-    last: Tensor,
-    n: int,
-    cache: KVCache,
-    sampling: Sampling,
-    generator: torch.Generator | None,
-    history: TokenHistory | None = None,
+    controller: Controller,
+    draft: Draft,
+    max_tokens: int,
+    sampler: Sampler,
+    exit_layer: int | None,
 ) -> tuple[Tensor, list[Step]]:
-    """One round: draft with layers [0, E), verify with [E, L), keep the agreeing prefix (section 4.3).
+    """Decode one round of self-speculative decoding (section 4.3 of the paper).
 
     Args:
         decoder: the model.
-        drafter: proposes up to n tokens after `last`.
-        last: [B, 1], each row's newest settled token, which no layer has seen yet.
-        n: how many tokens to draft at most.
-        cache: its lengths are moved on by what each row keeps.
-        sampling: of the answers.
-        generator: source of randomness for sampling.
-        history: for the repetition penalty, of one row, which is moved on too; or None.
+        controller: fills the draft.
+        draft: empty, behind the newest committed tokens; its cache moves on by what each row keeps.
+        max_tokens: number of tokens to draft at most.
+        sampler: of the generation.
+        exit_layer: E; None without an early exit.
 
     Returns:
-        The model's own token after what is kept [B, 1], and the step of each row.
+        The model's own tokens after what is accepted [B, 1], and the step of each row.
     """
-    draft = drafter.draft(last, n, cache, history, generator)
-    if draft is None:  # as most rounds are where little can be drafted
-        following = plain_step(
-            decoder, last, len(decoder.layers), cache, sampling, generator, history
-        )
-        return following, [Step((token,)) for token in following[:, 0].tolist()]
-    drafted, q = draft.tokens, draft.drawn_from
-    if sampling.greedy and history is None:
-        accepted, own = accept_greedy(drafted, decoder.verify(draft.states, draft.start, cache))
-        following = own[:, None]
+    cache, n_layers = draft.cache, len(decoder.layers)
+
+    # 1. Draft: as many tokens as the controller thinks worth their cost.
+    controller.fill(draft, max_tokens)
+    tokens = draft.tokens
+    if not len(draft) and not draft.states:
+        following = plain_step(decoder, draft.last, n_layers, cache, sampler)
+        steps = [Step((token,)) for token in following[:, 0].tolist()]
+        controller.update(draft, [step.tokens for step in steps], [0] * len(steps))
+        return following, steps
+
+    # 2. Verify: the remaining layers over all d + 1 positions, in one pass.
+    hidden, start = draft.hidden_states(decoder, exit_layer)
+    hidden = decoder.run(hidden, start, n_layers, cache)
+
+    # 3. Accept: the longest prefix that agrees with the model, and the model's own token.
+    if sampler.greedy:
+        target = sampler.target_tokens(decoder, hidden, tokens)
+        accepted, next_tokens = accept_greedy(tokens, target)
     else:
-        hidden = decoder.run(draft.states, draft.start, len(decoder.layers), cache)
-        seen = None if history is None else history.before(drafted)
-        accepted, following = accept(drafted, q, decoder, hidden, sampling, generator, seen)
-    # One synchronisation with the device a round.
-    rows: list[list[int]] = torch.cat([drafted, following, accepted[:, None]], dim=1).tolist()
-    cache.lengths += torch.tensor([row[-1] for row in rows], device="cpu") + 1
-    if history is not None:  # by tokens that are on the device already
-        history.extend(torch.cat([drafted[:, : rows[0][-1]], following], dim=1))
-    return following, [draft.step(row) for row in rows]
+        q = draft.all_probs(decoder.architecture.vocab_size)
+        p = sampler.target_probs(decoder, hidden, tokens)
+        accepted, next_tokens = accept_sampled(tokens, q, p, sampler.generator)
+    following = next_tokens[:, None]
+
+    # 4. Roll back the cache: its lengths move on by what each row keeps.
+    # One synchronization with the device a round.
+    rows: list[list[int]] = torch.cat([tokens, following, accepted[:, None]], dim=1).tolist()
+    counts = [row[-1] for row in rows]
+    cache.lengths += torch.tensor(counts, device="cpu") + 1
+    sampler.commit(torch.cat([tokens[:, : counts[0]], following], dim=1))
+    steps = [_step(draft, row[:-2], row[-2], row[-1]) for row in rows]
+    controller.update(draft, [step.tokens for step in steps], counts)
+    return following, steps
 
 
-def check_numbers(hidden: Tensor) -> None:
-    """Raise ValueError where a prompt's last states are no numbers: nothing after them would be."""
+def _step(draft: Draft, drafted: list[int], following: int, accepted: int) -> Step:
+    return Step(
+        tokens=(*drafted[:accepted], following),
+        drafted=len(drafted),
+        accepted=accepted,
+        sources=tuple(draft.sources),
+        rejected=tuple(drafted[accepted:]),
+        discarded=draft.discarded,
+    )
+
+
+@torch.inference_mode()
+def iter_exit_hidden_states(
+    decoder: Decoder, tokens: Tensor, exits: Collection[int], capacity: int | None = None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Run tokens through the layers once and yield the hidden states at some exits.
+
+    `decoder.logits(hidden)` gives the early exit's logits: row t predicts token t + 1.
+    Apply it to parts of long texts; logits of all positions at once are large.
+
+    Args:
+        decoder: the model.
+        tokens: [B, T]. Rows may be padded on the right: no position sees those after it.
+        exits: layers run, each 0 (the embedding) to L.
+        capacity: of the cache, T or more, which some rotary embeddings go by; None = T.
+
+    Yields:
+        The first position, the exit, and the hidden states [B, t, D] of t positions there, before the
+        final norm; for each piece of the positions all exits in ascending order.
+
+    Raises:
+        ValueError: an id that is no token.
+    """
+    b, t = tokens.shape
+    size = decoder.architecture.vocab_size
+    if t and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
+        raise ValueError(f"a token id is outside the vocabulary (0 to {size - 1})")
+    cache = decoder.new_cache(max(t, capacity or t), b)
+    exit_layers = sorted(set(exits))
+    for first in range(0, t, PREFILL_CHUNK):
+        chunk = tokens[:, first : first + PREFILL_CHUNK]
+        hidden, start = decoder.embed(chunk), 0
+        for e in exit_layers:
+            hidden, start = decoder.run(hidden, start, e, cache), e
+            yield first, e, hidden
+        cache.lengths += chunk.shape[1]
+
+
+def check_finite(hidden: Tensor) -> None:
+    """Raise ValueError where hidden states of a prompt are NaN or infinite."""
     if not bool(torch.isfinite(hidden).all()):
         raise ValueError(NON_FINITE_MESSAGE)
-
-
-@dataclasses.dataclass
-class _Session:
-    """The state of one generation: one cache, one history, one source of randomness."""
-
-    decoder: Decoder
-    n_layers: int  # that a token goes through before it is settled
-    plan: Plan
-    sampling: Sampling
-    ending: Ending  # nothing is drafted beyond it
-    prompt: Tensor  # [1, n]
-    cache: KVCache
-    history: TokenHistory | None
-    generator: torch.Generator | None
-    lengths: list[DraftLength | NgramLength] = dataclasses.field(default_factory=list)
-
-    def steps(self) -> Iterator[Step]:
-        """Yield steps without end; each has to go through `Ending.cut` before the next one.
-
-        Those of early exit are plain steps of fewer layers.
-        """
-        decoder, plan = self.decoder, self.plan
-        how = (self.cache, self.sampling, self.generator, self.history)
-        drafter, costs = None, None
-        if plan.mode == "self-speculative":
-            prompt = self.prompt[0].tolist()
-            head = ReducedHead.of(decoder, plan.draft_vocabulary, prompt)
-            if plan.adaptive:
-                costs = ContextCosts(decoder, plan.exit_layer, head, plan.costs)
-            now = None if costs is None else costs.over([len(prompt)])
-            drafter = self._drafter(prompt, head, now)
-        last = self._prefill()
-        step = Step((int(last),))
-        while True:
-            if drafter is not None:
-                drafter.settle(step.tokens, step.accepted)
-            yield step
-            if drafter is None:
-                last = plain_step(decoder, last, self.n_layers, *how)
-                step = Step((int(last),))
-            else:
-                assert plan.draft_tokens is not None
-                if costs is not None and (now := costs.grown(self.cache.lengths.tolist())):
-                    for length in self.lengths:
-                        length.costs = now
-                n = min(plan.draft_tokens, self.ending.room - 1)
-                last, (step,) = speculate(decoder, drafter, last, n, *how)
-
-    def _drafter(
-        self, prompt: list[int], head: ReducedHead | None, costs: DraftCosts | None
-    ) -> Drafter:
-        """What drafts; with costs it chooses how far."""
-        plan, decoder, pace, early_exit = self.plan, self.decoder, Pace(), None
-        if plan.draft_from != "n-gram":
-            assert plan.exit_layer is not None
-            length = None if costs is None else DraftLength(costs, pace, plan.trained)
-            self.lengths += [] if length is None else [length]
-            early_exit = EarlyExitDrafter(
-                decoder, plan.exit_layer, self.sampling, head, length, self.ending.end_tokens
-            )
-            if plan.draft_from == "early-exit":
-                return early_exit
-        ngrams = None if costs is None else NgramLength(costs, pace)
-        self.lengths += [] if ngrams is None else [ngrams]
-        vocab_size, ends = decoder.architecture.vocab_size, self.ending.end_tokens
-        text = Datastore.of(plan.draft_text, vocab_size)
-        return NgramDrafter(decoder, self.sampling, prompt, early_exit, ngrams, ends, text)
-
-    def _prefill(self) -> Tensor:
-        """Run the prompt through the layers and choose the token after it, [1, 1]."""
-        left = self.prompt[:, int(self.cache.lengths) :]  # the cache may hold its beginning
-        for chunk in left.split(PREFILL_CHUNK, dim=1):
-            hidden = self.decoder.run(self.decoder.embed(chunk), 0, self.n_layers, self.cache)
-            self.cache.lengths += chunk.shape[1]
-        check_numbers(hidden[:, -1:])
-        seen = None if self.history is None else self.history.before(self.prompt[:, :0])
-        token = next_token(self.decoder, hidden[:, -1:], self.sampling, self.generator, seen)
-        if self.history is not None:
-            self.history.extend(token)
-        return token

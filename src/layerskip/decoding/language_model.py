@@ -1,9 +1,8 @@
-"""`LayerSkipModel`: a checkpoint that answers."""
+"""`LayerSkipModel`: a checkpoint that answers prompts."""
 
 import contextlib
 import copy
 import dataclasses
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,15 +10,18 @@ from typing import Any, overload
 
 import torch
 
-from layerskip.decoding.answer import Answer
-from layerskip.decoding.arguments import integer, number, optional, takes_options_of
-from layerskip.decoding.batch import Batch, alike, can_batch, grouped
-from layerskip.decoding.draft_costs import time_rows
-from layerskip.decoding.draft_text import Datastore
-from layerskip.decoding.generation import Generation
+from layerskip.decoding.batch import (
+    Batch,
+    batch_config,
+    can_batch,
+    grouped,
+    same_rotary_embedding,
+)
+from layerskip.decoding.config import DecodingConfig
+from layerskip.decoding.controller import time_passes
+from layerskip.decoding.datastore import Datastore
 from layerskip.decoding.placement import device_of, dtype_of, prepared
-from layerskip.decoding.policy import choose, for_batch
-from layerskip.decoding.prefix import Prefix
+from layerskip.decoding.prefix_cache import PrefixCache
 from layerskip.decoding.prompt import (
     Prompt,
     Tokenized,
@@ -29,7 +31,8 @@ from layerskip.decoding.prompt import (
     named,
     tokenize,
 )
-from layerskip.decoding.sampling import Sampling, nth_seed
+from layerskip.decoding.sampling import nth_seed
+from layerskip.decoding.streaming import Answer, Generation
 from layerskip.model import Checkpoint, CheckpointSettings, Decoder, load, resolve
 from layerskip.model.checkpoint import with_defaults
 from layerskip.model.native import build as threads
@@ -50,7 +53,7 @@ class LayerSkipModel:
         self.decoder: Decoder = checkpoint.decoder
         self.tokenizer: Any = checkpoint.tokenizer
         self.settings = checkpoint.settings
-        self._last_text: tuple[str, tuple[int, ...]] = ("", ())
+        self._last_datastore: tuple[str, tuple[int, ...]] = ("", ())
         if self.decoder.device.type == "cpu":
             threads.disable_threads_after_fork()
 
@@ -99,7 +102,7 @@ class LayerSkipModel:
         return cls(dataclasses.replace(checkpoint, settings=settings))
 
     def with_settings(self, settings: CheckpointSettings) -> "LayerSkipModel":
-        """The same model decoding by other settings; nothing is copied."""
+        """Return the same model with other settings; nothing is copied."""
         other = copy.copy(self)
         other.settings = settings
         return other
@@ -114,125 +117,97 @@ class LayerSkipModel:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether messages can be prompts."""
+        """True where messages can be prompts."""
         return self.tokenizer is not None and bool(self.tokenizer.chat_template)
+
+    def resolve(self, config: DecodingConfig | None = None, **overrides: Any) -> DecodingConfig:
+        """Fill in the options that a config leaves open, for this model.
+
+        Args:
+            config: see `DecodingConfig`.
+            overrides: options that replace those of the config.
+
+        Raises:
+            ValueError: an option is unknown, out of range, or does not fit this model.
+        """
+        config = DecodingConfig.from_options(config, overrides)
+        config = dataclasses.replace(config, datastore=self._datastore(config.datastore))
+        return config.resolve(
+            self.settings,
+            len(self.decoder.layers),
+            vocab_size=self.decoder.architecture.vocab_size,
+            eos_token_ids=self.end_tokens,
+        )
 
     def answer(
         self,
         prompt: Prompt | Tokenized,
+        config: DecodingConfig | None = None,
         *,
-        mode: str = "auto",
-        exit_layer: int | None = None,
-        draft_tokens: int | None = None,
-        draft_from: str | None = None,
-        adaptive: bool | None = None,
-        draft_vocabulary: int | Sequence[int] | None = None,
-        draft_text: str | Path | Sequence[int] | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-        prefix: Prefix | None = None,
+        prefix: PrefixCache | None = None,
+        **overrides: Any,
     ) -> Answer:
         """Begin an answer that is computed while it is iterated over.
 
         Args:
             prompt: one prompt, as for `generate`, or one whose tokens are known.
-            mode: "auto", "plain", "early-exit" or "self-speculative" (see `policy.choose`).
-            exit_layer: E, how many layers have run when the model exits, 1 ... L.
-            draft_tokens: d, how many tokens are drafted in a round, 0 or more; the most where drafts are
-                adaptive.
-            draft_from: "early-exit", "n-gram" (what followed the last tokens where they stood before in
-                prompt or answer), or "both". None: in auto what the checkpoint is good for, else the
-                early exit.
-            adaptive: end drafts where they are not worth their cost (see `Plan`). None: in auto alone.
-            draft_vocabulary: the tokens that the early exit may draft, beside the prompt's and end
-                tokens, or how many: then the first of the checkpoint's list or, where it has none, of
-                the vocabulary, which byte-pair encodings sort by frequency. 0: all. None: in auto the
-                checkpoint's list, else all. Fewer make a cheaper draft, never another answer.
-            draft_text: a text that is like the answers, its token ids, or a file that `Datastore.save`
-                has written, which is searched for n-grams beside prompt and answer; "" or (): none.
-                None: in auto the checkpoint's, else none.
-            max_new_tokens: 1 or more.
-            temperature: 0 is greedy. This and the next four: see `Sampling`.
-            top_k: see `Sampling`.
-            top_p: see `Sampling`.
-            min_p: see `Sampling`.
-            repetition_penalty: see `Sampling`.
-            seed: makes sampling repeatable, in auto on one machine; each prompt of a list draws apart.
-            stop: texts, or names of special tokens, that end the answer; they are not part of it.
-            ignore_eos: go on after an end token.
-            prefix: keeps what the next prompt may share with this text, and has what this one shares
-                with the last; one for each conversation.
+            config: see `DecodingConfig`; None = the defaults.
+            prefix: keeps the keys and values that the next prompt may share with this text, and uses
+                those that this one shares with the last; one for each conversation.
+            overrides: options that replace those of the config.
 
         Raises:
             ValueError: the prompt or an option cannot be used; the message says why.
         """
-        sampling = Sampling(
-            temperature=number("temperature", temperature),
-            top_k=optional(integer, "top_k", top_k),
-            top_p=optional(number, "top_p", top_p),
-            min_p=optional(number, "min_p", min_p),
-            repetition_penalty=number("repetition_penalty", repetition_penalty),
-        )
-        max_new_tokens, seed = integer("max_new_tokens", max_new_tokens), nth_seed(seed)
-        asked = self._tokenized(prompt)
-        plan = choose(
-            mode,
-            optional(integer, "exit_layer", exit_layer),
-            optional(integer, "draft_tokens", draft_tokens),
-            draft_from,
-            adaptive,
-            self._draft_vocabulary(draft_vocabulary),
-            self._draft_text(draft_text),
-            settings=self.settings,
-            n_layers=len(self.decoder.layers),
-        )
-        left_open = mode == "auto" and draft_from is None and not (adaptive or draft_text)
-        if plan.adaptive and (plan.costs is None or len(asked.together) > 1):
-            time_rows(self.decoder)  # before the answer's clock starts
-        if len(asked.together) > 1 and left_open and repetition_penalty == 1.0:
-            plan = for_batch(plan, self.decoder, self.settings, asked.together)
+        asked = DecodingConfig.from_options(config, overrides)
+        plan = self.resolve(asked)
+        tokenized = self._tokenized(prompt)
+        together = tokenized.together
+        measured = self.settings.measured
+        if plan.adaptive and (measured is None or len(together) > 1):
+            time_passes(self.decoder)  # before the answer's clock starts
+        is_open = asked.mode == "auto" and asked.draft_from is None
+        is_open = is_open and not (asked.adaptive or asked.datastore)
+        if len(together) > 1 and is_open and plan.repetition_penalty == 1.0:
+            plan = batch_config(plan, self.decoder, measured, together)
         return Answer(
-            self,
-            asked.ids,
+            self.decoder,
+            self.tokenizer,
+            tokenized.ids,
             plan,
-            sampling,
-            max_new_tokens=max_new_tokens,
-            stop=[stop] if isinstance(stop, str) else stop or (),
-            ignore_eos=ignore_eos,
-            seed=seed,
-            continues=asked.continues,
-            prefix=prefix,
+            eos_token_ids=self.end_tokens,
+            measured=measured,
+            continues=tokenized.continues,
+            prefix_cache=prefix,
         )
-
-    @overload
-    def generate(self, prompt: Prompt, **options: Any) -> Generation: ...
 
     @overload
     def generate(
-        self, prompt: Sequence[str] | Sequence[Sequence[int]], **options: Any
+        self, prompt: Prompt, config: DecodingConfig | None = None, **overrides: Any
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[str] | Sequence[Sequence[int]],
+        config: DecodingConfig | None = None,
+        **overrides: Any,
     ) -> list[Generation]: ...
 
-    @takes_options_of(answer)
-    def generate(self, prompt: Any, **options: Any) -> Any:
+    def generate(self, prompt: Any, config: DecodingConfig | None = None, **overrides: Any) -> Any:
         """Answer a prompt, or a list of prompts together.
 
-        A list is decoded in batches (see `batch.grouped`), whose rows end one by one; in float32
-        each greedy answer is that of its prompt alone. What looks at one text (repetition penalty,
-        drafts from n-grams) is answered one after the other; where mode auto may choose, drafts come
-        from the early exit alone, or it is plain.
+        A list is decoded in batches (see `batch.grouped`), whose rows end one by one; in float32 each
+        greedy answer is that of its prompt alone. What looks at one text (repetition penalty, drafts
+        from n-grams) is answered one after the other; where mode auto may choose, drafts come from the
+        early exit alone, or decoding is plain.
 
         Args:
             prompt: a text (tokenized as it stands), a list of token ids, a list of chat messages
                 (dicts with role and content; the chat template is applied), a dict of `messages`,
                 `tools` and `chat_template_kwargs`, or a list of those.
-            options: see `answer`.
+            config: see `DecodingConfig`; None = the defaults.
+            overrides: options that replace those of the config, and `prefix` (see `answer`).
 
         Returns:
             A `Generation`, or a list of them for a list of prompts.
@@ -241,35 +216,49 @@ class LayerSkipModel:
             ValueError: the prompt or an option cannot be used; the message says why.
         """
         if not is_batch(prompt):
-            return self.answer(prompt, **options).complete()
-        if options.get("prefix") is not None:
+            return self.answer(prompt, config, **overrides).complete()
+        if overrides.pop("prefix", None) is not None:
             raise ValueError("a prefix is for one prompt after another, not for a list of them")
-        seed = options.pop("seed", None)
-        asked, answers = list[Tokenized](), list[Answer]()
+        config = DecodingConfig.from_options(config, overrides)
+        tokenized = list[Tokenized]()
         for i, one in enumerate(prompt, 1):
             with named(i):
-                asked.append(self._tokenized(one))
-                check_prompt(self.decoder, asked[-1].ids)
-        groups = grouped([len(one.ids) for one in asked])
-        together = {i: tuple(len(asked[j].ids) for j in group) for group in groups for i in group}
-        for i, one in enumerate(asked):
-            row = dataclasses.replace(one, together=together[i])
-            answers.append(self.answer(row, seed=nth_seed(seed, i), **options))
+                tokenized.append(self._tokenized(one))
+                check_prompt(self.decoder, tokenized[-1].ids)
+        groups = grouped([len(one.ids) for one in tokenized])
+        together = {
+            i: tuple(len(tokenized[j].ids) for j in group) for group in groups for i in group
+        }
+        answers = [
+            self.answer(
+                dataclasses.replace(one, together=together[i]),
+                config,
+                seed=nth_seed(config.seed, i),
+            )
+            for i, one in enumerate(tokenized)
+        ]
         for group in groups:
             self._complete([answers[i] for i in group])
         return [answer.generation for answer in answers]
 
     def _complete(self, answers: Sequence[Answer]) -> None:
-        """Compute some answers, as one batch where that can be."""
-        first, prompts = answers[0], [answer.prompt for answer in answers]
-        longest = first.loop_options["max_new_tokens"]
-        if not can_batch(first.plan, first.sampling) or not alike(self.decoder, prompts, longest):
+        """Compute some answers, as one batch where that is possible."""
+        config, prompts = answers[0].config, [answer.prompt for answer in answers]
+        if not can_batch(config) or not same_rotary_embedding(
+            self.decoder, prompts, config.max_new_tokens
+        ):
             for answer in answers:
                 answer.complete()
             return
         for answer in answers:
             answer.begin()
-        batch = Batch(self.decoder, prompts, **first.loop_options)
+        batch = Batch(
+            self.decoder,
+            prompts,
+            config,
+            eos_token_ids=answers[0].eos_token_ids,
+            measured=self.settings.measured,
+        )
         for row, step in batch.steps():
             answers[row].take(step)
             if answers[row].stopped:
@@ -277,53 +266,39 @@ class LayerSkipModel:
         for answer in answers:
             answer.finish()
 
-    @takes_options_of(answer)
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
-        """Yield the answer's text piece by piece; options as for `answer`."""
+    def stream(
+        self, prompt: Prompt, config: DecodingConfig | None = None, **overrides: Any
+    ) -> Iterator[str]:
+        """Yield the answer's text piece by piece; arguments as for `answer`."""
         if self.tokenizer is None:
             raise ValueError("streaming text needs a tokenizer, and this checkpoint has none")
-        return _texts(self.answer(prompt, **options))
+        return _texts(self.answer(prompt, config, **overrides))
 
-    def _draft_vocabulary(self, wanted: Any) -> tuple[int, ...] | None:
-        """Token ids; () = all, None = left open."""
-        if wanted is None:
-            return None
-        size = self.decoder.architecture.vocab_size
-        try:
-            ids = [operator.index(token) for token in wanted]
-        except TypeError:
-            n = integer("draft_vocabulary", wanted)
-            if not n:
-                return ()
-            ids = list((self.settings.draft_vocabulary or range(size))[: max(n, 0)])
-        if not ids or min(ids) < 0 or max(ids) >= size:
-            raise ValueError(f"the draft vocabulary has to be 1 or more tokens, of 0 to {size - 1}")
-        return tuple(sorted({*ids, *(token for token in self.end_tokens if token < size)}))
-
-    def _draft_text(
-        self, wanted: str | Path | Sequence[int] | None
+    def _datastore(
+        self, datastore: str | Path | tuple[int, ...] | None
     ) -> Path | tuple[int, ...] | None:
-        """A file, or token ids; () = no text, None = left open."""
+        """Return a table's file, or token ids of a text; () = none, None = open."""
         size = self.decoder.architecture.vocab_size
-        if isinstance(wanted, Path):
-            Datastore.of(wanted, size)  # says what is wrong with it
-            return wanted
-        if not wanted:
-            return None if wanted is None else ()
-        if isinstance(wanted, str) and self.tokenizer is not None:
-            known = self._last_text
-            if known[0] != wanted:  # a text may be long, and prompts many
-                encoded = encode(wanted, self.tokenizer, add_special_tokens=False)
-                known = self._last_text = wanted, tuple(encoded)
-            ids = known[1]
-        else:
-            ids = tuple(self.tokenize(wanted))
-        if ids and not 0 <= min(ids) <= max(ids) < size:
-            raise ValueError(f"a draft text has to be a text, or token ids of 0 to {size - 1}")
-        return ids
+        if datastore is None or isinstance(datastore, Path):
+            if datastore is not None:
+                Datastore.of(datastore, size)  # reports what is wrong with it
+            return datastore
+        if isinstance(datastore, str):
+            text, ids = self._last_datastore
+            if text != datastore:  # a text may be long, and prompts many
+                if self.tokenizer is None:
+                    raise ValueError(
+                        "this checkpoint has no tokenizer; give the datastore as token ids"
+                    )
+                ids = tuple(encode(datastore, self.tokenizer, add_special_tokens=False))
+                self._last_datastore = datastore, ids
+            datastore = ids
+        if datastore and not 0 <= min(datastore) <= max(datastore) < size:
+            raise ValueError(f"a datastore has to be a text, or token ids of 0 to {size - 1}")
+        return datastore
 
     def tokenize(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; see `prompt.tokenize`."""
+        """Return the token ids of a prompt; see `prompt.tokenize`."""
         return tokenize(prompt, self.tokenizer)
 
     def _tokenized(self, prompt: Prompt | Tokenized) -> Tokenized:

@@ -1,4 +1,4 @@
-"""Logits to probabilities: the one definition that plain decoding, drafting and verification share.
+"""Logits to probabilities to tokens: one definition for plain decoding, drafting and verification.
 
 The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p.
 """
@@ -11,62 +11,64 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from layerskip.decoding.arguments import integer
-from layerskip.model import Decoder, Distributions, Draws, most_likely, pick, shares
+from layerskip.model import NON_FINITE_MESSAGE, Decoder, argmax
+from layerskip.options import check_options, integer, option
 
-_Numbers = npt.NDArray[Any]
+_Array = npt.NDArray[Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen; the default is greedy.
-
-    Attributes:
-        temperature: 0 takes the most likely token; above 0 divides the logits.
-        top_k: keep the k most likely tokens (ties with the k-th stay).
-        top_p: keep the smallest set of most likely tokens whose probability reaches p.
-        min_p: keep tokens of at least min_p times the highest probability.
-        repetition_penalty: above 1 makes tokens of the prompt and the answer so far less likely.
+    """Options of choosing the next token; the default is greedy.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is out of range.
     """
 
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
+    temperature: float = option(
+        0.0, "Divisor of the logits; 0 is greedy decoding.", at_least=0.0, metavar="T"
+    )
+    top_k: int | None = option(
+        None, "Keep the k most likely tokens (ties with the k-th stay).", at_least=1, metavar="K"
+    )
+    top_p: float | None = option(
+        None,
+        "Keep the smallest set of most likely tokens whose probability reaches p.",
+        above=0.0,
+        at_most=1.0,
+        metavar="P",
+    )
+    min_p: float | None = option(
+        None,
+        "Keep tokens of at least min_p times the highest probability.",
+        at_least=0.0,
+        at_most=1.0,
+        metavar="P",
+    )
+    repetition_penalty: float = option(
+        1.0, "Above 1 makes tokens of prompt and answer less likely.", above=0.0, metavar="R"
+    )
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}, it has to be 0 or above")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}, it has to be 1 or above")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p is {self.top_p}, it has to be above 0 and at most 1")
-        if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
-            raise ValueError(f"min_p is {self.min_p}, it has to be from 0 to 1")
-        if not 0.0 < self.repetition_penalty < float("inf"):
-            raise ValueError(
-                f"repetition_penalty is {self.repetition_penalty}, it has to be above 0"
-            )
+        check_options(self)
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
+        """True where the most likely token is always taken."""
         return self.temperature == 0.0
 
-    def draws(self, generator: torch.Generator | None) -> Draws | None:
-        """How a decoder draws by itself, without penalties; None where it cannot, or is greedy."""
-        return None if self.greedy or self._cuts_off else Draws(self._divisor, generator)
+    @property
+    def sampling(self) -> "Sampling":
+        """These options alone, without those of subclasses."""
+        names = (field.name for field in dataclasses.fields(Sampling))
+        return Sampling(**{name: getattr(self, name) for name in names})
 
     def penalize(self, logits: Tensor, seen: Tensor | None) -> Tensor:
-        """Apply the repetition penalty.
+        """Apply the repetition penalty (Keskar et al., 2019).
 
         Args:
             logits: [..., V].
-            seen: [..., V] bool, the tokens before each position; None where there is no penalty.
+            seen: [..., V] bool, the tokens before each position; None without a penalty.
         """
         if seen is None:
             return logits
@@ -76,88 +78,73 @@ class Sampling:
             seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits
         )
 
-    def distributions(
-        self, decoder: Decoder, hidden: Tensor, seen: Tensor | None = None
-    ) -> Distributions:
-        """What is drawn from after hidden states [B, T, D]; `seen` as for `penalize`."""
-        if seen is None and not self._cuts_off:
-            return decoder.distributions(hidden, self._divisor)
-        return _OfLogits(decoder.logits(hidden), self, seen)
-
     def probabilities(self, logits: Tensor) -> Tensor:
-        """The distribution that a token is drawn from, [..., V] to [..., V] in float32.
+        """Return the distribution that tokens are sampled from, [..., V] to [..., V] float32.
 
-        Only for temperatures above 0. Never all zero: the most likely token is always kept.
+        Only for temperatures above 0. The most likely token is always kept. On a CPU, `_truncated`
+        replaces `_dense` where tokens are cut off, since sorting a vocabulary takes as long as layers.
         """
         rows = logits.float().reshape(-1, logits.shape[-1])
-        if logits.device.type != "cpu" or (len(rows) == 1 and not self._cuts_off):
+        if logits.device.type != "cpu" or not self._truncates:
             return self._dense(rows).view(logits.shape)
-        # A row at a time stays in the caches, and its memory is used again.
-        found = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
-        for row, probabilities in zip(rows, found, strict=True):
-            if self._cuts_off:
-                index, kept = self._sparse(row.numpy())
-                probabilities.numpy()[index] = kept
-            else:
-                probabilities.copy_(self._dense(row))
-        return found.view(logits.shape)
+        probabilities = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+        for row, out in zip(rows.numpy(), probabilities.numpy(), strict=True):
+            tokens, kept = self._truncated(row)
+            out[tokens] = kept
+        return probabilities.view(logits.shape)
 
     def _dense(self, logits: Tensor) -> Tensor:
-        """All rows at once: where nothing is cut off, or a look at it would wait for the device."""
+        """Return the distributions of all rows [N, V], without waiting for the device."""
         size = logits.shape[-1]
+        # Subtract the maximum first: a very low temperature would overflow.
         scores = (logits - logits.amax(dim=-1, keepdim=True)) / self._divisor
         if self.top_k is not None and self.top_k < size:
-            least = scores.topk(self.top_k, dim=-1).values[..., -1:]
-            scores = scores.masked_fill(scores < least, float("-inf"))
+            threshold = scores.topk(self.top_k, dim=-1).values[..., -1:]
+            scores = scores.masked_fill(scores < threshold, float("-inf"))
         if self.top_p is not None and self.top_p < 1.0:
             ordered = scores.topk(size, dim=-1).values
             mass = ordered.softmax(dim=-1)
             before = mass.cumsum(dim=-1) - mass
             count = (before < self.top_p).sum(dim=-1, keepdim=True).clamp(min=1)
-            least = ordered.gather(-1, count - 1)
-            # Of equal tokens at the edge the first ones, as many as are in the set.
-            above, ties = scores > least, scores == least
+            threshold = ordered.gather(-1, count - 1)
+            # Of equal tokens at the edge keep the first ones, as many as the set has.
+            above, ties = scores > threshold, scores == threshold
             room = count - above.sum(dim=-1, keepdim=True)
             kept = above | (ties & (ties.cumsum(dim=-1) <= room))
             scores = scores.masked_fill(~kept, float("-inf"))
         probabilities = scores.softmax(dim=-1)
         if self.min_p:
-            least = self.min_p * probabilities.amax(dim=-1, keepdim=True)
-            probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+            threshold = self.min_p * probabilities.amax(dim=-1, keepdim=True)
+            probabilities = probabilities.masked_fill(probabilities < threshold, 0.0)
             probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
         return probabilities
 
-    def _sparse(self, logits: _Numbers) -> tuple[_Numbers | slice, _Numbers]:
-        """Of one row [V], which tokens are kept, and their probabilities.
-
-        As `_dense`, but what is cut off is not looked at again: on a CPU some operations over a whole
-        vocabulary take as long as a layer.
-        """
-        size, best = len(logits), logits.max()
-        index: _Numbers | slice = slice(None)
-        if not np.isfinite(best):
-            return index, np.full_like(logits, np.nan)
+    def _truncated(self, logits: _Array) -> tuple[_Array | slice, _Array]:
+        """Return the tokens that are kept of one row [V], and their probabilities (as `_dense`)."""
+        size, highest = len(logits), logits.max()
+        tokens: _Array | slice = slice(None)
+        if not np.isfinite(highest):
+            return tokens, np.full_like(logits, np.nan)
         if self.top_k is not None and self.top_k < size:
-            least = np.partition(logits, size - self.top_k)[size - self.top_k]
-            index = np.flatnonzero(logits >= least)
-        weights = logits[index] - best
+            threshold = np.partition(logits, size - self.top_k)[size - self.top_k]
+            tokens = np.flatnonzero(logits >= threshold)
+        weights = logits[tokens] - highest
         with np.errstate(over="ignore"):  # to -inf, where the temperature is low
             weights /= self._divisor
         np.exp(weights, out=weights)
-        whole, top_p = weights.sum(dtype=np.float64), 1.0 if self.top_p is None else self.top_p
-        # What weighs less than an equal part of 1 - top_p weighs less than that with all that is below
-        # it. Half of it, since sums are rounded. The best weighs 1.
-        least = max(0.5 * (1.0 - top_p) * whole / len(weights), self.min_p or 0.0)
-        if least > 0.0:
-            few = np.flatnonzero(weights >= least)
-            index, weights = few if isinstance(index, slice) else index[few], weights[few]
+        total, top_p = weights.sum(dtype=np.float64), 1.0 if self.top_p is None else self.top_p
+        # Tokens below an equal share of 1 - top_p cannot be in the nucleus; half of it, for rounding.
+        threshold = max(0.5 * (1.0 - top_p) * total / len(weights), self.min_p or 0.0)
+        if threshold > 0.0:
+            kept = np.flatnonzero(weights >= threshold)
+            tokens, weights = kept if isinstance(tokens, slice) else tokens[kept], weights[kept]
             if top_p < 1.0:
-                few = _nucleus(weights, top_p * whole)
-                index, weights = index[few], weights[few]
-        return index, weights / weights.sum()
+                kept = _nucleus(weights, top_p * total)
+                tokens, weights = tokens[kept], weights[kept]
+        return tokens, weights / weights.sum()
 
     @property
-    def _cuts_off(self) -> bool:
+    def _truncates(self) -> bool:
         return any(bound is not None for bound in (self.top_k, self.top_p, self.min_p))
 
     @property
@@ -166,82 +153,101 @@ class Sampling:
         return max(self.temperature, torch.finfo(torch.float32).tiny)
 
 
-class _OfLogits(Distributions):
-    """Distributions that are made where one is looked at.
-
-    On a CPU each may take longer than a layer of a small model, and behind the first rejected token
-    nobody needs them.
-
-    Args:
-        logits: [B, T, V].
-        sampling: of the answers.
-        seen: as for `Sampling.penalize`.
-    """
-
-    def __init__(self, logits: Tensor, sampling: Sampling, seen: Tensor | None) -> None:
-        self._logits, self._sampling, self._seen = logits, sampling, seen
-
-    def __getitem__(self, at: Any) -> Tensor:
-        """Those of some rows and positions, as a tensor's [B, T] would be indexed; float32."""
-        seen = None if self._seen is None else self._seen[at]
-        return self._sampling.probabilities(self._sampling.penalize(self._logits[at], seen))
-
-
-def _nucleus(weights: _Numbers, wanted: float) -> _Numbers:
-    """Which of the weights [n] are in the smallest set of the highest that weighs so much."""
+def _nucleus(weights: _Array, mass: float) -> _Array:
+    """Return the indices of the smallest set of the highest weights [n] that reaches a mass."""
     ordered = np.sort(weights)[::-1]
     before = ordered.cumsum(dtype=np.float64) - ordered
-    count = max(1, int((before < wanted).sum()))
-    least = ordered[count - 1]
-    kept = np.flatnonzero(weights >= least)
-    if len(kept) > count:  # of equal ones at the edge the first, as many as are in the set
-        spare = np.flatnonzero(weights == least)[count - len(kept) :]
+    count = max(1, int((before < mass).sum()))
+    threshold = ordered[count - 1]
+    kept = np.flatnonzero(weights >= threshold)
+    if len(kept) > count:  # of equal ones at the edge the first, as many as the set has
+        spare = np.flatnonzero(weights == threshold)[count - len(kept) :]
         kept = np.setdiff1d(kept, spare, assume_unique=True)
     return kept
 
 
-def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One token of each row, [B, V] to [B, 1], as likely as its weight; weights need not sum to 1.
+class Sampler:
+    """Chooses tokens of one generation: its options, source of randomness and token history.
 
-    The token where the running sum passes a random share of the whole: one random number a row, where
-    PyTorch's `multinomial` takes one for every token.
+    Args:
+        sampling: options.
+        device: of the logits.
+        seed: of sampling; None = another one each time.
+        prompt: [1, n] for a repetition penalty, which needs one row.
+        vocab_size: V, with a prompt.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        device: torch.device,
+        seed: int | None = None,
+        prompt: Tensor | None = None,
+        vocab_size: int = 0,
+    ) -> None:
+        self.sampling, self.greedy = sampling, sampling.greedy
+        self.generator = None if self.greedy else seeded_generator(device, seed)
+        self.history: TokenHistory | None = None
+        if sampling.repetition_penalty != 1.0:
+            if prompt is None:
+                raise ValueError("a repetition penalty is for one prompt, not for a batch")
+            self.history = TokenHistory(prompt, vocab_size)
+
+    def target_tokens(self, decoder: Decoder, hidden: Tensor, draft: Tensor) -> Tensor:
+        """Return the greedy choices [B, d + 1] after hidden states [B, d + 1, D] of a draft [B, d]."""
+        if self.history is None:
+            return decoder.greedy_tokens(hidden)
+        return argmax(self.sampling.penalize(decoder.logits(hidden), self.history.before(draft)))
+
+    def target_probs(self, decoder: Decoder, hidden: Tensor, draft: Tensor) -> Tensor:
+        """Return the distributions p [B, d + 1, V] after hidden states [B, d + 1, D] of a draft."""
+        logits = decoder.logits(hidden)
+        if self.history is not None:
+            logits = self.sampling.penalize(logits, self.history.before(draft))
+        return self.sampling.probabilities(logits)
+
+    def next_tokens(self, decoder: Decoder, hidden: Tensor) -> Tensor:
+        """Choose one token after hidden states, [B, 1, D] to [B, 1].
+
+        Raises:
+            ValueError: the model's results are not finite (on a CPU; a GPU would have to be awaited).
+        """
+        nothing = torch.empty(len(hidden), 0, dtype=torch.int64, device=hidden.device)
+        if self.greedy:
+            return self.target_tokens(decoder, hidden, nothing)
+        return self.sample(self.target_probs(decoder, hidden, nothing)[:, 0])[:, None]
+
+    def sample(self, weights: Tensor) -> Tensor:
+        """Sample one token of each row, [B, V] to [B]; weights need not sum to 1."""
+        return sample(weights, self.generator)
+
+    def commit(self, tokens: Tensor) -> None:
+        """Add tokens [1, n] that are part of the answer to the history."""
+        if self.history is not None:
+            self.history.extend(tokens)
+
+
+def sample(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Sample one token of each row by inverting the cumulative distribution, [B, V] to [B].
+
+    One uniform number a row, in float64, where `torch.multinomial` takes one for every token.
 
     Raises:
-        ValueError: weights are no numbers, or all 0; on a GPU, where looking would wait for it, the
-            token is then any.
+        ValueError: weights are not finite, or all 0 (on a CPU; on a GPU the token is then arbitrary).
     """
-    return pick(weights, shares(len(weights), weights.device, generator))
-
-
-def likeliest(decoder: Decoder, hidden: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
-    """The greedy choice at every position, [B, T, D] to [B, T]; `seen` as for `Sampling.penalize`."""
-    if seen is None:
-        return decoder.choose(hidden)
-    return most_likely(sampling.penalize(decoder.logits(hidden), seen))
-
-
-def next_token(
-    decoder: Decoder,
-    hidden: Tensor,
-    sampling: Sampling,
-    generator: torch.Generator | None,
-    seen: Tensor | None = None,
-) -> Tensor:
-    """Choose one token after hidden states, [B, 1, D] to [B, 1]; `seen` as for `Sampling.penalize`."""
-    if sampling.greedy:
-        return likeliest(decoder, hidden, sampling, seen)
-    share = shares(len(hidden), hidden.device, generator)
-    return sampling.distributions(decoder, hidden, seen).draw(0, share)
+    u = torch.rand(len(weights), 1, dtype=torch.float64, device=weights.device, generator=generator)
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1:].contiguous()
+    if weights.device.type == "cpu" and not bool((total > 0).all() & torch.isfinite(total).all()):
+        raise ValueError(NON_FINITE_MESSAGE)
+    index = torch.searchsorted(cumulative, u * total, right=True)
+    # A number that is rounded up to the total is the last token that has a weight.
+    last = torch.searchsorted(cumulative, total)
+    return torch.minimum(index, last).clamp_(max=weights.shape[-1] - 1)[:, 0]
 
 
 def nth_seed(seed: int | None, i: int = 0) -> int | None:
-    """The seed of the i-th of several answers, from 0; behind the last one the first follows.
-
-    A negative seed draws what the one with the same 64 bits draws.
-
-    Raises:
-        ValueError: a seed that is no integer of 64 bits.
-    """
+    """Return the seed of the i-th of several answers, modulo 2^64."""
     if seed is None:
         return None
     seed = integer("seed", seed)
@@ -251,17 +257,17 @@ def nth_seed(seed: int | None, i: int = 0) -> int | None:
 
 
 def seeded_generator(device: torch.device, seed: int | None) -> torch.Generator:
-    """A source of randomness; without a seed another one each time."""
+    """Return a source of randomness; without a seed another one each time."""
     generator = torch.Generator(device)
     if seed is None:
         generator.seed()
     else:
-        generator.manual_seed(seed)
+        generator.manual_seed(seed % 2**64)
     return generator
 
 
 class TokenHistory:
-    """Which tokens stand before a position; what the repetition penalty looks at."""
+    """The tokens before a position, for the repetition penalty of one row."""
 
     def __init__(self, prompt: Tensor, vocab_size: int) -> None:
         """Start with a prompt [1, n]."""
@@ -269,20 +275,17 @@ class TokenHistory:
         self.extend(prompt)
 
     def extend(self, tokens: Tensor) -> None:
-        """Add settled tokens [1, n]."""
+        """Add tokens [1, n]."""
         self._seen.scatter_(1, tokens, True)
 
-    def before(self, tokens: Tensor) -> Tensor:
-        """What is seen before each of the unsettled tokens, and after the last.
-
-        Args:
-            tokens: [1, n], not yet settled.
+    def before(self, draft: Tensor) -> Tensor:
+        """Return the tokens seen before each drafted token [1, n], and after the last.
 
         Returns:
-            [1, n + 1, V] bool; row i has seen the settled tokens and tokens[:, :i].
+            [1, n + 1, V] bool; row i has the committed tokens and draft[:, :i].
         """
-        n = tokens.shape[1]
+        n = draft.shape[1]
         seen = self._seen[:, None].repeat(1, n + 1, 1)
         for i in range(n):
-            seen[:, i + 1 :].scatter_(2, tokens[:, i, None, None].expand(1, n - i, 1), True)
+            seen[:, i + 1 :].scatter_(2, draft[:, i, None, None].expand(1, n - i, 1), True)
         return seen

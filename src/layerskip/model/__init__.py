@@ -10,8 +10,7 @@ from layerskip.model.checkpoint import (
     load,
     open_files,
 )
-from layerskip.model.decoder import Decoder, GoesOn, most_likely, read_draft
-from layerskip.model.distributions import NON_FINITE_MESSAGE, Distributions, Draws, pick, shares
+from layerskip.model.decoder import NON_FINITE_MESSAGE, Decoder, argmax
 from layerskip.model.families import FAMILIES
 from layerskip.model.hub import SourceError, pull, resolve
 from layerskip.model.kv_cache import KVCache
@@ -24,20 +23,14 @@ __all__ = [
     "CheckpointError",
     "CheckpointSettings",
     "Decoder",
-    "Distributions",
-    "Draws",
     "Files",
-    "GoesOn",
     "KVCache",
     "SourceError",
     "StepCosts",
     "UnsupportedModelError",
+    "argmax",
     "load",
-    "most_likely",
     "open_files",
-    "pick",
     "pull",
-    "read_draft",
     "resolve",
-    "shares",
 ]

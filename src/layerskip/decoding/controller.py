@@ -1,0 +1,569 @@
+"""`DraftController`: decides how far to draft, and from which source.
+
+A round that drafts d tokens costs `draft(d) + verify(d + 1)` and yields the accepted tokens and one
+more. Rounds follow one another, so the best rule is that of renewal-reward processes: with R the tokens
+that a unit of time yields on average, draft one more token while its probability of acceptance is at
+least R times its marginal cost. R and the probabilities are learned while the answer is generated, from
+tokens and known costs alone; nothing is timed, so the same prompt is always decoded in the same way.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+from layerskip.decoding.drafters import Candidate, Draft, Drafter
+from layerskip.model import Decoder, StepCosts
+from layerskip.model.step_timing import FAR, PassCosts, pass_costs
+
+# Constants set by hand; benchmarks/results/draft-constants.json has the ablation of each.
+PRIOR_WEIGHT = 3.0  # tokens that a drafter's own confidence counts as
+EXIT_ACCEPTANCE, EXIT_ACCEPTANCE_WEIGHT = 0.8, 2.0  # prior of an early exit's mean acceptance
+MEMORY = 0.95  # decay of tokens and times a round
+PLAIN_ROUNDS = 4.0  # prior of the throughput
+BACKOFF_ROUNDS, MAX_BACKOFF_ROUNDS = 4, 32
+LOSS_ALLOWED = 0.35  # tokens that a source may lose before its first pause
+MAX_GAIN = 8.0  # tokens of earlier gains that a source may lose again
+LOOKAHEAD = 8  # tokens that are considered behind the next one
+_BINS = 10
+
+
+class Controller(Protocol):
+    """Fills the draft of a round and learns from its verification."""
+
+    def fill(self, draft: Draft, max_tokens: int) -> None:
+        """Extend an empty draft by up to `max_tokens` tokens."""
+        ...
+
+    def update(
+        self, draft: Draft, tokens: Sequence[Sequence[int]], accepted: Sequence[int]
+    ) -> None:
+        """Learn what each row committed in this round, and how many drafted tokens were accepted."""
+        ...
+
+
+class FixedController:
+    """Drafts as much as it may: a proposal of the first look-up that has one, else layer by layer.
+
+    Args:
+        drafters: in order of preference among those without layers.
+    """
+
+    def __init__(self, drafters: Sequence[Drafter]) -> None:
+        self._lookups = [drafter for drafter in drafters if not drafter.num_layers]
+        self._exit = next((drafter for drafter in drafters if drafter.num_layers), None)
+
+    def fill(self, draft: Draft, max_tokens: int) -> None:
+        """See `Controller`."""
+        for drafter in self._lookups:
+            candidate = drafter.propose(draft, max_tokens)
+            if len(candidate):
+                draft.extend(candidate, len(candidate), drafter.name)
+                return
+        if self._exit is not None:
+            for _ in range(max_tokens):
+                draft.extend(self._exit.propose(draft, 1), 1, self._exit.name)
+
+    def update(
+        self, draft: Draft, tokens: Sequence[Sequence[int]], accepted: Sequence[int]
+    ) -> None:
+        """Learn nothing."""
+
+
+class Throughput:
+    """Tokens and time of rounds as moving averages; it begins as some rounds of plain decoding."""
+
+    def __init__(self) -> None:
+        self._tokens = self._time = PLAIN_ROUNDS
+
+    @property
+    def rate(self) -> float:
+        """Tokens a unit of time, at least the 1 of plain decoding."""
+        return max(1.0, self._tokens / self._time)
+
+    def update(self, tokens: float, time: float) -> None:
+        """Add a round."""
+        self._tokens = MEMORY * self._tokens + tokens
+        self._time = MEMORY * self._time + time
+
+
+class Backoff:
+    """Pauses a source whose rounds are slower than plain decoding, longer each time."""
+
+    def __init__(self) -> None:
+        self._rounds, self._left = BACKOFF_ROUNDS, 0
+        self._gain = LOSS_ALLOWED  # tokens beyond the time of its rounds
+
+    def next_round(self) -> bool:
+        """Begin a round; return whether the source may draft in it."""
+        if self._left:
+            self._left -= 1
+            return False
+        return True
+
+    def update(self, tokens: float, time: float) -> None:
+        """Add a round in which the source drafted."""
+        self._gain = min(MEMORY * self._gain + tokens - time, MAX_GAIN)
+        self.judge(self._gain >= 0)
+
+    def judge(self, pays: bool) -> None:
+        """End a row of pauses, or begin the next one."""
+        if pays:
+            self._rounds = BACKOFF_ROUNDS
+        else:
+            self._left = self._rounds
+            self._rounds = min(2 * self._rounds, MAX_BACKOFF_ROUNDS)
+
+
+class Acceptance:
+    """Probability of acceptance by source and confidence; the confidence is the prior."""
+
+    def __init__(self) -> None:
+        self._accepted: dict[tuple[str, int], float] = {}
+        self._verified: dict[tuple[str, int], float] = {}
+        self.exit_accepted = EXIT_ACCEPTANCE * EXIT_ACCEPTANCE_WEIGHT
+        self.exit_verified = EXIT_ACCEPTANCE_WEIGHT
+
+    def of(self, source: str, confidence: float) -> float:
+        """Return the probability that a token is accepted if all before it are."""
+        key = source, _bin(confidence)
+        prior = PRIOR_WEIGHT * (key[1] + 0.5) / _BINS
+        return (prior + self._accepted.get(key, 0.0)) / (
+            PRIOR_WEIGHT + self._verified.get(key, 0.0)
+        )
+
+    def update(self, source: str, confidence: float, accepted: bool) -> None:
+        """Add a verified token."""
+        key = source, _bin(confidence)
+        self._accepted[key] = self._accepted.get(key, 0.0) + accepted
+        self._verified[key] = self._verified.get(key, 0.0) + 1
+
+    @property
+    def exit_mean(self) -> float:
+        """Mean acceptance of the early exit's drafted tokens."""
+        return self.exit_accepted / self.exit_verified
+
+
+def _bin(confidence: float) -> int:
+    if not confidence > 0:  # or NaN
+        return 0
+    return min(int(confidence * _BINS), _BINS - 1)
+
+
+class DraftController:
+    """Chooses the next part of a draft by the renewal-reward rule, for one row.
+
+    Before each token it compares the value of the best prefix of each look-up's proposal with that of
+    another token of the early exit; the value is the number of accepted tokens expected, less R times
+    the cost, with what may be drafted after it. Drafting ends where no value is above 0.
+
+    Args:
+        drafters: those of the generation; at most one of them runs layers.
+        costs: of this decoder, in plain steps.
+        greedy: whether a discarded token can be compared with the model's own.
+        eos_token_ids: nothing is drafted beyond them.
+    """
+
+    def __init__(
+        self,
+        drafters: Sequence[Drafter],
+        costs: "ContextCosts",
+        *,
+        greedy: bool,
+        eos_token_ids: Collection[int] = (),
+    ) -> None:
+        self._lookups = [drafter for drafter in drafters if not drafter.num_layers]
+        self._exit = next((drafter for drafter in drafters if drafter.num_layers), None)
+        self._context_costs, self._greedy, self._eos_token_ids = costs, greedy, eos_token_ids
+        self._throughput, self._acceptance = Throughput(), Acceptance()
+        self._backoff = {drafter.name: Backoff() for drafter in drafters}
+
+    def fill(self, draft: Draft, max_tokens: int) -> None:
+        """See `Controller`."""
+        self._costs = self._context_costs.at(len(draft.context))
+        self._survival, self._max_tokens = 1.0, max_tokens
+        self._scored = 0  # tokens that the early exit proposed
+        self._discarded: tuple[int, float] | None = None
+        self._proposals: list[tuple[str, int, Candidate]] = []
+        active = {name for name, backoff in self._backoff.items() if backoff.next_round()}
+        lookups = [drafter for drafter in self._lookups if drafter.name in active]
+        exit_ = self._exit if self._exit is not None and self._exit.name in active else None
+        while len(draft) < max_tokens:
+            source, candidate, n, lookup_value = self._best_proposal(draft, lookups, exit_)
+            exit_value = self._exit_value(len(draft)) if exit_ is not None else 0.0
+            if exit_ is not None and exit_value > max(lookup_value, 0.0):
+                if not self._extend_by_exit(draft, exit_):
+                    return
+            elif candidate is not None and lookup_value > 0.0:
+                self._survival *= self._prefix_probability(source, candidate, n)
+                draft.extend(candidate, n, source)
+                draft.token_ids += candidate.token_ids[:n]
+                if exit_ is None:  # the rest of the proposal was not worth it
+                    return
+            else:
+                return
+            if draft.token_ids[-1] in self._eos_token_ids:
+                return
+
+    def _best_proposal(
+        self, draft: Draft, lookups: Sequence[Drafter], exit_: Drafter | None
+    ) -> tuple[str, Candidate | None, int, float]:
+        """Return the source, proposal, length and value of the most valuable prefix of all look-ups."""
+        best: tuple[str, Candidate | None, int, float] = ("", None, 0, 0.0)
+        drafted, rate = len(draft), self._throughput.rate
+        for drafter in lookups:
+            candidate = drafter.propose(draft, self._max_tokens - drafted)
+            if not len(candidate):
+                continue
+            self._proposals.append((drafter.name, drafted, candidate))
+            survival, tokens = self._survival, 0.0
+            for n, confidence in enumerate(candidate.confidences, 1):
+                survival *= self._acceptance.of(drafter.name, confidence)
+                tokens += survival
+                value = tokens - rate * self._costs.rows(drafted + 1, n)
+                if exit_ is not None:
+                    value += self._future_value(survival, drafted + n)
+                if value > best[3]:
+                    best = drafter.name, candidate, n, value
+        return best
+
+    def _prefix_probability(self, source: str, candidate: Candidate, n: int) -> float:
+        probability = 1.0
+        for confidence in candidate.confidences[:n]:
+            probability *= self._acceptance.of(source, confidence)
+        return probability
+
+    def _exit_value(self, drafted: int) -> float:
+        """Return the value of another token of the early exit, before it is known."""
+        survival = self._survival * self._acceptance.exit_mean
+        cost = self._costs.token(drafted) + (0.0 if self._scored else self._costs.overhead)
+        value = survival - self._throughput.rate * cost
+        return value + self._future_value(survival, drafted + 1)
+
+    def _future_value(self, survival: float, drafted: int) -> float:
+        """Return the value of the early exit's tokens behind `drafted` ones, at their mean acceptance.
+
+        Looking ahead matters where the cost of rows has steps: two may be dear where four are not.
+        """
+        mean, rate, value, best = self._acceptance.exit_mean, self._throughput.rate, 0.0, 0.0
+        for n in range(drafted, min(drafted + LOOKAHEAD, self._max_tokens)):
+            survival *= mean
+            value += survival - rate * self._costs.token(n)
+            best = max(best, value)
+        return best
+
+    def _extend_by_exit(self, draft: Draft, exit_: Drafter) -> bool:
+        """Draft a token with the early exit; return whether it is confident enough to be kept."""
+        candidate = exit_.propose(draft, 1)
+        (token,), (confidence,) = candidate.token_ids, candidate.confidences
+        self._scored += 1
+        survival = self._survival * self._acceptance.of(exit_.name, confidence)
+        drafted = len(draft)
+        rest = self._costs.token(drafted) - self._costs.head  # the head has been paid for
+        value = survival - self._throughput.rate * rest
+        if value + self._future_value(survival, drafted + 1) < 0.0:
+            self._discarded, draft.discarded = (token, confidence), 1
+            return False
+        self._survival = survival
+        draft.extend(candidate, 1, exit_.name)
+        draft.token_ids.append(token)
+        return True
+
+    def update(
+        self, draft: Draft, tokens: Sequence[Sequence[int]], accepted: Sequence[int]
+    ) -> None:
+        """See `Controller`."""
+        (committed,), (n_accepted,) = tokens, accepted
+        self._learn_acceptance(draft, committed, n_accepted)
+        lookups = len(draft) - draft.sources.count(self._exit.name if self._exit else "")
+        time = self._costs.round(len(draft), self._scored, lookups)
+        self._throughput.update(n_accepted + 1, time)
+        sources = {*draft.sources}
+        if self._scored and self._exit is not None:
+            sources.add(self._exit.name)
+        for source in sources:
+            self._backoff[source].update(n_accepted + 1, time)
+
+    def _learn_acceptance(self, draft: Draft, committed: Sequence[int], accepted: int) -> None:
+        # Tokens after the first rejected one were never verified.
+        for i in range(min(accepted + 1, len(draft))):
+            if self._exit is not None and draft.sources[i] == self._exit.name:
+                self._acceptance.update(self._exit.name, draft.confidences[i], i < accepted)
+                self._acceptance.exit_accepted += i < accepted
+                self._acceptance.exit_verified += 1
+        # Proposals of look-ups are compared with what was committed, whether they were drafted or not.
+        for source, start, candidate in self._proposals:
+            if start > accepted:
+                continue
+            pairs = zip(candidate.token_ids, candidate.confidences, committed[start:], strict=False)
+            for token, confidence, own in pairs:
+                self._acceptance.update(source, confidence, token == own)
+                if token != own:
+                    break
+        # Without this, a confidence that is estimated too low would never be tried again. A sampled
+        # token says little about whether another one would have been accepted.
+        if self._discarded and self._exit and self._greedy and accepted == len(draft):
+            token, confidence = self._discarded
+            self._acceptance.update(self._exit.name, confidence, committed[accepted] == token)
+
+
+class BatchController:
+    """Drafts the same number of early exit tokens for each row of a batch, chosen anew each round.
+
+    Args:
+        drafter: the early exit.
+        costs: of this decoder, in plain steps.
+    """
+
+    def __init__(self, drafter: Drafter, costs: "ContextCosts") -> None:
+        self._drafter, self._context_costs, self._backoff = drafter, costs, Backoff()
+        self._accepted = EXIT_ACCEPTANCE * EXIT_ACCEPTANCE_WEIGHT
+        self._verified = EXIT_ACCEPTANCE_WEIGHT
+
+    def fill(self, draft: Draft, max_tokens: int) -> None:
+        """See `Controller`; a single token is tried now and then where nothing pays."""
+        if not self._backoff.next_round():
+            return
+        contexts: list[int] = draft.cache.lengths.tolist()
+        costs = self._context_costs.at(*contexts)
+        n = costs.batch_draft_tokens(len(contexts), max_tokens, self._accepted / self._verified)
+        self._backoff.judge(n > 0)
+        for _ in range(n or min(1, max_tokens)):
+            draft.extend(self._drafter.propose(draft, 1), 1, self._drafter.name)
+
+    def update(
+        self, draft: Draft, tokens: Sequence[Sequence[int]], accepted: Sequence[int]
+    ) -> None:
+        """See `Controller`."""
+        d = len(draft)
+        if d:
+            self._accepted = MEMORY * self._accepted + sum(accepted)
+            # A little doubt is always left: the acceptance stays below 1.
+            verified = sum(min(n + 1, d) for n in accepted) + 1e-3
+            self._verified = MEMORY * self._verified + verified
+
+
+# --- costs
+
+_GPU_ROW_COST = 0.01  # of one more position, as a share of a pass: an estimate
+# Cost of one more position in attention over a long context, as a share of the first, where it was not
+# timed: keys and values are loaded once for several positions, but each has arithmetic of its own.
+_ATTENTION_ROW = 0.5
+# Seconds of Python and small operations of a draft and of a verification, beside their passes.
+_DRAFTING_S, _VERIFYING_S = 450e-6, 100e-6
+MIN_BATCH_GAIN = 1.03  # predicted speedup of a batch below which nothing is drafted
+_GROWTH = 64  # positions, whose attention takes no time that counts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftCosts:
+    """Costs in units of a plain step, measured by `layerskip tune` or else estimated from bytes read.
+
+    Attributes:
+        layers: the first E layers over one token; 0 without an early exit.
+        head: the draft's head over one token.
+        passes: all layers and the head over 1, 2, ... positions, without `attention`; beyond its end
+            every further position adds the average of those in the second half.
+        overhead: of a round that drafts by early exit, beside its parts.
+        attention: over the contexts, for one position of each prompt.
+        attention_row: share of it that one more position adds.
+        prompts: number of prompts.
+    """
+
+    layers: float
+    head: float
+    passes: tuple[float, ...]
+    overhead: float = 0.0
+    attention: float = 0.0
+    attention_row: float = _ATTENTION_ROW
+    prompts: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        decoder: Decoder,
+        exit_layer: int,
+        head_share: float = 1.0,
+        measured: StepCosts | None = None,
+        contexts: Sequence[int] = (0,),
+    ) -> "DraftCosts":
+        """Return the costs of drafting with the first E layers and a share of the head's tokens.
+
+        Without a measurement they are shares of the bytes read, and a pass over more positions costs
+        what this machine was timed to take (on a GPU an estimate).
+
+        Args:
+            decoder: the model.
+            exit_layer: E; 0 without an early exit.
+            head_share: rows of the draft's head over the vocabulary size.
+            measured: by `layerskip tune`.
+            contexts: for each prompt, the number of positions that attention reads.
+        """
+        depth = exit_layer / len(decoder.layers)
+        machine = _machine_costs(decoder) if measured is None or len(contexts) > 1 else None
+        if measured is None:
+            weight_bytes = decoder.weight_bytes
+            layers = (weight_bytes - decoder.head.weight_bytes) / weight_bytes * depth
+            head = head_share * decoder.head.weight_bytes / weight_bytes
+            assert machine is not None
+            one, *more = machine.passes
+            passes = (one, *(cost + _VERIFYING_S / machine.seconds for cost in more))
+            overhead = _DRAFTING_S / machine.seconds
+        else:
+            scored = measured.draft_tokens_scored / decoder.architecture.vocab_size
+            timed = max(measured.draft_step - measured.head * scored, 0.0)
+            layers = timed * exit_layer / measured.exit_layer
+            head = measured.head * head_share
+            passes, overhead = measured.passes, measured.overhead
+            if machine is not None:
+                passes = _extrapolated(passes, machine.passes)
+        included = 0 if measured is None else measured.context
+        share, row = _attention(decoder, contexts, included, None if measured else machine)
+        rest = 1.0 - share
+        return cls(
+            layers=rest * layers + share * depth,
+            head=rest * head,
+            passes=tuple(rest * cost for cost in passes),
+            overhead=rest * overhead,
+            attention=share,
+            attention_row=row,
+            prompts=len(contexts),
+        )
+
+    def over(self, positions: int, prompts: int = 1) -> float:
+        """Return the cost of a pass of all layers and the head over 1 or more positions."""
+        further = positions / prompts - 1.0  # of each prompt
+        attention = self.attention * prompts / self.prompts * (1.0 + further * self.attention_row)
+        known = len(self.passes)
+        if positions <= known:
+            return self.passes[positions - 1] + attention
+        middle = (known - 1) // 2
+        slope = (self.passes[-1] - self.passes[middle]) / max(known - 1 - middle, 1)
+        return self.passes[-1] + (positions - known) * max(slope, 0.0) + attention
+
+    def rows(self, positions: int, more: int) -> float:
+        """Return what more positions add to a pass over so many."""
+        return max(self.over(positions + more) - self.over(positions), 0.0)
+
+    def token(self, drafted: int) -> float:
+        """Return the cost of the early exit's next token after so many, its verification included."""
+        if drafted not in self._token_costs:
+            verified = (1 - self.layers) * self.rows(drafted + 1, 1)
+            self._token_costs[drafted] = self.layers + self.head + verified
+        return self._token_costs[drafted]
+
+    @functools.cached_property
+    def _token_costs(self) -> dict[int, float]:
+        return {}
+
+    def round(self, drafted: int, scored: int, looked_up: int = 0) -> float:
+        """Return the cost of a round.
+
+        Args:
+            drafted: number of drafted tokens.
+            scored: number of tokens that the early exit proposed, kept or not.
+            looked_up: number of drafted tokens that came from look-ups, which cost no pass of their
+                own; the first layers run over them together with the token before.
+        """
+        if not scored:
+            return self.over(drafted + 1)
+        passes = drafted + 1 - looked_up + self.rows(1, looked_up)
+        drafting = self.layers * passes + self.head * scored + self.overhead
+        return drafting + (1 - self.layers) * self.over(drafted + 1)
+
+    def batch_draft_tokens(self, rows: int, max_tokens: int, acceptance: float) -> int:
+        """Return the best number of tokens to draft for each of so many prompts; 0 = plain decoding.
+
+        Args:
+            rows: number of prompts; a pass over n tokens of each is one over n * rows positions.
+            max_tokens: the largest number.
+            acceptance: probability below 1 that a token is accepted if those before it are.
+        """
+        step = self.over(rows, rows)
+        best, best_length = MIN_BATCH_GAIN / step, 0
+        for d in range(1, max_tokens + 1):
+            tokens = (1 - acceptance ** (d + 1)) / (1 - acceptance)
+            drafting = (self.layers * (d + 1) + self.head * d) * step
+            time = drafting + (1 - self.layers) * self.over(rows * (d + 1), rows) + self.overhead
+            if tokens / time > best:
+                best, best_length = tokens / time, d
+            if 1 / (1 - acceptance) / time <= best:  # not even the limit of tokens would be better
+                break
+        return best_length
+
+
+class ContextCosts:
+    """`DraftCosts` over contexts that grow, computed anew when attention has changed them.
+
+    Args:
+        decoder: the model.
+        exit_layer: E; None without an early exit.
+        head_share: see `DraftCosts.of`.
+        measured: see `DraftCosts.of`.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        exit_layer: int | None,
+        head_share: float,
+        measured: StepCosts | None,
+    ) -> None:
+        self._costs_of = functools.partial(
+            DraftCosts.of, decoder, exit_layer or 0, head_share, measured
+        )
+        self._contexts: tuple[int, ...] = ()
+
+    def at(self, *contexts: int) -> DraftCosts:
+        """Return the costs over contexts of these lengths."""
+        before = self._contexts
+        grown = max(contexts) - max(before, default=0)
+        if len(before) != len(contexts) or grown >= max(max(before) // 4, _GROWTH):
+            self._contexts, self._costs = contexts, self._costs_of(contexts)
+        return self._costs
+
+
+def time_passes(decoder: Decoder) -> None:
+    """Time what drafts are weighed by, where this machine has not done so before."""
+    _machine_costs(decoder)
+
+
+def _attention(
+    decoder: Decoder, contexts: Sequence[int], included: int, machine: PassCosts | None
+) -> tuple[float, float]:
+    """Return attention's share of a step over some contexts, and the share that one more row adds.
+
+    By the machine's times, else by bytes; a context of `included` positions is counted elsewhere.
+    """
+    kv_bytes = sum(_kv_bytes(decoder, context) for context in contexts)
+    more = max(kv_bytes - _kv_bytes(decoder, included), 0)
+    times = machine and machine.attention
+    if not times or not times[0]:
+        return more / (kv_bytes + decoder.weight_bytes), _ATTENTION_ROW
+    of_layers = 1.0 - decoder.head.weight_bytes / decoder.weight_bytes
+    time = times[0] * of_layers * more / _kv_bytes(decoder, FAR)
+    rows = len(times) - 1
+    return time / (1.0 + time), min((times[-1] - times[0]) / (rows * times[0]), 1.0)
+
+
+def _kv_bytes(decoder: Decoder, context: int) -> int:
+    """Return the bytes of keys and values that one position reads."""
+    a = decoder.architecture
+    positions = sum(
+        context if window is None else min(context, window) for window in a.sliding_windows
+    )
+    return 2 * a.n_kv_heads * a.head_dim * decoder.dtype.itemsize * positions
+
+
+def _extrapolated(passes: tuple[float, ...], estimated: tuple[float, ...]) -> tuple[float, ...]:
+    """Return passes, continued by the estimated ones in proportion."""
+    if len(estimated) <= len(passes):
+        return passes
+    factor = passes[-1] / estimated[len(passes) - 1]
+    return passes + tuple(factor * cost for cost in estimated[len(passes) :])
+
+
+def _machine_costs(decoder: Decoder) -> PassCosts:
+    if decoder.device.type != "cpu":
+        return PassCosts((1.0, 1.0 + _GPU_ROW_COST))
+    return pass_costs(decoder)
