@@ -27,8 +27,9 @@ from common import comma_separated, deliver, environment_of, parse, run
 from rich.progress import track
 
 from layerskip import LayerSkipModel
-from layerskip.bench.perplexity import WIKITEXT, perplexity, read_text
+from layerskip.bench.perplexity import perplexity
 from layerskip.bench.tasks import TASKS, Task, load_task
+from layerskip.data.readers import WIKITEXT, read_text
 from layerskip.decoding import Generation
 from layerskip.model import open_files, resolve
 from layerskip.model.quantize import WEIGHTS

@@ -89,7 +89,7 @@ def test_a_norm_with_a_bias_where_the_family_has_none(folder):
 
 def test_so_many_layers_that_no_memory_holds_them(folder):
     change_json(folder / "config.json", num_hidden_layers=4_000_000_000)
-    refuse(folder, CheckpointError, "config.json", "n_layers is 4000000000")
+    refuse(folder, CheckpointError, "config.json", "num_hidden_layers is 4000000000")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"null", b"\xff\xfe\x00"])

@@ -75,7 +75,7 @@ def test_pulled_model_is_a_checkpoint(cache):
 
 def test_what_an_older_merge_wrote_is_made_again(cache, monkeypatch):
     pull(NAME)
-    monkeypatch.setattr(source, "_MERGED", source._MERGED + 1)
+    monkeypatch.setattr(source, "_MERGE_VERSION", source._MERGE_VERSION + 1)
     assert not source.is_pulled(NAME)
 
 

@@ -66,7 +66,7 @@ def test_loaded_weights_are_the_dequantized_ones(case, kind, tmp_path):
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_some_rows_are_read_at_a_time(kind, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr("layerskip.model.weights._AT_ONCE", 5 * 64 + 1)  # five rows
+    monkeypatch.setattr("layerskip.model.weights._CHUNK_WEIGHTS", 5 * 64 + 1)  # five rows
     path = tmp_path / "model.gguf"
     state = gguf_files.write(path, fitting("qwen3"), kind=kind, architecture="qwen3")
     tensors = GgufFile(path)
@@ -123,7 +123,7 @@ def test_what_says_the_default_may_be_said(tmp_path):
         ({"llama.rope.dimension_count": 8}, "a part of each head"),
         ({"llama.expert_count": 8}, "mixtures of experts"),
         ({"split.count": 3}, "one part of several"),
-        ({"llama.block_count": 4_000_000_000}, "n_layers is 4000000000"),
+        ({"llama.block_count": 4_000_000_000}, "block_count is 4000000000"),
         ({"llama.attention.scale": 0.5}, "attention scaled by 0.5"),
         ({"llama.attention.value_length": 8}, "values of another length"),
         (

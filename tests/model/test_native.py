@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from layerskip.decoding.short_head import ReducedHead
 from tiny_decoders import ALL_DRAFTS, PLAIN, ids, random_prompt, speculative, steps
 
 import tiny_models
 from layerskip import LayerSkipModel, cli
 from layerskip.decoding import Sampling
 from layerskip.decoding.placement import KernelsWarning
-from layerskip.decoding.short_head import ReducedHead
 from layerskip.model import Draws, load
 from layerskip.model.native import (
     NativeDecoder,
@@ -70,7 +70,7 @@ def build_for(request, tmp_path_factory):
             build._compile(made)
         except NoCompilerError as error:
             pytest.skip(str(error))
-    return build._loaded(made)
+    return build._load(made)
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ def as_on_cuda(monkeypatch):
         return pairs.unflatten(1, (-1, 8 * tiles))
 
     ops = torch.ops.aten
-    monkeypatch.setattr(linear, "_arranged_for_cpu", linear._arranged_for_cuda)
+    monkeypatch.setattr(linear, "_arrange_for_cpu", linear._arrange_for_cuda)
     monkeypatch.setattr(ops, "_convert_weight_to_int4pack", convert, raising=False)
     monkeypatch.setattr(ops, "_weight_int4pack_mm_for_cpu", product, raising=False)
 
@@ -149,22 +149,22 @@ def test_codes_are_arranged_for_the_product_on_cuda(bits, centred, n_out, n_in, 
 
 
 def test_a_device_has_the_product_where_it_gives_what_it_should(monkeypatch):
-    has_product = linear._has_nibble_product
+    has_product = linear._has_int4_kernel
     assert has_product(torch.device("cpu"), torch.bfloat16)
     assert not has_product(torch.device("cpu"), torch.float32)
     assert not has_product(torch.device("mps"), torch.bfloat16)
     with pytest.warns(linear.SlowWeightsWarning, match="is for bfloat16 alone"):
         assert not has_product(torch.device("cuda"), torch.float16)
-    weight, x, real = pack(grid(4, False)), random(2, 96).bfloat16(), linear._NibbleProduct
-    assert linear._trouble(weight, x) is None
-    monkeypatch.setattr(linear, "_NibbleProduct", lambda weight: lambda x: 1.1 * real(weight)(x))
-    assert linear._trouble(weight, x) == "PyTorch's product with them is not exact"
+    weight, x, real = pack(grid(4, False)), random(2, 96).bfloat16(), linear._Int4Kernel
+    assert linear._kernel_problem(weight, x) is None
+    monkeypatch.setattr(linear, "_Int4Kernel", lambda weight: lambda x: 1.1 * real(weight)(x))
+    assert linear._kernel_problem(weight, x) == "PyTorch's product with them is not exact"
 
     def missing(weight):
         raise RuntimeError("no kernel image\nfor this device")
 
-    monkeypatch.setattr(linear, "_NibbleProduct", missing)
-    assert linear._trouble(weight, x) == "no kernel image"
+    monkeypatch.setattr(linear, "_Int4Kernel", missing)
+    assert linear._kernel_problem(weight, x) == "no kernel image"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -175,5 +175,5 @@ def test_product_on_a_gpu_is_near_the_exact_one(bits, n):
     x = random(n, 576, seed=1).bfloat16()
     exact = x.double() @ weight.dequantize().double().T
     product = QuantizedLinear(pack(weight, "cuda"), None, torch.bfloat16)
-    assert product._few is not None
+    assert product._kernel is not None
     assert (product(x.cuda()).cpu().double() - exact).std() < 6e-3 * exact.std()

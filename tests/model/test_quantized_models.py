@@ -7,10 +7,10 @@ import gguf_files
 import pytest
 import torch
 from gguf import GGMLQuantizationType
+from layerskip.decoding.short_head import ReducedHead
 from tiny_decoders import PLAIN, ids, random_prompt, speculative, tiny_decoder
 
 import tiny_models
-from layerskip.decoding.short_head import ReducedHead
 from layerskip.model import UnsupportedModelError, load
 from layerskip.model import decoder as rotary
 from layerskip.model.decoder import DenseEmbedding, QuantizedEmbedding

@@ -377,7 +377,7 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch, tmp_path):
     def nobody(*_):
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(source.platformdirs, "user_cache_dir", nobody)
+    monkeypatch.setattr(paths.platformdirs, "user_cache_dir", nobody)
     with pytest.raises(OSError, match="no home: set LAYERSKIP_CACHE"):
         paths.cache_folder()
     build("llama2").save_pretrained(tmp_path)

@@ -137,7 +137,7 @@ def test_checkpoints_without_a_tokenizer(tmp_path):
 _WHAT_IS_IMPORTED = """
 import sys
 from pathlib import Path
-from layerskip.model.files import tokenizer
+from layerskip.model import tokenizer
 tokenizer.load(Path(sys.argv[1]))
 print("transformers.configuration_utils" in sys.modules)
 """
@@ -205,7 +205,7 @@ def test_transformers_asks_nobody_whether_code_may_run(file, tmp_path, monkeypat
     folder, marker = tmp_path / "saved", tmp_path / "ran"
     tokenizer.load(file.parent, GgufFile(file)).save_pretrained(str(folder))
     with_code(folder, marker, **{"tokenizer_config.json": {"tokenizer_class": "AutoProcessor"}})
-    with tokenizer._no_questions(), pytest.raises(ValueError, match="custom code"):
+    with tokenizer.quiet_transformers(), pytest.raises(ValueError, match="custom code"):
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     assert not asked
     assert not marker.exists()

@@ -21,6 +21,7 @@ from layerskip.model import (
     CheckpointError,
     Files,
     UnsupportedModelError,
+    families,
     open_files,
     resolve,
 )
@@ -28,7 +29,7 @@ from layerskip.model.architecture import Rope
 from layerskip.model.checkpoint import Rounding, read
 from layerskip.model.tokenizer import TEMPLATES
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = tuple(name for name, family in families.FAMILIES.items() if family.is_exported)
 EMBEDDING = "model.embed_tokens.weight"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")

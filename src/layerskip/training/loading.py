@@ -22,16 +22,16 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from layerskip.errors import TrainingWarning
 from layerskip.fileio import CheckpointError, check_within, read_json
 from layerskip.model.architecture import UnsupportedModelError
-from layerskip.model.checkpoint import check_no_adapter
+from layerskip.model.checkpoint import check_folder
 from layerskip.model.families import (
     OWN_KERNELS,
     check_causal,
-    check_n_layers,
     check_not_quantized,
+    check_sizes,
     check_weights_unnamed,
 )
 from layerskip.model.hardware import has_fast_bfloat16
-from layerskip.model.hub import BUILTIN_MODELS, BuiltinModel, pull
+from layerskip.model.hub import BUILTIN_MODELS, BuiltinModel, kind_of, pull
 from layerskip.model.tokenizer import read
 from layerskip.model.weights import SafetensorsFiles
 from layerskip.recipe.model_parts import find_model_parts
@@ -44,8 +44,6 @@ _MATMUL_RUNS = 5
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # else transformers would ask
 _READ_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates", "*/*.jinja")
 _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
-_SIZE_ENDINGS = ("size", "layers", "layer", "heads", "head", "experts", "labels", "dim", "embd")
-_MAX_SIZE = 2**20  # of vocabularies, matrices and lists that a config.json names
 _SHORT_ROWS = 512  # tokens; up to here eager attention is faster on a CPU
 _MAX_ATTENTION_BYTES = 2 * 2**30  # of the attention weights that it keeps for backward
 _END_TOKENS = 4  # last tokens of a row, among which is the one that ends an answer
@@ -103,9 +101,9 @@ def pretrained(name: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: `check_files` refuses it, or a built-in model cannot be fetched.
     """
-    if name not in BUILTIN_MODELS or Path(name).exists():
+    if (kind := kind_of(name)) != "builtin":
         check_files(name)
-        if not Path(name).exists():
+        if kind == "hub":
             _check_no_adapter_on_the_hub(name)
         return name, {}
     is_gguf = isinstance(BUILTIN_MODELS[name], BuiltinModel)
@@ -123,7 +121,7 @@ def check_files(name: str) -> None:
             damaged weights or weights of another dtype than floats of 16 to 64 bits.
     """
     path = Path(name)
-    check_no_adapter(path)
+    check_folder(path)
     for pattern in _READ_FILES if path.is_dir() else ():
         for file in path.glob(pattern):
             check_within(file, path, is_read=True)
@@ -264,17 +262,6 @@ def model_config(model: str) -> Any:
     check_not_quantized(config.to_dict())
     check_causal(config.get_text_config().to_dict())
     return config
-
-
-def check_sizes(fields: Mapping[str, Any]) -> None:
-    """Raise ValueError for absurd sizes in a config.json, before anything of that size is made."""
-    for name, value in fields.items():
-        if isinstance(value, Mapping):
-            check_sizes(value)
-        elif name.endswith(_SIZE_ENDINGS) and isinstance(value, int) and value > _MAX_SIZE:
-            raise ValueError(f"{name} of its config.json is {value}, more than any model has")
-        elif name == "num_hidden_layers" and isinstance(value, int):
-            check_n_layers(value)
 
 
 def check_memory(config: PreTrainedConfig, name: str) -> None:
