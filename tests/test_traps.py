@@ -72,21 +72,20 @@ TRAPS = {
     ),
     "the curriculum counts calls, and restarts at 0 after a resume": (
         "training/test_trainer.py::test_the_curriculum_counts_optimizer_steps",
-        "training/test_run.py::test_the_curriculum_goes_on_after_a_resume",
+        "training/test_run.py::test_resume_is_bit_for_bit",
         "recipe/test_attach.py::test_evaluation_between_accumulated_batches_changes_nothing",
     ),
     "the loss ignores the number of items in the accumulated batch": (
         "training/test_trainer.py::test_accumulation_gives_the_same_steps",
-        "recipe/test_attach.py::test_accumulated_batches_are_one_batch",
     ),
     "wrapping a layer changes the names in the state dict": (
         "recipe/test_attach.py::test_attach_and_detach_leave_no_trace",
         "recipe/test_attach.py::test_checkpoints_are_the_plain_ones",
-        "training/test_run.py::test_lora_is_merged_and_kept_beside",
+        "training/test_run.py::test_lora_is_merged_and_saved_beside",
     ),
     "FSDP hangs where devices drop different layers": (
         "training/test_distributed.py::test_two_processes_train_as_one",
-        "recipe/test_layer_dropout.py::test_a_draw_depends_on_its_arguments_alone",
+        "recipe/test_layer_dropout.py::test_a_sample_depends_on_its_arguments_alone",
     ),
     "the recipe without layer dropout": (
         "recipe/test_attach.py::test_each_part_of_the_recipe_can_be_turned_off_alone",

@@ -4,9 +4,9 @@ import json
 import shutil
 
 import pytest
+from layerskip.decoding.draft_text import Datastore
 
 from layerskip.decoding import LayerSkipModel
-from layerskip.decoding.draft_text import Datastore
 from layerskip.model.checkpoint import DRAFT_TEXT_FILE
 
 

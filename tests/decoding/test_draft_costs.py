@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from layerskip.decoding.draft_costs import ContextCosts, DraftCosts
 from scripted import ScriptedDecoder, scripted_model
 from tiny_decoders import LAYERS, tiny_decoder
 
 from layerskip.decoding import draft_costs
-from layerskip.decoding.draft_costs import ContextCosts, DraftCosts
 from layerskip.model import StepCosts
 from layerskip.model.step_timing import PassCosts
 

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from layerskip.decoding.draft_costs import DraftCosts
+from layerskip.decoding.draft_length import DraftLength, NgramLength, by_match, by_share
+from layerskip.decoding.pace import Pace
 from tiny_decoders import (
     LAYERS,
     PLAIN,
@@ -14,10 +17,7 @@ from tiny_decoders import (
 )
 
 from layerskip.decoding import Sampling
-from layerskip.decoding.draft_costs import DraftCosts
-from layerskip.decoding.draft_length import DraftLength, NgramLength, by_match, by_share
 from layerskip.decoding.drafters import EarlyExitDrafter
-from layerskip.decoding.pace import Pace
 
 CHEAP = DraftCosts(layers=0.1, head=0.1, passes=(1.0,))
 

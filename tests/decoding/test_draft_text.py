@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from layerskip.decoding.draft_text import MAX_MATCH, MIN_MATCH, Datastore
 from safetensors.numpy import load_file, save_file
 from tiny_decoders import tiny_decoder
 
-from layerskip.decoding.draft_text import MAX_MATCH, MIN_MATCH, Datastore
 from layerskip.decoding.language_model import LayerSkipModel
 from layerskip.model import Checkpoint, CheckpointSettings
 from layerskip.model.checkpoint import DRAFT_TEXT_FILE

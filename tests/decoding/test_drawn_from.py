@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from layerskip.decoding.drawn_from import DrawnFrom
+from layerskip.decoding.short_head import ReducedHead
 from tiny_decoders import tiny_decoder
 
 from layerskip.decoding.accept import accept_sampled
-from layerskip.decoding.drawn_from import DrawnFrom
-from layerskip.decoding.short_head import ReducedHead
 from layerskip.model import Distributions
 
 

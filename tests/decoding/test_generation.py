@@ -6,10 +6,10 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from layerskip.decoding.generation import accepted_by_position
 from scripted import END, encode, scripted_model
 
 from layerskip.decoding import Generation, Step, answer
-from layerskip.decoding.generation import accepted_by_position
 
 ANSWER = encode("abcdefghijkl")
 

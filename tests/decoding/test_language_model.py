@@ -13,6 +13,7 @@ from unittest import mock
 import numpy
 import pytest
 import torch
+from layerskip.decoding.stream import TextStream
 from scripted import END, OTHER_END, TOKENIZER, encode, scripted_model
 from tiny_decoders import PLAIN, ids, random_prompt, speculative, tiny_decoder
 from tokenizers.processors import TemplateProcessing
@@ -23,7 +24,6 @@ from layerskip import LayerSkipModel
 from layerskip.decoding import Answer, PromptError, Sampling, batch, generate
 from layerskip.decoding.placement import device_of
 from layerskip.decoding.sampling import nth_seed, seeded_generator
-from layerskip.decoding.stream import TextStream
 from layerskip.model import CheckpointSettings, Decoder
 from layerskip.model.loader import fast_dtype
 from layerskip.model.native import build as threads

@@ -11,6 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from layerskip.decoding.draft_costs import DraftCosts
+from layerskip.decoding.draft_length import DraftLength, NgramLength, by_match
+from layerskip.decoding.draft_text import MAX_MATCH, MIN_MATCH, Datastore
+from layerskip.decoding.ngram import NgramDrafter, NgramIndex
+from layerskip.decoding.pace import Pace
 from scipy import stats
 from tiny_decoders import (
     ALL_DRAFTS,
@@ -26,12 +31,7 @@ from tiny_decoders import (
 
 from layerskip.decoding import Sampling, Step
 from layerskip.decoding import ngram as ngrams
-from layerskip.decoding.draft_costs import DraftCosts
-from layerskip.decoding.draft_length import DraftLength, NgramLength, by_match
-from layerskip.decoding.draft_text import MAX_MATCH, MIN_MATCH, Datastore
 from layerskip.decoding.drafters import EarlyExitDrafter
-from layerskip.decoding.ngram import NgramDrafter, NgramIndex
-from layerskip.decoding.pace import Pace
 from layerskip.model import StepCosts
 
 SAMPLES = 1500

@@ -3,11 +3,11 @@
 import dataclasses
 
 import pytest
+from layerskip.decoding.policy import DEFAULT_DRAFT_TOKENS, MOST_DRAFT_TOKENS, choose, for_batch
 from scripted import ScriptedDecoder
 from tiny_decoders import PLAIN, speculative
 
 from layerskip.decoding import MODES, Plan
-from layerskip.decoding.policy import DEFAULT_DRAFT_TOKENS, MOST_DRAFT_TOKENS, choose, for_batch
 from layerskip.model import CheckpointSettings, StepCosts
 
 L = 12

@@ -9,6 +9,7 @@ import itertools
 
 import pytest
 import torch
+from layerskip.decoding.drawn_from import DrawnFrom
 from scipy import stats
 from tiny_decoders import PLAIN, ids, speculative, steps, tiny_decoder
 
@@ -16,7 +17,6 @@ import tiny_models
 from layerskip.decoding import Sampling, accept
 from layerskip.decoding.accept import accept_sampled
 from layerskip.decoding.batch import Batch
-from layerskip.decoding.drawn_from import DrawnFrom
 from layerskip.model import Distributions, StepCosts, load
 
 VOCABULARY = 5

@@ -5,9 +5,8 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_decoders import LAYERS, PLAIN, ids, random_prompt, speculative, steps, tiny_decoder
-
 from layerskip.decoding.short_head import ReducedHead
+from tiny_decoders import LAYERS, PLAIN, ids, random_prompt, speculative, steps, tiny_decoder
 
 SAMPLES = 1500
 

@@ -5,11 +5,10 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from layerskip.decoding.stream import TextStream, stop_tokens
 from scripted import END, TOKENIZER, WORDS, encode, words
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
-
-from layerskip.decoding.stream import TextStream, stop_tokens
 
 
 def streamed(tokens, stop=()):

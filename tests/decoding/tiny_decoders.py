@@ -6,11 +6,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+from layerskip.decoding.draft_costs import DraftCosts
 
 import tiny_models
 from layerskip import LayerSkipModel
 from layerskip.decoding import Plan, Sampling, generate
-from layerskip.decoding.draft_costs import DraftCosts
 from layerskip.model import Checkpoint, CheckpointSettings, load
 
 LAYERS = tiny_models.LAYERS

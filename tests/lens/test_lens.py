@@ -12,7 +12,7 @@ from layerskip.decoding.generate import PREFILL_CHUNK
 from layerskip.lens import Agreement, lens, look
 
 
-@pytest.mark.parametrize("exit_layer", range(1, LAYERS + 1))
+@pytest.mark.parametrize("exit_layer", [1, LAYERS])
 def test_top_tokens_are_what_early_exit_answers(exit_layer):
     decoder, prompt = tiny_decoder("llama3.1"), random_prompt(tiny_decoder("llama3.1"), 9)
     answer = ids(decoder, prompt, Plan(mode="early-exit", exit_layer=exit_layer), n=12)

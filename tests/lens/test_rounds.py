@@ -6,8 +6,7 @@ import pytest
 from reports import scripted_report
 from scripted import END, scripted_model
 
-from layerskip.lens import Round
-from layerskip.lens import lens as rounds
+from layerskip.lens import Round, rounds
 
 
 def test_rounds_of_a_known_pattern():

@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from layerskip.cli import output as machine
 from layerskip.cli.output import escape_control_chars, log_stderr
+from layerskip.data.readers import read_text_file
 from layerskip.decoding import DRAFT_SOURCES, MODES, Generation, LayerSkipModel
 from layerskip.decoding.placement import DTYPES, device_of
 from layerskip.decoding.policy import check_options
@@ -73,9 +74,9 @@ def draft_text(ctx: click.Context, param: click.Parameter, name: Any) -> str | P
     if Path(name).suffix == Path(DRAFT_TEXT_FILE).suffix:
         return Path(name)
     try:
-        return Path(name).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"{name} cannot be read: {error}") from error
+        return read_text_file(Path(name))
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def draft_text_file() -> str | None:
@@ -396,4 +397,4 @@ def waiting(what: str, is_shown: bool = True) -> contextlib.AbstractContextManag
     """A spinner on stderr, where that is a terminal and nothing else (the hub) has bars there."""
     if not (is_shown and sys.stderr.isatty()):  # rich also takes $FORCE_COLOR for a terminal
         return contextlib.nullcontext()
-    return Console(stderr=True).status(escape(what))
+    return Console(stderr=True).status(escape(escape_control_chars(what)))

@@ -15,12 +15,13 @@ from rich.table import Table
 
 from layerskip.bench import bench as evaluation
 from layerskip.bench.machine import environment_of
-from layerskip.bench.perplexity import perplexity, read_text, stride_of
+from layerskip.bench.perplexity import perplexity, stride_of
 from layerskip.bench.report import plot_exits
 from layerskip.cli import config_flags as options
 from layerskip.cli import config_flags as values
 from layerskip.cli import output as outputs
 from layerskip.cli.output import Report, bars, escape_control_chars
+from layerskip.data.readers import read_text
 from layerskip.decoding import MODES, LayerSkipModel
 from layerskip.decoding.policy import DRAFT_SOURCES
 from layerskip.fileio import replace

@@ -14,11 +14,12 @@ from layerskip.cli.config_flags import (
     model_option,
     warnings_in_one_line,
 )
-from layerskip.cli.output import Report, bars, check_outputs, deliver
+from layerskip.cli.output import Report, bars, check_outputs, deliver, escape_control_chars
+from layerskip.data.readers import read_text
 from layerskip.export import (
     GGUF_WEIGHTS,
     HF_WEIGHTS,
-    Calibrated,
+    Calibration,
     ExportReport,
     Source,
     calibrate,
@@ -89,12 +90,13 @@ def command(
     _check_usage(path, to_format, weights, calibration, exit_layer)
     fetch_if_builtin(model)
     machine.set_threads()
-    source = open_source(model, exit_layer)
+    with warnings_in_one_line():
+        source = open_source(model, exit_layer)
     if to_format == "hf-draft" and exit_layer is None:
-        chosen = source.files.settings.exit_layer
-        if chosen is None:
+        exit_layer = source.files.settings.exit_layer
+        if exit_layer is None:
             raise click.UsageError("this checkpoint names no exit layer; give --exit-layer")
-        source = open_source(model, chosen)
+        source = dataclasses.replace(source, exit_layer=exit_layer)
     if calibration is not None:  # which rounds for minutes before it writes
         check_new_folder(path, overwrite=overwrite)
         check_room(path, least_bytes(source))
@@ -134,10 +136,8 @@ def _check_usage(
         raise click.UsageError(f"PATH {path} has to end in .gguf")
 
 
-def _calibrated(source: Source, text: str, report: Report) -> Calibrated:
+def _calibrated(source: Source, text: str, report: Report) -> Calibration:
     """Read the text and round the layers by it."""
-    from layerskip.bench.perplexity import read_text
-
     tokenizer = source.files.tokenizer()
     if tokenizer is None:
         raise ValueError("calibration on a text needs a tokenizer, and this checkpoint has none")
@@ -152,7 +152,8 @@ def _show(written: ExportReport) -> None:
     )
     carried = f"; {w.carried_over} as the source has them" if w.carried_over else ""
     click.echo(
-        f"{w.path}: {w.layers} layers, {w.bytes / 1e6:.1f} MB, {w.tensors} tensors ({kinds}{carried})"
+        f"{escape_control_chars(str(w.path))}: {w.layers} layers, {w.bytes / 1e6:.1f} MB,"
+        f" {w.tensors} tensors ({kinds}{carried})"
     )
     if w.nll_change is not None:
         click.echo(

@@ -7,7 +7,7 @@ import click
 
 from layerskip.cli.config_flags import common_options, fetch_if_builtin, model_option
 from layerskip.cli.output import check_outputs, deliver, track
-from layerskip.data.readers import Row, is_table, local_files, open_text, read_rows
+from layerskip.data.readers import Row, is_table, local_files, read_rows, read_text_file
 from layerskip.decoding.draft_text import Datastore
 from layerskip.model import open_files, resolve
 from layerskip.model.checkpoint import DRAFT_TEXT_FILE
@@ -97,6 +97,4 @@ def _rows(file: str) -> Iterator[Row]:
     if is_table(file):
         yield from read_rows(file)
         return
-    with open_text(Path(file)) as opened:
-        text = opened.read()
-    yield file, {Encoding.text_field: text}
+    yield file, {Encoding.text_field: read_text_file(Path(file))}

@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import errno
 import importlib.util
 import logging
 import os
@@ -106,7 +107,7 @@ def bars() -> Iterator[Report]:
         nonlocal drawn
         is_due = what not in known or done == total or time.monotonic() - drawn > REDRAWN_S
         if what not in known:
-            known[what] = shown.add_task(what)
+            known[what] = shown.add_task(escape_control_chars(what))
         shown.update(known[what], completed=done, total=total, refresh=is_due)
         drawn = time.monotonic() if is_due else drawn
 
@@ -165,6 +166,8 @@ def check_outputs(
     for flag, output in outputs.items():
         if output is None or (output.exists() and not (output.is_file() or output.is_dir())):
             continue  # a pipe or a device is written to
+        if _links_to_itself(output):
+            raise click.UsageError(f"{flag} {output} is a link to itself: name another file")
         place = output.resolve()
         if not place.parent.is_dir():
             raise click.UsageError(f"the folder of {flag} {output} does not exist")
@@ -175,6 +178,14 @@ def check_outputs(
                 f"{flag} {output} would replace what this call reads or writes: name another file"
             )
         taken.add(place)
+
+
+def _links_to_itself(path: Path) -> bool:
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def check_report(folder: Path | None) -> None:

@@ -1,13 +1,12 @@
 """Prompts from the command line, from a file, and from standard input."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from layerskip.data.readers import COMPRESSED, NEEDED, json_lines, open_text, prompt_of
+from layerskip.data.readers import read_prompts
 
 
 def asked_prompts(prompt: str | None, file: Path | None, flag: str, *, chat: bool) -> list[Any]:
@@ -26,9 +25,7 @@ def asked_prompts(prompt: str | None, file: Path | None, flag: str, *, chat: boo
         ValueError: file or standard input cannot be read, a line is no prompt, or there is none.
     """
     if file is not None:
-        prompts = list(_in_file(file))
-        if not prompts:
-            raise ValueError(f"{file} holds no prompt")
+        prompts = read_prompts(file)
     elif prompt is not None:
         prompts = [prompt]
     elif sys.stdin.isatty():
@@ -47,20 +44,3 @@ def _standard_input() -> str:
         raise ValueError(
             f"standard input is no text in {error.encoding} ({error.reason})"
         ) from error
-
-
-def _in_file(file: Path) -> Iterator[Any]:
-    plain = file.with_suffix("") if file.suffix in COMPRESSED else file
-    if plain.suffix.lower() == ".json":
-        raise ValueError(
-            f"{file} may be one JSON document: name it .jsonl, with a prompt in each line"
-        )
-    with open_text(file) as lines:
-        if plain.suffix.lower() != ".jsonl":
-            yield from (line.rstrip("\n") for line in lines if line.strip())
-            return
-        for where, row in json_lines(lines, plain.name):
-            prompt: Any = prompt_of(row)[0] or row.get("prompt")
-            if not isinstance(prompt, str | list | dict) or not prompt:
-                raise ValueError(f"{where}: {NEEDED} is needed")
-            yield prompt

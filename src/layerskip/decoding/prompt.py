@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+from layerskip.data.readers import CONVERSATION, is_message
 from layerskip.model import Decoder
 from layerskip.model.tokenizer import template_arguments
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
 
-CONVERSATION = ("messages", "tools", "chat_template_kwargs")
 _EXPECTED = (
     "a prompt is a text, token ids, messages with role and content, or a dict of messages, tools and"
     " chat_template_kwargs"
@@ -103,15 +103,8 @@ def check_prompt(decoder: Decoder, prompt: Sequence[int]) -> None:
         )
 
 
-def is_message(one: Any) -> bool:
-    """Return whether an object is a chat message, with a role, and content or tool calls."""
-    return (
-        isinstance(one, Mapping) and "role" in one and not {"content", "tool_calls"}.isdisjoint(one)
-    )
-
-
 def with_variables(prompt: Prompt, variables: Mapping[str, Any]) -> Prompt:
-    """Return a conversation with further `chat_template_kwargs` (its own win); other prompts as they are."""
+    """Add `chat_template_kwargs` to a conversation, whose own win; return other prompts as they are."""
     given: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"messages": prompt}
     messages: Any = given.get("messages")
     if not isinstance(messages, list | tuple) or not all(map(is_message, messages or [None])):
@@ -123,7 +116,7 @@ def with_variables(prompt: Prompt, variables: Mapping[str, Any]) -> Prompt:
 
 
 def is_batch(prompt: Any) -> bool:
-    """Return whether this is a list of prompts (texts, lists of ids, conversations), or an empty list."""
+    """Return whether this is a list, perhaps empty, of prompts (texts, ids, conversations)."""
     if isinstance(prompt, list | tuple) and not prompt:
         return True
     first = next(iter(prompt), None) if isinstance(prompt, list | tuple) else None
