@@ -10,35 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-<<<<<<< HEAD
 
 import tiny_models
 from layerskip import LayerSkipModel
 from layerskip.model import load
 from layerskip.model.native import NativeDecoder, NoCompilerError, PackedMatrix, build, packed
-=======
-from layerskip.decoding.short_head import ReducedHead
-from tiny_decoders import ALL_DRAFTS, PLAIN, ids, random_prompt, speculative, steps
-
-import tiny_models
-from layerskip import LayerSkipModel, cli
-from layerskip.decoding import Sampling
-from layerskip.decoding.placement import KernelsWarning
-from layerskip.model import Draws, load
-from layerskip.model.native import (
-    NativeDecoder,
-    NoCompilerError,
-    PackedMatrix,
-    build,
-    prepare,
-)
-from layerskip.model.native import (
-    build as threads,
-)
-from layerskip.model.native import (
-    packed as panels,
-)
->>>>>>> main
 from layerskip.model.quantize import Quantized, quantize
 from tiny_models import LAYERS
 
