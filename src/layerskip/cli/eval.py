@@ -256,7 +256,7 @@ def _add_tasks(
     report("loading lm-evaluation-harness and its tasks", 0, 1)
     # It prints and logs all along; what goes wrong is raised.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        from layerskip.bench.harness_tasks import evaluate_tasks
+        from layerskip.bench.harness import evaluate_tasks
 
         report("loading lm-evaluation-harness and its tasks", 1, 1)
         settings = "include_path limit num_fewshot apply_chat_template seed batch_size max_length"
