@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from layerskip.decoding import LayerSkipModel
-from layerskip.decoding.draft_text import Datastore
+from layerskip.decoding.datastore import Datastore
 from layerskip.model.checkpoint import DRAFT_TEXT_FILE
 
 
@@ -80,7 +80,7 @@ def test_what_cannot_be_indexed_is_said(index, tmp_path):
         ((tmp_path / "a.safetensors", "--data", text), 2, "whose name ends in .table"),
         ((tmp_path / "no" / "a.table", "--data", text), 2, "does not exist"),
         ((tmp_path / "a.table", "--data", tmp_path / "b.txt"), 1, "there is no file"),
-        ((tmp_path / "a.table", "--data", text), 1, "give more of it"),
+        ((tmp_path / "a.table", "--data", text), 1, "is too short for n-grams"),
     ):
         found, out, err = index(*arguments)
         assert (found, out) == (status, "")

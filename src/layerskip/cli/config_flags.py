@@ -71,7 +71,7 @@ class ModelConfig:
         device_of(self.device)
 
 
-class _IntegerList(click.ParamType):
+class _IntegerList(click.ParamType[Any]):
     """Integers with commas between them, and ranges: 4,8,12-20."""
 
     name = "integers"
@@ -94,7 +94,7 @@ class _IntegerList(click.ParamType):
         return tuple(dict.fromkeys(self._range.convert(n, param, ctx) for n in numbers))
 
 
-class _NameList(click.ParamType):
+class _NameList(click.ParamType[Any]):
     """Names with commas between them."""
 
     name = "names"
@@ -111,7 +111,7 @@ class _NameList(click.ParamType):
         return tuple(dict.fromkeys(self._name.convert(n, param, ctx) for n in names if n))
 
 
-class _OrNone(click.ParamType):
+class _OrNone(click.ParamType[Any]):
     """An integer above 0, or the word none, which stands for 0."""
 
     name = "integer"
@@ -121,7 +121,7 @@ class _OrNone(click.ParamType):
         return 0 if value == "none" else int(click.IntRange(min=1).convert(value, param, ctx))
 
 
-class _Datastore(click.ParamType):
+class _Datastore(click.ParamType[Any]):
     """A text file, a table made by `layerskip index`, or the word none, which stands for ""."""
 
     name = "file"
@@ -159,7 +159,7 @@ _SPECIAL = {
 }
 
 
-def _integer_range(description: Option) -> click.ParamType:
+def _integer_range(description: Option) -> click.ParamType[Any]:
     low, high = description.at_least, description.at_most
     if low is None is high or (high is not None and high >= 2**63):  # the config checks it
         return click.INT
@@ -168,7 +168,7 @@ def _integer_range(description: Option) -> click.ParamType:
     )
 
 
-def _number_range(description: Option) -> click.ParamType:
+def _number_range(description: Option) -> click.ParamType[Any]:
     low = description.at_least if description.above is None else description.above
     if low is None is description.at_most:
         return click.FLOAT
