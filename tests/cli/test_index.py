@@ -86,3 +86,17 @@ def test_what_cannot_be_indexed_is_said(index, tmp_path):
         assert (found, out) == (status, "")
         assert message in err
         assert not (tmp_path / "a.table").exists()
+
+
+def test_a_link_out_of_the_folder_is_not_followed(index, folder, tmp_path):
+    target, text = tmp_path / "target", tmp_path / "text.txt"
+    target.write_text("mine")
+    text.write_text("abcd " * 9)
+    own = shutil.copytree(folder, tmp_path / "own")
+    (own / DRAFT_TEXT_FILE).symlink_to(target)
+    (own / "a.table").symlink_to(target)
+    for path in (own, own / "a.table"):
+        status, out, err = index(path, "--data", text)
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert "outside of its folder" in err
+    assert target.read_text() == "mine"

@@ -256,10 +256,10 @@ def config_options(
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for name, (field, kind, description) in reversed(config_fields(config).items()):
-            if (only is None or name in only) and name not in without:
-                if description.on_command_line:
-                    default = defaults.get(name, field.default)
-                    command = _flag(name, kind, description, default)(command)
+            is_selected = (only is None or name in only) and name not in without
+            if is_selected and description.on_command_line:
+                default = defaults.get(name, field.default)
+                command = _flag(name, kind, description, default)(command)
         return command
 
     return decorate

@@ -153,9 +153,8 @@ def _show(written: ExportReport) -> None:
         f"{count} {kind}" for kind, count in sorted(w.stored_as.items(), key=lambda item: -item[1])
     )
     carried = f"; {w.carried_over} as the source has them" if w.carried_over else ""
-    click.echo(
-        f"{escape_control_chars(str(w.path))}: {w.layers} layers, {w.bytes / 1e6:.1f} MB, {w.tensors} tensors ({kinds}{carried})"
-    )
+    size = f"{w.layers} layers, {w.bytes / 1e6:.1f} MB, {w.tensors} tensors ({kinds}{carried})"
+    click.echo(f"{escape_control_chars(str(w.path))}: {size}")
     if w.nll_change is not None:
         click.echo(
             f"with --weights int4: {w.nll_change:+.1%} negative log-likelihood on held-out parts of"

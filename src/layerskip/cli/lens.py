@@ -150,8 +150,9 @@ def _show_rounds(console: Console, report: Report) -> None:
     g, symbols = report.generation, report.symbols
     rate = "" if g.acceptance_rate is None else f" ({g.acceptance_rate:.0%})"
     exit_layer = "" if g.exit_layer is None else f" E={g.exit_layer},"
+    drafters = report.drafters or "no drafter"
     console.print(
-        f"\n{g.rounds} rounds,{exit_layer} d={g.draft_tokens}, drafts of {report.drafters or 'no drafter'}:"
+        f"\n{g.rounds} rounds,{exit_layer} d={g.draft_tokens}, drafts of {drafters}:"
         f" {g.accepted} of {g.drafted} drafted tokens accepted{rate},"
         f" {g.mean_accepted_length:.2f} tokens a round"
     )

@@ -190,6 +190,5 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
         }
         deliver(document, as_json=True, output=None)
     else:
-        click.echo(
-            f"{escape_control_chars(str(result.output))}: {result.steps} steps, exit layer {result.exit_layer}"
-        )
+        folder = escape_control_chars(str(result.output))
+        click.echo(f"{folder}: {result.steps} steps, exit layer {result.exit_layer}")

@@ -46,7 +46,7 @@ class DecodingConfig(Sampling):
     )
     draft_from: str | None = option(
         None,
-        "Source of drafts: the early exit, n-grams of prompt and answer, or both.",
+        "Source of drafts: early-exit, n-gram (of prompt and answer), or both.",
         metavar="SOURCE",
     )
     adaptive: bool | None = option(

@@ -114,7 +114,7 @@ def report_on(
         raise ValueError("the answer is empty; the lens needs at least one token of it")
     how: dict[str, Any] = {"exits": exits, "start": start, "capacity": capacity}
     lens = look(model.decoder, [*prompt, *new], prompt_tokens=len(prompt), **how)
-    speculative = generation is not None and generation.mode == "self-speculative"
+    speculative = generation is not None and generation.rounds > 0
     return Report(
         model=name,
         lens=lens,
