@@ -139,7 +139,14 @@ def check_links(folder: Path) -> None:
 
     Weights may be links: they are large, and are not copied as files.
     """
-    for pattern in ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*/*.jinja"):
+    for pattern in (
+        "*.json",
+        "*.jinja",
+        "*.txt",
+        "*.model",
+        "additional_chat_templates",
+        "*/*.jinja",
+    ):
         for path in folder.glob(pattern):
             check_within(path, folder, is_read=True)
 

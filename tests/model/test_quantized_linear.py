@@ -49,18 +49,17 @@ def test_four_bits_lie_as_in_ggml():
     assert packed[16:].tolist() == [j | j << 4 for j in range(16)]
 
 
-def test_blocks_of_a_large_weight_are_all_of_it():
-    weight = quantize(random(1200, 1024), 8)
-    blocks = list(pack(weight).blocks())
-    assert len(blocks) > 2
-    assert torch.equal(torch.cat([b.codes for b in blocks]), weight.codes)
-
-
 @BITS
-@pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("n_out", [80, 7, 101])
-@pytest.mark.parametrize("n", [1, 4, 5, 48, 49])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("centred", "n_out", "n", "dtype"),
+    [
+        (True, 80, 1, torch.float32),
+        (False, 7, 5, torch.float16),
+        (True, 101, 48, torch.bfloat16),
+        (False, 101, 1, torch.bfloat16),
+        (True, 80, 49, torch.bfloat16),
+    ],
+)
 def test_product_is_near_the_exact_one(bits, centred, n_out, n, dtype):
     weight = grid(bits, centred, n_out)
     x, residual = random(n, 96, seed=1).to(dtype), random(n, n_out, seed=2).to(dtype)
@@ -86,21 +85,6 @@ def test_large_weights_are_multiplied_in_blocks(bits):
     x = random(3, 1024, seed=1)
     found = QuantizedLinear(pack(weight), None, torch.float32)(x)
     torch.testing.assert_close(found, x @ weight.dequantize().T, rtol=1e-4, atol=1e-4)
-
-
-@BITS
-def test_float32_rows_do_not_depend_on_how_many_there_are(bits):
-    product = QuantizedLinear(pack(grid(bits, centred=False)), None, torch.float32)
-    x = random(8, 96)
-    alone = torch.cat([product(row[None]) for row in x])
-    torch.testing.assert_close(product(x), alone, rtol=1e-5, atol=1e-5)
-
-
-def test_bytes_that_a_call_reads():
-    weight = pack(quantize(random(64, 96), 4))
-    assert QuantizedLinear(weight, None, torch.float32).weight_bytes == weight.nbytes
-    # The bfloat16 product has a scale and a zero a group: as many bytes.
-    assert QuantizedLinear(weight, None, torch.bfloat16).weight_bytes == weight.nbytes
 
 
 @BITS

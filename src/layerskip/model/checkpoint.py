@@ -180,8 +180,8 @@ def read_settings(path: Path, config: dict[str, Any], vocab_size: int) -> Checkp
         )
     ends = [token for token in dict.fromkeys(ends) if token < vocab_size]
     _warn_of_ignored_fields(fields, file)
-    own = _own_fields(fields)
-    vocabulary = _token_ids(own, "draft_vocabulary", vocab_size, file)
+    extra = _layerskip_fields(fields)
+    vocabulary = _token_ids(extra, "draft_vocabulary", vocab_size, file)
     if vocabulary is not None:  # so that the end of the output can be drafted too
         vocabulary = tuple(dict.fromkeys((*vocabulary, *ends)))
     datastore = path / DRAFT_TEXT_FILE
@@ -192,9 +192,9 @@ def read_settings(path: Path, config: dict[str, Any], vocab_size: int) -> Checkp
         exit_layer=exit_layer_of(fields, file),
         draft_tokens=_positive_int(fields, "num_assistant_tokens", file),
         draft_vocabulary=vocabulary,
-        draft_text=_token_ids(own, "draft_text", vocab_size, file),
+        draft_text=_token_ids(extra, "draft_text", vocab_size, file),
         draft_text_file=datastore if datastore.is_file() else None,
-        costs=costs_of(own, file),
+        costs=costs_of(extra, file),
     )
 
 
@@ -205,7 +205,7 @@ def exit_layer_of(fields: dict[str, Any], file: Path) -> int | None:
         CheckpointError: it is no whole number above 0.
     """
     exit_layer = _positive_int(fields, "assistant_early_exit", file)
-    return exit_layer or _positive_int(_own_fields(fields), EXIT, file)
+    return exit_layer or _positive_int(_layerskip_fields(fields), EXIT, file)
 
 
 def text_of_ids(token_ids: Iterable[int]) -> str:
@@ -213,10 +213,10 @@ def text_of_ids(token_ids: Iterable[int]) -> str:
     return " ".join(map(str, token_ids))
 
 
-def costs_of(own: dict[str, Any], file: Path) -> tuple[StepCosts, ...]:
+def costs_of(extra: dict[str, Any], file: Path) -> tuple[StepCosts, ...]:
     """Return the costs under our key in `generation_config.json`; warn of unreadable ones."""
     costs = []
-    for fields in entries_of(own):
+    for fields in entries_of(extra):
         entry = readable_costs(fields)
         if isinstance(entry, StepCosts):
             costs.append(entry)
@@ -225,9 +225,9 @@ def costs_of(own: dict[str, Any], file: Path) -> tuple[StepCosts, ...]:
     return tuple(costs)
 
 
-def entries_of(own: dict[str, Any]) -> list[Any]:
+def entries_of(extra: dict[str, Any]) -> list[Any]:
     """Return the costs as they are stored under our key, readable or not."""
-    costs = own.get("costs") or []
+    costs = extra.get("costs") or []
     return costs if isinstance(costs, list) else [costs]
 
 
@@ -251,9 +251,9 @@ def _warn(message: str) -> None:
     warnings.warn(message, SettingsWarning, stacklevel=2)
 
 
-def _own_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    own = fields.get(KEY)
-    return own if isinstance(own, dict) else {}
+def _layerskip_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    extra = fields.get(KEY)
+    return extra if isinstance(extra, dict) else {}
 
 
 def _warn_of_ignored_fields(fields: dict[str, Any], file: Path) -> None:
@@ -280,9 +280,9 @@ def _positive_int(fields: dict[str, Any], key: str, file: Path) -> int | None:
 
 
 def _token_ids(
-    own: dict[str, Any], key: str, vocab_size: int, file: Path
+    extra: dict[str, Any], key: str, vocab_size: int, file: Path
 ) -> tuple[int, ...] | None:
-    text = own.get(key)
+    text = extra.get(key)
     if not text:
         return None
     try:
@@ -348,14 +348,14 @@ _MAX_CHANGE = 0.05  # of the negative log-likelihood; a higher cost is reported 
 _FOUR_BIT_TYPES = ("Q4_0", "Q4_1")  # whose codes are loaded as they are
 
 
-def recorded(own: Any, roundings: Mapping[str, Rounding]) -> dict[str, Any]:
+def recorded(extra: Any, roundings: Mapping[str, Rounding]) -> dict[str, Any]:
     """Replace the measured costs in the `layerskip` object of `generation_config.json`.
 
     Args:
-        own: the object so far, if there is one.
+        extra: the object so far, if there is one.
         roundings: "int8" or "int4" to its cost.
     """
-    rest = {k: v for k, v in own.items() if k != FIELD} if isinstance(own, dict) else {}
+    rest = {k: v for k, v in extra.items() if k != FIELD} if isinstance(extra, dict) else {}
     if roundings:
         rest[FIELD] = {name: dataclasses.asdict(cost) for name, cost in roundings.items()}
     return rest
@@ -381,7 +381,7 @@ def warn_of_rounding(path: Path, tensors: Tensors, weights: str) -> None:
     if weights == "int4" and all(tensors.stored_as(n) in _FOUR_BIT_TYPES for n in matrices):
         return
     file = path / FILE
-    costs = _own_fields(read_json(file)).get(FIELD) if file.is_file() else None
+    costs = _layerskip_fields(read_json(file)).get(FIELD) if file.is_file() else None
     cost = costs.get(weights) if isinstance(costs, dict) else None
     change = cost.get("nll_change") if isinstance(cost, dict) else None
     if not isinstance(cost, dict) and weights == "int4":

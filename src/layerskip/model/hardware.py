@@ -36,7 +36,7 @@ def cpu_name() -> str:
 def cpu_model() -> str:
     """Return family, model and stepping of an x86 processor as Linux reports them, else "".
 
-    A name such as "AMD EPYC" alone stands for Zen 3, 4 and 5.
+    Zen 3, 4 and 5 may all have the name "AMD EPYC".
     """
     fields = {"family": "cpu family", "model": "model", "stepping": "stepping"}
     numbers = {word: _cpu_line(field) for word, field in fields.items()}

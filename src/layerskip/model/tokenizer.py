@@ -436,8 +436,8 @@ def end_tokens(file: GgufFile) -> list[int]:
     """Return the ids of the ends of text, turn and message in the file, and of well-known end tokens."""
     tokens: list[str] = _field(file, "tokens", [])
     named = (_token_id(file, end, tokens) for end in ("eos", "eot", "eom"))
-    known = (i for i, token in enumerate(tokens) if token in _ENDS)
-    return list(dict.fromkeys(i for i in (*named, *known) if i is not None))
+    well_known = (i for i, token in enumerate(tokens) if token in _ENDS)
+    return list(dict.fromkeys(i for i in (*named, *well_known) if i is not None))
 
 
 def special_token_ids(file: GgufFile) -> dict[str, int]:

@@ -332,8 +332,8 @@ def _transformers_name(name: str, table: dict[str, str]) -> str:
     if number is None:
         return f"{table[stem]}.{kind}" if stem in table else name
     part = stem[number.end() :]
-    known = table.get(f"blk.{{}}.{part}", f"model.layers.{{}}.{part}")
-    return f"{known.format(number[1])}.{kind}"
+    pattern = table.get(f"blk.{{}}.{part}", f"model.layers.{{}}.{part}")
+    return f"{pattern.format(number[1])}.{kind}"
 
 
 # --- GGUF headers

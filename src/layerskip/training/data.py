@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from layerskip.data.readers import Row, local_files, read_rows
-from layerskip.model.tokenizer import template_arguments
+from layerskip.model.tokenizer import render_chat, template_arguments
 from layerskip.recipe.exit_loss import IGNORED_LABEL
 from layerskip.training.config import TrainConfig
 
@@ -193,9 +193,10 @@ class Encoding:
             arguments = template_arguments(row)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        template = functools.partial(
-            self.tokenizer.apply_chat_template, tokenize=False, **arguments
-        )
+
+        def template(turns: Any, **options: Any) -> str:
+            return render_chat(self.tokenizer, turns, **arguments, **options)
+
         try:
             role = messages[-1]["role"]
             whole = template(messages)
@@ -223,7 +224,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
     answer = "an answer 7391"
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = render_chat(tokenizer, turns)
     except Exception:  # no template, or one that takes other turns
         return None
     special = {*tokenizer.all_special_ids}

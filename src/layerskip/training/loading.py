@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from layerskip.errors import TrainingWarning
-from layerskip.fileio import CheckpointError, check_within, read_json
+from layerskip.fileio import check_links, read_json
 from layerskip.model.architecture import UnsupportedModelError
 from layerskip.model.checkpoint import check_folder
 from layerskip.model.families import (
@@ -42,8 +42,6 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _MATMUL = (1024, 768, 2048)  # rows, inputs, outputs, as of a batch in a small model
 _MATMUL_RUNS = 5
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # else transformers would ask
-_READ_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates", "*/*.jinja")
-_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 _SHORT_ROWS = 512  # tokens; up to here eager attention is faster on a CPU
 _MAX_ATTENTION_BYTES = 2 * 2**30  # of the attention weights that it keeps for backward
 _END_TOKENS = 4  # last tokens of a row, among which is the one that ends an answer
@@ -122,17 +120,9 @@ def check_files(name: str) -> None:
     """
     path = Path(name)
     check_folder(path)
-    for pattern in _READ_FILES if path.is_dir() else ():
-        for file in path.glob(pattern):
-            check_within(file, path, is_read=True)
+    check_links(path)  # training passes on what the files say
     if any((path / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
-        weights = SafetensorsFiles(path)
-        for tensor in sorted(weights.names()):
-            if (dtype := weights.stored_as(tensor)) not in _WEIGHT_DTYPES:
-                raise CheckpointError(
-                    f"{tensor} of {name} is stored as {dtype}; weights to train are"
-                    f" {', '.join(_WEIGHT_DTYPES)}"
-                )
+        SafetensorsFiles(path)  # refuses damaged files, other dtypes, and files of other folders
     kinds = {file.suffix for file in path.iterdir()} if path.is_dir() else {path.suffix}
     if ".gguf" in kinds and ".safetensors" not in kinds:
         raise ValueError(
