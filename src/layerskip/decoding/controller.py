@@ -23,7 +23,6 @@ MEMORY = 0.95  # decay of tokens and times a round
 PLAIN_ROUNDS = 4.0  # prior of the throughput
 BACKOFF_ROUNDS, MAX_BACKOFF_ROUNDS = 4, 32
 LOSS_ALLOWED = 0.35  # tokens that a source may lose before its first pause
-MAX_GAIN = 8.0  # tokens of earlier gains that a source may lose again
 LOOKAHEAD = 8  # tokens that are considered behind the next one
 _BINS = 10
 
@@ -103,7 +102,7 @@ class Backoff:
 
     def update(self, tokens: float, time: float) -> None:
         """Add a round in which the source drafted."""
-        self._gain = min(MEMORY * self._gain + tokens - time, MAX_GAIN)
+        self._gain = MEMORY * self._gain + tokens - time
         self.judge(self._gain >= 0)
 
     def judge(self, pays: bool) -> None:
