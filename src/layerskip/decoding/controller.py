@@ -274,14 +274,18 @@ class DraftController:
         """See `Controller`."""
         (committed,), (n_accepted,) = tokens, accepted
         self._learn_acceptance(draft, committed, n_accepted)
-        lookups = len(draft) - draft.sources.count(self._exit.name if self._exit else "")
-        time = self._costs.round(len(draft), self._scored, lookups)
+        time = self.round_cost(draft)
         self._throughput.update(n_accepted + 1, time)
         sources = {*draft.sources}
         if self._scored and self._exit is not None:
             sources.add(self._exit.name)
         for source in sources:
             self._backoff[source].update(n_accepted + 1, time)
+
+    def round_cost(self, draft: Draft) -> float:
+        """Return the cost of the round that verified a draft, in plain steps."""
+        looked_up = len(draft) - draft.sources.count(self._exit.name if self._exit else "")
+        return self._costs.round(len(draft), self._scored, looked_up)
 
     def _learn_acceptance(self, draft: Draft, committed: Sequence[int], accepted: int) -> None:
         # Tokens after the first rejected one were never verified.
