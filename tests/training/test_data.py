@@ -232,6 +232,8 @@ def test_long_texts_are_cut_before_they_are_tokenized(tokenizer, kind):
     watched = Encoding(tokenizer=Watched(), max_length=16)
     assert encode_rows([("x", rows[kind])], watched, "x") == [expected]
     assert max(sizes) < 500
+    [packed] = encode_rows([("x", rows[kind])], watched, "x", to_pack=True)
+    assert (packed == expected) == (kind != "text")  # running text is left to `pack_rows`
     # Of characters that give no token, the part that is tokenized grows until it is enough.
     spaces = {"text": " " * 5000 + text}
     assert encode_rows([("x", spaces)], watched, "x") == encode_rows(

@@ -218,25 +218,26 @@ class AttachedRecipe:
         if exits := self._eval_exits:
             assert labels is not None
             weights = dict.fromkeys(exits, 1 / len(exits))
-            with self._running(ForwardPass(None, frozenset(exits))) as this:
-                return self._forward_with_loss(this, kwargs, labels, weights)
+            with self._running(ForwardPass(None, frozenset(exits))) as current:
+                return self._forward_with_loss(current, kwargs, labels, weights)
         if not (self._parts.model.training and torch.is_grad_enabled()):
             self._pass = ForwardPass(
                 None, num_extra_outputs=self._pass.num_extra_outputs, is_running=False
             )
             return self._plain_forward(**kwargs)
         weights = {} if labels is None else self.exit_weights
-        # 1. Sample the rows that skip layers. 2. Run the model. 3. Compute the early exit loss.
-        with self._running(ForwardPass(self._sample_skipped(kwargs), frozenset(weights))) as this:
+        # 1. Sample the rows that skip each layer.
+        skipped = self._sample_skipped(kwargs)
+        with self._running(ForwardPass(skipped, frozenset(weights))) as current:
             if labels is None:
                 kwargs.setdefault("use_cache", False)
                 return self._plain_forward(**{**kwargs, **self._without_balancing()})
-            return self._forward_with_loss(this, kwargs, labels, weights)
+            return self._forward_with_loss(current, kwargs, labels, weights)
 
     @compiled_below
     def _forward_with_loss(
         self,
-        this: ForwardPass,
+        current: ForwardPass,
         kwargs: dict[str, Any],
         labels: Tensor,
         weights: dict[int, float],
@@ -252,14 +253,16 @@ class AttachedRecipe:
         kwargs.pop("labels", None)
         kwargs.pop("shift_labels", None)
         as_tuple = kwargs.pop("return_dict", None) is False
+        # 2. Run each layer on its kept rows, and collect the hidden states of the exits.
         outputs = self._plain_forward(**self._without_logits(kwargs), return_dict=True)
+        # 3. Compute the early exit loss from them.
         distillation_weight = 0.0 if self._eval_exits else self.recipe.distillation_weight
-        losses = self._losses(this, labels, weights, num_items, distillation_weight)
+        losses = self._losses(current, labels, weights, num_items, distillation_weight)
         self.last = losses
         loss = losses.loss
-        if this.router_logits:
+        if current.router_logits:
             config, mask = self._parts.model.config, kwargs.get("attention_mask")
-            balance = this.balancing_loss(mask, config.num_experts_per_tok)
+            balance = current.balancing_loss(mask, config.num_experts_per_tok)
             # With accumulation each batch contributes in proportion to its labels, as in the loss.
             fraction = 1.0 if num_items is None else losses.tokens / at_least_one(num_items)
             loss = loss + config.router_aux_loss_coef * fraction * balance.to(loss.device)
@@ -269,7 +272,7 @@ class AttachedRecipe:
     @not_compiled
     def _losses(
         self,
-        this: ForwardPass,
+        current: ForwardPass,
         labels: Tensor,
         weights: dict[int, float],
         num_items: Tensor | float | None,
@@ -279,7 +282,7 @@ class AttachedRecipe:
         if self.recipe.fused_loss and not distillation_weight:
             fused = fused_loss(self._parts, labels.device)
         return exit_losses(
-            this.states,
+            current.states,
             labels,
             weights,
             self._parts.shared_exit,
@@ -318,15 +321,15 @@ class AttachedRecipe:
         return {"output_router_logits": False} if self._parts.is_balanced_mixture else {}
 
     @contextmanager
-    def _running(self, this: ForwardPass) -> Iterator[ForwardPass]:
+    def _running(self, current: ForwardPass) -> Iterator[ForwardPass]:
         """Collect states during the pass; the skipped rows stay for recomputation in backward."""
-        this.num_extra_outputs = self._pass.num_extra_outputs
-        self._pass = this
+        current.num_extra_outputs = self._pass.num_extra_outputs
+        self._pass = current
         try:
-            yield this
+            yield current
         finally:
             self._pass = ForwardPass(
-                this.skipped, num_extra_outputs=this.num_extra_outputs, is_running=False
+                current.skipped, num_extra_outputs=current.num_extra_outputs, is_running=False
             )
 
     @compiled_below

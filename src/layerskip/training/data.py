@@ -87,6 +87,7 @@ class Encoding:
         max_length: tokens that `encode_rows` keeps of a row.
         cut_texts: tokenize no more of a text than `max_length` tokens can need, since tokenizers take
             some 260 bytes of memory per byte of text.
+        to_pack: running text is not cut, but left to `pack_rows`.
     """
 
     tokenizer: Any
@@ -96,6 +97,7 @@ class Encoding:
     completion_only: bool = True
     max_length: int = 1024
     cut_texts: bool = False
+    to_pack: bool = False
 
     def __call__(self, where: str, row: Mapping[str, Any]) -> dict[str, list[int]]:
         """Return the tokens and labels of a row.
@@ -115,11 +117,13 @@ class Encoding:
 
     def _running(self, text: str, end: list[int]) -> list[int]:
         """Encode text without a prompt; an empty one has no end token either."""
-        return self._tokenize(text) + end if text else []
+        return self._tokenize(text, may_cut=not self.to_pack) + end if text else []
 
-    def _tokenize(self, text: str, **options: Any) -> list[int]:
+    def _tokenize(self, text: str, may_cut: bool = True, **options: Any) -> list[int]:
         """Tokenize a text, or as much of it as gives more than `max_length` tokens."""
-        size = 2 * (self.max_length + 1) * self._longest_token if self.cut_texts else len(text)
+        size = len(text)
+        if self.cut_texts and may_cut:
+            size = 2 * (self.max_length + 1) * self._longest_token
         while True:
             ids: list[int] = self.tokenizer(text[:size], **options)["input_ids"]
             # The last tokens of a part may differ from those of the whole text, but not the first.
@@ -267,7 +271,7 @@ def encode_rows(
     Raises:
         ValueError: a bad row, no rows at all, or none with a label.
     """
-    encoding = replace(encoding, cut_texts=not to_pack)
+    encoding = replace(encoding, cut_texts=True, to_pack=to_pack)
     n_cut = 0
     encoded = []
     for where, row in rows:

@@ -9,7 +9,7 @@ import torch
 from tiny_decoders import model_of, random_prompt, tiny_decoder
 
 import tiny_models
-from layerskip.decoding import Prefix
+from layerskip.decoding import PrefixCache
 from layerskip.model import load
 
 MODES = {
@@ -23,7 +23,7 @@ modes = pytest.mark.parametrize("options", MODES.values(), ids=MODES.keys())
 
 @pytest.fixture
 def embedded(monkeypatch):
-    """How many tokens went into each decoder's passes."""
+    """Return a function that counts the tokens of each pass of a decoder."""
     counts = []
 
     def watch(decoder):
@@ -40,7 +40,7 @@ def embedded(monkeypatch):
 
 
 def turns(model, options, prefix, n=3, **more):
-    """A conversation: each prompt is the last one, its answer, and something new."""
+    """Play a conversation: each prompt is the last one, its answer, and something new."""
     prompt, made = random_prompt(model.decoder, 40), []
     for turn in range(n):
         how = {**options, **more, "max_new_tokens": 10 + turn, "seed": turn}
@@ -51,33 +51,33 @@ def turns(model, options, prefix, n=3, **more):
 
 
 @modes
-@pytest.mark.parametrize("case", ["llama3.1", "mistral", "gemma2"])
+@pytest.mark.parametrize("case", ["llama3.1", "mistral"])
 def test_answers_are_those_of_whole_prompts(case, options):
     model = model_of(tiny_decoder(case))
-    assert turns(model, options, Prefix()) == turns(model, options, None)
+    assert turns(model, options, PrefixCache()) == turns(model, options, None)
 
 
 @pytest.mark.parametrize("more", [{"repetition_penalty": 1.4}, {"temperature": 1.0}])
-def test_what_looks_at_the_prompt_or_draws_is_the_same(more):
+def test_penalties_and_samples_are_the_same(more):
     model = model_of(tiny_decoder("llama3.1"))
     for options in (MODES["plain"], MODES["self-speculative"]):
-        assert turns(model, options, Prefix(), **more) == turns(model, options, None, **more)
+        assert turns(model, options, PrefixCache(), **more) == turns(model, options, None, **more)
 
 
 @pytest.mark.usefixtures("compiled_kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @modes
 def test_in_compiled_kernels_too_where_a_cache_grows(tmp_path, dtype, options, monkeypatch):
-    monkeypatch.setattr("layerskip.decoding.prefix._ROOM", 0)  # a larger one after each turn
+    monkeypatch.setattr("layerskip.decoding.prefix_cache._ROOM", 0)  # a larger one after each turn
     tiny_models.build("llama3.1").save_pretrained(tmp_path)
     model = model_of(load(tmp_path, dtype=dtype, compiled=True).decoder)
-    assert turns(model, options, Prefix(), n=5) == turns(model, options, None, n=5)
+    assert turns(model, options, PrefixCache(), n=5) == turns(model, options, None, n=5)
 
 
 @pytest.mark.parametrize("room", [0, 1024])
 def test_only_what_is_new_is_computed(embedded, room, monkeypatch):
-    monkeypatch.setattr("layerskip.decoding.prefix._ROOM", room)
-    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
+    monkeypatch.setattr("layerskip.decoding.prefix_cache._ROOM", room)
+    model, prefix = model_of(tiny_decoder("llama3.1")), PrefixCache()
     prompt = random_prompt(model.decoder, 40)
     counts = embedded(model.decoder)
     answer = model.answer(prompt, prefix=prefix, max_new_tokens=10, mode="plain").complete()
@@ -96,7 +96,7 @@ def test_only_what_is_new_is_computed(embedded, room, monkeypatch):
 
 
 def test_fewer_layers_leave_nothing_for_more(embedded):
-    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
+    model, prefix = model_of(tiny_decoder("llama3.1")), PrefixCache()
     prompt = random_prompt(model.decoder, 40)
     counts = embedded(model.decoder)
     for options, computed in (("early-exit", 40), ("plain", 40), ("early-exit", 1)):
@@ -106,8 +106,8 @@ def test_fewer_layers_leave_nothing_for_more(embedded):
 
 
 @modes
-def test_an_answer_that_was_given_up_leaves_what_is_settled(options):
-    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
+def test_an_answer_that_was_given_up_leaves_what_is_committed(options):
+    model, prefix = model_of(tiny_decoder("llama3.1")), PrefixCache()
     prompt = random_prompt(model.decoder, 40)
     given_up = model.answer(prompt, prefix=prefix, max_new_tokens=20, **options)
     said = [next(iter(given_up)).token_id for _ in range(4)]
@@ -119,7 +119,7 @@ def test_an_answer_that_was_given_up_leaves_what_is_settled(options):
 
 def test_one_answer_at_a_time_has_the_cache():
     """What was unfinished would write where the next one writes."""
-    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
+    model, prefix = model_of(tiny_decoder("llama3.1")), PrefixCache()
     prompt = random_prompt(model.decoder, 40)
     options = {"prefix": prefix, "max_new_tokens": 12, "mode": "plain"}
     first = model.answer(prompt, **options)
@@ -139,7 +139,7 @@ def test_an_answer_that_another_thread_is_computing_writes_to_a_cache_of_its_own
     options, monkeypatch
 ):
     """It finds out that another has begun only after its step."""
-    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
+    model, prefix = model_of(tiny_decoder("llama3.1")), PrefixCache()
     prompt = random_prompt(model.decoder, 40)
     alone = model.generate([*prompt, 5], max_new_tokens=12, **options).token_ids
     begun, goes_on = threading.Event(), threading.Event()
@@ -173,23 +173,8 @@ def test_an_answer_that_another_thread_is_computing_writes_to_a_cache_of_its_own
     assert third.token_ids == model.generate(follow, max_new_tokens=12, **options).token_ids
 
 
-def test_what_is_settled_is_copied_from_a_cache_that_is_written_to(embedded):
-    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
-    prompt = random_prompt(model.decoder, 40)
-    first = model.answer(prompt, prefix=prefix, max_new_tokens=9, mode="plain")
-    next(iter(first))
-    before = prefix._cache
-    prefix.resume(prefix._taken_by)  # as where its next step has begun
-    counts = embedded(model.decoder)
-    second = model.answer([*prompt, 5], prefix=prefix, max_new_tokens=9, mode="plain")
-    next(iter(second))
-    assert counts == [1]
-    assert prefix._cache is not before
-    assert int(before.lengths) == 40
-
-
 def test_an_answer_that_the_garbage_collector_ends_inside_the_lock(monkeypatch):
-    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
+    model, prefix = model_of(tiny_decoder("llama3.1")), PrefixCache()
     prompt = random_prompt(model.decoder, 40)
     first = model.answer(prompt, prefix=prefix, max_new_tokens=9, mode="plain")
     next(iter(first))
@@ -205,7 +190,7 @@ def test_an_answer_that_the_garbage_collector_ends_inside_the_lock(monkeypatch):
 
 
 def test_ctrl_c_inside_a_step_leaves_the_cache_to_the_next_answer(monkeypatch):
-    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
+    model, prefix = model_of(tiny_decoder("llama3.1")), PrefixCache()
     prompt = random_prompt(model.decoder, 40)
     first = model.answer(prompt, prefix=prefix, max_new_tokens=9, mode="plain")
     said = next(iter(first)).token_id
@@ -222,14 +207,14 @@ def test_ctrl_c_inside_a_step_leaves_the_cache_to_the_next_answer(monkeypatch):
 
 def test_another_model_has_no_part_in_it():
     one, other = (model_of(tiny_decoder(case)) for case in ("llama3.1", "llama2"))
-    prefix, prompt = Prefix(), random_prompt(one.decoder, 40)
+    prefix, prompt = PrefixCache(), random_prompt(one.decoder, 40)
     for model in (one, other, one, other):
         found = model.answer(prompt, prefix=prefix, max_new_tokens=9).complete()
         assert found.token_ids == model.generate(prompt, max_new_tokens=9).token_ids
 
 
 def test_an_answer_that_fails_leaves_nothing(embedded):
-    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
+    model, prefix = model_of(tiny_decoder("llama3.1")), PrefixCache()
     prompt = random_prompt(model.decoder, 40)
     counts = embedded(model.decoder)
     answer = model.answer(prompt, prefix=prefix, max_new_tokens=9, mode="plain")
@@ -248,13 +233,13 @@ def test_an_answer_that_fails_leaves_nothing(embedded):
 def test_a_list_of_prompts_has_no_common_prefix():
     model = model_of(tiny_decoder("llama3.1"))
     with pytest.raises(ValueError, match="a prefix is for one prompt after another"):
-        model.generate([[5, 6], [7]], prefix=Prefix())
+        model.generate([[5, 6], [7]], prefix=PrefixCache())
 
 
 def test_a_prompt_that_never_began_leaves_nothing(embedded):
-    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
+    model, prefix = model_of(tiny_decoder("llama3.1")), PrefixCache()
     prompt = random_prompt(model.decoder, 40)
-    model.answer(prompt, prefix=prefix)
+    model.answer(prompt, prefix=prefix)  # never begun
     counts = embedded(model.decoder)
     model.answer(prompt, prefix=prefix, max_new_tokens=1, mode="plain").complete()
     assert counts == [40]
@@ -267,23 +252,9 @@ def test_longrope_s_two_sides_share_nothing(tmp_path):
     prompt = random_prompt(model.decoder, 40)
     for options in (MODES["plain"], MODES["self-speculative"]):
         found = {}
-        for prefix in (Prefix(), None):
+        for prefix in (PrefixCache(), None):
             short = model.answer(prompt, prefix=prefix, max_new_tokens=10, **options).complete()
             longer = [*prompt, *short.token_ids, 3, 4]
             long = model.answer(longer, prefix=prefix, max_new_tokens=30, **options).complete()
             found[prefix is None] = short.token_ids, long.token_ids
         assert found[True] == found[False]
-
-
-def test_an_answer_that_was_overtaken_leaves_what_another_has(embedded):
-    model, prefix = model_of(tiny_decoder("llama3.1")), Prefix()
-    prompt = random_prompt(model.decoder, 40)
-    options = {"prefix": prefix, "mode": "plain"}
-    first = model.answer(prompt, max_new_tokens=9, **options)
-    next(iter(first))
-    second = model.answer(prompt, max_new_tokens=3, **options).complete()
-    with pytest.raises(ValueError, match="another answer has begun"):
-        first.complete()
-    counts = embedded(model.decoder)
-    model.answer([*prompt, *second.token_ids, 5], max_new_tokens=1, **options).complete()
-    assert counts == [2]  # what was answered last, and what is new
