@@ -29,8 +29,8 @@ format: $(DEV_INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(DEV_INSTALLED)       ## speed of the engine against transformers and the memory ceiling
-	$(BIN)/python benchmarks/engine.py
+bench: $(DEV_INSTALLED)       ## time of a pass in the compiled kernels against PyTorch
+	$(BIN)/python benchmarks/compiled_kernels.py
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "layerskip needs Python 3.10 or newer; set PYTHON=/path/to/python3")'

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from engine import run
+from common import run
 
 from layerskip import LayerSkipModel
 from layerskip.data.readers import read_text

@@ -56,7 +56,7 @@ class Corpus:
         return cls(tuple(sources), tuple(trained), tuple(held_out))
 
     def describe(self) -> dict[str, Any]:
-        """What a row of results says about it."""
+        """Describe the corpus for a row of results."""
         return {
             "sources": list(self.sources),
             "train_texts": len(self.train),

@@ -67,15 +67,19 @@ def check_options(config: Any) -> None:
         value = getattr(config, name)
         if value is None:
             continue
-        convert = _converter(field.type)
+        is_list = typing.get_origin(field.type) is tuple
+        convert = _converter(typing.get_args(field.type)[0] if is_list else field.type)
+        items = list(value) if is_list else [value]
         if convert is not None:
-            value = convert(name, value)
-            object.__setattr__(config, name, value)
-        if description.choices is not None and value not in description.choices:
-            known = ", ".join(description.choices)
-            raise ValueError(f"the {_words(name)} {value!r} is unknown; there are: {known}")
-        if not _in_bounds(value, description):
-            raise ValueError(f"{name} is {value}, it has to be {_bounds(description)}")
+            items = [convert(name, item) for item in items]
+        if is_list or convert is not None:
+            object.__setattr__(config, name, tuple(items) if is_list else items[0])
+        for item in items:
+            if description.choices is not None and item not in description.choices:
+                known = ", ".join(description.choices)
+                raise ValueError(f"the {_words(name)} {item!r} is unknown; there are: {known}")
+            if not _in_bounds(item, description):
+                raise ValueError(f"{name} is {item}, it has to be {_bounds(description)}")
 
 
 def integer(name: str, value: Any) -> int:

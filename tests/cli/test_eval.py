@@ -139,7 +139,7 @@ def test_early_exit_has_quarters_of_the_layers_by_default(run, text):
     ("arguments", "status", "words"),
     [
         ([], 2, "give --tasks or --perplexity"),
-        (["--tasks", "x", "--exit-layers", "1,b"], 2, "no list of layers"),
+        (["--tasks", "x", "--exit-layers", "1,b"], 2, "is not a list of layers"),
         (["--perplexity", "no.txt"], 1, "no.txt cannot be read"),
         (["--perplexity", "TEXT", "--exit-layers", "9"], 1, "exit layer 9 is out of range"),
         (["--perplexity", "TEXT", "--plot", "/nowhere/x.png"], 2, "folder of --plot"),

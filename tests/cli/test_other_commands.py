@@ -11,9 +11,7 @@ import pytest
 import torch
 
 from layerskip import __version__, cli, paths
-from layerskip.cli import config_flags as options
 from layerskip.cli import output as outputs
-from layerskip.cli.output import EscapedRecord
 from layerskip.model import hub as source
 
 COMMANDS = ["demo", "pull", "generate", "chat", "tune", "bench", "eval", "export", "lens", "train"]
@@ -143,18 +141,16 @@ def test_half_an_emoji_in_a_result_is_json_all_the_same(tmp_path):
     assert json.loads((tmp_path / "r.json").read_text()) == {"path": "x\udce9"}
 
 
-def test_warnings_and_logs_of_libraries_reach_no_terminal_as_they_are(monkeypatch):
-    seen = []
-    monkeypatch.setattr(warnings, "showwarning", lambda message, *place, **_: seen.append(message))
-    with options.warnings_in_one_line():
-        warnings.showwarning(UserWarning("a\x1b]2;b"), UserWarning, "file", 1)
-    record = EscapedRecord("transformers", logging.WARNING, "file", 1, "%s", ("a\x1b]2;b",), None)
-    assert [*seen, record.getMessage()] == ["a\\x1b]2;b"] * 2
-    monkeypatch.setattr(sys, "argv", ["layerskip", "--version"])
-    before = logging.getLogRecordFactory()
-    try:
-        with pytest.raises(SystemExit):
-            cli.main()
-        assert logging.getLogRecordFactory() is EscapedRecord
-    finally:
-        logging.setLogRecordFactory(before)
+def test_warnings_are_one_line_and_logs_of_libraries_are_silent(program, monkeypatch):
+    def warn(name):
+        warnings.warn("first\nsecond\x1b]2;b", UserWarning, stacklevel=1)
+        warnings.warn("for developers", FutureWarning, stacklevel=1)
+        logging.getLogger("transformers").error("a report")
+        raise ValueError("the end")
+
+    monkeypatch.setattr("layerskip.cli.config_flags.load_model", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        _, _, err = program("generate", "--prompt", "abc")
+    assert err == "layerskip: first second\\x1b]2;b\nlayerskip: the end\n"
+    assert logging.root.manager.disable == logging.NOTSET

@@ -2,14 +2,19 @@
 
 import functools
 import hashlib
+import os
+import random
 from array import array
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from layerskip.bench.bench import Row
+import numpy as np
+
+from layerskip.bench.bench import Metric, Row
 from layerskip.bench.perplexity import prefix_token, windows
 from layerskip.bench.quality import Passage, Progress, Score, score_passages
-from layerskip.decoding import LayerSkipModel, Plan
+from layerskip.decoding import DecodingConfig, LayerSkipModel
 from layerskip.decoding.sampling import nth_seed
 
 try:
@@ -20,34 +25,35 @@ except ImportError as error:
     ) from error
 
 DEFAULT_NEW_TOKENS = 256  # the harness's own default where a task says nothing
+BOOTSTRAP_SAMPLES = 1000  # for metrics whose standard error has no formula
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 class SharedScores:
-    """Scores of passages at all exits, computed once: every exit's LM asks for the same ones."""
+    """Caches scores of passages at all exits: every exit's LM requests the same ones."""
 
     def __init__(self, model: LayerSkipModel, exits: Collection[int], batch_size: int) -> None:
         self._model, self._exits, self._batch_size = model, exits, batch_size
         self._known: dict[tuple[bytes, int], dict[int, Score]] = {}
 
     def at(self, exit_layer: int, passages: Sequence[Passage], progress: Progress) -> list[Score]:
-        """Scores of one exit, in the order of the passages."""
+        """Return the scores of one exit, in the order of the passages."""
         keys = [_key(passage) for passage in passages]
         unknown = {k: p for k, p in zip(keys, passages, strict=True) if k not in self._known}
         what = f"likelihoods at {len(self._exits)} exits"
-        found = score_passages(
+        scores = score_passages(
             self._model.decoder,
             list(unknown.values()),
             self._exits,
             batch_size=self._batch_size,
             progress=lambda done, total: progress(what, done, total),
         )
-        self._known.update(zip(unknown, found, strict=True))
+        self._known.update(zip(unknown, scores, strict=True))
         return [self._known[key][exit_layer] for key in keys]
 
 
 def _key(passage: Passage) -> tuple[bytes, int]:
-    """A short name of a passage: tasks hold millions of tokens, which are not to be kept twice."""
+    """Return a digest of a passage: tasks have millions of tokens, which are not to be kept twice."""
     tokens = array("q", passage.tokens).tobytes()
     return hashlib.blake2b(tokens, digest_size=16).digest(), passage.scored
 
@@ -55,10 +61,15 @@ def _key(passage: Passage) -> tuple[bytes, int]:
 class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
     """A model in one way of decoding, as the harness sees it.
 
-    Likelihoods are those of the exit that has the last word; answers are decoded as the plan says.
+    Likelihoods are those of the layers that decide the tokens; answers are decoded by the row's config.
 
-    Attributes:
-        row: counts drafted and accepted tokens over the answers given so far.
+    Args:
+        model: has a tokenizer.
+        row: collects drafted and accepted tokens over the answers.
+        scores: shared by all rows.
+        max_length: tokens of context.
+        seed: of sampling.
+        progress: called after every batch or answer.
     """
 
     def __init__(
@@ -76,7 +87,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
         self.row = row
         self._model, self._scores, self._progress = model, scores, progress
         self._max_length, self._seed = max_length, seed
-        self._exit = row.plan.final_exit(len(model.decoder.layers))
+        self._exit = row.config.num_layers_to_run(len(model.decoder.layers))
 
     @property
     def eot_token_id(self) -> int:
@@ -85,7 +96,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context."""
+        """The token before a text that has no context."""
         token = prefix_token(self.tokenizer)
         if token is None:
             raise ValueError(
@@ -95,13 +106,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the harness's cache of requests."""
+        """Name of the harness's cache of requests."""
         return str(self.tokenizer.name_or_path)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Token ids; a text that begins with the prefix token already gets no second one."""
+        """Return token ids; a text that begins with the prefix token gets no second one."""
         if add_special_tokens is None:
             token = prefix_token(self.tokenizer)
             prefix = None if token is None else self.tokenizer.decode([token])
@@ -111,7 +122,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Messages as the model's own text; those of the system are left out where it has no place."""
+        """Apply the chat template; system messages are left out where it does not support them."""
         from jinja2 import TemplateError
 
         render = functools.partial(
@@ -129,7 +140,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy decoding would say it) of continuations after contexts."""
+        """Return (log-likelihood, is the greedy continuation) of continuations after contexts."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
@@ -147,7 +158,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
         ]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """Log-likelihoods of whole texts, each in windows of max_length tokens."""
+        """Return log-likelihoods of whole texts, in windows of max_length tokens."""
         length = self._max_length
         streams = ([self.prefix_token_id, *self.tok_encode(r.args[0])] for r in requests)
         texts = [list(windows(stream, length, length)) for stream in streams]
@@ -156,27 +167,27 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
         return [sum(next(scores).log_likelihood for _ in passages) for passages in texts]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """Answers, decoded one after the other in the row's mode."""
+        """Return answers, decoded one after the other by the row's config."""
         texts = []
         for i, request in enumerate(requests):
-            context, wishes = request.args
-            options = generation_options(wishes)
-            room = self._max_length - options["max_new_tokens"]
-            if room < 1:
+            context, generation_kwargs = request.args
+            options = generation_options(generation_kwargs)
+            limit = self._max_length - options["max_new_tokens"]
+            if limit < 1:
                 raise ValueError(
                     f"a task asks for {options['max_new_tokens']} new tokens, which leaves no room"
                     f" for a prompt in a context of {self._max_length}"
                 )
             generation = self._model.generate(
-                self.tok_encode(context)[-room:],
+                self.tok_encode(context)[-limit:],
+                self.row.config,
                 **options,
-                **self.row.plan.options,
                 seed=nth_seed(self._seed, i),
             )
             self.row.drafted += generation.drafted
             self.row.accepted += generation.accepted
             texts.append(generation.text)
-            self._progress(f"answers, {describe(self.row.plan)}", i + 1, len(requests))
+            self._progress(f"answers, {describe(self.row.config)}", i + 1, len(requests))
         return texts
 
 
@@ -184,19 +195,19 @@ def _passage(tokens: Sequence[int], scored: int) -> Passage:
     return Passage(tuple(tokens), min(scored, len(tokens) - 1))
 
 
-def describe(plan: Plan) -> str:
-    """A plan in words: "early-exit, E=8"."""
-    parts = {"E": plan.exit_layer, "d": plan.draft_tokens}
-    return ", ".join([plan.mode, *(f"{k}={v}" for k, v in parts.items() if v is not None)])
+def describe(config: DecodingConfig) -> str:
+    """Return a short name of a config, such as "early-exit, E=8"."""
+    parts = {"E": config.exit_layer, "d": config.draft_tokens}
+    return ", ".join([config.mode, *(f"{k}={v}" for k, v in parts.items() if v is not None)])
 
 
-def generation_options(wishes: Mapping[str, Any]) -> dict[str, Any]:
-    """What a task asks of generation, as arguments of `LayerSkipModel.answer`.
+def generation_options(generation_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert a task's `generation_kwargs` to options of `DecodingConfig`.
 
     Raises:
-        ValueError: it asks for something that is not there, such as beams.
+        ValueError: an option is not supported, such as beams.
     """
-    left = dict(wishes)
+    left = dict(generation_kwargs)
     lengths = [n for name in _LENGTH_NAMES if (n := left.pop(name, None)) is not None]
     until = left.pop("until", None) or []
     sampled, temperature = left.pop("do_sample", None), left.pop("temperature", None)
@@ -220,3 +231,148 @@ def generation_options(wishes: Mapping[str, Any]) -> dict[str, Any]:
             " which layerskip does not have"
         )
     return options
+
+
+def evaluate_tasks(
+    model: LayerSkipModel,
+    rows: Sequence[Row],
+    tasks: Sequence[str],
+    facts: dict[str, dict[str, Any]],
+    *,
+    include_path: Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    seed: int = 1234,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> None:
+    """Run the harness's tasks for every row and add the figures to its `results`.
+
+    Tasks that run generated code are refused, as the harness does by default.
+
+    Args:
+        model: needs a tokenizer.
+        rows: ways of decoding.
+        tasks: names or patterns ("mmlu_*").
+        facts: receives the number of documents and examples of each task.
+        include_path: folder of further task files; where it has all tasks, no others are read.
+        limit: documents a task.
+        num_fewshot: examples before each question; None = the task's own.
+        apply_chat_template: wrap prompts in the model's chat template.
+        seed: of examples and of sampling.
+        batch_size: rows a pass where likelihoods are computed.
+        max_length: tokens of context; None = the model's.
+        progress: called after every batch.
+
+    Raises:
+        ValueError: no tokenizer or chat template, an unknown task, or data that are not available.
+    """
+    import lm_eval
+
+    if model.tokenizer is None:
+        raise ValueError("these tasks need a tokenizer, and this checkpoint has none")
+    if apply_chat_template and not model.tokenizer.chat_template:
+        raise ValueError("this checkpoint has no chat template")
+    limit_length = model.decoder.architecture.max_context
+    manager, names = _find(tasks, include_path)
+    loaded = _load(manager, names, num_fewshot, seed)
+    exits = {row.config.num_layers_to_run(len(model.decoder.layers)) for row in rows}
+    scores = SharedScores(model, exits, batch_size)
+    results: dict[str, Any] = {}
+    for row in rows:
+        lm = HarnessModel(
+            model,
+            row,
+            scores,
+            max_length=min(max_length or limit_length, limit_length),
+            seed=seed,
+            progress=progress,
+        )
+        _set_seeds(loaded, seed)
+        results = lm_eval.evaluate(
+            lm=lm,
+            task_dict=loaded,
+            limit=limit,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=apply_chat_template,
+            bootstrap_iters=BOOTSTRAP_SAMPLES,
+            log_samples=False,
+        )
+        for task, figures in results["results"].items():
+            better = results["higher_is_better"].get(task, {})
+            if metrics := read_metrics(figures, better):
+                row.results[task] = metrics
+        for task, shots in results["n-shot"].items():
+            documents = results["n-samples"].get(task, {}).get("effective")
+            facts[task] = {"documents": documents, "num_fewshot": shots}
+
+
+def _load(manager: Any, names: list[str], num_fewshot: int | None, seed: int) -> Any:
+    """Load tasks with their data; a task that fixes 0 examples keeps them, as in the harness."""
+    random.seed(seed)  # some tasks shuffle choices as they load
+    np.random.seed(seed)
+    try:
+        loaded = manager.load(names)
+    except OSError as error:
+        raise ValueError(
+            f"the data of a task are not available: {error}; without a network, give task files with"
+            " local data by --include-path"
+        ) from error
+    except (TypeError, ValueError, KeyError) as error:  # a missing field, for example
+        raise ValueError(f"one of {', '.join(names)} cannot be loaded: {error}") from error
+    unsafe = [name for name, task in loaded["tasks"].items() if task.get_config("unsafe_code")]
+    if unsafe:
+        raise ValueError(
+            f"{', '.join(unsafe)} would run generated code; for HumanEval and MBPP there is"
+            " `layerskip bench --allow-code-execution`"
+        )
+    for task in loaded["tasks"].values():
+        default = task.get_config("num_fewshot")
+        if default is None or (num_fewshot is not None and default != 0):
+            task.set_config("num_fewshot", num_fewshot or 0)
+    return loaded
+
+
+def _set_seeds(loaded: Any, seed: int) -> None:
+    """Choose the same examples for every row."""
+    random.seed(seed)
+    np.random.seed(seed)
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(seed)
+
+
+def read_metrics(
+    figures: Mapping[str, Any], better: Mapping[str, bool | None]
+) -> dict[str, Metric]:
+    """Join "acc,none" and "acc_stderr,none" to one metric "acc"; other filters are part of the name."""
+    metrics = {}
+    for key, value in figures.items():
+        name, comma, kept_by = key.partition(",")
+        if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        stderr = figures.get(f"{name}_stderr,{kept_by}")
+        metrics[name if kept_by == "none" else key] = Metric(
+            float(value),
+            float(stderr) if isinstance(stderr, int | float) else None,
+            better.get(name),
+        )
+    return metrics
+
+
+def _find(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list[str]]:
+    """A manager that knows the tasks, and their names."""
+    own = None if include_path is None else os.fspath(include_path)
+    from lm_eval.tasks import TaskManager
+
+    # The harness's own files are thousands and take many seconds to read: only where they are needed.
+    for with_defaults in (True,) if own is None else (False, True):
+        manager = TaskManager(include_path=own, include_defaults=with_defaults)
+        unknown = [task for task in tasks if not manager.match_tasks([task])]
+        if not unknown:
+            return manager, manager.match_tasks(list(tasks))
+    raise ValueError(
+        f"unknown tasks: {', '.join(unknown)}; `lm-eval ls tasks` lists what there is, and"
+        " --include-path adds a folder of task files"
+    )

@@ -1,4 +1,4 @@
-"""What measured figures depend on: hardware, versions, threads, precision."""
+"""Hardware, versions, threads and precision that measured figures depend on; memory and bandwidth."""
 
 import contextlib
 import datetime
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 import layerskip
-from layerskip.decoding import Step
+from layerskip.decoding import DecodingConfig, Step
 from layerskip.model import Decoder, native
 from layerskip.model.hardware import cpu_model, cpu_name, peak_memory_bytes
 from layerskip.model.native.packed import in_large_pages
@@ -26,35 +26,32 @@ _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 class PeakMemory:
-    """The highest memory since `reset`.
-
-    On a GPU it is what PyTorch had allocated there. On a CPU it is what the process had resident, the
-    weights and all other systems' leftovers in the process included.
+    """Peak memory since `reset`: allocations on a GPU, resident memory of the process on a CPU.
 
     Attributes:
-        scope: "row" where the mark can be set back (CUDA, Linux); "process" where it only ever rises,
-            so that it says nothing about one row; "unknown" where the system does not tell.
+        scope: "row" where the high-water mark can be reset (CUDA, Linux); "process" where it only rises,
+            so that it does not compare rows; "unknown" where the system does not report it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.scope: Scope = "row"
-        if device.type != "cuda" and not self._set_back():
+        if device.type != "cuda" and not self._reset_mark():
             self.scope = "process" if peak_memory_bytes(device) else "unknown"
 
     def reset(self) -> None:
-        """Forget the peak so far, where that is possible."""
+        """Reset the high-water mark, where that is possible."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         elif self.scope == "row":
-            self._set_back()
+            self._reset_mark()
 
     def read(self) -> int | None:
-        """Bytes; None where the system does not tell."""
+        """Return the bytes; None where the system does not report them."""
         return peak_memory_bytes(self._device) or None
 
     @staticmethod
-    def _set_back() -> bool:
+    def _reset_mark() -> bool:
         with contextlib.suppress(OSError):
             if "VmHWM" in _STATUS.read_text():
                 _CLEAR.write_text("5")  # proc(5): sets the high-water mark to what is resident now
@@ -63,18 +60,17 @@ class PeakMemory:
 
 
 def read_bandwidth(device: torch.device, *, n_bytes: int | None = None, passes: int = 5) -> float:
-    """Bytes per second at which this machine reads memory: a sum over much more than its caches hold.
+    """Measure the bytes per second at which this machine reads memory, beyond what its caches hold.
 
-    The median of several passes, with the threads that PyTorch uses at this moment. The memory is given
-    back afterwards.
+    The median of several sums over `n_bytes`, with the threads that PyTorch uses now.
     """
     if n_bytes is None:
-        # Of a GPU enough for its launch and the waiting not to count, where there is so much.
+        # On a GPU more, so that launching the kernel takes a negligible part of the time.
         n_bytes = 2**30
         if device.type == "cuda":
             n_bytes = min(2**32, torch.cuda.mem_get_info(device)[0] // 2)
     shape, dtype = (n_bytes // 4,), torch.float32
-    if device.type == "cpu":  # as the weights lie
+    if device.type == "cpu":  # the weights are in large pages too
         memory = in_large_pages(shape, dtype).fill_(1)
     else:
         memory = torch.ones(shape, dtype=dtype, device=device)
@@ -86,50 +82,41 @@ def read_bandwidth(device: torch.device, *, n_bytes: int | None = None, passes: 
         memory.sum()
         times.append(now() - start)
     del memory
-    if device.type == "cuda":  # PyTorch would keep it from other processes, such as peers
+    if device.type == "cuda":  # PyTorch would keep it from other processes, such as baselines
         torch.cuda.empty_cache()
     return n_bytes / statistics.median(times)
 
 
-def weight_bytes_read(
-    decoder: Decoder,
-    steps: Iterable[Step],
-    *,
-    exit_layer: int | None,
-    drafting: bool,
-    draft_vocabulary: int | None = None,
-) -> int:
-    """Bytes of weights that these steps had to read, keys and values left out.
+def weight_bytes_read(decoder: Decoder, steps: Iterable[Step], config: DecodingConfig) -> int:
+    """Return the bytes of weights that some steps had to read, without keys and values.
 
-    A round whose n tokens were drafted by an early exit runs the first E layers n + 1 times (the last
-    drafted token has to pass them too), the head n times for the draft and once more for a token that
-    was left out as unsure, and the other layers and the head once to verify. What was drafted beyond the
-    end of the answer was read for, too. Where n-grams were the draft, every layer and the head are read
-    once; where they follow a draft they read nothing.
+    A round whose n tokens were drafted by the early exit runs the first E layers n + 1 times (the last
+    drafted token passes them too), the draft's head n times and once more for a discarded token, and the
+    other layers and the head once to verify. Tokens drafted beyond the end of the answer count.
+    Look-ups read no weights.
 
     Args:
         decoder: the model.
         steps: passes of decoding, without the prompt's own.
-        exit_layer: layers run for one token; None means all.
-        drafting: whether the steps are rounds of self-speculative decoding.
-        draft_vocabulary: tokens that the early exit may draft; None means all.
+        config: resolved.
     """
-    head = decoder.head.weight_bytes
-    # On average: some layers of a mixture may have none.
-    layer = (decoder.weight_bytes - head) // len(decoder.layers)
-    exit_at = len(decoder.layers) if exit_layer is None else exit_layer
-    size = decoder.architecture.vocab_size
-    share = min(draft_vocabulary or size, size) / size
+    head, n_layers = decoder.head.weight_bytes, len(decoder.layers)
+    layer = (
+        decoder.weight_bytes - head
+    ) // n_layers  # mean: some layers of a mixture have no experts
+    share = 1.0
+    if isinstance(config.draft_vocabulary, tuple):
+        share = min(1.0, len(config.draft_vocabulary) / decoder.architecture.vocab_size)
+    first = config.exit_layer or n_layers
+    rest = config.num_layers_to_run(n_layers) - first
     total = 0
     for step in steps:
-        scored = step.from_exit + step.refused
-        total += (step.from_exit + 1) * exit_at * layer + round(scored * head * share) + head
-        if drafting:
-            total += (len(decoder.layers) - exit_at) * layer
+        scored = step.from_exit + step.discarded
+        total += ((step.from_exit + 1) * first + rest) * layer + round(scored * head * share) + head
     return total
 
 
-# In a checkout: what decides on figures. Its other files, such as results, may differ.
+# Parts of a checkout that figures depend on. Other files, such as results, may differ.
 _CODE = ("src", "benchmarks/*.py", "benchmarks/paper/*.py", "examples")
 
 
@@ -145,13 +132,13 @@ def environment(
 
     Args:
         dtype: of hidden states and the cache.
-        weights: how weights are kept.
-        device: where the model is.
-        kernels: what runs the layers, see `Decoder.kernels`.
+        weights: "16bit", "int8" or "int4".
+        device: of the model.
+        kernels: see `Decoder.kernels`.
         packages: installed distributions whose versions matter beside PyTorch's.
     """
-    place = torch.device(device)
-    made_from, model = commit(), cpu_model()
+    torch_device = torch.device(device)
+    revision, model = commit(), cpu_model()
     return {
         "date": datetime.date.today().isoformat(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -160,22 +147,24 @@ def environment(
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpus": _usable_cpus(),
         "memory_bytes": _memory_bytes(),
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
+        "device": torch.cuda.get_device_name(torch_device)
+        if torch_device.type == "cuda"
+        else torch_device.type,
         "threads": native.num_threads_of(kernels),
         "dtype": str(dtype).removeprefix("torch."),
         "weights": weights,
         "kernels": kernels,
         "python": platform.python_version(),
         "layerskip": layerskip.__version__,
-        **({"commit": made_from} if made_from else {}),
+        **({"commit": revision} if revision else {}),
         "torch": torch.__version__,
-        **({"cuda": torch.version.cuda} if place.type == "cuda" else {}),
+        **({"cuda": torch.version.cuda} if torch_device.type == "cuda" else {}),
         **{package: _version(package) for package in packages},
     }
 
 
 def environment_of(decoder: Decoder, packages: Iterable[str] = ("transformers",)) -> dict[str, Any]:
-    """`environment` of what runs on a decoder."""
+    """Return the `environment` of a decoder."""
     return environment(
         dtype=decoder.dtype,
         weights=decoder.weights,
@@ -187,21 +176,21 @@ def environment_of(decoder: Decoder, packages: Iterable[str] = ("transformers",)
 
 @functools.cache
 def commit() -> str:
-    """The commit of layerskip's own checkout, with a "+" where its code differs from it; else "".
+    """Return the commit of layerskip's own checkout, with a "+" where its code was changed; else "".
 
-    An installed layerskip has none: a repository that happens to be around it says nothing of it.
+    An installed layerskip has none, even where a repository happens to be around it.
     """
     source = Path(layerskip.__file__).resolve().parents[1]
     root = source.parent
     if source.name != "src" or not (root / ".git").exists() or not _is_ours(root):
         return ""
-    # Such as GIT_DIR in a hook, which would have another repository answer.
-    others = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    # GIT_DIR is set in a hook, for example, and names another repository.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*words: str) -> subprocess.CompletedProcess[str]:
         command = ["git", *words]
         return subprocess.run(
-            command, cwd=root, env=others, capture_output=True, text=True, check=False
+            command, cwd=root, env=env, capture_output=True, text=True, check=False
         )
 
     try:

@@ -1,39 +1,37 @@
-"""Systems and settings side by side: the same prompts, taken in turns."""
+"""Interleaved measurement of systems and settings on the same prompts."""
 
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-from layerskip.decoding import Step
+from layerskip.decoding import DecodingConfig, Step
 
 WARM_UP_TOKENS = 16
-SWITCH_S = 0.05  # threads that wait for work awake do so for some milliseconds
+SWITCH_S = 0.05  # idle threads of OpenMP spin for some milliseconds before they sleep
 
 
 class SystemFailedError(Exception):
-    """A system cannot give an answer; its row says why, and the other rows go on."""
+    """A system cannot answer; its row has the reason, and the other rows continue."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A way to decode; one row of the result.
+    """A row of the result: a way to decode, and its name.
 
-    `mode` is one of `decoding.MODES`, "auto", or "prompt-lookup" (of peers). `exit_layer` and
-    `draft_tokens` are those that are really used, and None where there are none; `draft_from` and
-    `adaptive` are those of `decoding.Plan`; `draft_vocabulary` says how many tokens the early exit may
-    draft, None means all. `label` says in words what is special about a row; `switches` are the
-    arguments of `LayerSkipModel.answer` that make it so in mode auto.
+    Attributes:
+        config: options of decoding; resolved, for this package's own rows.
+        mode: name of the row, by default the config's mode; "auto" where that was asked for, or a mode
+            of a baseline, such as "prompt-lookup".
+        label: describes a row that differs from others of its mode in several options.
     """
 
-    mode: str
-    exit_layer: int | None = None
-    draft_tokens: int | None = None
-    draft_from: str = "early-exit"
-    adaptive: bool = False
-    draft_vocabulary: int | None = None
+    config: DecodingConfig = dataclasses.field(default_factory=lambda: DecodingConfig(mode="plain"))
+    mode: str = ""
     label: str | None = None
-    switches: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mode", self.mode or self.config.reported_mode)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,8 +39,8 @@ class Run:
     """One timed answer.
 
     Attributes:
-        steps: tokens as they came; the first step includes the prompt's pass, each other one is a pass
-            or a round. `Step.drafted` stays 0 where a system does not tell.
+        steps: the first one includes the prompt's pass, each other one is a pass or a round.
+            `Step.drafted` is 0 where a system does not report it.
         text: the answer, without special tokens and stop string.
         ttft_s: seconds to the end of the first step.
         decode_s: seconds from there to the last token.
@@ -69,32 +67,32 @@ class Run:
 
 
 class System(Protocol):
-    """Something that answers prompts, in one or several settings.
+    """A program that answers prompts, in one or several settings.
 
     Attributes:
         name: of its rows.
-        settings: those it takes part in.
+        settings: one for each row.
     """
 
     name: str
     settings: Sequence[Setting]
 
     def answer(self, setting: Setting, prompt: Sequence[int], max_new_tokens: int) -> Run:
-        """Continue a prompt, greedily unless the system was told otherwise.
+        """Continue a prompt.
 
         Raises:
-            SystemFailedError: this system cannot, and the others should go on.
+            SystemFailedError: this system cannot; the others should continue.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Entry:
-    """One system in one setting and what was measured of it.
+    """The measurement of one system in one setting.
 
     Attributes:
         runs: by prompt, then by repetition.
-        error: why there are no complete runs; None where all is well.
+        error: reason why there are no complete runs, or None.
     """
 
     system: System
@@ -111,25 +109,24 @@ def measure(
     repeats: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
     between: Callable[[], None] = lambda: None,
-    so_far: list[Entry] | None = None,
+    partial: list[Entry] | None = None,
 ) -> list[Entry]:
     """Answer every prompt with every system in every setting.
 
-    After a warm-up of each, all entries take turns on one
-    prompt before the next prompt begins, in an order that changes from prompt to prompt and from
-    repetition to repetition, so that everybody follows everybody else about as often. So a machine that
-    drifts, or one entry that suffers from its predecessor, hurts all alike. Where another system's turn
-    comes, its predecessor's threads are given the time to fall asleep.
+    After a warm-up of each entry, all entries answer one prompt before the next prompt begins. Their
+    order changes with the prompt and the repetition, so that each entry follows each other one about as
+    often: drift of the machine, or an effect on the next entry, is the same for all.
+    Before another system answers, the threads of the last one get the time to sleep.
 
     Args:
-        systems: who takes part.
+        systems: in the order of the result.
         prompts: token ids.
         max_new_tokens: 1 or more.
-        repeats: how often all prompts are gone through.
-        progress: called after every answer, with how many there have been, and are if nothing fails.
+        repeats: number of passes over all prompts.
+        progress: called after every answer with the number of answers so far, and in all.
         between: called before each repetition and after the last, outside of what is timed.
-        so_far: where Ctrl-C or an error ends it, is filled with the entries of the prompts that all had
-            answered.
+        partial: receives the entries of the prompts that all had answered where Ctrl-C or an error ends
+            the measurement.
 
     Returns:
         One entry for each system and setting, in order.
@@ -153,7 +150,7 @@ def measure(
     for index in range(len(entries)):
         attempt(index, prompts[0], min(WARM_UP_TOKENS, max_new_tokens))
 
-    def found(answered: int) -> list[Entry]:
+    def result(answered: int) -> list[Entry]:
         return [
             dataclasses.replace(
                 entry,
@@ -164,7 +161,7 @@ def measure(
         ]
 
     last: System | None = None
-    answered = 0  # prompts, by all
+    answered = 0  # number of prompts that all entries have answered
     try:
         for repetition in range(repeats):
             between()
@@ -180,17 +177,16 @@ def measure(
                 answered = max(answered, at + 1)
         between()
     except (KeyboardInterrupt, Exception):
-        if so_far is not None and answered:
-            so_far += found(answered)
+        if partial is not None and answered:
+            partial += result(answered)
         raise
-    return found(len(prompts))
+    return result(len(prompts))
 
 
-def _order(n: int, turn: int) -> list[int]:
-    """Who answers when: over 2n turns everybody begins, and follows each other one, equally often.
-
-    Rows of a Williams design: neighbours differ by 1, -2, 3, -4, ..., then the same backwards.
+def _order(n: int, number: int) -> list[int]:
+    """Return a row of a Williams design: over 2n rows each entry begins, and follows each other one,
+    equally often. Neighbours differ by 1, -2, 3, -4, ..., then the same backwards.
     """
     zigzag = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(n)]
-    row = [(turn + step) % n for step in zigzag]
-    return row[::-1] if turn // n % 2 else row
+    row = [(number + step) % n for step in zigzag]
+    return row[::-1] if number // n % 2 else row

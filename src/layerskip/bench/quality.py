@@ -18,7 +18,7 @@ from torch import Tensor
 
 from layerskip.bench.sandbox import check_allowed, runs_to_end
 from layerskip.decoding import iter_exit_hidden_states
-from layerskip.decoding.prefix import same_rope_scaling
+from layerskip.decoding.prefix_cache import same_rope_scaling
 from layerskip.decoding.prompt import Prompt
 from layerskip.model import Decoder, native
 

@@ -1,4 +1,4 @@
-"""A benchmark's document as a Markdown report with pictures."""
+"""Tables, a Markdown report and figures of a benchmark's document."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from layerskip.bench.bench import Metric, Row
 from layerskip.bench.rows import name_of
 from layerskip.decoding import Sampling
 from layerskip.figures import new_figure, png, write_figures
-from layerskip.fileio import replace
+from layerskip.fileio import check_within, replace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ OWN, OTHER = "#2f6f9f", "#9f9f9f"
 
 
 def draw(document: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw what the document has: speedup by mode, acceptance by position, quality over exit layer.
+    """Draw speedup by mode, acceptance by position and quality over the exit layer.
 
     Returns:
         The PNG files written into the folder.
@@ -53,8 +53,8 @@ def draw_by_group(groups: Sequence[dict[str, Any]]) -> bytes:
     figure, axes = _new()
     for i, color in enumerate((OTHER, OWN)):
         speeds = [group["rows"][i]["tokens_per_s"] or 0.0 for group in groups]
-        places = [at + 0.4 * i for at in range(len(groups))]
-        bars = axes.bar(places, speeds, 0.38, color=color, label=groups[0]["rows"][i]["mode"])
+        positions = [at + 0.4 * i for at in range(len(groups))]
+        bars = axes.bar(positions, speeds, 0.38, color=color, label=groups[0]["rows"][i]["mode"])
         axes.bar_label(bars, fmt="{:.0f}", padding=2)
     axes.set_xticks([at + 0.2 for at in range(len(groups))], [group["task"] for group in groups])
     axes.margins(y=0.12)
@@ -69,19 +69,19 @@ def _new(height: float = 5.0) -> "tuple[Figure, Axes]":
 
 
 def _speedup(rows: Sequence[dict[str, Any]]) -> "Figure | None":
-    """Each row over plain decoding of its own system, with the 95% interval."""
+    """Draw the speedup of each row over plain decoding of its system, with the 95% interval."""
     shown = [row for row in rows if row.get("speedup") is not None]
     if not shown:
         return None
     figure, axes = _new(1.2 + 0.4 * len(shown))
     several = len({row["system"] for row in shown}) > 1
-    for place, row in enumerate(reversed(shown)):
-        axes.barh(place, row["speedup"], color=OWN if row["system"] == "layerskip" else OTHER)
+    for y, row in enumerate(reversed(shown)):
+        axes.barh(y, row["speedup"], color=OWN if row["system"] == "layerskip" else OTHER)
         low, high = row["speedup_interval"] or [row["speedup"]] * 2
-        axes.plot([low, high], [place, place], color="black", linewidth=1.5)
+        axes.plot([low, high], [y, y], color="black", linewidth=1.5)
         axes.annotate(
             f"{row['speedup']:.2f}x",
-            (max(high, row["speedup"]), place),
+            (max(high, row["speedup"]), y),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
@@ -94,7 +94,7 @@ def _speedup(rows: Sequence[dict[str, Any]]) -> "Figure | None":
 
 
 def _acceptance(rows: Sequence[dict[str, Any]]) -> "Figure | None":
-    """Share of drafts accepted at each position of a round."""
+    """Draw the share of drafts accepted at each position of a round."""
     shown = [row for row in rows if row["accepted_by_position"]]
     if not shown:
         return None
@@ -111,7 +111,7 @@ def _acceptance(rows: Sequence[dict[str, Any]]) -> "Figure | None":
 
 
 def _quality(rows: Sequence[dict[str, Any]], n_layers: int) -> "Figure | None":
-    """Each metric of early exit over the exit layer; plain decoding is the exit at the last layer."""
+    """Draw the metrics of early exit over the exit layer; the last layer is plain decoding."""
     own = [row for row in rows if row["system"] == "layerskip" and row["quality"]]
     by_exit = {row["exit_layer"]: row["quality"] for row in own if row["mode"] == "early-exit"}
     plain = [row["quality"] for row in own if row["mode"] == "plain"]
@@ -133,9 +133,9 @@ COLUMNS = 2
 
 
 def plot_exits(rows: Sequence[Row], n_layers: int) -> bytes:
-    """Every metric over the exit layers: a line a mode, bars of one standard error.
+    """Draw every metric over the exit layers: one line a mode, bars of one standard error.
 
-    Plain decoding stands at the last layer.
+    Plain decoding is at the last layer.
 
     Args:
         rows: with results.
@@ -162,7 +162,7 @@ def plot_exits(rows: Sequence[Row], n_layers: int) -> bytes:
         for row in rows:
             if metric in row.results.get(task, {}):
                 points = by_mode.setdefault(row.mode, {})
-                points[row.plan.exit_layer or n_layers] = row.results[task][metric]
+                points[row.config.exit_layer or n_layers] = row.results[task][metric]
         for mode, points in by_mode.items():
             _draw(axes, mode, points)
         axes.set_title(task, parse_math=False)  # names may have dollars
@@ -211,8 +211,11 @@ def write_report(document: dict[str, Any], folder: Path) -> Path:
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: a file there is a link out of the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("report.md", *_TITLES):
+        check_within(folder / name)
     pictures = draw(document, folder)
     text = markdown(document, [picture.name for picture in pictures])
     replace(folder / "report.md", text.encode())  # last: it refers to the pictures
@@ -220,7 +223,7 @@ def write_report(document: dict[str, Any], folder: Path) -> Path:
 
 
 def markdown(document: dict[str, Any], pictures: Sequence[str]) -> str:
-    """The report's text.
+    """Return the report's text.
 
     Args:
         document: what `bench` returned.
@@ -243,11 +246,11 @@ def markdown(document: dict[str, Any], pictures: Sequence[str]) -> str:
 
 
 def table(document: dict[str, Any], *, brief_of: str | None = None) -> list[list[str]]:
-    """The figures as text: a heading and a line for each row, without columns that would be empty.
+    """Return the figures as text: a heading and a line for each row, without empty columns.
 
     Args:
         document: what `bench` returned.
-        brief_of: one system's rows, and only what fits on a terminal; None means all.
+        brief_of: system whose rows to show, in the columns that fit on a terminal; None = all.
     """
     rows = [
         row for row in document["rows"] if "error" not in row and brief_of in (None, row["system"])
@@ -266,6 +269,14 @@ def table(document: dict[str, Any], *, brief_of: str | None = None) -> list[list
             _number(row.get("speedup_mean_of_prompts"), ".2f", unit="x") for row in rows
         ],
         "with prompt": [_number(row.get("speedup_with_prompt"), ".2f", unit="x") for row in rows],
+        "looping": [_number(row.get("looping") or None, ".0%") for row in rows],
+        "echoing": [_number(row.get("echoing") or None, ".0%") for row in rows],
+        "without these": [
+            _number(row.get("speedup_without_loops"), ".2f", unit="x")
+            if row.get("looping") or row.get("echoing")
+            else ""
+            for row in rows
+        ],
         "vs layerskip": [_number(row.get("vs_layerskip_plain"), ".2f", unit="x") for row in rows],
         "accepted": [_number(row["acceptance_rate"], ".0%") for row in rows],
         "tokens a round": [_number(row["mean_accepted_length"], ".2f") for row in rows],
@@ -285,7 +296,7 @@ def table(document: dict[str, Any], *, brief_of: str | None = None) -> list[list
 
 
 def categories(document: dict[str, Any]) -> list[list[str]]:
-    """Speedup and acceptance by category, a heading and a line for each row; only a heading if none."""
+    """Return speedup and acceptance by category: a heading, and a line for each row that has them."""
     rows = [row for row in document["rows"] if "categories" in row]
     names = list(dict.fromkeys(name for row in rows for name in row["categories"]))
     several = len({row["system"] for row in rows}) > 1
@@ -302,7 +313,7 @@ def categories(document: dict[str, Any]) -> list[list[str]]:
 
 
 def conditions(document: dict[str, Any]) -> list[str]:
-    """What the figures depend on, a phrase each."""
+    """Return the conditions of the measurement, one phrase each."""
     e = document["environment"]
     threads = f"{e['threads']} threads" if e["device"] == "cpu" else e["device"]
     capability = "; ".join(filter(None, (e.get("cpu_model"), e["cpu_capability"])))
@@ -319,7 +330,7 @@ def conditions(document: dict[str, Any]) -> list[str]:
             1, f"{document['skipped_too_long']} prompts too long for the context left out"
         )
     if document["ignore_eos"]:
-        phrases.insert(1, "answers go on past their end, and are not scored")
+        phrases.insert(1, "answers continue past their end, and are not scored")
     interrupted = document.get("interrupted", False)  # older documents do not say it
     if document.get("not_scored") and not interrupted:
         phrases.insert(1, f"the answers could not be judged ({document['not_scored']})")
@@ -331,14 +342,14 @@ def conditions(document: dict[str, Any]) -> list[str]:
 
 
 def _sampling(document: dict[str, Any]) -> str:
-    """How tokens were chosen, in words; older documents do not say it."""
-    how, default = Sampling(**document.get("sampling", {})), Sampling()
-    names = [field.name for field in dataclasses.fields(how)]
-    if how.greedy:  # what would be cut off is not the likeliest
+    """Describe the sampling options; older documents have none."""
+    sampling, default = Sampling(**document.get("sampling", {})), Sampling()
+    names = [field.name for field in dataclasses.fields(sampling)]
+    if sampling.greedy:  # the others have no effect
         names = ["repetition_penalty"]
-    changed = [name for name in names if getattr(how, name) != getattr(default, name)]
-    words = [f"{name.replace('_', ' ')} {getattr(how, name)}" for name in changed]
-    return ", ".join(["greedy", *words] if how.greedy else words)
+    changed = [name for name in names if getattr(sampling, name) != getattr(default, name)]
+    words = [f"{name.replace('_', ' ')} {getattr(sampling, name)}" for name in changed]
+    return ", ".join(["greedy", *words] if sampling.greedy else words)
 
 
 def _conditions(document: dict[str, Any]) -> str:
@@ -361,22 +372,22 @@ def _conditions(document: dict[str, Any]) -> str:
 
 
 def escaped(text: str) -> str:
-    """A text in Markdown as one cell or line of it, without HTML."""
+    """Escape Markdown text for one cell or line, without HTML."""
     line = " ".join(text.split())
     return line.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def as_text(text: str) -> str:
-    """A text that others wrote, such as a category's name, as Markdown shows it and nothing more."""
+    """Escape text of others, such as a category's name, so that Markdown shows it literally."""
     return escaped(re.sub(r"[\\`*_\[\]]", r"\\\g<0>", text))
 
 
 def markdown_table(lines: Sequence[Sequence[str]], escape: Callable[[str], str] = escaped) -> str:
-    """A heading and its lines in Markdown; all columns but the first are numbers.
+    """Return a table in Markdown; all columns but the first are numbers.
 
     Args:
         lines: cells.
-        escape: what is done to each; `as_text` for those that are no Markdown.
+        escape: applied to each cell; `as_text` for cells that are not Markdown.
     """
     heading, *rest = lines
     marks = ["---", *["---:"] * (len(heading) - 1)]

@@ -1,31 +1,137 @@
-"""This package as one of the systems that are measured."""
+"""Options of a benchmark, its rows, and this package as one of the systems that are measured."""
 
 import dataclasses
-import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from layerskip.bench.baselines import BASELINES
 from layerskip.bench.machine import PeakMemory, weight_bytes_read
 from layerskip.bench.measure import Run, Setting
-from layerskip.decoding import Answer, LayerSkipModel, Sampling
-from layerskip.decoding.policy import Plan, choose
+from layerskip.decoding import (
+    DRAFT_SOURCES,
+    MODES,
+    Answer,
+    DecodingConfig,
+    LayerSkipModel,
+    Sampling,
+    register_drafter,
+)
+from layerskip.decoding.datastore import Datastore
+from layerskip.decoding.drafters import DatastoreLookup, Drafter, DrafterInputs
 from layerskip.decoding.sampling import nth_seed
+from layerskip.export import GGUF_WEIGHTS
+from layerskip.options import option
 
-BENCH_MODES = ("plain", "early-exit", "self-speculative", "auto")
+BENCH_MODES = (*MODES, "auto")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchConfig(Sampling):
+    """Options of a benchmark.
+
+    Raises:
+        ValueError: a value is unknown or out of range, or baselines and sampling are combined.
+    """
+
+    task: str = option(
+        "",
+        "A task's name (see docs/tasks.md), or a .jsonl or text file of prompts.",
+        metavar="T",
+    )
+    data: str | None = option(
+        None, "Folder of the data sets; also LAYERSKIP_DATA.", metavar="FOLDER"
+    )
+    samples: int = option(20, "Number of prompts.", at_least=1, metavar="N")
+    n_shot: int | None = option(
+        None, "Number of worked examples before each prompt.", at_least=0, metavar="N"
+    )
+    seed: int = option(
+        0,
+        "Seed of the choice of prompts, and of sampling.",
+        at_least=-(2**63),
+        at_most=2**64 - 1,
+    )
+    modes: tuple[str, ...] = option(
+        BENCH_MODES,
+        "Modes to measure; plain is always among them.",
+        choices=BENCH_MODES,
+        flags=("--modes", "--mode"),
+        metavar="MODE,...",
+    )
+    exit_layers: tuple[int, ...] = option(
+        (),
+        "Exit layers of early exit and of drafts. Default: the checkpoint's, else a quarter.",
+        at_least=1,
+        flags=("--exit-layers", "--exit-layer"),
+        metavar="4,8,12-20",
+    )
+    draft_tokens: tuple[int, ...] = option(
+        (), "Draft lengths. Default: the checkpoint's, else 5.", at_least=0, metavar="D,..."
+    )
+    draft_from: tuple[str, ...] = option(
+        ("early-exit",), f"Sources of drafts: {', '.join(DRAFT_SOURCES)}.", metavar="SOURCE,..."
+    )
+    draft_vocabulary: tuple[int, ...] = option(
+        (),
+        "Add rows whose early exit may draft only N tokens, through a reduced-vocabulary head.",
+        at_least=1,
+        metavar="N,...",
+    )
+    adaptive: bool = option(
+        False,
+        "Add a row for each exit layer whose drafts end where another token is not worth its cost.",
+    )
+    ablation: bool = option(
+        False, "Add rows of auto without each of its parts, and with one part alone."
+    )
+    sources: bool = option(
+        False, "Add a row of auto for each source of drafts alone, and one for all sources."
+    )
+    max_new_tokens: int | None = option(
+        None,
+        "Maximum number of new tokens. Default: the task's.",
+        at_least=1,
+        metavar="N",
+    )
+    repeats: int = option(1, "Number of passes over all prompts.", at_least=1, metavar="N")
+    ignore_eos: bool = option(
+        False, "Continue all answers up to --max-new-tokens; they are not scored."
+    )
+    allow_code_execution: bool = option(
+        False,
+        "Allow humaneval and mbpp to run the Python code that the model writes (docs/tasks.md).",
+    )
+    baselines: tuple[str, ...] = option(
+        (),
+        f"Other programs on the same weights: {', '.join(BASELINES)}.",
+        choices=BASELINES,
+        flags=("--baselines", "--peers"),
+        metavar="NAME,...",
+    )
+    gguf_weights: str | None = option(
+        None,
+        "Precision of the file for llama.cpp. Default: that of --weights and --dtype.",
+        choices=tuple(GGUF_WEIGHTS),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.baselines and self.sampling != Sampling():
+            raise ValueError(
+                "other systems answer greedily here: leave out the baselines, or what is about sampling"
+            )
+        for source in self.draft_from:
+            DecodingConfig(draft_from=source)  # raises where it is unknown
 
 
 class LayerSkipSystem:
-    """`LayerSkipModel` in all settings that were asked for.
+    """`LayerSkipModel` as a system.
 
     Args:
-        model: who answers.
-        settings: how.
-        stop: texts that end an answer.
-        ignore_eos: go on after an end token.
-        sampling: how tokens are chosen.
-        seed: of what is drawn; each prompt draws apart, and all rows alike.
-        watch: is handed each answer before it is computed, and may iterate over it to show it.
+        model: the model.
+        settings: with resolved configs.
+        watch: receives each answer before it is computed, and may iterate over it to show it.
     """
 
     name = "layerskip"
@@ -35,171 +141,135 @@ class LayerSkipSystem:
         model: LayerSkipModel,
         settings: Sequence[Setting],
         *,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-        sampling: Sampling | None = None,
-        seed: int = 0,
         watch: Callable[[Setting, Answer], None] = lambda setting, answer: None,
     ) -> None:
         self.settings = settings
         self.memory = PeakMemory(model.decoder.device)
-        self._model, self._stop, self._ignore_eos = model, tuple(stop), ignore_eos
-        self._sampling = dataclasses.asdict(sampling or Sampling())
-        self._seed = seed
-        self._watch = watch
+        self._model, self._watch = model, watch
 
     def answer(self, setting: Setting, prompt: Sequence[int], max_new_tokens: int) -> Run:
-        """See `System`."""
+        """See `System`. The seed depends on the prompt, and is the same in all rows."""
         self.memory.reset()
-        answer = self._model.answer(
-            prompt,
-            **_options(setting),
-            max_new_tokens=max_new_tokens,
-            stop=self._stop,
-            ignore_eos=self._ignore_eos,
-            **self._sampling,
-            seed=nth_seed(self._seed, zlib.crc32(repr(list(prompt)).encode())),
-        )
+        seed = nth_seed(setting.config.seed, zlib.crc32(repr(list(prompt)).encode()))
+        config = dataclasses.replace(setting.config, max_new_tokens=max_new_tokens, seed=seed)
+        answer = self._model.answer(prompt, config)
         self._watch(setting, answer)
-        made = answer.complete()
+        generation = answer.complete()
         return Run(
-            steps=made.steps,
-            text=made.text,
-            ttft_s=made.ttft_s,
-            decode_s=made.decode_s,
+            steps=generation.steps,
+            text=generation.text,
+            ttft_s=generation.ttft_s,
+            decode_s=generation.decode_s,
             peak_memory_bytes=self.memory.read(),
-            weight_bytes_read=weight_bytes_read(
-                self._model.decoder,
-                made.steps[1:],
-                exit_layer=made.exit_layer,
-                drafting=made.mode == "self-speculative",
-                draft_vocabulary=setting.draft_vocabulary,
-            ),
+            weight_bytes_read=weight_bytes_read(self._model.decoder, generation.steps[1:], config),
         )
 
 
-def _options(setting: Setting) -> dict[str, Any]:
-    """What `LayerSkipModel.answer` is told; for "auto" only what an ablation changes."""
-    options: dict[str, Any] = {"mode": setting.mode}
-    if setting.mode == "auto":
-        return options | dict(setting.switches)
-    options |= {"exit_layer": setting.exit_layer, "draft_tokens": setting.draft_tokens}
-    if setting.mode == "self-speculative":
-        options |= {"draft_from": setting.draft_from, "adaptive": setting.adaptive}
-        options |= {"draft_vocabulary": setting.draft_vocabulary}
-    return options
-
-
-# What `auto` is told for each row of an ablation: all of it, without a part, a part alone.
+# Options of auto in the rows of an ablation: without a part, or with one or two parts alone.
 _ABLATION: dict[str, dict[str, Any]] = {
     "without n-grams": {"draft_from": "early-exit"},
-    "without draft text": {"draft_text": ()},
+    "without datastore": {"datastore": ()},
     "without early exit": {"draft_from": "n-gram"},
-    "without short head": {"draft_vocabulary": 0},
+    "without reduced head": {"draft_vocabulary": 0},
     "without adaptive": {"adaptive": False},
     "early exit alone": {"draft_from": "early-exit", "draft_vocabulary": 0, "adaptive": False},
-    "n-grams alone": {"draft_from": "n-gram", "draft_text": (), "adaptive": False},
-    "early exit and short head": {"draft_from": "early-exit", "adaptive": False},
+    "n-grams alone": {"draft_from": "n-gram", "datastore": (), "adaptive": False},
+    "early exit and reduced head": {"draft_from": "early-exit", "adaptive": False},
     "early exit and adaptive": {"draft_from": "early-exit", "draft_vocabulary": 0},
 }
-
-
-def ablation_of(model: LayerSkipModel) -> list[Setting]:
-    """`auto` without each of its parts, and each part alone, as far as the checkpoint has them.
-
-    Rows that would decode in the same way are one.
-    """
-    in_auto = functools.partial(
-        choose, "auto", None, None, settings=model.settings, n_layers=len(model.decoder.layers)
-    )
-    found: dict[Plan, Setting] = {}
-    for label, switches in _ABLATION.items():
-        if switches.get("draft_from") == "early-exit" and model.settings.exit_layer is None:
-            continue
-        # All tokens are 0 of them to `answer`, and () to `choose`.
-        all_tokens = {"draft_vocabulary": ()} if "draft_vocabulary" in switches else {}
-        plan = in_auto(**(switches | all_tokens))
-        setting = dataclasses.replace(
-            _setting_of("auto", plan), label=label, switches=tuple(switches.items())
-        )
-        found.setdefault(plan, setting)
-    found.pop(in_auto(), None)
-    return list(found.values())
-
-
-def _setting_of(mode: str, plan: Plan) -> Setting:
-    vocabulary = plan.draft_vocabulary
-    return Setting(
-        mode=mode,
-        exit_layer=plan.exit_layer,
-        draft_tokens=plan.draft_tokens,
-        draft_from=plan.draft_from,
-        adaptive=plan.adaptive,
-        draft_vocabulary=None if vocabulary is None else len(vocabulary),
-    )
+_SOURCES: dict[str, dict[str, Any]] = {
+    "drafts from early exit": {"draft_from": "early-exit"},
+    "drafts from n-grams": {"draft_from": "n-gram", "datastore": ()},
+    "drafts from datastore": {"draft_from": "datastore"},
+    "drafts from all sources": {},
+}
 
 
 def settings_of(
     model: LayerSkipModel,
+    config: BenchConfig | None = None,
     *,
-    modes: Sequence[str] = BENCH_MODES,
-    exit_layers: Sequence[int] = (),
-    draft_tokens: Sequence[int] = (),
-    draft_from: Sequence[str] = ("early-exit",),
-    draft_vocabulary: Sequence[int] = (),
-    adaptive: bool = False,
-    ablation: bool = False,
+    stop: Sequence[str] = (),
+    **overrides: Any,
 ) -> list[Setting]:
-    """The rows to measure: plain, early exit at each E, self-speculative at each (E, d), auto.
+    """Return the rows to measure: plain, early exit, self-speculative, auto, and variants of auto.
 
-    Where no exit layers or draft lengths are given, they are those that the checkpoint names, else the
-    defaults of `policy.choose`. Plain decoding is always among them: the others are compared with it.
+    Plain decoding is always the first row: the others are compared with it.
 
     Args:
-        model: whose rows they are.
-        modes: of `BENCH_MODES`.
-        exit_layers: E, each 1 ... L.
-        draft_tokens: d, each 0 or more.
-        draft_from: of `policy.DRAFT_SOURCES`; n-grams have no exit layer.
-        draft_vocabulary: add rows whose early exit may draft so many tokens alone.
-        adaptive: add rows whose drafts decide themselves how far to go.
-        ablation: add rows of auto without each of its parts, and of each part alone.
+        model: its checkpoint's settings fill in what the config leaves open.
+        config: see `BenchConfig`.
+        stop: texts that end an answer.
+        overrides: options that replace those of the config.
 
     Raises:
-        ValueError: an exit layer or draft length that this model does not have.
+        ValueError: an option does not fit this model.
     """
+    config = dataclasses.replace(config or BenchConfig(), **overrides)
+    shared = dataclasses.asdict(config.sampling)
+    shared |= {"seed": config.seed, "ignore_eos": config.ignore_eos, "stop": tuple(stop)}
 
-    def setting(
-        mode: str,
-        e: int | None = None,
-        d: int | None = None,
-        source: str | None = None,
-        adaptive: bool | None = None,
-    ) -> Setting:
-        n_layers = len(model.decoder.layers)
-        plan = choose(mode, e, d, source, adaptive, settings=model.settings, n_layers=n_layers)
-        return _setting_of(mode, plan)
+    def setting(mode: str, label: str | None = None, **options: Any) -> Setting:
+        resolved = model.resolve(DecodingConfig(mode=mode, **shared, **options))
+        return Setting(config=resolved, mode="auto" if mode == "auto" else "", label=label)
 
-    known = model.settings.draft_vocabulary or range(model.decoder.architecture.vocab_size)
-    sizes = (None, *(min(n, len(known)) for n in draft_vocabulary))  # None: all tokens
-    exits: Sequence[int | None] = exit_layers or [setting("self-speculative").exit_layer]
-    lengths: Sequence[int | None] = draft_tokens or [
-        setting("self-speculative", exits[0]).draft_tokens
-    ]
-    found = [setting("plain")]
-    if "early-exit" in modes:
-        found += [setting("early-exit", e) for e in exits]
-    if "self-speculative" in modes:
-        mode = "self-speculative"
-        if "n-gram" in draft_from:
-            found += [setting(mode, None, d, "n-gram") for d in lengths]
-        for source in draft_from:
-            for e in exits if source != "n-gram" else ():
-                for size in sizes:
-                    rows = (setting(mode, e, d, source) for d in lengths)
-                    found += [dataclasses.replace(row, draft_vocabulary=size) for row in rows]
-                if adaptive:
-                    found.append(setting(mode, e, None, source, adaptive=True))
-    if "auto" in modes:
-        found.append(setting("auto"))
-    return [*found, *ablation_of(model)] if ablation else found
+    rows = [setting("plain")]
+    exits = config.exit_layers or (None,)
+    if "early-exit" in config.modes:
+        rows += [setting("early-exit", exit_layer=e) for e in exits]
+    if "self-speculative" in config.modes:
+        rows += [setting("self-speculative", **options) for options in _drafting(config)]
+    auto = setting("auto")
+    if "auto" in config.modes:
+        rows.append(auto)
+
+    def variants(options: Mapping[str, Mapping[str, Any]]) -> list[Setting]:
+        own = model.settings
+        available = {
+            "early-exit": own.exit_layer is not None,
+            "datastore": bool(own.draft_text or own.draft_text_file),
+        }
+        return [
+            setting("auto", label, **changes)
+            for label, changes in options.items()
+            if available.get(changes.get("draft_from", ""), True)
+        ]
+
+    if config.ablation:
+        rows += _new(variants(_ABLATION), [*rows, auto])
+    if config.sources:
+        rows += _new(variants(_SOURCES), rows)
+    return rows
+
+
+def _drafting(config: BenchConfig) -> list[dict[str, Any]]:
+    """Return the options of each self-speculative row."""
+    rows: list[dict[str, Any]] = []
+    for source in config.draft_from:
+        has_exit = "early-exit" in DecodingConfig(draft_from=source).draft_sources
+        for e in (config.exit_layers or (None,)) if has_exit else (None,):
+            row = {"draft_from": source, "exit_layer": e}
+            for size in (None, *config.draft_vocabulary) if has_exit else (None,):
+                lengths = config.draft_tokens or (None,)
+                rows += [row | {"draft_vocabulary": size, "draft_tokens": d} for d in lengths]
+            if config.adaptive and has_exit:
+                rows.append(row | {"adaptive": True})
+    return rows
+
+
+def _new(settings: Sequence[Setting], rows: Sequence[Setting]) -> list[Setting]:
+    """Return the settings that decode differently from those of auto that are there."""
+    present = {row.config for row in rows if row.mode == "auto"}
+    by_config: dict[DecodingConfig, Setting] = {}
+    for setting in settings:
+        if setting.config not in present:
+            by_config.setdefault(setting.config, setting)
+    return list(by_config.values())
+
+
+def _datastore_alone(inputs: DrafterInputs) -> list[Drafter]:
+    datastore = Datastore.of(inputs.datastore, inputs.decoder.architecture.vocab_size)
+    return [] if datastore is None else [DatastoreLookup(datastore, inputs.eos_token_ids)]
+
+
+register_drafter("datastore", _datastore_alone)

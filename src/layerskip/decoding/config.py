@@ -46,7 +46,7 @@ class DecodingConfig(Sampling):
     )
     draft_from: str | None = option(
         None,
-        "Source of drafts: the early exit, n-grams of prompt and answer, or both.",
+        "Source of drafts: early-exit, n-gram (of prompt and answer), or both.",
         metavar="SOURCE",
     )
     adaptive: bool | None = option(
@@ -89,6 +89,8 @@ class DecodingConfig(Sampling):
         self._check_consistency()
 
     def _check_consistency(self) -> None:
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise ValueError("a stop string has to be a text that is not empty")
         if self.draft_from is not None:
             for source in self.draft_sources:
                 if source not in DRAFTERS:

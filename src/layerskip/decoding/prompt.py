@@ -8,7 +8,7 @@ from typing import Any
 
 from layerskip.data.readers import CONVERSATION, is_message
 from layerskip.model import Decoder
-from layerskip.model.tokenizer import template_arguments
+from layerskip.model.tokenizer import render_chat, template_arguments
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
@@ -134,15 +134,8 @@ def _rendered(prompt: Sequence[Any] | Mapping[str, Any], tokenizer: Any) -> str:
         raise PromptError(_EXPECTED)
     if not tokenizer.chat_template:
         raise PromptError("this checkpoint has no chat template; give the prompt as a text")
-    from jinja2 import TemplateError
-
     try:
-        text: str = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=True,
-            **template_arguments(given),
-        )
-    except (TemplateError, TypeError, ValueError) as error:  # no system message, turns, ...
+        arguments = template_arguments(given)
+        return render_chat(tokenizer, messages, add_generation_prompt=True, **arguments)
+    except ValueError as error:  # no system message, turns, ...
         raise PromptError(f"the chat template refuses these messages: {error}") from error
-    return text

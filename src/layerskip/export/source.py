@@ -15,12 +15,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from layerskip.fileio import check_within, flush
+from layerskip.fileio import check_links, flush
 from layerskip.model import (
     Architecture,
     CheckpointError,
     Files,
     UnsupportedModelError,
+    families,
     open_files,
     resolve,
 )
@@ -28,7 +29,7 @@ from layerskip.model.architecture import Rope
 from layerskip.model.checkpoint import Rounding, read
 from layerskip.model.tokenizer import TEMPLATES
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = tuple(name for name, family in families.FAMILIES.items() if family.is_exported)
 EMBEDDING = "model.embed_tokens.weight"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -182,7 +183,7 @@ def open_source(model: str | Path, exit_layer: int | None = None) -> Source:
         ValueError: it cannot be found or read, is not supported (it is named), or has no such exit.
     """
     path = resolve(str(model))
-    _check_links(path)
+    check_links(path)  # an export passes on what the files say
     files = open_files(path)
     family = files.architecture.family
     if family not in FAMILIES:
@@ -192,14 +193,6 @@ def open_source(model: str | Path, exit_layer: int | None = None) -> Source:
     source = Source(files=files, exit_layer=exit_layer)
     _check_values(source)
     return source
-
-
-def _check_links(folder: Path) -> None:
-    """Refuse links out of a checkpoint's folder: an export passes on what the files say."""
-    for path in [*folder.glob("*"), *folder.glob(f"{TEMPLATES}/*")]:
-        name = path.relative_to(folder).as_posix()
-        if _CHECKPOINT_FILE.fullmatch(name) and path.suffix != ".safetensors":
-            check_within(path, folder, is_read=True)
 
 
 def _check_values(source: Source) -> None:

@@ -119,7 +119,7 @@ def report_on(
         start=start,
         capacity=capacity,
     )
-    is_speculative = generation is not None and generation.mode == "self-speculative"
+    is_speculative = generation is not None and generation.rounds > 0
     return Report(
         model=name,
         lens=lens,

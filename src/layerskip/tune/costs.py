@@ -1,9 +1,9 @@
-"""What a round costs on this machine: its parts and whole rounds, timed in turns.
+"""Costs of a round on this machine: its parts and whole rounds, timed in interleaved order.
 
-The parts of all exits and draft lengths, whole rounds of the real step loop and plain steps are
-measured in one shuffled order, over and over, so that a machine that slows down or speeds up does the
-same to all of them. Every part is measured where it stands in a round: a draft after a verification,
-a verification after a draft, so that caches are as cold as they will be. Medians are kept.
+The parts of all exits and draft lengths, whole rounds of the decoding loop and plain steps are timed in
+one shuffled order, repeatedly, so that a change of the machine's speed affects all of them alike. A
+draft is timed after a verification and a verification after a draft, so that CPU caches are as cold as
+in a round. Medians are kept.
 """
 
 import dataclasses
@@ -17,37 +17,37 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from layerskip.decoding import Plan, Sampling, generate
+from layerskip.decoding import DecodingConfig, Sampling, generate
 from layerskip.decoding.accept import accept_greedy
-from layerskip.decoding.drafters import EarlyExitDrafter
+from layerskip.decoding.drafters import Draft, EarlyExit
 from layerskip.decoding.generate import PREFILL_CHUNK
+from layerskip.decoding.sampling import Sampler
 from layerskip.model import Decoder
 from layerskip.model.step_timing import device_clock
 
 SWEEPS = 5
-_LONG_DRAFT = 6  # a call of so many tokens against one of a single token gives a step's cost
+_LONG_DRAFT = 6  # the difference to a draft of one token gives the cost of a draft step
 ANCHORS = 4  # exits at which every length of verification is measured
-_PLAIN_STEPS = 8  # a sweep: the denominator of every speedup deserves more samples
-_WHOLE_ROUNDS = 2  # a sweep, of each exit and draft length that whole rounds are measured at
-_GREEDY = Sampling()
+_PLAIN_STEPS = 8  # a sweep; more, since they are the denominator of every speedup
+_WHOLE_ROUNDS = 2  # a sweep, for each exit and draft length with whole rounds
 
 Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds, at each of C context lengths, for X exits and passes over 1 ... n positions.
+    """Seconds at each of C context lengths, for X exits and passes over 1 to n positions.
 
     Attributes:
-        contexts: [C] positions that are settled when the part begins, ascending.
+        contexts: [C] number of committed positions when the part begins, ascending.
         exits: [X] layers run, ascending.
-        plain_s: [C], one token of plain decoding.
-        head_s: [C], final norm, head and choice for one position.
-        first_draft_s: [C, X], a draft call of one token: it runs the first E layers twice, over the
-            newest settled token and over the drafted one, and the head once.
+        plain_s: [C], a step of plain decoding.
+        head_s: [C], final norm, head and argmax for one position.
+        first_draft_s: [C, X], a draft of one token: the first E layers twice, over the newest committed
+            token and the drafted one, and the head once.
         draft_step_s: [C, X], every further drafted token.
-        verify_s: [C, X, n], layers [E, L), head and acceptance over 1 ... n positions.
-        round_overhead_s: [C], what a whole round of the step loop takes beyond these parts.
+        verify_s: [C, X, n], layers E to L, head and acceptance over 1 to n positions.
+        round_overhead_s: [C], the rest of a whole round of the decoding loop.
     """
 
     contexts: list[int]
@@ -61,11 +61,11 @@ class Costs:
 
     @property
     def middle(self) -> int:
-        """Which of the contexts stands for all where one has to."""
+        """Index of the middle context."""
         return len(self.contexts) // 2
 
     def round_s(self, exit_layer: int, drafted: int) -> NDArray[np.float64]:
-        """A round that drafts so many tokens, at each context length, [C]; of none: a plain step."""
+        """Return the seconds [C] of a round that drafts so many tokens; of none: a plain step."""
         if not drafted:
             return self.plain_s
         x = self.exits.index(exit_layer)
@@ -73,7 +73,7 @@ class Costs:
         return np.maximum(draft, 0.0) + self.verify_s[:, x, drafted] + self.round_overhead_s
 
     def to_dict(self) -> dict[str, Any]:
-        """The same for JSON, with nested lists."""
+        """Return the fields for JSON, with nested lists."""
         fields = dataclasses.asdict(self)
         return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in fields.items()}
 
@@ -92,46 +92,46 @@ def measure_costs(
 
     Args:
         decoder: the model.
-        text: token ids to fill contexts with, repeated where they are short.
+        text: token ids of the context, repeated where they are too few.
         contexts: context lengths to measure at.
-        exits: layers run, each 1 ... L - 1.
-        max_draft_tokens: verification is measured up to this many positions and one more.
-        sweeps: how often everything is measured.
-        progress: called after each part with the parts timed and those in all, of all sweeps.
+        exits: layers run, each 1 to L - 1.
+        max_draft_tokens: verification is timed up to one more position.
+        sweeps: number of times that everything is timed.
+        progress: called after each part with the number of parts timed, and in all.
 
     Raises:
         ValueError: the model's context is too short for the measurement.
     """
-    # What the real step loops settle at most, the warm-up included, and a last draft in full.
+    # Positions that the decoding loops commit at most, with the warm-up, and a last draft in full.
     sweeps_of_all = 1 + sweeps
     reach = sweeps_of_all * _WHOLE_ROUNDS * (_LONG_DRAFT + 1) + max_draft_tokens + 2
-    room = decoder.architecture.max_context - reach
-    if room < 1:
+    longest = decoder.architecture.max_context - reach
+    if longest < 1:
         raise ValueError(
-            f"this model's context holds {reach + room} tokens, measuring costs needs {reach + 1};"
+            f"this model's context holds {reach + longest} tokens, measuring costs needs {reach + 1};"
             " try fewer draft tokens"
         )
-    places = sorted({min(c, room) for c in contexts})
+    lengths = sorted({min(c, longest) for c in contexts})
     order = random.Random(0)
     parts = []
     done = 0
-    for context in places:
-        filled = [text[j % len(text)] for j in range(context)]
-        workbench = _Workbench(decoder, filled, exits, max_draft_tokens, reach)
+    for context in lengths:
+        tokens = [text[j % len(text)] for j in range(context)]
+        workbench = _Workbench(decoder, tokens, exits, max_draft_tokens, reach)
         for sweep in range(sweeps_of_all):
             if sweep == 1:  # the first one is a warm-up
                 workbench.times.clear()
             for _ in workbench.sweep(order):
                 done += 1
-                progress(done, len(places) * sweeps_of_all * len(workbench.works))
+                progress(done, len(lengths) * sweeps_of_all * len(workbench.works))
         parts.append(workbench.summary())
-        del workbench  # its caches make room for the next one's
+        del workbench  # frees its caches
     columns = {name: np.array([part[name] for part in parts]) for name in parts[0]}
-    return Costs(contexts=places, exits=list(exits), **columns)
+    return Costs(contexts=lengths, exits=list(exits), **columns)
 
 
 class _Work(NamedTuple):
-    """Something to time: a draft of d tokens and a verification of n positions, or a whole step."""
+    """A piece of work to time: a draft of d tokens with a verification of n positions, or a step."""
 
     kind: str
     exit_layer: int = 0
@@ -140,7 +140,7 @@ class _Work(NamedTuple):
 
 
 class _Workbench:
-    """One context length: a filled cache, real step loops, and what has been timed so far."""
+    """Times one context length, with a filled cache and real decoding loops."""
 
     def __init__(
         self,
@@ -152,24 +152,29 @@ class _Workbench:
     ) -> None:
         self.decoder, self.exits = decoder, exits
         self.clock = device_clock(decoder.device)
+        self.sampler = Sampler(Sampling(), decoder.device)
         self.times: dict[_Work, list[float]] = defaultdict(list)
         self.draft_lengths = (1, max(2, min(_LONG_DRAFT, max_draft_tokens)))
         self.longest = max(max_draft_tokens, self.draft_lengths[1]) + 1
-        places = np.linspace(0, len(exits) - 1, min(ANCHORS, len(exits)))
-        self.anchors = [exits[round(i)] for i in places]
+        indices = np.linspace(0, len(exits) - 1, min(ANCHORS, len(exits)))
+        self.anchors = [exits[round(i)] for i in indices]
         self.cache = decoder.new_cache(len(text) + self.longest + self.draft_lengths[1])
         self.newest = torch.tensor([text[-1:]], device=decoder.device)
         self._fill(text)
-        self.settled = self.cache.lengths.clone()
-        plans = {_Work("plain"): Plan(mode="plain")} | {
-            _Work("round", e, d): Plan(mode="self-speculative", exit_layer=e, draft_tokens=d)
+        self.committed = self.cache.lengths.clone()
+        plain = DecodingConfig(mode="plain", max_new_tokens=reach)
+        configs = {_Work("plain"): plain} | {
+            _Work("round", e, d): dataclasses.replace(
+                plain,
+                mode="self-speculative",
+                draft_from="early-exit",
+                exit_layer=e,
+                draft_tokens=d,
+            )
             for e in self.anchors[1:3] or self.anchors  # two: each has a cache of its own
             for d in self.draft_lengths
         }
-        self.loops = {
-            work: generate(decoder, text, plan=plan, sampling=_GREEDY, max_new_tokens=reach)
-            for work, plan in plans.items()
-        }
+        self.loops = {work: generate(decoder, text, config) for work, config in configs.items()}
         for loop in self.loops.values():
             next(loop)  # the prompt's pass
         pairs = [_Work("pair", e, d, d + 1) for e in exits for d in self.draft_lengths]
@@ -185,7 +190,7 @@ class _Workbench:
             self.cache.lengths += chunk.shape[1]
 
     def sweep(self, order: random.Random) -> Iterator[_Work]:
-        """Time everything once, in a new order; what has been timed is told at once."""
+        """Time everything once, in a new order, and yield each piece of work when it is done."""
         for work in order.sample(self.works, len(self.works)):
             if work.kind == "pair":
                 self._pair(work)
@@ -199,17 +204,19 @@ class _Workbench:
 
     @torch.inference_mode()
     def _pair(self, work: _Work) -> None:
-        """A draft, then a verification, as in `decoding.generate`, with the clock between them."""
+        """Time a draft and a verification as in `decoding.generate`."""
         _, e, d, n = work
-        drafter = EarlyExitDrafter(self.decoder, e, _GREEDY)
+        drafter = EarlyExit(self.decoder, e, self.sampler)
         tokens = self.newest.expand(1, n - 1)
         states = self.decoder.embed(self.newest.expand(1, n))
         started = self.clock()
-        drafter.draft(self.newest, d, self.cache, None, None)
+        draft = Draft(self.newest, self.cache)
+        for _ in range(d):
+            draft.extend(drafter.propose(draft, 1), 1, drafter.name)
+        draft.hidden_states(self.decoder, e)  # runs the first layers over the last drafted token
         drafted = self.clock()
-        self.cache.lengths.copy_(self.settled)
         hidden = self.decoder.run(states, e, len(self.decoder.layers), self.cache)
-        accepted, _ = accept_greedy(tokens, self.decoder.choose(hidden))
+        accepted, _ = accept_greedy(tokens, self.decoder.greedy_tokens(hidden))
         accepted.tolist()
         verified = self.clock()
         self.times[_Work("draft", e, d)].append(drafted - started)
@@ -219,11 +226,11 @@ class _Workbench:
     def _head(self) -> None:
         hidden = self.decoder.embed(self.newest)
         started = self.clock()
-        self.decoder.choose(hidden)
+        self.decoder.greedy_tokens(hidden)
         self.times[_Work("head")].append(self.clock() - started)
 
     def summary(self) -> dict[str, Any]:
-        """Medians, as the fields of `Costs` at this context length."""
+        """Return medians, as the fields of `Costs` at this context length."""
         median = {work: statistics.median(times) for work, times in self.times.items()}
         short, long = self.draft_lengths
         first = np.array([median[_Work("draft", e, short)] for e in self.exits])

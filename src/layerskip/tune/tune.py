@@ -1,4 +1,4 @@
-"""The whole of tuning: answers, costs, predictions, real runs, and the choice."""
+"""Tuning: answers, costs, predictions, real runs, the choice, and settings for the checkpoint."""
 
 import dataclasses
 import itertools
@@ -14,9 +14,9 @@ import numpy as np
 from layerskip.bench.machine import environment_of
 from layerskip.bench.measure import Setting, measure
 from layerskip.bench.rows import row
-from layerskip.bench.systems import LayerSkipSystem, settings_of
-from layerskip.decoding import LayerSkipModel
-from layerskip.decoding.generation import accepted_by_position
+from layerskip.bench.systems import LayerSkipSystem
+from layerskip.decoding import DecodingConfig, LayerSkipModel
+from layerskip.decoding.streaming import accepted_by_position
 from layerskip.fileio import check_within, read_json, replace_json
 from layerskip.model import StepCosts
 from layerskip.model.checkpoint import (
@@ -28,10 +28,11 @@ from layerskip.model.checkpoint import (
     special_tokens,
     text_of_ids,
 )
-from layerskip.model.datastore import MOST as MOST_OF_TEXT
+from layerskip.model.datastore import MOST as MAX_DATASTORE_TOKENS
 from layerskip.model.draft_vocabulary import MOST, worth_drafting
 from layerskip.model.native import num_threads_of
 from layerskip.model.step_timing import costs_kind
+from layerskip.options import check_options, option
 from layerskip.tune.costs import ANCHORS, SWEEPS, Costs, measure_costs
 from layerskip.tune.predict import (
     Continuation,
@@ -43,83 +44,135 @@ from layerskip.tune.predict import (
     replay,
 )
 
-SLOW_STEP_S = 0.05  # from here on all exits of a deep model would take an hour
-FEW_EXITS = 8
-FEW_SWEEPS = 2
-_TRIED_TOKENS, _TRIED_PROMPT = 5, 32
-# In plain steps and about, as everything here: a draft with its verification, between one token and
-# six; how often all answers are made, for reading, confirming and in mode auto; whole rounds of a sweep.
-_STEPS_OF_A_PAIR, _TIMES_ANSWERED, _OTHER_STEPS = 2.5, 10, 40
+MAX_NEW_TOKENS = 64  # default where a task allows more
+CANDIDATES = 3  # predictions that are confirmed by real runs
+SLOW_STEP_S = 0.05  # with slower steps, timing all exits of a deep model would take an hour
+FEW_EXITS, FEW_SWEEPS = 8, 2  # for slow models
+_TRIAL_TOKENS, _TRIAL_PROMPT = 5, 32
+# Estimates in plain steps: a draft with its verification, between 1 and 6 tokens; answers made for
+# reading, confirming and mode auto; whole rounds of a sweep.
+_STEPS_PER_PAIR, _ANSWERS_PER_PROMPT, _OTHER_STEPS = 2.5, 10, 40
 _CONTEXTS = 3
+
+Progress = Callable[[str, int, int], None]  # name of a phase, steps done, and in all
+Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Effort:
-    """What to tell `tune`.
+class TuneConfig:
+    """Options of tuning.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    data: str | None = option(
+        None,
+        "Prompts like yours: a task of layerskip bench, a .jsonl, or a .txt with a prompt a paragraph."
+        " Default: a few general questions.",
+        metavar="TASK|FILE",
+    )
+    samples: int = option(20, "Maximum number of prompts.", at_least=2, metavar="N")
+    seed: int = option(1, "Seed of the choice of prompts; that of layerskip bench is 0.")
+    max_new_tokens: int | None = option(
+        None,
+        f"Maximum number of new tokens. Default: the task's, at most {MAX_NEW_TOKENS}.",
+        at_least=2,
+        metavar="N",
+    )
+    max_draft_tokens: int = option(
+        16, "Longest draft to consider.", at_least=1, at_most=64, metavar="D"
+    )
+    exit_layers: tuple[int, ...] = option(
+        (),
+        "Exit layers to consider. Default: all, about 8 of a slow model.",
+        at_least=1,
+        flags=("--exit-layers", "--exit-layer"),
+        metavar="4,8,10-12",
+    )
+    grid: bool = option(
+        False, "Run every pair, instead of the best three; this takes long: keep --samples few."
+    )
+    keep_datastore: bool = option(
+        False,
+        "Write the answers into the checkpoint too, as an n-gram datastore of mode auto.",
+        flags=("--keep-datastore", "--keep-draft-text"),
+    )
+    dry_run: bool = option(False, "Write nothing into the checkpoint.")
+    sweeps: int = option(
+        SWEEPS,
+        "Number of times that the parts of a round are timed.",
+        at_least=1,
+        on_command_line=False,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchBudget:
+    """The exits and sweeps that a model's speed allows.
 
     Attributes:
-        step_s: seconds of a plain step, tried on a few tokens.
-        exits: layers run; None for all.
-        sweeps: how often every part is timed.
-        seconds: what tuning takes then, about.
+        step_s: seconds of a plain step, timed on a few tokens.
+        config: for `tune`.
+        seconds: estimated duration of tuning.
     """
 
     step_s: float
-    exits: list[int] | None
-    sweeps: int
+    config: TuneConfig
     seconds: float
 
 
-def effort_for(
-    model: LayerSkipModel,
-    prompts: Sequence[Any],
-    *,
-    max_new_tokens: int,
-    max_draft_tokens: int,
-    exits: Sequence[int] | None = None,
-    grid: bool = False,
-) -> Effort:
-    """Time a plain step, and settle on exits and sweeps; arguments as of `tune`.
+def search_budget(
+    model: LayerSkipModel, prompts: Sequence[Any], config: TuneConfig
+) -> SearchBudget:
+    """Time a plain step, and choose exits and sweeps where the config names no exits.
 
-    Where a step takes longer than `SLOW_STEP_S` and nobody named exits, they are about `FEW_EXITS`,
-    evenly spread, and the checkpoint's own, which are timed `FEW_SWEEPS` times.
+    With a step above `SLOW_STEP_S`, the exits are about `FEW_EXITS`, evenly spread, and the
+    checkpoint's own, and they are timed `FEW_SWEEPS` times.
+
+    Raises:
+        ValueError: an exit layer does not fit the model.
     """
+    n_exits = len(_exits(model, config.exit_layers))
     step_s, n_layers = _plain_step_s(model, prompts), len(model.decoder.layers)
-    chosen, sweeps = None if exits is None else list(exits), SWEEPS
-    if chosen is None and step_s > SLOW_STEP_S and n_layers > FEW_EXITS + 1:
-        spread = {round(e) for e in np.linspace(1, n_layers - 1, FEW_EXITS)}
-        own = model.settings.exit_layer
-        chosen = sorted(spread | ({own} if own is not None and own < n_layers else set()))
-        sweeps = FEW_SWEEPS
-    n_exits = n_layers - 1 if chosen is None else len(chosen)
-    pairs = 2 * n_exits + ANCHORS * (max_draft_tokens + 1)
-    of_costs = _CONTEXTS * (sweeps + 1) * (_STEPS_OF_A_PAIR * pairs + _OTHER_STEPS)
-    answered = _TIMES_ANSWERED + (n_exits * max_draft_tokens if grid else 0)
-    steps = of_costs + answered * len(prompts) * max_new_tokens
-    return Effort(step_s=step_s, exits=chosen, sweeps=sweeps, seconds=step_s * steps)
+    if not config.exit_layers and step_s > SLOW_STEP_S and n_layers > FEW_EXITS + 1:
+        exits = {round(e) for e in np.linspace(1, n_layers - 1, FEW_EXITS)}
+        current = model.settings.exit_layer
+        if current is not None and current < n_layers:
+            exits.add(current)
+        config = dataclasses.replace(config, exit_layers=tuple(sorted(exits)), sweeps=FEW_SWEEPS)
+        n_exits = len(exits)
+    pairs = 2 * n_exits + ANCHORS * (config.max_draft_tokens + 1)
+    of_costs = _CONTEXTS * (config.sweeps + 1) * (_STEPS_PER_PAIR * pairs + _OTHER_STEPS)
+    answers = _ANSWERS_PER_PROMPT + (n_exits * config.max_draft_tokens if config.grid else 0)
+    steps = of_costs + answers * len(prompts) * (config.max_new_tokens or MAX_NEW_TOKENS)
+    return SearchBudget(step_s=step_s, config=config, seconds=step_s * steps)
 
 
 def _plain_step_s(model: LayerSkipModel, prompts: Sequence[Any]) -> float:
-    """Of the first prompt with a token; 0 where none has: `tune` says what is wrong with them."""
-    room = model.decoder.architecture.max_context - _TRIED_TOKENS
-    ids = next(filter(None, (model.tokenize(p)[:_TRIED_PROMPT] for p in prompts)), [])
-    if not 0 < len(ids) < room:
+    """Time a step after the first prompt with a token; 0 where `tune` will refuse the prompts."""
+    longest = model.decoder.architecture.max_context - _TRIAL_TOKENS
+    ids = next(filter(None, (model.tokenize(p)[:_TRIAL_PROMPT] for p in prompts)), [])
+    if not 0 < len(ids) < longest:
         return 0.0
-    for _ in range(2):  # the first one warms up
-        tried = model.generate(ids, mode="plain", max_new_tokens=_TRIED_TOKENS, ignore_eos=True)
-    return tried.decode_s / (_TRIED_TOKENS - 1)
+    for _ in range(2):  # the first one is a warm-up
+        trial = model.generate(ids, mode="plain", max_new_tokens=_TRIAL_TOKENS, ignore_eos=True)
+    return trial.decode_s / (_TRIAL_TOKENS - 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What to decode with on this machine and these prompts.
+    """The fastest way to decode these prompts on this machine.
 
     Attributes:
-        mode: "auto" where drafts gain most as mode auto makes them, as long as they are worth it.
-        exit_layer: None where no early exit is to draft, like draft_tokens: plain decoding, or mode
-            auto with n-grams alone.
+        mode: "auto" where adaptive drafts gain most.
+        exit_layer: None where the early exit should not draft: plain decoding, or n-grams alone.
+        draft_tokens: None with exit_layer.
         tokens_per_s: measured.
-        speedup: measured, over plain decoding of the same prompts in turns; 1 for plain itself.
+        speedup: measured, over plain decoding of the same prompts; 1 for plain decoding.
         speedup_interval: 95% over the prompts.
         reason: one sentence for people.
     """
@@ -134,7 +187,7 @@ class Choice:
 
     @property
     def flags(self) -> str:
-        """The same as flags of the command line, which cannot say what mode auto was told of costs."""
+        """The choice as command line flags, which cannot pass the measured costs to mode auto."""
         if self.mode == "plain":
             return "--mode plain"
         if self.mode == "auto":
@@ -144,24 +197,21 @@ class Choice:
         return f"--mode {self.mode} {pair}"
 
 
-def is_certain(row: Mapping[str, Any]) -> bool:
-    """Whether a measured row is faster than plain decoding: the whole interval of its speedup is."""
+def is_significant(row: Mapping[str, Any]) -> bool:
+    """Return True if the whole interval of a row's speedup is above 1."""
     return bool(row["speedup_interval"][0] > 1.0)
 
 
 def choose(rows: Sequence[Mapping[str, Any]]) -> Choice:
-    """Choose from measured rows.
-
-    The fastest of the settings whose speedup's interval is all above 1 is chosen; what may be slower
-    than plain decoding is not worth having.
+    """Choose the fastest of the rows whose speedup is significant, else plain decoding.
 
     Args:
-        rows: as of `bench.rows.row`, plain decoding first, then at least one other.
+        rows: of `bench.rows.row`, plain decoding first, then at least one other.
     """
     plain, *others = rows
     fastest, gain = _fastest(others)
     pair = f"E={fastest['exit_layer']}, d={fastest['draft_tokens']}"
-    if not is_certain(fastest):
+    if not is_significant(fastest):
         return Choice(
             mode="plain",
             exit_layer=None,
@@ -171,31 +221,28 @@ def choose(rows: Sequence[Mapping[str, Any]]) -> Choice:
             speedup_interval=[1.0, 1.0],
             reason=f"plain decoding is best here: the best of the pairs tried, {pair}, runs at {gain}",
         )
-    return Choice(
-        mode="self-speculative",
-        exit_layer=fastest["exit_layer"],
-        draft_tokens=fastest["draft_tokens"],
-        tokens_per_s=fastest["tokens_per_s"],
-        speedup=fastest["speedup"],
-        speedup_interval=list(fastest["speedup_interval"]),
-        reason=f"self-speculative decoding with {pair} is best here: {gain}",
+    return _choice(
+        "self-speculative",
+        fastest,
+        fastest["draft_tokens"],
+        f"self-speculative decoding with {pair} is best here: {gain}",
     )
 
 
 def choose_auto(
     pairs: Choice, rows: Sequence[Mapping[str, Any]], draft_tokens: Mapping[int, int]
 ) -> Choice:
-    """Mode auto where it is certainly faster than plain decoding, and faster than the pair chosen.
+    """Choose mode auto where its speedup is significant and not below that of the pair chosen.
 
     Args:
-        pairs: what `choose` made of the pairs.
+        pairs: the result of `choose`.
         rows: of mode auto, n-grams alone first, then with early exits.
-        draft_tokens: the best draft length of each of these exits, for who drafts a fixed one.
+        draft_tokens: best draft length of each of these exits, for drafts of a fixed length.
     """
     fastest, gain = _fastest(rows)
     exit_layer = fastest["exit_layer"]
-    if not is_certain(fastest) or fastest["speedup"] < pairs.speedup:
-        # It is what runs unless told otherwise, so whoever reads this should know.
+    if not is_significant(fastest) or fastest["speedup"] < pairs.speedup:
+        # Mode auto is the default, so the reason names its speedup.
         auto = f"mode auto with {name_of_auto(exit_layer)} comes to {gain}"
         return dataclasses.replace(pairs, reason=f"{pairs.reason}; {auto}")
     fixed = (
@@ -203,40 +250,54 @@ def choose_auto(
         if pairs.mode == "plain"
         else f"E={pairs.exit_layer} with d={pairs.draft_tokens} fixed comes to {pairs.speedup:.2f}x"
     )
+    return _choice(
+        "auto",
+        fastest,
+        None if exit_layer is None else draft_tokens[exit_layer],
+        f"mode auto with {name_of_auto(exit_layer)} is best here: {gain}; {fixed}",
+    )
+
+
+def _choice(
+    mode: Literal["self-speculative", "auto"],
+    row: Mapping[str, Any],
+    draft_tokens: int | None,
+    reason: str,
+) -> Choice:
     return Choice(
-        mode="auto",
-        exit_layer=exit_layer,
-        draft_tokens=None if exit_layer is None else draft_tokens[exit_layer],
-        tokens_per_s=fastest["tokens_per_s"],
-        speedup=fastest["speedup"],
-        speedup_interval=list(fastest["speedup_interval"]),
-        reason=f"mode auto with {name_of_auto(exit_layer)} is best here: {gain}; {fixed}",
+        mode=mode,
+        exit_layer=row["exit_layer"],
+        draft_tokens=draft_tokens,
+        tokens_per_s=row["tokens_per_s"],
+        speedup=row["speedup"],
+        speedup_interval=list(row["speedup_interval"]),
+        reason=reason,
     )
 
 
 def _fastest(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], str]:
-    """The fastest of those that certainly gain, else of all, and its gain in words."""
-    certain = [row for row in rows if is_certain(row)]
-    row = max(certain or rows, key=lambda row: float(row["speedup"]))
+    """Return the fastest of the rows with a significant gain, else of all, and its gain in words."""
+    significant = [row for row in rows if is_significant(row)]
+    row = max(significant or rows, key=lambda row: float(row["speedup"]))
     low, high = row["speedup_interval"]
     gain = f"{row['speedup']:.2f}x of plain decoding (95% interval {low:.2f} to {high:.2f})"
     return row, gain
 
 
 def name_of_auto(exit_layer: int | None) -> str:
-    """What mode auto drafts with."""
+    """Name the source of drafts of mode auto."""
     return "n-grams" if exit_layer is None else f"E={exit_layer}"
 
 
-_LEAST = 1e-3  # of a plain step: differences of medians can come out at nothing
-_LEAST_OF_AN_ANSWER = 8  # tokens: what is shorter stands in other answers, too
-_SHARE_OF_VOCABULARY = 4  # a quarter: its first tokens, for a checkpoint that has no list yet
+_MIN_COST = 1e-3  # of a plain step: a difference of medians can be 0
+_MIN_ANSWER = 8  # tokens: shorter answers are part of other texts too
+_VOCABULARY_DIVISOR = 4  # a quarter of the vocabulary, for a checkpoint without a list
 
 
 def step_costs(costs: Costs, exit_layer: int, model: LayerSkipModel) -> StepCosts:
-    """The costs at the middle context, in plain steps, drafting at one exit through the whole head.
+    """Return the costs at the middle context in plain steps, for drafts at one exit with the whole head.
 
-    A pass over n positions is taken to grow with n as the verification from that exit does.
+    A pass over n positions is assumed to grow with n as verification after that exit does.
     """
     middle, x = costs.middle, costs.exits.index(exit_layer)
     plain, verify = float(costs.plain_s[middle]), costs.verify_s[middle, x]
@@ -249,186 +310,83 @@ def step_costs(costs: Costs, exit_layer: int, model: LayerSkipModel) -> StepCost
         machine=machine,
         threads=num_threads_of(kernels) if device == "cpu" else 0,
         exit_layer=exit_layer,
-        draft_step=max(float(costs.draft_step_s[middle, x]) / plain, _LEAST),
+        draft_step=max(float(costs.draft_step_s[middle, x]) / plain, _MIN_COST),
         draft_tokens_scored=model.decoder.architecture.vocab_size,
-        head=max(float(costs.head_s[middle]) / plain, _LEAST),
+        head=max(float(costs.head_s[middle]) / plain, _MIN_COST),
         passes=tuple(float(seconds / verify[0]) for seconds in verify),
         overhead=max(float(costs.round_overhead_s[middle]) / plain, 0.0),
         context=costs.contexts[middle],
     )
 
 
-def draft_text(answers: Iterable[Sequence[int]], known: Sequence[int] | None) -> tuple[int, ...]:
-    """A text, and behind it some answers that it has not, each once."""
-    text = _letters(known or ())
-    once = dict.fromkeys(tuple(answer) for answer in answers if _letters(answer) not in text)
-    return tuple(itertools.chain(known or (), *once))[:MOST_OF_TEXT]
+def datastore_with(
+    answers: Iterable[Sequence[int]], datastore: Sequence[int] | None
+) -> tuple[int, ...]:
+    """Append to a datastore the answers that it does not have, each once."""
+    text = _letters(datastore or ())
+    new = dict.fromkeys(tuple(answer) for answer in answers if _letters(answer) not in text)
+    return tuple(itertools.chain(datastore or (), *new))[:MAX_DATASTORE_TOKENS]
 
 
-def text_without(
-    answers: Iterable[Sequence[int]], known: Sequence[int] | None
+def datastore_without(
+    answers: Iterable[Sequence[int]], datastore: Sequence[int] | None
 ) -> tuple[int, ...] | None:
-    """A draft text less these answers, which tuning on the same prompts may have put there before."""
-    if known is None:
+    """Remove from a datastore the answers that tuning on the same prompts may have put there."""
+    if datastore is None:
         return None
-    text = _letters(known)
+    text = _letters(datastore)
     for answer in answers:
-        if len(answer) >= _LEAST_OF_AN_ANSWER:
+        if len(answer) >= _MIN_ANSWER:
             text = text.replace(_letters(answer), "")
     return tuple(map(ord, text))
 
 
 def _letters(tokens: Sequence[int]) -> str:
-    """A letter for each token, since texts can be searched."""
+    """Return a string with one character per token, for its fast search."""
     return "".join(map(chr, tokens))
 
 
 def draft_vocabulary(
     texts: Iterable[Sequence[int]], model: LayerSkipModel
 ) -> tuple[int, ...] | None:
-    """The tokens of some prompts and answers, then those that the checkpoint has already.
+    """Return the tokens of prompts and answers that are worth drafting, then those of the checkpoint.
 
-    A checkpoint without a list gets the first quarter of its vocabulary behind them, since so few texts
-    do not have all that answers are made of.
+    For a checkpoint without a list, the first quarter of the vocabulary follows: few texts do not have
+    all tokens that answers consist of.
     """
     a = model.decoder.architecture
     counts = Counter(token for text in texts for token in text)
-    row = model.decoder.head.weight_bytes / a.vocab_size
-    seen = worth_drafting(
+    row_bytes = model.decoder.head.weight_bytes / a.vocab_size
+    tokens = worth_drafting(
         counts,
-        row_share=row / model.decoder.weight_bytes,
+        row_share=row_bytes / model.decoder.weight_bytes,
         vocab_size=a.vocab_size,
         always=sorted(token for token in model.end_tokens if token < a.vocab_size),
     )
-    known = model.settings.draft_vocabulary or range(a.vocab_size // _SHARE_OF_VOCABULARY)
-    return None if seen is None else tuple(dict.fromkeys([*seen, *known]))[:MOST]
-
-
-def write_settings(
-    folder: Path,
-    choice: Choice,
-    *,
-    end_tokens: Sequence[int],
-    record: Mapping[str, Any],
-    costs: StepCosts | None = None,
-    draft_vocabulary: Sequence[int] | None = None,
-    draft_text: Sequence[int] | None = None,
-) -> Path:
-    """Write `assistant_early_exit` and `num_assistant_tokens`, and how they were found.
-
-    Where transformers cannot draft with the model, the exit is under `layerskip` instead. Where none was
-    chosen both fields are removed, so that mode auto drafts from n-grams alone; but not where there are
-    costs of other weights or another machine, which the exit may pay with: auto goes by the costs. All
-    other fields stay. The file appears whole or not at all.
-
-    Args:
-        folder: a checkpoint.
-        choice: what to write.
-        end_tokens: of the model, for a folder that has no such file yet: transformers would take the
-            new file's word that there are none.
-        record: kept under `layerskip`, key `tuning`.
-        costs: kept there too, in the place of those for the same kind of weights and machine; None
-            leaves what is there.
-        draft_vocabulary: the same, token ids.
-        draft_text: the same.
-
-    Returns:
-        The file written.
-
-    Raises:
-        ValueError: the file there is no JSON object or a link out of the folder, or the folder cannot be
-            written to.
-    """
-    file = folder / FILE
-    check_within(file)
-    fields = read_json(file) if file.is_file() else special_tokens(_config(folder), end_tokens)
-    # By this mark transformers says that the file only repeats config.json, and skips what is new in it.
-    fields.pop("_from_model_config", None)
-    own = fields.get(KEY)
-    own = {**(own if isinstance(own, dict) else {}), "tuning": dict(record)}
-    others = []
-    if costs is not None:
-        same = [(costs.kind, threads) for threads in (costs.threads, 0)]
-        for entry in entries_of(own):
-            known = readable_costs(entry)
-            if not isinstance(known, StepCosts):  # another version may read them
-                others.append(entry)
-            elif (known.kind, known.threads) not in same:
-                others.append(known.to_dict())
-        own["costs"] = [*others, costs.to_dict()]
-    if choice.exit_layer is not None or not others:
-        for key in ("assistant_early_exit", "num_assistant_tokens"):
-            fields.pop(key, None)
-        own.pop(EXIT, None)
-        if choice.exit_layer is not None and _runs_all_layers(folder):
-            own[EXIT] = choice.exit_layer
-        elif choice.exit_layer is not None:
-            fields["assistant_early_exit"] = choice.exit_layer
-        if choice.draft_tokens is not None:
-            fields["num_assistant_tokens"] = choice.draft_tokens
-    if draft_vocabulary:
-        own["draft_vocabulary"] = text_of_ids(draft_vocabulary)
-    if draft_text:
-        own["draft_text"] = text_of_ids(draft_text)
-    fields[KEY] = own
-    try:
-        replace_json(file, fields)
-    except OSError as error:
-        raise ValueError(f"{file} cannot be written: {error}") from error
-    return file
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that could not be written to, before any long work starts.
-
-    Raises:
-        ValueError: it cannot be written to, or what is there already is no JSON object, or a link out of
-            it.
-    """
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{folder} cannot be written to; --dry-run tunes without writing")
-    check_within(folder / FILE)
-    if (folder / FILE).is_file():
-        read_json(folder / FILE)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    return read_json(file) if file.is_file() else {}
-
-
-def _runs_all_layers(folder: Path) -> bool:
-    """Whether transformers does, though it is told of fewer to draft: its `generate` would fail then."""
-    return _config(folder).get("model_type") == "gpt_neox"
-
-
-CANDIDATES = 3  # predictions that are confirmed by real runs
-MAX_DRAFT_TOKENS = 16
-
-# What is being done, how much of it is done, and how much there is.
-Progress = Callable[[str, int, int], None]
-Row = dict[str, Any]
+    rest = model.settings.draft_vocabulary or range(a.vocab_size // _VOCABULARY_DIVISOR)
+    return None if tokens is None else tuple(dict.fromkeys([*tokens, *rest]))[:MOST]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What was measured, predicted, confirmed and chosen.
+    """Result of tuning.
 
     Attributes:
-        prompts: how many had an answer of at least two tokens; the others say nothing of decoding.
-        skipped: how many were left out: with no token, too long, or with a shorter answer.
+        prompts: number of prompts with an answer of at least two tokens.
+        skipped: number of the others: without a token, too long, or with a shorter answer.
+        max_new_tokens: of each answer.
         exits: for each exit its agreement with the model's next token over all positions, and the
             acceptance by draft position.
-        predicted_plain_tokens_per_s: from the costs alone, like the predictions.
+        predicted_plain_tokens_per_s: from the costs alone, as the predictions are.
         predictions: every exit and draft length, the fastest predicted first.
-        grid: real runs of all of them, each with its prediction; None unless asked for.
-        confirmed: real runs in turns, plain decoding first, each with its prediction.
-        auto: plain decoding, and mode auto with n-grams alone, and with the exit of the chosen pair or,
-            where none was, of each that was confirmed.
+        grid: real runs of all of them, each with its prediction; None unless requested.
+        confirmed: interleaved real runs, plain decoding first, each with its prediction.
+        auto: from the same runs, plain decoding, and mode auto with n-grams alone and with each of the
+            exits in `confirmed`.
         step_costs: for mode auto: costs in plain steps.
         draft_vocabulary: for mode auto: tokens worth drafting, the most frequent first.
-        draft_text: for mode auto: a text to search for n-grams, with the answers in it. Auto was tried
-            without them, since they are those of these very prompts.
+        datastore: for mode auto: the checkpoint's, with the answers. Auto was tried without them, since
+            they are those of these prompts.
     """
 
     environment: dict[str, Any]
@@ -445,10 +403,10 @@ class Tuning:
     choice: Choice
     step_costs: StepCosts
     draft_vocabulary: tuple[int, ...] | None
-    draft_text: tuple[int, ...]
+    datastore: tuple[int, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields for JSON."""
+        """Return the fields for JSON."""
         return {
             "environment": self.environment,
             "prompts": self.prompts,
@@ -464,15 +422,14 @@ class Tuning:
             "costs": self.costs.to_dict(),
             "step_costs": self.step_costs.to_dict(),
             "draft_vocabulary": len(self.draft_vocabulary or ()),
-            "draft_text": len(self.draft_text),
+            "draft_text": len(self.datastore),
         }
 
     def record(self) -> dict[str, Any]:
-        """What stays with the checkpoint: the gain, and where it was measured."""
-        chosen = dataclasses.asdict(self.choice)
+        """Return what the checkpoint keeps: the gain, and the machine."""
         names = ("mode", "tokens_per_s", "speedup", "speedup_interval")
         return {
-            **{name: chosen[name] for name in names},
+            **{name: getattr(self.choice, name) for name in names},
             "prompts": self.prompts,
             "max_new_tokens": self.max_new_tokens,
             "environment": self.environment,
@@ -482,98 +439,102 @@ class Tuning:
 def tune(
     model: LayerSkipModel,
     prompts: Sequence[Any],
+    config: TuneConfig | None = None,
     *,
-    max_new_tokens: int = 64,
-    max_draft_tokens: int = MAX_DRAFT_TOKENS,
-    exits: Sequence[int] | None = None,
     stop: Sequence[str] = (),
-    grid: bool = False,
-    sweeps: int = SWEEPS,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = lambda phase, done, total: None,
+    **overrides: Any,
 ) -> Tuning:
     """Find the fastest exit layer and draft length for these prompts on this machine.
 
     Args:
-        model: as it will be used: its dtype, weights and device are what is tuned for.
+        model: in the dtype, with the weights and on the device to tune for.
         prompts: as for `LayerSkipModel.generate`; at least two.
-        max_new_tokens: of each answer, 2 or more.
-        max_draft_tokens: draft lengths 1 to this are considered.
-        exits: layers run, each 1 ... L - 1; None considers all.
+        config: see `TuneConfig`, and `search_budget` for slow models.
         stop: texts that end an answer.
-        grid: also run every pair for real, and confirm the best of those instead.
-        sweeps: how often every part is timed; see `effort_for` for what slow models are worth.
         progress: called while it works.
+        overrides: options that replace those of the config.
 
     Raises:
-        ValueError: an argument that cannot be used, or too few prompts with an answer.
+        ValueError: an option that does not fit the model, or too few prompts with an answer.
     """
-    layers = _exits(model, exits)
-    for name, value, least in (
-        ("max_new_tokens", max_new_tokens, 2),
-        ("max_draft_tokens", max_draft_tokens, 1),
-        ("sweeps", sweeps, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} is {value}, tuning needs {least} or more")
-    useful, continuations = _read_answers(model, prompts, layers, max_new_tokens, stop, progress)
-    texts = [[*prompt, *c.token_ids] for prompt, c in zip(useful, continuations, strict=True)]
+    config = dataclasses.replace(config or TuneConfig(), **overrides)
+    layers = _exits(model, config.exit_layers)
+    new_tokens = config.max_new_tokens or MAX_NEW_TOKENS
+    # 1. Read the agreement of every exit from plain answers.
+    useful, continuations = _read_answers(model, prompts, layers, new_tokens, stop, progress)
+    answers = [c.token_ids for c in continuations]
+    texts = [[*prompt, *answer] for prompt, answer in zip(useful, answers, strict=True)]
+    # 2. Measure the costs of a round's parts.
     costs = measure_costs(
         model.decoder,
         max(texts, key=len),
         contexts=_contexts(continuations),
         exits=layers,
-        max_draft_tokens=max_draft_tokens,
-        sweeps=sweeps,
+        max_draft_tokens=config.max_draft_tokens,
+        sweeps=config.sweeps,
         progress=partial(progress, "timing the parts of a round"),
     )
-    predictions = predict(costs, continuations, max_draft_tokens)
-    plain = predict_plain(costs, continuations)
+    # 3. Predict the speed of every pair.
+    predictions = predict(costs, continuations, config.max_draft_tokens)
+    plain_tokens_per_s = predict_plain(costs, continuations)
 
-    def measured(systems: Sequence[LayerSkipSystem], what: str) -> list[Row]:
+    def run(systems: Sequence[LayerSkipSystem], phase: str) -> list[Row]:
         entries = measure(
-            systems, useful, max_new_tokens=max_new_tokens, progress=partial(progress, what)
+            systems, useful, max_new_tokens=new_tokens, progress=partial(progress, phase)
         )
         return [row(entry, plain=entries[0].runs) for entry in entries]
 
-    def run_for_real(some: Sequence[Prediction], what: str) -> list[Row]:
-        system = LayerSkipSystem(model, [Setting(mode="plain"), *map(_setting, some)], stop=stop)
-        predicted = [plain, *(p.tokens_per_s for p in some)]
+    def pairs(some: Sequence[Prediction]) -> LayerSkipSystem:
+        shared = DecodingConfig(mode="plain", stop=tuple(stop))
+        settings = [Setting(config=shared), *(_setting(p, shared) for p in some)]
+        return LayerSkipSystem(model, settings)
+
+    def with_predictions(rows: Sequence[Row], some: Sequence[Prediction]) -> list[Row]:
+        speeds = [plain_tokens_per_s, *(p.tokens_per_s for p in some)]
         return [
-            _with_prediction(found, tokens_per_s, plain)
-            for found, tokens_per_s in zip(measured([system], what), predicted, strict=True)
+            _with_prediction(measured, speed, plain_tokens_per_s)
+            for measured, speed in zip(rows, speeds, strict=True)
         ]
 
     best, grid_rows = predictions[:CANDIDATES], None
-    if grid:
-        grid_rows = run_for_real(predictions, "running every pair")
-        pairs = zip(predictions, grid_rows[1:], strict=True)
-        fastest = sorted(pairs, key=lambda pair: float(pair[1]["speedup"]), reverse=True)
+    if config.grid:
+        grid_rows = with_predictions(run([pairs(predictions)], "running every pair"), predictions)
+        measured = zip(predictions, grid_rows[1:], strict=True)
+        fastest = sorted(measured, key=lambda pair: float(pair[1]["speedup"]), reverse=True)
         best = [prediction for prediction, _ in fastest[:CANDIDATES]]
-    confirmed = run_for_real(best, "confirming the best by real runs")
+    # 4. Confirm the best pairs, and mode auto, by interleaved real runs.
+    lengths: dict[int, int] = {}
+    for prediction in best:
+        lengths.setdefault(prediction.exit_layer, prediction.draft_tokens)
     vocabulary = draft_vocabulary(texts, model)
-    other_text = text_without((c.token_ids for c in continuations), model.settings.draft_text)
+    datastore = datastore_without(answers, model.settings.draft_text)
+    auto = _auto_systems(model, costs, lengths, vocabulary, datastore, stop)
+    rows = run([pairs(best), *auto], "confirming the best by real runs")
+    confirmed = with_predictions(rows[: 1 + len(best)], best)
+    auto_rows = rows[1 + len(best) :]
+    # 5. Choose.
     fixed = choose(confirmed)
-    lengths = _best_lengths(best, fixed)
-    systems = _auto_systems(model, costs, lengths, vocabulary, other_text, stop)
-    auto_rows = measured(systems, "trying mode auto")
-    choice = choose_auto(fixed, auto_rows[1:], lengths)
+    if fixed.exit_layer is not None and fixed.draft_tokens is not None:
+        lengths[fixed.exit_layer] = fixed.draft_tokens
+    choice = choose_auto(fixed, auto_rows, lengths)
     exit_layer = choice.exit_layer or fixed.exit_layer or best[0].exit_layer
     return Tuning(
         environment=environment_of(model.decoder),
         prompts=len(useful),
         skipped=len(prompts) - len(useful),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=new_tokens,
         costs=costs,
-        exits=[_exit_row(continuations, e, max_draft_tokens) for e in layers],
-        predicted_plain_tokens_per_s=plain,
+        exits=[_exit_row(continuations, e, config.max_draft_tokens) for e in layers],
+        predicted_plain_tokens_per_s=plain_tokens_per_s,
         predictions=predictions,
         grid=grid_rows,
         confirmed=confirmed,
-        auto=auto_rows,
+        auto=[rows[0], *auto_rows],
         choice=choice,
         step_costs=step_costs(costs, exit_layer, model),
         draft_vocabulary=vocabulary,
-        draft_text=draft_text((c.token_ids for c in continuations), other_text),
+        datastore=datastore_with(answers, datastore),
     )
 
 
@@ -585,7 +546,7 @@ def _read_answers(
     stop: Sequence[str],
     progress: Progress,
 ) -> tuple[list[list[int]], list[Continuation]]:
-    """The prompts that can be tuned with, as token ids, and what every exit says along their answers."""
+    """Return the prompts whose answers have two tokens, as token ids, and all exits' agreement."""
     context = model.decoder.architecture.max_context
     tokenized = [ids for ids in map(model.tokenize, prompts) if 0 < len(ids) < context]
     useful: list[list[int]] = []
@@ -597,7 +558,7 @@ def _read_answers(
             continuations.append(
                 read_agreement(model.decoder, prompt, answer.token_ids, layers, max_new_tokens)
             )
-        progress("reading what every exit says", i, len(tokenized))
+        progress("reading the agreement of every exit", i, len(tokenized))
     if len(useful) < 2:
         raise ValueError(
             f"{len(useful)} of {len(prompts)} prompts fit into the context and have an answer of two"
@@ -606,48 +567,39 @@ def _read_answers(
     return useful, continuations
 
 
-def _best_lengths(best: Sequence[Prediction], fixed: Choice) -> dict[int, int]:
-    """Of each exit worth trying in mode auto its draft length, the best exit first."""
-    if fixed.exit_layer is not None and fixed.draft_tokens is not None:
-        return {fixed.exit_layer: fixed.draft_tokens}
-    lengths: dict[int, int] = {}
-    for prediction in best:
-        lengths.setdefault(prediction.exit_layer, prediction.draft_tokens)
-    return lengths
-
-
 def _auto_systems(
     model: LayerSkipModel,
     costs: Costs,
     draft_tokens: Mapping[int, int],
     vocabulary: tuple[int, ...] | None,
-    text: tuple[int, ...] | None,
+    datastore: tuple[int, ...] | None,
     stop: Sequence[str],
 ) -> list[LayerSkipSystem]:
-    """Plain decoding, auto with n-grams alone, and auto with each exit, as settings would tell it.
+    """Return mode auto with n-grams alone and with each exit, as it runs with such settings.
 
-    `draft_tokens` has a length for each exit, the best exit first; `text` is the draft text.
+    `draft_tokens` has a length for each exit, the best exit first.
     """
     systems: list[LayerSkipSystem] = []
     best = next(iter(draft_tokens))
     for exit_layer in (None, *draft_tokens):
+        measured = step_costs(costs, exit_layer or best, model)
         settings = dataclasses.replace(
             model.settings,
             exit_layer=exit_layer,
             draft_tokens=None if exit_layer is None else draft_tokens[exit_layer],
-            costs=(step_costs(costs, exit_layer or best, model),),
+            costs=(measured,),
             draft_vocabulary=vocabulary,
-            draft_text=text,
+            draft_text=datastore,
         )
-        taught = model.with_settings(settings)
-        plain, auto = settings_of(taught, modes=("auto",))
-        systems.append(LayerSkipSystem(taught, [auto] if systems else [plain, auto], stop=stop))
+        tuned = model.with_settings(settings)
+        config = tuned.resolve(mode="auto", stop=tuple(stop))
+        systems.append(LayerSkipSystem(tuned, [Setting(config=config, mode="auto")]))
     return systems
 
 
-def _exits(model: LayerSkipModel, asked: Sequence[int] | None) -> list[int]:
+def _exits(model: LayerSkipModel, exit_layers: Sequence[int]) -> list[int]:
     n_layers = len(model.decoder.layers)
-    layers = sorted(set(range(1, n_layers) if asked is None else asked))
+    layers = sorted(set(exit_layers or range(1, n_layers)))
     if not layers:
         raise ValueError("this model has a single layer; there is no exit before the last one")
     if layers[0] < 1 or layers[-1] >= n_layers:
@@ -656,22 +608,26 @@ def _exits(model: LayerSkipModel, asked: Sequence[int] | None) -> list[int]:
 
 
 def _contexts(continuations: Sequence[Continuation]) -> list[int]:
-    """The shortest and the longest context that a round of these answers has, and their middle."""
+    """Return the shortest and the longest context of a round of these answers, and their middle."""
     shortest = min(c.prompt_tokens for c in continuations)
     longest = max(c.prompt_tokens + len(c.token_ids) for c in continuations)
     return [shortest, (shortest + longest) // 2, longest]
 
 
-def _setting(prediction: Prediction) -> Setting:
-    return Setting(
+def _setting(prediction: Prediction, plain: DecodingConfig) -> Setting:
+    config = dataclasses.replace(
+        plain,
         mode="self-speculative",
+        draft_from="early-exit",
+        adaptive=False,
         exit_layer=prediction.exit_layer,
         draft_tokens=prediction.draft_tokens,
     )
+    return Setting(config=config)
 
 
 def _with_prediction(measured: Row, tokens_per_s: float, plain_tokens_per_s: float) -> Row:
-    """A measured row with what was predicted and by how much that was wrong (0.1: 10% too high)."""
+    """Return a measured row with its prediction and relative errors (0.1: 10% too high)."""
     speedup = tokens_per_s / plain_tokens_per_s
     return {
         **measured,
@@ -689,3 +645,99 @@ def _exit_row(continuations: Sequence[Continuation], exit_layer: int, draft_toke
         "agreement": agreement_rate(continuations, exit_layer),
         "accepted_by_position": accepted_by_position(rounds),
     }
+
+
+def write_settings(
+    folder: Path,
+    choice: Choice,
+    *,
+    end_tokens: Sequence[int],
+    record: Mapping[str, Any],
+    costs: StepCosts | None = None,
+    draft_vocabulary: Sequence[int] | None = None,
+    datastore: Sequence[int] | None = None,
+) -> Path:
+    """Write `assistant_early_exit`, `num_assistant_tokens`, and the record of the tuning.
+
+    Where transformers cannot draft with the model, the exit is under `layerskip` instead. Where no exit
+    was chosen both fields are removed, so that mode auto drafts from n-grams alone; they stay where the
+    file has costs of other weights or another machine, since the exit may pay there. All other fields
+    stay. The file is replaced atomically.
+
+    Args:
+        folder: a checkpoint.
+        choice: what to write.
+        end_tokens: of the model, for a folder without such a file: transformers would take a new file
+            without them to mean that there are none.
+        record: kept under `layerskip`, key `tuning`.
+        costs: kept there too, and replace those for the same kind of weights and machine; None keeps
+            those in the file.
+        draft_vocabulary: the same, token ids.
+        datastore: the same, under `draft_text`.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: the file is not a JSON object or a link out of the folder, or cannot be written.
+    """
+    file = folder / FILE
+    check_within(file)
+    fields = read_json(file) if file.is_file() else special_tokens(_config(folder), end_tokens)
+    # With this mark transformers takes the file for a copy of config.json, and skips new fields.
+    fields.pop("_from_model_config", None)
+    present = fields.get(KEY)
+    entry = {**(present if isinstance(present, dict) else {}), "tuning": dict(record)}
+    others = []
+    if costs is not None:
+        same = [(costs.kind, threads) for threads in (costs.threads, 0)]
+        for costs_entry in entries_of(entry):
+            readable = readable_costs(costs_entry)
+            if not isinstance(readable, StepCosts):  # another version may read them
+                others.append(costs_entry)
+            elif (readable.kind, readable.threads) not in same:
+                others.append(readable.to_dict())
+        entry["costs"] = [*others, costs.to_dict()]
+    if choice.exit_layer is not None or not others:
+        for key in ("assistant_early_exit", "num_assistant_tokens"):
+            fields.pop(key, None)
+        entry.pop(EXIT, None)
+        if choice.exit_layer is not None and _runs_all_layers(folder):
+            entry[EXIT] = choice.exit_layer
+        elif choice.exit_layer is not None:
+            fields["assistant_early_exit"] = choice.exit_layer
+        if choice.draft_tokens is not None:
+            fields["num_assistant_tokens"] = choice.draft_tokens
+    if draft_vocabulary:
+        entry["draft_vocabulary"] = text_of_ids(draft_vocabulary)
+    if datastore:
+        entry["draft_text"] = text_of_ids(datastore)
+    fields[KEY] = entry
+    try:
+        replace_json(file, fields)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be written: {error}") from error
+    return file
+
+
+def check_writable(folder: Path) -> None:
+    """Check that settings can be written into a folder, before any long work starts.
+
+    Raises:
+        ValueError: the folder cannot be written to, or its file is no JSON object or a link out of it.
+    """
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} cannot be written to; --dry-run tunes without writing")
+    check_within(folder / FILE)
+    if (folder / FILE).is_file():
+        read_json(folder / FILE)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def _runs_all_layers(folder: Path) -> bool:
+    """Return True where transformers drafts with all layers, so that its `generate` would fail."""
+    return _config(folder).get("model_type") == "gpt_neox"

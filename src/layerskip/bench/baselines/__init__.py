@@ -1,4 +1,4 @@
-"""Other systems on the same checkpoint and the same prompts, each in a process of its own."""
+"""Baselines: other programs on the same checkpoint and prompts, each in a process of its own."""
 
 from layerskip.bench.baselines.process import BASELINES, BaselineProcess, start_baselines
 

@@ -1,6 +1,8 @@
-"""llama.cpp, through llama-cpp-python: plain, and with prompt lookup."""
+"""llama.cpp's server, through xllamacpp: plain, and with its drafts by n-gram lookup."""
 
-from collections.abc import Sequence
+import http.client
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,122 +12,163 @@ from layerskip.bench.baselines.process import (
     PROMPT_LOOKUP_TOKENS,
     PROMPT_LOOKUP_TOKENS_ON_A_CPU,
     Job,
+    prompt_lookup,
 )
 from layerskip.bench.baselines.transformers import Recorder
 from layerskip.bench.measure import Run, Setting
-from layerskip.model import tokenizer
-from layerskip.model.step_timing import device_clock
 from layerskip.model.weights import GgufHeader
+
+LOOKUP_NGRAM = 2  # tokens; transformers searches for as many by default
 
 
 def settings(drafts: Sequence[tuple[int, int]]) -> list[Setting]:
-    """The rows of this peer, which knows no early exit."""
+    """Return the rows of this baseline, which has no early exit."""
     lengths = (PROMPT_LOOKUP_TOKENS_ON_A_CPU, PROMPT_LOOKUP_TOKENS)
-    lookups = [
-        Setting(mode="prompt-lookup", draft_tokens=n, draft_from="prompt-lookup") for n in lengths
-    ]
-    return [Setting(mode="plain"), *lookups]
+    return [Setting(), *map(prompt_lookup, lengths)]
 
 
-class Peer:
+class Engine:
     """llama.cpp on a GGUF file of the same weights; keys and values are kept in float16.
 
     Attributes:
-        build: llama.cpp's CPU features and backends.
+        build: llama.cpp's build number, compiler and CPU features.
     """
 
     def __init__(self, job: Job) -> None:
-        assert job.gguf is not None
-        self._job, self._gguf = job, job.gguf
-        self._tokenizer = None if job.tokenizer is None else tokenizer.load(Path(job.tokenizer))
-        self._bytes_of_a_pass = bytes_of_a_pass(job.gguf)
-        self._drafts = _CountedDrafts()
+        self._job = job
+        self._bytes_per_pass = _bytes_per_pass(job.gguf)
         _check_device(job.device)
         self.build = _build()
-        self._plain = self._load(None)
-        # With a draft, llama-cpp-python keeps logits for every position; plain decoding does not.
-        self._drafting = self._load(self._drafts)
-
-    def _load(self, draft_model: Any) -> Any:
-        from llama_cpp import LLAMA_SPLIT_MODE_NONE, Llama
-
-        return Llama(
-            self._gguf,
-            n_ctx=self._job.context + PROMPT_LOOKUP_TOKENS,
-            n_threads=self._job.threads,
-            n_threads_batch=self._job.threads,
-            n_gpu_layers=0 if self._job.device == "cpu" else -1,
-            split_mode=LLAMA_SPLIT_MODE_NONE,  # else it takes all GPUs that there are
-            main_gpu=torch.device(self._job.device).index or 0,
-            flash_attn=True,  # which llama-cpp-python leaves off unless it is asked
-            draft_model=draft_model,
-            # Implied by a draft; but only if it is said, there is room for more than 512 positions.
-            logits_all=draft_model is not None,
-            verbose=False,
-        )
+        # The draft length is fixed when a server starts. The servers share the mapped file.
+        lengths = dict.fromkeys(setting.config.draft_tokens for setting in job.settings)
+        self._servers = {length: _start(job, length) for length in lengths}
 
     def answer(self, setting: Setting, prompt: Sequence[int], max_new_tokens: int) -> Run:
         """See `System`."""
-        drafting = setting.mode == "prompt-lookup"
-        llama = self._drafting if drafting else self._plain
-        llama.reset()  # forget the last prompt, whose beginning would be reused
-        self._drafts.tokens = setting.draft_tokens or 0
-        recorder = Recorder(
-            device_clock(torch.device("cpu")),  # a token is on the host when it is yielded
-            self._tokenizer,
-            stop=self._job.stop,
-            end_tokens=self._job.end_tokens,
-            max_new_tokens=max_new_tokens,
-        )
-        drafts_before = self._drafts.calls
-        for token in llama.generate(list(prompt), temp=0.0, repeat_penalty=1.0):
-            new_step = not drafting or self._drafts.calls > drafts_before
-            drafts_before = self._drafts.calls
-            if recorder.add([token], new_step=new_step):
-                break
+        server = self._servers[setting.config.draft_tokens]
+        seconds = 0.0
+        # The server's own clock, without HTTP.
+        recorder = Recorder.of(self._job, lambda: seconds, max_new_tokens)
+        generated: list[int] = []
+        started = 0.0
+        while not recorder.finished:  # the server also ends at the GGUF file's own end tokens
+            request = {
+                "prompt": [*prompt, *generated],
+                "n_predict": max_new_tokens - len(generated),
+                "stop": list(self._job.stop),
+                "samplers": ["top_k"],
+                "top_k": 1,
+                "cache_prompt": bool(generated),
+                "return_tokens": True,
+                "timings_per_token": True,
+            }
+            for seconds, token, new_step in _tokens(server, request):
+                seconds += started
+                generated.append(token)
+                recorder.add([token], new_step=new_step)
+            started = seconds
         return recorder.run(
-            peak_memory_bytes=None,  # both of its models are in this process
-            bytes_of_a_pass=None if drafting else self._bytes_of_a_pass,
+            peak_memory_bytes=None,  # all servers are in this process
+            bytes_per_pass=None if setting.config.draft_tokens else self._bytes_per_pass,
         )
 
 
-class _CountedDrafts:
-    """Prompt lookup of `tokens` tokens that counts its rounds: one call each."""
+def _start(job: Job, draft_tokens: int | None) -> Any:
+    import xllamacpp
 
-    def __init__(self) -> None:
-        from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+    params = xllamacpp.CommonParams()
+    params.model.path = job.gguf
+    params.n_ctx = job.context + PROMPT_LOOKUP_TOKENS
+    params.fit_params = False  # it would change the context to what fits
+    params.n_parallel = 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job.threads
+    params.n_gpu_layers = 0 if job.device == "cpu" else 999
+    params.split_mode = xllamacpp.llama_split_mode.LLAMA_SPLIT_MODE_NONE
+    params.main_gpu = torch.device(job.device).index or 0
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    params.cache_ram_mib = 0  # no prompt is kept for later requests
+    params.ui = False
+    params.verbosity = 1  # errors
+    if draft_tokens is not None:
+        kinds = xllamacpp.common_speculative_type
+        params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
+        params.speculative.ngram_simple.size_n = LOOKUP_NGRAM
+        params.speculative.ngram_simple.size_m = draft_tokens
+    return xllamacpp.Server(params)
 
-        self.calls = self.tokens = 0
-        self._lookups = {
-            n: LlamaPromptLookupDecoding(num_pred_tokens=n)
-            for n in (PROMPT_LOOKUP_TOKENS_ON_A_CPU, PROMPT_LOOKUP_TOKENS)
-        }
 
-    def __call__(self, input_ids: Any, /, **options: Any) -> Any:
-        self.calls += 1
-        return self._lookups[self.tokens](input_ids, **options)
+def _tokens(server: Any, request: dict[str, Any]) -> Iterator[tuple[float, int, bool]]:
+    """Yield (seconds since the start, token id, first of its forward pass) of an answer.
+
+    The server sends no event for a token whose text ends inside a character. Its token ids are then
+    requested once more, untimed, and such a token comes with the next event.
+    """
+    events = list(_events(_post(server, request | {"stream": True})))
+    tokens = [token for event in events for token in event["tokens"]]
+    if len(tokens) < events[-1]["timings"]["predicted_n"]:
+        tokens = json.loads(_post(server, request))["tokens"]
+    n_sent = n_accepted = left_in_pass = 0
+    for event in events:
+        timings = event["timings"]
+        seconds = (timings["prompt_ms"] + timings["predicted_ms"]) / 1000
+        newly_accepted = timings.get("draft_n_accepted", 0) - n_accepted
+        n_accepted += newly_accepted
+        for token in tokens[n_sent : timings["predicted_n"]]:
+            new_step = not left_in_pass
+            if new_step:  # it gives the accepted tokens and one more
+                left_in_pass, newly_accepted = newly_accepted, 0
+            else:
+                left_in_pass -= 1
+            yield seconds, token, new_step
+        n_sent = timings["predicted_n"]
+
+
+def _events(body: bytes) -> Iterator[dict[str, Any]]:
+    for line in body.splitlines():
+        kind, _, document = line.partition(b": ")
+        if kind == b"error":
+            raise RuntimeError(document.decode())
+        if kind == b"data":
+            yield json.loads(document)
+
+
+def _post(server: Any, request: dict[str, Any]) -> bytes:
+    address = server.listening_address.removeprefix("http://")
+    connection = http.client.HTTPConnection(address)
+    try:
+        connection.request("POST", "/completion", json.dumps(request))
+        response = connection.getresponse()
+        body = response.read()
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise RuntimeError(body.decode())
+    return body
 
 
 def _build() -> str:
-    from llama_cpp import llama_print_system_info
+    import xllamacpp
 
-    features = llama_print_system_info().decode().split("|")
-    return ", ".join(part.strip() for part in features if part.strip())
+    info = xllamacpp.BUILD_INFO
+    features = [part.strip() for part in xllamacpp.get_system_info().split("|")]
+    build = f"build {info['build_number']} ({info['commit']})"
+    return ", ".join([build, info["compiler"], info["build_target"], *filter(None, features)])
 
 
 def _check_device(device: str) -> None:
-    """A build for the CPU alone would run there, and stand beside rows of a GPU."""
-    from llama_cpp import llama_supports_gpu_offload
+    """Refuse a build for the CPU alone, whose rows would be compared with those of a GPU."""
+    import xllamacpp
 
-    if device != "cpu" and not llama_supports_gpu_offload():
+    kinds = [entry["type"].name for entry in xllamacpp.get_device_info()]
+    if device != "cpu" and not any(kind.endswith("_GPU") for kind in kinds):
         raise ValueError(
-            "this build of llama-cpp-python runs on the CPU alone; for the GPU install it with"
-            " CMAKE_ARGS=-DGGML_CUDA=on"
+            "this build of xllamacpp runs on the CPU alone; install one for the GPU, see"
+            " https://github.com/xorbitsai/xllamacpp#installation"
         )
 
 
-def bytes_of_a_pass(gguf: str) -> int:
-    """Bytes of weights for one token: all but the embedding, unless it is the head as well."""
+def _bytes_per_pass(gguf: str) -> int:
+    """Return the bytes of weights for one token: all but the embedding, unless it is the head too."""
     sizes = {name: stored.data.nbytes for name, stored in GgufHeader(Path(gguf)).tensors.items()}
     embedding = sizes["token_embd.weight"] if "output.weight" in sizes else 0
     return sum(sizes.values()) - embedding

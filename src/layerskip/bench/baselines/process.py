@@ -1,4 +1,7 @@
-"""Peers set up for one comparison: the same checkpoint, tokenizer, precision, and rules."""
+"""Processes of baselines: what one is given, how it is started and asked, and its loop.
+
+Requests and replies are lines of JSON: a `Job` first, then one request and one reply for each answer.
+"""
 
 import contextlib
 import dataclasses
@@ -9,16 +12,17 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from layerskip.bench.measure import Run, Setting, SystemFailedError
-from layerskip.decoding import LayerSkipModel, Step
+from layerskip.decoding import DecodingConfig, LayerSkipModel, Step
 from layerskip.model import native, resolve
 
-# What the libraries' documentation says of prompt lookup: transformers shows it with 10 tokens, and of
-# llama-cpp-python 10 are for GPUs, and 2 better on a CPU alone.
+# The documentation of transformers shows prompt lookup with 10 tokens; llama.cpp's own examples for a
+# CPU take 2.
 PROMPT_LOOKUP_TOKENS = 10
 PROMPT_LOOKUP_TOKENS_ON_A_CPU = 2
 
@@ -28,90 +32,123 @@ class Job:
     """The terms of a comparison, as plain values that JSON can carry.
 
     Attributes:
-        model: the checkpoint folder or GGUF file, as `resolve` gives it.
-        gguf: a GGUF file of the same weights, for llama.cpp; None where it is not asked for.
+        model: the checkpoint folder or GGUF file.
+        gguf: path of a GGUF file of the same weights, for llama.cpp.
         tokenizer: a folder with the checkpoint's tokenizer; None where it has none.
         dtype: "float32", "bfloat16" or "float16".
         device: "cpu", "cuda", ...
-        threads: CPU threads.
-        context: tokens that the longest prompt and its answer take.
-        end_tokens: tokens that end an answer; empty to go on after them.
+        threads: number of CPU threads.
+        context: number of tokens that the longest prompt and its answer take.
+        eos_token_ids: tokens that end an answer; empty to ignore them.
         stop: texts that end an answer.
-        settings: the rows that this peer is asked for.
+        settings: rows of this baseline.
     """
 
     model: str
-    gguf: str | None = None
+    gguf: str = ""
     tokenizer: str | None = None
     dtype: str
     device: str = "cpu"
     threads: int
     context: int
-    end_tokens: Sequence[int] = ()
+    eos_token_ids: Sequence[int] = ()
     stop: Sequence[str] = ()
     settings: Sequence[Setting] = ()
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Job":
         """Undo `dataclasses.asdict`."""
-        return cls(**{**fields, "settings": [Setting(**each) for each in fields["settings"]]})
+        settings = [
+            Setting(**{**each, "config": DecodingConfig(**each["config"])})
+            for each in fields["settings"]
+        ]
+        return cls(**{**fields, "settings": settings})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PeerKind:
-    """Where a peer is: the module with its `settings(drafts)` and `Peer(job)`, and what it needs."""
+class BaselineSpec:
+    """A baseline: its module, with `settings(drafts)` and `Engine(job)`, and the package it needs."""
 
     module: str
     package: str
     distribution: str
 
 
-# The first one that is installed is llama.cpp's.
-_LLAMA_CPP = (
-    PeerKind(
-        module="layerskip.bench.baselines.llama_server",
-        package="xllamacpp",
-        distribution="xllamacpp",
-    ),
-    PeerKind(
-        module="layerskip.bench.baselines.llama_cpp",
-        package="llama_cpp",
-        distribution="llama-cpp-python",
-    ),
-)
-
 BASELINES = {
-    "transformers": PeerKind(
+    "transformers": BaselineSpec(
         module="layerskip.bench.baselines.transformers",
         package="transformers",
         distribution="transformers",
     ),
-    "llama.cpp": next(
-        (kind for kind in _LLAMA_CPP if importlib.util.find_spec(kind.package)), _LLAMA_CPP[0]
+    "llama.cpp": BaselineSpec(
+        module="layerskip.bench.baselines.llama_cpp",
+        package="xllamacpp",
+        distribution="xllamacpp",
     ),
 }
 
 
-# `python -m layerskip.bench.baselines`, but no module of the working folder takes a package's place.
+def prompt_lookup(draft_tokens: int) -> Setting:
+    """Return the setting of drafts by n-gram lookup."""
+    config = DecodingConfig(mode="self-speculative", draft_from="n-gram", draft_tokens=draft_tokens)
+    return Setting(config=config, mode="prompt-lookup")
+
+
+# Without the working folder on the path, whose modules could take a package's place.
 _START = f"""
 import sys
 sys.path = [path for path in sys.path if path]
-import runpy
-runpy.run_module("{__package__}", run_name="__main__", alter_sys=True)
+from {__name__} import main
+main(sys.argv[1])
 """
 
 
-class BaselineProcess:
-    """A system that runs elsewhere. Enter it to start it; a peer that cannot start fails when asked.
+def main(module: str) -> None:
+    """Run a baseline's process."""
+    warnings.simplefilter("ignore")
+    # The real standard output is for replies alone; C++ libraries write to file descriptor 1 too.
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    serve(module, sys.stdin, replies)
 
-    One line of JSON goes in for each answer and one comes out; see `__main__.py`.
+
+def serve(module: str, requests: TextIO, replies: TextIO) -> None:
+    """Answer requests until the input ends."""
+    engine: Any = None
+    settings: list[Setting] = []
+    for line in requests:
+        request = json.loads(line)
+        try:
+            if engine is None:
+                job = Job.from_dict(request)
+                settings = list(job.settings)
+                engine = importlib.import_module(module).Engine(job)
+                reply: dict[str, Any] = {"build": getattr(engine, "build", None)}
+            else:
+                setting = settings[request["setting"]]
+                run = engine.answer(setting, request["prompt"], request["max_new_tokens"])
+                reply = dataclasses.asdict(run)
+        except Exception as error:  # any error of the library is the reason that the row shows
+            reply = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+        if engine is None:
+            return
+
+
+class BaselineProcess:
+    """A system in another process, which runs within a `with` block.
+
+    Args:
+        name: of `BASELINES`.
+        job: see `Job`.
+        failure: reason why it cannot take part; then no process is started, and each answer fails.
 
     Attributes:
-        build: the library's build flags, once it has started; None where it does not name them.
+        build: the library's build flags, once it has started; None where it reports none.
     """
 
     def __init__(self, name: str, job: Job, failure: str | None = None) -> None:
-        """Describe a peer; with a reason why it cannot take part, no process will be started."""
         self.name, self.settings = name, job.settings
         self.build: str | None = None
         self._job, self._failure = job, failure
@@ -128,10 +165,10 @@ class BaselineProcess:
             stderr=self._log,
             text=True,
             encoding="utf-8",
-            env=os.environ | {"PYTHONSAFEPATH": "1"},  # of what it starts, from Python 3.11 on
+            env=os.environ | {"PYTHONSAFEPATH": "1"},  # for its children, from Python 3.11 on
         )
         try:
-            self.build = self._ask(dataclasses.asdict(self._job))["build"]
+            self.build = self._request(dataclasses.asdict(self._job))["build"]
         except SystemFailedError as error:
             self._failure = str(error)
         return self
@@ -146,7 +183,7 @@ class BaselineProcess:
         """See `System`."""
         if self._failure is not None:
             raise SystemFailedError(self._failure)
-        reply = self._ask(
+        reply = self._request(
             {
                 "setting": list(self.settings).index(setting),
                 "prompt": list(prompt),
@@ -156,7 +193,7 @@ class BaselineProcess:
         steps = tuple(Step(tuple(step["tokens"])) for step in reply.pop("steps"))
         return Run(steps=steps, **reply)
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _request(self, request: dict[str, Any]) -> dict[str, Any]:
         process = self._process
         assert process is not None
         assert process.stdin is not None
@@ -168,17 +205,15 @@ class BaselineProcess:
         except OSError:  # a broken pipe, which Windows calls an invalid argument
             line = ""
         if not line:
-            self._failure = f"its process ended with status {process.wait()}{self._last_words()}"
+            self._log.seek(0)
+            log = [text.strip() for text in self._log if text.strip()]
+            status = f"its process ended with status {process.wait()}"
+            self._failure = ": ".join([status, *log[-1:]])
             raise SystemFailedError(self._failure)
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             raise SystemFailedError(reply["error"])
         return reply
-
-    def _last_words(self) -> str:
-        self._log.seek(0)
-        lines = [line.strip() for line in self._log if line.strip()]
-        return f": {lines[-1]}" if lines else ""
 
 
 @contextlib.contextmanager
@@ -194,58 +229,57 @@ def start_baselines(
     gguf_weights: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[list[BaselineProcess]]:
-    """Start a process for each peer; all of them end with the context.
+    """Start a process for each baseline; all of them end with the context.
 
-    A peer that cannot take part (not installed, a file that it cannot read) is in the list as well, and
-    says so when it is asked for an answer.
+    The list has baselines that cannot take part too (not installed, a file that they cannot read); each
+    of their answers fails with the reason.
 
     Args:
-        model: this package's own, whose precision, device and end tokens hold for all.
+        model: this package's, whose precision, device and end tokens all use.
         names: of `BASELINES`.
         source: the checkpoint's name.
         drafts: pairs (E, d) of self-speculative decoding to compare with.
-        context: tokens of the longest prompt and its answer.
+        context: number of tokens of the longest prompt and its answer.
         stop: texts that end an answer.
-        ignore_eos: answers go on after an end token.
-        gguf_weights: how llama.cpp's file keeps weights, see `export.GGUF_WEIGHTS`.
-        progress: told how many have started, and of how many.
+        ignore_eos: answers continue after an end token.
+        gguf_weights: precision of llama.cpp's file, see `export.GGUF_WEIGHTS`.
+        progress: called with the number that have started, and in all.
     """
     with contextlib.ExitStack() as stack:
-        peers = []
+        baselines: list[BaselineProcess] = []
         if names:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="layerskip-peers-"))
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="layerskip-baselines-"))
             job = Job(
                 model=str(resolve(source)),
                 tokenizer=None if model.tokenizer is None else folder,
                 gguf=str(Path(folder) / "model.gguf"),
                 dtype=model.decoder.dtype_name,
                 device=str(model.decoder.device),
-                threads=native.num_threads_to_use(),  # as many as the kernels take here
+                threads=native.num_threads_to_use(),  # as many as the kernels
                 context=context,
-                end_tokens=() if ignore_eos else sorted(model.end_tokens),
+                eos_token_ids=() if ignore_eos else sorted(model.end_tokens),
                 stop=tuple(stop),
             )
             if model.tokenizer is not None:
                 model.tokenizer.save_pretrained(folder)
-        for number, name in enumerate(names):
-            progress(number, len(names))
+        for name in names:
+            progress(len(baselines), len(names))
             failure = _prepare(name, job, gguf_weights)
             settings = importlib.import_module(BASELINES[name].module).settings(drafts)
-            peer = BaselineProcess(name, dataclasses.replace(job, settings=settings), failure)
-            peers.append(stack.enter_context(peer))
-            progress(number + 1, len(names))
-        yield peers
+            baseline = BaselineProcess(name, dataclasses.replace(job, settings=settings), failure)
+            baselines.append(stack.enter_context(baseline))
+            progress(len(baselines), len(names))
+        yield baselines
 
 
 def _prepare(name: str, job: Job, gguf_weights: str) -> str | None:
-    """Make what a peer needs on top of the checkpoint; returns why it cannot take part, or None."""
-    kind = BASELINES[name]
-    if importlib.util.find_spec(kind.package) is None:
-        return f"{kind.distribution} is not installed; run: pip install 'layerskip[baselines]'"
+    """Make the files that a baseline needs; return the reason why it cannot take part, or None."""
+    spec = BASELINES[name]
+    if importlib.util.find_spec(spec.package) is None:
+        return f"{spec.distribution} is not installed; run: pip install 'layerskip[baselines]'"
     if name == "llama.cpp":
         from layerskip.export import open_source, to_gguf
 
-        assert job.gguf is not None
         try:
             to_gguf(open_source(job.model), Path(job.gguf), weights=gguf_weights)
         except ValueError as error:

@@ -1,5 +1,6 @@
 """transformers: `generate` plain, with `assistant_early_exit`, and with prompt lookup."""
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip.bench.baselines.process import PROMPT_LOOKUP_TOKENS, Job
+from layerskip.bench.baselines.process import PROMPT_LOOKUP_TOKENS, Job, prompt_lookup
 from layerskip.bench.machine import PeakMemory
 from layerskip.bench.measure import Run, Setting
-from layerskip.decoding import Step
-from layerskip.decoding.stream import TextStream, stop_tokens
+from layerskip.decoding import DecodingConfig, Step
+from layerskip.decoding.streaming import TextStream, stop_tokens
 from layerskip.model import open_files, tokenizer
 from layerskip.model.checkpoint import check_no_adapter
 from layerskip.model.families import OWN_KERNELS, check_weights_unnamed
@@ -19,58 +20,79 @@ from layerskip.model.hardware import leave_out_cudnn_attention
 from layerskip.model.step_timing import device_clock
 from layerskip.model.weights import GgufFile
 
+# Defaults of transformers: up to 20 tokens, while the exit's confidence is at least 0.4.
+DEFAULT_DRAFT_TOKENS, DEFAULT_CONFIDENCE = 20, 0.4
+
 
 class Recorder:
-    """Takes tokens as they arrive, as `decoding.Answer` does for this package's own.
+    """Records tokens and times as they arrive, and ends an answer as `decoding.Answer` does.
+
+    Args:
+        clock: returns seconds.
+        tokenizer: of transformers, or None.
+        stop: texts that end the answer.
+        eos_token_ids: tokens that end the answer.
+        max_new_tokens: limit of its length.
 
     Attributes:
-        ended: whether an end token, a stop string, or the last token allowed has come.
+        finished: True after an end token, a stop string, or the last token allowed.
     """
 
     def __init__(
         self,
-        now: Callable[[], float],
+        clock: Callable[[], float],
         tokenizer: Any = None,
         *,
         stop: Sequence[str] = (),
-        end_tokens: Collection[int] = (),
+        eos_token_ids: Collection[int] = (),
         max_new_tokens: int,
     ) -> None:
-        self.ended = False
-        self._now, self._left = now, max_new_tokens
+        self.finished = False
+        self._clock, self._remaining = clock, max_new_tokens
         self._text = None if tokenizer is None else TextStream(tokenizer, stop)
-        named = frozenset[int]() if tokenizer is None else stop_tokens(tokenizer, stop)
-        self._end_tokens = named.union(end_tokens)
+        stops = frozenset[int]() if tokenizer is None else stop_tokens(tokenizer, stop)
+        self._end_tokens = stops.union(eos_token_ids)
         self._steps: list[list[int]] = []
         self._times: list[float] = []
-        self._started = now()
+        self._started = clock()
+
+    @classmethod
+    def of(cls, job: Job, clock: Callable[[], float], max_new_tokens: int) -> "Recorder":
+        """Return the recorder of an answer of a job."""
+        return cls(
+            clock,
+            None if job.tokenizer is None else _load_tokenizer(job.tokenizer),
+            stop=job.stop,
+            eos_token_ids=job.eos_token_ids,
+            max_new_tokens=max_new_tokens,
+        )
 
     def add(self, tokens: Sequence[int], *, new_step: bool = True) -> bool:
-        """Take the tokens of one pass, or more tokens of the last one; what follows the end is dropped.
+        """Add tokens of a new pass, or of the last one; those after the end are dropped.
 
         Returns:
-            Whether the answer has ended.
+            True if the answer has ended.
         """
-        if self.ended:
+        if self.finished:
             return True
         if new_step or not self._steps:
             self._steps.append([])
-        self._times.append(self._now())
+        self._times.append(self._clock())
         for token in tokens:
             self._steps[-1].append(token)
-            self._left -= 1
+            self._remaining -= 1
             if self._text is not None and self._text.may_stop:
                 self._text.push(token)
             stopped = self._text is not None and self._text.stopped
-            if stopped or token in self._end_tokens or not self._left:
-                self.ended = True
+            if stopped or token in self._end_tokens or not self._remaining:
+                self.finished = True
                 break
-        return self.ended
+        return self.finished
 
-    def run(self, *, peak_memory_bytes: int | None, bytes_of_a_pass: int | None) -> Run:
-        """The finished answer; `bytes_of_a_pass` counts the weights that a step reads."""
+    def run(self, *, peak_memory_bytes: int | None, bytes_per_pass: int | None) -> Run:
+        """Return the finished answer; `bytes_per_pass` counts the weights that a step reads."""
         if self._text is not None:
-            if not self._text.may_stop:  # then text is made when the clock has stopped, as ours is
+            if not self._text.may_stop:  # decoded after the clock has stopped, as in `Answer`
                 self._text.push(*(token for step in self._steps for token in step))
             self._text.finish()
         return Run(
@@ -78,33 +100,41 @@ class Recorder:
             text="" if self._text is None else self._text.text,
             ttft_s=self._times[0] - self._started,
             decode_s=self._times[-1] - self._times[0],
-            weight_bytes_read=bytes_of_a_pass and bytes_of_a_pass * (len(self._steps) - 1),
+            weight_bytes_read=bytes_per_pass and bytes_per_pass * (len(self._steps) - 1),
             peak_memory_bytes=peak_memory_bytes,
         )
 
 
-# What transformers does unless it is told otherwise: up to 20 tokens, as long as the exit is so sure.
-DEFAULT_DRAFT_TOKENS, DEFAULT_CONFIDENCE = 20, 0.4
+@functools.cache
+def _load_tokenizer(folder: str) -> Any:
+    return tokenizer.load(Path(folder))
 
 
 def settings(drafts: Sequence[tuple[int, int]]) -> list[Setting]:
-    """The rows of this peer, for pairs (E, d): each pair, and each E with its own defaults."""
-    early = "self-speculative"
+    """Return the rows of this baseline: each pair (E, d), and each E with transformers' defaults."""
+
+    def early_exit(e: int, d: int, adaptive: bool = False) -> Setting:
+        return Setting(
+            config=DecodingConfig(
+                mode="self-speculative",
+                draft_from="early-exit",
+                exit_layer=e,
+                draft_tokens=d,
+                adaptive=adaptive,
+            )
+        )
+
+    exits = dict.fromkeys(e for e, _ in drafts)
     return [
-        Setting(mode="plain"),
-        *(Setting(mode=early, exit_layer=e, draft_tokens=d) for e, d in drafts),
-        *(
-            Setting(mode=early, exit_layer=e, draft_tokens=DEFAULT_DRAFT_TOKENS, adaptive=True)
-            for e in dict.fromkeys(e for e, _ in drafts)
-        ),
-        Setting(
-            mode="prompt-lookup", draft_tokens=PROMPT_LOOKUP_TOKENS, draft_from="prompt-lookup"
-        ),
+        Setting(),
+        *(early_exit(e, d) for e, d in drafts),
+        *(early_exit(e, DEFAULT_DRAFT_TOKENS, adaptive=True) for e in exits),
+        prompt_lookup(PROMPT_LOOKUP_TOKENS),
     ]
 
 
-class Peer:
-    """A transformers model in evaluation mode, with 16-bit or 32-bit weights like ours."""
+class Engine:
+    """A transformers model in evaluation mode, with 16-bit or 32-bit weights."""
 
     def __init__(self, job: Job) -> None:
         torch.set_num_threads(job.threads)
@@ -113,31 +143,30 @@ class Peer:
         leave_out_cudnn_attention(self._device)  # it would plan anew for every token
         self._memory = PeakMemory(self._device)
         self._model = _load(Path(job.model), job.dtype).to(self._device).eval()
-        self._tokenizer = None if job.tokenizer is None else tokenizer.load(Path(job.tokenizer))
-        self._bytes_of_a_pass = _bytes_of_a_pass(self._model)
+        self._bytes_per_pass = _bytes_per_pass(self._model)
 
     def answer(self, setting: Setting, prompt: Sequence[int], max_new_tokens: int) -> Run:
         """See `System`."""
         import transformers
 
-        recorder = Recorder(
-            device_clock(self._device),
-            self._tokenizer,
-            stop=self._job.stop,
-            end_tokens=self._job.end_tokens,
-            max_new_tokens=max_new_tokens,
-        )
+        config = setting.config
+        recorder = Recorder.of(self._job, device_clock(self._device), max_new_tokens)
         ids = torch.tensor([list(prompt)], device=self._device)
-        # The checkpoint's own sampling settings stay out: every system is greedy here. Early exit reads
-        # the draft's length from the model's configuration, and nowhere else.
+        # The checkpoint's sampling settings are left out: every system is greedy. Early exit reads the
+        # draft length from the model's generation config, and nowhere else.
         self._model.generation_config = transformers.GenerationConfig(
             do_sample=False,
-            eos_token_id=list(self._job.end_tokens) or None,
+            eos_token_id=list(self._job.eos_token_ids) or None,
             pad_token_id=0,
-            num_assistant_tokens=setting.draft_tokens,
+            num_assistant_tokens=config.draft_tokens,
             num_assistant_tokens_schedule="constant",
-            assistant_confidence_threshold=DEFAULT_CONFIDENCE if setting.adaptive else 0.0,
+            assistant_confidence_threshold=DEFAULT_CONFIDENCE if config.adaptive else 0.0,
         )
+        drafts: dict[str, Any] = {}
+        if config.exit_layer is not None:
+            drafts = {"assistant_early_exit": config.exit_layer}
+        elif config.draft_tokens is not None:
+            drafts = {"prompt_lookup_num_tokens": config.draft_tokens}
         self._memory.reset()
         with torch.inference_mode():
             self._model.generate(
@@ -145,22 +174,21 @@ class Peer:
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
                 streamer=_Streamer(recorder),
-                stopping_criteria=[lambda ids, scores: _whether(recorder.ended, ids)],
-                **_drafts(setting),
+                stopping_criteria=[
+                    lambda ids, scores: torch.full(
+                        (len(ids),), recorder.finished, dtype=torch.bool, device=ids.device
+                    )
+                ],
+                **drafts,
             )
         return recorder.run(
             peak_memory_bytes=self._memory.read(),
-            bytes_of_a_pass=self._bytes_of_a_pass if setting.mode == "plain" else None,
+            bytes_per_pass=None if drafts else self._bytes_per_pass,
         )
 
 
-def _whether(ended: bool, ids: Tensor) -> Tensor:
-    """One truth a row, as stopping criteria have to give."""
-    return torch.full((ids.shape[0],), ended, dtype=torch.bool, device=ids.device)
-
-
 class _Streamer:
-    """Hands on what `generate` streams: first the prompt, then the tokens of each pass or round."""
+    """Passes on what `generate` streams: first the prompt, then the tokens of each pass or round."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder, self._prompt_is_over = recorder, False
@@ -188,7 +216,7 @@ def _load(path: Path, dtype: str) -> Any:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return transformers.AutoModelForCausalLM.from_pretrained(
         str(path),
-        config=config,  # the one that was looked at
+        config=config,  # the one that was checked
         dtype=getattr(torch, dtype),
         use_safetensors=True,
         **OWN_KERNELS,
@@ -196,10 +224,10 @@ def _load(path: Path, dtype: str) -> Any:
     )
 
 
-def _bytes_of_a_pass(model: Any) -> int:
-    """Bytes of weights for one token: all but the embedding, unless it is the head as well.
+def _bytes_per_pass(model: Any) -> int:
+    """Return the bytes of weights for one token: all but the embedding, unless it is the head too.
 
-    Of a mixture's experts those that answer for a token.
+    Of a mixture's experts, those that are active for a token.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     config = model.config.get_text_config()
@@ -210,11 +238,3 @@ def _bytes_of_a_pass(model: Any) -> int:
         for name, parameter in model.named_parameters()
     )
     return int(everything if embedding is head else everything - embedding.nbytes)
-
-
-def _drafts(setting: Setting) -> dict[str, Any]:
-    if setting.mode == "self-speculative":
-        return {"assistant_early_exit": setting.exit_layer}
-    if setting.mode == "prompt-lookup":
-        return {"prompt_lookup_num_tokens": setting.draft_tokens}
-    return {}
