@@ -7,7 +7,6 @@ import pytest
 
 import tiny_tasks
 from layerskip.cli import eval as evaluate
-from layerskip.cli import output as outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lm_eval", "ignore:::datasets", "ignore:::dill")
 
@@ -75,7 +74,7 @@ def test_a_task_that_was_interrupted_leaves_its_facts(run, tasks, tmp_path, rais
 
 def test_a_result_that_cannot_be_written_costs_no_picture(run, text, tmp_path, raise_at):
     plot = tmp_path / "exits.png"
-    raise_at(outputs, "deliver", 1, OSError("No space left on device"))
+    raise_at(evaluate, "deliver", 1, OSError("No space left on device"))
     status, out, err = run("eval", "--perplexity", text, "--exit-layers", 2, "--plot", plot)
     assert (status, "No space left" in err, "token_perplexity" in out) == (1, True, True)
     assert plot.exists()
