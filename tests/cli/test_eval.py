@@ -115,17 +115,6 @@ def test_names_are_shown_as_they_are(run, tmp_path):
     assert "notes[draft].txt" in run("eval", "--perplexity", file, "--window", 8)[1]
 
 
-def test_quantized_weights_are_on_record(run, text):
-    arguments = ["--perplexity", text, "--exit-layers", "4", "--window", "8", "--json"]
-    results = []
-    for weights in ("16bit", "int4"):
-        status, out, _ = run("eval", *arguments, "--weights", weights)
-        assert status == 0
-        results.append(json.loads(out))
-        assert results[-1]["environment"]["weights"] == weights
-    assert results[0]["rows"] != results[1]["rows"]
-
-
 def test_early_exit_has_quarters_of_the_layers_by_default(run, text):
     _, out, _ = run("eval", "--perplexity", text, "--max-words", "3", "--json")
     rows = json.loads(out)["rows"]
