@@ -10,7 +10,7 @@ from tiny_decoders import LAYERS, tiny_decoder
 from layerskip.decoding import Candidate, Draft, controller
 from layerskip.decoding.controller import (
     MAX_BACKOFF_ROUNDS,
-    MAX_GAIN,
+    MEMORY,
     Acceptance,
     Backoff,
     BatchController,
@@ -234,7 +234,7 @@ def test_earlier_gains_are_not_all_lost_again():
     while backoff.next_round():
         backoff.update(1, 2.0)
         losses += 1
-    assert 2 < losses <= MAX_GAIN
+    assert 2 < losses <= 1 / (1 - MEMORY)
 
 
 def test_a_source_that_loses_is_paused_and_another_goes_on():
