@@ -65,7 +65,7 @@ def check_options(config: Any) -> None:
     """
     for name, (field, description) in options_of(config).items():
         value = getattr(config, name)
-        if value is None:
+        if value is None and field.type not in (bool, float, int, str):
             continue
         convert = _converter(field.type)
         if convert is not None:
