@@ -1,15 +1,14 @@
 """Perplexity of every exit on a text, from one pass over windows of it.
 
-How it is counted. The text is tokenized in one piece; the tokenizer's begin-of-text token (its
-end-of-text token where it has none) stands before it, so that every token of the text is predicted,
-once. A window holds `window` tokens of context; the next one ends `stride` tokens later, and only the
-tokens that the one before did not reach are scored in it, so each of them has at least
-window - stride + 1 tokens before it. With the sum N of negative log-likelihoods in nats:
+The text is tokenized in one piece, after the tokenizer's begin-of-text token (else its end-of-text
+token), so that every token of the text is predicted, once. A window holds `window` tokens of context; the
+next one ends `stride` tokens later and scores only the tokens that the one before did not reach, so that
+each has at least window - stride + 1 tokens before it. With the sum N of negative log-likelihoods in nats:
 
-- token perplexity exp(N / tokens) depends on the tokenizer; compare exits of one model with it.
+- token perplexity exp(N / tokens) depends on the tokenizer, and compares exits of one model.
 - word perplexity exp(N / words), words as white space separates them, and bits per byte of UTF-8,
   N / (ln 2 * bytes), compare models too.
-- the standard error takes windows for independent samples (delta method; none for a single window).
+- the standard error assumes that windows are independent samples (delta method; none for a single window).
 """
 
 import math
@@ -28,7 +27,7 @@ WIKITEXT, HUB_CONFIG = "wikitext2", "wikitext-2-v1"
 
 
 def stride_of(model: LayerSkipModel, window: int, stride: int | None) -> tuple[int, int]:
-    """Window and stride in tokens, as far as the model's context goes; half a window is the default.
+    """Return window and stride in tokens, within the model's context; the default is half a window.
 
     Raises:
         ValueError: the stride is out of range.
@@ -43,7 +42,7 @@ def stride_of(model: LayerSkipModel, window: int, stride: int | None) -> tuple[i
 
 
 def prefix_token(tokenizer: Any) -> int | None:
-    """What stands before a text that has no context: the begin token, else the end token, if any."""
+    """Return the token before a text without context: the begin token, else the end token, if any."""
     begin: int | None = tokenizer.bos_token_id
     return tokenizer.eos_token_id if begin is None else begin
 
@@ -58,19 +57,19 @@ def perplexity(
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[int, dict[str, Metric]]:
-    """Perplexity, bits per byte and token accuracy of every exit; see the module for how they count.
+    """Return perplexity, bits per byte and token accuracy of every exit; see the module's docstring.
 
     Args:
         model: needs a tokenizer.
-        text: what to predict.
+        text: to predict.
         exits: layers run, each 1 to L.
-        window: tokens of context at most; the model's own limit holds too.
+        window: maximum tokens of context, within the model's limit.
         stride: tokens from one window to the next, 1 to window; None = half of it.
         batch_size: windows a pass.
-        progress: called with the windows done and their number.
+        progress: called with the number of windows done, and in all.
 
     Raises:
-        ValueError: no tokenizer, no token to predict, or a stride that is out of range.
+        ValueError: no tokenizer, no token to predict, a stride out of range, or results that are NaN.
     """
     if model.tokenizer is None:
         raise ValueError("perplexity of a text needs a tokenizer, and this checkpoint has none")
@@ -90,7 +89,7 @@ def perplexity(
 
 
 def windows(tokens: Sequence[int], window: int, stride: int) -> Iterator[Passage]:
-    """Passages that predict every token but the first exactly once.
+    """Yield passages that predict every token but the first exactly once.
 
     Args:
         tokens: the whole text.
@@ -132,7 +131,7 @@ def _metrics(
 
 
 def _stderr_of_sum(values: Sequence[float], sizes: Sequence[int]) -> float | None:
-    """Standard error of a sum over windows of unequal size: their residuals from the common rate."""
+    """Return the standard error of a sum over windows of unequal size."""
     n = len(values)
     if n < 2:
         return None
@@ -142,13 +141,13 @@ def _stderr_of_sum(values: Sequence[float], sizes: Sequence[int]) -> float | Non
 
 
 def read_text(source: str, max_words: int | None = None) -> str:
-    """A text file (.gz and .xz too), or the test part of WikiText-2 under the name `wikitext2`.
+    """Read a text file (.gz and .xz too), or the test split of WikiText-2 under the name `wikitext2`.
 
-    WikiText-2 is looked for in `$LAYERSKIP_DATA/wikitext2`, then on the hub.
+    WikiText-2 is searched in `$LAYERSKIP_DATA/wikitext2`, then on the hub.
 
     Args:
         source: file or name.
-        max_words: only the text up to the end of this word.
+        max_words: number of words to keep.
 
     Raises:
         ValueError: it cannot be read.
@@ -178,5 +177,5 @@ def _wikitext() -> str:
             f"WikiText-2 is not here: set {DATA_VARIABLE} to a folder with {WIKITEXT}/test.txt, or"
             f" be online with `datasets`, pip install 'layerskip[bench]' ({error})"
         ) from error
-    # The hub has no text in the place of an empty line.
+    # The hub's rows have no text for an empty line.
     return "".join(row or " \n" for row in rows)
