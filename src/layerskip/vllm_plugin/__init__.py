@@ -1,7 +1,7 @@
 """vLLM plugin: the speculative method "layerskip" drafts with the target's own first layers.
 
-vLLM calls `register` in each of its processes, through the entry point `vllm.general_plugins`. Everything
-else here is imported by a run that asks for the method; nothing of the package outside this folder is.
+vLLM calls `register` in each of its processes, through the entry point `vllm.general_plugins`.
+Nothing of the package outside this folder is imported.
 """
 
 import logging

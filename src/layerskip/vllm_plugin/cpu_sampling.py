@@ -1,8 +1,13 @@
-"""Repair of vLLM's sampled speculative decoding on CPU.
+"""Repairs of vLLM's sampled speculative decoding on CPU, for all speculative methods.
 
-In vLLM 0.32 and 0.33, `expand_batch_to_tokens` leaves its result uninitialized on CPU unless the tensor is
-int64: `_expand_kernel_impl` in utils/cpu_triton_utils.py lets its kernel write into a copy. Temperatures,
-top-p and top-k of the draft tokens are then whatever the memory held before, with every draft model.
+vLLM 0.32 and 0.33 have two faults there:
+
+- `expand_batch_to_tokens` leaves its result uninitialized unless the tensor is int64:
+  `_expand_kernel_impl` in utils/cpu_triton_utils.py lets its kernel write into a copy. The temperature,
+  top-p and top-k of draft tokens are then whatever that memory held before.
+- `apply_top_k_top_p` with top-k alone fails on no rows: a step in which no request has a draft.
+
+This module can go when the oldest supported vLLM passes the checks in `repair`.
 """
 
 from typing import Any
@@ -34,18 +39,30 @@ def expand_batch_to_tokens(
     return expanded.masked_fill(expanded == replace_from, replace_to)
 
 
-def repair(rejection_sampler: Any) -> bool:
-    """Replace the function in vLLM's module `rejection_sampler` if it is wrong there.
-
-    This module can go when the oldest supported vLLM passes the check.
+def repair(rejection_sampler: Any) -> list[str]:
+    """Replace the functions in vLLM's module `rejection_sampler` that are wrong there.
 
     Returns:
-        True if it was replaced.
+        The names of those that were replaced.
     """
+    replaced = []
     values = torch.tensor([0.5, 0.0, 2.0])
-    arguments = (values, torch.tensor([2, 3, 6], dtype=torch.int32), 6, 0, 1)
-    expected = expand_batch_to_tokens(*arguments)
-    if torch.equal(rejection_sampler.expand_batch_to_tokens(*arguments), expected):
-        return False
-    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
-    return True
+    ends = torch.tensor([2, 3, 6], dtype=torch.int32)
+    expanded = rejection_sampler.expand_batch_to_tokens(values, ends, 6, 0, 1)
+    if expanded.tolist() != [0.5, 0.5, 1.0, 2.0, 2.0, 2.0]:
+        rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+        replaced.append("expand_batch_to_tokens")
+
+    apply_top_k_top_p = rejection_sampler.apply_top_k_top_p
+
+    def apply_to_rows(
+        logits: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor | None
+    ) -> torch.Tensor:
+        return apply_top_k_top_p(logits, k, p) if len(logits) else logits
+
+    try:
+        apply_top_k_top_p(torch.empty(0, 2), torch.empty(0, dtype=torch.int32), None)
+    except RuntimeError:
+        rejection_sampler.apply_top_k_top_p = apply_to_rows
+        replaced.append("apply_top_k_top_p")
+    return replaced

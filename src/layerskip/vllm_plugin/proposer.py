@@ -33,8 +33,8 @@ class LayerSkipProposer(DraftModelProposer):  # type: ignore[misc]
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner)
         self.exit_layer = exit_layer_of(vllm_config)
-        if current_platform.is_cpu() and cpu_sampling.repair(rejection_sampler):
-            logger.info("layerskip: replaced expand_batch_to_tokens, which is wrong on CPU")
+        if current_platform.is_cpu() and (names := cpu_sampling.repair(rejection_sampler)):
+            logger.info("layerskip: replaced what is wrong in vLLM on CPU: %s", ", ".join(names))
 
     def load_model(self, target_model: nn.Module) -> None:
         """Take the draft model from the target; no weight is loaded."""
