@@ -7,9 +7,9 @@
 
 Python is that of an environment with vLLM (`make test-vllm` makes one). Each mode runs in a process of
 its own, with the engine in that process, so that its CPU time and memory are the mode's; its rows are
-written as soon as it ends. `tokens_per_cpu_s` holds on a busy machine too, `tokens_per_s` on an idle
-one only. `identical_to_plain` compares greedy token ids at the same batch size: in float32 all have to
-be the same, in bfloat16 ties may fall differently.
+written as soon as it ends. With `--busy` there are no wall-clock figures: on a machine with other work
+only those per CPU second hold. `identical_to_plain` compares greedy token ids at the same batch size: in
+float32 all have to be the same, in bfloat16 ties may fall differently.
 """
 
 import argparse
@@ -44,6 +44,8 @@ def main() -> None:
     plain: dict[int, list[list[int]]] = {}
     for mode in options.modes:
         for row in _in_a_process(mode):
+            if options.busy:
+                del row["seconds"], row["tokens_per_s"]
             ids = row.pop("token_ids")
             reference = (
                 plain.setdefault(row["batch"], ids) if mode == "plain" else plain.get(row["batch"])
@@ -64,6 +66,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batches", type=_integers, default=[1, 4, 8, 16])
     parser.add_argument("--draft-tokens", type=int, default=4)
     parser.add_argument("--by-batch", type=json.loads, help="num_speculative_tokens_per_batch_size")
+    parser.add_argument("--draft-vocab-size", type=int, help="of layerskip")
     parser.add_argument("--topv2", type=int, default=100, metavar="N", help="prompts of TOPv2")
     parser.add_argument(
         "--spec-bench", type=int, default=0, metavar="N", help="prompts of Spec-Bench"
@@ -165,9 +168,12 @@ def _speculative_config(mode: str, options: argparse.Namespace) -> dict[str, Any
     drafts = {"num_speculative_tokens": options.draft_tokens}
     if options.by_batch:
         drafts["num_speculative_tokens_per_batch_size"] = options.by_batch
+    layerskip = {"method": "layerskip"} | drafts
+    if options.draft_vocab_size is not None:
+        layerskip["draft_vocab_size"] = options.draft_vocab_size
     return {
         "plain": None,
-        "layerskip": {"method": "layerskip"} | drafts,
+        "layerskip": layerskip,
         "draft_model": {"method": "draft_model", "model": str(options.draft)} | drafts,
         "ngram": {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 4} | drafts,
     }[mode]

@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -93,6 +94,17 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_with_draft_vocabulary(tiny, tmp_path_factory):
+    """The same, and drafts are every other token, with two that no model of this vocabulary has."""
+    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("draft-vocabulary") / "model")
+    file = folder / "generation_config.json"
+    token_ids = [*range(1, VOCAB_SIZE, 2), VOCAB_SIZE, 10 * VOCAB_SIZE]
+    vocabulary = {"layerskip": {"draft_vocabulary": " ".join(map(str, token_ids))}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | vocabulary))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def prompts():
     """Eight prompts of 5 to 54 tokens."""
     import torch
@@ -121,7 +133,8 @@ def start(tiny, functions_of_vllm):
 
     def start(speculative=None, **options):
         gc.collect()  # the engine before it
-        return LLM(str(tiny), speculative_config=speculative, **ENGINE | options)
+        options = {"model": str(tiny)} | ENGINE | options
+        return LLM(speculative_config=speculative, **options)
 
     return start
 
@@ -155,7 +168,7 @@ def counters(engine):
 
 @pytest.fixture(scope="session")
 def in_a_process(tiny):
-    """Run greedy_ids.py: what it prints about each engine, and its standard error."""
+    """Run greedy_ids.py: what it writes about each engine, and its log."""
 
     def in_a_process(engines, prompts, *flags, **environment):
         engines = [{"model": str(tiny)} | ENGINE | options for options in engines]

@@ -1,4 +1,4 @@
-"""Write the greedy token ids of several engines, and each one's class of proposer: a process of its own.
+"""Write the greedy token ids, accepted draft tokens and proposer's class of several engines.
 
 python greedy_ids.py '[[{engine options}, ...], [[prompt token ids], ...]]' [--break-plugin]
 """
@@ -23,7 +23,12 @@ def main():
         )
         token_ids = [list(output.outputs[0].token_ids) for output in outputs]
         proposer = engine.collective_rpc(proposer_class)[0]
-        results.append({"token_ids": token_ids, "proposer": proposer})
+        accepted = sum(
+            metric.value
+            for metric in engine.get_metrics()
+            if metric.name == "vllm:spec_decode_num_accepted_tokens"
+        )
+        results.append({"token_ids": token_ids, "accepted": accepted, "proposer": proposer})
         del engine
     sys.stdout.write("\n" + json.dumps(results) + "\n")
 

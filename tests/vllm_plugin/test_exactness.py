@@ -89,8 +89,22 @@ def test_draft_length_by_batch_size(run, prompts, plain):
     )
 
 
-def test_tensor_parallel(in_a_process, prompts, plain):
-    options = {"speculative_config": LAYERSKIP, "tensor_parallel_size": 2}
-    results, _ = in_a_process([options], prompts, VLLM_ENABLE_V1_MULTIPROCESSING="1")
-    assert results[0]["proposer"] == "LayerSkipProposer"
-    assert results[0]["token_ids"] == [ids[0][:24] for ids in plain]
+def test_draft_vocabulary(run, prompts, plain, tiny_with_draft_vocabulary):
+    model = {"model": str(tiny_with_draft_vocabulary)}
+    listed = run(prompts, GREEDY, LAYERSKIP, **model)
+    fewer = run(prompts, GREEDY, LAYERSKIP | {"draft_vocab_size": 32}, **model)
+    whole = run(prompts, GREEDY, LAYERSKIP | {"draft_vocab_size": 0}, **model)
+    assert listed.token_ids == fewer.token_ids == whole.token_ids == plain
+    assert 0 < accepted(fewer) < accepted(listed) < accepted(whole)
+    assert accepted(whole) == accepted(run(prompts, GREEDY, LAYERSKIP))
+
+
+def test_tensor_parallel(in_a_process, prompts, plain, tiny_with_draft_vocabulary):
+    options = {"speculative_config": LAYERSKIP, "model": str(tiny_with_draft_vocabulary)}
+    (single,), _ = in_a_process([options], prompts)
+    (parallel,), _ = in_a_process(
+        [options | {"tensor_parallel_size": 2}], prompts, VLLM_ENABLE_V1_MULTIPROCESSING="1"
+    )
+    assert single == parallel
+    assert parallel["proposer"] == "LayerSkipProposer"
+    assert parallel["token_ids"] == [ids[0][:24] for ids in plain]

@@ -20,6 +20,18 @@ def test_no_weight_is_in_memory_twice(runner):
     }
 
 
+def test_draft_head_is_rows_of_the_targets_head(start, tiny_with_draft_vocabulary):
+    import torch
+
+    engine = start({"method": "layerskip"}, model=str(tiny_with_draft_vocabulary))
+    runner = engine.llm_engine.model_executor.driver_worker.worker.model_runner
+    head, whole = runner.drafter.draft_head, runner.model.lm_head
+    assert head.token_ids.tolist() == list(range(1, 512, 2))
+    states = torch.randn(3, 128)
+    scores = states @ whole.weight.T
+    assert torch.equal(head.top_token_ids(states), 1 + 2 * scores[:, 1:512:2].argmax(dim=-1))
+
+
 def test_target_keeps_all_its_layers(runner):
     assert runner.model.model.end_layer == 6
     assert runner.drafter.model.model.end_layer == 2

@@ -24,7 +24,10 @@ def configure(tiny, engine_options):
 
 def test_configuration_carries_the_exit_layer(configure):
     config = configure(additional_config={"other": 1})
-    assert config.additional_config == {"other": 1, "layerskip": {"exit_layer": 2}}
+    assert config.additional_config == {
+        "other": 1,
+        "layerskip": {"exit_layer": 2, "draft_vocab_size": None},
+    }
     assert config.speculative_config.method == "draft_model"
     assert config.speculative_config.num_speculative_tokens == 4
 
@@ -53,6 +56,10 @@ def test_spec_tokens_flag(configure):
             "num_speculative_tokens must be a positive integer",
         ),
         (
+            {"speculative": LAYERSKIP | {"draft_vocab_size": -1}},
+            "draft_vocab_size must be a number of tokens",
+        ),
+        (
             {"speculative": LAYERSKIP | {"model": "another"}},
             "unknown settings in speculative_config: model",
         ),
@@ -79,7 +86,7 @@ def test_checkpoint_without_an_exit_layer(configure, tiny, tmp_path):
     with pytest.raises(ValueError, match="has no assistant_early_exit: give exit_layer"):
         configure(model=folder)
     given = LAYERSKIP | {"exit_layer": 2, "num_speculative_tokens": 1}
-    assert configure(given, folder).additional_config["layerskip"] == {"exit_layer": 2}
+    assert configure(given, folder).additional_config["layerskip"]["exit_layer"] == 2
 
 
 def test_v2_model_runner_is_not_taken(configure, monkeypatch):

@@ -12,6 +12,7 @@ _DEFAULTS = {"exit_layer": "assistant_early_exit", "num_speculative_tokens": "nu
 _SETTINGS = {
     "method",
     *_DEFAULTS,
+    "draft_vocab_size",
     "num_speculative_tokens_per_batch_size",
     "draft_sample_method",
     "rejection_sample_method",
@@ -19,19 +20,37 @@ _SETTINGS = {
 }
 
 
-def exit_layer_of(vllm_config: Any) -> int | None:
-    """Return the exit layer of a vLLM run, or None if its method is another one."""
+def settings_of(vllm_config: Any) -> dict[str, Any] | None:
+    """Return the method's settings in a vLLM run, or None if its method is another one."""
     additional = getattr(vllm_config, "additional_config", None)
-    settings = additional.get(METHOD) if isinstance(additional, dict) else None
-    return settings["exit_layer"] if settings else None
+    return additional.get(METHOD) if isinstance(additional, dict) else None
+
+
+def draft_token_ids(model_config: Any, draft_vocab_size: int | None) -> list[int] | None:
+    """Return the tokens that the checkpoint lists for drafts, the most useful first.
+
+    Args:
+        model_config: The target's configuration.
+        draft_vocab_size: The largest number to return; None for all, 0 for no list.
+
+    Returns:
+        Token ids of the model's vocabulary, or None for all of it.
+    """
+    fields = _generation_config(model_config).get(METHOD)
+    text = fields.get("draft_vocabulary") if isinstance(fields, dict) else None
+    if not isinstance(text, str) or draft_vocab_size == 0:
+        return None
+    vocab_size = model_config.get_vocab_size()
+    token_ids = [int(token) for token in text.split() if token.isdigit()]
+    return [token for token in token_ids if token < vocab_size][:draft_vocab_size] or None
 
 
 def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     """Replace the method "layerskip" in `engine_args` by one that vLLM knows; leave others alone.
 
     The method becomes "draft_model" with the target as its draft model, since this is what makes the
-    scheduler reserve KV slots for the drafted tokens. The exit layer travels in `additional_config`,
-    which vLLM hands to every worker.
+    scheduler reserve KV slots for the drafted tokens. What is left of the settings travels in
+    `additional_config`, which vLLM hands to every worker.
 
     Raises:
         ValueError: The settings are not valid, or the run uses a feature that is not supported.
@@ -57,34 +76,51 @@ def translate(engine_args: Any, model_config: Any, parallel_config: Any) -> None
         raise ValueError(
             f"{METHOD}: exit_layer must be in 1..{num_layers - 1} for this model, got {exit_layer}"
         )
+    draft_vocab_size = settings.pop("draft_vocab_size", None)
+    if draft_vocab_size is not None and not _is_integer(draft_vocab_size, at_least=0):
+        raise ValueError(
+            f"{METHOD}: draft_vocab_size must be a number of tokens, or 0 for all, got"
+            f" {draft_vocab_size!r}"
+        )
     engine_args.speculative_config = settings | {
         "method": "draft_model",
         "model": model_config.model,
         "revision": model_config.revision,
     }
     engine_args.additional_config = (engine_args.additional_config or {}) | {
-        METHOD: {"exit_layer": exit_layer}
+        METHOD: {"exit_layer": exit_layer, "draft_vocab_size": draft_vocab_size}
     }
 
 
 def _set_defaults(settings: dict[str, Any], engine_args: Any, model_config: Any) -> None:
-    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
-
     names = [name for name in _DEFAULTS if name not in settings]
     if engine_args.spec_tokens is not None and "num_speculative_tokens" in names:
         names.remove("num_speculative_tokens")  # vLLM takes it from --spec-tokens
     if names:
-        file = "generation_config.json"
-        generation = get_hf_file_to_dict(file, model_config.model, model_config.revision) or {}
+        generation = _generation_config(model_config)
         settings |= {name: generation.get(_DEFAULTS[name]) for name in names}
     for name, field in _DEFAULTS.items():
         value = settings.get(name, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not _is_integer(value, at_least=1):
             hint = f"; the checkpoint's generation_config.json has no {field}: give {name}"
             raise ValueError(
                 f"{METHOD}: {name} must be a positive integer, got {value!r}"
                 + (hint if name in names else "")
             )
+
+
+def _generation_config(model_config: Any) -> dict[str, Any]:
+    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+    file = "generation_config.json"
+    fields: dict[str, Any] | None = get_hf_file_to_dict(
+        file, model_config.model, model_config.revision
+    )
+    return fields or {}
+
+
+def _is_integer(value: Any, *, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
 
 def _refuse_unsupported(engine_args: Any, parallel_config: Any) -> None:

@@ -17,7 +17,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from layerskip.vllm_plugin.config import METHOD, exit_layer_of, translate
+from layerskip.vllm_plugin.config import METHOD, settings_of, translate
 
 _PROPOSER_MODULE = "vllm.v1.spec_decode.draft_model"
 _INSTALLED = "_layerskip_installed"
@@ -43,7 +43,7 @@ def install() -> None:
     @functools.wraps(unsupported)
     def unsupported_by_v2(self: Any) -> list[str]:
         features: list[str] = unsupported(self)
-        if exit_layer_of(self) is not None:
+        if settings_of(self) is not None:
             features.append(f"speculative method '{METHOD}'")
         return features
 
@@ -57,7 +57,7 @@ def _change_proposer(module: ModuleType) -> None:
     base = module.DraftModelProposer
 
     def new(cls: type, vllm_config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if cls is base and exit_layer_of(vllm_config) is not None:
+        if cls is base and settings_of(vllm_config) is not None:
             from layerskip.vllm_plugin.proposer import LayerSkipProposer
 
             cls = LayerSkipProposer

@@ -14,7 +14,8 @@ from vllm.v1.sample import rejection_sampler
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from layerskip.vllm_plugin import cpu_sampling
-from layerskip.vllm_plugin.config import exit_layer_of
+from layerskip.vllm_plugin.config import METHOD, draft_token_ids
+from layerskip.vllm_plugin.draft_head import DraftHead
 from layerskip.vllm_plugin.early_exit import decoder_of, early_exit_view
 
 logger = init_logger("vllm.layerskip")
@@ -32,7 +33,9 @@ class LayerSkipProposer(DraftModelProposer):  # type: ignore[misc]
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner)
-        self.exit_layer = exit_layer_of(vllm_config)
+        self.settings: dict[str, Any] = vllm_config.additional_config[METHOD]
+        self.exit_layer: int = self.settings["exit_layer"]
+        self.draft_head: DraftHead | None = None
         if current_platform.is_cpu() and (names := cpu_sampling.repair(rejection_sampler)):
             logger.info("layerskip: replaced what is wrong in vLLM on CPU: %s", ", ".join(names))
 
@@ -63,10 +66,18 @@ class LayerSkipProposer(DraftModelProposer):  # type: ignore[misc]
             self.vllm_config,
             enforce_eager=bool(self.speculative_config.enforce_eager),
         )
+        token_ids = draft_token_ids(
+            self.vllm_config.model_config, self.settings["draft_vocab_size"]
+        )
+        if token_ids is not None and DraftHead.fits(
+            lm_head := getattr(self.model, "lm_head", None)
+        ):
+            self.draft_head = DraftHead(lm_head, torch.tensor(token_ids, device=self.device))
         logger.info(
-            "layerskip: drafting %d tokens with the first %d layers",
+            "layerskip: drafting %d tokens with the first %d layers, out of %s",
             self.num_speculative_tokens,
             self.exit_layer,
+            f"{len(token_ids)} tokens" if token_ids and self.draft_head else "all tokens",
         )
 
     def validate_same_kv_cache_group(self, kv_cache_config: KVCacheConfig) -> None:
@@ -159,6 +170,12 @@ class LayerSkipProposer(DraftModelProposer):  # type: ignore[misc]
         if probs:
             self._last_draft_probs = torch.stack(probs, dim=1).contiguous()
         return torch.stack(drafts, dim=1)
+
+    def _greedy_sample(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return each request's best draft token; called unless drafts are sampled."""
+        if self.draft_head is not None:
+            return self.draft_head.top_token_ids(hidden_states)
+        return super()._greedy_sample(hidden_states)
 
     def _one_token_metadata(self, verified: Any, num_rejected: torch.Tensor | None) -> Any:
         """Return attention metadata for one query a request, behind its last accepted token."""
