@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.platforms import current_platform
 
 
 class DraftHead(nn.Module):
@@ -32,7 +34,8 @@ class DraftHead(nn.Module):
         self.weight = nn.Parameter(rows, requires_grad=False)
         self.token_ids = token_ids
         self.method = UnquantizedEmbeddingMethod()
-        self.method.process_weights_after_loading(self)  # packs them on CPU
+        if current_platform.is_cpu():
+            dispatch_cpu_unquantized_gemm(self, remove_weight=True)  # packs the rows
 
     @staticmethod
     def fits(lm_head: Any) -> bool:
