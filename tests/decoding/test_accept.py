@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip.decoding import Sampling, accept, sampling
+from layerskip.decoding import accept, sampling
 from layerskip.decoding.accept import accept_greedy, accept_sampled
 
 # --- greedy -------------------------------------------------------------------------------------
@@ -161,26 +161,6 @@ def test_outputs_are_distributed_as_p_on_a_grid_of_uniform_numbers(d, draft):
     torch.testing.assert_close(result, joint(p), rtol=0, atol=1e-6)
 
 
-def sampled_rows(options, vocabulary, seed):
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield options.probabilities(torch.randn(vocabulary, generator=generator) * 2)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.7}, {"min_p": 0.3}],
-    ids=lambda options: next(iter(options)),
-)
-@pytest.mark.parametrize(("vocabulary", "d"), [(5, 1), (3, 3)])
-def test_outputs_are_distributed_as_p_after_temperature_and_truncation(options, vocabulary, d):
-    rule = Sampling(**{"temperature": 1.0, **options})
-    q = tables(sampled_rows(rule, vocabulary, 1), vocabulary, d)
-    p = tables(sampled_rows(rule, vocabulary, 2), vocabulary, d + 1)
-    result = output_distribution(q, p, around_the_threshold)
-    torch.testing.assert_close(result, joint(p), rtol=0, atol=1e-6)  # float32
-
-
 def distributions(vocabulary):
     """Distributions of few distinct values: zeros, ties and equal p and q come up often."""
     weights = st.lists(st.integers(0, 4), min_size=vocabulary, max_size=vocabulary)
@@ -202,21 +182,6 @@ def test_a_token_that_the_model_rules_out_is_never_accepted():
         accepted, following = run_rule(torch.tensor([[0]]), q, p, torch.tensor([[0.0]]))
         assert accepted.tolist() == [0]
         assert following.tolist() == [[0.0, 1.0]]
-
-
-def test_rows_are_judged_apart():
-    """One batch with every accepted count; each row's token comes from its own position."""
-    vocabulary, d = 6, 3
-    draft = torch.zeros(d + 1, d, dtype=torch.int64)
-    q = torch.nn.functional.one_hot(draft, vocabulary).float()
-    p = torch.zeros(d + 1, d + 1, vocabulary)
-    p[..., 0] = 1.0
-    for row in range(d + 1):  # row r disagrees first at position r, with another token
-        p[row, row] = torch.nn.functional.one_hot(torch.tensor(row + 2), vocabulary)
-    for draft_probs in (q, None):
-        accepted, following = accept_sampled(draft, draft_probs, p)
-        assert accepted.tolist() == [0, 1, 2, 3]
-        assert following.tolist() == [2, 3, 4, 5]
 
 
 def test_equal_distributions_accept_everything():

@@ -60,7 +60,7 @@ SELF = {"mode": "self-speculative"}
         ({"adaptive": False}, TUNED, auto(5, 7, adaptive=False)),
         ({"draft_vocabulary": 0}, VOCABULARY, auto(5, MOST)),
         ({"draft_vocabulary": ()}, VOCABULARY, auto(5, MOST)),
-        ({"draft_vocabulary": 2}, VOCABULARY, auto(5, MOST, draft_vocabulary=(3, 9))),
+        ({"draft_vocabulary": 2}, VOCABULARY, auto(5, MOST, draft_vocabulary=(9, 3))),
         ({"draft_vocabulary": (1, 2)}, EMPTY, auto(L // 4, MOST, draft_vocabulary=(1, 2))),
         ({"datastore": ()}, TEXT, auto(5, MOST)),
         ({"datastore": (7, 8)}, TEXT, auto(5, MOST, datastore=(7, 8))),
@@ -93,9 +93,12 @@ def test_the_default_exit_is_never_before_the_first_layer():
 
 
 def test_a_draft_vocabulary_has_the_end_tokens_and_fits_the_model():
-    settings = CheckpointSettings(exit_layer=2, draft_vocabulary=(9, 3, 4, 50))
+    settings = CheckpointSettings(exit_layer=2, draft_vocabulary=(9, 3, 4))
     model = {"vocab_size": 40, "eos_token_ids": (1, 99)}
-    assert resolved({"draft_vocabulary": 2}, settings, **model).draft_vocabulary == (1, 3, 9)
+    for options, expected in (({"draft_vocabulary": 2}, (9, 3, 1)), ({}, (9, 3, 4, 1))):
+        config = resolved(options, settings, **model)
+        assert config.draft_vocabulary == expected
+        assert config.resolve(settings, L, **model) == config
     assert resolved({"draft_vocabulary": 3}, **model).draft_vocabulary == (0, 1, 2)
     for bad in ((40,), (-1, 3)):
         with pytest.raises(ValueError, match="1 or more tokens, of 0 to 39"):
@@ -287,18 +290,6 @@ def test_a_model_refuses_bad_options_before_anything_runs(monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             model.answer([0], **options)
-
-
-def test_settings_of_the_checkpoint_are_the_default():
-    settings = CheckpointSettings(exit_layer=3, draft_tokens=2)
-    model = scripted_model(encode("abcdef"), settings=settings)
-    for options, expected in (
-        ({}, ("self-speculative", 3, 12)),
-        ({"mode": "self-speculative"}, ("self-speculative", 3, 2)),
-        ({"draft_from": "n-gram"}, ("n-gram", None, 12)),
-    ):
-        answer = model.generate([0], max_new_tokens=6, **options)
-        assert (answer.mode, answer.exit_layer, answer.draft_tokens) == expected
 
 
 def test_a_text_is_a_datastore_of_the_tokenizer_s_tokens():

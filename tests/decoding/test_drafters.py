@@ -282,7 +282,7 @@ def test_a_registered_drafter_is_exact_and_saves_rounds_where_it_is_right(
         inputs = scripted(script)
         rounds[name] = steps(decoder, prompt, config, n=40)
         assert tokens_of(rounds[name]) == plain
-        assert (inputs[-1].prompts, inputs[-1].adaptive) == ([prompt], adaptive)
+        assert (inputs[-1].prompts, inputs[-1].adaptive) == ([tuple(prompt)], adaptive)
     assert len(rounds["right"]) <= 1 + 40 / 6
     accepted = sum(step.sources[: step.accepted].count("scripted") for step in rounds["right"])
     assert accepted >= 30

@@ -410,14 +410,6 @@ def test_nothing_is_drafted_beyond_the_end(at, options):
     assert [step for step in result.steps if step.from_exit > step.drafted] == []
 
 
-def test_text_held_back_for_a_stop_string_is_released_at_the_end():
-    for answer, options in (
-        ([*encode("xEN"), END], {"stop": ["END"]}),
-        (encode("xEN"), {"stop": ["END"], "max_new_tokens": 3}),
-    ):
-        assert every_mode(answer, options=options).text == "xEN"
-
-
 @settings(max_examples=50)
 @given(
     text=st.text(alphabet="abé", min_size=1, max_size=20),

@@ -236,15 +236,6 @@ def test_a_list_of_prompts_has_no_common_prefix():
         model.generate([[5, 6], [7]], prefix=PrefixCache())
 
 
-def test_a_prompt_that_never_began_leaves_nothing(embedded):
-    model, prefix = model_of(tiny_decoder("llama3.1")), PrefixCache()
-    prompt = random_prompt(model.decoder, 40)
-    model.answer(prompt, prefix=prefix)  # never begun
-    counts = embedded(model.decoder)
-    model.answer(prompt, prefix=prefix, max_new_tokens=1, mode="plain").complete()
-    assert counts == [40]
-
-
 def test_longrope_s_two_sides_share_nothing(tmp_path):
     """Keys of a longer context are turned by other factors."""
     tiny_models.build("phi4-mini").save_pretrained(tmp_path)

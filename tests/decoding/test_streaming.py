@@ -46,24 +46,15 @@ def expected_text(tokens, stop):
     return text
 
 
-def test_characters_split_over_tokens_come_whole():
-    text = "aé漢🙂b"
-    pieces, _ = stream_of(encode(text))
-    assert [piece for piece in pieces if piece] == list(text)
-
-
-def test_incomplete_characters():
-    """At the end they are released as they are; in the middle they do not block what follows."""
+def test_characters_of_several_tokens():
+    """They come whole; incomplete ones are released at the end, and do not block what follows."""
+    pieces, _ = stream_of([*encode("aé漢🙂b"), END])
+    assert [piece for piece in pieces if piece] == list("aé漢🙂b")
     pieces, stream = stream_of(encode("a漢")[:-1])
     assert pieces[:-1] == ["a", "", ""]
     assert stream.text == "a\N{REPLACEMENT CHARACTER}"
     _, stream = stream_of([*encode("é")[:1], *encode("abSTOPc")], ["STOP"])
     assert stream.text == "\N{REPLACEMENT CHARACTER}ab"
-
-
-def test_special_tokens_have_no_text():
-    pieces, _ = stream_of([*encode("ab"), END, END, *encode("c"), END])
-    assert "".join(pieces) == "abc"
 
 
 def test_stop_strings_that_are_a_token():
