@@ -239,5 +239,5 @@ def test_more_tokens_than_rows_are_refused(tmp_path):
 def test_a_continuation_looked_at_stands_behind_its_prompt_without_a_space():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=sentencepiece(prefix=True))
     ids = tokenizer.encode("in 18")
-    behind = lens._behind(tokenizer, "in 18", ids, "68")
+    behind = lens._continuation_ids(tokenizer, "in 18", ids, "68")
     assert tokenizer.decode([*ids, *behind], skip_special_tokens=True).endswith("in 1868")
