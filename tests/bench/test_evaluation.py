@@ -1,18 +1,20 @@
-"""Which rows an evaluation has, and how their figures are written."""
-
-from types import SimpleNamespace
+"""Rows of an evaluation, and their figures in JSON."""
 
 import pytest
+from scripted import scripted_model
 
 from layerskip.bench.bench import Metric, Row, rows_of
 from layerskip.bench.report import plot_exits
-from layerskip.decoding import Plan
+from layerskip.decoding import DecodingConfig
 from layerskip.model import CheckpointSettings
+
+PLAIN = DecodingConfig(mode="plain")
 
 
 def model(n_layers=30, **settings):
-    decoder = SimpleNamespace(layers=[None] * n_layers)
-    return SimpleNamespace(decoder=decoder, settings=CheckpointSettings(**settings))
+    model = scripted_model([1], settings=CheckpointSettings(**settings))
+    model.decoder.layers = [None] * n_layers
+    return model
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,7 @@ def model(n_layers=30, **settings):
     ],
 )
 def test_every_mode_at_every_exit_once(modes, exits, drafts, settings, expected):
-    found = [row.plan for row in rows_of(model(**settings), modes, exits, *drafts)]
+    found = [row.config for row in rows_of(model(**settings), modes, exits, *drafts)]
     assert [(p.mode, p.exit_layer, p.draft_tokens) for p in found] == expected
 
 
@@ -54,10 +56,12 @@ def test_auto_is_a_row_of_its_own_name():
 
 
 def test_rows_for_json():
-    plan = Plan(mode="self-speculative", exit_layer=3, draft_tokens=2)
-    row = Row(plan, "self-speculative", drafted=8, accepted=6)
+    config = DecodingConfig(
+        mode="self-speculative", draft_from="early-exit", exit_layer=3, draft_tokens=2
+    )
+    row = Row(config, "self-speculative", drafted=8, accepted=6)
     row.results["a"] = {"acc": Metric(0.5, float("nan"), True), "ppl": Metric(float("inf"))}
-    assert Row(Plan(mode="plain"), "plain").to_dict()["draft_from"] is None
+    assert Row(PLAIN, "plain").to_dict()["draft_from"] is None
     assert row.to_dict() == {
         "mode": "self-speculative",
         "exit_layer": 3,
@@ -75,11 +79,11 @@ def test_rows_for_json():
 
 
 def test_names_with_dollars_are_no_formulas():
-    row = Row(Plan(mode="plain"), "plain")
+    row = Row(PLAIN, "plain")
     row.results["cost_$100_vs_$200.txt"] = {"words_$_$": Metric(1.0)}
     assert plot_exits([row], 30).startswith(b"\x89PNG")
 
 
 def test_a_picture_needs_a_figure():
     with pytest.raises(ValueError, match="have given no figure that could be drawn"):
-        plot_exits([Row(Plan(mode="plain"), "plain")], 30)
+        plot_exits([Row(PLAIN, "plain")], 30)

@@ -8,9 +8,14 @@ import tiny_checkpoint
 import tiny_tasks
 from layerskip import LayerSkipModel
 from layerskip.bench.bench import Row, rows_of
-from layerskip.bench.harness import HarnessModel, SharedScores, generation_options
-from layerskip.bench.harness_tasks import evaluate_tasks, read_metrics
-from layerskip.decoding import Plan
+from layerskip.bench.harness import (
+    HarnessModel,
+    SharedScores,
+    evaluate_tasks,
+    generation_options,
+    read_metrics,
+)
+from layerskip.decoding import DecodingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lm_eval", "ignore:::datasets", "ignore:::dill")
 PAIRS = [
@@ -21,6 +26,7 @@ PAIRS = [
     ("one", "x"),
     ("word " * 150, "too long for the context"),
 ]
+PLAIN = DecodingConfig(mode="plain")
 TEXTS = ["A short text.", "A text that needs several windows. " * 40, ""]
 
 
@@ -40,11 +46,11 @@ def tasks(tmp_path_factory):
     return tiny_tasks.write(tmp_path_factory.mktemp("tasks"))
 
 
-def ours(model, plan, exits=(1, 2, 4)):
+def ours(model, config, exits=(1, 2, 4)):
     scores = SharedScores(model, exits, batch_size=4)
     return HarnessModel(
         model,
-        Row(plan, plan.mode),
+        Row(config, config.mode),
         scores,
         max_length=model.decoder.architecture.max_context,
         seed=0,
@@ -62,8 +68,8 @@ def theirs(folder):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("mode", ["plain", "self-speculative"])
 def test_likelihoods_of_the_whole_model_are_those_of_the_harness(model, theirs, mode):
-    plan = Plan(mode=mode) if mode == "plain" else Plan(mode=mode, exit_layer=1, draft_tokens=2)
-    lm = ours(model, plan)
+    options = {} if mode == "plain" else {"exit_layer": 1, "draft_tokens": 2}
+    lm = ours(model, model.resolve(mode=mode, **options))
     requests = instances("loglikelihood", PAIRS)
     expected = theirs.loglikelihood(requests, disable_tqdm=True)
     for found, known in zip(lm.loglikelihood(requests), expected, strict=True):
@@ -80,10 +86,11 @@ def test_greedy_answers_are_those_of_the_harness(model, theirs, until):
     wishes = {"until": until, "max_gen_toks": 24, "do_sample": False}
     requests = instances("generate_until", [(q, wishes) for q, _ in PAIRS if q])
     expected = theirs.generate_until(requests, disable_tqdm=True)
-    for plan in (Plan(mode="plain"), Plan(mode="self-speculative", exit_layer=2, draft_tokens=3)):
-        lm = ours(model, plan)
+    drafting = model.resolve(mode="self-speculative", exit_layer=2, draft_tokens=3)
+    for config in (PLAIN, drafting):
+        lm = ours(model, config)
         assert lm.generate_until(requests) == expected
-        assert (lm.row.drafted > 0) == (plan.mode == "self-speculative")
+        assert (lm.row.drafted > 0) == (config.mode == "self-speculative")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -96,7 +103,7 @@ def test_texts_begin_as_with_the_harness(tmp_path):
     tokenizer.backend_tokenizer.post_processor = begins
     tokenizer.save_pretrained(tmp_path)
     theirs = HFLM(pretrained=str(tmp_path), device="cpu", dtype="float32", batch_size=1)
-    lm = ours(LayerSkipModel.from_pretrained(tmp_path, dtype="float32"), Plan(mode="plain"))
+    lm = ours(LayerSkipModel.from_pretrained(tmp_path, dtype="float32"), PLAIN)
     pairs = [*PAIRS[:4], ("<s>Is water wet?", " yes")]
     requests = instances("loglikelihood", pairs)
     expected = theirs.loglikelihood(requests, disable_tqdm=True)
@@ -111,7 +118,7 @@ def test_texts_begin_as_with_the_harness(tmp_path):
 
 
 def test_a_tokenizer_without_begin_and_end_tokens(model):
-    lm = ours(model, Plan(mode="plain"))
+    lm = ours(model, PLAIN)
     lm.tokenizer = PreTrainedTokenizerFast(tokenizer_object=model.tokenizer.backend_tokenizer)
     assert lm.tok_encode("Is") == model.tokenizer.encode("Is")
     with pytest.raises(ValueError, match="needs a begin or end token"):
@@ -123,7 +130,7 @@ def test_an_exit_says_what_it_likes_itself(model):
     wishes = {"until": [], "max_gen_toks": 8}
     question = "Is water wet?"
     for e in (1, 2, 4):
-        early = Plan(mode="early-exit", exit_layer=e)
+        early = DecodingConfig(mode="early-exit", exit_layer=e)
         (answer,) = ours(model, early).generate_until(
             instances("generate_until", [(question, wishes)])
         )
@@ -131,7 +138,7 @@ def test_an_exit_says_what_it_likes_itself(model):
         assert answer == tokens.text
         request = [((question, answer), model.tokenize(question), tokens.token_ids)]
         for other in (1, 2, 4):
-            lm = ours(model, Plan(mode="early-exit", exit_layer=other))
+            lm = ours(model, DecodingConfig(mode="early-exit", exit_layer=other))
             ((_, greedy),) = lm._loglikelihood_tokens(request)
             assert greedy == (other == e)
 
@@ -142,7 +149,7 @@ def test_all_rows_of_local_tasks(model, tasks):
     facts = {}
     evaluate_tasks(model, rows, names, facts, include_path=tasks, limit=3)
     assert facts["tiny_choice"] == {"documents": 3, "num_fewshot": 0}
-    assert [(row.plan.mode, row.plan.exit_layer) for row in rows] == [
+    assert [(row.config.mode, row.config.exit_layer) for row in rows] == [
         ("plain", None),
         ("early-exit", 1),
         ("early-exit", 4),
@@ -192,7 +199,7 @@ def test_a_template_without_a_place_for_the_system_is_asked_without_it(model, mo
     )
     monkeypatch.setattr(model.tokenizer, "chat_template", template)
     messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
-    assert ours(model, Plan(mode="plain")).apply_chat_template(messages) == "<b>"
+    assert ours(model, PLAIN).apply_chat_template(messages) == "<b>"
 
 
 def test_choice_is_the_likelier_text(model, tasks):
@@ -209,7 +216,7 @@ def test_choice_is_the_likelier_text(model, tasks):
         for e in right:
             nats = [score[e].log_likelihood for score in scores]
             right[e] += nats.index(max(nats)) == row["answer"]
-    rows = [Row(Plan(mode="early-exit", exit_layer=e), "early-exit") for e in right]
+    rows = [Row(DecodingConfig(mode="early-exit", exit_layer=e), "early-exit") for e in right]
     evaluate_tasks(model, rows, ["tiny_choice"], {}, include_path=tasks)
     accuracies = [row.results["tiny_choice"]["acc"].value for row in rows]
     assert accuracies == [n / len(tiny_tasks.ROWS) for n in right.values()]
@@ -245,7 +252,7 @@ def test_figures_of_the_harness_are_read_by_name():
 
 
 def test_prompts_leave_room_for_answers(model):
-    lm = ours(model, Plan(mode="plain"))
+    lm = ours(model, PLAIN)
     with pytest.raises(ValueError, match="600 new tokens, which leaves no room"):
         lm.generate_until(instances("generate_until", [("x", {"max_gen_toks": 600})]))
     long = "word " * 200

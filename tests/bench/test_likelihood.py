@@ -104,3 +104,11 @@ def test_progress_counts_every_passage():
         progress=lambda *numbers: told.append(numbers),
     )
     assert told == [(3, 4), (4, 4)]
+
+
+def test_weights_that_are_not_finite_are_an_error(monkeypatch):
+    decoder = tiny_decoder(DECODER)
+    logits = decoder.logits
+    monkeypatch.setattr(decoder, "logits", lambda hidden: logits(hidden) * float("nan"))
+    with pytest.raises(ValueError, match="at exit 2 this model's results are not finite"):
+        score_passages(decoder, passages_of((9, 2)), [2])

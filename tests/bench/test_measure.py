@@ -1,4 +1,4 @@
-"""Who answers when."""
+"""Order of answers, failures and interruption."""
 
 import itertools
 from collections import Counter
@@ -134,7 +134,7 @@ def test_tokens_after_the_first_step_are_decoded():
 @pytest.mark.parametrize("ending", [KeyboardInterrupt, MemoryError])
 def test_what_ends_it_leaves_the_prompts_that_all_have_answered(ending):
     """At the eighth call: a warm-up of each, two prompts of both, and half of the third."""
-    asked, so_far = [], []
+    asked, partial = [], []
 
     def ends(setting, prompt, n):
         if len(asked) == 8:
@@ -143,13 +143,13 @@ def test_what_ends_it_leaves_the_prompts_that_all_have_answered(ending):
 
     def run():
         system = Diary([A, B], asked, fails=ends)
-        measure([system], [[1], [2], [3]], max_new_tokens=2, so_far=so_far)
+        measure([system], [[1], [2], [3]], max_new_tokens=2, partial=partial)
 
     with pytest.raises(ending):
         run()
-    assert [len(entry.runs) for entry in so_far] == [2, 2]
-    so_far.clear()
+    assert [len(entry.runs) for entry in partial] == [2, 2]
+    partial.clear()
     asked[:] = [None] * 5  # before the first prompt is over there is nothing
     with pytest.raises(ending):
         run()
-    assert so_far == []
+    assert partial == []

@@ -147,11 +147,12 @@ def test_a_terminal_shows_less_and_one_system_at_a_time():
         ({"draft_from": "both"}, "self-speculative E=8 d=2 both"),
         ({"adaptive": True, "draft_tokens": 12}, "self-speculative E=8 d=12 adaptive"),
         ({"draft_vocabulary": 4000}, "self-speculative E=8 d=2 V=4000"),
-        ({"draft_from": "n-gram", "exit_layer": None}, "self-speculative d=2 n-gram"),
+        ({"mode": "n-gram", "draft_from": "n-gram", "exit_layer": None}, "n-gram d=2"),
+        ({"mode": "auto", "label": "without n-grams"}, "auto without n-grams"),
     ],
 )
 def test_names_of_rows(figures, name):
-    row = a_row("self-speculative", **{**DRAFTING, **figures})
+    row = a_row(**{"mode": "self-speculative", **DRAFTING, **figures})
     assert column(table({**DOCUMENT, "rows": [row]}), "mode") == [name]
 
 
@@ -188,6 +189,27 @@ def test_the_report_refers_to_pictures_that_are_there(tmp_path):
     assert "llama.cpp prompt-lookup: no such luck" in text
     assert "llama.cpp on bf16 weights" in text
     write_report(with_peer(), tmp_path / "new")  # over the old one
+
+
+def test_a_report_does_not_write_through_links_out_of_its_folder(tmp_path):
+    private = tmp_path / "private"
+    private.write_text("as it was")
+    for name in ("report.md", "speedup.png"):
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        (folder / name).symlink_to(private)
+        with pytest.raises(ValueError, match="outside of its folder"):
+            write_report(DOCUMENT, folder)
+        assert [path.name for path in folder.iterdir()] == [name]
+    assert private.read_text() == "as it was"
+
+
+def test_answers_that_loop_are_a_column():
+    looping = a_row("auto", speedup=3.0, looping=0.25, echoing=0.0, speedup_without_loops=1.5)
+    lines = table({**DOCUMENT, "rows": [a_row("plain", looping=0.0, echoing=0.0), looping]})
+    assert column(lines, "looping") == ["", "25%"]
+    assert column(lines, "without these") == ["", "1.50x"]
+    assert "echoing" not in lines[0]
 
 
 def test_a_picture_without_anything_to_show_is_not_drawn(tmp_path):

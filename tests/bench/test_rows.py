@@ -7,13 +7,25 @@ import pytest
 from scripted import encode, scripted_model
 
 from layerskip.bench.measure import Entry, Run, Setting, measure
-from layerskip.bench.rows import acceptance, bootstrap_interval, comparison, row, speed
+from layerskip.bench.rows import (
+    acceptance,
+    bootstrap_interval,
+    comparison,
+    is_echo,
+    is_loop,
+    name_of,
+    row,
+    speed,
+)
 from layerskip.bench.systems import LayerSkipSystem
-from layerskip.decoding import Step
+from layerskip.decoding import DecodingConfig, Step
 
-PLAIN = Setting(mode="plain")
-DRAFTING = Setting(mode="self-speculative", exit_layer=2, draft_tokens=4)
-SYSTEM = types.SimpleNamespace(name="layerskip")
+PLAIN = Setting()
+DRAFTING = Setting(
+    config=DecodingConfig(
+        mode="self-speculative", draft_from="early-exit", exit_layer=2, draft_tokens=4
+    )
+)
 
 
 def run(tokens, seconds, *, ttft=0.5, first=0, **more):
@@ -118,7 +130,7 @@ def test_an_interval_does_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
     values = np.random.default_rng(2).normal(size=(1, 50))
     intervals = []
     for at_once in (10**9, 700, 1):
-        monkeypatch.setattr("layerskip.bench.rows._DRAWN_AT_ONCE", at_once)
+        monkeypatch.setattr("layerskip.bench.rows._BOOTSTRAP_CHUNK", at_once)
         intervals.append(bootstrap_interval(values, lambda drawn: drawn[0].mean(axis=-1)))
     assert intervals == [intervals[0]] * 3
 
@@ -134,7 +146,7 @@ def scripted_entries():
     """
     model = scripted_model(encode("abcdefghijkl"), misses={3, 4})
     model.decoder.weight_bytes, model.decoder.head = 0, types.SimpleNamespace(weight_bytes=0)
-    early = Setting(mode="early-exit", exit_layer=2)
+    early = Setting(config=DecodingConfig(mode="early-exit", exit_layer=2))
     system = LayerSkipSystem(model, [PLAIN, early, DRAFTING])
     return measure([system], [[0], [7]], max_new_tokens=12, repeats=2)
 
@@ -148,6 +160,7 @@ def test_a_known_pattern_of_misses(scripted_entries):
     assert (figures["rounds"], figures["drafted"], figures["accepted"]) == (8, 26, 14)
     assert figures["acceptance_rate"] == 7 / 13
     assert figures["accepted_by_position"] == [3 / 4, 2 / 3, 1 / 3, 1 / 3]
+    assert figures["accepted_by_source"] == {"early-exit": 14}
     assert figures["mean_accepted_length"] == 11 / 4
     assert figures["identical_to_plain"] == 1.0
     assert figures["new_tokens"] == 24
@@ -168,7 +181,7 @@ def test_identical_is_the_share_of_prompts():
 def test_drafts_that_are_not_told_have_rounds_but_no_rate():
     """Peers tell how many tokens a round gave, not how many they drafted."""
     answer = Run(steps=(Step((1,)), Step((2, 3, 4)), Step((5,))), text="", ttft_s=1.0, decode_s=1.0)
-    counts = acceptance([[answer]], is_own=False)
+    counts = acceptance([[answer]], reports_drafts=False)
     assert (counts["rounds"], counts["mean_accepted_length"]) == (2, 2.0)
     assert (counts["acceptance_rate"], counts["accepted_by_position"]) == (None, [])
     assert (counts["drafted"], counts["accepted"]) == (None, None)
@@ -179,7 +192,7 @@ def test_no_draft_at_all_is_none_drafted():
     counts = acceptance([[answer]])
     assert (counts["drafted"], counts["accepted"], counts["acceptance_rate"]) == (0, 0, None)
     # A peer may have drafted all the same, and none of it was right.
-    assert acceptance([[answer]], is_own=False)["drafted"] is None
+    assert acceptance([[answer]], reports_drafts=False)["drafted"] is None
 
 
 def test_a_row_without_a_plain_one_has_the_same_figures():
@@ -231,3 +244,57 @@ def test_figures_by_category():
     assert figures["qa"]["speedup_interval"] == pytest.approx([2, 2])
     assert (figures["chat"]["samples"], figures["chat"]["speedup"]) == (1, pytest.approx(1))
     assert "categories" not in row(entry(ours), plain=plain, categories=[None, None, None])
+
+
+def test_every_option_of_decoding_is_in_a_row():
+    figures = row(entry([[run(3, 1)]], DRAFTING), plain=None)
+    assert {"draft_from", "adaptive", "draft_vocabulary", "datastore"} <= figures.keys()
+    assert "temperature" not in figures  # all rows share it
+    ngrams = DecodingConfig(mode="self-speculative", draft_from="n-gram", draft_tokens=3)
+    figures = row(entry([[run(3, 1)]], Setting(config=ngrams)), plain=None)
+    assert (figures["mode"], name_of(figures)) == ("n-gram", "n-gram d=3")
+
+
+CYCLE, OTHERS = [5, 6, 7], list(range(100, 200))
+
+
+@pytest.mark.parametrize(
+    ("answer", "loops"),
+    [
+        (CYCLE * 9, True),
+        (OTHERS[:30], False),
+        (OTHERS[:10] * 2, True),
+        (OTHERS[:7] + OTHERS[50:57] + OTHERS[:7], False),  # n-grams of 7 tokens
+        (OTHERS[:30] + CYCLE * 9, False),  # 27 of 57 tokens
+        (OTHERS[:26] + CYCLE * 9, True),
+        ([], False),
+    ],
+)
+def test_answers_that_loop(answer, loops):
+    assert is_loop(answer) == loops
+
+
+def test_answers_that_echo_their_prompt():
+    prompt = OTHERS[:40]
+    assert is_echo(prompt[3:20], prompt)
+    assert is_echo([*prompt[:8], 1, *prompt[20:28]], prompt)
+    assert not is_echo([*prompt[:8], 1, 2, 3, 4], prompt)  # two thirds
+    assert not is_echo(prompt[:5], prompt)  # too short to be a copy
+    assert not is_echo(prompt, [])
+
+
+def test_the_speedup_without_answers_that_loop_or_echo():
+    def answer(tokens, seconds):
+        steps = tuple(Step((token,)) for token in tokens)
+        return [Run(steps=steps, text="", ttft_s=0.1, decode_s=seconds)]
+
+    looping, echoing, good = CYCLE * 5, OTHERS[:20], OTHERS[40:60]
+    plain = [answer(tokens, 8.0) for tokens in (looping, echoing, good)]
+    ours = [answer(looping, 1.0), answer(echoing, 2.0), answer(good, 4.0)]
+    figures = row(entry(ours), plain=plain, prompts=[[1], OTHERS[:30], [3]])
+    assert (figures["looping"], figures["echoing"]) == (1 / 3, 1 / 3)
+    assert figures["speedup_without_loops"] == pytest.approx(2.0)
+    assert figures["speedup"] > 2.5
+    figures = row(entry(ours), plain=plain, prompts=[[1], [], [3]])  # where copying is the task
+    assert figures["echoing"] == 0
+    assert row(entry(ours[:1]), plain=plain[:1])["speedup_without_loops"] is None

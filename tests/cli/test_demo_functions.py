@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from layerskip.cli import demo as demo_functions
+from layerskip.cli import demo_train as demo_functions
 from layerskip.training.python_functions import standard_library
 
 SOURCE = (

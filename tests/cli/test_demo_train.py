@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from layerskip import LayerSkipModel
-from layerskip.cli import demo as demo_train
+from layerskip.cli import demo_train
 from layerskip.training import python_functions
 
 pytestmark = pytest.mark.filterwarnings(

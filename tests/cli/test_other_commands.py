@@ -6,25 +6,14 @@ import subprocess
 import sys
 import warnings
 
-import click
 import pytest
 import torch
 
-from layerskip import __version__, cli, paths
+from layerskip import __version__, paths
 from layerskip.cli import output as outputs
 from layerskip.model import hub as source
 
 COMMANDS = ["demo", "pull", "generate", "chat", "tune", "bench", "eval", "export", "lens", "train"]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_examples(program, command):
-    status, out, _ = program(command, "--help")
-    assert status == 0
-    assert "Examples:" in out
-    assert f"layerskip {command}" in out
-    assert "--json" in out
-    assert "--output" in out
 
 
 def test_the_program_lists_its_commands(program):
@@ -36,21 +25,6 @@ def test_the_program_lists_its_commands(program):
         out,
         "layerskip: name a command, such as layerskip demo (see layerskip --help)\n",
     )
-
-
-@pytest.mark.parametrize(
-    ("command", "names"),
-    [
-        ("bench", {"--modes", "--mode"}),
-        ("bench", {"--exit-layers", "--exit-layer"}),
-        ("eval", {"--exit-layers", "--exit-layer"}),
-        ("tune", {"--exit-layers", "--exit-layer"}),
-    ],
-)
-def test_lists_go_by_the_names_of_other_commands_too(command, names):
-    context = click.Context(cli.layerskip_command)
-    parameters = cli.layerskip_command.get_command(context, command).params
-    assert sum(names == {*parameter.opts} for parameter in parameters) == 1
 
 
 def test_version_and_unknown_command(program):

@@ -1,5 +1,6 @@
 """Signals, and names and answers that a terminal would obey."""
 
+import io
 import json
 import os
 import signal
@@ -108,23 +109,15 @@ LayerSkipSystem.answer = slow
     assert (document["interrupted"], document["samples"]) == (True, 1)
 
 
-@pytest.fixture
-def screen(monkeypatch):
-    """A terminal in the place of stderr."""
-    import io
-
-    written = io.StringIO()
-    written.isatty = lambda: True
-    monkeypatch.setattr("sys.stderr", written)
-    monkeypatch.setenv("TERM", "xterm")
-    return written
-
-
 NAME = "ev\x1b]0;owned\x07"
 ESCAPED = "ev\\x1b]0;owned\\x07"
 
 
-def test_names_in_spinners_and_bars_are_escaped(screen):
+def test_names_in_spinners_and_bars_are_escaped(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
     with output.waiting(f"loading {NAME}"):
         pass
     with output.bars() as report:

@@ -143,12 +143,6 @@ def test_a_grid_runs_every_pair_of_the_prompts_of_a_seed(tune, tmp_path):
     assert agreements[0] == agreements[1] != agreements[2]
 
 
-def test_quantized_weights_are_on_record(tune):
-    status, out, _ = tune("--weights", "int8", "--dry-run", "--json")
-    assert status == 0
-    assert json.loads(out)["environment"]["weights"] == "int8"
-
-
 def test_a_gguf_file_gets_its_settings_as_flags(tune, own, tmp_path, monkeypatch):
     """No GGUF file is needed to see it: what is loaded is the folder, what is named is a file."""
     monkeypatch.setattr(run_module, "choose", always(1.5))

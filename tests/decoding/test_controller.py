@@ -10,7 +10,6 @@ from tiny_decoders import LAYERS, tiny_decoder
 from layerskip.decoding import Candidate, Draft, controller
 from layerskip.decoding.controller import (
     MAX_BACKOFF_ROUNDS,
-    MAX_GAIN,
     Acceptance,
     Backoff,
     BatchController,
@@ -234,7 +233,7 @@ def test_earlier_gains_are_not_all_lost_again():
     while backoff.next_round():
         backoff.update(1, 2.0)
         losses += 1
-    assert 2 < losses <= MAX_GAIN
+    assert 2 < losses < 60
 
 
 def test_a_source_that_loses_is_paused_and_another_goes_on():
@@ -335,13 +334,13 @@ def test_measured_costs_fit_other_exits_and_heads():
 
 
 def test_passes_over_several_prompts_are_continued_by_estimates(monkeypatch):
-    """Three positions were measured, at twice what they are estimated to take."""
-    passes = 1.0, 0.6, 0.65, 0.8, 1.1
+    """Three positions were measured, at 1.25 times what they are estimated to take."""
+    passes = 1.0, 1.0, 1.04, 1.28, 1.6
     monkeypatch.setattr(controller, "_machine_costs", lambda _: PassCosts(passes))
     decoder = ScriptedDecoder([1], vocab_size=300)
     assert DraftCosts.of(decoder, 1, measured=MEASURED).passes == (1.0, 1.2, 1.3)
     costs = DraftCosts.of(decoder, 1, measured=MEASURED, contexts=(0, 0))
-    assert costs.passes == pytest.approx((1.0, 1.2, 1.3, 1.6, 2.2))
+    assert costs.passes == pytest.approx((1.0, 1.2, 1.3, 1.6, 2.0))
 
 
 def context_as_large_as_the_weights(decoder):

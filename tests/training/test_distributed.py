@@ -47,7 +47,7 @@ def run(model_folder, output, kind):
     ("kind", "folder"),
     [
         ("ddp", "model_folder"),
-        ("fsdp2", "model_folder"),
+        pytest.param("fsdp2", "model_folder", marks=pytest.mark.long),
         ("fsdp2_with_the_exit_apart", "tied_model_folder"),
         pytest.param("ddp", "tied_model_folder", marks=pytest.mark.long),
         pytest.param("fsdp2", "tied_model_folder", marks=pytest.mark.long),
@@ -64,6 +64,7 @@ def test_two_processes_train_as_one(request, tmp_path, kind, folder):
             assert loss == pytest.approx(result["expected"][str(exit_layer)], rel=1e-5)
 
 
+@pytest.mark.long
 def test_two_processes_accumulate_as_one(model_folder, tmp_path):
     result = run(model_folder, tmp_path, "ddp_accumulating")
     assert result["losses"] == pytest.approx(one_process(model_folder, 2), rel=1e-5)

@@ -1,15 +1,14 @@
 """Perplexity of every exit on a text, from one pass over windows of it.
 
-How it is counted. The text is tokenized in one piece; the tokenizer's begin-of-text token (its
-end-of-text token where it has none) stands before it, so that every token of the text is predicted,
-once. A window holds `window` tokens of context; the next one ends `stride` tokens later, and only the
-tokens that the one before did not reach are scored in it, so each of them has at least
-window - stride + 1 tokens before it. With the sum N of negative log-likelihoods in nats:
+The text is tokenized in one piece, after the tokenizer's begin-of-text token (else its end-of-text
+token), so that every token is predicted, once. A window holds `window` tokens of context; the next one
+ends `stride` tokens later and scores only the tokens that the one before did not reach, so that each
+has at least window - stride + 1 tokens before it. With the sum N of negative log-likelihoods in nats:
 
-- token perplexity exp(N / tokens) depends on the tokenizer; compare exits of one model with it.
+- token perplexity exp(N / tokens) depends on the tokenizer, and compares exits of one model.
 - word perplexity exp(N / words), words as white space separates them, and bits per byte of UTF-8,
   N / (ln 2 * bytes), compare models too.
-- the standard error takes windows for independent samples (delta method; none for a single window).
+- the standard error assumes that windows are independent (delta method; none for a single window).
 """
 
 import math
@@ -22,7 +21,7 @@ from layerskip.decoding import LayerSkipModel
 
 
 def stride_of(model: LayerSkipModel, window: int, stride: int | None) -> tuple[int, int]:
-    """Window and stride in tokens, as far as the model's context goes; half a window is the default.
+    """Return window and stride in tokens, within the model's context; the default is half a window.
 
     Raises:
         ValueError: the stride is out of range.
@@ -37,7 +36,7 @@ def stride_of(model: LayerSkipModel, window: int, stride: int | None) -> tuple[i
 
 
 def prefix_token(tokenizer: Any) -> int | None:
-    """What stands before a text that has no context: the begin token, else the end token, if any."""
+    """Return the token before a text without context: the begin token, else the end token, if any."""
     begin: int | None = tokenizer.bos_token_id
     return tokenizer.eos_token_id if begin is None else begin
 
@@ -52,19 +51,19 @@ def perplexity(
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[int, dict[str, Metric]]:
-    """Perplexity, bits per byte and token accuracy of every exit; see the module for how they count.
+    """Return perplexity, bits per byte and token accuracy of every exit; see the module's docstring.
 
     Args:
         model: needs a tokenizer.
-        text: what to predict.
+        text: to predict.
         exits: layers run, each 1 to L.
-        window: tokens of context at most; the model's own limit holds too.
+        window: maximum tokens of context, within the model's limit.
         stride: tokens from one window to the next, 1 to window; None = half of it.
         batch_size: windows a pass.
-        progress: called with the windows done and their number.
+        progress: called with the number of windows done, and in all.
 
     Raises:
-        ValueError: no tokenizer, no token to predict, or a stride that is out of range.
+        ValueError: no tokenizer, no token to predict, a stride out of range, or results that are NaN.
     """
     if model.tokenizer is None:
         raise ValueError("perplexity of a text needs a tokenizer, and this checkpoint has none")
@@ -84,7 +83,7 @@ def perplexity(
 
 
 def windows(tokens: Sequence[int], window: int, stride: int) -> Iterator[Passage]:
-    """Passages that predict every token but the first exactly once.
+    """Yield passages that predict every token but the first exactly once.
 
     Args:
         tokens: the whole text.
@@ -126,7 +125,7 @@ def _metrics(
 
 
 def _stderr_of_sum(values: Sequence[float], sizes: Sequence[int]) -> float | None:
-    """Standard error of a sum over windows of unequal size: their residuals from the common rate."""
+    """Return the standard error of a sum over windows of unequal size."""
     n = len(values)
     if n < 2:
         return None

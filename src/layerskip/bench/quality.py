@@ -1,4 +1,4 @@
-"""How good answers are: exact match, the final number, ROUGE, pass@1. All from 0 to 1."""
+"""Likelihoods of passages at all exits, and measures of answers: exact match, ROUGE, pass@1."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from layerskip.bench.sandbox import check_allowed, runs_to_end
 from layerskip.decoding import iter_exit_hidden_states
 from layerskip.decoding.prefix_cache import same_rope_scaling
 from layerskip.decoding.prompt import Prompt
-from layerskip.model import Decoder, native
+from layerskip.model import NON_FINITE_MESSAGE, Decoder, native
 
-Progress = Callable[[str, int, int], None]  # what is done, how many of how many
+Progress = Callable[[str, int, int], None]  # name of a phase, steps done, and in all
 HEAD_CHUNK = 256  # positions a product with the head: bounds the memory of logits
 
 
@@ -39,11 +39,11 @@ class Passage:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What one exit makes of a passage.
+    """Likelihood of a passage at one exit.
 
     Attributes:
         log_likelihood: sum over the scored tokens, in nats.
-        hits: how many of them the exit finds most likely of all tokens.
+        hits: number of scored tokens that are the exit's most likely ones.
     """
 
     log_likelihood: float = 0.0
@@ -61,33 +61,36 @@ def score_passages(
 ) -> list[dict[int, Score]]:
     """Score passages at all exits, in batches of similar length.
 
-    Passages that differ in their last token only, such as the letters of a multiple-choice question,
-    are one row of a batch.
+    Passages that differ only in their last token, such as letters of a multiple-choice question, are one
+    row of a batch.
 
     Args:
         decoder: the model.
         passages: at most one token longer than the context.
         exits: layers run, each 1 to L.
         batch_size: rows a batch.
-        progress: called with the passages done and their number after every batch.
+        progress: called after every batch with the number of passages done, and in all.
 
     Returns:
         For every passage: exit -> score.
+
+    Raises:
+        ValueError: a likelihood is NaN.
     """
     scores = [{e: Score() for e in exits} for _ in passages]
     same_input: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, passage in enumerate(passages):
         if passage.scored:
             same_input[passage.tokens[:-1]].append(i)
-    # The largest first: what fits is known at once.
+    # The largest first, so that a lack of memory shows at once.
     rows = sorted(same_input, key=len, reverse=True)
     done = len(passages) - sum(map(len, same_input.values()))
     for batch in _batches(decoder, rows, batch_size):
         members = [same_input[row] for row in batch]
-        found = _score_batch(
+        batch_scores = _score_batch(
             decoder, batch, [[passages[i] for i in some] for some in members], exits
         )
-        for i, score in zip((i for some in members for i in some), found, strict=True):
+        for i, score in zip((i for some in members for i in some), batch_scores, strict=True):
             scores[i] = score
             done += 1
         if progress is not None:
@@ -98,9 +101,9 @@ def score_passages(
 def _batches(
     decoder: Decoder, rows: Sequence[tuple[int, ...]], batch_size: int
 ) -> Iterator[Sequence[tuple[int, ...]]]:
-    """Rows that run together: at most so many, and turned as each would be alone.
+    """Yield batches of rows that have the same rotary embedding as each row alone.
 
-    They share a cache as wide as the longest, and a rotary embedding may depend on that (LongRoPE).
+    They share a cache as wide as the longest, on which a rotary embedding may depend (LongRoPE).
     """
     first = 0
     for end in range(1, len(rows) + 1):
@@ -116,10 +119,10 @@ def _score_batch(
     members: Sequence[Sequence[Passage]],
     exits: Collection[int],
 ) -> list[dict[int, Score]]:
-    """Scores of all members in order; `members[b]` are the passages that share the row inputs[b]."""
+    """Return the scores of all members; `members[b]` are the passages that share the row inputs[b]."""
     width = max(map(len, inputs))
     tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in inputs])
-    wanted = [  # row, position, the token that follows there, whose it is
+    targets = [  # row, position, the token that follows there
         (b, len(inputs[b]) - passage.scored + i, token)
         for b, some in enumerate(members)
         for passage in some
@@ -127,14 +130,16 @@ def _score_batch(
     ]
     sizes = torch.tensor([passage.scored for some in members for passage in some])
     owner = torch.arange(len(sizes)).repeat_interleave(sizes)
-    row, position, target = (column.to(decoder.device) for column in torch.tensor(wanted).T)
-    nats = {e: torch.zeros(len(wanted)) for e in exits}
-    hits = {e: torch.zeros(len(wanted), dtype=torch.bool) for e in exits}
+    row, position, target = (column.to(decoder.device) for column in torch.tensor(targets).T)
+    nats = {e: torch.zeros(len(targets)) for e in exits}
+    hits = {e: torch.zeros(len(targets), dtype=torch.bool) for e in exits}
     for start, e, hidden in iter_exit_hidden_states(decoder, tokens.to(decoder.device), exits):
         inside = (position >= start) & (position < start + hidden.shape[1])
         for some in inside.nonzero()[:, 0].split(HEAD_CHUNK):
             states = hidden[row[some], position[some] - start]
             nll, hit = _compare(decoder, states, target[some])
+            if bool(nll.isnan().any()):
+                raise ValueError(f"at exit {e} {NON_FINITE_MESSAGE}")
             nats[e][some.cpu()], hits[e][some.cpu()] = nll.cpu(), hit.cpu()
 
     def totals(per_token: Tensor) -> list[float]:
@@ -147,7 +152,7 @@ def _score_batch(
 
 
 def _compare(decoder: Decoder, states: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of the targets [n] after states [n, D], and whether each is the best."""
+    """Return negative log-likelihoods of targets [n] after states [n, D], and if each is the argmax."""
     logits = decoder.logits(states[None])[0].float()
     return F.cross_entropy(logits, target, reduction="none"), logits.argmax(-1) == target
 
@@ -157,11 +162,11 @@ class Sample:
     """One prompt.
 
     Attributes:
-        id: of the data set, or where it stands in a file ("mine.jsonl:3").
-        prompt: what `LayerSkipModel.tokenize` takes: a text, or a conversation.
-        references: answers to compare with; any of them is right.
+        id: of the data set, or file and line ("mine.jsonl:3").
+        prompt: as for `LayerSkipModel.tokenize`: a text, or a conversation.
+        references: right answers.
         category: of the data set, for results by category.
-        fields: the row it was made of, for scoring (the tests of HumanEval, ...).
+        fields: the data set's row, for scoring (the tests of HumanEval, ...).
     """
 
     id: str
@@ -178,7 +183,7 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def check_can_judge(metrics: Metrics | None, *, allow_code_execution: bool = False) -> None:
-    """Check that answers can be judged, before an hour of measuring and not after it.
+    """Check that answers can be judged, before they are generated.
 
     Raises:
         ValueError: a package is not installed, or generated code is not allowed or cannot run here.
@@ -195,7 +200,7 @@ def check_can_judge(metrics: Metrics | None, *, allow_code_execution: bool = Fal
 
 
 def exact_match(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
-    """Share of answers that are a reference, character by character but for space at the ends."""
+    """Return the share of answers that equal a reference, without space at the ends."""
     hits = [
         text.strip() in {reference.strip() for reference in sample.references}
         for sample, text in zip(samples, texts, strict=True)
@@ -204,7 +209,7 @@ def exact_match(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, fl
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after the last `####`, the form of GSM8K; without that mark, the last number."""
+    """Return the number after the last `####`, as in GSM8K; without that mark, the last number."""
     _, mark, marked = text.rpartition("####")
     numbers = _NUMBER.findall(marked)
     if not numbers:
@@ -213,7 +218,7 @@ def final_number(text: str) -> Decimal | None:
 
 
 def number_match(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
-    """Share of answers whose final number equals a reference's."""
+    """Return the share of answers whose final number equals a reference's."""
     hits = [
         (number := final_number(text)) is not None
         and number in {final_number(reference) for reference in sample.references}
@@ -225,10 +230,10 @@ def number_match(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, f
 def rouge(
     samples: Sequence[Sample], texts: Sequence[str], tokenizer: Any = None
 ) -> dict[str, float]:
-    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L by `rouge-score`, without stemming.
+    """Return the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L by `rouge-score`, without stemming.
 
-    Of several references the one with the best F1 counts, each measure by itself. Without a
-    tokenizer words are those of published figures: of the letters a to z and digits.
+    Of several references the one with the best F1 counts, for each measure. Without a tokenizer, words
+    are those of published figures: letters a to z and digits.
     """
     scorer = rouge_scorer(tokenizer)
     scores = [
@@ -239,12 +244,12 @@ def rouge(
 
 
 def first_line_rouge(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
-    """ROUGE of the first line that is not empty: the sentence that was asked for."""
+    """Return the ROUGE of the first line that is not empty."""
     return rouge(samples, [text.strip().partition("\n")[0] for text in texts])
 
 
 class _Words:
-    """Words of any script for `rouge-score`; Chinese and Japanese by the character."""
+    """Tokenizer of words of any script for `rouge-score`; single characters of Chinese and Japanese."""
 
     _CHARACTER = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
     _WORD = re.compile(rf"[{_CHARACTER}]|[^\W_{_CHARACTER}]+")
@@ -254,7 +259,7 @@ class _Words:
 
 
 def rouge_scorer(tokenizer: Any = None) -> Any:
-    """The scorer of `rouge-score`.
+    """Return the scorer of `rouge-score`.
 
     Raises:
         ValueError: the package is not installed.
@@ -267,14 +272,14 @@ def rouge_scorer(tokenizer: Any = None) -> Any:
 
 
 def match_and_rouge(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
-    """Exact match and ROUGE, for references of an unknown kind and language."""
+    """Return exact match and ROUGE, for references of an unknown kind and language."""
     return exact_match(samples, texts) | rouge(samples, texts, _Words())
 
 
 def pass_at_1(
     samples: Sequence[Sample], texts: Sequence[str], *, allow_code_execution: bool = False
 ) -> dict[str, float]:
-    """Share of problems whose tests pass, one answer each (Chen et al. 2021, n = k = 1).
+    """Return the share of problems whose tests pass, one answer each (Chen et al. 2021, n = k = 1).
 
     Args:
         samples: their fields are those of HumanEval or MBPP.
@@ -292,12 +297,12 @@ def pass_at_1(
 
 @functools.lru_cache(maxsize=8192)
 def _passes(program: str) -> bool:
-    """Modes that answer alike are judged once, and alike."""
+    """Run a program; equal answers of several modes are judged once."""
     return runs_to_end(program, allow_code_execution=True)  # `pass_at_1` has checked
 
 
 def program(sample: Sample, text: str) -> str:
-    """An answer with the tests of its problem after it."""
+    """Return an answer followed by the tests of its problem."""
     row = sample.fields
     if "entry_point" in row:  # HumanEval: the answer goes on with the prompt
         return f"{sample.prompt}{text}\n{row['test']}\ncheck({row['entry_point']})\n"

@@ -1,4 +1,4 @@
-"""Runs generated programs: in bubblewrap where it works, else with resource limits alone.
+"""Generated programs run in bubblewrap where it works, else with resource limits alone.
 
 The module is also the script that the limited process starts with, so it imports nothing but the
 standard library.

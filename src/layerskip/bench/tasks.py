@@ -1,4 +1,4 @@
-"""A task: prompts, where their answers end, and how good answers are."""
+"""Tasks: prompts, the ends of their answers, and measures of quality."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ ARTICLE_WORDS = 128  # of an article that is to be continued
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
-    """What a named task is made of.
+    """Definition of a named task.
 
     Attributes:
         description: one line for lists.
-        data: the data set; its test split is asked.
-        prompt: row -> prompt, without shots; None leaves the row out.
-        max_new_tokens: tokens an answer may have.
+        data: the data set, whose test split has the prompts.
+        prompt: row -> prompt, without shots; None skips the row.
+        max_new_tokens: maximum length of an answer.
         stop: texts that end an answer.
-        answer: row -> what follows the prompt in a shot, up to the next shot; None where the task
+        answer: row -> the text between the prompt of a shot and the next shot; None where the task
             takes no shots.
-        shots: how many by default.
-        shot_split: where they are drawn from, never the test split.
+        shots: default number.
+        shot_split: split that shots are sampled from, never the test split.
         references: row -> right answers.
-        metrics: measures of quality, None for none.
-        category: row -> category; drawn prompts are spread evenly over them.
-        chat: prompts are questions to an assistant, so a chat template is used where there is one.
+        metrics: measures of quality, or None.
+        category: row -> category; prompts are sampled evenly over them.
+        chat: prompts are questions to an assistant: the model's chat template is applied, if any.
     """
 
     description: str
@@ -170,7 +170,7 @@ FORMS: Mapping[str, TaskSpec] = {
         prompt=lambda row: f"Article: {row['document']}\nSummary in one sentence:",
         answer=lambda row: f" {row['summary']}\n\n",
         shot_split="validation",
-        # A line break is no end here: without an example, models often begin with one.
+        # A line break does not end an answer: without an example, models often begin with one.
         max_new_tokens=64,
         stop=("\nArticle:",),
         references=lambda row: (row["summary"],),
@@ -225,22 +225,22 @@ FORMS: Mapping[str, TaskSpec] = {
 T = TypeVar("T")
 
 TASKS: Mapping[str, str] = {name: form.description for name, form in FORMS.items()}
-_OWN_MAX_NEW_TOKENS = 256
+_FILE_MAX_NEW_TOKENS = 256
 _ALLOWED_PASS_AT_1 = functools.partial(quality.pass_at_1, allow_code_execution=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Prompts, and what is done with the answers.
+    """Prompts, and the measures of their answers.
 
     Attributes:
-        name: as given to `load_task`.
-        samples: the prompts, the same for every mode and system that is compared.
-        max_new_tokens: tokens an answer may have.
+        name: as passed to `load_task`.
+        samples: the prompts, the same for every mode and system.
+        max_new_tokens: maximum length of an answer.
         stop: texts that end an answer.
         n_shot: worked examples before each prompt.
-        metrics: samples and answers -> a value a metric, from 0 to 1; None where nothing says
-            which answer is right.
+        metrics: samples and answers -> a value for each metric, from 0 to 1; None where there are no
+            references.
         code_execution: how `metrics` isolates the code that it runs, "bubblewrap" or "rlimits";
             None where it runs none.
     """
@@ -254,15 +254,15 @@ class Task:
     code_execution: str | None = None
 
     def quality(self, texts: Sequence[str]) -> dict[str, float]:
-        """How good the answers are.
+        """Return the quality of answers.
 
         Args:
-            texts: one answer a sample. What follows a stop text is cut off, so that systems which
-                do not know stop texts are judged alike.
+            texts: one answer a sample. The text after a stop string is cut off, so that systems without
+                stop strings are judged alike.
 
         Returns:
-            A value from 0 to 1 for each metric; {} where there is none. Samples of an own file
-            that have no reference do not count.
+            A value from 0 to 1 for each metric; {} without metrics. Samples of a user's file that have
+            no reference do not count.
 
         Raises:
             ValueError: there are more or fewer texts than samples.
@@ -290,28 +290,27 @@ def load_task(
     judged: bool = True,
     allow_code_execution: bool = False,
 ) -> Task:
-    """The task of a name, or of a file of prompts.
+    """Load a named task, or a file of prompts.
 
-    Which prompts and shots are drawn depends on the seed alone. They keep the order of the data;
-    a larger draw contains the smaller one of the same seed.
+    The choice of prompts and shots depends on the seed alone. They keep the order of the data; a larger
+    sample contains the smaller one of the same seed.
 
     Args:
         name: one of `TASKS`, or a file: .jsonl (fields `prompt` or `messages`; optional are
             `reference`, `references`, `completion`, `category` and `id`) or .txt (a prompt a
             paragraph).
-        samples: how many prompts, evenly over the categories; None takes all.
-        n_shot: worked examples before each prompt, the same ones before all; None takes the
-            task's own number.
-        seed: of the draw.
-        data: folder of the data sets; None takes that of $LAYERSKIP_DATA, else the hub.
-        chat: whether the model has a chat template; without one, questions to an assistant are
-            asked as plain text.
-        judged: whether answers will be judged, so that what this needs has to be there.
-        allow_code_execution: whether code that a model wrote may run, which pass@1 needs.
+        samples: number of prompts, evenly over the categories; None = all.
+        n_shot: number of worked examples, the same before each prompt; None = the task's.
+        seed: of the choice of prompts.
+        data: folder of the data sets; None = $LAYERSKIP_DATA, else the hub.
+        chat: True if the model has a chat template; without one, questions to an assistant are plain
+            text.
+        judged: True if answers will be judged: the packages and data for it are checked now.
+        allow_code_execution: the user's consent to run code that a model wrote, which pass@1 needs.
 
     Raises:
-        ValueError: there is no such task or file, its data are not to be had, it takes no shots, a
-            number is out of range, or it has to run code and may not; the message says what to do.
+        ValueError: the task or file does not exist, its data are not available, it takes no shots, a
+            number is out of range, or it has to run code and may not; the message has the remedy.
     """
     if samples is not None and samples < 1:
         raise ValueError(f"samples is {samples}; at least 1 is needed")
@@ -324,7 +323,7 @@ def load_task(
     check_task(name, judged=False)
     if n_shot:
         raise ValueError(f"{name} is a file of prompts as they stand; shots are for named tasks")
-    return _own(name, samples, seed, judged)
+    return _from_file(name, samples, seed, judged)
 
 
 def check_task(name: str, *, judged: bool, allow_code_execution: bool = False) -> None:
@@ -355,13 +354,13 @@ def _named(
         raise ValueError(f"{name} takes no shots: leave n_shot out, or 0")
     if judged:
         quality.check_can_judge(form.metrics, allow_code_execution=allow_code_execution)
-    rows = list(_asked(name, form, data, judged))
+    rows = list(_rows_with_prompt(name, form, data, judged))
     others = form.data.rows(form.shot_split, data) if shots else []
     if shots > len(others):
         raise ValueError(f"n_shot is {shots}; {name} has {len(others)} examples to show")
-    shown = draw(others, shots, seed)
+    examples = draw(others, shots, seed)
     with _fitting(f"{name}, the examples to show"):
-        before = "".join(f"{form.prompt(row)}{form.answer(row)}" for row in shown if form.answer)
+        before = "".join(f"{form.prompt(row)}{form.answer(row)}" for row in examples if form.answer)
 
     def sample(position: int, row: Mapping[str, Any]) -> Sample:
         text = f"{before}{form.prompt(row)}"
@@ -380,10 +379,10 @@ def _named(
             metrics = _ALLOWED_PASS_AT_1
             code_execution = sandbox.isolation()
     numbered = list(enumerate(rows, 1))
-    drawn = draw(numbered, samples, seed, group=lambda pair: form.category(pair[1]))
+    chosen = draw(numbered, samples, seed, group=lambda pair: form.category(pair[1]))
     return Task(
         name=name,
-        samples=tuple(sample(position, row) for position, row in drawn),
+        samples=tuple(sample(position, row) for position, row in chosen),
         max_new_tokens=form.max_new_tokens,
         stop=form.stop,
         n_shot=shots,
@@ -392,24 +391,24 @@ def _named(
     )
 
 
-def _asked(
+def _rows_with_prompt(
     name: str, form: TaskSpec, data: str | None, judged: bool
 ) -> Iterator[Mapping[str, Any]]:
-    """The rows that ask something."""
+    """Yield the rows that have a prompt, and check their fields."""
     for number, row in enumerate(form.data.rows("test", data), 1):
         with _fitting(f"{name}, row {number}"):
-            asks = form.prompt(row) is not None
-            if asks:  # all else that will be wanted of it
+            has_prompt = form.prompt(row) is not None
+            if has_prompt:  # check that all other fields are there too
                 form.references(row), form.category(row)
                 if judged and form.metrics is quality.pass_at_1:
                     quality.program(Sample(id="", prompt="", fields=row), "")
-        if asks:
+        if has_prompt:
             yield row
 
 
 @contextlib.contextmanager
 def _fitting(what: str) -> Iterator[None]:
-    """Say which rows are not of their task's form."""
+    """Turn errors of a row's fields into a ValueError that names the row."""
     try:
         yield
     except (KeyError, IndexError, TypeError) as error:
@@ -426,45 +425,45 @@ def _id(row: Mapping[str, Any], otherwise: str) -> str:
     return next((str(row[name]) for name in names if name in row), otherwise)
 
 
-def _own(name: str, samples: int | None, seed: int, judged: bool) -> Task:
+def _from_file(name: str, samples: int | None, seed: int, judged: bool) -> Task:
     from layerskip.data.readers import read_rows
 
-    found = [_own_sample(where, row) for where, row in read_rows(name)]
-    if not found:
+    rows = [_file_sample(where, row) for where, row in read_rows(name)]
+    if not rows:
         raise ValueError(f"{name} holds no prompts")
-    drawn = tuple(draw(found, samples, seed, group=lambda sample: sample.category))
-    has_references = any(sample.references for sample in drawn)
+    chosen = tuple(draw(rows, samples, seed, group=lambda sample: sample.category))
+    has_references = any(sample.references for sample in chosen)
     if has_references and judged:
         quality.check_can_judge(quality.match_and_rouge)
     return Task(
         name=name,
-        samples=drawn,
-        max_new_tokens=_OWN_MAX_NEW_TOKENS,
-        metrics=_own_metrics if has_references else None,
+        samples=chosen,
+        max_new_tokens=_FILE_MAX_NEW_TOKENS,
+        metrics=_file_metrics if has_references else None,
     )
 
 
-def _own_sample(where: str, row: Mapping[str, Any]) -> Sample:
-    asked, given = prompt_of(row)
+def _file_sample(where: str, row: Mapping[str, Any]) -> Sample:
+    prompt, answer = prompt_of(row)
     if "prompt" not in row and isinstance(row.get("text"), str):  # of a .txt file
-        asked = asked or row["text"].rstrip("\n")
-    if not asked:
+        prompt = prompt or row["text"].rstrip("\n")
+    if not prompt:
         raise ValueError(f"{where} needs {NEEDED}")
-    named = (row.get(name) for name in ("references", "reference", "completion"))
-    found: Any = next((one for one in (*named, given) if one is not None), ())
-    references = tuple(found) if isinstance(found, list | tuple) else (found,)
+    fields = (row.get(name) for name in ("references", "reference", "completion"))
+    value: Any = next((one for one in (*fields, answer) if one is not None), ())
+    references = tuple(value) if isinstance(value, list | tuple) else (value,)
     if not all(isinstance(reference, str) for reference in references):
         raise ValueError(f"{where} has references that are no texts")
     return Sample(
         id=str(row.get("id", where)),
-        prompt=asked,
+        prompt=prompt,
         references=references,
         category=None if row.get("category") is None else str(row["category"]),
         fields=dict(row),
     )
 
 
-def _own_metrics(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
+def _file_metrics(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, float]:
     pairs = [pair for pair in zip(samples, texts, strict=True) if pair[0].references]
     if not pairs:  # those with references did not fit into the context
         return {}
@@ -477,7 +476,7 @@ def draw(
     seed: int,
     group: Callable[[T], Hashable] = lambda item: None,
 ) -> list[T]:
-    """Draw items evenly over groups, in the order they had; all for None."""
+    """Sample items evenly over groups, in their order; None = all."""
     if count is None or count >= len(items):
         return list(items)
     order = list(range(len(items)))
@@ -485,7 +484,7 @@ def draw(
     groups: dict[Hashable, list[int]] = {}
     for position in order:
         groups.setdefault(group(items[position]), []).append(position)
-    # One of each group in turn
-    turns = chain.from_iterable(zip_longest(*groups.values()))
-    evenly = [position for position in turns if position is not None]
+    # Alternate between the groups.
+    alternating = chain.from_iterable(zip_longest(*groups.values()))
+    evenly = [position for position in alternating if position is not None]
     return [items[position] for position in sorted(evenly[:count])]

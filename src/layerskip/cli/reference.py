@@ -21,11 +21,15 @@ _WIDTH = 80
 
 def help_texts() -> dict[str, str]:
     """Return the text of --help of every command, and of the program as "layerskip"."""
-    root = click.Context(layerskip_command, info_name="layerskip", terminal_width=_WIDTH)
+    root = click.Context(
+        layerskip_command,
+        info_name="layerskip",
+        terminal_width=_WIDTH,
+        **layerskip_command.context_settings,
+    )
     texts = {"layerskip": layerskip_command.get_help(root)}
     for name, command in _commands().items():
         context = click.Context(command, root, info_name=name, terminal_width=_WIDTH)
-        context.help_option_names = ["-h", "--help"]
         texts[name] = command.get_help(context)
     return {name: text + "\n" for name, text in texts.items()}
 

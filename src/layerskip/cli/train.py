@@ -11,7 +11,6 @@ import click
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers.utils import logging
 
 from layerskip.cli.config_flags import (
     config_options,
@@ -170,7 +169,6 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
     with warnings.catch_warnings(), TrainProgress(is_shown=is_first) as progress:
         if not is_first:
             warnings.simplefilter("ignore")
-        logging.disable_progress_bar()  # of transformers, beside our own
         try:
             result = train(settings, progress)
         except KeyboardInterrupt:

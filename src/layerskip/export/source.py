@@ -195,12 +195,12 @@ def open_source(model: str | Path, exit_layer: int | None = None) -> Source:
 
 
 def _check_values(source: Source) -> None:
-    """Refuse a configuration that loads here, but that other programs cannot use."""
+    """Refuse values of a configuration that other programs would read as they are."""
     a = source.architecture
     if a.max_context < 2:
         raise CheckpointError(
-            f"the context length is {a.max_context} in {source.files.path}; fetch or save the"
-            " checkpoint again"
+            f"the context length is {a.max_context} in {source.files.path};"
+            " fetch or save the checkpoint again"
         )
     names, tensors = source.files.names(), source.files.tensors
     expected = (a.vocab_size, a.hidden_size)

@@ -250,6 +250,8 @@ def check_sizes(config: Mapping[str, Any]) -> None:
         value, is_many = config.get(name), name in ("num_hidden_layers", *_SIZES_OR_0)
         if value is not None and not (value == 0 and name in _SIZES_OR_0):
             check_size(name, value, MAX_LAYERS if is_many else MAX_SIZE)
+    if isinstance(text_config := config.get("text_config"), Mapping):
+        check_sizes(text_config)
 
 
 def check_not_quantized(config: Mapping[str, Any]) -> None:

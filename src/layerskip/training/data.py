@@ -11,7 +11,7 @@ import string
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -395,10 +395,9 @@ def check_first_rows(
     """
     files, rows = local_files(source), read()
     is_rereadable = bool(files) and all(map(os.path.isfile, files))  # a pipe is not
-    closing: Any = (
-        contextlib.closing(cast(Any, rows)) if is_rereadable else contextlib.nullcontext()
-    )
-    with closing:
+    with contextlib.ExitStack() as stack:
+        if is_rereadable and hasattr(rows, "close"):
+            stack.callback(rows.close)
         first = list(itertools.islice(rows, eval_rows + 1))
         if not first:
             raise ValueError(f"{source} has no rows")

@@ -1,4 +1,4 @@
-"""Pictures of a tuning: the map of predicted speedups, and predictions against real runs."""
+"""Figures of a tuning: the map of predicted speedups, and predictions against real runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from layerskip.figures import new_figure, write_figures
+from layerskip.fileio import check_within
 from layerskip.tune.tune import Tuning, name_of_auto
 
 if TYPE_CHECKING:
@@ -15,29 +16,32 @@ if TYPE_CHECKING:
 
 
 def plot_tuning(tuning: Tuning, directory: Path) -> list[Path]:
-    """Draw into a folder, which is made if it is not there.
+    """Draw the figures into a folder, which is created if needed.
 
     Returns:
         The PNG files written.
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: a file there is a link out of the folder.
     """
     figures = {"map.png": _map(tuning), "agreement.png": _agreement(tuning)}
     if tuning.grid is not None:
         figures["predicted_and_measured.png"] = _predicted_and_measured(tuning)
     directory.mkdir(parents=True, exist_ok=True)
+    for name in figures:
+        check_within(directory / name)
     return write_figures(figures, directory)
 
 
 def _map(tuning: Tuning) -> Figure:
-    """Predicted speedup of every exit layer (down) and draft length (across)."""
+    """Draw the predicted speedup of every exit layer (down) and draft length (across)."""
     exits = tuning.costs.exits
     longest = max(p.draft_tokens for p in tuning.predictions)
     speedups = np.zeros((len(exits), longest))
     for p in tuning.predictions:
         speedups[exits.index(p.exit_layer), p.draft_tokens - 1] = p.speedup
-    # Colours part at 1, where plain decoding is: red is slower, blue is faster.
+    # Red is slower than plain decoding, blue is faster.
     reach = max(abs(speedups - 1.0).max(), 0.05)
     figure = new_figure(8, max(3.0, 1.5 + 0.25 * len(exits)))
     axes = figure.add_subplot()
@@ -50,9 +54,9 @@ def _map(tuning: Tuning) -> Figure:
     axes.set_xticks(range(longest), [str(d) for d in range(1, longest + 1)])
     axes.set_yticks(range(len(exits)), [str(e) for e in exits])
     axes.set(xlabel="draft tokens d", ylabel="exit layer E", title=_title(tuning))
-    for place, confirmed in enumerate(tuning.confirmed[1:]):
+    for i, confirmed in enumerate(tuning.confirmed[1:]):
         at = (confirmed["draft_tokens"] - 1, exits.index(confirmed["exit_layer"]))
-        axes.plot(*at, "s", ms=17, mfc="none", mec="black", label="" if place else "run for real")
+        axes.plot(*at, "s", ms=17, mfc="none", mec="black", label="" if i else "measured")
     if tuning.choice.exit_layer is not None and tuning.choice.draft_tokens is not None:
         at = (tuning.choice.draft_tokens - 1, exits.index(tuning.choice.exit_layer))
         axes.plot(*at, "s", ms=17, mfc="none", mec="lime", mew=3, label="written")
@@ -63,17 +67,17 @@ def _map(tuning: Tuning) -> Figure:
 def _title(tuning: Tuning) -> str:
     choice = tuning.choice
     if choice.mode == "plain":
-        chosen = "plain decoding is best"
+        result = "plain decoding is best"
     else:
         drafts = name_of_auto(choice.exit_layer)
         if choice.mode == "self-speculative":
             drafts += f", d={choice.draft_tokens}"
-        chosen = f"chosen: {choice.mode} with {drafts}, measured {choice.speedup:.2f}x"
-    return f"Speedup predicted from measured costs; {chosen}"
+        result = f"chosen: {choice.mode} with {drafts}, measured {choice.speedup:.2f}x"
+    return f"Speedup predicted from measured costs; {result}"
 
 
 def _agreement(tuning: Tuning) -> Figure:
-    """How often each exit names the model's next token, and what its draft step costs."""
+    """Draw the agreement of each exit with the model's next token, and the cost of its draft step."""
     costs = tuning.costs
     middle = costs.middle
     figure = new_figure(8, 4.5)

@@ -152,30 +152,18 @@ def _load(path: Path) -> ctypes.CDLL:
             *(*matrices, ptr, f32, ptr),  # norm, eps, x
             *(i64, ptr, ptr, i32),  # rows, tokens, probabilities, threads
         ),
-        "soften": (
-            *(*matrices, ptr, f32, ptr),  # norm, eps, x
-            *(i64, f32, ptr),  # rows, temperature, out
-            *(ptr, ptr, i32),  # blocks, totals, threads
-        ),
-        "draw": (
-            *(*matrices, ptr, ptr),  # outputs, blocks
-            *(f32, f32, ctypes.c_double),  # maximum, temperature, uniform random number
-        ),
         "step": (
             *(ptr, ptr, ptr),  # model, embedding, tokens
             *(ptr, ptr, ptr),  # hidden, out, lengths
             *(i64, i64, i64, i64),  # batch, positions, start, stop
             *(ptr, i64, ptr),  # slots, capacity, rotary tables
             *(i64, *matrices),  # positions without logits
-            *(ptr, ptr),  # norm, token ids
-            *(ptr, ptr, ptr),  # tokens, probabilities, uniform random numbers
-            *(f32, ptr, ptr, ptr),  # temperature, outputs, blocks, totals
-            *(ptr, i32),  # sampled tokens, threads
+            *(ptr, ptr, ptr, i32),  # norm, tokens, probabilities, threads
         ),
         "rows": (ptr, ptr, i64, ptr),  # matrix, indices, how many, out
         "processors": (),
     }
-    results = {"draw": i64, "rows": i32, "processors": i32}
+    results = {"rows": i32, "processors": i32}
     for name, types in arguments.items():
         function = getattr(kernels, f"layerskip_{name}")
         function.argtypes, function.restype = types, results.get(name, _check)

@@ -1368,112 +1368,6 @@ void choose(const Matrix *const *parts, int64_t n_parts, const float *norm, floa
   }
 }
 
-constexpr int64_t BLOCK = 256;  // outputs of a block of the softmax, in which sampling searches
-
-// The maximum of a row, or of a block of it, and the sum of e^((output - maximum) / temperature).
-struct Weight {
-  float top, total;
-};
-
-inline Weight weigh(const float *v, int64_t n, float temperature) {
-  const float top = best_of(v, n, false, INFINITY).top;
-  Vec totals{};
-  int64_t k = 0;
-  for (; k + WIDTH <= n; k += WIDTH) totals += exponential((load<Vec>(v + k) - top) / temperature);
-  float total = sum(totals);
-  for (; k < n; k++) total += std::exp((v[k] - top) / temperature);
-  return {top, total};
-}
-
-void sizes_of(const Matrix *const *parts, int64_t n_parts, int64_t &width, int64_t &n_blocks) {
-  width = n_blocks = 0;
-  for (int64_t part = 0; part < n_parts; width += parts[part++]->out)
-    n_blocks += (parts[part]->out + BLOCK - 1) / BLOCK;
-}
-
-// The logits of rows, and the weight of each block relative to the row's maximum.
-void soften(const Matrix *const *parts, int64_t n_parts, const float *norm, float eps, const float *x, int64_t rows,
-            float temperature, float *out, float *blocks, Weight *whole, int threads) {
-  const Buffer<char> inputs(rows * input_stride(parts[0]->kind, parts[0]->in));
-  int64_t width, n_blocks;
-  sizes_of(parts, n_parts, width, n_blocks);
-  const Buffer<Weight> weights(rows * n_blocks);
-  Team team;
-#pragma omp parallel num_threads(threads)
-  {
-    const int thread = omp_get_thread_num(), size = omp_get_num_threads();
-    encode_normed(*parts[0], norm, eps, x, rows, inputs.get(), thread, size);
-    team.wait(size);
-    int64_t before = 0, block = 0;
-    for (int64_t part = 0; part < n_parts; before += parts[part++]->out) {
-      const Matrix &w = *parts[part];
-      const int64_t of_part = (w.out + BLOCK - 1) / BLOCK;
-      const Share mine = share(of_part, thread, size);
-      for (int64_t i = mine.first; i < mine.last; i++) {
-        const int64_t first = i * BLOCK, n = w.out - first < BLOCK ? w.out - first : BLOCK;
-        const Matrix from = from_panel(w, first / LANES);
-        float *to = out + before + first;
-        multiply(from, 0, (n + LANES - 1) / LANES, inputs.get(), rows, {to, width, from.out, false, 1.0f, from.bias});
-        for (int64_t row = 0; row < rows; row++)
-          weights.get()[row * n_blocks + block + i] = weigh(to + row * width, n, temperature);
-      }
-      block += of_part;
-    }
-  }
-  for (int64_t row = 0; row < rows; row++) {
-    const Weight *const from = weights.get() + row * n_blocks;
-    Weight all{-INFINITY, 0};
-    for (int64_t i = 0; i < n_blocks; i++) all.top = from[i].top > all.top ? from[i].top : all.top;
-    for (int64_t i = 0; i < n_blocks; i++)
-      all.total += blocks[row * n_blocks + i] = from[i].total * std::exp((from[i].top - all.top) / temperature);
-    whole[row] = all;
-  }
-}
-
-// Inverse-CDF sampling: the first of n weights whose cumulative sum exceeds the uniform number times the sum,
-// which becomes the remainder within that weight. -1: none.
-template <class F>
-int64_t passed(int64_t n, F weight, double &share) {
-  double whole = 0, before = 0;
-  for (int64_t i = 0; i < n; i++) whole += weight(i);
-  if (!(whole > 0)) return -1;
-  int64_t last = -1;  // with a weight above 0: rounding may leave none that exceeds it
-  for (int64_t i = 0; i < n; i++) {
-    const double own = weight(i);
-    if (!(own > 0)) continue;
-    last = i;
-    if (before + own > share * whole) {
-      share = (share * whole - before) / own;
-      return i;
-    }
-    before += own;
-  }
-  share = 1;
-  return last;
-}
-
-// Samples an output of a row by inverse CDF; -1 if the weights are NaN or Inf.
-int64_t draw(const Matrix *const *parts, int64_t n_parts, const float *v, const float *blocks, float top,
-             float temperature, double share) {
-  int64_t width, n_blocks, first = 0;
-  sizes_of(parts, n_parts, width, n_blocks);
-  int64_t block = passed(n_blocks, [=](int64_t i) { return blocks[i]; }, share);
-  if (block < 0) return -1;
-  for (int64_t part = 0; part < n_parts; first += parts[part++]->out) {
-    const int64_t left = parts[part]->out - block * BLOCK;
-    if (left > 0) {
-      const int64_t n = left < BLOCK ? left : BLOCK;
-      first += block * BLOCK;
-      float weights[BLOCK];
-      for (int64_t k = 0; k < n; k++) weights[k] = std::exp((v[first + k] - top) / temperature);
-      const int64_t at = passed(n, [&](int64_t i) { return weights[i]; }, share);
-      return at < 0 ? -1 : first + at;
-    }
-    block -= (parts[part]->out + BLOCK - 1) / BLOCK;
-  }
-  return -1;
-}
-
 // Dequantizes rows of the matrix. Returns whether all indices are inside.
 bool look_up(const Matrix &w, const int64_t *index, int64_t n, float *out) {
   const int64_t in = w.in, groups = in / GROUP;
@@ -1529,53 +1423,18 @@ int layerskip_choose(const Matrix *const *parts, int64_t n_parts, const float *n
   return status_of([=] { choose(parts, n_parts, norm, eps, x, rows, chosen, probabilities, threads); });
 }
 
-// The softmax with a temperature above 0 of norm(x) times matrices: out [rows, all outputs], the logits; blocks
-// [rows, blocks], the sums of e^((logit - maximum) / temperature) over blocks of 256 outputs of a matrix; whole
-// [rows, 2], a row's maximum and the sum over all.
-int layerskip_soften(const Matrix *const *parts, int64_t n_parts, const float *norm, float eps, const float *x,
-                      int64_t rows, float temperature, float *out, float *blocks, float *whole, int threads) {
-  return status_of(
-      [=] { soften(parts, n_parts, norm, eps, x, rows, temperature, out, blocks, (Weight *)whole, threads); });
-}
-
-// Samples an output by inverse CDF, with a uniform number in [0, 1), from one row of `layerskip_soften`; -1 if the
-// row has NaN or Inf.
-int64_t layerskip_draw(const Matrix *const *parts, int64_t n_parts, const float *outputs, const float *blocks,
-                       float highest, float temperature, double share) {
-  return draw(parts, n_parts, outputs, blocks, highest, temperature, share);
-}
-
 // One step: positions of each sequence through layers [start, stop), then the argmax of the exit's outputs for all
-// rows but the first `unscored`. With an embedding, tokens are looked up first, which fills in the hidden states;
-// returns 2 for a token outside of the vocabulary. With uniform numbers (shares), tokens are sampled instead: outputs,
-// blocks and whole are filled in as by `layerskip_soften`, drawn as by `layerskip_draw`, and probabilities are the
-// highest. If nothing can be sampled, the first output is chosen.
+// rows but the first `unscored`, and its softmax probability (or null). With an embedding, tokens are looked up first,
+// which fills in the hidden states; returns 2 for a token outside of the vocabulary.
 int layerskip_step(const Model *m, const Matrix *embedding, const int64_t *tokens, float *hidden, float *x,
                     const int64_t *lengths, int64_t batch, int64_t positions, int64_t start, int64_t stop, void *slots,
                     int64_t capacity, const float *const *turns, int64_t unscored, const Matrix *const *parts,
-                    int64_t n_parts, const float *norm, const int64_t *token_ids, int64_t *chosen,
-                    float *probabilities, const double *shares, float temperature, float *outputs, float *blocks,
-                    float *whole, int64_t *drawn, int threads) {
+                    int64_t n_parts, const float *norm, int64_t *chosen, float *probabilities, int threads) {
   return status_of([=] {
     if (embedding && !look_up(*embedding, tokens, batch * positions, hidden)) return 2;
     run(m, hidden, x, lengths, batch, positions, start, stop, slots, capacity, turns, threads);
     const int64_t rows = batch * positions - unscored;
-    const float *scored = x + unscored * m->hidden;
-    if (shares) {
-      soften(parts, n_parts, norm, m->eps, scored, rows, temperature, outputs, blocks, (Weight *)whole, threads);
-      int64_t width, n_blocks;
-      sizes_of(parts, n_parts, width, n_blocks);
-      for (int64_t row = 0; row < rows; row++) {
-        drawn[row] = draw(parts, n_parts, outputs + row * width, blocks + row * n_blocks, whole[2 * row], temperature,
-                          shares[row]);
-        chosen[row] = drawn[row] < 0 ? 0 : drawn[row];
-        if (probabilities) probabilities[row] = 1.0f / whole[2 * row + 1];
-      }
-    } else {
-      choose(parts, n_parts, norm, m->eps, scored, rows, chosen, probabilities, threads);
-    }
-    if (token_ids)
-      for (int64_t row = 0; row < rows; row++) chosen[row] = token_ids[chosen[row]];
+    choose(parts, n_parts, norm, m->eps, x + unscored * m->hidden, rows, chosen, probabilities, threads);
     return 0;
   });
 }

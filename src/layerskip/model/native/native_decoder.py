@@ -89,8 +89,6 @@ def weight_of(norm: object) -> Tensor:
     return norm.weight.float().contiguous()
 
 
-# Arguments of `layerskip_step` for a greedy choice.
-_NO_SAMPLING = (None, 0.0, None, None, None, None)
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _WIDEST_HEAD = 1024
 
@@ -216,9 +214,9 @@ class NativeDecoder(Decoder):
             *(self._model_pointer, self._embedding, tokens.data_ptr()),
             *(embedded.data_ptr(), hidden.data_ptr(), cache.lengths.data_ptr(), b, t),
             *(0, stop, cache.slots.data_ptr(), cache.slots.shape[-2], tables.pointers),
-            *(t - 1, heads, len(heads), self._final_norm_weight.data_ptr(), None),
-            *(chosen.data_ptr(), None if confidence is None else confidence.data_ptr()),
-            *(*_NO_SAMPLING, num_threads_to_use(self._narrowest)),
+            *(t - 1, heads, len(heads), self._final_norm_weight.data_ptr(), chosen.data_ptr()),
+            None if confidence is None else confidence.data_ptr(),
+            num_threads_to_use(self._narrowest),
         )
         return hidden, chosen, 1.0 if confidence is None else float(confidence[0])
 

@@ -206,11 +206,6 @@ def choose(
     return tokens, probabilities
 
 
-def pointer_to(tensor: Tensor, row: int, i: int) -> int:
-    """Return the address of tensor[row, i] in a contiguous float32 tensor [B, T, n]."""
-    return tensor.data_ptr() + 4 * (row * tensor.shape[1] + i) * tensor.shape[2]
-
-
 def readable(x: Tensor, n_inputs: int) -> Tensor:
     """Return rows [N, in] as C reads them, in float32; ValueError for another width or device."""
     if x.shape[1:] != (n_inputs,) or x.device.type != "cpu":

@@ -1,4 +1,4 @@
-"""The replay of recorded agreement is the real run, round by round."""
+"""The replay of an agreement equals the real run, round by round."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import pytest
 import scripted
 import tiny_decoders
 
-from layerskip.decoding import Plan, Step
+from layerskip.decoding import Step
 from layerskip.tune.predict import Continuation, agreement_rate, read_agreement, replay
 
 EXITS = [1, 2, 3]
@@ -74,7 +74,7 @@ def test_rounds_and_rates_of_a_written_agreement():
     )
 
     def early(tokens, drafted, accepted):
-        return Step(tokens, drafted, accepted, "early-exit", from_exit=drafted)
+        return Step(tokens, drafted, accepted, ("early-exit",) * drafted)
 
     assert replay(c, 1, 2) == [early((1, 2, 3), 2, 2), early((4, 5, 6), 2, 2), early((7,), 1, 1)]
     assert replay(c, 1, 4)[0] == early((1, 2, 3), drafted=4, accepted=2)
@@ -113,5 +113,5 @@ def test_the_context_bounds_drafts_like_max_new_tokens():
     given = model.generate([1] * 5, max_new_tokens=50)
     c = read_agreement(model.decoder, [1] * 5, given.token_ids, [2], 50)
     assert (len(c.token_ids), c.limit) == (8, 8)
-    plan = Plan(mode="self-speculative", exit_layer=2, draft_tokens=5)
-    assert replay(c, 2, 5) == rounds(tiny_decoders.steps(model.decoder, [1] * 5, plan, 50))
+    config = tiny_decoders.speculative(2, 5)
+    assert replay(c, 2, 5) == rounds(tiny_decoders.steps(model.decoder, [1] * 5, config, 50))

@@ -1,4 +1,4 @@
-"""Other systems: counted by our rules, in processes whose failures are rows."""
+"""Baselines: recorded as our answers are, in processes whose failures are rows."""
 
 import dataclasses
 import importlib.util
@@ -21,12 +21,17 @@ from layerskip.bench.baselines import (
     start_baselines,
     transformers,
 )
-from layerskip.bench.baselines.process import PROMPT_LOOKUP_TOKENS, Job, PeerKind
+from layerskip.bench.baselines.process import (
+    PROMPT_LOOKUP_TOKENS,
+    BaselineSpec,
+    Job,
+    prompt_lookup,
+)
 from layerskip.bench.baselines.transformers import Recorder
 from layerskip.bench.measure import Setting, SystemFailedError, measure
-from stand_in_peer import CRASH, FAIL
+from stand_in_baseline import CRASH, FAIL
 
-PLAIN, LOOKUP = Setting(mode="plain"), Setting(mode="prompt-lookup", draft_tokens=3)
+PLAIN, LOOKUP = Setting(), prompt_lookup(3)
 JOB = Job(model="", dtype="float32", threads=1, context=64, settings=[PLAIN, LOOKUP])
 
 
@@ -39,7 +44,7 @@ def recorder(**rules):
 
 
 def finished(made):
-    return made.run(peak_memory_bytes=None, bytes_of_a_pass=10)
+    return made.run(peak_memory_bytes=None, bytes_per_pass=10)
 
 
 def test_each_step_is_timed_when_it_comes():
@@ -72,13 +77,13 @@ def test_of_a_mixture_the_experts_that_answer_are_read(family):
     unread = sum(of_experts) * (1 - config.num_experts_per_tok / n_experts)
     whole = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
     assert of_experts
-    assert transformers._bytes_of_a_pass(model) == pytest.approx(whole - unread, abs=1)
+    assert transformers._bytes_per_pass(model) == pytest.approx(whole - unread, abs=1)
 
 
 @pytest.mark.parametrize(
     ("rules", "tokens", "text"),
     [
-        ({"end_tokens": [END]}, [*encode("abc"), END], "abc"),
+        ({"eos_token_ids": [END]}, [*encode("abc"), END], "abc"),
         ({"stop": ["bc"]}, encode("abc"), "a"),
         ({"max_new_tokens": 2}, encode("ab"), "ab"),
         ({}, [*encode("abc"), END, *encode("d")], "abcd"),
@@ -89,7 +94,7 @@ def test_answers_end_by_our_rules(rules, tokens, text):
     made = recorder(**rules)
     made.add(encode("a"))
     ended = made.add([*encode("bc"), END, *encode("d")])
-    assert ended == made.ended == bool(rules)
+    assert ended == made.finished == bool(rules)
     assert made.add(encode("zz")) == ended
     run = finished(made)
     assert run.token_ids == (tokens if rules else [*tokens, *encode("zz")])
@@ -101,9 +106,9 @@ def test_answers_end_by_our_rules(rules, tokens, text):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """A peer in a process, at hand under the name "stand-in"."""
-    kind = PeerKind(module="stand_in_peer", package="json", distribution="stand-in")
-    monkeypatch.setitem(BASELINES, "stand-in", kind)
+    """Register a baseline, "stand-in", that runs in a process."""
+    spec = BaselineSpec(module="stand_in_baseline", package="json", distribution="stand-in")
+    monkeypatch.setitem(BASELINES, "stand-in", spec)
     paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "src")]
     monkeypatch.setenv("PYTHONPATH", ":".join(paths))
 
@@ -167,33 +172,37 @@ def job(folder, **changes):
     return dataclasses.replace(JOB, model=str(folder), settings=settings, **changes)
 
 
-def test_rows_of_peers():
-    rows = [(s.mode, s.exit_layer, s.draft_tokens) for s in transformers.settings([(2, 4), (3, 4)])]
+def rows_of(settings):
+    return [(s.mode, s.config.exit_layer, s.config.draft_tokens) for s in settings]
+
+
+def test_rows_of_baselines():
+    rows = rows_of(transformers.settings([(2, 4), (3, 4)]))
     lookup = ("prompt-lookup", None, PROMPT_LOOKUP_TOKENS)
     plain = ("plain", None, None)
     drafting = [("self-speculative", 2, 4), ("self-speculative", 3, 4)]
     defaults = [("self-speculative", 2, 20), ("self-speculative", 3, 20)]
     assert rows == [plain, *drafting, *defaults, lookup]
-    rows = [(s.mode, s.exit_layer, s.draft_tokens) for s in llama_cpp.settings([(2, 4), (3, 4)])]
+    rows = rows_of(llama_cpp.settings([(2, 4), (3, 4)]))
     assert rows == [plain, ("prompt-lookup", None, 2), lookup]
 
 
 def test_transformers_gives_our_tokens_in_every_row(folder, model):
     prompt = tiny_models.token_ids("smollm2", 9).tolist()
     ours = model.generate(prompt, mode="plain", max_new_tokens=12, ignore_eos=True).token_ids
-    peer = transformers.Peer(job(folder))
+    engine = transformers.Engine(job(folder))
     for setting in job(folder).settings:
-        run = peer.answer(setting, prompt, 12)
+        run = engine.answer(setting, prompt, 12)
         assert run.token_ids == ours, setting
         rounds = [len(step.tokens) for step in run.steps[1:]]
-        assert max(rounds) <= (setting.draft_tokens or 0) + 1
+        assert max(rounds) <= (setting.config.draft_tokens or 0) + 1
         if setting.mode == "plain":
             assert len(rounds) == 11
             assert run.weight_bytes_read == 11 * model.decoder.weight_bytes + norm_bytes(model)
     # An end inside the answer ends it for all.
-    peer = transformers.Peer(job(folder, end_tokens=[ours[4]]))
+    engine = transformers.Engine(job(folder, eos_token_ids=[ours[4]]))
     for setting in job(folder).settings:
-        assert peer.answer(setting, prompt, 12).token_ids == ours[: ours.index(ours[4]) + 1]
+        assert engine.answer(setting, prompt, 12).token_ids == ours[: ours.index(ours[4]) + 1]
 
 
 def test_transformers_reads_nothing_but_the_weights(folder, tmp_path):
@@ -202,15 +211,15 @@ def test_transformers_reads_nothing_but_the_weights(folder, tmp_path):
     fields = json.loads((own / "config.json").read_text())
     fields["_attn_implementation"] = "kernels-community/none"
     (own / "config.json").write_text(json.dumps(fields))
-    assert transformers.Peer(job(own))._model.config._attn_implementation == "sdpa"
+    assert transformers.Engine(job(own))._model.config._attn_implementation == "sdpa"
     (own / "adapter_config.json").write_text('{"base_model_name_or_path": "another"}')
     with pytest.raises(ValueError, match="has an adapter beside its weights: merge it"):
-        transformers.Peer(job(own))
+        transformers.Engine(job(own))
     (own / "adapter_config.json").unlink()
     fields["transformers_weights"] = "other.safetensors"
     (own / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match="names its weights"):
-        transformers.Peer(job(own))
+        transformers.Engine(job(own))
 
 
 def norm_bytes(model):
@@ -219,7 +228,7 @@ def norm_bytes(model):
     return 11 * 4 * a.hidden_size * (2 * a.n_layers + 1)
 
 
-def peers_of(model, folder, names, context=32, ignore_eos=True):
+def start(model, folder, names, context=32, ignore_eos=True):
     return start_baselines(
         model,
         names,
@@ -235,8 +244,8 @@ def peers_of(model, folder, names, context=32, ignore_eos=True):
 def test_a_peer_that_is_not_installed_says_how_to_install_it(folder, model, monkeypatch):
     missing = dataclasses.replace(BASELINES["llama.cpp"], package="no_such_package")
     monkeypatch.setitem(BASELINES, "llama.cpp", missing)
-    with peers_of(model, folder, ["llama.cpp"]) as peers:
-        entries = measure(peers, [[5]], max_new_tokens=2)
+    with start(model, folder, ["llama.cpp"]) as baselines:
+        entries = measure(baselines, [[5]], max_new_tokens=2)
     reason = f"{missing.distribution} is not installed; run: pip install 'layerskip[baselines]'"
     assert [entry.error for entry in entries] == [reason] * 3
 
@@ -259,7 +268,7 @@ def test_llama_cpp_counts_its_rounds_and_ends_by_our_rules(ignore_eos, tmp_path)
     model = LayerSkipModel.from_pretrained(tmp_path, dtype="float32")
     ours = model.generate(prompt, mode="plain", max_new_tokens=60, ignore_eos=ignore_eos).token_ids
     assert (ours.count(23) > 1) == ignore_eos
-    with peers_of(model, tmp_path, ["llama.cpp"], context=64, ignore_eos=ignore_eos) as (peer,):
+    with start(model, tmp_path, ["llama.cpp"], context=64, ignore_eos=ignore_eos) as (peer,):
         assert "AVX" in peer.build or "NEON" in peer.build
         for setting in peer.settings:
             run = peer.answer(setting, prompt, 60)
@@ -267,7 +276,7 @@ def test_llama_cpp_counts_its_rounds_and_ends_by_our_rules(ignore_eos, tmp_path)
             assert run.text == model.tokenizer.decode(ours, skip_special_tokens=True)
             rounds = [len(step.tokens) for step in run.steps]
             assert rounds[0] == 1
-            assert max(rounds) <= (setting.draft_tokens or 0) + 1
+            assert max(rounds) <= (setting.config.draft_tokens or 0) + 1
             assert (max(rounds) > 1) == (ignore_eos and setting.mode == "prompt-lookup")
             assert run.ttft_s > 0
             assert run.decode_s > 0
@@ -279,7 +288,7 @@ def test_llama_cpp_gives_our_tokens(smollm2, smollm2_folder):
     """In float32, on the file that is exported of the same weights; the first tokens at least."""
     prompt = smollm2.tokenize("Once upon a time")
     ours = smollm2.generate(prompt, mode="plain", max_new_tokens=12, ignore_eos=True).token_ids
-    with peers_of(smollm2, smollm2_folder, ["llama.cpp"]) as (peer,):
+    with start(smollm2, smollm2_folder, ["llama.cpp"]) as (peer,):
         for setting in peer.settings:
             run = peer.answer(setting, prompt, 12)
             assert run.token_ids == ours, setting
@@ -289,5 +298,5 @@ def test_llama_cpp_gives_our_tokens(smollm2, smollm2_folder):
 def test_a_peer_is_timed_by_the_clock_that_waits_for_the_device(folder, monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(transformers, "device_clock", lambda device: lambda: next(ticks))
-    run = transformers.Peer(job(folder)).answer(PLAIN, [5, 6, 7], 4)
+    run = transformers.Engine(job(folder)).answer(PLAIN, [5, 6, 7], 4)
     assert (run.ttft_s, run.decode_s) == (1, 3)

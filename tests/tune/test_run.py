@@ -1,5 +1,6 @@
 """The whole of tuning on tiny models, and on a machine whose times are written down."""
 
+import importlib
 import json
 
 import pytest
@@ -20,6 +21,7 @@ def timed_model(monkeypatch, *, misses=(), **times):
     return model_of(decoder)
 
 
+module = importlib.import_module("layerskip.tune.tune")
 PROMPTS = [[1] * 6, [2] * 6, [3] * 6]
 PLAIN = Choice(
     mode="plain",
@@ -34,7 +36,7 @@ PLAIN = Choice(
 
 def test_a_draft_that_is_always_right_is_chosen_as_predicted(monkeypatch):
     """Plain: 4.5 s a token. E=1, d: (d+1) layers and d heads, then 3 layers and a head, d+1 tokens."""
-    monkeypatch.setattr("layerskip.tune.tune.choose_auto", lambda pairs, rows, lengths: pairs)
+    monkeypatch.setattr(module, "choose_auto", lambda pairs, rows, lengths: pairs)
     tuning = tune(timed_model(monkeypatch), PROMPTS, max_new_tokens=31, max_draft_tokens=4)
     choice = tuning.choice
     assert [row["exit_layer"] for row in tuning.auto] == [None, None, 1]
@@ -70,7 +72,7 @@ def test_plain_is_chosen_where_drafts_are_wrong(monkeypatch):
 
 
 def test_mode_auto_is_tried_where_no_pair_gains(monkeypatch):
-    monkeypatch.setattr("layerskip.tune.tune.choose", lambda rows: PLAIN)
+    monkeypatch.setattr(module, "choose", lambda rows: PLAIN)
     model = timed_model(monkeypatch)
     tuning = tune(model, PROMPTS, max_new_tokens=41, max_draft_tokens=4)
     alone, *early = tuning.auto[1:]
@@ -101,7 +103,7 @@ def test_answers_of_an_earlier_tuning_are_not_searched(monkeypatch):
     options = {"max_new_tokens": 31, "max_draft_tokens": 2}
     model = timed_model(monkeypatch)
     once = tune(model, PROMPTS, **options)
-    taught = model.with_settings(CheckpointSettings(draft_text=(7, 8, 9, *once.draft_text)))
+    taught = model.with_settings(CheckpointSettings(draft_text=(7, 8, 9, *once.datastore)))
     tried = []
     make = LayerSkipModel.with_settings
     monkeypatch.setattr(
@@ -109,7 +111,7 @@ def test_answers_of_an_earlier_tuning_are_not_searched(monkeypatch):
     )
     again = tune(taught, PROMPTS, **options)
     assert {settings.draft_text for settings in tried} == {(7, 8, 9)}
-    assert again.draft_text == (7, 8, 9, *once.draft_text)
+    assert again.datastore == (7, 8, 9, *once.datastore)
 
 
 def test_the_shortest_drafts_alone(monkeypatch):
@@ -118,17 +120,19 @@ def test_the_shortest_drafts_alone(monkeypatch):
 
 
 def test_plain_is_chosen_where_right_drafts_cost_too_much(monkeypatch):
-    """Plain: 104 s a token. E=3, d=1: 6 + 100 to draft, 3 + 100 to verify, for two tokens."""
-    model = timed_model(monkeypatch, head=100.0, row=2.0)
-    tuning = tune(model, PROMPTS, max_new_tokens=21, max_draft_tokens=3, exits=[3])
-    assert tuning.predictions[0].tokens_per_s == pytest.approx(2 / 209)
+    """Plain: 104 s a token. E=3, d=1: 6 + 100 to draft, 7 + 100 to verify, for two tokens."""
+    model = timed_model(monkeypatch, head=100.0, row=6.0)
+    tuning = tune(model, PROMPTS, max_new_tokens=21, max_draft_tokens=3, exit_layers=[3])
+    assert tuning.predictions[0].tokens_per_s == pytest.approx(2 / 213)
     assert tuning.choice.mode == "plain"
     assert tuning.confirmed[1]["acceptance_rate"] == 1.0
 
 
 def test_the_grid_runs_every_pair_as_predicted(monkeypatch):
     model = timed_model(monkeypatch, misses=range(3, 100, 3))
-    tuning = tune(model, PROMPTS, max_new_tokens=24, max_draft_tokens=3, exits=[3, 1], grid=True)
+    tuning = tune(
+        model, PROMPTS, max_new_tokens=24, max_draft_tokens=3, exit_layers=[3, 1], grid=True
+    )
     pairs = {(row["exit_layer"], row["draft_tokens"]) for row in tuning.grid[1:]}
     assert pairs == {(e, d) for e in (1, 3) for d in (1, 2, 3)}
     for row in tuning.grid:
@@ -166,7 +170,7 @@ def test_a_tuning_of_a_real_decoder_is_one_valid_document_with_pictures(tmp_path
         assert row["mean_accepted_length"] == predicted["mean_accepted_length"]
         assert row["identical_to_plain"] == 1.0
     phases = list(dict.fromkeys(what for what, _, _ in said))
-    assert len(phases) == 5
+    assert len(phases) == 4
     for phase in phases:
         done = [(d, total) for what, d, total in said if what == phase]
         assert done == sorted(done)
@@ -187,10 +191,10 @@ def test_answers_too_short_to_decode_are_refused():
         tune(model, [[1], [2]])
 
 
-@pytest.mark.parametrize("exits", [[0], [4], [2, 9]])
+@pytest.mark.parametrize("exits", [[4], [2, 9]])
 def test_exits_that_cannot_draft_are_refused(exits):
     with pytest.raises(ValueError, match="1 to 3"):
-        tune(scripted.scripted_model(range(9)), [[1], [2]], exits=exits)
+        tune(scripted.scripted_model(range(9)), [[1], [2]], exit_layers=exits)
 
 
 def test_what_was_left_out_is_told(monkeypatch):
@@ -208,5 +212,5 @@ def test_a_prompt_longer_than_the_context_is_left_out():
 
 @pytest.mark.parametrize("option", [{"max_new_tokens": 1}, {"max_draft_tokens": 0}])
 def test_options_that_leave_nothing_to_tune(monkeypatch, option):
-    with pytest.raises(ValueError, match=f"{next(iter(option))} is ., tuning needs"):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is ., it has to be"):
         tune(timed_model(monkeypatch), PROMPTS, **option)

@@ -75,7 +75,7 @@ def test_contexts_are_kept_inside_the_models_own():
 def test_the_cache_is_left_as_deep_as_it_was():
     decoder = TimedDecoder(range(40, 60), max_context=400)
     workbench = costs_module._Workbench(decoder, [5] * 20, [1, 2], 4, 80)
-    before = workbench.settled.clone()
+    before = workbench.committed.clone()
     assert len(list(workbench.sweep(random.Random(0)))) == len(workbench.works)
-    assert workbench.settled.equal(before)
+    assert workbench.committed.equal(before)
     assert workbench.cache.lengths.equal(before)

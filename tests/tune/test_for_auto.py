@@ -1,4 +1,4 @@
-"""What mode auto is told of a tuning."""
+"""Costs, draft vocabulary and datastore for mode auto."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,12 @@ import scripted
 
 from layerskip.model import CheckpointSettings
 from layerskip.tune.costs import Costs
-from layerskip.tune.tune import draft_text, draft_vocabulary, step_costs, text_without
+from layerskip.tune.tune import (
+    datastore_with,
+    datastore_without,
+    draft_vocabulary,
+    step_costs,
+)
 
 
 def test_costs_in_plain_steps_at_the_middle_context():
@@ -42,8 +47,14 @@ def test_tokens_of_the_texts_come_before_those_of_the_checkpoint():
 
 def test_a_text_less_answers_that_are_in_it():
     first, second, short = tuple(range(10)), tuple(range(20, 30)), (7, 8)
-    text = draft_text([first, short, second, first], None)
+    text = datastore_with([first, short, second, first], None)
     assert text == (*first, *short, *second)
-    assert text_without([second, first, short], (50, *text, 51, *first, 52)) == (50, 7, 8, 51, 52)
-    assert text_without([first], None) is None
-    assert draft_text([short, first], text) == text  # each is there already
+    assert datastore_without([second, first, short], (50, *text, 51, *first, 52)) == (
+        50,
+        7,
+        8,
+        51,
+        52,
+    )
+    assert datastore_without([first], None) is None
+    assert datastore_with([short, first], text) == text  # each is there already

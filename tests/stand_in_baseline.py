@@ -1,4 +1,4 @@
-"""A peer that does what its prompt says, for tests of what is around it."""
+"""Stand-in for a baseline, whose prompt tells it how to fail."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from layerskip.decoding import Step
 FAIL, CRASH = 7, 8
 
 
-class Peer:
+class Engine:
     def __init__(self, job):
         sys.stdout.write("chatter\n")
         os.write(1, b"chatter from below\n")

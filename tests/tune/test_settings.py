@@ -153,7 +153,6 @@ def test_costs_of_this_machine_reach_mode_auto(folder):
         write_settings(folder, CHOICE, end_tokens=[2], record=RECORD, costs=one)
     model = LayerSkipModel.from_pretrained(folder, dtype="float32", compile=False)
     assert [found.head for found in model.settings.costs] == [0.3]
-    assert model.answer([5]).plan.costs.head == 0.3
 
 
 def test_a_new_file_knows_the_special_tokens(folder):
