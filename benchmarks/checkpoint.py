@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--exits", type=_exits, default=EXITS, help="comma-separated")
     parser.add_argument("--early-exit", action="store_true", help="judge early exit alone as well")
     parser.add_argument("--words", type=int, default=20000, help="of the text for perplexity")
-    parser.add_argument("--text", default=WIKITEXT, help="text file, or wikitext2")
+    parser.add_argument("--text", default=WIKITEXT.folder, help="text file, or wikitext2")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--weights", default="16bit", choices=WEIGHTS)
     options = parse(parser, output_required=True)

@@ -20,7 +20,8 @@ from typing import Any
 from common import deliver, environment_of, parse, run
 
 from layerskip import LayerSkipModel
-from layerskip.bench.perplexity import perplexity, read_text
+from layerskip.bench.perplexity import perplexity
+from layerskip.data.readers import read_text
 from layerskip.model.quantize import WEIGHTS
 
 EXIT_LAYERS = (5, 15, 25)

@@ -119,8 +119,9 @@ def to_gguf(
 
 
 def _gguf_architecture(source: Source) -> str:
-    family = source.architecture.family
-    return "llama" if family == "mistral" else family  # llama.cpp has no name for Mistral
+    name = families.FAMILIES[source.architecture.family].gguf_name
+    assert name is not None  # of the families that are exported
+    return name
 
 
 def _gguf_names(names: list[str], architecture: str, n_layers: int) -> dict[str, str]:
@@ -162,8 +163,8 @@ def _file_type(kinds: dict[str, Kind]) -> LlamaFileType:
 
 def _data(source: Source, name: str, kind: Kind) -> "np.ndarray[Any, Any]":
     tensors = source.files.tensors
-    rotary_layout = families.FAMILIES[families.family_of(_gguf_architecture(source))].gguf_rotary
-    assert rotary_layout is not None  # of the families that are exported
+    rotary_layout = families.FAMILIES[_gguf_architecture(source)].gguf_rotary
+    assert rotary_layout is not None
     tensor = source.read(name, rotary_layout)
     if isinstance(tensors, GgufFile) and tensors.stored_as(name) == kind.name:
         return tensors.blocks(name)
