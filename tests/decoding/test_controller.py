@@ -71,13 +71,13 @@ class Rounds:
         self.controller = DraftController(drafters, ConstantCosts(costs), **options)
         self.costs, self.time = costs, 0.0
 
-    def play(self, accepted=99, max_tokens=12, own=8):
+    def play(self, accepted=99, max_tokens=12, target=8):
         """Fill a draft, accept the first tokens of it, and commit the model's own after them."""
         cache = ScriptedDecoder([1]).new_cache(64)
         draft = Draft(torch.tensor([[0]]), cache, [0])
         self.controller.fill(draft, max_tokens)
         n = min(accepted, len(draft))
-        self.controller.update(draft, [(*draft.token_ids[:n], own)], [n])
+        self.controller.update(draft, [(*draft.token_ids[:n], target)], [n])
         exits = draft.sources.count("early-exit")
         self.time += self.costs.round(len(draft), exits + draft.discarded, len(draft) - exits)
         return draft
@@ -174,20 +174,20 @@ def test_an_undrafted_proposal_is_judged_by_the_committed_tokens():
     """A row costs 0.4: more than 0.35, less than the 0.51 after one proposal that was right."""
     costs = DraftCosts(layers=0.0, head=0.0, passes=(1.0, 1.4))
     rounds = Rounds(costs, StubLookup(0.3))
-    assert rounds.play(own=7).sources == []
-    assert rounds.play(own=7).sources == ["n-gram"]
+    assert rounds.play(target=7).sources == []
+    assert rounds.play(target=7).sources == ["n-gram"]
     rounds = Rounds(costs, StubLookup(0.3))
-    assert [rounds.play(own=8).sources for _ in range(9)] == [[]] * 9
+    assert [rounds.play(target=8).sources for _ in range(9)] == [[]] * 9
 
 
 def test_a_discarded_token_is_compared_with_the_model_s_own_where_decoding_is_greedy():
     """A sampled token says little about whether another one would have been accepted."""
     rounds = Rounds(CHEAP, StubExit(0.05))
-    assert rounds.play(own=7).sources == []
-    assert rounds.play(own=7).sources == ["early-exit"]
-    for own, greedy in ((8, True), (7, False)):
+    assert rounds.play(target=7).sources == []
+    assert rounds.play(target=7).sources == ["early-exit"]
+    for target, greedy in ((8, True), (7, False)):
         rounds = Rounds(CHEAP, StubExit(0.05), greedy=greedy)
-        assert {len(rounds.play(own=own)) for _ in range(40)} == {0}
+        assert {len(rounds.play(target=target)) for _ in range(40)} == {0}
 
 
 def test_tokens_behind_a_rejected_one_teach_nothing():
