@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerskip.decoding import accept, sampling
+from layerskip.decoding import accept
 from layerskip.decoding.accept import accept_greedy, accept_sampled
 
 # --- greedy -------------------------------------------------------------------------------------
@@ -211,18 +211,3 @@ def test_without_a_draft_the_token_is_sampled_from_p(monkeypatch):
     accepted, following = accept_sampled(nothing, None, p)
     assert accepted.tolist() == [0, 0, 0, 0]
     assert following.tolist() == [0, 1, 1, 2]
-
-
-class OnGPU(torch.Tensor):
-    """A tensor of the CPU that reports another device."""
-
-    device = torch.device("cuda")
-
-
-@pytest.mark.parametrize("options", [{"top_p": 0.3}, {"top_p": 0.9, "top_k": 5}, {"min_p": 0.1}])
-def test_a_gpu_takes_the_dense_form_with_equal_results(options):
-    logits = torch.randn(3, 9)
-    rule = sampling.Sampling(temperature=0.8, **options)
-    dense, expected = rule.probabilities(logits.as_subclass(OnGPU)), rule.probabilities(logits)
-    assert ((dense > 0) == (expected > 0)).all()
-    torch.testing.assert_close(dense.as_subclass(torch.Tensor), expected, rtol=0, atol=1e-6)

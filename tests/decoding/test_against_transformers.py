@@ -14,7 +14,7 @@ from layerskip.decoding import DecodingConfig
 def continuations(model, prompts, n, penalty):
     """Generate with transformers after prompts of one length, as one batch without padding."""
     tokens = torch.tensor(prompts)
-    made = model.generate(
+    output = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
         do_sample=False,
@@ -23,7 +23,7 @@ def continuations(model, prompts, n, penalty):
         eos_token_id=None,
         pad_token_id=0,
     )
-    return made[:, tokens.shape[1] :].tolist()
+    return output[:, tokens.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("case", tiny_models.CASES)

@@ -61,15 +61,6 @@ def test_greedy_rows_are_those_of_each_prompt_alone(case, config):
         assert any(len(set(counts)) > 1 for counts in zip(*accepted, strict=False))
 
 
-@pytest.mark.usefixtures("compiled_kernels")
-@pytest.mark.parametrize("config", [speculative(1, 4), ADAPTIVE], ids=["fixed", "adaptive"])
-def test_rows_in_compiled_kernels(config):
-    decoder = tiny_decoder("llama3.1", compiled=True)
-    prompts = [random_prompt(decoder, n, seed=n) for n in (1, 9, 4, 17)]
-    together = answers(batch(decoder, prompts, config), 4)
-    assert together == [ids(decoder, prompt, PLAIN) for prompt in prompts]
-
-
 @pytest.mark.parametrize("case", ["llama2", "smollm2"])  # an untied head, and a tied one
 def test_a_draft_vocabulary_has_the_tokens_of_all_prompts(case):
     decoder = tiny_decoder(case)

@@ -44,12 +44,12 @@ def test_the_next_token_is_a_most_common_one_behind_the_longest_match(tokens, ta
             break
         if share >= (0.7 if n == MIN_MATCH else 0.1):
             expected = after, share
-    found, shares = Datastore.from_tokens(tokens).propose(tail, 1)
+    proposed, shares = Datastore.from_tokens(tokens).propose(tail, 1)
     if expected is None:
-        assert (found, shares) == ([], [])
+        assert (proposed, shares) == ([], [])
     else:
         after, share = expected
-        assert after[found[0]] == max(after.values())
+        assert after[proposed[0]] == max(after.values())
         assert shares == [pytest.approx(share)]
 
 

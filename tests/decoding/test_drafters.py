@@ -35,7 +35,6 @@ from layerskip.decoding import (
 from layerskip.decoding.datastore import MAX_MATCH, MIN_MATCH, Datastore
 from layerskip.decoding.drafters import DatastoreLookup, EarlyExit, Ngram, NgramIndex, ReducedHead
 from layerskip.decoding.sampling import Sampler
-from layerskip.model.quantize import linear
 
 CPU = torch.device("cpu")
 
@@ -211,13 +210,6 @@ def test_the_head_of_a_list_is_made_once_and_prompts_add_their_rows(monkeypatch)
         for kept in ((1, 2, 5), (1, 2, 5, 9), (1, 2, 5, 9, 11)):
             ids(decoder, [1, 2, 5], speculative(1, 2, draft_vocabulary=kept))
     assert sizes == [3, 2, 2, 2, 4, 5]
-
-
-def test_rows_of_a_weight_in_onednn_layout():
-    weight, index = torch.randn(64, 32, dtype=torch.bfloat16), torch.tensor([5, 60, 0])
-    x, rows = torch.randn(2, 32, dtype=torch.bfloat16), linear(weight).rows(index)
-    torch.testing.assert_close(rows(x), linear(weight)(x)[:, index])
-    assert rows.weight_bytes == 3 * 32 * 2
 
 
 def test_only_tokens_of_the_list_and_the_prompt_are_drafted():

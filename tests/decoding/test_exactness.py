@@ -72,9 +72,9 @@ def test_context_end_is_exact(case):
 def test_every_source_equals_plain(draft_from, adaptive, penalty):
     decoder, sampling = tiny_decoder("llama3.1", upper=0.1), {"repetition_penalty": penalty}
     uses_exit = draft_from != "n-gram"
-    for seed, exit_layer in itertools.product(range(2), (1, LAYERS) if uses_exit else (None,)):
-        prompt = random_prompt(decoder, 5, seed) * 2
-        plain = ids(decoder, prompt, PLAIN, n=40, **sampling)
+    prompt = random_prompt(decoder, 5) * 2
+    plain = ids(decoder, prompt, PLAIN, n=30, **sampling)
+    for exit_layer in (1, LAYERS) if uses_exit else (None,):
         config = speculative(exit_layer, 6, draft_from=draft_from, adaptive=adaptive)
         for more in (
             {},
@@ -83,7 +83,7 @@ def test_every_source_equals_plain(draft_from, adaptive, penalty):
             {} if draft_from == "early-exit" else {"datastore": tuple(plain[::2] * 3)},
         ):
             changed = dataclasses.replace(config, **more)
-            assert ids(decoder, prompt, changed, n=40, **sampling) == plain
+            assert ids(decoder, prompt, changed, n=30, **sampling) == plain
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["pytorch", "compiled"])

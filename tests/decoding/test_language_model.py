@@ -164,18 +164,6 @@ def test_threads_share_one_model(model):
     assert together == alone
 
 
-def test_two_answers_by_turns(model):
-    """Loops that advance alternately, in one thread, do not see each other."""
-    options = {"max_new_tokens": 12, **SPECULATIVE}
-    alone = [model.generate([t], **options).token_ids for t in (5, 6)]
-    answers = [model.answer([t], **options) for t in (5, 6)]
-    iterators = [iter(answer) for answer in answers]
-    for _ in range(12):
-        for pieces in iterators:
-            next(pieces)
-    assert [answer.generation.token_ids for answer in answers] == alone
-
-
 @pytest.mark.parametrize("fails_at", [0, 1, 2, 5])
 def test_an_exception_leaves_the_model_usable(fails_at):
     model = model_of(tiny_decoder("llama3.1"))

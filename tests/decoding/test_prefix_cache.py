@@ -1,4 +1,4 @@
-"""A conversation computes its beginning once, and answers as if it computed all of it."""
+"""`PrefixCache`: the common beginning of prompts is computed once, and no answer changes."""
 
 import importlib
 import threading
@@ -41,13 +41,13 @@ def embedded(monkeypatch):
 
 def turns(model, options, prefix, n=3, **more):
     """Play a conversation: each prompt is the last one, its answer, and something new."""
-    prompt, made = random_prompt(model.decoder, 40), []
+    prompt, answers = random_prompt(model.decoder, 40), []
     for turn in range(n):
-        how = {**options, **more, "max_new_tokens": 10 + turn, "seed": turn}
-        answer = model.answer(prompt, prefix=prefix, **how).complete()
-        made.append(answer.token_ids)
+        arguments = {**options, **more, "max_new_tokens": 10 + turn, "seed": turn}
+        answer = model.answer(prompt, prefix=prefix, **arguments).complete()
+        answers.append(answer.token_ids)
         prompt = [*prompt, *answer.token_ids, *random_prompt(model.decoder, 5, seed=turn)]
-    return made
+    return answers
 
 
 @modes
@@ -106,19 +106,19 @@ def test_fewer_layers_leave_nothing_for_more(embedded):
 
 
 @modes
-def test_an_answer_that_was_given_up_leaves_what_is_committed(options):
+def test_an_abandoned_answer_leaves_its_committed_tokens(options):
     model, prefix = model_of(tiny_decoder("llama3.1")), PrefixCache()
     prompt = random_prompt(model.decoder, 40)
-    given_up = model.answer(prompt, prefix=prefix, max_new_tokens=20, **options)
-    said = [next(iter(given_up)).token_id for _ in range(4)]
-    del given_up
-    follow = [*prompt, *said, 5, 6]
+    abandoned = model.answer(prompt, prefix=prefix, max_new_tokens=20, **options)
+    taken = [next(iter(abandoned)).token_id for _ in range(4)]
+    del abandoned
+    follow = [*prompt, *taken, 5, 6]
     answer = model.answer(follow, prefix=prefix, max_new_tokens=12, **options).complete()
     assert answer.token_ids == model.generate(follow, max_new_tokens=12, **options).token_ids
 
 
-def test_one_answer_at_a_time_has_the_cache():
-    """What was unfinished would write where the next one writes."""
+def test_the_cache_belongs_to_one_answer_at_a_time():
+    """An unfinished answer would write where the next one writes."""
     model, prefix = model_of(tiny_decoder("llama3.1")), PrefixCache()
     prompt = random_prompt(model.decoder, 40)
     options = {"prefix": prefix, "max_new_tokens": 12, "mode": "plain"}
@@ -138,7 +138,7 @@ def test_one_answer_at_a_time_has_the_cache():
 def test_an_answer_that_another_thread_is_computing_writes_to_a_cache_of_its_own(
     options, monkeypatch
 ):
-    """It finds out that another has begun only after its step."""
+    """It learns that another has begun only after its step."""
     model, prefix = model_of(tiny_decoder("llama3.1")), PrefixCache()
     prompt = random_prompt(model.decoder, 40)
     alone = model.generate([*prompt, 5], max_new_tokens=12, **options).token_ids
@@ -193,13 +193,13 @@ def test_ctrl_c_inside_a_step_leaves_the_cache_to_the_next_answer(monkeypatch):
     model, prefix = model_of(tiny_decoder("llama3.1")), PrefixCache()
     prompt = random_prompt(model.decoder, 40)
     first = model.answer(prompt, prefix=prefix, max_new_tokens=9, mode="plain")
-    said = next(iter(first)).token_id
+    taken = next(iter(first)).token_id
     cache = prefix._cache
     with monkeypatch.context() as patch:
         patch.setattr(model.decoder, "run", mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             first.complete()
-    follow = [*prompt, said, 5]
+    follow = [*prompt, taken, 5]
     second = model.answer(follow, prefix=prefix, max_new_tokens=9, mode="plain").complete()
     assert second.token_ids == model.generate(follow, max_new_tokens=9, mode="plain").token_ids
     assert prefix._cache is cache
@@ -209,8 +209,8 @@ def test_another_model_has_no_part_in_it():
     one, other = (model_of(tiny_decoder(case)) for case in ("llama3.1", "llama2"))
     prefix, prompt = PrefixCache(), random_prompt(one.decoder, 40)
     for model in (one, other, one, other):
-        found = model.answer(prompt, prefix=prefix, max_new_tokens=9).complete()
-        assert found.token_ids == model.generate(prompt, max_new_tokens=9).token_ids
+        result = model.answer(prompt, prefix=prefix, max_new_tokens=9).complete()
+        assert result.token_ids == model.generate(prompt, max_new_tokens=9).token_ids
 
 
 def test_an_answer_that_fails_leaves_nothing(embedded):
@@ -237,15 +237,15 @@ def test_a_list_of_prompts_has_no_common_prefix():
 
 
 def test_longrope_s_two_sides_share_nothing(tmp_path):
-    """Keys of a longer context are turned by other factors."""
+    """Keys of a longer context are rotated by other factors."""
     tiny_models.build("phi4-mini").save_pretrained(tmp_path)
     model = model_of(load(tmp_path, dtype=torch.float32).decoder)
     prompt = random_prompt(model.decoder, 40)
     for options in (MODES["plain"], MODES["self-speculative"]):
-        found = {}
+        result = {}
         for prefix in (PrefixCache(), None):
             short = model.answer(prompt, prefix=prefix, max_new_tokens=10, **options).complete()
             longer = [*prompt, *short.token_ids, 3, 4]
             long = model.answer(longer, prefix=prefix, max_new_tokens=30, **options).complete()
-            found[prefix is None] = short.token_ids, long.token_ids
-        assert found[True] == found[False]
+            result[prefix is None] = short.token_ids, long.token_ids
+        assert result[True] == result[False]
