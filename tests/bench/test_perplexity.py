@@ -130,9 +130,3 @@ def test_no_tokenizer_no_perplexity(model):
     bare.decoder, bare.tokenizer = model.decoder, None
     with pytest.raises(ValueError, match="needs a tokenizer"):
         perplexity(bare, TEXT, [1])
-
-
-def test_a_file_of_the_home_folder(tmp_path, monkeypatch):
-    (tmp_path / "text.txt").write_text("some words")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert read_text("~/text.txt") == "some words"

@@ -1,6 +1,5 @@
 """The rows of a benchmark, and the options that each of them decodes with."""
 
-import dataclasses
 import types
 
 import pytest
@@ -225,8 +224,3 @@ def test_read_bandwidth_counts_bytes_over_the_time_of_a_pass(monkeypatch):
     times = iter([0.0, 2.0, 10.0, 11.0, 20.0, 24.0])
     monkeypatch.setattr("layerskip.bench.machine.device_clock", lambda device: lambda: next(times))
     assert read_bandwidth(model().decoder.device, n_bytes=4096, passes=3) == 4096 / 2.0
-
-
-def test_configs_are_plain_values():
-    config = BenchConfig(exit_layers=[3, 8])
-    assert dataclasses.replace(config, repeats=2).exit_layers == (3, 8)

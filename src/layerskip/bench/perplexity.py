@@ -1,14 +1,15 @@
 """Perplexity of every exit on a text, from one pass over windows of it.
 
 The text is tokenized in one piece, after the tokenizer's begin-of-text token (else its end-of-text
-token), so that every token of the text is predicted, once. A window holds `window` tokens of context; the
-next one ends `stride` tokens later and scores only the tokens that the one before did not reach, so that
-each has at least window - stride + 1 tokens before it. With the sum N of negative log-likelihoods in nats:
+token), so that every token of the text is predicted, once. A window holds `window` tokens of context.
+The next one ends `stride` tokens later and scores only the tokens that the one before did not reach, so
+that each has at least window - stride + 1 tokens before it. With the sum N of negative log-likelihoods
+in nats:
 
 - token perplexity exp(N / tokens) depends on the tokenizer, and compares exits of one model.
 - word perplexity exp(N / words), words as white space separates them, and bits per byte of UTF-8,
   N / (ln 2 * bytes), compare models too.
-- the standard error assumes that windows are independent samples (delta method; none for a single window).
+- the standard error assumes that windows are independent samples (delta method; none for one window).
 """
 
 import math
