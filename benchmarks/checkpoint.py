@@ -1,15 +1,20 @@
-"""What a checkpoint trained on several tasks came to: quality, drafts of each exit, perplexity.
+"""Measure a trained checkpoint: task quality, draft acceptance of every exit, perplexity.
 
     LAYERSKIP_DATA=/path/to/data python benchmarks/checkpoint.py runs/checkpoint runs/mixture \\
         --control runs/checkpoint-control --output card.json
+    LAYERSKIP_DATA=/path/to/data python benchmarks/checkpoint.py runs/topv2 topv2 \\
+        --control runs/topv2-control --early-exit --rows 500 --output benchmarks/results/topv2.json
     python benchmarks/checkpoint_card.py card.json > MODEL_CARD.md
 
-The folder (of examples/checkpoint/prepare.py, or your own) holds the rows that were held back:
-`test-NAME.jsonl`, each a task. Where NAME is a task of `layerskip bench` (test-topv2.jsonl), that task
-is asked, so that its figures compare with others. Greedy answers of the whole model are judged; along
-them each exit's agreement with the last layer is read, and rounds of d = 4 are replayed, as in topv2.py.
-A control is another checkpoint, asked the same; its exits are not looked at. The settings and log of
-training and the mixture's own record are put into the result, for the card.
+The held-out rows are a task of `layerskip bench`, or a folder with one file `test-NAME.jsonl` for each
+task (examples/checkpoint/prepare.py writes one). If NAME is a task of `layerskip bench`, that task is
+used, so that its results compare with others.
+
+The last layer's greedy outputs are judged. Along them, the agreement of every exit with the last layer
+is read, and rounds of d = 4 drafted tokens are replayed. --early-exit also judges the outputs of early
+exit alone. A control is a second checkpoint, for example one trained without the recipe; its exits are
+not measured. The settings and log of the training run and the record of the mixture are copied into
+the result for the model card.
 """
 
 import argparse
@@ -18,122 +23,188 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import deliver, environment_of, parsed, run
-from topv2 import DRAFT_TOKENS, answer, drafts_by_exit
+from common import comma_separated, deliver, environment_of, parse, run
+from rich.progress import track
 
 from layerskip import LayerSkipModel
-from layerskip.bench.perplexity import WIKITEXT, perplexity, read_text
+from layerskip.bench.perplexity import perplexity
 from layerskip.bench.tasks import TASKS, Task, load_task
+from layerskip.data.readers import WIKITEXT, read_text
+from layerskip.decoding import Generation
 from layerskip.model import open_files, resolve
+from layerskip.model.quantize import WEIGHTS
 from layerskip.training.callbacks import read_log
+from layerskip.tune.predict import agreement_rate, read_agreement, replay
 
 EXITS = (4, 6, 8, 10, 12, 15, 20)
+DRAFT_TOKENS = 4
+BATCH_SIZE = 16
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="checkpoint trained with the recipe")
-    parser.add_argument("held_out", type=Path, help="folder of test-NAME.jsonl")
-    parser.add_argument("--control", help="checkpoint to compare with, such as one without it")
+    parser.add_argument("held_out", type=Path, help="folder of test-NAME.jsonl, or a task")
+    parser.add_argument("--control", help="checkpoint to compare with")
     parser.add_argument("--rows", type=int, default=200, help="of each task")
-    parser.add_argument("--words", type=int, default=20000, help="of the text to predict")
-    parser.add_argument("--text", default=WIKITEXT, help="text file, or wikitext2")
+    parser.add_argument("--exits", type=_exits, default=EXITS, help="comma-separated")
+    parser.add_argument("--early-exit", action="store_true", help="judge early exit alone as well")
+    parser.add_argument("--words", type=int, default=20000, help="of the text for perplexity")
+    parser.add_argument("--text", default=WIKITEXT.folder, help="text file, or wikitext2")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    options = parsed(parser, writes_always=True)
+    parser.add_argument("--weights", default="16bit", choices=WEIGHTS)
+    options = parse(parser, output_required=True)
     deliver(measure(options), options.output)
 
 
+def _exits(text: str) -> tuple[int, ...]:
+    return tuple(map(int, comma_separated(text)))
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Both checkpoints, one after the other, on the same prompts and text.
+    """Measure both checkpoints on the same prompts and text.
 
     Raises:
-        ValueError: there is no file of prompts, or something cannot be loaded.
+        ValueError: there are no held-out rows, or a checkpoint cannot be loaded.
     """
     tasks = held_out_tasks(options.held_out, options.rows)
     text = read_text(options.text, options.words)
     if options.control:
-        open_files(resolve(options.control))  # what is missing is said before an hour of measuring
-    model = LayerSkipModel.from_pretrained(options.checkpoint, dtype=options.dtype)
-    result: dict[str, Any] = {
-        "environment": environment_of("benchmarks/checkpoint.py", model),
-        "draft_tokens": DRAFT_TOKENS,
-        "text": {"name": options.text, "words": len(text.split())},
-        "mixture": _json_of(options.held_out / "mixture.json"),
-        "checkpoint": {
-            "name": options.checkpoint,
-            "training": training_of(Path(options.checkpoint)),
-            **figures(model, tasks, text, EXITS),
-        },
-    }
-    del model
-    if options.control:
-        control = LayerSkipModel.from_pretrained(options.control, dtype=options.dtype)
-        result["control"] = {
-            "name": options.control,
-            "training": training_of(Path(options.control)),
-            **figures(control, tasks, text, ()),
+        open_files(resolve(options.control))  # fail before an hour of measuring
+    result: dict[str, Any] = {"draft_tokens": DRAFT_TOKENS}
+    result["text"] = {"name": options.text, "words": len(text.split())}
+    result["mixture"] = _read_json(options.held_out / "mixture.json")
+    for key, name in (("checkpoint", options.checkpoint), ("control", options.control)):
+        if name is None:
+            continue
+        model = LayerSkipModel.from_pretrained(name, dtype=options.dtype, weights=options.weights)
+        result.setdefault("environment", environment_of("benchmarks/checkpoint.py", model))
+        exits = options.exits if key == "checkpoint" else ()
+        result[key] = {
+            "name": name,
+            "training": training_record(Path(name)),
+            **evaluate(model, tasks, text, exits, early_exit=options.early_exit),
         }
+        del model
     return result
 
 
-def held_out_tasks(folder: Path, rows: int) -> dict[str, Task]:
-    """The tasks whose rows are in the folder, by name."""
-    files = {f.stem.removeprefix("test-"): f for f in sorted(folder.glob("test-*.jsonl"))}
+def held_out_tasks(held_out: Path, rows: int) -> dict[str, Task]:
+    """Load the tasks of a folder, or the task of this name."""
+    if str(held_out) in TASKS:
+        return {str(held_out): load_task(str(held_out), samples=rows, seed=0)}
+    files = {f.stem.removeprefix("test-"): f for f in sorted(held_out.glob("test-*.jsonl"))}
     if not files:
-        raise ValueError(f"{folder} has no test-NAME.jsonl")
+        raise ValueError(f"{held_out} has no test-NAME.jsonl")
     return {
         name: load_task(name if name in TASKS else str(file), samples=rows, seed=0)
         for name, file in files.items()
     }
 
 
-def figures(
-    model: LayerSkipModel, tasks: dict[str, Task], text: str, exits: Sequence[int]
+def evaluate(
+    model: LayerSkipModel,
+    tasks: dict[str, Task],
+    text: str,
+    exits: Sequence[int],
+    *,
+    early_exit: bool = False,
 ) -> dict[str, Any]:
-    """Quality of the whole model on each task, what the exits would have drafted, and perplexity."""
-    layers = len(model.decoder.layers)
-    earlier = [e for e in exits if e < layers]
-    found: dict[str, Any] = {}
+    """Measure quality, acceptance of each exit, and perplexity of the last layer."""
+    num_layers = len(model.decoder.layers)
+    exits = [e for e in exits if e < num_layers]
+    results: dict[str, Any] = {}
     for name, task in tasks.items():
-        answers = answer(model, task, mode="plain")
-        found[name] = {
+        answers = greedy_answers(model, task, mode="plain")
+        results[name] = {
             "samples": len(task.samples),
-            "new_tokens": sum(made.new_tokens for made in answers),
-            "quality": task.quality([made.text for made in answers]),
+            "new_tokens": sum(answer.new_tokens for answer in answers),
+            "quality": task.quality([answer.text for answer in answers]),
         }
-        if earlier:
-            found[name]["exits"] = drafts_by_exit(model, task, answers, earlier)
-    predicted = perplexity(model, text, [layers])[layers]
+        if exits:
+            rows = acceptance_by_exit(model, task, answers, exits)
+            results[name]["exits"] = rows
+            for row in rows if early_exit else ():
+                early = greedy_answers(model, task, mode="early-exit", exit_layer=row["exit_layer"])
+                row |= task.quality([answer.text for answer in early])
+    metrics = perplexity(model, text, [num_layers])[num_layers]
     return {
-        "layers": layers,
+        "layers": num_layers,
         "exit_layer": model.settings.exit_layer,
-        "tasks": found,
-        "perplexity": {name: metric.value for name, metric in predicted.items()},
+        "tasks": results,
+        "perplexity": {name: metric.value for name, metric in metrics.items()},
     }
 
 
-def training_of(folder: Path) -> dict[str, Any] | None:
-    """Settings and totals of the run that wrote a checkpoint; None where there is no record of one.
+def greedy_answers(model: LayerSkipModel, task: Task, **options: Any) -> list[Generation]:
+    """Decode all prompts of a task greedily in batches."""
+    prompts = [sample.prompt for sample in task.samples]
+    answers: list[Generation] = []
+    for start in track(range(0, len(prompts), BATCH_SIZE), " ".join(map(str, options.values()))):
+        answers += model.generate(
+            prompts[start : start + BATCH_SIZE],
+            max_new_tokens=task.max_new_tokens,
+            stop=task.stop,
+            **options,
+        )
+    return answers
 
-    Where it began with the checkpoint of another run, that one's are its `before`; `mixture` is what
-    stands beside its rows, `average` what examples/checkpoint/average.py did to it afterwards.
+
+def acceptance_by_exit(
+    model: LayerSkipModel,
+    task: Task,
+    answers: Sequence[Generation],
+    exits: Sequence[int],
+    draft_tokens: int = DRAFT_TOKENS,
+) -> list[dict[str, Any]]:
+    """Agreement and acceptance of each exit along the model's greedy outputs; [] if all are empty."""
+    continuations = [
+        read_agreement(
+            model.decoder,
+            model.tokenize(sample.prompt),
+            answer.token_ids,
+            exits,
+            task.max_new_tokens,
+        )
+        for sample, answer in track(list(zip(task.samples, answers, strict=True)), "agreement")
+        if answer.new_tokens > 1
+    ]
+    rows = []
+    for exit_layer in exits if continuations else ():
+        rounds = [r for c in continuations for r in replay(c, exit_layer, draft_tokens)]
+        rows.append(
+            {
+                "exit_layer": exit_layer,
+                "agreement": agreement_rate(continuations, exit_layer),
+                "acceptance_rate": sum(r.accepted for r in rounds) / sum(r.drafted for r in rounds),
+                "mean_accepted_length": sum(len(r.tokens) for r in rounds) / len(rounds),
+            }
+        )
+    return rows
+
+
+def training_record(folder: Path) -> dict[str, Any] | None:
+    """Return settings and totals of the run that wrote a checkpoint; None without a record.
+
+    `before` is the run that wrote the checkpoint it started from, `mixture` the record beside its
+    training rows, `average` that of examples/checkpoint/average.py.
     """
-    settings = _json_of(folder / "train.json")
+    settings = _read_json(folder / "train.json")
     if settings is None:
         return None
     logs = read_log(folder / "train_log.jsonl")
     last = {name: value for log in logs for name, value in log.items()}
     totals = ("step", "train_runtime", "peak_memory_bytes")
-    found = {"settings": settings, **{name: last[name] for name in totals if name in last}}
-    further = {
-        "average": _json_of(folder / "average.json"),
-        "mixture": _json_of(Path(settings["data"]).parent / "mixture.json"),
-        "before": training_of(Path(settings["model"])),
+    record = {"settings": settings, **{name: last[name] for name in totals if name in last}}
+    optional = {
+        "average": _read_json(folder / "average.json"),
+        "mixture": _read_json(Path(settings["data"]).parent / "mixture.json"),
+        "before": training_record(Path(settings["model"])),
     }
-    return found | {name: value for name, value in further.items() if value is not None}
+    return record | {name: value for name, value in optional.items() if value is not None}
 
 
-def _json_of(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 

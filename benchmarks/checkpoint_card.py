@@ -66,7 +66,7 @@ def introduction(checkpoint: dict[str, Any]) -> Iterator[str]:
 
 
 def mixtures_of(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each run was trained on; the mixture that was measured with, where no run says."""
+    """Return the mixture of each run, else the mixture of the measurement."""
     known = [run.get("mixture") for run in runs_of(measured["checkpoint"])]
     return [mixture for mixture in known if mixture] or [*filter(None, [measured["mixture"]])]
 

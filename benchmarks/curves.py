@@ -1,13 +1,12 @@
-"""How speed changes with the context, with the positions of a pass, and with the prompts of a batch.
+"""Measure speed against context length, number of verified positions, and batch size.
 
     LAYERSKIP_DATA=data python benchmarks/curves.py --model runs/topv2 --task topv2 \\
         --output benchmarks/results/curves.json
 
-Context: plain decoding with 16-bit weights, 32 tokens up to each length, and the prompt's own pass
-before. Verification: all layers and the head over n positions after 192, for each kind of weights and
-number of threads. Batch: prompts of the task answered together, whole calls with the prompts' pass. The
-points of a curve are measured in turns, and are medians of some rounds. With --output a picture is
-drawn beside the file.
+Context: plain decoding with unquantized weights, 32 tokens up to each length, and the prefill before.
+Verification: all layers and the head over n positions after 192 others, for each kind of weights and
+number of threads. Batch: prompts of the task in one call, prefill included. The points of a curve are
+interleaved; each is a median over the rounds. With --output a plot is written beside the file.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import ROOT, deliver, environment_of, interleaved, parsed, run, verify_cost
+from common import ROOT, deliver, environment_of, interleaved, ms_of, parse, run, verify
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import Task, load_task
@@ -29,7 +28,7 @@ CONTEXTS = (128, 512, 1024, 2048, 4096, 8192)
 DECODED = 32  # tokens after a prompt; both together are the context
 POSITIONS = range(1, 17)
 BATCHES = (1, 2, 4, 8, 16)
-MOST_NEW_TOKENS = 64  # of an answer in a batch
+MAX_NEW_TOKENS = 64  # of an answer in a batch
 
 
 def main() -> None:
@@ -38,7 +37,7 @@ def main() -> None:
     parser.add_argument("--task", default="topv2", help="prompts of the batches")
     parser.add_argument("--weights", default="16bit,int8,int4")
     parser.add_argument("--rounds", type=int, default=3)
-    options = parsed(parser)
+    options = parse(parser)
     model = LayerSkipModel.from_pretrained(options.model)
     result: dict[str, Any] = {
         "environment": environment_of("benchmarks/curves.py", model),
@@ -59,15 +58,15 @@ def main() -> None:
 
 
 def context_curve(model: LayerSkipModel, rounds: int) -> list[dict[str, float]]:
-    """Tokens a second at each length that the model has, and those of the prompt's pass."""
+    """Tokens/s of decoding and of the prefill at each context length that the model supports."""
     text = model.tokenizer.encode((ROOT / "LICENSE").read_text(encoding="utf-8"), verbose=False)
     text = list(itertools.islice(itertools.cycle(text), max(CONTEXTS)))
     lengths = [n for n in CONTEXTS if n <= model.decoder.architecture.max_context]
 
     def speeds(context: int) -> tuple[float, float]:
         prompt = text[: context - DECODED]
-        made = model.generate(prompt, mode="plain", max_new_tokens=DECODED, ignore_eos=True)
-        return made.tokens_per_s, len(prompt) / made.ttft_s
+        answer = model.generate(prompt, mode="plain", max_new_tokens=DECODED, ignore_eos=True)
+        return answer.tokens_per_s, len(prompt) / answer.ttft_s
 
     speeds(lengths[0])
     runs = [[speeds(context) for context in lengths] for _ in range(rounds)]
@@ -81,7 +80,7 @@ def context_curve(model: LayerSkipModel, rounds: int) -> list[dict[str, float]]:
 
 
 def batch_curve(model: LayerSkipModel, name: str, rounds: int) -> list[dict[str, Any]]:
-    """Tokens of all answers a second: plain, auto and, where there is an exit, self-speculative."""
+    """Tokens/s of whole batches in modes plain, auto and, with a trained exit, self-speculative."""
     task = load_task(name, samples=max(BATCHES), chat=model.has_chat_template, judged=False)
     trained = ["self-speculative"] if model.settings.exit_layer is not None else []
     modes = ("plain", *trained, "auto")
@@ -96,57 +95,59 @@ def batch_curve(model: LayerSkipModel, name: str, rounds: int) -> list[dict[str,
 
 
 def _throughput(model: LayerSkipModel, task: Task, size: int, mode: str) -> float:
-    """Over all prompts of the task, `size` at a time."""
-    limit = min(task.max_new_tokens, MOST_NEW_TOKENS)
+    """Tokens/s over all prompts of the task, `size` at a time."""
+    limit = min(task.max_new_tokens, MAX_NEW_TOKENS)
     prompts = [sample.prompt for sample in task.samples]
     tokens, begin = 0, time.perf_counter()
     for first in range(0, len(prompts), size):
-        some = prompts[first : first + size]
-        answers = model.generate(some, mode=mode, max_new_tokens=limit, stop=task.stop)
-        tokens += sum(made.new_tokens for made in answers)
+        batch = prompts[first : first + size]
+        answers = model.generate(batch, mode=mode, max_new_tokens=limit, stop=task.stop)
+        tokens += sum(answer.new_tokens for answer in answers)
     return tokens / (time.perf_counter() - begin)
 
 
 def verify_curves(
     options: argparse.Namespace, weights: str
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Milliseconds over n positions, for 1 thread and for all that were asked for."""
+    """Yield milliseconds by number of positions, for 1 thread and for --threads."""
     decoder = LayerSkipModel.from_pretrained(options.model, weights=weights).decoder
     for threads in sorted({1, options.threads}):
         torch.set_num_threads(threads)
-        yield threads, verify_cost(decoder, options.rounds, POSITIONS)
+        cache = decoder.new_cache(256)
+        passes = {str(n): partial(ms_of, verify, decoder, cache, n) for n in POSITIONS}
+        yield threads, interleaved(passes, 8 * options.rounds)
     torch.set_num_threads(options.threads)
 
 
 def draw(results: Mapping[str, Mapping[str, Any]], file: Path) -> None:
-    """The three curves of each result side by side; a key of `results` names it in the picture."""
+    """Plot the three curves of each result side by side; the keys of `results` are row titles."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 4.2 * len(results)), layout="constrained")
     grid = figure.subplots(len(results), 3, squeeze=False)
-    for (name, result), (context, verify, batch) in zip(results.items(), grid, strict=True):
+    for (name, result), (context, passes, batch) in zip(results.items(), grid, strict=True):
         points = result["context"]
         context.plot([p["context"] for p in points], [p["tokens_per_s"] for p in points], "o-")
         context.set_xscale("log", base=2)
-        context.set(xlabel="context, tokens", ylabel="tokens/s", title=f"{name} plain, 16 bits")
+        context.set(xlabel="context, tokens", ylabel="tokens/s", title=f"{name} plain, unquantized")
         for number, (weights, by_threads) in enumerate(result["verify_ms"].items()):
             for threads, cost in by_threads.items():
                 style = "--" if threads == "1 thread" else "-"
                 label = f"{weights}, {threads}"
                 ns = [int(n) for n in cost]
-                verify.plot(ns, list(cost.values()), style, color=f"C{number}", label=label)
-        verify.set(xlabel="positions of a pass", ylabel="ms", title="Verification")
+                passes.plot(ns, list(cost.values()), style, color=f"C{number}", label=label)
+        passes.set(xlabel="positions of a pass", ylabel="ms", title="Verification")
         for mode in dict.fromkeys(p["mode"] for p in result["batch"]):
             own = [p for p in result["batch"] if p["mode"] == mode]
             batch.plot(
                 [p["batch"] for p in own], [p["tokens_per_s"] for p in own], "o-", label=mode
             )
         batch.set_xscale("log", base=2)
-        batch.set(xlabel="prompts at once", ylabel="tokens/s of all", title="Batches")
-        verify.legend()
+        batch.set(xlabel="batch size", ylabel="tokens/s of the batch", title="Batches")
+        passes.legend()
         batch.legend()
-        for axes in (context, verify, batch):
+        for axes in (context, passes, batch):
             axes.set_ylim(bottom=0)
     FigureCanvasAgg(figure).print_png(file)
 

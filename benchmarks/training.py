@@ -1,13 +1,11 @@
-"""What the recipe costs: finetuning SmolLM2-135M plainly and with the recipe, on the same batches.
+"""Compare training steps with and without the recipe on the same batches.
 
     LAYERSKIP_DATA=/path/to/data python benchmarks/training.py --output benchmarks/results/training.json
 
-Plain is a transformers Trainer with the model's own loss; the others are LayerSkipTrainer, with the
-same arguments, on the same rows in the same order, and with the same settings of the C library's
-allocator. Every variant runs in a process of its own, so that its peak memory is its own; the
-variants take turns, so that a machine that drifts hurts all alike. The cost of a step is the median
-over the ratios of the same batch in the same round. Where the time goes is what torch.profiler says
-of further steps, in milliseconds of the threads that started the work.
+Plain is a transformers Trainer with the model's own loss; the others are LayerSkipTrainer with the same
+arguments, rows and allocator settings. Each variant runs in its own process, so that its peak memory is
+its own, and the variants are interleaved. `step_over_plain` is the median ratio over equal batches of
+the same round. The time by part is from torch.profiler over further steps.
 """
 
 import argparse
@@ -22,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from engine import deliver, environment, parsed, run
+from common import deliver, environment, parse, run
 from torch.autograd import DeviceType
 from transformers import (
     AutoModelForCausalLM,
@@ -54,20 +52,22 @@ def main() -> None:
     parser.add_argument("--data", default="$LAYERSKIP_DATA/topv2/*_train.tsv*")
     parser.add_argument("--prompt", default="{utterance}\n")
     parser.add_argument("--completion", default="{semantic_parse}")
-    parser.add_argument("--all-labels", action="store_true", help="loss on prompts too")
+    parser.add_argument(
+        "--all-labels", action="store_true", help="compute the loss on prompts as well"
+    )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--variant", choices=RECIPES, help=argparse.SUPPRESS)
-    options = parsed(parser)
+    options = parse(parser)
     if options.variant:
         print(json.dumps(run_variant(options)))
         return
     names, rounds = list(RECIPES), []
     for _ in range(options.rounds):
         rounds.append({name: in_own_process(name) for name in names})
-        names = [*names[1:], names[0]]  # another one begins
+        names = [*names[1:], names[0]]  # rotate the order
     result = {
         "environment": environment(
             "benchmarks/training.py",
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def in_own_process(name: str) -> dict[str, Any]:
-    """Run one variant; everything the process was started with goes on to it."""
+    """Run one variant with the same command line."""
     done = subprocess.run(
         [sys.executable, __file__, *sys.argv[1:], "--variant", name],
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
@@ -98,37 +98,38 @@ def in_own_process(name: str) -> dict[str, Any]:
 
 
 def summary(name: str, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of a variant over all rounds; ratios are to the plain one of the same round."""
-    own = [figures[name] for figures in rounds]
+    """Summarize a variant over all rounds; ratios are relative to plain in the same round."""
+    runs = [figures[name] for figures in rounds]
     ratios = [
         step / plain
         for figures in rounds
         for step, plain in zip(figures[name]["step_s"], figures["plain"]["step_s"], strict=True)
     ]
-    seconds = [step for figures in own for step in figures["step_s"]]
-    tokens = sum(own[0]["tokens"]) * len(own)
+    seconds = [step for figures in runs for step in figures["step_s"]]
+    tokens = sum(runs[0]["tokens"]) * len(runs)
     peaks = [
         figures[name]["peak_memory_bytes"] / figures["plain"]["peak_memory_bytes"]
         for figures in rounds
     ]
     return {
         "variant": name,
-        "exits_of_a_step": own[0]["exits"],
+        "exits_of_a_step": runs[0]["exits"],
         "step_s": statistics.median(seconds),
         "step_over_plain": statistics.median(ratios),
         "step_over_plain_quartiles": statistics.quantiles(ratios, n=4)[::2],
         "tokens_per_s": tokens / sum(seconds),
-        "peak_memory_bytes": statistics.median(f["peak_memory_bytes"] for f in own),
+        "peak_memory_bytes": statistics.median(f["peak_memory_bytes"] for f in runs),
         "peak_memory_over_plain": statistics.median(peaks),
-        "loss": own[0]["loss"],
+        "loss": runs[0]["loss"],
         "where_the_time_goes_ms_a_step": {
-            part: statistics.median(f["parts_ms"][part] for f in own) for part in own[0]["parts_ms"]
+            part: statistics.median(f["parts_ms"][part] for f in runs)
+            for part in runs[0]["parts_ms"]
         },
     }
 
 
 class StepClock(TrainerCallback):
-    """Times optimizer steps, from the first forward pass to the last update; then profiles some."""
+    """Times optimizer steps including the update, then profiles a few more."""
 
     def __init__(self, steps: int) -> None:
         self._timed = range(WARM_UP_STEPS, WARM_UP_STEPS + steps)
@@ -138,7 +139,7 @@ class StepClock(TrainerCallback):
         self.peak_memory_bytes = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock, or after the timed steps the profiler."""
+        """Start the clock, or the profiler after the timed steps."""
         if state.global_step == self._timed.stop:
             self.peak_memory_bytes = peak_memory_bytes(args.device)
             self._profiler.start()
@@ -150,13 +151,13 @@ class StepClock(TrainerCallback):
             self.step_s.append(self._now() - self._start)
 
     def parts_ms(self, vocabulary: int) -> dict[str, float]:
-        """Milliseconds of a profiled step, by what the operations are for."""
+        """Milliseconds of a profiled step by kind of operation."""
         self._profiler.stop()
         parts: dict[str, float] = {}
         on_gpu = torch.cuda.is_available()
         for event in self._profiler.key_averages(group_by_input_shape=True):
-            # A kernel on a GPU is an event of its own too, without shapes: its time is counted with
-            # the operation that started it.
+            # GPU kernels are also events of their own; their time is counted with the operation
+            # that launched them.
             if event.device_type != DeviceType.CPU:
                 continue
             part = part_of(event.key, event.input_shapes, vocabulary)
@@ -173,7 +174,7 @@ class StepClock(TrainerCallback):
 
 
 def part_of(operation: str, shapes: Sequence[Any], vocabulary: int) -> str:
-    """What an operation of a training step is for; operations on logits end in V, weights begin."""
+    """Classify an operation; logits have V as their last dimension, weights as their first."""
     sizes = [shape for shape in shapes if shape and isinstance(shape[0], int)]
     if operation.removeprefix("aten::") in ("mm", "addmm", "bmm", "matmul", "linear", "baddbmm"):
         is_head = any(vocabulary in shape for shape in sizes)

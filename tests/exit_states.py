@@ -1,4 +1,4 @@
-"""Hidden states of a whole text at some exits."""
+"""Helper: hidden states of a whole text at some exits."""
 
 import torch
 
@@ -6,7 +6,7 @@ from layerskip.decoding import iter_exit_hidden_states
 
 
 def exit_states(decoder, token_ids, exits):
-    """Exit -> [1, T, D], before the final norm, in ascending order of exits."""
+    """Return exit -> [1, T, D], before the final norm, in ascending order of exits."""
     parts = {e: [] for e in sorted(set(exits))}
     tokens = torch.tensor([list(token_ids)], device=decoder.device)
     for _, e, hidden in iter_exit_hidden_states(decoder, tokens, exits):

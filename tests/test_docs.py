@@ -1,7 +1,6 @@
 """What the pages say is what the code has."""
 
 import inspect
-import json
 import re
 import shlex
 from pathlib import Path
@@ -12,7 +11,9 @@ import click
 import pytest
 
 from layerskip import Generation, LayerSkipModel
-from layerskip.cli import layerskip_command
+from layerskip.cli import layerskip_command, reference
+from layerskip.cli.config_flags import config_fields
+from layerskip.decoding import DecodingConfig
 from layerskip.training import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -97,29 +98,18 @@ def test_the_presets_are_those_of_the_table():
 def test_every_option_and_field_of_an_answer_is_explained():
     rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
     loading = inspect.signature(LayerSkipModel.from_pretrained).parameters
-    options = inspect.signature(LayerSkipModel.answer).parameters
-    fields = Generation.to_dict(mock.MagicMock())
     expected = [
         *(name for name in loading if name != "name_or_path"),
-        *(name for name in options if name not in ("self", "prompt", "prefix")),
-        *fields,
+        *config_fields(DecodingConfig),
+        *Generation.to_dict(mock.MagicMock()),
     ]
     assert rows == expected
 
 
-def test_every_default_of_an_answer_is_right():
-    text = (ROOT / "docs" / "api.md").read_text()
-    table = text.split("| option | default |")[1].split("\n\n")[0]
-    shown = dict(re.findall(r"^\| `(\w+)` \| (.*?) ?\|", table, re.MULTILINE))
-    for name, parameter in inspect.signature(LayerSkipModel.generate).parameters.items():
-        if name in ("self", "prompt", "prefix"):
-            continue
-        try:
-            default = json.loads(shown[name].strip("`"))
-        except json.JSONDecodeError:  # none, or in words
-            assert parameter.default in (None, ()), name
-        else:
-            assert parameter.default == default, name
+def test_generated_pages_are_up_to_date():
+    """After a change of options: python -m layerskip.cli.reference."""
+    for path, text in reference.pages(ROOT).items():
+        assert path.read_text() == text, path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,8 +1,8 @@
-"""A machine whose times are written down: the scripted decoder moves its own clock."""
+"""A scripted decoder with a scripted clock, which its passes move."""
 
 import scripted
 
-from layerskip.decoding import answer
+from layerskip.decoding import streaming
 from layerskip.tune import costs
 
 
@@ -11,9 +11,9 @@ class TimedDecoder(scripted.ScriptedDecoder):
 
     Args:
         layer: seconds of a layer over one position.
-        row: of a layer, for every further position.
-        context: of a layer, for every settled token.
-        head: of the head, however many positions.
+        row: seconds of a layer for each further position.
+        context: seconds of a layer for each committed token.
+        head: seconds of the head, for any number of positions.
     """
 
     def __init__(self, answer, *, layer=1.0, row=0.0, context=0.0, head=0.5, **script):
@@ -31,6 +31,6 @@ class TimedDecoder(scripted.ScriptedDecoder):
         return super().logits(hidden)
 
     def keep_time(self, monkeypatch):
-        """Make this the clock of everything that is timed."""
-        for module in (costs, answer):
+        """Replace the clock of answers and of measured costs with this one."""
+        for module in (costs, streaming):
             monkeypatch.setattr(module, "device_clock", lambda device: lambda: self.now)

@@ -1,4 +1,4 @@
-"""What is trained here: rows in a file, new models, and runs that go on where they stopped."""
+"""Training rows, new models, and resumable training runs."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from engine import ROOT
+from common import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -46,7 +46,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> Path:
 
 
 def tokens_of(rows: Iterable[Mapping[str, str]], tokenizer: Any, max_length: int) -> int:
-    """How many tokens one pass over the rows is, those cut off left out."""
+    """Count the tokens of one pass over the rows, without truncated tokens."""
     encoding = Encoding(tokenizer=tokenizer, max_length=max_length)
     return sum(min(len(encoding("row", row)["input_ids"]), max_length) for row in rows)
 
@@ -104,7 +104,7 @@ def shown(folder: Path) -> str:
 
 
 def version(model: str) -> str | None:
-    """Which built-in model a name means, which is made anew now and then; None for all others."""
+    """Return the checksum of a built-in model that changes between versions; None for others."""
     known = BUILTIN_MODELS.get(model)
     return known.sha256 if isinstance(known, DerivedModel) else None
 
@@ -141,7 +141,7 @@ def trained(config: TrainConfig, tokens_of_epoch: int, *, again: bool = False) -
 
 
 def told(folder: Path) -> dict[str, Any]:
-    """What the files of a training run say it has learnt; {} where there are none.
+    """Read totals from the files of a training run; {} without files.
 
     The number of tokens is known of runs of these experiments alone.
     """

@@ -1,7 +1,6 @@
-"""What the paper says, and when it counts as seen again here.
+"""Claims of the paper and the criteria by which they count as seen again.
 
-A claim whose rows are not there is not measured; everything else is seen again or not, by a rule. Most
-rules were written before their rows were measured; those that were changed afterwards say so in `rule`.
+Most criteria were written before their rows were measured; the others end in "*".
 """
 
 import json
@@ -17,16 +16,15 @@ PERHAPS = ", perhaps by chance"
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One statement of the paper.
+    """A claim of the paper with its criterion.
 
     Attributes:
-        experiment: whose file it is judged by.
-        paper: the statement, with the paper's figures.
-        rule: when it counts as seen again.
-        judge: the rows of `needs`, in order, to a finding; None where they lack what it needs.
-        needs: variants; () = the judge is given all rows, at least one.
-        spread: what the same training, or measurement, has differed by, as a share: a smaller gap may be
-            chance.
+        experiment: name of the result file.
+        paper: the claim, with the numbers of the paper.
+        rule: the criterion in words.
+        judge: maps the rows of `needs`, in order, to a finding, or None if they lack a value.
+        needs: required variants; () passes all rows.
+        spread: relative difference between repetitions; a smaller gap may be chance.
     """
 
     experiment: str
@@ -37,10 +35,10 @@ class Claim:
     spread: float = 0.0
 
     def finding(self, rows: Sequence[Row]) -> Finding | None:
-        """What its rule says of an experiment's rows; None = not measured.
+        """Apply the criterion to the rows of an experiment; None = not measured.
 
-        Variants that learnt unequal numbers of rows, on other kinds of machines, or were measured on
-        other texts, are not compared.
+        Variants trained on different numbers of rows or kinds of machines, or measured on different
+        texts, are not compared.
         """
         by_variant = {row["variant"]: row for row in rows}
         if not rows or any(name not in by_variant for name in self.needs):
@@ -55,16 +53,16 @@ class Claim:
 
 
 def verdict(finding: Finding | None, spread: float = 0.0) -> str:
-    """In the words of the page."""
+    """Return the verdict shown on the page."""
     if finding is None:
         return NOT_MEASURED
     by_chance = finding.gap is not None and finding.gap < spread
     return (SEEN if finding.holds else NOT_SEEN) + by_chance * PERHAPS
 
 
-# The same variants, trained at another commit on another machine: of the last layer and of exit 6.
+# Relative differences of a second training on another machine: at the last layer and at exit 6.
 _SPREAD, _SPREAD_AT_EXITS = 0.056, 0.147
-# Half of the interval over prompts of the fastest rounds, as a share of their speedup.
+# Half of the bootstrap interval of the fastest setting, relative to its speedup.
 _SPREAD_OF_SPEEDS = 0.087
 
 
@@ -73,14 +71,14 @@ CLAIMS = (
         experiment="pretrain",
         needs=("LD+EE", "baseline"),
         paper="From scratch, the recipe makes early exits more accurate than plain training does",
-        rule="perplexity of LD+EE is below the baseline's at every exit from L/4 to 3L/4",
+        rule="perplexity below the baseline's at every exit from L/4 to 3L/4",
         judge=rules.compared(rules.lower_in_the_middle, "exits"),
     ),
     Claim(
         experiment="pretrain",
         needs=("LD+EE", "baseline"),
         paper="From scratch, the last layer suffers little from the recipe",
-        rule="perplexity of LD+EE at the last layer is at most 2% above the baseline's",
+        rule="last-layer perplexity at most 2% above the baseline's",
         judge=rules.compared(rules.last_at_most, "exits", 1.02),
         spread=_SPREAD,
     ),
@@ -88,7 +86,7 @@ CLAIMS = (
         experiment="pretrain",
         needs=("LD+EE", "LD", "EE"),
         paper="The recipe needs both of its parts: LD+EE against LD and EE alone",
-        rule="perplexity of LD+EE at the middle exit is below that of either part alone",
+        rule="perplexity at the middle exit below that of either part",
         judge=rules.both_parts,
         spread=_SPREAD_AT_EXITS,
     ),
@@ -96,7 +94,7 @@ CLAIMS = (
         experiment="pretrain",
         needs=("LD+EE", "LD+EE uniform over layers"),
         paper="Later layers are dropped more than early ones: D(l) grows exponentially",
-        rule="the last layer's perplexity is at least 1% below that with the same mean rate everywhere",
+        rule="last-layer perplexity at least 1% below that of a uniform rate",
         judge=rules.compared(rules.last_at_most, "exits", 0.99),
         spread=_SPREAD,
     ),
@@ -104,7 +102,7 @@ CLAIMS = (
         experiment="pretrain",
         needs=("LD+EE", "LD+EE constant over steps"),
         paper="From scratch, dropout grows over training: S(t) is exponential",
-        rule="the last layer's perplexity is at least 1% below that with the same mean rate always",
+        rule="last-layer perplexity at least 1% below that of a constant rate",
         judge=rules.compared(rules.last_at_most, "exits", 0.99),
         spread=_SPREAD,
     ),
@@ -112,7 +110,7 @@ CLAIMS = (
         experiment="pretrain",
         needs=("LD+EE", "LD+EE gradual"),
         paper="For pretraining the curriculum is rotational, not gradual",
-        rule="the last layer's perplexity is at least 1% below that with the gradual curriculum",
+        rule="last-layer perplexity at least 1% below that of the gradual curriculum",
         judge=rules.compared(rules.last_at_most, "exits", 0.99),
         spread=_SPREAD,
     ),
@@ -120,7 +118,7 @@ CLAIMS = (
         experiment="pretrain",
         needs=("LD+EE", "LD+EE all exits"),
         paper="A curriculum serves the last layer better than a loss at all exits in all steps",
-        rule="the last layer's perplexity is at least 1% below that with all exits",
+        rule="last-layer perplexity at least 1% below that of all exits",
         judge=rules.compared(rules.last_at_most, "exits", 0.99),
         spread=_SPREAD,
     ),
@@ -128,30 +126,28 @@ CLAIMS = (
         experiment="continual",
         needs=("recipe", "before"),
         paper="Continual pretraining makes a checkpoint's early exits more accurate",
-        rule="WikiText perplexity after is below that before at every exit from L/4 to 3L/4",
+        rule="WikiText perplexity below that before at every exit from L/4 to 3L/4",
         judge=rules.compared(rules.lower_in_the_middle, "text"),
     ),
     Claim(
         experiment="continual",
         needs=("recipe", "before"),
         paper="The last layer of a continually pretrained checkpoint loses little",
-        rule="perplexity of the last layer after is at most 5% above that before, on WikiText and on"
-        " code (changed afterwards: it was WikiText alone)",
+        rule="last-layer perplexity at most 5% above that before, on WikiText and code *",
         judge=lambda after, before: rules.last_of_both_at_most(after, before, 1.05),
     ),
     Claim(
         experiment="continual",
         needs=("recipe", "control"),
         paper="The same, against as much training without the recipe",
-        rule="perplexity of the last layer is at most 5% above that of the control, on WikiText and on"
-        " code (changed afterwards: it was WikiText alone)",
+        rule="last-layer perplexity at most 5% above the control's, on WikiText and code *",
         judge=lambda recipe, control: rules.last_of_both_at_most(recipe, control, 1.05),
     ),
     Claim(
         experiment="domain",
         needs=("recipe",),
         paper="Finetuned on code, self-speculative decoding of HumanEval is 1.82x faster",
-        rule="1.82x or more at some pair (E, d)",
+        rule="1.82x or more at some (E, d)",
         judge=lambda row: rules.best(row["timed"], 1.82),
     ),
     Claim(
@@ -165,7 +161,7 @@ CLAIMS = (
         experiment="domain",
         needs=("before", "control", "recipe"),
         paper="It is the recipe that makes a checkpoint its own drafter",
-        rule="above 1.1x after the finetuning, and nowhere before or without the recipe",
+        rule="above 1.1x after finetuning, and nowhere before or without the recipe",
         judge=rules.only_after,
     ),
     Claim(
@@ -179,8 +175,7 @@ CLAIMS = (
         experiment="task",
         needs=("four exits",),
         paper="The earlier the exit the faster: 1.24x, 1.64x, 2.0x at E = 18, 12, 6 of 24",
-        rule="speedup falls from exit to exit, over three or more that had a loss (changed afterwards:"
-        " it was L/4, L/2 and 3L/4, of the recipe with two exits)",
+        rule="speedup falls from exit to exit, over three or more that had a loss *",
         judge=rules.earlier_is_faster,
     ),
     Claim(
@@ -201,34 +196,32 @@ CLAIMS = (
         experiment="task",
         needs=("four exits",),
         paper="Early exit at E = 18 of 24 is as good as the last layer: 83.3 and 82.9",
-        rule="exact match is at most one point below the last layer's, at the exit with a loss nearest"
-        " to 3L/4 (changed afterwards: it was asked of the recipe with two exits, 4 and 8 of 30)",
+        rule="exact match at most one point below the last layer's, at the trained exit nearest 3L/4 *",
         judge=rules.early_exact_match,
     ),
     Claim(
         experiment="kvq",
-        paper="Reusing the cache saves 5 to 11% of the time a token",
-        rule="5% or more at every measured pair (E, d), with plain decoding's tokens both ways",
+        paper="Reusing the KV cache saves 5 to 11% of the time per token",
+        rule="5% or more at every pair (E, d), with the tokens of plain decoding",
         judge=rules.saved,
     ),
     Claim(
         experiment="speculation",
         paper="Pretrained from scratch, self-speculative decoding is 2.16x faster (CNN/DM)",
-        rule="2.16x or more at some pair (E, d) of a checkpoint trained from scratch, on its own task",
+        rule="2.16x or more at some (E, d) of a checkpoint trained from scratch",
         judge=rules.from_scratch,
     ),
     Claim(
         experiment="speculation",
         paper="Drafts are long: the paper's have 4 to 12 tokens",
-        rule="the fastest d is from 4 to 12 for every checkpoint that gains from drafts (changed"
-        " afterwards: it was every checkpoint)",
+        rule="the fastest d is 4 to 12 for every checkpoint that gains from drafts *",
         judge=rules.long_drafts,
         spread=_SPREAD_OF_SPEEDS,
     ),
     Claim(
         experiment="speculation",
-        paper="Self-speculative decoding gives the whole model's answers",
-        rule="greedy answers are plain decoding's, token for token, in all settings",
+        paper="Self-speculative decoding returns the tokens of the full model",
+        rule="greedy tokens equal those of plain decoding in all settings",
         judge=rules.lossless,
     ),
 )

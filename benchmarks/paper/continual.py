@@ -16,10 +16,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from engine import run
+from common import run
 
 from layerskip import LayerSkipModel
-from layerskip.bench.perplexity import read_text
+from layerskip.data.readers import read_text
 from paper.checkpoints import BRIEF, TINY, new_model
 from paper.corpus import STANDARD_LIBRARY, Corpus, first_words, pieces
 from paper.finetuning import BEFORE, CONTROL, add_options, each_variant, tokenizer_of

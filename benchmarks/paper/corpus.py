@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerskip.bench.perplexity import read_text
+from layerskip.data.readers import read_text
 from layerskip.training import python_functions
 from layerskip.training.python_functions import python_files
 
@@ -56,7 +56,7 @@ class Corpus:
         return cls(tuple(sources), tuple(trained), tuple(held_out))
 
     def describe(self) -> dict[str, Any]:
-        """What a row of results says about it."""
+        """Describe the corpus for a row of results."""
         return {
             "sources": list(self.sources),
             "train_texts": len(self.train),

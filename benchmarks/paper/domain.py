@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine import run
+from common import run
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import load_task

@@ -1,4 +1,4 @@
-"""What the experiments that begin with a pretrained checkpoint have in common."""
+"""Shared parts of the experiments that start from a pretrained checkpoint."""
 
 import argparse
 import random

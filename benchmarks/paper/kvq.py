@@ -1,46 +1,40 @@
-"""One cache for draft and verification (KVQ): what reusing the first E layers saves.
+"""Measure the time saved by reusing the KV cache of the draft (KVQ, section 4.3).
 
     LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.kvq \\
         --model smollm2-135m-layerskip --task topv2 --samples 16 --exits 4,6,8 --draft-tokens 4,8 \\
         --repeats 3
 
-The same rounds on the same checkpoint and prompts, in turns, with verification done in two ways:
+The same rounds on the same checkpoint and prompts, interleaved, with two kinds of verification:
 
-- with reuse, as everywhere in this package: the draft's hidden states and its keys and values stay, and
-  verification runs layers [E, L). The last drafted token, which drafting has no need of, runs through
-  the first E layers on its own.
-- without: the draft is forgotten, and verification runs all L layers over all positions in one pass,
-  writing the first E layers' keys and values again. The last drafted token is not run on its own here.
+- with reuse: the hidden states, keys and values of the draft are kept, and verification runs layers
+  [E, L). The last drafted token passes the first E layers alone.
+- without: verification runs all L layers over all positions in one pass and writes the keys and values
+  of the first E layers again.
 
-Both have to give the tokens of plain decoding. Greedy, one prompt at a time; the prompt's pass is not
-counted.
+Both must return the tokens of plain decoding. Greedy, batch size 1; the prefill is not timed.
 """
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from engine import run
+from common import run
 from torch import Tensor
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import load_task
-from layerskip.decoding import Sampling
-from layerskip.decoding.accept import accept_greedy
-from layerskip.decoding.drafters import Draft, EarlyExitDrafter
-from layerskip.decoding.sampling import next_token
-from layerskip.model import Decoder, KVCache
+from layerskip.model import Decoder
 from layerskip.model.step_timing import device_clock
 from paper.checkpoints import TINY, new_model, shown, told, version, write_rows
 from paper.corpus import STANDARD_LIBRARY, Corpus, functions
 from paper.record import Record, numbers, options_of
 
-GREEDY = Sampling()
 SMOKE = {"samples": 2, "exits": [1, 3], "draft_tokens": [3], "max_new_tokens": 8, "repeats": 1}
-WITH, WITHOUT = "with", "without"
+KINDS = WITH, WITHOUT = "with", "without"
 
 
 def main() -> None:
@@ -75,7 +69,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = options_of("kvq", "What reuse of the cache saves.", argparse.SUPPRESS)
+    parser = options_of("kvq", "Time saved by reuse of the KV cache.", argparse.SUPPRESS)
     parser.add_argument("--model", default="smollm2-135m", help="a trained checkpoint")
     parser.add_argument("--task", default="topv2", help="as for `layerskip bench`")
     parser.add_argument("--samples", type=int, default=40)
@@ -90,60 +84,54 @@ def _options() -> argparse.Namespace:
     return options
 
 
-class RecomputingDrafter(EarlyExitDrafter):
-    """Drafts the same tokens, and leaves nothing for verification to start from."""
-
-    def draft(
-        self, last: Tensor, n: int, cache: KVCache, history: Any, generator: Any
-    ) -> Draft | None:
-        """See `EarlyExitDrafter`, whose own extra pass over the last token gives the last draft here."""
-        if n == 0:
-            return None
-        if n == 1:
-            state = self.decoder.run(self.decoder.embed(last), 0, self.exit_layer, cache)
-            drafted = last[:, :0]
-        else:
-            shorter = super().draft(last, n - 1, cache, history, generator)
-            assert shorter is not None
-            state, drafted = shorter.states[:, -1:], shorter.tokens
-        chosen = next_token(self.decoder, state, self.sampling, generator)
-        tokens = torch.cat([drafted, chosen], dim=1)
-        states = self.decoder.embed(torch.cat([last, tokens], dim=1))
-        return Draft(tokens, None, states, start=0, source=self.source)
-
-
-DRAFTERS = {WITH: EarlyExitDrafter, WITHOUT: RecomputingDrafter}
-
-
 @torch.inference_mode()
-def answer(
+def decode(
     decoder: Decoder,
-    drafter: EarlyExitDrafter,
     prompt: Sequence[int],
+    exit_layer: int,
     draft_tokens: int,
     new_tokens: int,
+    *,
+    reuse: bool,
 ) -> tuple[list[int], float]:
-    """The rounds of section 4.3, written out: the new tokens, and seconds after the first of them."""
+    """Decode greedily in rounds; return the new tokens and the seconds after the first of them."""
     clock = device_clock(decoder.device)
-    layers = len(decoder.layers)
+    num_layers = len(decoder.layers)
     cache = decoder.new_cache(len(prompt) + new_tokens)
+
+    def run_layers(hidden: Tensor, start: int, stop: int, position: int) -> Tensor:
+        cache.lengths.fill_(position)
+        return decoder.run(hidden, start, stop, cache)
+
     ids = torch.tensor([list(prompt)], device=decoder.device)
-    hidden = decoder.run(decoder.embed(ids), 0, layers, cache)
-    cache.lengths += ids.shape[1]
+    hidden = run_layers(decoder.embed(ids), 0, num_layers, 0)
     last = decoder.logits(hidden[:, -1:]).argmax(dim=-1)
-    tokens = [int(last)]
+    tokens, position = [int(last)], len(prompt)
     begin = clock()
     while len(tokens) < new_tokens:
-        n = min(draft_tokens, new_tokens - len(tokens) - 1)
-        draft = drafter.draft(last, n, cache, None, None)
-        drafted = last[:, :0] if draft is None else draft.tokens
-        states, start = (decoder.embed(last), 0) if draft is None else (draft.states, draft.start)
-        hidden = decoder.run(states, start, layers, cache)
-        accepted, following = accept_greedy(drafted, decoder.choose(hidden))
-        last = following[:, None]
-        count = int(accepted)
-        tokens += [*drafted[0, :count].tolist(), int(last)]
-        cache.lengths += count + 1
+        # 1. Draft
+        draft, states = [last], []
+        for i in range(min(draft_tokens, new_tokens - len(tokens) - 1)):
+            states.append(run_layers(decoder.embed(draft[-1]), 0, exit_layer, position + i))
+            draft.append(decoder.logits(states[-1]).argmax(dim=-1))
+        # 2. Verify
+        if reuse:
+            embedded = decoder.embed(draft[-1])
+            states.append(run_layers(embedded, 0, exit_layer, position + len(states)))
+            hidden = run_layers(torch.cat(states, dim=1), exit_layer, num_layers, position)
+        else:
+            hidden = run_layers(decoder.embed(torch.cat(draft, dim=1)), 0, num_layers, position)
+        # 3. Accept
+        target = decoder.logits(hidden).argmax(dim=-1)[0].tolist()
+        drafted = torch.cat(draft, dim=1)[0, 1:].tolist()
+        equal = itertools.takewhile(
+            lambda pair: pair[0] == pair[1], zip(drafted, target, strict=False)
+        )
+        accepted = len(list(equal))
+        tokens += target[: accepted + 1]
+        # 4. Roll back the cache
+        position += accepted + 1
+        last = torch.tensor([[tokens[-1]]], device=decoder.device)
     return tokens, clock() - begin
 
 
@@ -155,27 +143,29 @@ def compared(
     new_tokens: int,
     repeats: int,
 ) -> dict[str, Any]:
-    """Both ways on all prompts, in turns; figures are over the repetitions' sums."""
+    """Measure both kinds of verification, interleaved, over all prompts."""
     decoder = model.decoder
-    drafters = {name: kind(decoder, exit_layer, GREEDY) for name, kind in DRAFTERS.items()}
-    wanted = [
+
+    def timed(kind: str, ids: Sequence[int], n: int) -> tuple[list[int], float]:
+        return decode(decoder, ids, exit_layer, draft_tokens, n, reuse=kind == WITH)
+
+    plain = [
         model.generate(ids, mode="plain", max_new_tokens=new_tokens, ignore_eos=True).token_ids
         for ids in prompts
     ]
-    same = dict.fromkeys(drafters, 0)
-    ms: dict[str, list[float]] = {name: [] for name in drafters}
-    for drafter in drafters.values():  # warm-up
-        answer(decoder, drafter, prompts[0], draft_tokens, min(new_tokens, 16))
-    for turn in range(repeats):
-        seconds = dict.fromkeys(drafters, 0.0)
-        for at, (ids, plain) in enumerate(zip(prompts, wanted, strict=True)):
-            order = list(drafters)[:: 1 if (turn + at) % 2 else -1]
-            for name in order:
-                made, took = answer(decoder, drafters[name], ids, draft_tokens, new_tokens)
-                seconds[name] += took
-                same[name] += made == plain
-        for name, took in seconds.items():
-            ms[name].append(1e3 * took / (len(prompts) * (new_tokens - 1)))
+    same = dict.fromkeys(KINDS, 0)
+    ms: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for kind in KINDS:  # warm-up
+        timed(kind, prompts[0], min(new_tokens, 16))
+    for repeat in range(repeats):
+        seconds = dict.fromkeys(KINDS, 0.0)
+        for i, (ids, expected) in enumerate(zip(prompts, plain, strict=True)):
+            for kind in KINDS[:: 1 if (repeat + i) % 2 else -1]:
+                tokens, elapsed = timed(kind, ids, new_tokens)
+                seconds[kind] += elapsed
+                same[kind] += tokens == expected
+        for kind, elapsed in seconds.items():
+            ms[kind].append(1e3 * elapsed / (len(prompts) * (new_tokens - 1)))
     medians = {name: statistics.median(values) for name, values in ms.items()}
     return {
         "exit_layer": exit_layer,
@@ -184,7 +174,7 @@ def compared(
         "new_tokens": new_tokens,
         "ms_per_token": medians,
         "ms_per_token_of_repeats": ms,
-        "identical_to_plain": {n: same[n] / (len(prompts) * repeats) for n in drafters},
+        "identical_to_plain": {n: same[n] / (len(prompts) * repeats) for n in KINDS},
     }
 
 

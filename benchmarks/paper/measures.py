@@ -1,4 +1,4 @@
-"""What is measured of a checkpoint: its exits on a text, and what it is worth as its own drafter."""
+"""Measurements of a checkpoint: perplexity of its exits, acceptance and speed of its drafts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,11 +14,11 @@ def exits_of(
     model: LayerSkipModel, text: str, window: int, exits: Sequence[int] | None = None
 ) -> list[dict[str, Any]]:
     """Perplexity, bits per byte and token accuracy of exits (None: all) on a text."""
-    wanted = exits or range(1, len(model.decoder.layers) + 1)
-    found = perplexity(model, text, wanted, window=window, stride=window)
+    exits = exits or range(1, len(model.decoder.layers) + 1)
+    results = perplexity(model, text, exits, window=window, stride=window)
     return [
-        {"exit_layer": e} | {name: metric.to_dict()["value"] for name, metric in figures.items()}
-        for e, figures in found.items()
+        {"exit_layer": e} | {name: metric.to_dict()["value"] for name, metric in metrics.items()}
+        for e, metrics in results.items()
     ]
 
 
@@ -33,7 +33,7 @@ def drafting(
     max_new_tokens: int,
     repeats: int = 1,
 ) -> dict[str, Any]:
-    """How well exits draft on a task's prompts, and how fast that is.
+    """Measure acceptance and speed of drafts on the prompts of a task.
 
     Args:
         model: the checkpoint.
@@ -76,19 +76,19 @@ def answers(
     model: LayerSkipModel, task: Task, exits: Sequence[int], max_new_tokens: int
 ) -> list[Continuation]:
     """Plain greedy answers of 2 tokens or more, and what the exits would have said along them."""
-    found = []
+    continuations = []
     for sample in task.samples:
         prompt = model.tokenize(sample.prompt)
         if len(prompt) + max_new_tokens > model.decoder.architecture.max_context:
             continue
-        made = model.generate(prompt, mode="plain", max_new_tokens=max_new_tokens, stop=task.stop)
-        if made.new_tokens > 1:
-            found.append(
-                read_agreement(model.decoder, prompt, made.token_ids, exits, max_new_tokens)
+        output = model.generate(prompt, mode="plain", max_new_tokens=max_new_tokens, stop=task.stop)
+        if output.new_tokens > 1:
+            continuations.append(
+                read_agreement(model.decoder, prompt, output.token_ids, exits, max_new_tokens)
             )
-    if not found:
+    if not continuations:
         raise ValueError(f"no prompt of {task.name} was answered with more than one token")
-    return found
+    return continuations
 
 
 def _exit(

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine import run
+from common import run
 
 from layerskip import LayerSkipModel
 from layerskip.training import TrainConfig

@@ -1,4 +1,4 @@
-"""The file of an experiment: one row a variant, written as soon as it is measured."""
+"""The result file of an experiment: one row per variant, written when it is measured."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import ROOT, environment, write
+from common import ROOT, environment, write
 
 RESULTS = ROOT / "benchmarks" / "results" / "paper"
 # What does not decide what a row is, or is said in the row itself.
@@ -77,7 +77,7 @@ class Record:
             self.document = self.document if other else old
 
     def lacks(self, variant: str) -> bool:
-        """Whether a variant is still to be measured."""
+        """Return True if a variant has not been measured."""
         if self.options.again and variant not in self._fresh:
             return True
         return variant not in {row["variant"] for row in self.document["rows"]}

@@ -11,9 +11,9 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Finding:
-    """What a rule found: whether it holds, and the figures it looked at.
+    """Result of a criterion, with the figures that it compared.
 
-    `gap`: how far apart the two figures were that decided, as a share; None = that is not known.
+    `gap`: relative difference of the two deciding figures; None = unknown.
     """
 
     holds: bool
@@ -35,12 +35,12 @@ def _nearest(values: Mapping[int, Any], layer: float) -> int:
 
 
 def lower_in_the_middle(some: Sequence[Row], others: Sequence[Row]) -> Finding:
-    """Whether all exits from L/4 to 3L/4 have a lower perplexity."""
+    """Check that all exits from L/4 to 3L/4 have a lower perplexity."""
     ours, theirs = perplexities(some), perplexities(others)
     layers = max(ours)
     middle = [e for e in ours if layers / 4 <= e <= 3 * layers / 4]
     at = _nearest(ours, layers / 2)
-    figures = f"perplexity at E = {at} of {layers}: {ours[at]:.1f} against {theirs[at]:.1f}"
+    figures = f"E = {at} of {layers}: {ours[at]:.1f} against {theirs[at]:.1f}"
     return Finding(all(ours[e] < theirs[e] for e in middle), figures)
 
 
@@ -48,7 +48,7 @@ def last_at_most(some: Sequence[Row], others: Sequence[Row], factor: float) -> F
     ours, theirs = perplexities(some), perplexities(others)
     last = max(ours)
     ratio = ours[last] / theirs[last]
-    figures = f"last layer: {ours[last]:.2f} against {theirs[last]:.2f} ({ratio - 1:+.1%})"
+    figures = f"{ours[last]:.2f} against {theirs[last]:.2f} ({ratio - 1:+.1%})"
     return Finding(ratio <= factor, figures, abs(ratio - 1))
 
 
@@ -63,12 +63,12 @@ def both_parts(both: Row, dropout: Row, loss: Row) -> Finding:
     values = [perplexities(row["exits"]) for row in (both, dropout, loss)]
     at = _nearest(values[0], max(values[0]) / 2)
     ours, *alone = (exits[at] for exits in values)
-    figures = f"perplexity at E = {at}: LD+EE {ours:.1f}, LD {alone[0]:.1f}, EE {alone[1]:.1f}"
+    figures = f"E = {at}: LD+EE {ours:.1f}, LD {alone[0]:.1f}, EE {alone[1]:.1f}"
     return Finding(ours < min(alone), figures, abs(min(alone) / ours - 1))
 
 
 def best(rows: Sequence[Row], at_least: float) -> Finding:
-    """Whether self-speculative decoding gets so fast at some (E, d)."""
+    """Check that self-speculative decoding reaches a speedup at some (E, d)."""
     row = max(rows, key=_speedup)
     low, high = row["speedup_interval"] or (0.0, 0.0)
     figures = (
@@ -182,7 +182,7 @@ def _fastest(row: Row, lengths: range) -> Row:
 def lossless(*rows: Row) -> Finding:
     shares = [one["identical_to_plain"] for row in rows for one in row["timed"]]
     more = "" if min(shares) == 1 else " or more"
-    figures = f"{min(shares):.1%}{more} of the answers, {len(shares)} settings"
+    figures = f"{min(shares):.1%}{more} of the outputs, {len(shares)} settings"
     return Finding(min(shares) == 1, figures)
 
 

@@ -16,7 +16,7 @@ task `held-out` are functions of the standard library's held-out files, to be co
 import argparse
 from pathlib import Path
 
-from engine import run
+from common import run
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import load_task

@@ -7,8 +7,8 @@
 
 Training is that of examples/topv2.yaml (`recipe`), the same with more exits (`four exits`) or without
 the recipe (`control`), or with the paper's settings (`paper`, of examples/task.yaml); a checkpoint that
-is there already can be named instead. Exact match, agreement and acceptance are those of
-benchmarks/topv2.py.
+is there already can be named instead. Agreement and acceptance are measured as in
+benchmarks/checkpoint.py.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from engine import run
-from topv2 import answer, exact_match, trained_with_recipe
+from checkpoint import acceptance_by_exit, greedy_answers
+from common import run
 
 from layerskip import LayerSkipModel
 from layerskip.bench.bench import BenchConfig, bench
@@ -112,9 +112,14 @@ def _measured(
     model: LayerSkipModel, source: str, variant: str, options: argparse.Namespace
 ) -> dict[str, Any]:
     task = load_task("topv2", samples=options.rows)
+    answers = greedy_answers(model, task, mode="plain")
+    quality = task.quality([answer.text for answer in answers])
     if variant == "control":
-        return {"exact_match": exact_match(task, answer(model, task, mode="plain"))}
-    found = trained_with_recipe(model, task, options.exits, options.draft_tokens)
+        return quality
+    exits = acceptance_by_exit(model, task, answers, options.exits, options.draft_tokens)
+    for row in exits:
+        early = greedy_answers(model, task, mode="early-exit", exit_layer=row["exit_layer"])
+        row |= task.quality([answer.text for answer in early])
     config = BenchConfig(
         modes=("self-speculative",),
         exit_layers=options.timed_exits,
@@ -127,7 +132,8 @@ def _measured(
     )
     rows = [{name: row[name] for name in kept} for row in timed["rows"][1:]]
     plain = {"tokens_per_s": timed["rows"][0]["tokens_per_s"]}
-    return {"draft_tokens": options.draft_tokens, **found, "plain": plain, "timed": rows}
+    measured = {"draft_tokens": options.draft_tokens, **quality, "exits": exits}
+    return {**measured, "plain": plain, "timed": rows}
 
 
 def _config(variant: str, options: argparse.Namespace) -> TrainConfig:

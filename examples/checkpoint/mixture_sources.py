@@ -1,4 +1,4 @@
-"""Where rows of the mixture come from: each data set's licence, and how its rows become ours.
+"""Sources of the mixture: the licence of each data set, and the conversion of its rows.
 
 Rows to train on have `prompt` and `completion`, or `messages`, or `text`; rows held back have `prompt`
 and `reference`. Prompts and completions are tokenized apart and put together, so a prompt ends where the
@@ -40,19 +40,19 @@ class Source:
 
 
 def opening(row: dict[str, Any]) -> str:
-    """How a row begins; of rows that begin alike, none is trained on while another is held back."""
+    """Return the beginning of a row; rows with equal beginnings stay on one side of the split."""
     text = row.get("prompt") or row.get("text") or row["messages"][0]["content"]
     return str(text[:OPENING])
 
 
 def is_held_out(key: str) -> bool:
-    """Whether rows of this key are held back: one key in twenty, the same ones everywhere."""
+    """Return True for one key in twenty, whose rows are held out."""
     digest = hashlib.sha256(key.encode()).digest()
     return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
 
 
 def fits(row: dict[str, Any], characters: int = MOST_CHARACTERS) -> bool:
-    """Whether a row with prompt and completion is short enough."""
+    """Return True if a row with prompt and completion is short enough."""
     return len(row["prompt"]) + len(row["completion"]) <= characters
 
 

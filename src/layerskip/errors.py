@@ -1,13 +1,13 @@
-"""What stops a training run."""
+"""Errors and warnings of training runs."""
 
 
 class NonFiniteLossError(ValueError):
-    """The loss became infinite or not a number; no step was taken with it."""
+    """The loss is NaN or infinite; the optimizer did not use it."""
 
 
 class UnwrittenCheckpointError(OSError):
-    """A checkpoint could not be written; those before it are untouched."""
+    """A checkpoint or result could not be written; earlier checkpoints are untouched."""
 
 
 class TrainingWarning(UserWarning):
-    """A run does something else than was probably meant."""
+    """A run differs from what its settings seem to intend."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Reads and writes files: JSON, hashes, atomic replacement, links out of a folder."""
 
 import contextlib
 import hashlib
@@ -12,22 +12,31 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-_OBEYED = re.compile(r"[\x7f-\x9f]")  # control characters that JSON leaves as they are
+_CONTROL_CHARS = re.compile(r"[\x7f-\x9f]")  # those that JSON does not escape
+_CHUNK_BYTES = 1 << 20
 
 
 class CheckpointError(ValueError):
-    """Files that are missing, damaged or do not fit together; the message says which and what to do."""
+    """Files are missing, damaged or inconsistent; the message says which and what to do."""
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON; everything that is wrong with it is a ValueError, too deep nesting included."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: the file cannot be read or is no JSON object.
+        CheckpointError: the file cannot be read or holds no JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # the last: nested too deeply
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object")
@@ -35,12 +44,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def json_text(value: Any, *, ascii_only: bool = False) -> str:
-    """Indented JSON: NaN and infinity become null, and control characters \\u escapes.
+    """Format indented JSON; NaN and Inf become null, control characters become \\u escapes.
 
     JSON has no such numbers, and a terminal would obey such characters.
     """
     text = json.dumps(_finite(value), indent=2, ensure_ascii=ascii_only, allow_nan=False) + "\n"
-    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _CONTROL_CHARS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _finite(value: Any) -> Any:
@@ -52,65 +61,65 @@ def _finite(value: Any) -> Any:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """A JSON object into a file, in lines for people to read."""
+    """Write a JSON object, indented."""
     path.write_text(json_text(value), encoding="utf-8")
 
 
-_BYTES_AT_A_TIME = 1 << 20
-
-
 def sha256_of(paths: Iterable[Path]) -> str:
-    """The sha256 of files, read one after the other as if they were one; in hexadecimal digits."""
+    """Return the hexadecimal sha256 of the concatenated files."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
-            while block := file.read(_BYTES_AT_A_TIME):
+            while block := file.read(_CHUNK_BYTES):
                 digest.update(block)
     return digest.hexdigest()
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file so that it appears whole or not at all: beside it first, then renamed.
+    """Write a file atomically: to a temporary file beside it, which is then renamed.
 
-    A link goes on pointing to its file, and what is no ordinary file, a pipe or a device, is written to.
-    Who may read a file that was there may read the new one, and nobody else.
+    A link keeps pointing to its file (see `check_within`), a pipe or device is written to directly,
+    and the permissions of an existing file are kept.
     """
     if path.exists() and not path.is_file():
         path.write_bytes(content)
         return
     path = path.resolve()
-    beside = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     is_new = not path.exists()
     try:
-        beside.touch(mode=0o666 if is_new else 0o600, exist_ok=False)
-        beside.write_bytes(content)
-        if not is_new:  # last, since the old file may be one that is only read
-            shutil.copymode(path, beside)
-        flush(beside)
-        os.replace(beside, path)
+        temporary.touch(mode=0o666 if is_new else 0o600, exist_ok=False)
+        temporary.write_bytes(content)
+        if not is_new:  # last, since the existing file may be read-only
+            shutil.copymode(path, temporary)
+        flush(temporary)
+        os.replace(temporary, path)
     except OSError as error:
-        if error.errno is not None:  # a full disk would name no file, and others the one beside
+        if error.errno is not None:  # a full disk names no file, other errors the temporary one
             error.filename = str(path)
         raise
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def replace_json(path: Path, value: dict[str, Any]) -> None:
-    """The same with a JSON object, in lines for people to read."""
+    """Write a JSON object atomically, indented."""
     replace(path, json_text(value).encode())
 
 
 def check_within(path: Path, within: Path | None = None, *, is_read: bool = False) -> None:
     """Refuse a link out of its folder: whoever made the folder would choose what is read or replaced.
 
+    To be called before a file of a foreign folder is copied into a result, and before a file with a
+    fixed name in a folder is replaced.
+
     Args:
         path: of the file.
-        within: that folder where it is not the one that the file lies in.
-        is_read: whether it is going to be read and not replaced, so that it may be other folders', too.
+        within: the folder, if it is not the file's parent.
+        is_read: the file is only read, so that it may also lie in the hub's shared blobs.
 
     Raises:
-        CheckpointError: it is one.
+        CheckpointError: the file lies elsewhere.
     """
     folder, real = (within or path.parent).resolve(), path.resolve()
     allowed = [folder]
@@ -125,17 +134,34 @@ def check_within(path: Path, within: Path | None = None, *, is_read: bool = Fals
         raise CheckpointError(f"{path} is a link to {real}, outside of its folder: it is refused")
 
 
+def check_links(folder: Path) -> None:
+    """Refuse a folder in which a settings or tokenizer file is a link out of it (see `check_within`).
+
+    Weights may be links: they are large, and are not copied as files.
+    """
+    for pattern in (
+        "*.json",
+        "*.jinja",
+        "*.txt",
+        "*.model",
+        "additional_chat_templates",
+        "*/*.jinja",
+    ):
+        for path in folder.glob(pattern):
+            check_within(path, folder, is_read=True)
+
+
 def flush(path: Path) -> None:
-    """See that a file, or all files of a folder, are on the disk, before they get their final name."""
+    """Flush a file, or all files of a folder, to the disk, before it gets its final name."""
     for inside in path.rglob("*") if path.is_dir() else [path]:
-        if inside.is_file() and os.name != "nt":  # which flushes no file that was opened to be read
+        if inside.is_file() and os.name != "nt":  # Windows cannot flush a file opened for reading
             with inside.open("rb") as file:
                 os.fsync(file.fileno())
 
 
 def share_weights(folder: Path) -> None:
-    """Let those who read a folder's JSON read its safetensors, which are made for their owner alone."""
+    """Give a folder's safetensors, which are created private, the permissions of its JSON files."""
     for weights in folder.rglob("*.safetensors"):
-        for beside in sorted(weights.parent.glob("*.json"))[:1]:
-            with contextlib.suppress(OSError):  # some file systems have no rights to give
-                shutil.copymode(beside, weights)
+        for sibling in sorted(weights.parent.glob("*.json"))[:1]:
+            with contextlib.suppress(OSError):  # some file systems have no permissions
+                shutil.copymode(sibling, weights)

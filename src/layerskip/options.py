@@ -65,7 +65,7 @@ def check_options(config: Any) -> None:
     """
     for name, (field, description) in options_of(config).items():
         value = getattr(config, name)
-        if value is None:
+        if value is None and field.type not in (bool, float, int, str):
             continue
         is_list = typing.get_origin(field.type) is tuple
         convert = _converter(typing.get_args(field.type)[0] if is_list else field.type)

@@ -1,4 +1,4 @@
-"""Folders that layerskip keeps files in."""
+"""The folder of fetched models and compiled kernels."""
 
 import os
 from pathlib import Path
@@ -9,15 +9,13 @@ CACHE_VARIABLE = "LAYERSKIP_CACHE"
 
 
 def cache_folder() -> Path:
-    """Return the folder of fetched models and compiled kernels.
-
-    `LAYERSKIP_CACHE`, else the platform's cache folder.
+    """Return `LAYERSKIP_CACHE`, else the platform's cache folder for layerskip.
 
     Raises:
-        OSError: there is neither, since nobody knows a home of this user.
+        OSError: neither is defined, because this user has no home folder.
     """
-    set_by_user = os.environ.get(CACHE_VARIABLE)
+    configured = os.environ.get(CACHE_VARIABLE)
     try:
-        return Path(set_by_user or platformdirs.user_cache_dir("layerskip")).expanduser()
+        return Path(configured or platformdirs.user_cache_dir("layerskip")).expanduser()
     except RuntimeError:
         raise OSError(f"this user has no home: set {CACHE_VARIABLE} to a folder") from None

@@ -1,6 +1,5 @@
 """Perplexity against counts by hand: a model that finds every token equally likely, and formulas."""
 
-import lzma
 import math
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from layerskip import LayerSkipModel
 from layerskip.bench import perplexity as module
-from layerskip.bench.perplexity import perplexity, read_text, windows
+from layerskip.bench.perplexity import perplexity, windows
 from layerskip.bench.quality import Score
 
 TEXT = "To be, or not to be: that is the question."
@@ -88,41 +87,6 @@ def test_window_is_held_to_the_context_and_bad_strides_are_refused(model):
         perplexity(model, TEXT, [1], window=10_000, stride=513)
     with pytest.raises(ValueError, match="no token to predict"):
         perplexity(model, "", [1])
-
-
-def test_texts_are_read_and_cut_after_words(tmp_path, monkeypatch):
-    (tmp_path / "wikitext2").mkdir()
-    with lzma.open(tmp_path / "wikitext2" / "test.txt.xz", "wt") as file:
-        file.write(" = Title = \n \n some words\n")
-    monkeypatch.setenv("LAYERSKIP_DATA", str(tmp_path))
-    assert read_text("wikitext2") == " = Title = \n \n some words\n"
-    assert read_text("wikitext2", max_words=4) == " = Title = \n \n some"
-    monkeypatch.setenv("HOME", str(tmp_path.parent))
-    monkeypatch.setenv("LAYERSKIP_DATA", f"~/{tmp_path.name}")
-    assert read_text("wikitext2") == " = Title = \n \n some words\n"
-    with pytest.raises(ValueError, match=r"no\.txt cannot be read"):
-        read_text(str(tmp_path / "no.txt"))
-
-
-def test_wikitext_of_the_hub_is_the_same_text(monkeypatch):
-    """Its rows have nothing in the place of a line with a space alone."""
-    monkeypatch.delenv("LAYERSKIP_DATA", raising=False)
-    rows = [("", {"text": text}) for text in ("", " = Title = \n", "", " some words\n")]
-    monkeypatch.setattr("layerskip.bench.perplexity.read_rows", lambda *names: rows)
-    assert read_text("wikitext2") == " \n = Title = \n \n some words\n"
-
-
-def test_missing_wikitext_says_how_to_get_it(monkeypatch):
-    def offline(*_):
-        raise ValueError("no network")
-        yield
-
-    monkeypatch.delenv("LAYERSKIP_DATA", raising=False)
-    monkeypatch.setattr(module, "read_rows", offline)
-    with pytest.raises(
-        ValueError, match=r"set LAYERSKIP_DATA to a folder with wikitext2/test\.txt"
-    ):
-        read_text("wikitext2")
 
 
 def test_no_tokenizer_no_perplexity(model):

@@ -50,7 +50,6 @@ def answers(model):
 @pytest.fixture
 def measured(model, answers, tmp_path, monkeypatch):
     """Two tasks: one whose references are the model's own answers, one of the catalogue."""
-    monkeypatch.setattr(checkpoint, "EXITS", (1, 3, 8))
     held_out = tmp_path / "held-out"
     held_out.mkdir()
     rows = [{"prompt": p, "reference": a} for p, a in zip(PROMPTS, answers, strict=True)]
@@ -74,6 +73,9 @@ def measured(model, answers, tmp_path, monkeypatch):
             words=100,
             text=str(tmp_path / "text.txt"),
             dtype="float32",
+            weights="16bit",
+            exits=(1, 3, 8),
+            early_exit=False,
         )
     )
 
@@ -131,7 +133,7 @@ def test_the_card_names_all_runs_that_made_a_checkpoint(measured, tmp_path):
     write_run(first, p_max=0.25, data=str(first / "rows.jsonl"))
     (first / "average.json").write_text('{"base": "smollm2-135m", "share": 0.75}')
     write_run(second, model=str(first), data=str(second / "rows.jsonl"))
-    measured["checkpoint"]["training"] = checkpoint.training_of(second)
+    measured["checkpoint"]["training"] = checkpoint.training_record(second)
     text = card(json.loads(json.dumps(measured)), trained_on="2 cores")
     assert "SmolLM2-135M-Instruct, Apache-2.0" in text
     parts = ("run 1 of 2", "p_max: 0.25", "run 2 of 2", f"model: {json.dumps(str(first))}")

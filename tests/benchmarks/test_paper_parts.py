@@ -1,16 +1,12 @@
-"""Text for the paper's experiments, and verification without reuse of the cache."""
+"""Corpora of the paper's experiments, and verification without reuse of the KV cache."""
 
 import ast
-import functools
 
 import paper.kvq
 import pytest
-import torch
 from paper.corpus import Corpus, first_words, functions, pieces
 
 from layerskip import LayerSkipModel
-from layerskip.decoding.drafters import EarlyExitDrafter
-from layerskip.model import Decoder
 
 SOURCE = '''
 import os
@@ -98,8 +94,6 @@ def layers_run(monkeypatch, decoder):
         return run(hidden, start, stop, cache)
 
     monkeypatch.setattr(decoder, "run", counted)
-    # The kernels' step is a pass too, which they do not ask `run` for.
-    monkeypatch.setattr(decoder, "draft", functools.partial(Decoder.draft, decoder))
     return calls
 
 
@@ -111,23 +105,10 @@ def layers_run(monkeypatch, decoder):
     ],
 )
 def test_layers_of_a_round(model, monkeypatch, way, passes):
-    drafter = paper.kvq.DRAFTERS[way](model.decoder, 2, paper.kvq.GREEDY)
     calls = layers_run(monkeypatch, model.decoder)
-    paper.kvq.answer(model.decoder, drafter, [5, 6, 7], 3, 6)
+    paper.kvq.decode(model.decoder, [5, 6, 7], 2, 3, 6, reuse=way == paper.kvq.WITH)
     assert calls[0] == (0, 4, 3)
     assert calls[1 : 1 + len(passes)] == passes
-
-
-def test_both_ways_draft_the_same(model):
-    drafts = []
-    for kind in (EarlyExitDrafter, paper.kvq.RecomputingDrafter):
-        cache = model.decoder.new_cache(8)
-        drafter = kind(model.decoder, 2, paper.kvq.GREEDY)
-        with torch.inference_mode():
-            drafts.append(drafter.draft(torch.tensor([[7]]), 4, cache, None, None))
-    assert torch.equal(drafts[0].tokens, drafts[1].tokens)
-    assert [draft.start for draft in drafts] == [2, 0]
-    assert drafts[1].states.shape == drafts[0].states.shape
 
 
 @pytest.mark.parametrize("exit_layer", [1, 2, 4])

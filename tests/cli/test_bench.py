@@ -306,7 +306,7 @@ def test_answers_that_cannot_be_judged_are_kept_and_it_is_said(run, prompts, tmp
         raise RuntimeError("no judge today")
 
     monkeypatch.setattr(Task, "quality", fails)
-    said = "could not judge the answers (RuntimeError: no judge today)"
+    said = "could not score the answers (RuntimeError: no judge today)"
     document = what_a_failure_leaves(run, prompts, tmp_path, said)
     assert document["not_scored"] == "RuntimeError: no judge today"
     assert not document["interrupted"]

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from layerskip import LayerSkipModel
-from layerskip.cli import chat, show
-from layerskip.decoding import Prefix
+from layerskip.cli import chat
+from layerskip.decoding import PrefixCache
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_turn(talk):
 
 
 def test_variables_of_the_template(talk, monkeypatch):
-    for variables, words in (("{", "no JSON"), ("[1]", "has no names")):
+    for variables, words in (("{", "not JSON"), ("[1]", "is not an object")):
         status, _, err = talk(["ab"], "--chat-template-kwargs", variables)
         assert (status, words in err) == (2, True)
     seen, tokenize = [], LayerSkipModel.tokenize
@@ -81,14 +81,14 @@ def test_every_turn_draws_apart(talk, monkeypatch):
 
     @functools.wraps(answer)
     def seen(self, *arguments, **options):
-        seeds.append(options["seed"])
+        seeds.append(arguments[1].seed)
         prefixes.add(options["prefix"])
         return answer(self, *arguments, **options)
 
     monkeypatch.setattr(LayerSkipModel, "answer", seen)
     talk(["ab", "/reset", "ab"], "--temperature", 1, "--seed", 7, "--json")
     (prefix,) = prefixes  # what the turns share is computed once
-    assert isinstance(prefix, Prefix)
+    assert isinstance(prefix, PrefixCache)
     talk(["ab"], "--json")
     assert seeds == [7, 8, None]
 
@@ -98,11 +98,11 @@ def test_answers_stream_and_go_to_a_file(talk, tmp_path):
     status, out, err = talk(["ab"], "--output", output, "--stats")
     assert status == 0
     assert out == json.loads(output.read_text())[0]["text"] + "\n"
-    assert "self-speculative · " in err  # by n-grams
+    assert "n-gram (d=12) · " in err
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(talk, monkeypatch):
-    real = show.show_pieces
+    real = chat.show_pieces
     calls = []
 
     def interrupted_once(pieces, **options):
@@ -112,7 +112,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talk, monkeypatch):
             raise KeyboardInterrupt
         real(pieces, **options)
 
-    monkeypatch.setattr(show, "show_pieces", interrupted_once)
+    monkeypatch.setattr(chat, "show_pieces", interrupted_once)
     status, out, err = talk(["ab", "cd"])
     assert status == 0
     assert len(calls) == 2

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from layerskip import LayerSkipModel
 from layerskip.cli import demo as demo_tasks
-from layerskip.cli import demo as demo_view
+from layerskip.cli import demo_view
 from layerskip.cli.demo import TASKS
 
 SHORT = ("--max-new-tokens", 8)

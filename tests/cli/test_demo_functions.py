@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from layerskip.cli import demo as demo_functions
+from layerskip.cli import demo_train as demo_functions
 from layerskip.training.python_functions import standard_library
 
 SOURCE = (
@@ -58,7 +58,7 @@ def found(tmp_path):
     (tmp_path / "latin.py").write_bytes(b"# \xe9\xff\n")
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "c.py").write_text('def f():\n    """A."""\n    return "a long text"\n')
-    return {one.prompt.split("(")[0]: one for one in demo_functions.read(tmp_path)}
+    return {one.prompt.split("(")[0]: one for one in demo_functions.read_functions(tmp_path)}
 
 
 def test_short_functions_with_docstring_and_body(found):
@@ -90,4 +90,4 @@ def test_nothing_held_out_comes_from_a_file_that_is_trained_on():
 
 
 def test_this_python_has_such_functions():
-    assert len(demo_functions.read(standard_library() / "email")) > 10
+    assert len(demo_functions.read_functions(standard_library() / "email")) > 10

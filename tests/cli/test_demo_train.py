@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from layerskip import LayerSkipModel
-from layerskip.cli import demo as demo_train
+from layerskip.cli import demo_train
 from layerskip.training import python_functions
 
 pytestmark = pytest.mark.filterwarnings(
@@ -110,7 +110,7 @@ def test_a_result_stays_whatever_happens_behind_it(demo, tmp_path, monkeypatch):
 
 
 def test_a_gguf_file_is_refused_first(demo, tmp_path, monkeypatch):
-    monkeypatch.delattr(demo_train, "_look")
+    monkeypatch.delattr(demo_train, "_evaluate")
     status, out, err = demo("--model", tmp_path / "m.gguf")
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert "GGUF files cannot be trained" in err
@@ -119,7 +119,7 @@ def test_a_gguf_file_is_refused_first(demo, tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_said_first(demo, tmp_path, monkeypatch):
     (tmp_path / "runs").write_text("a file")
-    monkeypatch.delattr(demo_train, "_look")
+    monkeypatch.delattr(demo_train, "_evaluate")
     status, out, err = demo()
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert str(tmp_path / "runs" / "demo") in err
@@ -138,7 +138,7 @@ def test_what_is_missing_is_said_before_anything_else(demo, tmp_path, monkeypatc
 
 
 def test_several_gpus_are_refused_first(demo, tmp_path, monkeypatch):
-    monkeypatch.delattr(demo_train, "_look")
+    monkeypatch.delattr(demo_train, "_evaluate")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     status, out, err = demo("--device", "cuda:1")
     assert (status, out, err.count("\n")) == (1, "", 1)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from layerskip.decoding import LayerSkipModel
-from layerskip.decoding.draft_text import Datastore
+from layerskip.decoding.datastore import Datastore
 from layerskip.model.checkpoint import DRAFT_TEXT_FILE
 
 
@@ -80,9 +80,23 @@ def test_what_cannot_be_indexed_is_said(index, tmp_path):
         ((tmp_path / "a.safetensors", "--data", text), 2, "whose name ends in .table"),
         ((tmp_path / "no" / "a.table", "--data", text), 2, "does not exist"),
         ((tmp_path / "a.table", "--data", tmp_path / "b.txt"), 1, "there is no file"),
-        ((tmp_path / "a.table", "--data", text), 1, "give more of it"),
+        ((tmp_path / "a.table", "--data", text), 1, "is too short for n-grams"),
     ):
         found, out, err = index(*arguments)
         assert (found, out) == (status, "")
         assert message in err
         assert not (tmp_path / "a.table").exists()
+
+
+def test_a_link_out_of_the_folder_is_not_followed(index, folder, tmp_path):
+    target, text = tmp_path / "target", tmp_path / "text.txt"
+    target.write_text("mine")
+    text.write_text("abcd " * 9)
+    own = shutil.copytree(folder, tmp_path / "own")
+    (own / DRAFT_TEXT_FILE).symlink_to(target)
+    (own / "a.table").symlink_to(target)
+    for path in (own, own / "a.table"):
+        status, out, err = index(path, "--data", text)
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert "outside of its folder" in err
+    assert target.read_text() == "mine"

@@ -155,8 +155,8 @@ def test_agreement_over_a_file_of_prompts(run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "status", "words"),
     [
-        (("--layers", "5-3"), 2, "no list of layers"),
-        (("--layers", "x"), 2, "no list of layers"),
+        (("--layers", "5-3"), 2, "is not a list of layers"),
+        (("--layers", "x"), 2, "is not a list of layers"),
         (("--layers", "9"), 1, "this model has 1 to 4"),
         (("--positions", "0-3"), 2, "neither 'all' nor positions"),
         (("--positions", "50-60"), 1, "positions 50 to 60 are not there"),

@@ -2,8 +2,7 @@ import io
 
 import pytest
 
-from layerskip.cli.config_flags import waiting
-from layerskip.cli.output import bars, track
+from layerskip.cli.output import bars, track, waiting
 
 TERMINAL_OR_NOT = pytest.mark.parametrize("is_terminal", [True, False])
 

@@ -2,12 +2,11 @@
 
 import io
 import json
-import re
 
 import pytest
 
 from layerskip.cli.train import TrainProgress
-from layerskip.training import LayerSkipTrainer, Progress, TrainConfig
+from layerskip.training import LayerSkipTrainer, Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -138,12 +137,6 @@ def test_flags_go_before_yaml(train, tmp_path):
     assert "4 steps, exit layer 2" in out
     used = json.loads((tmp_path / "out" / "train.json").read_text())
     assert (used["p_max"], used["fixed_exits"]) == (0.2, [2])
-
-
-def test_every_setting_has_a_flag_of_its_name(program):
-    _, out, _ = program("train", "--help")
-    flags = set(re.findall(r"--[a-z-]+", out))
-    assert {f"--{name.replace('_', '-')}" for name in TrainConfig.settings()} <= flags
 
 
 def test_ctrl_c_names_the_checkpoint_to_go_on_from(train, raise_at, tmp_path):

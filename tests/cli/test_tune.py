@@ -1,5 +1,7 @@
 """`layerskip tune`: what it writes, prints and refuses."""
 
+import dataclasses
+import importlib
 import json
 import shutil
 
@@ -8,9 +10,9 @@ import pytest
 from layerskip import LayerSkipModel, cli
 from layerskip.cli import tune as tune_command
 from layerskip.data.readers import PROMPTS
-from layerskip.tune import tune as effort_module
-from layerskip.tune import tune as run_module
-from layerskip.tune.tune import choose_auto
+from layerskip.tune.tune import TuneConfig, choose_auto
+
+run_module = importlib.import_module("layerskip.tune.tune")  # `layerskip.tune.tune` is a function
 
 FEW = ("--samples", 3, "--max-new-tokens", 8, "--max-draft-tokens", 2, "--exit-layers", "1-2")
 
@@ -80,7 +82,7 @@ def test_answers_are_kept_as_a_draft_text_only_where_that_is_asked_for(tune, own
     model = LayerSkipModel.from_pretrained(own, dtype="float32")
     text = model.settings.draft_text
     assert text
-    assert model.answer("abc").plan.draft_text == text
+    assert model.answer("abc").config.datastore == text
     assert tune("--keep-draft-text")[0] == 0  # what is there stays in front
     assert LayerSkipModel.from_pretrained(own).settings.draft_text[: len(text)] == text
 
@@ -103,7 +105,7 @@ def test_a_dry_run_writes_nothing(tune, own, monkeypatch):
     before = {path: path.read_bytes() for path in own.iterdir()}
     status, out, err = tune("--dry-run", "--keep-draft-text")
     assert status == 0
-    assert "--keep-draft-text has no effect: nothing is written into a checkpoint" in err
+    assert "--keep-datastore has no effect: nothing is written into a checkpoint" in err
     assert (
         "Nothing was written (--dry-run). As flags: --mode self-speculative --exit-layer"
         in " ".join(out.split())
@@ -141,18 +143,14 @@ def test_a_grid_runs_every_pair_of_the_prompts_of_a_seed(tune, tmp_path):
     assert agreements[0] == agreements[1] != agreements[2]
 
 
-def test_quantized_weights_are_on_record(tune):
-    status, out, _ = tune("--weights", "int8", "--dry-run", "--json")
-    assert status == 0
-    assert json.loads(out)["environment"]["weights"] == "int8"
-
-
 def test_a_gguf_file_gets_its_settings_as_flags(tune, own, tmp_path, monkeypatch):
     """No GGUF file is needed to see it: what is loaded is the folder, what is named is a file."""
     monkeypatch.setattr(run_module, "choose", always(1.5))
-    real = tune_command.options.load_model
+    real = tune_command.config_flags.load_model
     monkeypatch.setattr(
-        tune_command.options, "load_model", lambda flags: real({**flags, "model": str(own)})
+        tune_command.config_flags,
+        "load_model",
+        lambda flags: real(dataclasses.replace(flags, model=str(own))),
     )
     before = settings_of(own)
     status, out, err = tune(model=tmp_path / "model.gguf")
@@ -165,23 +163,23 @@ def test_a_gguf_file_gets_its_settings_as_flags(tune, own, tmp_path, monkeypatch
 
 
 def test_how_long_it_takes_is_told_before(tune, own, monkeypatch):
-    tried = effort_module._plain_step_s(LayerSkipModel.from_pretrained(own), ["", "abc"])
+    tried = run_module._plain_step_s(LayerSkipModel.from_pretrained(own), ["", "abc"])
     assert tried > 0
-    monkeypatch.setattr(effort_module, "_plain_step_s", lambda model, prompts: 30.0)
-    monkeypatch.setattr(effort_module, "FEW_EXITS", 1)
+    monkeypatch.setattr(run_module, "_plain_step_s", lambda model, prompts: 30.0)
+    monkeypatch.setattr(run_module, "FEW_EXITS", 1)
     status, _, err = tune("--dry-run")
     assert status == 0
     assert "a plain step takes 30000 ms here, tuning about " in err
     assert "exits" not in err
     asked = []
 
-    def stopped(model, prompts, *, exits, sweeps, **_):
-        asked.append((exits, sweeps))
+    def stopped(model, prompts, config, **_):
+        asked.append((config.exit_layers, config.sweeps))
         raise ValueError("seen")
 
     monkeypatch.setattr(tune_command, "tune", stopped)
     cli.run(["tune", "--model", str(own), "--dry-run"])
-    assert asked == [([1], effort_module.FEW_SWEEPS)]
+    assert asked == [((1,), run_module.FEW_SWEEPS)]
 
 
 def test_where_n_grams_gain_auto_drafts_from_them_alone(tune, own, monkeypatch):
@@ -212,17 +210,19 @@ def test_the_file_is_written_before_anything_is_printed(tune, tmp_path, monkeypa
 
 def test_the_seed_draws_from_our_own_prompts_too(folder):
     model = LayerSkipModel.from_pretrained(folder, dtype="float32")
-    drawn = [tune_command._prompts(model, None, 5, seed)[0] for seed in (0, 0, 1)]
+    drawn = [
+        tune_command._prompts(model, TuneConfig(samples=5, seed=seed))[0] for seed in (0, 0, 1)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
-    assert len(tune_command._prompts(model, None, 500, 0)[0]) == len(PROMPTS)
+    assert len(tune_command._prompts(model, TuneConfig(samples=500))[0]) == len(PROMPTS)
 
 
 @pytest.mark.parametrize(
     ("flags", "status", "words"),
     [
         (("--exit-layers", "4"), 1, "exit layers for drafting are 1 to 3 in this model"),
-        (("--exit-layers", "2-x"), 2, "an example: 4,8,10-12"),
-        (("--exit-layers", "3-1"), 2, "an example: 4,8,10-12"),
+        (("--exit-layers", "2-x"), 2, "is not a list such as 4,8,10-12"),
+        (("--exit-layers", "3-1"), 2, "is not a list such as 4,8,10-12"),
         (("--data", "no-such-task"), 1, "no file and no task"),
         (("--samples", "1"), 2, "--samples"),
         (("--output", "/no/such/folder/x.json"), 2, "does not exist"),

@@ -1,4 +1,4 @@
-"""A decoder whose answer is written down, and a byte-level tokenizer."""
+"""A decoder with a scripted answer, and a byte-level tokenizer."""
 
 import copy
 from pathlib import Path
@@ -20,9 +20,9 @@ class ScriptedDecoder:
     """Stands in for `Decoder`: the whole model gives `answer`, fewer layers err at `misses`.
 
     Args:
-        answer: tokens after the prompt, over and over.
-        misses: indices into what is answered where an early exit says something else.
-        prompt_tokens: how long the prompt is going to be.
+        answer: tokens after the prompt, repeated without end.
+        misses: indices of answer tokens for which an early exit proposes another token.
+        prompt_tokens: length of the prompt.
     """
 
     device, dtype, weights = torch.device("cpu"), torch.float32, "16bit"
@@ -58,7 +58,7 @@ class ScriptedDecoder:
         return torch.zeros(*tokens.shape, 2)
 
     def run(self, hidden, start, stop, cache):
-        """Hidden states say where they are and how many layers have run."""
+        """Return hidden states that hold their position and the number of layers run."""
         positions = cache.lengths[:, None] + torch.arange(hidden.shape[1])
         assert positions.max() < cache.capacity
         return torch.stack([positions, torch.full_like(positions, stop)], dim=-1).float()
@@ -67,22 +67,18 @@ class ScriptedDecoder:
         rows = [[self._next(int(at), int(depth)) for at, depth in row] for row in hidden]
         return functional.one_hot(torch.tensor(rows), self.architecture.vocab_size) * 9.0
 
-    def with_short_head(self, token_ids):
-        short, whole = copy.copy(self), self.logits
-        short.logits = lambda hidden: whole(hidden)[..., token_ids]
-        return short
+    def with_reduced_head(self, token_ids):
+        reduced, whole = copy.copy(self), self.logits
+        reduced.logits = lambda hidden: whole(hidden)[..., token_ids]
+        return reduced
 
-    def beside(self, other):
-        both, mine = copy.copy(self), self.logits
-        both.logits = lambda hidden: torch.cat([mine(hidden), other.logits(hidden)], dim=-1)
+    def concat_heads(self, other):
+        both, first = copy.copy(self), self.logits
+        both.logits = lambda hidden: torch.cat([first(hidden), other.logits(hidden)], dim=-1)
         return both
 
-    choose = Decoder.choose
-    distributions = Decoder.distributions
-    step = Decoder.step
-    verify = Decoder.verify
-    draft = Decoder.draft
-    choose_with_probability = Decoder.choose_with_probability
+    greedy_tokens = Decoder.greedy_tokens
+    greedy_step = Decoder.greedy_step
 
     def _next(self, position, n_layers):
         index = position - self.prompt_tokens + 1
@@ -96,7 +92,7 @@ WORDS = ("hello", "Ġworld", "ab", "bc")
 
 
 def byte_tokenizer():
-    """Tokens 0-255 are single bytes in code order of their symbols; then two ends, then `WORDS`."""
+    """Return a tokenizer of 256 bytes (in order of their symbols), two end tokens and `WORDS`."""
     vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     vocabulary |= {"<end>": END, "<other end>": OTHER_END}
     vocabulary |= {word: 258 + i for i, word in enumerate(WORDS)}
@@ -115,7 +111,7 @@ TOKENIZER = byte_tokenizer()
 
 
 def encode(text):
-    """Single bytes, whatever the text."""
+    """Return the bytes of a text as tokens."""
     return TOKENIZER.encode(text)
 
 
@@ -124,7 +120,7 @@ def words(*names):
 
 
 def scripted_model(answer, *, tokenizer=TOKENIZER, end_tokens=(END,), settings=None, **script):
-    """A `LayerSkipModel` around a `ScriptedDecoder`."""
+    """Return a `LayerSkipModel` around a `ScriptedDecoder`."""
     return LayerSkipModel(
         Checkpoint(
             path=Path(),

@@ -1,7 +1,8 @@
-"""Tiny random decoders whose early exits agree with the last layer now and then, but not always."""
+"""Tiny random decoders whose early exits often, but not always, agree with the last layer."""
 
 import dataclasses
 import functools
+import re
 import tempfile
 from pathlib import Path
 
@@ -9,57 +10,61 @@ import torch
 
 import tiny_models
 from layerskip import LayerSkipModel
-from layerskip.decoding import Plan, Sampling, generate
-from layerskip.decoding.draft_costs import DraftCosts
-from layerskip.model import Checkpoint, CheckpointSettings, load
+from layerskip.decoding import DecodingConfig, generate
+from layerskip.decoding.controller import DraftCosts
+from layerskip.model import Checkpoint, CheckpointSettings, StepCosts, load
 
 LAYERS = tiny_models.LAYERS
 FAMILIES = ("llama2", "llama3.1", "smollm2", "mistral", "qwen2", "qwen2-sliding", "qwen3")
-GREEDY = Sampling()
+# Drafts and rows cost next to nothing, so that even a tiny model's vague drafts are kept.
+FREE = StepCosts(
+    dtype="float32",
+    weights="16bit",
+    device="cpu",
+    kernels="pytorch",
+    exit_layer=1,
+    draft_step=1e-3,
+    draft_tokens_scored=1,
+    head=1e-3,
+    passes=(1.0, 1.001),
+    overhead=0.0,
+)
 
 
 @functools.cache
-def tiny_decoder(case, upper=0.3, weights="16bit", **changes):
-    """A case of `tiny_models.CASES` in float32.
+def tiny_decoder(case, upper=0.3, weights="16bit", compiled=False, **changes):
+    """Return a decoder of a case of `tiny_models.CASES`, in float32.
 
     Args:
         case: its name.
-        upper: what layers 1 ... L-1 add is scaled by this, so that every exit is near the last one.
-        weights: how they are kept.
+        upper: factor on what layers 1 ... L-1 add, so that every exit is near the last one.
+        weights: a key of `quantize.WEIGHTS`.
+        compiled: run in the compiled kernels.
         changes: to the transformers config.
     """
+    model = tiny_models.build(case, **changes)
+    _scale_upper_layers(model, upper)
     with tempfile.TemporaryDirectory() as folder:
-        tiny_models.build(case, **changes).save_pretrained(folder)
-        decoder = load(Path(folder), dtype=torch.float32, weights=weights).decoder
-    decoder.layers = [
-        layer if i == 0 else _scaled(layer, upper) for i, layer in enumerate(decoder.layers)
-    ]
-    return decoder
+        model.save_pretrained(folder)
+        options = {"dtype": torch.float32, "weights": weights, "compiled": compiled}
+        return load(Path(folder), **options).decoder
 
 
-class _Scaled:
-    """A product or a norm whose result is multiplied by a factor."""
-
-    def __init__(self, part, factor):
-        self.part, self.factor, self.weight_bytes = part, factor, 0
-
-    def __call__(self, x, residual=None):
-        y = self.part(x) * self.factor
-        return y if residual is None else y + residual
-
-
-def _scaled(layer, factor):
-    """A copy of a layer that adds `factor` times as much."""
-    last = {
-        "attention_out": "attention_post_norm" if layer.attention_post_norm else "attention_out",
-        "mlp": "mlp_post_norm" if layer.mlp_post_norm else "mlp",
-    }
-    parts = {name: _Scaled(getattr(layer, name), factor) for name in last.values()}
-    return dataclasses.replace(layer, **parts)
+def _scale_upper_layers(model, factor):
+    """Scale the last product or norm of attention and MLP in all layers but the first."""
+    parameters = dict(model.named_parameters())
+    has_post_norms = any("post_feedforward_layernorm" in name for name in parameters)
+    last = r"post_(attention|feedforward)_layernorm" if has_post_norms else r"(o|down)_proj|dense"
+    for name, parameter in parameters.items():
+        layer = re.search(rf"layers\.(\d+)\..*\b(?:{last})(?:_4h_to_h)?\b", name)
+        if layer and int(layer[1]):
+            # Gemma's norms multiply with 1 + weight.
+            offset = 1.0 if model.config.model_type.startswith("gemma") else 0.0
+            parameter.data.add_(offset).mul_(factor).sub_(offset)
 
 
 def model_of(decoder, **settings):
-    """A `LayerSkipModel` around a decoder, which has no files and no tokenizer."""
+    """Return a `LayerSkipModel` around a decoder, without files or tokenizer."""
     return LayerSkipModel(
         Checkpoint(
             path=None, decoder=decoder, tokenizer=None, settings=CheckpointSettings(**settings)
@@ -67,13 +72,13 @@ def model_of(decoder, **settings):
     )
 
 
-def counted(monkeypatch):
-    """The contexts that costs of drafting are made for from now on."""
-    contexts, made = [], DraftCosts.of
+def record_contexts(monkeypatch):
+    """Return the list of contexts that costs of drafting are computed for from now on."""
+    contexts, original = [], DraftCosts.of
 
-    def of(cls, *given):
-        contexts.append(given[4])
-        return made(*given)
+    def of(cls, *args):
+        contexts.append(args[4])
+        return original(*args)
 
     monkeypatch.setattr(DraftCosts, "of", classmethod(of))
     return contexts
@@ -84,28 +89,36 @@ def random_prompt(decoder, length, seed=0):
     return torch.randint(decoder.architecture.vocab_size, (length,), generator=generator).tolist()
 
 
-def speculative(exit_layer, draft_tokens, **more):
-    return Plan(mode="self-speculative", exit_layer=exit_layer, draft_tokens=draft_tokens, **more)
+def speculative(exit_layer, draft_tokens, **options):
+    """Return a resolved config of self-speculative decoding."""
+    options = {"draft_from": "early-exit", "adaptive": False, **options}
+    return DecodingConfig(
+        mode="self-speculative", exit_layer=exit_layer, draft_tokens=draft_tokens, **options
+    )
 
 
-PLAIN = Plan(mode="plain")
+PLAIN = DecodingConfig(mode="plain")
+NGRAMS = speculative(None, 5, draft_from="n-gram")
 ALL_DRAFTS = speculative(
     exit_layer=2,
     draft_tokens=6,
     draft_from="both",
     adaptive=True,
     draft_vocabulary=tuple(range(60)),
-    trained=True,
 )
 
 
-def steps(decoder, prompt, plan, n=24, sampling=GREEDY, **options):
-    """All steps of one generation."""
-    options = {"max_new_tokens": n, "sampling": sampling, **options}
-    return list(generate(decoder, prompt, plan=plan, **options))
+def steps(decoder, prompt, config, n=24, *, eos_token_ids=(), measured=None, **options):
+    """Return all steps of one generation; options replace those of the config."""
+    config = dataclasses.replace(config, max_new_tokens=n, **options)
+    return list(generate(decoder, prompt, config, eos_token_ids=eos_token_ids, measured=measured))
 
 
-def ids(decoder, prompt, plan, n=24, sampling=GREEDY, **options):
-    """The new token ids of one generation."""
-    made = steps(decoder, prompt, plan, n, sampling, **options)
-    return [token for step in made for token in step.tokens]
+def tokens_of(steps):
+    """Return the tokens of some steps."""
+    return [token for step in steps for token in step.tokens]
+
+
+def ids(decoder, prompt, config, n=24, **options):
+    """Return the new token ids of one generation; see `steps`."""
+    return tokens_of(steps(decoder, prompt, config, n, **options))

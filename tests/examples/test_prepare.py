@@ -107,7 +107,7 @@ def small_sources(tmp_path, monkeypatch):
 
 
 def whole_opening(row):
-    """How a row's text begins, as prompt and completion or as one text."""
+    """Return the beginning of a row's text, as prompt and completion or as one text."""
     return whole_text(row)[:OPENING]
 
 

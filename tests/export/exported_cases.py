@@ -1,10 +1,16 @@
-"""Which of `tiny_models.CASES` are exported, and which of them to GGUF."""
+"""Cases of `tiny_models.CASES` that are exported: one for each mechanism."""
 
-from layerskip.export import source
-from tiny_models import CASES
-
-EXPORTED = [case for case, (kind, _) in CASES.items() if kind in source.FAMILIES]
+WRITTEN = [  # to GGUF too
+    "llama2",
+    "llama3.2",  # tied head, scaled rotary embedding
+    "llama-linear",
+    "llama-biases",
+    "llama-mqa",
+    "llama-narrow-heads",
+    "mistral",
+    "mistral-unlimited",
+    "qwen2-tied",
+    "qwen3",
+]
 MIXED = ["qwen2-sliding", "qwen3-sliding"]  # windows that differ between layers
-WRITTEN = [
-    case for case in EXPORTED if case not in (*MIXED, "llama-yarn")
-]  # its magnitude has no field
+EXPORTED = [*WRITTEN, *MIXED, "llama-yarn"]

@@ -15,7 +15,7 @@ import tiny_models
 from layerskip import cli
 from layerskip.decoding import LayerSkipModel
 from layerskip.export import calibrate, open_source, to_gguf, to_hf
-from layerskip.export.calibrate import compensated
+from layerskip.export.calibrate import gptq
 from layerskip.model import load
 from layerskip.model.checkpoint import RoundingWarning
 from layerskip.model.quantize import quantize
@@ -38,7 +38,7 @@ def weight():
 
 def test_outputs_change_less_than_by_nearest_rounding(weight):
     x = inputs(128)
-    made = compensated(weight, x.T @ x)
+    made = gptq(weight, x.T @ x)
 
     def error(rounded):
         unseen = x[::2] + x[1::2]
@@ -52,7 +52,7 @@ def test_rounding_again_gives_back_the_same_numbers(weight):
     weight[1] = 0.0
     x = inputs(128)
     x[:, 5] = 0  # an input that is always zero
-    made = compensated(weight, x.T @ x)
+    made = gptq(weight, x.T @ x)
     assert made.isfinite().all()
     torch.testing.assert_close(quantize(made, 4).dequantize(), made, rtol=0, atol=1e-8)
     again = quantize(quantize(made, 4).dequantize(), 4)
@@ -60,7 +60,7 @@ def test_rounding_again_gives_back_the_same_numbers(weight):
 
 
 def test_without_correlation_it_is_nearest_rounding(weight):
-    made = compensated(weight, torch.eye(128))
+    made = gptq(weight, torch.eye(128))
     torch.testing.assert_close(made, quantize(weight, 4).dequantize(), rtol=0, atol=1e-7)
 
 
@@ -216,9 +216,7 @@ def test_loading_says_what_is_not_known_or_is_much(folder, tmp_path):
     ("kind", "kinds", "is_doubted"),
     [
         ("Q4_1", {}, False),
-        ("Q4_0", {"blk.1.ffn_down.weight": "Q4_1", "token_embd.weight": "Q8_0"}, False),
         ("Q4_1", {"blk.1.ffn_down.weight": "Q8_0"}, True),
-        ("F16", {}, True),
     ],
 )
 def test_of_gguf_files_those_are_doubted_that_are_rounded(tmp_path, kind, kinds, is_doubted):

@@ -30,8 +30,8 @@ def test_what_is_there_is_kept_unless_told(export, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [place.name]
 
 
-def test_an_interruption_leaves_nothing(export, tmp_path):
-    write, _ = export
+def test_an_interruption_leaves_what_was_there(export, tmp_path):
+    write, place = export
 
     def interrupt(done, total):
         if done == total // 2:
@@ -40,17 +40,9 @@ def test_an_interruption_leaves_nothing(export, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(progress=interrupt)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interruption_keeps_what_was_there(export, tmp_path):
-    write, place = export
     write()
     files = place.rglob("*") if place.is_dir() else [place]
     before = {file: file.read_bytes() for file in files}
-
-    def interrupt(done, total):
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         write(progress=interrupt, overwrite=True)
     assert {file: file.read_bytes() for file in before} == before

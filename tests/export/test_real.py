@@ -6,7 +6,6 @@ from llama_server import Llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exit_states import exit_states
-from layerskip import LayerSkipModel
 from layerskip.export import open_source, to_gguf, to_hf
 from layerskip.model import load
 
@@ -15,12 +14,7 @@ pytestmark = pytest.mark.real
 PROMPTS = [
     "Once upon a time, in a small village by the sea,",
     "def fibonacci(n):\n",
-    "The three largest rivers of Europe are",
     "In 1868  the railway reached 25 towns, and",
-    "Ingredients: 200g flour, 3 eggs,",
-    "Q: What is the capital of France?\nA:",
-    "Dear Sir or Madam,\n\nI am writing to",
-    "import numpy as np\n\ndef mean(values):",
     "Die Hauptstadt von Deutschland ist",
     "1, 2, 4, 8, 16,",
 ]
@@ -54,9 +48,8 @@ def exported(smollm2_folder, tmp_path):
     return export
 
 
-@pytest.mark.parametrize("weights", ["f32", "f16"])
-def test_llama_cpp_gives_the_same_greedy_text(weights, exported, answers):
-    model = Llama(exported(weights), n_ctx=256)
+def test_llama_cpp_gives_the_same_greedy_text(exported, answers):
+    model = Llama(exported("f32"), n_ctx=256)
     for prompt, (ids, answer) in zip(PROMPTS, answers, strict=True):
         assert model.tokenize(prompt) == ids
         tokens, _ = model.generate(ids, NEW_TOKENS)
@@ -71,7 +64,7 @@ def test_llama_cpp_drafts_with_an_exported_draft(exported, answers):
         assert n_drafted
 
 
-@pytest.mark.parametrize("weights", [None, "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("weights", ["bf16", "q8_0", "q4_0"])
 def test_llama_cpp_reads_every_kind_as_we_do(weights, exported):
     path = exported(weights)
     ours = load(path, dtype=torch.float32)
@@ -112,13 +105,3 @@ def test_transformers_gives_the_same_greedy_text_with_and_without_the_draft(
                 eos_token_id=None,
             )
             assert out[0, len(ids) :].tolist() == answer
-
-
-def test_our_own_loader_answers_the_same_from_either(smollm2_folder, answers, tmp_path):
-    to_hf(open_source(smollm2_folder), tmp_path / "hf")
-    to_gguf(open_source(tmp_path / "hf"), tmp_path / "m.gguf", weights="f32")
-    model = LayerSkipModel.from_pretrained(tmp_path / "m.gguf", dtype="float32")
-    for prompt, (ids, answer) in zip(PROMPTS[:2], answers, strict=False):
-        assert model.tokenize(prompt) == ids
-        found = model.generate(ids, mode="plain", max_new_tokens=NEW_TOKENS, ignore_eos=True)
-        assert found.token_ids == answer

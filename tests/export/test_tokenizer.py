@@ -51,14 +51,6 @@ def test_words_that_are_tokens_are_merged_or_not_as_before(ignore_merges, name, 
     again_as_before(tmp_path / "m.gguf", wrapped)
 
 
-def test_whole_words_that_llama_cpp_would_merge_are_refused(tmp_path):
-    checkpoint(tmp_path, whole_words(PLAIN_BYTES))
-    with pytest.raises(
-        UnsupportedModelError, match=r"leaves words that are tokens, llama\.cpp's gpt-2"
-    ):
-        to_gguf(open_source(tmp_path), tmp_path / "m.gguf")
-
-
 def again_as_before(file, wrapped, texts=TEXTS):
     """What is read out of the file, which lies alone, gives the tokens of what was written."""
     assert [path.name for path in file.parent.iterdir() if path.is_file()] == [file.name]
@@ -177,15 +169,6 @@ def test_a_checkpoint_without_a_tokenizer_goes_without(saved, tmp_path):
     assert loaded.settings.end_tokens == (2,)
 
 
-def test_an_unknown_way_to_split_is_refused(tmp_path):
-    checkpoint(tmp_path, byte_level(split(r"\w+|\W+")))
-    with pytest.raises(
-        UnsupportedModelError, match="named llama-bpe, qwen2, tekken, smollm, gpt-2"
-    ):
-        to_gguf(open_source(tmp_path), tmp_path / "m.gguf")
-    assert not (tmp_path / "m.gguf").exists()
-
-
 def _lowercase(tokenizer):
     tokenizer.normalizer = normalizers.Lowercase()
 
@@ -205,6 +188,8 @@ def _without_bytes(tokenizer):
         (sentencepiece(prefix=True), _lowercase, "normalizer has a step Lowercase"),
         (sentencepiece(prefix=False), _by_digits, "pre_tokenizer has a step Digits"),
         (byte_level(SPLITS["qwen2"]), _without_bytes, "splits a text has no known name"),
+        (byte_level(split(r"\w+|\W+")), lambda _: None, "named llama-bpe, qwen2, tekken, smollm"),
+        (whole_words(PLAIN_BYTES), lambda _: None, r"leaves words that are tokens, llama\.cpp's"),
     ],
 )
 def test_what_gguf_cannot_say_is_refused(tokenizer, change, message, tmp_path):
@@ -254,5 +239,5 @@ def test_more_tokens_than_rows_are_refused(tmp_path):
 def test_a_continuation_looked_at_stands_behind_its_prompt_without_a_space():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=sentencepiece(prefix=True))
     ids = tokenizer.encode("in 18")
-    behind = lens._behind(tokenizer, "in 18", ids, "68")
+    behind = lens._continuation_ids(tokenizer, "in 18", ids, "68")
     assert tokenizer.decode([*ids, *behind], skip_special_tokens=True).endswith("in 1868")

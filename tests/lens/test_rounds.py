@@ -6,8 +6,7 @@ import pytest
 from reports import scripted_report
 from scripted import END, scripted_model
 
-from layerskip.lens import Round
-from layerskip.lens import lens as rounds
+from layerskip.lens import Round, rounds
 
 
 def test_rounds_of_a_known_pattern():
@@ -38,7 +37,8 @@ def test_an_end_inside_a_draft_leaves_no_own_token():
 def test_who_drafted(from_exit, names):
     report = scripted_report(range(10, 18), draft_tokens=3)
     (step,) = (step for step in report.generation.steps if step.drafted == 3)
-    steps = [dataclasses.replace(step, from_exit=from_exit)]
+    sources = ("early-exit",) * from_exit + ("n-gram",) * (3 - from_exit)
+    steps = [dataclasses.replace(step, sources=sources)]
     changed = dataclasses.replace(report.generation, steps=steps)
     assert dataclasses.replace(report, generation=changed).drafters == names
 

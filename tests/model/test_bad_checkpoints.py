@@ -1,4 +1,4 @@
-"""What cannot be loaded is refused with one line that names it."""
+"""Checkpoints that cannot be loaded are refused, with one line that names the reason."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from layerskip.fileio import check_links
 from layerskip.model import CheckpointError, UnsupportedModelError, families, load
-from layerskip.model.checkpoint import SettingsWarning
+from layerskip.model.checkpoint import SettingsWarning, check_folder, open_files
+from layerskip.model.weights import check_finite
 from tiny_models import COSTS, build, reference
 
 
 def refuse(path, error, *words):
-    """Loading fails with this kind of error, in one line that has all these words."""
+    """Loading fails with this class of error, in one line that has all these words."""
     with pytest.raises(error) as caught:
         load(path, dtype=torch.float32)
     message = str(caught.value)
@@ -50,27 +52,23 @@ def test_missing_shard(tmp_path):
     refuse(tmp_path, CheckpointError, shard.name, "missing")
 
 
-@pytest.mark.parametrize("keep", [0, 5, 1000, -100], ids=lambda n: f"[:{n}]")
+@pytest.mark.parametrize("keep", [0, 1000, -100])
 def test_truncated_safetensors(folder, keep):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     refuse(folder, CheckpointError, "model.safetensors", "damaged or incomplete")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"weight_map": []}', "{}"])
+@pytest.mark.parametrize("content", ["{", '{"weight_map": []}'])
 def test_broken_index(tmp_path, content):
     reference("llama2").save_pretrained(tmp_path, max_shard_size="20KB")
     (tmp_path / "model.safetensors.index.json").write_text(content)
     refuse(tmp_path, CheckpointError, "model.safetensors.index.json")
 
 
-def test_an_index_left_by_an_earlier_save_is_not_heeded(tmp_path):
-    reference("llama2").save_pretrained(tmp_path, max_shard_size="20KB")
-    reference("llama2").save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"x": "gone.safetensors"}}'
-    )
-    load(tmp_path, dtype=torch.float32)
+def test_an_index_of_an_earlier_save_is_ignored(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone"}}')
+    load(folder, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("file", ["../other/model.safetensors", "/model.safetensors", "a\\b"])
@@ -78,41 +76,6 @@ def test_an_index_that_names_files_elsewhere(tmp_path, file):
     reference("llama2").save_pretrained(tmp_path, max_shard_size="20KB")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": file}}))
     refuse(tmp_path, CheckpointError, "names files outside of its folder")
-
-
-def test_a_norm_with_a_bias_where_the_family_has_none(folder):
-    change_tensors(
-        folder, lambda t: t.update({"model.norm.bias": torch.zeros(len(t["model.norm.weight"]))})
-    )
-    refuse(folder, UnsupportedModelError, "model.norm.bias")
-
-
-def test_so_many_layers_that_no_memory_holds_them(folder):
-    change_json(folder / "config.json", num_hidden_layers=4_000_000_000)
-    refuse(folder, CheckpointError, "config.json", "n_layers is 4000000000")
-
-
-@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"null", b"\xff\xfe\x00"])
-def test_config_that_is_missing_or_broken(folder, content):
-    path = folder / "config.json"
-    path.unlink() if content is None else path.write_bytes(content)
-    refuse(folder, CheckpointError, "config.json")
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"hidden_size": "wide"},
-        {"num_hidden_layers": None},
-        {"num_attention_heads": 0},
-        {"rms_norm_eps": "small"},
-        {"num_key_value_heads": 3},
-    ],
-    ids=str,
-)
-def test_config_with_nonsense(folder, fields):
-    change_json(folder / "config.json", **fields)
-    refuse(folder, CheckpointError, "config.json")
 
 
 @pytest.mark.parametrize(
@@ -131,27 +94,163 @@ def test_folder_without_usable_weights(tmp_path, names, words):
     refuse(tmp_path, CheckpointError, *words)
 
 
+@pytest.mark.parametrize("base", ["some/base", None])
+def test_adapter_without_its_base(tmp_path, base):
+    fields = {"peft_type": "LORA", "base_model_name_or_path": base}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    into = f"its base, {base}, first" if base else "its base first"
+    refuse(tmp_path, UnsupportedModelError, f"{tmp_path} is a LoRA adapter; merge it into {into}")
+
+
+def test_adapter_beside_weights(folder):
+    """transformers would apply it, so the outputs here would be another model's."""
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    refuse(folder, UnsupportedModelError, f"{folder} has an adapter beside its weights")
+
+
+def test_links_out_of_a_folder(folder, tmp_path_factory):
+    secret = tmp_path_factory.mktemp("other") / "secret"
+    secret.touch()
+    check_links(folder)
+    (folder / "chat_template.jinja").symlink_to(secret)
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja is a link to .*secret"):
+        check_links(folder)
+
+
+# --- config.json
+
+
+@pytest.mark.parametrize("content", [None, b"[]", b"\xff\xfe\x00", b'{"a":' + b"[" * 100_000])
+def test_config_that_is_missing_or_broken(folder, content):
+    path = folder / "config.json"
+    path.unlink() if content is None else path.write_bytes(content)
+    refuse(folder, CheckpointError, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"num_labels": 10**9}, "num_labels is 1000000000"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"vocab_size": 2**63}, "vocab_size is 9223372036854775808"),
+        ({"head_dim": 2**40}, "head_dim is 1099511627776"),
+        ({"hidden_size": "wide"}, "hidden_size is 'wide'"),
+    ],
+)
+def test_impossible_sizes_are_refused_before_memory_is_allocated(folder, fields, words):
+    change_json(folder / "config.json", **fields)
+    with pytest.raises(CheckpointError, match=words):  # as training does, for any model type
+        check_folder(folder)
+    refuse(folder, CheckpointError, "config.json", words)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_hidden_layers": None}, {"rms_norm_eps": "small"}, {"num_key_value_heads": 3}]
+)
+def test_config_with_impossible_values(folder, fields):
+    change_json(folder / "config.json", **fields)
+    refuse(folder, CheckpointError, "config.json cannot be used")
+
+
+@pytest.mark.parametrize(
+    ("rope", "words"),
+    [
+        ({"partial_rotary_factor": -1}, "partial_rotary_factor is -1, it has to be"),
+        ({"partial_rotary_factor": 2}, "partial_rotary_factor is 2, it has to be above 0"),
+        ({"rope_type": "linear", "factor": 0}, "the factor of rotary scaling is 0"),
+        ({"rope_type": "linear", "factor": "x"}, "the factor of rotary scaling is 'x'"),
+        ({"rope_type": "longrope", "long_factor": []}, "long_factor of rotary scaling is []"),
+        ({"rope_theta": -1}, "rope_theta is -1"),
+    ],
+)
+def test_impossible_rotary_embeddings(folder, rope, words):
+    change_json(folder / "config.json", rope_parameters={"rope_theta": 10_000.0, **rope})
+    refuse(folder, CheckpointError, "config.json cannot be used", words)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "made-up", None])
+def test_unsupported_architecture(folder, model_type):
+    change_json(folder / "config.json", model_type=model_type)
+    refuse(folder, UnsupportedModelError, repr(str(model_type)), "llama, mistral, qwen2, qwen3")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"hidden_act": "relu2"}, "'relu2'"),
+        ({"rope_scaling": {"type": "ntk", "factor": 4.0}, "rope_parameters": None}, "'ntk'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "mrope"}}}, "'mrope'"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized by 'gptq'"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantized in MLX's format"),
+        ({"transformers_weights": "x.safetensors"}, "names its weights (x.safetensors)"),
+        ({"is_causal": False}, "attention to later positions"),
+    ],
+)
+def test_unsupported_features_are_refused_before_weights_are_fetched(folder, fields, words):
+    change_json(folder / "config.json", **fields)
+    refuse(folder, UnsupportedModelError, words)
+    with pytest.raises(UnsupportedModelError):  # as `hub` does with the config alone
+        families.check(json.loads((folder / "config.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling": None},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"model_type": "phi3", "rope_scaling": {"type": "su"}},  # an older word for LongRoPE
+    ],
+)
+def test_stored_configs_that_are_supported(fields):
+    families.check({"model_type": "qwen3", **fields})
+
+
+def test_transformers_logs_nothing_about_a_config(folder, caplog, monkeypatch, capfd):
+    monkeypatch.setenv("LAYERSKIP_CACHE", str(folder / "cache"))
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "odd": 1}
+    change_json(folder / "config.json", eos_token_id=10**6, rope_parameters=rope)
+    open_files(folder)
+    assert not caplog.records
+    assert not capfd.readouterr().err
+
+
+def test_a_lone_surrogate_in_a_config_is_no_reason_to_stop(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path / "cache"))
+    change_json(folder / "config.json", of_no_use="\ud83d")
+    assert load(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("window", "expected"), [(0, None), (2**40, 2**31 - 1), (5, 5)])
+def test_sliding_windows_fit_into_32_bits(tmp_path, window, expected):
+    reference("mistral").save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", sliding_window=window)
+    assert set(open_files(tmp_path).architecture.sliding_windows) == {expected}
+    change_json(tmp_path / "config.json", sliding_window=-1)
+    refuse(tmp_path, CheckpointError, "config.json cannot be used: a sliding window is -1")
+
+
+# --- generation_config.json and tokenizers
+
+
 @pytest.mark.parametrize(
     "content",
     [
         "{",
         '{"assistant_early_exit": 0}',
-        '{"assistant_early_exit": 2.5}',
         '{"assistant_early_exit": true}',
         '{"num_assistant_tokens": "many"}',
-        '{"eos_token_id": "end"}',
         '{"eos_token_id": [1, "end"]}',
-        '{"eos_token_id": {}}',
         '{"eos_token_id": -1}',
     ],
 )
-def test_generation_config_with_nonsense(folder, content):
+def test_generation_config_with_impossible_values(folder, content):
     (folder / "generation_config.json").write_text(content)
     refuse(folder, CheckpointError, "generation_config.json")
 
 
 @pytest.mark.parametrize("field", ["overhead", "draft_tokens_scored"])
-def test_costs_with_nonsense_are_done_without(folder, field):
+def test_unreadable_costs_are_ignored_with_a_warning(folder, field):
     costs = [{**COSTS.to_dict(), field: "much"}]
     content = json.dumps({"layerskip": {"costs": costs}})
     (folder / "generation_config.json").write_text(content)
@@ -164,6 +263,12 @@ def test_tokenizer_that_cannot_be_read(folder):
     refuse(folder, CheckpointError, "tokenizer", str(folder))
 
 
+def test_tokenizer_model_alone_without_sentencepiece(folder, monkeypatch):
+    monkeypatch.setattr("layerskip.model.tokenizer._is_installed", lambda module: False)
+    (folder / "tokenizer.model").touch()
+    refuse(folder, CheckpointError, "needs sentencepiece", "pip install sentencepiece")
+
+
 # --- tensors
 
 
@@ -171,11 +276,9 @@ def test_tokenizer_that_cannot_be_read(folder):
     "name",
     [
         "model.embed_tokens.weight",
-        "model.norm.weight",
-        "lm_head.weight",  # this config says that the head is a matrix of its own
+        "lm_head.weight",  # this config has a head of its own
         "model.layers.2.mlp.up_proj.weight",
         "model.layers.1.self_attn.q_norm.weight",
-        "model.layers.0.input_layernorm.weight",
     ],
 )
 def test_missing_tensor(folder, name):
@@ -183,159 +286,49 @@ def test_missing_tensor(folder, name):
     refuse(folder, CheckpointError, name)
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["model.layers.1.self_attn.k_proj.bias"],
-        [f"model.layers.1.self_attn.{part}_proj.bias" for part in "qkv"],
-    ],
-    ids=["one of three", "of one layer"],
-)
-def test_missing_biases(tmp_path, names):
+@pytest.mark.parametrize("parts", ["k", "qkv"], ids=["one of three", "of one layer"])
+def test_missing_biases(tmp_path, parts):
     reference("qwen2").save_pretrained(tmp_path)
+    names = [f"model.layers.1.self_attn.{part}_proj.bias" for part in parts]
     change_tensors(tmp_path, lambda tensors: [tensors.pop(name) for name in names])
     refuse(tmp_path, CheckpointError, "bias")
 
 
-def test_norms_of_one_layer_missing(folder):
-    names = [f"model.layers.1.self_attn.{part}_norm.weight" for part in "qk"]
-    change_tensors(folder, lambda tensors: [tensors.pop(name) for name in names])
-    refuse(folder, CheckpointError, names[0])
-
-
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
-def test_wrong_shape(folder, name):
+def test_wrong_shape(folder):
+    name = "model.layers.1.mlp.down_proj.weight"
     change_tensors(folder, lambda tensors: tensors.update({name: tensors[name].T.contiguous()}))
     refuse(folder, CheckpointError, name, "shape")
 
 
-def test_heads_that_no_memory_holds(tmp_path):
-    """Shapes are compared before anything of the config's sizes is made."""
-    reference("llama2").save_pretrained(tmp_path)
-    change_json(tmp_path / "config.json", head_dim=2**40)
-    refuse(tmp_path, CheckpointError, "q_proj.weight", "shape")
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64], ids=str
+)
+def test_weights_that_are_not_floating_point(folder, dtype):
+    name = "model.layers.1.mlp.down_proj.weight"
+    change_tensors(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    refuse(folder, UnsupportedModelError, f"{name} is stored as", "F32, F16, BF16, F64")
 
 
-def test_half_an_emoji_in_a_config_is_no_reason_to_stop(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path / "cache"))
-    change_json(folder / "config.json", of_no_use="\ud83d")
-    assert load(folder, dtype=torch.float32)
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_non_finite_weights(number):
+    check_finite("x", torch.ones(2))
+    with pytest.raises(CheckpointError, match="x holds NaN or Inf"):
+        check_finite("x", torch.tensor([1.0, float(number)]))
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("case", "name"),
     [
-        "model.layers.0.self_attn.sinks",
-        "model.layers.4.input_layernorm.weight",  # a layer more than the config says
-        "model.layers.0.mlp.experts.0.up_proj.weight",
+        ("qwen3", "model.layers.0.self_attn.sinks"),
+        ("qwen3", "model.layers.4.input_layernorm.weight"),  # a layer more than in the config
+        ("qwen3", "model.norm.bias"),
+        ("llama2", "model.layers.0.self_attn.q_norm.weight"),  # of another family
     ],
 )
-def test_tensor_without_a_use(folder, name):
-    change_tensors(folder, lambda tensors: tensors.update({name: torch.ones(4)}))
-    refuse(folder, UnsupportedModelError, name)
-
-
-# --- what the decoder does not have
-
-
-@pytest.mark.parametrize("model_type", ["mamba", "gpt2", "gemma3", "made-up", None])
-def test_unsupported_architecture(folder, model_type):
-    change_json(folder / "config.json", model_type=model_type)
-    refuse(folder, UnsupportedModelError, repr(str(model_type)), "llama, mistral, qwen2, qwen3")
-
-
-def test_unsupported_activation(folder):
-    change_json(folder / "config.json", hidden_act="relu2")
-    refuse(folder, UnsupportedModelError, "'relu2'", "silu")
-
-
-@pytest.mark.parametrize("kind", ["ntk", "mrope"])
-def test_unsupported_rotary_scaling(folder, kind):
-    rope = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 2.0}
-    change_json(folder / "config.json", rope_parameters=rope)
-    refuse(folder, UnsupportedModelError, repr(kind), "llama3")
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"rope_scaling": {"type": "ntk", "factor": 4.0}}, "'ntk'"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "mrope"}}}, "'mrope'"),
-        ({"hidden_act": "relu2"}, "'relu2'"),
-    ],
-)
-def test_what_a_stored_config_says_is_refused_before_weights_are_there(fields, words):
-    with pytest.raises(UnsupportedModelError, match=words):
-        families.check({"model_type": "qwen3", **fields})
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"rope_scaling": None},
-        {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-        {"model_type": "phi3", "rope_scaling": {"type": "su"}},  # an older word for LongRoPE
-    ],
-)
-def test_what_a_stored_config_may_say(fields):
-    families.check({"model_type": "qwen3", **fields})
-
-
-@pytest.mark.parametrize(
-    ("fields", "how"),
-    [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "by 'gptq'"),
-        ({"quantization_config": {"group_size": 64, "bits": 4}}, "in MLX's format"),
-        ({"quantization": {"group_size": 64, "bits": 4}}, "in MLX's format"),
-    ],
-    ids=["gptq", "mlx", "older mlx"],
-)
-def test_unsupported_quantization(folder, fields, how):
-    change_json(folder / "config.json", **fields)
-    refuse(folder, UnsupportedModelError, f"weights quantized {how} are not supported")
-
-
-def test_weights_that_the_config_names(folder):
-    change_json(folder / "config.json", transformers_weights="other.safetensors.index.json")
-    refuse(folder, UnsupportedModelError, "names its weights (other.safetensors.index.json)")
-
-
-def test_a_config_nested_without_end(folder):
-    (folder / "config.json").write_text('{"a":' + "[" * 100_000)
-    refuse(folder, CheckpointError, "config.json cannot be read")
-
-
-def test_a_sliding_window_below_none(tmp_path):
-    reference("mistral").save_pretrained(tmp_path)
-    change_json(tmp_path / "config.json", sliding_window=-1)
-    refuse(tmp_path, CheckpointError, "config.json cannot be used: a sliding window is -1")
-
-
-@pytest.mark.parametrize(("window", "seen"), [(0, None), (None, None), (2**40, 2**31 - 1), (5, 5)])
-def test_sliding_windows_fit_into_32_bits(tmp_path, window, seen):
-    reference("mistral").save_pretrained(tmp_path)
-    change_json(tmp_path / "config.json", sliding_window=window)
-    decoder = load(tmp_path, dtype=torch.float32).decoder
-    assert set(decoder.architecture.sliding_windows) == {seen}
-
-
-@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
-@pytest.mark.parametrize("base", ["some/base", None])
-def test_adapter_without_its_base(tmp_path, weights, base):
-    (tmp_path / weights).touch()
-    fields = {"peft_type": "LORA", "base_model_name_or_path": base}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
-    named = f"its base, {base}, first" if base else "its base first"
-    refuse(tmp_path, UnsupportedModelError, f"{tmp_path} is a LoRA adapter; merge it into {named}")
-
-
-def test_adapter_beside_weights(folder):
-    """transformers would put it on, so what answers here would be another model."""
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    refuse(folder, UnsupportedModelError, f"{folder} has an adapter beside its weights")
+def test_unused_tensor(tmp_path, case, name):
+    reference(case).save_pretrained(tmp_path)
+    change_tensors(tmp_path, lambda tensors: tensors.update({name: torch.ones(4)}))
+    refuse(tmp_path, UnsupportedModelError, name)
 
 
 # --- GGUF
@@ -346,7 +339,7 @@ def file(tmp_path):
     return tmp_path / "model.gguf"
 
 
-def test_tensor_of_gguf_without_a_number_in_it(file):
+def test_empty_tensor_in_gguf(file):
     gguf_files.write(file, reference("llama2"))
     content = bytearray(file.read_bytes())
     size = content.index(b"output_norm.weight") + len("output_norm.weight") + 4  # of a vector
@@ -355,41 +348,55 @@ def test_tensor_of_gguf_without_a_number_in_it(file):
     refuse(file, CheckpointError, "model.gguf", "damaged or incomplete")
 
 
-@pytest.mark.parametrize("keep", [0, 3, 40, 2000, -100], ids=lambda n: f"[:{n}]")
+@pytest.mark.parametrize("keep", [0, 2000, -100])
 def test_truncated_gguf(file, keep):
     gguf_files.write(file, reference("llama2"))
     file.write_bytes(file.read_bytes()[:keep])
     refuse(file, CheckpointError, "model.gguf", "damaged or incomplete")
 
 
-def test_file_that_is_no_gguf(file):
-    file.write_text("Once upon a time there was a file of another kind. " * 9)
-    refuse(file, CheckpointError, "model.gguf", "damaged or incomplete")
-
-
-def test_tensor_kind_that_is_newer_than_gguf(file):
+def test_tensor_type_that_is_newer_than_gguf(file):
     gguf_files.write(file, reference("llama2"))
     content = bytearray(file.read_bytes())
-    kind = content.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8  # a vector's
+    kind = content.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8  # of a vector
     content[kind : kind + 4] = (137).to_bytes(4, "little")
     file.write_bytes(content)
     refuse(file, UnsupportedModelError, "output_norm.weight", "(137)", "upgrade gguf")
 
 
-def test_file_that_may_not_be_read(file, monkeypatch):
+def test_file_without_permission_to_read(file, monkeypatch):
     def refused(path, *_):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "open", refused)
     file.touch()
+    monkeypatch.setattr(Path, "open", refused)
     with pytest.raises(CheckpointError, match=r"model\.gguf cannot be read: Permission denied$"):
         load(file, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("name", ["block_count", "attention.head_count", "context_length"])
-def test_missing_field_of_gguf(file, name):
-    gguf_files.write(file, reference("llama2"), leave_out=[f"llama.{name}"])
-    refuse(file, CheckpointError, "model.gguf", f"llama.{name}")
+def test_missing_field_of_gguf(file):
+    gguf_files.write(file, reference("llama2"), leave_out=["llama.block_count"])
+    refuse(file, CheckpointError, "model.gguf", "llama.block_count")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"block_count": 4_000_000_000}, "block_count is 4000000000"),
+        ({"attention.head_count": 2**31}, "attention.head_count is 2147483648"),
+        ({"attention.head_count": 0}, "attention.head_count is 0"),
+        ({"embedding_length": 63}, "embedding_length is 63"),
+        ({"context_length": 0}, "max_context is 0"),
+        ({"rope.freq_base": 0.0}, "rope_theta is 0.0"),
+        ({"rope.freq_base": float("inf")}, "rope_theta is inf"),
+        ({"attention.layer_norm_rms_epsilon": float("nan")}, "the epsilon of norms is nan"),
+    ],
+)
+def test_impossible_fields_of_gguf(file, fields, words):
+    fields = {f"llama.{name}": value for name, value in fields.items()}
+    gguf_files.write(file, reference("llama2"), extra_fields=fields)
+    with pytest.raises(CheckpointError, match=words):
+        open_files(file)
 
 
 @pytest.mark.parametrize(
@@ -404,29 +411,51 @@ def test_missing_tensor_of_gguf(file, name, known_as):
     refuse(file, CheckpointError, known_as)
 
 
-@pytest.mark.parametrize("name", ["blk.0.attn_sinks.weight", "blk.0.odd", "odd", "blk.odd"])
-def test_tensor_of_gguf_without_a_use(file, name):
+@pytest.mark.parametrize("name", ["blk.0.attn_sinks.weight", "odd"])
+def test_unused_tensor_of_gguf(file, name):
     extra = {name: np.ones(4, dtype=np.float32)}
     gguf_files.write(file, reference("llama2"), extra_tensors=extra)
-    refuse(file, UnsupportedModelError, "odd" if "odd" in name else "attn_sinks")
+    refuse(file, UnsupportedModelError, "odd" if name == "odd" else "attn_sinks")
 
 
-def test_unsupported_scaling_of_gguf(file):
-    fields = {"llama.rope.scaling.type": "yarn"}
-    gguf_files.write(file, reference("llama2"), extra_fields=fields)
-    refuse(file, UnsupportedModelError, "'yarn'")
-
-
-def test_tensor_kind_that_cannot_be_read(file):
+def test_tensor_type_that_cannot_be_read(file):
     norm = {"output_norm.weight": np.ones(64, dtype=np.int32)}
     gguf_files.write(file, reference("llama2"), leave_out=[*norm], extra_tensors=norm)
     refuse(file, UnsupportedModelError, "model.norm.weight", "I32")
 
 
-def test_tokenizer_of_gguf_that_cannot_be_read(file):
-    fields = {"tokenizer.ggml.model": "made-up"}
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"llama.rope.scaling.type": "yarn"}, "'yarn'"),
+        ({"llama.attention.causal": False}, "attention to later positions"),
+        ({"llama.rope.dimension_count": 8}, "a part of each head"),
+        ({"llama.expert_count": 8}, "mixtures of experts"),
+        ({"split.count": 3}, "one part of several; join them with llama-gguf-split"),
+        ({"llama.attention.scale": 0.5}, "attention scaled by 0.5"),
+        ({"llama.attention.value_length": 8}, "values of another length"),
+        (
+            {"llama.attention.sliding_window": 4}
+            | {"llama.attention.sliding_window_pattern": [True, False, True, False]},
+            "a sliding window of some layers",
+        ),
+        ({"tokenizer.ggml.model": "made-up"}, "has a tokenizer of the kind made-up"),
+    ],
+)
+def test_unsupported_fields_of_gguf(file, fields, words):
     gguf_files.write(file, build("llama2"), extra_fields=fields)
-    refuse(file, UnsupportedModelError, "model.gguf has a tokenizer of the kind made-up")
+    refuse(file, UnsupportedModelError, words)
+
+
+@pytest.mark.parametrize("name", ["granite", "qwen3moe"])
+def test_a_family_that_is_not_read_from_gguf(file, name):
+    """Granite's tensors have Llama's names: without this check its outputs would be wrong."""
+    gguf_files.write(file, reference("llama2"), architecture=name)
+    refuse(
+        file,
+        UnsupportedModelError,
+        f"GGUF files of {name} models are not read (llama, qwen2, qwen3 are); take safetensors",
+    )
 
 
 def test_sentencepiece_of_gguf_without_a_score_for_each_token(file):
@@ -436,27 +465,3 @@ def test_sentencepiece_of_gguf_without_a_score_for_each_token(file):
     refuse(
         file, CheckpointError, "has 1 scores and 2 types for 2 tokens; convert or export it again"
     )
-
-
-def test_attention_to_later_positions(tmp_path):
-    reference("gemma3").save_pretrained(tmp_path)
-    change_json(tmp_path / "config.json", use_bidirectional_attention=True)
-    refuse(tmp_path, UnsupportedModelError, "attention to later positions")
-
-
-def test_attention_that_is_said_not_to_be_causal(tmp_path, file):
-    reference("llama2").save_pretrained(tmp_path)
-    change_json(tmp_path / "config.json", is_causal=False)
-    refuse(tmp_path, UnsupportedModelError, "attention to later positions")
-    gguf_files.write(file, reference("llama2"), extra_fields={"llama.attention.causal": False})
-    refuse(file, UnsupportedModelError, "attention to later positions")
-
-
-def test_norms_of_queries_and_keys_are_the_familys(folder, tmp_path_factory):
-    change_tensors(folder, lambda t: [t.pop(name) for name in [*t] if "q_norm" in name])
-    refuse(folder, CheckpointError, "has no tensor model.layers.0.self_attn.q_norm.weight")
-    other = tmp_path_factory.mktemp("llama")
-    reference("llama2").save_pretrained(other)
-    name = "model.layers.0.self_attn.q_norm.weight"
-    change_tensors(other, lambda t: t.update({name: torch.ones(16)}))
-    refuse(other, UnsupportedModelError, name)

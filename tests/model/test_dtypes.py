@@ -27,9 +27,10 @@ def packed_makes(dtype):
     return PackedLinear
 
 
-@pytest.mark.parametrize("n", range(1, 18))
-@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize(
+    ("n", "with_bias", "with_residual"),
+    [(1, False, False), (4, True, False), (5, False, True), (17, True, True)],
+)
 def test_packed_product_is_the_rounded_exact_one(dtype, packed_makes, n, with_bias, with_residual):
     n_in, n_out = 96, 56
     weight = random(n_out, n_in, dtype=dtype, seed=1) / 8
@@ -53,17 +54,12 @@ def test_packed_product_is_the_rounded_exact_one(dtype, packed_makes, n, with_bi
     assert ((found.double() - dense).abs() <= 4 * DTYPES[dtype] * largest + 1e-5).all()
 
 
-def test_packed_weights_are_as_many_bytes(packed_makes, dtype):
-    weight = torch.zeros(48, 64, dtype=dtype)
-    assert packed_makes(weight, None).weight_bytes == weight.nbytes == 48 * 64 * 2
-
-
 def test_other_dtypes_are_dense():
     assert isinstance(linear(torch.zeros(8, 8)), DenseLinear)
 
 
 # A rounding may send a row to another expert, and then all of its logits change.
-CASES = [c for c in (*ONE_OF_EACH, "smollm2") if not hasattr(reference(c).config, "num_experts")]
+CASES = [c for c in ONE_OF_EACH if not hasattr(reference(c).config, "num_experts")]
 
 
 @pytest.mark.parametrize("case", CASES)

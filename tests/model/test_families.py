@@ -4,13 +4,21 @@ import pytest
 import torch
 
 from layerskip.model.native import NativeDecoder
-from tiny_models import CASES, LAYERS, checkpoint, reference, reference_logits, token_ids
+from tiny_models import (
+    CASES,
+    LAYERS,
+    ONE_OF_EACH,
+    checkpoint,
+    reference,
+    reference_logits,
+    token_ids,
+)
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}  # float32
 TOKENS = 75  # more than twice the original context of the llama3 rotary scaling
 
 
-# Those whose layers the compiled kernels know, at these widths.
+# Supported by the compiled kernels, at these widths.
 COMPILED = [
     "llama2",
     "llama3",
@@ -36,13 +44,17 @@ COMPILED = [
 ]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[*((case, False) for case in CASES), *((case, True) for case in COMPILED)],
-    ids=lambda param: param[0] + "-compiled" * param[1],
-)
-def variant(request):
-    return request.param
+def variants(pytorch, compiled):
+    """Parametrize with cases that run in PyTorch, and cases that run in the compiled kernels."""
+    return pytest.mark.parametrize(
+        "variant",
+        [*((case, False) for case in pytorch), *((case, True) for case in compiled)],
+        ids=lambda variant: variant[0] + "-compiled" * variant[1],
+        scope="module",
+    )
+
+
+one_of_each = variants(ONE_OF_EACH, ["llama3.1", "qwen3-sliding", "granite"])
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +67,13 @@ def decoder(request, variant, tmp_path_factory):
     case, compiled = variant
     if compiled:
         request.getfixturevalue("compiled_kernels")
-    made = checkpoint(case, tmp_path_factory.mktemp(case), compiled=compiled).decoder
-    assert isinstance(made, NativeDecoder) == compiled
-    return made
+    decoder = checkpoint(case, tmp_path_factory.mktemp(case), compiled=compiled).decoder
+    assert isinstance(decoder, NativeDecoder) == compiled
+    return decoder
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in COMPILED])
-def test_what_the_kernels_do_not_know_is_left_to_pytorch(case, tmp_path):
+def test_unsupported_by_the_kernels_means_pytorch(case, tmp_path):
     assert not isinstance(checkpoint(case, tmp_path, compiled=True).decoder, NativeDecoder)
 
 
@@ -76,23 +88,17 @@ def run_in_chunks(decoder, tokens, sizes):
     return torch.cat(logits, dim=1)
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        pytest.param([TOKENS], id="full"),
-        pytest.param([1] * TOKENS, id="single-token steps"),
-        pytest.param([40, 1, 9, 2, 5, 1, 1, 8, 8], id="multi-token steps"),
-    ],
-)
-def test_logits_equal_those_of_transformers(case, decoder, sizes):
+@variants(CASES, COMPILED)
+def test_logits_equal_those_of_transformers(case, decoder):
     tokens = token_ids(case, 2, TOKENS)
     expected = reference_logits(reference(case), tokens)
     assert expected.std() > 0.5  # numbers large enough for the tolerance to mean something
-    torch.testing.assert_close(run_in_chunks(decoder, tokens, sizes), expected, **TOLERANCE)
+    for sizes in ([TOKENS], [1] * TOKENS, [40, 1, 9, 2, 5, 1, 1, 8, 8]):
+        torch.testing.assert_close(run_in_chunks(decoder, tokens, sizes), expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("exit_layer", range(LAYERS + 1))
-@pytest.mark.parametrize("n", [1, 6])
+@one_of_each
+@pytest.mark.parametrize(("exit_layer", "n"), [(0, 1), (1, 6), (LAYERS - 1, 1), (LAYERS, 6)])
 def test_split_run_equals_whole_run_bit_for_bit(case, decoder, exit_layer, n):
     tokens = token_ids(case, 1, 20 + n)
     outcomes = []
@@ -108,6 +114,7 @@ def test_split_run_equals_whole_run_bit_for_bit(case, decoder, exit_layer, n):
         assert torch.equal(whole, split)
 
 
+@one_of_each
 def test_ragged_rows_equal_their_own_runs_alone(case, decoder):
     lengths, steps = (3, 17, 11), (1, 5, 1)
     tokens = token_ids(case, len(lengths), max(lengths) + sum(steps))
@@ -128,6 +135,7 @@ def test_ragged_rows_equal_their_own_runs_alone(case, decoder):
         torch.testing.assert_close(torch.cat(logits[row]), expected, **TOLERANCE)
 
 
+@one_of_each
 def test_rows_forget_what_lies_beyond_their_length(case, decoder):
     tokens = token_ids(case, 1, 20)
     cache = decoder.new_cache(20)

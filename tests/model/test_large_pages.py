@@ -67,8 +67,3 @@ def test_the_kernel_is_asked_for_large_pages() -> None:
     pieces = [pages.empty(small, torch.uint8) for _ in range(8)]
     assert "hg" in flags_of(one)
     assert "hg" in flags_of(pieces[4])
-
-
-def test_an_empty_tensor_is_one() -> None:
-    assert LargePages().empty((0, 4), torch.float32).shape == (0, 4)
-    assert in_large_pages((0,), torch.int8).numel() == 0

@@ -75,8 +75,3 @@ def test_the_name_is_without_them(text, name, tells, monkeypatch):
     monkeypatch.setattr(machine.sys, "platform", "linux")
     tells(text)
     assert machine.cpu_name() == name
-
-
-def test_instructions_are_those_of_the_line_of_that_very_name(tells):
-    tells("vmx flags\t: vnmi\n" + ZEN_4)
-    assert machine.cpu_instructions() == "fpu vme avx512_bf16"

@@ -103,7 +103,7 @@ def folder(name, tmp_path):
     return tmp_path
 
 
-@checkpoints
+@pytest.mark.parametrize("name", ["codellama-34B", "llama3.2-1B"])
 def test_narrow_checkpoint_equals_transformers(name, folder):
     decoder = load(folder, dtype=torch.float32).decoder
     tokens = torch.randint(64, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -114,14 +114,14 @@ def test_narrow_checkpoint_equals_transformers(name, folder):
         torch.testing.assert_close(found, model(tokens).logits, rtol=0.0, atol=1e-4)
 
 
-@checkpoints
+@pytest.mark.parametrize("name", ["llama2-7B", "llama3.2-1B", "codellama-7B"])
 def test_hub_id_brings_the_known_exit_layer(name, folder, monkeypatch):
     hub_id = f"facebook/layerskip-{name}"
     monkeypatch.setattr("layerskip.decoding.language_model.resolve", lambda *_: folder)
     model = LayerSkipModel.from_pretrained(hub_id, dtype="float32")
-    answer = model.generate([1, 5, 9], max_new_tokens=10, ignore_eos=True)
     known = PUBLISHED[hub_id]
-    assert answer.mode == "self-speculative"  # without a known exit, by n-grams
+    answer = model.generate([1, 5, 9], max_new_tokens=10, ignore_eos=True)
+    assert answer.mode == ("n-gram" if known.exit_layer is None else "self-speculative")
     assert answer.exit_layer == known.exit_layer
     assert known.draft_tokens in (None, answer.draft_tokens)
     plain = model.generate([1, 5, 9], mode="plain", max_new_tokens=10, ignore_eos=True)

@@ -40,7 +40,7 @@ def test_rows_can_be_reordered() -> None:
     made = quantize(torch.randn(4, GROUP), 4)
     order = torch.tensor([2, 0])
     torch.testing.assert_close(
-        made.by_rows(lambda rows: rows[order]).dequantize(), made.dequantize()[order]
+        made.map_rows(lambda rows: rows[order]).dequantize(), made.dequantize()[order]
     )
 
 

@@ -10,7 +10,7 @@ from layerskip.model import architecture as ropes
 from layerskip.model import decoder as rotary
 from layerskip.model import families
 from layerskip.model.architecture import Rope
-from tiny_models import CASES, reference
+from tiny_models import ONE_OF_EACH, reference
 
 LLAMA31 = Rope(
     theta=500_000.0,
@@ -41,8 +41,7 @@ class Config:
         """Already in the standard form."""
 
 
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-@pytest.mark.parametrize("high", [2.0, 4.0])
+@pytest.mark.parametrize(("factor", "high"), [(8.0, 4.0), (32.0, 2.0)])
 def test_llama3_frequencies_equal_those_of_transformers(factor, high):
     rope = Rope(
         theta=500_000.0,
@@ -102,7 +101,7 @@ def test_only_longrope_has_turns_of_its_own_for_long_contexts():
         a = dataclasses.replace(tiny, ropes=(rope,) * tiny.n_layers)
         own = rotary.Rotary(a, torch.device("cpu"))
         short, longer = own.table(0, 64), own.table(0, 128)
-        assert torch.equal(own.turns(0, torch.arange(64)[None], 128)[0, :, 0], longer[:64])
+        assert torch.equal(own.freqs_cis(0, torch.arange(64)[None], 128)[0, :, 0], longer[:64])
         assert torch.equal(short, longer[:64]) != is_longer
         assert rope.alike([64, 128]) != is_longer
 
@@ -114,7 +113,7 @@ def test_frequency_factors_say_the_same_as_llama3_scaling():
     torch.testing.assert_close(rotary.frequencies(factors, 128), scaled, rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*ONE_OF_EACH, "llama3.1", "llama-linear", "phi4-mini"])
 def test_turns_equal_transformers_far_beyond_the_original_context(case):
     model = reference(case)
     a = families.from_config(model.config.to_dict())
@@ -123,7 +122,7 @@ def test_turns_equal_transformers_far_beyond_the_original_context(case):
     # At position 131,071 one float32 rounding of the angle is 0.008.
     tolerance = {"rtol": 0.0, "atol": 2e-2}
     for layer, rope in enumerate(a.ropes):
-        turns = own.turns(own.kinds[layer], positions, capacity=131_072)
+        turns = own.freqs_cis(own.kinds[layer], positions, capacity=131_072)
         turned, still = turns.split([a.n_heads + a.n_kv_heads, a.n_kv_heads], dim=2)
         pairs = 0
         if rope is not None:

@@ -11,7 +11,6 @@ from transformers import AutoTokenizer
 
 from layerskip.fileio import CheckpointError, check_within, read_json, write_json
 from layerskip.model import UnsupportedModelError, load, tokenizer
-from layerskip.model import tokenizer as gguf_tokenizer
 from layerskip.model.weights import GgufFile
 from layerskip.training import TrainConfig
 from layerskip.training.loading import load_tokenizer
@@ -34,13 +33,6 @@ def test_digits_are_split_before_all_else(file):
     assert own.tokenize("a  a") == ["a", "Ġ", "Ġa"]
 
 
-def test_other_pre_tokenizers_are_left_alone(tmp_path):
-    path = tmp_path / "model.gguf"
-    gguf_files.write(path, build("llama2", **MODEL), tokenizer="gpt-2")
-    own = load(path, dtype=torch.float32).tokenizer
-    assert own.tokenize("a  57") == ["a", "Ġ", "Ġ", "5", "7"]
-
-
 def test_chat_template_and_end_token_are_the_files_own(file):
     checkpoint = load(file, dtype=torch.float32)
     end = checkpoint.tokenizer.convert_tokens_to_ids("<|end|>")
@@ -53,11 +45,6 @@ def test_chat_template_and_end_token_are_the_files_own(file):
 def test_text_survives_a_round_trip(file, text):
     own = load(file, dtype=torch.float32).tokenizer
     assert own.decode(own.encode(text)) == text
-
-
-def test_folder_with_a_gguf_file_alone_uses_the_one_inside(file):
-    inside = load(file.parent, dtype=torch.float32).tokenizer
-    assert inside.tokenize("a  57") == ["a", "ĠĠ", "5", "7"]
 
 
 def test_a_file_that_is_named_itself_has_its_own_tokenizer(file):
@@ -103,8 +90,8 @@ class Named:
 def test_ends_are_known_by_their_names_too():
     """Of any type: finetunes have added them as tokens of the user's."""
     tokens = {"tokens": ["a", "</s>", "<|im_end|>", "b", "<|end|>"], "token_type": [1, 3, 3, 1, 4]}
-    assert gguf_tokenizer.end_tokens(Named(eos_token_id=1, **tokens)) == [1, 2, 4]
-    assert gguf_tokenizer.end_tokens(Named(eos_token_id=1, eot_token_id=3, **tokens)) == [
+    assert tokenizer.end_tokens(Named(eos_token_id=1, **tokens)) == [1, 2, 4]
+    assert tokenizer.end_tokens(Named(eos_token_id=1, eot_token_id=3, **tokens)) == [
         1,
         3,
         2,
@@ -114,8 +101,8 @@ def test_ends_are_known_by_their_names_too():
 
 def test_a_special_token_that_is_none_is_left_out():
     fields = {"tokens": ["a", "b"], "bos_token_id": 1, "padding_token_id": 2**32 - 1}
-    assert gguf_tokenizer.special_token_ids(Named(eos_token_id=2, **fields)) == {"bos_token_id": 1}
-    assert gguf_tokenizer.end_tokens(Named(eos_token_id=2, **fields)) == []
+    assert tokenizer.special_token_ids(Named(eos_token_id=2, **fields)) == {"bos_token_id": 1}
+    assert tokenizer.end_tokens(Named(eos_token_id=2, **fields)) == []
 
 
 def test_files_of_the_folder_come_before_the_gguf_file(file):
@@ -137,7 +124,7 @@ def test_checkpoints_without_a_tokenizer(tmp_path):
 _WHAT_IS_IMPORTED = """
 import sys
 from pathlib import Path
-from layerskip.model.files import tokenizer
+from layerskip.model import tokenizer
 tokenizer.load(Path(sys.argv[1]))
 print("transformers.configuration_utils" in sys.modules)
 """
@@ -157,7 +144,7 @@ def test_a_generic_tokenizer_is_the_same_without_the_code_of_models(file, tmp_pa
     assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "GPT2TokenizerFast"])
+@pytest.mark.parametrize("kind", ["GPT2TokenizerFast"])
 def test_digits_stay_apart_whatever_the_class_is_called(kind, file, tmp_path):
     """transformers 5 builds this class anew, without the digits of tokenizer.json."""
     inside = tokenizer.load(file.parent, GgufFile(file))
@@ -180,11 +167,16 @@ def with_code(folder, marker, **more):
         write_json(folder / name, {**before, "auto_map": kinds, **more.get(name, {})})
 
 
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
 @pytest.mark.parametrize(
-    "kind", ["AutoProcessor", "AutoTokenizer", "RagTokenizer", "LlamaForCausalLM", 7]
+    ("name", "kind"),
+    [
+        ("tokenizer_config.json", "AutoProcessor"),
+        ("tokenizer_config.json", 7),
+        ("config.json", "RagTokenizer"),
+        ("config.json", "LlamaForCausalLM"),
+    ],
 )
-def test_classes_that_are_no_tokenizers_are_not_made(file, tmp_path, monkeypatch, name, kind):
+def test_classes_that_are_no_tokenizers_are_refused(file, tmp_path, monkeypatch, name, kind):
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     folder, marker = tmp_path / "saved", tmp_path / "ran"
     tokenizer.load(file.parent, GgufFile(file)).save_pretrained(str(folder))
@@ -205,10 +197,46 @@ def test_transformers_asks_nobody_whether_code_may_run(file, tmp_path, monkeypat
     folder, marker = tmp_path / "saved", tmp_path / "ran"
     tokenizer.load(file.parent, GgufFile(file)).save_pretrained(str(folder))
     with_code(folder, marker, **{"tokenizer_config.json": {"tokenizer_class": "AutoProcessor"}})
-    with tokenizer._no_questions(), pytest.raises(ValueError, match="custom code"):
+    with tokenizer.quiet_transformers(), pytest.raises(ValueError, match="custom code"):
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     assert not asked
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 1/0 }}", "division by zero"),
+        ("{{ messages[7].x }}", "has no element 7"),
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "macros call each other without end"),
+        ("{% for i in range(10**8) %}{% endfor %}", "Range too big"),
+        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "loops"),
+        ("{{ 'a' * 20000000 }}", "its output has 20,000,000 characters"),
+    ],
+)
+def test_hostile_chat_templates(file, template, reason):
+    own = load(file, dtype=torch.float32).tokenizer
+    chat = [{"role": "user", "content": "aa"}]
+    assert tokenizer.render_chat(own, chat, add_generation_prompt=True) == "aa<|end|>"
+    own.chat_template = template
+    with pytest.raises(ValueError, match=reason) as caught:
+        tokenizer.render_chat(own, chat)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"tools": "[" * 100_000}, "tools is no JSON: it is nested too deeply"),
+        ({"tools": "{"}, "tools is no JSON"),
+        ({"chat_template_kwargs": [1]}, "is to have names and values"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "names tokenize, no variable"),
+    ],
+)
+def test_arguments_of_templates_that_cannot_be_used(row, reason):
+    with pytest.raises(ValueError, match=reason):
+        tokenizer.template_arguments(row)
 
 
 def test_a_list_of_special_tokens_is_written_for_both_versions_of_transformers(file, tmp_path):

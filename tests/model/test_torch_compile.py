@@ -8,14 +8,12 @@ import threading
 
 import pytest
 import torch
-from tiny_decoders import ALL_DRAFTS, PLAIN, ids, random_prompt, tiny_decoder
 
-from layerskip.decoding import Prefix
+from layerskip import LayerSkipModel
 from layerskip.decoding.placement import prepared
-from layerskip.model import load, torch_compile
-from layerskip.model import loader as assembly
+from layerskip.model import Checkpoint, CheckpointSettings, families, load, loader, torch_compile
 from layerskip.model.torch_compile import CompiledDecoder
-from tiny_models import build
+from tiny_models import build, reference, token_ids
 
 CUDA = torch.device("cuda")
 
@@ -48,6 +46,12 @@ def passes(monkeypatch):
     return passes
 
 
+@pytest.fixture
+def eager(tmp_path):
+    build("llama3.1").save_pretrained(tmp_path)
+    return load(tmp_path, dtype=torch.float32).decoder
+
+
 def compiled_from(decoder):
     return CompiledDecoder(
         decoder.architecture,
@@ -62,29 +66,31 @@ def compiled_from(decoder):
 
 
 @pytest.mark.parametrize("case", ["llama3.1", "phi4-mini"])
-def test_greedy_tokens_equal_those_of_the_eager_decoder(case, passes):
-    decoder = tiny_decoder(case)
-    compiled = compiled_from(decoder)
-    prompt = random_prompt(decoder, 240)  # the answer crosses a power of two
-    plain = ids(decoder, prompt, PLAIN, n=40)
-    for plan in (PLAIN, ALL_DRAFTS):
-        assert ids(compiled, prompt, plan, n=40) == plain, plan
+def test_greedy_tokens_equal_those_of_the_eager_decoder(case, passes, tmp_path):
+    build(case).save_pretrained(tmp_path)
+    decoder = load(tmp_path, dtype=torch.float32).decoder
+    prompt = token_ids(case, 240).tolist()  # the output crosses a power of two
+
+    def generate(decoder, **options):
+        settings = CheckpointSettings()
+        model = LayerSkipModel(
+            Checkpoint(path=None, decoder=decoder, tokenizer=None, settings=settings)
+        )
+        return model.generate(prompt, max_new_tokens=40, ignore_eos=True, **options).token_ids
+
+    compiled, plain = compiled_from(decoder), generate(decoder, mode="plain")
+    assert generate(compiled, mode="plain") == plain
+    drafting = {"mode": "self-speculative", "exit_layer": 2, "draft_tokens": 4}
+    assert generate(compiled, **drafting) == plain
     assert len(passes) > 60
 
 
-def test_turns_of_a_conversation_share_the_reserved_cache(passes):
-    decoder = tiny_decoder("llama3.1")
-    compiled, prefix, prompt = compiled_from(decoder), Prefix(), random_prompt(decoder, 30)
-    for _ in range(2):
-        expected = ids(decoder, prompt, PLAIN)
-        assert ids(compiled, prompt, PLAIN, prefix=prefix) == expected
-        prompt = [*prompt, *expected, 5]
-    assert passes
-
-
-def test_one_cache_at_a_time_uses_the_reserved_memory(passes):
-    compiled = compiled_from(tiny_decoder("llama3.1"))
-    first, second = compiled.new_cache(40), compiled.with_short_head(torch.arange(9)).new_cache(40)
+def test_one_cache_at_a_time_uses_the_reserved_memory(passes, eager):
+    compiled = compiled_from(eager)
+    first, second = (
+        compiled.new_cache(40),
+        compiled.with_reduced_head(torch.arange(9)).new_cache(40),
+    )
     assert first.slots is compiled._slots
     assert second.slots.data_ptr() != first.slots.data_ptr()
     first.slots.fill_(float("nan"))
@@ -95,8 +101,8 @@ def test_one_cache_at_a_time_uses_the_reserved_memory(passes):
     assert not third.slots.any()
 
 
-def test_batches_long_prompts_and_other_threads_run_eagerly(passes):
-    compiled = compiled_from(tiny_decoder("llama3.1"))
+def test_batches_long_prompts_and_other_threads_run_eagerly(passes, eager):
+    compiled = compiled_from(eager)
 
     def run(rows, n, cache):
         compiled.run(compiled.embed(torch.zeros(rows, n, dtype=torch.int64)), 0, 4, cache)
@@ -112,8 +118,8 @@ def test_batches_long_prompts_and_other_threads_run_eagerly(passes):
     assert len(passes) == 1
 
 
-def test_a_cache_has_the_room_that_was_asked_for(passes):
-    compiled = compiled_from(tiny_decoder("llama3.1"))
+def test_a_cache_has_the_room_that_was_asked_for(passes, eager):
+    compiled = compiled_from(eager)
     cache = compiled.new_cache(8)
     cache.lengths += 7
     hidden = compiled.embed(torch.tensor([[3, 4]]))
@@ -123,15 +129,17 @@ def test_a_cache_has_the_room_that_was_asked_for(passes):
         compiled.run(hidden[:, :1], 0, 9, cache)
 
 
-def test_addresses_of_weights_and_cache_are_static(passes):
-    compiled = compiled_from(tiny_decoder("llama3.1"))
+def test_addresses_of_weights_and_cache_are_static(passes, eager):
+    compiled = compiled_from(eager)
     layer = compiled.layers[0]
     for tensor in (compiled._layer_slots[0], layer.qkv.weight, layer.mlp.gate_up.weight):
         assert tensor._dynamo_static_input_type == "unguarded"
 
 
 def test_it_is_off_by_default_on_cuda_and_refused_for_experts():
-    dense, experts = (tiny_decoder(case).architecture for case in ("llama3.1", "mixtral"))
+    dense, experts = (
+        families.from_config(reference(case).config.to_dict()) for case in ("llama3.1", "mixtral")
+    )
     chosen = {wanted: prepared(wanted, None, CUDA, print, dense) for wanted in (None, False, True)}
     assert chosen == {None: False, False: False, True: True}
     assert not prepared(None, None, CUDA, print, experts)
@@ -143,7 +151,7 @@ def test_it_is_off_by_default_on_cuda_and_refused_for_experts():
 @pytest.mark.parametrize(("compiled", "kernels"), [(True, "torch.compile"), (False, "pytorch")])
 def test_loading_on_cuda_selects_it(compiled, kernels, passes, monkeypatch, tmp_path):
     build("llama3.1").save_pretrained(tmp_path)
-    monkeypatch.setattr(assembly.native, "supports", lambda *where: False)
-    monkeypatch.setattr(assembly.torch_compile, "supports", lambda *where: True)
+    monkeypatch.setattr(loader.native, "supports", lambda *where: False)
+    monkeypatch.setattr(loader.torch_compile, "supports", lambda *where: True)
     decoder = load(tmp_path, dtype=torch.float32, compiled=compiled).decoder
     assert decoder.kernels == kernels

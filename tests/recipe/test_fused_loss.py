@@ -8,8 +8,7 @@ import torch
 from torch.nn import functional
 
 from causal_lms import batch_of, build
-from layerskip.recipe import RecipeConfig, attach, detach
-from layerskip.recipe import exit_loss as fused_loss
+from layerskip.recipe import RecipeConfig, attach, detach, exit_loss
 
 NAME = "liger_kernel.transformers.functional"
 DROPPING = RecipeConfig(curriculum="all", exit_weighting="linear", p_max=0.5)
@@ -19,7 +18,7 @@ def install(monkeypatch, function):
     for part in ("liger_kernel", "liger_kernel.transformers", NAME):
         monkeypatch.setitem(sys.modules, part, ModuleType(part))
     sys.modules[NAME].liger_fused_linear_cross_entropy = function
-    monkeypatch.setattr(fused_loss, "DEVICES", ("cpu",))
+    monkeypatch.setattr(exit_loss, "FUSED_DEVICES", ("cpu",))
 
 
 @pytest.fixture
@@ -76,11 +75,6 @@ def test_it_gives_what_the_chunks_give(calls, family, changes, cap):
     assert calls == [cap] * 6  # four exits in training, two in evaluation
 
 
-def test_a_recipe_that_goes_without(calls):
-    step_of(build("llama"), RecipeConfig(curriculum="all", fused_loss=False))
-    assert calls == []
-
-
 def test_a_recipe_that_distils_goes_without_in_training(calls):
     step_of(build("llama"), RecipeConfig(curriculum="all", distillation_weight=0.5))
     assert calls == [None] * 2  # two exits in evaluation
@@ -91,7 +85,7 @@ def test_models_that_go_without(calls, monkeypatch):
     model = build("llama")
     model.lm_head = torch.nn.Sequential(model.lm_head)
     step_of(model)
-    monkeypatch.setattr(fused_loss, "DEVICES", ("cuda",))
+    monkeypatch.setattr(exit_loss, "FUSED_DEVICES", ("cuda",))
     step_of(build("llama"))
     assert calls == []
 
@@ -114,11 +108,6 @@ def test_sums_are_in_float32_and_products_in_autocasts_type(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         step_of(build("llama"))
     assert set(seen) == {(dtype, torch.float32) for dtype in (torch.float32, torch.bfloat16)}
-
-
-def test_versions_without_first_choices_are_not_used(monkeypatch):
-    install(monkeypatch, lambda input, weight, target: pytest.fail("was called"))
-    step_of(build("llama"))
 
 
 def test_a_batch_without_labels(calls):

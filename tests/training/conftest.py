@@ -1,9 +1,12 @@
 """A tiny model with a tokenizer of its own, and rows to train on."""
 
+import itertools
 import json
 
 import pytest
 import torch
+
+from layerskip.training import LayerSkipTrainer, TrainConfig, train
 
 
 def make_model(folder, layers=4, tied=False):
@@ -60,3 +63,40 @@ def data_file(tmp_path_factory):
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+@pytest.fixture
+def settings(model_folder, data_file, tmp_path):
+    return {
+        "model": model_folder,
+        "data": data_file,
+        "output": str(tmp_path / "out"),
+        "regime": "task",
+        "p_max": 0.3,
+        "batch_size": 4,
+        "max_steps": 6,
+        "learning_rate": 1e-3,
+        "log_steps": 2,
+        "save_steps": 2,
+        "device": "cpu",
+    }
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Runs that end with an exception in their n-th forward pass."""
+
+    def interrupt(settings, forward_passes, **changes):
+        plain, count = LayerSkipTrainer.training_step, itertools.count(1)
+
+        def until(self, *args, **kwargs):
+            if next(count) == forward_passes:
+                raise KeyboardInterrupt
+            return plain(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LayerSkipTrainer, "training_step", until)
+            with pytest.raises(KeyboardInterrupt):
+                train(TrainConfig.from_mapping({**settings, **changes}))
+
+    return interrupt

@@ -43,8 +43,17 @@ def run(model_folder, output, kind):
     return json.loads((output / "result.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2_with_the_exit_apart"])
-@pytest.mark.parametrize("folder", ["model_folder", "tied_model_folder"])
+@pytest.mark.parametrize(
+    ("kind", "folder"),
+    [
+        ("ddp", "model_folder"),
+        pytest.param("fsdp2", "model_folder", marks=pytest.mark.long),
+        ("fsdp2_with_the_exit_apart", "tied_model_folder"),
+        pytest.param("ddp", "tied_model_folder", marks=pytest.mark.long),
+        pytest.param("fsdp2", "tied_model_folder", marks=pytest.mark.long),
+        pytest.param("fsdp2_with_the_exit_apart", "model_folder", marks=pytest.mark.long),
+    ],
+)
 def test_two_processes_train_as_one(request, tmp_path, kind, folder):
     model_folder = request.getfixturevalue(folder)
     result = run(model_folder, tmp_path, kind)
@@ -55,6 +64,7 @@ def test_two_processes_train_as_one(request, tmp_path, kind, folder):
             assert loss == pytest.approx(result["expected"][str(exit_layer)], rel=1e-5)
 
 
+@pytest.mark.long
 def test_two_processes_accumulate_as_one(model_folder, tmp_path):
     result = run(model_folder, tmp_path, "ddp_accumulating")
     assert result["losses"] == pytest.approx(one_process(model_folder, 2), rel=1e-5)

@@ -2,7 +2,7 @@
 
 import tiny_models
 from layerskip.recipe.exit_loss import IGNORED_LABEL
-from layerskip.training.loading import draft_vocabulary, labels_of
+from layerskip.training.run import draft_vocabulary
 
 
 def test_labels_are_counted_and_prompts_are_not():
@@ -10,11 +10,6 @@ def test_labels_are_counted_and_prompts_are_not():
     rows = [{"labels": [IGNORED_LABEL, 7, 9, 9]}, {"labels": [IGNORED_LABEL, 9, 5]}]
     assert draft_vocabulary(rows, model, None) == (9, 5, 7)
     assert draft_vocabulary(rows, model, 2) == (2, 9, 5, 7)
-
-
-def test_what_rows_teach_is_their_labels():
-    rows = [{"labels": [IGNORED_LABEL, 7, 9, 9]}, {"labels": [IGNORED_LABEL]}]
-    assert labels_of(rows) == [[7, 9, 9], []]
 
 
 def test_a_rare_token_does_not_pay_for_its_row():

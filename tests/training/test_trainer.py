@@ -1,18 +1,15 @@
-import contextlib
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer
 
 import causal_lms
 from layerskip.recipe import RecipeConfig, attach
 from layerskip.recipe.exit_loss import ExitLosses
-from layerskip.training import LayerSkipMixin, LayerSkipTrainer, RecipeCallback
-from layerskip.training import callbacks as speed
+from layerskip.training import LayerSkipMixin, LayerSkipTrainer, RecipeCallback, callbacks
 from layerskip.training.callbacks import check_sharding
 from layerskip.training.data import Collator
 from layerskip.training.trainer import ExitTotals
@@ -105,6 +102,11 @@ def test_evaluation_reports_every_exit_of_all_tokens(model_folder, tmp_path):
     plain = trainer_of(Trainer, model_folder, tmp_path, per_device_eval_batch_size=10).evaluate()
     assert metrics["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-5)
     assert metrics["eval_loss_exit_1"] != metrics["eval_loss_exit_4"]
+    trainer.args.prediction_loss_only = False
+    trainer.compute_metrics = lambda prediction: {"accuracy": -1.0}
+    metrics = trainer.evaluate()
+    assert metrics["eval_accuracy"] == -1.0
+    assert "eval_accuracy_exit_4" in metrics
 
 
 def test_a_plain_trainer_with_the_callback_does_the_same(model_folder, tmp_path):
@@ -126,22 +128,6 @@ def test_rows_that_teach_nothing_end_the_run(model_folder, tmp_path, max_steps):
         trainer.train()
     trainer.train_dataset = ignored[:2] + rows()[:4]
     trainer.train()
-
-
-def test_a_step_has_the_labels_of_all_its_batches(model_folder, tmp_path):
-    first, second = rows(2)
-    ignored = {**second, "labels": [-100] * len(second["labels"])}
-    trainer = trainer_of(
-        LayerSkipTrainer,
-        model_folder,
-        tmp_path,
-        max_steps=1,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=2,
-    )
-    trainer.train_dataset = [first, ignored]
-    trainer.train()
-    assert trainer.state.global_step == 1
 
 
 def test_rows_may_be_embeddings(model_folder, tmp_path):
@@ -177,21 +163,6 @@ def test_group_by_length_is_ours(model_folder, tmp_path):
     trainer.train()
 
 
-def test_exits_of_the_evaluation_are_checked(model_folder, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    with pytest.raises(ValueError, match=r"eval_exits names \[5\]"):
-        LayerSkipTrainer(model=model, args=arguments(tmp_path), recipe=RECIPE, eval_exits=[5])
-
-
-def test_what_would_take_the_recipe_off_is_refused(model_folder, tmp_path):
-    plain = trainer_of(Trainer, model_folder, tmp_path)
-    plain.add_callback(RecipeCallback(attach(plain.model, RECIPE)))
-    plain.callback_handler.call_event("on_train_begin", plain.args, plain.state, plain.control)
-    plain.args.use_liger_kernel = True
-    with pytest.raises(ValueError, match="use_liger_kernel"):
-        plain.callback_handler.call_event("on_train_begin", plain.args, plain.state, plain.control)
-
-
 @pytest.mark.parametrize("how", ["label_smoothing_factor", "compute_loss_func"])
 def test_a_plain_trainer_that_computes_another_loss_is_refused(how, model_folder, tmp_path):
     plain = trainer_of(Trainer, model_folder, tmp_path)
@@ -204,12 +175,21 @@ def test_a_plain_trainer_that_computes_another_loss_is_refused(how, model_folder
         plain.train()
 
 
-def test_a_model_that_is_made_later_is_refused(model_folder, tmp_path):
+def test_arguments_are_checked(model_folder, tmp_path):
     def made():
         return AutoModelForCausalLM.from_pretrained(model_folder)
 
+    options = {"args": arguments(tmp_path), "recipe": RECIPE}
     with pytest.raises(ValueError, match="model_init would make a model without the recipe"):
-        LayerSkipTrainer(model_init=made, args=arguments(tmp_path), recipe=RECIPE)
+        LayerSkipTrainer(model_init=made, **options)
+    with pytest.raises(ValueError, match=r"eval_exits names \[5\]"):
+        LayerSkipTrainer(model=made(), eval_exits=[5], **options)
+    best = {"metric_for_best_model": "eval_loss_exit_2"}
+    with pytest.raises(ValueError, match="set greater_is_better=False"):
+        trainer_of(LayerSkipTrainer, model_folder, tmp_path, **best)
+    recipe = RecipeConfig(rotation=1, exits=(3,), fixed_exits=(2,), exit_weighting="equal")
+    trainer = trainer_of(LayerSkipTrainer, model_folder, tmp_path, recipe)
+    assert {2, 3} < set(trainer.eval_exits)
 
 
 @pytest.mark.filterwarnings("ignore")  # of TRL and its dependencies
@@ -263,7 +243,7 @@ class Clock:
 
 def test_evaluations_and_saving_are_no_time_of_training(model_folder, tmp_path, monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(speed, "time", clock)
+    monkeypatch.setattr(callbacks, "time", clock)
 
     def slowed(name, seconds):
         plain = getattr(LayerSkipTrainer, name)
@@ -276,7 +256,7 @@ def test_evaluations_and_saving_are_no_time_of_training(model_folder, tmp_path, 
 
     slowed("training_step", 1)
     slowed("prediction_step", 100)
-    slowed("_write_checkpoint", 100)
+    slowed("save_model", 100)
     often = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
     trainer = trainer_of(LayerSkipTrainer, model_folder, tmp_path, **often)
     clock.now += 1000
@@ -284,86 +264,6 @@ def test_evaluations_and_saving_are_no_time_of_training(model_folder, tmp_path, 
     rates = [log["tokens_per_s"] for log in trainer.state.log_history if "loss" in log]
     batches = [Collator(0)(rows()[4 * step : 4 * step + 4]) for step in range(4)]
     assert rates == [batch["input_ids"].numel() for batch in batches]
-
-
-def test_a_clock_that_goes_back_does_not_choose_the_checkpoints_that_are_kept(
-    model_folder, tmp_path
-):
-    class Back(TrainerCallback):
-        def on_save(self, args, state, control, **_):
-            os.utime(tmp_path / f"checkpoint-{state.global_step}", (9e8, 1e9 - state.global_step))
-
-    trainer = trainer_of(
-        LayerSkipTrainer,
-        model_folder,
-        tmp_path,
-        save_strategy="steps",
-        save_steps=1,
-        save_total_limit=2,
-    )
-    trainer.add_callback(Back())
-    trainer.train()
-    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
-
-
-def test_the_best_checkpoint_is_found_where_it_is(model_folder, tmp_path):
-    trainer = trainer_of(
-        LayerSkipTrainer,
-        model_folder,
-        tmp_path,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        save_total_limit=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-    )
-    trainer.train()
-    best = Path(trainer.state.best_model_checkpoint)
-    assert best.parent == tmp_path
-    assert best.is_dir()
-    state = json.loads((best / "trainer_state.json").read_text())
-    assert state["best_model_checkpoint"] == str(best)
-
-
-def test_the_highest_loss_is_not_the_best(model_folder, tmp_path):
-    best = {"metric_for_best_model": "eval_loss_exit_2"}
-    with pytest.raises(ValueError, match="set greater_is_better=False"):
-        trainer_of(LayerSkipTrainer, model_folder, tmp_path, **best)
-    trainer_of(LayerSkipTrainer, model_folder, tmp_path, **best, greater_is_better=False)
-
-
-def test_exits_that_the_recipe_names_are_looked_at(model_folder, tmp_path):
-    recipe = RecipeConfig(rotation=1, exits=(3,), fixed_exits=(2,), exit_weighting="equal")
-    trainer = trainer_of(LayerSkipTrainer, model_folder, tmp_path, recipe)
-    assert {2, 3} < set(trainer.eval_exits)
-
-
-def test_a_loss_that_would_have_no_effect_is_refused(model_folder, tmp_path):
-    with pytest.raises(ValueError, match="its own loss: leave out label_smoothing_factor"):
-        trainer_of(LayerSkipTrainer, model_folder, tmp_path, label_smoothing_factor=0.1)
-
-
-def test_checkpoints_of_an_earlier_run_go_first(model_folder, tmp_path):
-    for step in (900, 1000):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    often = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
-    trainer_of(LayerSkipTrainer, model_folder, tmp_path, **often).train()
-    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
-
-
-def test_a_measure_of_ones_own_is_kept(model_folder, tmp_path):
-    trainer = trainer_of(LayerSkipTrainer, model_folder, tmp_path, prediction_loss_only=False)
-    trainer.compute_metrics = lambda prediction: {"accuracy": -1.0}
-    metrics = trainer.evaluate()
-    assert metrics["eval_accuracy"] == -1.0
-    assert f"eval_accuracy_exit_{trainer.attached.num_layers}" in metrics
-
-
-def test_a_learning_rate_that_is_no_number_is_refused(model_folder, tmp_path):
-    with pytest.raises(ValueError, match="learning_rate is nan; it must be a number"):
-        trainer_of(LayerSkipTrainer, model_folder, tmp_path, learning_rate=float("nan"))
 
 
 def test_rows_without_labels_are_refused(model_folder, tmp_path):
@@ -387,20 +287,11 @@ def test_checkpoints_are_pushed_from_their_place(model_folder, tmp_path, monkeyp
     assert pushed == [(str(tmp_path / f"checkpoint-{step}"), True) for step in (2, 4)]
 
 
-def test_several_gpus_in_one_process_are_refused(model_folder, tmp_path):
-    plain = trainer_of(Trainer, model_folder, tmp_path)
-    plain.add_callback(RecipeCallback(attach(plain.model, RECIPE)))
-    plain.args._n_gpu = 2
-    with pytest.raises(ValueError, match="2 GPUs in one process are not supported"):
-        plain.callback_handler.call_event("on_train_begin", plain.args, plain.state, plain.control)
-
-
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("plugins", "message"),
     [
         ({"fsdp": 1}, "set fsdp_version: 2"),
         ({"tp": 2}, "tensor, context and sequence parallelism"),
-        ({"parallel": {"cp_size": 2}}, "tensor, context and sequence parallelism"),
         ({"regional": True}, "regional compilation runs a copy"),
         ({"fsdp": 2, "fp16": True}, "use bfloat16"),
         ({"stage": 2, "fp16": True}, "use bfloat16"),
@@ -409,54 +300,59 @@ def test_several_gpus_in_one_process_are_refused(model_folder, tmp_path):
         ({"fp16": True}, None),
     ],
 )
-def test_ways_to_divide_weights_that_the_loss_cannot_have_are_refused(given, said):
-    fsdp, stage = given.get("fsdp"), given.get("stage")
-    plugins = SimpleNamespace(
+def test_sharding_without_whole_weights_is_refused(plugins, message):
+    fsdp, stage = plugins.get("fsdp"), plugins.get("stage")
+    state = SimpleNamespace(
         fsdp_plugin=fsdp and SimpleNamespace(fsdp_version=fsdp),
-        dynamo_plugin=SimpleNamespace(use_regional_compilation=given.get("regional", False)),
+        dynamo_plugin=SimpleNamespace(use_regional_compilation=plugins.get("regional", False)),
     )
-    parallel = SimpleNamespace(**given["parallel"]) if "parallel" in given else None
+    parallel = SimpleNamespace(**plugins["parallel"]) if "parallel" in plugins else None
     trainer = SimpleNamespace(
-        accelerator=SimpleNamespace(state=plugins),
+        accelerator=SimpleNamespace(state=state),
         is_fsdp_enabled=fsdp is not None,
         is_deepspeed_enabled=stage is not None,
-        args=SimpleNamespace(fp16=given.get("fp16", False), parallelism_config=parallel),
-        get_tp_size=lambda: given.get("tp", 1),
+        args=SimpleNamespace(fp16=plugins.get("fp16", False), parallelism_config=parallel),
+        get_tp_size=lambda: plugins.get("tp", 1),
     )
-    refused = contextlib.nullcontext() if said is None else pytest.raises(ValueError, match=said)
-    with refused:
+    if message is None:
+        check_sharding(trainer)
+        return
+    with pytest.raises(ValueError, match=message):
         check_sharding(trainer)
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
+        ("use_liger_kernel", True, "use_liger_kernel puts another forward over the recipe's"),
+        ("_n_gpu", 2, "2 GPUs in one process are not supported"),
         ("loss_type", "chunked_nll", 'set TRL\'s loss_type, .* to "nll"'),
         ("activation_offloading", True, "activation_offloading waits for a backward pass"),
         ("deepspeed_plugin", SimpleNamespace(zero_stage=3), "take stage 2"),
     ],
 )
-def test_arguments_that_the_loss_cannot_have_are_refused_of_a_plain_trainer_too(
-    model_folder, tmp_path, name, value, said
-):
+def test_arguments_of_a_plain_trainer_are_checked(model_folder, tmp_path, name, value, message):
     plain = trainer_of(Trainer, model_folder, tmp_path)
     plain.add_callback(RecipeCallback(attach(plain.model, RECIPE)))
     setattr(plain.args, name, value)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         plain.callback_handler.call_event("on_train_begin", plain.args, plain.state, plain.control)
 
 
-def test_the_best_experts_are_loaded_as_well(tmp_path):
-    """transformers writes them one by one, and has them together in memory."""
-    folder = tmp_path / "checkpoint-1"
-    causal_lms.build("mixtral").save_pretrained(folder)
-    trainer = trainer_of(LayerSkipTrainer, folder, tmp_path)
-    model = trainer.model
-    wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    trainer.state.best_model_checkpoint = str(folder)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    trainer._load_best_model()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, wanted[name]), name
+def test_the_best_experts_are_loaded(tmp_path):
+    """transformers saves them one by one, and has them stacked in memory."""
+    causal_lms.build("mixtral").save_pretrained(tmp_path / "model")
+    often = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    # At this learning rate the first step is the best.
+    changes = {**often, **best, "max_steps": 3, "learning_rate": 1.0, "save_total_limit": 1}
+    trainer = trainer_of(LayerSkipTrainer, tmp_path / "model", tmp_path, **changes)
+    trainer.train()
+    folder = Path(trainer.state.best_model_checkpoint)
+    assert folder == tmp_path / "checkpoint-1"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(folder)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [folder.name]
+    expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name

@@ -26,7 +26,7 @@ _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 class PeakMemory:
-    """Peak memory since `reset`: PyTorch's allocations on a GPU, the process's resident memory on a CPU.
+    """Peak memory since `reset`: allocations on a GPU, resident memory of the process on a CPU.
 
     Attributes:
         scope: "row" where the high-water mark can be reset (CUDA, Linux); "process" where it only rises,

@@ -115,7 +115,7 @@ def measure(
 
     After a warm-up of each entry, all entries answer one prompt before the next prompt begins. Their
     order changes with the prompt and the repetition, so that each entry follows each other one about as
-    often: a machine whose speed drifts, or an entry that slows down the next one, affects all alike.
+    often: drift of the machine, or an effect on the next entry, is the same for all.
     Before another system answers, the threads of the last one get the time to sleep.
 
     Args:

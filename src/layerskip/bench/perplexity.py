@@ -1,30 +1,23 @@
 """Perplexity of every exit on a text, from one pass over windows of it.
 
 The text is tokenized in one piece, after the tokenizer's begin-of-text token (else its end-of-text
-token), so that every token of the text is predicted, once. A window holds `window` tokens of context.
-The next one ends `stride` tokens later and scores only the tokens that the one before did not reach, so
-that each has at least window - stride + 1 tokens before it. With the sum N of negative log-likelihoods
-in nats:
+token), so that every token is predicted, once. A window holds `window` tokens of context; the next one
+ends `stride` tokens later and scores only the tokens that the one before did not reach, so that each
+has at least window - stride + 1 tokens before it. With the sum N of negative log-likelihoods in nats:
 
 - token perplexity exp(N / tokens) depends on the tokenizer, and compares exits of one model.
 - word perplexity exp(N / words), words as white space separates them, and bits per byte of UTF-8,
   N / (ln 2 * bytes), compare models too.
-- the standard error assumes that windows are independent samples (delta method; none for one window).
+- the standard error assumes that windows are independent (delta method; none for a single window).
 """
 
 import math
-import os
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from layerskip.bench.bench import Metric
 from layerskip.bench.quality import Passage, Score, score_passages
-from layerskip.data.readers import DATA_VARIABLE, open_text, read_rows
 from layerskip.decoding import LayerSkipModel
-
-WIKITEXT, HUB_CONFIG = "wikitext2", "wikitext-2-v1"
 
 
 def stride_of(model: LayerSkipModel, window: int, stride: int | None) -> tuple[int, int]:
@@ -139,44 +132,3 @@ def _stderr_of_sum(values: Sequence[float], sizes: Sequence[int]) -> float | Non
     rate = sum(values) / sum(sizes)
     residuals = (v - rate * size for v, size in zip(values, sizes, strict=True))
     return math.sqrt(n / (n - 1) * sum(r * r for r in residuals))
-
-
-def read_text(source: str, max_words: int | None = None) -> str:
-    """Read a text file (.gz and .xz too), or the test split of WikiText-2 under the name `wikitext2`.
-
-    WikiText-2 is searched in `$LAYERSKIP_DATA/wikitext2`, then on the hub.
-
-    Args:
-        source: file or name.
-        max_words: number of words to keep.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    path = Path(source).expanduser()
-    text = _wikitext() if source == WIKITEXT and not path.exists() else _read(path)
-    if max_words is not None:
-        words = re.finditer(r"\S+", text)
-        ends = [match.end() for _, match in zip(range(max_words), words, strict=False)]
-        text = text[: ends[-1]] if ends else ""
-    return text
-
-
-def _read(path: Path) -> str:
-    with open_text(path) as file:
-        return file.read()
-
-
-def _wikitext() -> str:
-    folder = Path(os.environ.get(DATA_VARIABLE, "")).expanduser() / WIKITEXT
-    if DATA_VARIABLE in os.environ and (files := sorted(folder.glob("test.txt*"))):
-        return _read(files[0])
-    try:
-        rows = [row["text"] for _, row in read_rows("Salesforce/wikitext", "test", HUB_CONFIG)]
-    except ValueError as error:
-        raise ValueError(
-            f"WikiText-2 is not here: set {DATA_VARIABLE} to a folder with {WIKITEXT}/test.txt, or"
-            f" be online with `datasets`, pip install 'layerskip[bench]' ({error})"
-        ) from error
-    # The hub's rows have no text for an empty line.
-    return "".join(row or " \n" for row in rows)

@@ -1,29 +1,46 @@
 """`layerskip chat`: a conversation with a model."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from layerskip.cli import config_flags as options
-from layerskip.cli import config_flags as values
-from layerskip.cli import output as outputs
-from layerskip.cli import show
-from layerskip.cli.output import log_stderr
-from layerskip.decoding import LayerSkipModel, Prefix, PromptError
+from layerskip.cli import config_flags
+from layerskip.cli.config_flags import (
+    ModelConfig,
+    answer_options,
+    config_from_flags,
+    datastore_file,
+    note_idle_sampling,
+    note_length,
+    note_without_effect,
+)
+from layerskip.cli.output import (
+    Terminated,
+    check_outputs,
+    deliver,
+    log_stderr,
+    show_legend,
+    show_pieces,
+    show_stats,
+    waiting,
+)
+from layerskip.decoding import DecodingConfig, LayerSkipModel, PrefixCache, PromptError
 from layerskip.decoding.sampling import nth_seed
 from layerskip.model.hub import DEFAULT_MODEL
 
 _HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"
-_NO_TALKER = (
-    f"{DEFAULT_MODEL} was taught commands, summaries and Python; to talk, take --model smollm2-135m"
+_NOT_FOR_CHAT = (
+    f"{DEFAULT_MODEL} was trained on commands, summaries and Python; to talk, take"
+    " --model smollm2-135m"
 )
 
 
 @click.command("chat")
-@click.option("--system", help="A system message at the head of the conversation.")
-@options.answering_options
+@click.option("--system", metavar="TEXT", help="System message of the conversation.")
+@answer_options
 def command(
     system: str | None,
     chat_template_kwargs: dict[str, Any] | None,
@@ -35,93 +52,96 @@ def command(
 ) -> None:
     """Talk with a model; the conversation so far is part of every prompt.
 
-    /reset forgets the conversation, /quit or Ctrl-D ends it. Ctrl-C stops an answer, and ends the
-    program where no answer is being written.
+    /reset forgets the conversation, /quit or Ctrl-D ends it. Ctrl-C stops an answer, and between
+    answers it ends the program.
 
     \b
     Examples:
-      layerskip chat
+      layerskip chat --model smollm2-135m
       layerskip chat --system "Answer in one sentence." --temperature 0.7 --seed 1 --stats
       layerskip chat --model Qwen/Qwen3-0.6B --chat-template-kwargs '{"enable_thinking": false}'
     """
-    values.check_decoding(flags)
-    read = (flags["model"], values.draft_text_file())
-    outputs.check_outputs({"--output": output}, beside=read)
-    options.note_idle_sampling(flags, "seed")
-    model = options.load_model(flags)
+    decoding = config_from_flags(DecodingConfig, flags)
+    model_config = config_from_flags(ModelConfig, flags)
+    check_outputs({"--output": output}, beside=(model_config.model, datastore_file()))
+    note_idle_sampling(decoding.temperature, "seed")
+    model = config_flags.load_model(model_config)
     if not model.has_chat_template:
         raise ValueError(
-            f"{flags['model']} has no chat template and cannot chat; use layerskip generate"
+            f"{model_config.model} has no chat template and cannot chat; use layerskip generate"
         )
     interactive = sys.stdin.isatty()
     if interactive:
         print(_HELP, file=sys.stderr)
-        if flags["model"] == DEFAULT_MODEL:
-            print(_NO_TALKER, file=sys.stderr)
+        if model_config.model == DEFAULT_MODEL:
+            print(_NOT_FOR_CHAT, file=sys.stderr)
     if as_json:
-        options.note_without_effect(("show_draft",), "a document has no colours")
+        note_without_effect(("show_draft",), "a document has no colours")
     elif show_draft:
-        show.show_legend()
+        show_legend()
     opening = [] if system is None else [{"role": "system", "content": system}]
     messages = list(opening)
     results: list[dict[str, Any]] = []
     refused = 0
-    prefix = Prefix()
+    prefix = PrefixCache()
     try:
         while (text := _next_line(interactive)) is not None:
             if not text.strip():
                 continue
             if text.strip() == "/quit":
                 break
+            if text.strip() == "/help":
+                print(_HELP, file=sys.stderr)
+                continue
             if text.strip() == "/reset":
                 messages = list(opening)
                 continue
             messages.append({"role": "user", "content": text})
-            drawn_apart = {**flags, "seed": nth_seed(flags["seed"], len(results))}
-            asked = {"messages": messages, "chat_template_kwargs": chat_template_kwargs}
+            config = dataclasses.replace(decoding, seed=nth_seed(decoding.seed, len(results)))
+            prompt = {"messages": messages, "chat_template_kwargs": chat_template_kwargs}
             try:
-                result = _answer(
-                    model, asked, prefix, drawn_apart, stats, show_draft, quiet=as_json
-                )
+                result = _answer(model, prompt, prefix, config, stats, show_draft, quiet=as_json)
             except PromptError as error:
                 messages.pop()
-                can_forget = len(messages) > len(opening)
+                can_reset = len(messages) > len(opening)
                 log_stderr(
-                    f"{error} (/reset forgets the conversation)" if can_forget else f"{error}"
+                    f"{error} (/reset forgets the conversation)" if can_reset else f"{error}"
                 )
                 refused += 1
                 continue
             messages.append({"role": "assistant", "content": result["text"]})
             results.append(result)
-    finally:  # Ctrl-C and whatever goes wrong later leave the answers so far
-        outputs.deliver(results, as_json=as_json, output=output if results else None)
-    if refused and not (results or interactive):  # a script has nothing but the status to go by
+    finally:  # Ctrl-C or a later failure keeps the answers so far
+        deliver(results, as_json=as_json, output=output if results else None)
+    if refused and not (results or interactive):  # a script sees the status alone
         raise ValueError("none of the turns could be answered")
 
 
 def _answer(
     model: LayerSkipModel,
-    asked: dict[str, Any],
-    prefix: Prefix,
-    flags: dict[str, Any],
+    prompt: dict[str, Any],
+    prefix: PrefixCache,
+    config: DecodingConfig,
     stats: bool,
     show_draft: bool,
     quiet: bool,
 ) -> dict[str, Any]:
-    answer = model.answer(asked, prefix=prefix, **options.decoding_arguments(flags))
+    answer = model.answer(prompt, config, prefix=prefix)
     try:
         if quiet:
-            with options.waiting("answering"):
+            with waiting("answering"):
                 answer.complete()
         else:
-            show.show_pieces(answer, show_draft=show_draft)
+            show_pieces(answer, show_draft=show_draft)
+    except Terminated:
+        raise
     except KeyboardInterrupt:  # the part that was written stays in the conversation
         print("\n(stopped)", file=sys.stderr)
     generation = answer.generation
     if not quiet:
-        options.note_cut(generation)
+        note_length(generation, config)
     if stats:
-        show.show_stats(generation)
+        show_stats(generation)
     return generation.to_dict()
 
 
@@ -129,7 +149,7 @@ def _next_line(interactive: bool) -> str | None:
     try:
         if interactive:  # on stderr, as stdout may be a file of answers
             print("> ", end="", file=sys.stderr, flush=True)
-        return input().removeprefix("\ufeff")  # a byte order mark before the first
+        return input().removeprefix("\ufeff")  # a byte order mark before the first line
     except EOFError:
         if interactive:
             print(file=sys.stderr)

@@ -1,143 +1,343 @@
-"""Flags that several commands share, and what they stand for."""
+"""Command line flags from configuration dataclasses, and the options that all commands share.
 
-import contextlib
-import functools
-import inspect
+Each field made by `layerskip.options.option` becomes a flag, with its help, default and bounds. A flag
+that is not given is None (or an empty tuple) and leaves the field to the dataclass.
+"""
+
+import dataclasses
 import json
-import math
 import re
-import sys
+import types
+import typing
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
-from rich.console import Console
-from rich.markup import escape
+import torch
 
-from layerskip.cli import output as machine
-from layerskip.cli.output import escape_control_chars, log_stderr
-from layerskip.decoding import DRAFT_SOURCES, MODES, Generation, LayerSkipModel
+from layerskip.cli.output import log_stderr, log_work, waiting
+from layerskip.decoding import DecodingConfig, Generation, LayerSkipModel
 from layerskip.decoding.placement import DTYPES, device_of
-from layerskip.decoding.policy import check_options
+from layerskip.model import Decoder, native
 from layerskip.model.checkpoint import DRAFT_TEXT_FILE
 from layerskip.model.hub import BUILTIN_MODELS, DEFAULT_MODEL, is_pulled, pull
 from layerskip.model.quantize import WEIGHTS
+from layerskip.options import Option, check_options, option, plain_type
 
-_DRAFT_TEXT_FILE = "layerskip.draft_text_file"
+_Config = TypeVar("_Config")
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+_DATASTORE_FILE = "layerskip.datastore_file"  # key in click's `meta`
+_LONGEST_TEXT = 1 << 24  # bytes of a text that is tokenized at every start
+DRAFTING = ("draft_tokens", "draft_from", "adaptive", "draft_vocabulary", "datastore")
 
 
-def check_decoding(flags: dict[str, Any]) -> None:
-    """Refuse flags of decoding that contradict each other whatever the model is, before it is loaded."""
-    names = inspect.signature(check_options).parameters
-    given: dict[str, Any] = {name: flags.get(name) for name in names}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Options of loading a model.
+
+    Raises:
+        ValueError: a value is out of range, or the device is not available.
+    """
+
+    model: str = option(
+        DEFAULT_MODEL,
+        f"Checkpoint folder, GGUF file, hub id, or one of: {', '.join(BUILTIN_MODELS)}.",
+        metavar="MODEL",
+    )
+    dtype: str | None = option(
+        None,
+        "Default: bfloat16 where that is fast (GPU, AVX-512, compiled kernels), else float32.",
+        choices=tuple(DTYPES),
+    )
+    weights: str = option(
+        "16bit",
+        "Precision of the weights in memory; int8 and int4 quantize them at load time.",
+        choices=tuple(WEIGHTS),
+    )
+    device: str = option("cpu", "cpu, cuda, cuda:1, ...", metavar="DEVICE")
+    threads: int | None = option(
+        None, "Number of CPU threads.", at_least=1, at_most=1024, metavar="N"
+    )
+    compile: bool | None = option(
+        None,
+        "Use kernels compiled for this CPU (the default where they are available), or"
+        " torch.compile on a GPU.",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        device_of(self.device)
+
+
+class _IntegerList(click.ParamType[Any]):
+    """Integers with commas between them, and ranges: 4,8,12-20."""
+
+    name = "integers"
+
+    def __init__(self, description: Option) -> None:
+        self._range = _integer_range(description)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Return each integer once, in the order given."""
+        if not isinstance(value, str):
+            return tuple(value)
+        numbers: list[int] = []
+        for part in value.split(","):
+            first, last = parse_range(part)
+            if first > last:
+                self.fail(f"{value!r} is not a list such as 4,8,10-12", param, ctx)
+            numbers += range(first, last + 1)
+        return tuple(dict.fromkeys(self._range.convert(n, param, ctx) for n in numbers))
+
+
+class _NameList(click.ParamType[Any]):
+    """Names with commas between them."""
+
+    name = "names"
+
+    def __init__(self, choices: Collection[str] | None) -> None:
+        self._name = click.STRING if choices is None else click.Choice(list(choices))
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """Return each name once, in the order given."""
+        parts = value.split(",") if isinstance(value, str) else value
+        names = (part.strip() for part in parts)
+        return tuple(dict.fromkeys(self._name.convert(n, param, ctx) for n in names if n))
+
+
+class _OrNone(click.ParamType[Any]):
+    """An integer above 0, or the word none, which stands for 0."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the integer."""
+        return 0 if value == "none" else int(click.IntRange(min=1).convert(value, param, ctx))
+
+
+class _Datastore(click.ParamType[Any]):
+    """A text file, a table made by `layerskip index`, or the word none, which stands for ""."""
+
+    name = "file"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | Path:
+        """Return the text of a file, or the path of a table."""
+        if value == "none" or isinstance(value, Path):
+            return "" if value == "none" else value
+        path = Path(value)
+        if ctx is not None:
+            ctx.meta[_DATASTORE_FILE] = value
+        if path.suffix == Path(DRAFT_TEXT_FILE).suffix:
+            return path
+        try:
+            with path.open("rb") as file:
+                content = file.read(_LONGEST_TEXT + 1)
+            if len(content) > _LONGEST_TEXT:
+                self.fail(
+                    f"{value} has more than {_LONGEST_TEXT >> 20} MiB: make a table of it with"
+                    " layerskip index",
+                    param,
+                    ctx,
+                )
+            return content.decode("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            self.fail(f"{value} cannot be read: {error}", param, ctx)
+
+
+# Fields of several types: (type of the flag, placeholder).
+_SPECIAL = {
+    "draft_vocabulary": (_OrNone(), "N|none"),
+    "datastore": (_Datastore(), "FILE|none"),
+}
+
+
+def _integer_range(description: Option) -> click.ParamType[Any]:
+    low, high = description.at_least, description.at_most
+    if low is None is high or (high is not None and high >= 2**63):  # the config checks it
+        return click.INT
+    return click.IntRange(
+        None if low is None else int(low), None if high is None else int(high), clamp=False
+    )
+
+
+def _number_range(description: Option) -> click.ParamType[Any]:
+    low = description.at_least if description.above is None else description.above
+    if low is None is description.at_most:
+        return click.FLOAT
+    return click.FloatRange(low, description.at_most, min_open=description.above is not None)
+
+
+def _flag(name: str, kind: Any, description: Option, default: Any) -> _Decorator:
+    """Return the click option of a field."""
+    flags = description.flags or ("--" + name.replace("_", "-"),)
+    attributes: dict[str, Any] = {"default": None, "help": _help(description, default)}
+    metavar = description.metavar
+    choices = description.choices
+    if typing.get_origin(kind) is typing.Literal:
+        kind, choices = str, typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        attributes["type"], metavar = _SPECIAL[name]
+    elif kind is bool:
+        flags = (f"{flags[0]}/--no-{flags[0].removeprefix('--')}", *flags[1:])
+    elif typing.get_origin(kind) is tuple:
+        if int in typing.get_args(kind):
+            attributes["type"], metavar = _IntegerList(description), metavar or "N,..."
+        elif choices is not None or "," in (metavar or ""):
+            attributes["type"], metavar = _NameList(choices), metavar or "NAME,..."
+        else:
+            attributes |= {"multiple": True, "default": ()}
+    elif choices is not None:
+        attributes["type"], metavar = click.Choice(list(choices)), None
+    elif kind is int:
+        attributes["type"], metavar = _integer_range(description), metavar or "N"
+    elif kind is float:
+        attributes["type"], metavar = _number_range(description), metavar or "X"
+    elif kind is Path:
+        attributes["type"] = click.Path(path_type=Path)
+    if metavar is not None:
+        attributes["metavar"] = metavar
+    return click.option(*flags, name, **attributes)
+
+
+def _help(description: Option, default: Any) -> str:
+    """Return the help text, with the default where that is one value."""
+    text = description.help
+    if isinstance(default, tuple) and default:
+        default = ",".join(map(str, default))
+    is_value = isinstance(default, str | int | float) and not isinstance(default, bool)
+    if not is_value or "default" in text.lower():
+        return text
+    shown = f"{default:g}" if isinstance(default, float) else default
+    return f"{text}  [default: {shown}]"
+
+
+def config_fields(config: type[Any]) -> dict[str, tuple[dataclasses.Field[Any], Any, Option]]:
+    """Return name -> (field, type, description) of all options of a configuration class.
+
+    The fields of a nested dataclass follow its own.
+    """
+    hints = typing.get_type_hints(config)
+    result: dict[str, tuple[dataclasses.Field[Any], Any, Option]] = {}
+    nested: dict[str, tuple[dataclasses.Field[Any], Any, Option]] = {}
+    for field in dataclasses.fields(config):
+        kind = plain_type(hints[field.name])
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            nested |= config_fields(kind)
+        elif "option" in field.metadata:
+            result[field.name] = field, kind, field.metadata["option"]
+        elif "help" in field.metadata:
+            result[field.name] = field, kind, Option(help=field.metadata["help"])
+    return result | {name: value for name, value in nested.items() if name not in result}
+
+
+def config_options(
+    config: type[Any],
+    *,
+    only: Collection[str] | None = None,
+    without: Collection[str] = (),
+    **defaults: Any,
+) -> _Decorator:
+    """Return a decorator that adds a flag for every option of a configuration class.
+
+    Args:
+        config: the class.
+        only: names of the options that the command has; None = all.
+        without: names of options that it has not.
+        defaults: of this command, where they are not those of the class (see `config_from_flags`).
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for name, (field, kind, description) in reversed(config_fields(config).items()):
+            is_selected = (only is None or name in only) and name not in without
+            if is_selected and description.on_command_line:
+                default = defaults.get(name, field.default)
+                command = _flag(name, kind, description, default)(command)
+        return command
+
+    return decorate
+
+
+def given_flags(config: type[Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a command's flags that are options of a class and have been given."""
+    names = config_fields(config)
+    return {
+        name: value for name, value in flags.items() if name in names and value not in (None, ())
+    }
+
+
+def config_from_flags(config: type[_Config], flags: Mapping[str, Any], **defaults: Any) -> _Config:
+    """Return an instance of a configuration class, in which flags that were given replace defaults.
+
+    Args:
+        config: the class.
+        flags: of the command; those of other classes are left out.
+        defaults: of this command.
+
+    Raises:
+        click.UsageError: a value is out of range, or values contradict each other.
+    """
     try:
-        check_options(**given)
+        return config(**{**defaults, **given_flags(config, flags)})
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 
 
-def layers(_: click.Context, __: click.Parameter, value: str | None) -> list[int] | None:
-    """A callback that reads layers such as 4,8,12-20; ascending, each once."""
-    if value is None:
-        return None
-    found: set[int] = set()
-    for part in value.split(","):
-        first, last = span(part)
-        if not 1 <= first <= last:
-            raise click.BadParameter(f"{value!r} is no list of layers; an example: 4,8,10-12")
-        found |= set(range(first, last + 1))
-    return sorted(found)
-
-
-def span(text: str) -> tuple[int, int]:
-    """First and last of "4" or "12-20"; (1, 0), which is empty, of anything else."""
+def parse_range(text: str) -> tuple[int, int]:
+    """Return first and last of "4" or "12-20"; (1, 0), which is empty, of anything else."""
     match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", text)
     return (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
 
 
-def vocabulary_size(ctx: click.Context, param: click.Parameter, text: Any) -> int | None:
-    """A number of tokens; 0 for "none", which draws no line."""
-    if text is None or text == "none":
-        return None if text is None else 0
-    return int(click.IntRange(min=1).convert(text, param, ctx))
+def exit_layers(_: click.Context, __: click.Parameter, value: str | None) -> list[int] | None:
+    """Read exit layers such as 4,8,12-20 (a click callback); ascending, each once."""
+    if value is None:
+        return None
+    layers: set[int] = set()
+    for part in value.split(","):
+        first, last = parse_range(part)
+        if not 1 <= first <= last:
+            raise click.BadParameter(f"{value!r} is not a list of layers such as 4,8,10-12")
+        layers |= set(range(first, last + 1))
+    return sorted(layers)
 
 
-def draft_text(ctx: click.Context, param: click.Parameter, name: Any) -> str | Path | None:
-    """The text of a file, which `draft_text_file` names later; the file, where it is of `index`; ""
-    for "none"."""
-    if name is None or name == "none":
-        return None if name is None else ""
-    ctx.meta[_DRAFT_TEXT_FILE] = name
-    if Path(name).suffix == Path(DRAFT_TEXT_FILE).suffix:
-        return Path(name)
+def json_object(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, Any] | None:
+    """Read names and values from JSON (a click callback)."""
+    if text is None:
+        return None
     try:
-        return Path(name).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"{name} cannot be read: {error}") from error
-
-
-def draft_text_file() -> str | None:
-    """The file that --draft-text named, which no output is to replace."""
-    return click.get_current_context().meta.get(_DRAFT_TEXT_FILE)
-
-
-def device(_: click.Context, __: click.Parameter, name: str) -> str:
-    """A callback that refuses the name of a device that is not here."""
-    try:
-        device_of(name)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-    return name
-
-
-def stop_texts(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...]:
-    """A callback that refuses an empty text, with which every answer would end at once."""
-    if "" in texts:
-        raise click.BadParameter("an empty text stops nothing")
-    return texts
-
-
-def json_object(
-    ctx: click.Context, param: click.Parameter, text: str | None
-) -> dict[str, Any] | None:
-    """A callback that reads names and values from JSON."""
-    try:
-        found = None if text is None else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise click.BadParameter(f"no JSON: {error}") from error
-    if text is not None and not isinstance(found, dict):
-        raise click.BadParameter(f'{text} has no names; an example: {{"enable_thinking": false}}')
-    return found
-
-
-SEED = click.IntRange(-(2**63), 2**64 - 1)  # what PyTorch takes
-
-
-class Number(click.FloatRange):
-    """A finite number in a range."""
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """See `click.ParamType`."""
-        number: float = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is no number that can be used", param, ctx)
-        return number
-
-
-Command = Callable[..., Any]
-
-
-def _stack(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    return lambda command: functools.reduce(lambda f, option: option(f), reversed(options), command)
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise click.BadParameter(f"this is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise click.BadParameter(
+            f'{text[:100]} is not an object such as {{"enable_thinking": false}}'
+        )
+    return value
 
 
 def _note_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value and ctx.obj is not None:
         ctx.obj["debug"] = True
+
+
+def stack(*options: _Decorator) -> _Decorator:
+    """Return one decorator for several, in their order."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for one in reversed(options):
+            command = one(command)
+        return command
+
+    return decorate
 
 
 debug_option = click.option(
@@ -151,249 +351,133 @@ debug_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as one JSON document."
 )
-common_options = _stack(
+common_options = stack(
     json_option,
     click.option(
         "--output",
         type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE",
         help="Write the result as one JSON document to a file.",
     ),
     debug_option,
 )
-model_option = click.option(
-    "--model",
-    default=DEFAULT_MODEL,
-    show_default=True,
-    help=f"A checkpoint folder, a GGUF file, a hub id, or one of: {', '.join(BUILTIN_MODELS)}.",
-)
-model_options = _stack(
-    model_option,
+model_option = config_options(ModelConfig, only=("model",))
+model_options = config_options(ModelConfig)
+answer_options = stack(
     click.option(
-        "--dtype",
-        type=click.Choice(list(DTYPES)),
-        help="Default: bfloat16 where that is fast (GPU, AVX-512, compiled kernels), else float32.",
+        "--chat-template-kwargs",
+        metavar="JSON",
+        callback=json_object,
+        help="Variables of the chat template, such as '{\"enable_thinking\": false}'.",
     ),
-    click.option(
-        "--weights",
-        type=click.Choice(list(WEIGHTS)),
-        default="16bit",
-        show_default=True,
-        help="How weights are kept; int8 and int4 quantize them while they are loaded.",
-    ),
-    click.option(
-        "--device",
-        default="cpu",
-        show_default=True,
-        callback=device,
-        help="cpu, cuda, cuda:1, ...",
-    ),
-    click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads to use."),
-    click.option(
-        "--compile/--no-compile",
-        default=None,
-        help="Run in kernels compiled for this CPU, once (the default where they are available), or"
-        " through torch.compile on a GPU.",
-    ),
-)
-mode_options = _stack(
-    click.option(
-        "--mode",
-        type=click.Choice(["auto", *MODES]),
-        default="auto",
-        show_default=True,
-        help="auto: drafts from n-grams, and by early exit where the checkpoint or --exit-layer says"
-        " so, as far as they pay.",
-    ),
-    click.option(
-        "--exit-layer",
-        type=click.IntRange(min=1),
-        metavar="E",
-        help="How many layers have run when the model exits, 1 to all.",
-    ),
-    click.option(
-        "--draft-tokens",
-        type=click.IntRange(min=0),
-        metavar="d",
-        help="How many tokens are drafted in a round; with --adaptive at most.",
-    ),
-    click.option(
-        "--draft-from",
-        type=click.Choice(DRAFT_SOURCES),
-        help="early-exit, n-gram: what followed the last tokens before, or both. Default: in auto what"
-        " the checkpoint is good for, else early-exit.",
-    ),
-    click.option(
-        "--adaptive/--no-adaptive",
-        default=None,
-        help="End a draft where another token is not worth its cost. Default: in auto.",
-    ),
-)
-sampling_options = _stack(
-    click.option(
-        "--temperature",
-        type=Number(min=0.0),
-        default=0.0,
-        show_default=True,
-        help="0 is greedy.",
-    ),
-    click.option("--top-k", type=click.IntRange(min=1), help="Keep the k most likely tokens."),
-    click.option(
-        "--top-p",
-        type=Number(min=0.0, min_open=True, max=1.0),
-        help="Keep the most likely tokens up to this probability.",
-    ),
-    click.option(
-        "--min-p",
-        type=Number(min=0.0, max=1.0),
-        help="Keep tokens of at least this share of the highest probability.",
-    ),
-    click.option(
-        "--repetition-penalty",
-        type=Number(min=0.0, min_open=True),
-        default=1.0,
-        show_default=True,
-    ),
-)
-decoding_options = _stack(
-    mode_options,
-    click.option(
-        "--draft-vocabulary",
-        callback=vocabulary_size,
-        metavar="N|none",
-        help="The early exit drafts only the first N tokens of the checkpoint's list (else of the"
-        " vocabulary), and the prompt's; none: all. Default: in auto the whole list.",
-    ),
-    click.option(
-        "--draft-text",
-        callback=draft_text,
-        metavar="FILE|none",
-        help="A text that is like the answers, or what `layerskip index` made of one: searched for"
-        " n-grams beside prompt and answer. Default: in auto the checkpoint's.",
-    ),
-    click.option(
-        "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N"
-    ),
-    sampling_options,
-    click.option(
-        "--seed",
-        type=SEED,
-        help="Makes sampling repeatable; each prompt draws apart.",
-    ),
-    click.option(
-        "--stop",
-        multiple=True,
-        metavar="TEXT",
-        callback=stop_texts,
-        help="End the answer here; may be repeated.",
-    ),
-    click.option("--ignore-eos", is_flag=True, help="Go on after an end token."),
-)
-view_options = _stack(
+    model_options,
+    config_options(DecodingConfig),
     click.option("--stats", is_flag=True, help="Print speed and acceptance to stderr."),
     click.option(
         "--show-draft",
         is_flag=True,
-        help="Colour the answer by where each token came from (brackets where there is no colour).",
+        help="Mark drafted tokens by colour (by brackets where there is no colour).",
     ),
-)
-template_option = click.option(
-    "--chat-template-kwargs",
-    metavar="JSON",
-    callback=json_object,
-    help="Variables of the chat template, such as '{\"enable_thinking\": false}'.",
-)
-answering_options = _stack(
-    template_option, model_options, decoding_options, view_options, common_options
+    common_options,
 )
 
 
-def load_model(flags: dict[str, Any]) -> LayerSkipModel:
-    """The model that the flags of `model_options` describe, with a word on stderr while it loads."""
-    machine.set_threads(flags["threads"])
+def datastore_file() -> str | None:
+    """Return the file that --datastore names, which no output may replace."""
+    return click.get_current_context().meta.get(_DATASTORE_FILE)
+
+
+def load_model(config: ModelConfig) -> LayerSkipModel:
+    """Load a model, with a spinner and notes on stderr."""
+    set_threads(config.threads)
     if not given(("device",)):
-        machine.note_idle_gpu()
-    is_here = Path(name := flags["model"]).exists()
+        note_idle_gpu()
+    name = config.model
+    is_here = Path(name).exists()
     if name in BUILTIN_MODELS and is_here:
         log_stderr(f"{name} is taken from the folder of that name here")
     fetch_if_builtin(name)
-    how = {field: flags[field] for field in ("dtype", "weights", "device", "compile")}
-    with waiting(f"loading {name}", is_here or name in BUILTIN_MODELS), warnings_in_one_line():
-        model = LayerSkipModel.from_pretrained(name, **how, announce=say)
-    machine.note_weights(model.decoder)
+    with waiting(f"loading {name}", is_here or name in BUILTIN_MODELS):  # the hub has its own bars
+        model = LayerSkipModel.from_pretrained(
+            name,
+            dtype=config.dtype,
+            weights=config.weights,
+            device=config.device,
+            compile=config.compile,
+            announce=log_work,
+        )
+    note_weights(model.decoder)
     return model
 
 
-@contextlib.contextmanager
-def warnings_in_one_line(*, is_shown: bool = True) -> Iterator[None]:
-    """Our own warnings without the place in the code that they come from, or none of them."""
+def set_threads(threads: int | None = None) -> None:
+    """Set PyTorch's number of threads; None: no more than a container's share of the CPUs.
+
+    PyTorch counts all CPUs. With more threads than its share a container is stopped for the rest of
+    each period, and all threads wait for those that are.
+    """
+    threads = native.num_threads_to_use() if threads is None else threads
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+
+
+def note_idle_gpu() -> None:
+    """Note that a GPU is available, for commands that were not told which device to use."""
     with warnings.catch_warnings():
-        plain = warnings.showwarning
+        warnings.simplefilter("ignore")  # of a driver that is too old
+        is_available = torch.cuda.is_available()
+    if is_available:
+        log_stderr("a GPU is here: --device cuda uses it")
 
-        def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
-            if category.__module__.startswith("layerskip."):
-                if is_shown:
-                    log_stderr(str(message))
-            else:
-                plain(escape_control_chars(str(message)), category, *place, **more)
 
-        warnings.showwarning = show
-        yield
+def note_weights(decoder: Decoder) -> None:
+    """Note where quantized weights save neither memory nor time."""
+    on_gpu, in_bfloat16 = decoder.device.type == "cuda", decoder.dtype == torch.bfloat16
+    if on_gpu and in_bfloat16 and decoder.weights == "int8":
+        log_stderr(
+            "in bfloat16 on a GPU --weights int8 takes more memory than 16bit; int4 takes less"
+        )
+    if decoder.weights != "16bit" and decoder.kernels == "pytorch" and not (on_gpu or in_bfloat16):
+        log_stderr(f"without the compiled kernels --weights {decoder.weights} is slower than 16bit")
 
 
 def fetch(name: str) -> Path:
-    """Pull a built-in model and say so on stderr."""
+    """Fetch a built-in model, with notes on stderr."""
     with waiting(name):
-        return pull(name, lambda line: say(f"{name}: {line}"))
+        return pull(name, lambda line: log_work(f"{name}: {line}"))
 
 
 def fetch_if_builtin(name: str) -> None:
-    """Fetch the model first, where the name is a built-in one that is not in the cache yet."""
+    """Fetch a built-in model that is not in the cache yet."""
     if name in BUILTIN_MODELS and not is_pulled(name) and not Path(name).exists():
         fetch(name)
 
 
-def say(what: str) -> None:
-    """A line on stderr about something that takes long."""
-    click.echo(f"{what} ...", err=True)
-
-
 def given(names: Sequence[str]) -> list[str]:
-    """Those of the flags that stand on the command line, as they are written there."""
+    """Return those of some parameters that are on the command line, as flags."""
     source = click.get_current_context().get_parameter_source
     on_it = [name for name in names if source(name) is click.core.ParameterSource.COMMANDLINE]
     return ["--" + name.replace("_", "-") for name in on_it]
 
 
 def note_without_effect(names: Sequence[str], why: str) -> None:
-    """A line on stderr for each of these flags that was given and changes nothing."""
+    """Note each of some flags that was given and changes nothing."""
     for flag in given(names):
         log_stderr(f"{flag} has no effect: {why}")
 
 
-def note_idle_sampling(flags: dict[str, Any], *more: str) -> None:
-    """A line on stderr for each flag of sampling, and of these, where nothing is drawn."""
-    if not flags["temperature"]:
+def note_idle_sampling(temperature: float, *more: str) -> None:
+    """Note flags of sampling, and some more, that have no effect in greedy decoding."""
+    if not temperature:
         names = ("top_k", "top_p", "min_p", *more)
-        note_without_effect(names, "without --temperature the likeliest token is taken")
+        note_without_effect(names, "without --temperature decoding is greedy")
 
 
-def note_cut(generation: Generation) -> None:
-    """A line on stderr where an answer was cut at a length that nobody asked for."""
+def note_length(generation: Generation, config: DecodingConfig) -> None:
+    """Note an answer that was cut at a length that was not asked for."""
     if generation.finish_reason != "length" or given(("max_new_tokens",)):
         return
-    n, asked = generation.new_tokens, click.get_current_context().params["max_new_tokens"]
-    more = "--max-new-tokens allows more" if n == asked else "the context is full"
+    n = generation.new_tokens
+    is_limit = n == config.max_new_tokens
+    more = "--max-new-tokens allows more" if is_limit else "the context is full"
     click.echo(f"(cut after {n} tokens; {more})", err=True)
-
-
-def decoding_arguments(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags of `decoding_options` as arguments of `LayerSkipModel.answer`."""
-    known = inspect.signature(LayerSkipModel.answer).parameters
-    return {name: value for name, value in flags.items() if name in known}
-
-
-def waiting(what: str, is_shown: bool = True) -> contextlib.AbstractContextManager[Any]:
-    """A spinner on stderr, where that is a terminal and nothing else (the hub) has bars there."""
-    if not (is_shown and sys.stderr.isatty()):  # rich also takes $FORCE_COLOR for a terminal
-        return contextlib.nullcontext()
-    return Console(stderr=True).status(escape(what))

@@ -7,18 +7,19 @@ from pathlib import Path
 
 import click
 
-from layerskip.cli import output as machine
 from layerskip.cli.config_flags import (
+    ModelConfig,
     common_options,
+    config_from_flags,
     fetch_if_builtin,
     model_option,
-    warnings_in_one_line,
+    set_threads,
 )
-from layerskip.cli.output import Report, bars, check_outputs, deliver
+from layerskip.cli.output import Report, bars, check_outputs, deliver, escape_control_chars
 from layerskip.export import (
     GGUF_WEIGHTS,
     HF_WEIGHTS,
-    Calibrated,
+    Calibration,
     ExportReport,
     Source,
     calibrate,
@@ -37,19 +38,19 @@ _INT4 = "int4"
 @click.command("export")
 @click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
 @model_option
-@click.option("--to", "to_format", type=click.Choice(_FORMATS), required=True)
+@click.option("--to", "to_format", type=click.Choice(_FORMATS), required=True, help="Format.")
 @click.option(
     "--weights",
     type=click.Choice([*GGUF_WEIGHTS, _INT4]),
-    help=f"How matrices are stored; of hf: {', '.join(HF_WEIGHTS)}, and int4 with --calibrate. Default:"
-    " as the source has them (in hf, quantized ones as the float32 numbers that they stand for).",
+    help=f"Precision of the matrices; hf: {', '.join(HF_WEIGHTS)}, and int4 with --calibrate. Default:"
+    " that of the source (in hf, quantized ones are dequantized to float32).",
 )
 @click.option(
     "--calibrate",
     "calibration",
-    metavar="TEXT",
-    help="A text file (or wikitext2), some 2,500 tokens or more, 20,000 are used: with --to hf --weights"
-    " int4, round the layers to 4 bits so that the errors make up for each other on such text.",
+    metavar="FILE",
+    help="Text file (or wikitext2) of 2,500 tokens or more, of which 20,000 are used: with --to hf"
+    " --weights int4, GPTQ rounds the layers to 4 bits on it.",
 )
 @click.option(
     "--exit-layer",
@@ -58,11 +59,11 @@ _INT4 = "int4"
     help="Export the first E layers, final norm and head: a draft model. Default of hf-draft: the"
     " exit layer that the checkpoint names.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a checkpoint or file that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint or file.")
 @common_options
 def command(
     path: Path,
-    model: str,
+    model: str | None,
     to_format: str,
     weights: str | None,
     calibration: str | None,
@@ -83,30 +84,31 @@ def command(
       layerskip export --model my-checkpoint --to gguf --exit-layer 8 my-draft.gguf
       layerskip export --model my-checkpoint --to hf --weights int4 --calibrate text.txt my-int4
     """
-    check_outputs({"--output": output}, beside=(model, calibration))
+    name = config_from_flags(ModelConfig, {"model": model}).model
+    check_outputs({"--output": output}, beside=(name, calibration))
     if output is not None and output.resolve() == path.resolve():
         raise click.UsageError(f"PATH and --output are both {path}: name another file")
     _check_usage(path, to_format, weights, calibration, exit_layer)
-    fetch_if_builtin(model)
-    machine.set_threads()
-    source = open_source(model, exit_layer)
+    fetch_if_builtin(name)
+    set_threads()
+    source = open_source(name, exit_layer)
     if to_format == "hf-draft" and exit_layer is None:
         chosen = source.files.settings.exit_layer
         if chosen is None:
             raise click.UsageError("this checkpoint names no exit layer; give --exit-layer")
-        source = open_source(model, chosen)
+        source = open_source(name, chosen)
     if calibration is not None:  # which rounds for minutes before it writes
         check_new_folder(path, overwrite=overwrite)
         check_room(path, least_bytes(source))
     write: Callable[..., ExportReport] = functools.partial(
         to_gguf if to_format == "gguf" else to_hf, weights=None if weights == _INT4 else weights
     )
-    with bars() as report, warnings_in_one_line():
+    with bars() as report:
         if calibration is not None:
             write = functools.partial(write, calibrated=_calibrated(source, calibration, report))
         writing = functools.partial(report, f"writing {path}")
         written = write(source, path, overwrite=overwrite, progress=writing)
-    result = dataclasses.asdict(written) | {"path": str(path), "source": model}
+    result = dataclasses.asdict(written) | {"path": str(path), "source": name}
     deliver(result, as_json=as_json, output=output)
     if not as_json:
         _show(written)
@@ -125,7 +127,7 @@ def _check_usage(
             "--to hf is the whole model; --exit-layer goes with hf-draft or gguf"
         )
     if (weights == _INT4) != (calibration is not None):
-        raise click.UsageError("--weights int4 and --calibrate TEXT go together")
+        raise click.UsageError("--weights int4 and --calibrate go together")
     if weights == _INT4 and to_format != "hf":
         raise click.UsageError("--weights int4 goes with --to hf; of gguf there is q4_1")
     if to_format != "gguf" and weights not in (None, _INT4, *HF_WEIGHTS):
@@ -134,9 +136,9 @@ def _check_usage(
         raise click.UsageError(f"PATH {path} has to end in .gguf")
 
 
-def _calibrated(source: Source, text: str, report: Report) -> Calibrated:
+def _calibrated(source: Source, text: str, report: Report) -> Calibration:
     """Read the text and round the layers by it."""
-    from layerskip.bench.perplexity import read_text
+    from layerskip.data.readers import read_text
 
     tokenizer = source.files.tokenizer()
     if tokenizer is None:
@@ -151,9 +153,8 @@ def _show(written: ExportReport) -> None:
         f"{count} {kind}" for kind, count in sorted(w.stored_as.items(), key=lambda item: -item[1])
     )
     carried = f"; {w.carried_over} as the source has them" if w.carried_over else ""
-    click.echo(
-        f"{w.path}: {w.layers} layers, {w.bytes / 1e6:.1f} MB, {w.tensors} tensors ({kinds}{carried})"
-    )
+    size = f"{w.layers} layers, {w.bytes / 1e6:.1f} MB, {w.tensors} tensors ({kinds}{carried})"
+    click.echo(f"{escape_control_chars(str(w.path))}: {size}")
     if w.nll_change is not None:
         click.echo(
             f"with --weights int4: {w.nll_change:+.1%} negative log-likelihood on held-out parts of"

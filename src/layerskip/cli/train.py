@@ -2,19 +2,24 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import click
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from layerskip.cli import config_flags as options
-from layerskip.cli import output as machine
-from layerskip.cli import output as outputs
-from layerskip.cli.output import log_stderr
+from layerskip.cli.config_flags import (
+    config_options,
+    debug_option,
+    given_flags,
+    json_option,
+    set_threads,
+)
+from layerskip.cli.output import deliver, escape_control_chars, log_stderr
 from layerskip.recipe import RecipeConfig
 from layerskip.training import Progress as Report
 
@@ -83,37 +88,12 @@ def _of_exits(logs: Mapping[str, float]) -> list[str]:
 try:
     from layerskip.training import TrainConfig, train
     from layerskip.training.checkpointing import last_good
-    from layerskip.training.config import plain_type, read_settings
+    from layerskip.training.config import read_settings
     from layerskip.training.run import check_packages
 except ImportError as error:
     raise ImportError(
         f"training needs {error.name}; run: pip install 'layerskip[train]'"
     ) from error
-
-
-def _flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """One flag for every setting, with its help and its default as the dataclasses have them."""
-    hints = get_type_hints(RecipeConfig) | get_type_hints(TrainConfig)
-    for name, field in reversed(TrainConfig.settings().items()):
-        kind = plain_type(hints[name])
-        flag = "--" + name.replace("_", "-")
-        attributes: dict[str, Any] = {"default": None, "help": _help(field)}
-        if kind is bool:
-            flag += f"/--no-{flag.removeprefix('--')}"
-        elif get_origin(kind) is Literal:
-            attributes["type"] = click.Choice(get_args(kind))
-        elif kind in (int, float):
-            attributes["type"] = kind
-        elif get_origin(kind) is tuple:
-            attributes["metavar"] = "E,E,..."
-        command = click.option(flag, name, **attributes)(command)
-    return command
-
-
-def _help(field: Any) -> str:
-    text = str(field.metadata.get("help", ""))
-    is_plain = isinstance(field.default, str | int | float) and not isinstance(field.default, bool)
-    return f"{text}  [default: {field.default}]" if is_plain and "default" not in text else text
 
 
 def _without_effect(
@@ -153,9 +133,9 @@ def _without_effect(
 @click.argument(
     "config", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
-@_flags
-@options.json_option
-@options.debug_option
+@config_options(TrainConfig)
+@json_option
+@debug_option
 def command(config: Path | None, as_json: bool, **flags: Any) -> None:
     """Train a checkpoint so that its early layers can answer.
 
@@ -172,7 +152,7 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
       layerskip train examples/topv2.yaml --resume
     """
     check_packages()
-    given = {name: value for name, value in flags.items() if value is not None}
+    given = given_flags(TrainConfig, flags)
     try:
         of_file = read_settings(config) if config else {}
         settings = (
@@ -181,15 +161,14 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     if settings.threads is None:  # else `train` sets them
-        machine.set_threads()
+        set_threads()
     is_first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, accelerate launch
     if is_first:
         for line in _without_effect(given, of_file, settings.effective_recipe):
             log_stderr(line)
-    with (
-        options.warnings_in_one_line(is_shown=is_first),
-        TrainProgress(is_shown=is_first) as progress,
-    ):
+    with warnings.catch_warnings(), TrainProgress(is_shown=is_first) as progress:
+        if not is_first:
+            warnings.simplefilter("ignore")
         try:
             result = train(settings, progress)
         except KeyboardInterrupt:
@@ -207,6 +186,7 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
             "exit_layer": result.exit_layer,
             "metrics": result.metrics,
         }
-        outputs.deliver(document, as_json=True, output=None)
+        deliver(document, as_json=True, output=None)
     else:
-        click.echo(f"{result.output}: {result.steps} steps, exit layer {result.exit_layer}")
+        folder = escape_control_chars(str(result.output))
+        click.echo(f"{folder}: {result.steps} steps, exit layer {result.exit_layer}")

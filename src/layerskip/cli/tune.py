@@ -1,5 +1,6 @@
 """`layerskip tune`: measure, predict, confirm, choose, and write it into the checkpoint."""
 
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -10,116 +11,63 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from layerskip.cli import config_flags as options
-from layerskip.cli import config_flags as values
-from layerskip.cli import output as outputs
-from layerskip.cli.output import bars, log_stderr
+from layerskip.cli import config_flags
+from layerskip.cli.config_flags import (
+    ModelConfig,
+    common_options,
+    config_from_flags,
+    config_options,
+    model_options,
+    note_without_effect,
+)
+from layerskip.cli.output import (
+    bars,
+    check_outputs,
+    check_report,
+    deliver,
+    escape_control_chars,
+    log_stderr,
+    waiting,
+)
 from layerskip.data.readers import PROMPTS
 from layerskip.decoding import LayerSkipModel
 from layerskip.fileio import read_json
 from layerskip.model.checkpoint import exit_layer_of
 from layerskip.tune.tune import (
-    MAX_DRAFT_TOKENS,
+    MAX_NEW_TOKENS,
     Choice,
-    Effort,
+    SearchBudget,
+    TuneConfig,
     Tuning,
     check_writable,
-    effort_for,
     name_of_auto,
+    search_budget,
     tune,
     write_settings,
 )
 
-MAX_NEW_TOKENS = 64  # of a task that allows more: enough to see a speed, and soon done
-LONG_S = 60.0  # whoever waits longer is told so before
+LONG_S = 60.0  # a longer tuning is announced
 _COLUMNS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # draft lengths that a terminal has room for
 
 
 @click.command("tune")
-@options.model_options
-@click.option(
-    "--data",
-    metavar="TASK|FILE",
-    help="Prompts like those you will have: a task of layerskip bench, a .jsonl, or a .txt with a"
-    " prompt a paragraph. Default: a few general questions.",
-)
-@click.option(
-    "--samples",
-    type=click.IntRange(min=2),
-    default=20,
-    show_default=True,
-    help="Prompts, of those there are.",
-)
-@click.option(
-    "--seed",
-    type=int,
-    default=1,
-    show_default=True,
-    help="Which samples are drawn; layerskip bench draws others, unless told so.",
-)
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=2),
-    metavar="N",
-    help=f"Of each answer. Default: the task's own, at most {MAX_NEW_TOKENS}.",
-)
-@click.option(
-    "--max-draft-tokens",
-    type=click.IntRange(1, 64),
-    default=MAX_DRAFT_TOKENS,
-    show_default=True,
-    metavar="d",
-    help="Consider drafts of up to so many tokens.",
-)
-@click.option(
-    "--exit-layers",
-    "--exit-layer",
-    "exit_layers",
-    callback=values.layers,
-    metavar="4,8,10-12",
-    help="Consider these alone, such as 4,8,10-12. Default: all, of a slow model about 8.",
-)
-@click.option(
-    "--grid",
-    is_flag=True,
-    help="Run every pair for real, not the best three alone. This takes long: keep --samples few.",
-)
-@click.option(
-    "--keep-draft-text",
-    is_flag=True,
-    help="Write the answers into the checkpoint too, for mode auto to search them for n-grams.",
-)
-@click.option("--dry-run", is_flag=True, help="Tell, and write nothing into the checkpoint.")
+@model_options
+@config_options(TuneConfig)
 @click.option(
     "--report",
     type=click.Path(file_okay=False, path_type=Path),
-    help="A folder for pictures: the map of predictions, and more.",
+    metavar="FOLDER",
+    help="Write pictures to a folder: the map of predictions, and more.",
 )
-@options.common_options
-def command(
-    data: str | None,
-    samples: int,
-    seed: int,
-    max_new_tokens: int | None,
-    max_draft_tokens: int,
-    exit_layers: list[int] | None,
-    grid: bool,
-    keep_draft_text: bool,
-    dry_run: bool,
-    report: Path | None,
-    as_json: bool,
-    output: Path | None,
-    **flags: Any,
-) -> None:
+@common_options
+def command(report: Path | None, as_json: bool, output: Path | None, **flags: Any) -> None:
     """Find the fastest exit layer and draft length for your prompts on this machine.
 
-    What a draft, a verification and a plain step cost is measured here; which drafts would be accepted
-    is read from the model's own answers. From both follows the speed of every pair. The best three are
-    run for real against plain decoding, then mode auto with the best exit and with n-grams alone. The
-    exit of the fastest is written into the checkpoint's generation_config.json with its draft length,
-    where mode auto finds the exit, and transformers and --mode self-speculative both; where none is to
-    draft, that is what is written. Mode auto gets the costs and the tokens that answers are made of,
-    too, and chooses the length of each draft itself.
+    The costs of drafts, verification and plain steps are measured; the model's own answers show which
+    drafts would be accepted. From both follows the speed of every pair. The best three are run against
+    plain decoding, then mode auto with the best exit and with n-grams alone. The best exit and draft
+    length are saved in the checkpoint's generation_config.json, or removed if drafting does not help,
+    with the costs and the draft vocabulary of mode auto.
 
     \b
     Examples:
@@ -128,44 +76,36 @@ def command(
       layerskip tune --model smollm2-135m --dry-run --output tuning.json
       layerskip tune --model my-checkpoint --data topv2 --grid --exit-layers 2,4,8 --samples 5
     """
-    outputs.check_outputs({"--output": output}, beside=(flags["model"], data))
-    outputs.check_report(report)
-    folder = Path(flags["model"]).expanduser()
-    writes = folder.is_dir() and not dry_run
+    config = config_from_flags(TuneConfig, flags)
+    model_config = config_from_flags(ModelConfig, flags)
+    name = model_config.model
+    check_outputs({"--output": output}, beside=(name, config.data))
+    check_report(report)
+    folder = Path(name).expanduser()
+    writes = folder.is_dir() and not config.dry_run
     if writes:
         check_writable(folder)
     else:
-        options.note_without_effect(("keep_draft_text",), "nothing is written into a checkpoint")
-    if data is not None:
+        note_without_effect(("keep_datastore",), "nothing is written into a checkpoint")
+    if config.data is not None:
         from layerskip.bench.tasks import check_task
 
-        check_task(data, judged=False)
-    if not writes and not dry_run:
+        check_task(config.data, judged=False)
+    if not writes and not config.dry_run:
         log_stderr(
             "nothing will be written: settings are kept in a checkpoint folder, and"
-            f" {flags['model']} is none; what is chosen is told as flags"
+            f" {name} is none; the choice is shown as flags"
         )
-    model = options.load_model(flags)
-    with options.waiting("loading the prompts"):
-        prompts, stop, longest = _prompts(model, data, samples, seed)
-    wanted: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens or min(longest, MAX_NEW_TOKENS),
-        "max_draft_tokens": max_draft_tokens,
-        "grid": grid,
-    }
-    with options.waiting("trying a plain step"):
-        found = effort_for(model, prompts, exits=exit_layers, **wanted)
-    _note_effort(found, is_cut=exit_layers is None and found.exits is not None)
+    model = config_flags.load_model(model_config)
+    with waiting("loading the prompts"):
+        prompts, stop, longest = _prompts(model, config)
+    max_new_tokens = config.max_new_tokens or min(longest, MAX_NEW_TOKENS)
+    config = dataclasses.replace(config, max_new_tokens=max_new_tokens)
+    with waiting("timing a plain step"):
+        budget = search_budget(model, prompts, config)
+    _note_budget(budget, is_cut=budget.config.exit_layers != config.exit_layers)
     with bars() as progress:
-        tuning = tune(
-            model,
-            prompts,
-            exits=found.exits,
-            sweeps=found.sweeps,
-            stop=stop,
-            progress=progress,
-            **wanted,
-        )
+        tuning = tune(model, prompts, budget.config, stop=stop, progress=progress)
     file, pictures = None, []
     try:
         if writes:
@@ -176,55 +116,52 @@ def command(
                 record=tuning.record(),
                 costs=tuning.step_costs,
                 draft_vocabulary=tuning.draft_vocabulary,
-                draft_text=tuning.draft_text if keep_draft_text else None,
+                datastore=tuning.datastore if config.keep_datastore else None,
             )
         if report is not None:
             from layerskip.tune.plots import plot_tuning
 
             pictures = plot_tuning(tuning, report)
-    finally:  # what was measured is told, even where it cannot be written or drawn
+    finally:  # keep the measurement, also where it cannot be written or drawn
         result = {
-            "model": flags["model"],
-            "data": data,
+            "model": name,
+            "data": config.data,
             **tuning.to_dict(),
             "written_to": None if file is None else str(file),
             "pictures": [str(picture) for picture in pictures],
         }
         try:
-            outputs.deliver(result, as_json=as_json, output=output)
+            deliver(result, as_json=as_json, output=output)
         finally:
             if not as_json:
-                _show(tuning, file, pictures, dry_run=dry_run, is_folder=folder.is_dir())
+                _show(tuning, file, pictures, dry_run=config.dry_run, is_folder=folder.is_dir())
 
 
-def _note_effort(found: Effort, *, is_cut: bool) -> None:
-    """A line on stderr where tuning takes long, or leaves something out for that."""
-    if found.seconds < LONG_S and not is_cut:
+def _note_budget(budget: SearchBudget, *, is_cut: bool) -> None:
+    """Note where tuning takes long, or leaves out exits for that reason."""
+    if budget.seconds < LONG_S and not is_cut:
         return
     line = (
-        f"a plain step takes {1e3 * found.step_s:.0f} ms here, tuning about"
-        f" {found.seconds:.0f} s; fewer --samples or --max-new-tokens take less"
+        f"a plain step takes {1e3 * budget.step_s:.0f} ms here, tuning about"
+        f" {budget.seconds:.0f} s; fewer --samples or --max-new-tokens take less"
     )
     if is_cut:
-        line += (
-            f"; exits {', '.join(map(str, found.exits or ()))} alone are considered (--exit-layers"
-            " names others)"
-        )
+        exits = ", ".join(map(str, budget.config.exit_layers))
+        line += f"; only exits {exits} are considered (--exit-layers names others)"
     log_stderr(line)
 
 
-def _prompts(
-    model: LayerSkipModel, data: str | None, samples: int, seed: int
-) -> tuple[list[Any], tuple[str, ...], int]:
-    """Prompts, what stops their answers, and how long these may be."""
+def _prompts(model: LayerSkipModel, config: TuneConfig) -> tuple[list[Any], tuple[str, ...], int]:
+    """Return prompts, stop strings, and the maximum length of answers."""
     chat = model.has_chat_template
-    if data is None:
-        texts = random.Random(seed).sample(PROMPTS, min(samples, len(PROMPTS)))
+    if config.data is None:
+        n = min(config.samples, len(PROMPTS))
+        texts = random.Random(config.seed).sample(PROMPTS, n)
         prompts = [[{"role": "user", "content": text}] for text in texts] if chat else texts
         return prompts, (), MAX_NEW_TOKENS
     from layerskip.bench.tasks import load_task
 
-    task = load_task(data, samples=samples, seed=seed, chat=chat, judged=False)
+    task = load_task(config.data, samples=config.samples, seed=config.seed, chat=chat, judged=False)
     return [sample.prompt for sample in task.samples], task.stop, task.max_new_tokens
 
 
@@ -237,21 +174,22 @@ def _show(
     choice = tuning.choice
     console.print(f"[bold]{choice.reason[0].upper()}{choice.reason[1:]}.[/bold]")
     if file is not None:
-        written = f"ExportReport to {file}; {_what_is_used(choice, file)}."
-        console.print(written, soft_wrap=True, markup=False)
+        line = f"Written to {escape_control_chars(str(file))}; {_effect(choice, file)}."
+        console.print(line, soft_wrap=True, markup=False)
     else:
         why = "since settings are kept in a checkpoint folder, and this model is none"
         if is_folder:
             why = "(--dry-run)" if dry_run else "since that failed"
-        lost = ""
+        without = ""
         if choice.mode == "auto":
-            lost = ", without the costs and the tokens worth drafting that auto was told of here"
-        console.print(f"Nothing was written {why}. As flags: {choice.flags}{lost}", soft_wrap=True)
+            without = ", without the costs and the draft vocabulary measured here"
+        line = f"Nothing was written {why}. As flags: {choice.flags}{without}"
+        console.print(line, soft_wrap=True)
     for picture in pictures:
-        console.print(f"Drawn: {picture}", soft_wrap=True, markup=False)
+        console.print(f"Drawn: {escape_control_chars(str(picture))}", soft_wrap=True, markup=False)
 
 
-def _what_is_used(choice: Choice, file: Path) -> str:
+def _effect(choice: Choice, file: Path) -> str:
     if choice.mode == "self-speculative":
         return "self-speculative decoding uses it from now on, and mode auto its exit"
     if choice.exit_layer is None and exit_layer_of(read_json(file), file) is not None:
@@ -262,7 +200,7 @@ def _what_is_used(choice: Choice, file: Path) -> str:
 
 
 def _map(tuning: Tuning) -> Table:
-    """Predicted speedups: an exit a row, a draft length a column, with what the exit is worth."""
+    """Return predicted speedups: a row for each exit, a column for each draft length."""
     speedups = {(p.exit_layer, p.draft_tokens): p.speedup for p in tuning.predictions}
     lengths = [d for d in _COLUMNS if (tuning.costs.exits[0], d) in speedups]
     best = tuning.predictions[0]
@@ -308,7 +246,7 @@ def _confirmed(tuning: Tuning) -> Table:
     if tuning.skipped:
         prompts += f" ({tuning.skipped} left out: too long, or without an answer of two tokens)"
     table = Table(
-        title=f"real runs of {prompts} in turns, greedy",
+        title=f"interleaved runs of {prompts}, greedy",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )

@@ -46,7 +46,7 @@ class DecodingConfig(Sampling):
     )
     draft_from: str | None = option(
         None,
-        "Source of drafts: the early exit, n-grams of prompt and answer, or both.",
+        "Source of drafts: early-exit, n-gram (of prompt and answer), or both.",
         metavar="SOURCE",
     )
     adaptive: bool | None = option(
@@ -80,7 +80,10 @@ class DecodingConfig(Sampling):
 
     def __post_init__(self) -> None:
         stop: Any = self.stop
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        stop = (stop,) if isinstance(stop, str) else stop or ()
+        if not isinstance(stop, Collection) or not all(isinstance(s, str) and s for s in stop):
+            raise ValueError("a stop string has to be a text that is not empty")
+        object.__setattr__(self, "stop", tuple(stop))
         for name in ("draft_vocabulary", "datastore"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, int | str | Path):
@@ -89,6 +92,8 @@ class DecodingConfig(Sampling):
         self._check_consistency()
 
     def _check_consistency(self) -> None:
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise ValueError("a stop string has to be a text that is not empty")
         if self.draft_from is not None:
             for source in self.draft_sources:
                 if source not in DRAFTERS:
@@ -211,9 +216,10 @@ class DecodingConfig(Sampling):
             draft_tokens = settings.draft_tokens or DEFAULT_DRAFT_TOKENS
             if adaptive:
                 draft_tokens = max(draft_tokens, MAX_ADAPTIVE_DRAFT_TOKENS)
-        vocabulary = self._draft_vocabulary(settings, vocab_size, eos_token_ids)
+        vocabulary = self.draft_vocabulary
         if vocabulary is None and auto and uses_exit:
             vocabulary = settings.draft_vocabulary
+        vocabulary = _fit_vocabulary(vocabulary or None, settings, vocab_size, eos_token_ids)
         datastore = self.datastore
         if datastore is None and auto and draft_from != "early-exit":
             datastore = settings.draft_text_file or settings.draft_text
@@ -224,28 +230,9 @@ class DecodingConfig(Sampling):
             draft_tokens=draft_tokens,
             draft_from=draft_from,
             adaptive=adaptive,
-            draft_vocabulary=vocabulary or None,
+            draft_vocabulary=vocabulary,
             datastore=datastore or None,
         )
-
-    def _draft_vocabulary(
-        self, settings: CheckpointSettings, vocab_size: int | None, always: Collection[int]
-    ) -> tuple[int, ...] | None:
-        """Return token ids, () for all tokens, or None where the option is open."""
-        wanted = self.draft_vocabulary
-        if wanted is None or wanted == 0:
-            return None if wanted is None else ()
-        if isinstance(wanted, int):
-            wanted = (settings.draft_vocabulary or tuple(range(vocab_size or 0)))[:wanted]
-        if not wanted:
-            return ()
-        if vocab_size is None:
-            return tuple(sorted(wanted))
-        if min(wanted) < 0 or max(wanted) >= vocab_size:
-            raise ValueError(
-                f"the draft vocabulary has to be 1 or more tokens, of 0 to {vocab_size - 1}"
-            )
-        return tuple(sorted({*wanted, *(token for token in always if token < vocab_size)}))
 
     def plain(self) -> "DecodingConfig":
         """Return the same config for plain decoding."""
@@ -269,7 +256,29 @@ class DecodingConfig(Sampling):
         return row
 
 
+def _fit_vocabulary(
+    vocabulary: int | tuple[int, ...] | None,
+    settings: CheckpointSettings,
+    vocab_size: int | None,
+    always: Collection[int],
+) -> tuple[int, ...] | None:
+    """Return the token ids of a draft vocabulary in their order, those it always has at the end."""
+    if isinstance(vocabulary, int):
+        vocabulary = (settings.draft_vocabulary or tuple(range(vocab_size or 0)))[:vocabulary]
+    if not vocabulary or vocab_size is None:
+        return vocabulary or None
+    if min(vocabulary) < 0 or max(vocabulary) >= vocab_size:
+        raise ValueError(
+            f"the draft vocabulary has to be 1 or more tokens, of 0 to {vocab_size - 1}"
+        )
+    missing = {token for token in always if token < vocab_size}.difference(vocabulary)
+    return (*vocabulary, *sorted(missing)) if missing else vocabulary
+
+
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    # Every `dataclasses.replace` comes here, with up to many thousand tokens.
+    if type(value) is tuple and {*map(type, value)} <= {int}:
+        return value
     try:
         return tuple(integer(name, token) for token in value)
     except TypeError:

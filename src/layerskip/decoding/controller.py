@@ -23,7 +23,6 @@ MEMORY = 0.95  # decay of tokens and times a round
 PLAIN_ROUNDS = 4.0  # prior of the throughput
 BACKOFF_ROUNDS, MAX_BACKOFF_ROUNDS = 4, 32
 LOSS_ALLOWED = 0.35  # tokens that a source may lose before its first pause
-MAX_GAIN = 8.0  # tokens of earlier gains that a source may lose again
 LOOKAHEAD = 8  # tokens that are considered behind the next one
 _BINS = 10
 
@@ -103,7 +102,7 @@ class Backoff:
 
     def update(self, tokens: float, time: float) -> None:
         """Add a round in which the source drafted."""
-        self._gain = min(MEMORY * self._gain + tokens - time, MAX_GAIN)
+        self._gain = MEMORY * self._gain + tokens - time
         self.judge(self._gain >= 0)
 
     def judge(self, pays: bool) -> None:
@@ -275,14 +274,18 @@ class DraftController:
         """See `Controller`."""
         (committed,), (n_accepted,) = tokens, accepted
         self._learn_acceptance(draft, committed, n_accepted)
-        lookups = len(draft) - draft.sources.count(self._exit.name if self._exit else "")
-        time = self._costs.round(len(draft), self._scored, lookups)
+        time = self.round_cost(draft)
         self._throughput.update(n_accepted + 1, time)
         sources = {*draft.sources}
         if self._scored and self._exit is not None:
             sources.add(self._exit.name)
         for source in sources:
             self._backoff[source].update(n_accepted + 1, time)
+
+    def round_cost(self, draft: Draft) -> float:
+        """Return the cost of the round that verified a draft, in plain steps."""
+        looked_up = len(draft) - draft.sources.count(self._exit.name if self._exit else "")
+        return self._costs.round(len(draft), self._scored, looked_up)
 
     def _learn_acceptance(self, draft: Draft, committed: Sequence[int], accepted: int) -> None:
         # Tokens after the first rejected one were never verified.

@@ -1,9 +1,8 @@
-"""Drafts from a text that is like the answers: what most often came next in it.
+"""The n-gram datastore: the most frequent continuations in a text that resembles the answers.
 
-The text is kept as a table, which a file can hold, so that a text of millions of tokens costs no time at
-the start of a program. For each run of 2 to 5 tokens that something followed, the table has the run's
-number, in ascending order; the token that most often came next; and its share. (Compare REST, arXiv
-2311.08252, and llama.cpp's static lookup.)
+It is a table in a file, so that a text of millions of tokens costs no time at the start of a program.
+For each n-gram of 2 to 5 tokens, the table has its hash, in ascending order; the token that most often
+followed; and that token's share. (Compare REST, arXiv 2311.08252, and llama.cpp's static lookup.)
 """
 
 from __future__ import annotations
@@ -20,22 +19,22 @@ from safetensors.numpy import save
 
 from layerskip.fileio import replace
 
-MAX_MATCH, MIN_MATCH = 5, 2  # tokens of a run
-_LEAST_LIKELY = 0.1
-_LEAST_OF_TWO = 0.7  # share of what came next: two tokens that stood so once are no match in prose
-_FACTOR = 0x9E3779B97F4A7C15  # of the number of a run: odd, and its bits in no order
+MAX_MATCH, MIN_MATCH = 5, 2  # tokens of an n-gram
+_MIN_SHARE = 0.1
+_MIN_PAIR_SHARE = 0.7  # a pair of tokens that occurred once is no evidence in prose
+_FACTOR = 0x9E3779B97F4A7C15  # of the hash: odd, with irregular bits
 _BITS = 2**64 - 1
 _KIND = "layerskip draft text"
 _COLUMNS = {"runs": np.uint64, "after": np.int32, "shares": np.float32}
 
 
 class Datastore:
-    """What most often came next in a text.
+    """A table of continuations.
 
     Args:
-        runs: uint64 [N], the numbers of runs of tokens, ascending.
-        after: int32 [N], the token that most often came next.
-        shares: float32 [N], of the times that it did, where one more would have been another token.
+        runs: uint64 [N], the hashes of n-grams, ascending.
+        after: int32 [N], the token that most often followed.
+        shares: float32 [N], its share of the occurrences, as if there were one more with another token.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Datastore:
 
     @staticmethod
     def of(text: Path | tuple[int, ...] | None, vocab_size: int) -> Datastore | None:
-        """The table of some tokens, or in a file: made or read once as long as they stay the same.
+        """Return the table of some tokens, or of a file; the last few are cached.
 
         Raises:
             ValueError: the file has no such table, or one of another vocabulary.
@@ -60,12 +59,12 @@ class Datastore:
         try:
             changed = text.stat().st_mtime_ns
         except OSError as error:
-            raise ValueError(f"the draft text {text} cannot be read: {error.strerror}") from None
+            raise ValueError(f"the datastore {text} cannot be read: {error.strerror}") from None
         return _of_file(text, vocab_size, changed)
 
     @classmethod
     def from_tokens(cls, tokens: Sequence[int]) -> Datastore:
-        """Count what came next in a text; a million tokens take a second or two."""
+        """Build the table of a text; a million tokens take a second or two."""
         text = np.asarray(tokens, dtype=np.int32)
         single = text.astype(np.uint64) + np.uint64(1)
         runs, parts = single, []
@@ -73,7 +72,7 @@ class Datastore:
             if len(text) <= n:
                 break
             runs = runs[1:] * np.uint64(_FACTOR) + single[: len(text) - n + 1]
-            least = _LEAST_OF_TWO if n == MIN_MATCH else _LEAST_LIKELY
+            least = _MIN_PAIR_SHARE if n == MIN_MATCH else _MIN_SHARE
             parts.append(_most_common(runs[:-1], text[n:], least))
         if not parts:
             return cls(np.empty(0, np.uint64), np.empty(0, np.int32), np.empty(0, np.float32))
@@ -82,20 +81,20 @@ class Datastore:
         return cls(found[order], after[order], shares[order])
 
     def propose(self, tail: Sequence[int], limit: int) -> tuple[list[int], list[float]]:
-        """What came next after the last tokens, and after that: tokens, and the share of each.
+        """Return the most frequent continuation of the last tokens, and the share of each of its tokens.
 
-        They end where all of them together are less likely than one in ten.
+        It ends where the product of the shares falls below 0.1.
 
         Args:
-            tail: the last tokens; no more than `MAX_MATCH` are looked at.
-            limit: tokens at most.
+            tail: the last tokens, of which `MAX_MATCH` are used.
+            limit: maximum number of tokens.
         """
         tokens, shares, tail = list[int](), list[float](), [*tail]
-        together = 1.0
+        product = 1.0
         while len(tokens) < limit:
             found = self._follows(tail[-MAX_MATCH:])
-            together *= 0.0 if found is None else found[1]
-            if found is None or together < _LEAST_LIKELY:
+            product *= 0.0 if found is None else found[1]
+            if found is None or product < _MIN_SHARE:
                 break
             tokens.append(found[0])
             shares.append(found[1])
@@ -103,7 +102,7 @@ class Datastore:
         return tokens, shares
 
     def _follows(self, tail: Sequence[int]) -> tuple[int, float] | None:
-        """What came next after the longest match, and its share; None where there is no match."""
+        """Return the token that followed the longest match, and its share; None without a match."""
         number, wanted = 0, list[int]()
         for token in reversed(tail):
             number = (number * _FACTOR + token + 1) & _BITS
@@ -116,7 +115,7 @@ class Datastore:
         for n, (place, number) in enumerate(zip(places, wanted, strict=True), MIN_MATCH):
             if place < len(self) and int(self._runs[place]) == number:
                 found = place
-            elif n > MIN_MATCH:  # pairs alone may be missing where more is there
+            elif n > MIN_MATCH:  # only pairs may be missing where longer n-grams are there
                 break
         return None if found is None else (int(self._after[found]), float(self._shares[found]))
 
@@ -144,13 +143,13 @@ class Datastore:
             with safe_open(path, "np") as file:
                 about = file.metadata() or {}
                 if about.get("kind") != _KIND or {*file.keys()} != _COLUMNS.keys():
-                    raise ValueError(f"{path} is no draft text: make one with `layerskip index`")
+                    raise ValueError(f"{path} is no datastore: make one with `layerskip index`")
                 columns = {name: file.get_tensor(name) for name in _COLUMNS}
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"the draft text {path} cannot be read: {error}") from None
+            raise ValueError(f"the datastore {path} cannot be read: {error}") from None
         if about.get("vocab_size") != str(vocab_size):
             raise ValueError(
-                f"the draft text {path} is of a vocabulary of {about.get('vocab_size')} tokens, but this"
+                f"the datastore {path} is of a vocabulary of {about.get('vocab_size')} tokens, but this"
                 f" model has {vocab_size}: make one with its own tokenizer"
             )
         runs, after, shares = (columns[name] for name in _COLUMNS)
@@ -163,7 +162,7 @@ class Datastore:
             and bool(((shares > 0) & (shares < 1)).all())
         )
         if not is_whole:
-            raise ValueError(f"the draft text {path} is damaged: make it again")
+            raise ValueError(f"the datastore {path} is damaged: make it again")
         return cls(runs, after, shares)
 
 
@@ -180,7 +179,7 @@ def _of_file(path: Path, vocab_size: int, changed: int) -> Datastore:
 def _most_common(
     runs: NDArray[np.uint64], after: NDArray[np.int32], least: float
 ) -> tuple[NDArray[np.uint64], NDArray[np.int32], NDArray[np.float32]]:
-    """Of each run what most often came after it, where its share is large enough; of equal ones any."""
+    """Return for each n-gram its most frequent continuation, where the share is large enough."""
     order = np.lexsort((after, runs))
     runs, after = runs[order], after[order]
     is_new_run = np.concatenate([[True], runs[1:] != runs[:-1]])

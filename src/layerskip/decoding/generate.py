@@ -234,7 +234,7 @@ def _drafting(
     inputs = DrafterInputs(
         decoder=decoder,
         sampler=sampler,
-        prompts=[prompt],
+        prompts=[tuple(prompt)],
         exit_layer=config.exit_layer,
         head=head,
         datastore=config.datastore,

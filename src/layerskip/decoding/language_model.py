@@ -20,6 +20,7 @@ from layerskip.decoding.batch import (
 from layerskip.decoding.config import DecodingConfig
 from layerskip.decoding.controller import time_passes
 from layerskip.decoding.datastore import Datastore
+from layerskip.decoding.generate import StoppingCriteria, generate
 from layerskip.decoding.placement import device_of, dtype_of, prepared
 from layerskip.decoding.prefix_cache import PrefixCache
 from layerskip.decoding.prompt import (
@@ -32,12 +33,12 @@ from layerskip.decoding.prompt import (
     tokenize,
 )
 from layerskip.decoding.sampling import nth_seed
-from layerskip.decoding.streaming import Answer, Generation
+from layerskip.decoding.streaming import Answer, Generation, stop_tokens
 from layerskip.model import Checkpoint, CheckpointSettings, Decoder, load, resolve
 from layerskip.model.checkpoint import with_defaults
 from layerskip.model.native import build as threads
 from layerskip.model.quantize import bits_of
-from layerskip.model.step_timing import costs_kind
+from layerskip.model.step_timing import costs_kind, device_clock
 
 
 class LayerSkipModel:
@@ -170,16 +171,35 @@ class LayerSkipModel:
         is_open = is_open and not (asked.adaptive or asked.datastore)
         if len(together) > 1 and is_open and plan.repetition_penalty == 1.0:
             plan = batch_config(plan, self.decoder, measured, together)
-        return Answer(
+        eos_token_ids = self._eos_token_ids(plan)
+        steps = generate(
             self.decoder,
+            tokenized.ids,
+            plan,
+            eos_token_ids=eos_token_ids,
+            measured=measured,
+            prefix_cache=prefix,
+        )
+        limit = StoppingCriteria.of(self.decoder, tokenized.ids, plan.max_new_tokens)
+        return Answer(
+            steps,
             self.tokenizer,
             tokenized.ids,
             plan,
-            eos_token_ids=self.end_tokens,
-            measured=measured,
+            max_new_tokens=limit.max_new_tokens,
+            eos_token_ids=eos_token_ids,
+            clock=device_clock(self.decoder.device),
             continues=tokenized.continues,
-            prefix_cache=prefix,
         )
+
+    def _eos_token_ids(self, config: DecodingConfig) -> frozenset[int]:
+        """Return the tokens that end an answer, with those that are a stop string by themselves."""
+        eos_token_ids = frozenset() if config.ignore_eos else self.end_tokens
+        if self.tokenizer is not None:
+            return eos_token_ids | stop_tokens(self.tokenizer, config.stop)
+        if config.stop:
+            raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
+        return eos_token_ids
 
     @overload
     def generate(

@@ -1,4 +1,4 @@
-"""Where a model runs and in which dtype, from what a caller names."""
+"""Device, dtype and kernels of a model, from the names that a caller gives."""
 
 import warnings
 from collections.abc import Callable
@@ -11,26 +11,26 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def device_of(device: str | torch.device) -> torch.device:
-    """The device of a name; raises ValueError where it is not here."""
+    """Return the device of a name; raise ValueError where it is not available."""
     try:
-        place = torch.device(device)
+        resolved = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"the device {device!r} is unknown; use cpu or cuda") from error
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"the device {device} is not available here; use cpu")
-    if place.type not in ("cpu", "cuda"):
+    if resolved.type not in ("cpu", "cuda"):
         raise ValueError(f"the device {device!r} is not supported; use cpu or cuda")
-    if str(place) == "cuda":  # another thread's current one is another
+    if str(resolved) == "cuda":  # each thread has a current device of its own
         return torch.device("cuda", torch.cuda.current_device())
-    return place
+    return resolved
 
 
 class KernelsWarning(UserWarning):
-    """PyTorch runs the layers, since the compiled kernels are not to be had."""
+    """The layers run in PyTorch, since the compiled kernels are not available."""
 
 
 def prepared(
-    wanted: bool | None,
+    requested: bool | None,
     dtype: torch.dtype | None,
     device: torch.device,
     announce: Callable[[str], None],
@@ -38,13 +38,13 @@ def prepared(
 ) -> bool:
     """Return True if the compiled kernels, or on a GPU `torch.compile`, are to be used and available.
 
-    On a GPU `wanted` None means eager PyTorch, because `torch.compile` was not tested on one.
+    On a GPU `requested` None means eager PyTorch, because `torch.compile` was not tested on one.
     """
-    if wanted is False or torch_compile.supports(architecture, device):
-        return bool(wanted)
-    dtype = torch.bfloat16 if dtype is None else dtype  # which they make the default
+    if requested is False or torch_compile.supports(architecture, device):
+        return bool(requested)
+    dtype = torch.bfloat16 if dtype is None else dtype  # their default
     if not native.supports(architecture, dtype, device):
-        if wanted:
+        if requested:
             raise ValueError(
                 f"the compiled kernels have no {str(dtype).removeprefix('torch.')} of"
                 f" {architecture.family} models on {device.type} (docs/kernels.md);"
@@ -54,16 +54,16 @@ def prepared(
     try:
         native.prepare(announce)
     except native.NoCompilerError as error:
-        if wanted:
+        if requested:
             raise ValueError(f"{error}; install one, or load without compile") from error
-        what = f"going on without compiled kernels, more slowly: {error}"
-        warnings.warn(what, KernelsWarning, stacklevel=2)
+        message = f"going on without compiled kernels, more slowly: {error}"
+        warnings.warn(message, KernelsWarning, stacklevel=2)
         return False
     return True
 
 
 def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The dtype of a name; None = left open. Raises ValueError for others than `DTYPES`."""
+    """Return the dtype of a name, None for None; raise ValueError for others than `DTYPES`."""
     if dtype is None:
         return None
     if isinstance(dtype, torch.dtype):

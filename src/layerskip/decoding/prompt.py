@@ -1,4 +1,4 @@
-"""What can be asked: a text, token ids, or a conversation; and the tokens that it becomes."""
+"""Prompts: texts, token ids or conversations, and their tokenization."""
 
 import contextlib
 import dataclasses
@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+from layerskip.data.readers import CONVERSATION, is_message
 from layerskip.model import Decoder
-from layerskip.model.tokenizer import template_arguments
+from layerskip.model.tokenizer import render_chat, template_arguments
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
 
-CONVERSATION = ("messages", "tools", "chat_template_kwargs")
-_WHAT_IT_IS = (
+_EXPECTED = (
     "a prompt is a text, token ids, messages with role and content, or a dict of messages, tools and"
     " chat_template_kwargs"
 )
@@ -25,13 +25,13 @@ class PromptError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Tokenized:
-    """A prompt whose tokens are known.
+    """A tokenized prompt.
 
     Attributes:
         ids: the tokens.
         continues: whether the answer's text goes on where the prompt's ends.
-        together: how many tokens each of the prompts has, this one among them, that are going to be
-            answered in one batch.
+        together: number of tokens of each prompt of its batch, this one among them; () for one
+            prompt alone.
     """
 
     ids: list[int]
@@ -41,7 +41,7 @@ class Tokenized:
 
 @contextlib.contextmanager
 def named(number: int) -> Iterator[None]:
-    """Say of several prompts, counted from 1, which one cannot be used."""
+    """Prefix the error of one of several prompts with its number, counted from 1."""
     try:
         yield
     except PromptError as error:
@@ -49,19 +49,19 @@ def named(number: int) -> Iterator[None]:
 
 
 def tokenize(prompt: Prompt, tokenizer: Any) -> list[int]:
-    """Token ids of a prompt.
+    """Return the token ids of a prompt.
 
     Args:
         prompt: a text, which is tokenized as it stands; token ids; messages (dicts with role and
-            content), which the chat template makes a text of; or a dict of `messages` and, as far as
-            the template has a use for them, `tools` and `chat_template_kwargs`.
-        tokenizer: of transformers; None where there is none.
+            content), to which the chat template is applied; or a dict of `messages` and, for templates
+            that use them, `tools` and `chat_template_kwargs`.
+        tokenizer: of transformers, or None.
 
     Raises:
-        PromptError: it is no prompt, or it needs a tokenizer or chat template that is not there.
+        PromptError: it is no prompt, or it needs a tokenizer or chat template that is missing.
     """
     if not isinstance(prompt, Sequence | Mapping) or isinstance(prompt, bytes | bytearray):
-        raise PromptError(_WHAT_IT_IS)
+        raise PromptError(_EXPECTED)
     ids = [int(part) for part in prompt if isinstance(part, Integral)]
     if len(ids) == len(prompt) and not isinstance(prompt, str | Mapping):
         return ids
@@ -71,24 +71,24 @@ def tokenize(prompt: Prompt, tokenizer: Any) -> list[int]:
         ids = encode(prompt, tokenizer, add_special_tokens=True)
         begin = tokenizer.bos_token
         if begin and prompt.startswith(begin) and ids[:2] == [tokenizer.bos_token_id] * 2:
-            del ids[0]  # which the text has itself
+            del ids[0]  # the text begins with it
         return ids
     return encode(_rendered(prompt, tokenizer), tokenizer, add_special_tokens=False)
 
 
 def encode(text: str, tokenizer: Any, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of a text; quietly, since what is too long is said where it cannot be answered."""
+    """Return the token ids of a text, without the tokenizer's warning about its length."""
     try:
         ids: list[int] = tokenizer.encode(
             text, add_special_tokens=add_special_tokens, verbose=False
         )
-    except (TypeError, UnicodeError) as error:  # such as half of an emoji
-        raise PromptError(f"this text cannot be made tokens of: {error}") from error
+    except (TypeError, UnicodeError) as error:  # such as a lone surrogate
+        raise PromptError(f"this text cannot be tokenized: {error}") from error
     return ids
 
 
 def check_prompt(decoder: Decoder, prompt: Sequence[int]) -> None:
-    """Raise PromptError where a prompt cannot be continued."""
+    """Raise PromptError where a prompt is empty, too long, or has ids outside the vocabulary."""
     a = decoder.architecture
     if not prompt:
         raise PromptError("the prompt is empty; it needs at least one token")
@@ -103,27 +103,20 @@ def check_prompt(decoder: Decoder, prompt: Sequence[int]) -> None:
         )
 
 
-def is_message(one: Any) -> bool:
-    """Whether it has a role and something said; a call of a tool may be all that is said."""
-    return (
-        isinstance(one, Mapping) and "role" in one and not {"content", "tool_calls"}.isdisjoint(one)
-    )
-
-
 def with_variables(prompt: Prompt, variables: Mapping[str, Any]) -> Prompt:
-    """A conversation with further `chat_template_kwargs`, its own going first; others as they are."""
+    """Add `chat_template_kwargs` to a conversation, whose own win; return other prompts as they are."""
     given: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"messages": prompt}
     messages: Any = given.get("messages")
     if not isinstance(messages, list | tuple) or not all(map(is_message, messages or [None])):
         return prompt
     own = given.get("chat_template_kwargs") or {}
-    if not isinstance(own, Mapping):  # which is said where it is used
+    if not isinstance(own, Mapping):  # reported where it is used
         return prompt
     return {**given, "chat_template_kwargs": {**variables, **own}}
 
 
 def is_batch(prompt: Any) -> bool:
-    """A list of prompts: of texts, of lists of ids, or of conversations; or of none at all."""
+    """Return whether this is a list, perhaps empty, of prompts (texts, ids, conversations)."""
     if isinstance(prompt, list | tuple) and not prompt:
         return True
     first = next(iter(prompt), None) if isinstance(prompt, list | tuple) else None
@@ -133,23 +126,16 @@ def is_batch(prompt: Any) -> bool:
 
 
 def _rendered(prompt: Sequence[Any] | Mapping[str, Any], tokenizer: Any) -> str:
-    """A conversation as the model's own text, up to where its answer begins."""
+    """Apply the chat template to a conversation, up to where the answer begins."""
     given: dict[str, Any] = dict(prompt) if isinstance(prompt, Mapping) else {"messages": prompt}
     messages: Any = given.get("messages")
     is_list = isinstance(messages, Sequence) and not isinstance(messages, str) and messages
     if not is_list or not all(map(is_message, messages)) or set(given) - set(CONVERSATION):
-        raise PromptError(_WHAT_IT_IS)
+        raise PromptError(_EXPECTED)
     if not tokenizer.chat_template:
         raise PromptError("this checkpoint has no chat template; give the prompt as a text")
-    from jinja2 import TemplateError
-
     try:
-        text: str = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=True,
-            **template_arguments(given),
-        )
-    except (TemplateError, TypeError, ValueError) as error:  # no system message, turns, ...
+        arguments = template_arguments(given)
+        return render_chat(tokenizer, messages, add_generation_prompt=True, **arguments)
+    except ValueError as error:  # no system message, turns, ...
         raise PromptError(f"the chat template refuses these messages: {error}") from error
-    return text

@@ -3,14 +3,11 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from layerskip.decoding.config import DecodingConfig
-from layerskip.decoding.generate import Step, StoppingCriteria, generate
-from layerskip.decoding.prefix_cache import PrefixCache
-from layerskip.model import Decoder, StepCosts
-from layerskip.model.step_timing import device_clock
+from layerskip.decoding.generate import Step
 
 FinishReason = Literal["stop", "length", "interrupted"]
 
@@ -240,38 +237,33 @@ class Answer:
     """An answer that is computed while it is iterated over; then ask for its `generation`.
 
     Args:
-        decoder: the model.
+        steps: of the decoding loop; not used where a batch computes the answer (see `take`).
         tokenizer: of transformers, or None.
         prompt: token ids.
         config: resolved.
+        max_new_tokens: that the config and the context allow.
         eos_token_ids: tokens that end it.
-        measured: see `generate`.
+        clock: returns seconds, after waiting for the device.
         continues: whether the text goes on where the prompt's ends.
-        prefix_cache: see `generate`.
     """
 
     def __init__(
         self,
-        decoder: Decoder,
+        steps: Generator[Step],
         tokenizer: Any,
         prompt: Sequence[int],
         config: DecodingConfig,
         *,
-        eos_token_ids: Collection[int] = (),
-        measured: StepCosts | None = None,
+        max_new_tokens: int,
+        eos_token_ids: Collection[int],
+        clock: Callable[[], float],
         continues: bool = False,
-        prefix_cache: PrefixCache | None = None,
     ) -> None:
-        self.config, self.prompt = config, prompt
-        self.eos_token_ids = frozenset(() if config.ignore_eos else eos_token_ids)
+        self.config, self.prompt, self.eos_token_ids = config, prompt, eos_token_ids
+        self._loop, self._limit, self._clock = steps, max_new_tokens, clock
         self._text: TextStream | None = None
         if tokenizer is not None:
             self._text = TextStream(tokenizer, config.stop, prompt if continues else ())
-            self.eos_token_ids |= stop_tokens(tokenizer, config.stop)
-        elif config.stop:
-            raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
-        self._limit = StoppingCriteria.of(decoder, prompt, config.max_new_tokens).max_new_tokens
-        self._clock = device_clock(decoder.device)
         self._tokens: list[int] = []
         self._unread: list[int] = []  # tokens that are not in the text yet
         self._steps: list[Step] = []
@@ -280,14 +272,6 @@ class Answer:
         self._step, self._taken = Step((0,)), 1
         self.begin()
         self._arrived = self._started
-        self._loop = generate(
-            decoder,
-            prompt,
-            config,
-            eos_token_ids=self.eos_token_ids,
-            measured=measured,
-            prefix_cache=prefix_cache,
-        )
 
     def begin(self) -> None:
         """Start the clock, for an answer that has waited for others."""

@@ -1,9 +1,10 @@
-"""A checkpoint for other programs, or its first layers as a draft model."""
+"""Export of a checkpoint, or of its first layers as a draft model, for other programs."""
 
-from layerskip.export.calibrate import Calibrated, calibrate, least_bytes
+from layerskip.export.calibrate import calibrate, least_bytes
 from layerskip.export.gguf import GGUF_WEIGHTS, to_gguf
 from layerskip.export.hf import HF_WEIGHTS, to_hf
 from layerskip.export.source import (
+    Calibration,
     ExportError,
     ExportReport,
     Source,
@@ -15,7 +16,7 @@ from layerskip.export.source import (
 __all__ = [
     "GGUF_WEIGHTS",
     "HF_WEIGHTS",
-    "Calibrated",
+    "Calibration",
     "ExportError",
     "ExportReport",
     "Source",

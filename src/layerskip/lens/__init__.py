@@ -1,4 +1,4 @@
-"""The lens: what every layer would have said."""
+"""Logit lens: the predictions of every exit layer."""
 
 from layerskip.lens.lens import Agreement, Lens, Round, Symbols, look, rounds, visible
 from layerskip.lens.report import Report, report_on

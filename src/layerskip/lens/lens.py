@@ -1,4 +1,4 @@
-"""What every layer would have said: the shared exit applied between the layers of one pass."""
+"""Logit lens: final norm and head applied to the hidden states between the layers of one pass."""
 
 import dataclasses
 import functools
@@ -16,10 +16,10 @@ _VISIBLE = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
 
 
 class Symbols:
-    """What to write for a token; `symbols[id]`."""
+    """Printable text of each token; `symbols[id]`."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """A tokenizer as transformers has it, or None: then a token is its number."""
+        """Take a transformers tokenizer, or None to print ids."""
         self._tokenizer = tokenizer
         self._symbol = functools.cache(self._make)
 
@@ -29,7 +29,7 @@ class Symbols:
     def _make(self, token_id: int) -> str:
         if self._tokenizer is None:
             return f"#{token_id}"
-        # Twice, less once: some tokenizers drop the space before the first token.
+        # Some tokenizers drop the space before the first token: decode it twice and take the second.
         once, twice = (self._decode([token_id] * n) for n in (1, 2))
         return visible(twice[len(once) :]) or f"#{token_id}"
 
@@ -40,32 +40,31 @@ class Symbols:
 
 
 def visible(text: str) -> str:
-    """The text with a sign in the place of every character that would not be seen.
+    """Return the text with symbols or codes for characters that are not printed as they are.
 
-    This covers what turns the direction of writing and what terminals obey.
+    These are white space, control characters, and characters that change the direction of writing.
     """
     return "".join(_VISIBLE.get(c) or (c if c.isprintable() else f"\\u{ord(c):04x}") for c in text)
 
 
-CHUNK = 64  # positions whose logits are in memory at once
+CHUNK = 64  # positions whose logits are computed at a time
 TOP = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lens:
-    """What X exits would have said at P positions of a text.
+    """Predictions of X exits at P positions of a text.
 
-    A column stands for the position of a token in the text and holds what each exit predicts there
-    from the tokens before it; so the first position that can be looked at is 1.
+    The prediction at a position is made from the tokens before it, so the first position is 1.
 
     Attributes:
         token_ids: the text, prompt and answer.
-        prompt_tokens: how many of them are the prompt.
+        prompt_tokens: number of tokens of the prompt.
         exits: X exit layers (layers run), ascending; the last is the whole model.
         positions: P neighbouring positions, each 1 to len(token_ids) - 1.
-        top_ids: [X, P, k] int64, the most likely tokens, the best first.
-        top_probabilities: [X, P, k] float32, theirs.
-        answer_probabilities: [X, P] float32, what each exit gives to the last layer's top token.
+        top_ids: [X, P, k] int64, the most likely tokens in descending order.
+        top_probabilities: [X, P, k] float32.
+        answer_probabilities: [X, P] float32, each exit's probability of the last layer's top token.
     """
 
     token_ids: tuple[int, ...]
@@ -78,29 +77,26 @@ class Lens:
 
     @property
     def agrees(self) -> Tensor:
-        """[X, P] bool: the exit's top token is the last layer's."""
+        """[X, P] bool: the exit's top token is that of the last layer."""
         top = self.top_ids[:, :, 0]
         return top == top[-1]
 
     @property
     def settled(self) -> list[int]:
-        """For each position the earliest exit from which on every exit agrees with the last layer.
-
-        Only the exits looked at count.
-        """
-        agreeing_from_above = self.agrees.flip(0).long().cumprod(0).sum(0)
-        return [self.exits[-n] for n in agreeing_from_above.tolist()]
+        """The settled layer of each position: the first of the exits from which on all agree."""
+        n_agreeing = self.agrees.flip(0).long().cumprod(0).sum(0)  # counted from the last layer
+        return [self.exits[-n] for n in n_agreeing.tolist()]
 
     def best(self, row: int, column: int) -> list[tuple[int, float]]:
-        """The top tokens of an exit (by row) at a position (by column), and their probabilities."""
+        """Return the top tokens of an exit (row) at a position (column) with their probabilities."""
         ids, probabilities = self.top_ids[row, column], self.top_probabilities[row, column]
         return list(zip(ids.tolist(), probabilities.tolist(), strict=True))
 
     def part(self, positions: range) -> "Lens":
-        """What of a range of positions was looked at.
+        """Return the lens of a range of positions, as far as this one has them.
 
         Raises:
-            ValueError: none of these positions was looked at.
+            ValueError: it has none of them.
         """
         start = max(positions.start, self.positions.start)
         stop = min(positions.stop, self.positions.stop)
@@ -120,7 +116,7 @@ class Lens:
 
     @property
     def answer_positions(self) -> range:
-        """The positions looked at that belong to the answer."""
+        """The positions of the lens that belong to the answer."""
         return range(max(self.prompt_tokens, self.positions.start), self.positions.stop)
 
 
@@ -135,20 +131,20 @@ def look(
     top: int = TOP,
     capacity: int | None = None,
 ) -> Lens:
-    """Look at a text through every layer, in one pass over it.
+    """Compute the predictions of every exit layer, in one pass over a text.
 
     Args:
         decoder: the model.
         token_ids: prompt and answer, 2 tokens or more.
-        prompt_tokens: how many of them are the prompt.
-        exits: exit layers to look at, each 1 to L; None for all. The whole model is always added.
-        start: the first position to look at, 1 or more.
-        top: how many tokens to keep of each prediction.
-        capacity: of the cache that the answer was made with, which some rotary embeddings go by.
+        prompt_tokens: number of tokens of the prompt.
+        exits: exit layers, each 1 to L; None for all. The whole model is always added.
+        start: the first position, 1 or more.
+        top: number of tokens to keep of each prediction.
+        capacity: of the KV cache during generation, on which some rotary embeddings depend.
 
     Raises:
-        ValueError: the text is shorter than two tokens or longer than the context, or an exit is none
-            of this model's.
+        ValueError: the text is shorter than two tokens or longer than the context, or an exit is out
+            of range.
     """
     n = len(token_ids)
     if n < 2:
@@ -159,26 +155,27 @@ def look(
             f" {decoder.architecture.max_context}; shorten the prompt or the answer"
         )
     assert 1 <= start < n
-    wanted = _exits(exits, len(decoder.layers))
-    # The prediction of a position comes from the state one before it; the last token predicts nothing.
+    exit_layers = _with_last_layer(exits, len(decoder.layers))
+    # The prediction at a position comes from the state one before it; the last token has none.
     tokens = torch.tensor([list(token_ids[:-1])], device=decoder.device)
-    pieces: dict[int, list[Tensor]] = {e: [] for e in wanted}
-    for first, e, hidden in iter_exit_hidden_states(decoder, tokens, wanted, capacity):
-        unseen = max(start - 1 - first, 0)
-        if unseen < hidden.shape[1]:  # a copy, since a view would keep the whole chunk
-            pieces[e].append(hidden[:, unseen:].clone())
-    states = {e: torch.cat(pieces[e], dim=1) for e in wanted}
+    pieces: dict[int, list[Tensor]] = {e: [] for e in exit_layers}
+    for first, e, hidden in iter_exit_hidden_states(decoder, tokens, exit_layers, capacity):
+        skipped = max(start - 1 - first, 0)
+        if skipped < hidden.shape[1]:  # a copy, since a view would keep the whole chunk
+            pieces[e].append(hidden[:, skipped:].clone())
+    states = {e: torch.cat(pieces[e], dim=1) for e in exit_layers}
     answer = torch.cat(
-        [decoder.logits(part).argmax(-1) for part in states[wanted[-1]].split(CHUNK, dim=1)], dim=1
+        [decoder.logits(part).argmax(-1) for part in states[exit_layers[-1]].split(CHUNK, dim=1)],
+        dim=1,
     )
-    found = [_read(decoder, states[e], answer, top) for e in wanted]
+    predictions = [_predictions(decoder, states[e], answer, top) for e in exit_layers]
     top_ids, top_probabilities, answer_probabilities = (
-        torch.stack(parts).cpu() for parts in zip(*found, strict=True)
+        torch.stack(parts).cpu() for parts in zip(*predictions, strict=True)
     )
     return Lens(
         token_ids=tuple(token_ids),
         prompt_tokens=prompt_tokens,
-        exits=wanted,
+        exits=exit_layers,
         positions=range(start, n),
         top_ids=top_ids,
         top_probabilities=top_probabilities,
@@ -186,43 +183,44 @@ def look(
     )
 
 
-def _read(
+def _predictions(
     decoder: Decoder, states: Tensor, answer: Tensor, top: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Top tokens [P, k], their probabilities [P, k], and those of the answer [P], of one exit."""
-    ids, probabilities, of_answer = [], [], []
-    for part, said in zip(states.split(CHUNK, dim=1), answer.split(CHUNK, dim=1), strict=True):
+    """Top tokens [P, k] of one exit, their probabilities [P, k], and those of the answer [P]."""
+    top_ids, top_probabilities, answer_probabilities = [], [], []
+    for part, answer_part in zip(
+        states.split(CHUNK, dim=1), answer.split(CHUNK, dim=1), strict=True
+    ):
         logits = decoder.logits(part)[0]
         p = logits.float().softmax(dim=-1)
-        # Among equal logits, frequent in 16 bits, decoding takes argmax's; so it has to come first.
+        # Equal logits are frequent in bfloat16: the token that decoding takes has to come first.
         ranked = p.scatter(1, logits.argmax(-1, keepdim=True), float("inf"))
         best = ranked.topk(min(top, p.shape[-1]), dim=-1).indices
-        ids.append(best)
-        probabilities.append(p.gather(1, best))
-        of_answer.append(p.gather(1, said[0, :, None])[:, 0])
-    return torch.cat(ids), torch.cat(probabilities), torch.cat(of_answer)
+        top_ids.append(best)
+        top_probabilities.append(p.gather(1, best))
+        answer_probabilities.append(p.gather(1, answer_part[0, :, None])[:, 0])
+    return torch.cat(top_ids), torch.cat(top_probabilities), torch.cat(answer_probabilities)
 
 
-def _exits(asked: Collection[int] | None, n_layers: int) -> tuple[int, ...]:
-    if asked is None:
+def _with_last_layer(exits: Collection[int] | None, n_layers: int) -> tuple[int, ...]:
+    if exits is None:
         return tuple(range(1, n_layers + 1))
-    for e in asked:
+    for e in exits:
         if not 1 <= e <= n_layers:
             raise ValueError(f"exit layer {e} is out of range: this model has 1 to {n_layers}")
-    return tuple(sorted({*asked, n_layers}))
+    return tuple(sorted({*exits, n_layers}))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """Counts over the positions of answers; those of several texts add up.
+    """Agreement of the exits with the last layer, over the positions of answers; texts add up.
 
     Attributes:
         exits: X exit layers, ascending; the last is the whole model.
-        prompts: how many texts were looked at.
-        positions: how many positions, all texts together.
-        agreeing: for each exit, positions where its top token is the last layer's.
-        settling: for each exit, positions that it settles: from it on, and not before, every exit looked
-            at agrees with the last layer.
+        prompts: number of texts.
+        positions: number of positions, all texts together.
+        agreeing: for each exit, number of positions where its top token is that of the last layer.
+        settling: for each exit, number of positions whose settled layer it is.
     """
 
     exits: tuple[int, ...]
@@ -233,7 +231,7 @@ class Agreement:
 
     @classmethod
     def of(cls, lens: Lens) -> "Agreement":
-        """Count over the positions of the answer that the lens looked at."""
+        """Count over the positions of the answer."""
         answer = lens.part(lens.answer_positions)
         return cls(
             exits=answer.exits,
@@ -255,26 +253,26 @@ class Agreement:
 
     @property
     def rates(self) -> list[float]:
-        """Share of positions where the exit agrees with the last layer, for each exit."""
+        """Fraction of positions where the exit agrees with the last layer, for each exit."""
         return [n / self.positions for n in self.agreeing]
 
     @property
     def rate_of(self) -> dict[int, float]:
-        """The same by exit."""
+        """The rates by exit layer."""
         return dict(zip(self.exits, self.rates, strict=True))
 
     @property
     def settled_by(self) -> list[float]:
-        """Share of positions that are settled at the exit or before it, for each exit."""
+        """Fraction of positions whose settled layer is the exit or an earlier one, for each exit."""
         return [n / self.positions for n in itertools.accumulate(self.settling)]
 
     @property
     def mean_settled_layer(self) -> float:
-        """The mean of the layers at which positions settle."""
+        """The mean settled layer."""
         return sum(e * n for e, n in zip(self.exits, self.settling, strict=True)) / self.positions
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON: totals, and an entry a layer."""
+        """Return the totals and an entry for each layer, for JSON."""
         return {
             "prompts": self.prompts,
             "positions": self.positions,
@@ -292,10 +290,10 @@ class Round:
 
     Attributes:
         position: of its first token in the text, prompt included.
-        accepted: drafted tokens that the model agreed with.
-        rejected: the other drafted tokens; the first of them is the one that was corrected.
-        own: the model's own token after the accepted ones, in the place of the first rejected one
-            where there is one; None where the answer ends inside the draft.
+        accepted: accepted draft tokens.
+        rejected: rejected draft tokens; verification corrected the first of them.
+        own: the model's own token after the accepted ones, in place of the first rejected one if there
+            is one; None if the answer ends inside the draft.
     """
 
     position: int
@@ -305,20 +303,20 @@ class Round:
 
     @property
     def corrected(self) -> bool:
-        """Whether the model's own token replaced a drafted one."""
+        """True if the model's own token replaced a draft token."""
         return bool(self.rejected)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the fields for JSON."""
         return {**dataclasses.asdict(self), "corrected": self.corrected}
 
 
 def rounds(steps: Iterable[Step], prompt_tokens: int) -> Iterator[Round]:
-    """The rounds of an answer; the first step, the prompt's own pass, is none.
+    """Yield the rounds of an answer: all steps but the first, which is the prompt's pass.
 
     Args:
         steps: of a `Generation` in mode self-speculative.
-        prompt_tokens: how many tokens the prompt has.
+        prompt_tokens: number of tokens of the prompt.
     """
     position = prompt_tokens
     for i, step in enumerate(steps):

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: no network, no fonts, no other file."""
+"""A report as one self-contained HTML page: no network, no fonts, no other file."""
 
 import base64
 import functools
@@ -14,15 +14,15 @@ from layerskip.lens.report import Report
 
 
 def report_page(report: Report) -> str:
-    """The page of one text: the rounds, and what every layer would have said.
+    """Return the page of one text: the rounds, and the predictions of every layer.
 
-    All positions of `report.lens` are shown; whoever wants fewer takes a part of it.
+    It shows all positions of `report.lens`; for fewer, pass `report.part(positions)`.
     """
     return _render("report.html", report=report, lens=_Grid(report), data=_data(report))
 
 
 def agreement_page(agreement: Agreement, model: str) -> str:
-    """The page of a file of prompts: agreement layer by layer."""
+    """Return the page of several prompts: agreement layer by layer."""
     return _render("agreement.html", agreement=agreement, model=model)
 
 
@@ -55,7 +55,7 @@ class _Grid:
                         "percent": round(100 * float(lens.top_probabilities[row, column, 0])),
                         "agrees": agrees[row][column],
                         "settles": settled[column] == e,
-                        # The line between what is settled and what is not runs here upright too.
+                        # A vertical part of the line between settled and other cells.
                         "left": column > 0 and (settled[column - 1] <= e) != (settled[column] <= e),
                     }
                     for column in range(len(lens.positions))
@@ -66,19 +66,20 @@ class _Grid:
 
 
 def _origins(rounds: tuple[Round, ...]) -> dict[int, str]:
-    """Position to where its token came from, for the tokens of rounds."""
+    """Map the positions of rounds to the origin of their tokens."""
     origins: dict[int, str] = {}
-    for one in rounds:
-        after = one.position + len(one.accepted)
-        origins |= dict.fromkeys(range(one.position, after), "accepted")
-        if one.own is not None:
-            origins[after] = "corrected" if one.corrected else "own"
+    for round_ in rounds:
+        end = round_.position + len(round_.accepted)
+        origins |= dict.fromkeys(range(round_.position, end), "accepted")
+        if round_.own is not None:
+            origins[end] = "corrected" if round_.corrected else "own"
     return origins
 
 
 def _data(report: Report) -> dict[str, Any]:
-    """What the page's script shows of a cell: symbols once, then (symbol, probability) by number."""
-    lens, numbers = report.lens, dict[int, int]()  # tokens that look alike stay apart
+    """Data for the page's script: each symbol once, and (number of symbol, probability) of each cell."""
+    lens = report.lens
+    numbers = dict[int, int]()  # by token id, since different tokens can have the same symbol
 
     def number(token: int) -> int:
         return numbers.setdefault(token, len(numbers))
@@ -99,7 +100,7 @@ def _data(report: Report) -> dict[str, Any]:
 def _render(template: str, **variables: Any) -> str:
     script, style = (_template_text(name) for name in ("lens.js", "lens.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # The digest lets the browser run this one script and nothing that a token might smuggle in.
+    # The digest lets the browser run this script only, and none that a token contains.
     return (
         _templates()
         .get_template(template)

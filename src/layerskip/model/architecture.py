@@ -1,4 +1,4 @@
-"""The numbers that a decoder is built from, whatever file they came from."""
+"""The numbers that a decoder is built from, whatever file they come from, and their limits."""
 
 import dataclasses
 import math
@@ -7,21 +7,39 @@ from typing import Any, Literal
 
 RopeKind = Literal["default", "linear", "llama3"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
-_MOST_POSITIONS = 2**31 - 1  # that the compiled kernels count
+MAX_LAYERS = 10_000
+MAX_SIZE = 2**24  # of any other dimension; larger ones are refused before memory is allocated
+_MAX_POSITIONS = 2**31 - 1  # the compiled kernels count positions in int32
 
 
 class UnsupportedModelError(ValueError):
-    """The checkpoint needs something that the decoder does not have; the message names it."""
+    """The checkpoint needs a feature that the decoder does not have; the message names it."""
+
+
+def check_size(name: str, value: Any, maximum: int = MAX_SIZE) -> None:
+    """Raise ValueError unless a dimension is a whole number from 1 to `maximum`."""
+    if type(value) is not int or not 1 <= value <= maximum:
+        raise ValueError(f"{name} is {value!r}, it has to be a whole number from 1 to {maximum}")
+
+
+def positive(name: str, value: Any) -> float:
+    """Return a finite number above 0 as a float; ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value!r}, it has to be a number above 0")
+    return float(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary position embedding: base, and how the frequencies are scaled for long contexts.
+    """Rotary position embedding: base, and the scaling of the frequencies for long contexts.
 
-    `frequency_factors` (one number for each turned pair of dimensions) divide the frequencies; GGUF
-    files carry the scaling of Llama 3.1 and later in this form. LongRoPE (arXiv 2402.13753) has a
-    second set of them, `long_factors`, for contexts above `original_max_positions`, and a `magnitude`
-    that queries and keys are multiplied by. `fraction` is the share of a head's dimensions that turns.
+    Attributes:
+        frequency_factors: one number for each rotary pair, which divides its frequency; GGUF files
+            store the scaling of Llama 3.1 and later in this form.
+        long_factors: LongRoPE's (arXiv 2402.13753) second set of factors, for contexts above
+            `original_max_positions`.
+        magnitude: multiplies queries and keys.
+        fraction: the part of a head's dimensions that is rotated.
     """
 
     theta: float = 10_000.0
@@ -35,25 +53,36 @@ class Rope:
     magnitude: float = 1.0
     fraction: float = 1.0
 
+    def __post_init__(self) -> None:
+        positive("rope_theta", self.theta)
+        positive("the factor of rotary scaling", self.factor)
+        if not 0 < self.fraction <= 1:
+            raise ValueError(
+                f"partial_rotary_factor is {self.fraction:g}, it has to be above 0 and at most 1"
+            )
+        for factors in (self.frequency_factors, self.long_factors):
+            for number in factors or ():
+                positive("a factor of a rotary frequency", number)
+
     def alike(self, capacities: Sequence[int]) -> bool:
-        """Whether caches that hold so many positions turn them alike."""
+        """Return True if caches of these capacities use the same frequencies."""
         return len({self.is_long(capacity) for capacity in capacities}) == 1
 
     def is_long(self, capacity: int) -> bool:
-        """Whether a cache that holds so many positions takes the factors for long contexts."""
+        """Return True if a cache of this capacity uses the factors for long contexts."""
         return self.long_factors is not None and capacity > self.original_max_positions
 
     def turned(self, head_dim: int) -> int:
-        """How many dimensions of a head turn, counted from its first."""
+        """Return the number of rotated dimensions of a head, counted from its first."""
         return int(head_dim * self.fraction)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """A mixture of experts: `top_k` of `n_experts` gated MLPs answer for each position.
+    """A mixture of experts: each position goes through `top_k` of `n_experts` gated MLPs.
 
-    The chosen experts' probabilities are made to sum to 1 where `normalized`. `layers` have the
-    mixture in the place of their MLP, the others a plain one.
+    The chosen experts' probabilities are scaled to sum to 1 if `normalized`. `layers` have the mixture
+    in place of their MLP, all other layers a plain MLP.
     """
 
     n_experts: int
@@ -62,21 +91,26 @@ class Mixture:
     normalized: bool
     layers: frozenset[int]
 
+    def __post_init__(self) -> None:
+        check_size("the number of experts", self.n_experts, MAX_LAYERS)
+        check_size("experts per token", self.top_k, self.n_experts)
+        check_size("the size of an expert", self.ffn_size)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What `assembly.build` makes a decoder from.
+    """A decoder's dimensions and the numbers in its forward pass; validated when it is created.
 
     Attributes:
         family: the row of `FAMILIES`.
-        sliding_windows: how many positions layer l sees (its own included), None or 0 for all of them.
-        ropes: the rotary embedding of layer l, None where it has none.
-        attention_scale: queries times keys are multiplied by it, None for 1 / sqrt(head_dim).
+        sliding_windows: positions that each layer attends to (its own included), None or 0 for all.
+        ropes: the rotary embedding of each layer, None for none.
+        attention_scale: multiplies queries times keys, None for 1 / sqrt(head_dim).
         attention_cap: c, where scores s become c * tanh(s / c).
         logit_cap: the same for logits.
-        embedding_scale: embeddings are multiplied by it before the first layer.
-        residual_scale: what attention and MLP add is multiplied by it.
-        logit_scale: logits are multiplied by it.
+        embedding_scale: multiplies embeddings before the first layer.
+        residual_scale: multiplies the outputs of attention and MLP.
+        logit_scale: multiplies logits.
         parallel_residual: attention and MLP of a layer read the same hidden states.
         mixture: the mixture of experts, None where every layer has an MLP.
     """
@@ -104,122 +138,162 @@ class Architecture:
     mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
-        for field in ("n_layers", "hidden_size", "n_heads", "n_kv_heads", "head_dim", "ffn_size"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}, it has to be 1 or above")
+        check_size("n_layers", self.n_layers, MAX_LAYERS)
+        for field in ("hidden_size", "n_heads", "n_kv_heads", "head_dim", "ffn_size", "vocab_size"):
+            check_size(field, getattr(self, field))
+        check_size("max_context", self.max_context, _MAX_POSITIONS)
+        positive("the epsilon of norms", self.norm_eps)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_kv_heads} KV heads do not divide {self.n_heads} heads")
-        turned = {rope.turned(self.head_dim) for rope in self.ropes if rope is not None}
-        if odd := [n for n in (self.head_dim, *turned) if n % 2]:
-            raise ValueError(f"head_dim is {odd[0]}, rotary pairs need an even number")
-        if any(window is not None and window < 0 for window in self.sliding_windows):
-            raise ValueError(f"a sliding window is {min(w for w in self.sliding_windows if w)}")
-        windows = tuple(min(w, _MOST_POSITIONS) if w else None for w in self.sliding_windows)
-        object.__setattr__(self, "sliding_windows", windows)
         for name in ("sliding_windows", "ropes"):
             if len(getattr(self, name)) != self.n_layers:
-                raise ValueError(f"{name} are of {len(getattr(self, name))} layers, not all")
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries, not one a layer")
+        self._check_ropes()
+        if any(window is not None and window < 0 for window in self.sliding_windows):
+            raise ValueError(f"a sliding window is {min(w for w in self.sliding_windows if w)}")
+        windows = tuple(min(w, _MAX_POSITIONS) if w else None for w in self.sliding_windows)
+        object.__setattr__(self, "sliding_windows", windows)
+
+    def _check_ropes(self) -> None:
+        ropes = {rope for rope in self.ropes if rope is not None}
+        rotated = {rope.turned(self.head_dim) for rope in ropes}
+        if odd := [n for n in (self.head_dim, *rotated) if n % 2]:
+            raise ValueError(f"head_dim is {odd[0]}, rotary pairs need an even number")
+        for rope in ropes:
+            n_pairs = rope.turned(self.head_dim) // 2
+            for factors in (rope.frequency_factors, rope.long_factors):
+                if factors is not None and len(factors) != n_pairs:
+                    raise ValueError(
+                        f"rotary scaling has {len(factors)} factors, {n_pairs} are needed"
+                    )
 
 
-_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 def ropes_of(config: Mapping[str, Any], n_layers: int) -> tuple[Rope | None, ...]:
-    """One for all layers, one for each kind of layer (Gemma 3), or none in some (SmolLM3)."""
+    """Return the rotary embedding of each layer from a transformers config.
+
+    It is one for all layers, one for each kind of layer (Gemma 3), or absent in some (SmolLM3).
+    """
     fields = dict(config.get("rope_parameters") or {})
-    by_kind = {kind: _rope(own, config) for kind, own in fields.items() if isinstance(own, Mapping)}
-    if by_kind:
-        return tuple(by_kind[kind] for kind in config["layer_types"])
-    turns = config.get("no_rope_layers") or (True,) * n_layers  # 0 where a layer has none
+    by_layer_type = {
+        layer_type: _rope(parameters, config)
+        for layer_type, parameters in fields.items()
+        if isinstance(parameters, Mapping)
+    }
+    if by_layer_type:
+        return tuple(by_layer_type[layer_type] for layer_type in config["layer_types"])
+    has_rope = config.get("no_rope_layers") or (True,) * n_layers  # 0 for a layer without
     rope = _rope(fields, config)
-    return tuple(rope if turn else None for turn in turns[:n_layers])
+    return tuple(rope if flag else None for flag in has_rope[:n_layers])
 
 
 def check_ropes(config: Mapping[str, Any]) -> None:
-    """Raise UnsupportedModelError where a config as it is stored names a scaling that is unknown here.
+    """Check the rotary scaling of a `config.json` as it is stored, before transformers reads it.
 
-    Older ones have it under another name, and other words for LongRoPE in Phi-3.
+    Older configs have the scaling under another name, and Phi-3 has other words for LongRoPE.
+
+    Raises:
+        UnsupportedModelError: its type is not supported.
+        ValueError: a number in it cannot be right.
     """
-    fields = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    for own in (fields, *(part for part in fields.values() if isinstance(part, Mapping))):
-        kind = own.get("rope_type") or own.get("type") or "default"
-        if kind not in _KINDS and config.get("model_type") != "phi3":
-            raise _unknown(kind)
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(scaling, Mapping):
+        raise ValueError(f"rotary scaling is {scaling!r}, an object is needed")
+    for parameters in (scaling, *(part for part in scaling.values() if isinstance(part, Mapping))):
+        rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+        if rope_type not in _ROPE_TYPES and config.get("model_type") != "phi3":
+            raise _unsupported(rope_type)
+        if parameters.get("factor") is not None:
+            positive("the factor of rotary scaling", parameters["factor"])
+        for name in ("short_factor", "long_factor"):
+            factors = parameters.get(name, [1.0])
+            if not isinstance(factors, list) or not factors:
+                raise ValueError(f"{name} of rotary scaling is {factors!r}, numbers are needed")
+    for fields in (config, scaling):
+        if (fraction := fields.get("partial_rotary_factor")) is not None:
+            Rope(fraction=positive("partial_rotary_factor", fraction))
+        if fields.get("rope_theta") is not None:
+            positive("rope_theta", fields["rope_theta"])
 
 
-def _unknown(kind: object) -> UnsupportedModelError:
-    known = f"{', '.join(_KINDS[:-1])} and {_KINDS[-1]}"
-    return UnsupportedModelError(f"rotary scaling {kind!r} is not supported ({known} are)")
+def _unsupported(rope_type: object) -> UnsupportedModelError:
+    supported = f"{', '.join(_ROPE_TYPES[:-1])} and {_ROPE_TYPES[-1]}"
+    return UnsupportedModelError(f"rotary scaling {rope_type!r} is not supported ({supported} are)")
 
 
-def _rope(fields: Mapping[str, Any], config: Mapping[str, Any]) -> Rope:
-    kind = fields.get("rope_type", "default")
+def _rope(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> Rope:
+    rope_type = parameters.get("rope_type", "default")
     plain = Rope(
-        theta=float(fields.get("rope_theta", 10_000.0)),
-        fraction=float(fields.get("partial_rotary_factor", 1.0)),
+        theta=float(parameters.get("rope_theta", 10_000.0)),
+        fraction=float(parameters.get("partial_rotary_factor", 1.0)),
     )
-    if kind in ("default", "dynamic"):  # alike up to the longest context that there is
+    if rope_type in ("default", "dynamic"):  # the same up to the model's maximum context
         return plain
-    if kind == "linear":
-        return dataclasses.replace(plain, kind="linear", factor=float(fields["factor"]))
-    if kind == "llama3":
+    if rope_type == "linear":
+        return dataclasses.replace(plain, kind="linear", factor=float(parameters["factor"]))
+    if rope_type == "llama3":
         return dataclasses.replace(
             plain,
             kind="llama3",
-            factor=float(fields["factor"]),
-            low_freq_factor=float(fields["low_freq_factor"]),
-            high_freq_factor=float(fields["high_freq_factor"]),
-            original_max_positions=int(fields["original_max_position_embeddings"]),
+            factor=float(parameters["factor"]),
+            low_freq_factor=float(parameters["low_freq_factor"]),
+            high_freq_factor=float(parameters["high_freq_factor"]),
+            original_max_positions=int(parameters["original_max_position_embeddings"]),
         )
-    if kind == "yarn":
-        return _yarn(plain, fields, config)
-    if kind == "longrope":
-        return _longrope(plain, fields, config["max_position_embeddings"])
-    raise _unknown(kind)
+    if rope_type == "yarn":
+        return _yarn(plain, parameters, config)
+    if rope_type == "longrope":
+        return _longrope(plain, parameters, config["max_position_embeddings"])
+    raise _unsupported(rope_type)
 
 
-def _yarn(plain: Rope, fields: Mapping[str, Any], config: Mapping[str, Any]) -> Rope:
-    """YaRN (arXiv 2309.00071, section 3.2): pairs that turn often stay as they are, slow ones are
-    slowed down by `factor`, and those between are blended."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    dim = plain.turned(int(config.get("head_dim") or hidden // heads))
-    original = int(fields["original_max_position_embeddings"])
-    factor = float(fields.get("factor") or config["max_position_embeddings"] / original)
+def _yarn(plain: Rope, parameters: Mapping[str, Any], config: Mapping[str, Any]) -> Rope:
+    """Apply YaRN (arXiv 2309.00071, section 3.2).
 
-    def pair_that_turns(times: float) -> float:
-        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(plain.theta))
+    Fast rotary pairs keep their frequency, slow ones are divided by `factor`, and those between are
+    interpolated.
+    """
+    hidden_size, n_heads = config["hidden_size"], config["num_attention_heads"]
+    dim = plain.turned(int(config.get("head_dim") or hidden_size // n_heads))
+    original = int(parameters["original_max_position_embeddings"])
+    factor = float(parameters.get("factor") or config["max_position_embeddings"] / original)
 
-    low = pair_that_turns(fields.get("beta_fast") or 32)
-    high = pair_that_turns(fields.get("beta_slow") or 1)
-    if fields.get("truncate", True):
+    def pair_with_rotations(rotations: float) -> float:
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(plain.theta))
+
+    low = pair_with_rotations(parameters.get("beta_fast") or 32)
+    high = pair_with_rotations(parameters.get("beta_slow") or 1)
+    if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    span = high - low or 0.001
-    slowed = [min(max((pair - low) / span, 0.0), 1.0) for pair in range(dim // 2)]
-    magnitude = fields.get("attention_factor")
+    width = high - low or 0.001
+    ramp = [min(max((pair - low) / width, 0.0), 1.0) for pair in range(dim // 2)]
+    magnitude = parameters.get("attention_factor")
     if magnitude is None:
-        one, other = fields.get("mscale"), fields.get("mscale_all_dim")
-        scales = (one, other) if one and other else (1.0, 0.0)
-        grown = [0.1 * scale * math.log(max(factor, 1.0)) + 1.0 for scale in scales]
-        magnitude = grown[0] / grown[1]
+        mscale, mscale_all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        scales = (mscale, mscale_all_dim) if mscale and mscale_all_dim else (1.0, 0.0)
+        magnitudes = [0.1 * scale * math.log(max(factor, 1.0)) + 1.0 for scale in scales]
+        magnitude = magnitudes[0] / magnitudes[1]
     return dataclasses.replace(
         plain,
-        frequency_factors=tuple(1.0 / (share / factor + 1.0 - share) for share in slowed),
+        frequency_factors=tuple(1.0 / (weight / factor + 1.0 - weight) for weight in ramp),
         magnitude=float(magnitude),
     )
 
 
-def _longrope(plain: Rope, fields: Mapping[str, Any], max_positions: int) -> Rope:
-    """LongRoPE (arXiv 2402.13753); the magnitude is its section 3.3 where the config names none."""
-    original = int(fields["original_max_position_embeddings"])
-    stretch = float(fields.get("factor") or max_positions / original)
-    magnitude = fields.get("attention_factor")
+def _longrope(plain: Rope, parameters: Mapping[str, Any], max_positions: int) -> Rope:
+    """Apply LongRoPE (arXiv 2402.13753); the default magnitude is from its section 3.3."""
+    original = int(parameters["original_max_position_embeddings"])
+    stretch = float(parameters.get("factor") or max_positions / original)
+    magnitude = parameters.get("attention_factor")
     if magnitude is None:
         magnitude = math.sqrt(1 + max(math.log(stretch), 0.0) / math.log(original))
     return dataclasses.replace(
         plain,
         original_max_positions=original,
-        frequency_factors=tuple(map(float, fields["short_factor"])),
-        long_factors=tuple(map(float, fields["long_factor"])),
+        frequency_factors=tuple(map(float, parameters["short_factor"])),
+        long_factors=tuple(map(float, parameters["long_factor"])),
         magnitude=float(magnitude),
     )

@@ -1,23 +1,14 @@
-"""The order of the rows of Q and K: transformers' halves, or the neighbours of some GGUF files.
+"""Opens a checkpoint: config, generation settings and tokenizer, and from its tensors the decoder.
 
-What is known of a checkpoint's quality in 8 and 4 bits, and what to say where that is little.
+Second step of loading (`hub` -> `checkpoint` -> `weights` -> `loader`). `open_files` reads everything
+but the weights, which stay in the files (`Files.tensors`); `load` goes on to `loader.build`, after
+which they are in the decoder.
 
-It stands in `generation_config.json`, key `layerskip`, field `weights`: {"int4": {"method": ...,
-"nll_change": ...}}. Measuring takes the model in 16 bits too, so it is done where the checkpoint is
-written, and loading only reads what was found.
-
-The settings that travel with a checkpoint, in `generation_config.json`.
-
-What transformers has a field for is in that field. The rest is under the key `layerskip`: `exit_layer`,
-for models that transformers cannot draft with, whose `generate` would fail with its own field;
-`draft_vocabulary`, token ids in one text, the most useful first; `draft_text`, token ids of what answers
-repeat; `costs`, a list of `StepCosts`.
-
-The checkpoints that the paper's authors published, and where they exit best, as far as is known.
-
-Their files name no exit layer. Sources: the paper (arXiv 2404.16710), its tables for summarization on
-CNN/DM; and the article on these checkpoints at huggingface.co/blog/layerskip, which gives an exit layer
-for summarization and no draft length.
+The generation settings are in `generation_config.json`: in transformers' own fields where it has one,
+else under the key `layerskip`: `exit_layer`, for models that transformers cannot draft with, whose
+`generate` would fail with its own field; `draft_vocabulary`, token ids in one text, the most useful
+first; `draft_text`, token ids of an n-gram datastore; `costs`, a list of `StepCosts`; `weights`, the
+measured cost of quantized weights, such as {"int4": {"method": ..., "nll_change": ...}}.
 """
 
 import contextlib
@@ -36,119 +27,50 @@ import torch
 from torch import Tensor
 
 from layerskip.fileio import CheckpointError, check_within, read_json, replace_json
-from layerskip.model import decoder as rotary
-from layerskip.model import families, tokenizer
-from layerskip.model import loader as assembly
-from layerskip.model import tokenizer as gguf_tokenizer
+from layerskip.model import families, loader, tokenizer
 from layerskip.model.architecture import Architecture, UnsupportedModelError
-from layerskip.model.decoder import Decoder
+from layerskip.model.decoder import Decoder, interleave
 from layerskip.model.weights import GgufFile, SafetensorsFiles, Tensors
 from layerskip.paths import cache_folder
 
+FILE = "generation_config.json"
+DRAFT_TEXT_FILE = "draft_text.table"  # not *.safetensors, which other tools would take for weights
+KEY = "layerskip"
+EXIT = "exit_layer"  # under that key
+FIELD = "weights"  # under that key
 CALIBRATED = "calibration"
-FIELD = "weights"
-MOST_CHANGE = 0.05  # of the negative log-likelihood; above it a load says so
-_FOUR_BITS = ("Q4_0", "Q4_1")  # which loading takes over
+_HEAD = "lm_head.weight"
+
+
+class SettingsWarning(UserWarning):
+    """A setting is ignored, because it cannot be read or is not supported."""
 
 
 class RoundingWarning(UserWarning):
-    """Loading in 8 or 4 bits costs quality, or may."""
+    """Quantized weights cost quality, or may."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Rounding:
-    """How a checkpoint came to its rounded weights, and what they cost.
-
-    Attributes:
-        method: `CALIBRATED`.
-        nll_change: of the calibration text's held-out part, against the same weights in bfloat16,
-            0.02 = 2% more; None where it was not measured.
-    """
-
-    method: str
-    nll_change: float | None = None
-
-
-def recorded(own: Any, known: Mapping[str, Rounding]) -> dict[str, Any]:
-    """The `layerskip` object of `generation_config.json` with what is known now, and nothing older.
-
-    Args:
-        own: the object so far, if there is one.
-        known: "int8" or "int4" to what is known of it.
-    """
-    rest = {k: v for k, v in own.items() if k != FIELD} if isinstance(own, dict) else {}
-    if known:
-        rest[FIELD] = {name: dataclasses.asdict(rounding) for name, rounding in known.items()}
-    return rest
-
-
-def warn_of_rounding(path: Path, tensors: Tensors, weights: str) -> None:
-    """Warn (`RoundingWarning`) of what is known, or not known, of a checkpoint in these bits.
-
-    Eight bits that nobody measured are not doubted, since rounding to them is harmless; nor are four
-    where every matrix of the layers is stored in them, as in some GGUF files, since nothing is rounded.
-
-    Args:
-        path: a checkpoint.
-        tensors: what it holds.
-        weights: a key of `quantize.WEIGHTS`.
-    """
-    if weights == "16bit" or (weights == "int4" and _is_in_four_bits(tensors)):
-        return
-    line = _doubt(path / FILE, weights)
-    if line is not None:
-        warnings.warn(line, RoundingWarning, stacklevel=4)  # whoever loads a `LayerSkipModel`
-
-
-def _is_in_four_bits(tensors: Tensors) -> bool:
-    matrices = [n for n in tensors.names() if ".layers." in n and len(tensors.shape(n)) == 2]
-    return all(tensors.stored_as(name) in _FOUR_BITS for name in matrices)
-
-
-def _doubt(file: Path, weights: str) -> str | None:
-    own = read_json(file).get(KEY) if file.is_file() else None
-    known = own.get(FIELD) if isinstance(own, dict) else None
-    found = known.get(weights) if isinstance(known, dict) else None
-    if not isinstance(found, dict):
-        if weights == "int8":
-            return None
-        return (
-            "what 4 bits cost this checkpoint is not known, and may be much; `layerskip export --to hf"
-            " --weights int4 --calibrate TEXT` measures it and makes it less"
-        )
-    change = found.get("nll_change")
-    if isinstance(change, float) and not change <= MOST_CHANGE:  # nor is it, where it is no number
-        return (
-            f"{weights} costs this checkpoint {change:.0%} negative log-likelihood on the text that it"
-            " was measured with; --weights int8 costs less"
-        )
-    return None
-
-
-FILE = "generation_config.json"
-DRAFT_TEXT_FILE = "draft_text.table"  # no *.safetensors, which other tools would take for weights
-KEY = "layerskip"
-EXIT = "exit_layer"  # under that key
+# --- costs and settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepCosts:
-    """What decoding costs on some machine, measured in plain steps of one token.
+    """Costs of decoding on one machine, in units of a plain step of one token.
 
     Attributes:
         dtype: of the weights that were timed, such as "bfloat16".
-        weights: how they were kept, such as "16bit".
+        weights: their format, such as "16bit".
         device: "cpu" or "cuda".
         kernels: what ran the layers, see `Decoder.kernels`.
-        machine: where, see `machine.machine`; "" is none that is known.
-        threads: of the CPU; 0 is not known.
+        machine: see `hardware.machine`; "" = unknown.
+        threads: of the CPU; 0 = unknown.
         exit_layer: E of the drafts that were timed.
         draft_step: the first E layers and the draft's head over one token.
-        draft_tokens_scored: how many tokens that head has.
-        head: final norm, whole head and choice, for one token.
+        draft_tokens_scored: the number of tokens that this head scores.
+        head: final norm, whole head and argmax, for one token.
         passes: all layers and the head over 1, 2, ... positions; the first is 1.
         overhead: of a round, beside its parts.
-        context: positions that attention looked back on meanwhile; 0 is few, or not known.
+        context: positions in the KV cache during the timing; 0 = few or unknown.
     """
 
     dtype: str
@@ -167,18 +89,18 @@ class StepCosts:
 
     @property
     def kind(self) -> tuple[str, ...]:
-        """What costs depend on most: dtype, weights, device, kernels, machine."""
+        """The conditions that costs depend on most: dtype, weights, device, kernels, machine."""
         return self.dtype, self.weights, self.device, self.kernels, self.machine
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields for JSON, in four digits."""
+        """Return the fields for JSON, in four digits."""
         fields = dataclasses.asdict(self)
-        shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in fields.items()}
-        return shown | {"passes": " ".join(f"{cost:.4f}" for cost in self.passes)}
+        rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in fields.items()}
+        return rounded | {"passes": " ".join(f"{cost:.4f}" for cost in self.passes)}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "StepCosts":
-        """What `to_dict` gave; raises AttributeError, KeyError, TypeError or ValueError for others."""
+        """Invert `to_dict`; AttributeError, KeyError, TypeError or ValueError for other fields."""
         passes = tuple(float(cost) for cost in fields["passes"].split())
         names = ("draft_step", "draft_tokens_scored", "head", "exit_layer")
         numbers = (*passes, *(fields[name] for name in names))
@@ -191,7 +113,41 @@ class StepCosts:
         return cls(**{**fields, "passes": passes})
 
 
-# Fields of generation_config.json that change greedy answers too -> the value that changes nothing.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """Decoding settings of a checkpoint, from `generation_config.json`.
+
+    Attributes:
+        end_tokens: `eos_token_id`.
+        exit_layer: E, `assistant_early_exit` or `layerskip.exit_layer`.
+        draft_tokens: d, `num_assistant_tokens`.
+        draft_vocabulary: the tokens that an early exit drafts, the most useful first; None = all.
+        draft_text: searched for n-grams, beside prompt and output.
+        draft_text_file: an n-gram datastore beside the weights, which replaces `draft_text`.
+        costs: measured, one for each weight format and machine that the model was tuned with.
+    """
+
+    end_tokens: tuple[int, ...] = ()
+    exit_layer: int | None = None
+    draft_tokens: int | None = None
+    draft_vocabulary: tuple[int, ...] | None = None
+    draft_text: tuple[int, ...] | None = None
+    draft_text_file: Path | None = None
+    costs: tuple[StepCosts, ...] = ()
+
+    def measured_for(self, *kind: str, threads: int = 0) -> "CheckpointSettings":
+        """Drop costs that were measured for another `StepCosts.kind` or other threads."""
+        costs = [c for c in self.costs if c.kind == kind and c.threads in (0, threads)]
+        costs.sort(key=lambda c: c.threads, reverse=True)
+        return dataclasses.replace(self, costs=tuple(costs))
+
+    @property
+    def measured(self) -> StepCosts | None:
+        """The costs of a loaded model, whose settings went through `measured_for`."""
+        return self.costs[0] if self.costs else None
+
+
+# Fields of generation_config.json that change greedy outputs too -> the value without effect.
 _NOT_APPLIED: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
@@ -208,47 +164,11 @@ _NOT_APPLIED: dict[str, Any] = {
 }
 
 
-class SettingsWarning(UserWarning):
-    """A setting that cannot be read, and that is done without."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointSettings:
-    """What `generation_config.json` says about decoding.
-
-    `exit_layer` is `assistant_early_exit`, or where that is not there ours; `draft_tokens` is
-    `num_assistant_tokens`.
-    `draft_vocabulary` are the tokens that an early exit drafts, the most useful first; None = all.
-    `draft_text` is searched for n-grams, beside prompt and answer; `draft_text_file`, which lies beside
-    the weights, holds the table of a longer one and takes its place.
-    `costs` were measured, one for each kind of weights and machine that the model was tuned with.
-    """
-
-    end_tokens: tuple[int, ...] = ()
-    exit_layer: int | None = None
-    draft_tokens: int | None = None
-    draft_vocabulary: tuple[int, ...] | None = None
-    draft_text: tuple[int, ...] | None = None
-    draft_text_file: Path | None = None
-    costs: tuple[StepCosts, ...] = ()
-
-    def measured_for(self, *kind: str, threads: int = 0) -> "CheckpointSettings":
-        """The same without costs that were measured for another `StepCosts.kind` or other threads."""
-        costs = [c for c in self.costs if c.kind == kind and c.threads in (0, threads)]
-        costs.sort(key=lambda c: c.threads, reverse=True)
-        return dataclasses.replace(self, costs=tuple(costs))
-
-    @property
-    def measured(self) -> StepCosts | None:
-        """The costs that hold for a loaded model, whose settings went through `measured_for`."""
-        return self.costs[0] if self.costs else None
-
-
 def read_settings(path: Path, config: dict[str, Any], vocab_size: int) -> CheckpointSettings:
-    """`generation_config.json` where there is one; the end token falls back on the config's.
+    """Read `generation_config.json`, if there is one; the config has the default end tokens.
 
     Raises:
-        CheckpointError: a field has a value that it cannot have.
+        CheckpointError: a field has an impossible value.
     """
     file = path / FILE
     fields = read_json(file) if path.is_dir() and file.is_file() else {}
@@ -258,64 +178,96 @@ def read_settings(path: Path, config: dict[str, Any], vocab_size: int) -> Checkp
         raise CheckpointError(
             f"eos_token_id is {ends} in {file} (or config.json), token ids are needed"
         )
-    ends = [token for token in dict.fromkeys(ends) if token < vocab_size]  # others never come
-    _warn_of_what_has_no_effect(fields, file)
-    own = fields.get(KEY)
-    own = own if isinstance(own, dict) else {}
-    vocabulary = _token_ids(own, "draft_vocabulary", vocab_size, file)
-    if vocabulary is not None:  # an answer's end can be drafted too
+    ends = [token for token in dict.fromkeys(ends) if token < vocab_size]
+    _warn_of_ignored_fields(fields, file)
+    extra = _layerskip_fields(fields)
+    vocabulary = _token_ids(extra, "draft_vocabulary", vocab_size, file)
+    if vocabulary is not None:  # so that the end of the output can be drafted too
         vocabulary = tuple(dict.fromkeys((*vocabulary, *ends)))
+    datastore = path / DRAFT_TEXT_FILE
+    if datastore.is_file():
+        check_within(datastore, is_read=True)
     return CheckpointSettings(
         end_tokens=tuple(ends),
         exit_layer=exit_layer_of(fields, file),
         draft_tokens=_positive_int(fields, "num_assistant_tokens", file),
         draft_vocabulary=vocabulary,
-        draft_text=_token_ids(own, "draft_text", vocab_size, file),
-        draft_text_file=_draft_text_file(path),
-        costs=costs_of(own, file),
+        draft_text=_token_ids(extra, "draft_text", vocab_size, file),
+        draft_text_file=datastore if datastore.is_file() else None,
+        costs=costs_of(extra, file),
     )
 
 
-def _draft_text_file(path: Path) -> Path | None:
-    file = path / DRAFT_TEXT_FILE
-    if not file.is_file():
-        return None
-    check_within(file, is_read=True)
-    return file
-
-
 def exit_layer_of(fields: dict[str, Any], file: Path) -> int | None:
-    """The exit that the fields of `generation_config.json` name, transformers' own field before ours.
+    """Return the exit layer in `generation_config.json`: transformers' field, else ours.
 
     Raises:
         CheckpointError: it is no whole number above 0.
     """
-    own = fields.get(KEY)
-    named = _positive_int(fields, "assistant_early_exit", file)
-    return named or _positive_int(own if isinstance(own, dict) else {}, EXIT, file)
+    exit_layer = _positive_int(fields, "assistant_early_exit", file)
+    return exit_layer or _positive_int(_layerskip_fields(fields), EXIT, file)
 
 
-def _warn_of_what_has_no_effect(fields: dict[str, Any], file: Path) -> None:
-    """What changes even a greedy answer of transformers, and no answer here."""
-    found = [
+def text_of_ids(token_ids: Iterable[int]) -> str:
+    """Format token ids as one text: a JSON list would fill thousands of lines."""
+    return " ".join(map(str, token_ids))
+
+
+def costs_of(extra: dict[str, Any], file: Path) -> tuple[StepCosts, ...]:
+    """Return the costs under our key in `generation_config.json`; warn of unreadable ones."""
+    costs = []
+    for fields in entries_of(extra):
+        entry = readable_costs(fields)
+        if isinstance(entry, StepCosts):
+            costs.append(entry)
+        else:
+            _warn(f"costs in {file} cannot be read ({entry}); going on without: tune again")
+    return tuple(costs)
+
+
+def entries_of(extra: dict[str, Any]) -> list[Any]:
+    """Return the costs as they are stored under our key, readable or not."""
+    costs = extra.get("costs") or []
+    return costs if isinstance(costs, list) else [costs]
+
+
+def readable_costs(fields: Any) -> StepCosts | Exception:
+    """Return costs, or the reason why they cannot be read: damage, or another version."""
+    try:
+        return StepCosts.from_dict(fields)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return error
+
+
+def special_tokens(config: Mapping[str, Any], end_tokens: Collection[int]) -> dict[str, Any]:
+    """Return the fields that transformers takes from `config.json` if `FILE` does not exist."""
+    names = ("bos_token_id", "pad_token_id")
+    fields = {name: config[name] for name in names if config.get(name) is not None}
+    ends = list(end_tokens)
+    return fields | ({"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {})
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, SettingsWarning, stacklevel=2)
+
+
+def _layerskip_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    extra = fields.get(KEY)
+    return extra if isinstance(extra, dict) else {}
+
+
+def _warn_of_ignored_fields(fields: dict[str, Any], file: Path) -> None:
+    ignored = [
         f"{name} {fields[name]}"
         for name, off in _NOT_APPLIED.items()
         if fields.get(name, off) not in (off, None, [], {})
     ]
-    if not found:
-        return
-    own = " (--repetition-penalty applies that)" if found[0].startswith("repetition") else ""
-    warnings.warn(
-        f"{file} names {', '.join(found)}, which transformers applies to greedy answers too and"
-        f" layerskip does not{own}",
-        SettingsWarning,
-        stacklevel=2,
-    )
-
-
-def text_of_ids(token_ids: Iterable[int]) -> str:
-    """Token ids as the one text in which they are kept: a list would fill thousands of lines."""
-    return " ".join(map(str, token_ids))
+    if ignored:
+        hint = " (--repetition-penalty applies that)" * ignored[0].startswith("repetition")
+        _warn(
+            f"{file} names {', '.join(ignored)}, which transformers applies to greedy answers too and"
+            f" layerskip does not{hint}"
+        )
 
 
 def _positive_int(fields: dict[str, Any], key: str, file: Path) -> int | None:
@@ -328,9 +280,9 @@ def _positive_int(fields: dict[str, Any], key: str, file: Path) -> int | None:
 
 
 def _token_ids(
-    own: dict[str, Any], key: str, vocab_size: int, file: Path
+    extra: dict[str, Any], key: str, vocab_size: int, file: Path
 ) -> tuple[int, ...] | None:
-    text = own.get(key)
+    text = extra.get(key)
     if not text:
         return None
     try:
@@ -338,101 +290,129 @@ def _token_ids(
     except (AttributeError, ValueError):
         ids = (-1,)
     if min(ids, default=-1) < 0 or max(ids) >= vocab_size:
-        warnings.warn(
+        _warn(
             f"{key} in {file} has to be token ids of 0 to {vocab_size - 1} with spaces between them;"
-            " going on without: tune again",
-            SettingsWarning,
-            stacklevel=2,
+            " going on without: tune again"
         )
         return None
     return ids
 
 
-def costs_of(own: dict[str, Any], file: Path) -> tuple[StepCosts, ...]:
-    """The costs under our key in `generation_config.json`; a warning says which cannot be read."""
-    costs = []
-    for fields in entries_of(own):
-        found = readable_costs(fields)
-        if isinstance(found, StepCosts):
-            costs.append(found)
-        else:
-            warnings.warn(
-                f"costs in {file} cannot be read ({found}); going on without: tune again",
-                SettingsWarning,
-                stacklevel=2,
-            )
-    return tuple(costs)
-
-
-def entries_of(own: dict[str, Any]) -> list[Any]:
-    """The costs as they stand under our key, of which some may be unreadable here."""
-    found = own.get("costs") or []
-    return found if isinstance(found, list) else [found]
-
-
-def readable_costs(fields: Any) -> StepCosts | Exception:
-    """Costs, or why they are none: damaged, or of another version."""
-    try:
-        return StepCosts.from_dict(fields)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        return error
-
-
-def special_tokens(config: Mapping[str, Any], end_tokens: Collection[int]) -> dict[str, Any]:
-    """What transformers takes from `config.json` while there is no file of settings."""
-    names = ("bos_token_id", "pad_token_id")
-    fields = {name: config[name] for name in names if config.get(name) is not None}
-    ends = list(end_tokens)
-    return fields | ({"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {})
-
-
-# An exit layer E and a draft length d, as far as a source gives them.
+# The checkpoints that the paper's authors published, and their best exit layer and draft length as far
+# as they are known. Sources: the paper (arXiv 2404.16710), its tables for summarization on CNN/DM; and
+# the article at huggingface.co/blog/layerskip, which has an exit layer for summarization and no draft
+# length.
 PUBLISHED = {
-    "facebook/layerskip-llama2-7B": CheckpointSettings(exit_layer=8, draft_tokens=12),  # the paper
-    "facebook/layerskip-llama2-13B": CheckpointSettings(
-        exit_layer=15, draft_tokens=12
-    ),  # the paper
-    "facebook/layerskip-llama2-70B": CheckpointSettings(exit_layer=10),  # the article
+    "facebook/layerskip-llama2-7B": CheckpointSettings(exit_layer=8, draft_tokens=12),  # paper
+    "facebook/layerskip-llama2-13B": CheckpointSettings(exit_layer=15, draft_tokens=12),  # paper
+    "facebook/layerskip-llama2-70B": CheckpointSettings(exit_layer=10),  # article
     "facebook/layerskip-codellama-7B": CheckpointSettings(),
     "facebook/layerskip-codellama-34B": CheckpointSettings(),
-    "facebook/layerskip-llama3-8B": CheckpointSettings(exit_layer=4),  # the article
-    "facebook/layerskip-llama3.2-1B": CheckpointSettings(exit_layer=4),  # the article
+    "facebook/layerskip-llama3-8B": CheckpointSettings(exit_layer=4),  # article
+    "facebook/layerskip-llama3.2-1B": CheckpointSettings(exit_layer=4),  # article
 }
 
 
 def with_defaults(name: str, settings: CheckpointSettings) -> CheckpointSettings:
-    """A checkpoint's settings; what they leave open of a published one is filled in.
+    """Fill in the exit layer and draft length of a published checkpoint, unless its files have them.
 
     Args:
         name: what the checkpoint was loaded by; only a hub id of `PUBLISHED` changes anything.
-        settings: what its own files say.
+        settings: from its own files.
     """
-    known = PUBLISHED.get(name)
-    if known is None or settings.exit_layer is not None:
+    published = PUBLISHED.get(name)
+    if published is None or settings.exit_layer is not None:
         return settings
-    draft_tokens = settings.draft_tokens or known.draft_tokens
-    return dataclasses.replace(settings, exit_layer=known.exit_layer, draft_tokens=draft_tokens)
+    draft_tokens = settings.draft_tokens or published.draft_tokens
+    return dataclasses.replace(settings, exit_layer=published.exit_layer, draft_tokens=draft_tokens)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """What `load` returns; `tokenizer` is None where the checkpoint has no tokenizer files."""
-
-    path: Path
-    decoder: Decoder
-    tokenizer: Any
-    settings: CheckpointSettings
+# --- the measured cost of quantized weights
 
 
-_HEAD = "lm_head.weight"
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """The method by which a checkpoint's weights were quantized, and the measured cost.
+
+    Attributes:
+        method: `CALIBRATED`.
+        nll_change: of the held-out part of the calibration text, against the same weights in bfloat16,
+            0.02 = 2% more; None if it was not measured.
+    """
+
+    method: str
+    nll_change: float | None = None
+
+
+_MAX_CHANGE = 0.05  # of the negative log-likelihood; a higher cost is reported at load time
+_FOUR_BIT_TYPES = ("Q4_0", "Q4_1")  # whose codes are loaded as they are
+
+
+def recorded(extra: Any, roundings: Mapping[str, Rounding]) -> dict[str, Any]:
+    """Replace the measured costs in the `layerskip` object of `generation_config.json`.
+
+    Args:
+        extra: the object so far, if there is one.
+        roundings: "int8" or "int4" to its cost.
+    """
+    rest = {k: v for k, v in extra.items() if k != FIELD} if isinstance(extra, dict) else {}
+    if roundings:
+        rest[FIELD] = {name: dataclasses.asdict(cost) for name, cost in roundings.items()}
+    return rest
+
+
+def warn_of_rounding(path: Path, tensors: Tensors, weights: str) -> None:
+    """Warn if the cost of loading a checkpoint with these weights is high or unknown.
+
+    An unknown cost of int8 is harmless. Nothing is rounded, and no warning needed, where every matrix of
+    the layers is stored in int4 already.
+
+    Args:
+        path: of the checkpoint.
+        tensors: of the checkpoint.
+        weights: a key of `quantize.WEIGHTS`.
+
+    Warns:
+        RoundingWarning: see above.
+    """
+    if weights == "16bit":
+        return
+    matrices = [n for n in tensors.names() if ".layers." in n and len(tensors.shape(n)) == 2]
+    if weights == "int4" and all(tensors.stored_as(n) in _FOUR_BIT_TYPES for n in matrices):
+        return
+    file = path / FILE
+    costs = _layerskip_fields(read_json(file)).get(FIELD) if file.is_file() else None
+    cost = costs.get(weights) if isinstance(costs, dict) else None
+    change = cost.get("nll_change") if isinstance(cost, dict) else None
+    if not isinstance(cost, dict) and weights == "int4":
+        message = (
+            "what 4 bits cost this checkpoint is not known, and may be much; `layerskip export --to hf"
+            " --weights int4 --calibrate TEXT` measures it and makes it less"
+        )
+    elif isinstance(change, float) and not change <= _MAX_CHANGE:  # NaN is reported too
+        message = (
+            f"{weights} costs this checkpoint {change:.0%} negative log-likelihood on the text that it"
+            " was measured with; --weights int8 costs less"
+        )
+    else:
+        return
+    warnings.warn(message, RoundingWarning, stacklevel=4)  # of `from_pretrained`
+
+
+# --- files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Files:
-    """What `open_files` returns: everything but the weights, which `tensors` reads one at a time.
+    """An opened checkpoint: everything but the weights, which `tensors` reads one at a time.
 
-    `config` is transformers' config with its defaults filled in; of a GGUF file, the end tokens alone.
-    `tied` says that the head is the embedding.
+    Attributes:
+        path: the folder or GGUF file.
+        architecture: of its decoder.
+        tensors: still in the files.
+        config: transformers' config with its defaults filled in; of a GGUF file, the end tokens alone.
+        tied: the head is the embedding.
+        settings: for decoding.
     """
 
     path: Path
@@ -443,15 +423,15 @@ class Files:
     settings: CheckpointSettings
 
     def tokenizer(self) -> Any:
-        """The checkpoint's tokenizer, or None (see `tokenizer.load`)."""
+        """Return the checkpoint's tokenizer, or None (see `tokenizer.load`)."""
         return tokenizer.load(self.path, self._gguf_file)
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Put the tokenizer's files into a folder (see `tokenizer.write`)."""
+        """Write the tokenizer's files into a folder (see `tokenizer.write`)."""
         tokenizer.write(self.path, folder, self._gguf_file)
 
     def names(self) -> set[str]:
-        """The tensors that make the model: no head that is the embedding, no copies of the config."""
+        """Return the names of the model's tensors, without a tied head and buffers."""
         names = families.FAMILIES[self.architecture.family].names
         left_out = {f"{names.head}.weight"} if self.tied else set()
         return {n for n in self.tensors.names() - left_out if not n.endswith(names.ignored)}
@@ -459,6 +439,16 @@ class Files:
     @property
     def _gguf_file(self) -> GgufFile | None:
         return self.tensors if isinstance(self.tensors, GgufFile) else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A loaded checkpoint; `tokenizer` is None if it has no tokenizer files."""
+
+    path: Path
+    decoder: Decoder
+    tokenizer: Any
+    settings: CheckpointSettings
 
 
 def load(
@@ -471,26 +461,30 @@ def load(
 ) -> Checkpoint:
     """Load a checkpoint folder (safetensors, or one GGUF file in it) or a GGUF file.
 
-    `dtype` None is `assembly.fast_dtype`; `weights` says how the decoder keeps them, a key of
-    `quantize.WEIGHTS`; `compiled`, whether it may run in the kernels of `native`, which have to be
-    prepared, or on a GPU through `torch_compile`; or what decides that.
+    Args:
+        path: the folder or file.
+        dtype: of everything that is not quantized; None = `loader.fast_dtype`.
+        device: of the decoder.
+        weights: a key of `quantize.WEIGHTS`.
+        compiled: use the kernels of `native`, which have to be prepared, or `torch_compile` on a GPU;
+            or a function that decides it.
 
     Raises:
-        CheckpointError: files are missing, damaged, or do not fit together.
+        CheckpointError: files are missing, damaged, or inconsistent.
         UnsupportedModelError: the architecture, or a part of it, is not supported; it is named.
         ValueError: `weights` is unknown.
 
     Warns:
-        RoundingWarning: what `weights` cost this checkpoint is much or not known.
+        RoundingWarning: the cost of `weights` is high or unknown.
     """
     files = open_files(path)
     warn_of_rounding(path, files.tensors, weights)
     compiled = compiled(files.architecture) if callable(compiled) else compiled
     if dtype is None:
-        dtype = assembly.fast_dtype(files.architecture, torch.device(device), compiled)
+        dtype = loader.fast_dtype(files.architecture, torch.device(device), compiled)
     return Checkpoint(
         path=path,
-        decoder=assembly.build(
+        decoder=loader.build(
             files.architecture,
             files.tensors,
             tied=files.tied,
@@ -505,35 +499,22 @@ def load(
 
 
 def open_files(path: Path) -> Files:
-    """Open what `load` loads, without reading weights; raises what `load` raises."""
-    check_no_adapter(path)
+    """Open a checkpoint without reading its weights; raises what `load` raises."""
+    check_folder(path)
     gguf_path = _gguf_in(path)
     tensors: Tensors
     if gguf_path is not None:
         tensors = file = GgufFile(gguf_path)
-        with _unusable_named(file.path):
+        with _naming(file.path):
             architecture = file.architecture()
-            config: dict[str, Any] = {"eos_token_id": gguf_tokenizer.end_tokens(file)}
+            config: dict[str, Any] = {"eos_token_id": tokenizer.end_tokens(file)}
         tied = _HEAD not in tensors.names()
     else:
         config = _config(path)
-        with _unusable_named(path / "config.json"):
+        with _naming(path / "config.json"):
             architecture = families.from_config(config)
-        tensors = files = SafetensorsFiles(path)
-        names = families.FAMILIES[architecture.family].names
-        head, embedding = f"{names.head}.weight", f"{names.embedding}.weight"
-        tied = bool(config.get("tie_word_embeddings"))
-        found = files.names()
-        if head not in found and _HEAD in found:  # in memory transformers has it so in every family
-            files.rename(_HEAD, head)
-        if tied and embedding not in found and head in files.names():  # either may stand for both
-            files.rename(head, embedding)
-        if tied and {head, embedding} <= tensors.names():  # the numbers say more than the config
-            tied = torch.equal(tensors.read(head).float(), tensors.read(embedding).float())
-        if not tied and head not in tensors.names():
-            raise CheckpointError(
-                f"{path} has no tensor {head}, and its config ties no head to the embedding"
-            )
+        tensors = SafetensorsFiles(path)
+        tied = _is_tied(tensors, architecture.family, bool(config.get("tie_word_embeddings")))
     return Files(
         path=path,
         architecture=architecture,
@@ -544,13 +525,30 @@ def open_files(path: Path) -> Files:
     )
 
 
-def check_no_adapter(folder: Path) -> None:
-    """Refuse an adapter, as peft writes it, alone or beside weights.
+def check_folder(path: Path) -> None:
+    """Check a checkpoint that somebody else made, before anything is allocated for it.
 
-    transformers would put one that lies beside weights on, be it a pickle; we do not.
+    The one check of a foreign folder: an adapter is refused (see `check_no_adapter`), and so is a
+    `config.json` with impossible sizes, whatever its model type. A GGUF file or a name on the hub
+    passes: its header is checked when it is opened.
 
     Raises:
-        UnsupportedModelError: there is one; where it is alone, its base is named if it is known.
+        CheckpointError, UnsupportedModelError: it is refused.
+    """
+    check_no_adapter(path)
+    config = path / "config.json"
+    if config.is_file():
+        with _naming(config):
+            families.check_sizes(read_json(config))
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Refuse a peft adapter, alone or beside weights.
+
+    transformers would apply one that is beside weights, even from a pickle; this package does not.
+
+    Raises:
+        UnsupportedModelError: there is one; if it is alone, its base is named if it is known.
     """
     file = folder / "adapter_config.json"
     if not file.is_file():
@@ -561,23 +559,25 @@ def check_no_adapter(folder: Path) -> None:
             " adapter_config.json away"
         )
     base = read_json(file).get("base_model_name_or_path")
-    named = f", {base}," if base else ""
+    into = f", {base}," if base else ""
     raise UnsupportedModelError(
-        f"{folder} is a LoRA adapter; merge it into its base{named} first (peft's merge_and_unload)"
+        f"{folder} is a LoRA adapter; merge it into its base{into} first (peft's merge_and_unload)"
     )
 
 
 def _gguf_in(path: Path) -> Path | None:
-    """The GGUF file to read, or None where the folder holds safetensors."""
+    """Return the GGUF file to read, or None for a folder of safetensors."""
     if path.is_file():
         return path
     if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").is_file():
         return None
     files = sorted(path.glob("*.gguf"))
     if not files:
-        others = sorted(p.name for p in [*path.glob("*.bin"), *path.glob("*.pt")])
+        pickles = sorted(p.name for p in [*path.glob("*.bin"), *path.glob("*.pt")])
         hint = (
-            f" ({others[0]} is a pickle and is not read; save it as safetensors)" if others else ""
+            f" ({pickles[0]} is a pickle and is not read; save it as safetensors)"
+            if pickles
+            else ""
         )
         raise CheckpointError(f"{path} holds neither safetensors nor a GGUF file{hint}")
     if len(files) > 1 and all(re.search(r"-\d{5}-of-\d{5}$", file.stem) for file in files):
@@ -589,29 +589,45 @@ def _gguf_in(path: Path) -> Path | None:
     return files[0]
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """`config.json` with the defaults of its model type filled in by transformers.
+def _is_tied(files: SafetensorsFiles, family: str, config_ties: bool) -> bool:
+    """Return True if the head is the embedding, after giving both their family's names."""
+    names = families.FAMILIES[family].names
+    head, embedding = f"{names.head}.weight", f"{names.embedding}.weight"
+    stored = files.names()
+    if head not in stored and _HEAD in stored:  # transformers' name of any head in memory
+        files.rename(_HEAD, head)
+    if config_ties and embedding not in stored and head in files.names():  # either is both
+        files.rename(head, embedding)
+    if config_ties and {head, embedding} <= files.names():  # the weights overrule the config
+        return torch.equal(files.read(head).float(), files.read(embedding).float())
+    if not config_ties and head not in files.names():
+        raise CheckpointError(
+            f"{files.paths[0].parent} has no tensor {head}, and its config ties no head to the embedding"
+        )
+    return config_ties
 
-    Kept in the cache: transformers' configurations import all of its modelling, which would take a third
-    of the time to a first answer.
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Read `config.json` with the defaults of its model type filled in by transformers.
+
+    The result is cached: transformers' configurations import all of its models, which would take a
+    third of the time to the first output.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; it says what kind of model this is")
-    stored = read_json(path)
-    families.family_of(str(stored.get("model_type")))
-    with _unusable_named(path):  # before transformers makes something for each of them
-        families.check_n_layers(int(stored.get("num_hidden_layers", 1)))
-    depends_on = importlib.metadata.version("transformers").encode() + b"\0" + path.read_bytes()
-    name = f"{hashlib.sha256(depends_on).hexdigest()[:32]}.json"
+    with _naming(path):
+        families.check(read_json(path))
+    key = importlib.metadata.version("transformers").encode() + b"\0" + path.read_bytes()
+    name = f"{hashlib.sha256(key).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, CheckpointError):  # no cache, not there, or damaged
         return read_json(cache_folder() / "configs" / name)
     from transformers import AutoConfig
 
-    with _unusable_named(path):
+    with _naming(path), tokenizer.quiet_transformers():
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         filled: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    # A cache that cannot be written is no reason to stop, nor is half an emoji, which is no UTF-8.
+    # A cache that cannot be written does not matter, nor a lone surrogate, which is no UTF-8.
     with contextlib.suppress(OSError, UnicodeEncodeError):
         configs = cache_folder() / "configs"
         configs.mkdir(parents=True, exist_ok=True)
@@ -620,29 +636,25 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _unusable_named(path: Path) -> Iterator[None]:
-    """Turn a complaint about values into one line that names the file they are from."""
+def _naming(path: Path) -> Iterator[None]:
+    """Turn an exception about values into one line that names the file they are from."""
     try:
         yield
     except (CheckpointError, UnsupportedModelError):
         raise
-    except Exception as error:  # transformers validates with error types of its own
+    except Exception as error:  # transformers validates with exceptions of its own
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} cannot be used: {reason}") from error
 
 
 def read(files: Files, name: str, order: Literal["halves", "interleaved"]) -> Tensor:
-    """A tensor of a checkpoint, its rows in the order that is asked for where it is one of Q or K."""
+    """Read a tensor of a checkpoint; rows of Q and K in the requested rotary layout."""
     tensors, head_dim = files.tensors, files.architecture.head_dim
     tensor = tensors.read(name)
     if tensors.rotary_layout == order or name.rsplit(".", 2)[-2] not in ("q_proj", "k_proj"):
         return tensor
     if order == "interleaved":
-        return rotary.interleave(tensor, head_dim, head_dim)
-    return _separate(tensor, head_dim)
-
-
-def _separate(rows: Tensor, head_dim: int) -> Tensor:
-    """The inverse of `rotary.interleave`: neighbours (2i, 2i+1) to halves (i, i + head_dim/2)."""
-    pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
-    return pairs.transpose(1, 2).reshape(rows.shape)
+        return interleave(tensor, head_dim, head_dim)
+    # The inverse: neighbours (2i, 2i+1) to halves (i, i + head_dim/2).
+    pairs = tensor.reshape(-1, head_dim // 2, 2, *tensor.shape[1:])
+    return pairs.transpose(1, 2).reshape(tensor.shape)

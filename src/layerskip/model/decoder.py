@@ -1,14 +1,13 @@
-"""The lean decoder used for inference: embed, run some layers, logits.
+"""The decoder used for inference: embed, run a range of layers, logits.
 
-Letters: B batch, T positions in this call, N = B * T, D hidden size, V vocabulary, H heads,
+Shapes: B batch, T positions in this call, N = B * T, D hidden size, V vocabulary, H heads,
 KV key-value heads, G = H / KV, S cache capacity, L layers.
 
-Rotary position embedding as one complex multiplication for queries, keys and values together.
-
-Queries and keys are kept in the interleaved layout: dimensions (2i, 2i+1) of a head are the real and
-imaginary part of one complex number, which position t turns by the angle t * frequency_i. Values are
-turned by zero, and so are the dimensions and layers without rotary embedding: one product serves the
-whole fused QKV row of every family.
+Rotary position embedding is one complex multiplication for queries, keys and values together. Queries
+and keys are kept in the interleaved layout: dimensions (2i, 2i+1) of a head are the real and imaginary
+part of one complex number, which position t rotates by the angle t * frequency_i. Values are rotated by
+zero, and so are dimensions and layers without rotary embedding, so that one product serves the fused
+QKV row of every family.
 """
 
 import copy
@@ -86,7 +85,7 @@ class ProjectionNorm:
 
 
 class Rotary:
-    """The turns of all layers; layers with the same rotary embedding are of one kind.
+    """Rotary embeddings of all layers; layers with the same one are of one kind.
 
     Attributes:
         kinds: the kind of every layer.
@@ -106,20 +105,23 @@ class Rotary:
 
     @property
     def n_kinds(self) -> int:
-        """How many kinds of rotary embedding the layers have."""
+        """Number of different rotary embeddings."""
         return len(self._ropes)
 
-    def turns(self, kind: int, positions: Tensor, capacity: int) -> Tensor:
-        """See the function `turns`.
+    def freqs_cis(self, kind: int, positions: Tensor, capacity: int) -> Tensor:
+        """Return the factors of a fused QKV row; see the function `freqs_cis`.
 
-        `capacity` is how far the cache's positions may reach: a whole generation uses LongRoPE's
-        factors for short contexts or those for long ones, since keys are kept turned.
+        Args:
+            kind: of the layer.
+            positions: [B, T].
+            capacity: of the cache. A whole generation uses LongRoPE's factors for short contexts or
+                those for long ones, since the cache holds rotated keys.
         """
         freqs = self._frequencies(kind, self._is_long(kind, capacity))
-        return turns(positions, freqs, *self._heads, self._magnitudes[kind])
+        return freqs_cis(positions, freqs, *self._heads, self._magnitudes[kind])
 
     def table(self, kind: int, capacity: int) -> Tensor:
-        """The turns of queries and keys at every position of a cache, made once and kept.
+        """Return the factors of queries and keys at every position of a cache, computed once.
 
         Returns:
             [at least `capacity`, head_dim / 2], complex64.
@@ -129,7 +131,7 @@ class Rotary:
         if table is None or len(table) < capacity:
             freqs = self._frequencies(*key)
             positions = torch.arange(1 << (capacity - 1).bit_length(), device=freqs.device)[None]
-            table = turns(positions, freqs, 1, 0, self._magnitudes[kind])[0, :, 0].contiguous()
+            table = freqs_cis(positions, freqs, 1, 0, self._magnitudes[kind])[0, :, 0].contiguous()
             self._tables[key] = table
         return table
 
@@ -142,7 +144,7 @@ class Rotary:
 
 
 def frequencies(rope: Rope | None, head_dim: int, *, is_long: bool = False) -> Tensor:
-    """Angle per position for each of the `head_dim / 2` complex pairs, float32; 0 where none turns.
+    """Return the angle per position of each complex pair [head_dim / 2], float32; 0 without rotation.
 
     The `llama3` scaling keeps short wavelengths, divides long ones by `factor`, and blends between.
     `is_long` takes LongRoPE's factors for contexts above the original one.
@@ -156,7 +158,7 @@ def frequencies(rope: Rope | None, head_dim: int, *, is_long: bool = False) -> T
 
 
 def magnitudes(rope: Rope | None, head_dim: int) -> Tensor:
-    """What each of the `head_dim / 2` complex pairs of queries and keys is multiplied by."""
+    """Return the factor of each complex pair of queries and keys, [head_dim / 2]."""
     result = torch.ones(head_dim // 2, dtype=torch.float32, device="cpu")
     if rope is not None:
         result[: rope.turned(head_dim) // 2] = rope.magnitude
@@ -172,42 +174,42 @@ def _scaled(rope: Rope, freqs: Tensor, is_long: bool) -> Tensor:
     if rope.kind == "linear":
         return freqs / rope.factor
     if rope.kind == "llama3":
-        full_turns = rope.original_max_positions * freqs / (2 * math.pi)  # in the old context
+        rotations = rope.original_max_positions * freqs / (2 * math.pi)  # in the original context
         span = rope.high_freq_factor - rope.low_freq_factor
-        keep = ((full_turns - rope.low_freq_factor) / span).clamp(0.0, 1.0)
+        keep = ((rotations - rope.low_freq_factor) / span).clamp(0.0, 1.0)
         return keep * freqs + (1.0 - keep) * freqs / rope.factor
     return freqs
 
 
-def turns(
-    positions: Tensor, freqs: Tensor, n_turned: int, n_still: int, magnitudes: Tensor
+def freqs_cis(
+    positions: Tensor, freqs: Tensor, n_rotated: int, n_unrotated: int, magnitudes: Tensor
 ) -> Tensor:
-    """Complex numbers that turn the heads of a fused QKV row.
+    """Return the complex factors that rotate the heads of a fused QKV row.
 
     Args:
         positions: [B, T], the position of every row.
         freqs: [head_dim / 2], from `frequencies`.
-        n_turned: heads that turn with the position (queries and keys).
-        n_still: heads that do not (values).
+        n_rotated: number of heads that are rotated (queries and keys).
+        n_unrotated: number of heads that are not (values).
         magnitudes: [head_dim / 2], from `magnitudes`; 1 but for LongRoPE.
 
     Returns:
-        [B, T, n_turned + n_still, head_dim / 2], complex64.
+        [B, T, n_rotated + n_unrotated, head_dim / 2], complex64.
     """
     angles = positions[..., None, None].float() * freqs
     turned = torch.polar(magnitudes.expand_as(angles), angles)
     b, t = positions.shape
-    still = torch.ones((), dtype=turned.dtype, device=turned.device).expand(
-        b, t, n_still, freqs.numel()
+    unrotated = torch.ones((), dtype=turned.dtype, device=turned.device).expand(
+        b, t, n_unrotated, freqs.numel()
     )
-    return torch.cat([turned.expand(b, t, n_turned, -1), still], dim=2)
+    return torch.cat([turned.expand(b, t, n_rotated, -1), unrotated], dim=2)
 
 
 def interleave(rows: Tensor, head_dim: int, turned: int) -> Tensor:
-    """Reorder Q or K rows from two halves (i, i + turned/2) to neighbours (2i, 2i+1).
+    """Reorder Q or K rows from two halves (i, i + n/2) to neighbours (2i, 2i+1), n dimensions a head.
 
-    Works on weights [heads * head_dim, D], biases [heads * head_dim] and norms [head_dim]. What lies
-    beyond the first `turned` dimensions of a head stays where it is.
+    For weights [heads * head_dim, D], biases [heads * head_dim] and norms [head_dim]. Dimensions beyond
+    the first `turned` of a head stay where they are.
     """
     heads = rows.reshape(-1, head_dim, *rows.shape[1:])
     halves = heads[:, :turned].unflatten(1, (2, turned // 2))
@@ -219,11 +221,11 @@ class Embedding(Protocol):
     """A row of numbers for every token."""
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Token ids [B, T] to their rows, [B, T, D]."""
+        """Return the rows of token ids, [B, T] to [B, T, D]."""
         ...
 
     def head(self, token_ids: Tensor | None = None) -> Matrix:
-        """The same matrix as a head, for all tokens or some, [n] int64."""
+        """Return the matrix as a head, for all tokens or some, [n] int64."""
         ...
 
 
@@ -243,7 +245,7 @@ class DenseEmbedding:
 
 
 class QuantizedEmbedding:
-    """A quantized weight, [V, D]; the rows that are asked for become numbers in `dtype`."""
+    """A quantized weight, [V, D], whose rows are dequantized to `dtype`."""
 
     def __init__(self, weight: Packed, dtype: torch.dtype) -> None:
         self.weight, self._dtype = weight, dtype
@@ -269,7 +271,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 class MLP:
     """down(activation(up(x))), or gated down(activation(gate(x)) * up(x)).
 
-    `gate_up` is one product that gives gate and up side by side, or up alone.
+    `gate_up` is one product for gate and up, or for up alone.
     """
 
     def __init__(
@@ -292,10 +294,10 @@ class MLP:
 
 
 class Experts:
-    """A mixture of experts: each row is answered by the `top_k` MLPs that the router prefers.
+    """A mixture of experts: each row goes through the `top_k` MLPs that the router prefers.
 
-    An expert computes the rows that were sent to it and no others. How many they are has to be known
-    on the host, so an accelerator waits once a layer.
+    An expert computes only the rows routed to it. Their number has to be known on the host, so an
+    accelerator synchronizes once a layer.
     """
 
     def __init__(
@@ -312,18 +314,18 @@ class Experts:
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, D] (and a residual [N, D]) to [N, D]."""
         probabilities = self.router(x).softmax(-1, dtype=torch.float32)
-        shares, chosen = probabilities.topk(self.top_k, dim=-1)
+        weights, chosen = probabilities.topk(self.top_k, dim=-1)
         if self.normalized:
-            shares = shares / shares.sum(-1, keepdim=True)
-        shares, chosen = shares.flatten(), chosen.flatten()
-        order = chosen.argsort(stable=True)  # by expert, and of each the rows in their order
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights, chosen = weights.flatten(), chosen.flatten()
+        order = chosen.argsort(stable=True)  # by expert; stable, so that rows keep their order
         counts = chosen.bincount(minlength=len(self.experts)).tolist()
         # The residual comes last: in 16 bits it would swallow small parts.
         out = torch.zeros_like(x)
-        for expert, sent in zip(self.experts, order.split(counts), strict=True):
-            if len(sent):
-                rows = sent // self.top_k
-                out.index_add_(0, rows, (expert(x[rows]) * shares[sent, None]).to(x.dtype))
+        for expert, routed in zip(self.experts, order.split(counts), strict=True):
+            if len(routed):
+                rows = routed // self.top_k
+                out.index_add_(0, rows, (expert(x[rows]) * weights[routed, None]).to(x.dtype))
         return out if residual is None else residual + out
 
 
@@ -335,11 +337,11 @@ NON_FINITE_MESSAGE = (
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """The weights of one decoder layer: attention and MLP. What a family does not have is None.
+    """The weights of one decoder layer; None where a family lacks a part.
 
     `qk_norm` is over queries and keys in the fused QKV row. `mlp` is a gated MLP, a plain one or a
-    mixture of experts, all of which are called like a `Linear`. Post norms are applied to what
-    attention and MLP give, before it is added.
+    mixture of experts, all of which are called like a `Linear`. Post norms are applied to
+    the outputs of attention and MLP before they are added.
     """
 
     attention_norm: Norm | None
@@ -358,8 +360,8 @@ class Decoder:
     Attributes:
         dtype: of hidden states and of the cache.
         device: where the weights are.
-        weights: how they are kept, a key of `quantize.WEIGHTS`.
-        kernels: what runs the layers: "pytorch", "compiled" (see `native`) or "torch.compile" (see
+        weights: their format, a key of `quantize.WEIGHTS`.
+        kernels: "pytorch", "compiled" (see `native`) or "torch.compile" (see
             `torch_compile`).
     """
 
@@ -377,7 +379,7 @@ class Decoder:
         device: torch.device,
         weights: str,
     ) -> None:
-        """Put the parts together; without a head, the embedding is it."""
+        """Assemble the parts; without a head, the embedding is used."""
         self.architecture = architecture
         self.dtype, self.device, self.weights = dtype, device, weights
         self.embedding = embedding
@@ -386,8 +388,8 @@ class Decoder:
         self.tied = head is None
         self.heads: tuple[Matrix, ...] = (embedding.head() if head is None else head,)
         self.rotary = Rotary(architecture, device)
-        # In the hidden states' dtype, as the families that have it were trained. It is not multiplied
-        # into the embedding: most of them use the same matrix as their head.
+        # In the dtype of the hidden states, as in training. It is not multiplied into the embedding,
+        # which most of these families also use as their head.
         scale = architecture.embedding_scale
         self.embedding_scale = (
             None if scale is None else torch.tensor(scale, dtype=dtype, device=device)
@@ -400,17 +402,17 @@ class Decoder:
 
     @property
     def dtype_name(self) -> str:
-        """Such as "bfloat16"."""
+        """Name of the dtype, such as "bfloat16"."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes that one step of all layers and the head has to read (the embedding is a look-up)."""
+        """Bytes of weights that one step reads (of the embedding, only a row)."""
         products = [p for w in self.layers for p in (w.qkv, w.attention_out, w.mlp)]
         return sum(p.weight_bytes for p in [*products, self.head])
 
     def new_cache(self, capacity: int, batch_size: int = 1) -> KVCache:
-        """An empty cache for all layers; `capacity` counts positions a row."""
+        """Return an empty cache for all layers; `capacity` is in positions a row."""
         return KVCache(
             self.architecture,
             batch_size=batch_size,
@@ -420,7 +422,7 @@ class Decoder:
         )
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids [B, T] to hidden states [B, T, D]."""
+        """Return the hidden states of token ids, [B, T] to [B, T, D]."""
         hidden = self.embedding(tokens)
         return hidden if self.embedding_scale is None else hidden * self.embedding_scale
 
@@ -428,7 +430,7 @@ class Decoder:
         """Run layers [start, stop) over the T positions that follow `cache.lengths` in each row.
 
         The whole model is run(0, L), drafting is run(0, E), verifying is run(E, L). Keys and values
-        are written; the lengths are left to the caller, who alone knows which positions will stay.
+        are written; the lengths are left to the caller, who knows which positions will be kept.
 
         Args:
             hidden: [B, T, D], the hidden states that enter layer `start`.
@@ -451,12 +453,12 @@ class Decoder:
     def _through(
         self, hidden: Tensor, start: int, stop: int, span: CacheView, capacity: int
     ) -> Tensor:
-        """`run` over a span of a cache that may hold `capacity` positions."""
+        """Run layers over a view of a cache of `capacity` positions."""
         a = self.architecture
         b, t, d = hidden.shape
         kinds, windows = self.rotary.kinds, a.sliding_windows
-        turns = {
-            kind: self.rotary.turns(kind, span.positions, capacity)
+        freqs_cis = {
+            kind: self.rotary.freqs_cis(kind, span.positions, capacity)
             for kind in set(kinds[start:stop])
         }
         masks = {
@@ -465,7 +467,7 @@ class Decoder:
         }
         x = hidden.reshape(b * t, d)
         for index in range(start, stop):
-            x = self._layer(x, index, span, turns[kinds[index]], masks[windows[index]])
+            x = self._layer(x, index, span, freqs_cis[kinds[index]], masks[windows[index]])
         return x.view(b, t, d)
 
     def _check_layers(self, start: int, stop: int) -> None:
@@ -475,14 +477,14 @@ class Decoder:
             )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The shared exit: final norm and head, [B, T, D] to [B, T, V], in the decoder's dtype."""
+        """Apply the shared exit, final norm and head: [B, T, D] to [B, T, V], in the decoder's dtype."""
         b, t, d = hidden.shape
         normed = self.final_norm(hidden.reshape(b * t, d))
         products = [head(normed) for head in self.heads]
         return self._capped([product.view(b, t, product.shape[1]) for product in products])
 
     def _capped(self, products: list[Tensor]) -> Tensor:
-        """The heads' products [B, T, n] side by side, as logits."""
+        """Concatenate the heads' products [B, T, n] and apply the logit cap."""
         logits = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
         cap = self.architecture.logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
@@ -513,17 +515,14 @@ class Decoder:
         return hidden, argmax(logits), float(logits[0, 0].float().softmax(dim=-1).amax())
 
     def with_reduced_head(self, token_ids: Tensor) -> "Decoder":
-        """The same decoder, whose logits are those of some tokens alone, [n] int64.
-
-        Only the head's rows for them are new.
-        """
+        """Return this decoder with a head for some tokens alone, [n] int64; the layers are shared."""
         reduced = copy.copy(self)
         rows = self.embedding.head(token_ids) if self.tied else self.head.rows(token_ids)
         reduced.heads = (rows,)
         return reduced
 
     def concat_heads(self, other: "Decoder") -> "Decoder":
-        """The same decoder, whose logits are followed by another's; nothing is copied."""
+        """Return this decoder with another one's logits behind its own; nothing is copied."""
         both = copy.copy(self)
         both.heads = (*self.heads, *other.heads)
         return both
@@ -531,19 +530,19 @@ class Decoder:
     def _layer(
         self, x: Tensor, index: int, span: CacheView, turn: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """One layer over hidden states [N, D]."""
+        """Run one layer over hidden states [N, D]."""
         w = self.layers[index]
         normed = x if w.attention_norm is None else w.attention_norm(x)
-        attended = self._attention(w.qkv(normed), index, span, turn, mask)
-        between = _add(x, w.attention_out, attended, w.attention_post_norm)
-        read = x if self.architecture.parallel_residual else between
-        normed = read if w.mlp_norm is None else w.mlp_norm(read)
-        return _add(between, w.mlp, normed, w.mlp_post_norm)
+        heads = self._attention(w.qkv(normed), index, span, turn, mask)
+        attended = _add(x, w.attention_out, heads, w.attention_post_norm)
+        mlp_input = x if self.architecture.parallel_residual else attended
+        normed = mlp_input if w.mlp_norm is None else w.mlp_norm(mlp_input)
+        return _add(attended, w.mlp, normed, w.mlp_post_norm)
 
     def _attention(
         self, qkv: Tensor, index: int, span: CacheView, turn: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Grouped-query attention: [N, (H + 2 KV) * head_dim] to [N, H * head_dim].
+        """Grouped-query attention, [N, (H + 2 KV) * head_dim] to [N, H * head_dim].
 
         The G queries that share a KV head become G * T rows of one query block, so that keys and
         values are read once and never repeated.
@@ -570,13 +569,13 @@ class Decoder:
 def argmax(logits: Tensor) -> Tensor:
     """Return the first of the highest logits, [B, T, V] to [B, T] int64."""
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
-        # NumPy's argmax was eight times as fast as PyTorch's over five rows of a vocabulary.
+        # NumPy's argmax is eight times as fast as PyTorch's over a few rows of a vocabulary.
         return torch.from_numpy(logits.numpy().argmax(axis=-1))
     return logits.argmax(dim=-1)
 
 
 def _add(residual: Tensor, product: Linear, x: Tensor, post_norm: Norm | None) -> Tensor:
-    """residual + product(x), in one call where no norm comes between."""
+    """Return residual + product(x), in one call where no norm comes between."""
     if post_norm is None:
         return product(x, residual)
     return residual + post_norm(product(x))
@@ -585,7 +584,7 @@ def _add(residual: Tensor, product: Linear, x: Tensor, post_norm: Norm | None) -
 def _capped_attention(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, cap: float
 ) -> Tensor:
-    """`F.scaled_dot_product_attention`, which has no place for it, with cap * tanh(scores / cap)."""
+    """`F.scaled_dot_product_attention` with soft-capped scores, cap * tanh(scores / cap)."""
     scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
     scores = torch.tanh(scores / cap) * cap
     if mask is not None:

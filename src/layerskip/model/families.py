@@ -1,8 +1,9 @@
-"""What differs between model families, as a table; everything else is one decoder.
+"""The table of model families: everything that differs between them; all else is one decoder.
 
 A family is one row of `FAMILIES`. Numbers come from the config and are read the same way for all
-(`from_config`). Biases and tied heads are not in the table: a checkpoint says by the tensors it holds
-whether it has them, and `assembly.py` refuses a tensor it has no use for.
+(`from_config`). Biases and tied heads are not in the table: they follow from the tensors of a
+checkpoint, and `loader.py` refuses a tensor that it has no use for. The names of tensors in GGUF files
+follow from the names in the table and `GGUF_NAMES`.
 """
 
 import dataclasses
@@ -11,18 +12,21 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from layerskip.model.architecture import (
+    MAX_LAYERS,
+    MAX_SIZE,
     Activation,
     Architecture,
     Mixture,
     UnsupportedModelError,
     check_ropes,
+    check_size,
     ropes_of,
 )
 
-# Given to transformers with any config: what computes attention and experts is transformers' own choice.
-# A config may name compiled code of the hub there.
+# Given to transformers with every config, so that it chooses its own attention and experts: a config
+# may name compiled code on the hub there.
 OWN_KERNELS: Mapping[str, Any] = {"attn_implementation": None, "experts_implementation": None}
-# Fields of a config that name code or other weights: they travel with no checkpoint.
+# Fields of a config that name code or other weights; they are not copied into any result.
 NOT_PASSED_ON = (
     *("auto_map", "transformers_weights"),
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
@@ -32,10 +36,10 @@ NOT_PASSED_ON = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Names:
-    """What a family's files call each part, without `.weight` and `.bias`; None: it has no such part.
+    """Tensor names of a family, without `.weight` and `.bias`; None: it has no such part.
 
     The defaults are Llama's. Several names are projections of one input that become one product; a
-    single name in their place is a tensor that holds them all, one after the other.
+    single name in their place is a tensor that holds them all, concatenated.
     """
 
     embedding: str = "model.embed_tokens"
@@ -57,30 +61,50 @@ class Names:
     expert_gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
     expert_down: str = "down_proj"
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
-    """Ends of names of buffers that older versions of transformers saved, and no longer read."""
+    """Suffixes of buffers that older versions of transformers saved, and no longer read."""
+
+
+# Fields of `Names` -> names in GGUF files; those of a layer follow "blk.N.".
+GGUF_NAMES: Mapping[str, str | tuple[str, ...]] = {
+    "embedding": "token_embd",
+    "final_norm": "output_norm",
+    "head": "output",
+    "attention_norm": "attn_norm",
+    "qkv": ("attn_q", "attn_k", "attn_v"),
+    "query_norm": "attn_q_norm",
+    "key_norm": "attn_k_norm",
+    "attention_out": "attn_output",
+    "mlp_norm": "ffn_norm",
+    "gate_up": ("ffn_gate", "ffn_up"),
+    "down": "ffn_down",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """One row: what is its own, beside names and defaults that most have.
+    """One row: the differences to a plain Llama.
 
     Attributes:
-        window: where a sliding window applies: in every layer that the config does not name
-            (`"all"`), only in the layers that `layer_types` names (`"named"`), or nowhere (None).
+        is_exported: `layerskip export` writes models of the family.
+        gguf_name: the architecture's name in GGUF files that are written; None: they are not written.
         gguf_rotary: the row order of Q and K in GGUF files: `"interleaved"` where the converter
             permuted them for rotary pairs (2i, 2i+1), `"halves"` where it left them as transformers
-            has them. None: this package neither reads nor writes GGUF files of the family.
-        names: what the files call each part.
+            has them. None: GGUF files with the family's own name are not read.
+        window: a sliding window applies to every layer that the config does not name (`"all"`), only
+            to layers that `layer_types` names (`"named"`), or to none (None).
+        names: the names of tensors.
         norm_offset: added to the weights of norms; 1 where files hold w of a norm with (1 + w).
         qk_norm: Q/K norms are over each head or over the whole projection; None: there are none.
-        qkv_by_head: the fused QKV tensor holds Q, K and V of one head after those of another.
+        qkv_by_head: the fused QKV tensor is ordered by head: Q, K and V of head 0, then of head 1, ...
         is_gated: the MLP multiplies its activation with a second projection.
         norm_bias: norms subtract the mean and have a bias.
         scales_embedding: embeddings are multiplied by sqrt(D).
         caps_attention: scores have a soft cap, if the config names one.
-        normalizes_experts: always, or where the config's `norm_topk_prob` says so.
+        normalizes_experts: always, not only where the config has `norm_topk_prob`.
     """
 
+    is_exported: bool = False
+    gguf_name: str | None = None
     gguf_rotary: Literal["interleaved", "halves"] | None = None
     window: Literal["all", "named"] | None = None
     names: Names = Names()
@@ -99,12 +123,14 @@ _GEMMA = Names(
     mlp_norm="pre_feedforward_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
 )
-# By the model type of transformers, which GGUF has as architecture where it has one.
+# By transformers' model type. GGUF has no name for Mistral: its files are those of a Llama.
 FAMILIES = {
-    "llama": Family(gguf_rotary="interleaved"),
-    "mistral": Family(window="all"),
-    "qwen2": Family(window="named", gguf_rotary="halves"),
-    "qwen3": Family(window="named", gguf_rotary="halves", qk_norm="head"),
+    "llama": Family(is_exported=True, gguf_name="llama", gguf_rotary="interleaved"),
+    "mistral": Family(is_exported=True, gguf_name="llama", window="all"),
+    "qwen2": Family(is_exported=True, gguf_name="qwen2", gguf_rotary="halves", window="named"),
+    "qwen3": Family(
+        is_exported=True, gguf_name="qwen3", gguf_rotary="halves", window="named", qk_norm="head"
+    ),
     "gemma2": Family(
         window="named",
         names=_GEMMA,
@@ -170,18 +196,23 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_fast": "gelu_tanh",  # another way to write the same
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-_MOST_LAYERS = 10_000
 _REFUSED = {
-    "gpt2": "it learns positions where this decoder turns queries and keys, and it transposes weights",
+    "gpt2": "it has learned position embeddings instead of rotary ones, and transposed weights",
     "gemma3": "it reads images too; its text part alone (gemma3_text) is supported",
 }
+# Fields of a config by which transformers allocates memory; those that may be 0 mean "none" then.
+_SIZES = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "moe_intermediate_size"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
+)
+_SIZES_OR_0 = ("num_labels", "num_local_experts", "num_experts")
 
 
 def family_of(model_type: str) -> str:
-    """The row of a transformers `model_type` or a GGUF architecture name, if there is one.
+    """Return the row of a transformers `model_type` or a GGUF architecture name.
 
     Raises:
-        UnsupportedModelError: no row covers it; the message names it and lists what is covered.
+        UnsupportedModelError: there is none; the message names the type and lists what is supported.
     """
     if model_type in FAMILIES:
         return model_type
@@ -192,24 +223,54 @@ def family_of(model_type: str) -> str:
     )
 
 
-def check_n_layers(n_layers: int) -> None:
-    """Raise ValueError for no number of layers, before anything is made for each of them."""
-    if not 1 <= n_layers <= _MOST_LAYERS:
-        raise ValueError(f"n_layers is {n_layers}, it has to be from 1 to {_MOST_LAYERS}")
+def gguf_names(architecture: str) -> dict[str, str]:
+    """Map a GGUF architecture's tensor names to transformers', both without `.weight` and `.bias`.
+
+    Names of layers have "{}" in place of the layer's number.
+    """
+    names, table = FAMILIES[architecture].names, dict[str, str]()
+    for field, in_gguf in GGUF_NAMES.items():
+        is_of_layer = field not in ("embedding", "final_norm", "head")
+        prefixes = ("blk.{}.", names.layer) if is_of_layer else ("", "")
+        for gguf_name, name in zip(_tuple(in_gguf), _tuple(getattr(names, field)), strict=True):
+            table[prefixes[0] + gguf_name] = prefixes[1] + name
+    return table
+
+
+def _tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
+
+
+def check_sizes(config: Mapping[str, Any]) -> None:
+    """Raise ValueError where a `config.json` has impossible sizes, before transformers allocates them.
+
+    The model type may be any; a size that is missing or null is not checked.
+    """
+    for name in (*_SIZES, *_SIZES_OR_0):
+        value, is_many = config.get(name), name in ("num_hidden_layers", *_SIZES_OR_0)
+        if value is not None and not (value == 0 and name in _SIZES_OR_0):
+            check_size(name, value, MAX_LAYERS if is_many else MAX_SIZE)
+    if isinstance(text_config := config.get("text_config"), Mapping):
+        check_sizes(text_config)
 
 
 def check_not_quantized(config: Mapping[str, Any]) -> None:
-    """Raise UnsupportedModelError where a transformers config says that its weights are quantized."""
-    quantization = config.get("quantization_config") or config.get("quantization")
-    if quantization:
+    """Raise UnsupportedModelError if the weights of a transformers config are quantized."""
+    if quantization := config.get("quantization_config") or config.get("quantization"):
         method = dict(quantization).get("quant_method")
         how = f"by {method!r}" if method else "in MLX's format"
         raise UnsupportedModelError(f"weights quantized {how} are not supported")
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Raise UnsupportedModelError for a transformers config of a model that this decoder cannot run."""
+    """Check a transformers config, as it is stored or with its defaults filled in.
+
+    Raises:
+        UnsupportedModelError: this decoder cannot run such a model.
+        ValueError: a size or a number in it is impossible.
+    """
     family_of(str(config.get("model_type")))
+    check_sizes(config)
     check_not_quantized(config)
     check_causal(config)
     check_weights_unnamed(config)
@@ -226,13 +287,13 @@ def _activation(config: Mapping[str, Any]) -> str:
 
 
 def check_weights_unnamed(config: Mapping[str, Any]) -> None:
-    """Raise UnsupportedModelError where a transformers config names the file of the weights."""
+    """Raise UnsupportedModelError if a transformers config names the file of its weights."""
     if named := config.get("transformers_weights"):
         raise UnsupportedModelError(f"a config that names its weights ({named}) is not supported")
 
 
 def check_causal(config: Mapping[str, Any]) -> None:
-    """Raise UnsupportedModelError where a transformers config says that positions see later ones."""
+    """Raise UnsupportedModelError if a transformers config asks for attention to later positions."""
     if config.get("use_bidirectional_attention") or config.get("is_causal") is False:
         raise UnsupportedModelError("attention to later positions is not supported")
 
@@ -241,14 +302,12 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
     """Read a transformers config, as `PreTrainedConfig.to_dict()` gives it.
 
     Raises:
-        UnsupportedModelError: the architecture, its activation or its rotary scaling is unknown, or
-            its weights are quantized.
+        UnsupportedModelError, ValueError: see `check`.
     """
     check(config)
     name = str(config["model_type"])
     family = FAMILIES[name]
     n_layers, n_heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
-    check_n_layers(n_layers)
     hidden_size = int(config["hidden_size"])
     return Architecture(
         family=name,

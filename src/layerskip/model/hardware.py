@@ -1,4 +1,4 @@
-"""What this machine is, as far as measured costs depend on it."""
+"""Names and features of this machine's CPU or GPU, and its memory."""
 
 import contextlib
 import ctypes
@@ -20,41 +20,43 @@ _NEVER = 2**31 - 1
 
 @functools.cache
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells."""
+    """Return the processor's name, "unknown" if the system does not report it."""
     if sys.platform == "darwin":
-        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         with contextlib.suppress(OSError):
-            return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-    # All that Linux says of an ARM.
+            return subprocess.run(
+                command, capture_output=True, text=True, check=False
+            ).stdout.strip()
+    # Linux reports no more of an ARM.
     maker, part = _cpu_line("CPU implementer"), _cpu_line("CPU part")
     arm = f"ARM {maker} {part}" if maker else ""
     return _cpu_line("model name") or arm or platform.processor() or "unknown"
 
 
 def cpu_model() -> str:
-    """Family, model and stepping of an x86 processor, as far as Linux tells; "" where it does not.
+    """Return family, model and stepping of an x86 processor as Linux reports them, else "".
 
-    A name such as "AMD EPYC" alone stands for Zen 3, 4 and 5.
+    Zen 3, 4 and 5 may all have the name "AMD EPYC".
     """
     fields = {"family": "cpu family", "model": "model", "stepping": "stepping"}
-    found = {word: _cpu_line(field) for word, field in fields.items()}
-    if not found["family"]:  # POWER has a line "model" of its own
+    numbers = {word: _cpu_line(field) for word, field in fields.items()}
+    if not numbers["family"]:  # POWER has a line "model" of its own
         return ""
-    return ", ".join(f"{word} {number}" for word, number in found.items() if number.isdecimal())
+    return ", ".join(f"{word} {number}" for word, number in numbers.items() if number.isdecimal())
 
 
 def cpu_instructions() -> str:
-    """What the processor can do, in the system's words; its name where it does not tell.
+    """Return the processor's feature flags, or its name if the system does not report them.
 
-    What is compiled for one processor may lie in a cache folder that another one shares.
+    Compiled libraries are named after them, since processors may share a cache folder.
     """
     return _cpu_line("flags") or _cpu_line("Features") or cpu_name()
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether PyTorch has products in bfloat16 that a machine of this kind is made for.
+    """Return True if PyTorch is fast with bfloat16 on this device.
 
-    On a CPU without AVX-512 they take tens of times as long as those in float32.
+    On a CPU without AVX-512 a product takes tens of times as long as in float32.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -63,11 +65,10 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def leave_out_cudnn_attention(device: torch.device) -> None:
-    """Have attention on CUDA use PyTorch's other kernels, in all of this process.
+    """Disable cuDNN's attention on CUDA for this process, in favour of PyTorch's other kernels.
 
-    From some versions on cuDNN's come first on an H100. They are planned anew for every shape, which
-    takes tens of milliseconds, and nearly every pass over a growing context has another shape; so have
-    layers that some rows of a batch skip.
+    On an H100 recent versions of PyTorch prefer cuDNN. It plans each new shape for tens of milliseconds,
+    and nearly every pass over a growing context has a new shape, as do layers that rows of a batch skip.
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -75,7 +76,7 @@ def leave_out_cudnn_attention(device: torch.device) -> None:
 
 @functools.cache
 def machine(device: torch.device) -> str:
-    """A name for a GPU, or for a processor and its instructions: machines with one name cost alike."""
+    """Return a name for a GPU, or for a CPU and its features: the same name means the same costs."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     instructions = hashlib.sha256(cpu_instructions().encode()).hexdigest()[:8]
@@ -93,10 +94,10 @@ def _cpu_line(field: str) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Highest memory so far: allocated on a GPU, resident in the process on a CPU; 0 = unknown."""
+    """Return the peak memory: allocated on a GPU, resident in the process on a CPU; 0 = unknown."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    # Linux, where ru_maxrss begins with the peak of who started this process.
+    # On Linux, ru_maxrss starts with the peak of the parent process.
     with contextlib.suppress(OSError, StopIteration):
         lines = _STATUS.read_text().splitlines()
         return 1024 * int(next(x for x in lines if x.startswith("VmHWM")).split()[1])
@@ -109,11 +110,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Have this process reuse the large blocks that it frees, instead of returning them.
+    """Let this process reuse the large blocks that it frees, instead of returning them to the system.
 
-    glibc gives each large block back to the system and takes it anew, whose pages then have to be
-    zeroed: on a CPU that was half the time of a training step. Other C libraries are left as they
-    are.
+    glibc returns each large block and requests new ones, whose pages have to be zeroed: on a CPU that
+    was half the time of a training step. Other C libraries are not changed.
     """
     if sys.platform != "linux":
         return

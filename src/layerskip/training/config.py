@@ -1,4 +1,4 @@
-"""CheckpointSettings of a training run: a frozen dataclass whose fields are the flags and YAML keys."""
+"""`TrainConfig`: the settings of a training run, whose fields are the flags and YAML keys."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from layerskip.recipe.schedule import RecipeConfig, setting
 
-# The paper's; continual pretraining of Llama2-7B. From scratch without layer dropout it used half.
+# The paper's; `continual` is that of Llama2-7B.
 _LEARNING_RATES = {"pretrain": 8e-4, "continual": 3e-5, "domain": 1e-4, "task": 1e-4}
 
 
-# A flag -> what it takes the place of in a file: together they would contradict each other.
-_INSTEAD_OF = {
+# A flag -> the settings of a file that it replaces, because they would contradict it.
+_REPLACES = {
     "epochs": {"max_steps"},
     "max_steps": {"epochs"},
     "eval_data": {"eval_rows"},
@@ -29,12 +29,22 @@ _INSTEAD_OF = {
 }
 
 
+_MINIMUM = {"eval_rows": 0, "warmup_steps": 0, "max_length": 2} | dict.fromkeys(
+    (
+        *("max_steps", "log_steps", "save_steps", "eval_steps", "keep_checkpoints"),
+        *("batch_size", "accumulation", "lora_rank", "lora_alpha", "threads"),
+        *("exit_layer", "draft_tokens"),
+    ),
+    1,
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What `train` does. Wrong values raise ValueError when it is made.
+    """Settings of `train`. Invalid values and contradictions raise ValueError.
 
-    Every field's meaning is its metadata's `help`; `settings()` lists these fields and the recipe's
-    together, as the command line and YAML have them.
+    The metadata of a field has its meaning (`help`); `settings()` lists these fields and the recipe's
+    together, as flags and YAML keys.
     """
 
     model: str = setting(
@@ -109,22 +119,15 @@ class TrainConfig:
         for name in ("model", "tokenizer", "output"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, os.path.expanduser(path))
-        steps = ("max_steps", "log_steps", "save_steps", "eval_steps")
-        others = (
-            "batch_size",
-            "accumulation",
-            "keep_checkpoints",
-            "lora_rank",
-            "lora_alpha",
-            "threads",
-        )
-        least = dict.fromkeys((*steps, *others, "draft_tokens", "exit_layer"), 1)
-        least |= {"eval_rows": 0, "warmup_steps": 0, "max_length": 2}
-        for name, smallest in least.items():
+        self._check_ranges()
+        self._check_contradictions()
+
+    def _check_ranges(self) -> None:
+        for name, minimum in _MINIMUM.items():
             value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise ValueError(f"{name} is {value}; it must be at least {smallest}")
-        if not 0 <= self.seed < 2**32:  # what NumPy takes
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} is {value}; it must be at least {minimum}")
+        if not 0 <= self.seed < 2**32:  # NumPy's range
             raise ValueError(f"seed is {self.seed}; it must be in 0 to {2**32 - 1}")
         for name in ("epochs", "learning_rate", "max_minutes"):
             value = getattr(self, name)
@@ -134,6 +137,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}; it must be a number, 0 or above")
+
+    def _check_contradictions(self) -> None:
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError("epochs and max_steps both say when to end; give one of them")
         recipe = self.effective_recipe
@@ -160,88 +165,91 @@ class TrainConfig:
 
     @property
     def effective_recipe(self) -> RecipeConfig:
-        """The recipe given, or the regime's; with the seed of the run."""
+        """The recipe, by default the regime's, with the seed of the run."""
         return replace(self.recipe or RecipeConfig.preset(self.regime), seed=self.seed)
 
     @property
     def effective_epochs(self) -> float:
-        """The passes over the data given, or one."""
+        """Passes over the data, by default one."""
         return self.epochs or 1.0
 
     @property
     def effective_learning_rate(self) -> float:
-        """The learning rate given, or the regime's."""
+        """The peak learning rate, by default the regime's."""
         return self.learning_rate or _LEARNING_RATES[self.regime]
 
     @classmethod
     def settings(cls) -> dict[str, Field[Any]]:
-        """Name -> dataclass field of everything that can be set: this class's and the recipe's."""
-        own = {item.name: item for item in fields(cls) if item.name != "recipe"}
-        return own | {item.name: item for item in fields(RecipeConfig) if item.name not in own}
+        """Return all settings by name: the fields of this class and of the recipe."""
+        settings = {field.name: field for field in fields(RecipeConfig)}
+        run_settings = {field.name: field for field in fields(cls) if field.name != "recipe"}
+        return run_settings | {n: f for n, f in settings.items() if n not in run_settings}
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Make a configuration of flat names, such as YAML keys or flags; None = not given.
+        """Make a configuration of flat names, such as YAML keys or flags; None = unset.
 
-        Texts are turned into what a field holds ('1e-4', '4,8'). Names of the recipe change the
+        Strings are converted to the type of the field ('1e-4', '4,8'). Names of the recipe change the
         regime's preset.
 
         Raises:
-            ValueError: for an unknown or missing name or a value that is not what the field holds.
+            ValueError: an unknown or missing name, or a value of another type.
         """
-        known = cls.settings()
+        settings = cls.settings()
         values = {str(name).replace("-", "_"): v for name, v in values.items() if v is not None}
         for name in values:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                raise ValueError(
-                    f"there is no setting {name!r}"
-                    + (f"; did you mean {near[0]!r}?" if near else "")
-                )
+            if name not in settings:
+                similar = difflib.get_close_matches(name, settings, 1)
+                advice = f"; did you mean {similar[0]!r}?" if similar else ""
+                raise ValueError(f"there is no setting {name!r}{advice}")
         hints = get_type_hints(RecipeConfig) | get_type_hints(cls)
         converted = {name: _convert(name, v, hints[name]) for name, v in values.items()}
-        own = {item.name for item in fields(cls)}
-        mine = {name: v for name, v in converted.items() if name in own}
-        missing = [n for n in ("model", "data", "output") if n not in mine]
-        if missing:
+        if missing := [name for name in ("model", "data", "output") if name not in converted]:
             raise ValueError(f"{', '.join(missing)} must be given")
-        changes = {name: v for name, v in converted.items() if name not in own}
-        if "seed" in mine:
-            changes["seed"] = mine["seed"]
-        return cls(recipe=RecipeConfig.preset(mine.get("regime", cls.regime), **changes), **mine)
+        run_names = {field.name for field in fields(cls)}
+        run_settings = {name: v for name, v in converted.items() if name in run_names}
+        recipe_names = {field.name for field in fields(RecipeConfig)}  # `seed` is of both
+        recipe_settings = {name: v for name, v in converted.items() if name in recipe_names}
+        recipe = RecipeConfig.preset(converted.get("regime", cls.regime), **recipe_settings)
+        return cls(recipe=recipe, **run_settings)
 
     @classmethod
     def from_yaml(cls, path: str | Path, **changes: Any) -> TrainConfig:
-        """Read a YAML file of settings; `changes` (flags) go before what it says, and before what would
-        contradict them: `eval_data` before the file's `eval_rows`.
+        """Read a YAML file of settings.
+
+        Args:
+            path: the file.
+            changes: flags, which override the file, also where it would contradict them: `eval_data`
+                replaces the file's `eval_rows`.
 
         Raises:
-            ValueError: where the file is no mapping of settings.
+            ValueError: the file is no mapping of settings.
         """
-        values = read_settings(path)
-        given = {name: v for name, v in changes.items() if v is not None}
-        replaced = set().union(*(_INSTEAD_OF.get(name, ()) for name in given))
-        kept = {name: v for name, v in values.items() if name not in replaced}
-        return cls.from_mapping({**kept, **given})
+        flags = {name: v for name, v in changes.items() if v is not None}
+        replaced = set().union(*(_REPLACES.get(name, ()) for name in flags))
+        kept = {name: v for name, v in read_settings(path).items() if name not in replaced}
+        return cls.from_mapping({**kept, **flags})
 
     def as_flat_dict(self) -> dict[str, Any]:
-        """The flat names that `from_mapping` takes, each with its value; None = not given."""
+        """Return the flat names and values that `from_mapping` takes; None = unset."""
         return asdict(self.effective_recipe) | {
             name: value for name, value in asdict(self).items() if name != "recipe"
         }
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings that a YAML file names, as they stand there.
+    """Read the settings of a YAML file, without conversion.
 
     Raises:
-        ValueError: where the file is no mapping.
+        ValueError: the file is no mapping.
     """
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:  # no UTF-8, or no such date
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply: lines 'name: value' are needed") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must have lines of the form 'name: value'")
@@ -249,24 +257,24 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def default_alpha(rank: int) -> int:
-    """What an adapter's product is scaled by, over its rank, where nothing else is said."""
+    """Return the default LoRA scale of a rank."""
     return 2 * rank
 
 
 def plain_type(hint: Any) -> Any:
-    """The type of a setting without `| None`."""
+    """Return the type of a setting without `| None`."""
     if get_origin(hint) in (Union, types.UnionType):
         return next(kind for kind in get_args(hint) if kind is not type(None))
     return hint
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
-    """A value of YAML or a flag as what a field holds."""
+    """Convert a value of YAML or a flag to the type of a field."""
     kind = plain_type(hint)
     try:
         if get_origin(kind) is tuple:
             items = value.replace(",", " ").split() if isinstance(value, str) else value
-            if isinstance(items, bool):  # what YAML makes of yes
+            if isinstance(items, bool):  # YAML's yes and no
                 raise ValueError
             items = [items] if isinstance(items, int) else items
             return tuple(map(_whole, items))
@@ -279,16 +287,20 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         if kind in (int, float, str):
             return _whole(value) if kind is int else kind(value)
     except (ValueError, TypeError, KeyError, OverflowError):
-        wanted = "a list of numbers" if get_origin(kind) is tuple else f"a value of {kind.__name__}"
-        raise ValueError(f"{name} is {_shown(value)}, not {wanted}") from None
+        expected = (
+            "a list of numbers" if get_origin(kind) is tuple else f"a value of {kind.__name__}"
+        )
+        raise ValueError(f"{name} is {_short_repr(value)}, not {expected}") from None
     choices = get_args(kind)
     if value not in choices:
-        raise ValueError(f"{name} is {_shown(value)}; it can be {', '.join(map(repr, choices))}")
+        raise ValueError(
+            f"{name} is {_short_repr(value)}; it can be {', '.join(map(repr, choices))}"
+        )
     return value
 
 
-def _shown(value: Any) -> str:
-    """A value in few words: aliases of YAML make lists of lists without end out of some lines."""
+def _short_repr(value: Any) -> str:
+    """Abbreviate a value: with YAML aliases a few lines can expand to endless lists of lists."""
     short = reprlib.Repr()
     short.maxlevel, short.maxstring, short.maxother = 2, 100, 100
     return short.repr(value)

@@ -1,33 +1,38 @@
-"""Rows of text -> tokens and labels; batches of them, padded or packed."""
+"""Rows of text to tokens and labels, and batches of them, padded or packed."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
+import os
+import random
 import string
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from layerskip.data.readers import Row
-from layerskip.model.tokenizer import template_arguments
+from layerskip.data.readers import Row, local_files, read_rows
+from layerskip.model.tokenizer import render_chat, template_arguments
 from layerskip.recipe.exit_loss import IGNORED_LABEL
+from layerskip.training.config import TrainConfig
 
 _BATCHES_SORTED_TOGETHER = 50
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Shuffles rows, then sorts stretches of many batches by length, so that little is padding.
+    """Shuffles rows, then sorts groups of many batches by length, to save padding.
 
-    The order depends on seed and epoch alone; transformers' own sampler draws from the global
-    generator, whose state a resume in a later epoch does not have.
+    The order depends on seed and epoch alone. transformers' sampler uses the global generator, so its
+    order is another one after a resume in a later epoch.
 
     Args:
-        lengths: tokens of every row.
+        lengths: tokens of each row.
         batch_size: rows of a batch.
         seed: of the shuffle.
     """
@@ -39,7 +44,7 @@ class LengthGroupedSampler(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the shuffle of an epoch."""
+        """Set the epoch, which changes the order."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -49,29 +54,29 @@ class LengthGroupedSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
         order = torch.randperm(len(self), generator=generator).tolist()
         size = self._batch_size
-        stretch = size * _BATCHES_SORTED_TOGETHER
-        for start in range(0, len(order), stretch):
-            together = slice(start, start + stretch)
-            order[together] = sorted(order[together], key=lambda row: -self._lengths[row])
+        group_size = size * _BATCHES_SORTED_TOGETHER
+        for start in range(0, len(order), group_size):
+            group = slice(start, start + group_size)
+            order[group] = sorted(order[group], key=lambda row: -self._lengths[row])
         n_whole = len(order) // size
         for number in torch.randperm(n_whole, generator=generator).tolist():
             yield from order[number * size : (number + 1) * size]
-        # A short batch must stay the last one: the loader cuts the stream into equal batches.
+        # A short batch stays the last one: the loader cuts the order into equal batches.
         yield from order[n_whole * size :]
 
 
 class LeftOutWarning(UserWarning):
-    """Rows, or parts of rows, that nothing is learnt from."""
+    """Rows, or parts of rows, that are not trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How a row becomes tokens and labels.
+    """Converts rows to tokens and labels.
 
     A row with `messages` goes through the chat template, with its `tools` and `chat_template_kwargs`
-    where it has some; one with the fields of `completion` is prompt and completion; any other must have
-    the field of running text. Where templates or a field of text are named that are not the defaults,
-    every row must have them.
+    if any; one with the fields of `completion` is prompt and completion; any other must have the
+    field of running text. If templates or a field of text other than the defaults are named, every
+    row must have them.
 
     Attributes:
         tokenizer: of transformers.
@@ -79,7 +84,10 @@ class Encoding:
         completion: template of the completion.
         text_field: name of the field of running text.
         completion_only: prompts have no labels.
-        max_length: tokens kept by whoever makes batches of rows.
+        max_length: tokens that `encode_rows` keeps of a row.
+        cut_texts: tokenize no more of a text than `max_length` tokens can need, since tokenizers take
+            some 260 bytes of memory per byte of text.
+        to_pack: running text is not cut, but left to `pack_rows`.
     """
 
     tokenizer: Any
@@ -88,31 +96,48 @@ class Encoding:
     text_field: str = "text"
     completion_only: bool = True
     max_length: int = 1024
+    cut_texts: bool = False
+    to_pack: bool = False
 
     def __call__(self, where: str, row: Mapping[str, Any]) -> dict[str, list[int]]:
-        """Tokens and labels of a whole row.
+        """Return the tokens and labels of a row.
 
         Raises:
-            ValueError: where the row has not the fields needed, named by where it stands.
+            ValueError: the row lacks fields; the message begins with its position.
         """
         try:
             prompt, ids = self._ids(where, row)
-        except (TypeError, UnicodeError) as error:  # such as half of an emoji
+        except (TypeError, UnicodeError) as error:  # such as a lone surrogate
             raise ValueError(f"{where} cannot be made tokens of: {error}") from error
         labels = list(ids)
-        labels[:1] = [IGNORED_LABEL]  # predicted from nothing, and not to be counted either
+        labels[:1] = [IGNORED_LABEL]  # nothing predicts the first token
         if self.completion_only:
             labels[:prompt] = [IGNORED_LABEL] * prompt
         return {"input_ids": ids, "labels": labels}
 
     def _running(self, text: str, end: list[int]) -> list[int]:
-        """Text without a prompt; of an empty one there is nothing to learn, not even that it ends."""
-        ids: list[int] = self.tokenizer(text)["input_ids"]
-        return ids + end if text else []
+        """Encode text without a prompt; an empty one has no end token either."""
+        return self._tokenize(text, may_cut=not self.to_pack) + end if text else []
+
+    def _tokenize(self, text: str, may_cut: bool = True, **options: Any) -> list[int]:
+        """Tokenize a text, or as much of it as gives more than `max_length` tokens."""
+        size = len(text)
+        if self.cut_texts and may_cut:
+            size = 2 * (self.max_length + 1) * self._longest_token
+        while True:
+            ids: list[int] = self.tokenizer(text[:size], **options)["input_ids"]
+            # The last tokens of a part may differ from those of the whole text, but not the first.
+            if size >= len(text) or len(ids) > 2 * self.max_length:
+                return ids
+            size *= 4
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self.tokenizer.get_vocab()), default=1)
 
     def _ids(self, where: str, row: Mapping[str, Any]) -> tuple[int, list[int]]:
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
-        # Where a template is named, a field that is misspelt must not pass for a row of another kind.
+        # With a named template, a row with a misspelt field must not pass for running text.
         is_named = (self.prompt, self.completion) != (Encoding.prompt, Encoding.completion)
         if not is_named and self.text_field != Encoding.text_field:
             if not isinstance(text := row.get(self.text_field), str):
@@ -122,14 +147,14 @@ class Encoding:
                     " needed"
                 )
             return 0, self._running(text, end)
-        if not is_named and row.get("messages") is not None:  # parquet has the column in all rows
+        if not is_named and row.get("messages") is not None:  # None: a column of parquet
             return self._chat(where, row)
         try:
             completion = _FILLED.vformat(self.completion, (), row)
         except _UNFILLED as error:
-            is_there = isinstance(error, TypeError | AttributeError)  # and no text
-            if is_named or is_there or not isinstance(row.get(self.text_field), str):
-                if not is_named and self.text_field in row and not is_there:
+            is_other_type = isinstance(error, TypeError | AttributeError)
+            if is_named or is_other_type or not isinstance(row.get(self.text_field), str):
+                if not is_named and self.text_field in row and not is_other_type:
                     kind = type(row[self.text_field]).__name__
                     raise ValueError(
                         f"{where}: its {self.text_field} is {kind}, not a text"
@@ -146,73 +171,76 @@ class Encoding:
             raise ValueError(
                 f"{where} has the fields {sorted(row)}, not those of {self.prompt!r}{_why(error)}"
             ) from None
-        before = self.tokenizer(prompt)["input_ids"]
-        after = self._behind(prompt, before, completion, special=True)
-        return len(before), before + after + end
+        prompt_ids = self._tokenize(prompt)
+        completion_ids = self._continuation(prompt, prompt_ids, completion, special=True)
+        return len(prompt_ids), prompt_ids + completion_ids + end
 
-    def _behind(self, before: str, ids: list[int], text: str, *, special: bool) -> list[int]:
-        """Tokens of what follows a text whose tokens are known.
+    def _continuation(self, before: str, ids: list[int], text: str, *, special: bool) -> list[int]:
+        """Tokenize a text that follows another one, whose tokens are `ids`.
 
-        SentencePiece puts a space before whatever stands first, so there both are encoded together and
-        cut, unless a token reaches over the border.
+        SentencePiece adds a space in front of the first word. With it both texts are tokenized together
+        and split, unless a token crosses the border.
         """
-        if self._leads_with_a_space:
-            whole: list[int] = self.tokenizer(before + text, add_special_tokens=special)[
-                "input_ids"
-            ]
+        if self._adds_a_space:
+            whole = self._tokenize(before + text, add_special_tokens=special)
             if whole[: len(ids)] == ids:
                 return whole[len(ids) :]
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._tokenize(text, add_special_tokens=False)
 
     @functools.cached_property
-    def _leads_with_a_space(self) -> bool:
+    def _adds_a_space(self) -> bool:
         return str((self.tokenizer.tokenize("x") or [""])[0]).startswith("\u2581")
 
     def _chat(self, where: str, row: Mapping[str, Any]) -> tuple[int, list[int]]:
         messages = row["messages"]
         try:
-            given = template_arguments(row)
+            arguments = template_arguments(row)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        template = functools.partial(self.tokenizer.apply_chat_template, tokenize=False, **given)
+
+        def template(turns: Any, **options: Any) -> str:
+            return render_chat(self.tokenizer, turns, **arguments, **options)
+
         try:
             role = messages[-1]["role"]
             whole = template(messages)
-            asked = template(messages[:-1], add_generation_prompt=True)
-        except Exception as error:  # a template raises whatever its author chose
+            prompt = template(messages[:-1], add_generation_prompt=True)
+        except Exception as error:  # templates raise any exception
             raise ValueError(
                 f"{where}: the chat template does not take its messages: {error}"
             ) from error
         if role in ("user", "system", "tool"):
             raise ValueError(f"{where}: the last message is of the role {role!r}, not an answer")
-        if not whole.startswith(asked):
+        if not whole.startswith(prompt):
             raise ValueError(
                 f"{where}: the last message is not an answer to those before it, as the chat template"
                 " writes them; prompt and completion as texts need no template"
             )
-        before = self.tokenizer(asked, add_special_tokens=False)["input_ids"]
-        after = self._behind(asked, before, whole[len(asked) :], special=False)
-        return len(before), before + after
+        prompt_ids = self._tokenize(prompt, add_special_tokens=False)
+        answer = whole[len(prompt) :]
+        return len(prompt_ids), prompt_ids + self._continuation(
+            prompt, prompt_ids, answer, special=False
+        )
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template puts behind an answer; None where there is none."""
+    """Return the special token that the chat template puts after an answer, or None."""
     answer = "an answer 7391"
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # there is no template, or it wants other turns
+        text = render_chat(tokenizer, turns)
+    except Exception:  # no template, or one that takes other turns
         return None
     special = {*tokenizer.all_special_ids}
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     if answer not in text:
         return None
-    behind = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
-    return next((token for token in behind if token in special), None)
+    following = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+    return next((token for token in following if token in special), None)
 
 
 class _Filled(string.Formatter):
-    """Fills a template with fields that are texts or numbers: `None` is no text to learn."""
+    """Fills a template with fields that are texts or numbers, but not None."""
 
     def format_field(self, value: Any, format_spec: str) -> Any:
         if value is None or isinstance(value, Mapping | list | tuple):
@@ -225,34 +253,35 @@ _UNFILLED = (KeyError, ValueError, IndexError, TypeError, AttributeError)
 
 
 def _why(error: Exception) -> str:
-    """What is wrong with a field that is there."""
+    """Return the reason, unless a field is missing."""
     return "" if isinstance(error, KeyError) else f" ({error})"
 
 
 def encode_rows(
     rows: Iterable[Row], encoding: Encoding, source: str, *, to_pack: bool = False
 ) -> list[dict[str, list[int]]]:
-    """Encode all rows; a `LeftOutWarning` says what is cut off, and which rows are left out for it.
+    """Encode all rows and cut them to `max_length`; a `LeftOutWarning` counts cut and dropped rows.
 
     Args:
-        rows: where each stands, and the row.
-        encoding: says where rows are cut.
-        source: what to call them.
-        to_pack: running text is left whole, for `pack_rows` to divide.
+        rows: position and fields of each.
+        encoding: converts them.
+        source: name of the data, for messages.
+        to_pack: running text is not cut, but left to `pack_rows`.
 
     Raises:
-        ValueError: for a bad row, no rows at all, or none with a label.
+        ValueError: a bad row, no rows at all, or none with a label.
     """
-    encoded = [encoding(where, row) for where, row in rows]
+    encoding = replace(encoding, cut_texts=True, to_pack=to_pack)
+    n_cut = 0
+    encoded = []
+    for where, row in rows:
+        ids = encoding(where, row)
+        if len(ids["input_ids"]) > encoding.max_length and not (to_pack and _is_running_text(ids)):
+            ids = _part(ids, 0, encoding.max_length)
+            n_cut += _has_label(ids)
+        encoded.append(ids)
     if not encoded:
         raise ValueError(f"{source} has no rows")
-    lost: list[int] = []  # tokens of each row that is cut
-    for number, row in enumerate(encoded):
-        beyond = len(row["input_ids"]) - encoding.max_length
-        if beyond > 0 and not (to_pack and _is_running_text(row)):
-            encoded[number] = _part(row, 0, encoding.max_length)
-            if _has_label(encoded[number]):
-                lost.append(beyond)
     labelled = [row for row in encoded if _has_label(row)]
     if not labelled:
         raise ValueError(
@@ -266,10 +295,10 @@ def encode_rows(
             LeftOutWarning,
             stacklevel=2,
         )
-    if lost:
+    if n_cut:
         warnings.warn(
-            f"{len(lost)} of {len(encoded)} rows of {source} are longer than max_length ="
-            f" {encoding.max_length} tokens and cut there: {sum(lost)} tokens are lost",
+            f"{n_cut} of {len(encoded)} rows of {source} are longer than max_length ="
+            f" {encoding.max_length} tokens and cut there",
             LeftOutWarning,
             stacklevel=2,
         )
@@ -277,7 +306,7 @@ def encode_rows(
 
 
 def _has_label(row: Mapping[str, list[int]]) -> bool:
-    """The first token is predicted from nothing, so its label does not count."""
+    """Return True for a label after the first token, which nothing predicts."""
     return any(label != IGNORED_LABEL for label in row["labels"][1:])
 
 
@@ -290,11 +319,11 @@ def _is_running_text(row: Mapping[str, list[int]]) -> bool:
 
 
 def pack_rows(rows: Sequence[Mapping[str, list[int]]], length: int) -> list[dict[str, list[int]]]:
-    """Put documents one after the other into rows of at most `length` tokens.
+    """Concatenate documents into rows of at most `length` tokens.
 
-    A longer document comes in several parts, each a document of its own. `position_ids` start again
-    with each document, from which transformers keeps attention within it; the first token of a
-    document has no label, or the one before it would have to predict it.
+    A longer document is split into several. `position_ids` restart with each document, by which
+    transformers keeps attention within it; its first token has no label, or the previous document
+    would have to predict it.
     """
     packed: list[dict[str, list[int]]] = []
     for row in _parts(rows, length):
@@ -313,24 +342,24 @@ def _parts(
     for row in rows:
         for begin in range(0, len(row["input_ids"]), length):
             part = _part(row, begin, begin + length)
-            if len(part["input_ids"]) > 1:  # a single token predicts nothing
+            if len(part["input_ids"]) > 1:  # a single token has no label
                 yield part
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows -> tensors [B, T], padded on the right.
+    """Batches rows as tensors [B, T], padded on the right.
 
     Attributes:
-        pad_token_id: token that fills.
+        pad_token_id: token of the padding.
     """
 
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-        """Packed rows get no mask: to them each token of padding is a document of its own.
+        """Pad and stack the rows.
 
-        So it needs no position beyond the first, of which a model may have few.
+        Packed rows get no mask: each token of padding is a document of its own, at position 0.
         """
         width = max(len(row["input_ids"]) for row in rows)
         gaps = [width - len(row["input_ids"]) for row in rows]
@@ -343,3 +372,102 @@ class Collator:
         if "position_ids" not in batch:
             batch["attention_mask"] = [[1] * (width - g) + [0] * g for g in gaps]
         return {name: torch.tensor(values) for name, values in batch.items()}
+
+
+def encoding_of(config: TrainConfig, tokenizer: Any) -> Encoding:
+    """Return the encoding of a run's rows."""
+    return Encoding(
+        tokenizer=tokenizer,
+        prompt=config.prompt,
+        completion=config.completion,
+        text_field=config.text_field,
+        completion_only=config.completion_only,
+        max_length=config.max_length,
+    )
+
+
+def check_first_rows(
+    read: Callable[[], Iterator[Row]], encoding: Encoding, source: str, eval_rows: int = 0
+) -> Iterator[Row]:
+    """Return the rows, after checking before any long work that there are enough, and the first one.
+
+    A file is closed and opened again later, so that none stays open if the run ends before.
+    """
+    files, rows = local_files(source), read()
+    is_rereadable = bool(files) and all(map(os.path.isfile, files))  # a pipe is not
+    with contextlib.ExitStack() as stack:
+        if is_rereadable and hasattr(rows, "close"):
+            stack.callback(rows.close)
+        first = list(itertools.islice(rows, eval_rows + 1))
+        if not first:
+            raise ValueError(f"{source} has no rows")
+        check_eval_rows(eval_rows, len(first), source)
+        replace(encoding, cut_texts=True)(*first[0])
+    return read() if is_rereadable else itertools.chain(first, rows)
+
+
+def check_eval_rows(eval_rows: int, num_rows: int, source: str) -> None:
+    """Raise ValueError where no row would be left to train on."""
+    if eval_rows and eval_rows >= num_rows:
+        raise ValueError(
+            f"--eval-rows is {eval_rows}, but {source} has {num_rows} rows: give fewer"
+        )
+
+
+def find_rows(
+    config: TrainConfig, encoding: Encoding
+) -> tuple[Iterator[Row], Iterator[Row] | None]:
+    """Open the rows to train on, and those of `eval_data` or None.
+
+    Raises:
+        ValueError: a source is missing or has too few rows, or its first one is bad.
+    """
+    for name, is_set, source in (
+        ("data_config", config.data_config is not None, config.data),
+        ("split", config.split != "train", config.data),
+        ("eval_split", config.eval_split is not None, config.eval_data),
+    ):
+        if is_set and source is not None and local_files(source):
+            raise ValueError(f"{name} is for data sets of the hub; {source} is a file")
+    read = functools.partial(
+        read_rows, config.data, config.split, config.data_config, config.text_field
+    )
+    rows = check_first_rows(read, encoding, config.data, config.eval_rows)
+    if config.eval_data is None:
+        return rows, None
+    train_files = {os.path.realpath(file) for file in local_files(config.data)}
+    for file in local_files(config.eval_data):
+        if os.path.realpath(file) in train_files:
+            raise ValueError(f"{file} of eval_data is trained on; give other rows, or eval_rows")
+    split = config.eval_split or config.split
+    data_config = config.data_config if config.eval_data == config.data else None
+    read = functools.partial(read_rows, config.eval_data, split, data_config, config.text_field)
+    return rows, check_first_rows(read, encoding, config.eval_data)
+
+
+def load_rows(
+    config: TrainConfig,
+    encoding: Encoding,
+    train_rows: Iterator[Row],
+    eval_rows: Iterator[Row] | None,
+) -> tuple[Any, Any]:
+    """Encode the rows to train on, and those to evaluate on or None."""
+    held_out: list[dict[str, list[int]]] = []
+    if eval_rows is not None:  # first, because they are fewer
+        assert config.eval_data is not None
+        held_out = encode_rows(eval_rows, encoding, config.eval_data, to_pack=config.packing)
+    rows = encode_rows(train_rows, encoding, config.data, to_pack=config.packing)
+    if eval_rows is None and config.eval_rows:
+        check_eval_rows(config.eval_rows, len(rows), config.data)
+        random.Random(config.seed).shuffle(rows)
+        rows, held_out = rows[config.eval_rows :], rows[: config.eval_rows]
+    if config.packing:
+        rows = pack_rows(rows, config.max_length)
+        held_out = pack_rows(held_out, config.max_length)
+    return _dataset(rows), _dataset(held_out) if held_out else None
+
+
+def _dataset(rows: list[dict[str, list[int]]]) -> Any:
+    import datasets
+
+    return datasets.Dataset.from_list(rows)

@@ -1,4 +1,4 @@
-"""Functions of Python sources, from head to body: rows to train on that every Python has."""
+"""Functions of the Python standard library, as rows to train on that every Python has."""
 
 import ast
 import os
@@ -18,37 +18,37 @@ class Function:
 
     Attributes:
         lines: of its source.
-        head: how many of them are signature and docstring; None where there is no docstring.
+        head: number of lines of signature and docstring; None without a docstring.
     """
 
     lines: tuple[str, ...]
     head: int | None
 
     def cut(self, n_lines: int) -> tuple[str, str]:
-        """Prompt and completion: so many lines, and from the line break after them on the rest.
+        """Split into a prompt of so many lines and a completion, which begins with the line break.
 
-        Tokenizers take a line break and the indentation after it as one token.
+        Tokenizers merge a line break and the indentation after it into one token.
         """
         prompt = "\n".join(self.lines[:n_lines]).rstrip()
         return prompt, "\n".join(self.lines)[len(prompt) :].rstrip()
 
 
 def standard_library() -> Path:
-    """The folder of this Python's own sources."""
+    """Return the folder of this Python's sources."""
     return Path(sysconfig.get_path("stdlib"))
 
 
 def python_files(folder: Path) -> list[Path]:
-    """The sources of a library in order, without its tests and what is installed inside it."""
-    found: list[Path] = []
+    """List the sources of a library in order, without tests and installed packages."""
+    files: list[Path] = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = set(folders) - _LEFT_OUT  # not entered: what is installed may be large
-        found += [Path(parent, name) for name in names if name.endswith(".py")]
-    return sorted(found)
+        folders[:] = set(folders) - _LEFT_OUT  # prunes the walk
+        files += [Path(parent, name) for name in names if name.endswith(".py")]
+    return sorted(files)
 
 
 def functions_in(path: Path) -> list[Function]:
-    """The functions of a file; none where it is no Python that can be read."""
+    """Return the functions of a file, or none if it is not valid Python."""
     try:
         return list(functions(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError):
@@ -56,17 +56,17 @@ def functions_in(path: Path) -> list[Function]:
 
 
 def functions(source: str) -> Iterator[Function]:
-    """Those of the module and of its classes, not those inside other functions."""
+    """Iterate over the functions of a module and its classes, without nested functions."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old modules have escapes that are none
+            warnings.simplefilter("ignore")  # invalid escapes in old modules
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):  # some sources are broken on purpose
         return
-    lines = source.split("\n")  # splitlines sees more line breaks than Python does
+    lines = source.split("\n")  # splitlines would split at more characters
     for node in _nodes(tree):
         text = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
-        if not text.startswith(("def ", "async def ")):  # a text inside stands further left
+        if not text.startswith(("def ", "async def ")):  # a string inside is indented less
             continue
         head = None
         if ast.get_docstring(node) is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
 
 from layerskip.errors import NonFiniteLossError
 from layerskip.model.hardware import leave_out_cudnn_attention, peak_memory_bytes
@@ -26,26 +27,28 @@ from layerskip.training.callbacks import (
 )
 from layerskip.training.checkpointing import (
     INCOMPLETE,
+    finish_checkpoint,
+    last_checkpoint,
     last_good,
     load_renamed,
-    move_when_whole,
-    remove_old_checkpoints,
     unwritten,
 )
 from layerskip.training.data import LengthGroupedSampler
 
 
 class ExitTotals:
-    """Sums over batches, on the device: which exits have a loss changes from step to step.
+    """Loss and accuracy of each exit, summed over batches on the device.
 
     Args:
         num_layers: L.
-        device: where the sums are kept.
+        device: of the sums.
     """
 
     def __init__(self, num_layers: int, device: torch.device) -> None:
         # rows: cross entropy in nats, correct tokens, labelled tokens; columns: exits 0 to L
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs lack
+        dtype = (
+            torch.float32 if device.type == "mps" else torch.float64
+        )  # Apple's GPUs have no float64
         self._sums = torch.zeros(3, num_layers + 1, dtype=dtype, device=device)
 
     def add(self, losses: ExitLosses) -> None:
@@ -56,7 +59,7 @@ class ExitTotals:
         self._sums[2, exits] += losses.tokens
 
     def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[int, tuple[float, float]]:
-        """Mean loss (nats a token) and accuracy of each exit since the last call; starts anew.
+        """Return mean loss (nats per token) and accuracy of each exit since the last call, and reset.
 
         Args:
             reduce: sums a tensor over the processes.
@@ -70,11 +73,11 @@ class ExitTotals:
         }
 
 
-_Trainer: Any = object  # stands for the Trainer below the mixin, whose attributes are untyped
+_Trainer: Any = object  # the Trainer that the mixin is combined with, untyped
 
 
 class LayerSkipMixin(_Trainer):  # type: ignore[misc]
-    """Gives a transformers Trainer, or a class derived from it such as TRL's SFTTrainer, the recipe.
+    """Adds the recipe to a transformers Trainer, or a class derived from it such as TRL's SFTTrainer.
 
     `class Mine(LayerSkipMixin, SFTTrainer): ...`. The model trains with layer dropout and the
     weighted loss of its exits, normalised by the items of the accumulated batch as Trainer does.
@@ -83,13 +86,13 @@ class LayerSkipMixin(_Trainer):  # type: ignore[misc]
 
     Args:
         recipe: the settings.
-        eval_exits: exits looked at in evaluation, beside the last layer; None = about eight, evenly
-            spread, and those that the recipe names.
+        eval_exits: exits to evaluate beside the last layer; None = about eight, evenly spread, and
+            those that the recipe names.
         args, kwargs: the trainer's own.
 
     Raises:
-        ValueError: where the recipe does not fit the model, another loss is asked for, or several GPUs
-            are used from one process.
+        ValueError: the recipe does not fit the model or the trainer's arguments, or one process has
+            several GPUs.
     """
 
     def __init__(
@@ -102,7 +105,7 @@ class LayerSkipMixin(_Trainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         check_arguments(self.args)
         check_sharding(self)
-        leave_out_cudnn_attention(self.args.device)  # rows that skip layers change the shapes
+        leave_out_cudnn_attention(self.args.device)  # layer dropout changes the shapes
         if getattr(self, "compute_loss_func", None) is not None:
             raise ValueError(
                 "the recipe computes its own loss: compute_loss_func would have no effect; leave it out"
@@ -119,13 +122,11 @@ class LayerSkipMixin(_Trainer):  # type: ignore[misc]
         self.eval_exits = tuple(sorted(eval_exits))
         if outside := [e for e in self.eval_exits if not 1 <= e <= layers]:
             raise ValueError(f"eval_exits names {outside}; an exit is 1 to {layers}")
-        # The loss is divided by the items given to it, whatever the class below does with its own.
+        # Trainer then passes the items of the accumulated batch, by which the loss is divided.
         self.model_accepts_loss_kwargs = True
         self.add_callback(RecipeCallback(self.attached))
         self._train_totals = ExitTotals(layers, self.args.device)
         self._eval_totals = ExitTotals(layers, self.args.device)
-        self._output_dir: str | None = None
-        self._is_to_be_pushed = False
         self._token_rate = TokenRate()
         self.add_callback(self._token_rate)
 
@@ -136,12 +137,12 @@ class LayerSkipMixin(_Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """In training the recipe's loss; in evaluation whatever the class below computes."""
+        """Return the recipe's loss in training, and that of the trainer in evaluation."""
         if not self.model.training:
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        if isinstance(num_items_in_batch, Tensor):  # FSDP2 would round it to 16 bits as a float
+        if isinstance(num_items_in_batch, Tensor):  # as a float, FSDP2 would cast it to bfloat16
             num_items_in_batch = num_items_in_batch.long()
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         losses = self.attached.last
@@ -151,48 +152,25 @@ class LayerSkipMixin(_Trainer):  # type: ignore[misc]
                 " that makes them, such as DataCollatorForLanguageModeling(tokenizer, mlm=False)"
             )
         self._train_totals.add(losses)
-        given = inputs.get("input_ids")
-        given = inputs["inputs_embeds"][..., 0] if given is None else given
-        self._token_rate.add(given.numel())
+        tokens = inputs.get("input_ids")
+        tokens = inputs["inputs_embeds"][..., 0] if tokens is None else tokens
+        self._token_rate.add(tokens.numel())
         loss = outputs["loss"]
-        # DDP averages gradients over processes, while the items are those of all of them.
+        # DDP averages gradients over processes, while the items are summed over them.
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One forward and backward; raises NonFiniteLossError before a step is taken with it."""
+        """Run forward and backward; raise NonFiniteLossError before the optimizer uses such a loss."""
         loss: Tensor = super().training_step(*args, **kwargs)
-        self._must_be_finite("the loss", loss.item())
+        self._check_finite("loss", loss.item(), self.state.global_step + 1)
         return loss
 
-    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        """The class's own; a gradient that is not finite is no step either, though the loss was."""
-        norm = super()._get_grad_norm(*args, **kwargs)
-        accelerator = self.accelerator
-        # With float16 there is a scaler, which leaves such steps out; DeepSpeed has its own.
-        is_scaled = accelerator.scaler is not None or accelerator.distributed_type == "DEEPSPEED"
-        if norm is not None and not is_scaled:
-            self._must_be_finite("the norm of the gradient", float(norm))
-        return norm
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The class's own, and then what it leaves out: weights under other names in the checkpoint."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model=model)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            load_renamed(model or self.model, Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        """The same for the best checkpoint, at the end."""
-        super()._load_best_model()
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            load_renamed(self.model, Path(self.state.best_model_checkpoint))
-
-    def _must_be_finite(self, what: str, value: float) -> None:
+    def _check_finite(self, name: str, value: float, step: int) -> None:
         if not math.isfinite(value):
-            step = self.state.global_step + 1
             raise NonFiniteLossError(
-                f"{what} is {value} at step {step}; training stopped before it was used,"
+                f"the {name} is {value} at step {step}: training stopped,"
                 f" {last_good(self.args.output_dir, step)}. A lower learning rate, warm-up"
                 " steps or bfloat16 instead of float16 may help"
             )
@@ -204,31 +182,31 @@ class LayerSkipMixin(_Trainer):  # type: ignore[misc]
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
-        """Loss and accuracy of every exit in `eval_exits`; the loss returned is the last layer's."""
-        plain = super().prediction_step
+        """Evaluate every exit in `eval_exits`; the loss returned is the last layer's."""
+        predict = super().prediction_step
         if inputs.get("labels") is None:
-            return plain(model, inputs, prediction_loss_only, ignore_keys)
+            return predict(model, inputs, prediction_loss_only, ignore_keys)
         prepared = self._without_repeated_rows(self._prepare_inputs(inputs))
         with self.compute_loss_context_manager():
             losses = self.attached.evaluate(self.eval_exits, prepared, model)
         self._eval_totals.add(losses)
         if not prediction_loss_only:
-            return plain(model, inputs, False, ignore_keys)
+            return predict(model, inputs, False, ignore_keys)
         return losses.loss_sums[-1] / max(losses.tokens, 1), None, None
 
     def _without_repeated_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Of several processes' last batches, which are filled up from the beginning, the new rows."""
+        """Ignore the rows that fill up the last batches of several processes."""
         data = self.accelerator.gradient_state
         if self.args.world_size == 1 or not data.end_of_dataloader or data.remainder <= 0:
             return batch
         rows = len(batch["labels"])
-        own = min(max(data.remainder - self.args.process_index * rows, 0), rows)
+        new_rows = min(max(data.remainder - self.args.process_index * rows, 0), rows)
         labels = batch["labels"].clone()
-        labels[own:] = IGNORED_LABEL
+        labels[new_rows:] = IGNORED_LABEL
         return {**batch, "labels": labels}
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The class's own, with loss and accuracy of every exit among the metrics."""
+        """Add loss and accuracy of every exit to the metrics."""
         with self._token_rate.paused():
             output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
@@ -238,12 +216,15 @@ class LayerSkipMixin(_Trainer):  # type: ignore[misc]
             output.metrics[f"{prefix}_accuracy_exit_{exit_layer}"] = accuracy
         if last := exits.get(self.attached.num_layers):
             output.metrics[f"{prefix}_loss"] = last[0]
-            output.metrics.setdefault(f"{prefix}_accuracy", last[1])  # unless it is the user's own
+            output.metrics.setdefault(f"{prefix}_accuracy", last[1])  # a metric of the user stays
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the exits' figures, dropout rate, speed and memory to a training log."""
+        """Add the exits' losses, skip rates, speed and memory to a training log."""
         if "loss" in logs:
+            if not self.args.fp16:  # its scaler skips steps whose gradient overflows
+                norm = logs.get("grad_norm", 0.0)
+                self._check_finite("norm of the gradient", norm, self.state.global_step)
             for exit_layer, (loss, accuracy) in self._train_totals.take(
                 self._sum_over_processes
             ).items():
@@ -259,22 +240,21 @@ class LayerSkipMixin(_Trainer):  # type: ignore[misc]
         return self.accelerator.reduce(values.clone(), reduction="sum")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Batches grouped by length are the same after a resume, in any epoch."""
+        """Group rows by length with a sampler whose order survives a resume."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if getattr(self.args, "train_sampling_strategy", None) != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        of_datasets = hasattr(dataset, "column_names")  # else any sequence of rows
-        column = dataset["input_ids"] if of_datasets else (row["input_ids"] for row in dataset)
+        has_columns = hasattr(dataset, "column_names")  # else any sequence of rows
+        column = dataset["input_ids"] if has_columns else (row["input_ids"] for row in dataset)
         lengths = [len(ids) for ids in column]
         return LengthGroupedSampler(lengths, batch * self.args.world_size, seed)
 
     def get_train_dataloader(self) -> Any:
-        """The class's own; after a resume its sampler is told the epoch in several processes too.
+        """Expose the sampler to accelerate, which on resume sets its epoch.
 
-        accelerate looks for it behind the batches that are skipped, one level deep, where several
-        processes have one level more.
+        accelerate looks one level below the skipped batches, and several processes have a level more.
         """
         loader: Any = super().get_train_dataloader()
         batches: Any = loader.batch_sampler
@@ -283,83 +263,76 @@ class LayerSkipMixin(_Trainer):  # type: ignore[misc]
             batches.sampler = sampler
         return loader
 
-    def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:
-        directory: str = super()._get_output_dir(*args, **kwargs)
-        return self._output_dir or directory
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Write a checkpoint beside the others and move it there when it is whole."""
-        with self._token_rate.paused():
-            # Before the new one is there: what its weights are worth the next steps will show.
-            self._remove_old_checkpoints()
-            self._write_checkpoint(*args, **kwargs)
-            self.accelerator.wait_for_everyone()
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The class's own; checkpoints that are one too many until then are removed at the end."""
-        result = super().train(*args, **kwargs)
-        self._remove_old_checkpoints()
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train; weights with other names in the checkpoint are loaded too (see `load_renamed`)."""
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = last_checkpoint(self.args.output_dir)
+        if checkpoint and not is_sharded:
+            load_renamed(self.model, Path(checkpoint))
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        if best and not is_sharded:
+            load_renamed(self.model, Path(best))
         return result
 
-    def _remove_old_checkpoints(self) -> None:
-        limit, state = self.args.save_total_limit, self.state
-        if self.args.should_save and limit is not None and limit > 0:
-            remove_old_checkpoints(
-                self.args.output_dir, limit, state.global_step, state.best_model_checkpoint
-            )
-
-    def _write_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint into a folder of its own, and rename it when it is whole."""
         run = Path(self.args.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        unfinished = run / INCOMPLETE
-        self._output_dir = str(unfinished)
-        if self.is_world_process_zero():
-            for path in unfinished.glob("checkpoint-*"):
-                if path.name != name:  # of a run that was killed
-                    shutil.rmtree(path, ignore_errors=True)
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-            self._name_the_best_as_it_will_be(unfinished / name, run / name)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                move_when_whole(unfinished / name, run / name)
-            if self._is_to_be_pushed:
-                super()._push_from_checkpoint(str(run / name))
-        except Exception as error:  # tokenizers has no class of its own for a full disk
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise unwritten(
-                f"the checkpoint of step {self.state.global_step}", run, error
-            ) from error
-        finally:
-            self._output_dir, self._is_to_be_pushed = None, False
+        name, unfinished = f"checkpoint-{self.state.global_step}", run / INCOMPLETE
+        is_pushed = self.args.push_to_hub
+        with self._token_rate.paused():
+            if self.is_world_process_zero():
+                for path in unfinished.glob("checkpoint-*"):
+                    if path.name != name:  # of a run that was killed
+                        shutil.rmtree(path, ignore_errors=True)
+            try:
+                # 1. Write it. A push reads the files in the background, so it waits for the rename.
+                self.args.output_dir, self.args.push_to_hub = str(unfinished), False
+                super()._save_checkpoint(*args, **kwargs)
+                self._set_final_best_path(unfinished / name, run / name)
+                self.accelerator.wait_for_everyone()
+                self.args.output_dir, self.args.push_to_hub = str(run), is_pushed
+                # 2. Rename it, and remove the oldest.
+                if self.args.should_save:
+                    finish_checkpoint(unfinished / name, run / name)
+                    best = self.state.best_model_checkpoint
+                    rotate_checkpoints(str(run), self.args.save_total_limit, best)
+                self.accelerator.wait_for_everyone()
+                if is_pushed:
+                    self._push_from_checkpoint(str(run / name))
+            except Exception as error:  # the tokenizers library raises Exception for a full disk
+                shutil.rmtree(unfinished, ignore_errors=True)
+                step = self.state.global_step
+                raise unwritten(f"the checkpoint of step {step}", run, error) from error
+            finally:
+                self.args.output_dir, self.args.push_to_hub = str(run), is_pushed
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Not before the checkpoint has its place: what is pushed is read in the background."""
-        self._is_to_be_pushed = True
+    def _set_final_best_path(self, unfinished: Path, final: Path) -> None:
+        state = self.state
+        if state.best_model_checkpoint == str(unfinished):
+            state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The checkpoint's state, with the learning rate and weight decay that are asked for now."""
-        asked = [
+        """Load the checkpoint's state, but keep the present learning rate and weight decay."""
+        present = [
             {name: group[name] for name in ("initial_lr", "weight_decay") if name in group}
             for group in self.optimizer.param_groups
         ]
         super()._load_optimizer_and_scheduler(checkpoint)
-        if not isinstance(self.lr_scheduler, LambdaLR):  # others have no factor of the peak
+        if not isinstance(self.lr_scheduler, LambdaLR):  # other schedules do not scale a peak
             return
-        for group, settings in zip(self.optimizer.param_groups, asked, strict=True):
+        for group, settings in zip(self.optimizer.param_groups, present, strict=True):
             if settings["initial_lr"] != group["initial_lr"]:
                 group["lr"] *= settings["initial_lr"] / group["initial_lr"]
             group.update(settings)
-        self.lr_scheduler.base_lrs = [settings["initial_lr"] for settings in asked]
+        self.lr_scheduler.base_lrs = [settings["initial_lr"] for settings in present]
         self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-
-    def _name_the_best_as_it_will_be(self, unfinished: Path, final: Path) -> None:
-        state = self.state
-        if state.best_model_checkpoint != str(unfinished):
-            return
-        state.best_model_checkpoint = str(final)
-        if self.args.should_save:
-            state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
 
 
 class LayerSkipTrainer(LayerSkipMixin, Trainer):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The layers compiled for the CPU at hand: the fast path of `model` (see `kernels.cpp`)."""
+"""The layers compiled for this machine's CPU: the fast path of `model` (see `kernels.cpp`)."""
 
 from layerskip.model.native.build import (
     NoCompilerError,

@@ -1,18 +1,18 @@
-// The decoder's layers on a CPU: all of a pass in one call, for few rows at the speed of memory.
+// The decoder's layers on a CPU: a forward pass in one call, for few rows at memory bandwidth.
 //
-// Every output of every row is summed over the inputs in the same order, whatever the number of rows
-// in the call. So verifying eight positions gives the very bits that eight single steps give, in every
-// type of weights, and self-speculative decoding equals plain decoding exactly.
+// The kernels are batch-invariant: every output of every row is summed over the inputs in the same order,
+// whatever the number of rows in the call. So verifying eight positions gives exactly the bits of eight
+// single steps, in every type of weights, and self-speculative decoding equals plain decoding exactly.
 //
-// A matrix is kept in panels of 16 outputs. Inside a panel the inputs follow one another, each with the
-// 16 outputs' weights side by side, so that one vector holds 16 sums and an input is broadcast to them:
+// Weights are packed in panels (tiles of 16 outputs). In a panel the inputs follow one another, each with
+// the weights of the 16 outputs, so that one vector holds 16 sums and an input is broadcast to them:
 //   float32  [panel][in][16]
 //   bfloat16 [panel][in / 2][16][2]
-//   8 bits   [panel][in / 4][16][4], scales and offsets [panel][in / 32][16] in float16
-//   4 bits   [panel][in / 8][16][4]: inputs 0-3 in the low halves of the bytes, 4-7 in the high ones
-// Inputs of quantized products are rounded to 8 bits in groups of 32, as GGML does.
-// Keys are kept in panels of 16 positions in the same way; values row by row, in bfloat16 two positions
-// at a time: [position / 2][head_dim][2].
+//   int8     [panel][in / 4][16][4], scales and offsets [panel][in / 32][16] in float16
+//   int4     [panel][in / 8][16][4]: inputs 0-3 in the low halves of the bytes, 4-7 in the high ones
+// Inputs of quantized products are rounded to int8 in groups of 32, as in GGML.
+// Keys are packed in panels of 16 positions in the same way; values row by row, in bfloat16 in pairs of
+// positions: [position / 2][head_dim][2].
 
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
 #error fast-math is on, with which the same sums would not have the same bits everywhere
@@ -47,9 +47,9 @@ constexpr int LANES = 16, GROUP = 32;
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error this processor puts the high bytes of a number first
 #endif
-#if defined(__AVX512F__) && defined(__AVX512VNNI__)  // without VNNI bytes are multiplied in vectors of 8
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)  // without VNNI, bytes are multiplied in vectors of 8
 #define VECTORS_OF_16
-constexpr int WIDTH = 16;  // numbers in a vector of this machine
+constexpr int WIDTH = 16;  // floats in a vector of this machine
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define VECTORS_OF_8
 constexpr int WIDTH = 8;
@@ -72,15 +72,15 @@ struct Matrix {
   int64_t out, in;
   const void *data;
   const void *scales;   // quantized: float16
-  const void *offsets;  // float16, or null: the grid is centred on zero
+  const void *offsets;  // float16, or null: the zero point is in the middle of the grid
   const float *bias;    // or null
 };
 
 struct Layer {
   const float *attention_norm, *attention_post_norm, *mlp_norm, *mlp_post_norm;  // each may be null
   const float *qk_norm;                                                          // may be null
-  int32_t window;  // positions that a query sees, itself included; 0 = all
-  int32_t rope;    // which table of turns
+  int32_t window;  // sliding window, the query's own position included; 0 = all positions
+  int32_t rope;    // index of the rotary table
   Matrix qkv, attention_out, gate_up, down;
 };
 
@@ -137,14 +137,14 @@ inline int32_t sum(Ints v) {
   return total;
 #endif
 }
-// a * b + c, rounded once: said outright, since a compiler that fuses here and not there would give
-// different bits to the same sum.
+// a * b + c, rounded once (FMA). Explicit, since a compiler that fuses some expressions and not others
+// would give the same sum different bits.
 inline Vec fused(Vec a, Vec b, Vec c) {
 #ifdef VECTORS_OF_16
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(VECTORS_OF_8)
   return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__ARM_NEON) && defined(__aarch64__)  // which GCC before 12 does not make of the loop
+#elif defined(__ARM_NEON) && defined(__aarch64__)  // GCC before 12 does not vectorize the loop to it
   return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   Vec sums;
@@ -152,20 +152,20 @@ inline Vec fused(Vec a, Vec b, Vec c) {
   return sums;
 #endif
 }
-// Damaged weights have to be noticed, so NaN stays NaN through all that follows. Of two numbers one of which
-// is NaN, these give the second.
+// Damaged weights have to be noticed, so NaN propagates through everything below. If one argument is NaN,
+// these return the second.
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
-// As whole numbers, magnitudes are in the same order, with NaN above all others.
+// As integers, magnitudes are in the same order, with NaN above all others.
 inline Ints magnitude(Vec v) { return (Ints)v & 0x7fffffff; }
 inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
 
-// e^x to about 2 units in the last place; 2^n from the exponent bits, 2^f on [-1/2, 1/2] a polynomial.
+// e^x to about 2 ulp: 2^n from the exponent bits, 2^f on [-1/2, 1/2] from a polynomial.
 inline Vec exponential(Vec x) {
   x = smaller(spread(88.0f), larger(spread(-87.0f), x));
   const Vec t = x * 1.44269504f;
-  const Vec shifted = t + 12582912.0f;  // rounds to a whole number, which the low bits then hold
-  const Words biased = (Words)shifted - (Words)spread(12582912.0f) + 127u;  // n, as an exponent is written
+  const Vec shifted = t + 12582912.0f;  // rounds to an integer, in the low bits
+  const Words biased = (Words)shifted - (Words)spread(12582912.0f) + 127u;  // n as a biased exponent
   const Vec f = t - (shifted - 12582912.0f);
   Vec p = spread(1.535336188e-4f);
   p = fused(p, f, spread(1.339887440e-3f));
@@ -183,7 +183,7 @@ inline Vec activate(int32_t activation, Vec x) {
   return x - x / (exponential(u) + 1.0f);                     // x (1 + tanh(u / 2)) / 2
 }
 
-inline Halves round_to_bfloat16(Vec v) {  // to nearest, ties to even; NaN with low bits may become a number
+inline Halves round_to_bfloat16(Vec v) {  // nearest, ties to even; NaN with low bits alone may become Inf
   const Words bits = (Words)v;
   return __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, Halves);
 }
@@ -196,12 +196,12 @@ inline Vec from_float16(const void *p) {
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 #elif defined(__ARM_NEON) && defined(__aarch64__)
   return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)p)));
-#else  // exponent and mantissa, moved to their places; older compilers have no _Float16
+#else  // shifts exponent and mantissa; older compilers have no _Float16
   const Ints bits = __builtin_convertvector(load<Halves>((const uint16_t *)p), Ints);
   const Ints size = (bits & 0x7fff) << 13;
-  // The smallest have no leading 1: it is lent to them, since a CPU may take subnormal float32 for 0.
+  // Subnormals get a leading 1 for the time being, since a CPU may flush subnormal float32 to 0.
   const Ints small = (Ints)((Vec)(size + (113 << 23)) - 0x1p-14f);
-  const Ints large = size + (112 << 23) + ((size >= 31 << 23) & 112 << 23);  // infinite, or NaN
+  const Ints large = size + (112 << 23) + ((size >= 31 << 23) & 112 << 23);  // Inf or NaN
   return (Vec)((size < 1 << 23 ? small : large) | (Ints)((Words)bits >> 15 << 31));
 #endif
 }
@@ -212,7 +212,7 @@ inline float from_float16(uint16_t half) {
 }
 
 #if defined(VECTORS_OF_16) && defined(__AVX512BF16__)
-constexpr bool PAIRS = true;  // products of two 16-bit numbers at a time
+constexpr bool PAIRS = true;  // multiplies pairs of bfloat16
 inline Vec dot2(Vec sums, Words weights, uint32_t inputs) {
   return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(inputs));
 }
@@ -220,8 +220,8 @@ inline Vec dot2(Vec sums, Words weights, uint32_t inputs) {
 constexpr bool PAIRS = false;
 #endif
 
-// sums += four codes of weights * four inputs of -127 ... 127. Where bytes are multiplied into sums of
-// 16 bits, these have room for signed weights alone, or for a group of 4-bit ones, which `settled` ends.
+// sums += four codes of weights * four inputs of -127 ... 127. Where bytes are multiplied into 16-bit
+// sums, these have room for signed weights only, or for a group of int4 weights, which `settled` widens.
 template <int KIND>
 inline Ints dot4(Ints sums, Words weights, uint32_t inputs) {
 #if defined(VECTORS_OF_16)
@@ -236,10 +236,10 @@ inline Ints dot4(Ints sums, Words weights, uint32_t inputs) {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
     total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  asm("" : "+x"(total));  // added here: a compiler that adds later needs more registers than there are
+  asm("" : "+x"(total));  // added here: adding later would spill registers
   return (Ints)total;
 #elif defined(__ARM_FEATURE_DOTPROD)
-  if constexpr (KIND == INT8) weights ^= 0x80808080u;  // signed, as the inputs are
+  if constexpr (KIND == INT8) weights ^= 0x80808080u;  // signed, like the inputs
   const int8x16_t codes = vreinterpretq_s8_u32((uint32x4_t)weights);
   return (Ints)vdotq_s32((int32x4_t)sums, codes, vreinterpretq_s8_u32(vdupq_n_u32(inputs)));
 #else
@@ -256,7 +256,7 @@ inline Ints settled(Ints sums) {
 #endif
   return sums;
 }
-// What `dot4` takes off a code.
+// The zero point that `dot4` subtracts from a code.
 #if defined(VECTORS_OF_8) || defined(__ARM_FEATURE_DOTPROD)
 constexpr int taken_off(int kind) { return kind == INT8 ? 128 : 0; }
 #else
@@ -265,15 +265,15 @@ constexpr int taken_off(int) { return 0; }
 
 // ---- inputs of products -------------------------------------------------------------------------
 
-// One row of inputs as a kind of matrix wants them. Quantized: codes, then a pair (step, step * sum
-// of the group's codes) for every group.
+// One row of inputs in the format for a type of weights. Quantized: codes, then a pair (scale,
+// scale * sum of the group's codes) for every group.
 inline int64_t input_stride(int32_t kind, int64_t n) {
   const bool whole = kind == FLOAT32 || (kind == BFLOAT16 && !PAIRS);
   const int64_t bytes = whole ? 4 * n : kind == BFLOAT16 ? 2 * n : n + n / GROUP * 8;
-  return ((bytes + 63) / 64 | 1) * 64;  // odd: at a distance of 4096 bytes rows push each other out of L1
+  return ((bytes + 63) / 64 | 1) * 64;  // odd: rows 4096 bytes apart evict each other from L1
 }
 
-// Writes inputs [first, last) of a row, which `at(k)` gives a vector at a time.
+// Writes inputs [first, last) of a row; `at(k)` returns a vector of them.
 template <class Source>
 inline void encode(int32_t kind, int64_t n, int64_t first, int64_t last, char *row, Source at) {
   if (kind == FLOAT32 || (kind == BFLOAT16 && !PAIRS)) {
@@ -291,7 +291,7 @@ inline void encode(int32_t kind, int64_t n, int64_t first, int64_t last, char *r
         most = larger(most, magnitude(inputs[i]));
       }
       const int32_t highest = maximum(most);
-      const float step = load<float>(&highest) / 127.0f;  // NaN where an input is
+      const float step = load<float>(&highest) / 127.0f;  // NaN if an input is
       const float inverse = step > 0 ? 1.0f / step : 0.0f;
       const Vec magic = spread(12582912.0f);
       Ints total{};
@@ -315,7 +315,7 @@ inline Share share(int64_t n, int thread, int threads) {
 
 // ---- products -----------------------------------------------------------------------------------
 
-// The matrix that begins with a panel of another.
+// A view of a matrix from one of its panels on.
 inline Matrix from_panel(Matrix w, int64_t panel) {
   const int64_t begin = panel * LANES, bits = w.kind == FLOAT32 ? 32 : w.kind == BFLOAT16 ? 16 : w.kind == INT8 ? 8 : 4;
   w.data = (const char *)w.data + begin * w.in * bits / 8;
@@ -326,11 +326,11 @@ inline Matrix from_panel(Matrix w, int64_t panel) {
   return w;
 }
 
-// Where the sums of a product go: out = sums * scale + bias, or added to what is there.
+// The epilogue of a product: out = sums * scale + bias, or out += the same.
 struct Sink {
   float *out;
   int64_t stride;  // floats from row to row
-  int64_t end;     // outputs of a row
+  int64_t end;     // number of outputs of a row
   bool adds;
   float scale;
   const float *bias;  // or null
@@ -349,32 +349,32 @@ struct Sink {
 };
 
 #ifdef VECTORS_OF_16
-constexpr int TILES = 16;  // sums that are kept in registers
+constexpr int TILES = 16;  // accumulators in registers
 #else
 constexpr int TILES = 12;
 #endif
-// Rows that share one reading of the weights from a near cache; quantized weights keep two sums each.
+// Rows that share one read of the weights from L1 or L2; quantized weights need two accumulators each.
 constexpr int rows_of(int kind) {
   const bool quantized = kind == INT8 || kind == INT4;
   return PARTS > 1 ? TILES / 2 : quantized ? TILES * 3 / 4 : TILES;
 }
-// Whether memory is read fastest panel after panel, as one stream of a thread, or several at a time; and
-// how many vectors of whole weights, and groups of quantized ones, are fetched before they are needed.
-// The more rows, the longer arithmetic takes, and the farther ahead memory has to be, to go on meanwhile.
+// Prefetching: whether memory is fastest panel after panel, as one stream per thread, or with several
+// panels at a time; and how many vectors of floating weights, and groups of quantized ones, are prefetched
+// ahead. More rows mean more arithmetic, and a longer distance.
 #if defined(__znver5__)
 constexpr bool one_stream(int) { return true; }
 constexpr bool ONE_QUANTIZED_STREAM = true;
 constexpr int ahead(int) { return 64; }
 constexpr int GROUPS_AHEAD = 32;
-constexpr int nearness(int) { return 3; }  // into the nearest cache
+constexpr int nearness(int) { return 3; }  // into L1
 constexpr int QUANTIZED_NEARNESS = 3;
-constexpr bool FETCHES_KEYS = false;  // of the next positions, while these are looked at
+constexpr bool FETCHES_KEYS = false;  // of the next positions, during these
 #elif defined(__znver4__)
 constexpr bool one_stream(int rows) { return rows > 2; }
 constexpr bool ONE_QUANTIZED_STREAM = true;
 constexpr int ahead(int rows) { return rows > 2 ? 128 : 4; }
 constexpr int GROUPS_AHEAD = 24;
-constexpr int nearness(int rows) { return rows > 2 ? 2 : 3; }  // fetches into the nearest wait for one another
+constexpr int nearness(int rows) { return rows > 2 ? 2 : 3; }  // prefetches into L1 wait for each other
 constexpr int QUANTIZED_NEARNESS = 2;
 constexpr bool FETCHES_KEYS = true;
 #else
@@ -386,13 +386,13 @@ constexpr bool ONE_QUANTIZED_STREAM = false;
 constexpr int GROUPS_AHEAD = 12;
 #endif
 constexpr bool one_stream(int) { return false; }
-constexpr int ahead(int rows) { return PARTS > 1 && rows > 3 ? 64 : 4; }  // these have one panel at a time
+constexpr int ahead(int rows) { return PARTS > 1 && rows > 3 ? 64 : 4; }  // these read one panel at a time
 constexpr int nearness(int) { return 3; }
 constexpr int QUANTIZED_NEARNESS = 3;
 constexpr bool FETCHES_KEYS = false;
 #endif
 constexpr int panels_of(int kind, int rows) {
-  const bool quantized = kind == INT8 || kind == INT4;  // these keep two sums each
+  const bool quantized = kind == INT8 || kind == INT4;  // two accumulators each
   if (quantized ? ONE_QUANTIZED_STREAM : one_stream(kind == FLOAT32 ? rows / 2 : rows)) return 1;
   const int sums = rows * PARTS;
   if (quantized && sums > 2) return sums > TILES * 3 / 8 ? 1 : TILES * 3 / 4 / sums;
@@ -400,19 +400,19 @@ constexpr int panels_of(int kind, int rows) {
   return sums >= tiles ? 1 : tiles / sums > 8 ? 8 : tiles / sums;
 }
 
-// The same number, of which a compiler does not know that it is: else it would hold all inputs of one
-// part of a panel for the next, and there are not registers enough.
+// Hides a constant from the compiler, which otherwise keeps all inputs of one part of a panel in registers
+// for the next part, and spills.
 inline int64_t unknown(int64_t k) {
   if constexpr (PARTS > 1) asm volatile("" : "+r"(k));
   return k;
 }
 
-// Group g of quantized inputs times P panels, from a part of them on.
+// Group g of quantized inputs times P panels, from one part of them on.
 template <int KIND, int P, int R, int PART = 0>
 inline void add_group(const Matrix &w, int64_t panel, int64_t g, const char *inputs, int64_t stride,
                       Vec (&sums)[P][R][PARTS]) {
   constexpr int PACKED = KIND == INT8 ? 8 : 4;  // words of a group in a lane
-  constexpr int OFF = taken_off(KIND), CENTRE = KIND == INT8 ? 128 : 8;  // of the grid, where there are no offsets
+  constexpr int OFF = taken_off(KIND), CENTRE = KIND == INT8 ? 128 : 8;  // of the grid, if there are no offsets
   const int64_t groups = w.in / GROUP, begin = panel * groups * LANES + PART * WIDTH;
   const uint32_t *base = (const uint32_t *)w.data + panel * groups * PACKED * LANES + PART * WIDTH;
   const uint16_t *scales = (const uint16_t *)w.scales + begin;
@@ -456,7 +456,7 @@ inline void add_group(const Matrix &w, int64_t panel, int64_t g, const char *inp
   if constexpr (PART + 1 < PARTS) add_group<KIND, P, R, PART + 1>(w, panel, g, inputs, stride, sums);
 }
 
-// What a panel has for one input.
+// The weights of a panel for one input.
 struct Column {
   Vec of[PARTS];
 };
@@ -465,7 +465,7 @@ inline Column load_panel(const float *at) {
   for (int i = 0; i < PARTS; i++) column.of[i] = load<Vec>(at + i * WIDTH);
   return column;
 }
-// A panel's weights of input k times R rows of it: an input is spread once for the panel.
+// A panel's weights of input k times R rows: an input is broadcast once for the panel.
 template <int R>
 inline void add_column(const Column &weights, const char *inputs, int64_t stride, int64_t k, Vec (&sums)[R][PARTS]) {
 #pragma GCC unroll 16
@@ -475,7 +475,7 @@ inline void add_column(const Column &weights, const char *inputs, int64_t stride
     for (int i = 0; i < PARTS; i++) {
       Vec total = fused(weights.of[i], input, sums[r][i]);
 #ifdef VECTORS_OF_8
-      if constexpr (R < TILES / PARTS) asm("" : "+x"(total));  // as in `dot4`; with all of them a compiler does better
+      if constexpr (R < TILES / PARTS) asm("" : "+x"(total));  // as in `dot4`; with all registers in use the compiler does better
 #endif
       sums[r][i] = total;
     }
@@ -513,8 +513,8 @@ inline void tile(const Matrix &w, int64_t panel, const char *inputs, int64_t str
         for (int r = 0; r < R; r++)
           sums[p][r][0] = dot2(sums[p][r][0], load<Words>(at), ((const uint32_t *)(inputs + r * stride))[k]);
 #else
-        // One input after the other, of weights that are read twice: both at once need more registers
-        // than there are, and sums that wait in memory make every row slower.
+        // One input of a pair after the other, reading the weights twice: both at once would spill
+        // accumulators, which slows down every row.
         Column column;
 #pragma GCC unroll 16
         for (int i = 0; i < PARTS; i++) column.of[i] = (Vec)(load<Words>(at + i * WIDTH) << 16);
@@ -530,13 +530,13 @@ inline void tile(const Matrix &w, int64_t panel, const char *inputs, int64_t str
   }
 }
 
-// All tiles of panels [first, last) and R rows.
+// All register tiles of panels [first, last) and R rows.
 template <int KIND, int R, int P>
 inline void panels(const Matrix &w, int64_t first, int64_t last, const char *inputs, int64_t stride,
                    int64_t row, const Sink &sink) {
   if constexpr (P > 0) {
-    // As many panels as registers allow, in tiles of nearly the same width: a narrow one waits for
-    // its own sums.
+    // As many panels as registers allow, in tiles of nearly equal width: a narrow tile is bound by
+    // latency.
     while (first < last) {
       const int64_t tiles = (last - first + panels_of(KIND, R) - 1) / panels_of(KIND, R);
       if ((last - first) / tiles < P) break;
@@ -562,8 +562,7 @@ inline void rows(const Matrix &w, int64_t first, int64_t last, const char *input
   }
 }
 
-// Panels [first, last) of the product with all rows. A block of panels stays in the near cache while
-// the rows pass.
+// Panels [first, last) of the product with all rows. A block of panels stays in L2 for all rows.
 template <int KIND>
 __attribute__((noinline)) void product(const Matrix &w, int64_t first, int64_t last, const char *inputs, int64_t stride,
              int64_t n_rows, const Sink &sink) {
@@ -580,21 +579,20 @@ __attribute__((noinline)) void product(const Matrix &w, int64_t first, int64_t l
   }
 }
 
-// 16-bit weights on a CPU's matrix unit (AMX): 32 inputs of a panel are one of its tiles as they lie,
-// and sixteen rows of inputs another. Its sums are formed in another order than those of vectors, so a
-// machine that has the unit uses it for single rows too.
-// Its inputs are pairs of bfloat16, which is how they lie where vectors multiply such pairs too.
+// bfloat16 weights with AMX: 32 inputs of a packed panel are one AMX tile, and sixteen rows of inputs
+// another. AMX accumulates in another order than vectors do, so a machine with AMX uses it for single rows
+// too. Its inputs are pairs of bfloat16, in the same layout as for vector instructions on such pairs.
 #if defined(VECTORS_OF_16) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define MATRIX_UNIT
 constexpr int WIDE = 4, DEEP = 2 * LANES;  // panels, inputs of a tile
 
 inline bool has_matrix_unit() {
-  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // Linux: a process has to ask, once
+  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // Linux: requested once by each process
   static const bool granted = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
   return granted;
 }
 
-// Tiles 0-3 are sums and 4 inputs, of so many rows; 5-7 are weights.
+// Tiles 0-3 are accumulators, 4 inputs, of this many rows; 5-7 are weights.
 inline void shape_tiles(int64_t n_rows) {
   struct alignas(64) {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -602,12 +600,12 @@ inline void shape_tiles(int64_t n_rows) {
     uint8_t rows[16] = {};
   } shapes;
   for (int i = 0; i < 8; i++) shapes.rows[i] = i <= WIDE ? n_rows : LANES;
-  // Older GCCs' _tile_loadconfig reads 8 of these bytes as far as the compiler knows, which then writes no more.
+  // Older GCCs believe that _tile_loadconfig reads 8 of these bytes, and drop the other writes.
   asm volatile("ldtilecfg %0" : : "m"(shapes));
 }
 
-// A matrix in tiles: the first one, and bytes to the next panel's, to that of the next inputs, and from
-// row to row in a tile.
+// A matrix in AMX tiles: the first tile, and the bytes to the next panel's, to that of the next inputs, and
+// from row to row in a tile.
 struct Tiled {
   const char *first;
   int64_t panel, step, row;
@@ -682,8 +680,8 @@ inline void multiply(const Matrix &w, int64_t first, int64_t last, const char *i
 
 // ---- threads ------------------------------------------------------------------------------------
 
-// Steps of a layer are shorter than a sleep and a wake-up, so threads wait for one another awake; but
-// not for long, in case somebody else needs the core.
+// The steps of a layer are shorter than a sleep and a wake-up, so the barrier spins; but not for long, in
+// case another process needs the core.
 class Team {
  public:
   void wait(int size) {
@@ -699,13 +697,13 @@ class Team {
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #elif defined(__aarch64__)
-      asm volatile("isb" ::: "memory");  // about as long; `yield` is no pause on most of them
+      asm volatile("isb" ::: "memory");  // about as long; `yield` does not pause on most ARMs
 #endif
     }
   }
 
  private:
-  alignas(128) std::atomic<int> arrived_{0};  // 128: a cache line of Apple's
+  alignas(128) std::atomic<int> arrived_{0};  // 128: a cache line of Apple's CPUs
   alignas(128) std::atomic<uint32_t> round_{0};
 };
 
@@ -724,7 +722,7 @@ class Buffer {
   std::unique_ptr<void, Free> memory_;
 };
 
-// ---- a pass through layers ----------------------------------------------------------------------
+// ---- forward pass ------------------------------------------------------------------------------
 
 inline float norm_factor(const float *x, int64_t n, float eps) {
   Vec squares{};
@@ -735,7 +733,7 @@ inline float norm_factor(const float *x, int64_t n, float eps) {
   return 1.0f / std::sqrt(sum(squares) / n + eps);
 }
 
-// Gives the RMS norm of a row a vector at a time; a null norm is none.
+// Returns the RMS norm of a row, a vector at a time; null: no norm.
 inline auto normed(const float *from, const float *norm, int64_t n, float eps) {
   const float factor = norm ? norm_factor(from, n, eps) : 1.0f;
   return [=](int64_t k) {
@@ -744,22 +742,22 @@ inline auto normed(const float *from, const float *norm, int64_t n, float eps) {
   };
 }
 
-// Queries whose sums over values are in registers together, of each so many vectors of outputs: with
-// fewer than eight sums, one waits for the last addition to it. Of 16 numbers, a head has four or eight.
+// Queries whose sums over values are in registers at the same time, and vectors of each: fewer than eight
+// accumulators are bound by latency. A head has four or eight vectors of 16 floats.
 constexpr int QUERIES = 6;
 #ifdef VECTORS_OF_16
 constexpr int outputs_of(int) { return 4; }
 #else
 constexpr int outputs_of(int queries) { return (8 + queries - 1) / queries; }
 #endif
-// Queries that share one reading of keys and values, and positions that are read at a time: those of a
-// head stay in the near cache while queries pass. A query's sums over these are joined in their order.
+// Queries that share one read of keys and values, and positions in a chunk: those of a head stay in L1 or
+// L2 for all queries. The partial softmax of each chunk is merged in their order (online softmax).
 #ifdef MATRIX_UNIT
 constexpr int TOGETHER = LANES;
 #else
 constexpr int TOGETHER = QUERIES;
 #endif
-constexpr int64_t CHUNK = 128, PAIRED = 2 * LANES;  // caches have whole pairs of positions: cache.py, native/decoder.py
+constexpr int64_t CHUNK = 128, PAIRED = 2 * LANES;  // caches have whole pairs of tiles: see native_decoder.py
 constexpr int MOST_HEAD_DIM = 1024;
 
 struct Pass {
@@ -769,13 +767,13 @@ struct Pass {
   int64_t batch, positions, rows;  // rows = batch * positions
   char *slots;                     // [L, 2, B, KV heads, capacity, head_dim]
   int64_t capacity;
-  const float *const *turns;  // a table [position][head_dim / 2][2] for each kind of rotary embedding
+  const float *const *turns;  // rotary tables [position][head_dim / 2][2] (cos, sin), one for each kind of embedding
   Team &team;
   int thread, threads;
   float *qkv, *attended, *gate_up, *projected;
-  float *partial;  // [B, KV heads, chunks, queries, head_dim + 2] where threads share chunks, else null
-  int64_t chunks;  // of positions, of the longest sequence
-  char *inputs, *gated;  // [rows, stride]: of a product, and of `down`
+  float *partial;  // split-KV: [B, KV heads, chunks, queries, head_dim + 2], else null
+  int64_t chunks;  // of the longest sequence
+  char *inputs, *gated;  // [rows, stride]: inputs of a product, and of `down`
 
   int64_t position(int64_t row) const { return lengths[row / positions] + row % positions; }
   int64_t element() const { return m.cache_kind == FLOAT32 ? 4 : 2; }
@@ -783,7 +781,7 @@ struct Pass {
     return slots + (((layer * 2 + which) * batch + b) * m.kv_heads + head) * capacity * m.head_dim * element();
   }
 
-  // The inputs of a product, prepared by all threads together. `source(row)` gives what `encode` reads.
+  // Encodes the inputs of a product with all threads. `source(row)` returns the argument of `encode`.
   template <class Source>
   void prepare(const Matrix &w, Source source) const {
     const int64_t groups = (w.in + GROUP - 1) / GROUP, stride = input_stride(w.kind, w.in);
@@ -808,8 +806,8 @@ struct Pass {
     team.wait(threads);
   }
 
-  // The inputs of `next`: activate(gate) * up, both parts of w's product. A thread has the gate and the
-  // up of the same numbers, so that nobody waits for another's.
+  // The inputs of `next`: activate(gate) * up, both parts of w's product. Each thread computes gate and up
+  // of the same columns, so that no barrier is needed between them.
   void multiply_gated(const Matrix &w, const Matrix &next) const {
     const int64_t ffn = m.ffn, up = ffn / LANES, stride = input_stride(next.kind, ffn);
     const Share mine = share(ffn / GROUP, thread, threads);
@@ -827,7 +825,7 @@ struct Pass {
     team.wait(threads);
   }
 
-  // x += product, with a norm between where there is one
+  // x += product, normed if the layer has a post norm
   void add_product(const Matrix &w, const char *inputs, const float *post_norm) const {
     const int64_t n = m.hidden;
     if (post_norm) {
@@ -847,10 +845,10 @@ struct Pass {
     team.wait(threads);
   }
 
-  // Queries and keys are normed and turned, keys and values go into the cache.
+  // Applies QK norm and rotary embedding, and writes keys and values into the cache.
   void place(const Layer &layer, int64_t index) const {
     const int64_t hd = m.head_dim, all = m.heads + 2 * m.kv_heads;
-    // Head by head, not row by row: most of a head was multiplied by the thread that places it.
+    // Head by head, not row by row: most of a head was computed by the thread that writes it.
     const Share mine = share(all * rows, thread, threads);
     for (int64_t head = mine.first / rows; head * rows < mine.last; head++) {
       const int64_t first = mine.first > head * rows ? mine.first - head * rows : 0;
@@ -862,7 +860,7 @@ struct Pass {
         if (head >= m.heads + m.kv_heads) {
           put_value(slot(index, 1, b, head - m.heads - m.kv_heads), v, at);
         } else if (head >= m.heads) {
-          if (!fits_cache(v + m.kv_heads * hd)) v[0] = NAN;  // the values that belong to the key
+          if (!fits_cache(v + m.kv_heads * hd)) v[0] = NAN;  // the values of this key
           put_key(slot(index, 0, b, head - m.heads), v, at);
         }
       }
@@ -887,12 +885,13 @@ struct Pass {
     }
   }
 
-  // Whether values are finite in the cache. Where they are not, as of a draft to be rejected, it has 0 in their
-  // place and NaN in the key: queries that see the position get NaN, others never 0 times infinity.
+  // Returns whether values are finite in the cache's type. If not, as in a draft that will be rejected, the
+  // cache gets 0 instead and NaN in the key: queries that attend to the position get NaN, all others never
+  // compute 0 times Inf.
   bool fits_cache(const float *v) const {
     Ints most{};
     for (int64_t k = 0; k < m.head_dim; k += WIDTH) most = larger(most, magnitude(load<Vec>(v + k)));
-    return maximum(most) < (m.cache_kind == FLOAT32 ? 0x7f800000 : 0x7f7f8000);  // rounded, this is infinite
+    return maximum(most) < (m.cache_kind == FLOAT32 ? 0x7f800000 : 0x7f7f8000);  // rounds to Inf
   }
 
   void put_key(char *keys, const float *v, int64_t at) const {
@@ -925,8 +924,8 @@ struct Pass {
     }
   }
 
-  // Queries of one sequence that share keys and values are answered together, some at a time. Where
-  // there are few of them, threads share the positions too: each reads its part of them once, in order.
+  // Queries of one sequence that share keys and values (GQA) are processed together, some at a time. If
+  // there are few, threads also split the positions (split-KV, flash-decoding), each reading its part once.
   void attend(const Layer &layer, int64_t index) const {
     const int64_t hd = m.head_dim, groups = m.heads / m.kv_heads, queries = positions * groups;
     const int64_t blocks = (queries + TOGETHER - 1) / TOGETHER, of_one = queries * (hd + 2);
@@ -945,10 +944,10 @@ struct Pass {
       }
     } else {
       const int64_t first = first_chunk(layer), reached = chunks - first;
-      // Blocks of a chunk go to one thread, unless there are so few chunks that some thread would idle.
+      // All blocks of a chunk go to one thread, unless some thread would be idle then.
       const int64_t splits = batch * m.kv_heads * reached < 4 * threads ? blocks : 1, at_once = blocks / splits;
       const int64_t units = batch * m.kv_heads * reached * splits;
-      // Of several sequences in turns, since chunks that one does not reach are no work.
+      // Interleaves sequences, since chunks beyond the end of a sequence are no work.
       const bool in_turns = batch > 1;
       const Share mine = in_turns ? Share{thread, units} : share(units, thread, threads);
       for (int64_t i = mine.first; i < mine.last; i += in_turns ? threads : 1) {
@@ -973,14 +972,14 @@ struct Pass {
     team.wait(threads);
   }
 
-  // Into the second cache.
+  // Prefetches into L2.
   void fetch_keys(int64_t index, int64_t b, int64_t kv, int64_t chunk) const {
     const int64_t bytes = CHUNK * m.head_dim * element();
     const char *keys = slot(index, 0, b, kv) + chunk * bytes;
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(keys + at, 0, 2);
   }
 
-  // Query q of those that share head kv of sequence b: all heads of one position follow one another.
+  // Query q of those that share head kv of sequence b; ordered by position, then head.
   int64_t query_row(int64_t b, int64_t q) const { return b * positions + q / (m.heads / m.kv_heads); }
   int64_t query_head(int64_t kv, int64_t q) const {
     const int64_t groups = m.heads / m.kv_heads;
@@ -990,8 +989,8 @@ struct Pass {
     return attended + (query_row(b, q) * m.heads + query_head(kv, q)) * m.head_dim;
   }
 
-  // A query's softmax over some positions after others: part = the values' sum with the weights
-  // e^(score - top), then top, then the sum of the weights.
+  // Accumulator of the online softmax of a query: part = the sum of values with the weights
+  // e^(score - maximum), then the maximum, then the sum of the weights.
   struct Joined {
     float *out;
     float top, total;
@@ -1001,7 +1000,7 @@ struct Pass {
       memset(out, 0, hd * sizeof(float));
     }
     void take(const float *part, int64_t hd) {
-      if (part[hd + 1] == 0) return;  // nothing was seen there
+      if (part[hd + 1] == 0) return;  // no position attended to
       const float highest = part[hd] > top ? part[hd] : top;
       const float before = std::exp(top - highest), here = std::exp(part[hd] - highest);
       for (int64_t k = 0; k < hd; k += WIDTH)
@@ -1022,13 +1021,13 @@ struct Pass {
       answer<BFLOAT16>(layer, index, b, kv, some, chunk, parts);
   }
 
-  // Numbers that hold a query's weights of a chunk: two weights each where pairs are multiplied.
+  // Floats that hold a query's weights of a chunk: two weights each if pairs of bfloat16 are multiplied.
   template <int KIND>
   static constexpr int64_t weights_of() {
     return KIND == BFLOAT16 && PAIRS ? CHUNK / 2 : CHUNK;
   }
 
-  // The parts of some queries: softmax(q K / sqrt(head_dim)) V over one chunk of positions.
+  // Partial results of some queries: softmax(q K / sqrt(head_dim)) V over one chunk of positions.
   template <int KIND>
   void answer(const Layer &layer, int64_t index, int64_t b, int64_t kv, const Share &some, int64_t chunk,
               float *parts) const {
@@ -1050,8 +1049,8 @@ struct Pass {
     const float scale = 1.0f / std::sqrt((float)hd);
     float *from_first = scores + (first * LANES - start);
     multiply(keys, 0, last - first, queries, n, {from_first, CHUNK, keys.out, false, scale, nullptr});
-    if (FETCHES_KEYS && partial) fetch_keys(index, b, kv, chunk + 1);  // a prompt's are near as they are
-    // Values are taken in whole pairs, or tiles, of positions: what is not seen weighs 0.
+    if (FETCHES_KEYS && partial) fetch_keys(index, b, kv, chunk + 1);  // those of a prompt are in the cache already
+    // Values are read in whole pairs or tiles of positions: masked positions have the weight 0.
     const Seen whole{all.begin / PAIRED * PAIRED - start, (all.end + PAIRED - 1) / PAIRED * PAIRED - start};
     const char *values = slot(index, 1, b, kv) + start * hd * element();
     constexpr int64_t of_query = weights_of<KIND>();
@@ -1080,21 +1079,21 @@ struct Pass {
     }
     Seen from(int64_t start) const { return {begin - start, end - start}; }
   };
-  // The first chunk that any row sees.
+  // The first chunk that any row attends to.
   int64_t first_chunk(const Layer &layer) const {
     int64_t shortest = lengths[0];
     for (int64_t b = 1; b < batch; b++) shortest = lengths[b] < shortest ? lengths[b] : shortest;
     return layer.window && shortest >= layer.window ? (shortest + 1 - layer.window) / CHUNK : 0;
   }
-  // Those that a row of sequence b sees in a chunk.
+  // The positions of a chunk that a row of sequence b attends to.
   Seen seen(const Layer &layer, int64_t b, int64_t row, int64_t chunk) const {
     const int64_t end = lengths[b] + row + 1, begin = layer.window && end > layer.window ? end - layer.window : 0;
     const int64_t start = chunk * CHUNK, stop = start + CHUNK;
     return {begin > start ? begin : start, end < stop ? end : stop};
   }
 
-  // Scores over `whole` to weights e^(score - top), 0 where nothing is seen; then top and their sum. Where
-  // pairs are multiplied they are in bfloat16, and the sum is of these.
+  // Turns the scores of `whole` into weights e^(score - maximum), 0 where masked, and sets maximum and sum.
+  // If pairs of bfloat16 are multiplied, the weights are rounded to bfloat16 before they are summed.
   template <int KIND>
   void soften(float *scores, float *weights, Seen whole, Seen seen, float *top_and_total) const {
     if (seen.end < seen.begin) seen.end = seen.begin = whole.begin;
@@ -1118,7 +1117,7 @@ struct Pass {
     top_and_total[0] = top, top_and_total[1] = sum(total);
   }
 
-  // The weighted sums of values, of the first of n queries.
+  // The weighted sums of values, for the first of n queries.
   template <int KIND, int Q>
   void weigh_values(const char *values, Seen whole, int64_t n, const float *weights, float *parts) const {
     if constexpr (Q > 0) {
@@ -1127,7 +1126,7 @@ struct Pass {
     }
   }
 
-  // Of Q queries, all vectors of outputs from one on, in tiles of nearly the same width.
+  // For Q queries, all output vectors from one on, in tiles of nearly equal width.
   template <int KIND, int Q, int N>
   void weigh_outputs(const char *values, Seen whole, const float *weights, float *parts, int64_t first) const {
     if constexpr (N > 0) {
@@ -1139,10 +1138,10 @@ struct Pass {
     }
   }
 
-  // Of Q queries, N vectors of outputs
+  // For Q queries, N output vectors
   template <int KIND, int Q, int N>
   void weigh(const char *values, Seen whole, int64_t k, const float *weights, float *parts) const {
-    // With sums in all registers, pairs are read twice, as weights are.
+    // With accumulators in all registers, pairs are read twice, as in `multiply`.
     constexpr bool full = Q * N == TILES;
     Vec sums[Q][N];
 #pragma GCC unroll 16
@@ -1213,7 +1212,7 @@ struct Pass {
   }
 };
 
-// Rows of norm(x) as a product wants them, some by each thread.
+// Encodes rows of norm(x) as inputs of a product, some by each thread.
 inline void encode_normed(const Matrix &w, const float *norm, float eps, const float *x, int64_t rows,
                           char *inputs, int thread, int threads) {
   const Share mine = share(rows, thread, threads);
@@ -1223,17 +1222,17 @@ inline void encode_normed(const Matrix &w, const float *norm, float eps, const f
   }
 }
 
-// ---- choice -------------------------------------------------------------------------------------
+// ---- argmax -------------------------------------------------------------------------------------
 
-constexpr int64_t NEAR = 1024;  // outputs that are looked at while they are in the near cache
+constexpr int64_t NEAR = 1024;  // outputs that are reduced while they are in L1 or L2
 
-// The highest of some numbers, the first of them, and the sum of e^(number - highest).
+// The maximum of some outputs, its first index, and the sum of e^(output - maximum) (online softmax).
 struct Best {
   float top = -INFINITY;
   int64_t at = 0;
   float total = 0;
 
-  // What follows these, `from` on
+  // Merges the accumulator of the outputs from `from` on
   void take(const Best &next, int64_t from) {
     if (next.top > top || total == 0) {
       const float less = total == 0 ? 0 : std::exp(top - next.top);
@@ -1244,7 +1243,7 @@ struct Best {
   }
 };
 
-// Where the highest is, is looked for if it is above what is known already.
+// Searches for the index of the maximum only if it exceeds the maximum so far.
 inline Best best_of(const float *v, int64_t n, bool sums, float known) {
   Vec most = spread(-INFINITY), total{};
   int64_t k = 0;
@@ -1261,7 +1260,7 @@ inline Best best_of(const float *v, int64_t n, bool sums, float known) {
   return best;
 }
 
-// What the work returns, 0 if nothing, or 1 where there is not enough memory.
+// Returns the result of the work, 0 if it returns none, or 1 if there is not enough memory.
 template <class F>
 int status_of(F work) {
   try {
@@ -1276,8 +1275,8 @@ int status_of(F work) {
   }
 }
 
-// The one memory of a pass that grows with the context: each thread that calls keeps its own from pass to
-// pass, with room to spare, so that decoding on does not allocate.
+// The only memory of a pass that grows with the context: each calling thread keeps its own between passes,
+// with spare capacity, so that decoding does not allocate.
 float *partial_sums(int64_t n) {
   thread_local std::unique_ptr<Buffer<float>> kept;
   thread_local int64_t room = 0;
@@ -1369,112 +1368,7 @@ void choose(const Matrix *const *parts, int64_t n_parts, const float *norm, floa
   }
 }
 
-constexpr int64_t BLOCK = 256;  // outputs that are weighed, and drawn from, together
-
-// The highest of a row, or of a block of it, and the sum of e^((output - highest) / temperature).
-struct Weight {
-  float top, total;
-};
-
-inline Weight weigh(const float *v, int64_t n, float temperature) {
-  const float top = best_of(v, n, false, INFINITY).top;
-  Vec totals{};
-  int64_t k = 0;
-  for (; k + WIDTH <= n; k += WIDTH) totals += exponential((load<Vec>(v + k) - top) / temperature);
-  float total = sum(totals);
-  for (; k < n; k++) total += std::exp((v[k] - top) / temperature);
-  return {top, total};
-}
-
-void sizes_of(const Matrix *const *parts, int64_t n_parts, int64_t &width, int64_t &n_blocks) {
-  width = n_blocks = 0;
-  for (int64_t part = 0; part < n_parts; width += parts[part++]->out)
-    n_blocks += (parts[part]->out + BLOCK - 1) / BLOCK;
-}
-
-// The outputs of rows as they are, and what each block of them weighs in the whole row's terms.
-void soften(const Matrix *const *parts, int64_t n_parts, const float *norm, float eps, const float *x, int64_t rows,
-            float temperature, float *out, float *blocks, Weight *whole, int threads) {
-  const Buffer<char> inputs(rows * input_stride(parts[0]->kind, parts[0]->in));
-  int64_t width, n_blocks;
-  sizes_of(parts, n_parts, width, n_blocks);
-  const Buffer<Weight> weights(rows * n_blocks);
-  Team team;
-#pragma omp parallel num_threads(threads)
-  {
-    const int thread = omp_get_thread_num(), size = omp_get_num_threads();
-    encode_normed(*parts[0], norm, eps, x, rows, inputs.get(), thread, size);
-    team.wait(size);
-    int64_t before = 0, block = 0;
-    for (int64_t part = 0; part < n_parts; before += parts[part++]->out) {
-      const Matrix &w = *parts[part];
-      const int64_t of_part = (w.out + BLOCK - 1) / BLOCK;
-      const Share mine = share(of_part, thread, size);
-      for (int64_t i = mine.first; i < mine.last; i++) {
-        const int64_t first = i * BLOCK, n = w.out - first < BLOCK ? w.out - first : BLOCK;
-        const Matrix from = from_panel(w, first / LANES);
-        float *to = out + before + first;
-        multiply(from, 0, (n + LANES - 1) / LANES, inputs.get(), rows, {to, width, from.out, false, 1.0f, from.bias});
-        for (int64_t row = 0; row < rows; row++)
-          weights.get()[row * n_blocks + block + i] = weigh(to + row * width, n, temperature);
-      }
-      block += of_part;
-    }
-  }
-  for (int64_t row = 0; row < rows; row++) {
-    const Weight *const from = weights.get() + row * n_blocks;
-    Weight all{-INFINITY, 0};
-    for (int64_t i = 0; i < n_blocks; i++) all.top = from[i].top > all.top ? from[i].top : all.top;
-    for (int64_t i = 0; i < n_blocks; i++)
-      all.total += blocks[row * n_blocks + i] = from[i].total * std::exp((from[i].top - all.top) / temperature);
-    whole[row] = all;
-  }
-}
-
-// Which of n weights, added up, passes a share of the whole; the share becomes that of the one found. -1: none.
-template <class F>
-int64_t passed(int64_t n, F weight, double &share) {
-  double whole = 0, before = 0;
-  for (int64_t i = 0; i < n; i++) whole += weight(i);
-  if (!(whole > 0)) return -1;
-  int64_t last = -1;  // that weighs anything: where rounding leaves none that passes
-  for (int64_t i = 0; i < n; i++) {
-    const double own = weight(i);
-    if (!(own > 0)) continue;
-    last = i;
-    if (before + own > share * whole) {
-      share = (share * whole - before) / own;
-      return i;
-    }
-    before += own;
-  }
-  share = 1;
-  return last;
-}
-
-// The output of a row where the weights, added up, pass a share of the whole; -1 where they are no numbers.
-int64_t draw(const Matrix *const *parts, int64_t n_parts, const float *v, const float *blocks, float top,
-             float temperature, double share) {
-  int64_t width, n_blocks, first = 0;
-  sizes_of(parts, n_parts, width, n_blocks);
-  int64_t block = passed(n_blocks, [=](int64_t i) { return blocks[i]; }, share);
-  if (block < 0) return -1;
-  for (int64_t part = 0; part < n_parts; first += parts[part++]->out) {
-    const int64_t left = parts[part]->out - block * BLOCK;
-    if (left > 0) {
-      const int64_t n = left < BLOCK ? left : BLOCK;
-      first += block * BLOCK;
-      float weights[BLOCK];
-      for (int64_t k = 0; k < n; k++) weights[k] = std::exp((v[first + k] - top) / temperature);
-      const int64_t at = passed(n, [&](int64_t i) { return weights[i]; }, share);
-      return at < 0 ? -1 : first + at;
-    }
-    block -= (parts[part]->out + BLOCK - 1) / BLOCK;
-  }
-  return -1;
-}
-
-// What some rows of the matrix stand for. Whether all are there.
+// Dequantizes rows of the matrix. Returns whether all indices are inside.
 bool look_up(const Matrix &w, const int64_t *index, int64_t n, float *out) {
   const int64_t in = w.in, groups = in / GROUP;
   for (int64_t i = 0; i < n; i++)
@@ -1509,80 +1403,45 @@ bool look_up(const Matrix &w, const int64_t *index, int64_t n, float *out) {
 
 extern "C" {
 
-// Layers [start, stop) over `positions` rows of each of `batch` sequences, behind `lengths` settled ones.
+// Layers [start, stop) over `positions` rows of each of `batch` sequences, after `lengths` positions in the cache.
 int layerskip_run(const Model *m, const float *hidden, float *x, const int64_t *lengths, int64_t batch,
                    int64_t positions, int64_t start, int64_t stop, void *slots, int64_t capacity,
                    const float *const *turns, int threads) {
   return status_of([=] { run(m, hidden, x, lengths, batch, positions, start, stop, slots, capacity, turns, threads); });
 }
 
-// out [rows, w.out] = norm(x) times the matrix; a null norm is none.
+// out [rows, w.out] = norm(x) times the matrix; null: no norm.
 int layerskip_product(const Matrix *w, const float *norm, float eps, const float *x, int64_t rows,
                        float *out, int threads) {
   return status_of([=] { product(w, norm, eps, x, rows, out, threads); });
 }
 
-// Which output of each row is the highest, the first of them, and its softmax probability (or null): of
-// norm(x) times some matrices of the same kind, whose outputs are numbered on from one to the next.
+// The argmax (the first) of each row and its softmax probability (or null) of norm(x) times matrices of the
+// same type, whose outputs are numbered consecutively.
 int layerskip_choose(const Matrix *const *parts, int64_t n_parts, const float *norm, float eps, const float *x,
                       int64_t rows, int64_t *chosen, float *probabilities, int threads) {
   return status_of([=] { choose(parts, n_parts, norm, eps, x, rows, chosen, probabilities, threads); });
 }
 
-// For a softmax by a temperature above 0 of norm(x) times some matrices: out [rows, all outputs], the outputs; blocks
-// [rows, blocks], the sums of e^((output - highest) / temperature) over 256 of a matrix's outputs at a time; whole
-// [rows, 2], a row's highest output and the sum over all.
-int layerskip_soften(const Matrix *const *parts, int64_t n_parts, const float *norm, float eps, const float *x,
-                      int64_t rows, float temperature, float *out, float *blocks, float *whole, int threads) {
-  return status_of(
-      [=] { soften(parts, n_parts, norm, eps, x, rows, temperature, out, blocks, (Weight *)whole, threads); });
-}
-
-// Of one row of what `layerskip_soften` found: the output where the probabilities, added up, pass a share of the
-// whole; -1 where they are no numbers.
-int64_t layerskip_draw(const Matrix *const *parts, int64_t n_parts, const float *outputs, const float *blocks,
-                       float highest, float temperature, double share) {
-  return draw(parts, n_parts, outputs, blocks, highest, temperature, share);
-}
-
-// Positions of each sequence through layers [start, stop), and what the exit then chooses from all rows behind the
-// first `unscored`. Where there is an embedding their tokens are looked up in it first, which fills in the hidden
-// states; 2 where a token is not there. Where there are shares, what the exit draws there instead: outputs, blocks and
-// whole are filled in as by `layerskip_soften`, drawn is as of `layerskip_draw`, and probabilities are the highest. Where
-// nothing can be drawn, the first output is chosen.
+// One step: positions of each sequence through layers [start, stop), then the argmax of the exit's outputs for all
+// rows but the first `unscored`, and its softmax probability (or null). With an embedding, tokens are looked up first,
+// which fills in the hidden states; returns 2 for a token outside of the vocabulary.
 int layerskip_step(const Model *m, const Matrix *embedding, const int64_t *tokens, float *hidden, float *x,
                     const int64_t *lengths, int64_t batch, int64_t positions, int64_t start, int64_t stop, void *slots,
                     int64_t capacity, const float *const *turns, int64_t unscored, const Matrix *const *parts,
-                    int64_t n_parts, const float *norm, const int64_t *token_ids, int64_t *chosen,
-                    float *probabilities, const double *shares, float temperature, float *outputs, float *blocks,
-                    float *whole, int64_t *drawn, int threads) {
+                    int64_t n_parts, const float *norm, int64_t *chosen, float *probabilities, int threads) {
   return status_of([=] {
     if (embedding && !look_up(*embedding, tokens, batch * positions, hidden)) return 2;
     run(m, hidden, x, lengths, batch, positions, start, stop, slots, capacity, turns, threads);
     const int64_t rows = batch * positions - unscored;
-    const float *scored = x + unscored * m->hidden;
-    if (shares) {
-      soften(parts, n_parts, norm, m->eps, scored, rows, temperature, outputs, blocks, (Weight *)whole, threads);
-      int64_t width, n_blocks;
-      sizes_of(parts, n_parts, width, n_blocks);
-      for (int64_t row = 0; row < rows; row++) {
-        drawn[row] = draw(parts, n_parts, outputs + row * width, blocks + row * n_blocks, whole[2 * row], temperature,
-                          shares[row]);
-        chosen[row] = drawn[row] < 0 ? 0 : drawn[row];
-        if (probabilities) probabilities[row] = 1.0f / whole[2 * row + 1];
-      }
-    } else {
-      choose(parts, n_parts, norm, m->eps, scored, rows, chosen, probabilities, threads);
-    }
-    if (token_ids)
-      for (int64_t row = 0; row < rows; row++) chosen[row] = token_ids[chosen[row]];
+    choose(parts, n_parts, norm, m->eps, x + unscored * m->hidden, rows, chosen, probabilities, threads);
     return 0;
   });
 }
 
-// out [n, w.in]: what some rows of the matrix stand for, as an embedding looks them up. Whether all are there.
+// out [n, w.in]: rows of the matrix, as of an embedding. Returns whether all indices are inside.
 int layerskip_rows(const Matrix *w, const int64_t *index, int64_t n, float *out) { return look_up(*w, index, n, out); }
 
-// As many as this process may run on. A thread that OpenMP has bound to one of them would see that one alone.
+// The processors that this process may run on; a thread that OpenMP has bound to one would see that one alone.
 int layerskip_processors() { return omp_get_num_procs(); }
 }

@@ -60,8 +60,8 @@ class ModelStruct(ctypes.Structure):
     )
 
 
-class HeldLayer:
-    """One layer's vectors in float32, kept for the kernels."""
+class NativeLayer:
+    """One layer's parts as the kernels read them, norms in float32."""
 
     def __init__(self, layer: Layer) -> None:
         norms = (
@@ -78,31 +78,23 @@ class HeldLayer:
         self._matrices = [product for product in products if isinstance(product, PackedMatrix)]
 
     def struct(self, window: int, rope: int) -> LayerStruct:
-        """Where the layer's parts are; valid as long as it lives."""
+        """Return pointers to the layer's parts, valid as long as this object lives."""
         pointers = [None if w is None else w.data_ptr() for w in self._weights]
         return LayerStruct(*pointers, window, rope, *(m.struct for m in self._matrices))
 
 
 def weight_of(norm: object) -> Tensor:
-    """A norm's weights as the kernels read them."""
+    """Return a norm's weights as the kernels read them."""
     assert isinstance(norm, RMSNorm | HeadNorm)
     return norm.weight.float().contiguous()
 
 
-_NO_SAMPLING = (
-    None,
-    0.0,
-    None,
-    None,
-    None,
-    None,
-)  # arguments of `layerskip_step` for a greedy choice
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _WIDEST_HEAD = 1024
 
 
 def supports(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels know everything that this architecture has."""
+    """Return whether the kernels support every part of this architecture."""
     a, family = architecture, FAMILIES[architecture.family]
     widths = (a.hidden_size, a.ffn_size, a.n_heads * a.head_dim)
     return (
@@ -121,10 +113,11 @@ def supports(architecture: Architecture, dtype: torch.dtype, device: torch.devic
 
 
 class NativeDecoder(Decoder):
-    """The same decoder, whose results do not depend on how many positions a pass has.
+    """A decoder whose layers are one call of compiled kernels, with batch-invariant results.
 
-    Its parts are `PackedMatrix` and RMS norms, as `supports` makes sure; hidden states and logits are
-    float32. The keys of its cache are laid out in panels, which nobody else can read.
+    Bits do not depend on the number of positions in a pass. Its parts are `PackedMatrix` and RMS norms
+    (see `supports`); hidden states and logits are float32. The keys of its cache are packed for the
+    kernels.
     """
 
     kernels = "compiled"
@@ -134,10 +127,10 @@ class NativeDecoder(Decoder):
         super().__init__(architecture, layers=layers, **parts)
         a = architecture
         self._library = library()
-        self._held = [HeldLayer(layer) for layer in layers]
-        described = zip(self._held, a.sliding_windows, self.rotary.kinds, strict=True)
+        self._native_layers = [NativeLayer(layer) for layer in layers]
+        described = zip(self._native_layers, a.sliding_windows, self.rotary.kinds, strict=True)
         self._structs = (LayerStruct * len(layers))(
-            *(held.struct(window or 0, kind) for held, window, kind in described)
+            *(layer.struct(window or 0, kind) for layer, window, kind in described)
         )
         self._model = ModelStruct(
             *(a.hidden_size, a.n_heads, a.n_kv_heads, a.head_dim, a.ffn_size, a.norm_eps),
@@ -149,10 +142,10 @@ class NativeDecoder(Decoder):
         self._model_pointer = ctypes.addressof(self._model)
         self._final_norm_weight = weight_of(self.final_norm)
         self._pointers: tuple[tuple[Matrix, ...], ctypes.Array[ctypes.c_void_p]] | None = None
-        self._turns: _Turns | None = None  # of the last cache's capacity
+        self._tables: _RotaryTables | None = None  # for the capacity of the last cache
 
     def new_cache(self, capacity: int, batch_size: int = 1) -> KVCache:
-        """See `Decoder`; its slots are whole tiles of positions."""
+        """See `Decoder`; its slots are a multiple of the kernels' tiles."""
         cache = super().new_cache(-(-capacity // (2 * LANES)) * 2 * LANES, batch_size)
         cache.capacity = capacity  # by which LongRoPE chooses its factors
         return cache
@@ -166,7 +159,7 @@ class NativeDecoder(Decoder):
         self._check_fit(b, t, cache)
         hidden = readable(hidden.reshape(b * t, d), self.architecture.hidden_size)
         out = torch.empty_like(hidden)
-        turns = self._turn_tables(cache.capacity)
+        tables = self._rotary_tables(cache.capacity)
         self._library.layerskip_run(
             self._model_pointer,
             hidden.data_ptr(),
@@ -175,7 +168,7 @@ class NativeDecoder(Decoder):
             *(b, t, start, stop),
             cache.slots.data_ptr(),
             cache.slots.shape[-2],
-            turns.pointers,
+            tables.pointers,
             num_threads_to_use(self._narrowest),
         )
         return out.view(b, t, d)
@@ -186,12 +179,12 @@ class NativeDecoder(Decoder):
         norm, eps = self._final_norm_weight, self.architecture.norm_eps
         rows = hidden.reshape(b * t, d)
         threads = num_threads_to_use(self._narrowest)
-        products = [head.normed_product(rows, norm, eps, threads) for head in self._panels]
+        products = [head.normed_product(rows, norm, eps, threads) for head in self._packed_heads]
         return self._capped([product.view(b, t, product.shape[1]) for product in products])
 
     def greedy_tokens(self, hidden: Tensor) -> Tensor:
         """See `Decoder`; no logits are written to memory."""
-        if self.architecture.logit_cap is not None:  # which can make two of them equal
+        if self.architecture.logit_cap is not None:  # which can make two logits equal
             return super().greedy_tokens(hidden)
         b, t, d = hidden.shape
         norm, eps = self._final_norm_weight, self.architecture.norm_eps
@@ -212,30 +205,30 @@ class NativeDecoder(Decoder):
             return super().greedy_step(tokens, stop, cache, with_confidence=with_confidence)
         self._check_layers(0, stop)
         self._check_fit(b, t, cache)
-        tokens, embedded = self._entering(tokens)
+        tokens, embedded = self._embedded(tokens)
         hidden = torch.empty_like(embedded)
         chosen = torch.empty(b, 1, dtype=torch.int64, device="cpu")
         confidence = torch.empty(b, **FLOATS) if with_confidence else None
-        heads, turns = self._head_pointers(), self._turn_tables(cache.capacity)
+        heads, tables = self._head_pointers(), self._rotary_tables(cache.capacity)
         self._library.layerskip_step(
             *(self._model_pointer, self._embedding, tokens.data_ptr()),
             *(embedded.data_ptr(), hidden.data_ptr(), cache.lengths.data_ptr(), b, t),
-            *(0, stop, cache.slots.data_ptr(), cache.slots.shape[-2], turns.pointers),
-            *(t - 1, heads, len(heads), self._final_norm_weight.data_ptr(), None),
-            *(chosen.data_ptr(), None if confidence is None else confidence.data_ptr()),
-            *(*_NO_SAMPLING, num_threads_to_use(self._narrowest)),
+            *(0, stop, cache.slots.data_ptr(), cache.slots.shape[-2], tables.pointers),
+            *(t - 1, heads, len(heads), self._final_norm_weight.data_ptr(), chosen.data_ptr()),
+            None if confidence is None else confidence.data_ptr(),
+            num_threads_to_use(self._narrowest),
         )
         return hidden, chosen, 1.0 if confidence is None else float(confidence[0])
 
-    def _entering(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B, T] as the kernels read them, and hidden states, which those look up if they can."""
+    def _embedded(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens [B, T] and their embeddings, or memory that the kernels look these up into."""
         if self._embedding is None:
             return tokens, self.embed(tokens).float()
         tokens = tokens.to("cpu", torch.int64).contiguous()
         return tokens, torch.empty(*tokens.shape, self.architecture.hidden_size, **FLOATS)
 
     def _check_fit(self, rows: int, n: int, cache: KVCache) -> None:
-        """Raise ValueError where C would reach beyond the cache: n positions more of so many rows."""
+        """Raise ValueError where the kernels would write beyond the cache, with n positions more."""
         a, slots, lengths = self.architecture, cache.slots, cache.lengths
         if rows != len(lengths):
             raise ValueError(f"the KV cache has {len(lengths)} rows, {rows} are given")
@@ -244,41 +237,43 @@ class NativeDecoder(Decoder):
             slots.shape != (a.n_layers, 2, rows, a.n_kv_heads, room, a.head_dim)
             or room % (2 * LANES)
             or room < cache.capacity
-            or not _is_laid_out(slots, self.dtype)
-            or not _is_laid_out(lengths, torch.int64)
+            or not _is_contiguous(slots, self.dtype)
+            or not _is_contiguous(lengths, torch.int64)
         ):
             raise ValueError("the KV cache is not one of this decoder's `new_cache`")
         cache.check_room(n)
 
     def _head_pointers(self) -> ctypes.Array[ctypes.c_void_p]:
-        if self._pointers is None or self._pointers[0] is not self.heads:  # a copy has others
-            self._pointers = self.heads, pointers_to(self._panels)
+        if (
+            self._pointers is None or self._pointers[0] is not self.heads
+        ):  # a copy with a reduced head
+            self._pointers = self.heads, pointers_to(self._packed_heads)
         return self._pointers[1]
 
     @property
-    def _panels(self) -> list[PackedMatrix]:
+    def _packed_heads(self) -> list[PackedMatrix]:
         return [head for head in self.heads if isinstance(head, PackedMatrix)]
 
-    def _turn_tables(self, capacity: int) -> "_Turns":
-        """For each kind of rotary embedding the turns of every position of the cache.
+    def _rotary_tables(self, capacity: int) -> "_RotaryTables":
+        """Return the rotary factors of every position of a cache, for each kind of embedding.
 
-        Whoever passes the pointers on holds these until the call is over: another thread's cache may
-        be of another capacity, and its tables take this place.
+        The caller keeps them alive during its call: another thread may replace them meanwhile.
         """
-        turns = self._turns
-        if turns is None or turns.capacity != capacity:
+        tables = self._tables
+        if tables is None or tables.capacity != capacity:
             kinds = range(self.rotary.n_kinds)
-            turns = self._turns = _Turns(capacity, [self.rotary.table(k, capacity) for k in kinds])
-        return turns
+            tables = _RotaryTables(capacity, [self.rotary.table(k, capacity) for k in kinds])
+            self._tables = tables
+        return tables
 
 
-class _Turns:
-    """The turns of every position, and where they are."""
+class _RotaryTables:
+    """Rotary factors of every position, and pointers to them."""
 
     def __init__(self, capacity: int, tables: list[Tensor]) -> None:
         self.capacity, self.tables = capacity, tables
         self.pointers = (ctypes.c_void_p * len(tables))(*(table.data_ptr() for table in tables))
 
 
-def _is_laid_out(tensor: Tensor, dtype: torch.dtype) -> bool:
+def _is_contiguous(tensor: Tensor, dtype: torch.dtype) -> bool:
     return tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()

