@@ -2,7 +2,7 @@
 
 import scripted
 
-from layerskip.decoding import streaming
+from layerskip.decoding import language_model
 from layerskip.tune import costs
 
 
@@ -32,5 +32,5 @@ class TimedDecoder(scripted.ScriptedDecoder):
 
     def keep_time(self, monkeypatch):
         """Replace the clock of answers and of measured costs with this one."""
-        for module in (costs, streaming):
+        for module in (costs, language_model):
             monkeypatch.setattr(module, "device_clock", lambda device: lambda: self.now)

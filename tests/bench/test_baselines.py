@@ -119,17 +119,17 @@ def stand_in(monkeypatch):
 
 
 def test_one_answer_a_request(stand_in):
-    with stand_in() as peer:
-        run = peer.answer(LOOKUP, [5, 6], 4)
+    with stand_in() as baseline:
+        run = baseline.answer(LOOKUP, [5, 6], 4)
         assert (run.token_ids, run.text) == ([5, 4, 2], "prompt-lookup")
         assert (run.ttft_s, run.decode_s, run.peak_memory_bytes) == (0.5, 0.25, 1)
         with pytest.raises(SystemFailedError, match="KeyError: 'no such thing'"):
-            peer.answer(PLAIN, [FAIL], 4)
-        assert peer.answer(PLAIN, [1], 4).text == "plain"  # it goes on
+            baseline.answer(PLAIN, [FAIL], 4)
+        assert baseline.answer(PLAIN, [1], 4).text == "plain"  # it goes on
         with pytest.raises(SystemFailedError, match="ended with status 3: fatal: out of luck"):
-            peer.answer(PLAIN, [CRASH], 4)
+            baseline.answer(PLAIN, [CRASH], 4)
         with pytest.raises(SystemFailedError, match="ended with status 3: fatal: out of luck"):
-            peer.answer(PLAIN, [1], 4)
+            baseline.answer(PLAIN, [1], 4)
 
 
 @pytest.mark.parametrize(
@@ -139,17 +139,17 @@ def test_one_answer_a_request(stand_in):
         (CRASH, "its process ended with status 9: chatter from below"),
     ],
 )
-def test_a_peer_that_cannot_start_is_rows_with_the_reason(stand_in, context, reason):
-    with stand_in(context=context) as peer:
-        entries = measure([peer], [[1]], max_new_tokens=2)
+def test_a_baseline_that_cannot_start_is_rows_with_the_reason(stand_in, context, reason):
+    with stand_in(context=context) as baseline:
+        entries = measure([baseline], [[1]], max_new_tokens=2)
     assert [entry.error for entry in entries] == [reason] * 2
 
 
 def test_no_module_of_the_working_folder_takes_a_packages_place(stand_in, tmp_path, monkeypatch):
     (tmp_path / "numpy.py").write_text("raise SystemExit('not numpy')")
     monkeypatch.chdir(tmp_path)
-    with stand_in() as peer:
-        assert peer.answer(PLAIN, [1], 4).text == "plain"
+    with stand_in() as baseline:
+        assert baseline.answer(PLAIN, [1], 4).text == "plain"
 
 
 # --- libraries
@@ -241,7 +241,7 @@ def start(model, folder, names, context=32, ignore_eos=True):
     )
 
 
-def test_a_peer_that_is_not_installed_says_how_to_install_it(folder, model, monkeypatch):
+def test_a_baseline_that_is_not_installed_says_how_to_install_it(folder, model, monkeypatch):
     missing = dataclasses.replace(BASELINES["llama.cpp"], package="no_such_package")
     monkeypatch.setitem(BASELINES, "llama.cpp", missing)
     with start(model, folder, ["llama.cpp"]) as baselines:
@@ -268,10 +268,10 @@ def test_llama_cpp_counts_its_rounds_and_ends_by_our_rules(ignore_eos, tmp_path)
     model = LayerSkipModel.from_pretrained(tmp_path, dtype="float32")
     ours = model.generate(prompt, mode="plain", max_new_tokens=60, ignore_eos=ignore_eos).token_ids
     assert (ours.count(23) > 1) == ignore_eos
-    with start(model, tmp_path, ["llama.cpp"], context=64, ignore_eos=ignore_eos) as (peer,):
-        assert "AVX" in peer.build or "NEON" in peer.build
-        for setting in peer.settings:
-            run = peer.answer(setting, prompt, 60)
+    with start(model, tmp_path, ["llama.cpp"], context=64, ignore_eos=ignore_eos) as (baseline,):
+        assert "AVX" in baseline.build or "NEON" in baseline.build
+        for setting in baseline.settings:
+            run = baseline.answer(setting, prompt, 60)
             assert run.token_ids == ours, setting
             assert run.text == model.tokenizer.decode(ours, skip_special_tokens=True)
             rounds = [len(step.tokens) for step in run.steps]
@@ -288,14 +288,14 @@ def test_llama_cpp_gives_our_tokens(smollm2, smollm2_folder):
     """In float32, on the file that is exported of the same weights; the first tokens at least."""
     prompt = smollm2.tokenize("Once upon a time")
     ours = smollm2.generate(prompt, mode="plain", max_new_tokens=12, ignore_eos=True).token_ids
-    with start(smollm2, smollm2_folder, ["llama.cpp"]) as (peer,):
-        for setting in peer.settings:
-            run = peer.answer(setting, prompt, 12)
+    with start(smollm2, smollm2_folder, ["llama.cpp"]) as (baseline,):
+        for setting in baseline.settings:
+            run = baseline.answer(setting, prompt, 12)
             assert run.token_ids == ours, setting
             assert len(run.steps[0].tokens) == 1
 
 
-def test_a_peer_is_timed_by_the_clock_that_waits_for_the_device(folder, monkeypatch):
+def test_a_baseline_is_timed_by_the_clock_that_waits_for_the_device(folder, monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(transformers, "device_clock", lambda device: lambda: next(ticks))
     run = transformers.Engine(job(folder)).answer(PLAIN, [5, 6, 7], 4)

@@ -81,7 +81,7 @@ def test_likelihoods_of_the_whole_model_are_those_of_the_harness(model, theirs, 
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("until", [["e"], ["zz", "the"], []])
+@pytest.mark.parametrize("until", [["zz", "the"], []])
 def test_greedy_answers_are_those_of_the_harness(model, theirs, until):
     wishes = {"until": until, "max_gen_toks": 24, "do_sample": False}
     requests = instances("generate_until", [(q, wishes) for q, _ in PAIRS if q])
@@ -166,22 +166,6 @@ def test_all_rows_of_local_tasks(model, tasks):
     assert plain.to_dict()["acceptance_rate"] is None
 
 
-def test_options_of_tasks_change_what_is_asked(model, tasks):
-    def found(**changes):
-        [row] = rows_of(model, ["early-exit"], [4])
-        options = {"num_fewshot": 2, "seed": 0, **changes}
-        evaluate_tasks(model, [row], ["told_answer"], {}, include_path=tasks, **options)
-        return row.results["told_answer"]["perplexity"].value
-
-    whole = found()
-    assert found(batch_size=1) == pytest.approx(whole)
-    for changes in ({"max_length": 8}, {"apply_chat_template": True}, {"num_fewshot": 1}):
-        assert found(**changes) != pytest.approx(whole)
-    seeds = [found(seed=seed) for seed in range(4)]
-    assert seeds[0] == whole
-    assert len({*seeds}) > 1  # other examples
-
-
 def test_all_rows_are_asked_with_the_same_examples(model, tasks):
     """Early exit at the last layer is plain decoding: only other examples could tell them apart."""
     rows = rows_of(model, ["plain", "early-exit"], [4])
@@ -200,26 +184,6 @@ def test_a_template_without_a_place_for_the_system_is_asked_without_it(model, mo
     monkeypatch.setattr(model.tokenizer, "chat_template", template)
     messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
     assert ours(model, PLAIN).apply_chat_template(messages) == "<b>"
-
-
-def test_choice_is_the_likelier_text(model, tasks):
-    """Accuracy counted by hand from likelihoods of whole texts."""
-    from layerskip.bench.quality import Passage, score_passages
-
-    right = {1: 0, 4: 0}
-    for row in tiny_tasks.ROWS:
-        context = model.tokenize(f"Question: {row['question']} Answer:")
-        answers = [model.tokenize(f" {choice}") for choice in row["choices"]]
-        scores = score_passages(
-            model.decoder, [Passage((*context, *a), len(a)) for a in answers], list(right)
-        )
-        for e in right:
-            nats = [score[e].log_likelihood for score in scores]
-            right[e] += nats.index(max(nats)) == row["answer"]
-    rows = [Row(DecodingConfig(mode="early-exit", exit_layer=e), "early-exit") for e in right]
-    evaluate_tasks(model, rows, ["tiny_choice"], {}, include_path=tasks)
-    accuracies = [row.results["tiny_choice"]["acc"].value for row in rows]
-    assert accuracies == [n / len(tiny_tasks.ROWS) for n in right.values()]
 
 
 def test_options_of_generation():

@@ -29,7 +29,7 @@ def test_a_row_does_not_see_the_row_before():
     assert memory.read() < after - 32 * MIB
 
 
-def test_where_the_mark_cannot_be_reset_mark_it_is_the_process(monkeypatch):
+def test_where_the_mark_cannot_be_reset_it_is_the_process(monkeypatch):
     monkeypatch.setattr(PeakMemory, "_reset_mark", staticmethod(lambda: False))
     memory = PeakMemory(torch.device("cpu"))
     assert memory.scope == "process"

@@ -118,20 +118,6 @@ def test_table_shows_the_figures_of_the_document():
     assert len({len(line) for line in lines}) == 1
 
 
-def test_conditions_tell_processors_of_one_name_apart():
-    assert any("A Processor (AVX512)" in line for line in conditions(DOCUMENT))
-    document = copy.deepcopy(DOCUMENT)
-    document["environment"]["cpu_model"] = "family 25, model 17, stepping 1"
-    expected = "A Processor (family 25, model 17, stepping 1; AVX512)"
-    assert any(expected in line for line in conditions(document))
-
-
-def test_systems_are_named_where_there_are_several():
-    lines = table(with_peer())
-    assert column(lines, "mode")[-1] == "llama.cpp plain"
-    assert column(lines, "vs layerskip")[-1] == "0.90x"
-
-
 def test_a_terminal_shows_less_and_one_system_at_a_time():
     lines = table(with_peer(), brief_of="llama.cpp")
     assert column(lines, "mode") == ["plain"]

@@ -77,11 +77,6 @@ def test_ratio_of_totals_and_mean_of_ratios():
     assert found["speedup_mean_of_prompts_interval"] == pytest.approx([1, 2])
 
 
-def test_answers_of_other_lengths_are_compared_by_the_token():
-    """Early exit writes other answers: 20 tokens in 2 s against 5 in 1 s is twice the speed."""
-    assert comparison([[run(20, 2)]], [[run(5, 1)]])["speedup"] == pytest.approx(2)
-
-
 def test_prompts_count_with_as_many_tokens_as_plain_has():
     """0.5 s and 20 tokens in 2 s, against 0.5 s and 5 tokens in 1 s: 20 would be 4 s."""
     found = comparison([[run(5, 1)]], [[run(20, 2)]])
@@ -99,15 +94,6 @@ def test_tokens_of_a_first_step_are_counted_once():
     assert comparison(peer, plain)["speedup_with_prompt"] == pytest.approx(0.65 / 0.30)
     assert speed(peer)["tokens_per_s_with_prompt"] == pytest.approx(16 / 0.30)
     assert speed(peer)["tokens_per_s"] == pytest.approx(5 / 0.15)
-
-
-def test_an_answer_of_one_step_counts():
-    """Its first step gives all 16 tokens: 0.65 s against 0.15, beside 0.65 against 0.30."""
-    plain = [[run(15, 0.6, ttft=0.05)]] * 2
-    whole = Run(steps=(Step(tuple(range(16))),), text="", ttft_s=0.15, decode_s=0.0)
-    parts = (Step(tuple(range(11))), *(Step((i,)) for i in range(5)))
-    peer = [[whole], [Run(steps=parts, text="", ttft_s=0.15, decode_s=0.15)]]
-    assert comparison(peer, plain)["speedup_with_prompt"] == pytest.approx(1.3 / 0.45)
 
 
 def test_the_interval_is_paired_by_prompt():
@@ -185,14 +171,6 @@ def test_drafts_that_are_not_told_have_rounds_but_no_rate():
     assert (counts["rounds"], counts["mean_accepted_length"]) == (2, 2.0)
     assert (counts["acceptance_rate"], counts["accepted_by_position"]) == (None, [])
     assert (counts["drafted"], counts["accepted"]) == (None, None)
-
-
-def test_no_draft_at_all_is_none_drafted():
-    answer = Run(steps=(Step((1,)), Step((2,)), Step((5,))), text="", ttft_s=1.0, decode_s=1.0)
-    counts = acceptance([[answer]])
-    assert (counts["drafted"], counts["accepted"], counts["acceptance_rate"]) == (0, 0, None)
-    # A peer may have drafted all the same, and none of it was right.
-    assert acceptance([[answer]], reports_drafts=False)["drafted"] is None
 
 
 def test_a_row_without_a_plain_one_has_the_same_figures():

@@ -114,11 +114,6 @@ def test_answers_of_an_earlier_tuning_are_not_searched(monkeypatch):
     assert again.datastore == (7, 8, 9, *once.datastore)
 
 
-def test_the_shortest_drafts_alone(monkeypatch):
-    tuning = tune(timed_model(monkeypatch), PROMPTS, max_new_tokens=41, max_draft_tokens=1)
-    assert {row["draft_tokens"] for row in tuning.confirmed[1:]} == {1}
-
-
 def test_plain_is_chosen_where_right_drafts_cost_too_much(monkeypatch):
     """Plain: 104 s a token. E=3, d=1: 6 + 100 to draft, 7 + 100 to verify, for two tokens."""
     model = timed_model(monkeypatch, head=100.0, row=6.0)
@@ -202,12 +197,6 @@ def test_what_was_left_out_is_told(monkeypatch):
     tuning = tune(timed_model(monkeypatch), prompts, max_new_tokens=8, max_draft_tokens=1)
     assert (tuning.prompts, tuning.skipped) == (3, 2)
     assert tuning.to_dict()["skipped"] == 2
-
-
-def test_a_prompt_longer_than_the_context_is_left_out():
-    decoder = scripted.ScriptedDecoder(range(9), max_context=400)
-    with pytest.raises(ValueError, match="1 of 2 prompts fit into the context"):
-        tune(model_of(decoder), [[1], [1] * 500])
 
 
 @pytest.mark.parametrize("option", [{"max_new_tokens": 1}, {"max_draft_tokens": 0}])

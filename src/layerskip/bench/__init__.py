@@ -1,1 +1,1 @@
-"""Benchmarks: tasks and their quality, timing, peers, reports."""
+"""Benchmarks: tasks and measures of quality, interleaved timing, baselines, reports."""
