@@ -24,7 +24,6 @@ VALUES: dict[str, tuple[float, float]] = {
     "PLAIN_ROUNDS": (1.0, 16.0),
     "BACKOFF_ROUNDS": (1, 16),
     "MAX_BACKOFF_ROUNDS": (4, 128),
-    "LOSS_ALLOWED": (0.0, 2.0),
     "LOOKAHEAD": (0, 2),
 }
 

@@ -40,7 +40,15 @@ def refuse(*_, **__):
 
 
 @pytest.mark.filterwarnings("ignore::layerskip.training.data.LeftOutWarning")  # short rows alone
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long)
+        if name in ("pretrain", "continual", "domain")
+        else name
+        for name in VARIANTS
+    ],
+)
 def test_smoke_run_and_the_same_again(run, name, monkeypatch):
     document = run(name)
     assert document["smoke"]
@@ -59,6 +67,7 @@ def test_smoke_run_and_the_same_again(run, name, monkeypatch):
         assert run(name) == document
 
 
+@pytest.mark.long
 def test_variants_of_pretraining_differ_in_the_recipe_alone(run):
     names = "baseline,EE,LD+EE,LD+EE gradual"
     rows = {row["variant"]: row for row in run("pretrain", "--variants", names)["rows"]}

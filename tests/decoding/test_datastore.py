@@ -113,11 +113,11 @@ def test_files_that_are_no_table_are_named(tmp_path):
     save_file({"runs": np.zeros(3)}, other)
     text.write_text("abc")
     with pytest.raises(
-        ValueError, match=r"other\.table is no draft text: make one with `layerskip"
+        ValueError, match=r"other\.table is no datastore: make one with `layerskip"
     ):
         Datastore.of(other, VOCABULARY)
     for file in (text, tmp_path / "nothing.table"):
-        with pytest.raises(ValueError, match=rf"the draft text .*{file.name} cannot be read"):
+        with pytest.raises(ValueError, match=rf"the datastore .*{file.name} cannot be read"):
             Datastore.of(file, VOCABULARY)
 
 
@@ -133,5 +133,5 @@ def test_a_table_drafts_and_the_answer_is_unchanged(tmp_path):
         assert answer.accepted > 10
     without = model.generate([3, 4, 5], max_new_tokens=24, datastore=())
     assert without.accepted < answer.accepted
-    with pytest.raises(ValueError, match=r"the draft text .* cannot be read"):
+    with pytest.raises(ValueError, match=r"the datastore .* cannot be read"):
         model.generate([3, 4, 5], datastore=tmp_path / "nothing.table")

@@ -56,7 +56,7 @@ def test_kinds_of_prompts(prompt, tokens):
         (b"hi", "a prompt is"),
         (MESSAGES, "no chat template"),
         ("", "the prompt is empty"),
-        ("x \ud83d", "cannot be made tokens of"),
+        ("x \ud83d", "cannot be tokenized"),
     ],
 )
 def test_values_that_are_no_prompt(prompt, message):
@@ -74,7 +74,7 @@ def test_a_bad_prompt_of_a_list_is_named(bad, monkeypatch):
 
 def test_half_an_emoji_is_refused_by_a_real_tokenizer(tmp_path):
     model = LayerSkipModel.from_pretrained(tiny_checkpoint.save(tmp_path), compile=False)
-    with pytest.raises(PromptError, match="cannot be made tokens of"):
+    with pytest.raises(PromptError, match="cannot be tokenized"):
         model.tokenize("x \ud83d")
 
 

@@ -64,7 +64,10 @@ def test_llama_cpp_drafts_with_an_exported_draft(exported, answers):
         assert n_drafted
 
 
-@pytest.mark.parametrize("weights", ["bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize(
+    "weights",
+    ["q4_0", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("bf16", "q8_0"))],
+)
 def test_llama_cpp_reads_every_kind_as_we_do(weights, exported):
     path = exported(weights)
     ours = load(path, dtype=torch.float32)
@@ -85,6 +88,7 @@ def test_its_own_gguf_file_comes_out_as_it_went_in(smollm2_folder, tmp_path):
     assert written.stored_as == {"Q4_1": 210, "F32": 61, "Q8_0": 1}
 
 
+@pytest.mark.long
 def test_transformers_gives_the_same_greedy_text_with_and_without_the_draft(
     smollm2_folder, answers, tmp_path
 ):

@@ -25,7 +25,11 @@ TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-2, "int8": 2e-2, "int4": 2e-2}
 ROWS = 33
 
 
-@pytest.fixture(scope="module", params=["native", "cascadelake", "x86-64-v3", "x86-64-v2"])
+def long(value):
+    return pytest.param(value, marks=pytest.mark.long)
+
+
+@pytest.fixture(scope="module", params=["native", long("cascadelake"), "x86-64-v3", long("x86-64-v2")])
 def kernels(request, tmp_path_factory):
     """The kernels of this CPU, and those of others: AVX-512 without bfloat16, AVX2, SSE."""
     request.getfixturevalue("compiled_kernels")

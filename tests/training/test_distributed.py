@@ -48,7 +48,7 @@ def run(model_folder, output, kind):
     [
         ("ddp", "model_folder"),
         pytest.param("fsdp2", "model_folder", marks=pytest.mark.long),
-        ("fsdp2_with_the_exit_apart", "tied_model_folder"),
+        pytest.param("fsdp2_with_the_exit_apart", "tied_model_folder", marks=pytest.mark.long),
         pytest.param("ddp", "tied_model_folder", marks=pytest.mark.long),
         pytest.param("fsdp2", "tied_model_folder", marks=pytest.mark.long),
         pytest.param("fsdp2_with_the_exit_apart", "model_folder", marks=pytest.mark.long),

@@ -498,7 +498,7 @@ def test_threads_are_set(settings, prepared):
     ("changes", "message"),
     [
         ({"data": "none.jsonl"}, "none.jsonl does not exist"),
-        ({"model": "/nowhere/at/all"}, "no model in /nowhere/at/all"),
+        ({"model": "/nowhere/at/all"}, "there is no folder .*/nowhere/at/all"),
         ({"fixed_exits": [9]}, "fixed_exits names"),
         ({"exit_layer": 4}, "exit_layer is 4; it must be 1 to 3"),
         ({"eval_rows": 100}, "^--eval-rows is 100, but .*sums.jsonl has 100 rows: give fewer"),

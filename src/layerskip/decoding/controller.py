@@ -22,7 +22,6 @@ EXIT_ACCEPTANCE, EXIT_ACCEPTANCE_WEIGHT = 0.8, 2.0  # prior of an early exit's m
 MEMORY = 0.95  # decay of tokens and times a round
 PLAIN_ROUNDS = 4.0  # prior of the throughput
 BACKOFF_ROUNDS, MAX_BACKOFF_ROUNDS = 4, 32
-LOSS_ALLOWED = 0.35  # tokens that a source may lose before its first pause
 LOOKAHEAD = 8  # tokens that are considered behind the next one
 _BINS = 10
 
@@ -91,7 +90,7 @@ class Backoff:
 
     def __init__(self) -> None:
         self._rounds, self._left = BACKOFF_ROUNDS, 0
-        self._gain = LOSS_ALLOWED  # tokens beyond the time of its rounds
+        self._gain = 0.0  # tokens beyond the time of its rounds
 
     def next_round(self) -> bool:
         """Begin a round; return whether the source may draft in it."""
@@ -139,7 +138,7 @@ class Acceptance:
 
     @property
     def exit_mean(self) -> float:
-        """Mean acceptance of the early exit's drafted tokens."""
+        """Mean acceptance of the early exit's tokens."""
         return self.exit_accepted / self.exit_verified
 
 
@@ -308,6 +307,8 @@ class DraftController:
         if self._discarded and self._exit and self._greedy and accepted == len(draft):
             token, confidence = self._discarded
             self._acceptance.update(self._exit.name, confidence, committed[accepted] == token)
+            self._acceptance.exit_accepted += committed[accepted] == token
+            self._acceptance.exit_verified += 1
 
 
 class BatchController:

@@ -285,7 +285,7 @@ class NgramIndex:
 
 
 class _Lookup:
-    """What drafters have in common that look tokens up: proposals end at an end token.
+    """Base of drafters that look tokens up; their proposals end at an end token.
 
     Args:
         eos_token_ids: nothing is drafted beyond them.

@@ -88,7 +88,7 @@ BUILTIN_MODELS: dict[str, BuiltinModel | DerivedModel] = {
     ),
 }
 DEFAULT_MODEL = "smollm2-135m-layerskip"
-DIFFERENCES = Path(__file__).parents[2] / "checkpoints"
+DIFFERENCES = Path(__file__).parents[1] / "checkpoints"
 
 
 def resolve(name: str, announce: Callable[[str], None] = lambda line: None) -> Path:
