@@ -21,12 +21,7 @@ from layerskip.bench.baselines import (
     start_baselines,
     transformers,
 )
-from layerskip.bench.baselines.process import (
-    PROMPT_LOOKUP_TOKENS,
-    BaselineSpec,
-    Job,
-    prompt_lookup,
-)
+from layerskip.bench.baselines.process import PROMPT_LOOKUP_TOKENS, BaselineSpec, Job, prompt_lookup
 from layerskip.bench.baselines.transformers import Recorder
 from layerskip.bench.measure import Setting, SystemFailedError, measure
 from stand_in_baseline import CRASH, FAIL

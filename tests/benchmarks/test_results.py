@@ -10,6 +10,7 @@ from index import INDEX, RESULTS, index
 ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "src/layerskip/checkpoints").glob("*.md")),
 ]

@@ -99,8 +99,8 @@ def test_the_exit_drafts_while_a_token_is_worth_its_cost():
 
 def test_a_token_of_low_confidence_is_discarded():
     """Its head is paid for: 0.05 is not worth the other 0.1, but 0.15 is."""
-    rounds = Rounds(CHEAP, StubExit(0.05))
-    assert (rounds.play().sources, rounds.play().discarded) == ([], 1)
+    draft = Rounds(CHEAP, StubExit(0.05)).play()
+    assert (draft.sources, draft.discarded) == ([], 1)
     assert len(drafted(CHEAP, StubExit(0.95, 0.95, 0.05))) == 2
     assert len(drafted(CHEAP, StubExit(0.15))) == 1
 
@@ -183,6 +183,8 @@ def test_a_discarded_token_is_compared_with_the_model_s_own_where_decoding_is_gr
     """A sampled token says little about whether another one would have been accepted."""
     rounds = Rounds(CHEAP, StubExit(0.05))
     assert rounds.play(target=7).sources == []
+    paused = [rounds.play(target=7).sources for _ in range(4)]  # the discarded token was a loss
+    assert paused == [[]] * 4
     assert rounds.play(target=7).sources == ["early-exit"]
     for target, greedy in ((8, True), (7, False)):
         rounds = Rounds(CHEAP, StubExit(0.05), greedy=greedy)

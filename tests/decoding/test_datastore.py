@@ -112,9 +112,7 @@ def test_files_that_are_no_table_are_named(tmp_path):
     other, text = tmp_path / "other.table", tmp_path / "text.table"
     save_file({"runs": np.zeros(3)}, other)
     text.write_text("abc")
-    with pytest.raises(
-        ValueError, match=r"other\.table is no datastore: make one with `layerskip"
-    ):
+    with pytest.raises(ValueError, match=r"other\.table is no datastore: make one with `layerskip"):
         Datastore.of(other, VOCABULARY)
     for file in (text, tmp_path / "nothing.table"):
         with pytest.raises(ValueError, match=rf"the datastore .*{file.name} cannot be read"):

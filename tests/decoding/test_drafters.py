@@ -297,7 +297,7 @@ def test_a_registered_drafter_is_an_option_of_a_model(scripted):
         assert answer.mode == mode
         assert answer.acceptance_rate > 0.9
         assert (answer.exit_layer is None) == (mode == "scripted")
-    with pytest.raises(ValueError, match="there are: early-exit, n-gram, both, .*scripted"):
+    with pytest.raises(ValueError, match=r"there are: early-exit, n-gram, both, .*scripted"):
         DecodingConfig(draft_from="other")
 
 

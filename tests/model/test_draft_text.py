@@ -2,7 +2,7 @@
 
 import random
 
-from layerskip.model.datastore import most_repeated
+from layerskip.model.draft_data import most_repeated
 
 END = 99
 SMALL_TALK = random.Random(0)

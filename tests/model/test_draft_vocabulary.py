@@ -8,7 +8,7 @@ import torch
 
 from layerskip.model import load
 from layerskip.model.checkpoint import text_of_ids
-from layerskip.model.draft_vocabulary import MOST, worth_drafting
+from layerskip.model.draft_data import MAX_DRAFT_VOCABULARY, worth_drafting
 from tiny_models import COSTS, reference
 
 
@@ -26,8 +26,10 @@ def test_a_list_that_saves_little_is_none():
 
 
 def test_a_list_is_no_longer_than_is_worth_its_place():
-    counts = dict.fromkeys(range(MOST + 5), 1)
-    assert worth_drafting(counts, row_share=0.0, vocab_size=10 * MOST) == tuple(range(MOST))
+    counts = dict.fromkeys(range(MAX_DRAFT_VOCABULARY + 5), 1)
+    assert worth_drafting(counts, row_share=0.0, vocab_size=10 * MAX_DRAFT_VOCABULARY) == tuple(
+        range(MAX_DRAFT_VOCABULARY)
+    )
 
 
 def loaded(folder, own):

@@ -29,7 +29,9 @@ def long(value):
     return pytest.param(value, marks=pytest.mark.long)
 
 
-@pytest.fixture(scope="module", params=["native", long("cascadelake"), "x86-64-v3", long("x86-64-v2")])
+@pytest.fixture(
+    scope="module", params=["native", long("cascadelake"), "x86-64-v3", long("x86-64-v2")]
+)
 def kernels(request, tmp_path_factory):
     """The kernels of this CPU, and those of others: AVX-512 without bfloat16, AVX2, SSE."""
     request.getfixturevalue("compiled_kernels")

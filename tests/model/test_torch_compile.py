@@ -65,9 +65,7 @@ def compiled_from(decoder):
     )
 
 
-@pytest.mark.parametrize(
-    "case", ["llama3.1", pytest.param("phi4-mini", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("case", ["llama3.1", pytest.param("phi4-mini", marks=pytest.mark.long)])
 def test_greedy_tokens_equal_those_of_the_eager_decoder(case, passes, tmp_path):
     build(case).save_pretrained(tmp_path)
     decoder = load(tmp_path, dtype=torch.float32).decoder

@@ -6,12 +6,7 @@ import scripted
 
 from layerskip.model import CheckpointSettings
 from layerskip.tune.costs import Costs
-from layerskip.tune.tune import (
-    datastore_with,
-    datastore_without,
-    draft_vocabulary,
-    step_costs,
-)
+from layerskip.tune.tune import datastore_with, datastore_without, draft_vocabulary, step_costs
 
 
 def test_costs_in_plain_steps_at_the_middle_context():

@@ -18,14 +18,7 @@ from layerskip.cli.config_flags import (
     note_without_effect,
 )
 from layerskip.cli.data import read_prompts
-from layerskip.cli.output import (
-    check_outputs,
-    deliver,
-    show_legend,
-    show_pieces,
-    show_stats,
-    track,
-)
+from layerskip.cli.output import check_outputs, deliver, show_legend, show_pieces, show_stats, track
 from layerskip.decoding import Answer, DecodingConfig, Generation
 from layerskip.decoding.prompt import named, with_variables
 from layerskip.decoding.sampling import nth_seed

@@ -425,7 +425,7 @@ _MAX_HEADS = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DrafterInputs:
-    """What a drafter of one generation can be made from.
+    """Inputs of the drafters of one generation.
 
     Attributes:
         decoder: the model.

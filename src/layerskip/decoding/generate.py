@@ -13,19 +13,8 @@ from torch import Tensor
 
 from layerskip.decoding.accept import accept_greedy, accept_sampled
 from layerskip.decoding.config import DecodingConfig
-from layerskip.decoding.controller import (
-    ContextCosts,
-    Controller,
-    DraftController,
-    FixedController,
-)
-from layerskip.decoding.drafters import (
-    Draft,
-    Drafter,
-    DrafterInputs,
-    ReducedHead,
-    make_drafters,
-)
+from layerskip.decoding.controller import ContextCosts, Controller, DraftController, FixedController
+from layerskip.decoding.drafters import Draft, Drafter, DrafterInputs, ReducedHead, make_drafters
 from layerskip.decoding.prefix_cache import PrefixCache
 from layerskip.decoding.prompt import check_prompt
 from layerskip.decoding.sampling import Sampler

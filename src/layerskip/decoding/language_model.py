@@ -10,13 +10,7 @@ from typing import Any, overload
 
 import torch
 
-from layerskip.decoding.batch import (
-    Batch,
-    batch_config,
-    can_batch,
-    grouped,
-    same_rotary_embedding,
-)
+from layerskip.decoding.batch import Batch, batch_config, can_batch, grouped, same_rotary_embedding
 from layerskip.decoding.config import DecodingConfig
 from layerskip.decoding.controller import time_passes
 from layerskip.decoding.datastore import Datastore

@@ -30,8 +30,7 @@ from layerskip.fileio import flush, read_json, replace_json, share_weights, writ
 from layerskip.model import checkpoint as settings
 from layerskip.model import tokenizer as older_names
 from layerskip.model.checkpoint import recorded
-from layerskip.model.datastore import most_repeated, sampled
-from layerskip.model.draft_vocabulary import worth_drafting
+from layerskip.model.draft_data import most_repeated, sampled_rows, worth_drafting
 from layerskip.model.families import FAMILIES
 from layerskip.model.hardware import keep_freed_memory
 from layerskip.recipe import RecipeConfig, attach, detach
@@ -488,7 +487,7 @@ def _own_settings(model: Any, trainer: LayerSkipTrainer, config: TrainConfig) ->
     if (vocabulary := draft_vocabulary(rows, model, tokenizer.eos_token_id)) is not None:
         own_settings["draft_vocabulary"] = settings.text_of_ids(vocabulary)
     if config.keep_draft_text:
-        labels = (rows[i]["labels"] for i in sampled(len(rows)))
+        labels = (rows[i]["labels"] for i in sampled_rows(len(rows)))
         if text := most_repeated([[x for x in row if x != IGNORED_LABEL] for row in labels]):
             own_settings["draft_text"] = settings.text_of_ids(text)
     return own_settings

@@ -19,12 +19,7 @@ from layerskip.errors import NonFiniteLossError
 from layerskip.model.hardware import leave_out_cudnn_attention, peak_memory_bytes
 from layerskip.recipe import RecipeConfig, attach
 from layerskip.recipe.exit_loss import IGNORED_LABEL, ExitLosses
-from layerskip.training.callbacks import (
-    RecipeCallback,
-    TokenRate,
-    check_arguments,
-    check_sharding,
-)
+from layerskip.training.callbacks import RecipeCallback, TokenRate, check_arguments, check_sharding
 from layerskip.training.checkpointing import (
     INCOMPLETE,
     finish_checkpoint,

@@ -28,8 +28,7 @@ from layerskip.model.checkpoint import (
     special_tokens,
     text_of_ids,
 )
-from layerskip.model.datastore import MOST as MAX_DATASTORE_TOKENS
-from layerskip.model.draft_vocabulary import MOST, worth_drafting
+from layerskip.model.draft_data import MAX_DATASTORE_TOKENS, MAX_DRAFT_VOCABULARY, worth_drafting
 from layerskip.model.native import num_threads_of
 from layerskip.model.step_timing import costs_kind
 from layerskip.options import check_options, option
@@ -364,7 +363,7 @@ def draft_vocabulary(
         always=sorted(token for token in model.end_tokens if token < a.vocab_size),
     )
     rest = model.settings.draft_vocabulary or range(a.vocab_size // _VOCABULARY_DIVISOR)
-    return None if tokens is None else tuple(dict.fromkeys([*tokens, *rest]))[:MOST]
+    return None if tokens is None else tuple(dict.fromkeys([*tokens, *rest]))[:MAX_DRAFT_VOCABULARY]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
