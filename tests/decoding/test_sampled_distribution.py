@@ -236,5 +236,5 @@ def test_a_confidence_that_depends_on_the_sampled_token_is_detected(decoder, exp
         return Candidate(candidate.tokens, [probability], candidate.probs)
 
     monkeypatch.setattr(EarlyExit, "propose", biased)
-    counts = count(decoder, ADAPTIVE, n=900)
+    counts = count(decoder, ADAPTIVE, n=2500)
     assert p_value(counts, expected) < MIN_P_VALUE

@@ -56,6 +56,7 @@ def test_llama_cpp_gives_the_same_greedy_text(exported, answers):
         assert tokens == answer
 
 
+@pytest.mark.long
 def test_llama_cpp_drafts_with_an_exported_draft(exported, answers):
     model = Llama(exported("f32"), n_ctx=256, draft=exported("f16", exit_layer=25))
     for ids, answer in answers[:3]:

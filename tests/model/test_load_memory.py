@@ -61,7 +61,8 @@ def folder(tmp_path_factory):
     [
         ("bfloat16", "16bit", 0.05),
         ("float32", "16bit", 0.05),
-        ("float32", "int8", 0.3),  # less is loaded: one matrix of the vocabulary is more beside it
+        # Less is loaded: one matrix of the vocabulary is more beside it.
+        pytest.param("float32", "int8", 0.3, marks=pytest.mark.long),
         ("float32", "int4", 0.45),
     ],
 )

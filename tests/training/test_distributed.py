@@ -74,6 +74,7 @@ def test_two_processes_resume_with_the_rows_that_were_to_come(model_folder, tmp_
     run(model_folder, tmp_path, "resume")
 
 
+@pytest.mark.long
 def test_the_command_trains_in_two_processes(model_folder, data_file, tmp_path):
     """Each has half of the rows of a step; one of them writes, and what it writes is whole."""
     settings = {"model": model_folder, "data": data_file, "output": tmp_path / "out"}
