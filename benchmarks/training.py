@@ -32,7 +32,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from layerskip.data.readers import hidden_bars, read_rows
-from layerskip.model.hardware import keep_freed_memory, leave_out_cudnn_attention, peak_memory_bytes
+from layerskip.model.hardware import disable_cudnn_attention, keep_freed_memory, peak_memory_bytes
 from layerskip.recipe import RecipeConfig
 from layerskip.training import LayerSkipTrainer
 from layerskip.training.data import Collator, Encoding, encode_rows
@@ -190,7 +190,7 @@ def part_of(operation: str, shapes: Sequence[Any], vocabulary: int) -> str:
 
 def run_variant(options: argparse.Namespace) -> dict[str, Any]:
     """Train a few steps in this process."""
-    leave_out_cudnn_attention(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    disable_cudnn_attention(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     keep_freed_memory()
     with hidden_bars(), tempfile.TemporaryDirectory() as folder:
         trainer, clock, rows = make_trainer(options, folder)

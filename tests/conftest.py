@@ -1,4 +1,4 @@
-"""What several rooms' tests share."""
+"""Fixtures of the tests of several packages."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""What the pages say is what the code has."""
+"""Agreement of the pages with the code."""
 
 import inspect
 import re
@@ -125,7 +125,7 @@ def test_links_between_files_lead_somewhere(page):
 
 
 def anchor(heading):
-    """What a heading is called in links."""
+    """Return the anchor of a heading."""
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 

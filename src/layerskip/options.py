@@ -102,14 +102,14 @@ def number(name: str, value: Any) -> float:
     raise ValueError(f"{name} is {value!r}, it has to be a number")
 
 
-def truth(name: str, value: Any) -> bool:
+def boolean(name: str, value: Any) -> bool:
     """Convert a boolean; raise ValueError for all else."""
     if isinstance(value, bool | np.bool_):
         return bool(value)
     raise ValueError(f"{name} is {value!r}, it has to be True or False")
 
 
-_CONVERTERS: dict[Any, Callable[[str, Any], Any]] = {int: integer, float: number, bool: truth}
+_CONVERTERS: dict[Any, Callable[[str, Any], Any]] = {int: integer, float: number, bool: boolean}
 
 
 def plain_type(annotation: Any) -> Any:

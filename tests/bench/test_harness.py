@@ -95,7 +95,7 @@ def test_greedy_answers_are_those_of_the_harness(model, theirs, until):
 
 @pytest.mark.filterwarnings("ignore")
 def test_texts_begin_as_with_the_harness(tmp_path):
-    """Where the tokenizer begins texts with a token, and some have it already."""
+    """With a tokenizer that begins texts with a token, which some have already."""
     from lm_eval.models.huggingface import HFLM
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_checkpoint.save(tmp_path))

@@ -9,14 +9,14 @@ from layerskip import cli
 
 @pytest.fixture(autouse=True)
 def no_terminal(monkeypatch):
-    """What would make rich take a captured stream for a terminal, or for another one."""
+    """Remove variables that make rich take a captured stream for a terminal, or for another one."""
     for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
-    """Where there is one, every command would name it."""
+    """Hide a GPU, which every command would name."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
 

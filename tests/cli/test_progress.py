@@ -8,7 +8,7 @@ TERMINAL_OR_NOT = pytest.mark.parametrize("is_terminal", [True, False])
 
 
 def stderr(monkeypatch, is_terminal):
-    """What stderr becomes."""
+    """Return the captured stderr."""
     written = io.StringIO()
     written.isatty = lambda: is_terminal
     monkeypatch.setattr("sys.stderr", written)

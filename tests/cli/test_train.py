@@ -101,7 +101,7 @@ def test_flags_without_effect_are_said(train, arguments, said):
 
 @pytest.mark.parametrize("is_control", [False, True])
 def test_settings_of_a_file_without_effect_are_said(train, tmp_path, is_control):
-    """Where flags turn off what the file has settings for, as a control does, only flags are said."""
+    """Only flags are reported where they turn off parts that the file has settings for."""
     config = tmp_path / "a.yaml"
     first = "rotational" if is_control else "none"
     config.write_text(f"curriculum: {first}\nexits: [2, 3]\n")

@@ -52,7 +52,7 @@ def test_words_that_are_tokens_are_merged_or_not_as_before(ignore_merges, name, 
 
 
 def again_as_before(file, wrapped, texts=TEXTS):
-    """What is read out of the file, which lies alone, gives the tokens of what was written."""
+    """The tokenizer read from the file alone gives the tokens of the one that was written."""
     assert [path.name for path in file.parent.iterdir() if path.is_file()] == [file.name]
     again = open_files(file).tokenizer()
     for text in texts:
@@ -116,7 +116,7 @@ def test_named_templates_travel(tmp_path):
 
 
 def merged_by_score(found, text):
-    """What llama.cpp does: join the neighbours whose whole has the highest score, the leftmost first."""
+    """As in llama.cpp: merge the neighbours with the highest joint score, the leftmost first."""
     scores = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.scores"], strict=True))
     parts = list(text)
     while True:

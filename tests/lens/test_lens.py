@@ -1,4 +1,4 @@
-"""What the lens reads from the exits, against early exit itself and counts by hand."""
+"""Predictions that the lens reads from the exits, against early exit itself and counts by hand."""
 
 import pytest
 import torch

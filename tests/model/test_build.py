@@ -195,7 +195,7 @@ print(before, build.num_threads_to_use())
 )
 @pytest.mark.parametrize("bind", ["", "true"])
 def test_threads_are_no_more_than_the_processors_of_the_process(bind):
-    """Where OpenMP binds threads to processors, the first thread sees only its own."""
+    """With threads bound to processors by OpenMP, the first thread sees only its own."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("there is one processor")
     environment = {**os.environ, "OMP_PROC_BIND": bind or "false", "OMP_NUM_THREADS": "2"}

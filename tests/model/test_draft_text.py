@@ -1,4 +1,4 @@
-"""Which rows a draft text is made of."""
+"""Choice of the rows of a datastore that travels with a checkpoint."""
 
 import random
 

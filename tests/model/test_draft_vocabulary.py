@@ -1,4 +1,4 @@
-"""Which tokens are worth a row of the draft's head, and how the list travels."""
+"""The draft vocabulary: its choice of tokens, and its place in a checkpoint."""
 
 import dataclasses
 import json

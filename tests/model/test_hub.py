@@ -25,7 +25,7 @@ for name in sys.argv[1:]:
 
 
 def fetch(hub, folder, *names, **environment):
-    """What `resolve` makes of some names, line by line."""
+    """Resolve some names, one result a line."""
     done = subprocess.run(
         [sys.executable, "-c", FETCH, *names],
         env={

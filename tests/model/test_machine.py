@@ -1,4 +1,4 @@
-"""What the system says of the processor, from texts of other machines."""
+"""Detection of the processor, from texts of other machines."""
 
 import pytest
 

@@ -131,7 +131,7 @@ def test_grids_of_gguf_files(machine, bits):
 
 
 def test_scales_of_every_float16(machine):
-    """Where the CPU flushes subnormal float32 to 0, too."""
+    """Also on CPUs that flush subnormal float32 to 0."""
     scales = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)[:, None]
     codes = torch.ones(2**16, 32, dtype=torch.uint8)
     matrix = PackedMatrix(Quantized(8, codes, scales, torch.zeros_like(scales)))

@@ -23,7 +23,7 @@ LLAMA31 = Rope(
 
 
 class Config:
-    """What transformers' rotary functions read of a config."""
+    """The part of a config that transformers' rotary functions read."""
 
     head_dim, hidden_size, num_attention_heads, max_position_embeddings = 128, 4096, 32, 131_072
 

@@ -1,4 +1,4 @@
-"""What positions cost: timed once by the decoder's own layers, with and without compiled kernels."""
+"""Cost of positions, timed once with the decoder's own layers, with and without compiled kernels."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What is not supported is refused in one line, before a model is loaded where that is possible."""
+"""Refusal of unsupported settings in one line, if possible before a model is loaded."""
 
 import json
 import re

@@ -30,7 +30,7 @@ class DecodingConfig(Sampling):
 
     mode: str = option(
         "auto",
-        "auto drafts from whatever pays here; the others do what they are named.",
+        "Decoding mode; auto drafts from every source that is worth its cost here.",
         choices=("auto", *MODES),
     )
     exit_layer: int | None = option(

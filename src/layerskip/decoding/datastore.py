@@ -103,18 +103,18 @@ class Datastore:
 
     def _follows(self, tail: Sequence[int]) -> tuple[int, float] | None:
         """Return the token that followed the longest match, and its share; None without a match."""
-        number, wanted = 0, list[int]()
+        number, hashes = 0, list[int]()
         for token in reversed(tail):
             number = (number * _FACTOR + token + 1) & _BITS
-            wanted.append(number)
-        wanted = wanted[MIN_MATCH - 1 :]
-        if not wanted or not len(self):
+            hashes.append(number)
+        hashes = hashes[MIN_MATCH - 1 :]
+        if not hashes or not len(self):
             return None
-        places = self._runs.searchsorted(np.array(wanted, dtype=np.uint64)).tolist()
+        positions = self._runs.searchsorted(np.array(hashes, dtype=np.uint64)).tolist()
         found = None
-        for n, (place, number) in enumerate(zip(places, wanted, strict=True), MIN_MATCH):
-            if place < len(self) and int(self._runs[place]) == number:
-                found = place
+        for n, (position, number) in enumerate(zip(positions, hashes, strict=True), MIN_MATCH):
+            if position < len(self) and int(self._runs[position]) == number:
+                found = position
             elif n > MIN_MATCH:  # only pairs may be missing where longer n-grams are there
                 break
         return None if found is None else (int(self._after[found]), float(self._shares[found]))
@@ -190,5 +190,5 @@ def _most_common(
     most = most[np.concatenate([[True], run[most][1:] != run[most][:-1]])]
     shares = (times[most] / (np.bincount(run, times) + 1)).astype(np.float32)
     kept = shares >= least
-    places = begins[most][kept]
-    return runs[places], after[places], shares[kept]
+    positions = begins[most][kept]
+    return runs[positions], after[positions], shares[kept]

@@ -68,7 +68,7 @@ class LayerSkipModel:
         Args:
             name_or_path: a checkpoint folder, a GGUF file, a built-in alias, or a hub id.
             dtype: "float32", "bfloat16" or "float16"; None takes bfloat16 where that is fast (see
-                `assembly.fast_dtype`), else float32.
+                `loader.fast_dtype`), else float32.
             weights: "16bit", the weights in `dtype` as they are; "int8" or "int4", quantized while
                 they are loaded (docs/weights.md).
             device: "cpu", "cuda", "cuda:1", ...

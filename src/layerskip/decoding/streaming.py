@@ -105,7 +105,7 @@ def accepted_by_position(steps: Sequence[Step]) -> list[float]:
     return rates
 
 
-CONTEXT = 8  # tokens of settled text that are decoded again with a new one, or one or two more
+CONTEXT = 8  # earlier tokens that are decoded again with a new one, sometimes one or two more
 
 
 def stop_tokens(tokenizer: Any, stop: Sequence[str]) -> frozenset[int]:

@@ -64,7 +64,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
-def leave_out_cudnn_attention(device: torch.device) -> None:
+def disable_cudnn_attention(device: torch.device) -> None:
     """Disable cuDNN's attention on CUDA for this process, in favour of PyTorch's other kernels.
 
     On an H100 recent versions of PyTorch prefer cuDNN. It plans each new shape for tens of milliseconds,

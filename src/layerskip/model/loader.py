@@ -37,7 +37,7 @@ from layerskip.model.decoder import (
     interleave,
 )
 from layerskip.model.families import FAMILIES
-from layerskip.model.hardware import has_fast_bfloat16, leave_out_cudnn_attention
+from layerskip.model.hardware import disable_cudnn_attention, has_fast_bfloat16
 from layerskip.model.native import PackedEmbedding, PackedMatrix
 from layerskip.model.native.packed import LargePages
 from layerskip.model.quantize import (
@@ -94,7 +94,7 @@ def build(
     """
     a, device = architecture, torch.device(device)
     names = FAMILIES[a.family].names
-    leave_out_cudnn_attention(device)
+    disable_cudnn_attention(device)
     kind: type[Decoder] = Decoder
     if compiled and native.supports(a, dtype, device):
         kind = native.NativeDecoder

@@ -105,10 +105,10 @@ class TrainConfig:
     exit_layer: int | None = setting("exit written into the result for decoding", None)
     draft_tokens: int = setting("draft tokens written into the result for decoding", 4)
     keep_draft_text: bool = setting(
-        "write what labels repeat, some whole rows, into the result: it is searched for n-grams",
+        "store the rows that others repeat most in the result, as an n-gram datastore",
         False,
     )
-    resume: bool = setting("go on from the last checkpoint in --output", False)
+    resume: bool = setting("resume from the last checkpoint in --output", False)
     seed: int = setting("seed of everything random", 0)
     device: Literal["auto", "cpu", "cuda"] = setting(
         "auto = a CUDA GPU where there is one; cpu = leave it alone", "auto"

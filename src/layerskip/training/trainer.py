@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from layerskip.errors import NonFiniteLossError
-from layerskip.model.hardware import leave_out_cudnn_attention, peak_memory_bytes
+from layerskip.model.hardware import disable_cudnn_attention, peak_memory_bytes
 from layerskip.recipe import RecipeConfig, attach
 from layerskip.recipe.exit_loss import IGNORED_LABEL, ExitLosses
 from layerskip.training.callbacks import RecipeCallback, TokenRate, check_arguments, check_sharding
@@ -100,7 +100,7 @@ class LayerSkipMixin(_Trainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         check_arguments(self.args)
         check_sharding(self)
-        leave_out_cudnn_attention(self.args.device)  # layer dropout changes the shapes
+        disable_cudnn_attention(self.args.device)  # layer dropout changes the shapes
         if getattr(self, "compute_loss_func", None) is not None:
             raise ValueError(
                 "the recipe computes its own loss: compute_loss_func would have no effect; leave it out"

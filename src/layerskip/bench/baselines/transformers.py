@@ -16,7 +16,7 @@ from layerskip.decoding.streaming import TextStream, stop_tokens
 from layerskip.model import open_files, tokenizer
 from layerskip.model.checkpoint import check_no_adapter
 from layerskip.model.families import OWN_KERNELS, check_weights_unnamed
-from layerskip.model.hardware import leave_out_cudnn_attention
+from layerskip.model.hardware import disable_cudnn_attention
 from layerskip.model.step_timing import device_clock
 from layerskip.model.weights import GgufFile
 
@@ -140,7 +140,7 @@ class Engine:
         torch.set_num_threads(job.threads)
         self._job = job
         self._device = torch.device(job.device)
-        leave_out_cudnn_attention(self._device)  # it would plan anew for every token
+        disable_cudnn_attention(self._device)  # it would plan anew for every token
         self._memory = PeakMemory(self._device)
         self._model = _load(Path(job.model), job.dtype).to(self._device).eval()
         self._bytes_per_pass = _bytes_per_pass(self._model)
