@@ -25,7 +25,7 @@ from layerskip.training import Progress as Report
 
 
 class _Console(Console):
-    """On stderr; where whoever read that has left, it is silent, and the training goes on."""
+    """A console on stderr that falls silent when its reader has left; training goes on."""
 
     def on_broken_pipe(self) -> None:
         """See `Console`, which would end the program."""
