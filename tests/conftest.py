@@ -67,6 +67,12 @@ def one_thread_for_tiny_models(request):
 
 
 @pytest.fixture(autouse=True)
+def no_waiting_between_systems(monkeypatch):
+    """Threads of a system need no rest where no time is measured."""
+    monkeypatch.setattr("layerskip.bench.measure.SWITCH_S", 0.0)
+
+
+@pytest.fixture(autouse=True)
 def no_draft_depends_on_the_machine(request, monkeypatch):
     """Rows cost little more than one, as where memory is all that takes time."""
     if request.node.get_closest_marker("real") is None:

@@ -79,6 +79,7 @@ def test_systems_take_turns_with_each_other():
 def test_threads_of_a_system_come_to_rest_before_another_one_answers(monkeypatch):
     slept, asked = [], []
     monkeypatch.setattr("layerskip.bench.measure.time.sleep", slept.append)
+    monkeypatch.setattr("layerskip.bench.measure.SWITCH_S", SWITCH_S)
     measure([Diary([A, B], [])], [[1], [2], [3]], max_new_tokens=1)
     assert slept == []
     two = [Diary([A], asked), Diary([B], asked, name="other")]

@@ -62,9 +62,8 @@ def test_rlimits_are_used_where_bubblewrap_is_missing_or_fails(monkeypatch):
 @pytest.mark.parametrize(
     "program",
     [
-        "import collections, hashlib, heapq, itertools, math, random, re, typing, unittest",
-        "import os; assert os.listdir() == []\nopen('x', 'w').write('x')",
-        "import os; assert not set(os.environ) - {'LC_CTYPE', 'PWD'}",
+        "import collections, hashlib, itertools, math, typing, unittest; open('x', 'w').write('x')",
+        "import os; assert os.listdir() == []\nassert not set(os.environ) - {'LC_CTYPE', 'PWD'}",
         "import sys; [f.write('x' * 5_000_000) for f in (sys.stdout, sys.stderr)]",
         # it looks up its own module
         "from __future__ import annotations\nfrom dataclasses import dataclass\n"
@@ -84,13 +83,10 @@ _GO_ON = "  except OSError: pass\n"
     "program",
     [
         "assert 1 + 1 == 3",
-        "def f(:",
         "input()",
         "raise SystemExit",
         "import os; os._exit(0)",
-        "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
         "import numpy",
-        "def f(): f()\nf()",
         # a report needs its nonce, and one that never ends is not read
         f"{_WRITE}os.write(i, b'passed')\n{_GO_ON}os._exit(0)",
         f"{_WRITE}while True: os.write(i, bytes(9999))\n{_GO_ON}os._exit(0)",
@@ -103,7 +99,6 @@ def test_exiting_early_fails(program, passes):
 @pytest.mark.parametrize(
     "program",
     [
-        "while True: pass",
         "import time; time.sleep(600)",
         pytest.param("x = bytearray(3 << 30)", marks=LINUX),
         "with open('x', 'wb') as file: file.write(bytes(40 << 20))",

@@ -151,7 +151,6 @@ def test_an_exit_that_the_model_does_not_have_is_refused():
         ({"draft_from": ["luck"]}, "drafts from 'luck' are unknown"),
         ({"repeats": 0}, "repeats is 0"),
         ({"draft_tokens": [2, -1]}, "draft_tokens is -1"),
-        ({"exit_layers": [2.5]}, "exit_layers is 2.5, it has to be an integer"),
         ({"baselines": ["transformers"], "temperature": 1.0}, "other systems answer greedily"),
     ],
 )

@@ -155,10 +155,10 @@ def otherwise():
     [(as_in_the_paper(), SEEN), (otherwise(), NOT_SEEN), ({}, NOT_MEASURED)],
     ids=["as in the paper", "otherwise", "no files"],
 )
-@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.paper)
-def test_every_rule_can_hold_and_fail(claim, experiments, wanted):
-    finding = claim.finding(experiments.get(claim.experiment, ()))
-    assert verdict(finding) == wanted, finding
+def test_every_rule_can_hold_and_fail(experiments, wanted):
+    for claim in CLAIMS:
+        finding = claim.finding(experiments.get(claim.experiment, ()))
+        assert verdict(finding) == wanted, (claim.paper, finding)
 
 
 def test_a_claim_needs_all_its_variants():

@@ -50,8 +50,6 @@ def test_json_is_one_document_with_the_fields_of_the_contract(run):
     [
         (),
         ("--draft-from", "early-exit", "--exit-layer", 1),
-        ("--draft-from", "n-gram", "--no-adaptive"),
-        ("--exit-layer", 1, "--draft-vocabulary", "none"),
         ("--exit-layer", 1, "--draft-vocabulary", 20, "--no-adaptive"),
     ],
 )
@@ -137,12 +135,10 @@ def test_a_conversation_that_ends_with_an_answer_is_asked_without_it(run, tmp_pa
     assert "prompts.jsonl:1: `prompt` (a text) or `messages` (role and content)" in err
 
 
-@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.txt"])
-def test_files_of_prompts_may_be_compressed(run, tmp_path, name):
-    prompts = tmp_path / f"{name}.gz"
+def test_files_of_prompts_may_be_compressed(run, tmp_path):
+    prompts = tmp_path / "prompts.txt.gz"
     with gzip.open(prompts, "wt") as file:
-        rows = '{"prompt": "abc"}\n\n{"prompt": "de"}\n'
-        file.write(rows if "jsonl" in name else "abc\n\nde\n")
+        file.write("abc\n\nde\n")
     results = json.loads(run("generate", "--prompts", prompts, "--json", "--max-new-tokens", 2)[1])
     assert [r["prompt_tokens"] for r in results] == [3, 2]
 
@@ -186,18 +182,20 @@ def in_a_process(*arguments, **how):
 
 
 @pytest.mark.parametrize("command", ["generate --ignore-eos --json", "lens"])  # and a table
-def test_a_reader_that_leaves_is_no_error_and_no_success(command, folder, tmp_path):
+def test_a_reader_that_leaves_is_no_error_and_no_success(
+    command, main, folder, tmp_path, monkeypatch
+):
     file = tmp_path / "result.json"
     flags = ("--model", folder, "--prompt", "abc", "--output", file, "--no-compile")
     reader, writer = os.pipe()
     os.close(reader)
-    done = in_a_process(*command.split(), *flags, stdout=writer, stderr=subprocess.PIPE)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (141, b"")
+    with open(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(*command.split(), *flags) == (141, "")
     assert json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("flags", [(), ("--help",), ("--version",), ("generate", "--help")])
+@pytest.mark.parametrize("flags", [(), ("--version",)])
 def test_a_reader_of_a_help_text_may_leave(flags):
     reader, writer = os.pipe()
     os.close(reader)
@@ -216,13 +214,13 @@ def test_a_full_disk_behind_a_help_text_is_one_line():
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
-def test_a_full_disk_behind_stdout_is_one_line(folder):
+def test_a_full_disk_behind_stdout_is_one_line(main, folder, monkeypatch):
     flags = ("--model", folder, "--prompt", "abc", "--max-new-tokens", 3, "--json", "--no-compile")
     with open("/dev/full", "w") as full:
-        done = in_a_process("generate", *flags, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert "No space left on device" in done.stderr
+        monkeypatch.setattr(sys, "stdout", full)
+        status, err = main("generate", *flags)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "No space left on device" in err
 
 
 def test_standard_input_is_one_prompt(run, monkeypatch):
@@ -234,11 +232,12 @@ def test_standard_input_is_one_prompt(run, monkeypatch):
     assert result["prompt_tokens"] == len("ab")
 
 
-def test_lines_of_standard_input_end_as_those_of_files_do(folder):
-    flags = ("--model", folder, "--json", "--max-new-tokens", 1)
-    done = in_a_process("generate", *flags, input=b"ab\r\ncd\r\n", capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["prompt_tokens"] == len("ab\ncd")
+def test_lines_of_standard_input_end_as_those_of_files_do(main, folder, tmp_path, monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"ab\r\ncd\r\n"), newline="\n")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    file = tmp_path / "answer.json"
+    assert main("generate", "--model", folder, "--output", file, "--max-new-tokens", 1)[0] == 0
+    assert json.loads(file.read_text())["prompt_tokens"] == len("ab\ncd")
 
 
 def test_a_conversation_of_a_file_has_its_tools_and_variables(run, tmp_path, folder, monkeypatch):
@@ -333,7 +332,6 @@ def test_no_color_is_heeded(capsys, monkeypatch, no_color, shown):
             1,
             "out of range: this model has 1 to 4",
         ),
-        (["--prompt", "abc", "--exit-layer", "0"], 1, "exit layer 0 is out of range"),
         (["--prompt", "abc", "--mode", "fast"], 2, "'fast' is not one of"),
         (
             ["--prompt", "abc", "--mode", "plain", "--draft-tokens", "2"],
@@ -346,9 +344,7 @@ def test_no_color_is_heeded(capsys, monkeypatch, no_color, shown):
             "'3bit' is not one of '16bit', 'int8', 'int4'",
         ),
         (["--prompt", "abc", "--bogus"], 2, "No such option"),
-        (["--prompt", "abc", "--temperature", "-1"], 2, "--temperature"),
         (["--prompt", "abc", "--temperature", "inf"], 2, "temperature is inf"),
-        (["--prompt", "abc", "--top-p", "nan"], 2, "top_p is nan"),
         (["--prompt", "abc", "--stop", "\ud83d"], 1, "a stop string cannot be made tokens of"),
         (["--prompt", ""], 1, "the prompt is empty"),
         (["--prompt", "abc" * 200], 1, "this model's context holds 512"),
@@ -398,9 +394,7 @@ def test_a_gpu_that_stays_idle_is_named(run, monkeypatch):
     [
         ("int8", "cuda", "bfloat16", "torch.compile", "int8 takes more memory than 16bit"),
         ("int8", "cpu", "float32", "compiled", ""),
-        ("int8", "cpu", "bfloat16", "pytorch", ""),
         ("int4", "cpu", "float32", "pytorch", "kernels --weights int4 is slower than 16bit"),
-        ("16bit", "cpu", "float32", "pytorch", ""),
     ],
 )
 def test_weights_that_save_no_memory_or_time_are_told_of(
@@ -430,7 +424,6 @@ def test_threads_are_no_more_than_a_container_has(run, monkeypatch):
     [
         ("{", "prompts.jsonl:2 is not JSON"),
         ("[" * 100_000, "prompts.jsonl:2 is nested too deeply"),
-        ('{"text": "x"}', "prompts.jsonl:2: `prompt` (a text)"),
         ('{"prompt": 7}', "prompts.jsonl:2: `prompt` (a text)"),
     ],
 )

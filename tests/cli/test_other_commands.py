@@ -58,7 +58,6 @@ def test_pull_of_something_else_is_refused(program):
 @pytest.mark.parametrize(
     "error",
     [
-        MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     ],
@@ -98,9 +97,9 @@ def test_closed_streams_are_no_traceback():
     done = subprocess.run(f"{command} --version <&- >&- 2>&-", shell=True, check=False)
     assert done.returncode == 0
     how = {"shell": True, "capture_output": True, "text": True, "check": False}
-    done = subprocess.run(f"{command} pull nothing <&- >&-", **how)
+    done = subprocess.run(f"{command} fly <&- >&-", **how)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    done = subprocess.run(f"{command} pull nothing 2>&-", **how)
+    done = subprocess.run(f"{command} fly 2>&-", **how)
     assert (done.returncode, done.stdout) == (2, "")
 
 

@@ -14,7 +14,7 @@ from layerskip.tune.tune import TuneConfig, choose_auto
 
 run_module = importlib.import_module("layerskip.tune.tune")  # `layerskip.tune.tune` is a function
 
-FEW = ("--samples", 3, "--max-new-tokens", 8, "--max-draft-tokens", 2, "--exit-layers", "1-2")
+FEW = ("--samples", 3, "--max-new-tokens", 6, "--max-draft-tokens", 2, "--exit-layers", "1-2")
 
 
 @pytest.fixture
@@ -133,8 +133,8 @@ def test_a_grid_runs_every_pair_of_the_prompts_of_a_seed(tune, tmp_path):
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"q {n}"}) + "\n" for n in range(40)))
     found = []
-    for seed in (0, 0, 1):
-        status, out, _ = tune("--grid", "--json", "--dry-run", "--data", data, "--seed", seed)
+    for flags in (("--grid",), (), ("--seed", 1)):
+        status, out, _ = tune("--json", "--dry-run", "--data", data, *flags)
         assert status == 0
         found.append(json.loads(out))
     pairs = [(row["exit_layer"], row["draft_tokens"]) for row in found[0]["grid"][1:]]
@@ -222,7 +222,6 @@ def test_the_seed_draws_from_our_own_prompts_too(folder):
     [
         (("--exit-layers", "4"), 1, "exit layers for drafting are 1 to 3 in this model"),
         (("--exit-layers", "2-x"), 2, "is not a list such as 4,8,10-12"),
-        (("--exit-layers", "3-1"), 2, "is not a list such as 4,8,10-12"),
         (("--data", "no-such-task"), 1, "no file and no task"),
         (("--samples", "1"), 2, "--samples"),
         (("--output", "/no/such/folder/x.json"), 2, "does not exist"),

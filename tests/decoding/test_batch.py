@@ -42,11 +42,12 @@ def answers(batch, count):
     return rows
 
 
-@pytest.mark.parametrize("case", FAMILIES)
 @pytest.mark.parametrize(
-    "config",
-    [PLAIN, EARLY, speculative(1, 4), speculative(LAYERS, 3), ADAPTIVE],
-    ids=["plain", "early-exit", "1", "all", "adaptive"],
+    ("case", "config"),
+    [
+        *((case, speculative(1, 4)) for case in FAMILIES),
+        *(("llama3.1", config) for config in (PLAIN, EARLY, speculative(LAYERS, 3), ADAPTIVE)),
+    ],
 )
 def test_greedy_rows_are_those_of_each_prompt_alone(case, config):
     decoder = tiny_decoder(case)

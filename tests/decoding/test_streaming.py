@@ -112,10 +112,10 @@ def test_pieces_are_the_text_up_to_the_first_stop_string(tokens, stop):
         assert stream.text.startswith(released)
 
 
-@pytest.mark.parametrize("stop", [[""], ["a", ""], [3], [b"a"]])
-def test_stop_strings_are_checked(stop):
-    with pytest.raises(ValueError, match="stop string"):
-        TextStream(TOKENIZER, stop)
+def test_stop_strings_are_checked():
+    for stop in (["a", ""], [3]):
+        with pytest.raises(ValueError, match="stop string"):
+            TextStream(TOKENIZER, stop)
 
 
 def test_a_first_space_is_kept_where_a_text_continues():
@@ -176,9 +176,8 @@ def test_an_abandoned_answer_has_the_tokens_taken_so_far_and_can_be_resumed():
     assert resumed.rounds == model.generate([0], **drafting).rounds
 
 
-@pytest.mark.parametrize("fails_at", range(0, 12, 2))
-@pytest.mark.parametrize("way", ["pieces", "complete"])
-@pytest.mark.parametrize("stop", [(), ("Z",)])
+@pytest.mark.parametrize("fails_at", [0, 4, 10])
+@pytest.mark.parametrize(("way", "stop"), [("pieces", ()), ("pieces", ("Z",)), ("complete", ())])
 def test_ctrl_c_while_text_is_decoded_loses_and_repeats_nothing(fails_at, way, stop, monkeypatch):
     text = "abcdefghijkl"
     model, calls = scripted_model(encode(text), misses={4}), itertools.count()

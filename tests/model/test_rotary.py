@@ -10,7 +10,7 @@ from layerskip.model import architecture as ropes
 from layerskip.model import decoder as rotary
 from layerskip.model import families
 from layerskip.model.architecture import Rope
-from tiny_models import ONE_OF_EACH, reference
+from tiny_models import reference
 
 LLAMA31 = Rope(
     theta=500_000.0,
@@ -113,7 +113,9 @@ def test_frequency_factors_say_the_same_as_llama3_scaling():
     torch.testing.assert_close(rotary.frequencies(factors, 128), scaled, rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize("case", [*ONE_OF_EACH, "llama3.1", "llama-linear", "phi4-mini"])
+@pytest.mark.parametrize(
+    "case", ["llama3.1", "llama-linear", "phi4-mini", "gemma3", "smollm3", "gpt-neox"]
+)
 def test_turns_equal_transformers_far_beyond_the_original_context(case):
     model = reference(case)
     a = families.from_config(model.config.to_dict())
@@ -138,7 +140,7 @@ def test_turns_equal_transformers_far_beyond_the_original_context(case):
             assert torch.equal(rest, torch.ones_like(rest))
 
 
-@pytest.mark.parametrize("shape", [(3 * 8, 5), (3 * 8,), (8,)])
+@pytest.mark.parametrize("shape", [(3 * 8, 5), (3 * 8,)])
 def test_interleave_brings_halves_together(shape):
     rows = torch.arange(torch.Size(shape).numel()).view(shape)
     mixed = rotary.interleave(rows, 8, 8)

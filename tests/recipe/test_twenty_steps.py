@@ -9,7 +9,7 @@ from layerskip.recipe import RecipeConfig, attach
 STEPS = 20
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_losses_of_all_exits_fall(family):
     model, batch = build(family), batch_of()
     handle = attach(model, RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.2))

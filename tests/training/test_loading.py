@@ -68,13 +68,7 @@ def test_weights_are_not_made_up(model):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "stored"),
-    [
-        (torch.int64, "I64"),
-        (torch.bool, "BOOL"),
-        (torch.complex64, "C64"),
-        (torch.float8_e4m3fn, "F8_E4M3"),
-    ],
+    ("dtype", "stored"), [(torch.int64, "I64"), (torch.float8_e4m3fn, "F8_E4M3")]
 )
 def test_weights_of_other_dtypes_are_refused(model, dtype, stored):
     change_weights(model, lambda t: t.update({NAME: t[NAME].to(dtype)}))
@@ -82,16 +76,7 @@ def test_weights_of_other_dtypes_are_refused(model, dtype, stored):
         check_files(str(model))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "chat_template.jinja",
-        "tokenizer_config.json",
-        "generation_config.json",
-        "special_tokens_map.json",
-        "additional_chat_templates/x.jinja",
-    ],
-)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "additional_chat_templates/x.jinja"])
 def test_links_out_of_the_folder_are_refused(model, tmp_path, name):
     secret, link = tmp_path / "secret", model / name
     secret.write_text("{}")
@@ -139,11 +124,6 @@ def test_a_pickle_is_not_read(model):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (
-            {"num_hidden_layers": 10**9},
-            r"config\.json cannot be used: num_hidden_layers is 1000000000",
-        ),
-        ({"num_labels": 10**9}, r"config\.json cannot be used: num_labels is 1000000000"),
         (
             {"text_config": {"vocab_size": 10**12}},
             r"config\.json cannot be used: vocab_size is 1000000000000",
@@ -289,20 +269,17 @@ def test_auto_is_the_faster_precision(monkeypatch, capability, bfloat16_s, expec
     assert arithmetic(config_of("m", precision="auto", device="cpu")) == expected
 
 
-@pytest.mark.parametrize(
-    ("layers", "recipe", "expected"),
-    [
+def test_the_exit_for_decoding(tmp_path):
+    for layers, recipe, expected in (
         (12, {"curriculum": "all"}, 3),
         (16, {"curriculum": "all", "exit_weighting": "linear"}, 4),
         (12, {"curriculum": "all", "exits": (2, 4)}, 2),  # of two as near, the cheaper one
         (12, {"curriculum": "all", "exits": (5,)}, 5),
         (12, {"curriculum": "none"}, 3),
         (12, {"fixed_exits": (4, 3)}, 3),
-    ],
-)
-def test_the_exit_for_decoding(layers, recipe, expected, tmp_path):
-    LlamaConfig(num_hidden_layers=layers).save_pretrained(tmp_path)
-    assert check_layers(config_of(tmp_path, **recipe)) == expected
+    ):
+        LlamaConfig(num_hidden_layers=layers).save_pretrained(tmp_path)
+        assert check_layers(config_of(tmp_path, **recipe)) == expected, recipe
 
 
 def test_a_built_in_gguf_file_is_dequantized(tmp_path, monkeypatch):
