@@ -113,7 +113,10 @@ def stand_in(monkeypatch):
     return start
 
 
-def test_one_answer_a_request(stand_in):
+def test_one_answer_a_request(stand_in, tmp_path, monkeypatch):
+    # No module of the working folder takes a package's place.
+    (tmp_path / "numpy.py").write_text("raise SystemExit('not numpy')")
+    monkeypatch.chdir(tmp_path)
     with stand_in() as baseline:
         run = baseline.answer(LOOKUP, [5, 6], 4)
         assert (run.token_ids, run.text) == ([5, 4, 2], "prompt-lookup")
@@ -138,13 +141,6 @@ def test_a_baseline_that_cannot_start_is_rows_with_the_reason(stand_in, context,
     with stand_in(context=context) as baseline:
         entries = measure([baseline], [[1]], max_new_tokens=2)
     assert [entry.error for entry in entries] == [reason] * 2
-
-
-def test_no_module_of_the_working_folder_takes_a_packages_place(stand_in, tmp_path, monkeypatch):
-    (tmp_path / "numpy.py").write_text("raise SystemExit('not numpy')")
-    monkeypatch.chdir(tmp_path)
-    with stand_in() as baseline:
-        assert baseline.answer(PLAIN, [1], 4).text == "plain"
 
 
 # --- libraries
@@ -278,6 +274,7 @@ def test_llama_cpp_counts_its_rounds_and_ends_by_our_rules(ignore_eos, tmp_path)
 
 
 @pytest.mark.real
+@pytest.mark.long
 @with_llama_cpp
 def test_llama_cpp_gives_our_tokens(smollm2, smollm2_folder):
     """In float32, on the file that is exported of the same weights; the first tokens at least."""

@@ -43,7 +43,6 @@ COSTS = StepCosts(
 DATASTORE = (2, 0, 2, 2, 0, 2, 1, 1, 2, 0, 2, 1)  # which contradicts the prompt
 FIXED = speculative(1, 2)
 ADAPTIVE = speculative(1, 2, adaptive=True)
-NGRAMS = speculative(None, 2, draft_from="n-gram")
 ALL_SOURCES = speculative(
     1, 3, adaptive=True, draft_from="both", draft_vocabulary=(0, 2), datastore=DATASTORE
 )
@@ -120,19 +119,17 @@ def p_value(counts, expected):
     return float(stats.chisquare(seen, [mean * scale for mean in due]).pvalue)
 
 
-@pytest.mark.parametrize("config", [NGRAMS, ALL_SOURCES], ids=["n-grams", "all sources"])
-def test_continuations_have_the_model_s_distribution(decoder, expected, config):
-    assert p_value(count(decoder, config), expected) > MIN_P_VALUE
+def test_continuations_have_the_model_s_distribution(decoder, expected):
+    assert p_value(count(decoder, ALL_SOURCES), expected) > MIN_P_VALUE
 
 
 MORE = {"temperature": 0.8, "top_k": 4, "min_p": 0.05, "repetition_penalty": 1.5}
 
 
-@pytest.mark.parametrize("sampling", [SAMPLING, MORE], ids=["top-p", "penalty, top-k, min-p"])
-def test_drafts_of_mixed_sources_have_the_model_s_distribution(decoder, sampling, monkeypatch):
+def test_drafts_of_mixed_sources_have_the_model_s_distribution(decoder, monkeypatch):
     mix_drafts(monkeypatch)
-    counts = count(decoder, ALL_SOURCES, sampling)
-    assert p_value(counts, probabilities(decoder, sampling)) > MIN_P_VALUE
+    counts = count(decoder, ALL_SOURCES, MORE)
+    assert p_value(counts, probabilities(decoder, MORE)) > MIN_P_VALUE
 
 
 def test_plain_decoding_with_a_penalty_has_the_model_s_distribution(decoder):
@@ -175,7 +172,6 @@ def count_rows(decoder, config):
 
 BATCHES = {
     "plain": PLAIN,
-    "fixed": FIXED,
     "reduced head": dataclasses.replace(FIXED, draft_vocabulary=(0, 2)),
     "adaptive": ADAPTIVE,
 }
@@ -226,6 +222,7 @@ def test_a_wrong_acceptance_rule_is_detected(decoder, expected, wrong, monkeypat
     assert p_value(count_rows(decoder, FIXED), expected) < MIN_P_VALUE / 1000
 
 
+@pytest.mark.long
 def test_a_confidence_that_depends_on_the_sampled_token_is_detected(decoder, expected, monkeypatch):
     """Kept for its own probability, a token would be more likely than the model says."""
     propose = EarlyExit.propose
