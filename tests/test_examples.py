@@ -75,8 +75,8 @@ def test_scripts(model_folder, tmp_path, script, launcher, steps):
     assert (answer.mode, answer.exit_layer) == ("self-speculative", 2)
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: path.name)
-def test_settings_fit_smollm2(path):
-    config = TrainConfig.from_yaml(path, data="rows.jsonl", output="out")
-    assert config.model == "smollm2-135m"
-    config.effective_recipe.check_layers(30)
+def test_settings_fit_smollm2():
+    for path in EXAMPLES.rglob("*.yaml"):
+        config = TrainConfig.from_yaml(path, data="rows.jsonl", output="out")
+        assert config.model == "smollm2-135m", path
+        config.effective_recipe.check_layers(30)

@@ -75,25 +75,22 @@ def test_of_a_mixture_the_experts_that_answer_are_read(family):
     assert transformers._bytes_per_pass(model) == pytest.approx(whole - unread, abs=1)
 
 
-@pytest.mark.parametrize(
-    ("rules", "tokens", "text"),
-    [
+def test_answers_end_by_our_rules():
+    """The same for a draft that goes on beyond the end, and for what comes afterwards."""
+    for rules, tokens, text in (
         ({"eos_token_ids": [END]}, [*encode("abc"), END], "abc"),
         ({"stop": ["bc"]}, encode("abc"), "a"),
         ({"max_new_tokens": 2}, encode("ab"), "ab"),
         ({}, [*encode("abc"), END, *encode("d")], "abcd"),
-    ],
-)
-def test_answers_end_by_our_rules(rules, tokens, text):
-    """The same for a draft that goes on beyond the end, and for what comes afterwards."""
-    made = recorder(**rules)
-    made.add(encode("a"))
-    ended = made.add([*encode("bc"), END, *encode("d")])
-    assert ended == made.finished == bool(rules)
-    assert made.add(encode("zz")) == ended
-    run = finished(made)
-    assert run.token_ids == (tokens if rules else [*tokens, *encode("zz")])
-    assert run.text == (text if rules else text + "zz")
+    ):
+        made = recorder(**rules)
+        made.add(encode("a"))
+        ended = made.add([*encode("bc"), END, *encode("d")])
+        assert ended == made.finished == bool(rules)
+        assert made.add(encode("zz")) == ended
+        run = finished(made)
+        assert run.token_ids == (tokens if rules else [*tokens, *encode("zz")])
+        assert run.text == (text if rules else text + "zz")
 
 
 # --- processes

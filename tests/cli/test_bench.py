@@ -268,19 +268,16 @@ def test_peers_stand_beside_our_rows(run, prompts):
         assert "error" in row or row["new_tokens"] > 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "words"),
-    [
+def test_bad_input_is_one_clear_line(run, prompts):
+    for arguments, status, words in (
         (["--modes", "fast"], 2, "'fast' is not one of"),
         (["--exit-layers", "9"], 1, "exit layer 9 is out of range: this model has 1 to 4"),
         (["--max-new-tokens", "4000"], 1, "no prompt of"),
-    ],
-)
-def test_bad_input_is_one_clear_line(run, prompts, arguments, status, words):
-    got, out, err = run("bench", "--task", prompts, *arguments)
-    assert (got, out) == (status, "")
-    assert words in err
-    assert err.count("\n") == 1
+    ):
+        got, out, err = run("bench", "--task", prompts, *arguments)
+        assert (got, out) == (status, "")
+        assert words in err
+        assert err.count("\n") == 1
 
 
 def test_a_task_is_needed(run):

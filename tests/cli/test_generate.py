@@ -316,17 +316,16 @@ def test_marks_leave_tabs_and_carriage_returns_alone(capsys):
     assert capsys.readouterr().out == "[\tif\r\n]\t\tx\n"
 
 
-@pytest.mark.parametrize(("no_color", "shown"), [("", "\x1b[32mif\x1b[0m\n"), ("1", "[if]\n")])
-def test_no_color_is_heeded(capsys, monkeypatch, no_color, shown):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("NO_COLOR", no_color)
-    output.show_pieces([Piece(text="if", drafted=True)], show_draft=True)
-    assert capsys.readouterr().out == shown
+def test_no_color_is_heeded(capsys, monkeypatch):
+    for no_color, shown in (("", "\x1b[32mif\x1b[0m\n"), ("1", "[if]\n")):
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("NO_COLOR", no_color)
+        output.show_pieces([Piece(text="if", drafted=True)], show_draft=True)
+        assert capsys.readouterr().out == shown
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "words"),
-    [
+def test_bad_input_is_one_clear_line(run):
+    for arguments, status, words in (
         (
             ["--prompt", "abc", "--exit-layer", "9"],
             1,
@@ -353,31 +352,24 @@ def test_no_color_is_heeded(capsys, monkeypatch, no_color, shown):
         (["--prompt", "abc", "--output", "no/such/folder/x.json"], 2, "does not exist"),
         (["--prompt", "abc", "--prompts", __file__], 2, "exclude each other"),
         (["--prompts", "no-such-file"], 2, "does not exist"),
-    ],
-)
-def test_bad_input_is_one_clear_line(run, arguments, status, words):
-    got, out, err = run("generate", *arguments)
-    assert (got, out) == (status, "")
-    assert words in err
-    assert err.startswith("layerskip: ")
-    assert err.count("\n") == 1
+    ):
+        got, out, err = run("generate", *arguments)
+        assert (got, out) == (status, "")
+        assert words in err
+        assert err.startswith("layerskip: ")
+        assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("command", "flags", "words"),
-    [
+def test_flags_that_contradict_each_other_are_reported_before_a_model_is_loaded(run, monkeypatch):
+    for command, flags, words in (
         ("generate", ("--mode", "plain", "--exit-layer", 2), "plain decoding drafts nothing"),
         ("chat", ("--mode", "early-exit", "--draft-tokens", 2), "early exit drafts nothing"),
         ("lens", ("--draft-from", "n-gram", "--exit-layer", 4), "n-grams have no exit layer"),
-    ],
-)
-def test_flags_that_contradict_each_other_are_reported_before_a_model_is_loaded(
-    run, monkeypatch, command, flags, words
-):
-    monkeypatch.setattr(config_flags, "load_model", lambda config: pytest.fail("loaded"))
-    status, out, err = run(command, *flags)
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert words in err
+    ):
+        monkeypatch.setattr(config_flags, "load_model", lambda config: pytest.fail("loaded"))
+        status, out, err = run(command, *flags)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert words in err
 
 
 def test_a_gpu_that_stays_idle_is_named(run, monkeypatch):
@@ -389,24 +381,22 @@ def test_a_gpu_that_stays_idle_is_named(run, monkeypatch):
     assert run("generate", *flags, "--device", "cpu")[2] == ""
 
 
-@pytest.mark.parametrize(
-    ("weights", "device", "dtype", "kernels", "said"),
-    [
+def test_weights_that_save_no_memory_or_time_are_told_of(capsys):
+    for weights, device, dtype, kernels, said in (
         ("int8", "cuda", "bfloat16", "torch.compile", "int8 takes more memory than 16bit"),
         ("int8", "cpu", "float32", "compiled", ""),
         ("int4", "cpu", "float32", "pytorch", "kernels --weights int4 is slower than 16bit"),
-    ],
-)
-def test_weights_that_save_no_memory_or_time_are_told_of(
-    capsys, weights, device, dtype, kernels, said
-):
-    decoder = types.SimpleNamespace(
-        weights=weights, device=torch.device(device), dtype=getattr(torch, dtype), kernels=kernels
-    )
-    config_flags.note_weights(decoder)
-    err = capsys.readouterr().err
-    assert said in err
-    assert bool(said) == bool(err)
+    ):
+        decoder = types.SimpleNamespace(
+            weights=weights,
+            device=torch.device(device),
+            dtype=getattr(torch, dtype),
+            kernels=kernels,
+        )
+        config_flags.note_weights(decoder)
+        err = capsys.readouterr().err
+        assert said in err
+        assert bool(said) == bool(err)
 
 
 def test_threads_are_no_more_than_a_container_has(run, monkeypatch):
@@ -419,28 +409,25 @@ def test_threads_are_no_more_than_a_container_has(run, monkeypatch):
     assert asked == [1, 3]
 
 
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
+def test_a_bad_row_is_named_by_its_line(run, tmp_path):
+    for row, words in (
         ("{", "prompts.jsonl:2 is not JSON"),
         ("[" * 100_000, "prompts.jsonl:2 is nested too deeply"),
         ('{"prompt": 7}', "prompts.jsonl:2: `prompt` (a text)"),
-    ],
-)
-def test_a_bad_row_is_named_by_its_line(run, tmp_path, row, words):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "abc"}\n' + row + "\n")
-    status, _, err = run("generate", "--prompts", prompts, "--json")
-    assert status == 1
-    assert words in err
+    ):
+        prompts = tmp_path / "prompts.jsonl"
+        prompts.write_text('{"prompt": "abc"}\n' + row + "\n")
+        status, _, err = run("generate", "--prompts", prompts, "--json")
+        assert status == 1
+        assert words in err
 
 
-@pytest.mark.parametrize("model", ["no-such-model", "no/such/file.gguf"])
-def test_a_model_that_is_nowhere(run, model):
-    status, _, err = run("generate", "--prompt", "abc", "--model", model)
-    assert status == 1
-    assert model in err
-    assert err.count("\n") == 1
+def test_a_model_that_is_nowhere(run):
+    for model in ("no-such-model", "no/such/file.gguf"):
+        status, _, err = run("generate", "--prompt", "abc", "--model", model)
+        assert status == 1
+        assert model in err
+        assert err.count("\n") == 1
 
 
 def test_debug_shows_the_traceback(run):
@@ -548,13 +535,13 @@ def test_without_a_prompt_nobody_waits_at_a_terminal(run, monkeypatch):
     assert "give a prompt" in err
 
 
-@pytest.mark.parametrize("is_terminal", [True, False])
-def test_a_terminal_obeys_no_answer(capsys, monkeypatch, is_terminal):
-    text = "a\x1b]52;c;eA==\x07b\tc\n\x9b2J"
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
-    output.show_pieces([Piece(text=text)], show_draft=False)
-    shown = "a\\x1b]52;c;eA==\\x07b\tc\n\\x9b2J" if is_terminal else text
-    assert capsys.readouterr().out == shown + "\n"
+def test_a_terminal_obeys_no_answer(capsys, monkeypatch):
+    for is_terminal in (True, False):
+        text = "a\x1b]52;c;eA==\x07b\tc\n\x9b2J"
+        monkeypatch.setattr(sys.stdout, "isatty", lambda yes=is_terminal: yes)
+        output.show_pieces([Piece(text=text)], show_draft=False)
+        shown = "a\\x1b]52;c;eA==\\x07b\tc\n\\x9b2J" if is_terminal else text
+        assert capsys.readouterr().out == shown + "\n"
 
 
 def test_no_message_is_obeyed_either(run):

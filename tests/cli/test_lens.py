@@ -152,9 +152,8 @@ def test_agreement_over_a_file_of_prompts(run, tmp_path):
     assert "2 prompts" in table
 
 
-@pytest.mark.parametrize(
-    ("flags", "status", "words"),
-    [
+def test_bad_input(run):
+    for flags, status, words in (
         (("--layers", "5-3"), 2, "is not a list of layers"),
         (("--layers", "9"), 1, "this model has 1 to 4"),
         (("--positions", "0-3"), 2, "neither 'all' nor positions"),
@@ -163,14 +162,12 @@ def test_agreement_over_a_file_of_prompts(run, tmp_path):
         (("--continuation", "x", "--exit-layer", "2"), 2, "--exit-layer would have no effect"),
         (("--samples", "2"), 2, "--samples needs --data"),
         (("--data", __file__), 2, "--data excludes --prompt"),
-    ],
-)
-def test_bad_input(run, flags, status, words):
-    short = () if "--continuation" in flags else SHORT
-    result, out, err = run("lens", "--prompt", "abc", *short, *flags)
-    assert (result, out) == (status, "")
-    assert words in err
-    assert len(err.splitlines()) == 1
+    ):
+        short = () if "--continuation" in flags else SHORT
+        result, out, err = run("lens", "--prompt", "abc", *short, *flags)
+        assert (result, out) == (status, "")
+        assert words in err
+        assert len(err.splitlines()) == 1
 
 
 def test_a_picture_without_matplotlib_says_what_to_install(run, monkeypatch, tmp_path):

@@ -137,18 +137,15 @@ def test_a_terminal_shows_a_carriage_return_of_an_answer(capsys, monkeypatch):
     assert capsys.readouterr().out == "safe\\x0drm -rf\n"
 
 
-@pytest.mark.parametrize(
-    ("flags", "status", "words"),
-    [
+def test_files_without_an_end_are_refused(run):
+    for flags, status, words in (
         (("--datastore", "/dev/zero"), 2, "/dev/zero has more than 16 MiB"),
         (("--prompts", "/dev/zero"), 1, "/dev/zero is a device, not a file"),
-    ],
-)
-def test_files_without_an_end_are_refused(run, flags, status, words):
-    prompt = () if "--prompts" in flags else ("--prompt", "abc")
-    code, out, err = run("generate", *prompt, *flags)
-    assert (code, out, err.count("\n")) == (status, "", 1)
-    assert words in err
+    ):
+        prompt = () if "--prompts" in flags else ("--prompt", "abc")
+        code, out, err = run("generate", *prompt, *flags)
+        assert (code, out, err.count("\n")) == (status, "", 1)
+        assert words in err
 
 
 def test_a_pipe_is_a_file_of_prompts(tmp_path):

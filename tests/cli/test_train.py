@@ -72,9 +72,8 @@ def trained(monkeypatch):
 
 
 @pytest.mark.usefixtures("trained")
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
+def test_flags_without_effect_are_said(train):
+    for arguments, said in (
         (("--regime", "task"), ["--rotation has no effect with --curriculum gradual"]),
         (
             ("--variant", "LD", "--e-scale", 2),
@@ -99,14 +98,12 @@ def trained(monkeypatch):
             [f"--{name} has no effect with --curriculum none" for name in ("rotation", "exits")],
         ),
         ((), []),
-    ],
-)
-def test_flags_without_effect_are_said(train, arguments, said):
-    status, _, err = train(*arguments)
-    assert status == 0, err
-    assert [line for line in err.splitlines() if "no effect" in line] == [
-        f"layerskip: {line}" for line in said
-    ]
+    ):
+        status, _, err = train(*arguments)
+        assert status == 0, err
+        assert [line for line in err.splitlines() if "no effect" in line] == [
+            f"layerskip: {line}" for line in said
+        ]
 
 
 @pytest.mark.usefixtures("trained")
@@ -166,9 +163,8 @@ def test_generate_runs_the_result(train, program, tmp_path):
     assert json.loads(plain)["token_ids"] == answer["token_ids"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "message"),
-    [
+def test_bad_input_is_one_line(train, tmp_path):
+    for arguments, status, message in (
         (("--learning-rate", "nan"), 2, "learning_rate is nan"),
         (("--learning-rate", "fast"), 2, "'fast' is not a valid float"),
         (("--epochs", 3), 2, "epochs and max_steps both say when to end"),
@@ -181,11 +177,9 @@ def test_generate_runs_the_result(train, program, tmp_path):
         (("--completion", "{answer}"), 1, "rows.jsonl:1 has the fields ['completion', 'prompt']"),
         (("--regime", "best"), 2, "'best' is not one of"),
         (("--speed", 2), 2, "No such option"),
-    ],
-)
-def test_bad_input_is_one_line(train, tmp_path, arguments, status, message):
-    done = train(*arguments)
-    assert done[:2] == (status, "")
-    assert done[2].count("\n") == 1
-    assert message in done[2]
-    assert not (tmp_path / "out" / "checkpoint-4").exists()
+    ):
+        done = train(*arguments)
+        assert done[:2] == (status, "")
+        assert done[2].count("\n") == 1
+        assert message in done[2]
+        assert not (tmp_path / "out" / "checkpoint-4").exists()

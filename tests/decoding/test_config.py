@@ -40,9 +40,8 @@ def resolved(options, settings=EMPTY, n_layers=L, **more):
 SELF = {"mode": "self-speculative"}
 
 
-@pytest.mark.parametrize(
-    ("options", "settings", "expected"),
-    [
+def test_open_options_come_from_the_checkpoint_and_the_mode():
+    for options, settings, expected in (
         # auto: n-grams, and the early exit where the checkpoint or the caller names one
         ({}, EMPTY, auto(None, MOST)),
         ({}, TUNED, auto(5, MOST)),
@@ -73,13 +72,11 @@ SELF = {"mode": "self-speculative"}
         ({**SELF, "draft_from": "n-gram"}, TEXT, speculative(None, 7, draft_from="n-gram")),
         # the caller's exit layer replaces one of the checkpoint that is wrong
         ({**SELF, "exit_layer": 4}, CheckpointSettings(exit_layer=L + 1), speculative(4, 5)),
-    ],
-)
-def test_open_options_come_from_the_checkpoint_and_the_mode(options, settings, expected):
-    config = resolved(options, settings)
-    assert config == expected
-    assert config.resolve(settings, L) == config  # resolving twice changes nothing
-    assert config.resolve(EMPTY, L) == config
+    ):
+        config = resolved(options, settings)
+        assert config == expected
+        assert config.resolve(settings, L) == config  # resolving twice changes nothing
+        assert config.resolve(EMPTY, L) == config
 
 
 def test_the_default_exit_is_never_before_the_first_layer():
@@ -99,9 +96,8 @@ def test_a_draft_vocabulary_has_the_end_tokens_and_fits_the_model():
             resolved({"draft_vocabulary": bad}, **model)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_bad_values_are_refused_in_one_line():
+    for options, message in (
         ({"mode": "fast"}, "the mode 'fast' is unknown; there are: auto, plain, early-exit, self-"),
         ({"draft_from": "text"}, "drafts from 'text' are unknown; there are: early-exit, n-gram,"),
         ({"mode": "plain", "exit_layer": 3}, "plain decoding drafts nothing; leave out"),
@@ -131,12 +127,10 @@ def test_a_draft_vocabulary_has_the_end_tokens_and_fits_the_model():
         ({"adaptive": 1}, "adaptive is 1, it has to be True or False"),
         ({"draft_vocabulary": 1.5}, "draft_vocabulary is 1.5, it has to be token ids"),
         ({"draft_vocabulary": ["a"]}, "draft_vocabulary is 'a', it has to be an integer"),
-    ],
-)
-def test_bad_values_are_refused_in_one_line(options, message):
-    with pytest.raises(ValueError, match=message) as error:
-        DecodingConfig(**options)
-    assert "\n" not in str(error.value)
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            DecodingConfig(**options)
+        assert "\n" not in str(error.value)
 
 
 def test_options_that_have_a_value_cannot_be_none():
@@ -222,9 +216,8 @@ def measured(*passes, **changes):
     return StepCosts(**kind, **costs | changes, passes=passes, overhead=0.0)
 
 
-@pytest.mark.parametrize(
-    ("costs", "contexts", "drafts"),
-    [
+def test_a_batch_drafts_where_that_pays():
+    for costs, contexts, drafts in (
         (measured(1.0, 1.0), [0] * 8, True),  # positions are free
         (measured(1.0, 2.0), [0] * 8, False),  # each costs as much as a step
         (measured(1.0, 1.0, 1.0, 1.0, 2.0), [0] * 2, True),  # free up to four
@@ -232,15 +225,13 @@ def measured(*passes, **changes):
         # A draft reads the keys and values of its layers for every token.
         (measured(1.0, 1.3, exit_layer=2), [0] * 2, True),
         (measured(1.0, 1.3, exit_layer=2), [10_000] * 2, False),
-    ],
-)
-def test_a_batch_drafts_where_that_pays(costs, contexts, drafts):
-    config = resolved({}, dataclasses.replace(TUNED, exit_layer=costs.exit_layer))
-    expected = dataclasses.replace(config, draft_from="early-exit") if drafts else PLAIN
-    assert batch_config(config, ScriptedDecoder([1]), costs, contexts) == expected
-    assert can_batch(expected)
-    assert not can_batch(config)
-    assert not can_batch(dataclasses.replace(expected, repetition_penalty=1.2))
+    ):
+        config = resolved({}, dataclasses.replace(TUNED, exit_layer=costs.exit_layer))
+        expected = dataclasses.replace(config, draft_from="early-exit") if drafts else PLAIN
+        assert batch_config(config, ScriptedDecoder([1]), costs, contexts) == expected
+        assert can_batch(expected)
+        assert not can_batch(config)
+        assert not can_batch(dataclasses.replace(expected, repetition_penalty=1.2))
 
 
 def test_a_batch_drafts_where_its_head_is_small():

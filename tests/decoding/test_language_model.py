@@ -296,19 +296,16 @@ def test_an_exit_with_non_finite_results_drafts_what_is_rejected(model, prompt, 
 # --- loading ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
+def test_options_of_loading_are_checked(tmp_path):
+    for option, message in (
         ({"dtype": "float8"}, "dtype is 'float8'; there are: float32, bfloat16, float16"),
         ({"device": "abacus"}, "device 'abacus' is unknown"),
         ({"device": "meta"}, "device 'meta' is not supported"),
         ({"weights": "3bit"}, f"weights is '3bit'; there are: {', '.join(WEIGHTS)}"),
-    ],
-)
-def test_options_of_loading_are_checked(tmp_path, option, message):
-    tiny_models.reference("llama2").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        LayerSkipModel.from_pretrained(tmp_path, **option)
+    ):
+        tiny_models.reference("llama2").save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            LayerSkipModel.from_pretrained(tmp_path, **option)
 
 
 def test_forked_children_of_a_cpu_model_run_single_threaded(monkeypatch):

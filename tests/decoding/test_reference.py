@@ -46,6 +46,11 @@ def test_greedy_tokens_are_those_of_the_reference(decoder):
         assert ids(decoder, prompt, config, NEW_TOKENS, measured=measured) == plain, config
 
 
+@pytest.mark.parametrize(
+    "decoder",
+    [("llama3.1", False), ("gemma2", False), ("mixtral", False), *((c, True) for c in COMPILED)],
+    indirect=True,
+)
 def test_rounds_are_those_of_the_reference(decoder, monkeypatch):
     """The same numbers of drafted and accepted tokens, so the drafts are those of the exit."""
     prompt, rounds, exit_layer = random_prompt(decoder, 9), [], 2

@@ -81,18 +81,15 @@ def test_of_equal_logits_the_one_that_decoding_takes_comes_first():
     assert all(len(set(seen.top_ids[x, 0].tolist())) == 5 for x in range(4))
 
 
-@pytest.mark.parametrize(
-    ("column", "settled"),
-    [
+def test_settled_layer():
+    for column, settled in (
         ([7, 7, 7, 7], 2),
         ([1, 7, 7, 7], 4),
         ([7, 1, 7, 7], 6),
         ([7, 7, 1, 7], 8),
         ([7, 7, 7, 1], 8),  # all agree with one another, but not with the last
-    ],
-)
-def test_settled_layer(column, settled):
-    assert hand_made_lens([column]).settled == [settled]
+    ):
+        assert hand_made_lens([column]).settled == [settled]
 
 
 def test_agreement_by_hand():
@@ -123,15 +120,12 @@ def test_part():
         seen.part(range(1, 3))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
+def test_bad_input():
+    for arguments, words in (
         ({"token_ids": [1]}, "two tokens"),
         ({"token_ids": [1] * 66}, "context holds 64"),
         ({"exits": [0]}, "exit layer 0 is out of range: this model has 1 to 4"),
         ({"exits": [2, 5]}, "exit layer 5"),
-    ],
-)
-def test_bad_input(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        look(ScriptedDecoder([5]), **{"token_ids": [1, 2], "prompt_tokens": 1, **arguments})
+    ):
+        with pytest.raises(ValueError, match=words):
+            look(ScriptedDecoder([5]), **{"token_ids": [1, 2], "prompt_tokens": 1, **arguments})

@@ -1,6 +1,5 @@
 """Tokens as text that can be seen."""
 
-import pytest
 from scripted import TOKENIZER, encode, words
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -8,18 +7,15 @@ from transformers import PreTrainedTokenizerFast
 from layerskip.lens import Symbols, visible
 
 
-@pytest.mark.parametrize(
-    ("text", "seen"),
-    [
+def test_visible():
+    for text, seen in (
         (" a", "·a"),
         ("\n\t\r", "↵⇥␍"),
         ("\x1b[31m", "\\u001b[31m"),  # a terminal would obey
         ("\N{RIGHT-TO-LEFT OVERRIDE}x\N{ZERO WIDTH SPACE}", "\\u202ex\\u200b"),
         ("é鍵", "é鍵"),
-    ],
-)
-def test_visible(text, seen):
-    assert visible(text) == seen
+    ):
+        assert visible(text) == seen
 
 
 def test_byte_level_tokens():

@@ -65,10 +65,7 @@ def test_product_is_near_the_exact_one(bits, centred, n_out, n, dtype):
     bias = random(n_out, seed=3).to(dtype)
     product = QuantizedLinear(pack(weight), bias, dtype)
     exact = x.double() @ weight.dequantize().double().T + bias.double()
-    for found, expected in (
-        (product(x), exact),
-        (product(x, residual), exact + residual.double()),
-    ):
+    for found, expected in ((product(x), exact), (product(x, residual), exact + residual.double())):
         assert found.dtype == dtype
         assert found.is_contiguous()
         # Weights, scales and results are rounded to the dtype.

@@ -56,9 +56,8 @@ def test_flat_dict_makes_the_same_configuration():
     assert TrainConfig.from_mapping(config.as_flat_dict()) == config
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
+def test_bad_values():
+    for values, message in (
         ({"learning_rate": "nan"}, "learning_rate is nan"),
         ({"exits": True}, "exits is True, not a list of numbers"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast', not a value of float"),
@@ -78,11 +77,9 @@ def test_flat_dict_makes_the_same_configuration():
         ({"p_max": 2}, "p_max is 2"),
         ({"batch_size": True}, "batch_size is True, not a value of int"),
         ({"data": ["a", "b"]}, r"data is \['a', 'b'\], not a value of str"),
-    ],
-)
-def test_bad_values(values, message):
-    with pytest.raises(ValueError, match=message):
-        make(**values)
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**values)
 
 
 def test_the_seed_is_that_of_the_skipped_rows_too():
@@ -91,9 +88,8 @@ def test_the_seed_is_that_of_the_skipped_rows_too():
     assert make(seed=7).effective_recipe.seed == 7
 
 
-@pytest.mark.parametrize(
-    ("lines", "flags", "expected"),
-    [
+def test_a_flag_goes_before_what_contradicts_it_in_a_file(tmp_path):
+    for lines, flags, expected in (
         ("max-steps: 1000", {"epochs": 3}, {"max_steps": None, "epochs": 3}),
         ("epochs: 3", {"max_steps": 9}, {"max_steps": 9, "epochs": None}),
         ("eval_rows: 9", {"eval_data": "x"}, {"eval_rows": 0, "eval_data": "x"}),
@@ -105,13 +101,11 @@ def test_the_seed_is_that_of_the_skipped_rows_too():
         ("eval_data: x\neval_split: test", {"eval_data": "y"}, {"eval_split": "test"}),
         ("exits: [4, 8]", {"exit_every": 2}, {"exits": None, "exit_every": 2}),
         ("exit_every: 2", {"exits": "4,8"}, {"exits": (4, 8), "exit_every": 1}),
-    ],
-)
-def test_a_flag_goes_before_what_contradicts_it_in_a_file(tmp_path, lines, flags, expected):
-    file = tmp_path / "run.yaml"
-    file.write_text(f"model: m\ndata: d\noutput: o\n{lines}\n")
-    found = TrainConfig.from_yaml(file, **flags).as_flat_dict()
-    assert {name: found[name] for name in expected} == expected
+    ):
+        file = tmp_path / "run.yaml"
+        file.write_text(f"model: m\ndata: d\noutput: o\n{lines}\n")
+        found = TrainConfig.from_yaml(file, **flags).as_flat_dict()
+        assert {name: found[name] for name in expected} == expected
 
 
 def test_a_home_folder_is_spelled_out(monkeypatch):

@@ -26,20 +26,17 @@ def tokenizer(model_folder):
     return AutoTokenizer.from_pretrained(model_folder)
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
+def test_fields_that_are_no_text_are_refused(tokenizer):
+    for row, message in (
         (
             {"prompt": "1", "completion": None, "text": "1"},
             "NoneType is neither text",
         ),
         ({"prompt": [{"role": "user"}], "completion": "3"}, "row 7 has .* list is neither text"),
         ({"prompt": "1", "completion": "half \ud83d"}, "row 7 cannot be made tokens of"),
-    ],
-)
-def test_fields_that_are_no_text_are_refused(tokenizer, row, message):
-    with pytest.raises(ValueError, match=message):
-        Encoding(tokenizer=tokenizer)("row 7", row)
+    ):
+        with pytest.raises(ValueError, match=message):
+            Encoding(tokenizer=tokenizer)("row 7", row)
 
 
 def test_fields_of_fields(tokenizer):
@@ -100,13 +97,15 @@ def test_a_field_of_text_that_is_named_goes_before_all_others(tokenizer):
         encode("row 7", ROWS[0])
 
 
-@pytest.mark.parametrize("templates", [{"completion": "{lable}"}, {"prompt": "{txt}"}])
-def test_a_misspelt_field_is_no_row_of_another_kind(tokenizer, templates):
-    encode = Encoding(tokenizer=tokenizer, **templates)
-    messages = [{"role": "user", "content": "1"}, {"role": "model", "content": "2"}]
-    for row in ({"text": "1 plus 2", "label": "3"}, {"messages": messages, "label": "3"}):
-        with pytest.raises(ValueError, match=r"row 7 has the fields .*'label'.*\{(lable|txt)\}"):
-            encode("row 7", row)
+def test_a_misspelt_field_is_no_row_of_another_kind(tokenizer):
+    for templates in ({"completion": "{lable}"}, {"prompt": "{txt}"}):
+        encode = Encoding(tokenizer=tokenizer, **templates)
+        messages = [{"role": "user", "content": "1"}, {"role": "model", "content": "2"}]
+        for row in ({"text": "1 plus 2", "label": "3"}, {"messages": messages, "label": "3"}):
+            with pytest.raises(
+                ValueError, match=r"row 7 has the fields .*'label'.*\{(lable|txt)\}"
+            ):
+                encode("row 7", row)
 
 
 def test_the_answer_of_a_conversation_has_labels(tokenizer):

@@ -235,10 +235,10 @@ def test_packing_is_for_models_that_separate_documents(model_folder):
         check_packing(OPTForCausalLM(config))
 
 
-@pytest.mark.parametrize(("batch_size", "kind"), [(4, "eager"), (10_000, "sdpa")])
-def test_short_rows_use_eager_attention(model_folder, batch_size, kind):
-    config = config_of(model_folder, max_length=128, batch_size=batch_size, device="cpu")
-    assert load_model(config).config._attn_implementation == kind
+def test_short_rows_use_eager_attention(model_folder):
+    for batch_size, kind in ((4, "eager"), (10_000, "sdpa")):
+        config = config_of(model_folder, max_length=128, batch_size=batch_size, device="cpu")
+        assert load_model(config).config._attn_implementation == kind
 
 
 @pytest.mark.parametrize(
@@ -253,20 +253,17 @@ def test_frozen_weights_stay_in_bfloat16(model, precision, expected):
     assert {p.dtype for p in loaded.parameters()} == {expected}
 
 
-@pytest.mark.parametrize(
-    ("capability", "bfloat16_s", "expected"),
-    [
+def test_auto_is_the_faster_precision(monkeypatch):
+    for capability, bfloat16_s, expected in (
         ("AVX512", 1.0, torch.bfloat16),
         ("AVX512", 3.0, torch.float32),
         ("AVX2", 1.0, torch.float32),
-    ],
-)
-def test_auto_is_the_faster_precision(monkeypatch, capability, bfloat16_s, expected):
-    assert 0 < _matmul_s(torch.float32) < 60
-    seconds = {torch.bfloat16: bfloat16_s, torch.float32: 2.0}
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr("layerskip.training.loading._matmul_s", seconds.__getitem__)
-    assert arithmetic(config_of("m", precision="auto", device="cpu")) == expected
+    ):
+        assert 0 < _matmul_s(torch.float32) < 60
+        seconds = {torch.bfloat16: bfloat16_s, torch.float32: 2.0}
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        monkeypatch.setattr("layerskip.training.loading._matmul_s", seconds.__getitem__)
+        assert arithmetic(config_of("m", precision="auto", device="cpu")) == expected
 
 
 def test_the_exit_for_decoding(tmp_path):

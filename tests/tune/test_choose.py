@@ -2,8 +2,6 @@
 
 import dataclasses
 
-import pytest
-
 from layerskip.tune.tune import choose, choose_auto
 
 
@@ -31,15 +29,15 @@ def test_the_fastest_is_chosen():
     assert "1.50x" in choice.reason
 
 
-@pytest.mark.parametrize("interval", [(0.7, 0.9), (0.98, 1.1), (1.0, 1.2)])
-def test_plain_is_best_where_no_gain_is_certain(interval):
-    speedup = sum(interval) / 2
-    choice = choose([PLAIN, row(speedup, interval, 4, 2), row(0.5, (0.4, 0.6), 8, 6)])
-    assert (choice.mode, choice.exit_layer, choice.draft_tokens) == ("plain", None, None)
-    assert (choice.speedup, choice.tokens_per_s) == (1.0, 50.0)
-    assert choice.flags == "--mode plain"
-    assert choice.reason.startswith("plain decoding is best here")
-    assert "E=4, d=2" in choice.reason
+def test_plain_is_best_where_no_gain_is_certain():
+    for interval in ((0.7, 0.9), (0.98, 1.1), (1.0, 1.2)):
+        speedup = sum(interval) / 2
+        choice = choose([PLAIN, row(speedup, interval, 4, 2), row(0.5, (0.4, 0.6), 8, 6)])
+        assert (choice.mode, choice.exit_layer, choice.draft_tokens) == ("plain", None, None)
+        assert (choice.speedup, choice.tokens_per_s) == (1.0, 50.0)
+        assert choice.flags == "--mode plain"
+        assert choice.reason.startswith("plain decoding is best here")
+        assert "E=4, d=2" in choice.reason
 
 
 def test_a_certain_gain_goes_before_a_faster_one_that_may_be_none():
@@ -50,9 +48,8 @@ def test_a_certain_gain_goes_before_a_faster_one_that_may_be_none():
 AUTO = {"mode": "auto", "tokens_per_s": 60.0}
 
 
-@pytest.mark.parametrize(
-    ("alone", "early", "pair", "mode", "exit_layer"),
-    [
+def test_auto_is_chosen_where_it_is_certainly_faster_and_faster_than_the_pair():
+    for alone, early, pair, mode, exit_layer in (
         ((1.1, (1.05, 1.2)), (1.5, (1.3, 1.7)), None, "auto", 4),
         (
             (1.1, (1.05, 1.2)),
@@ -67,23 +64,19 @@ AUTO = {"mode": "auto", "tokens_per_s": 60.0}
         ((1.0, (0.9, 1.1)), (1.2, (1.1, 1.3)), (1.3, (1.2, 1.4)), "self-speculative", 4),
         ((1.5, (0.9, 2.1)), (1.5, (1.3, 1.7)), None, "auto", 4),  # the faster one may be none
         ((1.0, (0.9, 1.1)), (1.4, (0.9, 1.9)), (1.3, (1.2, 1.4)), "self-speculative", 4),
-    ],
-)
-def test_auto_is_chosen_where_it_is_certainly_faster_and_faster_than_the_pair(
-    alone, early, pair, mode, exit_layer
-):
-    pairs = choose([PLAIN, row(*(pair or (1.05, (0.98, 1.1))), 4, 1)])
-    rows = [{**row(*alone), **AUTO}, {**row(*early, 4), **AUTO}]
-    choice = choose_auto(pairs, rows, {4: 1})
-    assert (choice.mode, choice.exit_layer) == (mode, exit_layer)
-    if mode != "auto":
-        assert dataclasses.replace(choice, reason="") == dataclasses.replace(pairs, reason="")
-        assert choice.reason.startswith(f"{pairs.reason}; mode auto with ")  # what runs else
-    elif exit_layer is None:
-        assert (choice.draft_tokens, choice.flags) == (None, "--draft-from n-gram")
-        assert choice.reason.startswith("mode auto with n-grams is best here: 1.")
-    else:
-        assert (choice.draft_tokens, choice.flags) == (1, "--exit-layer 4")
-        assert choice.speedup_interval == [1.3, 1.7]
-        assert choice.reason.startswith("mode auto with E=4 is best here: 1.50x")
-        assert ("E=4 with d=1 fixed comes to 1.30x" in choice.reason) == bool(pair)
+    ):
+        pairs = choose([PLAIN, row(*(pair or (1.05, (0.98, 1.1))), 4, 1)])
+        rows = [{**row(*alone), **AUTO}, {**row(*early, 4), **AUTO}]
+        choice = choose_auto(pairs, rows, {4: 1})
+        assert (choice.mode, choice.exit_layer) == (mode, exit_layer)
+        if mode != "auto":
+            assert dataclasses.replace(choice, reason="") == dataclasses.replace(pairs, reason="")
+            assert choice.reason.startswith(f"{pairs.reason}; mode auto with ")  # what runs else
+        elif exit_layer is None:
+            assert (choice.draft_tokens, choice.flags) == (None, "--draft-from n-gram")
+            assert choice.reason.startswith("mode auto with n-grams is best here: 1.")
+        else:
+            assert (choice.draft_tokens, choice.flags) == (1, "--exit-layer 4")
+            assert choice.speedup_interval == [1.3, 1.7]
+            assert choice.reason.startswith("mode auto with E=4 is best here: 1.50x")
+            assert ("E=4 with d=1 fixed comes to 1.30x" in choice.reason) == bool(pair)
