@@ -130,12 +130,13 @@ def test_only_the_first_process_prints(train, monkeypatch):
 
 def test_flags_go_before_yaml(train, trained, tmp_path):
     config = tmp_path / "a.yaml"
-    config.write_text("max_steps: 3\nfixed-exits: [2]\np_max: 0.3\n")
+    config.write_text("epochs: 3\nfixed-exits: [2]\np_max: 0.3\n")
     status, out, _ = train(config, "--p-max", 0.2)
     assert status == 0
     assert out == "out: 4 steps, exit layer 2\n"
     used = trained[0].as_flat_dict()
-    assert (used["p_max"], used["fixed_exits"], used["max_steps"]) == (0.2, (2,), 4)
+    assert (used["p_max"], used["fixed_exits"]) == (0.2, (2,))
+    assert (used["epochs"], used["max_steps"]) == (None, 4)  # which contradict each other
 
 
 def test_ctrl_c_names_the_checkpoint_to_go_on_from(train, raise_at, tmp_path):

@@ -45,9 +45,10 @@ def assert_same_weights(one, other):
         assert torch.equal(one[name], other[name]), name
 
 
-def test_the_result_is_an_ordinary_checkpoint(settings, model_folder):
+def test_the_result_is_an_ordinary_checkpoint(settings, model_folder, pictures, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    monkeypatch.setattr("layerskip.training.run.plot_run", pictures)
     result = run(settings, eval_rows=10, fixed_exits=[2], accumulation=2, draft_tokens=7)
     assert (result.steps, result.exit_layer) == (6, 2)
     model = AutoModelForCausalLM.from_pretrained(result.output)
@@ -209,8 +210,20 @@ def test_a_killed_run_resumes_bit_for_bit(settings, tmp_path):
     assert not (out / ".incomplete").exists()
 
 
-def test_sigterm_ends_like_ctrl_c(settings, monkeypatch):
-    before, plain = signal.getsignal(signal.SIGTERM), LayerSkipTrainer.training_step
+@pytest.fixture
+def sigterm():
+    """A handler of SIGTERM that fails the test."""
+
+    def fail(*_):
+        raise AssertionError("SIGTERM was not handled")
+
+    before = signal.signal(signal.SIGTERM, fail)
+    yield fail
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_ends_like_ctrl_c(settings, sigterm, monkeypatch):
+    plain = LayerSkipTrainer.training_step
 
     def terminated(self, *args, **kwargs):
         if self.state.global_step == 3:
@@ -221,7 +234,7 @@ def test_sigterm_ends_like_ctrl_c(settings, monkeypatch):
         patch.setattr(LayerSkipTrainer, "training_step", terminated)
         with pytest.raises(KeyboardInterrupt):
             run(settings)
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) is sigterm
     assert last_checkpoint(Path(settings["output"])).endswith("checkpoint-2")
     assert not Path(settings["output"], ".lock").exists()
     assert run(settings, resume=True).steps == 6
