@@ -1,4 +1,4 @@
-"""Signals, and names and answers that a terminal would obey."""
+"""Signals, progress, and names and answers that a terminal would obey."""
 
 import io
 import json
@@ -12,6 +12,7 @@ import pytest
 
 from layerskip.cli import output
 from layerskip.cli.data import check_finite_file
+from layerskip.cli.output import bars, track, waiting
 from layerskip.decoding import Piece
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -175,3 +176,44 @@ def test_a_report_does_not_follow_links_out_of_its_folder(run, tmp_path):
     assert (status, err.count("\n")) == (1, 1)
     assert "outside of its folder" in err
     assert target.read_text() == "mine"
+
+
+TERMINAL_OR_NOT = pytest.mark.parametrize("is_terminal", [True, False])
+
+
+def stderr(monkeypatch, is_terminal):
+    """Return the captured stderr."""
+    written = io.StringIO()
+    written.isatty = lambda: is_terminal
+    monkeypatch.setattr("sys.stderr", written)
+    monkeypatch.setenv("TERM", "xterm")
+    return written
+
+
+@TERMINAL_OR_NOT
+def test_a_bar_is_for_terminals(monkeypatch, is_terminal):
+    written = stderr(monkeypatch, is_terminal)
+    with bars() as report:
+        report("perplexity of notes[draft].txt", 1, 4)
+    shown = written.getvalue()
+    assert all(word in shown for word in ("notes[draft].txt", "1/4")) if is_terminal else not shown
+
+
+@TERMINAL_OR_NOT
+def test_things_are_counted_on_terminals(monkeypatch, is_terminal):
+    written = stderr(monkeypatch, is_terminal)
+    assert list(track([1, 2, 3], "prompts")) == [1, 2, 3]
+    assert ("prompts" in written.getvalue()) == is_terminal
+
+
+@TERMINAL_OR_NOT
+def test_waiting_is_said_on_terminals(monkeypatch, is_terminal):
+    written = stderr(monkeypatch, is_terminal)
+    with waiting("loading a[b]"):
+        pass
+    assert ("loading a[b]" in written.getvalue()) == is_terminal
+    written.seek(0)
+    written.truncate()
+    with waiting("loading", is_shown=False):
+        pass
+    assert not written.getvalue()

@@ -630,3 +630,22 @@ def test_a_model_that_accelerate_unwraps_keeps_the_recipe(accelerator):
     detach(plain)
     assert "forward" not in plain.__dict__
     assert torch.equal(plain.eval()(**batch_of()).loss, before)
+
+
+STEPS = 20
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_losses_of_all_exits_fall(family):
+    model, batch = build(family), batch_of()
+    handle = attach(model, RecipeConfig(curriculum="all", exit_weighting="equal", p_max=0.2))
+    exits = range(1, LAYERS + 1)
+    before = handle.evaluate(exits, batch).loss_sums
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(STEPS):
+        handle.set_step(step, STEPS)
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = handle.evaluate(exits, batch).loss_sums
+    assert (after < 0.9 * before).all(), (before, after)
