@@ -1,6 +1,7 @@
 """Fixtures of the tests of several packages."""
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -14,6 +15,12 @@ from layerskip.model.step_timing import PassCosts
 
 settings.register_profile("layerskip", deadline=None)  # no test depends on a time
 settings.load_profile("layerskip")
+
+
+def pytest_collection_finish():
+    """Exempt what is imported by now from garbage collection: Trainer collects after each run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
