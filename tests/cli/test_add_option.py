@@ -29,7 +29,7 @@ print(json.dumps({"help": text, "table": options_table(), "row": row}))
 
 def test_an_option_is_added_in_one_place(tmp_path):
     package = tmp_path / "layerskip"
-    shutil.copytree(ROOT / "src/layerskip", package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "src/layerskip", package)  # with __pycache__, which saves compiling
     config = package / "decoding" / "config.py"
     text = config.read_text()
     assert text.count("    max_new_tokens: int =") == 1

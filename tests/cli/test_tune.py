@@ -134,7 +134,7 @@ def test_a_grid_runs_every_pair_of_the_prompts_of_a_seed(tune, tmp_path):
     data.write_text("".join(json.dumps({"prompt": f"q {n}"}) + "\n" for n in range(40)))
     found = []
     for flags in (("--grid",), (), ("--seed", 1)):
-        status, out, _ = tune("--json", "--dry-run", "--data", data, *flags)
+        status, out, _ = tune("--json", "--dry-run", "--data", data, "--max-new-tokens", 8, *flags)
         assert status == 0
         found.append(json.loads(out))
     pairs = [(row["exit_layer"], row["draft_tokens"]) for row in found[0]["grid"][1:]]

@@ -39,9 +39,9 @@ def test_files_of_every_kind(tmp_path):
 
 
 def test_text_files_and_parquet(tmp_path):
-    for compression in ("", ".gz"):
-        from datasets import Dataset
+    from datasets import Dataset
 
+    for compression in ("", ".gz"):
         path = write(tmp_path / f"a.txt{compression}", "one\ntwo\n\n\nthree\n")
         assert list(read_rows(path)) == [
             ("a.txt:1", {"text": "one\ntwo\n"}),
@@ -58,9 +58,9 @@ def test_text_files_and_parquet(tmp_path):
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path):
-    for name, cut in (("a.parquet", 500), ("a.parquet.gz", 20)):
-        from datasets import Dataset
+    from datasets import Dataset
 
+    for name, cut in (("a.parquet", 500), ("a.parquet.gz", 20)):
         Dataset.from_list(ROWS * 50).to_parquet(str(tmp_path / "whole"))
         whole = (tmp_path / "whole").read_bytes()
         whole = gzip.compress(whole) if name.endswith(".gz") else whole
