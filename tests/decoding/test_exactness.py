@@ -164,7 +164,7 @@ def human_eval_prompts(n):
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("n_prompts", "n_tokens", "exit_layers"),
-    [(2, 20, (25,)), pytest.param(40, 64, (5, 15, 25), marks=pytest.mark.long)],
+    [(1, 24, (25,)), pytest.param(40, 64, (5, 15, 25), marks=pytest.mark.long)],
 )
 def test_smollm2_self_speculative_equals_plain_on_human_eval(
     smollm2, n_prompts, n_tokens, exit_layers

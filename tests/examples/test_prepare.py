@@ -201,8 +201,8 @@ def test_rows_of_every_source(data, tmp_path):
 
 
 def test_every_second_row_is_running_text(data, tmp_path):
+    prepare(tmp_path / "a", 200, data=data)
     for source in ("debian", "scitldr", "python"):
-        prepare(tmp_path / "a", 200, data=data)
         found = [row for row in rows_in(tmp_path / "a") if row["source"] == source]
         running = [row for row in found if "text" in row]
         asked = [row for row in found if "text" not in row]

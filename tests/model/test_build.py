@@ -91,12 +91,12 @@ def test_apples_compiler_uses_pytorchs_openmp(monkeypatch, tmp_path):
 
 
 def test_cxx_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "_compiler", build._compiler.__wrapped__)
     for cxx, message in (
         ("g++ '-O2", "CXX is no command: No closing quotation"),
         ("'not there/g++'", "cannot be run"),
     ):
         monkeypatch.setenv("CXX", cxx)
-        monkeypatch.setattr(build, "_compiler", build._compiler.__wrapped__)
         with pytest.raises(NoCompilerError, match=message):
             build._compile(tmp_path / "kernels.so")
 
