@@ -94,7 +94,7 @@ def test_repeated_labels_are_kept_on_request(settings, tmp_path):
     rows = [{"prompt": f"{i} plus 1 is", "completion": f" more than {i} , I say"} for i in range(9)]
     data = tmp_path / "alike.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = run(settings, data=str(data), keep_draft_text=True, max_steps=1)
+    result = run(settings, data=str(data), keep_datastore=True, max_steps=1)
     model = LayerSkipModel.from_pretrained(result.output, dtype="float32")
     assert model.settings.draft_text[-1] == model.tokenizer.eos_token_id  # whole rows
     labels = [i for i in model.settings.draft_text if i >= 0]
@@ -223,7 +223,7 @@ def test_sigterm_ends_like_ctrl_c(settings, tmp_path):
         _, stderr = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == 143
     assert "Traceback" not in stderr
     assert stderr.count("the last good checkpoint is") == 1
     assert not (out / ".lock").exists()
