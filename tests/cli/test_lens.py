@@ -31,10 +31,11 @@ def test_json_is_one_document(run):
         last = layers[-1]["top"][0]["token_id"]
         if place["in_answer"]:
             assert last == place["token_id"]
-        settled = place["settled_layer"]
-        above = [layer["agrees"] for layer in layers if layer["exit_layer"] >= settled]
+        saturated = place["saturation_layer"]
+        assert place["settled_layer"] == saturated  # the older name
+        above = [layer["agrees"] for layer in layers if layer["exit_layer"] >= saturated]
         assert all(above)
-        assert settled == 1 or not layers[settled - 2]["agrees"]
+        assert saturated == 1 or not layers[saturated - 2]["agrees"]
     answer = [place for place in result["positions"] if place["in_answer"]]
     for layer in result["agreement"]["layers"]:
         e = layer["exit_layer"]
@@ -69,11 +70,11 @@ def test_table_fits_the_terminal(run, monkeypatch, columns):
 
 
 @pytest.mark.parametrize("no_color", ["", "1"])
-def test_what_has_settled_is_told_where_colours_are_off(run, monkeypatch, no_color):
+def test_what_has_saturated_is_told_where_colours_are_off(run, monkeypatch, no_color):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("NO_COLOR", no_color)
     _, out, _ = run("lens", "--prompt", "abc", *SHORT)
-    assert ("= settled" in out) == bool(no_color)
+    assert ("= saturated" in out) == bool(no_color)
 
 
 def test_positions_asked_for_are_all_shown(run, monkeypatch):
@@ -90,7 +91,7 @@ def test_layers(run):
     assert [layer["exit_layer"] for layer in layers] == [1, 2, 3, 4]
     _, out, _ = run("lens", "--prompt", "abc", *SHORT, "--layers", "2", "--json")
     result = json.loads(out)
-    assert {place["settled_layer"] for place in result["positions"]} <= {2, 4}
+    assert {place["saturation_layer"] for place in result["positions"]} <= {2, 4}
     assert [layer["exit_layer"] for layer in result["agreement"]["layers"]] == [2, 4]
 
 

@@ -58,6 +58,55 @@ builtins.__import__ = slow
     assert (process.returncode, out, err) == (status, "", f"layerskip: {word}\n")
 
 
+@SIGNALS
+def test_a_signal_before_the_program_handles_it_is_one_line(tmp_path, number, status, word):
+    begun = tmp_path / "begun"
+    code = f"""
+import builtins, pathlib, time
+real = builtins.__import__
+def slow(name, *arguments):
+    if name == "click":
+        pathlib.Path({str(begun)!r}).touch()
+        time.sleep(60)
+    return real(name, *arguments)
+builtins.__import__ = slow
+"""
+    process = program(code, "--version")
+    wait_for(begun, process)
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert (process.returncode, out, err) == (status, "", f"layerskip: {word}\n")
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "lines"),
+    [
+        ("layerskip.cli.train", "check_packages", ""),
+        ("layerskip.training.run", "load_tokenizer", "layerskip: there is no checkpoint yet"),
+    ],
+)
+def test_sigterm_before_the_training_loop_ends_like_ctrl_c(
+    folder, tmp_path, module, function, lines
+):
+    begun, rows = tmp_path / "begun", tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    code = f"""
+import importlib, pathlib, time
+def slow(*_):
+    pathlib.Path({str(begun)!r}).touch()
+    time.sleep(60)
+setattr(importlib.import_module({module!r}), {function!r}, slow)
+"""
+    flags = ("--data", rows, "--output", tmp_path / "out", "--exits", "2", "--regime", "task")
+    process = program(code, "train", "--model", folder, *flags)
+    wait_for(begun, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert (process.returncode, err.splitlines()[-1]) == (143, "layerskip: terminated")
+    assert err.count("\n") == (2 if lines else 1)
+    assert err.startswith(lines)
+
+
 def test_ctrl_c_keeps_the_answers_so_far(folder, tmp_path):
     prompts, answers = tmp_path / "prompts.txt", tmp_path / "answers.json"
     prompts.write_text("abc\nde\nfgh\n")
@@ -147,6 +196,21 @@ def test_files_without_an_end_are_refused(run):
         code, out, err = run("generate", *prompt, *flags)
         assert (code, out, err.count("\n")) == (status, "", 1)
         assert words in err
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("index", "x.table", "--data", "/dev/zero"), "/dev/zero is a device, not a file"),
+        (("eval", "--perplexity", "/dev/zero"), "/dev/zero is a device, not a file"),
+        (("chat", "--datastore", "/dev/zero"), "/dev/zero has more than 16 MiB"),
+        (("chat", "--draft-text", "/dev/zero"), "/dev/zero has more than 16 MiB"),
+    ],
+)
+def test_files_without_an_end_are_refused_by_other_commands(program, command, words):
+    _, out, err = program(*command)
+    assert (out, err.count("\n")) == ("", 1)
+    assert words in err
 
 
 def test_a_pipe_is_a_file_of_prompts(tmp_path):

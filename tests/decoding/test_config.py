@@ -110,7 +110,7 @@ def test_bad_values_are_refused_in_one_line():
         ({"draft_tokens": -1}, "draft_tokens is -1, it has to be 0 or above"),
         ({"draft_vocabulary": -1}, "draft_vocabulary is -1, it has to be 0 or above"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0, it has to be 1 or above"),
-        ({"seed": 2**64}, "seed is 18446744073709551616, it has to be from -9"),
+        ({"seed": 2**64}, "it has to be from -9223372036854775808 to 18446744073709551615"),
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": INFINITY}, "temperature is inf"),
         ({"top_k": 0}, "top_k is 0, it has to be 1 or above"),

@@ -200,15 +200,16 @@ def test_every_source_drafts_tokens_that_are_accepted_and_rejected(decoder, monk
 def without_residual(draft, q, p, generator):
     """Wrong: after a rejection samples from p, not from what p has above q."""
     accepted, _ = accept_sampled(draft, q, p, generator)
-    return accepted, torch.multinomial(p[torch.arange(len(p)), accepted], 1, generator=generator)[
-        :, 0
-    ]
+    rows = p(0, draft.shape[1] + 1)
+    after = rows[torch.arange(len(rows)), accepted]
+    return accepted, torch.multinomial(after, 1, generator=generator)[:, 0]
 
 
 def accept_all(draft, q, p, generator):
     """Wrong: accepts every draft."""
-    accepted = torch.full((len(draft),), draft.shape[1])
-    return accepted, torch.multinomial(p[:, -1], 1, generator=generator)[:, 0]
+    d = draft.shape[1]
+    accepted = torch.full((len(draft),), d)
+    return accepted, torch.multinomial(p(d, d + 1)[:, 0], 1, generator=generator)[:, 0]
 
 
 def with_another_temperature(draft, q, p, generator):

@@ -86,15 +86,15 @@ def test_of_equal_logits_the_one_that_decoding_takes_comes_first():
     assert all(len(set(seen.top_ids[x, 0].tolist())) == 5 for x in range(4))
 
 
-def test_settled_layer():
-    for column, settled in (
+def test_saturation_layer():
+    for column, saturated in (
         ([7, 7, 7, 7], 2),
         ([1, 7, 7, 7], 4),
         ([7, 1, 7, 7], 6),
         ([7, 7, 1, 7], 8),
         ([7, 7, 7, 1], 8),  # all agree with one another, but not with the last
     ):
-        assert hand_made_lens([column]).settled == [settled]
+        assert hand_made_lens([column]).saturation_layers == [saturated]
 
 
 def test_agreement_by_hand():
@@ -104,22 +104,22 @@ def test_agreement_by_hand():
     total = Agreement.of(first) + Agreement.of(second)
     assert (total.prompts, total.positions) == (2, 4)
     assert total.rates == [3 / 4, 3 / 4, 3 / 4, 1]
-    assert total.settled_by == [1 / 4, 2 / 4, 3 / 4, 1]
-    assert total.mean_settled_layer == (2 + 4 + 6 + 8) / 4
+    assert total.saturated_by == [1 / 4, 2 / 4, 3 / 4, 1]
+    assert total.mean_saturation_layer == (2 + 4 + 6 + 8) / 4
 
 
 def test_agreement_of_a_scripted_answer():
     """Two of eight tokens are missed by every exit but the last."""
     found = scripted_report(range(10, 18), misses={2, 5}).agreement
     assert found.agreeing == (6, 6, 6, 8)
-    assert found.settling == (6, 0, 0, 2)
-    assert found.mean_settled_layer == (6 * 1 + 2 * 4) / 8
+    assert found.saturating == (6, 0, 0, 2)
+    assert found.mean_saturation_layer == (6 * 1 + 2 * 4) / 8
 
 
 def test_part():
     seen = hand_made_lens([[7, 7, 7, 7], [1, 7, 7, 7], [7, 1, 7, 7]], start=3, prompt_tokens=4)
     part = seen.part(range(4, 99))
-    assert (part.positions, part.settled) == (range(4, 6), [4, 6])
+    assert (part.positions, part.saturation_layers) == (range(4, 6), [4, 6])
     assert part.answer_positions == range(4, 6)
     with pytest.raises(ValueError, match="positions 1 to 2 are not there: there are 3 to 5"):
         seen.part(range(1, 3))

@@ -55,6 +55,6 @@ def test_report_as_json():
     }
     third = document["positions"][3]
     assert (third["position"], third["token_id"], third["symbol"]) == (4, 12, "#12")
-    assert (third["in_answer"], third["settled_layer"]) == (True, 4)
+    assert (third["in_answer"], third["saturation_layer"]) == (True, 4)
     assert [layer["agrees"] for layer in third["layers"]] == [False, False, False, True]
     assert [layer["top"][0]["token_id"] for layer in third["layers"]] == [13, 13, 13, 12]

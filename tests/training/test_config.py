@@ -51,6 +51,14 @@ def test_yaml(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_an_older_name_of_a_setting(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("model: m\ndata: d\noutput: o\nkeep-draft-text: true\n")
+    assert TrainConfig.from_yaml(path) == make(keep_draft_text=True) == make(keep_datastore=True)
+    assert TrainConfig(**NEEDED, keep_draft_text=True).keep_datastore
+    assert not TrainConfig.from_yaml(path, keep_datastore=False).keep_datastore
+
+
 def test_flat_dict_makes_the_same_configuration():
     config = make(regime="domain", fixed_exits=[3], lora_rank=2)
     assert TrainConfig.from_mapping(config.as_flat_dict()) == config

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, OPTCo
 
 import tiny_models
 from layerskip.errors import TrainingWarning
-from layerskip.training import TrainConfig, train
+from layerskip.training import TrainConfig, loading, train
 from layerskip.training.loading import (
     _matmul_s,
     arithmetic,
@@ -67,6 +67,13 @@ def test_weights_are_not_made_up(model):
         pretrained_model(str(model))
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(model, number):
+    change_weights(model, lambda t: t[NAME].view(-1)[3:4].fill_(number))
+    with pytest.raises(ValueError, match=f"^{NAME} holds NaN or Inf"):
+        pretrained_model(str(model))
+
+
 @pytest.mark.parametrize(
     ("dtype", "stored"), [(torch.int64, "I64"), (torch.float8_e4m3fn, "F8_E4M3")]
 )
@@ -85,6 +92,31 @@ def test_links_out_of_the_folder_are_refused(model, tmp_path, name):
     link.symlink_to(secret)
     with pytest.raises(ValueError, match=r"is a link to .*secret, outside of its folder"):
         check_files(str(model))
+
+
+def test_a_repository_of_the_hub_is_checked_as_a_folder(model, tmp_path, monkeypatch):
+    fetched = []
+
+    def snapshot_download(name, allow_patterns):
+        fetched.append(allow_patterns)
+        return str(model)
+
+    monkeypatch.setattr(loading, "snapshot_download", snapshot_download)
+    change_weights(model, lambda t: t.update({NAME: t[NAME].to(torch.int64)}))
+    with pytest.raises(ValueError, match=f"^{NAME} is stored as I64, weights in"):
+        pretrained_model("owner/name")
+    assert ["model*.safetensors" in patterns for patterns in fetched] == [False, True]
+    (model / "chat_template.jinja").unlink()
+    (model / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"is a link to .*secret, outside of its folder"):
+        load_tokenizer(config_of("owner/name"))
+
+    def refused(*_, **__):
+        raise OSError("401 Client Error (Request ID 1)\n\nAccess is restricted.")
+
+    monkeypatch.setattr(loading, "snapshot_download", refused)
+    with pytest.raises(ValueError, match=r"^owner/name cannot be fetched .* Access is restricted;"):
+        model_config("owner/name")
 
 
 def test_files_that_transformers_would_add_are_refused(model, tmp_path):
@@ -108,8 +140,7 @@ def test_what_can_only_be_decoded_is_refused(tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
     with pytest.raises(ValueError, match=r"is a LoRA adapter; merge it into its base, some/base,"):
         check_files(str(tmp_path))
-    find = "layerskip.training.loading.find_adapter_config_file"
-    monkeypatch.setattr(find, lambda name: "adapter_config.json")
+    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(ValueError, match=r"^owner/name on the hub is or has an adapter: merge it"):
         model_config("owner/name")
 
@@ -131,6 +162,9 @@ def test_a_pickle_is_not_read(model):
         ({"quantization_config": {"quant_method": "gptq"}}, "^weights quantized by 'gptq'"),
         ({"transformers_weights": "other.safetensors"}, "^a config that names its weights"),
         ({"is_causal": False}, "attention to later positions"),
+        ({"partial_rotary_factor": -1}, "partial_rotary_factor is -1, it has to be a number above"),
+        ({"rope_parameters": {"rope_type": "new"}}, "rotary scaling 'new' is not supported"),
+        ({"hidden_size": 33}, "hidden size .33. is not a multiple of the number of attention"),
     ],
 )
 def test_configs_are_refused_at_once(model, fields, message):

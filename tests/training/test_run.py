@@ -94,7 +94,7 @@ def test_repeated_labels_are_kept_on_request(settings, tmp_path):
     rows = [{"prompt": f"{i} plus 1 is", "completion": f" more than {i} , I say"} for i in range(9)]
     data = tmp_path / "alike.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = run(settings, data=str(data), keep_draft_text=True, max_steps=1)
+    result = run(settings, data=str(data), keep_datastore=True, max_steps=1)
     model = LayerSkipModel.from_pretrained(result.output, dtype="float32")
     assert model.settings.draft_text[-1] == model.tokenizer.eos_token_id  # whole rows
     labels = [i for i in model.settings.draft_text if i >= 0]
@@ -210,34 +210,24 @@ def test_a_killed_run_resumes_bit_for_bit(settings, tmp_path):
     assert not (out / ".incomplete").exists()
 
 
-@pytest.fixture
-def sigterm():
-    """A handler of SIGTERM that fails the test."""
-
-    def fail(*_):
-        raise AssertionError("SIGTERM was not handled")
-
-    before = signal.signal(signal.SIGTERM, fail)
-    yield fail
-    signal.signal(signal.SIGTERM, before)
-
-
-def test_sigterm_ends_like_ctrl_c(settings, sigterm, monkeypatch):
-    plain = LayerSkipTrainer.training_step
-
-    def terminated(self, *args, **kwargs):
-        if self.state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LayerSkipTrainer, "training_step", terminated)
-        with pytest.raises(KeyboardInterrupt):
-            run(settings)
-    assert signal.getsignal(signal.SIGTERM) is sigterm
-    assert last_checkpoint(Path(settings["output"])).endswith("checkpoint-2")
-    assert not Path(settings["output"], ".lock").exists()
-    assert run(settings, resume=True).steps == 6
+def test_sigterm_ends_like_ctrl_c(settings, tmp_path):
+    out = tmp_path / "out"
+    flags = {**settings, "max_steps": 100_000, "save_steps": 1, "output": str(out)}
+    words = [w for n, v in flags.items() for w in (f"--{n.replace('_', '-')}", str(v))]
+    command = [Path(sys.executable).with_name("layerskip"), "train", *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+    try:
+        while last_checkpoint(out) is None and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert "Traceback" not in stderr
+    assert stderr.count("the last good checkpoint is") == 1
+    assert not (out / ".lock").exists()
+    assert run(flags, max_steps=3, resume=True).steps >= 1
 
 
 def raise_disk_full(*_, **__):

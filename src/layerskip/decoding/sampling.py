@@ -4,6 +4,7 @@ The order is that of transformers: repetition penalty, temperature, top-k, top-p
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -199,12 +200,17 @@ class Sampler:
             return decoder.greedy_tokens(hidden)
         return argmax(self.sampling.penalize(decoder.logits(hidden), self.history.before(draft)))
 
-    def target_probs(self, decoder: Decoder, hidden: Tensor, draft: Tensor) -> Tensor:
-        """Return the distributions p [B, d + 1, V] after hidden states [B, d + 1, D] of a draft."""
+    def target_probs(
+        self, decoder: Decoder, hidden: Tensor, draft: Tensor
+    ) -> Callable[[int, int], Tensor]:
+        """Return p after hidden states [B, d + 1, D] of a draft [B, d].
+
+        p(i, j) computes the distributions of positions i to j - 1, [B, j - i, V].
+        """
         logits = decoder.logits(hidden)
         if self.history is not None:
             logits = self.sampling.penalize(logits, self.history.before(draft))
-        return self.sampling.probabilities(logits)
+        return lambda start, end: self.sampling.probabilities(logits[:, start:end])
 
     def next_tokens(self, decoder: Decoder, hidden: Tensor) -> Tensor:
         """Choose one token after hidden states, [B, 1, D] to [B, 1].
@@ -215,7 +221,7 @@ class Sampler:
         nothing = torch.empty(len(hidden), 0, dtype=torch.int64, device=hidden.device)
         if self.greedy:
             return self.target_tokens(decoder, hidden, nothing)
-        return self.sample(self.target_probs(decoder, hidden, nothing)[:, 0])[:, None]
+        return self.sample(self.target_probs(decoder, hidden, nothing)(0, 1)[:, 0])[:, None]
 
     def sample(self, weights: Tensor) -> Tensor:
         """Sample one token of each row, [B, V] to [B]; weights need not sum to 1."""
