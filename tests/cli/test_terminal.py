@@ -190,6 +190,7 @@ def test_a_terminal_shows_a_carriage_return_of_an_answer(capsys, monkeypatch):
 def test_files_without_an_end_are_refused(run):
     for flags, status, words in (
         (("--datastore", "/dev/zero"), 2, "/dev/zero has more than 16 MiB"),
+        (("--prediction", "/dev/zero"), 1, "/dev/zero is a device, not a file"),
         (("--prompts", "/dev/zero"), 1, "/dev/zero is a device, not a file"),
     ):
         prompt = () if "--prompts" in flags else ("--prompt", "abc")

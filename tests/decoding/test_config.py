@@ -44,6 +44,7 @@ def test_open_options_come_from_the_checkpoint_and_the_mode():
     for options, settings, expected in (
         # auto: n-grams, and the early exit where the checkpoint or the caller names one
         ({}, EMPTY, auto(None, MOST)),
+        ({}, CheckpointSettings(draft_tokens=MOST + 5), auto(None, MOST + 5)),
         ({}, TUNED, auto(5, MOST)),
         ({}, VOCABULARY, auto(5, MOST, draft_vocabulary=(9, 3, 4))),
         ({}, TEXT, auto(5, MOST, datastore=(1, 2, 3))),
