@@ -25,9 +25,7 @@ def caches_after(decoder, lengths):
 def alone_and_together(decoder, start=0):
     """Return the hidden states of some rows, each run alone and all in one pass."""
     lengths, n_layers = (5, 300, 2, 130), len(decoder.layers)
-    hidden = [
-        decoder.embed(torch.tensor([random_prompt(decoder, n, seed=n)])) for n in COUNTS
-    ]
+    hidden = [decoder.embed(torch.tensor([random_prompt(decoder, n, seed=n)])) for n in COUNTS]
     alone = [
         decoder.run(part, start, n_layers, cache)[0]
         for part, cache in zip(hidden, caches_after(decoder, lengths), strict=True)

@@ -977,7 +977,7 @@ struct Pass {
     int64_t unit = 0;
     for (int64_t b = 0; b < batch; b++) {
       const int64_t first = first_chunk(layer, b), reached = sequences[b].chunks - first, blocks = blocks_of(b);
-      const int64_t splits = splits_blocks ? blocks : 1, at_once = blocks / splits;
+      const int64_t splits = splits_blocks ? blocks : 1, at_once = splits_blocks ? 1 : blocks;
       for (int64_t i = 0; i < m.kv_heads * reached * splits; i++, unit++) {
         if (batch > 1 ? unit % threads != thread : unit < mine.first || unit >= mine.last) continue;
         const int64_t chunk = first + i / splits % reached, kv = i / splits / reached;
