@@ -54,7 +54,8 @@ class Guard:
                     401, "the API key is missing or wrong; send it as a bearer token",
                     code="invalid_api_key",
                 )
-        if method == "POST" and self._service.state != "ready":
+        needs_model = method == "POST" or path.startswith("/v1/")
+        if needs_model and self._service.state != "ready":
             raise APIError(503, f"the server is {self._service.state}; try again later")
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:

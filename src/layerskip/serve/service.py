@@ -47,11 +47,21 @@ class Answers:
     Attributes:
         body: the request.
         prompts: the token ids of each prompt; answer i belongs to prompt i // n.
+
+    Args:
+        metrics: observes the answers.
+        log: is told of failures.
     """
 
-    def __init__(self, body: AnswerRequest, prompts: list[list[int]], metrics: Metrics) -> None:
+    def __init__(
+        self,
+        body: AnswerRequest,
+        prompts: list[list[int]],
+        metrics: Metrics,
+        log: Callable[[str], None],
+    ) -> None:
         self.body, self.prompts = body, prompts
-        self._metrics = metrics
+        self._metrics, self._log = metrics, log
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, float, Event]] = asyncio.Queue()
         self._handles: list[Handle] = []
@@ -84,6 +94,7 @@ class Answers:
             index, arrived, event = await self._events.get()
             if isinstance(event, Failed):
                 self._metrics.failed()
+                self._log(f"a request has failed: {event.message}")
                 raise APIError(500, INTERNAL_ERROR)
             if isinstance(event, Finished):
                 self._running.discard(index)
@@ -216,7 +227,7 @@ class Service:
         ids = [await self._in_thread(lambda p=prompt: self.model.tokenize(p)) for prompt in prompts]
         for tokens in ids:
             self._check_prompt(tokens, "messages" if isinstance(body, ChatRequest) else "prompt")
-        answers = Answers(body, ids, self.metrics)
+        answers = Answers(body, ids, self.metrics, self.log)
         try:
             await self._in_thread(lambda: self._submit_all(answers, config))
         except BaseException:
