@@ -1,17 +1,9 @@
 """Requests that are refused: OpenAI's error object, the right status, and nothing internal."""
 
 import pytest
+from running_server import CHAT, error_of
 
 from layerskip.serve.protocol import NEUTRAL_VALUES
-
-CHAT = "/v1/chat/completions"
-
-
-def error_of(response, status):
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return error
 
 
 @pytest.mark.parametrize(
@@ -35,7 +27,10 @@ def error_of(response, status):
         ({"layerskip": {"draft_from": "nothing"}}, None),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content",
+        ),
     ],
     ids=str,
 )
@@ -90,7 +85,9 @@ def test_prompt_longer_than_the_context_is_refused(client, server):
 
 
 def test_unknown_model_address_and_method(client, server):
-    assert error_of(client.post(CHAT, json=server.chat(model="x")), 404)["code"] == "model_not_found"
+    assert (
+        error_of(client.post(CHAT, json=server.chat(model="x")), 404)["code"] == "model_not_found"
+    )
     error_of(client.get("/v1/models/x"), 404)
     error_of(client.get("/nothing"), 404)
     error_of(client.get(CHAT), 405)

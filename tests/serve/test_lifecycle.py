@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from running_server import CHAT, error_of
 
 from layerskip.cli.main import run
-from test_errors import CHAT, error_of
 
 
 def wait_until(condition):

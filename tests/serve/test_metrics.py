@@ -2,14 +2,26 @@
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from running_server import CHAT
 
-from test_errors import CHAT
-
-NAMES = """num_requests_running num_requests_waiting kv_cache_usage_perc prompt_tokens
-generation_tokens prefix_cache_queries prefix_cache_hits spec_decode_num_drafts
-spec_decode_num_draft_tokens spec_decode_num_accepted_tokens
-spec_decode_num_accepted_tokens_per_pos time_to_first_token_seconds inter_token_latency_seconds
-e2e_request_latency_seconds request_success request_failure""".split()
+NAMES = {
+    "num_requests_running",
+    "num_requests_waiting",
+    "kv_cache_usage_perc",
+    "prompt_tokens",
+    "generation_tokens",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+    "spec_decode_num_drafts",
+    "spec_decode_num_draft_tokens",
+    "spec_decode_num_accepted_tokens",
+    "spec_decode_num_accepted_tokens_per_pos",
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "e2e_request_latency_seconds",
+    "request_success",
+    "request_failure",
+}
 
 
 def metrics(client):

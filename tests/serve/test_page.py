@@ -53,8 +53,8 @@ def test_question_is_answered_and_the_conversation_goes_on(browser, server):
     browser.wait_for(IDLE)
     assert browser.ask(TEXT) == expected(server, "Hello", 12)
     assert "tokens/s" in browser.ask(FACTS)
-    assert browser.ask("document.querySelector('#plain b').textContent") != "–"
-    assert browser.ask("document.querySelector('#live b').textContent") != "–"
+    assert browser.ask("document.querySelector('#plain b').textContent") != "\N{EN DASH}"
+    assert browser.ask("document.querySelector('#live b').textContent") != "\N{EN DASH}"
     ask(browser, "And then?")
     browser.wait_for(IDLE)
     assert browser.ask("document.querySelectorAll('#messages li').length") == 4
@@ -66,7 +66,9 @@ def test_tokens_are_coloured_by_their_origin(browser, server):
     ask(browser, "abcabcabc" * 6)
     browser.wait_for(IDLE)
     classes = set(
-        browser.ask("[...document.querySelectorAll('.assistant .text span')].map((s) => s.className)")
+        browser.ask(
+            "[...document.querySelectorAll('.assistant .text span')].map((s) => s.className)"
+        )
     )
     assert "source-model" in classes
     assert classes <= {"source-model", "source-n-gram", "source-early-exit"}
@@ -112,7 +114,16 @@ def test_keys_reach_every_control(browser):
         browser.press("Tab")
         name = "(document.activeElement.id || document.activeElement.textContent.trim())"
         reached.append(browser.ask(name))
-    for control in ("new", "system", "temperature", "top_p", "max_tokens", "seed", "key", "Settings"):
+    for control in (
+        "new",
+        "system",
+        "temperature",
+        "top_p",
+        "max_tokens",
+        "seed",
+        "key",
+        "Settings",
+    ):
         assert control in reached
     assert browser.ask("getComputedStyle(document.activeElement).outlineStyle") != "none"
 

@@ -4,9 +4,9 @@ import socket
 import time
 
 import pytest
+from running_server import CHAT, error_of
 
 from layerskip.serve.config import ServeConfig
-from test_errors import CHAT, error_of
 
 
 def connection_to(server):
@@ -99,7 +99,9 @@ def test_slow_headers_of_a_second_request_close_the_connection(start):
 def test_slow_reader_holds_up_nobody(server, client):
     with connection_to(server) as connection:
         body = b'{"prompt": "x", "max_tokens": 400, "stream": true}'
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        )
         connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
         assert client.post(CHAT, json=server.chat()).status_code == 200
 

@@ -13,22 +13,11 @@ from layerskip.cli.config_flags import (
     config_from_flags,
     config_options,
     debug_option,
-    model_options,
 )
 from layerskip.cli.output import log_stderr
 from layerskip.decoding import DecodingConfig, LayerSkipModel
-
-try:
-    from layerskip.serve.config import ServeConfig
-    from layerskip.serve.engine import Engine
-    from layerskip.serve.server import Server, listen, make_engine
-    from layerskip.serve.service import Service
-except ModuleNotFoundError as error:
-    if (error.name or "").startswith("layerskip"):
-        raise
-    raise ImportError(
-        f"layerskip serve needs {error.name}; run: pip install 'layerskip[serve]'"
-    ) from error
+from layerskip.serve.config import ServeConfig
+from layerskip.serve.engine import Engine
 
 _MODEL = "smollm2-135m"
 _TEMPERATURE = 1.0  # OpenAI's default
@@ -61,31 +50,39 @@ def command(**flags: Any) -> None:
     config = config_from_flags(ServeConfig, flags)
     model_config = config_from_flags(ModelConfig, flags, model=_MODEL)
     decoding = config_from_flags(DecodingConfig, flags, temperature=_TEMPERATURE)
-    name = config.served_model_name or Path(model_config.model).name
+    path = Path(model_config.model)
+    name = config.served_model_name or (path.resolve().name if path.exists() else str(path))
+    try:
+        from layerskip.serve.server import Server, listen, make_engine
+        from layerskip.serve.service import Service
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"layerskip serve needs {error.name}; run: pip install 'layerskip[serve]'"
+        ) from error
     listener = listen(config)
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{host}:{listener.getsockname()[1]}"
     service = Service(name, config, decoding, log_stderr)
+    context = click.get_current_context()
 
     def load() -> tuple[LayerSkipModel, Engine]:
-        model = config_flags.load_model(model_config)
+        with context.scope(cleanup=False):  # this is another thread
+            model = config_flags.load_model(model_config)
         model.resolve(decoding)  # reports what does not fit the model
         return model, make_engine(model, config)
 
     def ready() -> None:
         print(f"{name} is ready: {address}", flush=True)
-        print(_curl(address, config, service), flush=True)
+        print(_curl(address, config, service.model.has_chat_template), flush=True)
 
     Server(service, load, ready).run_on(listener)
 
 
-def _curl(address: str, config: ServeConfig, service: Service) -> str:
+def _curl(address: str, config: ServeConfig, is_chat: bool) -> str:
     """Return a command that gets an answer."""
     key = ' -H "Authorization: Bearer $LAYERSKIP_API_KEY"' if config.api_key else ""
-    if service.model.has_chat_template:
+    if is_chat:
         path, prompt = "chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
     else:
         path, prompt = "completions", {"prompt": "Once upon a time"}
-    return (
-        f"curl {address}/v1/{path}{key} -H 'Content-Type: application/json' -d '{json.dumps(prompt)}'"
-    )
+    return f"curl {address}/v1/{path}{key} -H 'Content-Type: application/json' -d '{json.dumps(prompt)}'"

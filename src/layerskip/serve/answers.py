@@ -39,7 +39,6 @@ from layerskip.serve.protocol import (
 from layerskip.serve.service import Answers, Service
 from layerskip.serve.token_text import token_bytes, token_text
 
-
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 

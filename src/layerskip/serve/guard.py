@@ -51,7 +51,8 @@ class Guard:
             is_right = hmac.compare_digest(token.strip().encode(), key.encode())
             if scheme.lower() != "bearer" or not is_right:
                 raise APIError(
-                    401, "the API key is missing or wrong; send it as a bearer token",
+                    401,
+                    "the API key is missing or wrong; send it as a bearer token",
                     code="invalid_api_key",
                 )
         needs_model = method == "POST" or path.startswith("/v1/")

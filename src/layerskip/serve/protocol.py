@@ -6,7 +6,7 @@ nothing, such as `"tools": []`, are dropped first: clients send them out of habi
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # Structured output (response_format, guided_*) is refused like any other unknown field. It would be a
 # field of `DecodingConfig`, set in `_AnswerRequest.options`.
@@ -109,7 +109,9 @@ class _AnswerRequest(_Request):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
+    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = (
+        None
+    )
     ignore_eos: bool | None = None
     n: Annotated[int, Field(ge=1, le=128)] = 1
     stream: bool = False

@@ -26,7 +26,9 @@ def token_bytes(tokenizer: Any, token_id: int) -> bytes:
     if match := _BYTE.fullmatch(symbol):
         return bytes.fromhex(match[1])
     values = [_byte_of_letter().get(letter) for letter in symbol]
-    return text.encode() if None in values else bytes(value for value in values if value is not None)
+    return (
+        text.encode() if None in values else bytes(value for value in values if value is not None)
+    )
 
 
 def _symbol(tokenizer: Any, token_id: int) -> str:

@@ -202,12 +202,14 @@ function show(message) {
 }
 
 function note(item, text, className = "") {
+  const atEnd = isAtEnd();
   const facts = item.querySelector(".facts");
   facts.textContent = text;
   if (className) {
     facts.classList.add(className);
     facts.setAttribute("role", "alert");
   }
+  if (atEnd) scrollToEnd();
 }
 
 function showReport(answer, item = null) {
