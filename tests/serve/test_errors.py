@@ -29,7 +29,7 @@ from layerskip.serve.protocol import NEUTRAL_VALUES
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages[0].content",
+            "messages[0].content[0].type",
         ),
     ],
     ids=str,

@@ -106,7 +106,10 @@ class SourceRuns:
 
 
 def _append(runs: list[SourceText], run: SourceText) -> None:
-    if runs and (runs[-1].source == run.source or not run.text):
+    if runs and not (runs[-1].text and run.text):  # the rest of a character, or nothing yet
+        run.source = run.source if run.text else runs[-1].source
+        runs[-1].source = run.source
+    if runs and runs[-1].source == run.source:
         runs[-1].text += run.text
         runs[-1].tokens += run.tokens
     else:

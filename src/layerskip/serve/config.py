@@ -31,7 +31,9 @@ class ServeConfig:
         metavar="ORIGIN",
     )
     served_model_name: str | None = option(
-        None, "Name of the model in the API. Default: --model, of a path its last part.", metavar="NAME"
+        None,
+        "Name of the model in the API. Default: --model, of a path its last part.",
+        metavar="NAME",
     )
     max_num_seqs: int = option(16, "Maximum number of answers computed at once.", at_least=1)
     max_queue: int = option(

@@ -72,8 +72,11 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def _validation_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
-    """Describe the first of pydantic's errors, without the value that it quotes."""
-    first = errors[0]
+    """Describe one of pydantic's errors, without the value that it quotes.
+
+    Of a union there is one for each branch; the deepest is that of the branch that was meant.
+    """
+    first = max(errors, key=lambda error: len(error["loc"]))
     if first["type"] == "json_invalid":
         return APIError(400, "the body is not valid JSON")
     param, message = _path(first["loc"]), str(first["msg"]).removeprefix("Value error, ")

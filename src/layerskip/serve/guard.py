@@ -69,7 +69,7 @@ class Guard:
 
 
 def _host_name(headers: Headers) -> str:
-    host = headers.get("host", "")
+    host = headers.get("host", "").lower()
     return host if host.endswith("]") else host.rsplit(":", 1)[0]
 
 

@@ -23,7 +23,7 @@ from layerskip.serve.engine import (
     Request,
 )
 from layerskip.serve.errors import INTERNAL_ERROR, APIError
-from layerskip.serve.metrics import Metrics
+from layerskip.serve.metrics import AnswerClock, Metrics
 from layerskip.serve.protocol import (
     AnswerRequest,
     ChatRequest,
@@ -65,6 +65,7 @@ class Answers:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, float, Event]] = asyncio.Queue()
         self._handles: list[Handle] = []
+        self._clocks: list[AnswerClock] = []
         self._running: set[int] = set()
 
     def __len__(self) -> int:
@@ -81,6 +82,7 @@ class Answers:
                 )
 
         self._running.add(index)
+        self._clocks.append(self._metrics.clock())
         self._handles.append(engine.submit(request, on_event))
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
@@ -89,7 +91,6 @@ class Answers:
         Raises:
             APIError: an answer has failed, or was ended by the server.
         """
-        times = [self._metrics.clock() for _ in self._handles]
         while self._running:
             index, arrived, event = await self._events.get()
             if isinstance(event, Failed):
@@ -98,11 +99,11 @@ class Answers:
                 raise APIError(500, INTERNAL_ERROR)
             if isinstance(event, Finished):
                 self._running.discard(index)
-                times[index].finished(arrived, event)
+                self._clocks[index].finished(arrived, event)
                 if event.finish_reason == "cancelled":
                     raise APIError(503, "the server is shutting down; try another one")
             else:
-                times[index].tokens(arrived, len(event.token_ids))
+                self._clocks[index].tokens(arrived, len(event.token_ids))
             yield index, event
 
     def cancel(self) -> None:
