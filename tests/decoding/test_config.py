@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from scripted import ScriptedDecoder, encode, scripted_model
+from scripted import encode, scripted_model
 from tiny_decoders import PLAIN, speculative
 
 from layerskip.decoding import DecodingConfig, Sampling
-from layerskip.decoding.batch import batch_config, can_batch
 from layerskip.decoding.config import DEFAULT_DRAFT_TOKENS, MAX_ADAPTIVE_DRAFT_TOKENS
 from layerskip.model import CheckpointSettings, StepCosts
 
@@ -238,39 +237,6 @@ def measured(*passes, **changes):
     costs = {"exit_layer": 5, "draft_step": 0.3, "draft_tokens_scored": 300, "head": 0.1}
     kind = {"dtype": "float32", "weights": "16bit", "device": "cpu", "kernels": "pytorch"}
     return StepCosts(**kind, **costs | changes, passes=passes, overhead=0.0)
-
-
-@pytest.mark.parametrize(
-    ("costs", "contexts", "drafts"),
-    [
-        (measured(1.0, 1.0), [0] * 8, True),  # positions are free
-        (measured(1.0, 2.0), [0] * 8, False),  # each costs as much as a step
-        (measured(1.0, 1.0, 1.0, 1.0, 2.0), [0] * 2, True),  # free up to four
-        (measured(1.0, 1.0, 1.0, 1.0, 2.0), [0] * 4, False),
-        # A draft reads the keys and values of its layers for every token.
-        (measured(1.0, 1.3, exit_layer=2), [0] * 2, True),
-        (measured(1.0, 1.3, exit_layer=2), [10_000] * 2, False),
-    ],
-)
-def test_a_batch_drafts_where_that_pays(costs, contexts, drafts):
-    config = resolved({}, dataclasses.replace(TUNED, exit_layer=costs.exit_layer))
-    expected = dataclasses.replace(config, draft_from="early-exit") if drafts else PLAIN
-    assert batch_config(config, ScriptedDecoder([1]), costs, contexts) == expected
-    assert can_batch(expected)
-    assert not can_batch(config)
-    assert not can_batch(dataclasses.replace(expected, repetition_penalty=1.2))
-
-
-def test_a_batch_drafts_where_its_head_is_small():
-    config, costs = resolved({}, TUNED), measured(1.0, 1.3, head=0.9)
-    assert batch_config(config, ScriptedDecoder([1]), costs, [0] * 2) == PLAIN
-    reduced = dataclasses.replace(config, draft_vocabulary=(0, 1))
-    batch = batch_config(reduced, ScriptedDecoder([1]), costs, [0] * 2)
-    assert batch.draft_vocabulary == (0, 1)
-
-
-def test_a_batch_without_an_exit_is_plain():
-    assert batch_config(resolved({}), ScriptedDecoder([1]), None, [8, 8]) == PLAIN
 
 
 # --- through a model ----------------------------------------------------------------------------

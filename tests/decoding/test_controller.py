@@ -397,14 +397,6 @@ def test_a_round_is_its_draft_and_its_verification():
     assert costs.rows(1, 2) == pytest.approx(0.1)
 
 
-def test_the_draft_length_of_a_batch():
-    """One draft: 1.8 tokens in 1.1 steps; two: 2.44 in 1.2; each further one while it adds more."""
-    free = DraftCosts(layers=0.1, head=0.0, passes=(1.0,))
-    assert [free.batch_draft_tokens(4, n, 0.8) for n in (1, 2, 20, 10**10)] == [1, 2, 6, 6]
-    assert free.batch_draft_tokens(4, 20, 0.1) == 0
-    assert DraftCosts(layers=0.1, head=0.0, passes=(1.0, 2.0)).batch_draft_tokens(4, 5, 0.8) == 0
-
-
 def test_costs_are_computed_anew_where_a_context_is_a_quarter_longer():
     costs = ContextCosts(ScriptedDecoder([1]), 1, 1.0, MEASURED)
     first = costs.at(9, 1000)

@@ -146,7 +146,7 @@ def test_the_exit_proposes_from_the_distribution_it_reports(rule, reduced):
         logits = decoder.logits(hidden)[0, 0]
         seen = torch.zeros(96, dtype=torch.bool)
         seen[before] = True
-        logits = options.penalize(logits, seen)
+        logits = options.penalize(logits, seen, seen.float())
         if reduced:
             logits[40:] = float("-inf")
         if options.greedy:

@@ -8,12 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import END, LAYERS, OTHER_END, ScriptedDecoder, encode, scripted_model, words
-from tiny_decoders import FREE, PLAIN, ids, random_prompt, speculative, steps, tiny_decoder
+from tiny_decoders import (
+    FREE,
+    PLAIN,
+    batch_steps,
+    ids,
+    random_prompt,
+    speculative,
+    steps,
+    tiny_decoder,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exit_states import exit_states
 from layerskip.decoding import DecodingConfig, PromptError, Step, generate
-from layerskip.decoding.batch import Batch
 from layerskip.decoding.generate import PREFILL_CHUNK
 from layerskip.model import Decoder, KVCache
 
@@ -42,9 +50,9 @@ def work(monkeypatch):
     work = Work()
     layer, logits = Decoder._layer, Decoder.logits
 
-    def record_layer(self, x, index, span, *rest):
-        work.layers.append((index, tuple(span.positions[0].tolist())))
-        return layer(self, x, index, span, *rest)
+    def record_layer(self, x, index, spans, *rest):
+        work.layers += [(index, tuple(span.positions[0].tolist())) for span in spans]
+        return layer(self, x, index, spans, *rest)
 
     def record_logits(self, hidden):
         work.heads.append(hidden.shape[1])
@@ -126,8 +134,8 @@ def test_a_prompt_runs_in_chunks_with_one_row_of_logits(work):
 
 def test_prompts_of_a_batch_have_one_row_of_logits_each(work):
     decoder = tiny_decoder("mistral")
-    next(Batch(decoder, [random_prompt(decoder, n) for n in (9, 30)], PLAIN).steps())
-    assert work.take()[1] == [1]
+    batch_steps(decoder, [random_prompt(decoder, n) for n in (9, 30)], PLAIN, n=1)
+    assert work.take()[1] == [2]
 
 
 # `__bool__` is left out: non-finite weights are looked for on a CPU alone.
@@ -247,7 +255,7 @@ def test_modes_of_the_loop_are_not_the_caller_s(config, monkeypatch):
             assert torch.is_autocast_enabled("cpu")
             assert not torch.is_inference_mode_enabled()
             (weight * weight).sum().backward()
-        list(Batch(decoder, [[5], [6, 7]], config).steps())
+        batch_steps(decoder, [[5], [6, 7]], config, n=6)
     with torch.no_grad():
         for _ in generate(decoder, [5], config):
             assert not torch.is_grad_enabled()
@@ -445,7 +453,7 @@ def test_prompts_that_cannot_be_continued(prompt, message):
     with pytest.raises(PromptError, match=message):
         generate(decoder, prompt, PLAIN)
     with pytest.raises(PromptError, match=message):
-        Batch(decoder, [[0], prompt], PLAIN)
+        batch_steps(decoder, [[0], prompt], PLAIN)
     with pytest.raises(PromptError, match=f"prompt 2: .*{message}"):
         scripted_model(encode("a")).generate([[0], prompt])
 

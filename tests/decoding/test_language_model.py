@@ -45,42 +45,12 @@ def test_answers_to_a_list_are_those_to_each(model):
     assert [one.token_ids for one in model.generate(prompts, config)] == alone
 
 
-def test_a_long_list_is_answered_in_groups_of_like_length(model, monkeypatch):
+def test_more_prompts_than_rows_wait_for_their_turn(model, monkeypatch):
     monkeypatch.setattr(batch, "MAX_ROWS", 2)
     prompts = [random_prompt(model.decoder, n, seed=n) for n in (3, 9, 1, 12, 4)]
-    groups, init = [], batch.Batch.__init__
-
-    def record(self, decoder, prompts, config, **options):
-        groups.append(([len(prompt) for prompt in prompts], config.seed))
-        init(self, decoder, prompts, config, **options)
-
-    monkeypatch.setattr(batch.Batch, "__init__", record)
     options = {"max_new_tokens": 12, **SPECULATIVE}
     alone = [model.generate(prompt, **options).token_ids for prompt in prompts]
     assert [one.token_ids for one in model.generate(prompts, **options)] == alone
-    assert [lengths for lengths, _ in groups] == [[9, 12], [3, 4], [1]]
-    groups.clear()
-    options |= {"temperature": 1.0, "seed": 7}
-    one, other = (model.generate(prompts, **options) for _ in range(2))
-    assert [answer.token_ids for answer in one] == [answer.token_ids for answer in other]
-    assert [seed for _, seed in groups[:3]] == [8, 7, 9]  # of each group's first answer
-
-
-def test_costs_are_weighed_for_the_rows_of_a_group(monkeypatch):
-    monkeypatch.setattr(batch, "MAX_ROWS", 2)
-    seen, model = [], scripted_model(encode("ab"))
-
-    def record(config, decoder, measured, contexts):
-        seen.append(contexts)
-        return config.plain()
-
-    monkeypatch.setattr("layerskip.decoding.language_model.batch_config", record)
-    model.generate([[0], [0] * 5, [0] * 3], max_new_tokens=1)
-    assert seen == [(5, 3)] * 2  # the shortest prompt is alone in its group
-    seen.clear()
-    model.generate([[0], [0]], max_new_tokens=1, draft_from="n-gram")
-    model.generate([[0], [0]], max_new_tokens=1, repetition_penalty=1.2)
-    assert not seen  # what is answered one by one keeps its config
 
 
 def test_a_list_of_no_prompts(model):
@@ -132,18 +102,14 @@ def test_a_seed_makes_sampling_repeatable(model, mode):
     assert torch.equal(torch.get_rng_state(), state)  # the caller's random state is unchanged
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.1], ids=["together", "one by one"])
-def test_answers_of_a_list_have_seeds_of_their_own(model, penalty):
+@pytest.mark.parametrize("mode", [{"mode": "plain"}, {"mode": "early-exit"}])
+def test_answers_of_a_list_have_seeds_of_their_own(model, mode):
     """The last seed is followed by the first."""
-    options = {"temperature": 1.0, "repetition_penalty": penalty, "mode": "plain"}
-    options |= {"max_new_tokens": 8, "seed": 2**64 - 1}
-    answers = [one.token_ids for one in model.generate([[1, 2, 3]] * 3, **options)]
-    assert answers == [one.token_ids for one in model.generate([[1, 2, 3]] * 3, **options)]
-    assert len({tuple(ids) for ids in answers}) == 3
-    if penalty != 1.0:
-        for answer, seed in zip(answers, (2**64 - 1, 0, 1), strict=True):
-            alone = model.generate([1, 2, 3], **{**options, "seed": seed})
-            assert answer == alone.token_ids
+    options = {"temperature": 1.0, "repetition_penalty": 1.1, "max_new_tokens": 8, **mode}
+    together = model.generate([[1, 2, 3]] * 3, seed=2**64 - 1, **options)
+    alone = [model.generate([1, 2, 3], seed=seed, **options) for seed in (2**64 - 1, 0, 1)]
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+    assert len({tuple(one.token_ids) for one in alone}) == 3
 
 
 # --- nothing in the model changes ---------------------------------------------------------------

@@ -6,16 +6,15 @@ from tiny_decoders import (
     LAYERS,
     NGRAMS,
     PLAIN,
+    batch_ids,
     ids,
     random_prompt,
     speculative,
     steps,
     tiny_decoder,
-    tokens_of,
 )
 
 from layerskip.decoding import reference
-from layerskip.decoding.batch import Batch
 from tiny_models import ONE_OF_EACH
 
 COMPILED = ("llama3.1", "smollm2", "mistral", "qwen2", "qwen3-mha", "gemma2-uncapped", "phi3")
@@ -72,9 +71,6 @@ def test_rows_of_a_batch_are_those_of_the_reference(compiled, config, request):
         request.getfixturevalue("compiled_kernels")
     decoder = tiny_decoder("llama3.1", compiled=compiled)
     prompts = [random_prompt(decoder, n, seed=n) for n in (1, 9, 4)]
-    rows = [[] for _ in prompts]
-    for row, step in Batch(decoder, prompts, config).steps():
-        rows[row] += tokens_of([step])
-    assert [row[:12] for row in rows] == [
+    assert batch_ids(decoder, prompts, config, 12) == [
         reference.generate_plain(decoder, prompt, 12) for prompt in prompts
     ]

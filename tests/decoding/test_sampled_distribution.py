@@ -12,11 +12,10 @@ import pytest
 import torch
 from mixed_drafts import mix_drafts
 from scipy import stats
-from tiny_decoders import PLAIN, ids, speculative, steps, tiny_decoder
+from tiny_decoders import PLAIN, batch_ids, ids, speculative, steps, tiny_decoder
 
 from layerskip.decoding import Sampling, reference
 from layerskip.decoding.accept import accept_sampled
-from layerskip.decoding.batch import Batch
 from layerskip.decoding.drafters import Candidate, EarlyExit
 from layerskip.model import StepCosts
 
@@ -82,7 +81,7 @@ def probabilities(decoder, sampling):
     for at in range(len(PROMPT), sequences.shape[1]):
         seen = torch.zeros(len(endings), VOCABULARY, dtype=torch.bool)
         seen.scatter_(1, sequences[:, :at], True)
-        p = rule.probabilities(rule.penalize(logits[:, at - 1], seen))
+        p = rule.probabilities(rule.penalize(logits[:, at - 1], seen, seen.float()))
         total *= p.gather(1, sequences[:, at, None])[:, 0]
     assert total.sum().item() == pytest.approx(1.0, abs=1e-5)
     return total.view([VOCABULARY] * N_TOKENS)
@@ -163,13 +162,22 @@ def test_the_reference_has_the_model_s_distribution(decoder):
     assert p_value(counts, probabilities(decoder, sampling)) > MIN_P_VALUE
 
 
-def count_rows(decoder, config):
-    """Return the number of times that rows of one batch have each continuation."""
-    rows = [[] for _ in range(4_000)]
-    options = {"max_new_tokens": N_TOKENS, "seed": 1, **SAMPLING}
-    config = dataclasses.replace(config, **options)
-    for row, step in Batch(decoder, [PROMPT] * len(rows), config, measured=COSTS).steps():
-        rows[row] += step.tokens
+def count_rows(decoder, config, others=()):
+    """Return the number of times that rows of batches have each continuation.
+
+    Args:
+        decoder: the model.
+        config: of the rows that are counted.
+        others: configs of as many further rows in each batch.
+    """
+    rows, options = [], {"max_new_tokens": N_TOKENS, **SAMPLING}
+    for first in range(0, SAMPLES, 20):
+        configs = [
+            dataclasses.replace(config, seed=seed, **options) for seed in range(first, first + 20)
+        ]
+        prompts = [PROMPT] * 20 + [[1, 2, 0, 2, 1, 2]] * len(others)
+        drawn = batch_ids(decoder, prompts, [*configs, *others], N_TOKENS, measured=COSTS)
+        rows += drawn[:20]
     return counts_of(rows)
 
 
@@ -178,12 +186,15 @@ BATCHES = {
     "fixed": FIXED,
     "reduced head": dataclasses.replace(FIXED, draft_vocabulary=(0, 2)),
     "adaptive": ADAPTIVE,
+    "all sources": ALL_SOURCES,
 }
+OTHERS = [PLAIN, FIXED, dataclasses.replace(ALL_SOURCES, temperature=1.0, seed=5), ADAPTIVE]
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_rows_of_a_batch_have_the_model_s_distribution(decoder, expected, name):
-    assert p_value(count_rows(decoder, BATCHES[name]), expected) > MIN_P_VALUE
+def test_rows_of_a_mixed_batch_have_the_model_s_distribution(decoder, expected, name):
+    counts = count_rows(decoder, BATCHES[name], OTHERS)
+    assert p_value(counts, expected) > MIN_P_VALUE
 
 
 def test_every_source_drafts_tokens_that_are_accepted_and_rejected(decoder, monkeypatch):
