@@ -3,7 +3,7 @@
 import threading
 
 import httpx
-from stand_in_engine import StandInEngine
+from held_engine import HeldEngine
 
 from layerskip import LayerSkipModel
 from layerskip.decoding import DecodingConfig
@@ -34,7 +34,7 @@ class RunningServer:
 
         def make():
             model = LayerSkipModel.from_pretrained(folder, dtype="float32")
-            self.engine = StandInEngine(model, max_queue=config.max_queue)
+            self.engine = HeldEngine(model, max_queue=config.max_queue)
             return model, self.engine
 
         listener = listen(config)

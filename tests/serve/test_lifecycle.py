@@ -74,7 +74,7 @@ def test_disconnect_ends_the_answer(held, client, stream):
         for connection in leaving._transport._pool.connections:
             connection._connection._network_stream._sock.shutdown(2)
     wait_until(lambda: not running(held))
-    assert held.engine.stats().generation_tokens < before + 10
+    assert held.engine.stats().generation_tokens < before + 100
 
 
 def test_drain_finishes_running_answers_and_refuses_new_ones(start):

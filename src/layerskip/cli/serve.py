@@ -25,6 +25,7 @@ _TEMPERATURE = 1.0  # OpenAI's default
 _DEFAULTS = (
     *("mode", "exit_layer", "draft_tokens", "draft_from", "adaptive", "draft_vocabulary"),
     *("datastore", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("frequency_penalty", "presence_penalty"),
 )
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from pydantic import BaseModel
 
 import layerskip
+from layerskip.decoding.sampling import TokenLogprobs
 from layerskip.decoding.streaming import TextStream
-from layerskip.serve.engine import Finished, TokenLogprobs, Tokens
+from layerskip.serve.engine import Finished, Tokens
 from layerskip.serve.errors import APIError
 from layerskip.serve.protocol import (
     ChatAnswerMessage,
