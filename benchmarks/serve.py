@@ -195,6 +195,8 @@ async def ask(port: int, model: str, prompt: Prompt, pause_s: float = 0.0) -> Re
                     if choice.get("text"):
                         reply.text += choice["text"]
                         reply.times.append(time.perf_counter())
+                if "timings" in event:  # llama.cpp's
+                    reply.tokens = event["timings"]["predicted_n"]
                 if event.get("usage"):
                     reply.tokens = event["usage"]["completion_tokens"]
                 await asyncio.sleep(pause_s)

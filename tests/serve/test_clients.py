@@ -8,6 +8,8 @@ import sys
 import openai
 import pytest
 
+from layerskip.decoding import DecodingConfig
+
 MESSAGES = [{"role": "user", "content": "Hello"}]
 OPTIONS = {"model": "tiny", "messages": MESSAGES, "max_tokens": 12, "temperature": 0}
 
@@ -96,6 +98,42 @@ def test_stop_string_ends_the_answer_before_it(api, expected):
     answer = api.chat.completions.create(**OPTIONS, stop=[stop, "\N{SNOWMAN}"])
     assert answer.choices[0].message.content == expected.text[: expected.text.index(stop)]
     assert answer.choices[0].finish_reason == "stop"
+
+
+def test_options_of_sampling_are_those_of_generate(api, server):
+    options = {"frequency_penalty": 1.5, "presence_penalty": 0.5, "temperature": 0.8, "seed": 3}
+    vllm = {"top_k": 20, "min_p": 0.01, "repetition_penalty": 1.2, "ignore_eos": True}
+    answer = api.chat.completions.create(**{**OPTIONS, **options}, top_p=0.9, extra_body=vllm)
+    expected = server.model.generate(
+        MESSAGES, max_new_tokens=12, top_p=0.9, mode="plain", **options, **vllm
+    )
+    plain = api.chat.completions.create(
+        **{**OPTIONS, **options}, top_p=0.9, extra_body={**vllm, "layerskip": {"mode": "plain"}}
+    )
+    assert plain.choices[0].message.content == expected.text
+    assert answer.usage.completion_tokens == 12
+
+
+@pytest.mark.skipif(
+    "prediction" not in DecodingConfig.__dataclass_fields__, reason="needs predicted outputs"
+)
+def test_predicted_output_is_accepted_where_it_is_right(api, expected):
+    prediction = {"type": "content", "content": expected.text}
+    answer = api.chat.completions.create(**OPTIONS, prediction=prediction)
+    assert answer.choices[0].message.content == expected.text
+    assert answer.usage.completion_tokens_details.accepted_prediction_tokens > 0
+
+
+def test_answer_reports_its_drafts_and_their_sources(api):
+    body = {"layerskip": {"mode": "self-speculative", "exit_layer": 2, "sources": True}}
+    answer = api.chat.completions.create(**OPTIONS, extra_body=body)
+    report = answer.layerskip
+    assert report["mode"] == "self-speculative"
+    assert report["drafted"] == report["by_source"]["early-exit"][0] > 0
+    assert report["accepted"] == report["by_source"]["early-exit"][1]
+    (runs,) = report["sources"]
+    assert "".join(run["text"] for run in runs) == answer.choices[0].message.content
+    assert sum(run["tokens"] for run in runs if run["source"] != "model") == report["accepted"]
 
 
 def test_completions_take_texts_and_token_ids(api, server):

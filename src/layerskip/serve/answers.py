@@ -125,6 +125,8 @@ class Responder(abc.ABC):
         answers: of the request.
     """
 
+    id_prefix = ""
+
     def __init__(self, service: Service, answers: Answers) -> None:
         body = answers.body
         self._service, self._answers, self._layerskip = service, answers, body.layerskip
@@ -141,8 +143,6 @@ class Responder(abc.ABC):
         self._choices = [
             Choice(self._tokenizer, ends, self._before(i)) for i in range(len(answers))
         ]
-
-    id_prefix = ""
 
     async def whole(self) -> BaseModel:
         """Return the response of a request without `stream`."""

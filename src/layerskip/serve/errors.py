@@ -45,6 +45,8 @@ class APIError(Exception):
         headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
+        if self.status in (408, 413):  # or the rest of the body would be read
+            headers["Connection"] = "close"
         return JSONResponse(self.body.model_dump(), self.status, headers)
 
 
