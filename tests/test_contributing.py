@@ -11,6 +11,7 @@ MAX_FILES = {
     "A training batch to the backward pass": 8,
     "A model name to a decoder": 6,
     "A flag of `layerskip bench` to a row of its table": 6,
+    "A chat request to its events": 6,
 }
 
 
