@@ -84,7 +84,7 @@ def test_an_index_that_names_files_elsewhere(tmp_path, file):
         (["pytorch_model.bin"], ["pytorch_model.bin", "pickle", "safetensors"]),
         ([], ["neither safetensors nor a GGUF file"]),
         (["a.gguf", "b.gguf"], ["several GGUF files"]),
-        ([f"m-0000{i}-of-00002.gguf" for i in (1, 2)], ["in parts", "llama-gguf-split --merge"]),
+        ([f"m-0000{i}-of-00002.gguf" for i in (1, 2)], ["-00001-of-00002.gguf is damaged"]),
     ],
 )
 def test_folder_without_usable_weights(tmp_path, names, words):
@@ -411,7 +411,7 @@ def test_unsupported_fields_of_gguf(file):
         ({"llama.attention.causal": False}, "attention to later positions"),
         ({"llama.rope.dimension_count": 8}, "a part of each head"),
         ({"llama.expert_count": 8}, "mixtures of experts"),
-        ({"split.count": 3}, "one part of several; join them with llama-gguf-split"),
+        ({"split.count": 3}, "is one of 3 parts; their names have to end in"),
         ({"llama.attention.scale": 0.5}, "attention scaled by 0.5"),
         ({"llama.attention.value_length": 8}, "values of another length"),
         (
