@@ -109,7 +109,7 @@ def test_the_code_of_an_answer():
 
 
 def test_the_task_asks_an_assistant_and_predicts_the_file():
-    task = load_task("edits", samples=5)
+    task = load_task("edits", samples=5, chat=False)
     assert {sample.category for sample in task.samples} == set(EDITS)
     for sample in task.samples:
         assert sample.prompt.endswith("\n```")
