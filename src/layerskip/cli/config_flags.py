@@ -235,7 +235,8 @@ def config_fields(config: type[Any]) -> dict[str, tuple[dataclasses.Field[Any], 
         elif "option" in field.metadata:
             result[field.name] = field, kind, field.metadata["option"]
         elif "help" in field.metadata:
-            result[field.name] = field, kind, Option(help=field.metadata["help"])
+            description = Option(help=field.metadata["help"], flags=field.metadata["flags"])
+            result[field.name] = field, kind, description
     return result | {name: value for name, value in nested.items() if name not in result}
 
 

@@ -104,9 +104,10 @@ class Draft:
 
     def take_pending(self) -> Tensor:
         """Return the tokens that the first layers have not seen [B, n]; they are about to."""
-        tokens = self.pending[0] if len(self.pending) == 1 else torch.cat(self.pending, dim=1)
-        self.pending = []
-        return tokens
+        pending, self.pending = self.pending, []
+        if not pending:
+            return self.last[:, :0]
+        return pending[0] if len(pending) == 1 else torch.cat(pending, dim=1)
 
     def add_states(self, hidden: Tensor) -> None:
         """Note hidden states [B, n, D] that left layer E, whose keys and values are in the cache."""
@@ -201,7 +202,7 @@ class EarlyExit:
     def propose(self, draft: Draft, max_tokens: int) -> Candidate:
         """See `Drafter`."""
         tokens, sampler = draft.take_pending(), self._sampler
-        if sampler.greedy and sampler.history is None:
+        if sampler.greedy and not sampler.changes_logits:
             hidden, chosen, confidence = self._exit.greedy_step(
                 tokens, self.num_layers, draft.cache, with_confidence=self._with_confidence
             )
@@ -210,25 +211,42 @@ class EarlyExit:
         hidden = self._decoder.run(self._decoder.embed(tokens), 0, self.num_layers, draft.cache)
         draft.add_states(hidden)
         logits = self._exit.logits(hidden[:, -1:])
-        if sampler.history is not None:
-            seen = sampler.history.before(draft.tokens)[:, -1:]
-            logits = sampler.sampling.penalize(
-                logits, seen if self._head is None else seen[..., self._head.token_ids]
-            )
-        if sampler.greedy:
-            confidence = (
-                float(logits.float().softmax(dim=-1).amax()) if self._with_confidence else 1.0
-            )
-            return Candidate(self._token_ids(argmax(logits)), [confidence])
-        # Drafts are verified, so that where the exit has overflowed any distribution is right.
-        probs = sampler.sampling.probabilities(logits)[:, 0].nan_to_num(1.0)
-        chosen = sampler.sample(probs)[:, None]
-        confidence = float(probs.amax()) if self._with_confidence else 1.0
-        q = probs if self._head is None else self._head.scatter(probs)
-        return Candidate(self._token_ids(chosen), [confidence], [q])
+        return choose_draft(logits, draft, sampler, self._head, self._with_confidence)
 
     def _token_ids(self, chosen: Tensor) -> Tensor:
         return chosen if self._head is None else self._head.token_ids[chosen]
+
+
+def choose_draft(
+    logits: Tensor,
+    draft: Draft,
+    sampler: Sampler,
+    head: "ReducedHead | None",
+    with_confidence: bool = True,
+) -> Candidate:
+    """Choose a drafted token as the answer's tokens are chosen.
+
+    Args:
+        logits: [1, 1, n] after a draft, of a reduced head if there is one.
+        draft: the tokens before.
+        sampler: of the generation.
+        head: the reduced-vocabulary head, or None.
+        with_confidence: compute the highest probability; else the confidence is 1.
+    """
+    token_ids = None if head is None else head.token_ids
+    logits = sampler.process(logits, draft.tokens, token_ids)
+    if sampler.greedy:
+        chosen = argmax(logits)
+        highest = 1.0 / (logits - logits.amax()).float().exp().sum() if with_confidence else 1.0
+        tokens = chosen if token_ids is None else token_ids[chosen]
+        return Candidate(tokens, [float(highest)])
+    # Drafts are verified, so that where the exit has overflowed any distribution is right.
+    probs = sampler.sampling.probabilities(logits)[:, 0].nan_to_num(1.0)
+    chosen = sampler.sample(probs)[:, None]
+    highest = probs.amax() if with_confidence else 1.0
+    q = probs if head is None else head.scatter(probs)
+    tokens = chosen if token_ids is None else token_ids[chosen]
+    return Candidate(tokens, [float(highest)], [q])
 
 
 class NgramIndex:

@@ -10,11 +10,11 @@ from typing import Any, overload
 
 import torch
 
-from layerskip.decoding.batch import Batch, batch_config, can_batch, grouped, same_rotary_embedding
+from layerskip.decoding.batch import Batch
 from layerskip.decoding.config import DecodingConfig
 from layerskip.decoding.controller import time_passes
 from layerskip.decoding.datastore import Datastore
-from layerskip.decoding.generate import StoppingCriteria, generate
+from layerskip.decoding.generate import Row, StoppingCriteria, generate
 from layerskip.decoding.placement import device_of, dtype_of, prepared
 from layerskip.decoding.prefix_cache import PrefixCache
 from layerskip.decoding.prompt import (
@@ -158,18 +158,12 @@ class LayerSkipModel:
         Raises:
             ValueError: the prompt or an option cannot be used; the message says why.
         """
-        asked = DecodingConfig.from_options(config, overrides)
-        plan = self.resolve(asked)
+        plan = self.resolve(config, **overrides)
         tokenized = self._tokenized(prompt)
-        together = tokenized.together
         measured = self.settings.measured
-        if plan.adaptive:
+        if plan.adaptive and measured is None:
             time_passes(self.decoder)  # before the answer's clock starts
-        is_open = asked.mode == "auto" and asked.draft_from is None
-        is_open = is_open and not (asked.adaptive or asked.datastore or asked.prediction)
-        if len(together) > 1 and is_open and plan.repetition_penalty == 1.0:
-            plan = batch_config(plan, self.decoder, measured, together)
-        eos_token_ids = self._eos_token_ids(plan)
+        eos_token_ids = self.eos_token_ids(plan)
         steps = generate(
             self.decoder,
             tokenized.ids,
@@ -190,8 +184,12 @@ class LayerSkipModel:
             continues=tokenized.continues,
         )
 
-    def _eos_token_ids(self, config: DecodingConfig) -> frozenset[int]:
-        """Return the tokens that end an answer, with those that are a stop string by themselves."""
+    def eos_token_ids(self, config: DecodingConfig) -> frozenset[int]:
+        """Return the tokens that end an answer, with those that are a stop string by themselves.
+
+        Raises:
+            ValueError: there are stop strings and no tokenizer, or one cannot be tokenized.
+        """
         eos_token_ids = frozenset() if config.ignore_eos else self.end_tokens
         if self.tokenizer is not None:
             return eos_token_ids | stop_tokens(self.tokenizer, config.stop)
@@ -215,10 +213,8 @@ class LayerSkipModel:
     def generate(self, prompt: Any, config: DecodingConfig | None = None, **overrides: Any) -> Any:
         """Answer a prompt, or a list of prompts together.
 
-        A list is decoded in batches (see `batch.grouped`), whose rows end one by one; in float32 each
-        greedy answer is that of its prompt alone. What looks at one text (repetition penalty, drafts
-        from n-grams or a prediction) is answered one after the other; where mode auto may choose, and
-        there is no prediction, drafts come from the early exit alone, or decoding is plain.
+        A list is decoded as one batch, whose rows begin and end one by one; in float32 each greedy
+        answer is that of its prompt alone.
 
         Args:
             prompt: a text (tokenized as it stands), a list of token ids, a list of chat messages
@@ -243,44 +239,40 @@ class LayerSkipModel:
             with named(i):
                 tokenized.append(self._tokenized(one))
                 check_prompt(self.decoder, tokenized[-1].ids)
-        groups = grouped([len(one.ids) for one in tokenized])
-        together = {
-            i: tuple(len(tokenized[j].ids) for j in group) for group in groups for i in group
-        }
         answers = [
-            self.answer(
-                dataclasses.replace(one, together=together[i]),
-                config,
-                seed=nth_seed(config.seed, i),
-            )
+            self.answer(one, config, seed=nth_seed(config.seed, i))
             for i, one in enumerate(tokenized)
         ]
-        for group in groups:
-            self._complete([answers[i] for i in group])
+        self._complete(answers)
         return [answer.generation for answer in answers]
 
     def _complete(self, answers: Sequence[Answer]) -> None:
-        """Compute some answers, as one batch where that is possible."""
-        config, prompts = answers[0].config, [answer.prompt for answer in answers]
-        if not can_batch(config) or not same_rotary_embedding(
-            self.decoder, prompts, config.max_new_tokens
-        ):
-            for answer in answers:
-                answer.complete()
-            return
+        """Compute some answers as one batch."""
+        measured = self.settings.measured
+        batch = Batch(self.decoder, measured=measured)
+        by_row = dict[Row, Answer]()
+        for answer in answers:
+            row = Row(
+                self.decoder,
+                answer.prompt,
+                answer.config,
+                eos_token_ids=answer.eos_token_ids,
+                measured=measured,
+            )
+            by_row[row] = answer
+            batch.add(row)
+        if len(answers) > 1 and any(answer.config.adaptive for answer in answers):
+            time_passes(self.decoder)  # before the answers' clocks start
         for answer in answers:
             answer.begin()
-        batch = Batch(
-            self.decoder,
-            prompts,
-            config,
-            eos_token_ids=answers[0].eos_token_ids,
-            measured=self.settings.measured,
-        )
-        for row, step in batch.steps():
-            answers[row].take(step)
-            if answers[row].stopped:
-                batch.leave(row)
+        for output in batch:
+            if output.step is None:
+                assert output.error is not None
+                raise output.error
+            answer = by_row[output.row]
+            answer.take(output.step)
+            if answer.stopped:
+                batch.remove(output.row)
         for answer in answers:
             answer.finish()
 
