@@ -64,6 +64,14 @@ class RowPass:
     target: Tensor | None = None
     logits: Tensor | None = None
 
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Layers where the pass changes: where the early exit's states join it, and its end."""
+        exit_layer = self.row.config.exit_layer
+        if self.draft is None or not self.draft.states or exit_layer is None:
+            return (self.row.n_layers,)
+        return exit_layer, self.row.n_layers
+
     def join_states(self, n_layers: int) -> None:
         """Put the early exit's hidden states in front, where the others have come as far."""
         if self.draft is not None and self.draft.states and n_layers == self.row.config.exit_layer:
@@ -286,8 +294,7 @@ class Batch:
         Drafts of the early exit go on from the states that left layer E, all else begins at layer 0;
         from any layer on, the rows that have come so far are one pass.
         """
-        exits = (one.row.config.exit_layer for one in passes if one.draft and one.draft.states)
-        depths = sorted({0, *filter(None, exits), *(one.row.n_layers for one in passes)})
+        depths = sorted({0, *(depth for one in passes for depth in one.depths)})
         for start, stop in itertools.pairwise(depths):
             for one in passes:
                 one.join_states(start)
