@@ -28,7 +28,7 @@ MAX_ROWS = 64
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Output:
-    """What a round brought one row.
+    """The result of a round for one row.
 
     Attributes:
         row: the row.
@@ -368,26 +368,27 @@ def _of_each(passes: Sequence[RowPass], function: Callable[[Tensor], Tensor]) ->
 def _accept(one: RowPass) -> Step:
     """Keep what the model agrees with of a row's draft, and choose the token after it."""
     row, draft, sampler = one.row, one.draft, one.row.sampler
-    tokens = one.tokens[:, :0] if draft is None else draft.tokens
     if draft is None:
         check_finite(one.hidden)
-    if sampler.greedy:
-        target = one.target
-        if target is None:
-            assert one.logits is not None
-            target = argmax(sampler.process(one.logits, tokens))
-        accepted, following = accept_greedy(tokens, target)
+    tokens = one.tokens[:, :0] if draft is None else draft.tokens
+    if one.target is not None:
+        accepted, following = accept_greedy(tokens, one.target)
     else:
         assert one.logits is not None
-        q = None if draft is None else draft.all_probs(one.logits.shape[-1])
-        p = sampler.probs_of(one.logits, tokens)
-        accepted, following = accept_sampled(tokens, q, p, sampler.generator)
+        if sampler.greedy:
+            target = argmax(sampler.process(one.logits, tokens))
+            accepted, following = accept_greedy(tokens, target)
+        elif draft is None or not len(draft):
+            p = sampler.probs_of(one.logits, tokens)
+            accepted, following = tokens.new_zeros(1), sampler.sample(p(0, 1)[:, 0])
+        else:
+            q = draft.all_probs(one.logits.shape[-1])
+            p = sampler.probs_of(one.logits, tokens)
+            accepted, following = accept_sampled(tokens, q, p, sampler.generator)
     n, token = int(accepted), int(following)
-    if draft is None:
-        step = Step((token,))
-    else:
-        row.cache.lengths += n + 1
-        step = step_of(draft, tokens[0].tolist(), token, n)
     row.last = following[:, None]
     sampler.commit(torch.cat([tokens[:, :n], row.last], dim=1))
-    return step
+    if draft is None:
+        return Step((token,))
+    row.cache.lengths += n + 1
+    return step_of(draft, tokens[0].tolist(), token, n)
