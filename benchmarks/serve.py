@@ -123,9 +123,9 @@ class ServerProcess:
 
     def close(self) -> None:
         """End the process."""
-        self.signal(signal.SIGCONT)
-        self.signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            self.signal(signal.SIGCONT)
+            self.signal(signal.SIGTERM)
             self.process.wait(30)
         with contextlib.suppress(ProcessLookupError):
             self.signal(signal.SIGKILL)
@@ -302,12 +302,10 @@ def load(options: argparse.Namespace, model: LayerSkipModel, folder: Path) -> li
 def _start_all(
     options: argparse.Namespace, folder: Path, stack: contextlib.ExitStack
 ) -> Iterator[tuple[str, ServerProcess]]:
-    logs = options.logs or folder
-    logs.mkdir(parents=True, exist_ok=True)
     for name in options.systems:
         port = _free_port()
         command, env = _command(name, options, folder, port)
-        server = ServerProcess(command, port, env, logs / f"{name}.log")
+        server = ServerProcess(command, port, env, options.logs / f"{name}.log")
         stack.callback(server.close)
         yield name, server
 
@@ -450,9 +448,9 @@ class Soak:
             self.outcomes[f"error: connection {type(error).__name__}"] += 1
 
 
-def soak(options: argparse.Namespace, model: LayerSkipModel, folder: Path) -> dict[str, Any]:
+def soak(options: argparse.Namespace, model: LayerSkipModel) -> dict[str, Any]:
     """Run clients of all kinds, with the server's memory every few seconds."""
-    server, state = _soaked(options, model, folder)
+    server, state = _soaked(options, model)
     memory: list[tuple[float, float]] = []
     started = time.monotonic()
     until = started + 60 * options.soak
@@ -489,9 +487,9 @@ def soak(options: argparse.Namespace, model: LayerSkipModel, folder: Path) -> di
     }
 
 
-def kill(options: argparse.Namespace, model: LayerSkipModel, folder: Path) -> dict[str, Any]:
+def kill(options: argparse.Namespace, model: LayerSkipModel) -> dict[str, Any]:
     """Kill the server under load and start it again, some times."""
-    server, state = _soaked(options, model, folder)
+    server, state = _soaked(options, model)
 
     async def clients(until: float) -> None:
         async def one(seed: int) -> None:
@@ -517,13 +515,11 @@ def kill(options: argparse.Namespace, model: LayerSkipModel, folder: Path) -> di
     return {"kills": options.kill, "outcomes": dict(state.outcomes), "wrong": state.wrong[:5]}
 
 
-def _soaked(
-    options: argparse.Namespace, model: LayerSkipModel, folder: Path
-) -> tuple[ServerProcess, Soak]:
+def _soaked(options: argparse.Namespace, model: LayerSkipModel) -> tuple[ServerProcess, Soak]:
     """Start a server in float32, where answers do not depend on what runs beside them."""
     port = _free_port()
     command = serve_command(options, port, ["--dtype", "float32", "--weights", "16bit"])
-    server = ServerProcess(command, port, {}, (options.logs or folder) / "soak.log")
+    server = ServerProcess(command, port, {}, options.logs / "soak.log")
     prompts = [one for task in options.task for one in prompts_of(task, model, options.requests)]
     prompts = [dataclasses.replace(one, max_tokens=min(one.max_tokens, 48)) for one in prompts]
     expected = [
@@ -563,9 +559,11 @@ def main() -> None:
     exact = options.soak or options.kill
     model = LayerSkipModel.from_pretrained(options.model, dtype="float32" if exact else None)
     with tempfile.TemporaryDirectory() as name:
+        options.logs = options.logs or Path(name)
+        options.logs.mkdir(parents=True, exist_ok=True)
         if exact:
             part = soak if options.soak else kill
-            result = part(options, model, Path(name))
+            result = part(options, model)
             shown = {key: value for key, value in result.items() if key != "memory_mib"}
             print(json.dumps(shown, indent=1))
             if options.output:
