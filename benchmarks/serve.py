@@ -51,7 +51,7 @@ _LLAMA_CPP = """
 import sys, time, xllamacpp
 path, port, threads, slots, context = sys.argv[1], *map(int, sys.argv[2:])
 params = xllamacpp.CommonParams()
-params.model.path, params.hostname, params.port = path, "127.0.0.1", port
+params.model.path, params.hostnames, params.port = path, ["127.0.0.1"], port
 params.n_parallel, params.n_ctx, params.fit_params = slots, slots * context, False
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
 params.n_gpu_layers, params.ui, params.verbosity = 0, False, 1
@@ -238,9 +238,10 @@ async def open_loop(
 
 def row_of(replies: Sequence[Reply], seconds: float) -> dict[str, Any]:
     """Return the figures of one load."""
-    good = [reply for reply in replies if reply.error is None and reply.times]
+    good = [reply for reply in replies if reply.error is None]
+    with_text = [reply for reply in good if reply.times]  # others ended at once
     per_token = [
-        (one.times[-1] - one.times[0]) / (one.tokens - 1) for one in good if one.tokens > 1
+        (one.times[-1] - one.times[0]) / (one.tokens - 1) for one in with_text if one.tokens > 1
     ]
     tokens = sum(one.tokens for one in good)
     errors = Counter(one.error for one in replies if one.error)
@@ -250,7 +251,7 @@ def row_of(replies: Sequence[Reply], seconds: float) -> dict[str, Any]:
         "tokens": tokens,
         "seconds": round(seconds, 2),
         "tokens_per_s": round(tokens / seconds, 1),
-        **_percentiles("ttft_ms", [one.times[0] - one.submitted for one in good]),
+        **_percentiles("ttft_ms", [one.times[0] - one.submitted for one in with_text]),
         **_percentiles("inter_token_ms", per_token),
     }
 
@@ -271,10 +272,15 @@ def load(options: argparse.Namespace, model: LayerSkipModel, folder: Path) -> li
             server.wait_until_ready()
             server.signal(signal.SIGSTOP)
         for task in options.task:
-            prompts = prompts_of(task, model, options.requests)
-            loads: list[tuple[str, float]] = [("clients", n) for n in options.clients]
+            loads: list[tuple[str, float]] = [("warm-up", 2)]
+            loads += [("clients", n) for n in options.clients]
             loads += [("rate", rate) for rate in options.rates]
-            for kind, value in [("warm-up", 2), *loads]:
+            n = options.requests
+            # Every load has prompts of its own: servers keep the prefixes of earlier ones.
+            all_prompts = prompts_of(task, model, n * len(loads))
+            random.Random(0).shuffle(all_prompts)
+            for i, (kind, value) in enumerate(loads):
+                prompts = all_prompts[i * n : (i + 1) * n]
                 for name in sorted(
                     servers, key=lambda one: random.Random(f"{one}{value}").random()
                 ):

@@ -17,6 +17,7 @@ from layerskip.serve.protocol import NEUTRAL_VALUES
         ({"temperature": "1"}, "temperature"),
         ({"temperature": 3}, "temperature"),
         ({"top_p": 0}, "top_p"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty"),
         ({"n": 17}, "n"),
         ({"max_tokens": 1 << 20}, "max_tokens"),
         ({"stop": ["x"] * 17}, "stop"),
