@@ -126,7 +126,11 @@ class LayerSkipModel:
             ValueError: an option is unknown, out of range, or does not fit this model.
         """
         config = DecodingConfig.from_options(config, overrides)
-        config = dataclasses.replace(config, datastore=self._datastore(config.datastore))
+        config = dataclasses.replace(
+            config,
+            datastore=self._datastore(config.datastore),
+            prediction=self._prediction(config.prediction),
+        )
         return config.resolve(
             self.settings,
             len(self.decoder.layers),
@@ -292,16 +296,30 @@ class LayerSkipModel:
         if isinstance(datastore, str):
             text, ids = self._last_datastore
             if text != datastore:  # a text may be long, and prompts many
-                if self.tokenizer is None:
-                    raise ValueError(
-                        "this checkpoint has no tokenizer; give the datastore as token ids"
-                    )
-                ids = tuple(encode(datastore, self.tokenizer, add_special_tokens=False))
+                ids = self._encode("datastore", datastore)
                 self._last_datastore = datastore, ids
             datastore = ids
-        if datastore and not 0 <= min(datastore) <= max(datastore) < size:
-            raise ValueError(f"a datastore has to be a text, or token ids of 0 to {size - 1}")
+        self._check_ids("datastore", datastore)
         return datastore
+
+    def _prediction(self, prediction: str | tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """Return the token ids of a predicted answer."""
+        if isinstance(prediction, str):
+            prediction = self._encode("prediction", prediction)
+        self._check_ids("prediction", prediction or ())
+        return prediction
+
+    def _encode(self, name: str, text: str) -> tuple[int, ...]:
+        if not text:
+            return ()
+        if self.tokenizer is None:
+            raise ValueError(f"this checkpoint has no tokenizer; give the {name} as token ids")
+        return tuple(encode(text, self.tokenizer, add_special_tokens=False))
+
+    def _check_ids(self, name: str, ids: tuple[int, ...]) -> None:
+        size = self.decoder.architecture.vocab_size
+        if ids and not 0 <= min(ids) <= max(ids) < size:
+            raise ValueError(f"a {name} has to be a text, or token ids of 0 to {size - 1}")
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt; see `prompt.tokenize`."""

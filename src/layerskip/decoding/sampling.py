@@ -262,13 +262,19 @@ class Sampler:
             return decoder.greedy_tokens(hidden)
         return argmax(self.process(decoder.logits(hidden), draft))
 
-    def target_probs(self, decoder: Decoder, hidden: Tensor, draft: Tensor) -> Tensor:
-        """Return the distributions p [B, d + 1, V] after hidden states [B, d + 1, D] of a draft."""
+    def target_probs(
+        self, decoder: Decoder, hidden: Tensor, draft: Tensor
+    ) -> Callable[[int, int], Tensor]:
+        """Return the distributions p after hidden states [B, d + 1, D] of a draft; see `probs_of`."""
         return self.probs_of(decoder.logits(hidden), draft)
 
-    def probs_of(self, logits: Tensor, draft: Tensor) -> Tensor:
-        """Return the distributions p [B, d + 1, V] of the model's logits [B, d + 1, V] at a draft."""
-        return self.sampling.probabilities(self.process(logits, draft))
+    def probs_of(self, logits: Tensor, draft: Tensor) -> Callable[[int, int], Tensor]:
+        """Return the distributions p of the model's logits [B, d + 1, V] at a draft [B, d].
+
+        p(i, j) computes those of positions i to j - 1, [B, j - i, V].
+        """
+        logits = self.process(logits, draft)
+        return lambda start, end: self.sampling.probabilities(logits[:, start:end])
 
     def next_tokens(self, decoder: Decoder, hidden: Tensor) -> Tensor:
         """Choose one token after hidden states, [B, 1, D] to [B, 1].
@@ -279,7 +285,7 @@ class Sampler:
         nothing = torch.empty(len(hidden), 0, dtype=torch.int64, device=hidden.device)
         if self.greedy:
             return self.target_tokens(decoder, hidden, nothing)
-        return self.sample(self.target_probs(decoder, hidden, nothing)[:, 0])[:, None]
+        return self.sample(self.target_probs(decoder, hidden, nothing)(0, 1)[:, 0])[:, None]
 
     def sample(self, weights: Tensor) -> Tensor:
         """Sample one token of each row, [B, V] to [B]; weights need not sum to 1."""
