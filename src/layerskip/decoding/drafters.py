@@ -10,7 +10,7 @@ import dataclasses
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from layerskip.decoding.datastore import MAX_MATCH, MIN_MATCH, Datastore
 from layerskip.decoding.sampling import Sampler
 from layerskip.model import Decoder, KVCache, argmax
+from layerskip.model.exit_adapter import ExitAdapterWeights
 
 # Probability that the token after a match of 2, 3, ... tokens follows again, before any is verified.
 _NGRAM_CONFIDENCE = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -145,7 +146,7 @@ class Drafter(Protocol):
     Attributes:
         name: as in `draft_from` and in results.
         num_layers: layers that a proposal runs for each token, E or 0.
-        head_share: share of the head's rows that it multiplies with.
+        head_share: its further products, in units of the whole head; 0 for a look-up.
     """
 
     name: str
@@ -155,12 +156,32 @@ class Drafter(Protocol):
     def propose(self, draft: Draft, max_tokens: int) -> Candidate:
         """Propose up to `max_tokens` tokens that follow a draft.
 
-        A drafter with layers proposes one at a time, since each costs a pass.
+        A drafter with a head proposes one at a time, since each costs a pass.
         """
         ...
 
     def update(self, tokens: Sequence[int]) -> None:
         """Learn the tokens that were committed; called once for each, before the next proposal."""
+        ...
+
+
+@runtime_checkable
+class StateReader(Protocol):
+    """A drafter that goes by the hidden states of what the model has decoded.
+
+    Attributes:
+        num_layers: E; the states that leave this layer are read too.
+    """
+
+    num_layers: int
+
+    def read_states(self, exit_states: Tensor, last_states: Tensor) -> None:
+        """Take the states of the next committed positions.
+
+        Args:
+            exit_states: [B, n, D], leaving layer E.
+            last_states: [B, n, D], leaving layer L.
+        """
         ...
 
 
@@ -205,26 +226,48 @@ class EarlyExit:
             return Candidate(self._token_ids(chosen), [confidence])
         hidden = self._decoder.run(self._decoder.embed(tokens), 0, self.num_layers, draft.cache)
         draft.add_states(hidden)
-        logits = self._exit.logits(hidden[:, -1:])
-        if sampler.history is not None:
-            seen = sampler.history.before(draft.tokens)[:, -1:]
-            logits = sampler.sampling.penalize(
-                logits, seen if self._head is None else seen[..., self._head.token_ids]
-            )
-        if sampler.greedy:
-            confidence = (
-                float(logits.float().softmax(dim=-1).amax()) if self._with_confidence else 1.0
-            )
-            return Candidate(self._token_ids(argmax(logits)), [confidence])
-        # Drafts are verified, so that where the exit has overflowed any distribution is right.
-        probs = sampler.sampling.probabilities(logits)[:, 0].nan_to_num(1.0)
-        chosen = sampler.sample(probs)[:, None]
-        confidence = float(probs.amax()) if self._with_confidence else 1.0
-        q = probs if self._head is None else self._head.scatter(probs)
-        return Candidate(self._token_ids(chosen), [confidence], [q])
+        return choose_token(
+            sampler, self._exit, self._head, hidden[:, -1:], draft, self._with_confidence
+        )
 
     def _token_ids(self, chosen: Tensor) -> Tensor:
         return chosen if self._head is None else self._head.token_ids[chosen]
+
+
+def choose_token(
+    sampler: Sampler,
+    exit_: Decoder,
+    head: "ReducedHead | None",
+    hidden: Tensor,
+    draft: Draft,
+    with_confidence: bool,
+) -> Candidate:
+    """Choose the next drafted token at an exit, as the answer's are chosen.
+
+    Args:
+        sampler: of the generation.
+        exit_: its final norm and head are applied.
+        head: the reduced-vocabulary head that `exit_` has; None = the whole one.
+        hidden: [B, 1, D].
+        draft: the tokens before it.
+        with_confidence: compute the confidence of the first row.
+    """
+    logits = exit_.logits(hidden)
+    if sampler.history is not None:
+        seen = sampler.history.before(draft.tokens)[:, -1:]
+        logits = sampler.sampling.penalize(
+            logits, seen if head is None else seen[..., head.token_ids]
+        )
+    if sampler.greedy:
+        confidence = float(logits.float().softmax(dim=-1).amax()) if with_confidence else 1.0
+        chosen = argmax(logits)
+        return Candidate(chosen if head is None else head.token_ids[chosen], [confidence])
+    # Drafts are verified, so that where the exit has overflowed any distribution is right.
+    probs = sampler.sampling.probabilities(logits)[:, 0].nan_to_num(1.0)
+    chosen = sampler.sample(probs)[:, None]
+    confidence = float(probs.amax()) if with_confidence else 1.0
+    q = probs if head is None else head.scatter(probs)
+    return Candidate(chosen if head is None else head.token_ids[chosen], [confidence], [q])
 
 
 class NgramIndex:
@@ -436,6 +479,8 @@ class DrafterInputs:
         datastore: token ids or a table's file, or None.
         eos_token_ids: tokens that end the answer.
         adaptive: whether a controller asks for confidences.
+        adapter: an exit adapter of the model, or None.
+        capacity: positions of prompt and answer at most.
     """
 
     decoder: Decoder
@@ -446,6 +491,8 @@ class DrafterInputs:
     datastore: Path | tuple[int, ...] | None = None
     eos_token_ids: Collection[int] = ()
     adaptive: bool = False
+    adapter: ExitAdapterWeights | None = None
+    capacity: int = 0
 
 
 DRAFTERS: dict[str, Callable[[DrafterInputs], list[Drafter]]] = {}

@@ -14,11 +14,19 @@ from torch import Tensor
 from layerskip.decoding.accept import accept_greedy, accept_sampled
 from layerskip.decoding.config import DecodingConfig
 from layerskip.decoding.controller import ContextCosts, Controller, DraftController, FixedController
-from layerskip.decoding.drafters import Draft, Drafter, DrafterInputs, ReducedHead, make_drafters
+from layerskip.decoding.drafters import (
+    Draft,
+    Drafter,
+    DrafterInputs,
+    ReducedHead,
+    StateReader,
+    make_drafters,
+)
 from layerskip.decoding.prefix_cache import PrefixCache
 from layerskip.decoding.prompt import check_prompt
 from layerskip.decoding.sampling import Sampler
 from layerskip.model import NON_FINITE_MESSAGE, Decoder, KVCache, StepCosts
+from layerskip.model.exit_adapter import ExitAdapterWeights
 
 _T = TypeVar("_T")
 
@@ -122,6 +130,7 @@ def generate(
     eos_token_ids: Collection[int] = (),
     measured: StepCosts | None = None,
     prefix_cache: PrefixCache | None = None,
+    adapter: ExitAdapterWeights | None = None,
 ) -> Generator[Step]:
     """Continue a prompt, step by step, until an end token, `max_new_tokens` or the context's end.
 
@@ -134,13 +143,14 @@ def generate(
         eos_token_ids: tokens that end the answer.
         measured: costs that `layerskip tune` has measured, for adaptive drafts.
         prefix_cache: what it shares with the prompt is not computed again.
+        adapter: an exit adapter of the model, for drafts from it.
 
     Raises:
         PromptError: the prompt is empty, longer than the context, or has an id outside the vocabulary.
     """
     check_prompt(decoder, prompt)
     criteria = StoppingCriteria.of(decoder, prompt, config.max_new_tokens, eos_token_ids)
-    return _until_the_end(decoder, prompt, config, criteria, measured, prefix_cache)
+    return _until_the_end(decoder, prompt, config, criteria, measured, prefix_cache, adapter)
 
 
 @torch.inference_mode()
@@ -151,6 +161,7 @@ def _until_the_end(
     criteria: StoppingCriteria,
     measured: StepCosts | None,
     prefix_cache: PrefixCache | None,
+    adapter: ExitAdapterWeights | None,
 ) -> Generator[Step]:
     n_layers = config.num_layers_to_run(len(decoder.layers))
     if prefix_cache is None:
@@ -158,7 +169,7 @@ def _until_the_end(
     else:
         cache = prefix_cache.cache_for(decoder, prompt, criteria.capacity, n_layers, criteria)
     context = list(prompt)
-    steps = _steps(decoder, context, config, criteria, measured, cache)
+    steps = _steps(decoder, context, config, criteria, measured, cache, adapter)
     try:
         for step in outside_autocast(decoder.device, steps):
             if prefix_cache is not None:
@@ -181,6 +192,7 @@ def _steps(
     criteria: StoppingCriteria,
     measured: StepCosts | None,
     cache: KVCache,
+    adapter: ExitAdapterWeights | None,
 ) -> Iterator[Step]:
     """Yield steps without end; `context` has the prompt, and grows by their tokens."""
     prompt = torch.tensor([context], device=decoder.device)
@@ -190,8 +202,12 @@ def _steps(
     drafters: list[Drafter] = []
     controller: Controller | None = None
     if config.mode == "self-speculative":
-        drafters, controller = _drafting(decoder, context, config, criteria, measured, sampler)
-    last = prefill(decoder, prompt, n_layers, cache, sampler)
+        drafters, controller = _drafting(
+            decoder, context, config, criteria, measured, sampler, adapter
+        )
+    reader = next((drafter for drafter in drafters if isinstance(drafter, StateReader)), None)
+    exit_layer = reader.num_layers if reader is not None else config.exit_layer
+    last = prefill(decoder, prompt, n_layers, cache, sampler, reader)
     step = Step((int(last),))
     while True:
         context += step.tokens
@@ -205,7 +221,7 @@ def _steps(
             assert config.draft_tokens is not None
             draft = Draft(last, cache, context)
             n = min(config.draft_tokens, criteria.remaining - 1)
-            last, (step,) = speculate(decoder, controller, draft, n, sampler, config.exit_layer)
+            last, (step,) = speculate(decoder, controller, draft, n, sampler, exit_layer, reader)
 
 
 def _drafting(
@@ -215,6 +231,7 @@ def _drafting(
     criteria: StoppingCriteria,
     measured: StepCosts | None,
     sampler: Sampler,
+    adapter: ExitAdapterWeights | None,
 ) -> tuple[list[Drafter], Controller]:
     """Return the drafters of a config, and the controller that chooses among them."""
     ends = criteria.eos_token_ids
@@ -229,12 +246,15 @@ def _drafting(
         datastore=config.datastore,
         eos_token_ids=ends,
         adaptive=bool(config.adaptive),
+        adapter=adapter,
+        capacity=criteria.capacity,
     )
     drafters = make_drafters(config.draft_sources, inputs)
     if not config.adaptive:
         return drafters, FixedController(drafters)
-    share = 1.0 if head is None else head.share
-    costs = ContextCosts(decoder, config.exit_layer, share, measured)
+    layers = max((drafter.num_layers for drafter in drafters), default=0)
+    share = max((drafter.head_share for drafter in drafters), default=0.0)
+    costs = ContextCosts(decoder, layers, share, measured)
     controller = DraftController(drafters, costs, greedy=sampler.greedy, eos_token_ids=ends)
     return drafters, controller
 
@@ -256,14 +276,21 @@ def outside_autocast(device: torch.device, steps: Iterator[_T]) -> Iterator[_T]:
 
 
 def prefill(
-    decoder: Decoder, prompt: Tensor, n_layers: int, cache: KVCache, sampler: Sampler
+    decoder: Decoder,
+    prompt: Tensor,
+    n_layers: int,
+    cache: KVCache,
+    sampler: Sampler,
+    reader: StateReader | None = None,
 ) -> Tensor:
     """Run a prompt [1, n] through layers [0, n_layers) and choose the token after it, [1, 1].
 
     The cache may hold the beginning of the prompt; the last token is always left.
     """
     for chunk in prompt[:, int(cache.lengths) :].split(PREFILL_CHUNK, dim=1):
-        hidden = decoder.run(decoder.embed(chunk), 0, n_layers, cache)
+        exit_states, hidden = _run_layers(decoder, chunk, n_layers, cache, reader)
+        if reader is not None:
+            reader.read_states(exit_states, hidden)
         cache.lengths += chunk.shape[1]
     check_finite(hidden[:, -1:])
     token = sampler.next_tokens(decoder, hidden[:, -1:])
@@ -271,15 +298,35 @@ def prefill(
     return token
 
 
+def _run_layers(
+    decoder: Decoder, tokens: Tensor, n_layers: int, cache: KVCache, reader: StateReader | None
+) -> tuple[Tensor, Tensor]:
+    """Run tokens [B, T] through layers [0, n_layers); return the states that a reader needs.
+
+    Returns:
+        Those that leave the reader's layer E (without one, the embeddings) and the last layer.
+    """
+    exit_layer = 0 if reader is None else reader.num_layers
+    exit_states = decoder.run(decoder.embed(tokens), 0, exit_layer, cache)
+    return exit_states, decoder.run(exit_states, exit_layer, n_layers, cache)
+
+
 def plain_step(
-    decoder: Decoder, last: Tensor, n_layers: int, cache: KVCache, sampler: Sampler
+    decoder: Decoder,
+    last: Tensor,
+    n_layers: int,
+    cache: KVCache,
+    sampler: Sampler,
+    reader: StateReader | None = None,
 ) -> Tensor:
     """Run the newest tokens [B, 1] through layers [0, n_layers) and choose the next ones, [B, 1]."""
-    if sampler.greedy and sampler.history is None:
+    if sampler.greedy and sampler.history is None and reader is None:
         _, following, _ = decoder.greedy_step(last, n_layers, cache)
     else:
-        hidden = decoder.run(decoder.embed(last), 0, n_layers, cache)
+        exit_states, hidden = _run_layers(decoder, last, n_layers, cache, reader)
         following = sampler.next_tokens(decoder, hidden)
+        if reader is not None:
+            reader.read_states(exit_states, hidden)
     cache.lengths += 1
     sampler.commit(following)
     return following
@@ -292,6 +339,7 @@ def speculate(
     max_tokens: int,
     sampler: Sampler,
     exit_layer: int | None,
+    reader: StateReader | None = None,
 ) -> tuple[Tensor, list[Step]]:
     """Decode one round of self-speculative decoding (section 4.3 of the paper).
 
@@ -301,7 +349,8 @@ def speculate(
         draft: empty, behind the newest committed tokens; its cache moves on by what each row keeps.
         max_tokens: number of tokens to draft at most.
         sampler: of the generation.
-        exit_layer: E; None without an early exit.
+        exit_layer: E; None where no drafter runs layers.
+        reader: the drafter that gets the states of what is kept, of one row.
 
     Returns:
         The model's own tokens after what is accepted [B, 1], and the step of each row.
@@ -312,14 +361,16 @@ def speculate(
     controller.fill(draft, max_tokens)
     tokens = draft.tokens
     if not len(draft) and not draft.states:
-        following = plain_step(decoder, draft.last, n_layers, cache, sampler)
+        following = plain_step(decoder, draft.last, n_layers, cache, sampler, reader)
         steps = [Step((token,)) for token in following[:, 0].tolist()]
         controller.update(draft, [step.tokens for step in steps], [0] * len(steps))
         return following, steps
 
     # 2. Verify: the remaining layers over all d + 1 positions, in one pass.
     hidden, start = draft.hidden_states(decoder, exit_layer)
-    hidden = decoder.run(hidden, start, n_layers, cache)
+    if reader is not None:  # it needs what leaves layer E, whoever drafted
+        hidden, start = decoder.run(hidden, start, reader.num_layers, cache), reader.num_layers
+    exit_states, hidden = hidden, decoder.run(hidden, start, n_layers, cache)
 
     # 3. Accept: the longest prefix that agrees with the model, and the model's own token.
     if sampler.greedy:
@@ -337,6 +388,8 @@ def speculate(
     counts = [row[-1] for row in rows]
     cache.lengths += torch.tensor(counts, device="cpu") + 1
     sampler.commit(torch.cat([tokens[:, : counts[0]], following], dim=1))
+    if reader is not None:
+        reader.read_states(exit_states[:, : counts[0] + 1], hidden[:, : counts[0] + 1])
     steps = [_step(draft, row[:-2], row[-2], row[-1]) for row in rows]
     controller.update(draft, [step.tokens for step in steps], counts)
     return following, steps

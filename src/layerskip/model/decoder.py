@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.model.architecture import Activation, Architecture, Rope
-from layerskip.model.kv_cache import CacheView, KVCache
+from layerskip.model.kv_cache import KVCache
 from layerskip.model.quantize import Linear, Matrix, Packed, QuantizedLinear, linear
 
 Norm = Callable[[Tensor], Tensor]
@@ -354,6 +354,23 @@ class Layer:
     mlp_post_norm: Norm | None
 
 
+class AttentionView(Protocol):
+    """Positions of a pass, and the keys and values that they attend to (`CacheView` is one)."""
+
+    @property
+    def positions(self) -> Tensor:
+        """[B, T] int64."""
+        ...
+
+    def write(self, layer: int, keys_values: Tensor) -> tuple[Tensor, Tensor]:
+        """See `CacheView.write`."""
+        ...
+
+    def mask(self, window: int | None, dtype: torch.dtype, groups: int) -> Tensor | None:
+        """See `CacheView.mask`."""
+        ...
+
+
 class Decoder:
     """A decoder-only transformer that can run any contiguous part of its layers.
 
@@ -448,12 +465,12 @@ class Decoder:
         if start == stop:
             return hidden
         span = cache.span(hidden.shape[1], start, stop)
-        return self._through(hidden, start, stop, span, cache.capacity)
+        return self.run_view(hidden, start, stop, span, cache.capacity)
 
-    def _through(
-        self, hidden: Tensor, start: int, stop: int, span: CacheView, capacity: int
+    def run_view(
+        self, hidden: Tensor, start: int, stop: int, span: AttentionView, capacity: int
     ) -> Tensor:
-        """Run layers over a view of a cache of `capacity` positions."""
+        """Run layers over a view of a cache of `capacity` positions; see `run`."""
         a = self.architecture
         b, t, d = hidden.shape
         kinds, windows = self.rotary.kinds, a.sliding_windows
@@ -528,7 +545,7 @@ class Decoder:
         return both
 
     def _layer(
-        self, x: Tensor, index: int, span: CacheView, turn: Tensor, mask: Tensor | None
+        self, x: Tensor, index: int, span: AttentionView, turn: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Run one layer over hidden states [N, D]."""
         w = self.layers[index]
@@ -540,7 +557,7 @@ class Decoder:
         return _add(attended, w.mlp, normed, w.mlp_post_norm)
 
     def _attention(
-        self, qkv: Tensor, index: int, span: CacheView, turn: Tensor, mask: Tensor | None
+        self, qkv: Tensor, index: int, span: AttentionView, turn: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Grouped-query attention, [N, (H + 2 KV) * head_dim] to [N, H * head_dim].
 

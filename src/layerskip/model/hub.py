@@ -38,6 +38,7 @@ from layerskip.model.architecture import UnsupportedModelError
 from layerskip.model.weights import GgufFile, SafetensorsFiles, check_finite
 from layerskip.paths import cache_folder
 
+ADAPTER_FILE = "exit_adapter.safetensors"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
 # Other formats, and copies of the weights; of folders, only additional_chat_templates is fetched.
 _NOT_HUB_FILES = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "*/*/*", "consolidated*"]
@@ -106,6 +107,26 @@ def resolve(name: str, announce: Callable[[str], None] = lambda line: None) -> P
     if kind == "builtin":
         return pull(name, announce)
     return _from_hub(name) if kind == "hub" else Path(name).expanduser()
+
+
+def resolve_adapter(name: str) -> Path:
+    """Return the file or folder of an exit adapter, after fetching it from the hub if necessary.
+
+    Raises:
+        SourceError: nothing by that name can be found or fetched.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise SourceError(f"there is no exit adapter {name}: name its file, its folder or a hub id")
+    import huggingface_hub
+
+    try:
+        with _bars_on_a_terminal():
+            return Path(huggingface_hub.snapshot_download(name, allow_patterns=[ADAPTER_FILE]))
+    except Exception as error:  # the hub's, and those of its HTTP library
+        raise SourceError(f"{name} cannot be fetched from the hub: {_reason(error)}") from error
 
 
 def kind_of(name: str) -> Literal["local", "builtin", "hub"]:

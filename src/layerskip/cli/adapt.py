@@ -1,0 +1,120 @@
+"""`layerskip adapt`: train an exit adapter for a frozen model."""
+
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from layerskip.adapt import AdaptConfig, adapt
+from layerskip.adapt import Progress as Report
+from layerskip.adapt.agreement import Agreement
+from layerskip.cli.config_flags import (
+    ModelConfig,
+    config_from_flags,
+    config_options,
+    debug_option,
+    fetch_if_builtin,
+    json_option,
+    model_options,
+    set_threads,
+)
+from layerskip.cli.output import deliver, escape_control_chars, log_stderr, log_work
+
+
+class AdaptProgress:
+    """A bar of the run's minutes, and a line for each evaluation."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.1f}/{task.total:.0f} min"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task("starting", total=None)
+        self._loss: float | None = None
+
+    def __enter__(self) -> "AdaptProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, report: Report) -> None:
+        """Move the bar, and print a line where the run has been evaluated."""
+        self._bar.update(
+            self._task,
+            description=report.activity,
+            completed=min(report.minutes, report.max_minutes),
+            total=report.max_minutes,
+        )
+        self._loss = self._loss if report.loss is None else report.loss
+        if report.agreement is not None:
+            loss = "" if self._loss is None else f", loss {self._loss:.3f}"
+            self._console.print(
+                f"{report.minutes:.1f} of {report.max_minutes:.0f} min: {report.tokens:,} tokens,"
+                f" {report.passes:,} passes{loss}; {_shares(report.agreement)}"
+            )
+
+
+def _shares(agreement: Agreement) -> str:
+    shares = ", ".join(f"{share:.1%}" for share in agreement.by_depth)
+    return f"held-out agreement by depth {shares}"
+
+
+@click.command("adapt")
+@model_options
+@config_options(AdaptConfig)
+@json_option
+@debug_option
+def command(as_json: bool, **flags: Any) -> None:
+    """Train an exit adapter: a small layer that drafts for a model, whose weights stay as they are.
+
+    The answers remain the model's own. Training data are the model's answers to prompts, and texts. The
+    result is exit_adapter.safetensors in --output: copy it beside the checkpoint, or name it with
+    --adapter.
+
+    \b
+    Examples:
+      layerskip adapt --model smollm2-135m --max-minutes 60 --output my-adapter
+      layerskip adapt --model my-model --data prompts.jsonl --data python --output my-adapter
+      layerskip adapt --model my-model --output my-adapter --resume --max-minutes 300
+    """
+    config = config_from_flags(AdaptConfig, flags)
+    model = config_from_flags(ModelConfig, flags)
+    set_threads(model.threads)
+    fetch_if_builtin(model.model)
+    with AdaptProgress() as progress:
+        try:
+            result = adapt(
+                model.model,
+                config,
+                progress,
+                dtype=model.dtype,
+                weights=model.weights,
+                device=model.device,
+                compile=model.compile,
+                announce=log_work,
+            )
+        except KeyboardInterrupt:
+            log_stderr(f"{config.output} holds the last checkpoint; --resume goes on")
+            raise
+    document = {
+        "adapter": str(result.path),
+        "tokens": result.tokens,
+        "passes": result.passes,
+        "minutes": result.minutes,
+        "agreement_by_depth": list(result.agreement.by_depth),
+        "history": result.history,
+    }
+    if as_json:
+        deliver(document, as_json=True, output=None)
+    else:
+        click.echo(f"{escape_control_chars(str(result.path))}: {_shares(result.agreement)}")
