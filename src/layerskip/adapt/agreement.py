@@ -64,7 +64,7 @@ def measure_agreement(
         for depth, hidden in enumerate(outputs):
             # The draft that begins at position t has its token of depth k at position t + k.
             rows = hidden[0, first + depth : n]
-            right = ids[(rows @ head.T).argmax(dim=-1)] == target[depth:]
+            right = ids[(rows.to(head.dtype) @ head.T).argmax(dim=-1)] == target[depth:]
             survives = survives[: len(right)]
             drafted[depth] += int(survives.sum())
             survives = survives & right

@@ -141,12 +141,15 @@ def python_texts(seed: int) -> tuple[list[str], list[str]]:
 def _descriptions() -> Iterator[str]:
     """Iterate over the descriptions of installed packages, paragraph groups of a text each."""
     for package in importlib.metadata.distributions():
-        text = package.metadata.get_payload() if package.metadata else ""
+        text = package.metadata.json.get("description") if package.metadata else None
         if isinstance(text, str):
             yield from textwrap.wrap(text, _LONGEST, replace_whitespace=False)
 
 
-def _definitions(chosen: random.Random) -> Iterator[tuple[ast.AST, str]]:
+_Definition = ast.Module | ast.ClassDef | ast.FunctionDef
+
+
+def _definitions(chosen: random.Random) -> Iterator[tuple[_Definition, str]]:
     """Iterate over modules, classes and functions of installed sources, with their code."""
     installed = Path(sysconfig.get_path("purelib"))
     folders = [Path(sysconfig.get_path("stdlib")), *(installed / name for name in _PACKAGES)]

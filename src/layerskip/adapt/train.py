@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from layerskip.adapt.agreement import Agreement, measure_agreement
 from layerskip.adapt.config import AdaptConfig
+from layerskip.adapt.loss import SoftCrossEntropy, soft_targets
 from layerskip.adapt.network import AdapterNetwork, head_rows, initial_parameters
 from layerskip.adapt.ridge import fit_projection
 from layerskip.adapt.store import Store, read_sequences, write_sequences
@@ -32,6 +32,7 @@ from layerskip.model.exit_adapter import (
     hashes_of,
     save_adapter,
 )
+from layerskip.model.hardware import has_fast_bfloat16
 from layerskip.model.hub import ADAPTER_FILE
 
 _BETAS, _WEIGHT_DECAY, _MAX_NORM = (0.9, 0.95), 0.01, 1.0
@@ -317,14 +318,12 @@ class _Run:
             log_scale = _INITIAL_LOG_SCALE
             self._vocabulary = self._draft_vocabulary()
         self._network = AdapterNetwork(self._decoder, parameters, log_scale)
-        decayed = [p for p in self._network.parameters.values() if p.ndim == 2]
-        others = [p for p in self._network.parameters.values() if p.ndim != 2]
-        self._optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": _WEIGHT_DECAY}, {"params": others}],
-            lr=config.learning_rate,
-            betas=_BETAS,
-            weight_decay=0.0,
-        )
+        trained = self._network.parameters.values()
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trained if p.ndim == 2], "weight_decay": _WEIGHT_DECAY},
+            {"params": [p for p in trained if p.ndim != 2], "weight_decay": 0.0},
+        ]
+        self._optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS)
         if self._resumed:
             for name, parameter in self._network.parameters.items():
                 self._optimizer.state[parameter] = {
@@ -333,6 +332,8 @@ class _Run:
                     "exp_avg_sq": tensors[f"v.{name}"],
                 }
         self._head = head_rows(self._files, self._vocabulary)
+        if has_fast_bfloat16(self._decoder.device):
+            self._head = self._head.bfloat16()
 
     def _draft_vocabulary(self) -> tuple[int, ...]:
         """Return the most frequent tokens of texts and answers, and those that end an answer."""
@@ -385,31 +386,23 @@ class _Run:
     def _loss(self, batch: Sequence[TeacherSequence]) -> Tensor:
         """Return KL to the model over the draft vocabulary plus weighted CE, averaged over depths."""
         exit_states, last_states, lengths = _padded(batch)
-        b, t, _ = last_states.shape
+        t = last_states.shape[1]
         positions = torch.arange(t)
         is_real = positions < lengths[:, None]
-        base, scale = self._decoder, self._network.logit_scale
+        positions = positions.expand(is_real.shape)[is_real]
+        cap, scale = self._decoder.architecture.logit_cap, self._network.logit_scale
         with torch.no_grad():
-            normed = base.final_norm(last_states[is_real])
-            log_p = self._logits(normed).log_softmax(dim=-1)
-            p, choice = log_p.exp(), log_p.argmax(dim=-1)
-            row_of = torch.full((b, t), -1).masked_scatter(is_real, torch.arange(len(p)))
+            normed = self._decoder.final_norm(last_states[is_real])
+            targets, entropies = soft_targets(normed, self._head, cap, self._config.ce_weight)
         total = torch.zeros(())
-        outputs = self._network.outputs(exit_states, last_states, self._config.depths)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._head.dtype == torch.bfloat16):
+            outputs = self._network.outputs(exit_states, last_states, self._config.depths)
         for depth, hidden in enumerate(outputs):
-            used = is_real & (positions >= depth)
-            rows = row_of[used]
-            log_q = self._logits(hidden[used] * scale).log_softmax(dim=-1)
-            # KL(p || q) without p's entropy, which has no gradient, and CE to the model's own choice.
-            targets = (p + self._config.ce_weight * F.one_hot(choice, p.shape[-1]))[rows]
-            total = total - (targets * log_q).sum(dim=-1).mean()
-            total = total + (p * log_p).sum(dim=-1).mean()
+            weights = (positions >= depth).float()
+            scaled = hidden[is_real].float() * scale
+            total = total + SoftCrossEntropy.apply(scaled, self._head, cap, targets, weights)
+            total = total - (weights * entropies).sum() / weights.sum()  # KL is 0 at best
         return total / len(outputs)
-
-    def _logits(self, normed: Tensor) -> Tensor:
-        logits = normed @ self._head.T
-        cap = self._decoder.architecture.logit_cap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     # --- evaluation and checkpoints
 
