@@ -76,6 +76,21 @@ def test_training_writes_an_adapter_that_agrees_more_and_more(trained):
     assert any(r.loss is not None for r in reports)
 
 
+def test_a_run_ends_with_the_speed_of_each_source_and_a_card(trained, base):
+    config, result, _ = trained
+    assert [speed.source for speed in result.speeds] == [
+        "n-gram",
+        "exit-adapter",
+        "exit-adapter+n-gram",
+    ]
+    assert all(s.predicted > 0 and s.measured > 0 for s in result.speeds)
+    assert all(s.accepted_length >= 1 for s in result.speeds)
+    card = (config.output / "README.md").read_text(encoding="utf-8")
+    assert str(base) in card
+    assert "| exit-adapter+n-gram |" in card
+    assert "| `draft_vocabulary` | 200 |" in card
+
+
 def test_the_adapter_drafts_and_answers_stay_the_same(trained, base):
     _, result, _ = trained
     model = LayerSkipModel.from_pretrained(base, dtype="float32", adapter=result.path)

@@ -1,4 +1,4 @@
-"""How often an adapter's drafts agree with the frozen model, on answers that it was not trained on."""
+"""Agreement of an adapter's drafts with the frozen model, on answers that it was not trained on."""
 
 import dataclasses
 from collections.abc import Sequence

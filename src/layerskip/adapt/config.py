@@ -63,4 +63,5 @@ class AdaptConfig:
     seed: int = option(0, "Seed of everything random.", at_least=0, at_most=2**31)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output", Path(self.output).expanduser())
         check_options(self)

@@ -18,6 +18,7 @@ from layerskip.adapt.agreement import Agreement, measure_agreement
 from layerskip.adapt.config import AdaptConfig
 from layerskip.adapt.loss import SoftCrossEntropy, soft_targets
 from layerskip.adapt.network import AdapterNetwork, head_rows, initial_parameters
+from layerskip.adapt.report import SourceSpeed, measure_sources, write_card
 from layerskip.adapt.ridge import fit_projection
 from layerskip.adapt.store import Store, read_sequences, write_sequences
 from layerskip.adapt.teacher import TeacherSequence, read_text, write_answers
@@ -30,6 +31,7 @@ from layerskip.model.exit_adapter import (
     NO_ADAPTER,
     AdapterSettings,
     hashes_of,
+    load_adapter,
     save_adapter,
 )
 from layerskip.model.hardware import has_fast_bfloat16
@@ -51,7 +53,7 @@ Report = Callable[["Progress"], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands.
+    """State of a run, for whoever shows it.
 
     Attributes:
         activity: a few words.
@@ -74,7 +76,7 @@ class Progress:
 
 @dataclasses.dataclass(kw_only=True)
 class _State:
-    """What a checkpoint holds beside the tensors."""
+    """Numbers of a checkpoint, beside the tensors."""
 
     round: int = 0
     step: int = 0  # of this round
@@ -100,7 +102,7 @@ class AdaptResult:
         passes: tokens trained on.
         minutes: of the whole run.
         history: an entry of each evaluation.
-        held_out: the held-out prompts, as token ids.
+        speeds: of each source of drafts, on held-out prompts.
     """
 
     path: Path
@@ -109,7 +111,7 @@ class AdaptResult:
     passes: int
     minutes: float
     history: list[dict[str, Any]]
-    held_out: list[list[int]]
+    speeds: list[SourceSpeed]
 
 
 def adapt(
@@ -136,7 +138,7 @@ class _Run:
     def __init__(
         self, name: str, config: AdaptConfig, report: Report, loading: dict[str, Any]
     ) -> None:
-        self._config, self._report = config, report
+        self._name, self._config, self._report = name, config, report
         self._folder = config.output
         self._state = _State()
         self._resumed = (self._folder / _STATE).is_file()
@@ -152,6 +154,8 @@ class _Run:
         path = resolve(name)
         self._model = LayerSkipModel.from_pretrained(path, adapter=NO_ADAPTER, **loading)
         self._decoder = self._model.decoder
+        if self._decoder.device.type != "cpu":
+            raise ValueError("exit adapters are trained on the CPU: leave out the device")
         if config.exit_layer >= len(self._decoder.layers):
             raise ValueError(
                 f"exit layer {config.exit_layer} is out of range: this model has"
@@ -175,26 +179,37 @@ class _Run:
         if not self._resumed:
             self._make_round(0)
         self._prepare_network()
-        agreement = self._evaluate(held_out) if not state.history else None
+        if not state.history:
+            self._evaluate(held_out)
         while self._minutes < config.max_minutes:
             if state.evaluations_since_best >= config.patience:
                 break
             if state.round not in self._store:
                 self._make_round(state.round)
             self._train_round()
-            agreement = self._evaluate(held_out)
+            self._evaluate(held_out)
             state.round, state.step = state.round + 1, 0
             self._save()
+        return self._finish(held_out)
+
+    def _finish(self, held_out: Sequence[TeacherSequence]) -> AdaptResult:
+        """Measure the best adapter, and write its card."""
+        config, state, path = self._config, self._state, self._folder / ADAPTER_FILE
         best = max(state.history, key=lambda entry: entry["accepted"])
         agreement = Agreement(by_depth=tuple(best["by_depth"]), tokens=best["answer_tokens"])
+        self._model.adapter = load_adapter(path, self._decoder, self._files.path)
+        prompts = [s.tokens[: s.prompt_length] for s in held_out]
+        speeds = measure_sources(self._model, prompts, config.max_new_tokens, self._tell)
+        tokens, passes = state.tokens, state.passes
+        write_card(self._folder, self._name, config, agreement, tokens, passes, speeds)
         return AdaptResult(
-            path=self._folder / ADAPTER_FILE,
+            path=path,
             agreement=agreement,
-            tokens=state.tokens,
-            passes=state.passes,
+            tokens=tokens,
+            passes=passes,
             minutes=self._minutes,
             history=state.history,
-            held_out=[s.tokens[: s.prompt_length] for s in held_out],
+            speeds=speeds,
         )
 
     # --- data
@@ -406,7 +421,7 @@ class _Run:
 
     # --- evaluation and checkpoints
 
-    def _evaluate(self, held_out: Sequence[TeacherSequence]) -> Agreement:
+    def _evaluate(self, held_out: Sequence[TeacherSequence]) -> None:
         state = self._state
         agreement = measure_agreement(self._network, held_out, self._head, self._vocabulary)
         state.history.append(
@@ -425,7 +440,6 @@ class _Run:
         else:
             state.evaluations_since_best += 1
         self._tell("evaluated", agreement=agreement)
-        return agreement
 
     def _write_adapter(self) -> None:
         settings = AdapterSettings(

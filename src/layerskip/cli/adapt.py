@@ -1,15 +1,19 @@
 """`layerskip adapt`: train an exit adapter for a frozen model."""
 
+import dataclasses
 import sys
 from typing import Any
 
 import click
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from layerskip.adapt import AdaptConfig, adapt
 from layerskip.adapt import Progress as Report
 from layerskip.adapt.agreement import Agreement
+from layerskip.adapt.report import table
 from layerskip.cli.config_flags import (
     ModelConfig,
     config_from_flags,
@@ -112,9 +116,17 @@ def command(as_json: bool, **flags: Any) -> None:
         "passes": result.passes,
         "minutes": result.minutes,
         "agreement_by_depth": list(result.agreement.by_depth),
+        "speeds": [dataclasses.asdict(speed) for speed in result.speeds],
         "history": result.history,
     }
     if as_json:
         deliver(document, as_json=True, output=None)
     else:
+        shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        heading, *rows = table(result.speeds)
+        for column in heading:
+            shown.add_column(column, justify="left" if column == heading[0] else "right")
+        for row in rows:
+            shown.add_row(*row)
+        Console(highlight=False).print(shown)
         click.echo(f"{escape_control_chars(str(result.path))}: {_shares(result.agreement)}")

@@ -252,6 +252,9 @@ def choose_token(
         draft: the tokens before it.
         with_confidence: compute the confidence of the first row.
     """
+    if sampler.greedy and sampler.history is None:
+        chosen, confidence = exit_.greedy_choice(hidden, with_confidence=with_confidence)
+        return Candidate(chosen if head is None else head.token_ids[chosen], [confidence])
     logits = exit_.logits(hidden)
     if sampler.history is not None:
         seen = sampler.history.before(draft.tokens)[:, -1:]

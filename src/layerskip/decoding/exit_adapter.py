@@ -53,7 +53,7 @@ class ExitAdapter:
         with_confidence: bool = False,
     ) -> None:
         self.num_layers = adapter.settings.exit_layer
-        self.head_share = head.share + adapter.weight_bytes / decoder.head.weight_bytes
+        self.head_share = head_share(decoder, adapter, len(head.token_ids))
         self._decoder, self._adapter, self._sampler, self._head = decoder, adapter, sampler, head
         self._with_confidence = with_confidence
         self._cache = adapter.decoder.new_cache(capacity)
@@ -126,6 +126,12 @@ class ExitAdapter:
         inputs = joined(exit_states, previous).view(b * t, 2 * d)
         hidden = self._adapter.projection(inputs.to(exit_states.dtype)).view(b, t, d)
         return self._adapter.decoder.run(hidden, 0, 1, self._cache)
+
+
+def head_share(decoder: Decoder, adapter: ExitAdapterWeights, n_tokens: int) -> float:
+    """Return the cost of a pass of the adapter and its head of so many tokens, in whole heads."""
+    own = adapter.weight_bytes / decoder.head.weight_bytes
+    return n_tokens / decoder.architecture.vocab_size + own
 
 
 def _exit_adapter(inputs: DrafterInputs) -> list[Drafter]:

@@ -288,7 +288,8 @@ def prefill(
     The cache may hold the beginning of the prompt; the last token is always left.
     """
     for chunk in prompt[:, int(cache.lengths) :].split(PREFILL_CHUNK, dim=1):
-        exit_states, hidden = _run_layers(decoder, chunk, n_layers, cache, reader)
+        embedded = decoder.embed(chunk)
+        exit_states, hidden = _run_layers(decoder, embedded, 0, n_layers, cache, reader)
         if reader is not None:
             reader.read_states(exit_states, hidden)
         cache.lengths += chunk.shape[1]
@@ -299,16 +300,21 @@ def prefill(
 
 
 def _run_layers(
-    decoder: Decoder, tokens: Tensor, n_layers: int, cache: KVCache, reader: StateReader | None
+    decoder: Decoder,
+    hidden: Tensor,
+    start: int,
+    n_layers: int,
+    cache: KVCache,
+    reader: StateReader | None,
 ) -> tuple[Tensor, Tensor]:
-    """Run tokens [B, T] through layers [0, n_layers); return the states that a reader needs.
+    """Run layers [start, n_layers), of which a reader gets the states that leave its layer E too.
 
     Returns:
-        Those that leave the reader's layer E (without one, the embeddings) and the last layer.
+        These states (without a reader, those that came in), and those that leave the last layer.
     """
-    exit_layer = 0 if reader is None else reader.num_layers
-    exit_states = decoder.run(decoder.embed(tokens), 0, exit_layer, cache)
-    return exit_states, decoder.run(exit_states, exit_layer, n_layers, cache)
+    if reader is not None:
+        hidden, start = decoder.run(hidden, start, reader.num_layers, cache), reader.num_layers
+    return hidden, decoder.run(hidden, start, n_layers, cache)
 
 
 def plain_step(
@@ -323,7 +329,8 @@ def plain_step(
     if sampler.greedy and sampler.history is None and reader is None:
         _, following, _ = decoder.greedy_step(last, n_layers, cache)
     else:
-        exit_states, hidden = _run_layers(decoder, last, n_layers, cache, reader)
+        embedded = decoder.embed(last)
+        exit_states, hidden = _run_layers(decoder, embedded, 0, n_layers, cache, reader)
         following = sampler.next_tokens(decoder, hidden)
         if reader is not None:
             reader.read_states(exit_states, hidden)
@@ -368,9 +375,7 @@ def speculate(
 
     # 2. Verify: the remaining layers over all d + 1 positions, in one pass.
     hidden, start = draft.hidden_states(decoder, exit_layer)
-    if reader is not None:  # it needs what leaves layer E, whoever drafted
-        hidden, start = decoder.run(hidden, start, reader.num_layers, cache), reader.num_layers
-    exit_states, hidden = hidden, decoder.run(hidden, start, n_layers, cache)
+    exit_states, hidden = _run_layers(decoder, hidden, start, n_layers, cache, reader)
 
     # 3. Accept: the longest prefix that agrees with the model, and the model's own token.
     if sampler.greedy:

@@ -36,7 +36,7 @@ from layerskip.model.exit_adapter import (
     find_adapter,
     load_adapter,
 )
-from layerskip.model.hub import resolve_adapter
+from layerskip.model.hub import packaged_adapter, resolve_adapter
 from layerskip.model.native import build as threads
 from layerskip.model.quantize import bits_of
 from layerskip.model.step_timing import costs_kind, device_clock
@@ -109,7 +109,7 @@ class LayerSkipModel:
         checkpoint = dataclasses.replace(checkpoint, settings=settings)
         weights_of_adapter = None
         if adapter != NO_ADAPTER:
-            named = None if adapter is None else resolve_adapter(str(adapter))
+            named = packaged_adapter(name) if adapter is None else resolve_adapter(str(adapter))
             file = find_adapter(checkpoint.path, named)
             if file is not None:
                 weights_of_adapter = load_adapter(file, decoder, checkpoint.path)

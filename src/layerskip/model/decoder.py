@@ -526,10 +526,21 @@ class Decoder:
             probability of the first row's (1.0 where it is not computed).
         """
         hidden = self.run(self.embed(tokens), 0, stop, cache)
+        return hidden, *self.greedy_choice(hidden[:, -1:], with_confidence=with_confidence)
+
+    def greedy_choice(
+        self, hidden: Tensor, *, with_confidence: bool = False
+    ) -> tuple[Tensor, float]:
+        """Choose the next tokens greedily at the shared exit, after hidden states [B, 1, D].
+
+        Returns:
+            The tokens [B, 1], and the softmax probability of the first row's (1.0 where it is not
+            computed).
+        """
         if not with_confidence:
-            return hidden, self.greedy_tokens(hidden[:, -1:]), 1.0
-        logits = self.logits(hidden[:, -1:])
-        return hidden, argmax(logits), float(logits[0, 0].float().softmax(dim=-1).amax())
+            return self.greedy_tokens(hidden), 1.0
+        logits = self.logits(hidden)
+        return argmax(logits), float(logits[0, 0].float().softmax(dim=-1).amax())
 
     def with_reduced_head(self, token_ids: Tensor) -> "Decoder":
         """Return this decoder with a head for some tokens alone, [n] int64; the layers are shared."""

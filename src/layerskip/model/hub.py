@@ -109,6 +109,12 @@ def resolve(name: str, announce: Callable[[str], None] = lambda line: None) -> P
     return _from_hub(name) if kind == "hub" else Path(name).expanduser()
 
 
+def packaged_adapter(name: str) -> Path | None:
+    """Return the exit adapter of a built-in model that is part of this package, if there is one."""
+    file = DIFFERENCES / f"{name}-{ADAPTER_FILE}"
+    return file if kind_of(name) == "builtin" and file.is_file() else None
+
+
 def resolve_adapter(name: str) -> Path:
     """Return the file or folder of an exit adapter, after fetching it from the hub if necessary.
 
