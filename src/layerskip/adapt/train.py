@@ -186,6 +186,7 @@ class _Run:
                 break
             if state.round not in self._store:
                 self._make_round(state.round)
+                self._save()  # a resumed run goes on behind these prompts and texts
             self._train_round()
             self._evaluate(held_out)
             state.round, state.step = state.round + 1, 0
