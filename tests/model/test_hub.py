@@ -103,3 +103,18 @@ def test_what_could_not_be_used_is_not_fetched(repository, tmp_path):
         assert one.startswith("refused: the architecture 'mamba' is not supported")
         assert other == "refused: weights quantized by 'gptq' are not supported"
         assert hub.fetched() == ["config.json"]
+
+
+FETCH_ADAPTER = FETCH.replace("resolve", "resolve_adapter")
+
+
+def test_an_exit_adapter_is_fetched_alone(tmp_path, monkeypatch):
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    for name in ("exit_adapter.safetensors", "README.md", "model.safetensors"):
+        (repository / name).write_text(name)
+    monkeypatch.setitem(globals(), "FETCH", FETCH_ADAPTER)
+    with HubServer({"some/adapter": repository}) as hub:
+        folder, refused = fetch(hub, tmp_path, "some/adapter", "nowhere")
+    assert [file.name for file in Path(folder).iterdir()] == ["exit_adapter.safetensors"]
+    assert refused.startswith("refused: there is no exit adapter nowhere")

@@ -10,7 +10,7 @@ from layerskip.adapt.config import AdaptConfig
 from layerskip.decoding import DecodingConfig, LayerSkipModel, Step, generate
 from layerskip.decoding.controller import DraftCosts, time_passes
 from layerskip.decoding.exit_adapter import ExitAdapter, head_share
-from layerskip.model.hub import ADAPTER_FILE
+from layerskip.model.checkpoint import ADAPTER_FILE
 
 _SOURCES = ("n-gram", "exit-adapter", "exit-adapter+n-gram")
 _MAX_PROMPTS = 16

@@ -27,6 +27,7 @@ from layerskip.decoding import LayerSkipModel
 from layerskip.decoding.sampling import Sampling
 from layerskip.fileio import read_json, replace_json
 from layerskip.model import Files, open_files, resolve
+from layerskip.model.checkpoint import ADAPTER_FILE
 from layerskip.model.exit_adapter import (
     NO_ADAPTER,
     AdapterSettings,
@@ -35,7 +36,6 @@ from layerskip.model.exit_adapter import (
     save_adapter,
 )
 from layerskip.model.hardware import has_fast_bfloat16
-from layerskip.model.hub import ADAPTER_FILE
 
 _BETAS, _WEIGHT_DECAY, _MAX_NORM = (0.9, 0.95), 0.01, 1.0
 _WARMUP_STEPS = 50

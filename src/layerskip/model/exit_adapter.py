@@ -22,9 +22,8 @@ from torch import Tensor
 from layerskip.fileio import CheckpointError, check_within, parse_json
 from layerskip.model import families
 from layerskip.model.architecture import Architecture
-from layerskip.model.checkpoint import Files, open_files
+from layerskip.model.checkpoint import ADAPTER_FILE, Files, open_files
 from layerskip.model.decoder import Decoder
-from layerskip.model.hub import ADAPTER_FILE
 from layerskip.model.loader import build_adapter
 from layerskip.model.quantize import Linear, Quantized
 from layerskip.model.weights import damage_named

@@ -38,7 +38,6 @@ from layerskip.model.architecture import UnsupportedModelError
 from layerskip.model.weights import GgufFile, SafetensorsFiles, check_finite
 from layerskip.paths import cache_folder
 
-ADAPTER_FILE = "exit_adapter.safetensors"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
 # Other formats, and copies of the weights; of folders, only additional_chat_templates is fetched.
 _NOT_HUB_FILES = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "*/*/*", "consolidated*"]
@@ -111,7 +110,7 @@ def resolve(name: str, announce: Callable[[str], None] = lambda line: None) -> P
 
 def packaged_adapter(name: str) -> Path | None:
     """Return the exit adapter of a built-in model that is part of this package, if there is one."""
-    file = DIFFERENCES / f"{name}-{ADAPTER_FILE}"
+    file = DIFFERENCES / f"{name}-{checkpoint.ADAPTER_FILE}"
     return file if kind_of(name) == "builtin" and file.is_file() else None
 
 
@@ -130,7 +129,9 @@ def resolve_adapter(name: str) -> Path:
 
     try:
         with _bars_on_a_terminal():
-            return Path(huggingface_hub.snapshot_download(name, allow_patterns=[ADAPTER_FILE]))
+            return Path(
+                huggingface_hub.snapshot_download(name, allow_patterns=[checkpoint.ADAPTER_FILE])
+            )
     except Exception as error:  # the hub's, and those of its HTTP library
         raise SourceError(f"{name} cannot be fetched from the hub: {_reason(error)}") from error
 
