@@ -43,6 +43,28 @@ def test_an_adapter_is_trained_and_used(run, rows, tmp_path):
     assert "exit-adapter+n-gram" in out
 
 
+def test_settings_come_from_a_file_and_flags_override_them(
+    program, folder, rows, tmp_path, monkeypatch
+):
+    calls = []
+
+    def stop(name, config, *_, **loading):
+        calls.append((name, config, loading["dtype"]))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(adapt_command, "adapt", stop)
+    file = tmp_path / "adapt.yaml"
+    file.write_text(f"model: {folder}\ndtype: float32\ndata: {rows}\nmax-minutes: 5\ndepths: 3\n")
+    program("adapt", file, "--depths", 1)
+    ((name, config, dtype),) = calls
+    assert (name, dtype) == (str(folder), "float32")
+    assert (config.data, config.max_minutes, config.depths) == ((str(rows),), 5.0, 1)
+    file.write_text("depth: 3\n")
+    status, _, err = program("adapt", file)
+    assert status == 2
+    assert "there is no setting 'depth'" in err
+
+
 def test_an_output_folder_with_a_run_is_refused_without_resume(run, rows, tmp_path):
     (tmp_path / train._STATE).write_text("{}")
     status, _, err = run("adapt", "--data", rows, "--output", tmp_path, *SMALL)

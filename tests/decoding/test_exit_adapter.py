@@ -15,10 +15,10 @@ from test_sampled_distribution import (
     probabilities,
 )
 from tiny_adapters import ADAPTER, EVERY_SOURCE, adapted_steps, tiny_adapter, with_adapter
-from tiny_decoders import FREE, PLAIN, ids, random_prompt, tiny_decoder, tokens_of
+from tiny_decoders import FREE, PLAIN, ids, model_of, random_prompt, tiny_decoder, tokens_of
 
 import tiny_models
-from layerskip.decoding import Draft
+from layerskip.decoding import Draft, PrefixCache
 from layerskip.decoding.drafters import DrafterInputs, make_drafters
 from layerskip.decoding.sampling import Sampler, Sampling
 from layerskip.model import native
@@ -185,3 +185,14 @@ def test_sampled_continuations_have_the_model_s_distribution(mixed, monkeypatch)
         for seed in range(SAMPLES)
     )  # fmt: skip
     assert p_value(counts, probabilities(decoder, sampling)) > MIN_P_VALUE
+
+
+def test_answers_with_a_prefix_cache_are_the_same():
+    decoder, adapter = with_adapter("llama3.1", 1)
+    model, prefix = model_of(decoder), PrefixCache()
+    model.adapter = adapter
+    text = random_prompt(decoder, 9)
+    for _ in range(3):
+        drafted = model.generate(text, EVERY_SOURCE, prefix=prefix, max_new_tokens=12)
+        assert drafted.token_ids == model.generate(text, PLAIN, max_new_tokens=12).token_ids
+        text = [*text, *drafted.token_ids, 5, 6]

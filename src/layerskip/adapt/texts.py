@@ -12,6 +12,7 @@ from typing import Any
 
 from layerskip.adapt.config import PYTHON_TEXTS
 from layerskip.data.readers import prompt_of, read_rows
+from layerskip.training.python_functions import python_files, standard_library
 
 _MAX_FILES = 500  # of Python sources
 _PACKAGES = (
@@ -19,7 +20,6 @@ _PACKAGES = (
     "torch",
     "transformers",
 )  # that this package needs, beside the standard library
-_LEFT_OUT = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages"}
 _SHORTEST, _LONGEST = 200, 6000  # characters of a text
 _SUBJECTS = " ".join(
     (
@@ -152,14 +152,8 @@ _Definition = ast.Module | ast.ClassDef | ast.FunctionDef
 def _definitions(chosen: random.Random) -> Iterator[tuple[_Definition, str]]:
     """Iterate over modules, classes and functions of installed sources, with their code."""
     installed = Path(sysconfig.get_path("purelib"))
-    folders = [Path(sysconfig.get_path("stdlib")), *(installed / name for name in _PACKAGES)]
-    files = sorted(
-        path
-        for folder in folders
-        for path in folder.rglob("*.py")
-        if not _LEFT_OUT.intersection(path.relative_to(folder).parts)
-        and not path.name.startswith("test_")
-    )
+    folders = [standard_library(), *(installed / name for name in _PACKAGES)]
+    files = [path for folder in folders for path in python_files(folder)]
     for path in chosen.sample(files, min(len(files), _MAX_FILES)):
         try:
             source = path.read_text(encoding="utf-8")

@@ -39,6 +39,7 @@ from layerskip.model.hardware import has_fast_bfloat16
 
 _BETAS, _WEIGHT_DECAY, _MAX_NORM = (0.9, 0.95), 0.01, 1.0
 _WARMUP_STEPS = 50
+_AVERAGE_MEMORY = 0.998  # decay of the averaged parameters in a step
 _LOWEST_RATE = 0.05  # of the peak, at the end
 _SAMPLED = Sampling(temperature=0.8, top_p=0.95)
 _ANSWERS_AT_ONCE = 32
@@ -334,6 +335,8 @@ class _Run:
             log_scale = _INITIAL_LOG_SCALE
             self._vocabulary = self._draft_vocabulary()
         self._network = AdapterNetwork(self._decoder, parameters, log_scale)
+        # Averaged over steps, which stands for the end of the schedule before it has come.
+        self._average = AdapterNetwork(self._decoder, parameters, log_scale)
         trained = self._network.parameters.values()
         groups: list[dict[str, Any]] = [
             {"params": [p for p in trained if p.ndim == 2], "weight_decay": _WEIGHT_DECAY},
@@ -347,6 +350,7 @@ class _Run:
                     "exp_avg": tensors[f"m.{name}"],
                     "exp_avg_sq": tensors[f"v.{name}"],
                 }
+                self._average.parameters[name].data.copy_(tensors[f"a.{name}"])
         self._head = head_rows(self._files, self._vocabulary)
         if has_fast_bfloat16(self._decoder.device):
             self._head = self._head.bfloat16()
@@ -392,6 +396,10 @@ class _Run:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(self._network.parameters.values()), _MAX_NORM)
         self._optimizer.step()
+        steps = self._state.steps
+        kept = min(_AVERAGE_MEMORY, (steps + 1) / (steps + 10))
+        for name, average in self._average.parameters.items():
+            average.data.lerp_(self._network.parameters[name].detach(), 1.0 - kept)
         return float(loss.detach())
 
     def _rate(self) -> float:
@@ -424,7 +432,7 @@ class _Run:
 
     def _evaluate(self, held_out: Sequence[TeacherSequence]) -> None:
         state = self._state
-        agreement = measure_agreement(self._network, held_out, self._head, self._vocabulary)
+        agreement = measure_agreement(self._average, held_out, self._head, self._vocabulary)
         state.history.append(
             {
                 "minutes": round(self._minutes, 2),
@@ -445,10 +453,10 @@ class _Run:
     def _write_adapter(self) -> None:
         settings = AdapterSettings(
             exit_layer=self._config.exit_layer,
-            logit_scale=float(self._network.logit_scale.detach()),
+            logit_scale=float(self._average.logit_scale.detach()),
             base=hashes_of(self._files),
         )
-        save_adapter(self._folder / ADAPTER_FILE, self._network.tensors, settings, self._vocabulary)
+        save_adapter(self._folder / ADAPTER_FILE, self._average.tensors, settings, self._vocabulary)
 
     def _save(self) -> None:
         """Write a checkpoint: tensors first, so that the state never points beyond them."""
@@ -458,6 +466,7 @@ class _Run:
             tensors[f"p.{name}"] = parameter.detach().contiguous()
             tensors[f"m.{name}"] = moments["exp_avg"].contiguous()
             tensors[f"v.{name}"] = moments["exp_avg_sq"].contiguous()
+            tensors[f"a.{name}"] = self._average.parameters[name].detach().contiguous()
         self._state.seconds = self._minutes * 60
         temporary = self._folder / f".{_TENSORS}"
         save_file(tensors, temporary)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,6 +17,7 @@ from layerskip.adapt.agreement import Agreement
 from layerskip.adapt.report import table
 from layerskip.cli.config_flags import (
     ModelConfig,
+    config_fields,
     config_from_flags,
     config_options,
     debug_option,
@@ -25,6 +27,7 @@ from layerskip.cli.config_flags import (
     set_threads,
 )
 from layerskip.cli.output import deliver, escape_control_chars, log_stderr, log_work
+from layerskip.training.config import read_settings
 
 
 class AdaptProgress:
@@ -73,17 +76,34 @@ def _shares(agreement: Agreement) -> str:
     return f"held-out agreement by depth {shares}"
 
 
+def _with_file(config: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a YAML file, which flags override."""
+    if config is None:
+        return flags
+    known = config_fields(AdaptConfig) | config_fields(ModelConfig)
+    settings = read_settings(config)
+    for name in settings:
+        if name not in known:
+            raise click.UsageError(f"{config}: there is no setting {name!r}")
+    if isinstance(settings.get("data"), str):
+        settings["data"] = (settings["data"],)
+    return {**flags, **settings, **{n: v for n, v in flags.items() if v not in (None, ())}}
+
+
 @click.command("adapt")
+@click.argument(
+    "config", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
 @model_options
 @config_options(AdaptConfig)
 @json_option
 @debug_option
-def command(as_json: bool, **flags: Any) -> None:
+def command(config: Path | None, as_json: bool, **flags: Any) -> None:
     """Train an exit adapter: a small layer that drafts for a model, whose weights stay as they are.
 
-    The answers remain the model's own. Training data are the model's answers to prompts, and texts. The
-    result is exit_adapter.safetensors in --output: copy it beside the checkpoint, or name it with
-    --adapter.
+    The answers remain the model's own. CONFIG is a YAML file whose keys are the names of the flags; a
+    flag overrides it. Training data are the model's answers to prompts, and texts. The result is
+    exit_adapter.safetensors in --output: copy it beside the checkpoint, or name it with --adapter.
 
     \b
     Examples:
@@ -91,7 +111,8 @@ def command(as_json: bool, **flags: Any) -> None:
       layerskip adapt --model my-model --data prompts.jsonl --data python --output my-adapter
       layerskip adapt --model my-model --output my-adapter --resume --max-minutes 300
     """
-    config = config_from_flags(AdaptConfig, flags)
+    flags = _with_file(config, flags)
+    settings = config_from_flags(AdaptConfig, flags)
     model = config_from_flags(ModelConfig, flags)
     set_threads(model.threads)
     fetch_if_builtin(model.model)
@@ -99,7 +120,7 @@ def command(as_json: bool, **flags: Any) -> None:
         try:
             result = adapt(
                 model.model,
-                config,
+                settings,
                 progress,
                 dtype=model.dtype,
                 weights=model.weights,
@@ -108,7 +129,7 @@ def command(as_json: bool, **flags: Any) -> None:
                 announce=log_work,
             )
         except KeyboardInterrupt:
-            log_stderr(f"{config.output} holds the last checkpoint; --resume goes on")
+            log_stderr(f"{settings.output} holds the last checkpoint; --resume goes on")
             raise
     document = {
         "adapter": str(result.path),
