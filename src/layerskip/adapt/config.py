@@ -38,7 +38,7 @@ class AdaptConfig:
     depths: int = option(
         2, "Number of tokens drafted one after another in training.", at_least=1, at_most=8
     )
-    learning_rate: float = option(1e-3, "Peak learning rate; it falls linearly.", above=0.0)
+    learning_rate: float = option(5e-4, "Peak learning rate; it falls linearly.", above=0.0)
     ce_weight: float = option(
         0.3, "Weight of the cross-entropy beside the KL divergence.", at_least=0.0
     )

@@ -38,7 +38,7 @@ from layerskip.model.exit_adapter import (
 from layerskip.model.hardware import has_fast_bfloat16
 
 _BETAS, _WEIGHT_DECAY, _MAX_NORM = (0.9, 0.95), 0.01, 1.0
-_WARMUP_STEPS = 50
+_WARMUP_STEPS = 100
 _AVERAGE_MEMORY = 0.998  # decay of the averaged parameters in a step
 _LOWEST_RATE = 0.05  # of the peak, at the end
 _SAMPLED = Sampling(temperature=0.8, top_p=0.95)
