@@ -1,5 +1,7 @@
 """The parts of adapter training: loss, ridge regression, states of the teacher, store, network."""
 
+import dataclasses
+
 import pytest
 import torch
 from test_exit_adapter import commit, drafter_of
@@ -13,7 +15,6 @@ from layerskip.adapt.ridge import fit_projection
 from layerskip.adapt.store import Store
 from layerskip.adapt.teacher import read_text, write_answers
 from layerskip.decoding import Draft
-from layerskip.decoding.sampling import Sampling
 from layerskip.model.exit_adapter import joined, normalized
 
 
@@ -64,7 +65,7 @@ def test_answers_are_the_model_s_own_and_come_with_its_states():
     plain = [ids(decoder, prompt, PLAIN, 12) for prompt in prompts]
     end = plain[1][4]  # which the others may meet too
     answers = write_answers(
-        decoder, prompts, 2, Sampling(), max_new_tokens=12, eos_token_ids={end}, seed=0
+        decoder, prompts, 2, dataclasses.replace(PLAIN, max_new_tokens=12), eos_token_ids={end}
     )
     for prompt, tokens, answer in zip(prompts, plain, answers, strict=True):
         n = tokens.index(end) + 1 if end in tokens else 12
@@ -83,7 +84,7 @@ def test_an_answer_that_repeats_itself_ends():
         n for n in range(1, 25) if full[-n:] == full[-2 * n : -n] == full[-3 * n : -2 * n]
     )
     (answer,) = write_answers(
-        decoder, [prompt], 1, Sampling(), max_new_tokens=120, eos_token_ids=(), seed=0
+        decoder, [prompt], 1, dataclasses.replace(PLAIN, max_new_tokens=120), eos_token_ids=()
     )
     tokens = answer.tokens[4:]
     assert tokens == full[: len(tokens)]

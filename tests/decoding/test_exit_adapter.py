@@ -1,5 +1,7 @@
 """Drafts of an exit adapter: exactness, its cache, and what it proposes."""
 
+import dataclasses
+
 import pytest
 import torch
 from mixed_drafts import mix_drafts
@@ -19,7 +21,9 @@ from tiny_decoders import FREE, PLAIN, ids, model_of, random_prompt, tiny_decode
 
 import tiny_models
 from layerskip.decoding import Draft, PrefixCache
+from layerskip.decoding.batch import Batch
 from layerskip.decoding.drafters import DrafterInputs, make_drafters
+from layerskip.decoding.generate import Row
 from layerskip.decoding.sampling import Sampler, Sampling
 from layerskip.model import native
 
@@ -196,3 +200,20 @@ def test_answers_with_a_prefix_cache_are_the_same():
         drafted = model.generate(text, EVERY_SOURCE, prefix=prefix, max_new_tokens=12)
         assert drafted.token_ids == model.generate(text, PLAIN, max_new_tokens=12).token_ids
         text = [*text, *drafted.token_ids, 5, 6]
+
+
+def test_rows_of_a_batch_are_exact_and_draft_again_when_alone():
+    """States of rounds with other rows reach the adapter, which drafts for the last row left."""
+    decoder, adapter = with_adapter("llama3.1", 1)
+    prompts = [random_prompt(decoder, n, seed=n) for n in (5, 9, 14)]
+    batch, answers, rows = Batch(decoder), {}, []
+    for prompt, n in zip(prompts, (6, 9, 40), strict=True):
+        config = dataclasses.replace(ADAPTER, max_new_tokens=n)
+        rows.append(Row(decoder, prompt, config, adapter=adapter))
+        batch.add(rows[-1])
+    for output in batch:
+        answers.setdefault(output.row, []).append(output.step)
+    for row, prompt, n in zip(rows, prompts, (6, 9, 40), strict=True):
+        assert tokens_of(answers[row]) == ids(decoder, prompt, PLAIN, n)
+    alone = [step for step in answers[rows[-1]] if step.sources]
+    assert accepted_share(alone) > 0.2

@@ -9,11 +9,12 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from layerskip.decoding.generate import iter_exit_hidden_states
-from layerskip.decoding.sampling import Sampler, Sampling
+from layerskip.decoding import DecodingConfig
+from layerskip.decoding.batch import Batch
+from layerskip.decoding.generate import Row, iter_exit_hidden_states
+from layerskip.decoding.sampling import nth_seed
 from layerskip.model import Decoder, KVCache
 
-_PREFILL_POSITIONS = 512  # of all rows together
 _CHECK_EVERY = 16  # tokens
 _LONGEST_LOOP = 24
 
@@ -54,49 +55,72 @@ def read_text(decoder: Decoder, tokens: Sequence[int], exit_layer: int) -> Teach
     )
 
 
-@torch.inference_mode()
 def write_answers(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     exit_layer: int,
-    sampling: Sampling,
+    config: DecodingConfig,
     *,
-    max_new_tokens: int,
     eos_token_ids: Collection[int],
-    seed: int,
 ) -> list[TeacherSequence]:
     """Answer prompts as one batch, and keep the states.
 
     An answer ends early where it repeats itself: a loop teaches nothing.
+
+    Args:
+        decoder: the model.
+        prompts: token ids.
+        exit_layer: E.
+        config: of plain decoding; the seeds of the rows follow its seed.
+        eos_token_ids: tokens that end an answer.
     """
-    recorder = _Recorder(decoder, prompts, exit_layer, max_new_tokens)
-    sampler = Sampler(sampling, decoder.device, seed)
-    answers: list[list[int]] = [[] for _ in prompts]
-    last = sampler.next_tokens(decoder, recorder.prefill())
-    for n in range(1, max_new_tokens + 1):
-        for row, token in zip(recorder.rows, last[:, 0].tolist(), strict=True):
-            answers[row].append(token)
-        checks = n % _CHECK_EVERY == 0
-        going = [
-            i
-            for i, row in enumerate(recorder.rows)
-            if answers[row][-1] not in eos_token_ids and not (checks and _loops(answers[row]))
-        ]
-        if not going or n == max_new_tokens:
-            break
-        if len(going) < len(recorder.rows):
-            recorder.keep(going)
-            last = last[torch.tensor(going)]
-        last = sampler.next_tokens(decoder, recorder.step(last))
+    batch, rows = Batch(decoder), list[_RecordedRow]()
+    for i, prompt in enumerate(prompts):
+        own = dataclasses.replace(config, seed=nth_seed(config.seed, i))
+        rows.append(_RecordedRow(decoder, prompt, own, exit_layer, eos_token_ids))
+        batch.add(rows[-1])
+    for output in batch:
+        if output.error is not None:
+            raise output.error
+        answer = output.row.context[output.row.prompt_tokens :]
+        if len(answer) % _CHECK_EVERY == 0 and _loops(answer):
+            batch.remove(output.row)
     return [
         TeacherSequence(
-            tokens=[*prompt, *answer],
-            prompt_length=len(prompt),
-            exit_states=torch.cat(recorder.exit_states[row]),
-            last_states=torch.cat(recorder.last_states[row]),
+            tokens=row.context,
+            prompt_length=row.prompt_tokens,
+            exit_states=torch.cat(row.exit_states),
+            last_states=torch.cat(row.last_states),
         )
-        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        for row in rows
     ]
+
+
+class _RecordedRow(Row):
+    """A row of a batch that keeps the states of its tokens (a `StateReader` of itself)."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompt: Sequence[int],
+        config: DecodingConfig,
+        exit_layer: int,
+        eos_token_ids: Collection[int],
+    ) -> None:
+        super().__init__(decoder, prompt, config, eos_token_ids=eos_token_ids)
+        self.num_layers = exit_layer
+        self.exit_states: list[Tensor] = []
+        self.last_states: list[Tensor] = []
+
+    def start(self, cache: KVCache) -> None:
+        """See `Row`."""
+        super().start(cache)
+        self.reader = self
+
+    def read_states(self, exit_states: Tensor, last_states: Tensor) -> None:
+        """See `StateReader`."""
+        self.exit_states.append(exit_states[0].to(torch.bfloat16))
+        self.last_states.append(last_states[0].to(torch.bfloat16))
 
 
 def _loops(tokens: Sequence[int]) -> bool:
@@ -105,56 +129,3 @@ def _loops(tokens: Sequence[int]) -> bool:
         len(tokens) >= 3 * n and tokens[-n:] == tokens[-2 * n : -n] == tokens[-3 * n : -2 * n]
         for n in range(1, _LONGEST_LOOP + 1)
     )
-
-
-class _Recorder:
-    """Passes of a batch, whose states are kept for each prompt."""
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        prompts: Sequence[Sequence[int]],
-        exit_layer: int,
-        max_new_tokens: int,
-    ) -> None:
-        self._decoder, self._prompts, self._exit_layer = decoder, prompts, exit_layer
-        capacity = max(map(len, prompts)) + max_new_tokens
-        self._cache: KVCache = decoder.new_cache(capacity, len(prompts))
-        self.rows = list(range(len(prompts)))
-        self.exit_states: list[list[Tensor]] = [[] for _ in prompts]
-        self.last_states: list[list[Tensor]] = [[] for _ in prompts]
-
-    def prefill(self) -> Tensor:
-        """Run the prompts, padded on the right; return the last states, [B, 1, D]."""
-        lengths = [len(prompt) for prompt in self._prompts]
-        width = max(lengths)
-        padded = torch.tensor([[*p, *[0] * (width - len(p))] for p in self._prompts])
-        positions = max(1, _PREFILL_POSITIONS // len(lengths))
-        for start in range(0, width, positions):
-            chunk = padded[:, start : start + positions]
-            self._run(chunk, [min(max(n - start, 0), chunk.shape[1]) for n in lengths])
-            self._cache.lengths += chunk.shape[1]
-        self._cache.lengths.copy_(torch.tensor(lengths))
-        last = [states[-1][-1:] for states in self.last_states]
-        return torch.stack(last).to(torch.float32)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Run the newest tokens [B, 1]; return their states, [B, 1, D]."""
-        hidden = self._run(tokens, [1] * len(tokens))
-        self._cache.lengths += 1
-        return hidden
-
-    def keep(self, rows: list[int]) -> None:
-        """Keep some rows of the batch alone."""
-        self._cache.keep_rows(torch.tensor(rows))
-        self.rows = [self.rows[i] for i in rows]
-
-    def _run(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
-        decoder, cache = self._decoder, self._cache
-        exit_states = decoder.run(decoder.embed(tokens), 0, self._exit_layer, cache)
-        last_states = decoder.run(exit_states, self._exit_layer, len(decoder.layers), cache)
-        for i, (row, n) in enumerate(zip(self.rows, counts, strict=True)):
-            if n:
-                self.exit_states[row].append(exit_states[i, :n].to(torch.bfloat16))
-                self.last_states[row].append(last_states[i, :n].to(torch.bfloat16))
-        return last_states

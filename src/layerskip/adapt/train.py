@@ -23,8 +23,7 @@ from layerskip.adapt.ridge import fit_projection
 from layerskip.adapt.store import Store, read_sequences, write_sequences
 from layerskip.adapt.teacher import TeacherSequence, read_text, write_answers
 from layerskip.adapt.texts import load_texts, pack_texts
-from layerskip.decoding import LayerSkipModel
-from layerskip.decoding.sampling import Sampling
+from layerskip.decoding import DecodingConfig, LayerSkipModel
 from layerskip.fileio import read_json, replace_json
 from layerskip.model import Files, open_files, resolve
 from layerskip.model.checkpoint import ADAPTER_FILE
@@ -41,7 +40,8 @@ _BETAS, _WEIGHT_DECAY, _MAX_NORM = (0.9, 0.95), 0.01, 1.0
 _WARMUP_STEPS = 100
 _AVERAGE_MEMORY = 0.998  # decay of the averaged parameters in a step
 _LOWEST_RATE = 0.05  # of the peak, at the end
-_SAMPLED = Sampling(temperature=0.8, top_p=0.95)
+_GREEDY = DecodingConfig(mode="plain")
+_SAMPLED = DecodingConfig(mode="plain", temperature=0.8, top_p=0.95)
 _ANSWERS_AT_ONCE = 32
 _COUNTED_TOKENS = 400_000  # of texts, for the draft vocabulary
 _ANSWER_WEIGHT = 20  # of a token of an answer there
@@ -221,11 +221,11 @@ class _Run:
         path = self._folder / _HELD_OUT
         if not path.is_file():
             self._tell("answering held-out prompts")
-            write_sequences(path, self._answers(self._held_out_prompts, Sampling(), 0))
+            write_sequences(path, self._answers(self._held_out_prompts, _GREEDY, 0))
         return read_sequences(path)
 
     def _answers(
-        self, prompts: Sequence[Any], sampling: Sampling, seed: int
+        self, prompts: Sequence[Any], sampling: DecodingConfig, seed: int
     ) -> list[TeacherSequence]:
         tokenizer, answers = self._model.tokenizer, list[TeacherSequence]()
         has_template = self._model.has_chat_template
@@ -236,15 +236,14 @@ class _Run:
             one = self._model.tokenize(prompt) if tokenizer is not None else list(prompt)
             ids.append(one[-self._config.max_length :])
         ids.sort(key=len)
+        how = dataclasses.replace(sampling, seed=seed, max_new_tokens=self._config.max_new_tokens)
         for begin in range(0, len(ids), _ANSWERS_AT_ONCE):
             answers += write_answers(
                 self._decoder,
                 ids[begin : begin + _ANSWERS_AT_ONCE],
                 self._config.exit_layer,
-                sampling,
-                max_new_tokens=self._config.max_new_tokens,
+                how,
                 eos_token_ids=self._model.end_tokens,
-                seed=seed,
             )
         return answers
 
@@ -274,7 +273,7 @@ class _Run:
             is_new = state.prompts < len(self._prompts)
             # Every second batch is greedy, as long as the prompts are new.
             is_greedy = is_new and state.prompts // _ANSWERS_AT_ONCE % 2 == 0
-            sampling = Sampling() if is_greedy else _SAMPLED
+            sampling = _GREEDY if is_greedy else _SAMPLED
             sequences += self._answers(chosen, sampling, config.seed + state.prompts)
             state.prompts += _ANSWERS_AT_ONCE
             written = sum(len(s) - s.prompt_length for s in sequences)

@@ -18,7 +18,7 @@ from layerskip.decoding.drafters import (
     Drafter,
     DrafterInputs,
     ReducedHead,
-    choose_token,
+    choose_draft,
     register_drafter,
 )
 from layerskip.decoding.sampling import Sampler
@@ -108,9 +108,16 @@ class ExitAdapter:
             self._guess = self._pass(exit_states[:, i : i + 1], self._guess)
             self._n_drafted += 1
         self._cache.lengths.copy_(committed)
-        return choose_token(
-            self._sampler, self._head.decoder, self._head, self._guess, draft, self._with_confidence
-        )
+        return self._choose(self._guess, draft)
+
+    def _choose(self, hidden: Tensor, draft: Draft) -> Candidate:
+        """Choose the token after a state [1, 1, D]."""
+        head, sampler, with_confidence = self._head, self._sampler, self._with_confidence
+        if not sampler.greedy or sampler.changes_logits:
+            logits = head.decoder.logits(hidden)
+            return choose_draft(logits, draft, sampler, head, with_confidence)
+        chosen, confidence = head.decoder.greedy_choice(hidden, with_confidence=with_confidence)
+        return Candidate(head.token_ids[chosen], [confidence])
 
     def _fill_cache(self) -> Tensor:
         """Run the adapter over the committed positions that wait; return its last output [1, 1, D]."""
