@@ -295,7 +295,9 @@ class Batch:
         Drafts of the early exit go on from the states that left layer E, all else begins at layer 0;
         from any layer on, the rows that have come so far are one pass.
         """
-        exits = (one.row.config.exit_layer for one in passes if one.draft and one.draft.states)
+        # A draft without a token is falsy, and may have the states of a discarded one.
+        drafting = (one for one in passes if one.draft is not None and one.draft.states)
+        exits = (one.row.config.exit_layer for one in drafting)
         read = (one.row.reader.num_layers for one in passes if one.row.reader is not None)
         depths = sorted({0, *filter(None, exits), *read, *(one.row.n_layers for one in passes)})
         for start, stop in itertools.pairwise(depths):
