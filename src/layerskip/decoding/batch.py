@@ -55,6 +55,7 @@ class RowPass:
             positions that a choice follows.
         target: [1, d + 1], the model's greedy choices, where they are all that is needed.
         logits: [1, d + 1, V], else.
+        exit_states: hidden states that left the layer E of the row's reader.
     """
 
     row: Row
@@ -63,6 +64,7 @@ class RowPass:
     hidden: Tensor
     target: Tensor | None = None
     logits: Tensor | None = None
+    exit_states: Tensor | None = None
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -77,6 +79,13 @@ class RowPass:
         if self.draft is not None and self.draft.states and n_layers == self.row.config.exit_layer:
             self.hidden = torch.cat([*self.draft.states, self.hidden], dim=1)
             self.row.roll_back()
+        if self.row.reader is not None and n_layers == self.row.reader.num_layers:
+            self.exit_states = self.hidden
+
+    def hand_over(self, n: int) -> None:
+        """Give the states of the first n positions, which are committed, to the row's reader."""
+        if self.row.reader is not None and self.exit_states is not None:
+            self.row.reader.read_states(self.exit_states[:, :n], self.hidden[:, :n])
 
 
 class Batch:
@@ -294,7 +303,8 @@ class Batch:
         Drafts of the early exit go on from the states that left layer E, all else begins at layer 0;
         from any layer on, the rows that have come so far are one pass.
         """
-        depths = sorted({0, *(depth for one in passes for depth in one.depths)})
+        read = (one.row.reader.num_layers for one in passes if one.row.reader is not None)
+        depths = sorted({0, *read, *(depth for one in passes for depth in one.depths)})
         for start, stop in itertools.pairwise(depths):
             for one in passes:
                 one.join_states(start)
@@ -307,6 +317,7 @@ class Batch:
             one.join_states(depths[-1])
             if one.draft is None:
                 one.row.cache.lengths += one.tokens.shape[1]
+                one.hand_over(one.tokens.shape[1])
                 one.hidden = one.hidden[:, -1:]
 
     def _through(
@@ -391,4 +402,5 @@ def _accept(one: RowPass) -> Step:
     if draft is None:
         return Step((token,))
     row.cache.lengths += n + 1
+    one.hand_over(n + 1)
     return step_of(draft, tokens[0].tolist(), token, n)
