@@ -13,11 +13,22 @@ from transformers import AutoModelForCausalLM
 
 import tiny_checkpoint
 from layerskip import LayerSkipModel
-from layerskip.training import TrainConfig
+from layerskip.cli.config_flags import ModelConfig
+from layerskip.cli.demo_train import exit_of, train_config
+from layerskip.training import TrainConfig, train
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+    "OMP_NUM_THREADS": "1",
+    "ACCELERATE_USE_CPU": "true",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +37,11 @@ def model_folder(tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model.save_pretrained(folder)  # as checkpoints are stored
     return folder
+
+
+def write_extraction_rows(file, *flags):
+    command = [sys.executable, EXAMPLES / "extraction.py", file, "--rows", "20", *flags]
+    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=600)
 
 
 @pytest.mark.parametrize(
@@ -38,21 +54,17 @@ def model_folder(tmp_path_factory):
 )
 def test_scripts(model_folder, tmp_path, script, launcher, steps):
     data, output = tmp_path / "rows.jsonl", tmp_path / "out"
-    field = {"text": "0 1 2 3 4 5 6 7 8 9"} if launcher else {"prompt": "1+1=", "completion": "2"}
-    data.write_text(20 * (json.dumps(field) + "\n"))
+    if launcher:
+        data.write_text(20 * '{"text": "0 1 2 3 4 5 6 7 8 9"}\n')
+    else:
+        write_extraction_rows(data)
     done = subprocess.run(
         [
             *(sys.executable, *launcher, str(EXAMPLES / script), steps, "3"),
             *("--model", str(model_folder), "--data", str(data), "--output", str(output)),
             *("--exit-layer", "2"),
         ],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
+        env=ENVIRONMENT,
         capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     # gloo's own threads now and then abort a process that has already ended its work.
@@ -80,3 +92,30 @@ def test_settings_fit_smollm2(path):
     config = TrainConfig.from_yaml(path, data="rows.jsonl", output="out")
     assert config.model == "smollm2-135m"
     config.effective_recipe.check_layers(30)
+
+
+def test_extraction_settings_are_those_of_the_demo(tmp_path):
+    output = tmp_path / "out"
+    data = str(output / "rows.jsonl")
+    example = TrainConfig.from_yaml(EXAMPLES / "extraction.yaml", data=data, output=str(output))
+    demo = train_config(ModelConfig(model=example.model), exit_of(30), 10.0, output)
+    own = {"epochs", "device", "log_steps", "save_steps"}
+    differences = {k for k, v in demo.as_flat_dict().items() if v != example.as_flat_dict()[k]}
+    assert differences <= own
+
+
+def test_extraction_rows_train_a_checkpoint(model_folder, tmp_path):
+    """With `layerskip train`; the test of the scripts has the same rows for both Trainers."""
+    write_extraction_rows(tmp_path / "rows.jsonl")
+    changes = {"model": str(model_folder), "fixed_exits": [2], "exit_layer": 2, "max_steps": 2}
+    result = train(
+        TrainConfig.from_yaml(
+            EXAMPLES / "extraction.yaml",
+            data=str(tmp_path / "rows.jsonl"),
+            output=str(tmp_path / "out"),
+            device="cpu",
+            **changes,
+        )
+    )
+    model = LayerSkipModel.from_pretrained(result.output, dtype="float32")
+    assert (model.settings.exit_layer, model.settings.prompt_form.ending) == (2, "\n")

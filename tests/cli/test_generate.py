@@ -621,3 +621,34 @@ def test_standard_input_that_is_no_text_is_named(run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
     status, _, err = run("generate")
     assert (status, "standard input is no text in utf-8" in err) == (1, True)
+
+
+@pytest.fixture
+def one_form(folder, tmp_path):
+    """The checkpoint, trained for prompts that end in a line break."""
+    path = tmp_path / "one-form"
+    shutil.copytree(folder, path)
+    form = {"text": "a command, ending in a line break", "example": "Wake me\n", "ending": "\n"}
+    settings = {"eos_token_id": 2, "layerskip": {"prompt_form": form}}
+    (path / "generation_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def test_a_prompt_of_another_form_is_warned_of_once(program, one_form, tmp_path):
+    flags = ("--model", one_form, "--dtype", "float32", "--max-new-tokens", 2)
+    _, _, err = program("generate", *flags, "--prompt", "abc\n")
+    assert "trained" not in err
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("abc\ndef\n")
+    _, _, err = program("generate", *flags, "--prompts", prompts)
+    assert err.count("trained for prompts of one form, a command, ending in a line break") == 1
+    assert r"--prompt $'Wake me\n'" in err
+
+
+def test_a_form_that_cannot_be_read_is_left_out(program, one_form):
+    settings = {"layerskip": {"prompt_form": {"text": 1}}}
+    (one_form / "generation_config.json").write_text(json.dumps(settings))
+    flags = ("--model", one_form, "--dtype", "float32", "--max-new-tokens", 2)
+    status, _, err = program("generate", *flags, "--prompt", "abc")
+    assert status == 0
+    assert "needs the texts `text`, `example` and `ending`" in err

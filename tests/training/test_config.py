@@ -89,6 +89,8 @@ def test_flat_dict_makes_the_same_configuration():
         ({"p_max": 2}, "p_max is 2"),
         ({"batch_size": True}, "batch_size is True, not a value of int"),
         ({"exits": [4.7]}, r"exits is \[4.7\], not a list of numbers"),
+        ({"prompt_form": "a command"}, "prompt_form and prompt_example need each other"),
+        ({"prompt_form": "a\nb", "prompt_example": "x"}, "one line of text"),
         ({"data": ["a", "b"]}, r"data is \['a', 'b'\], not a value of str"),
     ],
 )
