@@ -107,7 +107,7 @@ def test_picture_is_drawn_from_the_run(run, tmp_path):
 
 def svg(*columns, title="Title"):
     record = Record("prompt", tuple(columns))
-    return ElementTree.fromstring(animation([Panel(title, record, 2.0), Panel("B", record, 2.0)]))
+    return ElementTree.fromstring(animation([Panel(title, record), Panel("B", record)]))
 
 
 def texts(root):
@@ -154,7 +154,7 @@ def test_long_answers_are_wrapped_within_the_card():
 
 
 def test_the_picture_has_no_script_and_both_colour_schemes():
-    text = animation([Panel("Title", Record("p", (PLAIN, AUTO)), None)])
+    text = animation([Panel("Title", Record("p", (PLAIN, AUTO)))])
     assert "<script" not in text
     assert "prefers-color-scheme: dark" in text
     assert text.count('repeatCount="indefinite"') > 2

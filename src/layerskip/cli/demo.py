@@ -233,7 +233,7 @@ def _play(
             )
         group = group_of(scene.name, entries)
         groups.append({**group, "model": name})
-        panels.append(Panel(scene.title, recorded[0], group["rows"][1]["speedup"]))
+        panels.append(Panel(scene.title, recorded[0]))
         records += recorded
     console.rule()
     show_legend(console, records)

@@ -43,11 +43,16 @@ text { font: 12.5px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans 
 
 @dataclass(frozen=True)
 class Panel:
-    """A prompt of the picture: a line above it, the record, and the speedup of its scene."""
+    """A prompt of the picture: a line above it, and the record."""
 
     title: str
     record: Record
-    speedup: float | None
+
+    @property
+    def speedup(self) -> float | None:
+        """Tokens/s of auto over those of plain decoding."""
+        plain, auto = (column.tokens_per_s for column in self.record.columns)
+        return auto / plain if plain and auto else None
 
 
 def animation(panels: Sequence[Panel]) -> str:
