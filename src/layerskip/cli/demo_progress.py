@@ -1,6 +1,9 @@
 """Progress of the demo's training: time left, loss, and the accuracy of each exit, as bars."""
 
+from __future__ import annotations
+
 import time
+from typing import TYPE_CHECKING
 
 from rich.bar import Bar
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -9,7 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from layerskip.bench.report import OTHER, OWN
-from layerskip.training import Progress
+
+if TYPE_CHECKING:  # needs the packages of the extra
+    from layerskip.training import Progress
 
 _WIDTH = 40  # of a full bar
 
@@ -27,13 +32,13 @@ class TrainBars:
     def __init__(self, console: Console, minutes: float) -> None:
         self._console, self._seconds = console, 60 * minutes
         self._start = time.monotonic()
-        self._report = Progress(0, 0, {})
+        self._step: int | None = None
         self._figures: dict[str, float] = {}
         self._first_loss: float | None = None
         is_live = console.is_terminal and not console.is_dumb_terminal and not console.quiet
         self._live = Live(self, console=console, refresh_per_second=2) if is_live else None
 
-    def __enter__(self) -> "TrainBars":
+    def __enter__(self) -> TrainBars:
         if self._live is not None:
             self._live.start()
         return self
@@ -44,9 +49,9 @@ class TrainBars:
 
     def __call__(self, report: Progress) -> None:
         """Take in the progress; the first report starts the clock."""
-        if not self._report.total_steps:
+        if self._step is None:
             self._start = time.monotonic()
-        self._report = report
+        self._step = report.step
         figures = {name: v for name, v in report.logs.items() if name == "loss" or is_exit(name)}
         self._figures |= figures
         if self._first_loss is None:
@@ -60,11 +65,11 @@ class TrainBars:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw the bars."""
         grid = Table.grid(padding=(0, 1))
-        if not self._report.total_steps:
+        if self._step is None:
             yield Text("loading model and rows ...")
             return
         share = min(1.0, self._elapsed_s / self._seconds)
-        grid.add_row("training", _bar(share, OTHER), f"step {self._report.step}, {self._left()}")
+        grid.add_row("training", _bar(share, OTHER), f"step {self._step}, {self._left()}")
         for name in sorted(self._figures, key=_order):
             value = self._figures[name]
             share = value / (self._first_loss or 1.0) if name == "loss" else value
