@@ -83,6 +83,30 @@ def test_a_draft_text_is_a_file_or_none(run, tmp_path):
     assert "nothing.txt cannot be read" in err
 
 
+def test_a_prediction_is_a_file_or_standard_input(run, tmp_path, monkeypatch):
+    text, flags = tmp_path / "text.txt", ("generate", "--prompt", "abc", "--max-new-tokens", 20)
+    plain = json.loads(run(*flags, "--mode", "plain", "--json")[1])
+    text.write_text(plain["text"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(plain["text"]))
+    flags += ("--mode", "self-speculative", "--draft-from", "prediction")
+    for name in (text, "-"):
+        status, out, err = run(*flags, "--prediction", name, "--json")
+        assert (status, err) == (0, "")
+        answer = json.loads(out)
+        assert answer["token_ids"] == plain["token_ids"]
+        assert answer["mode"] == "prediction"
+        assert answer["drafted"] > 0
+
+
+def test_a_prediction_that_cannot_be_read_is_refused(run, tmp_path):
+    status, out, err = run("generate", "--prediction", "-")
+    assert (status, out) == (2, "")
+    assert "--prediction - reads standard input, which is the prompt" in err
+    status, out, err = run("generate", "--prompt", "a", "--prediction", tmp_path / "no.txt")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "no.txt" in err
+
+
 def test_a_draft_vocabulary_is_a_number_or_none(run):
     status, _, err = run("generate", "--prompt", "abc", "--draft-vocabulary", "some")
     assert status == 2

@@ -143,6 +143,7 @@ def test_a_terminal_shows_a_carriage_return_of_an_answer(capsys, monkeypatch):
     [
         (("--datastore", "/dev/zero"), 2, "/dev/zero has more than 16 MiB"),
         (("--draft-text", "/dev/zero"), 2, "/dev/zero has more than 16 MiB"),
+        (("--prediction", "/dev/zero"), 1, "/dev/zero is a device, not a file"),
         (("--prompts", "/dev/zero"), 1, "/dev/zero is a device, not a file"),
     ],
 )

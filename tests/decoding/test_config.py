@@ -46,7 +46,7 @@ SELF = {"mode": "self-speculative"}
     [
         # auto: n-grams, and the early exit where the checkpoint or the caller names one
         ({}, EMPTY, auto(None, MOST)),
-        ({}, CheckpointSettings(draft_tokens=17), auto(None, 17)),
+        ({}, CheckpointSettings(draft_tokens=MOST + 5), auto(None, MOST + 5)),
         ({}, TUNED, auto(5, MOST)),
         ({}, EXIT_ONLY, auto(5, MOST)),
         ({}, VOCABULARY, auto(5, MOST, draft_vocabulary=(9, 3, 4))),

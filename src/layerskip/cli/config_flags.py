@@ -156,6 +156,7 @@ class _Datastore(click.ParamType[Any]):
 _SPECIAL = {
     "draft_vocabulary": (_OrNone(), "N|none"),
     "datastore": (_Datastore(), "FILE|none"),
+    "prediction": (click.STRING, "FILE|-"),  # the command reads it
 }
 
 
@@ -371,7 +372,7 @@ answer_options = stack(
         help="Variables of the chat template, such as '{\"enable_thinking\": false}'.",
     ),
     model_options,
-    config_options(DecodingConfig),
+    config_options(DecodingConfig, without=("prediction",)),
     click.option("--stats", is_flag=True, help="Print speed and acceptance to stderr."),
     click.option(
         "--show-draft",

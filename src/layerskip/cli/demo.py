@@ -68,7 +68,7 @@ class Scene:
 
     def settings(self, model: LayerSkipModel) -> list[Setting]:
         """Return plain decoding and auto."""
-        auto = DecodingConfig(mode="auto")
+        auto = DecodingConfig(mode="auto", prediction=self.prediction)
         return [
             Setting(config=model.resolve(DecodingConfig(mode="plain"))),
             Setting(config=model.resolve(auto), mode="auto"),

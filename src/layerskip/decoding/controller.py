@@ -393,8 +393,8 @@ class DraftCosts:
     ) -> "DraftCosts":
         """Return the costs of drafting with the first E layers and a share of the head's tokens.
 
-        Without a measurement they are shares of the bytes read, and a pass over more positions costs
-        what this machine was timed to take (on a GPU an estimate).
+        Without a measurement they are shares of the bytes read, and a pass over more positions than
+        were measured costs what this machine was timed to take (on a GPU an estimate).
 
         Args:
             decoder: the model.
@@ -404,12 +404,11 @@ class DraftCosts:
             contexts: for each prompt, the number of positions that attention reads.
         """
         depth = exit_layer / len(decoder.layers)
-        machine = _machine_costs(decoder) if measured is None or len(contexts) > 1 else None
+        machine = _machine_costs(decoder)
         if measured is None:
             weight_bytes = decoder.weight_bytes
             layers = (weight_bytes - decoder.head.weight_bytes) / weight_bytes * depth
             head = head_share * decoder.head.weight_bytes / weight_bytes
-            assert machine is not None
             one, *more = machine.passes
             passes = (one, *(cost + _VERIFYING_S / machine.seconds for cost in more))
             overhead = _DRAFTING_S / machine.seconds
@@ -418,9 +417,7 @@ class DraftCosts:
             timed = max(measured.draft_step - measured.head * scored, 0.0)
             layers = timed * exit_layer / measured.exit_layer
             head = measured.head * head_share
-            passes, overhead = measured.passes, measured.overhead
-            if machine is not None:
-                passes = _extrapolated(passes, machine.passes)
+            passes, overhead = _extrapolated(measured.passes, machine.passes), measured.overhead
         included = 0 if measured is None else measured.context
         share, row = _attention(decoder, contexts, included, None if measured else machine)
         rest = 1.0 - share

@@ -1,12 +1,14 @@
 """Sources of drafts. Each proposes tokens and knows neither the others nor what its tokens cost.
 
-The early exit is the paper's drafter (section 4.3). N-grams of prompt and answer (prompt lookup) and a
-retrieval datastore (REST, arXiv 2311.08252) run no layer. A further drafter is one class with the
-methods of `Drafter` and one call of `register_drafter`.
+The early exit is the paper's drafter (section 4.3). N-grams of prompt and answer (prompt lookup), a
+retrieval datastore (REST, arXiv 2311.08252) and a predicted output run no layer. A further drafter is
+one class with the methods of `Drafter` and one call of `register_drafter`.
 """
 
+import bisect
 import copy
 import dataclasses
+import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -23,6 +25,8 @@ from layerskip.model import Decoder, KVCache, argmax
 _NGRAM_CONFIDENCE = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _SHARE_POWER = 1.5  # a share of 6 in 10 in one text is one of about 5 in 10 in another
 _MAX_POSITIONS = 32  # compared for one proposal: some pairs stand everywhere
+# Probability that a prediction's next token is right after 0, 1, 2, ... right ones in a row.
+_PREDICTION_CONFIDENCE = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,6 +353,75 @@ class DatastoreLookup(_Lookup):
         return self._candidate(draft, tokens, [share**_SHARE_POWER for share in shares])
 
 
+class Prediction(_Lookup):
+    """Proposes the next part of a text that the answer is predicted to be.
+
+    The place in the prediction moves on with the answer. A token that deviates counts as a replacement
+    of the predicted one, until the last tokens of the answer stand elsewhere in the prediction: then the
+    answer goes on there. Of several such places the longest match counts, of these the nearest.
+
+    Args:
+        prediction: its tokens.
+        eos_token_ids: nothing is drafted beyond them.
+    """
+
+    name = "prediction"
+
+    def __init__(self, prediction: Sequence[int], eos_token_ids: Collection[int] = ()) -> None:
+        super().__init__(eos_token_ids)
+        self._prediction = list(prediction)
+        # The positions after each pair of tokens, in ascending order.
+        self._after: dict[tuple[int, int], list[int]] = {}
+        for end, pair in enumerate(itertools.pairwise(prediction), MIN_MATCH):
+            self._after.setdefault(pair, []).append(end)
+        self._tail: list[int] = []  # the answer's last tokens
+        # The next position, and how many tokens before it the answer has in a row.
+        self._place = 0, 0
+
+    def update(self, tokens: Sequence[int]) -> None:
+        """See `Drafter`: the answer's tokens move the place in the prediction."""
+        self._place = self._follow(tokens)
+        self._tail = [*self._tail, *tokens][-MAX_MATCH:]
+
+    def propose(self, draft: Draft, max_tokens: int) -> Candidate:
+        """See `Drafter`."""
+        position, matched = self._follow(draft.token_ids)
+        tokens = self._prediction[position : position + max_tokens]
+        longest = len(_PREDICTION_CONFIDENCE) - 1
+        confidences = [
+            _PREDICTION_CONFIDENCE[min(matched + i, longest)] for i in range(len(tokens))
+        ]
+        return self._candidate(draft, tokens, confidences)
+
+    def _follow(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """Return the place after more tokens of the answer."""
+        (position, matched), tail = self._place, self._tail
+        for token in tokens:
+            tail = [*tail[1 - MAX_MATCH :], token]
+            if self._prediction[position : position + 1] == [token]:
+                position, matched = position + 1, matched + 1
+            else:
+                position, matched = self._find(tail, position + 1)
+        return position, matched
+
+    def _find(self, tail: Sequence[int], expected: int) -> tuple[int, int]:
+        """Return the position after the longest match of the last tokens, and its length."""
+        places = self._after.get((tail[-2], tail[-1]), []) if len(tail) >= MIN_MATCH else []
+        middle = bisect.bisect_left(places, expected)
+        near = places[max(middle - _MAX_POSITIONS // 2, 0) : middle + _MAX_POSITIONS // 2]
+        best, best_length = expected, 0
+        for position in sorted(near, key=lambda place: abs(place - expected)):
+            length = MIN_MATCH
+            while (
+                length < min(len(tail), position)
+                and self._prediction[position - length - 1] == tail[-length - 1]
+            ):
+                length += 1
+            if length > best_length:
+                best, best_length = position, length
+        return best, best_length
+
+
 class ReducedHead:
     """The shared exit with the rows of some tokens alone (FR-Spec, arXiv 2502.14856).
 
@@ -434,6 +507,7 @@ class DrafterInputs:
         exit_layer: E, or None.
         head: a reduced-vocabulary head, or None.
         datastore: token ids or a table's file, or None.
+        prediction: token ids of a predicted answer.
         eos_token_ids: tokens that end the answer.
         adaptive: whether a controller asks for confidences.
     """
@@ -444,6 +518,7 @@ class DrafterInputs:
     exit_layer: int | None = None
     head: ReducedHead | None = None
     datastore: Path | tuple[int, ...] | None = None
+    prediction: Sequence[int] = ()
     eos_token_ids: Collection[int] = ()
     adaptive: bool = False
 
@@ -483,5 +558,10 @@ def _ngram(inputs: DrafterInputs) -> list[Drafter]:
     return drafters
 
 
+def _prediction(inputs: DrafterInputs) -> list[Drafter]:
+    return [Prediction(inputs.prediction, inputs.eos_token_ids)]
+
+
+register_drafter("prediction", _prediction)
 register_drafter("early-exit", _early_exit)
 register_drafter("n-gram", _ngram)

@@ -220,6 +220,7 @@ def _drafting(
     ends = criteria.eos_token_ids
     head = ReducedHead.of(decoder, _ids(config.draft_vocabulary), prompt)
     assert not isinstance(config.datastore, str)
+    assert not isinstance(config.prediction, str)  # `LayerSkipModel.resolve` has made tokens of it
     inputs = DrafterInputs(
         decoder=decoder,
         sampler=sampler,
@@ -227,6 +228,7 @@ def _drafting(
         exit_layer=config.exit_layer,
         head=head,
         datastore=config.datastore,
+        prediction=config.prediction or (),
         eos_token_ids=ends,
         adaptive=bool(config.adaptive),
     )

@@ -126,7 +126,11 @@ class LayerSkipModel:
             ValueError: an option is unknown, out of range, or does not fit this model.
         """
         config = DecodingConfig.from_options(config, overrides)
-        config = dataclasses.replace(config, datastore=self._datastore(config.datastore))
+        config = dataclasses.replace(
+            config,
+            datastore=self._datastore(config.datastore),
+            prediction=self._prediction(config.prediction),
+        )
         return config.resolve(
             self.settings,
             len(self.decoder.layers),
@@ -159,10 +163,10 @@ class LayerSkipModel:
         tokenized = self._tokenized(prompt)
         together = tokenized.together
         measured = self.settings.measured
-        if plan.adaptive and (measured is None or len(together) > 1):
+        if plan.adaptive:
             time_passes(self.decoder)  # before the answer's clock starts
         is_open = asked.mode == "auto" and asked.draft_from is None
-        is_open = is_open and not (asked.adaptive or asked.datastore)
+        is_open = is_open and not (asked.adaptive or asked.datastore or asked.prediction)
         if len(together) > 1 and is_open and plan.repetition_penalty == 1.0:
             plan = batch_config(plan, self.decoder, measured, together)
         eos_token_ids = self._eos_token_ids(plan)
@@ -213,8 +217,8 @@ class LayerSkipModel:
 
         A list is decoded in batches (see `batch.grouped`), whose rows end one by one; in float32 each
         greedy answer is that of its prompt alone. What looks at one text (repetition penalty, drafts
-        from n-grams) is answered one after the other; where mode auto may choose, drafts come from the
-        early exit alone, or decoding is plain.
+        from n-grams or a prediction) is answered one after the other; where mode auto may choose, and
+        there is no prediction, drafts come from the early exit alone, or decoding is plain.
 
         Args:
             prompt: a text (tokenized as it stands), a list of token ids, a list of chat messages
@@ -300,16 +304,30 @@ class LayerSkipModel:
         if isinstance(datastore, str):
             text, ids = self._last_datastore
             if text != datastore:  # a text may be long, and prompts many
-                if self.tokenizer is None:
-                    raise ValueError(
-                        "this checkpoint has no tokenizer; give the datastore as token ids"
-                    )
-                ids = tuple(encode(datastore, self.tokenizer, add_special_tokens=False))
+                ids = self._encode("datastore", datastore)
                 self._last_datastore = datastore, ids
             datastore = ids
-        if datastore and not 0 <= min(datastore) <= max(datastore) < size:
-            raise ValueError(f"a datastore has to be a text, or token ids of 0 to {size - 1}")
+        self._check_ids("datastore", datastore)
         return datastore
+
+    def _prediction(self, prediction: str | tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """Return the token ids of a predicted answer."""
+        if isinstance(prediction, str):
+            prediction = self._encode("prediction", prediction)
+        self._check_ids("prediction", prediction or ())
+        return prediction
+
+    def _encode(self, name: str, text: str) -> tuple[int, ...]:
+        if not text:
+            return ()
+        if self.tokenizer is None:
+            raise ValueError(f"this checkpoint has no tokenizer; give the {name} as token ids")
+        return tuple(encode(text, self.tokenizer, add_special_tokens=False))
+
+    def _check_ids(self, name: str, ids: tuple[int, ...]) -> None:
+        size = self.decoder.architecture.vocab_size
+        if ids and not 0 <= min(ids) <= max(ids) < size:
+            raise ValueError(f"a {name} has to be a text, or token ids of 0 to {size - 1}")
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt; see `prompt.tokenize`."""
