@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning",
     "ignore::DeprecationWarning",
     "ignore:warmup_steps is 10",  # runs here have one step
-    "ignore:.* of 20 rows of .* are left out",  # a byte is a token here
+    "ignore:.* of 20 rows of",  # too long: a byte is a token here
 )
 
 

@@ -48,7 +48,7 @@ def test_completions_have_the_fixed_fields_in_one_line(rows):
 def test_texts_stand_in_the_message_as_they_are(rows):
     for row in rows:
         values = json.loads(row["completion"])
-        for name in ("name", "item", "place", "contact"):
+        for name in ("name", "item", "place", "email", "phone"):
             assert values[name] is None or values[name] in row["prompt"], row
 
 

@@ -17,12 +17,13 @@ if TYPE_CHECKING:  # needs the packages of the extra
     from layerskip.training import Progress
 
 _WIDTH = 40  # of a full bar
+_LINE_S = 20.0  # between two lines in a file
 
 
 class TrainBars:
     """A context in which the object, called with a run's progress, shows it.
 
-    A terminal has bars that grow; a file gets a line for each log.
+    A terminal has bars that grow; a file gets a line now and then.
 
     Args:
         console: to show it on.
@@ -35,6 +36,7 @@ class TrainBars:
         self._step: int | None = None
         self._figures: dict[str, float] = {}
         self._first_loss: float | None = None
+        self._printed_at = -_LINE_S
         is_live = console.is_terminal and not console.is_dumb_terminal and not console.quiet
         self._live = Live(self, console=console, refresh_per_second=2) if is_live else None
 
@@ -56,7 +58,9 @@ class TrainBars:
         self._figures |= figures
         if self._first_loss is None:
             self._first_loss = figures.get("loss")
-        if figures and self._live is None:
+        is_due = time.monotonic() - self._printed_at >= _LINE_S
+        if figures and self._live is None and is_due:
+            self._printed_at = time.monotonic()
             parts = (f"{_name(name)} {_figure(name, v)}" for name, v in figures.items())
             self._console.print(
                 f"step {report.step}, {self._left()}: {', '.join(parts)}", soft_wrap=True

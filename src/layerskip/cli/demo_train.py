@@ -21,7 +21,7 @@ from layerskip.cli import config_flags
 from layerskip.cli.config_flags import ModelConfig
 from layerskip.cli.demo_progress import TrainBars
 from layerskip.cli.demo_view import Group, cell, compare, group_of, identical, show_legend
-from layerskip.cli.output import escape_control_chars, waiting
+from layerskip.cli.output import bash_quoted, escape_control_chars, waiting
 from layerskip.data.extraction import EXAMPLE, FIELDS, PROMPT_FORM, extraction_rows
 from layerskip.decoding import DecodingConfig, LayerSkipModel
 from layerskip.recipe import RecipeConfig
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # needs the packages of the extra
     from layerskip.training import TrainConfig
 
 ROWS, HELD_OUT, SHOWN = 6000, 30, 3
-NEW_TOKENS = 96
+NEW_TOKENS = 112
 LOG_STEPS = 2
 EXIT_ALONE = "drafts from early exit"  # label of a row
 
@@ -88,7 +88,7 @@ def train_and_compare(
     rows, held_out = extraction_rows(ROWS), extraction_rows(HELD_OUT, held_out=True)
     console.print(
         f"The task: a short message in one of four languages to one line of JSON. {ROWS} rows to train"
-        f" on; {HELD_OUT} others, of phrases, names, items and places that are in none of these, to"
+        f" on; {HELD_OUT} others, whose main phrases, names, items and places are in none of these, to"
         " evaluate before and after.",
         soft_wrap=True,
     )
@@ -112,8 +112,8 @@ def train_and_compare(
     _show_figures(console, before, after)
     name = escape_control_chars(str(folder))
     console.print(
-        f"The checkpoint is in {name}:\n  layerskip generate --model {name} --prompt ${EXAMPLE!r}"
-        " --show-draft --stats\nWith your own rows in place of rows.jsonl: docs/quickstart.md.",
+        f"The checkpoint is in {name}:\n  layerskip generate --model {name} --show-draft --stats"
+        f" --prompt {bash_quoted(EXAMPLE)}\nWith your own rows in place of rows.jsonl: docs/quickstart.md.",
         soft_wrap=True,
         markup=False,
     )
@@ -204,7 +204,7 @@ def train_config(config: ModelConfig, exit_layer: int, minutes: float, folder: P
         curriculum="none",
         fixed_exits=(exit_layer,),
         exit_weighting="linear",
-        e_scale=3.0,
+        e_scale=2.0,
         distillation_weight=1.0,
     )
     return TrainConfig(
@@ -217,7 +217,7 @@ def train_config(config: ModelConfig, exit_layer: int, minutes: float, folder: P
         max_minutes=minutes,
         batch_size=8,
         precision="auto",
-        learning_rate=5e-4,
+        learning_rate=3e-4,
         warmup_steps=10,
         max_length=192,
         log_steps=LOG_STEPS,
@@ -253,7 +253,7 @@ def _show_answers(
         for title, answer in zip(("before", "after"), answers, strict=True):
             grid.add_column(ratio=1)
             mark = " exact " if answer == row["completion"] else " wrong "
-            text = Text(escape_control_chars(answer))
+            text = Text(escape_control_chars(answer), overflow="fold")
             panels.append(Panel(text, title=f" {title} ", title_align="left", subtitle=mark))
         grid.add_row(*panels)
         console.print(Text(row["prompt"].rstrip("\n"), "bold"))

@@ -59,7 +59,7 @@ class Column:
     def text(self) -> Text:
         """The answer, styled by origin."""
         styled = ((frame.text, STYLES.get(frame.source, "")) for frame in self.frames)
-        return Text.assemble(*styled)
+        return Text.assemble(*styled, overflow="fold")
 
     @property
     def speed(self) -> str:

@@ -20,6 +20,7 @@ from layerskip.cli.config_flags import (
 )
 from layerskip.cli.data import read_prediction, read_prompts
 from layerskip.cli.output import (
+    bash_quoted,
     check_outputs,
     deliver,
     log_stderr,
@@ -123,7 +124,7 @@ def _warn_of_form(prompts: list[Any], form: PromptForm | None) -> None:
     if form is not None and not all(form.fits(p) for p in prompts if isinstance(p, str)):
         log_stderr(
             f"this checkpoint was trained for prompts of one form, {form.text}, such as"
-            f" --prompt ${form.example!r}; answers to others are poor"
+            f" --prompt {bash_quoted(form.example)}; answers to others are poor"
         )
 
 

@@ -25,25 +25,26 @@ from layerskip.data.extraction_words import (
 )
 
 FIELDS = (
-    *("kind", "name", "item", "quantity", "amount", "currency"),
-    *("date", "time", "place", "contact"),
+    *("kind", "language", "name", "item", "quantity", "amount", "currency"),
+    *("date", "time", "place", "email", "phone"),
 )
-EXAMPLE = "Hello, I'd like to order two oak shelves. Deliver to Oslo by 14 March, Mira Olsen\n"
+EXAMPLE = "Hello, please send me two oak shelves. The date is 14 March. Regards, Mira Olsen\n"
 PROMPT_FORM = "one message, ending in a line break"
 # Kind -> fields of its main phrase, and the probability of each further one.
 _KINDS: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
     "order": (
         ("quantity", "item"),
-        {"name": 0.5, "place": 0.5, "date": 0.4, "amount": 0.3, "contact": 0.3},
+        {"name": 0.4, "place": 0.35, "date": 0.3, "amount": 0.2, "contact": 0.2},
     ),
     "appointment": (
         ("item",),
-        {"date": 0.9, "time": 0.8, "name": 0.5, "place": 0.4, "contact": 0.2},
+        {"date": 0.8, "time": 0.7, "name": 0.3, "place": 0.25, "contact": 0.1},
     ),
-    "contact": (("name", "contact"), {"place": 0.5, "time": 0.3}),
-    "expense": (("item", "amount"), {"date": 0.6, "place": 0.5, "name": 0.4}),
+    "contact": (("name", "contact"), {"place": 0.3, "time": 0.2}),
+    "expense": (("item", "amount"), {"date": 0.5, "place": 0.3, "name": 0.25}),
 }
-_TERSE, _TYPOS, _GREETING, _ASIDE = 0.25, 0.35, 0.4, 0.4  # probabilities
+_TERSE, _TYPOS, _GREETING, _ASIDE = 0.25, 0.3, 0.3, 0.3  # probabilities
+_REAL = 0.5  # of names and places, among the rows to train on
 _SEPARATORS = (". ", ". ", ", ", "; ", " - ")
 _TERSE_SEPARATORS = (", ", "; ", " / ", " - ", " | ")
 
@@ -83,6 +84,7 @@ class _Writer:
 
     def __init__(self, rng: random.Random, held_out: bool) -> None:
         self._rng, self._held_out = rng, held_out
+        self._person = "", ""  # first and last name of a message, which its mail address has too
 
     def message(self) -> tuple[str, dict[str, Any]]:
         """Return a message and its fields."""
@@ -90,8 +92,10 @@ class _Writer:
         kind, language = rng.choice(list(_KINDS)), rng.choice(LANGUAGES)
         main, further = _KINDS[kind]
         names = [*main, *(name for name, p in further.items() if rng.random() < p)]
+        self._person = self._first_name(), self._of(LAST_NAMES)
         values = {name: self._value(name, kind, language) for name in names}
-        fields: dict[str, Any] = dict.fromkeys(FIELDS) | {"kind": kind}
+        fields: dict[str, Any] = dict.fromkeys(FIELDS)
+        fields |= {"kind": kind, "language": language.code}
         for value in values.values():
             fields |= value.fields
         write = self._terse if rng.random() < _TERSE else self._sentences
@@ -150,29 +154,30 @@ class _Writer:
         elif name == "place":
             text = self._composed(PLACES, PLACE_PARTS)
         elif name == "name":
-            text = f"{self._first_name()} {self._of(LAST_NAMES)}"
-        elif name == "contact":
-            text = self._contact()
+            text = " ".join(self._person)
         else:
             return getattr(self, f"_{name}")(language)
         return _Value(text, {name: text})
 
     def _composed(self, real: Sequence[str], parts: Sequence[Sequence[str]]) -> str:
-        """Return a name of a list, or half of the time one of two parts."""
-        return self._of(real) if self._rng.random() < 0.5 else "".join(map(self._of, parts))
+        """Return a name of a list or, among the rows to train on, one of two parts."""
+        is_real = self._held_out or self._rng.random() < _REAL
+        return self._of(real) if is_real else "".join(map(self._of, parts))
 
     def _first_name(self) -> str:
         return self._composed(FIRST_NAMES, NAME_PARTS)
 
-    def _contact(self) -> str:
+    def _contact(self, language: Language) -> _Value:
         """Return a mail address, or a telephone number of those that nobody has."""
         rng = self._rng
         if rng.random() < 0.6:
-            first, last = self._first_name().lower(), self._of(LAST_NAMES).lower()
+            first, last = (part.lower() for part in self._person)
             user = rng.choice((f"{first}.{last}", f"{first}{rng.randint(1, 99)}", last))
-            return f"{user}@{self._of(MAIL_DOMAINS)}"
+            text = f"{user}@{rng.choice(MAIL_DOMAINS)}"
+            return _Value(text, {"email": text})
         number = rng.randint(100, 199)
-        return rng.choice((f"555-0{number}", f"+1 {rng.randint(201, 989)} 555 0{number}"))
+        text = rng.choice((f"555-0{number}", f"+1 {rng.randint(201, 989)} 555 0{number}"))
+        return _Value(text, {"phone": text})
 
     def _quantity(self, language: Language) -> _Value:
         quantity = self._rng.randint(2, 40)

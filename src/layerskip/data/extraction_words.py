@@ -20,6 +20,7 @@ class Language:
     """Phrases and values of one language.
 
     Attributes:
+        code: of ISO 639.
         phrases: of each kind of message, and of each further field. {} marks a value.
         labels: of a terse message's fields, such as "Item: oak shelves".
         items: first and second words of each kind of message that has any.
@@ -34,6 +35,7 @@ class Language:
         asides: sentences that hold no field.
     """
 
+    code: str
     phrases: dict[str, tuple[str, ...]]
     labels: dict[str, tuple[str, ...]]
     items: dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
@@ -49,6 +51,7 @@ class Language:
 
 
 ENGLISH = Language(
+    code="en",
     phrases={
         "order": _lines("""
             I'd like to order {quantity} {item}
@@ -232,6 +235,7 @@ ENGLISH = Language(
 )
 
 GERMAN = Language(
+    code="de",
     phrases={
         "order": _lines("""
             Ich möchte {quantity} {item} bestellen
@@ -415,6 +419,7 @@ GERMAN = Language(
 )
 
 FRENCH = Language(
+    code="fr",
     phrases={
         "order": _lines("""
             Je voudrais commander {quantity} {item}
@@ -599,6 +604,7 @@ FRENCH = Language(
 )
 
 SPANISH = Language(
+    code="es",
     phrases={
         "order": _lines("""
             Quisiera pedir {quantity} {item}
@@ -811,7 +817,7 @@ LAST_NAMES = _words(
     " Perrin, Holm, Silva, Molnar, Albrecht, Volkov, Fuentes, Bishop, Chaudhry, Seidel, Renard, Dahl,"
     " Pereira, Szabo, Engel, Orlova, Cabrera, Mercer, Rashid"
 )
-# First and second parts of composed names of people and towns.
+# First and second parts of composed names: their number keeps a model from learning a list.
 NAME_PARTS = (
     _words(
         "Al, Be, Ca, Dan, El, Fa, Gi, Har, Is, Jo, Ka, Lu, Ma, Ni, Or, Pa, Ro, Sa, Te, Vi, Wa, Ze,"
