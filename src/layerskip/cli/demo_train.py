@@ -113,7 +113,8 @@ def train_and_compare(
     name = escape_control_chars(str(folder))
     console.print(
         f"The checkpoint is in {name}:\n  layerskip generate --model {name} --show-draft --stats"
-        f" --prompt {bash_quoted(EXAMPLE)}\nWith your own rows in place of rows.jsonl: docs/quickstart.md.",
+        f" --prompt {bash_quoted(EXAMPLE)}\n"
+        "With your own rows in place of rows.jsonl: docs/quickstart.md.",
         soft_wrap=True,
         markup=False,
     )
