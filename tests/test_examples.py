@@ -104,6 +104,7 @@ def test_extraction_settings_are_those_of_the_demo(tmp_path):
     assert differences <= own
 
 
+@pytest.mark.filterwarnings("ignore:.* of 20 rows of")  # too long: a byte is a token here
 def test_extraction_rows_train_a_checkpoint(model_folder, tmp_path):
     """With `layerskip train`; the test of the scripts has the same rows for both Trainers."""
     write_extraction_rows(tmp_path / "rows.jsonl")

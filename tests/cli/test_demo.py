@@ -211,8 +211,8 @@ def test_a_record_has_the_time_of_every_piece(model):
         times = [frame.at_s for frame in column.frames]
         assert times == sorted(times)
         assert times[-1] == pytest.approx(run.ttft_s + run.decode_s)
-    assert {f.source for f in record.columns[0].frames} == {"model"}
-    assert "n-gram" in {f.source for f in record.columns[1].frames}
+        drafted = sum(frame.source != "model" for frame in column.frames)
+        assert drafted == sum(step.accepted for step in run.steps)
 
 
 def test_prompts_beyond_those_shown_are_measured_all_the_same(model):

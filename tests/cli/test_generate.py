@@ -19,6 +19,7 @@ from layerskip.cli import config_flags, output
 from layerskip.data.readers import prompt_of
 from layerskip.decoding import Answer, Piece
 from layerskip.model import native
+from layerskip.model.checkpoint import SettingsWarning
 from layerskip.model.native import build
 
 SPECULATIVE = ("--mode", "self-speculative", "--exit-layer", 3, "--draft-tokens", 2)
@@ -669,10 +670,10 @@ def test_a_prompt_of_another_form_is_warned_of_once(program, one_form, tmp_path)
     assert r"--prompt $'Wake me\n'" in err
 
 
-def test_a_form_that_cannot_be_read_is_left_out(program, one_form):
-    settings = {"layerskip": {"prompt_form": {"text": 1}}}
+@pytest.mark.parametrize("form", ["a command", {"text": 1, "example": "a"}, {"name": "a"}])
+def test_a_form_that_cannot_be_read_is_left_out(one_form, form):
+    settings = {"layerskip": {"prompt_form": form}}
     (one_form / "generation_config.json").write_text(json.dumps(settings))
-    flags = ("--model", one_form, "--dtype", "float32", "--max-new-tokens", 2)
-    status, _, err = program("generate", *flags, "--prompt", "abc")
-    assert status == 0
-    assert "needs the texts `text`, `example` and `ending`" in err
+    with pytest.warns(SettingsWarning, match="needs the texts `text`, `example` and `ending`"):
+        model = LayerSkipModel.from_pretrained(one_form, dtype="float32")
+    assert model.settings.prompt_form is None

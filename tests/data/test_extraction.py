@@ -70,6 +70,8 @@ def test_held_out_names_items_and_places_are_in_no_other_row(rows, held_out):
 def test_held_out_main_phrases_are_in_no_other_row(rows, held_out):
     phrases = [re.sub(r"{.*", "", phrase) for phrase in words.ENGLISH.phrases["appointment"]]
     for i, beginning in enumerate(phrases):
+        if len(beginning) < 8:  # "The " stands elsewhere too
+            continue
         for some, is_held_out in ((rows, False), (held_out, True)):
             stands = any(beginning in row["prompt"] for row in some)
             assert stands == ((i % 5 == 4) == is_held_out), beginning
