@@ -145,7 +145,7 @@ class _Writer:
         if not words:
             return phrase
         at = (word := rng.choice(words)).start() + rng.randint(1, len(word[0]) - 3)
-        a, b = phrase[at : at + 2]
+        a, b = phrase[at], phrase[at + 1]
         return phrase[:at] + rng.choice((b + a, b, a + a + b)) + phrase[at + 2 :]
 
     def _value(self, name: str, kind: str, language: Language) -> _Value:
