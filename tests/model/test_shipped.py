@@ -6,7 +6,7 @@ import pytest
 from safetensors import safe_open
 
 from layerskip import LayerSkipModel, pull
-from layerskip.cli.demo import TASKS
+from layerskip.cli.demo import SCENES
 from layerskip.fileio import sha256_of
 from layerskip.model.hub import BUILTIN_MODELS, DIFFERENCES, TRAINED_MODEL, DerivedModel
 
@@ -37,13 +37,13 @@ def test_trained_model_drafts_well_and_answers_like_plain_decoding():
     assert TRAINED_MODEL in DERIVED
     model = LayerSkipModel.from_pretrained(pull(TRAINED_MODEL), dtype="bfloat16")
     assert model.settings.draft_vocabulary
-    parse = TASKS[0]
+    commands = SCENES[0]
     drafted = accepted = 0
-    for text in parse.texts:
-        prompt = parse.prompt(text, model)
-        plain = model.generate(prompt, mode="plain", max_new_tokens=parse.max_new_tokens)
+    for text in commands.texts:
+        prompt = commands.prompt(text)
+        plain = model.generate(prompt, mode="plain", max_new_tokens=commands.max_new_tokens)
         answer = model.generate(
-            prompt, mode="self-speculative", max_new_tokens=parse.max_new_tokens
+            prompt, mode="self-speculative", max_new_tokens=commands.max_new_tokens
         )
         assert answer.token_ids == plain.token_ids
         assert plain.text.startswith("[IN:")
