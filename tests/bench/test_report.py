@@ -8,7 +8,6 @@ from layerskip.bench.report import (
     as_text,
     categories,
     conditions,
-    draw_by_group,
     markdown,
     markdown_table,
     table,
@@ -208,14 +207,6 @@ def test_a_picture_without_anything_to_show_is_not_drawn(tmp_path):
     written = write_report(document, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"report.md", "speedup.png"}
     assert "quality.png" not in written.read_text()
-
-
-def test_picture_of_groups():
-    groups = [
-        {"task": name, "rows": [a_row("plain"), a_row("auto", tokens_per_s=speed)]}
-        for name, speed in (("parse", 80.0), ("code", None))  # None: no answer had a second token
-    ]
-    assert draw_by_group(groups).startswith(b"\x89PNG")
 
 
 def test_a_table_shows_texts_as_they_are():

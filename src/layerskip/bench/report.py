@@ -38,31 +38,6 @@ def draw(document: dict[str, Any], folder: Path) -> list[Path]:
     return write_figures({k: v for k, v in figures.items() if v is not None}, folder)
 
 
-def draw_by_group(groups: Sequence[dict[str, Any]]) -> bytes:
-    """Draw tokens/s of plain decoding and of another mode, side by side for every group of prompts.
-
-    Args:
-        groups: each with `task`, its name, and two `rows`, plain decoding's first.
-
-    Returns:
-        A PNG.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    figure, axes = _new()
-    for i, color in enumerate((OTHER, OWN)):
-        speeds = [group["rows"][i]["tokens_per_s"] or 0.0 for group in groups]
-        positions = [at + 0.4 * i for at in range(len(groups))]
-        bars = axes.bar(positions, speeds, 0.38, color=color, label=groups[0]["rows"][i]["mode"])
-        axes.bar_label(bars, fmt="{:.0f}", padding=2)
-    axes.set_xticks([at + 0.2 for at in range(len(groups))], [group["task"] for group in groups])
-    axes.margins(y=0.12)
-    axes.set(ylabel="tokens/s", title="Speed on the same prompts")
-    axes.legend(fontsize="small")
-    return png(figure)
-
-
 def _new(height: float = 5.0) -> "tuple[Figure, Axes]":
     figure = new_figure(8, height)
     return figure, figure.add_subplot()

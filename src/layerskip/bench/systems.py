@@ -183,6 +183,7 @@ _ABLATION: dict[str, dict[str, Any]] = {
 }
 _SOURCES: dict[str, dict[str, Any]] = {
     "drafts from early exit": {"draft_from": "early-exit"},
+    "drafts from exit adapter": {"draft_from": "exit-adapter"},
     "drafts from n-grams": {"draft_from": "n-gram", "datastore": ()},
     "drafts from datastore": {"draft_from": "datastore"},
     "drafts from all sources": {},
@@ -234,6 +235,7 @@ def settings_of(
         own = model.settings
         available = {
             "early-exit": own.exit_layer is not None,
+            "exit-adapter": model.adapter is not None,
             "datastore": bool(own.draft_text or own.draft_text_file),
         }
         return [
