@@ -87,7 +87,8 @@ BUILTIN_MODELS: dict[str, BuiltinModel | DerivedModel] = {
         sha256="29c78a6a0583a9c130486169247a130b62e7d550ecbe5078ae3639c5e764a44b",
     ),
 }
-DEFAULT_MODEL = "smollm2-135m-layerskip"
+DEFAULT_MODEL = "smollm2-135m"
+TRAINED_MODEL = "smollm2-135m-layerskip"
 DIFFERENCES = Path(__file__).parents[1] / "checkpoints"
 
 
