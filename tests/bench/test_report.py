@@ -126,19 +126,16 @@ def test_a_terminal_shows_less_and_one_system_at_a_time():
     assert not {"peak memory", "vs layerskip"} & set(lines[0])
 
 
-@pytest.mark.parametrize(
-    ("figures", "name"),
-    [
+def test_names_of_rows():
+    for figures, name in (
         ({"draft_from": "both"}, "self-speculative E=8 d=2 both"),
         ({"adaptive": True, "draft_tokens": 12}, "self-speculative E=8 d=12 adaptive"),
         ({"draft_vocabulary": 4000}, "self-speculative E=8 d=2 V=4000"),
         ({"mode": "n-gram", "draft_from": "n-gram", "exit_layer": None}, "n-gram d=2"),
         ({"mode": "auto", "label": "without n-grams"}, "auto without n-grams"),
-    ],
-)
-def test_names_of_rows(figures, name):
-    row = a_row(**{"mode": "self-speculative", **DRAFTING, **figures})
-    assert column(table({**DOCUMENT, "rows": [row]}), "mode") == [name]
+    ):
+        row = a_row(**{"mode": "self-speculative", **DRAFTING, **figures})
+        assert column(table({**DOCUMENT, "rows": [row]}), "mode") == [name]
 
 
 def test_categories():
@@ -193,8 +190,16 @@ def test_answers_that_loop_are_a_column():
     looping = a_row("auto", speedup=3.0, looping=0.25, echoing=0.0, speedup_without_loops=1.5)
     lines = table({**DOCUMENT, "rows": [a_row("plain", looping=0.0, echoing=0.0), looping]})
     assert column(lines, "looping") == ["", "25%"]
-    assert column(lines, "without these") == ["", "1.50x"]
+    assert column(lines, "speedup (95%)")[1].startswith("1.50x")
+    assert column(lines, "with these") == ["", "3.00x"]
     assert "echoing" not in lines[0]
+
+
+def test_the_sources_of_accepted_tokens_are_a_column():
+    mixed = a_row("auto", accepted_by_source={"early-exit": 1, "n-gram": 3})
+    alone = a_row("auto", accepted_by_source={"n-gram": 3})
+    lines = table({**DOCUMENT, "rows": [mixed, alone]})
+    assert column(lines, "accepted from") == ["n-gram 75%, early-exit 25%", ""]
 
 
 def test_a_picture_without_anything_to_show_is_not_drawn(tmp_path):

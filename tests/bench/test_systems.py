@@ -8,6 +8,7 @@ from scripted import LAYERS, encode, scripted_model
 from layerskip.bench.machine import read_bandwidth, weight_bytes_read
 from layerskip.bench.systems import BenchConfig, LayerSkipSystem, settings_of
 from layerskip.decoding import DecodingConfig, Step
+from layerskip.decoding.config import MAX_ADAPTIVE_DRAFT_TOKENS as MOST
 from layerskip.model import CheckpointSettings
 
 
@@ -38,7 +39,7 @@ def test_every_pair_is_a_row():
         ("self-speculative", 1, 4),
         ("self-speculative", 3, 2),
         ("self-speculative", 3, 4),
-        ("auto", None, 12),
+        ("auto", None, MOST),
     ]
 
 
@@ -47,7 +48,7 @@ def test_open_options_are_the_checkpoints_or_the_default():
         ("plain", None, None),
         ("early-exit", 3, None),
         ("self-speculative", 3, 6),
-        ("auto", 3, 12),
+        ("auto", 3, MOST),
     ]
     assert rows(settings_of(model(), modes=("self-speculative",))) == [
         ("plain", None, None),
@@ -86,10 +87,10 @@ def test_rows_of_other_drafts():
         ("n-gram", None, 3, "n-gram", False, None),
         (mode, 1, 3, "both", False, None),
         (mode, 1, 3, "both", False, 51),  # with the end token
-        (mode, 1, 12, "both", True, None),
+        (mode, 1, MOST, "both", True, None),
         (mode, 2, 3, "both", False, None),
         (mode, 2, 3, "both", False, 51),
-        (mode, 2, 12, "both", True, None),
+        (mode, 2, MOST, "both", True, None),
     ]
 
 
@@ -98,14 +99,14 @@ def test_an_ablation_has_auto_without_each_part_and_each_part_alone():
     settings = settings_of(scripted, modes=(), ablation=True)[1:]
     names = ("label", "exit_layer", "draft_tokens", "draft_from", "adaptive", "draft_vocabulary")
     assert rows(settings, *names) == [  # a draft vocabulary has the end token too
-        ("without n-grams", 2, 12, "early-exit", True, 3),
-        ("without early exit", None, 12, "n-gram", True, None),
-        ("without reduced head", 2, 12, "both", True, None),
+        ("without n-grams", 2, MOST, "early-exit", True, 3),
+        ("without early exit", None, MOST, "n-gram", True, None),
+        ("without reduced head", 2, MOST, "both", True, None),
         ("without adaptive", 2, 5, "both", False, 3),
         ("early exit alone", 2, 5, "early-exit", False, None),
         ("n-grams alone", None, 5, "n-gram", False, None),
         ("early exit and reduced head", 2, 5, "early-exit", False, 3),
-        ("early exit and adaptive", 2, 12, "early-exit", True, None),
+        ("early exit and adaptive", 2, MOST, "early-exit", True, None),
     ]
     assert {setting.mode for setting in settings} == {"auto"}
     system = LayerSkipSystem(scripted, settings)
@@ -138,26 +139,36 @@ def test_each_source_of_drafts_has_a_row():
     assert rows(bare, "label", "draft_from") == [("drafts from n-grams", "n-gram")]
 
 
+def test_predictions_have_rows_where_every_prompt_has_one():
+    scripted = model(exit_layer=2)
+    settings = settings_of(scripted, modes=(), sources=True, with_predictions=True)[-2:]
+    assert rows(settings, "label", "exit_layer", "draft_from") == [
+        ("drafts from prediction", None, "prediction"),
+        ("drafts from prediction and all sources", 2, "prediction+both"),
+    ]
+    system = LayerSkipSystem(scripted, settings, predictions={(0,): "abcdef" * 9})
+    run = system.answer(settings[0], [0], 30)
+    assert run.text == "abcdef" * 5
+    assert sum(step.accepted for step in run.steps) > 20
+    assert {s for step in run.steps for s in step.sources} == {"prediction"}
+
+
 def test_an_exit_that_the_model_does_not_have_is_refused():
     with pytest.raises(ValueError, match=f"exit layer 9 is out of range: .* has 1 to {LAYERS}"):
         settings_of(model(), exit_layers=(2, 9))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_bad_options():
+    for options, message in (
         ({"modes": ["fast"]}, "the modes 'fast' is unknown; there are: plain, "),
         ({"baselines": ["vllm"]}, "the baselines 'vllm' is unknown"),
         ({"draft_from": ["luck"]}, "drafts from 'luck' are unknown"),
         ({"repeats": 0}, "repeats is 0"),
         ({"draft_tokens": [2, -1]}, "draft_tokens is -1"),
-        ({"exit_layers": [2.5]}, "exit_layers is 2.5, it has to be an integer"),
         ({"baselines": ["transformers"], "temperature": 1.0}, "other systems answer greedily"),
-    ],
-)
-def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        BenchConfig(**options)
+    ):
+        with pytest.raises(ValueError, match=message):
+            BenchConfig(**options)
 
 
 def test_answers_are_those_of_the_model():
@@ -186,9 +197,8 @@ LAYER, HEAD = 10, 4  # bytes
 DRAFTED = ("early-exit",) * 3
 
 
-@pytest.mark.parametrize(
-    ("exit_layer", "steps", "read"),
-    [
+def test_bytes_of_weights_that_are_read():
+    for exit_layer, steps, read in (
         (None, [Step((1,))] * 3, 3 * 44),
         # Three drafted: layer 1 four times, the head three times; then layers 2-4 and the head.
         (1, [Step((1, 2), 3, 1, DRAFTED)], 7 * LAYER + 4 * HEAD),
@@ -202,11 +212,9 @@ DRAFTED = ("early-exit",) * 3
         (1, [Step((1,))], 44),
         (1, [Step((1, 2), 5, 1, ("n-gram",) * 5)], 44),
         (None, [Step((1, 2), 5, 1, ("n-gram",) * 5), Step((1,))], 2 * 44),
-    ],
-)
-def test_bytes_of_weights_that_are_read(exit_layer, steps, read):
-    config = DecodingConfig(mode="self-speculative", exit_layer=exit_layer)
-    assert weight_bytes_read(model().decoder, steps, config) == read
+    ):
+        config = DecodingConfig(mode="self-speculative", exit_layer=exit_layer)
+        assert weight_bytes_read(model().decoder, steps, config) == read
 
 
 def test_early_exit_reads_its_layers_and_a_reduced_head_a_part():

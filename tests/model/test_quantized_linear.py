@@ -55,8 +55,7 @@ def test_four_bits_lie_as_in_ggml():
     [
         (True, 80, 1, torch.float32),
         (False, 7, 5, torch.float16),
-        (True, 101, 48, torch.bfloat16),
-        (False, 101, 1, torch.bfloat16),
+        (False, 101, 48, torch.bfloat16),
         (True, 80, 49, torch.bfloat16),
     ],
 )
@@ -66,10 +65,7 @@ def test_product_is_near_the_exact_one(bits, centred, n_out, n, dtype):
     bias = random(n_out, seed=3).to(dtype)
     product = QuantizedLinear(pack(weight), bias, dtype)
     exact = x.double() @ weight.dequantize().double().T + bias.double()
-    for found, expected in (
-        (product(x), exact),
-        (product(x, residual), exact + residual.double()),
-    ):
+    for found, expected in ((product(x), exact), (product(x, residual), exact + residual.double())):
         assert found.dtype == dtype
         assert found.is_contiguous()
         # Weights, scales and results are rounded to the dtype.
@@ -87,8 +83,7 @@ def test_large_weights_are_multiplied_in_blocks(bits):
     torch.testing.assert_close(found, x @ weight.dequantize().T, rtol=1e-4, atol=1e-4)
 
 
-@BITS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("bits", "dtype"), [(8, torch.float32), (4, torch.bfloat16)])
 def test_embedding_looks_up_the_rows_asked_for(bits, dtype):
     weight = quantize(random(50, 64), bits)
     embedding = QuantizedEmbedding(pack(weight), dtype)
@@ -121,8 +116,9 @@ def as_on_cuda(monkeypatch):
 
 
 @BITS
-@pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize(("n_out", "n_in"), [(80, 96), (7, 128), (2000, 576)])
+@pytest.mark.parametrize(
+    ("centred", "n_out", "n_in"), [(True, 80, 96), (False, 7, 128), (False, 2000, 576)]
+)
 def test_codes_are_arranged_for_the_product_on_cuda(bits, centred, n_out, n_in, monkeypatch):
     as_on_cuda(monkeypatch)
     weight = grid(bits, centred, n_out, n_in)
@@ -153,11 +149,11 @@ def test_a_device_has_the_product_where_it_gives_what_it_should(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @BITS
-@pytest.mark.parametrize("n", [1, 4, 48, 49])
-def test_product_on_a_gpu_is_near_the_exact_one(bits, n):
+def test_product_on_a_gpu_is_near_the_exact_one(bits):
     weight = grid(bits, False, 2000, 576)
-    x = random(n, 576, seed=1).bfloat16()
-    exact = x.double() @ weight.dequantize().double().T
     product = QuantizedLinear(pack(weight, "cuda"), None, torch.bfloat16)
     assert product._kernel is not None
-    assert (product(x.cuda()).cpu().double() - exact).std() < 6e-3 * exact.std()
+    for n in (1, 4, 48, 49):
+        x = random(n, 576, seed=1).bfloat16()
+        exact = x.double() @ weight.dequantize().double().T
+        assert (product(x.cuda()).cpu().double() - exact).std() < 6e-3 * exact.std()

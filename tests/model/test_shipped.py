@@ -39,7 +39,7 @@ def test_trained_model_drafts_well_and_answers_like_plain_decoding():
     assert model.settings.draft_vocabulary
     commands = SCENES[0]
     drafted = accepted = 0
-    for text in commands.texts:
+    for text in commands.texts[:2]:
         prompt = commands.prompt(text)
         plain = model.generate(prompt, mode="plain", max_new_tokens=commands.max_new_tokens)
         answer = model.generate(

@@ -101,20 +101,17 @@ def test_kept_and_taken_from_there_by_the_next_process(machine, folder, monkeypa
     assert len(machine.calls) == asked
 
 
-@pytest.mark.parametrize(
-    "damaged",
-    [
+def test_a_damaged_file_is_made_again(machine, folder, monkeypatch):
+    for damaged in (
         *("{", "[" * 100_000, "{}", "\xff", damaged_by(passes=["many"])),
         *(damaged_by(attention=[0.1] * 31), damaged_by(seconds=0.0)),
-    ],
-)
-def test_a_damaged_file_is_made_again(damaged, machine, folder, monkeypatch):
-    costs = pass_costs(decoder())
-    (file,) = folder.iterdir()
-    file.write_text(damaged, encoding="latin-1")
-    monkeypatch.setattr(timing, "_measured", {})
-    assert pass_costs(decoder()) == costs
-    assert json.loads(file.read_text()) == json.loads(json.dumps(dataclasses.asdict(costs)))
+    ):
+        costs = pass_costs(decoder())
+        (file,) = folder.iterdir()
+        file.write_text(damaged, encoding="latin-1")
+        monkeypatch.setattr(timing, "_measured", {})
+        assert pass_costs(decoder()) == costs
+        assert json.loads(file.read_text()) == json.loads(json.dumps(dataclasses.asdict(costs)))
 
 
 def test_times_of_a_busy_machine_hold_for_this_process_and_their_dips_are_chance(machine, folder):

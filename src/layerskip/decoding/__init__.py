@@ -2,6 +2,7 @@
 
 from layerskip.decoding.config import DRAFT_SOURCES, MODES, DecodingConfig
 from layerskip.decoding.drafters import Candidate, Draft, Drafter, register_drafter
+from layerskip.decoding.exit_adapter import ExitAdapter
 from layerskip.decoding.generate import Step, generate, iter_exit_hidden_states
 from layerskip.decoding.language_model import LayerSkipModel
 from layerskip.decoding.prefix_cache import PrefixCache
@@ -10,6 +11,7 @@ from layerskip.decoding.sampling import Sampling
 from layerskip.decoding.streaming import Answer, Generation, Piece
 
 Prefix = PrefixCache  # its name until 0.1
+walk_exits = iter_exit_hidden_states  # its name until 0.1
 
 __all__ = [
     "DRAFT_SOURCES",
@@ -19,6 +21,7 @@ __all__ = [
     "DecodingConfig",
     "Draft",
     "Drafter",
+    "ExitAdapter",
     "Generation",
     "LayerSkipModel",
     "Piece",
@@ -30,4 +33,5 @@ __all__ = [
     "generate",
     "iter_exit_hidden_states",
     "register_drafter",
+    "walk_exits",
 ]

@@ -12,7 +12,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from layerskip.decoding.datastore import MAX_MATCH, MIN_MATCH, Datastore
 from layerskip.decoding.sampling import Sampler
 from layerskip.model import Decoder, KVCache, argmax
+from layerskip.model.exit_adapter import ExitAdapterWeights
 
 # Probability that the token after a match of 2, 3, ... tokens follows again, before any is verified.
 _NGRAM_CONFIDENCE = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -104,9 +105,10 @@ class Draft:
 
     def take_pending(self) -> Tensor:
         """Return the tokens that the first layers have not seen [B, n]; they are about to."""
-        tokens = self.pending[0] if len(self.pending) == 1 else torch.cat(self.pending, dim=1)
-        self.pending = []
-        return tokens
+        pending, self.pending = self.pending, []
+        if not pending:
+            return self.last[:, :0]
+        return pending[0] if len(pending) == 1 else torch.cat(pending, dim=1)
 
     def add_states(self, hidden: Tensor) -> None:
         """Note hidden states [B, n, D] that left layer E, whose keys and values are in the cache."""
@@ -149,7 +151,7 @@ class Drafter(Protocol):
     Attributes:
         name: as in `draft_from` and in results.
         num_layers: layers that a proposal runs for each token, E or 0.
-        head_share: share of the head's rows that it multiplies with.
+        head_share: its further products, in units of the whole head; 0 for a look-up.
     """
 
     name: str
@@ -159,12 +161,32 @@ class Drafter(Protocol):
     def propose(self, draft: Draft, max_tokens: int) -> Candidate:
         """Propose up to `max_tokens` tokens that follow a draft.
 
-        A drafter with layers proposes one at a time, since each costs a pass.
+        A drafter with a head proposes one at a time, since each costs a pass.
         """
         ...
 
     def update(self, tokens: Sequence[int]) -> None:
         """Learn the tokens that were committed; called once for each, before the next proposal."""
+        ...
+
+
+@runtime_checkable
+class StateReader(Protocol):
+    """A drafter that goes by the hidden states of what the model has decoded.
+
+    Attributes:
+        num_layers: E; the states that leave this layer are read too.
+    """
+
+    num_layers: int
+
+    def read_states(self, exit_states: Tensor, last_states: Tensor) -> None:
+        """Take the states of the next committed positions, of one row.
+
+        Args:
+            exit_states: [1, n, D], leaving layer E.
+            last_states: [1, n, D], leaving layer L.
+        """
         ...
 
 
@@ -201,7 +223,7 @@ class EarlyExit:
     def propose(self, draft: Draft, max_tokens: int) -> Candidate:
         """See `Drafter`."""
         tokens, sampler = draft.take_pending(), self._sampler
-        if sampler.greedy and sampler.history is None:
+        if sampler.greedy and not sampler.changes_logits:
             hidden, chosen, confidence = self._exit.greedy_step(
                 tokens, self.num_layers, draft.cache, with_confidence=self._with_confidence
             )
@@ -210,25 +232,42 @@ class EarlyExit:
         hidden = self._decoder.run(self._decoder.embed(tokens), 0, self.num_layers, draft.cache)
         draft.add_states(hidden)
         logits = self._exit.logits(hidden[:, -1:])
-        if sampler.history is not None:
-            seen = sampler.history.before(draft.tokens)[:, -1:]
-            logits = sampler.sampling.penalize(
-                logits, seen if self._head is None else seen[..., self._head.token_ids]
-            )
-        if sampler.greedy:
-            confidence = (
-                float(logits.float().softmax(dim=-1).amax()) if self._with_confidence else 1.0
-            )
-            return Candidate(self._token_ids(argmax(logits)), [confidence])
-        # Drafts are verified, so that where the exit has overflowed any distribution is right.
-        probs = sampler.sampling.probabilities(logits)[:, 0].nan_to_num(1.0)
-        chosen = sampler.sample(probs)[:, None]
-        confidence = float(probs.amax()) if self._with_confidence else 1.0
-        q = probs if self._head is None else self._head.scatter(probs)
-        return Candidate(self._token_ids(chosen), [confidence], [q])
+        return choose_draft(logits, draft, sampler, self._head, self._with_confidence)
 
     def _token_ids(self, chosen: Tensor) -> Tensor:
         return chosen if self._head is None else self._head.token_ids[chosen]
+
+
+def choose_draft(
+    logits: Tensor,
+    draft: Draft,
+    sampler: Sampler,
+    head: "ReducedHead | None",
+    with_confidence: bool = True,
+) -> Candidate:
+    """Choose a drafted token as the answer's tokens are chosen.
+
+    Args:
+        logits: [1, 1, n] after a draft, of a reduced head if there is one.
+        draft: the tokens before.
+        sampler: of the generation.
+        head: the reduced-vocabulary head, or None.
+        with_confidence: compute the highest probability; else the confidence is 1.
+    """
+    token_ids = None if head is None else head.token_ids
+    logits = sampler.process(logits, draft.tokens, token_ids)
+    if sampler.greedy:
+        chosen = argmax(logits)
+        highest = 1.0 / (logits - logits.amax()).float().exp().sum() if with_confidence else 1.0
+        tokens = chosen if token_ids is None else token_ids[chosen]
+        return Candidate(tokens, [float(highest)])
+    # Drafts are verified, so that where the exit has overflowed any distribution is right.
+    probs = sampler.sampling.probabilities(logits)[:, 0].nan_to_num(1.0)
+    chosen = sampler.sample(probs)[:, None]
+    highest = probs.amax() if with_confidence else 1.0
+    q = probs if head is None else head.scatter(probs)
+    tokens = chosen if token_ids is None else token_ids[chosen]
+    return Candidate(tokens, [float(highest)], [q])
 
 
 class NgramIndex:
@@ -510,6 +549,8 @@ class DrafterInputs:
         prediction: token ids of a predicted answer.
         eos_token_ids: tokens that end the answer.
         adaptive: whether a controller asks for confidences.
+        adapter: an exit adapter of the model, or None.
+        capacity: positions of prompt and answer at most.
     """
 
     decoder: Decoder
@@ -521,6 +562,8 @@ class DrafterInputs:
     prediction: Sequence[int] = ()
     eos_token_ids: Collection[int] = ()
     adaptive: bool = False
+    adapter: ExitAdapterWeights | None = None
+    capacity: int = 0
 
 
 DRAFTERS: dict[str, Callable[[DrafterInputs], list[Drafter]]] = {}

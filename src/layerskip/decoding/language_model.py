@@ -10,11 +10,11 @@ from typing import Any, overload
 
 import torch
 
-from layerskip.decoding.batch import Batch, batch_config, can_batch, grouped, same_rotary_embedding
+from layerskip.decoding.batch import Batch
 from layerskip.decoding.config import DecodingConfig
 from layerskip.decoding.controller import time_passes
 from layerskip.decoding.datastore import Datastore
-from layerskip.decoding.generate import StoppingCriteria, generate
+from layerskip.decoding.generate import Row, StoppingCriteria, generate
 from layerskip.decoding.placement import device_of, dtype_of, prepared
 from layerskip.decoding.prefix_cache import PrefixCache
 from layerskip.decoding.prompt import (
@@ -30,6 +30,13 @@ from layerskip.decoding.sampling import nth_seed
 from layerskip.decoding.streaming import Answer, Generation, stop_tokens
 from layerskip.model import Checkpoint, CheckpointSettings, Decoder, load, resolve
 from layerskip.model.checkpoint import with_defaults
+from layerskip.model.exit_adapter import (
+    NO_ADAPTER,
+    ExitAdapterWeights,
+    find_adapter,
+    load_adapter,
+)
+from layerskip.model.hub import packaged_adapter, resolve_adapter
 from layerskip.model.native import build as threads
 from layerskip.model.quantize import bits_of
 from layerskip.model.step_timing import costs_kind, device_clock
@@ -42,12 +49,14 @@ class LayerSkipModel:
         decoder: the weights and the passes over them.
         tokenizer: transformers' tokenizer, or None where the checkpoint has none.
         settings: what travels with the checkpoint (end tokens, exit layer, draft tokens).
+        adapter: an exit adapter of the model, or None.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, adapter: ExitAdapterWeights | None = None) -> None:
         self.decoder: Decoder = checkpoint.decoder
         self.tokenizer: Any = checkpoint.tokenizer
         self.settings = checkpoint.settings
+        self.adapter = adapter
         self._last_datastore: tuple[str, tuple[int, ...]] = ("", ())
         if self.decoder.device.type == "cpu":
             threads.disable_threads_after_fork()
@@ -61,6 +70,7 @@ class LayerSkipModel:
         weights: str = "16bit",
         device: str | torch.device = "cpu",
         compile: bool | None = None,
+        adapter: str | Path | None = None,
         announce: Callable[[str], None] = lambda text: None,
     ) -> "LayerSkipModel":
         """Load a model.
@@ -75,6 +85,8 @@ class LayerSkipModel:
             compile: run in kernels compiled for this CPU, which takes some seconds once and needs a C++
                 compiler, or on a GPU through `torch.compile`; None: the kernels on a CPU in float32
                 and bfloat16, where they are available. The rest is eager PyTorch.
+            adapter: file or folder of an exit adapter, or a hub id; None takes the one beside the
+                checkpoint, if there is one, and "none" takes none.
             announce: told, in a few words, before something that takes long.
 
         Raises:
@@ -94,7 +106,14 @@ class LayerSkipModel:
         settings = with_defaults(name, checkpoint.settings).measured_for(
             *costs_kind(decoder), threads=threads.num_threads_of(decoder.kernels)
         )
-        return cls(dataclasses.replace(checkpoint, settings=settings))
+        checkpoint = dataclasses.replace(checkpoint, settings=settings)
+        weights_of_adapter = None
+        if adapter != NO_ADAPTER:
+            named = packaged_adapter(name) if adapter is None else resolve_adapter(str(adapter))
+            file = find_adapter(checkpoint.path, named)
+            if file is not None:
+                weights_of_adapter = load_adapter(file, decoder, checkpoint.path)
+        return cls(checkpoint, weights_of_adapter)
 
     def with_settings(self, settings: CheckpointSettings) -> "LayerSkipModel":
         """Return the same model with other settings; nothing is copied."""
@@ -136,6 +155,7 @@ class LayerSkipModel:
             len(self.decoder.layers),
             vocab_size=self.decoder.architecture.vocab_size,
             eos_token_ids=self.end_tokens,
+            has_adapter=self.adapter is not None,
         )
 
     def answer(
@@ -158,18 +178,12 @@ class LayerSkipModel:
         Raises:
             ValueError: the prompt or an option cannot be used; the message says why.
         """
-        asked = DecodingConfig.from_options(config, overrides)
-        plan = self.resolve(asked)
+        plan = self.resolve(config, **overrides)
         tokenized = self._tokenized(prompt)
-        together = tokenized.together
         measured = self.settings.measured
-        if plan.adaptive:
+        if plan.adaptive and measured is None:
             time_passes(self.decoder)  # before the answer's clock starts
-        is_open = asked.mode == "auto" and asked.draft_from is None
-        is_open = is_open and not (asked.adaptive or asked.datastore or asked.prediction)
-        if len(together) > 1 and is_open and plan.repetition_penalty == 1.0:
-            plan = batch_config(plan, self.decoder, measured, together)
-        eos_token_ids = self._eos_token_ids(plan)
+        eos_token_ids = self.eos_token_ids(plan)
         steps = generate(
             self.decoder,
             tokenized.ids,
@@ -177,6 +191,7 @@ class LayerSkipModel:
             eos_token_ids=eos_token_ids,
             measured=measured,
             prefix_cache=prefix,
+            adapter=self.adapter,
         )
         limit = StoppingCriteria.of(self.decoder, tokenized.ids, plan.max_new_tokens)
         return Answer(
@@ -190,8 +205,12 @@ class LayerSkipModel:
             continues=tokenized.continues,
         )
 
-    def _eos_token_ids(self, config: DecodingConfig) -> frozenset[int]:
-        """Return the tokens that end an answer, with those that are a stop string by themselves."""
+    def eos_token_ids(self, config: DecodingConfig) -> frozenset[int]:
+        """Return the tokens that end an answer, with those that are a stop string by themselves.
+
+        Raises:
+            ValueError: there are stop strings and no tokenizer, or one cannot be tokenized.
+        """
         eos_token_ids = frozenset() if config.ignore_eos else self.end_tokens
         if self.tokenizer is not None:
             return eos_token_ids | stop_tokens(self.tokenizer, config.stop)
@@ -215,10 +234,8 @@ class LayerSkipModel:
     def generate(self, prompt: Any, config: DecodingConfig | None = None, **overrides: Any) -> Any:
         """Answer a prompt, or a list of prompts together.
 
-        A list is decoded in batches (see `batch.grouped`), whose rows end one by one; in float32 each
-        greedy answer is that of its prompt alone. What looks at one text (repetition penalty, drafts
-        from n-grams or a prediction) is answered one after the other; where mode auto may choose, and
-        there is no prediction, drafts come from the early exit alone, or decoding is plain.
+        A list is decoded as one batch, whose rows begin and end one by one; in float32 each greedy
+        answer is that of its prompt alone.
 
         Args:
             prompt: a text (tokenized as it stands), a list of token ids, a list of chat messages
@@ -243,44 +260,41 @@ class LayerSkipModel:
             with named(i):
                 tokenized.append(self._tokenized(one))
                 check_prompt(self.decoder, tokenized[-1].ids)
-        groups = grouped([len(one.ids) for one in tokenized])
-        together = {
-            i: tuple(len(tokenized[j].ids) for j in group) for group in groups for i in group
-        }
         answers = [
-            self.answer(
-                dataclasses.replace(one, together=together[i]),
-                config,
-                seed=nth_seed(config.seed, i),
-            )
+            self.answer(one, config, seed=nth_seed(config.seed, i))
             for i, one in enumerate(tokenized)
         ]
-        for group in groups:
-            self._complete([answers[i] for i in group])
+        self._complete(answers)
         return [answer.generation for answer in answers]
 
     def _complete(self, answers: Sequence[Answer]) -> None:
-        """Compute some answers, as one batch where that is possible."""
-        config, prompts = answers[0].config, [answer.prompt for answer in answers]
-        if not can_batch(config) or not same_rotary_embedding(
-            self.decoder, prompts, config.max_new_tokens
-        ):
-            for answer in answers:
-                answer.complete()
-            return
+        """Compute some answers as one batch."""
+        measured = self.settings.measured
+        batch = Batch(self.decoder, measured=measured)
+        by_row = dict[Row, Answer]()
+        for answer in answers:
+            row = Row(
+                self.decoder,
+                answer.prompt,
+                answer.config,
+                eos_token_ids=answer.eos_token_ids,
+                measured=measured,
+                adapter=self.adapter,
+            )
+            by_row[row] = answer
+            batch.add(row)
+        if len(answers) > 1 and any(answer.config.adaptive for answer in answers):
+            time_passes(self.decoder)  # before the answers' clocks start
         for answer in answers:
             answer.begin()
-        batch = Batch(
-            self.decoder,
-            prompts,
-            config,
-            eos_token_ids=answers[0].eos_token_ids,
-            measured=self.settings.measured,
-        )
-        for row, step in batch.steps():
-            answers[row].take(step)
-            if answers[row].stopped:
-                batch.leave(row)
+        for output in batch:
+            if output.step is None:
+                assert output.error is not None
+                raise output.error
+            answer = by_row[output.row]
+            answer.take(output.step)
+            if answer.stopped:
+                batch.remove(output.row)
         for answer in answers:
             answer.finish()
 

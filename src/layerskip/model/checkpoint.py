@@ -37,6 +37,7 @@ from layerskip.paths import cache_folder
 
 FILE = "generation_config.json"
 DRAFT_TEXT_FILE = "draft_text.table"  # not *.safetensors, which other tools would take for weights
+ADAPTER_FILE = "exit_adapter.safetensors"  # see `exit_adapter`
 KEY = "layerskip"
 EXIT = "exit_layer"  # under that key
 FIELD = "weights"  # under that key
@@ -608,7 +609,10 @@ def _gguf_in(path: Path) -> Path | None:
     """Return the GGUF file to read, or None for a folder of safetensors."""
     if path.is_file():
         return path
-    if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").is_file():
+    if (
+        any(file.name != ADAPTER_FILE for file in path.glob("*.safetensors"))
+        or (path / "model.safetensors.index.json").is_file()
+    ):
         return None
     files = sorted(path.glob("*.gguf"))
     if not files:
