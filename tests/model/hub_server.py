@@ -27,7 +27,7 @@ class HubServer:
         repositories: hub id -> folder.
         gated: hub ids that need a token with access.
         breaks: file name -> at how many bytes the connection breaks, once.
-        lies: field of the answer about a repository -> what replaces it.
+        lies: hub id -> fields of the answer about it that replace the right ones.
         requests: (method, path, Range header) of every request so far.
     """
 
@@ -83,7 +83,7 @@ class HubServer:
                     return self.send_part(folder / file[2], with_body)
                 files = sorted(f for f in folder.rglob("*") if f.is_file())
                 siblings = [sibling(str(f.relative_to(folder)), f.read_bytes()) for f in files]
-                info = {"id": name, "sha": SHA, "siblings": siblings} | hub.lies
+                info = {"id": name, "sha": SHA, "siblings": siblings} | hub.lies.get(name, {})
                 body = json.dumps(info).encode()
                 return self.send(200, body, {"Content-Type": "application/json"})
 

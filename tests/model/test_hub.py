@@ -192,28 +192,23 @@ def test_a_hub_that_cannot_be_reached_is_refused_at_once(tmp_path):
             assert refused.startswith("refused: owner/tiny cannot be fetched from the hub: ")
 
 
-@pytest.mark.parametrize(
-    "lies",
-    [
-        {"sha": "../../../../evil"},
-        {"siblings": [sibling("../../../evil.gguf", b"x")]},
-        {"siblings": [sibling("/tmp/evil.gguf", b"x")]},
-        {"siblings": [sibling("evil\x1b]0;title\x07.gguf", b"x")]},
-        {
-            "siblings": [
-                sibling("evil.gguf", b"x")
-                | {"lfs": {"sha256": "../../evil", "size": 1, "pointerSize": 1}}
-            ]
-        },
-    ],
-)
-def test_nothing_of_the_hub_leaves_its_cache(lies, gguf_repository, tmp_path):
-    with HubServer({"owner/tiny": gguf_repository}, lies=lies) as hub:
-        (refused,) = fetch(hub, tmp_path / "a" / "b", "owner/tiny")
-        assert refused.startswith("refused: ")
-        assert refused.isprintable()
+def test_nothing_of_the_hub_leaves_its_cache(gguf_repository, tmp_path):
+    bad_hash = {"lfs": {"sha256": "../../evil", "size": 1, "pointerSize": 1}}
+    lies = {
+        "evil/commit": {"sha": "../../../../evil"},
+        "evil/parent": {"siblings": [sibling("../../../evil.gguf", b"x")]},
+        "evil/root": {"siblings": [sibling("/tmp/evil.gguf", b"x")]},
+        "evil/title": {"siblings": [sibling("evil\x1b]0;title\x07.gguf", b"x")]},
+        "evil/hash": {"siblings": [sibling("evil.gguf", b"x") | bad_hash]},
+    }
+    with HubServer(dict.fromkeys(lies, gguf_repository), lies=lies) as hub:
+        answers = fetch(hub, tmp_path / "a" / "b", *lies)
+        assert len(answers) == len(lies)
+        for answer in answers:
+            assert answer.startswith("refused: ")
+            assert answer.isprintable()
         assert not hub.fetched()
-    assert not [path for path in tmp_path.rglob("*") if "evil" in path.name]
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith("evil")]
 
 
 def test_names_of_quantizations():
@@ -262,3 +257,18 @@ def test_the_cache_is_listed_and_emptied(repository, gguf_repository, tmp_path, 
     for name in ("owner/tiny", "owner/files:F16", "../hub", "gpt-5"):
         with pytest.raises(SourceError, match="is not in the cache; layerskip list shows what is"):
             hub_cache.remove(name)
+
+
+FETCH_ADAPTER = FETCH.replace("resolve", "resolve_adapter")
+
+
+def test_an_exit_adapter_is_fetched_alone(tmp_path, monkeypatch):
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    for name in ("exit_adapter.safetensors", "README.md", "model.safetensors"):
+        (repository / name).write_text(name)
+    monkeypatch.setitem(globals(), "FETCH", FETCH_ADAPTER)
+    with HubServer({"some/adapter": repository}) as hub:
+        folder, refused = fetch(hub, tmp_path, "some/adapter", "nowhere")
+    assert [file.name for file in Path(folder).iterdir()] == ["exit_adapter.safetensors"]
+    assert refused.startswith("refused: there is no exit adapter nowhere")
