@@ -35,7 +35,7 @@ _FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt",
 _NOT_FILES = ("[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "*/*/*", "consolidated*")
 _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 _NO_MODEL = re.compile(r"(^|[-._])(mmproj|imatrix)", re.IGNORECASE)  # GGUF files beside a model's
-_QUANTIZATION = re.compile(r"(?i)(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|[BF]F?(?:16|32)|MXFP4\w*))$")
+_QUANTIZATION = re.compile(r"(?i)(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|(?:BF|FP?)(?:16|32)|MXFP4\w*))$")
 DEFAULT_QUANTIZATION = "Q4_K_M"  # of several; llama.cpp and ollama choose the same
 
 
@@ -176,7 +176,7 @@ def cached() -> list[CachedModel]:
     import huggingface_hub
 
     try:
-        scan = huggingface_hub.scan_cache_dir()
+        scan = huggingface_hub.scan_cache_dir(_cache())
     except huggingface_hub.errors.CacheNotFound:
         return []
     models: dict[str, CachedModel] = {}
@@ -187,6 +187,7 @@ def cached() -> list[CachedModel]:
             files = {
                 f.file_path.relative_to(revision.snapshot_path).as_posix(): f
                 for f in revision.files
+                if _is_safe(f.file_path.relative_to(revision.snapshot_path).as_posix())
             }
             groups = {
                 f"{repo.repo_id}:{_quantization(stem)}": parts
