@@ -33,8 +33,8 @@ PROMPTS = [
     *("The largest planet in our solar system", "Photosynthesis is the process", "2, 4, 8, 16,"),
     *("Dear Sir or Madam,", "The opposite of hot is"),
 ]
-NEW_TOKENS = 24
-NLL_TOKENS = 400
+NEW_TOKENS = 16
+NLL_TOKENS = 200
 
 
 def main() -> None:
@@ -107,19 +107,19 @@ def llama_cpp_answers(file: Path, threads: int) -> list[tuple[list[int], list[in
 
 
 @torch.inference_mode()
-def logits(model: LayerSkipModel, tokens: list[int]) -> torch.Tensor:
-    """Return our logits [T, V]."""
+def logits(model: LayerSkipModel, tokens: list[int], first: int = 0) -> torch.Tensor:
+    """Return our logits [T - first, V] after each token but the first ones."""
     decoder = model.decoder
     cache = decoder.new_cache(len(tokens))
     states = decoder.run(decoder.embed(torch.tensor([tokens])), 0, len(decoder.layers), cache)
-    return decoder.logits(states)[0].float()
+    return decoder.logits(states[:, first:])[0].float()
 
 
 def margins_of(model: LayerSkipModel, prompt: list[int], answer: list[int]) -> list[float]:
     """Return how much our best logit exceeds that of each token of an answer."""
     if not answer:
         return []
-    rows = logits(model, [*prompt, *answer])[len(prompt) - 1 : -1]
+    rows = logits(model, [*prompt, *answer], first=len(prompt) - 1)[:-1]
     chosen = rows.gather(1, torch.tensor(answer)[:, None])[:, 0]
     return [float(margin) for margin in rows.max(dim=1).values - chosen]
 

@@ -83,7 +83,10 @@ GGUF_NAMES: Mapping[str, str | tuple[str, ...]] = {
 }
 GGUF_FUSED = {"qkv": "attn_qkv", "gate_up": "ffn_up"}  # where the family has one tensor for all
 # The experts of a layer are one tensor in GGUF files, [experts, rows, columns].
-GGUF_EXPERTS = {"expert_gate_up": ("ffn_gate_exps", "ffn_up_exps"), "expert_down": "ffn_down_exps"}
+GGUF_EXPERTS: Mapping[str, str | tuple[str, ...]] = {
+    "expert_gate_up": ("ffn_gate_exps", "ffn_up_exps"),
+    "expert_down": "ffn_down_exps",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -295,7 +298,7 @@ def gguf_names(family: str) -> dict[str, str]:
     Names of layers have "{}" in place of the layer's number, those of experts a second one.
     """
     names, table = FAMILIES[family].names, dict[str, str]()
-    for field, in_gguf in (GGUF_NAMES | GGUF_EXPERTS).items():
+    for field, in_gguf in {**GGUF_NAMES, **GGUF_EXPERTS}.items():
         own = _tuple(getattr(names, field) or ())
         stored = _tuple(GGUF_FUSED[field] if field in GGUF_FUSED and len(own) == 1 else in_gguf)
         is_of_layer = field not in ("embedding", "final_norm", "head")

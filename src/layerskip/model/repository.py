@@ -388,12 +388,13 @@ def _download(repo_id: str, commit: str, file: _File, blob: Path) -> None:
     import huggingface_hub
     from huggingface_hub.file_download import http_get
 
+    utils: Any = importlib.import_module("huggingface_hub.utils")
     url = huggingface_hub.hf_hub_url(repo_id, file.name, revision=commit)
     blob.parent.mkdir(parents=True, exist_ok=True)
     incomplete = blob.with_name(f"{blob.name}.incomplete")
     lock = _cache() / ".locks" / blob.parents[1].name / f"{blob.name}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with huggingface_hub.utils.WeakFileLock(lock):  # the second of two processes finds the file
+    with utils.WeakFileLock(lock):  # the second of two processes finds the file
         if blob.is_file():
             return
         done = incomplete.stat().st_size if incomplete.is_file() else 0
@@ -405,7 +406,7 @@ def _download(repo_id: str, commit: str, file: _File, blob: Path) -> None:
                 url,
                 part,
                 resume_size=done,
-                headers=huggingface_hub.utils.build_hf_headers(),
+                headers=utils.build_hf_headers(),
                 expected_size=file.size,
                 displayed_filename=file.name,
             )
