@@ -55,6 +55,7 @@ class RowPass:
             positions that a choice follows.
         target: [1, d + 1], the model's greedy choices, where they are all that is needed.
         logits: [1, d + 1, V], else.
+        exit_states: hidden states that left the layer E of the row's reader.
     """
 
     row: Row
@@ -63,6 +64,7 @@ class RowPass:
     hidden: Tensor
     target: Tensor | None = None
     logits: Tensor | None = None
+    exit_states: Tensor | None = None
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -77,6 +79,13 @@ class RowPass:
         if self.draft is not None and self.draft.states and n_layers == self.row.config.exit_layer:
             self.hidden = torch.cat([*self.draft.states, self.hidden], dim=1)
             self.row.roll_back()
+        if self.row.reader is not None and n_layers == self.row.reader.num_layers:
+            self.exit_states = self.hidden
+
+    def hand_over(self, n: int) -> None:
+        """Give the states of the first n positions, which are committed, to the row's reader."""
+        if self.row.reader is not None and self.exit_states is not None:
+            self.row.reader.read_states(self.exit_states[:, :n], self.hidden[:, :n])
 
 
 class Batch:
@@ -164,11 +173,13 @@ class Batch:
             outputs, scheduled = self.schedule()
             if len(scheduled) == 1 and scheduled[0][0].num_logprobs is None:
                 return outputs + self._run_alone(*scheduled[0])
+            lengths = [int(row.cache.lengths) for row, _ in scheduled]
             try:
                 passes = self.run(scheduled)
             except Exception:  # of one row, which ends; the others go on
-                for one in scheduled:
-                    outputs += self._run_isolated(*one)
+                for (row, n), length in zip(scheduled, lengths, strict=True):
+                    row.cache.lengths.fill_(length)
+                    outputs += self._run_isolated(row, n)
                 return outputs
             return outputs + self.postprocess(passes)
 
@@ -294,7 +305,8 @@ class Batch:
         Drafts of the early exit go on from the states that left layer E, all else begins at layer 0;
         from any layer on, the rows that have come so far are one pass.
         """
-        depths = sorted({0, *(depth for one in passes for depth in one.depths)})
+        read = (one.row.reader.num_layers for one in passes if one.row.reader is not None)
+        depths = sorted({0, *read, *(depth for one in passes for depth in one.depths)})
         for start, stop in itertools.pairwise(depths):
             for one in passes:
                 one.join_states(start)
@@ -307,6 +319,7 @@ class Batch:
             one.join_states(depths[-1])
             if one.draft is None:
                 one.row.cache.lengths += one.tokens.shape[1]
+                one.hand_over(one.tokens.shape[1])
                 one.hidden = one.hidden[:, -1:]
 
     def _through(
@@ -324,8 +337,6 @@ class Batch:
 
     def _run_isolated(self, row: Row, prompt_chunk: int) -> list[Output]:
         """Run a failed round again for one row by itself."""
-        if not prompt_chunk:
-            row.roll_back()
         try:
             passes = self.run([(row, prompt_chunk)])
         except Exception as error:
@@ -376,6 +387,7 @@ def _accept(one: RowPass) -> Step:
         if draft is None:
             return Step((int(row.last),))
         row.cache.lengths += 1
+        one.hand_over(1)
         return step_of(draft, [], int(row.last), 0)
     tokens = draft.tokens
     if sampler.greedy:
@@ -392,6 +404,7 @@ def _accept(one: RowPass) -> Step:
     n, row.last = int(accepted), following[:, None]
     sampler.commit(torch.cat([tokens[:, :n], row.last], dim=1))
     row.cache.lengths += n + 1
+    one.hand_over(n + 1)
     return step_of(draft, tokens[0].tolist(), int(following), n)
 
 

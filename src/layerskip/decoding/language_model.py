@@ -5,6 +5,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
@@ -30,6 +31,13 @@ from layerskip.decoding.sampling import nth_seed
 from layerskip.decoding.streaming import Answer, Generation, stop_tokens
 from layerskip.model import Checkpoint, CheckpointSettings, Decoder, load, resolve
 from layerskip.model.checkpoint import with_defaults
+from layerskip.model.exit_adapter import (
+    NO_ADAPTER,
+    ExitAdapterWeights,
+    find_adapter,
+    load_adapter,
+)
+from layerskip.model.hub import packaged_adapter, resolve_adapter
 from layerskip.model.native import build as threads
 from layerskip.model.quantize import bits_of
 from layerskip.model.step_timing import costs_kind, device_clock
@@ -42,12 +50,14 @@ class LayerSkipModel:
         decoder: the weights and the passes over them.
         tokenizer: transformers' tokenizer, or None where the checkpoint has none.
         settings: what travels with the checkpoint (end tokens, exit layer, draft tokens).
+        adapter: an exit adapter of the model, or None.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, adapter: ExitAdapterWeights | None = None) -> None:
         self.decoder: Decoder = checkpoint.decoder
         self.tokenizer: Any = checkpoint.tokenizer
         self.settings = checkpoint.settings
+        self.adapter = adapter
         self._last_datastore: tuple[str, tuple[int, ...]] = ("", ())
         if self.decoder.device.type == "cpu":
             threads.disable_threads_after_fork()
@@ -61,6 +71,7 @@ class LayerSkipModel:
         weights: str = "16bit",
         device: str | torch.device = "cpu",
         compile: bool | None = None,
+        adapter: str | Path | None = None,
         announce: Callable[[str], None] = lambda text: None,
     ) -> "LayerSkipModel":
         """Load a model.
@@ -75,6 +86,8 @@ class LayerSkipModel:
             compile: run in kernels compiled for this CPU, which takes some seconds once and needs a C++
                 compiler, or on a GPU through `torch.compile`; None: the kernels on a CPU in float32
                 and bfloat16, where they are available. The rest is eager PyTorch.
+            adapter: file or folder of an exit adapter, or a hub id; None takes the one beside the
+                checkpoint, if there is one, and "none" takes none.
             announce: told, in a few words, before something that takes long.
 
         Raises:
@@ -94,7 +107,14 @@ class LayerSkipModel:
         settings = with_defaults(name, checkpoint.settings).measured_for(
             *costs_kind(decoder), threads=threads.num_threads_of(decoder.kernels)
         )
-        return cls(dataclasses.replace(checkpoint, settings=settings))
+        checkpoint = dataclasses.replace(checkpoint, settings=settings)
+        weights_of_adapter = None
+        if adapter != NO_ADAPTER:
+            named = packaged_adapter(name) if adapter is None else resolve_adapter(str(adapter))
+            file = find_adapter(checkpoint.path, named)
+            if file is not None:
+                weights_of_adapter = load_adapter(file, decoder, checkpoint.path)
+        return cls(checkpoint, weights_of_adapter)
 
     def with_settings(self, settings: CheckpointSettings) -> "LayerSkipModel":
         """Return the same model with other settings; nothing is copied."""
@@ -136,6 +156,7 @@ class LayerSkipModel:
             len(self.decoder.layers),
             vocab_size=self.decoder.architecture.vocab_size,
             eos_token_ids=self.end_tokens,
+            has_adapter=self.adapter is not None,
         )
 
     def answer(
@@ -161,7 +182,7 @@ class LayerSkipModel:
         plan = self.resolve(config, **overrides)
         tokenized = self._tokenized(prompt)
         measured = self.settings.measured
-        if plan.adaptive and measured is None:
+        if plan.adaptive:
             time_passes(self.decoder)  # before the answer's clock starts
         eos_token_ids = self.eos_token_ids(plan)
         steps = generate(
@@ -171,6 +192,7 @@ class LayerSkipModel:
             eos_token_ids=eos_token_ids,
             measured=measured,
             prefix_cache=prefix,
+            adapter=self.adapter,
         )
         limit = StoppingCriteria.of(self.decoder, tokenized.ids, plan.max_new_tokens)
         return Answer(
@@ -221,7 +243,8 @@ class LayerSkipModel:
                 (dicts with role and content; the chat template is applied), a dict of `messages`,
                 `tools` and `chat_template_kwargs`, or a list of those.
             config: see `DecodingConfig`; None = the defaults.
-            overrides: options that replace those of the config, and `prefix` (see `answer`).
+            overrides: options that replace those of the config, and `prefix` (see `answer`). For a
+                list of prompts `prediction` may be a list, with a text or token ids for each.
 
         Returns:
             A `Generation`, or a list of them for a list of prompts.
@@ -233,6 +256,7 @@ class LayerSkipModel:
             return self.answer(prompt, config, **overrides).complete()
         if overrides.pop("prefix", None) is not None:
             raise ValueError("a prefix is for one prompt after another, not for a list of them")
+        predictions = _one_for_each(prompt, overrides.pop("prediction", None))
         config = DecodingConfig.from_options(config, overrides)
         tokenized = list[Tokenized]()
         for i, one in enumerate(prompt, 1):
@@ -240,7 +264,12 @@ class LayerSkipModel:
                 tokenized.append(self._tokenized(one))
                 check_prompt(self.decoder, tokenized[-1].ids)
         answers = [
-            self.answer(one, config, seed=nth_seed(config.seed, i))
+            self.answer(
+                one,
+                config,
+                seed=nth_seed(config.seed, i),
+                prediction=config.prediction if predictions[i] is None else predictions[i],
+            )
             for i, one in enumerate(tokenized)
         ]
         self._complete(answers)
@@ -258,6 +287,7 @@ class LayerSkipModel:
                 answer.config,
                 eos_token_ids=answer.eos_token_ids,
                 measured=measured,
+                adapter=self.adapter,
             )
             by_row[row] = answer
             batch.add(row)
@@ -329,6 +359,17 @@ class LayerSkipModel:
         if isinstance(prompt, Tokenized):
             return prompt
         return Tokenized(self.tokenize(prompt), continues=isinstance(prompt, str))
+
+
+def _one_for_each(prompts: Sequence[Any], prediction: Any) -> Sequence[Any]:
+    """Return the prediction of each prompt: one for all (a text or token ids), or a list of them."""
+    is_list = isinstance(prediction, list | tuple) and not all(
+        isinstance(token, Integral) for token in prediction
+    )
+    predictions = prediction if is_list else [prediction] * len(prompts)
+    if len(predictions) != len(prompts):
+        raise ValueError(f"there are {len(predictions)} predictions for {len(prompts)} prompts")
+    return predictions
 
 
 def _texts(answer: Answer) -> Iterator[str]:

@@ -348,6 +348,7 @@ class Engine:
             config,
             eos_token_ids=model.eos_token_ids(config),
             measured=model.settings.measured,
+            adapter=model.adapter,
             logits_mask=request.logits_mask,
             num_logprobs=request.num_logprobs,
         )
