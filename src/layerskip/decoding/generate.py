@@ -14,6 +14,7 @@ from torch import Tensor
 
 from layerskip.decoding.accept import accept_greedy, accept_sampled
 from layerskip.decoding.config import DecodingConfig
+from layerskip.decoding.constraint import Constraint
 from layerskip.decoding.controller import ContextCosts, Controller, DraftController, FixedController
 from layerskip.decoding.drafters import Draft, Drafter, DrafterInputs, ReducedHead, make_drafters
 from layerskip.decoding.prefix_cache import Prefix, PrefixCache
@@ -123,6 +124,7 @@ def generate(
     eos_token_ids: Collection[int] = (),
     measured: StepCosts | None = None,
     prefix_cache: PrefixCache | None = None,
+    logits_mask: LogitsMask | None = None,
 ) -> Generator[Step]:
     """Continue a prompt, step by step, until an end token, `max_new_tokens` or the context's end.
 
@@ -135,11 +137,19 @@ def generate(
         eos_token_ids: tokens that end the answer.
         measured: costs that `layerskip tune` has measured, for adaptive drafts.
         prefix_cache: what it shares with the prompt is not computed again.
+        logits_mask: of constrained decoding; a `Constraint` where the config has a grammar.
 
     Raises:
         PromptError: the prompt is empty, longer than the context, or has an id outside the vocabulary.
     """
-    row = Row(decoder, prompt, config, eos_token_ids=eos_token_ids, measured=measured)
+    row = Row(
+        decoder,
+        prompt,
+        config,
+        eos_token_ids=eos_token_ids,
+        measured=measured,
+        logits_mask=logits_mask,
+    )
     return _until_the_end(row, prefix_cache)
 
 
@@ -188,7 +198,7 @@ class Row:
         config: resolved (see `DecodingConfig.resolve`).
         eos_token_ids: tokens that end the answer.
         measured: see `generate`.
-        logits_mask: of constrained decoding.
+        logits_mask: see `generate`.
         num_logprobs: number of most likely tokens to report at each position (by `Batch`).
 
     Attributes:
@@ -217,6 +227,8 @@ class Row:
         num_logprobs: int | None = None,
     ) -> None:
         check_prompt(decoder, prompt)
+        if config.is_constrained and not isinstance(logits_mask, Constraint):
+            raise ValueError("a JSON schema or regular expression needs a `Constraint`")
         self.decoder, self.config, self.context = decoder, config, list(prompt)
         self.prompt_tokens, self.num_logprobs = len(prompt), num_logprobs
         self.n_layers = config.num_layers_to_run(len(decoder.layers))
@@ -238,7 +250,13 @@ class Row:
             if config.exit_layer is not None and "early-exit" in config.draft_sources:
                 self.exit_key = config.exit_layer, _interned(_ids(config.draft_vocabulary))
             self.drafters, self.controller = _drafting(
-                decoder, self.context, config, self.criteria, self._measured, self.sampler
+                decoder,
+                self.context,
+                config,
+                self.criteria,
+                self._measured,
+                self.sampler,
+                self._mask if isinstance(self._mask, Constraint) else None,
             )
 
     @property
@@ -311,6 +329,7 @@ def _drafting(
     criteria: StoppingCriteria,
     measured: StepCosts | None,
     sampler: Sampler,
+    constraint: Constraint | None,
 ) -> tuple[list[Drafter], Controller]:
     """Return the drafters of a config, and the controller that chooses among them."""
     ends = criteria.eos_token_ids
@@ -325,6 +344,7 @@ def _drafting(
         head=head,
         datastore=config.datastore,
         prediction=config.prediction or (),
+        constraint=constraint,
         eos_token_ids=ends,
         adaptive=bool(config.adaptive),
     )
