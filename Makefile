@@ -13,8 +13,9 @@ VLLM_VENV ?= .venv-vllm
 
 .PHONY: demo test test-all test-vllm lint format bench clean
 
-demo: $(INSTALLED)        ## fetch SmolLM2-135M and answer three kinds of prompts, plain and auto side by side
-	$(BIN)/layerskip demo
+demo: $(INSTALLED)        ## fetch SmolLM2-135M and play three scenes, plain and auto side by side
+	mkdir -p runs
+	$(BIN)/layerskip demo --picture runs/demo.svg
 	@echo "To type these commands: . $(BIN)/activate; to train, first: pip install -e '.[train]'"
 
 test: $(DEV_INSTALLED)        ## the test suite

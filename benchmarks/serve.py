@@ -51,7 +51,7 @@ _LLAMA_CPP = """
 import sys, time, xllamacpp
 path, port, threads, slots, context = sys.argv[1], *map(int, sys.argv[2:])
 params = xllamacpp.CommonParams()
-params.model.path, params.hostname, params.port = path, "127.0.0.1", port
+params.model.path, params.hostnames, params.port = path, ["127.0.0.1"], port
 params.n_parallel, params.n_ctx, params.fit_params = slots, slots * context, False
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
 params.n_gpu_layers, params.ui, params.verbosity = 0, False, 1
@@ -123,9 +123,9 @@ class ServerProcess:
 
     def close(self) -> None:
         """End the process."""
-        self.signal(signal.SIGCONT)
-        self.signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            self.signal(signal.SIGCONT)
+            self.signal(signal.SIGTERM)
             self.process.wait(30)
         with contextlib.suppress(ProcessLookupError):
             self.signal(signal.SIGKILL)
@@ -238,9 +238,10 @@ async def open_loop(
 
 def row_of(replies: Sequence[Reply], seconds: float) -> dict[str, Any]:
     """Return the figures of one load."""
-    good = [reply for reply in replies if reply.error is None and reply.times]
+    good = [reply for reply in replies if reply.error is None]
+    with_text = [reply for reply in good if reply.times]  # others ended at once
     per_token = [
-        (one.times[-1] - one.times[0]) / (one.tokens - 1) for one in good if one.tokens > 1
+        (one.times[-1] - one.times[0]) / (one.tokens - 1) for one in with_text if one.tokens > 1
     ]
     tokens = sum(one.tokens for one in good)
     errors = Counter(one.error for one in replies if one.error)
@@ -250,7 +251,7 @@ def row_of(replies: Sequence[Reply], seconds: float) -> dict[str, Any]:
         "tokens": tokens,
         "seconds": round(seconds, 2),
         "tokens_per_s": round(tokens / seconds, 1),
-        **_percentiles("ttft_ms", [one.times[0] - one.submitted for one in good]),
+        **_percentiles("ttft_ms", [one.times[0] - one.submitted for one in with_text]),
         **_percentiles("inter_token_ms", per_token),
     }
 
@@ -271,10 +272,15 @@ def load(options: argparse.Namespace, model: LayerSkipModel, folder: Path) -> li
             server.wait_until_ready()
             server.signal(signal.SIGSTOP)
         for task in options.task:
-            prompts = prompts_of(task, model, options.requests)
-            loads: list[tuple[str, float]] = [("clients", n) for n in options.clients]
+            loads: list[tuple[str, float]] = [("warm-up", 2)]
+            loads += [("clients", n) for n in options.clients]
             loads += [("rate", rate) for rate in options.rates]
-            for kind, value in [("warm-up", 2), *loads]:
+            n = options.requests
+            # Every load has prompts of its own: servers keep the prefixes of earlier ones.
+            all_prompts = prompts_of(task, model, n * len(loads))
+            random.Random(0).shuffle(all_prompts)
+            for i, (kind, value) in enumerate(loads):
+                prompts = all_prompts[i * n : (i + 1) * n]
                 for name in sorted(
                     servers, key=lambda one: random.Random(f"{one}{value}").random()
                 ):
@@ -302,12 +308,10 @@ def load(options: argparse.Namespace, model: LayerSkipModel, folder: Path) -> li
 def _start_all(
     options: argparse.Namespace, folder: Path, stack: contextlib.ExitStack
 ) -> Iterator[tuple[str, ServerProcess]]:
-    logs = options.logs or folder
-    logs.mkdir(parents=True, exist_ok=True)
     for name in options.systems:
         port = _free_port()
         command, env = _command(name, options, folder, port)
-        server = ServerProcess(command, port, env, logs / f"{name}.log")
+        server = ServerProcess(command, port, env, options.logs / f"{name}.log")
         stack.callback(server.close)
         yield name, server
 
@@ -450,9 +454,9 @@ class Soak:
             self.outcomes[f"error: connection {type(error).__name__}"] += 1
 
 
-def soak(options: argparse.Namespace, model: LayerSkipModel, folder: Path) -> dict[str, Any]:
+def soak(options: argparse.Namespace, model: LayerSkipModel) -> dict[str, Any]:
     """Run clients of all kinds, with the server's memory every few seconds."""
-    server, state = _soaked(options, model, folder)
+    server, state = _soaked(options, model)
     memory: list[tuple[float, float]] = []
     started = time.monotonic()
     until = started + 60 * options.soak
@@ -489,9 +493,9 @@ def soak(options: argparse.Namespace, model: LayerSkipModel, folder: Path) -> di
     }
 
 
-def kill(options: argparse.Namespace, model: LayerSkipModel, folder: Path) -> dict[str, Any]:
+def kill(options: argparse.Namespace, model: LayerSkipModel) -> dict[str, Any]:
     """Kill the server under load and start it again, some times."""
-    server, state = _soaked(options, model, folder)
+    server, state = _soaked(options, model)
 
     async def clients(until: float) -> None:
         async def one(seed: int) -> None:
@@ -517,13 +521,11 @@ def kill(options: argparse.Namespace, model: LayerSkipModel, folder: Path) -> di
     return {"kills": options.kill, "outcomes": dict(state.outcomes), "wrong": state.wrong[:5]}
 
 
-def _soaked(
-    options: argparse.Namespace, model: LayerSkipModel, folder: Path
-) -> tuple[ServerProcess, Soak]:
+def _soaked(options: argparse.Namespace, model: LayerSkipModel) -> tuple[ServerProcess, Soak]:
     """Start a server in float32, where answers do not depend on what runs beside them."""
     port = _free_port()
     command = serve_command(options, port, ["--dtype", "float32", "--weights", "16bit"])
-    server = ServerProcess(command, port, {}, (options.logs or folder) / "soak.log")
+    server = ServerProcess(command, port, {}, options.logs / "soak.log")
     prompts = [one for task in options.task for one in prompts_of(task, model, options.requests)]
     prompts = [dataclasses.replace(one, max_tokens=min(one.max_tokens, 48)) for one in prompts]
     expected = [
@@ -563,9 +565,11 @@ def main() -> None:
     exact = options.soak or options.kill
     model = LayerSkipModel.from_pretrained(options.model, dtype="float32" if exact else None)
     with tempfile.TemporaryDirectory() as name:
+        options.logs = options.logs or Path(name)
+        options.logs.mkdir(parents=True, exist_ok=True)
         if exact:
             part = soak if options.soak else kill
-            result = part(options, model, Path(name))
+            result = part(options, model)
             shown = {key: value for key, value in result.items() if key != "memory_mib"}
             print(json.dumps(shown, indent=1))
             if options.output:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from layerskip.bench.report import conditions, markdown_table, table
-from layerskip.model.hub import DEFAULT_MODEL
+from layerskip.model.hub import TRAINED_MODEL
 
 Part = Mapping[str, Any]
 
@@ -110,7 +110,7 @@ def _of_bench(part: Part) -> Iterator[tuple[str, float | None, float | None]]:
     if not auto:
         return
     if auto["exit_layer"] is not None:  # trained to draft by early exit
-        is_built_in = part.get("model") == DEFAULT_MODEL
+        is_built_in = part.get("model") == TRAINED_MODEL
         goals = BUILT_IN_OVER_PLAIN_IN if is_built_in else AUTO_OVER_PLAIN_IN
         wanted = goals.get(part["task"], AUTO_OVER_PLAIN)
         yield "auto / plain", wanted if weights in ("16bit", "int8") else None, auto["speedup"]

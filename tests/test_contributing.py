@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 MAX_FILES = {
     "A prompt to an accepted draft": 7,
+    "A request among others to its tokens": 6,
     "A training batch to the backward pass": 8,
     "A model name to a decoder": 6,
     "A flag of `layerskip bench` to a row of its table": 6,

@@ -14,11 +14,22 @@ from transformers import AutoModelForCausalLM
 
 import tiny_checkpoint
 from layerskip import LayerSkipModel
-from layerskip.training import TrainConfig
+from layerskip.cli.config_flags import ModelConfig
+from layerskip.cli.demo_train import exit_of, train_config
+from layerskip.training import TrainConfig, train
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+    "OMP_NUM_THREADS": "1",
+    "ACCELERATE_USE_CPU": "true",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +40,21 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+def write_extraction_rows(file, *flags):
+    command = [sys.executable, EXAMPLES / "extraction.py", file, "--rows", "20", *flags]
+    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=600)
+
+
 @pytest.fixture
 def flags(model_folder, tmp_path):
-    """Flags of a script for rows with some fields."""
+    """Flags of a script for the rows of `tmp_path`."""
 
-    def write(steps, **fields):
-        data, output = tmp_path / "rows.jsonl", tmp_path / "out"
-        data.write_text(20 * (json.dumps(fields) + "\n"))
-        paths = {"--model": model_folder, "--data": data, "--output": output}
+    def write(steps):
+        paths = {
+            "--model": model_folder,
+            "--data": tmp_path / "rows.jsonl",
+            "--output": tmp_path / "out",
+        }
         words = [str(word) for pair in paths.items() for word in pair]
         return [*words, steps, "3", "--exit-layer", "2"]
 
@@ -47,24 +65,21 @@ def flags(model_folder, tmp_path):
 @pytest.mark.parametrize("script", ["plain_trainer.py", "trl_sft.py"])
 def test_scripts(script, flags, model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    words = flags("--max-steps", prompt="1+1=", completion="2")
-    monkeypatch.setattr(sys, "argv", [script, *words])
+    write_extraction_rows(tmp_path / "rows.jsonl")
+    monkeypatch.setattr(sys, "argv", [script, *flags("--max-steps")])
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
     assert "loss" in capsys.readouterr().out
     check_checkpoint(model_folder, tmp_path / "out")
 
 
 def test_accelerate_loop_in_two_processes(flags, model_folder, tmp_path):
-    words = flags("--steps", text="0 1 2 3 4 5 6 7 8 9")
+    (tmp_path / "rows.jsonl").write_text(20 * '{"text": "0 1 2 3 4 5 6 7 8 9"}\n')
     done = subprocess.run(
-        [sys.executable, *TWO_PROCESSES, str(EXAMPLES / "accelerate_loop.py"), *words],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
+        [
+            *(sys.executable, *TWO_PROCESSES, str(EXAMPLES / "accelerate_loop.py")),
+            *flags("--steps"),
+        ],
+        env=ENVIRONMENT,
         capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     # The status is not checked: gloo's threads may abort a process that has ended its work.
@@ -95,3 +110,31 @@ def test_settings_fit_smollm2():
         config = TrainConfig.from_yaml(path, data="rows.jsonl", output="out")
         assert config.model == "smollm2-135m", path
         config.effective_recipe.check_layers(30)
+
+
+def test_extraction_settings_are_those_of_the_demo(tmp_path):
+    output = tmp_path / "out"
+    data = str(output / "rows.jsonl")
+    example = TrainConfig.from_yaml(EXAMPLES / "extraction.yaml", data=data, output=str(output))
+    demo = train_config(ModelConfig(model=example.model), exit_of(30), 10.0, output)
+    own = {"epochs", "device", "log_steps", "save_steps"}
+    differences = {k for k, v in demo.as_flat_dict().items() if v != example.as_flat_dict()[k]}
+    assert differences <= own
+
+
+@pytest.mark.filterwarnings("ignore:.* of 20 rows of")  # too long: a byte is a token here
+def test_extraction_rows_train_a_checkpoint(model_folder, tmp_path):
+    """With `layerskip train`; the test of the scripts has the same rows for both Trainers."""
+    write_extraction_rows(tmp_path / "rows.jsonl")
+    changes = {"model": str(model_folder), "fixed_exits": [2], "exit_layer": 2, "max_steps": 2}
+    result = train(
+        TrainConfig.from_yaml(
+            EXAMPLES / "extraction.yaml",
+            data=str(tmp_path / "rows.jsonl"),
+            output=str(tmp_path / "out"),
+            device="cpu",
+            **changes,
+        )
+    )
+    model = LayerSkipModel.from_pretrained(result.output, dtype="float32")
+    assert (model.settings.exit_layer, model.settings.prompt_form.ending) == (2, "\n")

@@ -172,7 +172,8 @@ def test_rows_of_baselines():
     defaults = [("self-speculative", 2, 20), ("self-speculative", 3, 20)]
     assert rows == [plain, *drafting, *defaults, lookup]
     rows = rows_of(llama_cpp.settings([(2, 4), (3, 4)]))
-    assert rows == [plain, ("prompt-lookup", None, 2), lookup]
+    modes = [("ngram-mod", None, 16), ("ngram-map-k", None, 16)]
+    assert rows == [plain, ("prompt-lookup", None, 2), lookup, *modes]
 
 
 def test_transformers_gives_our_tokens_in_every_row(folder, model):
@@ -235,7 +236,7 @@ def test_a_baseline_that_is_not_installed_says_how_to_install_it(folder, model, 
     with start(model, folder, ["llama.cpp"]) as baselines:
         entries = measure(baselines, [[5]], max_new_tokens=2)
     reason = f"{missing.distribution} is not installed; run: pip install 'layerskip[baselines]'"
-    assert [entry.error for entry in entries] == [reason] * 3
+    assert [entry.error for entry in entries] == [reason] * 5
 
 
 with_llama_cpp = pytest.mark.skipif(

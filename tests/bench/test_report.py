@@ -8,7 +8,6 @@ from layerskip.bench.report import (
     as_text,
     categories,
     conditions,
-    draw_by_group,
     markdown,
     markdown_table,
     table,
@@ -191,8 +190,16 @@ def test_answers_that_loop_are_a_column():
     looping = a_row("auto", speedup=3.0, looping=0.25, echoing=0.0, speedup_without_loops=1.5)
     lines = table({**DOCUMENT, "rows": [a_row("plain", looping=0.0, echoing=0.0), looping]})
     assert column(lines, "looping") == ["", "25%"]
-    assert column(lines, "without these") == ["", "1.50x"]
+    assert column(lines, "speedup (95%)")[1].startswith("1.50x")
+    assert column(lines, "with these") == ["", "3.00x"]
     assert "echoing" not in lines[0]
+
+
+def test_the_sources_of_accepted_tokens_are_a_column():
+    mixed = a_row("auto", accepted_by_source={"early-exit": 1, "n-gram": 3})
+    alone = a_row("auto", accepted_by_source={"n-gram": 3})
+    lines = table({**DOCUMENT, "rows": [mixed, alone]})
+    assert column(lines, "accepted from") == ["n-gram 75%, early-exit 25%", ""]
 
 
 def test_a_picture_without_anything_to_show_is_not_drawn(tmp_path):
@@ -200,14 +207,6 @@ def test_a_picture_without_anything_to_show_is_not_drawn(tmp_path):
     written = write_report(document, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"report.md", "speedup.png"}
     assert "quality.png" not in written.read_text()
-
-
-def test_picture_of_groups():
-    groups = [
-        {"task": name, "rows": [a_row("plain"), a_row("auto", tokens_per_s=speed)]}
-        for name, speed in (("parse", 80.0), ("code", None))  # None: no answer had a second token
-    ]
-    assert draw_by_group(groups).startswith(b"\x89PNG")
 
 
 def test_a_table_shows_texts_as_they_are():

@@ -11,6 +11,7 @@ from layerskip.bench.rows import (
     acceptance,
     bootstrap_interval,
     comparison,
+    headline,
     is_echo,
     is_loop,
     name_of,
@@ -233,6 +234,14 @@ def test_every_option_of_decoding_is_in_a_row():
     assert (figures["mode"], name_of(figures)) == ("n-gram", "n-gram d=3")
 
 
+def test_the_speedup_to_quote_is_that_without_loops_and_echoes():
+    figures = {"speedup": 3.0, "speedup_interval": [2, 4], "looping": 0.0, "echoing": 0.0}
+    assert headline(figures) == (3.0, [2, 4])
+    rest = {"speedup_without_loops": 2.0, "speedup_without_loops_interval": [1, 3]}
+    assert headline({**figures, **rest, "echoing": 0.5}) == (2.0, [1, 3])
+    assert headline({"mode": "plain"}) == (None, None)
+
+
 CYCLE, OTHERS = [5, 6, 7], list(range(100, 200))
 
 
@@ -267,6 +276,10 @@ def test_the_speedup_without_answers_that_loop_or_echo():
     assert (figures["looping"], figures["echoing"]) == (1 / 3, 1 / 3)
     assert figures["speedup_without_loops"] == pytest.approx(2.0)
     assert figures["speedup"] > 2.5
-    figures = row(entry(ours), plain=plain, prompts=[[1], [], [3]])  # where copying is the task
-    assert figures["echoing"] == 0
+    assert (figures["speedup_of_copies"], figures["speedup_lowest"]) == (4.0, 2.0)
+    assert figures["copied"] == pytest.approx(1 / 3)
+    prompts = [[1], OTHERS[:30], [3]]
+    figures = row(entry(ours), plain=plain, prompts=prompts, may_copy=[False, True, False])
+    assert (figures["echoing"], figures["copied"]) == (0, pytest.approx(1 / 3))
+    assert figures["speedup_of_copies"] == 4.0
     assert row(entry(ours[:1]), plain=plain[:1])["speedup_without_loops"] is None

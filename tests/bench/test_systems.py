@@ -8,6 +8,7 @@ from scripted import LAYERS, encode, scripted_model
 from layerskip.bench.machine import read_bandwidth, weight_bytes_read
 from layerskip.bench.systems import BenchConfig, LayerSkipSystem, settings_of
 from layerskip.decoding import DecodingConfig, Step
+from layerskip.decoding.config import MAX_ADAPTIVE_DRAFT_TOKENS as MOST
 from layerskip.model import CheckpointSettings
 
 
@@ -38,7 +39,7 @@ def test_every_pair_is_a_row():
         ("self-speculative", 1, 4),
         ("self-speculative", 3, 2),
         ("self-speculative", 3, 4),
-        ("auto", None, 12),
+        ("auto", None, MOST),
     ]
 
 
@@ -47,7 +48,7 @@ def test_open_options_are_the_checkpoints_or_the_default():
         ("plain", None, None),
         ("early-exit", 3, None),
         ("self-speculative", 3, 6),
-        ("auto", 3, 12),
+        ("auto", 3, MOST),
     ]
     assert rows(settings_of(model(), modes=("self-speculative",))) == [
         ("plain", None, None),
@@ -86,10 +87,10 @@ def test_rows_of_other_drafts():
         ("n-gram", None, 3, "n-gram", False, None),
         (mode, 1, 3, "both", False, None),
         (mode, 1, 3, "both", False, 51),  # with the end token
-        (mode, 1, 12, "both", True, None),
+        (mode, 1, MOST, "both", True, None),
         (mode, 2, 3, "both", False, None),
         (mode, 2, 3, "both", False, 51),
-        (mode, 2, 12, "both", True, None),
+        (mode, 2, MOST, "both", True, None),
     ]
 
 
@@ -98,14 +99,14 @@ def test_an_ablation_has_auto_without_each_part_and_each_part_alone():
     settings = settings_of(scripted, modes=(), ablation=True)[1:]
     names = ("label", "exit_layer", "draft_tokens", "draft_from", "adaptive", "draft_vocabulary")
     assert rows(settings, *names) == [  # a draft vocabulary has the end token too
-        ("without n-grams", 2, 12, "early-exit", True, 3),
-        ("without early exit", None, 12, "n-gram", True, None),
-        ("without reduced head", 2, 12, "both", True, None),
+        ("without n-grams", 2, MOST, "early-exit", True, 3),
+        ("without early exit", None, MOST, "n-gram", True, None),
+        ("without reduced head", 2, MOST, "both", True, None),
         ("without adaptive", 2, 5, "both", False, 3),
         ("early exit alone", 2, 5, "early-exit", False, None),
         ("n-grams alone", None, 5, "n-gram", False, None),
         ("early exit and reduced head", 2, 5, "early-exit", False, 3),
-        ("early exit and adaptive", 2, 12, "early-exit", True, None),
+        ("early exit and adaptive", 2, MOST, "early-exit", True, None),
     ]
     assert {setting.mode for setting in settings} == {"auto"}
     system = LayerSkipSystem(scripted, settings)
@@ -136,6 +137,20 @@ def test_each_source_of_drafts_has_a_row():
     assert len(configs) == len(set(configs))
     bare = settings_of(model(), modes=(), sources=True)[1:]
     assert rows(bare, "label", "draft_from") == [("drafts from n-grams", "n-gram")]
+
+
+def test_predictions_have_rows_where_every_prompt_has_one():
+    scripted = model(exit_layer=2)
+    settings = settings_of(scripted, modes=(), sources=True, with_predictions=True)[-2:]
+    assert rows(settings, "label", "exit_layer", "draft_from") == [
+        ("drafts from prediction", None, "prediction"),
+        ("drafts from prediction and all sources", 2, "prediction+both"),
+    ]
+    system = LayerSkipSystem(scripted, settings, predictions={(0,): "abcdef" * 9})
+    run = system.answer(settings[0], [0], 30)
+    assert run.text == "abcdef" * 5
+    assert sum(step.accepted for step in run.steps) > 20
+    assert {s for step in run.steps for s in step.sources} == {"prediction"}
 
 
 def test_an_exit_that_the_model_does_not_have_is_refused():

@@ -8,6 +8,7 @@ import pytest
 from layerskip.bench.baselines import BASELINES
 from layerskip.bench.systems import LayerSkipSystem
 from layerskip.bench.tasks import Task
+from layerskip.decoding.config import MAX_ADAPTIVE_DRAFT_TOKENS
 
 FLAGS = ("--max-new-tokens", 10, "--draft-tokens", "2,3", "--exit-layers", "2,3")
 CONTRACT = """
@@ -105,7 +106,7 @@ def test_one_document_with_the_rows_of_the_contract(run, prompts):
         ("self-speculative", 2, 3),
         ("self-speculative", 3, 2),
         ("self-speculative", 3, 3),
-        ("auto", None, 12),
+        ("auto", None, MAX_ADAPTIVE_DRAFT_TOKENS),
     ]
     for row in rows:
         assert not [name for name in CONTRACT if name not in row]
@@ -128,7 +129,7 @@ def test_flags_reach_the_rows(run, prompts):
     assert [[row[name] for name in names] for row in json.loads(out)["rows"][1:]] == [
         ["both", None, False, 2, None],
         ["both", 20, False, 2, None],
-        ["both", None, True, 12, None],
+        ["both", None, True, MAX_ADAPTIVE_DRAFT_TOKENS, None],
         ["n-gram", None, False, 5, "without adaptive"],  # auto has n-grams alone here
     ]
 
@@ -263,6 +264,8 @@ def test_peers_stand_beside_our_rows(run, prompts, monkeypatch):
         ("llama.cpp", "plain"),
         ("llama.cpp", "prompt-lookup"),
         ("llama.cpp", "prompt-lookup"),
+        ("llama.cpp", "ngram-mod"),
+        ("llama.cpp", "ngram-map-k"),
     ]
     for row in rows[2:6]:
         assert "error" not in row

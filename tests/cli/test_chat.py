@@ -1,5 +1,6 @@
 """`layerskip chat`: history, commands, and Ctrl-C."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -10,6 +11,7 @@ import pytest
 from layerskip import LayerSkipModel
 from layerskip.cli import chat
 from layerskip.decoding import PrefixCache
+from layerskip.model.checkpoint import PromptForm
 
 
 @pytest.fixture
@@ -153,3 +155,16 @@ def test_a_model_that_cannot_chat_says_so_at_once(talk, monkeypatch):
     status, out, err = talk(["ab"])
     assert (status, out) == (1, "")
     assert err.endswith("has no chat template and cannot chat; use layerskip generate\n")
+
+
+def test_a_checkpoint_for_other_prompts_says_so(talk, monkeypatch):
+    form = PromptForm(text="a command, ending in a line break", example="Wake me\n", ending="\n")
+    load = chat.config_flags.load_model
+
+    def load_trained(config):
+        model = load(config)
+        return model.with_settings(dataclasses.replace(model.settings, prompt_form=form))
+
+    monkeypatch.setattr(chat.config_flags, "load_model", load_trained)
+    _, _, err = talk(["ab"])
+    assert "a command, ending in a line break, and not to talk; take --model smollm2-135m" in err

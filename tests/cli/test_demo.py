@@ -1,19 +1,31 @@
-"""`layerskip demo`: three tasks, plain and auto side by side."""
+"""`layerskip demo`: three scenes, plain and auto side by side."""
 
-import importlib.util
+import dataclasses
 import io
 import json
-import shutil
+import re
+import xml.etree.ElementTree as ElementTree
 
 import pytest
 from rich.console import Console
 
 from layerskip import LayerSkipModel
-from layerskip.cli import demo as demo_tasks
-from layerskip.cli import demo_view
-from layerskip.cli.demo import TASKS
+from layerskip.bench.systems import settings_of
+from layerskip.cli import demo, demo_view
+from layerskip.cli.demo import SCENES
+from layerskip.cli.demo_svg import Panel, animation
+from layerskip.cli.demo_view import Column, Frame, Record
+from layerskip.cli.output import escape_control_chars
 
 SHORT = ("--max-new-tokens", 8)
+
+
+@pytest.fixture(autouse=True)
+def short_edit(monkeypatch):
+    """The text to edit is longer than the tiny model's context."""
+    commands, edit, question = SCENES
+    edit = dataclasses.replace(edit, template="{text}")
+    monkeypatch.setattr(demo, "SCENES", (commands, edit, question))
 
 
 @pytest.fixture(scope="module")
@@ -21,44 +33,19 @@ def model(folder):
     return LayerSkipModel.from_pretrained(folder, dtype="float32", compile=False)
 
 
-@pytest.fixture(scope="module")
-def trained_folder(folder, tmp_path_factory):
-    """The same weights with an exit layer in the settings."""
-    path = tmp_path_factory.mktemp("demo") / "trained"
-    shutil.copytree(folder, path)
-    settings = {"eos_token_id": 2, "assistant_early_exit": 1, "num_assistant_tokens": 2}
-    (path / "generation_config.json").write_text(json.dumps(settings))
-    return path
-
-
-def words(text):
-    return " ".join(text.split())
-
-
-def test_lines_a_table_bars_and_words(run):
+def test_lines_a_table_and_notes_without_a_terminal(run):
     status, out, err = run("demo", "--no-compile", *SHORT)
     assert (status, err) == (0, "")
     assert "\x1b" not in out  # no terminal, no live display
-    for task in TASKS:
-        for i, text in enumerate(task.texts, 1):
-            assert f"{task.name}, {i} of {len(task.texts)}" in out
+    for scene in SCENES:
+        assert scene.title in out
+        assert re.search(rf"{scene.name}: .*{scene.note}", out)
+        for i, text in enumerate(scene.texts, 1):
+            assert f"{scene.name}, {i} of {len(scene.texts)}" in out
             assert text in out
-    assert out.count("[plain") == out.count("[auto") == sum(len(task.texts) for task in TASKS)
+    assert out.count("[plain") == out.count("[auto") == sum(len(s.texts) for s in SCENES)
     assert "4 of 4" in out  # identical to plain
-    assert "12 of 12" in out  # in total
-    assert "█" in out
-    assert "not trained with layer dropout" in words(out)
-    assert "n-grams alone" in words(out)
-    assert "layerskip tune" in out
-    assert "layerskip train" in out
-
-
-def test_a_trained_checkpoint_says_where_it_exits(trained_folder, run):
-    status, out, _ = run("demo", "--model", trained_folder, "--no-compile", *SHORT)
-    assert status == 0
-    out = words(out)
-    assert "early exit after 1 of 4 layers" in out
-    assert "not trained" not in out
+    assert "layerskip bench" in out
 
 
 def test_one_document_with_the_rows_of_bench(run, folder, tmp_path):
@@ -67,39 +54,15 @@ def test_one_document_with_the_rows_of_bench(run, folder, tmp_path):
     assert status == 0
     document = json.loads(out)
     assert document == json.loads(output.read_text())
-    assert list(document) == ["environment", "model", "tasks", "total", "elapsed_s"]
+    assert list(document) == ["environment", "scenes", "elapsed_s"]
     assert document["elapsed_s"] > 0
-    assert document["model"] == str(folder)
-    assert [(t["task"], t["samples"]) for t in document["tasks"]] == [
-        (task.name, len(task.texts)) for task in TASKS
+    assert [(s["task"], s["samples"], s["model"]) for s in document["scenes"]] == [
+        (scene.name, len(scene.texts), str(folder)) for scene in SCENES
     ]
-    for rows in (*(group["rows"] for group in document["tasks"]), document["total"]):
-        assert [(r["mode"], r["draft_from"]) for r in rows] == [("plain", None), ("auto", "n-gram")]
-        assert [r["identical_to_plain"] for r in rows] == [1.0, 1.0]  # float32: to the token
-        assert rows[0]["speedup"] == 1.0
-        assert rows[1]["tokens_per_s"] > 0
-    for i, row in enumerate(document["total"]):
-        of_tasks = [group["rows"][i] for group in document["tasks"]]
-        assert row["new_tokens"] == sum(r["new_tokens"] for r in of_tasks)
-        assert row["drafted"] == sum(r["drafted"] for r in of_tasks)
-
-
-def test_picture(run, tmp_path):
-    file = tmp_path / "demo.png"
-    status, out, _ = run("demo", "--no-compile", "--picture", file, *SHORT)
-    assert status == 0
-    assert f"Drawn: {file}" in out
-    assert file.read_bytes().startswith(b"\x89PNG")
-
-
-def test_picture_without_matplotlib_is_refused_at_once(run, tmp_path, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
-    )
-    status, out, err = run("demo", "--picture", tmp_path / "demo.png")
-    assert (status, out) == (1, "")
-    assert err == ("layerskip: --picture needs matplotlib; run: pip install 'layerskip[plot]'\n")
+    for scene in document["scenes"]:
+        assert [row["mode"] for row in scene["rows"]] == ["plain", "auto"]
+        assert [row["identical_to_plain"] for row in scene["rows"]] == [1.0, 1.0]  # float32
+        assert scene["rows"][0]["speedup"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -107,7 +70,8 @@ def test_picture_without_matplotlib_is_refused_at_once(run, tmp_path, monkeypatc
     [
         (("--minutes", 1), "--minutes and --folder belong to --train"),
         (("--folder", "x"), "--minutes and --folder belong to --train"),
-        (("--picture", "no/such/folder.png"), "the folder of --picture"),
+        (("--picture", "no/such/folder.svg"), "the folder of --picture"),
+        (("--train", "--picture", "demo.svg"), "--picture shows the scenes"),
         (("--max-new-tokens", 1), "1 is not in the range"),
         (("--train", "--minutes", 0), "0.0 is not in the range"),
     ],
@@ -118,25 +82,82 @@ def test_bad_flags_are_one_line(run, flags, message):
     assert message in err
 
 
-# --- what is asked
+def test_chat_scenes_ask_in_a_conversation():
+    commands, edit, question = SCENES
+    assert commands.prompt("Wake me") == "Wake me\n"
+    (message,) = edit.prompt("Replace a by b.")
+    assert message["content"].startswith("Replace a by b.")
+    assert message["content"].endswith(edit.prediction)
+    assert question.prompt("Why?") == [{"role": "user", "content": "Why?"}]
 
 
-def test_only_without_trained_exits_the_model_is_asked_in_a_chat(model, trained_folder):
-    trained = LayerSkipModel.from_pretrained(trained_folder, dtype="float32", compile=False)
-    parse, summarize, code = TASKS
-    for task in TASKS:
-        text = task.texts[0]
-        assert task.prompt(text, trained) == task.template.format(text=text)
-    assert parse.prompt("Wake me", model) == "Wake me\n"
-    for task in (summarize, code):
-        (message,) = task.prompt(task.texts[0], model)
-        assert message["role"] == "user"
-        assert task.texts[0] in message["content"]
+# --- the picture
 
 
-def test_without_a_chat_template_the_template_is_asked(model, monkeypatch):
-    monkeypatch.setattr(model.tokenizer, "chat_template", None)
-    assert demo_tasks.TASKS[2].prompt("def f():", model) == "def f():"
+def test_picture_is_drawn_from_the_run(run, tmp_path):
+    file = tmp_path / "demo.svg"
+    status, out, _ = run("demo", "--no-compile", "--picture", file, *SHORT)
+    assert status == 0
+    assert f"Drawn: {file}" in out
+    picture = ElementTree.parse(file).getroot()
+    assert picture.tag.endswith("svg")
+    for scene in SCENES:
+        assert scene.title in file.read_text()
+
+
+def svg(*columns, title="Title"):
+    record = Record("prompt", tuple(columns))
+    return ElementTree.fromstring(animation([Panel(title, record), Panel("B", record)]))
+
+
+def texts(root):
+    return [e for e in root.iter() if e.tag.endswith("text")]
+
+
+PLAIN = Column(
+    "plain", [Frame(1.0, "one <two> ", "model"), Frame(2.0, "three", "model")], 1.0, True
+)
+AUTO = Column("auto", [Frame(1.0, "one ", "model"), Frame(1.0, "<two> three", "n-gram")], 2.0, True)
+
+
+def test_pieces_appear_at_their_times_in_proportion():
+    root = svg(PLAIN, AUTO)
+    groups = [
+        g
+        for g in root.iter()
+        if g.tag.endswith("}g") and any("three" in (t.text or "") for t in texts(g))
+    ]
+    starts = []
+    for group in groups[1:3]:  # groups[0] is the whole first prompt
+        times = group[0].get("keyTimes").split(";")
+        starts.append(float(times[1]) * float(group[0].get("dur").rstrip("s")))
+    assert starts == pytest.approx([6.0, 3.0], abs=0.01)  # the slower answer fills the time
+
+
+def test_colours_are_those_of_origins_and_every_letter_is_there():
+    root = svg(PLAIN, AUTO)
+    drafted = [t.text for t in texts(root) if t.get("class") == "lookup"]
+    assert drafted == ["<two> three"] * 2
+    own = [t.text for t in texts(root) if t.get("textLength") and t.get("class") is None]
+    assert own == ["one <two> ", "three", "one "] * 2
+
+
+def test_long_answers_are_wrapped_within_the_card():
+    text = "a word or two " * 30 + "\n\n" + "x" * 130
+    column = Column("plain", [Frame(0.1 * i, c, "model") for i, c in enumerate(text)], 1.0, True)
+    root = svg(column, column)
+    width, height = (float(v) for v in root.get("viewBox").split()[2:])
+    for element in texts(root):
+        length = float(element.get("textLength") or 0)
+        assert float(element.get("x")) + length <= width
+        assert float(element.get("y")) <= height
+
+
+def test_the_picture_has_no_script_and_both_colour_schemes():
+    text = animation([Panel("Title", Record("p", (PLAIN, AUTO)))])
+    assert "<script" not in text
+    assert "prefers-color-scheme: dark" in text
+    assert text.count('repeatCount="indefinite"') > 2
 
 
 # --- the live display
@@ -155,11 +176,16 @@ def terminal(screen):
     )
 
 
+def compare(model, prompts, console, n=8):
+    settings = settings_of(model, modes=demo_view.MODES)
+    return demo_view.compare(
+        model, "letters", prompts, prompts, settings, max_new_tokens=n, console=console
+    )
+
+
 def test_live_columns_fill_and_both_answers_stay(model, terminal, screen, monkeypatch):
     monkeypatch.setattr(demo_view, "REFRESH_S", -1.0)  # every token is drawn
-    entries = demo_view.compare(
-        model, "letters", ["abc", "xyz"], ["abc", "xyz"], max_new_tokens=40, console=terminal
-    )
+    entries, records = compare(model, ["abc", "xyz"], terminal, 40)
     shown = screen.getvalue()
     assert [entry.setting.mode for entry in entries] == ["plain", "auto"]
     assert [len(entry.runs) for entry in entries] == [2, 2]  # the warm-up is no run
@@ -172,16 +198,40 @@ def test_live_columns_fill_and_both_answers_stay(model, terminal, screen, monkey
     tokens = sum(len(runs[0].token_ids) for entry in entries for runs in entry.runs)
     assert shown.count(" auto ") >= tokens > 8  # both columns are drawn for each
     assert last.count("tokens/s") > 2
+    assert [record.prompt for record in records] == ["abc", "xyz"]
+
+
+def test_a_record_has_the_time_of_every_piece(model):
+    console = Console(file=io.StringIO())
+    entries, (record,) = compare(model, ["abc"], console, 30)
+    for entry, column in zip(entries, record.columns, strict=True):
+        run = entry.runs[0][0]
+        text = escape_control_chars(run.text.lstrip("\n"))
+        assert "".join(f.text for f in column.frames) == text
+        times = [frame.at_s for frame in column.frames]
+        assert times == sorted(times)
+        assert times[-1] == pytest.approx(run.ttft_s + run.decode_s)
+        drafted = sum(frame.source != "model" for frame in column.frames)
+        assert drafted == sum(step.accepted for step in run.steps)
+
+
+def test_prompts_beyond_those_shown_are_measured_all_the_same(model):
+    screen = io.StringIO()
+    settings = settings_of(model, modes=demo_view.MODES)
+    entries, records = demo_view.compare(
+        model, "a", ["a"], ["a", "b", "c"], settings, max_new_tokens=4, console=Console(file=screen)
+    )
+    assert ([len(e.runs) for e in entries], len(records)) == ([3, 3], 1)
+    assert screen.getvalue().count("[plain") == 1
 
 
 def test_an_interruption_gives_the_cursor_back(model, terminal, screen, monkeypatch):
-
     def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo_view.SideBySide, "_draw", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        demo_view.compare(model, "a", ["abc"], ["abc"], max_new_tokens=8, console=terminal)
+        compare(model, ["abc"], terminal)
     assert screen.getvalue().rstrip().endswith("\x1b[?25h")
 
 
@@ -194,18 +244,16 @@ def test_who_begins_changes_from_prompt_to_prompt(model, monkeypatch):
         watch(self, setting, answer)
 
     monkeypatch.setattr(demo_view.SideBySide, "watch", note)
-    console = Console(file=io.StringIO())
-    demo_view.compare(model, "a", "ab", ["a", "b"], max_new_tokens=4, console=console)
+    compare(model, ["a", "b"], Console(file=io.StringIO()), 4)
     assert begun == ["plain", "auto", "plain", "auto", "auto", "plain"]  # the first two warm up
 
 
 @pytest.mark.real
 @pytest.mark.long
 def test_demo_on_the_real_model(program, monkeypatch):
-    monkeypatch.setattr("layerskip.cli.demo.TASKS", TASKS[1:2])
-    flags = ("--max-new-tokens", "6", "--dtype", "float32", "--model", "smollm2-135m", "--json")
+    monkeypatch.setattr("layerskip.cli.demo.SCENES", SCENES[2:])
+    flags = ("--max-new-tokens", "6", "--dtype", "float32", "--json")
     status, out, _ = program("demo", *flags)
     assert status == 0
-    document = json.loads(out)
-    assert [row["mode"] for row in document["total"]] == ["plain", "auto"]
-    assert [row["identical_to_plain"] for row in document["total"]] == [1.0, 1.0]
+    (scene,) = json.loads(out)["scenes"]
+    assert [row["identical_to_plain"] for row in scene["rows"]] == [1.0, 1.0]

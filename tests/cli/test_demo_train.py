@@ -1,38 +1,38 @@
-"""`layerskip demo --train` on a tiny checkpoint and a library of our own."""
+"""`layerskip demo --train` on a tiny checkpoint."""
 
 import importlib.util
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
 from layerskip import LayerSkipModel
 from layerskip.cli import demo_train
-from layerskip.training import python_functions
+from layerskip.cli.demo_progress import TrainBars
+from layerskip.data.extraction import EXAMPLE, FIELDS
+from layerskip.training import Progress
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning",
     "ignore::DeprecationWarning",
     "ignore:warmup_steps is 10",  # runs here have one step
+    "ignore:.* of 20 rows of",  # too long: a byte is a token here
 )
 
 
 @pytest.fixture
 def demo(run, tmp_path, monkeypatch):
     """Run it for one step: (exit status, stdout, stderr)."""
-    library = tmp_path / "library"
-    library.mkdir()
-    for i in range(6):
-        source = f'def f{i}(x):\n    """Add {i}."""\n    y = x + {i}\n    return y\n'
-        (library / f"m{i}.py").write_text(source)
-    monkeypatch.setattr(python_functions, "standard_library", lambda: library)
+    monkeypatch.setattr(demo_train, "ROWS", 20)
     monkeypatch.setattr(demo_train, "HELD_OUT", 2)
+    monkeypatch.setattr(demo_train, "NEW_TOKENS", 6)
     monkeypatch.setattr(demo_train, "LOG_STEPS", 1)
 
     def call(*flags):
         folder = ("--folder", tmp_path / "runs" / "demo")
-        short = ("--minutes", 1e-6, "--max-new-tokens", 6)
-        return run("demo", "--train", "--no-compile", *short, *folder, *flags)
+        return run("demo", "--train", "--no-compile", "--minutes", 1e-6, *folder, *flags)
 
     return call
 
@@ -41,20 +41,18 @@ def test_before_and_after_and_an_ordinary_checkpoint(demo, tmp_path):
     status, out, err = demo()
     assert status == 0, err
     folder = tmp_path / "runs" / "demo"
-    assert "4 functions of this Python's library" in out
-    for word in ("before training, 1 of 2", "after training, 2 of 2", "layers run", "cannot"):
+    for word in ("before training, 1 of 2", "after training, 2 of 2", "exact match", "0 of 2"):
         assert word in out
-    assert "█" in out
+    assert "step 1, 0:00 left: loss" in out
     assert str(folder) in out.replace("\n", "")
-    assert "step 1/" in err
-    assert "accuracy_exit_1" in err
-    assert "learning_rate" not in err
 
     trained = LayerSkipModel.from_pretrained(folder, dtype="float32", compile=False)
-    assert trained.settings.exit_layer == 2  # the exit with a loss at every step
+    assert trained.settings.exit_layer == 1
+    assert trained.settings.prompt_form.example == EXAMPLE
     assert not list(folder.glob("checkpoint-*"))
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    assert (len(rows), set(rows[0])) == (4, {"prompt", "completion"})
+    for name, n in {"rows.jsonl": 20, "held-out.jsonl": 2}.items():
+        rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        assert (len(rows), set(rows[0])) == (n, {"prompt", "completion"})
     assert json.loads((folder / "train.json").read_text())["max_minutes"] == 1e-6
 
 
@@ -64,16 +62,15 @@ def test_json_is_all_there_is_on_stdout(demo, folder, tmp_path):
     document = json.loads(out)
     assert (document["model"], document["steps"]) == (str(folder), 1)
     assert document["folder"] == str(tmp_path / "runs" / "demo")
-    assert [e["exit_layer"] for e in document["exits"]] == [1, 2]
-    for e in document["exits"]:
-        assert 0 <= e["agreement_before"] <= 1
-        assert 0 <= e["agreement_after"] <= 1
     before, after = document["tasks"]
     assert (before["task"], after["task"]) == ("before training", "after training")
     assert (before["samples"], after["samples"]) == (2, 2)
+    for task in (before, after):
+        assert (task["valid"], task["exact"], task["exit_layer"]) == (0, 0, 1)
+        assert 0 <= task["agreement"] <= 1
     assert [row["draft_from"] for row in before["rows"]] == [None, "n-gram"]
-    assert [row["draft_from"] for row in after["rows"]] == [None, "both"]
-    assert [row["identical_to_plain"] for row in after["rows"]] == [1.0, 1.0]
+    assert [row["draft_from"] for row in after["rows"]] == [None, "both", "early-exit"]
+    assert [row["identical_to_plain"] for row in after["rows"]] == [1.0, 1.0, 1.0]
 
 
 def test_a_folder_in_use_is_left_alone(demo, tmp_path):
@@ -110,7 +107,7 @@ def test_a_result_stays_whatever_happens_behind_it(demo, tmp_path, monkeypatch):
 
 
 def test_a_gguf_file_is_refused_first(demo, tmp_path, monkeypatch):
-    monkeypatch.delattr(demo_train, "_evaluate")
+    monkeypatch.delattr(demo_train, "evaluate")
     status, out, err = demo("--model", tmp_path / "m.gguf")
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert "GGUF files cannot be trained" in err
@@ -119,7 +116,7 @@ def test_a_gguf_file_is_refused_first(demo, tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_said_first(demo, tmp_path, monkeypatch):
     (tmp_path / "runs").write_text("a file")
-    monkeypatch.delattr(demo_train, "_evaluate")
+    monkeypatch.delattr(demo_train, "evaluate")
     status, out, err = demo()
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert str(tmp_path / "runs" / "demo") in err
@@ -138,7 +135,7 @@ def test_what_is_missing_is_said_before_anything_else(demo, tmp_path, monkeypatc
 
 
 def test_several_gpus_are_refused_first(demo, tmp_path, monkeypatch):
-    monkeypatch.delattr(demo_train, "_evaluate")
+    monkeypatch.delattr(demo_train, "evaluate")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     status, out, err = demo("--device", "cuda:1")
     assert (status, out, err.count("\n")) == (1, "", 1)
@@ -146,9 +143,43 @@ def test_several_gpus_are_refused_first(demo, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-def test_exits_are_few_and_of_the_lower_half():
-    assert demo_train.exits_of(30) == [3, 7, 11, 15]
-    assert demo_train.exits_of(4) == [1, 2]
-    assert demo_train.exits_of(2) == [1]
+def test_the_exit_is_after_an_eighth_of_the_layers():
+    assert [demo_train.exit_of(n) for n in (30, 16, 4, 2)] == [4, 2, 1, 1]
     with pytest.raises(ValueError, match="single layer"):
-        demo_train.exits_of(1)
+        demo_train.exit_of(1)
+
+
+def test_valid_is_one_object_with_all_fields():
+    right = json.dumps(dict.fromkeys(FIELDS))
+    assert demo_train.is_valid(right)
+    assert not demo_train.is_valid(json.dumps({"kind": "order"}))
+    assert not demo_train.is_valid(f"{right} and more")
+    assert not demo_train.is_valid("[" * 100_000)
+
+
+# --- progress
+
+
+LOGS = {"loss": 0.5, "accuracy_exit_4": 0.25, "accuracy_exit_30": 0.75, "learning_rate": 1e-4}
+
+
+def test_bars_on_a_terminal_have_time_left_loss_and_every_exit():
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, _environ={"TERM": "xterm"})
+    with TrainBars(console, 10.0) as bars:
+        assert "loading" in render(bars)
+        bars(Progress(0, 100, {}))
+        bars(Progress(3, 100, LOGS))
+        shown = render(bars)
+    lines = [line.strip() for line in shown.splitlines()]
+    assert [line.split("  ")[0] for line in lines] == ["training", "loss", "exit 4", "exit 30"]
+    assert "step 3, 10:00 left" in shown
+    assert shown.count("█") == 40 + 10 + 30  # the first loss, and both accuracies of 40
+    assert "learning_rate" not in shown
+    assert screen.getvalue().endswith("\x1b[?25h")
+
+
+def render(bars):
+    screen = io.StringIO()
+    Console(file=screen, width=100).print(bars)
+    return screen.getvalue()

@@ -19,6 +19,7 @@ from layerskip.cli import config_flags, output
 from layerskip.data.readers import prompt_of
 from layerskip.decoding import Answer, Piece
 from layerskip.model import native
+from layerskip.model.checkpoint import SettingsWarning
 from layerskip.model.native import build
 
 SPECULATIVE = ("--mode", "self-speculative", "--exit-layer", 3, "--draft-tokens", 2)
@@ -639,3 +640,34 @@ def test_standard_input_that_is_no_text_is_named(run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
     status, _, err = run("generate")
     assert (status, "standard input is no text in utf-8" in err) == (1, True)
+
+
+@pytest.fixture
+def one_form(folder, tmp_path):
+    """The checkpoint, trained for prompts that end in a line break."""
+    path = tmp_path / "one-form"
+    shutil.copytree(folder, path)
+    form = {"text": "a command, ending in a line break", "example": "Wake me\n", "ending": "\n"}
+    settings = {"eos_token_id": 2, "layerskip": {"prompt_form": form}}
+    (path / "generation_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def test_a_prompt_of_another_form_is_warned_of_once(program, one_form, tmp_path):
+    flags = ("--model", one_form, "--dtype", "float32", "--max-new-tokens", 2)
+    _, _, err = program("generate", *flags, "--prompt", "abc\n")
+    assert "trained" not in err
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("abc\ndef\n")
+    _, _, err = program("generate", *flags, "--prompts", prompts)
+    assert err.count("trained for prompts of one form, a command, ending in a line break") == 1
+    assert r"--prompt $'Wake me\n'" in err
+
+
+@pytest.mark.parametrize("form", ["a command", {"text": 1, "example": "a"}, {"name": "a"}])
+def test_a_form_that_cannot_be_read_is_left_out(one_form, form):
+    settings = {"layerskip": {"prompt_form": form}}
+    (one_form / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.warns(SettingsWarning, match="needs the texts `text`, `example` and `ending`"):
+        model = LayerSkipModel.from_pretrained(one_form, dtype="float32")
+    assert model.settings.prompt_form is None

@@ -86,6 +86,7 @@ class ScriptedDecoder:
         return both
 
     greedy_tokens = Decoder.greedy_tokens
+    greedy_choice = Decoder.greedy_choice
     greedy_step = Decoder.greedy_step
 
     def _next(self, position, n_layers):

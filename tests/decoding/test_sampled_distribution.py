@@ -5,7 +5,6 @@ the probability of every continuation, which is computed by full passes.
 """
 
 import dataclasses
-import importlib
 import itertools
 
 import pytest
@@ -14,12 +13,10 @@ from mixed_drafts import mix_drafts
 from scipy import stats
 from tiny_decoders import PLAIN, batch_ids, ids, speculative, steps, tiny_decoder
 
-from layerskip.decoding import Sampling, reference
+from layerskip.decoding import Sampling, batch, reference
 from layerskip.decoding.accept import accept_sampled
 from layerskip.decoding.drafters import Candidate, EarlyExit
 from layerskip.model import StepCosts
-
-loop = importlib.import_module("layerskip.decoding.generate")  # a function has that name too
 
 VOCABULARY = 5
 PROMPT = [2, 0, 1, 2, 0]  # the n-gram 2, 0 was followed by 1
@@ -163,22 +160,22 @@ def test_the_reference_has_the_model_s_distribution(decoder):
     assert p_value(counts, probabilities(decoder, sampling)) > MIN_P_VALUE
 
 
-def count_rows(decoder, config, others=()):
+def count_rows(decoder, config, others=(), n=SAMPLES):
     """Return the number of times that rows of batches have each continuation.
 
     Args:
         decoder: the model.
         config: of the rows that are counted.
         others: configs of as many further rows in each batch.
+        n: number of rows that are counted.
     """
-    rows, options = [], {"max_new_tokens": N_TOKENS, **SAMPLING}
-    for first in range(0, SAMPLES, 20):
-        configs = [
-            dataclasses.replace(config, seed=seed, **options) for seed in range(first, first + 20)
-        ]
-        prompts = [PROMPT] * 20 + [[1, 2, 0, 2, 1, 2]] * len(others)
-        drawn = batch_ids(decoder, prompts, [*configs, *others], N_TOKENS, measured=COSTS)
-        rows += drawn[:20]
+    rows, together = [], 30
+    config = dataclasses.replace(config, max_new_tokens=N_TOKENS, **SAMPLING)
+    for first in range(0, n, together):
+        configs = [dataclasses.replace(config, seed=first + i) for i in range(together)]
+        prompts = [PROMPT] * together + [[1, 2, 0, 2, 1, 2]] * len(others)
+        answers = batch_ids(decoder, prompts, [*configs, *others], N_TOKENS, measured=COSTS)
+        rows += answers[:together]
     return counts_of(rows)
 
 
@@ -234,8 +231,8 @@ def with_another_temperature(draft, q, p, generator):
 
 @pytest.mark.parametrize("wrong", [without_residual, accept_all, with_another_temperature])
 def test_a_wrong_acceptance_rule_is_detected(decoder, expected, wrong, monkeypatch):
-    monkeypatch.setattr(loop, "accept_sampled", wrong)
-    assert p_value(count_rows(decoder, FIXED), expected) < MIN_P_VALUE / 1000
+    monkeypatch.setattr(batch, "accept_sampled", wrong)
+    assert p_value(count_rows(decoder, FIXED, n=1000), expected) < MIN_P_VALUE / 1000
 
 
 @pytest.mark.long

@@ -104,3 +104,18 @@ def test_repository_is_fetched_over_a_connection_that_breaks(repository, unusabl
         assert again == fetched
         assert "offline" in other.lower()
         assert len(hub.requests) == before
+
+
+FETCH_ADAPTER = FETCH.replace("resolve", "resolve_adapter")
+
+
+def test_an_exit_adapter_is_fetched_alone(tmp_path, monkeypatch):
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    for name in ("exit_adapter.safetensors", "README.md", "model.safetensors"):
+        (repository / name).write_text(name)
+    monkeypatch.setitem(globals(), "FETCH", FETCH_ADAPTER)
+    with HubServer({"some/adapter": repository}) as hub:
+        folder, refused = fetch(hub, tmp_path, "some/adapter", "nowhere")
+    assert [file.name for file in Path(folder).iterdir()] == ["exit_adapter.safetensors"]
+    assert refused.startswith("refused: there is no exit adapter nowhere")

@@ -6,9 +6,9 @@ import pytest
 from safetensors import safe_open
 
 from layerskip import LayerSkipModel, pull
-from layerskip.cli.demo import TASKS
+from layerskip.cli.demo import SCENES
 from layerskip.fileio import sha256_of
-from layerskip.model.hub import BUILTIN_MODELS, DEFAULT_MODEL, DIFFERENCES, DerivedModel
+from layerskip.model.hub import BUILTIN_MODELS, DIFFERENCES, TRAINED_MODEL, DerivedModel
 
 DERIVED = {name: m for name, m in BUILTIN_MODELS.items() if isinstance(m, DerivedModel)}
 MOST_BYTES = 40_000_000
@@ -33,17 +33,17 @@ def test_weight_delta_names_its_base_and_has_a_card(name):
 
 
 @pytest.mark.real
-def test_default_model_drafts_well_and_answers_like_plain_decoding():
-    assert DEFAULT_MODEL in DERIVED
-    model = LayerSkipModel.from_pretrained(pull(DEFAULT_MODEL), dtype="bfloat16")
+def test_trained_model_drafts_well_and_answers_like_plain_decoding():
+    assert TRAINED_MODEL in DERIVED
+    model = LayerSkipModel.from_pretrained(pull(TRAINED_MODEL), dtype="bfloat16")
     assert model.settings.draft_vocabulary
-    parse = TASKS[0]
+    commands = SCENES[0]
     drafted = accepted = 0
-    for text in parse.texts[:2]:
-        prompt = parse.prompt(text, model)
-        plain = model.generate(prompt, mode="plain", max_new_tokens=parse.max_new_tokens)
+    for text in commands.texts[:2]:
+        prompt = commands.prompt(text)
+        plain = model.generate(prompt, mode="plain", max_new_tokens=commands.max_new_tokens)
         answer = model.generate(
-            prompt, mode="self-speculative", max_new_tokens=parse.max_new_tokens
+            prompt, mode="self-speculative", max_new_tokens=commands.max_new_tokens
         )
         assert answer.token_ids == plain.token_ids
         assert plain.text.startswith("[IN:")

@@ -76,7 +76,7 @@ def started():
 
 @pytest.fixture
 def model():
-    return model_of(tiny_decoder("llama3.1"), measured=FREE)
+    return model_of(tiny_decoder("llama3.1"), costs=(FREE,))
 
 
 @pytest.fixture

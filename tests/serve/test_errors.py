@@ -19,6 +19,7 @@ from layerskip.serve.protocol import NEUTRAL_VALUES
         ({"temperature": "1"}, "temperature"),
         ({"temperature": 3}, "temperature"),
         ({"top_p": 0}, "top_p"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty"),
         ({"n": 17}, "n"),
         ({"max_tokens": 1 << 20}, "max_tokens"),
         ({"stop": ["x"] * 17}, "stop"),
@@ -80,15 +81,19 @@ def test_values_that_ask_for_nothing_are_taken(client, server):
         b"[1]",
         b"\xff\xfe",
         b'{"messages": ' + b"[" * 100_000,
+        b'{"' + b"x" * 100_000 + b'": 1}',
         b'{"seed": ' + b"1" * 6_000 + b"}",
         b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"\\ud800": 1, "messages": [{"role": "user", "content": "x"}]}',
+        b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}',
         b'{"temperature": NaN, "messages": [{"role": "user", "content": "x"}]}',
     ],
     ids=lambda content: str(content[:20]),
 )
 def test_malformed_body_is_refused(client, content):
     response = client.post(CHAT, content=content, headers={"Content-Type": "application/json"})
-    error_of(response, 400)
+    error_of(response, 404 if b"model" in content else 400)
+    assert len(response.content) < 2_000
 
 
 def test_body_of_another_type_is_refused(client, server):

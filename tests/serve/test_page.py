@@ -108,6 +108,18 @@ def test_reload_keeps_the_conversation_and_settings(browser, server):
     assert not browser.ask("document.getElementById('welcome').hidden")
 
 
+def test_new_chat_ends_the_answer_and_leaves_nothing(browser, server):
+    server.engine.resumed.clear()
+    try:
+        ask(browser, "Hello")
+        browser.ask("document.getElementById('new').click()")
+        browser.wait_for(IDLE)
+    finally:
+        server.engine.resumed.set()
+    assert browser.ask("messages.length") == 0
+    assert browser.ask("document.querySelectorAll('#messages li').length") == 0
+
+
 def test_keys_reach_every_control(browser):
     reached = []
     for _ in range(20):

@@ -91,7 +91,9 @@ def test_slow_headers_of_a_second_request_close_the_connection(start):
     request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with connection_to(start(header_timeout=0.1)) as connection:
         connection.sendall(request)
-        assert connection.recv(1_000).startswith(b"HTTP/1.1 200 ")
+        answer = b""
+        while not answer.endswith(b'"ready"}'):
+            answer += connection.recv(1_000)
         connection.sendall(request[:20])
         assert connection.recv(1_000) == b""
 

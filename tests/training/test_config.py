@@ -84,6 +84,8 @@ def test_bad_values():
         ({"lora_alpha": 3}, "needs lora_rank"),
         ({"p_max": 2}, "p_max is 2"),
         ({"batch_size": True}, "batch_size is True, not a value of int"),
+        ({"prompt_form": "a command"}, "prompt_form and prompt_example need each other"),
+        ({"prompt_form": "a\nb", "prompt_example": "x"}, "one line of text"),
         ({"data": ["a", "b"]}, r"data is \['a', 'b'\], not a value of str"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,5 +1,6 @@
 """Whole runs of `train` on a tiny model."""
 
+import dataclasses
 import json
 import operator
 import os
@@ -23,6 +24,7 @@ from layerskip.training import LayerSkipTrainer, TrainConfig, train
 from layerskip.training.callbacks import read_log
 from layerskip.training.checkpointing import last_checkpoint
 from layerskip.training.data import LeftOutWarning
+from layerskip.training.run import prompt_form
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -89,6 +91,41 @@ def test_training_learns(settings):
     for exit_layer in (2, 4):
         name = f"loss_exit_{exit_layer}"
         assert losses[-1][name] < 0.85 * losses[0][name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, None),
+        (
+            {"prompt": "{prompt}\n"},
+            {"text": "ending in a line break", "example": "{prompt}\n", "ending": "\n"},
+        ),
+        (
+            {"prompt_form": "a sum", "prompt_example": "1 plus 1 is\n"},
+            {"text": "a sum", "example": "1 plus 1 is\n", "ending": "\n"},
+        ),
+        (
+            {"prompt": "{prompt} is", "prompt_form": "a sum", "prompt_example": "1 plus 1 is"},
+            {"text": "a sum", "example": "1 plus 1 is", "ending": " is"},
+        ),
+    ],
+)
+def test_the_form_of_the_prompts_is_that_of_the_settings_or_the_template(
+    settings, changes, expected
+):
+    form = prompt_form(TrainConfig.from_mapping({**settings, **changes}))
+    assert (form and dataclasses.asdict(form)) == expected
+
+
+def test_the_result_has_the_form_of_its_prompts(settings, tmp_path):
+    rows = [{"prompt": f"{i} plus 1 is", "completion": f"{i + 1}"} for i in range(9)]
+    data = tmp_path / "sums.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run(settings, data=str(data), prompt="{prompt}\n", max_steps=1)
+    form = LayerSkipModel.from_pretrained(result.output, dtype="float32").settings.prompt_form
+    assert (form.text, form.fits("3 plus 1 is\n")) == ("ending in a line break", True)
+    assert not form.fits("3 plus 1 is")
 
 
 def test_repeated_labels_are_kept_on_request(settings, tmp_path):

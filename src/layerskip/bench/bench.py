@@ -133,11 +133,13 @@ def bench(
     """
     new_tokens = config.max_new_tokens or task.max_new_tokens
     stop = () if config.ignore_eos else task.stop
-    settings = settings_of(model, config, stop=stop)
-    layerskip = LayerSkipSystem(model, settings)
     n_samples = len(task.samples)
     task, prompts = _fitting(model, task, new_tokens)
     n_skipped = n_samples - len(prompts)
+    predictions = _predictions(task, prompts)
+    with_predictions = len(predictions) == len({*map(tuple, prompts)})
+    settings = settings_of(model, config, stop=stop, with_predictions=with_predictions)
+    layerskip = LayerSkipSystem(model, settings, predictions=predictions)
     gguf_weights = config.gguf_weights or _gguf_weights(model)
     with start_baselines(
         model,
@@ -156,10 +158,11 @@ def bench(
     answered = max(len(entry.runs) for entry in entries)
     prompts = prompts[:answered]
     task = dataclasses.replace(task, samples=task.samples[:answered])
-    echoed = _prompts_to_echo(model, task, prompts)
+    may_copy = _may_copy(model, task, prompts)
 
     def rows(scored: bool) -> list[dict[str, Any]]:
-        return list(_rows(entries, task, echoed, bandwidth, scored=scored, progress=progress))
+        texts = prompts, may_copy
+        return list(_rows(entries, task, texts, bandwidth, scored=scored, progress=progress))
 
     try:
         figures = rows(scored=not config.ignore_eos and not interrupted)
@@ -268,17 +271,19 @@ def _token_ids(model: LayerSkipModel, sample: Sample) -> list[int]:
         raise ValueError(f"{sample.id}: {error}") from error
 
 
-def _prompts_to_echo(
-    model: LayerSkipModel, task: Task, prompts: Sequence[list[int]]
-) -> list[list[int]]:
-    """Return the prompts that an answer should not copy; [] where a reference copies it too."""
+def _predictions(task: Task, prompts: Sequence[list[int]]) -> dict[tuple[int, ...], str]:
+    """Return the prediction of each prompt that has one."""
+    pairs = zip(prompts, task.samples, strict=True)
+    return {tuple(ids): sample.prediction for ids, sample in pairs if sample.prediction}
+
+
+def _may_copy(model: LayerSkipModel, task: Task, prompts: Sequence[list[int]]) -> list[bool]:
+    """Return for each prompt whether its answer should copy it, as a reference does."""
     if model.tokenizer is None:
-        return list(prompts)
+        return [False] * len(prompts)
     encode = model.tokenizer.encode
     return [
-        []
-        if any(is_echo(encode(text, add_special_tokens=False), ids) for text in sample.references)
-        else ids
+        any(is_echo(encode(text, add_special_tokens=False), ids) for text in sample.references)
         for sample, ids in zip(task.samples, prompts, strict=True)
     ]
 
@@ -286,7 +291,7 @@ def _prompts_to_echo(
 def _rows(
     entries: Sequence[Entry],
     task: Task,
-    echoed: Sequence[Sequence[int]],
+    prompts: tuple[Sequence[Sequence[int]], Sequence[bool]],
     bandwidth: float,
     *,
     scored: bool,
@@ -303,6 +308,7 @@ def _rows(
             read_bandwidth=bandwidth,
             quality=task.quality if scored else None,
             categories=[sample.category for sample in task.samples],
-            prompts=echoed,
+            prompts=prompts[0],
+            may_copy=prompts[1],
         )
         progress("scoring", number, len(entries))

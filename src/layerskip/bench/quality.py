@@ -166,6 +166,7 @@ class Sample:
         prompt: as for `LayerSkipModel.tokenize`: a text, or a conversation.
         references: right answers.
         category: of the data set, for results by category.
+        prediction: a text that much of the answer is predicted to be, or None.
         fields: the data set's row, for scoring (the tests of HumanEval, ...).
     """
 
@@ -173,6 +174,7 @@ class Sample:
     prompt: Prompt
     references: tuple[str, ...] = ()
     category: str | None = None
+    prediction: str | None = None
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

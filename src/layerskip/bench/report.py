@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerskip.bench.bench import Metric, Row
-from layerskip.bench.rows import name_of
+from layerskip.bench.rows import headline, name_of
 from layerskip.decoding import Sampling
 from layerskip.figures import new_figure, png, write_figures
 from layerskip.fileio import check_within, replace
@@ -38,31 +38,6 @@ def draw(document: dict[str, Any], folder: Path) -> list[Path]:
     return write_figures({k: v for k, v in figures.items() if v is not None}, folder)
 
 
-def draw_by_group(groups: Sequence[dict[str, Any]]) -> bytes:
-    """Draw tokens/s of plain decoding and of another mode, side by side for every group of prompts.
-
-    Args:
-        groups: each with `task`, its name, and two `rows`, plain decoding's first.
-
-    Returns:
-        A PNG.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    figure, axes = _new()
-    for i, color in enumerate((OTHER, OWN)):
-        speeds = [group["rows"][i]["tokens_per_s"] or 0.0 for group in groups]
-        positions = [at + 0.4 * i for at in range(len(groups))]
-        bars = axes.bar(positions, speeds, 0.38, color=color, label=groups[0]["rows"][i]["mode"])
-        axes.bar_label(bars, fmt="{:.0f}", padding=2)
-    axes.set_xticks([at + 0.2 for at in range(len(groups))], [group["task"] for group in groups])
-    axes.margins(y=0.12)
-    axes.set(ylabel="tokens/s", title="Speed on the same prompts")
-    axes.legend(fontsize="small")
-    return png(figure)
-
-
 def _new(height: float = 5.0) -> "tuple[Figure, Axes]":
     figure = new_figure(8, height)
     return figure, figure.add_subplot()
@@ -70,18 +45,20 @@ def _new(height: float = 5.0) -> "tuple[Figure, Axes]":
 
 def _speedup(rows: Sequence[dict[str, Any]]) -> "Figure | None":
     """Draw the speedup of each row over plain decoding of its system, with the 95% interval."""
-    shown = [row for row in rows if row.get("speedup") is not None]
+    shown = [row for row in rows if headline(row)[0] is not None]
     if not shown:
         return None
     figure, axes = _new(1.2 + 0.4 * len(shown))
     several = len({row["system"] for row in shown}) > 1
     for y, row in enumerate(reversed(shown)):
-        axes.barh(y, row["speedup"], color=OWN if row["system"] == "layerskip" else OTHER)
-        low, high = row["speedup_interval"] or [row["speedup"]] * 2
+        speedup, interval = headline(row)
+        assert speedup is not None
+        axes.barh(y, speedup, color=OWN if row["system"] == "layerskip" else OTHER)
+        low, high = interval or [speedup] * 2
         axes.plot([low, high], [y, y], color="black", linewidth=1.5)
         axes.annotate(
-            f"{row['speedup']:.2f}x",
-            (max(high, row["speedup"]), y),
+            f"{speedup:.2f}x",
+            (max(high, speedup), y),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
@@ -195,6 +172,9 @@ _ONLY_IN_REPORTS = frozenset(
         "with prompt",
         "peak memory",
         "bandwidth",
+        "lowest",
+        "copied",
+        "accepted from",
     ]
 )
 
@@ -263,20 +243,24 @@ def table(document: dict[str, Any], *, brief_of: str | None = None) -> list[list
         "ms/token, median": [_number(row["ms_per_token_median"], ".1f") for row in rows],
         "first token": [_number(row["ttft_s"], ".0f", scale=1e3, unit=" ms") for row in rows],
         "speedup (95%)": [
-            _number(row.get("speedup"), ".2f", unit="x") + _interval(row) for row in rows
+            _number(headline(row)[0], ".2f", unit="x") + _interval(row) for row in rows
         ],
         "mean of prompts": [
             _number(row.get("speedup_mean_of_prompts"), ".2f", unit="x") for row in rows
         ],
         "with prompt": [_number(row.get("speedup_with_prompt"), ".2f", unit="x") for row in rows],
+        "lowest": [_number(row.get("speedup_lowest"), ".2f", unit="x") for row in rows],
+        "copied": [_number(row.get("copied") or None, ".0%") for row in rows],
+        "of copies": [_number(row.get("speedup_of_copies"), ".2f", unit="x") for row in rows],
         "looping": [_number(row.get("looping") or None, ".0%") for row in rows],
         "echoing": [_number(row.get("echoing") or None, ".0%") for row in rows],
-        "without these": [
-            _number(row.get("speedup_without_loops"), ".2f", unit="x")
+        "with these": [
+            _number(row.get("speedup"), ".2f", unit="x")
             if row.get("looping") or row.get("echoing")
             else ""
             for row in rows
         ],
+        "accepted from": [_sources(row) for row in rows],
         "vs layerskip": [_number(row.get("vs_layerskip_plain"), ".2f", unit="x") for row in rows],
         "accepted": [_number(row["acceptance_rate"], ".0%") for row in rows],
         "tokens a round": [_number(row["mean_accepted_length"], ".2f") for row in rows],
@@ -405,8 +389,18 @@ def _number(value: float | None, form: str, *, scale: float = 1.0, unit: str = "
     return "" if value is None else format(value * scale, form) + unit
 
 
+def _sources(row: dict[str, Any]) -> str:
+    """Return which sources the accepted tokens came from, where there are several."""
+    counts = row.get("accepted_by_source") or {}
+    if len(counts) < 2:
+        return ""
+    total = sum(counts.values())
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{source} {n / total:.0%}" for source, n in ordered)
+
+
 def _interval(row: dict[str, Any]) -> str:
-    interval = row.get("speedup_interval")
+    interval = headline(row)[1]
     if interval is None or row["mode"] == "plain":  # plain over itself is 1 by definition
         return ""
     return f" ({interval[0]:.2f}-{interval[1]:.2f})"

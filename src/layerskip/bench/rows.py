@@ -25,6 +25,9 @@ _FIGURES = (
     "looping",
     "echoing",
     "speedup_without_loops",
+    "copied",
+    "speedup_of_copies",
+    "speedup_lowest",
 )
 # Options that all rows share, which the document has.
 _SHARED_OPTIONS = (
@@ -47,6 +50,7 @@ def row(
     quality: Callable[[Sequence[str]], dict[str, float]] | None = None,
     categories: Sequence[str | None] = (),
     prompts: Sequence[Sequence[int]] = (),
+    may_copy: Sequence[bool] = (),
 ) -> dict[str, Any]:
     """Return all figures of one entry.
 
@@ -57,7 +61,8 @@ def row(
         read_bandwidth: bytes per second of this machine.
         quality: maps one text a prompt to metrics.
         categories: one a prompt; with more than one distinct name, figures are given for each too.
-        prompts: token ids that an answer should not copy, one list a prompt, [] where it may.
+        prompts: token ids of each prompt.
+        may_copy: for each prompt, whether its answer should copy it.
     """
     config = entry.setting.config
     drafting = config.draft_tokens is not None
@@ -80,7 +85,7 @@ def row(
         "quality": quality([of_prompt[0].text for of_prompt in runs]) if quality else {},
         "peak_memory_bytes": _highest(runs),
         "share_of_bandwidth": _share_of_bandwidth(runs, read_bandwidth),
-        **repetition(runs, plain, prompts),
+        **repetition(runs, plain, prompts, may_copy),
     }
     if layerskip_plain is not None:
         against = comparison(runs, layerskip_plain)
@@ -105,9 +110,9 @@ def name_of(row: dict[str, Any], *, system: bool = False) -> str:
     for letter, field in letters.items():
         if row[field] is not None:
             parts.append(f"{letter}={row[field]}")
-    if (
-        row["draft_from"] not in (None, "early-exit", row["mode"])
-        and row["mode"] != "prompt-lookup"
+    if row["mode"] in ("auto", "self-speculative") and row["draft_from"] not in (
+        None,
+        "early-exit",
     ):
         parts.append(row["draft_from"])
     if row["adaptive"]:
@@ -115,26 +120,46 @@ def name_of(row: dict[str, Any], *, system: bool = False) -> str:
     return " ".join(parts)
 
 
+def headline(row: dict[str, Any]) -> tuple[float | None, list[float] | None]:
+    """Return the speedup to quote of a row, and its interval: that without loops and echoes."""
+    rest = "_without_loops" if row.get("looping") or row.get("echoing") else ""
+    return row.get(f"speedup{rest}"), row.get(f"speedup{rest}_interval")
+
+
 def repetition(
-    runs: Runs, plain: Runs | None, prompts: Sequence[Sequence[int]] = ()
+    runs: Runs,
+    plain: Runs | None,
+    prompts: Sequence[Sequence[int]] = (),
+    may_copy: Sequence[bool] = (),
 ) -> dict[str, Any]:
     """Return the shares of answers that loop or echo their prompt, and the speedup of the others.
 
-    Such answers are easy to draft, and a speedup that rests on them says little about useful ones.
+    Such answers are easy to draft, and a speedup that rests on them says little about useful ones. Where
+    copying is the task, answers are no echoes, and have a speedup of their own.
     """
     answers = [of_prompt[0].token_ids for of_prompt in runs]
-    loops = [is_loop(answer) for answer in answers]
     pairs = zip(answers, prompts or [()] * len(answers), strict=True)
-    echoes = [is_echo(answer, prompt) for answer, prompt in pairs]
+    copied = [copied_share(answer, prompt) for answer, prompt in pairs]
+    loops = [is_loop(answer) for answer in answers]
+    copies = [share > ECHO_SHARE for share in copied]
+    is_task = may_copy or [False] * len(answers)
+    echoes = [copy and not allowed for copy, allowed in zip(copies, is_task, strict=True)]
     kept = [not (loop or echo) for loop, echo in zip(loops, echoes, strict=True)]
-    rest = comparison([], [])
-    if plain:
-        rest = comparison(_part(runs, kept), _part(plain, kept))
+
+    def speedup(chosen: Sequence[bool]) -> dict[str, Any]:
+        return (
+            comparison(_part(runs, chosen), _part(plain, chosen)) if plain else comparison([], [])
+        )
+
+    rest, of_copies = speedup(kept), speedup(copies)
     return {
         "looping": sum(loops) / len(loops),
         "echoing": sum(echoes) / len(echoes),
         "speedup_without_loops": rest["speedup"],
         "speedup_without_loops_interval": rest["speedup_interval"],
+        "copied": statistics.fmean(copied),
+        "speedup_of_copies": of_copies["speedup"],
+        "speedup_of_copies_interval": of_copies["speedup_interval"],
     }
 
 
@@ -145,8 +170,13 @@ def is_loop(answer: Sequence[int]) -> bool:
 
 
 def is_echo(answer: Sequence[int], prompt: Sequence[int]) -> bool:
-    """Return True if n-grams of 8 tokens or more from the prompt cover over 80% of the answer."""
-    return _coverage(answer, set(_ngrams(prompt))) > ECHO_SHARE
+    """Return True if over 80% of the answer are copied from the prompt."""
+    return copied_share(answer, prompt) > ECHO_SHARE
+
+
+def copied_share(answer: Sequence[int], prompt: Sequence[int]) -> float:
+    """Return the share of the answer in n-grams of 8 tokens or more from the prompt."""
+    return _coverage(answer, set(_ngrams(prompt)))
 
 
 def _ngrams(tokens: Sequence[int]) -> list[tuple[int, ...]]:
@@ -203,6 +233,8 @@ def comparison(runs: Runs, plain: Runs) -> dict[str, Any]:
     for name, ratio in (("speedup", of_totals), ("speedup_mean_of_prompts", mean_of_prompts)):
         figures[name] = float(ratio(columns)) if timed.any() else None
         figures[f"{name}_interval"] = bootstrap_interval(columns, ratio)
+    ratios = (columns[0] / columns[1]) / (columns[2] / columns[3])
+    figures["speedup_lowest"] = float(ratios.min()) if timed.any() else None
     # The tokens of plain's answer beyond those of this row's first step, at this row's speed.
     left = np.maximum(_new_tokens(plain) - (_new_tokens(runs) - tokens), 0)
     longer = np.divide(left, tokens, out=np.ones_like(seconds), where=timed)

@@ -130,7 +130,8 @@ class LayerSkipSystem:
 
     Args:
         model: the model.
-        settings: with resolved configs.
+        settings: with resolved configs; one that drafts from a prediction has that of each prompt.
+        predictions: token ids of a prompt -> text that much of its answer is predicted to be.
         watch: receives each answer before it is computed, and may iterate over it to show it.
     """
 
@@ -141,17 +142,20 @@ class LayerSkipSystem:
         model: LayerSkipModel,
         settings: Sequence[Setting],
         *,
+        predictions: Mapping[tuple[int, ...], str] | None = None,
         watch: Callable[[Setting, Answer], None] = lambda setting, answer: None,
     ) -> None:
         self.settings = settings
         self.memory = PeakMemory(model.decoder.device)
-        self._model, self._watch = model, watch
+        self._model, self._watch, self._predictions = model, watch, predictions or {}
 
     def answer(self, setting: Setting, prompt: Sequence[int], max_new_tokens: int) -> Run:
         """See `System`. The seed depends on the prompt, and is the same in all rows."""
         self.memory.reset()
         seed = nth_seed(setting.config.seed, zlib.crc32(repr(list(prompt)).encode()))
         config = dataclasses.replace(setting.config, max_new_tokens=max_new_tokens, seed=seed)
+        if _PREDICTION in config.draft_sources:
+            config = dataclasses.replace(config, prediction=self._predictions[tuple(prompt)])
         answer = self._model.answer(prompt, config)
         self._watch(setting, answer)
         generation = answer.complete()
@@ -179,10 +183,12 @@ _ABLATION: dict[str, dict[str, Any]] = {
 }
 _SOURCES: dict[str, dict[str, Any]] = {
     "drafts from early exit": {"draft_from": "early-exit"},
+    "drafts from exit adapter": {"draft_from": "exit-adapter"},
     "drafts from n-grams": {"draft_from": "n-gram", "datastore": ()},
     "drafts from datastore": {"draft_from": "datastore"},
     "drafts from all sources": {},
 }
+_PREDICTION = "prediction"
 
 
 def settings_of(
@@ -190,6 +196,7 @@ def settings_of(
     config: BenchConfig | None = None,
     *,
     stop: Sequence[str] = (),
+    with_predictions: bool = False,
     **overrides: Any,
 ) -> list[Setting]:
     """Return the rows to measure: plain, early exit, self-speculative, auto, and variants of auto.
@@ -200,6 +207,7 @@ def settings_of(
         model: its checkpoint's settings fill in what the config leaves open.
         config: see `BenchConfig`.
         stop: texts that end an answer.
+        with_predictions: whether there is a prediction of each answer.
         overrides: options that replace those of the config.
 
     Raises:
@@ -227,6 +235,7 @@ def settings_of(
         own = model.settings
         available = {
             "early-exit": own.exit_layer is not None,
+            "exit-adapter": model.adapter is not None,
             "datastore": bool(own.draft_text or own.draft_text_file),
         }
         return [
@@ -239,7 +248,24 @@ def settings_of(
         rows += _new(variants(_ABLATION), [*rows, auto])
     if config.sources:
         rows += _new(variants(_SOURCES), rows)
+        if with_predictions:
+            rows += _from_predictions(auto)
     return rows
+
+
+def _from_predictions(auto: Setting) -> list[Setting]:
+    """Return rows of auto that draft from a prediction alone, and from it beside all other sources."""
+    beside = f"{_PREDICTION}+{auto.config.draft_from}"
+    alone: dict[str, Any] = {"exit_layer": None, "draft_vocabulary": None, "datastore": None}
+    return [
+        dataclasses.replace(
+            auto, config=dataclasses.replace(auto.config, **options), label=f"drafts from {label}"
+        )
+        for label, options in (
+            ("prediction", {"draft_from": _PREDICTION, **alone}),
+            ("prediction and all sources", {"draft_from": beside}),
+        )
+    ]
 
 
 def _drafting(config: BenchConfig) -> list[dict[str, Any]]:

@@ -10,13 +10,21 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from layerskip.bench import quality, sandbox
+from layerskip.bench import edits, quality, sandbox
 from layerskip.bench.quality import Sample
 from layerskip.data.readers import NEEDED, DataSet, DataSetRow, prompt_of
 
 ARTICLE_WORDS = 128  # of an article that is to be continued
+
+
+class Rows(Protocol):
+    """Rows of a task, such as a `DataSet`."""
+
+    def rows(self, split: str, data: str | None = None) -> list[DataSetRow]:
+        """Return all rows of a split."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +33,7 @@ class TaskSpec:
 
     Attributes:
         description: one line for lists.
-        data: the data set, whose test split has the prompts.
+        data: the rows, whose test split has the prompts.
         prompt: row -> prompt, without shots; None skips the row.
         max_new_tokens: maximum length of an answer.
         stop: texts that end an answer.
@@ -36,11 +44,12 @@ class TaskSpec:
         references: row -> right answers.
         metrics: measures of quality, or None.
         category: row -> category; prompts are sampled evenly over them.
+        prediction: row -> a text that much of the answer is predicted to be, or None.
         chat: prompts are questions to an assistant: the model's chat template is applied, if any.
     """
 
     description: str
-    data: DataSet
+    data: Rows
     prompt: Callable[[DataSetRow], str | None]
     max_new_tokens: int
     stop: tuple[str, ...] = ()
@@ -50,6 +59,7 @@ class TaskSpec:
     references: Callable[[DataSetRow], tuple[str, ...]] = lambda row: ()
     metrics: quality.Metrics | None = None
     category: Callable[[DataSetRow], str | None] = lambda row: None
+    prediction: Callable[[DataSetRow], str | None] = lambda row: None
     chat: bool = False
 
 
@@ -219,6 +229,17 @@ FORMS: Mapping[str, TaskSpec] = {
         category=_spec_bench_category,
         chat=True,
     ),
+    "edits": TaskSpec(
+        description="edits of Python files of the standard library, answered with the whole file",
+        data=edits.EditRows(),
+        prompt=edits.prompt,
+        max_new_tokens=4096,
+        references=lambda row: (edits.fenced(row["expected"]),),
+        metrics=edits.metrics,
+        category=lambda row: str(row["kind"]),
+        prediction=lambda row: edits.fenced(row["file"]),
+        chat=True,
+    ),
 }
 
 
@@ -297,8 +318,8 @@ def load_task(
 
     Args:
         name: one of `TASKS`, or a file: .jsonl (fields `prompt` or `messages`; optional are
-            `reference`, `references`, `completion`, `category` and `id`) or .txt (a prompt a
-            paragraph).
+            `reference`, `references`, `completion`, `prediction`, `category` and `id`) or .txt (a
+            prompt a paragraph).
         samples: number of prompts, evenly over the categories; None = all.
         n_shot: number of worked examples, the same before each prompt; None = the task's.
         seed: of the choice of prompts.
@@ -369,6 +390,7 @@ def _named(
             prompt=_question(text) if form.chat and chat else text,
             references=form.references(row),
             category=form.category(row),
+            prediction=form.prediction(row),
             fields=dict(row),
         )
 
@@ -454,11 +476,15 @@ def _file_sample(where: str, row: Mapping[str, Any]) -> Sample:
     references = tuple(value) if isinstance(value, list | tuple) else (value,)
     if not all(isinstance(reference, str) for reference in references):
         raise ValueError(f"{where} has references that are no texts")
+    prediction: Any = row.get("prediction")
+    if prediction is not None and not isinstance(prediction, str):
+        raise ValueError(f"{where} has a prediction that is no text")
     return Sample(
         id=str(row.get("id", where)),
         prompt=prompt,
         references=references,
         category=None if row.get("category") is None else str(row["category"]),
+        prediction=prediction,
         fields=dict(row),
     )
 

@@ -32,10 +32,6 @@ from layerskip.decoding.sampling import nth_seed
 from layerskip.model.hub import DEFAULT_MODEL
 
 _HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"
-_NOT_FOR_CHAT = (
-    f"{DEFAULT_MODEL} was trained on commands, summaries and Python; to talk, take"
-    " --model smollm2-135m"
-)
 
 
 @click.command("chat")
@@ -57,7 +53,7 @@ def command(
 
     \b
     Examples:
-      layerskip chat --model smollm2-135m
+      layerskip chat
       layerskip chat --system "Answer in one sentence." --temperature 0.7 --seed 1 --stats
       layerskip chat --model Qwen/Qwen3-0.6B --chat-template-kwargs '{"enable_thinking": false}'
     """
@@ -73,8 +69,11 @@ def command(
     interactive = sys.stdin.isatty()
     if interactive:
         print(_HELP, file=sys.stderr)
-        if model_config.model == DEFAULT_MODEL:
-            print(_NOT_FOR_CHAT, file=sys.stderr)
+    if (form := model.settings.prompt_form) is not None:
+        log_stderr(
+            f"this checkpoint was trained for prompts of one form, {form.text}, and not to talk;"
+            f" take --model {DEFAULT_MODEL}"
+        )
     if as_json:
         note_without_effect(("show_draft",), "a document has no colours")
     elif show_draft:

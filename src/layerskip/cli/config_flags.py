@@ -66,6 +66,12 @@ class ModelConfig:
         "Use kernels compiled for this CPU (the default where they are available), or"
         " torch.compile on a GPU.",
     )
+    adapter: str | None = option(
+        None,
+        "Exit adapter to draft with: file, folder or hub id, or none (default: the one beside the"
+        " checkpoint).",
+        metavar="ADAPTER",
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -424,6 +430,7 @@ def load_model(config: ModelConfig) -> LayerSkipModel:
             weights=config.weights,
             device=config.device,
             compile=config.compile,
+            adapter=config.adapter,
             announce=log_work,
         )
     note_weights(model.decoder)

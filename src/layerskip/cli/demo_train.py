@@ -1,99 +1,72 @@
-"""`layerskip demo --train`: a short training on Python functions, evaluated before and after."""
+"""`layerskip demo --train`: messages to JSON, a short training, evaluated before and after."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from layerskip.bench.machine import environment_of
+from layerskip.bench.measure import Setting
 from layerskip.cli import config_flags
 from layerskip.cli.config_flags import ModelConfig
-from layerskip.cli.demo_view import Group, compare, group_of, show_groups, title_of
-from layerskip.cli.output import escape_control_chars, waiting
+from layerskip.cli.demo_progress import TrainBars
+from layerskip.cli.demo_view import Group, cell, compare, group_of, identical, show_legend
+from layerskip.cli.output import bash_quoted, escape_control_chars, waiting
+from layerskip.data.extraction import EXAMPLE, FIELDS, PROMPT_FORM, extraction_rows
+from layerskip.decoding import DecodingConfig, LayerSkipModel
 from layerskip.recipe import RecipeConfig
-from layerskip.training import python_functions
-from layerskip.training.python_functions import functions_in, python_files
 from layerskip.tune.predict import agreement_rate, read_agreement
 
-HELD_OUT, LOG_STEPS = 8, 5
-PROMPT_CHARACTERS = 480
-COMPLETION_CHARACTERS = 12, 320  # minimum, maximum
-TRAIN_NOTE = (
-    "A few minutes on a CPU teach early layers, which predicted hardly any of the model's tokens, to"
-    " predict some, most easily frequent ones in this kind of text. They cannot teach exits to agree"
-    " closely with the last layer, which long drafts need, or other kinds of text. Training changed the"
-    " whole model, so its answers differ from those before and, after so few rows, are not better; they"
-    " are compared with its own plain decoding. A checkpoint for use takes hours on a CPU, or a GPU,"
-    " rows of your own task, and layerskip tune at the end."
-)
+if TYPE_CHECKING:  # needs the packages of the extra
+    from layerskip.training import TrainConfig
 
+ROWS, HELD_OUT, SHOWN = 6000, 30, 3
+NEW_TOKENS = 112
+LOG_STEPS = 2
+EXIT_ALONE = "drafts from early exit"  # label of a row
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """A Python function: signature with docstring, and the rest from the line break on."""
-
-    file: Path
-    prompt: str
-    completion: str
-
-
-def read_functions(folder: Path) -> list[Row]:
-    """Return all short functions with a docstring in a folder's sources; each head once."""
-    rows: dict[str, Row] = {}
-    minimum, maximum = COMPLETION_CHARACTERS
-    for file in python_files(folder):
-        for function in functions_in(file):
-            if function.head is None:
-                continue
-            prompt, completion = function.cut(function.head)
-            if len(prompt) <= PROMPT_CHARACTERS and minimum <= len(completion) <= maximum:
-                rows.setdefault(prompt, Row(file=file, prompt=prompt, completion=completion))
-    return list(rows.values())
-
-
-def split(rows: list[Row], held_out: int) -> tuple[list[Row], list[Row]]:
-    """Return rows to train on, and one row from each of some other files.
-
-    Raises:
-        ValueError: there are too few files.
-    """
-    by_file: dict[Path, list[Row]] = {}
-    for one in rows:
-        by_file.setdefault(one.file, []).append(one)
-    files = list(by_file)
-    random.Random(0).shuffle(files)
-    if len(files) <= held_out:
-        raise ValueError(
-            f"this Python has library sources with fitting functions in {len(files)} files only, more"
-            f" than {held_out} are needed; use a Python that is installed with its sources"
-        )
-    test = [by_file[file][0] for file in files[:held_out]]
-    return [row for file in files[held_out:] for row in by_file[file]], test
+Row = dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Evaluation:
-    """Both modes on the held-out prompts, and the agreement of each exit with the last layer."""
+class Evaluation:
+    """All modes on the held-out messages.
+
+    Attributes:
+        group: rows of plain decoding, of auto and, with a trained exit, of its drafts alone.
+        answers: of plain decoding.
+        valid: how many of them are JSON with the fields of the task.
+        exact: how many are the right one.
+        exit_layer: the exit that is trained.
+        agreement: of this exit with the last layer.
+    """
 
     group: Group
-    agreement: dict[int, float | None]
-    title: str
+    answers: list[str]
+    valid: int
+    exact: int
+    exit_layer: int
+    agreement: float | None
     environment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the document of `--json` has of it."""
+        names = ("valid", "exact", "exit_layer", "agreement")
+        return {**self.group, **{name: getattr(self, name) for name in names}}
 
 
 def train_and_compare(
-    config: ModelConfig,
-    minutes: float,
-    folder: Path,
-    max_new_tokens: int,
-    console: Console,
+    config: ModelConfig, minutes: float, folder: Path, console: Console
 ) -> dict[str, Any]:
     """Evaluate a checkpoint, train it, and evaluate it again; return the document of `--json`.
 
@@ -112,20 +85,19 @@ def train_and_compare(
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another --folder, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    with waiting("reading this Python's library"):
-        rows, held_out = split(read_functions(python_functions.standard_library()), HELD_OUT)
+    rows, held_out = extraction_rows(ROWS), extraction_rows(HELD_OUT, held_out=True)
     console.print(
-        f"{len(rows)} functions of this Python's library to train on; {len(held_out)} others, from"
-        " other files, to evaluate before and after.",
+        f"The task: a short message in one of four languages to one line of JSON. {ROWS} rows to train"
+        f" on; {HELD_OUT} others, whose main phrases, names, items and places are in none of these, to"
+        " evaluate before and after.",
         soft_wrap=True,
     )
-    before = _evaluate("before training", config, held_out, max_new_tokens, console)
-    exits = sorted(before.agreement)
+    before = evaluate("before training", config, held_out, console)
     try:
         for name, some in {"rows.jsonl": rows, "held-out.jsonl": held_out}.items():
-            lines = (json.dumps({"prompt": r.prompt, "completion": r.completion}) for r in some)
-            (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        steps = _train(config, exits, minutes, folder)
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some)
+            (folder / name).write_text(lines, encoding="utf-8")
+        steps = _train(config, before.exit_layer, minutes, folder, console)
     except BaseException as error:
         # The folder was empty: half a run goes, so that the next one can begin. A result stays, and
         # after a failure checkpoints do, since its message names them.
@@ -134,104 +106,183 @@ def train_and_compare(
             shutil.rmtree(folder, ignore_errors=True)
         raise
     trained = dataclasses.replace(config, model=str(folder))
-    after = _evaluate("after training", trained, held_out, max_new_tokens, console)
-    table = Table(title="how often an exit predicts the model's next token")
-    for heading in ("layers run", "before", "after"):
-        table.add_column(heading, justify="right")
-    for e in exits:
-        rates = (evaluation.agreement[e] for evaluation in (before, after))
-        table.add_row(str(e), *("-" if rate is None else f"{rate:.0%}" for rate in rates))
-    groups = [before.group, after.group]
+    after = evaluate("after training", trained, held_out, console)
     console.rule()
-    console.print(table)
-    show_groups(console, groups, after.title)
-    console.print(TRAIN_NOTE, soft_wrap=True)
-    where = f"The checkpoint is in {escape_control_chars(str(folder))}."
-    console.print(where, soft_wrap=True, markup=False)
+    _show_answers(console, held_out, before, after)
+    _show_figures(console, before, after)
+    name = escape_control_chars(str(folder))
+    console.print(
+        f"The checkpoint is in {name}:\n  layerskip generate --model {name} --show-draft --stats"
+        f" --prompt {bash_quoted(EXAMPLE)}\n"
+        "With your own rows in place of rows.jsonl: docs/quickstart.md.",
+        soft_wrap=True,
+        markup=False,
+    )
     return {
         "environment": after.environment,
         "model": config.model,
         "folder": str(folder),
         "steps": steps,
-        "exits": [
-            {
-                "exit_layer": e,
-                "agreement_before": before.agreement[e],
-                "agreement_after": after.agreement[e],
-            }
-            for e in exits
-        ],
-        "tasks": groups,
+        "tasks": [before.to_dict(), after.to_dict()],
     }
 
 
-def _evaluate(
-    name: str, config: ModelConfig, rows: Sequence[Row], max_new_tokens: int, console: Console
-) -> _Evaluation:
+def evaluate(name: str, config: ModelConfig, rows: Sequence[Row], console: Console) -> Evaluation:
+    """Answer messages in all modes, score the answers, and run the exit over them."""
     model = config_flags.load_model(config)
-    exits = exits_of(len(model.decoder.layers))
-    prompts = [one.prompt for one in rows]
-    entries = compare(model, name, prompts, prompts, max_new_tokens=max_new_tokens, console=console)
-    with waiting("running every exit"):
-        answers = [
+    prompts = [row["prompt"] for row in rows]
+    with waiting("decoding", not console.is_terminal or console.quiet):
+        entries, records = compare(
+            model,
+            name,
+            [prompt.rstrip("\n") for prompt in prompts[:SHOWN]],
+            prompts,
+            _settings(model),
+            max_new_tokens=NEW_TOKENS,
+            console=console,
+        )
+    show_legend(console, records)
+    answers = [runs[0].text.strip() for runs in entries[0].runs]
+    exit_layer = exit_of(len(model.decoder.layers))
+    with waiting("running the exit"):
+        continuations = [
             read_agreement(
-                model.decoder, model.tokenize(prompt), runs[0].token_ids, exits, max_new_tokens
+                model.decoder, model.tokenize(prompt), runs[0].token_ids, [exit_layer], NEW_TOKENS
             )
             for prompt, runs in zip(prompts, entries[0].runs, strict=True)
             if len(runs[0].token_ids) > 1
         ]
-    agreement = {e: agreement_rate(answers, e) if answers else None for e in exits}
-    title = title_of(config, model)
-    return _Evaluation(group_of(name, entries), agreement, title, environment_of(model.decoder))
+    pairs = zip(answers, rows, strict=True)
+    return Evaluation(
+        group=group_of(name, entries),
+        answers=answers,
+        valid=sum(map(is_valid, answers)),
+        exact=sum(answer == row["completion"] for answer, row in pairs),
+        exit_layer=exit_layer,
+        agreement=agreement_rate(continuations, exit_layer) if continuations else None,
+        environment=environment_of(model.decoder),
+    )
 
 
-def exits_of(n_layers: int) -> list[int]:
-    """Return few exits of the lower half: after each eighth of the layers.
+def _settings(model: LayerSkipModel) -> list[Setting]:
+    """Return plain decoding, auto and, with a trained exit, its drafts alone."""
+    settings = [
+        Setting(config=model.resolve(DecodingConfig(mode="plain"))),
+        Setting(config=model.resolve(DecodingConfig(mode="auto")), mode="auto"),
+    ]
+    if model.settings.exit_layer is not None:
+        alone = model.resolve(DecodingConfig(mode="auto", draft_from="early-exit"))
+        settings.append(Setting(config=alone, mode="auto", label=EXIT_ALONE))
+    return settings
+
+
+def is_valid(answer: str) -> bool:
+    """Return True for a JSON object with the fields of the task."""
+    try:
+        value = json.loads(answer)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return isinstance(value, dict) and set(value) == set(FIELDS)
+
+
+def exit_of(n_layers: int) -> int:
+    """Return the exit to train: after about an eighth of the layers.
 
     Raises:
         ValueError: the model has a single layer.
     """
     if n_layers < 2:
         raise ValueError("this model has a single layer; there is no exit before the last one")
-    return sorted({max(1, n_layers * eighths // 8) for eighths in (1, 2, 3, 4)})
+    return max(1, round(n_layers / 8))
 
 
-def _train(config: ModelConfig, exits: list[int], minutes: float, folder: Path) -> int:
-    """Train the second exit at every step and the others in rotation; return the steps done."""
-    from layerskip.cli.train import TrainProgress
-    from layerskip.training import TrainConfig, train
+def train_config(config: ModelConfig, exit_layer: int, minutes: float, folder: Path) -> TrainConfig:
+    """Return the settings, which are those of examples/extraction.yaml."""
+    from layerskip.training import TrainConfig
 
-    fixed = exits[min(1, len(exits) - 1)]
-    others = tuple(e for e in exits if e != fixed)
     recipe = RecipeConfig(
-        p_max=0.1,
-        curriculum="rotational" if others else "none",
-        rotation=max(1, len(others)),
-        exits=others or None,
-        fixed_exits=(fixed,),
-        exit_weighting="equal",
+        p_max=0.05,
+        curriculum="none",
+        fixed_exits=(exit_layer,),
+        exit_weighting="linear",
+        e_scale=2.0,
         distillation_weight=1.0,
     )
-    settings = TrainConfig(
+    return TrainConfig(
         model=config.model,
         data=str(folder / "rows.jsonl"),
         output=str(folder),
         regime="task",
         recipe=recipe,
+        epochs=20,  # the time ends it before, unless it is long
         max_minutes=minutes,
         batch_size=8,
         precision="auto",
         learning_rate=3e-4,
         warmup_steps=10,
-        max_length=256,
+        max_length=192,
         log_steps=LOG_STEPS,
         save_steps=1_000_000,  # only the result is kept
+        exit_layer=exit_layer,
+        draft_tokens=8,
+        prompt_form=PROMPT_FORM,
+        prompt_example=EXAMPLE,
         device="cpu" if config.device == "cpu" else "auto",
     )
-    with TrainProgress(
-        is_shown=True, figures=lambda name: name == "loss" or name.startswith("accuracy_exit_")
-    ) as progress:
-        steps = train(settings, progress).steps
+
+
+def _train(
+    config: ModelConfig, exit_layer: int, minutes: float, folder: Path, console: Console
+) -> int:
+    """Train the exit; return the steps done."""
+    from layerskip.training import train
+
+    with TrainBars(console, minutes) as progress:
+        steps = train(train_config(config, exit_layer, minutes, folder), progress).steps
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return steps
+
+
+def _show_answers(
+    console: Console, rows: Sequence[Row], before: Evaluation, after: Evaluation
+) -> None:
+    """Print some messages with the answers before and after side by side."""
+    for row, *answers in list(zip(rows, before.answers, after.answers, strict=True))[:SHOWN]:
+        grid = Table.grid(expand=True)
+        panels = []
+        for title, answer in zip(("before", "after"), answers, strict=True):
+            grid.add_column(ratio=1)
+            mark = " exact " if answer == row["completion"] else " wrong "
+            text = Text(escape_control_chars(answer), overflow="fold")
+            panels.append(Panel(text, title=f" {title} ", title_align="left", subtitle=mark))
+        grid.add_row(*panels)
+        console.print(Text(row["prompt"].rstrip("\n"), "bold"))
+        console.print(grid)
+
+
+def _show_figures(console: Console, before: Evaluation, after: Evaluation) -> None:
+    """Print a table with a column before and one after training."""
+    n = before.group["samples"]
+    table = Table(title=f"{n} held-out messages")
+    table.add_column("")
+    for heading in ("before", "after"):
+        table.add_column(heading, justify="right")
+    both = (before, after)
+    table.add_row("valid JSON with these fields", *(f"{e.valid} of {n}" for e in both))
+    table.add_row("exact match", *(f"{e.exact} of {n}" for e in both))
+    rates = (cell(evaluation.agreement, "{:.0%}") for evaluation in both)
+    table.add_row(f"exit {after.exit_layer} agrees with the last layer", *rates)
+    for i, name in enumerate(("plain", "auto", f"auto, {EXIT_ALONE} only")):
+        rows = [evaluation.group["rows"][i : i + 1] for evaluation in both]
+        table.add_row(name, *(_speed(*figures) for figures in rows))
+    table.add_row("auto identical to plain", *(identical(e.group["rows"][1], n) for e in both))
+    console.print(table)
+
+
+def _speed(figures: dict[str, Any] | None = None) -> str:
+    """Return tokens/s and, where it is not plain decoding, the speedup."""
+    if figures is None:
+        return "-"
+    gain = "" if figures["mode"] == "plain" else f" ({cell(figures['speedup'], '{:.2f}x')})"
+    return cell(figures["tokens_per_s"], "{:.0f} tokens/s") + gain

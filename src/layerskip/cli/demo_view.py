@@ -1,11 +1,10 @@
-"""Plain decoding and mode auto side by side: answers while they are made, a table, and bars."""
+"""Plain decoding and mode auto side by side: answers while they are made, their record, and a table."""
 
 import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from rich.bar import Bar
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
@@ -13,24 +12,73 @@ from rich.table import Table
 from rich.text import Text
 
 from layerskip.bench.measure import Entry, Setting, measure
-from layerskip.bench.report import OTHER, OWN
 from layerskip.bench.rows import row
-from layerskip.bench.systems import LayerSkipSystem, settings_of
-from layerskip.cli.config_flags import ModelConfig
-from layerskip.cli.output import DRAFTED_COLOUR, escape_control_chars, shown
+from layerskip.bench.systems import LayerSkipSystem
+from layerskip.cli.output import escape_control_chars, shown
 from layerskip.decoding import Answer, LayerSkipModel
 from layerskip.decoding.prompt import Prompt
 
 MODES = ("plain", "auto")  # from left to right
 REFRESH_S = 0.1
+# The origin of a token -> its style; without colours bold and underlined remain.
+STYLES = {
+    "early-exit": "bold green",
+    "n-gram": "underline cyan",
+    "datastore": "underline cyan",
+    "prediction": "underline magenta",
+}
+NAMES = {
+    "early-exit": "early exit",
+    "n-gram": "n-gram of prompt and answer",
+    "datastore": "datastore",
+    "prediction": "predicted output",
+}
 
 Group = dict[str, Any]  # task, samples, and rows, plain decoding's first
 
 
-def title_of(config: ModelConfig, model: LayerSkipModel) -> str:
-    """Return the title of a table."""
-    precision = f"{model.decoder.dtype_name}, {config.weights}"
-    return f"{config.model}, {precision}, greedy, one prompt at a time"
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """A piece of an answer: seconds since its beginning, text, and origin ("model" or a drafter)."""
+
+    at_s: float
+    text: str
+    source: str
+
+
+@dataclasses.dataclass
+class Column:
+    """An answer so far."""
+
+    mode: str
+    frames: list[Frame] = dataclasses.field(default_factory=list)
+    tokens_per_s: float | None = None
+    finished: bool = False
+
+    @property
+    def text(self) -> Text:
+        """The answer, styled by origin."""
+        styled = ((frame.text, STYLES.get(frame.source, "")) for frame in self.frames)
+        return Text.assemble(*styled, overflow="fold")
+
+    @property
+    def speed(self) -> str:
+        """Its speed, as far as there is one."""
+        return "" if self.tokens_per_s is None else f"{self.tokens_per_s:.1f} tokens/s"
+
+    @property
+    def panel(self) -> Panel:
+        """The answer in a frame."""
+        title, speed = (f" {part} " if part else "" for part in (self.mode, self.speed))
+        return Panel(self.text, title=title, title_align="left", subtitle=speed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A prompt and its answers in `MODES`, with the time of each piece."""
+
+    prompt: str
+    columns: tuple[Column, ...]
 
 
 def group_of(name: str, entries: Sequence[Entry]) -> Group:
@@ -39,19 +87,23 @@ def group_of(name: str, entries: Sequence[Entry]) -> Group:
     return {"task": name, "samples": len(entries[0].runs), "rows": rows}
 
 
-def show_groups(
-    console: Console, groups: Sequence[Group], title: str, total: Group | None = None
-) -> None:
-    """Print a table of plain decoding and auto, with a line for each group, and bars of the speeds."""
+def cell(value: float | None, form: str) -> str:
+    """Format a figure of a table, or its absence."""
+    return "-" if value is None else form.format(value)
 
-    def cell(value: float | None, form: str) -> str:
-        return "-" if value is None else form.format(value)
 
+def identical(figures: dict[str, Any], samples: int) -> str:
+    """Return how many answers of a row equal those of plain decoding."""
+    return f"{round(figures['identical_to_plain'] * samples)} of {samples}"
+
+
+def show_groups(console: Console, groups: Sequence[Group], title: str) -> None:
+    """Print a table of plain decoding and auto, with a line for each group."""
     table = Table(title=shown(title))
-    headings = ("task", "plain tokens/s", "auto tokens/s", "speedup", "acceptance", "identical")
+    headings = ("scene", "plain tokens/s", "auto tokens/s", "speedup", "acceptance", "identical")
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "task" else "right")
-    for group in [*groups, *([total] if total else [])]:
+        table.add_column(heading, justify="left" if heading == "scene" else "right")
+    for group in groups:
         plain, auto = group["rows"]
         table.add_row(
             group["task"],
@@ -59,22 +111,18 @@ def show_groups(
             cell(auto["tokens_per_s"], "{:.1f}"),
             cell(auto["speedup"], "{:.2f}x"),
             cell(auto["acceptance_rate"], "{:.0%}"),
-            f"{round(auto['identical_to_plain'] * group['samples'])} of {group['samples']}",
-            end_section=group is groups[-1],
+            identical(auto, group["samples"]),
         )
-    fastest = max(r["tokens_per_s"] or 0.0 for group in groups for r in group["rows"])
-    bars = Table.grid(padding=(0, 1))
-    for group in groups:
-        for i, figures in enumerate(group["rows"]):
-            speed = figures["tokens_per_s"] or 0.0
-            bars.add_row(
-                "" if i else group["task"],
-                figures["mode"],
-                Bar(fastest or 1.0, 0, speed, width=40, color=OWN if i else OTHER),
-                cell(figures["tokens_per_s"], "{:.1f} tokens/s"),
-            )
     console.print(table)
-    console.print(bars)
+
+
+def show_legend(console: Console, records: Sequence[Record]) -> None:
+    """Explain the styles of those origins that answers have."""
+    sources = {f.source for record in records for column in record.columns for f in column.frames}
+    parts = [Text(NAMES[source], style) for source, style in STYLES.items() if source in sources]
+    if parts:
+        legend = Text(", ").join([*parts, Text("the model's own token")])
+        console.print(Text.assemble("Tokens: ", legend))
 
 
 def compare(
@@ -82,61 +130,49 @@ def compare(
     name: str,
     texts: Sequence[str],
     prompts: Sequence[Prompt],
+    settings: Sequence[Setting],
     *,
     max_new_tokens: int,
     console: Console,
-) -> list[Entry]:
-    """Answer prompts in both modes, interleaved, and show the answers while they are made.
+) -> tuple[list[Entry], list[Record]]:
+    """Answer prompts in all settings, interleaved, and show the answers while they are made.
 
     Args:
         model: to run.
         name: of the kind of prompts.
-        texts: the prompts as they are shown.
+        texts: the first prompts as they are shown; of further ones nothing is.
         prompts: the prompts for the model.
+        settings: plain decoding and auto, which are shown, and others.
         max_new_tokens: of each answer.
         console: to show them on.
 
     Returns:
-        An entry for each of `MODES`.
+        An entry for each setting, and a record of what was shown.
     """
     with SideBySide(console, name, texts) as view:
-        system = LayerSkipSystem(model, settings_of(model, modes=MODES), watch=view.watch)
+        system = LayerSkipSystem(model, settings, watch=view.watch)
         ids = [model.tokenize(prompt) for prompt in prompts]
-        return measure([system], ids, max_new_tokens=max_new_tokens, between=view.toggle)
-
-
-@dataclasses.dataclass
-class _Column:
-    """An answer so far."""
-
-    mode: str
-    text: Text = dataclasses.field(default_factory=Text)
-    tokens_per_s: float | None = None
-    finished: bool = False
-
-    @property
-    def speed(self) -> str:
-        return "" if self.tokens_per_s is None else f"{self.tokens_per_s:.1f} tokens/s"
-
-    @property
-    def panel(self) -> Panel:
-        title, speed = (f" {part} " if part else "" for part in (self.mode, self.speed))
-        return Panel(self.text, title=title, title_align="left", subtitle=speed)
+        entries = measure([system], ids, max_new_tokens=max_new_tokens, between=view.toggle)
+    return entries, view.records
 
 
 class SideBySide:
-    """A context that shows the answers to each prompt in all modes together.
+    """A context that shows the answers to each prompt in both modes together.
 
     Args:
         console: a terminal, whose columns fill as tokens come, or a file.
         name: of the kind of prompts.
-        texts: the prompts, in their order.
+        texts: the prompts that are shown, in their order.
+
+    Attributes:
+        records: of the prompts that both modes have answered.
     """
 
     def __init__(self, console: Console, name: str, texts: Sequence[str]) -> None:
+        self.records: list[Record] = []
         self._console, self._name, self._texts = console, name, texts
-        self._is_warm, self._shown = False, 0
-        self._columns: list[_Column] = []
+        self._is_warm = False
+        self._columns: list[Column] = []
         self._live: Live | None = None
         self._drawn_at = 0.0
 
@@ -153,17 +189,22 @@ class SideBySide:
 
     def watch(self, setting: Setting, answer: Answer) -> None:
         """Compute an answer and show it (`watch` of `LayerSkipSystem`); drawing is not timed."""
-        if not self._is_warm or self._console.quiet:
+        is_shown = self._is_warm and len(self.records) < len(self._texts)
+        if not is_shown or setting.label is not None:
             return
         if not self._columns:
             self._begin()
         column = self._columns[MODES.index(setting.mode)]
         for piece in answer:
-            text = escape_control_chars(piece.text if column.text else piece.text.lstrip("\n"))
-            column.text.append(text, DRAFTED_COLOUR if piece.drafted else None)
-            if self._live is not None and time.monotonic() - self._drawn_at > REFRESH_S:
-                with answer.paused():
-                    column.tokens_per_s = answer.generation.tokens_per_s
+            with answer.paused():
+                text = escape_control_chars(
+                    piece.text if column.frames else piece.text.lstrip("\n")
+                )
+                so_far = answer.generation
+                at_s = so_far.ttft_s + so_far.decode_s
+                column.frames.append(Frame(at_s, text, piece.source))
+                if self._live is not None and time.monotonic() - self._drawn_at > REFRESH_S:
+                    column.tokens_per_s = so_far.tokens_per_s
                     self._draw(self._live)
         column.tokens_per_s, column.finished = answer.generation.tokens_per_s, True
         if self._live is not None:
@@ -172,12 +213,11 @@ class SideBySide:
             self._end()
 
     def _begin(self) -> None:
-        text = self._texts[self._shown]
-        self._shown += 1
-        self._columns = [_Column(mode) for mode in MODES]
-        self._console.rule(f"{self._name}, {self._shown} of {len(self._texts)}", align="left")
+        number = len(self.records)
+        self._columns = [Column(mode) for mode in MODES]
+        self._console.rule(f"{self._name}, {number + 1} of {len(self._texts)}", align="left")
         is_live = self._console.is_terminal and not self._console.is_dumb_terminal
-        self._console.print(Text(text, "bold"), soft_wrap=not is_live)
+        self._console.print(Text(self._texts[number], "bold"), soft_wrap=not is_live)
         if is_live:
             self._live = Live(console=self._console, auto_refresh=False)
             self._live.start()
@@ -199,4 +239,5 @@ class SideBySide:
                 heading = ", ".join(filter(None, (column.mode, column.speed)))
                 line = Text.assemble((f"[{heading}] ", "dim"), column.text.plain.strip())
                 self._console.print(line, soft_wrap=True)
+        self.records.append(Record(self._texts[len(self.records)], tuple(self._columns)))
         self._columns = []

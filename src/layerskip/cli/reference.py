@@ -69,10 +69,7 @@ def pages(root: Path) -> dict[Path, str]:
     result = {root / "docs" / "reference" / "cli.md": cli_page()}
     for page, config in {"api.md": DecodingConfig, "serve.md": ServeConfig}.items():
         path = root / "docs" / page
-        block = f"{_BEGIN}\n{options_table(config)}\n{_END}"
-        pattern = re.escape(_BEGIN) + ".*?" + re.escape(_END)
-        text = path.read_text(encoding="utf-8")
-        result[path] = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
+        result[path] = _with_table(path.read_text(encoding="utf-8"), options_table(config))
     folder = root / "tests" / "cli" / "help"
     return result | {folder / f"{name}.txt": text for name, text in help_texts().items()}
 
@@ -82,6 +79,11 @@ def main(root: Path) -> None:
     for path, text in pages(root).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+
+
+def _with_table(page: str, table: str) -> str:
+    pattern = re.escape(_BEGIN) + ".*?" + re.escape(_END)
+    return re.sub(pattern, lambda _: f"{_BEGIN}\n{table}\n{_END}", page, flags=re.DOTALL)
 
 
 def _commands() -> dict[str, click.Command]:

@@ -82,8 +82,7 @@ def command(**flags: Any) -> None:
 def _curl(address: str, config: ServeConfig, is_chat: bool) -> str:
     """Return a command that gets an answer."""
     key = ' -H "Authorization: Bearer $LAYERSKIP_API_KEY"' if config.api_key else ""
+    path, prompt = "completions", dict[str, Any](prompt="Once upon a time")
     if is_chat:
         path, prompt = "chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
-    else:
-        path, prompt = "completions", {"prompt": "Once upon a time"}
     return f"curl {address}/v1/{path}{key} -H 'Content-Type: application/json' -d '{json.dumps(prompt)}'"

@@ -2,6 +2,7 @@
 
 from layerskip.decoding.config import DRAFT_SOURCES, MODES, DecodingConfig
 from layerskip.decoding.drafters import Candidate, Draft, Drafter, register_drafter
+from layerskip.decoding.exit_adapter import ExitAdapter
 from layerskip.decoding.generate import Step, generate, iter_exit_hidden_states
 from layerskip.decoding.language_model import LayerSkipModel
 from layerskip.decoding.prefix_cache import PrefixCache
@@ -20,6 +21,7 @@ __all__ = [
     "DecodingConfig",
     "Draft",
     "Drafter",
+    "ExitAdapter",
     "Generation",
     "LayerSkipModel",
     "Piece",

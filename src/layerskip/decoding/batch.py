@@ -28,7 +28,7 @@ MAX_ROWS = 64
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Output:
-    """What a round brought one row.
+    """The result of a round for one row.
 
     Attributes:
         row: the row.
@@ -55,6 +55,7 @@ class RowPass:
             positions that a choice follows.
         target: [1, d + 1], the model's greedy choices, where they are all that is needed.
         logits: [1, d + 1, V], else.
+        exit_states: hidden states that left the layer E of the row's reader.
     """
 
     row: Row
@@ -63,12 +64,28 @@ class RowPass:
     hidden: Tensor
     target: Tensor | None = None
     logits: Tensor | None = None
+    exit_states: Tensor | None = None
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Layers where the pass changes: where the early exit's states join it, and its end."""
+        exit_layer = self.row.config.exit_layer
+        if self.draft is None or not self.draft.states or exit_layer is None:
+            return (self.row.n_layers,)
+        return exit_layer, self.row.n_layers
 
     def join_states(self, n_layers: int) -> None:
         """Put the early exit's hidden states in front, where the others have come as far."""
         if self.draft is not None and self.draft.states and n_layers == self.row.config.exit_layer:
             self.hidden = torch.cat([*self.draft.states, self.hidden], dim=1)
             self.row.roll_back()
+        if self.row.reader is not None and n_layers == self.row.reader.num_layers:
+            self.exit_states = self.hidden
+
+    def hand_over(self, n: int) -> None:
+        """Give the states of the first n positions, which are committed, to the row's reader."""
+        if self.row.reader is not None and self.exit_states is not None:
+            self.row.reader.read_states(self.exit_states[:, :n], self.hidden[:, :n])
 
 
 class Batch:
@@ -286,8 +303,8 @@ class Batch:
         Drafts of the early exit go on from the states that left layer E, all else begins at layer 0;
         from any layer on, the rows that have come so far are one pass.
         """
-        exits = (one.row.config.exit_layer for one in passes if one.draft and one.draft.states)
-        depths = sorted({0, *filter(None, exits), *(one.row.n_layers for one in passes)})
+        read = (one.row.reader.num_layers for one in passes if one.row.reader is not None)
+        depths = sorted({0, *read, *(depth for one in passes for depth in one.depths)})
         for start, stop in itertools.pairwise(depths):
             for one in passes:
                 one.join_states(start)
@@ -300,6 +317,7 @@ class Batch:
             one.join_states(depths[-1])
             if one.draft is None:
                 one.row.cache.lengths += one.tokens.shape[1]
+                one.hand_over(one.tokens.shape[1])
                 one.hidden = one.hidden[:, -1:]
 
     def _through(
@@ -361,26 +379,28 @@ def _of_each(passes: Sequence[RowPass], function: Callable[[Tensor], Tensor]) ->
 def _accept(one: RowPass) -> Step:
     """Keep what the model agrees with of a row's draft, and choose the token after it."""
     row, draft, sampler = one.row, one.draft, one.row.sampler
-    tokens = one.tokens[:, :0] if draft is None else draft.tokens
     if draft is None:
         check_finite(one.hidden)
-    if sampler.greedy:
-        target = one.target
-        if target is None:
-            assert one.logits is not None
-            target = argmax(sampler.process(one.logits, tokens))
-        accepted, following = accept_greedy(tokens, target)
+    tokens = one.tokens[:, :0] if draft is None else draft.tokens
+    if one.target is not None:
+        accepted, following = accept_greedy(tokens, one.target)
     else:
         assert one.logits is not None
-        q = None if draft is None else draft.all_probs(one.logits.shape[-1])
-        p = sampler.probs_of(one.logits, tokens)
-        accepted, following = accept_sampled(tokens, q, p, sampler.generator)
+        if sampler.greedy:
+            target = argmax(sampler.process(one.logits, tokens))
+            accepted, following = accept_greedy(tokens, target)
+        elif draft is None or not len(draft):
+            p = sampler.probs_of(one.logits, tokens)
+            accepted, following = tokens.new_zeros(1), sampler.sample(p(0, 1)[:, 0])
+        else:
+            q = draft.all_probs(one.logits.shape[-1])
+            p = sampler.probs_of(one.logits, tokens)
+            accepted, following = accept_sampled(tokens, q, p, sampler.generator)
     n, token = int(accepted), int(following)
-    if draft is None:
-        step = Step((token,))
-    else:
-        row.cache.lengths += n + 1
-        step = step_of(draft, tokens[0].tolist(), token, n)
     row.last = following[:, None]
     sampler.commit(torch.cat([tokens[:, :n], row.last], dim=1))
-    return step
+    if draft is None:
+        return Step((token,))
+    row.cache.lengths += n + 1
+    one.hand_over(n + 1)
+    return step_of(draft, tokens[0].tolist(), token, n)

@@ -51,7 +51,8 @@ class DecodingConfig(Sampling):
     )
     draft_from: str | None = option(
         None,
-        "Source of drafts: early-exit, n-gram (of prompt and answer), or both; a prediction is added.",
+        "Source of drafts: early-exit, n-gram (of prompt and answer), both, or exit-adapter; a"
+        " prediction is added.",
         metavar="SOURCE",
     )
     adaptive: bool | None = option(
@@ -143,8 +144,8 @@ class DecodingConfig(Sampling):
         uses_exit = self.draft_from is None or "early-exit" in self.draft_sources
         if not uses_exit and (self.exit_layer is not None or self.draft_vocabulary):
             raise ValueError(
-                "drafts from n-grams have no exit layer or draft vocabulary; leave them out, or"
-                " draft from both"
+                "drafts without the early exit have no exit layer or draft vocabulary; leave them"
+                " out, or draft from both"
             )
         exit_alone = self.draft_from == "early-exit" or (
             self.draft_from is None and self.mode != "auto"
@@ -217,13 +218,14 @@ class DecodingConfig(Sampling):
         *,
         vocab_size: int | None = None,
         eos_token_ids: Collection[int] = (),
+        has_adapter: bool = False,
     ) -> "DecodingConfig":
         """Fill in all options that are open, from the checkpoint's settings and the mode.
 
-        `auto` becomes self-speculative decoding with adaptive drafts: from n-grams, and from the early
-        exit where the checkpoint or the caller names one, through the checkpoint's draft vocabulary.
-        A prediction is drafted from beside the other sources, and so are tokens that a grammar forces
-        where no source was named.
+        `auto` becomes self-speculative decoding with adaptive drafts: from n-grams, and from an exit
+        adapter where the model has one, or else from the early exit where the checkpoint or the caller
+        names one, through the checkpoint's draft vocabulary. A prediction is drafted from beside the
+        other sources, and so are tokens that a grammar forces where no source was named.
         In the other modes nothing is on that was not asked for; an open exit layer is the checkpoint's,
         else a quarter of the layers. A resolved config resolves to itself.
 
@@ -232,6 +234,7 @@ class DecodingConfig(Sampling):
             num_hidden_layers: L.
             vocab_size: V, for a draft vocabulary that is given as a number of tokens.
             eos_token_ids: tokens that a draft vocabulary always has.
+            has_adapter: the model has an exit adapter.
 
         Raises:
             ValueError: the exit layer or draft vocabulary does not fit the model.
@@ -249,6 +252,8 @@ class DecodingConfig(Sampling):
         if draft_from is None:
             alone = auto and known is None and not self.draft_vocabulary
             draft_from = "n-gram" if alone else "both" if auto else "early-exit"
+            if auto and has_adapter and e is None and not self.draft_vocabulary:
+                draft_from = "exit-adapter+n-gram"
             if auto and self.is_constrained:
                 draft_from = f"grammar+{draft_from}"
         sources = dataclasses.replace(self, draft_from=draft_from, mode="auto").draft_sources

@@ -50,8 +50,8 @@ class FixedController:
     """
 
     def __init__(self, drafters: Sequence[Drafter]) -> None:
-        self._lookups = [drafter for drafter in drafters if not drafter.num_layers]
-        self._exit = next((drafter for drafter in drafters if drafter.num_layers), None)
+        self._lookups = [drafter for drafter in drafters if not drafter.head_share]
+        self._exit = next((drafter for drafter in drafters if drafter.head_share), None)
 
     def look_up(self, draft: Draft, max_tokens: int) -> None:
         """Draft a look-up's proposal, if one has any."""
@@ -176,8 +176,8 @@ class DraftController:
         greedy: bool,
         eos_token_ids: Collection[int] = (),
     ) -> None:
-        self._lookups = [drafter for drafter in drafters if not drafter.num_layers]
-        self._exit = next((drafter for drafter in drafters if drafter.num_layers), None)
+        self._lookups = [drafter for drafter in drafters if not drafter.head_share]
+        self._exit = next((drafter for drafter in drafters if drafter.head_share), None)
         self._context_costs, self._greedy, self._eos_token_ids = costs, greedy, eos_token_ids
         self._throughput, self._acceptance = Throughput(), Acceptance()
         self._backoff = {drafter.name: Backoff() for drafter in drafters}

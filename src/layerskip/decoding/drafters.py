@@ -13,7 +13,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from layerskip.decoding.constraint import Constraint
 from layerskip.decoding.datastore import MAX_MATCH, MIN_MATCH, Datastore
 from layerskip.decoding.sampling import Sampler
 from layerskip.model import Decoder, KVCache, argmax
+from layerskip.model.exit_adapter import ExitAdapterWeights
 
 # Probability that the token after a match of 2, 3, ... tokens follows again, before any is verified.
 _NGRAM_CONFIDENCE = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -152,7 +153,7 @@ class Drafter(Protocol):
     Attributes:
         name: as in `draft_from` and in results.
         num_layers: layers that a proposal runs for each token, E or 0.
-        head_share: share of the head's rows that it multiplies with.
+        head_share: its further products, in units of the whole head; 0 for a look-up.
     """
 
     name: str
@@ -162,12 +163,32 @@ class Drafter(Protocol):
     def propose(self, draft: Draft, max_tokens: int) -> Candidate:
         """Propose up to `max_tokens` tokens that follow a draft.
 
-        A drafter with layers proposes one at a time, since each costs a pass.
+        A drafter with a head proposes one at a time, since each costs a pass.
         """
         ...
 
     def update(self, tokens: Sequence[int]) -> None:
         """Learn the tokens that were committed; called once for each, before the next proposal."""
+        ...
+
+
+@runtime_checkable
+class StateReader(Protocol):
+    """A drafter that goes by the hidden states of what the model has decoded.
+
+    Attributes:
+        num_layers: E; the states that leave this layer are read too.
+    """
+
+    num_layers: int
+
+    def read_states(self, exit_states: Tensor, last_states: Tensor) -> None:
+        """Take the states of the next committed positions, of one row.
+
+        Args:
+            exit_states: [1, n, D], leaving layer E.
+            last_states: [1, n, D], leaving layer L.
+        """
         ...
 
 
@@ -556,6 +577,8 @@ class DrafterInputs:
         constraint: of the answer, or None.
         eos_token_ids: tokens that end the answer.
         adaptive: whether a controller asks for confidences.
+        adapter: an exit adapter of the model, or None.
+        capacity: positions of prompt and answer at most.
     """
 
     decoder: Decoder
@@ -568,6 +591,8 @@ class DrafterInputs:
     constraint: Constraint | None = None
     eos_token_ids: Collection[int] = ()
     adaptive: bool = False
+    adapter: ExitAdapterWeights | None = None
+    capacity: int = 0
 
 
 DRAFTERS: dict[str, Callable[[DrafterInputs], list[Drafter]]] = {}

@@ -16,11 +16,19 @@ from layerskip.decoding.accept import accept_greedy, accept_sampled
 from layerskip.decoding.config import DecodingConfig
 from layerskip.decoding.constraint import Constraint
 from layerskip.decoding.controller import ContextCosts, Controller, DraftController, FixedController
-from layerskip.decoding.drafters import Draft, Drafter, DrafterInputs, ReducedHead, make_drafters
+from layerskip.decoding.drafters import (
+    Draft,
+    Drafter,
+    DrafterInputs,
+    ReducedHead,
+    StateReader,
+    make_drafters,
+)
 from layerskip.decoding.prefix_cache import Prefix, PrefixCache
 from layerskip.decoding.prompt import check_prompt
 from layerskip.decoding.sampling import LogitsMask, Sampler
 from layerskip.model import NON_FINITE_MESSAGE, Decoder, KVCache, StepCosts
+from layerskip.model.exit_adapter import ExitAdapterWeights
 
 _T = TypeVar("_T")
 
@@ -124,6 +132,7 @@ def generate(
     eos_token_ids: Collection[int] = (),
     measured: StepCosts | None = None,
     prefix_cache: PrefixCache | None = None,
+    adapter: ExitAdapterWeights | None = None,
     logits_mask: LogitsMask | None = None,
 ) -> Generator[Step]:
     """Continue a prompt, step by step, until an end token, `max_new_tokens` or the context's end.
@@ -137,6 +146,7 @@ def generate(
         eos_token_ids: tokens that end the answer.
         measured: costs that `layerskip tune` has measured, for adaptive drafts.
         prefix_cache: what it shares with the prompt is not computed again.
+        adapter: an exit adapter of the model, for drafts from it.
         logits_mask: of constrained decoding; a `Constraint` where the config has a grammar.
 
     Raises:
@@ -148,6 +158,7 @@ def generate(
         config,
         eos_token_ids=eos_token_ids,
         measured=measured,
+        adapter=adapter,
         logits_mask=logits_mask,
     )
     return _until_the_end(row, prefix_cache)
@@ -198,6 +209,7 @@ class Row:
         config: resolved (see `DecodingConfig.resolve`).
         eos_token_ids: tokens that end the answer.
         measured: see `generate`.
+        adapter: see `generate`.
         logits_mask: see `generate`.
         num_logprobs: number of most likely tokens to report at each position (by `Batch`).
 
@@ -209,6 +221,7 @@ class Row:
         cached_tokens: number of the prompt's tokens whose keys and values were copied.
         cache: of one row; its length is the number of tokens of `context` that the layers have seen.
         last: [1, 1], the newest token, which no layer has seen yet.
+        reader: the drafter that gets the hidden states of committed positions, or None.
         exit_key: exit layer and draft vocabulary of the early exit that drafts; None without one.
 
     Raises:
@@ -223,6 +236,7 @@ class Row:
         *,
         eos_token_ids: Collection[int] = (),
         measured: StepCosts | None = None,
+        adapter: ExitAdapterWeights | None = None,
         logits_mask: LogitsMask | None = None,
         num_logprobs: int | None = None,
     ) -> None:
@@ -234,7 +248,7 @@ class Row:
         self.n_layers = config.num_layers_to_run(len(decoder.layers))
         self.criteria = StoppingCriteria.of(decoder, prompt, config.max_new_tokens, eos_token_ids)
         self.cached_tokens = 0
-        self._measured, self._mask = measured, logits_mask
+        self._measured, self._adapter, self._mask = measured, adapter, logits_mask
 
     def start(self, cache: KVCache) -> None:
         """Begin with a cache, which may hold the prompt's beginning."""
@@ -256,8 +270,11 @@ class Row:
                 self.criteria,
                 self._measured,
                 self.sampler,
+                self._adapter,
                 self._mask if isinstance(self._mask, Constraint) else None,
             )
+        readers = (drafter for drafter in self.drafters if isinstance(drafter, StateReader))
+        self.reader: StateReader | None = next(readers, None)
 
     @property
     def prompt_left(self) -> int:
@@ -296,7 +313,10 @@ class Row:
     def prefill(self, n: int) -> Step | None:
         """Run the next n tokens of the prompt; return the first step if they are its last."""
         chunk, cache = self.prompt_chunk(n), self.cache
-        hidden = self.decoder.run(self.decoder.embed(chunk), 0, self.n_layers, cache)
+        embedded, reader = self.decoder.embed(chunk), self.reader
+        exit_states, hidden = run_layers(self.decoder, embedded, 0, self.n_layers, cache, reader)
+        if reader is not None:
+            reader.read_states(exit_states, hidden)
         cache.lengths += chunk.shape[1]
         if self.prompt_left:
             return None
@@ -308,7 +328,9 @@ class Row:
     def decode(self) -> Step:
         """Run the next round: a plain step, or draft and verify."""
         if self.controller is None:
-            self.last = plain_step(self.decoder, self.last, self.n_layers, self.cache, self.sampler)
+            self.last = plain_step(
+                self.decoder, self.last, self.n_layers, self.cache, self.sampler, self.reader
+            )
             return Step((int(self.last),))
         draft = Draft(self.last, self.cache, self.context)
         self.last, (step,) = speculate(
@@ -318,6 +340,7 @@ class Row:
             self.max_draft_tokens(),
             self.sampler,
             self.config.exit_layer,
+            self.reader,
         )
         return step
 
@@ -329,6 +352,7 @@ def _drafting(
     criteria: StoppingCriteria,
     measured: StepCosts | None,
     sampler: Sampler,
+    adapter: ExitAdapterWeights | None,
     constraint: Constraint | None,
 ) -> tuple[list[Drafter], Controller]:
     """Return the drafters of a config, and the controller that chooses among them."""
@@ -347,12 +371,15 @@ def _drafting(
         constraint=constraint,
         eos_token_ids=ends,
         adaptive=bool(config.adaptive),
+        adapter=adapter,
+        capacity=criteria.capacity,
     )
     drafters = make_drafters(config.draft_sources, inputs)
     if not config.adaptive:
         return drafters, FixedController(drafters)
-    share = 1.0 if head is None else head.share
-    costs = ContextCosts(decoder, config.exit_layer, share, measured)
+    layers = max((drafter.num_layers for drafter in drafters), default=0)
+    share = max((drafter.head_share for drafter in drafters), default=0.0)
+    costs = ContextCosts(decoder, layers, share, measured)
     controller = DraftController(drafters, costs, greedy=sampler.greedy, eos_token_ids=ends)
     return drafters, controller
 
@@ -379,15 +406,41 @@ def outside_autocast(device: torch.device, steps: Iterator[_T]) -> Iterator[_T]:
         yield step
 
 
+def run_layers(
+    decoder: Decoder,
+    hidden: Tensor,
+    start: int,
+    n_layers: int,
+    cache: KVCache,
+    reader: StateReader | None,
+) -> tuple[Tensor, Tensor]:
+    """Run layers [start, n_layers), of which a reader gets the states that leave its layer E too.
+
+    Returns:
+        These states (without a reader, those that came in), and those that leave the last layer.
+    """
+    if reader is not None:
+        hidden, start = decoder.run(hidden, start, reader.num_layers, cache), reader.num_layers
+    return hidden, decoder.run(hidden, start, n_layers, cache)
+
+
 def plain_step(
-    decoder: Decoder, last: Tensor, n_layers: int, cache: KVCache, sampler: Sampler
+    decoder: Decoder,
+    last: Tensor,
+    n_layers: int,
+    cache: KVCache,
+    sampler: Sampler,
+    reader: StateReader | None = None,
 ) -> Tensor:
     """Run the newest tokens [B, 1] through layers [0, n_layers) and choose the next ones, [B, 1]."""
-    if sampler.greedy and not sampler.changes_logits:
+    if sampler.greedy and not sampler.changes_logits and reader is None:
         _, following, _ = decoder.greedy_step(last, n_layers, cache)
     else:
-        hidden = decoder.run(decoder.embed(last), 0, n_layers, cache)
+        embedded = decoder.embed(last)
+        exit_states, hidden = run_layers(decoder, embedded, 0, n_layers, cache, reader)
         following = sampler.next_tokens(decoder, hidden)
+        if reader is not None:
+            reader.read_states(exit_states, hidden)
     cache.lengths += 1
     sampler.commit(following)
     return following
@@ -400,6 +453,7 @@ def speculate(
     max_tokens: int,
     sampler: Sampler,
     exit_layer: int | None,
+    reader: StateReader | None = None,
 ) -> tuple[Tensor, list[Step]]:
     """Decode one round of self-speculative decoding (section 4.3 of the paper).
 
@@ -410,24 +464,26 @@ def speculate(
         max_tokens: number of tokens to draft at most.
         sampler: of the generation.
         exit_layer: E; None without an early exit.
+        reader: the drafter that gets the states of what one row keeps; its E replaces `exit_layer`.
 
     Returns:
         The model's own tokens after what is accepted [B, 1], and the step of each row.
     """
     cache, n_layers = draft.cache, len(decoder.layers)
+    exit_layer = exit_layer if reader is None else reader.num_layers
 
     # 1. Draft: as many tokens as the controller thinks worth their cost.
     controller.fill(draft, max_tokens)
     tokens = draft.tokens
     if not len(draft) and not draft.states:
-        following = plain_step(decoder, draft.last, n_layers, cache, sampler)
+        following = plain_step(decoder, draft.last, n_layers, cache, sampler, reader)
         steps = [Step((token,)) for token in following[:, 0].tolist()]
         controller.update(draft, [step.tokens for step in steps], [0] * len(steps))
         return following, steps
 
     # 2. Verify: the remaining layers over all d + 1 positions, in one pass.
     hidden, start = draft.hidden_states(decoder, exit_layer)
-    hidden = decoder.run(hidden, start, n_layers, cache)
+    exit_states, hidden = run_layers(decoder, hidden, start, n_layers, cache, reader)
 
     # 3. Accept: the longest prefix that agrees with the model, and the model's own token.
     if sampler.greedy:
@@ -445,6 +501,8 @@ def speculate(
     counts = [row[-1] for row in rows]
     cache.lengths += torch.tensor(counts, device="cpu") + 1
     sampler.commit(torch.cat([tokens[:, : counts[0]], following], dim=1))
+    if reader is not None:
+        reader.read_states(exit_states[:, : counts[0] + 1], hidden[:, : counts[0] + 1])
     steps = [step_of(draft, row[:-2], row[-2], row[-1]) for row in rows]
     controller.update(draft, [step.tokens for step in steps], counts)
     return following, steps

@@ -31,6 +31,13 @@ from layerskip.decoding.sampling import nth_seed
 from layerskip.decoding.streaming import Answer, Generation, stop_tokens
 from layerskip.model import Checkpoint, CheckpointSettings, Decoder, load, resolve
 from layerskip.model.checkpoint import with_defaults
+from layerskip.model.exit_adapter import (
+    NO_ADAPTER,
+    ExitAdapterWeights,
+    find_adapter,
+    load_adapter,
+)
+from layerskip.model.hub import packaged_adapter, resolve_adapter
 from layerskip.model.native import build as threads
 from layerskip.model.quantize import bits_of
 from layerskip.model.step_timing import costs_kind, device_clock
@@ -43,12 +50,14 @@ class LayerSkipModel:
         decoder: the weights and the passes over them.
         tokenizer: transformers' tokenizer, or None where the checkpoint has none.
         settings: what travels with the checkpoint (end tokens, exit layer, draft tokens).
+        adapter: an exit adapter of the model, or None.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, adapter: ExitAdapterWeights | None = None) -> None:
         self.decoder: Decoder = checkpoint.decoder
         self.tokenizer: Any = checkpoint.tokenizer
         self.settings = checkpoint.settings
+        self.adapter = adapter
         self._last_datastore: tuple[str, tuple[int, ...]] = ("", ())
         self._grammar_tokenizer: tuple[frozenset[int], Any] | None = None
         if self.decoder.device.type == "cpu":
@@ -63,6 +72,7 @@ class LayerSkipModel:
         weights: str = "16bit",
         device: str | torch.device = "cpu",
         compile: bool | None = None,
+        adapter: str | Path | None = None,
         announce: Callable[[str], None] = lambda text: None,
     ) -> "LayerSkipModel":
         """Load a model.
@@ -77,6 +87,8 @@ class LayerSkipModel:
             compile: run in kernels compiled for this CPU, which takes some seconds once and needs a C++
                 compiler, or on a GPU through `torch.compile`; None: the kernels on a CPU in float32
                 and bfloat16, where they are available. The rest is eager PyTorch.
+            adapter: file or folder of an exit adapter, or a hub id; None takes the one beside the
+                checkpoint, if there is one, and "none" takes none.
             announce: told, in a few words, before something that takes long.
 
         Raises:
@@ -96,7 +108,14 @@ class LayerSkipModel:
         settings = with_defaults(name, checkpoint.settings).measured_for(
             *costs_kind(decoder), threads=threads.num_threads_of(decoder.kernels)
         )
-        return cls(dataclasses.replace(checkpoint, settings=settings))
+        checkpoint = dataclasses.replace(checkpoint, settings=settings)
+        weights_of_adapter = None
+        if adapter != NO_ADAPTER:
+            named = packaged_adapter(name) if adapter is None else resolve_adapter(str(adapter))
+            file = find_adapter(checkpoint.path, named)
+            if file is not None:
+                weights_of_adapter = load_adapter(file, decoder, checkpoint.path)
+        return cls(checkpoint, weights_of_adapter)
 
     def with_settings(self, settings: CheckpointSettings) -> "LayerSkipModel":
         """Return the same model with other settings; nothing is copied."""
@@ -138,6 +157,7 @@ class LayerSkipModel:
             len(self.decoder.layers),
             vocab_size=self.decoder.architecture.vocab_size,
             eos_token_ids=self.end_tokens,
+            has_adapter=self.adapter is not None,
         )
 
     def answer(
@@ -173,6 +193,7 @@ class LayerSkipModel:
             eos_token_ids=eos_token_ids,
             measured=measured,
             prefix_cache=prefix,
+            adapter=self.adapter,
             logits_mask=self.constraint(plan),
         )
         limit = StoppingCriteria.of(self.decoder, tokenized.ids, plan.max_new_tokens)
@@ -277,6 +298,7 @@ class LayerSkipModel:
                 answer.config,
                 eos_token_ids=answer.eos_token_ids,
                 measured=measured,
+                adapter=self.adapter,
                 logits_mask=self.constraint(answer.config),
             )
             by_row[row] = answer

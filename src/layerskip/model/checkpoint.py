@@ -8,7 +8,9 @@ The generation settings are in `generation_config.json`: in transformers' own fi
 else under the key `layerskip`: `exit_layer`, for models that transformers cannot draft with, whose
 `generate` would fail with its own field; `draft_vocabulary`, token ids in one text, the most useful
 first; `draft_text`, token ids of an n-gram datastore; `costs`, a list of `StepCosts`; `weights`, the
-measured cost of quantized weights, such as {"int4": {"method": ..., "nll_change": ...}}.
+measured cost of quantized weights, such as {"int4": {"method": ..., "nll_change": ...}}; `prompt_form`,
+the prompts that the model was trained for, such as {"text": "a command and a line break", "example":
+"Wake me at seven\\n", "ending": "\\n"}.
 """
 
 import contextlib
@@ -35,9 +37,11 @@ from layerskip.paths import cache_folder
 
 FILE = "generation_config.json"
 DRAFT_TEXT_FILE = "draft_text.table"  # not *.safetensors, which other tools would take for weights
+ADAPTER_FILE = "exit_adapter.safetensors"  # see `exit_adapter`
 KEY = "layerskip"
 EXIT = "exit_layer"  # under that key
 FIELD = "weights"  # under that key
+PROMPT_FORM = "prompt_form"  # under that key
 CALIBRATED = "calibration"
 _HEAD = "lm_head.weight"
 
@@ -114,6 +118,25 @@ class StepCosts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptForm:
+    """The form of the prompts that a checkpoint was trained for.
+
+    Attributes:
+        text: one line about it.
+        example: such a prompt.
+        ending: of every such prompt; "" = any.
+    """
+
+    text: str
+    example: str
+    ending: str = ""
+
+    def fits(self, prompt: str) -> bool:
+        """Return True if a prompt has the ending."""
+        return prompt.endswith(self.ending)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
     """Decoding settings of a checkpoint, from `generation_config.json`.
 
@@ -125,6 +148,7 @@ class CheckpointSettings:
         draft_text: searched for n-grams, beside prompt and output.
         draft_text_file: an n-gram datastore beside the weights, which replaces `draft_text`.
         costs: measured, one for each weight format and machine that the model was tuned with.
+        prompt_form: of the prompts that the model was trained for; None = any.
     """
 
     end_tokens: tuple[int, ...] = ()
@@ -134,6 +158,7 @@ class CheckpointSettings:
     draft_text: tuple[int, ...] | None = None
     draft_text_file: Path | None = None
     costs: tuple[StepCosts, ...] = ()
+    prompt_form: PromptForm | None = None
 
     def measured_for(self, *kind: str, threads: int = 0) -> "CheckpointSettings":
         """Drop costs that were measured for another `StepCosts.kind` or other threads."""
@@ -195,7 +220,22 @@ def read_settings(path: Path, config: dict[str, Any], vocab_size: int) -> Checkp
         draft_text=_token_ids(extra, "draft_text", vocab_size, file),
         draft_text_file=datastore if datastore.is_file() else None,
         costs=costs_of(extra, file),
+        prompt_form=_prompt_form(extra, file),
     )
+
+
+def _prompt_form(extra: dict[str, Any], file: Path) -> PromptForm | None:
+    fields = extra.get(PROMPT_FORM)
+    if fields is None:
+        return None
+    try:
+        form = PromptForm(**fields)
+    except TypeError:
+        form = None
+    if form is None or not all(isinstance(v, str) for v in dataclasses.astuple(form)):
+        _warn(f"{PROMPT_FORM} in {file} needs the texts `text`, `example` and `ending`")
+        return None
+    return form
 
 
 def exit_layer_of(fields: dict[str, Any], file: Path) -> int | None:
@@ -569,7 +609,10 @@ def _gguf_in(path: Path) -> Path | None:
     """Return the GGUF file to read, or None for a folder of safetensors."""
     if path.is_file():
         return path
-    if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").is_file():
+    if (
+        any(file.name != ADAPTER_FILE for file in path.glob("*.safetensors"))
+        or (path / "model.safetensors.index.json").is_file()
+    ):
         return None
     files = sorted(path.glob("*.gguf"))
     if not files:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.model.architecture import Activation, Architecture, Rope
-from layerskip.model.kv_cache import CacheView, KVCache
+from layerskip.model.kv_cache import KVCache
 from layerskip.model.quantize import Linear, Matrix, Packed, QuantizedLinear, linear
 
 Norm = Callable[[Tensor], Tensor]
@@ -354,6 +354,23 @@ class Layer:
     mlp_post_norm: Norm | None
 
 
+class AttentionView(Protocol):
+    """Positions of a pass, and the keys and values that they attend to (`CacheView` is one)."""
+
+    @property
+    def positions(self) -> Tensor:
+        """[B, T] int64."""
+        ...
+
+    def write(self, layer: int, keys_values: Tensor) -> tuple[Tensor, Tensor]:
+        """See `CacheView.write`."""
+        ...
+
+    def mask(self, window: int | None, dtype: torch.dtype, groups: int) -> Tensor | None:
+        """See `CacheView.mask`."""
+        ...
+
+
 class Decoder:
     """A decoder-only transformer that can run any contiguous part of its layers.
 
@@ -448,7 +465,7 @@ class Decoder:
         if start == stop:
             return hidden
         span = cache.span(hidden.shape[1], start, stop)
-        return self._through(hidden, start, stop, span, cache.capacity)
+        return self.run_view(hidden, start, stop, span, cache.capacity)
 
     def run_rows(
         self, hidden: Tensor, start: int, stop: int, rows: Sequence[tuple[KVCache, int]]
@@ -475,16 +492,16 @@ class Decoder:
         spans = [(cache.span(n, start, stop), cache.capacity) for cache, n in rows]
         return self._through_layers(hidden, start, stop, spans)
 
-    def _through(
-        self, hidden: Tensor, start: int, stop: int, span: CacheView, capacity: int
+    def run_view(
+        self, hidden: Tensor, start: int, stop: int, span: AttentionView, capacity: int
     ) -> Tensor:
-        """Run layers over a view of a cache of `capacity` positions."""
+        """Run layers over a view of a cache of `capacity` positions; see `run`."""
         b, t, d = hidden.shape
         x = self._through_layers(hidden.reshape(b * t, d), start, stop, [(span, capacity)])
         return x.view(b, t, d)
 
     def _through_layers(
-        self, x: Tensor, start: int, stop: int, spans: Sequence[tuple[CacheView, int]]
+        self, x: Tensor, start: int, stop: int, spans: Sequence[tuple[AttentionView, int]]
     ) -> Tensor:
         """Run layers over hidden states [N, D] of views of caches with their capacities."""
         a = self.architecture
@@ -541,10 +558,21 @@ class Decoder:
             probability of the first row's (1.0 where it is not computed).
         """
         hidden = self.run(self.embed(tokens), 0, stop, cache)
+        return hidden, *self.greedy_choice(hidden[:, -1:], with_confidence=with_confidence)
+
+    def greedy_choice(
+        self, hidden: Tensor, *, with_confidence: bool = False
+    ) -> tuple[Tensor, float]:
+        """Choose the next tokens greedily at the shared exit, after hidden states [B, 1, D].
+
+        Returns:
+            The tokens [B, 1], and the softmax probability of the first row's (1.0 where it is not
+            computed).
+        """
         if not with_confidence:
-            return hidden, self.greedy_tokens(hidden[:, -1:]), 1.0
-        logits = self.logits(hidden[:, -1:])
-        return hidden, argmax(logits), float(logits[0, 0].float().softmax(dim=-1).amax())
+            return self.greedy_tokens(hidden), 1.0
+        logits = self.logits(hidden)
+        return argmax(logits), float(logits[0, 0].float().softmax(dim=-1).amax())
 
     def with_reduced_head(self, token_ids: Tensor) -> "Decoder":
         """Return this decoder with a head for some tokens alone, [n] int64; the layers are shared."""
@@ -563,7 +591,7 @@ class Decoder:
         self,
         x: Tensor,
         index: int,
-        spans: Sequence[CacheView],
+        spans: Sequence[AttentionView],
         turns: Sequence[Tensor],
         masks: Sequence[Tensor | None],
     ) -> Tensor:
@@ -582,7 +610,7 @@ class Decoder:
         return _add(attended, w.mlp, normed, w.mlp_post_norm)
 
     def _attention(
-        self, qkv: Tensor, index: int, span: CacheView, turn: Tensor, mask: Tensor | None
+        self, qkv: Tensor, index: int, span: AttentionView, turn: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Grouped-query attention, [N, (H + 2 KV) * head_dim] to [N, H * head_dim].
 

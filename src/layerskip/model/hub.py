@@ -87,7 +87,8 @@ BUILTIN_MODELS: dict[str, BuiltinModel | DerivedModel] = {
         sha256="29c78a6a0583a9c130486169247a130b62e7d550ecbe5078ae3639c5e764a44b",
     ),
 }
-DEFAULT_MODEL = "smollm2-135m-layerskip"
+DEFAULT_MODEL = "smollm2-135m"
+TRAINED_MODEL = "smollm2-135m-layerskip"
 DIFFERENCES = Path(__file__).parents[1] / "checkpoints"
 
 
@@ -106,6 +107,34 @@ def resolve(name: str, announce: Callable[[str], None] = lambda line: None) -> P
     if kind == "builtin":
         return pull(name, announce)
     return _from_hub(name) if kind == "hub" else Path(name).expanduser()
+
+
+def packaged_adapter(name: str) -> Path | None:
+    """Return the exit adapter of a built-in model that is part of this package, if there is one."""
+    file = DIFFERENCES / f"{name}-{checkpoint.ADAPTER_FILE}"
+    return file if kind_of(name) == "builtin" and file.is_file() else None
+
+
+def resolve_adapter(name: str) -> Path:
+    """Return the file or folder of an exit adapter, after fetching it from the hub if necessary.
+
+    Raises:
+        SourceError: nothing by that name can be found or fetched.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise SourceError(f"there is no exit adapter {name}: name its file, its folder or a hub id")
+    import huggingface_hub
+
+    try:
+        with _bars_on_a_terminal():
+            return Path(
+                huggingface_hub.snapshot_download(name, allow_patterns=[checkpoint.ADAPTER_FILE])
+            )
+    except Exception as error:  # the hub's, and those of its HTTP library
+        raise SourceError(f"{name} cannot be fetched from the hub: {_reason(error)}") from error
 
 
 def kind_of(name: str) -> Literal["local", "builtin", "hub"]:

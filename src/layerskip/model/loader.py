@@ -57,6 +57,7 @@ from layerskip.model.weights import Tensors, missing
 
 Transform = Callable[[Tensor], Tensor]
 """A function of a tensor's rows, applied before the cast."""
+ADAPTER_PROJECTION = "exit_adapter.projection"
 _CHUNK_WEIGHTS = 2**19  # quantized at a time, since that needs several float32 copies
 
 
@@ -118,6 +119,49 @@ def build(
         device=device,
         weights=weights,
     )
+
+
+def build_adapter(
+    base: Decoder,
+    architecture: Architecture,
+    tensors: Tensors,
+    *,
+    dtype: torch.dtype,
+    weights: str = "16bit",
+    compiled: bool = False,
+) -> tuple[Decoder, Linear]:
+    """Read the layer, final norm and input projection of an exit adapter (see `exit_adapter`).
+
+    Args:
+        base: its embedding and head are used.
+        architecture: of the adapter's layer.
+        tensors: the layer and the final norm under the family's names, and the projection.
+        dtype: of everything that is not quantized.
+        weights: a key of `quantize.WEIGHTS`.
+        compiled: use the kernels of `native`, as the base does.
+
+    Returns:
+        A decoder of one layer, and the projection of its inputs, [N, 2 D] to [N, D].
+
+    Raises:
+        CheckpointError, UnsupportedModelError: as of `build`.
+    """
+    a, names = architecture, FAMILIES[architecture.family].names
+    load = WeightLoader(tensors, names.ignored, dtype, base.device, weights, is_native=compiled)
+    projection = load.linear([ADAPTER_PROJECTION], [a.hidden_size], 2 * a.hidden_size)
+    kind = native.NativeDecoder if compiled else Decoder
+    decoder = kind(
+        a,
+        embedding=base.embedding,
+        layers=[_LayerLoader(a, load, 0).layer()],
+        final_norm=_norm(a, load, names.final_norm, scale=a.logit_scale),
+        head=None if base.tied else base.head,
+        dtype=dtype,
+        device=base.device,
+        weights=weights,
+    )
+    load.check_all_used()
+    return decoder, projection
 
 
 def fast_dtype(

@@ -92,7 +92,7 @@ class CompiledDecoder(Decoder):
             keys=tuple(layer[0, ..., :reach, :] for layer in slots),
             values=tuple(layer[1, ..., :reach, :] for layer in slots),
         )
-        return self._through(hidden, start, stop, span, capacity)
+        return self.run_view(hidden, start, stop, span, capacity)
 
 
 def _in_main_thread() -> bool:

@@ -133,7 +133,7 @@ class Responder(abc.ABC):
         self._tokenizer = service.model.tokenizer
         self._with_logprobs = body.num_logprobs is not None
         self._include_usage = bool(body.stream_options and body.stream_options.include_usage)
-        self._envelope = {
+        self._envelope: dict[str, Any] = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": service.name,

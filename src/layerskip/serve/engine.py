@@ -349,6 +349,7 @@ class Engine:
             config,
             eos_token_ids=model.eos_token_ids(config),
             measured=model.settings.measured,
+            adapter=model.adapter,
             logits_mask=request.logits_mask or model.constraint(config),
             num_logprobs=request.num_logprobs,
         )

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from layerskip.serve.protocol import ErrorObject, ErrorResponse
 
 RETRY_AFTER_S = 1
+MAX_MESSAGE, MAX_PARAM = 1000, 100  # characters: both may quote the request
 INTERNAL_ERROR = "the server failed to answer this request"
 _CODES = {429: "rate_limit_exceeded", 503: "service_unavailable"}
 _TYPE_NAMES = frozenset(("str", "int", "float", "bool", "none", "nullable"))  # branches of a union
@@ -33,9 +34,9 @@ class APIError(Exception):
         self.status = status
         self.body = ErrorResponse(
             error=ErrorObject(
-                message=message,
+                message=_bounded(message, MAX_MESSAGE),
                 type="server_error" if status >= 500 else "invalid_request_error",
-                param=param,
+                param=param and _bounded(param, MAX_PARAM),
                 code=code or _CODES.get(status),
             )
         )
@@ -82,7 +83,7 @@ def _validation_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
     if first["type"] == "json_invalid":
         return APIError(400, "the body is not valid JSON")
     param, message = _path(first["loc"]), str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden" and param:
         return APIError(
             400, f"'{param}' is not supported by this server; leave it out", param=param
         )
@@ -91,6 +92,11 @@ def _validation_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
     if not param:
         return APIError(400, "the body has to be a JSON object, sent as application/json")
     return APIError(400, f"{param}: {message}", param=param)
+
+
+def _bounded(text: str, limit: int) -> str:
+    """Return a text that UTF-8 can encode, cut to a number of characters."""
+    return text[:limit].encode(errors="replace").decode()
 
 
 def _path(loc: Sequence[str | int]) -> str:

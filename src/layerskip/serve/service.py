@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from starlette.concurrency import run_in_threadpool
@@ -199,7 +200,7 @@ class Service:
         tokenizer = self.model.tokenizer
         if body.messages is not None:
             prompt = _conversation(body.messages, body.chat_template_kwargs)
-            return await self._in_thread(lambda: self.model.tokenize(prompt))
+            return await self._in_thread(partial(self.model.tokenize, prompt))
         if tokenizer is None:
             raise APIError(400, "this checkpoint has no tokenizer")
         text = body.prompt or ""
@@ -225,7 +226,7 @@ class Service:
         self._check_limits(body, len(prompts))
         if self.config.log_prompts:
             self.log(f"prompts: {prompts}")
-        ids = [await self._in_thread(lambda p=prompt: self.model.tokenize(p)) for prompt in prompts]
+        ids = [await self._in_thread(partial(self.model.tokenize, prompt)) for prompt in prompts]
         for tokens in ids:
             self._check_prompt(tokens, "messages" if isinstance(body, ChatRequest) else "prompt")
         answers = Answers(body, ids, self.metrics, self.log)

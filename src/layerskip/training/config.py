@@ -105,6 +105,14 @@ class TrainConfig:
     keep_checkpoints: int = setting("checkpoints that are kept", 2)
     exit_layer: int | None = setting("exit written into the result for decoding", None)
     draft_tokens: int = setting("draft tokens written into the result for decoding", 4)
+    prompt_form: str | None = setting(
+        "one line about the prompts that the result is for, written into it for decoding (default:"
+        " the ending of --prompt)",
+        None,
+    )
+    prompt_example: str | None = setting(
+        "such a prompt; decoding warns of prompts without its line break at the end", None
+    )
     keep_datastore: bool = setting(
         "store the rows that others repeat most in the result, as an n-gram datastore",
         False,
@@ -167,6 +175,10 @@ class TrainConfig:
             raise ValueError("from_scratch and lora_rank contradict each other")
         if self.lora_alpha is not None and self.lora_rank is None:
             raise ValueError("lora_alpha needs lora_rank")
+        if (self.prompt_form is None) != (self.prompt_example is None):
+            raise ValueError("prompt_form and prompt_example need each other")
+        if self.prompt_form is not None and "\n" in self.prompt_form:
+            raise ValueError("prompt_form is one line of text")
 
     @property
     def effective_recipe(self) -> RecipeConfig:

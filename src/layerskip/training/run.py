@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -485,8 +485,11 @@ def save_result(
 def _own_settings(model: Any, trainer: LayerSkipTrainer, config: TrainConfig) -> dict[str, Any]:
     """Return layerskip's own generation settings; those measured before the training are dropped."""
     own_settings = recorded(getattr(model.generation_config, settings.KEY, None), {})
-    for name in ("costs", "draft_text", "draft_vocabulary", "tuning", settings.EXIT):
+    of_earlier = ("costs", "draft_text", "draft_vocabulary", "tuning", settings.PROMPT_FORM)
+    for name in (*of_earlier, settings.EXIT):
         own_settings.pop(name, None)
+    if (form := prompt_form(config)) is not None:
+        own_settings[settings.PROMPT_FORM] = asdict(form)
     tokenizer: Any = trainer.processing_class
     rows: Any = trainer.train_dataset
     if (vocabulary := draft_vocabulary(rows, model, tokenizer.eos_token_id)) is not None:
@@ -496,6 +499,23 @@ def _own_settings(model: Any, trainer: LayerSkipTrainer, config: TrainConfig) ->
         if text := most_repeated([[x for x in row if x != IGNORED_LABEL] for row in labels]):
             own_settings["draft_text"] = settings.text_of_ids(text)
     return own_settings
+
+
+def prompt_form(config: TrainConfig) -> settings.PromptForm | None:
+    """Return the form of the prompts: the one that is given, else the ending of the template.
+
+    Without either the rows may have prompts of any form.
+    """
+    ending = config.prompt.rpartition("}")[2]
+    if config.prompt_form is not None and config.prompt_example is not None:
+        example = config.prompt_example
+        ending = ending or example[len(example.rstrip("\n")) :]
+        return settings.PromptForm(text=config.prompt_form, example=example, ending=ending)
+    if not ending:
+        return None
+    name = "a line break" if ending == "\n" else repr(ending)
+    text = f"ending in {name}"
+    return settings.PromptForm(text=text, example=config.prompt, ending=ending)
 
 
 def draft_vocabulary(

@@ -1,5 +1,6 @@
 """llama.cpp's server, through xllamacpp: plain, and with its drafts by n-gram lookup."""
 
+import dataclasses
 import http.client
 import json
 from collections.abc import Iterator, Sequence
@@ -16,15 +17,23 @@ from layerskip.bench.baselines.process import (
 )
 from layerskip.bench.baselines.transformers import Recorder
 from layerskip.bench.measure import Run, Setting
+from layerskip.decoding import DecodingConfig
 from layerskip.model.weights import GgufHeader
 
 LOOKUP_NGRAM = 2  # tokens; transformers searches for as many by default
+# The other modes of --spec-type, with the lengths of n-gram and draft that were the fastest on a CPU.
+MODES = {"ngram-mod": (24, 16), "ngram-map-k": (12, 16)}
 
 
 def settings(drafts: Sequence[tuple[int, int]]) -> list[Setting]:
     """Return the rows of this baseline, which has no early exit."""
     lengths = (PROMPT_LOOKUP_TOKENS_ON_A_CPU, PROMPT_LOOKUP_TOKENS)
-    return [Setting(), *map(prompt_lookup, lengths)]
+    config = DecodingConfig(mode="self-speculative", draft_from="n-gram")
+    modes = [
+        Setting(config=dataclasses.replace(config, draft_tokens=length), mode=mode)
+        for mode, (_, length) in MODES.items()
+    ]
+    return [Setting(), *map(prompt_lookup, lengths), *modes]
 
 
 class Engine:
@@ -39,13 +48,12 @@ class Engine:
         self._bytes_per_pass = _bytes_per_pass(job.gguf)
         _check_device(job.device)
         self.build = _build()
-        # The draft length is fixed when a server starts. The servers share the mapped file.
-        lengths = dict.fromkeys(setting.config.draft_tokens for setting in job.settings)
-        self._servers = {length: _start(job, length) for length in lengths}
+        # Drafting is fixed when a server starts. The servers share the mapped file.
+        self._servers = {_key(setting): _start(job, setting) for setting in job.settings}
 
     def answer(self, setting: Setting, prompt: Sequence[int], max_new_tokens: int) -> Run:
         """See `System`."""
-        server = self._servers[setting.config.draft_tokens]
+        server = self._servers[_key(setting)]
         seconds = 0.0
         # The server's own clock, without HTTP.
         recorder = Recorder.of(self._job, lambda: seconds, max_new_tokens)
@@ -73,12 +81,16 @@ class Engine:
         )
 
 
-def _start(job: Job, draft_tokens: int | None) -> Any:
+def _key(setting: Setting) -> tuple[str, int | None]:
+    return setting.mode, setting.config.draft_tokens
+
+
+def _start(job: Job, setting: Setting) -> Any:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = job.gguf
-    params.n_ctx = job.context + PROMPT_LOOKUP_TOKENS
+    params.n_ctx = job.context + max(length for _, length in MODES.values())
     params.fit_params = False  # it would change the context to what fits
     params.n_parallel = 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job.threads
@@ -89,12 +101,25 @@ def _start(job: Job, draft_tokens: int | None) -> Any:
     params.cache_ram_mib = 0  # no prompt is kept for later requests
     params.ui = False
     params.verbosity = 1  # errors
-    if draft_tokens is not None:
-        kinds = xllamacpp.common_speculative_type
-        params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
-        params.speculative.ngram_simple.size_n = LOOKUP_NGRAM
-        params.speculative.ngram_simple.size_m = draft_tokens
+    if setting.config.draft_tokens is not None:
+        _draft(params.speculative, setting.mode, setting.config.draft_tokens)
     return xllamacpp.Server(params)
+
+
+def _draft(speculative: Any, mode: str, draft_tokens: int) -> None:
+    """Set the options of a mode, which are named as those of llama-server."""
+    import xllamacpp
+
+    mode = "ngram-simple" if mode == "prompt-lookup" else mode
+    name = mode.replace("-", "_")
+    kinds = xllamacpp.common_speculative_type
+    speculative.types = [getattr(kinds, f"COMMON_SPECULATIVE_TYPE_{name.upper()}")]
+    options = getattr(speculative, name)
+    if mode == "ngram-mod":
+        options.n_match, options.n_max, options.n_min = MODES[mode][0], draft_tokens, 0
+    else:
+        options.size_n = MODES[mode][0] if mode in MODES else LOOKUP_NGRAM
+        options.size_m = draft_tokens
 
 
 def _tokens(server: Any, request: dict[str, Any]) -> Iterator[tuple[float, int, bool]]:

@@ -229,14 +229,26 @@ class NativeDecoder(Decoder):
         """See `Decoder`; no logits are written to memory."""
         if self.architecture.logit_cap is not None:  # which can make two logits equal
             return super().greedy_tokens(hidden)
+        return self._choose(hidden, with_confidence=False)[0]
+
+    def greedy_choice(
+        self, hidden: Tensor, *, with_confidence: bool = False
+    ) -> tuple[Tensor, float]:
+        """See `Decoder`; no logits are written to memory."""
+        if self.architecture.logit_cap is not None:
+            return super().greedy_choice(hidden, with_confidence=with_confidence)
+        tokens, confidences = self._choose(hidden, with_confidence=with_confidence)
+        return tokens, 1.0 if confidences is None else float(confidences[0])
+
+    def _choose(self, hidden: Tensor, *, with_confidence: bool) -> tuple[Tensor, Tensor | None]:
         b, t, d = hidden.shape
         norm, eps = self._final_norm_weight, self.architecture.norm_eps
         # As many threads as the layers: OpenMP sets up a team of another size anew.
-        threads = num_threads_to_use(self._narrowest)
-        tokens, _ = choose(
-            self._head_pointers(), hidden.reshape(b * t, d), norm, eps, threads=threads
+        threads, rows = num_threads_to_use(self._narrowest), hidden.reshape(b * t, d)
+        tokens, confidences = choose(
+            self._head_pointers(), rows, norm, eps, threads=threads, confident=with_confidence
         )
-        return tokens.view(b, t)
+        return tokens.view(b, t), confidences
 
     def greedy_step(
         self, tokens: Tensor, stop: int, cache: KVCache, *, with_confidence: bool = False

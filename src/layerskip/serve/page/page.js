@@ -116,9 +116,9 @@ async function* events(response) {
 // --- an answer ----------------------------------------------------------------------------------
 
 async function ask(question) {
-  $("welcome").hidden = true;
-  messages.push({ role: "user", content: question });
-  show(messages.at(-1));
+  const conversation = messages; // "New chat" begins another one
+  conversation.push({ role: "user", content: question });
+  show(conversation.at(-1));
   const body = requestBody(question);
   const answer = { role: "assistant", content: "", runs: [], mode: mode() };
   const item = show(answer);
@@ -148,8 +148,8 @@ async function ask(question) {
     else note(item, error.message, "error");
   }
   item.classList.remove("writing");
-  if (answer.content) messages.push(answer);
-  else messages.pop(); // the question can be asked again
+  if (answer.content) conversation.push(answer);
+  else conversation.pop(); // the question can be asked again
   running = null;
   setRunning(false);
   save();

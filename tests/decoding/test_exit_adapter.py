@@ -1,0 +1,219 @@
+"""Drafts of an exit adapter: exactness, its cache, and what it proposes."""
+
+import dataclasses
+
+import pytest
+import torch
+from mixed_drafts import mix_drafts
+from test_sampled_distribution import (
+    COSTS,
+    MIN_P_VALUE,
+    N_TOKENS,
+    PROMPT,
+    SAMPLES,
+    VOCABULARY,
+    counts_of,
+    p_value,
+    probabilities,
+)
+from tiny_adapters import ADAPTER, EVERY_SOURCE, adapted_steps, tiny_adapter, with_adapter
+from tiny_decoders import FREE, PLAIN, ids, model_of, random_prompt, tiny_decoder, tokens_of
+
+import tiny_models
+from layerskip.decoding import Draft, PrefixCache
+from layerskip.decoding.batch import Batch
+from layerskip.decoding.drafters import DrafterInputs, make_drafters
+from layerskip.decoding.generate import Row
+from layerskip.decoding.sampling import Sampler, Sampling
+from layerskip.model import native
+
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
+
+
+def accepted_share(rounds):
+    return sum(step.accepted for step in rounds) / max(sum(step.drafted for step in rounds), 1)
+
+
+@pytest.mark.parametrize("case", tiny_models.ONE_OF_EACH)
+def test_greedy_drafts_equal_plain_in_every_family(case):
+    for exit_layer in (0, 2):
+        decoder, adapter = with_adapter(case, exit_layer)
+        prompt = random_prompt(decoder, 9)
+        plain = ids(decoder, prompt, PLAIN)
+        rounds = adapted_steps(decoder, adapter, prompt, ADAPTER)
+        assert tokens_of(rounds) == plain
+        if exit_layer:
+            assert accepted_share(rounds) > 0.2
+
+
+@pytest.mark.parametrize("case", tiny_models.ONE_OF_EACH)
+def test_greedy_drafts_equal_plain_in_the_compiled_kernels(case, compiled_kernels):
+    decoder, adapter = with_adapter(case, 2, compiled=True)
+    is_native = native.supports(decoder.architecture, decoder.dtype, decoder.device)
+    assert adapter.decoder.kernels == ("compiled" if is_native else "pytorch")
+    prompt = random_prompt(decoder, 9)
+    rounds = adapted_steps(decoder, adapter, prompt, ADAPTER)
+    assert tokens_of(rounds) == ids(decoder, prompt, PLAIN)
+    assert accepted_share(rounds) > 0.2
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["pytorch", "compiled"])
+@pytest.mark.parametrize("sampling", [{}, {"repetition_penalty": 1.3}], ids=["", "penalty"])
+def test_adaptive_drafts_with_n_grams_equal_plain(compiled, sampling, request):
+    if compiled:
+        request.getfixturevalue("compiled_kernels")
+    for exit_layer in (0, 1):
+        decoder, adapter = with_adapter("llama3.1", exit_layer, compiled=compiled)
+        prompt = random_prompt(decoder, 5) * 3
+        plain = ids(decoder, prompt, PLAIN, n=40, **sampling)
+        rounds = adapted_steps(
+            decoder, adapter, prompt, EVERY_SOURCE, 40, measured=FREE, **sampling
+        )
+        assert tokens_of(rounds) == plain
+        assert any("exit-adapter" in step.sources for step in rounds)
+
+
+def test_drafts_of_mixed_sources_equal_plain(monkeypatch):
+    mix_drafts(monkeypatch)
+    decoder, adapter = with_adapter("llama3.1", 1)
+    prompt = random_prompt(decoder, 6) * 2
+    plain = ids(decoder, prompt, PLAIN, n=40)
+    rounds = adapted_steps(
+        decoder, adapter, prompt, EVERY_SOURCE, 40, datastore=tuple(plain[::2] * 3)
+    )
+    assert tokens_of(rounds) == plain
+    assert any(len({*step.sources}) == 2 for step in rounds)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantized_weights_draft_too(weights):
+    decoder = tiny_decoder("llama3.1", upper=0.1, weights=weights)
+    adapter = tiny_adapter(decoder, "llama3.1", 2)
+    prompt = random_prompt(decoder, 9)
+    rounds = adapted_steps(decoder, adapter, prompt, ADAPTER)
+    assert tokens_of(rounds) == ids(decoder, prompt, PLAIN)
+    assert accepted_share(rounds) > 0.2
+
+
+def drafter_of(decoder, adapter, prompt, sampling=None):
+    sampler = Sampler(sampling or Sampling(temperature=1.0), decoder.device, 0)
+    inputs = DrafterInputs(
+        decoder=decoder, sampler=sampler, prompts=[prompt], adapter=adapter, capacity=64
+    )
+    (drafter,) = make_drafters(["exit-adapter"], inputs)
+    return drafter
+
+
+def commit(decoder, drafter, cache, tokens):
+    """Run tokens as the loop does, and hand their states over."""
+    e = drafter.num_layers
+    exit_states = decoder.run(decoder.embed(torch.tensor([tokens])), 0, e, cache)
+    drafter.read_states(exit_states, decoder.run(exit_states, e, len(decoder.layers), cache))
+    cache.lengths += len(tokens)
+
+
+@pytest.mark.parametrize("exit_layer", [0, 2])
+def test_gaps_are_filled_with_the_model_s_states(exit_layer):
+    """Proposals depend on the text alone, not on the rounds in which it was committed."""
+    decoder, adapter = with_adapter("llama3.1", exit_layer)
+    text = random_prompt(decoder, 12)
+
+    def proposal(*parts, drafts_between):
+        drafter, cache = drafter_of(decoder, adapter, text), decoder.new_cache(64)
+        for part in parts:
+            commit(decoder, drafter, cache, part)
+            if drafts_between:  # of a wrong token, which is rejected
+                draft = Draft(torch.tensor([[7]]), cache)
+                draft.extend(drafter.propose(draft, 1), 1, drafter.name)
+                drafter.propose(draft, 1)
+                draft.hidden_states(decoder, exit_layer)
+        draft = Draft(torch.tensor([[5]]), cache)
+        first = drafter.propose(draft, 1)
+        draft.extend(first, 1, drafter.name)
+        return torch.stack([first.probs[0], drafter.propose(draft, 1).probs[0]])
+
+    expected = proposal(text, drafts_between=False)
+    pieces = text[:4], text[4:5], text[5:9], text[9:]
+    torch.testing.assert_close(proposal(*pieces, drafts_between=False), expected)
+
+
+def test_rejected_drafts_leave_no_trace():
+    decoder, adapter = with_adapter("llama3.1", 1)
+    text = random_prompt(decoder, 8)
+
+    def proposals(rejected):
+        drafter, cache = drafter_of(decoder, adapter, text), decoder.new_cache(64)
+        commit(decoder, drafter, cache, text)
+        draft = Draft(torch.tensor([[5]]), cache)
+        for _ in range(rejected):
+            draft.extend(drafter.propose(draft, 1), 1, drafter.name)
+        draft.hidden_states(decoder, 1)
+        commit(decoder, drafter, cache, [5])
+        return drafter.propose(Draft(torch.tensor([[9]]), cache), 1).probs[0]
+
+    torch.testing.assert_close(proposals(3), proposals(0))
+
+
+def test_a_drafted_token_is_of_the_draft_vocabulary_or_the_prompt():
+    decoder = tiny_decoder("llama3.1", upper=0.1)
+    adapter = tiny_adapter(decoder, "llama3.1", 1, draft_vocabulary=(3, 4))
+    prompt = [9, 10]
+    drafter, cache = drafter_of(decoder, adapter, prompt), decoder.new_cache(64)
+    commit(decoder, drafter, cache, prompt)
+    probs = drafter.propose(Draft(torch.tensor([[5]]), cache), 1).probs[0]
+    assert set(probs[0].nonzero().flatten().tolist()) <= {3, 4, 9, 10}
+
+
+def test_without_an_adapter_it_cannot_draft():
+    decoder = tiny_decoder("llama3.1")
+    with pytest.raises(ValueError, match="no exit adapter"):
+        adapted_steps(decoder, None, [1, 2], ADAPTER)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["adapter alone", "mixed with n-grams"])
+def test_sampled_continuations_have_the_model_s_distribution(mixed, monkeypatch):
+    decoder = tiny_decoder("qwen2", upper=2.0, vocab_size=VOCABULARY, **SMALL)
+    adapter = tiny_adapter(decoder, "qwen2", 1, (0, 2, 3), vocab_size=VOCABULARY, **SMALL)
+    sampling = {"temperature": 0.5, "top_p": 0.95}
+    if mixed:
+        mix_drafts(monkeypatch)
+    config = EVERY_SOURCE if mixed else ADAPTER
+    counts = counts_of(
+        tokens_of(
+            adapted_steps(
+                decoder, adapter, PROMPT, config, N_TOKENS,
+                measured=COSTS, seed=seed, draft_tokens=2, **sampling,
+            )
+        )
+        for seed in range(SAMPLES)
+    )  # fmt: skip
+    assert p_value(counts, probabilities(decoder, sampling)) > MIN_P_VALUE
+
+
+def test_answers_with_a_prefix_cache_are_the_same():
+    decoder, adapter = with_adapter("llama3.1", 1)
+    model, prefix = model_of(decoder), PrefixCache()
+    model.adapter = adapter
+    text = random_prompt(decoder, 9)
+    for _ in range(3):
+        drafted = model.generate(text, EVERY_SOURCE, prefix=prefix, max_new_tokens=12)
+        assert drafted.token_ids == model.generate(text, PLAIN, max_new_tokens=12).token_ids
+        text = [*text, *drafted.token_ids, 5, 6]
+
+
+def test_rows_of_a_batch_are_exact_and_draft_again_when_alone():
+    """States of rounds with other rows reach the adapter, which drafts for the last row left."""
+    decoder, adapter = with_adapter("llama3.1", 1)
+    prompts = [random_prompt(decoder, n, seed=n) for n in (5, 9, 14)]
+    batch, answers, rows = Batch(decoder), {}, []
+    for prompt, n in zip(prompts, (6, 9, 40), strict=True):
+        config = dataclasses.replace(ADAPTER, max_new_tokens=n)
+        rows.append(Row(decoder, prompt, config, adapter=adapter))
+        batch.add(rows[-1])
+    for output in batch:
+        answers.setdefault(output.row, []).append(output.step)
+    for row, prompt, n in zip(rows, prompts, (6, 9, 40), strict=True):
+        assert tokens_of(answers[row]) == ids(decoder, prompt, PLAIN, n)
+    alone = [step for step in answers[rows[-1]] if step.sources]
+    assert accepted_share(alone) > 0.2
