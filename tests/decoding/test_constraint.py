@@ -213,6 +213,8 @@ def test_end_token_is_allowed_only_where_the_grammar_may_end(model):
         ({"json_schema": {"type": "text"}}, "JSON schema cannot be used: Invalid type: text"),
         ({"json_schema": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
         ({"json_schema": {"$ref": "http://localhost/schema"}}, "cannot be used"),
+        ({"json_schema": {"$ref": "#"}}, "no text is allowed"),
+        ({"regex": "\ud800"}, "surrogates"),
         ({"json_schema": "{"}, "the JSON schema is not JSON"),
         ({"json_schema": {"const": float("nan")}}, "the JSON schema is not JSON"),
         ({"json_schema": "[]"}, "has to be an object"),
@@ -232,7 +234,7 @@ def test_bad_grammar_is_one_line(model, options, message):
 def test_work_on_a_grammar_is_bounded(model, monkeypatch):
     regex = "(a|b)*c{3}(a|d)*"
     monkeypatch.setitem(constraint_module.LIMITS, "max_lexer_states", 2)
-    with pytest.raises(ValueError, match="cannot be followed: lexer error: too many states"):
+    with pytest.raises(ValueError, match="cannot be used: lexer error: too many states"):
         model.generate("x", regex=regex)
     monkeypatch.setitem(constraint_module.LIMITS, "initial_lexer_fuel", 10)
     with pytest.raises(ValueError, match=r"cannot be used: .*too big"):

@@ -80,6 +80,7 @@ class Constraint:
             tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS)
         )
         self._tokens: list[int] = []  # those that the matcher has consumed
+        self._matcher.compute_logit_bias()  # finds out whether any text is allowed
         self._check(f"the {name} cannot be used")
 
     def __call__(self, tokens: Sequence[int]) -> Tensor | None:
@@ -88,14 +89,12 @@ class Constraint:
         An end token is among them where the grammar may end.
 
         Raises:
-            ValueError: no token may follow, or the grammar is too complex.
+            ValueError: no token of the model may follow, or the grammar is too complex.
         """
         if not self._follow(tokens):
             return None
         mask = torch.from_numpy(np.frombuffer(self._matcher.compute_logit_bias(), np.uint8) != 0)
         self._check("the grammar cannot be followed")
-        if not mask.any():
-            raise ValueError("the grammar allows text that this model has no tokens for")
         return mask
 
     def forced_tokens(self, tokens: Sequence[int]) -> list[int]:
@@ -124,7 +123,9 @@ class Constraint:
 
     def _check(self, what: str) -> None:
         if self._matcher.is_error():
-            raise ValueError(f"{what}: {_one_line(self._matcher.get_error())}")
+            error: str = self._matcher.get_error()
+            reason = "no text is allowed" if "NoExtension" in error else _one_line(error)
+            raise ValueError(f"{what}: {reason}")
 
 
 def schema_text(schema: Any) -> str:
