@@ -168,7 +168,10 @@ class _SchemaFile(click.ParamType[Any]):
         """Return its text."""
         try:
             with Path(value).open(encoding="utf-8-sig") as file:
-                return file.read(MAX_GRAMMAR + 1)
+                text = file.read(MAX_GRAMMAR + 1)
+            if len(text) > MAX_GRAMMAR:
+                self.fail(f"{value} has more than {MAX_GRAMMAR} characters", param, ctx)
+            return text
         except (OSError, UnicodeDecodeError) as error:
             self.fail(f"{value} cannot be read: {error}", param, ctx)
 

@@ -159,6 +159,8 @@ class DecodingConfig(Sampling):
         if self.json_schema is not None and self.regex is not None:
             raise ValueError("an answer follows a JSON schema or a regular expression, not both")
         for name, text in (("JSON schema", self.json_schema), ("regular expression", self.regex)):
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f"the {name} is {text!r}, it has to be a text")
             if text is not None and len(text) > MAX_GRAMMAR:
                 raise ValueError(
                     f"the {name} has {len(text)} characters, the limit is {MAX_GRAMMAR}; shorten it"
