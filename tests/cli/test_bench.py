@@ -252,7 +252,7 @@ def test_peers_stand_beside_our_rows(run, prompts, monkeypatch):
     status, out, err = run("bench", "--task", prompts, "--json", *flags, *small)
     assert status == 0
     rows = json.loads(out)["rows"]
-    assert err.count("layerskip: not measured: ") == 3
+    assert err.count("layerskip: not measured: ") == 5
     named = [(row["system"], row["mode"]) for row in rows]
     assert named == [
         ("layerskip", "plain"),

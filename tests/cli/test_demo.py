@@ -85,9 +85,9 @@ def test_bad_flags_are_one_line(run, flags, message):
 def test_chat_scenes_ask_in_a_conversation():
     commands, edit, question = SCENES
     assert commands.prompt("Wake me") == "Wake me\n"
-    (message,) = edit.prompt("Replace a by b.")
-    assert message["content"].startswith("Replace a by b.")
-    assert message["content"].endswith(edit.prediction)
+    (message,) = edit.prompt("Write it again.")
+    assert message["content"].startswith(edit.prediction)
+    assert message["content"].endswith("Write it again.")
     assert question.prompt("Why?") == [{"role": "user", "content": "Why?"}]
 
 

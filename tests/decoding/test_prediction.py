@@ -232,8 +232,18 @@ def test_a_text_is_tokenized():
     assert scripted_model([1]).resolve(prediction="ab").prediction == tuple(encode("ab"))
 
 
-def test_a_list_of_prompts_is_answered_one_after_the_other(decoder, prompt, plain):
-    model, prompts = model_of(decoder), [prompt, prompt[:5]]
-    answers = model.generate(prompts, prediction=plain, max_new_tokens=60)
-    assert [a.token_ids for a in answers] == [ids(decoder, p, PLAIN, n=60) for p in prompts]
-    assert answers[0].mode == "prediction+n-gram"
+def test_prompts_of_a_batch_have_a_prediction_for_all_or_one_for_each(decoder, prompt):
+    model, prompts = model_of(decoder), [prompt, prompt[:5], prompt[:6]]
+    plain = [ids(decoder, p, PLAIN, n=60) for p in prompts]
+    options = {"max_new_tokens": 60, "mode": "self-speculative", "draft_from": "prediction+n-gram"}
+    for predictions in (plain[0], [plain[0], plain[1], [1, 2, 3]]):
+        answers = model.generate(prompts, prediction=predictions, **options)
+        assert [answer.token_ids for answer in answers] == plain
+        accepted = [
+            sum(step.sources[: step.accepted].count("prediction") for step in answer.steps)
+            for answer in answers
+        ]
+        assert accepted[0] > 40
+        assert (accepted[1] > 40) == (predictions is not plain[0])
+    with pytest.raises(ValueError, match="there are 2 predictions for 3 prompts"):
+        model.generate(prompts, prediction=[plain[0], plain[1]], **options)

@@ -49,6 +49,7 @@ class Scene:
         max_new_tokens: of an answer.
         note: one line about the result.
         prediction: a text that the answers are predicted to be.
+        stop: texts that end an answer.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Scene:
     max_new_tokens: int
     note: str
     prediction: str | None = None
+    stop: tuple[str, ...] = ()
 
     def prompt(self, text: str) -> Prompt:
         """Return the prompt for the model."""
@@ -68,20 +70,32 @@ class Scene:
 
     def settings(self, model: LayerSkipModel) -> list[Setting]:
         """Return plain decoding and auto."""
-        auto = DecodingConfig(mode="auto", prediction=self.prediction)
+        plain = DecodingConfig(mode="plain", stop=self.stop)
+        auto = DecodingConfig(mode="auto", stop=self.stop, prediction=self.prediction)
         return [
-            Setting(config=model.resolve(DecodingConfig(mode="plain"))),
+            Setting(config=model.resolve(plain)),
             Setting(config=model.resolve(auto), mode="auto"),
         ]
 
 
-NOTE = """\
-Release notes for Tidemark, by Mira Olsen
+FILE = """\
+```toml
+[server]
+host = "127.0.0.1"
+port = 8080
+workers = 4
+timeout = 30
 
-Tidemark 2.4 reads the tide tables that ports publish and works out high and low water for any day. \
-The tables of four hundred harbours are part of the package, so no network is needed. Results come as \
-text, as JSON or as a calendar file. A new option prints the time in the zone of the harbour. Tidemark \
-2.4 needs Python 3.10 or newer. Please send questions to Mira Olsen."""
+[database]
+name = "tidemark"
+user = "reader"
+pool = 10
+
+[log]
+level = "info"
+file = "/var/log/tidemark.log"
+keep_days = 14
+```"""
 
 SCENES = (
     Scene(
@@ -103,15 +117,13 @@ SCENES = (
         name="edit",
         title="An edit by a model as it was downloaded",
         model=DEFAULT_MODEL,
-        template="{text} Answer with the complete text.\n\n" + NOTE,
+        template=FILE + "\n\n{text}",
         is_chat=True,
-        texts=(
-            "Replace 2.4 by 2.5 in this text.",
-            "Replace Mira Olsen by Jonas Berg in this text.",
-        ),
-        max_new_tokens=192,
-        note="the text itself is the draft; no training, any model",
-        prediction=NOTE,
+        texts=("Write this file again with port = 9090.",),
+        max_new_tokens=160,
+        note="the file itself is the draft; no training, any model",
+        prediction=FILE,
+        stop=("\n```",),
     ),
     Scene(
         name="question",

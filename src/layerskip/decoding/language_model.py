@@ -5,6 +5,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
@@ -183,7 +184,7 @@ class LayerSkipModel:
         plan = self.resolve(config, **overrides)
         tokenized = self._tokenized(prompt)
         measured = self.settings.measured
-        if plan.adaptive and measured is None:
+        if plan.adaptive:
             time_passes(self.decoder)  # before the answer's clock starts
         eos_token_ids = self.eos_token_ids(plan)
         steps = generate(
@@ -261,7 +262,8 @@ class LayerSkipModel:
                 (dicts with role and content; the chat template is applied), a dict of `messages`,
                 `tools` and `chat_template_kwargs`, or a list of those.
             config: see `DecodingConfig`; None = the defaults.
-            overrides: options that replace those of the config, and `prefix` (see `answer`).
+            overrides: options that replace those of the config, and `prefix` (see `answer`). For a
+                list of prompts `prediction` may be a list, with a text or token ids for each.
 
         Returns:
             A `Generation`, or a list of them for a list of prompts.
@@ -273,6 +275,7 @@ class LayerSkipModel:
             return self.answer(prompt, config, **overrides).complete()
         if overrides.pop("prefix", None) is not None:
             raise ValueError("a prefix is for one prompt after another, not for a list of them")
+        predictions = _one_for_each(prompt, overrides.pop("prediction", None))
         config = DecodingConfig.from_options(config, overrides)
         tokenized = list[Tokenized]()
         for i, one in enumerate(prompt, 1):
@@ -280,7 +283,12 @@ class LayerSkipModel:
                 tokenized.append(self._tokenized(one))
                 check_prompt(self.decoder, tokenized[-1].ids)
         answers = [
-            self.answer(one, config, seed=nth_seed(config.seed, i))
+            self.answer(
+                one,
+                config,
+                seed=nth_seed(config.seed, i),
+                prediction=config.prediction if predictions[i] is None else predictions[i],
+            )
             for i, one in enumerate(tokenized)
         ]
         self._complete(answers)
@@ -371,6 +379,17 @@ class LayerSkipModel:
         if isinstance(prompt, Tokenized):
             return prompt
         return Tokenized(self.tokenize(prompt), continues=isinstance(prompt, str))
+
+
+def _one_for_each(prompts: Sequence[Any], prediction: Any) -> Sequence[Any]:
+    """Return the prediction of each prompt: one for all (a text or token ids), or a list of them."""
+    is_list = isinstance(prediction, list | tuple) and not all(
+        isinstance(token, Integral) for token in prediction
+    )
+    predictions = prediction if is_list else [prediction] * len(prompts)
+    if len(predictions) != len(prompts):
+        raise ValueError(f"there are {len(predictions)} predictions for {len(prompts)} prompts")
+    return predictions
 
 
 def _texts(answer: Answer) -> Iterator[str]:
