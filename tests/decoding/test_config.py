@@ -102,7 +102,10 @@ def test_bad_values_are_refused_in_one_line():
         ({"draft_from": "text"}, "drafts from 'text' are unknown; there are: early-exit, n-gram,"),
         ({"mode": "plain", "exit_layer": 3}, "plain decoding drafts nothing; leave out"),
         ({"mode": "early-exit", "draft_tokens": 2}, "early exit drafts nothing; leave out"),
-        ({"draft_from": "n-gram", "exit_layer": 3}, "drafts without the early exit have no exit layer"),
+        (
+            {"draft_from": "n-gram", "exit_layer": 3},
+            "drafts without the early exit have no exit layer",
+        ),
         ({"draft_from": "n-gram", "draft_vocabulary": (1,)}, "or draft vocabulary"),
         ({"draft_from": "early-exit", "datastore": (7,)}, "a datastore is searched for n-grams"),
         ({**SELF, "datastore": (7,)}, "a datastore is searched for n-grams"),

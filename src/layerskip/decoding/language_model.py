@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 
 from layerskip.decoding.batch import Batch
 from layerskip.decoding.config import DecodingConfig
+from layerskip.decoding.constraint import Constraint, grammar_tokenizer
 from layerskip.decoding.controller import time_passes
 from layerskip.decoding.datastore import Datastore
 from layerskip.decoding.generate import Row, StoppingCriteria, generate
@@ -59,6 +60,7 @@ class LayerSkipModel:
         self.settings = checkpoint.settings
         self.adapter = adapter
         self._last_datastore: tuple[str, tuple[int, ...]] = ("", ())
+        self._grammar_tokenizer: tuple[frozenset[int], Any] | None = None
         if self.decoder.device.type == "cpu":
             threads.disable_threads_after_fork()
 
@@ -193,6 +195,7 @@ class LayerSkipModel:
             measured=measured,
             prefix_cache=prefix,
             adapter=self.adapter,
+            logits_mask=self.constraint(plan),
         )
         limit = StoppingCriteria.of(self.decoder, tokenized.ids, plan.max_new_tokens)
         return Answer(
@@ -218,6 +221,22 @@ class LayerSkipModel:
         if config.stop:
             raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
         return eos_token_ids
+
+    def constraint(self, config: DecodingConfig) -> Constraint | None:
+        """Return a config's grammar at the beginning of an answer; None without one.
+
+        Raises:
+            ValueError: it cannot be used, or llguidance, a tokenizer or an end token is missing.
+        """
+        if not config.is_constrained:
+            return None
+        ends, size = self.end_tokens, self.decoder.architecture.vocab_size
+        if self._grammar_tokenizer is None or self._grammar_tokenizer[0] != ends:
+            self._grammar_tokenizer = ends, grammar_tokenizer(self.tokenizer, size, ends)
+        assert not isinstance(config.json_schema, Mapping)
+        return Constraint(
+            self._grammar_tokenizer[1], json_schema=config.json_schema, regex=config.regex
+        )
 
     @overload
     def generate(
@@ -288,6 +307,7 @@ class LayerSkipModel:
                 eos_token_ids=answer.eos_token_ids,
                 measured=measured,
                 adapter=self.adapter,
+                logits_mask=self.constraint(answer.config),
             )
             by_row[row] = answer
             batch.add(row)
