@@ -70,7 +70,12 @@ def one_thread_for_tiny_models(request):
 def no_draft_depends_on_the_machine(request, monkeypatch):
     """Rows cost little more than one, as where memory is all that takes time."""
     if request.node.get_closest_marker("real") is None:
-        pytorch = {"16bit": (1.0, 1.06), "int8": (1.0, 1.15), "int4": (1.0, 1.3)}
+        pytorch = {
+            "stored": (1.0, 1.3),
+            "16bit": (1.0, 1.06),
+            "int8": (1.0, 1.15),
+            "int4": (1.0, 1.3),
+        }
 
         def costs(decoder):
             compiled = decoder.kernels == "compiled"

@@ -343,7 +343,7 @@ def test_no_color_is_heeded(capsys, monkeypatch, no_color, shown):
         (
             ["--prompt", "abc", "--weights", "3bit"],
             2,
-            "'3bit' is not one of '16bit', 'int8', 'int4'",
+            "'3bit' is not one of 'stored', '16bit', 'int8', 'int4'",
         ),
         (["--prompt", "abc", "--bogus"], 2, "No such option"),
         (["--prompt", "abc", "--temperature", "-1"], 2, "--temperature"),

@@ -163,9 +163,10 @@ def _load(path: Path) -> ctypes.CDLL:
             *(ptr, ptr, ptr, i32),  # norm, tokens, probabilities, threads
         ),
         "rows": (ptr, ptr, i64, ptr),  # matrix, indices, how many, out
+        "pack": (i32, ptr, i64, i64, ptr, i32),  # bits, codes, rows, inputs, packed, threads
         "processors": (),
     }
-    results = {"rows": i32, "processors": i32}
+    results = {"rows": i32, "pack": None, "processors": i32}
     for name, types in arguments.items():
         function = getattr(kernels, f"layerskip_{name}")
         function.argtypes, function.restype = types, results.get(name, _check)

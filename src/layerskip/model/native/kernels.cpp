@@ -6,10 +6,9 @@
 //
 // Weights are packed in panels (tiles of 16 outputs). In a panel the inputs follow one another, each with
 // the weights of the 16 outputs, so that one vector holds 16 sums and an input is broadcast to them:
-//   float32  [panel][in][16]
-//   bfloat16 [panel][in / 2][16][2]
-//   int8     [panel][in / 4][16][4], scales and offsets [panel][in / 32][16] in float16
-//   int4     [panel][in / 8][16][4]: inputs 0-3 in the low halves of the bytes, 4-7 in the high ones
+//   float32   [panel][in][16]
+//   bfloat16  [panel][in / 2][16][2]
+//   quantized [panel][in / 32][bits][16] words of codes, see products.h; scales and offsets [panel][group][16]
 // Inputs of quantized products are rounded to int8 in groups of 32, as in GGML.
 // Keys are packed in panels of 16 positions in the same way; values row by row, in bfloat16 in pairs of
 // positions: [position / 2][head_dim][2].
@@ -30,7 +29,7 @@ struct Layer {
   const float *qk_norm;                                                          // may be null
   int32_t window;  // sliding window, the query's own position included; 0 = all positions
   int32_t rope;    // index of the rotary table
-  Matrix qkv, attention_out, gate_up, down;
+  Linear qkv, attention_out, gate_up, down;
 };
 
 struct Model {
@@ -102,42 +101,41 @@ struct Pass {
 
   // Encodes the inputs of a product with all threads. `source(row)` returns the argument of `encode`.
   template <class Source>
-  void prepare(const Matrix &w, Source source) const {
-    const int64_t groups = (w.in + GROUP - 1) / GROUP, stride = input_stride(w.kind, w.in);
+  void prepare(const Linear &w, Source source) const {
+    const int64_t groups = (w.in + GROUP - 1) / GROUP, stride = input_stride(w.kind(), w.in);
     const Share mine = share(rows * groups, thread, threads);
     for (int64_t i = mine.first; i < mine.last;) {
       const int64_t row = i / groups, first = i % groups;
       const int64_t last = mine.last - row * groups < groups ? mine.last - row * groups : groups;
       const int64_t end = last * GROUP < w.in ? last * GROUP : w.in;
-      encode(w.kind, w.in, first * GROUP, end, inputs + row * stride, source(row));
+      encode(w.kind(), w.in, first * GROUP, end, inputs + row * stride, source(row));
       i = row * groups + last;
     }
     team.wait(threads);
   }
 
-  void prepare_normed(const Matrix &w, const float *norm) const {
+  void prepare_normed(const Linear &w, const float *norm) const {
     prepare(w, [&](int64_t row) { return normed(x + row * m.hidden, norm, m.hidden, m.eps); });
   }
 
-  void multiply_into(const Matrix &w, const char *inputs, float *out) const {
+  void multiply_into(const Linear &w, const char *inputs, float *out) const {
     const Share mine = share((w.out + LANES - 1) / LANES, thread, threads);
-    multiply(w, mine.first, mine.last, inputs, rows, {out, w.out, w.out, false, 1.0f, w.bias});
+    multiply(w, mine.first, mine.last, inputs, rows, out, w.out);
     team.wait(threads);
   }
 
   // The inputs of `next`: activate(gate) * up, both parts of w's product. Each thread computes gate and up
   // of the same columns, so that no barrier is needed between them.
-  void multiply_gated(const Matrix &w, const Matrix &next) const {
-    const int64_t ffn = m.ffn, up = ffn / LANES, stride = input_stride(next.kind, ffn);
+  void multiply_gated(const Linear &w, const Linear &next) const {
+    const int64_t ffn = m.ffn, up = ffn / LANES, stride = input_stride(next.kind(), ffn);
     const Share mine = share(ffn / GROUP, thread, threads);
     const int64_t first = mine.first * (GROUP / LANES), last = mine.last * (GROUP / LANES);
-    const Sink sink{gate_up, w.out, w.out, false, 1.0f, w.bias};
-    multiply(w, first, last, inputs, rows, sink);
-    multiply(w, up + first, up + last, inputs, rows, sink);
+    multiply(w, first, last, inputs, rows, gate_up, w.out);
+    multiply(w, up + first, up + last, inputs, rows, gate_up, w.out);
     const int32_t activation = m.activation;
     for (int64_t row = 0; row < rows; row++) {
       const float *from = gate_up + row * w.out;
-      encode(next.kind, ffn, mine.first * GROUP, mine.last * GROUP, gated + row * stride, [=](int64_t k) {
+      encode(next.kind(), ffn, mine.first * GROUP, mine.last * GROUP, gated + row * stride, [=](int64_t k) {
         return activate(activation, load<Vec>(from + k)) * load<Vec>(from + ffn + k);
       });
     }
@@ -145,7 +143,7 @@ struct Pass {
   }
 
   // x += product, normed if the layer has a post norm
-  void add_product(const Matrix &w, const char *inputs, const float *post_norm) const {
+  void add_product(const Linear &w, const char *inputs, const float *post_norm) const {
     const int64_t n = m.hidden;
     if (post_norm) {
       multiply_into(w, inputs, projected);
@@ -159,7 +157,7 @@ struct Pass {
       }
     } else {
       const Share mine = share(n / LANES, thread, threads);
-      multiply(w, mine.first, mine.last, inputs, rows, {x, n, n, true, 1.0f, w.bias});
+      multiply(w, mine.first, mine.last, inputs, rows, x, n, true);
     }
     team.wait(threads);
   }
@@ -364,7 +362,7 @@ struct Pass {
       encode(KIND, hd, 0, hd, queries + i * stride, [=](int64_t k) { return load<Vec>(q + k); });
     }
     const int64_t start = chunk * CHUNK, first = all.begin / LANES, last = (all.end + LANES - 1) / LANES;
-    const Matrix keys = from_panel({KIND, last * LANES, hd, slot(index, 0, b, kv), nullptr, nullptr, nullptr}, first);
+    const Matrix keys = from_panel({KIND, 1.0f, last * LANES, hd, slot(index, 0, b, kv)}, first);
     const float scale = 1.0f / std::sqrt((float)hd);
     float *from_first = scores + (first * LANES - start);
     multiply(keys, 0, last - first, queries, n, {from_first, CHUNK, keys.out, false, scale, nullptr});
@@ -532,12 +530,12 @@ struct Pass {
 };
 
 // Encodes rows of norm(x) as inputs of a product, some by each thread.
-inline void encode_normed(const Matrix &w, const float *norm, float eps, const float *x, int64_t rows,
+inline void encode_normed(const Linear &w, const float *norm, float eps, const float *x, int64_t rows,
                           char *inputs, int thread, int threads) {
   const Share mine = share(rows, thread, threads);
   for (int64_t row = mine.first; row < mine.last; row++) {
-    char *to = inputs + row * input_stride(w.kind, w.in);
-    encode(w.kind, w.in, 0, w.in, to, normed(x + row * w.in, norm, w.in, eps));
+    char *to = inputs + row * input_stride(w.kind(), w.in);
+    encode(w.kind(), w.in, 0, w.in, to, normed(x + row * w.in, norm, w.in, eps));
   }
 }
 
@@ -633,9 +631,9 @@ void run(const Model *m, const float *hidden, float *x, const int64_t *lengths, 
   }
 }
 
-void product(const Matrix *w, const float *norm, float eps, const float *x, int64_t rows, float *out,
+void product(const Linear *w, const float *norm, float eps, const float *x, int64_t rows, float *out,
              int threads) {
-  const Buffer<char> inputs(rows * input_stride(w->kind, w->in));
+  const Buffer<char> inputs(rows * input_stride(w->kind(), w->in));
   Team team;
 #pragma omp parallel num_threads(threads)
   {
@@ -643,34 +641,34 @@ void product(const Matrix *w, const float *norm, float eps, const float *x, int6
     encode_normed(*w, norm, eps, x, rows, inputs.get(), thread, size);
     team.wait(size);
     const Share mine = share((w->out + LANES - 1) / LANES, thread, size);
-    multiply(*w, mine.first, mine.last, inputs.get(), rows, {out, w->out, w->out, false, 1.0f, w->bias});
+    multiply(*w, mine.first, mine.last, inputs.get(), rows, out, w->out);
   }
 }
 
-void choose(const Matrix *const *parts, int64_t n_parts, const float *norm, float eps, const float *x, int64_t rows,
+void choose(const Linear *const *heads, int64_t n_heads, const float *norm, float eps, const float *x, int64_t rows,
             int64_t *chosen, float *probabilities, int threads) {
-  const Buffer<char> inputs(rows * input_stride(parts[0]->kind, parts[0]->in));
+  const Buffer<char> inputs(rows * input_stride(heads[0]->kind(), heads[0]->in));
   const Buffer<float> some(threads * rows * NEAR);
-  const Buffer<Best> every(threads * n_parts * rows);
+  const Buffer<Best> every(threads * n_heads * rows);
   Team team;
   int size = threads;
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num();
     if (thread == 0) size = omp_get_num_threads();
-    encode_normed(*parts[0], norm, eps, x, rows, inputs.get(), thread, omp_get_num_threads());
+    encode_normed(*heads[0], norm, eps, x, rows, inputs.get(), thread, omp_get_num_threads());
     team.wait(omp_get_num_threads());
     float *outputs = some.get() + thread * rows * NEAR;
-    for (int64_t part = 0; part < n_parts; part++) {
-      const Matrix &w = *parts[part];
-      Best *best = every.get() + (part * threads + thread) * rows;
+    for (int64_t head = 0; head < n_heads; head++) {
+      const Matrix &w = *heads[head]->parts;
+      Best *best = every.get() + (head * threads + thread) * rows;
       for (int64_t row = 0; row < rows; row++) best[row] = Best{};
       const Share mine = share((w.out + LANES - 1) / LANES, thread, omp_get_num_threads());
       for (int64_t p = mine.first; p < mine.last; p += NEAR / LANES) {
         const int64_t last = mine.last - p < NEAR / LANES ? mine.last : p + NEAR / LANES;
         const int64_t first = p * LANES, end = last * LANES < w.out ? last * LANES : w.out;
         const Matrix from = from_panel(w, p);
-        multiply(from, 0, last - p, inputs.get(), rows, {outputs, NEAR, from.out, false, 1.0f, from.bias});
+        multiply(from, 0, last - p, inputs.get(), rows, {outputs, NEAR, from.out, false, w.scale, from.bias});
         for (int64_t row = 0; row < rows; row++)
           best[row].take(best_of(outputs + row * NEAR, end - first, probabilities != nullptr, best[row].top), first);
       }
@@ -679,39 +677,38 @@ void choose(const Matrix *const *parts, int64_t n_parts, const float *norm, floa
   for (int64_t row = 0; row < rows; row++) {
     Best best;
     int64_t before = 0;
-    for (int64_t part = 0; part < n_parts; before += parts[part++]->out)
+    for (int64_t head = 0; head < n_heads; before += heads[head++]->out)
       for (int thread = 0; thread < size; thread++)
-        best.take(every.get()[(part * threads + thread) * rows + row], before);
+        best.take(every.get()[(head * threads + thread) * rows + row], before);
     chosen[row] = best.at;
     if (probabilities) probabilities[row] = 1.0f / best.total;
   }
 }
 
-// Dequantizes rows of the matrix. Returns whether all indices are inside.
+// Dequantizes rows of a matrix. Returns whether all indices are inside.
 bool look_up(const Matrix &w, const int64_t *index, int64_t n, float *out) {
-  const int64_t in = w.in, groups = in / GROUP;
+  const int64_t in = w.in;
   for (int64_t i = 0; i < n; i++)
     if (index[i] < 0 || index[i] >= w.out) return false;
   for (int64_t i = 0; i < n; i++) {
     const int64_t panel = index[i] / LANES, lane = index[i] % LANES;
     float *to = out + i * in;
-    for (int64_t k = 0; k < in; k++) {
-      if (w.kind == FLOAT32) {
-        to[k] = ((const float *)w.data)[(panel * in + k) * LANES + lane];
-      } else if (w.kind == BFLOAT16) {
+    if (w.kind == FLOAT32) {
+      for (int64_t k = 0; k < in; k++) to[k] = ((const float *)w.data)[(panel * in + k) * LANES + lane];
+    } else if (w.kind == BFLOAT16) {
+      for (int64_t k = 0; k < in; k++) {
         const uint32_t bits = ((const uint16_t *)w.data)[((panel * in / 2 + k / 2) * LANES + lane) * 2 + k % 2];
         const uint32_t widened = bits << 16;
         memcpy(to + k, &widened, 4);
-      } else {
-        const int64_t each = w.kind == INT8 ? 4 : 8;
-        const uint8_t byte =
-            ((const uint8_t *)w.data)[((panel * in / each + k / each) * LANES + lane) * 4 + k % 4];
-        const int code = w.kind == INT8 ? byte : k % 8 < 4 ? byte & 15 : byte >> 4;
-        const int64_t group = (panel * groups + k / GROUP) * LANES + lane;
-        const float scale = from_float16(((const uint16_t *)w.scales)[group]);
-        const float offset = w.offsets ? from_float16(((const uint16_t *)w.offsets)[group])
-                                        : scale * (w.kind == INT8 ? -128.0f : -8.0f);
-        to[k] = code * scale + offset;
+      }
+    } else {
+      const int scaled = scaled_inputs(w.kind), centre = w.offsets ? 0 : centre_of(w.kind);
+      for (int64_t k = 0; k < in; k++) {
+        const int64_t group = panel * in / GROUP + k / GROUP, scales = (panel * in + k) / scaled;
+        const uint32_t *words = (const uint32_t *)w.data + group * bits_of(w.kind) * LANES;
+        const float scale = grid(w.kind, w.scales, w.factors, scales, lane);
+        to[k] = (code_of(w.kind, words, lane, k % GROUP) - centre) * scale;
+        if (w.offsets) to[k] += grid(w.kind, w.offsets, w.offset_factors, scales, lane);
       }
     }
   }
@@ -730,36 +727,45 @@ int layerskip_run(const Model *m, const float *hidden, float *x, const int64_t *
 }
 
 // out [rows, w.out] = norm(x) times the matrix; null: no norm.
-int layerskip_product(const Matrix *w, const float *norm, float eps, const float *x, int64_t rows,
+int layerskip_product(const Linear *w, const float *norm, float eps, const float *x, int64_t rows,
                        float *out, int threads) {
   return status_of([=] { product(w, norm, eps, x, rows, out, threads); });
 }
 
-// The argmax (the first) of each row and its softmax probability (or null) of norm(x) times matrices of the
-// same type, whose outputs are numbered consecutively.
-int layerskip_choose(const Matrix *const *parts, int64_t n_parts, const float *norm, float eps, const float *x,
+// The argmax (the first) of each row and its softmax probability (or null) of norm(x) times heads of one matrix
+// each, all in the same format, whose outputs are numbered consecutively.
+int layerskip_choose(const Linear *const *heads, int64_t n_heads, const float *norm, float eps, const float *x,
                       int64_t rows, int64_t *chosen, float *probabilities, int threads) {
-  return status_of([=] { choose(parts, n_parts, norm, eps, x, rows, chosen, probabilities, threads); });
+  return status_of([=] { choose(heads, n_heads, norm, eps, x, rows, chosen, probabilities, threads); });
 }
 
 // One step: positions of each sequence through layers [start, stop), then the argmax of the exit's outputs for all
 // rows but the first `unscored`, and its softmax probability (or null). With an embedding, tokens are looked up first,
 // which fills in the hidden states; returns 2 for a token outside of the vocabulary.
-int layerskip_step(const Model *m, const Matrix *embedding, const int64_t *tokens, float *hidden, float *x,
+int layerskip_step(const Model *m, const Linear *embedding, const int64_t *tokens, float *hidden, float *x,
                     const int64_t *lengths, int64_t batch, int64_t positions, int64_t start, int64_t stop, void *slots,
-                    int64_t capacity, const float *const *turns, int64_t unscored, const Matrix *const *parts,
-                    int64_t n_parts, const float *norm, int64_t *chosen, float *probabilities, int threads) {
+                    int64_t capacity, const float *const *turns, int64_t unscored, const Linear *const *heads,
+                    int64_t n_heads, const float *norm, int64_t *chosen, float *probabilities, int threads) {
   return status_of([=] {
-    if (embedding && !look_up(*embedding, tokens, batch * positions, hidden)) return 2;
+    if (embedding && !look_up(*embedding->parts, tokens, batch * positions, hidden)) return 2;
     run(m, hidden, x, lengths, batch, positions, start, stop, slots, capacity, turns, threads);
     const int64_t rows = batch * positions - unscored;
-    choose(parts, n_parts, norm, m->eps, x + unscored * m->hidden, rows, chosen, probabilities, threads);
+    choose(heads, n_heads, norm, m->eps, x + unscored * m->hidden, rows, chosen, probabilities, threads);
     return 0;
   });
 }
 
 // out [n, w.in]: rows of the matrix, as of an embedding. Returns whether all indices are inside.
-int layerskip_rows(const Matrix *w, const int64_t *index, int64_t n, float *out) { return look_up(*w, index, n, out); }
+int layerskip_rows(const Linear *w, const int64_t *index, int64_t n, float *out) {
+  return look_up(*w->parts, index, n, out);
+}
+
+// Packs codes [rows, in], one in each byte, into panels of words of `bits` bits.
+void layerskip_pack(int bits, const uint8_t *codes, int64_t rows, int64_t in, uint32_t *data, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t row = 0; row < rows; row += LANES)
+    pack_panel(bits, codes + row * in, rows - row < LANES ? rows - row : LANES, in, data + row * in * bits / 32);
+}
 
 // The processors that this process may run on; a thread that OpenMP has bound to one would see that one alone.
 int layerskip_processors() { return omp_get_num_procs(); }

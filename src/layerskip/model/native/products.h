@@ -10,37 +10,157 @@
 
 namespace {
 
-enum Kind : int32_t { FLOAT32, BFLOAT16, INT8, INT4 };
+// Formats of weights. Of a quantized format, INT<bits>, a weight is code * scale + offset. TABLE4 has codes of
+// 4 bits that stand for 16 bytes (GGML's IQ4_NL).
+enum Kind : int32_t { FLOAT32, BFLOAT16, INT2, INT3, INT4, INT5, INT6, INT8 = 8, TABLE4 };
 
+constexpr bool is_quantized(int kind) { return kind >= INT2; }
+constexpr int bits_of(int kind) {  // of a packed weight
+  return kind == FLOAT32 ? 32 : kind == BFLOAT16 ? 16 : kind == INT8 ? 8 : kind == TABLE4 ? 4 : kind;
+}
+// Inputs that share a scale, as in GGML's formats with so many bits.
+constexpr int scaled_inputs(int kind) { return kind == INT2 || kind == INT3 || kind == INT6 ? 16 : GROUP; }
+// The code of weight 0 in formats without offsets.
+constexpr int centre_of(int kind) { return kind == TABLE4 ? 128 : 1 << (bits_of(kind) - 1); }
+constexpr int SUPER = 256;  // inputs that share a float16 of a two-level scale
+
+// Rows of weights in one format. Scales and offsets are float16 for every group of `scaled_inputs`, or with
+// factors a float16 for every 256 inputs, times an int8 for every group.
 struct Matrix {
   int32_t kind;
+  float scale;  // of all outputs
   int64_t out, in;
   const void *data;
-  const void *scales;   // quantized: float16
-  const void *offsets;  // float16, or null: the zero point is in the middle of the grid
-  const float *bias;    // or null
+  const uint16_t *scales = nullptr, *offsets = nullptr;  // offsets: null if codes are centred on `centre_of`
+  const int8_t *factors = nullptr, *offset_factors = nullptr;
+  const float *bias = nullptr;
 };
 
-// sums += four codes of weights * four inputs of -127 ... 127. Where bytes are multiplied into 16-bit
-// sums, these have room for signed weights only, or for a group of int4 weights, which `settled` widens.
+// Matrices of the same inputs, whose outputs follow one another. All but the last have whole panels.
+struct Linear {
+  int64_t out, in, n_parts;
+  const Matrix *parts;
+
+  int32_t kind() const { return parts->kind; }  // by which inputs are encoded: the same format for all parts
+};
+
+// ---- quantized weights --------------------------------------------------------------------------
+
+// A group of 32 codes of a lane is `bits` words. The codes are cut into planes of 4, 2 and 1 bits, as the binary
+// digits of `bits` say; b words hold a plane of b bits. Byte j of a word holds inputs j, j + 4, j + 8, ..., from
+// the low bits to the high ones.
+
+constexpr uint32_t repeat(uint32_t byte) { return byte * 0x01010101u; }
+
+// Codes of inputs 4i ... 4i + 3 of a group, from a plane of B bits on
+template <int BITS, int B = 8>
+inline Words planes(const uint32_t *words, int i, int done = 0) {
+  if constexpr (B == 0) {
+    return Words{};
+  } else if constexpr ((BITS & B) == 0) {
+    return planes<BITS, B / 2>(words, i, done);
+  } else {
+    constexpr int per_word = 8 / B;
+    const int from = B * (i % per_word);  // the bit
+    const Words plane = load<Words>(words + (done + i / per_word) * LANES);
+    const Words rest = planes<BITS, B / 2>(words, i, done + B);
+    // Shifted once, before the other bits are masked
+    const Words moved = from > done ? plane >> (from - done) : plane << (done - from);
+    return B == 8 ? moved : rest | (moved & repeat(((1u << B) - 1) << done));
+  }
+}
+
+// The values + 128 of the codes of TABLE4
+alignas(16) constexpr uint8_t TABLE[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+
+template <int KIND>
+inline Words codes_of(const uint32_t *words, int i) {
+  const Words codes = planes<bits_of(KIND)>(words, i);
+  if constexpr (KIND != TABLE4) return codes;
+#if defined(VECTORS_OF_16)
+  return (Words)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)TABLE)), (__m512i)codes);
+#elif defined(VECTORS_OF_8)
+  return (Words)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)TABLE)), (__m256i)codes);
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return (Words)vqtbl1q_u8(vld1q_u8(TABLE), (uint8x16_t)codes);
+#else
+  uint8_t bytes[sizeof(Words)];
+  store<Words>(bytes, codes);
+  for (uint8_t &byte : bytes) byte = TABLE[byte];
+  return load<Words>(bytes);
+#endif
+}
+
+// The code of input k of a group, in one lane
+inline int code_of(int32_t kind, const uint32_t *words, int64_t lane, int64_t k) {
+  const int bits = bits_of(kind), i = k / 4, byte = k % 4;
+  int code = 0, done = 0;
+  for (int b = 8; b; b /= 2) {
+    if ((bits & b) == 0) continue;
+    const uint32_t word = words[(done + i * b / 8) * LANES + lane];
+    code |= (word >> (8 * byte + i * b % 8) & ((1 << b) - 1)) << done;
+    done += b;
+  }
+  return kind == TABLE4 ? TABLE[code] : code;
+}
+
+// Packs 16 rows of codes, one code in each byte; fewer rows are padded with zeros.
+inline void pack_panel(int bits, const uint8_t *codes, int64_t n_rows, int64_t in, uint32_t *panel) {
+  for (int64_t lane = 0; lane < LANES; lane++)
+    for (int64_t g = 0; g < in / GROUP; g++) {
+      uint32_t fours[8] = {};
+      if (lane < n_rows) memcpy(fours, codes + lane * in + g * GROUP, GROUP);
+      uint32_t *words = panel + g * bits * LANES + lane;
+      int done = 0;
+      for (int b = 8; b; b /= 2) {
+        if ((bits & b) == 0) continue;
+        for (int w = 0; w < b; w++) {
+          uint32_t word = 0;
+          for (int i = 0; i < 8 / b; i++) word |= (fours[w * 8 / b + i] >> done & repeat((1u << b) - 1)) << (b * i);
+          words[(done + w) * LANES] = word;
+        }
+        done += b;
+      }
+    }
+}
+
+inline Vec from_bytes(const int8_t *p) {
+  return __builtin_convertvector(__builtin_convertvector(load<Bytes>(p), Ints), Vec);
+}
+// Scales or offsets of a vector of lanes, for one group of those of a matrix
+template <int KIND>
+inline Vec grid(const uint16_t *halves, const int8_t *factors, int64_t group, int64_t lane) {
+  if (!factors) return from_float16(halves + group * LANES + lane);
+  const Vec whole = from_float16(halves + group / (SUPER / scaled_inputs(KIND)) * LANES + lane);
+  return whole * from_bytes(factors + group * LANES + lane);
+}
+inline float grid(int32_t kind, const uint16_t *halves, const int8_t *factors, int64_t group, int64_t lane) {
+  if (!factors) return from_float16(halves[group * LANES + lane]);
+  return from_float16(halves[group / (SUPER / scaled_inputs(kind)) * LANES + lane]) * factors[group * LANES + lane];
+}
+
+// sums += four codes of weights * four inputs of -127 ... 127. AVX2 multiplies bytes into 16-bit sums, which have
+// room for a group of codes of 4 bits, or of 5 and 6 bits around 0; `settled` widens them.
 template <int KIND>
 inline Ints dot4(Ints sums, Words weights, uint32_t inputs) {
+  constexpr int BITS = KIND == TABLE4 ? 8 : bits_of(KIND);
 #if defined(VECTORS_OF_16)
   return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(inputs));
 #elif defined(VECTORS_OF_8)
   const __m256i x = _mm256_set1_epi32(inputs);
   __m256i total = (__m256i)sums;
-  if constexpr (KIND == INT4) {
+  if constexpr (BITS <= 4) {
     total = _mm256_add_epi16(total, _mm256_maddubs_epi16((__m256i)weights, x));
   } else {
-    const __m256i w = (__m256i)(weights ^ 0x80808080u);
+    const __m256i w = _mm256_sub_epi8((__m256i)weights, _mm256_set1_epi8((char)centre_of(KIND)));
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-    total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    total = BITS < 8 ? _mm256_add_epi16(total, pairs)
+                     : _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
   asm("" : "+x"(total));  // added here: adding later would spill registers
   return (Ints)total;
 #elif defined(__ARM_FEATURE_DOTPROD)
-  if constexpr (KIND == INT8) weights ^= 0x80808080u;  // signed, like the inputs
+  if constexpr (BITS == 8) weights ^= 0x80808080u;  // signed, like the inputs
   const int8x16_t codes = vreinterpretq_s8_u32((uint32x4_t)weights);
   return (Ints)vdotq_s32((int32x4_t)sums, codes, vreinterpretq_s8_u32(vdupq_n_u32(inputs)));
 #else
@@ -53,24 +173,29 @@ inline Ints dot4(Ints sums, Words weights, uint32_t inputs) {
 template <int KIND>
 inline Ints settled(Ints sums) {
 #ifdef VECTORS_OF_8
-  if constexpr (KIND == INT4) return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1));
+  if constexpr (bits_of(KIND) < 8 && KIND != TABLE4)
+    return (Ints)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1));
 #endif
   return sums;
 }
 // The zero point that `dot4` subtracts from a code.
-#if defined(VECTORS_OF_8) || defined(__ARM_FEATURE_DOTPROD)
-constexpr int taken_off(int kind) { return kind == INT8 ? 128 : 0; }
+constexpr int taken_off(int kind) {
+#if defined(VECTORS_OF_8)
+  return bits_of(kind) > 4 || kind == TABLE4 ? centre_of(kind) : 0;
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return kind == INT8 || kind == TABLE4 ? 128 : 0;
 #else
-constexpr int taken_off(int) { return 0; }
+  return 0 * kind;
 #endif
+}
 
 // ---- inputs of products -------------------------------------------------------------------------
 
-// One row of inputs in the format for a type of weights. Quantized: codes, then a pair (scale,
-// scale * sum of the group's codes) for every group.
+// One row of inputs in the format for a type of weights. Quantized: codes in groups of 32, then four numbers
+// for every group: its scale, and scale * sum of the codes of the group, of its first and of its second half.
 inline int64_t input_stride(int32_t kind, int64_t n) {
   const bool whole = kind == FLOAT32 || (kind == BFLOAT16 && !PAIRS);
-  const int64_t bytes = whole ? 4 * n : kind == BFLOAT16 ? 2 * n : n + n / GROUP * 8;
+  const int64_t bytes = whole ? 4 * n : kind == BFLOAT16 ? 2 * n : n + n / GROUP * 16;
   return ((bytes + 63) / 64 | 1) * 64;  // odd: rows 4096 bytes apart evict each other from L1
 }
 
@@ -95,14 +220,15 @@ inline void encode(int32_t kind, int64_t n, int64_t first, int64_t last, char *r
       const float step = load<float>(&highest) / 127.0f;  // NaN if an input is
       const float inverse = step > 0 ? 1.0f / step : 0.0f;
       const Vec magic = spread(12582912.0f);
-      Ints total{};
+      Ints totals[2] = {};
       for (int i = 0; i < VECTORS; i++) {
         const Ints codes = (Ints)(inputs[i] * inverse + magic) - (Ints)magic;
         store<Bytes>(row + k + i * WIDTH, __builtin_convertvector(codes, Bytes));
-        total += codes;
+        totals[i * 2 / VECTORS] += codes;
       }
-      steps[k / GROUP * 2] = step;
-      steps[k / GROUP * 2 + 1] = step * sum(total);
+      const int32_t first = sum(totals[0]), second = sum(totals[1]);
+      const float numbers[4] = {step, step * (first + second), step * first, step * second};
+      memcpy(steps + k / GROUP * 4, numbers, sizeof numbers);
     }
   }
 }
@@ -111,10 +237,12 @@ inline void encode(int32_t kind, int64_t n, int64_t first, int64_t last, char *r
 
 // A view of a matrix from one of its panels on.
 inline Matrix from_panel(Matrix w, int64_t panel) {
-  const int64_t begin = panel * LANES, bits = w.kind == FLOAT32 ? 32 : w.kind == BFLOAT16 ? 16 : w.kind == INT8 ? 8 : 4;
-  w.data = (const char *)w.data + begin * w.in * bits / 8;
-  if (w.scales) w.scales = (const uint16_t *)w.scales + begin * w.in / GROUP;
-  if (w.offsets) w.offsets = (const uint16_t *)w.offsets + begin * w.in / GROUP;
+  const int64_t begin = panel * LANES, groups = begin * w.in / scaled_inputs(w.kind);
+  w.data = (const char *)w.data + begin * w.in * bits_of(w.kind) / 8;
+  if (w.scales) w.scales += w.factors ? begin * w.in / SUPER : groups;
+  if (w.offsets) w.offsets += w.offset_factors ? begin * w.in / SUPER : groups;
+  if (w.factors) w.factors += groups;
+  if (w.offset_factors) w.offset_factors += groups;
   if (w.bias) w.bias += begin;
   w.out -= begin;
   return w;
@@ -149,8 +277,7 @@ constexpr int TILES = 12;
 #endif
 // Rows that share one read of the weights from L1 or L2; quantized weights need two accumulators each.
 constexpr int rows_of(int kind) {
-  const bool quantized = kind == INT8 || kind == INT4;
-  return PARTS > 1 ? TILES / 2 : quantized ? TILES * 3 / 4 : TILES;
+  return PARTS > 1 ? TILES / 2 : is_quantized(kind) ? TILES * 3 / 4 : TILES;
 }
 // Prefetching: whether memory is fastest panel after panel, as one stream per thread, or with several
 // panels at a time; and how many vectors of floating weights, and groups of quantized ones, are prefetched
@@ -186,7 +313,7 @@ constexpr int QUANTIZED_NEARNESS = 3;
 constexpr bool FETCHES_KEYS = false;
 #endif
 constexpr int panels_of(int kind, int rows) {
-  const bool quantized = kind == INT8 || kind == INT4;  // two accumulators each
+  const bool quantized = is_quantized(kind);  // two accumulators each
   if (quantized ? ONE_QUANTIZED_STREAM : one_stream(kind == FLOAT32 ? rows / 2 : rows)) return 1;
   const int sums = rows * PARTS;
   if (quantized && sums > 2) return sums > TILES * 3 / 8 ? 1 : TILES * 3 / 4 / sums;
@@ -205,46 +332,41 @@ inline int64_t unknown(int64_t k) {
 template <int KIND, int P, int R, int PART = 0>
 inline void add_group(const Matrix &w, int64_t panel, int64_t g, const char *inputs, int64_t stride,
                       Vec (&sums)[P][R][PARTS]) {
-  constexpr int PACKED = KIND == INT8 ? 8 : 4;  // words of a group in a lane
-  constexpr int OFF = taken_off(KIND), CENTRE = KIND == INT8 ? 128 : 8;  // of the grid, if there are no offsets
-  const int64_t groups = w.in / GROUP, begin = panel * groups * LANES + PART * WIDTH;
-  const uint32_t *base = (const uint32_t *)w.data + panel * groups * PACKED * LANES + PART * WIDTH;
-  const uint16_t *scales = (const uint16_t *)w.scales + begin;
-  const uint16_t *offsets = w.offsets ? (const uint16_t *)w.offsets + begin : nullptr;
-  const int64_t at = unknown(g);
-  Ints dots[P][R] = {};
-#pragma GCC unroll 16
-  for (int k = 0; k < PACKED; k++)
-#pragma GCC unroll 16
-    for (int p = 0; p < P; p++) {
-      const Words weights = load<Words>(base + ((p * groups + g) * PACKED + k) * LANES);
-      if constexpr ((ONE_QUANTIZED_STREAM || R > 2) && PART == 0)
-        __builtin_prefetch(base + ((p * groups + g + GROUPS_AHEAD) * PACKED + k) * LANES, 0, QUANTIZED_NEARNESS);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r++) {
-        const uint32_t *codes = (const uint32_t *)(inputs + r * stride) + at * (GROUP / 4);
-        if constexpr (KIND == INT8) {
-          dots[p][r] = dot4<KIND>(dots[p][r], weights, codes[k]);
-        } else {
-          dots[p][r] = dot4<KIND>(dots[p][r], weights & 0x0f0f0f0fu, codes[2 * k]);
-          dots[p][r] = dot4<KIND>(dots[p][r], (weights >> 4) & 0x0f0f0f0fu, codes[2 * k + 1]);
-        }
-      }
-    }
+  constexpr int BITS = bits_of(KIND), SCALES = GROUP / scaled_inputs(KIND), FOURS = GROUP / 4 / SCALES;
+  constexpr int OFF = taken_off(KIND), CENTRE = centre_of(KIND);
+  const int64_t groups = w.in / GROUP, at = unknown(g);
 #pragma GCC unroll 16
   for (int p = 0; p < P; p++) {
-    const Vec scale = from_float16(scales + (p * groups + g) * LANES);
-    Vec offset = scale * (float)(OFF - CENTRE);
-    if (offsets) {
-      offset = from_float16(offsets + (p * groups + g) * LANES);
-      if constexpr (OFF != 0) offset += scale * (float)OFF;
-    }
+    const int64_t group = (panel + p) * groups + g;
+    const uint32_t *words = (const uint32_t *)w.data + group * BITS * LANES + PART * WIDTH;
+    if constexpr ((ONE_QUANTIZED_STREAM || R > 2) && PART == 0)
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      const float *steps = (const float *)(inputs + r * stride + w.in) + 2 * g;
-      const Vec dot = __builtin_convertvector(settled<KIND>(dots[p][r]), Vec);
-      sums[p][r][PART] = fused(dot, scale * steps[0], sums[p][r][PART]);
-      if (OFF != CENTRE || offsets) sums[p][r][PART] = fused(offset, spread(steps[1]), sums[p][r][PART]);
+      for (int k = 0; k < BITS; k++)
+        __builtin_prefetch(words + (GROUPS_AHEAD * BITS + k) * LANES, 0, QUANTIZED_NEARNESS);
+#pragma GCC unroll 2
+    for (int part = 0; part < SCALES; part++) {
+      Ints dots[R] = {};
+#pragma GCC unroll 16
+      for (int i = part * FOURS; i < (part + 1) * FOURS; i++) {
+        const Words codes = codes_of<KIND>(words, i);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+          dots[r] = dot4<KIND>(dots[r], codes, ((const uint32_t *)(inputs + r * stride))[at * (GROUP / 4) + i]);
+      }
+      const Vec scale = grid<KIND>(w.scales, w.factors, group * SCALES + part, PART * WIDTH);
+      Vec offset = scale * (float)(OFF - CENTRE);
+      if (w.offsets) {
+        offset = grid<KIND>(w.offsets, w.offset_factors, group * SCALES + part, PART * WIDTH);
+        if constexpr (OFF != 0) offset += scale * (float)OFF;
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) {
+        const float *steps = (const float *)(inputs + r * stride + w.in) + 4 * g;
+        const Vec dot = __builtin_convertvector(settled<KIND>(dots[r]), Vec);
+        Vec &total = sums[p][r][PART];
+        total = fused(dot, scale * steps[0], total);
+        if (OFF != CENTRE || w.offsets) total = fused(offset, spread(steps[SCALES == 1 ? 1 : 2 + part]), total);
+      }
     }
   }
   if constexpr (PART + 1 < PARTS) add_group<KIND, P, R, PART + 1>(w, panel, g, inputs, stride, sums);
@@ -456,7 +578,7 @@ __attribute__((noinline)) void product_in_tiles(const Tiled &w, int64_t first, i
 #endif
 
 inline void multiply(const Matrix &w, int64_t first, int64_t last, const char *inputs, int64_t n_rows,
-              const Sink &sink) {
+                     const Sink &sink) {
   const int64_t stride = input_stride(w.kind, w.in);
 #ifdef MATRIX_UNIT
   if (w.kind == BFLOAT16 && w.in % DEEP == 0 && has_matrix_unit()) {
@@ -465,10 +587,21 @@ inline void multiply(const Matrix &w, int64_t first, int64_t last, const char *i
   }
 #endif
   switch (w.kind) {
-    case FLOAT32: return product<FLOAT32>(w, first, last, inputs, stride, n_rows, sink);
-    case BFLOAT16: return product<BFLOAT16>(w, first, last, inputs, stride, n_rows, sink);
-    case INT8: return product<INT8>(w, first, last, inputs, stride, n_rows, sink);
-    default: return product<INT4>(w, first, last, inputs, stride, n_rows, sink);
+#define CASE(KIND) case KIND: return product<KIND>(w, first, last, inputs, stride, n_rows, sink);
+    CASE(FLOAT32) CASE(BFLOAT16) CASE(INT2) CASE(INT3) CASE(INT4) CASE(INT5) CASE(INT6) CASE(INT8) CASE(TABLE4)
+#undef CASE
+  }
+}
+
+// Panels [first, last) of all parts, numbered consecutively; `out` has output 0 of every row.
+inline void multiply(const Linear &w, int64_t first, int64_t last, const char *inputs, int64_t n_rows, float *out,
+                     int64_t stride, bool adds = false) {
+  for (const Matrix *part = w.parts; part < w.parts + w.n_parts; part++) {
+    const int64_t panels = (part->out + LANES - 1) / LANES, end = last < panels ? last : panels;
+    if (first < end) multiply(*part, first, end, inputs, n_rows, {out, stride, part->out, adds, part->scale, part->bias});
+    out += part->out;
+    first = first > panels ? first - panels : 0;
+    last -= panels;
   }
 }
 
