@@ -1,31 +1,243 @@
-"""Ablation of the constants of `decoding/controller.py`: tokens per unit of cost in mode auto.
+"""Ablation of the hand-set constants of `decoding/`: tokens per unit of cost in mode auto.
 
-Each constant is changed to a smaller and a larger value, one at a time. The cost of a round is that of
-the controller's own cost table, so the figures depend on the answers alone and not on the machine's
-load: they are predicted speedups over plain decoding.
+Each constant is changed to a smaller and a larger value, one at a time. The model's greedy answers are
+computed once and the early exit's proposal once for each context; rounds are replayed from these. Drafts
+are decided with the changed constant, and costs are counted with the controller's own cost table and
+the defaults. So the figures depend on the answers alone and not on the machine's load: they are
+predicted speedups over plain decoding. Columns: tasks, prompt by prompt; `batch`, the prompts of the
+last task together; `gpu`, the last task with the cost table of a GPU.
 """
 
 import argparse
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import torch
 from common import deliver, environment_of, parse, run
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import load_task
-from layerskip.decoding import controller
-from layerskip.decoding.controller import DraftController
+from layerskip.decoding import batch, config, controller, datastore, drafters
+from layerskip.decoding.config import DecodingConfig
+from layerskip.decoding.controller import BatchController, ContextCosts, DraftController
+from layerskip.decoding.drafters import Candidate, DatastoreLookup, Draft, EarlyExit, Ngram
+from layerskip.decoding.sampling import Sampler
 
-VALUES: dict[str, tuple[float, float]] = {
-    "PRIOR_WEIGHT": (1.0, 10.0),
-    "EXIT_ACCEPTANCE": (0.5, 0.9),
-    "EXIT_ACCEPTANCE_WEIGHT": (0.5, 8.0),
-    "MEMORY": (0.8, 0.99),
-    "PLAIN_ROUNDS": (1.0, 16.0),
-    "BACKOFF_ROUNDS": (1, 16),
-    "MAX_BACKOFF_ROUNDS": (4, 128),
-    "LOOKAHEAD": (0, 2),
+# Constant -> (modules that read it, a smaller and a larger value).
+VALUES: dict[str, tuple[tuple[ModuleType, ...], tuple[Any, Any]]] = {
+    "PRIOR_WEIGHT": ((controller,), (1.0, 10.0)),
+    "EXIT_ACCEPTANCE": ((controller, batch), (0.5, 0.9)),
+    "EXIT_ACCEPTANCE_WEIGHT": ((controller,), (0.5, 8.0)),
+    "MEMORY": ((controller,), (0.8, 0.99)),
+    "PLAIN_ROUNDS": ((controller,), (1.0, 16.0)),
+    "BACKOFF_ROUNDS": ((controller,), (1, 16)),
+    "MAX_BACKOFF_ROUNDS": ((controller,), (4, 128)),
+    "LOOKAHEAD": ((controller,), (0, 2)),
+    "_BINS": ((controller,), (4, 20)),
+    "_DRAFTING_S": ((controller,), (0.0, 2e-3)),
+    "_VERIFYING_S": ((controller,), (0.0, 5e-4)),
+    "_ATTENTION_ROW": ((controller,), (0.1, 1.0)),
+    "_GPU_ROW_COST": ((controller,), (0.001, 0.1)),
+    "_GROWTH": ((controller,), (1, 1024)),
+    "MIN_BATCH_GAIN": ((controller,), (1.0, 1.2)),
+    "MAX_ADAPTIVE_DRAFT_TOKENS": ((config,), (6, 24)),
+    "_NGRAM_CONFIDENCE": (
+        (drafters,),
+        ((0.1, 0.2, 0.25, 0.3, 0.35, 0.4), (0.6, 0.8, 0.85, 0.9, 0.95, 0.95)),
+    ),
+    "_SHARE_POWER": ((drafters,), (1.0, 3.0)),
+    "_MAX_POSITIONS": ((drafters,), (1, 128)),
+    "MAX_MATCH": ((drafters, datastore), (3, 8)),
+    "_MIN_SHARE": ((datastore,), (0.02, 0.4)),
+    "_MIN_PAIR_SHARE": ((datastore,), (0.4, 0.9)),
 }
+DEFAULTS = {name: getattr(modules[0], name) for name, (modules, _) in VALUES.items()}
+OF_COSTS = ("_DRAFTING_S", "_VERIFYING_S", "_ATTENTION_ROW", "_GPU_ROW_COST")
+
+
+@contextlib.contextmanager
+def replaced(**values: Any) -> Iterator[None]:
+    """Set constants in all modules that read them."""
+    with contextlib.ExitStack() as stack:
+        for name, value in values.items():
+            for module in VALUES[name][0]:
+                stack.enter_context(mock.patch.object(module, name, value))
+        yield
+
+
+class RecordedExit:
+    """The early exit of greedy decoding, whose proposals are computed once for each context."""
+
+    name = EarlyExit.name
+
+    def __init__(self, model: LayerSkipModel, plan: DecodingConfig) -> None:
+        assert plan.exit_layer is not None
+        self._decoder, self._plan, self.num_layers = model.decoder, plan, plan.exit_layer
+        self._of_prompts: dict[Any, dict[tuple[int, ...], tuple[int, float]]] = {}
+        self.contexts: list[list[int]] = []
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Begin with new prompts, whose tokens a reduced-vocabulary head has."""
+        ids = self._plan.draft_vocabulary
+        tokens = [token for prompt in prompts for token in prompt]
+        head = drafters.ReducedHead.of(self._decoder, ids, tokens)  # type: ignore[arg-type]
+        self.head_share = 1.0 if head is None else head.share
+        sampler = Sampler(self._plan, self._decoder.device)
+        self._exit = EarlyExit(self._decoder, self.num_layers, sampler, head, with_confidence=True)
+        self._recorded = self._of_prompts.setdefault(tuple(map(tuple, prompts)), {})
+
+    def update(self, tokens: Sequence[int]) -> None:
+        """Do nothing: the replay keeps the contexts."""
+
+    def propose(self, draft: Draft, max_tokens: int) -> Candidate:
+        """See `Drafter`."""
+        rows = [*map(list, draft.tokens.tolist())]
+        contexts = [tuple(context + row) for context, row in zip(self.contexts, rows, strict=True)]
+        found = [self._recorded.get(context) or self._compute(context) for context in contexts]
+        tokens = torch.tensor([[token] for token, _ in found])
+        return Candidate(tokens, [found[0][1]])
+
+    @torch.inference_mode()
+    def _compute(self, context: tuple[int, ...]) -> tuple[int, float]:
+        decoder = self._decoder
+        cache = decoder.new_cache(len(context))
+        for chunk in torch.tensor([context[:-1]]).split(512, dim=1):
+            decoder.run(decoder.embed(chunk), 0, self.num_layers, cache)
+            cache.lengths += chunk.shape[1]
+        candidate = self._exit.propose(Draft(torch.tensor([context[-1:]]), cache), 1)
+        self._recorded[context] = candidate.token_ids[0], float(candidate.confidences[0])
+        return self._recorded[context]
+
+
+class Replay:
+    """Greedy answers of a model in mode auto, and the cost of the rounds that would draft them.
+
+    Args:
+        model: with an early exit; costs that `layerskip tune` has measured are left out.
+        prompts: token ids of each task.
+        max_new_tokens: of an answer.
+    """
+
+    def __init__(
+        self, model: LayerSkipModel, prompts: dict[str, list[list[int]]], max_new_tokens: int
+    ) -> None:
+        self._model = model
+        self._exit = RecordedExit(model, model.resolve(mode="auto"))
+        self._pairs = {
+            task: [
+                (prompt, model.generate(prompt, mode="plain", max_new_tokens=max_new_tokens))
+                for prompt in some
+            ]
+            for task, some in prompts.items()
+        }
+
+    def speedups(self) -> dict[str, float]:
+        """Return the predicted speedup of each column with the constants as they are."""
+        result = {task: self._one_by_one(pairs) for task, pairs in self._pairs.items()}
+        *_, last = self._pairs.values()
+        result["batch"] = self._together(last)
+        with mock.patch.object(controller, "_machine_costs", _gpu_costs):
+            result["gpu"] = self._one_by_one(last)
+        return result
+
+    def _costs(self) -> ContextCosts:
+        exit_ = self._exit
+        return ContextCosts(self._model.decoder, exit_.num_layers, exit_.head_share, None)
+
+    def _one_by_one(self, pairs: Sequence[tuple[list[int], Any]]) -> float:
+        """Return the tokens over the cost of all rounds after the first step, in plain steps."""
+        cost = n_tokens = 0.0
+        plan = self._model.resolve(mode="auto")
+        for prompt, answer in pairs:
+            self._exit.start([prompt])
+            ids, ends = answer.token_ids, self._model.end_tokens
+            sources: list[Any] = [self._exit, Ngram(prompt, ends)]
+            if plan.datastore:
+                assert not isinstance(plan.datastore, str)
+                size = self._model.decoder.architecture.vocab_size
+                table = _table(plan.datastore, size)
+                sources.append(DatastoreLookup(table, ends))
+            rule = DraftController(sources, self._costs(), greedy=True, eos_token_ids=ends)
+            context, done, step = list(prompt), 0, [ids[0]]
+            while True:
+                context += step
+                done += len(step)
+                for source in sources:
+                    source.update(step)
+                if done >= len(ids):
+                    break
+                draft = _draft([context])
+                self._exit.contexts = [context]
+                assert plan.draft_tokens is not None
+                rule.fill(draft, min(plan.draft_tokens, len(ids) - done - 1))
+                drafted = draft.tokens[0].tolist()
+                accepted = _agreeing(drafted, ids[done:])
+                step = ids[done : done + accepted + 1]
+                with replaced(**{name: DEFAULTS[name] for name in OF_COSTS}):
+                    default = self._costs().at(len(context))
+                used, rule._costs = rule._costs, default
+                cost += rule.round_cost(draft)
+                rule._costs = used
+                rule.update(draft, [step], [accepted])
+            n_tokens += len(ids) - 1
+        return round(n_tokens / cost, 3)
+
+    def _together(self, pairs: Sequence[tuple[list[int], Any]]) -> float:
+        """Return the cost of plain decoding of a batch over that of the rounds for the same tokens."""
+        self._exit.start([prompt for prompt, _ in pairs])
+        plan = self._model.resolve(mode="auto")
+        rule = BatchController(self._exit, self._costs())
+        rows = [
+            (list(prompt) + answer.token_ids[:1], answer.token_ids[1:]) for prompt, answer in pairs
+        ]
+        cost = plain = 0.0
+        while rows := [(context, rest) for context, rest in rows if rest]:
+            draft = _draft([context for context, _ in rows])
+            self._exit.contexts = [context for context, _ in rows]
+            assert plan.draft_tokens is not None
+            rule.fill(draft, min(plan.draft_tokens, min(len(rest) for _, rest in rows) - 1))
+            drafted, n, d = draft.tokens.tolist(), len(rows), len(draft)
+            counts = [_agreeing(row, rest) for row, (_, rest) in zip(drafted, rows, strict=True)]
+            steps = [rest[: k + 1] for k, (_, rest) in zip(counts, rows, strict=True)]
+            with replaced(**{name: DEFAULTS[name] for name in OF_COSTS}):
+                costs = self._costs().at(*(len(context) for context, _ in rows))
+            step = costs.over(n, n)
+            drafting = (costs.layers * (d + 1) + costs.head * d) * step + costs.overhead
+            verifying = (1 - costs.layers) * costs.over(n * (d + 1), n)
+            cost += drafting + verifying if d else step
+            plain += step * sum(map(len, steps)) / n
+            rule.update(draft, steps, counts)
+            rows = [
+                (context + new, rest[len(new) :])
+                for new, (context, rest) in zip(steps, rows, strict=True)
+            ]
+        return round(plain / cost, 3)
+
+
+def _table(text: Path | tuple[int, ...], vocab_size: int) -> datastore.Datastore:
+    datastore._of_tokens.cache_clear()  # it depends on the constants
+    table = datastore.Datastore.of(text, vocab_size)
+    assert table is not None
+    return table
+
+
+def _draft(contexts: Sequence[list[int]]) -> Draft:
+    """Return an empty draft whose cache has lengths only."""
+    cache: Any = SimpleNamespace(lengths=torch.tensor([len(context) - 1 for context in contexts]))
+    return Draft(torch.tensor([context[-1:] for context in contexts]), cache, contexts[0])
+
+
+def _agreeing(drafted: Sequence[int], answer: Sequence[int]) -> int:
+    pairs = enumerate(zip(drafted, answer, strict=False))
+    return next((i for i, (token, own) in pairs if token != own), len(drafted))
+
+
+def _gpu_costs(_: Any) -> controller.PassCosts:
+    return controller.PassCosts((1.0, 1.0 + controller._GPU_ROW_COST))
 
 
 def main() -> None:
@@ -36,45 +248,22 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     options = parse(parser)
     model = LayerSkipModel.from_pretrained(options.model, dtype="bfloat16")
-    tasks = options.tasks.split(",")
     prompts = {
         name: [
             model.tokenize(sample.prompt)
             for sample in load_task(name, samples=options.samples, judged=False).samples
         ]
-        for name in tasks
+        for name in options.tasks.split(",")
     }
-
-    def speedups() -> dict[str, float]:
-        return {name: predicted_speedup(model, prompts[name], options) for name in tasks}
-
-    rows: list[dict[str, Any]] = [{"constant": None, "value": None, "speedup": speedups()}]
-    for name, values in VALUES.items():
+    replay = Replay(model, prompts, options.max_new_tokens)
+    rows: list[dict[str, Any]] = [{"constant": None, "value": None, "speedup": replay.speedups()}]
+    for name, (_, values) in VALUES.items():
         for value in values:
-            with mock.patch.object(controller, name, value):
-                rows.append({"constant": name, "value": value, "speedup": speedups()})
+            with replaced(**{name: value}):
+                rows.append({"constant": name, "value": value, "speedup": replay.speedups()})
             print(rows[-1], flush=True)
-    defaults = {name: getattr(controller, name) for name in VALUES}
     here = environment_of("benchmarks/draft_constants.py", model)
-    deliver({"environment": here, "defaults": defaults, "rows": rows}, options.output)
-
-
-def predicted_speedup(
-    model: LayerSkipModel, prompts: list[list[int]], options: argparse.Namespace
-) -> float:
-    """Return the tokens over the cost of all rounds after the first step, in plain steps."""
-    cost, update = 0.0, DraftController.update
-
-    def counting(self: DraftController, *arguments: Any) -> None:
-        nonlocal cost
-        cost += self.round_cost(arguments[0])
-        update(self, *arguments)
-
-    with mock.patch.object(DraftController, "update", counting):
-        answers = [
-            model.generate(prompt, max_new_tokens=options.max_new_tokens) for prompt in prompts
-        ]
-    return round(sum(answer.new_tokens - 1 for answer in answers) / cost, 3)
+    deliver({"environment": here, "defaults": DEFAULTS, "rows": rows}, options.output)
 
 
 if __name__ == "__main__":

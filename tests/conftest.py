@@ -1,6 +1,7 @@
 """Fixtures of the tests of several packages."""
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -14,6 +15,12 @@ from layerskip.model.step_timing import PassCosts
 
 settings.register_profile("layerskip", deadline=None)  # no test depends on a time
 settings.load_profile("layerskip")
+
+
+def pytest_collection_finish():
+    """Exempt what is imported by now from garbage collection: Trainer collects after each run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +44,7 @@ def smollm2_folder():
 @pytest.fixture(scope="session")
 def smollm2(smollm2_folder):
     """SmolLM2-135M in float32, where results are exact."""
-    return LayerSkipModel.from_pretrained(smollm2_folder, dtype="float32")
+    return LayerSkipModel.from_pretrained(smollm2_folder, dtype="float32", weights="16bit")
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +71,12 @@ def one_thread_for_tiny_models(request):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_between_systems(monkeypatch):
+    """Threads of a system need no rest where no time is measured."""
+    monkeypatch.setattr("layerskip.bench.measure.SWITCH_S", 0.0)
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "layerskip"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -55,21 +53,19 @@ def test_import_contracts_hold():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    ("file", "line"),
-    [
+def test_wrong_imports_would_show(tmp_path):
+    """One against each contract: a layer above, a library, a cycle inside a package."""
+    shutil.copytree(PACKAGE, tmp_path / "layerskip")
+    for file, line in (
         ("model/kv_cache.py", "import layerskip.decoding.accept"),
         ("decoding/sampling.py", "def later():\n    import transformers"),
         ("decoding/accept.py", "def later():\n    import layerskip.decoding.generate"),
-    ],
-)
-def test_wrong_import_would_show(file, line, tmp_path):
-    shutil.copytree(PACKAGE, tmp_path / "layerskip")
-    with (tmp_path / "layerskip" / file).open("a") as copy:
-        copy.write(f"\n{line}\n")
+    ):
+        with (tmp_path / "layerskip" / file).open("a") as copy:
+            copy.write(f"\n{line}\n")
     done = lint_imports(tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "BROKEN" in done.stdout
+    assert "Contracts: 0 kept" in done.stdout, done.stdout
 
 
 def test_transformers_and_web_frameworks_stay_in_their_packages():

@@ -4,8 +4,6 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 MAX_FILES = {
@@ -13,6 +11,7 @@ MAX_FILES = {
     "A training batch to the backward pass": 8,
     "A model name to a decoder": 6,
     "A flag of `layerskip bench` to a row of its table": 6,
+    "A chat request to its events": 6,
 }
 
 
@@ -35,12 +34,12 @@ def names_in(file):
     return names
 
 
-@pytest.mark.parametrize("title", MAX_FILES)
-def test_path_through_the_code_exists(title):
-    steps = steps_of(title)
-    files = [file for file, _ in steps]
-    assert 1 < len(files) == len(set(files)) <= MAX_FILES[title], "a file is visited once"
-    for file, text in steps:
-        names = re.findall(r"`([A-Za-z_][A-Za-z_.]*)`", text)
-        assert names, text
-        assert set(names) & names_in(file), (file, names)
+def test_path_through_the_code_exists():
+    for title in MAX_FILES:
+        steps = steps_of(title)
+        files = [file for file, _ in steps]
+        assert 1 < len(files) == len(set(files)) <= MAX_FILES[title], "a file is visited once"
+        for file, text in steps:
+            names = re.findall(r"`([A-Za-z_][A-Za-z_.]*)`", text)
+            assert names, text
+            assert set(names) & names_in(file), (file, names)

@@ -8,7 +8,6 @@ from typing import get_args, get_type_hints
 from unittest import mock
 
 import click
-import pytest
 
 from layerskip import Generation, LayerSkipModel
 from layerskip.cli import layerskip_command, reference
@@ -31,14 +30,11 @@ def commands(text):
                 yield shlex.split(found[1], comments=True)
 
 
-def test_the_pages_have_commands_to_check():
-    assert sum(len(list(commands(page.read_text()))) for page in PAGES) > 50
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_flags_in_the_pages_exist(page):
+def test_flags_in_the_pages_exist():
     context = click.Context(layerskip_command)
-    for name, *words in commands(page.read_text()):
+    found = [command for page in PAGES for command in commands(page.read_text())]
+    assert len(found) > 50
+    for name, *words in found:
         command = layerskip_command.get_command(context, name)
         assert command is not None, name
         flags = {"--help", "-h"}
@@ -59,17 +55,21 @@ FLAGS_OF_OTHERS = {
 }
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_flags_in_sentences_and_tables_exist(page):
+def test_flags_in_sentences_and_tables_exist():
     context = click.Context(layerskip_command)
     flags = {"--help", *FLAGS_OF_OTHERS}
     for name in layerskip_command.list_commands(context):
         for parameter in layerskip_command.get_command(context, name).params:
             flags |= {*parameter.opts, *parameter.secondary_opts}
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    spans = [span for span in re.findall(r"`([^`\n]+)`", text) if re.match(r"--|layerskip ", span)]
-    named = {flag for span in spans for flag in re.findall(r"(?<!\S)--[a-z][a-z-]*", span)}
-    assert named <= flags, named - flags
+    for page in PAGES:
+        text = without_code(page)
+        spans = [s for s in re.findall(r"`([^`\n]+)`", text) if re.match(r"--|layerskip ", s)]
+        named = {flag for span in spans for flag in re.findall(r"(?<!\S)--[a-z][a-z-]*", span)}
+        assert named <= flags, (page.name, named - flags)
+
+
+def without_code(page):
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def test_every_setting_is_explained():
@@ -112,16 +112,16 @@ def test_generated_pages_are_up_to_date():
         assert path.read_text() == text, path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_between_files_lead_somewhere(page):
-    for target, place in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
-        if "://" in target:
-            continue
-        file = page.parent / target if target else page
-        assert file.exists(), target
-        if place:
-            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
-            assert place in map(anchor, headings), f"{target}#{place}"
+def test_links_between_files_lead_somewhere():
+    for page in PAGES:
+        for target, place in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+            if "://" in target:
+                continue
+            file = page.parent / target if target else page
+            assert file.exists(), (page.name, target)
+            if place:
+                headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+                assert place in map(anchor, headings), (page.name, f"{target}#{place}")
 
 
 def anchor(heading):
@@ -129,9 +129,8 @@ def anchor(heading):
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_rows_of_a_table_have_the_cells_of_its_head(page):
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+def test_rows_of_a_table_have_the_cells_of_its_head():
+    text = "\n\n".join(map(without_code, PAGES))
     for table in re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE):
         cells = [len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()]
         assert len(set(cells)) == 1, table

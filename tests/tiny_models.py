@@ -1,5 +1,6 @@
 """Tiny random transformers models of every supported family, as references and as checkpoints."""
 
+import copy
 import functools
 
 import torch
@@ -156,7 +157,8 @@ def build(case, **changes):
     Its norms and biases are random too, so that one that is left out or misplaced shows.
     """
     model_type, own = CASES[case]
-    config = AutoConfig.for_model(model_type, **{**_COMMON, **own, **changes})
+    fields = copy.deepcopy({**_COMMON, **own, **changes})  # a config changes what it is given
+    config = AutoConfig.for_model(model_type, **fields)
     torch.manual_seed(sum(map(ord, case)))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     for name, parameter in model.named_parameters():

@@ -141,13 +141,19 @@ def _in_bounds(value: Any, description: Option) -> bool:
 
 
 def _bounds(bounds: Option) -> str:
+    low, above, high = map(_digits, (bounds.at_least, bounds.above, bounds.at_most))
     if bounds.at_least is not None and bounds.at_most is not None:
-        return f"from {bounds.at_least:g} to {bounds.at_most:g}"
-    low = (
-        f"{bounds.at_least:g} or above"
+        return f"from {low} to {high}"
+    text = (
+        f"{low} or above"
         if bounds.at_least is not None
-        else f"above {bounds.above:g}"
+        else f"above {above}"
         if bounds.above is not None
         else "finite"
     )
-    return low if bounds.at_most is None else f"{low} and at most {bounds.at_most:g}"
+    return text if bounds.at_most is None else f"{text} and at most {high}"
+
+
+def _digits(bound: float | None) -> str:
+    """Return a bound with all digits of an integer."""
+    return str(bound) if isinstance(bound, int) else f"{bound:g}" if bound is not None else ""

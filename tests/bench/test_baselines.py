@@ -75,25 +75,22 @@ def test_of_a_mixture_the_experts_that_answer_are_read(family):
     assert transformers._bytes_per_pass(model) == pytest.approx(whole - unread, abs=1)
 
 
-@pytest.mark.parametrize(
-    ("rules", "tokens", "text"),
-    [
+def test_answers_end_by_our_rules():
+    """The same for a draft that goes on beyond the end, and for what comes afterwards."""
+    for rules, tokens, text in (
         ({"eos_token_ids": [END]}, [*encode("abc"), END], "abc"),
         ({"stop": ["bc"]}, encode("abc"), "a"),
         ({"max_new_tokens": 2}, encode("ab"), "ab"),
         ({}, [*encode("abc"), END, *encode("d")], "abcd"),
-    ],
-)
-def test_answers_end_by_our_rules(rules, tokens, text):
-    """The same for a draft that goes on beyond the end, and for what comes afterwards."""
-    made = recorder(**rules)
-    made.add(encode("a"))
-    ended = made.add([*encode("bc"), END, *encode("d")])
-    assert ended == made.finished == bool(rules)
-    assert made.add(encode("zz")) == ended
-    run = finished(made)
-    assert run.token_ids == (tokens if rules else [*tokens, *encode("zz")])
-    assert run.text == (text if rules else text + "zz")
+    ):
+        made = recorder(**rules)
+        made.add(encode("a"))
+        ended = made.add([*encode("bc"), END, *encode("d")])
+        assert ended == made.finished == bool(rules)
+        assert made.add(encode("zz")) == ended
+        run = finished(made)
+        assert run.token_ids == (tokens if rules else [*tokens, *encode("zz")])
+        assert run.text == (text if rules else text + "zz")
 
 
 # --- processes
@@ -113,7 +110,10 @@ def stand_in(monkeypatch):
     return start
 
 
-def test_one_answer_a_request(stand_in):
+def test_one_answer_a_request(stand_in, tmp_path, monkeypatch):
+    # No module of the working folder takes a package's place.
+    (tmp_path / "numpy.py").write_text("raise SystemExit('not numpy')")
+    monkeypatch.chdir(tmp_path)
     with stand_in() as baseline:
         run = baseline.answer(LOOKUP, [5, 6], 4)
         assert (run.token_ids, run.text) == ([5, 4, 2], "prompt-lookup")
@@ -138,13 +138,6 @@ def test_a_baseline_that_cannot_start_is_rows_with_the_reason(stand_in, context,
     with stand_in(context=context) as baseline:
         entries = measure([baseline], [[1]], max_new_tokens=2)
     assert [entry.error for entry in entries] == [reason] * 2
-
-
-def test_no_module_of_the_working_folder_takes_a_packages_place(stand_in, tmp_path, monkeypatch):
-    (tmp_path / "numpy.py").write_text("raise SystemExit('not numpy')")
-    monkeypatch.chdir(tmp_path)
-    with stand_in() as baseline:
-        assert baseline.answer(PLAIN, [1], 4).text == "plain"
 
 
 # --- libraries
@@ -278,6 +271,7 @@ def test_llama_cpp_counts_its_rounds_and_ends_by_our_rules(ignore_eos, tmp_path)
 
 
 @pytest.mark.real
+@pytest.mark.long
 @with_llama_cpp
 def test_llama_cpp_gives_our_tokens(smollm2, smollm2_folder):
     """In float32, on the file that is exported of the same weights; the first tokens at least."""

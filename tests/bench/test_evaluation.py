@@ -17,9 +17,8 @@ def model(n_layers=30, **settings):
     return model
 
 
-@pytest.mark.parametrize(
-    ("modes", "exits", "drafts", "settings", "expected"),
-    [
+def test_every_mode_at_every_exit_once():
+    for modes, exits, drafts, settings, expected in (
         (["plain"], [3, 8], (), {}, [("plain", None, None)]),
         (["early-exit"], [3, 8], (4,), {}, [("early-exit", 3, None), ("early-exit", 8, None)]),
         (["early-exit"], None, (), {}, [("early-exit", e, None) for e in (8, 15, 23, 30)]),
@@ -40,11 +39,9 @@ def model(n_layers=30, **settings):
             {},
             [("early-exit", 3, None), ("early-exit", 9, None), ("self-speculative", None, 4)],
         ),
-    ],
-)
-def test_every_mode_at_every_exit_once(modes, exits, drafts, settings, expected):
-    found = [row.config for row in rows_of(model(**settings), modes, exits, *drafts)]
-    assert [(p.mode, p.exit_layer, p.draft_tokens) for p in found] == expected
+    ):
+        found = [row.config for row in rows_of(model(**settings), modes, exits, *drafts)]
+        assert [(p.mode, p.exit_layer, p.draft_tokens) for p in found] == expected
 
 
 def test_auto_is_a_row_of_its_own_name():

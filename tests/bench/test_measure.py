@@ -49,17 +49,17 @@ def test_all_take_turns_and_another_one_begins_each_time():
     assert len(asked) == len(entries) * (1 + 2 * 2)
 
 
-@pytest.mark.parametrize("n", [1, 4, 5])
-def test_everybody_follows_everybody_else_equally_often(n):
-    asked = []
-    settings = [Setting(mode=str(i)) for i in range(n)]
-    measure([Diary(settings, asked)], [[1]] * 2 * n, max_new_tokens=1)
-    turns = [[mode for mode, _, _ in asked[i : i + n]] for i in range(n, len(asked), n)]
-    assert all(sorted(turn) == sorted(s.mode for s in settings) for turn in turns)
-    assert Counter(turn[0] for turn in turns) == {s.mode: 2 for s in settings}
-    pairs = Counter(pair for turn in turns for pair in itertools.pairwise(turn))
-    assert len(pairs) == n * (n - 1)
-    assert set(pairs.values()) <= {2}
+def test_everybody_follows_everybody_else_equally_often():
+    for n in (1, 4, 5):
+        asked = []
+        settings = [Setting(mode=str(i)) for i in range(n)]
+        measure([Diary(settings, asked)], [[1]] * 2 * n, max_new_tokens=1)
+        turns = [[mode for mode, _, _ in asked[i : i + n]] for i in range(n, len(asked), n)]
+        assert all(sorted(turn) == sorted(s.mode for s in settings) for turn in turns)
+        assert Counter(turn[0] for turn in turns) == {s.mode: 2 for s in settings}
+        pairs = Counter(pair for turn in turns for pair in itertools.pairwise(turn))
+        assert len(pairs) == n * (n - 1)
+        assert set(pairs.values()) <= {2}
 
 
 def test_systems_take_turns_with_each_other():
@@ -79,6 +79,7 @@ def test_systems_take_turns_with_each_other():
 def test_threads_of_a_system_come_to_rest_before_another_one_answers(monkeypatch):
     slept, asked = [], []
     monkeypatch.setattr("layerskip.bench.measure.time.sleep", slept.append)
+    monkeypatch.setattr("layerskip.bench.measure.SWITCH_S", SWITCH_S)
     measure([Diary([A, B], [])], [[1], [2], [3]], max_new_tokens=1)
     assert slept == []
     two = [Diary([A], asked), Diary([B], asked, name="other")]

@@ -127,19 +127,16 @@ def test_a_terminal_shows_less_and_one_system_at_a_time():
     assert not {"peak memory", "vs layerskip"} & set(lines[0])
 
 
-@pytest.mark.parametrize(
-    ("figures", "name"),
-    [
+def test_names_of_rows():
+    for figures, name in (
         ({"draft_from": "both"}, "self-speculative E=8 d=2 both"),
         ({"adaptive": True, "draft_tokens": 12}, "self-speculative E=8 d=12 adaptive"),
         ({"draft_vocabulary": 4000}, "self-speculative E=8 d=2 V=4000"),
         ({"mode": "n-gram", "draft_from": "n-gram", "exit_layer": None}, "n-gram d=2"),
         ({"mode": "auto", "label": "without n-grams"}, "auto without n-grams"),
-    ],
-)
-def test_names_of_rows(figures, name):
-    row = a_row(**{"mode": "self-speculative", **DRAFTING, **figures})
-    assert column(table({**DOCUMENT, "rows": [row]}), "mode") == [name]
+    ):
+        row = a_row(**{"mode": "self-speculative", **DRAFTING, **figures})
+        assert column(table({**DOCUMENT, "rows": [row]}), "mode") == [name]
 
 
 def test_categories():

@@ -59,58 +59,45 @@ def test_rlimits_are_used_where_bubblewrap_is_missing_or_fails(monkeypatch):
         assert sandbox.isolation.__wrapped__() == "rlimits"
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "import collections, hashlib, heapq, itertools, math, random, re, typing, unittest",
-        "import os; assert os.listdir() == []\nopen('x', 'w').write('x')",
-        "import os; assert not set(os.environ) - {'LC_CTYPE', 'PWD'}",
+def test_a_program_that_runs_to_its_end_passes(passes):
+    for program in (
+        "import collections, hashlib, itertools, math, typing, unittest; open('x', 'w').write('x')",
+        "import os; assert os.listdir() == []\nassert not set(os.environ) - {'LC_CTYPE', 'PWD'}",
         "import sys; [f.write('x' * 5_000_000) for f in (sys.stdout, sys.stderr)]",
         # it looks up its own module
         "from __future__ import annotations\nfrom dataclasses import dataclass\n"
         "@dataclass\nclass A:\n    x: int\nassert A(1).x == 1",
         "if __name__ == '__main__':\n    input()",
-    ],
-)
-def test_a_program_that_runs_to_its_end_passes(program, passes):
-    assert passes(program)
+    ):
+        assert passes(program)
 
 
 _WRITE = "import os\nfor i in range(3, 8):\n  try:\n    "
 _GO_ON = "  except OSError: pass\n"
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
+def test_exiting_early_fails(passes):
+    for program in (
         "assert 1 + 1 == 3",
-        "def f(:",
         "input()",
         "raise SystemExit",
         "import os; os._exit(0)",
-        "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
         "import numpy",
-        "def f(): f()\nf()",
-        # a report needs its nonce, and one that never ends is not read
+        # a report needs its nonce
         f"{_WRITE}os.write(i, b'passed')\n{_GO_ON}os._exit(0)",
-        f"{_WRITE}while True: os.write(i, bytes(9999))\n{_GO_ON}os._exit(0)",
-    ],
-)
-def test_exiting_early_fails(program, passes):
-    assert not passes(program, wall_s=3)
+    ):
+        assert not passes(program, wall_s=3)
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "while True: pass",
-        "import time; time.sleep(600)",
-        pytest.param("x = bytearray(3 << 30)", marks=LINUX),
-        "with open('x', 'wb') as file: file.write(bytes(40 << 20))",
-    ],
-)
-def test_exceeding_a_limit_fails(program, passes):
-    assert not passes(program, cpu_s=1, wall_s=3)
+def test_exceeding_a_limit_fails(passes):
+    for program, wall_s in (
+        ("import time; time.sleep(600)", 1),
+        (f"{_WRITE}while True: os.write(i, bytes(9999))\n{_GO_ON}os._exit(0)", 1),
+        ("while True: pass", 5),
+        *[("x = bytearray(3 << 30)", 5)] * (sys.platform == "linux"),
+        ("with open('x', 'wb') as file: file.write(bytes(40 << 20))", 5),
+    ):
+        assert not passes(program, cpu_s=1, wall_s=wall_s)
 
 
 @LINUX
@@ -118,7 +105,7 @@ def test_child_processes_and_temporary_folders_are_gone(passes, tmp_path, monkey
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     marker = f"60.{os.getpid()}"
     passes(f"import subprocess; open('x', 'w'); subprocess.Popen(['sleep', '{marker}'])")
-    passes(f"import subprocess; subprocess.run(['sleep', '{marker}'])", wall_s=2)
+    passes(f"import subprocess; subprocess.run(['sleep', '{marker}'])", wall_s=1)
     assert all_end(marker)
     assert not list(tmp_path.iterdir())
 

@@ -155,10 +155,10 @@ def otherwise():
     [(as_in_the_paper(), SEEN), (otherwise(), NOT_SEEN), ({}, NOT_MEASURED)],
     ids=["as in the paper", "otherwise", "no files"],
 )
-@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.paper)
-def test_every_rule_can_hold_and_fail(claim, experiments, wanted):
-    finding = claim.finding(experiments.get(claim.experiment, ()))
-    assert verdict(finding) == wanted, finding
+def test_every_rule_can_hold_and_fail(experiments, wanted):
+    for claim in CLAIMS:
+        finding = claim.finding(experiments.get(claim.experiment, ()))
+        assert verdict(finding) == wanted, (claim.paper, finding)
 
 
 def test_a_claim_needs_all_its_variants():
@@ -168,11 +168,13 @@ def test_a_claim_needs_all_its_variants():
     assert {verdict(claim.finding(rows)) for claim in needing} == {NOT_MEASURED}
 
 
-@pytest.mark.parametrize("differs", [{"trained": LEARNT | {"rows": 48}}, {"corpus": {"files": 2}}])
-def test_rows_that_differ_in_more_than_the_variant_are_not_compared(differs):
-    first, *others = as_in_the_paper()["pretrain"]
-    needing = [claim for claim in CLAIMS if "baseline" in claim.needs]
-    assert {verdict(c.finding([{**first, **differs}, *others])) for c in needing} == {NOT_MEASURED}
+def test_rows_that_differ_in_more_than_the_variant_are_not_compared():
+    for differs in ({"trained": LEARNT | {"rows": 48}}, {"corpus": {"files": 2}}):
+        first, *others = as_in_the_paper()["pretrain"]
+        needing = [claim for claim in CLAIMS if "baseline" in claim.needs]
+        assert {verdict(c.finding([{**first, **differs}, *others])) for c in needing} == {
+            NOT_MEASURED
+        }
 
 
 def test_exits_without_a_loss_say_nothing_of_the_recipe():

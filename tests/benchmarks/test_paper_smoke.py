@@ -43,9 +43,7 @@ def refuse(*_, **__):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.long)
-        if name in ("pretrain", "continual", "domain")
-        else name
+        pytest.param(name, marks=pytest.mark.long) if name not in ("kvq", "speculation") else name
         for name in VARIANTS
     ],
 )
@@ -85,6 +83,8 @@ def test_variants_of_pretraining_differ_in_the_recipe_alone(run):
 def test_other_settings_are_refused_unless_begun_anew(run):
     few = ("--variants", "baseline")
     before = run("pretrain", *few)
+    assert before["smoke"]
+    assert before["rows"][0]["trained"]["steps"] == 2
     with pytest.raises(SystemExit, match="other settings"):
         run("pretrain", *few, "--learning-rate", "0.1")
     after = run("pretrain", *few, "--learning-rate", "0.1", "--again")

@@ -1,5 +1,6 @@
 """Commands that run in this process, on the tiny checkpoint."""
 
+import importlib
 import itertools
 
 import pytest
@@ -38,6 +39,21 @@ def run(program, folder):
 
     def call(command, *arguments):
         return program(command, "--model", folder, "--dtype", "float32", *arguments)
+
+    return call
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """Run the whole program in this process, streams included: (exit status, stderr)."""
+    module = importlib.import_module("layerskip.cli.main")  # a function has that name too
+    monkeypatch.setattr(module.Signals, "install", lambda self: None)
+    monkeypatch.setattr(module.gc, "freeze", lambda: None)
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([*map(str, arguments)])
+        return exit_.value.code, capsys.readouterr().err
 
     return call
 

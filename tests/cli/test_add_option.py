@@ -12,18 +12,24 @@ OPTION = """    patience: int = option(7, "Number of rounds to wait.", at_least=
     max_new_tokens: int ="""
 PROGRAM = """
 import json
-from layerskip.cli.reference import help_texts, options_table
+import click
+from layerskip.cli.main import layerskip_command
+from layerskip.cli.reference import options_table
 from layerskip.decoding import DecodingConfig
 
-texts = help_texts()
+context = click.Context(layerskip_command)
+text = ""
+for name in ("generate", "chat"):
+    command = layerskip_command.get_command(context, name)
+    text += command.get_help(click.Context(command, context, name, terminal_width=80))
 row = DecodingConfig(patience=9).to_row()
-print(json.dumps({"help": texts["generate"] + texts["chat"], "table": options_table(), "row": row}))
+print(json.dumps({"help": text, "table": options_table(), "row": row}))
 """
 
 
 def test_an_option_is_added_in_one_place(tmp_path):
     package = tmp_path / "layerskip"
-    shutil.copytree(ROOT / "src/layerskip", package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "src/layerskip", package)  # with __pycache__, which saves compiling
     config = package / "decoding" / "config.py"
     text = config.read_text()
     assert text.count("    max_new_tokens: int =") == 1

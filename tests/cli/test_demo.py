@@ -200,6 +200,7 @@ def test_who_begins_changes_from_prompt_to_prompt(model, monkeypatch):
 
 
 @pytest.mark.real
+@pytest.mark.long
 def test_demo_on_the_real_model(program, monkeypatch):
     monkeypatch.setattr("layerskip.cli.demo.TASKS", TASKS[1:2])
     flags = ("--max-new-tokens", "6", "--dtype", "float32", "--model", "smollm2-135m", "--json")

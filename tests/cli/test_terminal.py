@@ -1,4 +1,4 @@
-"""Signals, and names and answers that a terminal would obey."""
+"""Signals, progress, and names and answers that a terminal would obey."""
 
 import io
 import json
@@ -12,6 +12,7 @@ import pytest
 
 from layerskip.cli import output
 from layerskip.cli.data import check_finite_file
+from layerskip.cli.output import bars, track, waiting
 from layerskip.decoding import Piece
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -58,7 +59,55 @@ builtins.__import__ = slow
 
 
 @SIGNALS
-def test_a_signal_keeps_the_answers_so_far(folder, tmp_path, number, status, word):
+def test_a_signal_before_the_program_handles_it_is_one_line(tmp_path, number, status, word):
+    begun = tmp_path / "begun"
+    code = f"""
+import builtins, pathlib, time
+real = builtins.__import__
+def slow(name, *arguments):
+    if name == "click":
+        pathlib.Path({str(begun)!r}).touch()
+        time.sleep(60)
+    return real(name, *arguments)
+builtins.__import__ = slow
+"""
+    process = program(code, "--version")
+    wait_for(begun, process)
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert (process.returncode, out, err) == (status, "", f"layerskip: {word}\n")
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "lines"),
+    [
+        ("layerskip.cli.train", "check_packages", ""),
+        ("layerskip.training.run", "load_tokenizer", "layerskip: there is no checkpoint yet"),
+    ],
+)
+def test_sigterm_before_the_training_loop_ends_like_ctrl_c(
+    folder, tmp_path, module, function, lines
+):
+    begun, rows = tmp_path / "begun", tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    code = f"""
+import importlib, pathlib, time
+def slow(*_):
+    pathlib.Path({str(begun)!r}).touch()
+    time.sleep(60)
+setattr(importlib.import_module({module!r}), {function!r}, slow)
+"""
+    flags = ("--data", rows, "--output", tmp_path / "out", "--exits", "2", "--regime", "task")
+    process = program(code, "train", "--model", folder, *flags)
+    wait_for(begun, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert (process.returncode, err.splitlines()[-1]) == (143, "layerskip: terminated")
+    assert err.count("\n") == (2 if lines else 1)
+    assert err.startswith(lines)
+
+
+def test_ctrl_c_keeps_the_answers_so_far(folder, tmp_path):
     prompts, answers = tmp_path / "prompts.txt", tmp_path / "answers.json"
     prompts.write_text("abc\nde\nfgh\n")
     begun = tmp_path / "begun"
@@ -77,9 +126,9 @@ LayerSkipModel.answer = slow
     flags = ("--model", folder, "--no-compile", "--max-new-tokens", 2, "--output", answers)
     process = program(code, "generate", "--prompts", prompts, *flags)
     wait_for(begun, process)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate()
-    assert (process.returncode, err) == (status, f"layerskip: {word}\n")
+    assert (process.returncode, err) == (130, "layerskip: interrupted\n")
     assert len(json.loads(answers.read_text())) == 2
 
 
@@ -138,18 +187,30 @@ def test_a_terminal_shows_a_carriage_return_of_an_answer(capsys, monkeypatch):
     assert capsys.readouterr().out == "safe\\x0drm -rf\n"
 
 
-@pytest.mark.parametrize(
-    ("flags", "status", "words"),
-    [
+def test_files_without_an_end_are_refused(run):
+    for flags, status, words in (
         (("--datastore", "/dev/zero"), 2, "/dev/zero has more than 16 MiB"),
-        (("--draft-text", "/dev/zero"), 2, "/dev/zero has more than 16 MiB"),
+        (("--prediction", "/dev/zero"), 1, "/dev/zero is a device, not a file"),
         (("--prompts", "/dev/zero"), 1, "/dev/zero is a device, not a file"),
+    ):
+        prompt = () if "--prompts" in flags else ("--prompt", "abc")
+        code, out, err = run("generate", *prompt, *flags)
+        assert (code, out, err.count("\n")) == (status, "", 1)
+        assert words in err
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("index", "x.table", "--data", "/dev/zero"), "/dev/zero is a device, not a file"),
+        (("eval", "--perplexity", "/dev/zero"), "/dev/zero is a device, not a file"),
+        (("chat", "--datastore", "/dev/zero"), "/dev/zero has more than 16 MiB"),
+        (("chat", "--draft-text", "/dev/zero"), "/dev/zero has more than 16 MiB"),
     ],
 )
-def test_files_without_an_end_are_refused(run, flags, status, words):
-    prompt = () if "--prompts" in flags else ("--prompt", "abc")
-    code, out, err = run("generate", *prompt, *flags)
-    assert (code, out, err.count("\n")) == (status, "", 1)
+def test_files_without_an_end_are_refused_by_other_commands(program, command, words):
+    _, out, err = program(*command)
+    assert (out, err.count("\n")) == ("", 1)
     assert words in err
 
 
@@ -180,3 +241,44 @@ def test_a_report_does_not_follow_links_out_of_its_folder(run, tmp_path):
     assert (status, err.count("\n")) == (1, 1)
     assert "outside of its folder" in err
     assert target.read_text() == "mine"
+
+
+TERMINAL_OR_NOT = pytest.mark.parametrize("is_terminal", [True, False])
+
+
+def stderr(monkeypatch, is_terminal):
+    """Return the captured stderr."""
+    written = io.StringIO()
+    written.isatty = lambda: is_terminal
+    monkeypatch.setattr("sys.stderr", written)
+    monkeypatch.setenv("TERM", "xterm")
+    return written
+
+
+@TERMINAL_OR_NOT
+def test_a_bar_is_for_terminals(monkeypatch, is_terminal):
+    written = stderr(monkeypatch, is_terminal)
+    with bars() as report:
+        report("perplexity of notes[draft].txt", 1, 4)
+    shown = written.getvalue()
+    assert all(word in shown for word in ("notes[draft].txt", "1/4")) if is_terminal else not shown
+
+
+@TERMINAL_OR_NOT
+def test_things_are_counted_on_terminals(monkeypatch, is_terminal):
+    written = stderr(monkeypatch, is_terminal)
+    assert list(track([1, 2, 3], "prompts")) == [1, 2, 3]
+    assert ("prompts" in written.getvalue()) == is_terminal
+
+
+@TERMINAL_OR_NOT
+def test_waiting_is_said_on_terminals(monkeypatch, is_terminal):
+    written = stderr(monkeypatch, is_terminal)
+    with waiting("loading a[b]"):
+        pass
+    assert ("loading a[b]" in written.getvalue()) == is_terminal
+    written.seek(0)
+    written.truncate()
+    with waiting("loading", is_shown=False):
+        pass
+    assert not written.getvalue()

@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,14 +58,22 @@ def test_a_terminal_has_a_bar(monkeypatch):
     assert "3/4" in terminal.getvalue().replace("step 3/4", "")
 
 
-def test_the_result_in_one_line(train, tmp_path):
-    status, out, _ = train()
-    assert (status, out) == (0, f"{tmp_path / 'out'}: 4 steps, exit layer 2\n")
+@pytest.fixture
+def trained(monkeypatch):
+    """Replace the training itself; returns the list of settings that it is called with."""
+    calls = []
+
+    def train(config, progress):
+        calls.append(config)
+        return SimpleNamespace(output="out", steps=4, exit_layer=2, metrics={})
+
+    monkeypatch.setattr("layerskip.cli.train.train", train)
+    return calls
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
+@pytest.mark.usefixtures("trained")
+def test_flags_without_effect_are_said(train):
+    for arguments, said in (
         (("--regime", "task"), ["--rotation has no effect with --curriculum gradual"]),
         (
             ("--variant", "LD", "--e-scale", 2),
@@ -89,16 +98,15 @@ def test_the_result_in_one_line(train, tmp_path):
             [f"--{name} has no effect with --curriculum none" for name in ("rotation", "exits")],
         ),
         ((), []),
-    ],
-)
-def test_flags_without_effect_are_said(train, arguments, said):
-    status, _, err = train(*arguments)
-    assert status == 0, err
-    assert [line for line in err.splitlines() if "no effect" in line] == [
-        f"layerskip: {line}" for line in said
-    ]
+    ):
+        status, _, err = train(*arguments)
+        assert status == 0, err
+        assert [line for line in err.splitlines() if "no effect" in line] == [
+            f"layerskip: {line}" for line in said
+        ]
 
 
+@pytest.mark.usefixtures("trained")
 @pytest.mark.parametrize("is_control", [False, True])
 def test_settings_of_a_file_without_effect_are_said(train, tmp_path, is_control):
     """Only flags are reported where they turn off parts that the file has settings for."""
@@ -113,30 +121,22 @@ def test_settings_of_a_file_without_effect_are_said(train, tmp_path, is_control)
     assert said == [f"layerskip: --{n} has no effect with --curriculum none" for n in names]
 
 
-def test_a_flag_takes_the_place_of_what_contradicts_it_in_the_file(train, tmp_path):
-    config = tmp_path / "a.yaml"
-    config.write_text("eval_rows: 3\nepochs: 3\nexits: [2, 3]\n")
-    rows = tmp_path / "held_out.jsonl"
-    rows.write_text('{"prompt": "1+1=", "completion": "2"}\n')
-    status, out, err = train(config, "--eval-data", rows, "--exit-every", 2, "--exit-layer", 2)
-    assert status == 0, err
-    assert "4 steps, exit layer 2" in out
-
-
+@pytest.mark.usefixtures("trained")
 def test_only_the_first_process_prints(train, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     status, out, _ = train("--json")
     assert (status, out) == (0, "")
 
 
-def test_flags_go_before_yaml(train, tmp_path):
+def test_flags_go_before_yaml(train, trained, tmp_path):
     config = tmp_path / "a.yaml"
-    config.write_text("max_steps: 3\nfixed-exits: [2]\np_max: 0.3\n")
+    config.write_text("epochs: 3\nfixed-exits: [2]\np_max: 0.3\n")
     status, out, _ = train(config, "--p-max", 0.2)
     assert status == 0
-    assert "4 steps, exit layer 2" in out
-    used = json.loads((tmp_path / "out" / "train.json").read_text())
-    assert (used["p_max"], used["fixed_exits"]) == (0.2, [2])
+    assert out == "out: 4 steps, exit layer 2\n"
+    used = trained[0].as_flat_dict()
+    assert (used["p_max"], used["fixed_exits"]) == (0.2, (2,))
+    assert (used["epochs"], used["max_steps"]) == (None, 4)  # which contradict each other
 
 
 def test_ctrl_c_names_the_checkpoint_to_go_on_from(train, raise_at, tmp_path):
@@ -152,9 +152,8 @@ def test_ctrl_c_names_the_checkpoint_to_go_on_from(train, raise_at, tmp_path):
     assert (status, out) == (0, f"{tmp_path / 'out'}: 4 steps, exit layer 2\n")
 
 
-@pytest.mark.parametrize("arguments", [(), ("--lora-rank", 2)])
-def test_generate_runs_the_result(train, program, tmp_path, arguments):
-    assert train(*arguments)[0] == 0
+def test_generate_runs_the_result(train, program, tmp_path):
+    assert train("--lora-rank", 2)[0] == 0
     asked = ("--prompt", "1+1=", "--max-new-tokens", 4, "--ignore-eos", "--json")
     how = ("--mode", "self-speculative", "--no-compile", "--dtype", "float32")
     status, out, err = program("generate", "--model", tmp_path / "out", *asked, *how)
@@ -165,32 +164,23 @@ def test_generate_runs_the_result(train, program, tmp_path, arguments):
     assert json.loads(plain)["token_ids"] == answer["token_ids"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "message"),
-    [
+def test_bad_input_is_one_line(train, tmp_path):
+    for arguments, status, message in (
         (("--learning-rate", "nan"), 2, "learning_rate is nan"),
         (("--learning-rate", "fast"), 2, "'fast' is not a valid float"),
         (("--epochs", 3), 2, "epochs and max_steps both say when to end"),
-        (("--variant", "LD", "--fixed-exits", 2), 2, "variant LD gives no exit a loss"),
         (
             ("--exits", "1,2", "--exit-layer", 3),
             1,
             "exit_layer is 3, but the exits that have a loss are 2",
         ),
         (("--rotation", 5), 1, "rotation is 5, but there are 4 exits"),
-        (("--fixed-exits", 9), 1, "fixed_exits names [9], but the model has 4 layers"),
-        (("--exits", 2, "--exit-every", 2), 2, "exits and exit_every"),
-        (("--eval-rows", 2, "--eval-data", "x"), 2, "contradict each other"),
         (("--completion", "{answer}"), 1, "rows.jsonl:1 has the fields ['completion', 'prompt']"),
-        (("--max-length", 2), 1, "no row of"),
-        (("--data", "none.jsonl"), 1, "none.jsonl does not exist"),
         (("--regime", "best"), 2, "'best' is not one of"),
         (("--speed", 2), 2, "No such option"),
-    ],
-)
-def test_bad_input_is_one_line(train, tmp_path, arguments, status, message):
-    done = train(*arguments)
-    assert done[:2] == (status, "")
-    assert done[2].count("\n") == 1
-    assert message in done[2]
-    assert not (tmp_path / "out" / "checkpoint-4").exists()
+    ):
+        done = train(*arguments)
+        assert done[:2] == (status, "")
+        assert done[2].count("\n") == 1
+        assert message in done[2]
+        assert not (tmp_path / "out" / "checkpoint-4").exists()

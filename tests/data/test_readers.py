@@ -26,51 +26,48 @@ JSON_LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 COMMAS = "prompt,completion\n1 plus 2 is,3\n2 plus 2 is,4\n"
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
+def test_files_of_every_kind(tmp_path):
+    for name, text in (
         ("a.jsonl", JSON_LINES),
         ("a.json", json.dumps(ROWS)),
         ("a.json.gz", "\n".join(map(json.dumps, ROWS))),
         ("a.csv.xz", COMMAS),
         ("a.tsv", COMMAS.replace(",", "\t")),
-    ],
-)
-def test_files_of_every_kind(tmp_path, name, text):
-    rows = list(read_rows(write(tmp_path / name, text)))
-    assert [dict(row) for _, row in rows] == ROWS
+    ):
+        rows = list(read_rows(write(tmp_path / name, text)))
+        assert [dict(row) for _, row in rows] == ROWS
 
 
-@pytest.mark.parametrize("compression", ["", ".gz"])
-def test_text_files_and_parquet(tmp_path, compression):
+def test_text_files_and_parquet(tmp_path):
     from datasets import Dataset
 
-    path = write(tmp_path / f"a.txt{compression}", "one\ntwo\n\n\nthree\n")
-    assert list(read_rows(path)) == [
-        ("a.txt:1", {"text": "one\ntwo\n"}),
-        ("a.txt:5", {"text": "three\n"}),
-    ]
-    assert next(read_rows(path, text_field="content"))[1] == {"content": "one\ntwo\n"}
-    Dataset.from_list(ROWS).to_parquet(str(tmp_path / "a.parquet"))
-    packed = tmp_path / f"b.parquet{compression}"
-    with OPENERS.get(compression, open)(packed, "wb") as file:
-        file.write((tmp_path / "a.parquet").read_bytes())
-    assert list(read_rows(str(packed))) == [
-        (f"{packed.name}:{number}", row) for number, row in enumerate(ROWS, 1)
-    ]
+    for compression in ("", ".gz"):
+        path = write(tmp_path / f"a.txt{compression}", "one\ntwo\n\n\nthree\n")
+        assert list(read_rows(path)) == [
+            ("a.txt:1", {"text": "one\ntwo\n"}),
+            ("a.txt:5", {"text": "three\n"}),
+        ]
+        assert next(read_rows(path, text_field="content"))[1] == {"content": "one\ntwo\n"}
+        Dataset.from_list(ROWS).to_parquet(str(tmp_path / "a.parquet"))
+        packed = tmp_path / f"b.parquet{compression}"
+        with OPENERS.get(compression, open)(packed, "wb") as file:
+            file.write((tmp_path / "a.parquet").read_bytes())
+        assert list(read_rows(str(packed))) == [
+            (f"{packed.name}:{number}", row) for number, row in enumerate(ROWS, 1)
+        ]
 
 
-@pytest.mark.parametrize(("name", "cut"), [("a.parquet", 500), ("a.parquet.gz", 20)])
-def test_a_damaged_parquet_file_is_named(tmp_path, name, cut):
+def test_a_damaged_parquet_file_is_named(tmp_path):
     from datasets import Dataset
 
-    Dataset.from_list(ROWS * 50).to_parquet(str(tmp_path / "whole"))
-    whole = (tmp_path / "whole").read_bytes()
-    whole = gzip.compress(whole) if name.endswith(".gz") else whole
-    (tmp_path / name).write_bytes(whole[:cut] + whole[cut + 20 :])
-    with pytest.raises(ValueError, match=rf"{name} cannot be read as parquet: ") as error:
-        list(read_rows(str(tmp_path / name)))
-    assert "\n" not in str(error.value)
+    for name, cut in (("a.parquet", 500), ("a.parquet.gz", 20)):
+        Dataset.from_list(ROWS * 50).to_parquet(str(tmp_path / "whole"))
+        whole = (tmp_path / "whole").read_bytes()
+        whole = gzip.compress(whole) if name.endswith(".gz") else whole
+        (tmp_path / name).write_bytes(whole[:cut] + whole[cut + 20 :])
+        with pytest.raises(ValueError, match=rf"{name} cannot be read as parquet: ") as error:
+            list(read_rows(str(tmp_path / name)))
+        assert "\n" not in str(error.value)
 
 
 def test_what_is_not_there_is_said_before_a_row_is_asked_for(tmp_path, monkeypatch):
@@ -109,9 +106,8 @@ def test_quotation_marks_in_tab_separated_text_are_text(tmp_path):
     assert dict(next(read_rows(path))[1]) == {"prompt": 'say "hi', "completion": '"hi'}
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
+def test_bad_rows_are_named_by_their_line(tmp_path):
+    for name, text, message in (
         ("a.jsonl", '{"text": "x"}\n{"text"\n', "a.jsonl:2 is not JSON"),
         ("a.jsonl", '{"text": "x"}\n' + "[" * 100_000, "a.jsonl:2 is nested too deeply"),
         ("a.json", "[" * 100_000, "a.json is nested too deeply"),
@@ -126,11 +122,9 @@ def test_quotation_marks_in_tab_separated_text_are_text(tmp_path):
             "a.csv cannot be read after line 1: unexpected end of data",
         ),
         ("a.doc", "x", "of no known kind"),
-    ],
-)
-def test_bad_rows_are_named_by_their_line(tmp_path, name, text, message):
-    with pytest.raises(ValueError, match=message):
-        list(read_rows(write(tmp_path / name, text)))
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(read_rows(write(tmp_path / name, text)))
 
 
 def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path):
@@ -141,19 +135,19 @@ def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path):
         list(read_rows(str(path)))
 
 
-@pytest.mark.parametrize(("name", "text"), [("a.json", '[{"a": "x"}]'), ("a.csv", "a\nx\n")])
-def test_a_byte_order_mark_is_no_text(tmp_path, name, text):
-    (tmp_path / name).write_text(text, encoding="utf-8-sig")
-    assert dict(next(read_rows(str(tmp_path / name)))[1]) == {"a": "x"}
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name, text in (("a.json", '[{"a": "x"}]'), ("a.csv", "a\nx\n")):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert dict(next(read_rows(str(tmp_path / name)))[1]) == {"a": "x"}
 
 
-@pytest.mark.parametrize(
-    ("compression", "damage"),
-    [(".gz", lambda whole: whole[:-20]), (".xz", lambda whole: whole[:40] + whole[60:])],
-)
-def test_a_damaged_archive_is_named(tmp_path, compression, damage):
-    path = write(tmp_path / f"rows.jsonl{compression}", JSON_LINES * 50)
-    whole = (tmp_path / f"rows.jsonl{compression}").read_bytes()
-    (tmp_path / f"rows.jsonl{compression}").write_bytes(damage(whole))
-    with pytest.raises(ValueError, match=rf"rows.jsonl{compression} cannot be read as text"):
-        list(read_rows(path))
+def test_a_damaged_archive_is_named(tmp_path):
+    for compression, damage in (
+        (".gz", lambda whole: whole[:-20]),
+        (".xz", lambda whole: whole[:40] + whole[60:]),
+    ):
+        path = write(tmp_path / f"rows.jsonl{compression}", JSON_LINES * 50)
+        whole = (tmp_path / f"rows.jsonl{compression}").read_bytes()
+        (tmp_path / f"rows.jsonl{compression}").write_bytes(damage(whole))
+        with pytest.raises(ValueError, match=rf"rows.jsonl{compression} cannot be read as text"):
+            list(read_rows(path))

@@ -44,19 +44,19 @@ def test_missing_wikitext_says_how_to_get_it(monkeypatch):
         read_text("wikitext2")
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".JSONL", ".jsonl.gz"])
-def test_prompts_of_json_lines(tmp_path, suffix):
-    message, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
-    rows = [
-        {"prompt": "a"},
-        {"prompt": [1, 2]},
-        {"messages": [message, answer]},
-        {"messages": [message], "tools": [{"name": "f"}]},
-    ]
-    path = tmp_path / f"prompts{suffix}"
-    with (gzip.open if suffix.endswith(".gz") else open)(path, "wt") as file:
-        file.write("\n\n".join(map(json.dumps, rows)))
-    assert read_prompts(path) == ["a", [1, 2], [message], rows[3]]
+def test_prompts_of_json_lines(tmp_path):
+    for suffix in (".jsonl", ".JSONL", ".jsonl.gz"):
+        message, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+        rows = [
+            {"prompt": "a"},
+            {"prompt": [1, 2]},
+            {"messages": [message, answer]},
+            {"messages": [message], "tools": [{"name": "f"}]},
+        ]
+        path = tmp_path / f"prompts{suffix}"
+        with (gzip.open if suffix.endswith(".gz") else open)(path, "wt") as file:
+            file.write("\n\n".join(map(json.dumps, rows)))
+        assert read_prompts(path) == ["a", [1, 2], [message], rows[3]]
 
 
 def test_prompts_of_lines(tmp_path):
@@ -64,26 +64,23 @@ def test_prompts_of_lines(tmp_path):
     assert read_prompts(tmp_path / "prompts.txt") == ["ab", "c d"]
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
+def test_bad_prompts_are_named(tmp_path):
+    for name, text, message in (
         ("a.jsonl", '{"prompt": "x"}\n{"text": "x"}\n', "a.jsonl:2: `prompt`"),
         ("a.jsonl", '{"prompt": "x"}\n{"prompt"\n', "a.jsonl:2 is not JSON"),
         ("a.json", '{"prompt": "x"}', "name it .jsonl"),
         ("a.txt", "\n \n", "a.txt holds no prompt"),
-    ],
-)
-def test_bad_prompts_are_named(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_prompts(tmp_path / name)
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_prompts(tmp_path / name)
 
 
-@pytest.mark.parametrize("read", [read_prompts, read_text_file])
-def test_a_device_without_end_is_one_line(read):
-    with pytest.raises(ValueError, match=r"zero(:1)? has more than [\d,]+ characters") as error:
-        read(Path("/dev/zero"))
-    assert "\n" not in str(error.value)
+def test_a_device_without_end_is_one_line():
+    for read in (read_prompts, read_text_file):
+        with pytest.raises(ValueError, match=r"zero(:1)? has more than [\d,]+ characters") as error:
+            read(Path("/dev/zero"))
+        assert "\n" not in str(error.value)
 
 
 def test_prompts_without_end_are_one_line(tmp_path, monkeypatch):
@@ -93,20 +90,17 @@ def test_prompts_without_end_are_one_line(tmp_path, monkeypatch):
         read_prompts(tmp_path / "yes")
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "where"),
-    [
+def test_a_row_that_would_fill_the_memory_is_named(tmp_path, monkeypatch):
+    for name, text, where in (
         ("a.jsonl", '{"text": "x"}\n{"text": "%s"}\n', "a.jsonl:2"),
         ("a.json", '[{"text": "x"}, {"text": "%s"}]', "a.json, row 2"),
         ("a.csv", "text\nx\n%s\n", "a.csv:3"),
         ("a.tsv", "a\tb\nx\t%s\n", "a.tsv:2"),
         ("a.txt", "x\n\n%s\n", "a.txt:3"),
         ("b.txt", "x\n\n" + "%s\n" * 2, "b.txt:3"),
-    ],
-)
-def test_a_row_that_would_fill_the_memory_is_named(tmp_path, monkeypatch, name, text, where):
-    monkeypatch.setattr(readers, "MAX_ROW_CHARS", 1000)
-    size = 600 if name.startswith("b") else 1001
-    (tmp_path / name).write_text(text.replace("%s", "x" * size))
-    with pytest.raises(ValueError, match=f"{where} has more than 1,000 characters.*split it"):
-        list(read_rows(str(tmp_path / name)))
+    ):
+        monkeypatch.setattr(readers, "MAX_ROW_CHARS", 1000)
+        size = 600 if name.startswith("b") else 1001
+        (tmp_path / name).write_text(text.replace("%s", "x" * size))
+        with pytest.raises(ValueError, match=f"{where} has more than 1,000 characters.*split it"):
+            list(read_rows(str(tmp_path / name)))

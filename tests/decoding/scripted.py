@@ -63,6 +63,14 @@ class ScriptedDecoder:
         assert positions.max() < cache.capacity
         return torch.stack([positions, torch.full_like(positions, stop)], dim=-1).float()
 
+    def run_rows(self, hidden, start, stop, rows):
+        parts = hidden.split([n for _, n in rows])
+        states = [
+            self.run(part[None], start, stop, cache)[0]
+            for part, (cache, _) in zip(parts, rows, strict=True)
+        ]
+        return torch.cat(states)
+
     def logits(self, hidden):
         rows = [[self._next(int(at), int(depth)) for at, depth in row] for row in hidden]
         return functional.one_hot(torch.tensor(rows), self.architecture.vocab_size) * 9.0

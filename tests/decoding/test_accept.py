@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,19 +18,23 @@ from layerskip.decoding.accept import accept_greedy, accept_sampled
 # --- greedy -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("d", [0, 1, 2, 3])
-def test_greedy_over_all_patterns(d):
-    cases = [
-        (draft, target)
-        for draft in itertools.product(range(3), repeat=d)
-        for target in itertools.product(range(3), repeat=d + 1)
-    ]
-    draft = torch.tensor([case[0] for case in cases], dtype=torch.int64)
-    accepted, following = accept_greedy(draft, torch.tensor([case[1] for case in cases]))
-    counts = [next((i for i in range(d) if draft[i] != target[i]), d) for draft, target in cases]
-    assert accepted.tolist() == counts
-    assert set(counts) == set(range(d + 1))  # rows with different counts in one batch
-    assert following.tolist() == [case[1][count] for case, count in zip(cases, counts, strict=True)]
+def test_greedy_over_all_patterns():
+    for d in (0, 1, 2, 3):
+        cases = [
+            (draft, target)
+            for draft in itertools.product(range(3), repeat=d)
+            for target in itertools.product(range(3), repeat=d + 1)
+        ]
+        draft = torch.tensor([case[0] for case in cases], dtype=torch.int64)
+        accepted, following = accept_greedy(draft, torch.tensor([case[1] for case in cases]))
+        counts = [
+            next((i for i in range(d) if draft[i] != target[i]), d) for draft, target in cases
+        ]
+        assert accepted.tolist() == counts
+        assert set(counts) == set(range(d + 1))  # rows with different counts in one batch
+        assert following.tolist() == [
+            case[1][count] for case, count in zip(cases, counts, strict=True)
+        ]
 
 
 # --- sampled ------------------------------------------------------------------------------------
@@ -50,7 +55,7 @@ def run_rule(draft, q, p, uniform):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "rand", lambda shape, **_: uniform.reshape(shape))
         patch.setattr(accept, "sample", record)
-        accepted, _ = accept_sampled(draft, q, p)
+        accepted, _ = accept_sampled(draft, q, lambda i, j: p[:, i:j])
     (weights,) = recorded
     return accepted, weights / weights.sum(-1, keepdim=True)
 
@@ -83,6 +88,11 @@ def output_distribution(q, p, uniform_numbers):
             weights.append(float(q_x.double().prod()) * weight)
     draft, q_rows, p_rows = torch.tensor(drafts), torch.stack(rows_q), torch.stack(rows_p)
     accepted, following = run_rule(draft, q_rows, p_rows, torch.stack(uniforms))
+    for i in range(0, len(draft), len(draft) // 20 + 1):  # one row alone, position by position
+        row = slice(i, i + 1)
+        alone = run_rule(draft[row], q_rows[row], p_rows[row], uniforms[i][None])
+        assert torch.equal(alone[0], accepted[row])
+        assert torch.equal(alone[1], following[row])
     if bool((q_rows.amax(-1) == 1).all()):  # point masses may be left out
         without_q = run_rule(draft, None, p_rows, torch.stack(uniforms))
         assert torch.equal(without_q[0], accepted)
@@ -208,6 +218,32 @@ def test_without_a_draft_the_token_is_sampled_from_p(monkeypatch):
     nothing = torch.zeros(4, 0, dtype=torch.int64)
     uniform = torch.tensor([[0.09], [0.11], [0.29], [0.31]], dtype=torch.float64)
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: uniform[:, : shape[-1] != (4, 0)])
-    accepted, following = accept_sampled(nothing, None, p)
+    accepted, following = accept_sampled(nothing, None, lambda i, j: p[:, i:j])
     assert accepted.tolist() == [0, 0, 0, 0]
     assert following.tolist() == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("accepted", [0, 1, 3])
+def test_one_row_computes_no_distribution_after_the_first_rejection(accepted):
+    draft = torch.tensor([[0, 1, 2]])
+    p = F.one_hot(torch.tensor([0, 1, 2, 0]), 4).float()
+    p[accepted] = torch.tensor([0.0, 0.0, 0.0, 1.0])
+    computed = []
+
+    def target_probs(i, j):
+        computed.append((i, j))
+        return p[None, i:j]
+
+    count, following = accept_sampled(draft, None, target_probs)
+    assert (count.tolist(), following.tolist()) == ([accepted], [3])
+    assert computed == [(i, i + 1) for i in range(accepted + 1)]
+
+
+def test_rows_of_a_batch_are_computed_at_once():
+    calls = []
+    accept_sampled(
+        torch.zeros(2, 3, dtype=torch.int64),
+        None,
+        lambda i, j: calls.append((i, j)) or torch.ones(2, j - i, 4),
+    )
+    assert calls == [(0, 4)]

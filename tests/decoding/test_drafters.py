@@ -85,10 +85,7 @@ def test_longer_matches_are_more_confident():
 
 def test_look_ups_end_at_an_end_token():
     text = [5, 6, 7, 8, 9, 5, 6]
-    for drafter in (
-        Ngram(text, {8}),
-        DatastoreLookup(Datastore.from_tokens(text[:5] * 9), {8}),
-    ):
+    for drafter in (Ngram(text, {8}), DatastoreLookup(Datastore.from_tokens(text[:5] * 9), {8})):
         assert drafter.propose(empty_draft(6, text), 4).token_ids == [7, 8]
 
 
@@ -146,7 +143,7 @@ def test_the_exit_proposes_from_the_distribution_it_reports(rule, reduced):
         logits = decoder.logits(hidden)[0, 0]
         seen = torch.zeros(96, dtype=torch.bool)
         seen[before] = True
-        logits = options.penalize(logits, seen)
+        logits = options.penalize(logits, seen, seen.float())
         if reduced:
             logits[40:] = float("-inf")
         if options.greedy:

@@ -2,18 +2,27 @@
 
 import collections
 import dataclasses
+import itertools
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import END, LAYERS, OTHER_END, ScriptedDecoder, encode, scripted_model, words
-from tiny_decoders import FREE, PLAIN, ids, random_prompt, speculative, steps, tiny_decoder
+from tiny_decoders import (
+    FREE,
+    PLAIN,
+    batch_steps,
+    ids,
+    random_prompt,
+    speculative,
+    steps,
+    tiny_decoder,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from exit_states import exit_states
 from layerskip.decoding import DecodingConfig, PromptError, Step, generate
-from layerskip.decoding.batch import Batch
 from layerskip.decoding.generate import PREFILL_CHUNK
 from layerskip.model import Decoder, KVCache
 
@@ -42,9 +51,9 @@ def work(monkeypatch):
     work = Work()
     layer, logits = Decoder._layer, Decoder.logits
 
-    def record_layer(self, x, index, span, *rest):
-        work.layers.append((index, tuple(span.positions[0].tolist())))
-        return layer(self, x, index, span, *rest)
+    def record_layer(self, x, index, spans, *rest):
+        work.layers += [(index, tuple(span.positions[0].tolist())) for span in spans]
+        return layer(self, x, index, spans, *rest)
 
     def record_logits(self, hidden):
         work.heads.append(hidden.shape[1])
@@ -62,9 +71,10 @@ def loop(prompt, config, n=24, case="mistral", measured=None, upper=0.3, **optio
     return generate(decoder, random_prompt(decoder, prompt), config, measured=measured)
 
 
-@pytest.mark.parametrize("exit_layer", [1, 3, LAYERS])
-@pytest.mark.parametrize("d", [0, 1, 5])
-@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("exit_layer", "d", "sampling"),
+    [(1, 0, {}), (1, 5, {}), (3, 1, SAMPLED), (LAYERS, 5, SAMPLED)],
+)
 def test_a_round_runs_each_layer_once_for_each_position(work, exit_layer, d, sampling):
     committed = 7
     rounds = loop(committed, speculative(exit_layer, d), **sampling)
@@ -126,8 +136,8 @@ def test_a_prompt_runs_in_chunks_with_one_row_of_logits(work):
 
 def test_prompts_of_a_batch_have_one_row_of_logits_each(work):
     decoder = tiny_decoder("mistral")
-    next(Batch(decoder, [random_prompt(decoder, n) for n in (9, 30)], PLAIN).steps())
-    assert work.take()[1] == [1]
+    batch_steps(decoder, [random_prompt(decoder, n) for n in (9, 30)], PLAIN, n=1)
+    assert work.take()[1] == [2]
 
 
 # `__bool__` is left out: non-finite weights are looked for on a CPU alone.
@@ -168,8 +178,7 @@ def reads(monkeypatch):
     return reads
 
 
-@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize(("sampling", "penalty"), [({}, 1.0), (SAMPLED, 1.3)])
 def test_one_synchronization_a_round(reads, sampling, penalty):
     """However many tokens are drafted, where their number is fixed."""
     rounds = loop(7, speculative(2, 5), repetition_penalty=penalty, **sampling)
@@ -199,10 +208,12 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "config", [PLAIN, speculative(1, 4), speculative(LAYERS, 8)], ids=["plain", "1", "all"]
-)
-@pytest.mark.parametrize(
-    "sampling", [{}, {"temperature": 1.0, "repetition_penalty": 1.2}], ids=["greedy", "sampled"]
+    ("config", "sampling"),
+    [
+        (PLAIN, {}),
+        (speculative(1, 4), {}),
+        (speculative(LAYERS, 8), {"temperature": 1.0, "repetition_penalty": 1.2}),
+    ],
 )
 def test_one_cache_and_no_copies(config, sampling, monkeypatch):
     """The prompt is so long that one layer's keys are larger than anything a round allocates."""
@@ -247,7 +258,7 @@ def test_modes_of_the_loop_are_not_the_caller_s(config, monkeypatch):
             assert torch.is_autocast_enabled("cpu")
             assert not torch.is_inference_mode_enabled()
             (weight * weight).sum().backward()
-        list(Batch(decoder, [[5], [6, 7]], config).steps())
+        batch_steps(decoder, [[5], [6, 7]], config, n=6)
     with torch.no_grad():
         for _ in generate(decoder, [5], config):
             assert not torch.is_grad_enabled()
@@ -273,17 +284,17 @@ def test_all_exits_in_one_pass_equal_one_pass_each():
 # --- steps --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_a_step_cut_short(n):
+def test_a_step_cut_short():
     """Three tokens, two of six drafted ones among them; a cut at the third token changes nothing."""
-    sources = ("n-gram", *["early-exit"] * 5)
-    step = Step((7, 8, 9), drafted=6, accepted=2, sources=sources, rejected=(1, 2, 3, 4))
-    short = Step((7, 8)[:n], drafted=n, accepted=n, sources=sources)
-    assert step.first(n) == (step if n >= 3 else short)
-    assert step.first(2).first(1) == step.first(1)
-    # The time of what was drafted beyond the end was spent all the same.
-    assert (step.first(n).source, step.first(n).from_exit) == ("n-gram", 5)
-    assert (Step((7,)).source, Step((7,), discarded=1).source) == ("model", "early-exit")
+    for n in (1, 3):
+        sources = ("n-gram", *["early-exit"] * 5)
+        step = Step((7, 8, 9), drafted=6, accepted=2, sources=sources, rejected=(1, 2, 3, 4))
+        short = Step((7, 8)[:n], drafted=n, accepted=n, sources=sources)
+        assert step.first(n) == (step if n >= 3 else short)
+        assert step.first(2).first(1) == step.first(1)
+        # The time of what was drafted beyond the end was spent all the same.
+        assert (step.first(n).source, step.first(n).from_exit) == ("n-gram", 5)
+        assert (Step((7,)).source, Step((7,), discarded=1).source) == ("model", "early-exit")
 
 
 # --- ends of answers ----------------------------------------------------------------------------
@@ -316,19 +327,19 @@ def every_mode(answer, *, prompt=(0,), options=None, **script):
     return answers[-1]
 
 
-@pytest.mark.parametrize("at", range(14))
-def test_an_end_token_anywhere_in_a_draft(at):
+def test_an_end_token_anywhere_in_a_draft():
     """First token, in an accepted draft, at its end, the model's own: the answer ends with it."""
-    answer = [*encode("a" * at), END, *encode("b" * 20)]
-    result = every_mode(answer)
-    assert result.token_ids == answer[: at + 1]
-    assert (result.text, result.finish_reason) == ("a" * at, "stop")
+    for at in range(14):
+        answer = [*encode("a" * at), END, *encode("b" * 20)]
+        result = every_mode(answer)
+        assert result.token_ids == answer[: at + 1]
+        assert (result.text, result.finish_reason) == ("a" * at, "stop")
 
 
-@pytest.mark.parametrize("ends", [(END, OTHER_END), (OTHER_END, END), (END,)])
-def test_the_earliest_of_several_end_tokens(ends):
-    answer = [*encode("ab"), OTHER_END, END, *encode("cd")]
-    assert every_mode(answer, end_tokens=ends).token_ids == answer[: 3 if len(ends) > 1 else 4]
+def test_the_earliest_of_several_end_tokens():
+    for ends in ((END, OTHER_END), (OTHER_END, END), (END,)):
+        answer = [*encode("ab"), OTHER_END, END, *encode("cd")]
+        assert every_mode(answer, end_tokens=ends).token_ids == answer[: 3 if len(ends) > 1 else 4]
 
 
 def test_an_end_token_at_max_new_tokens():
@@ -344,41 +355,40 @@ def test_ignore_eos():
     assert (result.text, result.finish_reason) == ("ababa", "length")
 
 
-@pytest.mark.parametrize(
-    ("answer", "stop", "text", "n_tokens"),
-    [
+def test_a_stop_string_anywhere_in_a_draft():
+    for answer, stop, text, n_tokens in (
         (encode("one. two"), ["."], "one", 4),
         (encode("oneENDtwo"), "END", "one", 6),  # a single string is one stop string
         (words("hello", "Ġworld", "ab"), ["lo wo"], "hel", 2),
         (encode("abcdefgh"), ["gh", "de", "z"], "abc", 5),
         (encode("a漢b漢"), ["b"], "a漢", 5),
         (encode("ab"), ["ab"], "", 2),
-        *((encode("x" * n + "END" + "y" * 20), ["END"], "x" * n, n + 3) for n in range(0, 12, 2)),
-    ],
-)
-def test_a_stop_string_anywhere_in_a_draft(answer, stop, text, n_tokens):
-    result = every_mode(answer, options={"stop": stop, "max_new_tokens": 24})
-    assert (result.text, result.new_tokens, result.finish_reason) == (text, n_tokens, "stop")
+        (encode("x" * 6 + "END" + "y" * 20), ["END"], "x" * 6, 9),
+    ):
+        result = every_mode(answer, options={"stop": stop, "max_new_tokens": 24})
+        assert (result.text, result.new_tokens, result.finish_reason) == (text, n_tokens, "stop")
 
 
-@pytest.mark.parametrize(("stop_at", "end_at"), [(2, 5), (5, 2)])
-def test_the_first_of_stop_string_and_end_token(stop_at, end_at):
-    answer = encode("a" * 8)
-    answer[stop_at : stop_at + 1] = encode("S")
-    answer[end_at] = END
-    result = every_mode(answer, options={"stop": ["S"]})
-    assert (result.text, result.new_tokens) == ("a" * 2, 3)
+def test_the_first_of_stop_string_and_end_token():
+    for stop_at, end_at in ((2, 5), (5, 2)):
+        answer = encode("a" * 8)
+        answer[stop_at : stop_at + 1] = encode("S")
+        answer[end_at] = END
+        result = every_mode(answer, options={"stop": ["S"]})
+        assert (result.text, result.new_tokens) == ("a" * 2, 3)
 
 
-@pytest.mark.parametrize("options", [{}, {"stop": ["S"], "ignore_eos": True}])
-@pytest.mark.parametrize("at", [9, 15])
-def test_nothing_is_drafted_beyond_the_end(at, options):
+def test_nothing_is_drafted_beyond_the_end():
     """The controller knows end tokens, and stop strings that are a token."""
-    answer = [*encode("x" * at), *(encode("S") if options else [END]), *encode("y" * 20)]
-    result = scripted_model(answer).generate([0], exit_layer=1, draft_from="early-exit", **options)
-    assert result.token_ids == answer[: at + 1]
-    assert max(step.accepted for step in result.steps) >= 3
-    assert [step for step in result.steps if step.from_exit > step.drafted] == []
+    for options in ({}, {"stop": ["S"], "ignore_eos": True}):
+        at = 15
+        answer = [*encode("x" * at), *(encode("S") if options else [END]), *encode("y" * 20)]
+        result = scripted_model(answer).generate(
+            [0], exit_layer=1, draft_from="early-exit", **options
+        )
+        assert result.token_ids == answer[: at + 1]
+        assert max(step.accepted for step in result.steps) >= 3
+        assert [step for step in result.steps if step.from_exit > step.drafted] == []
 
 
 @settings(max_examples=50)
@@ -401,53 +411,48 @@ def test_streaming_never_shows_a_stop_string(text, stop, misses, d):
     assert not any(one in shown for one in stop)
 
 
-@pytest.mark.parametrize("ignore_eos", [False, True])
-def test_a_stop_string_may_name_a_special_token(ignore_eos):
-    answer = [*encode("ab"), OTHER_END, *encode("cd")]
-    stop = {"stop": ["x", "<other end>"], "ignore_eos": ignore_eos, "max_new_tokens": 5}
-    result = every_mode(answer, options=stop)
-    assert (result.text, result.token_ids, result.finish_reason) == ("ab", answer[:3], "stop")
-    assert every_mode(answer, options={"max_new_tokens": 5}).text == "abcd"
-    together = scripted_model(answer).generate([[0], [0]], **stop)
-    assert [one.text for one in together] == ["ab", "ab"]
+def test_a_stop_string_may_name_a_special_token():
+    for ignore_eos in (False, True):
+        answer = [*encode("ab"), OTHER_END, *encode("cd")]
+        stop = {"stop": ["x", "<other end>"], "ignore_eos": ignore_eos, "max_new_tokens": 5}
+        result = every_mode(answer, options=stop)
+        assert (result.text, result.token_ids, result.finish_reason) == ("ab", answer[:3], "stop")
+        assert every_mode(answer, options={"max_new_tokens": 5}).text == "abcd"
+        together = scripted_model(answer).generate([[0], [0]], **stop)
+        assert [one.text for one in together] == ["ab", "ab"]
 
 
-@pytest.mark.parametrize("max_new_tokens", [1, 2, 5])
-@pytest.mark.parametrize("d", [0, 1, 4])
-def test_small_numbers(max_new_tokens, d):
+def test_small_numbers():
     """max_new_tokens 1, d = 0 and a prompt of one token, in any combination."""
     decoder = tiny_decoder("llama2")
-    for length in (1, 2):
+    for length, max_new_tokens, d in itertools.product((1, 2), (1, 2, 5), (0, 4)):
         prompt = random_prompt(decoder, length)
         tokens = ids(decoder, prompt, speculative(2, d), max_new_tokens)
         assert len(tokens) == max_new_tokens
         assert tokens == ids(decoder, prompt, PLAIN, 20)[:max_new_tokens]
 
 
-@pytest.mark.parametrize("room", [0, 1, 2, 9])
-def test_the_context_ends_the_answer(room):
+def test_the_context_ends_the_answer():
     """A prompt as long as the context still gets the one token that needs no position in it."""
-    result = every_mode(encode("abc"), prompt=[0] * (64 - room), max_context=64)
-    assert (result.new_tokens, result.finish_reason) == (room + 1, "length")
+    for room in (0, 1, 9):
+        result = every_mode(encode("abc"), prompt=[0] * (64 - room), max_context=64)
+        assert (result.new_tokens, result.finish_reason) == (room + 1, "length")
 
 
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
+def test_prompts_that_cannot_be_continued():
+    for prompt, message in (
         ([], "empty"),
         ([0] * 65, "65 tokens, this model's context holds 64"),
         ([0, 300], "outside the vocabulary"),
         ([-1], "outside the vocabulary"),
-    ],
-)
-def test_prompts_that_cannot_be_continued(prompt, message):
-    decoder = ScriptedDecoder(encode("a"))
-    with pytest.raises(PromptError, match=message):
-        generate(decoder, prompt, PLAIN)
-    with pytest.raises(PromptError, match=message):
-        Batch(decoder, [[0], prompt], PLAIN)
-    with pytest.raises(PromptError, match=f"prompt 2: .*{message}"):
-        scripted_model(encode("a")).generate([[0], prompt])
+    ):
+        decoder = ScriptedDecoder(encode("a"))
+        with pytest.raises(PromptError, match=message):
+            generate(decoder, prompt, PLAIN)
+        with pytest.raises(PromptError, match=message):
+            batch_steps(decoder, [[0], prompt], PLAIN)
+        with pytest.raises(PromptError, match=f"prompt 2: .*{message}"):
+            scripted_model(encode("a")).generate([[0], prompt])
 
 
 def test_steps_name_the_sources_of_their_tokens():

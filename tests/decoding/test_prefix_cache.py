@@ -50,8 +50,10 @@ def turns(model, options, prefix, n=3, **more):
     return answers
 
 
-@modes
-@pytest.mark.parametrize("case", ["llama3.1", "mistral"])
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [*(("llama3.1", mode) for mode in MODES.values()), ("mistral", MODES["self-speculative"])],
+)
 def test_answers_are_those_of_whole_prompts(case, options):
     model = model_of(tiny_decoder(case))
     assert turns(model, options, PrefixCache()) == turns(model, options, None)
@@ -65,8 +67,10 @@ def test_penalties_and_samples_are_the_same(more):
 
 
 @pytest.mark.usefixtures("compiled_kernels")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@modes
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.float32, MODES["plain"]), (torch.bfloat16, MODES["self-speculative"])],
+)
 def test_in_compiled_kernels_too_where_a_cache_grows(tmp_path, dtype, options, monkeypatch):
     monkeypatch.setattr("layerskip.decoding.prefix_cache._ROOM", 0)  # a larger one after each turn
     tiny_models.build("llama3.1").save_pretrained(tmp_path)

@@ -26,28 +26,24 @@ def chat_model(template=TEMPLATE):
     return scripted_model(encode("ab"), tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "tokens"),
-    [
+def test_kinds_of_prompts():
+    for prompt, tokens in (
         ("hey", encode("hey")),
         ([5, 6], [5, 6]),
         ((5, 6), [5, 6]),
         (list(numpy.array([5, 6])), [5, 6]),
         (MESSAGES, encode("user:hi;assistant:")),
-    ],
-)
-def test_kinds_of_prompts(prompt, tokens):
-    model = chat_model()
-    assert model.tokenize(prompt) == tokens
-    one = model.generate(prompt, max_new_tokens=3)
-    assert one.prompt_tokens == len(tokens)
-    several = model.generate([prompt, prompt], max_new_tokens=3)
-    assert [each.token_ids for each in several] == [one.token_ids] * 2
+    ):
+        model = chat_model()
+        assert model.tokenize(prompt) == tokens
+        one = model.generate(prompt, max_new_tokens=3)
+        assert one.prompt_tokens == len(tokens)
+        several = model.generate([prompt, prompt], max_new_tokens=3)
+        assert [each.token_ids for each in several] == [one.token_ids] * 2
 
 
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
+def test_values_that_are_no_prompt():
+    for prompt, message in (
         (None, "a prompt is"),
         ({"role": "user", "content": "hi"}, "a prompt is"),
         ([1.5], "a prompt is"),
@@ -57,19 +53,17 @@ def test_kinds_of_prompts(prompt, tokens):
         (MESSAGES, "no chat template"),
         ("", "the prompt is empty"),
         ("x \ud83d", "cannot be tokenized"),
-    ],
-)
-def test_values_that_are_no_prompt(prompt, message):
-    with pytest.raises(ValueError, match=message):
-        scripted_model(encode("ab")).generate(prompt)
+    ):
+        with pytest.raises(ValueError, match=message):
+            scripted_model(encode("ab")).generate(prompt)
 
 
-@pytest.mark.parametrize("bad", ["", 5, [0, 10**6]])
-def test_a_bad_prompt_of_a_list_is_named(bad, monkeypatch):
-    model = scripted_model(encode("ab"))
-    monkeypatch.setattr(model.decoder, "run", None)
-    with pytest.raises(PromptError, match=r"^prompt 3: "):
-        model.generate(["one", "two", bad, ""])
+def test_a_bad_prompt_of_a_list_is_named(monkeypatch):
+    for bad in ("", 5, [0, 10**6]):
+        model = scripted_model(encode("ab"))
+        monkeypatch.setattr(model.decoder, "run", None)
+        with pytest.raises(PromptError, match=r"^prompt 3: "):
+            model.generate(["one", "two", bad, ""])
 
 
 def test_half_an_emoji_is_refused_by_a_real_tokenizer(tmp_path):
@@ -114,26 +108,23 @@ def test_a_conversation_may_have_tools_and_variables_of_the_template():
             model.tokenize(wrong)
 
 
-@pytest.mark.parametrize(
-    ("template", "messages", "reason"),
-    [
+def test_messages_that_the_template_refuses():
+    for template, messages, reason in (
         ("{{ raise_exception('no system message') }}", MESSAGES, "no system message"),
         (
             "{{ 'user: ' + messages[0].content }}",
             [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
             "can only concatenate str",
         ),
-    ],
-)
-def test_messages_that_the_template_refuses(template, messages, reason):
-    with pytest.raises(ValueError, match=f"refuses these messages: {reason}"):
-        chat_model(template).generate(messages)
+    ):
+        with pytest.raises(ValueError, match=f"refuses these messages: {reason}"):
+            chat_model(template).generate(messages)
 
 
-@pytest.mark.parametrize("prompt", ["text", MESSAGES])
-def test_texts_need_a_tokenizer(prompt):
-    with pytest.raises(ValueError, match="no tokenizer"):
-        model_of(tiny_decoder("llama2")).generate(prompt)
+def test_texts_need_a_tokenizer():
+    for prompt in ("text", MESSAGES):
+        with pytest.raises(ValueError, match="no tokenizer"):
+            model_of(tiny_decoder("llama2")).generate(prompt)
 
 
 def test_prompts_of_a_list_are_tokenized_once(monkeypatch):

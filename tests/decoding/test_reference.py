@@ -6,19 +6,18 @@ from tiny_decoders import (
     LAYERS,
     NGRAMS,
     PLAIN,
+    batch_ids,
     ids,
     random_prompt,
     speculative,
     steps,
     tiny_decoder,
-    tokens_of,
 )
 
 from layerskip.decoding import reference
-from layerskip.decoding.batch import Batch
 from tiny_models import ONE_OF_EACH
 
-COMPILED = ("llama3.1", "smollm2", "mistral", "qwen2", "qwen3-mha", "gemma2-uncapped", "phi3")
+COMPILED = ("llama3.1", "llama3.2", "mistral", "gemma2-uncapped")
 DECODERS = [(case, False) for case in ONE_OF_EACH] + [(case, True) for case in COMPILED]
 NEW_TOKENS = 16
 
@@ -46,10 +45,14 @@ def test_greedy_tokens_are_those_of_the_reference(decoder):
         assert ids(decoder, prompt, config, NEW_TOKENS, measured=measured) == plain, config
 
 
-@pytest.mark.parametrize("exit_layer", [1, LAYERS - 1])
-def test_rounds_are_those_of_the_reference(decoder, exit_layer, monkeypatch):
+@pytest.mark.parametrize(
+    "decoder",
+    [("llama3.1", False), ("gemma2", False), ("mixtral", False), *((c, True) for c in COMPILED)],
+    indirect=True,
+)
+def test_rounds_are_those_of_the_reference(decoder, monkeypatch):
     """The same numbers of drafted and accepted tokens, so the drafts are those of the exit."""
-    prompt, rounds = random_prompt(decoder, 9), []
+    prompt, rounds, exit_layer = random_prompt(decoder, 9), [], 2
     accept = reference.accept
 
     def record(draft, *args):
@@ -72,9 +75,6 @@ def test_rows_of_a_batch_are_those_of_the_reference(compiled, config, request):
         request.getfixturevalue("compiled_kernels")
     decoder = tiny_decoder("llama3.1", compiled=compiled)
     prompts = [random_prompt(decoder, n, seed=n) for n in (1, 9, 4)]
-    rows = [[] for _ in prompts]
-    for row, step in Batch(decoder, prompts, config).steps():
-        rows[row] += tokens_of([step])
-    assert [row[:12] for row in rows] == [
+    assert batch_ids(decoder, prompts, config, 12) == [
         reference.generate_plain(decoder, prompt, 12) for prompt in prompts
     ]

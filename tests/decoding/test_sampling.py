@@ -1,6 +1,7 @@
 """The one definition of the next token's distribution."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -92,17 +93,17 @@ def test_probabilities_are_a_distribution(temperature, top_k, top_p, min_p, scal
     assert (below_best <= 1e-6 * temperature).all()  # float32 sees no smaller difference
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_truncation_by_row_equals_the_dense_form(seed):
+def test_truncation_by_row_equals_the_dense_form():
     """On a CPU each row is truncated alone; logits in steps, so that many are equal."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = (torch.randn(4, 3000, generator=generator) * (1 + seed % 4)).mul(4).round().div(4)
-    p, m, t = torch.rand(3, generator=generator).tolist()
-    for top_k, top_p, min_p in itertools.product((None, 1, 40), (None, p), (None, m * m)):
-        rule = Sampling(temperature=0.2 + t, top_k=top_k, top_p=top_p, min_p=min_p)
-        by_row, dense = rule.probabilities(logits), rule._dense(logits)
-        assert torch.equal(by_row > 0, dense > 0), (top_k, top_p, min_p)
-        torch.testing.assert_close(by_row, dense, rtol=0, atol=1e-6)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        logits = (torch.randn(4, 3000, generator=generator) * (1 + seed % 4)).mul(4).round().div(4)
+        p, m, t = torch.rand(3, generator=generator).tolist()
+        for top_k, top_p, min_p in itertools.product((None, 1, 40), (None, p), (None, m * m)):
+            rule = Sampling(temperature=0.2 + t, top_k=top_k, top_p=top_p, min_p=min_p)
+            by_row, dense = rule.probabilities(logits), rule._dense(logits)
+            assert torch.equal(by_row > 0, dense > 0), (top_k, top_p, min_p)
+            torch.testing.assert_close(by_row, dense, rtol=0, atol=1e-6)
 
 
 def test_half_precision_logits_are_widened_before_the_softmax():
@@ -122,38 +123,41 @@ def test_samples_are_as_likely_as_their_weights():
     assert abs(share - 0.75) < 5 * (0.75 * 0.25 / 4_000) ** 0.5
 
 
-@pytest.mark.parametrize(("uniform", "expected"), [(0.0, [1, 2]), (1.0, [3, 2]), (0.75, [3, 2])])
-def test_only_tokens_with_a_weight_are_sampled(uniform, expected, monkeypatch):
-    weights = torch.tensor([[0.0, 3.0, 0.0, 1.0, 0.0], [0.0, 0.0, 2.0, 0.0, 0.0]])
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, uniform).double())
-    assert sample(weights, None).tolist() == expected
+def test_only_tokens_with_a_weight_are_sampled(monkeypatch):
+    def rand(uniform, *shape, **_):
+        return torch.full(shape, uniform).double()
+
+    for uniform, expected in ((0.0, [1, 2]), (1.0, [3, 2]), (0.75, [3, 2])):
+        weights = torch.tensor([[0.0, 3.0, 0.0, 1.0, 0.0], [0.0, 0.0, 2.0, 0.0, 0.0]])
+        monkeypatch.setattr(torch, "rand", partial(rand, uniform))
+        assert sample(weights, None).tolist() == expected
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
-def test_weights_that_are_no_distribution_are_refused(bad):
-    with pytest.raises(ValueError, match="results are not finite"):
-        sample(torch.stack([torch.ones(7), torch.full((7,), bad)]), None)
+def test_weights_that_are_no_distribution_are_refused():
+    for bad in (float("nan"), float("inf"), 0.0):
+        with pytest.raises(ValueError, match="results are not finite"):
+            sample(torch.stack([torch.ones(7), torch.full((7,), bad)]), None)
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.5])
-def test_a_sampler_is_greedy_or_samples(penalty):
+def test_a_sampler_is_greedy_or_samples():
     """The token after hidden states: the argmax of (penalized) logits, or a sample."""
-    decoder = tiny_decoder("llama2")
-    prompt, hidden = torch.tensor([[3, 9]]), torch.randn(1, 1, 64)
-    rule = Sampling(repetition_penalty=penalty)
-    seen = None if penalty == 1.0 else TokenHistory(prompt, 96).before(prompt[:, :0])
-    best = rule.penalize(decoder.logits(hidden), seen).argmax(-1)
-    for temperature in (0.0, 1e-9):
-        options = Sampling(temperature=temperature, repetition_penalty=penalty)
-        sampler = Sampler(options, CPU, 0, prompt, 96)
-        assert torch.equal(sampler.next_tokens(decoder, hidden), best)
-    hot = Sampling(temperature=2.0, repetition_penalty=penalty)
-    samples = [
-        int(Sampler(hot, CPU, seed, prompt, 96).next_tokens(decoder, hidden))
-        for seed in (1, 1, 2, 3, 4)
-    ]
-    assert samples[0] == samples[1]
-    assert len(set(samples)) > 1
+    for penalty in (1.0, 1.5):
+        decoder = tiny_decoder("llama2")
+        prompt, hidden = torch.tensor([[3, 9]]), torch.randn(1, 1, 64)
+        rule = Sampling(repetition_penalty=penalty)
+        seen = None if penalty == 1.0 else TokenHistory(prompt, 96).before(prompt[:, :0])
+        best = rule.penalize(decoder.logits(hidden), seen).argmax(-1)
+        for temperature in (0.0, 1e-9):
+            options = Sampling(temperature=temperature, repetition_penalty=penalty)
+            sampler = Sampler(options, CPU, 0, prompt, 96)
+            assert torch.equal(sampler.next_tokens(decoder, hidden), best)
+        hot = Sampling(temperature=2.0, repetition_penalty=penalty)
+        samples = [
+            int(Sampler(hot, CPU, seed, prompt, 96).next_tokens(decoder, hidden))
+            for seed in (1, 1, 2, 3, 4)
+        ]
+        assert samples[0] == samples[1]
+        assert len(set(samples)) > 1
 
 
 def test_a_batch_has_no_repetition_penalty():

@@ -11,7 +11,9 @@ import torch
 import tiny_models
 from layerskip import LayerSkipModel
 from layerskip.decoding import DecodingConfig, generate
+from layerskip.decoding.batch import Batch
 from layerskip.decoding.controller import DraftCosts
+from layerskip.decoding.generate import Row
 from layerskip.model import Checkpoint, CheckpointSettings, StepCosts, load
 
 LAYERS = tiny_models.LAYERS
@@ -122,3 +124,27 @@ def tokens_of(steps):
 def ids(decoder, prompt, config, n=24, **options):
     """Return the new token ids of one generation; see `steps`."""
     return tokens_of(steps(decoder, prompt, config, n, **options))
+
+
+def batch_steps(
+    decoder, prompts, config, n=24, *, eos_token_ids=(), measured=None, max_num_seqs=64, **options
+):
+    """Return the steps of each prompt in one batch, with one config or one for each prompt."""
+    configs = config if isinstance(config, list) else [config] * len(prompts)
+    batch = Batch(decoder, measured=measured, max_num_seqs=max_num_seqs)
+    answers = {}
+    for prompt, one in zip(prompts, configs, strict=True):
+        one = dataclasses.replace(one, max_new_tokens=n, **options)
+        row = Row(decoder, prompt, one, eos_token_ids=eos_token_ids, measured=measured)
+        answers[row] = []
+        batch.add(row)
+    for output in batch:
+        if output.error is not None:
+            raise output.error
+        answers[output.row].append(output.step)
+    return list(answers.values())
+
+
+def batch_ids(decoder, prompts, config, n=24, **options):
+    """Return the new token ids of each prompt in one batch; see `batch_steps`."""
+    return [tokens_of(row) for row in batch_steps(decoder, prompts, config, n, **options)]

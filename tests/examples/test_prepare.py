@@ -200,16 +200,16 @@ def test_rows_of_every_source(data, tmp_path):
     assert max(lengths) <= MOST_CHARACTERS
 
 
-@pytest.mark.parametrize("source", ["debian", "scitldr", "python"])
-def test_every_second_row_is_running_text(source, data, tmp_path):
+def test_every_second_row_is_running_text(data, tmp_path):
     prepare(tmp_path / "a", 200, data=data)
-    found = [row for row in rows_in(tmp_path / "a") if row["source"] == source]
-    running = [row for row in found if "text" in row]
-    asked = [row for row in found if "text" not in row]
-    assert len(asked) == len(running) > 0
-    for row in running:
-        assert set(row) <= {"source", "text", "category"}
-        assert source == "python" or row["text"].count("\n\nSummary: ") == 1
+    for source in ("debian", "scitldr", "python"):
+        found = [row for row in rows_in(tmp_path / "a") if row["source"] == source]
+        running = [row for row in found if "text" in row]
+        asked = [row for row in found if "text" not in row]
+        assert len(asked) == len(running) > 0
+        for row in running:
+            assert set(row) <= {"source", "text", "category"}
+            assert source == "python" or row["text"].count("\n\nSummary: ") == 1
 
 
 def test_running_text_is_prompt_and_completion_as_they_follow():
@@ -299,20 +299,17 @@ def test_text_is_set_as_people_write_it():
     assert unwrapped(wrapped) == "one two:\n * a\n * b\n\nthree four\n1. five"
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_what_cannot_be_prepared_is_said(data, tmp_path):
+    for options, message in (
         ({"rows": 0}, "at least 1"),
         ({"shares": {"topv2": 60, "debian": 30}}, "90 percent"),
         ({"shares": {"topv2": 60, "debian": math.nan}}, "nan percent"),
         ({"shares": {"topv2": 120, "debian": -20}}, "not above 0"),
         ({"data": "/nowhere"}, "topv2 .* is not here"),
-    ],
-)
-def test_what_cannot_be_prepared_is_said(options, message, data, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        prepare(tmp_path / "a", **{"rows": 10, "data": data, **options})
-    assert not (tmp_path / "a").exists()
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare(tmp_path / "a", **{"rows": 10, "data": data, **options})
+        assert not (tmp_path / "a").exists()
 
 
 def test_own_answers_are_the_models_and_end_by_themselves(folder, monkeypatch):
@@ -368,7 +365,7 @@ def test_shares_can_be_given_on_the_command_line(data, tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("text", ["nothing=100", "topv2", "topv2=many"])
-def test_shares_that_cannot_be_read_are_said(text):
-    with pytest.raises(ValueError, match="topv2"):
-        preparing.read_shares(text)
+def test_shares_that_cannot_be_read_are_said():
+    for text in ("nothing=100", "topv2", "topv2=many"):
+        with pytest.raises(ValueError, match="topv2"):
+            preparing.read_shares(text)

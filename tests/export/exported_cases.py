@@ -1,6 +1,6 @@
 """Cases of `tiny_models.CASES` that are exported: one for each mechanism."""
 
-WRITTEN = [  # to GGUF too
+WRITTEN = [
     "llama2",
     "llama3.2",  # tied head, scaled rotary embedding
     "llama-linear",
@@ -12,5 +12,3 @@ WRITTEN = [  # to GGUF too
     "qwen2-tied",
     "qwen3",
 ]
-MIXED = ["qwen2-sliding", "qwen3-sliding"]  # windows that differ between layers
-EXPORTED = [*WRITTEN, *MIXED, "llama-yarn"]

@@ -206,19 +206,16 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     assert "layerskip" not in json.loads((tmp_path / "b" / "generation_config.json").read_text())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_usage_errors(folder, capsys):
+    for arguments, message in (
         (["--to", "hf", "--weights", "int4"], "go together"),
         (["--to", "hf", "--calibrate", "text.txt"], "go together"),
         (["--to", "gguf", "--weights", "int4", "--calibrate", "t"], "goes with --to hf"),
         (["--to", "gguf", "--weights", "q8_0", "--calibrate", "t"], "q4_0 or q4_1 go together"),
         (["--to", "hf", "--embedding", "q4_0"], "goes with --to gguf"),
-    ],
-)
-def test_usage_errors(folder, arguments, message, capsys):
-    assert cli.run(["export", "--model", str(folder), *arguments, "out"]) == 2
-    assert message in capsys.readouterr().err
+    ):
+        assert cli.run(["export", "--model", str(folder), *arguments, "out"]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_short_text_is_refused(folder):

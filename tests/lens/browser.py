@@ -68,14 +68,14 @@ class Browser:
         assert "error" not in answer, answer
         return answer["result"]
 
-    def open(self, path, *, width, height, scheme="light"):
-        """Show a page in a window of some size."""
+    def open(self, page, *, width, height, scheme="light"):
+        """Show a page, a file or an address, in a window of some size."""
         self.events.clear()
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         preference = {"name": "prefers-color-scheme", "value": scheme}
         self.call("Emulation.setEmulatedMedia", features=[preference])
-        self.call("Page.navigate", url=path.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while not self.happened("Page.loadEventFired"):
             self.events.append(self._receive())
 
@@ -105,6 +105,17 @@ class Browser:
         for _ in range(times):
             for kind in ("keyDown", "keyUp"):
                 self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+
+    def type(self, text):
+        """Type a text into the element that has the focus."""
+        self.call("Input.insertText", text=text)
+
+    def wait_for(self, expression):
+        """Wait until an expression in the page is true."""
+        until = time.monotonic() + PATIENCE_S
+        while not self.ask(expression):
+            assert time.monotonic() < until, expression
+            time.sleep(0.02)
 
     def screenshot(self):
         """PNG bytes of the window."""

@@ -1,15 +1,20 @@
 """Predictions that the lens reads from the exits, against early exit itself and counts by hand."""
 
+import io
+
 import pytest
 import torch
-from reports import hand_made_lens, scripted_report
-from scripted import ScriptedDecoder
+from PIL import Image
+from reports import hand_made_lens, nasty_report, scripted_report
+from scripted import TOKENIZER, ScriptedDecoder, encode, words
 from tiny_decoders import LAYERS, ids, random_prompt, tiny_decoder
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from exit_states import exit_states
 from layerskip.decoding import DecodingConfig
 from layerskip.decoding.generate import PREFILL_CHUNK
-from layerskip.lens import Agreement, lens, look
+from layerskip.lens import Agreement, Symbols, lens, look, visible
 
 
 @pytest.mark.parametrize("exit_layer", [1, LAYERS])
@@ -81,18 +86,15 @@ def test_of_equal_logits_the_one_that_decoding_takes_comes_first():
     assert all(len(set(seen.top_ids[x, 0].tolist())) == 5 for x in range(4))
 
 
-@pytest.mark.parametrize(
-    ("column", "settled"),
-    [
+def test_saturation_layer():
+    for column, saturated in (
         ([7, 7, 7, 7], 2),
         ([1, 7, 7, 7], 4),
         ([7, 1, 7, 7], 6),
         ([7, 7, 1, 7], 8),
         ([7, 7, 7, 1], 8),  # all agree with one another, but not with the last
-    ],
-)
-def test_settled_layer(column, settled):
-    assert hand_made_lens([column]).settled == [settled]
+    ):
+        assert hand_made_lens([column]).saturation_layers == [saturated]
 
 
 def test_agreement_by_hand():
@@ -102,36 +104,87 @@ def test_agreement_by_hand():
     total = Agreement.of(first) + Agreement.of(second)
     assert (total.prompts, total.positions) == (2, 4)
     assert total.rates == [3 / 4, 3 / 4, 3 / 4, 1]
-    assert total.settled_by == [1 / 4, 2 / 4, 3 / 4, 1]
-    assert total.mean_settled_layer == (2 + 4 + 6 + 8) / 4
+    assert total.saturated_by == [1 / 4, 2 / 4, 3 / 4, 1]
+    assert total.mean_saturation_layer == (2 + 4 + 6 + 8) / 4
 
 
 def test_agreement_of_a_scripted_answer():
     """Two of eight tokens are missed by every exit but the last."""
     found = scripted_report(range(10, 18), misses={2, 5}).agreement
     assert found.agreeing == (6, 6, 6, 8)
-    assert found.settling == (6, 0, 0, 2)
-    assert found.mean_settled_layer == (6 * 1 + 2 * 4) / 8
+    assert found.saturating == (6, 0, 0, 2)
+    assert found.mean_saturation_layer == (6 * 1 + 2 * 4) / 8
 
 
 def test_part():
     seen = hand_made_lens([[7, 7, 7, 7], [1, 7, 7, 7], [7, 1, 7, 7]], start=3, prompt_tokens=4)
     part = seen.part(range(4, 99))
-    assert (part.positions, part.settled) == (range(4, 6), [4, 6])
+    assert (part.positions, part.saturation_layers) == (range(4, 6), [4, 6])
     assert part.answer_positions == range(4, 6)
     with pytest.raises(ValueError, match="positions 1 to 2 are not there: there are 3 to 5"):
         seen.part(range(1, 3))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
+def test_bad_input():
+    for arguments, message in (
         ({"token_ids": [1]}, "two tokens"),
         ({"token_ids": [1] * 66}, "context holds 64"),
         ({"exits": [0]}, "exit layer 0 is out of range: this model has 1 to 4"),
         ({"exits": [2, 5]}, "exit layer 5"),
-    ],
-)
-def test_bad_input(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        look(ScriptedDecoder([5]), **{"token_ids": [1, 2], "prompt_tokens": 1, **arguments})
+    ):
+        with pytest.raises(ValueError, match=message):
+            look(ScriptedDecoder([5]), **{"token_ids": [1, 2], "prompt_tokens": 1, **arguments})
+
+
+def test_visible():
+    for text, seen in (
+        (" a", "·a"),
+        ("\n\t\r", "↵⇥␍"),
+        ("\x1b[31m", "\\u001b[31m"),  # a terminal would obey
+        ("\N{RIGHT-TO-LEFT OVERRIDE}x\N{ZERO WIDTH SPACE}", "\\u202ex\\u200b"),
+        ("é鍵", "é鍵"),
+    ):
+        assert visible(text) == seen
+
+
+def test_byte_level_tokens():
+    symbols = Symbols(TOKENIZER)
+    assert [symbols[t] for t in words("hello", "Ġworld", "<end>")] == ["hello", "·world", "<end>"]
+    assert symbols[encode("é")[0]] == "\N{REPLACEMENT CHARACTER}"  # half a character
+
+
+def test_the_space_that_some_tokenizers_drop_is_kept():
+    vocabulary = {"<unk>": 0, "▁big": 1, "ger": 2, "▁": 3}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    assert wrapped.decode([1]) == "big"
+    symbols = Symbols(wrapped)
+    assert [symbols[i] for i in (1, 2, 3)] == ["·big", "ger", "·"]
+
+
+def test_without_a_tokenizer():
+    assert Symbols(None)[12] == "#12"
+
+
+def colours(png):
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    return image.size, {colour for _, colour in image.getcolors(maxcolors=1 << 24)}
+
+
+def test_report():
+    from layerskip.lens.report import AGREES, draw_report
+
+    report = nasty_report()
+    size, found = colours(draw_report(report))
+    assert tuple(bytes.fromhex(AGREES[1:])) in found
+    fewer, _ = colours(draw_report(report.part(range(2, 4))))
+    assert fewer[0] < size[0]
+
+
+def test_agreement():
+    from layerskip.lens.report import draw_agreement
+
+    agreement = Agreement.of(hand_made_lens([[7, 7, 7, 7], [1, 7, 7, 7]]))
+    _, found = colours(draw_agreement(agreement, "a $model$"))
+    assert {(0x25, 0xA1, 0x8E), (0x35, 0x54, 0xA5)} <= found

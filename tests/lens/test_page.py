@@ -83,9 +83,9 @@ def test_cells_hold_what_the_layers_say():
     columns = [[classes[row * 9 + column] for row in range(4)] for column in range(9)]
     for column in columns[1:3] + columns[4:]:  # position 1 belongs to the prompt
         assert ["agrees" in c for c in column] == [True] * 4
-        assert ["settles" in c for c in column] == [False, False, False, True]
+        assert ["saturates" in c for c in column] == [False, False, False, True]
     assert ["agrees" in c for c in columns[3]] == [True, False, False, False]
-    assert ["settles" in c for c in columns[3]] == [True, False, False, False]
+    assert ["saturates" in c for c in columns[3]] == [True, False, False, False]
     assert ["edge" in c for c in columns[3]] == [False, True, True, True]
     data = json.loads(reader.texts["script"][0])
     below = data["cells"][1][3]

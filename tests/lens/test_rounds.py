@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import pytest
 from reports import scripted_report
 from scripted import END, scripted_model
 
@@ -31,16 +30,18 @@ def test_an_end_inside_a_draft_leaves_no_own_token():
     ]
 
 
-@pytest.mark.parametrize(
-    ("from_exit", "names"), [(3, "layers 1 to 2"), (2, "layers 1 to 2 and n-grams"), (0, "n-grams")]
-)
-def test_who_drafted(from_exit, names):
-    report = scripted_report(range(10, 18), draft_tokens=3)
-    (step,) = (step for step in report.generation.steps if step.drafted == 3)
-    sources = ("early-exit",) * from_exit + ("n-gram",) * (3 - from_exit)
-    steps = [dataclasses.replace(step, sources=sources)]
-    changed = dataclasses.replace(report.generation, steps=steps)
-    assert dataclasses.replace(report, generation=changed).drafters == names
+def test_who_drafted():
+    for from_exit, names in (
+        (3, "layers 1 to 2"),
+        (2, "layers 1 to 2 and n-grams"),
+        (0, "n-grams"),
+    ):
+        report = scripted_report(range(10, 18), draft_tokens=3)
+        (step,) = (step for step in report.generation.steps if step.drafted == 3)
+        sources = ("early-exit",) * from_exit + ("n-gram",) * (3 - from_exit)
+        steps = [dataclasses.replace(step, sources=sources)]
+        changed = dataclasses.replace(report.generation, steps=steps)
+        assert dataclasses.replace(report, generation=changed).drafters == names
 
 
 def test_report_as_json():
@@ -54,6 +55,6 @@ def test_report_as_json():
     }
     third = document["positions"][3]
     assert (third["position"], third["token_id"], third["symbol"]) == (4, 12, "#12")
-    assert (third["in_answer"], third["settled_layer"]) == (True, 4)
+    assert (third["in_answer"], third["saturation_layer"]) == (True, 4)
     assert [layer["agrees"] for layer in third["layers"]] == [False, False, False, True]
     assert [layer["top"][0]["token_id"] for layer in third["layers"]] == [13, 13, 13, 12]

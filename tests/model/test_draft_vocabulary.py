@@ -56,9 +56,9 @@ def test_list_and_costs_travel(tmp_path):
         assert settings.measured_for(*other).measured is None
 
 
-@pytest.mark.parametrize(
-    ("own", "message"),
-    [
+def test_what_cannot_be_read_is_named_and_done_without(tmp_path):
+    """It only makes answers faster, and tune writes it anew."""
+    for own, message in (
         ({"draft_vocabulary": "1 2 x"}, "draft_vocabulary in .* has to be token ids"),
         ({"draft_vocabulary": "1 999999"}, "draft_vocabulary in .* has to be token ids"),
         ({"draft_vocabulary": [1]}, "draft_vocabulary in .* has to be token ids"),
@@ -68,11 +68,8 @@ def test_list_and_costs_travel(tmp_path):
         ({"costs": [COSTS.to_dict() | {"head": 0}]}, "costs are numbers above 0"),
         ({"costs": 7}, "tune again"),
         ({"costs": [COSTS.to_dict(), 7]}, "tune again"),
-    ],
-)
-def test_what_cannot_be_read_is_named_and_done_without(own, message, tmp_path):
-    """It only makes answers faster, and tune writes it anew."""
-    with pytest.warns(UserWarning, match=message):
-        settings = loaded(tmp_path, own)
-    assert (settings.draft_vocabulary, settings.draft_text) == (None, None)
-    assert set(settings.costs) <= {COSTS}
+    ):
+        with pytest.warns(UserWarning, match=message):
+            settings = loaded(tmp_path, own)
+        assert (settings.draft_vocabulary, settings.draft_text) == (None, None)
+        assert set(settings.costs) <= {COSTS}

@@ -1,6 +1,7 @@
 """GGUF files of every kind against transformers on the weights that they stand for, float32."""
 
 import dataclasses
+import itertools
 
 import gguf_files
 import pytest
@@ -51,10 +52,9 @@ def test_logits_equal_those_of_the_dequantized_weights(case, kind, tmp_path):
 
 
 @kinds
-@pytest.mark.parametrize("case", ["llama2"])
-def test_loaded_weights_are_the_dequantized_ones(case, kind, tmp_path):
-    model, path = fitting(case), tmp_path / "model.gguf"
-    state = gguf_files.write(path, model, kind=kind, architecture=CASES[case])
+def test_loaded_weights_are_the_dequantized_ones(kind, tmp_path):
+    model, path = fitting("llama2"), tmp_path / "model.gguf"
+    state = gguf_files.write(path, model, kind=kind)
     decoder = load(path, dtype=torch.float32).decoder
     assert torch.equal(decoder.embedding.weight, state["model.embed_tokens.weight"])
     assert torch.equal(decoder.head.weight, state["lm_head.weight"])
@@ -69,13 +69,12 @@ def test_loaded_weights_are_the_dequantized_ones(case, kind, tmp_path):
 
 
 @kinds
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
-def test_some_rows_are_read_at_a_time(kind, dtype, tmp_path, monkeypatch):
+def test_some_rows_are_read_at_a_time(kind, tmp_path, monkeypatch):
     monkeypatch.setattr("layerskip.model.weights._CHUNK_WEIGHTS", 5 * 64 + 1)  # five rows
     path = tmp_path / "model.gguf"
     state = gguf_files.write(path, fitting("qwen3"), kind=kind, architecture="qwen3")
     tensors = GgufFile(path)
-    for name, expected in state.items():
+    for dtype, (name, expected) in itertools.product((None, torch.bfloat16), state.items()):
         found = tensors.read(name, dtype)
         assert found.dtype == (dtype or torch.float32)
         assert torch.equal(found, expected.to(found.dtype))
@@ -122,23 +121,21 @@ def test_what_says_the_default_may_be_said(tmp_path):
     load(tmp_path / "m.gguf", dtype=torch.float32)
 
 
-@pytest.mark.parametrize(
-    "name", ["rope.freq_base", "attention.key_length", "attention.head_count_kv"]
-)
-def test_what_a_file_may_leave_out(tmp_path, name):
+def test_what_a_file_may_leave_out(tmp_path):
     """Older ones do, where the value is llama.cpp's default."""
-    model, tokens = reference("llama2"), token_ids("llama2", 1, 40)
-    gguf_files.write(tmp_path / "whole.gguf", model)
-    gguf_files.write(tmp_path / "less.gguf", model, leave_out=[f"llama.{name}"])
-    whole, less = (
-        logits_of(load(tmp_path / file, dtype=torch.float32).decoder, tokens)
-        for file in ("whole.gguf", "less.gguf")
-    )
-    assert torch.equal(whole, less)
+    for name in ("rope.freq_base", "attention.key_length", "attention.head_count_kv"):
+        model, tokens = reference("llama2"), token_ids("llama2", 1, 40)
+        gguf_files.write(tmp_path / "whole.gguf", model)
+        gguf_files.write(tmp_path / "less.gguf", model, leave_out=[f"llama.{name}"])
+        whole, less = (
+            logits_of(load(tmp_path / file, dtype=torch.float32).decoder, tokens)
+            for file in ("whole.gguf", "less.gguf")
+        )
+        assert torch.equal(whole, less)
 
 
-@pytest.mark.parametrize("key", ["llama.rope.scaling.factor", "llama.rope.scale_linear"])
-def test_a_factor_alone_is_linear_scaling(tmp_path, key):
-    gguf_files.write(tmp_path / "m.gguf", reference("llama2"), extra_fields={key: 4.0})
-    (rope, *_) = load(tmp_path / "m.gguf", dtype=torch.float32).decoder.architecture.ropes
-    assert (rope.kind, rope.factor) == ("linear", 4.0)
+def test_a_factor_alone_is_linear_scaling(tmp_path):
+    for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear"):
+        gguf_files.write(tmp_path / "m.gguf", reference("llama2"), extra_fields={key: 4.0})
+        (rope, *_) = load(tmp_path / "m.gguf", dtype=torch.float32).decoder.architecture.ropes
+        assert (rope.kind, rope.factor) == ("linear", 4.0)

@@ -62,14 +62,31 @@ def repository(tmp_path_factory):
     return folder
 
 
-def test_repository_is_fetched_over_a_connection_that_breaks(repository, tmp_path):
-    repositories = {"owner/tiny": repository, "owner/gated": repository}
+@pytest.fixture
+def unusable(repository, tmp_path):
+    """Repositories whose config says that their weights are of no use."""
+    folders = {}
+    for name, change in (
+        ("owner/unknown", {"model_type": "mamba"}),
+        ("owner/quantized", {"quantization_config": {"quant_method": "gptq"}}),
+    ):
+        folders[name] = tmp_path / name
+        folders[name].mkdir(parents=True)
+        config = json.loads((repository / "config.json").read_text()) | change
+        (folders[name] / "config.json").write_text(json.dumps(config))
+        (folders[name] / "gigabytes.safetensors").write_text("never fetch me")
+    return folders
+
+
+def test_repository_is_fetched_over_a_connection_that_breaks(repository, unusable, tmp_path):
+    repositories = {"owner/tiny": repository, "owner/gated": repository, **unusable}
     breaks = {"model.safetensors": BROKEN_AT}
     with HubServer(repositories, gated=["owner/gated"], breaks=breaks) as hub:
-        fetched, gated, missing = fetch(hub, tmp_path, "owner/tiny", "owner/gated", "owner/none")
+        names = ("owner/tiny", "owner/gated", "owner/none", *unusable)
+        fetched, gated, missing, unknown, quantized = fetch(hub, tmp_path, *names)
         for name in ("config.json", "generation_config.json", "model.safetensors"):
             assert (Path(fetched) / name).read_bytes() == (repository / name).read_bytes()
-        # Nothing else, no pickle and no code.
+        # Nothing else, no pickle and no code, and no weights of what cannot be used.
         assert hub.fetched() == sorted(
             ["config.json", "generation_config.json", "model.safetensors", "tool_use.jinja"]
         )
@@ -79,27 +96,11 @@ def test_repository_is_fetched_over_a_connection_that_breaks(repository, tmp_pat
         assert "Access to model owner/gated is restricted" in gated
         assert missing.startswith("refused: owner/none cannot be fetched from the hub: ")
         assert "Not Found" in missing
+        assert unknown.startswith("refused: the architecture 'mamba' is not supported")
+        assert quantized == "refused: weights quantized by 'gptq' are not supported"
 
         before = len(hub.requests)
         again, other = fetch(hub, tmp_path, "owner/tiny", "owner/other", HF_HUB_OFFLINE="1")
         assert again == fetched
         assert "offline" in other.lower()
         assert len(hub.requests) == before
-
-
-def test_what_could_not_be_used_is_not_fetched(repository, tmp_path):
-    unknown, quantized = tmp_path / "unknown", tmp_path / "quantized"
-    for folder, change in (
-        (unknown, {"model_type": "mamba"}),
-        (quantized, {"quantization_config": {"quant_method": "gptq"}}),
-    ):
-        folder.mkdir()
-        config = json.loads((repository / "config.json").read_text()) | change
-        (folder / "config.json").write_text(json.dumps(config))
-        (folder / "model.safetensors").write_text("gigabytes")
-    with HubServer({"owner/unknown": unknown, "owner/quantized": quantized}) as hub:
-        names = ("owner/unknown", "owner/quantized")
-        one, other = fetch(hub, tmp_path, *names)
-        assert one.startswith("refused: the architecture 'mamba' is not supported")
-        assert other == "refused: weights quantized by 'gptq' are not supported"
-        assert hub.fetched() == ["config.json"]

@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     ("dtype", "weights", "above"),
     [
-        ("bfloat16", "16bit", 0.05),
+        pytest.param("bfloat16", "16bit", 0.05, marks=pytest.mark.long),
         ("float32", "16bit", 0.05),
         # Less is loaded: one matrix of the vocabulary is more beside it.
         pytest.param("float32", "int8", 0.3, marks=pytest.mark.long),

@@ -53,25 +53,21 @@ def tells(tmp_path, monkeypatch):
     forget()
 
 
-@pytest.mark.parametrize(
-    ("text", "model"),
-    [
+def test_family_model_and_stepping_where_they_are_known(tells):
+    for text, model in (
         (ZEN_4, "family 25, model 17, stepping 1"),
         (NAME_FIRST, "family 26, model 2"),
         (ARM, ""),
         (POWER, ""),
         ("", ""),
         (None, ""),  # macOS, Windows
-    ],
-    ids=["Zen 4", "no stepping", "ARM", "POWER", "empty", "none"],
-)
-def test_family_model_and_stepping_where_they_are_known(text, model, tells):
-    tells(text)
-    assert machine.cpu_model() == model
+    ):
+        tells(text)
+        assert machine.cpu_model() == model
 
 
-@pytest.mark.parametrize(("text", "name"), [(ZEN_4, "AMD EPYC"), (ARM, "ARM 0x41 0xd0c")])
-def test_the_name_is_without_them(text, name, tells, monkeypatch):
-    monkeypatch.setattr(machine.sys, "platform", "linux")
-    tells(text)
-    assert machine.cpu_name() == name
+def test_the_name_is_without_them(tells, monkeypatch):
+    for text, name in ((ZEN_4, "AMD EPYC"), (ARM, "ARM 0x41 0xd0c")):
+        monkeypatch.setattr(machine.sys, "platform", "linux")
+        tells(text)
+        assert machine.cpu_name() == name

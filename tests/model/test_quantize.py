@@ -29,13 +29,13 @@ def test_eight_bits_are_centred_and_four_bits_reach_from_least_to_most() -> None
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("value", [0.0, 0.5, 70_000.0])
-def test_equal_values_and_values_beyond_float16_stay_finite(bits: int, value: float) -> None:
-    weight = torch.full((2, GROUP), value)
-    read = quantize(weight, bits).dequantize()
-    assert read.isfinite().all()
-    if value < 60_000:
-        torch.testing.assert_close(read, weight, rtol=1e-3, atol=0)
+def test_equal_values_and_values_beyond_float16_stay_finite(bits):
+    for value in (0.0, 0.5, 70_000.0):
+        weight = torch.full((2, GROUP), value)
+        read = quantize(weight, bits).dequantize()
+        assert read.isfinite().all()
+        if value < 60_000:
+            torch.testing.assert_close(read, weight, rtol=1e-3, atol=0)
 
 
 def test_largest_scales_are_exact_in_float32() -> None:

@@ -1,4 +1,4 @@
-"""The real SmolLM2-135M: our loader against transformers' own loading of the same GGUF file."""
+"""The real SmolLM2-135M: loading and decoding against transformers' own of the same GGUF file."""
 
 import dataclasses
 
@@ -31,6 +31,11 @@ fibre and computers, since most customers want a boat that looks old and behaves
 the evening, when the sun goes down behind the church, people sit on the steps that lead to the water,
 eat bread with smoked herring, and watch the last ferry return from the islands.
 """
+PROMPTS = (
+    "The three primary colours that every painter learns about are called",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    "Le chat est assis sur la table et il regarde par la",
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +68,33 @@ def our_nll(decoder, tokens):
 
 
 @pytest.fixture(scope="module")
-def transformers_nll(smollm2_folder, tokens):
-    model = AutoModelForCausalLM.from_pretrained(
+def theirs(smollm2_folder):
+    """Load the same file with the loader of transformers."""
+    return AutoModelForCausalLM.from_pretrained(
         smollm2_folder, gguf_file="model.gguf", dtype=torch.float32
     )
+
+
+@pytest.fixture(scope="module")
+def transformers_nll(theirs, tokens):
     with torch.inference_mode():
-        return nll(model(tokens, use_cache=False).logits, tokens)
+        return nll(theirs(tokens, use_cache=False).logits, tokens)
+
+
+@pytest.mark.parametrize("penalty", [1.0, pytest.param(1.3, marks=pytest.mark.long)])
+def test_greedy_answers_are_those_of_transformers(smollm2, theirs, penalty):
+    prompts = torch.tensor([smollm2.tokenize(text)[:10] for text in PROMPTS])
+    options = {"max_new_tokens": 24, "repetition_penalty": penalty}
+    expected = theirs.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        **options,
+    )
+    answers = smollm2.generate(prompts.tolist(), mode="plain", ignore_eos=True, **options)
+    assert [answer.token_ids for answer in answers] == expected[:, 10:].tolist()
 
 
 def test_nll_equals_that_of_transformers(smollm2_folder, tokens, transformers_nll):

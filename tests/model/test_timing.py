@@ -18,6 +18,7 @@ from layerskip.model.step_timing import pass_costs
 
 # Two rows cost nearly twice as much as one, and four less than three; from then on they cost little.
 SECONDS = {1: 1.0, 2: 1.75, 3: 2.25, 4: 1.5, 5: 1.5, 6: 1.5, 8: 2.0, 12: 2.0, 16: 3.0}
+SECONDS |= {24: 4.0, 32: 4.5}
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def machine(folder, monkeypatch):
 
 
 def damaged_by(**changes):
-    whole = {"passes": [1.0] * 16, "attention": [0.1] * 16, "seconds": 1.0}
+    whole = {"passes": [1.0] * 32, "attention": [0.1] * 32, "seconds": 1.0}
     return json.dumps(whole | changes)
 
 
@@ -82,8 +83,8 @@ def test_costs_are_the_least_times_in_units_of_one_row(machine):
     assert costs.passes[:6] == (1.0, 1.75, 2.25, 1.5, 1.5, 1.5)
     assert costs.passes[6] == 1.75  # between six and eight
     assert costs.passes[7:12] == (2.0,) * 5
-    assert (costs.passes[13], costs.passes[15]) == (2.5, 3.0)
-    assert costs.attention == tuple(0.25 + 0.125 * more for more in range(16))
+    assert (costs.passes[13], costs.passes[15], costs.passes[31]) == (2.5, 3.0, 4.5)
+    assert costs.attention == tuple(0.25 + 0.125 * more for more in range(32))
     assert costs.seconds == 3.0  # three such products are a pass of all layers and the head
 
 
@@ -92,7 +93,7 @@ def test_kept_and_taken_from_there_by_the_next_process(machine, folder, monkeypa
     (file,) = folder.iterdir()
     assert json.loads(file.read_text()) == json.loads(json.dumps(dataclasses.asdict(costs)))
     asked = len(machine.calls)
-    other = timing.PassCosts((1.0, *[9.0] * 15), (0.5,) * 16, 0.125)
+    other = timing.PassCosts((1.0, *[9.0] * 31), (0.5,) * 32, 0.125)
     file.write_text(json.dumps(dataclasses.asdict(other)))
     assert pass_costs(decoder()) == costs
     monkeypatch.setattr(timing, "_measured", {})
@@ -100,20 +101,17 @@ def test_kept_and_taken_from_there_by_the_next_process(machine, folder, monkeypa
     assert len(machine.calls) == asked
 
 
-@pytest.mark.parametrize(
-    "damaged",
-    [
+def test_a_damaged_file_is_made_again(machine, folder, monkeypatch):
+    for damaged in (
         *("{", "[" * 100_000, "{}", "\xff", damaged_by(passes=["many"])),
-        *(damaged_by(attention=[0.1] * 15), damaged_by(seconds=0.0)),
-    ],
-)
-def test_a_damaged_file_is_made_again(damaged, machine, folder, monkeypatch):
-    costs = pass_costs(decoder())
-    (file,) = folder.iterdir()
-    file.write_text(damaged, encoding="latin-1")
-    monkeypatch.setattr(timing, "_measured", {})
-    assert pass_costs(decoder()) == costs
-    assert json.loads(file.read_text()) == json.loads(json.dumps(dataclasses.asdict(costs)))
+        *(damaged_by(attention=[0.1] * 31), damaged_by(seconds=0.0)),
+    ):
+        costs = pass_costs(decoder())
+        (file,) = folder.iterdir()
+        file.write_text(damaged, encoding="latin-1")
+        monkeypatch.setattr(timing, "_measured", {})
+        assert pass_costs(decoder()) == costs
+        assert json.loads(file.read_text()) == json.loads(json.dumps(dataclasses.asdict(costs)))
 
 
 def test_times_of_a_busy_machine_hold_for_this_process_and_their_dips_are_chance(machine, folder):
@@ -183,7 +181,7 @@ def test_the_layers_of_a_model_are_timed_without_a_compiler(
     tiny = load(tmp_path / "model", dtype=dtype, weights=weights, compiled=False).decoder
     with torch.device("meta"), torch.autocast("cpu", torch.float16):
         costs = pass_costs(tiny)
-    assert len(costs.passes) == len(costs.attention) == 16
+    assert len(costs.passes) == len(costs.attention) == 32
     assert costs.passes[0] == 1.0
     assert costs.seconds > 0.0
     (file,) = folder.iterdir()
@@ -206,7 +204,7 @@ def test_the_layers_of_a_model_are_timed_in_the_compiled_kernels(
     tiny = load(tmp_path / "model", dtype=dtype, weights=weights, compiled=True).decoder
     assert tiny.kernels == "compiled"
     with torch.device("meta"), torch.autocast("cpu", torch.float16):
-        assert len(pass_costs(tiny).passes) == 16
+        assert len(pass_costs(tiny).passes) == 32
     assert len(list(folder.iterdir())) == 1
 
 

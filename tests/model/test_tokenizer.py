@@ -41,10 +41,10 @@ def test_chat_template_and_end_token_are_the_files_own(file):
     assert checkpoint.tokenizer.apply_chat_template(chat, tokenize=False) == "aa<|end|>"
 
 
-@pytest.mark.parametrize("text", ["plain words", "  spaces ", "日本語 é\n\ttabs", "1 234  5"])
-def test_text_survives_a_round_trip(file, text):
-    own = load(file, dtype=torch.float32).tokenizer
-    assert own.decode(own.encode(text)) == text
+def test_text_survives_a_round_trip(file):
+    for text in ("plain words", "  spaces ", "日本語 é\n\ttabs", "1 234  5"):
+        own = load(file, dtype=torch.float32).tokenizer
+        assert own.decode(own.encode(text)) == text
 
 
 def test_a_file_that_is_named_itself_has_its_own_tokenizer(file):
@@ -64,17 +64,15 @@ def test_a_name_that_is_not_known_is_refused(tmp_path):
         load(path, dtype=torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("name", "begins"), [("llama-bpe", True), ("llama3", True), ("qwen2", False)]
-)
-def test_what_the_file_does_not_say_follows_from_the_name(name, begins, tmp_path):
-    path = tmp_path / "model.gguf"
-    gguf_files.write(path, build("llama2", **MODEL), tokenizer=name)
-    own = load(path, dtype=torch.float32).tokenizer
-    assert own.encode("a")[:-1] == ([own.bos_token_id] if begins else [])
-    assert own.encode("a", add_special_tokens=False) == own.convert_tokens_to_ids(["a"])
-    # A word that is a token is one, merges or not, as llama.cpp has it for these.
-    assert own.tokenize("  ") == ["\u0120\u0120"]
+def test_what_the_file_does_not_say_follows_from_the_name(tmp_path):
+    for name, begins in (("llama-bpe", True), ("llama3", True), ("qwen2", False)):
+        path = tmp_path / "model.gguf"
+        gguf_files.write(path, build("llama2", **MODEL), tokenizer=name)
+        own = load(path, dtype=torch.float32).tokenizer
+        assert own.encode("a")[:-1] == ([own.bos_token_id] if begins else [])
+        assert own.encode("a", add_special_tokens=False) == own.convert_tokens_to_ids(["a"])
+        # A word that is a token is one, merges or not, as llama.cpp has it for these.
+        assert own.tokenize("  ") == ["\u0120\u0120"]
 
 
 class Named:
@@ -225,18 +223,15 @@ def test_hostile_chat_templates(file, template, reason):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
+def test_arguments_of_templates_that_cannot_be_used():
+    for row, reason in (
         ({"tools": "[" * 100_000}, "tools is no JSON: it is nested too deeply"),
         ({"tools": "{"}, "tools is no JSON"),
         ({"chat_template_kwargs": [1]}, "is to have names and values"),
         ({"chat_template_kwargs": {"tokenize": True}}, "names tokenize, no variable"),
-    ],
-)
-def test_arguments_of_templates_that_cannot_be_used(row, reason):
-    with pytest.raises(ValueError, match=reason):
-        tokenizer.template_arguments(row)
+    ):
+        with pytest.raises(ValueError, match=reason):
+            tokenizer.template_arguments(row)
 
 
 def test_a_list_of_special_tokens_is_written_for_both_versions_of_transformers(file, tmp_path):

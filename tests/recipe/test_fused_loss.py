@@ -61,7 +61,6 @@ def figures(losses):
 @pytest.mark.parametrize(
     ("family", "changes", "cap"),
     [
-        ("llama", {}, None),
         ("llama", {"tie_word_embeddings": True}, None),
         ("gemma2", {"final_logit_softcapping": 3.0}, 3.0),
         ("gpt_neox", {}, None),

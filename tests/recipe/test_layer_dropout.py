@@ -93,12 +93,16 @@ def test_a_layer_all_rows_skip_has_a_gradient_of_zero():
     assert weight.grad.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("name", ["cache", "past_key_values", "layer_past", "cu_seq_lens_q"])
-def test_what_cannot_be_sliced_is_refused(name):
-    with pytest.raises(ValueError, match=f"cannot take rows out of .*{name}"):
-        run_on_kept_rows(
-            lambda x, **_: x, torch.tensor([True, False]), torch.ones(2, 1, 1), (), {name: object()}
-        )
+def test_what_cannot_be_sliced_is_refused():
+    for name in ("cache", "past_key_values", "layer_past", "cu_seq_lens_q"):
+        with pytest.raises(ValueError, match=f"cannot take rows out of .*{name}"):
+            run_on_kept_rows(
+                lambda x, **_: x,
+                torch.tensor([True, False]),
+                torch.ones(2, 1, 1),
+                (),
+                {name: object()},
+            )
 
 
 def test_flex_attention_masks_are_refused():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from layerskip.training import LayerSkipTrainer, TrainConfig, train
+from layerskip.training import run as training_run
 
 
 def make_model(folder, layers=4, tied=False):
@@ -40,6 +41,14 @@ def make_model(folder, layers=4, tied=False):
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def pictures(monkeypatch):
+    """Draw no pictures of runs, which take longer than most runs here; returns what draws them."""
+    plot_run = training_run.plot_run
+    monkeypatch.setattr(training_run, "plot_run", lambda *_: [])
+    return plot_run
 
 
 @pytest.fixture(scope="session")

@@ -106,9 +106,12 @@ class Hostile:
         return (os.system, ("touch hostile",))
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 @pytest.mark.parametrize(
-    "dump", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))]
+    ("name", "dump"),
+    [
+        ("optimizer.pt", torch.save),
+        ("rng_state.pth", lambda value, path: path.write_bytes(pickle.dumps(value))),
+    ],
 )
 def test_a_hostile_pickle_is_refused_in_our_words(checkpoint, monkeypatch, tmp_path, name, dump):
     monkeypatch.chdir(tmp_path)

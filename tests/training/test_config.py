@@ -19,13 +19,10 @@ def test_flat_names_reach_the_recipe():
     assert config.effective_learning_rate == 1e-4
 
 
-@pytest.mark.parametrize(
-    ("regime", "rate"),
-    [("pretrain", 8e-4), ("continual", 3e-5), ("domain", 1e-4), ("task", 1e-4)],
-)
-def test_the_learning_rate_is_the_regime_s(regime, rate):
-    assert make(regime=regime).effective_learning_rate == rate
-    assert make(regime=regime, learning_rate=0.5).effective_learning_rate == 0.5
+def test_the_learning_rate_is_the_regime_s():
+    rates = {"pretrain": 8e-4, "continual": 3e-5, "domain": 1e-4, "task": 1e-4}
+    assert {name: make(regime=name).effective_learning_rate for name in rates} == rates
+    assert make(regime="task", learning_rate=0.5).effective_learning_rate == 0.5
 
 
 def test_yaml(tmp_path):
@@ -54,47 +51,43 @@ def test_yaml(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_an_older_name_of_a_setting(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("model: m\ndata: d\noutput: o\nkeep-draft-text: true\n")
+    assert TrainConfig.from_yaml(path) == make(keep_draft_text=True) == make(keep_datastore=True)
+    assert TrainConfig(**NEEDED, keep_draft_text=True).keep_datastore
+    assert not TrainConfig.from_yaml(path, keep_datastore=False).keep_datastore
+
+
 def test_flat_dict_makes_the_same_configuration():
     config = make(regime="domain", fixed_exits=[3], lora_rank=2)
     assert TrainConfig.from_mapping(config.as_flat_dict()) == config
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
+def test_bad_values():
+    for values, message in (
         ({"learning_rate": "nan"}, "learning_rate is nan"),
-        ({"weight_decay": "nan"}, "weight_decay is nan; it must be a number, 0 or above"),
-        ({"max_minutes": "inf"}, "max_minutes is inf"),
         ({"exits": True}, "exits is True, not a list of numbers"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast', not a value of float"),
-        ({"max_steps": 0}, "max_steps is 0"),
         ({"max_steps": 1.5}, "max_steps is 1.5, not a value of int"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"seed": -1}, "seed is -1; it must be in 0 to 4294967295"),
-        ({"exits": "a"}, "exits is 'a', not a list of numbers"),
         ({"compile": "perhaps"}, "compile is 'perhaps', not a value of bool"),
         ({"precision": "int1"}, "precision is 'int1'; it can be 'float32'"),
-        ({"regime": "x"}, "regime is 'x'"),
         ({"learning_rte": 1}, "no setting 'learning_rte'; did you mean 'learning_rate'"),
         ({"eval_data": "x", "eval_rows": 3}, "contradict"),
         ({"eval_exits": [2]}, "eval_exits needs rows to evaluate on"),
-        ({"eval_steps": 2}, "eval_steps needs rows to evaluate on"),
         ({"eval_split": "test"}, "eval_split needs eval_data"),
         ({"max_steps": 9, "epochs": 3}, "epochs and max_steps both say when to end"),
         ({"variant": "LD", "fixed_exits": [2]}, "variant LD gives no exit a loss"),
-        ({"eval_rows": -5}, "eval_rows is -5"),
         ({"from_scratch": True, "lora_rank": 3}, "contradict"),
         ({"lora_alpha": 3}, "needs lora_rank"),
-        ({"max_length": 1}, "max_length is 1"),
         ({"p_max": 2}, "p_max is 2"),
         ({"batch_size": True}, "batch_size is True, not a value of int"),
-        ({"exits": [4.7]}, r"exits is \[4.7\], not a list of numbers"),
         ({"data": ["a", "b"]}, r"data is \['a', 'b'\], not a value of str"),
-    ],
-)
-def test_bad_values(values, message):
-    with pytest.raises(ValueError, match=message):
-        make(**values)
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**values)
 
 
 def test_the_seed_is_that_of_the_skipped_rows_too():
@@ -103,9 +96,8 @@ def test_the_seed_is_that_of_the_skipped_rows_too():
     assert make(seed=7).effective_recipe.seed == 7
 
 
-@pytest.mark.parametrize(
-    ("lines", "flags", "expected"),
-    [
+def test_a_flag_goes_before_what_contradicts_it_in_a_file(tmp_path):
+    for lines, flags, expected in (
         ("max-steps: 1000", {"epochs": 3}, {"max_steps": None, "epochs": 3}),
         ("epochs: 3", {"max_steps": 9}, {"max_steps": 9, "epochs": None}),
         ("eval_rows: 9", {"eval_data": "x"}, {"eval_rows": 0, "eval_data": "x"}),
@@ -117,13 +109,11 @@ def test_the_seed_is_that_of_the_skipped_rows_too():
         ("eval_data: x\neval_split: test", {"eval_data": "y"}, {"eval_split": "test"}),
         ("exits: [4, 8]", {"exit_every": 2}, {"exits": None, "exit_every": 2}),
         ("exit_every: 2", {"exits": "4,8"}, {"exits": (4, 8), "exit_every": 1}),
-    ],
-)
-def test_a_flag_goes_before_what_contradicts_it_in_a_file(tmp_path, lines, flags, expected):
-    file = tmp_path / "run.yaml"
-    file.write_text(f"model: m\ndata: d\noutput: o\n{lines}\n")
-    found = TrainConfig.from_yaml(file, **flags).as_flat_dict()
-    assert {name: found[name] for name in expected} == expected
+    ):
+        file = tmp_path / "run.yaml"
+        file.write_text(f"model: m\ndata: d\noutput: o\n{lines}\n")
+        found = TrainConfig.from_yaml(file, **flags).as_flat_dict()
+        assert {name: found[name] for name in expected} == expected
 
 
 def test_a_home_folder_is_spelled_out(monkeypatch):
@@ -132,11 +122,11 @@ def test_a_home_folder_is_spelled_out(monkeypatch):
     assert (config.model, config.output) == ("/home/somebody/model", "/home/somebody/out")
 
 
-@pytest.mark.parametrize("name", ["exits", "seed"])
-def test_aliases_of_yaml_make_no_long_message(tmp_path, name):
+def test_aliases_of_yaml_make_no_long_message():
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
     values = yaml.safe_load("\n".join(lines))
-    with pytest.raises(ValueError, match=f"^{name} is \\[") as caught:
-        make(**{name: values["a29"]})
-    assert len(str(caught.value)) < 500
+    for name in ("exits", "seed"):
+        with pytest.raises(ValueError, match=f"^{name} is \\[") as caught:
+            make(**{name: values["a29"]})
+        assert len(str(caught.value)) < 500

@@ -4,11 +4,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from layerskip.data.readers import read_rows
+from layerskip.training import data
 from layerskip.training.data import (
     Collator,
     Encoding,
@@ -26,20 +27,26 @@ def tokenizer(model_folder):
     return AutoTokenizer.from_pretrained(model_folder)
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
+def test_fields_that_are_no_text_are_refused(tokenizer):
+    for row, message in (
         (
             {"prompt": "1", "completion": None, "text": "1"},
             "NoneType is neither text",
         ),
         ({"prompt": [{"role": "user"}], "completion": "3"}, "row 7 has .* list is neither text"),
         ({"prompt": "1", "completion": "half \ud83d"}, "row 7 cannot be made tokens of"),
-    ],
-)
-def test_fields_that_are_no_text_are_refused(tokenizer, row, message):
-    with pytest.raises(ValueError, match=message):
-        Encoding(tokenizer=tokenizer)("row 7", row)
+    ):
+        with pytest.raises(ValueError, match=message):
+            Encoding(tokenizer=tokenizer)("row 7", row)
+
+
+def test_a_width_that_fills_the_memory_is_refused(tokenizer):
+    for template in ("{prompt:>200000000}", "{prompt:{width}}", "{number:.100000f}"):
+        row = {"prompt": "1", "completion": "2", "width": 10**9, "number": 0.5}
+        for part in ("prompt", "completion"):
+            encode = Encoding(tokenizer=tokenizer, **{part: template})
+            with pytest.raises(ValueError, match=r"^row 7 .*\(the width of .* four digits\)"):
+                encode("row 7", row)
 
 
 def test_fields_of_fields(tokenizer):
@@ -100,13 +107,15 @@ def test_a_field_of_text_that_is_named_goes_before_all_others(tokenizer):
         encode("row 7", ROWS[0])
 
 
-@pytest.mark.parametrize("templates", [{"completion": "{lable}"}, {"prompt": "{txt}"}])
-def test_a_misspelt_field_is_no_row_of_another_kind(tokenizer, templates):
-    encode = Encoding(tokenizer=tokenizer, **templates)
-    messages = [{"role": "user", "content": "1"}, {"role": "model", "content": "2"}]
-    for row in ({"text": "1 plus 2", "label": "3"}, {"messages": messages, "label": "3"}):
-        with pytest.raises(ValueError, match=r"row 7 has the fields .*'label'.*\{(lable|txt)\}"):
-            encode("row 7", row)
+def test_a_misspelt_field_is_no_row_of_another_kind(tokenizer):
+    for templates in ({"completion": "{lable}"}, {"prompt": "{txt}"}):
+        encode = Encoding(tokenizer=tokenizer, **templates)
+        messages = [{"role": "user", "content": "1"}, {"role": "model", "content": "2"}]
+        for row in ({"text": "1 plus 2", "label": "3"}, {"messages": messages, "label": "3"}):
+            with pytest.raises(
+                ValueError, match=r"row 7 has the fields .*'label'.*\{(lable|txt)\}"
+            ):
+                encode("row 7", row)
 
 
 def test_the_answer_of_a_conversation_has_labels(tokenizer):
@@ -239,6 +248,53 @@ def test_long_texts_are_cut_before_they_are_tokenized(tokenizer, kind):
     assert encode_rows([("x", spaces)], watched, "x") == encode_rows(
         [("x", {"text": text})], encode, "x"
     )
+
+
+def _byte_level():
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return inner
+
+
+def _with_metaspace():
+    """As SentencePiece: a space before the first word, and line breaks in no other token."""
+    inner = Tokenizer(models.BPE())
+    lines = pre_tokenizers.Split("\n", "isolated")
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [lines, pre_tokenizers.Metaspace(prepend_scheme="first")]
+    )
+    return inner
+
+
+@pytest.mark.parametrize("make", [_byte_level, _with_metaspace])
+def test_running_text_that_is_not_cut_is_tokenized_in_pieces(make, monkeypatch):
+    """The memory of a tokenizer is that of a piece; the tokens are those of the whole text."""
+    text = "".join(
+        f"line {i} of a  text,{' and more' * (i % 9)}.\n" + "\n" * (i % 3) for i in range(99)
+    )
+    inner = make()
+    special = ["<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([text], trainer)
+    inner.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    whole = tokenizer(text)["input_ids"]
+    monkeypatch.setattr(data, "_PIECE_CHARS", 200)
+    parts = data.pieces(text)
+    assert "".join(parts) == text
+    assert len(parts) > 20
+    assert max(map(len, parts)) <= 200
+    row = Encoding(tokenizer=tokenizer)("x", {"text": text})
+    assert row["input_ids"] == [*whole, 1]
+    long_word = "x" * 1000
+    assert "".join(data.pieces(long_word)) == long_word
 
 
 def test_packing_and_padding():

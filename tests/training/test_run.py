@@ -46,9 +46,10 @@ def assert_same_weights(one, other):
         assert torch.equal(one[name], other[name]), name
 
 
-def test_the_result_is_an_ordinary_checkpoint(settings, model_folder):
+def test_the_result_is_an_ordinary_checkpoint(settings, model_folder, pictures, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    monkeypatch.setattr("layerskip.training.run.plot_run", pictures)
     result = run(settings, eval_rows=10, fixed_exits=[2], accumulation=2, draft_tokens=7)
     assert (result.steps, result.exit_layer) == (6, 2)
     model = AutoModelForCausalLM.from_pretrained(result.output)
@@ -94,7 +95,7 @@ def test_repeated_labels_are_kept_on_request(settings, tmp_path):
     rows = [{"prompt": f"{i} plus 1 is", "completion": f" more than {i} , I say"} for i in range(9)]
     data = tmp_path / "alike.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = run(settings, data=str(data), keep_draft_text=True, max_steps=1)
+    result = run(settings, data=str(data), keep_datastore=True, max_steps=1)
     model = LayerSkipModel.from_pretrained(result.output, dtype="float32")
     assert model.settings.draft_text[-1] == model.tokenizer.eos_token_id  # whole rows
     labels = [i for i in model.settings.draft_text if i >= 0]
@@ -105,14 +106,14 @@ def test_repeated_labels_are_kept_on_request(settings, tmp_path):
     "changes", [{"accumulation": 2}, {"packing": True, "max_length": 24}, {"lora_rank": 2}]
 )
 def test_resume_is_bit_for_bit(settings, tmp_path, interrupted, changes):
-    changes = {**changes, "max_steps": 20, "save_steps": 8, "keep_checkpoints": 9}
+    changes = {**changes, "max_steps": 10, "save_steps": 4, "keep_checkpoints": 9}
     changes |= {"curriculum": "rotational", "rotation": 3}
     whole = run(settings, **changes)
     half = tmp_path / "half"
-    interrupted(settings, 20, **changes, output=str(half))
-    assert last_checkpoint(half).endswith("checkpoint-8" if "accumulation" in changes else "-16")
+    interrupted(settings, 10, **changes, output=str(half))
+    assert last_checkpoint(half).endswith("checkpoint-4" if "accumulation" in changes else "-8")
     resumed = run(settings, **changes, output=str(half), resume=True)
-    assert resumed.steps == 20
+    assert resumed.steps == 10
     assert_same_weights(whole.output, half)
     exits = [[sorted(log) for log in training_logs(folder)] for folder in (whole.output, half)]
     assert exits[0] == exits[1]
@@ -223,7 +224,7 @@ def test_sigterm_ends_like_ctrl_c(settings, tmp_path):
         _, stderr = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == 143
     assert "Traceback" not in stderr
     assert stderr.count("the last good checkpoint is") == 1
     assert not (out / ".lock").exists()
@@ -504,16 +505,13 @@ def test_threads_are_set(settings, prepared):
         ({"eval_rows": 100}, "^--eval-rows is 100, but .*sums.jsonl has 100 rows: give fewer"),
         ({"eval_exits": [9], "eval_rows": 4}, r"eval_exits names \[9\]"),
         ({"scheduler": "greedy"}, "there is no scheduler 'greedy'; there are: linear"),
-        ({"eval_data": "none.jsonl"}, "none.jsonl does not exist"),
         ({"eval_data": "{data}"}, "eval_data is what is trained on"),
         ({"eval_data": "{data}", "eval_split": "test"}, "eval_split is for data sets of the hub"),
         ({"data": "{folder}/*.jsonl", "eval_data": "{data}"}, "of eval_data is trained on"),
         ({"fixed_exits": [1]}, "fixed_exits names 1, whose weight is 0"),
         ({"split": "validation"}, "split is for data sets of the hub; .* is a file"),
         ({"exits": [4], "curriculum": "all"}, "no exit before the last layer"),
-        ({"data_config": "main"}, "data_config is for data sets of the hub; .* is a file"),
         ({"completion": "{answer}"}, r"sums.jsonl:1 has the fields \['completion', 'prompt'\]"),
-        ({"eval_data": "/dev/null/x.jsonl"}, "x.jsonl does not exist"),
         ({"precision": "float16"}, "float16 needs a GPU"),
     ],
 )

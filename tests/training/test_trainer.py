@@ -287,9 +287,8 @@ def test_checkpoints_are_pushed_from_their_place(model_folder, tmp_path, monkeyp
     assert pushed == [(str(tmp_path / f"checkpoint-{step}"), True) for step in (2, 4)]
 
 
-@pytest.mark.parametrize(
-    ("plugins", "message"),
-    [
+def test_sharding_without_whole_weights_is_refused():
+    for plugins, message in (
         ({"fsdp": 1}, "set fsdp_version: 2"),
         ({"tp": 2}, "tensor, context and sequence parallelism"),
         ({"regional": True}, "regional compilation runs a copy"),
@@ -298,45 +297,42 @@ def test_checkpoints_are_pushed_from_their_place(model_folder, tmp_path, monkeyp
         ({"fsdp": 2}, None),
         ({"stage": 2}, None),
         ({"fp16": True}, None),
-    ],
-)
-def test_sharding_without_whole_weights_is_refused(plugins, message):
-    fsdp, stage = plugins.get("fsdp"), plugins.get("stage")
-    state = SimpleNamespace(
-        fsdp_plugin=fsdp and SimpleNamespace(fsdp_version=fsdp),
-        dynamo_plugin=SimpleNamespace(use_regional_compilation=plugins.get("regional", False)),
-    )
-    parallel = SimpleNamespace(**plugins["parallel"]) if "parallel" in plugins else None
-    trainer = SimpleNamespace(
-        accelerator=SimpleNamespace(state=state),
-        is_fsdp_enabled=fsdp is not None,
-        is_deepspeed_enabled=stage is not None,
-        args=SimpleNamespace(fp16=plugins.get("fp16", False), parallelism_config=parallel),
-        get_tp_size=lambda: plugins.get("tp", 1),
-    )
-    if message is None:
-        check_sharding(trainer)
-        return
-    with pytest.raises(ValueError, match=message):
-        check_sharding(trainer)
+    ):
+        fsdp, stage = plugins.get("fsdp"), plugins.get("stage")
+        state = SimpleNamespace(
+            fsdp_plugin=fsdp and SimpleNamespace(fsdp_version=fsdp),
+            dynamo_plugin=SimpleNamespace(use_regional_compilation=plugins.get("regional", False)),
+        )
+        parallel = SimpleNamespace(**plugins["parallel"]) if "parallel" in plugins else None
+        trainer = SimpleNamespace(
+            accelerator=SimpleNamespace(state=state),
+            is_fsdp_enabled=fsdp is not None,
+            is_deepspeed_enabled=stage is not None,
+            args=SimpleNamespace(fp16=plugins.get("fp16", False), parallelism_config=parallel),
+            get_tp_size=lambda plugins=plugins: plugins.get("tp", 1),
+        )
+        if message is None:
+            check_sharding(trainer)
+            continue
+        with pytest.raises(ValueError, match=message):
+            check_sharding(trainer)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
+def test_arguments_of_a_plain_trainer_are_checked(model_folder, tmp_path):
+    for name, value, message in (
         ("use_liger_kernel", True, "use_liger_kernel puts another forward over the recipe's"),
         ("_n_gpu", 2, "2 GPUs in one process are not supported"),
         ("loss_type", "chunked_nll", 'set TRL\'s loss_type, .* to "nll"'),
         ("activation_offloading", True, "activation_offloading waits for a backward pass"),
         ("deepspeed_plugin", SimpleNamespace(zero_stage=3), "take stage 2"),
-    ],
-)
-def test_arguments_of_a_plain_trainer_are_checked(model_folder, tmp_path, name, value, message):
-    plain = trainer_of(Trainer, model_folder, tmp_path)
-    plain.add_callback(RecipeCallback(attach(plain.model, RECIPE)))
-    setattr(plain.args, name, value)
-    with pytest.raises(ValueError, match=message):
-        plain.callback_handler.call_event("on_train_begin", plain.args, plain.state, plain.control)
+    ):
+        plain = trainer_of(Trainer, model_folder, tmp_path)
+        plain.add_callback(RecipeCallback(attach(plain.model, RECIPE)))
+        setattr(plain.args, name, value)
+        with pytest.raises(ValueError, match=message):
+            plain.callback_handler.call_event(
+                "on_train_begin", plain.args, plain.state, plain.control
+            )
 
 
 def test_the_best_experts_are_loaded(tmp_path):

@@ -79,7 +79,6 @@ def resume(model, output):
     assert len(unbroken) == 5
     assert unbroken[2:4] != unbroken[:2]  # another order in another epoch
     assert resumed == unbroken[3:]
-    return [], {}, {}
 
 
 def fsdp2(model, output, exit_apart=False):
@@ -108,8 +107,16 @@ def fsdp2_with_the_exit_apart(model, output):
     return fsdp2(model, output, exit_apart=True)
 
 
+def ddp_and_resume(model, output):
+    result = ddp(model, output)
+    detach(model)
+    resume(model, output)
+    return result
+
+
 KINDS = {
-    one.__name__: one for one in (ddp, ddp_accumulating, fsdp2, fsdp2_with_the_exit_apart, resume)
+    one.__name__: one
+    for one in (ddp, ddp_accumulating, ddp_and_resume, fsdp2, fsdp2_with_the_exit_apart)
 }
 
 

@@ -186,10 +186,10 @@ def test_answers_too_short_to_decode_are_refused():
         tune(model, [[1], [2]])
 
 
-@pytest.mark.parametrize("exits", [[4], [2, 9]])
-def test_exits_that_cannot_draft_are_refused(exits):
-    with pytest.raises(ValueError, match="1 to 3"):
-        tune(scripted.scripted_model(range(9)), [[1], [2]], exit_layers=exits)
+def test_exits_that_cannot_draft_are_refused():
+    for exits in ([4], [2, 9]):
+        with pytest.raises(ValueError, match="1 to 3"):
+            tune(scripted.scripted_model(range(9)), [[1], [2]], exit_layers=exits)
 
 
 def test_what_was_left_out_is_told(monkeypatch):
@@ -199,7 +199,7 @@ def test_what_was_left_out_is_told(monkeypatch):
     assert tuning.to_dict()["skipped"] == 2
 
 
-@pytest.mark.parametrize("option", [{"max_new_tokens": 1}, {"max_draft_tokens": 0}])
-def test_options_that_leave_nothing_to_tune(monkeypatch, option):
-    with pytest.raises(ValueError, match=f"{next(iter(option))} is ., it has to be"):
-        tune(timed_model(monkeypatch), PROMPTS, **option)
+def test_options_that_leave_nothing_to_tune(monkeypatch):
+    for option in ({"max_new_tokens": 1}, {"max_draft_tokens": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))} is ., it has to be"):
+            tune(timed_model(monkeypatch), PROMPTS, **option)

@@ -187,15 +187,15 @@ def test_what_cannot_be_written_is_refused_before(folder, monkeypatch):
         check_writable(folder)
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), 0.0, -1.0])
-def test_costs_are_numbers_above_0(number):
-    good = costs("16bit", 0.1)
-    assert StepCosts.from_dict(good.to_dict()) == good
-    for field in ("head", "draft_step"):
+def test_costs_are_numbers_above_0():
+    for number in (float("nan"), float("inf"), 0.0, -1.0):
+        good = costs("16bit", 0.1)
+        assert StepCosts.from_dict(good.to_dict()) == good
+        for field in ("head", "draft_step"):
+            with pytest.raises(ValueError, match="above 0"):
+                StepCosts.from_dict(good.to_dict() | {field: number})
         with pytest.raises(ValueError, match="above 0"):
-            StepCosts.from_dict(good.to_dict() | {field: number})
-    with pytest.raises(ValueError, match="above 0"):
-        StepCosts.from_dict(good.to_dict() | {"passes": f"1.0 {number}"})
+            StepCosts.from_dict(good.to_dict() | {"passes": f"1.0 {number}"})
 
 
 def test_what_only_transformers_would_heed_is_named(folder):

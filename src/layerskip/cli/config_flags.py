@@ -157,6 +157,7 @@ class _Datastore(click.ParamType[Any]):
 _SPECIAL = {
     "draft_vocabulary": (_OrNone(), "N|none"),
     "datastore": (_Datastore(), "FILE|none"),
+    "prediction": (click.STRING, "FILE|-"),  # the command reads it
 }
 
 
@@ -235,7 +236,8 @@ def config_fields(config: type[Any]) -> dict[str, tuple[dataclasses.Field[Any], 
         elif "option" in field.metadata:
             result[field.name] = field, kind, field.metadata["option"]
         elif "help" in field.metadata:
-            result[field.name] = field, kind, Option(help=field.metadata["help"])
+            description = Option(help=field.metadata["help"], flags=field.metadata["flags"])
+            result[field.name] = field, kind, description
     return result | {name: value for name, value in nested.items() if name not in result}
 
 
@@ -372,7 +374,7 @@ answer_options = stack(
         help="Variables of the chat template, such as '{\"enable_thinking\": false}'.",
     ),
     model_options,
-    config_options(DecodingConfig),
+    config_options(DecodingConfig, without=("prediction",)),
     click.option("--stats", is_flag=True, help="Print speed and acceptance to stderr."),
     click.option(
         "--show-draft",

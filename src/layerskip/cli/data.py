@@ -18,6 +18,7 @@ from layerskip.cli.config_flags import (
 from layerskip.cli.output import check_outputs, deliver, escape_control_chars, track
 from layerskip.data import readers
 from layerskip.data.readers import Row, is_table, local_files, read_rows, read_text_file
+from layerskip.decoding.config import MAX_PREDICTION
 from layerskip.decoding.datastore import Datastore
 from layerskip.fileio import check_within
 from layerskip.model import open_files, resolve
@@ -57,6 +58,26 @@ def read_prompts(prompt: str | None, file: Path | None, flag: str, *, chat: bool
     return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
 
 
+def read_prediction(source: str | None, *, stdin_is_taken: bool) -> str | None:
+    """Return the text of --prediction: of a file, or of standard input ("-").
+
+    Raises:
+        click.UsageError: standard input is the prompt, or a terminal.
+        ValueError: the text cannot be read.
+    """
+    if source is None:
+        return None
+    if source == "-":
+        if stdin_is_taken or sys.stdin.isatty():
+            raise click.UsageError(
+                "--prediction - reads standard input, which"
+                f" {'is the prompt' if stdin_is_taken else 'is a terminal'}; give a file"
+            )
+        return _standard_input(MAX_PREDICTION + 1)
+    check_finite_file(source)
+    return read_text_file(Path(source))
+
+
 def check_finite_file(path: str | Path) -> None:
     """Refuse devices such as /dev/zero, which have no end; a terminal and pipes are fine."""
     path = Path(path)
@@ -68,9 +89,9 @@ def _terminal() -> Path | None:
     return Path("/dev/stdin").resolve() if sys.stdin.isatty() else None
 
 
-def _standard_input() -> str:
+def _standard_input(max_chars: int = -1) -> str:
     try:
-        return sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
+        return sys.stdin.read(max_chars).removeprefix("\ufeff").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"standard input is no text in {error.encoding} ({error.reason})"

@@ -12,12 +12,13 @@ from layerskip.cli.config_flags import (
     ModelConfig,
     answer_options,
     config_from_flags,
+    config_options,
     datastore_file,
     note_idle_sampling,
     note_length,
     note_without_effect,
 )
-from layerskip.cli.data import read_prompts
+from layerskip.cli.data import read_prediction, read_prompts
 from layerskip.cli.output import check_outputs, deliver, show_legend, show_pieces, show_stats, track
 from layerskip.decoding import Answer, DecodingConfig, Generation
 from layerskip.decoding.prompt import named, with_variables
@@ -38,11 +39,13 @@ from layerskip.decoding.sampling import nth_seed
     help='File of prompts: .jsonl with a field "prompt" or "messages", else one prompt a line.',
 )
 @click.option("--chat", is_flag=True, help="Wrap each prompt in the model's chat template.")
+@config_options(DecodingConfig, only=("prediction",))
 @answer_options
 def command(
     prompt: str | None,
     prompts_file: Path | None,
     chat: bool,
+    prediction: str | None,
     chat_template_kwargs: dict[str, Any] | None,
     stats: bool,
     show_draft: bool,
@@ -59,13 +62,16 @@ def command(
       layerskip generate --mode self-speculative --exit-layer 4 --draft-tokens 2 \\
           --prompt "def fib(n):" --show-draft
       echo "Once upon a time" | layerskip generate --json
+      layerskip generate --chat --prompt "$(cat edit.txt)" --prediction module.py
       layerskip generate --prompts prompts.jsonl --output answers.json
     """
     if prompt is not None and prompts_file is not None:
         raise click.UsageError("--prompt and --prompts exclude each other")
+    stdin_is_taken = prompt is None and prompts_file is None
+    flags["prediction"] = read_prediction(prediction, stdin_is_taken=stdin_is_taken)
     decoding = config_from_flags(DecodingConfig, flags)
     model_config = config_from_flags(ModelConfig, flags)
-    inputs = (model_config.model, prompts_file, datastore_file())
+    inputs = (model_config.model, prompts_file, datastore_file(), prediction)
     check_outputs({"--output": output}, beside=inputs)
     note_idle_sampling(decoding.temperature, "seed")
     prompts = read_prompts(prompt, prompts_file, "--prompts", chat=chat)

@@ -70,8 +70,8 @@ def show_report(console: Console, report: Report, *, all_positions: bool) -> Non
             style="dim",
         )
     console.print(
-        f"the answer's {report.agreement.positions} tokens settle at layer"
-        f" {report.agreement.mean_settled_layer:.1f} of {report.agreement.exits[-1]} in the mean"
+        f"the answer's {report.agreement.positions} tokens are saturated from layer"
+        f" {report.agreement.mean_saturation_layer:.1f} of {report.agreement.exits[-1]} in the mean"
     )
     if report.rounds:
         _show_rounds(console, report)
@@ -80,17 +80,17 @@ def show_report(console: Console, report: Report, *, all_positions: bool) -> Non
 def show_agreement(console: Console, agreement: Agreement) -> None:
     """Print agreement layer by layer, the last on top."""
     table = Table(title=f"{agreement.prompts} prompts, {agreement.positions} answer tokens")
-    for heading in ("layer", "agrees with the last", "settled by then"):
+    for heading in ("layer", "agrees with the last", "saturated by then"):
         table.add_column(heading, justify="right")
-    rows = zip(agreement.exits, agreement.rates, agreement.settled_by, strict=True)
-    for e, rate, settled in reversed(list(rows)):
-        table.add_row(str(e), _shaded(f"{rate:7.1%}", rate, _AGREES), f"{settled:.1%}")
+    rows = zip(agreement.exits, agreement.rates, agreement.saturated_by, strict=True)
+    for e, rate, saturated in reversed(list(rows)):
+        table.add_row(str(e), _shaded(f"{rate:7.1%}", rate, _AGREES), f"{saturated:.1%}")
     console.print(table)
 
 
 def _block(report: Report, console: Console) -> Table:
     lens, symbols = report.lens, report.symbols
-    agrees, settled = lens.agrees.tolist(), lens.settled
+    agrees, saturated = lens.agrees.tolist(), lens.saturation_layers
     rates = report.agreement.rate_of
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("layer", justify="right")
@@ -103,14 +103,14 @@ def _block(report: Report, console: Console) -> Table:
     for row in reversed(range(len(lens.exits))):
         e = lens.exits[row]
         cells = []
-        for column, settled_layer in enumerate(settled):
+        for column, saturation_layer in enumerate(saturated):
             symbol, p = symbols[int(lens.top_ids[row, column, 0])], lens.best(row, column)[0][1]
-            if e >= settled_layer and not has_colours(console):
+            if e >= saturation_layer and not has_colours(console):
                 symbol = f"={symbol}"  # no colour shows it here
             text = _shaded(symbol, p, _AGREES if agrees[row][column] else _DIFFERS)
-            if e >= settled_layer:
+            if e >= saturation_layer:
                 text.stylize("bold")
-            if e == settled_layer:
+            if e == saturation_layer:
                 text.stylize("underline")
             cells.append(text)
         exit_layer = report.rounds and report.generation and report.generation.exit_layer == e
@@ -133,7 +133,7 @@ def _cut(text: Text, pad: bool = False) -> Text:
 def _legend(console: Console) -> Text:
     if not has_colours(console):
         return Text(
-            "= settled: from this layer up the last layer's token, and nothing changes any more"
+            "= saturated: from this layer up the last layer's token, and nothing changes any more"
         )
     return Text.assemble(
         _shaded("as last", 0.8, _AGREES),
@@ -141,7 +141,7 @@ def _legend(console: Console) -> Text:
         _shaded("other", 0.8, _DIFFERS),
         " another, both by probability  ",
         ("underlined", "bold underline"),
-        " settled: from this layer up nothing changes",
+        " saturated: from this layer up nothing changes",
     )
 
 
@@ -242,7 +242,7 @@ def command(
     """Show what every layer would predict at each position of an answer.
 
     A layer's prediction is what early exit after it would choose: the final norm and the head, applied
-    to its output. A position is settled at the layer from which on the prediction stays the same. With
+    to its output. A position is saturated at the layer from which on the prediction stays the same. With
     --data: how often each layer agrees with the last one, over the answers to all prompts. With --mode
     self-speculative also the rounds: drafted, accepted, corrected. Answers are greedy.
 

@@ -24,6 +24,7 @@ _COMMANDS = {
     "pull": ("pull", "fetch a built-in model into the cache"),
     "generate": ("generate", "answer a prompt"),
     "chat": ("chat", "talk with a model"),
+    "serve": ("serve", "serve a model to clients of OpenAI's API, with a chat page"),
     "index": ("data", "build an n-gram datastore from a long text"),
     "tune": ("tune", "find the fastest exit layer and draft length for your prompts"),
     "train": ("train", "train a checkpoint's early exits with the LayerSkip recipe"),

@@ -10,6 +10,7 @@ from layerskip.decoding.sampling import Sampling
 from layerskip.decoding.streaming import Answer, Generation, Piece
 
 Prefix = PrefixCache  # its name until 0.1
+walk_exits = iter_exit_hidden_states  # its name until 0.1
 
 __all__ = [
     "DRAFT_SOURCES",
@@ -30,4 +31,5 @@ __all__ = [
     "generate",
     "iter_exit_hidden_states",
     "register_drafter",
+    "walk_exits",
 ]

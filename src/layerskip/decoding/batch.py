@@ -1,220 +1,386 @@
-"""The decoding loop for many prompts at once: every row has its own length, and leaves when it ends."""
+"""Continuous batching: rows join and leave between rounds, and each accepts its own number of tokens.
 
+`Batch.step` is one round: `schedule` chooses the rows and the pieces of their prompts, `run` drafts and
+computes all their positions in one pass, `postprocess` accepts, stops and frees. A row alone runs the
+code of `generate`.
+"""
+
+import collections
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from layerskip.decoding.config import DecodingConfig
-from layerskip.decoding.controller import (
-    EXIT_ACCEPTANCE,
-    BatchController,
-    ContextCosts,
-    Controller,
-    DraftCosts,
-    FixedController,
-)
-from layerskip.decoding.drafters import Draft, EarlyExit, ReducedHead
-from layerskip.decoding.generate import (
-    PREFILL_CHUNK,
-    Step,
-    StoppingCriteria,
-    check_finite,
-    outside_autocast,
-    plain_step,
-    speculate,
-)
-from layerskip.decoding.prefix_cache import same_rope_scaling
-from layerskip.decoding.prompt import check_prompt
-from layerskip.decoding.sampling import Sampler
-from layerskip.model import Decoder, StepCosts
+from layerskip.decoding.accept import accept_greedy, accept_sampled
+from layerskip.decoding.controller import BatchController, ContextCosts, RowDraft
+from layerskip.decoding.drafters import Draft
+from layerskip.decoding.generate import PREFILL_CHUNK, Row, Step, check_finite, step_of
+from layerskip.decoding.prefix_cache import PrefixPool
+from layerskip.decoding.sampling import TokenLogprobs, token_logprobs
+from layerskip.decoding.shared_exit import SharedExit
+from layerskip.model import Decoder, KVCache, StepCosts, argmax
 
-MAX_ROWS = 64  # of a batch, which bounds its memory
-# Positions of padding that a batch may have even where that is more than half of it: running them takes
-# about as long as a second batch.
-_PADDING = 8 * PREFILL_CHUNK
+MAX_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Output:
+    """What a round brought one row.
+
+    Attributes:
+        row: the row.
+        step: its new tokens, as far as they belong to the answer; None for an error.
+        logprobs: one for each token, where the row asks for them.
+        error: of this row, which has left.
+    """
+
+    row: Row
+    step: Step | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    error: Exception | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class RowPass:
+    """The part that one row has in a pass over all rows.
+
+    Attributes:
+        row: the row.
+        draft: of a row that decodes; None for a piece of a prompt.
+        tokens: [1, n], those that the layers have not seen.
+        hidden: their hidden states, as far as they have come; at the end [1, d + 1, D], those of the
+            positions that a choice follows.
+        target: [1, d + 1], the model's greedy choices, where they are all that is needed.
+        logits: [1, d + 1, V], else.
+    """
+
+    row: Row
+    draft: Draft | None
+    tokens: Tensor
+    hidden: Tensor
+    target: Tensor | None = None
+    logits: Tensor | None = None
+
+    def join_states(self, n_layers: int) -> None:
+        """Put the early exit's hidden states in front, where the others have come as far."""
+        if self.draft is not None and self.draft.states and n_layers == self.row.config.exit_layer:
+            self.hidden = torch.cat([*self.draft.states, self.hidden], dim=1)
+            self.row.roll_back()
 
 
 class Batch:
-    """Prompts that are continued together, in one cache with a row each.
-
-    Drafts come from the early exit, of one length for all rows, which an adaptive controller chooses
-    anew in every round; each row keeps what the model agrees with there. A draft vocabulary has the
-    tokens of all prompts.
+    """Rows that are continued together, each with its own options, cache and length.
 
     Args:
         decoder: the model.
-        prompts: token ids, of any lengths.
-        config: resolved, the same for all; its seed is that of the whole batch.
-        eos_token_ids: tokens that end a row.
+        max_num_seqs: number of rows at once, others wait; None = `MAX_ROWS`.
+        kv_cache_tokens: positions of all caches, prefixes kept for reuse included; None = no limit.
+        prefill_chunk: tokens of prompts computed in a round.
+        reuse_prefixes: whether prompts copy what they share with running and ended answers.
         measured: see `generate`.
 
-    Raises:
-        PromptError: a prompt that cannot be continued.
-        ValueError: a config that is for one prompt only.
+    Attributes:
+        waiting: rows that have not begun.
+        running: rows that have.
     """
 
     def __init__(
         self,
         decoder: Decoder,
-        prompts: Sequence[Sequence[int]],
-        config: DecodingConfig,
         *,
-        eos_token_ids: Collection[int] = (),
+        max_num_seqs: int | None = None,
+        kv_cache_tokens: int | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+        reuse_prefixes: bool = False,
         measured: StepCosts | None = None,
     ) -> None:
-        if not can_batch(config):
-            raise ValueError("a batch has no repetition penalty and no drafts from n-grams")
-        for prompt in prompts:
-            check_prompt(decoder, prompt)
-        self._decoder, self._prompts, self._config = decoder, prompts, config
-        self._criteria = [
-            StoppingCriteria.of(decoder, prompt, config.max_new_tokens, eos_token_ids)
-            for prompt in prompts
-        ]
-        self._rows = list(range(len(prompts)))  # prompts that are still being continued
-        capacity = max(criteria.capacity for criteria in self._criteria)
-        self._cache = decoder.new_cache(capacity, len(prompts))
-        self._sampler = Sampler(config, decoder.device, config.seed)
-        self._controller: Controller | None = None
-        if config.mode == "self-speculative":
-            assert config.exit_layer is not None
-            assert not isinstance(config.draft_vocabulary, int)
-            seen = {token for prompt in prompts for token in prompt}
-            head = ReducedHead.of(decoder, config.draft_vocabulary, seen)
-            drafter = EarlyExit(decoder, config.exit_layer, self._sampler, head)
-            costs = ContextCosts(decoder, config.exit_layer, drafter.head_share, measured)
-            self._controller = (
-                BatchController(drafter, costs) if config.adaptive else FixedController([drafter])
+        self._decoder, self._measured = decoder, measured
+        self._max_num_seqs = max_num_seqs or MAX_ROWS
+        self._kv_cache_tokens = kv_cache_tokens
+        self._prefill_chunk = prefill_chunk
+        self.waiting: collections.deque[Row] = collections.deque()
+        self.running: list[Row] = []
+        self._prefixes = PrefixPool(decoder) if reuse_prefixes else None
+        self._controller = BatchController()
+        self._costs = ContextCosts(decoder, None, 1.0, measured)
+        self._exit: SharedExit | None = None
+        self._drafts: dict[Row, RowDraft] = {}
+
+    def add(self, row: Row) -> None:
+        """Let a row wait for its turn.
+
+        Raises:
+            ValueError: its prompt and answer can never fit.
+        """
+        self.check_fit(row)
+        self.waiting.append(row)
+
+    def check_fit(self, row: Row) -> None:
+        """Raise ValueError where a row's prompt and answer can never fit."""
+        needed, total = row.criteria.capacity, self._kv_cache_tokens
+        if total is not None and needed > total:
+            raise ValueError(
+                f"prompt and answer may have {needed} tokens, the KV cache holds {total}; shorten the"
+                " prompt or lower max_new_tokens"
             )
 
-    def leave(self, prompt: int) -> None:
-        """End a prompt's answer, as at a stop string."""
-        self._criteria[prompt].finished = True
+    def remove(self, row: Row) -> None:
+        """End a row between two rounds, as at a stop string; its prefix is kept for reuse."""
+        if row in self.waiting:
+            self.waiting.remove(row)
+        elif row in self.running:
+            self._leave(row)
+
+    @property
+    def active_tokens(self) -> int:
+        """Positions reserved by running rows."""
+        return sum(row.criteria.capacity for row in self.running)
+
+    @property
+    def used_tokens(self) -> int:
+        """Positions reserved by running rows and held by prefixes kept for reuse."""
+        return self.active_tokens + (self._prefixes.positions if self._prefixes else 0)
+
+    def __iter__(self) -> Iterator[Output]:
+        """Yield the outputs of all rounds, until no row is left."""
+        while self.waiting or self.running:
+            yield from self.step()
 
     @torch.inference_mode()
-    def steps(self) -> Iterator[tuple[int, Step]]:
-        """Yield the index of a prompt and its next step, until all have ended."""
-        for steps in outside_autocast(self._decoder.device, self._rounds()):
-            for prompt, step in zip(self._rows, steps, strict=True):
-                if not self._criteria[prompt].finished:
-                    yield prompt, self._criteria[prompt].truncate(step)
+    def step(self) -> list[Output]:
+        """Run one round."""
+        with torch.autocast(self._decoder.device.type, enabled=False):
+            outputs, scheduled = self.schedule()
+            if len(scheduled) == 1 and scheduled[0][0].num_logprobs is None:
+                return outputs + self._run_alone(*scheduled[0])
+            try:
+                passes = self.run(scheduled)
+            except Exception:  # of one row, which ends; the others go on
+                for one in scheduled:
+                    outputs += self._run_isolated(*one)
+                return outputs
+            return outputs + self.postprocess(passes)
 
-    def _rounds(self) -> Iterator[list[Step]]:
-        """Yield the next step of every row; rows that have ended leave before the next round."""
-        n_layers = self._config.num_layers_to_run(len(self._decoder.layers))
-        last = self._prefill(n_layers)
-        steps = [Step((token,)) for token in last[:, 0].tolist()]
-        while True:
-            yield steps
-            last = self._drop_finished(last)
-            if not self._rows:
-                return
-            if self._controller is None:
-                last = plain_step(self._decoder, last, n_layers, self._cache, self._sampler)
-                steps = [Step((token,)) for token in last[:, 0].tolist()]
-            else:
-                last, steps = self._round(self._controller, last)
+    def schedule(self) -> tuple[list[Output], list[tuple[Row, int]]]:
+        """Let rows join while there is room, and divide the round's prompt tokens among them.
 
-    def _round(self, controller: Controller, last: Tensor) -> tuple[Tensor, list[Step]]:
-        """Draft, verify, and keep what each row agrees with, as for one prompt."""
-        config = self._config
-        assert config.draft_tokens is not None
-        remaining = min(self._criteria[prompt].remaining for prompt in self._rows)
-        n = min(config.draft_tokens, remaining - 1)
-        draft = Draft(last, self._cache)
-        return speculate(self._decoder, controller, draft, n, self._sampler, config.exit_layer)
-
-    def _prefill(self, n_layers: int) -> Tensor:
-        """Run the padded prompts through layers [0, n_layers) and choose the next tokens, [B, 1].
-
-        Padding is on the right, where no token of the prompt sees it, and is overwritten later.
+        Returns:
+            Rows that could not begin, and the rows of the round with the number of prompt tokens that
+            each computes; 0 for a row that decodes.
         """
-        decoder = self._decoder
-        lengths = torch.tensor([len(prompt) for prompt in self._prompts], device="cpu")
-        width = int(lengths.max())
-        padded = torch.tensor(
-            [[*prompt, *[0] * (width - len(prompt))] for prompt in self._prompts],
-            device=decoder.device,
-        )
-        last_states: dict[int, Tensor] = {}
-        positions = max(1, PREFILL_CHUNK // len(self._prompts))  # of each prompt
-        for start in range(0, width, positions):
-            chunk = padded[:, start : start + positions]
-            hidden = decoder.run(decoder.embed(chunk), 0, n_layers, self._cache)
-            self._cache.lengths += chunk.shape[1]
-            for row, end in enumerate((lengths - 1 - start).tolist()):
-                if 0 <= end < chunk.shape[1]:
-                    last_states[row] = hidden[row, end : end + 1]
-        self._cache.lengths.copy_(lengths)
-        hidden = torch.stack([last_states[row] for row in range(len(last_states))])
-        check_finite(hidden)
-        return self._sampler.next_tokens(decoder, hidden)
+        failed, scheduled = list[Output](), list[tuple[Row, int]]()
+        while self.waiting and len(self.running) < self._max_num_seqs:
+            needed, total = self.waiting[0].criteria.capacity, self._kv_cache_tokens
+            if total is not None and self.active_tokens + needed > total:
+                break
+            row = self.waiting.popleft()
+            self._free(needed)
+            try:
+                row.start(self._decoder.new_cache(needed))
+            except Exception as error:
+                failed.append(Output(row, error=error))
+            else:
+                self.running.append(row)
+        budget = self._prefill_chunk
+        for row in self.running:
+            if not row.prompt_left:
+                scheduled.append((row, 0))
+            elif budget:
+                if self._prefixes is not None and not row.cache.lengths:
+                    others = [other.prefix() for other in self.running if other is not row]
+                    row.cached_tokens = self._prefixes.take(
+                        row.context, row.cache, row.n_layers, others
+                    )
+                n = min(row.prompt_left, budget)
+                scheduled.append((row, n))
+                budget -= n
+        return failed, scheduled
 
-    def _drop_finished(self, last: Tensor) -> Tensor:
-        """Remove the rows of finished prompts from the cache and from `last`."""
-        going = [i for i, prompt in enumerate(self._rows) if not self._criteria[prompt].finished]
-        if len(going) == len(self._rows):
-            return last
-        self._rows = [self._rows[i] for i in going]
-        index = torch.tensor(going, dtype=torch.long, device="cpu")
-        self._cache.keep_rows(index)
-        return last[index.to(last.device)]
+    def run(self, scheduled: Sequence[tuple[Row, int]]) -> list[RowPass]:
+        """Draft, and compute the positions of all rows in one pass; no token is committed.
+
+        Returns:
+            The rows for which tokens can be chosen: all but those inside their prompt.
+        """
+        # 1. Draft: the look-ups' proposals and the early exit's tokens that are worth their cost.
+        decoding = [row for row, n in scheduled if not n]
+        self._drafts = self._draft(decoding, sum(n for _, n in scheduled)) if decoding else {}
+        drafts = [None if n else self._drafts[row].draft for row, n in scheduled]
+        tokens = [
+            row.prompt_chunk(n) if draft is None else draft.take_pending()
+            for (row, n), draft in zip(scheduled, drafts, strict=True)
+        ]
+
+        # 2. Verify: all layers that the tokens have not been through, together with pieces of prompts.
+        embedded = self._decoder.embed(torch.cat(tokens, dim=1))
+        parts = embedded.split([part.shape[1] for part in tokens], dim=1)
+        passes = [
+            RowPass(row, *rest)
+            for (row, _), *rest in zip(scheduled, drafts, tokens, parts, strict=True)
+        ]
+        self._run_layers(passes)
+
+        # 3. Logits, or only the most likely tokens.
+        choosing = [one for one in passes if not one.row.prompt_left]
+        greedy = [one for one in choosing if one.row.takes_argmax]
+        others = [one for one in choosing if not one.row.takes_argmax]
+        for one, target in zip(greedy, _of_each(greedy, self._decoder.greedy_tokens), strict=True):
+            one.target = target
+        for one, logits in zip(others, _of_each(others, self._decoder.logits), strict=True):
+            one.logits = logits
+        return choosing
+
+    def postprocess(self, passes: Sequence[RowPass]) -> list[Output]:
+        """Accept what each row agrees with; rows that end leave."""
+        outputs, verified = list[Output](), list[tuple[RowDraft, Step]]()
+        for one in passes:
+            try:
+                step = _accept(one)
+            except Exception as error:
+                outputs.append(self._fail(one.row, error))
+                continue
+            if one.draft is not None:
+                verified.append((self._drafts[one.row], step))
+            outputs.append(self._commit(one.row, step, one.logits))
+        if verified:
+            self._controller.update(verified)
+        return outputs
+
+    def _draft(self, rows: Sequence[Row], prompt_positions: int) -> dict[Row, RowDraft]:
+        """Return the drafts of all rows that decode."""
+        exit_ = self._shared_exit(rows)
+        drafts = {
+            row: RowDraft(
+                Draft(row.last, row.cache, row.context),
+                row.controller,
+                row.sampler,
+                row.max_draft_tokens(),
+                exit_ is not None and exit_.has(row.exit_key),
+            )
+            for row in rows
+        }
+        if exit_ is not None:
+            exit_.set_prompts([row.context for row in rows if drafts[row].shares_exit])
+        costs = self._costs.at(*(len(row.context) for row in rows))
+        self._controller.fill(list(drafts.values()), exit_, costs, prompt_positions)
+        return drafts
+
+    def _shared_exit(self, rows: Sequence[Row]) -> SharedExit | None:
+        """Return the early exit that the rows draft with: the one before, or that of the first row."""
+        keys = [row.exit_key for row in rows if row.exit_key is not None]
+        if not keys:
+            return None
+        if self._exit is None or not any(map(self._exit.has, keys)):
+            self._exit = SharedExit(self._decoder, *keys[0])
+            self._costs = ContextCosts(
+                self._decoder, self._exit.exit_layer, self._exit.head_share, self._measured
+            )
+        return self._exit
+
+    def _run_layers(self, passes: Sequence[RowPass]) -> None:
+        """Run each row's hidden states to its last layer.
+
+        Drafts of the early exit go on from the states that left layer E, all else begins at layer 0;
+        from any layer on, the rows that have come so far are one pass.
+        """
+        exits = (one.row.config.exit_layer for one in passes if one.draft and one.draft.states)
+        depths = sorted({0, *filter(None, exits), *(one.row.n_layers for one in passes)})
+        for start, stop in itertools.pairwise(depths):
+            for one in passes:
+                one.join_states(start)
+            going = [one for one in passes if one.row.n_layers >= stop and one.hidden.shape[1]]
+            rows = [(one.row.cache, one.hidden.shape[1]) for one in going]
+            through = functools.partial(self._through, start=start, stop=stop, rows=rows)
+            for one, hidden in zip(going, _of_each(going, through), strict=True):
+                one.hidden = hidden
+        for one in passes:
+            one.join_states(depths[-1])
+            if one.draft is None:
+                one.row.cache.lengths += one.tokens.shape[1]
+                one.hidden = one.hidden[:, -1:]
+
+    def _through(
+        self, hidden: Tensor, *, start: int, stop: int, rows: Sequence[tuple[KVCache, int]]
+    ) -> Tensor:
+        return self._decoder.run_rows(hidden[0], start, stop, rows)[None]
+
+    def _run_alone(self, row: Row, prompt_chunk: int) -> list[Output]:
+        """Run a round of the only row, as `generate` does."""
+        try:
+            step = row.prefill(prompt_chunk) if prompt_chunk else row.decode()
+        except Exception as error:
+            return [self._fail(row, error)]
+        return [] if step is None else [self._commit(row, step)]
+
+    def _run_isolated(self, row: Row, prompt_chunk: int) -> list[Output]:
+        """Run a failed round again for one row by itself."""
+        if not prompt_chunk:
+            row.roll_back()
+        try:
+            passes = self.run([(row, prompt_chunk)])
+        except Exception as error:
+            return [self._fail(row, error)]
+        return self.postprocess(passes)
+
+    def _commit(self, row: Row, step: Step, logits: Tensor | None = None) -> Output:
+        row.commit(step)
+        step, logprobs = row.criteria.truncate(step), None
+        if row.num_logprobs is not None and logits is not None:
+            logprobs = token_logprobs(logits[0, : len(step.tokens)], step.tokens, row.num_logprobs)
+        if row.criteria.finished:
+            self._leave(row)
+        return Output(row, step, logprobs)
+
+    def _fail(self, row: Row, error: Exception) -> Output:
+        self._leave(row, keeps=False)
+        return Output(row, error=error)
+
+    def _leave(self, row: Row, *, keeps: bool = True) -> None:
+        self.running.remove(row)
+        if self._prefixes is not None and keeps:
+            self._prefixes.add(row.prefix())
+            self._free(0)
+
+    def _free(self, needed: int) -> None:
+        """Forget prefixes until so many positions are free."""
+        if self._prefixes is not None and self._kv_cache_tokens is not None:
+            self._prefixes.shrink(self._kv_cache_tokens - self.active_tokens - needed)
 
 
-def can_batch(config: DecodingConfig) -> bool:
-    """Return whether prompts can be continued together: what looks at one text alone cannot."""
-    drafts_alone = config.mode != "self-speculative" or config.draft_from == "early-exit"
-    return drafts_alone and config.repetition_penalty == 1.0
+def _of_each(passes: Sequence[RowPass], function: Callable[[Tensor], Tensor]) -> Sequence[Tensor]:
+    """Apply a function to the hidden states of all rows at once, [1, N, D] to [1, N, ...]."""
+    if not passes:
+        return ()
+    hidden = torch.cat([one.hidden for one in passes], dim=1)
+    return function(hidden).split([one.hidden.shape[1] for one in passes], dim=1)
 
 
-def batch_config(
-    config: DecodingConfig,
-    decoder: Decoder,
-    measured: StepCosts | None,
-    contexts: Sequence[int],
-) -> DecodingConfig:
-    """Return what `auto` does for several prompts: early exits draft, or plain where that is best.
-
-    Args:
-        config: what it resolves to for one prompt.
-        decoder: the model.
-        measured: see `generate`.
-        contexts: number of tokens of each prompt.
-    """
-    if config.exit_layer is None:
-        return config.plain()
-    assert not isinstance(config.draft_vocabulary, int)
-    share = len(config.draft_vocabulary or ()) / decoder.architecture.vocab_size or 1.0
-    costs = DraftCosts.of(decoder, config.exit_layer, share, measured, contexts)
-    assert config.draft_tokens is not None
-    if not costs.batch_draft_tokens(len(contexts), config.draft_tokens, EXIT_ACCEPTANCE):
-        return config.plain()
-    return dataclasses.replace(config, draft_from="early-exit", datastore=None)
-
-
-def grouped(lengths: Sequence[int]) -> list[list[int]]:
-    """Return which prompts of these lengths are continued together, the longest first.
-
-    A group has `MAX_ROWS` prompts at most, and none of a length that would be little but padding. The
-    prompts of a group stay in their order.
-    """
-    groups = list[list[int]]()
-    width = total = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        total += lengths[i]
-        padding = width * (len(groups[-1]) + 1) - total if groups else 0
-        if not groups or len(groups[-1]) == MAX_ROWS or padding > max(total, _PADDING):
-            groups.append([])
-            width = total = lengths[i]
-        groups[-1].append(i)
-    return [sorted(group) for group in groups]
-
-
-def same_rotary_embedding(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> bool:
-    """Return whether a batch rotates keys as each prompt alone: LongRoPE has factors for two lengths."""
-    sizes = [StoppingCriteria.of(decoder, p, max_new_tokens).capacity for p in prompts]
-    return same_rope_scaling(decoder, *sizes)
+def _accept(one: RowPass) -> Step:
+    """Keep what the model agrees with of a row's draft, and choose the token after it."""
+    row, draft, sampler = one.row, one.draft, one.row.sampler
+    tokens = one.tokens[:, :0] if draft is None else draft.tokens
+    if draft is None:
+        check_finite(one.hidden)
+    if sampler.greedy:
+        target = one.target
+        if target is None:
+            assert one.logits is not None
+            target = argmax(sampler.process(one.logits, tokens))
+        accepted, following = accept_greedy(tokens, target)
+    else:
+        assert one.logits is not None
+        q = None if draft is None else draft.all_probs(one.logits.shape[-1])
+        p = sampler.probs_of(one.logits, tokens)
+        accepted, following = accept_sampled(tokens, q, p, sampler.generator)
+    n, token = int(accepted), int(following)
+    if draft is None:
+        step = Step((token,))
+    else:
+        row.cache.lengths += n + 1
+        step = step_of(draft, tokens[0].tolist(), token, n)
+    row.last = following[:, None]
+    sampler.commit(torch.cat([tokens[:, :n], row.last], dim=1))
+    return step

@@ -13,7 +13,10 @@ from layerskip.options import check_options, integer, option
 MODES = ("plain", "early-exit", "self-speculative")
 DRAFT_SOURCES = ("early-exit", "n-gram", "both")
 DEFAULT_DRAFT_TOKENS = 5
-MAX_ADAPTIVE_DRAFT_TOKENS = 12
+MAX_ADAPTIVE_DRAFT_TOKENS = 31  # with the token before them 32 positions, whose cost is timed
+MAX_PREDICTION = 1 << 24  # characters or tokens
+# Options that are token ids, or a value of these types.
+_TOKEN_IDS_OR = {"draft_vocabulary": int, "datastore": str | Path, "prediction": str}
 # Names that options had before.
 ALIASES = {"draft_text": "datastore"}
 
@@ -46,7 +49,7 @@ class DecodingConfig(Sampling):
     )
     draft_from: str | None = option(
         None,
-        "Source of drafts: early-exit, n-gram (of prompt and answer), or both.",
+        "Source of drafts: early-exit, n-gram (of prompt and answer), or both; a prediction is added.",
         metavar="SOURCE",
     )
     adaptive: bool | None = option(
@@ -64,6 +67,12 @@ class DecodingConfig(Sampling):
         "Text (or a table made by `layerskip index`) that resembles the answers: an n-gram datastore.",
         flags=("--datastore", "--draft-text"),
         metavar="TEXT|FILE",
+        repr=False,
+    )
+    prediction: str | tuple[int, ...] | None = option(
+        None,
+        "Text that much of the answer is predicted to be, such as a file before an edit.",
+        metavar="FILE|-",
         repr=False,
     )
     max_new_tokens: int = option(256, "Maximum number of new tokens.", at_least=1, metavar="N")
@@ -84,9 +93,9 @@ class DecodingConfig(Sampling):
         if not isinstance(stop, Collection) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError("a stop string has to be a text that is not empty")
         object.__setattr__(self, "stop", tuple(stop))
-        for name in ("draft_vocabulary", "datastore"):
+        for name, other_types in _TOKEN_IDS_OR.items():
             value = getattr(self, name)
-            if value is not None and not isinstance(value, int | str | Path):
+            if value is not None and not isinstance(value, other_types):
                 object.__setattr__(self, name, _token_ids(name, value))
         check_options(self)
         self._check_consistency()
@@ -101,7 +110,12 @@ class DecodingConfig(Sampling):
                     raise ValueError(
                         f"drafts from {self.draft_from!r} are unknown; there are: {known}"
                     )
-        drafting = bool(self.adaptive or self.draft_vocabulary or self.datastore)
+        if self.prediction and len(self.prediction) > MAX_PREDICTION:
+            raise ValueError(
+                f"the prediction has {len(self.prediction)} characters or tokens, the limit is"
+                f" {MAX_PREDICTION}; shorten it"
+            )
+        drafting = bool(self.adaptive or self.draft_vocabulary or self.datastore or self.prediction)
         drafting = drafting or not (self.draft_tokens is None is self.draft_from)
         if self.mode == "plain" and (self.exit_layer is not None or drafting):
             raise ValueError(
@@ -173,6 +187,7 @@ class DecodingConfig(Sampling):
 
         `auto` becomes self-speculative decoding with adaptive drafts: from n-grams, and from the early
         exit where the checkpoint or the caller names one, through the checkpoint's draft vocabulary.
+        A prediction is drafted from beside the other sources.
         In the other modes nothing is on that was not asked for; an open exit layer is the checkpoint's,
         else a quarter of the layers. A resolved config resolves to itself.
 
@@ -198,10 +213,12 @@ class DecodingConfig(Sampling):
         if draft_from is None:
             alone = auto and known is None and not self.draft_vocabulary
             draft_from = "n-gram" if alone else "both" if auto else "early-exit"
-        uses_exit = (
-            "early-exit"
-            in dataclasses.replace(self, draft_from=draft_from, mode="auto").draft_sources
-        )
+        sources = dataclasses.replace(self, draft_from=draft_from, mode="auto").draft_sources
+        if self.prediction and "prediction" not in sources:
+            draft_from = f"prediction+{draft_from}"
+        if "prediction" in sources and not self.prediction:
+            raise ValueError("there is no prediction to draft from; give one, or another source")
+        uses_exit = "early-exit" in sources
         if uses_exit and known is not None and known > num_hidden_layers:
             raise ValueError(
                 f"the checkpoint's exit layer is {known}, but it has {num_hidden_layers} layers;"
@@ -232,6 +249,7 @@ class DecodingConfig(Sampling):
             adaptive=adaptive,
             draft_vocabulary=vocabulary,
             datastore=datastore or None,
+            prediction=self.prediction or None,
         )
 
     def plain(self) -> "DecodingConfig":
@@ -245,6 +263,7 @@ class DecodingConfig(Sampling):
             adaptive=None,
             draft_vocabulary=None,
             datastore=None,
+            prediction=None,
         )
 
     def to_row(self) -> dict[str, Any]:
@@ -253,6 +272,7 @@ class DecodingConfig(Sampling):
         vocabulary, datastore = self.draft_vocabulary, self.datastore
         row["draft_vocabulary"] = len(vocabulary) if isinstance(vocabulary, tuple) else vocabulary
         row["datastore"] = str(datastore) if isinstance(datastore, Path) else bool(datastore)
+        row["prediction"] = bool(self.prediction) or "prediction" in self.draft_sources
         return row
 
 

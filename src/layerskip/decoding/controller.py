@@ -13,6 +13,8 @@ from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from layerskip.decoding.drafters import Candidate, Draft, Drafter
+from layerskip.decoding.sampling import Sampler
+from layerskip.decoding.shared_exit import SharedExit
 from layerskip.model import Decoder, StepCosts
 from layerskip.model.step_timing import FAR, PassCosts, pass_costs
 
@@ -51,14 +53,18 @@ class FixedController:
         self._lookups = [drafter for drafter in drafters if not drafter.num_layers]
         self._exit = next((drafter for drafter in drafters if drafter.num_layers), None)
 
-    def fill(self, draft: Draft, max_tokens: int) -> None:
-        """See `Controller`."""
+    def look_up(self, draft: Draft, max_tokens: int) -> None:
+        """Draft a look-up's proposal, if one has any."""
         for drafter in self._lookups:
             candidate = drafter.propose(draft, max_tokens)
             if len(candidate):
                 draft.extend(candidate, len(candidate), drafter.name)
                 return
-        if self._exit is not None:
+
+    def fill(self, draft: Draft, max_tokens: int) -> None:
+        """See `Controller`."""
+        self.look_up(draft, max_tokens)
+        if self._exit is not None and not len(draft):
             for _ in range(max_tokens):
                 draft.extend(self._exit.propose(draft, 1), 1, self._exit.name)
 
@@ -176,13 +182,43 @@ class DraftController:
         self._throughput, self._acceptance = Throughput(), Acceptance()
         self._backoff = {drafter.name: Backoff() for drafter in drafters}
 
-    def fill(self, draft: Draft, max_tokens: int) -> None:
-        """See `Controller`."""
-        self._costs = self._context_costs.at(len(draft.context))
+    @property
+    def acceptance(self) -> Acceptance:
+        """Learned from the drafts of this row."""
+        return self._acceptance
+
+    def _begin(self, max_tokens: int) -> None:
         self._survival, self._max_tokens = 1.0, max_tokens
         self._scored = 0  # tokens that the early exit proposed
         self._discarded: tuple[int, float] | None = None
         self._proposals: list[tuple[str, int, Candidate]] = []
+
+    def look_up(self, draft: Draft, max_tokens: int) -> tuple[str, Candidate, list[float]] | None:
+        """Begin a round of a batch: return the proposal of most accepted tokens expected.
+
+        Returns:
+            Its source, the proposal, and the probability that each token is accepted with all before
+            it; None where no look-up has a proposal.
+        """
+        self._begin(max_tokens)
+        best: tuple[str, Candidate, list[float]] | None = None
+        for drafter in self._lookups:
+            candidate = drafter.propose(draft, max_tokens)
+            if not len(candidate):
+                continue
+            self._proposals.append((drafter.name, 0, candidate))
+            survival, survivals = 1.0, list[float]()
+            for confidence in candidate.confidences:
+                survival *= self._acceptance.of(drafter.name, confidence)
+                survivals.append(survival)
+            if best is None or sum(survivals) > sum(best[2]):
+                best = drafter.name, candidate, survivals
+        return best
+
+    def fill(self, draft: Draft, max_tokens: int) -> None:
+        """See `Controller`."""
+        self._costs = self._context_costs.at(len(draft.context))
+        self._begin(max_tokens)
         active = {name for name, backoff in self._backoff.items() if backoff.next_round()}
         lookups = [drafter for drafter in self._lookups if drafter.name in active]
         exit_ = self._exit if self._exit is not None and self._exit.name in active else None
@@ -250,6 +286,11 @@ class DraftController:
             best = max(best, value)
         return best
 
+    def discard(self, draft: Draft, candidate: Candidate) -> None:
+        """Leave out a token of the early exit, and compare it with the model's own later."""
+        (token,), (confidence,) = candidate.token_ids, candidate.confidences
+        self._discarded, draft.discarded = (token, confidence), 1
+
     def _extend_by_exit(self, draft: Draft, exit_: Drafter) -> bool:
         """Draft a token with the early exit; return whether it is confident enough to be kept."""
         candidate = exit_.propose(draft, 1)
@@ -260,7 +301,7 @@ class DraftController:
         rest = self._costs.token(drafted) - self._costs.head  # the head has been paid for
         value = survival - self._throughput.rate * rest
         if value + self._future_value(survival, drafted + 1) < 0.0:
-            self._discarded, draft.discarded = (token, confidence), 1
+            self.discard(draft, candidate)
             return False
         self._survival = survival
         draft.extend(candidate, 1, exit_.name)
@@ -272,7 +313,7 @@ class DraftController:
     ) -> None:
         """See `Controller`."""
         (committed,), (n_accepted,) = tokens, accepted
-        self._learn_acceptance(draft, committed, n_accepted)
+        self.learn(draft, committed, n_accepted)
         time = self.round_cost(draft)
         self._throughput.update(n_accepted + 1, time)
         sources = {*draft.sources}
@@ -286,7 +327,8 @@ class DraftController:
         looked_up = len(draft) - draft.sources.count(self._exit.name if self._exit else "")
         return self._costs.round(len(draft), self._scored, looked_up)
 
-    def _learn_acceptance(self, draft: Draft, committed: Sequence[int], accepted: int) -> None:
+    def learn(self, draft: Draft, committed: Sequence[int], accepted: int) -> None:
+        """Learn the acceptance of a verified draft."""
         # Tokens after the first rejected one were never verified.
         for i in range(min(accepted + 1, len(draft))):
             if self._exit is not None and draft.sources[i] == self._exit.name:
@@ -311,40 +353,179 @@ class DraftController:
             self._acceptance.exit_verified += 1
 
 
-class BatchController:
-    """Drafts the same number of early exit tokens for each row of a batch, chosen anew each round.
+class Verified(Protocol):
+    """The committed tokens of a row's round (a `Step`)."""
 
-    Args:
-        drafter: the early exit.
-        costs: of this decoder, in plain steps.
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Accepted tokens and the model's own."""
+        ...
+
+    @property
+    def accepted(self) -> int:
+        """Number of drafted tokens among them."""
+        ...
+
+
+@dataclasses.dataclass
+class RowDraft:
+    """The draft of one row of a batch, and what decides its length.
+
+    Attributes:
+        draft: empty at first.
+        controller: of the row; None for a row that drafts nothing.
+        sampler: of the row.
+        max_tokens: number of tokens to draft at most.
+        shares_exit: whether the shared early exit may draft.
+        survival: probability that all of the draft is accepted.
     """
 
-    def __init__(self, drafter: Drafter, costs: "ContextCosts") -> None:
-        self._drafter, self._context_costs, self._backoff = drafter, costs, Backoff()
-        self._accepted = EXIT_ACCEPTANCE * EXIT_ACCEPTANCE_WEIGHT
-        self._verified = EXIT_ACCEPTANCE_WEIGHT
+    draft: Draft
+    controller: Controller | None
+    sampler: Sampler
+    max_tokens: int
+    shares_exit: bool
+    survival: float = 1.0
 
-    def fill(self, draft: Draft, max_tokens: int) -> None:
-        """See `Controller`; a single token is tried now and then where nothing pays."""
-        if not self._backoff.next_round():
-            return
-        contexts: list[int] = draft.cache.lengths.tolist()
-        costs = self._context_costs.at(*contexts)
-        n = costs.batch_draft_tokens(len(contexts), max_tokens, self._accepted / self._verified)
-        self._backoff.judge(n > 0)
-        for _ in range(n or min(1, max_tokens)):
-            draft.extend(self._drafter.propose(draft, 1), 1, self._drafter.name)
 
-    def update(
-        self, draft: Draft, tokens: Sequence[Sequence[int]], accepted: Sequence[int]
+class BatchController:
+    """Spends the positions of a round where they bring most: which rows draft, and how far.
+
+    The renewal-reward rule of `DraftController` for several rows. R is what all rows yield in a unit of
+    time, never less than in plain decoding, so that many rows draft little or nothing: each further
+    position then costs more than it yields.
+    """
+
+    def __init__(self) -> None:
+        self._throughput, self._backoff = Throughput(), Backoff()  # in rounds of plain decoding
+
+    def fill(
+        self,
+        rows: Sequence[RowDraft],
+        exit_: SharedExit | None,
+        costs: "DraftCosts",
+        prompt_positions: int,
     ) -> None:
-        """See `Controller`."""
-        d = len(draft)
-        if d:
-            self._accepted = MEMORY * self._accepted + sum(accepted)
-            # A little doubt is always left: the acceptance stays below 1.
-            verified = sum(min(n + 1, d) for n in accepted) + 1e-3
-            self._verified = MEMORY * self._verified + verified
+        """Fill the drafts of a round.
+
+        Args:
+            rows: all that decode.
+            exit_: the early exit that some of them share, or None.
+            costs: of this decoder and exit over the rows' contexts.
+            prompt_positions: number of positions of prompts in the pass.
+        """
+        n_rows = len(rows)
+        self._positions = n_rows + prompt_positions
+        self._plain = self._time = costs.over(self._positions, n_rows)
+        self._drafted_by_exit = False
+        self._rate = self._throughput.rate * n_rows / self._plain
+        self._draft_fixed(rows)
+        self._draft_lookups(rows, costs)
+        if exit_ is not None:
+            self._draft_by_exit(rows, exit_, costs)
+        self._time += costs.over(self._positions, n_rows) - self._plain
+
+    def _draft_fixed(self, rows: Sequence[RowDraft]) -> None:
+        """Draft the proposals of look-ups for rows that draft as much as they may."""
+        for row in rows:
+            if isinstance(row.controller, FixedController):
+                row.controller.look_up(row.draft, row.max_tokens)
+                self._positions += len(row.draft)
+
+    def _draft_lookups(self, rows: Sequence[RowDraft], costs: "DraftCosts") -> None:
+        """Draft the most valuable beginnings of all look-ups' proposals."""
+        offers = list[tuple[RowDraft, str, Candidate, list[float]]]()
+        for row in rows:
+            if isinstance(row.controller, DraftController):
+                offer = row.controller.look_up(row.draft, row.max_tokens)
+                if offer is not None:
+                    offers.append((row, *offer))
+        # Survival falls along a proposal, so the most probable tokens of all are beginnings of each.
+        ordered = sorted(((s, i) for i, offer in enumerate(offers) for s in offer[3]), reverse=True)
+        tokens, best_value, best = 0.0, 0.0, 0
+        for n, (survival, _) in enumerate(ordered, 1):
+            tokens += survival
+            value = tokens - self._rate * costs.rows(self._positions, n)
+            if value > best_value:
+                best_value, best = value, n
+        counts = [0] * len(offers)
+        for _, i in ordered[:best]:
+            counts[i] += 1
+        for (row, source, candidate, survivals), n in zip(offers, counts, strict=True):
+            if n:
+                row.draft.extend(candidate, n, source)
+                row.survival = survivals[n - 1]
+        self._positions += best
+
+    def _draft_by_exit(
+        self, rows: Sequence[RowDraft], exit_: SharedExit, costs: "DraftCosts"
+    ) -> None:
+        """Draft with the early exit for rows without a proposal, a token each in a pass."""
+        rows = [row for row in rows if row.shares_exit and not len(row.draft)]
+        fixed = [row for row in rows if isinstance(row.controller, FixedController)]
+        if not (rows if self._backoff.next_round() else fixed):
+            return
+        overhead = costs.overhead
+        while True:
+            rows = [row for row in rows if len(row.draft) < row.max_tokens]
+            chosen = [row for row in rows if isinstance(row.controller, FixedController)]
+            chosen += self._worth_drafting(rows, costs, overhead)
+            if not chosen:
+                return
+            candidates = exit_.propose([r.draft for r in chosen], [r.sampler for r in chosen])
+            n = len(chosen)
+            self._time += overhead + (costs.layers + costs.head) * costs.over(n, n)
+            # The first layers have seen the position before.
+            self._time -= costs.layers * costs.rows(self._positions, n)
+            overhead, self._drafted_by_exit = 0.0, True
+            kept = list[RowDraft]()
+            threshold = self._rate * (1 - costs.layers) * costs.rows(self._positions, n) / n
+            for row, candidate in zip(chosen, candidates, strict=True):
+                if isinstance(row.controller, DraftController):
+                    (confidence,) = candidate.confidences
+                    row.survival *= row.controller.acceptance.of(exit_.name, confidence)
+                    if row.survival < threshold:
+                        row.controller.discard(row.draft, candidate)
+                        continue
+                row.draft.extend(candidate, 1, exit_.name)
+                kept.append(row)
+            self._positions += len(kept)
+            rows = kept
+
+    def _worth_drafting(
+        self, rows: Sequence[RowDraft], costs: "DraftCosts", overhead: float
+    ) -> list[RowDraft]:
+        """Return the rows for which another token of the early exit pays, with those after it."""
+        ranked = [
+            (row.survival, row.controller.acceptance.exit_mean, row)
+            for row in rows
+            if isinstance(row.controller, DraftController)
+        ]
+        ranked.sort(key=lambda entry: -entry[0] * entry[1])
+        tokens = [0.0] * LOOKAHEAD  # expected of the first n rows in 1, 2, ... passes
+        best, best_value, before = 0, 0.0, costs.over(self._positions)
+        for n, (survival, mean, row) in enumerate(ranked, 1):
+            drafting, of_row = (costs.layers + costs.head) * costs.over(n, n), 0.0
+            for i in range(min(LOOKAHEAD, row.max_tokens - len(row.draft))):
+                survival *= mean
+                of_row += survival
+                tokens[i] += of_row
+                verifying = costs.over(self._positions + (i + 1) * n) - before
+                cost = overhead + (i + 1) * drafting + (1 - costs.layers) * verifying
+                if (value := tokens[i] - self._rate * cost) > best_value:
+                    best, best_value = n, value
+        return [row for _, _, row in ranked[:best]]
+
+    def update(self, verified: Sequence[tuple[RowDraft, Verified]]) -> None:
+        """Learn the verification of a round."""
+        n_rows = tokens = len(verified)
+        for row, step in verified:
+            tokens += step.accepted
+            if isinstance(row.controller, DraftController):
+                row.controller.learn(row.draft, step.tokens, step.accepted)
+        self._throughput.update(tokens / n_rows, self._time / self._plain)
+        if self._drafted_by_exit:
+            self._backoff.update(tokens / n_rows, self._time / self._plain)
 
 
 # --- costs
@@ -355,7 +536,6 @@ _GPU_ROW_COST = 0.01  # of one more position, as a share of a pass: an estimate
 _ATTENTION_ROW = 0.5
 # Seconds of Python and small operations of a draft and of a verification, beside their passes.
 _DRAFTING_S, _VERIFYING_S = 450e-6, 100e-6
-MIN_BATCH_GAIN = 1.03  # predicted speedup of a batch below which nothing is drafted
 _GROWTH = 64  # positions, whose attention takes no time that counts
 
 
@@ -393,8 +573,8 @@ class DraftCosts:
     ) -> "DraftCosts":
         """Return the costs of drafting with the first E layers and a share of the head's tokens.
 
-        Without a measurement they are shares of the bytes read, and a pass over more positions costs
-        what this machine was timed to take (on a GPU an estimate).
+        Without a measurement they are shares of the bytes read, and a pass over more positions than
+        were measured costs what this machine was timed to take (on a GPU an estimate).
 
         Args:
             decoder: the model.
@@ -404,12 +584,11 @@ class DraftCosts:
             contexts: for each prompt, the number of positions that attention reads.
         """
         depth = exit_layer / len(decoder.layers)
-        machine = _machine_costs(decoder) if measured is None or len(contexts) > 1 else None
+        machine = _machine_costs(decoder)
         if measured is None:
             weight_bytes = decoder.weight_bytes
             layers = (weight_bytes - decoder.head.weight_bytes) / weight_bytes * depth
             head = head_share * decoder.head.weight_bytes / weight_bytes
-            assert machine is not None
             one, *more = machine.passes
             passes = (one, *(cost + _VERIFYING_S / machine.seconds for cost in more))
             overhead = _DRAFTING_S / machine.seconds
@@ -418,9 +597,7 @@ class DraftCosts:
             timed = max(measured.draft_step - measured.head * scored, 0.0)
             layers = timed * exit_layer / measured.exit_layer
             head = measured.head * head_share
-            passes, overhead = measured.passes, measured.overhead
-            if machine is not None:
-                passes = _extrapolated(passes, machine.passes)
+            passes, overhead = _extrapolated(measured.passes, machine.passes), measured.overhead
         included = 0 if measured is None else measured.context
         share, row = _attention(decoder, contexts, included, None if measured else machine)
         rest = 1.0 - share
@@ -475,26 +652,6 @@ class DraftCosts:
         drafting = self.layers * passes + self.head * scored + self.overhead
         return drafting + (1 - self.layers) * self.over(drafted + 1)
 
-    def batch_draft_tokens(self, rows: int, max_tokens: int, acceptance: float) -> int:
-        """Return the best number of tokens to draft for each of so many prompts; 0 = plain decoding.
-
-        Args:
-            rows: number of prompts; a pass over n tokens of each is one over n * rows positions.
-            max_tokens: the largest number.
-            acceptance: probability below 1 that a token is accepted if those before it are.
-        """
-        step = self.over(rows, rows)
-        best, best_length = MIN_BATCH_GAIN / step, 0
-        for d in range(1, max_tokens + 1):
-            tokens = (1 - acceptance ** (d + 1)) / (1 - acceptance)
-            drafting = (self.layers * (d + 1) + self.head * d) * step
-            time = drafting + (1 - self.layers) * self.over(rows * (d + 1), rows) + self.overhead
-            if tokens / time > best:
-                best, best_length = tokens / time, d
-            if 1 / (1 - acceptance) / time <= best:  # not even the limit of tokens would be better
-                break
-        return best_length
-
 
 class ContextCosts:
     """`DraftCosts` over contexts that grow, computed anew when attention has changed them.
@@ -521,7 +678,7 @@ class ContextCosts:
     def at(self, *contexts: int) -> DraftCosts:
         """Return the costs over contexts of these lengths."""
         before = self._contexts
-        grown = max(contexts) - max(before, default=0)
+        grown = abs(max(contexts) - max(before, default=0))
         if len(before) != len(contexts) or grown >= max(max(before) // 4, _GROWTH):
             self._contexts, self._costs = contexts, self._costs_of(contexts)
         return self._costs

@@ -1,12 +1,14 @@
 """Sources of drafts. Each proposes tokens and knows neither the others nor what its tokens cost.
 
-The early exit is the paper's drafter (section 4.3). N-grams of prompt and answer (prompt lookup) and a
-retrieval datastore (REST, arXiv 2311.08252) run no layer. A further drafter is one class with the
-methods of `Drafter` and one call of `register_drafter`.
+The early exit is the paper's drafter (section 4.3). N-grams of prompt and answer (prompt lookup), a
+retrieval datastore (REST, arXiv 2311.08252) and a predicted output run no layer. A further drafter is
+one class with the methods of `Drafter` and one call of `register_drafter`.
 """
 
+import bisect
 import copy
 import dataclasses
+import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -23,6 +25,8 @@ from layerskip.model import Decoder, KVCache, argmax
 _NGRAM_CONFIDENCE = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _SHARE_POWER = 1.5  # a share of 6 in 10 in one text is one of about 5 in 10 in another
 _MAX_POSITIONS = 32  # compared for one proposal: some pairs stand everywhere
+# Probability that a prediction's next token is right after 0, 1, 2, ... right ones in a row.
+_PREDICTION_CONFIDENCE = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +104,10 @@ class Draft:
 
     def take_pending(self) -> Tensor:
         """Return the tokens that the first layers have not seen [B, n]; they are about to."""
-        tokens = self.pending[0] if len(self.pending) == 1 else torch.cat(self.pending, dim=1)
-        self.pending = []
-        return tokens
+        pending, self.pending = self.pending, []
+        if not pending:
+            return self.last[:, :0]
+        return pending[0] if len(pending) == 1 else torch.cat(pending, dim=1)
 
     def add_states(self, hidden: Tensor) -> None:
         """Note hidden states [B, n, D] that left layer E, whose keys and values are in the cache."""
@@ -197,7 +202,7 @@ class EarlyExit:
     def propose(self, draft: Draft, max_tokens: int) -> Candidate:
         """See `Drafter`."""
         tokens, sampler = draft.take_pending(), self._sampler
-        if sampler.greedy and sampler.history is None:
+        if sampler.greedy and not sampler.changes_logits:
             hidden, chosen, confidence = self._exit.greedy_step(
                 tokens, self.num_layers, draft.cache, with_confidence=self._with_confidence
             )
@@ -206,25 +211,42 @@ class EarlyExit:
         hidden = self._decoder.run(self._decoder.embed(tokens), 0, self.num_layers, draft.cache)
         draft.add_states(hidden)
         logits = self._exit.logits(hidden[:, -1:])
-        if sampler.history is not None:
-            seen = sampler.history.before(draft.tokens)[:, -1:]
-            logits = sampler.sampling.penalize(
-                logits, seen if self._head is None else seen[..., self._head.token_ids]
-            )
-        if sampler.greedy:
-            confidence = (
-                float(logits.float().softmax(dim=-1).amax()) if self._with_confidence else 1.0
-            )
-            return Candidate(self._token_ids(argmax(logits)), [confidence])
-        # Drafts are verified, so that where the exit has overflowed any distribution is right.
-        probs = sampler.sampling.probabilities(logits)[:, 0].nan_to_num(1.0)
-        chosen = sampler.sample(probs)[:, None]
-        confidence = float(probs.amax()) if self._with_confidence else 1.0
-        q = probs if self._head is None else self._head.scatter(probs)
-        return Candidate(self._token_ids(chosen), [confidence], [q])
+        return choose_draft(logits, draft, sampler, self._head, self._with_confidence)
 
     def _token_ids(self, chosen: Tensor) -> Tensor:
         return chosen if self._head is None else self._head.token_ids[chosen]
+
+
+def choose_draft(
+    logits: Tensor,
+    draft: Draft,
+    sampler: Sampler,
+    head: "ReducedHead | None",
+    with_confidence: bool = True,
+) -> Candidate:
+    """Choose a drafted token as the answer's tokens are chosen.
+
+    Args:
+        logits: [1, 1, n] after a draft, of a reduced head if there is one.
+        draft: the tokens before.
+        sampler: of the generation.
+        head: the reduced-vocabulary head, or None.
+        with_confidence: compute the highest probability; else the confidence is 1.
+    """
+    token_ids = None if head is None else head.token_ids
+    logits = sampler.process(logits, draft.tokens, token_ids)
+    if sampler.greedy:
+        chosen = argmax(logits)
+        highest = 1.0 / (logits - logits.amax()).float().exp().sum() if with_confidence else 1.0
+        tokens = chosen if token_ids is None else token_ids[chosen]
+        return Candidate(tokens, [float(highest)])
+    # Drafts are verified, so that where the exit has overflowed any distribution is right.
+    probs = sampler.sampling.probabilities(logits)[:, 0].nan_to_num(1.0)
+    chosen = sampler.sample(probs)[:, None]
+    highest = probs.amax() if with_confidence else 1.0
+    q = probs if head is None else head.scatter(probs)
+    tokens = chosen if token_ids is None else token_ids[chosen]
+    return Candidate(tokens, [float(highest)], [q])
 
 
 class NgramIndex:
@@ -349,6 +371,75 @@ class DatastoreLookup(_Lookup):
         return self._candidate(draft, tokens, [share**_SHARE_POWER for share in shares])
 
 
+class Prediction(_Lookup):
+    """Proposes the next part of a text that the answer is predicted to be.
+
+    The place in the prediction moves on with the answer. A token that deviates counts as a replacement
+    of the predicted one, until the last tokens of the answer stand elsewhere in the prediction: then the
+    answer goes on there. Of several such places the longest match counts, of these the nearest.
+
+    Args:
+        prediction: its tokens.
+        eos_token_ids: nothing is drafted beyond them.
+    """
+
+    name = "prediction"
+
+    def __init__(self, prediction: Sequence[int], eos_token_ids: Collection[int] = ()) -> None:
+        super().__init__(eos_token_ids)
+        self._prediction = list(prediction)
+        # The positions after each pair of tokens, in ascending order.
+        self._after: dict[tuple[int, int], list[int]] = {}
+        for end, pair in enumerate(itertools.pairwise(prediction), MIN_MATCH):
+            self._after.setdefault(pair, []).append(end)
+        self._tail: list[int] = []  # the answer's last tokens
+        # The next position, and how many tokens before it the answer has in a row.
+        self._place = 0, 0
+
+    def update(self, tokens: Sequence[int]) -> None:
+        """See `Drafter`: the answer's tokens move the place in the prediction."""
+        self._place = self._follow(tokens)
+        self._tail = [*self._tail, *tokens][-MAX_MATCH:]
+
+    def propose(self, draft: Draft, max_tokens: int) -> Candidate:
+        """See `Drafter`."""
+        position, matched = self._follow(draft.token_ids)
+        tokens = self._prediction[position : position + max_tokens]
+        longest = len(_PREDICTION_CONFIDENCE) - 1
+        confidences = [
+            _PREDICTION_CONFIDENCE[min(matched + i, longest)] for i in range(len(tokens))
+        ]
+        return self._candidate(draft, tokens, confidences)
+
+    def _follow(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """Return the place after more tokens of the answer."""
+        (position, matched), tail = self._place, self._tail
+        for token in tokens:
+            tail = [*tail[1 - MAX_MATCH :], token]
+            if self._prediction[position : position + 1] == [token]:
+                position, matched = position + 1, matched + 1
+            else:
+                position, matched = self._find(tail, position + 1)
+        return position, matched
+
+    def _find(self, tail: Sequence[int], expected: int) -> tuple[int, int]:
+        """Return the position after the longest match of the last tokens, and its length."""
+        places = self._after.get((tail[-2], tail[-1]), []) if len(tail) >= MIN_MATCH else []
+        middle = bisect.bisect_left(places, expected)
+        near = places[max(middle - _MAX_POSITIONS // 2, 0) : middle + _MAX_POSITIONS // 2]
+        best, best_length = expected, 0
+        for position in sorted(near, key=lambda place: abs(place - expected)):
+            length = MIN_MATCH
+            while (
+                length < min(len(tail), position)
+                and self._prediction[position - length - 1] == tail[-length - 1]
+            ):
+                length += 1
+            if length > best_length:
+                best, best_length = position, length
+        return best, best_length
+
+
 class ReducedHead:
     """The shared exit with the rows of some tokens alone (FR-Spec, arXiv 2502.14856).
 
@@ -434,6 +525,7 @@ class DrafterInputs:
         exit_layer: E, or None.
         head: a reduced-vocabulary head, or None.
         datastore: token ids or a table's file, or None.
+        prediction: token ids of a predicted answer.
         eos_token_ids: tokens that end the answer.
         adaptive: whether a controller asks for confidences.
     """
@@ -444,6 +536,7 @@ class DrafterInputs:
     exit_layer: int | None = None
     head: ReducedHead | None = None
     datastore: Path | tuple[int, ...] | None = None
+    prediction: Sequence[int] = ()
     eos_token_ids: Collection[int] = ()
     adaptive: bool = False
 
@@ -483,5 +576,10 @@ def _ngram(inputs: DrafterInputs) -> list[Drafter]:
     return drafters
 
 
+def _prediction(inputs: DrafterInputs) -> list[Drafter]:
+    return [Prediction(inputs.prediction, inputs.eos_token_ids)]
+
+
+register_drafter("prediction", _prediction)
 register_drafter("early-exit", _early_exit)
 register_drafter("n-gram", _ngram)

@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Collection, Generator, Iterator, Sequence
 from typing import TypeVar
 
@@ -15,9 +16,9 @@ from layerskip.decoding.accept import accept_greedy, accept_sampled
 from layerskip.decoding.config import DecodingConfig
 from layerskip.decoding.controller import ContextCosts, Controller, DraftController, FixedController
 from layerskip.decoding.drafters import Draft, Drafter, DrafterInputs, ReducedHead, make_drafters
-from layerskip.decoding.prefix_cache import PrefixCache
+from layerskip.decoding.prefix_cache import Prefix, PrefixCache
 from layerskip.decoding.prompt import check_prompt
-from layerskip.decoding.sampling import Sampler
+from layerskip.decoding.sampling import LogitsMask, Sampler
 from layerskip.model import NON_FINITE_MESSAGE, Decoder, KVCache, StepCosts
 
 _T = TypeVar("_T")
@@ -138,31 +139,23 @@ def generate(
     Raises:
         PromptError: the prompt is empty, longer than the context, or has an id outside the vocabulary.
     """
-    check_prompt(decoder, prompt)
-    criteria = StoppingCriteria.of(decoder, prompt, config.max_new_tokens, eos_token_ids)
-    return _until_the_end(decoder, prompt, config, criteria, measured, prefix_cache)
+    row = Row(decoder, prompt, config, eos_token_ids=eos_token_ids, measured=measured)
+    return _until_the_end(row, prefix_cache)
 
 
 @torch.inference_mode()
-def _until_the_end(
-    decoder: Decoder,
-    prompt: Sequence[int],
-    config: DecodingConfig,
-    criteria: StoppingCriteria,
-    measured: StepCosts | None,
-    prefix_cache: PrefixCache | None,
-) -> Generator[Step]:
-    n_layers = config.num_layers_to_run(len(decoder.layers))
+def _until_the_end(row: "Row", prefix_cache: PrefixCache | None) -> Generator[Step]:
+    decoder, criteria = row.decoder, row.criteria
     if prefix_cache is None:
         cache = decoder.new_cache(criteria.capacity)
     else:
-        cache = prefix_cache.cache_for(decoder, prompt, criteria.capacity, n_layers, criteria)
-    context = list(prompt)
-    steps = _steps(decoder, context, config, criteria, measured, cache)
+        cache = prefix_cache.cache_for(
+            decoder, row.context, criteria.capacity, row.n_layers, criteria
+        )
     try:
-        for step in outside_autocast(decoder.device, steps):
+        for step in outside_autocast(decoder.device, _steps(row, cache)):
             if prefix_cache is not None:
-                prefix_cache.keep(decoder, cache, context, n_layers, criteria)
+                prefix_cache.keep(decoder, cache, row.context, row.n_layers, criteria)
             yield criteria.truncate(step)
             if criteria.finished:
                 return
@@ -174,38 +167,141 @@ def _until_the_end(
         raise
 
 
-def _steps(
-    decoder: Decoder,
-    context: list[int],
-    config: DecodingConfig,
-    criteria: StoppingCriteria,
-    measured: StepCosts | None,
-    cache: KVCache,
-) -> Iterator[Step]:
-    """Yield steps without end; `context` has the prompt, and grows by their tokens."""
-    prompt = torch.tensor([context], device=decoder.device)
-    size = decoder.architecture.vocab_size
-    sampler = Sampler(config, decoder.device, config.seed, prompt, size)
-    n_layers = config.num_layers_to_run(len(decoder.layers))
-    drafters: list[Drafter] = []
-    controller: Controller | None = None
-    if config.mode == "self-speculative":
-        drafters, controller = _drafting(decoder, context, config, criteria, measured, sampler)
-    last = prefill(decoder, prompt, n_layers, cache, sampler)
-    step = Step((int(last),))
+def _steps(row: "Row", cache: KVCache) -> Iterator[Step]:
+    """Yield the steps of a row without end."""
+    row.start(cache)
+    step = None
+    while step is None:
+        step = row.prefill(PREFILL_CHUNK)
     while True:
-        context += step.tokens
-        for drafter in drafters:
-            drafter.update(step.tokens)
+        row.commit(step)
         yield step
-        if controller is None:
-            last = plain_step(decoder, last, n_layers, cache, sampler)
-            step = Step((int(last),))
-        else:
-            assert config.draft_tokens is not None
-            draft = Draft(last, cache, context)
-            n = min(config.draft_tokens, criteria.remaining - 1)
-            last, (step,) = speculate(decoder, controller, draft, n, sampler, config.exit_layer)
+        step = row.decode()
+
+
+class Row:
+    """One answer that is being decoded: its tokens, KV cache, sampler, drafters and controller.
+
+    Args:
+        decoder: the model.
+        prompt: token ids.
+        config: resolved (see `DecodingConfig.resolve`).
+        eos_token_ids: tokens that end the answer.
+        measured: see `generate`.
+        logits_mask: of constrained decoding.
+        num_logprobs: number of most likely tokens to report at each position (by `Batch`).
+
+    Attributes:
+        context: the prompt's tokens, and the answer's as far as they are committed.
+        prompt_tokens: number of tokens of the prompt.
+        n_layers: number of layers that decide every token.
+        criteria: the end of the answer.
+        cached_tokens: number of the prompt's tokens whose keys and values were copied.
+        cache: of one row; its length is the number of tokens of `context` that the layers have seen.
+        last: [1, 1], the newest token, which no layer has seen yet.
+        exit_key: exit layer and draft vocabulary of the early exit that drafts; None without one.
+
+    Raises:
+        PromptError: see `generate`.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompt: Sequence[int],
+        config: DecodingConfig,
+        *,
+        eos_token_ids: Collection[int] = (),
+        measured: StepCosts | None = None,
+        logits_mask: LogitsMask | None = None,
+        num_logprobs: int | None = None,
+    ) -> None:
+        check_prompt(decoder, prompt)
+        self.decoder, self.config, self.context = decoder, config, list(prompt)
+        self.prompt_tokens, self.num_logprobs = len(prompt), num_logprobs
+        self.n_layers = config.num_layers_to_run(len(decoder.layers))
+        self.criteria = StoppingCriteria.of(decoder, prompt, config.max_new_tokens, eos_token_ids)
+        self.cached_tokens = 0
+        self._measured, self._mask = measured, logits_mask
+
+    def start(self, cache: KVCache) -> None:
+        """Begin with a cache, which may hold the prompt's beginning."""
+        decoder, config = self.decoder, self.config
+        prompt = torch.tensor([self.context], device=decoder.device)
+        size = decoder.architecture.vocab_size
+        self.cache, self._prompt, self.last = cache, prompt, prompt[:, :0]
+        self.sampler = Sampler(config, decoder.device, config.seed, prompt, size, self._mask)
+        self.drafters: list[Drafter] = []
+        self.controller: Controller | None = None
+        self.exit_key: tuple[int, tuple[int, ...] | None] | None = None
+        if config.mode == "self-speculative":
+            if config.exit_layer is not None and "early-exit" in config.draft_sources:
+                self.exit_key = config.exit_layer, _interned(_ids(config.draft_vocabulary))
+            self.drafters, self.controller = _drafting(
+                decoder, self.context, config, self.criteria, self._measured, self.sampler
+            )
+
+    @property
+    def prompt_left(self) -> int:
+        """Number of the prompt's tokens that the layers have not seen."""
+        return max(self.prompt_tokens - int(self.cache.lengths), 0)
+
+    def prompt_chunk(self, n: int) -> Tensor:
+        """Return the next n tokens of the prompt, [1, n]."""
+        start = int(self.cache.lengths)
+        return self._prompt[:, start : start + n]
+
+    @property
+    def takes_argmax(self) -> bool:
+        """True where the most likely token is all that is needed of the model's logits."""
+        return self.sampler.greedy and not self.sampler.changes_logits and self.num_logprobs is None
+
+    def prefix(self) -> Prefix:
+        """Return the tokens that the layers have seen, with their keys and values."""
+        length = int(self.cache.lengths)
+        return Prefix(self.context[:length], self.cache, self.n_layers)
+
+    def roll_back(self) -> None:
+        """Set the cache back to the committed tokens, of which the layers have not seen the last."""
+        self.cache.lengths.fill_(len(self.context) - 1)
+
+    def max_draft_tokens(self) -> int:
+        """Return the number of tokens that may be drafted in the next round."""
+        return min(self.config.draft_tokens or 0, self.criteria.remaining - 1)
+
+    def commit(self, step: Step) -> None:
+        """Add a step's tokens to the context, and let the drafters learn them."""
+        self.context += step.tokens
+        for drafter in self.drafters:
+            drafter.update(step.tokens)
+
+    def prefill(self, n: int) -> Step | None:
+        """Run the next n tokens of the prompt; return the first step if they are its last."""
+        chunk, cache = self.prompt_chunk(n), self.cache
+        hidden = self.decoder.run(self.decoder.embed(chunk), 0, self.n_layers, cache)
+        cache.lengths += chunk.shape[1]
+        if self.prompt_left:
+            return None
+        check_finite(hidden[:, -1:])
+        self.last = self.sampler.next_tokens(self.decoder, hidden[:, -1:])
+        self.sampler.commit(self.last)
+        return Step((int(self.last),))
+
+    def decode(self) -> Step:
+        """Run the next round: a plain step, or draft and verify."""
+        if self.controller is None:
+            self.last = plain_step(self.decoder, self.last, self.n_layers, self.cache, self.sampler)
+            return Step((int(self.last),))
+        draft = Draft(self.last, self.cache, self.context)
+        self.last, (step,) = speculate(
+            self.decoder,
+            self.controller,
+            draft,
+            self.max_draft_tokens(),
+            self.sampler,
+            self.config.exit_layer,
+        )
+        return step
 
 
 def _drafting(
@@ -220,6 +316,7 @@ def _drafting(
     ends = criteria.eos_token_ids
     head = ReducedHead.of(decoder, _ids(config.draft_vocabulary), prompt)
     assert not isinstance(config.datastore, str)
+    assert not isinstance(config.prediction, str)  # `LayerSkipModel.resolve` has made tokens of it
     inputs = DrafterInputs(
         decoder=decoder,
         sampler=sampler,
@@ -227,6 +324,7 @@ def _drafting(
         exit_layer=config.exit_layer,
         head=head,
         datastore=config.datastore,
+        prediction=config.prediction or (),
         eos_token_ids=ends,
         adaptive=bool(config.adaptive),
     )
@@ -244,6 +342,12 @@ def _ids(draft_vocabulary: int | tuple[int, ...] | None) -> tuple[int, ...] | No
     return draft_vocabulary
 
 
+@functools.lru_cache(maxsize=8)
+def _interned(ids: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Return the same object for equal draft vocabularies, which makes comparing them cheap."""
+    return ids
+
+
 def outside_autocast(device: torch.device, steps: Iterator[_T]) -> Iterator[_T]:
     """Compute steps in the model's own dtype where the caller's autocast takes another."""
     while True:
@@ -255,27 +359,11 @@ def outside_autocast(device: torch.device, steps: Iterator[_T]) -> Iterator[_T]:
         yield step
 
 
-def prefill(
-    decoder: Decoder, prompt: Tensor, n_layers: int, cache: KVCache, sampler: Sampler
-) -> Tensor:
-    """Run a prompt [1, n] through layers [0, n_layers) and choose the token after it, [1, 1].
-
-    The cache may hold the beginning of the prompt; the last token is always left.
-    """
-    for chunk in prompt[:, int(cache.lengths) :].split(PREFILL_CHUNK, dim=1):
-        hidden = decoder.run(decoder.embed(chunk), 0, n_layers, cache)
-        cache.lengths += chunk.shape[1]
-    check_finite(hidden[:, -1:])
-    token = sampler.next_tokens(decoder, hidden[:, -1:])
-    sampler.commit(token)
-    return token
-
-
 def plain_step(
     decoder: Decoder, last: Tensor, n_layers: int, cache: KVCache, sampler: Sampler
 ) -> Tensor:
     """Run the newest tokens [B, 1] through layers [0, n_layers) and choose the next ones, [B, 1]."""
-    if sampler.greedy and sampler.history is None:
+    if sampler.greedy and not sampler.changes_logits:
         _, following, _ = decoder.greedy_step(last, n_layers, cache)
     else:
         hidden = decoder.run(decoder.embed(last), 0, n_layers, cache)
@@ -337,12 +425,13 @@ def speculate(
     counts = [row[-1] for row in rows]
     cache.lengths += torch.tensor(counts, device="cpu") + 1
     sampler.commit(torch.cat([tokens[:, : counts[0]], following], dim=1))
-    steps = [_step(draft, row[:-2], row[-2], row[-1]) for row in rows]
+    steps = [step_of(draft, row[:-2], row[-2], row[-1]) for row in rows]
     controller.update(draft, [step.tokens for step in steps], counts)
     return following, steps
 
 
-def _step(draft: Draft, drafted: list[int], following: int, accepted: int) -> Step:
+def step_of(draft: Draft, drafted: list[int], following: int, accepted: int) -> Step:
+    """Return the step of a verified draft: its accepted tokens, and the model's own after them."""
     return Step(
         tokens=(*drafted[:accepted], following),
         drafted=len(drafted),

@@ -10,11 +10,11 @@ from typing import Any, overload
 
 import torch
 
-from layerskip.decoding.batch import Batch, batch_config, can_batch, grouped, same_rotary_embedding
+from layerskip.decoding.batch import Batch
 from layerskip.decoding.config import DecodingConfig
 from layerskip.decoding.controller import time_passes
 from layerskip.decoding.datastore import Datastore
-from layerskip.decoding.generate import StoppingCriteria, generate
+from layerskip.decoding.generate import Row, StoppingCriteria, generate
 from layerskip.decoding.placement import device_of, dtype_of, prepared
 from layerskip.decoding.prefix_cache import PrefixCache
 from layerskip.decoding.prompt import (
@@ -127,7 +127,11 @@ class LayerSkipModel:
             ValueError: an option is unknown, out of range, or does not fit this model.
         """
         config = DecodingConfig.from_options(config, overrides)
-        config = dataclasses.replace(config, datastore=self._datastore(config.datastore))
+        config = dataclasses.replace(
+            config,
+            datastore=self._datastore(config.datastore),
+            prediction=self._prediction(config.prediction),
+        )
         return config.resolve(
             self.settings,
             len(self.decoder.layers),
@@ -155,18 +159,12 @@ class LayerSkipModel:
         Raises:
             ValueError: the prompt or an option cannot be used; the message says why.
         """
-        asked = DecodingConfig.from_options(config, overrides)
-        plan = self.resolve(asked)
+        plan = self.resolve(config, **overrides)
         tokenized = self._tokenized(prompt)
-        together = tokenized.together
         measured = self.settings.measured
-        if plan.adaptive and (measured is None or len(together) > 1):
+        if plan.adaptive and measured is None:
             time_passes(self.decoder)  # before the answer's clock starts
-        is_open = asked.mode == "auto" and asked.draft_from is None
-        is_open = is_open and not (asked.adaptive or asked.datastore)
-        if len(together) > 1 and is_open and plan.repetition_penalty == 1.0:
-            plan = batch_config(plan, self.decoder, measured, together)
-        eos_token_ids = self._eos_token_ids(plan)
+        eos_token_ids = self.eos_token_ids(plan)
         steps = generate(
             self.decoder,
             tokenized.ids,
@@ -187,8 +185,12 @@ class LayerSkipModel:
             continues=tokenized.continues,
         )
 
-    def _eos_token_ids(self, config: DecodingConfig) -> frozenset[int]:
-        """Return the tokens that end an answer, with those that are a stop string by themselves."""
+    def eos_token_ids(self, config: DecodingConfig) -> frozenset[int]:
+        """Return the tokens that end an answer, with those that are a stop string by themselves.
+
+        Raises:
+            ValueError: there are stop strings and no tokenizer, or one cannot be tokenized.
+        """
         eos_token_ids = frozenset() if config.ignore_eos else self.end_tokens
         if self.tokenizer is not None:
             return eos_token_ids | stop_tokens(self.tokenizer, config.stop)
@@ -212,10 +214,8 @@ class LayerSkipModel:
     def generate(self, prompt: Any, config: DecodingConfig | None = None, **overrides: Any) -> Any:
         """Answer a prompt, or a list of prompts together.
 
-        A list is decoded in batches (see `batch.grouped`), whose rows end one by one; in float32 each
-        greedy answer is that of its prompt alone. What looks at one text (repetition penalty, drafts
-        from n-grams) is answered one after the other; where mode auto may choose, drafts come from the
-        early exit alone, or decoding is plain.
+        A list is decoded as one batch, whose rows begin and end one by one; in float32 each greedy
+        answer is that of its prompt alone.
 
         Args:
             prompt: a text (tokenized as it stands), a list of token ids, a list of chat messages
@@ -240,44 +240,40 @@ class LayerSkipModel:
             with named(i):
                 tokenized.append(self._tokenized(one))
                 check_prompt(self.decoder, tokenized[-1].ids)
-        groups = grouped([len(one.ids) for one in tokenized])
-        together = {
-            i: tuple(len(tokenized[j].ids) for j in group) for group in groups for i in group
-        }
         answers = [
-            self.answer(
-                dataclasses.replace(one, together=together[i]),
-                config,
-                seed=nth_seed(config.seed, i),
-            )
+            self.answer(one, config, seed=nth_seed(config.seed, i))
             for i, one in enumerate(tokenized)
         ]
-        for group in groups:
-            self._complete([answers[i] for i in group])
+        self._complete(answers)
         return [answer.generation for answer in answers]
 
     def _complete(self, answers: Sequence[Answer]) -> None:
-        """Compute some answers, as one batch where that is possible."""
-        config, prompts = answers[0].config, [answer.prompt for answer in answers]
-        if not can_batch(config) or not same_rotary_embedding(
-            self.decoder, prompts, config.max_new_tokens
-        ):
-            for answer in answers:
-                answer.complete()
-            return
+        """Compute some answers as one batch."""
+        measured = self.settings.measured
+        batch = Batch(self.decoder, measured=measured)
+        by_row = dict[Row, Answer]()
+        for answer in answers:
+            row = Row(
+                self.decoder,
+                answer.prompt,
+                answer.config,
+                eos_token_ids=answer.eos_token_ids,
+                measured=measured,
+            )
+            by_row[row] = answer
+            batch.add(row)
+        if len(answers) > 1 and any(answer.config.adaptive for answer in answers):
+            time_passes(self.decoder)  # before the answers' clocks start
         for answer in answers:
             answer.begin()
-        batch = Batch(
-            self.decoder,
-            prompts,
-            config,
-            eos_token_ids=answers[0].eos_token_ids,
-            measured=self.settings.measured,
-        )
-        for row, step in batch.steps():
-            answers[row].take(step)
-            if answers[row].stopped:
-                batch.leave(row)
+        for output in batch:
+            if output.step is None:
+                assert output.error is not None
+                raise output.error
+            answer = by_row[output.row]
+            answer.take(output.step)
+            if answer.stopped:
+                batch.remove(output.row)
         for answer in answers:
             answer.finish()
 
@@ -301,16 +297,30 @@ class LayerSkipModel:
         if isinstance(datastore, str):
             text, ids = self._last_datastore
             if text != datastore:  # a text may be long, and prompts many
-                if self.tokenizer is None:
-                    raise ValueError(
-                        "this checkpoint has no tokenizer; give the datastore as token ids"
-                    )
-                ids = tuple(encode(datastore, self.tokenizer, add_special_tokens=False))
+                ids = self._encode("datastore", datastore)
                 self._last_datastore = datastore, ids
             datastore = ids
-        if datastore and not 0 <= min(datastore) <= max(datastore) < size:
-            raise ValueError(f"a datastore has to be a text, or token ids of 0 to {size - 1}")
+        self._check_ids("datastore", datastore)
         return datastore
+
+    def _prediction(self, prediction: str | tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """Return the token ids of a predicted answer."""
+        if isinstance(prediction, str):
+            prediction = self._encode("prediction", prediction)
+        self._check_ids("prediction", prediction or ())
+        return prediction
+
+    def _encode(self, name: str, text: str) -> tuple[int, ...]:
+        if not text:
+            return ()
+        if self.tokenizer is None:
+            raise ValueError(f"this checkpoint has no tokenizer; give the {name} as token ids")
+        return tuple(encode(text, self.tokenizer, add_special_tokens=False))
+
+    def _check_ids(self, name: str, ids: tuple[int, ...]) -> None:
+        size = self.decoder.architecture.vocab_size
+        if ids and not 0 <= min(ids) <= max(ids) < size:
+            raise ValueError(f"a {name} has to be a text, or token ids of 0 to {size - 1}")
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt; see `prompt.tokenize`."""

@@ -1,8 +1,14 @@
-"""`PrefixCache`: keys and values that a prompt shares with the text before it are computed once."""
+"""Keys and values that a prompt shares with earlier texts are computed once.
+
+`PrefixCache` is for one answer after another, `PrefixPool` for many at the same time.
+"""
 
 import threading
 from collections.abc import Sequence
 from itertools import takewhile
+
+import numpy as np
+import numpy.typing as npt
 
 from layerskip.model import Decoder, KVCache
 
@@ -101,6 +107,96 @@ class PrefixCache:
     def _forget(self) -> None:
         self._decoder = self._cache = None
         self._text = []
+
+
+class Prefix:
+    """A text whose keys and values a cache has.
+
+    Args:
+        tokens: of the text.
+        cache: of one row.
+        n_layers: number of layers that have run.
+
+    Attributes:
+        capacity: positions that the cache was made for, by which LongRoPE chooses its factors.
+    """
+
+    def __init__(self, tokens: Sequence[int], cache: KVCache, n_layers: int) -> None:
+        self.tokens = np.array(tokens, np.int64)
+        self.cache, self.n_layers, self.capacity = cache, n_layers, cache.capacity
+
+    def shared(self, tokens: npt.NDArray[np.int64]) -> int:
+        """Return how many tokens both texts begin with."""
+        n = min(len(self.tokens), len(tokens))
+        differs = self.tokens[:n] != tokens[:n]
+        return int(differs.argmax()) if differs.any() else n
+
+    def shrink(self, decoder: Decoder) -> None:
+        """Move to a cache of no more memory than the text needs."""
+        n = len(self.tokens)
+        if n < self.cache.capacity:
+            smaller = decoder.new_cache(n)
+            smaller.take(self.cache, n)
+            self.cache = smaller
+
+
+class PrefixPool:
+    """Texts of ended answers whose KV caches later prompts copy from, the least recently used first."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._prefixes: list[Prefix] = []
+
+    @property
+    def positions(self) -> int:
+        """Positions of all caches."""
+        return sum(prefix.cache.capacity for prefix in self._prefixes)
+
+    def add(self, prefix: Prefix) -> None:
+        """Keep a text, in place of those that it begins with."""
+        if len(prefix.tokens):
+            prefix.shrink(self._decoder)
+            kept = [old for old in self._prefixes if not self._replaces(prefix, old)]
+            self._prefixes = [*kept, prefix]
+
+    def _replaces(self, new: Prefix, old: Prefix) -> bool:
+        is_beginning = old.shared(new.tokens) == len(old.tokens) and old.n_layers <= new.n_layers
+        return is_beginning and same_rope_scaling(self._decoder, new.capacity, old.capacity)
+
+    def take(
+        self, prompt: Sequence[int], cache: KVCache, n_layers: int, others: Sequence[Prefix] = ()
+    ) -> int:
+        """Copy what an empty cache's prompt shares with a text, except the prompt's last token.
+
+        Args:
+            prompt: token ids.
+            cache: of the prompt, whose length is set.
+            n_layers: number of layers that will run.
+            others: further texts, such as those of running answers.
+
+        Returns:
+            The number of tokens copied.
+        """
+        text = np.array(prompt[:-1], np.int64)
+        usable = [
+            prefix
+            for prefix in (*self._prefixes, *others)
+            if prefix.n_layers >= n_layers
+            and same_rope_scaling(self._decoder, cache.capacity, prefix.capacity)
+        ]
+        best = max(usable, key=lambda prefix: prefix.shared(text), default=None)
+        if best is None or not (length := best.shared(text)):
+            return 0
+        cache.take(best.cache, length)
+        if best in self._prefixes:
+            self._prefixes.remove(best)
+            self._prefixes.append(best)
+        return length
+
+    def shrink(self, positions: int) -> None:
+        """Forget the texts that were not used for longest, until the caches have so many positions."""
+        while self._prefixes and self.positions > positions:
+            del self._prefixes[0]
 
 
 def same_rope_scaling(decoder: Decoder, *capacities: int) -> bool:

@@ -30,13 +30,10 @@ class Tokenized:
     Attributes:
         ids: the tokens.
         continues: whether the answer's text goes on where the prompt's ends.
-        together: number of tokens of each prompt of its batch, this one among them; () for one
-            prompt alone.
     """
 
     ids: list[int]
     continues: bool
-    together: tuple[int, ...] = ()
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
 """Logits to probabilities to tokens: one definition for plain decoding, drafting and verification.
 
-The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p.
+The order is that of transformers: penalties, temperature, top-k, top-p, min-p.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,12 @@ from layerskip.model import NON_FINITE_MESSAGE, Decoder, argmax
 from layerskip.options import check_options, integer, option
 
 _Array = npt.NDArray[Any]
+LogitsMask = Callable[[Sequence[int]], Tensor | None]
+"""Returns the tokens that may follow an answer so far, [V] bool, for constrained decoding.
+
+Its argument has the answer's committed and drafted tokens. None allows all of them; it is also right
+after tokens that were not allowed, which will be rejected.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +55,20 @@ class Sampling:
     repetition_penalty: float = option(
         1.0, "Above 1 makes tokens of prompt and answer less likely.", above=0.0, metavar="R"
     )
+    frequency_penalty: float = option(
+        0.0,
+        "Subtracted from a token's logit for each time that the answer has it.",
+        at_least=-2.0,
+        at_most=2.0,
+        metavar="P",
+    )
+    presence_penalty: float = option(
+        0.0,
+        "Subtracted from the logits of the tokens that the answer has.",
+        at_least=-2.0,
+        at_most=2.0,
+        metavar="P",
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -63,20 +84,30 @@ class Sampling:
         names = (field.name for field in dataclasses.fields(Sampling))
         return Sampling(**{name: getattr(self, name) for name in names})
 
-    def penalize(self, logits: Tensor, seen: Tensor | None) -> Tensor:
-        """Apply the repetition penalty (Keskar et al., 2019).
+    @property
+    def has_penalties(self) -> bool:
+        """True where choices depend on the tokens before."""
+        return bool(
+            self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty
+        )
+
+    def penalize(self, logits: Tensor, seen: Tensor, counts: Tensor) -> Tensor:
+        """Apply the repetition penalty (Keskar et al., 2019), then OpenAI's two.
 
         Args:
             logits: [..., V].
-            seen: [..., V] bool, the tokens before each position; None without a penalty.
+            seen: [..., V] bool, the tokens of prompt and answer before each position.
+            counts: [..., V] float32, how often the answer has each token before.
         """
-        if seen is None:
-            return logits
         logits = logits.float()
         penalty = self.repetition_penalty
-        return torch.where(
-            seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits
-        )
+        if penalty != 1.0:
+            scaled = torch.where(logits < 0, logits * penalty, logits / penalty)
+            logits = torch.where(seen, scaled, logits)
+        if self.frequency_penalty or self.presence_penalty:
+            present = (counts > 0).float()
+            logits = logits - self.frequency_penalty * counts - self.presence_penalty * present
+        return logits
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the distribution that tokens are sampled from, [..., V] to [..., V] float32.
@@ -173,8 +204,9 @@ class Sampler:
         sampling: options.
         device: of the logits.
         seed: of sampling; None = another one each time.
-        prompt: [1, n] for a repetition penalty, which needs one row.
-        vocab_size: V, with a prompt.
+        prompt: [1, n], for penalties.
+        vocab_size: V, for penalties.
+        logits_mask: of constrained decoding.
     """
 
     def __init__(
@@ -184,27 +216,65 @@ class Sampler:
         seed: int | None = None,
         prompt: Tensor | None = None,
         vocab_size: int = 0,
+        logits_mask: LogitsMask | None = None,
     ) -> None:
         self.sampling, self.greedy = sampling, sampling.greedy
         self.generator = None if self.greedy else seeded_generator(device, seed)
         self.history: TokenHistory | None = None
-        if sampling.repetition_penalty != 1.0:
+        self._mask, self._answer = logits_mask, list[int]()
+        if sampling.has_penalties:
             if prompt is None:
-                raise ValueError("a repetition penalty is for one prompt, not for a batch")
+                raise ValueError("penalties are for one prompt, not for a batch")
             self.history = TokenHistory(prompt, vocab_size)
+
+    @property
+    def changes_logits(self) -> bool:
+        """True where penalties or a mask come between the model's logits and the choice."""
+        return self.history is not None or self._mask is not None
+
+    def process(self, logits: Tensor, draft: Tensor, token_ids: Tensor | None = None) -> Tensor:
+        """Apply penalties and mask to the logits of the last n of d + 1 positions, [B, n, V].
+
+        Args:
+            logits: after `draft[:, :d - n + 1]` and longer beginnings of the draft.
+            draft: [B, d].
+            token_ids: [V] int64, the token of each logit of a reduced head; None = all tokens.
+        """
+        n = logits.shape[1]
+        kept = slice(None) if token_ids is None else token_ids
+        if self.history is not None:
+            seen, counts = (part[:, -n:, kept] for part in self.history.before(draft))
+            logits = self.sampling.penalize(logits, seen, counts)
+        if self._mask is not None:
+            drafted: list[int] = draft[0].tolist()
+            logits = logits.float().clone()
+            for i in range(n):
+                tokens = [*self._answer, *drafted[: len(drafted) - n + 1 + i]]
+                allowed = self._mask(tokens)
+                if allowed is not None:
+                    allowed = allowed.to(logits.device)[kept]
+                    logits[:, i].masked_fill_(~allowed, float("-inf"))
+        return logits
 
     def target_tokens(self, decoder: Decoder, hidden: Tensor, draft: Tensor) -> Tensor:
         """Return the greedy choices [B, d + 1] after hidden states [B, d + 1, D] of a draft [B, d]."""
-        if self.history is None:
+        if not self.changes_logits:
             return decoder.greedy_tokens(hidden)
-        return argmax(self.sampling.penalize(decoder.logits(hidden), self.history.before(draft)))
+        return argmax(self.process(decoder.logits(hidden), draft))
 
-    def target_probs(self, decoder: Decoder, hidden: Tensor, draft: Tensor) -> Tensor:
-        """Return the distributions p [B, d + 1, V] after hidden states [B, d + 1, D] of a draft."""
-        logits = decoder.logits(hidden)
-        if self.history is not None:
-            logits = self.sampling.penalize(logits, self.history.before(draft))
-        return self.sampling.probabilities(logits)
+    def target_probs(
+        self, decoder: Decoder, hidden: Tensor, draft: Tensor
+    ) -> Callable[[int, int], Tensor]:
+        """Return the distributions p after hidden states [B, d + 1, D] of a draft; see `probs_of`."""
+        return self.probs_of(decoder.logits(hidden), draft)
+
+    def probs_of(self, logits: Tensor, draft: Tensor) -> Callable[[int, int], Tensor]:
+        """Return the distributions p of the model's logits [B, d + 1, V] at a draft [B, d].
+
+        p(i, j) computes those of positions i to j - 1, [B, j - i, V].
+        """
+        logits = self.process(logits, draft)
+        return lambda start, end: self.sampling.probabilities(logits[:, start:end])
 
     def next_tokens(self, decoder: Decoder, hidden: Tensor) -> Tensor:
         """Choose one token after hidden states, [B, 1, D] to [B, 1].
@@ -215,7 +285,7 @@ class Sampler:
         nothing = torch.empty(len(hidden), 0, dtype=torch.int64, device=hidden.device)
         if self.greedy:
             return self.target_tokens(decoder, hidden, nothing)
-        return self.sample(self.target_probs(decoder, hidden, nothing)[:, 0])[:, None]
+        return self.sample(self.target_probs(decoder, hidden, nothing)(0, 1)[:, 0])[:, None]
 
     def sample(self, weights: Tensor) -> Tensor:
         """Sample one token of each row, [B, V] to [B]; weights need not sum to 1."""
@@ -225,6 +295,35 @@ class Sampler:
         """Add tokens [1, n] that are part of the answer to the history."""
         if self.history is not None:
             self.history.extend(tokens)
+        if self._mask is not None:
+            self._answer += tokens[0].tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Log probabilities at one position: log softmax of the model's logits, before any option.
+
+    Attributes:
+        token_id: the token that was chosen.
+        logprob: its log probability.
+        top: the most likely token ids and their log probabilities, most likely first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> tuple[TokenLogprobs, ...]:
+    """Return the log probabilities of tokens and of the `top` most likely ones, for logits [n, V]."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    highest = logprobs.topk(min(top, logits.shape[-1]), dim=-1)
+    return tuple(
+        TokenLogprobs(token, float(row[token]), tuple(zip(ids, values, strict=True)))
+        for token, row, ids, values in zip(
+            tokens, logprobs, highest.indices.tolist(), highest.values.tolist(), strict=True
+        )
+    )
 
 
 def sample(weights: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -267,25 +366,33 @@ def seeded_generator(device: torch.device, seed: int | None) -> torch.Generator:
 
 
 class TokenHistory:
-    """The tokens before a position, for the repetition penalty of one row."""
+    """The tokens before a position, for the penalties of one row."""
 
     def __init__(self, prompt: Tensor, vocab_size: int) -> None:
         """Start with a prompt [1, n]."""
         self._seen = torch.zeros(1, vocab_size, dtype=torch.bool, device=prompt.device)
-        self.extend(prompt)
+        self._seen.scatter_(1, prompt, True)
+        self._counts = torch.zeros(1, vocab_size, dtype=torch.float32, device=prompt.device)
 
     def extend(self, tokens: Tensor) -> None:
-        """Add tokens [1, n]."""
+        """Add tokens [1, n] of the answer."""
         self._seen.scatter_(1, tokens, True)
+        ones = torch.ones_like(tokens, dtype=torch.float32)
+        self._counts.scatter_add_(1, tokens, ones)
 
-    def before(self, draft: Tensor) -> Tensor:
-        """Return the tokens seen before each drafted token [1, n], and after the last.
+    def before(self, draft: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens before each drafted token [1, n], and after the last.
+
+        Row i of the results has the committed tokens and draft[:, :i].
 
         Returns:
-            [1, n + 1, V] bool; row i has the committed tokens and draft[:, :i].
+            [1, n + 1, V] bool, those of prompt and answer, and [1, n + 1, V] float32, how often the
+            answer has each.
         """
         n = draft.shape[1]
-        seen = self._seen[:, None].repeat(1, n + 1, 1)
+        seen, counts = (part[:, None].repeat(1, n + 1, 1) for part in (self._seen, self._counts))
         for i in range(n):
-            seen[:, i + 1 :].scatter_(2, draft[:, i, None, None].expand(1, n - i, 1), True)
-        return seen
+            index = draft[:, i, None, None].expand(1, n - i, 1)
+            seen[:, i + 1 :].scatter_(2, index, True)
+            counts[:, i + 1 :].scatter_add_(2, index, torch.ones_like(index, dtype=torch.float32))
+        return seen, counts

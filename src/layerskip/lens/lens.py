@@ -82,10 +82,18 @@ class Lens:
         return top == top[-1]
 
     @property
-    def settled(self) -> list[int]:
-        """The settled layer of each position: the first of the exits from which on all agree."""
+    def saturation_layers(self) -> list[int]:
+        """The saturation layer of each position: the first of the exits from which on all agree.
+
+        The term is that of Geva et al. (2022), arXiv 2203.14680.
+        """
         n_agreeing = self.agrees.flip(0).long().cumprod(0).sum(0)  # counted from the last layer
         return [self.exits[-n] for n in n_agreeing.tolist()]
+
+    @property
+    def settled(self) -> list[int]:
+        """Deprecated name of `saturation_layers`."""
+        return self.saturation_layers
 
     def best(self, row: int, column: int) -> list[tuple[int, float]]:
         """Return the top tokens of an exit (row) at a position (column) with their probabilities."""
@@ -220,14 +228,14 @@ class Agreement:
         prompts: number of texts.
         positions: number of positions, all texts together.
         agreeing: for each exit, number of positions where its top token is that of the last layer.
-        settling: for each exit, number of positions whose settled layer it is.
+        saturating: for each exit, number of positions whose saturation layer it is.
     """
 
     exits: tuple[int, ...]
     prompts: int
     positions: int
     agreeing: tuple[int, ...]
-    settling: tuple[int, ...]
+    saturating: tuple[int, ...]
 
     @classmethod
     def of(cls, lens: Lens) -> "Agreement":
@@ -238,7 +246,7 @@ class Agreement:
             prompts=1,
             positions=len(answer.positions),
             agreeing=tuple(answer.agrees.sum(dim=1).tolist()),
-            settling=tuple(answer.settled.count(e) for e in answer.exits),
+            saturating=tuple(answer.saturation_layers.count(e) for e in answer.exits),
         )
 
     def __add__(self, other: "Agreement") -> "Agreement":
@@ -248,7 +256,7 @@ class Agreement:
             prompts=self.prompts + other.prompts,
             positions=self.positions + other.positions,
             agreeing=tuple(map(sum, zip(self.agreeing, other.agreeing, strict=True))),
-            settling=tuple(map(sum, zip(self.settling, other.settling, strict=True))),
+            saturating=tuple(map(sum, zip(self.saturating, other.saturating, strict=True))),
         )
 
     @property
@@ -262,24 +270,42 @@ class Agreement:
         return dict(zip(self.exits, self.rates, strict=True))
 
     @property
+    def saturated_by(self) -> list[float]:
+        """Fraction of positions whose saturation layer is the exit or an earlier one, for each exit."""
+        return [n / self.positions for n in itertools.accumulate(self.saturating)]
+
+    @property
+    def mean_saturation_layer(self) -> float:
+        """The mean saturation layer."""
+        return sum(e * n for e, n in zip(self.exits, self.saturating, strict=True)) / self.positions
+
+    @property
     def settled_by(self) -> list[float]:
-        """Fraction of positions whose settled layer is the exit or an earlier one, for each exit."""
-        return [n / self.positions for n in itertools.accumulate(self.settling)]
+        """Deprecated name of `saturated_by`."""
+        return self.saturated_by
 
     @property
     def mean_settled_layer(self) -> float:
-        """The mean settled layer."""
-        return sum(e * n for e, n in zip(self.exits, self.settling, strict=True)) / self.positions
+        """Deprecated name of `mean_saturation_layer`."""
+        return self.mean_saturation_layer
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the totals and an entry for each layer, for JSON."""
+        """Return the totals and an entry for each layer, for JSON ("settled": deprecated names)."""
         return {
             "prompts": self.prompts,
             "positions": self.positions,
-            "mean_settled_layer": self.mean_settled_layer,
+            "mean_saturation_layer": self.mean_saturation_layer,
+            "mean_settled_layer": self.mean_saturation_layer,
             "layers": [
-                {"exit_layer": e, "agreement": rate, "settled_by": settled}
-                for e, rate, settled in zip(self.exits, self.rates, self.settled_by, strict=True)
+                {
+                    "exit_layer": e,
+                    "agreement": rate,
+                    "saturated_by": saturated,
+                    "settled_by": saturated,
+                }
+                for e, rate, saturated in zip(
+                    self.exits, self.rates, self.saturated_by, strict=True
+                )
             ],
         }
 

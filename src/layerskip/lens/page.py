@@ -31,13 +31,13 @@ class _Grid:
 
     def __init__(self, report: Report) -> None:
         lens = report.lens
-        agrees, settled = lens.agrees.tolist(), lens.settled
+        agrees, saturated = lens.agrees.tolist(), lens.saturation_layers
         origins = _origins(report.rounds)
         self.columns = [
             {
                 "position": position,
                 "symbol": report.symbols[lens.token_ids[position]],
-                "settled": settled[column],
+                "saturated": saturated[column],
                 "in_prompt": position < lens.prompt_tokens,
                 "starts_answer": position == lens.prompt_tokens and column > 0,
                 "origin": origins.get(position),
@@ -54,9 +54,10 @@ class _Grid:
                         "symbol": report.symbols[int(lens.top_ids[row, column, 0])],
                         "percent": round(100 * float(lens.top_probabilities[row, column, 0])),
                         "agrees": agrees[row][column],
-                        "settles": settled[column] == e,
-                        # A vertical part of the line between settled and other cells.
-                        "left": column > 0 and (settled[column - 1] <= e) != (settled[column] <= e),
+                        "saturates": saturated[column] == e,
+                        # A vertical part of the line between saturated and other cells.
+                        "left": column > 0
+                        and (saturated[column - 1] <= e) != (saturated[column] <= e),
                     }
                     for column in range(len(lens.positions))
                 ],

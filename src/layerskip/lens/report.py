@@ -61,11 +61,12 @@ class Report:
                     "token_id": lens.token_ids[position],
                     "symbol": self.symbols[lens.token_ids[position]],
                     "in_answer": position >= lens.prompt_tokens,
-                    "settled_layer": settled,
+                    "saturation_layer": layer,
+                    "settled_layer": layer,  # deprecated
                     "layers": [self._prediction(row, column) for row in range(len(lens.exits))],
                 }
-                for column, (position, settled) in enumerate(
-                    zip(lens.positions, lens.settled, strict=True)
+                for column, (position, layer) in enumerate(
+                    zip(lens.positions, lens.saturation_layers, strict=True)
                 )
             ],
         }
@@ -144,7 +145,7 @@ def draw_report(report: Report) -> bytes:
     n_rows, n_columns = len(lens.exits), len(lens.positions)
     figure = new_figure(2.2 + 0.82 * n_columns, 1.6 + 0.25 * n_rows)
     axes, bars = figure.subplots(1, 2, sharey=True, width_ratios=[n_columns, 1.6])
-    agrees, settled = lens.agrees, lens.settled
+    agrees, saturated = lens.agrees, lens.saturation_layers
     for color, shown in ((AGREES, agrees), (DIFFERS, ~agrees)):
         p = lens.top_probabilities[:, :, 0].clone()
         p[~shown] = float("nan")
@@ -159,7 +160,7 @@ def draw_report(report: Report) -> bytes:
                 weight="bold" if agrees[row, column] else "normal",
                 **_TEXT,
             )
-    steps = [lens.exits.index(e) for e in settled]
+    steps = [lens.exits.index(e) for e in saturated]
     axes.stairs(steps, range(n_columns + 1), baseline=n_rows, color="black", linewidth=1.8)
     header = [_cut(report.symbols[lens.token_ids[position]]) for position in lens.positions]
     for column, (position, text) in enumerate(zip(lens.positions, header, strict=True)):
@@ -181,19 +182,19 @@ def draw_report(report: Report) -> bytes:
     title = f"What every layer would have said: {report.model}"
     figure.suptitle(title, fontsize=11, parse_math=False)
     figure.supxlabel(
-        "green: as the last layer, orange: another token, both by probability; black line: settled",
+        "green: as the last layer, orange: another token, both by probability; black line: saturated",
         fontsize=8,
     )
     return png(figure, dpi=110)
 
 
 def draw_agreement(agreement: Agreement, model: str) -> bytes:
-    """Draw agreement and settled positions over the layers, as a PNG."""
+    """Draw agreement and saturated positions over the layers, as a PNG."""
     figure = new_figure(7, 4.2)
     axes = figure.add_subplot()
     axes.plot(agreement.exits, agreement.rates, "o-", color="#25a18e", label="agrees with the last")
     axes.plot(
-        agreement.exits, agreement.settled_by, "s--", color="#3554a5", label="settled by then"
+        agreement.exits, agreement.saturated_by, "s--", color="#3554a5", label="saturated by then"
     )
     axes.set(xlabel="exit layer (layers run)", ylabel="share of answer tokens", ylim=(0, 1.03))
     axes.set_title(

@@ -451,25 +451,57 @@ class Decoder:
         span = cache.span(hidden.shape[1], start, stop)
         return self._through(hidden, start, stop, span, cache.capacity)
 
+    def run_rows(
+        self, hidden: Tensor, start: int, stop: int, rows: Sequence[tuple[KVCache, int]]
+    ) -> Tensor:
+        """Run layers [start, stop) over several rows, each with its own cache and number of positions.
+
+        Matrix products are over the positions of all rows, attention is row by row.
+
+        Args:
+            hidden: [N, D], the hidden states of all rows one after another.
+            start: see `run`.
+            stop: see `run`.
+            rows: for each row its cache, of batch size 1, and how many of the N positions it has.
+
+        Returns:
+            [N, D].
+
+        Raises:
+            ValueError: see `run`.
+        """
+        self._check_layers(start, stop)
+        if start == stop:
+            return hidden
+        spans = [(cache.span(n, start, stop), cache.capacity) for cache, n in rows]
+        return self._through_layers(hidden, start, stop, spans)
+
     def _through(
         self, hidden: Tensor, start: int, stop: int, span: CacheView, capacity: int
     ) -> Tensor:
         """Run layers over a view of a cache of `capacity` positions."""
-        a = self.architecture
         b, t, d = hidden.shape
+        x = self._through_layers(hidden.reshape(b * t, d), start, stop, [(span, capacity)])
+        return x.view(b, t, d)
+
+    def _through_layers(
+        self, x: Tensor, start: int, stop: int, spans: Sequence[tuple[CacheView, int]]
+    ) -> Tensor:
+        """Run layers over hidden states [N, D] of views of caches with their capacities."""
+        a = self.architecture
         kinds, windows = self.rotary.kinds, a.sliding_windows
         freqs_cis = {
-            kind: self.rotary.freqs_cis(kind, span.positions, capacity)
+            kind: [self.rotary.freqs_cis(kind, span.positions, n) for span, n in spans]
             for kind in set(kinds[start:stop])
         }
         masks = {
-            window: span.mask(window, self.dtype, a.n_heads // a.n_kv_heads)
+            window: [span.mask(window, self.dtype, a.n_heads // a.n_kv_heads) for span, _ in spans]
             for window in set(windows[start:stop])
         }
-        x = hidden.reshape(b * t, d)
+        views = [span for span, _ in spans]
         for index in range(start, stop):
-            x = self._layer(x, index, span, freqs_cis[kinds[index]], masks[windows[index]])
-        return x.view(b, t, d)
+            x = self._layer(x, index, views, freqs_cis[kinds[index]], masks[windows[index]])
+        return x
 
     def _check_layers(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= len(self.layers):
@@ -529,12 +561,22 @@ class Decoder:
         return both
 
     def _layer(
-        self, x: Tensor, index: int, span: CacheView, turn: Tensor, mask: Tensor | None
+        self,
+        x: Tensor,
+        index: int,
+        spans: Sequence[CacheView],
+        turns: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
     ) -> Tensor:
-        """Run one layer over hidden states [N, D]."""
+        """Run one layer over hidden states [N, D] of some views."""
         w = self.layers[index]
         normed = x if w.attention_norm is None else w.attention_norm(x)
-        heads = self._attention(w.qkv(normed), index, span, turn, mask)
+        parts = w.qkv(normed).split([span.positions.numel() for span in spans])
+        outputs = [
+            self._attention(part, index, span, turn, mask)
+            for part, span, turn, mask in zip(parts, spans, turns, masks, strict=True)
+        ]
+        heads = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         attended = _add(x, w.attention_out, heads, w.attention_post_norm)
         mlp_input = x if self.architecture.parallel_residual else attended
         normed = mlp_input if w.mlp_norm is None else w.mlp_norm(mlp_input)

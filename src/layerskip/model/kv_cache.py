@@ -40,29 +40,11 @@ class KVCache:
         shape = (a.n_layers, 2, batch_size, a.n_kv_heads, capacity, a.head_dim)
         # Slots passed in may be larger; what they hold is overwritten before it is read.
         self.slots = _zeros(shape, dtype, torch.device(device)) if slots is None else slots
-        self._is_lazy = self.slots.device.type == "cpu"  # see `_zeros`
         self.capacity = capacity
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Keep these rows alone, [n] int64, in this order.
-
-        Only committed positions are moved, in whole tiles of the compiled kernels' layout. Where unused
-        capacity takes memory (on a GPU), rows are moved in place.
-        """
-        slots, lengths = self.slots, self.lengths[rows.to(self.lengths.device)]
-        shape = (*slots.shape[:2], len(lengths), *slots.shape[3:])
-        kept: list[int] = rows.tolist()
-        stays = not self._is_lazy and kept == sorted({*kept})
-        place = slots[:, :, : len(kept)] if stays else _zeros(shape, slots.dtype, slots.device)
-        for i, (row, length) in enumerate(zip(kept, lengths.tolist(), strict=True)):
-            used = min(-(-length // _TILE) * _TILE, slots.shape[-2])
-            if not (stays and row == i):
-                place[:, :, i, :, :used] = slots[:, :, row, :, :used]
-        self.slots, self.lengths = place, lengths
-
     def take(self, other: "KVCache", length: int) -> None:
-        """Copy the first positions of another cache, in whole tiles (see `keep_rows`)."""
+        """Copy the first positions of another cache, in whole tiles of the compiled kernels' layout."""
         room = min(self.slots.shape[-2], other.slots.shape[-2])
         used = min(-(-length // _TILE) * _TILE, room)
         self.slots[..., :used, :] = other.slots[..., :used, :]

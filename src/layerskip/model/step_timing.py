@@ -31,9 +31,9 @@ ForwardPass = Callable[[int, int], object]
 """Runs a forward pass over so many positions, after so many in the KV cache."""
 
 FAR = 512  # positions in the KV cache for the timing of attention
-_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 _MAX_ROWS = max(_ROWS)
-_TIMED = (*((rows, 0) for rows in _ROWS), *((rows, FAR) for rows in (1, 4, _MAX_ROWS)))
+_TIMED = (*((rows, 0) for rows in _ROWS), *((rows, FAR) for rows in (1, 4, 16, _MAX_ROWS)))
 _MIN_ROUNDS, _MAX_ROUNDS = 4, 24
 _MAX_SECONDS = 4.0  # after the first rounds: slow layers on a busy machine would take minutes
 _STEADY = 1.05  # largest ratio of the two lowest times of a steady measurement
@@ -86,7 +86,7 @@ def costs_kind(decoder: Decoder) -> tuple[str, ...]:
 
 
 def pass_costs(decoder: Decoder) -> PassCosts:
-    """Return the costs of passes over 1, 2, ... 16 positions on a CPU, timing them if necessary.
+    """Return the costs of passes over 1, 2, ... 32 positions on a CPU, timing them if necessary.
 
     Timed are the decoder's own first layers, more of them than caches hold, because the costs depend on
     their shapes: in PyTorch, on one thread with AVX2, five rows of float32 took twice the time of one in

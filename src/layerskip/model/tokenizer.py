@@ -59,7 +59,7 @@ def load(path: Path, gguf_file: GgufFile | None = None) -> Any:
 
             is_fast = (path / "tokenizer.json").is_file()
             if not is_fast and (path / "tokenizer.model").is_file():
-                _check_sentencepiece(path)
+                check_sentencepiece(path)
             return read(str(path), read_file, is_fast=is_fast)
         return None if gguf_file is None else from_gguf(gguf_file)
     except (UnsupportedModelError, CheckpointError):
@@ -69,7 +69,8 @@ def load(path: Path, gguf_file: GgufFile | None = None) -> Any:
         raise CheckpointError(f"the tokenizer of {path} cannot be read: {reason}") from error
 
 
-def _check_sentencepiece(path: Path) -> None:
+def check_sentencepiece(path: Path) -> None:
+    """Raise CheckpointError where a folder's tokenizer.model cannot be read for want of a package."""
     packages = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
     missing = [name for name, module in packages.items() if not _is_installed(module)]
     if missing:

@@ -26,9 +26,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def setting(help_text: str, default: Any = MISSING) -> Any:
-    """A field of a dataclass of settings, with its help on the command line."""
-    return field(default=default, metadata={"help": help_text})
+def setting(help_text: str, default: Any = MISSING, flags: tuple[str, ...] = ()) -> Any:
+    """A field of a dataclass of settings, with its help and its flags if not derived from the name."""
+    return field(default=default, metadata={"help": help_text, "flags": flags})
 
 
 @dataclass(frozen=True, kw_only=True)

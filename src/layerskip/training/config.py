@@ -8,7 +8,7 @@ import os
 import reprlib
 import types
 from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, fields, replace
+from dataclasses import Field, InitVar, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -18,6 +18,7 @@ from layerskip.recipe.schedule import RecipeConfig, setting
 _LEARNING_RATES = {"pretrain": 8e-4, "continual": 3e-5, "domain": 1e-4, "task": 1e-4}
 
 
+_ALIASES = {"keep_draft_text": "keep_datastore"}  # deprecated names
 # A flag -> the settings of a file that it replaces, because they would contradict it.
 _REPLACES = {
     "epochs": {"max_steps"},
@@ -104,9 +105,10 @@ class TrainConfig:
     keep_checkpoints: int = setting("checkpoints that are kept", 2)
     exit_layer: int | None = setting("exit written into the result for decoding", None)
     draft_tokens: int = setting("draft tokens written into the result for decoding", 4)
-    keep_draft_text: bool = setting(
+    keep_datastore: bool = setting(
         "store the rows that others repeat most in the result, as an n-gram datastore",
         False,
+        flags=("--keep-datastore", "--keep-draft-text"),
     )
     resume: bool = setting("resume from the last checkpoint in --output", False)
     seed: int = setting("seed of everything random", 0)
@@ -114,8 +116,11 @@ class TrainConfig:
         "auto = a CUDA GPU where there is one; cpu = leave it alone", "auto"
     )
     threads: int | None = setting("CPU threads to use; default: PyTorch's own number", None)
+    keep_draft_text: InitVar[bool | None] = None  # deprecated name of `keep_datastore`
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, keep_draft_text: bool | None) -> None:
+        if keep_draft_text is not None:
+            object.__setattr__(self, "keep_datastore", keep_draft_text)
         for name in ("model", "tokenizer", "output"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, os.path.expanduser(path))
@@ -196,7 +201,7 @@ class TrainConfig:
             ValueError: an unknown or missing name, or a value of another type.
         """
         settings = cls.settings()
-        values = {str(name).replace("-", "_"): v for name, v in values.items() if v is not None}
+        values = {_setting_name(name): v for name, v in values.items() if v is not None}
         for name in values:
             if name not in settings:
                 similar = difflib.get_close_matches(name, settings, 1)
@@ -253,7 +258,12 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must have lines of the form 'name: value'")
-    return {str(name).replace("-", "_"): value for name, value in values.items()}
+    return {_setting_name(name): value for name, value in values.items()}
+
+
+def _setting_name(name: Any) -> str:
+    name = str(name).replace("-", "_")
+    return _ALIASES.get(name, name)
 
 
 def default_alpha(rank: int) -> int:

@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 import random
+import re
 import string
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,9 @@ from layerskip.recipe.exit_loss import IGNORED_LABEL
 from layerskip.training.config import TrainConfig
 
 _BATCHES_SORTED_TOGETHER = 50
+_PIECE_CHARS = 1 << 18  # tokenized at once: tokenizers take some 260 bytes of memory per byte
+# Between words: after a line break, before a space. Runs of white space may be one token.
+_BORDERS = (re.compile(r"(?<=\S)\n(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -117,19 +121,42 @@ class Encoding:
 
     def _running(self, text: str, end: list[int]) -> list[int]:
         """Encode text without a prompt; an empty one has no end token either."""
-        return self._tokenize(text, may_cut=not self.to_pack) + end if text else []
+        if not text:
+            return []
+        return (self._uncut if self.to_pack else self)._tokenize(text) + end
 
-    def _tokenize(self, text: str, may_cut: bool = True, **options: Any) -> list[int]:
+    def _tokenize(self, text: str, **options: Any) -> list[int]:
         """Tokenize a text, or as much of it as gives more than `max_length` tokens."""
-        size = len(text)
-        if self.cut_texts and may_cut:
-            size = 2 * (self.max_length + 1) * self._longest_token
+        if not self.cut_texts:
+            return self._tokenize_in_pieces(text, **options)
+        size = 2 * (self.max_length + 1) * self._longest_token
         while True:
-            ids: list[int] = self.tokenizer(text[:size], **options)["input_ids"]
+            ids = self._uncut._tokenize_in_pieces(text[:size], **options)
             # The last tokens of a part may differ from those of the whole text, but not the first.
             if size >= len(text) or len(ids) > 2 * self.max_length:
                 return ids
             size *= 4
+
+    @functools.cached_property
+    def _uncut(self) -> Encoding:
+        return replace(self, cut_texts=False)
+
+    def _tokenize_in_pieces(self, text: str, **options: Any) -> list[int]:
+        """Tokenize all of a text, with no more memory than a piece of it takes."""
+        first, *others = pieces(text)
+        ids: list[int] = self.tokenizer(first, **options)["input_ids"]
+        if not others:
+            return ids
+        # Special tokens, if any, are around the whole text.
+        inner: list[int] = self.tokenizer(first, add_special_tokens=False)["input_ids"]
+        n = len(inner)
+        start = next((i for i in range(len(ids) - n + 1) if ids[i : i + n] == inner), 0)
+        ids, after = ids[: start + n], ids[start + n :]
+        for before, piece in itertools.pairwise((first, *others)):
+            last = before[-1]
+            last_ids = self._tokenize(last, add_special_tokens=False)
+            ids += self._continuation(last, last_ids, piece, special=False)
+        return ids + after
 
     @functools.cached_property
     def _longest_token(self) -> int:
@@ -223,6 +250,24 @@ class Encoding:
         )
 
 
+def pieces(text: str) -> list[str]:
+    """Divide a text into pieces of at most `_PIECE_CHARS` characters.
+
+    They end after a line break, else before a space, where no tokenizer in use has a token across.
+    """
+    parts, start = [], 0
+    while len(text) - start > _PIECE_CHARS:
+        end = start + _PIECE_CHARS
+        for border in _BORDERS:
+            ends = [match.end() for match in border.finditer(text, start + _PIECE_CHARS // 2, end)]
+            if ends:
+                end = ends[-1]
+                break
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]]
+
+
 def end_of_turn(tokenizer: Any) -> int | None:
     """Return the special token that the chat template puts after an answer, or None."""
     answer = "an answer 7391"
@@ -239,12 +284,17 @@ def end_of_turn(tokenizer: Any) -> int | None:
     return next((token for token in following if token in special), None)
 
 
+_TOO_WIDE = re.compile(r"\d{5}")
+
+
 class _Filled(string.Formatter):
     """Fills a template with fields that are texts or numbers, but not None."""
 
     def format_field(self, value: Any, format_spec: str) -> Any:
         if value is None or isinstance(value, Mapping | list | tuple):
             raise TypeError(f"a field of {type(value).__name__} is neither text nor number")
+        if _TOO_WIDE.search(format_spec):
+            raise ValueError(f"the width of {format_spec[:20]!r} has more than four digits")
         return super().format_field(value, format_spec)
 
 

@@ -8,22 +8,22 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils.hub import cached_file
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from layerskip.errors import TrainingWarning
 from layerskip.fileio import check_links, read_json
-from layerskip.model.architecture import UnsupportedModelError
+from layerskip.model.architecture import UnsupportedModelError, check_ropes
 from layerskip.model.checkpoint import check_folder
 from layerskip.model.families import (
+    FAMILIES,
     OWN_KERNELS,
     check_causal,
     check_not_quantized,
@@ -31,9 +31,9 @@ from layerskip.model.families import (
     check_weights_unnamed,
 )
 from layerskip.model.hardware import has_fast_bfloat16
-from layerskip.model.hub import BUILTIN_MODELS, BuiltinModel, kind_of, pull
-from layerskip.model.tokenizer import read
-from layerskip.model.weights import SafetensorsFiles
+from layerskip.model.hub import BUILTIN_MODELS, BuiltinModel, SourceError, kind_of, pull
+from layerskip.model.tokenizer import check_sentencepiece, read
+from layerskip.model.weights import SafetensorsFiles, check_finite
 from layerskip.recipe.model_parts import find_model_parts
 from layerskip.training.config import TrainConfig, default_alpha
 from layerskip.training.data import end_of_turn
@@ -44,6 +44,9 @@ _MATMUL_RUNS = 5
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # else transformers would ask
 _SHORT_ROWS = 512  # tokens; up to here eager attention is faster on a CPU
 _MAX_ATTENTION_BYTES = 2 * 2**30  # of the attention weights that it keeps for backward
+# Of a repository on the hub: what configures a model and tokenizer, and its weights.
+_SETTINGS_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+_WEIGHT_FILES = ("model*.safetensors",)
 _END_TOKENS = 4  # last tokens of a row, among which is the one that ends an answer
 
 
@@ -91,36 +94,42 @@ def _matmul_s(dtype: torch.dtype) -> float:
 
 
 def pretrained(name: str) -> tuple[str, dict[str, Any]]:
-    """Return the arguments of transformers' `from_pretrained` for a model's name.
+    """Return the arguments of transformers' `from_pretrained` for a model's settings and tokenizer.
 
     Returns:
-        The folder or hub id, and keyword arguments.
+        The folder, and keyword arguments.
 
     Raises:
-        ValueError: `check_files` refuses it, or a built-in model cannot be fetched.
+        ValueError: `check_files` refuses it, or it cannot be fetched.
     """
-    if (kind := kind_of(name)) != "builtin":
+    kind = kind_of(name)
+    if kind == "builtin":
+        is_gguf = isinstance(BUILTIN_MODELS[name], BuiltinModel)
+        return str(pull(name)), {"gguf_file": "model.gguf"} if is_gguf else {}
+    if kind == "local":
         check_files(name)
-        if kind == "hub":
-            _check_no_adapter_on_the_hub(name)
         return name, {}
-    is_gguf = isinstance(BUILTIN_MODELS[name], BuiltinModel)
-    return str(pull(name)), {"gguf_file": "model.gguf"} if is_gguf else {}
+    folder = _from_hub(name, _SETTINGS_FILES)
+    if Path(folder, "adapter_config.json").is_file():  # transformers would load the base it names
+        raise UnsupportedModelError(
+            f"{name} on the hub is or has an adapter: merge it first (peft's merge_and_unload)"
+        )
+    _check_settings(Path(folder))
+    return folder, {}
 
 
 def check_files(name: str) -> None:
     """Refuse a folder that cannot be trained, or from which it is unsafe to load.
 
     Args:
-        name: of a model; a built-in one or a hub id passes.
+        name: a folder; a built-in model or a hub id passes.
 
     Raises:
         ValueError: it has only a GGUF file or adapter, links to files outside of the folder, or has
             damaged weights or weights of another dtype than floats of 16 to 64 bits.
     """
     path = Path(name)
-    check_folder(path)
-    check_links(path)  # training passes on what the files say
+    _check_settings(path)
     if any((path / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
         SafetensorsFiles(path)  # refuses damaged files, other dtypes, and files of other folders
     kinds = {file.suffix for file in path.iterdir()} if path.is_dir() else {path.suffix}
@@ -130,20 +139,34 @@ def check_files(name: str) -> None:
         )
 
 
-def _check_no_adapter_on_the_hub(name: str) -> None:
-    """Refuse adapters: transformers would load the base that they name, and pickles of adapters."""
-    adapter = None
-    with contextlib.suppress(OSError, ValueError):  # a missing repository is reported on loading
-        adapter = find_adapter_config_file(name)
-    if adapter is not None:
-        raise UnsupportedModelError(
-            f"{name} on the hub is or has an adapter: merge it first (peft's merge_and_unload)"
-        )
+def _check_settings(folder: Path) -> None:
+    check_folder(folder)
+    check_links(folder)  # training passes on what the files say
+
+
+def _from_hub(name: str, patterns: Sequence[str]) -> str:
+    """Fetch files of a repository into the hub's cache, and return their folder.
+
+    Raises:
+        SourceError: they cannot be fetched.
+    """
+    try:
+        return snapshot_download(name, allow_patterns=list(patterns))
+    except Exception as error:  # the hub's, and those of its HTTP library
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[1:] or lines) or type(error).__name__  # the first is the status
+        raise SourceError(
+            f"{name} cannot be fetched from the hub: {reason.rstrip('.')};"
+            f" and there is no folder {name} here"
+        ) from error
 
 
 def pretrained_weights(name: str) -> tuple[str, dict[str, Any]]:
-    """Return the arguments for a model: `pretrained`, with the weights of a GGUF file dequantized."""
+    """Return `pretrained` of a model with its weights, those of a GGUF file dequantized."""
     folder, arguments = pretrained(name)
+    if kind_of(name) == "hub":
+        folder = _from_hub(name, (*_SETTINGS_FILES, *_WEIGHT_FILES))
+        check_files(folder)
     if arguments:
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return folder, arguments
@@ -155,13 +178,13 @@ def load_tokenizer(config: TrainConfig) -> Any:
     folder, _ = pretrained(source)
     with _failures_named(f"no tokenizer in {source}"):
 
-        def file_of(name: str) -> str | None:
-            return cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
-
         def fields_of(name: str) -> Mapping[str, Any]:
-            return read_json(Path(file)) if (file := file_of(name)) else {}
+            return read_json(file) if (file := Path(folder, name)).is_file() else {}
 
-        tokenizer = read(folder, fields_of, is_fast=file_of("tokenizer.json") is not None)
+        is_fast = Path(folder, "tokenizer.json").is_file()
+        if not is_fast and Path(folder, "tokenizer.model").is_file():
+            check_sentencepiece(Path(folder))
+        tokenizer = read(folder, fields_of, is_fast=is_fast)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -246,7 +269,10 @@ def model_config(model: str) -> Any:
     folder, arguments = pretrained(model)
     with _failures_named(f"no model in {model}"):
         if not arguments:  # a built-in GGUF file has no config.json
-            check_sizes(PreTrainedConfig.get_config_dict(folder)[0])
+            stored = PreTrainedConfig.get_config_dict(folder)[0]
+            check_sizes(stored)
+            if stored.get("model_type") in FAMILIES:  # others may have rotary scaling of their own
+                check_ropes(stored)
         config = AutoConfig.from_pretrained(folder, **_NO_CODE, **arguments)
     check_weights_unnamed(config.to_dict())
     check_not_quantized(config.to_dict())
@@ -301,6 +327,9 @@ def pretrained_model(name: str, dtype: torch.dtype = torch.float32) -> PreTraine
                 f"{name} {what} {min(keys)}, which its config.json asks for ({len(keys)} such"
                 " weights): save or fetch it again"
             )
+    for key, weight in model.named_parameters():
+        if not weight.is_meta:
+            check_finite(key, weight)
     if unexpected := info["unexpected_keys"]:
         message = f"{name} has weights that its config.json knows nothing of, such as"
         message += f" {min(unexpected)}: they are left out"
@@ -387,8 +416,9 @@ def _failures_named(what: str) -> Iterator[None]:
 
 
 def one_line(what: str, error: Exception) -> str:
-    """Return `what` with the first line of an error's message."""
-    return f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    """Return `what` with the first line of an error's message, or two where that is a heading."""
+    first, *others = str(error).splitlines() or [type(error).__name__]
+    return f"{what}: {' '.join([first, *others[: first.endswith(':')]])}"
 
 
 def with_adapter(model: PreTrainedModel, config: TrainConfig) -> Any:

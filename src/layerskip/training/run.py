@@ -125,15 +125,20 @@ def train(config: TrainConfig, watch: Callable[[Progress], None] | None = None) 
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Handle SIGTERM, as a scheduler or `kill` sends it, like Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
+    """Handle SIGTERM, as a scheduler or `kill` sends it, like Ctrl-C.
+
+    A handler that is there stays, such as that of the command line, and only the main thread can set
+    one.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _train(
@@ -486,7 +491,7 @@ def _own_settings(model: Any, trainer: LayerSkipTrainer, config: TrainConfig) ->
     rows: Any = trainer.train_dataset
     if (vocabulary := draft_vocabulary(rows, model, tokenizer.eos_token_id)) is not None:
         own_settings["draft_vocabulary"] = settings.text_of_ids(vocabulary)
-    if config.keep_draft_text:
+    if config.keep_datastore:
         labels = (rows[i]["labels"] for i in sampled_rows(len(rows)))
         if text := most_repeated([[x for x in row if x != IGNORED_LABEL] for row in labels]):
             own_settings["draft_text"] = settings.text_of_ids(text)

@@ -146,6 +146,11 @@ def _load(path: Path) -> ctypes.CDLL:
             *(i64, i64, i64, i64),  # batch, positions, start, stop
             *(ptr, i64, ptr, i32),  # slots, capacity, rotary tables, threads
         ),
+        "run_rows": (
+            *(ptr, ptr, ptr),  # model, hidden, out
+            *(ptr, i64),  # sequences, and how many
+            *(i64, i64, i32),  # start, stop, threads
+        ),
         "product": (
             *(ptr, ptr, f32, ptr),  # matrix, norm, eps, x
             *(i64, ptr, i32),  # rows, out, threads

@@ -78,25 +78,33 @@ constexpr int TOGETHER = QUERIES;
 constexpr int64_t CHUNK = 128, PAIRED = 2 * LANES;  // caches have whole pairs of tiles: see native_decoder.py
 constexpr int MOST_HEAD_DIM = 1024;
 
+// One sequence of a pass: its rows, and its keys and values.
+struct Sequence {
+  int64_t length, positions;  // positions in the cache before the pass, and rows in the pass
+  char *slots;                // keys of its first layer: [KV heads, capacity, head_dim]
+  int64_t capacity, stride;   // bytes between keys and values of a layer, and between values and the next layer's keys
+  const float *const *turns;  // rotary tables [position][head_dim / 2][2] (cos, sin), one for each kind of embedding
+  int64_t first;              // its first row: set by `run`, as the next ones are
+  int64_t chunks;             // of its positions, those of the pass included
+  float *partial;             // split-KV: [KV heads, chunks, queries, head_dim + 2], else null
+};
+
 struct Pass {
   const Model &m;
   float *x;  // [rows, hidden]
-  const int64_t *lengths;
-  int64_t batch, positions, rows;  // rows = batch * positions
-  char *slots;                     // [L, 2, B, KV heads, capacity, head_dim]
-  int64_t capacity;
-  const float *const *turns;  // rotary tables [position][head_dim / 2][2] (cos, sin), one for each kind of embedding
+  const Sequence *sequences;
+  int64_t batch, rows;
+  const int64_t *sequence_of;  // for each row
   Team &team;
   int thread, threads;
   float *qkv, *attended, *gate_up, *projected;
-  float *partial;  // split-KV: [B, KV heads, chunks, queries, head_dim + 2], else null
-  int64_t chunks;  // of the longest sequence
-  char *inputs, *gated;  // [rows, stride]: inputs of a product, and of `down`
+  bool splits_positions;  // split-KV
+  char *inputs, *gated;   // [rows, stride]: inputs of a product, and of `down`
 
-  int64_t position(int64_t row) const { return lengths[row / positions] + row % positions; }
   int64_t element() const { return m.cache_kind == FLOAT32 ? 4 : 2; }
   char *slot(int64_t layer, int which, int64_t b, int64_t head) const {
-    return slots + (((layer * 2 + which) * batch + b) * m.kv_heads + head) * capacity * m.head_dim * element();
+    const Sequence &s = sequences[b];
+    return s.slots + (layer * 2 + which) * s.stride + head * s.capacity * m.head_dim * element();
   }
 
   // Encodes the inputs of a product with all threads. `source(row)` returns the argument of `encode`.
@@ -171,9 +179,9 @@ struct Pass {
       const int64_t first = mine.first > head * rows ? mine.first - head * rows : 0;
       const int64_t last = mine.last - head * rows < rows ? mine.last - head * rows : rows;
       for (int64_t row = first; row < last; row++) {
-        const int64_t b = row / positions, at = position(row);
+        const int64_t b = sequence_of[row], at = sequences[b].length + row - sequences[b].first;
         float *v = qkv + (row * all + head) * hd;
-        if (head < m.heads + m.kv_heads) turn(v, layer, head, at);
+        if (head < m.heads + m.kv_heads) turn(v, layer, head, sequences[b].turns[layer.rope] + at * hd);
         if (head >= m.heads + m.kv_heads) {
           put_value(slot(index, 1, b, head - m.heads - m.kv_heads), v, at);
         } else if (head >= m.heads) {
@@ -185,7 +193,7 @@ struct Pass {
     team.wait(threads);
   }
 
-  void turn(float *v, const Layer &layer, int64_t head, int64_t at) const {
+  void turn(float *v, const Layer &layer, int64_t head, const float *by) const {
     const int64_t hd = m.head_dim;
     if (layer.qk_norm) {
       const float *weight = layer.qk_norm + head * hd;
@@ -193,7 +201,6 @@ struct Pass {
       for (int64_t k = 0; k < hd; k += WIDTH) store<Vec>(v + k, load<Vec>(v + k) * factor * load<Vec>(weight + k));
     }
     // Pairs are complex numbers: (a, b) (c, s) = (a, b) c + (b, a) (-s, s).
-    const float *by = turns[layer.rope] + at * hd;
     for (int64_t k = 0; k < hd; k += WIDTH) {
       const Pairs pairs = load<Pairs>(v + k), turned = load<Pairs>(by + k);
       const Vec cosines = (Vec)(turned << 32 | (turned & 0xffffffffu));
@@ -241,52 +248,81 @@ struct Pass {
     }
   }
 
+  int64_t groups() const { return m.heads / m.kv_heads; }
+  int64_t queries_of(int64_t b) const { return sequences[b].positions * groups(); }
+  int64_t blocks_of(int64_t b) const { return (queries_of(b) + TOGETHER - 1) / TOGETHER; }
+
   // Queries of one sequence that share keys and values (GQA) are processed together, some at a time. If
   // there are few, threads also split the positions (split-KV, flash-decoding), each reading its part once.
   void attend(const Layer &layer, int64_t index) const {
-    const int64_t hd = m.head_dim, groups = m.heads / m.kv_heads, queries = positions * groups;
-    const int64_t blocks = (queries + TOGETHER - 1) / TOGETHER, of_one = queries * (hd + 2);
-    float parts[TOGETHER * (MOST_HEAD_DIM + 2)];
-    if (!partial) {
-      for (int64_t i = thread; i < batch * m.kv_heads * blocks; i += threads) {
-        const int64_t block = i % blocks, kv = i / blocks % m.kv_heads, b = i / blocks / m.kv_heads;
-        const Share some = share(queries, block, blocks);
-        Joined joined[TOGETHER];
-        for (int64_t q = some.first; q < some.last; q++) joined[q - some.first].begin(attended_of(b, kv, q), hd);
-        for (int64_t chunk = 0; chunk < chunks; chunk++) {
-          answer(layer, index, b, kv, some, chunk, parts);
-          for (int64_t q = 0; q < some.last - some.first; q++) joined[q].take(parts + q * (hd + 2), hd);
-        }
-        for (int64_t q = 0; q < some.last - some.first; q++) joined[q].end(hd);
-      }
+    if (splits_positions) {
+      attend_in_parts(layer, index);
     } else {
-      const int64_t first = first_chunk(layer), reached = chunks - first;
-      // All blocks of a chunk go to one thread, unless some thread would be idle then.
-      const int64_t splits = batch * m.kv_heads * reached < 4 * threads ? blocks : 1, at_once = blocks / splits;
-      const int64_t units = batch * m.kv_heads * reached * splits;
-      // Interleaves sequences, since chunks beyond the end of a sequence are no work.
-      const bool in_turns = batch > 1;
-      const Share mine = in_turns ? Share{thread, units} : share(units, thread, threads);
-      for (int64_t i = mine.first; i < mine.last; i += in_turns ? threads : 1) {
-        const int64_t chunk = first + i / splits % reached, of = i / splits / reached;
-        for (int64_t j = 0; j < at_once; j++) {
-          const Share some = share(queries, i % splits + j, blocks);
-          float *to = partial + (of * chunks + chunk) * of_one + some.first * (hd + 2);
-          answer(layer, index, of / m.kv_heads, of % m.kv_heads, some, chunk, to);
+      const int64_t hd = m.head_dim;
+      float parts[TOGETHER * (MOST_HEAD_DIM + 2)];
+      int64_t unit = 0;
+      for (int64_t b = 0; b < batch; b++)
+        for (int64_t i = 0; i < m.kv_heads * blocks_of(b); i++, unit++) {
+          if (unit % threads != thread) continue;
+          const int64_t blocks = blocks_of(b), kv = i / blocks;
+          const Share some = share(queries_of(b), i % blocks, blocks);
+          Joined joined[TOGETHER];
+          for (int64_t q = some.first; q < some.last; q++) joined[q - some.first].begin(attended_of(b, kv, q), hd);
+          for (int64_t chunk = 0; chunk < sequences[b].chunks; chunk++) {
+            answer(layer, index, b, kv, some, chunk, parts);
+            for (int64_t q = 0; q < some.last - some.first; q++) joined[q].take(parts + q * (hd + 2), hd);
+          }
+          for (int64_t q = 0; q < some.last - some.first; q++) joined[q].end(hd);
         }
-      }
-      team.wait(threads);
-      const Share own = share(batch * m.kv_heads * queries, thread, threads);
-      for (int64_t i = own.first; i < own.last; i++) {
-        const int64_t q = i % queries, of = i / queries;
-        Joined joined;
-        joined.begin(attended_of(of / m.kv_heads, of % m.kv_heads, q), hd);
-        for (int64_t chunk = first; chunk < chunks; chunk++)
-          joined.take(partial + (of * chunks + chunk) * of_one + q * (hd + 2), hd);
-        joined.end(hd);
+    }
+    team.wait(threads);
+  }
+
+  void attend_in_parts(const Layer &layer, int64_t index) const {
+    const int64_t hd = m.head_dim;
+    int64_t units = 0;
+    for (int64_t b = 0; b < batch; b++) units += m.kv_heads * (sequences[b].chunks - first_chunk(layer, b));
+    // All blocks of a chunk go to one thread, unless some thread would be idle then.
+    const bool splits_blocks = units < 4 * threads;
+    if (splits_blocks) {
+      units = 0;
+      for (int64_t b = 0; b < batch; b++)
+        units += m.kv_heads * (sequences[b].chunks - first_chunk(layer, b)) * blocks_of(b);
+    }
+    // Interleaves several sequences, whose chunks differ in work.
+    const Share mine = share(units, thread, threads);
+    int64_t unit = 0;
+    for (int64_t b = 0; b < batch; b++) {
+      const int64_t first = first_chunk(layer, b), reached = sequences[b].chunks - first, blocks = blocks_of(b);
+      const int64_t splits = splits_blocks ? blocks : 1, at_once = splits_blocks ? 1 : blocks;
+      for (int64_t i = 0; i < m.kv_heads * reached * splits; i++, unit++) {
+        if (batch > 1 ? unit % threads != thread : unit < mine.first || unit >= mine.last) continue;
+        const int64_t chunk = first + i / splits % reached, kv = i / splits / reached;
+        for (int64_t j = 0; j < at_once; j++) {
+          const Share some = share(queries_of(b), i % splits + j, blocks);
+          answer(layer, index, b, kv, some, chunk, part_of(b, kv, chunk, some.first));
+        }
       }
     }
     team.wait(threads);
+    const Share own = share(rows * m.heads, thread, threads);
+    unit = 0;
+    for (int64_t b = 0; b < batch; b++) {
+      const int64_t queries = queries_of(b), all = m.kv_heads * queries;
+      const int64_t from = own.first > unit ? own.first - unit : 0, to = own.last < unit + all ? own.last - unit : all;
+      for (int64_t i = from; i < to; i++) {
+        Joined joined;
+        joined.begin(attended_of(b, i / queries, i % queries), hd);
+        for (int64_t chunk = first_chunk(layer, b); chunk < sequences[b].chunks; chunk++)
+          joined.take(part_of(b, i / queries, chunk, i % queries), hd);
+        joined.end(hd);
+      }
+      unit += all;
+    }
+  }
+
+  float *part_of(int64_t b, int64_t kv, int64_t chunk, int64_t q) const {
+    return sequences[b].partial + ((kv * sequences[b].chunks + chunk) * queries_of(b) + q) * (m.head_dim + 2);
   }
 
   // Prefetches into L2.
@@ -297,11 +333,8 @@ struct Pass {
   }
 
   // Query q of those that share head kv of sequence b; ordered by position, then head.
-  int64_t query_row(int64_t b, int64_t q) const { return b * positions + q / (m.heads / m.kv_heads); }
-  int64_t query_head(int64_t kv, int64_t q) const {
-    const int64_t groups = m.heads / m.kv_heads;
-    return kv * groups + q % groups;
-  }
+  int64_t query_row(int64_t b, int64_t q) const { return sequences[b].first + q / groups(); }
+  int64_t query_head(int64_t kv, int64_t q) const { return kv * groups() + q % groups(); }
   float *attended_of(int64_t b, int64_t kv, int64_t q) const {
     return attended + (query_row(b, q) * m.heads + query_head(kv, q)) * m.head_dim;
   }
@@ -366,7 +399,7 @@ struct Pass {
     const float scale = 1.0f / std::sqrt((float)hd);
     float *from_first = scores + (first * LANES - start);
     multiply(keys, 0, last - first, queries, n, {from_first, CHUNK, keys.out, false, scale, nullptr});
-    if (FETCHES_KEYS && partial) fetch_keys(index, b, kv, chunk + 1);  // those of a prompt are in the cache already
+    if (FETCHES_KEYS && splits_positions) fetch_keys(index, b, kv, chunk + 1);  // those of a prompt are in the cache already
     // Values are read in whole pairs or tiles of positions: masked positions have the weight 0.
     const Seen whole{all.begin / PAIRED * PAIRED - start, (all.end + PAIRED - 1) / PAIRED * PAIRED - start};
     const char *values = slot(index, 1, b, kv) + start * hd * element();
@@ -396,15 +429,14 @@ struct Pass {
     }
     Seen from(int64_t start) const { return {begin - start, end - start}; }
   };
-  // The first chunk that any row attends to.
-  int64_t first_chunk(const Layer &layer) const {
-    int64_t shortest = lengths[0];
-    for (int64_t b = 1; b < batch; b++) shortest = lengths[b] < shortest ? lengths[b] : shortest;
-    return layer.window && shortest >= layer.window ? (shortest + 1 - layer.window) / CHUNK : 0;
+  // The first chunk that any row of sequence b attends to.
+  int64_t first_chunk(const Layer &layer, int64_t b) const {
+    const int64_t length = sequences[b].length;
+    return layer.window && length >= layer.window ? (length + 1 - layer.window) / CHUNK : 0;
   }
   // The positions of a chunk that a row of sequence b attends to.
   Seen seen(const Layer &layer, int64_t b, int64_t row, int64_t chunk) const {
-    const int64_t end = lengths[b] + row + 1, begin = layer.window && end > layer.window ? end - layer.window : 0;
+    const int64_t end = sequences[b].length + row + 1, begin = layer.window && end > layer.window ? end - layer.window : 0;
     const int64_t start = chunk * CHUNK, stop = start + CHUNK;
     return {begin > start ? begin : start, end < stop ? end : stop};
   }
@@ -606,30 +638,53 @@ float *partial_sums(int64_t n) {
   return kept->get();
 }
 
-void run(const Model *m, const float *hidden, float *x, const int64_t *lengths, int64_t batch, int64_t positions,
-         int64_t start, int64_t stop, void *slots, int64_t capacity, const float *const *turns, int threads) {
-  const int64_t rows = batch * positions, hd = m->head_dim;
+void run(const Model *m, const float *hidden, float *x, Sequence *sequences, int64_t batch, int64_t start,
+         int64_t stop, int threads) {
+  const int64_t hd = m->head_dim, groups = m->heads / m->kv_heads;
+  int64_t rows = 0, of_partial = 0, most_chunks = 0;
+  for (int64_t b = 0; b < batch; b++) {
+    Sequence &s = sequences[b];
+    s.first = rows, s.chunks = (s.length + s.positions + CHUNK - 1) / CHUNK;
+    rows += s.positions;
+    of_partial += m->kv_heads * s.chunks * s.positions * groups * (hd + 2);
+    most_chunks = s.chunks > most_chunks ? s.chunks : most_chunks;
+  }
   const int64_t width = (m->heads + 2 * m->kv_heads) * hd;
   const int64_t widest = m->hidden > m->heads * hd ? m->hidden : m->heads * hd;
   const Buffer<float> qkv(rows * width), attended(rows * m->heads * hd), gate_up(rows * 2 * m->ffn);
   const Buffer<float> projected(rows * m->hidden);
   const Buffer<char> inputs(rows * input_stride(FLOAT32, widest)), gated(rows * input_stride(FLOAT32, m->ffn));
-  int64_t longest = 0;
-  for (int64_t b = 0; b < batch; b++) longest = lengths[b] > longest ? lengths[b] : longest;
-  const int64_t chunks = (longest + positions + CHUNK - 1) / CHUNK, queries = rows * (m->heads / m->kv_heads);
-  const bool few = queries <= 16 * QUERIES && chunks > 1;
-  float *const partial = few ? partial_sums(m->kv_heads * chunks * queries * (hd + 2)) : nullptr;
+  const Buffer<int64_t> sequence_of(rows);
+  const bool few = rows * groups <= 16 * QUERIES && most_chunks > 1;
+  float *partial = few ? partial_sums(of_partial) : nullptr;
+  for (int64_t b = 0; b < batch; b++) {
+    Sequence &s = sequences[b];
+    for (int64_t row = s.first; row < s.first + s.positions; row++) sequence_of.get()[row] = b;
+    s.partial = partial;
+    if (few) partial += m->kv_heads * s.chunks * s.positions * groups * (hd + 2);
+  }
   memcpy(x, hidden, rows * m->hidden * sizeof(float));
   Team team;
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num();
-    const Pass pass{*m, x, lengths, batch, positions, rows, (char *)slots, capacity, turns, team, thread,
-                    omp_get_num_threads(), qkv.get(), attended.get(), gate_up.get(), projected.get(),
-                    partial, chunks, inputs.get(), gated.get()};
+    const Pass pass{*m, x, sequences, batch, rows, sequence_of.get(), team, thread, omp_get_num_threads(),
+                    qkv.get(), attended.get(), gate_up.get(), projected.get(), few, inputs.get(), gated.get()};
     for (int64_t layer = start; layer < stop; layer++) pass.run(m->layers[layer], layer);
   }
 }
+
+// The sequences of a batch in one cache, [L, 2, B, KV heads, capacity, head_dim].
+struct Even {
+  Even(const Model *m, const int64_t *lengths, int64_t batch, int64_t positions, void *slots, int64_t capacity,
+       const float *const *turns)
+      : sequences(batch) {
+    const int64_t of_one = m->kv_heads * capacity * m->head_dim * (m->cache_kind == FLOAT32 ? 4 : 2);
+    for (int64_t b = 0; b < batch; b++)
+      sequences.get()[b] = {lengths[b], positions, (char *)slots + b * of_one, capacity, batch * of_one, turns, 0, 0, nullptr};
+  }
+  Buffer<Sequence> sequences;
+};
 
 void product(const Linear *w, const float *norm, float eps, const float *x, int64_t rows, float *out,
              int threads) {
@@ -723,7 +778,16 @@ extern "C" {
 int layerskip_run(const Model *m, const float *hidden, float *x, const int64_t *lengths, int64_t batch,
                    int64_t positions, int64_t start, int64_t stop, void *slots, int64_t capacity,
                    const float *const *turns, int threads) {
-  return status_of([=] { run(m, hidden, x, lengths, batch, positions, start, stop, slots, capacity, turns, threads); });
+  return status_of([=] {
+    const Even even(m, lengths, batch, positions, slots, capacity, turns);
+    run(m, hidden, x, even.sequences.get(), batch, start, stop, threads);
+  });
+}
+
+// The same for sequences that each have their own cache and number of rows; their rows follow one another.
+int layerskip_run_rows(const Model *m, const float *hidden, float *x, Sequence *sequences, int64_t batch, int64_t start,
+                       int64_t stop, int threads) {
+  return status_of([=] { run(m, hidden, x, sequences, batch, start, stop, threads); });
 }
 
 // out [rows, w.out] = norm(x) times the matrix; null: no norm.
@@ -748,7 +812,8 @@ int layerskip_step(const Model *m, const Linear *embedding, const int64_t *token
                     int64_t n_heads, const float *norm, int64_t *chosen, float *probabilities, int threads) {
   return status_of([=] {
     if (embedding && !look_up(*embedding->parts, tokens, batch * positions, hidden)) return 2;
-    run(m, hidden, x, lengths, batch, positions, start, stop, slots, capacity, turns, threads);
+    const Even even(m, lengths, batch, positions, slots, capacity, turns);
+    run(m, hidden, x, even.sequences.get(), batch, start, stop, threads);
     const int64_t rows = batch * positions - unscored;
     choose(heads, n_heads, norm, m->eps, x + unscored * m->hidden, rows, chosen, probabilities, threads);
     return 0;

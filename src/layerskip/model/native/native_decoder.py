@@ -1,6 +1,7 @@
 """`Decoder` with its layers run by the compiled kernels: hidden states in float32, on the CPU."""
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,6 +62,22 @@ class ModelStruct(ctypes.Structure):
     )
 
 
+class SequenceStruct(ctypes.Structure):
+    """`Sequence` of `kernels.cpp`; the kernels set the last three."""
+
+    _fields_ = (
+        ("length", ctypes.c_int64),
+        ("positions", ctypes.c_int64),
+        ("slots", ctypes.c_void_p),
+        ("capacity", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("turns", ctypes.c_void_p),
+        ("first", ctypes.c_int64),
+        ("chunks", ctypes.c_int64),
+        ("partial", ctypes.c_void_p),
+    )
+
+
 class NativeLayer:
     """One layer's parts as the kernels read them, norms in float32."""
 
@@ -92,6 +109,7 @@ def weight_of(norm: object) -> Tensor:
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _WIDEST_HEAD = 1024
+_MAX_TABLES = 63  # pointers to rotary factors, of as many capacities
 
 
 def supports(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
@@ -143,7 +161,7 @@ class NativeDecoder(Decoder):
         self._model_pointer = ctypes.addressof(self._model)
         self._final_norm_weight = weight_of(self.final_norm)
         self._pointers: tuple[tuple[Matrix, ...], ctypes.Array[ctypes.c_void_p]] | None = None
-        self._tables: _RotaryTables | None = None  # for the capacity of the last cache
+        self._tables: dict[int, _RotaryTables] = {}  # by capacity, of the last few caches
 
     def new_cache(self, capacity: int, batch_size: int = 1) -> KVCache:
         """See `Decoder`; its slots are a multiple of the kernels' tiles."""
@@ -173,6 +191,31 @@ class NativeDecoder(Decoder):
             num_threads_to_use(self._narrowest),
         )
         return out.view(b, t, d)
+
+    def run_rows(
+        self, hidden: Tensor, start: int, stop: int, rows: Sequence[tuple[KVCache, int]]
+    ) -> Tensor:
+        """See `Decoder`."""
+        self._check_layers(start, stop)
+        if start == stop or not len(hidden):
+            return hidden
+        hidden = readable(hidden, self.architecture.hidden_size)
+        out = torch.empty_like(hidden)
+        tables = list[_RotaryTables]()  # alive during the call
+        sequences = (SequenceStruct * len(rows))()
+        for sequence, (cache, n) in zip(sequences, rows, strict=True):
+            self._check_fit(1, n, cache)
+            tables.append(self._rotary_tables(cache.capacity))
+            sequence.length, sequence.positions = int(cache.lengths), n
+            sequence.slots, sequence.capacity = cache.slots.data_ptr(), cache.slots.shape[-2]
+            sequence.stride = cache.slots.stride(1) * cache.slots.itemsize
+            sequence.turns = ctypes.addressof(tables[-1].pointers)
+        self._library.layerskip_run_rows(
+            *(self._model_pointer, hidden.data_ptr(), out.data_ptr()),
+            *(ctypes.addressof(sequences), len(rows), start, stop),
+            num_threads_to_use(self._narrowest),
+        )
+        return out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Decoder`; float32."""
@@ -260,19 +303,19 @@ class NativeDecoder(Decoder):
 
         The caller keeps them alive during its call: another thread may replace them meanwhile.
         """
-        tables = self._tables
-        if tables is None or tables.capacity != capacity:
+        tables = self._tables.get(capacity)
+        if tables is None:
             kinds = range(self.rotary.n_kinds)
-            tables = _RotaryTables(capacity, [self.rotary.table(k, capacity) for k in kinds])
-            self._tables = tables
+            tables = _RotaryTables([self.rotary.table(k, capacity) for k in kinds])
+            self._tables = {**dict(list(self._tables.items())[-_MAX_TABLES:]), capacity: tables}
         return tables
 
 
 class _RotaryTables:
     """Rotary factors of every position, and pointers to them."""
 
-    def __init__(self, capacity: int, tables: list[Tensor]) -> None:
-        self.capacity, self.tables = capacity, tables
+    def __init__(self, tables: list[Tensor]) -> None:
+        self.tables = tables
         self.pointers = (ctypes.c_void_p * len(tables))(*(table.data_ptr() for table in tables))
 
 

@@ -143,7 +143,7 @@ inline float grid(int32_t kind, const uint16_t *halves, const int8_t *factors, i
 // room for a group of codes of 4 bits, or of 5 and 6 bits around 0; `settled` widens them.
 template <int KIND>
 inline Ints dot4(Ints sums, Words weights, uint32_t inputs) {
-  constexpr int BITS = KIND == TABLE4 ? 8 : bits_of(KIND);
+  [[maybe_unused]] constexpr int BITS = KIND == TABLE4 ? 8 : bits_of(KIND);
 #if defined(VECTORS_OF_16)
   return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(inputs));
 #elif defined(VECTORS_OF_8)

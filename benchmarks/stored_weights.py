@@ -1,7 +1,7 @@
 """Compare weights kept as a GGUF file stores them with llama.cpp on the same file.
 
-    python benchmarks/gguf.py qwen2.5-coder-0.5b.gguf smollm2-q4_k_m.gguf --output results/gguf.json
-    python benchmarks/gguf.py --make smollm2-135m.gguf smollm2-q4_k_m.gguf
+    python benchmarks/stored_weights.py a.gguf b.gguf --output benchmarks/results/stored-weights.json
+    python benchmarks/stored_weights.py --make smollm2-135m.gguf smollm2-q4_k_m.gguf
 
 Each system runs in a process of its own; they take turns. Reported are the medians of plain decoding
 (128 tokens) and of the prefill of 512 tokens in tokens/s, the time to load, the resident memory
@@ -30,6 +30,7 @@ from gguf import GGMLQuantizationType as Kind
 from layerskip import LayerSkipModel
 from layerskip.bench.baselines import llama_cpp
 from layerskip.bench.baselines.process import Job
+from layerskip.model import native
 from layerskip.model.weights import GgufFile
 
 NEW_TOKENS, PROMPT_TOKENS = 128, 512
@@ -49,7 +50,9 @@ def main() -> None:
         serve(options.serve, options.files[0], options.threads)
     else:
         result = {
-            "environment": environment("benchmarks/gguf.py", "bfloat16", weights="stored"),
+            "environment": environment(
+                "benchmarks/stored_weights.py", "bfloat16", weights="stored"
+            ),
             "rounds": options.rounds,
             "files": {f.stem: compare(f, options.rounds, options.threads) for f in options.files},
         }
@@ -102,6 +105,7 @@ class _Process:
 
 def serve(system: str, file: Path, threads: int) -> None:
     """Answer the questions of `compare` about one system, in this process."""
+    native.prepare()  # compiling is not loading
     before = time.perf_counter()
     measure, last = (_layerskip if system == "layerskip" else _llama_cpp)(file, threads)
     loaded = time.perf_counter() - before
