@@ -106,6 +106,20 @@ def test_a_prediction_that_cannot_be_read_is_refused(run, tmp_path):
     assert "no.txt" in err
 
 
+def test_an_answer_follows_a_schema_file_or_a_regex(run, tmp_path):
+    file, flags = tmp_path / "schema.json", ("generate", "--prompt", "abc", "--temperature", 2)
+    file.write_text('{"enum": ["one", "two"]}')
+    assert run(*flags, "--json-schema", file)[:2] in ((0, '"one"\n'), (0, '"two"\n'))
+    status, out, err = run(*flags, "--regex", "[0-9]{5}")
+    assert (status, len(out), err) == (0, 6, "")
+    assert out.strip().isdigit()
+    file.write_text("{")
+    status, _, err = run(*flags, "--json-schema", file)
+    assert (status, "the JSON schema is not JSON" in err) == (2, True)
+    status, _, err = run(*flags, "--json-schema", tmp_path / "no.json")
+    assert (status, "no.json cannot be read" in err) == (2, True)
+
+
 def test_a_draft_vocabulary_is_a_number_or_none(run):
     status, _, err = run("generate", "--prompt", "abc", "--draft-vocabulary", "some")
     assert status == 2
@@ -365,7 +379,7 @@ def test_bad_input_is_one_clear_line(run):
         (
             ["--prompt", "abc", "--weights", "3bit"],
             2,
-            "'3bit' is not one of '16bit', 'int8', 'int4'",
+            "'3bit' is not one of 'stored', '16bit', 'int8', 'int4'",
         ),
         (["--prompt", "abc", "--bogus"], 2, "No such option"),
         (["--prompt", "abc", "--temperature", "inf"], 2, "temperature is inf"),

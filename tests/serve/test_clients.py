@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -71,6 +72,40 @@ def test_logprobs_have_text_bytes_and_alternatives(api, expected):
         assert len(position.top_logprobs) == 3
         logprobs = [one.logprob for one in position.top_logprobs]
         assert logprobs == sorted(logprobs, reverse=True)
+
+
+def test_json_answers_follow_their_schema(api):
+    town = {"type": "string", "maxLength": 3}
+    schema = {"type": "object", "properties": {"town": town, "days": {"enum": [1, 2]}}}
+    schema |= {"required": ["town", "days"], "additionalProperties": False}
+    named = {"type": "json_schema", "json_schema": {"name": "trip", "schema": schema}}
+    options = OPTIONS | {"max_tokens": 60, "temperature": 2}
+    for fields in ({"response_format": named}, {"extra_body": {"guided_json": schema}}):
+        answer = api.chat.completions.create(**options, **fields)
+        assert list(json.loads(answer.choices[0].message.content)) == ["town", "days"]
+        assert answer.choices[0].finish_reason == "stop"
+        drafted, accepted = answer.layerskip["by_source"]["grammar"]
+        assert 0 < accepted <= drafted
+
+
+def test_json_mode_writes_an_object(api):
+    options = OPTIONS | {"max_tokens": 40, "temperature": 2}
+    answer = api.chat.completions.create(**options, response_format={"type": "json_object"})
+    assert answer.choices[0].message.content.startswith("{")
+
+
+def test_other_grammars_are_taken_as_in_vllm(api):
+    options = OPTIONS | {"max_tokens": 60, "temperature": 2, "stream": True}
+    choices = ["a b-c", "(", "x\\"]
+    for seed in range(3):
+        chunks = api.chat.completions.create(
+            **options, seed=seed, extra_body={"guided_choice": choices}
+        )
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) in choices
+    chunks = api.chat.completions.create(**options, extra_body={"guided_regex": "[0-9]{3}"})
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert len(text) == 3
+    assert text.isdigit()
 
 
 def test_three_sampled_answers_differ_and_repeat_with_their_seed(api):

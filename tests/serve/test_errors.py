@@ -10,8 +10,10 @@ from layerskip.serve.protocol import NEUTRAL_VALUES
     ("fields", "param"),
     [
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"guided_regex": "a+"}, "guided_regex"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.json_schema"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_grammar": "root ::= a"}, "guided_grammar"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
         ({"temprature": 1}, "temprature"),
         ({"temperature": "1"}, "temperature"),
@@ -41,6 +43,24 @@ def test_field_is_refused_by_name(client, server, fields, param):
     assert error["param"] == param
     if param:
         assert param.split("[")[0] in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"guided_regex": "("}, "unclosed group"),
+        ({"guided_json": "{"}, "not JSON"),
+        ({"guided_json": {"type": "text"}}, "Invalid type"),
+        ({"guided_regex": "a" * 70_000}, "the limit is 65536"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "give one of response_format"),
+        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_grammar_is_refused_in_one_line(client, server, fields, message):
+    error = error_of(client.post(CHAT, json=server.chat(**fields)), 400)
+    assert message in error["message"]
+    assert "\n" not in error["message"]
 
 
 def test_values_that_ask_for_nothing_are_taken(client, server):

@@ -19,6 +19,7 @@ import torch
 
 from layerskip.cli.output import log_stderr, log_work, waiting
 from layerskip.decoding import DecodingConfig, Generation, LayerSkipModel
+from layerskip.decoding.config import MAX_GRAMMAR
 from layerskip.decoding.placement import DTYPES, device_of
 from layerskip.model import Decoder, native
 from layerskip.model.checkpoint import DRAFT_TEXT_FILE
@@ -53,8 +54,9 @@ class ModelConfig:
         choices=tuple(DTYPES),
     )
     weights: str = option(
-        "16bit",
-        "Precision of the weights in memory; int8 and int4 quantize them at load time.",
+        "stored",
+        "Weights in memory: as a quantized GGUF file stores them (other files: as 16bit), in --dtype"
+        " (16bit), or quantized at load time (int8, int4).",
         choices=tuple(WEIGHTS),
     )
     device: str = option("cpu", "cpu, cuda, cuda:1, ...", metavar="DEVICE")
@@ -159,11 +161,29 @@ class _Datastore(click.ParamType[Any]):
             self.fail(f"{value} cannot be read: {error}", param, ctx)
 
 
+class _SchemaFile(click.ParamType[Any]):
+    """A file with a JSON schema."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return its text."""
+        try:
+            with Path(value).open(encoding="utf-8-sig") as file:
+                text = file.read(MAX_GRAMMAR + 1)
+            if len(text) > MAX_GRAMMAR:
+                self.fail(f"{value} has more than {MAX_GRAMMAR} characters", param, ctx)
+            return text
+        except (OSError, UnicodeDecodeError) as error:
+            self.fail(f"{value} cannot be read: {error}", param, ctx)
+
+
 # Fields of several types: (type of the flag, placeholder).
 _SPECIAL = {
     "draft_vocabulary": (_OrNone(), "N|none"),
     "datastore": (_Datastore(), "FILE|none"),
     "prediction": (click.STRING, "FILE|-"),  # the command reads it
+    "json_schema": (_SchemaFile(), "FILE"),
 }
 
 
@@ -372,6 +392,8 @@ common_options = stack(
 )
 model_option = config_options(ModelConfig, only=("model",))
 model_options = config_options(ModelConfig)
+# Options of decoding that `layerskip generate` alone has.
+GENERATE_ONLY = ("prediction", "json_schema", "regex")
 answer_options = stack(
     click.option(
         "--chat-template-kwargs",
@@ -380,7 +402,7 @@ answer_options = stack(
         help="Variables of the chat template, such as '{\"enable_thinking\": false}'.",
     ),
     model_options,
-    config_options(DecodingConfig, without=("prediction",)),
+    config_options(DecodingConfig, without=GENERATE_ONLY),
     click.option("--stats", is_flag=True, help="Print speed and acceptance to stderr."),
     click.option(
         "--show-draft",

@@ -9,6 +9,7 @@ import click
 
 from layerskip.cli import config_flags
 from layerskip.cli.config_flags import (
+    GENERATE_ONLY,
     ModelConfig,
     answer_options,
     config_from_flags,
@@ -49,7 +50,7 @@ from layerskip.model.checkpoint import PromptForm
     help='File of prompts: .jsonl with a field "prompt" or "messages", else one prompt a line.',
 )
 @click.option("--chat", is_flag=True, help="Wrap each prompt in the model's chat template.")
-@config_options(DecodingConfig, only=("prediction",))
+@config_options(DecodingConfig, only=GENERATE_ONLY)
 @answer_options
 def command(
     prompt: str | None,
@@ -73,6 +74,7 @@ def command(
           --prompt "def fib(n):" --show-draft
       echo "Once upon a time" | layerskip generate --json
       layerskip generate --chat --prompt "$(cat edit.txt)" --prediction module.py
+      layerskip generate --chat --prompt "A good name for a cat?" --regex "[A-Z][a-z]+"
       layerskip generate --prompts prompts.jsonl --output answers.json
     """
     if prompt is not None and prompts_file is not None:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from layerskip.decoding.constraint import schema_text
 from layerskip.decoding.drafters import DRAFTERS
 from layerskip.decoding.sampling import Sampling
 from layerskip.model import CheckpointSettings
@@ -15,6 +16,7 @@ DRAFT_SOURCES = ("early-exit", "n-gram", "both")
 DEFAULT_DRAFT_TOKENS = 5
 MAX_ADAPTIVE_DRAFT_TOKENS = 31  # with the token before them 32 positions, whose cost is timed
 MAX_PREDICTION = 1 << 24  # characters or tokens
+MAX_GRAMMAR = 1 << 16  # characters of a JSON schema or regular expression
 # Options that are token ids, or a value of these types.
 _TOKEN_IDS_OR = {"draft_vocabulary": int, "datastore": str | Path, "prediction": str}
 # Names that options had before.
@@ -76,6 +78,18 @@ class DecodingConfig(Sampling):
         metavar="FILE|-",
         repr=False,
     )
+    json_schema: str | Mapping[str, Any] | None = option(
+        None,
+        "JSON schema of the answer, on one line (constrained decoding).",
+        metavar="FILE",
+        repr=False,
+    )
+    regex: str | None = option(
+        None,
+        "Regular expression that the whole answer matches (constrained decoding).",
+        metavar="REGEX",
+        repr=False,
+    )
     max_new_tokens: int = option(256, "Maximum number of new tokens.", at_least=1, metavar="N")
     seed: int | None = option(
         None,
@@ -98,6 +112,8 @@ class DecodingConfig(Sampling):
             value = getattr(self, name)
             if value is not None and not isinstance(value, other_types):
                 object.__setattr__(self, name, _token_ids(name, value))
+        if self.json_schema is not None:
+            object.__setattr__(self, "json_schema", schema_text(self.json_schema))
         check_options(self)
         self._check_consistency()
 
@@ -116,6 +132,7 @@ class DecodingConfig(Sampling):
                 f"the prediction has {len(self.prediction)} characters or tokens, the limit is"
                 f" {MAX_PREDICTION}; shorten it"
             )
+        self._check_grammar()
         drafting = bool(self.adaptive or self.draft_vocabulary or self.datastore or self.prediction)
         drafting = drafting or not (self.draft_tokens is None is self.draft_from)
         if self.mode == "plain" and (self.exit_layer is not None or drafting):
@@ -137,6 +154,26 @@ class DecodingConfig(Sampling):
             raise ValueError(
                 "a datastore is searched for n-grams; draft from n-grams, or from both"
             )
+
+    def _check_grammar(self) -> None:
+        if self.json_schema is not None and self.regex is not None:
+            raise ValueError("an answer follows a JSON schema or a regular expression, not both")
+        for name, text in (("JSON schema", self.json_schema), ("regular expression", self.regex)):
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f"the {name} is {text!r}, it has to be a text")
+            if text is not None and len(text) > MAX_GRAMMAR:
+                raise ValueError(
+                    f"the {name} has {len(text)} characters, the limit is {MAX_GRAMMAR}; shorten it"
+                )
+        if self.is_constrained and self.ignore_eos:
+            raise ValueError(
+                "an answer with a grammar ends where the grammar does; leave ignore_eos out"
+            )
+
+    @property
+    def is_constrained(self) -> bool:
+        """True where a grammar says what the answer may be."""
+        return self.json_schema is not None or self.regex is not None
 
     @classmethod
     def from_options(
@@ -190,7 +227,7 @@ class DecodingConfig(Sampling):
         `auto` becomes self-speculative decoding with adaptive drafts: from n-grams, and from an exit
         adapter where the model has one, or else from the early exit where the checkpoint or the caller
         names one, through the checkpoint's draft vocabulary. A prediction is drafted from beside the
-        other sources.
+        other sources, and so are tokens that a grammar forces where no source was named.
         In the other modes nothing is on that was not asked for; an open exit layer is the checkpoint's,
         else a quarter of the layers. A resolved config resolves to itself.
 
@@ -219,11 +256,15 @@ class DecodingConfig(Sampling):
             draft_from = "n-gram" if alone else "both" if auto else "early-exit"
             if auto and has_adapter and e is None and not self.draft_vocabulary:
                 draft_from = "exit-adapter+n-gram"
+            if auto and self.is_constrained:
+                draft_from = f"grammar+{draft_from}"
         sources = dataclasses.replace(self, draft_from=draft_from, mode="auto").draft_sources
         if self.prediction and "prediction" not in sources:
             draft_from = f"prediction+{draft_from}"
         if "prediction" in sources and not self.prediction:
             raise ValueError("there is no prediction to draft from; give one, or another source")
+        if "grammar" in sources and not self.is_constrained:
+            raise ValueError("there is no grammar to draft from; give a JSON schema or a regex")
         uses_exit = "early-exit" in sources
         if uses_exit and known is not None and known > num_hidden_layers:
             raise ValueError(

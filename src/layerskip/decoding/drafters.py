@@ -1,8 +1,9 @@
 """Sources of drafts. Each proposes tokens and knows neither the others nor what its tokens cost.
 
 The early exit is the paper's drafter (section 4.3). N-grams of prompt and answer (prompt lookup), a
-retrieval datastore (REST, arXiv 2311.08252) and a predicted output run no layer. A further drafter is
-one class with the methods of `Drafter` and one call of `register_drafter`.
+retrieval datastore (REST, arXiv 2311.08252), a predicted output and the tokens that a grammar forces run
+no layer. A further drafter is one class with the methods of `Drafter` and one call of
+`register_drafter`.
 """
 
 import bisect
@@ -17,6 +18,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from layerskip.decoding.constraint import Constraint
 from layerskip.decoding.datastore import MAX_MATCH, MIN_MATCH, Datastore
 from layerskip.decoding.sampling import Sampler
 from layerskip.model import Decoder, KVCache, argmax
@@ -461,6 +463,31 @@ class Prediction(_Lookup):
         return best, best_length
 
 
+class ForcedTokens(_Lookup):
+    """Proposes the tokens that a constrained answer has to have next ("jump ahead").
+
+    Args:
+        constraint: of the answer.
+        eos_token_ids: nothing is drafted beyond them.
+    """
+
+    name = "grammar"
+
+    def __init__(self, constraint: Constraint, eos_token_ids: Collection[int] = ()) -> None:
+        super().__init__(eos_token_ids)
+        self._constraint = constraint
+        self._answer: list[int] = []
+
+    def update(self, tokens: Sequence[int]) -> None:
+        """See `Drafter`: the grammar goes on behind the answer."""
+        self._answer += tokens
+
+    def propose(self, draft: Draft, max_tokens: int) -> Candidate:
+        """See `Drafter`."""
+        tokens = self._constraint.forced_tokens([*self._answer, *draft.token_ids])[:max_tokens]
+        return self._candidate(draft, tokens, [1.0] * len(tokens))
+
+
 class ReducedHead:
     """The shared exit with the rows of some tokens alone (FR-Spec, arXiv 2502.14856).
 
@@ -547,6 +574,7 @@ class DrafterInputs:
         head: a reduced-vocabulary head, or None.
         datastore: token ids or a table's file, or None.
         prediction: token ids of a predicted answer.
+        constraint: of the answer, or None.
         eos_token_ids: tokens that end the answer.
         adaptive: whether a controller asks for confidences.
         adapter: an exit adapter of the model, or None.
@@ -560,6 +588,7 @@ class DrafterInputs:
     head: ReducedHead | None = None
     datastore: Path | tuple[int, ...] | None = None
     prediction: Sequence[int] = ()
+    constraint: Constraint | None = None
     eos_token_ids: Collection[int] = ()
     adaptive: bool = False
     adapter: ExitAdapterWeights | None = None
@@ -605,6 +634,12 @@ def _prediction(inputs: DrafterInputs) -> list[Drafter]:
     return [Prediction(inputs.prediction, inputs.eos_token_ids)]
 
 
+def _grammar(inputs: DrafterInputs) -> list[Drafter]:
+    assert inputs.constraint is not None
+    return [ForcedTokens(inputs.constraint, inputs.eos_token_ids)]
+
+
+register_drafter("grammar", _grammar)
 register_drafter("prediction", _prediction)
 register_drafter("early-exit", _early_exit)
 register_drafter("n-gram", _ngram)

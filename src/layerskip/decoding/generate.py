@@ -14,6 +14,7 @@ from torch import Tensor
 
 from layerskip.decoding.accept import accept_greedy, accept_sampled
 from layerskip.decoding.config import DecodingConfig
+from layerskip.decoding.constraint import Constraint
 from layerskip.decoding.controller import ContextCosts, Controller, DraftController, FixedController
 from layerskip.decoding.drafters import (
     Draft,
@@ -132,6 +133,7 @@ def generate(
     measured: StepCosts | None = None,
     prefix_cache: PrefixCache | None = None,
     adapter: ExitAdapterWeights | None = None,
+    logits_mask: LogitsMask | None = None,
 ) -> Generator[Step]:
     """Continue a prompt, step by step, until an end token, `max_new_tokens` or the context's end.
 
@@ -145,12 +147,19 @@ def generate(
         measured: costs that `layerskip tune` has measured, for adaptive drafts.
         prefix_cache: what it shares with the prompt is not computed again.
         adapter: an exit adapter of the model, for drafts from it.
+        logits_mask: of constrained decoding; a `Constraint` where the config has a grammar.
 
     Raises:
         PromptError: the prompt is empty, longer than the context, or has an id outside the vocabulary.
     """
     row = Row(
-        decoder, prompt, config, eos_token_ids=eos_token_ids, measured=measured, adapter=adapter
+        decoder,
+        prompt,
+        config,
+        eos_token_ids=eos_token_ids,
+        measured=measured,
+        adapter=adapter,
+        logits_mask=logits_mask,
     )
     return _until_the_end(row, prefix_cache)
 
@@ -201,7 +210,7 @@ class Row:
         eos_token_ids: tokens that end the answer.
         measured: see `generate`.
         adapter: see `generate`.
-        logits_mask: of constrained decoding.
+        logits_mask: see `generate`.
         num_logprobs: number of most likely tokens to report at each position (by `Batch`).
 
     Attributes:
@@ -232,6 +241,8 @@ class Row:
         num_logprobs: int | None = None,
     ) -> None:
         check_prompt(decoder, prompt)
+        if config.is_constrained and not isinstance(logits_mask, Constraint):
+            raise ValueError("a JSON schema or regular expression needs a `Constraint`")
         self.decoder, self.config, self.context = decoder, config, list(prompt)
         self.prompt_tokens, self.num_logprobs = len(prompt), num_logprobs
         self.n_layers = config.num_layers_to_run(len(decoder.layers))
@@ -260,6 +271,7 @@ class Row:
                 self._measured,
                 self.sampler,
                 self._adapter,
+                self._mask if isinstance(self._mask, Constraint) else None,
             )
         readers = (drafter for drafter in self.drafters if isinstance(drafter, StateReader))
         self.reader: StateReader | None = next(readers, None)
@@ -341,6 +353,7 @@ def _drafting(
     measured: StepCosts | None,
     sampler: Sampler,
     adapter: ExitAdapterWeights | None,
+    constraint: Constraint | None,
 ) -> tuple[list[Drafter], Controller]:
     """Return the drafters of a config, and the controller that chooses among them."""
     ends = criteria.eos_token_ids
@@ -355,6 +368,7 @@ def _drafting(
         head=head,
         datastore=config.datastore,
         prediction=config.prediction or (),
+        constraint=constraint,
         eos_token_ids=ends,
         adaptive=bool(config.adaptive),
         adapter=adapter,

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 
 from layerskip.decoding.batch import Batch
 from layerskip.decoding.config import DecodingConfig
+from layerskip.decoding.constraint import Constraint, grammar_tokenizer
 from layerskip.decoding.controller import time_passes
 from layerskip.decoding.datastore import Datastore
 from layerskip.decoding.generate import Row, StoppingCriteria, generate
@@ -59,6 +60,7 @@ class LayerSkipModel:
         self.settings = checkpoint.settings
         self.adapter = adapter
         self._last_datastore: tuple[str, tuple[int, ...]] = ("", ())
+        self._grammar_tokenizer: tuple[frozenset[int], Any] | None = None
         if self.decoder.device.type == "cpu":
             threads.disable_threads_after_fork()
 
@@ -68,7 +70,7 @@ class LayerSkipModel:
         name_or_path: str | Path,
         *,
         dtype: str | torch.dtype | None = None,
-        weights: str = "16bit",
+        weights: str = "stored",
         device: str | torch.device = "cpu",
         compile: bool | None = None,
         adapter: str | Path | None = None,
@@ -80,8 +82,9 @@ class LayerSkipModel:
             name_or_path: a checkpoint folder, a GGUF file, a built-in alias, or a hub id.
             dtype: "float32", "bfloat16" or "float16"; None takes bfloat16 where that is fast (see
                 `loader.fast_dtype`), else float32.
-            weights: "16bit", the weights in `dtype` as they are; "int8" or "int4", quantized while
-                they are loaded (docs/weights.md).
+            weights: "stored", the blocks of a quantized GGUF file as they are, else as "16bit";
+                "16bit", converted to `dtype`; "int8" or "int4", quantized while they are loaded
+                (docs/weights.md).
             device: "cpu", "cuda", "cuda:1", ...
             compile: run in kernels compiled for this CPU, which takes some seconds once and needs a C++
                 compiler, or on a GPU through `torch.compile`; None: the kernels on a CPU in float32
@@ -193,6 +196,7 @@ class LayerSkipModel:
             measured=measured,
             prefix_cache=prefix,
             adapter=self.adapter,
+            logits_mask=self.constraint(plan),
         )
         limit = StoppingCriteria.of(self.decoder, tokenized.ids, plan.max_new_tokens)
         return Answer(
@@ -218,6 +222,22 @@ class LayerSkipModel:
         if config.stop:
             raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
         return eos_token_ids
+
+    def constraint(self, config: DecodingConfig) -> Constraint | None:
+        """Return a config's grammar at the beginning of an answer; None without one.
+
+        Raises:
+            ValueError: it cannot be used, or llguidance, a tokenizer or an end token is missing.
+        """
+        if not config.is_constrained:
+            return None
+        ends, size = self.end_tokens, self.decoder.architecture.vocab_size
+        if self._grammar_tokenizer is None or self._grammar_tokenizer[0] != ends:
+            self._grammar_tokenizer = ends, grammar_tokenizer(self.tokenizer, size, ends)
+        assert not isinstance(config.json_schema, Mapping)
+        return Constraint(
+            self._grammar_tokenizer[1], json_schema=config.json_schema, regex=config.regex
+        )
 
     @overload
     def generate(
@@ -288,6 +308,7 @@ class LayerSkipModel:
                 eos_token_ids=answer.eos_token_ids,
                 measured=measured,
                 adapter=self.adapter,
+                logits_mask=self.constraint(answer.config),
             )
             by_row[row] = answer
             batch.add(row)

@@ -45,7 +45,8 @@ class Request:
             token's alone, None nothing.
         continues: whether the text goes on where the prompt's ends (a completion), or begins anew (a
             chat turn).
-        logits_mask: the tokens that may follow, for constrained decoding; called in the engine's thread.
+        logits_mask: the tokens that may follow, where the config has no grammar; called in the engine's
+            thread.
     """
 
     prompt: tuple[int, ...]
@@ -349,7 +350,7 @@ class Engine:
             eos_token_ids=model.eos_token_ids(config),
             measured=model.settings.measured,
             adapter=model.adapter,
-            logits_mask=request.logits_mask,
+            logits_mask=request.logits_mask or model.constraint(config),
             num_logprobs=request.num_logprobs,
         )
         self._batch.check_fit(row)

@@ -4,12 +4,11 @@ A field that would change the answer and is not supported is refused by its name
 nothing, such as `"tools": []`, are dropped first: clients send them out of habit.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# Structured output (response_format, guided_*) is refused like any other unknown field. It would be a
-# field of `DecodingConfig`, set in `_AnswerRequest.options`.
 # Name -> values with which a field that is not supported changes nothing.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
@@ -82,6 +81,28 @@ class PredictedOutput(_Request):
     content: str | list[TextPart]
 
 
+class JsonObjectFormat(_Request):
+    """OpenAI's JSON mode: any object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(_Request):
+    """The schema of a response format; it always holds, as with OpenAI's `strict`."""
+
+    name: str = ""
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(_Request):
+    """OpenAI's structured outputs."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
 class DraftOptions(_Request):
     """How this request is decoded; see docs/decoding.md."""
 
@@ -117,6 +138,12 @@ class _AnswerRequest(_Request):
     stream: bool = False
     stream_options: StreamOptions | None = None
     prediction: PredictedOutput | None = None
+    response_format: (
+        Annotated[JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")] | None
+    ) = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
     layerskip: DraftOptions = DraftOptions()
     # These do not change the answer.
     user: Any = None
@@ -138,6 +165,16 @@ class _AnswerRequest(_Request):
             for name, value in data.items()
             if value is not None and value not in NEUTRAL_VALUES.get(name, ())
         }
+
+    @model_validator(mode="after")
+    def check_grammars(self) -> "_AnswerRequest":
+        """Refuse several grammars."""
+        grammars = (self.response_format, self.guided_json, self.guided_regex, self.guided_choice)
+        if sum(grammar is not None for grammar in grammars) > 1:
+            raise ValueError(
+                "give one of response_format, guided_json, guided_regex and guided_choice"
+            )
+        return self
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -165,9 +202,21 @@ class _AnswerRequest(_Request):
             "stop": self.stop_strings or None,
             "ignore_eos": self.ignore_eos,
             "prediction": prediction or None,
+            "json_schema": self._json_schema(),
+            "regex": self._regex(),
             **self.layerskip.options(),
         }
         return {name: value for name, value in options.items() if value is not None}
+
+    def _json_schema(self) -> str | dict[str, Any] | None:
+        if isinstance(self.response_format, JsonSchemaFormat):
+            return self.response_format.json_schema.schema_
+        return self.guided_json if self.response_format is None else {"type": "object"}
+
+    def _regex(self) -> str | None:
+        if self.guided_choice is not None:
+            return "|".join(map(re.escape, self.guided_choice))
+        return self.guided_regex
 
 
 class ChatRequest(_AnswerRequest):
