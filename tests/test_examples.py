@@ -126,13 +126,15 @@ def test_extraction_settings_are_those_of_the_demo(tmp_path):
 def test_extraction_rows_train_a_checkpoint(model_folder, tmp_path):
     """With `layerskip train`; the test of the scripts has the same rows for both Trainers."""
     write_extraction_rows(tmp_path / "rows.jsonl")
-    changes = {"model": str(model_folder), "fixed_exits": [2], "exit_layer": 2, "max_steps": 2}
+    changes = {"model": str(model_folder), "fixed_exits": [2], "exit_layer": 2}
     result = train(
         TrainConfig.from_yaml(
             EXAMPLES / "extraction.yaml",
             data=str(tmp_path / "rows.jsonl"),
             output=str(tmp_path / "out"),
             device="cpu",
+            max_steps=2,
+            warmup_steps=0,
             **changes,
         )
     )

@@ -29,7 +29,7 @@ def test_every_mode_at_every_exit_once():
             None,
             (),
             {},
-            [("self-speculative", None, 12), ("plain", None, None)],
+            [("self-speculative", None, 31), ("plain", None, None)],
         ),
         (["auto"], [9], (4,), {}, [("self-speculative", 9, 4)]),
         (  # n-grams have no exit; those asked for are early exit's

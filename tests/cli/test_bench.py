@@ -148,6 +148,8 @@ def test_sampled_answers_are_repeatable_and_not_compared(run, prompts):
         "top_p": None,
         "min_p": None,
         "repetition_penalty": 1.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
     }
     for row in found["rows"]:
         assert row["identical_to_plain"] is None

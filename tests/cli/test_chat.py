@@ -100,7 +100,7 @@ def test_answers_stream_and_go_to_a_file(talk, tmp_path):
     status, out, err = talk(["ab"], "--output", output, "--stats")
     assert status == 0
     assert out == json.loads(output.read_text())[0]["text"] + "\n"
-    assert "n-gram (d=12) · " in err
+    assert "n-gram (d=31) · " in err
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(talk, monkeypatch):

@@ -49,7 +49,7 @@ def test_probabilities_equal_transformers(temperature):
 def test_repetition_penalty_equals_transformers(penalty):
     logits, tokens = random_logits(1), torch.tensor([[3, 9, 3, 40]])
     penalized = Sampling(repetition_penalty=penalty).penalize(
-        logits[:, None], TokenHistory(tokens, VOCABULARY).before(tokens[:, :0])
+        logits[:, None], *TokenHistory(tokens, VOCABULARY).before(tokens[:, :0])
     )
     expected = theirs.RepetitionPenaltyLogitsProcessor(penalty)(tokens, logits.clone())
     assert torch.equal(penalized[:, 0], expected)
@@ -64,11 +64,13 @@ def test_history_before_each_position(committed, draft):
     history = TokenHistory(torch.tensor([committed[:1]]), 10)
     if committed[1:]:
         history.extend(torch.tensor([committed[1:]]))
-    seen = history.before(torch.tensor([draft], dtype=torch.int64))
+    seen, counts = history.before(torch.tensor([draft], dtype=torch.int64))
     assert seen.shape == (1, len(draft) + 1, 10)
     for i, row in enumerate(seen[0]):
         assert set(row.nonzero()[:, 0].tolist()) == {*committed, *draft[:i]}
-    without_draft = history.before(torch.zeros(1, 0, dtype=torch.int64))
+        answer = [*committed[1:], *draft[:i]]
+        assert counts[0, i].tolist() == [answer.count(token) for token in range(10)]
+    without_draft, _ = history.before(torch.zeros(1, 0, dtype=torch.int64))
     assert torch.equal(without_draft[0, 0], seen[0, 0])  # looking ahead commits nothing
 
 
@@ -145,8 +147,8 @@ def test_a_sampler_is_greedy_or_samples():
         decoder = tiny_decoder("llama2")
         prompt, hidden = torch.tensor([[3, 9]]), torch.randn(1, 1, 64)
         rule = Sampling(repetition_penalty=penalty)
-        seen = None if penalty == 1.0 else TokenHistory(prompt, 96).before(prompt[:, :0])
-        best = rule.penalize(decoder.logits(hidden), seen).argmax(-1)
+        history = TokenHistory(prompt, 96).before(prompt[:, :0])
+        best = rule.penalize(decoder.logits(hidden), *history).argmax(-1)
         for temperature in (0.0, 1e-9):
             options = Sampling(temperature=temperature, repetition_penalty=penalty)
             sampler = Sampler(options, CPU, 0, prompt, 96)
@@ -161,7 +163,7 @@ def test_a_sampler_is_greedy_or_samples():
 
 
 def test_a_batch_has_no_repetition_penalty():
-    with pytest.raises(ValueError, match="a repetition penalty is for one prompt"):
+    with pytest.raises(ValueError, match="penalties are for one prompt"):
         Sampler(Sampling(repetition_penalty=1.2), CPU)
 
 

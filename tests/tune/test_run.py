@@ -95,8 +95,8 @@ def test_mode_auto_is_chosen_where_it_drafts_further_than_the_pair(monkeypatch):
     choice, auto = tuning.choice, tuning.auto[-1]
     assert (choice.mode, choice.exit_layer, choice.draft_tokens) == ("auto", 1, 2)
     assert choice.speedup == auto["speedup"] > tuning.confirmed[1]["speedup"]
-    # What auto was measured with is what it finds in a checkpoint: 12 tokens at most there, too.
-    assert auto["draft_tokens"] == 12
+    # What auto was measured with is what it finds in a checkpoint: 31 tokens at most there, too.
+    assert auto["draft_tokens"] == 31
 
 
 def test_answers_of_an_earlier_tuning_are_not_searched(monkeypatch):

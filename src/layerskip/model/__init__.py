@@ -12,8 +12,9 @@ from layerskip.model.checkpoint import (
 )
 from layerskip.model.decoder import NON_FINITE_MESSAGE, Decoder, argmax
 from layerskip.model.families import FAMILIES
-from layerskip.model.hub import SourceError, pull, resolve
+from layerskip.model.hub import pull, resolve
 from layerskip.model.kv_cache import KVCache
+from layerskip.model.repository import SourceError
 
 __all__ = [
     "FAMILIES",

@@ -45,7 +45,7 @@ LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What one event adds to an answer."""
+    """The part of an answer that one event adds."""
 
     text: str
     logprobs: tuple[TokenLogprobs, ...] = ()
