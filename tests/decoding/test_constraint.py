@@ -155,11 +155,6 @@ def test_forced_tokens_are_drafted_by_the_grammar_and_accepted(model):
     assert {source for step in answer.steps for source in step.sources} == {"early-exit"}
 
 
-def test_other_sources_go_on_behind_forced_tokens(model):
-    answer = model.generate("xyzw.", regex="-xy(z|q)wwww")
-    assert answer.steps[1].sources[:3] == ("grammar", "grammar", "n-gram")
-
-
 def test_forced_tokens_reach_to_the_next_choice_and_to_the_end(model):
     def after(text):
         forced = constraint.forced_tokens(tokens_of(model, text))

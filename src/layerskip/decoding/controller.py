@@ -416,14 +416,16 @@ class BatchController:
         """
         n_rows = len(rows)
         self._positions = n_rows + prompt_positions
-        self._plain = self._time = costs.over(self._positions, n_rows)
+        # What prompts cost is no reason to draft: the tokens can also come in a later round.
+        self._plain = self._time = costs.over(n_rows, n_rows)
         self._drafted_by_exit = False
         self._rate = self._throughput.rate * n_rows / self._plain
         self._draft_fixed(rows)
         self._draft_lookups(rows, costs)
         if exit_ is not None:
             self._draft_by_exit(rows, exit_, costs)
-        self._time += costs.over(self._positions, n_rows) - self._plain
+        before = n_rows + prompt_positions
+        self._time += costs.rows(before, self._positions - before)
 
     def _draft_fixed(self, rows: Sequence[RowDraft]) -> None:
         """Draft the proposals of look-ups for rows that draft as much as they may."""
