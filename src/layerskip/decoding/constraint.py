@@ -14,9 +14,9 @@ from torch import Tensor
 
 # Whitespace is as `json.dumps` writes it. A free choice would leave few tokens that have to follow, and
 # small models may then write line breaks without end.
-_JSON_LAYOUT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+_JSON_LAYOUT: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 # Steps of work at compilation and for each mask (some 20 ms, and 15 ms), and states of 1 to 2 kB each.
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 200_000,
     "max_grammar_size": 200_000,
