@@ -379,7 +379,7 @@ def test_bad_input_is_one_clear_line(run):
         (
             ["--prompt", "abc", "--weights", "3bit"],
             2,
-            "'3bit' is not one of '16bit', 'int8', 'int4'",
+            "'3bit' is not one of 'stored', '16bit', 'int8', 'int4'",
         ),
         (["--prompt", "abc", "--bogus"], 2, "No such option"),
         (["--prompt", "abc", "--temperature", "inf"], 2, "temperature is inf"),

@@ -7,8 +7,10 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
+from quantized_blocks import random_blocks
 
 from layerskip.model import decoder as rotary
+from layerskip.model.quantize import Quantized
 
 KINDS = [
     getattr(GGMLQuantizationType, name) for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
@@ -89,7 +91,7 @@ def write(
         own_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         own_kind = kind if values.ndim > 1 else GGMLQuantizationType.F32
         own_kind = (kinds or {}).get(own_name, own_kind)
-        data = gguf.quants.quantize(np.ascontiguousarray(values), own_kind)
+        data = _quantize(np.ascontiguousarray(values), own_kind)
         if own_name not in leave_out:
             writer.add_tensor(own_name, data, raw_dtype=own_kind)
         values = gguf.quants.dequantize(data, own_kind)
@@ -127,6 +129,23 @@ def layer_products(decoder, state):
         yield layer.attention_out, out
         yield layer.mlp.gate_up, torch.cat([gate, up])
         yield layer.mlp.down, down
+
+
+def weight_of(product):
+    """The weights of a linear layer of PyTorch, [out, in] float32."""
+    if hasattr(product, "parts"):
+        return torch.cat([weight_of(part) for part in product.parts])
+    weight = product.weight
+    return weight.dequantize() if isinstance(weight, Quantized) else weight
+
+
+def _quantize(values, kind):
+    """Blocks near the values; in formats that gguf cannot quantize to, random ones of their size."""
+    try:
+        return gguf.quants.quantize(values, kind)
+    except NotImplementedError:
+        size = 0.01 * values.std() / random_blocks(kind, *values.shape).dequantize().std()
+        return random_blocks(kind, *values.shape, float(size)).data.numpy()
 
 
 def _write_tokenizer(writer, pre_tokenizer, vocab_size):

@@ -5,7 +5,7 @@ import torch
 
 from layerskip.model import load
 from layerskip.model.decoder import Experts, HeadNorm
-from layerskip.model.quantize import DenseLinear, PackedLinear, linear
+from layerskip.model.linear import DenseLinear, PackedLinear, linear
 from tiny_models import LAYERS, build, reference, token_ids
 
 DTYPES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # and half a unit in the last place

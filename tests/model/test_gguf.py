@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 
 from layerskip.model import load
 from layerskip.model.families import FAMILIES
-from layerskip.model.quantize import DenseLinear
+from layerskip.model.linear import DenseLinear
 from layerskip.model.weights import GgufFile
 from tiny_models import build, logits_of, reference, reference_logits, token_ids
 

@@ -8,13 +8,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf_files
 import pytest
+import quantized_blocks
 import torch
+from gguf import GGMLQuantizationType as Kind
 
 import tiny_models
 from layerskip import LayerSkipModel
 from layerskip.model import load
-from layerskip.model.native import NativeDecoder, NoCompilerError, PackedMatrix, build, packed
+from layerskip.model.native import (
+    NativeDecoder,
+    NoCompilerError,
+    PackedLinear,
+    PackedMatrix,
+    build,
+    packed,
+)
 from layerskip.model.quantize import Quantized, quantize
 from tiny_models import LAYERS
 
@@ -104,35 +114,55 @@ def test_rows_have_the_same_bits_alone_and_together(machine, kind):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("bits", "rows"), [(8, 1), (8, 5), (4, 5)])
-def test_largest_codes_do_not_overflow(machine, bits, rows):
-    codes = torch.full((16, 64), 2**bits - 1, dtype=torch.uint8)
-    codes[1::2] = 0
-    matrix = PackedMatrix(Quantized(bits, codes, torch.ones(16, 2).half(), None))
-    x = torch.ones(rows, 64)
-    x[:, 1::4] = -1
-    expected = x @ (codes.float() - 2 ** (bits - 1)).T
-    for sign in (1, -1):
-        assert (matrix(sign * x) - sign * expected).abs().max() < 1e-5 * expected.abs().max()
+block_kinds = pytest.mark.parametrize("kind", quantized_blocks.KINDS, ids=lambda kind: kind.name)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_grids_of_gguf_files(machine, bits):
-    """An int8 grid that is not centred, and an int4 grid that is."""
-    weight = quantize(torch.randn(48, 64, generator=torch.manual_seed(1)), 8)
-    offsets = None if bits == 4 else weight.float_offsets().half()
-    weight = Quantized(bits, weight.codes & (2**bits - 1), weight.scales, offsets)
-    x, matrix = torch.randn(5, 64, generator=torch.manual_seed(0)), PackedMatrix(weight)
-    expected = x @ weight.dequantize().T
-    assert (matrix(x) - expected).norm() / expected.norm() < TOLERANCE["int8"]
-    assert torch.equal(matrix.look_up(torch.arange(48)), weight.dequantize())
+@block_kinds
+def test_blocks_of_gguf_files(machine, kind):
+    """The same weights bit by bit, their product, and the same bits alone and together."""
+    weight = quantized_blocks.random_blocks(kind, 101, 512)
+    matrix, values = PackedMatrix(weight), weight.dequantize()
+    assert torch.equal(matrix.look_up(torch.arange(101)), values)
+    x = torch.randn(ROWS, 512, generator=torch.manual_seed(0))
+    found, expected = matrix(x), x @ values.T
+    assert (found - expected).norm() / expected.norm() < TOLERANCE["int8"]
+    for n in (1, 2, 3, 5, 7, 13):
+        alone = torch.cat([matrix(rows) for rows in x.split(n)])
+        assert torch.equal(alone, found), n
+
+
+@block_kinds
+@pytest.mark.parametrize("rows", [1, 5])
+def test_largest_codes_do_not_overflow(machine, kind, rows):
+    """Of all bits set, and of none; inputs of the largest codes with signs as those of the weights."""
+    weight = quantized_blocks.random_blocks(kind, 32, 256)
+    data = weight.data.clone()
+    for plane in weight.format.planes:
+        length = weight.format.block_weights * plane.bits // 8
+        for begin in range(plane.begin, data.shape[1], weight.format.block_bytes):
+            data[:, begin : begin + length] = 0
+            data[::2, begin : begin + length] = 127 if plane.bits == 8 else 255
+    weight = Quantized(kind, data)
+    matrix, values = PackedMatrix(weight), weight.dequantize()
+    for x in (torch.ones(rows, 256), values[:rows].sign(), values[-rows:].sign()):
+        expected = x @ values.T
+        assert (matrix(x) - expected).abs().max() < 1e-5 * values.abs().sum(1).max()
+
+
+def test_parts_in_several_formats_are_one_product(machine):
+    kinds = [quantized_blocks.KINDS[i] for i in (0, 7, 9)]
+    weights = [quantized_blocks.random_blocks(kind, 48, 256) for kind in kinds]
+    bias, x = torch.randn(48), torch.randn(3, 256, generator=torch.manual_seed(0))
+    parts = [PackedMatrix(w, bias, scale=0.5 + i) for i, w in enumerate(weights)]
+    expected = torch.cat([(0.5 + i) * PackedMatrix(w)(x) + bias for i, w in enumerate(weights)], 1)
+    torch.testing.assert_close(PackedLinear(parts)(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_scales_of_every_float16(machine):
     """Also on CPUs that flush subnormal float32 to 0."""
     scales = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)[:, None]
-    codes = torch.ones(2**16, 32, dtype=torch.uint8)
-    matrix = PackedMatrix(Quantized(8, codes, scales, torch.zeros_like(scales)))
+    ones = torch.ones(2**16, 32, dtype=torch.uint8)
+    matrix = PackedMatrix(Quantized(Kind.Q8_0, torch.cat([scales.view(torch.uint8), ones], dim=1)))
     expected = scales.float().expand(-1, 32)
     for flush in (False, True):
         torch.set_flush_denormal(flush)
@@ -253,6 +283,43 @@ def test_passes_have_the_same_bits_in_any_pieces(case, kind, tmp_path):
         logits.append(decoder.logits(torch.cat(parts, dim=1)))
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
+
+
+MIXED = {"attn_q": Kind.Q4_K, "attn_k": Kind.Q5_0, "attn_v": Kind.Q6_K, "ffn_down": Kind.Q4_K}
+
+
+def stored(folder):
+    """A file as llama.cpp makes them: several formats, also in one product, and a tied Q8_0 head."""
+    model = tiny_models.build(
+        "qwen2-tied", head_dim=32, hidden_size=256, intermediate_size=256, num_attention_heads=8
+    )
+    for parameter in model.parameters():
+        parameter.data *= 0.5
+    kinds = {f"blk.{i}.{x}.weight": kind for i in range(LAYERS) for x, kind in MIXED.items()}
+    kinds["token_embd.weight"] = Kind.Q8_0
+    path = folder / "model.gguf"
+    gguf_files.write(path, model, kind=Kind.Q5_0, kinds=kinds, architecture="qwen2")
+    return path
+
+
+def test_stored_weights_decode_like_their_values(tmp_path):
+    """Near the same weights in float32, and self-speculative decoding equals plain decoding."""
+    path = stored(tmp_path)
+    exact = load(path, dtype=torch.float32).decoder
+    native = load(path, dtype=torch.float32, weights="stored", compiled=True).decoder
+    assert isinstance(native, NativeDecoder)
+    assert any(isinstance(layer.qkv, PackedLinear) for layer in native.layers)
+    assert native.weight_bytes < exact.weight_bytes / 4
+    tokens = tiny_models.token_ids("qwen2-tied", 1, 60)
+    logits = [tiny_models.logits_of(decoder, tokens) for decoder in (native, exact)]
+    assert (logits[0] - logits[1]).norm() / logits[1].norm() < 0.05
+    model = LayerSkipModel.from_pretrained(path, compile=True)
+    assert model.decoder.weights == "stored"
+    options = {"max_new_tokens": 30, "ignore_eos": True}
+    plain = model.generate([7], mode="plain", **options).token_ids
+    for d in (1, 4):
+        drafting = {"mode": "self-speculative", "exit_layer": 2, "draft_tokens": d}
+        assert model.generate([7], **drafting, **options).token_ids == plain
 
 
 @pytest.mark.parametrize(("case", "kind"), [("llama3.2", "float32"), ("qwen3-sliding", "bfloat16")])

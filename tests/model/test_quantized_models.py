@@ -9,8 +9,10 @@ from gguf import GGMLQuantizationType
 
 import tiny_models
 from layerskip.model import UnsupportedModelError, load
+from layerskip.model.block_formats import FORMATS
 from layerskip.model.decoder import DenseEmbedding, QuantizedEmbedding, interleave
-from layerskip.model.quantize import DenseLinear, QuantizedLinear, quantize
+from layerskip.model.linear import DenseLinear, QuantizedLinear
+from layerskip.model.quantize import quantize
 from layerskip.model.weights import GgufFile
 from tiny_models import logits_of, token_ids
 
@@ -36,6 +38,11 @@ def products(decoder):
     yield "head", decoder.head
 
 
+def parts(product):
+    """The parts of a linear layer in several formats, or with rows of several scales."""
+    return getattr(product, "parts", [product])
+
+
 def parts_of(name, mlp):
     if hasattr(mlp, "router"):
         yield f"{name}.router", mlp.router
@@ -49,9 +56,10 @@ def parts_of(name, mlp):
 @contextlib.contextmanager
 def dense(decoder):
     """The same decoder, computing with the dequantized weights."""
-    quantized = [p for _, p in products(decoder) if isinstance(p, QuantizedLinear)]
+    all_parts = [part for _, product in products(decoder) for part in parts(product)]
+    quantized = [p for p in all_parts if isinstance(p, QuantizedLinear)]
     kept = QuantizedLinear.__call__
-    values = {id(p): DenseLinear(p.weight.dequantize(), p.bias) for p in quantized}
+    values = {id(p): DenseLinear(p.weight.dequantize() * p.scale, p.bias) for p in quantized}
     embedding = decoder.embedding
     decoder.embedding = DenseEmbedding(embedding.weight.dequantize())
     QuantizedLinear.__call__ = lambda self, *x: values[id(self)](*x)
@@ -76,9 +84,17 @@ def test_weights_are_the_rounded_ones_and_logits_those_of_them(case, weights, tm
             assert torch.equal(made.weight, whole.weight)
             continue
         bits = 8 if name == "head" else BITS[weights]
-        assert made.weight.bits == bits
-        assert torch.equal(made.weight.dequantize(), quantize(whole.weight, bits).dequantize())
-        assert made.bias is whole.bias is None or torch.equal(made.bias, whole.bias)
+        sizes = [part.weight.shape[0] for part in parts(made)]
+        for part, rows in zip(parts(made), whole.weight.split(sizes), strict=True):
+            assert part.weight.format.bits == bits
+            found, expected = part.weight.dequantize(), quantize(rows, bits).dequantize()
+            if part.scale == 1.0:
+                assert torch.equal(found, expected)
+            else:  # rounded before they are scaled
+                step = 2 * rows.abs().max() / (2**bits - 1)
+                assert (found * part.scale - expected).abs().max() <= step
+        biases = [part.bias for part in parts(made)]
+        assert biases[0] is whole.bias is None or torch.equal(torch.cat(biases), whole.bias)
 
     tokens = token_ids(case, 2, 40)
     with dense(decoder):
@@ -120,17 +136,26 @@ def fitting(case="llama2"):
     return tiny_models.build(case, head_dim=32)
 
 
+def build_wide(case):
+    """Rows of 256, which K-quants need."""
+    return tiny_models.build(
+        case, head_dim=32, hidden_size=256, intermediate_size=256, num_attention_heads=8
+    )
+
+
+STORED_KINDS = [kind for kind in FORMATS if kind not in (GGMLQuantizationType.Q4_1,)]
+
+
 @pytest.mark.parametrize("kind", gguf_files.KINDS, ids=lambda kind: kind.name)
 def test_blocks_are_read_as_they_are(kind, tmp_path):
     gguf_files.write(tmp_path / "model.gguf", fitting(), kind=kind)
     file = GgufFile(tmp_path / "model.gguf")
     for name in file.names():
         made, values = file.quantized(name), file.read(name)
-        if kind.name not in ("Q8_0", "Q4_0", "Q4_1") or values.ndim == 1:
+        if kind not in FORMATS or values.ndim == 1:
             assert made is None
             continue
-        assert made.bits == (8 if kind.name == "Q8_0" else 4)
-        assert (made.offsets is None) == (kind.name != "Q4_1")
+        assert made.kind == kind
         assert torch.equal(made.dequantize(), values)
 
 
@@ -155,7 +180,7 @@ def test_4_bits_centred_on_zero_are_exact_in_8(tmp_path):
     decoder = load(path, dtype=torch.float32, weights="int8").decoder
     assert torch.equal(decoder.head.weight.dequantize(), state["lm_head.weight"])
     for product, expected in gguf_files.layer_products(decoder, state):
-        assert product.weight.bits == 8
+        assert product.weight.kind == GGMLQuantizationType.Q8_0
         assert torch.equal(product.weight.dequantize(), expected)
 
 
@@ -169,4 +194,47 @@ def test_projections_stored_in_different_kinds_become_one(tmp_path):
     q, k, v = (state[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "qkv")
     v = quantize(v, 4).dequantize()
     expected = torch.cat([interleave(q, 32, 32), interleave(k, 32, 32), v])
-    assert torch.equal(decoder.layers[0].qkv.weight.dequantize(), expected)
+    assert torch.equal(gguf_files.weight_of(decoder.layers[0].qkv), expected)
+
+
+# --- as stored
+
+
+MIXED = {"attn_v": "Q8_0", "attn_k": "Q5_0", "ffn_up": "Q5_1", "attn_output": "Q4_0"}
+
+
+@pytest.mark.parametrize("kind", STORED_KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_stored_weights_are_those_of_the_file(kind, architecture, tmp_path):
+    """With rows of Q and K in both orders, tied embeddings, and several formats in one product."""
+    case = {"llama": "llama2", "qwen2": "qwen2-tied"}[architecture]
+    model, path = build_wide(case), tmp_path / "model.gguf"
+    kinds = {f"blk.1.{x}.weight": GGMLQuantizationType[other] for x, other in MIXED.items()}
+    state = gguf_files.write(path, model, kind=kind, kinds=kinds, architecture=architecture)
+    decoder = load(path, dtype=torch.float32, weights="stored").decoder
+    assert decoder.weights == "stored"
+    assert torch.equal(decoder.embedding.weight.dequantize(), state["model.embed_tokens.weight"])
+    assert torch.equal(decoder.head.weight.dequantize(), state["lm_head.weight"])
+    for product, expected in gguf_files.layer_products(decoder, state):
+        assert torch.equal(gguf_files.weight_of(product), expected)
+
+
+def test_a_product_with_floating_rows_is_not_quantized(tmp_path):
+    model, path = fitting("qwen3"), tmp_path / "model.gguf"
+    kinds = {"blk.0.attn_v.weight": GGMLQuantizationType.F16}
+    state = gguf_files.write(
+        path, model, architecture="qwen3", kind=GGMLQuantizationType.Q5_0, kinds=kinds
+    )
+    decoder = load(path, dtype=torch.float32, weights="stored").decoder
+    assert isinstance(decoder.layers[0].qkv, DenseLinear)
+    for product, expected in gguf_files.layer_products(decoder, state):
+        assert torch.equal(gguf_files.weight_of(product), expected)
+
+
+def test_stored_floats_are_16bit_weights(tmp_path):
+    gguf_files.write(tmp_path / "m.gguf", fitting(), kind=GGMLQuantizationType.F16)
+    fitting().save_pretrained(tmp_path / "safetensors")
+    for path in (tmp_path / "m.gguf", tmp_path / "safetensors"):
+        decoder = load(path, dtype=torch.float32, weights="stored").decoder
+        assert decoder.weights == "16bit"
+        assert isinstance(decoder.embedding, DenseEmbedding)

@@ -133,14 +133,14 @@ def test_chat_template_and_end_token(checkpoint, tokenizer):
     assert ids.count(end) == text.count("<|im_end|>")
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["stored", "int8", "int4"])
 def test_quantized_weights_are_those_of_the_file(smollm2_folder, weights):
     file = GgufFile(smollm2_folder / "model.gguf")
     decoder = load(smollm2_folder, dtype=torch.float32, weights=weights).decoder
 
     def read(name):
         values = file.read(f"{name}.weight")
-        return values if weights == "int4" else quantize(values, 8).dequantize()
+        return quantize(values, 8).dequantize() if weights == "int8" else values
 
     embedding = file.read("model.embed_tokens.weight")  # stored in 8 bits
     assert torch.equal(decoder.embedding.weight.dequantize(), embedding)
@@ -157,7 +157,7 @@ def test_quantized_weights_are_those_of_the_file(smollm2_folder, weights):
             assert torch.equal(product.weight.dequantize(), expected)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["stored", "int8", "int4"])
 def test_nll_with_quantized_weights_is_near(smollm2_folder, tokens, transformers_nll, weights):
     decoder = load(smollm2_folder, dtype=torch.bfloat16, weights=weights).decoder
     assert our_nll(decoder, tokens) == pytest.approx(transformers_nll, rel=0.01)

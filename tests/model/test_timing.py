@@ -74,7 +74,7 @@ def damaged_by(**changes):
 
 def decoder(dtype=torch.float32, weights="16bit", architecture="tiny", kernels="pytorch"):
     fields = {"dtype": dtype, "weights": weights, "architecture": architecture, "kernels": kernels}
-    return SimpleNamespace(**fields, dtype_name=str(dtype)[6:])
+    return SimpleNamespace(**fields, dtype_name=str(dtype)[6:], weight_bytes=100)
 
 
 def test_costs_are_the_least_times_in_units_of_one_row(machine):

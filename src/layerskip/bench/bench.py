@@ -14,6 +14,7 @@ from layerskip.bench.rows import is_echo, row
 from layerskip.bench.systems import BENCH_MODES, BenchConfig, LayerSkipSystem, settings_of
 from layerskip.bench.tasks import Task
 from layerskip.decoding import DecodingConfig, LayerSkipModel
+from layerskip.model.quantize import STORED
 
 __all__ = ["BENCH_MODES", "BenchConfig", "Metric", "Row", "bench", "rows_of"]
 
@@ -190,7 +191,7 @@ def bench(
         "weight_bytes": weight_bytes,
         "read_bandwidth_bytes_per_s": bandwidth,
         "ceiling_tokens_per_s": bandwidth / weight_bytes,
-        "gguf_weights": gguf_weights if "llama.cpp" in config.baselines else None,
+        "gguf_weights": (gguf_weights or STORED) if "llama.cpp" in config.baselines else None,
         "code_execution": task.code_execution,
         "interrupted": interrupted,
         "not_scored": failure,
@@ -244,9 +245,11 @@ def _message(error: BaseException) -> str | None:
     return f"{type(error).__name__}: {error}" if isinstance(error, Exception) else None
 
 
-def _gguf_weights(model: LayerSkipModel) -> str:
-    """Return the precision of GGUF that is nearest to the decoder's."""
+def _gguf_weights(model: LayerSkipModel) -> str | None:
+    """Return the precision of GGUF that is nearest to the decoder's; None: as the file stores it."""
     decoder = model.decoder
+    if decoder.weights == STORED:
+        return None
     return GGUF_OF_WEIGHTS.get(decoder.weights) or GGUF_OF_DTYPE[str(decoder.dtype)]
 
 

@@ -132,7 +132,7 @@ def environment(
 
     Args:
         dtype: of hidden states and the cache.
-        weights: "16bit", "int8" or "int4".
+        weights: a key of `quantize.WEIGHTS`.
         device: of the model.
         kernels: see `Decoder.kernels`.
         packages: installed distributions whose versions matter beside PyTorch's.

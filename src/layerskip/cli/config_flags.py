@@ -53,8 +53,9 @@ class ModelConfig:
         choices=tuple(DTYPES),
     )
     weights: str = option(
-        "16bit",
-        "Precision of the weights in memory; int8 and int4 quantize them at load time.",
+        "stored",
+        "Weights in memory: as a quantized GGUF file stores them (other files: as 16bit), in --dtype"
+        " (16bit), or quantized at load time (int8, int4).",
         choices=tuple(WEIGHTS),
     )
     device: str = option("cpu", "cpu, cuda, cuda:1, ...", metavar="DEVICE")

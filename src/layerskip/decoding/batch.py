@@ -173,11 +173,13 @@ class Batch:
             outputs, scheduled = self.schedule()
             if len(scheduled) == 1 and scheduled[0][0].num_logprobs is None:
                 return outputs + self._run_alone(*scheduled[0])
+            lengths = [int(row.cache.lengths) for row, _ in scheduled]
             try:
                 passes = self.run(scheduled)
             except Exception:  # of one row, which ends; the others go on
-                for one in scheduled:
-                    outputs += self._run_isolated(*one)
+                for (row, n), length in zip(scheduled, lengths, strict=True):
+                    row.cache.lengths.fill_(length)
+                    outputs += self._run_isolated(row, n)
                 return outputs
             return outputs + self.postprocess(passes)
 
@@ -335,8 +337,6 @@ class Batch:
 
     def _run_isolated(self, row: Row, prompt_chunk: int) -> list[Output]:
         """Run a failed round again for one row by itself."""
-        if not prompt_chunk:
-            row.roll_back()
         try:
             passes = self.run([(row, prompt_chunk)])
         except Exception as error:
@@ -381,26 +381,39 @@ def _accept(one: RowPass) -> Step:
     row, draft, sampler = one.row, one.draft, one.row.sampler
     if draft is None:
         check_finite(one.hidden)
-    tokens = one.tokens[:, :0] if draft is None else draft.tokens
-    if one.target is not None:
-        accepted, following = accept_greedy(tokens, one.target)
+    if draft is None or not len(draft):
+        row.last = _next_token(one)
+        sampler.commit(row.last)
+        if draft is None:
+            return Step((int(row.last),))
+        row.cache.lengths += 1
+        one.hand_over(1)
+        return step_of(draft, [], int(row.last), 0)
+    tokens = draft.tokens
+    if sampler.greedy:
+        target = one.target
+        if target is None:
+            assert one.logits is not None
+            target = argmax(sampler.process(one.logits, tokens))
+        accepted, following = accept_greedy(tokens, target)
     else:
         assert one.logits is not None
-        if sampler.greedy:
-            target = argmax(sampler.process(one.logits, tokens))
-            accepted, following = accept_greedy(tokens, target)
-        elif draft is None or not len(draft):
-            p = sampler.probs_of(one.logits, tokens)
-            accepted, following = tokens.new_zeros(1), sampler.sample(p(0, 1)[:, 0])
-        else:
-            q = draft.all_probs(one.logits.shape[-1])
-            p = sampler.probs_of(one.logits, tokens)
-            accepted, following = accept_sampled(tokens, q, p, sampler.generator)
-    n, token = int(accepted), int(following)
-    row.last = following[:, None]
+        q = draft.all_probs(one.logits.shape[-1])
+        p = sampler.probs_of(one.logits, tokens)
+        accepted, following = accept_sampled(tokens, q, p, sampler.generator)
+    n, row.last = int(accepted), following[:, None]
     sampler.commit(torch.cat([tokens[:, :n], row.last], dim=1))
-    if draft is None:
-        return Step((token,))
     row.cache.lengths += n + 1
     one.hand_over(n + 1)
-    return step_of(draft, tokens[0].tolist(), token, n)
+    return step_of(draft, tokens[0].tolist(), int(following), n)
+
+
+def _next_token(one: RowPass) -> Tensor:
+    """Choose the token after a row's last position, [1, 1]."""
+    if one.target is not None:
+        return one.target
+    assert one.logits is not None
+    sampler, nothing = one.row.sampler, one.tokens[:, :0]
+    if sampler.greedy:
+        return argmax(sampler.process(one.logits, nothing))
+    return sampler.sample(sampler.probs_of(one.logits, nothing)(0, 1)[:, 0])[:, None]

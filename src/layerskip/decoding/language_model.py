@@ -70,7 +70,7 @@ class LayerSkipModel:
         name_or_path: str | Path,
         *,
         dtype: str | torch.dtype | None = None,
-        weights: str = "16bit",
+        weights: str = "stored",
         device: str | torch.device = "cpu",
         compile: bool | None = None,
         adapter: str | Path | None = None,
@@ -82,8 +82,9 @@ class LayerSkipModel:
             name_or_path: a checkpoint folder, a GGUF file, a built-in alias, or a hub id.
             dtype: "float32", "bfloat16" or "float16"; None takes bfloat16 where that is fast (see
                 `loader.fast_dtype`), else float32.
-            weights: "16bit", the weights in `dtype` as they are; "int8" or "int4", quantized while
-                they are loaded (docs/weights.md).
+            weights: "stored", the blocks of a quantized GGUF file as they are, else as "16bit";
+                "16bit", converted to `dtype`; "int8" or "int4", quantized while they are loaded
+                (docs/weights.md).
             device: "cpu", "cuda", "cuda:1", ...
             compile: run in kernels compiled for this CPU, which takes some seconds once and needs a C++
                 compiler, or on a GPU through `torch.compile`; None: the kernels on a CPU in float32

@@ -26,6 +26,7 @@ class SharedExit:
         self.exit_layer, self.vocabulary = exit_layer, vocabulary
         self._decoder = decoder
         self._prompts: list[Sequence[int]] = []
+        self._is_stale = False
         self._head = ReducedHead.of(decoder, vocabulary, ())
 
     def has(self, key: tuple[int, tuple[int, ...] | None] | None) -> bool:
@@ -39,13 +40,19 @@ class SharedExit:
 
     def set_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
         """Let the draft vocabulary have the tokens of these prompts too."""
-        if self._head is None or {*map(id, prompts)} == {*map(id, self._prompts)}:
-            return
-        seen = {token for prompt in prompts for token in prompt}
-        self._prompts, self._head = [*prompts], ReducedHead.of(self._decoder, self.vocabulary, seen)
+        if {*map(id, prompts)} != {*map(id, self._prompts)}:
+            self._prompts, self._is_stale = [*prompts], self._head is not None
+
+    def _update_head(self) -> None:
+        """Collect the rows of the head anew, where other prompts have come and a draft needs it."""
+        if self._is_stale:
+            seen = {token for prompt in self._prompts for token in prompt}
+            self._head = ReducedHead.of(self._decoder, self.vocabulary, seen)
+            self._is_stale = False
 
     def propose(self, drafts: Sequence[Draft], samplers: Sequence[Sampler]) -> list[Candidate]:
         """Propose one token for each draft."""
+        self._update_head()
         pending = [draft.take_pending() for draft in drafts]
         counts = [tokens.shape[1] for tokens in pending]
         hidden = self._decoder.embed(torch.cat(pending, dim=1))[0]

@@ -14,10 +14,19 @@ from gguf import GGUFValueType, LlamaFileType
 
 from layerskip.export import gguf_tokenizer
 from layerskip.export.hf import check_tensors, config
-from layerskip.export.source import EMBEDDING, ExportReport, Progress, Source, cast, new_file
+from layerskip.export.source import (
+    EMBEDDING,
+    Calibration,
+    ExportReport,
+    Progress,
+    Source,
+    cast,
+    new_file,
+)
 from layerskip.model import UnsupportedModelError, families
 from layerskip.model import decoder as rotary
 from layerskip.model.architecture import Rope
+from layerskip.model.quantize import Quantized
 from layerskip.model.weights import ROPE_FACTORS, GgufFile
 
 _FILE_TYPES = {
@@ -43,19 +52,23 @@ def to_gguf(
     path: Path,
     *,
     weights: str | None = None,
+    embedding: str | None = None,
+    calibrated: Calibration | None = None,
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> ExportReport:
     """Write a GGUF file for llama.cpp, one tensor in memory at a time.
 
-    Vectors stay F32. With 4-bit weights, embedding and head are Q8_0, as in int4 inference, and a matrix
-    whose rows are not whole blocks is F16. A tensor that already has its storage type is copied byte by
-    byte.
+    Vectors stay F32. A matrix whose rows are not whole blocks is F16. A tensor that already has its
+    storage type is copied byte by byte.
 
     Args:
         source: from `open_source`.
         path: the file to make; its name ends in .gguf.
         weights: a key of `GGUF_WEIGHTS`; None keeps each tensor as it is stored.
+        embedding: the same for embedding and head; None: Q8_0 with 4-bit weights, as in int4 inference,
+            else as `weights`.
+        calibrated: from `calibrate`: replaces the source's matrices.
         overwrite: replace an existing file.
         progress: called after each tensor.
 
@@ -77,7 +90,9 @@ def to_gguf(
         check_tensors(source, AutoConfig.for_model(**config(source, torch.float32)))
     architecture = _gguf_architecture(source)
     gguf_names = _gguf_names(names, architecture, source.architecture.n_layers)
-    kinds = {name: _storage_type(source, name, GGUF_WEIGHTS.get(weights or "")) for name in names}
+    replaced = {} if calibrated is None else calibrated.tensors
+    kinds = {name: _storage_type(source, name, weights, embedding) for name in names}
+    kinds |= {name: weight.kind for name, weight in replaced.items()}
     factors = _rope_factors(source)
 
     writer = gguf.GGUFWriter(None, architecture)
@@ -103,7 +118,7 @@ def to_gguf(
         if factors is not None:
             writer.write_tensor_data(factors)
         for done, name in enumerate(names, start=1):
-            writer.write_tensor_data(_data(source, name, kinds[name]))
+            writer.write_tensor_data(_data(source, name, kinds[name], replaced.get(name)))
             progress(done, len(names))
     return ExportReport(
         path=path,
@@ -114,7 +129,10 @@ def to_gguf(
         bytes=path.stat().st_size,
         tensors=len(names) + (factors is not None),
         stored_as=dict(Counter(kind.name for kind in kinds.values())),
-        carried_over=sum(tensors.stored_as(name) == kinds[name].name for name in names),
+        carried_over=sum(
+            tensors.stored_as(name) == kinds[name].name and name not in replaced for name in names
+        ),
+        nll_change=None if calibrated is None else calibrated.rounding.nll_change,
     )
 
 
@@ -139,7 +157,11 @@ def _gguf_names(names: list[str], architecture: str, n_layers: int) -> dict[str,
     return gguf_names
 
 
-def _storage_type(source: Source, name: str, requested: Kind | None) -> Kind:
+def _storage_type(source: Source, name: str, weights: str | None, embedding: str | None) -> Kind:
+    is_vocabulary = name in (EMBEDDING, "lm_head.weight")
+    if is_vocabulary and (embedding is not None or weights in ("q4_0", "q4_1")):
+        weights = embedding or "q8_0"
+    requested = None if weights is None else GGUF_WEIGHTS[weights]
     tensors = source.files.tensors
     shape = tensors.shape(name)
     if len(shape) == 1:
@@ -148,8 +170,6 @@ def _storage_type(source: Source, name: str, requested: Kind | None) -> Kind:
         stored = tensors.stored_as(name)
         is_kept = stored in ("F32", "F16", "BF16") or isinstance(tensors, GgufFile)
         return Kind[stored] if is_kept and stored in Kind.__members__ else Kind.F32
-    if name in (EMBEDDING, "lm_head.weight") and requested in (Kind.Q4_0, Kind.Q4_1):
-        requested = Kind.Q8_0
     block_size, _ = gguf.GGML_QUANT_SIZES[requested]
     return requested if shape[-1] % block_size == 0 else Kind.F16
 
@@ -161,10 +181,18 @@ def _file_type(kinds: dict[str, Kind]) -> LlamaFileType:
     return _FILE_TYPES.get(most[0][0], LlamaFileType.GUESSED) if most else LlamaFileType.ALL_F32
 
 
-def _data(source: Source, name: str, kind: Kind) -> "np.ndarray[Any, Any]":
-    tensors = source.files.tensors
+def _data(
+    source: Source, name: str, kind: Kind, replaced: Quantized | None
+) -> "np.ndarray[Any, Any]":
+    tensors, head_dim = source.files.tensors, source.architecture.head_dim
     rotary_layout = families.FAMILIES[_gguf_architecture(source)].gguf_rotary
     assert rotary_layout is not None
+    if replaced is not None:
+        rows = replaced.data
+        if rotary_layout == "interleaved" and name.rsplit(".", 2)[-2] in ("q_proj", "k_proj"):
+            rows = rotary.interleave(rows, head_dim, head_dim)
+        blocks: np.ndarray[Any, Any] = rows.numpy()
+        return blocks
     tensor = source.read(name, rotary_layout)
     if isinstance(tensors, GgufFile) and tensors.stored_as(name) == kind.name:
         return tensors.blocks(name)

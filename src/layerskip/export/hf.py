@@ -85,7 +85,7 @@ def to_hf(
             state: dict[str, Tensor] = {}
             for name in shard:
                 if name in replaced:
-                    state[name] = replaced[name]
+                    state[name] = replaced[name].dequantize()
                 else:
                     state[name] = cast(source.read(name), dtypes[name], name).contiguous()
                     carried_over += tensors.stored_as(name) == _STORAGE_TYPES[dtypes[name]]

@@ -26,6 +26,7 @@ from layerskip.model import (
 )
 from layerskip.model.architecture import Rope
 from layerskip.model.checkpoint import Rounding, read
+from layerskip.model.quantize import Quantized
 from layerskip.model.tokenizer import TEMPLATES
 
 FAMILIES = tuple(name for name, family in families.FAMILIES.items() if family.is_exported)
@@ -82,11 +83,12 @@ class Calibration:
     """Result of `calibrate`.
 
     Attributes:
-        tensors: name -> values on the int4 grid, float32, of every matrix in a layer.
+        tensors: every matrix of a layer by its name, and embedding and head if they are in 4 bits; rows
+            of Q and K as in transformers.
         rounding: the change of the negative log-likelihood.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Quantized]
     rounding: Rounding
 
 

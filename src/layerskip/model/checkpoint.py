@@ -31,7 +31,9 @@ from torch import Tensor
 from layerskip.fileio import CheckpointError, check_within, read_json, replace_json
 from layerskip.model import families, loader, tokenizer
 from layerskip.model.architecture import Architecture, UnsupportedModelError
+from layerskip.model.block_formats import FORMATS
 from layerskip.model.decoder import Decoder, interleave
+from layerskip.model.quantize import INT4_KINDS, STORED, bits_of
 from layerskip.model.weights import GgufFile, SafetensorsFiles, Tensors
 from layerskip.paths import cache_folder
 
@@ -385,7 +387,7 @@ class Rounding:
 
 
 _MAX_CHANGE = 0.05  # of the negative log-likelihood; a higher cost is reported at load time
-_FOUR_BIT_TYPES = ("Q4_0", "Q4_1")  # whose codes are loaded as they are
+_FOUR_BIT_TYPES = tuple(kind.name for kind in INT4_KINDS)
 
 
 def recorded(extra: Any, roundings: Mapping[str, Rounding]) -> dict[str, Any]:
@@ -415,7 +417,7 @@ def warn_of_rounding(path: Path, tensors: Tensors, weights: str) -> None:
     Warns:
         RoundingWarning: see above.
     """
-    if weights == "16bit":
+    if bits_of(weights) is None:
         return
     matrices = [n for n in tensors.names() if ".layers." in n and len(tensors.shape(n)) == 2]
     if weights == "int4" and all(tensors.stored_as(n) in _FOUR_BIT_TYPES for n in matrices):
@@ -518,6 +520,7 @@ def load(
         RoundingWarning: the cost of `weights` is high or unknown.
     """
     files = open_files(path)
+    weights = _resolve(weights, files.tensors)
     warn_of_rounding(path, files.tensors, weights)
     compiled = compiled(files.architecture) if callable(compiled) else compiled
     if dtype is None:
@@ -536,6 +539,14 @@ def load(
         tokenizer=files.tokenizer(),
         settings=files.settings,
     )
+
+
+def _resolve(weights: str, tensors: Tensors) -> str:
+    """Return "16bit" for "stored" weights that are not quantized."""
+    kept = {kind.name for kind in FORMATS}
+    if weights == STORED and not any(tensors.stored_as(name) in kept for name in tensors.names()):
+        return "16bit"
+    return weights
 
 
 def open_files(path: Path) -> Files:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from layerskip.model.architecture import Activation, Architecture, Rope
 from layerskip.model.kv_cache import KVCache
-from layerskip.model.quantize import Linear, Matrix, Packed, QuantizedLinear, linear
+from layerskip.model.linear import Linear, Matrix, QuantizedLinear, linear
+from layerskip.model.quantize import Quantized
 
 Norm = Callable[[Tensor], Tensor]
 """[N, D] to [N, D]."""
@@ -247,7 +248,7 @@ class DenseEmbedding:
 class QuantizedEmbedding:
     """A quantized weight, [V, D], whose rows are dequantized to `dtype`."""
 
-    def __init__(self, weight: Packed, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Quantized, dtype: torch.dtype) -> None:
         self.weight, self._dtype = weight, dtype
 
     def __call__(self, tokens: Tensor) -> Tensor:

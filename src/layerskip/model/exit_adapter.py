@@ -24,8 +24,9 @@ from layerskip.model import families
 from layerskip.model.architecture import Architecture
 from layerskip.model.checkpoint import ADAPTER_FILE, Files, open_files
 from layerskip.model.decoder import Decoder
+from layerskip.model.linear import Linear
 from layerskip.model.loader import build_adapter
-from layerskip.model.quantize import Linear, Quantized
+from layerskip.model.quantize import Quantized
 from layerskip.model.weights import damage_named
 
 NO_ADAPTER = "none"
@@ -114,6 +115,9 @@ class TensorDict:
     def quantized(self, name: str) -> Quantized | None:
         """Return None: all tensors here are floating."""
         return None
+
+    def release(self) -> None:
+        """Do nothing: the tensors are in memory."""
 
 
 def adapter_architecture(base: Architecture, logit_scale: float = 1.0) -> Architecture:

@@ -1,7 +1,7 @@
 """Tensors to a decoder: read, check, fuse, and fold scalings into the weights.
 
 Last step of loading (`hub` -> `checkpoint` -> `weights` -> `loader`). Afterwards all weights are in the
-decoder's parts, on its device: as `DenseLinear`, `PackedLinear` or `QuantizedLinear` of `quantize`, or
+decoder's parts, on its device: as `DenseLinear`, `PackedLinear` or `QuantizedLinear` of `linear`, or
 for the compiled kernels as `PackedMatrix` of `native.packed`. The checkpoint's files are not needed any
 more.
 
@@ -38,20 +38,19 @@ from layerskip.model.decoder import (
 )
 from layerskip.model.families import FAMILIES
 from layerskip.model.hardware import disable_cudnn_attention, has_fast_bfloat16
-from layerskip.model.native import PackedEmbedding, PackedMatrix
+from layerskip.model.linear import ConcatLinear, Linear, Matrix, QuantizedLinear, linear
+from layerskip.model.native import PackedEmbedding, PackedLinear, PackedMatrix
 from layerskip.model.native.packed import LargePages
 from layerskip.model.quantize import (
     EMBEDDING_BITS,
     GROUP,
-    Linear,
-    Matrix,
+    INT4_KINDS,
+    STORED,
     Quantized,
-    QuantizedLinear,
     bits_of,
     concat,
-    linear,
-    pack,
     quantize,
+    to_int8,
 )
 from layerskip.model.weights import Tensors, missing
 
@@ -73,9 +72,10 @@ def build(
 ) -> Decoder:
     """Read, cast or quantize, fuse and pack every weight, one layer at a time.
 
-    With int8 or int4 weights, the layers' matrices have these bits, embedding and head are int8; norms,
-    biases and the routers of mixtures stay in `dtype`, norms of 1 + w in float32. Codes that a GGUF file
-    stores with the same bits are used as they are; rows that are scaled are quantized again.
+    With "stored" weights, matrices that are quantized in a GGUF file keep their blocks. With int8 or
+    int4 weights, the layers' matrices have these bits, embedding and head are int8, and blocks that have
+    the same bits are kept. Norms, biases, the routers of mixtures and everything else are in `dtype`,
+    norms of 1 + w in float32. Products with quantized rows that a family scales are scaled afterwards.
 
     Args:
         architecture: of the decoder.
@@ -202,7 +202,7 @@ class WeightLoader:
     ) -> None:
         self._pages = LargePages() if is_native else None
         self._tensors, self._dtype, self._device = tensors, dtype, device
-        self._bits = bits_of(weights)
+        self._bits, self._keeps_stored = bits_of(weights), weights == STORED
         self._names = tensors.names()
         self._unused = {n for n in self._names if not n.endswith(ignored)}
         self._in_any_layer = {_without_number(n) for n in self._names}
@@ -226,7 +226,7 @@ class WeightLoader:
         if self._pages is not None:
             return PackedEmbedding(PackedMatrix(weight, pages=self._pages))
         if isinstance(weight, Quantized):
-            return QuantizedEmbedding(pack(weight, self._device), self._dtype)
+            return QuantizedEmbedding(weight.to(self._device), self._dtype)
         return DenseEmbedding(weight)
 
     def head(self, name: str, shape: tuple[int, int], *, tied: bool) -> Matrix | None:
@@ -258,30 +258,26 @@ class WeightLoader:
         """
         sizes = rows if len(names) == len(rows) else [sum(rows)]
         parts = [(f"{name}.weight", (size, n_in)) for name, size in zip(names, sizes, strict=True)]
+        scales = scales or [1.0] * len(rows)
+        order = None if arrange is None else arrange(torch.arange(sum(rows)))
+
         is_scaled = any(scale != 1.0 for scale in scales)
 
-        def arranged(tensor: Tensor) -> Tensor:
-            if arrange is None:
-                return tensor
-            # Their numbers are permuted, not the rows themselves: each row is copied once.
-            return tensor[arrange(torch.arange(sum(rows))).to(tensor.device)]
-
         def fused(tensors: list[Tensor]) -> Tensor:
-            if not is_scaled:
-                return arranged(_concat([self._cast(tensor) for tensor in tensors]))
-            return _scale_parts(arranged(_concat(tensors)), rows, scales)
+            # Cast first unless rows are scaled: the stored dtype may be larger.
+            tensor = _concat(tensors if is_scaled else [self._cast(tensor) for tensor in tensors])
+            if order is not None:  # of row numbers, so that each row is copied once
+                tensor = tensor[order.to(tensor.device)]
+            return _scale_parts(tensor, rows, scales) if is_scaled else tensor
 
         biases = self._biases(names, sizes)
         bias = self._cast(fused(biases)) if biases else None
-        if self._bits is None or not is_quantized:
-            dtype = None if is_scaled else self._dtype  # cast first: the stored dtype may be larger
-            weight = self._cast(fused([self._read(*part, dtype) for part in parts]))
-            return self._linear(weight, bias)
-        if is_scaled:  # which the grid of stored codes does not fit
-            values = fused([self._read(*part) for part in parts])
-            return self._linear(self._quantize(parts[0][0], values, self._bits), bias)
-        codes = concat([self._quantized(*part, self._bits) for part in parts])
-        return self._linear(codes if arrange is None else codes.map_rows(arranged), bias)
+        quantized = self._quantized_parts(parts) if is_quantized else None
+        if quantized is not None:
+            return self._fused_quantized(quantized, rows, order, scales, bias)
+        dtype = None if is_scaled else self._dtype
+        weight = self._cast(fused([self._read(*part, dtype) for part in parts]))
+        return self._linear(weight, bias)
 
     def check_all_used(self) -> None:
         """Refuse a checkpoint with tensors that were not used."""
@@ -303,30 +299,82 @@ class WeightLoader:
             raise CheckpointError(f"only some of {list(names)} have a bias")
         return present
 
-    def _linear(self, weight: Tensor | Quantized, bias: Tensor | None) -> Matrix:
+    def _linear(
+        self, weight: Tensor | Quantized, bias: Tensor | None, scale: float = 1.0
+    ) -> Matrix:
         """Pack a finished matrix for the machine."""
+        packed: Matrix
         if self._pages is not None:
-            return PackedMatrix(weight, bias, self._pages)
-        if isinstance(weight, Quantized):
-            return QuantizedLinear(pack(weight, self._device), bias, self._dtype)
-        return linear(weight, bias)
+            packed = PackedMatrix(weight, bias, self._pages, scale)
+        elif isinstance(weight, Quantized):
+            packed = QuantizedLinear(weight.to(self._device), bias, self._dtype, scale)
+        else:
+            packed = linear(weight, bias)
+        self._tensors.release()
+        return packed
+
+    def _fused_quantized(
+        self,
+        tensors: list[Quantized],
+        rows: Sequence[int],
+        order: Tensor | None,
+        scales: Sequence[float],
+        bias: Tensor | None,
+    ) -> Linear:
+        """Fuse projections that may have different formats and scales; see `linear`."""
+        sections: list[tuple[Quantized, float, int]] = []  # with the end of its outputs
+        begin = end = 0
+        for i, (size, scale) in enumerate(zip(rows, scales, strict=True)):
+            begin, end = end, end + size
+            # One tensor for each projection, or one that holds them all.
+            tensor, first = (tensors[i], begin) if len(tensors) == len(rows) else (tensors[0], 0)
+            index = slice(begin - first, end - first) if order is None else order[begin:end] - first
+            section = tensor.rows(index)
+            if sections and (sections[-1][0].kind, sections[-1][1]) == (section.kind, scale):
+                section = concat([sections.pop()[0], section])
+            sections.append((section, scale, end))
+        parts, begin = [], 0
+        for section, scale, end in sections:
+            parts.append(self._linear(section, None if bias is None else bias[begin:end], scale))
+            begin = end
+        if len(parts) == 1:
+            return parts[0]
+        packed = [part for part in parts if isinstance(part, PackedMatrix)]
+        return PackedLinear(packed) if packed else ConcatLinear(parts)
 
     def _vocabulary_matrix(self, name: str, shape: tuple[int, int]) -> Tensor | Quantized:
-        if self._bits is None:
-            return self(name, shape)
-        return self._quantized(name, shape, EMBEDDING_BITS)
+        bits = None if self._bits is None else EMBEDDING_BITS
+        quantized = self._quantized(name, shape, bits)
+        return self(name, shape) if quantized is None else quantized
 
-    def _quantized(self, name: str, shape: tuple[int, int], bits: int) -> Quantized:
-        """Return a matrix with its stored codes if they have these bits; else quantize it."""
+    def _quantized_parts(self, parts: list[tuple[str, tuple[int, int]]]) -> list[Quantized] | None:
+        """Return all matrices of one product, or None if some are not quantized."""
+        quantized = [self._quantized(name, shape, self._bits) for name, shape in parts]
+        present = [matrix for matrix in quantized if matrix is not None]
+        return present if len(present) == len(parts) else None
+
+    def _quantized(self, name: str, shape: tuple[int, int], bits: int | None) -> Quantized | None:
+        """Return a matrix quantized to these bits, as stored where that is what is requested.
+
+        Args:
+            name: of the tensor.
+            shape: that the architecture says.
+            bits: None: whatever the file stores; None is returned if that is not quantized.
+        """
+        if bits is None and not self._keeps_stored:
+            return None
         if not self._use(name):
             raise missing(name)
         stored = self._tensors.quantized(name)
-        if stored is not None and stored.offsets is None and (stored.bits, bits) == (4, 8):
-            stored = stored.to_int8()
-        if stored is None or stored.bits != bits:
-            return self._quantize(name, self._read(name, shape), bits)
-        _check_shape(name, stored.shape, shape)
-        return stored
+        if stored is not None:
+            _check_shape(name, stored.shape, shape)
+            if bits == 8:
+                stored = to_int8(stored)
+            elif bits == 4 and stored.kind not in INT4_KINDS:
+                stored = None
+        if stored is not None or bits is None:
+            return stored
+        return self._quantize(name, self._read(name, shape), bits)
 
     def _quantize(self, name: str, weight: Tensor, bits: int) -> Quantized:
         if weight.shape[1] % GROUP:

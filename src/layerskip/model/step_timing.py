@@ -96,10 +96,12 @@ def pass_costs(decoder: Decoder) -> PassCosts:
     # The name of the compiled library is a hash of sources, compiler and instructions.
     software = build.target().stem if decoder.kernels == "compiled" else _pytorch()
     software = f"{machine(torch.device('cpu'))}\0{software}"
-    key = decoder.architecture, software, decoder.dtype, decoder.weights, n_threads
+    # The bytes differ between GGUF files of one model in several formats.
+    kind = f"{decoder.architecture!r}\0{software}\0{decoder.weight_bytes}"
+    key = kind, decoder.dtype, decoder.weights, n_threads
     with _LOCK:
         if key not in _measured:
-            digest = hashlib.sha256(f"{decoder.architecture!r}\0{software}".encode()).hexdigest()
+            digest = hashlib.sha256(kind.encode()).hexdigest()
             name = f"{digest[:16]}.{decoder.dtype_name}.{decoder.weights}.{n_threads}.json"
             _measured[key] = _read(name) or _time_and_store(name, decoder, n_threads)
         return _measured[key]

@@ -31,8 +31,9 @@ from layerskip.model.architecture import (
     UnsupportedModelError,
     check_size,
 )
+from layerskip.model.block_formats import FORMATS
 from layerskip.model.families import FAMILIES
-from layerskip.model.quantize import Quantized, unpack_int4
+from layerskip.model.quantize import Quantized
 
 _CHUNK_WEIGHTS = 2**22  # dequantized at a time: a whole matrix would need several copies
 _FLOATING = ("F32", "F16", "BF16", "F64")  # dtypes of safetensors that weights may have
@@ -65,7 +66,11 @@ class Tensors(Protocol):
         ...
 
     def quantized(self, name: str) -> Quantized | None:
-        """Return a matrix with its stored codes; None unless it is stored in int8 or int4 groups."""
+        """Return a matrix as it is stored, in the file's memory; None unless it is quantized."""
+        ...
+
+    def release(self) -> None:
+        """Give back the memory of what was read so far; it can be read again."""
         ...
 
 
@@ -138,8 +143,10 @@ class SafetensorsFiles:
         """Return None: all tensors here are floating."""
         return None
 
+    def release(self) -> None:
+        """Do nothing: tensors are read into memory of their own."""
 
-_INT_GROUPS = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1)
+
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -151,7 +158,7 @@ class GgufFile:
         self.paths = [path]
         with damage_named(path):
             header = GgufHeader(path)
-        self._fields = header.fields
+        self._header, self._fields = header, header.fields
         if self.field("split.count", 1) not in (0, 1):  # later parts name no architecture
             raise UnsupportedModelError(
                 f"{path} is one part of several; join them with llama-gguf-split --merge"
@@ -202,9 +209,14 @@ class GgufFile:
         return values
 
     def quantized(self, name: str) -> Quantized | None:
-        """See `Tensors`; Q8_0, Q4_0 and Q4_1 are stored in such groups."""
+        """See `Tensors`; of matrices in a format of `block_formats`."""
         tensor = self._tensors[name]
-        return _codes(tensor.data, tensor.kind) if tensor.kind in _INT_GROUPS else None
+        is_matrix = tensor.kind in FORMATS and len(tensor.shape) == 2
+        return Quantized(tensor.kind, torch.from_numpy(tensor.data)) if is_matrix else None
+
+    def release(self) -> None:
+        """See `Tensors`."""
+        self._header.release()
 
     def field(self, key: str, default: Any = None) -> Any:
         """Return a metadata value, or the default."""
@@ -307,22 +319,9 @@ class GgufFile:
 
 def _dequantize(data: "np.ndarray[Any, Any]", kind: GGMLQuantizationType) -> Tensor:
     """Convert stored rows to float32."""
-    if kind in _INT_GROUPS:
-        return _codes(data, kind).dequantize()  # the same numbers as gguf's, faster
-    # The memory of stored float32 is the read-only file itself; PyTorch wants writable memory.
-    return torch.from_numpy(np.require(gguf.dequantize(data, kind), requirements="W"))
-
-
-def _codes(data: "np.ndarray[Any, Any]", kind: GGMLQuantizationType) -> Quantized:
-    """Split rows of blocks: `GROUP` codes after their scale and, in Q4_1, their offset."""
-    blocks = torch.from_numpy(data.copy())  # [out, bytes]
-    n_halves = 2 if kind == GGMLQuantizationType.Q4_1 else 1
-    size = gguf.GGML_QUANT_SIZES[kind][1]
-    halves, codes = blocks.unflatten(1, (-1, size)).split([2 * n_halves, size - 2 * n_halves], -1)
-    scales, *offsets = halves.contiguous().view(torch.float16).unbind(-1)
-    if kind == GGMLQuantizationType.Q8_0:  # signed bytes
-        return Quantized(8, codes.flatten(1) ^ 128, scales, None)
-    return Quantized(4, unpack_int4(codes.flatten(1)), scales, offsets[0] if offsets else None)
+    if kind in FORMATS:
+        return Quantized(kind, torch.from_numpy(data)).dequantize()  # gguf's numbers, faster
+    return torch.from_numpy(gguf.dequantize(data, kind))
 
 
 def _transformers_name(name: str, table: dict[str, str]) -> str:
@@ -404,7 +403,8 @@ class GgufHeader:
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
-            self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            # PyTorch wants writable memory; nothing is written, and the file would not change.
+            self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self._position = 0
         magic, version, n_tensors, n_fields = self._unpack("<4sIQQ")
         if magic != _MAGIC or version not in _VERSIONS:
@@ -426,6 +426,11 @@ class GgufHeader:
         )
         if any(begin < end for (_, end), (begin, _) in itertools.pairwise(extents)):
             raise ValueError("tensors overlap")
+
+    def release(self) -> None:
+        """Let the system take back pages of the file that were read."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._file.madvise(mmap.MADV_DONTNEED)
 
     def _unpack(self, layout: str) -> tuple[Any, ...]:
         values = struct.unpack_from(layout, self._file, self._position)

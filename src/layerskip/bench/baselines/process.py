@@ -226,7 +226,7 @@ def start_baselines(
     context: int,
     stop: Sequence[str],
     ignore_eos: bool,
-    gguf_weights: str,
+    gguf_weights: str | None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[list[BaselineProcess]]:
     """Start a process for each baseline; all of them end with the context.
@@ -242,7 +242,7 @@ def start_baselines(
         context: number of tokens of the longest prompt and its answer.
         stop: texts that end an answer.
         ignore_eos: answers continue after an end token.
-        gguf_weights: precision of llama.cpp's file, see `export.GGUF_WEIGHTS`.
+        gguf_weights: precision of llama.cpp's file, see `export.to_gguf`.
         progress: called with the number that have started, and in all.
     """
     with contextlib.ExitStack() as stack:
@@ -272,7 +272,7 @@ def start_baselines(
         yield baselines
 
 
-def _prepare(name: str, job: Job, gguf_weights: str) -> str | None:
+def _prepare(name: str, job: Job, gguf_weights: str | None) -> str | None:
     """Make the files that a baseline needs; return the reason why it cannot take part, or None."""
     spec = BASELINES[name]
     if importlib.util.find_spec(spec.package) is None:

@@ -7,12 +7,13 @@ from layerskip.model.native.build import (
     prepare,
 )
 from layerskip.model.native.native_decoder import NativeDecoder, supports
-from layerskip.model.native.packed import PackedEmbedding, PackedMatrix
+from layerskip.model.native.packed import PackedEmbedding, PackedLinear, PackedMatrix
 
 __all__ = [
     "NativeDecoder",
     "NoCompilerError",
     "PackedEmbedding",
+    "PackedLinear",
     "PackedMatrix",
     "num_threads_of",
     "num_threads_to_use",

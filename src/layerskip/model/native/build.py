@@ -22,6 +22,7 @@ from layerskip.model.hardware import cpu_instructions
 from layerskip.paths import cache_folder
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
+_SOURCES = _SOURCE, *sorted(_SOURCE.parent.glob("*.h"))
 # These follow the arguments in CXX. Some compilers turn fast-math on by default, and turning it off may
 # allow contraction again, which is therefore forbidden after it.
 _FLAGS = ("-O2", "-fno-fast-math", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC")
@@ -103,7 +104,8 @@ def target() -> Path:
     with contextlib.suppress(OSError):  # instead of the compiler's version, which takes a process
         program = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
         key += f"\0{program}\0{program.stat().st_size}\0{program.stat().st_mtime_ns}"
-    name = hashlib.sha256(_SOURCE.read_bytes() + key.encode()).hexdigest()[:16]
+    sources = b"".join(file.read_bytes() for file in _SOURCES)
+    name = hashlib.sha256(sources + key.encode()).hexdigest()[:16]
     try:
         return cache_folder() / "kernels" / f"{name}.so"
     except OSError as error:
@@ -166,9 +168,10 @@ def _load(path: Path) -> ctypes.CDLL:
             *(ptr, ptr, ptr, i32),  # norm, tokens, probabilities, threads
         ),
         "rows": (ptr, ptr, i64, ptr),  # matrix, indices, how many, out
+        "pack": (i32, ptr, i64, i64, ptr, i32),  # bits, codes, rows, inputs, packed, threads
         "processors": (),
     }
-    results = {"rows": i32, "processors": i32}
+    results = {"rows": i32, "pack": None, "processors": i32}
     for name, types in arguments.items():
         function = getattr(kernels, f"layerskip_{name}")
         function.argtypes, function.restype = types, results.get(name, _check)

@@ -11,20 +11,21 @@ from layerskip.model.architecture import Architecture
 from layerskip.model.decoder import MLP, Decoder, HeadNorm, Layer, RMSNorm
 from layerskip.model.families import FAMILIES
 from layerskip.model.kv_cache import KVCache
+from layerskip.model.linear import Matrix
 from layerskip.model.native.build import library, num_threads_to_use
 from layerskip.model.native.packed import (
     FLOATS,
     KINDS,
     LANES,
-    MatrixStruct,
+    LinearStruct,
     PackedEmbedding,
+    PackedLinear,
     PackedMatrix,
     choose,
     fits,
     pointers_to,
     readable,
 )
-from layerskip.model.quantize import Matrix
 
 
 class LayerStruct(ctypes.Structure):
@@ -38,10 +39,10 @@ class LayerStruct(ctypes.Structure):
         ("qk_norm", ctypes.c_void_p),
         ("window", ctypes.c_int32),
         ("rope", ctypes.c_int32),
-        ("qkv", MatrixStruct),
-        ("attention_out", MatrixStruct),
-        ("gate_up", MatrixStruct),
-        ("down", MatrixStruct),
+        ("qkv", LinearStruct),
+        ("attention_out", LinearStruct),
+        ("gate_up", LinearStruct),
+        ("down", LinearStruct),
     )
 
 
@@ -92,12 +93,12 @@ class NativeLayer:
         assert isinstance(layer.mlp, MLP)
         assert layer.mlp.is_gated
         products = (layer.qkv, layer.attention_out, layer.mlp.gate_up, layer.mlp.down)
-        self._matrices = [product for product in products if isinstance(product, PackedMatrix)]
+        self._products = [p for p in products if isinstance(p, PackedMatrix | PackedLinear)]
 
     def struct(self, window: int, rope: int) -> LayerStruct:
         """Return pointers to the layer's parts, valid as long as this object lives."""
         pointers = [None if w is None else w.data_ptr() for w in self._weights]
-        return LayerStruct(*pointers, window, rope, *(m.struct for m in self._matrices))
+        return LayerStruct(*pointers, window, rope, *(product.struct for product in self._products))
 
 
 def weight_of(norm: object) -> Tensor:

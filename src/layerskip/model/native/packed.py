@@ -2,10 +2,10 @@
 
 End of loading for the compiled kernels (see `loader`): a `PackedMatrix` is where its weights stay.
 
-A tile holds, input by input, the weights of 16 outputs: [out / 16, in / k, 16, k], where k weights fill
-the 2 or 4 bytes that the kernels load together. Huge pages spare TLB misses: Linux uses them for memory
-that was marked before it is first touched, 2 MB at a multiple of 2 MB. Most matrices of a small model
-are smaller, so they share a block.
+A tile holds, input by input, the weights of 16 outputs: [out / 16, words, 16], where a word has the
+weights of one or several inputs that the kernels load together, or the scale of a group. Huge pages
+spare TLB misses: Linux uses them for memory that was marked before it is first touched, 2 MB at a
+multiple of 2 MB. Most matrices of a small model are smaller, so they share a block.
 """
 
 import contextlib
@@ -26,7 +26,8 @@ LANES = 16
 # Given to all tensors that C writes floats into, whatever PyTorch's default dtype and device are.
 FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
-_INT8, _INT4 = 2, 3
+_TABLE4 = 9  # a quantized kind is otherwise its number of bits
+_CHUNK_WEIGHTS = 2**20  # unpacked at a time: they stay in the cache
 _CHUNK_ROWS = 64 * LANES
 
 _PAGE_BYTES = 2**21
@@ -65,31 +66,47 @@ def in_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 class MatrixStruct(ctypes.Structure):
-    """`Matrix` of `kernels.cpp`."""
+    """`Matrix` of `products.h`."""
 
     _fields_ = (
         ("kind", ctypes.c_int32),
+        ("scale", ctypes.c_float),
         ("out", ctypes.c_int64),
         ("in_", ctypes.c_int64),
         ("data", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("offsets", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+        ("offset_factors", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
     )
 
 
+class LinearStruct(ctypes.Structure):
+    """`Linear` of `products.h`."""
+
+    _fields_ = (
+        ("out", ctypes.c_int64),
+        ("in_", ctypes.c_int64),
+        ("n_parts", ctypes.c_int64),
+        ("parts", ctypes.c_void_p),
+    )
+
+
 class PackedMatrix:
-    """A packed weight matrix with its product (a `quantize.Matrix`).
+    """A packed weight matrix with its product (a `linear.Matrix`).
 
     Args:
         weight: [out, in] in float32, bfloat16 or quantized; `in` is a multiple of 32.
         bias: [out], or None.
         pages: allocates the packed weights; None = in memory of their own.
+        scale: of all outputs, before the bias is added.
 
     Attributes:
         shape: [out, in].
         weight_bytes: bytes that one call reads.
-        struct: for the kernels; valid as long as this object lives.
+        matrix: for the kernels; valid as long as this object lives.
+        struct: the same as the only part of a linear layer.
     """
 
     def __init__(
@@ -97,20 +114,17 @@ class PackedMatrix:
         weight: Tensor | Quantized,
         bias: Tensor | None = None,
         pages: LargePages | None = None,
+        scale: float = 1.0,
     ) -> None:
         tiles = partial(_tiles, out=weight.shape[0], pages=pages)
-        scales = offsets = None
         if isinstance(weight, Quantized):
-            kind = _INT8 if weight.bits == 8 else _INT4
-            data = tiles([_code_words(weight)])
-            scales = tiles([weight.scales[..., None]])
-            if weight.offsets is not None:
-                offsets = tiles([weight.offsets[..., None]])
+            kind = _TABLE4 if weight.format.table else weight.format.bits
+            tensors = _pack_quantized(weight, pages)
         else:
             kind = KINDS[weight.dtype]
             per_word = 1 if weight.dtype == torch.float32 else 2
-            data = tiles([weight.unflatten(1, (-1, per_word))])
-        self._set(kind, (weight.shape[0], weight.shape[1]), (data, scales, offsets), bias)
+            tensors = [tiles([weight.unflatten(1, (-1, per_word))]), None, None, None, None]
+        self._set(kind, (weight.shape[0], weight.shape[1]), tensors, bias, scale)
 
     def _set(
         self,
@@ -118,13 +132,15 @@ class PackedMatrix:
         shape: tuple[int, int],
         tensors: Sequence[Tensor | None],
         bias: Tensor | None,
+        scale: float,
     ) -> None:
         self._library = library()
-        self.shape, self._kind, self._tensors = shape, kind, tensors
+        self.shape, self._kind, self._scale, self._tensors = shape, kind, scale, tensors
         self._bias = None if bias is None else bias.float().contiguous()
         self.weight_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
         pointers = (_pointer(tensor) for tensor in (*tensors, self._bias))
-        self.struct = MatrixStruct(kind, *shape, *pointers)
+        self.matrix = MatrixStruct(kind, scale, *shape, *pointers)
+        self.struct = LinearStruct(*shape, 1, ctypes.addressof(self.matrix))
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, in] (and a residual [N, out]) to [N, out], float32."""
@@ -166,8 +182,27 @@ class PackedMatrix:
         tensors = [None if tensor is None else select(tensor) for tensor in self._tensors]
         matrix = PackedMatrix.__new__(PackedMatrix)
         bias = None if self._bias is None else self._bias[index]
-        matrix._set(self._kind, (len(index), self.shape[1]), tensors, bias)
+        matrix._set(self._kind, (len(index), self.shape[1]), tensors, bias, self._scale)
         return matrix
+
+
+class PackedLinear:
+    """Packed matrices of the same inputs whose outputs follow one another (a `linear.Linear`).
+
+    Their formats may differ; all but the last have a multiple of 16 outputs.
+    """
+
+    def __init__(self, parts: Sequence[PackedMatrix]) -> None:
+        self._parts, (_, n_in) = parts, parts[0].shape
+        self.weight_bytes = sum(part.weight_bytes for part in parts)
+        self._matrices = (MatrixStruct * len(parts))(*(part.matrix for part in parts))
+        n_out = sum(part.shape[0] for part in parts)
+        self.struct = LinearStruct(n_out, n_in, len(parts), ctypes.addressof(self._matrices))
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N, in] (and a residual [N, out]) to [N, out], float32."""
+        y = torch.cat([part(x) for part in self._parts], dim=1)
+        return y if residual is None else y + residual
 
 
 def choose(
@@ -184,7 +219,7 @@ def choose(
     No outputs are written to memory.
 
     Args:
-        parts: the matrices (`pointers_to`), of the same kind and width; their outputs are numbered
+        parts: the heads (`pointers_to`), of the same kind and width; their outputs are numbered
             consecutively.
         x: [N, in].
         norm: [in], or None.
@@ -195,7 +230,7 @@ def choose(
     Returns:
         [N] int64, and [N] float32 or None.
     """
-    first = ctypes.cast(parts, ctypes.POINTER(ctypes.POINTER(MatrixStruct)))[0]
+    first = ctypes.cast(parts, ctypes.POINTER(ctypes.POINTER(LinearStruct)))[0]
     x = readable(x, first.contents.in_)
     tokens = torch.empty(x.shape[0], dtype=torch.int64, device="cpu")
     probabilities = x.new_empty(x.shape[0]) if confident else None
@@ -270,13 +305,35 @@ def _tiles(chunks: Iterable[Tensor], out: int, pages: LargePages | None = None) 
     return tiles
 
 
-def _code_words(weight: Quantized) -> Tensor:
-    """Return the codes as words of 4 bytes, [out, n, 4]: four int8 inputs, or eight int4 inputs."""
-    words: Tensor = weight.codes.unflatten(1, (-1, 4))
-    if weight.bits == 4:
-        low, high = words.unflatten(1, (-1, 2)).unbind(2)
-        words = low | high << 4
-    return words
+def _pack_quantized(weight: Quantized, pages: LargePages | None) -> list[Tensor | None]:
+    """Return packed codes, scales, offsets, and the factors of both.
+
+    Rows are unpacked a chunk at a time, so that a chunk's codes stay in the cache.
+    """
+    n_out, n_in = weight.shape
+    bits, n_tiles = weight.format.bits, -(-n_out // LANES)
+    empty = pages.empty if pages else in_large_pages
+    data = empty((n_tiles, n_in // GROUP * bits, LANES, 1), torch.int32)
+    step = max(1, _CHUNK_WEIGHTS // n_in // LANES) * LANES
+    grids = []
+    for begin in range(0, n_out, step):
+        rows = weight.rows(slice(begin, begin + step))
+        codes = rows.codes().contiguous()
+        target = data[begin // LANES :]
+        library().layerskip_pack(
+            *(bits, codes.data_ptr(), len(codes), n_in, target.data_ptr(), num_threads_to_use())
+        )
+        grids.append(rows.grid())
+    return [
+        data,
+        *(
+            None if parts[0] is None else _tiles([torch.cat(parts)[..., None]], n_out, pages)
+            for parts in ([getattr(grid, name) for grid in grids] for name in _GRID)
+        ),
+    ]
+
+
+_GRID = ("scales", "offsets", "factors", "offset_factors")
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
