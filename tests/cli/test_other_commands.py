@@ -14,7 +14,20 @@ from layerskip import __version__, paths
 from layerskip.cli import output as outputs
 from layerskip.model import hub as source
 
-COMMANDS = ["demo", "pull", "generate", "chat", "tune", "bench", "eval", "export", "lens", "train"]
+COMMANDS = [
+    "demo",
+    "pull",
+    "list",
+    "rm",
+    "generate",
+    "chat",
+    "tune",
+    "bench",
+    "eval",
+    "export",
+    "lens",
+    "train",
+]
 
 
 def test_the_program_lists_its_commands(program):
@@ -46,14 +59,47 @@ def test_pull_of_what_is_there_prints_the_folder(program, tmp_path, monkeypatch)
     assert result == {
         "name": "smollm2-135m",
         "folder": str(tmp_path / "smollm2-135m"),
+        "path": str(tmp_path / "smollm2-135m"),
         "fetched": False,
     }
 
 
-def test_pull_of_something_else_is_refused(program):
+def test_pull_of_something_else_is_refused(program, tmp_path):
     status, _, err = program("pull", "gpt-5")
+    assert status == 1
+    assert "neither a hub id (owner/name or owner/name:Q4_K_M) nor one of: smollm2-135m" in err
+    status, _, err = program("pull", tmp_path)
     assert status == 2
-    assert "'gpt-5' is not one of 'smollm2-135m'" in err
+    assert "is a folder or file here: there is nothing to fetch" in err
+
+
+def test_cached_models_are_listed_and_removed(program, tmp_path, monkeypatch):
+    monkeypatch.setenv(paths.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert "no models are in the cache" in program("list")[1]
+    (tmp_path / "smollm2-135m").mkdir()
+    (tmp_path / "smollm2-135m" / "model.gguf").write_bytes(bytes(1_500_000))
+    (older := tmp_path / "smollm2-135m-layerskip-01234567-1").mkdir()
+    snapshot = tmp_path / "hub" / "models--owner--tiny" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "evil\x1b]0;title\x07-Q4_K_M.gguf").write_bytes(bytes(2_000_000))
+    (snapshot / "tiny-Q4_K_M.gguf").write_bytes(bytes(2_000_000))
+    status, out, _ = program("list")
+    assert status == 0
+    assert "smollm2-135m (incomplete)" in out
+    assert "owner/tiny:Q4_K_M" in out
+    assert "\x1b" not in out
+    rows = json.loads(program("list", "--json")[1])
+    assert {row["name"]: row["bytes"] for row in rows}["smollm2-135m"] == 1_500_000
+    assert program("rm", "smollm2-135m") == (0, "smollm2-135m: 1.5 MB freed\n", "")
+    assert older.is_dir()  # of another model, whose name begins like that
+    assert program("rm", "smollm2-135m-layerskip")[0] == 0
+    assert not older.is_dir()
+    assert program("rm", "owner/tiny", "--json")[0] == 0
+    assert json.loads(program("list", "--json")[1]) == []
+    status, _, err = program("rm", "../hub")
+    assert status == 1
+    assert "../hub is not in the cache; layerskip list shows what is" in err
 
 
 def test_too_little_memory_is_said_with_what_to_do(program, monkeypatch):

@@ -39,6 +39,7 @@ def write(
     extra_tensors=None,
     extra_fields=None,
     tokenizer=None,
+    parts=1,
 ):
     """Write a model.
 
@@ -52,12 +53,14 @@ def write(
         extra_tensors: further ones, by name.
         extra_fields: further ones, by name: texts, whole numbers, floats, or lists.
         tokenizer: a pre-tokenizer's name, to put a tiny byte-level tokenizer into the file.
+        parts: number of files, named as llama.cpp names them.
 
     Returns:
         A state dict of the weights that the file stands for, under transformers' names and layout.
     """
     config = model.config
-    writer = GGUFWriter(path, architecture)
+    per_part = -(-len(model.state_dict()) // parts) if parts > 1 else 0
+    writer = GGUFWriter(path, architecture, split_max_tensors=per_part)
     scaling = config.rope_parameters
     fields = {
         "block_count": config.num_hidden_layers,
@@ -75,9 +78,9 @@ def write(
     fields = {f"{architecture}.{name}": value for name, value in fields.items()}
     for name, value in (fields | (extra_fields or {})).items():
         if name not in leave_out:
-            _ADD[type(value)](writer, name, value)
+            ADD[type(value)](writer, name, value)
     if tokenizer is not None:
-        _write_tokenizer(writer, tokenizer, config.vocab_size)
+        write_tokenizer(writer, tokenizer, config.vocab_size)
 
     stands_for = {}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
@@ -108,7 +111,7 @@ def write(
     return stands_for
 
 
-_ADD = {
+ADD = {
     bool: GGUFWriter.add_bool,
     str: GGUFWriter.add_string,
     int: GGUFWriter.add_uint32,
@@ -148,7 +151,7 @@ def _quantize(values, kind):
         return random_blocks(kind, *values.shape, float(size)).data.numpy()
 
 
-def _write_tokenizer(writer, pre_tokenizer, vocab_size):
+def write_tokenizer(writer, pre_tokenizer, vocab_size):
     """A byte-level BPE: all bytes, `TEXT_PIECES`, and unused tokens up to the vocabulary's size."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 

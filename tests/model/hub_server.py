@@ -9,6 +9,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
+def sibling(name, content):
+    """A file as the hub describes it: large ones have a sha256, others the hash of a git blob."""
+    size = len(content)
+    described = {"rfilename": name, "size": size, "blobId": "0" * 40}
+    if name.endswith((".safetensors", ".gguf")):
+        sha256 = hashlib.sha256(content).hexdigest()
+        return described | {"lfs": {"sha256": sha256, "size": size, "pointerSize": 134}}
+    blob = hashlib.sha1(b"blob %d\0" % size + content).hexdigest()
+    return described | {"blobId": blob}
+
+
 class HubServer:
     """Serves folders as repositories; use as a context manager.
 
@@ -16,12 +27,14 @@ class HubServer:
         repositories: hub id -> folder.
         gated: hub ids that need a token with access.
         breaks: file name -> at how many bytes the connection breaks, once.
+        lies: hub id -> fields of the answer about it that replace the right ones.
         requests: (method, path, Range header) of every request so far.
     """
 
-    def __init__(self, repositories, *, gated=(), breaks=None):
+    def __init__(self, repositories, *, gated=(), breaks=None, lies=None):
         self.repositories, self.gated = repositories, set(gated)
         self.breaks, self.requests = dict(breaks or {}), []
+        self.lies = lies or {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -65,22 +78,13 @@ class HubServer:
                 if folder is None:
                     return self.refuse(401, "RepoNotFound", "Invalid username or password.")
                 if name in hub.gated and (file or "/tree/" in path):
-                    return self.refuse(401, "GatedRepo", f"Access to model {name} is restricted.")
+                    return self.refuse(403, "GatedRepo", f"Access to model {name} is restricted.")
                 if file:
                     return self.send_part(folder / file[2], with_body)
-                files = [f for f in folder.rglob("*") if f.is_file()]
-                tree = [
-                    {
-                        "type": "file",
-                        "path": str(f.relative_to(folder)),
-                        "size": f.stat().st_size,
-                        "oid": hashlib.sha1(f.read_bytes()).hexdigest(),
-                    }
-                    for f in files
-                ]
-                siblings = [{"rfilename": entry["path"]} for entry in tree]
-                info = {"id": name, "sha": SHA, "siblings": siblings}
-                body = json.dumps(tree if "/tree/" in path else info).encode()
+                files = sorted(f for f in folder.rglob("*") if f.is_file())
+                siblings = [sibling(str(f.relative_to(folder)), f.read_bytes()) for f in files]
+                info = {"id": name, "sha": SHA, "siblings": siblings} | hub.lies.get(name, {})
+                body = json.dumps(info).encode()
                 return self.send(200, body, {"Content-Type": "application/json"})
 
             def refuse(self, status, code, message):

@@ -84,7 +84,7 @@ def test_an_index_that_names_files_elsewhere(tmp_path, file):
         (["pytorch_model.bin"], ["pytorch_model.bin", "pickle", "safetensors"]),
         ([], ["neither safetensors nor a GGUF file"]),
         (["a.gguf", "b.gguf"], ["several GGUF files"]),
-        ([f"m-0000{i}-of-00002.gguf" for i in (1, 2)], ["in parts", "llama-gguf-split --merge"]),
+        ([f"m-0000{i}-of-00002.gguf" for i in (1, 2)], ["-00001-of-00002.gguf is damaged"]),
     ],
 )
 def test_folder_without_usable_weights(tmp_path, names, words):
@@ -410,8 +410,6 @@ def test_unsupported_fields_of_gguf(file):
         ({"llama.rope.scaling.type": "yarn"}, "'yarn'"),
         ({"llama.attention.causal": False}, "attention to later positions"),
         ({"llama.rope.dimension_count": 8}, "a part of each head"),
-        ({"llama.expert_count": 8}, "mixtures of experts"),
-        ({"split.count": 3}, "one part of several; join them with llama-gguf-split"),
         ({"llama.attention.scale": 0.5}, "attention scaled by 0.5"),
         ({"llama.attention.value_length": 8}, "values of another length"),
         (
@@ -426,14 +424,33 @@ def test_unsupported_fields_of_gguf(file):
 
 
 def test_a_family_that_is_not_read_from_gguf(file):
-    """Granite's tensors have Llama's names: without this check its outputs would be wrong."""
-    for name in ("granite",):
-        gguf_files.write(file, reference("llama2"), architecture=name)
-        refuse(
-            file,
-            UnsupportedModelError,
-            f"GGUF files of {name} models are not read (llama, qwen2, qwen3 are); take safetensors",
-        )
+    """Their tensors have Llama's names: without this check outputs would be wrong."""
+    for fields, name, words in (
+        (
+            {},
+            "stablelm",
+            "GGUF files of stablelm models are not read (llama, qwen2, qwen3, gemma2,",
+        ),
+        (
+            {"qwen3.expert_count": 8},
+            "qwen3",
+            "GGUF files of qwen3 models with experts are not read",
+        ),
+        ({}, "qwen3moe", "GGUF files of qwen3moe models without experts are not read"),
+    ):
+        gguf_files.write(file, reference("llama2"), architecture=name, extra_fields=fields)
+        refuse(file, UnsupportedModelError, words)
+
+
+def test_inconsistent_parts_and_experts_of_gguf(file):
+    experts = np.ones((4, 40, 64), dtype=np.float32)
+    for fields, tensors, words in (
+        ({"llama.expert_count": 8}, {}, "no field llama.expert_used_count"),
+        ({"llama.expert_count": 8}, {"blk.0.ffn_up_exps.weight": experts}, "expert_count is 8"),
+        ({"split.count": 3}, {}, "is one of 3 parts; their names have to end in"),
+    ):
+        gguf_files.write(file, reference("llama2"), extra_fields=fields, extra_tensors=tensors)
+        refuse(file, CheckpointError, words)
 
 
 def test_sentencepiece_of_gguf_without_a_score_for_each_token(file):

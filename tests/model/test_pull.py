@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weight_deltas
 from layerskip import LayerSkipModel, paths
-from layerskip.model import SourceError, hub, load, pull, resolve, tokenizer
+from layerskip.model import SourceError, hub, load, pull, repository, resolve, tokenizer
 from layerskip.model.weights import GgufFile
 from layerskip.training.loading import pretrained
 from tiny_models import build
@@ -241,11 +241,14 @@ def test_a_name_that_is_no_model_is_refused_without_network_access(monkeypatch):
     for name, words in (
         ("no-such-model", "neither a hub id"),
         ("a/b/c", "neither a hub id"),
+        ("../a", "neither a hub id"),
+        ("a/b:c:d", "neither a hub id"),
+        ("a/b:", "neither a hub id"),
         ("~/missing", "neither a hub id"),
         ("missing.gguf", "there is no file missing.gguf"),
         (__file__, "neither a checkpoint folder nor a .gguf file"),
     ):
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+        monkeypatch.setattr(huggingface_hub, "HfApi", None)
         for use in (resolve, pretrained):  # decoding and training
             with pytest.raises(SourceError, match=words):
                 use(name)
@@ -253,20 +256,12 @@ def test_a_name_that_is_no_model_is_refused_without_network_access(monkeypatch):
             pull(name)
 
 
-@pytest.mark.parametrize("files", [["config.json"]])
-def test_hub_id_without_safetensors(tmp_path, monkeypatch, files):
-    for file in files:
-        (tmp_path / file).write_text('{"model_type": "llama"}')
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
-    with pytest.raises(SourceError, match=r"owner/name has no safetensors .* download one"):
-        resolve("owner/name")
-
-
-def test_an_error_of_the_hub_is_one_line(monkeypatch):
-    def snapshot_download(*_, **__):
+def test_an_error_of_the_hub_is_one_line(monkeypatch, tmp_path):
+    def model_info(*_, **__):
         raise RuntimeError("first line\n503 Service\nUnavailable.")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(repository, "_cache", lambda: tmp_path)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
     with pytest.raises(
         SourceError,
         match="cannot be fetched from the hub: 503 Service Unavailable;"

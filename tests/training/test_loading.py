@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import gguf_files
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -97,11 +98,11 @@ def test_links_out_of_the_folder_are_refused(model, tmp_path, name):
 def test_a_repository_of_the_hub_is_checked_as_a_folder(model, tmp_path, monkeypatch):
     fetched = []
 
-    def snapshot_download(name, allow_patterns):
-        fetched.append(allow_patterns)
-        return str(model)
+    def fetch_files(name, patterns):
+        fetched.append(patterns)
+        return model
 
-    monkeypatch.setattr(loading, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(loading, "fetch_files", fetch_files)
     change_weights(model, lambda t: t.update({NAME: t[NAME].to(torch.int64)}))
     with pytest.raises(ValueError, match=f"^{NAME} is stored as I64, weights in"):
         pretrained_model("owner/name")
@@ -111,10 +112,17 @@ def test_a_repository_of_the_hub_is_checked_as_a_folder(model, tmp_path, monkeyp
     with pytest.raises(ValueError, match=r"is a link to .*secret, outside of its folder"):
         load_tokenizer(config_of("owner/name"))
 
+    with pytest.raises(
+        ValueError, match=r"^GGUF files cannot be trained: .* of owner/name:Q4_0 first"
+    ):
+        model_config("owner/name:Q4_0")
+
+
+def test_a_repository_that_cannot_be_fetched(monkeypatch):
     def refused(*_, **__):
         raise OSError("401 Client Error (Request ID 1)\n\nAccess is restricted.")
 
-    monkeypatch.setattr(loading, "snapshot_download", refused)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refused)
     with pytest.raises(ValueError, match=r"^owner/name cannot be fetched .* Access is restricted;"):
         model_config("owner/name")
 
@@ -140,7 +148,7 @@ def test_what_can_only_be_decoded_is_refused(tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
     with pytest.raises(ValueError, match=r"is a LoRA adapter; merge it into its base, some/base,"):
         check_files(str(tmp_path))
-    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr(loading, "fetch_files", lambda *_: tmp_path)
     with pytest.raises(ValueError, match=r"^owner/name on the hub is or has an adapter: merge it"):
         model_config("owner/name")
 

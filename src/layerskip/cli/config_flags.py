@@ -44,7 +44,8 @@ class ModelConfig:
 
     model: str = option(
         DEFAULT_MODEL,
-        f"Checkpoint folder, GGUF file, hub id, or one of: {', '.join(BUILTIN_MODELS)}.",
+        "Checkpoint folder, GGUF file, hub id (ORG/NAME, ORG/NAME:Q4_K_M), or one of:"
+        f" {', '.join(BUILTIN_MODELS)}.",
         metavar="MODEL",
     )
     dtype: str | None = option(

@@ -21,7 +21,9 @@ from layerskip.cli.output import Terminated, log_stderr, one_line_warnings
 # Name -> module and short description.
 _COMMANDS = {
     "demo": ("demo", "compare plain decoding with mode auto on a real model"),
-    "pull": ("pull", "fetch a built-in model into the cache"),
+    "pull": ("pull", "fetch a model into the cache"),
+    "list": ("list", "list the models in the cache"),
+    "rm": ("rm", "remove a model from the cache"),
     "generate": ("generate", "answer a prompt"),
     "chat": ("chat", "talk with a model"),
     "serve": ("serve", "serve a model to clients of OpenAI's API, with a chat page"),

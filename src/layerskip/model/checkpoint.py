@@ -634,11 +634,7 @@ def _gguf_in(path: Path) -> Path | None:
             else ""
         )
         raise CheckpointError(f"{path} holds neither safetensors nor a GGUF file{hint}")
-    if len(files) > 1 and all(re.search(r"-\d{5}-of-\d{5}$", file.stem) for file in files):
-        raise CheckpointError(
-            f"{path} holds a GGUF file in parts; join them with llama-gguf-split --merge"
-        )
-    if len(files) > 1:
+    if len({re.sub(r"-\d{5}(?=-of-\d{5}$)", "", file.stem) for file in files}) > 1:
         raise CheckpointError(f"{path} holds several GGUF files; name one of them as the model")
     return files[0]
 

@@ -77,6 +77,15 @@ GGUF_NAMES: Mapping[str, str | tuple[str, ...]] = {
     "mlp_norm": "ffn_norm",
     "gate_up": ("ffn_gate", "ffn_up"),
     "down": "ffn_down",
+    "attention_post_norm": "post_attention_norm",
+    "mlp_post_norm": "post_ffw_norm",
+    "router": "ffn_gate_inp",
+}
+GGUF_FUSED = {"qkv": "attn_qkv", "gate_up": "ffn_up"}  # where the family has one tensor for all
+# The experts of a layer are one tensor in GGUF files, [experts, rows, columns].
+GGUF_EXPERTS: Mapping[str, str | tuple[str, ...]] = {
+    "expert_gate_up": ("ffn_gate_exps", "ffn_up_exps"),
+    "expert_down": "ffn_down_exps",
 }
 
 
@@ -86,10 +95,19 @@ class Family:
 
     Attributes:
         is_exported: `layerskip export` writes models of the family.
-        gguf_name: the architecture's name in GGUF files that are written; None: they are not written.
+        gguf_name: the architecture's name in GGUF files; None: there are none.
         gguf_rotary: the row order of Q and K in GGUF files: `"interleaved"` where the converter
             permuted them for rotary pairs (2i, 2i+1), `"halves"` where it left them as transformers
-            has them. None: GGUF files with the family's own name are not read.
+            has them. None: such a file is read as that of another family.
+        gguf_windows: of as many layers in GGUF files, the last attends to all positions, the others
+            have the sliding window; llama.cpp's default where the file has no pattern. 1: all have it.
+        gguf_local_theta: the rotary base of the layers with a window, where it is one of its own.
+        gguf_ropes: of as many layers, the last has no rotary embedding; 0: all have it.
+        gguf_wide: the number of layers of the model whose attention llama.cpp scales by
+            (D / heads)^-1/2 instead of head_dim^-1/2.
+        gguf_scales: GGUF files have Granite's multipliers.
+        gguf_activation: of the MLP; GGUF files name none.
+        has_experts: layers have a mixture of experts.
         window: a sliding window applies to every layer that the config does not name (`"all"`), only
             to layers that `layer_types` names (`"named"`), or to none (None).
         names: the names of tensors.
@@ -106,6 +124,13 @@ class Family:
     is_exported: bool = False
     gguf_name: str | None = None
     gguf_rotary: Literal["interleaved", "halves"] | None = None
+    gguf_windows: int = 1
+    gguf_local_theta: float | None = None
+    gguf_ropes: int = 0
+    gguf_wide: int | None = None
+    gguf_scales: bool = False
+    gguf_activation: Activation = "silu"
+    has_experts: bool = False
     window: Literal["all", "named"] | None = None
     names: Names = Names()
     norm_offset: float = 0.0
@@ -132,6 +157,11 @@ FAMILIES = {
         is_exported=True, gguf_name="qwen3", gguf_rotary="halves", window="named", qk_norm="head"
     ),
     "gemma2": Family(
+        gguf_name="gemma2",
+        gguf_rotary="halves",
+        gguf_windows=2,
+        gguf_wide=46,
+        gguf_activation="gelu_tanh",
         window="named",
         names=_GEMMA,
         caps_attention=True,
@@ -139,6 +169,12 @@ FAMILIES = {
         scales_embedding=True,
     ),
     "gemma3_text": Family(
+        gguf_name="gemma3",
+        gguf_rotary="halves",
+        gguf_windows=6,
+        gguf_local_theta=10_000.0,
+        gguf_wide=62,
+        gguf_activation="gelu_tanh",
         window="named",
         names=_GEMMA,
         qk_norm="head",
@@ -146,10 +182,14 @@ FAMILIES = {
         scales_embedding=True,
     ),
     "phi3": Family(  # Phi-3, Phi-3.5, Phi-4, Phi-4-mini
+        gguf_name="phi3",
+        gguf_rotary="halves",
         window="all",
         names=Names(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",)),
     ),
     "olmo2": Family(
+        gguf_name="olmo2",
+        gguf_rotary="halves",
         qk_norm="projection",
         names=Names(
             attention_norm=None,
@@ -158,9 +198,12 @@ FAMILIES = {
             mlp_post_norm="post_feedforward_layernorm",
         ),
     ),
-    "smollm3": Family(window="named"),
-    "granite": Family(),
+    "smollm3": Family(gguf_name="smollm3", gguf_rotary="interleaved", gguf_ropes=4, window="named"),
+    "granite": Family(gguf_name="granite", gguf_rotary="interleaved", gguf_scales=True),
     "mixtral": Family(
+        gguf_name="llama",
+        gguf_rotary="interleaved",
+        has_experts=True,
         window="all",
         normalizes_experts=True,
         names=Names(
@@ -170,7 +213,13 @@ FAMILIES = {
             expert_down="w2",
         ),
     ),
-    "qwen3_moe": Family(window="all", qk_norm="head"),
+    "qwen3_moe": Family(
+        gguf_name="qwen3moe",
+        gguf_rotary="halves",
+        has_experts=True,
+        window="all",
+        qk_norm="head",
+    ),
     "gpt_neox": Family(  # Pythia
         qkv_by_head=True,
         is_gated=False,
@@ -223,17 +272,40 @@ def family_of(model_type: str) -> str:
     )
 
 
-def gguf_names(architecture: str) -> dict[str, str]:
-    """Map a GGUF architecture's tensor names to transformers', both without `.weight` and `.bias`.
+def family_of_gguf(architecture: str, has_experts: bool) -> str:
+    """Return the row of a GGUF architecture name; a mixture of Llamas is a Mixtral.
 
-    Names of layers have "{}" in place of the layer's number.
+    Raises:
+        UnsupportedModelError: there is none.
     """
-    names, table = FAMILIES[architecture].names, dict[str, str]()
-    for field, in_gguf in GGUF_NAMES.items():
+    rows = {name: row for name, row in FAMILIES.items() if row.gguf_name and row.gguf_rotary}
+    for name, row in rows.items():
+        if (row.gguf_name, row.has_experts) == (architecture, has_experts):
+            return name
+    what = f"{architecture} models with{'' if has_experts else 'out'} experts"
+    if architecture not in {row.gguf_name for row in rows.values()}:
+        what = f"{architecture} models"
+    raise UnsupportedModelError(
+        f"GGUF files of {what} are not read"
+        f" ({', '.join(dict.fromkeys(str(row.gguf_name) for row in rows.values()))} are);"
+        " take safetensors"
+    )
+
+
+def gguf_names(family: str) -> dict[str, str]:
+    """Map tensor names in a family's GGUF files to transformers', without `.weight` and `.bias`.
+
+    Names of layers have "{}" in place of the layer's number, those of experts a second one.
+    """
+    names, table = FAMILIES[family].names, dict[str, str]()
+    for field, in_gguf in {**GGUF_NAMES, **GGUF_EXPERTS}.items():
+        own = _tuple(getattr(names, field) or ())
+        stored = _tuple(GGUF_FUSED[field] if field in GGUF_FUSED and len(own) == 1 else in_gguf)
         is_of_layer = field not in ("embedding", "final_norm", "head")
         prefixes = ("blk.{}.", names.layer) if is_of_layer else ("", "")
-        for gguf_name, name in zip(_tuple(in_gguf), _tuple(getattr(names, field)), strict=True):
-            table[prefixes[0] + gguf_name] = prefixes[1] + name
+        expert = names.expert if field in GGUF_EXPERTS else ""
+        for gguf_name, name in zip(stored, own, strict=bool(own)):
+            table[prefixes[0] + gguf_name] = prefixes[1] + expert + name
     return table
 
 

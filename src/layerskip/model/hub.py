@@ -1,4 +1,4 @@
-"""Model names to files: folders, built-in models and the Hugging Face hub.
+"""Model names to files: folders, built-in models and repositories of the hub (`repository`).
 
 First step of loading (`hub` -> `checkpoint` -> `weights` -> `loader`). Afterwards the tensors are in
 files of a folder, or in a GGUF file, on this machine.
@@ -13,39 +13,31 @@ holds the difference in float32; a tied head is left out. Its metadata has `conf
 
 import contextlib
 import dataclasses
-import functools
-import importlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from layerskip.fileio import CheckpointError, flush, read_json, sha256_of, share_weights, write_json
-from layerskip.model import checkpoint, families, tokenizer
-from layerskip.model.architecture import UnsupportedModelError
+from layerskip.fileio import CheckpointError, flush, sha256_of, share_weights, write_json
+from layerskip.model import checkpoint, repository, tokenizer
+from layerskip.model.repository import CachedModel, SourceError
 from layerskip.model.weights import GgufFile, SafetensorsFiles, check_finite
 from layerskip.paths import cache_folder
 
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
-# Other formats, and copies of the weights; of folders, only additional_chat_templates is fetched.
-_NOT_HUB_FILES = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "*/*/*", "consolidated*"]
 _MERGE_VERSION = 2  # in the name of a merged model's folder; another one when `merge` changes
-
-
-class SourceError(ValueError):
-    """A model cannot be found or fetched; the message says why and what to do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,8 +88,9 @@ def resolve(name: str, announce: Callable[[str], None] = lambda line: None) -> P
     """Return the folder or GGUF file of a model name, after fetching it if necessary.
 
     Args:
-        name: a folder, a `.gguf` file, an alias of `BUILTIN_MODELS`, or a hub id (`owner/name`).
-        announce: called before a built-in model is fetched; the hub shows its own progress.
+        name: a folder, a `.gguf` file, an alias of `BUILTIN_MODELS`, or a hub id (`ORG/NAME`, or
+            `ORG/NAME:QUANT` of a GGUF file).
+        announce: called with a line before something is fetched.
 
     Raises:
         SourceError: nothing by that name can be found or fetched.
@@ -106,7 +99,7 @@ def resolve(name: str, announce: Callable[[str], None] = lambda line: None) -> P
     kind = kind_of(name)
     if kind == "builtin":
         return pull(name, announce)
-    return _from_hub(name) if kind == "hub" else Path(name).expanduser()
+    return repository.fetch(name, announce) if kind == "hub" else Path(name).expanduser()
 
 
 def packaged_adapter(name: str) -> Path | None:
@@ -124,17 +117,9 @@ def resolve_adapter(name: str) -> Path:
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if repository.split_name(name) is None:
         raise SourceError(f"there is no exit adapter {name}: name its file, its folder or a hub id")
-    import huggingface_hub
-
-    try:
-        with _bars_on_a_terminal():
-            return Path(
-                huggingface_hub.snapshot_download(name, allow_patterns=[checkpoint.ADAPTER_FILE])
-            )
-    except Exception as error:  # the hub's, and those of its HTTP library
-        raise SourceError(f"{name} cannot be fetched from the hub: {_reason(error)}") from error
+    return repository.fetch_files(name, [checkpoint.ADAPTER_FILE])
 
 
 def kind_of(name: str) -> Literal["local", "builtin", "hub"]:
@@ -152,10 +137,10 @@ def kind_of(name: str) -> Literal["local", "builtin", "hub"]:
         return "local"
     if name and path.exists():
         raise SourceError(f"{path} is neither a checkpoint folder nor a .gguf file")
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if repository.split_name(name):
         return "hub"
     raise SourceError(
-        f"there is no folder {name!r}, and it is neither a hub id (owner/name)"
+        f"there is no folder {name!r}, and it is neither a hub id (owner/name or owner/name:Q4_K_M)"
         f" nor one of: {', '.join(BUILTIN_MODELS)}"
     )
 
@@ -163,6 +148,52 @@ def kind_of(name: str) -> Literal["local", "builtin", "hub"]:
 def is_pulled(name: str) -> bool:
     """Return True if a built-in model is in the cache."""
     return _is_whole(_folder(name))
+
+
+def cached() -> list[CachedModel]:
+    """Return the built-in models of all versions in the cache folder, then those of the hub's cache."""
+    builtin = []
+    for name in BUILTIN_MODELS:
+        for folder in _folders(name):
+            stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
+            builtin.append(
+                CachedModel(
+                    name=name,
+                    n_bytes=sum(file.st_size for file in stats),
+                    last_used=max(
+                        (file.st_atime for file in stats), default=folder.stat().st_mtime
+                    ),
+                    path=folder,
+                    is_complete=_is_whole(folder),
+                )
+            )
+    return [*builtin, *repository.cached()]
+
+
+def remove(name: str) -> int:
+    """Remove a model from its cache and return the bytes that were freed.
+
+    Raises:
+        SourceError: it is not in a cache.
+    """
+    if name not in BUILTIN_MODELS:
+        return repository.remove(name)
+    folders = _folders(name)
+    if not folders:
+        raise SourceError(f"{name} is not in the cache; layerskip list shows what is")
+    n_bytes = sum(path.stat().st_size for f in folders for path in f.rglob("*") if path.is_file())
+    for folder in folders:
+        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+    return n_bytes
+
+
+def _folders(name: str) -> list[Path]:
+    """Return the folders of a built-in model in the cache, those of older versions too."""
+    version = r"-[0-9a-f]{8}-\d+" if isinstance(BUILTIN_MODELS[name], DerivedModel) else ""
+    pattern = re.compile(re.escape(name) + version)
+    return sorted(
+        f for f in cache_folder().glob(f"{name}*") if pattern.fullmatch(f.name) and f.is_dir()
+    )
 
 
 def discard_if_damaged(name: str) -> None:
@@ -317,53 +348,6 @@ def _move_into_place(unpacked: Path, folder: Path) -> None:
     except OSError:
         if not _is_whole(folder):  # otherwise another process was faster
             raise
-
-
-def _from_hub(name: str) -> Path:
-    import huggingface_hub
-
-    fetch = functools.partial(
-        huggingface_hub.snapshot_download, name, ignore_patterns=_NOT_HUB_FILES
-    )
-    try:
-        with _bars_on_a_terminal():
-            config = Path(fetch(allow_patterns=["config.json"]), "config.json")
-            if config.is_file():  # before gigabytes that cannot be used
-                families.check(read_json(config))
-            folder = Path(fetch(allow_patterns=_HUB_FILES))
-    except (UnsupportedModelError, CheckpointError):
-        raise
-    except Exception as error:  # the hub's, and those of its HTTP library
-        raise SourceError(
-            f"{name} cannot be fetched from the hub: {_reason(error).rstrip('.')};"
-            f" and there is no folder {name} here"
-        ) from error
-    if not any(folder.glob("*.safetensors")):
-        raise SourceError(
-            f"{name} has no safetensors on the hub, or offline none in the cache, and nothing else is"
-            " fetched from there; of GGUF files, download one and name the file"
-        )
-    return folder
-
-
-@contextlib.contextmanager
-def _bars_on_a_terminal() -> Iterator[None]:
-    """Hide the hub's progress bars if stderr is no terminal."""
-    utils: Any = importlib.import_module("huggingface_hub.utils")
-    hides = not sys.stderr.isatty() and not utils.are_progress_bars_disabled()
-    if hides:
-        utils.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hides:
-            utils.enable_progress_bars()
-
-
-def _reason(error: Exception) -> str:
-    """Return the hub's message in one line, without its first line: the status and request number."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[1:] or lines) or type(error).__name__
 
 
 BLOCK = 64  # weights of a row that share a scale

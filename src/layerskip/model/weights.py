@@ -27,6 +27,7 @@ from layerskip.model import families
 from layerskip.model.architecture import (
     MAX_LAYERS,
     Architecture,
+    Mixture,
     Rope,
     UnsupportedModelError,
     check_size,
@@ -148,6 +149,7 @@ class SafetensorsFiles:
 
 
 ROPE_FACTORS = "rope_freqs.weight"
+LONGROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 
 
 class GgufFile:
@@ -155,30 +157,33 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.paths = [path]
-        with damage_named(path):
-            header = GgufHeader(path)
-        self._header, self._fields = header, header.fields
-        if self.field("split.count", 1) not in (0, 1):  # later parts name no architecture
-            raise UnsupportedModelError(
-                f"{path} is one part of several; join them with llama-gguf-split --merge"
+        self.paths = _parts(path)
+        self._headers = headers = [_header(part) for part in self.paths]
+        self._fields = headers[0].fields
+        if self.field("split.count", 1) not in (0, len(headers)):
+            raise CheckpointError(
+                f"{path} is one of {self.field('split.count')} parts; their names have to end in"
+                " -00001-of-0000N.gguf as they were published"
             )
-        name = str(self._required("general.architecture"))
-        layouts = {f: row.gguf_rotary for f, row in FAMILIES.items() if row.gguf_rotary}
-        if name not in layouts:
-            raise UnsupportedModelError(
-                f"GGUF files of {name} models are not read ({', '.join(layouts)} are);"
-                " take safetensors"
-            )
-        self.rotary_layout: str = layouts[name]
-        table = families.gguf_names(name)
+        self._prefix = str(self._required("general.architecture"))
+        n_experts = int(self.field(f"{self._prefix}.expert_count", 0))
+        self.family = families.family_of_gguf(self._prefix, n_experts > 0)
+        self.rotary_layout: str = str(FAMILIES[self.family].gguf_rotary)
+        table = families.gguf_names(self.family)
         self._tensors = {
-            _transformers_name(stored, table): tensor for stored, tensor in header.tensors.items()
+            name: tensor
+            for header in headers
+            for stored, whole in header.tensors.items()
+            for name, tensor in _named(stored, whole, table, n_experts)
         }
+        if len({name for h in headers for name in h.tensors}) < sum(
+            len(h.tensors) for h in headers
+        ):
+            raise CheckpointError(f"{path} holds a tensor in several parts; fetch it again")
 
     def names(self) -> set[str]:
         """Return all names, in transformers' terms."""
-        return set(self._tensors) - {ROPE_FACTORS}
+        return set(self._tensors) - {ROPE_FACTORS, *LONGROPE_FACTORS}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `Tensors`."""
@@ -203,6 +208,8 @@ class GgufFile:
             with damage_named(self.path):
                 for i in range(0, len(rows), n):
                     rows[i : i + n] = _dequantize(data[i : i + n], tensor.kind)
+                if name.endswith("norm.weight"):  # llama.cpp stores 1 + w of norms with (1 + w)
+                    values -= FAMILIES[self.family].norm_offset
         except NotImplementedError as error:
             problem = f"{name} is stored as {tensor.kind.name}, which cannot be read"
             raise UnsupportedModelError(problem) from error
@@ -216,7 +223,8 @@ class GgufFile:
 
     def release(self) -> None:
         """See `Tensors`."""
-        self._header.release()
+        for header in self._headers:
+            header.release()
 
     def field(self, key: str, default: Any = None) -> Any:
         """Return a metadata value, or the default."""
@@ -234,10 +242,11 @@ class GgufFile:
             raise CheckpointError(f"{self.path} has no field {key}; fetch or convert it again")
         return value
 
-    def _check_attention(self, name: str, head_dim: int, window: int | None) -> None:
+    def _check_attention(self, head_dim: int) -> None:
         """Refuse metadata by which attention would differ from this decoder's."""
+        name, row = self._prefix, FAMILIES[self.family]
         scale = float(self.field(f"{name}.attention.scale") or head_dim**-0.5)  # 0 is the default
-        if not math.isclose(scale, head_dim**-0.5, rel_tol=1e-5):
+        if not row.gguf_scales and not math.isclose(scale, head_dim**-0.5, rel_tol=1e-5):
             raise UnsupportedModelError(
                 f"attention scaled by {scale:.4g} in a GGUF file is not supported"
             )
@@ -245,12 +254,26 @@ class GgufFile:
             raise UnsupportedModelError(
                 "values of another length than keys in a GGUF file are not supported"
             )
-        # 0, or True for each layer: everywhere.
-        pattern = self.field(f"{name}.attention.sliding_window_pattern", 0)
-        if window and not (all(pattern) if isinstance(pattern, list) else pattern == 0):
+
+    def _windows(self, n_layers: int) -> tuple[int | None, ...]:
+        """Return the sliding window of each layer, None for all positions."""
+        window = self.field(f"{self._prefix}.attention.sliding_window")
+        period = FAMILIES[self.family].gguf_windows
+        # True for each layer with a window; or a number as in `gguf_windows`, 0 for everywhere.
+        pattern = self.field(f"{self._prefix}.attention.sliding_window_pattern", period)
+        if not window:
+            return (None,) * n_layers
+        if not isinstance(pattern, list):
+            pattern = [pattern < 2 or (i + 1) % pattern != 0 for i in range(n_layers)]
+        if period == 1 and not all(pattern):
             raise UnsupportedModelError(
-                "a sliding window of some layers in a GGUF file is not supported"
+                "a sliding window of some layers in a GGUF file is not supported in its family"
             )
+        if len(pattern) != n_layers:
+            raise CheckpointError(
+                f"the pattern of windows is of {len(pattern)} layers, not {n_layers}"
+            )
+        return tuple(int(window) if is_local else None for is_local in pattern)
 
     def architecture(self) -> Architecture:
         """Return the architecture that the metadata describes.
@@ -259,9 +282,7 @@ class GgufFile:
             UnsupportedModelError: a part of the model is not supported.
             CheckpointError, ValueError: fields or tensors are missing, impossible or inconsistent.
         """
-        name = str(self.field("general.architecture"))
-        if int(self.field(f"{name}.expert_count", 0)):
-            raise UnsupportedModelError("mixtures of experts in GGUF files are not supported")
+        name, row = self._prefix, FAMILIES[self.family]
         if not self.field(f"{name}.attention.causal", True):
             raise UnsupportedModelError("attention to later positions is not supported")
         embedding = self._tensors.get("model.embed_tokens.weight")
@@ -276,34 +297,93 @@ class GgufFile:
             raise CheckpointError(
                 f"the embedding has the shape {embedding.shape}, embedding_length is {hidden_size}"
             )
-        window = self.field(f"{name}.attention.sliding_window")
         head_dim = int(self.field(f"{name}.attention.key_length", hidden_size // n_heads))
         check_size("the size of a head", head_dim)
-        if int(self.field(f"{name}.rope.dimension_count", head_dim)) != head_dim:
+        rotated = int(self.field(f"{name}.rope.dimension_count", head_dim))
+        if rotated != head_dim and self.family != "phi3":
             raise UnsupportedModelError(
                 "rotary embedding of a part of each head in a GGUF file is not supported"
             )
-        self._check_attention(name, head_dim, window)
+        self._check_attention(head_dim)
+        windows = self._windows(n_layers)
+        attention_scale = self.field(f"{name}.attention.scale") if row.gguf_scales else None
+        if n_layers == row.gguf_wide:
+            attention_scale = (hidden_size / n_heads) ** -0.5
+        ffn_size = int(self._required(f"{name}.feed_forward_length"))
         return Architecture(
-            family=name,
+            family=self.family,
             n_layers=n_layers,
             hidden_size=hidden_size,
             n_heads=n_heads,
             n_kv_heads=int(self.field(f"{name}.attention.head_count_kv", n_heads)),
             head_dim=head_dim,
-            ffn_size=int(self._required(f"{name}.feed_forward_length")),
+            ffn_size=ffn_size,
             vocab_size=embedding.shape[0],
             norm_eps=float(self._required(f"{name}.attention.layer_norm_rms_epsilon")),
             max_context=int(self._required(f"{name}.context_length")),
-            sliding_windows=(int(window) if window else None,) * n_layers,
-            ropes=(self._rope(name),) * n_layers,
+            sliding_windows=windows,
+            ropes=self._ropes(windows, rotated / head_dim),
+            activation=row.gguf_activation,
+            attention_scale=attention_scale or None,
+            attention_cap=self._scalar("attn_logit_softcapping", 50.0)
+            if row.caps_attention
+            else None,
+            logit_cap=self._scalar("final_logit_softcapping", 30.0 if row.caps_attention else None),
+            embedding_scale=(
+                math.sqrt(hidden_size)
+                if row.scales_embedding
+                else self._scalar("embedding_scale")
+                if row.gguf_scales
+                else None
+            ),
+            residual_scale=(self._scalar("residual_scale") if row.gguf_scales else None) or 1.0,
+            logit_scale=1.0 / ((self._scalar("logit_scale") if row.gguf_scales else None) or 1.0),
+            mixture=self._mixture(ffn_size, n_layers) if row.has_experts else None,
         )
 
-    def _rope(self, name: str) -> Rope:
+    def _scalar(self, key: str, default: float | None = None) -> float | None:
+        value = self.field(f"{self._prefix}.{key}", default)
+        return None if value is None else float(value)
+
+    def _mixture(self, ffn_size: int, n_layers: int) -> Mixture:
+        """Return the mixture of experts, which llama.cpp always normalizes in these families."""
+        return Mixture(
+            n_experts=int(self._required(f"{self._prefix}.expert_count")),
+            top_k=int(self._required(f"{self._prefix}.expert_used_count")),
+            ffn_size=int(self.field(f"{self._prefix}.expert_feed_forward_length") or ffn_size),
+            normalized=True,
+            layers=frozenset(range(n_layers)),
+        )
+
+    def _ropes(self, windows: tuple[int | None, ...], fraction: float) -> tuple[Rope | None, ...]:
+        """Return the rotary embedding of each layer, None for none."""
+        row, rope = FAMILIES[self.family], self._rope(self._prefix, fraction)
+        local, n = rope, row.gguf_ropes
+        if row.gguf_local_theta is not None:
+            theta = self.field(f"{self._prefix}.rope.freq_base_swa", row.gguf_local_theta)
+            local = Rope(theta=float(theta))
+        return tuple(
+            None if n and (i + 1) % n == 0 else local if window else rope
+            for i, window in enumerate(windows)
+        )
+
+    def _rope(self, name: str, fraction: float) -> Rope:
         # llama.cpp's defaults: a factor alone means linear scaling, and once had another key.
         factor = self.field(f"{name}.rope.scale_linear", 1.0)
         factor = float(self.field(f"{name}.rope.scaling.factor", factor) or 1.0)
         scaling = self.field(f"{name}.rope.scaling.type", "linear")
+        short, long = (self._tensors.get(tensor) for tensor in LONGROPE_FACTORS)
+        if short is not None and long is not None and self.family == "phi3":
+            return Rope(
+                theta=float(self.field(f"{name}.rope.freq_base", 10_000.0)),
+                original_max_positions=int(
+                    self._required(f"{name}.rope.scaling.original_context_length")
+                ),
+                frequency_factors=tuple(short.data.tolist()),
+                long_factors=tuple(long.data.tolist()),
+                magnitude=float(self.field(f"{name}.rope.scaling.attn_factor", 1.0)),
+                fraction=fraction,
+            )
         if scaling not in ("none", "linear"):
             raise UnsupportedModelError(
                 f"rotary scaling {scaling!r} in a GGUF file is not supported"
@@ -314,7 +394,26 @@ class GgufFile:
             kind="linear" if scaling == "linear" and factor != 1.0 else "default",
             factor=factor if scaling == "linear" else 1.0,
             frequency_factors=None if factors is None else tuple(factors.data.tolist()),
+            fraction=fraction,
         )
+
+
+def _parts(path: Path) -> list[Path]:
+    """Return all parts of a GGUF file that was split, the first one first; else the file itself."""
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if match is None:
+        return [path]
+    n_parts = int(match[3])
+    check_size("the number of parts", n_parts, MAX_LAYERS)
+    parts = [path.with_name(f"{match[1]}-{i:05}-of-{match[3]}.gguf") for i in range(1, n_parts + 1)]
+    if absent := next((part for part in parts if not part.is_file()), None):
+        raise CheckpointError(f"{absent} is missing, a part of {path.name}; fetch it again")
+    return parts
+
+
+def _header(path: Path) -> "GgufHeader":
+    with damage_named(path):
+        return GgufHeader(path)
 
 
 def _dequantize(data: "np.ndarray[Any, Any]", kind: GGMLQuantizationType) -> Tensor:
@@ -322,6 +421,20 @@ def _dequantize(data: "np.ndarray[Any, Any]", kind: GGMLQuantizationType) -> Ten
     if kind in FORMATS:
         return Quantized(kind, torch.from_numpy(data)).dequantize()  # gguf's numbers, faster
     return torch.from_numpy(gguf.dequantize(data, kind))
+
+
+def _named(
+    name: str, tensor: "StoredTensor", table: dict[str, str], n_experts: int
+) -> Iterator[tuple[str, "StoredTensor"]]:
+    """Yield a tensor of a file under transformers' name; of experts each one under its own."""
+    if not name.endswith("_exps.weight"):
+        yield _transformers_name(name, table), tensor
+        return
+    if len(tensor.shape) != 3 or tensor.shape[0] != n_experts:
+        raise CheckpointError(f"{name} has the shape {tensor.shape}, expert_count is {n_experts}")
+    pattern = _transformers_name(name, table)
+    for i, data in enumerate(tensor.data):
+        yield pattern.format(i), StoredTensor(tensor.kind, tensor.shape[1:], data)
 
 
 def _transformers_name(name: str, table: dict[str, str]) -> str:
@@ -332,7 +445,7 @@ def _transformers_name(name: str, table: dict[str, str]) -> str:
         return f"{table[stem]}.{kind}" if stem in table else name
     part = stem[number.end() :]
     pattern = table.get(f"blk.{{}}.{part}", f"model.layers.{{}}.{part}")
-    return f"{pattern.format(number[1])}.{kind}"
+    return f"{pattern.replace('{}', number[1], 1)}.{kind}"
 
 
 # --- GGUF headers

@@ -8,13 +8,12 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -31,7 +30,8 @@ from layerskip.model.families import (
     check_weights_unnamed,
 )
 from layerskip.model.hardware import has_fast_bfloat16
-from layerskip.model.hub import BUILTIN_MODELS, BuiltinModel, SourceError, kind_of, pull
+from layerskip.model.hub import BUILTIN_MODELS, BuiltinModel, kind_of, pull
+from layerskip.model.repository import fetch_files, split_name
 from layerskip.model.tokenizer import check_sentencepiece, read
 from layerskip.model.weights import SafetensorsFiles, check_finite
 from layerskip.recipe.model_parts import find_model_parts
@@ -47,6 +47,7 @@ _MAX_ATTENTION_BYTES = 2 * 2**30  # of the attention weights that it keeps for b
 # Of a repository on the hub: what configures a model and tokenizer, and its weights.
 _SETTINGS_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 _WEIGHT_FILES = ("model*.safetensors",)
+_GGUF = "GGUF files cannot be trained: make a folder of {} first, with layerskip export --to hf"
 _END_TOKENS = 4  # last tokens of a row, among which is the one that ends an answer
 
 
@@ -109,13 +110,16 @@ def pretrained(name: str) -> tuple[str, dict[str, Any]]:
     if kind == "local":
         check_files(name)
         return name, {}
-    folder = _from_hub(name, _SETTINGS_FILES)
-    if Path(folder, "adapter_config.json").is_file():  # transformers would load the base it names
+    repo_id, quantization = split_name(name) or (name, None)
+    if quantization:
+        raise ValueError(_GGUF.format(name))
+    folder = fetch_files(repo_id, _SETTINGS_FILES)
+    if (folder / "adapter_config.json").is_file():  # transformers would load the base it names
         raise UnsupportedModelError(
             f"{name} on the hub is or has an adapter: merge it first (peft's merge_and_unload)"
         )
-    _check_settings(Path(folder))
-    return folder, {}
+    _check_settings(folder)
+    return str(folder), {}
 
 
 def check_files(name: str) -> None:
@@ -134,9 +138,7 @@ def check_files(name: str) -> None:
         SafetensorsFiles(path)  # refuses damaged files, other dtypes, and files of other folders
     kinds = {file.suffix for file in path.iterdir()} if path.is_dir() else {path.suffix}
     if ".gguf" in kinds and ".safetensors" not in kinds:
-        raise ValueError(
-            f"GGUF files cannot be trained: make a folder of {name} first, with layerskip export --to hf"
-        )
+        raise ValueError(_GGUF.format(name))
 
 
 def _check_settings(folder: Path) -> None:
@@ -144,28 +146,11 @@ def _check_settings(folder: Path) -> None:
     check_links(folder)  # training passes on what the files say
 
 
-def _from_hub(name: str, patterns: Sequence[str]) -> str:
-    """Fetch files of a repository into the hub's cache, and return their folder.
-
-    Raises:
-        SourceError: they cannot be fetched.
-    """
-    try:
-        return snapshot_download(name, allow_patterns=list(patterns))
-    except Exception as error:  # the hub's, and those of its HTTP library
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = " ".join(lines[1:] or lines) or type(error).__name__  # the first is the status
-        raise SourceError(
-            f"{name} cannot be fetched from the hub: {reason.rstrip('.')};"
-            f" and there is no folder {name} here"
-        ) from error
-
-
 def pretrained_weights(name: str) -> tuple[str, dict[str, Any]]:
     """Return `pretrained` of a model with its weights, those of a GGUF file dequantized."""
     folder, arguments = pretrained(name)
     if kind_of(name) == "hub":
-        folder = _from_hub(name, (*_SETTINGS_FILES, *_WEIGHT_FILES))
+        folder = str(fetch_files(name, (*_SETTINGS_FILES, *_WEIGHT_FILES)))
         check_files(folder)
     if arguments:
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
