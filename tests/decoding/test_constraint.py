@@ -124,13 +124,14 @@ def test_sampled_answers_with_drafts_are_distributed_as_without(model, draft_fro
         decoder = model.decoder
         ids = torch.tensor([[*prompt, *tokens]])
         hidden = decoder.run(decoder.embed(ids), 0, len(decoder.layers), decoder.new_cache(20))
-        logits, probability = decoder.logits(hidden)[0, len(prompt) - 1 :] / temperature, 1.0
+        logits = decoder.logits(hidden)[0, len(prompt) - 1 :].double() / temperature
+        probability = 1.0
         for i, token in enumerate(tokens):
             mask = constraint(tokens[:i])
             probability *= float(logits[i].masked_fill(~mask, float("-inf")).softmax(-1)[token])
         expected[text] = probability
-    assert sum(expected.values()) == pytest.approx(1.0, abs=1e-5)
-    counts, n = dict.fromkeys(expected, 0), 400
+    assert sum(expected.values()) == pytest.approx(1.0)
+    counts, n = dict.fromkeys(expected, 0), 300
     config = model.resolve(
         **FIXED | {"draft_from": draft_from, "draft_vocabulary": 80},
         regex=regex,
@@ -138,7 +139,7 @@ def test_sampled_answers_with_drafts_are_distributed_as_without(model, draft_fro
     )
     for seed in range(n):
         counts[model.generate(prompt, config, seed=seed).text] += 1
-    frequencies = [n * probability for probability in expected.values()]
+    frequencies = [n * probability / sum(expected.values()) for probability in expected.values()]
     assert stats.chisquare(list(counts.values()), frequencies).pvalue > 1e-3
 
 
@@ -152,11 +153,6 @@ def test_forced_tokens_are_drafted_by_the_grammar_and_accepted(model):
     assert answer.drafted == answer.accepted == answer.new_tokens - 1
     answer = model.generate("x", regex="(yes|no), that is right", **FIXED)
     assert {source for step in answer.steps for source in step.sources} == {"early-exit"}
-
-
-def test_other_sources_go_on_behind_forced_tokens(model):
-    answer = model.generate("xyzw.", regex="-xy(z|q)wwww")
-    assert answer.steps[1].sources[:3] == ("grammar", "grammar", "n-gram")
 
 
 def test_forced_tokens_reach_to_the_next_choice_and_to_the_end(model):

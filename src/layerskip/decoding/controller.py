@@ -232,7 +232,7 @@ class DraftController:
                 self._survival *= self._prefix_probability(source, candidate, n)
                 draft.extend(candidate, n, source)
                 draft.token_ids += candidate.token_ids[:n]
-                if exit_ is None and n < len(candidate):  # the rest was not worth it
+                if exit_ is None:  # the rest of the proposal was not worth it
                     return
             else:
                 return
