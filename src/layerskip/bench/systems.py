@@ -130,8 +130,8 @@ class LayerSkipSystem:
 
     Args:
         model: the model.
-        settings: with resolved configs; one that drafts from a prediction has that of each prompt.
-        predictions: token ids of a prompt -> text that much of its answer is predicted to be.
+        settings: with resolved configs.
+        predictions: token ids of a prompt -> its prediction, instead of the config's.
         watch: receives each answer before it is computed, and may iterate over it to show it.
     """
 
@@ -155,7 +155,8 @@ class LayerSkipSystem:
         seed = nth_seed(setting.config.seed, zlib.crc32(repr(list(prompt)).encode()))
         config = dataclasses.replace(setting.config, max_new_tokens=max_new_tokens, seed=seed)
         if _PREDICTION in config.draft_sources:
-            config = dataclasses.replace(config, prediction=self._predictions[tuple(prompt)])
+            prediction = self._predictions.get(tuple(prompt), config.prediction)
+            config = dataclasses.replace(config, prediction=prediction)
         answer = self._model.answer(prompt, config)
         self._watch(setting, answer)
         generation = answer.complete()
