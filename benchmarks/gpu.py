@@ -432,6 +432,9 @@ class RandomTensors:
     def quantized(self, name: str) -> None:
         """See `Tensors`."""
 
+    def release(self) -> None:
+        """Do nothing: see `Tensors`."""
+
     def read(self, name: str, dtype: Any = None) -> Any:
         """See `Tensors`."""
         import torch

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import checkpoint
 import pytest
@@ -153,7 +154,7 @@ def test_a_card_of_an_own_checkpoint_leaves_out_what_is_not_known(measured):
     assert text.startswith("# ")
     assert "licence" not in text
     assert "## Training" not in text
-    assert "ontrol" not in text
+    assert not re.search(r"\bcontrol\b", text.lower())
     assert "| sums | 3 | exact_match | 100.0% |\n" in text
 
 

@@ -104,7 +104,7 @@ class JsonSchemaFormat(_Request):
 
 
 class DraftOptions(_Request):
-    """How this request is decoded; see docs/decoding.md."""
+    """Decoding options of this request; see docs/decoding.md."""
 
     mode: Literal["auto", "plain", "early-exit", "self-speculative"] | None = None
     exit_layer: Annotated[int, Field(ge=1, le=10_000)] | None = None
@@ -427,14 +427,14 @@ class ChatCompletion(_Answer):
 
 
 class Delta(_Response):
-    """What a chunk adds to a message."""
+    """The part of a message in a chunk."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChatChunkChoice(_Response):
-    """What a chunk adds to one answer."""
+    """The part of one answer in a chunk."""
 
     index: int
     delta: Delta
@@ -485,7 +485,7 @@ class Completion(_Answer):
 
 
 class ModelDetails(_Response):
-    """What only this server knows about its model."""
+    """Facts about the model that only this server reports."""
 
     num_hidden_layers: int
     exit_layer: int | None
