@@ -85,7 +85,7 @@ def _key(setting: Setting) -> tuple[str, int | None]:
     return setting.mode, setting.config.draft_tokens
 
 
-def _start(job: Job, setting: Setting) -> Any:
+def _start(job: Job, setting: Setting | None) -> Any:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -101,7 +101,7 @@ def _start(job: Job, setting: Setting) -> Any:
     params.cache_ram_mib = 0  # no prompt is kept for later requests
     params.ui = False
     params.verbosity = 1  # errors
-    if setting.config.draft_tokens is not None:
+    if setting is not None and setting.config.draft_tokens is not None:
         _draft(params.speculative, setting.mode, setting.config.draft_tokens)
     return xllamacpp.Server(params)
 
