@@ -16,16 +16,17 @@ from layerskip.decoding.drafters import Candidate, Draft, Drafter
 from layerskip.decoding.sampling import Sampler
 from layerskip.decoding.shared_exit import SharedExit
 from layerskip.model import Decoder, StepCosts
+from layerskip.model.exit_adapter import CONFIDENCE_BINS
 from layerskip.model.step_timing import FAR, PassCosts, pass_costs
 
 # Constants set by hand; benchmarks/results/draft-constants.json has the ablation of each.
 PRIOR_WEIGHT = 3.0  # tokens that a drafter's own confidence counts as
 EXIT_ACCEPTANCE, EXIT_ACCEPTANCE_WEIGHT = 0.8, 2.0  # prior of an early exit's mean acceptance
+SHARES_WEIGHT = 10.0  # tokens that measured shares of confidences count as
 MEMORY = 0.95  # decay of tokens and times a round
 PLAIN_ROUNDS = 4.0  # prior of the throughput
 BACKOFF_ROUNDS, MAX_BACKOFF_ROUNDS = 4, 32
 LOOKAHEAD = 8  # tokens that are considered behind the next one
-_BINS = 10
 
 
 class Controller(Protocol):
@@ -120,21 +121,54 @@ class Backoff:
 
 
 class Acceptance:
-    """Probability of acceptance by source and confidence; the confidence is the prior."""
+    """Probability of acceptance by source and confidence.
 
-    def __init__(self) -> None:
+    The prior is what a drafter has measured before, else the confidence itself.
+
+    Args:
+        drafters: those of the generation.
+    """
+
+    def __init__(self, drafters: Sequence[Drafter] = ()) -> None:
         self._accepted: dict[tuple[str, int], float] = {}
         self._verified: dict[tuple[str, int], float] = {}
-        self.exit_accepted = EXIT_ACCEPTANCE * EXIT_ACCEPTANCE_WEIGHT
+        self._priors = {d.name: d.prior for d in drafters if d.prior is not None}
+        measured = next((drafter.prior for drafter in drafters if drafter.head_share), None)
+        mean = EXIT_ACCEPTANCE if measured is None else measured.mean
+        self.exit_accepted = mean * EXIT_ACCEPTANCE_WEIGHT
         self.exit_verified = EXIT_ACCEPTANCE_WEIGHT
+        self._shares = [1.0]
+        if measured is not None:
+            total = max(sum(measured.verified), 1)
+            self._shares = [SHARES_WEIGHT * n / total for n in measured.verified]
 
     def of(self, source: str, confidence: float) -> float:
         """Return the probability that a token is accepted if all before it are."""
-        key = source, _bin(confidence)
-        prior = PRIOR_WEIGHT * (key[1] + 0.5) / _BINS
-        return (prior + self._accepted.get(key, 0.0)) / (
-            PRIOR_WEIGHT + self._verified.get(key, 0.0)
-        )
+        return self._of_bin(source, _bin(confidence))
+
+    def _of_bin(self, source: str, index: int) -> float:
+        prior = (index + 0.5) / CONFIDENCE_BINS
+        if (measured := self._priors.get(source)) is not None:
+            accepted, verified = measured.accepted[index], measured.verified[index]
+            prior = (PRIOR_WEIGHT * prior + accepted) / (PRIOR_WEIGHT + verified)
+        accepted_now = self._accepted.get((source, index), 0.0)
+        verified_now = self._verified.get((source, index), 0.0)
+        return (PRIOR_WEIGHT * prior + accepted_now) / (PRIOR_WEIGHT + verified_now)
+
+    def exit_outlook(self, source: str) -> list[tuple[float, float]]:
+        """Return shares of the exit's next tokens, before they are known, and their acceptance.
+
+        With a measured prior by confidence, else all at their mean.
+        """
+        if len(self._shares) == 1:
+            return [(1.0, self.exit_mean)]
+        total = sum(self._shares)
+        return [(n / total, self._of_bin(source, i)) for i, n in enumerate(self._shares) if n]
+
+    def exit_proposed(self, confidence: float) -> None:
+        """Add a token that the exit has proposed, whether it is drafted or not."""
+        if len(self._shares) > 1:
+            self._shares[_bin(confidence)] += 1
 
     def update(self, source: str, confidence: float, accepted: bool) -> None:
         """Add a verified token."""
@@ -151,7 +185,7 @@ class Acceptance:
 def _bin(confidence: float) -> int:
     if not confidence > 0:  # or NaN
         return 0
-    return min(int(confidence * _BINS), _BINS - 1)
+    return min(int(confidence * CONFIDENCE_BINS), CONFIDENCE_BINS - 1)
 
 
 class DraftController:
@@ -179,7 +213,7 @@ class DraftController:
         self._lookups = [drafter for drafter in drafters if not drafter.head_share]
         self._exit = next((drafter for drafter in drafters if drafter.head_share), None)
         self._context_costs, self._greedy, self._eos_token_ids = costs, greedy, eos_token_ids
-        self._throughput, self._acceptance = Throughput(), Acceptance()
+        self._throughput, self._acceptance = Throughput(), Acceptance(drafters)
         self._backoff = {drafter.name: Backoff() for drafter in drafters}
 
     @property
@@ -224,7 +258,7 @@ class DraftController:
         exit_ = self._exit if self._exit is not None and self._exit.name in active else None
         while len(draft) < max_tokens:
             source, candidate, n, lookup_value = self._best_proposal(draft, lookups, exit_)
-            exit_value = self._exit_value(len(draft)) if exit_ is not None else 0.0
+            exit_value = self._exit_value(exit_, len(draft)) if exit_ is not None else 0.0
             if exit_ is not None and exit_value > max(lookup_value, 0.0):
                 if not self._extend_by_exit(draft, exit_):
                     return
@@ -267,11 +301,21 @@ class DraftController:
             probability *= self._acceptance.of(source, confidence)
         return probability
 
-    def _exit_value(self, drafted: int) -> float:
-        """Return the value of another token of the early exit, before it is known."""
-        survival = self._survival * self._acceptance.exit_mean
-        cost = self._costs.token(drafted) + (0.0 if self._scored else self._costs.overhead)
-        value = survival - self._throughput.rate * cost
+    def _exit_value(self, exit_: Drafter, drafted: int) -> float:
+        """Return the value of another token of the early exit, before it is known.
+
+        Its head is paid for in any case, the rest where it is kept.
+        """
+        scoring = self._costs.head + (0.0 if self._scored else self._costs.overhead)
+        value = -self._throughput.rate * scoring
+        for share, acceptance in self._acceptance.exit_outlook(exit_.name):
+            value += share * max(self._kept_value(self._survival * acceptance, drafted), 0.0)
+        return value
+
+    def _kept_value(self, survival: float, drafted: int) -> float:
+        """Return the value of keeping a token of the early exit, with those that may follow."""
+        rest = self._costs.token(drafted) - self._costs.head
+        value = survival - self._throughput.rate * rest
         return value + self._future_value(survival, drafted + 1)
 
     def _future_value(self, survival: float, drafted: int) -> float:
@@ -296,11 +340,9 @@ class DraftController:
         candidate = exit_.propose(draft, 1)
         (token,), (confidence,) = candidate.token_ids, candidate.confidences
         self._scored += 1
+        self._acceptance.exit_proposed(confidence)
         survival = self._survival * self._acceptance.of(exit_.name, confidence)
-        drafted = len(draft)
-        rest = self._costs.token(drafted) - self._costs.head  # the head has been paid for
-        value = survival - self._throughput.rate * rest
-        if value + self._future_value(survival, drafted + 1) < 0.0:
+        if self._kept_value(survival, len(draft)) < 0.0:
             self.discard(draft, candidate)
             return False
         self._survival = survival
