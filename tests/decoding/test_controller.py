@@ -257,6 +257,14 @@ def test_pauses_double_and_end_where_drafting_pays():
     assert [backoff.next_round() for _ in range(5)] == [False] * 4 + [True]
 
 
+def test_a_source_with_a_measured_prior_is_not_paused_by_one_loss():
+    prior = counts_of(b9=(90, 100))
+    for known, expected in ((prior, [1, 1, 1]), (None, [1, 0, 0])):
+        rounds = Rounds(CHEAP, StubExit(0.95, prior=known))
+        lengths = [len(rounds.play(accepted=0, max_tokens=1)) for _ in range(3)]
+        assert lengths == expected
+
+
 def test_earlier_gains_are_not_all_lost_again():
     backoff, losses = Backoff(), 0
     for _ in range(60):

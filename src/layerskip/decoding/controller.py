@@ -22,11 +22,17 @@ from layerskip.model.step_timing import FAR, PassCosts, pass_costs
 # Constants set by hand; benchmarks/results/draft-constants.json has the ablation of each.
 PRIOR_WEIGHT = 3.0  # tokens that a drafter's own confidence counts as
 EXIT_ACCEPTANCE, EXIT_ACCEPTANCE_WEIGHT = 0.8, 2.0  # prior of an early exit's mean acceptance
-SHARES_WEIGHT = 10.0  # tokens that measured shares of confidences count as
 MEMORY = 0.95  # decay of tokens and times a round
 PLAIN_ROUNDS = 4.0  # prior of the throughput
 BACKOFF_ROUNDS, MAX_BACKOFF_ROUNDS = 4, 32
+MEASURED_CREDIT = (
+    2.0  # plain steps that a drafter with a measured prior may lose before it is paused
+)
 LOOKAHEAD = 8  # tokens that are considered behind the next one
+_BINS = CONFIDENCE_BINS
+# Constants of drafters with a measured prior, which have no ablation yet.
+SHARES_WEIGHT = 10.0  # tokens that measured shares of confidences count as
+MEASURED_CREDIT = 2.0  # plain steps that such a drafter may lose before it is paused
 
 
 class Controller(Protocol):
@@ -93,11 +99,15 @@ class Throughput:
 
 
 class Backoff:
-    """Pauses a source whose rounds are slower than plain decoding, longer each time."""
+    """Pauses a source whose rounds are slower than plain decoding, longer each time.
 
-    def __init__(self) -> None:
+    Args:
+        credit: plain steps that its first rounds may lose.
+    """
+
+    def __init__(self, credit: float = 0.0) -> None:
         self._rounds, self._left = BACKOFF_ROUNDS, 0
-        self._gain = 0.0  # tokens beyond the time of its rounds
+        self._gain = credit  # tokens beyond the time of its rounds
 
     def next_round(self) -> bool:
         """Begin a round; return whether the source may draft in it."""
@@ -147,7 +157,7 @@ class Acceptance:
         return self._of_bin(source, _bin(confidence))
 
     def _of_bin(self, source: str, index: int) -> float:
-        prior = (index + 0.5) / CONFIDENCE_BINS
+        prior = (index + 0.5) / _BINS
         if (measured := self._priors.get(source)) is not None:
             accepted, verified = measured.accepted[index], measured.verified[index]
             prior = (PRIOR_WEIGHT * prior + accepted) / (PRIOR_WEIGHT + verified)
@@ -185,7 +195,7 @@ class Acceptance:
 def _bin(confidence: float) -> int:
     if not confidence > 0:  # or NaN
         return 0
-    return min(int(confidence * CONFIDENCE_BINS), CONFIDENCE_BINS - 1)
+    return min(int(confidence * _BINS), _BINS - 1)
 
 
 class DraftController:
@@ -214,7 +224,11 @@ class DraftController:
         self._exit = next((drafter for drafter in drafters if drafter.head_share), None)
         self._context_costs, self._greedy, self._eos_token_ids = costs, greedy, eos_token_ids
         self._throughput, self._acceptance = Throughput(), Acceptance(drafters)
-        self._backoff = {drafter.name: Backoff() for drafter in drafters}
+        # Single losses say little about a source that is known to pay on average.
+        self._backoff = {
+            drafter.name: Backoff(0.0 if drafter.prior is None else MEASURED_CREDIT)
+            for drafter in drafters
+        }
 
     @property
     def acceptance(self) -> Acceptance:
