@@ -25,9 +25,6 @@ EXIT_ACCEPTANCE, EXIT_ACCEPTANCE_WEIGHT = 0.8, 2.0  # prior of an early exit's m
 MEMORY = 0.95  # decay of tokens and times a round
 PLAIN_ROUNDS = 4.0  # prior of the throughput
 BACKOFF_ROUNDS, MAX_BACKOFF_ROUNDS = 4, 32
-MEASURED_CREDIT = (
-    2.0  # plain steps that a drafter with a measured prior may lose before it is paused
-)
 LOOKAHEAD = 8  # tokens that are considered behind the next one
 _BINS = CONFIDENCE_BINS
 # Constants of drafters with a measured prior, which have no ablation yet.
