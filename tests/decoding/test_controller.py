@@ -19,6 +19,7 @@ from layerskip.decoding.controller import (
     Throughput,
 )
 from layerskip.model import StepCosts
+from layerskip.model.exit_adapter import AcceptanceCounts
 from layerskip.model.step_timing import PassCosts
 
 END = 9
@@ -32,8 +33,8 @@ class StubExit:
 
     name, num_layers, head_share = "early-exit", 1, 1.0
 
-    def __init__(self, *confidences, token=7):
-        self.confidences, self.token = confidences, token
+    def __init__(self, *confidences, token=7, prior=None):
+        self.confidences, self.token, self.prior = confidences, token, prior
 
     def propose(self, draft, max_tokens):
         confidence = self.confidences[min(len(draft), len(self.confidences) - 1)]
@@ -43,7 +44,7 @@ class StubExit:
 class StubLookup:
     """Proposes tokens with given confidences."""
 
-    num_layers, head_share = 0, 0.0
+    num_layers, head_share, prior = 0, 0.0, None
 
     def __init__(self, *confidences, tokens=None, name="n-gram"):
         self.name, self.confidences = name, list(confidences)
@@ -155,6 +156,35 @@ def test_confidence_is_a_prior_that_verified_tokens_replace():
         assert acceptance.of("early-exit", confidence) == pytest.approx(mean)
 
 
+def counts_of(**by_bin):
+    """Return measured counts, such as `b2=(accepted, verified)` of the bin from 0.2 to 0.3."""
+    pairs = [by_bin.get(f"b{i}", (0, 0)) for i in range(10)]
+    accepted, verified = zip(*pairs, strict=True)
+    return AcceptanceCounts(accepted=accepted, verified=verified)
+
+
+def test_a_drafter_brings_its_own_prior():
+    acceptance = Acceptance([StubExit(0.5, prior=counts_of(b2=(300, 1000), b9=(700, 1000)))])
+    assert acceptance.exit_mean == pytest.approx(0.5)
+    assert acceptance.of("early-exit", 0.95) == pytest.approx(0.7, abs=0.01)
+    assert acceptance.of("early-exit", 0.25) == pytest.approx(0.3, abs=0.01)
+    assert acceptance.of("early-exit", 0.55) == pytest.approx(0.55)  # unmeasured
+    assert acceptance.of("n-gram", 0.95) == pytest.approx(0.95)
+    shares = [share for share, _ in acceptance.exit_outlook("early-exit")]
+    assert shares == pytest.approx([0.5, 0.5])
+    for _ in range(30):
+        acceptance.exit_proposed(0.95)
+    assert acceptance.exit_outlook("early-exit")[1][0] == pytest.approx(35 / 40)
+
+
+def test_a_prior_decides_whether_the_exit_drafts_at_all():
+    """A token costs 0.1 to propose and 0.4 to keep: 2 in 10 sure ones are worth it, 1 in 10 are not."""
+    costs = DraftCosts(layers=0.1, head=0.1, passes=(1.0, 1.0 + 0.3 / 0.9))
+    for sure, expected in ((2, ["early-exit"]), (1, [])):
+        prior = counts_of(b0=(0, 1000 - 100 * sure), b9=(100 * sure, 100 * sure))
+        assert drafted(costs, StubExit(0.95, prior=prior), max_tokens=1) == expected
+
+
 def test_the_controller_learns_that_confidence_is_misplaced():
     rounds = Rounds(CHEAP, StubExit(0.95))
     lengths = [len(rounds.play(accepted=0)) for _ in range(300)]
@@ -225,6 +255,14 @@ def test_pauses_double_and_end_where_drafting_pays():
     backoff.judge(True)
     backoff.judge(False)
     assert [backoff.next_round() for _ in range(5)] == [False] * 4 + [True]
+
+
+def test_a_source_with_a_measured_prior_is_not_paused_by_one_loss():
+    prior = counts_of(b9=(90, 100))
+    for known, expected in ((prior, [1, 1, 1]), (None, [1, 0, 0])):
+        rounds = Rounds(CHEAP, StubExit(0.95, prior=known))
+        lengths = [len(rounds.play(accepted=0, max_tokens=1)) for _ in range(3)]
+        assert lengths == expected
 
 
 def test_earlier_gains_are_not_all_lost_again():

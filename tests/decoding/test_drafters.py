@@ -224,7 +224,7 @@ def test_only_tokens_of_the_list_and_the_prompt_are_drafted():
 class ScriptedDrafter:
     """Proposes the next tokens of a script, with a fixed confidence."""
 
-    name, num_layers, head_share = "scripted", 0, 0.0
+    name, num_layers, head_share, prior = "scripted", 0, 0.0, None
 
     def __init__(self, script, confidence):
         self.script, self.confidence, self.committed = script, confidence, 0

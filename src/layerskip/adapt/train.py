@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from layerskip.adapt.agreement import Agreement, measure_agreement
+from layerskip.adapt.agreement import Agreement, measure_agreement, write_acceptance
 from layerskip.adapt.config import AdaptConfig
 from layerskip.adapt.loss import SoftCrossEntropy, soft_targets
 from layerskip.adapt.network import AdapterNetwork, head_rows, initial_parameters
@@ -197,8 +197,7 @@ class _Run:
     def _finish(self, held_out: Sequence[TeacherSequence]) -> AdaptResult:
         """Measure the best adapter, and write its card."""
         config, state, path = self._config, self._state, self._folder / ADAPTER_FILE
-        best = max(state.history, key=lambda entry: entry["accepted"])
-        agreement = Agreement(by_depth=tuple(best["by_depth"]), tokens=best["answer_tokens"])
+        agreement = write_acceptance(path, self._decoder, self._files, held_out)
         self._model.adapter = load_adapter(path, self._decoder, self._files.path)
         prompts = [s.tokens[: s.prompt_length] for s in held_out]
         speeds = measure_sources(self._model, prompts, config.max_new_tokens, self._tell)
@@ -431,7 +430,7 @@ class _Run:
 
     def _evaluate(self, held_out: Sequence[TeacherSequence]) -> None:
         state = self._state
-        agreement = measure_agreement(self._average, held_out, self._head, self._vocabulary)
+        agreement = self._agreement(held_out)
         state.history.append(
             {
                 "minutes": round(self._minutes, 2),
@@ -444,16 +443,21 @@ class _Run:
         )
         if agreement.accepted > state.best + _MIN_GAIN:
             state.best, state.evaluations_since_best = agreement.accepted, 0
-            self._write_adapter()
+            self._write_adapter(agreement)
         else:
             state.evaluations_since_best += 1
         self._tell("evaluated", agreement=agreement)
 
-    def _write_adapter(self) -> None:
+    def _agreement(self, held_out: Sequence[TeacherSequence]) -> Agreement:
+        cap = self._decoder.architecture.logit_cap
+        return measure_agreement(self._average, held_out, self._head, self._vocabulary, cap)
+
+    def _write_adapter(self, agreement: Agreement) -> None:
         settings = AdapterSettings(
             exit_layer=self._config.exit_layer,
             logit_scale=float(self._average.logit_scale.detach()),
             base=hashes_of(self._files),
+            acceptance=agreement.by_confidence,
         )
         save_adapter(self._folder / ADAPTER_FILE, self._average.tensors, settings, self._vocabulary)
 

@@ -22,7 +22,7 @@ from layerskip.decoding.constraint import Constraint
 from layerskip.decoding.datastore import MAX_MATCH, MIN_MATCH, Datastore
 from layerskip.decoding.sampling import Sampler
 from layerskip.model import Decoder, KVCache, argmax
-from layerskip.model.exit_adapter import ExitAdapterWeights
+from layerskip.model.exit_adapter import AcceptanceCounts, ExitAdapterWeights
 
 # Probability that the token after a match of 2, 3, ... tokens follows again, before any is verified.
 _NGRAM_CONFIDENCE = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -154,11 +154,13 @@ class Drafter(Protocol):
         name: as in `draft_from` and in results.
         num_layers: layers that a proposal runs for each token, E or 0.
         head_share: its further products, in units of the whole head; 0 for a look-up.
+        prior: acceptance measured before, which a controller begins with; None where it is unknown.
     """
 
     name: str
     num_layers: int
     head_share: float
+    prior: AcceptanceCounts | None
 
     def propose(self, draft: Draft, max_tokens: int) -> Candidate:
         """Propose up to `max_tokens` tokens that follow a draft.
@@ -204,6 +206,7 @@ class EarlyExit:
     """
 
     name = "early-exit"
+    prior = None
 
     def __init__(
         self,
@@ -336,7 +339,7 @@ class _Lookup:
         eos_token_ids: nothing is drafted beyond them.
     """
 
-    num_layers, head_share = 0, 0.0
+    num_layers, head_share, prior = 0, 0.0, None
 
     def __init__(self, eos_token_ids: Collection[int] = ()) -> None:
         self._eos_token_ids = eos_token_ids

@@ -54,17 +54,17 @@ class ExitAdapter:
     ) -> None:
         self.num_layers = adapter.settings.exit_layer
         self.head_share = head_share(decoder, adapter, len(head.token_ids))
+        self.prior = adapter.settings.acceptance
         self._decoder, self._adapter, self._sampler, self._head = decoder, adapter, sampler, head
         self._with_confidence = with_confidence
         self._cache = adapter.decoder.new_cache(capacity)
-        # States of committed positions that the cache does not have yet.
-        self._exit_states: list[Tensor] = []
-        self._previous_states: list[Tensor] = []
-        self._n_committed = 0  # positions whose states are known
+        # States of committed positions that the cache does not have yet, and of layer L one position
+        # back: these are one more, for the newest token. In a draft the cache has it, and there is none.
         size = decoder.architecture.hidden_size
-        # The last layer's state at the newest position that it has run on, then in a draft its guess.
-        self._last_state = torch.zeros(1, 1, size, dtype=torch.float32, device=decoder.device)
-        self._guess: Tensor | None = None
+        self._exit_states: list[Tensor] = []
+        self._previous_states = [torch.zeros(1, 1, size, device=decoder.device)]
+        self._n_waiting = 0
+        self._guess: Tensor | None = None  # in a draft
 
     def read_states(self, exit_states: Tensor, last_states: Tensor) -> None:
         """Take the states of the next committed positions, which ends a draft.
@@ -74,15 +74,16 @@ class ExitAdapter:
             last_states: [1, n, D], leaving layer L.
         """
         self._guess = None
-        previous = torch.cat([self._last_state.to(last_states.dtype), last_states[:, :-1]], dim=1)
-        seen = max(int(self._cache.lengths) - self._n_committed, 0)
-        self._n_committed += last_states.shape[1]
-        if seen < last_states.shape[1]:
-            self._exit_states.append(exit_states[:, seen:])
-            self._previous_states.append(previous[:, seen:])
-        self._last_state = last_states[:, -1:]
-        if sum(states.shape[1] for states in self._exit_states) >= _FLUSH_POSITIONS:
+        if not self._previous_states:
+            exit_states = exit_states[:, 1:]
+        self._exit_states.append(exit_states)
+        self._previous_states.append(last_states)
+        self._n_waiting += exit_states.shape[1]
+        if self._n_waiting >= _FLUSH_POSITIONS:
+            newest = last_states[:, -1:]
+            self._previous_states[-1] = last_states[:, :-1]
             self._fill_cache()
+            self._previous_states = [newest]
 
     def update(self, tokens: Sequence[int]) -> None:
         """Do nothing: `read_states` has what is needed."""
@@ -97,7 +98,6 @@ class ExitAdapter:
         # 1. The newest committed token, with all positions that the cache lacks.
         if self._guess is None:
             self._exit_states.append(exit_states[:, :1])
-            self._previous_states.append(self._last_state)
             self._guess = self._fill_cache()
             self._n_drafted = 0
             exit_states = exit_states[:, 1:]
@@ -124,7 +124,7 @@ class ExitAdapter:
         exit_states = torch.cat(self._exit_states, dim=1)
         out = self._pass(exit_states, torch.cat(self._previous_states, dim=1))
         self._cache.lengths += exit_states.shape[1]
-        self._exit_states, self._previous_states = [], []
+        self._exit_states, self._previous_states, self._n_waiting = [], [], 0
         return out[:, -1:]
 
     def _pass(self, exit_states: Tensor, previous: Tensor) -> Tensor:

@@ -32,8 +32,37 @@ from layerskip.model.weights import damage_named
 NO_ADAPTER = "none"
 _VOCABULARY = "exit_adapter.draft_vocabulary"
 _KEY = "layerskip"  # of the metadata
+CONFIDENCE_BINS = 10
 _EPS = 1e-6
 _HASHED_ROWS = 512  # of a matrix, at even distances
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AcceptanceCounts:
+    """Drafted tokens by confidence, in bins of equal width from 0 to 1.
+
+    Attributes:
+        verified: tokens of each bin before which all drafted tokens were accepted.
+        accepted: how many of them were accepted.
+    """
+
+    verified: tuple[int, ...]
+    accepted: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        counts = (*self.verified, *self.accepted)
+        is_valid = (
+            len(self.verified) == len(self.accepted) == CONFIDENCE_BINS
+            and all(type(count) is int for count in counts)
+            and all(0 <= a <= v for a, v in zip(self.accepted, self.verified, strict=True))
+        )
+        if not is_valid:
+            raise ValueError("impossible counts of accepted tokens")
+
+    @property
+    def mean(self) -> float:
+        """Share of accepted tokens; 0 where there is none."""
+        return sum(self.accepted) / max(sum(self.verified), 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,11 +73,13 @@ class AdapterSettings:
         exit_layer: E, 0 or more layers of the base that run for each drafted token.
         logit_scale: multiplies the logits, beside the base's own scale: one over the temperature.
         base: hashes of the model that it was trained for (see `hashes_of`).
+        acceptance: of greedy drafts on held-out prompts; None in files that do not have it.
     """
 
     exit_layer: int
     logit_scale: float
     base: Mapping[str, str]
+    acceptance: AcceptanceCounts | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,6 +223,22 @@ def find_adapter(checkpoint: Path, named: Path | None = None) -> Path | None:
     return file
 
 
+def read_adapter(path: Path) -> tuple[dict[str, Tensor], AdapterSettings, tuple[int, ...]]:
+    """Return the tensors, settings and draft vocabulary of an adapter's file.
+
+    Raises:
+        CheckpointError: the file is damaged, or no adapter.
+    """
+    with damage_named(path), safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        metadata = file.metadata() or {}
+    settings = _settings(path, metadata)
+    vocabulary = tensors.pop(_VOCABULARY, None)
+    if vocabulary is None or vocabulary.ndim != 1 or not len(vocabulary):
+        raise CheckpointError(f"{path} has no draft vocabulary; train the adapter again")
+    return tensors, settings, tuple(vocabulary.tolist())
+
+
 def load_adapter(path: Path, base: Decoder, checkpoint: Path) -> ExitAdapterWeights:
     """Read an adapter for a loaded model.
 
@@ -203,15 +250,8 @@ def load_adapter(path: Path, base: Decoder, checkpoint: Path) -> ExitAdapterWeig
     Raises:
         CheckpointError: the file is damaged, or for another model.
     """
-    with damage_named(path), safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        metadata = file.metadata() or {}
-    settings = _settings(path, metadata)
-    vocabulary = tensors.pop(_VOCABULARY, None)
+    tensors, settings, ids = read_adapter(path)
     _check_base(path, settings, checkpoint)
-    if vocabulary is None or vocabulary.ndim != 1 or not len(vocabulary):
-        raise CheckpointError(f"{path} has no draft vocabulary; train the adapter again")
-    ids = tuple(vocabulary.tolist())
     a = base.architecture
     if not (0 <= min(ids) <= max(ids) < a.vocab_size and 0 <= settings.exit_layer < a.n_layers):
         raise CheckpointError(f"{path} is damaged: its settings do not fit its base")
@@ -231,11 +271,13 @@ def load_adapter(path: Path, base: Decoder, checkpoint: Path) -> ExitAdapterWeig
 def _settings(path: Path, metadata: Mapping[str, str]) -> AdapterSettings:
     try:
         fields: dict[str, Any] = parse_json(metadata[_KEY])
-        settings = AdapterSettings(**fields)
+        counts = fields.pop("acceptance", None)
+        acceptance = counts and AcceptanceCounts(**{n: tuple(c) for n, c in counts.items()})
+        settings = AdapterSettings(**fields, acceptance=acceptance)
         is_valid = type(settings.exit_layer) is int and 0 < float(settings.logit_scale) < 1e6
         if not (is_valid and isinstance(settings.base, dict)):
             raise ValueError("impossible values")
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is no exit adapter: its settings cannot be read ({error})"
         ) from None
