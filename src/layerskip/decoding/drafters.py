@@ -206,7 +206,7 @@ class EarlyExit:
     """
 
     name = "early-exit"
-    prior = None
+    prior: AcceptanceCounts | None = None
 
     def __init__(
         self,
@@ -339,7 +339,8 @@ class _Lookup:
         eos_token_ids: nothing is drafted beyond them.
     """
 
-    num_layers, head_share, prior = 0, 0.0, None
+    num_layers, head_share = 0, 0.0
+    prior: AcceptanceCounts | None = None
 
     def __init__(self, eos_token_ids: Collection[int] = ()) -> None:
         self._eos_token_ids = eos_token_ids
