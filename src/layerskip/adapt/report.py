@@ -153,7 +153,7 @@ tags: [speculative-decoding, layerskip]
 
 # Exit adapter of {name}
 
-`{ADAPTER_FILE}` drafts for {name} in [layerskip](https://pypi.org/project/layerskip/): a decoder layer
+`{ADAPTER_FILE}` drafts for {name} in layerskip: a decoder layer
 behind the first {config.exit_layer} layers of the frozen model. The model verifies every draft, so the
 answers are its own. The file is bound to this model by hashes, and refused for another one.
 
