@@ -4,8 +4,8 @@ Each constant is changed to a smaller and a larger value, one at a time. The mod
 computed once and the early exit's proposal once for each context; rounds are replayed from these. Drafts
 are decided with the changed constant, and costs are counted with the controller's own cost table and
 the defaults. So the figures depend on the answers alone and not on the machine's load: they are
-predicted speedups over plain decoding. Columns: tasks, prompt by prompt; `batch`, the prompts of the
-last task together; `gpu`, the last task with the cost table of a GPU.
+predicted speedups over plain decoding. Columns: tasks, prompt by prompt; `gpu`, the last task with the
+cost table of a GPU.
 """
 
 import argparse
@@ -21,29 +21,28 @@ from common import deliver, environment_of, parse, run
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import load_task
-from layerskip.decoding import batch, config, controller, datastore, drafters
+from layerskip.decoding import config, controller, datastore, drafters
 from layerskip.decoding.config import DecodingConfig
-from layerskip.decoding.controller import BatchController, ContextCosts, DraftController
+from layerskip.decoding.controller import ContextCosts, DraftController
 from layerskip.decoding.drafters import Candidate, DatastoreLookup, Draft, EarlyExit, Ngram
 from layerskip.decoding.sampling import Sampler
 
 # Constant -> (modules that read it, a smaller and a larger value).
 VALUES: dict[str, tuple[tuple[ModuleType, ...], tuple[Any, Any]]] = {
     "PRIOR_WEIGHT": ((controller,), (1.0, 10.0)),
-    "EXIT_ACCEPTANCE": ((controller, batch), (0.5, 0.9)),
+    "EXIT_ACCEPTANCE": ((controller,), (0.5, 0.9)),
     "EXIT_ACCEPTANCE_WEIGHT": ((controller,), (0.5, 8.0)),
     "MEMORY": ((controller,), (0.8, 0.99)),
     "PLAIN_ROUNDS": ((controller,), (1.0, 16.0)),
     "BACKOFF_ROUNDS": ((controller,), (1, 16)),
     "MAX_BACKOFF_ROUNDS": ((controller,), (4, 128)),
     "LOOKAHEAD": ((controller,), (0, 2)),
-    "_BINS": ((controller,), (4, 20)),
+    "CONFIDENCE_BINS": ((controller,), (4, 20)),
     "_DRAFTING_S": ((controller,), (0.0, 2e-3)),
     "_VERIFYING_S": ((controller,), (0.0, 5e-4)),
     "_ATTENTION_ROW": ((controller,), (0.1, 1.0)),
     "_GPU_ROW_COST": ((controller,), (0.001, 0.1)),
     "_GROWTH": ((controller,), (1, 1024)),
-    "MIN_BATCH_GAIN": ((controller,), (1.0, 1.2)),
     "MAX_ADAPTIVE_DRAFT_TOKENS": ((config,), (6, 24)),
     "_NGRAM_CONFIDENCE": (
         (drafters,),
@@ -73,6 +72,7 @@ class RecordedExit:
     """The early exit of greedy decoding, whose proposals are computed once for each context."""
 
     name = EarlyExit.name
+    prior = None
 
     def __init__(self, model: LayerSkipModel, plan: DecodingConfig) -> None:
         assert plan.exit_layer is not None
@@ -139,7 +139,6 @@ class Replay:
         """Return the predicted speedup of each column with the constants as they are."""
         result = {task: self._one_by_one(pairs) for task, pairs in self._pairs.items()}
         *_, last = self._pairs.values()
-        result["batch"] = self._together(last)
         with mock.patch.object(controller, "_machine_costs", _gpu_costs):
             result["gpu"] = self._one_by_one(last)
         return result
@@ -185,37 +184,6 @@ class Replay:
                 rule.update(draft, [step], [accepted])
             n_tokens += len(ids) - 1
         return round(n_tokens / cost, 3)
-
-    def _together(self, pairs: Sequence[tuple[list[int], Any]]) -> float:
-        """Return the cost of plain decoding of a batch over that of the rounds for the same tokens."""
-        self._exit.start([prompt for prompt, _ in pairs])
-        plan = self._model.resolve(mode="auto")
-        rule = BatchController(self._exit, self._costs())
-        rows = [
-            (list(prompt) + answer.token_ids[:1], answer.token_ids[1:]) for prompt, answer in pairs
-        ]
-        cost = plain = 0.0
-        while rows := [(context, rest) for context, rest in rows if rest]:
-            draft = _draft([context for context, _ in rows])
-            self._exit.contexts = [context for context, _ in rows]
-            assert plan.draft_tokens is not None
-            rule.fill(draft, min(plan.draft_tokens, min(len(rest) for _, rest in rows) - 1))
-            drafted, n, d = draft.tokens.tolist(), len(rows), len(draft)
-            counts = [_agreeing(row, rest) for row, (_, rest) in zip(drafted, rows, strict=True)]
-            steps = [rest[: k + 1] for k, (_, rest) in zip(counts, rows, strict=True)]
-            with replaced(**{name: DEFAULTS[name] for name in OF_COSTS}):
-                costs = self._costs().at(*(len(context) for context, _ in rows))
-            step = costs.over(n, n)
-            drafting = (costs.layers * (d + 1) + costs.head * d) * step + costs.overhead
-            verifying = (1 - costs.layers) * costs.over(n * (d + 1), n)
-            cost += drafting + verifying if d else step
-            plain += step * sum(map(len, steps)) / n
-            rule.update(draft, steps, counts)
-            rows = [
-                (context + new, rest[len(new) :])
-                for new, (context, rest) in zip(steps, rows, strict=True)
-            ]
-        return round(plain / cost, 3)
 
 
 def _table(text: Path | tuple[int, ...], vocab_size: int) -> datastore.Datastore:

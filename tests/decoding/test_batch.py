@@ -258,7 +258,7 @@ def test_prefixes_of_running_and_ended_rows_are_copied():
 
 
 def test_costs_decide_how_far_rows_draft():
-    """Where positions are free all rows draft; where each costs a step none does."""
+    """All rows draft if positions are free; none does if each costs a step."""
     decoder = tiny_decoder("llama3.1", upper=0.0)  # drafts are always right
     prompts = [random_prompt(decoder, n, seed=n) for n in (3, 8, 5, 6)]
     dear = dataclasses.replace(FREE, passes=tuple(float(n) for n in range(1, 40)))

@@ -1,7 +1,7 @@
 """The exit adapter as a network that is trained: the decoder's own layer, with gradients.
 
-The layer is built anew from the parameters in every step, by the loader that decoding uses, so that each
-family trains exactly what it will run. Shapes: B rows, T positions, D hidden size, V draft vocabulary.
+Each step builds the layer from the parameters with the loader that decoding uses, so each family trains
+exactly the layer that it runs. Shapes: B rows, T positions, D hidden size, V draft vocabulary.
 """
 
 import re

@@ -54,7 +54,7 @@ Report = Callable[["Progress"], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """State of a run, for whoever shows it.
+    """State of a run, for a progress display.
 
     Attributes:
         activity: a few words.

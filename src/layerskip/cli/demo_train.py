@@ -114,7 +114,7 @@ def train_and_compare(
     console.print(
         f"The checkpoint is in {name}:\n  layerskip generate --model {name} --show-draft --stats"
         f" --prompt {bash_quoted(EXAMPLE)}\n"
-        "With your own rows in place of rows.jsonl: docs/quickstart.md.",
+        "To train on your own rows: docs/quickstart.md.",
         soft_wrap=True,
         markup=False,
     )

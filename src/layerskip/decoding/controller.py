@@ -26,7 +26,6 @@ MEMORY = 0.95  # decay of tokens and times a round
 PLAIN_ROUNDS = 4.0  # prior of the throughput
 BACKOFF_ROUNDS, MAX_BACKOFF_ROUNDS = 4, 32
 LOOKAHEAD = 8  # tokens that are considered behind the next one
-_BINS = CONFIDENCE_BINS
 # Constants of drafters with a measured prior, which have no ablation yet.
 SHARES_WEIGHT = 10.0  # tokens that measured shares of confidences count as
 MEASURED_CREDIT = 2.0  # plain steps that such a drafter may lose before it is paused
@@ -154,7 +153,7 @@ class Acceptance:
         return self._of_bin(source, _bin(confidence))
 
     def _of_bin(self, source: str, index: int) -> float:
-        prior = (index + 0.5) / _BINS
+        prior = (index + 0.5) / CONFIDENCE_BINS
         if (measured := self._priors.get(source)) is not None:
             accepted, verified = measured.accepted[index], measured.verified[index]
             prior = (PRIOR_WEIGHT * prior + accepted) / (PRIOR_WEIGHT + verified)
@@ -192,7 +191,7 @@ class Acceptance:
 def _bin(confidence: float) -> int:
     if not confidence > 0:  # or NaN
         return 0
-    return min(int(confidence * _BINS), _BINS - 1)
+    return min(int(confidence * CONFIDENCE_BINS), CONFIDENCE_BINS - 1)
 
 
 class DraftController:

@@ -2,9 +2,9 @@
 
 The adapter predicts the state that would leave the last layer: from the state that leaves layer E at a
 position, and the last layer's state one position back (EAGLE, arXiv 2401.15077; Kangaroo, arXiv
-2404.18911). Where the model has been, that state is the model's own; behind it the adapter goes by its
-own output. It has a cache of one layer with a length of its own: positions that were decoded without it
-are filled in one pass when it drafts next.
+2404.18911). For committed positions, that state is the model's own; for drafted positions, it is the
+adapter's output. The adapter has a one-layer KV cache with its own length: positions that were decoded
+without it are filled in one pass when it drafts next.
 """
 
 from collections.abc import Sequence
@@ -128,7 +128,10 @@ class ExitAdapter:
         return out[:, -1:]
 
     def _pass(self, exit_states: Tensor, previous: Tensor) -> Tensor:
-        """Run the adapter over [1, n, D] behind its cache's length; that is left to the caller."""
+        """Run the adapter over states [1, n, D] after its cached positions.
+
+        The caller sets the length.
+        """
         b, t, d = exit_states.shape
         inputs = joined(exit_states, previous).view(b * t, 2 * d)
         hidden = self._adapter.projection(inputs.to(exit_states.dtype)).view(b, t, d)

@@ -153,7 +153,7 @@ class PrefixPool:
         return sum(prefix.cache.capacity for prefix in self._prefixes)
 
     def add(self, prefix: Prefix) -> None:
-        """Keep a text, in place of those that it begins with."""
+        """Keep a prefix; it replaces those that it begins with."""
         if len(prefix.tokens):
             prefix.shrink(self._decoder)
             kept = [old for old in self._prefixes if not self._replaces(prefix, old)]

@@ -21,7 +21,7 @@ from layerskip.decoding import DecodingConfig
 from layerskip.model.weights import GgufHeader
 
 LOOKUP_NGRAM = 2  # tokens; transformers searches for as many by default
-# The other modes of --spec-type, with the lengths of n-gram and draft that were the fastest on a CPU.
+# The other modes of --spec-type, with lengths of n-gram and draft.
 MODES = {"ngram-mod": (24, 16), "ngram-map-k": (12, 16)}
 
 
