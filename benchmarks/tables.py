@@ -153,7 +153,8 @@ def exits(document: dict[str, Any]) -> list[Line]:
 
 def speed(document: dict[str, Any]) -> list[Line]:
     """Rows by system, columns by weights: tokens/s, and speedup over the system's plain decoding."""
-    parts = {part["environment"]["weights"]: part["rows"] for part in document["parts"].values()}
+    measured = [part for part in document["parts"].values() if "error" not in part]
+    parts = {part["environment"]["weights"]: part["rows"] for part in measured}
     by_name: dict[str, dict[str, str]] = {}
     for weights, rows in parts.items():
         for row in rows:
