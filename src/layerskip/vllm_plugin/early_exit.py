@@ -1,4 +1,8 @@
-"""Early-exit view of a vLLM model: its first layers, final norm and head, with no weight twice."""
+"""Early-exit view of a vLLM model: its first layers, final norm and head, with no weight twice.
+
+Exit adapters are not supported here. One would be a layer of the view behind the first E, with a KV cache
+layer of its own: registered in `early_exit_view`, allocated in `LayerSkipProposer.load_model`.
+"""
 
 import copy
 from typing import Any
