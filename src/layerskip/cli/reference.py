@@ -1,7 +1,7 @@
 """Reference pages from the code; `python -m layerskip.cli.reference` writes them in a checkout.
 
-The pages are docs/reference/cli.md, the tables of options in docs/api.md and docs/serve.md, and the help
-texts that the tests compare (tests/cli/help).
+The pages are docs/reference/cli.md, the tables of options in docs/api.md and docs/serve.md, the help
+texts that the tests compare (tests/cli/help), and the flags for shell completion.
 """
 
 import re
@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from layerskip.cli.completion import FLAGS_FILE, flags_table
 from layerskip.cli.config_flags import config_fields
 from layerskip.cli.main import layerskip_command
 from layerskip.decoding import DecodingConfig
@@ -70,6 +71,7 @@ def pages(root: Path) -> dict[Path, str]:
     for page, config in {"api.md": DecodingConfig, "serve.md": ServeConfig}.items():
         path = root / "docs" / page
         result[path] = _with_table(path.read_text(encoding="utf-8"), options_table(config))
+    result[root / "src" / "layerskip" / "cli" / FLAGS_FILE.name] = flags_table(_commands().values())
     folder = root / "tests" / "cli" / "help"
     return result | {folder / f"{name}.txt": text for name, text in help_texts().items()}
 

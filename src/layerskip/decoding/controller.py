@@ -280,9 +280,7 @@ class DraftController:
         return probability
 
     def _exit_value(self, drafted: int) -> float:
-        """Return the value of another token of the early exit, before it is known.
-
-        """
+        """Return the value of another token of the early exit, before it is known."""
         scoring = self._costs.head + (0.0 if self._scored else self._costs.overhead)
         survival = self._survival * self._acceptance.exit_mean
         return self._kept_value(survival, drafted) - self._throughput.rate * scoring

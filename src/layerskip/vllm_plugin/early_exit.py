@@ -1,7 +1,7 @@
 """Early-exit view of a vLLM model: its first layers, final norm and head, with no weight twice.
 
-Exit adapters are not supported here. One would be a layer of the view behind the first E, with a KV cache
-layer of its own: registered in `early_exit_view`, allocated in `LayerSkipProposer.load_model`.
+Exit adapters are not supported here. One would be a layer of the view behind the first E, with a KV
+cache layer of its own: registered in `early_exit_view`, allocated in `LayerSkipProposer.load_model`.
 """
 
 import copy
