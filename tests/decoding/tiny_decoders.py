@@ -34,13 +34,23 @@ FREE = StepCosts(
 
 
 @functools.cache
-def tiny_decoder(case, upper=0.3, weights="16bit", compiled=False, **changes):
-    """Return a decoder of a case of `tiny_models.CASES`, in float32.
+def tiny_decoder(
+    case,
+    upper=0.3,
+    weights="16bit",
+    kv_cache="auto",
+    dtype=torch.float32,
+    compiled=False,
+    **changes,
+):
+    """Return a decoder of a case of `tiny_models.CASES`.
 
     Args:
         case: its name.
         upper: factor on what layers 1 ... L-1 add, so that every exit is near the last one.
         weights: a key of `quantize.WEIGHTS`.
+        kv_cache: one of `kv_cache.KV_CACHES`.
+        dtype: of hidden states.
         compiled: run in the compiled kernels.
         changes: to the transformers config.
     """
@@ -48,8 +58,8 @@ def tiny_decoder(case, upper=0.3, weights="16bit", compiled=False, **changes):
     _scale_upper_layers(model, upper)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        options = {"dtype": torch.float32, "weights": weights, "compiled": compiled}
-        return load(Path(folder), **options).decoder
+        options = {"weights": weights, "kv_cache": kv_cache, "compiled": compiled}
+        return load(Path(folder), dtype=dtype, **options).decoder
 
 
 def _scale_upper_layers(model, factor):

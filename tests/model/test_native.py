@@ -30,6 +30,7 @@ from tiny_models import LAYERS
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 KINDS = ("float32", "bfloat16", "int8", "int4")
+DECODERS = (*KINDS, "int8-cache")
 # Relative errors: of sums alone, of inputs rounded to bfloat16, and of inputs rounded to int8.
 TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-2, "int8": 2e-2, "int4": 2e-2}
 ROWS = 33
@@ -255,9 +256,18 @@ def saved(case, folder, **changes):
     return folder
 
 
+def options_of(kind):
+    """How a kind of decoder is loaded."""
+    if kind in ("float32", "bfloat16"):
+        return {"dtype": getattr(torch, kind)}
+    return {
+        "dtype": torch.bfloat16,
+        **({"weights": kind} if kind in KINDS else {"kv_cache": "int8"}),
+    }
+
+
 def compiled(folder, kind):
-    how = {"dtype": getattr(torch, kind)} if kind in ("float32", "bfloat16") else {"weights": kind}
-    decoder = load(folder, **{"dtype": torch.bfloat16, **how}, compiled=True).decoder
+    decoder = load(folder, **options_of(kind), compiled=True).decoder
     assert isinstance(decoder, NativeDecoder)
     return decoder
 
@@ -269,6 +279,7 @@ def compiled(folder, kind):
         ("mistral", "bfloat16"),
         ("qwen3-sliding", "int8"),
         ("mistral", "int4"),
+        ("qwen3-sliding", "int8-cache"),
     ],
 )
 def test_passes_have_the_same_bits_in_any_pieces(case, kind, tmp_path):
@@ -322,7 +333,10 @@ def test_stored_weights_decode_like_their_values(tmp_path):
         assert model.generate([7], **drafting, **options).token_ids == plain
 
 
-@pytest.mark.parametrize(("case", "kind"), [("llama3.2", "float32"), ("qwen3-sliding", "bfloat16")])
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [("llama3.2", "float32"), ("qwen3-sliding", "bfloat16"), ("llama3.2", "int8-cache")],
+)
 def test_long_contexts_have_the_same_bits_however_threads_share_them(case, kind, tmp_path):
     """Few positions are split by their context, many by their heads."""
     decoder = compiled(saved(case, tmp_path), kind)
@@ -347,7 +361,8 @@ def test_long_contexts_have_the_same_bits_however_threads_share_them(case, kind,
 
 
 @pytest.mark.parametrize(
-    ("case", "kind", "n"), [("llama3.2", "float32", 1), ("qwen3-sliding", "bfloat16", 5)]
+    ("case", "kind", "n"),
+    [("llama3.2", "float32", 1), ("qwen3-sliding", "bfloat16", 5), ("llama3.2", "int8-cache", 5)],
 )
 def test_long_contexts_of_several_lengths_in_a_batch(case, kind, n, tmp_path):
     decoder = compiled(saved(case, tmp_path), kind)
@@ -364,7 +379,7 @@ def test_long_contexts_of_several_lengths_in_a_batch(case, kind, n, tmp_path):
     assert torch.equal(hidden, torch.cat(alone))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DECODERS)
 def test_a_position_behind_the_cache_may_be_non_finite(machine, kind, tmp_path):
     """As in a draft that is rejected."""
     model = tiny_models.build("llama2")
@@ -386,11 +401,10 @@ def test_a_position_behind_the_cache_may_be_non_finite(machine, kind, tmp_path):
     assert torch.equal(run(drafted, 7), run(plain, 7))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DECODERS)
 def test_self_speculative_equals_plain_in_every_type(kind, tmp_path):
     saved("qwen3-sliding", tmp_path)
-    how = {"weights": kind} if kind.startswith("int") else {"dtype": kind}
-    model = LayerSkipModel.from_pretrained(tmp_path, **how, compile=True)
+    model = LayerSkipModel.from_pretrained(tmp_path, **options_of(kind), compile=True)
     options = {"max_new_tokens": 40, "ignore_eos": True}
     for prompt in ([7], list(range(3, 33))):
         plain = model.generate(prompt, mode="plain", **options).token_ids

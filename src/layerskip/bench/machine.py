@@ -124,6 +124,7 @@ def environment(
     *,
     dtype: torch.dtype,
     weights: str = "16bit",
+    kv_cache: str = "auto",
     device: torch.device | str = "cpu",
     kernels: str = "pytorch",
     packages: Iterable[str] = ("transformers",),
@@ -133,6 +134,7 @@ def environment(
     Args:
         dtype: of hidden states and the cache.
         weights: a key of `quantize.WEIGHTS`.
+        kv_cache: one of `kv_cache.KV_CACHES`.
         device: of the model.
         kernels: see `Decoder.kernels`.
         packages: installed distributions whose versions matter beside PyTorch's.
@@ -154,6 +156,7 @@ def environment(
         "threads": native.num_threads_of(kernels),
         "dtype": str(dtype).removeprefix("torch."),
         "weights": weights,
+        "kv_cache": kv_cache,
         "kernels": kernels,
         "python": platform.python_version(),
         "layerskip": layerskip.__version__,
@@ -169,6 +172,7 @@ def environment_of(decoder: Decoder, packages: Iterable[str] = ("transformers",)
     return environment(
         dtype=decoder.dtype,
         weights=decoder.weights,
+        kv_cache=decoder.kv_cache,
         device=decoder.device,
         kernels=decoder.kernels,
         packages=packages,

@@ -300,12 +300,14 @@ def conditions(document: dict[str, Any]) -> list[str]:
     """Return the conditions of the measurement, one phrase each."""
     e = document["environment"]
     threads = f"{e['threads']} threads" if e["device"] == "cpu" else e["device"]
+    kv_cache = e.get("kv_cache", "auto")  # older documents do not say it
+    cache = "" if kv_cache == "auto" else f", {kv_cache} KV cache"
     capability = "; ".join(filter(None, (e.get("cpu_model"), e["cpu_capability"])))
     phrases = [
         f"{document['samples']} prompts of {document['prompt_tokens_mean']:.0f} tokens on average",
         f"at most {document['max_new_tokens']} new tokens, {_sampling(document)}, batch 1",
         f"{document['repeats']} repetition{'s' * (document['repeats'] > 1)} after a warm-up",
-        f"{e['dtype']}, {e['weights']} weights, {threads}, {e['cpu']} ({capability})",
+        f"{e['dtype']}, {e['weights']} weights{cache}, {threads}, {e['cpu']} ({capability})",
         f"read bandwidth {document['read_bandwidth_bytes_per_s'] / 1e9:.0f} GB/s: at most"
         f" {document['ceiling_tokens_per_s']:.0f} tokens/s plain",
     ]

@@ -124,6 +124,7 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
                 progress,
                 dtype=model.dtype,
                 weights=model.weights,
+                kv_cache=model.kv_cache,
                 device=model.device,
                 compile=model.compile,
                 announce=log_work,

@@ -24,6 +24,7 @@ from layerskip.decoding.placement import DTYPES, device_of
 from layerskip.model import Decoder, native
 from layerskip.model.checkpoint import DRAFT_TEXT_FILE
 from layerskip.model.hub import BUILTIN_MODELS, DEFAULT_MODEL, is_pulled, pull
+from layerskip.model.kv_cache import KV_CACHES
 from layerskip.model.quantize import WEIGHTS
 from layerskip.options import Option, check_options, option, plain_type
 
@@ -58,6 +59,12 @@ class ModelConfig:
         "Weights in memory: as a quantized GGUF file stores them (other files: as 16bit), in --dtype"
         " (16bit), or quantized at load time (int8, int4).",
         choices=tuple(WEIGHTS),
+    )
+    kv_cache: str = option(
+        "auto",
+        "Precision of keys and values: that of --dtype (auto), or int8, which takes about half the"
+        " memory of bfloat16.",
+        choices=KV_CACHES,
     )
     device: str = option("cpu", "cpu, cuda, cuda:1, ...", metavar="DEVICE")
     threads: int | None = option(
@@ -433,6 +440,7 @@ def load_model(config: ModelConfig) -> LayerSkipModel:
             name,
             dtype=config.dtype,
             weights=config.weights,
+            kv_cache=config.kv_cache,
             device=config.device,
             compile=config.compile,
             adapter=config.adapter,

@@ -39,6 +39,7 @@ from layerskip.model.exit_adapter import (
     load_adapter,
 )
 from layerskip.model.hub import packaged_adapter, resolve_adapter
+from layerskip.model.kv_cache import check_kv_cache
 from layerskip.model.native import build as threads
 from layerskip.model.quantize import bits_of
 from layerskip.model.step_timing import costs_kind, device_clock
@@ -71,6 +72,7 @@ class LayerSkipModel:
         *,
         dtype: str | torch.dtype | None = None,
         weights: str = "stored",
+        kv_cache: str = "auto",
         device: str | torch.device = "cpu",
         compile: bool | None = None,
         adapter: str | Path | None = None,
@@ -85,6 +87,8 @@ class LayerSkipModel:
             weights: "stored", the blocks of a quantized GGUF file as they are, else as "16bit";
                 "16bit", converted to `dtype`; "int8" or "int4", quantized while they are loaded
                 (docs/weights.md).
+            kv_cache: precision of keys and values: "auto", that of `dtype`, or "int8", which takes
+                about half the memory of bfloat16.
             device: "cpu", "cuda", "cuda:1", ...
             compile: run in kernels compiled for this CPU, which takes some seconds once and needs a C++
                 compiler, or on a GPU through `torch.compile`; None: the kernels on a CPU in float32
@@ -97,6 +101,7 @@ class LayerSkipModel:
             ValueError: the model cannot be found, read, or is not supported; or a bad argument.
         """
         bits_of(weights)  # before a download
+        check_kv_cache(kv_cache)
         place = device_of(device)
         name = str(name_or_path)
         checkpoint = load(
@@ -104,6 +109,7 @@ class LayerSkipModel:
             dtype=dtype_of(dtype),
             device=place,
             weights=weights,
+            kv_cache=kv_cache,
             compiled=partial(prepared, compile, dtype_of(dtype), place, announce),
         )
         decoder = checkpoint.decoder

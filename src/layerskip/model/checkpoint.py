@@ -499,6 +499,7 @@ def load(
     dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
     weights: str = "16bit",
+    kv_cache: str = "auto",
     compiled: bool | Callable[[Architecture], bool] = False,
 ) -> Checkpoint:
     """Load a checkpoint folder (safetensors, or one GGUF file in it) or a GGUF file.
@@ -508,13 +509,14 @@ def load(
         dtype: of everything that is not quantized; None = `loader.fast_dtype`.
         device: of the decoder.
         weights: a key of `quantize.WEIGHTS`.
+        kv_cache: one of `kv_cache.KV_CACHES`.
         compiled: use the kernels of `native`, which have to be prepared, or `torch_compile` on a GPU;
             or a function that decides it.
 
     Raises:
         CheckpointError: files are missing, damaged, or inconsistent.
         UnsupportedModelError: the architecture, or a part of it, is not supported; it is named.
-        ValueError: `weights` is unknown.
+        ValueError: `weights` is unknown, or `kv_cache` is not supported.
 
     Warns:
         RoundingWarning: the cost of `weights` is high or unknown.
@@ -534,6 +536,7 @@ def load(
             dtype=dtype,
             device=device,
             weights=weights,
+            kv_cache=kv_cache,
             compiled=compiled,
         ),
         tokenizer=files.tokenizer(),

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.model.architecture import Activation, Architecture, Rope
-from layerskip.model.kv_cache import KVCache
+from layerskip.model.kv_cache import KVCache, check_kv_cache
 from layerskip.model.linear import Linear, Matrix, QuantizedLinear, linear
 from layerskip.model.quantize import Quantized
 
@@ -376,9 +376,10 @@ class Decoder:
     """A decoder-only transformer that can run any contiguous part of its layers.
 
     Attributes:
-        dtype: of hidden states and of the cache.
+        dtype: of hidden states and, unless `kv_cache` is "int8", of the cache.
         device: where the weights are.
         weights: their format, a key of `quantize.WEIGHTS`.
+        kv_cache: precision of its caches, one of `kv_cache.KV_CACHES`.
         kernels: "pytorch", "compiled" (see `native`) or "torch.compile" (see
             `torch_compile`).
     """
@@ -396,10 +397,13 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         weights: str,
+        kv_cache: str = "auto",
     ) -> None:
         """Assemble the parts; without a head, the embedding is used."""
+        check_kv_cache(kv_cache)
         self.architecture = architecture
         self.dtype, self.device, self.weights = dtype, device, weights
+        self.kv_cache = kv_cache
         self.embedding = embedding
         self.layers = layers
         self.final_norm = final_norm
@@ -429,13 +433,18 @@ class Decoder:
         products = [p for w in self.layers for p in (w.qkv, w.attention_out, w.mlp)]
         return sum(p.weight_bytes for p in [*products, self.head])
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype of keys and values in `new_cache`."""
+        return torch.int8 if self.kv_cache == "int8" else self.dtype
+
     def new_cache(self, capacity: int, batch_size: int = 1) -> KVCache:
         """Return an empty cache for all layers; `capacity` is in positions a row."""
         return KVCache(
             self.architecture,
             batch_size=batch_size,
             capacity=capacity,
-            dtype=self.dtype,
+            dtype=self.cache_dtype,
             device=self.device,
         )
 
@@ -626,7 +635,9 @@ class Decoder:
             qkv = qk_norm(qkv)
         pairs = torch.view_as_complex(qkv.float().view(b, t, heads, half, 2))
         turned = torch.view_as_real(pairs * turn).view(b, t, groups + 2, kv, head_dim)
-        keys, values = span.write(index, turned[:, :, groups:])
+        keys, values = (
+            states.to(self.dtype) for states in span.write(index, turned[:, :, groups:])
+        )
         queries = turned[:, :, :groups].to(self.dtype).view(b, t, kv, groups, head_dim)
         queries = queries.permute(0, 2, 3, 1, 4).reshape(b, kv, groups * t, head_dim)
         if a.attention_cap is None:

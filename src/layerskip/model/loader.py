@@ -68,6 +68,7 @@ def build(
     dtype: torch.dtype,
     device: torch.device | str,
     weights: str = "16bit",
+    kv_cache: str = "auto",
     compiled: bool = False,
 ) -> Decoder:
     """Read, cast or quantize, fuse and pack every weight, one layer at a time.
@@ -84,6 +85,7 @@ def build(
         dtype: of everything that is not quantized.
         device: of everything.
         weights: a key of `quantize.WEIGHTS`.
+        kv_cache: one of `kv_cache.KV_CACHES`.
         compiled: use the kernels of `native`, or on a GPU `torch.compile`, if they support the
             architecture.
 
@@ -91,7 +93,7 @@ def build(
         CheckpointError: a tensor is missing or has another shape than the architecture says.
         UnsupportedModelError: the checkpoint holds tensors that the decoder has no use for, or rows
             that cannot be quantized.
-        ValueError: `weights` is none of `quantize.WEIGHTS`.
+        ValueError: `weights` is none of `quantize.WEIGHTS`, or `kv_cache` is not supported.
     """
     a, device = architecture, torch.device(device)
     names = FAMILIES[a.family].names
@@ -100,6 +102,10 @@ def build(
     if compiled and native.supports(a, dtype, device):
         kind = native.NativeDecoder
     elif compiled and torch_compile.supports(a, device):
+        if kv_cache != "auto":
+            raise ValueError(
+                f"torch.compile does not support a KV cache in {kv_cache}; load without compile"
+            )
         kind = torch_compile.CompiledDecoder
     is_native = kind is native.NativeDecoder
     load = WeightLoader(tensors, names.ignored, dtype, device, weights, is_native=is_native)
@@ -118,6 +124,7 @@ def build(
         dtype=dtype,
         device=device,
         weights=weights,
+        kv_cache=kv_cache,
     )
 
 
@@ -159,6 +166,7 @@ def build_adapter(
         dtype=dtype,
         device=base.device,
         weights=weights,
+        kv_cache=base.kv_cache,
     )
     load.check_all_used()
     return decoder, projection

@@ -97,7 +97,7 @@ def pass_costs(decoder: Decoder) -> PassCosts:
     software = build.target().stem if decoder.kernels == "compiled" else _pytorch()
     software = f"{machine(torch.device('cpu'))}\0{software}"
     # The bytes differ between GGUF files of one model in several formats.
-    kind = f"{decoder.architecture!r}\0{software}\0{decoder.weight_bytes}"
+    kind = f"{decoder.architecture!r}\0{software}\0{decoder.weight_bytes}\0{decoder.cache_dtype}"
     key = kind, decoder.dtype, decoder.weights, n_threads
     with _LOCK:
         if key not in _measured:

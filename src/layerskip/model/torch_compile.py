@@ -56,7 +56,7 @@ class CompiledDecoder(Decoder):
         cache = KVCache(
             self.architecture,
             capacity=capacity,
-            dtype=self.dtype,
+            dtype=self.cache_dtype,
             device=self.device,
             slots=self._slots,
         )
@@ -88,6 +88,7 @@ class CompiledDecoder(Decoder):
             end=reach,
             even=False,
             first_layer=start,
+            head_dim=self.architecture.head_dim,
             writable=slots,
             keys=tuple(layer[0, ..., :reach, :] for layer in slots),
             values=tuple(layer[1, ..., :reach, :] for layer in slots),

@@ -490,6 +490,7 @@ class ModelDetails(_Response):
     num_hidden_layers: int
     exit_layer: int | None
     weights: str
+    kv_cache: str
     dtype: str
     has_chat_template: bool
     plain_tokens_per_s: float | None

@@ -188,6 +188,7 @@ class Service:
                 num_hidden_layers=len(decoder.layers),
                 exit_layer=settings.exit_layer,
                 weights=decoder.weights,
+                kv_cache=decoder.kv_cache,
                 dtype=decoder.dtype_name,
                 has_chat_template=self.model.has_chat_template,
                 plain_tokens_per_s=self.plain_tokens_per_s,

@@ -11,8 +11,9 @@
 //   quantized [panel][in / 32][bits][16] words of codes, see products.h; scales and offsets [panel][group][16]
 // Inputs of quantized products are rounded to int8 in groups of 32, as in GGML.
 // Keys are packed in panels of 16 positions in the same way; values row by row, in bfloat16 in pairs of
-// positions: [position / 2][head_dim][2].
+// positions: [position / 2][head_dim][2]. In int8 both have codes in tiles of 16 positions, see codes.h.
 
+#include "codes.h"
 #include "products.h"
 #include "threads.h"
 #include "vectors.h"
@@ -35,9 +36,13 @@ struct Layer {
 struct Model {
   int64_t hidden, heads, kv_heads, head_dim, ffn;
   float eps;
-  int32_t cache_kind;  // FLOAT32 or BFLOAT16
+  int32_t cache_kind;  // FLOAT32, BFLOAT16 or INT8
   int32_t activation;
   const Layer *layers;
+
+  int64_t position_bytes() const {  // of a head's keys or values
+    return cache_kind == INT8 ? code_bytes(head_dim) : head_dim * (cache_kind == FLOAT32 ? 4 : 2);
+  }
 };
 
 // ---- forward pass ------------------------------------------------------------------------------
@@ -101,10 +106,10 @@ struct Pass {
   bool splits_positions;  // split-KV
   char *inputs, *gated;   // [rows, stride]: inputs of a product, and of `down`
 
-  int64_t element() const { return m.cache_kind == FLOAT32 ? 4 : 2; }
-  char *slot(int64_t layer, int which, int64_t b, int64_t head) const {
+  // Keys or values of a head, from a position on: the first one of a tile
+  char *slot(int64_t layer, int which, int64_t b, int64_t head, int64_t position = 0) const {
     const Sequence &s = sequences[b];
-    return s.slots + (layer * 2 + which) * s.stride + head * s.capacity * m.head_dim * element();
+    return s.slots + (layer * 2 + which) * s.stride + (head * s.capacity + position) * m.position_bytes();
   }
 
   // Encodes the inputs of a product with all threads. `source(row)` returns the argument of `encode`.
@@ -183,10 +188,10 @@ struct Pass {
         float *v = qkv + (row * all + head) * hd;
         if (head < m.heads + m.kv_heads) turn(v, layer, head, sequences[b].turns[layer.rope] + at * hd);
         if (head >= m.heads + m.kv_heads) {
-          put_value(slot(index, 1, b, head - m.heads - m.kv_heads), v, at);
+          put_value(slot(index, 1, b, head - m.heads - m.kv_heads, at / LANES * LANES), v, at % LANES);
         } else if (head >= m.heads) {
           if (!fits_cache(v + m.kv_heads * hd)) v[0] = NAN;  // the values of this key
-          put_key(slot(index, 0, b, head - m.heads), v, at);
+          put_key(slot(index, 0, b, head - m.heads, at / LANES * LANES), v, at % LANES);
         }
       }
     }
@@ -215,12 +220,13 @@ struct Pass {
   bool fits_cache(const float *v) const {
     Ints most{};
     for (int64_t k = 0; k < m.head_dim; k += WIDTH) most = larger(most, magnitude(load<Vec>(v + k)));
-    return maximum(most) < (m.cache_kind == FLOAT32 ? 0x7f800000 : 0x7f7f8000);  // rounds to Inf
+    return maximum(most) < (m.cache_kind == BFLOAT16 ? 0x7f7f8000 : 0x7f800000);  // rounds to Inf
   }
 
-  void put_key(char *keys, const float *v, int64_t at) const {
-    const int64_t hd = m.head_dim, lane = at % LANES;
-    keys += at / LANES * LANES * hd * element();
+  // Write into a tile of 16 positions.
+  void put_key(char *keys, const float *v, int64_t lane) const {
+    const int64_t hd = m.head_dim;
+    if (m.cache_kind == INT8) return put_codes(keys, v, hd, lane, true);
     if (m.cache_kind == FLOAT32) {
       for (int64_t k = 0; k < hd; k++) ((float *)keys)[k * LANES + lane] = v[k];
       return;
@@ -235,6 +241,10 @@ struct Pass {
   void put_value(char *values, const float *v, int64_t at) const {
     const int64_t hd = m.head_dim;
     const bool fits = fits_cache(v);
+    if (m.cache_kind == INT8) {
+      static const float zeros[MOST_HEAD_DIM] = {};
+      return put_codes(values, fits ? v : zeros, hd, at, false);
+    }
     if (m.cache_kind == FLOAT32) {
       char *to = values + at * hd * 4;
       fits ? memcpy(to, v, hd * 4) : memset(to, 0, hd * 4);
@@ -327,8 +337,8 @@ struct Pass {
 
   // Prefetches into L2.
   void fetch_keys(int64_t index, int64_t b, int64_t kv, int64_t chunk) const {
-    const int64_t bytes = CHUNK * m.head_dim * element();
-    const char *keys = slot(index, 0, b, kv) + chunk * bytes;
+    const int64_t bytes = CHUNK * m.position_bytes();
+    const char *keys = slot(index, 0, b, kv, chunk * CHUNK);
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(keys + at, 0, 2);
   }
 
@@ -367,8 +377,10 @@ struct Pass {
               float *parts) const {
     if (m.cache_kind == FLOAT32)
       answer<FLOAT32>(layer, index, b, kv, some, chunk, parts);
-    else
+    else if (m.cache_kind == BFLOAT16)
       answer<BFLOAT16>(layer, index, b, kv, some, chunk, parts);
+    else
+      answer<INT8>(layer, index, b, kv, some, chunk, parts);
   }
 
   // Floats that hold a query's weights of a chunk: two weights each if pairs of bfloat16 are multiplied.
@@ -382,42 +394,75 @@ struct Pass {
   void answer(const Layer &layer, int64_t index, int64_t b, int64_t kv, const Share &some, int64_t chunk,
               float *parts) const {
     const int64_t hd = m.head_dim, width = (m.heads + 2 * m.kv_heads) * hd, groups = m.heads / m.kv_heads;
-    const int64_t n = some.last - some.first, stride = input_stride(KIND, hd), of_one = hd + 2;
+    const int64_t n = some.last - some.first, of_one = hd + 2;
     const Seen all = seen(layer, b, some.first / groups, chunk).with(seen(layer, b, (some.last - 1) / groups, chunk));
     if (all.begin >= all.end) {
       for (int64_t i = 0; i < n; i++) parts[i * of_one + hd + 1] = 0;
       return;
     }
-    alignas(64) char queries[TOGETHER * (4 * MOST_HEAD_DIM + 64)];
+    alignas(64) char encoded[TOGETHER * (4 * MOST_HEAD_DIM + 64)];
     alignas(64) float scores[TOGETHER * CHUNK];
-    for (int64_t i = 0; i < n; i++) {
-      const float *q = qkv + query_row(b, some.first + i) * width + query_head(kv, some.first + i) * hd;
-      encode(KIND, hd, 0, hd, queries + i * stride, [=](int64_t k) { return load<Vec>(q + k); });
-    }
-    const int64_t start = chunk * CHUNK, first = all.begin / LANES, last = (all.end + LANES - 1) / LANES;
-    const Matrix keys = from_panel({KIND, 1.0f, last * LANES, hd, slot(index, 0, b, kv)}, first);
+    const auto query = [&](int64_t i) {
+      return qkv + query_row(b, some.first + i) * width + query_head(kv, some.first + i) * hd;
+    };
+    const int64_t start = chunk * CHUNK, first = all.begin / LANES * LANES, end = (all.end + LANES - 1) / LANES * LANES;
+    const char *keys = slot(index, 0, b, kv, first);
     const float scale = 1.0f / std::sqrt((float)hd);
-    float *from_first = scores + (first * LANES - start);
-    multiply(keys, 0, last - first, queries, n, {from_first, CHUNK, keys.out, false, scale, nullptr});
+    float *from_first = scores + (first - start);
+    if constexpr (KIND == INT8) {
+      const int64_t tile = LANES * m.position_bytes(), panels = (end - first) / LANES;
+      for (int64_t i = 0; i < n; i++) encode_digits(query(i), hd, encoded + i * digits_stride(hd));
+      multiply_codes({keys, hd, tile, LANES * 4, LANES * 16}, panels, encoded, n, from_first, CHUNK);
+      scale_positions(keys, panels, n, scale, from_first);
+    } else {
+      const int64_t stride = input_stride(KIND, hd);
+      for (int64_t i = 0; i < n; i++) {
+        const float *q = query(i);
+        encode(KIND, hd, 0, hd, encoded + i * stride, [=](int64_t k) { return load<Vec>(q + k); });
+      }
+      const Matrix matrix{KIND, 1.0f, end - first, hd, keys};
+      multiply(matrix, 0, (end - first) / LANES, encoded, n, {from_first, CHUNK, matrix.out, false, scale, nullptr});
+    }
     if (FETCHES_KEYS && splits_positions) fetch_keys(index, b, kv, chunk + 1);  // those of a prompt are in the cache already
     // Values are read in whole pairs or tiles of positions: masked positions have the weight 0.
     const Seen whole{all.begin / PAIRED * PAIRED - start, (all.end + PAIRED - 1) / PAIRED * PAIRED - start};
-    const char *values = slot(index, 1, b, kv) + start * hd * element();
+    const char *values = slot(index, 1, b, kv, start);
     constexpr int64_t of_query = weights_of<KIND>();
     alignas(64) float rounded[of_query < CHUNK ? TOGETHER * of_query : 1];
     float *weights = of_query < CHUNK ? rounded : scores;
     for (int64_t i = 0; i < n; i++)
       soften<KIND>(scores + i * CHUNK, weights + i * of_query, whole,
                    seen(layer, b, (some.first + i) / groups, chunk).from(start), parts + i * of_one + hd);
+    if constexpr (KIND == INT8) {
+      const int64_t tile = LANES * m.position_bytes(), positions = whole.end - whole.begin;
+      const char *from = values + whole.begin * m.position_bytes();
+      scale_positions(from, positions / LANES, n, 1.0f, scores + whole.begin);
+      for (int64_t i = 0; i < n; i++)
+        encode_digits(scores + i * CHUNK + whole.begin, positions, encoded + i * digits_stride(positions));
+      multiply_codes({from, positions, LANES * 4, hd * 4, tile}, hd / LANES, encoded, n, parts, of_one);
+    } else {
 #ifdef MATRIX_UNIT
-    if (KIND == BFLOAT16 && has_matrix_unit()) {
-      const Tiled tiled{values + whole.begin * hd * 2, LANES * 4, PAIRED * hd * 2, hd * 4};
-      return product_in_tiles(tiled, 0, hd / LANES, (whole.end - whole.begin) / DEEP,
-                              (const char *)(rounded + whole.begin / 2), CHUNK * 2, n, {parts, of_one, hd, false, 1.0f, nullptr});
-    }
+      if (KIND == BFLOAT16 && has_matrix_unit()) {
+        const Tiled tiled{values + whole.begin * hd * 2, LANES * 4, PAIRED * hd * 2, hd * 4};
+        return product_in_tiles(tiled, 0, hd / LANES, (whole.end - whole.begin) / DEEP,
+                                (const char *)(rounded + whole.begin / 2), CHUNK * 2, n, {parts, of_one, hd, false, 1.0f, nullptr});
+      }
 #endif
-    for (int64_t i = 0; i < n; i += QUERIES)
-      weigh_values<KIND, QUERIES>(values, whole, n - i, weights + i * of_query, parts + i * of_one);
+      for (int64_t i = 0; i < n; i += QUERIES)
+        weigh_values<KIND, QUERIES>(values, whole, n - i, weights + i * of_query, parts + i * of_one);
+    }
+  }
+
+  // Multiplies scores or weights of positions in int8 by their scales, from the tile of the first one on.
+  void scale_positions(const char *tile, int64_t panels, int64_t n, float scale, float *scores) const {
+    for (int64_t p = 0; p < panels; p++, tile += LANES * m.position_bytes())
+      for (int64_t k = 0; k < LANES; k += WIDTH) {
+        const Vec factor = load<Vec>(scales_of(tile, m.head_dim) + k) * scale;
+        for (int64_t i = 0; i < n; i++) {
+          float *at = scores + i * CHUNK + p * LANES + k;
+          store<Vec>(at, load<Vec>(at) * factor);
+        }
+      }
   }
 
   // Positions [begin, end).
@@ -498,7 +543,7 @@ struct Pass {
 #pragma GCC unroll 16
       for (int j = 0; j < N; j++) sums[i][j] = Vec{};
     for (int64_t s = whole.begin; s < whole.end; s += 2) {
-      const char *at = values + (s * m.head_dim + (KIND == FLOAT32 ? k : 2 * k)) * element();
+      const char *at = values + (s * m.head_dim + (KIND == FLOAT32 ? k : 2 * k)) * (KIND == FLOAT32 ? 4 : 2);
 #if defined(VECTORS_OF_16) && defined(__AVX512BF16__)
       if constexpr (KIND == BFLOAT16) {
         Words pairs[N];
@@ -679,7 +724,7 @@ struct Even {
   Even(const Model *m, const int64_t *lengths, int64_t batch, int64_t positions, void *slots, int64_t capacity,
        const float *const *turns)
       : sequences(batch) {
-    const int64_t of_one = m->kv_heads * capacity * m->head_dim * (m->cache_kind == FLOAT32 ? 4 : 2);
+    const int64_t of_one = m->kv_heads * capacity * m->position_bytes();
     for (int64_t b = 0; b < batch; b++)
       sequences.get()[b] = {lengths[b], positions, (char *)slots + b * of_one, capacity, batch * of_one, turns, 0, 0, nullptr};
   }

@@ -10,7 +10,7 @@ from torch import Tensor
 from layerskip.model.architecture import Architecture
 from layerskip.model.decoder import MLP, Decoder, HeadNorm, Layer, RMSNorm
 from layerskip.model.families import FAMILIES
-from layerskip.model.kv_cache import KVCache
+from layerskip.model.kv_cache import KVCache, slot_width
 from layerskip.model.linear import Matrix
 from layerskip.model.native.build import library, num_threads_to_use
 from layerskip.model.native.packed import (
@@ -108,6 +108,7 @@ def weight_of(norm: object) -> Tensor:
 
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+_CACHE_KINDS = {**KINDS, torch.int8: 8}
 _WIDEST_HEAD = 1024
 _MAX_TABLES = 63  # pointers to rotary factors, of as many capacities
 
@@ -153,7 +154,8 @@ class NativeDecoder(Decoder):
         )
         self._model = ModelStruct(
             *(a.hidden_size, a.n_heads, a.n_kv_heads, a.head_dim, a.ffn_size, a.norm_eps),
-            *(KINDS[self.dtype], _ACTIVATIONS[a.activation], ctypes.addressof(self._structs)),
+            *(_CACHE_KINDS[self.cache_dtype], _ACTIVATIONS[a.activation]),
+            ctypes.addressof(self._structs),
         )
         looked_up = self.embedding if self.embedding_scale is None else None
         self._embedding = looked_up.pointer if isinstance(looked_up, PackedEmbedding) else None
@@ -288,12 +290,12 @@ class NativeDecoder(Decoder):
         a, slots, lengths = self.architecture, cache.slots, cache.lengths
         if rows != len(lengths):
             raise ValueError(f"the KV cache has {len(lengths)} rows, {rows} are given")
-        room = slots.shape[-2]
+        room, width = slots.shape[-2], slot_width(a.head_dim, self.cache_dtype)
         if (
-            slots.shape != (a.n_layers, 2, rows, a.n_kv_heads, room, a.head_dim)
+            slots.shape != (a.n_layers, 2, rows, a.n_kv_heads, room, width)
             or room % (2 * LANES)
             or room < cache.capacity
-            or not _is_contiguous(slots, self.dtype)
+            or not _is_contiguous(slots, self.cache_dtype)
             or not _is_contiguous(lengths, torch.int64)
         ):
             raise ValueError("the KV cache is not one of this decoder's `new_cache`")
