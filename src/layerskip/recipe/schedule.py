@@ -42,10 +42,10 @@ class RecipeConfig:
     Attributes:
         variant: `LD+EE` uses both parts, `LD` layer dropout only, `EE` early exit loss only.
         p_max: rate at which the last layer is skipped, in [0, 1).
-        dropout_over_layers: D(l), how the rate grows from the first layer to the last.
+        dropout_over_layers: D(l), the growth of the rate from the first layer to the last.
         dropout_over_steps: S(t), `none` = 1 throughout; `exponential` = from 0 to 1 over training.
         dropout_every: only every n-th layer can be skipped.
-        curriculum: which exits have a loss at a step. `rotational`: every `rotation`-th, shifted by
+        curriculum: the exits with a loss at a step. `rotational`: every `rotation`-th, shifted by
             one each step; `gradual`: from the last down, one more every T/(2L) steps; `all`;
             `none`: the last layer (and `fixed_exits`) only.
         rotation: R of the rotational curriculum.
