@@ -15,8 +15,9 @@ from layerskip import LayerSkipModel
 from layerskip.bench.tasks import load_task
 from layerskip.decoding.batch import Batch
 from layerskip.decoding.generate import Row
+from layerskip.model.hub import DEFAULT_MODEL, TRAINED_MODEL
 
-PAIRS = "smollm2-135m-layerskip:topv2,smollm2-135m:spec_bench"
+PAIRS = f"{TRAINED_MODEL}:topv2,{DEFAULT_MODEL}:spec_bench"
 
 
 def main() -> None:

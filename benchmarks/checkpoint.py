@@ -1,10 +1,10 @@
 """Measure a trained checkpoint: task quality, draft acceptance of every exit, perplexity.
 
     LAYERSKIP_DATA=/path/to/data python benchmarks/checkpoint.py runs/checkpoint runs/mixture \\
-        --control runs/checkpoint-control --output card.json
+        --control runs/checkpoint-control --output checkpoint.json
     LAYERSKIP_DATA=/path/to/data python benchmarks/checkpoint.py runs/topv2 topv2 \\
-        --control runs/topv2-control --early-exit --rows 500 --output benchmarks/results/topv2.json
-    python benchmarks/checkpoint_card.py card.json > MODEL_CARD.md
+        --control runs/topv2-control --early-exit --rows 2300 --exits 4,8 \\
+        --unseen '$LAYERSKIP_DATA/topv2/*_train.tsv' --output benchmarks/results/topv2-checkpoint.json
 
 The held-out rows are a task of `layerskip bench`, or a folder with one file `test-NAME.jsonl` for each
 task (examples/checkpoint/prepare.py writes one). If NAME is a task of `layerskip bench`, that task is
@@ -12,12 +12,14 @@ used, so that its results compare with others.
 
 The last layer's greedy outputs are judged. Along them, the agreement of every exit with the last layer
 is read, and rounds of d = 4 drafted tokens are replayed. --early-exit also judges the outputs of early
-exit alone. A control is a second checkpoint, for example one trained without the recipe; its exits are
-not measured. The settings and log of the training run and the record of the mixture are copied into
-the result for the model card.
+exit alone. --unseen leaves out prompts that the training rows contain, but for case and spaces.
+A control is a second checkpoint, for example one trained without the recipe; its exits are not
+measured. The settings and log of the training run and the record of the mixture are copied into the
+result.
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +31,7 @@ from rich.progress import track
 from layerskip import LayerSkipModel
 from layerskip.bench.perplexity import perplexity
 from layerskip.bench.tasks import TASKS, Task, load_task
-from layerskip.data.readers import WIKITEXT, read_text
+from layerskip.data.readers import WIKITEXT, read_rows, read_text
 from layerskip.decoding import Generation
 from layerskip.model import open_files, resolve
 from layerskip.model.quantize import WEIGHTS
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("held_out", type=Path, help="folder of test-NAME.jsonl, or a task")
     parser.add_argument("--control", help="checkpoint to compare with")
     parser.add_argument("--rows", type=int, default=200, help="of each task")
+    parser.add_argument("--unseen", help="training rows of TOPv2, whose utterances are left out")
     parser.add_argument("--exits", type=_exits, default=EXITS, help="comma-separated")
     parser.add_argument("--early-exit", action="store_true", help="judge early exit alone as well")
     parser.add_argument("--words", type=int, default=20000, help="of the text for perplexity")
@@ -68,6 +71,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         ValueError: there are no held-out rows, or a checkpoint cannot be loaded.
     """
     tasks = held_out_tasks(options.held_out, options.rows)
+    if options.unseen:
+        tasks = {name: unseen(task, options.unseen) for name, task in tasks.items()}
     text = read_text(options.text, options.words)
     if options.control:
         open_files(resolve(options.control))  # fail before an hour of measuring
@@ -100,6 +105,17 @@ def held_out_tasks(held_out: Path, rows: int) -> dict[str, Task]:
         name: load_task(name if name in TASKS else str(file), samples=rows, seed=0)
         for name, file in files.items()
     }
+
+
+def unseen(task: Task, training_rows: str) -> Task:
+    """Leave out prompts that are an utterance of the training rows, but for case and spaces."""
+    seen = {_normalized(fields["utterance"]) for _, fields in read_rows(training_rows)}
+    kept = tuple(s for s in task.samples if _normalized(str(s.prompt)) not in seen)
+    return dataclasses.replace(task, samples=kept)
+
+
+def _normalized(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def evaluate(

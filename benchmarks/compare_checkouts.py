@@ -18,6 +18,7 @@ from common import ROOT, deliver, environment, parse, run
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import load_task
+from layerskip.model.hub import TRAINED_MODEL
 
 WORKER = """
 import json, os, sys, torch
@@ -74,7 +75,7 @@ class Checkout:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old", type=Path, help="folder of the other checkout")
-    parser.add_argument("--model", default="smollm2-135m-layerskip")
+    parser.add_argument("--model", default=TRAINED_MODEL)
     parser.add_argument("--tasks", default="topv2,spec_bench")
     parser.add_argument("--weights", default="16bit,int8")
     parser.add_argument("--samples", type=int, default=24)

@@ -5,7 +5,7 @@
 
 Reports the milliseconds of one pass of all layers and the head over n positions after 192 others;
 the decoders are interleaved in one process. int8 and int4 are quantized weights with bfloat16
-activations (docs/weights.md). With --torch-compile the baseline is the forward pass of transformers over
+activations. With --torch-compile the baseline is the forward pass of transformers over
 a static cache in bfloat16, one graph for each n, with frozen weights and C++ GEMM templates.
 """
 

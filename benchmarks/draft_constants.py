@@ -26,6 +26,7 @@ from layerskip.decoding.config import DecodingConfig
 from layerskip.decoding.controller import ContextCosts, DraftController
 from layerskip.decoding.drafters import Candidate, DatastoreLookup, Draft, EarlyExit, Ngram
 from layerskip.decoding.sampling import Sampler
+from layerskip.model.hub import TRAINED_MODEL
 
 # Constant -> (modules that read it, a smaller and a larger value).
 VALUES: dict[str, tuple[tuple[ModuleType, ...], tuple[Any, Any]]] = {
@@ -210,7 +211,7 @@ def _gpu_costs(_: Any) -> controller.PassCosts:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m-layerskip")
+    parser.add_argument("--model", default=TRAINED_MODEL)
     parser.add_argument("--tasks", default="topv2,spec_bench")
     parser.add_argument("--samples", type=int, default=12)
     parser.add_argument("--max-new-tokens", type=int, default=64)

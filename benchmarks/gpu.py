@@ -40,7 +40,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 8.0
-BUILTIN_MODELS = ("smollm2-135m-layerskip", "smollm2-135m")
+BUILTIN_MODELS = ("smollm2-135m-topv2", "smollm2-135m")
 PROMPT = "def fibonacci(n):\n    "
 # Vocabulary, hidden size, MLP width, layers, heads, KV heads, tied head.
 SHAPES = {

@@ -1,4 +1,4 @@
-"""Write benchmarks/results/index.json: commit, date, CPU and command of every result file.
+"""Write benchmarks/results/index.json: commit, date, CPU, its flags and command of every result.
 
     python benchmarks/index.py
 
@@ -11,7 +11,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 INDEX = RESULTS / "index.json"
-KEYS = ("commit", "date", "cpu", "cpu_model", "cpu_capability", "device", "command")
+KEYS = ("commit", "date", "cpu", "cpu_model", "cpu_flags", "cpu_capability", "device", "command")
 
 
 def main() -> None:

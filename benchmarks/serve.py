@@ -1,6 +1,6 @@
 """Load and soak of `layerskip serve`, beside llama.cpp's server and vLLM on the same weights.
 
-    LAYERSKIP_DATA=data python benchmarks/serve.py --model smollm2-135m-layerskip --task topv2 \\
+    LAYERSKIP_DATA=data python benchmarks/serve.py --model smollm2-135m-topv2 --task topv2 \\
         --systems layerskip,layerskip-plain,llama.cpp,vllm --vllm-python venv/bin/python \\
         --output benchmarks/results/serve-load.json
     LAYERSKIP_DATA=data python benchmarks/serve.py --soak 30 --output benchmarks/results/serve-soak.json

@@ -1,7 +1,7 @@
 """Speed, memory and exactness of method "layerskip" inside vLLM, beside vLLM's other ways to decode.
 
-    layerskip export --model smollm2-135m-layerskip --to hf runs/vllm/target
-    layerskip export --model smollm2-135m-layerskip --to hf-draft --exit-layer 4 runs/vllm/draft
+    layerskip export --model smollm2-135m-topv2 --to hf runs/vllm/target
+    layerskip export --model smollm2-135m-topv2 --to hf-draft --exit-layer 4 runs/vllm/draft
     LAYERSKIP_DATA=data python benchmarks/vllm_modes.py --model runs/vllm/target \\
         --draft runs/vllm/draft --output benchmarks/results/vllm-NAME.json
 

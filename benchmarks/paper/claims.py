@@ -20,6 +20,8 @@ class Claim:
 
     Attributes:
         experiment: name of the result file.
+        section: of the paper's method that the claim is about: 4.1 training, 4.2 early exit, 4.3
+            self-speculative decoding.
         paper: the claim, with the numbers of the paper.
         rule: the criterion in words.
         judge: maps the rows of `needs`, in order, to a finding, or None if they lack a value.
@@ -28,6 +30,7 @@ class Claim:
     """
 
     experiment: str
+    section: str
     paper: str
     rule: str
     judge: Callable[..., Finding | None]
@@ -69,6 +72,7 @@ _SPREAD_OF_SPEEDS = 0.087
 CLAIMS = (
     Claim(
         experiment="pretrain",
+        section="4.2",
         needs=("LD+EE", "baseline"),
         paper="From scratch, the recipe makes early exits more accurate than plain training does",
         rule="perplexity below the baseline's at every exit from L/4 to 3L/4",
@@ -76,6 +80,7 @@ CLAIMS = (
     ),
     Claim(
         experiment="pretrain",
+        section="4.1",
         needs=("LD+EE", "baseline"),
         paper="From scratch, the last layer suffers little from the recipe",
         rule="last-layer perplexity at most 2% above the baseline's",
@@ -84,6 +89,7 @@ CLAIMS = (
     ),
     Claim(
         experiment="pretrain",
+        section="4.1",
         needs=("LD+EE", "LD", "EE"),
         paper="The recipe needs both of its parts: LD+EE against LD and EE alone",
         rule="perplexity at the middle exit below that of either part",
@@ -92,6 +98,7 @@ CLAIMS = (
     ),
     Claim(
         experiment="pretrain",
+        section="4.1",
         needs=("LD+EE", "LD+EE uniform over layers"),
         paper="Later layers are dropped more than early ones: D(l) grows exponentially",
         rule="last-layer perplexity at least 1% below that of a uniform rate",
@@ -100,6 +107,7 @@ CLAIMS = (
     ),
     Claim(
         experiment="pretrain",
+        section="4.1",
         needs=("LD+EE", "LD+EE constant over steps"),
         paper="From scratch, dropout grows over training: S(t) is exponential",
         rule="last-layer perplexity at least 1% below that of a constant rate",
@@ -108,6 +116,7 @@ CLAIMS = (
     ),
     Claim(
         experiment="pretrain",
+        section="4.1",
         needs=("LD+EE", "LD+EE gradual"),
         paper="For pretraining the curriculum is rotational, not gradual",
         rule="last-layer perplexity at least 1% below that of the gradual curriculum",
@@ -116,6 +125,7 @@ CLAIMS = (
     ),
     Claim(
         experiment="pretrain",
+        section="4.1",
         needs=("LD+EE", "LD+EE all exits"),
         paper="A curriculum serves the last layer better than a loss at all exits in all steps",
         rule="last-layer perplexity at least 1% below that of all exits",
@@ -124,6 +134,7 @@ CLAIMS = (
     ),
     Claim(
         experiment="continual",
+        section="4.2",
         needs=("recipe", "before"),
         paper="Continual pretraining makes a checkpoint's early exits more accurate",
         rule="WikiText perplexity below that before at every exit from L/4 to 3L/4",
@@ -131,6 +142,7 @@ CLAIMS = (
     ),
     Claim(
         experiment="continual",
+        section="4.1",
         needs=("recipe", "before"),
         paper="The last layer of a continually pretrained checkpoint loses little",
         rule="last-layer perplexity at most 5% above that before, on WikiText and code *",
@@ -138,6 +150,7 @@ CLAIMS = (
     ),
     Claim(
         experiment="continual",
+        section="4.1",
         needs=("recipe", "control"),
         paper="The same, against as much training without the recipe",
         rule="last-layer perplexity at most 5% above the control's, on WikiText and code *",
@@ -145,6 +158,7 @@ CLAIMS = (
     ),
     Claim(
         experiment="domain",
+        section="4.3",
         needs=("recipe",),
         paper="Finetuned on code, self-speculative decoding of HumanEval is 1.82x faster",
         rule="1.82x or more at some (E, d)",
@@ -152,6 +166,7 @@ CLAIMS = (
     ),
     Claim(
         experiment="domain",
+        section="4.3",
         needs=("recipe",),
         paper="45% of the drafts are accepted there (E = 6 of 32, d = 12)",
         rule="45% or more at d = 12 and the exit nearest to 6/32 of the layers",
@@ -159,6 +174,7 @@ CLAIMS = (
     ),
     Claim(
         experiment="domain",
+        section="4.3",
         needs=("before", "control", "recipe"),
         paper="It is the recipe that makes a checkpoint its own drafter",
         rule="above 1.1x after finetuning, and nowhere before or without the recipe",
@@ -166,6 +182,7 @@ CLAIMS = (
     ),
     Claim(
         experiment="task",
+        section="4.3",
         needs=("recipe",),
         paper="On TOPv2 self-speculative decoding is up to 2.0x faster",
         rule="2.0x or more at some exit",
@@ -173,6 +190,7 @@ CLAIMS = (
     ),
     Claim(
         experiment="task",
+        section="4.3",
         needs=("four exits",),
         paper="The earlier the exit the faster: 1.24x, 1.64x, 2.0x at E = 18, 12, 6 of 24",
         rule="speedup falls from exit to exit, over three or more that had a loss *",
@@ -180,6 +198,7 @@ CLAIMS = (
     ),
     Claim(
         experiment="task",
+        section="4.3",
         needs=("recipe",),
         paper="76.0% of the drafts are accepted at E = 6 of 24, d = 8",
         rule="76% or more at the exit nearest to L/4",
@@ -187,6 +206,7 @@ CLAIMS = (
     ),
     Claim(
         experiment="task",
+        section="4.1",
         needs=("recipe", "control"),
         paper="The recipe costs the last layer 3.0 points of exact match: 82.9 against 85.9",
         rule="the last layer is at most 3.0 points below the control's",
@@ -194,6 +214,7 @@ CLAIMS = (
     ),
     Claim(
         experiment="task",
+        section="4.2",
         needs=("four exits",),
         paper="Early exit at E = 18 of 24 is as good as the last layer: 83.3 and 82.9",
         rule="exact match at most one point below the last layer's, at the trained exit nearest 3L/4 *",
@@ -201,18 +222,21 @@ CLAIMS = (
     ),
     Claim(
         experiment="kvq",
+        section="4.3",
         paper="Reusing the KV cache saves 5 to 11% of the time per token",
         rule="5% or more at every pair (E, d), with the tokens of plain decoding",
         judge=rules.saved,
     ),
     Claim(
         experiment="speculation",
+        section="4.3",
         paper="Pretrained from scratch, self-speculative decoding is 2.16x faster (CNN/DM)",
         rule="2.16x or more at some (E, d) of a checkpoint trained from scratch",
         judge=rules.from_scratch,
     ),
     Claim(
         experiment="speculation",
+        section="4.3",
         paper="Drafts are long: the paper's have 4 to 12 tokens",
         rule="the fastest d is 4 to 12 for every checkpoint that gains from drafts *",
         judge=rules.long_drafts,
@@ -220,6 +244,7 @@ CLAIMS = (
     ),
     Claim(
         experiment="speculation",
+        section="4.3",
         paper="Self-speculative decoding returns the tokens of the full model",
         rule="greedy tokens equal those of plain decoding in all settings",
         judge=rules.lossless,

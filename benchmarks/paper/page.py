@@ -2,7 +2,7 @@
 
     PYTHONPATH=benchmarks python -m paper.page
 
-Missing files and smoke runs are shown as "not measured yet".
+Claims without a file, or with that of a smoke run, are shown as "not measured yet".
 """
 
 import argparse
@@ -11,40 +11,43 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerskip.bench.report import markdown_table
-from paper.claims import CLAIMS, NOT_MEASURED, verdict
+from paper.claims import CLAIMS, NOT_MEASURED, NOT_SEEN, PERHAPS, SEEN, verdict
 from paper.record import RESULTS, ROOT
+from paper.rules import perplexities
 
 PAGE = ROOT / "docs" / "paper.md"
 HEAD = """# The paper's experiments, at a small scale
 
-The experiments of [LayerSkip](https://arxiv.org/abs/2404.16710), repeated with models of 12M to 135M \
-parameters and minutes of CPU training. `PYTHONPATH=benchmarks python -m paper.page` writes this page \
-from [benchmarks/results/paper](../benchmarks/results/paper), which has all rows and commands; the \
-scripts are in [benchmarks/paper](../benchmarks/paper).
+Of {claims} claims of [LayerSkip](https://arxiv.org/abs/2404.16710), {seen} were seen again, {perhaps} \
+perhaps by chance, and {not_seen} were not seen with models of 12M to 135M parameters and minutes of \
+CPU training. "Not seen" does not refute the paper, and "seen again" does not confirm its numbers: each \
+variant was trained once, and only pretraining uses the paper's recipe; the others use few exits and \
+distillation.
 
-Each variant was trained once, so small differences may be chance. Only pretraining uses the paper's \
-recipe; the others use few exits and distillation. "Not seen at this scale" does not refute the paper, \
-and "seen again" does not confirm its numbers. L: layers; E: exit layer; d: draft tokens; LD: layer \
-dropout; EE: early exit loss. *: criterion changed after the measurement."""
+`PYTHONPATH=benchmarks python -m paper.page` writes this page from the result files. The criteria are \
+those of `benchmarks/paper/claims.py`; most were written before the measurement, and those that were \
+changed afterwards are marked *."""
+CLAIMS_HEAD = """## Claims
+
+Section 4.1 of the paper is training, 4.2 early exit, 4.3 self-speculative decoding. L: layers; E: exit \
+layer; d: draft tokens; LD: layer dropout; EE: early exit loss."""
 NOTES = {
-    "pretrain": "Python's standard library, 300 steps, not converged. A second training of baseline and "
-    "LD+EE on another CPU ([file](../benchmarks/results/paper/pretrain-avx2.json)) differed by up to "
-    "5.6% at the last layer and 14.7% at exit 6; smaller gaps are marked as possible chance.",
-    "continual": "Half of the training text is WikiText-2 (validation part), half code.",
-    "task": "The recipe is the best of six settings on the same 500 test rows ([settings](recipe.md)), "
-    "trained by `layerskip train` ([result](../benchmarks/results/topv2/light-exits.json)); four exits "
-    "saw fewer rows.",
-    "kvq": "Saved: the median over interleaved repetitions.",
+    "pretrain": "Python's standard library, 300 steps, not converged",
+    "continual": "half WikiText-2 (validation part), half code",
+    "domain": "Python code; decoding of HumanEval",
+    "task": "500 test rows, on which the recipe was chosen from six settings; four exits saw fewer rows",
+    "kvq": "saved: the median over interleaved repetitions",
+    "speculation": "the checkpoint from scratch, and one trained on TOPv2",
 }
 TITLES = {
-    "pretrain": "Pretraining from scratch",
-    "continual": "Continual pretraining",
-    "domain": "Finetuning on a domain: code",
-    "task": "Finetuning on a task: TOPv2",
-    "kvq": "Reuse of the cache",
-    "speculation": "Draft length",
+    "pretrain": "from scratch",
+    "continual": "continual",
+    "domain": "code",
+    "task": "TOPv2",
+    "kvq": "KV cache",
+    "speculation": "draft length",
 }
+REPEAT = "pretrain-avx2"
 
 
 def main() -> None:
@@ -54,7 +57,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--output", type=Path, default=PAGE)
     options = parser.parse_args()
-    options.output.write_text(page(read(options.results)), encoding="utf-8")
+    options.output.write_text(written(options.results), encoding="utf-8")
+
+
+def written(folder: Path) -> str:
+    """Return the page of a folder of result files."""
+    file = folder / f"{REPEAT}.json"
+    repeat = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else ()
+    return page(read(folder), repeat)
 
 
 def read(folder: Path) -> dict[str, list[Any]]:
@@ -70,44 +80,69 @@ def read(folder: Path) -> dict[str, list[Any]]:
     return found
 
 
-def page(experiments: Mapping[str, Sequence[Any]]) -> str:
+def page(experiments: Mapping[str, Sequence[Any]], repeat: Sequence[Any] = ()) -> str:
     """Return the whole page.
 
     Args:
         experiments: rows by name; experiments without results are absent.
+        repeat: rows of a second training of two variants of `pretrain`.
     """
-    parts = [HEAD, "## Claims and verdicts", markdown_text(_claims(experiments))]
-    for name, title in TITLES.items():
-        rows = experiments.get(name)
-        text = " ".join([NOTES.get(name, ""), _origin(name, rows)]) if rows else "Not measured yet."
-        parts += [f"## {title}", text.strip()]
+    lines = [["claim of the paper", "section", "here", "verdict"]]
+    verdicts = []
+    for claim in CLAIMS:
+        finding = claim.finding(experiments.get(claim.experiment, ()))
+        verdicts.append(verdict(finding, claim.spread))
+        mark = " *" if claim.rule.endswith("*") else ""
+        section = f"{claim.section}, {TITLES[claim.experiment]}"
+        figures = finding.figures if finding else ""
+        lines.append([claim.paper, section, figures, verdicts[-1] + mark])
+    head = HEAD.format(
+        claims=len(CLAIMS),
+        seen=verdicts.count(SEEN),
+        perhaps=verdicts.count(SEEN + PERHAPS),
+        not_seen=sum(one.startswith((NOT_SEEN, NOT_MEASURED)) for one in verdicts),
+    )
+    paths = ", ".join(f"`benchmarks/results/paper/{name}.json`" for name in experiments)
+    parts = [head, CLAIMS_HEAD, f"Results: {paths}.", table(lines), "## Experiments"]
+    origins = [["experiment", "data", "model, machine, date", "file"]]
+    origins += [_origin(name, rows) for name, rows in experiments.items()]
+    parts.append(table(origins))
+    if repeat:
+        parts.append(_repeated(experiments["pretrain"], repeat))
     return "\n\n".join(parts) + "\n"
 
 
-def markdown_text(lines: Sequence[Sequence[str]]) -> str:
-    """Format a table whose columns are all text."""
-    return markdown_table(lines).replace("---:", "---")
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    heading, *rest = lines
+    return "\n".join(f"|{'|'.join(line)}|" for line in (heading, ["---"] * len(heading), *rest))
 
 
-def _claims(experiments: Mapping[str, Sequence[Any]]) -> list[list[str]]:
-    lines = [["claim of the paper", "criterion", "here", "verdict"]]
-    for claim in CLAIMS:
-        finding = claim.finding(experiments.get(claim.experiment, ()))
-        figures = finding.figures if finding else ""
-        lines.append([claim.paper, claim.rule, figures, verdict(finding, claim.spread)])
-    if all(line[-1] == NOT_MEASURED for line in lines[1:]):
-        return [[cell for i, cell in enumerate(line) if i != 2] for line in lines]
-    return lines
-
-
-def _origin(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Name the models, machines and dates of an experiment, and link its file."""
-    models = ", ".join(dict.fromkeys(row["model"] for row in rows))
+def _origin(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name the data, models, machines and dates of an experiment, and its file."""
+    models = ", ".join(dict.fromkeys(Path(row["model"]).name for row in rows))
     runs = [row["environment"] for row in rows]
     machines = ", ".join(dict.fromkeys(f"{e['cpu']} ({e['cpu_capability']})" for e in runs))
-    dates = sorted({e["date"] for e in runs})
-    when = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
-    return f"{models}; {machines}; {when} ([rows](../benchmarks/results/paper/{name}.json))."
+    last = max(e["date"] for e in runs)
+    return [TITLES[name], NOTES[name], f"{models}; {machines}; {last}", f"`{name}.json`"]
+
+
+def _repeated(rows: Sequence[Mapping[str, Any]], repeat: Sequence[Mapping[str, Any]]) -> str:
+    """Compare a second training with the first: smaller gaps than these may be chance."""
+    first = {row["variant"]: perplexities(row["exits"]) for row in rows}
+    gaps = []
+    for row in repeat:
+        for e in (6, 12):
+            ours, again = first[row["variant"]][e], perplexities(row["exits"])[e]
+            gaps.append(
+                f"{row['variant']}, E = {e}: {again:.2f} against {ours:.2f} ({again / ours - 1:+.1%})"
+            )
+    text = "; ".join(gaps)
+    return (
+        f"A second training from scratch on another CPU (`benchmarks/results/paper/{REPEAT}.json`"
+        f" against `benchmarks/results/paper/pretrain.json`) gave {text}. Smaller gaps are marked as"
+        " possible chance."
+    )
 
 
 if __name__ == "__main__":

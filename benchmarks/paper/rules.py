@@ -40,7 +40,7 @@ def lower_in_the_middle(some: Sequence[Row], others: Sequence[Row]) -> Finding:
     layers = max(ours)
     middle = [e for e in ours if layers / 4 <= e <= 3 * layers / 4]
     at = _nearest(ours, layers / 2)
-    figures = f"E = {at} of {layers}: {ours[at]:.1f} against {theirs[at]:.1f}"
+    figures = f"E = {at} of {layers}: {ours[at]:,.1f} against {theirs[at]:,.1f}"
     return Finding(all(ours[e] < theirs[e] for e in middle), figures)
 
 

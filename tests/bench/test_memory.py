@@ -12,6 +12,7 @@ import torch
 
 import layerskip
 from layerskip.bench.machine import PeakMemory, commit, environment
+from layerskip.model import hardware
 
 MIB = 2**20
 
@@ -55,6 +56,11 @@ def test_environment_tells_processors_of_one_name_apart(model, monkeypatch):
     found = environment(dtype=torch.bfloat16)
     assert (found["cpu"], found.get("cpu_model", "")) == ("AMD EPYC", model)
     assert ("cpu_model" in found) == bool(model)
+
+
+def test_environment_names_the_vector_instructions(monkeypatch):
+    monkeypatch.setattr(hardware, "cpu_instructions", lambda: "fpu avx2 avx512_bf16 sse avx512f")
+    assert environment(dtype=torch.bfloat16)["cpu_flags"] == "avx2 avx512f avx512_bf16"
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

@@ -1,13 +1,11 @@
-"""Measuring a checkpoint of several tasks, and the card that is written from it."""
+"""Measuring a checkpoint on one or several tasks."""
 
 import argparse
 import json
-import re
 
 import checkpoint
 import pytest
 from checkpoint import measure
-from checkpoint_card import card
 
 import tiny_checkpoint
 from layerskip import LayerSkipModel
@@ -76,6 +74,7 @@ def measured(model, answers, tmp_path, monkeypatch):
             dtype="float32",
             weights="16bit",
             exits=(1, 3, 8),
+            unseen=None,
             early_exit=False,
         )
     )
@@ -99,63 +98,13 @@ def test_quality_drafts_and_perplexity_are_measured(measured):
     assert ours["training"]["step"] == 40
 
 
-def test_the_card_has_the_figures_and_where_they_come_from(measured):
-    text = card(json.loads(json.dumps(measured)), "my-model", "2 cores")
-    assert text.startswith("# my-model\n")
-    assert "SmolLM2-135M-Instruct, Apache-2.0" in text
-    assert "| sums of two numbers | 20 | MIT |" in text
-    assert "seed 7 (`train.jsonl`, sha256 abc123)" in text
-    assert "4 rows stand in it twice: words." in text
-    assert "- budget: 40 steps of 8 rows" in text
-    assert "- time: 10 minutes" in text
-    assert "- hardware: 2 cores" in text
-    assert "max_steps: 40\n" in text
-    assert "fixed_exits: [1]\n" in text
-    assert "warmup_steps" not in text  # a default
-    assert "output:" not in text
-    assert '`p_max: 0.0`, `curriculum: "none"`, `fixed_exits: []`' in text
-    assert "| sums | 3 | exact_match | 100.0% | 100.0% |" in text
-    assert (
-        f"word perplexity | {measured['checkpoint']['perplexity']['word_perplexity']:.2f} |" in text
-    )
-    row = measured["checkpoint"]["tasks"]["sums"]["exits"][1]
-    assert f"| sums | 3 | {row['agreement']:.1%} | {row['acceptance_rate']:.1%} |" in text
-    assert f"{1 - row['agreement']:.1%} of the tokens" in text
-
-
-def test_the_card_names_all_runs_that_made_a_checkpoint(measured, tmp_path):
-    first, second = tmp_path / "first", tmp_path / "second"
-    for folder in (first, second):
-        folder.mkdir()
-    for folder, rows in ((first, 20), (second, 7)):
-        mixture = json.loads(json.dumps(MIXTURE))
-        mixture["sources"]["sums"]["rows"] = rows
-        (folder / "mixture.json").write_text(json.dumps(mixture))
-    write_run(first, p_max=0.25, data=str(first / "rows.jsonl"))
-    (first / "average.json").write_text('{"base": "smollm2-135m", "share": 0.75}')
-    write_run(second, model=str(first), data=str(second / "rows.jsonl"))
-    measured["checkpoint"]["training"] = checkpoint.training_record(second)
-    text = card(json.loads(json.dumps(measured)), trained_on="2 cores")
-    assert "SmolLM2-135M-Instruct, Apache-2.0" in text
-    parts = ("run 1 of 2", "p_max: 0.25", "run 2 of 2", f"model: {json.dumps(str(first))}")
-    places = [text.index(part) for part in parts]
-    assert places == sorted(places)
-    assert text.count("- budget: 40 steps of 8 rows") == 2
-    assert text.count("- hardware: 2 cores") == 1
-    assert "| trained on | rows, run 1 | rows, run 2 | licence |" in text
-    assert "| sums of two numbers | 20 | 7 | MIT |" in text
-    assert text.count("afterwards: 75% of what had changed since smollm2-135m was kept") == 1
-
-
-def test_a_card_of_an_own_checkpoint_leaves_out_what_is_not_known(measured):
-    measured["mixture"] = measured["checkpoint"]["training"] = None
-    del measured["control"]
-    text = card(measured)
-    assert text.startswith("# ")
-    assert "licence" not in text
-    assert "## Training" not in text
-    assert not re.search(r"\bcontrol\b", text.lower())
-    assert "| sums | 3 | exact_match | 100.0% |\n" in text
+def test_prompts_of_the_training_rows_are_left_out(tmp_path):
+    rows = [{"prompt": f"{text}\n", "reference": "x"} for text in ("wake me", "Play  SOUL", "stop")]
+    (tmp_path / "test-a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "seen.tsv").write_text("utterance\tparse\nplay soul\tx\n")
+    (task,) = checkpoint.held_out_tasks(tmp_path, 3).values()
+    left = checkpoint.unseen(task, str(tmp_path / "seen.tsv"))
+    assert [sample.prompt for sample in left.samples] == ["wake me\n", "stop\n"]
 
 
 def test_a_folder_without_held_out_rows_is_refused(tmp_path):

@@ -3,10 +3,11 @@
 import copy
 import json
 import math
+import re
 
 import pytest
 from paper.claims import CLAIMS, NOT_MEASURED, NOT_SEEN, SEEN, verdict
-from paper.page import PAGE, TITLES, page, read
+from paper.page import PAGE, TITLES, page, read, written
 from paper.record import RESULTS
 
 HERE = {"command": "python -m paper.x", "commit": "abc", "date": "2026-11-25", "cpu": "a CPU"}
@@ -207,12 +208,30 @@ def test_reuse_of_the_cache_counts_only_with_the_same_tokens():
 
 def test_the_page_has_the_figures_and_their_origin():
     text = page(as_in_the_paper())
-    assert "Not measured yet." not in text
-    assert "| 20.30 against 20.00 (+1.5%) |" in text
-    assert "m; a CPU (AVX2); 2026-11-25 ([rows](../benchmarks/results/paper/kvq.json))." in text
+    assert NOT_MEASURED not in text
+    assert "|20.30 against 20.00 (+1.5%)|" in text
+    assert "|m; a CPU (AVX2); 2026-11-25|`kvq.json`|" in text
+    assert "`benchmarks/results/paper/kvq.json`" in text
     changed = copy.deepcopy(as_in_the_paper())
     changed["kvq"][0] |= kvq(math.pi / 100)
     assert "3.1%" in page(changed)
+
+
+def test_the_page_begins_with_the_tally():
+    def tally(experiments):
+        return " ".join(page(experiments).split("\n\n")[1].split()).split(" were not seen")[0]
+
+    n = len(CLAIMS)
+    assert tally(otherwise()).endswith(f"0 were seen again, 0 perhaps by chance, and {n}")
+    assert re.search(
+        r"\d+ were seen again, [1-9] perhaps by chance, and 0$", tally(as_in_the_paper())
+    )
+
+
+def test_a_second_training_is_compared_with_the_first():
+    experiments = as_in_the_paper()
+    text = page(experiments, [row("baseline", exits=exits(33.0, 21.0))])
+    assert "baseline, E = 12: 21.00 against 20.00 (+5.0%)" in text
 
 
 def test_files_of_smoke_runs_are_no_results(tmp_path):
@@ -225,7 +244,7 @@ def test_files_of_smoke_runs_are_no_results(tmp_path):
 
 def test_the_page_is_what_the_files_give():
     again = "PYTHONPATH=benchmarks python -m paper.page"
-    assert PAGE.read_text(encoding="utf-8") == page(read(RESULTS)), f"write it again: {again}"
+    assert PAGE.read_text(encoding="utf-8") == written(RESULTS), f"write it again: {again}"
 
 
 def test_a_gap_that_the_same_training_has_had_may_be_chance():

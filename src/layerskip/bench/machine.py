@@ -17,7 +17,7 @@ import torch
 import layerskip
 from layerskip.decoding import DecodingConfig, Step
 from layerskip.model import Decoder, native
-from layerskip.model.hardware import cpu_model, cpu_name, peak_memory_bytes
+from layerskip.model.hardware import cpu_flags, cpu_model, cpu_name, peak_memory_bytes
 from layerskip.model.native.packed import in_large_pages
 from layerskip.model.step_timing import device_clock
 
@@ -144,6 +144,7 @@ def environment(
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         **({"cpu_model": model} if model else {}),
+        "cpu_flags": cpu_flags(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpus": _usable_cpus(),
         "memory_bytes": _memory_bytes(),

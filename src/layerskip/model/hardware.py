@@ -13,6 +13,10 @@ import torch
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _STATUS = Path("/proc/self/status")
+_VECTOR_FLAGS = (
+    *("fma", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
+    *("asimddp", "i8mm", "bf16"),  # ARM
+)
 # Options of glibc's mallopt (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _NEVER = 2**31 - 1
@@ -43,6 +47,11 @@ def cpu_model() -> str:
     if not numbers["family"]:  # POWER has a line "model" of its own
         return ""
     return ", ".join(f"{word} {number}" for word, number in numbers.items() if number.isdecimal())
+
+
+def cpu_flags() -> str:
+    """Return the vector instruction sets of the processor that kernels may use, "" if not reported."""
+    return " ".join(flag for flag in _VECTOR_FLAGS if flag in cpu_instructions().split())
 
 
 def cpu_instructions() -> str:

@@ -1,0 +1,452 @@
+"""Write the tables of docs/benchmarks.md and CONTRIBUTING.md from the result files.
+
+    python benchmarks/tables.py
+
+A table stands between `<!--table:NAME-->` and `<!--end-->`. Under each table are its result files,
+their dates, and the command that repeats the measurement (`--output FILE` is left out). A table without
+its file is a comment that names the file.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from index import RESULTS, entry
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "CONTRIBUTING.md")
+BLOCK = re.compile(r"(<!--table:([\w-]+)-->\n).*?(<!--end-->)", re.DOTALL)
+WEIGHTS = {"16bit": "bfloat16", "stored": "as stored"}
+TASKS = {"topv2": "TOPv2", "spec_bench": "Spec-Bench"}
+Line = list[str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: its result files by name, the command that makes them, and their documents to lines."""
+
+    files: tuple[str, ...]
+    command: str
+    lines: Callable[..., list[Line]]
+
+
+def main() -> None:
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def filled(text: str) -> str:
+    """Return a page with its tables written again."""
+    return BLOCK.sub(lambda block: f"{block[1]}{rendered(TABLES[block[2]])}{block[3]}", text)
+
+
+def rendered(table: Table, folder: Path = RESULTS) -> str:
+    """Return a table in Markdown with its origin, or a comment if a file is missing."""
+    paths = [folder / f"{name}.json" for name in table.files]
+    if missing := [path.name for path in paths if not path.is_file()]:
+        return f"<!-- integrator: {', '.join(missing)} -->\n"
+    heading, *rest = table.lines(*(json.loads(p.read_text(encoding="utf-8")) for p in paths))
+    lines = [heading, ["---"] * len(heading), *rest]
+    origins = [f"`benchmarks/results/{p.name}` ({origin(p)})" for p in paths]
+    rows = "\n".join(f"|{'|'.join(line)}|" for line in lines)
+    return f"\n{rows}\n\n{'; '.join(origins)}: `{table.command}`\n\n"
+
+
+def origin(path: Path) -> str:
+    """Return the date and, if it is another one, the machine of a result."""
+    about = entry(path)
+    return about["date"] if "EPYC" in about["cpu"] else f"{about['date']}, Intel Xeon"
+
+
+def times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}%}"
+
+
+def with_interval(row: dict[str, Any]) -> str:
+    """Return the speedup over outputs that do not loop, and its interval over prompts."""
+    interval = row.get("speedup_without_loops_interval")
+    text = times(row["speedup_without_loops"])
+    return f"{text} ({interval[0]:.2f}-{interval[1]:.2f})" if interval else text
+
+
+def sources(row: dict[str, Any]) -> str:
+    """Return the number of accepted tokens of each draft source, the most first."""
+    counts = sorted(row["accepted_by_source"].items(), key=lambda item: -item[1])
+    return ", ".join(f"{source} {count}" for source, count in counts)
+
+
+def demo(document: dict[str, Any]) -> list[Line]:
+    lines = [["scene", "outputs", "plain, tokens/s", "`auto`", "speedup", "accepted drafts"]]
+    for scene in document["scenes"]:
+        plain, auto = scene["rows"][:2]
+        lines.append(
+            [
+                scene["task"],
+                str(scene["samples"]),
+                f"{plain['tokens_per_s']:.0f}",
+                f"{auto['tokens_per_s']:.0f}",
+                times(auto["speedup_without_loops"]),
+                sources(auto),
+            ]
+        )
+    return lines
+
+
+def demo_train(document: dict[str, Any]) -> list[Line]:
+    lines = [["", "valid JSON", "exact match", "agreement of the exit", "exit alone", "`auto`"]]
+    for task in document["tasks"]:
+        n = task["samples"]
+        auto, *alone = task["rows"][1:]
+        lines.append(
+            [
+                task["task"],
+                f"{task['valid']} of {n}",
+                f"{task['exact']} of {n}",
+                percent(task["agreement"]) if alone else "",
+                with_interval(alone[0]) if alone else "",
+                with_interval(auto),
+            ]
+        )
+    return lines
+
+
+def quality(document: dict[str, Any]) -> list[Line]:
+    """Rows of a trained checkpoint and its control; see checkpoint.py."""
+    lines = [["", "exact match", "agreement with the last layer", "drafts accepted, d = 4"]]
+    for key in ("checkpoint", "control"):
+        if key not in document:
+            continue
+        (task,) = document[key]["tasks"].values()
+        name = "last layer" if key == "checkpoint" else "control without the recipe"
+        lines.append([name, percent(task["quality"]["exact_match"]), "", ""])
+        lines += [exit_line(row) for row in task.get("exits", ())]
+    return lines
+
+
+def exit_line(row: dict[str, Any]) -> Line:
+    rates = (row.get("exact_match"), row["agreement"], row["acceptance_rate"])
+    return [f"exit {row['exit_layer']} alone", *map(percent, rates)]
+
+
+def exits(document: dict[str, Any]) -> list[Line]:
+    """Rows of a checkpoint whose file is older than checkpoint.py."""
+    lines = [["", "exact match", "agreement with the last layer", "drafts accepted, d = 4"]]
+    lines.append(["last layer", percent(document["recipe"]["exact_match"]), "", ""])
+    lines += [exit_line(row) for row in document["recipe"]["exits"]]
+    lines.append(
+        [
+            "last layer, control without the recipe",
+            percent(document["control"]["exact_match"]),
+            "",
+            "",
+        ]
+    )
+    return lines
+
+
+def speed(document: dict[str, Any]) -> list[Line]:
+    """Rows by system, columns by weights: tokens/s, and speedup over the system's plain decoding."""
+    parts = {part["environment"]["weights"]: part["rows"] for part in document["parts"].values()}
+    by_name: dict[str, dict[str, str]] = {}
+    for weights, rows in parts.items():
+        for row in rows:
+            if row.get("tokens_per_s"):
+                gain = {"plain": "", "auto": f", {with_interval(row)}"}
+                default = f", {times(row['speedup_without_loops'])}"
+                cell = f"{row['tokens_per_s']:.0f}{gain.get(row['label'] or row['mode'], default)}"
+                by_name.setdefault(system_name(row), {})[weights] = cell
+    names = [WEIGHTS.get(weights, weights) for weights in parts]
+    cells = [[name, *(row.get(w, "") for w in parts)] for name, row in by_name.items()]
+    return [["tokens/s, speedup", *names], *cells]
+
+
+def system_name(row: dict[str, Any]) -> str:
+    setting = row["label"] or row["mode"]
+    if row["mode"] in ("self-speculative", "prompt-lookup", "early-exit"):
+        numbers = {"E": row["exit_layer"], "d": row["draft_tokens"]}
+        setting += "".join(f", {key} = {value}" for key, value in numbers.items() if value)
+    return f"{row['system']}, {setting}"
+
+
+def edits(*documents: dict[str, Any]) -> list[Line]:
+    lines = [
+        [
+            "weights",
+            "prompts",
+            "plain, tokens/s",
+            "`auto`",
+            "speedup",
+            "lowest",
+            "with prefill",
+            "copied",
+        ]
+    ]
+    for document in documents:
+        plain, auto = document["rows"][:2]
+        weights = document["environment"]["weights"]
+        lines.append(
+            [
+                WEIGHTS.get(weights, weights),
+                str(document["samples"]),
+                f"{plain['tokens_per_s']:.1f}",
+                f"{auto['tokens_per_s']:.1f}",
+                with_interval(auto),
+                times(auto["speedup_lowest"]),
+                times(auto["speedup_with_prompt"]),
+                percent(auto["copied"], 0),
+            ]
+        )
+    return lines
+
+
+def stored(document: dict[str, Any]) -> list[Line]:
+    """Medians over rounds of both programs on the same file."""
+    lines = [
+        ["file", "decoding, tokens/s", "llama.cpp", "prefill", "llama.cpp", "memory", "load, s"]
+    ]
+    for name, both in document["files"].items():
+        ours, theirs = both["layerskip"], both["llama.cpp"]
+        decode, prefill = "decode tokens/s", "prefill tokens/s"
+        lines.append(
+            [
+                name,
+                f"{ours[decode]:.1f}",
+                f"{theirs[decode]:.1f} ({times(both[f'{decode}, ratio'])})",
+                f"{ours[prefill]:,.0f}",
+                f"{theirs[prefill]:,.0f} ({times(both[f'{prefill}, ratio'])})",
+                times(both["resident bytes, ratio"]),
+                f"{ours['load s']:.1f}, {theirs['load s']:.1f}",
+            ]
+        )
+    return lines
+
+
+def batching(document: dict[str, Any]) -> list[Line]:
+    lines = [["model, task", "rows", "plain, tokens/s", "`auto`", "ratio of runs"]]
+    for row in document["results"]:
+        speeds = [f"{row[f'{mode}_tokens_per_s']:.0f}" for mode in ("plain", "auto")]
+        name = f"{row['model']}, {TASKS[row['task']]}"
+        lines.append([name, str(row["rows"]), *speeds, times(row["auto_over_plain"])])
+    return lines
+
+
+def structured(document: dict[str, Any]) -> list[Line]:
+    lines = [["", "passes", "tokens", "tokens/s", "speedup", "accepted drafts"]]
+    for name, row in document["results"].items():
+        speedup = "" if name == "plain" else times(row["speedup_over_plain"])
+        accepted = sources({"accepted_by_source": row["accepted"]})
+        figures = (row["passes"], row["tokens"], round(row["tokens_per_s"]))
+        lines.append([name, *map(str, figures), speedup, accepted])
+    return lines
+
+
+def exactness(*documents: dict[str, Any]) -> list[Line]:
+    vllm, pytorch, gguf, demo_, batches = documents
+    lines = [["outputs", "compared with", "identical"]]
+    rows = [row for scene in demo_["scenes"] for row in scene["rows"][1:]]
+    scenes = min(row["identical_to_plain"] for row in rows)
+    lines.append(["CPU kernels, `auto`, the three scenes", "plain", percent(scenes, 0)])
+    equal = [row["equal_answers"] for row in batches["results"]]
+    lines.append(["CPU kernels, batches, bfloat16", "plain batches", f"{min(equal)} of 16"])
+    for row in vllm["rows"]:
+        if "identical_to_plain" in row:
+            same = f"{row['identical_to_plain']} of {row['prompts']}"
+            lines.append([f"vLLM, float32, batch {row['batch']}", "plain vLLM", same])
+    for row in gguf["rows"]:
+        same = f"{row['equal']} of {row['positions']}"
+        lines.append([f"{row['model']}, float32, tokens", "llama.cpp, 8-bit activations", same])
+    for row in pytorch["rows"]:
+        name = f"PyTorch without the kernels, bfloat16, E = {row['exit_layer']}"
+        lines.append([name, "plain", percent(row["identical_to_plain"], 0)])
+    return lines
+
+
+def training(document: dict[str, Any]) -> list[Line]:
+    lines = [["", "tokens/s", "time of a step", "quartiles", "peak memory"]]
+    for row in document["rows"]:
+        low, high = row["step_over_plain_quartiles"]
+        lines.append(
+            [
+                row["variant"],
+                f"{row['tokens_per_s']:.0f}",
+                times(row["step_over_plain"]),
+                f"{low:.2f}-{high:.2f}",
+                times(row["peak_memory_over_plain"]),
+            ]
+        )
+    return lines
+
+
+def vllm(*documents: dict[str, Any]) -> list[Line]:
+    """Rows by mode, columns by batch size: tokens a second, or a CPU second on a busy machine."""
+    rows = [row for document in documents for row in document["rows"]]
+    unit = "tokens_per_s" if all("tokens_per_s" in row for row in rows) else "tokens_per_cpu_s"
+    plain = {row["batch"]: row[unit] for row in rows if row["mode"] == "plain"}
+    lines: dict[str, Line] = {}
+    for row in rows:
+        name = row["mode"] + ", table by batch size" * isinstance(row["draft_tokens"], list)
+        gain = "" if row["mode"] == "plain" else f" ({times(row[unit] / plain[row['batch']])})"
+        lines.setdefault(name, [name]).append(f"{row[unit]:.0f}{gain}")
+    heading = "tokens/s" if unit == "tokens_per_s" else "tokens per CPU second"
+    return [[heading, *(f"batch {n}" for n in plain)], *lines.values()]
+
+
+def adapter(document: dict[str, Any]) -> list[Line]:
+    lines = [
+        ["minutes", "tokens of the teacher", "agreement at draft token 1, 2, 3, 4", "accepted"]
+    ]
+    *evaluations, last = document["evaluations"]
+    for one in [*evaluations[::5], last]:
+        rates = ", ".join(map(percent, one["agreement_by_depth"]))
+        accepted = f"{one['accepted_of_a_round']:.2f}"
+        lines.append([f"{one['minutes']:.1f}", f"{one['tokens']:,}", rates, accepted])
+    return lines
+
+
+def quantization(document: dict[str, Any], *checkpoints: dict[str, Any]) -> list[Line]:
+    lines = [["", "weights", "change of the NLL", "exact match", "drafts accepted at exit 8"]]
+    for row in document["rows"]:
+        name = WEIGHTS.get(row["weights"], row["weights"])
+        lines.append([document["model"], name, f"{row['relative_change']:+.2%}", "", ""])
+    names = ("bfloat16", "int4, GPTQ", "int4, nearest")
+    for name, one in zip(names, checkpoints, strict=True):
+        (at_8,) = (e for e in one["recipe"]["exits"] if e["exit_layer"] == 8)
+        rates = map(percent, (one["recipe"]["exact_match"], at_8["acceptance_rate"]))
+        lines.append(["trained on TOPv2", name, "", *rates])
+    return lines
+
+
+def kernels(document: dict[str, Any]) -> list[Line]:
+    positions = ("1", "3", "5", "8", "16")
+    lines = [["ms", *(f"{n} position{'s' * (n != '1')}" for n in positions)]]
+    for kind, systems in document["ms"].items():
+        for system, name in (("compiled", "kernels"), ("pytorch", "PyTorch")):
+            lines.append([f"{kind}, {name}", *(f"{systems[system][n]:.1f}" for n in positions)])
+    return lines
+
+
+def serve(document: dict[str, Any]) -> list[Line]:
+    """Two rows for each task and system, columns by the number of clients."""
+    rows = [row for row in document["rows"] if "clients" in row]
+    loads = sorted({row["clients"] for row in rows})
+    lines = [["", *(f"{n:g} clients" for n in loads)]]
+    for task, system in dict.fromkeys((row["task"], row["system"]) for row in rows):
+        by_load = {
+            row["clients"]: row for row in rows if (row["task"], row["system"]) == (task, system)
+        }
+        for key, name in (("tokens_per_s", "tokens/s"), ("ttft_ms_p95", "first token, ms (p95)")):
+            figures = (f"{by_load[n][key]:.0f}" for n in loads)
+            lines.append([f"{TASKS.get(task, task)}, {system}, {name}", *figures])
+    return lines
+
+
+def checkouts(document: dict[str, Any]) -> list[Line]:
+    """New tokens/s over old."""
+    columns = list(dict.fromkeys((row["task"], row["mode"]) for row in document["rows"]))
+    lines = [["weights", *(f"{TASKS[task]}, {mode}" for task, mode in columns)]]
+    for weights in dict.fromkeys(row["weights"] for row in document["rows"]):
+        ratios = {
+            (row["task"], row["mode"]): row["ratio"]
+            for row in document["rows"]
+            if row["weights"] == weights
+        }
+        lines.append([WEIGHTS.get(weights, weights), *(times(ratios[one]) for one in columns)])
+    return lines
+
+
+def constants(document: dict[str, Any]) -> list[Line]:
+    """Predicted speedups with each constant at a smaller and a larger value."""
+    defaults, *rows = document["rows"]
+    lines = [["constant", "smaller", "larger"], ["all defaults", outcome(defaults), ""]]
+    for smaller, larger in zip(rows[::2], rows[1::2], strict=True):
+        name = smaller["constant"]
+        default = setting(document["defaults"][name])
+        cells = [f"{setting(row['value'])}: {outcome(row)}" for row in (smaller, larger)]
+        lines.append([f"`{name}` {default}", *cells])
+    return lines
+
+
+def setting(value: Any) -> str:
+    return f"({', '.join(map(setting, value))})" if isinstance(value, list) else f"{value:g}"
+
+
+def outcome(row: dict[str, Any]) -> str:
+    return ", ".join(map(times, row["speedup"].values()))
+
+
+TABLES = {
+    "demo": Table(("demo",), "layerskip demo", demo),
+    "demo-train": Table(("demo-train",), "layerskip demo --train --minutes 7.5", demo_train),
+    "topv2-checkpoint": Table(
+        ("topv2-checkpoint",),
+        "python benchmarks/checkpoint.py smollm2-135m-topv2 topv2 --early-exit --rows 2300"
+        " --unseen '$LAYERSKIP_DATA/topv2/*_train.tsv'",
+        quality,
+    ),
+    "topv2-speed": Table(
+        ("topv2-speed",),
+        "python benchmarks/speed.py --model smollm2-135m-topv2 --task topv2",
+        speed,
+    ),
+    "edits": Table(
+        ("edits-bfloat16-cpu-seconds", "edits-int8-cpu-seconds"),
+        "python benchmarks/edits.py edits --model qwen2.5-coder-0.5b.gguf --samples 4"
+        " --max-new-tokens 128 --threads 1 --cpu-seconds",
+        edits,
+    ),
+    "stored-weights": Table(
+        ("stored-weights",), "python benchmarks/stored_weights.py FILES", stored
+    ),
+    "batching": Table(("batching",), "python benchmarks/batching.py", batching),
+    "structured-output": Table(
+        ("structured-output",), "python benchmarks/structured_output.py", structured
+    ),
+    "exactness": Table(
+        ("vllm-exactness-float32", "exactness-bfloat16", "gguf-models", "demo", "batching"),
+        "python benchmarks/quality.py exactness --no-compile",
+        exactness,
+    ),
+    "topv2-recipe": Table(
+        ("topv2-recipe",),
+        "python benchmarks/checkpoint.py CHECKPOINT topv2 --control CONTROL --early-exit --rows 500",
+        exits,
+    ),
+    "training": Table(("training",), "python benchmarks/training.py", training),
+    "adapter": Table(("adapter-training",), "layerskip adapt --model smollm2-135m", adapter),
+    "quantization": Table(
+        ("quantization", "topv2-recipe", "topv2-int4-gptq", "topv2-int4-nearest"),
+        "python benchmarks/quality.py weights",
+        quantization,
+    ),
+    "kernels": Table(("kernels",), "python benchmarks/compiled_kernels.py", kernels),
+    "vllm-cpu-seconds": Table(
+        ("vllm-topv2-cpu-seconds", "vllm-topv2-by-batch-cpu-seconds"),
+        "python benchmarks/vllm_modes.py --model TARGET --draft DRAFT --busy --threads 1",
+        vllm,
+    ),
+    "vllm": Table(
+        ("vllm-tokens-per-s",),
+        "python benchmarks/vllm_modes.py --model TARGET --draft DRAFT",
+        vllm,
+    ),
+    "serve-load": Table(
+        ("serve-load",),
+        "python benchmarks/serve.py --model smollm2-135m-topv2 --task topv2",
+        serve,
+    ),
+    "checkouts": Table(
+        ("redesign-speed",), "python benchmarks/compare_checkouts.py ../old", checkouts
+    ),
+    "constants": Table(("draft-constants",), "python benchmarks/draft_constants.py", constants),
+}
+
+
+if __name__ == "__main__":
+    main()
