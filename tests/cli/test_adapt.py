@@ -19,7 +19,7 @@ def rows(tmp_path):
     return file
 
 
-def test_an_adapter_is_trained_and_used(run, rows, tmp_path):
+def test_an_adapter_is_trained_used_and_uploaded(run, rows, tmp_path, monkeypatch):
     output = tmp_path / "adapter"
     status, out, err = run("adapt", "--data", rows, "--output", output, *SMALL, "--json")
     assert status == 0
@@ -38,9 +38,18 @@ def test_an_adapter_is_trained_and_used(run, rows, tmp_path):
     assert answers[0]["token_ids"] == answers[1]["token_ids"]
     assert answers[1]["mode"] == "exit-adapter+n-gram"
 
-    status, out, _ = run("adapt", "--data", rows, "--output", output, "--resume", *SMALL)
+    calls = []
+    monkeypatch.setattr(train, "create_repository", lambda *a, **k: calls.append((*a, k)))
+    monkeypatch.setattr(
+        train, "upload", lambda *a: calls.append(a) or "https://hub.example/me/mine"
+    )
+    to_hub = ("--push-to-hub", "me/mine", "--private")
+    status, out, _ = run("adapt", "--data", rows, "--output", output, "--resume", *SMALL, *to_hub)
     assert status == 0
     assert "exit-adapter+n-gram" in out
+    assert out.endswith("\nhttps://hub.example/me/mine\n")
+    files = ["exit_adapter.safetensors", "README.md"]
+    assert calls == [("me/mine", {"private": True}), (output, files, "me/mine")]
 
 
 def test_settings_come_from_a_file_and_flags_override_them(
@@ -70,6 +79,17 @@ def test_an_output_folder_with_a_run_is_refused_without_resume(run, rows, tmp_pa
     status, _, err = run("adapt", "--data", rows, "--output", tmp_path, *SMALL)
     assert status == 1
     assert "holds a run already: give --resume" in err
+
+
+def test_an_upload_without_a_token_is_refused_before_the_run(run, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    output = tmp_path / "x"
+    status, _, err = run("adapt", "--data", rows, "--output", output, "--push-to-hub", "me/mine")
+    assert status == 1
+    assert err.count("\n") == 1
+    assert "needs a token of the Hugging Face hub: set HF_TOKEN" in err
+    assert not output.exists()
 
 
 def test_ctrl_c_says_how_to_go_on(run, rows, tmp_path, monkeypatch):

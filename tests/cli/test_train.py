@@ -65,7 +65,7 @@ def trained(monkeypatch):
 
     def train(config, progress):
         calls.append(config)
-        return SimpleNamespace(output="out", steps=4, exit_layer=2, metrics={})
+        return SimpleNamespace(output="out", steps=4, exit_layer=2, metrics={}, url=None)
 
     monkeypatch.setattr("layerskip.cli.train.train", train)
     return calls

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from layerskip.model.publish import check_upload
 from layerskip.options import check_options, option
 
 PYTHON_TEXTS = "python"
@@ -61,7 +62,15 @@ class AdaptConfig:
     )
     save_minutes: float = option(5.0, "Time between two checkpoints.", above=0.0)
     seed: int = option(0, "Seed of everything random.", at_least=0, at_most=2**31)
+    push_to_hub: str | None = option(
+        None,
+        "Upload adapter and model card to this repository of the Hugging Face hub; needs HF_TOKEN or"
+        " hf auth login.",
+        metavar="ORG/NAME",
+    )
+    private: bool = option(False, "Make that repository private.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output).expanduser())
         check_options(self)
+        check_upload(self.push_to_hub, self.private)

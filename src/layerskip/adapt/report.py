@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from layerskip.adapt.agreement import Agreement
-from layerskip.adapt.config import AdaptConfig
+from layerskip.adapt.config import PYTHON_TEXTS, AdaptConfig
+from layerskip.data.readers import local_files
 from layerskip.decoding import DecodingConfig, LayerSkipModel, Step, generate
 from layerskip.decoding.controller import DraftCosts, time_passes
 from layerskip.decoding.exit_adapter import ExitAdapter, head_share
 from layerskip.model.checkpoint import ADAPTER_FILE
+from layerskip.model.publish import card_header, origin_of, public_name
 
 _SOURCES = ("n-gram", "exit-adapter", "exit-adapter+n-gram")
 _MAX_PROMPTS = 16
@@ -136,29 +138,35 @@ def write_card(
     passes: int,
     speeds: Sequence[SourceSpeed],
 ) -> Path:
-    """Write README.md, the adapter's model card, and return its path."""
+    """Write README.md, the adapter's model card without paths of this machine, and return its path."""
     heading, *rows = table(speeds)
     lines = ["| " + " | ".join(heading) + " |", "|" + "---|" * len(heading)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     shares = ", ".join(f"{share:.0%}" for share in agreement.by_depth)
     settings = dataclasses.asdict(config)
-    sources = ", ".join(f"`{source}`" for source in config.data)
-    for left_out in ("output", "data", "resume"):
+    for left_out in ("output", "data", "resume", "push_to_hub", "private"):
         del settings[left_out]
-    text = f"""---
-base_model: {name}
-library_name: layerskip
-tags: [speculative-decoding, layerskip]
----
+    origin = origin_of(name)
+    model = public_name(name)
+    base = origin.hub_id or model
+    sources = ", ".join(f"`{public_name(source)}`" for source in config.data)
+    repository = config.push_to_hub or "."
+    header = card_header(
+        origin,
+        base_model_relation="adapter",
+        datasets=[s for s in config.data if s != PYTHON_TEXTS and not local_files(s)],
+        library_name="layerskip",
+        tags=["layerskip", "speculative-decoding"],
+    )
+    text = f"""{header}
+# Exit adapter of {base}
 
-# Exit adapter of {name}
-
-`{ADAPTER_FILE}` drafts for {name} in layerskip: a decoder layer
+`{ADAPTER_FILE}` drafts for {base} in layerskip: a decoder layer
 behind the first {config.exit_layer} layers of the frozen model. The model verifies every draft, so the
 answers are its own. The file is bound to this model by hashes, and refused for another one.
 
 ```
-layerskip generate --model {name} --adapter . --prompt "..."
+layerskip generate --model {model} --adapter {repository} --prompt "..."
 ```
 
 Agreement with the model's greedy answers to {agreement.tokens:,} held-out tokens, by depth

@@ -35,6 +35,7 @@ from layerskip.model.exit_adapter import (
     save_adapter,
 )
 from layerskip.model.hardware import has_fast_bfloat16
+from layerskip.model.publish import create_repository, upload
 
 _BETAS, _WEIGHT_DECAY, _MAX_NORM = (0.9, 0.95), 0.01, 1.0
 _WARMUP_STEPS = 100
@@ -104,6 +105,7 @@ class AdaptResult:
         minutes: of the whole run.
         history: an entry of each evaluation.
         speeds: of each source of drafts, on held-out prompts.
+        url: address of the uploaded adapter, or None.
     """
 
     path: Path
@@ -113,6 +115,7 @@ class AdaptResult:
     minutes: float
     history: list[dict[str, Any]]
     speeds: list[SourceSpeed]
+    url: str | None = None
 
 
 def adapt(
@@ -129,6 +132,7 @@ def adapt(
     Raises:
         ValueError: the model or the data cannot be used, or the output folder has a run and `resume`
             is off.
+        UploadError: the hub refuses the upload; before training where it can be known.
     """
     return _Run(name, config, report, loading).run()
 
@@ -147,6 +151,8 @@ class _Run:
             raise ValueError(
                 f"{self._folder} holds a run already: give --resume to go on, or another --output"
             )
+        if config.push_to_hub is not None:
+            create_repository(config.push_to_hub, private=config.private)
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._resumed:
             self._state = _State(**read_json(self._folder / _STATE))
@@ -195,14 +201,18 @@ class _Run:
         return self._finish(held_out)
 
     def _finish(self, held_out: Sequence[TeacherSequence]) -> AdaptResult:
-        """Measure the best adapter, and write its card."""
+        """Measure the best adapter, write its card, and upload both."""
         config, state, path = self._config, self._state, self._folder / ADAPTER_FILE
         agreement = write_acceptance(path, self._decoder, self._files, held_out)
         self._model.adapter = load_adapter(path, self._decoder, self._files.path)
         prompts = [s.tokens[: s.prompt_length] for s in held_out]
         speeds = measure_sources(self._model, prompts, config.max_new_tokens, self._tell)
         tokens, passes = state.tokens, state.passes
-        write_card(self._folder, self._name, config, agreement, tokens, passes, speeds)
+        card = write_card(self._folder, self._name, config, agreement, tokens, passes, speeds)
+        url = None
+        if config.push_to_hub is not None:
+            self._tell("uploading")
+            url = upload(self._folder, [path.name, card.name], config.push_to_hub)
         return AdaptResult(
             path=path,
             agreement=agreement,
@@ -211,6 +221,7 @@ class _Run:
             minutes=self._minutes,
             history=state.history,
             speeds=speeds,
+            url=url,
         )
 
     # --- data

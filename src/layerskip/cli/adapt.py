@@ -139,6 +139,7 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
         "agreement_by_depth": list(result.agreement.by_depth),
         "speeds": [dataclasses.asdict(speed) for speed in result.speeds],
         "history": result.history,
+        "url": result.url,
     }
     if as_json:
         deliver(document, as_json=True, output=None)
@@ -151,3 +152,5 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
             shown.add_row(*row)
         Console(highlight=False).print(shown)
         click.echo(f"{escape_control_chars(str(result.path))}: {_shares(result.agreement)}")
+        if result.url is not None:
+            click.echo(result.url)

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 import layerskip
+from layerskip.cli.completion import stand_in
 from layerskip.cli.output import Terminated, log_stderr, one_line_warnings
 
 # Name -> module and short description.
@@ -141,6 +142,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
+        if ctx.resilient_parsing:  # the shell asks for completions
+            return stand_in(cmd_name, _COMMANDS[cmd_name][1])
         command: click.Command = importlib.import_module(
             f"layerskip.cli.{_COMMANDS[cmd_name][0]}"
         ).command

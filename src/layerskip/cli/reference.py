@@ -1,7 +1,7 @@
 """Reference pages from the code; `python -m layerskip.cli.reference` writes them in a checkout.
 
-They are cli.md, config.md and metrics.md of docs/reference, and the help texts that the tests compare
-(tests/cli/help).
+They are cli.md, config.md and metrics.md of docs/reference, the help texts that the tests compare
+(tests/cli/help), and the flags for shell completion.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import click
 
 from layerskip.adapt import AdaptConfig
 from layerskip.bench.systems import BenchConfig
+from layerskip.cli.completion import FLAGS_FILE, flags_table
 from layerskip.cli.config_flags import ModelConfig, config_fields
 from layerskip.cli.main import layerskip_command
 from layerskip.decoding import DecodingConfig, Sampling
@@ -201,6 +202,7 @@ def pages(root: Path) -> dict[Path, str]:
         reference / "config.md": config_page(),
         reference / "metrics.md": metrics_page(),
     }
+    result[root / "src" / "layerskip" / "cli" / FLAGS_FILE.name] = flags_table(_commands().values())
     folder = root / "tests" / "cli" / "help"
     return result | {folder / f"{name}.txt": text for name, text in help_texts().items()}
 

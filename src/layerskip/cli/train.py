@@ -185,8 +185,11 @@ def command(config: Path | None, as_json: bool, **flags: Any) -> None:
             "steps": result.steps,
             "exit_layer": result.exit_layer,
             "metrics": result.metrics,
+            "url": result.url,
         }
         deliver(document, as_json=True, output=None)
     else:
         folder = escape_control_chars(str(result.output))
         click.echo(f"{folder}: {result.steps} steps, exit layer {result.exit_layer}")
+        if result.url is not None:
+            click.echo(result.url)

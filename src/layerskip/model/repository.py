@@ -401,7 +401,7 @@ def _download(repo_id: str, commit: str, file: _File, blob: Path) -> None:
         if done > file.size:
             incomplete.unlink()
             done = 0
-        with _kept_unless_empty(incomplete), incomplete.open("ab") as part, _bars_on_a_terminal():
+        with _kept_unless_empty(incomplete), incomplete.open("ab") as part, bars_on_a_terminal():
             http_get(
                 url,
                 part,
@@ -498,19 +498,19 @@ def _named(repo_id: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise SourceError(
-            f"{repo_id} cannot be fetched from the hub: {_reason(error).rstrip('.')};"
+            f"{repo_id} cannot be fetched from the hub: {reason_of(error).rstrip('.')};"
             f" and there is no folder {repo_id} here"
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Return the hub's message in one line, without its first line: the status and request number."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[1:] or lines) or type(error).__name__
 
 
 @contextlib.contextmanager
-def _bars_on_a_terminal() -> Iterator[None]:
+def bars_on_a_terminal() -> Iterator[None]:
     """Hide the hub's progress bars if stderr is no terminal."""
     utils: Any = importlib.import_module("huggingface_hub.utils")
     hides = not sys.stderr.isatty() and not utils.are_progress_bars_disabled()

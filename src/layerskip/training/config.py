@@ -12,6 +12,7 @@ from dataclasses import Field, InitVar, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from layerskip.model.publish import check_upload
 from layerskip.recipe.schedule import RecipeConfig, setting
 
 # The paper's; `continual` is that of Llama2-7B.
@@ -124,6 +125,12 @@ class TrainConfig:
         False,
         flags=("--keep-datastore", "--keep-draft-text"),
     )
+    push_to_hub: str | None = setting(
+        "Upload the result to this repository (ORG/NAME) of the Hugging Face hub; needs HF_TOKEN or"
+        " hf auth login.",
+        None,
+    )
+    private: bool = setting("Make that repository private.", False)
     resume: bool = setting("Resume from the last checkpoint in --output.", False)
     seed: int = setting("Seed of row order, new weights and skipped layers.", 0)
     device: Literal["auto", "cpu", "cuda"] = setting(
@@ -185,6 +192,7 @@ class TrainConfig:
             raise ValueError("prompt_form and prompt_example need each other")
         if self.prompt_form is not None and "\n" in self.prompt_form:
             raise ValueError("prompt_form is one line of text")
+        check_upload(self.push_to_hub, self.private)
 
     @property
     def effective_recipe(self) -> RecipeConfig:

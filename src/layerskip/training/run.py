@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import SchedulerType, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import align_special_tokens
 
@@ -33,6 +33,7 @@ from layerskip.model.checkpoint import recorded
 from layerskip.model.draft_data import most_repeated, sampled_rows, worth_drafting
 from layerskip.model.families import FAMILIES
 from layerskip.model.hardware import keep_freed_memory
+from layerskip.model.publish import create_repository, upload
 from layerskip.recipe import RecipeConfig, attach, detach
 from layerskip.recipe.exit_loss import IGNORED_LABEL
 from layerskip.recipe.model_parts import find_model_parts
@@ -46,6 +47,7 @@ from layerskip.training.callbacks import (
     read_log,
     time_spent,
 )
+from layerskip.training.card import model_card
 from layerskip.training.checkpointing import (
     INCOMPLETE,
     LOG,
@@ -92,21 +94,24 @@ class TrainResult:
         steps: optimizer steps done.
         metrics: of training and of the last evaluation.
         exit_layer: exit written into the checkpoint.
+        url: address of the uploaded result, or None.
     """
 
     output: Path
     steps: int
     metrics: dict[str, float]
     exit_layer: int
+    url: str | None = None
 
 
 def train(config: TrainConfig, watch: Callable[[Progress], None] | None = None) -> TrainResult:
     """Train a model with the recipe and write an ordinary transformers checkpoint.
 
     The folder `config.output` gets the model (a LoRA adapter merged, and beside it in `adapter/`),
-    tokenizer, `train.json` (all settings), `train_log.jsonl`, pictures and `checkpoint-*` to resume
-    from. Under `torchrun` or `accelerate launch` all processes call this. Nothing is printed.
-    SIGTERM raises KeyboardInterrupt meanwhile.
+    tokenizer, a model card, `train.json` (all settings), `train_log.jsonl`, pictures and
+    `checkpoint-*` to resume from. With `push_to_hub` model, tokenizer and card are uploaded. Under
+    `torchrun` or `accelerate launch` all processes call this. Nothing is printed. SIGTERM raises
+    KeyboardInterrupt meanwhile.
 
     Args:
         config: the settings.
@@ -116,6 +121,7 @@ def train(config: TrainConfig, watch: Callable[[Progress], None] | None = None) 
         ImportError: a package is missing.
         ValueError: settings do not fit each other, the data or the model; before training.
         NonFiniteLossError, UnwrittenCheckpointError: training stopped; checkpoints are kept.
+        UploadError: the hub refuses the upload; before training where it can be known.
     """
     check_packages()
     output = Path(config.output)
@@ -152,6 +158,8 @@ def _train(
     keep_freed_memory()
     check_installed(config)
     exit_layer = check_layers(config)
+    if config.push_to_hub is not None and os.environ.get("RANK", "0") == "0":
+        create_repository(config.push_to_hub, private=config.private)
     tokenizer = load_tokenizer(config)
     encoding = encoding_of(config, tokenizer)
     sources = find_rows(config, encoding)
@@ -189,13 +197,16 @@ def _train(
         replace_json(output / SETTINGS, config.as_flat_dict())
     metrics = _run(trainer, config, resume_from)
     _warn_of_untrained_exit(trainer, config.effective_recipe, exit_layer)
-    # 5. Evaluate, and write the result.
+    # 5. Evaluate, write the result, and upload it.
     if eval_rows:
         metrics |= _evaluation(trainer)
     detach(model)
     model.config.use_cache = use_cache  # Trainer turned it off
-    _write(trainer, config, exit_layer, output, can_exit)
-    return TrainResult(output, trainer.state.global_step, metrics, exit_layer)
+    names = _write(trainer, config, exit_layer, output, can_exit, metrics)
+    url = None
+    if config.push_to_hub is not None and trainer.is_world_process_zero():
+        url = upload(output, names, config.push_to_hub)
+    return TrainResult(output, trainer.state.global_step, metrics, exit_layer, url)
 
 
 def check_packages() -> None:
@@ -409,10 +420,11 @@ def _write(
     exit_layer: int,
     output: Path,
     can_exit: bool,
-) -> None:
-    """Write the result and plots of the log."""
+    metrics: Mapping[str, float],
+) -> list[str]:
+    """Write the result and plots of the log; return the names of the files to upload."""
     try:
-        save_result(trainer, config, exit_layer, output, can_exit)
+        names = save_result(trainer, config, exit_layer, output, can_exit, metrics)
     except Exception as error:  # the tokenizers library raises Exception for a full disk
         shutil.rmtree(output / INCOMPLETE, ignore_errors=True)
         raise unwritten(f"the result of step {trainer.state.global_step}", output, error) from error
@@ -421,6 +433,7 @@ def _write(
             plot_run(read_log(output / LOG), output)
         except OSError as error:
             _warn(one_line("the result is whole, but its pictures could not be written", error))
+    return names
 
 
 def save_result(
@@ -429,7 +442,8 @@ def save_result(
     exit_layer: int,
     output: Path,
     can_exit: bool,
-) -> None:
+    metrics: Mapping[str, float],
+) -> list[str]:
     """Write the result into a folder of its own, and move its files when they are complete.
 
     Args:
@@ -438,6 +452,11 @@ def save_result(
         exit_layer: default exit of the result.
         output: the folder.
         can_exit: True where transformers can draft with this model (`transformers_can_exit`).
+        metrics: of the last evaluation.
+
+    Returns:
+        Names of the files and folders of a checkpoint: without the LoRA adapter, and without the
+        Trainer's arguments, which are a pickle. None of them in processes other than the first.
     """
     unfinished = output / INCOMPLETE
     if config.lora_rank is not None:
@@ -451,7 +470,7 @@ def save_result(
         trainer.save_model(str(unfinished))
         model = trainer.accelerator.unwrap_model(trainer.model)
     if not trainer.is_world_process_zero():
-        return
+        return []
     if not any(unfinished.glob("*.safetensors")):
         raise OSError("the Trainer wrote no weights")
     if model.generation_config is not None:
@@ -471,15 +490,26 @@ def save_result(
     model_fields = read_json(unfinished / "config.json")
     write_json(unfinished / "config.json", model_fields | older_names.of_config(model_fields))
     older_names.amend_tokenizer_config(unfinished)
+    card = model_card(
+        config,
+        exit_layer=exit_layer,
+        num_layers=trainer.attached.num_layers,
+        steps=trainer.state.global_step,
+        metrics=metrics,
+        can_exit=can_exit,
+    )
+    (unfinished / "README.md").write_text(card, encoding="utf-8")
     share_weights(unfinished)
     flush(unfinished)
     # Weights last: without them the folder does not pass for a checkpoint.
-    for path in sorted(unfinished.iterdir(), key=lambda path: (".safetensors" in path.name, path)):
+    paths = sorted(unfinished.iterdir(), key=lambda path: (".safetensors" in path.name, path))
+    for path in paths:
         target = output / path.name
         if target.is_dir():
             shutil.rmtree(target)
         path.replace(target)
     unfinished.rmdir()
+    return [path.name for path in paths if path.name not in ("adapter", TRAINING_ARGS_NAME)]
 
 
 def _own_settings(model: Any, trainer: LayerSkipTrainer, config: TrainConfig) -> dict[str, Any]:
