@@ -10,10 +10,7 @@ _LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!\w+:)([^)#\s]+)(#[^)]*)?\
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
-    """Show CONTRIBUTING.md as a page, and link files outside docs/ to the repository.
-
-    Where mkdocs.yml names no `repo_url`, such links become plain text.
-    """
+    """Show CONTRIBUTING.md as a page, and link files outside docs/ to the repository."""
     source = f"docs/{page.file.src_uri}"
     if source == "docs/contributing.md":
         source, markdown = "CONTRIBUTING.md", (ROOT / "CONTRIBUTING.md").read_text("utf-8")
@@ -27,7 +24,6 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
         if path.startswith("docs/"):
             target = posixpath.relpath(path, posixpath.dirname(f"docs/{page.file.src_uri}"))
             return f"[{text}]({target}{anchor})"
-        url = f"{config.repo_url.rstrip('/')}/blob/HEAD/{path}{anchor}" if config.repo_url else ""
-        return f"[{text}]({url})" if url else text
+        return f"[{text}]({config.repo_url}/blob/HEAD/{path}{anchor})"
 
     return _LINK.sub(link, markdown)
