@@ -18,7 +18,6 @@ import itertools
 import json
 import lzma
 import os
-import platform
 import resource
 import shlex
 import subprocess
@@ -225,7 +224,8 @@ def _environment(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     import vllm
 
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    from layerskip.model.hardware import cpu_flags, cpu_model, cpu_name
+
     commit = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     return {
         "command": shlex.join(["python", "benchmarks/vllm_modes.py", *sys.argv[1:]]),
@@ -233,7 +233,9 @@ def _environment(options: argparse.Namespace) -> dict[str, Any]:
             commit, capture_output=True, text=True, check=False
         ).stdout.strip(),
         "date": time.strftime("%Y-%m-%d"),
-        "cpu": cpu[0].split(":")[1].strip() if cpu else platform.processor(),
+        "cpu": cpu_name(),
+        "cpu_model": cpu_model(),
+        "cpu_flags": cpu_flags(),
         "threads": options.threads,
         "dtype": options.dtype,
         "compiled": not options.eager,

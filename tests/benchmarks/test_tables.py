@@ -1,0 +1,88 @@
+"""The tables of the pages, as benchmarks/tables.py writes them."""
+
+import json
+
+import pytest
+import tables
+
+ENVIRONMENT = {"date": "2026-11-30", "commit": "abc", "cpu": "AMD EPYC", "weights": "16bit"}
+
+
+def bench_row(mode, tokens_per_s, *, system="layerskip", label=None, exit_layer=None):
+    return {
+        "system": system,
+        "mode": mode,
+        "label": label,
+        "exit_layer": exit_layer,
+        "draft_tokens": 4,
+        "tokens_per_s": tokens_per_s,
+        "speedup_without_loops": tokens_per_s / 100,
+        "speedup_without_loops_interval": [1.5, 2.5],
+    }
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_result_files(page):
+    text = page.read_text()
+    assert len(tables.BLOCK.findall(text)) > 1
+    assert text == tables.filled(text), "run python benchmarks/tables.py"
+
+
+def test_a_table_without_its_file_names_the_file(tmp_path):
+    table = tables.Table(("one", "two"), "make", tables.demo)
+    (tmp_path / "one.json").write_text("{}")
+    assert tables.rendered(table, tmp_path) == "<!-- integrator: two.json -->\n"
+
+
+def test_a_table_names_its_file_and_command(tmp_path):
+    (tmp_path / "one.json").write_text(json.dumps({"environment": ENVIRONMENT}))
+    table = tables.Table(("one",), "make", lambda document: [["a", "b"], ["1", "2"]])
+    expected = "|a|b|\n|---|---|\n|1|2|\n\n`benchmarks/results/one.json` (2026-11-30): `make`"
+    assert tables.rendered(table, tmp_path).strip() == expected
+
+
+def test_speed_has_a_row_for_each_system_and_a_column_for_the_weights():
+    rows = [
+        bench_row("plain", 100),
+        bench_row("auto", 200),
+        bench_row("auto", 150, label="drafts from n-grams"),
+        bench_row("self-speculative", 50, system="transformers", exit_layer=4),
+    ]
+    parts = {
+        "a": {"environment": ENVIRONMENT, "rows": rows},
+        "b": {"environment": {"weights": "int8"}, "rows": rows[:2]},
+        "c": {"error": "no such model"},
+    }
+    assert tables.speed({"parts": parts}) == [
+        ["tokens/s, speedup", "bfloat16", "int8"],
+        ["layerskip, plain", "100", "100"],
+        ["layerskip, auto", "200, 2.00x (1.50-2.50)", "200, 2.00x (1.50-2.50)"],
+        ["layerskip, drafts from n-grams", "150, 1.50x", ""],
+        ["transformers, self-speculative, E = 4, d = 4", "50, 0.50x", ""],
+    ]
+
+
+def test_quality_has_the_exits_and_the_control():
+    task = {"quality": {"exact_match": 0.83}, "exits": []}
+    exit_ = {"exit_layer": 4, "agreement": 0.95, "acceptance_rate": 0.9}
+    document = {
+        "checkpoint": {"tasks": {"topv2": {**task, "exits": [exit_]}}},
+        "control": {"tasks": {"topv2": task}},
+    }
+    assert tables.quality(document)[1:] == [
+        ["last layer", "83.0%", "", ""],
+        ["exit 4 alone", "", "95.0%", "90.0%"],
+        ["control without the recipe", "83.0%", "", ""],
+    ]
+
+
+def test_serve_has_columns_for_the_numbers_of_clients():
+    rows = [
+        {"system": s, "task": "topv2", "clients": n, "tokens_per_s": 10 * n, "ttft_ms_p95": 5.4}
+        for n in (1.0, 4.0)
+        for s in ("layerskip", "llama.cpp")
+    ]
+    lines = tables.serve({"rows": rows})
+    assert lines[0] == ["", "1 clients", "4 clients"]
+    assert lines[1] == ["TOPv2, layerskip, tokens/s", "10", "40"]
+    assert lines[4] == ["TOPv2, llama.cpp, first token, ms (p95)", "5", "5"]
