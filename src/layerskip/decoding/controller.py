@@ -26,9 +26,6 @@ MEMORY = 0.95  # decay of tokens and times a round
 PLAIN_ROUNDS = 4.0  # prior of the throughput
 BACKOFF_ROUNDS, MAX_BACKOFF_ROUNDS = 4, 32
 LOOKAHEAD = 8  # tokens that are considered behind the next one
-# Constants of drafters with a measured prior, which have no ablation yet.
-SHARES_WEIGHT = 10.0  # tokens that measured shares of confidences count as
-MEASURED_CREDIT = 2.0  # plain steps that such a drafter may lose before it is paused
 
 
 class Controller(Protocol):
@@ -95,15 +92,11 @@ class Throughput:
 
 
 class Backoff:
-    """Pauses a source whose rounds are slower than plain decoding, longer each time.
+    """Pauses a source whose rounds are slower than plain decoding, longer each time."""
 
-    Args:
-        credit: plain steps that its first rounds may lose.
-    """
-
-    def __init__(self, credit: float = 0.0) -> None:
+    def __init__(self) -> None:
         self._rounds, self._left = BACKOFF_ROUNDS, 0
-        self._gain = credit  # tokens beyond the time of its rounds
+        self._gain = 0.0  # tokens beyond the time of its rounds
 
     def next_round(self) -> bool:
         """Begin a round; return whether the source may draft in it."""
@@ -143,16 +136,10 @@ class Acceptance:
         mean = EXIT_ACCEPTANCE if measured is None else measured.mean
         self.exit_accepted = mean * EXIT_ACCEPTANCE_WEIGHT
         self.exit_verified = EXIT_ACCEPTANCE_WEIGHT
-        self._shares = [1.0]
-        if measured is not None:
-            total = max(sum(measured.verified), 1)
-            self._shares = [SHARES_WEIGHT * n / total for n in measured.verified]
 
     def of(self, source: str, confidence: float) -> float:
         """Return the probability that a token is accepted if all before it are."""
-        return self._of_bin(source, _bin(confidence))
-
-    def _of_bin(self, source: str, index: int) -> float:
+        index = _bin(confidence)
         prior = (index + 0.5) / CONFIDENCE_BINS
         if (measured := self._priors.get(source)) is not None:
             accepted, verified = measured.accepted[index], measured.verified[index]
@@ -160,21 +147,6 @@ class Acceptance:
         accepted_now = self._accepted.get((source, index), 0.0)
         verified_now = self._verified.get((source, index), 0.0)
         return (PRIOR_WEIGHT * prior + accepted_now) / (PRIOR_WEIGHT + verified_now)
-
-    def exit_outlook(self, source: str) -> list[tuple[float, float]]:
-        """Return shares of the exit's next tokens, before they are known, and their acceptance.
-
-        With a measured prior by confidence, else all at their mean.
-        """
-        if len(self._shares) == 1:
-            return [(1.0, self.exit_mean)]
-        total = sum(self._shares)
-        return [(n / total, self._of_bin(source, i)) for i, n in enumerate(self._shares) if n]
-
-    def exit_proposed(self, confidence: float) -> None:
-        """Add a token that the exit has proposed, whether it is drafted or not."""
-        if len(self._shares) > 1:
-            self._shares[_bin(confidence)] += 1
 
     def update(self, source: str, confidence: float, accepted: bool) -> None:
         """Add a verified token."""
@@ -220,11 +192,7 @@ class DraftController:
         self._exit = next((drafter for drafter in drafters if drafter.head_share), None)
         self._context_costs, self._greedy, self._eos_token_ids = costs, greedy, eos_token_ids
         self._throughput, self._acceptance = Throughput(), Acceptance(drafters)
-        # Single losses say little about a source that is known to pay on average.
-        self._backoff = {
-            drafter.name: Backoff(0.0 if drafter.prior is None else MEASURED_CREDIT)
-            for drafter in drafters
-        }
+        self._backoff = {drafter.name: Backoff() for drafter in drafters}
 
     @property
     def acceptance(self) -> Acceptance:
@@ -268,7 +236,7 @@ class DraftController:
         exit_ = self._exit if self._exit is not None and self._exit.name in active else None
         while len(draft) < max_tokens:
             source, candidate, n, lookup_value = self._best_proposal(draft, lookups, exit_)
-            exit_value = self._exit_value(exit_, len(draft)) if exit_ is not None else 0.0
+            exit_value = self._exit_value(len(draft)) if exit_ is not None else 0.0
             if exit_ is not None and exit_value > max(lookup_value, 0.0):
                 if not self._extend_by_exit(draft, exit_):
                     return
@@ -311,16 +279,13 @@ class DraftController:
             probability *= self._acceptance.of(source, confidence)
         return probability
 
-    def _exit_value(self, exit_: Drafter, drafted: int) -> float:
+    def _exit_value(self, drafted: int) -> float:
         """Return the value of another token of the early exit, before it is known.
 
-        Its head is paid for in any case, the rest where it is kept.
         """
         scoring = self._costs.head + (0.0 if self._scored else self._costs.overhead)
-        value = -self._throughput.rate * scoring
-        for share, acceptance in self._acceptance.exit_outlook(exit_.name):
-            value += share * max(self._kept_value(self._survival * acceptance, drafted), 0.0)
-        return value
+        survival = self._survival * self._acceptance.exit_mean
+        return self._kept_value(survival, drafted) - self._throughput.rate * scoring
 
     def _kept_value(self, survival: float, drafted: int) -> float:
         """Return the value of keeping a token of the early exit, with those that may follow."""
@@ -350,7 +315,6 @@ class DraftController:
         candidate = exit_.propose(draft, 1)
         (token,), (confidence,) = candidate.token_ids, candidate.confidences
         self._scored += 1
-        self._acceptance.exit_proposed(confidence)
         survival = self._survival * self._acceptance.of(exit_.name, confidence)
         if self._kept_value(survival, len(draft)) < 0.0:
             self.discard(draft, candidate)
