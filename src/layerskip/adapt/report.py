@@ -159,6 +159,7 @@ def write_card(
         tags=["layerskip", "speculative-decoding"],
     )
     text = f"""{header}
+
 # Exit adapter of {base}
 
 `{ADAPTER_FILE}` drafts for {base} in layerskip: a decoder layer

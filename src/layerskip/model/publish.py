@@ -93,7 +93,7 @@ def card_header(origin: Origin, **metadata: Any) -> str:
 
     given = {"base_model": origin.hub_id, "license": origin.license, **metadata}
     card = ModelCardData(**{name: value for name, value in given.items() if value})
-    return f"---\n{card.to_yaml()}\n---\n"
+    return f"---\n{card.to_yaml()}\n---"
 
 
 def check_upload(push_to_hub: str | None, private: bool) -> None:
