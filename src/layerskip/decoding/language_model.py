@@ -86,7 +86,7 @@ class LayerSkipModel:
                 `loader.fast_dtype`), else float32.
             weights: "stored", the blocks of a quantized GGUF file as they are, else as "16bit";
                 "16bit", converted to `dtype`; "int8" or "int4", quantized while they are loaded
-                (docs/weights.md).
+                (docs/reference/models.md).
             kv_cache: precision of keys and values: "auto", that of `dtype`, or "int8", which takes
                 about half the memory of bfloat16.
             device: "cpu", "cuda", "cuda:1", ...
