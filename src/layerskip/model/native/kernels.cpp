@@ -335,11 +335,17 @@ struct Pass {
     return sequences[b].partial + ((kv * sequences[b].chunks + chunk) * queries_of(b) + q) * (m.head_dim + 2);
   }
 
-  // Prefetches into L2.
-  void fetch_keys(int64_t index, int64_t b, int64_t kv, int64_t chunk) const {
-    const int64_t bytes = CHUNK * m.position_bytes();
-    const char *keys = slot(index, 0, b, kv, chunk * CHUNK);
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(keys + at, 0, 2);
+  // Bytes from the keys or values of a chunk to those that are read next: of the next chunk or KV head. They are
+  // prefetched into L2 meanwhile, since the processor's own prefetching ends with each page of memory.
+  int64_t to_next_chunk(const Layer &layer, int64_t b, int64_t kv, int64_t chunk) const {
+    if (!FETCHES_CHUNKS || !splits_positions) return 0;  // those of a prompt are in L2 already
+    if (chunk + 1 < sequences[b].chunks) return CHUNK * m.position_bytes();
+    if (kv + 1 == m.kv_heads) return 0;
+    return (sequences[b].capacity - (chunk - first_chunk(layer, b)) * CHUNK) * m.position_bytes();
+  }
+
+  void fetch_keys(const char *keys) const {
+    for (int64_t at = 0; at < CHUNK * m.position_bytes(); at += 64) __builtin_prefetch(keys + at, 0, 2);
   }
 
   // Query q of those that share head kv of sequence b; ordered by position, then head.
@@ -407,12 +413,13 @@ struct Pass {
     };
     const int64_t start = chunk * CHUNK, first = all.begin / LANES * LANES, end = (all.end + LANES - 1) / LANES * LANES;
     const char *keys = slot(index, 0, b, kv, first);
+    const int64_t next = to_next_chunk(layer, b, kv, chunk);
     const float scale = 1.0f / std::sqrt((float)hd);
     float *from_first = scores + (first - start);
     if constexpr (KIND == INT8) {
       const int64_t tile = LANES * m.position_bytes(), panels = (end - first) / LANES;
       for (int64_t i = 0; i < n; i++) encode_digits(query(i), hd, encoded + i * digits_stride(hd));
-      multiply_codes({keys, hd, tile, LANES * 4, LANES * 16}, panels, encoded, n, from_first, CHUNK);
+      multiply_codes({keys, hd, tile, LANES * 4, LANES * 16, next}, panels, encoded, n, from_first, CHUNK);
       scale_positions(keys, panels, n, scale, from_first);
     } else {
       const int64_t stride = input_stride(KIND, hd);
@@ -421,9 +428,9 @@ struct Pass {
         encode(KIND, hd, 0, hd, encoded + i * stride, [=](int64_t k) { return load<Vec>(q + k); });
       }
       const Matrix matrix{KIND, 1.0f, end - first, hd, keys};
-      multiply(matrix, 0, (end - first) / LANES, encoded, n, {from_first, CHUNK, matrix.out, false, scale, nullptr});
+      multiply_near<KIND>(matrix, (end - first) / LANES, encoded, n, {from_first, CHUNK, matrix.out, false, scale, nullptr});
     }
-    if (FETCHES_KEYS && splits_positions) fetch_keys(index, b, kv, chunk + 1);  // those of a prompt are in the cache already
+    if (next) fetch_keys(keys + next);  // at once, which is faster than during the product
     // Values are read in whole pairs or tiles of positions: masked positions have the weight 0.
     const Seen whole{all.begin / PAIRED * PAIRED - start, (all.end + PAIRED - 1) / PAIRED * PAIRED - start};
     const char *values = slot(index, 1, b, kv, start);
@@ -439,7 +446,7 @@ struct Pass {
       scale_positions(from, positions / LANES, n, 1.0f, scores + whole.begin);
       for (int64_t i = 0; i < n; i++)
         encode_digits(scores + i * CHUNK + whole.begin, positions, encoded + i * digits_stride(positions));
-      multiply_codes({from, positions, LANES * 4, hd * 4, tile}, hd / LANES, encoded, n, parts, of_one);
+      multiply_codes({from, positions, LANES * 4, hd * 4, tile, next}, hd / LANES, encoded, n, parts, of_one);
     } else {
 #ifdef MATRIX_UNIT
       if (KIND == BFLOAT16 && has_matrix_unit()) {
@@ -449,7 +456,7 @@ struct Pass {
       }
 #endif
       for (int64_t i = 0; i < n; i += QUERIES)
-        weigh_values<KIND, QUERIES>(values, whole, n - i, weights + i * of_query, parts + i * of_one);
+        weigh_values<KIND, QUERIES>(values, whole, next, n - i, weights + i * of_query, parts + i * of_one);
     }
   }
 
@@ -513,28 +520,30 @@ struct Pass {
 
   // The weighted sums of values, for the first of n queries.
   template <int KIND, int Q>
-  void weigh_values(const char *values, Seen whole, int64_t n, const float *weights, float *parts) const {
+  void weigh_values(const char *values, Seen whole, int64_t next, int64_t n, const float *weights, float *parts) const {
     if constexpr (Q > 0) {
-      if (n < Q) return weigh_values<KIND, Q - 1>(values, whole, n, weights, parts);
-      weigh_outputs<KIND, Q, outputs_of(Q)>(values, whole, weights, parts, 0);
+      if (n < Q) return weigh_values<KIND, Q - 1>(values, whole, next, n, weights, parts);
+      weigh_outputs<KIND, Q, outputs_of(Q)>(values, whole, next, weights, parts, 0);
     }
   }
 
   // For Q queries, all output vectors from one on, in tiles of nearly equal width.
   template <int KIND, int Q, int N>
-  void weigh_outputs(const char *values, Seen whole, const float *weights, float *parts, int64_t first) const {
+  void weigh_outputs(const char *values, Seen whole, int64_t next, const float *weights, float *parts,
+                     int64_t first) const {
     if constexpr (N > 0) {
       for (int64_t left = m.head_dim / WIDTH - first; left > 0; left -= N, first += N) {
         const int64_t tiles = (left + outputs_of(Q) - 1) / outputs_of(Q);
-        if ((left + tiles - 1) / tiles < N) return weigh_outputs<KIND, Q, N - 1>(values, whole, weights, parts, first);
-        weigh<KIND, Q, N>(values, whole, first * WIDTH, weights, parts);
+        if ((left + tiles - 1) / tiles < N)
+          return weigh_outputs<KIND, Q, N - 1>(values, whole, next, weights, parts, first);
+        weigh<KIND, Q, N>(values, whole, next, first * WIDTH, weights, parts);
       }
     }
   }
 
   // For Q queries, N output vectors
   template <int KIND, int Q, int N>
-  void weigh(const char *values, Seen whole, int64_t k, const float *weights, float *parts) const {
+  void weigh(const char *values, Seen whole, int64_t next, int64_t k, const float *weights, float *parts) const {
     // With accumulators in all registers, pairs are read twice, as in `multiply`.
     constexpr bool full = Q * N == TILES;
     Vec sums[Q][N];
@@ -544,11 +553,19 @@ struct Pass {
       for (int j = 0; j < N; j++) sums[i][j] = Vec{};
     for (int64_t s = whole.begin; s < whole.end; s += 2) {
       const char *at = values + (s * m.head_dim + (KIND == FLOAT32 ? k : 2 * k)) * (KIND == FLOAT32 ? 4 : 2);
+#pragma GCC unroll 16
+      for (int j = 0; j < N; j += PARTS) {
+        __builtin_prefetch(at + next + j * WIDTH * 4, 0, 2);
+        if constexpr (KIND == FLOAT32) __builtin_prefetch(at + next + m.head_dim * 4 + j * WIDTH * 4, 0, 2);
+      }
 #if defined(VECTORS_OF_16) && defined(__AVX512BF16__)
       if constexpr (KIND == BFLOAT16) {
         Words pairs[N];
 #pragma GCC unroll 16
-        for (int j = 0; j < N; j++) pairs[j] = load<Words>(at + j * WIDTH * 4);
+        for (int j = 0; j < N; j++) {
+          pairs[j] = load<Words>(at + j * WIDTH * 4);
+          asm("" : "+v"(pairs[j]));  // else each query loads them again
+        }
 #pragma GCC unroll 16
         for (int i = 0; i < Q; i++) {
           const uint32_t two = load<uint32_t>(weights + i * weights_of<KIND>() + s / 2);

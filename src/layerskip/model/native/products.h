@@ -289,7 +289,7 @@ constexpr int ahead(int) { return 64; }
 constexpr int GROUPS_AHEAD = 32;
 constexpr int nearness(int) { return 3; }  // into L1
 constexpr int QUANTIZED_NEARNESS = 3;
-constexpr bool FETCHES_KEYS = false;  // of the next positions, during these
+constexpr bool FETCHES_CHUNKS = false;  // of keys and values, during the one before
 #elif defined(__znver4__)
 constexpr bool one_stream(int rows) { return rows > 2; }
 constexpr bool ONE_QUANTIZED_STREAM = true;
@@ -297,7 +297,7 @@ constexpr int ahead(int rows) { return rows > 2 ? 128 : 4; }
 constexpr int GROUPS_AHEAD = 24;
 constexpr int nearness(int rows) { return rows > 2 ? 2 : 3; }  // prefetches into L1 wait for each other
 constexpr int QUANTIZED_NEARNESS = 2;
-constexpr bool FETCHES_KEYS = true;
+constexpr bool FETCHES_CHUNKS = true;
 #else
 #ifdef __znver3__
 constexpr bool ONE_QUANTIZED_STREAM = true;
@@ -310,10 +310,12 @@ constexpr bool one_stream(int) { return false; }
 constexpr int ahead(int rows) { return PARTS > 1 && rows > 3 ? 64 : 4; }  // these read one panel at a time
 constexpr int nearness(int) { return 3; }
 constexpr int QUANTIZED_NEARNESS = 3;
-constexpr bool FETCHES_KEYS = false;
+constexpr bool FETCHES_CHUNKS = false;
 #endif
-constexpr int panels_of(int kind, int rows) {
+// `near`: the weights are in L2 or arrive there in time, so that only registers limit the panels.
+constexpr int panels_of(int kind, int rows, bool near = false) {
   const bool quantized = is_quantized(kind);  // two accumulators each
+  if (near) return TILES / (rows * PARTS) > 0 ? TILES / (rows * PARTS) : 1;
   if (quantized ? ONE_QUANTIZED_STREAM : one_stream(kind == FLOAT32 ? rows / 2 : rows)) return 1;
   const int sums = rows * PARTS;
   if (quantized && sums > 2) return sums > TILES * 3 / 8 ? 1 : TILES * 3 / 4 / sums;
@@ -447,14 +449,14 @@ inline void tile(const Matrix &w, int64_t panel, const char *inputs, int64_t str
 }
 
 // All register tiles of panels [first, last) and R rows.
-template <int KIND, int R, int P>
+template <int KIND, int R, int P, bool NEAR>
 inline void panels(const Matrix &w, int64_t first, int64_t last, const char *inputs, int64_t stride,
                    int64_t row, const Sink &sink) {
   if constexpr (P > 0) {
     // As many panels as registers allow, in tiles of nearly equal width: a narrow tile is bound by
     // latency.
     while (first < last) {
-      const int64_t tiles = (last - first + panels_of(KIND, R) - 1) / panels_of(KIND, R);
+      const int64_t tiles = (last - first + panels_of(KIND, R, NEAR) - 1) / panels_of(KIND, R, NEAR);
       if ((last - first) / tiles < P) break;
       Vec sums[P][R][PARTS];
       tile<KIND, P, R>(w, first, inputs, stride, sums);
@@ -463,34 +465,34 @@ inline void panels(const Matrix &w, int64_t first, int64_t last, const char *inp
           for (int i = 0; i < PARTS; i++) sink(row + r, (first + p) * LANES + i * WIDTH, sums[p][r][i]);
       first += P;
     }
-    panels<KIND, R, P - 1>(w, first, last, inputs, stride, row, sink);
+    panels<KIND, R, P - 1, NEAR>(w, first, last, inputs, stride, row, sink);
   }
 }
 
-template <int KIND, int R>
+template <int KIND, int R, bool NEAR>
 inline void rows(const Matrix &w, int64_t first, int64_t last, const char *inputs, int64_t stride,
                  int64_t row, int64_t n_rows, const Sink &sink) {
   if constexpr (R > 0) {
     if (n_rows == R)
-      panels<KIND, R, panels_of(KIND, R)>(w, first, last, inputs, stride, row, sink);
+      panels<KIND, R, panels_of(KIND, R, NEAR), NEAR>(w, first, last, inputs, stride, row, sink);
     else
-      rows<KIND, R - 1>(w, first, last, inputs, stride, row, n_rows, sink);
+      rows<KIND, R - 1, NEAR>(w, first, last, inputs, stride, row, n_rows, sink);
   }
 }
 
 // Panels [first, last) of the product with all rows. A block of panels stays in L2 for all rows.
-template <int KIND>
+template <int KIND, bool NEAR = false>
 __attribute__((noinline)) void product(const Matrix &w, int64_t first, int64_t last, const char *inputs, int64_t stride,
              int64_t n_rows, const Sink &sink) {
   constexpr int ROWS = rows_of(KIND);
-  const int64_t block = n_rows > ROWS ? panels_of(KIND, ROWS) * 2 : last - first;
+  const int64_t block = n_rows > ROWS ? panels_of(KIND, ROWS, NEAR) * 2 : last - first;
   const int64_t blocks = (n_rows + ROWS - 1) / ROWS;  // of rows
   for (int64_t p = first; p < last; p += block) {
     const int64_t end = p + block < last ? p + block : last;
     for (int64_t i = 0; i < blocks; i++) {
       const Share some = share(n_rows, i, blocks);
       const char *from = inputs + some.first * stride;
-      rows<KIND, ROWS>(w, p, end, from, stride, some.first, some.last - some.first, sink);
+      rows<KIND, ROWS, NEAR>(w, p, end, from, stride, some.first, some.last - some.first, sink);
     }
   }
 }
@@ -591,6 +593,15 @@ inline void multiply(const Matrix &w, int64_t first, int64_t last, const char *i
     CASE(FLOAT32) CASE(BFLOAT16) CASE(INT2) CASE(INT3) CASE(INT4) CASE(INT5) CASE(INT6) CASE(INT8) CASE(TABLE4)
 #undef CASE
   }
+}
+
+// The first panels of a matrix of keys, which is near.
+template <int KIND>
+inline void multiply_near(const Matrix &w, int64_t n_panels, const char *inputs, int64_t n_rows, const Sink &sink) {
+#ifdef MATRIX_UNIT
+  if (KIND == BFLOAT16 && w.in % DEEP == 0 && has_matrix_unit()) return multiply(w, 0, n_panels, inputs, n_rows, sink);
+#endif
+  product<KIND, true>(w, 0, n_panels, inputs, input_stride(KIND, w.in), n_rows, sink);
 }
 
 // Panels [first, last) of all parts, numbered consecutively; `out` has output 0 of every row.
