@@ -72,9 +72,11 @@ def damaged_by(**changes):
     return json.dumps(whole | changes)
 
 
-def decoder(dtype=torch.float32, weights="16bit", architecture="tiny", kernels="pytorch"):
-    fields = {"dtype": dtype, "weights": weights, "architecture": architecture, "kernels": kernels}
-    return SimpleNamespace(**fields, dtype_name=str(dtype)[6:], weight_bytes=100)
+def decoder(dtype=torch.float32, weights="16bit", **changes):
+    fields = {"architecture": "tiny", "kernels": "pytorch", "cache_dtype": dtype, **changes}
+    return SimpleNamespace(
+        dtype=dtype, weights=weights, dtype_name=str(dtype)[6:], weight_bytes=100, **fields
+    )
 
 
 def test_costs_are_the_least_times_in_units_of_one_row(machine):
@@ -153,6 +155,7 @@ def test_every_kind_of_weights_has_its_own(machine, folder, monkeypatch):
         decoder(torch.float32),
         decoder(torch.float16),
         decoder(torch.float16, architecture="other shapes"),
+        decoder(torch.float16, cache_dtype=torch.int8),
     ]
     for i, one in enumerate(asked):
         machine.seconds[2] = 1.0 + i / 8
@@ -163,7 +166,7 @@ def test_every_kind_of_weights_has_its_own(machine, folder, monkeypatch):
     monkeypatch.setattr(timing, "_pytorch", lambda: "another version")
     machine.seconds[2] = 1.9375
     assert pass_costs(asked[0]).passes[1] == 1.9375
-    assert len(list(folder.iterdir())) == 8
+    assert len(list(folder.iterdir())) == len(asked) + 2
 
 
 @pytest.mark.parametrize(
