@@ -5,10 +5,10 @@ import json
 import average as averaging
 import pytest
 import torch
+import weight_deltas
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import weight_deltas
 from layerskip import LayerSkipModel
 
 
