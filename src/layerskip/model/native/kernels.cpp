@@ -825,11 +825,13 @@ int layerskip_rows(const Linear *w, const int64_t *index, int64_t n, float *out)
   return look_up(*w->parts, index, n, out);
 }
 
-// Packs codes [rows, in], one in each byte, into panels of words of `bits` bits.
-void layerskip_pack(int bits, const uint8_t *codes, int64_t rows, int64_t in, uint32_t *data, int threads) {
+// Packs rows of blocks into panels of words of `bits` bits.
+void layerskip_pack(const Blocks *format, int bits, const uint8_t *data, int64_t rows, int64_t in, uint32_t *packed,
+                    int threads) {
+  const int64_t stride = in / format->weights * format->bytes;
 #pragma omp parallel for num_threads(threads)
   for (int64_t row = 0; row < rows; row += LANES)
-    pack_panel(bits, codes + row * in, rows - row < LANES ? rows - row : LANES, in, data + row * in * bits / 32);
+    pack_panel(*format, bits, data + row * stride, rows - row < LANES ? rows - row : LANES, in, packed + row * in * bits / 32);
 }
 
 // The processors that this process may run on; a thread that OpenMP has bound to one would see that one alone.
