@@ -104,7 +104,8 @@ inline int code_of(int32_t kind, const uint32_t *words, int64_t lane, int64_t k)
   return kind == TABLE4 ? TABLE[code] : code;
 }
 
-// A format of GGML's blocks: see `block_formats.py`.
+// A format of GGML's blocks: see `block_formats.py`. Runs of codes have a multiple of 16 bytes; or one byte, in a
+// second plane of single bits.
 struct Blocks {
   int32_t weights, bytes, n_planes;
   int32_t flip;  // turns a code's highest bit if codes are signed
@@ -122,7 +123,7 @@ inline void read_codes(const Blocks &format, const uint8_t *block, uint8_t *code
     const auto [begin, bits, run] = format.planes[p];
     const uint8_t *from = block + begin;
     const uint32_t mask = repeat((1u << bits) - 1);
-    if (run == 1) {  // byte i of a product is bit i
+    if (run == 1) {  // bit i becomes byte i
       for (int k = 0; k < format.weights; k += 8, from++) {
         const uint64_t one = (*from * 0x0101010101010101u & 0x8040201008040201u) + 0x7f7f7f7f7f7f7f7fu;
         store(codes + k, load<uint64_t>(codes + k) ^ (one >> 7 & 0x0101010101010101u) << done);
