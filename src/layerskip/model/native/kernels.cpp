@@ -663,9 +663,13 @@ void run(const Model *m, const float *hidden, float *x, Sequence *sequences, int
   }
   memcpy(x, hidden, rows * m->hidden * sizeof(float));
   in_parallel(threads, [&](Team &team, int thread, int size) {
-    const Pass pass{*m, x, sequences, batch, rows, sequence_of.get(), team, thread, size,
-                    qkv.get(), attended.get(), gate_up.get(), projected.get(), few, inputs.get(), gated.get()};
-    for (int64_t layer = start; layer < stop; layer++) pass.run(m->layers[layer], layer);
+    Pass pass{*m, x, sequences, batch, rows, sequence_of.get(), team, thread, size,
+              qkv.get(), attended.get(), gate_up.get(), projected.get(), few, inputs.get(), gated.get()};
+    for (int64_t layer = start; layer < stop; layer++) {
+      pass.run(m->layers[layer], layer);
+      pass.threads = team.remaining(pass.threads);
+      if (thread >= pass.threads) return;
+    }
   });
 }
 
