@@ -3,8 +3,8 @@
     python benchmarks/busy_cores.py --output benchmarks/results/busy-cores.json
 
 Reports tokens/s of plain decoding, of eight sequences together, and of the prefill of 2,048 tokens,
-beside 0, 1, 2 and 4 processes that compute on one thread each. Runs are interleaved. Each run begins with all
-threads, as a new process does.
+beside 0, 1, 2 and 4 processes that compute on one thread each. Runs are interleaved, and each begins
+with all threads, as a new process does.
 """
 
 import argparse

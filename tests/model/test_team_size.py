@@ -142,10 +142,10 @@ def test_outputs_do_not_depend_on_the_number_of_threads(kind, alternating, tmp_p
     model, decoder = LayerSkipModel(checkpoint), checkpoint.decoder
     tokens = tiny_models.token_ids("qwen3-sliding", 2, 150)
     results = []
-    for sizes in ((1,), (2,), (3,), (1, 2, 3), (3, 1, 2, 2)):
+    for sizes in ((1,), (2,), (3, 1, 2)):
         alternating(*sizes)
         answers = [
-            model.generate([7, 9], mode=mode, max_new_tokens=40, ignore_eos=True, **options)
+            model.generate([7, 9], mode=mode, max_new_tokens=16, ignore_eos=True, **options)
             for mode, options in (
                 ("plain", {}),
                 ("self-speculative", {"exit_layer": 2, "draft_tokens": 3}),
