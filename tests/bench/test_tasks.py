@@ -103,7 +103,7 @@ def test_rows_of_another_form_are_named(tmp_path):
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "test.jsonl").write_text('{"q": "x"}\n')
     with pytest.raises(
-        ValueError, match=r"gsm8k, row 1: not as docs/tasks.md has it \(KeyError: 'ques"
+        ValueError, match=r"gsm8k, row 1: not as docs/how-to/bench.md has it \(KeyError: 'ques"
     ):
         load_task("gsm8k", data=str(tmp_path), n_shot=0)
 

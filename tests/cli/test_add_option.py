@@ -14,7 +14,7 @@ PROGRAM = """
 import json
 import click
 from layerskip.cli.main import layerskip_command
-from layerskip.cli.reference import options_table
+from layerskip.cli.reference import config_page
 from layerskip.decoding import DecodingConfig
 
 context = click.Context(layerskip_command)
@@ -23,7 +23,7 @@ for name in ("generate", "chat"):
     command = layerskip_command.get_command(context, name)
     text += command.get_help(click.Context(command, context, name, terminal_width=80))
 row = DecodingConfig(patience=9).to_row()
-print(json.dumps({"help": text, "table": options_table(), "row": row}))
+print(json.dumps({"help": text, "table": config_page(), "row": row}))
 """
 
 

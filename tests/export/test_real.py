@@ -1,4 +1,4 @@
-"""SmolLM2 in llama.cpp and transformers, from what was exported: the commands of docs/export.md."""
+"""SmolLM2, exported by the commands of docs/how-to/export.md, in llama.cpp and transformers."""
 
 import pytest
 import torch

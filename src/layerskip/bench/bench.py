@@ -117,7 +117,7 @@ def bench(
     source: str,
     progress: Progress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
-    """Measure all rows and return the document that docs/bench.md describes.
+    """Measure all rows and return the document that docs/reference/results.md describes.
 
     Where Ctrl-C or an error ends the measurement after the first prompt, the document has the figures of
     the prompts so far (`interrupted`), without scores.

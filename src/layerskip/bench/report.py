@@ -220,7 +220,7 @@ def markdown(document: dict[str, Any], pictures: Sequence[str]) -> str:
         ),
         *(f"![{_TITLES[picture]}]({picture})" for picture in pictures),
         *_failures(document),
-        "Every figure is defined in the documentation of `layerskip bench` (docs/bench.md).",
+        "docs/reference/results.md of layerskip defines every figure.",
     ]
     return "\n\n".join(parts) + "\n"
 

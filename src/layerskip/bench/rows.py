@@ -1,4 +1,4 @@
-"""Figures of a row from timed answers. Pure functions; docs/bench.md defines every figure."""
+"""Figures of a row from timed answers, as docs/reference/results.md defines them. Pure functions."""
 
 import dataclasses
 import statistics

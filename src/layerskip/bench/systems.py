@@ -36,7 +36,7 @@ class BenchConfig(Sampling):
 
     task: str = option(
         "",
-        "A task's name (see docs/tasks.md), or a .jsonl or text file of prompts.",
+        "A task's name (see docs/how-to/bench.md), or a .jsonl or text file of prompts.",
         metavar="T",
     )
     data: str | None = option(
@@ -100,7 +100,7 @@ class BenchConfig(Sampling):
     )
     allow_code_execution: bool = option(
         False,
-        "Allow humaneval and mbpp to run the Python code that the model writes (docs/tasks.md).",
+        "Allow humaneval and mbpp to run the Python code that the model writes (docs/how-to/bench.md).",
     )
     baselines: tuple[str, ...] = option(
         (),

@@ -435,7 +435,7 @@ def _fitting(what: str) -> Iterator[None]:
         yield
     except (KeyError, IndexError, TypeError) as error:
         lacks = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{what}: not as docs/tasks.md has it ({lacks})") from error
+        raise ValueError(f"{what}: not as docs/how-to/bench.md has it ({lacks})") from error
 
 
 def _question(text: str) -> tuple[Mapping[str, str], ...]:

@@ -52,7 +52,7 @@ def command(report: Path | None, as_json: bool, output: Path | None, **flags: An
     """Measure speed, acceptance, quality and identity of all modes on one task.
 
     All rows answer the same prompts, interleaved, one at a time, and greedily unless there is a
-    --temperature. docs/bench.md defines the figures.
+    --temperature. docs/reference/results.md defines the figures.
 
     \b
     Examples:

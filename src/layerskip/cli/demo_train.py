@@ -114,7 +114,7 @@ def train_and_compare(
     console.print(
         f"The checkpoint is in {name}:\n  layerskip generate --model {name} --show-draft --stats"
         f" --prompt {bash_quoted(EXAMPLE)}\n"
-        "To train on your own rows: docs/quickstart.md.",
+        "To train on your own rows: docs/how-to/train.md.",
         soft_wrap=True,
         markup=False,
     )

@@ -84,7 +84,7 @@ class LayerSkipModel:
                 `loader.fast_dtype`), else float32.
             weights: "stored", the blocks of a quantized GGUF file as they are, else as "16bit";
                 "16bit", converted to `dtype`; "int8" or "int4", quantized while they are loaded
-                (docs/weights.md).
+                (docs/reference/models.md).
             device: "cpu", "cuda", "cuda:1", ...
             compile: run in kernels compiled for this CPU, which takes some seconds once and needs a C++
                 compiler, or on a GPU through `torch.compile`; None: the kernels on a CPU in float32

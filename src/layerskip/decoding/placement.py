@@ -47,7 +47,7 @@ def prepared(
         if requested:
             raise ValueError(
                 f"the compiled kernels have no {str(dtype).removeprefix('torch.')} of"
-                f" {architecture.family} models on {device.type} (docs/kernels.md);"
+                f" {architecture.family} models on {device.type} (docs/reference/models.md);"
                 " load without compile"
             )
         return False

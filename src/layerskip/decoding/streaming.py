@@ -86,7 +86,7 @@ class Generation:
         return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of `generate --json`, in its order."""
+        """Return the fields of `generate --json`, in its order."""
         names = (
             "text token_ids finish_reason prompt_tokens new_tokens mode exit_layer draft_tokens"
             " rounds drafted accepted acceptance_rate mean_accepted_length accepted_by_position"

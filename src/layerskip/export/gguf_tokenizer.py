@@ -162,7 +162,7 @@ def _prefixes_a_space(backend: dict[str, Any]) -> bool:
     # Metaspace adds none before a space, and some only at the very beginning: GGUF has one flag.
     warnings.warn(
         "GGUF cannot say when this tokenizer puts a space before a text: by the file, a text that begins"
-        " with a space or follows a special token may have other tokens (docs/export.md)",
+        " with a space or follows a special token may have other tokens (docs/how-to/export.md)",
         TokenizerWarning,
         stacklevel=5,  # the caller of `to_gguf`
     )

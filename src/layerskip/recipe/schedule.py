@@ -42,10 +42,10 @@ class RecipeConfig:
     Attributes:
         variant: `LD+EE` uses both parts, `LD` layer dropout only, `EE` early exit loss only.
         p_max: rate at which the last layer is skipped, in [0, 1).
-        dropout_over_layers: D(l), how the rate grows from the first layer to the last.
+        dropout_over_layers: D(l), the growth of the rate from the first layer to the last.
         dropout_over_steps: S(t), `none` = 1 throughout; `exponential` = from 0 to 1 over training.
         dropout_every: only every n-th layer can be skipped.
-        curriculum: which exits have a loss at a step. `rotational`: every `rotation`-th, shifted by
+        curriculum: the exits with a loss at a step. `rotational`: every `rotation`-th, shifted by
             one each step; `gradual`: from the last down, one more every T/(2L) steps; `all`;
             `none`: the last layer (and `fixed_exits`) only.
         rotation: R of the rotational curriculum.
@@ -65,39 +65,45 @@ class RecipeConfig:
     """
 
     variant: Literal["LD+EE", "LD", "EE"] = setting(
-        "both parts, layer dropout only, or exit loss only", "LD+EE"
+        "Both parts, layer dropout only, or early exit loss only.", "LD+EE"
     )
-    p_max: float = setting("rate at which the last layer is skipped", 0.1)
+    p_max: float = setting("Rate at which the last layer is skipped; 0 = no layer dropout.", 0.1)
     dropout_over_layers: Literal["exponential", "linear", "uniform"] = setting(
-        "how the skip rate grows over the layers", "exponential"
+        "D(l), the growth of the skip rate over the layers.", "exponential"
     )
     dropout_over_steps: Literal["none", "exponential"] = setting(
-        "how the skip rate grows over training", "none"
+        "S(t), the growth of the skip rate over training.", "none"
     )
-    dropout_every: int = setting("only every n-th layer is skipped", 1)
+    dropout_every: int = setting("Only every n-th layer can be skipped.", 1)
     curriculum: Literal["rotational", "gradual", "all", "none"] = setting(
-        "which exits have a loss at a step", "rotational"
+        "Exits with a loss at a step: every R-th in rotation, gradually from the last down, all, none.",
+        "rotational",
     )
-    rotation: int = setting("R: every R-th exit has a loss at a step", 8)
+    rotation: int = setting("R of the rotational curriculum.", 8)
     exits: tuple[int, ...] | None = setting(
-        "exits the curriculum chooses from (default: every layer)", None
+        "Exits that the curriculum chooses from (default: every layer).", None
     )
-    exit_every: int = setting("the curriculum chooses from every n-th layer", 1)
+    exit_every: int = setting("The curriculum chooses from every n-th layer.", 1)
     fixed_exits: tuple[int, ...] = setting(
-        "exits with a loss at every step, beside the last layer", ()
+        "Exits with a loss at every step, beside the last layer: the ones that will draft.", ()
     )
     exit_weighting: Literal["paper", "linear", "equal"] = setting(
-        "how the exits' losses are weighted over the layers", "paper"
+        "e(l), the weights of the exits' losses; equal teaches early exits fastest.", "paper"
     )
-    e_scale: float = setting("weight of early exits against the last layer", 0.2)
+    e_scale: float = setting(
+        "Weight of early exits against the last layer; not used with equal weights.", 0.2
+    )
     distillation_weight: float = setting(
-        "weight of KL to the last layer in each earlier exit's loss", 0.0
+        "Weight of the KL divergence from the last layer in each earlier exit's loss; 0 = off (paper).",
+        0.0,
     )
     chunk_tokens: int | None = setting(
-        "rows of logits at one time, those of all exits together", None
+        "Rows of logits in memory at a time, those of all exits together.", None
     )
-    fused_loss: bool = setting("use Liger's kernels where they are installed and fit", True)
-    seed: int = setting("seed of the rows that layer dropout skips", 0)
+    fused_loss: bool = setting(
+        "Use Liger's fused cross entropy where it is installed and fits.", True
+    )
+    seed: int = setting("Seed of the rows that layer dropout skips.", 0)
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():

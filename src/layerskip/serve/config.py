@@ -45,7 +45,7 @@ class ServeConfig:
         at_least=2,
     )
     prefill_chunk: int = option(
-        512, "Prompt tokens computed between two rounds of running answers.", at_least=1
+        256, "Prompt tokens computed between two rounds of running answers.", at_least=1
     )
     default_max_tokens: int = option(
         1024, "New tokens of a chat answer whose request names no limit.", at_least=1

@@ -104,7 +104,7 @@ class JsonSchemaFormat(_Request):
 
 
 class DraftOptions(_Request):
-    """Decoding options of this request; see docs/decoding.md."""
+    """Decoding options of this request; see docs/reference/config.md."""
 
     mode: Literal["auto", "plain", "early-exit", "self-speculative"] | None = None
     exit_layer: Annotated[int, Field(ge=1, le=10_000)] | None = None

@@ -50,87 +50,93 @@ class TrainConfig:
     """
 
     model: str = setting(
-        "folder, hub id or built-in name of the model, or of a configuration with --from-scratch"
+        "Folder, hub id or built-in name of the model, or of a configuration with --from-scratch."
     )
     data: str = setting(
-        "hub id, or file(s): jsonl, json, csv, tsv, txt, parquet; .gz and .xz; may be a pattern"
+        "Hub id, or files: jsonl, json, csv, tsv, txt, parquet; .gz and .xz; may be a pattern."
     )
-    output: str = setting("folder of the result, its checkpoints and logs")
+    output: str = setting("Folder of the result, its checkpoints and logs.")
     regime: Literal["pretrain", "continual", "domain", "task"] = setting(
-        "preset of the recipe", "continual"
+        "Preset of the recipe.", "continual"
     )
     recipe: RecipeConfig | None = None
     tokenizer: str | None = setting(
-        "folder or hub id of the tokenizer (default: the model's)", None
+        "Folder or hub id of the tokenizer (default: the model's).", None
     )
-    from_scratch: bool = setting("start from random weights of the model's configuration", False)
-    eval_data: str | None = setting("rows to evaluate on, as --data", None)
+    from_scratch: bool = setting("Start from random weights of the model's configuration.", False)
+    eval_data: str | None = setting("Rows to evaluate on, as --data.", None)
     eval_split: str | None = setting(
-        "split of a hub data set in --eval-data (default: that of --split)", None
+        "Split of a hub data set in --eval-data (default: that of --split).", None
     )
-    eval_rows: int = setting("rows taken from --data for evaluation where there is no other", 0)
-    data_config: str | None = setting("which part of a hub data set that has several", None)
-    split: str = setting("split of a hub data set", "train")
-    prompt: str = setting("prompt made of a row's fields, as in $'{utterance}\\n'", "{prompt}")
-    completion: str = setting("completion made of a row's fields", "{completion}")
-    text_field: str = setting("field of running text, where rows have no completion", "text")
-    completion_only: bool = setting("loss on completions only, not on prompts", True)
-    max_length: int = setting("tokens of a row at most; what is longer is cut", 1024)
-    packing: bool = setting("several documents a row, without attention across them", False)
-    batch_size: int = setting("rows of a batch on one device", 8)
-    accumulation: int = setting("batches of one optimizer step", 1)
-    epochs: float | None = setting("passes over the data (default: 1)", None)
-    max_steps: int | None = setting("optimizer steps, instead of --epochs", None)
+    eval_rows: int = setting("Rows of --data held out for evaluation, instead of --eval-data.", 0)
+    data_config: str | None = setting(
+        "Configuration of a hub data set, such as main of openai/gsm8k.", None
+    )
+    split: str = setting("Split of a hub data set.", "train")
+    prompt: str = setting(
+        "Template of the prompt, filled with a row's fields, as in $'{utterance}\\n'.", "{prompt}"
+    )
+    completion: str = setting("Template of the completion.", "{completion}")
+    text_field: str = setting("Field of running text, where rows have no completion.", "text")
+    completion_only: bool = setting("Loss on completions only, not on prompts.", True)
+    max_length: int = setting("Maximum number of tokens of a row; longer rows are truncated.", 1024)
+    packing: bool = setting("Several documents per row, without attention across them.", False)
+    batch_size: int = setting("Rows per device.", 8)
+    accumulation: int = setting("Batches per optimizer step.", 1)
+    epochs: float | None = setting("Passes over the data (default: 1).", None)
+    max_steps: int | None = setting("Optimizer steps, instead of --epochs.", None)
     max_minutes: float | None = setting(
-        "end after so long; the learning rate schedule fits into it", None
+        "Time limit; the learning rate schedule fits into it.", None
     )
-    learning_rate: float | None = setting("peak learning rate (default: the regime's)", None)
-    scheduler: str = setting("learning rate schedule, as in transformers", "cosine")
-    warmup_steps: int = setting("steps in which the learning rate rises", 0)
-    weight_decay: float = setting("weight decay of AdamW", 0.0)
-    max_grad_norm: float = setting("gradients are clipped to this length; 0 = not", 1.0)
+    learning_rate: float | None = setting("Peak learning rate (default: the regime's).", None)
+    scheduler: str = setting("Learning rate schedule, as in transformers.", "cosine")
+    warmup_steps: int = setting("Steps in which the learning rate rises.", 0)
+    weight_decay: float = setting("Weight decay of AdamW.", 0.0)
+    max_grad_norm: float = setting("Gradient clipping to this norm; 0 = off.", 1.0)
     lora_rank: int | None = setting(
-        "train a LoRA adapter of this rank instead of all weights", None
+        "Train a LoRA adapter of this rank instead of all weights.", None
     )
-    lora_alpha: int | None = setting("LoRA scale (default: twice the rank)", None)
+    lora_alpha: int | None = setting("LoRA scale (default: twice the rank).", None)
     precision: Literal["float32", "bfloat16", "float16", "auto"] = setting(
-        "precision of the arithmetic; trained weights are in float32. auto: bfloat16 where that is fast",
+        "Precision of the arithmetic; trained weights are float32. auto: bfloat16 where that is fast.",
         "float32",
     )
-    gradient_checkpointing: bool = setting("less memory, more time", False)
-    compile: bool = setting("compile the layers", False)
-    eval_exits: tuple[int, ...] | None = setting("exits looked at in evaluation", None)
-    eval_steps: int | None = setting("evaluate every so many steps (default: at the end)", None)
-    log_steps: int = setting("log every so many steps", 10)
-    save_steps: int = setting("write a checkpoint every so many steps", 500)
-    keep_checkpoints: int = setting("checkpoints that are kept", 2)
-    exit_layer: int | None = setting("exit written into the result for decoding", None)
-    draft_tokens: int = setting("draft tokens written into the result for decoding", 4)
+    gradient_checkpointing: bool = setting(
+        "Recompute activations: less memory for about a third more time.", False
+    )
+    compile: bool = setting("Compile the layers with torch.compile.", False)
+    eval_exits: tuple[int, ...] | None = setting("Exits to evaluate.", None)
+    eval_steps: int | None = setting("Steps between evaluations (default: at the end).", None)
+    log_steps: int = setting("Steps between log lines.", 10)
+    save_steps: int = setting("Steps between checkpoints.", 500)
+    keep_checkpoints: int = setting("Number of checkpoints to keep.", 2)
+    exit_layer: int | None = setting("Exit layer written into the result; it needs a loss.", None)
+    draft_tokens: int = setting("Draft length written into the result.", 4)
     prompt_form: str | None = setting(
-        "one line about the prompts that the result is for, written into it for decoding (default:"
-        " the ending of --prompt)",
+        "One line about the prompts that the result is for, written into it; generate warns of others"
+        " (default: the ending of --prompt).",
         None,
     )
     prompt_example: str | None = setting(
-        "such a prompt; decoding warns of prompts without its line break at the end", None
+        "Such a prompt; generate warns of prompts without its line break at the end.", None
     )
     keep_datastore: bool = setting(
-        "store the rows that others repeat most in the result, as an n-gram datastore",
+        "Store the rows that others repeat most in the result, as an n-gram datastore.",
         False,
         flags=("--keep-datastore", "--keep-draft-text"),
     )
     push_to_hub: str | None = setting(
-        "upload the result to this repository (ORG/NAME) of the Hugging Face hub; needs HF_TOKEN or"
-        " hf auth login",
+        "Upload the result to this repository (ORG/NAME) of the Hugging Face hub; needs HF_TOKEN or"
+        " hf auth login.",
         None,
     )
-    private: bool = setting("make that repository private", False)
-    resume: bool = setting("resume from the last checkpoint in --output", False)
-    seed: int = setting("seed of everything random", 0)
+    private: bool = setting("Make that repository private.", False)
+    resume: bool = setting("Resume from the last checkpoint in --output.", False)
+    seed: int = setting("Seed of row order, new weights and skipped layers.", 0)
     device: Literal["auto", "cpu", "cuda"] = setting(
-        "auto = a CUDA GPU where there is one; cpu = leave it alone", "auto"
+        "Device; auto takes a CUDA GPU where one is available.", "auto"
     )
-    threads: int | None = setting("CPU threads to use; default: PyTorch's own number", None)
+    threads: int | None = setting("CPU threads (default: PyTorch's own number).", None)
     keep_draft_text: InitVar[bool | None] = None  # deprecated name of `keep_datastore`
 
     def __post_init__(self, keep_draft_text: bool | None) -> None:

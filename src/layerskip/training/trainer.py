@@ -83,7 +83,8 @@ class LayerSkipMixin(_Trainer):  # type: ignore[misc]
         recipe: the settings.
         eval_exits: exits to evaluate beside the last layer; None = about eight, evenly spread, and
             those that the recipe names.
-        args, kwargs: the trainer's own.
+        *args: the trainer's own.
+        **kwargs: the trainer's own.
 
     Raises:
         ValueError: the recipe does not fit the model or the trainer's arguments, or one process has
