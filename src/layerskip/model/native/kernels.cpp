@@ -1,7 +1,7 @@
 // The decoder's layers on a CPU: a forward pass in one call, for few rows at memory bandwidth.
 //
 // The kernels are batch-invariant: every output of every row is summed over the inputs in the same order,
-// whatever the number of rows in the call. So verifying eight positions gives exactly the bits of eight
+// whatever the number of rows in the call, and of threads. So verifying eight positions gives exactly the bits of eight
 // single steps, in every type of weights, and self-speculative decoding equals plain decoding exactly.
 //
 // Weights are packed in panels (tiles of 16 outputs). In a panel the inputs follow one another, each with

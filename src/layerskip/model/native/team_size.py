@@ -8,7 +8,7 @@ wait (`threads.h`). Results do not depend on the number of threads.
 import ctypes
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from layerskip.model.native.build import library, num_threads_to_use
 
@@ -27,7 +27,8 @@ class TeamSize:
     """Removes a quarter of the threads when threads wait, and tries more again after a while.
 
     A window ends after 50 ms of passes, or as soon as threads have waited for a third of that. More
-    threads are tried after 0.2 s, and after twice the time whenever that fails, up to 2 s.
+    threads are tried after 0.2 s, and after twice the time whenever that fails, up to 2 s. Within a long
+    pass, the kernels remove threads by the same rule.
 
     Args:
         pass_times: nanoseconds that passes of several threads took in total, and of these the ones that
@@ -36,7 +37,9 @@ class TeamSize:
     """
 
     def __init__(
-        self, pass_times: Sequence[int], clock: Callable[[], int] = time.monotonic_ns
+        self,
+        pass_times: "list[int] | ctypes.Array[ctypes.c_int64]",
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._pass_times, self._clock = pass_times, clock
         self._size = self._limit = 2**31 - 1
