@@ -1,8 +1,9 @@
 // The decoder's layers on a CPU: a forward pass in one call, for few rows at memory bandwidth.
 //
 // The kernels are batch-invariant: every output of every row is summed over the inputs in the same order,
-// whatever the number of rows in the call, and of threads. So verifying eight positions gives exactly the bits of eight
-// single steps, in every type of weights, and self-speculative decoding equals plain decoding exactly.
+// whatever the number of rows in the call and of threads. So verifying eight positions gives exactly the
+// bits of eight single steps, in every type of weights, and self-speculative decoding equals plain decoding
+// exactly.
 //
 // Weights are packed in panels (tiles of 16 outputs). In a panel the inputs follow one another, each with
 // the weights of the 16 outputs, so that one vector holds 16 sums and an input is broadcast to them:
