@@ -561,9 +561,10 @@ def main() -> None:
     unknown = set(options.systems) - set(SYSTEMS)
     if unknown or ("vllm" in options.systems and not (options.vllm_python or options.soak)):
         parser.error(f"systems are {', '.join(SYSTEMS)}; vllm needs --vllm-python")
-    # The soak compares texts, for which both have to compute in float32.
+    # The soak compares texts, for which both have to compute in float32 with the same weights.
     exact = options.soak or options.kill
-    model = LayerSkipModel.from_pretrained(options.model, dtype="float32" if exact else None)
+    same = {"dtype": "float32", "weights": "16bit"} if exact else {}
+    model = LayerSkipModel.from_pretrained(options.model, **same)
     with tempfile.TemporaryDirectory() as name:
         options.logs = options.logs or Path(name)
         options.logs.mkdir(parents=True, exist_ok=True)
