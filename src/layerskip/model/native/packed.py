@@ -21,6 +21,7 @@ from torch import Tensor
 
 from layerskip.model.block_formats import BlockFormat
 from layerskip.model.native.build import library, num_threads_to_use
+from layerskip.model.native.team_size import team_size
 from layerskip.model.quantize import GROUP, Quantized
 
 LANES = 16
@@ -171,12 +172,12 @@ class PackedMatrix:
     def normed_product(
         self, x: Tensor, norm: Tensor | None, eps: float, threads: int | None = None
     ) -> Tensor:
-        """Multiply with the RMS norm of x, [N, in] to [N, out], float32; threads: None = all."""
+        """Multiply with the RMS norm of x, [N, in] to [N, out], float32; threads: None = `team_size`."""
         x = readable(x, self.shape[1])
         y = x.new_empty(x.shape[0], self.shape[0])
         self._library.layerskip_product(
             *(ctypes.byref(self.struct), _pointer(norm), eps, x.data_ptr(), x.shape[0]),
-            *(y.data_ptr(), threads or num_threads_to_use()),
+            *(y.data_ptr(), threads or team_size()),
         )
         return y
 
