@@ -332,6 +332,18 @@ def kernels(document: dict[str, Any]) -> list[Line]:
     return lines
 
 
+def busy_cores(document: dict[str, Any]) -> list[Line]:
+    """Tokens/s beside busy processes, and the chosen number of threads relative to the best one."""
+    choices = list(document["rows"][0]["tokens/s"])
+    names = ["1 thread", *(f"{n} threads" for n in choices[1:-1]), "chosen", "relative to the best"]
+    lines = [["", "busy processes", *names]]
+    for row in document["rows"]:
+        speeds = [row["tokens/s"][choice] for choice in choices]
+        ratio = speeds[-1] / max(speeds[:-1])
+        lines.append([row["work"], str(row["busy"]), *(f"{s:,.0f}" for s in speeds), times(ratio)])
+    return lines
+
+
 def serve(document: dict[str, Any]) -> list[Line]:
     """Two rows for each task and system, columns by the number of clients."""
     rows = [row for row in document["rows"] if "clients" in row]
@@ -404,6 +416,7 @@ TABLES = {
     "stored-weights": Table(
         ("stored-weights",), "python benchmarks/stored_weights.py FILES", stored
     ),
+    "busy-cores": Table(("busy-cores",), "python benchmarks/busy_cores.py", busy_cores),
     "batching": Table(("batching",), "python benchmarks/batching.py", batching),
     "structured-output": Table(
         ("structured-output",), "python benchmarks/structured_output.py", structured

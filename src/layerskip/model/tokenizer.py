@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from layerskip.fileio import CheckpointError, check_within, parse_json, read_json, write_json
 from layerskip.model.architecture import UnsupportedModelError
@@ -403,12 +403,13 @@ def from_gguf(file: GgufFile) -> Any:
             " safetensors, or put its tokenizer.json beside the file and name the folder"
         )
     named = {tokens[i] for i in end_tokens(file)}
+    added = []
     for token, type_ in zip(tokens, _field(file, "token_type", []), strict=False):
         is_end = token in _ENDS or (type_ == _USER_DEFINED and token in named)
-        if type_ == _CONTROL or is_end:
-            backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
-        elif type_ == _USER_DEFINED:
-            backend.add_tokens([AddedToken(token, normalized=False)])
+        if is_end or type_ in (_CONTROL, _USER_DEFINED):
+            is_special = is_end or type_ == _CONTROL
+            added.append(AddedToken(token, normalized=False, special=is_special))
+    backend.add_tokens(added)  # in one call: each one goes through all added tokens
     ids = {**special_token_ids(file), "unk_token_id": _token_id(file, "unknown", tokens)}
     special = {name.removesuffix("_id"): tokens[i] for name, i in ids.items() if i is not None}
     adds = {
@@ -417,11 +418,20 @@ def from_gguf(file: GgufFile) -> Any:
     }
     _begin_and_end(backend, {x: special[x] for x, added in adds.items() if added and x in special})
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=_Uncopied(backend),
         clean_up_tokenization_spaces=False,
         chat_template=_chat_template(file),
         **({"bos_token": None, "eos_token": None} | special),
     )
+
+
+class _Uncopied(NamedTuple):
+    """A new tokenizer, which transformers would copy by way of its JSON text."""
+
+    backend: Tokenizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tokenizer:
+        return self.backend
 
 
 def _chat_template(file: GgufFile) -> str | dict[str, str] | None:
@@ -486,22 +496,22 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> Tokenizer:
 
     vocab = {token: i for i, token in enumerate(tokens)}
     types = _field(file, "token_type", [_NORMAL] * len(tokens))
-    merges = []
     scores = _field(file, "scores", [0.0] * len(tokens))
     if not len(scores) == len(types) == len(tokens):
         raise CheckpointError(
             f"{file.path} has {len(scores)} scores and {len(types)} types for {len(tokens)} tokens;"
             " convert or export it again"
         )
-    scored = zip(tokens, scores, types, strict=True)
-    for token, score, type_ in scored:
-        if type_ == _NORMAL and len(token) <= _MAX_MERGED:
-            cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
-            merges += [(score, parts) for parts in cuts if parts[0] in vocab and parts[1] in vocab]
-    merges.sort(key=lambda merge: -merge[0])
+    merges = [
+        (token[:i], token[i:])
+        for _, token, type_ in sorted(zip(scores, tokens, types, strict=True), key=lambda x: -x[0])
+        if type_ == _NORMAL and len(token) <= _MAX_MERGED
+        for i in range(1, len(token))
+        if token[:i] in vocab and token[i:] in vocab
+    ]
     model = models.BPE(
         vocab,
-        [parts for _, parts in merges],
+        merges,
         unk_token=tokens[_token_id(file, "unknown", tokens) or 0],
         fuse_unk=True,
         byte_fallback=True,

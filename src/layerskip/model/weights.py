@@ -550,12 +550,20 @@ class GgufHeader:
         self._position += struct.calcsize(layout)
         return values
 
+    def _strings(self, n: int) -> list[str]:
+        file, size, end = self._file, len(self._file), self._position
+        texts = []
+        for _ in range(n):  # a vocabulary is long, and every call would show
+            begin = end + 8
+            end = begin + int.from_bytes(file[end:begin], "little")
+            if end > size:
+                raise ValueError("a text ends after the end of the file")
+            texts.append(file[begin:end].decode())
+        self._position = end
+        return texts
+
     def _string(self) -> str:
-        begin = self._position + 8
-        self._position = begin + int.from_bytes(self._file[self._position : begin], "little")
-        if self._position > len(self._file):
-            raise ValueError("a text ends after the end of the file")
-        return self._file[begin : self._position].decode("utf-8")
+        return self._strings(1)[0]
 
     def _field(self) -> Field:
         kind = GGUFValueType(self._unpack("<I")[0])
@@ -565,6 +573,8 @@ class GgufHeader:
         element = GGUFValueType(element)
         if element in _SCALARS:
             return Field(list(self._unpack(f"<{n}{_SCALARS[element]}")), [kind, element])
+        if element == GGUFValueType.STRING:
+            return Field(self._strings(n), [kind, element])
         return Field([self._value(element) for _ in range(n)], [kind, element])
 
     def _value(self, kind: GGUFValueType) -> Any:

@@ -30,7 +30,7 @@ from layerskip.model.families import (
     check_weights_unnamed,
 )
 from layerskip.model.hardware import has_fast_bfloat16
-from layerskip.model.hub import BUILTIN_MODELS, BuiltinModel, kind_of, pull
+from layerskip.model.hub import kind_of, pull
 from layerskip.model.repository import fetch_files, split_name
 from layerskip.model.tokenizer import check_sentencepiece, read
 from layerskip.model.weights import SafetensorsFiles, check_finite
@@ -105,8 +105,7 @@ def pretrained(name: str) -> tuple[str, dict[str, Any]]:
     """
     kind = kind_of(name)
     if kind == "builtin":
-        is_gguf = isinstance(BUILTIN_MODELS[name], BuiltinModel)
-        return str(pull(name)), {"gguf_file": "model.gguf"} if is_gguf else {}
+        return str(pull(name)), {"gguf_file": "model.gguf"}
     if kind == "local":
         check_files(name)
         return name, {}

@@ -168,7 +168,10 @@ def _load(path: Path) -> ctypes.CDLL:
             *(ptr, ptr, ptr, i32),  # norm, tokens, probabilities, threads
         ),
         "rows": (ptr, ptr, i64, ptr),  # matrix, indices, how many, out
-        "pack": (i32, ptr, i64, i64, ptr, i32),  # bits, codes, rows, inputs, packed, threads
+        "pack": (
+            *(ptr, i32, ptr, i64),  # format, bits, blocks, rows
+            *(i64, ptr, i32),  # inputs, packed, threads
+        ),
         "processors": (),
     }
     results = {"rows": i32, "pack": None, "processors": i32}

@@ -1,8 +1,9 @@
 // The decoder's layers on a CPU: a forward pass in one call, for few rows at memory bandwidth.
 //
 // The kernels are batch-invariant: every output of every row is summed over the inputs in the same order,
-// whatever the number of rows in the call. So verifying eight positions gives exactly the bits of eight
-// single steps, in every type of weights, and self-speculative decoding equals plain decoding exactly.
+// whatever the number of rows in the call and of threads. So verifying eight positions gives exactly the
+// bits of eight single steps, in every type of weights, and self-speculative decoding equals plain decoding
+// exactly.
 //
 // Weights are packed in panels (tiles of 16 outputs). In a panel the inputs follow one another, each with
 // the weights of the 16 outputs, so that one vector holds 16 sums and an input is broadcast to them:
@@ -635,8 +636,6 @@ inline void encode_normed(const Linear &w, const float *norm, float eps, const f
 
 // ---- argmax -------------------------------------------------------------------------------------
 
-constexpr int64_t NEAR = 1024;  // outputs that are reduced while they are in L1 or L2
-
 // The maximum of some outputs, its first index, and the sum of e^(output - maximum) (online softmax).
 struct Best {
   float top = -INFINITY;
@@ -726,14 +725,15 @@ void run(const Model *m, const float *hidden, float *x, Sequence *sequences, int
     if (few) partial += m->kv_heads * s.chunks * s.positions * groups * (hd + 2);
   }
   memcpy(x, hidden, rows * m->hidden * sizeof(float));
-  Team team;
-#pragma omp parallel num_threads(threads)
-  {
-    const int thread = omp_get_thread_num();
-    const Pass pass{*m, x, sequences, batch, rows, sequence_of.get(), team, thread, omp_get_num_threads(),
-                    qkv.get(), attended.get(), gate_up.get(), projected.get(), few, inputs.get(), gated.get()};
-    for (int64_t layer = start; layer < stop; layer++) pass.run(m->layers[layer], layer);
-  }
+  in_parallel(threads, [&](Team &team, int thread, int size) {
+    Pass pass{*m, x, sequences, batch, rows, sequence_of.get(), team, thread, size,
+              qkv.get(), attended.get(), gate_up.get(), projected.get(), few, inputs.get(), gated.get()};
+    for (int64_t layer = start; layer < stop; layer++) {
+      pass.run(m->layers[layer], layer);
+      pass.threads = team.remaining(pass.threads);
+      if (thread >= pass.threads) return;
+    }
+  });
 }
 
 // The sequences of a batch in one cache, [L, 2, B, KV heads, capacity, head_dim].
@@ -751,55 +751,56 @@ struct Even {
 void product(const Linear *w, const float *norm, float eps, const float *x, int64_t rows, float *out,
              int threads) {
   const Buffer<char> inputs(rows * input_stride(w->kind(), w->in));
-  Team team;
-#pragma omp parallel num_threads(threads)
-  {
-    const int thread = omp_get_thread_num(), size = omp_get_num_threads();
+  in_parallel(threads, [&](Team &team, int thread, int size) {
     encode_normed(*w, norm, eps, x, rows, inputs.get(), thread, size);
     team.wait(size);
     const Share mine = share((w->out + LANES - 1) / LANES, thread, size);
     multiply(*w, mine.first, mine.last, inputs.get(), rows, out, w->out);
-  }
+  });
 }
+
+// Blocks of outputs that are reduced while they are in L1 or L2.
+constexpr int64_t NEAR = 512;
+inline int64_t blocks_of(const Linear &w) { return (w.out + NEAR - 1) / NEAR; }
 
 void choose(const Linear *const *heads, int64_t n_heads, const float *norm, float eps, const float *x, int64_t rows,
             int64_t *chosen, float *probabilities, int threads) {
   const Buffer<char> inputs(rows * input_stride(heads[0]->kind(), heads[0]->in));
-  const Buffer<float> some(threads * rows * NEAR);
-  const Buffer<Best> every(threads * n_heads * rows);
-  Team team;
-  int size = threads;
-#pragma omp parallel num_threads(threads)
-  {
-    const int thread = omp_get_thread_num();
-    if (thread == 0) size = omp_get_num_threads();
-    encode_normed(*heads[0], norm, eps, x, rows, inputs.get(), thread, omp_get_num_threads());
-    team.wait(omp_get_num_threads());
-    float *outputs = some.get() + thread * rows * NEAR;
-    for (int64_t head = 0; head < n_heads; head++) {
+  const Buffer<float> some(threads * rows * NEAR), tops(threads * rows);
+  int64_t n_blocks = 0;
+  for (int64_t head = 0; head < n_heads; head++) n_blocks += blocks_of(*heads[head]);
+  const Buffer<Best> every(n_blocks * rows);  // merged in their order: the same sums for any number of threads
+  in_parallel(threads, [&](Team &team, int thread, int size) {
+    encode_normed(*heads[0], norm, eps, x, rows, inputs.get(), thread, size);
+    team.wait(size);
+    float *outputs = some.get() + thread * rows * NEAR, *top = tops.get() + thread * rows;
+    for (int64_t row = 0; row < rows; row++) top[row] = -INFINITY;
+    Best *best = every.get();
+    for (int64_t head = 0; head < n_heads; best += blocks_of(*heads[head++]) * rows) {
       const Matrix &w = *heads[head]->parts;
-      Best *best = every.get() + (head * threads + thread) * rows;
-      for (int64_t row = 0; row < rows; row++) best[row] = Best{};
-      const Share mine = share((w.out + LANES - 1) / LANES, thread, omp_get_num_threads());
-      for (int64_t p = mine.first; p < mine.last; p += NEAR / LANES) {
-        const int64_t last = mine.last - p < NEAR / LANES ? mine.last : p + NEAR / LANES;
-        const int64_t first = p * LANES, end = last * LANES < w.out ? last * LANES : w.out;
-        const Matrix from = from_panel(w, p);
-        multiply(from, 0, last - p, inputs.get(), rows, {outputs, NEAR, from.out, false, w.scale, from.bias});
-        for (int64_t row = 0; row < rows; row++)
-          best[row].take(best_of(outputs + row * NEAR, end - first, probabilities != nullptr, best[row].top), first);
+      const Share mine = share(blocks_of(*heads[head]), thread, size);
+      for (int64_t block = mine.first; block < mine.last; block++) {
+        const int64_t first = block * NEAR, n = w.out - first < NEAR ? w.out - first : NEAR;
+        const Matrix from = from_panel(w, first / LANES);
+        multiply(from, 0, (n + LANES - 1) / LANES, inputs.get(), rows, {outputs, NEAR, from.out, false, w.scale, from.bias});
+        for (int64_t row = 0; row < rows; row++) {
+          const Best next = best[block * rows + row] = best_of(outputs + row * NEAR, n, probabilities != nullptr, top[row]);
+          top[row] = next.top > top[row] ? next.top : top[row];
+        }
       }
     }
-  }
-  for (int64_t row = 0; row < rows; row++) {
-    Best best;
-    int64_t before = 0;
-    for (int64_t head = 0; head < n_heads; before += heads[head++]->out)
-      for (int thread = 0; thread < size; thread++)
-        best.take(every.get()[(head * threads + thread) * rows + row], before);
-    chosen[row] = best.at;
-    if (probabilities) probabilities[row] = 1.0f / best.total;
-  }
+    team.wait(size);
+    const Share mine = share(rows, thread, size);
+    for (int64_t row = mine.first; row < mine.last; row++) {
+      Best total;
+      const Best *next = every.get() + row;
+      for (int64_t head = 0, before = 0; head < n_heads; before += heads[head++]->out)
+        for (int64_t block = 0; block < blocks_of(*heads[head]); block++, next += rows)
+          total.take(*next, before + block * NEAR);
+      chosen[row] = total.at;
+      if (probabilities) probabilities[row] = 1.0f / total.total;
+    }
+  });
 }
 
 // Dequantizes rows of a matrix. Returns whether all indices are inside.
@@ -887,11 +888,13 @@ int layerskip_rows(const Linear *w, const int64_t *index, int64_t n, float *out)
   return look_up(*w->parts, index, n, out);
 }
 
-// Packs codes [rows, in], one in each byte, into panels of words of `bits` bits.
-void layerskip_pack(int bits, const uint8_t *codes, int64_t rows, int64_t in, uint32_t *data, int threads) {
+// Packs rows of blocks into panels of words of `bits` bits.
+void layerskip_pack(const Blocks *format, int bits, const uint8_t *data, int64_t rows, int64_t in, uint32_t *packed,
+                    int threads) {
+  const int64_t stride = in / format->weights * format->bytes;
 #pragma omp parallel for num_threads(threads)
   for (int64_t row = 0; row < rows; row += LANES)
-    pack_panel(bits, codes + row * in, rows - row < LANES ? rows - row : LANES, in, data + row * in * bits / 32);
+    pack_panel(*format, bits, data + row * stride, rows - row < LANES ? rows - row : LANES, in, packed + row * in * bits / 32);
 }
 
 // The processors that this process may run on; a thread that OpenMP has bound to one would see that one alone.

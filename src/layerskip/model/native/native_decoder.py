@@ -12,7 +12,7 @@ from layerskip.model.decoder import MLP, Decoder, HeadNorm, Layer, RMSNorm
 from layerskip.model.families import FAMILIES
 from layerskip.model.kv_cache import KVCache, slot_width
 from layerskip.model.linear import Matrix
-from layerskip.model.native.build import library, num_threads_to_use
+from layerskip.model.native.build import library
 from layerskip.model.native.packed import (
     FLOATS,
     KINDS,
@@ -26,6 +26,7 @@ from layerskip.model.native.packed import (
     pointers_to,
     readable,
 )
+from layerskip.model.native.team_size import team_size
 
 
 class LayerStruct(ctypes.Structure):
@@ -190,7 +191,7 @@ class NativeDecoder(Decoder):
             cache.slots.data_ptr(),
             cache.slots.shape[-2],
             tables.pointers,
-            num_threads_to_use(self._narrowest),
+            team_size(self._narrowest),
         )
         return out.view(b, t, d)
 
@@ -215,7 +216,7 @@ class NativeDecoder(Decoder):
         self._library.layerskip_run_rows(
             *(self._model_pointer, hidden.data_ptr(), out.data_ptr()),
             *(ctypes.addressof(sequences), len(rows), start, stop),
-            num_threads_to_use(self._narrowest),
+            team_size(self._narrowest),
         )
         return out
 
@@ -224,7 +225,7 @@ class NativeDecoder(Decoder):
         b, t, d = hidden.shape
         norm, eps = self._final_norm_weight, self.architecture.norm_eps
         rows = hidden.reshape(b * t, d)
-        threads = num_threads_to_use(self._narrowest)
+        threads = team_size(self._narrowest)
         products = [head.normed_product(rows, norm, eps, threads) for head in self._packed_heads]
         return self._capped([product.view(b, t, product.shape[1]) for product in products])
 
@@ -247,7 +248,7 @@ class NativeDecoder(Decoder):
         b, t, d = hidden.shape
         norm, eps = self._final_norm_weight, self.architecture.norm_eps
         # As many threads as the layers: OpenMP sets up a team of another size anew.
-        threads, rows = num_threads_to_use(self._narrowest), hidden.reshape(b * t, d)
+        threads, rows = team_size(self._narrowest), hidden.reshape(b * t, d)
         tokens, confidences = choose(
             self._head_pointers(), rows, norm, eps, threads=threads, confident=with_confidence
         )
@@ -274,7 +275,7 @@ class NativeDecoder(Decoder):
             *(0, stop, cache.slots.data_ptr(), cache.slots.shape[-2], tables.pointers),
             *(t - 1, heads, len(heads), self._final_norm_weight.data_ptr(), chosen.data_ptr()),
             None if confidence is None else confidence.data_ptr(),
-            num_threads_to_use(self._narrowest),
+            team_size(self._narrowest),
         )
         return hidden, chosen, 1.0 if confidence is None else float(confidence[0])
 

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerskip.model.block_formats import BlockFormat
 from layerskip.model.native.build import library, num_threads_to_use
+from layerskip.model.native.team_size import team_size
 from layerskip.model.quantize import GROUP, Quantized
 
 LANES = 16
@@ -27,7 +29,6 @@ LANES = 16
 FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _TABLE4 = 9  # a quantized kind is otherwise its number of bits
-_CHUNK_WEIGHTS = 2**20  # unpacked at a time: they stay in the cache
 _CHUNK_ROWS = 64 * LANES
 
 _PAGE_BYTES = 2**21
@@ -93,6 +94,27 @@ class LinearStruct(ctypes.Structure):
     )
 
 
+class BlocksStruct(ctypes.Structure):
+    """`Blocks` of `products.h`."""
+
+    _fields_ = (
+        ("weights", ctypes.c_int32),
+        ("bytes", ctypes.c_int32),
+        ("n_planes", ctypes.c_int32),
+        ("flip", ctypes.c_int32),
+        ("planes", ctypes.c_int32 * 3 * 2),
+    )
+
+    @classmethod
+    def of(cls, format: BlockFormat) -> "BlocksStruct":
+        """Return the struct of a format."""
+        planes = [(ctypes.c_int32 * 3)(*plane) for plane in format.planes]
+        return cls(
+            *(format.block_weights, format.block_bytes, len(planes)),
+            *(128 if format.is_signed else 0, (ctypes.c_int32 * 3 * 2)(*planes)),
+        )
+
+
 class PackedMatrix:
     """A packed weight matrix with its product (a `linear.Matrix`).
 
@@ -150,12 +172,12 @@ class PackedMatrix:
     def normed_product(
         self, x: Tensor, norm: Tensor | None, eps: float, threads: int | None = None
     ) -> Tensor:
-        """Multiply with the RMS norm of x, [N, in] to [N, out], float32; threads: None = all."""
+        """Multiply with the RMS norm of x, [N, in] to [N, out], float32; threads: None = `team_size`."""
         x = readable(x, self.shape[1])
         y = x.new_empty(x.shape[0], self.shape[0])
         self._library.layerskip_product(
             *(ctypes.byref(self.struct), _pointer(norm), eps, x.data_ptr(), x.shape[0]),
-            *(y.data_ptr(), threads or num_threads_to_use()),
+            *(y.data_ptr(), threads or team_size()),
         )
         return y
 
@@ -306,34 +328,19 @@ def _tiles(chunks: Iterable[Tensor], out: int, pages: LargePages | None = None) 
 
 
 def _pack_quantized(weight: Quantized, pages: LargePages | None) -> list[Tensor | None]:
-    """Return packed codes, scales, offsets, and the factors of both.
-
-    Rows are unpacked a chunk at a time, so that a chunk's codes stay in the cache.
-    """
-    n_out, n_in = weight.shape
-    bits, n_tiles = weight.format.bits, -(-n_out // LANES)
+    """Return packed codes, scales, offsets, and the factors of both."""
+    (n_out, n_in), bits = weight.shape, weight.format.bits
     empty = pages.empty if pages else in_large_pages
-    data = empty((n_tiles, n_in // GROUP * bits, LANES, 1), torch.int32)
-    step = max(1, _CHUNK_WEIGHTS // n_in // LANES) * LANES
-    grids = []
-    for begin in range(0, n_out, step):
-        rows = weight.rows(slice(begin, begin + step))
-        codes = rows.codes().contiguous()
-        target = data[begin // LANES :]
-        library().layerskip_pack(
-            *(bits, codes.data_ptr(), len(codes), n_in, target.data_ptr(), num_threads_to_use())
-        )
-        grids.append(rows.grid())
-    return [
-        data,
-        *(
-            None if parts[0] is None else _tiles([torch.cat(parts)[..., None]], n_out, pages)
-            for parts in ([getattr(grid, name) for grid in grids] for name in _GRID)
-        ),
-    ]
-
-
-_GRID = ("scales", "offsets", "factors", "offset_factors")
+    codes = empty((-(-n_out // LANES), n_in // GROUP * bits, LANES, 1), torch.int32)
+    blocks, threads = weight.data.contiguous(), num_threads_to_use()
+    library().layerskip_pack(
+        *(ctypes.byref(BlocksStruct.of(weight.format)), bits, blocks.data_ptr(), n_out, n_in),
+        *(codes.data_ptr(), threads),
+    )
+    scales, factors, offsets, offset_factors = (
+        None if part is None else _tiles([part[..., None]], n_out, pages) for part in weight.grid()
+    )
+    return [codes, scales, offsets, factors, offset_factors]
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -104,22 +104,69 @@ inline int code_of(int32_t kind, const uint32_t *words, int64_t lane, int64_t k)
   return kind == TABLE4 ? TABLE[code] : code;
 }
 
-// Packs 16 rows of codes, one code in each byte; fewer rows are padded with zeros.
-inline void pack_panel(int bits, const uint8_t *codes, int64_t n_rows, int64_t in, uint32_t *panel) {
-  for (int64_t lane = 0; lane < LANES; lane++)
-    for (int64_t g = 0; g < in / GROUP; g++) {
-      uint32_t fours[8] = {};
-      if (lane < n_rows) memcpy(fours, codes + lane * in + g * GROUP, GROUP);
-      uint32_t *words = panel + g * bits * LANES + lane;
-      int done = 0;
-      for (int b = 8; b; b /= 2) {
-        if ((bits & b) == 0) continue;
-        for (int w = 0; w < b; w++) {
-          uint32_t word = 0;
-          for (int i = 0; i < 8 / b; i++) word |= (fours[w * 8 / b + i] >> done & repeat((1u << b) - 1)) << (b * i);
-          words[(done + w) * LANES] = word;
-        }
-        done += b;
+// A format of GGML's blocks: see `block_formats.py`. Runs of codes have a multiple of 16 bytes; or one byte, in a
+// second plane of single bits.
+struct Blocks {
+  int32_t weights, bytes, n_planes;
+  int32_t flip;  // turns a code's highest bit if codes are signed
+  struct Plane {
+    int32_t begin, bits, run;
+  } planes[2];
+};
+
+// Writes the codes of a block, one in each byte.
+inline void read_codes(const Blocks &format, const uint8_t *block, uint8_t *codes) {
+  typedef uint32_t Sixteen __attribute__((vector_size(16)));  // bytes; what a shift moves into one is masked
+  Sixteen before = Sixteen{} + repeat(format.flip);
+  int done = 0;
+  for (int p = 0; p < format.n_planes; p++) {
+    const auto [begin, bits, run] = format.planes[p];
+    const uint8_t *from = block + begin;
+    const uint32_t mask = repeat((1u << bits) - 1);
+    if (run == 1) {  // bit i becomes byte i
+      for (int k = 0; k < format.weights; k += 8, from++) {
+        const uint64_t one = (*from * 0x0101010101010101u & 0x8040201008040201u) + 0x7f7f7f7f7f7f7f7fu;
+        store(codes + k, load<uint64_t>(codes + k) ^ (one >> 7 & 0x0101010101010101u) << done);
+      }
+    } else {
+      for (uint8_t *to = codes; to < codes + format.weights; from += run)
+        for (int shift = 0; shift < 8; shift += bits, to += run)
+          for (int j = 0; j < run; j += 16) {
+            if (p > 0) before = load<Sixteen>(to + j);
+            store(to + j, before ^ (load<Sixteen>(from + j) >> shift & mask) << done);
+          }
+    }
+    done += bits;
+  }
+}
+
+// Writes a plane of B bits of a group of codes, from the bit `done` on.
+template <int B>
+inline void pack_plane(const uint32_t *fours, int done, uint32_t *words) {
+#pragma GCC unroll 8
+  for (int w = 0; w < B; w++) {
+    uint32_t word = 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < 8 / B; i++) word |= (fours[w * 8 / B + i] >> done & repeat((1u << B) - 1)) << (B * i);
+    words[(done + w) * LANES] = word;
+  }
+}
+
+// Packs 16 rows of blocks; fewer rows are padded with zeros.
+inline void pack_panel(const Blocks &format, int bits, const uint8_t *rows, int64_t n_rows, int64_t in, uint32_t *panel) {
+  const int64_t blocks = in / format.weights;
+  if (n_rows < LANES) memset(panel, 0, in * bits * LANES / 8);
+  for (int64_t block = 0; block < blocks; block++)
+    for (int64_t lane = 0; lane < n_rows; lane++) {
+      uint32_t fours[SUPER / 4];
+      read_codes(format, rows + (lane * blocks + block) * format.bytes, (uint8_t *)fours);
+      for (int g = 0; g < format.weights / GROUP; g++) {
+        const uint32_t *codes = fours + g * GROUP / 4;
+        uint32_t *words = panel + (block * format.weights / GROUP + g) * bits * LANES + lane;
+        if (bits & 8) pack_plane<8>(codes, 0, words);
+        if (bits & 4) pack_plane<4>(codes, 0, words);
+        if (bits & 2) pack_plane<2>(codes, bits & 4, words);
+        if (bits & 1) pack_plane<1>(codes, bits & 6, words);
       }
     }
 }
