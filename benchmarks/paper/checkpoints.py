@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from layerskip.data.readers import hidden_bars
 from layerskip.fileio import read_json
-from layerskip.model.hub import BUILTIN_MODELS, DerivedModel
+from layerskip.model.hub import BUILTIN_MODELS, PackagedModel
 from layerskip.model.weights import SafetensorsFiles
 from layerskip.recipe import RecipeConfig
 from layerskip.training import Progress, TrainConfig, train
@@ -106,7 +106,7 @@ def shown(folder: Path) -> str:
 def version(model: str) -> str | None:
     """Return the checksum of a built-in model that changes between versions; None for others."""
     known = BUILTIN_MODELS.get(model)
-    return known.sha256 if isinstance(known, DerivedModel) else None
+    return known.sha256 if isinstance(known, PackagedModel) else None
 
 
 def trained(config: TrainConfig, tokens_of_epoch: int, *, again: bool = False) -> dict[str, Any]:
