@@ -1,6 +1,6 @@
 """Compare the compiled CPU kernels with eager PyTorch and torch.compile on the same weights.
 
-    python benchmarks/compiled_kernels.py --output benchmarks/results/kernels.json
+    python benchmarks/compiled_kernels.py --output kernels.json
     python benchmarks/compiled_kernels.py --torch-compile --output benchmarks/results/torch-compile.json
 
 Reports the milliseconds of one pass of all layers and the head over n positions after 192 others;

@@ -323,15 +323,6 @@ def quantization(document: dict[str, Any], *checkpoints: dict[str, Any]) -> list
     return lines
 
 
-def kernels(document: dict[str, Any]) -> list[Line]:
-    positions = ("1", "3", "5", "8", "16")
-    lines = [["ms", *(f"{n} position{'s' * (n != '1')}" for n in positions)]]
-    for kind, systems in document["ms"].items():
-        for system, name in (("compiled", "kernels"), ("pytorch", "PyTorch")):
-            lines.append([f"{kind}, {name}", *(f"{systems[system][n]:.1f}" for n in positions)])
-    return lines
-
-
 def busy_cores(document: dict[str, Any]) -> list[Line]:
     """Tokens/s beside busy processes, and the chosen number of threads relative to the best one."""
     choices = list(document["rows"][0]["tokens/s"])
@@ -438,7 +429,6 @@ TABLES = {
         "python benchmarks/quality.py weights",
         quantization,
     ),
-    "kernels": Table(("kernels",), "python benchmarks/compiled_kernels.py", kernels),
     "vllm-cpu-seconds": Table(
         ("vllm-topv2-cpu-seconds", "vllm-topv2-by-batch-cpu-seconds"),
         "python benchmarks/vllm_modes.py --model TARGET --draft DRAFT --busy --threads 1",

@@ -25,7 +25,7 @@ class ScriptedDecoder:
         prompt_tokens: length of the prompt.
     """
 
-    device, dtype, weights = torch.device("cpu"), torch.float32, "16bit"
+    device, dtype, weights, kv_cache = torch.device("cpu"), torch.float32, "16bit", "auto"
     dtype_name = "float32"
     kernels = "pytorch"
     head = SimpleNamespace(weight_bytes=1)
