@@ -268,22 +268,6 @@ def exactness(*documents: dict[str, Any]) -> list[Line]:
     return lines
 
 
-def training(document: dict[str, Any]) -> list[Line]:
-    lines = [["", "tokens/s", "time of a step", "quartiles", "peak memory"]]
-    for row in document["rows"]:
-        low, high = row["step_over_plain_quartiles"]
-        lines.append(
-            [
-                row["variant"],
-                f"{row['tokens_per_s']:.0f}",
-                times(row["step_over_plain"]),
-                f"{low:.2f}-{high:.2f}",
-                times(row["peak_memory_over_plain"]),
-            ]
-        )
-    return lines
-
-
 def vllm(*documents: dict[str, Any]) -> list[Line]:
     """Rows by mode, columns by batch size: tokens a second, or a CPU second on a busy machine."""
     rows = [row for document in documents for row in document["rows"]]
@@ -422,7 +406,6 @@ TABLES = {
         "python benchmarks/checkpoint.py CHECKPOINT topv2 --control CONTROL --early-exit --rows 500",
         exits,
     ),
-    "training": Table(("training",), "python benchmarks/training.py", training),
     "adapter": Table(("adapter-training",), "layerskip adapt --model smollm2-135m", adapter),
     "quantization": Table(
         ("quantization", "topv2-recipe", "topv2-int4-gptq", "topv2-int4-nearest"),

@@ -163,12 +163,16 @@ def test_figures_are_in_the_files_that_their_sections_name(page):
 
 
 def test_figures_need_a_file_and_its_digits():
-    text = "## Speed\n\nCommands: 2.63x, 269 tokens/s (`benchmarks/results/demo.json`).\n"
+    row = json.loads((RESULTS / "demo.json").read_text())["scenes"][0]["rows"][1]
+    speedup, speed = f"{row['speedup']:.2f}x", f"{row['tokens_per_s']:.0f} tokens/s"
+    text = f"## Speed\n\nCommands: {speedup}, {speed} (`benchmarks/results/demo.json`).\n"
     assert unfounded("", text) == []
-    assert unfounded("", text.replace("2.63x", "2.64x")) == ["2.64x"]
-    assert unfounded("", text.replace("269", "268")) == ["268 tokens/s"]
-    assert unfounded("", text.replace("demo.json", "overlap.json")) == ["2.63x", "269 tokens/s"]
-    assert unfounded("", text.replace("(`", "\n## Files\n(`")) == ["2.63x", "269 tokens/s"]
+    wrong = f"{row['speedup'] + 0.01:.2f}x"
+    assert unfounded("", text.replace(speedup, wrong)) == [wrong]
+    wrong = f"{row['tokens_per_s'] - 1:.0f} tokens/s"
+    assert unfounded("", text.replace(speed, wrong)) == [wrong]
+    assert unfounded("", text.replace("demo.json", "overlap.json")) == [speedup, speed]
+    assert unfounded("", text.replace("(`", "\n## Files\n(`")) == [speedup, speed]
     table = "|a|b|\n|---|---|\n|7|{}|\n\n`benchmarks/results/overlap.json`\n"
     assert unfounded("", table.format("3,603 of 27,695")) == []
     assert unfounded("", table.format("3,604 of 27,695")) == ["3,604"]
