@@ -1,21 +1,18 @@
 """Measure a trained checkpoint: task quality, draft acceptance of every exit, perplexity.
 
-    LAYERSKIP_DATA=/path/to/data python benchmarks/checkpoint.py runs/checkpoint runs/mixture \\
-        --control runs/checkpoint-control --output checkpoint.json
     LAYERSKIP_DATA=/path/to/data python benchmarks/checkpoint.py runs/topv2 topv2 \\
         --control runs/topv2-control --early-exit --rows 2300 --exits 4,8 \\
         --unseen '$LAYERSKIP_DATA/topv2/*_train.tsv' --output benchmarks/results/topv2-checkpoint.json
 
 The held-out rows are a task of `layerskip bench`, or a folder with one file `test-NAME.jsonl` for each
-task (examples/checkpoint/prepare.py writes one). If NAME is a task of `layerskip bench`, that task is
+task. If NAME is a task of `layerskip bench`, that task is
 used, so that its results compare with others.
 
 The last layer's greedy outputs are judged. Along them, the agreement of every exit with the last layer
 is read, and rounds of d = 4 drafted tokens are replayed. --early-exit also judges the outputs of early
 exit alone. --unseen leaves out prompts that the training rows contain, but for case and spaces.
 A control is a second checkpoint, for example one trained without the recipe; its exits are not
-measured. The settings and log of the training run and the record of the mixture are copied into the
-result.
+measured. The settings and log of the training run are copied into the result.
 """
 
 import argparse
@@ -202,8 +199,8 @@ def acceptance_by_exit(
 def training_record(folder: Path) -> dict[str, Any] | None:
     """Return settings and totals of the run that wrote a checkpoint; None without a record.
 
-    `before` is the run that wrote the checkpoint it started from, `mixture` the record beside its
-    training rows, `average` that of examples/checkpoint/average.py.
+    `before` is the run that wrote the checkpoint it started from. Where they exist, `mixture` is the
+    file mixture.json in the folder of its training rows, and `average` the checkpoint's average.json.
     """
     settings = _read_json(folder / "train.json")
     if settings is None:

@@ -257,7 +257,7 @@ def saved(case, folder, **changes):
 
 
 def options_of(kind):
-    """How a kind of decoder is loaded."""
+    """Loading options of a kind of decoder."""
     if kind in ("float32", "bfloat16"):
         return {"dtype": getattr(torch, kind)}
     return {

@@ -34,14 +34,14 @@ class AdaptConfig:
         2, "Number of layers that run for each drafted token (0 or more).", at_least=0, metavar="E"
     )
     draft_vocabulary: int = option(
-        8192, "Number of tokens that the adapter drafts beside those of the prompt.", at_least=2
+        8192, "Number of tokens that the adapter drafts besides those of the prompt.", at_least=2
     )
     depths: int = option(
         2, "Number of tokens drafted one after another in training.", at_least=1, at_most=8
     )
     learning_rate: float = option(5e-4, "Peak learning rate; it falls linearly.", above=0.0)
     ce_weight: float = option(
-        0.3, "Weight of the cross-entropy beside the KL divergence.", at_least=0.0
+        0.3, "Weight of the cross-entropy, added to the KL divergence.", at_least=0.0
     )
     epochs: float = option(4.0, "Passes over each token on average.", above=0.0)
     own_share: float = option(

@@ -23,7 +23,7 @@ def command(name: str, as_json: bool, output: Path | None) -> None:
 
     \b
     Examples:
-      layerskip pull smollm2-135m-topv2
+      layerskip pull smollm2-135m
       layerskip pull Qwen/Qwen3-0.6B
       layerskip pull Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF:Q4_K_M
     """

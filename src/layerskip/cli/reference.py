@@ -59,11 +59,11 @@ _CONFIGS: dict[type[Any], tuple[str, str]] = {
     BenchConfig: (
         "Benchmarks",
         "Fields of `layerskip.bench.systems.BenchConfig`, and flags of"
-        " [`layerskip bench`](../how-to/bench.md), beside those of sampling (see Decoding).",
+        " [`layerskip bench`](../how-to/bench.md), besides those of sampling (see Decoding).",
     ),
     ServeConfig: (
         "Server",
-        "Flags of [`layerskip serve`](../how-to/serve.md), beside those of loading and decoding, which"
+        "Flags of [`layerskip serve`](../how-to/serve.md), besides those of loading and decoding, which"
         " are the defaults of requests.",
     ),
 }

@@ -60,7 +60,7 @@ class DecodingConfig(Sampling):
     )
     draft_vocabulary: int | tuple[int, ...] | None = option(
         None,
-        "Number of tokens that the early exit may draft beside those of the prompt; 0 = all.",
+        "Number of tokens that the early exit may draft besides those of the prompt; 0 = all.",
         at_least=0,
         metavar="N",
         repr=False,
@@ -226,7 +226,7 @@ class DecodingConfig(Sampling):
 
         `auto` becomes self-speculative decoding with adaptive drafts: from n-grams, and from an exit
         adapter where the model has one, or else from the early exit where the checkpoint or the caller
-        names one, through the checkpoint's draft vocabulary. A prediction is drafted from beside the
+        names one, through the checkpoint's draft vocabulary. A prediction is drafted from besides the
         other sources, and so are tokens that a grammar forces where no source was named.
         In the other modes nothing is on that was not asked for; an open exit layer is the checkpoint's,
         else a quarter of the layers. A resolved config resolves to itself.

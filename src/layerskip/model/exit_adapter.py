@@ -71,7 +71,7 @@ class AdapterSettings:
 
     Attributes:
         exit_layer: E, 0 or more layers of the base that run for each drafted token.
-        logit_scale: multiplies the logits, beside the base's own scale: one over the temperature.
+        logit_scale: multiplies the logits, besides the base's own scale: one over the temperature.
         base: hashes of the model that it was trained for (see `hashes_of`).
         acceptance: of greedy drafts on held-out prompts; None in files that do not have it.
     """
@@ -90,7 +90,7 @@ class ExitAdapterWeights:
         settings: of its file.
         decoder: the layer and the final norm, with the base's head.
         projection: [N, 2 D], two normalized hidden states side by side, to [N, D].
-        draft_vocabulary: the tokens that it drafts beside those of the prompt.
+        draft_vocabulary: the tokens that it drafts besides those of the prompt.
     """
 
     settings: AdapterSettings

@@ -295,7 +295,7 @@ def family_of_gguf(architecture: str, has_experts: bool) -> str:
 def gguf_names(family: str) -> dict[str, str]:
     """Map tensor names in a family's GGUF files to transformers', without `.weight` and `.bias`.
 
-    Names of layers have "{}" in place of the layer's number, those of experts a second one.
+    Names of tensors have "{}" for the index of the layer, and those of experts a second one.
     """
     names, table = FAMILIES[family].names, dict[str, str]()
     for field, in_gguf in {**GGUF_NAMES, **GGUF_EXPERTS}.items():

@@ -50,7 +50,7 @@ class BuiltinModel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackagedModel:
-    """A folder of this package, in `PACKAGED`: `model.gguf`, the files beside it and a card.
+    """A folder of this package, in `PACKAGED`: `model.gguf`, `FILES_BESIDE` and a model card.
 
     Attributes:
         base: a key of `BUILTIN_MODELS`, from which it was trained.

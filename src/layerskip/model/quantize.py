@@ -149,7 +149,7 @@ def quantize(weight: Tensor, bits: int) -> Quantized:
 def from_codes(
     kind: Kind, codes: Tensor, scales: Tensor, offsets: Tensor | None = None
 ) -> Quantized:
-    """Put the codes of each group behind its scale and offset.
+    """Write blocks of a scale, an offset and the codes for each group.
 
     Args:
         kind: Q8_0, Q4_0 (without offsets) or Q4_1 (with offsets).

@@ -51,7 +51,7 @@ class RecipeConfig:
         rotation: R of the rotational curriculum.
         exits: the exits the curriculum chooses from; None = every layer.
         exit_every: the exits the curriculum chooses from are every n-th layer.
-        fixed_exits: exits with a loss at every step, beside the last layer.
+        fixed_exits: exits with a loss at every step, besides the last layer.
         exit_weighting: e(l), the weight before normalisation: the `paper`'s, `linear` or `equal`.
         e_scale: the paper's e_scale, the weight of early exits against the last layer, >= 0; not
             used where the weights are equal.
@@ -85,7 +85,7 @@ class RecipeConfig:
     )
     exit_every: int = setting("The curriculum chooses from every n-th layer.", 1)
     fixed_exits: tuple[int, ...] = setting(
-        "Exits with a loss at every step, beside the last layer: the ones that will draft.", ()
+        "Exits with a loss at every step, besides the last layer: the ones that will draft.", ()
     )
     exit_weighting: Literal["paper", "linear", "equal"] = setting(
         "e(l), the weights of the exits' losses; equal teaches early exits fastest.", "paper"

@@ -81,7 +81,7 @@ class LayerSkipMixin(_Trainer):  # type: ignore[misc]
 
     Args:
         recipe: the settings.
-        eval_exits: exits to evaluate beside the last layer; None = about eight, evenly spread, and
+        eval_exits: exits to evaluate besides the last layer; None = about eight, evenly spread, and
             those that the recipe names.
         *args: the trainer's own.
         **kwargs: the trainer's own.

@@ -1,8 +1,8 @@
 """Chooses the number of threads of each pass: fewer while other processes keep the cores busy.
 
-All threads wait for each other several times a layer, so one that the scheduler has paused holds up all:
-beside a busy process, one thread is up to three times as fast as two. The kernels count how long threads
-wait (`threads.h`). Results do not depend on the number of threads.
+All threads wait for each other several times in a layer, so a thread that the scheduler has paused
+delays all others: with another process on the same cores, one thread can be faster than two. The kernels
+count how long threads wait (`threads.h`). Results do not depend on the number of threads.
 """
 
 import ctypes
@@ -31,8 +31,8 @@ class TeamSize:
     pass, the kernels remove threads by the same rule.
 
     Args:
-        pass_times: nanoseconds that passes of several threads took in total, and of these the ones that
-            threads waited.
+        pass_times: total nanoseconds of passes with several threads, and the nanoseconds that threads
+            waited in them.
         clock: in nanoseconds.
     """
 
