@@ -94,14 +94,15 @@ def test_draft_length_by_batch_size(run, prompts, plain, monkeypatch):
     assert drafted.token_ids == [[ids[0][: 8 + 3 * i]] for i, ids in enumerate(plain)]
     assert accepted(drafted) > 0
     lengths = {1: 4, 2: 4, 3: 1, 4: 1, 5: 1, 6: 0, 7: 0, 8: 0}
-    assert {batch_size for batch_size, _ in shapes} >= {1, 4, 8}
+    assert {length for _, length in shapes} == {0, 1, 4}
     assert all(length == lengths[batch_size] for batch_size, length in shapes)
 
 
-def test_no_drafts_at_large_batches(run, prompts, plain):
+def test_no_drafts_at_large_batches(run, prompts):
     table = {"num_speculative_tokens_per_batch_size": [[1, 4, 4], [5, 8, 0]]}
-    drafted = run(prompts, GREEDY | {"ignore_eos": True}, LAYERSKIP | table)
-    assert drafted.token_ids == plain
+    sampling = GREEDY | {"ignore_eos": True}  # all end at once
+    drafted = run(prompts, sampling, LAYERSKIP | table)
+    assert drafted.token_ids == run(prompts, sampling).token_ids
     assert drafted.counters["spec_decode_num_draft_tokens"] == 0
 
 
