@@ -9,12 +9,13 @@ from unittest import mock
 
 import click
 import gguf
+import reference_pages
 
 from layerskip import Generation
 from layerskip.bench.bench import Row
 from layerskip.bench.measure import Entry, Run, Setting
 from layerskip.bench.rows import row
-from layerskip.cli import layerskip_command, reference
+from layerskip.cli import layerskip_command
 from layerskip.decoding import DecodingConfig, Step
 from layerskip.lens import Report
 from layerskip.model.block_formats import FORMATS
@@ -81,8 +82,8 @@ def without_code(page):
 
 
 def test_generated_pages_are_up_to_date():
-    """After a change of options: python -m layerskip.cli.reference."""
-    for path, text in reference.pages(ROOT).items():
+    """After a change of options: python docs/reference_pages.py."""
+    for path, text in reference_pages.pages(ROOT).items():
         assert path.read_text() == text, path
 
 

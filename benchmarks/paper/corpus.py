@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerskip.data.python_files import python_files, standard_library
 from layerskip.data.readers import read_text
-from layerskip.training import python_functions
-from layerskip.training.python_functions import python_files
+from paper import python_functions
 
 STANDARD_LIBRARY = "stdlib"
 HELD_OUT = 20  # one file in so many
@@ -78,7 +78,7 @@ def _python_files(sources: Iterable[str]) -> list[tuple[str, Path]]:
 
 def _root(source: str) -> Path:
     if source == STANDARD_LIBRARY:
-        return python_functions.standard_library()
+        return standard_library()
     spec = importlib.util.find_spec(source) if source.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"{source!r} is no file, no installed package, and not {STANDARD_LIBRARY}")

@@ -14,7 +14,7 @@ PROGRAM = """
 import json
 import click
 from layerskip.cli.main import layerskip_command
-from layerskip.cli.reference import config_page
+from reference_pages import config_page
 from layerskip.decoding import DecodingConfig
 
 context = click.Context(layerskip_command)
@@ -34,7 +34,7 @@ def test_an_option_is_added_in_one_place(tmp_path):
     text = config.read_text()
     assert text.count("    max_new_tokens: int =") == 1
     config.write_text(text.replace("    max_new_tokens: int =", OPTION))
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT / 'docs'}"}
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

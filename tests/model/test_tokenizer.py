@@ -1,5 +1,6 @@
 """Tokenizers out of folders and GGUF files."""
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -221,6 +222,16 @@ def test_hostile_chat_templates(file, template, reason):
     with pytest.raises(ValueError, match=reason) as caught:
         tokenizer.render_chat(own, chat)
     assert "\n" not in str(caught.value)
+
+
+def test_a_chat_template_that_fills_the_memory_is_stopped(file, monkeypatch):
+    own = load(file, dtype=torch.float32).tokenizer
+    own.chat_template = "{% set a = 1 %}\n{% set b = 2 %}\n{{ messages[0].content }}"
+    assert tokenizer.render_chat(own, [{"role": "user", "content": "aa"}]) == "aa"
+    sizes = itertools.count(0, 2**28)
+    monkeypatch.setattr(tokenizer, "max_resident_bytes", lambda: next(sizes))
+    with pytest.raises(ValueError, match="too much memory"):
+        tokenizer.render_chat(own, [{"role": "user", "content": "aa"}])
 
 
 def test_arguments_of_templates_that_cannot_be_used():

@@ -2,6 +2,7 @@ import pytest
 import yaml
 
 from layerskip.training import TrainConfig
+from layerskip.training.config import read_settings
 
 NEEDED = {"model": "m", "data": "d", "output": "o"}
 
@@ -122,6 +123,13 @@ def test_a_home_folder_is_spelled_out(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     config = make(model="~/model", output="~/out")
     assert (config.model, config.output) == ("/home/somebody/model", "/home/somebody/out")
+
+
+def test_a_yaml_file_that_is_too_long_is_refused(tmp_path):
+    file = tmp_path / "long.yaml"
+    file.write_text("#" * 2**20 + "\nmodel: x\n")
+    with pytest.raises(ValueError, match=r"long\.yaml is not YAML: it has more than 1,048,576"):
+        read_settings(file)
 
 
 def test_aliases_of_yaml_make_no_long_message():

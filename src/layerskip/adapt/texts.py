@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from layerskip.adapt.config import PYTHON_TEXTS
+from layerskip.data.python_files import python_files, standard_library
 from layerskip.data.readers import prompt_of, read_rows
-from layerskip.training.python_functions import python_files, standard_library
 
 _MAX_FILES = 500  # of Python sources
 _PACKAGES = (

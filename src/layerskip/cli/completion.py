@@ -1,6 +1,6 @@
 """Shell completion without PyTorch, from a table of all flags.
 
-A command's module takes seconds to import, too long for the Tab key. `layerskip.cli.reference` writes
+A command's module takes seconds to import, too long for the Tab key. `docs/reference_pages.py` writes
 the table, flags.json: command -> flag or argument -> "flag", "file", "value" or a list of choices.
 """
 

@@ -134,6 +134,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     with contextlib.suppress(OSError, StopIteration):
         lines = _STATUS.read_text().splitlines()
         return 1024 * int(next(x for x in lines if x.startswith("VmHWM")).split()[1])
+    return max_resident_bytes()
+
+
+def max_resident_bytes() -> int:
+    """Return the peak memory of the process, in less than a microsecond; 0 = unknown."""
     try:
         import resource
     except ImportError:  # Windows

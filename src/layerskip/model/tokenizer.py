@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from layerskip.fileio import CheckpointError, check_within, parse_json, read_json, write_json
 from layerskip.model.architecture import UnsupportedModelError
+from layerskip.model.hardware import max_resident_bytes
 from layerskip.model.weights import GgufFile
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ _NO_VARIABLES = frozenset(
 )
 _MAX_RENDERED = 2**24  # characters, far more than any context
 _MAX_LINES = 5_000_000  # of a template that run: seconds
+_MAX_GROWTH = 2**28  # bytes of memory that a template may add
 
 
 def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,7 +209,8 @@ def _json_value(row: Mapping[str, Any], name: str) -> Any:
 def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
     """Render messages with the tokenizer's chat template, which somebody else wrote.
 
-    Its output is bounded, and so is the number of lines that it runs, in loops and macros.
+    Its output is bounded, and so are its memory and the number of lines that it runs, in loops and
+    macros.
 
     Args:
         tokenizer: of transformers, with a chat template.
@@ -234,8 +237,8 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **argumen
 
 @contextlib.contextmanager
 def _bounded_templates() -> Iterator[None]:
-    """Raise ValueError when Jinja templates have run `_MAX_LINES` lines in this thread."""
-    n_lines = 0
+    """Raise ValueError when templates of this thread run too many lines, or fill the memory."""
+    n_lines, before_bytes = 0, max_resident_bytes()
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal n_lines
@@ -244,6 +247,8 @@ def _bounded_templates() -> Iterator[None]:
         n_lines += 1
         if n_lines > _MAX_LINES:
             raise ValueError("its loops do not end")
+        if max_resident_bytes() - before_bytes > _MAX_GROWTH:
+            raise ValueError("it takes too much memory")
         return trace
 
     before = sys.gettrace()

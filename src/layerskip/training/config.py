@@ -19,6 +19,7 @@ from layerskip.recipe.schedule import RecipeConfig, setting
 _LEARNING_RATES = {"pretrain": 8e-4, "continual": 3e-5, "domain": 1e-4, "task": 1e-4}
 
 
+_MAX_YAML_CHARS = 2**20
 _ALIASES = {"keep_draft_text": "keep_datastore"}  # deprecated names
 # A flag -> the settings of a file that it replaces, because they would contradict it.
 _REPLACES = {
@@ -277,10 +278,14 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(_MAX_YAML_CHARS + 1)
+        if len(text) > _MAX_YAML_CHARS:
+            raise ValueError(f"it has more than {_MAX_YAML_CHARS:,} characters")
+        values = yaml.safe_load(text)
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply: lines 'name: value' are needed") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
+    except (yaml.YAMLError, ValueError) as error:  # too long, not UTF-8, or an impossible date
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must have lines of the form 'name: value'")

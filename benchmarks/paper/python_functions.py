@@ -1,15 +1,10 @@
-"""Functions of the Python standard library, as rows to train on that every Python has."""
+"""Functions of Python sources, as rows to train on that every Python has."""
 
 import ast
-import os
-import sysconfig
 import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-
-_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,28 +26,6 @@ class Function:
         """
         prompt = "\n".join(self.lines[:n_lines]).rstrip()
         return prompt, "\n".join(self.lines)[len(prompt) :].rstrip()
-
-
-def standard_library() -> Path:
-    """Return the folder of this Python's sources."""
-    return Path(sysconfig.get_path("stdlib"))
-
-
-def python_files(folder: Path) -> list[Path]:
-    """List the sources of a library in order, without tests and installed packages."""
-    files: list[Path] = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = set(folders) - _LEFT_OUT  # prunes the walk
-        files += [Path(parent, name) for name in names if name.endswith(".py")]
-    return sorted(files)
-
-
-def functions_in(path: Path) -> list[Function]:
-    """Return the functions of a file, or none if it is not valid Python."""
-    try:
-        return list(functions(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError):
-        return []
 
 
 def functions(source: str) -> Iterator[Function]:

@@ -1,11 +1,10 @@
-"""Reference pages from the code; `python -m layerskip.cli.reference` writes them in a checkout.
+"""Reference pages from the code; `python docs/reference_pages.py` writes them.
 
 They are cli.md, config.md and metrics.md of docs/reference, the help texts that the tests compare
 (tests/cli/help), and the flags for shell completion.
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -22,7 +21,7 @@ from layerskip.serve.config import ServeConfig
 from layerskip.training import TrainConfig
 from layerskip.tune import TuneConfig
 
-_NOTE = "This page is generated: run `python -m layerskip.cli.reference` after a change of options."
+_NOTE = "This page is generated: run `python docs/reference_pages.py` after a change of options."
 _WIDTH = 80
 # Class -> heading and introduction of its table.
 _CONFIGS: dict[type[Any], tuple[str, str]] = {
@@ -256,4 +255,4 @@ def _row(*cells: str) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path.cwd())
+    main(Path(__file__).parents[1])
