@@ -76,17 +76,34 @@ def test_up_to_the_longest_sequence(run, prompts):
     assert [len(ids[0]) for ids in plain.token_ids] == [80 - len(prompt) for prompt in prompts]
 
 
-def test_draft_length_by_batch_size(run, prompts, plain):
+def test_draft_length_by_batch_size(run, prompts, plain, monkeypatch):
+    from layerskip.vllm_plugin.proposer import LayerSkipProposer
+
+    propose = LayerSkipProposer.propose
+    shapes = []
+
+    def recorded(self, *args, **kwargs):
+        drafts = propose(self, *args, **kwargs)
+        shapes.append(tuple(drafts.shape))
+        return drafts
+
+    monkeypatch.setattr(LayerSkipProposer, "propose", recorded)
     table = {"num_speculative_tokens_per_batch_size": [[1, 2, 4], [3, 5, 1], [6, 8, 0]]}
     sampling = [GREEDY | {"max_tokens": 8 + 3 * index} for index in range(8)]
     drafted = run(prompts, sampling, LAYERSKIP | table)
     assert drafted.token_ids == [[ids[0][: 8 + 3 * i]] for i, ids in enumerate(plain)]
-    full = run(prompts, sampling, LAYERSKIP)
-    assert drafted.counters["spec_decode_num_draft_tokens"] > 0
-    assert (
-        drafted.counters["spec_decode_num_draft_tokens"]
-        < full.counters["spec_decode_num_draft_tokens"] / 2
-    )
+    assert accepted(drafted) > 0
+    lengths = {1: 4, 2: 4, 3: 1, 4: 1, 5: 1, 6: 0, 7: 0, 8: 0}
+    assert {length for _, length in shapes} == {0, 1, 4}
+    assert all(length == lengths[batch_size] for batch_size, length in shapes)
+
+
+def test_no_drafts_at_large_batches(run, prompts):
+    table = {"num_speculative_tokens_per_batch_size": [[1, 4, 4], [5, 8, 0]]}
+    sampling = GREEDY | {"ignore_eos": True}  # all end at once
+    drafted = run(prompts, sampling, LAYERSKIP | table)
+    assert drafted.token_ids == run(prompts, sampling).token_ids
+    assert drafted.counters["spec_decode_num_draft_tokens"] == 0
 
 
 def test_draft_vocabulary(run, prompts, plain, tiny_with_draft_vocabulary):
