@@ -87,6 +87,14 @@ def cpu_clock() -> Iterator[None]:
         yield
 
 
+def llama_bench(program: str, file: Path, threads: int, *options: str) -> list[dict[str, Any]]:
+    """Return the results of llama.cpp's own benchmark, with flash attention."""
+    command = [program, "-m", str(file), "-t", str(threads), "-fa", "1", "-o", "json", *options]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True)
+    results: list[dict[str, Any]] = json.loads(answer.stdout)
+    return results
+
+
 @torch.inference_mode()
 def verify(decoder: Decoder, cache: KVCache, n_positions: int) -> None:
     """Run all layers and the head over n positions after VERIFY_CONTEXT others."""

@@ -11,10 +11,11 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import deliver, environment, interleaved, parse, run
+from common import deliver, environment, interleaved, llama_bench, parse, run
 
 from layerskip import LayerSkipModel
 from layerskip.bench.machine import read_bandwidth
@@ -30,13 +31,16 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--cpu-seconds", action="store_true", help="time in CPU seconds")
+    parser.add_argument("--weights", default="16bit")
+    parser.add_argument("--gguf", type=Path, help="file of the same weights, for llama.cpp")
+    parser.add_argument("--llama-bench", metavar="PROGRAM", help="of a build of llama.cpp")
     options = parse(parser)
     clock = time.process_time if options.cpu_seconds else time.perf_counter
     bandwidth = read_bandwidth(torch.device("cpu"))
     caches, steps = {}, {}
     for kv_cache in KV_CACHES:
         model = LayerSkipModel.from_pretrained(
-            options.model, dtype=options.dtype, kv_cache=kv_cache
+            options.model, dtype=options.dtype, weights=options.weights, kv_cache=kv_cache
         )
         caches[kv_cache] = model.decoder, filled_cache(model.decoder, max(CONTEXTS) + 1)
         for context in CONTEXTS:
@@ -47,6 +51,7 @@ def main() -> None:
         cache_bytes = cache.slots.nbytes // cache.slots.shape[-2] * context
         rows.append(
             {
+                "system": "layerskip",
                 "kv_cache": kv_cache,
                 "context": context,
                 "tokens_per_s": 1 / s,
@@ -55,6 +60,8 @@ def main() -> None:
                 "bandwidth_share": (decoder.weight_bytes + cache_bytes) / s / bandwidth,
             }
         )
+    if options.llama_bench:
+        rows += llama_cpp_rows(options.llama_bench, options.gguf, options.threads)
     result: dict[str, Any] = {
         "environment": environment("benchmarks/long_context.py", options.dtype, decoder.kernels),
         "model": options.model,
@@ -62,6 +69,25 @@ def main() -> None:
         "rows": rows,
     }
     deliver(result, options.output)
+
+
+def llama_cpp_rows(program: str, file: Path, threads: int) -> list[dict[str, Any]]:
+    """Return rows of llama.cpp, with keys and values in 16 bits and in q8_0."""
+    contexts = ",".join(map(str, CONTEXTS))
+    rows = []
+    for kv_cache in ("f16", "q8_0"):
+        options = ["-p", "0", "-n", "16", "-r", "3", "-d", contexts]
+        options += ["-ctk", kv_cache, "-ctv", kv_cache]
+        for one in llama_bench(program, file, threads, *options):
+            rows.append(
+                {
+                    "system": "llama.cpp",
+                    "kv_cache": kv_cache,
+                    "context": one["n_depth"],
+                    "tokens_per_s": one["avg_ts"],
+                }
+            )
+    return rows
 
 
 @torch.inference_mode()

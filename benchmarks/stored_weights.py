@@ -6,7 +6,8 @@
 Each system runs in a process of its own; they take turns. Reported are the medians of plain decoding
 (128 tokens) and of the prefill of 512 tokens in tokens/s, the time to load, the resident memory
 afterwards, and the cost of a pass over five positions in units of one. llama.cpp runs through xllamacpp
-with flash attention. --make writes a Q4_K_M file with the quantizer and the rules of llama.cpp.
+with flash attention; with --llama-bench also as another build's program, and the faster one counts in
+each ratio. --make writes a Q4_K_M file with the quantizer and the rules of llama.cpp.
 """
 
 import argparse
@@ -18,13 +19,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from common import deliver, environment, interleaved, ms_of, parse, run, verify
+from common import deliver, environment, interleaved, llama_bench, ms_of, parse, run, verify
 from gguf import GGMLQuantizationType as Kind
 
 from layerskip import LayerSkipModel
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--make", action="store_true", help="write the second file from the first")
+    parser.add_argument("--llama-bench", metavar="PROGRAM", help="of a build of llama.cpp")
     parser.add_argument("--serve", choices=SYSTEMS, help="internal: one system's process")
     options = parse(parser)
     if options.make:
@@ -54,27 +57,51 @@ def main() -> None:
                 "benchmarks/stored_weights.py", "bfloat16", weights="stored"
             ),
             "rounds": options.rounds,
-            "files": {f.stem: compare(f, options.rounds, options.threads) for f in options.files},
+            "files": {
+                file.stem: compare(file, options.rounds, options.threads, options.llama_bench)
+                for file in options.files
+            },
         }
         deliver(result, options.output)
 
 
-def compare(file: Path, rounds: int, threads: int) -> dict[str, Any]:
-    """Return the figures of both systems, and the ratios of the first to the second."""
+def compare(file: Path, rounds: int, threads: int, program: str | None) -> dict[str, Any]:
+    """Return the figures of all systems, and the ratios of the first to the best of the others."""
     processes = {name: _Process(name, file, threads) for name in SYSTEMS}
     figures = {name: process.ask("loaded") for name, process in processes.items()}
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in SYSTEMS}
+    measures: dict[str, Figures] = {
+        name: partial(process.ask, "measure") for name, process in processes.items()
+    }
+    if program is not None:
+        figures["llama-bench"] = {}
+        measures["llama-bench"] = partial(_llama_bench, program, file, threads)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in measures}
     for i in range(rounds + 1):
-        for name, process in processes.items():
-            figure = process.ask("measure")
+        for name, measure in measures.items():
+            figure = measure()
             if i:  # the first round warms up
                 runs[name].append(figure)
+    for name, values in runs.items():
+        figures[name] |= {key: statistics.median(run[key] for run in values) for key in values[0]}
     for name, process in processes.items():
-        figures[name] |= {k: statistics.median(r[k] for r in runs[name]) for k in runs[name][0]}
         figures[name] |= process.ask("end")
-    ours, theirs = (figures[name] for name in SYSTEMS)
-    ratios = {f"{key}, ratio": ours[key] / theirs[key] for key in ours if key in theirs}
+    ours, *others = figures.values()
+    ratios = {}
+    for key, value in ours.items():
+        theirs = [other[key] for other in others if key in other]
+        if theirs:
+            best = max(theirs) if key.endswith("tokens/s") else min(theirs)
+            ratios[f"{key}, ratio"] = value / best
     return {"bytes": file.stat().st_size, **figures, **ratios}
+
+
+def _llama_bench(program: str, file: Path, threads: int) -> dict[str, float]:
+    prompt, new = (f"{PROMPT_TOKENS}", f"{NEW_TOKENS}")
+    results = llama_bench(program, file, threads, "-p", prompt, "-n", new, "-r", "1")
+    return {
+        "prefill tokens/s" if one["n_prompt"] else "decode tokens/s": one["avg_ts"]
+        for one in results
+    }
 
 
 class _Process:

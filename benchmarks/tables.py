@@ -213,7 +213,9 @@ def stored(document: dict[str, Any]) -> list[Line]:
         ["file", "decoding, tokens/s", "llama.cpp", "prefill", "llama.cpp", "memory", "load, s"]
     ]
     for name, both in document["files"].items():
-        ours, theirs = both["layerskip"], both["llama.cpp"]
+        ours, theirs = both["layerskip"], dict(both["llama.cpp"])
+        for key, value in both.get("llama-bench", {}).items():  # the faster build
+            theirs[key] = max(theirs[key], value)
         decode, prefill = "decode tokens/s", "prefill tokens/s"
         lines.append(
             [
@@ -329,6 +331,18 @@ def busy_cores(document: dict[str, Any]) -> list[Line]:
     return lines
 
 
+def long_context(document: dict[str, Any]) -> list[Line]:
+    """Tokens/s by context; in parentheses the share of the memory bandwidth."""
+    contexts = list(dict.fromkeys(row["context"] for row in document["rows"]))
+    lines: dict[tuple[str, str], Line] = {}
+    for row in document["rows"]:
+        key = row["system"], row["kv_cache"]
+        share = row.get("bandwidth_share")
+        text = f"{row['tokens_per_s']:.0f}" + (f" ({share:.0%})" if share else "")
+        lines.setdefault(key, [", ".join(key)]).append(text)
+    return [["tokens/s", *(f"{n:,}" for n in contexts)], *lines.values()]
+
+
 def serve(document: dict[str, Any]) -> list[Line]:
     """Two rows for each task and system, columns by the number of clients."""
     rows = [row for row in document["rows"] if "clients" in row]
@@ -402,6 +416,7 @@ TABLES = {
         ("stored-weights",), "python benchmarks/stored_weights.py FILES", stored
     ),
     "busy-cores": Table(("busy-cores",), "python benchmarks/busy_cores.py", busy_cores),
+    "long-context": Table(("long-context",), "python benchmarks/long_context.py", long_context),
     "batching": Table(("batching",), "python benchmarks/batching.py", batching),
     "structured-output": Table(
         ("structured-output",), "python benchmarks/structured_output.py", structured
