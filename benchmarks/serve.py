@@ -375,13 +375,13 @@ def _free_port() -> int:
 
 def prompts_of(task: str, model: LayerSkipModel, count: int) -> list[Prompt]:
     """Return token ids of a task's prompts, as `layerskip bench` would give them."""
-    loaded = load_task(task, samples=count, chat=model.has_chat_template, judged=False)
+    loaded = load_task(task, samples=2 * count, chat=model.has_chat_template, judged=False)
     prompts = []
     for sample in loaded.samples:
         ids = model.tokenize(sample.prompt)
         if len(ids) <= MAX_PROMPT_TOKENS:
             prompts.append(Prompt(ids, min(loaded.max_new_tokens, 128), tuple(loaded.stop)))
-    return prompts
+    return prompts[:count]
 
 
 # --- soak ---------------------------------------------------------------------------------------

@@ -59,7 +59,8 @@ async function connect() {
       if (response.ok) {
         const model = (await response.json()).data[0];
         const { weights, dtype } = model.layerskip;
-        $("model").textContent = [model.id, weights, dtype].filter((part) => part !== "16bit").join(" · ");
+        const format = weights === "stored" ? "quantized" : weights;
+        $("model").textContent = [model.id, format, dtype].filter((part) => part !== "16bit").join(" · ");
         document.title = `${model.id} · layerskip`;
         setPlainSpeed(model.layerskip.plain_tokens_per_s);
         return;
