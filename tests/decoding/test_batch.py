@@ -20,6 +20,7 @@ from tiny_decoders import (
     model_of,
     random_prompt,
     speculative,
+    steps,
     tiny_decoder,
     tokens_of,
 )
@@ -60,6 +61,14 @@ def test_greedy_rows_of_all_modes_are_those_of_each_prompt_alone(case):
     assert sources & {"early-exit", "n-gram"}
     accepted = [[step.accepted for step in row] for row in rows]
     assert any(len(set(counts)) > 1 for counts in zip(*accepted, strict=False))
+
+
+def test_a_row_alone_takes_the_steps_of_generate():
+    decoder = tiny_decoder("llama3.1")
+    prompt = random_prompt(decoder, 6) * 3
+    for config in MIXED:
+        (row,) = batch_steps(decoder, [prompt], config, 60, measured=FREE)
+        assert row == steps(decoder, prompt, config, 60, measured=FREE)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["pytorch", "compiled"])
