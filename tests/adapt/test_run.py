@@ -10,7 +10,7 @@ import tiny_checkpoint
 from layerskip import LayerSkipModel
 from layerskip.adapt import AdaptConfig, adapt, train
 from layerskip.fileio import CheckpointError, read_json
-from layerskip.model.exit_adapter import read_adapter
+from layerskip.model.exit_adapter import load_adapter, read_adapter
 
 SMALL = {
     "round_tokens": 400,
@@ -97,6 +97,16 @@ def test_a_run_ends_with_the_speed_of_each_source_and_a_card(trained, base):
     assert "base_model_relation: adapter" in card
     assert "| exit-adapter+n-gram |" in card
     assert "| `draft_vocabulary` | 200 |" in card
+
+
+def test_an_adapter_of_a_base_as_stored_takes_8_bits(trained, base):
+    _, result, _ = trained
+    decoder = LayerSkipModel.from_pretrained(base, adapter=result.path).decoder
+    in_16_bits = load_adapter(result.path, decoder, base)
+    decoder.weights = "stored"  # as if its matrices were those of a quantized GGUF file
+    in_8_bits = load_adapter(result.path, decoder, base)
+    assert in_8_bits.decoder.weights == "int8"
+    assert in_8_bits.weight_bytes < 0.7 * in_16_bits.weight_bytes
 
 
 def test_the_adapter_drafts_and_answers_stay_the_same(trained, base):

@@ -42,6 +42,12 @@ def test_reset_and_quit_and_system(talk):
     assert prompt_lengths(out) == [len("system: x\nuser: ab\nassistant: ")] * 2
 
 
+def test_a_mistyped_command_is_no_turn(talk):
+    _, out, err = talk(["/rest", "/etc/hosts ab"], "--json")
+    assert "there is no command /rest: /reset forgets" in err
+    assert prompt_lengths(out) == [len("user: /etc/hosts ab\nassistant: ")]
+
+
 def test_a_byte_order_mark_is_no_part_of_the_first_turn(talk):
     _, out, _ = talk(["\ufeffab"], "--json")
     assert prompt_lengths(out) == [len("user: ab\nassistant: ")]

@@ -3,18 +3,22 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from running_server import CHAT, error_of
 
 from layerskip.cli.main import run
+from layerskip.cli.serve import _curl
+from layerskip.model.checkpoint import CheckpointSettings, PromptForm
 from layerskip.serve import server as server_module
 from layerskip.serve.config import ServeConfig
 
@@ -127,6 +131,14 @@ def test_program_serves_drains_and_ends(folder):
             assert process.returncode == 0
         finally:
             process.kill()
+
+
+def test_command_for_a_checkpoint_of_one_task_fits_its_prompts():
+    form = PromptForm(text="a command", example="Text Mira's team\n", ending="\n")
+    model = SimpleNamespace(settings=CheckpointSettings(prompt_form=form), has_chat_template=True)
+    words = shlex.split(_curl("http://x", ServeConfig(), model))
+    assert words[1] == "http://x/v1/completions"
+    assert json.loads(words[-1])["prompt"] == form.example
 
 
 def test_second_signal_ends_at_once(start, monkeypatch):

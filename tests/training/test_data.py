@@ -16,6 +16,7 @@ from layerskip.training.data import (
     LeftOutWarning,
     LengthGroupedSampler,
     encode_rows,
+    ending_of_prompts,
     pack_rows,
 )
 
@@ -129,6 +130,25 @@ def test_the_answer_of_a_conversation_has_labels(tokenizer):
         Encoding(tokenizer=tokenizer)("x", {"messages": [1, 2]})
     with pytest.raises(ValueError, match="x: the last message is of the role 'user'"):
         Encoding(tokenizer=tokenizer)("x", {"messages": [*messages, messages[0]]})
+
+
+def test_prompts_end_in_a_line_break_if_all_do():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+
+    def ending(*prompts):
+        encode = Encoding(tokenizer=tokenizer)
+        rows = [encode("x", {"prompt": prompt, "completion": "\n3"}) for prompt in prompts]
+        return ending_of_prompts(rows, tokenizer)
+
+    assert ending("1 plus\n", "2 plus\n\n") == "\n"
+    assert ending("1 plus\n", "2 plus") == ""
+    assert ending("1 plus <turn>\n") == ""  # from a chat template
+    assert ending() == ""
 
 
 def test_a_conversation_has_its_tools(tokenizer):

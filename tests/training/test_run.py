@@ -102,6 +102,14 @@ def test_training_learns(settings):
             {"text": "ending in a line break", "example": "{prompt}\n", "ending": "\n"},
         ),
         (
+            {"ending_of_rows": "\n"},
+            {"text": "ending in a line break", "example": "{prompt}\n", "ending": "\n"},
+        ),
+        (
+            {"prompt": "{prompt}: ", "ending_of_rows": "\n"},
+            {"text": "ending in ': '", "example": "{prompt}: ", "ending": ": "},
+        ),
+        (
             {"prompt_form": "a sum", "prompt_example": "1 plus 1 is\n"},
             {"text": "a sum", "example": "1 plus 1 is\n", "ending": "\n"},
         ),
@@ -111,10 +119,10 @@ def test_training_learns(settings):
         ),
     ],
 )
-def test_the_form_of_the_prompts_is_that_of_the_settings_or_the_template(
-    settings, changes, expected
-):
-    form = prompt_form(TrainConfig.from_mapping({**settings, **changes}))
+def test_the_form_of_the_prompts_is_that_of_settings_template_or_rows(settings, changes, expected):
+    changes = {**changes}
+    ending = changes.pop("ending_of_rows", "")
+    form = prompt_form(TrainConfig.from_mapping({**settings, **changes}), ending)
     assert (form and dataclasses.asdict(form)) == expected
 
 

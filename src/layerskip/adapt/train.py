@@ -34,7 +34,7 @@ from layerskip.model.exit_adapter import (
     load_adapter,
     save_adapter,
 )
-from layerskip.model.hardware import has_fast_bfloat16
+from layerskip.model.hardware import product_dtype
 from layerskip.model.publish import create_repository, upload
 
 _BETAS, _WEIGHT_DECAY, _MAX_NORM = (0.9, 0.95), 0.01, 1.0
@@ -360,9 +360,8 @@ class _Run:
                     "exp_avg_sq": tensors[f"v.{name}"],
                 }
                 self._average.parameters[name].data.copy_(tensors[f"a.{name}"])
-        self._head = head_rows(self._files, self._vocabulary)
-        if has_fast_bfloat16(self._decoder.device):
-            self._head = self._head.bfloat16()
+        dtype = product_dtype(self._decoder.device)
+        self._head = head_rows(self._files, self._vocabulary).to(dtype)
 
     def _draft_vocabulary(self) -> tuple[int, ...]:
         """Return the most frequent tokens of texts and answers, and those that end an answer."""

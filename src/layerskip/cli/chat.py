@@ -1,6 +1,7 @@
 """`layerskip chat`: a conversation with a model."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,9 @@ def command(
                 break
             if text.strip() == "/help":
                 print(_HELP, file=sys.stderr)
+                continue
+            if re.fullmatch(r"/\w+", text.strip()) and text.strip() != "/reset":
+                log_stderr(f"there is no command {text.strip()}: {_HELP}")
                 continue
             if text.strip() == "/reset":
                 messages = list(opening)

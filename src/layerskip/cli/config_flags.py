@@ -248,7 +248,7 @@ def _help(description: Option, default: Any) -> str:
     if isinstance(default, tuple) and default:
         default = ",".join(map(str, default))
     is_value = isinstance(default, str | int | float) and not isinstance(default, bool)
-    if not is_value or "default" in text.lower():
+    if not is_value or default == "" or "default" in text.lower():
         return text
     shown = f"{default:g}" if isinstance(default, float) else default
     return f"{text}  [default: {shown}]"

@@ -105,7 +105,7 @@ SCENES = (
         template="{text}\n",
         is_chat=False,
         texts=(
-            "Wake me at twenty past six on every workday",
+            "Wake me at twenty past six every weekday",
             "How cold will it get in Oslo on Sunday night",
             "Text Mira that my train is ten minutes late",
             "Remind me to water the plants when I am home on Friday",
@@ -133,7 +133,7 @@ SCENES = (
         is_chat=True,
         texts=(
             "Why is the sky blue? Answer in two sentences.",
-            "Name three rivers in Europe and a city on each.",
+            "Write a Python function that reverses a string.",
         ),
         max_new_tokens=96,
         note="few tokens can be guessed from the text so far, so little is gained",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,18 @@ def command(**flags: Any) -> None:
 
     def ready() -> None:
         print(f"{name} is ready: {address}", flush=True)
-        print(_curl(address, config, service.model.has_chat_template), flush=True)
+        print(_curl(address, config, service.model), flush=True)
 
     Server(service, load, ready).run_on(listener)
 
 
-def _curl(address: str, config: ServeConfig, is_chat: bool) -> str:
+def _curl(address: str, config: ServeConfig, model: LayerSkipModel) -> str:
     """Return a command that gets an answer."""
     key = ' -H "Authorization: Bearer $LAYERSKIP_API_KEY"' if config.api_key else ""
     path, prompt = "completions", dict[str, Any](prompt="Once upon a time")
-    if is_chat:
+    if (form := model.settings.prompt_form) is not None:  # trained on a task, not on chats
+        prompt = {"prompt": form.example, "max_tokens": 64, "temperature": 0}
+    elif model.has_chat_template:
         path, prompt = "chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
-    return f"curl {address}/v1/{path}{key} -H 'Content-Type: application/json' -d '{json.dumps(prompt)}'"
+    body = shlex.quote(json.dumps(prompt))
+    return f"curl {address}/v1/{path}{key} -H 'Content-Type: application/json' -d {body}"

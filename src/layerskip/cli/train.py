@@ -23,6 +23,16 @@ from layerskip.cli.output import deliver, escape_control_chars, log_stderr
 from layerskip.recipe import RecipeConfig
 from layerskip.training import Progress as Report
 
+# Figures that are only in train_log.jsonl.
+_NOT_SHOWN = {
+    "skip_rate_mean",
+    "skip_rate_last",
+    "peak_memory_bytes",
+    "total_flos",
+    "train_samples_per_second",
+    "train_steps_per_second",
+}
+
 
 class _Console(Console):
     """A console on stderr that falls silent when its reader has left; training goes on."""
@@ -37,13 +47,13 @@ class TrainProgress:
 
     Args:
         is_shown: False in all processes but one.
-        figures: says of a figure's name whether a line shows it; by default all are shown, those of
-            single exits in short.
+        figures: returns True for the names of figures to show; by default the most useful ones, and
+            those of single exits in short.
     """
 
     def __init__(self, *, is_shown: bool, figures: Callable[[str], bool] | None = None) -> None:
         self._shows_exits = figures is None
-        self._figures = figures or (lambda name: "_exit_" not in name)
+        self._figures = figures or (lambda name: "_exit_" not in name and name not in _NOT_SHOWN)
         self._console = _Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),

@@ -179,7 +179,7 @@ def draw_report(report: Report) -> bytes:
     for side in (axes, bars):
         side.tick_params(left=False)
         side.spines[:].set_visible(False)
-    title = f"What every layer would have said: {report.model}"
+    title = f"Predictions of every layer: {report.model}"
     figure.suptitle(title, fontsize=11, parse_math=False)
     figure.supxlabel(
         "green: as the last layer, orange: another token, both by probability; black line: saturated",

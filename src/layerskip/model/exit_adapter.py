@@ -26,7 +26,7 @@ from layerskip.model.checkpoint import ADAPTER_FILE, Files, open_files
 from layerskip.model.decoder import Decoder
 from layerskip.model.linear import Linear
 from layerskip.model.loader import build_adapter
-from layerskip.model.quantize import Quantized
+from layerskip.model.quantize import STORED, Quantized
 from layerskip.model.weights import damage_named
 
 NO_ADAPTER = "none"
@@ -260,7 +260,7 @@ def load_adapter(path: Path, base: Decoder, checkpoint: Path) -> ExitAdapterWeig
         adapter_architecture(a, settings.logit_scale),
         TensorDict(tensors),
         dtype=base.dtype,
-        weights=base.weights,
+        weights="int8" if base.weights == STORED else base.weights,  # of a base in about 4 bits
         compiled=base.kernels == "compiled",
     )
     return ExitAdapterWeights(

@@ -7,6 +7,7 @@ import hashlib
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ _VECTOR_FLAGS = (
 # Options of glibc's mallopt (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _NEVER = 2**31 - 1
+_PRODUCT = (1024, 768, 2048)  # rows, inputs, outputs, as of a batch in a small model
+_PRODUCT_RUNS = 5
 
 
 @functools.cache
@@ -71,6 +74,27 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         with torch.cuda.device(device):
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which PyTorch multiplies large matrices fastest: bfloat16 or float32."""
+    is_fast = has_fast_bfloat16(device)
+    if is_fast and device.type == "cpu":  # with AVX-512, some CPUs are and some are not
+        is_fast = _product_s(torch.bfloat16) < _product_s(torch.float32)
+    return torch.bfloat16 if is_fast else torch.float32
+
+
+@functools.cache
+def _product_s(dtype: torch.dtype) -> float:
+    """Return the seconds of a matrix product on the CPU, the fastest of several runs."""
+    rows, inputs, outputs = _PRODUCT
+    x, weight = torch.ones(rows, inputs, dtype=dtype), torch.ones(outputs, inputs, dtype=dtype)
+    seconds = []
+    for _ in range(_PRODUCT_RUNS):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def disable_cudnn_attention(device: torch.device) -> None:

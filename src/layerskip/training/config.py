@@ -114,7 +114,7 @@ class TrainConfig:
     draft_tokens: int = setting("Draft length written into the result.", 4)
     prompt_form: str | None = setting(
         "One line about the prompts that the result is for, written into it; generate warns of others"
-        " (default: the ending of --prompt).",
+        " (default: the ending of --prompt, or the line break at the end of all prompts).",
         None,
     )
     prompt_example: str | None = setting(

@@ -276,12 +276,34 @@ def end_of_turn(tokenizer: Any) -> int | None:
         text = render_chat(tokenizer, turns)
     except Exception:  # no template, or one that takes other turns
         return None
-    special = {*tokenizer.all_special_ids}
-    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     if answer not in text:
         return None
+    special = _special_tokens(tokenizer)
     following = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
     return next((token for token in following if token in special), None)
+
+
+def ending_of_prompts(rows: Iterable[Mapping[str, list[int]]], tokenizer: Any) -> str:
+    """Return a line break if the prompts of all rows end in one, else "".
+
+    The prompt of an encoded row is what comes before its first label. One with special tokens was
+    rendered by a chat template, which is applied at inference too.
+    """
+    special = _special_tokens(tokenizer)
+    n_prompts = 0
+    for row in rows:
+        labels = row["labels"]
+        size = next((i for i, label in enumerate(labels) if label != IGNORED_LABEL), len(labels))
+        prompt = row["input_ids"][:size]
+        if not special.isdisjoint(prompt[1:]) or not tokenizer.decode(prompt).endswith("\n"):
+            return ""
+        n_prompts += 1
+    return "\n" if n_prompts else ""
+
+
+def _special_tokens(tokenizer: Any) -> set[int]:
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {*tokenizer.all_special_ids} | added
 
 
 _TOO_WIDE = re.compile(r"\d{5}")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from layerskip.errors import TrainingWarning
@@ -29,7 +26,7 @@ from layerskip.model.families import (
     check_sizes,
     check_weights_unnamed,
 )
-from layerskip.model.hardware import has_fast_bfloat16
+from layerskip.model.hardware import product_dtype
 from layerskip.model.hub import kind_of, pull
 from layerskip.model.repository import fetch_files, split_name
 from layerskip.model.tokenizer import check_sentencepiece, read
@@ -39,8 +36,6 @@ from layerskip.training.config import TrainConfig, default_alpha
 from layerskip.training.data import end_of_turn
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_MATMUL = (1024, 768, 2048)  # rows, inputs, outputs, as of a batch in a small model
-_MATMUL_RUNS = 5
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # else transformers would ask
 _SHORT_ROWS = 512  # tokens; up to here eager attention is faster on a CPU
 _MAX_ATTENTION_BYTES = 2 * 2**30  # of the attention weights that it keeps for backward
@@ -72,26 +67,7 @@ def arithmetic(config: TrainConfig) -> torch.dtype:
     """Return the dtype of a run's matrix products; `auto` depends on the machine."""
     if config.precision != "auto":
         return _DTYPES[config.precision]
-    if uses_gpu(config):
-        is_fast = has_fast_bfloat16(torch.device("cuda"))
-    else:  # with AVX-512, some CPUs are faster in bfloat16 and some are not
-        is_fast = has_fast_bfloat16(torch.device("cpu")) and (
-            _matmul_s(torch.bfloat16) < _matmul_s(torch.float32)
-        )
-    return torch.bfloat16 if is_fast else torch.float32
-
-
-@functools.cache
-def _matmul_s(dtype: torch.dtype) -> float:
-    """Return the seconds of a matrix product on the CPU, the fastest of several runs."""
-    rows, inputs, outputs = _MATMUL
-    x, weight = torch.ones(rows, inputs, dtype=dtype), torch.ones(outputs, inputs, dtype=dtype)
-    seconds = []
-    for _ in range(_MATMUL_RUNS):
-        start = time.perf_counter()
-        functional.linear(x, weight)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return product_dtype(torch.device("cuda" if uses_gpu(config) else "cpu"))
 
 
 def pretrained(name: str) -> tuple[str, dict[str, Any]]:

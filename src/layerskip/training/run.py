@@ -58,7 +58,13 @@ from layerskip.training.checkpointing import (
     unwritten,
 )
 from layerskip.training.config import TrainConfig
-from layerskip.training.data import Collator, encoding_of, find_rows, load_rows
+from layerskip.training.data import (
+    Collator,
+    encoding_of,
+    ending_of_prompts,
+    find_rows,
+    load_rows,
+)
 from layerskip.training.loading import (
     add_end_of_turn,
     arithmetic,
@@ -518,10 +524,11 @@ def _own_settings(model: Any, trainer: LayerSkipTrainer, config: TrainConfig) ->
     of_earlier = ("costs", "draft_text", "draft_vocabulary", "tuning", settings.PROMPT_FORM)
     for name in (*of_earlier, settings.EXIT):
         own_settings.pop(name, None)
-    if (form := prompt_form(config)) is not None:
-        own_settings[settings.PROMPT_FORM] = asdict(form)
     tokenizer: Any = trainer.processing_class
     rows: Any = trainer.train_dataset
+    ending = ending_of_prompts((rows[i] for i in sampled_rows(len(rows))), tokenizer)
+    if (form := prompt_form(config, ending)) is not None:
+        own_settings[settings.PROMPT_FORM] = asdict(form)
     if (vocabulary := draft_vocabulary(rows, model, tokenizer.eos_token_id)) is not None:
         own_settings["draft_vocabulary"] = settings.text_of_ids(vocabulary)
     if config.keep_datastore:
@@ -531,21 +538,29 @@ def _own_settings(model: Any, trainer: LayerSkipTrainer, config: TrainConfig) ->
     return own_settings
 
 
-def prompt_form(config: TrainConfig) -> settings.PromptForm | None:
-    """Return the form of the prompts: the one that is given, else the ending of the template.
+def prompt_form(config: TrainConfig, ending_of_rows: str = "") -> settings.PromptForm | None:
+    """Return the form of the prompts: the given one, else their ending by the template or the rows.
 
-    Without either the rows may have prompts of any form.
+    Args:
+        config: the settings.
+        ending_of_rows: `ending_of_prompts`, for a template that adds no ending.
+
+    Returns:
+        None for prompts of any form.
     """
     ending = config.prompt.rpartition("}")[2]
     if config.prompt_form is not None and config.prompt_example is not None:
         example = config.prompt_example
         ending = ending or example[len(example.rstrip("\n")) :]
         return settings.PromptForm(text=config.prompt_form, example=example, ending=ending)
+    template = config.prompt
+    if not ending:
+        ending, template = ending_of_rows, template + ending_of_rows
     if not ending:
         return None
     name = "a line break" if ending == "\n" else repr(ending)
     text = f"ending in {name}"
-    return settings.PromptForm(text=text, example=config.prompt, ending=ending)
+    return settings.PromptForm(text=text, example=template, ending=ending)
 
 
 def draft_vocabulary(
