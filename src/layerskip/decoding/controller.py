@@ -25,7 +25,6 @@ EXIT_ACCEPTANCE, EXIT_ACCEPTANCE_WEIGHT = 0.8, 2.0  # prior of an early exit's m
 MEMORY = 0.95  # decay of tokens and times a round
 PLAIN_ROUNDS = 4.0  # prior of the throughput
 BACKOFF_ROUNDS, MAX_BACKOFF_ROUNDS = 4, 32
-PLAIN_ROUND_EVERY = 64  # rounds of a batch whose rounds are timed
 LOOKAHEAD = 8  # tokens that are considered behind the next one
 
 
@@ -403,6 +402,11 @@ class RowDraft:
     survival: float = 1.0
 
 
+# Rounds of as many rows until a round of plain decoding is timed again: drafts that halve the time of an
+# answer lose 1% by it.
+_PLAIN_ROUND_EVERY = 64
+
+
 class PlainRounds:
     """Seconds of a round of plain decoding, by number of rows; the newest count most."""
 
@@ -412,8 +416,8 @@ class PlainRounds:
 
     def of(self, n_rows: int) -> float | None:
         """Return the seconds of a round; None where they are unknown or old, and a new one is due."""
-        age = self._age[n_rows] = self._age.get(n_rows, PLAIN_ROUND_EVERY) + 1
-        return None if age > PLAIN_ROUND_EVERY else self._seconds[n_rows]
+        age = self._age[n_rows] = self._age.get(n_rows, _PLAIN_ROUND_EVERY) + 1
+        return None if age > _PLAIN_ROUND_EVERY else self._seconds[n_rows]
 
     def add(self, n_rows: int, seconds: float) -> None:
         """Add a round."""
