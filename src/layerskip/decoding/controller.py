@@ -457,8 +457,8 @@ class BatchController:
             prompt_positions: number of positions of prompts in the pass.
         """
         n_rows = len(rows)
-        self._counts = self._timed and not prompt_positions  # whose time is none of the drafts'
-        self._plain_seconds = self._plain_rounds.of(n_rows) if self._counts else None
+        self._comparable = self._timed and not prompt_positions  # with rounds of as many rows
+        self._plain_seconds = self._plain_rounds.of(n_rows) if self._comparable else None
         self._positions = n_rows + prompt_positions
         # What prompts cost is no reason to draft: the tokens can also come in a later round.
         self._plain = self._time = costs.over(n_rows, n_rows)
@@ -509,10 +509,10 @@ class BatchController:
         """Draft with the early exit for rows without a proposal, a token each in a pass."""
         rows = [row for row in rows if row.shares_exit and not len(row.draft)]
         fixed = [row for row in rows if isinstance(row.controller, FixedController)]
-        is_paused = not self._backoff.next_round()
-        if self._counts and self._plain_seconds is None and not fixed:
-            is_paused = True  # a plain round is due
-        if not (fixed if is_paused else rows):
+        plain_is_due = self._comparable and self._plain_seconds is None and not fixed
+        if not self._backoff.next_round() or plain_is_due:
+            rows = fixed
+        if not rows:
             return
         overhead = costs.overhead
         while True:
@@ -573,7 +573,7 @@ class BatchController:
             if isinstance(row.controller, DraftController):
                 row.controller.learn(row.draft, step.tokens, step.accepted)
         time = self._time / self._plain
-        if self._counts and not self._drafted_by_exit:
+        if self._comparable and not self._drafted_by_exit:
             self._plain_rounds.add(n_rows, seconds / time)
         elif self._plain_seconds is not None:
             time = seconds / self._plain_seconds
