@@ -249,7 +249,7 @@ def _play(
         records += recorded
     console.rule()
     show_legend(console, records)
-    title = f"{model.decoder.dtype_name}, {config.weights}, greedy, one prompt at a time"
+    title = f"{model.decoder.dtype_name}, --weights {config.weights}, greedy, one prompt at a time"
     show_groups(console, groups, title)
     for scene, group in zip(SCENES, groups, strict=True):
         speedup = group["rows"][1]["speedup"]
