@@ -269,17 +269,27 @@ def exactness(*documents: dict[str, Any]) -> list[Line]:
 
 
 def vllm(*documents: dict[str, Any]) -> list[Line]:
-    """Rows by mode, columns by batch size: tokens a second, or a CPU second on a busy machine."""
+    """Rows by mode, columns by batch size: tokens a CPU second on a busy machine.
+
+    On an idle one tokens a second, and memory.
+    """
     rows = [row for document in documents for row in document["rows"]]
-    unit = "tokens_per_s" if all("tokens_per_s" in row for row in rows) else "tokens_per_cpu_s"
+    idle = all("tokens_per_s" in row for row in rows)
+    unit = "tokens_per_s" if idle else "tokens_per_cpu_s"
     plain = {row["batch"]: row[unit] for row in rows if row["mode"] == "plain"}
     lines: dict[str, Line] = {}
+    memory: dict[str, Line] = {}
     for row in rows:
         name = row["mode"] + ", table by batch size" * isinstance(row["draft_tokens"], list)
         gain = "" if row["mode"] == "plain" else f" ({times(row[unit] / plain[row['batch']])})"
         lines.setdefault(name, [name]).append(f"{row[unit]:.0f}{gain}")
-    heading = "tokens/s" if unit == "tokens_per_s" else "tokens per CPU second"
-    return [[heading, *(f"batch {n}" for n in plain)], *lines.values()]
+        memory[name] = [f"{row['rss_mb']:,}", f"{row['kv_cache_tokens']:,}"] if idle else []
+    heading = "tokens/s" if idle else "tokens per CPU second"
+    columns = ["memory, MB", "KV cache, tokens"] if idle else []
+    return [
+        [heading, *(f"batch {n}" for n in plain), *columns],
+        *(line + memory[name] for name, line in lines.items()),
+    ]
 
 
 def adapter(document: dict[str, Any]) -> list[Line]:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-MODES = ("plain", "layerskip", "draft_model", "ngram")
+MODES = ("plain", "layerskip", "layerskip_by_batch", "draft_model", "ngram")
 MAX_MODEL_LEN = 1024
 MAX_PROMPT_CHARACTERS = 2_000
 
@@ -64,7 +64,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--modes", type=lambda text: text.split(","), default=list(MODES))
     parser.add_argument("--batches", type=_integers, default=[1, 4, 8, 16])
     parser.add_argument("--draft-tokens", type=int, default=4)
-    parser.add_argument("--by-batch", type=json.loads, help="num_speculative_tokens_per_batch_size")
+    parser.add_argument(
+        "--by-batch",
+        type=json.loads,
+        default=[[1, 2, 4], [3, 16, 2]],
+        help="num_speculative_tokens_per_batch_size of mode layerskip_by_batch",
+    )
     parser.add_argument("--draft-vocab-size", type=int, help="of layerskip")
     parser.add_argument("--topv2", type=int, default=100, metavar="N", help="prompts of TOPv2")
     parser.add_argument(
@@ -101,6 +106,7 @@ def _in_a_process(mode: str) -> list[dict[str, Any]]:
 
 def _measure(options: argparse.Namespace) -> None:
     os.environ |= {
+        "MKL_NUM_THREADS": str(options.threads),  # PyTorch takes the smaller one of the two
         "OMP_NUM_THREADS": str(options.threads),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -111,6 +117,7 @@ def _measure(options: argparse.Namespace) -> None:
     from vllm import LLM, SamplingParams
 
     (mode,) = options.modes
+    speculative_config = _speculative_config(mode, options)
     engine = LLM(
         str(options.model),
         dtype=options.dtype,
@@ -120,7 +127,7 @@ def _measure(options: argparse.Namespace) -> None:
         disable_log_stats=False,
         generation_config="vllm",
         seed=0,
-        speculative_config=_speculative_config(mode, options),
+        speculative_config=speculative_config,
     )
     prompts = _prompts(options, engine.get_tokenizer())
     sampling = SamplingParams(temperature=0, max_tokens=options.max_tokens)
@@ -141,11 +148,9 @@ def _measure(options: argparse.Namespace) -> None:
         tokens = sum(map(len, token_ids))
         rows.append(
             {
-                "mode": mode,
+                "mode": mode.removesuffix("_by_batch"),
                 "batch": batch,
-                "draft_tokens": None
-                if mode == "plain"
-                else options.by_batch or options.draft_tokens,
+                "draft_tokens": _draft_tokens(speculative_config),
                 "prompts": len(prompts),
                 "tokens": tokens,
                 "seconds": round(seconds, 2),
@@ -165,17 +170,23 @@ def _measure(options: argparse.Namespace) -> None:
 
 def _speculative_config(mode: str, options: argparse.Namespace) -> dict[str, Any] | None:
     drafts = {"num_speculative_tokens": options.draft_tokens}
-    if options.by_batch:
-        drafts["num_speculative_tokens_per_batch_size"] = options.by_batch
     layerskip = {"method": "layerskip"} | drafts
     if options.draft_vocab_size is not None:
         layerskip["draft_vocab_size"] = options.draft_vocab_size
     return {
         "plain": None,
         "layerskip": layerskip,
+        "layerskip_by_batch": layerskip
+        | {"num_speculative_tokens_per_batch_size": options.by_batch},
         "draft_model": {"method": "draft_model", "model": str(options.draft)} | drafts,
         "ngram": {"method": "ngram", "prompt_lookup_min": 2, "prompt_lookup_max": 4} | drafts,
     }[mode]
+
+
+def _draft_tokens(speculative_config: dict[str, Any] | None) -> Any:
+    """Return the number of draft tokens, or the table of them by batch size."""
+    drafts = speculative_config or {}
+    return drafts.get("num_speculative_tokens_per_batch_size", drafts.get("num_speculative_tokens"))
 
 
 def _counters(engine: Any) -> tuple[int, ...]:

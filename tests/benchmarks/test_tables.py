@@ -94,3 +94,27 @@ def test_serve_has_columns_for_clients_and_arrivals():
     assert lines[0] == ["", "1 clients", "4 clients", "0.5 requests/s"]
     assert lines[1] == ["TOPv2, layerskip, tokens/s", "10", "40", "20"]
     assert lines[4] == ["TOPv2, llama.cpp, first token, ms (p95)", "5", "5", ""]
+
+
+def vllm_row(mode, batch, tokens, draft_tokens=None, unit="tokens_per_s"):
+    common = {"mode": mode, "batch": batch, "draft_tokens": draft_tokens, unit: tokens}
+    return common | {"rss_mb": 2_000 + batch, "kv_cache_tokens": 46_592}
+
+
+def test_vllm_has_the_memory_of_each_mode_beside_its_speeds():
+    rows = [
+        vllm_row("plain", 1, 50),
+        vllm_row("plain", 4, 100),
+        vllm_row("layerskip", 1, 100, 4),
+        vllm_row("layerskip", 4, 150, 4),
+        vllm_row("layerskip", 1, 90, [[1, 4, 2]]),
+        vllm_row("layerskip", 4, 160, [[1, 4, 2]]),
+    ]
+    assert tables.vllm({"rows": rows}) == [
+        ["tokens/s", "batch 1", "batch 4", "memory, MB", "KV cache, tokens"],
+        ["plain", "50", "100", "2,004", "46,592"],
+        ["layerskip", "100 (2.00x)", "150 (1.50x)", "2,004", "46,592"],
+        ["layerskip, table by batch size", "90 (1.80x)", "160 (1.60x)", "2,004", "46,592"],
+    ]
+    busy = [vllm_row("plain", 1, 50, unit="tokens_per_cpu_s")]
+    assert tables.vllm({"rows": busy}) == [["tokens per CPU second", "batch 1"], ["plain", "50"]]
