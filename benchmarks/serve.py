@@ -9,7 +9,8 @@
 All servers run from the beginning to the end, and those that are not measured are stopped (SIGSTOP). At
 each load the systems alternate. Prompts are token ids, the same for all; answers are greedy and end
 where the model ends them. `ttft` is the time to the first text, `inter_token` that between later
-tokens, of each answer: (end - first text) / (tokens - 1).
+tokens, of each answer: (end - first text) / (tokens - 1). llama.cpp gets the weights in their stored
+format, vLLM in bfloat16.
 
 The closed loop (`--clients`) keeps that many requests running; the open loop (`--rates`) submits
 requests at random times (Poisson), whether or not earlier ones have ended.
@@ -326,7 +327,7 @@ def _command(
         ), {}
     if name == "llama.cpp":
         gguf = folder / "model.gguf"
-        _export(options, "gguf", gguf, ["--weights", "bf16"])
+        _export(options, "gguf", gguf)
         return [
             sys.executable,
             "-c",
@@ -337,7 +338,7 @@ def _command(
             slots,
             str(CONTEXT),
         ], {}
-    _export(options, "hf", folder / "hf", [])
+    _export(options, "hf", folder / "hf")
     command = [options.vllm_python, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(folder / "hf"), "--port", str(port), "--dtype", "bfloat16"]
     command += ["--max-model-len", str(CONTEXT), "--max-num-seqs", slots]
@@ -362,9 +363,9 @@ def _api_name(system: str, folder: Path) -> str:
     return str(folder / "hf") if system == "vllm" else "model"
 
 
-def _export(options: argparse.Namespace, kind: str, path: Path, flags: list[str]) -> None:
+def _export(options: argparse.Namespace, kind: str, path: Path) -> None:
     command = [sys.executable, "-m", "layerskip", "export", "--model", options.model]
-    subprocess.run([*command, "--to", kind, *flags, str(path)], check=True, capture_output=True)
+    subprocess.run([*command, "--to", kind, str(path)], check=True, capture_output=True)
 
 
 def _free_port() -> int:
@@ -375,13 +376,13 @@ def _free_port() -> int:
 
 def prompts_of(task: str, model: LayerSkipModel, count: int) -> list[Prompt]:
     """Return token ids of a task's prompts, as `layerskip bench` would give them."""
-    loaded = load_task(task, samples=count, chat=model.has_chat_template, judged=False)
+    loaded = load_task(task, samples=2 * count, chat=model.has_chat_template, judged=False)
     prompts = []
     for sample in loaded.samples:
         ids = model.tokenize(sample.prompt)
         if len(ids) <= MAX_PROMPT_TOKENS:
             prompts.append(Prompt(ids, min(loaded.max_new_tokens, 128), tuple(loaded.stop)))
-    return prompts
+    return prompts[:count]
 
 
 # --- soak ---------------------------------------------------------------------------------------

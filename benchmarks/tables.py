@@ -344,16 +344,16 @@ def long_context(document: dict[str, Any]) -> list[Line]:
 
 
 def serve(document: dict[str, Any]) -> list[Line]:
-    """Two rows for each task and system, columns by the number of clients."""
-    rows = [row for row in document["rows"] if "clients" in row]
-    loads = sorted({row["clients"] for row in rows})
-    lines = [["", *(f"{n:g} clients" for n in loads)]]
-    for task, system in dict.fromkeys((row["task"], row["system"]) for row in rows):
-        by_load = {
-            row["clients"]: row for row in rows if (row["task"], row["system"]) == (task, system)
-        }
+    """Two rows for each task and system, columns by the number of clients, then by arrivals."""
+    by_row: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in document["rows"]:
+        load = f"{row['clients']:g} clients" if "clients" in row else f"{row['rate']:g} requests/s"
+        by_row.setdefault((row["task"], row["system"]), {})[load] = row
+    loads = list(dict.fromkeys(load for by_load in by_row.values() for load in by_load))
+    lines = [["", *loads]]
+    for (task, system), by_load in by_row.items():
         for key, name in (("tokens_per_s", "tokens/s"), ("ttft_ms_p95", "first token, ms (p95)")):
-            figures = (f"{by_load[n][key]:.0f}" for n in loads)
+            figures = (f"{by_load[load][key]:.0f}" if load in by_load else "" for load in loads)
             lines.append([f"{TASKS.get(task, task)}, {system}, {name}", *figures])
     return lines
 

@@ -84,16 +84,16 @@ def test_busy_cores_compare_the_chosen_threads_with_the_best_fixed_number():
     ]
 
 
-def test_serve_has_columns_for_the_numbers_of_clients():
+def test_serve_has_columns_for_clients_and_arrivals():
     rows = [
-        {"system": s, "task": "topv2", "clients": n, "tokens_per_s": 10 * n, "ttft_ms_p95": 5.4}
-        for n in (1.0, 4.0)
+        {"system": s, "task": "topv2", **load, "tokens_per_s": 10 * n, "ttft_ms_p95": 5.4}
+        for n, load in ((1, {"clients": 1}), (4, {"clients": 4}), (2, {"rate": 0.5}))
         for s in ("layerskip", "llama.cpp")
     ]
-    lines = tables.serve({"rows": rows})
-    assert lines[0] == ["", "1 clients", "4 clients"]
-    assert lines[1] == ["TOPv2, layerskip, tokens/s", "10", "40"]
-    assert lines[4] == ["TOPv2, llama.cpp, first token, ms (p95)", "5", "5"]
+    lines = tables.serve({"rows": rows[:-1]})
+    assert lines[0] == ["", "1 clients", "4 clients", "0.5 requests/s"]
+    assert lines[1] == ["TOPv2, layerskip, tokens/s", "10", "40", "20"]
+    assert lines[4] == ["TOPv2, llama.cpp, first token, ms (p95)", "5", "5", ""]
 
 
 def vllm_row(mode, batch, tokens, draft_tokens=None, unit="tokens_per_s"):

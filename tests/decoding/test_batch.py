@@ -20,6 +20,7 @@ from tiny_decoders import (
     model_of,
     random_prompt,
     speculative,
+    steps,
     tiny_decoder,
     tokens_of,
 )
@@ -60,6 +61,14 @@ def test_greedy_rows_of_all_modes_are_those_of_each_prompt_alone(case):
     assert sources & {"early-exit", "n-gram"}
     accepted = [[step.accepted for step in row] for row in rows]
     assert any(len(set(counts)) > 1 for counts in zip(*accepted, strict=False))
+
+
+def test_a_row_alone_takes_the_steps_of_generate():
+    decoder = tiny_decoder("llama3.1")
+    prompt = random_prompt(decoder, 6) * 3
+    for config in MIXED:
+        (row,) = batch_steps(decoder, [prompt], config, 60, measured=FREE)
+        assert row == steps(decoder, prompt, config, 60, measured=FREE)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["pytorch", "compiled"])
@@ -267,6 +276,29 @@ def test_costs_decide_how_far_rows_draft():
     assert all(len(row) < 20 for row in free)
     for row in batch_steps(decoder, prompts, ADAPTIVE, 20, measured=dear)[:3]:
         assert len(row) == 20
+
+
+@pytest.mark.parametrize("dear", [False, True])
+def test_seconds_of_rounds_decide_whether_the_exit_drafts(dear, monkeypatch):
+    """The costs say that positions are free; by the clock they are, or each takes as long as a pass."""
+    decoder, now = tiny_decoder("llama3.1", upper=0.0), 0.0  # drafts are always right
+    run_rows = decoder.run_rows
+
+    def timed(hidden, start, stop, rows):
+        nonlocal now
+        now += 1 + (stop - start) * (len(hidden) if dear else 1)
+        return run_rows(hidden, start, stop, rows)
+
+    monkeypatch.setattr(decoder, "run_rows", timed)
+    batch, drafted = Batch(decoder, measured=FREE, clock=lambda: now), []
+    config = dataclasses.replace(ADAPTIVE, max_new_tokens=400)
+    for n in (3, 8, 5):
+        batch.add(Row(decoder, random_prompt(decoder, n), config, measured=FREE))
+    while len(batch.running) + len(batch.waiting) == 3:
+        drafted.append(sum(output.step.drafted > 0 for output in batch.step()))
+    assert drafted[1] == 0  # a plain round, to compare with
+    paused = drafted[10:].count(0) / len(drafted[10:])
+    assert (paused > 0.9) if dear else (paused < 0.1)
 
 
 def test_an_exit_that_is_never_right_is_given_up():

@@ -19,6 +19,7 @@ from running_server import CHAT, error_of
 from layerskip.cli.main import run
 from layerskip.cli.serve import _curl
 from layerskip.model.checkpoint import CheckpointSettings, PromptForm
+from layerskip.serve import server as server_module
 from layerskip.serve.config import ServeConfig
 
 
@@ -148,6 +149,12 @@ def test_second_signal_ends_at_once(start, monkeypatch):
     assert not statuses
     server.server.handle_exit(signal.SIGTERM, None)
     assert statuses == [128 + signal.SIGTERM]
+
+
+def test_limits_reach_the_engine(monkeypatch):
+    monkeypatch.setattr(server_module, "Engine", lambda model, **limits: limits)
+    limits = {"kv_cache_tokens": 50, "max_num_seqs": 3, "max_queue": 4, "prefill_chunk": 5}
+    assert server_module.make_engine(None, ServeConfig(**limits)) == limits
 
 
 def test_taken_port_is_one_line(server, capsys):

@@ -1,9 +1,13 @@
 """Metrics by vLLM's names."""
 
+import re
+from pathlib import Path
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from running_server import CHAT
 
+DASHBOARD = Path(__file__).parents[2] / "examples" / "serve" / "grafana.json"
 NAMES = {
     "num_requests_running",
     "num_requests_waiting",
@@ -40,7 +44,8 @@ def value(client, name, **labels):
     )
 
 
-def test_names_and_labels_are_those_of_the_contract(client):
+def test_names_and_labels_are_those_of_the_contract(client, server):
+    client.post(CHAT, json=server.chat())
     families = metrics(client)
     assert {family.name for family in families} == {f"layerskip:{name}" for name in NAMES} | {
         "layerskip:request_success_created",
@@ -51,6 +56,12 @@ def test_names_and_labels_are_those_of_the_contract(client):
     }
     samples = [sample for family in families for sample in family.samples]
     assert all(sample.labels["model_name"] == "tiny" for sample in samples)
+
+
+def test_the_dashboard_shows_metrics_that_exist():
+    shown = set(re.findall(r"layerskip:(\w+?)(?:_total|_bucket)?\b", DASHBOARD.read_text()))
+    assert shown
+    assert shown <= NAMES
 
 
 @pytest.mark.parametrize(

@@ -402,16 +402,44 @@ class RowDraft:
     survival: float = 1.0
 
 
+# Rounds of as many rows until a round of plain decoding is timed again: drafts that halve the time of an
+# answer lose 1% by it.
+_PLAIN_ROUND_EVERY = 64
+
+
+class PlainRounds:
+    """Seconds of a round of plain decoding, by number of rows; the newest count most."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+        self._age: dict[int, int] = {}
+
+    def of(self, n_rows: int) -> float | None:
+        """Return the seconds of a round; None where they are unknown or old, and a new one is due."""
+        age = self._age[n_rows] = self._age.get(n_rows, _PLAIN_ROUND_EVERY) + 1
+        return None if age > _PLAIN_ROUND_EVERY else self._seconds[n_rows]
+
+    def add(self, n_rows: int, seconds: float) -> None:
+        """Add a round."""
+        self._seconds[n_rows] = (self._seconds.get(n_rows, seconds) + seconds) / 2
+        self._age[n_rows] = 0
+
+
 class BatchController:
     """Spends the positions of a round where they bring most: which rows draft, and how far.
 
     The renewal-reward rule of `DraftController` for several rows. R is what all rows yield in a unit of
     time, never less than in plain decoding, so that many rows draft little or nothing: each further
-    position then costs more than it yields.
+    position then costs more than it yields. Where rounds are timed, their seconds tell whether the early
+    exit pays: costs may have been measured on a busy machine.
+
+    Args:
+        timed: whether `update` gets the seconds of each round.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, timed: bool = False) -> None:
         self._throughput, self._backoff = Throughput(), Backoff()  # in rounds of plain decoding
+        self._timed, self._plain_rounds = timed, PlainRounds()
 
     def fill(
         self,
@@ -429,6 +457,8 @@ class BatchController:
             prompt_positions: number of positions of prompts in the pass.
         """
         n_rows = len(rows)
+        self._comparable = self._timed and not prompt_positions  # with rounds of as many rows
+        self._plain_seconds = self._plain_rounds.of(n_rows) if self._comparable else None
         self._positions = n_rows + prompt_positions
         # What prompts cost is no reason to draft: the tokens can also come in a later round.
         self._plain = self._time = costs.over(n_rows, n_rows)
@@ -479,7 +509,10 @@ class BatchController:
         """Draft with the early exit for rows without a proposal, a token each in a pass."""
         rows = [row for row in rows if row.shares_exit and not len(row.draft)]
         fixed = [row for row in rows if isinstance(row.controller, FixedController)]
-        if not (rows if self._backoff.next_round() else fixed):
+        plain_is_due = self._comparable and self._plain_seconds is None and not fixed
+        if not self._backoff.next_round() or plain_is_due:
+            rows = fixed
+        if not rows:
             return
         overhead = costs.overhead
         while True:
@@ -532,16 +565,21 @@ class BatchController:
                     best, best_value = n, value
         return [row for _, _, row in ranked[:best]]
 
-    def update(self, verified: Sequence[tuple[RowDraft, Verified]]) -> None:
+    def update(self, verified: Sequence[tuple[RowDraft, Verified]], seconds: float = 0.0) -> None:
         """Learn the verification of a round."""
         n_rows = tokens = len(verified)
         for row, step in verified:
             tokens += step.accepted
             if isinstance(row.controller, DraftController):
                 row.controller.learn(row.draft, step.tokens, step.accepted)
-        self._throughput.update(tokens / n_rows, self._time / self._plain)
+        time = self._time / self._plain
+        if self._comparable and not self._drafted_by_exit:
+            self._plain_rounds.add(n_rows, seconds / time)
+        elif self._plain_seconds is not None:
+            time = seconds / self._plain_seconds
+        self._throughput.update(tokens / n_rows, time)
         if self._drafted_by_exit:
-            self._backoff.update(tokens / n_rows, self._time / self._plain)
+            self._backoff.update(tokens / n_rows, time)
 
 
 # --- costs
@@ -628,6 +666,12 @@ class DraftCosts:
 
     def over(self, positions: int, prompts: int = 1) -> float:
         """Return the cost of a pass of all layers and the head over 1 or more positions."""
+        cost = self._pass_costs.get((positions, prompts))
+        if cost is None:
+            cost = self._pass_costs[positions, prompts] = self._over(positions, prompts)
+        return cost
+
+    def _over(self, positions: int, prompts: int) -> float:
         further = positions / prompts - 1.0  # of each prompt
         attention = self.attention * prompts / self.prompts * (1.0 + further * self.attention_row)
         known = len(self.passes)
@@ -647,6 +691,11 @@ class DraftCosts:
             verified = (1 - self.layers) * self.rows(drafted + 1, 1)
             self._token_costs[drafted] = self.layers + self.head + verified
         return self._token_costs[drafted]
+
+    # Controllers ask for the same costs many times in a round.
+    @functools.cached_property
+    def _pass_costs(self) -> dict[tuple[int, int], float]:
+        return {}
 
     @functools.cached_property
     def _token_costs(self) -> dict[int, float]:

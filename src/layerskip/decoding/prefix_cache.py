@@ -125,9 +125,11 @@ class Prefix:
         self.tokens = np.array(tokens, np.int64)
         self.cache, self.n_layers, self.capacity = cache, n_layers, cache.capacity
 
-    def shared(self, tokens: npt.NDArray[np.int64]) -> int:
-        """Return how many tokens both texts begin with."""
+    def shared(self, tokens: npt.NDArray[np.int64], beyond: int = 0) -> int:
+        """Return how many tokens both texts begin with; 0 if they are not more than `beyond`."""
         n = min(len(self.tokens), len(tokens))
+        if n <= beyond or self.tokens[beyond] != tokens[beyond]:  # as of most texts
+            return 0
         differs = self.tokens[:n] != tokens[:n]
         return int(differs.argmax()) if differs.any() else n
 
@@ -160,7 +162,8 @@ class PrefixPool:
             self._prefixes = [*kept, prefix]
 
     def _replaces(self, new: Prefix, old: Prefix) -> bool:
-        is_beginning = old.shared(new.tokens) == len(old.tokens) and old.n_layers <= new.n_layers
+        length = len(old.tokens)
+        is_beginning = old.shared(new.tokens, length - 1) == length and old.n_layers <= new.n_layers
         return is_beginning and same_rope_scaling(self._decoder, new.capacity, old.capacity)
 
     def take(
@@ -178,14 +181,12 @@ class PrefixPool:
             The number of tokens copied.
         """
         text = np.array(prompt[:-1], np.int64)
-        usable = [
-            prefix
-            for prefix in (*self._prefixes, *others)
-            if prefix.n_layers >= n_layers
-            and same_rope_scaling(self._decoder, cache.capacity, prefix.capacity)
-        ]
-        best = max(usable, key=lambda prefix: prefix.shared(text), default=None)
-        if best is None or not (length := best.shared(text)):
+        best, length = None, 0
+        for prefix in (*self._prefixes, *others):
+            longer = prefix.shared(text, length) if prefix.n_layers >= n_layers else 0
+            if longer and same_rope_scaling(self._decoder, cache.capacity, prefix.capacity):
+                best, length = prefix, longer
+        if best is None:
             return 0
         cache.take(best.cache, length)
         if best in self._prefixes:

@@ -1,4 +1,7 @@
-"""`Engine`: answers many requests at once in a thread of its own, and reports their tokens as events."""
+"""`Engine`: answers many requests at once in a thread of its own, and reports their tokens as events.
+
+Its loop is `Engine._work`. A round is `Batch.step` in `decoding/batch.py`: schedule, run, postprocess.
+"""
 
 import collections
 import dataclasses
@@ -295,6 +298,7 @@ class Engine:
             prefill_chunk=prefill_chunk,
             reuse_prefixes=True,
             measured=model.settings.measured,
+            clock=time.perf_counter,
         )
         self._batch = self._new_batch()
         self._answers: dict[Row, _Answer] = {}

@@ -58,7 +58,9 @@ async function connect() {
       const response = await fetch("v1/models", { headers: headers() });
       if (response.ok) {
         const model = (await response.json()).data[0];
-        $("model").textContent = `${model.id} · ${model.layerskip.weights} · ${model.layerskip.dtype}`;
+        const { weights, dtype } = model.layerskip;
+        const format = weights === "stored" ? "quantized" : weights;
+        $("model").textContent = [model.id, format, dtype].filter((part) => part !== "16bit").join(" · ");
         document.title = `${model.id} · layerskip`;
         setPlainSpeed(model.layerskip.plain_tokens_per_s);
         return;
