@@ -107,6 +107,20 @@ def replace_json(path: Path, value: dict[str, Any]) -> None:
     replace(path, json_text(value).encode())
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder for a result, with those above it, unless it is there; else one line.
+
+    Raises:
+        ValueError: the name is taken by something else, or nothing can be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be made as a folder ({error.strerror}): choose another --output"
+        ) from None
+
+
 def check_within(path: Path, within: Path | None = None, *, is_read: bool = False) -> None:
     """Refuse a link out of its folder: whoever made the folder would choose what is read or replaced.
 

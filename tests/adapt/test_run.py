@@ -9,6 +9,7 @@ import torch
 import tiny_checkpoint
 from layerskip import LayerSkipModel
 from layerskip.adapt import AdaptConfig, adapt, train
+from layerskip.adapt.texts import load_texts
 from layerskip.fileio import CheckpointError, read_json
 from layerskip.model.exit_adapter import load_adapter, read_adapter
 
@@ -206,3 +207,31 @@ def test_early_stopping_ends_a_run(base, data, tmp_path):
 def test_an_exit_layer_beyond_the_model_is_refused(base, data, tmp_path):
     with pytest.raises(ValueError, match="exit layer 4 is out of range"):
         adapt(base, config_of(tmp_path, data, exit_layer=4), dtype="float32")
+
+
+def test_an_output_that_is_no_folder_is_refused(base, data, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("file", "loop"):
+        with pytest.raises(ValueError, match=f"{name} cannot be made as a folder"):
+            adapt(base, config_of(tmp_path / name, data))
+
+
+def test_a_single_prompt_is_refused(base, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"prompt": "Count to 3."}\n')
+    with pytest.raises(ValueError, match="give two or more"):
+        adapt(base, config_of(tmp_path / "run", str(tmp_path / "one.jsonl")))
+
+
+def test_long_prompts_and_texts_are_cut_before_they_are_tokenized(tmp_path):
+    rows = [{"prompt": "word " * 1000 + "end"}, {"prompt": "short"}, {"text": "text " * 100}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts, texts = load_texts((str(tmp_path / "rows.jsonl"),), 0, 100)
+    assert sorted(map(len, prompts)) == [5, 100]
+    assert any(prompt.endswith(" end") for prompt in prompts)
+    assert {len(text) for text in texts} == {100}
+
+
+def test_the_time_bounds_a_round_of_data(base, data, tmp_path):
+    config = dataclasses.replace(config_of(tmp_path, data, round_tokens=10**7), max_minutes=1.0)
+    assert adapt(base, config, dtype="float32").tokens < 10**5

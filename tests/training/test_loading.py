@@ -319,7 +319,7 @@ def test_the_exit_for_decoding(tmp_path):
         assert check_layers(config_of(tmp_path, **recipe)) == expected, recipe
 
 
-def test_a_built_in_gguf_file_is_dequantized(tmp_path, monkeypatch):
+def test_a_built_in_gguf_file_is_dequantized_without_a_progress_bar(tmp_path, monkeypatch, capfd):
     model = tiny_models.build("llama2")
     fields = {"llama.vocab_size": model.config.vocab_size}
     gguf_files.write(tmp_path / "model.gguf", model, extra_fields=fields)
@@ -327,6 +327,7 @@ def test_a_built_in_gguf_file_is_dequantized(tmp_path, monkeypatch):
     loaded = pretrained_model("smollm2-135m").state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded[name], tensor)
+    assert "Converting" not in capfd.readouterr().err
 
 
 def test_transformers_can_exit(model_folder):

@@ -27,7 +27,11 @@ class AdaptConfig:
         metavar="DATA",
     )
     max_minutes: float = option(
-        60.0, "Time of the run, with that before it was resumed.", above=0.0, metavar="MINUTES"
+        60.0,
+        "Time of the run, with that before it was resumed.",
+        above=0.0,
+        at_most=1e6,
+        metavar="MINUTES",
     )
     resume: bool = option(False, "Go on with the run in the output folder.")
     exit_layer: int = option(
@@ -50,9 +54,14 @@ class AdaptConfig:
     max_length: int = option(512, "Number of tokens of a text at most.", at_least=16)
     max_new_tokens: int = option(192, "Number of tokens of an answer at most.", at_least=1)
     batch_tokens: int = option(2048, "Number of positions of an optimizer step.", at_least=1)
-    round_tokens: int = option(32_768, "Number of new tokens between two evaluations.", at_least=1)
+    round_tokens: int = option(
+        32_768, "Number of new tokens between two evaluations.", at_least=1, at_most=10**7
+    )
     buffer_tokens: int = option(
-        400_000, "Number of tokens whose states are kept on disk for further passes.", at_least=1
+        400_000,
+        "Number of tokens whose states are kept on disk for further passes.",
+        at_least=1,
+        at_most=10**9,
     )
     eval_prompts: int = option(
         48, "Number of prompts held out for early stopping and the last table.", at_least=1

@@ -69,8 +69,15 @@ _OF_CODE = (
 )
 
 
-def load_texts(sources: tuple[str, ...], seed: int) -> tuple[list[Any], list[str]]:
+def load_texts(
+    sources: tuple[str, ...], seed: int, max_characters: int
+) -> tuple[list[Any], list[str]]:
     """Return prompts (texts or conversations) and texts of some sources, each once, in random order.
+
+    Args:
+        sources: files, hub ids, or `PYTHON_TEXTS`.
+        seed: of the order.
+        max_characters: of a prompt's text, of which the end is kept; texts are cut into such pieces.
 
     Raises:
         ValueError: a source cannot be read, or there is no prompt at all.
@@ -88,10 +95,14 @@ def load_texts(sources: tuple[str, ...], seed: int) -> tuple[list[Any], list[str
             prompt = prompt or row.get("prompt")
             text = answer if prompt is None else row.get("text")
             text = text or row.get("text")
+            if isinstance(prompt, str):
+                prompt = prompt[-max_characters:]
             if prompt:
                 prompts[str(prompt)] = prompt
             if isinstance(text, str) and text.strip():
-                texts[text] = None
+                texts |= dict.fromkeys(
+                    text[i : i + max_characters] for i in range(0, len(text), max_characters)
+                )
             if not prompt and not text:
                 raise ValueError(f"{where}: a field prompt, messages or text is needed")
     if not prompts:

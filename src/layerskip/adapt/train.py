@@ -24,7 +24,7 @@ from layerskip.adapt.store import Store, read_sequences, write_sequences
 from layerskip.adapt.teacher import TeacherSequence, read_text, write_answers
 from layerskip.adapt.texts import load_texts, pack_texts
 from layerskip.decoding import DecodingConfig, LayerSkipModel
-from layerskip.fileio import read_json, replace_json
+from layerskip.fileio import make_folder, read_json, replace_json
 from layerskip.model import Files, open_files, resolve
 from layerskip.model.checkpoint import ADAPTER_FILE
 from layerskip.model.exit_adapter import (
@@ -44,6 +44,7 @@ _LOWEST_RATE = 0.05  # of the peak, at the end
 _GREEDY = DecodingConfig(mode="plain")
 _SAMPLED = DecodingConfig(mode="plain", temperature=0.8, top_p=0.95)
 _ANSWERS_AT_ONCE = 32
+_MAX_CHARACTERS = 32  # of a prompt, for each token that is kept of it
 _COUNTED_TOKENS = 400_000  # of texts, for the draft vocabulary
 _ANSWER_WEIGHT = 20  # of a token of an answer there
 _INITIAL_LOG_SCALE = math.log(0.7)
@@ -153,7 +154,7 @@ class _Run:
             )
         if config.push_to_hub is not None:
             create_repository(config.push_to_hub, private=config.private)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         if self._resumed:
             self._state = _State(**read_json(self._folder / _STATE))
         self._begin = time.monotonic() - self._state.seconds
@@ -170,7 +171,10 @@ class _Run:
             )
         self._files: Files = open_files(path)
         self._tell("reading prompts and texts")
-        self._prompts, self._texts = load_texts(config.data, config.seed)
+        n_characters = config.max_length * _MAX_CHARACTERS
+        self._prompts, self._texts = load_texts(config.data, config.seed, n_characters)
+        if len(self._prompts) < 2:
+            raise ValueError("there is one prompt in the data; give two or more: some are held out")
         n_held_out = min(config.eval_prompts, len(self._prompts) // 2)
         self._held_out_prompts, self._prompts = (
             self._prompts[:n_held_out],
@@ -274,7 +278,7 @@ class _Run:
         """Make new data: answers of the model, and texts."""
         config, state = self._config, self._state
         written, sequences = 0, list[TeacherSequence]()
-        while written < config.own_share * config.round_tokens:
+        while written < config.own_share * config.round_tokens and self._has_time(sequences):
             self._tell("writing answers")
             chosen = [
                 self._prompts[i % len(self._prompts)]
@@ -288,7 +292,7 @@ class _Run:
             state.prompts += _ANSWERS_AT_ONCE
             written = sum(len(s) - s.prompt_length for s in sequences)
         total = sum(map(len, sequences))
-        while total < config.round_tokens:
+        while total < config.round_tokens and self._has_time(sequences):
             piece = next(self._pieces, None)
             if piece is None:
                 break
@@ -298,6 +302,9 @@ class _Run:
             state.pieces += 1
         self._store.add(number, sequences)
         state.tokens += total
+
+    def _has_time(self, sequences: list[TeacherSequence]) -> bool:
+        return not sequences or self._minutes < self._config.max_minutes
 
     def _batches(self) -> list[list[TeacherSequence]]:
         """Return the batches of this round, the same after a resume."""

@@ -28,6 +28,7 @@ from layerskip.fileio import (
     check_within,
     flush,
     json_text,
+    make_folder,
     read_json,
     sha256_of,
     share_weights,
@@ -66,7 +67,7 @@ def lock_output_dir(output: Path) -> Iterator[None]:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"{output} cannot be written to: choose another --output")
     is_new = not output.exists()
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     for path in output.iterdir():
         if not path.name.startswith("checkpoint-"):  # these are renamed and deleted, links too
             check_within(path)

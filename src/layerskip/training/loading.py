@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    modeling_gguf_pytorch_utils,
+)
 
 from layerskip.errors import TrainingWarning
 from layerskip.fileio import check_links, read_json
@@ -56,6 +62,18 @@ def quiet_transformers() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _without_gguf_bar() -> Iterator[None]:
+    """Hide the progress bar of transformers' GGUF reader, which its own switch leaves on."""
+    reader = modeling_gguf_pytorch_utils
+    bar = reader.tqdm
+    reader.tqdm = lambda items, **options: items
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
 
 
 def uses_gpu(config: TrainConfig) -> bool:
@@ -266,7 +284,7 @@ def pretrained_model(name: str, dtype: torch.dtype = torch.float32) -> PreTraine
     """
     folder, arguments = pretrained_weights(name)
     config = model_config(name)
-    with _failures_named(f"the model {name} could not be loaded"):
+    with _failures_named(f"the model {name} could not be loaded"), _without_gguf_bar():
         check_memory(config, name)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
