@@ -67,7 +67,7 @@ def quiet_transformers() -> Iterator[None]:
 @contextlib.contextmanager
 def _without_gguf_bar() -> Iterator[None]:
     """Hide the progress bar of transformers' GGUF reader, which its own switch leaves on."""
-    reader = modeling_gguf_pytorch_utils
+    reader: Any = modeling_gguf_pytorch_utils
     bar = reader.tqdm
     reader.tqdm = lambda items, **options: items
     try:
