@@ -238,14 +238,15 @@ def make_q4_k_m(source: Path, target: Path) -> None:
             writer.add_key_value(key, value, types[0], types[-1] if is_array else None)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
     n_layers = int(file.field(f"{writer.arch}.block_count"))
-    for name, tensor in file._header.tensors.items():
-        kind = _kind_in_q4_k_m(name, tensor.shape, n_layers)
-        values = np.ascontiguousarray(gguf.dequantize(tensor.data, tensor.kind), dtype=np.float32)
-        values = values.reshape(tensor.shape)
+    for tensor in gguf.GGUFReader(source).tensors:
+        name, shape = tensor.name, tuple(reversed(tensor.shape.tolist()))
+        kind = _kind_in_q4_k_m(name, shape, n_layers)
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        values = np.ascontiguousarray(values, dtype=np.float32).reshape(shape)
         if kind == Kind.F32:
             writer.add_tensor(name, values)
             continue
-        data = np.empty(gguf.quant_shape_to_byte_shape(tensor.shape, kind), np.uint8)
+        data = np.empty(gguf.quant_shape_to_byte_shape(shape, kind), np.uint8)
         quantize(int(kind), values.ctypes.data, data.ctypes.data, 0, *values.shape, None)
         writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
