@@ -328,6 +328,10 @@ def _command(
     if name == "llama.cpp":
         gguf = folder / "model.gguf"
         _export(options, "gguf", gguf)
+        if options.llama_server:
+            command = [options.llama_server, "-m", str(gguf), "--port", str(port), "-fa", "on"]
+            command += ["-np", slots, "-c", str(int(slots) * CONTEXT)]
+            return [*command, "-t", threads, "-tb", threads, "--no-webui"], {}
         return [
             sys.executable,
             "-c",
@@ -553,6 +557,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=48, help="prompts of each load")
     parser.add_argument("--clients", type=_numbers(int), default=[1, 2, 4, 8, 16])
     parser.add_argument("--rates", type=_numbers(float), default=[], help="requests a second")
+    parser.add_argument(
+        "--llama-server", metavar="PROGRAM", help="of a build of llama.cpp; default: xllamacpp's"
+    )
     parser.add_argument("--vllm-python", help="Python of an environment with vLLM")
     parser.add_argument("--soak", type=float, metavar="MINUTES")
     parser.add_argument("--soak-clients", type=int, default=8)
