@@ -278,29 +278,6 @@ def test_costs_decide_how_far_rows_draft():
         assert len(row) == 20
 
 
-@pytest.mark.parametrize("dear", [False, True])
-def test_seconds_of_rounds_decide_whether_the_exit_drafts(dear, monkeypatch):
-    """The costs say that positions are free; by the clock they are, or each takes as long as a pass."""
-    decoder, now = tiny_decoder("llama3.1", upper=0.0), 0.0  # drafts are always right
-    run_rows = decoder.run_rows
-
-    def timed(hidden, start, stop, rows):
-        nonlocal now
-        now += 1 + (stop - start) * (len(hidden) if dear else 1)
-        return run_rows(hidden, start, stop, rows)
-
-    monkeypatch.setattr(decoder, "run_rows", timed)
-    batch, drafted = Batch(decoder, measured=FREE, clock=lambda: now), []
-    config = dataclasses.replace(ADAPTIVE, max_new_tokens=400)
-    for n in (3, 8, 5):
-        batch.add(Row(decoder, random_prompt(decoder, n), config, measured=FREE))
-    while len(batch.running) + len(batch.waiting) == 3:
-        drafted.append(sum(output.step.drafted > 0 for output in batch.step()))
-    assert drafted[1] == 0  # a plain round, to compare with
-    paused = drafted[10:].count(0) / len(drafted[10:])
-    assert (paused > 0.9) if dear else (paused < 0.1)
-
-
 def test_an_exit_that_is_never_right_is_given_up():
     decoder = tiny_decoder("llama3.1", upper=30.0)
     prompts = [random_prompt(decoder, n, seed=n) for n in (3, 8)]

@@ -98,8 +98,6 @@ class Batch:
         prefill_chunk: tokens of prompts computed in a round.
         reuse_prefixes: whether prompts copy what they share with running and ended answers.
         measured: see `generate`.
-        clock: returns seconds. Where it is given, the early exit drafts while rounds with drafts take
-            less time for each token; then the number of drafts depends on the machine's load.
 
     Attributes:
         waiting: rows that have not begun.
@@ -115,17 +113,15 @@ class Batch:
         prefill_chunk: int = PREFILL_CHUNK,
         reuse_prefixes: bool = False,
         measured: StepCosts | None = None,
-        clock: Callable[[], float] | None = None,
     ) -> None:
         self._decoder, self._measured = decoder, measured
-        self._clock = clock or (lambda: 0.0)
         self._max_num_seqs = max_num_seqs or MAX_ROWS
         self._kv_cache_tokens = kv_cache_tokens
         self._prefill_chunk = prefill_chunk
         self.waiting: collections.deque[Row] = collections.deque()
         self.running: list[Row] = []
         self._prefixes = PrefixPool(decoder) if reuse_prefixes else None
-        self._controller = BatchController(timed=clock is not None)
+        self._controller = BatchController()
         self._costs = ContextCosts(decoder, None, 1.0, measured)
         self._exit: SharedExit | None = None
         self._drafts: dict[Row, RowDraft] = {}
@@ -228,7 +224,6 @@ class Batch:
         Returns:
             The rows for which tokens can be chosen: all but those inside their prompt.
         """
-        self._started = self._clock()
         # 1. Draft: the look-ups' proposals and the early exit's tokens that are worth their cost.
         decoding = [row for row, n in scheduled if not n]
         self._drafts = self._draft(decoding, sum(n for _, n in scheduled)) if decoding else {}
@@ -270,7 +265,7 @@ class Batch:
                 verified.append((self._drafts[one.row], step))
             outputs.append(self._commit(one.row, step, one.logits))
         if verified:
-            self._controller.update(verified, self._clock() - self._started)
+            self._controller.update(verified)
         return outputs
 
     def _draft(self, rows: Sequence[Row], prompt_positions: int) -> dict[Row, RowDraft]:

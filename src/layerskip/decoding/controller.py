@@ -402,44 +402,16 @@ class RowDraft:
     survival: float = 1.0
 
 
-# Rounds of as many rows until a round of plain decoding is timed again: drafts that halve the time of an
-# answer lose 1% by it.
-_PLAIN_ROUND_EVERY = 64
-
-
-class PlainRounds:
-    """Seconds of a round of plain decoding, by number of rows; the newest count most."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
-        self._age: dict[int, int] = {}
-
-    def of(self, n_rows: int) -> float | None:
-        """Return the seconds of a round; None where they are unknown or old, and a new one is due."""
-        age = self._age[n_rows] = self._age.get(n_rows, _PLAIN_ROUND_EVERY) + 1
-        return None if age > _PLAIN_ROUND_EVERY else self._seconds[n_rows]
-
-    def add(self, n_rows: int, seconds: float) -> None:
-        """Add a round."""
-        self._seconds[n_rows] = (self._seconds.get(n_rows, seconds) + seconds) / 2
-        self._age[n_rows] = 0
-
-
 class BatchController:
     """Spends the positions of a round where they bring most: which rows draft, and how far.
 
     The renewal-reward rule of `DraftController` for several rows. R is what all rows yield in a unit of
     time, never less than in plain decoding, so that many rows draft little or nothing: each further
-    position then costs more than it yields. Where rounds are timed, their seconds tell whether the early
-    exit pays: costs may have been measured on a busy machine.
-
-    Args:
-        timed: whether `update` gets the seconds of each round.
+    position then costs more than it yields.
     """
 
-    def __init__(self, *, timed: bool = False) -> None:
+    def __init__(self) -> None:
         self._throughput, self._backoff = Throughput(), Backoff()  # in rounds of plain decoding
-        self._timed, self._plain_rounds = timed, PlainRounds()
 
     def fill(
         self,
@@ -457,8 +429,6 @@ class BatchController:
             prompt_positions: number of positions of prompts in the pass.
         """
         n_rows = len(rows)
-        self._comparable = self._timed and not prompt_positions  # with rounds of as many rows
-        self._plain_seconds = self._plain_rounds.of(n_rows) if self._comparable else None
         self._positions = n_rows + prompt_positions
         # What prompts cost is no reason to draft: the tokens can also come in a later round.
         self._plain = self._time = costs.over(n_rows, n_rows)
@@ -509,10 +479,7 @@ class BatchController:
         """Draft with the early exit for rows without a proposal, a token each in a pass."""
         rows = [row for row in rows if row.shares_exit and not len(row.draft)]
         fixed = [row for row in rows if isinstance(row.controller, FixedController)]
-        plain_is_due = self._comparable and self._plain_seconds is None and not fixed
-        if not self._backoff.next_round() or plain_is_due:
-            rows = fixed
-        if not rows:
+        if not (rows if self._backoff.next_round() else fixed):
             return
         overhead = costs.overhead
         while True:
@@ -565,21 +532,16 @@ class BatchController:
                     best, best_value = n, value
         return [row for _, _, row in ranked[:best]]
 
-    def update(self, verified: Sequence[tuple[RowDraft, Verified]], seconds: float = 0.0) -> None:
+    def update(self, verified: Sequence[tuple[RowDraft, Verified]]) -> None:
         """Learn the verification of a round."""
         n_rows = tokens = len(verified)
         for row, step in verified:
             tokens += step.accepted
             if isinstance(row.controller, DraftController):
                 row.controller.learn(row.draft, step.tokens, step.accepted)
-        time = self._time / self._plain
-        if self._comparable and not self._drafted_by_exit:
-            self._plain_rounds.add(n_rows, seconds / time)
-        elif self._plain_seconds is not None:
-            time = seconds / self._plain_seconds
-        self._throughput.update(tokens / n_rows, time)
+        self._throughput.update(tokens / n_rows, self._time / self._plain)
         if self._drafted_by_exit:
-            self._backoff.update(tokens / n_rows, time)
+            self._backoff.update(tokens / n_rows, self._time / self._plain)
 
 
 # --- costs
@@ -590,6 +552,7 @@ _GPU_ROW_COST = 0.01  # of one more position, as a share of a pass: an estimate
 _ATTENTION_ROW = 0.5
 # Seconds of Python and small operations of a draft and of a verification, beside their passes.
 _DRAFTING_S, _VERIFYING_S = 450e-6, 100e-6
+_GROWTH = 64  # positions, whose attention takes no time that counts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -718,7 +681,7 @@ class DraftCosts:
 
 
 class ContextCosts:
-    """`DraftCosts` over contexts, computed anew when the longest has changed by a quarter.
+    """`DraftCosts` over contexts, computed anew when attention has changed them.
 
     Args:
         decoder: the model.
@@ -742,7 +705,8 @@ class ContextCosts:
     def at(self, *contexts: int) -> DraftCosts:
         """Return the costs over contexts of these lengths."""
         before = self._contexts
-        if len(before) != len(contexts) or 4 * abs(max(contexts) - max(before)) >= max(before):
+        grown = abs(max(contexts) - max(before, default=0))
+        if len(before) != len(contexts) or grown >= max(max(before) // 4, _GROWTH):
             self._contexts, self._costs = contexts, self._costs_of(contexts)
         return self._costs
 

@@ -298,7 +298,6 @@ class Engine:
             prefill_chunk=prefill_chunk,
             reuse_prefixes=True,
             measured=model.settings.measured,
-            clock=time.perf_counter,
         )
         self._batch = self._new_batch()
         self._answers: dict[Row, _Answer] = {}
