@@ -437,11 +437,6 @@ TABLES = {
         "python benchmarks/quality.py weights",
         quantization,
     ),
-    "vllm-cpu-seconds": Table(
-        ("vllm-topv2-cpu-seconds", "vllm-topv2-by-batch-cpu-seconds"),
-        "python benchmarks/vllm_modes.py --model TARGET --draft DRAFT --busy --threads 1",
-        vllm,
-    ),
     "vllm": Table(
         ("vllm-tokens-per-s",),
         "python benchmarks/vllm_modes.py --model TARGET --draft DRAFT",
