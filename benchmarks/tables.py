@@ -306,6 +306,19 @@ def adapter(document: dict[str, Any]) -> list[Line]:
     return lines
 
 
+def adapter_speed(document: dict[str, Any]) -> list[Line]:
+    """Speedup over plain decoding by draft source, without outputs that loop."""
+    names = {"n-gram": "n-grams", "exit-adapter": "adapter", "exit-adapter+n-gram": "both"}
+    lines = [[name] for name in names.values()]
+    for part in document["weights"].values():
+        rows = {row["draft_from"]: row for row in part["rows"]}
+        for line, source in zip(lines, names, strict=True):
+            low, high = rows[source]["speedup_without_loops_interval"]
+            speedup = times(rows[source]["speedup_without_loops"])
+            line.append(f"{speedup} ({low:.2f}-{high:.2f})")
+    return [["drafts from", *(WEIGHTS.get(w, w) for w in document["weights"])], *lines]
+
+
 def quantization(document: dict[str, Any], *checkpoints: dict[str, Any]) -> list[Line]:
     lines = [["", "weights", "change of the NLL", "exact match", "drafts accepted at exit 8"]]
     for row in document["rows"]:
@@ -430,6 +443,11 @@ TABLES = {
         ("topv2-recipe",),
         "python benchmarks/checkpoint.py CHECKPOINT topv2 --control CONTROL --early-exit --rows 500",
         exits,
+    ),
+    "adapter-speed": Table(
+        ("adapter-spec-bench",),
+        "layerskip bench --model smollm2-135m --adapter ADAPTER --task spec_bench --sources",
+        adapter_speed,
     ),
     "adapter": Table(("adapter-training",), "layerskip adapt --model smollm2-135m", adapter),
     "quantization": Table(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -60,6 +61,8 @@ def test_generated_code_needs_consent_before_a_model_is_loaded(run, monkeypatch)
 
 @pytest.mark.parametrize("isolation", ["bubblewrap", "rlimits"])
 def test_the_isolation_of_generated_code_is_reported(run, prompts, isolation, monkeypatch):
+    if isolation == "bubblewrap" and shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap (bwrap) is not installed")
     monkeypatch.setattr("layerskip.bench.sandbox.isolation", lambda: isolation)
     row = {"prompt": "def f():", "test": "def check(f): f()", "entry_point": "f"}
     folder = prompts.parent / "humaneval"
