@@ -67,8 +67,10 @@ def main() -> None:
 
 def compare(file: Path, rounds: int, threads: int, program: str | None) -> dict[str, Any]:
     """Return the figures of all systems, and the ratios of the first to the best of the others."""
-    processes = {name: _Process(name, file, threads) for name in SYSTEMS}
-    figures = {name: process.ask("loaded") for name, process in processes.items()}
+    processes, figures = {}, {}
+    for name in SYSTEMS:  # each loads alone
+        processes[name] = _Process(name, file, threads)
+        figures[name] = processes[name].ask("loaded")
     measures: dict[str, Figures] = {
         name: partial(process.ask, "measure") for name, process in processes.items()
     }
