@@ -76,7 +76,7 @@ def llama_cpp_rows(program: str, file: Path, threads: int) -> list[dict[str, Any
     contexts = ",".join(map(str, CONTEXTS))
     rows = []
     for kv_cache in ("f16", "q8_0"):
-        options = ["-p", "0", "-n", "16", "-r", "3", "-d", contexts]
+        options = ["-p", "0", "-n", "32", "-r", "1", "--no-warmup", "-d", contexts]
         options += ["-ctk", kv_cache, "-ctv", kv_cache]
         for one in llama_bench(program, file, threads, *options):
             rows.append(
