@@ -462,7 +462,18 @@ TABLES = {
     ),
     "serve-load": Table(
         ("serve-load",),
-        "python benchmarks/serve.py --model smollm2-135m-topv2 --task topv2",
+        "python benchmarks/serve.py --model smollm2-135m-topv2 --task topv2 --rates 2,8",
+        serve,
+    ),
+    "serve-load-spec-bench": Table(
+        ("serve-load-spec-bench",),
+        "python benchmarks/serve.py --task spec_bench --clients 1,4,16 --rates 0.5",
+        serve,
+    ),
+    "serve-load-vllm": Table(
+        ("serve-load-vllm",),
+        "python benchmarks/serve.py --model smollm2-135m-topv2 --systems layerskip,vllm"
+        " --vllm-python PYTHON",
         serve,
     ),
     "checkouts": Table(

@@ -166,7 +166,8 @@ def test_rows_of_a_table_have_the_cells_of_its_head():
 
 def test_pages_are_short():
     for page in {*DOCS.rglob("*.md")}.difference(GENERATED):
-        assert len(page.read_text().split()) <= 1200, page
+        written = re.sub(r"<!--table:.*?<!--end-->", "", page.read_text(), flags=re.DOTALL)
+        assert len(written.split()) <= 1200, page
 
 
 def test_readme_is_short():
