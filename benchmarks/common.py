@@ -87,9 +87,12 @@ def cpu_clock() -> Iterator[None]:
         yield
 
 
-def llama_bench(program: str, file: Path, threads: int, *options: str) -> list[dict[str, Any]]:
-    """Return the results of llama.cpp's own benchmark, with flash attention."""
-    command = [program, "-m", str(file), "-t", str(threads), "-fa", "1", "-o", "json", *options]
+def llama_bench(
+    program: str, file: Path, threads: int, *options: str, flash_attention: bool = True
+) -> list[dict[str, Any]]:
+    """Return the results of llama.cpp's own benchmark."""
+    command = [program, "-m", str(file), "-t", str(threads), "-fa", str(int(flash_attention))]
+    command += ["-o", "json", *options]
     answer = subprocess.run(command, check=True, capture_output=True, text=True)
     results: list[dict[str, Any]] = json.loads(answer.stdout)
     return results

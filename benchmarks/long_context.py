@@ -75,14 +75,16 @@ def llama_cpp_rows(program: str, file: Path, threads: int) -> list[dict[str, Any
     """Return rows of llama.cpp, with keys and values in 16 bits and in q8_0."""
     contexts = ",".join(map(str, CONTEXTS))
     rows = []
-    for kv_cache in ("f16", "q8_0"):
+    # On a CPU, flash attention may cost time; a quantized cache needs it.
+    for kv_cache, flash_attention in (("f16", False), ("f16", True), ("q8_0", True)):
         options = ["-p", "0", "-n", "32", "-r", "1", "--no-warmup", "-d", contexts]
         options += ["-ctk", kv_cache, "-ctv", kv_cache]
-        for one in llama_bench(program, file, threads, *options):
+        results = llama_bench(program, file, threads, *options, flash_attention=flash_attention)
+        for one in results:
             rows.append(
                 {
                     "system": "llama.cpp",
-                    "kv_cache": kv_cache,
+                    "kv_cache": kv_cache + ", no flash attention" * (not flash_attention),
                     "context": one["n_depth"],
                     "tokens_per_s": one["avg_ts"],
                 }
