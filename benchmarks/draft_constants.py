@@ -43,6 +43,7 @@ VALUES: dict[str, tuple[tuple[ModuleType, ...], tuple[Any, Any]]] = {
     "_VERIFYING_S": ((controller,), (0.0, 5e-4)),
     "_ATTENTION_ROW": ((controller,), (0.1, 1.0)),
     "_GPU_ROW_COST": ((controller,), (0.001, 0.1)),
+    "_GROWTH": ((controller,), (1, 1024)),
     "MAX_ADAPTIVE_DRAFT_TOKENS": ((config,), (6, 24)),
     "_NGRAM_CONFIDENCE": (
         (drafters,),

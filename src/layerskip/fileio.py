@@ -108,7 +108,7 @@ def replace_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder for a result, with those above it, unless it is there; else one line.
+    """Make a folder for a result, and its parents, unless it exists.
 
     Raises:
         ValueError: the name is taken by something else, or nothing can be written there.

@@ -77,7 +77,7 @@ def load_texts(
     Args:
         sources: files, hub ids, or `PYTHON_TEXTS`.
         seed: of the order.
-        max_characters: of a prompt's text, of which the end is kept; texts are cut into such pieces.
+        max_characters: length limit; a longer prompt keeps its end, a longer text is split.
 
     Raises:
         ValueError: a source cannot be read, or there is no prompt at all.

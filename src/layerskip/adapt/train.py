@@ -44,7 +44,7 @@ _LOWEST_RATE = 0.05  # of the peak, at the end
 _GREEDY = DecodingConfig(mode="plain")
 _SAMPLED = DecodingConfig(mode="plain", temperature=0.8, top_p=0.95)
 _ANSWERS_AT_ONCE = 32
-_MAX_CHARACTERS = 32  # of a prompt, for each token that is kept of it
+_MAX_CHARACTERS = 32  # of a prompt or text, for each token of `max_length`
 _COUNTED_TOKENS = 400_000  # of texts, for the draft vocabulary
 _ANSWER_WEIGHT = 20  # of a token of an answer there
 _INITIAL_LOG_SCALE = math.log(0.7)
@@ -304,6 +304,7 @@ class _Run:
         state.tokens += total
 
     def _has_time(self, sequences: list[TeacherSequence]) -> bool:
+        """Return whether to make more data; a round has at least one batch of it."""
         return not sequences or self._minutes < self._config.max_minutes
 
     def _batches(self) -> list[list[TeacherSequence]]:

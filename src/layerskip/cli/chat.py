@@ -93,11 +93,11 @@ def command(
             if text.strip() == "/help":
                 print(_HELP, file=sys.stderr)
                 continue
-            if re.fullmatch(r"/\w+", text.strip()) and text.strip() != "/reset":
-                log_stderr(f"there is no command {text.strip()}: {_HELP}")
-                continue
             if text.strip() == "/reset":
                 messages = list(opening)
+                continue
+            if re.fullmatch(r"/\w+", text.strip()):
+                log_stderr(f"there is no command {text.strip()}: {_HELP}")
                 continue
             messages.append({"role": "user", "content": text})
             config = dataclasses.replace(decoding, seed=nth_seed(decoding.seed, len(results)))

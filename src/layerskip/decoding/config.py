@@ -226,8 +226,8 @@ class DecodingConfig(Sampling):
 
         `auto` becomes self-speculative decoding with adaptive drafts: from n-grams, and from an exit
         adapter where the model has one, or else from the early exit where the checkpoint or the caller
-        names one, through the checkpoint's draft vocabulary. A prediction is drafted from besides the
-        other sources, and so are tokens that a grammar forces where no source was named.
+        names one, through the checkpoint's draft vocabulary. A prediction is always one more
+        source; tokens that a grammar forces are one where no source was named.
         In the other modes nothing is on that was not asked for; an open exit layer is the checkpoint's,
         else a quarter of the layers. A resolved config resolves to itself.
 

@@ -629,12 +629,6 @@ class DraftCosts:
 
     def over(self, positions: int, prompts: int = 1) -> float:
         """Return the cost of a pass of all layers and the head over 1 or more positions."""
-        cost = self._pass_costs.get((positions, prompts))
-        if cost is None:
-            cost = self._pass_costs[positions, prompts] = self._over(positions, prompts)
-        return cost
-
-    def _over(self, positions: int, prompts: int) -> float:
         further = positions / prompts - 1.0  # of each prompt
         attention = self.attention * prompts / self.prompts * (1.0 + further * self.attention_row)
         known = len(self.passes)
@@ -654,11 +648,6 @@ class DraftCosts:
             verified = (1 - self.layers) * self.rows(drafted + 1, 1)
             self._token_costs[drafted] = self.layers + self.head + verified
         return self._token_costs[drafted]
-
-    # Controllers ask for the same costs many times in a round.
-    @functools.cached_property
-    def _pass_costs(self) -> dict[tuple[int, int], float]:
-        return {}
 
     @functools.cached_property
     def _token_costs(self) -> dict[int, float]:
@@ -681,7 +670,7 @@ class DraftCosts:
 
 
 class ContextCosts:
-    """`DraftCosts` over contexts, computed anew when attention has changed them.
+    """`DraftCosts` for growing contexts, recomputed when the cost of attention has changed.
 
     Args:
         decoder: the model.

@@ -57,9 +57,6 @@ class Candidate:
         return [int(token) for token in self.tokens[0].tolist()]
 
 
-_NO_TOKENS = Candidate(torch.empty(1, 0, dtype=torch.int64, device="cpu"), ())
-
-
 class Draft:
     """The tokens drafted in one round, and how far the first layers have run over them.
 
@@ -349,8 +346,6 @@ class _Lookup:
         self._eos_token_ids = eos_token_ids
 
     def _candidate(self, draft: Draft, tokens: list[int], confidences: list[float]) -> Candidate:
-        if not tokens:  # as in most rounds
-            return _NO_TOKENS
         ends = (i for i, token in enumerate(tokens, 1) if token in self._eos_token_ids)
         n = next(ends, len(tokens))
         return Candidate(draft.last.new_tensor([tokens[:n]], dtype=torch.int64), confidences[:n])

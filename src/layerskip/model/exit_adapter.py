@@ -260,7 +260,7 @@ def load_adapter(path: Path, base: Decoder, checkpoint: Path) -> ExitAdapterWeig
         adapter_architecture(a, settings.logit_scale),
         TensorDict(tensors),
         dtype=base.dtype,
-        weights="int8" if base.weights == STORED else base.weights,  # of a base in about 4 bits
+        weights="int8" if base.weights == STORED else base.weights,  # quantized, as the base is
         compiled=base.kernels == "compiled",
     )
     return ExitAdapterWeights(
