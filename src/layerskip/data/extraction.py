@@ -16,7 +16,6 @@ from layerskip.data.extraction_words import (
     CURRENCIES,
     FIRST_NAMES,
     LANGUAGES,
-    LAST_NAMES,
     MAIL_DOMAINS,
     MAIL_USERS,
     PLACES,
@@ -24,7 +23,7 @@ from layerskip.data.extraction_words import (
 )
 
 FIELDS = ("kind", "name", "item", "quantity", "amount", "date", "time", "place", "contact")
-EXAMPLE = "Hello, please send me two glass tables. The date is 14 March. Regards, Anna Parker\n"
+EXAMPLE = "Hello, please send me two glass tables. The date is 14 March. Regards, Anna\n"
 PROMPT_FORM = "one message, ending in a line break"
 # Kind -> fields of its main phrase, and the probability of each further one.
 _KINDS: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
@@ -39,6 +38,7 @@ _KINDS: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
     "contact": (("name", "contact"), {"place": 0.3, "time": 0.2}),
     "expense": (("item", "amount"), {"date": 0.5, "place": 0.3, "name": 0.25}),
 }
+_LANGUAGE_WEIGHTS = 2, 1, 1  # English, French, Spanish
 _TERSE, _TYPOS, _GREETING, _ASIDE = 0.25, 0.1, 0.25, 0.2  # probabilities
 _SEPARATORS = (". ", ". ", ", ", "; ", " - ")
 _TERSE_SEPARATORS = (", ", "; ", " / ", " - ", " | ")
@@ -83,7 +83,8 @@ class _Writer:
     def message(self) -> tuple[str, dict[str, Any]]:
         """Return a message and its fields."""
         rng = self._rng
-        kind, language = rng.choice(list(_KINDS)), rng.choice(LANGUAGES)
+        kind = rng.choice(list(_KINDS))
+        (language,) = rng.choices(LANGUAGES, _LANGUAGE_WEIGHTS)
         main, further = _KINDS[kind]
         names = [*main, *(name for name, p in further.items() if rng.random() < p)]
         values = {name: self._value(name, kind, language) for name in names}
@@ -143,11 +144,11 @@ class _Writer:
 
     def _value(self, name: str, kind: str, language: Language) -> _Value:
         if name == "item":
-            text = language.joint.join(map(self._of, language.items[kind]))
+            text = " ".join(map(self._of, language.items[kind]))
         elif name == "place":
             text = self._of(PLACES)
         elif name == "name":
-            text = f"{self._of(FIRST_NAMES)} {self._of(LAST_NAMES)}"
+            text = self._of(FIRST_NAMES)
         else:
             return getattr(self, f"_{name}")(language)
         return _Value(text, {name: text})
@@ -156,10 +157,9 @@ class _Writer:
         """Return a mail address, or a telephone number of those that nobody has."""
         rng = self._rng
         if rng.random() < 0.6:
-            text = f"{self._of(MAIL_USERS)}{rng.randint(1, 99)}@{rng.choice(MAIL_DOMAINS)}"
+            text = f"{self._of(MAIL_USERS)}@{rng.choice(MAIL_DOMAINS)}"
             return _Value(text, {"contact": text})
-        number = rng.randint(100, 199)
-        text = rng.choice((f"555-0{number}", f"+1 555 0{number}"))
+        text = f"555-0{rng.randint(100, 199)}"
         return _Value(text, {"contact": text})
 
     def _quantity(self, language: Language) -> _Value:
@@ -170,7 +170,7 @@ class _Writer:
 
     def _amount(self, language: Language) -> _Value:
         rng = self._rng
-        units, cents = rng.randint(3, 900), rng.choice((0, 0, 50, 90))
+        units, cents = rng.randint(3, 200), rng.choice((0, 0, 50))
         number = f"{units}{language.comma}{cents:02}" if cents else str(units)
         code, sign = rng.choice(list(CURRENCIES.items()))
         text = rng.choice(language.amounts).format(number=number, sign=sign, code=code)

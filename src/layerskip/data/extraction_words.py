@@ -20,8 +20,7 @@ class Language:
         code: of ISO 639.
         phrases: of each kind of message, and of each further field. {} marks a value.
         labels: of a terse message's fields, such as "Item: glass tables".
-        items: first and second words of each kind of message that has any.
-        joint: between the two words of an item.
+        items: lists of the first and, in some languages, second words, for each kind of message that has any.
         months: from January.
         numbers: words for 2 to 6.
         dates: forms of a date; `month` is a word, `day` and `number` are without leading zeros.
@@ -35,8 +34,7 @@ class Language:
     code: str
     phrases: Mapping[str, Sequence[str]]
     labels: Mapping[str, Sequence[str]]
-    items: Mapping[str, tuple[Sequence[str], Sequence[str]]]
-    joint: str
+    items: Mapping[str, Sequence[Sequence[str]]]
     months: Sequence[str]
     numbers: Sequence[str]
     dates: Sequence[str]
@@ -50,7 +48,6 @@ class Language:
 _WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 LANGUAGES = tuple(Language(**language) for language in _WORDS["languages"])
 FIRST_NAMES: Sequence[str] = _WORDS["first_names"]
-LAST_NAMES: Sequence[str] = _WORDS["last_names"]
 PLACES: Sequence[str] = _WORDS["places"]
 MAIL_USERS: Sequence[str] = _WORDS["mail_users"]
 MAIL_DOMAINS: Sequence[str] = _WORDS["mail_domains"]
