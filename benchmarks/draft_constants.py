@@ -5,7 +5,7 @@ computed once and the early exit's proposal once for each context; rounds are re
 are decided with the changed constant, and costs are counted with the controller's own cost table and
 the defaults. So the figures depend on the answers alone and not on the machine's load: they are
 predicted speedups over plain decoding. Columns: tasks, prompt by prompt; `gpu`, the last task with the
-cost table of a GPU.
+cost table of a GPU; `prediction`, the last task with predicted outputs, one word in ten of them wrong.
 """
 
 import argparse
@@ -18,13 +18,21 @@ from unittest import mock
 
 import torch
 from common import deliver, environment_of, parse, run
+from edits import partly_right
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import load_task
 from layerskip.decoding import config, controller, datastore, drafters
 from layerskip.decoding.config import DecodingConfig
 from layerskip.decoding.controller import ContextCosts, DraftController
-from layerskip.decoding.drafters import Candidate, DatastoreLookup, Draft, EarlyExit, Ngram
+from layerskip.decoding.drafters import (
+    Candidate,
+    DatastoreLookup,
+    Draft,
+    EarlyExit,
+    Ngram,
+    Prediction,
+)
 from layerskip.decoding.sampling import Sampler
 from layerskip.model.hub import TRAINED_MODEL
 
@@ -43,11 +51,14 @@ VALUES: dict[str, tuple[tuple[ModuleType, ...], tuple[Any, Any]]] = {
     "_VERIFYING_S": ((controller,), (0.0, 5e-4)),
     "_ATTENTION_ROW": ((controller,), (0.1, 1.0)),
     "_GPU_ROW_COST": ((controller,), (0.001, 0.1)),
-    "_GROWTH": ((controller,), (1, 1024)),
     "MAX_ADAPTIVE_DRAFT_TOKENS": ((config,), (6, 24)),
     "_NGRAM_CONFIDENCE": (
         (drafters,),
         ((0.1, 0.2, 0.25, 0.3, 0.35, 0.4), (0.6, 0.8, 0.85, 0.9, 0.95, 0.95)),
+    ),
+    "_PREDICTION_CONFIDENCE": (
+        (drafters,),
+        ((0.1, 0.2, 0.3, 0.4, 0.5, 0.6), (0.8, 0.85, 0.9, 0.95, 0.95, 0.95)),
     ),
     "_SHARE_POWER": ((drafters,), (1.0, 3.0)),
     "_MAX_POSITIONS": ((drafters,), (1, 128)),
@@ -142,13 +153,16 @@ class Replay:
         *_, last = self._pairs.values()
         with mock.patch.object(controller, "_machine_costs", _gpu_costs):
             result["gpu"] = self._one_by_one(last)
+        result["prediction"] = self._one_by_one(last, with_predictions=True)
         return result
 
     def _costs(self) -> ContextCosts:
         exit_ = self._exit
         return ContextCosts(self._model.decoder, exit_.num_layers, exit_.head_share, None)
 
-    def _one_by_one(self, pairs: Sequence[tuple[list[int], Any]]) -> float:
+    def _one_by_one(
+        self, pairs: Sequence[tuple[list[int], Any]], *, with_predictions: bool = False
+    ) -> float:
         """Return the tokens over the cost of all rounds after the first step, in plain steps."""
         cost = n_tokens = 0.0
         plan = self._model.resolve(mode="auto")
@@ -156,6 +170,9 @@ class Replay:
             self._exit.start([prompt])
             ids, ends = answer.token_ids, self._model.end_tokens
             sources: list[Any] = [self._exit, Ngram(prompt, ends)]
+            if with_predictions:
+                prediction = self._model.resolve(prediction=partly_right(answer.text)).prediction
+                sources.insert(0, Prediction(prediction, ends))
             if plan.datastore:
                 assert not isinstance(plan.datastore, str)
                 size = self._model.decoder.architecture.vocab_size
