@@ -5,13 +5,14 @@ computed once and the early exit's proposal once for each context; rounds are re
 are decided with the changed constant, and costs are counted with the controller's own cost table and
 the defaults. So the figures depend on the answers alone and not on the machine's load: they are
 predicted speedups over plain decoding. Columns: tasks, prompt by prompt; `gpu`, the last task with the
-cost table of a GPU; `prediction`, the last task with predicted outputs, one word in ten of them wrong.
+cost table of a GPU; `prediction`, the last task with predicted outputs, one word in ten of them wrong;
+`datastore`, the first task with a datastore of right answers to other prompts.
 """
 
 import argparse
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -67,7 +68,9 @@ VALUES: dict[str, tuple[tuple[ModuleType, ...], tuple[Any, Any]]] = {
     "_MIN_PAIR_SHARE": ((datastore,), (0.4, 0.9)),
 }
 DEFAULTS = {name: getattr(modules[0], name) for name, (modules, _) in VALUES.items()}
+DATASTORE_ANSWERS = 1000
 OF_COSTS = ("_DRAFTING_S", "_VERIFYING_S", "_ATTENTION_ROW", "_GPU_ROW_COST")
+OF_TABLES = ("MAX_MATCH", "_MIN_SHARE", "_MIN_PAIR_SHARE")
 
 
 @contextlib.contextmanager
@@ -132,12 +135,17 @@ class Replay:
         model: with an early exit; costs that `layerskip tune` has measured are left out.
         prompts: token ids of each task.
         max_new_tokens: of an answer.
+        datastore: token ids of texts like the answers of the first task.
     """
 
     def __init__(
-        self, model: LayerSkipModel, prompts: dict[str, list[list[int]]], max_new_tokens: int
+        self,
+        model: LayerSkipModel,
+        prompts: dict[str, list[list[int]]],
+        max_new_tokens: int,
+        datastore: tuple[int, ...],
     ) -> None:
-        self._model = model
+        self._model, self._datastore = model, datastore
         self._exit = RecordedExit(model, model.resolve(mode="auto"))
         self._pairs = {
             task: [
@@ -150,10 +158,12 @@ class Replay:
     def speedups(self) -> dict[str, float]:
         """Return the predicted speedup of each column with the constants as they are."""
         result = {task: self._one_by_one(pairs) for task, pairs in self._pairs.items()}
+        first, *_ = self._pairs.values()
         *_, last = self._pairs.values()
         with mock.patch.object(controller, "_machine_costs", _gpu_costs):
             result["gpu"] = self._one_by_one(last)
         result["prediction"] = self._one_by_one(last, with_predictions=True)
+        result["datastore"] = self._one_by_one(first, text=self._datastore)
         return result
 
     def _costs(self) -> ContextCosts:
@@ -161,7 +171,11 @@ class Replay:
         return ContextCosts(self._model.decoder, exit_.num_layers, exit_.head_share, None)
 
     def _one_by_one(
-        self, pairs: Sequence[tuple[list[int], Any]], *, with_predictions: bool = False
+        self,
+        pairs: Sequence[tuple[list[int], Any]],
+        *,
+        with_predictions: bool = False,
+        text: tuple[int, ...] = (),
     ) -> float:
         """Return the tokens over the cost of all rounds after the first step, in plain steps."""
         cost = n_tokens = 0.0
@@ -173,11 +187,8 @@ class Replay:
             if with_predictions:
                 prediction = self._model.resolve(prediction=partly_right(answer.text)).prediction
                 sources.insert(0, Prediction(prediction, ends))
-            if plan.datastore:
-                assert not isinstance(plan.datastore, str)
-                size = self._model.decoder.architecture.vocab_size
-                table = _table(plan.datastore, size)
-                sources.append(DatastoreLookup(table, ends))
+            if text:
+                sources.append(DatastoreLookup(_table(text), ends))
             rule = DraftController(sources, self._costs(), greedy=True, eos_token_ids=ends)
             context, done, step = list(prompt), 0, [ids[0]]
             while True:
@@ -204,11 +215,13 @@ class Replay:
         return round(n_tokens / cost, 3)
 
 
-def _table(text: Path | tuple[int, ...], vocab_size: int) -> datastore.Datastore:
-    datastore._of_tokens.cache_clear()  # it depends on the constants
-    table = datastore.Datastore.of(text, vocab_size)
-    assert table is not None
-    return table
+def _table(text: tuple[int, ...]) -> datastore.Datastore:
+    return _table_of(text, *(getattr(datastore, name) for name in OF_TABLES))
+
+
+@functools.lru_cache(maxsize=1)
+def _table_of(text: tuple[int, ...], *constants: float) -> datastore.Datastore:
+    return datastore.Datastore.from_tokens(text)
 
 
 def _draft(contexts: Sequence[list[int]]) -> Draft:
@@ -241,7 +254,15 @@ def main() -> None:
         ]
         for name in options.tasks.split(",")
     }
-    replay = Replay(model, prompts, options.max_new_tokens)
+    first, *_ = prompts
+    others = load_task(first, samples=options.samples + DATASTORE_ANSWERS, judged=False).samples
+    answers = [
+        f"{sample.references[0]}\n"
+        for sample in others
+        if sample.references and model.tokenize(sample.prompt) not in prompts[first]
+    ]
+    text = tuple(token for answer in answers for token in model.tokenize(answer))
+    replay = Replay(model, prompts, options.max_new_tokens, text)
     rows: list[dict[str, Any]] = [{"constant": None, "value": None, "speedup": replay.speedups()}]
     for name, (_, values) in VALUES.items():
         for value in values:
