@@ -14,10 +14,10 @@ from typing import Any
 
 from layerskip.data.extraction_words import (
     CURRENCIES,
-    FIRST_NAMES,
     LANGUAGES,
     MAIL_DOMAINS,
     MAIL_USERS,
+    NAMES,
     PLACES,
     Language,
 )
@@ -39,7 +39,7 @@ _KINDS: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
     "expense": (("item", "amount"), {"date": 0.5, "place": 0.3, "name": 0.25}),
 }
 _LANGUAGE_WEIGHTS = 2, 1, 1  # English, French, Spanish
-_TERSE, _TYPOS, _GREETING, _ASIDE = 0.25, 0.1, 0.25, 0.2  # probabilities
+_TERSE, _TYPOS, _GREETING, _ASIDE = 0.25, 0.05, 0.25, 0.2  # probabilities
 _SEPARATORS = (". ", ". ", ", ", "; ", " - ")
 _TERSE_SEPARATORS = (", ", "; ", " / ", " - ", " | ")
 
@@ -148,7 +148,7 @@ class _Writer:
         elif name == "place":
             text = self._of(PLACES)
         elif name == "name":
-            text = self._of(FIRST_NAMES)
+            text = self._of(NAMES)
         else:
             return getattr(self, f"_{name}")(language)
         return _Value(text, {name: text})
@@ -170,10 +170,8 @@ class _Writer:
 
     def _amount(self, language: Language) -> _Value:
         rng = self._rng
-        units, cents = rng.randint(3, 200), rng.choice((0, 0, 50))
-        number = f"{units}{language.comma}{cents:02}" if cents else str(units)
         code, sign = rng.choice(list(CURRENCIES.items()))
-        text = rng.choice(language.amounts).format(number=number, sign=sign, code=code)
+        text = rng.choice(language.amounts).format(number=rng.randint(3, 400), sign=sign, code=code)
         return _Value(text, {"amount": text})
 
     def _date(self, language: Language) -> _Value:

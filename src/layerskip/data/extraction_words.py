@@ -20,13 +20,12 @@ class Language:
         code: of ISO 639.
         phrases: of each kind of message, and of each further field. {} marks a value.
         labels: of a terse message's fields, such as "Item: glass tables".
-        items: lists of the first and, in some languages, second words, for each kind of message that has any.
+        items: lists of first and, in English, second words of each kind of message that has any.
         months: from January.
         numbers: words for 2 to 6.
         dates: forms of a date; `month` is a word, `day` and `number` are without leading zeros.
         times: forms of a time of day; those with `hour12` are for languages that use am and pm.
         amounts: forms of an amount of money.
-        comma: of decimal numbers.
         greetings: before the message.
         asides: sentences that hold no field.
     """
@@ -40,14 +39,13 @@ class Language:
     dates: Sequence[str]
     times: Sequence[str]
     amounts: Sequence[str]
-    comma: str
     greetings: Sequence[str]
     asides: Sequence[str]
 
 
 _WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 LANGUAGES = tuple(Language(**language) for language in _WORDS["languages"])
-FIRST_NAMES: Sequence[str] = _WORDS["first_names"]
+NAMES: Sequence[str] = _WORDS["names"]
 PLACES: Sequence[str] = _WORDS["places"]
 MAIL_USERS: Sequence[str] = _WORDS["mail_users"]
 MAIL_DOMAINS: Sequence[str] = _WORDS["mail_domains"]
