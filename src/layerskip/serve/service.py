@@ -333,7 +333,7 @@ def _time_plain(model: LayerSkipModel, engine: Engine) -> float | None:
     ended.wait()
     last = events[-1]
     if isinstance(last, Failed):  # every answer would fail, as with weights that are NaN
-        raise ValueError(last.message)
+        raise ValueError(last.message.removeprefix("ValueError: "))
     if not isinstance(last, Finished) or last.completion_tokens < 2 or not last.decode_s:
         return None
     return (last.completion_tokens - 1) / last.decode_s
