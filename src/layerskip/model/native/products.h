@@ -176,7 +176,7 @@ template <int KIND>
 __attribute__((always_inline)) inline Vec grid(const uint16_t *halves, const int8_t *factors, int64_t group, int64_t lane) {
   if (!factors) return from_float16(halves + group * LANES + lane);
   const Vec whole = from_float16(halves + group / (SUPER / scaled_inputs(KIND)) * LANES + lane);
-  return whole * __builtin_convertvector(from_bytes(factors + group * LANES + lane), Vec);
+  return whole * from_bytes(factors + group * LANES + lane);
 }
 inline float grid(int32_t kind, const uint16_t *halves, const int8_t *factors, int64_t group, int64_t lane) {
   if (!factors) return from_float16(halves[group * LANES + lane]);
@@ -267,7 +267,7 @@ inline void encode(int32_t kind, int64_t n, int64_t first, int64_t last, char *r
       Ints totals[2] = {};
       for (int i = 0; i < VECTORS; i++) {
         const Ints codes = (Ints)(inputs[i] * inverse + magic) - (Ints)magic;
-        store_bytes(row + k + i * WIDTH, codes);
+        store<Bytes>(row + k + i * WIDTH, __builtin_convertvector(codes, Bytes));
         totals[i * 2 / VECTORS] += codes;
       }
       const int32_t first = sum(totals[0]), second = sum(totals[1]);
