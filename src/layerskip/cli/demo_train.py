@@ -87,7 +87,7 @@ def train_and_compare(
     folder.mkdir(parents=True, exist_ok=True)
     rows, held_out = extraction_rows(ROWS), extraction_rows(HELD_OUT, held_out=True)
     console.print(
-        f"The task: a short message in one of three languages to one line of JSON. {ROWS} rows to train"
+        f"The task: a short message in English or Spanish to one line of JSON. {ROWS} rows to train"
         f" on; {HELD_OUT} others, whose main phrases, names, items and places are in none of these, to"
         " evaluate before and after.",
         soft_wrap=True,

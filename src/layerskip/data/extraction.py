@@ -1,6 +1,6 @@
 """Rows of a narrow task: a short message to one line of JSON with fixed fields.
 
-Messages are orders, appointments, contact details and expenses in three languages: as sentences in any
+Messages are orders, appointments, contact details and expenses in two languages: as sentences in any
 order or as terse lists, with typos and sentences that hold no field. Held-out rows have values (names,
 items, places) and main phrases of which none is in other rows. Everything follows from the seed.
 """
@@ -38,7 +38,7 @@ _KINDS: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
     "contact": (("name", "contact"), {"place": 0.3, "time": 0.2}),
     "expense": (("item", "amount"), {"date": 0.5, "place": 0.3, "name": 0.25}),
 }
-_LANGUAGE_WEIGHTS = 2, 1, 1  # English, French, Spanish
+_LANGUAGE_WEIGHTS = 2, 1  # English, Spanish
 _TERSE, _TYPOS, _GREETING, _ASIDE = 0.25, 0.05, 0.25, 0.2  # probabilities
 _SEPARATORS = (". ", ". ", ", ", "; ", " - ")
 _TERSE_SEPARATORS = (", ", "; ", " / ", " - ", " | ")

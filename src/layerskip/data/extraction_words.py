@@ -1,4 +1,4 @@
-"""Words and phrases of the extraction rows in three languages, from `extraction_words.json`.
+"""Words and phrases of the extraction rows in two languages, from `extraction_words.json`.
 
 Every fifth of a list of values, and of the phrases that make a message an order, an appointment, contact
 details or an expense, is held out. Values are many, so that a model learns to copy them and not a list.
