@@ -1,4 +1,4 @@
-"""Write the tables of docs/benchmarks.md and CONTRIBUTING.md from the result files.
+"""Write the tables of docs/benchmarks.md, docs/exit-adapters.md and CONTRIBUTING.md from the results.
 
     python benchmarks/tables.py
 
@@ -17,7 +17,9 @@ from typing import Any
 from index import RESULTS, entry
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "CONTRIBUTING.md")
+PAGES = tuple(
+    ROOT / page for page in ("docs/benchmarks.md", "docs/exit-adapters.md", "CONTRIBUTING.md")
+)
 BLOCK = re.compile(r"(<!--table:([\w-]+)-->\n).*?(<!--end-->)", re.DOTALL)
 WEIGHTS = {"16bit": "bfloat16", "stored": "as stored"}
 TASKS = {"topv2": "TOPv2", "spec_bench": "Spec-Bench"}
@@ -319,6 +321,23 @@ def adapter_speed(document: dict[str, Any]) -> list[Line]:
     return [["drafts from", *(WEIGHTS.get(w, w) for w in document["weights"])], *lines]
 
 
+def adapter_ablation(document: dict[str, Any]) -> list[Line]:
+    """Agreement and predicted speedups of the variants; the held-out prompts are of another kind."""
+    lines = [
+        ["variant", "parameters", "cost of a draft", "tokens, passes", "held-out agreement"]
+        + ["Spec-Bench agreement", "adapter", "n-grams", "both"]
+    ]
+    for row in document["rows"]:
+        speeds = {speed["source"]: times(speed["predicted"]) for speed in row["speedups"]}
+        rates = percent(row["agreement_held_out"][0]), percent(row["agreement"][0])
+        lines.append(
+            [row["variant"], f"{row['parameters'] / 1e6:.1f}M", f"{row['bytes_of_a_draft']:.3f}"]
+            + [f"{row['tokens']:,}, {row['passes']:,}", *rates]
+            + [speeds[name] for name in ("exit-adapter", "n-gram", "exit-adapter+n-gram")]
+        )
+    return lines
+
+
 def quantization(document: dict[str, Any], *checkpoints: dict[str, Any]) -> list[Line]:
     lines = [["", "weights", "change of the NLL", "exact match", "drafts accepted at exit 8"]]
     for row in document["rows"]:
@@ -448,6 +467,9 @@ TABLES = {
         ("adapter-spec-bench",),
         "layerskip bench --model smollm2-135m --adapter ADAPTER --task spec_bench --sources",
         adapter_speed,
+    ),
+    "adapter-ablation": Table(
+        ("adapter-ablation",), "python benchmarks/adapter_ablation.py", adapter_ablation
     ),
     "adapter": Table(("adapter-training",), "layerskip adapt --model smollm2-135m", adapter),
     "quantization": Table(
