@@ -75,7 +75,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         open_files(resolve(options.control))  # fail before an hour of measuring
     result: dict[str, Any] = {"draft_tokens": DRAFT_TOKENS}
     result["text"] = {"name": options.text, "words": len(text.split())}
-    result["mixture"] = _read_json(options.held_out / "mixture.json")
     for key, name in (("checkpoint", options.checkpoint), ("control", options.control)):
         if name is None:
             continue
@@ -199,26 +198,18 @@ def acceptance_by_exit(
 def training_record(folder: Path) -> dict[str, Any] | None:
     """Return settings and totals of the run that wrote a checkpoint; None without a record.
 
-    `before` is the run that wrote the checkpoint it started from. Where they exist, `mixture` is the
-    file mixture.json in the folder of its training rows, and `average` the checkpoint's average.json.
+    `before` is the run that wrote the checkpoint it started from, if there was one.
     """
-    settings = _read_json(folder / "train.json")
-    if settings is None:
+    file = folder / "train.json"
+    if not file.exists():
         return None
+    settings = json.loads(file.read_text(encoding="utf-8"))
     logs = read_log(folder / "train_log.jsonl")
     last = {name: value for log in logs for name, value in log.items()}
     totals = ("step", "train_runtime", "peak_memory_bytes")
     record = {"settings": settings, **{name: last[name] for name in totals if name in last}}
-    optional = {
-        "average": _read_json(folder / "average.json"),
-        "mixture": _read_json(Path(settings["data"]).parent / "mixture.json"),
-        "before": training_record(Path(settings["model"])),
-    }
-    return record | {name: value for name, value in optional.items() if value is not None}
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    before = training_record(Path(settings["model"]))
+    return record if before is None else {**record, "before": before}
 
 
 if __name__ == "__main__":

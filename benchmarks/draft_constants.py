@@ -5,26 +5,35 @@ computed once and the early exit's proposal once for each context; rounds are re
 are decided with the changed constant, and costs are counted with the controller's own cost table and
 the defaults. So the figures depend on the answers alone and not on the machine's load: they are
 predicted speedups over plain decoding. Columns: tasks, prompt by prompt; `gpu`, the last task with the
-cost table of a GPU.
+cost table of a GPU; `prediction`, the last task with predicted outputs, one word in ten of them wrong;
+`datastore`, the first task with a datastore of right answers to other prompts.
 """
 
 import argparse
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from common import deliver, environment_of, parse, run
+from edits import partly_right
 
 from layerskip import LayerSkipModel
 from layerskip.bench.tasks import load_task
 from layerskip.decoding import config, controller, datastore, drafters
 from layerskip.decoding.config import DecodingConfig
 from layerskip.decoding.controller import ContextCosts, DraftController
-from layerskip.decoding.drafters import Candidate, DatastoreLookup, Draft, EarlyExit, Ngram
+from layerskip.decoding.drafters import (
+    Candidate,
+    DatastoreLookup,
+    Draft,
+    EarlyExit,
+    Ngram,
+    Prediction,
+)
 from layerskip.decoding.sampling import Sampler
 from layerskip.model.hub import TRAINED_MODEL
 
@@ -43,11 +52,14 @@ VALUES: dict[str, tuple[tuple[ModuleType, ...], tuple[Any, Any]]] = {
     "_VERIFYING_S": ((controller,), (0.0, 5e-4)),
     "_ATTENTION_ROW": ((controller,), (0.1, 1.0)),
     "_GPU_ROW_COST": ((controller,), (0.001, 0.1)),
-    "_GROWTH": ((controller,), (1, 1024)),
     "MAX_ADAPTIVE_DRAFT_TOKENS": ((config,), (6, 24)),
     "_NGRAM_CONFIDENCE": (
         (drafters,),
         ((0.1, 0.2, 0.25, 0.3, 0.35, 0.4), (0.6, 0.8, 0.85, 0.9, 0.95, 0.95)),
+    ),
+    "_PREDICTION_CONFIDENCE": (
+        (drafters,),
+        ((0.1, 0.2, 0.3, 0.4, 0.5, 0.6), (0.8, 0.85, 0.9, 0.95, 0.95, 0.95)),
     ),
     "_SHARE_POWER": ((drafters,), (1.0, 3.0)),
     "_MAX_POSITIONS": ((drafters,), (1, 128)),
@@ -56,7 +68,9 @@ VALUES: dict[str, tuple[tuple[ModuleType, ...], tuple[Any, Any]]] = {
     "_MIN_PAIR_SHARE": ((datastore,), (0.4, 0.9)),
 }
 DEFAULTS = {name: getattr(modules[0], name) for name, (modules, _) in VALUES.items()}
+DATASTORE_ANSWERS = 1000
 OF_COSTS = ("_DRAFTING_S", "_VERIFYING_S", "_ATTENTION_ROW", "_GPU_ROW_COST")
+OF_TABLES = ("MAX_MATCH", "_MIN_SHARE", "_MIN_PAIR_SHARE")
 
 
 @contextlib.contextmanager
@@ -121,12 +135,17 @@ class Replay:
         model: with an early exit; costs that `layerskip tune` has measured are left out.
         prompts: token ids of each task.
         max_new_tokens: of an answer.
+        datastore: token ids of texts like the answers of the first task.
     """
 
     def __init__(
-        self, model: LayerSkipModel, prompts: dict[str, list[list[int]]], max_new_tokens: int
+        self,
+        model: LayerSkipModel,
+        prompts: dict[str, list[list[int]]],
+        max_new_tokens: int,
+        datastore: tuple[int, ...],
     ) -> None:
-        self._model = model
+        self._model, self._datastore = model, datastore
         self._exit = RecordedExit(model, model.resolve(mode="auto"))
         self._pairs = {
             task: [
@@ -139,16 +158,25 @@ class Replay:
     def speedups(self) -> dict[str, float]:
         """Return the predicted speedup of each column with the constants as they are."""
         result = {task: self._one_by_one(pairs) for task, pairs in self._pairs.items()}
+        first, *_ = self._pairs.values()
         *_, last = self._pairs.values()
         with mock.patch.object(controller, "_machine_costs", _gpu_costs):
             result["gpu"] = self._one_by_one(last)
+        result["prediction"] = self._one_by_one(last, with_predictions=True)
+        result["datastore"] = self._one_by_one(first, text=self._datastore)
         return result
 
     def _costs(self) -> ContextCosts:
         exit_ = self._exit
         return ContextCosts(self._model.decoder, exit_.num_layers, exit_.head_share, None)
 
-    def _one_by_one(self, pairs: Sequence[tuple[list[int], Any]]) -> float:
+    def _one_by_one(
+        self,
+        pairs: Sequence[tuple[list[int], Any]],
+        *,
+        with_predictions: bool = False,
+        text: tuple[int, ...] = (),
+    ) -> float:
         """Return the tokens over the cost of all rounds after the first step, in plain steps."""
         cost = n_tokens = 0.0
         plan = self._model.resolve(mode="auto")
@@ -156,11 +184,11 @@ class Replay:
             self._exit.start([prompt])
             ids, ends = answer.token_ids, self._model.end_tokens
             sources: list[Any] = [self._exit, Ngram(prompt, ends)]
-            if plan.datastore:
-                assert not isinstance(plan.datastore, str)
-                size = self._model.decoder.architecture.vocab_size
-                table = _table(plan.datastore, size)
-                sources.append(DatastoreLookup(table, ends))
+            if with_predictions:
+                prediction = self._model.resolve(prediction=partly_right(answer.text)).prediction
+                sources.insert(0, Prediction(prediction, ends))
+            if text:
+                sources.append(DatastoreLookup(_table(text), ends))
             rule = DraftController(sources, self._costs(), greedy=True, eos_token_ids=ends)
             context, done, step = list(prompt), 0, [ids[0]]
             while True:
@@ -187,11 +215,13 @@ class Replay:
         return round(n_tokens / cost, 3)
 
 
-def _table(text: Path | tuple[int, ...], vocab_size: int) -> datastore.Datastore:
-    datastore._of_tokens.cache_clear()  # it depends on the constants
-    table = datastore.Datastore.of(text, vocab_size)
-    assert table is not None
-    return table
+def _table(text: tuple[int, ...]) -> datastore.Datastore:
+    return _table_of(text, *(getattr(datastore, name) for name in OF_TABLES))
+
+
+@functools.lru_cache(maxsize=1)
+def _table_of(text: tuple[int, ...], *constants: float) -> datastore.Datastore:
+    return datastore.Datastore.from_tokens(text)
 
 
 def _draft(contexts: Sequence[list[int]]) -> Draft:
@@ -224,7 +254,15 @@ def main() -> None:
         ]
         for name in options.tasks.split(",")
     }
-    replay = Replay(model, prompts, options.max_new_tokens)
+    first, *_ = prompts
+    others = load_task(first, samples=options.samples + DATASTORE_ANSWERS, judged=False).samples
+    answers = [
+        f"{sample.references[0]}\n"
+        for sample in others
+        if sample.references and model.tokenize(sample.prompt) not in prompts[first]
+    ]
+    text = tuple(token for answer in answers for token in model.tokenize(answer))
+    replay = Replay(model, prompts, options.max_new_tokens, text)
     rows: list[dict[str, Any]] = [{"constant": None, "value": None, "speedup": replay.speedups()}]
     for name, (_, values) in VALUES.items():
         for value in values:

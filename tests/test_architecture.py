@@ -125,6 +125,13 @@ def test_import_is_lean():
     assert not [name for name in modules if name.startswith(("layerskip.recipe", "layerskip.cli"))]
 
 
+def test_little_is_imported_before_the_program_handles_signals():
+    code = (
+        "import sys; before = {*sys.modules}; import layerskip; print(*({*sys.modules} - before))"
+    )
+    assert not {"typing", "contextlib", "click"} & set(in_a_fresh_process(code).split())
+
+
 WITHOUT_EXTRAS = """
 import importlib.util, sys
 from importlib.machinery import PathFinder

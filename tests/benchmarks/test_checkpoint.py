@@ -12,15 +12,6 @@ from layerskip import LayerSkipModel
 from layerskip.training import TrainConfig
 
 PROMPTS = ["1+1=", "2+2=", "3+3="]
-MIXTURE = {
-    "seed": 7,
-    "rows": 30,
-    "sources": {
-        "sums": {"data": "sums of two numbers", "licence": "MIT", "rows": 20, "twice": 0},
-        "words": {"data": "words", "licence": "CC BY 4.0", "rows": 10, "twice": 4},
-    },
-    "files": {"train.jsonl": {"rows": 30, "sha256": "abc123"}},
-}
 
 
 def write_run(folder, **changes):
@@ -54,7 +45,6 @@ def measured(model, answers, tmp_path, monkeypatch):
     rows = [{"prompt": p, "reference": a} for p, a in zip(PROMPTS, answers, strict=True)]
     (held_out / "test-sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (held_out / "test-topv2.jsonl").write_text("{}\n")  # its rows are not asked
-    (held_out / "mixture.json").write_text(json.dumps(MIXTURE))
     (tmp_path / "topv2").mkdir()
     table = "domain\tutterance\tsemantic_parse\nalarm\twake me\t[IN:X ]\n"
     (tmp_path / "topv2" / "alarm_test.tsv").write_text(table)
@@ -96,6 +86,7 @@ def test_quality_drafts_and_perplexity_are_measured(measured):
     assert control["perplexity"] == ours["perplexity"]
     assert "exits" not in control["tasks"]["sums"]
     assert ours["training"]["step"] == 40
+    assert measured.keys() == {"draft_tokens", "text", "environment", "checkpoint", "control"}
 
 
 def test_prompts_of_the_training_rows_are_left_out(tmp_path):

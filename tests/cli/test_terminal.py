@@ -59,6 +59,26 @@ builtins.__import__ = slow
 
 
 @SIGNALS
+def test_a_signal_where_exceptions_are_ignored_ends_the_start_too(number, status, word):
+    """A KeyboardInterrupt in `__del__` is printed with a traceback, and the program goes on."""
+    code = f"""
+import builtins, os
+real = builtins.__import__
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), {number})
+def dying(name, *arguments):
+    if name == "click":
+        Dying()
+    return real(name, *arguments)
+builtins.__import__ = dying
+"""
+    process = program(code, "--version")
+    out, err = process.communicate()
+    assert (process.returncode, out, err) == (status, "", f"layerskip: {word}\n")
+
+
+@SIGNALS
 def test_a_signal_before_the_program_handles_it_is_one_line(tmp_path, number, status, word):
     begun = tmp_path / "begun"
     code = f"""

@@ -429,9 +429,9 @@ def test_costs_are_computed_anew_where_a_context_is_a_quarter_longer():
     grown = costs.at(30, 1250)
     assert grown == DraftCosts.of(ScriptedDecoder([1]), 1, 1.0, MEASURED, [30, 1250])
     assert costs.at(30, 1251) is grown
-    short = costs.at(4)  # another number of rows
-    assert costs.at(67) is short  # less than 64 positions more
-    assert costs.at(68) is not short
+    short = costs.at(8)  # another number of rows
+    assert costs.at(9) is short
+    assert costs.at(10) == DraftCosts.of(ScriptedDecoder([1]), 1, 1.0, MEASURED, [10])
 
 
 def test_passes_are_timed_before_an_answer_begins(monkeypatch):

@@ -1,16 +1,22 @@
-"""Greedy speculative decoding gives the token ids of plain decoding, in float32."""
+"""Greedy decoding gives the token ids of `reference.py`, in float32, however tokens are drafted.
+
+The reference has no repetition penalty: there, drafts are compared with plain decoding.
+"""
 
 import dataclasses
+import functools
 import itertools
 from collections import Counter
 
 import pytest
 from mixed_drafts import mix_drafts
 from tiny_decoders import (
+    ALL_DRAFTS,
     FAMILIES,
     FREE,
     LAYERS,
     PLAIN,
+    batch_ids,
     ids,
     random_prompt,
     speculative,
@@ -19,24 +25,40 @@ from tiny_decoders import (
     tokens_of,
 )
 
+from layerskip.decoding import reference
 from layerskip.decoding.generate import PREFILL_CHUNK
 
+N = 24  # tokens of an answer
 FIXED = [(1, 0), (1, 1), (1, 5), (2, 2), (3, 8), (LAYERS, 3)]  # exit layer, draft tokens
+
+
+@functools.cache
+def of_the_reference(decoder, prompt, n):
+    return reference.generate_plain(decoder, prompt, n)
+
+
+def expected(decoder, prompt, n=N, **penalty):
+    """Return the tokens of the reference, or of plain decoding with a penalty."""
+    if penalty.get("repetition_penalty", 1.0) != 1.0:
+        return ids(decoder, prompt, PLAIN, n, **penalty)
+    return of_the_reference(decoder, tuple(prompt), n)
 
 
 @pytest.mark.parametrize(
     ("case", "penalty"),
     [*((case, 1.0) for case in FAMILIES), ("llama3.1", 1.3), ("mistral", 1.3)],
 )
-def test_self_speculative_equals_plain(case, penalty):
+def test_every_mode_decodes_as_the_reference(case, penalty):
     decoder, sampling = tiny_decoder(case), {"repetition_penalty": penalty}
+    prompts = [random_prompt(decoder, length, seed=length) for length in (1, 17)]
+    answers = [expected(decoder, prompt, **sampling) for prompt in prompts]
     outcomes = set()
-    for length in (1, 17):
-        prompt = random_prompt(decoder, length, seed=length)
-        plain = ids(decoder, prompt, PLAIN, **sampling)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        for config in (PLAIN, ALL_DRAFTS):
+            assert ids(decoder, prompt, config, N, **sampling) == answer
         for exit_layer, d in FIXED:
-            rounds = steps(decoder, prompt, speculative(exit_layer, d), **sampling)
-            assert tokens_of(rounds) == plain, (length, exit_layer, d)
+            rounds = steps(decoder, prompt, speculative(exit_layer, d), N, **sampling)
+            assert tokens_of(rounds) == answer, (len(prompt), exit_layer, d)
             if exit_layer == LAYERS:  # the draft is the model itself
                 assert all(step.accepted == step.drafted for step in rounds)
             else:
@@ -44,13 +66,15 @@ def test_self_speculative_equals_plain(case, penalty):
     # The drafts were neither always right nor always wrong.
     assert any(0 < accepted < drafted for drafted, accepted in outcomes)
     assert {(1, 0), (1, 1)} <= outcomes
+    for config in (PLAIN, speculative(2, 3), ALL_DRAFTS):
+        assert batch_ids(decoder, prompts, config, N, **sampling) == answers, config
 
 
 @pytest.mark.parametrize("config", [speculative(1, 5), speculative(3, 8)], ids=["1", "3"])
 def test_a_prompt_longer_than_a_chunk(config):
     decoder = tiny_decoder("llama3.1", max_position_embeddings=2 * PREFILL_CHUNK)
     prompt = random_prompt(decoder, PREFILL_CHUNK + 9)
-    assert ids(decoder, prompt, config) == ids(decoder, prompt, PLAIN)
+    assert ids(decoder, prompt, config, 6) == expected(decoder, prompt, 6)
 
 
 @pytest.mark.parametrize("case", ["llama2", "qwen2-sliding"])
@@ -58,33 +82,32 @@ def test_context_end_is_exact(case):
     """The last round has less room than d, and positions reach the end of the context."""
     decoder = tiny_decoder(case, max_position_embeddings=24)
     prompt = random_prompt(decoder, 10)
-    plain = ids(decoder, prompt, PLAIN, 100)
-    assert len(plain) == 24 - 10 + 1
+    answer = expected(decoder, prompt, 24 - 10 + 1)
+    assert ids(decoder, prompt, PLAIN, 100) == answer
     for exit_layer, d in [(1, 0), *itertools.product((1, LAYERS), (1, 5, 50))]:
-        assert ids(decoder, prompt, speculative(exit_layer, d), 100) == plain
+        assert ids(decoder, prompt, speculative(exit_layer, d), 100) == answer
     full = random_prompt(decoder, 24)
-    roomy = tiny_decoder(case, max_position_embeddings=64)
     for config in (PLAIN, speculative(1, 5)):
-        assert ids(decoder, full, config) == ids(roomy, full, PLAIN, 1)
+        assert ids(decoder, full, config) == expected(decoder, full, 1)
 
 
 @pytest.mark.parametrize("draft_from", ["early-exit", "n-gram", "both"])
 @pytest.mark.parametrize(("adaptive", "penalty"), [(True, 1.0), (False, 1.0), (True, 1.3)])
-def test_every_source_equals_plain(draft_from, adaptive, penalty):
+def test_every_source_decodes_as_the_reference(draft_from, adaptive, penalty):
     decoder, sampling = tiny_decoder("llama3.1", upper=0.1), {"repetition_penalty": penalty}
     uses_exit = draft_from != "n-gram"
     prompt = random_prompt(decoder, 5) * 2
-    plain = ids(decoder, prompt, PLAIN, n=30, **sampling)
+    answer = expected(decoder, prompt, 30, **sampling)
     for exit_layer in (1, LAYERS) if uses_exit else (None,):
         config = speculative(exit_layer, 6, draft_from=draft_from, adaptive=adaptive)
         for more in (
             {},
             {"draft_vocabulary": (0,)} if uses_exit else {"draft_tokens": 0},
             {"draft_vocabulary": tuple(range(30))} if uses_exit else {"draft_tokens": 1},
-            {} if draft_from == "early-exit" else {"datastore": tuple(plain[::2] * 3)},
+            {} if draft_from == "early-exit" else {"datastore": tuple(answer[::2] * 3)},
         ):
             changed = dataclasses.replace(config, **more)
-            assert ids(decoder, prompt, changed, n=30, **sampling) == plain
+            assert ids(decoder, prompt, changed, n=30, **sampling) == answer
 
 
 @pytest.mark.parametrize(
@@ -96,7 +119,9 @@ def test_every_source_equals_plain(draft_from, adaptive, penalty):
         (False, {"repetition_penalty": 1.5}, False),
     ],
 )
-def test_drafts_of_mixed_sources_equal_plain(compiled, sampling, is_right, request, monkeypatch):
+def test_drafts_of_mixed_sources_decode_as_the_reference(
+    compiled, sampling, is_right, request, monkeypatch
+):
     """Tokens of look-ups stand before, between and behind those of the exit, in any order."""
     if compiled:
         request.getfixturevalue("compiled_kernels")
@@ -105,14 +130,14 @@ def test_drafts_of_mixed_sources_equal_plain(compiled, sampling, is_right, reque
     for seed, (exit_layer, upper) in enumerate([(1, 0.02), (LAYERS - 1, 0.3), (1, 0.0)]):
         decoder = tiny_decoder("llama3.1", upper=upper, compiled=compiled)
         prompt = random_prompt(decoder, 6, seed) * 2
-        plain = ids(decoder, prompt, PLAIN, n=40, **sampling)
-        datastore = tuple(plain if is_right else [*plain[::2]] * 3)
+        answer = expected(decoder, prompt, 40, **sampling)
+        datastore = tuple(answer if is_right else [*answer[::2]] * 3)
         config = speculative(
             exit_layer, 8, draft_from="both", adaptive=True, datastore=datastore,
             draft_vocabulary=tuple(range(60)) if seed else None,
         )  # fmt: skip
         rounds = steps(decoder, prompt, config, n=40, **sampling)
-        assert tokens_of(rounds) == plain
+        assert tokens_of(rounds) == answer
         orders |= {
             (step.sources[i] == "early-exit", step.sources[i + 1] == "early-exit")
             for step in rounds
@@ -143,10 +168,10 @@ def test_the_adaptive_controller_mixes_sources_that_are_accepted():
     accepted, mixed = Counter(), 0
     for seed in range(4):
         prompt = random_prompt(decoder, 8, seed) * 2
-        plain = ids(decoder, prompt, PLAIN, n=60)
-        config = speculative(1, 9, draft_from="both", adaptive=True, datastore=tuple(plain[20:]))
+        answer = expected(decoder, prompt, 60)
+        config = speculative(1, 9, draft_from="both", adaptive=True, datastore=tuple(answer[20:]))
         rounds = steps(decoder, prompt, config, n=60, measured=FREE)
-        assert tokens_of(rounds) == plain
+        assert tokens_of(rounds) == answer
         for step in rounds:
             accepted.update(step.sources[: step.accepted])
         mixed += sum(len(set(step.sources)) > 1 for step in rounds)

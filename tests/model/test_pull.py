@@ -254,6 +254,19 @@ def test_a_name_that_is_no_model_is_refused_without_network_access(monkeypatch):
             pull(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a" * 5000, r"there can be no model a{80}\.\.\. \(5,000 characters\): File name too long"),
+        ("~nobody-here/x", "there can be no model ~nobody-here/x: Could not determine home"),
+    ],
+)
+@pytest.mark.parametrize("use", [resolve, pretrained, hub.remove, hub.resolve_adapter])
+def test_a_name_that_no_file_can_have(use, name, words):
+    with pytest.raises(SourceError, match=f"^{words}"):
+        use(name)
+
+
 def test_an_error_of_the_hub_is_one_line(monkeypatch, tmp_path):
     def model_info(*_, **__):
         raise RuntimeError("first line\n503 Service\nUnavailable.")

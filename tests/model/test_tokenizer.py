@@ -1,6 +1,5 @@
 """Tokenizers out of folders and GGUF files."""
 
-import itertools
 import shutil
 import subprocess
 import sys
@@ -200,49 +199,6 @@ def test_transformers_asks_nobody_whether_code_may_run(file, tmp_path, monkeypat
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     assert not asked
     assert not marker.exists()
-
-
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        ("{{ 1/0 }}", "division by zero"),
-        ("{{ messages[7].x }}", "has no element 7"),
-        ("{{ raise_exception('no system role') }}", "no system role"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "macros call each other without end"),
-        ("{% for i in range(10**8) %}{% endfor %}", "Range too big"),
-        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "loops"),
-        ("{{ 'a' * 20000000 }}", "its output has 20,000,000 characters"),
-    ],
-)
-def test_hostile_chat_templates(file, template, reason):
-    own = load(file, dtype=torch.float32).tokenizer
-    chat = [{"role": "user", "content": "aa"}]
-    assert tokenizer.render_chat(own, chat, add_generation_prompt=True) == "aa<|end|>"
-    own.chat_template = template
-    with pytest.raises(ValueError, match=reason) as caught:
-        tokenizer.render_chat(own, chat)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_chat_template_that_fills_the_memory_is_stopped(file, monkeypatch):
-    own = load(file, dtype=torch.float32).tokenizer
-    own.chat_template = "{% set a = 1 %}\n{% set b = 2 %}\n{{ messages[0].content }}"
-    assert tokenizer.render_chat(own, [{"role": "user", "content": "aa"}]) == "aa"
-    sizes = itertools.count(0, 2**28)
-    monkeypatch.setattr(tokenizer, "max_resident_bytes", lambda: next(sizes))
-    with pytest.raises(ValueError, match="too much memory"):
-        tokenizer.render_chat(own, [{"role": "user", "content": "aa"}])
-
-
-def test_arguments_of_templates_that_cannot_be_used():
-    for row, reason in (
-        ({"tools": "[" * 100_000}, "tools is no JSON: it is nested too deeply"),
-        ({"tools": "{"}, "tools is no JSON"),
-        ({"chat_template_kwargs": [1]}, "is to have names and values"),
-        ({"chat_template_kwargs": {"tokenize": True}}, "names tokenize, no variable"),
-    ):
-        with pytest.raises(ValueError, match=reason):
-            tokenizer.template_arguments(row)
 
 
 def test_a_list_of_special_tokens_is_written_for_both_versions_of_transformers(file, tmp_path):

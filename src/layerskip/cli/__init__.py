@@ -1,33 +1,36 @@
 """The command line: one file a command; each parses, calls the library, and prints."""
 
-import contextlib
 import os
 import signal
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from types import FrameType
+
+_HANDLED: dict[int, tuple[Callable[[int, FrameType | None], object] | signal.Handlers, bytes]] = {
+    signal.SIGINT: (signal.default_int_handler, b"layerskip: interrupted\n"),
+    signal.SIGTERM: (signal.SIG_DFL, b"layerskip: terminated\n"),
+}
 
 
-@contextlib.contextmanager
-def _signals_in_one_line() -> Iterator[None]:
-    """End the program with one line on Ctrl-C and SIGTERM, before `main` handles them."""
-
-    def terminated(*_: object) -> None:
-        os.write(2, b"layerskip: terminated\n")
-        os._exit(128 + signal.SIGTERM)
-
-    with contextlib.ExitStack() as stack:
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            with contextlib.suppress(ValueError):  # not the main thread
-                signal.signal(signal.SIGTERM, terminated)
-                stack.callback(signal.signal, signal.SIGTERM, signal.SIG_DFL)
-        try:
-            yield
-        except KeyboardInterrupt:
-            sys.stderr.write("layerskip: interrupted\n")
-            raise SystemExit(130) from None
+def _end(number: int, frame: object) -> None:
+    """End the program with one line; an exception could end up inside an import."""
+    os.write(2, _HANDLED[number][1])
+    os._exit(128 + number)
 
 
-with _signals_in_one_line():
+def _replace_handlers(*, ours: bool) -> None:
+    """Handle Ctrl-C and SIGTERM, or let the defaults do so again."""
+    for number, (default, _) in _HANDLED.items():
+        if signal.getsignal(number) is (default if ours else _end):
+            try:
+                signal.signal(number, _end if ours else default)
+            except ValueError:  # not the main thread
+                return
+
+
+_replace_handlers(ours=True)  # until `main` does, whose imports take a tenth of a second
+try:
     from layerskip.cli.main import layerskip_command, main, run
+finally:
+    _replace_handlers(ours=False)
 
 __all__ = ["layerskip_command", "main", "run"]

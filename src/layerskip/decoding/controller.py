@@ -552,7 +552,6 @@ _GPU_ROW_COST = 0.01  # of one more position, as a share of a pass: an estimate
 _ATTENTION_ROW = 0.5
 # Seconds of Python and small operations of a draft and of a verification, beside their passes.
 _DRAFTING_S, _VERIFYING_S = 450e-6, 100e-6
-_GROWTH = 64  # positions, whose attention takes no time that counts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -670,7 +669,7 @@ class DraftCosts:
 
 
 class ContextCosts:
-    """`DraftCosts` for growing contexts, recomputed when the cost of attention has changed.
+    """`DraftCosts` for growing contexts, recomputed when the longest has grown by a quarter.
 
     Args:
         decoder: the model.
@@ -695,7 +694,7 @@ class ContextCosts:
         """Return the costs over contexts of these lengths."""
         before = self._contexts
         grown = abs(max(contexts) - max(before, default=0))
-        if len(before) != len(contexts) or grown >= max(max(before) // 4, _GROWTH):
+        if len(before) != len(contexts) or 4 * grown >= max(before):
             self._contexts, self._costs = contexts, self._costs_of(contexts)
         return self._costs
 

@@ -520,15 +520,14 @@ class ReducedHead:
     ) -> "ReducedHead | None":
         """Return the head for a list of tokens and those of a prompt; None without a list.
 
-        The list's part is made once for each decoder (the last `_MAX_HEADS` of them).
+        The list's part is kept for the next answer: each decoder has that of its last list.
         """
         if token_ids is None:
             return None
-        heads = _HEADS.get(decoder, ())
-        head = next((h for ids, h in heads if ids is token_ids or ids == token_ids), None)
-        if head is None:
+        ids, head = _LAST_HEAD.get(decoder, (None, None))
+        if head is None or not (ids is token_ids or ids == token_ids):
             head = cls(decoder, token_ids)
-            _HEADS[decoder] = ((token_ids, head), *heads)[:_MAX_HEADS]
+            _LAST_HEAD[decoder] = token_ids, head
         return head.extend(decoder, prompt)
 
     def extend(self, decoder: Decoder, token_ids: Iterable[int]) -> "ReducedHead":
@@ -559,11 +558,9 @@ class ReducedHead:
         return whole
 
 
-# Answers of one model share the heads of its last few draft vocabularies.
-_HEADS: "weakref.WeakKeyDictionary[Decoder, tuple[tuple[tuple[int, ...], ReducedHead], ...]]" = (
+_LAST_HEAD: "weakref.WeakKeyDictionary[Decoder, tuple[tuple[int, ...], ReducedHead]]" = (
     weakref.WeakKeyDictionary()
 )
-_MAX_HEADS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

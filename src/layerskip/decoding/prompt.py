@@ -8,7 +8,7 @@ from typing import Any
 
 from layerskip.data.readers import CONVERSATION, is_message
 from layerskip.model import Decoder
-from layerskip.model.tokenizer import render_chat, template_arguments
+from layerskip.model.chat_template import render_chat, template_arguments
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]

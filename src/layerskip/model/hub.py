@@ -112,7 +112,7 @@ def resolve_adapter(name: str) -> Path:
     Raises:
         SourceError: nothing by that name can be found or fetched.
     """
-    path = Path(name).expanduser()
+    path = _path(name)
     if path.exists():
         return path
     if repository.split_name(name) is None:
@@ -126,7 +126,7 @@ def kind_of(name: str) -> Literal["local", "builtin", "hub"]:
     Raises:
         SourceError: the name is none of them.
     """
-    path = Path(name).expanduser()
+    path = _path(name)
     if RENAMED.get(name, name) in BUILTIN_MODELS and not path.exists():
         return "builtin"
     if name and (path.is_dir() or path.suffix == ".gguf"):
@@ -141,6 +141,18 @@ def kind_of(name: str) -> Literal["local", "builtin", "hub"]:
         f"there is no folder {name!r}, and it is neither a hub id (owner/name or owner/name:Q4_K_M)"
         f" nor one of: {', '.join(BUILTIN_MODELS)}"
     )
+
+
+def _path(name: str) -> Path:
+    """Return the path that a model's name may be; SourceError where none can have this name."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long, or of an unknown user
+        text = name if len(name) <= 100 else f"{name[:80]}... ({len(name):,} characters)"
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SourceError(f"there can be no model {text}: {reason}") from None
+    return path
 
 
 def is_pulled(name: str) -> bool:
@@ -175,6 +187,7 @@ def remove(name: str) -> int:
     Raises:
         SourceError: it is not in a cache.
     """
+    _path(name)  # a name that is too long is refused
     if name not in BUILTIN_MODELS and name not in RENAMED:
         return repository.remove(name)
     folders = _folders(name)

@@ -1,4 +1,4 @@
-"""The checkpoint's own tokenizer and chat template, through transformers.
+"""The checkpoint's own tokenizer, through transformers.
 
 A tokenizer comes from the files in the checkpoint's folder, else from the metadata of its GGUF file,
 read as llama.cpp does. `of_config` and `amend_tokenizer_config` write a folder's settings for
@@ -12,15 +12,12 @@ import contextlib
 import importlib.util
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from layerskip.fileio import CheckpointError, check_within, parse_json, read_json, write_json
+from layerskip.fileio import CheckpointError, check_within, read_json, write_json
 from layerskip.model.architecture import UnsupportedModelError
-from layerskip.model.hardware import max_resident_bytes
 from layerskip.model.weights import GgufFile
 
 if TYPE_CHECKING:
@@ -157,106 +154,6 @@ def write(path: Path, folder: Path, gguf_file: GgufFile | None = None) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path / name, folder / name)
     amend_tokenizer_config(folder)
-
-
-# --- chat templates
-
-# Arguments of `apply_chat_template` itself, which are no variables of a template.
-_NO_VARIABLES = frozenset(
-    [
-        *("conversation", "messages", "tools", "chat_template", "add_generation_prompt"),
-        *("continue_final_message", "tokenize", "tokenizer_kwargs", "padding", "truncation"),
-        *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
-    ]
-)
-_MAX_RENDERED = 2**24  # characters, far more than any context
-_MAX_LINES = 5_000_000  # of a template that run: seconds
-_MAX_GROWTH = 2**28  # bytes of memory that a template may add
-
-
-def template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `tools` and `chat_template_kwargs` of a row, as `apply_chat_template` takes them.
-
-    Args:
-        row: both may be missing, or JSON text, as tables have them.
-
-    Raises:
-        ValueError: one of them has the wrong type, or names no variable of a template.
-    """
-    tools, variables = (_json_value(row, name) for name in ("tools", "chat_template_kwargs"))
-    if tools is not None and not (
-        isinstance(tools, list)
-        and all(isinstance(tool, Mapping) or callable(tool) for tool in tools)
-    ):
-        raise ValueError("tools is to be a list of descriptions")
-    if variables is not None and not isinstance(variables, Mapping):
-        raise ValueError("chat_template_kwargs is to have names and values")
-    if reserved := _NO_VARIABLES & set(variables or ()):
-        raise ValueError(f"chat_template_kwargs names {min(reserved)}, no variable of a template")
-    return {**(variables or {}), "tools": tools or None}
-
-
-def _json_value(row: Mapping[str, Any], name: str) -> Any:
-    value = row.get(name)
-    if not isinstance(value, str):
-        return value
-    try:
-        return parse_json(value)
-    except ValueError as error:
-        raise ValueError(f"{name} is no JSON: {getattr(error, 'msg', error)}") from None
-
-
-def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
-    """Render messages with the tokenizer's chat template, which somebody else wrote.
-
-    Its output is bounded, and so are its memory and the number of lines that it runs, in loops and
-    macros.
-
-    Args:
-        tokenizer: of transformers, with a chat template.
-        messages: dicts with role and content.
-        arguments: of `apply_chat_template`, but `tokenize`.
-
-    Raises:
-        ValueError: the template refuses the messages, fails, or does not end.
-    """
-    from jinja2 import TemplateError
-
-    conversation = [dict(message) for message in messages]
-    try:
-        with _bounded_templates():
-            text: str = tokenizer.apply_chat_template(conversation, tokenize=False, **arguments)
-    except RecursionError:
-        raise ValueError("its macros call each other without end") from None
-    except (TemplateError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
-    if len(text) > _MAX_RENDERED:
-        raise ValueError(f"its output has {len(text):,} characters, {_MAX_RENDERED:,} are possible")
-    return text
-
-
-@contextlib.contextmanager
-def _bounded_templates() -> Iterator[None]:
-    """Raise ValueError when templates of this thread run too many lines, or fill the memory."""
-    n_lines, before_bytes = 0, max_resident_bytes()
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal n_lines
-        if frame.f_code.co_filename != "<template>":  # Jinja's name for compiled templates
-            return None
-        n_lines += 1
-        if n_lines > _MAX_LINES:
-            raise ValueError("its loops do not end")
-        if max_resident_bytes() - before_bytes > _MAX_GROWTH:
-            raise ValueError("it takes too much memory")
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
 
 
 # --- settings for transformers 4

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from layerskip.data.readers import Row, local_files, read_rows
-from layerskip.model.tokenizer import render_chat, template_arguments
+from layerskip.model.chat_template import render_chat, template_arguments
 from layerskip.recipe.exit_loss import IGNORED_LABEL
 from layerskip.training.config import TrainConfig
 
