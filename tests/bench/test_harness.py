@@ -184,6 +184,9 @@ def test_a_template_without_a_place_for_the_system_is_asked_without_it(model, mo
     monkeypatch.setattr(model.tokenizer, "chat_template", template)
     messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
     assert ours(model, PLAIN).apply_chat_template(messages) == "<b>"
+    monkeypatch.setattr(model.tokenizer, "chat_template", "{{ 'a' * 20000000 }}")
+    with pytest.raises(ValueError, match="it makes a text of more than"):
+        ours(model, PLAIN).apply_chat_template(messages)
 
 
 def test_options_of_generation():

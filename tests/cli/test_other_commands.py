@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 import warnings
@@ -71,6 +72,14 @@ def test_pull_of_something_else_is_refused(program, tmp_path):
     status, _, err = program("pull", tmp_path)
     assert status == 2
     assert "is a folder or file here: there is nothing to fetch" in err
+
+
+@pytest.mark.parametrize("command", ["pull", "rm", "generate --model", "chat --model"])
+def test_a_name_of_5000_characters_is_one_short_line(program, command):
+    status, out, err = program(*command.split(), "a" * 5000)
+    assert (status, out) == (1, "")
+    assert re.fullmatch(r"layerskip: .{0,30}a{80}\.\.\. \(5,000 characters\).*\n", err)
+    assert "Errno" not in err
 
 
 def test_cached_models_are_listed_and_removed(program, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import gguf_files
 import numpy as np
 import pytest
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from safetensors.torch import load_file, save_file
 
 from layerskip.fileio import check_links
@@ -296,6 +297,44 @@ def test_weights_that_are_not_floating_point(folder, dtype):
     name = "model.layers.1.mlp.down_proj.weight"
     change_tensors(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
     refuse(folder, UnsupportedModelError, f"{name} is stored as", "F32, F16, BF16, F64")
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("model.embed_tokens.weight", "16bit"),
+        ("lm_head.weight", "16bit"),
+        ("model.layers.0.post_attention_layernorm.weight", "16bit"),
+        ("model.norm.weight", "int8"),
+        ("model.embed_tokens.weight", "int8"),
+        ("model.layers.1.mlp.down_proj.weight", "int8"),
+        ("model.layers.1.self_attn.k_proj.weight", "int4"),
+    ],
+)
+@pytest.mark.parametrize("number", ["nan", "-inf"])
+def test_non_finite_weights_are_named(compiled_kernels, tmp_path, name, weights, number):
+    reference("llama2").save_pretrained(tmp_path)
+    change_tensors(tmp_path, lambda tensors: tensors[name].view(-1)[-1:].fill_(float(number)))
+    with pytest.raises(CheckpointError, match=rf"{name}( or .*)? holds NaN or Inf: the check") as e:
+        load(tmp_path, dtype=torch.float32, weights=weights, compiled=True)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "Q4_K"])
+def test_non_finite_scales_of_stored_blocks_are_named(compiled_kernels, tmp_path, kind):
+    """Each block begins with a float16 scale, and in some formats an offset."""
+    file, kind = tmp_path / "m.gguf", GGMLQuantizationType[kind]
+    model = build("llama2", hidden_size=256, intermediate_size=256)
+    gguf_files.write(file, model, kind=kind)
+    (tensor,) = (t for t in GGUFReader(file, "r+").tensors if t.name == "blk.1.ffn_down.weight")
+    last_block = tensor.data.reshape(-1, GGML_QUANT_SIZES[kind][1])[-1]
+    for begin in (0,) if kind == GGMLQuantizationType.Q8_0 else (0, 2):
+        before = last_block[begin : begin + 2].copy()
+        last_block[begin : begin + 2] = np.array([np.nan], np.float16).view(np.uint8)
+        with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj.* holds NaN or Inf"):
+            load(file, dtype=torch.float32, weights="stored", compiled=True)
+        last_block[begin : begin + 2] = before
+    load(file, dtype=torch.float32, weights="stored", compiled=True)
 
 
 def test_non_finite_weights():

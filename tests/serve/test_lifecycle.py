@@ -16,11 +16,13 @@ import httpx
 import pytest
 from running_server import CHAT, error_of
 
+from layerskip import LayerSkipModel
 from layerskip.cli.main import run
 from layerskip.cli.serve import _curl
 from layerskip.model.checkpoint import CheckpointSettings, PromptForm
 from layerskip.serve import server as server_module
 from layerskip.serve.config import ServeConfig
+from layerskip.serve.engine import Engine
 
 
 def wait_until(condition):
@@ -51,6 +53,20 @@ def test_server_answers_while_it_loads(folder, start):
     loaded.set()
     server.join()
     assert str(server.failure) == "this model is broken"
+
+
+def test_server_with_damaged_weights_does_not_start(folder, start):
+    """Its own first answer shows what loading does not."""
+
+    def load():
+        model = LayerSkipModel.from_pretrained(folder, dtype="float32", compile=False)
+        model.decoder.layers[-1].mlp_norm.weight.fill_(float("nan"))
+        return model, Engine(model)
+
+    server = start(load=load)
+    server.join()
+    assert str(server.failure).startswith("this model's results are not finite")
+    assert len(str(server.failure).splitlines()) == 1
 
 
 def test_full_queue_refuses_with_the_time_to_wait(start):

@@ -16,6 +16,7 @@ from layerskip.bench.perplexity import prefix_token, windows
 from layerskip.bench.quality import Passage, Progress, Score, score_passages
 from layerskip.decoding import DecodingConfig, LayerSkipModel
 from layerskip.decoding.sampling import nth_seed
+from layerskip.model.chat_template import render_chat
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -123,19 +124,16 @@ class HarnessModel(TemplateLM):  # type: ignore[misc, unused-ignore]
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Apply the chat template; system messages are left out where it does not support them."""
-        from jinja2 import TemplateError
-
         render = functools.partial(
-            self.tokenizer.apply_chat_template,
-            tokenize=False,
+            render_chat,
+            self.tokenizer,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
         try:
-            text: str = render(chat_history)
-        except TemplateError:  # as the harness itself does
-            text = render([message for message in chat_history if message["role"] != "system"])
-        return text
+            return render(chat_history)
+        except ValueError:  # as the harness itself does
+            return render([message for message in chat_history if message["role"] != "system"])
 
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = True

@@ -240,6 +240,9 @@ def _discard_stdout() -> None:
 
 def _one_line(error: Exception, command: str) -> str:
     text = " ".join(str(error).split()).split(_CPP_STACK)[0][:_LONGEST_MESSAGE]
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        name = str(error.filename)
+        return f"{name[:80]}... ({len(name):,} characters) is too long for the name of a file"
     if isinstance(error, ValueError | OSError | ImportError | click.ClickException) and text:
         return text
     out_of_memory = isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(text)

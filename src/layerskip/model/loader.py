@@ -52,7 +52,7 @@ from layerskip.model.quantize import (
     quantize,
     to_int8,
 )
-from layerskip.model.weights import Tensors, missing
+from layerskip.model.weights import Tensors, check_finite, missing
 
 Transform = Callable[[Tensor], Tensor]
 """A function of a tensor's rows, applied before the cast."""
@@ -232,7 +232,9 @@ class WeightLoader:
         """Return the token embedding, [V, D]."""
         weight = self._vocabulary_matrix(name, shape)
         if self._pages is not None:
-            return PackedEmbedding(PackedMatrix(weight, pages=self._pages))
+            matrix = PackedMatrix(weight, pages=self._pages)
+            _check_scales(name, matrix.scales)
+            return PackedEmbedding(matrix)
         if isinstance(weight, Quantized):
             return QuantizedEmbedding(weight.to(self._device), self._dtype)
         return DenseEmbedding(weight)
@@ -242,7 +244,7 @@ class WeightLoader:
         if tied or name not in self._names:
             self._unused.discard(name)
             return None
-        return self._linear(self._vocabulary_matrix(name, shape), None)
+        return self._linear(name, self._vocabulary_matrix(name, shape), None)
 
     def linear(
         self,
@@ -266,6 +268,7 @@ class WeightLoader:
         """
         sizes = rows if len(names) == len(rows) else [sum(rows)]
         parts = [(f"{name}.weight", (size, n_in)) for name, size in zip(names, sizes, strict=True)]
+        name = " or ".join(name for name, _ in parts)
         scales = scales or [1.0] * len(rows)
         order = None if arrange is None else arrange(torch.arange(sum(rows)))
 
@@ -282,10 +285,10 @@ class WeightLoader:
         bias = self._cast(fused(biases)) if biases else None
         quantized = self._quantized_parts(parts) if is_quantized else None
         if quantized is not None:
-            return self._fused_quantized(quantized, rows, order, scales, bias)
+            return self._fused_quantized(name, quantized, rows, order, scales, bias)
         dtype = None if is_scaled else self._dtype
         weight = self._cast(fused([self._read(*part, dtype) for part in parts]))
-        return self._linear(weight, bias)
+        return self._linear(name, weight, bias)
 
     def check_all_used(self) -> None:
         """Refuse a checkpoint with tensors that were not used."""
@@ -308,12 +311,13 @@ class WeightLoader:
         return present
 
     def _linear(
-        self, weight: Tensor | Quantized, bias: Tensor | None, scale: float = 1.0
+        self, name: str, weight: Tensor | Quantized, bias: Tensor | None, scale: float = 1.0
     ) -> Matrix:
         """Pack a finished matrix for the machine."""
         packed: Matrix
         if self._pages is not None:
             packed = PackedMatrix(weight, bias, self._pages, scale)
+            _check_scales(name, packed.scales)
         elif isinstance(weight, Quantized):
             packed = QuantizedLinear(weight.to(self._device), bias, self._dtype, scale)
         else:
@@ -323,6 +327,7 @@ class WeightLoader:
 
     def _fused_quantized(
         self,
+        name: str,
         tensors: list[Quantized],
         rows: Sequence[int],
         order: Tensor | None,
@@ -343,7 +348,9 @@ class WeightLoader:
             sections.append((section, scale, end))
         parts, begin = [], 0
         for section, scale, end in sections:
-            parts.append(self._linear(section, None if bias is None else bias[begin:end], scale))
+            parts.append(
+                self._linear(name, section, None if bias is None else bias[begin:end], scale)
+            )
             begin = end
         if len(parts) == 1:
             return parts[0]
@@ -353,7 +360,13 @@ class WeightLoader:
     def _vocabulary_matrix(self, name: str, shape: tuple[int, int]) -> Tensor | Quantized:
         bits = None if self._bits is None else EMBEDDING_BITS
         quantized = self._quantized(name, shape, bits)
-        return self(name, shape) if quantized is None else quantized
+        if quantized is not None:
+            return quantized
+        weight = self(name, shape)
+        check_finite(
+            name, weight
+        )  # the first prompt shows damage of other matrices, but not of these
+        return weight
 
     def _quantized_parts(self, parts: list[tuple[str, tuple[int, int]]]) -> list[Quantized] | None:
         """Return all matrices of one product, or None if some are not quantized."""
@@ -406,6 +419,8 @@ class WeightLoader:
             return None
         tensor = self._tensors.read(name, dtype)
         _check_shape(name, tensor.shape, shape)
+        if tensor.ndim == 1:
+            check_finite(name, tensor)
         return tensor
 
     def _use(self, name: str) -> bool:
@@ -440,6 +455,12 @@ def _scale_parts(tensor: Tensor, rows: Sequence[int], scales: Sequence[float]) -
     """Multiply each part of the rows by its scale, in float32, so that it is rounded once."""
     parts = zip(tensor.split(list(rows)), scales, strict=True)
     return torch.cat([part if scale == 1.0 else part.float() * scale for part, scale in parts])
+
+
+def _check_scales(name: str, scales: Sequence[Tensor]) -> None:
+    """Raise CheckpointError where scales of a quantized matrix are NaN or Inf."""
+    for numbers in scales:
+        check_finite(name, numbers)
 
 
 def _without_number(name: str) -> str:

@@ -630,7 +630,8 @@ def missing(name: str) -> CheckpointError:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise CheckpointError if a tensor of weights holds NaN or Inf."""
-    if not tensor.isfinite().all():
+    # A sum takes a twentieth of the time, but may overflow.
+    if not math.isfinite(tensor.sum().item()) and not tensor.isfinite().all():
         raise CheckpointError(f"{name} holds NaN or Inf: the checkpoint's weights are damaged")
 
 

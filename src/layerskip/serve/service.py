@@ -314,7 +314,11 @@ def _conversation(messages: list[Any], variables: Mapping[str, Any] | None) -> d
 
 
 def _time_plain(model: LayerSkipModel, engine: Engine) -> float | None:
-    """Return the tokens/s of plain decoding, which also warms the model up."""
+    """Return the tokens/s of plain decoding, which also warms the model up.
+
+    Raises:
+        ValueError: it fails.
+    """
     text_ids = [1, 2, 3] if model.tokenizer is None else model.tokenize(_WARM_UP)
     config = DecodingConfig(mode="plain", max_new_tokens=_WARM_UP_TOKENS, ignore_eos=True)
     events: list[Event] = []
@@ -328,6 +332,8 @@ def _time_plain(model: LayerSkipModel, engine: Engine) -> float | None:
     engine.submit(Request(prompt=tuple(text_ids), config=config), on_event)
     ended.wait()
     last = events[-1]
+    if isinstance(last, Failed):  # every answer would fail, as with weights that are NaN
+        raise ValueError(last.message.removeprefix("ValueError: "))
     if not isinstance(last, Finished) or last.completion_tokens < 2 or not last.decode_s:
         return None
     return (last.completion_tokens - 1) / last.decode_s

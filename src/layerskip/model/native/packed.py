@@ -164,6 +164,11 @@ class PackedMatrix:
         self.matrix = MatrixStruct(kind, scale, *shape, *pointers)
         self.struct = LinearStruct(*shape, 1, ctypes.addressof(self.matrix))
 
+    @property
+    def scales(self) -> list[Tensor]:
+        """The scales and the offsets of a quantized matrix."""
+        return [numbers for numbers in self._tensors[1:3] if numbers is not None]
+
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, in] (and a residual [N, out]) to [N, out], float32."""
         y = self.normed_product(x, None, 0.0)
