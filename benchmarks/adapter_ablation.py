@@ -7,6 +7,7 @@ of drafts is decoded against plain decoding on them. No prompt of Spec-Bench may
 
 import argparse
 import dataclasses
+import math
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from layerskip.model import open_files, resolve
 from layerskip.model.architecture import Architecture
 
 BASE: dict[str, Any] = {"exit_layer": 2}
-# Name -> settings, besides those of BASE. `previous` and `layers` are no settings of `adapt`.
+# Name -> settings, besides those of BASE. `previous` and `layers` are not settings of `adapt`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
     "E = 0": {"exit_layer": 0},
@@ -96,43 +97,48 @@ def train_variant(
         **settings,
     )
     result = adapt(options.model, config)
-    model = LayerSkipModel.from_pretrained(options.model, adapter=str(folder))
-    assert model.adapter is not None
-    task = load_task("spec_bench", samples=options.samples)
-    prompts = [model.tokenize(sample.prompt) for sample in task.samples]
-    answers = train.write_answers(
-        model.decoder,
-        prompts,
-        config.exit_layer,
-        DecodingConfig(mode="plain", max_new_tokens=options.max_new_tokens),
-        eos_token_ids=model.end_tokens,
-    )
-    tensors, stored, ids = adapter_files.read_adapter(folder / adapter_files.ADAPTER_FILE)
-    trained = network.AdapterNetwork(
-        model.decoder, tensors, float(torch.tensor(stored.logit_scale).log())
-    )
-    files = open_files(resolve(options.model))
-    agreement = measure_agreement(trained, answers, network.head_rows(files, ids), ids)
-    speeds = report.measure_sources(model, prompts, options.max_new_tokens)
-    decoder = model.decoder
-    head = decoder.head.weight_bytes
-    layers = (decoder.weight_bytes - head) / len(decoder.layers) * config.exit_layer
-    own = exit_adapter.head_share(decoder, model.adapter, len(ids)) * head
     row = {
         "variant": name,
         "settings": settings,
         "minutes": result.minutes,
         "tokens": result.tokens,
         "passes": result.passes,
-        "parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "bytes_of_a_draft": (layers + own) / decoder.weight_bytes,
         "agreement_held_out": result.agreement.by_depth,
-        "agreement": agreement.by_depth,
-        "accepted_of_4": agreement.accepted,
-        "speeds": [dataclasses.asdict(speed) for speed in speeds],
+        **measured(folder, options),
         "history": result.history,
     }
     replace_json(folder / "result.json", row)
+
+
+def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Return size, agreement and speedups on Spec-Bench of an adapter."""
+    model = LayerSkipModel.from_pretrained(options.model, adapter=str(folder))
+    assert model.adapter is not None
+    task = load_task("spec_bench", samples=options.samples)
+    prompts = [model.tokenize(sample.prompt) for sample in task.samples]
+    decoder = model.decoder
+    tensors, settings, ids = adapter_files.read_adapter(folder / adapter_files.ADAPTER_FILE)
+    answers = train.write_answers(
+        decoder,
+        prompts,
+        settings.exit_layer,
+        DecodingConfig(mode="plain", max_new_tokens=options.max_new_tokens),
+        eos_token_ids=model.end_tokens,
+    )
+    trained = network.AdapterNetwork(decoder, tensors, math.log(settings.logit_scale))
+    head_rows = network.head_rows(open_files(resolve(options.model)), ids)
+    agreement = measure_agreement(trained, answers, head_rows, ids)
+    head = decoder.head.weight_bytes
+    layers = (decoder.weight_bytes - head) / len(decoder.layers) * settings.exit_layer
+    own = exit_adapter.head_share(decoder, model.adapter, len(ids)) * head
+    speeds = report.measure_sources(model, prompts, options.max_new_tokens)
+    return {
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "bytes_of_a_draft": (layers + own) / decoder.weight_bytes,
+        "agreement": agreement.by_depth,
+        "accepted_of_4": agreement.accepted,
+        "speedups": [dataclasses.asdict(speed) for speed in speeds],
+    }
 
 
 def main() -> None:
@@ -144,7 +150,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--samples", type=int, default=12)
     parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--adapter", type=Path, help="folder: measure this one, and train none")
     options = parse(parser)
+    details = environment("benchmarks/adapter_ablation.py", "bfloat16", "compiled")
+    if options.adapter is not None:
+        row = measured(options.adapter, options)
+        deliver({"environment": details, "model": options.model, **row}, options.output)
+        return
     rows = []
     for number, (name, settings) in enumerate(VARIANTS.items()):
         folder = options.folder / str(number)
@@ -158,8 +170,7 @@ def main() -> None:
             if process.exitcode:
                 raise ValueError(f"variant {name!r} failed")
         rows.append(read_json(folder / "result.json"))
-        print(name, rows[-1]["agreement"], rows[-1]["speeds"], flush=True)
-    details = environment("benchmarks/adapter_ablation.py", "bfloat16", "compiled")
+        print(name, rows[-1]["agreement"], rows[-1]["speedups"], flush=True)
     deliver({"environment": details, "model": options.model, "rows": rows}, options.output)
 
 

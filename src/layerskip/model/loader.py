@@ -363,9 +363,8 @@ class WeightLoader:
         if quantized is not None:
             return quantized
         weight = self(name, shape)
-        check_finite(
-            name, weight
-        )  # the first prompt shows damage of other matrices, but not of these
+        # The first prompt shows damage of other matrices, but not of these.
+        check_finite(name, weight)
         return weight
 
     def _quantized_parts(self, parts: list[tuple[str, tuple[int, int]]]) -> list[Quantized] | None:
