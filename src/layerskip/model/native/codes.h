@@ -30,7 +30,7 @@ inline void put_codes(char *tile, const float *v, int64_t head_dim, int64_t posi
   const float scale = largest(v, head_dim) / 127.0f, inverse = scale > 0 ? 1.0f / scale : 0.0f;
   for (int64_t k = 0; k < head_dim; k += WIDTH) {
     uint8_t codes[WIDTH];
-    store<Bytes>(codes, __builtin_convertvector(rounded(load<Vec>(v + k) * inverse) ^ 128, Bytes));
+    store_bytes(codes, rounded(load<Vec>(v + k) * inverse) ^ 128);
     for (int64_t j = 0; j < WIDTH; j++) {
       const int64_t word = is_key ? (k + j) / 4 * LANES + position : position / 4 * head_dim + k + j;
       tile[4 * word + (is_key ? (k + j) % 4 : position % 4)] = codes[j];
@@ -53,8 +53,8 @@ inline void encode_digits(const float *v, int64_t n, char *row) {
   for (int64_t k = 0; k < n; k += WIDTH) {
     const Ints whole = rounded(load<Vec>(v + k) * inverse);
     const Ints high = rounded(__builtin_convertvector(whole, Vec) * (1.0f / 255.0f)), low = whole - high * 255;
-    store<Bytes>(row + k, __builtin_convertvector(high, Bytes));
-    store<Bytes>(row + n + k, __builtin_convertvector(low, Bytes));
+    store_bytes(row + k, high);
+    store_bytes(row + n + k, low);
     highs += high, lows += low;
   }
   const Digits digits{step, sum(highs), sum(lows)};

@@ -171,15 +171,12 @@ inline void pack_panel(const Blocks &format, int bits, const uint8_t *rows, int6
     }
 }
 
-inline Vec from_bytes(const int8_t *p) {
-  return __builtin_convertvector(__builtin_convertvector(load<Bytes>(p), Ints), Vec);
-}
-// Scales or offsets of a vector of lanes, for one group of those of a matrix
+// Scales or offsets of a vector of lanes, for one group of those of a matrix. A call would spill all sums.
 template <int KIND>
-inline Vec grid(const uint16_t *halves, const int8_t *factors, int64_t group, int64_t lane) {
+__attribute__((always_inline)) inline Vec grid(const uint16_t *halves, const int8_t *factors, int64_t group, int64_t lane) {
   if (!factors) return from_float16(halves + group * LANES + lane);
   const Vec whole = from_float16(halves + group / (SUPER / scaled_inputs(KIND)) * LANES + lane);
-  return whole * from_bytes(factors + group * LANES + lane);
+  return whole * __builtin_convertvector(from_bytes(factors + group * LANES + lane), Vec);
 }
 inline float grid(int32_t kind, const uint16_t *halves, const int8_t *factors, int64_t group, int64_t lane) {
   if (!factors) return from_float16(halves[group * LANES + lane]);
@@ -270,7 +267,7 @@ inline void encode(int32_t kind, int64_t n, int64_t first, int64_t last, char *r
       Ints totals[2] = {};
       for (int i = 0; i < VECTORS; i++) {
         const Ints codes = (Ints)(inputs[i] * inverse + magic) - (Ints)magic;
-        store<Bytes>(row + k + i * WIDTH, __builtin_convertvector(codes, Bytes));
+        store_bytes(row + k + i * WIDTH, codes);
         totals[i * 2 / VECTORS] += codes;
       }
       const int32_t first = sum(totals[0]), second = sum(totals[1]);
@@ -388,10 +385,13 @@ inline void add_group(const Matrix &w, int64_t panel, int64_t g, const char *inp
   for (int p = 0; p < P; p++) {
     const int64_t group = (panel + p) * groups + g;
     const uint32_t *words = (const uint32_t *)w.data + group * BITS * LANES + PART * WIDTH;
-    if constexpr ((ONE_QUANTIZED_STREAM || R > 2) && PART == 0)
+    if constexpr (PART == 0) {
+      // After the end of this panel comes the one at the same place in the next tile.
+      const int64_t next = GROUPS_AHEAD + (g + GROUPS_AHEAD < groups ? 0 : (P - 1) * groups);
 #pragma GCC unroll 16
       for (int k = 0; k < BITS; k++)
-        __builtin_prefetch(words + (GROUPS_AHEAD * BITS + k) * LANES, 0, QUANTIZED_NEARNESS);
+        __builtin_prefetch(words + (next * BITS + k) * LANES, 0, QUANTIZED_NEARNESS);
+    }
 #pragma GCC unroll 2
     for (int part = 0; part < SCALES; part++) {
       Ints dots[R] = {};

@@ -153,6 +153,24 @@ inline Vec from_float16(const void *p) {
 #endif
 }
 
+// Signed bytes. GCC converts vectors to a quarter of their width one number after the other.
+inline Ints from_bytes(const int8_t *p) {
+#ifdef VECTORS_OF_16
+  return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
+#elif defined(VECTORS_OF_8)
+  return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#else
+  return __builtin_convertvector(load<Bytes>(p), Ints);
+#endif
+}
+inline void store_bytes(void *p, Ints v) {
+#ifdef VECTORS_OF_16
+  _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+  store<Bytes>((char *)p, __builtin_convertvector(v, Bytes));
+#endif
+}
+
 inline float from_float16(uint16_t half) {
   uint16_t halves[WIDTH] = {half};
   return from_float16(halves)[0];
