@@ -7,6 +7,7 @@ of drafts is decoded against plain decoding on them. No prompt of Spec-Bench may
 
 import argparse
 import dataclasses
+import itertools
 import math
 import multiprocessing
 from pathlib import Path
@@ -21,13 +22,13 @@ from layerskip import LayerSkipModel
 from layerskip.adapt import AdaptConfig, adapt, network, report, ridge, train
 from layerskip.adapt.agreement import measure_agreement
 from layerskip.bench.tasks import load_task
-from layerskip.decoding import DecodingConfig, exit_adapter
+from layerskip.decoding import DecodingConfig, controller, exit_adapter
 from layerskip.fileio import read_json, replace_json
 from layerskip.model import exit_adapter as adapter_files
 from layerskip.model import open_files, resolve
 from layerskip.model.architecture import Architecture
 
-BASE: dict[str, Any] = {"exit_layer": 2}
+BASE: dict[str, Any] = {"exit_layer": 2, "own_share": 0.3}
 # Name -> settings, besides those of BASE. `previous` and `layers` are not settings of `adapt`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
@@ -96,7 +97,7 @@ def train_variant(
         resume=True,
         **settings,
     )
-    result = adapt(options.model, config)
+    result = adapt(options.model, config, weights=options.weights)
     row = {
         "variant": name,
         "settings": settings,
@@ -112,7 +113,9 @@ def train_variant(
 
 def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return size, agreement and speedups on Spec-Bench of an adapter."""
-    model = LayerSkipModel.from_pretrained(options.model, adapter=str(folder))
+    model = LayerSkipModel.from_pretrained(
+        options.model, weights=options.weights, adapter=str(folder)
+    )
     assert model.adapter is not None
     task = load_task("spec_bench", samples=options.samples)
     prompts = [model.tokenize(sample.prompt) for sample in task.samples]
@@ -141,10 +144,31 @@ def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def at_agreement(options: argparse.Namespace) -> list[dict[str, float]]:
+    """Return the speedup over plain decoding, by this machine's costs, at each agreement.
+
+    With the best fixed number of drafted tokens, all of them at the same agreement.
+    """
+    model = LayerSkipModel.from_pretrained(
+        options.model, weights=options.weights, adapter=str(options.adapter)
+    )
+    assert model.adapter is not None
+    controller.time_passes(model.decoder)
+    adapter, rows = model.adapter, list[dict[str, float]]()
+    share = exit_adapter.head_share(model.decoder, adapter, len(adapter.draft_vocabulary))
+    costs = controller.DraftCosts.of(model.decoder, adapter.settings.exit_layer, share)
+    for agreement in (0.4, 0.5, 0.6, 0.7, 0.8):
+        tokens = itertools.accumulate(agreement**i for i in range(7))  # of 0, 1, ... drafted ones
+        speedups = [n / costs.round(d, d) for d, n in enumerate(tokens)]
+        rows.append({"agreement": agreement, "speedup": max(speedups)})
+    return rows
+
+
 def main() -> None:
     """Run all variants one after another; finished ones are read from --folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--weights", default="stored")
     parser.add_argument("--data", nargs="+", default=["python"])
     parser.add_argument("--folder", type=Path, default=Path("runs/adapter-ablation"))
     parser.add_argument("--minutes", type=float, default=10.0)
@@ -154,7 +178,7 @@ def main() -> None:
     options = parse(parser)
     details = environment("benchmarks/adapter_ablation.py", "bfloat16", "compiled")
     if options.adapter is not None:
-        row = measured(options.adapter, options)
+        row = {**measured(options.adapter, options), "at_agreement": at_agreement(options)}
         deliver({"environment": details, "model": options.model, **row}, options.output)
         return
     rows = []
