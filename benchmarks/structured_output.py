@@ -1,6 +1,6 @@
 """Answers that follow a JSON schema: plain, and drafted with and without the tokens the grammar forces.
 
-The task is extraction: two examples, a held-out message, and one line of JSON with twelve fields. The
+The task is extraction: two examples, a held-out message, and one line of JSON with nine fields. The
 systems are interleaved on each prompt.
 """
 
@@ -18,7 +18,6 @@ from layerskip.data.extraction import FIELDS, extraction_rows
 TEXT = {"anyOf": [{"type": "string", "maxLength": 40}, {"type": "null"}]}
 PROPERTIES: dict[str, Any] = dict.fromkeys(FIELDS, TEXT) | {
     "kind": {"enum": ["order", "appointment", "contact", "expense"]},
-    "language": {"enum": ["en", "de", "fr", "es"]},
     "quantity": {"type": ["integer", "null"], "minimum": 0, "maximum": 999},
 }
 SCHEMA = {

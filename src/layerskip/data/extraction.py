@@ -1,6 +1,6 @@
 """Rows of a narrow task: a short message to one line of JSON with fixed fields.
 
-Messages are orders, appointments, contact details and expenses in four languages: as sentences in any
+Messages are orders, appointments, contact details and expenses in three languages: as sentences in any
 order or as terse lists, with typos and sentences that hold no field. Held-out rows have values (names,
 items, places) and main phrases of which none is in other rows. Everything follows from the seed.
 """
@@ -14,21 +14,16 @@ from typing import Any
 
 from layerskip.data.extraction_words import (
     CURRENCIES,
-    FIRST_NAMES,
     LANGUAGES,
-    LAST_NAMES,
     MAIL_DOMAINS,
-    NAME_PARTS,
-    PLACE_PARTS,
+    MAIL_USERS,
+    NAMES,
     PLACES,
     Language,
 )
 
-FIELDS = (
-    *("kind", "language", "name", "item", "quantity", "amount", "currency"),
-    *("date", "time", "place", "email", "phone"),
-)
-EXAMPLE = "Hello, please send me two oak shelves. The date is 14 March. Regards, Mira Olsen\n"
+FIELDS = ("kind", "name", "item", "quantity", "amount", "date", "time", "place", "contact")
+EXAMPLE = "Hello, please send me two glass tables. The date is 14 March. Regards, Anna\n"
 PROMPT_FORM = "one message, ending in a line break"
 # Kind -> fields of its main phrase, and the probability of each further one.
 _KINDS: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
@@ -43,8 +38,8 @@ _KINDS: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
     "contact": (("name", "contact"), {"place": 0.3, "time": 0.2}),
     "expense": (("item", "amount"), {"date": 0.5, "place": 0.3, "name": 0.25}),
 }
-_TERSE, _TYPOS, _GREETING, _ASIDE = 0.25, 0.3, 0.3, 0.3  # probabilities
-_REAL = 0.5  # of names and places, among the rows to train on
+_LANGUAGE_WEIGHTS = 2, 1, 1  # English, French, Spanish
+_TERSE, _TYPOS, _GREETING, _ASIDE = 0.25, 0.05, 0.25, 0.2  # probabilities
 _SEPARATORS = (". ", ". ", ", ", "; ", " - ")
 _TERSE_SEPARATORS = (", ", "; ", " / ", " - ", " | ")
 
@@ -84,18 +79,17 @@ class _Writer:
 
     def __init__(self, rng: random.Random, held_out: bool) -> None:
         self._rng, self._held_out = rng, held_out
-        self._person = "", ""  # first and last name of a message, which its mail address has too
 
     def message(self) -> tuple[str, dict[str, Any]]:
         """Return a message and its fields."""
         rng = self._rng
-        kind, language = rng.choice(list(_KINDS)), rng.choice(LANGUAGES)
+        kind = rng.choice(list(_KINDS))
+        (language,) = rng.choices(LANGUAGES, _LANGUAGE_WEIGHTS)
         main, further = _KINDS[kind]
         names = [*main, *(name for name, p in further.items() if rng.random() < p)]
-        self._person = self._first_name(), self._of(LAST_NAMES)
         values = {name: self._value(name, kind, language) for name in names}
         fields: dict[str, Any] = dict.fromkeys(FIELDS)
-        fields |= {"kind": kind, "language": language.code}
+        fields["kind"] = kind
         for value in values.values():
             fields |= value.fields
         write = self._terse if rng.random() < _TERSE else self._sentences
@@ -150,55 +144,42 @@ class _Writer:
 
     def _value(self, name: str, kind: str, language: Language) -> _Value:
         if name == "item":
-            text = language.joint.join(map(self._of, language.items[kind]))
+            text = " ".join(map(self._of, language.items[kind]))
         elif name == "place":
-            text = self._composed(PLACES, PLACE_PARTS)
+            text = self._of(PLACES)
         elif name == "name":
-            text = " ".join(self._person)
+            text = self._of(NAMES)
         else:
             return getattr(self, f"_{name}")(language)
         return _Value(text, {name: text})
-
-    def _composed(self, real: Sequence[str], parts: Sequence[Sequence[str]]) -> str:
-        """Return a name of a list or, among the rows to train on, one of two parts."""
-        is_real = self._held_out or self._rng.random() < _REAL
-        return self._of(real) if is_real else "".join(map(self._of, parts))
-
-    def _first_name(self) -> str:
-        return self._composed(FIRST_NAMES, NAME_PARTS)
 
     def _contact(self, language: Language) -> _Value:
         """Return a mail address, or a telephone number of those that nobody has."""
         rng = self._rng
         if rng.random() < 0.6:
-            first, last = (part.lower() for part in self._person)
-            user = rng.choice((f"{first}.{last}", f"{first}{rng.randint(1, 99)}", last))
-            text = f"{user}@{rng.choice(MAIL_DOMAINS)}"
-            return _Value(text, {"email": text})
-        number = rng.randint(100, 199)
-        text = rng.choice((f"555-0{number}", f"+1 {rng.randint(201, 989)} 555 0{number}"))
-        return _Value(text, {"phone": text})
+            text = f"{self._of(MAIL_USERS)}@{rng.choice(MAIL_DOMAINS)}"
+            return _Value(text, {"contact": text})
+        text = f"555-0{rng.randint(100, 199)}"
+        return _Value(text, {"contact": text})
 
     def _quantity(self, language: Language) -> _Value:
-        quantity = self._rng.randint(2, 40)
-        is_word = quantity <= 12 and self._rng.random() < 0.5
+        quantity = self._rng.randint(2, self._rng.choice((6, 40)))
+        is_word = quantity <= 6 and self._rng.random() < 0.5
         text = language.numbers[quantity - 2] if is_word else str(quantity)
         return _Value(text, {"quantity": quantity})
 
     def _amount(self, language: Language) -> _Value:
         rng = self._rng
-        units, cents = rng.randint(3, 900), rng.choice((0, 0, 50, 90, rng.randint(1, 99)))
-        number = f"{units}{language.comma}{cents:02}" if cents else str(units)
         code, sign = rng.choice(list(CURRENCIES.items()))
-        text = rng.choice(language.amounts).format(number=number, sign=sign, code=code)
-        return _Value(text, {"amount": f"{units}.{cents:02}", "currency": code})
+        text = rng.choice(language.amounts).format(number=rng.randint(3, 400), sign=sign, code=code)
+        return _Value(text, {"amount": text})
 
     def _date(self, language: Language) -> _Value:
         rng = self._rng
         number, day = rng.randint(1, 12), rng.randint(1, 28)
         month = language.months[number - 1]
         text = rng.choice(language.dates).format(day=day, month=month, number=number)
-        return _Value(text, {"date": f"2026-{number:02}-{day:02}"})
+        return _Value(text, {"date": text})
 
     def _time(self, language: Language) -> _Value:
         rng = self._rng
@@ -207,7 +188,7 @@ class _Writer:
         text = rng.choice(language.times).format(
             hour=hour, hour12=(hour - 1) % 12 + 1, minute=minute, half=half
         )
-        return _Value(text, {"time": f"{hour:02}:{minute:02}"})
+        return _Value(text, {"time": text})
 
 
 def _phrase_key(name: str) -> str:
