@@ -1,4 +1,4 @@
-"""Write the tables of docs/benchmarks.md and CONTRIBUTING.md from the result files.
+"""Write the tables of docs/benchmarks.md, docs/exit-adapters.md and CONTRIBUTING.md from the results.
 
     python benchmarks/tables.py
 
@@ -17,7 +17,9 @@ from typing import Any
 from index import RESULTS, entry
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "CONTRIBUTING.md")
+PAGES = tuple(
+    ROOT / page for page in ("docs/benchmarks.md", "docs/exit-adapters.md", "CONTRIBUTING.md")
+)
 BLOCK = re.compile(r"(<!--table:([\w-]+)-->\n).*?(<!--end-->)", re.DOTALL)
 WEIGHTS = {"16bit": "bfloat16", "stored": "as stored"}
 TASKS = {"topv2": "TOPv2", "spec_bench": "Spec-Bench"}
@@ -319,6 +321,18 @@ def adapter_speed(document: dict[str, Any]) -> list[Line]:
     return [["drafts from", *(WEIGHTS.get(w, w) for w in document["weights"])], *lines]
 
 
+def adapter_ablation(document: dict[str, Any]) -> list[Line]:
+    """Size, cost and agreement of the variants."""
+    columns = "parameters", "cost of a draft", "tokens, passes"
+    lines = [["variant", *columns, "held out, token 1, 2", "Spec-Bench, token 1, 2", "accepted"]]
+    for row in document["rows"]:
+        rates = [", ".join(map(percent, row[k][:2])) for k in ("agreement_held_out", "agreement")]
+        cost = f"{row['parameters'] / 1e6:.1f}M", f"{row['bytes_of_a_draft']:.3f}"
+        seen = f"{row['tokens']:,}, {row['passes']:,}"
+        lines.append([row["variant"], *cost, seen, *rates, f"{row['accepted_of_4']:.2f}"])
+    return lines
+
+
 def quantization(document: dict[str, Any], *checkpoints: dict[str, Any]) -> list[Line]:
     lines = [["", "weights", "change of the NLL", "exact match", "drafts accepted at exit 8"]]
     for row in document["rows"]:
@@ -448,6 +462,9 @@ TABLES = {
         ("adapter-spec-bench",),
         "layerskip bench --model smollm2-135m --adapter ADAPTER --task spec_bench --sources",
         adapter_speed,
+    ),
+    "adapter-ablation": Table(
+        ("adapter-ablation",), "python benchmarks/adapter_ablation.py", adapter_ablation
     ),
     "adapter": Table(("adapter-training",), "layerskip adapt --model smollm2-135m", adapter),
     "quantization": Table(

@@ -20,7 +20,13 @@ from paper.rules import share_saved
 
 ROOT = Path(__file__).parents[2]
 # Pages that may have figures; all others of PLAIN have none.
-MEASURED = ("README.md", "CONTRIBUTING.md", "docs/benchmarks.md", "docs/paper.md")
+MEASURED = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/benchmarks.md",
+    "docs/exit-adapters.md",
+    "docs/paper.md",
+)
 PLAIN = ("docs/index.md", "docs/get-started.md", "docs/how-to/*.md", "docs/concepts/*.md")
 # Figures that are no measurements, by page; "" is for all.
 SETTINGS = {

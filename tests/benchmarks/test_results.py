@@ -14,6 +14,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "docs/benchmarks.md",
+    ROOT / "docs/exit-adapters.md",
     ROOT / "docs/paper.md",
 ]
 

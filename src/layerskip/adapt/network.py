@@ -35,8 +35,8 @@ class UnrolledView:
 
     def __init__(self, rows: int, length: int, device: torch.device) -> None:
         self.positions = torch.arange(length, device=device).expand(rows, length)
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
+        self._keys: dict[int, list[Tensor]] = {}  # by layer
+        self._values: dict[int, list[Tensor]] = {}
         self._depth = 0
 
     def next_depth(self) -> None:
@@ -46,9 +46,10 @@ class UnrolledView:
     def write(self, layer: int, keys_values: Tensor) -> tuple[Tensor, Tensor]:
         """See `CacheView.write`; the entries of all passes so far are one sequence."""
         keys, values = keys_values.permute(2, 0, 3, 1, 4)
-        self._keys.append(keys)
-        self._values.append(values)
-        return torch.cat(self._keys, dim=2), torch.cat(self._values, dim=2)
+        of_layer = self._keys.setdefault(layer, []), self._values.setdefault(layer, [])
+        of_layer[0].append(keys)
+        of_layer[1].append(values)
+        return torch.cat(of_layer[0], dim=2), torch.cat(of_layer[1], dim=2)
 
     def mask(self, window: int | None, dtype: torch.dtype, groups: int) -> Tensor:
         """See `CacheView.mask`."""
@@ -116,7 +117,7 @@ class AdapterNetwork:
             view.next_depth()
             inputs = joined(exit_states, shifted(states))
             x = projection(inputs.view(b * t, 2 * d)).view(b, t, d)
-            states = decoder.run_view(x, 0, 1, view, t)
+            states = decoder.run_view(x, 0, len(decoder.layers), view, t)
             outputs.append(decoder.final_norm(states.reshape(b * t, d)).view(b, t, d))
         return outputs
 

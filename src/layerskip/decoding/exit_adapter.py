@@ -135,7 +135,8 @@ class ExitAdapter:
         b, t, d = exit_states.shape
         inputs = joined(exit_states, previous).view(b * t, 2 * d)
         hidden = self._adapter.projection(inputs.to(exit_states.dtype)).view(b, t, d)
-        return self._adapter.decoder.run(hidden, 0, 1, self._cache)
+        decoder = self._adapter.decoder
+        return decoder.run(hidden, 0, len(decoder.layers), self._cache)
 
 
 def head_share(decoder: Decoder, adapter: ExitAdapterWeights, n_tokens: int) -> float:

@@ -148,7 +148,7 @@ def build_adapter(
         compiled: use the kernels of `native`, as the base does.
 
     Returns:
-        A decoder of one layer, and the projection of its inputs, [N, 2 D] to [N, D].
+        A decoder of its layers, and the projection of its inputs, [N, 2 D] to [N, D].
 
     Raises:
         CheckpointError, UnsupportedModelError: as of `build`.
@@ -160,7 +160,7 @@ def build_adapter(
     decoder = kind(
         a,
         embedding=base.embedding,
-        layers=[_LayerLoader(a, load, 0).layer()],
+        layers=[_LayerLoader(a, load, i).layer() for i in range(a.n_layers)],
         final_norm=_norm(a, load, names.final_norm, scale=a.logit_scale),
         head=None if base.tied else base.head,
         dtype=dtype,
@@ -363,9 +363,8 @@ class WeightLoader:
         if quantized is not None:
             return quantized
         weight = self(name, shape)
-        check_finite(
-            name, weight
-        )  # the first prompt shows damage of other matrices, but not of these
+        # The first prompt shows damage of other matrices, but not of these.
+        check_finite(name, weight)
         return weight
 
     def _quantized_parts(self, parts: list[tuple[str, tuple[int, int]]]) -> list[Quantized] | None:
