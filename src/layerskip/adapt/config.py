@@ -49,7 +49,10 @@ class AdaptConfig:
     )
     epochs: float = option(4.0, "Passes over each token on average.", above=0.0)
     own_share: float = option(
-        1.0, "Share of tokens of answers that the model writes; the rest are texts.", at_least=0.0, at_most=1.0
+        1.0,
+        "Share of tokens of answers that the model writes; the rest are texts.",
+        at_least=0.0,
+        at_most=1.0,
     )
     max_length: int = option(512, "Number of tokens of a text at most.", at_least=16)
     max_new_tokens: int = option(192, "Number of tokens of an answer at most.", at_least=1)
