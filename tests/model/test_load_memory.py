@@ -51,7 +51,10 @@ def folder(tmp_path_factory):
         config = AutoConfig.for_model("llama", **sizes, num_hidden_layers=layers, vocab_size=32_000)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.to_empty(device="cpu").save_pretrained(folder, max_shard_size="30MB")
+        model.to_empty(device="cpu")
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+        model.save_pretrained(folder, max_shard_size="30MB")
     return path
 
 
