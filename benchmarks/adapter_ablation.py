@@ -21,6 +21,7 @@ from torch import Tensor
 from layerskip import LayerSkipModel
 from layerskip.adapt import AdaptConfig, adapt, network, report, ridge, train
 from layerskip.adapt.agreement import measure_agreement
+from layerskip.adapt.teacher import write_answers
 from layerskip.bench.tasks import load_task
 from layerskip.decoding import DecodingConfig, controller, exit_adapter
 from layerskip.fileio import read_json, replace_json
@@ -98,6 +99,7 @@ def train_variant(
         **settings,
     )
     result = adapt(options.model, config, weights=options.weights)
+    model = load_model(folder, options)
     row = {
         "variant": name,
         "settings": settings,
@@ -105,23 +107,35 @@ def train_variant(
         "tokens": result.tokens,
         "passes": result.passes,
         "agreement_held_out": result.agreement.by_depth,
-        **measured(folder, options),
+        **measured(model, folder, options),
         "history": result.history,
     }
     replace_json(folder / "result.json", row)
 
 
-def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Return size, agreement and speedups on Spec-Bench of an adapter."""
-    model = LayerSkipModel.from_pretrained(
+def load_model(folder: Path, options: argparse.Namespace) -> LayerSkipModel:
+    """Load the base with the adapter of a folder."""
+    return LayerSkipModel.from_pretrained(
         options.model, weights=options.weights, adapter=str(folder)
     )
+
+
+def draft_costs(model: LayerSkipModel) -> controller.DraftCosts:
+    """Return the controller's costs of drafting with the adapter, in plain steps."""
     assert model.adapter is not None
+    decoder, adapter = model.decoder, model.adapter
+    share = exit_adapter.head_share(decoder, adapter, len(adapter.draft_vocabulary))
+    controller.time_passes(decoder)
+    return controller.DraftCosts.of(decoder, adapter.settings.exit_layer, share)
+
+
+def measured(model: LayerSkipModel, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Return size, cost, agreement and speedups on Spec-Bench of an adapter."""
     task = load_task("spec_bench", samples=options.samples)
     prompts = [model.tokenize(sample.prompt) for sample in task.samples]
     decoder = model.decoder
     tensors, settings, ids = adapter_files.read_adapter(folder / adapter_files.ADAPTER_FILE)
-    answers = train.write_answers(
+    answers = write_answers(
         decoder,
         prompts,
         settings.exit_layer,
@@ -131,32 +145,23 @@ def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     trained = network.AdapterNetwork(decoder, tensors, math.log(settings.logit_scale))
     head_rows = network.head_rows(open_files(resolve(options.model)), ids)
     agreement = measure_agreement(trained, answers, head_rows, ids)
-    head = decoder.head.weight_bytes
-    layers = (decoder.weight_bytes - head) / len(decoder.layers) * settings.exit_layer
-    own = exit_adapter.head_share(decoder, model.adapter, len(ids)) * head
+    costs = draft_costs(model)
     speeds = report.measure_sources(model, prompts, options.max_new_tokens)
     return {
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "bytes_of_a_draft": (layers + own) / decoder.weight_bytes,
+        "bytes_of_a_draft": costs.layers + costs.head,
         "agreement": agreement.by_depth,
         "accepted_of_4": agreement.accepted,
         "speedups": [dataclasses.asdict(speed) for speed in speeds],
     }
 
 
-def at_agreement(options: argparse.Namespace) -> list[dict[str, float]]:
-    """Return the speedup over plain decoding, by this machine's costs, at each agreement.
+def at_agreement(costs: controller.DraftCosts) -> list[dict[str, float]]:
+    """Return the predicted speedup over plain decoding where all drafted tokens agree equally often.
 
-    With the best fixed number of drafted tokens, all of them at the same agreement.
+    Each is that of the best fixed number of drafted tokens.
     """
-    model = LayerSkipModel.from_pretrained(
-        options.model, weights=options.weights, adapter=str(options.adapter)
-    )
-    assert model.adapter is not None
-    controller.time_passes(model.decoder)
-    adapter, rows = model.adapter, list[dict[str, float]]()
-    share = exit_adapter.head_share(model.decoder, adapter, len(adapter.draft_vocabulary))
-    costs = controller.DraftCosts.of(model.decoder, adapter.settings.exit_layer, share)
+    rows = []
     for agreement in (0.4, 0.5, 0.6, 0.7, 0.8):
         tokens = itertools.accumulate(agreement**i for i in range(7))  # of 0, 1, ... drafted ones
         speedups = [n / costs.round(d, d) for d, n in enumerate(tokens)]
@@ -178,7 +183,9 @@ def main() -> None:
     options = parse(parser)
     details = environment("benchmarks/adapter_ablation.py", "bfloat16", "compiled")
     if options.adapter is not None:
-        row = {**measured(options.adapter, options), "at_agreement": at_agreement(options)}
+        model = load_model(options.adapter, options)
+        row = measured(model, options.adapter, options)
+        row["at_agreement"] = at_agreement(draft_costs(model))
         deliver({"environment": details, "model": options.model, **row}, options.output)
         return
     rows = []

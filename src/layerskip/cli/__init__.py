@@ -12,13 +12,13 @@ _HANDLED: dict[int, tuple[Callable[[int, FrameType | None], object] | signal.Han
 
 
 def _end(number: int, frame: object) -> None:
-    """End the program with one line; an exception could end up inside an import."""
+    """End the program with one line. An exception raised during an import could be lost."""
     os.write(2, _HANDLED[number][1])
     os._exit(128 + number)
 
 
 def _replace_handlers(*, ours: bool) -> None:
-    """Handle Ctrl-C and SIGTERM, or let the defaults do so again."""
+    """Install our handlers of Ctrl-C and SIGTERM, or restore the defaults."""
     for number, (default, _) in _HANDLED.items():
         if signal.getsignal(number) is (default if ours else _end):
             try:

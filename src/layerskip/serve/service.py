@@ -317,7 +317,7 @@ def _time_plain(model: LayerSkipModel, engine: Engine) -> float | None:
     """Return the tokens/s of plain decoding, which also warms the model up.
 
     Raises:
-        ValueError: it fails.
+        ValueError: the first answer fails.
     """
     text_ids = [1, 2, 3] if model.tokenizer is None else model.tokenize(_WARM_UP)
     config = DecodingConfig(mode="plain", max_new_tokens=_WARM_UP_TOKENS, ignore_eos=True)

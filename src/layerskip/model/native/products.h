@@ -171,7 +171,8 @@ inline void pack_panel(const Blocks &format, int bits, const uint8_t *rows, int6
     }
 }
 
-// Scales or offsets of a vector of lanes, for one group of those of a matrix. A call would spill all sums.
+// Scales or offsets of a vector of lanes, for one group of those of a matrix. Always inlined: a function
+// call would spill all sums to memory.
 template <int KIND>
 __attribute__((always_inline)) inline Vec grid(const uint16_t *halves, const int8_t *factors, int64_t group, int64_t lane) {
   if (!factors) return from_float16(halves + group * LANES + lane);

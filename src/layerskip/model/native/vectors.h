@@ -158,7 +158,7 @@ inline Vec from_bytes(const int8_t *p) {
   return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 #elif defined(VECTORS_OF_8)
   return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
-#else  // which GCC does one byte after the other on x86
+#else  // on x86, GCC would convert byte by byte
   return __builtin_convertvector(__builtin_convertvector(load<Bytes>(p), Ints), Vec);
 #endif
 }
