@@ -48,8 +48,6 @@ VALUES: dict[str, tuple[tuple[ModuleType, ...], tuple[Any, Any]]] = {
     "MAX_BACKOFF_ROUNDS": ((controller,), (4, 128)),
     "LOOKAHEAD": ((controller,), (0, 2)),
     "CONFIDENCE_BINS": ((controller,), (4, 20)),
-    "_DRAFTING_S": ((controller,), (0.0, 2e-3)),
-    "_VERIFYING_S": ((controller,), (0.0, 5e-4)),
     "_ATTENTION_ROW": ((controller,), (0.1, 1.0)),
     "_GPU_ROW_COST": ((controller,), (0.001, 0.1)),
     "MAX_ADAPTIVE_DRAFT_TOKENS": ((config,), (6, 24)),
@@ -65,12 +63,11 @@ VALUES: dict[str, tuple[tuple[ModuleType, ...], tuple[Any, Any]]] = {
     "_MAX_POSITIONS": ((drafters,), (1, 128)),
     "MAX_MATCH": ((drafters, datastore), (3, 8)),
     "_MIN_SHARE": ((datastore,), (0.02, 0.4)),
-    "_MIN_PAIR_SHARE": ((datastore,), (0.4, 0.9)),
 }
 DEFAULTS = {name: getattr(modules[0], name) for name, (modules, _) in VALUES.items()}
 DATASTORE_ANSWERS = 1000
-OF_COSTS = ("_DRAFTING_S", "_VERIFYING_S", "_ATTENTION_ROW", "_GPU_ROW_COST")
-OF_TABLES = ("MAX_MATCH", "_MIN_SHARE", "_MIN_PAIR_SHARE")
+OF_COSTS = ("_ATTENTION_ROW", "_GPU_ROW_COST")
+OF_TABLES = ("MAX_MATCH", "_MIN_SHARE")
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ def test_a_datastore_proposes_what_most_often_came_next():
 def test_a_proposal_is_as_long_as_it_is_likely():
     once = Datastore.from_tokens(range(50))  # each token came next once: half as likely as not
     assert once.propose([2, 3, 4], 9)[0] == [5, 6, 7]  # an eighth; a sixteenth is under a tenth
-    assert once.propose([3, 4], 9) == ([], [])  # two tokens that stood so once are no match
+    assert once.propose([3, 4], 9)[0] == [5, 6, 7]
     often = Datastore.from_tokens([*range(50)] * 9)
     assert often.propose([3, 4], 9)[0] == [*range(5, 14)]
 
@@ -40,9 +40,7 @@ def test_the_next_token_is_a_most_common_one_behind_the_longest_match(tokens, ta
         places = range(n, len(tokens))
         after = Counter(tokens[i] for i in places if tokens[i - n : i] == tail[-n:])
         share = max(after.values(), default=0) / (after.total() + 1)
-        if not after and n > MIN_MATCH:
-            break
-        if share >= (0.7 if n == MIN_MATCH else 0.1):
+        if share >= 0.1:
             expected = after, share
     proposed, shares = Datastore.from_tokens(tokens).propose(tail, 1)
     if expected is None:
@@ -54,7 +52,7 @@ def test_the_next_token_is_a_most_common_one_behind_the_longest_match(tokens, ta
 
 
 def test_a_short_text_proposes_nothing():
-    for tokens in ((), (5,), (5, 6), (5, 6, 7)):
+    for tokens in ((), (5,), (5, 6)):
         assert Datastore.from_tokens(tokens).propose([5, 6], 3) == ([], [])
 
 

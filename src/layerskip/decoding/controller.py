@@ -169,9 +169,9 @@ def _bin(confidence: float) -> int:
 class DraftController:
     """Chooses the next part of a draft by the renewal-reward rule, for one row.
 
-    Before each token it compares the value of the best prefix of each look-up's proposal with that of
-    another token of the early exit; the value is the number of accepted tokens expected, less R times
-    the cost, with what may be drafted after it. Drafting ends where no value is above 0.
+    A draft begins with the best prefix of the look-ups' proposals, if that is worth more than a token of
+    the early exit, which goes on from there; the value is the number of accepted tokens expected, less R
+    times the cost, with what may be drafted after it. Drafting ends where no value is above 0.
 
     Args:
         drafters: those of the generation; at most one of them runs layers.
@@ -203,7 +203,7 @@ class DraftController:
         self._survival, self._max_tokens = 1.0, max_tokens
         self._scored = 0  # tokens that the early exit proposed
         self._discarded: tuple[int, float] | None = None
-        self._proposals: list[tuple[str, int, Candidate]] = []
+        self._proposals: list[tuple[str, Candidate]] = []
 
     def look_up(self, draft: Draft, max_tokens: int) -> tuple[str, Candidate, list[float]] | None:
         """Begin a round of a batch: return the proposal of most accepted tokens expected.
@@ -218,7 +218,7 @@ class DraftController:
             candidate = drafter.propose(draft, max_tokens)
             if not len(candidate):
                 continue
-            self._proposals.append((drafter.name, 0, candidate))
+            self._proposals.append((drafter.name, candidate))
             survival, survivals = 1.0, list[float]()
             for confidence in candidate.confidences:
                 survival *= self._acceptance.of(drafter.name, confidence)
@@ -234,21 +234,16 @@ class DraftController:
         active = {name for name, backoff in self._backoff.items() if backoff.next_round()}
         lookups = [drafter for drafter in self._lookups if drafter.name in active]
         exit_ = self._exit if self._exit is not None and self._exit.name in active else None
-        while len(draft) < max_tokens:
-            source, candidate, n, lookup_value = self._best_proposal(draft, lookups, exit_)
-            exit_value = self._exit_value(len(draft)) if exit_ is not None else 0.0
-            if exit_ is not None and exit_value > max(lookup_value, 0.0):
-                if not self._extend_by_exit(draft, exit_):
-                    return
-            elif candidate is not None and lookup_value > 0.0:
-                self._survival *= self._prefix_probability(source, candidate, n)
-                draft.extend(candidate, n, source)
-                draft.token_ids += candidate.token_ids[:n]
-                if exit_ is None:  # the rest of the proposal was not worth it
-                    return
-            else:
+        source, candidate, n, value = self._best_proposal(draft, lookups, exit_)
+        if candidate is not None and (exit_ is None or value >= self._exit_value(0)):
+            for confidence in candidate.confidences[:n]:
+                self._survival *= self._acceptance.of(source, confidence)
+            draft.extend(candidate, n, source)
+            draft.token_ids += candidate.token_ids[:n]
+        while exit_ is not None and len(draft) < max_tokens:
+            if draft.token_ids and draft.token_ids[-1] in self._eos_token_ids:
                 return
-            if draft.token_ids[-1] in self._eos_token_ids:
+            if self._exit_value(len(draft)) <= 0.0 or not self._extend_by_exit(draft, exit_):
                 return
 
     def _best_proposal(
@@ -256,28 +251,22 @@ class DraftController:
     ) -> tuple[str, Candidate | None, int, float]:
         """Return the source, proposal, length and value of the most valuable prefix of all look-ups."""
         best: tuple[str, Candidate | None, int, float] = ("", None, 0, 0.0)
-        drafted, rate = len(draft), self._throughput.rate
+        rate = self._throughput.rate
         for drafter in lookups:
-            candidate = drafter.propose(draft, self._max_tokens - drafted)
+            candidate = drafter.propose(draft, self._max_tokens)
             if not len(candidate):
                 continue
-            self._proposals.append((drafter.name, drafted, candidate))
-            survival, tokens = self._survival, 0.0
+            self._proposals.append((drafter.name, candidate))
+            survival, tokens = 1.0, 0.0
             for n, confidence in enumerate(candidate.confidences, 1):
                 survival *= self._acceptance.of(drafter.name, confidence)
                 tokens += survival
-                value = tokens - rate * self._costs.rows(drafted + 1, n)
+                value = tokens - rate * self._costs.rows(1, n)
                 if exit_ is not None:
-                    value += self._future_value(survival, drafted + n)
+                    value += self._future_value(survival, n)
                 if value > best[3]:
                     best = drafter.name, candidate, n, value
         return best
-
-    def _prefix_probability(self, source: str, candidate: Candidate, n: int) -> float:
-        probability = 1.0
-        for confidence in candidate.confidences[:n]:
-            probability *= self._acceptance.of(source, confidence)
-        return probability
 
     def _exit_value(self, drafted: int) -> float:
         """Return the value of another token of the early exit, before it is known."""
@@ -350,10 +339,8 @@ class DraftController:
                 self._acceptance.exit_accepted += i < accepted
                 self._acceptance.exit_verified += 1
         # Proposals of look-ups are compared with what was committed, whether they were drafted or not.
-        for source, start, candidate in self._proposals:
-            if start > accepted:
-                continue
-            pairs = zip(candidate.token_ids, candidate.confidences, committed[start:], strict=False)
+        for source, candidate in self._proposals:
+            pairs = zip(candidate.token_ids, candidate.confidences, committed, strict=False)
             for token, confidence, own in pairs:
                 self._acceptance.update(source, confidence, token == own)
                 if token != own:
@@ -550,8 +537,6 @@ _GPU_ROW_COST = 0.01  # of one more position, as a share of a pass: an estimate
 # Cost of one more position in attention over a long context, as a share of the first, where it was not
 # timed: keys and values are loaded once for several positions, but each has arithmetic of its own.
 _ATTENTION_ROW = 0.5
-# Seconds of Python and small operations of a draft and of a verification, beside their passes.
-_DRAFTING_S, _VERIFYING_S = 450e-6, 100e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -563,7 +548,7 @@ class DraftCosts:
         head: the draft's head over one token.
         passes: all layers and the head over 1, 2, ... positions, without `attention`; beyond its end
             every further position adds the average of those in the second half.
-        overhead: of a round that drafts by early exit, beside its parts.
+        overhead: of a round that drafts by early exit, beside its parts; 0 where it was not measured.
         attention: over the contexts, for one position of each prompt.
         attention_row: share of it that one more position adds.
         prompts: number of prompts.
@@ -604,9 +589,7 @@ class DraftCosts:
             weight_bytes = decoder.weight_bytes
             layers = (weight_bytes - decoder.head.weight_bytes) / weight_bytes * depth
             head = head_share * decoder.head.weight_bytes / weight_bytes
-            one, *more = machine.passes
-            passes = (one, *(cost + _VERIFYING_S / machine.seconds for cost in more))
-            overhead = _DRAFTING_S / machine.seconds
+            passes, overhead = machine.passes, 0.0
         else:
             scored = measured.draft_tokens_scored / decoder.architecture.vocab_size
             timed = max(measured.draft_step - measured.head * scored, 0.0)

@@ -21,7 +21,6 @@ from layerskip.fileio import replace
 
 MAX_MATCH, MIN_MATCH = 5, 2  # tokens of an n-gram
 _MIN_SHARE = 0.1
-_MIN_PAIR_SHARE = 0.7  # a pair of tokens that occurred once is no evidence in prose
 _FACTOR = 0x9E3779B97F4A7C15  # of the hash: odd, with irregular bits
 _BITS = 2**64 - 1
 _KIND = "layerskip draft text"
@@ -72,8 +71,7 @@ class Datastore:
             if len(text) <= n:
                 break
             runs = runs[1:] * np.uint64(_FACTOR) + single[: len(text) - n + 1]
-            least = _MIN_PAIR_SHARE if n == MIN_MATCH else _MIN_SHARE
-            parts.append(_most_common(runs[:-1], text[n:], least))
+            parts.append(_most_common(runs[:-1], text[n:]))
         if not parts:
             return cls(np.empty(0, np.uint64), np.empty(0, np.int32), np.empty(0, np.float32))
         found, after, shares = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -112,11 +110,9 @@ class Datastore:
             return None
         positions = self._runs.searchsorted(np.array(hashes, dtype=np.uint64)).tolist()
         found = None
-        for n, (position, number) in enumerate(zip(positions, hashes, strict=True), MIN_MATCH):
+        for position, number in zip(positions, hashes, strict=True):
             if position < len(self) and int(self._runs[position]) == number:
                 found = position
-            elif n > MIN_MATCH:  # only pairs may be missing where longer n-grams are there
-                break
         return None if found is None else (int(self._after[found]), float(self._shares[found]))
 
     def save(self, path: Path, vocab_size: int) -> None:
@@ -177,7 +173,7 @@ def _of_file(path: Path, vocab_size: int, changed: int) -> Datastore:
 
 
 def _most_common(
-    runs: NDArray[np.uint64], after: NDArray[np.int32], least: float
+    runs: NDArray[np.uint64], after: NDArray[np.int32]
 ) -> tuple[NDArray[np.uint64], NDArray[np.int32], NDArray[np.float32]]:
     """Return for each n-gram its most frequent continuation, where the share is large enough."""
     order = np.lexsort((after, runs))
@@ -189,6 +185,6 @@ def _most_common(
     most = np.lexsort((-times, run))
     most = most[np.concatenate([[True], run[most][1:] != run[most][:-1]])]
     shares = (times[most] / (np.bincount(run, times) + 1)).astype(np.float32)
-    kept = shares >= least
+    kept = shares >= _MIN_SHARE
     positions = begins[most][kept]
     return runs[positions], after[positions], shares[kept]

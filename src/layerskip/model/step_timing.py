@@ -66,16 +66,14 @@ class PassCosts:
     Attributes:
         passes: with an empty KV cache.
         attention: the additional cost of `FAR` positions in the KV cache; None = unknown.
-        seconds: of the unit, for all layers and the head.
     """
 
     passes: Costs
     attention: Costs | None = None
-    seconds: float = math.inf
 
     def __post_init__(self) -> None:
         costs = (*(cost - 1.0 for cost in self.passes), *(self.attention or ()))
-        if not all(0.0 <= cost < math.inf for cost in costs) or not self.seconds > 0.0:
+        if not all(0.0 <= cost < math.inf for cost in costs):
             raise ValueError("costs are finite, passes from 1 and attention from 0 on")
 
 
@@ -120,13 +118,13 @@ def _read(name: str) -> PassCosts | None:
         fields = json.loads((cache_folder() / "passes" / name).read_text())
         passes, attention = (tuple(map(float, fields[key])) for key in ("passes", "attention"))
         if len(passes) == len(attention) == _MAX_ROWS and passes[0] == 1.0:
-            return PassCosts(passes, attention, float(fields["seconds"]))
+            return PassCosts(passes, attention)
     return None
 
 
 def _time_and_store(name: str, decoder: Decoder, n_threads: int) -> PassCosts:
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        costs, is_steady = _time(*_first_layers(decoder, n_threads))
+        costs, is_steady = _time(_first_layers(decoder, n_threads))
     if is_steady:  # times on a busy machine serve this process, and are not stored
         with contextlib.suppress(OSError):  # a cache that cannot be written does not matter
             file = cache_folder() / "passes" / name
@@ -135,8 +133,8 @@ def _time_and_store(name: str, decoder: Decoder, n_threads: int) -> PassCosts:
     return costs
 
 
-def _first_layers(decoder: Decoder, n_threads: int) -> tuple[ForwardPass, float]:
-    """Return a pass through the first layers, and the cost of all layers and the head in such passes.
+def _first_layers(decoder: Decoder, n_threads: int) -> ForwardPass:
+    """Return a pass through the first layers.
 
     Hidden states are random, because they choose the experts of a mixture.
     """
@@ -153,20 +151,16 @@ def _first_layers(decoder: Decoder, n_threads: int) -> tuple[ForwardPass, float]
         cache.lengths.fill_(context)
         decoder.run(hidden[:, :rows], 0, n_timed, cache)
 
-    return forward_pass, decoder.weight_bytes / (n_timed * layer_bytes)
+    return forward_pass
 
 
-def _time(forward_pass: ForwardPass, scale: float) -> tuple[PassCosts, bool]:
+def _time(forward_pass: ForwardPass) -> tuple[PassCosts, bool]:
     """Return the lowest time of each number of rows, and True if each was reached twice.
 
     The numbers are interleaved, forwards and backwards. No number of rows costs less than one row, nor
     more than as many single rows. More rows may be cheaper, since PyTorch has other code for them; where
     that may be noise they cost as much as fewer rows. The cost of attention does not fall with more
     rows.
-
-    Args:
-        forward_pass: see `ForwardPass`.
-        scale: cost of all layers and the head in such passes.
     """
     seconds = np.full((2, len(_TIMED)), np.inf)  # the lowest, and the second lowest
     is_steady, start = False, time.perf_counter()
@@ -189,4 +183,4 @@ def _time(forward_pass: ForwardPass, scale: float) -> tuple[PassCosts, bool]:
     attention = np.interp(numbers, far_rows, extra) / by_rows[0]
     costs = np.clip(by_rows / by_rows[0], 1.0, numbers)
     passes, attention = (tuple(round(float(c), 4) for c in row) for row in (costs, attention))
-    return PassCosts(passes, attention, float(by_rows[0]) * scale), is_steady
+    return PassCosts(passes, attention), is_steady
