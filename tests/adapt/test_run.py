@@ -10,6 +10,7 @@ import tiny_checkpoint
 from layerskip import LayerSkipModel
 from layerskip.adapt import AdaptConfig, adapt, train
 from layerskip.adapt.texts import load_texts
+from layerskip.decoding.exit_adapter import draft_head
 from layerskip.fileio import CheckpointError, read_json
 from layerskip.model.exit_adapter import load_adapter, read_adapter
 
@@ -100,14 +101,24 @@ def test_a_run_ends_with_the_speed_of_each_source_and_a_card(trained, base):
     assert "| `draft_vocabulary` | 200 |" in card
 
 
-def test_an_adapter_of_a_base_as_stored_takes_8_bits(trained, base):
+@pytest.mark.usefixtures("compiled_kernels")
+def test_an_adapter_takes_8_bits_where_these_are_fast(trained, base):
     _, result, _ = trained
-    decoder = LayerSkipModel.from_pretrained(base, adapter=result.path).decoder
-    in_16_bits = load_adapter(result.path, decoder, base)
-    decoder.weights = "stored"  # as if its matrices were those of a quantized GGUF file
-    in_8_bits = load_adapter(result.path, decoder, base)
+
+    def adapter_of(**options):
+        model = LayerSkipModel.from_pretrained(base, adapter=result.path, **options)
+        assert model.adapter is not None
+        return model.adapter
+
+    in_16_bits, in_8_bits = adapter_of(compile=False), adapter_of(compile=True)
+    assert in_16_bits.decoder.weights == "16bit"
     assert in_8_bits.decoder.weights == "int8"
     assert in_8_bits.weight_bytes < 0.7 * in_16_bits.weight_bytes
+    heads = [draft_head(adapter).decoder.head_bytes for adapter in (in_8_bits, in_16_bits)]
+    assert heads[0] < 0.7 * heads[1]
+    decoder = LayerSkipModel.from_pretrained(base, compile=False).decoder
+    decoder.weights = "stored"  # as if its matrices were those of a quantized GGUF file
+    assert load_adapter(result.path, decoder, base).decoder.weights == "int8"
 
 
 def test_the_adapter_drafts_and_answers_stay_the_same(trained, base):

@@ -35,10 +35,10 @@ class AdaptConfig:
     )
     resume: bool = option(False, "Go on with the run in the output folder.")
     exit_layer: int = option(
-        2, "Number of layers that run for each drafted token (0 or more).", at_least=0, metavar="E"
+        0, "Number of layers that run for each drafted token (0 or more).", at_least=0, metavar="E"
     )
     draft_vocabulary: int = option(
-        8192, "Number of tokens that the adapter drafts besides those of the prompt.", at_least=2
+        4096, "Number of tokens that the adapter drafts besides those of the prompt.", at_least=2
     )
     depths: int = option(
         2, "Number of tokens drafted one after another in training.", at_least=1, at_most=8

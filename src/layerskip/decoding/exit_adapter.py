@@ -7,7 +7,7 @@ adapter's output. The adapter has a one-layer KV cache with its own length: posi
 without it are filled in one pass when it drafts next.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class ExitAdapter:
         with_confidence: bool = False,
     ) -> None:
         self.num_layers = adapter.settings.exit_layer
-        self.head_share = head_share(decoder, adapter, len(head.token_ids))
+        self.head_share = head_share(decoder, adapter, head)
         self.prior = adapter.settings.acceptance
         self._decoder, self._adapter, self._sampler, self._head = decoder, adapter, sampler, head
         self._with_confidence = with_confidence
@@ -139,24 +139,28 @@ class ExitAdapter:
         return decoder.run(hidden, 0, len(decoder.layers), self._cache)
 
 
-def head_share(decoder: Decoder, adapter: ExitAdapterWeights, n_tokens: int) -> float:
-    """Return the cost of a pass of the adapter and its head of so many tokens, in whole heads."""
-    own = adapter.weight_bytes / decoder.head.weight_bytes
-    return n_tokens / decoder.architecture.vocab_size + own
+def draft_head(adapter: ExitAdapterWeights, prompt: Iterable[int] = ()) -> ReducedHead:
+    """Return the head for an adapter's draft vocabulary and the tokens of a prompt."""
+    head = ReducedHead.of(adapter.decoder, adapter.draft_vocabulary, prompt)
+    assert head is not None
+    return head
+
+
+def head_share(decoder: Decoder, adapter: ExitAdapterWeights, head: ReducedHead) -> float:
+    """Return the cost of a pass of an adapter and its head, in heads of the model."""
+    return (adapter.weight_bytes + head.decoder.head_bytes) / decoder.head_bytes
 
 
 def _exit_adapter(inputs: DrafterInputs) -> list[Drafter]:
     adapter, (prompt,) = inputs.adapter, inputs.prompts
     if adapter is None:
         raise ValueError("this model has no exit adapter: train one with layerskip adapt")
-    head = ReducedHead.of(adapter.decoder, adapter.draft_vocabulary, prompt)
-    assert head is not None
     return [
         ExitAdapter(
             inputs.decoder,
             adapter,
             inputs.sampler,
-            head,
+            draft_head(adapter, prompt),
             inputs.capacity,
             with_confidence=inputs.adaptive,
         )

@@ -423,6 +423,11 @@ class Decoder:
         return self.heads[0]
 
     @property
+    def head_bytes(self) -> int:
+        """Bytes of weights that the logits read."""
+        return sum(head.weight_bytes for head in self.heads)
+
+    @property
     def dtype_name(self) -> str:
         """Name of the dtype, such as "bfloat16"."""
         return str(self.dtype).removeprefix("torch.")

@@ -255,13 +255,16 @@ def load_adapter(path: Path, base: Decoder, checkpoint: Path) -> ExitAdapterWeig
     a = base.architecture
     if not (0 <= min(ids) <= max(ids) < a.vocab_size and 0 <= settings.exit_layer < a.n_layers):
         raise CheckpointError(f"{path} is damaged: its settings do not fit its base")
+    compiled = base.kernels == "compiled"
+    # Drafts need not be exact: where int8 is fast, half the bytes are worth more than the last bits.
+    in_int8 = base.weights == STORED or (compiled and base.weights == "16bit")
     decoder, projection = build_adapter(
         base,
         adapter_architecture(a, settings.logit_scale),
         TensorDict(tensors),
         dtype=base.dtype,
-        weights="int8" if base.weights == STORED else base.weights,  # quantized, as the base is
-        compiled=base.kernels == "compiled",
+        weights="int8" if in_int8 else base.weights,
+        compiled=compiled,
     )
     return ExitAdapterWeights(
         settings=settings, decoder=decoder, projection=projection, draft_vocabulary=ids

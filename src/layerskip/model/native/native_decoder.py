@@ -279,6 +279,14 @@ class NativeDecoder(Decoder):
         )
         return hidden, chosen, 1.0 if confidence is None else float(confidence[0])
 
+    def with_reduced_head(self, token_ids: Tensor) -> "NativeDecoder":
+        """See `Decoder`; of a decoder with int8 weights the head is in int8 too."""
+        reduced = super().with_reduced_head(token_ids)
+        assert isinstance(reduced, NativeDecoder)
+        if self.weights == "int8":
+            reduced.heads = tuple(head.in_int8() for head in reduced._packed_heads)
+        return reduced
+
     def _embedded(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return tokens [B, T] and their embeddings, or memory that the kernels look these up into."""
         if self._embedding is None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from layerskip.model.block_formats import BlockFormat
 from layerskip.model.native.build import library, num_threads_to_use
 from layerskip.model.native.team_size import team_size
-from layerskip.model.quantize import GROUP, Quantized
+from layerskip.model.quantize import GROUP, Quantized, quantize
 
 LANES = 16
 # Given to all tensors that C writes floats into, whatever PyTorch's default dtype and device are.
@@ -211,6 +211,13 @@ class PackedMatrix:
         bias = None if self._bias is None else self._bias[index]
         matrix._set(self._kind, (len(index), self.shape[1]), tensors, bias, self._scale)
         return matrix
+
+    def in_int8(self) -> "PackedMatrix":
+        """Return the matrix with weights in int8; itself if it is quantized."""
+        if self._kind not in KINDS.values():
+            return self
+        weight = self.look_up(torch.arange(self.shape[0]))
+        return PackedMatrix(quantize(weight, 8), self._bias)
 
 
 class PackedLinear:
