@@ -202,18 +202,24 @@ def test_answers_with_a_prefix_cache_are_the_same():
         text = [*text, *drafted.token_ids, 5, 6]
 
 
-def test_rows_of_a_batch_are_exact_and_draft_again_when_alone():
-    """States of rounds with other rows reach the adapter, which drafts for the last row left."""
-    decoder, adapter = with_adapter("llama3.1", 1)
-    prompts = [random_prompt(decoder, n, seed=n) for n in (5, 9, 14)]
-    batch, answers, rows = Batch(decoder), {}, []
-    for prompt, n in zip(prompts, (6, 9, 40), strict=True):
+@pytest.mark.parametrize("exit_layer", [0, 1])
+@pytest.mark.parametrize("compiled", [False, True], ids=["pytorch", "compiled"])
+def test_rows_of_a_batch_draft_in_one_pass_what_each_would_alone(exit_layer, compiled, request):
+    if compiled:
+        request.getfixturevalue("compiled_kernels")
+    decoder, adapter = with_adapter("llama3.1", exit_layer, compiled=compiled)
+    prompts, lengths = [random_prompt(decoder, n, seed=n) for n in (5, 9, 14)], (6, 9, 40)
+    batch, rounds, rows = Batch(decoder), {}, []
+    for prompt, n in zip(prompts, lengths, strict=True):
         config = dataclasses.replace(ADAPTER, max_new_tokens=n)
         rows.append(Row(decoder, prompt, config, adapter=adapter))
         batch.add(rows[-1])
     for output in batch:
-        answers.setdefault(output.row, []).append(output.step)
-    for row, prompt, n in zip(rows, prompts, (6, 9, 40), strict=True):
-        assert tokens_of(answers[row]) == ids(decoder, prompt, PLAIN, n)
-    alone = [step for step in answers[rows[-1]] if step.sources]
-    assert accepted_share(alone) > 0.2
+        rounds.setdefault(output.row, []).append(output.step)
+    for row, prompt, n in zip(rows, prompts, lengths, strict=True):
+        assert tokens_of(rounds[row]) == ids(decoder, prompt, PLAIN, n)
+        alone = adapted_steps(decoder, adapter, prompt, ADAPTER, n)
+        assert [(s.drafted, s.accepted) for s in rounds[row]] == [
+            (s.drafted, s.accepted) for s in alone
+        ]
+    assert not exit_layer or accepted_share(rounds[rows[-1]]) > 0.2

@@ -69,14 +69,13 @@ class RowPass:
     @property
     def depths(self) -> tuple[int, ...]:
         """Layers where the pass changes: where the early exit's states join it, and its end."""
-        exit_layer = self.row.config.exit_layer
-        if self.draft is None or not self.draft.states or exit_layer is None:
+        if self.draft is None or not self.draft.states or self.row.draft_layer is None:
             return (self.row.n_layers,)
-        return exit_layer, self.row.n_layers
+        return self.row.draft_layer, self.row.n_layers
 
     def join_states(self, n_layers: int) -> None:
         """Put the early exit's hidden states in front, where the others have come as far."""
-        if self.draft is not None and self.draft.states and n_layers == self.row.config.exit_layer:
+        if self.draft is not None and self.draft.states and n_layers == self.row.draft_layer:
             self.hidden = torch.cat([*self.draft.states, self.hidden], dim=1)
             self.row.roll_back()
         if self.row.reader is not None and n_layers == self.row.reader.num_layers:
@@ -277,7 +276,8 @@ class Batch:
                 row.controller,
                 row.sampler,
                 row.max_draft_tokens(),
-                exit_ is not None and exit_.has(row.exit_key),
+                exit_ is not None and row.exit_key == exit_.key,
+                row.reader,
             )
             for row in rows
         }
@@ -288,14 +288,14 @@ class Batch:
         return drafts
 
     def _shared_exit(self, rows: Sequence[Row]) -> SharedExit | None:
-        """Return the early exit that the rows draft with: the one before, or that of the first row."""
+        """Return the exit that the rows draft with: the one before, or that of the first row."""
         keys = [row.exit_key for row in rows if row.exit_key is not None]
         if not keys:
             return None
-        if self._exit is None or not any(map(self._exit.has, keys)):
-            self._exit = SharedExit(self._decoder, *keys[0])
+        if self._exit is None or self._exit.key not in keys:
+            self._exit = SharedExit(self._decoder, keys[0])
             self._costs = ContextCosts(
-                self._decoder, self._exit.exit_layer, self._exit.head_share, self._measured
+                self._decoder, keys[0].exit_layer, self._exit.head_share, self._measured
             )
         return self._exit
 

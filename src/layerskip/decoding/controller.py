@@ -12,7 +12,7 @@ import functools
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
-from layerskip.decoding.drafters import Candidate, Draft, Drafter
+from layerskip.decoding.drafters import Candidate, Draft, Drafter, StateReader
 from layerskip.decoding.sampling import Sampler
 from layerskip.decoding.shared_exit import SharedExit
 from layerskip.model import Decoder, StepCosts
@@ -377,7 +377,8 @@ class RowDraft:
         controller: of the row; None for a row that drafts nothing.
         sampler: of the row.
         max_tokens: number of tokens to draft at most.
-        shares_exit: whether the shared early exit may draft.
+        shares_exit: whether the shared exit may draft.
+        reader: the row's exit adapter, or None.
         survival: probability that all of the draft is accepted.
     """
 
@@ -386,6 +387,7 @@ class RowDraft:
     sampler: Sampler
     max_tokens: int
     shares_exit: bool
+    reader: StateReader | None = None
     survival: float = 1.0
 
 
@@ -475,7 +477,7 @@ class BatchController:
             chosen += self._worth_drafting(rows, costs, overhead)
             if not chosen:
                 return
-            candidates = exit_.propose([r.draft for r in chosen], [r.sampler for r in chosen])
+            candidates = exit_.propose(chosen)
             n = len(chosen)
             self._time += overhead + (costs.layers + costs.head) * costs.over(n, n)
             # The first layers have seen the position before.

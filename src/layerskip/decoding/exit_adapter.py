@@ -64,7 +64,8 @@ class ExitAdapter:
         self._exit_states: list[Tensor] = []
         self._previous_states = [torch.zeros(1, 1, size, device=decoder.device)]
         self._n_waiting = 0
-        self._guess: Tensor | None = None  # in a draft
+        self._guess: Tensor | None = None  # in a draft, whose tokens the cache has too
+        self._n_drafted = 0
 
     def read_states(self, exit_states: Tensor, last_states: Tensor) -> None:
         """Take the states of the next committed positions, which ends a draft.
@@ -73,7 +74,8 @@ class ExitAdapter:
             exit_states: [1, n, D], leaving layer E.
             last_states: [1, n, D], leaving layer L.
         """
-        self._guess = None
+        self._cache.lengths -= self._n_drafted
+        self._guess, self._n_drafted = None, 0
         if not self._previous_states:
             exit_states = exit_states[:, 1:]
         self._exit_states.append(exit_states)
@@ -82,8 +84,8 @@ class ExitAdapter:
         if self._n_waiting >= _FLUSH_POSITIONS:
             newest = last_states[:, -1:]
             self._previous_states[-1] = last_states[:, :-1]
-            self._fill_cache()
-            self._previous_states = [newest]
+            _run([self], [self._take_waiting()])
+            self._guess, self._previous_states = None, [newest]
 
     def update(self, tokens: Sequence[int]) -> None:
         """Do nothing: `read_states` has what is needed."""
@@ -95,20 +97,9 @@ class ExitAdapter:
             self._decoder.embed(tokens), 0, self.num_layers, draft.cache
         )
         draft.add_states(exit_states)
-        # 1. The newest committed token, with all positions that the cache lacks.
-        if self._guess is None:
-            self._exit_states.append(exit_states[:, :1])
-            self._guess = self._fill_cache()
-            self._n_drafted = 0
-            exit_states = exit_states[:, 1:]
-        # 2. Drafted tokens, each with the guess at the one before it: they are not committed.
-        committed = self._cache.lengths.clone()
-        for i in range(exit_states.shape[1]):
-            self._cache.lengths.copy_(committed + self._n_drafted)
-            self._guess = self._pass(exit_states[:, i : i + 1], self._guess)
-            self._n_drafted += 1
-        self._cache.lengths.copy_(committed)
-        return self._choose(self._guess, draft)
+        for state in exit_states.split(1, dim=1):
+            guess = advance([self], [state])
+        return self._choose(guess, draft)
 
     def _choose(self, hidden: Tensor, draft: Draft) -> Candidate:
         """Choose the token after a state [1, 1, D]."""
@@ -119,24 +110,53 @@ class ExitAdapter:
         chosen, confidence = head.decoder.greedy_choice(hidden, with_confidence=with_confidence)
         return Candidate(head.token_ids[chosen], [confidence])
 
-    def _fill_cache(self) -> Tensor:
-        """Run the adapter over the committed positions that wait; return its last output [1, 1, D]."""
-        exit_states = torch.cat(self._exit_states, dim=1)
-        out = self._pass(exit_states, torch.cat(self._previous_states, dim=1))
-        self._cache.lengths += exit_states.shape[1]
-        self._exit_states, self._previous_states, self._n_waiting = [], [], 0
-        return out[:, -1:]
+    def _inputs(self, exit_state: Tensor) -> Tensor:
+        """Return what the adapter reads for the newest token [n, 2 D].
 
-    def _pass(self, exit_states: Tensor, previous: Tensor) -> Tensor:
-        """Run the adapter over states [1, n, D] after its cached positions.
-
-        The caller sets the length.
+        For a committed one these are all positions that the cache lacks; for a drafted one, its own with
+        the guess at the one before.
         """
-        b, t, d = exit_states.shape
-        inputs = joined(exit_states, previous).view(b * t, 2 * d)
-        hidden = self._adapter.projection(inputs.to(exit_states.dtype)).view(b, t, d)
-        decoder = self._adapter.decoder
-        return decoder.run(hidden, 0, len(decoder.layers), self._cache)
+        if self._guess is not None:
+            self._n_drafted += 1
+            return joined(exit_state, self._guess)[0].to(exit_state.dtype)
+        self._exit_states.append(exit_state)
+        return self._take_waiting()
+
+    def _take_waiting(self) -> Tensor:
+        exit_states, previous = torch.cat(self._exit_states, 1), torch.cat(self._previous_states, 1)
+        self._exit_states, self._previous_states, self._n_waiting = [], [], 0
+        return joined(exit_states, previous)[0].to(exit_states.dtype)
+
+    def _receive(self, outputs: Tensor) -> None:
+        """Take the adapter's outputs [n, D] for these inputs."""
+        self._cache.lengths += len(outputs)
+        self._guess = outputs[None, -1:]
+
+
+def advance(adapters: Sequence[ExitAdapter], exit_states: Sequence[Tensor]) -> Tensor:
+    """Run an adapter over the newest token of several rows, in one pass.
+
+    Args:
+        adapters: of the rows, with the same weights.
+        exit_states: [1, 1, D] of each row, leaving layer E.
+
+    Returns:
+        Its guesses at the states that will leave layer L, [1, B, D].
+    """
+    pairs = zip(adapters, exit_states, strict=True)
+    return _run(adapters, [adapter._inputs(state) for adapter, state in pairs])
+
+
+def _run(adapters: Sequence[ExitAdapter], inputs: Sequence[Tensor]) -> Tensor:
+    """Run the adapter over inputs [n, 2 D] of each row; return the last outputs [1, B, D]."""
+    weights, counts = adapters[0]._adapter, [len(part) for part in inputs]
+    decoder = weights.decoder
+    hidden = weights.projection(torch.cat(list(inputs)))
+    rows = [(adapter._cache, n) for adapter, n in zip(adapters, counts, strict=True)]
+    outputs = decoder.run_rows(hidden, 0, len(decoder.layers), rows).split(counts)
+    for adapter, part in zip(adapters, outputs, strict=True):
+        adapter._receive(part)
+    return torch.cat([part[-1:] for part in outputs])[None]
 
 
 def draft_head(adapter: ExitAdapterWeights, prompt: Iterable[int] = ()) -> ReducedHead:

@@ -24,9 +24,11 @@ from layerskip.decoding.drafters import (
     StateReader,
     make_drafters,
 )
+from layerskip.decoding.exit_adapter import ExitAdapter
 from layerskip.decoding.prefix_cache import Prefix, PrefixCache
 from layerskip.decoding.prompt import check_prompt
 from layerskip.decoding.sampling import LogitsMask, Sampler
+from layerskip.decoding.shared_exit import ExitKey
 from layerskip.model import NON_FINITE_MESSAGE, Decoder, KVCache, StepCosts
 from layerskip.model.exit_adapter import ExitAdapterWeights
 
@@ -222,7 +224,8 @@ class Row:
         cache: of one row; its length is the number of tokens of `context` that the layers have seen.
         last: [1, 1], the newest token, which no layer has seen yet.
         reader: the drafter that gets the hidden states of committed positions, or None.
-        exit_key: exit layer and draft vocabulary of the early exit that drafts; None without one.
+        exit_key: of the early exit or exit adapter that drafts; None without one.
+        draft_layer: its E; None without one.
 
     Raises:
         PromptError: see `generate`.
@@ -259,10 +262,13 @@ class Row:
         self.sampler = Sampler(config, decoder.device, config.seed, prompt, size, self._mask)
         self.drafters: list[Drafter] = []
         self.controller: Controller | None = None
-        self.exit_key: tuple[int, tuple[int, ...] | None] | None = None
+        self.exit_key: ExitKey | None = None
         if config.mode == "self-speculative":
             if config.exit_layer is not None and "early-exit" in config.draft_sources:
-                self.exit_key = config.exit_layer, _interned(_ids(config.draft_vocabulary))
+                ids = _interned(_ids(config.draft_vocabulary))
+                self.exit_key = ExitKey(config.exit_layer, ids)
+            elif self._adapter is not None and ExitAdapter.name in config.draft_sources:
+                self.exit_key = ExitKey(self._adapter.settings.exit_layer, None, self._adapter)
             self.drafters, self.controller = _drafting(
                 decoder,
                 self.context,
@@ -275,6 +281,11 @@ class Row:
             )
         readers = (drafter for drafter in self.drafters if isinstance(drafter, StateReader))
         self.reader: StateReader | None = next(readers, None)
+
+    @property
+    def draft_layer(self) -> int | None:
+        """See the class."""
+        return None if self.exit_key is None else self.exit_key.exit_layer
 
     @property
     def prompt_left(self) -> int:

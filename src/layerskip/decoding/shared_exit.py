@@ -1,41 +1,66 @@
-"""`SharedExit`: the early exit of several rows, which draft their next tokens in one pass."""
+"""`SharedExit`: the early exit, or the exit adapter, of several rows, which draft in one pass."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
-from layerskip.decoding.drafters import Candidate, Draft, EarlyExit, ReducedHead, choose_draft
-from layerskip.decoding.sampling import Sampler
+from layerskip.decoding.drafters import Candidate, EarlyExit, ReducedHead, choose_draft
+from layerskip.decoding.exit_adapter import ExitAdapter, advance, draft_head, head_share
 from layerskip.model import Decoder
+from layerskip.model.exit_adapter import ExitAdapterWeights
+
+if TYPE_CHECKING:
+    from layerskip.decoding.controller import RowDraft
+
+
+class ExitKey(NamedTuple):
+    """The exit that a row drafts with; rows share a pass where these are equal.
+
+    Attributes:
+        exit_layer: E.
+        vocabulary: token ids of the draft vocabulary; None = all tokens.
+        adapter: an exit adapter, or None for an early exit.
+    """
+
+    exit_layer: int
+    vocabulary: tuple[int, ...] | None
+    adapter: ExitAdapterWeights | None = None
 
 
 class SharedExit:
     """Drafts a token for each of several rows with one pass of the first E layers and one of the head.
 
+    An adapter runs between the two.
+
     Args:
         decoder: the model.
-        exit_layer: E.
-        vocabulary: token ids of the draft vocabulary that all rows have; None = all tokens.
+        key: what the rows draft with.
     """
 
-    name = EarlyExit.name
-
-    def __init__(
-        self, decoder: Decoder, exit_layer: int, vocabulary: tuple[int, ...] | None
-    ) -> None:
-        self.exit_layer, self.vocabulary = exit_layer, vocabulary
-        self._decoder = decoder
+    def __init__(self, decoder: Decoder, key: ExitKey) -> None:
+        self.key, self._decoder = key, decoder
+        self.name = EarlyExit.name if key.adapter is None else ExitAdapter.name
         self._prompts: list[Sequence[int]] = []
         self._is_stale = False
-        self._head = ReducedHead.of(decoder, vocabulary, ())
+        self._head = self._head_with(())
 
-    def has(self, key: tuple[int, tuple[int, ...] | None] | None) -> bool:
-        """Return whether a row's exit layer and draft vocabulary are these."""
-        return key is not None and key == (self.exit_layer, self.vocabulary)
+    def _head_with(self, tokens: Sequence[int]) -> ReducedHead | None:
+        """Return the head for the draft vocabulary and some tokens; None for the whole one."""
+        key = self.key
+        if key.adapter is not None:
+            return draft_head(key.adapter, tokens)
+        return ReducedHead.of(self._decoder, key.vocabulary, tokens)
 
     @property
     def head_share(self) -> float:
-        """Share of the head's rows that it multiplies with."""
+        """See `Drafter`."""
+        if self.key.adapter is not None:
+            assert self._head is not None
+            return head_share(self._decoder, self.key.adapter, self._head)
         return 1.0 if self._head is None else self._head.share
 
     def set_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -46,23 +71,30 @@ class SharedExit:
     def _update_head(self) -> None:
         """Collect the rows of the head anew, where other prompts have come and a draft needs it."""
         if self._is_stale:
-            seen = {token for prompt in self._prompts for token in prompt}
-            self._head = ReducedHead.of(self._decoder, self.vocabulary, seen)
+            self._head = self._head_with([*{t for prompt in self._prompts for t in prompt}])
             self._is_stale = False
 
-    def propose(self, drafts: Sequence[Draft], samplers: Sequence[Sampler]) -> list[Candidate]:
-        """Propose one token for each draft."""
+    def propose(self, rows: Sequence[RowDraft]) -> list[Candidate]:
+        """Propose one token for each row."""
         self._update_head()
-        pending = [draft.take_pending() for draft in drafts]
+        pending = [row.draft.take_pending() for row in rows]
         counts = [tokens.shape[1] for tokens in pending]
         hidden = self._decoder.embed(torch.cat(pending, dim=1))[0]
-        rows = [(draft.cache, n) for draft, n in zip(drafts, counts, strict=True)]
-        parts = self._decoder.run_rows(hidden, 0, self.exit_layer, rows).split(counts)
-        for draft, part in zip(drafts, parts, strict=True):
-            draft.add_states(part[None])
+        spans = [(row.draft.cache, n) for row, n in zip(rows, counts, strict=True)]
+        parts = self._decoder.run_rows(hidden, 0, self.key.exit_layer, spans).split(counts)
+        for row, part in zip(rows, parts, strict=True):
+            row.draft.add_states(part[None])
+        states = self._head_states(rows, torch.stack([part[-1] for part in parts])[None])
         exit_ = self._decoder if self._head is None else self._head.decoder
-        logits = exit_.logits(torch.stack([part[-1] for part in parts])[None])
+        logits = exit_.logits(states)
         return [
-            choose_draft(logits[:, i : i + 1], draft, sampler, self._head)
-            for i, (draft, sampler) in enumerate(zip(drafts, samplers, strict=True))
+            choose_draft(logits[:, i : i + 1], row.draft, row.sampler, self._head)
+            for i, row in enumerate(rows)
         ]
+
+    def _head_states(self, rows: Sequence[RowDraft], exit_states: Tensor) -> Tensor:
+        """Return what the head reads, of the states that left layer E, both [1, B, D]."""
+        if self.key.adapter is None:
+            return exit_states
+        adapters = [row.reader for row in rows if isinstance(row.reader, ExitAdapter)]
+        return advance(adapters, exit_states.split(1, dim=1))
