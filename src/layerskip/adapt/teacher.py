@@ -38,11 +38,6 @@ class TeacherSequence:
     def __len__(self) -> int:
         return len(self.exit_states)
 
-    @property
-    def first_learned(self) -> int:
-        """The position before the answer's first token; 0 for a text."""
-        return self.prompt_length - 1 if self.prompt_length < len(self.tokens) else 0
-
 
 @torch.inference_mode()
 def read_text(decoder: Decoder, tokens: Sequence[int], exit_layer: int) -> TeacherSequence:

@@ -425,20 +425,21 @@ class _Run:
 
     def _loss(self, batch: Sequence[TeacherSequence]) -> Tensor:
         """Return KL to the model over the draft vocabulary plus weighted CE, averaged over depths."""
-        exit_states, last_states, spans = _padded(batch)
-        positions = torch.arange(last_states.shape[1])
-        counts = (positions >= spans[:, :1]) & (positions < spans[:, 1:])
-        positions = positions.expand(counts.shape)[counts]
+        exit_states, last_states, lengths = _padded(batch)
+        t = last_states.shape[1]
+        positions = torch.arange(t)
+        is_real = positions < lengths[:, None]
+        positions = positions.expand(is_real.shape)[is_real]
         cap, scale = self._decoder.architecture.logit_cap, self._network.logit_scale
         with torch.no_grad():
-            normed = self._decoder.final_norm(last_states[counts])
+            normed = self._decoder.final_norm(last_states[is_real])
             targets, entropies = soft_targets(normed, self._head, cap, self._config.ce_weight)
         total = torch.zeros(())
         with torch.autocast("cpu", torch.bfloat16, enabled=self._head.dtype == torch.bfloat16):
             outputs = self._network.outputs(exit_states, last_states, self._config.depths)
         for depth, hidden in enumerate(outputs):
             weights = (positions >= depth).float()
-            scaled = hidden[counts].float() * scale
+            scaled = hidden[is_real].float() * scale
             total = total + SoftCrossEntropy.apply(scaled, self._head, cap, targets, weights)
             total = total - (weights * entropies).sum() / weights.sum()  # KL is 0 at best
         return total / len(outputs)
@@ -511,12 +512,8 @@ class _Run:
 
 
 def _padded(batch: Sequence[TeacherSequence]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the states of a batch [B, T, D] in float32, padded on the right, and what is learned.
-
-    These are spans of positions, [B, 2]: of the answers, after which the model wrote a token, or of
-    whole texts.
-    """
-    spans = torch.tensor([(s.first_learned, len(s)) for s in batch])
+    """Return the states of a batch [B, T, D] in float32, padded on the right, and its lengths [B]."""
+    lengths = torch.tensor([len(s) for s in batch])
     exits = torch.nn.utils.rnn.pad_sequence([s.exit_states for s in batch], batch_first=True)
     lasts = torch.nn.utils.rnn.pad_sequence([s.last_states for s in batch], batch_first=True)
-    return exits.float(), lasts.float(), spans
+    return exits.float(), lasts.float(), lengths
