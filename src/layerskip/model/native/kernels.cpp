@@ -559,7 +559,7 @@ struct Pass {
         __builtin_prefetch(at + next + j * WIDTH * 4, 0, 2);
         if constexpr (KIND == FLOAT32) __builtin_prefetch(at + next + m.head_dim * 4 + j * WIDTH * 4, 0, 2);
       }
-#if defined(VECTORS_OF_16) && defined(__AVX512BF16__)
+#ifdef PAIRS_OF_BFLOAT16
       if constexpr (KIND == BFLOAT16) {
         Words pairs[N];
 #pragma GCC unroll 16

@@ -352,7 +352,10 @@ constexpr bool ONE_QUANTIZED_STREAM = false;
 constexpr int GROUPS_AHEAD = 12;
 #endif
 constexpr bool one_stream(int) { return false; }
-constexpr int ahead(int rows) { return PARTS > 1 && rows > 3 ? 64 : 4; }  // these read one panel at a time
+constexpr int ahead(int rows) {
+  if (PARTS > 1) return rows > 3 ? 64 : 4;  // these read one panel at a time
+  return rows > 1 ? 32 : 4;
+}
 constexpr int nearness(int) { return 3; }
 constexpr int QUANTIZED_NEARNESS = 3;
 constexpr bool FETCHES_CHUNKS = false;
@@ -474,7 +477,7 @@ inline void tile(const Matrix &w, int64_t panel, const char *inputs, int64_t str
       for (int p = 0; p < P; p++) {
         const uint32_t *at = base + (p * (n / 2) + k) * LANES;
         __builtin_prefetch(at + ahead(R) * LANES, 0, nearness(R));
-#if defined(VECTORS_OF_16) && defined(__AVX512BF16__)
+#ifdef PAIRS_OF_BFLOAT16
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++)
           sums[p][r][0] = dot2(sums[p][r][0], load<Words>(at), ((const uint32_t *)(inputs + r * stride))[k]);
