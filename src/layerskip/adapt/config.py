@@ -43,11 +43,11 @@ class AdaptConfig:
     depths: int = option(
         2, "Number of tokens drafted one after another in training.", at_least=1, at_most=8
     )
-    learning_rate: float = option(5e-4, "Peak learning rate; it falls linearly.", above=0.0)
+    learning_rate: float = option(1e-3, "Peak learning rate; it falls linearly.", above=0.0)
     ce_weight: float = option(
         0.3, "Weight of the cross-entropy, added to the KL divergence.", at_least=0.0
     )
-    epochs: float = option(4.0, "Passes over each token on average.", above=0.0)
+    epochs: float = option(3.0, "Passes over each token on average.", above=0.0)
     own_share: float = option(
         1.0,
         "Share of tokens of answers that the model writes; the rest are texts.",
@@ -56,7 +56,7 @@ class AdaptConfig:
     )
     max_length: int = option(512, "Number of tokens of a text at most.", at_least=16)
     max_new_tokens: int = option(192, "Number of tokens of an answer at most.", at_least=1)
-    batch_tokens: int = option(2048, "Number of positions of an optimizer step.", at_least=1)
+    batch_tokens: int = option(1024, "Number of positions of an optimizer step.", at_least=1)
     round_tokens: int = option(
         32_768, "Number of new tokens between two evaluations.", at_least=1, at_most=10**7
     )
