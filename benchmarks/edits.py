@@ -88,7 +88,7 @@ def predictions(model: LayerSkipModel, options: argparse.Namespace) -> dict[str,
     entries = measure(systems, prompts, max_new_tokens=n)
     names = [None, None, *(name for name in sets for _ in (alone, beside))]
     rows = [
-        {"prediction": name, **row(entry, plain=entries[0].runs, prompts=prompts)}
+        {**row(entry, plain=entries[0].runs, prompts=prompts), "prediction": name}
         for name, entry in zip(names, entries, strict=True)
     ]
     return {"model": options.model, "task": task.name, "samples": len(prompts), "rows": rows}

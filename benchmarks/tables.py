@@ -178,6 +178,17 @@ def system_name(row: dict[str, Any]) -> str:
     return f"{row['system']}, {setting}"
 
 
+def predictions(document: dict[str, Any]) -> list[Line]:
+    """Speed with predicted outputs that are mostly right, and with wrong ones."""
+    lines = [["prediction", "drafts from", "tokens/s", "speedup", "lowest", "accepted"]]
+    for row in document["rows"]:
+        sources = (row["draft_from"] or "none").replace("+", ", ")
+        gain = times(row["speedup_lowest"]), percent(row["acceptance_rate"], 0)
+        kind = row["prediction"] or "none"
+        lines.append([kind, sources, f"{row['tokens_per_s']:.1f}", with_interval(row), *gain])
+    return lines
+
+
 def edits(*documents: dict[str, Any]) -> list[Line]:
     lines = [
         [
@@ -446,10 +457,14 @@ TABLES = {
         speed,
     ),
     "edits": Table(
-        ("edits-bfloat16-cpu-seconds", "edits-int8-cpu-seconds"),
-        "python benchmarks/edits.py edits --model qwen2.5-coder-0.5b.gguf --samples 4"
-        " --max-new-tokens 128 --threads 1 --cpu-seconds",
+        ("edits-bfloat16", "edits-int8"),
+        "python benchmarks/edits.py edits --model qwen2.5-coder-0.5b.gguf",
         edits,
+    ),
+    "predictions": Table(
+        ("predictions",),
+        "python benchmarks/edits.py predictions --model qwen2.5-coder-0.5b.gguf",
+        predictions,
     ),
     "stored-weights": Table(
         ("stored-weights",), "python benchmarks/stored_weights.py FILES", stored
