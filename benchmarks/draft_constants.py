@@ -44,7 +44,7 @@ VALUES: dict[str, tuple[tuple[ModuleType, ...], tuple[Any, Any]]] = {
     "EXIT_ACCEPTANCE_WEIGHT": ((controller,), (0.5, 8.0)),
     "MEMORY": ((controller,), (0.8, 0.99)),
     "PLAIN_ROUNDS": ((controller,), (1.0, 16.0)),
-    "BACKOFF_ROUNDS": ((controller,), (1, 16)),
+    "BACKOFF_ROUNDS": ((controller,), (0, 4)),
     "MAX_BACKOFF_ROUNDS": ((controller,), (4, 128)),
     "LOOKAHEAD": ((controller,), (0, 2)),
     "CONFIDENCE_BINS": ((controller,), (4, 20)),

@@ -240,16 +240,16 @@ def test_throughput_is_at_least_that_of_plain_decoding():
 def test_pauses_double_and_end_where_drafting_pays():
     backoff = Backoff()
     pauses = []
-    for _ in range(5):
+    for _ in range(7):
         assert backoff.next_round()
         backoff.update(1, 9.0)
         pauses.append(0)
         while not backoff.next_round():
             pauses[-1] += 1
-    assert pauses == [4, 8, 16, 32, MAX_BACKOFF_ROUNDS]
+    assert pauses == [1, 2, 4, 8, 16, 32, MAX_BACKOFF_ROUNDS]
     backoff.judge(True)
     backoff.judge(False)
-    assert [backoff.next_round() for _ in range(5)] == [False] * 4 + [True]
+    assert [backoff.next_round() for _ in range(2)] == [False, True]
 
 
 def test_earlier_gains_are_not_all_lost_again():

@@ -24,7 +24,7 @@ PRIOR_WEIGHT = 3.0  # tokens that a drafter's own confidence counts as
 EXIT_ACCEPTANCE, EXIT_ACCEPTANCE_WEIGHT = 0.8, 2.0  # prior of an early exit's mean acceptance
 MEMORY = 0.95  # decay of tokens and times a round
 PLAIN_ROUNDS = 4.0  # prior of the throughput
-BACKOFF_ROUNDS, MAX_BACKOFF_ROUNDS = 4, 32
+BACKOFF_ROUNDS, MAX_BACKOFF_ROUNDS = 1, 32
 LOOKAHEAD = 8  # tokens that are considered behind the next one
 
 
