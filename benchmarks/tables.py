@@ -490,6 +490,11 @@ TABLES = {
         "layerskip bench --model smollm2-135m --adapter ADAPTER --task spec_bench --sources",
         adapter_speed,
     ),
+    "adapter-cheaper-drafts": Table(
+        ("adapter-spec-bench-cheaper-drafts",),
+        "layerskip bench --model smollm2-135m --adapter ADAPTER --task spec_bench --sources",
+        adapter_speed,
+    ),
     "adapter-qwen": Table(
         ("adapter-qwen-humaneval", "adapter-qwen-mbpp"),
         "layerskip bench --model qwen2.5-coder-0.5b.gguf --adapter qwen --task TASK --sources",
