@@ -1,20 +1,31 @@
 """`SharedExit`: the early exit, or the exit adapter, of several rows, which draft in one pass."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from layerskip.decoding.drafters import Candidate, EarlyExit, ReducedHead, choose_draft
+from layerskip.decoding.drafters import (
+    Candidate,
+    Draft,
+    EarlyExit,
+    ReducedHead,
+    StateReader,
+    choose_draft,
+)
 from layerskip.decoding.exit_adapter import ExitAdapter, advance, draft_head, head_share
+from layerskip.decoding.sampling import Sampler
 from layerskip.model import Decoder
 from layerskip.model.exit_adapter import ExitAdapterWeights
 
-if TYPE_CHECKING:
-    from layerskip.decoding.controller import RowDraft
+
+class DraftingRow(Protocol):
+    """What a shared exit needs of a row (a `RowDraft`): its draft, its sampler, its exit adapter."""
+
+    draft: Draft
+    sampler: Sampler
+    reader: StateReader | None
 
 
 class ExitKey(NamedTuple):
@@ -74,7 +85,7 @@ class SharedExit:
             self._head = self._head_with([*{t for prompt in self._prompts for t in prompt}])
             self._is_stale = False
 
-    def propose(self, rows: Sequence[RowDraft]) -> list[Candidate]:
+    def propose(self, rows: Sequence[DraftingRow]) -> list[Candidate]:
         """Propose one token for each row."""
         self._update_head()
         pending = [row.draft.take_pending() for row in rows]
@@ -92,7 +103,7 @@ class SharedExit:
             for i, row in enumerate(rows)
         ]
 
-    def _head_states(self, rows: Sequence[RowDraft], exit_states: Tensor) -> Tensor:
+    def _head_states(self, rows: Sequence[DraftingRow], exit_states: Tensor) -> Tensor:
         """Return what the head reads, of the states that left layer E, both [1, B, D]."""
         if self.key.adapter is None:
             return exit_states
