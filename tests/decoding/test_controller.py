@@ -9,6 +9,7 @@ from tiny_decoders import LAYERS, tiny_decoder
 
 from layerskip.decoding import Candidate, Draft, controller
 from layerskip.decoding.controller import (
+    BACKOFF_ROUNDS,
     MAX_BACKOFF_ROUNDS,
     Acceptance,
     Backoff,
@@ -208,8 +209,8 @@ def test_a_discarded_token_is_compared_with_the_model_s_own_where_decoding_is_gr
     """A sampled token says little about whether another one would have been accepted."""
     rounds = Rounds(CHEAP, StubExit(0.05))
     assert rounds.play(target=7).sources == []
-    paused = [rounds.play(target=7).sources for _ in range(4)]  # the discarded token was a loss
-    assert paused == [[]] * 4
+    paused = [rounds.play(target=7).sources for _ in range(BACKOFF_ROUNDS)]  # it was a loss
+    assert paused == [[]] * BACKOFF_ROUNDS
     assert rounds.play(target=7).sources == ["early-exit"]
     for target, greedy in ((8, True), (7, False)):
         rounds = Rounds(CHEAP, StubExit(0.05), greedy=greedy)
@@ -265,8 +266,9 @@ def test_earlier_gains_are_not_all_lost_again():
 def test_a_source_that_loses_is_paused_and_another_goes_on():
     rounds = Rounds(CHEAP, StubLookup(0.3), StubExit(0.95))
     rounds.controller._backoff["early-exit"].judge(False)
-    sources = [rounds.play(accepted=0, max_tokens=1).sources for _ in range(5)]
-    assert sources == [["n-gram"]] * 4 + [["early-exit"]]
+    n = BACKOFF_ROUNDS + 1
+    sources = [rounds.play(accepted=0, max_tokens=1).sources for _ in range(n)]
+    assert sources == [["n-gram"]] * BACKOFF_ROUNDS + [["early-exit"]]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from layerskip.model.exit_adapter import ExitAdapterWeights
 
 
 class DraftingRow(Protocol):
-    """What a shared exit needs of a row (a `RowDraft`): its draft, its sampler, its exit adapter."""
+    """The parts of a row (a `RowDraft`) that a shared exit reads; `reader` may be its exit adapter."""
 
     draft: Draft
     sampler: Sampler
