@@ -26,6 +26,7 @@ from layerskip.model import Decoder
 from layerskip.model.exit_adapter import ExitAdapterWeights, joined
 
 _FLUSH_POSITIONS = 512  # of a long prompt: bounds the memory of states
+_SMALL_PRODUCTS = 2.0  # their time per byte, over that of a whole pass: measured with SmolLM2-135M
 
 
 class ExitAdapter:
@@ -168,7 +169,8 @@ def draft_head(adapter: ExitAdapterWeights, prompt: Iterable[int] = ()) -> Reduc
 
 def head_share(decoder: Decoder, adapter: ExitAdapterWeights, head: ReducedHead) -> float:
     """Return the cost of a pass of an adapter and its head, in heads of the model."""
-    return (adapter.weight_bytes + head.decoder.head_bytes) / decoder.head_bytes
+    share = (adapter.weight_bytes + head.decoder.head_bytes) / decoder.head_bytes
+    return _SMALL_PRODUCTS * share
 
 
 def _exit_adapter(inputs: DrafterInputs) -> list[Drafter]:
