@@ -169,9 +169,10 @@ def _bin(confidence: float) -> int:
 class DraftController:
     """Chooses the next part of a draft by the renewal-reward rule, for one row.
 
-    A draft begins with the best prefix of the look-ups' proposals, if that is worth more than a token of
-    the early exit, which goes on from there; the value is the number of accepted tokens expected, less R
-    times the cost, with what may be drafted after it. Drafting ends where no value is above 0.
+    A draft begins with the best prefix of the look-ups' proposals if its value is at least that of a
+    token of the early exit. The early exit drafts the rest, until another token has no positive value.
+    The value is the expected number of accepted tokens minus R times the cost, including what may be
+    drafted afterwards.
 
     Args:
         drafters: those of the generation; at most one of them runs layers.
@@ -550,7 +551,7 @@ class DraftCosts:
         head: the draft's head over one token.
         passes: all layers and the head over 1, 2, ... positions, without `attention`; beyond its end
             every further position adds the average of those in the second half.
-        overhead: of a round that drafts by early exit, beside its parts; 0 where it was not measured.
+        overhead: additional cost of a round that drafts by early exit; 0 where it was not measured.
         attention: over the contexts, for one position of each prompt.
         attention_row: share of it that one more position adds.
         prompts: number of prompts.

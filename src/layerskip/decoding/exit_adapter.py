@@ -26,7 +26,7 @@ from layerskip.model import Decoder
 from layerskip.model.exit_adapter import ExitAdapterWeights, joined
 
 _FLUSH_POSITIONS = 512  # of a long prompt: bounds the memory of states
-_SMALL_PRODUCTS = 2.0  # their time per byte, over that of a whole pass: measured with SmolLM2-135M
+_SMALL_PRODUCTS = 2.0  # time per byte relative to a whole pass, roughly, with SmolLM2-135M
 
 
 class ExitAdapter:
@@ -148,11 +148,11 @@ def advance(adapters: Sequence[ExitAdapter], exit_states: Sequence[Tensor]) -> T
     return _run(adapters, [adapter._inputs(state) for adapter, state in pairs])
 
 
-def _run(adapters: Sequence[ExitAdapter], inputs: Sequence[Tensor]) -> Tensor:
+def _run(adapters: Sequence[ExitAdapter], inputs: list[Tensor]) -> Tensor:
     """Run the adapter over inputs [n, 2 D] of each row; return the last outputs [1, B, D]."""
     weights, counts = adapters[0]._adapter, [len(part) for part in inputs]
     decoder = weights.decoder
-    hidden = weights.projection(torch.cat(list(inputs)))
+    hidden = weights.projection(torch.cat(inputs))
     rows = [(adapter._cache, n) for adapter, n in zip(adapters, counts, strict=True)]
     outputs = decoder.run_rows(hidden, 0, len(decoder.layers), rows).split(counts)
     for adapter, part in zip(adapters, outputs, strict=True):

@@ -1,6 +1,6 @@
 """`SharedExit`: the early exit, or the exit adapter, of several rows, which draft in one pass."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -59,7 +59,7 @@ class SharedExit:
         self._is_stale = False
         self._head = self._head_with(())
 
-    def _head_with(self, tokens: Sequence[int]) -> ReducedHead | None:
+    def _head_with(self, tokens: Iterable[int]) -> ReducedHead | None:
         """Return the head for the draft vocabulary and some tokens; None for the whole one."""
         key = self.key
         if key.adapter is not None:
@@ -82,7 +82,7 @@ class SharedExit:
     def _update_head(self) -> None:
         """Collect the rows of the head anew, where other prompts have come and a draft needs it."""
         if self._is_stale:
-            self._head = self._head_with([*{t for prompt in self._prompts for t in prompt}])
+            self._head = self._head_with({token for prompt in self._prompts for token in prompt})
             self._is_stale = False
 
     def propose(self, rows: Sequence[DraftingRow]) -> list[Candidate]:

@@ -168,7 +168,7 @@ inline float from_float16(uint16_t half) {
   return from_float16(halves)[0];
 }
 
-// Zen multiplies pairs of bfloat16 fastest, and AMX nothing else; Intel's vectors are faster with single inputs.
+// Zen is fastest with products of bfloat16 pairs, and AMX has no others; Intel's vector units are faster in float32.
 #if defined(VECTORS_OF_16) && defined(__AVX512BF16__) && (defined(__znver4__) || defined(__znver5__) || defined(__AMX_BF16__))
 #define PAIRS_OF_BFLOAT16
 constexpr bool PAIRS = true;
