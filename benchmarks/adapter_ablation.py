@@ -124,7 +124,7 @@ def draft_costs(model: LayerSkipModel) -> controller.DraftCosts:
     """Return the controller's costs of drafting with the adapter, in plain steps."""
     assert model.adapter is not None
     decoder, adapter = model.decoder, model.adapter
-    share = exit_adapter.head_share(decoder, adapter, exit_adapter.draft_head(adapter))
+    share = exit_adapter.head_share(decoder, adapter)
     controller.time_passes(decoder)
     return controller.DraftCosts.of(decoder, adapter.settings.exit_layer, share)
 

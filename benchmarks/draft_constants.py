@@ -207,7 +207,7 @@ class Replay:
                 used, rule._costs = rule._costs, default
                 cost += rule.round_cost(draft)
                 rule._costs = used
-                rule.update(draft, [step], [accepted])
+                rule.update(draft, step, accepted)
             n_tokens += len(ids) - 1
         return round(n_tokens / cost, 3)
 

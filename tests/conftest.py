@@ -9,7 +9,7 @@ from hypothesis import settings
 
 import tiny_checkpoint
 from layerskip import LayerSkipModel
-from layerskip.decoding import controller
+from layerskip.decoding import controller, exit_adapter
 from layerskip.model import native, pull
 from layerskip.model.step_timing import PassCosts
 
@@ -94,4 +94,8 @@ def no_draft_depends_on_the_machine(request, monkeypatch):
             compiled = decoder.kernels == "compiled"
             return PassCosts((1.0, 1.03) if compiled else pytorch[decoder.weights])
 
+        def draft_cost(decoder, n_bytes, drafting):
+            return 2.0 * n_bytes / decoder.weight_bytes
+
         monkeypatch.setattr(controller, "pass_costs", costs)
+        monkeypatch.setattr(exit_adapter, "draft_cost", draft_cost)

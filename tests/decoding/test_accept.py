@@ -20,21 +20,10 @@ from layerskip.decoding.accept import accept_greedy, accept_sampled
 
 def test_greedy_over_all_patterns():
     for d in (0, 1, 2, 3):
-        cases = [
-            (draft, target)
-            for draft in itertools.product(range(3), repeat=d)
-            for target in itertools.product(range(3), repeat=d + 1)
-        ]
-        draft = torch.tensor([case[0] for case in cases], dtype=torch.int64)
-        accepted, following = accept_greedy(draft, torch.tensor([case[1] for case in cases]))
-        counts = [
-            next((i for i in range(d) if draft[i] != target[i]), d) for draft, target in cases
-        ]
-        assert accepted.tolist() == counts
-        assert set(counts) == set(range(d + 1))  # rows with different counts in one batch
-        assert following.tolist() == [
-            case[1][count] for case, count in zip(cases, counts, strict=True)
-        ]
+        for draft in itertools.product(range(3), repeat=d):
+            for target in itertools.product(range(3), repeat=d + 1):
+                count = next((i for i in range(d) if draft[i] != target[i]), d)
+                assert accept_greedy(draft, target) == count
 
 
 # --- sampled ------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ class Rounds:
         draft = Draft(torch.tensor([[0]]), cache, [0])
         self.controller.fill(draft, max_tokens)
         n = min(accepted, len(draft))
-        self.controller.update(draft, [(*draft.token_ids[:n], target)], [n])
+        self.controller.update(draft, (*draft.token_ids[:n], target), n)
         exits = draft.sources.count("early-exit")
         self.time += self.costs.round(len(draft), exits + draft.discarded, len(draft) - exits)
         return draft

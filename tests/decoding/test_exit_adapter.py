@@ -20,12 +20,12 @@ from tiny_adapters import ADAPTER, EVERY_SOURCE, adapted_steps, tiny_adapter, wi
 from tiny_decoders import FREE, PLAIN, ids, model_of, random_prompt, tiny_decoder, tokens_of
 
 import tiny_models
-from layerskip.decoding import Draft, PrefixCache
+from layerskip.decoding import Draft, PrefixCache, exit_adapter
 from layerskip.decoding.batch import Batch
 from layerskip.decoding.drafters import DrafterInputs, make_drafters
 from layerskip.decoding.generate import Row
 from layerskip.decoding.sampling import Sampler, Sampling
-from layerskip.model import native
+from layerskip.model import native, step_timing
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
@@ -94,6 +94,19 @@ def test_quantized_weights_draft_too(weights):
     rounds = adapted_steps(decoder, adapter, prompt, ADAPTER)
     assert tokens_of(rounds) == ids(decoder, prompt, PLAIN)
     assert accepted_share(rounds) > 0.2
+
+
+@pytest.mark.parametrize("exit_layer", [0, 1])
+def test_its_pass_is_timed_once(exit_layer, tmp_path, monkeypatch):
+    monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
+    monkeypatch.setattr(exit_adapter, "draft_cost", step_timing.draft_cost)
+    monkeypatch.setattr(step_timing, "_drafts", {})
+    monkeypatch.setattr(step_timing, "_STEADY", float("inf"))
+    decoder, adapter = with_adapter("llama3.1", exit_layer)
+    share = exit_adapter.head_share(decoder, adapter)
+    assert 0.0 < share < float("inf")
+    assert exit_adapter.head_share(decoder, adapter) == share
+    assert len(list((tmp_path / "passes").iterdir())) == 1
 
 
 def drafter_of(decoder, adapter, prompt, sampling=None):

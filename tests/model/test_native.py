@@ -479,6 +479,19 @@ def test_a_greedy_step_is_a_pass_and_an_argmax(cap, kind, tmp_path):
         assert confidence == pytest.approx(float(logits[0, 0].softmax(-1).max()), rel=1e-4)
 
 
+@capped
+def test_a_greedy_pass_goes_on_from_any_layer_and_scores_several_positions(cap, kind, tmp_path):
+    decoder = compiled(saved("gemma2-uncapped", tmp_path, final_logit_softcapping=cap), kind)
+    entering = torch.randn(1, 4, decoder.architecture.hidden_size, generator=torch.manual_seed(0))
+    for layers in ((0, LAYERS), (1, LAYERS), (2, 2)):
+        for n_scored in (1, 4):
+            cache = decoder.new_cache(12)
+            expected = decoder.run(entering, *layers, cache)
+            hidden, tokens, _ = decoder.greedy_pass(entering, layers, cache, n_scored=n_scored)
+            assert torch.equal(hidden, expected)
+            assert torch.equal(tokens, decoder.logits(expected)[:, -n_scored:].argmax(-1))
+
+
 def test_capped_logits_have_the_same_bits_alone_and_together(tmp_path):
     changes = {"final_logit_softcapping": 3.0, "vocab_size": 1003}
     decoder = compiled(saved("gemma2-uncapped", tmp_path, **changes), "float32")

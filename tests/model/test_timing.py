@@ -26,6 +26,7 @@ def folder(tmp_path, monkeypatch):
     """An empty cache; gives the folder for costs."""
     monkeypatch.setenv("LAYERSKIP_CACHE", str(tmp_path))
     monkeypatch.setattr(timing, "_measured", {})
+    monkeypatch.setattr(timing, "_drafts", {})
     # What it says of this folder is not to be kept for other tests.
     monkeypatch.setattr(build, "target", build.target.__wrapped__)
     return tmp_path / "passes"
@@ -207,6 +208,49 @@ def test_the_layers_of_a_model_are_timed_in_the_compiled_kernels(
     with torch.device("meta"), torch.autocast("cpu", torch.float16):
         assert len(pass_costs(tiny).passes) == 32
     assert len(list(folder.iterdir())) == 1
+
+
+@pytest.fixture
+def steps_and_drafts(machine, monkeypatch):
+    """A plain step takes 4, a draft what `machine.draft` says."""
+
+    def passing(name):
+        def work():
+            machine.calls.append(name)
+            machine.now += machine.draft if name == "draft" else 4.0
+
+        return work
+
+    machine.draft = 1.0
+    monkeypatch.setattr(timing, "_plain_step", lambda decoder: passing("step"))
+    return lambda: passing("draft")
+
+
+def test_a_draft_costs_its_time_in_plain_steps(machine, steps_and_drafts, folder, monkeypatch):
+    assert timing.draft_cost(decoder(), 10, steps_and_drafts) == 0.25
+    assert machine.calls == ["step", "draft"] * timing._MIN_ROUNDS
+    (file,) = folder.iterdir()
+    machine.draft = 2.0
+    assert timing.draft_cost(decoder(), 10, steps_and_drafts) == 0.25
+    monkeypatch.setattr(timing, "_drafts", {})
+    assert timing.draft_cost(decoder(), 10, steps_and_drafts) == 0.25  # from the file
+    assert timing.draft_cost(decoder(), 11, steps_and_drafts) == 0.5  # of another adapter
+    for damaged in ("{", "{}", "-1", "NaN", "[" * 100_000):
+        file.write_text(damaged)
+        monkeypatch.setattr(timing, "_drafts", {})
+        assert timing.draft_cost(decoder(), 10, steps_and_drafts) == 0.5
+
+
+def test_drafts_timed_on_a_busy_machine_are_not_stored(machine, steps_and_drafts, folder):
+    drafting, now = steps_and_drafts(), iter(range(1, 999))
+
+    def busy():
+        drafting()
+        machine.now += next(now)
+
+    assert timing.draft_cost(decoder(), 10, lambda: busy) == 0.5
+    assert machine.calls.count("draft") <= timing.TIMED_DRAFTS
+    assert not folder.exists()
 
 
 def test_two_threads_do_not_time_against_each_other(machine, monkeypatch):

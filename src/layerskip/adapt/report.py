@@ -10,7 +10,7 @@ from layerskip.adapt.config import PYTHON_TEXTS, AdaptConfig
 from layerskip.data.readers import local_files
 from layerskip.decoding import DecodingConfig, LayerSkipModel, Step, generate
 from layerskip.decoding.controller import DraftCosts, time_passes
-from layerskip.decoding.exit_adapter import ExitAdapter, draft_head, head_share
+from layerskip.decoding.exit_adapter import ExitAdapter, head_share
 from layerskip.model.checkpoint import ADAPTER_FILE
 from layerskip.model.publish import card_header, origin_of, public_name
 
@@ -53,9 +53,9 @@ def measure_sources(
         tell: called with a few words before each prompt.
     """
     assert model.adapter is not None
-    time_passes(model.decoder)
+    time_passes(model.decoder, model.adapter)
     decoder, adapter = model.decoder, model.adapter
-    share = head_share(decoder, adapter, draft_head(adapter))
+    share = head_share(decoder, adapter)
     costs = DraftCosts.of(decoder, adapter.settings.exit_layer, share)
     configs = {"plain": model.resolve(mode="plain")}
     configs |= {source: model.resolve(draft_from=source) for source in _SOURCES}

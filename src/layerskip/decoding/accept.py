@@ -1,10 +1,6 @@
-"""Acceptance of drafted tokens, and the token that follows them. Pure functions, no model.
+"""Acceptance of drafted tokens, and the token that follows them. Pure functions, no model."""
 
-Both functions return (accepted, next_tokens): accepted [B] counts the leading drafted tokens that are
-kept, next_tokens [B] is the model's own token after them.
-"""
-
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,15 +8,17 @@ from torch import Tensor
 from layerskip.decoding.sampling import sample
 
 
-def accept_greedy(draft: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Accept while the draft agrees with the model's most likely token.
+def accept_greedy(draft: Sequence[int], target: Sequence[int]) -> int:
+    """Return how many drafted tokens agree with the model's most likely ones, up to the first other.
+
+    The model's own token after n accepted ones is `target[n]`.
 
     Args:
-        draft: [B, d] int64.
-        target: [B, d + 1] int64, the argmax of the model at the drafted positions and one after.
+        draft: d tokens.
+        target: d + 1 tokens, the argmax of the model at the drafted positions and one after.
     """
-    accepted = _prefix_length(draft == target[:, :-1])
-    return accepted, target.gather(1, accepted[:, None])[:, 0]
+    pairs = zip(draft, target, strict=False)
+    return next((n for n, (token, own) in enumerate(pairs) if token != own), len(draft))
 
 
 def accept_sampled(
@@ -39,6 +37,10 @@ def accept_sampled(
         target_probs: p; returns the distributions [B, j - i, V] float32 of positions i to j - 1 (of
             0 to d), under the same temperature, top-k, top-p and min-p.
         generator: source of randomness, on the device of p.
+
+    Returns:
+        The numbers of leading drafted tokens that are kept [B], and the model's own tokens after them
+        [B].
     """
     n_rows, d = draft.shape
     rows = torch.arange(n_rows, device=draft.device)

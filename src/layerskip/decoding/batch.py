@@ -395,13 +395,16 @@ def _accept(one: RowPass) -> Step:
         if target is None:
             assert one.logits is not None
             target = argmax(sampler.process(one.logits, tokens))
-        accepted, following = accept_greedy(tokens, target)
+        ids: list[int] = torch.cat([tokens, target], dim=1)[0].tolist()
+        n = accept_greedy(ids[: len(draft)], ids[len(draft) :])
+        following = target[:, n]
     else:
         assert one.logits is not None
         q = draft.all_probs(one.logits.shape[-1])
         p = sampler.probs_of(one.logits, tokens)
         accepted, following = accept_sampled(tokens, q, p, sampler.generator)
-    n, row.last = int(accepted), following[:, None]
+        n = int(accepted)
+    row.last = following[:, None]
     sampler.commit(torch.cat([tokens[:, :n], row.last], dim=1))
     row.cache.lengths += n + 1
     one.hand_over(n + 1)

@@ -13,10 +13,11 @@ from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from layerskip.decoding.drafters import Candidate, Draft, Drafter, StateReader
+from layerskip.decoding.exit_adapter import head_share
 from layerskip.decoding.sampling import Sampler
 from layerskip.decoding.shared_exit import SharedExit
 from layerskip.model import Decoder, StepCosts
-from layerskip.model.exit_adapter import CONFIDENCE_BINS
+from layerskip.model.exit_adapter import CONFIDENCE_BINS, ExitAdapterWeights
 from layerskip.model.step_timing import FAR, PassCosts, pass_costs
 
 # Constants set by hand; benchmarks/results/draft-constants.json has the ablation of each.
@@ -35,10 +36,8 @@ class Controller(Protocol):
         """Extend an empty draft by up to `max_tokens` tokens."""
         ...
 
-    def update(
-        self, draft: Draft, tokens: Sequence[Sequence[int]], accepted: Sequence[int]
-    ) -> None:
-        """Learn what each row committed in this round, and how many drafted tokens were accepted."""
+    def update(self, draft: Draft, committed: Sequence[int], accepted: int) -> None:
+        """Learn what was committed in this round, and how many drafted tokens were accepted."""
         ...
 
 
@@ -68,9 +67,7 @@ class FixedController:
             for _ in range(max_tokens):
                 draft.extend(self._exit.propose(draft, 1), 1, self._exit.name)
 
-    def update(
-        self, draft: Draft, tokens: Sequence[Sequence[int]], accepted: Sequence[int]
-    ) -> None:
+    def update(self, draft: Draft, committed: Sequence[int], accepted: int) -> None:
         """Learn nothing."""
 
 
@@ -312,19 +309,16 @@ class DraftController:
         draft.token_ids.append(token)
         return True
 
-    def update(
-        self, draft: Draft, tokens: Sequence[Sequence[int]], accepted: Sequence[int]
-    ) -> None:
+    def update(self, draft: Draft, committed: Sequence[int], accepted: int) -> None:
         """See `Controller`."""
-        (committed,), (n_accepted,) = tokens, accepted
-        self.learn(draft, committed, n_accepted)
+        self.learn(draft, committed, accepted)
         time = self.round_cost(draft)
-        self._throughput.update(n_accepted + 1, time)
+        self._throughput.update(accepted + 1, time)
         sources = {*draft.sources}
         if self._scored and self._exit is not None:
             sources.add(self._exit.name)
         for source in sources:
-            self._backoff[source].update(n_accepted + 1, time)
+            self._backoff[source].update(accepted + 1, time)
 
     def round_cost(self, draft: Draft) -> float:
         """Return the cost of the round that verified a draft, in plain steps."""
@@ -685,9 +679,11 @@ class ContextCosts:
         return self._costs
 
 
-def time_passes(decoder: Decoder) -> None:
+def time_passes(decoder: Decoder, adapter: ExitAdapterWeights | None = None) -> None:
     """Time what drafts are weighed by, where this machine has not done so before."""
     _machine_costs(decoder)
+    if adapter is not None:
+        head_share(decoder, adapter)
 
 
 def _attention(

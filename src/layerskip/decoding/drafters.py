@@ -228,7 +228,7 @@ class EarlyExit:
     def propose(self, draft: Draft, max_tokens: int) -> Candidate:
         """See `Drafter`."""
         tokens, sampler = draft.take_pending(), self._sampler
-        if sampler.greedy and not sampler.changes_logits:
+        if sampler.takes_argmax:
             hidden, chosen, confidence = self._exit.greedy_step(
                 tokens, self.num_layers, draft.cache, with_confidence=self._with_confidence
             )

@@ -7,7 +7,7 @@ adapter's output. The adapter has a one-layer KV cache with its own length: posi
 without it are filled in one pass when it drafts next.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,12 +21,13 @@ from layerskip.decoding.drafters import (
     choose_draft,
     register_drafter,
 )
-from layerskip.decoding.sampling import Sampler
+from layerskip.decoding.sampling import Sampler, Sampling
 from layerskip.model import Decoder
 from layerskip.model.exit_adapter import ExitAdapterWeights, joined
+from layerskip.model.step_timing import TIMED_DRAFTS, draft_cost
 
 _FLUSH_POSITIONS = 512  # of a long prompt: bounds the memory of states
-_SMALL_PRODUCTS = 2.0  # time per byte relative to a whole pass, roughly, with SmolLM2-135M
+_SMALL_PRODUCTS = 2.0  # time per byte relative to a whole pass, roughly, where it is not timed
 
 
 class ExitAdapter:
@@ -38,6 +39,7 @@ class ExitAdapter:
         sampler: of the generation; the draft is sampled as the answer is.
         head: the adapter's decoder with a head for its draft vocabulary and the prompt's tokens.
         capacity: positions of prompt and answer at most.
+        head_share: see `Drafter`.
         with_confidence: compute the confidence of greedy tokens, for an adaptive controller.
     """
 
@@ -51,10 +53,10 @@ class ExitAdapter:
         head: ReducedHead,
         capacity: int,
         *,
+        head_share: float,
         with_confidence: bool = False,
     ) -> None:
-        self.num_layers = adapter.settings.exit_layer
-        self.head_share = head_share(decoder, adapter, head)
+        self.num_layers, self.head_share = adapter.settings.exit_layer, head_share
         self.prior = adapter.settings.acceptance
         self._decoder, self._adapter, self._sampler, self._head = decoder, adapter, sampler, head
         self._with_confidence = with_confidence
@@ -98,17 +100,21 @@ class ExitAdapter:
             self._decoder.embed(tokens), 0, self.num_layers, draft.cache
         )
         draft.add_states(exit_states)
-        for state in exit_states.split(1, dim=1):
-            guess = advance([self], [state])
-        return self._choose(guess, draft)
+        for state in exit_states.split(1, dim=1)[:-1]:
+            advance([self], [state])
+        return self._draft(exit_states[:, -1:], draft)
 
-    def _choose(self, hidden: Tensor, draft: Draft) -> Candidate:
-        """Choose the token after a state [1, 1, D]."""
-        head, sampler, with_confidence = self._head, self._sampler, self._with_confidence
-        if not sampler.greedy or sampler.changes_logits:
-            logits = head.decoder.logits(hidden)
-            return choose_draft(logits, draft, sampler, head, with_confidence)
-        chosen, confidence = head.decoder.greedy_choice(hidden, with_confidence=with_confidence)
+    def _draft(self, exit_state: Tensor, draft: Draft) -> Candidate:
+        """Draft the token after the newest one, by its state [1, 1, D]."""
+        head, sampler, decoder = self._head, self._sampler, self._head.decoder
+        if not sampler.takes_argmax:
+            logits = decoder.logits(advance([self], [exit_state]))
+            return choose_draft(logits, draft, sampler, head, self._with_confidence)
+        entering = self._adapter.projection(self._inputs(exit_state))[None]
+        outputs, chosen, confidence = decoder.greedy_pass(
+            entering, (0, len(decoder.layers)), self._cache, with_confidence=self._with_confidence
+        )
+        self._receive(outputs[0])
         return Candidate(head.token_ids[chosen], [confidence])
 
     def _inputs(self, exit_state: Tensor) -> Tensor:
@@ -167,10 +173,31 @@ def draft_head(adapter: ExitAdapterWeights, prompt: Iterable[int] = ()) -> Reduc
     return head
 
 
-def head_share(decoder: Decoder, adapter: ExitAdapterWeights, head: ReducedHead) -> float:
-    """Return the cost of a pass of an adapter and its head, in heads of the model."""
-    share = (adapter.weight_bytes + head.decoder.head_bytes) / decoder.head_bytes
-    return _SMALL_PRODUCTS * share
+def head_share(decoder: Decoder, adapter: ExitAdapterWeights) -> float:
+    """Return the cost of a draft of an adapter, in heads of the model; timed on a CPU."""
+    head_bytes = decoder.head_bytes
+    head = draft_head(adapter)
+    n_bytes = adapter.weight_bytes + head.decoder.head_bytes
+    if decoder.device.type != "cpu":
+        return _SMALL_PRODUCTS * n_bytes / head_bytes
+    cost = draft_cost(decoder, n_bytes, lambda: _drafting(decoder, adapter))
+    return cost * decoder.weight_bytes / head_bytes
+
+
+def _drafting(decoder: Decoder, adapter: ExitAdapterWeights) -> Callable[[], object]:
+    """Return a function that drafts the token after one of a text without end."""
+    sampler, head = Sampler(Sampling(), decoder.device), draft_head(adapter)
+    drafter = ExitAdapter(
+        decoder, adapter, sampler, head, TIMED_DRAFTS, head_share=1.0, with_confidence=True
+    )
+    empty = Draft(torch.zeros(1, 1, dtype=torch.int64, device="cpu"), decoder.new_cache(1))
+    state = decoder.embed(empty.last)
+
+    def draft() -> None:
+        drafter._draft(state, empty)
+        drafter.read_states(state, state)
+
+    return draft
 
 
 def _exit_adapter(inputs: DrafterInputs) -> list[Drafter]:
@@ -184,6 +211,7 @@ def _exit_adapter(inputs: DrafterInputs) -> list[Drafter]:
             inputs.sampler,
             draft_head(adapter, prompt),
             inputs.capacity,
+            head_share=head_share(inputs.decoder, adapter) if inputs.adaptive else 1.0,
             with_confidence=inputs.adaptive,
         )
     ]

@@ -300,7 +300,7 @@ class Row:
     @property
     def takes_argmax(self) -> bool:
         """True where the most likely token is all that is needed of the model's logits."""
-        return self.sampler.greedy and not self.sampler.changes_logits and self.num_logprobs is None
+        return self.sampler.takes_argmax and self.num_logprobs is None
 
     def prefix(self) -> Prefix:
         """Return the tokens that the layers have seen, with their keys and values."""
@@ -344,7 +344,7 @@ class Row:
             )
             return Step((int(self.last),))
         draft = Draft(self.last, self.cache, self.context)
-        self.last, (step,) = speculate(
+        self.last, step = speculate(
             self.decoder,
             self.controller,
             draft,
@@ -444,8 +444,10 @@ def plain_step(
     reader: StateReader | None = None,
 ) -> Tensor:
     """Run the newest tokens [B, 1] through layers [0, n_layers) and choose the next ones, [B, 1]."""
-    if sampler.greedy and not sampler.changes_logits and reader is None:
-        _, following, _ = decoder.greedy_step(last, n_layers, cache)
+    if sampler.takes_argmax and (reader is None or not reader.num_layers):
+        hidden, following, _ = decoder.greedy_step(last, n_layers, cache)
+        if reader is not None:
+            reader.read_states(decoder.embed(last), hidden)
     else:
         embedded = decoder.embed(last)
         exit_states, hidden = run_layers(decoder, embedded, 0, n_layers, cache, reader)
@@ -465,20 +467,20 @@ def speculate(
     sampler: Sampler,
     exit_layer: int | None,
     reader: StateReader | None = None,
-) -> tuple[Tensor, list[Step]]:
+) -> tuple[Tensor, Step]:
     """Decode one round of self-speculative decoding (section 4.3 of the paper).
 
     Args:
         decoder: the model.
         controller: fills the draft.
-        draft: empty, behind the newest committed tokens; its cache moves on by what each row keeps.
+        draft: empty, behind the newest committed token; its cache moves on by what is kept.
         max_tokens: number of tokens to draft at most.
         sampler: of the generation.
         exit_layer: E; None without an early exit.
-        reader: the drafter that gets the states of what one row keeps; its E replaces `exit_layer`.
+        reader: the drafter that gets the states of what is kept; its E replaces `exit_layer`.
 
     Returns:
-        The model's own tokens after what is accepted [B, 1], and the step of each row.
+        The model's own token after what is accepted [1, 1], and the step.
     """
     cache, n_layers = draft.cache, len(decoder.layers)
     exit_layer = exit_layer if reader is None else reader.num_layers
@@ -488,35 +490,44 @@ def speculate(
     tokens = draft.tokens
     if not len(draft) and not draft.states:
         following = plain_step(decoder, draft.last, n_layers, cache, sampler, reader)
-        steps = [Step((token,)) for token in following[:, 0].tolist()]
-        controller.update(draft, [step.tokens for step in steps], [0] * len(steps))
-        return following, steps
+        step = Step(tuple(following[0].tolist()))
+        controller.update(draft, step.tokens, 0)
+        return following, step
 
     # 2. Verify: the remaining layers over all d + 1 positions, in one pass.
     hidden, start = draft.hidden_states(decoder, exit_layer)
-    exit_states, hidden = run_layers(decoder, hidden, start, n_layers, cache, reader)
+    target: Tensor | None = None
+    if sampler.takes_argmax and (reader is None or reader.num_layers == start):
+        exit_states, layers = hidden, (start, n_layers)
+        hidden, target, _ = decoder.greedy_pass(hidden, layers, cache, n_scored=hidden.shape[1])
+    else:
+        exit_states, hidden = run_layers(decoder, hidden, start, n_layers, cache, reader)
+        if sampler.greedy:
+            target = sampler.target_tokens(decoder, hidden, tokens)
 
-    # 3. Accept: the longest prefix that agrees with the model, and the model's own token.
-    if sampler.greedy:
-        target = sampler.target_tokens(decoder, hidden, tokens)
-        accepted, next_tokens = accept_greedy(tokens, target)
+    # 3. Accept, and choose the model's own token. One synchronization with the device a round.
+    ids: list[int]
+    if target is not None:  # the longest prefix that agrees with the model
+        ids = torch.cat([tokens, target], dim=1)[0].tolist()
+        drafted, own = ids[: len(draft)], ids[len(draft) :]
+        accepted = accept_greedy(drafted, own)
+        following, next_token = target[:, accepted : accepted + 1], own[accepted]
     else:
         q = draft.all_probs(decoder.architecture.vocab_size)
         p = sampler.target_probs(decoder, hidden, tokens)
-        accepted, next_tokens = accept_sampled(tokens, q, p, sampler.generator)
-    following = next_tokens[:, None]
+        counts, next_tokens = accept_sampled(tokens, q, p, sampler.generator)
+        following = next_tokens[:, None]
+        ids = torch.cat([tokens, following, counts[:, None]], dim=1)[0].tolist()
+        *drafted, next_token, accepted = ids
 
-    # 4. Roll back the cache: its lengths move on by what each row keeps.
-    # One synchronization with the device a round.
-    rows: list[list[int]] = torch.cat([tokens, following, accepted[:, None]], dim=1).tolist()
-    counts = [row[-1] for row in rows]
-    cache.lengths += torch.tensor(counts, device="cpu") + 1
-    sampler.commit(torch.cat([tokens[:, : counts[0]], following], dim=1))
+    # 4. Roll back the cache: its length moves on by what is kept.
+    cache.lengths += accepted + 1
+    sampler.commit(torch.cat([tokens[:, :accepted], following], dim=1))
     if reader is not None:
-        reader.read_states(exit_states[:, : counts[0] + 1], hidden[:, : counts[0] + 1])
-    steps = [step_of(draft, row[:-2], row[-2], row[-1]) for row in rows]
-    controller.update(draft, [step.tokens for step in steps], counts)
-    return following, steps
+        reader.read_states(exit_states[:, : accepted + 1], hidden[:, : accepted + 1])
+    step = step_of(draft, drafted, next_token, accepted)
+    controller.update(draft, step.tokens, accepted)
+    return following, step
 
 
 def step_of(draft: Draft, drafted: list[int], following: int, accepted: int) -> Step:

@@ -192,7 +192,7 @@ class LayerSkipModel:
         tokenized = self._tokenized(prompt)
         measured = self.settings.measured
         if plan.adaptive:
-            time_passes(self.decoder)  # before the answer's clock starts
+            time_passes(self.decoder, self.adapter)  # before the answer's clock starts
         eos_token_ids = self.eos_token_ids(plan)
         steps = generate(
             self.decoder,
@@ -319,7 +319,7 @@ class LayerSkipModel:
             by_row[row] = answer
             batch.add(row)
         if len(answers) > 1 and any(answer.config.adaptive for answer in answers):
-            time_passes(self.decoder)  # before the answers' clocks start
+            time_passes(self.decoder, self.adapter)  # before the answers' clocks start
         for answer in answers:
             answer.begin()
         for output in batch:

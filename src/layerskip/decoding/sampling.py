@@ -232,6 +232,11 @@ class Sampler:
         """True where penalties or a mask come between the model's logits and the choice."""
         return self.history is not None or self._mask is not None
 
+    @property
+    def takes_argmax(self) -> bool:
+        """True where the most likely token of the model is chosen as it is."""
+        return self.greedy and not self.changes_logits
+
     def process(self, logits: Tensor, draft: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Apply penalties and mask to the logits of the last n of d + 1 positions, [B, n, V].
 

@@ -558,31 +558,57 @@ class Decoder:
         return argmax(self.logits(hidden))
 
     def greedy_step(
-        self, tokens: Tensor, stop: int, cache: KVCache, *, with_confidence: bool = False
+        self,
+        tokens: Tensor,
+        stop: int,
+        cache: KVCache,
+        *,
+        n_scored: int = 1,
+        with_confidence: bool = False,
     ) -> tuple[Tensor, Tensor, float]:
-        """Run tokens through layers [0, stop) and choose the next one greedily at the shared exit.
+        """Run tokens through layers [0, stop) and choose the next ones greedily at the shared exit.
 
         Args:
             tokens: [B, T] int64, those that follow the cache.
             stop: how many layers run: E for a draft, L for a plain step.
             cache: its lengths are left to the caller, as by `run`.
-            with_confidence: compute the highest softmax probability, of one row.
+            n_scored: number of last positions after which a token is chosen.
+            with_confidence: compute the highest softmax probability, of the first chosen token.
 
         Returns:
-            The hidden states that leave layer `stop` [B, T, D], the next tokens [B, 1], and the
-            probability of the first row's (1.0 where it is not computed).
+            The hidden states that leave layer `stop` [B, T, D], the next tokens [B, n_scored], and the
+            probability of the first row's first one (1.0 where it is not computed).
         """
-        hidden = self.run(self.embed(tokens), 0, stop, cache)
-        return hidden, *self.greedy_choice(hidden[:, -1:], with_confidence=with_confidence)
+        return self.greedy_pass(
+            self.embed(tokens),
+            (0, stop),
+            cache,
+            n_scored=n_scored,
+            with_confidence=with_confidence,
+        )
+
+    def greedy_pass(
+        self,
+        hidden: Tensor,
+        layers: tuple[int, int],
+        cache: KVCache,
+        *,
+        n_scored: int = 1,
+        with_confidence: bool = False,
+    ) -> tuple[Tensor, Tensor, float]:
+        """Do the same from hidden states [B, T, D] that enter the first of layers [start, stop)."""
+        hidden = self.run(hidden, *layers, cache)
+        scored = hidden[:, -n_scored:]
+        return hidden, *self.greedy_choice(scored, with_confidence=with_confidence)
 
     def greedy_choice(
         self, hidden: Tensor, *, with_confidence: bool = False
     ) -> tuple[Tensor, float]:
-        """Choose the next tokens greedily at the shared exit, after hidden states [B, 1, D].
+        """Choose the next tokens greedily at the shared exit, after hidden states [B, T, D].
 
         Returns:
-            The tokens [B, 1], and the softmax probability of the first row's (1.0 where it is not
-            computed).
+            The tokens [B, T], and the softmax probability of the first row's first one (1.0 where it is
+            not computed).
         """
         if not with_confidence:
             return self.greedy_tokens(hidden), 1.0

@@ -1,4 +1,4 @@
-"""Times forward passes over several positions on a CPU, once for each machine; kept in the cache folder.
+"""Times passes over several positions, and of exit adapters, on a CPU; kept in the cache folder.
 
 A pass over few positions is limited by memory bandwidth on one machine and by arithmetic on another: in
 bfloat16 five positions take no longer than one on a CPU with AVX-512, 1.4 times as long with AVX2 alone,
@@ -35,12 +35,14 @@ _ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 _MAX_ROWS = max(_ROWS)
 _TIMED = (*((rows, 0) for rows in _ROWS), *((rows, FAR) for rows in (1, 4, 16, _MAX_ROWS)))
 _MIN_ROUNDS, _MAX_ROUNDS = 4, 24
+TIMED_DRAFTS = _MAX_ROUNDS
 _MAX_SECONDS = 4.0  # after the first rounds: slow layers on a busy machine would take minutes
 _STEADY = 1.05  # largest ratio of the two lowest times of a steady measurement
 # Bytes of weights: more than caches hold, which grow with the threads.
 _MIN_BYTES, _BYTES_PER_THREAD, _MAX_BYTES = 1 << 28, 1 << 24, 1 << 29
 _LOCK = threading.Lock()  # two timings at once would slow each other down
 _measured: dict[tuple[object, ...], "PassCosts"] = {}
+_drafts: dict[tuple[object, ...], float] = {}
 
 
 def device_clock(device: torch.device) -> Callable[[], float]:
@@ -91,18 +93,56 @@ def pass_costs(decoder: Decoder) -> PassCosts:
     SmolLM2-135M's layers, and 5.6 times in a matrix of 8192 x 2048. That takes up to some seconds.
     """
     n_threads = build.num_threads_of(decoder.kernels)
-    # The name of the compiled library is a hash of sources, compiler and instructions.
-    software = build.target().stem if decoder.kernels == "compiled" else _pytorch()
-    software = f"{machine(torch.device('cpu'))}\0{software}"
-    # The bytes differ between GGUF files of one model in several formats.
-    kind = f"{decoder.architecture!r}\0{software}\0{decoder.weight_bytes}\0{decoder.cache_dtype}"
+    kind = _kind(decoder)
     key = kind, decoder.dtype, decoder.weights, n_threads
     with _LOCK:
         if key not in _measured:
-            digest = hashlib.sha256(kind.encode()).hexdigest()
-            name = f"{digest[:16]}.{decoder.dtype_name}.{decoder.weights}.{n_threads}.json"
+            name = _file_name(kind, decoder, n_threads)
             _measured[key] = _read(name) or _time_and_store(name, decoder, n_threads)
         return _measured[key]
+
+
+def draft_cost(
+    decoder: Decoder, n_bytes: int, drafting: Callable[[], Callable[[], object]]
+) -> float:
+    """Return the cost of a draft in plain steps on a CPU, timing both if necessary.
+
+    Steps and drafts alternate: a step pushes the draft's weights out of the nearest cache, as in
+    decoding. That takes about as long as 10 to 50 steps.
+
+    Args:
+        decoder: the model.
+        n_bytes: of weights that a draft reads, by which it is known.
+        drafting: returns a function that drafts a token, `TIMED_DRAFTS` times at most.
+    """
+    n_threads = build.num_threads_of(decoder.kernels)
+    kind = f"{_kind(decoder)}\0draft\0{n_bytes}"
+    key = kind, decoder.dtype, decoder.weights, n_threads
+    with _LOCK:
+        if key not in _drafts:
+            name = _file_name(kind, decoder, n_threads)
+            cost = _read_draft(name)
+            if cost is None:
+                with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+                    cost, is_steady = _time_draft(_plain_step(decoder), drafting())
+                if is_steady:
+                    _store(name, cost)
+            _drafts[key] = cost
+        return _drafts[key]
+
+
+def _kind(decoder: Decoder) -> str:
+    """Return what the costs of a decoder depend on, besides its dtype, weights and threads."""
+    # The name of the compiled library is a hash of sources, compiler and instructions.
+    software = build.target().stem if decoder.kernels == "compiled" else _pytorch()
+    # The bytes differ between GGUF files of one model in several formats.
+    sizes = f"{decoder.architecture!r}\0{machine(torch.device('cpu'))}\0{software}"
+    return f"{sizes}\0{decoder.weight_bytes}\0{decoder.cache_dtype}"
+
+
+def _file_name(kind: str, decoder: Decoder, n_threads: int) -> str:
+    digest = hashlib.sha256(kind.encode()).hexdigest()
+    return f"{digest[:16]}.{decoder.dtype_name}.{decoder.weights}.{n_threads}.json"
 
 
 @functools.cache
@@ -126,11 +166,48 @@ def _time_and_store(name: str, decoder: Decoder, n_threads: int) -> PassCosts:
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         costs, is_steady = _time(_first_layers(decoder, n_threads))
     if is_steady:  # times on a busy machine serve this process, and are not stored
-        with contextlib.suppress(OSError):  # a cache that cannot be written does not matter
-            file = cache_folder() / "passes" / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            replace(file, json.dumps(dataclasses.asdict(costs)).encode())
+        _store(name, dataclasses.asdict(costs))
     return costs
+
+
+def _store(name: str, costs: object) -> None:
+    with contextlib.suppress(OSError):  # a cache that cannot be written does not matter
+        file = cache_folder() / "passes" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace(file, json.dumps(costs).encode())
+
+
+def _read_draft(name: str) -> float | None:
+    """Return a stored cost of a draft; None if there is none, or it is damaged."""
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        cost = float(json.loads((cache_folder() / "passes" / name).read_text()))
+        if 0.0 < cost < math.inf:
+            return cost
+    return None
+
+
+def _plain_step(decoder: Decoder) -> Callable[[], object]:
+    cache = decoder.new_cache(1)
+    token = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
+    return lambda: decoder.greedy_step(token, len(decoder.layers), cache)
+
+
+def _time_draft(step: Callable[[], object], draft: Callable[[], object]) -> tuple[float, bool]:
+    """Return the lowest time of a draft over that of a step, as in `_time`."""
+    seconds = np.full((2, 2), np.inf)  # the lowest, and the second lowest
+    is_steady, start = False, time.perf_counter()
+    for i_round in range(_MAX_ROUNDS):
+        for i, work in enumerate((step, draft)):
+            began = time.perf_counter()
+            work()
+            elapsed = time.perf_counter() - began
+            seconds[:, i] = sorted([*seconds[:, i], elapsed])[:2]
+        is_steady = bool((seconds[1] <= _STEADY * seconds[0]).all())
+        is_late = time.perf_counter() - start > _MAX_SECONDS
+        if i_round + 1 >= _MIN_ROUNDS and (is_steady or is_late):
+            break
+    of_step, of_draft = seconds[0]
+    return float(of_draft / of_step), is_steady
 
 
 def _first_layers(decoder: Decoder, n_threads: int) -> ForwardPass:

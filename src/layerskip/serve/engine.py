@@ -313,7 +313,7 @@ class Engine:
 
     def start(self) -> None:
         """Start the engine's thread; times the machine's passes first, where that has not been done."""
-        time_passes(self._model.decoder)
+        time_passes(self._model.decoder, self._model.adapter)
         self._accepts = True
         self._thread.start()
 

@@ -215,9 +215,11 @@ class _Workbench:
             draft.extend(drafter.propose(draft, 1), 1, drafter.name)
         draft.hidden_states(self.decoder, e)  # runs the first layers over the last drafted token
         drafted = self.clock()
-        hidden = self.decoder.run(states, e, len(self.decoder.layers), self.cache)
-        accepted, _ = accept_greedy(tokens, self.decoder.greedy_tokens(hidden))
-        accepted.tolist()
+        _, target, _ = self.decoder.greedy_pass(
+            states, (e, len(self.decoder.layers)), self.cache, n_scored=n
+        )
+        ids: list[int] = torch.cat([tokens, target], dim=1)[0].tolist()
+        accept_greedy(ids[: n - 1], ids[n - 1 :])
         verified = self.clock()
         self.times[_Work("draft", e, d)].append(drafted - started)
         self.times[_Work("verify", e, 0, n)].append(verified - drafted)

@@ -255,26 +255,73 @@ class NativeDecoder(Decoder):
         return tokens.view(b, t), confidences
 
     def greedy_step(
-        self, tokens: Tensor, stop: int, cache: KVCache, *, with_confidence: bool = False
+        self,
+        tokens: Tensor,
+        stop: int,
+        cache: KVCache,
+        *,
+        n_scored: int = 1,
+        with_confidence: bool = False,
     ) -> tuple[Tensor, Tensor, float]:
         """See `Decoder`; in one call."""
         b, t = tokens.shape
-        # The kernel scores the last rows in memory: those of one prompt, or one position of each.
-        if self.architecture.logit_cap is not None or not stop or (b > 1 and t > 1):
-            return super().greedy_step(tokens, stop, cache, with_confidence=with_confidence)
-        self._check_layers(0, stop)
+        if self._embedding is None or not self._is_one_call(b, t, (0, stop)):
+            return super().greedy_step(
+                tokens, stop, cache, n_scored=n_scored, with_confidence=with_confidence
+            )
+        tokens = tokens.to("cpu", torch.int64).contiguous()
+        looked_up = torch.empty(*tokens.shape, self.architecture.hidden_size, **FLOATS)
+        return self._step(tokens, looked_up, (0, stop), cache, n_scored, with_confidence)
+
+    def greedy_pass(
+        self,
+        hidden: Tensor,
+        layers: tuple[int, int],
+        cache: KVCache,
+        *,
+        n_scored: int = 1,
+        with_confidence: bool = False,
+    ) -> tuple[Tensor, Tensor, float]:
+        """See `Decoder`; in one call."""
+        b, t, d = hidden.shape
+        if not self._is_one_call(b, t, layers):
+            return super().greedy_pass(
+                hidden, layers, cache, n_scored=n_scored, with_confidence=with_confidence
+            )
+        hidden = readable(hidden.reshape(b * t, d), self.architecture.hidden_size).view(b, t, d)
+        return self._step(None, hidden, layers, cache, n_scored, with_confidence)
+
+    def _is_one_call(self, b: int, t: int, layers: tuple[int, int]) -> bool:
+        """Return whether `_step` can do it.
+
+        The kernel scores the last rows in memory: those of one prompt, or one position of each.
+        """
+        return self.architecture.logit_cap is None and layers[0] < layers[1] and 1 in (b, t)
+
+    def _step(
+        self,
+        tokens: Tensor | None,
+        entering: Tensor,
+        layers: tuple[int, int],
+        cache: KVCache,
+        n_scored: int,
+        with_confidence: bool,
+    ) -> tuple[Tensor, Tensor, float]:
+        """Run layers and head; tokens are looked up first, into the states that enter the layers."""
+        b, t, _ = entering.shape
+        self._check_layers(*layers)
         self._check_fit(b, t, cache)
-        tokens, embedded = self._embedded(tokens)
-        hidden = torch.empty_like(embedded)
-        chosen = torch.empty(b, 1, dtype=torch.int64, device="cpu")
-        confidence = torch.empty(b, **FLOATS) if with_confidence else None
+        hidden = torch.empty_like(entering)
+        chosen = torch.empty(b, n_scored, dtype=torch.int64, device="cpu")
+        confidence = torch.empty(b * n_scored, **FLOATS) if with_confidence else None
         heads, tables = self._head_pointers(), self._rotary_tables(cache.capacity)
+        looked_up = (None, None) if tokens is None else (self._embedding, tokens.data_ptr())
         self._library.layerskip_step(
-            *(self._model_pointer, self._embedding, tokens.data_ptr()),
-            *(embedded.data_ptr(), hidden.data_ptr(), cache.lengths.data_ptr(), b, t),
-            *(0, stop, cache.slots.data_ptr(), cache.slots.shape[-2], tables.pointers),
-            *(t - 1, heads, len(heads), self._final_norm_weight.data_ptr(), chosen.data_ptr()),
-            None if confidence is None else confidence.data_ptr(),
+            *(self._model_pointer, *looked_up),
+            *(entering.data_ptr(), hidden.data_ptr(), cache.lengths.data_ptr(), b, t),
+            *(*layers, cache.slots.data_ptr(), cache.slots.shape[-2], tables.pointers),
+            *(t - n_scored, heads, len(heads), self._final_norm_weight.data_ptr()),
+            *(chosen.data_ptr(), None if confidence is None else confidence.data_ptr()),
             team_size(self._narrowest),
         )
         return hidden, chosen, 1.0 if confidence is None else float(confidence[0])
@@ -286,13 +333,6 @@ class NativeDecoder(Decoder):
         if self.weights == "int8":
             reduced.heads = tuple(head.in_int8() for head in reduced._packed_heads)
         return reduced
-
-    def _embedded(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens [B, T] and their embeddings, or memory that the kernels look these up into."""
-        if self._embedding is None:
-            return tokens, self.embed(tokens).float()
-        tokens = tokens.to("cpu", torch.int64).contiguous()
-        return tokens, torch.empty(*tokens.shape, self.architecture.hidden_size, **FLOATS)
 
     def _check_fit(self, rows: int, n: int, cache: KVCache) -> None:
         """Raise ValueError where the kernels would write beyond the cache, with n positions more."""
