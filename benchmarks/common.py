@@ -1,23 +1,20 @@
 """Helpers shared by the benchmark scripts: environment, interleaved timing, writing a result."""
 
 import argparse
-import contextlib
 import json
 import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
-from unittest import mock
 
 import torch
 
 from layerskip import LayerSkipModel
 from layerskip.bench import machine
-from layerskip.decoding import language_model
 from layerskip.fileio import replace
 from layerskip.model import Decoder, KVCache
 
@@ -78,13 +75,6 @@ def ms_of(function: Callable[..., Any], *arguments: Any) -> float:
     start = time.perf_counter()
     function(*arguments)
     return 1e3 * (time.perf_counter() - start)
-
-
-@contextlib.contextmanager
-def cpu_clock() -> Iterator[None]:
-    """Time answers in CPU seconds of this process, which other programs change less than seconds."""
-    with mock.patch.object(language_model, "device_clock", return_value=time.process_time):
-        yield
 
 
 def llama_bench(

@@ -9,19 +9,15 @@
 `predictions`: predicted outputs, made of plain decoding's answers: in one set one word in ten is
 replaced, in runs of 1 to 6 words; in the other the words stand in reverse order. Rows are interleaved on
 each prompt.
-
-With --cpu-seconds the clock counts the CPU seconds of this process, for machines that other programs
-share; take one thread then, since waiting threads spin.
 """
 
 import argparse
-import contextlib
 import random
 import re
 from collections.abc import Callable
 from typing import Any
 
-from common import cpu_clock, deliver, environment_of, parse, run
+from common import deliver, environment_of, parse, run
 
 from layerskip import LayerSkipModel
 from layerskip.bench.bench import bench
@@ -45,15 +41,11 @@ def main() -> None:
     parser.add_argument(
         "--sources", action="store_true", help="of edits: rows for each draft source"
     )
-    parser.add_argument("--cpu-seconds", action="store_true")
     options = parse(parser)
     model = LayerSkipModel.from_pretrained(options.model, dtype="bfloat16", weights=options.weights)
     measure_it = edits if options.measurement == "edits" else predictions
-    with cpu_clock() if options.cpu_seconds else contextlib.nullcontext():
-        result = measure_it(model, options)
-    environment = environment_of("benchmarks/edits.py", model)
-    clock = "CPU seconds" if options.cpu_seconds else "seconds"
-    deliver({**result, "environment": environment, "clock": clock}, options.output)
+    result = measure_it(model, options)
+    deliver({**result, "environment": environment_of("benchmarks/edits.py", model)}, options.output)
 
 
 def edits(model: LayerSkipModel, options: argparse.Namespace) -> dict[str, Any]:

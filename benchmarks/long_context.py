@@ -3,13 +3,11 @@
     python benchmarks/long_context.py --output benchmarks/results/long-context.json
 
 Reports tokens/s, and the bytes of weights, keys and values that a step reads, over the machine's read
-bandwidth. All contexts and caches are interleaved. With --cpu-seconds steps are timed in CPU seconds,
-which other programs change less; together with --threads 1.
+bandwidth. All contexts and caches are interleaved.
 """
 
 import argparse
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,12 +28,10 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--cpu-seconds", action="store_true", help="time in CPU seconds")
     parser.add_argument("--weights", default="16bit")
     parser.add_argument("--gguf", type=Path, help="file of the same weights, for llama.cpp")
     parser.add_argument("--llama-bench", metavar="PROGRAM", help="of a build of llama.cpp")
     options = parse(parser)
-    clock = time.process_time if options.cpu_seconds else time.perf_counter
     bandwidth = read_bandwidth(torch.device("cpu"))
     caches, steps = {}, {}
     for kv_cache in KV_CACHES:
@@ -44,7 +40,7 @@ def main() -> None:
         )
         caches[kv_cache] = model.decoder, filled_cache(model.decoder, max(CONTEXTS) + 1)
         for context in CONTEXTS:
-            steps[kv_cache, context] = partial(seconds, *caches[kv_cache], context, clock)
+            steps[kv_cache, context] = partial(seconds, *caches[kv_cache], context)
     rows = []
     for (kv_cache, context), s in interleaved(steps, options.rounds).items():
         decoder, cache = caches[kv_cache]
@@ -104,12 +100,12 @@ def filled_cache(decoder: Decoder, capacity: int) -> KVCache:
 
 
 @torch.inference_mode()
-def seconds(decoder: Decoder, cache: KVCache, context: int, clock: Callable[[], float]) -> float:
+def seconds(decoder: Decoder, cache: KVCache, context: int) -> float:
     """Return the time of one greedy step behind a context."""
     cache.lengths.fill_(context)
-    start = clock()
+    start = time.perf_counter()
     decoder.greedy_step(torch.ones(1, 1, dtype=torch.int64), len(decoder.layers), cache)
-    return clock() - start
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
