@@ -322,14 +322,17 @@ def adapter(document: dict[str, Any]) -> list[Line]:
 def adapter_speed(document: dict[str, Any]) -> list[Line]:
     """Speedup over plain decoding by draft source, without outputs that loop."""
     names = {"n-gram": "n-grams", "exit-adapter": "adapter", "exit-adapter+n-gram": "both"}
-    lines = [[name] for name in names.values()]
-    for part in document["weights"].values():
-        rows = {row["draft_from"]: row for row in part["rows"]}
-        for line, source in zip(lines, names, strict=True):
-            low, high = rows[source]["speedup_without_loops_interval"]
-            speedup = times(rows[source]["speedup_without_loops"])
-            line.append(f"{speedup} ({low:.2f}-{high:.2f})")
-    return [["drafts from", *(WEIGHTS.get(w, w) for w in document["weights"])], *lines]
+    lines = [["prompts", "number", "weights", *names.values()]]
+    for task, by_weights in document["tasks"].items():
+        for weights, part in by_weights.items():
+            rows = {row["draft_from"]: row for row in part["rows"]}
+            line = [task, str(part["samples"]), WEIGHTS.get(weights, weights)]
+            for source in names:
+                low, high = rows[source]["speedup_without_loops_interval"]
+                speedup = times(rows[source]["speedup_without_loops"])
+                line.append(f"{speedup} ({low:.2f}-{high:.2f})")
+            lines.append(line)
+    return lines
 
 
 def adapter_qwen(*documents: dict[str, Any]) -> list[Line]:
@@ -486,13 +489,8 @@ TABLES = {
         exits,
     ),
     "adapter-speed": Table(
-        ("adapter-spec-bench",),
-        "layerskip bench --model smollm2-135m --adapter ADAPTER --task spec_bench --sources",
-        adapter_speed,
-    ),
-    "adapter-cheaper-drafts": Table(
-        ("adapter-spec-bench-cheaper-drafts",),
-        "layerskip bench --model smollm2-135m --adapter ADAPTER --task spec_bench --sources",
+        ("adapter-speed",),
+        "layerskip bench --model smollm2-135m --adapter ADAPTER --task TASK --sources",
         adapter_speed,
     ),
     "adapter-qwen": Table(

@@ -36,7 +36,7 @@ from layerskip.model.weights import missing
 
 DAMPING = 0.01  # of the Hessian's mean diagonal, as in the paper
 WINDOW = 512  # tokens
-MAX_WINDOWS = 40
+MAX_WINDOWS = 160
 HELD_OUT = 5  # one window of so many is left out, to measure on
 _MAX_CODE = 15
 _SHRINKS = [1 - i / 40 for i in range(13)]  # scales of a centred grid, of that of the extremes
