@@ -109,8 +109,11 @@ def test_its_pass_is_timed_once(exit_layer, tmp_path, monkeypatch):
     assert len(list((tmp_path / "passes").iterdir())) == 1
 
 
-def drafter_of(decoder, adapter, prompt, sampling=None):
-    sampler = Sampler(sampling or Sampling(temperature=1.0), decoder.device, 0)
+def drafter_of(decoder, adapter, prompt):
+    """Return a drafter whose proposals have probabilities: those of a sampler with a penalty have."""
+    sampling = Sampling(temperature=1.0, repetition_penalty=1.01)
+    vocab_size, tokens = decoder.architecture.vocab_size, torch.tensor([prompt])
+    sampler = Sampler(sampling, decoder.device, 0, tokens, vocab_size)
     inputs = DrafterInputs(
         decoder=decoder, sampler=sampler, prompts=[prompt], adapter=adapter, capacity=64
     )
@@ -149,6 +152,23 @@ def test_gaps_are_filled_with_the_model_s_states(exit_layer):
     expected = proposal(text, drafts_between=False)
     pieces = text[:4], text[4:5], text[5:9], text[9:]
     torch.testing.assert_close(proposal(*pieces, drafts_between=False), expected)
+
+
+def test_drafts_of_a_sampled_answer_are_point_masses():
+    decoder, adapter = with_adapter("llama3.1", 1)
+    prompt = random_prompt(decoder, 8)
+    proposals = []
+    for sampling in (Sampling(), Sampling(temperature=1.0)):
+        sampler, cache = Sampler(sampling, decoder.device, 0), decoder.new_cache(64)
+        inputs = DrafterInputs(
+            decoder=decoder, sampler=sampler, prompts=[prompt], adapter=adapter, capacity=64
+        )
+        (drafter,) = make_drafters(["exit-adapter"], inputs)
+        commit(decoder, drafter, cache, prompt)
+        proposals.append(drafter.propose(Draft(torch.tensor([[5]]), cache), 1))
+    greedy, sampled = proposals
+    assert torch.equal(sampled.tokens, greedy.tokens)
+    assert sampled.probs is None
 
 
 def test_rejected_drafts_leave_no_trace():
