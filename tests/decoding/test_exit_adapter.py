@@ -110,10 +110,9 @@ def test_its_pass_is_timed_once(exit_layer, tmp_path, monkeypatch):
 
 
 def drafter_of(decoder, adapter, prompt):
-    """Return a drafter whose proposals have probabilities: those of a sampler with a penalty have."""
-    sampling = Sampling(temperature=1.0, repetition_penalty=1.01)
-    vocab_size, tokens = decoder.architecture.vocab_size, torch.tensor([prompt])
-    sampler = Sampler(sampling, decoder.device, 0, tokens, vocab_size)
+    """Return a drafter whose proposals have probabilities, as where there may be a mask."""
+    sampling = Sampling(temperature=1.0)
+    sampler = Sampler(sampling, decoder.device, 0, logits_mask=lambda tokens: None)
     inputs = DrafterInputs(
         decoder=decoder, sampler=sampler, prompts=[prompt], adapter=adapter, capacity=64
     )
