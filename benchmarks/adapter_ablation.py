@@ -7,7 +7,6 @@ of drafts is decoded against plain decoding on them. No prompt of Spec-Bench may
 
 import argparse
 import dataclasses
-import itertools
 import math
 import multiprocessing
 from pathlib import Path
@@ -23,7 +22,7 @@ from layerskip.adapt import AdaptConfig, adapt, network, report, ridge, train
 from layerskip.adapt.agreement import measure_agreement
 from layerskip.adapt.teacher import write_answers
 from layerskip.bench.tasks import load_task
-from layerskip.decoding import DecodingConfig, controller, exit_adapter
+from layerskip.decoding import DecodingConfig, exit_adapter
 from layerskip.fileio import read_json, replace_json
 from layerskip.model import exit_adapter as adapter_files
 from layerskip.model import open_files, resolve
@@ -120,13 +119,14 @@ def load_model(folder: Path, options: argparse.Namespace) -> LayerSkipModel:
     )
 
 
-def draft_costs(model: LayerSkipModel) -> controller.DraftCosts:
-    """Return the controller's costs of drafting with the adapter, in plain steps."""
+def bytes_of_a_draft(model: LayerSkipModel) -> float:
+    """Return the bytes that a draft reads, as a share of those of a plain step."""
     assert model.adapter is not None
     decoder, adapter = model.decoder, model.adapter
-    share = exit_adapter.head_share(decoder, adapter)
-    controller.time_passes(decoder)
-    return controller.DraftCosts.of(decoder, adapter.settings.exit_layer, share)
+    depth = adapter.settings.exit_layer / len(decoder.layers)
+    layers = depth * (decoder.weight_bytes - decoder.head_bytes)
+    head = exit_adapter.draft_head(adapter).decoder.head_bytes
+    return (layers + adapter.weight_bytes + head) / decoder.weight_bytes
 
 
 def measured(model: LayerSkipModel, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -145,28 +145,14 @@ def measured(model: LayerSkipModel, folder: Path, options: argparse.Namespace) -
     trained = network.AdapterNetwork(decoder, tensors, math.log(settings.logit_scale))
     head_rows = network.head_rows(open_files(resolve(options.model)), ids)
     agreement = measure_agreement(trained, answers, head_rows, ids)
-    costs = draft_costs(model)
     speeds = report.measure_sources(model, prompts, options.max_new_tokens)
     return {
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "bytes_of_a_draft": costs.layers + costs.head,
+        "bytes_of_a_draft": bytes_of_a_draft(model),
         "agreement": agreement.by_depth,
         "accepted_of_4": agreement.accepted,
         "speedups": [dataclasses.asdict(speed) for speed in speeds],
     }
-
-
-def at_agreement(costs: controller.DraftCosts) -> list[dict[str, float]]:
-    """Return the predicted speedup over plain decoding where all drafted tokens agree equally often.
-
-    Each is that of the best fixed number of drafted tokens.
-    """
-    rows = []
-    for agreement in (0.4, 0.5, 0.6, 0.7, 0.8):
-        tokens = itertools.accumulate(agreement**i for i in range(7))  # of 0, 1, ... drafted ones
-        speedups = [n / costs.round(d, d) for d, n in enumerate(tokens)]
-        rows.append({"agreement": agreement, "speedup": max(speedups)})
-    return rows
 
 
 def main() -> None:
@@ -179,15 +165,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--samples", type=int, default=12)
     parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--adapter", type=Path, help="folder: measure this one, and train none")
     options = parse(parser)
     details = environment("benchmarks/adapter_ablation.py", "bfloat16", "compiled")
-    if options.adapter is not None:
-        model = load_model(options.adapter, options)
-        row = measured(model, options.adapter, options)
-        row["at_agreement"] = at_agreement(draft_costs(model))
-        deliver({"environment": details, "model": options.model, **row}, options.output)
-        return
     rows = []
     for number, (name, settings) in enumerate(VARIANTS.items()):
         folder = options.folder / str(number)

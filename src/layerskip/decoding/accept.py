@@ -9,7 +9,7 @@ from layerskip.decoding.sampling import sample
 
 
 def accept_greedy(draft: Sequence[int], target: Sequence[int]) -> int:
-    """Return how many drafted tokens agree with the model's most likely ones, up to the first other.
+    """Return how many leading drafted tokens are the model's most likely ones.
 
     The model's own token after n accepted ones is `target[n]`.
 

@@ -27,7 +27,7 @@ from layerskip.model.exit_adapter import ExitAdapterWeights, joined
 from layerskip.model.step_timing import TIMED_DRAFTS, draft_cost
 
 _FLUSH_POSITIONS = 512  # of a long prompt: bounds the memory of states
-_SMALL_PRODUCTS = 2.0  # time per byte relative to a whole pass, roughly, where it is not timed
+_SMALL_PRODUCTS = 2.0  # time per byte, relative to a whole pass: an estimate, for GPUs
 
 
 class ExitAdapter:
@@ -36,7 +36,7 @@ class ExitAdapter:
     Args:
         decoder: the model.
         adapter: trained for it.
-        sampler: of the generation; the draft is sampled as the answer is.
+        sampler: of the generation; its penalties and mask hold for drafts too.
         head: the adapter's decoder with a head for its draft vocabulary and the prompt's tokens.
         capacity: positions of prompt and answer at most.
         head_share: see `Drafter`.
@@ -107,8 +107,8 @@ class ExitAdapter:
     def _draft(self, exit_state: Tensor, draft: Draft) -> Candidate:
         """Draft the token after the newest one, by its state [1, 1, D].
 
-        It is the most likely one where the answer is sampled too: a point mass is accepted nearly as
-        often as a sampled token, and costs half the time.
+        Without penalties and mask it is the most likely one, even where the answer is sampled: that is
+        accepted nearly as often as a sampled token, and drafted in half the time.
         """
         head, sampler, decoder = self._head, self._sampler, self._head.decoder
         if sampler.changes_logits:
@@ -189,7 +189,7 @@ def head_share(decoder: Decoder, adapter: ExitAdapterWeights) -> float:
 
 
 def _drafting(decoder: Decoder, adapter: ExitAdapterWeights) -> Callable[[], object]:
-    """Return a function that drafts the token after one of a text without end."""
+    """Return a function that drafts a token, commits it and goes on behind it."""
     sampler, head = Sampler(Sampling(), decoder.device), draft_head(adapter)
     drafter = ExitAdapter(
         decoder, adapter, sampler, head, TIMED_DRAFTS, head_share=1.0, with_confidence=True

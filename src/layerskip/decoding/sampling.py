@@ -234,7 +234,7 @@ class Sampler:
 
     @property
     def takes_argmax(self) -> bool:
-        """True where the most likely token of the model is chosen as it is."""
+        """True where the most likely token by the model's own logits is chosen."""
         return self.greedy and not self.changes_logits
 
     def process(self, logits: Tensor, draft: Tensor, token_ids: Tensor | None = None) -> Tensor:

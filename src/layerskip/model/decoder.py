@@ -558,34 +558,22 @@ class Decoder:
         return argmax(self.logits(hidden))
 
     def greedy_step(
-        self,
-        tokens: Tensor,
-        stop: int,
-        cache: KVCache,
-        *,
-        n_scored: int = 1,
-        with_confidence: bool = False,
+        self, tokens: Tensor, stop: int, cache: KVCache, *, with_confidence: bool = False
     ) -> tuple[Tensor, Tensor, float]:
-        """Run tokens through layers [0, stop) and choose the next ones greedily at the shared exit.
+        """Run tokens through layers [0, stop) and choose the next one greedily at the shared exit.
 
         Args:
             tokens: [B, T] int64, those that follow the cache.
             stop: how many layers run: E for a draft, L for a plain step.
             cache: its lengths are left to the caller, as by `run`.
-            n_scored: number of last positions after which a token is chosen.
-            with_confidence: compute the highest softmax probability, of the first chosen token.
+            with_confidence: compute the highest softmax probability, of one row.
 
         Returns:
-            The hidden states that leave layer `stop` [B, T, D], the next tokens [B, n_scored], and the
-            probability of the first row's first one (1.0 where it is not computed).
+            The hidden states that leave layer `stop` [B, T, D], the next tokens [B, 1], and the
+            probability of the first row's (1.0 where it is not computed).
         """
-        return self.greedy_pass(
-            self.embed(tokens),
-            (0, stop),
-            cache,
-            n_scored=n_scored,
-            with_confidence=with_confidence,
-        )
+        embedded = self.embed(tokens)
+        return self.greedy_pass(embedded, (0, stop), cache, with_confidence=with_confidence)
 
     def greedy_pass(
         self,
@@ -596,7 +584,18 @@ class Decoder:
         n_scored: int = 1,
         with_confidence: bool = False,
     ) -> tuple[Tensor, Tensor, float]:
-        """Do the same from hidden states [B, T, D] that enter the first of layers [start, stop)."""
+        """Run hidden states through some layers and choose the next tokens at the shared exit.
+
+        Args:
+            hidden: [B, T, D], those that follow the cache.
+            layers: the layers [start, stop) that run.
+            cache: as in `greedy_step`.
+            n_scored: number of last positions after which a token is chosen.
+            with_confidence: compute the highest softmax probability, at the first of them.
+
+        Returns:
+            As `greedy_step`, with next tokens [B, n_scored].
+        """
         hidden = self.run(hidden, *layers, cache)
         scored = hidden[:, -n_scored:]
         return hidden, *self.greedy_choice(scored, with_confidence=with_confidence)

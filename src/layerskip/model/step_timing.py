@@ -1,4 +1,4 @@
-"""Times passes over several positions, and of exit adapters, on a CPU; kept in the cache folder.
+"""Times passes over several positions, and drafts of exit adapters, on a CPU; keeps them in the cache.
 
 A pass over few positions is limited by memory bandwidth on one machine and by arithmetic on another: in
 bfloat16 five positions take no longer than one on a CPU with AVX-512, 1.4 times as long with AVX2 alone,
@@ -14,8 +14,9 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,14 +36,15 @@ _ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 _MAX_ROWS = max(_ROWS)
 _TIMED = (*((rows, 0) for rows in _ROWS), *((rows, FAR) for rows in (1, 4, 16, _MAX_ROWS)))
 _MIN_ROUNDS, _MAX_ROUNDS = 4, 24
-TIMED_DRAFTS = _MAX_ROUNDS
+TIMED_DRAFTS = _MAX_ROUNDS  # at most
 _MAX_SECONDS = 4.0  # after the first rounds: slow layers on a busy machine would take minutes
 _STEADY = 1.05  # largest ratio of the two lowest times of a steady measurement
 # Bytes of weights: more than caches hold, which grow with the threads.
 _MIN_BYTES, _BYTES_PER_THREAD, _MAX_BYTES = 1 << 28, 1 << 24, 1 << 29
 _LOCK = threading.Lock()  # two timings at once would slow each other down
-_measured: dict[tuple[object, ...], "PassCosts"] = {}
-_drafts: dict[tuple[object, ...], float] = {}
+# By the names of their files.
+_measured: dict[str, "PassCosts"] = {}
+_drafts: dict[str, float] = {}
 
 
 def device_clock(device: torch.device) -> Callable[[], float]:
@@ -93,13 +95,11 @@ def pass_costs(decoder: Decoder) -> PassCosts:
     SmolLM2-135M's layers, and 5.6 times in a matrix of 8192 x 2048. That takes up to some seconds.
     """
     n_threads = build.num_threads_of(decoder.kernels)
-    kind = _kind(decoder)
-    key = kind, decoder.dtype, decoder.weights, n_threads
+    name = _file_name(decoder, n_threads)
     with _LOCK:
-        if key not in _measured:
-            name = _file_name(kind, decoder, n_threads)
-            _measured[key] = _read(name) or _time_and_store(name, decoder, n_threads)
-        return _measured[key]
+        if name not in _measured:
+            _measured[name] = _read(name) or _time_and_store(name, decoder, n_threads)
+        return _measured[name]
 
 
 def draft_cost(
@@ -115,32 +115,26 @@ def draft_cost(
         n_bytes: of weights that a draft reads, by which it is known.
         drafting: returns a function that drafts a token, `TIMED_DRAFTS` times at most.
     """
-    n_threads = build.num_threads_of(decoder.kernels)
-    kind = f"{_kind(decoder)}\0draft\0{n_bytes}"
-    key = kind, decoder.dtype, decoder.weights, n_threads
+    name = _file_name(decoder, build.num_threads_of(decoder.kernels), f"draft {n_bytes}")
     with _LOCK:
-        if key not in _drafts:
-            name = _file_name(kind, decoder, n_threads)
+        if name not in _drafts:
             cost = _read_draft(name)
             if cost is None:
                 with torch.inference_mode(), torch.autocast("cpu", enabled=False):
                     cost, is_steady = _time_draft(_plain_step(decoder), drafting())
                 if is_steady:
                     _store(name, cost)
-            _drafts[key] = cost
-        return _drafts[key]
+            _drafts[name] = cost
+        return _drafts[name]
 
 
-def _kind(decoder: Decoder) -> str:
-    """Return what the costs of a decoder depend on, besides its dtype, weights and threads."""
+def _file_name(decoder: Decoder, n_threads: int, work: str = "passes") -> str:
+    """Return the name of the file of a timing: it has all that the times depend on."""
     # The name of the compiled library is a hash of sources, compiler and instructions.
     software = build.target().stem if decoder.kernels == "compiled" else _pytorch()
     # The bytes differ between GGUF files of one model in several formats.
-    sizes = f"{decoder.architecture!r}\0{machine(torch.device('cpu'))}\0{software}"
-    return f"{sizes}\0{decoder.weight_bytes}\0{decoder.cache_dtype}"
-
-
-def _file_name(kind: str, decoder: Decoder, n_threads: int) -> str:
+    sizes = f"{decoder.architecture!r}\0{decoder.weight_bytes}\0{decoder.cache_dtype}"
+    kind = f"{work}\0{sizes}\0{machine(torch.device('cpu'))}\0{software}"
     digest = hashlib.sha256(kind.encode()).hexdigest()
     return f"{digest[:16]}.{decoder.dtype_name}.{decoder.weights}.{n_threads}.json"
 
@@ -193,20 +187,8 @@ def _plain_step(decoder: Decoder) -> Callable[[], object]:
 
 
 def _time_draft(step: Callable[[], object], draft: Callable[[], object]) -> tuple[float, bool]:
-    """Return the lowest time of a draft over that of a step, as in `_time`."""
-    seconds = np.full((2, 2), np.inf)  # the lowest, and the second lowest
-    is_steady, start = False, time.perf_counter()
-    for i_round in range(_MAX_ROUNDS):
-        for i, work in enumerate((step, draft)):
-            began = time.perf_counter()
-            work()
-            elapsed = time.perf_counter() - began
-            seconds[:, i] = sorted([*seconds[:, i], elapsed])[:2]
-        is_steady = bool((seconds[1] <= _STEADY * seconds[0]).all())
-        is_late = time.perf_counter() - start > _MAX_SECONDS
-        if i_round + 1 >= _MIN_ROUNDS and (is_steady or is_late):
-            break
-    of_step, of_draft = seconds[0]
+    """Return the lowest time of a draft over that of a step, and True if each was reached twice."""
+    (of_step, of_draft), is_steady = _lowest_times([step, draft])
     return float(of_draft / of_step), is_steady
 
 
@@ -239,19 +221,9 @@ def _time(forward_pass: ForwardPass) -> tuple[PassCosts, bool]:
     that may be noise they cost as much as fewer rows. The cost of attention does not fall with more
     rows.
     """
-    seconds = np.full((2, len(_TIMED)), np.inf)  # the lowest, and the second lowest
-    is_steady, start = False, time.perf_counter()
-    for i_round in range(_MAX_ROUNDS):
-        for i in range(len(_TIMED))[:: -1 if i_round % 2 else 1]:
-            began = time.perf_counter()
-            forward_pass(*_TIMED[i])
-            elapsed = time.perf_counter() - began
-            seconds[:, i] = sorted([*seconds[:, i], elapsed])[:2]
-        is_steady = bool((seconds[1] <= _STEADY * seconds[0]).all())
-        is_late = time.perf_counter() - start > _MAX_SECONDS
-        if i_round + 1 >= _MIN_ROUNDS and (is_steady or is_late):
-            break
-    near, far = np.split(seconds[0], [len(_ROWS)])
+    works = [functools.partial(forward_pass, *timed) for timed in _TIMED]
+    seconds, is_steady = _lowest_times(works, turns_back=True)
+    near, far = np.split(seconds, [len(_ROWS)])
     near = near if is_steady else np.maximum.accumulate(near)
     numbers = np.arange(1, _MAX_ROWS + 1)
     by_rows = np.interp(numbers, _ROWS, near)
@@ -261,3 +233,27 @@ def _time(forward_pass: ForwardPass) -> tuple[PassCosts, bool]:
     costs = np.clip(by_rows / by_rows[0], 1.0, numbers)
     passes, attention = (tuple(round(float(c), 4) for c in row) for row in (costs, attention))
     return PassCosts(passes, attention), is_steady
+
+
+def _lowest_times(
+    works: Sequence[Callable[[], object]], *, turns_back: bool = False
+) -> tuple[np.ndarray[Any, Any], bool]:
+    """Return the lowest times of interleaved works, and True if each was reached twice.
+
+    Args:
+        works: in the order of a round.
+        turns_back: run every second round in the reverse order.
+    """
+    seconds = np.full((2, len(works)), np.inf)  # the lowest, and the second lowest
+    is_steady, start = False, time.perf_counter()
+    for i_round in range(_MAX_ROUNDS):
+        for i in range(len(works))[:: -1 if turns_back and i_round % 2 else 1]:
+            began = time.perf_counter()
+            works[i]()
+            elapsed = time.perf_counter() - began
+            seconds[:, i] = sorted([*seconds[:, i], elapsed])[:2]
+        is_steady = bool((seconds[1] <= _STEADY * seconds[0]).all())
+        is_late = time.perf_counter() - start > _MAX_SECONDS
+        if i_round + 1 >= _MIN_ROUNDS and (is_steady or is_late):
+            break
+    return seconds[0], is_steady

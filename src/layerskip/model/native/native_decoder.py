@@ -255,23 +255,15 @@ class NativeDecoder(Decoder):
         return tokens.view(b, t), confidences
 
     def greedy_step(
-        self,
-        tokens: Tensor,
-        stop: int,
-        cache: KVCache,
-        *,
-        n_scored: int = 1,
-        with_confidence: bool = False,
+        self, tokens: Tensor, stop: int, cache: KVCache, *, with_confidence: bool = False
     ) -> tuple[Tensor, Tensor, float]:
         """See `Decoder`; in one call."""
         b, t = tokens.shape
         if self._embedding is None or not self._is_one_call(b, t, (0, stop)):
-            return super().greedy_step(
-                tokens, stop, cache, n_scored=n_scored, with_confidence=with_confidence
-            )
+            return super().greedy_step(tokens, stop, cache, with_confidence=with_confidence)
         tokens = tokens.to("cpu", torch.int64).contiguous()
         looked_up = torch.empty(*tokens.shape, self.architecture.hidden_size, **FLOATS)
-        return self._step(tokens, looked_up, (0, stop), cache, n_scored, with_confidence)
+        return self._step(tokens, looked_up, (0, stop), cache, 1, with_confidence)
 
     def greedy_pass(
         self,
@@ -292,7 +284,7 @@ class NativeDecoder(Decoder):
         return self._step(None, hidden, layers, cache, n_scored, with_confidence)
 
     def _is_one_call(self, b: int, t: int, layers: tuple[int, int]) -> bool:
-        """Return whether `_step` can do it.
+        """Return whether `_step` can run these layers over T positions of B rows.
 
         The kernel scores the last rows in memory: those of one prompt, or one position of each.
         """
