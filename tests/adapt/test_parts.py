@@ -10,6 +10,7 @@ from tiny_decoders import PLAIN, ids, random_prompt, tiny_decoder
 
 import tiny_models
 from layerskip.adapt.loss import SoftCrossEntropy, logits_of, soft_targets
+from layerskip.adapt.muon import Muon
 from layerskip.adapt.network import AdapterNetwork, shifted
 from layerskip.adapt.ridge import fit_projection
 from layerskip.adapt.store import Store
@@ -147,3 +148,17 @@ def test_gradients_reach_every_parameter(case):
     (outputs[-1] * network.logit_scale).pow(3).sum().backward()
     without = [n for n, p in network.parameters.items() if p.grad is None or not p.grad.abs().sum()]
     assert not without
+
+
+@pytest.mark.parametrize("shape", [(24, 64), (64, 24), (32, 32)])
+def test_muon_moves_a_matrix_along_its_singular_vectors_by_equal_amounts(shape):
+    torch.manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    parameter = torch.zeros(shape, requires_grad=True)
+    parameter.grad = left @ torch.diag(torch.linspace(0.2, 5.0, min(shape))) @ right
+    Muon([parameter], lr=0.5, weight_decay=0.0).step()
+    moved = -parameter.detach() / 0.5
+    assert moved.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2)  # as by AdamW
+    amounts = left.T @ moved @ right.T / (0.2 * max(shape) ** 0.5)
+    assert 0.6 < amounts.diag().min() <= amounts.diag().max() < 1.3
+    torch.testing.assert_close(amounts, amounts.diag().diag(), atol=1e-5, rtol=0.0)

@@ -22,6 +22,7 @@ SMALL = {
     "eval_prompts": 4,
     "draft_vocabulary": 200,
     "exit_layer": 1,
+    "learning_rate": 5e-3,  # of a few steps
 }
 
 

@@ -56,7 +56,7 @@ class AdaptConfig:
     )
     max_length: int = option(512, "Number of tokens of a text at most.", at_least=16)
     max_new_tokens: int = option(192, "Number of tokens of an answer at most.", at_least=1)
-    batch_tokens: int = option(1024, "Number of positions of an optimizer step.", at_least=1)
+    batch_tokens: int = option(2048, "Number of positions of an optimizer step.", at_least=1)
     round_tokens: int = option(
         32_768, "Number of new tokens between two evaluations.", at_least=1, at_most=10**7
     )

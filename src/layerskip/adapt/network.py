@@ -80,7 +80,8 @@ class AdapterNetwork:
     def __init__(self, base: Decoder, parameters: dict[str, Tensor], log_scale: float) -> None:
         self._base = base
         self._architecture = adapter_architecture(base.architecture)
-        self.parameters = {n: p.detach().float().clone() for n, p in parameters.items()}
+        # Sorted, so that sums over all parameters are the same after a resume.
+        self.parameters = {n: parameters[n].detach().float().clone() for n in sorted(parameters)}
         self.parameters[_LOG_SCALE] = torch.tensor(log_scale)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +17,7 @@ from torch import Tensor
 from layerskip.adapt.agreement import Agreement, measure_agreement, write_acceptance
 from layerskip.adapt.config import AdaptConfig
 from layerskip.adapt.loss import SoftCrossEntropy, soft_targets
+from layerskip.adapt.muon import Muon
 from layerskip.adapt.network import AdapterNetwork, head_rows, initial_parameters
 from layerskip.adapt.report import SourceSpeed, measure_sources, write_card
 from layerskip.adapt.ridge import fit_projection
@@ -38,8 +39,8 @@ from layerskip.model.hardware import product_dtype
 from layerskip.model.publish import create_repository, upload
 
 _BETAS, _WEIGHT_DECAY, _MAX_NORM = (0.9, 0.95), 0.01, 1.0
-_WARMUP_STEPS = 100
-_AVERAGE_MEMORY = 0.998  # decay of the averaged parameters in a step
+_WARMUP_STEPS = 30
+_AVERAGE_MEMORY = 0.996  # decay of the averaged parameters in a step
 _LOWEST_RATE = 0.05  # of the peak, at the end
 _GREEDY = DecodingConfig(mode="plain")
 _SAMPLED = DecodingConfig(mode="plain", temperature=0.8, top_p=0.95)
@@ -50,6 +51,7 @@ _ANSWER_WEIGHT = 20  # of a token of an answer there
 _INITIAL_LOG_SCALE = math.log(0.7)
 _MIN_GAIN = 1e-3  # of accepted tokens, that counts as better
 _STATE, _TENSORS, _HELD_OUT = "state.json", "state.safetensors", "held_out.safetensors"
+_PARAMETER, _AVERAGE = "parameter.", "average"  # in the names of its tensors
 
 Report = Callable[["Progress"], None]
 
@@ -339,11 +341,15 @@ class _Run:
 
     def _prepare_network(self) -> None:
         """Make the parameters, or read them and the optimizer's moments."""
-        config, folder = self._config, self._folder
+        config, saved = self._config, dict[str, Tensor]()
         if self._resumed:
-            tensors = load_file(folder / _TENSORS)
-            self._vocabulary = tuple(tensors.pop("draft_vocabulary").tolist())
-            parameters = {n.removeprefix("p."): t for n, t in tensors.items() if n.startswith("p.")}
+            saved = load_file(self._folder / _TENSORS)
+            self._vocabulary = tuple(saved.pop("draft_vocabulary").tolist())
+            parameters = {
+                name.removeprefix(_PARAMETER): saved.pop(name)
+                for name in list(saved)
+                if name.startswith(_PARAMETER)
+            }
             log_scale = float(parameters.pop("log_scale"))
         else:
             self._tell("fitting the projection")
@@ -354,22 +360,27 @@ class _Run:
         self._network = AdapterNetwork(self._decoder, parameters, log_scale)
         # Averaged over steps, which stands for the end of the schedule before it has come.
         self._average = AdapterNetwork(self._decoder, parameters, log_scale)
-        trained = self._network.parameters.values()
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in trained if p.ndim == 2], "weight_decay": _WEIGHT_DECAY},
-            {"params": [p for p in trained if p.ndim != 2], "weight_decay": 0.0},
+        trained, lr = self._network.parameters.values(), config.learning_rate
+        matrices = [p for p in trained if p.ndim == 2]
+        others = [p for p in trained if p.ndim != 2]
+        self._optimizers: list[torch.optim.Optimizer] = [
+            Muon(matrices, lr, _WEIGHT_DECAY),
+            torch.optim.AdamW(others, lr=lr, betas=_BETAS, weight_decay=0.0),
         ]
-        self._optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS)
-        if self._resumed:
-            for name, parameter in self._network.parameters.items():
-                self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(self._state.steps)),
-                    "exp_avg": tensors[f"m.{name}"],
-                    "exp_avg_sq": tensors[f"v.{name}"],
-                }
-                self._average.parameters[name].data.copy_(tensors[f"a.{name}"])
+        for key, tensor in saved.items():
+            kind, name = key.split(".", 1)
+            if kind == _AVERAGE:
+                self._average.parameters[name].data.copy_(tensor)
+            else:
+                self._moments(name)[kind] = tensor
         dtype = product_dtype(self._decoder.device)
         self._head = head_rows(self._files, self._vocabulary).to(dtype)
+
+    def _moments(self, name: str) -> dict[str, Tensor]:
+        """Return what an optimizer keeps of a parameter."""
+        parameter = self._network.parameters[name]
+        optimizer = self._optimizers[0 if parameter.ndim == 2 else 1]
+        return cast(dict[str, Tensor], optimizer.state[parameter])
 
     def _draft_vocabulary(self) -> tuple[int, ...]:
         """Return the most frequent tokens of texts and answers, and those that end an answer."""
@@ -405,13 +416,14 @@ class _Run:
                 saved = self._minutes
 
     def _train_step(self, batch: Sequence[TeacherSequence]) -> float:
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._config.learning_rate * self._rate()
         loss = self._loss(batch)
-        self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(self._network.parameters.values()), _MAX_NORM)
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self._config.learning_rate * self._rate()
+            optimizer.step()
+            optimizer.zero_grad()
         steps = self._state.steps
         kept = min(_AVERAGE_MEMORY, (steps + 1) / (steps + 10))
         for name, average in self._average.parameters.items():
@@ -483,11 +495,9 @@ class _Run:
         """Write a checkpoint: tensors first, so that the state never points beyond them."""
         tensors = {"draft_vocabulary": torch.tensor(self._vocabulary)}
         for name, parameter in self._network.parameters.items():
-            moments = self._optimizer.state[parameter]
-            tensors[f"p.{name}"] = parameter.detach().contiguous()
-            tensors[f"m.{name}"] = moments["exp_avg"].contiguous()
-            tensors[f"v.{name}"] = moments["exp_avg_sq"].contiguous()
-            tensors[f"a.{name}"] = self._average.parameters[name].detach().contiguous()
+            tensors[f"{_PARAMETER}{name}"] = parameter.detach().contiguous()
+            tensors[f"{_AVERAGE}.{name}"] = self._average.parameters[name].detach().contiguous()
+            tensors |= {f"{kind}.{name}": value for kind, value in self._moments(name).items()}
         self._state.seconds = self._minutes * 60
         temporary = self._folder / f".{_TENSORS}"
         save_file(tensors, temporary)
