@@ -78,7 +78,7 @@ class Rounds:
         draft = Draft(torch.tensor([[0]]), cache, [0])
         self.controller.fill(draft, max_tokens)
         n = min(accepted, len(draft))
-        self.controller.update(draft, (*draft.token_ids[:n], target), n)
+        self.controller.update(draft, (*draft.tokens[0, :n].tolist(), target), n)
         exits = draft.sources.count("early-exit")
         self.time += self.costs.round(len(draft), exits + draft.discarded, len(draft) - exits)
         return draft
@@ -418,11 +418,12 @@ def test_a_round_is_its_draft_and_its_verification():
     assert costs.round(3, 0, 3) == pytest.approx(1.15)  # look-ups alone
     # Two of three from look-ups: the first layers run twice, over two positions more.
     assert costs.round(3, 1, 2) == pytest.approx(0.2 * (2 + 0.1) + 0.1 + 0.8 * 1.15 + 0.03)
-    assert costs.token(3) == pytest.approx(0.2 + 0.1 + 0.8 * 0.05)
+    assert costs.of_tokens(4) == pytest.approx([0.2 + 0.1 + 0.8 * 0.05] * 4)
+    assert costs.of_tokens(2) == costs.of_tokens(4)[:2]
     assert costs.rows(1, 2) == pytest.approx(0.1)
 
 
-def test_costs_are_computed_anew_where_a_context_is_a_quarter_longer():
+def test_costs_are_computed_anew_where_a_context_is_a_quarter_and_64_positions_longer():
     costs = ContextCosts(ScriptedDecoder([1]), 1, 1.0, MEASURED)
     first = costs.at(9, 1000)
     assert costs.at(9, 1249) is first
@@ -430,8 +431,8 @@ def test_costs_are_computed_anew_where_a_context_is_a_quarter_longer():
     assert grown == DraftCosts.of(ScriptedDecoder([1]), 1, 1.0, MEASURED, [30, 1250])
     assert costs.at(30, 1251) is grown
     short = costs.at(8)  # another number of rows
-    assert costs.at(9) is short
-    assert costs.at(10) == DraftCosts.of(ScriptedDecoder([1]), 1, 1.0, MEASURED, [10])
+    assert costs.at(71) is short
+    assert costs.at(72) == DraftCosts.of(ScriptedDecoder([1]), 1, 1.0, MEASURED, [72])
 
 
 def test_passes_are_timed_before_an_answer_begins(monkeypatch):

@@ -26,6 +26,7 @@ from layerskip.decoding.drafters import DrafterInputs, make_drafters
 from layerskip.decoding.generate import Row
 from layerskip.decoding.sampling import Sampler, Sampling
 from layerskip.model import native, step_timing
+from layerskip.model.native import NativeDecoder
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
@@ -72,6 +73,22 @@ def test_adaptive_drafts_with_n_grams_equal_plain(compiled, sampling, request):
         )
         assert tokens_of(rounds) == plain
         assert any("exit-adapter" in step.sources for step in rounds)
+
+
+def test_rounds_in_one_call_are_those_of_single_passes(compiled_kernels, monkeypatch):
+    decoder, adapter = with_adapter("llama3.1", 0, compiled=True)
+    prompt, calls = random_prompt(decoder, 5) * 3, list[int]()
+    in_one_call = NativeDecoder.adapter_draft
+
+    def counted(*args):
+        calls.append(1)
+        return in_one_call(*args)
+
+    monkeypatch.setattr(NativeDecoder, "adapter_draft", counted)
+    rounds = adapted_steps(decoder, adapter, prompt, EVERY_SOURCE, 40, measured=FREE)
+    assert calls
+    monkeypatch.setattr(exit_adapter.ExitAdapter, "drafts_in_one_call", False)
+    assert adapted_steps(decoder, adapter, prompt, EVERY_SOURCE, 40, measured=FREE) == rounds
 
 
 def test_drafts_of_mixed_sources_equal_plain(monkeypatch):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import gguf_files
+import numpy as np
 import pytest
 import quantized_blocks
 import torch
@@ -16,7 +17,8 @@ from gguf import GGMLQuantizationType as Kind
 
 import tiny_models
 from layerskip import LayerSkipModel
-from layerskip.model import load, loader
+from layerskip.model import Decoder, load, loader
+from layerskip.model.draft_rule import DraftRule
 from layerskip.model.native import (
     NativeDecoder,
     NoCompilerError,
@@ -492,6 +494,59 @@ def test_a_greedy_pass_goes_on_from_any_layer_and_scores_several_positions(cap, 
             assert torch.equal(tokens, decoder.logits(expected)[:, -n_scored:].argmax(-1))
 
 
+def draft_rule(costs=(0.0,) * 6, ends=(), acceptance=(0.9,), lookahead=0, **options):
+    return DraftRule(
+        **{"rate": 1.0, "mean": 0.8, "head": 0.0, "overhead": 0.0, **options},
+        acceptance=acceptance,
+        costs=costs,
+        lookahead=lookahead,
+        ends=ends,
+    )
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_greedy_draft_is_steps_until_a_rule_ends_it(kind, tmp_path):
+    decoder = compiled(saved("llama2", tmp_path), kind)
+    ids = torch.arange(7, 90)
+    tokens, by_confidence = (
+        torch.tensor([[7, 8, 9]]),
+        np.random.default_rng(0).random(10_000).tolist(),
+    )
+    for exit_, token_ids in ((decoder, None), (decoder.with_reduced_head(ids), ids)):
+
+        def draft(rule, of=NativeDecoder, exit_=exit_, token_ids=token_ids):
+            cache = decoder.new_cache(12)
+            cache.lengths += 2
+            made = of.greedy_draft(exit_, tokens, 2, cache, rule, token_ids)
+            assert cache.lengths.item() == 2
+            return made, cache.slots
+
+        whole, _ = draft(draft_rule())
+        unsure = {"costs": (0.0, 0.0, 0.15, 0.0), "head": 0.01, "acceptance": (0.5,)}
+        kept = whole.tokens[0].tolist()
+        assert len(kept) == whole.n_kept == 6
+        for rule, n, is_discarded in (
+            (draft_rule(costs=(0.0,)), 1, False),
+            (draft_rule(ends=kept[2:3]), kept.index(kept[2]) + 1, False),
+            (draft_rule(costs=(0.0, 0.0, 0.0, 0.72, 0.0, 0.0), head=0.1), 3, False),
+            (draft_rule(**unsure), 2, True),
+            (draft_rule(**unsure, lookahead=1), 4, False),
+            (draft_rule(costs=(1.0,) * 3), 0, True),
+            (draft_rule(costs=(0.2,) * 6, n_drafted=4), 2, False),
+            (draft_rule(costs=(0.3,) * 6, acceptance=by_confidence), None, None),
+        ):
+            (made, slots), (expected, in_steps) = draft(rule), draft(rule, of=Decoder)
+            assert torch.equal(made.hidden, expected.hidden)
+            assert torch.equal(slots, in_steps)
+            assert torch.equal(made.tokens, expected.tokens)
+            assert made.confidences == pytest.approx(expected.confidences, rel=1e-4)
+            assert made.n_kept == expected.n_kept
+            if n is not None:
+                assert made.n_kept == n
+                assert made.hidden.shape[1] == 3 + n
+                assert made.tokens[0].tolist() == kept[: n + is_discarded]
+
+
 def test_capped_logits_have_the_same_bits_alone_and_together(tmp_path):
     changes = {"final_logit_softcapping": 3.0, "vocab_size": 1003}
     decoder = compiled(saved("gemma2-uncapped", tmp_path, **changes), "float32")
@@ -541,6 +596,8 @@ def test_tokens_outside_of_the_vocabulary_are_refused(tmp_path):
             decoder.embed(torch.tensor([[token]]))
         with pytest.raises(IndexError, match="outside of the vocabulary"):
             decoder.greedy_step(torch.tensor([[token]]), LAYERS, decoder.new_cache(8))
+        with pytest.raises(IndexError, match="outside of the vocabulary"):
+            decoder.greedy_draft(torch.tensor([[token]]), 1, decoder.new_cache(8), draft_rule())
 
 
 def test_caches_and_states_of_other_decoders_are_refused(tmp_path):
@@ -567,6 +624,7 @@ def test_caches_and_states_of_other_decoders_are_refused(tmp_path):
         for call in (
             lambda cache: decoder.run(decoder.embed(tokens), 0, LAYERS, cache),
             lambda cache: decoder.greedy_step(tokens, LAYERS, cache),
+            lambda cache: decoder.greedy_draft(tokens, 1, cache, draft_rule()),
         ):
             with pytest.raises(ValueError, match="is not one of this decoder's `new_cache`"):
                 call(cache)

@@ -9,15 +9,17 @@ tokens and known costs alone; nothing is timed, so the same prompt is always dec
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
-from layerskip.decoding.drafters import Candidate, Draft, Drafter, StateReader
+from layerskip.decoding.drafters import Candidate, Draft, Drafter, StateReader, draft_by
 from layerskip.decoding.exit_adapter import head_share
 from layerskip.decoding.sampling import Sampler
 from layerskip.decoding.shared_exit import SharedExit
 from layerskip.model import Decoder, StepCosts
-from layerskip.model.exit_adapter import CONFIDENCE_BINS, ExitAdapterWeights
+from layerskip.model.draft_rule import CONFIDENCE_BINS, DraftRule, bin_of
+from layerskip.model.exit_adapter import ExitAdapterWeights
 from layerskip.model.step_timing import FAR, PassCosts, pass_costs
 
 # Constants set by hand; benchmarks/results/draft-constants.json has the ablation of each.
@@ -27,6 +29,7 @@ MEMORY = 0.95  # decay of tokens and times a round
 PLAIN_ROUNDS = 4.0  # prior of the throughput
 BACKOFF_ROUNDS, MAX_BACKOFF_ROUNDS = 1, 32
 LOOKAHEAD = 8  # tokens that are considered behind the next one
+_FEW_POSITIONS = 64  # whose attention costs next to nothing
 
 
 class Controller(Protocol):
@@ -128,6 +131,7 @@ class Acceptance:
     def __init__(self, drafters: Sequence[Drafter] = ()) -> None:
         self._accepted: dict[tuple[str, int], float] = {}
         self._verified: dict[tuple[str, int], float] = {}
+        self._tables: dict[str, list[float]] = {}
         self._priors = {d.name: d.prior for d in drafters if d.prior is not None}
         measured = next((drafter.prior for drafter in drafters if drafter.head_share), None)
         mean = EXIT_ACCEPTANCE if measured is None else measured.mean
@@ -136,7 +140,15 @@ class Acceptance:
 
     def of(self, source: str, confidence: float) -> float:
         """Return the probability that a token is accepted if all before it are."""
-        index = _bin(confidence)
+        return self.table(source)[bin_of(confidence, CONFIDENCE_BINS)]
+
+    def table(self, source: str) -> list[float]:
+        """Return the probability for each bin of confidence."""
+        if source not in self._tables:
+            self._tables[source] = [self._probability(source, i) for i in range(CONFIDENCE_BINS)]
+        return self._tables[source]
+
+    def _probability(self, source: str, index: int) -> float:
         prior = (index + 0.5) / CONFIDENCE_BINS
         if (measured := self._priors.get(source)) is not None:
             accepted, verified = measured.accepted[index], measured.verified[index]
@@ -147,20 +159,15 @@ class Acceptance:
 
     def update(self, source: str, confidence: float, accepted: bool) -> None:
         """Add a verified token."""
-        key = source, _bin(confidence)
+        key = source, bin_of(confidence, CONFIDENCE_BINS)
         self._accepted[key] = self._accepted.get(key, 0.0) + accepted
         self._verified[key] = self._verified.get(key, 0.0) + 1
+        self.table(source)[key[1]] = self._probability(*key)
 
     @property
     def exit_mean(self) -> float:
         """Mean acceptance of the early exit's tokens."""
         return self.exit_accepted / self.exit_verified
-
-
-def _bin(confidence: float) -> int:
-    if not confidence > 0:  # or NaN
-        return 0
-    return min(int(confidence * CONFIDENCE_BINS), CONFIDENCE_BINS - 1)
 
 
 class DraftController:
@@ -232,20 +239,31 @@ class DraftController:
         active = {name for name, backoff in self._backoff.items() if backoff.next_round()}
         lookups = [drafter for drafter in self._lookups if drafter.name in active]
         exit_ = self._exit if self._exit is not None and self._exit.name in active else None
-        source, candidate, n, value = self._best_proposal(draft, lookups, exit_)
-        if candidate is not None and (exit_ is None or value >= self._exit_value(0)):
+        rule = None if exit_ is None else self._rule(exit_)
+        source, candidate, n, value = self._best_proposal(draft, lookups, rule)
+        if candidate is not None and (rule is None or value >= rule.value(1.0, 0)):
             for confidence in candidate.confidences[:n]:
                 self._survival *= self._acceptance.of(source, confidence)
             draft.extend(candidate, n, source)
             draft.token_ids += candidate.token_ids[:n]
-        while exit_ is not None and len(draft) < max_tokens:
-            if draft.token_ids and draft.token_ids[-1] in self._eos_token_ids:
-                return
-            if self._exit_value(len(draft)) <= 0.0 or not self._extend_by_exit(draft, exit_):
-                return
+        if exit_ is not None and rule is not None and len(draft) < max_tokens:
+            self._draft_by_exit(draft, exit_, rule)
+
+    def _rule(self, exit_: Drafter) -> DraftRule:
+        costs = self._costs
+        return DraftRule(
+            rate=self._throughput.rate,
+            mean=self._acceptance.exit_mean,
+            acceptance=self._acceptance.table(exit_.name),
+            costs=costs.of_tokens(self._max_tokens),
+            head=costs.head,
+            overhead=costs.overhead,
+            lookahead=LOOKAHEAD,
+            ends=self._eos_token_ids,
+        )
 
     def _best_proposal(
-        self, draft: Draft, lookups: Sequence[Drafter], exit_: Drafter | None
+        self, draft: Draft, lookups: Sequence[Drafter], rule: DraftRule | None
     ) -> tuple[str, Candidate | None, int, float]:
         """Return the source, proposal, length and value of the most valuable prefix of all look-ups."""
         best: tuple[str, Candidate | None, int, float] = ("", None, 0, 0.0)
@@ -260,54 +278,31 @@ class DraftController:
                 survival *= self._acceptance.of(drafter.name, confidence)
                 tokens += survival
                 value = tokens - rate * self._costs.rows(1, n)
-                if exit_ is not None:
-                    value += self._future_value(survival, n)
+                if rule is not None:
+                    value += rule.future(survival, n)
                 if value > best[3]:
                     best = drafter.name, candidate, n, value
         return best
 
-    def _exit_value(self, drafted: int) -> float:
-        """Return the value of another token of the early exit, before it is known."""
-        scoring = self._costs.head + (0.0 if self._scored else self._costs.overhead)
-        survival = self._survival * self._acceptance.exit_mean
-        return self._kept_value(survival, drafted) - self._throughput.rate * scoring
-
-    def _kept_value(self, survival: float, drafted: int) -> float:
-        """Return the value of keeping a token of the early exit, with those that may follow."""
-        rest = self._costs.token(drafted) - self._costs.head
-        value = survival - self._throughput.rate * rest
-        return value + self._future_value(survival, drafted + 1)
-
-    def _future_value(self, survival: float, drafted: int) -> float:
-        """Return the value of the early exit's tokens behind `drafted` ones, at their mean acceptance.
-
-        Looking ahead matters where the cost of rows has steps: two may be dear where four are not.
-        """
-        mean, rate, value, best = self._acceptance.exit_mean, self._throughput.rate, 0.0, 0.0
-        for n in range(drafted, min(drafted + LOOKAHEAD, self._max_tokens)):
-            survival *= mean
-            value += survival - rate * self._costs.token(n)
-            best = max(best, value)
-        return best
+    def _draft_by_exit(self, draft: Draft, exit_: Drafter, rule: DraftRule) -> None:
+        """Draft the rest with the early exit."""
+        n, ids = len(draft), draft.token_ids
+        if n:
+            if ids[-1] in self._eos_token_ids:
+                return
+            rule = dataclasses.replace(rule, survival=self._survival, n_drafted=n)
+        if rule.value(rule.survival, 0) <= 0.0:
+            return
+        discarded = draft_by(exit_, draft, rule)
+        self._scored = len(draft) - n
+        if discarded is not None:
+            self._scored += 1
+            self.discard(draft, discarded)
 
     def discard(self, draft: Draft, candidate: Candidate) -> None:
         """Leave out a token of the early exit, and compare it with the model's own later."""
         (token,), (confidence,) = candidate.token_ids, candidate.confidences
         self._discarded, draft.discarded = (token, confidence), 1
-
-    def _extend_by_exit(self, draft: Draft, exit_: Drafter) -> bool:
-        """Draft a token with the early exit; return whether it is confident enough to be kept."""
-        candidate = exit_.propose(draft, 1)
-        (token,), (confidence,) = candidate.token_ids, candidate.confidences
-        self._scored += 1
-        survival = self._survival * self._acceptance.of(exit_.name, confidence)
-        if self._kept_value(survival, len(draft)) < 0.0:
-            self.discard(draft, candidate)
-            return False
-        self._survival = survival
-        draft.extend(candidate, 1, exit_.name)
-        draft.token_ids.append(token)
-        return True
 
     def update(self, draft: Draft, committed: Sequence[int], accepted: int) -> None:
         """See `Controller`."""
@@ -621,16 +616,17 @@ class DraftCosts:
         """Return what more positions add to a pass over so many."""
         return max(self.over(positions + more) - self.over(positions), 0.0)
 
-    def token(self, drafted: int) -> float:
-        """Return the cost of the early exit's next token after so many, its verification included."""
-        if drafted not in self._token_costs:
-            verified = (1 - self.layers) * self.rows(drafted + 1, 1)
-            self._token_costs[drafted] = self.layers + self.head + verified
-        return self._token_costs[drafted]
+    def of_tokens(self, n: int) -> list[float]:
+        """Return the costs of the early exit's tokens 1 to n, their verification included."""
+        if len(self._token_costs) < n:
+            passes = [self.over(i) for i in range(1, n + 2)]
+            more = (max(after - before, 0.0) for before, after in itertools.pairwise(passes))
+            self._token_costs[:] = [self.layers + self.head + (1 - self.layers) * m for m in more]
+        return self._token_costs[:n]
 
     @functools.cached_property
-    def _token_costs(self) -> dict[int, float]:
-        return {}
+    def _token_costs(self) -> list[float]:
+        return []
 
     def round(self, drafted: int, scored: int, looked_up: int = 0) -> float:
         """Return the cost of a round.
@@ -649,7 +645,7 @@ class DraftCosts:
 
 
 class ContextCosts:
-    """`DraftCosts` for growing contexts, recomputed when the longest has grown by a quarter.
+    """`DraftCosts` for growing contexts, recomputed when the longest has grown by a quarter and by 64.
 
     Args:
         decoder: the model.
@@ -674,7 +670,7 @@ class ContextCosts:
         """Return the costs over contexts of these lengths."""
         before = self._contexts
         grown = abs(max(contexts) - max(before, default=0))
-        if len(before) != len(contexts) or 4 * grown >= max(before):
+        if len(before) != len(contexts) or grown >= max(max(before) / 4, _FEW_POSITIONS):
             self._contexts, self._costs = contexts, self._costs_of(contexts)
         return self._costs
 

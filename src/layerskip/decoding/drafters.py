@@ -22,6 +22,8 @@ from layerskip.decoding.constraint import Constraint
 from layerskip.decoding.datastore import MAX_MATCH, MIN_MATCH, Datastore
 from layerskip.decoding.sampling import Sampler
 from layerskip.model import Decoder, KVCache, argmax
+from layerskip.model.decoder import GreedyDraft
+from layerskip.model.draft_rule import DraftRule
 from layerskip.model.exit_adapter import AcceptanceCounts, ExitAdapterWeights
 
 # Probability that the token after a match of 2, 3, ... tokens follows again, before any is verified.
@@ -96,11 +98,14 @@ class Draft:
         """The drafted tokens, [B, d]."""
         return torch.cat(self.parts, dim=1) if self.parts else self.last[:, :0]
 
-    def extend(self, candidate: Candidate, n: int, source: str) -> None:
-        """Append the first n tokens of a candidate."""
+    def extend(
+        self, candidate: Candidate, n: int, source: str, *, has_states: bool = False
+    ) -> None:
+        """Append the first n tokens of a candidate; `has_states`: the first layers have seen them."""
         tokens = candidate.tokens[:, :n]
         self.parts.append(tokens)
-        self.pending.append(tokens)
+        if not has_states:
+            self.pending.append(tokens)
         self.sources += [source] * n
         self.confidences += candidate.confidences[:n]
         self.probs += [None] * n if candidate.probs is None else candidate.probs[:n]
@@ -194,6 +199,51 @@ class StateReader(Protocol):
         ...
 
 
+@runtime_checkable
+class OneCallDrafter(Protocol):
+    """A drafter with a head that can make a draft by a rule without being asked for each token."""
+
+    name: str
+
+    @property
+    def drafts_in_one_call(self) -> bool:
+        """Whether it can in this generation."""
+        ...
+
+    def draft(self, draft: Draft, rule: DraftRule) -> Candidate | None:
+        """Extend a draft as `draft_by` does."""
+        ...
+
+
+def draft_by(drafter: Drafter, draft: Draft, rule: DraftRule) -> Candidate | None:
+    """Extend a draft by a token, and by further ones until a rule ends it.
+
+    Returns:
+        A token that was proposed and not kept, or None.
+    """
+    if isinstance(drafter, OneCallDrafter) and drafter.drafts_in_one_call:
+        return drafter.draft(draft, rule)
+    kept, survival = list[int](), rule.survival
+    while not (kept and rule.has_ended(survival, kept)):
+        candidate = drafter.propose(draft, 1)
+        (token,), (confidence,) = candidate.token_ids, candidate.confidences
+        survival = rule.survival_after(survival, confidence)
+        if not rule.keeps(survival, len(kept)):
+            return candidate
+        draft.extend(candidate, 1, drafter.name)
+        kept.append(token)
+    return None
+
+
+def extend_at_once(
+    draft: Draft, source: str, made: GreedyDraft, *, has_states: bool
+) -> Candidate | None:
+    """Extend a draft by tokens that were made at once; see `Draft.extend` and `draft_by`."""
+    _, tokens, confidences, n = made
+    draft.extend(Candidate(tokens, confidences), n, source, has_states=has_states)
+    return Candidate(tokens[:, n:], confidences[n:]) if tokens.shape[1] > n else None
+
+
 class EarlyExit:
     """Drafts with the first E layers and the shared exit (section 4.3 of the paper).
 
@@ -238,6 +288,19 @@ class EarlyExit:
         draft.add_states(hidden)
         logits = self._exit.logits(hidden[:, -1:])
         return choose_draft(logits, draft, sampler, self._head, self._with_confidence)
+
+    @property
+    def drafts_in_one_call(self) -> bool:
+        """See `OneCallDrafter`."""
+        return self._sampler.takes_argmax
+
+    def draft(self, draft: Draft, rule: DraftRule) -> Candidate | None:
+        """See `OneCallDrafter`."""
+        ids = None if self._head is None else self._head.token_ids
+        tokens = draft.take_pending()
+        made = self._exit.greedy_draft(tokens, self.num_layers, draft.cache, rule, ids)
+        draft.add_states(made.hidden)
+        return extend_at_once(draft, self.name, made, has_states=True)
 
     def _token_ids(self, chosen: Tensor) -> Tensor:
         return chosen if self._head is None else self._head.token_ids[chosen]

@@ -19,11 +19,14 @@ from layerskip.decoding.drafters import (
     DrafterInputs,
     ReducedHead,
     choose_draft,
+    extend_at_once,
     register_drafter,
 )
 from layerskip.decoding.sampling import Sampler, Sampling
 from layerskip.model import Decoder
-from layerskip.model.exit_adapter import ExitAdapterWeights, joined
+from layerskip.model.draft_rule import DraftRule
+from layerskip.model.exit_adapter import EPS, ExitAdapterWeights, joined
+from layerskip.model.native import NativeDecoder, PackedMatrix
 from layerskip.model.step_timing import TIMED_DRAFTS, draft_cost
 
 _FLUSH_POSITIONS = 512  # of a long prompt: bounds the memory of states
@@ -87,7 +90,8 @@ class ExitAdapter:
         if self._n_waiting >= _FLUSH_POSITIONS:
             newest = last_states[:, -1:]
             self._previous_states[-1] = last_states[:, :-1]
-            _run([self], [self._take_waiting()])
+            states = self._take_waiting()
+            _run([self], [joined(*states).to(last_states.dtype)])
             self._guess, self._previous_states = None, [newest]
 
     def update(self, tokens: Sequence[int]) -> None:
@@ -103,6 +107,35 @@ class ExitAdapter:
         for state in exit_states.split(1, dim=1)[:-1]:
             advance([self], [state])
         return self._draft(exit_states[:, -1:], draft)
+
+    @property
+    def drafts_in_one_call(self) -> bool:
+        """See `OneCallDrafter`."""
+        decoder, base = self._head.decoder, self._decoder
+        return (
+            not (self.num_layers or self._sampler.changes_logits)
+            and isinstance(decoder, NativeDecoder)
+            and isinstance(base, NativeDecoder)
+            and base.drafts_in_one_call
+            and isinstance(self._adapter.projection, PackedMatrix)
+        )
+
+    def draft(self, draft: Draft, rule: DraftRule) -> Candidate | None:
+        """See `OneCallDrafter`."""
+        decoder, base, projection = self._head.decoder, self._decoder, self._adapter.projection
+        assert isinstance(decoder, NativeDecoder)
+        assert isinstance(base, NativeDecoder)
+        assert isinstance(projection, PackedMatrix)
+        embedded = base.embed(draft.take_pending())
+        draft.add_states(embedded)
+        for state in embedded.split(1, dim=1)[:-1]:
+            advance([self], [state])
+        states = self._states(embedded[:, -1:])
+        made = decoder.adapter_draft(
+            *states, self._cache, rule, self._head.token_ids, projection, base, EPS
+        )
+        self._receive(made.hidden[0, : len(states[0])])
+        return extend_at_once(draft, self.name, made, has_states=False)
 
     def _draft(self, exit_state: Tensor, draft: Draft) -> Candidate:
         """Draft the token after the newest one, by its state [1, 1, D].
@@ -122,21 +155,25 @@ class ExitAdapter:
         return Candidate(head.token_ids[chosen], [confidence])
 
     def _inputs(self, exit_state: Tensor) -> Tensor:
-        """Return what the adapter reads for the newest token [n, 2 D].
+        """Return what the adapter reads for the newest token [n, 2 D]."""
+        return joined(*self._states(exit_state)).to(exit_state.dtype)
+
+    def _states(self, exit_state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the states of layer E, and of L one position back, for the newest token, both [n, D].
 
         For a committed one these are all positions that the cache lacks; for a drafted one, its own with
         the guess at the one before.
         """
         if self._guess is not None:
             self._n_drafted += 1
-            return joined(exit_state, self._guess)[0].to(exit_state.dtype)
+            return exit_state[0], self._guess[0]
         self._exit_states.append(exit_state)
         return self._take_waiting()
 
-    def _take_waiting(self) -> Tensor:
+    def _take_waiting(self) -> tuple[Tensor, Tensor]:
         exit_states, previous = torch.cat(self._exit_states, 1), torch.cat(self._previous_states, 1)
         self._exit_states, self._previous_states, self._n_waiting = [], [], 0
-        return joined(exit_states, previous)[0].to(exit_states.dtype)
+        return exit_states[0], previous[0]
 
     def _receive(self, outputs: Tensor) -> None:
         """Take the adapter's outputs [n, D] for these inputs."""
@@ -192,13 +229,21 @@ def _drafting(decoder: Decoder, adapter: ExitAdapterWeights) -> Callable[[], obj
     """Return a function that drafts a token, commits it and goes on behind it."""
     sampler, head = Sampler(Sampling(), decoder.device), draft_head(adapter)
     drafter = ExitAdapter(
-        decoder, adapter, sampler, head, TIMED_DRAFTS, head_share=1.0, with_confidence=True
+        decoder, adapter, sampler, head, TIMED_DRAFTS + 1, head_share=1.0, with_confidence=True
     )
-    empty = Draft(torch.zeros(1, 1, dtype=torch.int64, device="cpu"), decoder.new_cache(1))
-    state = decoder.embed(empty.last)
+    last, cache = torch.zeros(1, 1, dtype=torch.int64, device="cpu"), decoder.new_cache(1)
+    state = decoder.embed(last)
+    rule = DraftRule(
+        rate=1.0, mean=1.0, acceptance=(1.0,), costs=(0.0,), head=0.0, overhead=0.0, lookahead=0
+    )
 
     def draft() -> None:
-        drafter._draft(state, empty)
+        empty = Draft(last, cache)
+        if drafter.drafts_in_one_call:
+            drafter.draft(empty, rule)
+            cache.lengths.zero_()
+        else:  # without the base's layers, which are not part of the cost
+            drafter._draft(state, empty)
         drafter.read_states(state, state)
 
     return draft

@@ -24,6 +24,7 @@ from layerskip.model import families
 from layerskip.model.architecture import Architecture
 from layerskip.model.checkpoint import ADAPTER_FILE, Files, open_files
 from layerskip.model.decoder import Decoder
+from layerskip.model.draft_rule import CONFIDENCE_BINS
 from layerskip.model.linear import Linear
 from layerskip.model.loader import build_adapter
 from layerskip.model.quantize import STORED, Quantized
@@ -32,8 +33,7 @@ from layerskip.model.weights import damage_named
 NO_ADAPTER = "none"
 _VOCABULARY = "exit_adapter.draft_vocabulary"
 _KEY = "layerskip"  # of the metadata
-CONFIDENCE_BINS = 10
-_EPS = 1e-6
+EPS = 1e-6  # of the normalization of the two states
 _HASHED_ROWS = 512  # of a matrix, at even distances
 
 
@@ -110,7 +110,7 @@ class ExitAdapterWeights:
 
 def normalized(hidden: Tensor) -> Tensor:
     """Scale hidden states [..., D] to a root mean square of 1, in float32."""
-    return F.rms_norm(hidden.float(), hidden.shape[-1:], None, _EPS)
+    return F.rms_norm(hidden.float(), hidden.shape[-1:], None, EPS)
 
 
 def joined(exit_states: Tensor, previous: Tensor) -> Tensor:

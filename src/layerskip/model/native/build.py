@@ -167,6 +167,14 @@ def _load(path: Path) -> ctypes.CDLL:
             *(i64, *matrices),  # positions without logits
             *(ptr, ptr, ptr, i32),  # norm, tokens, probabilities, threads
         ),
+        "draft": (
+            *(ptr, ptr, ptr),  # model, embedding, tokens
+            *(ptr, f32, ptr, ptr),  # projection, eps, embedded, previous
+            *(ptr, ptr, i64, i64, i64),  # hidden, out, length, positions, layers
+            *(ptr, i64, ptr),  # slots, capacity, rotary tables
+            *(*matrices, ptr, ptr),  # norm, token ids
+            *(ptr, ptr, ptr, i32),  # rule, tokens, probabilities, threads
+        ),
         "rows": (ptr, ptr, i64, ptr),  # matrix, indices, how many, out
         "pack": (
             *(ptr, i32, ptr, i64),  # format, bits, blocks, rows

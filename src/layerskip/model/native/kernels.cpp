@@ -833,6 +833,52 @@ bool look_up(const Matrix &w, const int64_t *index, int64_t n, float *out) {
   return true;
 }
 
+// When a draft ends: `DraftRule` of draft_rule.py.
+struct Rule {
+  double rate, mean, head, overhead, survival;
+  const double *acceptance, *costs;  // costs: of the tokens that may still be drafted
+  const int64_t *ends;
+  int64_t bins, n_ends, limit, lookahead;
+  int64_t scored, kept;  // results: tokens that were chosen, and how many of them belong to the draft
+
+  double value_of(double survives, int64_t n) const {
+    double value = 0, best = 0;
+    const double first = survives - rate * (costs[n] - head);
+    for (int64_t i = n + 1; i < limit && i <= n + lookahead; i++) {
+      survives *= mean;
+      value += survives - rate * costs[i];
+      best = value > best ? value : best;
+    }
+    return first + best;
+  }
+
+  bool has_ended(const int64_t *chosen) const {
+    if (kept == limit) return true;
+    for (int64_t i = 0; kept && i < n_ends; i++)
+      if (chosen[kept - 1] == ends[i]) return true;
+    return value_of(survival * mean, kept) - rate * (kept ? head : head + overhead) <= 0;
+  }
+
+  // Returns whether the token that was chosen last is kept.
+  bool keeps(float probability) {
+    const int64_t bin = probability > 0 ? (int64_t)(probability * (double)bins) : 0;
+    survival *= acceptance[bin < bins ? bin : bins - 1];
+    scored++;
+    if (value_of(survival, kept) < 0) return false;
+    kept++;
+    return true;
+  }
+};
+
+// to [2, n]: a and b, each scaled to a root mean square of 1.
+void join(const float *a, const float *b, int64_t n, float eps, float *to) {
+  const float *const rows[] = {a, b};
+  for (const float *from : rows) {
+    const float factor = norm_factor(from, n, eps);
+    for (int64_t k = 0; k < n; k++) *to++ = from[k] * factor;
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -880,6 +926,46 @@ int layerskip_step(const Model *m, const Linear *embedding, const int64_t *token
     const int64_t rows = batch * positions - unscored;
     choose(heads, n_heads, norm, m->eps, x + unscored * m->hidden, rows, chosen, probabilities, threads);
     return 0;
+  });
+}
+
+// Drafts token by token: `positions` rows through layers [0, layers), the argmax of the exit's outputs (its number in
+// `token_ids`, unless null), then this token in the same way, until the rule ends the draft; at least one is chosen.
+// `hidden` and `x` have room for as many further rows as tokens may be drafted. Tokens, unless null, are looked up
+// first, which fills in the hidden states. With the projection of an exit adapter, what enters the layers is made of a
+// token's embedding and the previous output: for the first rows these are `embedded` and `previous`. An adapter is
+// not run over the last token, otherwise the layers have seen all that are kept.
+int layerskip_draft(const Model *m, const Linear *embedding, const int64_t *tokens, const Linear *projection, float eps,
+                     const float *embedded, const float *previous, float *hidden, float *x, int64_t length,
+                     int64_t positions, int64_t layers, void *slots, int64_t capacity, const float *const *turns,
+                     const Linear *const *heads, int64_t n_heads, const float *norm, const int64_t *token_ids,
+                     Rule *rule, int64_t *chosen, float *probabilities, int threads) {
+  return status_of([=] {
+    const int64_t width = m->hidden;
+    if (tokens && !look_up(*embedding->parts, tokens, positions, hidden)) return 2;
+    const Buffer<float> joined(projection ? positions * 2 * width : 0), looked_up(width);
+    const auto project = [&](const float *states, const float *before, int64_t rows, float *to) {
+      for (int64_t row = 0; row < rows; row++)
+        join(states + row * width, before + row * width, width, eps, joined.get() + row * 2 * width);
+      product(projection, nullptr, 0, joined.get(), rows, to, threads);
+    };
+    if (projection) project(embedded, previous, positions, hidden);
+    float *entering = hidden, *leaving = x;
+    for (int64_t before = length, rows = positions;; before += rows, rows = 1) {
+      const Even even(m, &before, 1, rows, slots, capacity, turns);
+      run(m, entering, leaving, even.sequences.get(), 1, 0, layers, threads);
+      entering += rows * width, leaving += rows * width;
+      if (rule->kept && !projection && rule->has_ended(chosen)) return 0;
+      const float *last = leaving - width;
+      int64_t *token = chosen + rule->kept;
+      float *probability = probabilities + rule->kept;
+      choose(heads, n_heads, norm, m->eps, last, 1, token, probability, threads);
+      if (token_ids) *token = token_ids[*token];
+      if (!rule->keeps(*probability)) return 0;
+      if (projection && rule->has_ended(chosen)) return 0;
+      look_up(*embedding->parts, token, 1, projection ? looked_up.get() : entering);
+      if (projection) project(looked_up.get(), last, 1, entering);
+    }
   });
 }
 

@@ -1,6 +1,7 @@
 """`Decoder` with its layers run by the compiled kernels: hidden states in float32, on the CPU."""
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from layerskip.model.architecture import Architecture
-from layerskip.model.decoder import MLP, Decoder, HeadNorm, Layer, RMSNorm
+from layerskip.model.decoder import MLP, Decoder, GreedyDraft, HeadNorm, Layer, RMSNorm
+from layerskip.model.draft_rule import DraftRule
 from layerskip.model.families import FAMILIES
 from layerskip.model.kv_cache import KVCache, slot_width
 from layerskip.model.linear import Matrix
@@ -76,6 +78,18 @@ class SequenceStruct(ctypes.Structure):
         ("first", ctypes.c_int64),
         ("chunks", ctypes.c_int64),
         ("partial", ctypes.c_void_p),
+    )
+
+
+class RuleStruct(ctypes.Structure):
+    """`Rule` of `kernels.cpp`, which sets the last two."""
+
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("rate", "mean", "head", "overhead", "survival")),
+        *((name, ctypes.c_void_p) for name in ("acceptance", "costs", "ends")),
+        *((name, ctypes.c_int64) for name in ("n_bins", "n_ends", "limit", "lookahead")),
+        ("scored", ctypes.c_int64),
+        ("kept", ctypes.c_int64),
     )
 
 
@@ -317,6 +331,94 @@ class NativeDecoder(Decoder):
             team_size(self._narrowest),
         )
         return hidden, chosen, 1.0 if confidence is None else float(confidence[0])
+
+    @property
+    def drafts_in_one_call(self) -> bool:
+        """Whether `greedy_draft` is one call."""
+        return self._embedding is not None and self.architecture.logit_cap is None
+
+    def greedy_draft(
+        self,
+        tokens: Tensor,
+        stop: int,
+        cache: KVCache,
+        rule: DraftRule,
+        token_ids: Tensor | None = None,
+    ) -> GreedyDraft:
+        """See `Decoder`; in one call."""
+        if not self.drafts_in_one_call or not stop:
+            return super().greedy_draft(tokens, stop, cache, rule, token_ids)
+        self._check_layers(0, stop)
+        tokens = tokens.to("cpu", torch.int64).contiguous()
+        sources = self._embedding, tokens.data_ptr(), None, 0.0, None, None
+        return self._draft(sources, tokens.shape[1], stop, cache, rule, token_ids)
+
+    def adapter_draft(
+        self,
+        exit_states: Tensor,
+        previous: Tensor,
+        cache: KVCache,
+        rule: DraftRule,
+        token_ids: Tensor,
+        projection: PackedMatrix,
+        base: "NativeDecoder",
+        eps: float,
+    ) -> GreedyDraft:
+        """Draft as `greedy_draft` does, with the layers of an exit adapter of E = 0, in one call.
+
+        Args:
+            exit_states: [N, D], embeddings of the positions that the adapter has not seen.
+            previous: [N, D], the last layer's states one position back.
+            cache: of the adapter; its length is left to the caller.
+            rule: see `greedy_draft`.
+            token_ids: see `greedy_draft`.
+            projection: of both states, normalized and side by side.
+            base: has the embedding; its `drafts_in_one_call` is true.
+            eps: of that normalization.
+        """
+        width = self.architecture.hidden_size
+        exit_states, previous = readable(exit_states, width), readable(previous, width)
+        pointers = exit_states.data_ptr(), previous.data_ptr()
+        sources = base._embedding, None, ctypes.addressof(projection.struct), eps, *pointers
+        n, n_layers = len(exit_states), len(self.layers)
+        return self._draft(sources, n, n_layers, cache, rule, token_ids)
+
+    def _draft(
+        self,
+        sources: Sequence[Any],
+        n: int,
+        stop: int,
+        cache: KVCache,
+        rule: DraftRule,
+        token_ids: Tensor | None,
+    ) -> GreedyDraft:
+        """Draft behind n positions; sources: the kernel's arguments from embedding to previous."""
+        limit = rule.limit
+        self._check_fit(1, n + limit, cache)
+        entering = torch.empty(n + limit, self.architecture.hidden_size, **FLOATS)
+        leaving = torch.empty_like(entering)
+        chosen = torch.empty(1, limit, dtype=torch.int64, device="cpu")
+        probabilities = torch.empty(limit, **FLOATS)
+        # Arrays of `ctypes` would each take as long as a small layer.
+        acceptance, costs = array("d", rule.acceptance), array("d", rule.costs[rule.n_drafted :])
+        ends = array("q", rule.ends)
+        native_rule = RuleStruct(
+            *(rule.rate, rule.mean, rule.head, rule.overhead, rule.survival),
+            *(numbers.buffer_info()[0] for numbers in (acceptance, costs, ends)),
+            *(len(acceptance), len(ends), limit, rule.lookahead),
+        )
+        heads, tables = self._head_pointers(), self._rotary_tables(cache.capacity)
+        self._library.layerskip_draft(
+            *(self._model_pointer, *sources, entering.data_ptr(), leaving.data_ptr()),
+            *(int(cache.lengths), n, stop),
+            *(cache.slots.data_ptr(), cache.slots.shape[-2], tables.pointers),
+            *(heads, len(heads), self._final_norm_weight.data_ptr()),
+            *(None if token_ids is None else token_ids.data_ptr(), ctypes.addressof(native_rule)),
+            *(chosen.data_ptr(), probabilities.data_ptr(), team_size(self._narrowest)),
+        )
+        scored, kept = native_rule.scored, native_rule.kept
+        confidences = probabilities[:scored].tolist()
+        return GreedyDraft(leaving[None, : n + kept], chosen[:, :scored], confidences, kept)
 
     def with_reduced_head(self, token_ids: Tensor) -> "NativeDecoder":
         """See `Decoder`; of a decoder with int8 weights the head is in int8 too."""
