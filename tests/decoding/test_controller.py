@@ -423,7 +423,7 @@ def test_a_round_is_its_draft_and_its_verification():
     assert costs.rows(1, 2) == pytest.approx(0.1)
 
 
-def test_costs_are_computed_anew_where_a_context_is_a_quarter_and_64_positions_longer():
+def test_costs_are_computed_anew_where_a_context_is_a_quarter_longer():
     costs = ContextCosts(ScriptedDecoder([1]), 1, 1.0, MEASURED)
     first = costs.at(9, 1000)
     assert costs.at(9, 1249) is first
@@ -431,8 +431,8 @@ def test_costs_are_computed_anew_where_a_context_is_a_quarter_and_64_positions_l
     assert grown == DraftCosts.of(ScriptedDecoder([1]), 1, 1.0, MEASURED, [30, 1250])
     assert costs.at(30, 1251) is grown
     short = costs.at(8)  # another number of rows
-    assert costs.at(71) is short
-    assert costs.at(72) == DraftCosts.of(ScriptedDecoder([1]), 1, 1.0, MEASURED, [72])
+    assert costs.at(9) is short
+    assert costs.at(10) == DraftCosts.of(ScriptedDecoder([1]), 1, 1.0, MEASURED, [10])
 
 
 def test_passes_are_timed_before_an_answer_begins(monkeypatch):

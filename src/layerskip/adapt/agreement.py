@@ -13,8 +13,8 @@ from layerskip.adapt.network import AdapterNetwork, head_rows
 from layerskip.adapt.teacher import TeacherSequence
 from layerskip.model import Files
 from layerskip.model.decoder import Decoder
+from layerskip.model.draft_rule import CONFIDENCE_BINS
 from layerskip.model.exit_adapter import (
-    CONFIDENCE_BINS,
     AcceptanceCounts,
     read_adapter,
     save_adapter,

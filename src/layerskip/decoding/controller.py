@@ -29,7 +29,6 @@ MEMORY = 0.95  # decay of tokens and times a round
 PLAIN_ROUNDS = 4.0  # prior of the throughput
 BACKOFF_ROUNDS, MAX_BACKOFF_ROUNDS = 1, 32
 LOOKAHEAD = 8  # tokens that are considered behind the next one
-_FEW_POSITIONS = 64  # whose attention costs next to nothing
 
 
 class Controller(Protocol):
@@ -645,7 +644,7 @@ class DraftCosts:
 
 
 class ContextCosts:
-    """`DraftCosts` for growing contexts, recomputed when the longest has grown by a quarter and by 64.
+    """`DraftCosts` for growing contexts, recomputed when the longest has grown by a quarter.
 
     Args:
         decoder: the model.
@@ -670,7 +669,7 @@ class ContextCosts:
         """Return the costs over contexts of these lengths."""
         before = self._contexts
         grown = abs(max(contexts) - max(before, default=0))
-        if len(before) != len(contexts) or grown >= max(max(before) / 4, _FEW_POSITIONS):
+        if len(before) != len(contexts) or 4 * grown >= max(before):
             self._contexts, self._costs = contexts, self._costs_of(contexts)
         return self._costs
 

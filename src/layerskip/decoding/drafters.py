@@ -207,7 +207,7 @@ class OneCallDrafter(Protocol):
 
     @property
     def drafts_in_one_call(self) -> bool:
-        """Whether it can in this generation."""
+        """True where it can in this generation."""
         ...
 
     def draft(self, draft: Draft, rule: DraftRule) -> Candidate | None:

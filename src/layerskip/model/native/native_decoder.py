@@ -334,7 +334,7 @@ class NativeDecoder(Decoder):
 
     @property
     def drafts_in_one_call(self) -> bool:
-        """Whether `greedy_draft` is one call."""
+        """True where `greedy_draft` is one call."""
         return self._embedding is not None and self.architecture.logit_cap is None
 
     def greedy_draft(
@@ -399,7 +399,7 @@ class NativeDecoder(Decoder):
         leaving = torch.empty_like(entering)
         chosen = torch.empty(1, limit, dtype=torch.int64, device="cpu")
         probabilities = torch.empty(limit, **FLOATS)
-        # Arrays of `ctypes` would each take as long as a small layer.
+        # Arrays of `ctypes` take longer to make.
         acceptance, costs = array("d", rule.acceptance), array("d", rule.costs[rule.n_drafted :])
         ends = array("q", rule.ends)
         native_rule = RuleStruct(
