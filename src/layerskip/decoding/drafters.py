@@ -59,6 +59,9 @@ class Candidate:
         return [int(token) for token in self.tokens[0].tolist()]
 
 
+_NOTHING = Candidate(torch.empty(1, 0, dtype=torch.int64, device="cpu"), ())
+
+
 class Draft:
     """The tokens drafted in one round, and how far the first layers have run over them.
 
@@ -88,7 +91,7 @@ class Draft:
         self.states: list[Tensor] = []
         self.pending: list[Tensor] = [last]
         self.discarded = 0
-        self._committed = cache.lengths.clone()
+        self._n_positions = 0  # of these states, behind the committed ones in the cache
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -121,6 +124,7 @@ class Draft:
         """Note hidden states [B, n, D] that left layer E, whose keys and values are in the cache."""
         self.states.append(hidden)
         self.cache.lengths += hidden.shape[1]
+        self._n_positions += hidden.shape[1]
 
     def hidden_states(self, decoder: Decoder, exit_layer: int | None) -> tuple[Tensor, int]:
         """Return what verification starts from, and set the cache back to the committed tokens.
@@ -130,12 +134,12 @@ class Draft:
             layers that have run on them: E where the early exit drafted, else 0.
         """
         if not self.states or exit_layer is None:
-            self.cache.lengths.copy_(self._committed)
             return decoder.embed(self.take_pending()), 0
         if self.pending:  # the last drafted tokens
             hidden = decoder.embed(self.take_pending())
             self.states.append(decoder.run(hidden, 0, exit_layer, self.cache))
-        self.cache.lengths.copy_(self._committed)
+        self.cache.lengths -= self._n_positions
+        self._n_positions = 0
         return torch.cat(self.states, dim=1), exit_layer
 
     def all_probs(self, vocab_size: int) -> Tensor | None:
@@ -409,6 +413,8 @@ class _Lookup:
         self._eos_token_ids = eos_token_ids
 
     def _candidate(self, draft: Draft, tokens: list[int], confidences: list[float]) -> Candidate:
+        if not tokens:  # in most rounds
+            return _NOTHING
         ends = (i for i, token in enumerate(tokens, 1) if token in self._eos_token_ids)
         n = next(ends, len(tokens))
         return Candidate(draft.last.new_tensor([tokens[:n]], dtype=torch.int64), confidences[:n])
