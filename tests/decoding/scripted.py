@@ -88,7 +88,7 @@ class ScriptedDecoder:
     greedy_tokens = Decoder.greedy_tokens
     greedy_choice = Decoder.greedy_choice
     greedy_step = Decoder.greedy_step
-    greedy_draft = Decoder.greedy_draft
+    drafts_in_one_call = False
     greedy_pass = Decoder.greedy_pass
 
     def _next(self, position, n_layers):

@@ -17,7 +17,9 @@ from gguf import GGMLQuantizationType as Kind
 
 import tiny_models
 from layerskip import LayerSkipModel
-from layerskip.model import Decoder, load, loader
+from layerskip.decoding.drafters import Draft, EarlyExit, ReducedHead, draft_by
+from layerskip.decoding.sampling import Sampler, Sampling
+from layerskip.model import load, loader
 from layerskip.model.draft_rule import DraftRule
 from layerskip.model.native import (
     NativeDecoder,
@@ -505,26 +507,27 @@ def draft_rule(costs=(0.0,) * 6, ends=(), acceptance=(0.9,), lookahead=0, **opti
 
 
 @pytest.mark.parametrize("kind", DECODERS)
-def test_a_greedy_draft_is_steps_until_a_rule_ends_it(kind, tmp_path):
+def test_a_draft_in_one_call_is_steps_until_a_rule_ends_it(kind, tmp_path, monkeypatch):
     decoder = compiled(saved("llama2", tmp_path), kind)
-    ids = torch.arange(7, 90)
-    tokens, by_confidence = (
-        torch.tensor([[7, 8, 9]]),
-        np.random.default_rng(0).random(10_000).tolist(),
-    )
-    for exit_, token_ids in ((decoder, None), (decoder.with_reduced_head(ids), ids)):
+    by_confidence = np.random.default_rng(0).random(10_000).tolist()
+    for head in (None, ReducedHead(decoder, range(7, 90))):
+        exit_ = EarlyExit(decoder, 2, Sampler(Sampling(), "cpu"), head, with_confidence=True)
 
-        def draft(rule, of=NativeDecoder, exit_=exit_, token_ids=token_ids):
+        def drafted(rule, *, in_one_call, exit_=exit_):
+            monkeypatch.setattr(EarlyExit, "drafts_in_one_call", in_one_call)
             cache = decoder.new_cache(12)
             cache.lengths += 2
-            made = of.greedy_draft(exit_, tokens, 2, cache, rule, token_ids)
+            draft = Draft(torch.tensor([[9]]), cache)
+            draft.pending = [torch.tensor([[7, 8]]), draft.last]
+            discarded = draft_by(exit_, draft, rule)
+            hidden, _ = draft.hidden_states(decoder, 2)
             assert cache.lengths.item() == 2
-            return made, cache.slots
+            return draft, discarded, hidden, cache.slots
 
-        whole, _ = draft(draft_rule())
-        unsure = {"costs": (0.0, 0.0, 0.15, 0.0), "head": 0.01, "acceptance": (0.5,)}
+        whole, *_ = drafted(draft_rule(), in_one_call=True)
         kept = whole.tokens[0].tolist()
-        assert len(kept) == whole.n_kept == 6
+        assert len(kept) == 6
+        unsure = {"costs": (0.0, 0.0, 0.15, 0.0), "head": 0.01, "acceptance": (0.5,)}
         for rule, n, is_discarded in (
             (draft_rule(costs=(0.0,)), 1, False),
             (draft_rule(ends=kept[2:3]), kept.index(kept[2]) + 1, False),
@@ -535,16 +538,18 @@ def test_a_greedy_draft_is_steps_until_a_rule_ends_it(kind, tmp_path):
             (draft_rule(costs=(0.2,) * 6, n_drafted=4), 2, False),
             (draft_rule(costs=(0.3,) * 6, acceptance=by_confidence), None, None),
         ):
-            (made, slots), (expected, in_steps) = draft(rule), draft(rule, of=Decoder)
-            assert torch.equal(made.hidden, expected.hidden)
-            assert torch.equal(slots, in_steps)
+            made, left_out, hidden, slots = drafted(rule, in_one_call=True)
+            expected, left_out_in_steps, *states = drafted(rule, in_one_call=False)
+            assert torch.equal(hidden, states[0])
+            assert torch.equal(slots, states[1])
             assert torch.equal(made.tokens, expected.tokens)
             assert made.confidences == pytest.approx(expected.confidences, rel=1e-4)
-            assert made.n_kept == expected.n_kept
+            assert (left_out is None) == (left_out_in_steps is None)
+            if left_out is not None:
+                assert torch.equal(left_out.tokens, left_out_in_steps.tokens)
             if n is not None:
-                assert made.n_kept == n
-                assert made.hidden.shape[1] == 3 + n
-                assert made.tokens[0].tolist() == kept[: n + is_discarded]
+                assert made.tokens[0].tolist() == kept[:n]
+                assert (left_out is not None) == is_discarded
 
 
 def test_capped_logits_have_the_same_bits_alone_and_together(tmp_path):

@@ -22,9 +22,10 @@ from layerskip.decoding.constraint import Constraint
 from layerskip.decoding.datastore import MAX_MATCH, MIN_MATCH, Datastore
 from layerskip.decoding.sampling import Sampler
 from layerskip.model import Decoder, KVCache, argmax
-from layerskip.model.decoder import GreedyDraft
 from layerskip.model.draft_rule import DraftRule
 from layerskip.model.exit_adapter import AcceptanceCounts, ExitAdapterWeights
+from layerskip.model.native import NativeDecoder
+from layerskip.model.native.native_decoder import GreedyDraft
 
 # Probability that the token after a match of 2, 3, ... tokens follows again, before any is verified.
 _NGRAM_CONFIDENCE = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -296,10 +297,11 @@ class EarlyExit:
     @property
     def drafts_in_one_call(self) -> bool:
         """See `OneCallDrafter`."""
-        return self._sampler.takes_argmax
+        return self._sampler.takes_argmax and self._exit.drafts_in_one_call
 
     def draft(self, draft: Draft, rule: DraftRule) -> Candidate | None:
         """See `OneCallDrafter`."""
+        assert isinstance(self._exit, NativeDecoder)
         ids = None if self._head is None else self._head.token_ids
         tokens = draft.take_pending()
         made = self._exit.greedy_draft(tokens, self.num_layers, draft.cache, rule, ids)

@@ -15,14 +15,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from layerskip.model.architecture import Activation, Architecture, Rope
-from layerskip.model.draft_rule import DraftRule
 from layerskip.model.kv_cache import KVCache, check_kv_cache
 from layerskip.model.linear import Linear, Matrix, QuantizedLinear, linear
 from layerskip.model.quantize import Quantized
@@ -373,22 +372,6 @@ class AttentionView(Protocol):
         ...
 
 
-class GreedyDraft(NamedTuple):
-    """Tokens drafted by `Decoder.greedy_draft`.
-
-    Attributes:
-        hidden: states [1, T + n, D] that left layer E, of the T tokens before and of the n kept ones.
-        tokens: [1, n or n + 1] int64; of n + 1 the last one was proposed and not kept.
-        confidences: their probabilities.
-        n_kept: n.
-    """
-
-    hidden: Tensor
-    tokens: Tensor
-    confidences: list[float]
-    n_kept: int
-
-
 class Decoder:
     """A decoder-only transformer that can run any contiguous part of its layers.
 
@@ -399,9 +382,11 @@ class Decoder:
         kv_cache: precision of its caches, one of `kv_cache.KV_CACHES`.
         kernels: "pytorch", "compiled" (see `native`) or "torch.compile" (see
             `torch_compile`).
+        drafts_in_one_call: whether there is `greedy_draft` (of a `NativeDecoder`).
     """
 
     kernels = "pytorch"
+    drafts_in_one_call = False
 
     def __init__(
         self,
@@ -616,41 +601,6 @@ class Decoder:
         hidden = self.run(hidden, *layers, cache)
         scored = hidden[:, -n_scored:]
         return hidden, *self.greedy_choice(scored, with_confidence=with_confidence)
-
-    def greedy_draft(
-        self,
-        tokens: Tensor,
-        stop: int,
-        cache: KVCache,
-        rule: DraftRule,
-        token_ids: Tensor | None = None,
-    ) -> GreedyDraft:
-        """Draft one token greedily, and further ones until a rule ends the draft.
-
-        Args:
-            tokens: [1, T] int64, those that follow the cache.
-            stop: how many layers run, E.
-            cache: its length is left to the caller, as by `run`.
-            rule: decides by the highest softmax probability of each token.
-            token_ids: those that a reduced head scores; None = all.
-        """
-        states, drafted, confidences = list[Tensor](), [tokens[:, :0]], list[float]()
-        kept, committed, survival = list[int](), cache.lengths.clone(), rule.survival
-        while not (kept and rule.has_ended(survival, kept)):
-            hidden, token, confidence = self.greedy_step(tokens, stop, cache, with_confidence=True)
-            states.append(hidden)
-            cache.lengths += tokens.shape[1]
-            tokens = token if token_ids is None else token_ids[token]
-            drafted.append(tokens)
-            confidences.append(confidence)
-            survival = rule.survival_after(survival, confidence)
-            if not rule.keeps(survival, len(kept)):
-                break
-            kept.append(int(tokens))
-        else:
-            states.append(self.run(self.embed(tokens), 0, stop, cache))
-        cache.lengths.copy_(committed)
-        return GreedyDraft(torch.cat(states, 1), torch.cat(drafted, 1), confidences, len(kept))
 
     def greedy_choice(
         self, hidden: Tensor, *, with_confidence: bool = False

@@ -3,13 +3,13 @@
 import ctypes
 from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from layerskip.model.architecture import Architecture
-from layerskip.model.decoder import MLP, Decoder, GreedyDraft, HeadNorm, Layer, RMSNorm
+from layerskip.model.decoder import MLP, Decoder, HeadNorm, Layer, RMSNorm
 from layerskip.model.draft_rule import DraftRule
 from layerskip.model.families import FAMILIES
 from layerskip.model.kv_cache import KVCache, slot_width
@@ -145,6 +145,22 @@ def supports(architecture: Architecture, dtype: torch.dtype, device: torch.devic
         and a.head_dim % LANES == 0
         and a.head_dim <= _WIDEST_HEAD
     )
+
+
+class GreedyDraft(NamedTuple):
+    """Tokens drafted by `NativeDecoder.greedy_draft`.
+
+    Attributes:
+        hidden: states [1, T + n, D] that left layer E, of the T tokens before and of the n kept ones.
+        tokens: [1, n or n + 1] int64; of n + 1 the last one was proposed and not kept.
+        confidences: their probabilities.
+        n_kept: n.
+    """
+
+    hidden: Tensor
+    tokens: Tensor
+    confidences: list[float]
+    n_kept: int
 
 
 class NativeDecoder(Decoder):
@@ -333,8 +349,8 @@ class NativeDecoder(Decoder):
         return hidden, chosen, 1.0 if confidence is None else float(confidence[0])
 
     @property
-    def drafts_in_one_call(self) -> bool:
-        """True where `greedy_draft` is one call."""
+    def drafts_in_one_call(self) -> bool:  # type: ignore[override]
+        """See `Decoder`."""
         return self._embedding is not None and self.architecture.logit_cap is None
 
     def greedy_draft(
@@ -345,10 +361,16 @@ class NativeDecoder(Decoder):
         rule: DraftRule,
         token_ids: Tensor | None = None,
     ) -> GreedyDraft:
-        """See `Decoder`; in one call."""
-        if not self.drafts_in_one_call or not stop:
-            return super().greedy_draft(tokens, stop, cache, rule, token_ids)
-        self._check_layers(0, stop)
+        """Draft one token greedily, and further ones until a rule ends the draft, in one call.
+
+        Args:
+            tokens: [1, T] int64, those that follow the cache.
+            stop: how many layers run, E, at least 1.
+            cache: its length is left to the caller, as by `run`.
+            rule: decides by the highest softmax probability of each token.
+            token_ids: those that a reduced head scores; None = all.
+        """
+        self._check_layers(1, stop)
         tokens = tokens.to("cpu", torch.int64).contiguous()
         sources = self._embedding, tokens.data_ptr(), None, 0.0, None, None
         return self._draft(sources, tokens.shape[1], stop, cache, rule, token_ids)
