@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are made orthogonal (Jordan et al., 2024)."""
+"""Muon (Jordan et al., 2024): gradient descent with momentum whose updates are made orthogonal."""
 
 from collections.abc import Iterable
 
@@ -7,14 +7,15 @@ from torch import Tensor
 
 _MOMENTUM = 0.95
 _STEPS = 5
-_COEFFICIENTS = 3.4445, -4.775, 2.0315  # of Jordan et al., for singular values near 1
-_RMS = 0.2  # of an update, that of AdamW: arXiv 2502.16982, equation 4
+_COEFFICIENTS = 3.4445, -4.775, 2.0315  # of Jordan et al.; singular values come near 1
+_RMS = 0.2  # root mean square of an update, as of AdamW's: arXiv 2502.16982, equation 4
 
 
 class Muon(torch.optim.Optimizer):
-    """Optimizer of matrices; its learning rate and weight decay are those of AdamW.
+    """Optimizer of matrices; it takes AdamW's learning rate and weight decay.
 
-    Newton-Schulz iterations in float32: on CPUs `torch.optim.Muon`, in bfloat16, takes twice the time.
+    `torch.optim.Muon` computes the same in bfloat16, which takes dozens of times as long on CPUs
+    without bfloat16 instructions; this one computes in float32.
 
     Args:
         parameters: matrices.
@@ -41,7 +42,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Return a matrix of the same singular vectors whose singular values are about 1."""
+    """Return a matrix of the same singular vectors whose singular values are about 1.
+
+    By Newton-Schulz iterations.
+    """
     a, b, c = _COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if is_tall else matrix

@@ -5,7 +5,7 @@ import itertools
 import math
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -51,7 +51,7 @@ _ANSWER_WEIGHT = 20  # of a token of an answer there
 _INITIAL_LOG_SCALE = math.log(0.7)
 _MIN_GAIN = 1e-3  # of accepted tokens, that counts as better
 _STATE, _TENSORS, _HELD_OUT = "state.json", "state.safetensors", "held_out.safetensors"
-_PARAMETER, _AVERAGE = "parameter.", "average"  # in the names of its tensors
+_PARAMETER, _AVERAGE = "parameter", "average"  # in the names of its tensors
 
 Report = Callable[["Progress"], None]
 
@@ -341,15 +341,14 @@ class _Run:
 
     def _prepare_network(self) -> None:
         """Make the parameters, or read them and the optimizer's moments."""
-        config, saved = self._config, dict[str, Tensor]()
+        config, saved = self._config, defaultdict[str, dict[str, Tensor]](dict)
         if self._resumed:
-            saved = load_file(self._folder / _TENSORS)
-            self._vocabulary = tuple(saved.pop("draft_vocabulary").tolist())
-            parameters = {
-                name.removeprefix(_PARAMETER): saved.pop(name)
-                for name in list(saved)
-                if name.startswith(_PARAMETER)
-            }
+            tensors = load_file(self._folder / _TENSORS)
+            self._vocabulary = tuple(tensors.pop("draft_vocabulary").tolist())
+            for key, tensor in tensors.items():
+                kind, name = key.split(".", 1)
+                saved[kind][name] = tensor
+            parameters = saved.pop(_PARAMETER)
             log_scale = float(parameters.pop("log_scale"))
         else:
             self._tell("fitting the projection")
@@ -367,11 +366,10 @@ class _Run:
             Muon(matrices, lr, _WEIGHT_DECAY),
             torch.optim.AdamW(others, lr=lr, betas=_BETAS, weight_decay=0.0),
         ]
-        for key, tensor in saved.items():
-            kind, name = key.split(".", 1)
-            if kind == _AVERAGE:
-                self._average.parameters[name].data.copy_(tensor)
-            else:
+        for name, tensor in saved.pop(_AVERAGE, {}).items():
+            self._average.parameters[name].data.copy_(tensor)
+        for kind, moments in saved.items():
+            for name, tensor in moments.items():
                 self._moments(name)[kind] = tensor
         dtype = product_dtype(self._decoder.device)
         self._head = head_rows(self._files, self._vocabulary).to(dtype)
@@ -495,7 +493,7 @@ class _Run:
         """Write a checkpoint: tensors first, so that the state never points beyond them."""
         tensors = {"draft_vocabulary": torch.tensor(self._vocabulary)}
         for name, parameter in self._network.parameters.items():
-            tensors[f"{_PARAMETER}{name}"] = parameter.detach().contiguous()
+            tensors[f"{_PARAMETER}.{name}"] = parameter.detach().contiguous()
             tensors[f"{_AVERAGE}.{name}"] = self._average.parameters[name].detach().contiguous()
             tensors |= {f"{kind}.{name}": value for kind, value in self._moments(name).items()}
         self._state.seconds = self._minutes * 60

@@ -60,7 +60,7 @@ class Candidate:
         return [int(token) for token in self.tokens[0].tolist()]
 
 
-_NOTHING = Candidate(torch.empty(1, 0, dtype=torch.int64, device="cpu"), ())
+_NO_TOKENS = Candidate(torch.empty(1, 0, dtype=torch.int64, device="cpu"), ())
 
 
 class Draft:
@@ -92,7 +92,6 @@ class Draft:
         self.states: list[Tensor] = []
         self.pending: list[Tensor] = [last]
         self.discarded = 0
-        self._n_positions = 0  # of these states, behind the committed ones in the cache
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -125,7 +124,6 @@ class Draft:
         """Note hidden states [B, n, D] that left layer E, whose keys and values are in the cache."""
         self.states.append(hidden)
         self.cache.lengths += hidden.shape[1]
-        self._n_positions += hidden.shape[1]
 
     def hidden_states(self, decoder: Decoder, exit_layer: int | None) -> tuple[Tensor, int]:
         """Return what verification starts from, and set the cache back to the committed tokens.
@@ -136,11 +134,11 @@ class Draft:
         """
         if not self.states or exit_layer is None:
             return decoder.embed(self.take_pending()), 0
+        n_positions = sum(hidden.shape[1] for hidden in self.states)
         if self.pending:  # the last drafted tokens
             hidden = decoder.embed(self.take_pending())
             self.states.append(decoder.run(hidden, 0, exit_layer, self.cache))
-        self.cache.lengths -= self._n_positions
-        self._n_positions = 0
+        self.cache.lengths -= n_positions
         return torch.cat(self.states, dim=1), exit_layer
 
     def all_probs(self, vocab_size: int) -> Tensor | None:
@@ -206,7 +204,7 @@ class StateReader(Protocol):
 
 @runtime_checkable
 class OneCallDrafter(Protocol):
-    """A drafter with a head that can make a draft by a rule without being asked for each token."""
+    """A drafter with a head that can make a whole draft in one call of the compiled kernels."""
 
     name: str
 
@@ -243,7 +241,7 @@ def draft_by(drafter: Drafter, draft: Draft, rule: DraftRule) -> Candidate | Non
 def extend_at_once(
     draft: Draft, source: str, made: GreedyDraft, *, has_states: bool
 ) -> Candidate | None:
-    """Extend a draft by tokens that were made at once; see `Draft.extend` and `draft_by`."""
+    """Extend a draft by tokens that one call has drafted; see `Draft.extend` and `draft_by`."""
     _, tokens, confidences, n = made
     draft.extend(Candidate(tokens, confidences), n, source, has_states=has_states)
     return Candidate(tokens[:, n:], confidences[n:]) if tokens.shape[1] > n else None
@@ -416,7 +414,7 @@ class _Lookup:
 
     def _candidate(self, draft: Draft, tokens: list[int], confidences: list[float]) -> Candidate:
         if not tokens:  # in most rounds
-            return _NOTHING
+            return _NO_TOKENS
         ends = (i for i, token in enumerate(tokens, 1) if token in self._eos_token_ids)
         n = next(ends, len(tokens))
         return Candidate(draft.last.new_tensor([tokens[:n]], dtype=torch.int64), confidences[:n])

@@ -226,8 +226,9 @@ def head_share(decoder: Decoder, adapter: ExitAdapterWeights) -> float:
 
 
 def _drafting(decoder: Decoder, adapter: ExitAdapterWeights) -> Callable[[], object]:
-    """Return a function that drafts a token, commits it and goes on behind it."""
+    """Return a function that drafts one token and commits it; the next call drafts the one after."""
     sampler, head = Sampler(Sampling(), decoder.device), draft_head(adapter)
+    # Room for all committed tokens and a drafted one.
     drafter = ExitAdapter(
         decoder, adapter, sampler, head, TIMED_DRAFTS + 1, head_share=1.0, with_confidence=True
     )

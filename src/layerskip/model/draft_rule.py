@@ -12,8 +12,8 @@ class DraftRule:
 
     With R the tokens that a unit of time yields, another token has the value of the accepted tokens
     expected of it, and of those that may follow, minus R times their cost. Looking ahead matters where
-    the cost of rows has steps: two may be dear where four are not. The compiled kernels go by the same
-    rule (`Rule` of `kernels.cpp`).
+    the cost grows in steps: a second position may be expensive, the third and fourth nearly free. The
+    compiled kernels have the same rule (`Rule` of `kernels.cpp`).
 
     Attributes:
         rate: R.
@@ -21,12 +21,12 @@ class DraftRule:
         acceptance: probability that a token is accepted if all before it are, by its confidence in bins
             of equal width.
         costs: of token 1, 2, ... of the draft with its verification, in plain steps.
-        head: the part of it that is spent before a token is known.
-        overhead: of the first token.
+        head: the part of a token's cost that is spent before the token is known.
+        overhead: additional cost of the first token.
         lookahead: number of further tokens that are considered.
         survival: probability that all that has been drafted before is accepted.
         n_drafted: number of tokens drafted before; the rule counts on from there.
-        ends: tokens behind which nothing is drafted.
+        ends: tokens after which nothing is drafted.
     """
 
     rate: float
@@ -46,19 +46,19 @@ class DraftRule:
         return len(self.costs) - self.n_drafted
 
     def has_ended(self, survival: float, token_ids: Sequence[int]) -> bool:
-        """Return whether no token is proposed behind these, which the rule has kept."""
+        """Return True where no further token is proposed after these, which the rule has kept."""
         n = len(token_ids)
         if n == self.limit or (n and token_ids[-1] in self.ends):
             return True
         return self.value(survival, n) <= 0.0
 
     def value(self, survival: float, n: int) -> float:
-        """Return the value of another token behind n, before it is known."""
+        """Return the value of another token after n, before it is known."""
         paid = self.head if n else self.head + self.overhead
         return self._value_of(survival * self.mean, n) - self.rate * paid
 
     def keeps(self, survival: float, n: int) -> bool:
-        """Return whether to keep a token behind n; survival: with its own acceptance."""
+        """Return True where a token after n is kept; the survival includes its own acceptance."""
         return self._value_of(survival, n) >= 0.0
 
     def _value_of(self, survival: float, n: int) -> float:
@@ -67,7 +67,7 @@ class DraftRule:
         return survival - self.rate * cost + self.future(survival, n + 1)
 
     def future(self, survival: float, n: int) -> float:
-        """Return the value of the tokens behind n ones, at their mean acceptance."""
+        """Return the value of the tokens that may follow n, each with the mean acceptance."""
         value = best = 0.0
         begin = self.n_drafted + n
         for cost in self.costs[begin : begin + self.lookahead]:

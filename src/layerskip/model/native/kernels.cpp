@@ -870,7 +870,7 @@ struct Rule {
   }
 };
 
-// to [2, n]: a and b, each scaled to a root mean square of 1.
+// Writes a and b side by side, each scaled to a root mean square of 1.
 void join(const float *a, const float *b, int64_t n, float eps, float *to) {
   const float *const rows[] = {a, b};
   for (const float *from : rows) {
@@ -929,12 +929,12 @@ int layerskip_step(const Model *m, const Linear *embedding, const int64_t *token
   });
 }
 
-// Drafts token by token: `positions` rows through layers [0, layers), the argmax of the exit's outputs (its number in
-// `token_ids`, unless null), then this token in the same way, until the rule ends the draft; at least one is chosen.
-// `hidden` and `x` have room for as many further rows as tokens may be drafted. Tokens, unless null, are looked up
-// first, which fills in the hidden states. With the projection of an exit adapter, what enters the layers is made of a
-// token's embedding and the previous output: for the first rows these are `embedded` and `previous`. An adapter is
-// not run over the last token, otherwise the layers have seen all that are kept.
+// Drafts at least one token, and further ones until the rule ends the draft: runs `positions` rows through layers
+// [0, layers), takes the argmax of the exit's outputs, and goes on with the row of this token. `token_ids` (or null)
+// has the token of each output. `hidden` and `x` also have a row for each token that may be drafted.
+// An early exit is given tokens, which are looked up in the embedding; its layers run over all tokens that are kept.
+// An exit adapter (with a projection) is given states instead: `embedded`, and `previous` of one position back; its
+// layers do not run over the last token.
 int layerskip_draft(const Model *m, const Linear *embedding, const int64_t *tokens, const Linear *projection, float eps,
                      const float *embedded, const float *previous, float *hidden, float *x, int64_t length,
                      int64_t positions, int64_t layers, void *slots, int64_t capacity, const float *const *turns,
