@@ -63,7 +63,7 @@ def test_history_before_each_position(committed, draft):
     """Row i has seen the committed tokens and the i drafted ones before it, nothing later."""
     history = TokenHistory(torch.tensor([committed[:1]]), 10)
     if committed[1:]:
-        history.extend(torch.tensor([committed[1:]]))
+        history.extend(committed[1:])
     seen, counts = history.before(torch.tensor([draft], dtype=torch.int64))
     assert seen.shape == (1, len(draft) + 1, 10)
     for i, row in enumerate(seen[0]):

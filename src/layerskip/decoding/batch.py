@@ -257,12 +257,13 @@ class Batch:
         for one in passes:
             try:
                 step = _accept(one)
+                one.row.commit(step)
             except Exception as error:
                 outputs.append(self._fail(one.row, error))
                 continue
             if one.draft is not None:
                 verified.append((self._drafts[one.row], step))
-            outputs.append(self._commit(one.row, step, one.logits))
+            outputs.append(self._output(one.row, step, one.logits))
         if verified:
             self._controller.update(verified)
         return outputs
@@ -331,9 +332,11 @@ class Batch:
         """Run a round of the only row, as `generate` does."""
         try:
             step = row.prefill(prompt_chunk) if prompt_chunk else row.decode()
+            if step is not None:
+                row.commit(step)
         except Exception as error:
             return [self._fail(row, error)]
-        return [] if step is None else [self._commit(row, step)]
+        return [] if step is None else [self._output(row, step)]
 
     def _run_isolated(self, row: Row, prompt_chunk: int) -> list[Output]:
         """Run a failed round again for one row by itself."""
@@ -343,8 +346,8 @@ class Batch:
             return [self._fail(row, error)]
         return self.postprocess(passes)
 
-    def _commit(self, row: Row, step: Step, logits: Tensor | None = None) -> Output:
-        row.commit(step)
+    def _output(self, row: Row, step: Step, logits: Tensor | None = None) -> Output:
+        """Return what was committed, as far as the answer goes; a row that ends leaves."""
         step, logprobs = row.criteria.truncate(step), None
         if row.num_logprobs is not None and logits is not None:
             logprobs = token_logprobs(logits[0, : len(step.tokens)], step.tokens, row.num_logprobs)
@@ -383,7 +386,6 @@ def _accept(one: RowPass) -> Step:
         check_finite(one.hidden)
     if draft is None or not len(draft):
         row.last = _next_token(one)
-        sampler.commit(row.last)
         if draft is None:
             return Step((int(row.last),))
         row.cache.lengths += 1
@@ -405,7 +407,6 @@ def _accept(one: RowPass) -> Step:
         accepted, following = accept_sampled(tokens, q, p, sampler.generator)
         n = int(accepted)
     row.last = following[:, None]
-    sampler.commit(torch.cat([tokens[:, :n], row.last], dim=1))
     row.cache.lengths += n + 1
     one.hand_over(n + 1)
     return step_of(draft, tokens[0].tolist(), int(following), n)

@@ -316,8 +316,9 @@ class Row:
         return min(self.config.draft_tokens or 0, self.criteria.remaining - 1)
 
     def commit(self, step: Step) -> None:
-        """Add a step's tokens to the context, and let the drafters learn them."""
+        """Add a step's tokens to the context, and let sampler and drafters learn them."""
         self.context += step.tokens
+        self.sampler.commit(step.tokens)
         for drafter in self.drafters:
             drafter.update(step.tokens)
 
@@ -333,7 +334,6 @@ class Row:
             return None
         check_finite(hidden[:, -1:])
         self.last = self.sampler.next_tokens(self.decoder, hidden[:, -1:])
-        self.sampler.commit(self.last)
         return Step((int(self.last),))
 
     def decode(self) -> Step:
@@ -455,7 +455,6 @@ def plain_step(
         if reader is not None:
             reader.read_states(exit_states, hidden)
     cache.lengths += 1
-    sampler.commit(following)
     return following
 
 
@@ -522,7 +521,6 @@ def speculate(
 
     # 4. Roll back the cache: its length moves on by what is kept.
     cache.lengths += accepted + 1
-    sampler.commit(torch.cat([tokens[:, :accepted], following], dim=1))
     if reader is not None:
         reader.read_states(exit_states[:, : accepted + 1], hidden[:, : accepted + 1])
     step = step_of(draft, drafted, next_token, accepted)

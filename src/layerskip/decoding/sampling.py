@@ -296,12 +296,12 @@ class Sampler:
         """Sample one token of each row, [B, V] to [B]; weights need not sum to 1."""
         return sample(weights, self.generator)
 
-    def commit(self, tokens: Tensor) -> None:
-        """Add tokens [1, n] that are part of the answer to the history."""
+    def commit(self, tokens: Sequence[int]) -> None:
+        """Add tokens of the answer to the history."""
         if self.history is not None:
             self.history.extend(tokens)
         if self._mask is not None:
-            self._answer += tokens[0].tolist()
+            self._answer += tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -379,11 +379,12 @@ class TokenHistory:
         self._seen.scatter_(1, prompt, True)
         self._counts = torch.zeros(1, vocab_size, dtype=torch.float32, device=prompt.device)
 
-    def extend(self, tokens: Tensor) -> None:
-        """Add tokens [1, n] of the answer."""
-        self._seen.scatter_(1, tokens, True)
-        ones = torch.ones_like(tokens, dtype=torch.float32)
-        self._counts.scatter_add_(1, tokens, ones)
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Add tokens of the answer."""
+        index = torch.tensor([tokens], device=self._seen.device)
+        self._seen.scatter_(1, index, True)
+        ones = torch.ones_like(index, dtype=torch.float32)
+        self._counts.scatter_add_(1, index, ones)
 
     def before(self, draft: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tokens before each drafted token [1, n], and after the last.
