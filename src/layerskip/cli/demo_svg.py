@@ -21,6 +21,7 @@ _CARD = round(_COLUMNS * _CHARACTER) + 24
 _WIDTH = 2 * (_MARGIN + _CARD) + _GAP
 _CLASSES = {
     "early-exit": "exit",
+    "exit-adapter": "exit",
     "n-gram": "lookup",
     "datastore": "lookup",
     "prediction": "prediction",
@@ -106,8 +107,11 @@ def _scene(panel: Panel, start_s: float, duration_s: float, height: int) -> Iter
                 yield _text(x, y, chunk.text, _CLASSES.get(chunk.source, ""), width=width)
             yield "</g>"
     sources = {frame.source for column in columns for frame in column.frames}
-    names = {_CLASSES[source]: NAMES[source] for source in _CLASSES if source in sources}
-    spans = [f'<tspan class="{name}">{what}</tspan>' for name, what in names.items()]
+    spans = [
+        f'<tspan class="{name}">{NAMES[source]}</tspan>'
+        for source, name in _CLASSES.items()
+        if source in sources
+    ]
     drafts = f"drafts: {', '.join(spans)} · " if spans else ""
     pace = f"{scale:.0f} times slower than real time" if scale >= 1.5 else "in real time"
     yield f'<text class="muted" x="{_MARGIN}" y="{height - 16}">{drafts}{pace}</text>'

@@ -23,12 +23,14 @@ REFRESH_S = 0.1
 # The origin of a token -> its style; without colours bold and underlined remain.
 STYLES = {
     "early-exit": "bold green",
+    "exit-adapter": "bold green",
     "n-gram": "underline cyan",
     "datastore": "underline cyan",
     "prediction": "underline magenta",
 }
 NAMES = {
     "early-exit": "early exit",
+    "exit-adapter": "exit adapter",
     "n-gram": "n-gram of prompt and answer",
     "datastore": "datastore",
     "prediction": "predicted output",

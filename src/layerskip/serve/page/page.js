@@ -3,7 +3,9 @@
 
 const $ = (id) => document.getElementById(id);
 const FIELDS = ["system", "temperature", "top_p", "max_tokens", "seed", "key"];
-const KNOWN_SOURCES = ["early-exit", "n-gram", "prediction", "datastore", "grammar", "model"];
+const KNOWN_SOURCES = [
+  "early-exit", "exit-adapter", "n-gram", "prediction", "datastore", "grammar", "model",
+];
 
 let messages = []; // {role, content, runs, report}
 let running = null; // AbortController of the answer being written
