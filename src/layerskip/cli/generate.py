@@ -69,7 +69,7 @@ def command(
     \b
     Examples:
       layerskip generate --prompt "The capital of France is" --max-new-tokens 64
-      layerskip generate --chat --prompt "What is the capital of France?" --stats
+      layerskip generate --chat --prompt "What is photosynthesis?" --stats
       layerskip generate --mode self-speculative --exit-layer 4 --draft-tokens 2 \\
           --prompt "def fib(n):" --show-draft
       echo "Once upon a time" | layerskip generate --json
