@@ -490,7 +490,7 @@ TABLES = {
     ),
     "adapter-speed": Table(
         ("adapter-speed",),
-        "layerskip bench --model smollm2-135m --adapter ADAPTER --task TASK --sources",
+        "layerskip bench --model smollm2-135m --task TASK --sources",
         adapter_speed,
     ),
     "adapter-qwen": Table(
