@@ -1,4 +1,4 @@
-"""The trained model that is a part of the package."""
+"""The trained model and the exit adapter that are parts of the package."""
 
 import json
 
@@ -8,7 +8,14 @@ from huggingface_hub.repocard import metadata_load
 from layerskip import LayerSkipModel, pull
 from layerskip.cli.demo import SCENES
 from layerskip.fileio import sha256_of
-from layerskip.model.hub import BUILTIN_MODELS, PACKAGED, TRAINED_MODEL, PackagedModel
+from layerskip.model.hub import (
+    BUILTIN_MODELS,
+    DEFAULT_MODEL,
+    PACKAGED,
+    TRAINED_MODEL,
+    PackagedModel,
+    packaged_adapter,
+)
 
 MODELS = {name: m for name, m in BUILTIN_MODELS.items() if isinstance(m, PackagedModel)}
 MOST_BYTES = 80_000_000
@@ -49,3 +56,26 @@ def test_trained_model_drafts_well_and_answers_like_plain_decoding():
         assert plain.text.startswith("[IN:")
         drafted, accepted = drafted + answer.drafted, accepted + answer.accepted
     assert accepted > drafted / 2
+
+
+def test_packaged_adapter_has_a_card():
+    adapter = packaged_adapter(DEFAULT_MODEL)
+    assert adapter is not None
+    card = metadata_load(adapter.with_suffix(".md"))
+    assert card["base_model_relation"] == "adapter"
+
+
+@pytest.mark.real
+def test_packaged_adapter_drafts_for_the_default_model():
+    model = LayerSkipModel.from_pretrained(DEFAULT_MODEL)
+    prompt, options = (
+        [{"role": "user", "content": "What is photosynthesis?"}],
+        {"max_new_tokens": 48},
+    )
+    plain, answer = (model.generate(prompt, mode=mode, **options) for mode in ("plain", "auto"))
+    assert answer.token_ids == plain.token_ids
+    alone = model.generate(
+        prompt, draft_from="exit-adapter", adaptive=False, draft_tokens=2, **options
+    )
+    assert alone.token_ids == plain.token_ids
+    assert alone.accepted > alone.drafted / 4
