@@ -68,10 +68,8 @@ def test_packaged_adapter_has_a_card():
 @pytest.mark.real
 def test_packaged_adapter_drafts_for_the_default_model():
     model = LayerSkipModel.from_pretrained(DEFAULT_MODEL)
-    prompt, options = (
-        [{"role": "user", "content": "What is photosynthesis?"}],
-        {"max_new_tokens": 48},
-    )
+    prompt = [{"role": "user", "content": "What is photosynthesis?"}]
+    options = {"max_new_tokens": 48}
     plain, answer = (model.generate(prompt, mode=mode, **options) for mode in ("plain", "auto"))
     assert answer.token_ids == plain.token_ids
     alone = model.generate(

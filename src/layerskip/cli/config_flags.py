@@ -78,7 +78,7 @@ class ModelConfig:
     adapter: str | None = option(
         None,
         "Exit adapter to draft with: file, folder or hub id, or none (default: the one beside the"
-        " checkpoint).",
+        " checkpoint or built in).",
         metavar="ADAPTER",
     )
 

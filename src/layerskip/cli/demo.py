@@ -127,7 +127,7 @@ SCENES = (
     ),
     Scene(
         name="question",
-        title="A free question to the same model",
+        title="A free question",
         model=DEFAULT_MODEL,
         template="{text}",
         is_chat=True,
@@ -136,7 +136,7 @@ SCENES = (
             "Write a Python function that reverses a string.",
         ),
         max_new_tokens=96,
-        note="its exit adapter drafts; with 4-bit weights little is gained",
+        note="little to copy; an exit adapter drafts, if the model has one",
     ),
 )
 

@@ -94,7 +94,7 @@ class LayerSkipModel:
                 compiler, or on a GPU through `torch.compile`; None: the kernels on a CPU in float32
                 and bfloat16, where they are available. The rest is eager PyTorch.
             adapter: file or folder of an exit adapter, or a hub id; None takes the one beside the
-                checkpoint, if there is one, and "none" takes none.
+                checkpoint or built in, if there is one, and "none" takes none.
             announce: told, in a few words, before something that takes long.
 
         Raises:
