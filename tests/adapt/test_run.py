@@ -82,6 +82,8 @@ def test_training_writes_an_adapter_that_agrees_more_and_more(trained):
     assert result.passes > result.tokens > 0
     assert {"training", "evaluated", "writing answers"} <= {r.activity for r in reports}
     assert any(r.loss is not None for r in reports)
+    assert reports[0].answers_per_prompt == 0
+    assert reports[-1].answers_per_prompt == 32 / 36  # one batch of those that are not held out
 
 
 def test_a_run_ends_with_the_speed_of_each_source_and_a_card(trained, base):

@@ -66,6 +66,7 @@ class Progress:
         max_minutes: of the run.
         tokens: new tokens so far.
         passes: tokens trained on so far, each time that they were.
+        answers_per_prompt: so far. Above 1, prompts repeat: more of them would help more than time.
         loss: of the last steps, or None.
         agreement: of the last evaluation, where one has just been made.
     """
@@ -75,6 +76,7 @@ class Progress:
     max_minutes: float
     tokens: int = 0
     passes: int = 0
+    answers_per_prompt: float = 0.0
     loss: float | None = None
     agreement: Agreement | None = None
 
@@ -149,6 +151,7 @@ class _Run:
         self._name, self._config, self._report = name, config, report
         self._folder = config.output
         self._state = _State()
+        self._prompts: list[Any] = []
         self._resumed = (self._folder / _STATE).is_file()
         if self._resumed and not config.resume:
             raise ValueError(
@@ -503,6 +506,10 @@ class _Run:
         replace_json(self._folder / _STATE, dataclasses.asdict(self._state))
 
     @property
+    def _answers_per_prompt(self) -> float:
+        return self._state.prompts / max(len(self._prompts), 1)
+
+    @property
     def _minutes(self) -> float:
         return (time.monotonic() - self._begin) / 60
 
@@ -514,6 +521,7 @@ class _Run:
                 max_minutes=self._config.max_minutes,
                 tokens=self._state.tokens,
                 passes=self._state.passes,
+                answers_per_prompt=self._answers_per_prompt,
                 **figures,
             )
         )
