@@ -80,13 +80,22 @@ def tokens_per_s(
         batch = Batch(model.decoder, max_num_seqs=n, measured=measured)
         ends = model.eos_token_ids(config)
         rows = [
-            Row(model.decoder, p, config, eos_token_ids=ends, measured=measured) for p in prompts
+            Row(
+                model.decoder,
+                p,
+                config,
+                eos_token_ids=ends,
+                measured=measured,
+                adapter=model.adapter,
+            )
+            for p in prompts
         ]
         by_row: dict[Row, list[int]] = {row: [] for row in rows}
         for row in rows:
             batch.add(row)
         for output in batch:
-            assert output.step is not None
+            if output.step is None:
+                raise RuntimeError("a row has failed") from output.error
             by_row[output.row] += output.step.tokens
         answers = list(by_row.values())
     return sum(map(len, answers)) / (time.perf_counter() - start), answers

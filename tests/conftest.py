@@ -94,7 +94,7 @@ def no_draft_depends_on_the_machine(request, monkeypatch):
             compiled = decoder.kernels == "compiled"
             return PassCosts((1.0, 1.03) if compiled else pytorch[decoder.weights])
 
-        def draft_cost(decoder, n_bytes, drafting):
+        def draft_cost(decoder, n_bytes, drafting, way):
             return 2.0 * n_bytes / decoder.weight_bytes
 
         monkeypatch.setattr(controller, "pass_costs", costs)

@@ -235,6 +235,7 @@ def test_a_draft_costs_its_time_in_plain_steps(machine, steps_and_drafts, folder
     monkeypatch.setattr(timing, "_drafts", {})
     assert timing.draft_cost(decoder(), 10, steps_and_drafts) == 0.25  # from the file
     assert timing.draft_cost(decoder(), 11, steps_and_drafts) == 0.5  # of another adapter
+    assert timing.draft_cost(decoder(), 10, steps_and_drafts, "token by token") == 0.5
     for damaged in ("{", "{}", "-1", "NaN", "[" * 100_000):
         file.write_text(damaged)
         monkeypatch.setattr(timing, "_drafts", {})

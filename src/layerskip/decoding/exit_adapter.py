@@ -214,20 +214,34 @@ def draft_head(adapter: ExitAdapterWeights, prompt: Iterable[int] = ()) -> Reduc
     return head
 
 
-def head_share(decoder: Decoder, adapter: ExitAdapterWeights) -> float:
-    """Return the cost of a draft of an adapter, in heads of the model; timed on a CPU."""
+def head_share(
+    decoder: Decoder, adapter: ExitAdapterWeights, *, changes_logits: bool = False
+) -> float:
+    """Return the cost of a drafted token of an adapter, in heads of the model; timed on a CPU.
+
+    Args:
+        decoder: the model.
+        adapter: for it.
+        changes_logits: penalties or a mask come between the logits and the choice, or rows draft
+            together: then no compiled call drafts several tokens.
+    """
     head_bytes = decoder.head_bytes
     head = draft_head(adapter)
     n_bytes = adapter.weight_bytes + head.decoder.head_bytes
     if decoder.device.type != "cpu":
         return _SMALL_PRODUCTS * n_bytes / head_bytes
-    cost = draft_cost(decoder, n_bytes, lambda: _drafting(decoder, adapter))
+    way = "token by token" if changes_logits else ""
+    cost = draft_cost(decoder, n_bytes, lambda: _drafting(decoder, adapter, changes_logits), way)
     return cost * decoder.weight_bytes / head_bytes
 
 
-def _drafting(decoder: Decoder, adapter: ExitAdapterWeights) -> Callable[[], object]:
+def _drafting(
+    decoder: Decoder, adapter: ExitAdapterWeights, changes_logits: bool
+) -> Callable[[], object]:
     """Return a function that drafts one token and commits it; the next call drafts the one after."""
-    sampler, head = Sampler(Sampling(), decoder.device), draft_head(adapter)
+    head = draft_head(adapter)
+    mask = _no_mask if changes_logits else None
+    sampler = Sampler(Sampling(), decoder.device, logits_mask=mask)
     # Room for all committed tokens and a drafted one.
     drafter = ExitAdapter(
         decoder, adapter, sampler, head, TIMED_DRAFTS + 1, head_share=1.0, with_confidence=True
@@ -250,18 +264,25 @@ def _drafting(decoder: Decoder, adapter: ExitAdapterWeights) -> Callable[[], obj
     return draft
 
 
+def _no_mask(tokens: Sequence[int]) -> None:
+    """Allow all tokens."""
+
+
 def _exit_adapter(inputs: DrafterInputs) -> list[Drafter]:
     adapter, (prompt,) = inputs.adapter, inputs.prompts
     if adapter is None:
         raise ValueError("this model has no exit adapter: train one with layerskip adapt")
+    decoder, sampler, share = inputs.decoder, inputs.sampler, 1.0
+    if inputs.adaptive:
+        share = head_share(decoder, adapter, changes_logits=sampler.changes_logits)
     return [
         ExitAdapter(
-            inputs.decoder,
+            decoder,
             adapter,
-            inputs.sampler,
+            sampler,
             draft_head(adapter, prompt),
             inputs.capacity,
-            head_share=head_share(inputs.decoder, adapter) if inputs.adaptive else 1.0,
+            head_share=share,
             with_confidence=inputs.adaptive,
         )
     ]

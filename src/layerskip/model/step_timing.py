@@ -103,7 +103,7 @@ def pass_costs(decoder: Decoder) -> PassCosts:
 
 
 def draft_cost(
-    decoder: Decoder, n_bytes: int, drafting: Callable[[], Callable[[], object]]
+    decoder: Decoder, n_bytes: int, drafting: Callable[[], Callable[[], object]], way: str = ""
 ) -> float:
     """Return the cost of a draft in plain steps on a CPU, timing both if necessary.
 
@@ -114,8 +114,9 @@ def draft_cost(
         decoder: the model.
         n_bytes: of weights that a draft reads, by which it is known.
         drafting: returns a function that drafts a token, `TIMED_DRAFTS` times at most.
+        way: the way in which it drafts, if there are several.
     """
-    name = _file_name(decoder, build.num_threads_of(decoder.kernels), f"draft {n_bytes}")
+    name = _file_name(decoder, build.num_threads_of(decoder.kernels), f"draft {n_bytes} {way}")
     with _LOCK:
         if name not in _drafts:
             cost = _read_draft(name)
