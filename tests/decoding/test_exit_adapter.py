@@ -124,7 +124,7 @@ def test_its_pass_is_timed_once(exit_layer, tmp_path, monkeypatch):
     assert 0.0 < share < float("inf")
     assert exit_adapter.head_share(decoder, adapter) == share
     assert len(list((tmp_path / "passes").iterdir())) == 1
-    assert exit_adapter.head_share(decoder, adapter, changes_logits=True) > 0.0
+    assert exit_adapter.head_share(decoder, adapter, token_by_token=True) > 0.0
     assert len(list((tmp_path / "passes").iterdir())) == 2
 
 

@@ -66,7 +66,7 @@ class Progress:
         max_minutes: of the run.
         tokens: new tokens so far.
         passes: tokens trained on so far, each time that they were.
-        answers_per_prompt: so far. Above 1, prompts repeat: more of them would help more than time.
+        answers_per_prompt: so far. Above 1, prompts have been used again.
         loss: of the last steps, or None.
         agreement: of the last evaluation, where one has just been made.
     """

@@ -66,7 +66,7 @@ class AdaptProgress:
         if report.agreement is not None:
             loss = "" if self._loss is None else f", loss {self._loss:.3f}"
             repeats = report.answers_per_prompt
-            repeated = f", {repeats:.1f} answers a prompt" if repeats > 1 else ""
+            repeated = f", {repeats:.1f} answers for each prompt" if repeats > 1 else ""
             self._console.print(
                 f"{report.minutes:.1f} of {report.max_minutes:.0f} min: {report.tokens:,} tokens,"
                 f" {report.passes:,} passes{repeated}{loss}; {_shares(report.agreement)}"

@@ -678,8 +678,8 @@ def time_passes(decoder: Decoder, adapter: ExitAdapterWeights | None = None) -> 
     """Time what drafts are weighed by, where this machine has not done so before."""
     _machine_costs(decoder)
     if adapter is not None:
-        for changes_logits in (False, True):
-            head_share(decoder, adapter, changes_logits=changes_logits)
+        for token_by_token in (False, True):
+            head_share(decoder, adapter, token_by_token=token_by_token)
 
 
 def _attention(

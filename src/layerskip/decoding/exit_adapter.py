@@ -215,32 +215,32 @@ def draft_head(adapter: ExitAdapterWeights, prompt: Iterable[int] = ()) -> Reduc
 
 
 def head_share(
-    decoder: Decoder, adapter: ExitAdapterWeights, *, changes_logits: bool = False
+    decoder: Decoder, adapter: ExitAdapterWeights, *, token_by_token: bool = False
 ) -> float:
     """Return the cost of a drafted token of an adapter, in heads of the model; timed on a CPU.
 
     Args:
         decoder: the model.
         adapter: for it.
-        changes_logits: penalties or a mask come between the logits and the choice, or rows draft
-            together: then no compiled call drafts several tokens.
+        token_by_token: no compiled call drafts several tokens, because of penalties or a mask, or
+            because several rows draft together.
     """
     head_bytes = decoder.head_bytes
     head = draft_head(adapter)
     n_bytes = adapter.weight_bytes + head.decoder.head_bytes
     if decoder.device.type != "cpu":
         return _SMALL_PRODUCTS * n_bytes / head_bytes
-    way = "token by token" if changes_logits else ""
-    cost = draft_cost(decoder, n_bytes, lambda: _drafting(decoder, adapter, changes_logits), way)
+    way = "token by token" if token_by_token else ""
+    cost = draft_cost(decoder, n_bytes, lambda: _drafting(decoder, adapter, token_by_token), way)
     return cost * decoder.weight_bytes / head_bytes
 
 
 def _drafting(
-    decoder: Decoder, adapter: ExitAdapterWeights, changes_logits: bool
+    decoder: Decoder, adapter: ExitAdapterWeights, token_by_token: bool
 ) -> Callable[[], object]:
     """Return a function that drafts one token and commits it; the next call drafts the one after."""
     head = draft_head(adapter)
-    mask = _no_mask if changes_logits else None
+    mask = _no_mask if token_by_token else None  # a mask prevents compiled drafts
     sampler = Sampler(Sampling(), decoder.device, logits_mask=mask)
     # Room for all committed tokens and a drafted one.
     drafter = ExitAdapter(
@@ -274,7 +274,7 @@ def _exit_adapter(inputs: DrafterInputs) -> list[Drafter]:
         raise ValueError("this model has no exit adapter: train one with layerskip adapt")
     decoder, sampler, share = inputs.decoder, inputs.sampler, 1.0
     if inputs.adaptive:
-        share = head_share(decoder, adapter, changes_logits=sampler.changes_logits)
+        share = head_share(decoder, adapter, token_by_token=sampler.changes_logits)
     return [
         ExitAdapter(
             decoder,

@@ -70,7 +70,7 @@ class SharedExit:
     def head_share(self) -> float:
         """See `Drafter`."""
         if self.key.adapter is not None:
-            return head_share(self._decoder, self.key.adapter, changes_logits=True)
+            return head_share(self._decoder, self.key.adapter, token_by_token=True)
         return 1.0 if self._head is None else self._head.share
 
     def set_prompts(self, prompts: Sequence[Sequence[int]]) -> None:

@@ -114,7 +114,7 @@ def draft_cost(
         decoder: the model.
         n_bytes: of weights that a draft reads, by which it is known.
         drafting: returns a function that drafts a token, `TIMED_DRAFTS` times at most.
-        way: the way in which it drafts, if there are several.
+        way: names the way of drafting, where the same weights are used in several.
     """
     name = _file_name(decoder, build.num_threads_of(decoder.kernels), f"draft {n_bytes} {way}")
     with _LOCK:
