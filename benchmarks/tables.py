@@ -327,24 +327,22 @@ def adapter_speed(document: dict[str, Any]) -> list[Line]:
         for weights, part in by_weights.items():
             rows = {row["draft_from"]: row for row in part["rows"]}
             line = [task, str(part["samples"]), WEIGHTS.get(weights, weights)]
-            for source in names:
-                low, high = rows[source]["speedup_without_loops_interval"]
-                speedup = times(rows[source]["speedup_without_loops"])
-                line.append(f"{speedup} ({low:.2f}-{high:.2f})")
-            lines.append(line)
+            lines.append([*line, *(with_interval(rows[source]) for source in names)])
     return lines
 
 
 def adapter_qwen(*documents: dict[str, Any]) -> list[Line]:
-    """Speedup over plain decoding by draft source, a line a task."""
+    """Speedup over plain decoding by draft source, a line for each task and precision of weights."""
     names = {"n-gram": "n-grams", "exit-adapter": "adapter", "exit-adapter+n-gram": "both"}
-    lines = [["task", "prompts", *names.values(), "accepted, both"]]
+    lines = [["task", "prompts", "weights", *names.values(), "accepted, both"]]
     for one in documents:
         rows = {row["draft_from"]: row for row in one["rows"]}
-        speeds = [times(rows[name]["speedup_without_loops"]) for name in names]
-        accepted = percent(rows["exit-adapter+n-gram"]["acceptance_rate"], 0)
+        speeds = [with_interval(rows[name]) for name in names]
+        both = rows["exit-adapter+n-gram"]
         task = {"humaneval": "HumanEval", "mbpp": "MBPP"}[one["task"]]
-        lines.append([task, str(one["samples"]), *speeds, accepted])
+        weights = one["environment"]["weights"]
+        accepted = percent(both["acceptance_rate"], 0)
+        lines.append([task, str(one["samples"]), WEIGHTS.get(weights, weights), *speeds, accepted])
     return lines
 
 
@@ -494,7 +492,12 @@ TABLES = {
         adapter_speed,
     ),
     "adapter-qwen": Table(
-        ("adapter-qwen-humaneval", "adapter-qwen-mbpp"),
+        (
+            "adapter-qwen-humaneval",
+            "adapter-qwen-humaneval-int8",
+            "adapter-qwen-mbpp",
+            "adapter-qwen-mbpp-int8",
+        ),
         "layerskip bench --model qwen2.5-coder-0.5b.gguf --adapter qwen --task TASK --sources",
         adapter_qwen,
     ),
