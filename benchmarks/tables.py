@@ -319,30 +319,34 @@ def adapter(document: dict[str, Any]) -> list[Line]:
     return lines
 
 
+SOURCES = {"n-gram": "n-grams", "exit-adapter": "adapter", "exit-adapter+n-gram": "both"}
+
+
+def speedups_by_source(document: dict[str, Any]) -> list[str]:
+    """Speedup over plain decoding of each of `SOURCES`, without outputs that loop."""
+    rows = {row["draft_from"]: row for row in document["rows"]}
+    return [with_interval(rows[source]) for source in SOURCES]
+
+
 def adapter_speed(document: dict[str, Any]) -> list[Line]:
-    """Speedup over plain decoding by draft source, without outputs that loop."""
-    names = {"n-gram": "n-grams", "exit-adapter": "adapter", "exit-adapter+n-gram": "both"}
-    lines = [["prompts", "number", "weights", *names.values()]]
+    """Speedup by draft source, a line for each task and precision of weights."""
+    lines = [["prompts", "number", "weights", *SOURCES.values()]]
     for task, by_weights in document["tasks"].items():
         for weights, part in by_weights.items():
-            rows = {row["draft_from"]: row for row in part["rows"]}
             line = [task, str(part["samples"]), WEIGHTS.get(weights, weights)]
-            lines.append([*line, *(with_interval(rows[source]) for source in names)])
+            lines.append([*line, *speedups_by_source(part)])
     return lines
 
 
 def adapter_qwen(*documents: dict[str, Any]) -> list[Line]:
-    """Speedup over plain decoding by draft source, a line for each task and precision of weights."""
-    names = {"n-gram": "n-grams", "exit-adapter": "adapter", "exit-adapter+n-gram": "both"}
-    lines = [["task", "prompts", "weights", *names.values(), "accepted, both"]]
+    """Speedup by draft source, a line for each task and precision of weights."""
+    lines = [["task", "prompts", "weights", *SOURCES.values(), "accepted, both"]]
     for one in documents:
-        rows = {row["draft_from"]: row for row in one["rows"]}
-        speeds = [with_interval(rows[name]) for name in names]
-        both = rows["exit-adapter+n-gram"]
         task = {"humaneval": "HumanEval", "mbpp": "MBPP"}[one["task"]]
         weights = one["environment"]["weights"]
-        accepted = percent(both["acceptance_rate"], 0)
-        lines.append([task, str(one["samples"]), WEIGHTS.get(weights, weights), *speeds, accepted])
+        line = [task, str(one["samples"]), WEIGHTS.get(weights, weights)]
+        both = next(row for row in one["rows"] if row["draft_from"] == "exit-adapter+n-gram")
+        lines.append([*line, *speedups_by_source(one), percent(both["acceptance_rate"], 0)])
     return lines
 
 
