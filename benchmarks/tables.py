@@ -58,9 +58,12 @@ def rendered(table: Table, folder: Path = RESULTS) -> str:
 
 
 def origin(path: Path) -> str:
-    """Return the date and, if it is another one, the machine of a result."""
+    """Return the date and, if it is not the pages' usual one, the machine of a result."""
     about = entry(path)
-    return about["date"] if "EPYC" in about["cpu"] else f"{about['date']}, Intel Xeon"
+    if "EPYC" not in about["cpu"]:
+        return f"{about['date']}, Intel Xeon"
+    is_zen_5 = str(about["cpu_model"]).startswith("family 26,")
+    return f"{about['date']}, Zen 5" if is_zen_5 else about["date"]
 
 
 def times(value: float | None) -> str:

@@ -50,7 +50,7 @@ _INT4 = "int4"
     "--calibrate",
     "calibration",
     metavar="FILE",
-    help="Text file (or wikitext2) of 2,500 tokens or more, of which 20,000 are used: GPTQ rounds the"
+    help="Text file (or wikitext2) of 2,500 tokens or more, of which 80,000 are used: GPTQ rounds the"
     " layers to 4 bits on it, with --to hf --weights int4, or --to gguf --weights q4_0 or q4_1.",
 )
 @click.option(
