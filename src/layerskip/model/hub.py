@@ -73,7 +73,7 @@ BUILTIN_MODELS: dict[str, BuiltinModel | PackagedModel] = {
     ),
     "smollm2-135m-topv2": PackagedModel(
         base="smollm2-135m",
-        sha256="c4399b1c69e6d8376d166a49ddc431f6a9953d5795d206907694c4c2b4c6a2bd",
+        sha256="f33912bc627af705fe365b6fc9ad8f2f1ab42cadf0b93ab553b3ce3e25018d44",
     ),
 }
 DEFAULT_MODEL = "smollm2-135m"
