@@ -2,7 +2,7 @@
 
     LAYERSKIP_DATA=/path/to/data python benchmarks/checkpoint.py runs/topv2 topv2 \\
         --control runs/topv2-control --early-exit --rows 2300 --exits 4,8 \\
-        --unseen '$LAYERSKIP_DATA/topv2/*_train.tsv' --output benchmarks/results/topv2-checkpoint.json
+        --unseen '$LAYERSKIP_DATA/topv2/*_train.tsv*' --output benchmarks/results/topv2-checkpoint.json
 
 The held-out rows are a task of `layerskip bench`, or a folder with one file `test-NAME.jsonl` for each
 task. If NAME is a task of `layerskip bench`, that task is

@@ -456,7 +456,7 @@ TABLES = {
     "topv2-checkpoint": Table(
         ("topv2-checkpoint",),
         "python benchmarks/checkpoint.py smollm2-135m-topv2 topv2 --early-exit --rows 2300"
-        " --unseen '$LAYERSKIP_DATA/topv2/*_train.tsv'",
+        " --unseen '$LAYERSKIP_DATA/topv2/*_train.tsv*'",
         quality,
     ),
     "topv2-speed": Table(
