@@ -1,6 +1,7 @@
 """Whole runs of `train` on a tiny model."""
 
 import dataclasses
+import itertools
 import json
 import operator
 import os
@@ -16,13 +17,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.trainer_callback import TrainerState
 
 import causal_lms
 from layerskip import LayerSkipModel
 from layerskip.errors import NonFiniteLossError, TrainingWarning, UnwrittenCheckpointError
 from layerskip.training import LayerSkipTrainer, TrainConfig, train
 from layerskip.training.callbacks import read_log
-from layerskip.training.checkpointing import last_checkpoint
+from layerskip.training.checkpointing import LOG, last_checkpoint
 from layerskip.training.data import LeftOutWarning
 from layerskip.training.run import prompt_form
 
@@ -258,12 +260,12 @@ def test_a_killed_run_resumes_bit_for_bit(settings, tmp_path):
 
 def test_sigterm_ends_like_ctrl_c(settings, tmp_path):
     out = tmp_path / "out"
-    flags = {**settings, "max_steps": 100_000, "save_steps": 1, "output": str(out)}
+    flags = {**settings, "max_steps": 100_000, "save_steps": 100_000, "output": str(out)}
     words = [w for n, v in flags.items() for w in (f"--{n.replace('_', '-')}", str(v))]
     command = [Path(sys.executable).with_name("layerskip"), "train", *words]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
     try:
-        while last_checkpoint(out) is None and process.poll() is None:
+        while not read_log(out / LOG) and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=120)
@@ -273,7 +275,47 @@ def test_sigterm_ends_like_ctrl_c(settings, tmp_path):
     assert "Traceback" not in stderr
     assert stderr.count("the last good checkpoint is") == 1
     assert not (out / ".lock").exists()
-    assert run(flags, max_steps=3, resume=True).steps >= 1
+    saved = TrainerState.load_from_json(f"{last_checkpoint(out)}/trainer_state.json").global_step
+    assert run(flags, max_steps=saved + 1, resume=True).steps == saved + 1
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    """Runs that get Ctrl-C in their n-th step, once or more often."""
+
+    def run_with_signals(settings, step, *, times=1, **changes):
+        plain, count = LayerSkipTrainer.training_step, itertools.count(1)
+
+        def step_with_signals(self, *args, **kwargs):
+            if next(count) == step:
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+            return plain(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LayerSkipTrainer, "training_step", step_with_signals)
+            with (
+                pytest.warns(TrainingWarning, match="Ctrl-C again ends the run at once"),
+                pytest.raises(KeyboardInterrupt),
+            ):
+                train(TrainConfig.from_mapping({**settings, **changes}))
+
+    return run_with_signals
+
+
+def test_ctrl_c_keeps_the_step(settings, tmp_path, signals):
+    whole = run(settings, save_steps=6)
+    out = tmp_path / "stopped"
+    signals(settings, 3, save_steps=6, output=str(out))
+    assert last_checkpoint(out).endswith("checkpoint-3")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run(settings, save_steps=6, output=str(out), resume=True)
+    assert_same_weights(whole.output, out)
+
+
+def test_a_second_ctrl_c_ends_at_once(settings, signals):
+    signals(settings, 3, times=2, save_steps=6)
+    assert last_checkpoint(settings["output"]) is None
 
 
 def raise_disk_full(*_, **__):

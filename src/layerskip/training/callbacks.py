@@ -1,13 +1,17 @@
-"""Callbacks of a Trainer: the recipe's step, progress, log, speed and time budget."""
+"""Callbacks of a Trainer: the recipe's step, progress, log, speed, time budget and signals."""
 
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from layerskip.errors import TrainingWarning
 from layerskip.fileio import replace
 from layerskip.recipe.attach import AttachedRecipe
 from layerskip.training.checkpointing import unwritten
@@ -326,6 +331,52 @@ def time_spent(state: Any) -> float:
     """Return the seconds spent by a checkpoint's run with a `TimeBudget`, else 0."""
     saved = state.stateful_callbacks.get(TimeBudget.__name__) or {}
     return float(saved.get("attributes", {}).get("spent_s", 0.0))
+
+
+class StopSignals(TrainerCallback):
+    """Delays Ctrl-C and SIGTERM to the end of the optimizer step, so that a checkpoint keeps it.
+
+    As a context it replaces the handlers of both signals. After the first signal training stops with
+    a checkpoint, and on exit the signal's usual handler is called. A second one is not delayed.
+    Elsewhere than in the main thread nothing is replaced, since only that one has signal handlers.
+    """
+
+    def __init__(self) -> None:
+        self._usual: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        self._received: int | None = None
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(number)
+                if callable(handler):  # neither ignored nor the system's default
+                    self._usual[number] = handler
+                    signal.signal(number, self)
+        return self
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        if self._received is not None:
+            self._usual[number](number, frame)
+            return
+        self._received = number
+        warnings.warn(
+            "this step is finished and a checkpoint written; Ctrl-C again ends the run at once",
+            TrainingWarning,
+            stacklevel=2,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop after a signal."""
+        if self._received is not None:
+            control.should_training_stop = control.should_save = True
+
+    def __exit__(self, error_type: Any, *_: Any) -> None:
+        for number, handler in self._usual.items():
+            signal.signal(number, handler)
+        if self._received is not None and error_type is None:
+            self._usual[self._received](self._received, None)
+            raise KeyboardInterrupt  # that handler has returned
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -42,6 +42,7 @@ from layerskip.training.callbacks import (
     JsonLinesLog,
     Progress,
     ProgressCallback,
+    StopSignals,
     TimeBudget,
     check_gpus,
     read_log,
@@ -116,8 +117,8 @@ def train(config: TrainConfig, watch: Callable[[Progress], None] | None = None) 
     The folder `config.output` gets the model (a LoRA adapter merged, and beside it in `adapter/`),
     tokenizer, a model card, `train.json` (all settings), `train_log.jsonl`, pictures and
     `checkpoint-*` to resume from. With `push_to_hub` model, tokenizer and card are uploaded. Under
-    `torchrun` or `accelerate launch` all processes call this. Nothing is printed. SIGTERM raises
-    KeyboardInterrupt meanwhile.
+    `torchrun` or `accelerate launch` all processes call this. Nothing is printed. Ctrl-C and SIGTERM
+    raise KeyboardInterrupt, in a single process after the step's end and a checkpoint of it.
 
     Args:
         config: the settings.
@@ -389,7 +390,11 @@ def _run(trainer: LayerSkipTrainer, config: TrainConfig, resume_from: str | None
             load_renamed(model, Path(resume_from))
             trainer.state.global_step = state.global_step
             return {}
-    return dict(trainer.train(resume_from_checkpoint=resume_from).metrics)
+    if trainer.args.world_size > 1:  # each process would stop after another step
+        return dict(trainer.train(resume_from_checkpoint=resume_from).metrics)
+    with StopSignals() as signals:
+        trainer.add_callback(signals)
+        return dict(trainer.train(resume_from_checkpoint=resume_from).metrics)
 
 
 def _warn_of_untrained_exit(
