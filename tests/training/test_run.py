@@ -285,6 +285,7 @@ def signals(monkeypatch):
 
     def run_with_signals(settings, step, *, times=1, **changes):
         plain, count = LayerSkipTrainer.training_step, itertools.count(1)
+        usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored
 
         def step_with_signals(self, *args, **kwargs):
             if next(count) == step:
@@ -299,6 +300,8 @@ def signals(monkeypatch):
                 pytest.raises(KeyboardInterrupt),
             ):
                 train(TrainConfig.from_mapping({**settings, **changes}))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, usual)
 
     return run_with_signals
 
@@ -308,7 +311,6 @@ def test_ctrl_c_keeps_the_step(settings, tmp_path, signals):
     out = tmp_path / "stopped"
     signals(settings, 3, save_steps=6, output=str(out))
     assert last_checkpoint(out).endswith("checkpoint-3")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     run(settings, save_steps=6, output=str(out), resume=True)
     assert_same_weights(whole.output, out)
 
