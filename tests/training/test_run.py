@@ -285,7 +285,7 @@ def signals(monkeypatch):
 
     def run_with_signals(settings, step, *, times=1, **changes):
         plain, count = LayerSkipTrainer.training_step, itertools.count(1)
-        usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored
+        usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for &
 
         def step_with_signals(self, *args, **kwargs):
             if next(count) == step:

@@ -334,19 +334,26 @@ def time_spent(state: Any) -> float:
 
 
 class StopSignals(TrainerCallback):
-    """Delays Ctrl-C and SIGTERM to the end of the optimizer step, so that a checkpoint keeps it.
+    """Writes a checkpoint before Ctrl-C or SIGTERM ends training.
 
-    As a context it replaces the handlers of both signals. After the first signal training stops with
-    a checkpoint, and on exit the signal's usual handler is called. A second one is not delayed.
-    Elsewhere than in the main thread nothing is replaced, since only that one has signal handlers.
+    As a context manager it replaces the handlers of both signals. After the first signal, training
+    stops at the end of the optimizer step with a checkpoint, and on exit the signal's usual handler
+    is called. A second signal is handled at once. Outside the main thread, which alone can set
+    handlers, nothing is replaced.
+
+    Args:
+        num_processes: of the run. With several nothing is replaced, since each process would stop
+            after a different step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_processes: int) -> None:
+        self._num_processes = num_processes
         self._usual: dict[int, Callable[[int, FrameType | None], Any]] = {}
         self._received: int | None = None
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and self._num_processes == 1:
             for number in (signal.SIGINT, signal.SIGTERM):
                 handler = signal.getsignal(number)
                 if callable(handler):  # neither ignored nor the system's default
@@ -361,7 +368,7 @@ class StopSignals(TrainerCallback):
             return
         self._received = number
         warnings.warn(
-            "this step is finished and a checkpoint written; Ctrl-C again ends the run at once",
+            "finishing this step and writing a checkpoint; Ctrl-C again ends the run at once",
             TrainingWarning,
             stacklevel=2,
         )
@@ -376,7 +383,7 @@ class StopSignals(TrainerCallback):
             signal.signal(number, handler)
         if self._received is not None and error_type is None:
             self._usual[self._received](self._received, None)
-            raise KeyboardInterrupt  # that handler has returned
+            raise KeyboardInterrupt  # where that handler did not raise
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

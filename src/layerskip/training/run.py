@@ -118,7 +118,7 @@ def train(config: TrainConfig, watch: Callable[[Progress], None] | None = None) 
     tokenizer, a model card, `train.json` (all settings), `train_log.jsonl`, pictures and
     `checkpoint-*` to resume from. With `push_to_hub` model, tokenizer and card are uploaded. Under
     `torchrun` or `accelerate launch` all processes call this. Nothing is printed. Ctrl-C and SIGTERM
-    raise KeyboardInterrupt, in a single process after the step's end and a checkpoint of it.
+    raise KeyboardInterrupt; a run of one process first finishes its step and writes a checkpoint.
 
     Args:
         config: the settings.
@@ -390,9 +390,7 @@ def _run(trainer: LayerSkipTrainer, config: TrainConfig, resume_from: str | None
             load_renamed(model, Path(resume_from))
             trainer.state.global_step = state.global_step
             return {}
-    if trainer.args.world_size > 1:  # each process would stop after another step
-        return dict(trainer.train(resume_from_checkpoint=resume_from).metrics)
-    with StopSignals() as signals:
+    with StopSignals(trainer.args.world_size) as signals:
         trainer.add_callback(signals)
         return dict(trainer.train(resume_from_checkpoint=resume_from).metrics)
 
