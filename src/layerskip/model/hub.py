@@ -73,7 +73,7 @@ BUILTIN_MODELS: dict[str, BuiltinModel | PackagedModel] = {
     ),
     "smollm2-135m-topv2": PackagedModel(
         base="smollm2-135m",
-        sha256="f33912bc627af705fe365b6fc9ad8f2f1ab42cadf0b93ab553b3ce3e25018d44",
+        sha256="2aaa42ff38bee4fff51a3e3e8a23368b04ae0c09fcd287ce3c799ca3b0c89aac",
     ),
 }
 DEFAULT_MODEL = "smollm2-135m"
