@@ -2,7 +2,9 @@
 
     PYTHONPATH=benchmarks python -m paper.pretrain
     PYTHONPATH=benchmarks python -m paper.pretrain --variants baseline,LD,EE,LD+EE
-    PYTHONPATH=benchmarks python -m paper.pretrain --source stdlib,torch,sympy --steps 1000 --again
+    PYTHONPATH=benchmarks python -m paper.pretrain --variants LD+EE --source stdlib,torch,sympy \\
+        --steps 3000 --precision bfloat16 --compile --work runs/paper/pretrain-long \\
+        --output benchmarks/results/paper/pretrain-long.json
 
 A Llama of 12 layers and its own byte-level tokenizer learn Python's standard library, code and
 docstrings. All variants take the same steps over the same rows, and differ in the recipe alone. Measured
@@ -105,6 +107,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of all variants")
     parser.add_argument("--precision", default="float32", choices=["bfloat16", "float32"])
+    parser.add_argument("--compile", action="store_true", help="the layers, with torch.compile")
     parser.add_argument("--held-out-words", type=int, default=20_000)
     parser.set_defaults(dtype="float32", most_bytes=None)
     options = parser.parse_args()
@@ -133,6 +136,7 @@ def _config(
             "warmup_steps": options.steps // 20,
             "weight_decay": 0.1,
             "precision": options.precision,
+            "compile": options.compile,
             "save_steps": 100,
             "keep_checkpoints": 1,
             "output": str(options.work / name),

@@ -14,7 +14,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "paper"
 # What does not decide what a row is, or is said in the row itself.
 _HOW = {
     *("output", "work", "again", "smoke", "threads", "variants", "minutes", "checkpoint"),
-    "allow_code_execution",
+    *("allow_code_execution", "compile"),
 }
 
 
