@@ -7,7 +7,7 @@ import re
 
 import pytest
 from paper.claims import CLAIMS, NOT_MEASURED, NOT_SEEN, SEEN, verdict
-from paper.page import PAGE, TITLES, page, read, written
+from paper.page import LONG, PAGE, REPEAT, TITLES, page, read, written
 from paper.record import RESULTS
 
 HERE = {"command": "python -m paper.x", "commit": "abc", "date": "2026-11-25", "cpu": "a CPU"}
@@ -230,8 +230,16 @@ def test_the_page_begins_with_the_tally():
 
 def test_a_second_training_is_compared_with_the_first():
     experiments = as_in_the_paper()
-    text = page(experiments, [row("baseline", exits=exits(33.0, 21.0))])
+    text = page(experiments, {REPEAT: [row("baseline", exits=exits(33.0, 21.0))]})
     assert "baseline, E = 12: 21.00 against 20.00 (+5.0%)" in text
+
+
+def test_the_longer_training_is_described():
+    corpus = {"sources": ["stdlib", "sympy"]}
+    text = page(as_in_the_paper(), {LONG: [row("LD+EE", exits=exits(33.0, 21.0), corpus=corpus)]})
+    assert "5 steps on stdlib, sympy" in text
+    assert "33.00 at E = 6" in text
+    assert "21.00 at E = 12" in text
 
 
 def test_files_of_smoke_runs_are_no_results(tmp_path):
