@@ -30,6 +30,7 @@ def add_options(parser: argparse.ArgumentParser, *, steps: int, learning_rate: f
         "--learning-rate", type=float, default=learning_rate, help="of recipe and control"
     )
     parser.add_argument("--precision", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--compile", action="store_true", help="the layers, with torch.compile")
 
 
 def tokenizer_of(model: str) -> Any:
@@ -90,6 +91,7 @@ def _config(
             "learning_rate": options.learning_rate,
             "warmup_steps": options.steps // 10,
             "precision": options.precision,
+            "compile": options.compile,
             "log_steps": 5,
             "save_steps": 50,
             "keep_checkpoints": 1,
