@@ -161,7 +161,7 @@ def test_outputs_do_not_depend_on_the_number_of_threads(kind, alternating, tmp_p
         hidden, token, confidence = decoder.greedy_step(
             tokens[:1, -1:], LAYERS, caches[0], with_confidence=True
         )
-        choice = decoder.greedy_choice(together[None, -5:], with_confidence=True)
+        choice = decoder.greedy_choice(together[None, -5:])
         logits = decoder.logits(together[None])
         results.append(
             [[a.token_ids for a in answers], together, hidden, token, confidence, *choice, logits]

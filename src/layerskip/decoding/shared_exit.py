@@ -96,6 +96,13 @@ class SharedExit:
             row.draft.add_states(part[None])
         states = self._head_states(rows, torch.stack([part[-1] for part in parts])[None])
         exit_ = self._decoder if self._head is None else self._head.decoder
+        if all(row.sampler.takes_argmax for row in rows):
+            chosen, confidences = exit_.greedy_choice(states)
+            tokens = chosen if self._head is None else self._head.token_ids[chosen]
+            return [
+                Candidate(tokens[:, i : i + 1], [confidence])
+                for i, confidence in enumerate(confidences[0].tolist())
+            ]
         logits = exit_.logits(states)
         return [
             choose_draft(logits[:, i : i + 1], row.draft, row.sampler, self._head)

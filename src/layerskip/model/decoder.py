@@ -600,21 +600,15 @@ class Decoder:
         """
         hidden = self.run(hidden, *layers, cache)
         scored = hidden[:, -n_scored:]
-        return hidden, *self.greedy_choice(scored, with_confidence=with_confidence)
-
-    def greedy_choice(
-        self, hidden: Tensor, *, with_confidence: bool = False
-    ) -> tuple[Tensor, float]:
-        """Choose the next tokens greedily at the shared exit, after hidden states [B, T, D].
-
-        Returns:
-            The tokens [B, T], and the softmax probability of the first row's first one (1.0 where it is
-            not computed).
-        """
         if not with_confidence:
-            return self.greedy_tokens(hidden), 1.0
+            return hidden, self.greedy_tokens(scored), 1.0
+        tokens, confidences = self.greedy_choice(scored)
+        return hidden, tokens, float(confidences[0, 0])
+
+    def greedy_choice(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the argmax of the logits and its softmax probability, [B, T, D] to [B, T] each."""
         logits = self.logits(hidden)
-        return argmax(logits), float(logits[0, 0].float().softmax(dim=-1).amax())
+        return argmax(logits), logits.float().softmax(dim=-1).amax(dim=-1)
 
     def with_reduced_head(self, token_ids: Tensor) -> "Decoder":
         """Return this decoder with a head for some tokens alone, [n] int64; the layers are shared."""

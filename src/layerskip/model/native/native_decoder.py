@@ -265,14 +265,13 @@ class NativeDecoder(Decoder):
             return super().greedy_tokens(hidden)
         return self._choose(hidden, with_confidence=False)[0]
 
-    def greedy_choice(
-        self, hidden: Tensor, *, with_confidence: bool = False
-    ) -> tuple[Tensor, float]:
+    def greedy_choice(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """See `Decoder`; no logits are written to memory."""
         if self.architecture.logit_cap is not None:
-            return super().greedy_choice(hidden, with_confidence=with_confidence)
-        tokens, confidences = self._choose(hidden, with_confidence=with_confidence)
-        return tokens, 1.0 if confidences is None else float(confidences[0])
+            return super().greedy_choice(hidden)
+        tokens, confidences = self._choose(hidden, with_confidence=True)
+        assert confidences is not None
+        return tokens, confidences.view_as(tokens)
 
     def _choose(self, hidden: Tensor, *, with_confidence: bool) -> tuple[Tensor, Tensor | None]:
         b, t, d = hidden.shape
