@@ -37,7 +37,7 @@ NOTES = {
     "domain": "Python code; decoding of HumanEval",
     "task": "500 test rows, on which the recipe was chosen from six settings; four exits saw fewer rows",
     "kvq": "saved: the median over interleaved repetitions",
-    "speculation": "LD-EE: trained from scratch for 3,000 steps; the other one on TOPv2",
+    "speculation": "LD-EE: trained from scratch; the other checkpoint on TOPv2",
 }
 TITLES = {
     "pretrain": "from scratch",
@@ -152,11 +152,11 @@ def _repeated(rows: Sequence[Mapping[str, Any]], repeat: Sequence[Mapping[str, A
 
 def _longer(row: Mapping[str, Any]) -> str:
     """Describe the checkpoint whose drafts are timed."""
-    found = perplexities(row["exits"])
-    figures = ", ".join(f"{found[e]:.2f} at E = {e}" for e in (3, 6, 9, 12))
+    by_exit = perplexities(row["exits"])
+    figures = ", ".join(f"{by_exit[e]:.2f} at E = {e}" for e in (3, 6, 9, 12))
     return (
-        f"The checkpoint from scratch whose drafts are timed learned {row['trained']['steps']:,} steps"
-        f" on {', '.join(row['corpus']['sources'])} (`benchmarks/results/paper/{LONG}.json`); its"
+        f"LD-EE, whose drafts are timed, was trained for {row['trained']['steps']:,} steps on"
+        f" {', '.join(row['corpus']['sources'])} (`benchmarks/results/paper/{LONG}.json`); its"
         f" perplexity on held-out files is {figures}."
     )
 

@@ -96,6 +96,7 @@ class SharedExit:
             row.draft.add_states(part[None])
         states = self._head_states(rows, torch.stack([part[-1] for part in parts])[None])
         exit_ = self._decoder if self._head is None else self._head.decoder
+        # Without penalties, masks and sampling, one call chooses for all rows.
         if all(row.sampler.takes_argmax for row in rows):
             chosen, confidences = exit_.greedy_choice(states)
             tokens = chosen if self._head is None else self._head.token_ids[chosen]
