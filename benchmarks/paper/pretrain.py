@@ -1,7 +1,9 @@
 """Pretraining from scratch: what layer dropout and early exit loss each do to every exit.
 
     PYTHONPATH=benchmarks python -m paper.pretrain
-    PYTHONPATH=benchmarks python -m paper.pretrain --variants baseline,LD,EE,LD+EE
+    PYTHONPATH=benchmarks python -m paper.pretrain --compile --variants baseline,LD+EE --seed 1 \\
+        --work runs/paper/pretrain-seed-1 \\
+        --output benchmarks/results/paper/pretrain-seed-1.json
     PYTHONPATH=benchmarks python -m paper.pretrain --variants LD+EE --source stdlib,torch,sympy \\
         --steps 3000 --precision bfloat16 --compile --work runs/paper/pretrain-long \\
         --output benchmarks/results/paper/pretrain-long.json
@@ -106,6 +108,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of all variants")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, row order, skipped layers")
     parser.add_argument("--precision", default="float32", choices=["bfloat16", "float32"])
     parser.add_argument("--compile", action="store_true", help="the layers, with torch.compile")
     parser.add_argument("--held-out-words", type=int, default=20_000)
@@ -135,6 +138,7 @@ def _config(
             "learning_rate": options.learning_rate,
             "warmup_steps": options.steps // 20,
             "weight_decay": 0.1,
+            "seed": options.seed,
             "precision": options.precision,
             "compile": options.compile,
             "save_steps": 100,
