@@ -13,7 +13,7 @@ from common import ROOT, environment, write
 RESULTS = ROOT / "benchmarks" / "results" / "paper"
 # What does not decide what a row is, or is said in the row itself.
 _HOW = {
-    *("output", "work", "again", "smoke", "threads", "variants", "minutes", "checkpoint"),
+    *("output", "work", "again", "smoke", "threads", "variants", "minutes"),
     *("allow_code_execution", "compile"),
 }
 

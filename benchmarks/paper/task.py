@@ -2,13 +2,11 @@
 
     LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.task
     LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.task --variants paper
-    LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.task \\
-        --checkpoint recipe=runs/topv2 --checkpoint control=runs/topv2-control
 
-Training is that of examples/topv2.yaml (`recipe`), the same with more exits (`four exits`) or without
-the recipe (`control`), or with the paper's settings (`paper`, of examples/task.yaml); a checkpoint that
-is there already can be named instead. Agreement and acceptance are measured as in
-benchmarks/checkpoint.py.
+Training is that of examples/topv2_answers.yaml with three exits, about 1/4, 1/2 and 3/4 up (`recipe`),
+the same rows without the recipe (`control`), or the paper's settings (`paper`, of examples/task.yaml).
+The rows of the test are those that are not in training, but for case and spaces. Agreement and
+acceptance are measured as in benchmarks/checkpoint.py.
 """
 
 import argparse
@@ -17,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from checkpoint import acceptance_by_exit, greedy_answers
+from checkpoint import acceptance_by_exit, greedy_answers, unseen
 from common import run
 
 from layerskip import LayerSkipModel
@@ -25,35 +23,34 @@ from layerskip.bench.bench import BenchConfig, bench
 from layerskip.bench.tasks import draw, load_task
 from layerskip.data.readers import DATA_VARIABLE, read_rows
 from layerskip.training import TrainConfig
-from paper.checkpoints import TINY, new_model, tokens_of, told, trained
+from paper.checkpoints import TINY, new_model, tokens_of, trained
 from paper.finetuning import CONTROL, SMOKE_EXITS, tokenizer_of
 from paper.record import ROOT, Record, numbers, options_of
 
-ALIKE = "topv2.yaml"
+ALIKE = "topv2_answers.yaml"
 # The example that a variant's settings come from, and what it changes of them.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "recipe": (ALIKE, {}),
-    # As the paper's: exits a quarter, a half and three quarters up, and the one that drafts fastest.
-    "four exits": (ALIKE, {"exits": [4, 8, 15, 22], "rotation": 4}),
-    "control": (ALIKE, {**CONTROL, "fixed_exits": [], "distillation_weight": 0.0}),
+    # The exit at 3/4 learns in every step, the two before it in every second one.
+    "recipe": (ALIKE, {"exits": [7, 15], "fixed_exits": [22], "rotation": 2}),
+    "control": (ALIKE, {**CONTROL, "distillation_weight": 0.0}),
     "paper": ("task.yaml", {"max_length": 192}),
 }
 EXAMPLES = ROOT / "examples"
+TRAINING_ROWS = "$LAYERSKIP_DATA/topv2/*_train.tsv*"
 SMOKE = {
     "steps": 2,
     "rows": 2,
     "samples": 2,
     "exits": [1, 3],
-    "timed_exits": [1],
     "draft_tokens": 2,
     "dtype": "float32",
-    "checkpoint": [],
 }
 SMOKE_TRAINING = {
     **SMOKE_EXITS,
     "exit_layer": 1,
     "batch_size": 2,
     "precision": "float32",
+    "compile": False,
     "eval_rows": 0,
     "max_length": 96,
 }
@@ -61,26 +58,17 @@ SMOKE_TRAINING = {
 
 def main() -> None:
     options = _options()
-    given = dict(pair.partition("=")[::2] for pair in options.checkpoint)
-    if unknown := {*given} - {*VARIANTS}:
-        raise ValueError(
-            f"--checkpoint names {min(unknown)}, no variant: say {next(iter(VARIANTS))}=FOLDER"
-        )
     record = Record("task", options, VARIANTS)
     if options.smoke:
         _made_up(options.work, Path(options.model))
     for variant in options.variants:
         if record.lacks(variant):
-            source, row = given.get(variant, ""), {"model": options.model}
-            if source:
-                row |= {"trained": told(Path(source))}
-            else:
-                config = _config(variant, options)
-                row |= {"trained": trained(config, _tokens(config), again=options.again)}
-                source = config.output
-            model = LayerSkipModel.from_pretrained(source, dtype=options.dtype)
+            config = _config(variant, options)
+            row: dict[str, Any] = {"model": options.model}
+            row |= {"trained": trained(config, _tokens(config), again=options.again)}
+            model = LayerSkipModel.from_pretrained(config.output, dtype=options.dtype)
             row |= {"layers": len(model.decoder.layers)}
-            row |= _measured(model, source, variant, options)
+            row |= _measured(model, config.output, variant, options)
             record.add(variant, row, model.decoder.kernels)
 
 
@@ -93,13 +81,11 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument(
-        "--steps", type=int, default=300, help="of the rows that topv2.yaml has a step"
+        "--steps", type=int, default=1000, help=f"of the rows that {ALIKE} has a step"
     )
-    parser.add_argument("--checkpoint", action="append", default=[], metavar="VARIANT=FOLDER")
-    parser.add_argument("--rows", type=int, default=500, help="of the test, for exact match")
+    parser.add_argument("--rows", type=int, default=2300, help="of the test, for exact match")
     parser.add_argument("--samples", type=int, default=40, help="of the test, for speed")
-    parser.add_argument("--exits", type=numbers, default=[4, 6, 8, 12, 15, 20, 22])
-    parser.add_argument("--timed-exits", type=numbers, default=[4, 8, 15, 22])
+    parser.add_argument("--exits", type=numbers, default=[7, 15, 22])
     parser.add_argument("--draft-tokens", type=int, default=8)
     parser.set_defaults(variants=["recipe", "control"])
     options = parser.parse_args()
@@ -111,9 +97,10 @@ def _options() -> argparse.Namespace:
 def _measured(
     model: LayerSkipModel, source: str, variant: str, options: argparse.Namespace
 ) -> dict[str, Any]:
-    task = load_task("topv2", samples=options.rows)
+    task = unseen(load_task("topv2", samples=options.rows), TRAINING_ROWS)
     answers = greedy_answers(model, task, mode="plain")
     quality = task.quality([answer.text for answer in answers])
+    quality |= {"rows": len(task.samples)}
     if variant == "control":
         return quality
     exits = acceptance_by_exit(model, task, answers, options.exits, options.draft_tokens)
@@ -122,7 +109,7 @@ def _measured(
         row |= task.quality([answer.text for answer in early])
     config = BenchConfig(
         modes=("self-speculative",),
-        exit_layers=options.timed_exits,
+        exit_layers=options.exits,
         draft_tokens=[options.draft_tokens],
     )
     timed = bench(model, load_task("topv2", samples=options.samples), config, source=source)
@@ -151,8 +138,8 @@ def _config(variant: str, options: argparse.Namespace) -> TrainConfig:
         resume=True,
         **{
             "batch_size": topv2.batch_size,
-            **(SMOKE_TRAINING if options.smoke else {}),
             **changes,
+            **(SMOKE_TRAINING if options.smoke else {}),
         },
     )
 
@@ -170,18 +157,19 @@ def _tokens(config: TrainConfig) -> int:
 
 def _made_up(work: Path, model: Path) -> None:
     """A tiny model, and a folder of data like TOPv2 with a few rows."""
-    rows = [
-        f"timer\tset a timer for {i} minutes\t[IN:CREATE_TIMER [SL:DATE_TIME for {i} minutes ] ]"
-        for i in range(2, 12)
-    ]
-    text = "\n".join(["domain\tutterance\tsemantic_parse", *rows, ""])
     folder = work / "data" / "topv2"
     folder.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "test"):
+    texts = []
+    for split, minutes in {"train": range(2, 12), "test": range(12, 18)}.items():
+        rows = [
+            f"timer\tset a timer for {i} minutes\t[IN:CREATE_TIMER [SL:DATE_TIME for {i} minutes ] ]"
+            for i in minutes
+        ]
+        texts.append("\n".join(["domain\tutterance\tsemantic_parse", *rows, ""]))
         with lzma.open(folder / f"timer_{split}.tsv.xz", "wt", encoding="utf-8") as file:
-            file.write(text)
+            file.write(texts[-1])
     os.environ[DATA_VARIABLE] = str(work / "data")
-    new_model(model, [text], 300, TINY, weights=True)
+    new_model(model, texts, 300, TINY, weights=True)
 
 
 if __name__ == "__main__":

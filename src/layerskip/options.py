@@ -76,8 +76,8 @@ def check_options(config: Any) -> None:
             object.__setattr__(config, name, tuple(items) if is_list else items[0])
         for item in items:
             if description.choices is not None and item not in description.choices:
-                known = ", ".join(description.choices)
-                raise ValueError(f"the {_words(name)} {item!r} is unknown; there are: {known}")
+                choices = ", ".join(description.choices)
+                raise ValueError(f"the {_words(name)} {item!r} is unknown; there are: {choices}")
             if not _in_bounds(item, description):
                 raise ValueError(f"{name} is {item}, it has to be {_bounds(description)}")
 

@@ -57,11 +57,11 @@ class UnrolledView:
         distance = positions[:, None] - positions  # of a key from its query
         blocks = [distance >= depth - 1]
         blocks += [distance == depth - j for j in range(2, depth + 1)]
-        seen = torch.cat(blocks, dim=1)
+        visible = torch.cat(blocks, dim=1)
         if window is not None:
-            seen &= (distance < window).repeat(1, depth)
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        mask.masked_fill_(~seen, float("-inf"))
+            visible &= (distance < window).repeat(1, depth)
+        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        mask.masked_fill_(~visible, float("-inf"))
         return mask.repeat(groups, 1)[None, None]
 
 
@@ -151,8 +151,8 @@ def initial_parameters(
     parameters = {f"{ADAPTER_PROJECTION}.weight": projection}
     of_mixture = re.escape(last + names.router) + "|" + re.escape(last + names.expert.split("{")[0])
     for name in files.tensors.names():
-        kept = name.startswith(last) and not name.endswith(names.ignored)
-        if kept and not (a.mixture is not None and re.match(of_mixture, name)):
+        is_needed = name.startswith(last) and not name.endswith(names.ignored)
+        if is_needed and not (a.mixture is not None and re.match(of_mixture, name)):
             parameters[first + name.removeprefix(last)] = read(files, name, "halves").float()
     if a.mixture is not None and f"{first}{names.down}.weight" not in parameters:
         generator = torch.Generator().manual_seed(seed)

@@ -76,8 +76,8 @@ def write_answers(
     """
     batch, rows = Batch(decoder), list[_RecordedRow]()
     for i, prompt in enumerate(prompts):
-        own = dataclasses.replace(config, seed=nth_seed(config.seed, i))
-        rows.append(_RecordedRow(decoder, prompt, own, exit_layer, eos_token_ids))
+        row_config = dataclasses.replace(config, seed=nth_seed(config.seed, i))
+        rows.append(_RecordedRow(decoder, prompt, row_config, exit_layer, eos_token_ids))
         batch.add(rows[-1])
     for output in batch:
         if output.error is not None:

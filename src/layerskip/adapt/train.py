@@ -426,9 +426,9 @@ class _Run:
             optimizer.step()
             optimizer.zero_grad()
         steps = self._state.steps
-        kept = min(_AVERAGE_MEMORY, (steps + 1) / (steps + 10))
+        decay = min(_AVERAGE_MEMORY, (steps + 1) / (steps + 10))
         for name, average in self._average.parameters.items():
-            average.data.lerp_(self._network.parameters[name].detach(), 1.0 - kept)
+            average.data.lerp_(self._network.parameters[name].detach(), 1.0 - decay)
         return float(loss.detach())
 
     def _rate(self) -> float:

@@ -205,23 +205,23 @@ def generation_options(generation_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an option is not supported, such as beams.
     """
-    left = dict(generation_kwargs)
-    lengths = [n for name in _LENGTH_NAMES if (n := left.pop(name, None)) is not None]
-    until = left.pop("until", None) or []
-    sampled, temperature = left.pop("do_sample", None), left.pop("temperature", None)
+    remaining = dict(generation_kwargs)
+    lengths = [n for name in _LENGTH_NAMES if (n := remaining.pop(name, None)) is not None]
+    until = remaining.pop("until", None) or []
+    sampled, temperature = remaining.pop("do_sample", None), remaining.pop("temperature", None)
     if temperature is None:
         temperature = 1.0 if sampled else 0.0
     options: dict[str, Any] = {
         "max_new_tokens": int(lengths[0]) if lengths else DEFAULT_NEW_TOKENS,
         "stop": [text for text in ([until] if isinstance(until, str) else until) if text],
         "temperature": 0.0 if sampled is False else float(temperature),
-        "repetition_penalty": float(left.pop("repetition_penalty", 1.0)),
+        "repetition_penalty": float(remaining.pop("repetition_penalty", 1.0)),
     }
     for name in ("top_k", "top_p", "min_p"):
-        value = left.pop(name, None)
+        value = remaining.pop(name, None)
         options[name] = value if value and options["temperature"] > 0 else None
     unknown = {
-        k: v for k, v in left.items() if (k, v) not in (("num_beams", 1), ("use_cache", True))
+        k: v for k, v in remaining.items() if (k, v) not in (("num_beams", 1), ("use_cache", True))
     }
     if unknown:
         raise ValueError(
@@ -361,12 +361,12 @@ def read_metrics(
 
 def _find(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list[str]]:
     """A manager that knows the tasks, and their names."""
-    own = None if include_path is None else os.fspath(include_path)
+    task_folder = None if include_path is None else os.fspath(include_path)
     from lm_eval.tasks import TaskManager
 
     # The harness's own files are thousands and take many seconds to read: only where they are needed.
-    for with_defaults in (True,) if own is None else (False, True):
-        manager = TaskManager(include_path=own, include_defaults=with_defaults)
+    for with_defaults in (True,) if task_folder is None else (False, True):
+        manager = TaskManager(include_path=task_folder, include_defaults=with_defaults)
         unknown = [task for task in tasks if not manager.match_tasks([task])]
         if not unknown:
             return manager, manager.match_tasks(list(tasks))

@@ -84,7 +84,7 @@ def score_passages(
             same_input[passage.tokens[:-1]].append(i)
     # The largest first, so that a lack of memory shows at once.
     rows = sorted(same_input, key=len, reverse=True)
-    done = len(passages) - sum(map(len, same_input.values()))
+    n_scored = len(passages) - sum(map(len, same_input.values()))
     for batch in _batches(decoder, rows, batch_size):
         members = [same_input[row] for row in batch]
         batch_scores = _score_batch(
@@ -92,9 +92,9 @@ def score_passages(
         )
         for i, score in zip((i for some in members for i in some), batch_scores, strict=True):
             scores[i] = score
-            done += 1
+            n_scored += 1
         if progress is not None:
-            progress(done, len(passages))
+            progress(n_scored, len(passages))
     return scores
 
 

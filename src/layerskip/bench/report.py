@@ -45,12 +45,12 @@ def _new(height: float = 5.0) -> "tuple[Figure, Axes]":
 
 def _speedup(rows: Sequence[dict[str, Any]]) -> "Figure | None":
     """Draw the speedup of each row over plain decoding of its system, with the 95% interval."""
-    shown = [row for row in rows if headline(row)[0] is not None]
-    if not shown:
+    timed_rows = [row for row in rows if headline(row)[0] is not None]
+    if not timed_rows:
         return None
-    figure, axes = _new(1.2 + 0.4 * len(shown))
-    several = len({row["system"] for row in shown}) > 1
-    for y, row in enumerate(reversed(shown)):
+    figure, axes = _new(1.2 + 0.4 * len(timed_rows))
+    several = len({row["system"] for row in timed_rows}) > 1
+    for y, row in enumerate(reversed(timed_rows)):
         speedup, interval = headline(row)
         assert speedup is not None
         axes.barh(y, speedup, color=OWN if row["system"] == "layerskip" else OTHER)
@@ -63,7 +63,9 @@ def _speedup(rows: Sequence[dict[str, Any]]) -> "Figure | None":
             textcoords="offset points",
             va="center",
         )
-    axes.set_yticks(range(len(shown)), [name_of(row, system=several) for row in reversed(shown)])
+    axes.set_yticks(
+        range(len(timed_rows)), [name_of(row, system=several) for row in reversed(timed_rows)]
+    )
     axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
     axes.margins(x=0.12)
     axes.set(xlabel="speed over plain decoding of the same system", title="Speedup by mode")
@@ -72,14 +74,14 @@ def _speedup(rows: Sequence[dict[str, Any]]) -> "Figure | None":
 
 def _acceptance(rows: Sequence[dict[str, Any]]) -> "Figure | None":
     """Draw the share of drafts accepted at each position of a round."""
-    shown = [row for row in rows if row["accepted_by_position"]]
-    if not shown:
+    draft_rows = [row for row in rows if row["accepted_by_position"]]
+    if not draft_rows:
         return None
     figure, axes = _new()
-    for row in shown:
+    for row in draft_rows:
         shares = row["accepted_by_position"]
         axes.plot(range(1, len(shares) + 1), shares, marker="o", label=name_of(row))
-    longest = max(len(row["accepted_by_position"]) for row in shown)
+    longest = max(len(row["accepted_by_position"]) for row in draft_rows)
     axes.set(xlabel="draft position", ylabel="share accepted", ylim=(0, 1.02))
     axes.set_xticks(range(1, longest + 1))
     axes.set_title("Acceptance by position in the draft")
@@ -89,9 +91,11 @@ def _acceptance(rows: Sequence[dict[str, Any]]) -> "Figure | None":
 
 def _quality(rows: Sequence[dict[str, Any]], n_layers: int) -> "Figure | None":
     """Draw the metrics of early exit over the exit layer; the last layer is plain decoding."""
-    own = [row for row in rows if row["system"] == "layerskip" and row["quality"]]
-    by_exit = {row["exit_layer"]: row["quality"] for row in own if row["mode"] == "early-exit"}
-    plain = [row["quality"] for row in own if row["mode"] == "plain"]
+    layerskip_rows = [row for row in rows if row["system"] == "layerskip" and row["quality"]]
+    by_exit = {
+        row["exit_layer"]: row["quality"] for row in layerskip_rows if row["mode"] == "early-exit"
+    }
+    plain = [row["quality"] for row in layerskip_rows if row["mode"] == "plain"]
     if not by_exit or not plain:
         return None
     by_exit[n_layers] = plain[0]

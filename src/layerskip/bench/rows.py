@@ -236,11 +236,11 @@ def comparison(runs: Runs, plain: Runs) -> dict[str, Any]:
     ratios = (columns[0] / columns[1]) / (columns[2] / columns[3])
     figures["speedup_lowest"] = float(ratios.min()) if timed.any() else None
     # The tokens of plain's answer beyond those of this row's first step, at this row's speed.
-    left = np.maximum(_new_tokens(plain) - (_new_tokens(runs) - tokens), 0)
-    longer = np.divide(left, tokens, out=np.ones_like(seconds), where=timed)
+    remaining_tokens = np.maximum(_new_tokens(plain) - (_new_tokens(runs) - tokens), 0)
+    longer = np.divide(remaining_tokens, tokens, out=np.ones_like(seconds), where=timed)
     whole = _first_tokens_s(runs) + seconds * longer
     plain_whole = _first_tokens_s(plain) + plain_seconds
-    alike = timed | ((tokens == 0) & (left == 0))
+    alike = timed | ((tokens == 0) & (remaining_tokens == 0))
     figures["speedup_with_prompt"] = (
         float(plain_whole[alike].sum() / whole[alike].sum()) if alike.any() else None
     )

@@ -233,11 +233,11 @@ def settings_of(
         rows.append(auto)
 
     def variants(options: Mapping[str, Mapping[str, Any]]) -> list[Setting]:
-        own = model.settings
+        settings = model.settings
         available = {
-            "early-exit": own.exit_layer is not None,
+            "early-exit": settings.exit_layer is not None,
             "exit-adapter": model.adapter is not None,
-            "datastore": bool(own.draft_text or own.draft_text_file),
+            "datastore": bool(settings.draft_text or settings.draft_text_file),
         }
         return [
             setting("auto", label, **changes)

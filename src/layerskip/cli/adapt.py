@@ -82,10 +82,10 @@ def _with_file(config: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a YAML file, which flags override."""
     if config is None:
         return flags
-    known = config_fields(AdaptConfig) | config_fields(ModelConfig)
+    fields = config_fields(AdaptConfig) | config_fields(ModelConfig)
     settings = read_settings(config)
     for name in settings:
-        if name not in known:
+        if name not in fields:
             raise click.UsageError(f"{config}: there is no setting {name!r}")
     if isinstance(settings.get("data"), str):
         settings["data"] = (settings["data"],)

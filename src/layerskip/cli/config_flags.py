@@ -250,8 +250,8 @@ def _help(description: Option, default: Any) -> str:
     is_value = isinstance(default, str | int | float) and not isinstance(default, bool)
     if not is_value or default == "" or "default" in text.lower():
         return text
-    shown = f"{default:g}" if isinstance(default, float) else default
-    return f"{text}  [default: {shown}]"
+    default_text = f"{default:g}" if isinstance(default, float) else default
+    return f"{text}  [default: {default_text}]"
 
 
 def config_fields(config: type[Any]) -> dict[str, tuple[dataclasses.Field[Any], Any, Option]]:

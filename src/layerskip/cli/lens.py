@@ -61,11 +61,11 @@ def show_report(console: Console, report: Report, *, all_positions: bool) -> Non
     n_blocks = math.ceil((positions.stop - start) / width) if all_positions else 1
     for first in range(start, start + n_blocks * width, width):
         console.print(_block(report.part(range(first, first + width)), console))
-    shown = range(start, min(start + n_blocks * width, positions.stop))
+    visible = range(start, min(start + n_blocks * width, positions.stop))
     console.print(_legend(console))
-    if len(shown) < positions.stop - start:
+    if len(visible) < positions.stop - start:
         console.print(
-            f"positions {shown[0]} to {shown[-1]} of {positions[0]} to {positions[-1]}"
+            f"positions {visible[0]} to {visible[-1]} of {positions[0]} to {positions[-1]}"
             " (--positions A-B or all shows others)",
             style="dim",
         )

@@ -223,7 +223,7 @@ def check_outputs(
         beside: files and checkpoints that this call reads, which may not be replaced.
     """
     inputs = [Path(file) for file in beside if file is not None]
-    taken = {file.resolve() for file in inputs if file.is_file()}
+    input_files = {file.resolve() for file in inputs if file.is_file()}
     checkpoints = {folder.resolve() for folder in inputs if folder.is_dir()}
     for flag, output in outputs.items():
         if output is None or (output.exists() and not (output.is_file() or output.is_dir())):
@@ -240,11 +240,11 @@ def check_outputs(
         if not os.access(path.parent, os.W_OK):
             raise click.UsageError(f"the folder of {flag} {output} cannot be written to")
         in_checkpoint = path.parent in checkpoints and _CHECKPOINT_FILE.fullmatch(path.name)
-        if path in taken or in_checkpoint:
+        if path in input_files or in_checkpoint:
             raise click.UsageError(
                 f"{flag} {output} would replace what this call reads or writes: name another file"
             )
-        taken.add(path)
+        input_files.add(path)
 
 
 def check_report(folder: Path | None) -> None:

@@ -86,13 +86,13 @@ class TrainProgress:
 
 def _of_exits(logs: Mapping[str, float]) -> list[str]:
     """Loss and token accuracy of each exit: "exit 8 0.31 (91%)", in evaluation "eval exit 8 ..."."""
-    said = []
+    parts = []
     for kind in ("", "eval_"):
         loss, accuracy = f"{kind}loss_exit_", f"{kind}accuracy_exit_"
         for e in sorted(int(key.removeprefix(loss)) for key in logs if key.startswith(loss)):
             figures = f"{logs[f'{loss}{e}']:.3g} ({logs[f'{accuracy}{e}']:.0%})"
-            said.append(f"{kind.replace('_', ' ')}exit {e} {figures}")
-    return said
+            parts.append(f"{kind.replace('_', ' ')}exit {e} {figures}")
+    return parts
 
 
 try:
@@ -107,14 +107,14 @@ except ImportError as error:
 
 
 def _without_effect(
-    given: Mapping[str, Any], of_file: Mapping[str, Any], recipe: RecipeConfig
+    flags: Mapping[str, Any], of_file: Mapping[str, Any], recipe: RecipeConfig
 ) -> list[str]:
     """A line for each setting that the recipe does not look at: of flags, and of the file's own.
 
     A flag may turn off what the file has settings for, as a control does.
     """
     deciding = ("regime", "variant", "curriculum", "fixed_exits", "p_max", "exit_weighting")
-    asked = given if any(name in given for name in deciding) else {**of_file, **given}
+    settings = flags if any(name in flags for name in deciding) else {**of_file, **flags}
     of_dropout = ("dropout_over_layers", "dropout_over_steps", "dropout_every")
     of_curriculum = ("rotation", "exits", "exit_every")
     of_exits = ("exit_weighting", "e_scale", "distillation_weight")
@@ -135,7 +135,7 @@ def _without_effect(
     return [
         f"--{name.replace('_', '-')} has no effect with {cause}"
         for name, cause in unused.items()
-        if name in asked
+        if name in settings
     ]
 
 

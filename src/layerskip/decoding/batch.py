@@ -306,8 +306,8 @@ class Batch:
         Drafts of the early exit go on from the states that left layer E, all else begins at layer 0;
         from any layer on, the rows that have come so far are one pass.
         """
-        read = (one.row.reader.num_layers for one in passes if one.row.reader is not None)
-        depths = sorted({0, *read, *(depth for one in passes for depth in one.depths)})
+        exit_depths = (one.row.reader.num_layers for one in passes if one.row.reader is not None)
+        depths = sorted({0, *exit_depths, *(depth for one in passes for depth in one.depths)})
         for start, stop in itertools.pairwise(depths):
             for one in passes:
                 one.join_states(start)

@@ -123,9 +123,9 @@ class DecodingConfig(Sampling):
         if self.draft_from is not None:
             for source in self.draft_sources:
                 if source not in DRAFTERS:
-                    known = ", ".join(dict.fromkeys((*DRAFT_SOURCES, *DRAFTERS)))
+                    sources = ", ".join(dict.fromkeys((*DRAFT_SOURCES, *DRAFTERS)))
                     raise ValueError(
-                        f"drafts from {self.draft_from!r} are unknown; there are: {known}"
+                        f"drafts from {self.draft_from!r} are unknown; there are: {sources}"
                     )
         if self.prediction and len(self.prediction) > MAX_PREDICTION:
             raise ValueError(
@@ -184,14 +184,14 @@ class DecodingConfig(Sampling):
         Raises:
             ValueError: an option is unknown, or a value is invalid.
         """
-        named = {ALIASES.get(name, name): value for name, value in overrides.items()}
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in named:
-            if name not in known:
+        options = {ALIASES.get(name, name): value for name, value in overrides.items()}
+        names = {field.name for field in dataclasses.fields(cls)}
+        for name in options:
+            if name not in names:
                 raise ValueError(
-                    f"the option {name!r} is unknown; there are: {', '.join(sorted(known))}"
+                    f"the option {name!r} is unknown; there are: {', '.join(sorted(names))}"
                 )
-        return dataclasses.replace(config or cls(), **named)
+        return dataclasses.replace(config or cls(), **options)
 
     @property
     def draft_sources(self) -> tuple[str, ...]:
@@ -248,11 +248,11 @@ class DecodingConfig(Sampling):
             )
         if self.mode == "plain":
             return self
-        known = e if e is not None else settings.exit_layer
+        default_exit = e if e is not None else settings.exit_layer
         auto = self.mode == "auto"
         draft_from = self.draft_from
         if draft_from is None:
-            alone = auto and known is None and not self.draft_vocabulary
+            alone = auto and default_exit is None and not self.draft_vocabulary
             draft_from = "n-gram" if alone else "both" if auto else "early-exit"
             if auto and has_adapter and e is None and not self.draft_vocabulary:
                 draft_from = "exit-adapter+n-gram"
@@ -266,12 +266,12 @@ class DecodingConfig(Sampling):
         if "grammar" in sources and not self.is_constrained:
             raise ValueError("there is no grammar to draft from; give a JSON schema or a regex")
         uses_exit = "early-exit" in sources
-        if uses_exit and known is not None and known > num_hidden_layers:
+        if uses_exit and default_exit is not None and default_exit > num_hidden_layers:
             raise ValueError(
-                f"the checkpoint's exit layer is {known}, but it has {num_hidden_layers} layers;"
+                f"the checkpoint's exit layer is {default_exit}, but it has {num_hidden_layers} layers;"
                 " name another"
             )
-        exit_layer = known if known is not None else max(1, num_hidden_layers // 4)
+        exit_layer = default_exit if default_exit is not None else max(1, num_hidden_layers // 4)
         if self.mode == "early-exit":
             return dataclasses.replace(self, exit_layer=exit_layer)
         adaptive = auto if self.adaptive is None else self.adaptive

@@ -604,12 +604,12 @@ class DraftCosts:
         """Return the cost of a pass of all layers and the head over 1 or more positions."""
         further = positions / prompts - 1.0  # of each prompt
         attention = self.attention * prompts / self.prompts * (1.0 + further * self.attention_row)
-        known = len(self.passes)
-        if positions <= known:
+        n_timed = len(self.passes)
+        if positions <= n_timed:
             return self.passes[positions - 1] + attention
-        middle = (known - 1) // 2
-        slope = (self.passes[-1] - self.passes[middle]) / max(known - 1 - middle, 1)
-        return self.passes[-1] + (positions - known) * max(slope, 0.0) + attention
+        middle = (n_timed - 1) // 2
+        slope = (self.passes[-1] - self.passes[middle]) / max(n_timed - 1 - middle, 1)
+        return self.passes[-1] + (positions - n_timed) * max(slope, 0.0) + attention
 
     def rows(self, positions: int, more: int) -> float:
         """Return what more positions add to a pass over so many."""

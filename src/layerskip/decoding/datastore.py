@@ -90,13 +90,13 @@ class Datastore:
         tokens, shares, tail = list[int](), list[float](), [*tail]
         product = 1.0
         while len(tokens) < limit:
-            found = self._follows(tail[-MAX_MATCH:])
-            product *= 0.0 if found is None else found[1]
-            if found is None or product < _MIN_SHARE:
+            match = self._follows(tail[-MAX_MATCH:])
+            product *= 0.0 if match is None else match[1]
+            if match is None or product < _MIN_SHARE:
                 break
-            tokens.append(found[0])
-            shares.append(found[1])
-            tail.append(found[0])
+            tokens.append(match[0])
+            shares.append(match[1])
+            tail.append(match[0])
         return tokens, shares
 
     def _follows(self, tail: Sequence[int]) -> tuple[int, float] | None:
@@ -109,11 +109,11 @@ class Datastore:
         if not hashes or not len(self):
             return None
         positions = self._runs.searchsorted(np.array(hashes, dtype=np.uint64)).tolist()
-        found = None
+        match = None
         for position, number in zip(positions, hashes, strict=True):
             if position < len(self) and int(self._runs[position]) == number:
-                found = position
-        return None if found is None else (int(self._after[found]), float(self._shares[found]))
+                match = position
+        return None if match is None else (int(self._after[match]), float(self._shares[match]))
 
     def save(self, path: Path, vocab_size: int) -> None:
         """Write the table as safetensors, beside its place first.

@@ -302,9 +302,9 @@ class EarlyExit:
         assert isinstance(self._exit, NativeDecoder)
         ids = None if self._head is None else self._head.token_ids
         tokens = draft.take_pending()
-        made = self._exit.greedy_draft(tokens, self.num_layers, draft.cache, rule, ids)
-        draft.add_states(made.hidden)
-        return extend_at_once(draft, self.name, made, has_states=True)
+        drafted = self._exit.greedy_draft(tokens, self.num_layers, draft.cache, rule, ids)
+        draft.add_states(drafted.hidden)
+        return extend_at_once(draft, self.name, drafted, has_states=True)
 
     def _token_ids(self, chosen: Tensor) -> Tensor:
         return chosen if self._head is None else self._head.token_ids[chosen]

@@ -131,11 +131,11 @@ class ExitAdapter:
         for state in embedded.split(1, dim=1)[:-1]:
             advance([self], [state])
         states = self._states(embedded[:, -1:])
-        made = decoder.adapter_draft(
+        drafted = decoder.adapter_draft(
             *states, self._cache, rule, self._head.token_ids, projection, base, EPS
         )
-        self._receive(made.hidden[0, : len(states[0])])
-        return extend_at_once(draft, self.name, made, has_states=False)
+        self._receive(drafted.hidden[0, : len(states[0])])
+        return extend_at_once(draft, self.name, drafted, has_states=False)
 
     def _draft(self, exit_state: Tensor, draft: Draft) -> Candidate:
         """Draft the token after the newest one, by its state [1, 1, D].

@@ -119,8 +119,10 @@ class LayerSkipModel:
         checkpoint = dataclasses.replace(checkpoint, settings=settings)
         weights_of_adapter = None
         if adapter != NO_ADAPTER:
-            named = packaged_adapter(name) if adapter is None else resolve_adapter(str(adapter))
-            file = find_adapter(checkpoint.path, named)
+            adapter_path = (
+                packaged_adapter(name) if adapter is None else resolve_adapter(str(adapter))
+            )
+            file = find_adapter(checkpoint.path, adapter_path)
             if file is not None:
                 weights_of_adapter = load_adapter(file, decoder, checkpoint.path)
         return cls(checkpoint, weights_of_adapter)
@@ -136,8 +138,8 @@ class LayerSkipModel:
         """Tokens that end an answer."""
         if self.settings.end_tokens or self.tokenizer is None:
             return frozenset(self.settings.end_tokens)
-        own = self.tokenizer.eos_token_id
-        return frozenset(() if own is None else (own,))
+        eos_token_id = self.tokenizer.eos_token_id
+        return frozenset(() if eos_token_id is None else (eos_token_id,))
 
     @property
     def has_chat_template(self) -> bool:

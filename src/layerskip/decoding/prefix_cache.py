@@ -158,8 +158,8 @@ class PrefixPool:
         """Keep a prefix; it replaces those that it begins with."""
         if len(prefix.tokens):
             prefix.shrink(self._decoder)
-            kept = [old for old in self._prefixes if not self._replaces(prefix, old)]
-            self._prefixes = [*kept, prefix]
+            prefixes = [old for old in self._prefixes if not self._replaces(prefix, old)]
+            self._prefixes = [*prefixes, prefix]
 
     def _replaces(self, new: Prefix, old: Prefix) -> bool:
         length = len(old.tokens)

@@ -102,14 +102,16 @@ def check_prompt(decoder: Decoder, prompt: Sequence[int]) -> None:
 
 def with_variables(prompt: Prompt, variables: Mapping[str, Any]) -> Prompt:
     """Add `chat_template_kwargs` to a conversation, whose own win; return other prompts as they are."""
-    given: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"messages": prompt}
-    messages: Any = given.get("messages")
+    conversation: Mapping[str, Any] = (
+        prompt if isinstance(prompt, Mapping) else {"messages": prompt}
+    )
+    messages: Any = conversation.get("messages")
     if not isinstance(messages, list | tuple) or not all(map(is_message, messages or [None])):
         return prompt
-    own = given.get("chat_template_kwargs") or {}
-    if not isinstance(own, Mapping):  # reported where it is used
+    kwargs = conversation.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, Mapping):  # reported where it is used
         return prompt
-    return {**given, "chat_template_kwargs": {**variables, **own}}
+    return {**conversation, "chat_template_kwargs": {**variables, **kwargs}}
 
 
 def is_batch(prompt: Any) -> bool:
@@ -124,15 +126,17 @@ def is_batch(prompt: Any) -> bool:
 
 def _rendered(prompt: Sequence[Any] | Mapping[str, Any], tokenizer: Any) -> str:
     """Apply the chat template to a conversation, up to where the answer begins."""
-    given: dict[str, Any] = dict(prompt) if isinstance(prompt, Mapping) else {"messages": prompt}
-    messages: Any = given.get("messages")
+    conversation: dict[str, Any] = (
+        dict(prompt) if isinstance(prompt, Mapping) else {"messages": prompt}
+    )
+    messages: Any = conversation.get("messages")
     is_list = isinstance(messages, Sequence) and not isinstance(messages, str) and messages
-    if not is_list or not all(map(is_message, messages)) or set(given) - set(CONVERSATION):
+    if not is_list or not all(map(is_message, messages)) or set(conversation) - set(CONVERSATION):
         raise PromptError(_EXPECTED)
     if not tokenizer.chat_template:
         raise PromptError("this checkpoint has no chat template; give the prompt as a text")
     try:
-        arguments = template_arguments(given)
+        arguments = template_arguments(conversation)
         return render_chat(tokenizer, messages, add_generation_prompt=True, **arguments)
     except ValueError as error:  # no system message, turns, ...
         raise PromptError(f"the chat template refuses these messages: {error}") from error

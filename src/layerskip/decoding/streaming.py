@@ -166,13 +166,13 @@ class TextStream:
 
     def push(self, *tokens: int) -> str:
         """Add tokens and return the text that is released, often but not always a piece for each."""
-        known = [*self._tokens[self._context :], *tokens]
-        now, next_context = self._decode(known), self._context
+        pending_tokens = [*self._tokens[self._context :], *tokens]
+        now, next_context = self._decode(pending_tokens), self._context
         before, piece = now, now[len(self._before) :]
         is_whole = bool(piece) and not now.endswith("\N{REPLACEMENT CHARACTER}")
-        if is_whole and len(known) > CONTEXT:
+        if is_whole and len(pending_tokens) > CONTEXT:
             next_context = self._decoded
-            before = self._decode(known[self._decoded - self._context :])
+            before = self._decode(pending_tokens[self._decoded - self._context :])
         self._tokens.extend(tokens)  # only now, as decoding may be broken off and tried again
         if not is_whole:
             return ""
@@ -200,10 +200,10 @@ class TextStream:
 
     def _release(self, piece: str) -> str:
         pending = self._held + piece
-        found = [at for stop in self._stop if (at := pending.find(stop)) >= 0]
-        if found:
+        stop_positions = [at for stop in self._stop if (at := pending.find(stop)) >= 0]
+        if stop_positions:
             self.stopped = True
-            released, self._held = pending[: min(found)], ""
+            released, self._held = pending[: min(stop_positions)], ""
         else:
             keep = max((_overlap(pending, stop) for stop in self._stop), default=0)
             released, self._held = pending[: len(pending) - keep], pending[len(pending) - keep :]

@@ -347,11 +347,11 @@ def rounds(steps: Iterable[Step], prompt_tokens: int) -> Iterator[Round]:
     position = prompt_tokens
     for i, step in enumerate(steps):
         if i > 0:
-            own = step.tokens[step.accepted :]
+            model_tokens = step.tokens[step.accepted :]
             yield Round(
                 position=position,
                 accepted=step.tokens[: step.accepted],
                 rejected=step.rejected,
-                own=own[0] if own else None,
+                own=model_tokens[0] if model_tokens else None,
             )
         position += len(step.tokens)

@@ -149,10 +149,10 @@ def _spend(size: int) -> None:
     """
     if size > _MAX_SIZE:
         raise ValueError(f"it makes a text of more than {_MAX_SIZE:,} characters")
-    left = _left.get()
-    if left is not None:
-        left[0] -= size
-        if left[0] < 0:
+    budget = _left.get()
+    if budget is not None:
+        budget[0] -= size
+        if budget[0] < 0:
             raise ValueError(f"it makes texts of more than {_MAX_TOTAL:,} characters")
 
 

@@ -546,8 +546,10 @@ def load(
 
 def _resolve(weights: str, tensors: Tensors) -> str:
     """Return "16bit" for "stored" weights that are not quantized."""
-    kept = {kind.name for kind in FORMATS}
-    if weights == STORED and not any(tensors.stored_as(name) in kept for name in tensors.names()):
+    stored_formats = {kind.name for kind in FORMATS}
+    if weights == STORED and not any(
+        tensors.stored_as(name) in stored_formats for name in tensors.names()
+    ):
         return "16bit"
     return weights
 

@@ -37,8 +37,8 @@ def worth_drafting(
     total = sum(counts.values())
     frequent = sorted(counts, key=lambda token: (-counts[token], token))
     worth = [token for token in frequent if counts[token] >= row_share * total]
-    kept = tuple(dict.fromkeys([*always, *worth[:MAX_DRAFT_VOCABULARY]]))
-    return kept if worth and len(kept) <= _MAX_SHARE * vocab_size else None
+    token_ids = tuple(dict.fromkeys([*always, *worth[:MAX_DRAFT_VOCABULARY]]))
+    return token_ids if worth and len(token_ids) <= _MAX_SHARE * vocab_size else None
 
 
 MAX_DATASTORE_TOKENS = 8_192  # a longer text would be a burden to the checkpoint

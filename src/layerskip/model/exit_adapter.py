@@ -288,9 +288,9 @@ def _settings(path: Path, metadata: Mapping[str, str]) -> AdapterSettings:
 
 
 def _check_base(path: Path, settings: AdapterSettings, checkpoint: Path) -> None:
-    own = hashes_of(open_files(checkpoint))
+    hashes = hashes_of(open_files(checkpoint))
     for part, name in (("config", "sizes"), ("embedding", "embedding"), ("last_layer", "weights")):
-        if settings.base.get(part) != own[part]:
+        if settings.base.get(part) != hashes[part]:
             raise CheckpointError(
                 f"{path} is an exit adapter of another model than {checkpoint} (its {name} differ);"
                 " train one for this model with layerskip adapt"

@@ -299,12 +299,14 @@ def gguf_names(family: str) -> dict[str, str]:
     """
     names, table = FAMILIES[family].names, dict[str, str]()
     for field, in_gguf in {**GGUF_NAMES, **GGUF_EXPERTS}.items():
-        own = _tuple(getattr(names, field) or ())
-        stored = _tuple(GGUF_FUSED[field] if field in GGUF_FUSED and len(own) == 1 else in_gguf)
+        hf_names = _tuple(getattr(names, field) or ())
+        stored = _tuple(
+            GGUF_FUSED[field] if field in GGUF_FUSED and len(hf_names) == 1 else in_gguf
+        )
         is_of_layer = field not in ("embedding", "final_norm", "head")
         prefixes = ("blk.{}.", names.layer) if is_of_layer else ("", "")
         expert = names.expert if field in GGUF_EXPERTS else ""
-        for gguf_name, name in zip(stored, own, strict=bool(own)):
+        for gguf_name, name in zip(stored, hf_names, strict=bool(hf_names)):
             table[prefixes[0] + gguf_name] = prefixes[1] + expert + name
     return table
 

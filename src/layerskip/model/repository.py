@@ -167,8 +167,8 @@ def choose(
     )
     if chosen:
         raise SourceError(f"{name} is the end of several files; name one of {available}")
-    asked = f"no GGUF file of {quantization}" if quantization else "several GGUF files"
-    raise SourceError(f"{repo_id} has {asked}; name one of {available}")
+    problem = f"no GGUF file of {quantization}" if quantization else "several GGUF files"
+    raise SourceError(f"{repo_id} has {problem}; name one of {available}")
 
 
 def cached() -> list[CachedModel]:
@@ -264,14 +264,14 @@ def remove(name: str) -> int:
     }
     for path in chosen:
         path.unlink()
-    left = {
+    remaining_blobs = {
         path.resolve() for snapshot in snapshots for path in snapshot.rglob("*") if path.is_file()
     }
     for blob in blobs:
-        if blob.parent == folder / "blobs" and blob.resolve() not in left:
+        if blob.parent == folder / "blobs" and blob.resolve() not in remaining_blobs:
             blob.unlink(missing_ok=True)
     freed = before - _size(folder)
-    if not left and not [*folder.glob("blobs/*")]:
+    if not remaining_blobs and not [*folder.glob("blobs/*")]:
         shutil.rmtree(folder)
     return freed
 
@@ -397,15 +397,15 @@ def _download(repo_id: str, commit: str, file: _File, blob: Path) -> None:
     with utils.WeakFileLock(lock):  # the second of two processes finds the file
         if blob.is_file():
             return
-        done = incomplete.stat().st_size if incomplete.is_file() else 0
-        if done > file.size:
+        resume_size = incomplete.stat().st_size if incomplete.is_file() else 0
+        if resume_size > file.size:
             incomplete.unlink()
-            done = 0
+            resume_size = 0
         with _kept_unless_empty(incomplete), incomplete.open("ab") as part, bars_on_a_terminal():
             http_get(
                 url,
                 part,
-                resume_size=done,
+                resume_size=resume_size,
                 headers=utils.build_hf_headers(),
                 expected_size=file.size,
                 displayed_filename=file.name,

@@ -304,10 +304,10 @@ def from_gguf(file: GgufFile) -> Any:
             f"{file.path} has a tokenizer {what}, which is not read from GGUF; take the checkpoint in"
             " safetensors, or put its tokenizer.json beside the file and name the folder"
         )
-    named = {tokens[i] for i in end_tokens(file)}
+    end_names = {tokens[i] for i in end_tokens(file)}
     added = []
     for token, type_ in zip(tokens, _field(file, "token_type", []), strict=False):
-        is_end = token in _ENDS or (type_ == _USER_DEFINED and token in named)
+        is_end = token in _ENDS or (type_ == _USER_DEFINED and token in end_names)
         if is_end or type_ in (_CONTROL, _USER_DEFINED):
             is_special = is_end or type_ == _CONTROL
             added.append(AddedToken(token, normalized=False, special=is_special))
@@ -348,9 +348,9 @@ def _chat_template(file: GgufFile) -> str | dict[str, str] | None:
 def end_tokens(file: GgufFile) -> list[int]:
     """Return the ids of the ends of text, turn and message in the file, and of well-known end tokens."""
     tokens: list[str] = _field(file, "tokens", [])
-    named = (_token_id(file, end, tokens) for end in ("eos", "eot", "eom"))
+    declared = (_token_id(file, end, tokens) for end in ("eos", "eot", "eom"))
     well_known = (i for i, token in enumerate(tokens) if token in _ENDS)
-    return list(dict.fromkeys(i for i in (*named, *well_known) if i is not None))
+    return list(dict.fromkeys(i for i in (*declared, *well_known) if i is not None))
 
 
 def special_token_ids(file: GgufFile) -> dict[str, int]:

@@ -110,8 +110,10 @@ class ForwardPass:
         routed: list[Tensor] = []
         for number, logits in self.router_logits:
             if mask is not None and mask.ndim == 2:
-                kept = mask if self.skipped is None else mask[~self.skipped[number].to(mask.device)]
-                logits = logits[kept.flatten() > 0]
+                kept_mask = (
+                    mask if self.skipped is None else mask[~self.skipped[number].to(mask.device)]
+                )
+                logits = logits[kept_mask.flatten() > 0]
             routed.append(logits.float())
         loss_func: Any = load_balancing_loss_func  # its types allow one layer only
         loss: Tensor = loss_func(tuple(routed), routed[0].shape[-1], top_k)

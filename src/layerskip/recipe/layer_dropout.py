@@ -81,23 +81,23 @@ def run_on_kept_rows(
     """
     _refuse_unsliceable(args, kwargs)
     # 1. Take the kept rows out of hidden states, masks, positions and rotary tables alike.
-    kept = torch.nonzero(~skipped).flatten()
+    kept_rows = torch.nonzero(~skipped).flatten()
     if hidden.device.type == "cuda":  # from pinned memory, the copy does not block the host
-        kept = kept.pin_memory()
-    kept = kept.to(hidden.device, non_blocking=hidden.device.type == "cuda")
+        kept_rows = kept_rows.pin_memory()
+    kept_rows = kept_rows.to(hidden.device, non_blocking=hidden.device.type == "cuda")
     batch = hidden.shape[0]
     # 2. Run the layer on them.
     output = layer(
-        hidden.index_select(0, kept),
-        *(_kept_rows(value, kept, batch, 2) for value in args),
+        hidden.index_select(0, kept_rows),
+        *(_kept_rows(value, kept_rows, batch, 2) for value in args),
         **{
-            name: _kept_rows(value, kept, batch, _ROW_DIMENSIONS.get(name, 2))
+            name: _kept_rows(value, kept_rows, batch, _ROW_DIMENSIONS.get(name, 2))
             for name, value in kwargs.items()
         },
     )
     # 3. Put its output back among the skipped rows, which pass unchanged.
     kept_output = output[0] if isinstance(output, tuple) else output
-    merged = hidden.to(kept_output.dtype).index_copy(0, kept, kept_output)
+    merged = hidden.to(kept_output.dtype).index_copy(0, kept_rows, kept_output)
     return (merged, *output[1:]) if isinstance(output, tuple) else merged
 
 

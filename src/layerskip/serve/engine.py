@@ -235,8 +235,8 @@ class _Answer:
         self.last_token_at = now
         self.completion_tokens += len(step.tokens)
         self.speculation.add(step)
-        own = len(step.tokens) - step.accepted
-        sources = (*step.sources[: step.accepted], *["model"] * own)
+        n_model_tokens = len(step.tokens) - step.accepted
+        sources = (*step.sources[: step.accepted], *["model"] * n_model_tokens)
         return Tokens(text, step.tokens, sources, logprobs), step
 
     @property

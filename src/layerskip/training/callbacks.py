@@ -238,8 +238,8 @@ class JsonLinesLog(TrainerCallback):
         state.compute_steps(args, state.max_steps)
         if not state.is_world_process_zero:
             return
-        kept = [log for log in read_log(self._path) if log["step"] <= state.global_step]
-        lines = "".join(json.dumps(log) + "\n" for log in kept if state.global_step)
+        logs = [log for log in read_log(self._path) if log["step"] <= state.global_step]
+        lines = "".join(json.dumps(log) + "\n" for log in logs if state.global_step)
         replace(self._path, lines.encode())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -259,8 +259,8 @@ class TrainConfig:
         """
         flags = {name: v for name, v in changes.items() if v is not None}
         replaced = set().union(*(_REPLACES.get(name, ()) for name in flags))
-        kept = {name: v for name, v in read_settings(path).items() if name not in replaced}
-        return cls.from_mapping({**kept, **flags})
+        file_settings = {name: v for name, v in read_settings(path).items() if name not in replaced}
+        return cls.from_mapping({**file_settings, **flags})
 
     def as_flat_dict(self) -> dict[str, Any]:
         """Return the flat names and values that `from_mapping` takes; None = unset."""

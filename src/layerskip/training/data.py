@@ -501,10 +501,10 @@ def find_rows(
     ):
         if is_set and source is not None and local_files(source):
             raise ValueError(f"{name} is for data sets of the hub; {source} is a file")
-    read = functools.partial(
+    read_split = functools.partial(
         read_rows, config.data, config.split, config.data_config, config.text_field
     )
-    rows = check_first_rows(read, encoding, config.data, config.eval_rows)
+    rows = check_first_rows(read_split, encoding, config.data, config.eval_rows)
     if config.eval_data is None:
         return rows, None
     train_files = {os.path.realpath(file) for file in local_files(config.data)}
@@ -513,8 +513,10 @@ def find_rows(
             raise ValueError(f"{file} of eval_data is trained on; give other rows, or eval_rows")
     split = config.eval_split or config.split
     data_config = config.data_config if config.eval_data == config.data else None
-    read = functools.partial(read_rows, config.eval_data, split, data_config, config.text_field)
-    return rows, check_first_rows(read, encoding, config.eval_data)
+    read_split = functools.partial(
+        read_rows, config.eval_data, split, data_config, config.text_field
+    )
+    return rows, check_first_rows(read_split, encoding, config.eval_data)
 
 
 def load_rows(

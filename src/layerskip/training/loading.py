@@ -264,11 +264,11 @@ def check_memory(config: PreTrainedConfig, name: str) -> None:
         return
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **_NO_CODE, **OWN_KERNELS)
-    needed = 4 * sum(weight.numel() for weight in model.parameters())
+    needed_bytes = 4 * sum(weight.numel() for weight in model.parameters())
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > available:
+    if needed_bytes > available:
         raise ValueError(
-            f"the weights of {name} take {needed / 1e9:.0f} GB in float32, and this machine has"
+            f"the weights of {name} take {needed_bytes / 1e9:.0f} GB in float32, and this machine has"
             f" {available / 1e9:.0f} GB of memory"
         )
 

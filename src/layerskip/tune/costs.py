@@ -114,7 +114,7 @@ def measure_costs(
     lengths = sorted({min(c, longest) for c in contexts})
     order = random.Random(0)
     parts = []
-    done = 0
+    n_done = 0
     for context in lengths:
         tokens = [text[j % len(text)] for j in range(context)]
         workbench = _Workbench(decoder, tokens, exits, max_draft_tokens, reach)
@@ -122,8 +122,8 @@ def measure_costs(
             if sweep == 1:  # the first one is a warm-up
                 workbench.times.clear()
             for _ in workbench.sweep(order):
-                done += 1
-                progress(done, len(lengths) * sweeps_of_all * len(workbench.works))
+                n_done += 1
+                progress(n_done, len(lengths) * sweeps_of_all * len(workbench.works))
         parts.append(workbench.summary())
         del workbench  # frees its caches
     columns = {name: np.array([part[name] for part in parts]) for name in parts[0]}

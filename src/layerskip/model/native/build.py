@@ -119,13 +119,13 @@ def _compile(library_file: Path) -> None:
             output = Path(folder) / library_file.name
             command = [*_compiler(), *_FLAGS, str(_SOURCE), "-o", str(output)]
             try:
-                done = subprocess.run(
+                process = subprocess.run(
                     command, capture_output=True, text=True, errors="replace", check=False
                 )
             except OSError as error:
                 raise NoCompilerError(f"{command[0]} cannot be run: {error.strerror}") from error
-            if done.returncode:
-                lines = done.stderr.strip().splitlines() or ["no message"]
+            if process.returncode:
+                lines = process.stderr.strip().splitlines() or ["no message"]
                 reason = next((line for line in lines if "error:" in line), lines[0])
                 raise NoCompilerError(f"{command[0]} refuses: {reason}")
             flush(output)
