@@ -6,9 +6,9 @@
 
 `edits`: task `edits` of `layerskip bench`, where most of an answer stands in the prompt.
 
-`predictions`: predicted outputs, made of plain decoding's answers: in one set one word in ten is
-replaced, in runs of 1 to 6 words; in the other the words stand in reverse order. Rows are interleaved on
-each prompt.
+`predictions`: predicted outputs, made of all that plain decoding generates, stop strings included: in
+one set one word in ten is replaced, in runs of 1 to 6 words; in the other the words stand in reverse
+order. Rows are interleaved on each prompt.
 """
 
 import argparse
@@ -69,7 +69,10 @@ def predictions(model: LayerSkipModel, options: argparse.Namespace) -> dict[str,
     )
     n = options.max_new_tokens
     (first,) = measure([LayerSkipSystem(model, [plain])], prompts, max_new_tokens=n)
-    answers = [of_prompt[0].text for of_prompt in first.runs]
+    answers = [
+        model.tokenizer.decode(of_prompt[0].token_ids, skip_special_tokens=True)
+        for of_prompt in first.runs
+    ]
     sets: dict[str, Callable[[str], str]] = {"90% right": partly_right, "nothing right": wrong}
     systems = [LayerSkipSystem(model, [plain, auto])]
     for make in sets.values():
