@@ -191,7 +191,7 @@ CLAIMS = (
     Claim(
         experiment="task",
         section="4.3",
-        needs=("recipe",),
+        needs=("four exits",),
         paper="The earlier the exit the faster: 1.24x, 1.64x, 2.0x at E = 18, 12, 6 of 24",
         rule="speedup falls from exit to exit, over three or more that had a loss *",
         judge=rules.earlier_is_faster,
@@ -215,7 +215,7 @@ CLAIMS = (
     Claim(
         experiment="task",
         section="4.2",
-        needs=("recipe",),
+        needs=("four exits",),
         paper="Early exit at E = 18 of 24 is as good as the last layer: 83.3 and 82.9",
         rule="exact match at most one point below the last layer's, at the trained exit nearest 3L/4 *",
         judge=rules.early_exact_match,
