@@ -177,11 +177,11 @@ def test_figures_need_a_file_and_its_digits():
     assert unfounded("", text.replace(speedup, wrong)) == [wrong]
     wrong = f"{row['tokens_per_s'] - 1:.0f} tokens/s"
     assert unfounded("", text.replace(speed, wrong)) == [wrong]
-    assert unfounded("", text.replace("demo.json", "overlap.json")) == [speedup, speed]
+    assert unfounded("", text.replace("demo.json", "topv2-checkpoint.json")) == [speedup, speed]
     assert unfounded("", text.replace("(`", "\n## Files\n(`")) == [speedup, speed]
-    table = "|a|b|\n|---|---|\n|7|{}|\n\n`benchmarks/results/overlap.json`\n"
-    assert unfounded("", table.format("3,603 of 27,695")) == []
-    assert unfounded("", table.format("3,604 of 27,695")) == ["3,604"]
+    table = "|a|b|\n|---|---|\n|7|{}|\n\n`benchmarks/results/topv2-checkpoint.json`\n"
+    assert unfounded("", table.format("1,962 rows, 78,249 tokens")) == []
+    assert unfounded("", table.format("1,962 rows, 78,250 tokens")) == ["78,250"]
 
 
 def test_most_changed_digits_are_found():
