@@ -63,7 +63,7 @@ def verdict(finding: Finding | None, spread: float = 0.0) -> str:
     return (SEEN if finding.holds else NOT_SEEN) + by_chance * PERHAPS
 
 
-# Relative differences of a second training on another machine: at the last layer and at exit 6.
+# Relative differences of a second training with another seed: at the last layer and at exit 6.
 _SPREAD, _SPREAD_AT_EXITS = 0.056, 0.147
 # Half of the bootstrap interval of the fastest setting, relative to its speedup.
 _SPREAD_OF_SPEEDS = 0.087

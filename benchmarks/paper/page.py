@@ -19,8 +19,8 @@ PAGE = ROOT / "docs" / "paper.md"
 HEAD = """# The paper's experiments, at a small scale
 
 Of {claims} claims of [LayerSkip](https://arxiv.org/abs/2404.16710), {seen} were seen again, {perhaps} \
-perhaps by chance, and {not_seen} were not seen with models of 12M to 135M parameters and minutes to an \
-hour of CPU training. "Not seen" does not refute the paper, and "seen again" does not confirm its \
+perhaps by chance, and {not_seen} were not seen with models of 12M to 135M parameters and minutes to \
+hours of CPU training. "Not seen" does not refute the paper, and "seen again" does not confirm its \
 numbers: each variant was trained once, and only pretraining uses the paper's recipe; the others use \
 few exits and distillation.
 
@@ -47,7 +47,7 @@ TITLES = {
     "kvq": "KV cache",
     "speculation": "draft length",
 }
-REPEAT = "pretrain-avx2"
+REPEAT = "pretrain-seed-1"
 LONG = "pretrain-long"
 
 
@@ -144,7 +144,7 @@ def _repeated(rows: Sequence[Mapping[str, Any]], repeat: Sequence[Mapping[str, A
             )
     text = "; ".join(gaps)
     return (
-        f"A second training from scratch on another CPU (`benchmarks/results/paper/{REPEAT}.json`"
+        f"A second training from scratch with another seed (`benchmarks/results/paper/{REPEAT}.json`"
         f" against `benchmarks/results/paper/pretrain.json`) gave {text}. Smaller gaps are marked as"
         " possible chance."
     )
