@@ -48,7 +48,8 @@ def last_at_most(some: Sequence[Row], others: Sequence[Row], factor: float) -> F
     ours, theirs = perplexities(some), perplexities(others)
     last = max(ours)
     ratio = ours[last] / theirs[last]
-    figures = f"{ours[last]:.2f} against {theirs[last]:.2f} ({ratio - 1:+.1%})"
+    shown = round(ours[last], 2) / round(theirs[last], 2) - 1  # of the printed figures
+    figures = f"{ours[last]:.2f} against {theirs[last]:.2f} ({shown:+.1%})"
     return Finding(ratio <= factor, figures, abs(ratio - 1))
 
 
