@@ -21,8 +21,8 @@ HEAD = """# The paper's experiments, at a small scale
 Of {claims} claims of [LayerSkip](https://arxiv.org/abs/2404.16710), {seen} were seen again, {perhaps} \
 perhaps by chance, and {not_seen} were not seen with models of 12M to 135M parameters and minutes to \
 hours of CPU training. "Not seen" does not refute the paper, and "seen again" does not confirm its \
-numbers: each variant was trained once, and only pretraining uses the paper's recipe; the others use \
-few exits and distillation.
+numbers: each variant was trained once, two of pretraining twice, and only pretraining uses the \
+paper's recipe; the others use few exits and distillation.
 
 `PYTHONPATH=benchmarks python -m paper.page` writes this page from the result files. The criteria are \
 those of `benchmarks/paper/claims.py`; most were written before the measurement, and those that were \

@@ -48,8 +48,9 @@ def last_at_most(some: Sequence[Row], others: Sequence[Row], factor: float) -> F
     ours, theirs = perplexities(some), perplexities(others)
     last = max(ours)
     ratio = ours[last] / theirs[last]
-    shown = round(ours[last], 2) / round(theirs[last], 2) - 1  # of the printed figures
-    figures = f"{ours[last]:.2f} against {theirs[last]:.2f} ({shown:+.1%})"
+    # The change of the rounded figures, so that a reader gets the same from the page.
+    change = round(ours[last], 2) / round(theirs[last], 2) - 1
+    figures = f"{ours[last]:.2f} against {theirs[last]:.2f} ({change:+.1%})"
     return Finding(ratio <= factor, figures, abs(ratio - 1))
 
 
@@ -107,6 +108,18 @@ def with_a_loss(row: Row, kind: str, field: str) -> dict[int, float]:
     named = {*recipe.get("fixed_exits", ())}
     named |= {*(() if recipe.get("curriculum") == "none" else in_turn)}
     return {one["exit_layer"]: one[field] or 0.0 for one in row[kind] if one["exit_layer"] in named}
+
+
+def of_most_exits(rule: Callable[[Row], Finding | None]) -> Callable[..., Finding | None]:
+    """A judge of the checkpoint that was trained with the most exits."""
+
+    def judge(*rows: Row) -> Finding | None:
+        several = [row for row in rows if "exits" in row]
+        if not several:
+            return None
+        return rule(max(several, key=lambda row: len(with_a_loss(row, "exits", "agreement"))))
+
+    return judge
 
 
 def earlier_is_faster(row: Row) -> Finding | None:

@@ -6,9 +6,18 @@ import math
 import re
 
 import pytest
-from paper.claims import CLAIMS, NOT_MEASURED, NOT_SEEN, SEEN, verdict
+from paper.claims import (
+    CLAIMS,
+    NOT_MEASURED,
+    NOT_SEEN,
+    SEEN,
+    SPREAD,
+    SPREAD_AT_EXITS,
+    verdict,
+)
 from paper.page import LONG, PAGE, REPEAT, TITLES, page, read, written
 from paper.record import RESULTS
+from paper.rules import perplexities
 
 HERE = {"command": "python -m paper.x", "commit": "abc", "date": "2026-11-25", "cpu": "a CPU"}
 HERE |= {"cpu_capability": "AVX2", "threads": 2, "dtype": "bfloat16"}
@@ -232,6 +241,13 @@ def test_a_second_training_is_compared_with_the_first():
     experiments = as_in_the_paper()
     text = page(experiments, {REPEAT: [row("baseline", exits=exits(33.0, 21.0))]})
     assert "baseline, E = 12: 21.00 against 20.00 (+5.0%)" in text
+
+
+def test_gaps_count_from_the_largest_of_the_second_training():
+    first = {row["variant"]: perplexities(row["exits"]) for row in read(RESULTS)["pretrain"]}
+    again = {r["variant"]: perplexities(r["exits"]) for r in read(RESULTS, (REPEAT,))[REPEAT]}
+    largest = [max(abs(again[v][e] / first[v][e] - 1) for v in again) for e in (12, 6)]
+    assert [round(gap, 3) for gap in largest] == [SPREAD, SPREAD_AT_EXITS]
 
 
 def test_the_longer_training_is_described():
