@@ -81,7 +81,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument(
-        "--steps", type=int, default=800, help=f"of the rows that {ALIKE} has a step"
+        "--steps", type=int, default=500, help=f"of the rows that {ALIKE} has a step"
     )
     parser.add_argument("--rows", type=int, default=2300, help="of the test, for exact match")
     parser.add_argument("--samples", type=int, default=40, help="of the test, for speed")
