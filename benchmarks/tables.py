@@ -3,8 +3,7 @@
     python benchmarks/tables.py
 
 A table stands between `<!--table:NAME-->` and `<!--end-->`. Under each table are its result files,
-their dates, and the command that repeats the measurement (`--output FILE` is left out). A table without
-its file is a comment that names the file.
+their dates, and the command that repeats the measurement (`--output FILE` is left out).
 """
 
 import json
@@ -46,13 +45,14 @@ def filled(text: str) -> str:
 
 
 def rendered(table: Table, folder: Path = RESULTS) -> str:
-    """Return a table in Markdown with its origin, or a comment if a file is missing."""
+    """Return a table in Markdown with its origin."""
     paths = [folder / f"{name}.json" for name in table.files]
-    if missing := [path.name for path in paths if not path.is_file()]:
-        return f"<!-- integrator: {', '.join(missing)} -->\n"
     heading, *rest = table.lines(*(json.loads(p.read_text(encoding="utf-8")) for p in paths))
     lines = [heading, ["---"] * len(heading), *rest]
-    origins = [f"`benchmarks/results/{p.name}` ({origin(p)})" for p in paths]
+    origins = [
+        f"`benchmarks/results/{n}.json` ({origin(p)})"
+        for n, p in zip(table.files, paths, strict=True)
+    ]
     rows = "\n".join(f"|{'|'.join(line)}|" for line in lines)
     return f"\n{rows}\n\n{'; '.join(origins)}: `{table.command}`\n\n"
 
@@ -141,19 +141,16 @@ def exit_line(row: dict[str, Any]) -> Line:
 
 
 def exits(document: dict[str, Any]) -> list[Line]:
-    """Rows of a checkpoint whose file is older than checkpoint.py."""
-    lines = [["", "exact match", "agreement with the last layer", "drafts accepted, d = 4"]]
-    lines.append(["last layer", percent(document["recipe"]["exact_match"]), "", ""])
-    lines += [exit_line(row) for row in document["recipe"]["exits"]]
-    lines.append(
-        [
-            "last layer, control without the recipe",
-            percent(document["control"]["exact_match"]),
-            "",
-            "",
-        ]
-    )
-    return lines
+    """Rows of a checkpoint trained with several exits and of its control; see paper/task.py."""
+    by_variant = {row["variant"]: row for row in document["rows"]}
+    recipe, control = by_variant["recipe"], by_variant["control"]
+    drafts = f"drafts accepted, d = {recipe['draft_tokens']}"
+    return [
+        ["", "exact match", "agreement with the last layer", drafts],
+        ["last layer", percent(recipe["exact_match"]), "", ""],
+        *(exit_line(row) for row in recipe["exits"]),
+        ["control without the recipe", percent(control["exact_match"]), "", ""],
+    ]
 
 
 def speed(document: dict[str, Any]) -> list[Line]:
@@ -366,14 +363,15 @@ def adapter_ablation(document: dict[str, Any]) -> list[Line]:
 
 
 def quantization(document: dict[str, Any], *checkpoints: dict[str, Any]) -> list[Line]:
-    lines = [["", "weights", "change of the NLL", "exact match", "drafts accepted at exit 8"]]
+    lines = [["", "weights", "change of the NLL", "exact match", "drafts accepted at exit 7"]]
     for row in document["rows"]:
         name = WEIGHTS.get(row["weights"], row["weights"])
         lines.append([document["model"], name, f"{row['relative_change']:+.2%}", "", ""])
     names = ("bfloat16", "int4, GPTQ", "int4, nearest")
     for name, one in zip(names, checkpoints, strict=True):
-        (at_8,) = (e for e in one["recipe"]["exits"] if e["exit_layer"] == 8)
-        rates = map(percent, (one["recipe"]["exact_match"], at_8["acceptance_rate"]))
+        task = one["checkpoint"]["tasks"]["topv2"]
+        (exit_,) = task["exits"]
+        rates = map(percent, (task["quality"]["exact_match"], exit_["acceptance_rate"]))
         lines.append(["trained on TOPv2", name, "", *rates])
     return lines
 
@@ -488,11 +486,7 @@ TABLES = {
         "python benchmarks/quality.py exactness --no-compile",
         exactness,
     ),
-    "topv2-recipe": Table(
-        ("topv2-recipe",),
-        "python benchmarks/checkpoint.py CHECKPOINT topv2 --control CONTROL --early-exit --rows 500",
-        exits,
-    ),
+    "exits": Table(("paper/task",), "PYTHONPATH=benchmarks python -m paper.task", exits),
     "adapter-speed": Table(
         ("adapter-speed",),
         "layerskip bench --model smollm2-135m --task TASK --sources",
@@ -513,7 +507,7 @@ TABLES = {
     ),
     "adapter": Table(("adapter-training",), "layerskip adapt --model smollm2-135m", adapter),
     "quantization": Table(
-        ("quantization", "topv2-recipe", "topv2-int4-gptq", "topv2-int4-nearest"),
+        ("quantization", "topv2-bfloat16", "topv2-int4-gptq", "topv2-int4-nearest"),
         "python benchmarks/quality.py weights",
         quantization,
     ),

@@ -110,18 +110,6 @@ def with_a_loss(row: Row, kind: str, field: str) -> dict[int, float]:
     return {one["exit_layer"]: one[field] or 0.0 for one in row[kind] if one["exit_layer"] in named}
 
 
-def of_most_exits(rule: Callable[[Row], Finding | None]) -> Callable[..., Finding | None]:
-    """A judge of the checkpoint that was trained with the most exits."""
-
-    def judge(*rows: Row) -> Finding | None:
-        several = [row for row in rows if "exits" in row]
-        if not several:
-            return None
-        return rule(max(several, key=lambda row: len(with_a_loss(row, "exits", "agreement"))))
-
-    return judge
-
-
 def earlier_is_faster(row: Row) -> Finding | None:
     speeds = with_a_loss(row, "timed", "speedup")
     if len(speeds) < 3:  # two points make no trend

@@ -5,6 +5,7 @@
 
 Training is that of examples/topv2_answers.yaml with three exits, about 1/4, 1/2 and 3/4 up (`recipe`),
 the same rows without the recipe (`control`), or the paper's settings (`paper`, of examples/task.yaml).
+`smollm2-135m-topv2` is the built-in checkpoint, which had one exit, 7, and ten times the rows.
 The rows of the test are those that are not in training, but for case and spaces. Agreement and
 acceptance are measured as in benchmarks/checkpoint.py.
 """
@@ -35,6 +36,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "control": (ALIKE, {**CONTROL, "distillation_weight": 0.0}),
     "paper": ("task.yaml", {"max_length": 192}),
 }
+BUILT_IN = "smollm2-135m-topv2"
 EXAMPLES = ROOT / "examples"
 TRAINING_ROWS = "$LAYERSKIP_DATA/topv2/*_train.tsv*"
 SMOKE = {
@@ -58,17 +60,22 @@ SMOKE_TRAINING = {
 
 def main() -> None:
     options = _options()
-    record = Record("task", options, VARIANTS)
+    record = Record("task", options, [*VARIANTS, BUILT_IN])
     if options.smoke:
         _made_up(options.work, Path(options.model))
     for variant in options.variants:
         if record.lacks(variant):
-            config = _config(variant, options)
-            row: dict[str, Any] = {"model": options.model}
-            row |= {"trained": trained(config, _tokens(config), again=options.again)}
-            model = LayerSkipModel.from_pretrained(config.output, dtype=options.dtype)
+            if variant == BUILT_IN:
+                source = options.model if options.smoke else BUILT_IN
+                row: dict[str, Any] = {"model": source, "trained": {}}
+            else:
+                config = _config(variant, options)
+                source = config.output
+                learnt = trained(config, _tokens(config), again=options.again)
+                row = {"model": options.model, "trained": learnt}
+            model = LayerSkipModel.from_pretrained(source, dtype=options.dtype)
             row |= {"layers": len(model.decoder.layers)}
-            row |= _measured(model, config.output, variant, options)
+            row |= _measured(model, source, variant, options)
             record.add(variant, row, model.decoder.kernels)
 
 
@@ -77,7 +84,7 @@ def _options() -> argparse.Namespace:
         "task",
         "Finetuning on TOPv2.",
         "of training, for each variant: it ends then, with its learning rate",
-        VARIANTS,
+        [*VARIANTS, BUILT_IN],
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument(
@@ -87,7 +94,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=40, help="of the test, for speed")
     parser.add_argument("--exits", type=numbers, default=[7, 15, 22])
     parser.add_argument("--draft-tokens", type=int, default=8)
-    parser.set_defaults(variants=["recipe", "control"])
+    parser.set_defaults(variants=["recipe", "control", BUILT_IN])
     options = parser.parse_args()
     if options.smoke:
         vars(options).update(SMOKE, model=str(options.work / "base"))
@@ -103,13 +110,14 @@ def _measured(
     quality |= {"rows": len(task.samples)}
     if variant == "control":
         return quality
-    exits = acceptance_by_exit(model, task, answers, options.exits, options.draft_tokens)
+    exit_layers = options.exits[:1] if variant == BUILT_IN else options.exits
+    exits = acceptance_by_exit(model, task, answers, exit_layers, options.draft_tokens)
     for row in exits:
         early = greedy_answers(model, task, mode="early-exit", exit_layer=row["exit_layer"])
         row |= task.quality([answer.text for answer in early])
     config = BenchConfig(
         modes=("self-speculative",),
-        exit_layers=options.exits,
+        exit_layers=exit_layers,
         draft_tokens=[options.draft_tokens],
     )
     timed = bench(model, load_task("topv2", samples=options.samples), config, source=source)

@@ -15,7 +15,7 @@ VARIANTS = {
     "pretrain": 8,
     "continual": 3,
     "domain": 3,
-    "task": 2,
+    "task": 3,
     "kvq": 2,
     "speculation": 1,
 }

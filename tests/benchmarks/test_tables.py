@@ -28,12 +28,6 @@ def test_tables_are_those_of_the_result_files(page):
     assert text == tables.filled(text), "run python benchmarks/tables.py"
 
 
-def test_a_table_without_its_file_names_the_file(tmp_path):
-    table = tables.Table(("one", "two"), "make", tables.demo)
-    (tmp_path / "one.json").write_text("{}")
-    assert tables.rendered(table, tmp_path) == "<!-- integrator: two.json -->\n"
-
-
 def test_a_table_names_its_file_and_command(tmp_path):
     (tmp_path / "one.json").write_text(json.dumps({"environment": ENVIRONMENT}))
     table = tables.Table(("one",), "make", lambda document: [["a", "b"], ["1", "2"]])
