@@ -5,7 +5,8 @@
 
 Training is that of examples/topv2_answers.yaml with three exits, about 1/4, 1/2 and 3/4 up (`recipe`),
 the same rows without the recipe (`control`), or the paper's settings (`paper`, of examples/task.yaml).
-`smollm2-135m-topv2` is the built-in checkpoint, which had one exit, 7, and ten times the rows.
+`smollm2-135m-topv2` is the built-in checkpoint, which had one exit, 7, and ten times the rows; its 4-bit
+weights are dequantized.
 The rows of the test are those that are not in training, but for case and spaces. Agreement and
 acceptance are measured as in benchmarks/checkpoint.py.
 """
@@ -73,7 +74,7 @@ def main() -> None:
                 source = config.output
                 learnt = trained(config, _tokens(config), again=options.again)
                 row = {"model": options.model, "trained": learnt}
-            model = LayerSkipModel.from_pretrained(source, dtype=options.dtype)
+            model = LayerSkipModel.from_pretrained(source, dtype=options.dtype, weights="16bit")
             row |= {"layers": len(model.decoder.layers)}
             row |= _measured(model, source, variant, options)
             record.add(variant, row, model.decoder.kernels)
