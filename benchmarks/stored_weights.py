@@ -32,6 +32,7 @@ from gguf import GGMLQuantizationType as Kind
 from layerskip import LayerSkipModel
 from layerskip.bench.baselines import llama_cpp
 from layerskip.bench.baselines.process import Job
+from layerskip.bench.measure import Setting
 from layerskip.model import native
 from layerskip.model.weights import GgufFile
 
@@ -197,7 +198,7 @@ def _llama_cpp(file: Path, threads: int) -> tuple[Figures, Figures]:
         eos_token_ids=(),
         stop=(),
     )
-    server = llama_cpp._start(job, None)
+    server = llama_cpp._start(job, Setting())
     prompt = torch.randint(1000, (PROMPT_TOKENS,), generator=torch.manual_seed(0)).tolist()
 
     def timings(n_prompt: int, n_new: int) -> dict[str, float]:

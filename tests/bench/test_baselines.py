@@ -16,7 +16,7 @@ from causal_lms import build
 from layerskip import LayerSkipModel
 from layerskip.bench.baselines import (
     BASELINES,
-    BaselineProcess,
+    Baseline,
     llama_cpp,
     start_baselines,
     transformers,
@@ -100,12 +100,13 @@ def test_answers_end_by_our_rules():
 def stand_in(monkeypatch):
     """Register a baseline, "stand-in", that runs in a process."""
     spec = BaselineSpec(module="stand_in_baseline", package="json", distribution="stand-in")
-    monkeypatch.setitem(BASELINES, "stand-in", spec)
     paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "src")]
     monkeypatch.setenv("PYTHONPATH", ":".join(paths))
 
-    def start(**changes):
-        return BaselineProcess("stand-in", dataclasses.replace(JOB, **changes))
+    def start(process_per_setting=False, **changes):
+        own = dataclasses.replace(spec, process_per_setting=process_per_setting)
+        monkeypatch.setitem(BASELINES, "stand-in", own)
+        return Baseline("stand-in", dataclasses.replace(JOB, **changes))
 
     return start
 
@@ -127,6 +128,17 @@ def test_one_answer_a_request(stand_in, tmp_path, monkeypatch):
             baseline.answer(PLAIN, [1], 4)
 
 
+def test_settings_with_processes_of_their_own_fail_alone(stand_in):
+    with stand_in(process_per_setting=True) as baseline:
+        assert baseline.answer(LOOKUP, [1], 4).text == "prompt-lookup"
+        with pytest.raises(SystemFailedError, match="ended with status 3"):
+            baseline.answer(PLAIN, [CRASH], 4)
+        with pytest.raises(SystemFailedError, match="ended with status 3"):
+            baseline.answer(PLAIN, [1], 4)
+        assert baseline.answer(LOOKUP, [1], 4).text == "prompt-lookup"
+
+
+@pytest.mark.parametrize("process_per_setting", [False, True])
 @pytest.mark.parametrize(
     ("context", "reason"),
     [
@@ -134,8 +146,10 @@ def test_one_answer_a_request(stand_in, tmp_path, monkeypatch):
         (CRASH, "its process ended with status 9: chatter from below"),
     ],
 )
-def test_a_baseline_that_cannot_start_is_rows_with_the_reason(stand_in, context, reason):
-    with stand_in(context=context) as baseline:
+def test_a_baseline_that_cannot_start_is_rows_with_the_reason(
+    stand_in, context, reason, process_per_setting
+):
+    with stand_in(process_per_setting, context=context) as baseline:
         entries = measure([baseline], [[1]], max_new_tokens=2)
     assert [entry.error for entry in entries] == [reason] * 2
 

@@ -1,5 +1,5 @@
-"""Baselines: other programs on the same checkpoint and prompts, each in a process of its own."""
+"""Baselines: other programs on the same checkpoint and prompts, each in processes of its own."""
 
-from layerskip.bench.baselines.process import BASELINES, BaselineProcess, start_baselines
+from layerskip.bench.baselines.process import BASELINES, Baseline, start_baselines
 
-__all__ = ["BASELINES", "BaselineProcess", "start_baselines"]
+__all__ = ["BASELINES", "Baseline", "start_baselines"]

@@ -48,12 +48,11 @@ class Engine:
         self._bytes_per_pass = _bytes_per_pass(job.gguf)
         _check_device(job.device)
         self.build = _build()
-        # Drafting is fixed when a server starts. The servers share the mapped file.
-        self._servers = {_key(setting): _start(job, setting) for setting in job.settings}
+        (setting,) = job.settings  # fixed when a server starts
+        self._server = _start(job, setting)
 
     def answer(self, setting: Setting, prompt: Sequence[int], max_new_tokens: int) -> Run:
         """See `System`."""
-        server = self._servers[_key(setting)]
         seconds = 0.0
         # The server's own clock, without HTTP.
         recorder = Recorder.of(self._job, lambda: seconds, max_new_tokens)
@@ -70,22 +69,18 @@ class Engine:
                 "return_tokens": True,
                 "timings_per_token": True,
             }
-            for seconds, token, new_step in _tokens(server, request):
+            for seconds, token, new_step in _tokens(self._server, request):
                 seconds += started
                 generated.append(token)
                 recorder.add([token], new_step=new_step)
             started = seconds
         return recorder.run(
-            peak_memory_bytes=None,  # all servers are in this process
+            peak_memory_bytes=None,  # not measured
             bytes_per_pass=None if setting.config.draft_tokens else self._bytes_per_pass,
         )
 
 
-def _key(setting: Setting) -> tuple[str, int | None]:
-    return setting.mode, setting.config.draft_tokens
-
-
-def _start(job: Job, setting: Setting | None) -> Any:
+def _start(job: Job, setting: Setting) -> Any:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -101,7 +96,7 @@ def _start(job: Job, setting: Setting | None) -> Any:
     params.cache_ram_mib = 0  # no prompt is kept for later requests
     params.ui = False
     params.verbosity = 1  # errors
-    if setting is not None and setting.config.draft_tokens is not None:
+    if setting.config.draft_tokens is not None:
         _draft(params.speculative, setting.mode, setting.config.draft_tokens)
     return xllamacpp.Server(params)
 

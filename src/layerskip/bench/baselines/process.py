@@ -67,11 +67,19 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaselineSpec:
-    """A baseline: its module, with `settings(drafts)` and `Engine(job)`, and the package it needs."""
+    """A baseline.
+
+    Attributes:
+        module: has `settings(drafts)` and `Engine(job)`.
+        package: that it imports.
+        distribution: that has the package.
+        process_per_setting: each setting has a process of its own, else all share one.
+    """
 
     module: str
     package: str
     distribution: str
+    process_per_setting: bool = False
 
 
 BASELINES = {
@@ -84,6 +92,9 @@ BASELINES = {
         module="layerskip.bench.baselines.llama_cpp",
         package="xllamacpp",
         distribution="xllamacpp",
+        # With five servers in a process, OpenMP has more threads than there are cores, and puts them to
+        # sleep at each barrier: 40% slower.
+        process_per_setting=True,
     ),
 }
 
@@ -136,8 +147,8 @@ def serve(module: str, requests: TextIO, replies: TextIO) -> None:
             return
 
 
-class BaselineProcess:
-    """A system in another process, which runs within a `with` block.
+class Baseline:
+    """A system in other processes, which run within a `with` block.
 
     Args:
         name: of `BASELINES`.
@@ -149,17 +160,55 @@ class BaselineProcess:
     """
 
     def __init__(self, name: str, job: Job, failure: str | None = None) -> None:
+        spec = BASELINES[name]
         self.name, self.settings = name, job.settings
         self.build: str | None = None
-        self._job, self._failure = job, failure
-        self._process: subprocess.Popen[str] | None = None
+        self._failure = failure
+        groups = [[one] for one in job.settings] if spec.process_per_setting else [job.settings]
+        self._processes = [
+            _Process(spec.module, dataclasses.replace(job, settings=group)) for group in groups
+        ]
 
-    def __enter__(self) -> "BaselineProcess":
+    def __enter__(self) -> "Baseline":
+        with contextlib.ExitStack() as stack:
+            if self._failure is None:
+                for process in self._processes:
+                    self.build = stack.enter_context(process).build or self.build
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def answer(self, setting: Setting, prompt: Sequence[int], max_new_tokens: int) -> Run:
+        """See `System`."""
         if self._failure is not None:
-            return self
+            raise SystemFailedError(self._failure)
+        process = next(one for one in self._processes if setting in one.settings)
+        reply = process.request(
+            {
+                "setting": process.settings.index(setting),
+                "prompt": list(prompt),
+                "max_new_tokens": max_new_tokens,
+            }
+        )
+        steps = tuple(Step(tuple(step["tokens"])) for step in reply.pop("steps"))
+        return Run(steps=steps, **reply)
+
+
+class _Process:
+    """A process that answers with some settings of a baseline. After a failure it stays failed."""
+
+    def __init__(self, module: str, job: Job) -> None:
+        self.settings = list(job.settings)
+        self._module, self._job = module, job
+        self._failure: str | None = None
+        self.build: str | None = None
+
+    def __enter__(self) -> "_Process":
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, BASELINES[self.name].module],
+            [sys.executable, "-c", _START, self._module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -168,34 +217,25 @@ class BaselineProcess:
             env=os.environ | {"PYTHONSAFEPATH": "1"},  # for its children, from Python 3.11 on
         )
         try:
-            self.build = self._request(dataclasses.asdict(self._job))["build"]
+            self.build = self.request(dataclasses.asdict(self._job))["build"]
         except SystemFailedError as error:
             self._failure = str(error)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._log.close()
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
 
-    def answer(self, setting: Setting, prompt: Sequence[int], max_new_tokens: int) -> Run:
-        """See `System`."""
+    def request(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the reply to a request.
+
+        Raises:
+            SystemFailedError: the library raised an error, or the process has ended.
+        """
         if self._failure is not None:
             raise SystemFailedError(self._failure)
-        reply = self._request(
-            {
-                "setting": list(self.settings).index(setting),
-                "prompt": list(prompt),
-                "max_new_tokens": max_new_tokens,
-            }
-        )
-        steps = tuple(Step(tuple(step["tokens"])) for step in reply.pop("steps"))
-        return Run(steps=steps, **reply)
-
-    def _request(self, request: dict[str, Any]) -> dict[str, Any]:
         process = self._process
-        assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -228,8 +268,8 @@ def start_baselines(
     ignore_eos: bool,
     gguf_weights: str | None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[list[BaselineProcess]]:
-    """Start a process for each baseline; all of them end with the context.
+) -> Iterator[list[Baseline]]:
+    """Start the processes of each baseline; all of them end with the context.
 
     The list has baselines that cannot take part too (not installed, a file that they cannot read); each
     of their answers fails with the reason.
@@ -246,7 +286,7 @@ def start_baselines(
         progress: called with the number that have started, and in all.
     """
     with contextlib.ExitStack() as stack:
-        baselines: list[BaselineProcess] = []
+        baselines: list[Baseline] = []
         if names:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="layerskip-baselines-"))
             job = Job(
@@ -266,7 +306,7 @@ def start_baselines(
             progress(len(baselines), len(names))
             failure = _prepare(name, job, gguf_weights)
             settings = importlib.import_module(BASELINES[name].module).settings(drafts)
-            baseline = BaselineProcess(name, dataclasses.replace(job, settings=settings), failure)
+            baseline = Baseline(name, dataclasses.replace(job, settings=settings), failure)
             baselines.append(stack.enter_context(baseline))
             progress(len(baselines), len(names))
         yield baselines
