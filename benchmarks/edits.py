@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from common import deliver, environment_of, parse, run
+from common import comma_separated, deliver, environment_of, parse, run
 
 from layerskip import LayerSkipModel
 from layerskip.bench.bench import bench
@@ -39,6 +39,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="default: 30 edits, 8 predictions")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument(
+        "--baselines", type=comma_separated, default=[], help="of edits: other programs"
+    )
+    parser.add_argument(
         "--sources", action="store_true", help="of edits: rows for each draft source"
     )
     options = parse(parser)
@@ -54,6 +57,7 @@ def edits(model: LayerSkipModel, options: argparse.Namespace) -> dict[str, Any]:
         task="edits",
         modes=("auto",),
         sources=options.sources,
+        baselines=tuple(options.baselines),
         max_new_tokens=options.max_new_tokens,
     )
     task = load_task("edits", samples=options.samples or 30, chat=True)
