@@ -6,6 +6,7 @@ A table stands between `<!--table:NAME-->` and `<!--end-->`. Under each table ar
 their dates, and the command that repeats the measurement (`--output FILE` is left out).
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -21,7 +22,8 @@ PAGES = tuple(
 )
 BLOCK = re.compile(r"(<!--table:([\w-]+)-->\n).*?(<!--end-->)", re.DOTALL)
 WEIGHTS = {"16bit": "bfloat16", "stored": "as stored"}
-TASKS = {"topv2": "TOPv2", "spec_bench": "Spec-Bench"}
+WITH_PROMPT = "tokens_per_s_with_prompt"
+TASKS = {"topv2": "TOPv2", "spec_bench": "Spec-Bench", "edits": "edits of Python files"}
 Line = list[str]
 
 
@@ -218,6 +220,52 @@ def edits(*documents: dict[str, Any]) -> list[Line]:
             ]
         )
     return lines
+
+
+def llama_cpp(*documents: dict[str, Any]) -> list[Line]:
+    """Tokens/s of plain decoding and of drafts in both programs, a line for each run."""
+    columns = ("llama.cpp, plain", "its best drafts", "`auto` over the faster", "with prefill")
+    lines = [["task", "weights", "prompts", "plain", "`auto`", *columns]]
+    for run in itertools.chain.from_iterable(map(runs_of, documents)):
+        plain, auto = (
+            next(row for row in run["rows"] if row["mode"] == mode) for mode in ("plain", "auto")
+        )
+        other, *drafting = (row for row in run["rows"] if row["system"] == "llama.cpp")
+        drafts = max(drafting, key=tokens_per_s)
+        best = fastest(run, "llama.cpp")
+        weights = run["environment"]["weights"]
+        lines.append(
+            [
+                TASKS[run["task"]],
+                WEIGHTS.get(weights, weights),
+                str(run["samples"]),
+                *(f"{tokens_per_s(row):.0f}" for row in (plain, auto, other)),
+                f"{tokens_per_s(drafts):.0f} ({system_name(drafts).removeprefix('llama.cpp, ')})",
+                times(over(auto, best)),
+                times(auto[WITH_PROMPT] / best[WITH_PROMPT]),
+            ]
+        )
+    return lines
+
+
+def runs_of(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the runs of `layerskip bench` in a result."""
+    return [run for run in document.get("parts", {"": document}).values() if "rows" in run]
+
+
+def fastest(run: dict[str, Any], system: str) -> dict[str, Any]:
+    """Return the fastest row of a system; {} without one."""
+    rows = [row for row in run["rows"] if row.get("system") == system and "error" not in row]
+    return max(rows, key=tokens_per_s, default={})
+
+
+def over(row: dict[str, Any], other: dict[str, Any]) -> float:
+    """Return the speedup of a row, without outputs that loop, over a row of another system."""
+    return float(row["speedup_without_loops"] / other["vs_layerskip_plain"])
+
+
+def tokens_per_s(row: dict[str, Any]) -> float:
+    return float(row["tokens_per_s"])
 
 
 def stored(document: dict[str, Any]) -> list[Line]:
@@ -461,6 +509,11 @@ TABLES = {
         ("topv2-speed",),
         "python benchmarks/speed.py --model smollm2-135m-topv2 --task topv2",
         speed,
+    ),
+    "llama-cpp": Table(
+        ("topv2-speed", "edits-baselines", "edits-baselines-stored", "spec-bench-speed"),
+        "python benchmarks/speed.py --model MODEL --task TASK --baselines llama.cpp",
+        llama_cpp,
     ),
     "edits": Table(
         ("edits-bfloat16", "edits-int8"),

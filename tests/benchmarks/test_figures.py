@@ -3,8 +3,8 @@
 A figure is a number with a unit of a measurement, and, in a table of a section that names result files,
 any number below its head outside the first column. It has to equal a number of these files, rounded to
 the printed digits. Derived from them may be: a percentage of a share, a change "A against B (x%)", a
-speedup over the row of plain decoding, the time that reuse of the cache saves, and other units of
-seconds and bytes.
+speedup over the row of plain decoding or over llama.cpp, the time that reuse of the cache saves, and
+other units of seconds and bytes.
 """
 
 import functools
@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
+import tables
 from index import RESULTS
 from paper.rules import share_saved
 
@@ -132,7 +133,7 @@ def number(text: str) -> float:
 
 @functools.cache
 def measured(files: tuple[str, ...]) -> list[tuple[str, float]]:
-    """Return the numbers of the files with their keys, and speedups over plain decoding."""
+    """Return the numbers of the files with their keys, and speedups over plain rows and llama.cpp."""
     documents = [json.loads((RESULTS / file).read_text()) for file in files]
     rows = [row for one in documents for row in rows_of(one)]
     plain = {row.get("batch"): row for row in rows if row.get("mode") == "plain"}
@@ -141,6 +142,15 @@ def measured(files: tuple[str, ...]) -> list[tuple[str, float]]:
         for row in rows
         for key in ("tokens_per_s", "tokens_per_cpu_s")
         if "batch" in row and key in row and plain
+    ]
+    speedups += [
+        ("over llama.cpp", ratio)
+        for document in documents
+        for run in tables.runs_of(document)
+        if (best := tables.fastest(run, "llama.cpp"))
+        for row in run["rows"]
+        if row["system"] == "layerskip" and "speedup_without_loops" in row
+        for ratio in (tables.over(row, best), row[tables.WITH_PROMPT] / best[tables.WITH_PROMPT])
     ]
     saved = [("saved", share_saved(row)) for row in rows if "ms_per_token_of_repeats" in row]
     return [*itertools.chain.from_iterable(map(leaves, documents)), *speedups, *saved]

@@ -112,3 +112,19 @@ def test_vllm_has_the_memory_of_each_mode_beside_its_speeds():
     ]
     busy = [vllm_row("plain", 1, 50, unit="tokens_per_cpu_s")]
     assert tables.vllm({"rows": busy}) == [["tokens per CPU second", "batch 1"], ["plain", "50"]]
+
+
+def test_speed_over_llama_cpp_is_over_its_fastest_row():
+    def row(mode, tokens_per_s, **system):
+        more = {"tokens_per_s_with_prompt": 40.0, "vs_layerskip_plain": 2.0}
+        return bench_row(mode, tokens_per_s, **system) | more
+
+    rows = [row("plain", 50.0), row("auto", 200.0)]
+    rows += [row(mode, 100.0, system="llama.cpp") for mode in ("plain", "prompt-lookup")]
+    run = {"task": "topv2", "samples": 3, "rows": rows, "environment": ENVIRONMENT}
+    rows[-1]["tokens_per_s"] = 80.0
+    _, line = tables.llama_cpp(run)
+    assert line[3:] == ["50", "200", "100", "80 (prompt-lookup, d = 4)", "1.00x", "1.00x"]
+    rows[-1] |= {"tokens_per_s": 160.0, "vs_layerskip_plain": 3.2}
+    _, line = tables.llama_cpp({"parts": {"": run, "failed": {"error": "no data"}}})
+    assert line[-2:] == ["0.62x", "1.00x"]
