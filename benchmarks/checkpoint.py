@@ -207,6 +207,7 @@ def training_record(folder: Path) -> dict[str, Any] | None:
     logs = read_log(folder / "train_log.jsonl")
     last = {name: value for log in logs for name, value in log.items()}
     totals = ("step", "train_runtime", "peak_memory_bytes")
+    del settings["output"]  # a folder of one machine
     record = {"settings": settings, **{name: last[name] for name in totals if name in last}}
     before = training_record(Path(settings["model"]))
     return record if before is None else {**record, "before": before}

@@ -512,7 +512,8 @@ TABLES = {
     ),
     "llama-cpp": Table(
         ("topv2-speed", "edits-baselines", "edits-baselines-stored", "spec-bench-speed"),
-        "python benchmarks/speed.py --model MODEL --task TASK --baselines llama.cpp",
+        "python benchmarks/speed.py --model MODEL --task TASK --baselines llama.cpp;"
+        " python benchmarks/edits.py edits --model MODEL --baselines llama.cpp",
         llama_cpp,
     ),
     "edits": Table(

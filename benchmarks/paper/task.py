@@ -5,10 +5,9 @@
 
 Training is that of examples/topv2_answers.yaml with three exits, about 1/4, 1/2 and 3/4 up (`recipe`),
 the same rows without the recipe (`control`), or the paper's settings (`paper`, of examples/task.yaml).
-`smollm2-135m-topv2` is the built-in checkpoint, which had one exit, 7, and ten times the rows; its 4-bit
-weights are dequantized.
-The rows of the test are those that are not in training, but for case and spaces. Agreement and
-acceptance are measured as in benchmarks/checkpoint.py.
+`smollm2-135m-topv2` is the built-in checkpoint, trained with one exit, 7, on ten times the rows; its
+4-bit weights are dequantized. The test has the rows that are not in training, but for case and spaces.
+Agreement and acceptance are measured as in benchmarks/checkpoint.py.
 """
 
 import argparse

@@ -92,8 +92,8 @@ BASELINES = {
         module="layerskip.bench.baselines.llama_cpp",
         package="xllamacpp",
         distribution="xllamacpp",
-        # With five servers in a process, OpenMP has more threads than there are cores, and puts them to
-        # sleep at each barrier: 40% slower.
+        # The threads of several servers in one process are more than the cores; OpenMP then puts them to
+        # sleep at each barrier, which makes each server a third slower.
         process_per_setting=True,
     ),
 }
