@@ -73,6 +73,25 @@ def test_json_is_all_there_is_on_stdout(demo, folder, tmp_path):
     assert [row["identical_to_plain"] for row in after["rows"]] == [1.0, 1.0, 1.0]
 
 
+def test_answers_left_out_of_the_speedups_are_counted():
+    rows = [
+        {"mode": mode, "tokens_per_s": 10.0, "speedup_without_loops": None}
+        | {"identical_to_plain": 1.0, "looping": 0.5, "echoing": 0.0}
+        for mode in ("plain", "self-speculative")
+    ]
+    evaluation = demo_train.Evaluation(
+        {"task": "before training", "samples": 4, "rows": rows}, ["{}"] * 4, 0, 0, 8, None, {}
+    )
+    console = Console(file=io.StringIO(), width=100)
+    demo_train._show_figures(console, evaluation, evaluation)
+    lines = [
+        line for line in console.file.getvalue().splitlines() if "left out of the speedups" in line
+    ]
+    assert len(lines) == 1
+    assert "loops" in lines[0]
+    assert lines[0].count("2 of 4") == 2
+
+
 def test_a_folder_in_use_is_left_alone(demo, tmp_path):
     folder = tmp_path / "runs" / "demo"
     folder.mkdir(parents=True)

@@ -279,6 +279,11 @@ def _show_figures(console: Console, before: Evaluation, after: Evaluation) -> No
         rows = [evaluation.group["rows"][i : i + 1] for evaluation in both]
         table.add_row(name, *(_speed(*figures) for figures in rows))
     table.add_row("auto identical to plain", *(identical(e.group["rows"][1], n) for e in both))
+    for share, answers in (("looping", "loops"), ("echoing", "echoes")):
+        counts = [round(n * evaluation.group["rows"][1][share]) for evaluation in both]
+        if any(counts):
+            name = f"left out of the speedups: {answers}"
+            table.add_row(name, *(f"{count} of {n}" for count in counts))
     console.print(table)
 
 
