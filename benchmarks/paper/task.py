@@ -6,8 +6,9 @@
 Training is that of examples/topv2_answers.yaml with three exits, about 1/4, 1/2 and 3/4 up (`recipe`),
 the same rows without the recipe (`control`), or the paper's settings (`paper`, of examples/task.yaml).
 `smollm2-135m-topv2` is the built-in checkpoint, trained with one exit, 7, on ten times the rows; its
-4-bit weights are dequantized. The test has the rows that are not in training, but for case and spaces.
-Agreement and acceptance are measured as in benchmarks/checkpoint.py.
+4-bit weights are dequantized. `late exit` goes on from it for 1,500 steps, with an exit at 3/4 too. The
+test has the rows that are not in training, but for case and spaces. Agreement and acceptance are
+measured as in benchmarks/checkpoint.py.
 """
 
 import argparse
@@ -29,14 +30,19 @@ from paper.finetuning import CONTROL, SMOKE_EXITS, tokenizer_of
 from paper.record import ROOT, Record, numbers, options_of
 
 ALIKE = "topv2_answers.yaml"
+BUILT_IN = "smollm2-135m-topv2"
 # The example that a variant's settings come from, and what it changes of them.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    # The exit at 3/4 learns in every step, the two before it in every second one.
+    # The exit at 3/4 learns in every step, those before it share the steps.
     "recipe": (ALIKE, {"exits": [7, 15], "fixed_exits": [22], "rotation": 2}),
     "control": (ALIKE, {**CONTROL, "distillation_weight": 0.0}),
     "paper": ("task.yaml", {"max_length": 192}),
+    "late exit": (
+        ALIKE,
+        {"exits": [7], "fixed_exits": [22], "rotation": 2}
+        | {"model": BUILT_IN, "max_steps": 1500, "learning_rate": 4e-4, "save_steps": 250},
+    ),
 }
-BUILT_IN = "smollm2-135m-topv2"
 EXAMPLES = ROOT / "examples"
 TRAINING_ROWS = "$LAYERSKIP_DATA/topv2/*_train.tsv*"
 SMOKE = {
@@ -72,7 +78,7 @@ def main() -> None:
                 config = _config(variant, options)
                 source = config.output
                 learnt = trained(config, _tokens(config), again=options.again)
-                row = {"model": options.model, "trained": learnt}
+                row = {"model": config.model, "trained": learnt}
             model = LayerSkipModel.from_pretrained(source, dtype=options.dtype, weights="16bit")
             row |= {"layers": len(model.decoder.layers)}
             row |= _measured(model, source, variant, options)
@@ -94,7 +100,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=40, help="of the test, for speed")
     parser.add_argument("--exits", type=numbers, default=[7, 15, 22])
     parser.add_argument("--draft-tokens", type=int, default=8)
-    parser.set_defaults(variants=["recipe", "control", BUILT_IN])
+    parser.set_defaults(variants=["recipe", "control", BUILT_IN, "late exit"])
     options = parser.parse_args()
     if options.smoke:
         vars(options).update(SMOKE, model=str(options.work / "base"))
@@ -134,22 +140,20 @@ def _measured(
 def _config(variant: str, options: argparse.Namespace) -> TrainConfig:
     file, changes = VARIANTS[variant]
     topv2 = TrainConfig.from_yaml(EXAMPLES / ALIKE)
-    return TrainConfig.from_yaml(
-        EXAMPLES / file,
-        **{name: getattr(topv2, name) for name in ("data", "prompt", "completion")},
-        model=options.model,
-        max_steps=options.steps,
-        max_minutes=options.minutes,
-        warmup_steps=options.steps // 10,
-        output=str(options.work / variant),
-        keep_checkpoints=1,
-        resume=True,
-        **{
-            "batch_size": topv2.batch_size,
-            **changes,
-            **(SMOKE_TRAINING if options.smoke else {}),
-        },
-    )
+    settings: dict[str, Any] = {
+        **{name: getattr(topv2, name) for name in ("data", "prompt", "completion", "batch_size")},
+        "model": options.model,
+        "max_steps": options.steps,
+        "max_minutes": options.minutes,
+        "output": str(options.work / variant.replace(" ", "-")),
+        "keep_checkpoints": 1,
+        "resume": True,
+        **changes,
+    }
+    if options.smoke:
+        settings |= {**SMOKE_TRAINING, "model": options.model, "max_steps": options.steps}
+    settings["warmup_steps"] = settings["max_steps"] // 10
+    return TrainConfig.from_yaml(EXAMPLES / file, **settings)
 
 
 def _tokens(config: TrainConfig) -> int:

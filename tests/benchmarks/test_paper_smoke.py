@@ -15,7 +15,7 @@ VARIANTS = {
     "pretrain": 8,
     "continual": 3,
     "domain": 3,
-    "task": 3,
+    "task": 4,
     "kvq": 2,
     "speculation": 1,
 }
