@@ -6,9 +6,9 @@
 Training is that of examples/topv2_answers.yaml with three exits, about 1/4, 1/2 and 3/4 up (`recipe`),
 the same rows without the recipe (`control`), or the paper's settings (`paper`, of examples/task.yaml).
 `smollm2-135m-topv2` is the built-in checkpoint, trained with one exit, 7, on ten times the rows; its
-4-bit weights are dequantized. `late exit` goes on from it for 1,500 steps, with an exit at 3/4 too. The
-test has the rows that are not in training, but for case and spaces. Agreement and acceptance are
-measured as in benchmarks/checkpoint.py.
+4-bit weights are dequantized. `late exit` trains that checkpoint for 1,500 steps more, with a second
+exit, about 3/4 up. The test has the rows that are not in training, but for case and spaces. Agreement
+and acceptance are measured as in benchmarks/checkpoint.py.
 """
 
 import argparse
@@ -33,7 +33,7 @@ ALIKE = "topv2_answers.yaml"
 BUILT_IN = "smollm2-135m-topv2"
 # The example that a variant's settings come from, and what it changes of them.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    # The exit at 3/4 learns in every step, those before it share the steps.
+    # Exit 22 has a loss at every step, the earlier exits at every second one.
     "recipe": (ALIKE, {"exits": [7, 15], "fixed_exits": [22], "rotation": 2}),
     "control": (ALIKE, {**CONTROL, "distillation_weight": 0.0}),
     "paper": ("task.yaml", {"max_length": 192}),
@@ -93,9 +93,7 @@ def _options() -> argparse.Namespace:
         [*VARIANTS, BUILT_IN],
     )
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument(
-        "--steps", type=int, default=500, help=f"of the rows that {ALIKE} has a step"
-    )
+    parser.add_argument("--steps", type=int, default=500, help="of all variants but late exit")
     parser.add_argument("--rows", type=int, default=2300, help="of the test, for exact match")
     parser.add_argument("--samples", type=int, default=40, help="of the test, for speed")
     parser.add_argument("--exits", type=numbers, default=[7, 15, 22])
