@@ -1,7 +1,7 @@
 """Measure a trained checkpoint: task quality, draft acceptance of every exit, perplexity.
 
     LAYERSKIP_DATA=/path/to/data python benchmarks/checkpoint.py runs/topv2 topv2 \\
-        --control runs/topv2-control --early-exit --rows 2300 --exits 4,8 \\
+        --early-exit --rows 2300 --exits 4,8 \\
         --unseen '$LAYERSKIP_DATA/topv2/*_train.tsv*' --output benchmarks/results/topv2-checkpoint.json
 
 The held-out rows are a task of `layerskip bench`, or a folder with one file `test-NAME.jsonl` for each
@@ -11,8 +11,8 @@ used, so that its results compare with others.
 The last layer's greedy outputs are judged. Along them, the agreement of every exit with the last layer
 is read, and rounds of d = 4 drafted tokens are replayed. --early-exit also judges the outputs of early
 exit alone. --unseen leaves out prompts that the training rows contain, but for case and spaces.
-A control is a second checkpoint, for example one trained without the recipe; its exits are not
-measured. The settings and log of the training run are copied into the result.
+A control trained without the recipe is a run of its own, with `--exits none`. The settings and log of
+the training run are copied into the result.
 """
 
 import argparse
@@ -30,7 +30,6 @@ from layerskip.bench.perplexity import perplexity
 from layerskip.bench.tasks import TASKS, Task, load_task
 from layerskip.data.readers import WIKITEXT, read_rows, read_text
 from layerskip.decoding import Generation
-from layerskip.model import open_files, resolve
 from layerskip.model.quantize import WEIGHTS
 from layerskip.training.callbacks import read_log
 from layerskip.tune.predict import agreement_rate, read_agreement, replay
@@ -44,10 +43,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="checkpoint trained with the recipe")
     parser.add_argument("held_out", type=Path, help="folder of test-NAME.jsonl, or a task")
-    parser.add_argument("--control", help="checkpoint to compare with")
     parser.add_argument("--rows", type=int, default=200, help="of each task")
     parser.add_argument("--unseen", help="training rows of TOPv2, whose utterances are left out")
-    parser.add_argument("--exits", type=_exits, default=EXITS, help="comma-separated")
+    parser.add_argument("--exits", type=_exits, default=EXITS, help="comma-separated, or none")
     parser.add_argument("--early-exit", action="store_true", help="judge early exit alone as well")
     parser.add_argument("--words", type=int, default=20000, help="of the text for perplexity")
     parser.add_argument("--text", default=WIKITEXT.folder, help="text file, or wikitext2")
@@ -58,36 +56,31 @@ def main() -> None:
 
 
 def _exits(text: str) -> tuple[int, ...]:
-    return tuple(map(int, comma_separated(text)))
+    return () if text == "none" else tuple(map(int, comma_separated(text)))
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure both checkpoints on the same prompts and text.
+    """Measure a checkpoint on prompts and text.
 
     Raises:
-        ValueError: there are no held-out rows, or a checkpoint cannot be loaded.
+        ValueError: there are no held-out rows, or the checkpoint cannot be loaded.
     """
     tasks = held_out_tasks(options.held_out, options.rows)
     if options.unseen:
         tasks = {name: unseen(task, options.unseen) for name, task in tasks.items()}
     text = read_text(options.text, options.words)
-    if options.control:
-        open_files(resolve(options.control))  # fail before an hour of measuring
-    result: dict[str, Any] = {"draft_tokens": DRAFT_TOKENS}
-    result["text"] = {"name": options.text, "words": len(text.split())}
-    for key, name in (("checkpoint", options.checkpoint), ("control", options.control)):
-        if name is None:
-            continue
-        model = LayerSkipModel.from_pretrained(name, dtype=options.dtype, weights=options.weights)
-        result.setdefault("environment", environment_of("benchmarks/checkpoint.py", model))
-        exits = options.exits if key == "checkpoint" else ()
-        result[key] = {
+    name = options.checkpoint
+    model = LayerSkipModel.from_pretrained(name, dtype=options.dtype, weights=options.weights)
+    return {
+        "draft_tokens": DRAFT_TOKENS,
+        "text": {"name": options.text, "words": len(text.split())},
+        "environment": environment_of("benchmarks/checkpoint.py", model),
+        "checkpoint": {
             "name": name,
             "training": training_record(Path(name)),
-            **evaluate(model, tasks, text, exits, early_exit=options.early_exit),
-        }
-        del model
-    return result
+            **evaluate(model, tasks, text, options.exits, early_exit=options.early_exit),
+        },
+    }
 
 
 def held_out_tasks(held_out: Path, rows: int) -> dict[str, Task]:

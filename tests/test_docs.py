@@ -60,7 +60,6 @@ FLAGS_OF_OTHERS = {
     "--spec-draft-n-max",
     "--draft-max",
     "--trained-on",
-    "--control",
 }
 
 

@@ -50,13 +50,10 @@ def measured(model, answers, tmp_path, monkeypatch):
     (tmp_path / "topv2" / "alarm_test.tsv").write_text(table)
     monkeypatch.setenv("LAYERSKIP_DATA", str(tmp_path))
     (tmp_path / "text.txt").write_text("A mill was built of red brick.")
-    control = tiny_checkpoint.save(tmp_path / "control")
     write_run(model, fixed_exits=[1])
-    write_run(control, p_max=0, curriculum="none")
     return measure(
         argparse.Namespace(
             checkpoint=str(model),
-            control=str(control),
             held_out=held_out,
             rows=10,
             words=100,
@@ -71,7 +68,7 @@ def measured(model, answers, tmp_path, monkeypatch):
 
 
 def test_quality_drafts_and_perplexity_are_measured(measured):
-    ours, control = measured["checkpoint"], measured["control"]
+    ours = measured["checkpoint"]
     assert ours["tasks"].keys() == {"sums", "topv2"}
     assert ours["tasks"]["sums"]["samples"] == len(PROMPTS)
     assert ours["tasks"]["sums"]["quality"]["exact_match"] == 1.0
@@ -81,12 +78,8 @@ def test_quality_drafts_and_perplexity_are_measured(measured):
     assert 0 <= exits[0]["agreement"] < exits[1]["agreement"] < 1
     assert all(1 <= row["mean_accepted_length"] <= 5 for row in exits)
     assert ours["perplexity"]["word_perplexity"] > 1
-    # The control has the same weights here, so the same answers.
-    assert control["tasks"]["sums"]["quality"] == ours["tasks"]["sums"]["quality"]
-    assert control["perplexity"] == ours["perplexity"]
-    assert "exits" not in control["tasks"]["sums"]
     assert ours["training"]["step"] == 40
-    assert measured.keys() == {"draft_tokens", "text", "environment", "checkpoint", "control"}
+    assert measured.keys() == {"draft_tokens", "text", "environment", "checkpoint"}
 
 
 def test_prompts_of_the_training_rows_are_left_out(tmp_path):
