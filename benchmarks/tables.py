@@ -124,14 +124,11 @@ def demo_train(document: dict[str, Any]) -> list[Line]:
     return lines
 
 
-def quality(document: dict[str, Any]) -> list[Line]:
+def quality(recipe: dict[str, Any], control: dict[str, Any]) -> list[Line]:
     """Rows of a trained checkpoint and its control; see checkpoint.py."""
     lines = [["", "exact match", "agreement with the last layer", "drafts accepted, d = 4"]]
-    for key in ("checkpoint", "control"):
-        if key not in document:
-            continue
-        (task,) = document[key]["tasks"].values()
-        name = "last layer" if key == "checkpoint" else "control without the recipe"
+    for name, document in (("last layer", recipe), ("control without the recipe", control)):
+        (task,) = document["checkpoint"]["tasks"].values()
         lines.append([name, percent(task["quality"]["exact_match"]), "", ""])
         lines += [exit_line(row) for row in task.get("exits", ())]
     return lines
@@ -500,7 +497,7 @@ TABLES = {
     "demo": Table(("demo",), "layerskip demo", demo),
     "demo-train": Table(("demo-train",), "layerskip demo --train --minutes 10", demo_train),
     "topv2-checkpoint": Table(
-        ("topv2-checkpoint",),
+        ("topv2-checkpoint", "topv2-control"),
         "python benchmarks/checkpoint.py smollm2-135m-topv2 topv2 --early-exit --rows 2300"
         " --unseen '$LAYERSKIP_DATA/topv2/*_train.tsv*'",
         quality,

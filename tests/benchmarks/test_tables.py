@@ -59,11 +59,9 @@ def test_speed_has_a_row_for_each_system_and_a_column_for_the_weights():
 def test_quality_has_the_exits_and_the_control():
     task = {"quality": {"exact_match": 0.83}, "exits": []}
     exit_ = {"exit_layer": 4, "agreement": 0.95, "acceptance_rate": 0.9}
-    document = {
-        "checkpoint": {"tasks": {"topv2": {**task, "exits": [exit_]}}},
-        "control": {"tasks": {"topv2": task}},
-    }
-    assert tables.quality(document)[1:] == [
+    recipe = {"checkpoint": {"tasks": {"topv2": {**task, "exits": [exit_]}}}}
+    control = {"checkpoint": {"tasks": {"topv2": task}}}
+    assert tables.quality(recipe, control)[1:] == [
         ["last layer", "83.0%", "", ""],
         ["exit 4 alone", "", "95.0%", "90.0%"],
         ["control without the recipe", "83.0%", "", ""],
