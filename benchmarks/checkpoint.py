@@ -5,13 +5,12 @@
         --unseen '$LAYERSKIP_DATA/topv2/*_train.tsv*' --output benchmarks/results/topv2-checkpoint.json
 
 The held-out rows are a task of `layerskip bench`, or a folder with one file `test-NAME.jsonl` for each
-task. If NAME is a task of `layerskip bench`, that task is
-used, so that its results compare with others.
+task. If NAME is a task of `layerskip bench`, that task is used, so that its results compare with others.
 
 The last layer's greedy outputs are judged. Along them, the agreement of every exit with the last layer
 is read, and rounds of d = 4 drafted tokens are replayed. --early-exit also judges the outputs of early
 exit alone. --unseen leaves out prompts that the training rows contain, but for case and spaces.
-A control trained without the recipe is a run of its own, with `--exits none`. The settings and log of
+A control, trained without the recipe, is measured by itself with --exits none. The settings and log of
 the training run are copied into the result.
 """
 
@@ -41,7 +40,7 @@ BATCH_SIZE = 16
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="checkpoint trained with the recipe")
+    parser.add_argument("checkpoint", help="trained checkpoint")
     parser.add_argument("held_out", type=Path, help="folder of test-NAME.jsonl, or a task")
     parser.add_argument("--rows", type=int, default=200, help="of each task")
     parser.add_argument("--unseen", help="training rows of TOPv2, whose utterances are left out")
@@ -60,7 +59,7 @@ def _exits(text: str) -> tuple[int, ...]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure a checkpoint on prompts and text.
+    """Measure a checkpoint: quality, acceptance and perplexity, with the settings of its training.
 
     Raises:
         ValueError: there are no held-out rows, or the checkpoint cannot be loaded.

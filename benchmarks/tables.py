@@ -498,8 +498,8 @@ TABLES = {
     "demo-train": Table(("demo-train",), "layerskip demo --train --minutes 10", demo_train),
     "topv2-checkpoint": Table(
         ("topv2-checkpoint", "topv2-control"),
-        "python benchmarks/checkpoint.py smollm2-135m-topv2 topv2 --early-exit --rows 2300"
-        " --unseen '$LAYERSKIP_DATA/topv2/*_train.tsv*'",
+        "python benchmarks/checkpoint.py smollm2-135m-topv2 topv2 --rows 2300"
+        " --unseen '$LAYERSKIP_DATA/topv2/*_train.tsv*' --exits 7 --early-exit --weights stored",
         quality,
     ),
     "topv2-speed": Table(
