@@ -39,7 +39,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "paper": ("task.yaml", {"max_length": 192}),
     "late exit": (
         ALIKE,
-        {"exits": [7], "fixed_exits": [22], "rotation": 2}
+        {"exits": [7], "fixed_exits": [22], "rotation": 1}
         | {"model": BUILT_IN, "max_steps": 1500, "learning_rate": 4e-4, "save_steps": 250},
     ),
 }
