@@ -216,7 +216,7 @@ CLAIMS = (
     Claim(
         experiment="task",
         section="4.2",
-        needs=("recipe",),
+        needs=("late exit",),
         paper="Early exit at E = 18 of 24 is as good as the last layer: 83.3 and 82.9",
         rule="exact match at most one point below the last layer's, at the trained exit nearest 3L/4 *",
         judge=rules.early_exact_match,

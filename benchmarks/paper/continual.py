@@ -2,15 +2,11 @@
 
     LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.continual
     LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.continual --variants control,paper
-    LAYERSKIP_DATA=/path/to/data PYTHONPATH=benchmarks python -m paper.continual --steps 600 --compile \\
-        --text '$LAYERSKIP_DATA/wikitext2/valid.txt*,$LAYERSKIP_DATA/cnn_dailymail/*.jsonl*' \\
-        --work runs/paper/continual-long --output continual-long.json
 
 The checkpoint is trained further on text and code in equal parts: the validation part of WikiText-2 and
-Python's standard library. Measured is the perplexity of exits on the test part of WikiText-2, which is
-never trained on, and on held-out files of code. `recipe` puts the weight on few exits, for a budget of
-minutes; `paper` has the paper's settings; `control` is trained on the same rows without the recipe. Ten
-times the steps need more text (the last command), and hours on two cores for each variant.
+articles of CNN/DailyMail, and Python's standard library. Measured is the perplexity of exits on the test
+part of WikiText-2, which is never trained on, and on held-out files of code. `recipe` puts the weight on
+few exits; `paper` has the paper's settings; `control` is trained on the same rows without the recipe.
 """
 
 import argparse
@@ -67,15 +63,14 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = options_of(
         "continual",
-        "Continual pretraining. About 60 to 70 minutes on one core for before, recipe and control, "
-        "and 30 more for each further variant (an estimate).",
+        "Continual pretraining. Two to three hours on one core for each variant.",
         "of training, for each variant: it ends then, with its learning rate",
         VARIANTS,
     )
-    add_options(parser, steps=60, learning_rate=2e-4)
+    add_options(parser, steps=600, learning_rate=2e-4)
     parser.add_argument(
         "--text",
-        default="$LAYERSKIP_DATA/wikitext2/valid.txt*",
+        default="$LAYERSKIP_DATA/wikitext2/valid.txt*,$LAYERSKIP_DATA/cnn_dailymail/*.jsonl*",
         help="text files, or files of rows with a field article; separated by commas",
     )
     parser.add_argument(

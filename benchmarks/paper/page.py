@@ -33,9 +33,9 @@ Section 4.1 of the paper is training, 4.2 early exit, 4.3 self-speculative decod
 layer; d: draft tokens; LD: layer dropout; EE: early exit loss."""
 NOTES = {
     "pretrain": "Python's standard library, 300 steps, not converged",
-    "continual": "half WikiText-2 (validation part), half code",
+    "continual": "half text (WikiText-2, validation part; CNN/DailyMail), half code",
     "domain": "Python code; decoding of HumanEval",
-    "task": "1,962 test rows that are not in training; three exits, or the built-in checkpoint with one",
+    "task": "1,962 test rows that are not in training; late exit: trained from the built-in checkpoint",
     "kvq": "saved: the median over interleaved repetitions",
     "speculation": "LD-EE: trained from scratch; the other checkpoint on TOPv2",
 }

@@ -1,8 +1,10 @@
 """Corpora of the paper's experiments, and verification without reuse of the KV cache."""
 
+import argparse
 import ast
 
 import paper.kvq
+import paper.task
 import pytest
 from paper.corpus import Corpus, first_words, functions, pieces
 
@@ -115,3 +117,11 @@ def test_layers_of_a_round(model, monkeypatch, way, passes):
 def test_both_ways_give_plain_decodings_tokens(model, exit_layer, draft_tokens):
     found = paper.kvq.compared(model, [[5, 6, 7], [9]], exit_layer, draft_tokens, 9, 1)
     assert found["identical_to_plain"] == {"with": 1.0, "without": 1.0}
+
+
+@pytest.mark.parametrize("variant", paper.task.VARIANTS)
+def test_settings_of_topv2_fit_the_model(variant, tmp_path):
+    options = argparse.Namespace(
+        model="smollm2-135m", steps=500, minutes=None, work=tmp_path, smoke=False
+    )
+    paper.task._config(variant, options).recipe.check_layers(30)
