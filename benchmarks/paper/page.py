@@ -33,7 +33,7 @@ Section 4.1 of the paper is training, 4.2 early exit, 4.3 self-speculative decod
 layer; d: draft tokens; LD: layer dropout; EE: early exit loss."""
 NOTES = {
     "pretrain": "Python's standard library, 300 steps, not converged",
-    "continual": "half text (WikiText-2, validation part; CNN/DailyMail), half code",
+    "continual": "half text (WikiText-2, validation part; CNN/DailyMail), half code, 600 steps",
     "domain": "Python code; decoding of HumanEval",
     "task": "1,962 test rows that are not in training; late exit: trained from the built-in checkpoint",
     "kvq": "saved: the median over interleaved repetitions",
